@@ -1,0 +1,87 @@
+"""The few errors of llamaslot. Each carries its HTTP status, its OpenAI error type, and what to do next.
+
+Exceptions of other libraries (aiohttp's client, the operating system's) are translated into these at the edge,
+in ``llama/`` and ``store/``, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class LlamaslotError(Exception):
+    """Base of all. ``str(error)`` is the message that a client or an operator sees."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+    retry_after_s: float | None = None
+
+    def body(self) -> dict[str, Any]:
+        """The OpenAI-shaped body: ``{"error": {"message", "type", "code"}}``."""
+        return {"error": {"message": str(self), "type": self.type, "code": self.code or self.status}}
+
+
+class ConfigError(LlamaslotError):
+    """The configuration has faults. ``faults`` has one line for each, with its path in the file."""
+
+    def __init__(self, source: str, faults: list[str]) -> None:
+        self.source, self.faults = source, faults
+        lines = "\n".join(f"  {fault}" for fault in faults)
+        super().__init__(f"{source}: {len(faults)} fault{'s' * (len(faults) > 1)}\n{lines}")
+
+
+class BadRequest(LlamaslotError):
+    """The client's request is malformed; nothing was sent upstream."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class BodyTooLarge(BadRequest):
+    """The body is larger than ``listen.max_body``."""
+
+    status = 413
+
+
+class Forbidden(LlamaslotError):
+    """A route that llamaslot keeps to itself, or that the operator has not allowed."""
+
+    status = 403
+    type = "permission_error"
+
+
+class QueueFull(LlamaslotError):
+    """Too many requests wait already, or this one has waited for too long."""
+
+    status = 503
+    type = "unavailable_error"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class BackendDown(LlamaslotError):
+    """llama-server does not answer, or is still loading its model."""
+
+    status = 503
+    type = "unavailable_error"
+    retry_after_s = 5.0
+
+
+class UpstreamError(LlamaslotError):
+    """llama-server answered with an error: its own status and its own body are what the client gets."""
+
+    def __init__(self, status: int, payload: bytes, content_type: str = "application/json") -> None:
+        text = payload.decode("utf-8", "replace")
+        super().__init__(f"llama-server answered {status}: {text[:300]}")
+        self.status, self.payload, self.content_type = status, payload, content_type
+
+
+class SlotActionFailed(LlamaslotError):
+    """A save, erase or restore of a slot did not do what it should have done."""
+
+
+class SnapshotInvalid(LlamaslotError):
+    """A slot file is missing, truncated, foreign, or does not hold what its sidecar says."""

@@ -1,0 +1,1 @@
+"""All that knows llama-server and its quirks."""

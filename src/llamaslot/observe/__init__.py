@@ -1,0 +1,1 @@
+"""Metrics and the journal of decisions; open to every room, importing none of them."""
