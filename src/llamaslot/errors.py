@@ -70,6 +70,10 @@ class BackendDown(LlamaslotError):
     retry_after_s = 5.0
 
 
+class NotReady(BackendDown):
+    """llama-server answers, but llamaslot cannot work with it yet."""
+
+
 class UpstreamError(LlamaslotError):
     """llama-server answered with an error: its own status and its own body are what the client gets."""
 
@@ -80,8 +84,51 @@ class UpstreamError(LlamaslotError):
 
 
 class SlotActionFailed(LlamaslotError):
-    """A save, erase or restore of a slot did not do what it should have done."""
+    """A save, erase or restore of a slot did not do what it should have done. ``status_upstream``: llama-server's."""
+
+    def __init__(self, message: str, status_upstream: int = 0) -> None:
+        super().__init__(message)
+        self.status_upstream = status_upstream
 
 
 class SnapshotInvalid(LlamaslotError):
     """A slot file is missing, truncated, foreign, or does not hold what its sidecar says."""
+
+
+class OtherConversation(SnapshotInvalid):
+    """A slot file is whole, but does not hold what the slot was believed to hold: the belief is wrong."""
+
+
+class BackendRestarted(LlamaslotError):
+    """llama-server is another process than the one that the slot was leased on: the job is placed again."""
+
+    status = 503
+    type = "unavailable_error"
+    retry_after_s = 5.0
+
+
+class PromptTooLong(BadRequest):
+    """The prompt does not fit into a slot; worded and typed as llama-server does it."""
+
+    type = "exceed_context_size_error"
+
+    def __init__(self, n_prompt_tokens: int, n_ctx: int) -> None:
+        self.n_prompt_tokens, self.n_ctx = n_prompt_tokens, n_ctx
+        super().__init__(
+            f"request ({n_prompt_tokens} tokens) exceeds the available context size ({n_ctx} tokens), try increasing it"
+        )
+
+    def body(self) -> dict[str, Any]:
+        body = super().body()
+        body["error"] |= {"n_prompt_tokens": self.n_prompt_tokens, "n_ctx": self.n_ctx}
+        return body
+
+
+class NotFound(BadRequest):
+    """There is no such path of llamaslot's own."""
+
+    status = 404
+
+
+class ClientGone(Exception):
+    """The client has closed its connection: nobody is left to answer. No LlamaslotError, for nothing went wrong."""

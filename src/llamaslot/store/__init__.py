@@ -1,1 +1,19 @@
 """Snapshots on disk."""
+
+from llamaslot.store.catalog import Catalog, Draft
+from llamaslot.store.directory import DirectoryUnusable, NotShared, prove_shared
+from llamaslot.store.header import SlotFile, read_slot_file
+from llamaslot.store.room import QuotaExceeded
+from llamaslot.store.sidecar import Snapshot
+
+__all__ = [
+    "Catalog",
+    "DirectoryUnusable",
+    "Draft",
+    "NotShared",
+    "QuotaExceeded",
+    "SlotFile",
+    "Snapshot",
+    "prove_shared",
+    "read_slot_file",
+]

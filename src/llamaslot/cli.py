@@ -1,0 +1,135 @@
+"""The command line: ``llamaslot serve --config config.yaml``.
+
+What an operator can mend is printed as a plain list and ends with exit code 2; a traceback means a fault of ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+import llamaslot
+from llamaslot.config import Config
+from llamaslot.errors import ConfigError, LlamaslotError
+
+EXIT_FAULT = 2
+
+#: What the operating system says when `listen` can not be had, and what mends it.
+_BIND_FAULTS = {
+    errno.EADDRINUSE: "is in use, perhaps by another llamaslot: stop that one or choose another port",
+    errno.EADDRNOTAVAIL: "is no address of this machine: 127.0.0.1 is for this machine alone, 0.0.0.0 for everybody",
+    errno.EACCES: "may not be used by this user: ports below 1024 belong to root",
+}
+
+#: Priorities of the journal (syslog's), which turns them back into levels.
+_JOURNAL_LEVELS = {
+    logging.DEBUG: 7,
+    logging.INFO: 6,
+    logging.WARNING: 4,
+    logging.ERROR: 3,
+    logging.CRITICAL: 2,
+}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(llamaslot.__version__, prog_name="llamaslot", message="%(prog)s %(version)s")
+def main() -> None:
+    """A proxy in front of llama-server that finds the KV cache of each prompt, in a slot or on disk."""
+
+
+@main.command()
+@click.option("--config", "path", type=click.Path(path_type=Path), default="config.yaml", show_default=True)
+@click.option("--check", is_flag=True, help="Only check the configuration; exit code 2 if it has faults.")
+def serve(path: Path, check: bool) -> None:
+    """Serve until SIGTERM or SIGINT; unsaved contexts are saved first."""
+    try:
+        config = Config.load(path)
+    except ConfigError as error:
+        _fail([str(error)])
+    if check:
+        click.echo(f"{path}: no faults")
+        return
+    set_up_logging(config.log.level)
+    _run(config)
+
+
+def _run(config: Config) -> None:
+    import uvloop  # here, not above: --check and --version need neither
+
+    from llamaslot.web.app import serve as serve_app
+
+    try:
+        uvloop.run(serve_app(config))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (LlamaslotError, OSError, BaseExceptionGroup) as error:
+        leaves = list(_leaves(error))
+        said = [_wording(leaf, config) for leaf in leaves]
+        if None in said:  # a fault of ours: the traceback is what helps
+            raise
+        _fail([line for line in said if line])
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors in a group of errors, which is what an ``asyncio.TaskGroup`` raises."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
+
+
+def _wording(error: BaseException, config: Config) -> str | None:
+    """One line for what an operator can mend, None for anything else."""
+    listen = config.listen
+    if isinstance(error, socket.gaierror):
+        return f"listen.host: {listen.host}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in _BIND_FAULTS and error.filename is None:
+        return f"listen: {listen.host}:{listen.port} {_BIND_FAULTS[error.errno]}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error) if isinstance(error, LlamaslotError) else None
+
+
+def _fail(lines: list[str]) -> None:
+    for line in lines:
+        click.echo(line, err=True)
+    sys.exit(EXIT_FAULT)
+
+
+class _JournalFormatter(logging.Formatter):
+    """The journal has its own clock; what it lacks is the level, which ``<4>`` at the start of a line tells it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = _JOURNAL_LEVELS.get(record.levelno, 6)
+        return "\n".join(f"<{level}>{line}" for line in super().format(record).splitlines())
+
+
+def set_up_logging(level: str) -> None:
+    """One line per record on stderr, with the time unless systemd's journal is what reads it."""
+    handler = logging.StreamHandler()
+    if _is_journal():
+        handler.setFormatter(_JournalFormatter("%(name)s: %(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def _is_journal() -> bool:
+    """systemd names the device and inode of the stream; a terminal inside a service inherits the variable only."""
+    try:
+        stream = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Where a job should run: the place that costs least, for this user and for everybody after.
+
+Pure: a view of the pool goes in, a plan comes out. Every cost is in seconds, and costs are only ever compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from llamaslot.core.slots import Erase, Job, Plan, PrefillTo, Restore, Save, Source, State, Step, Wait
+
+PrefillSeconds = Callable[[int, int], float]
+_FEW_TOKENS = 64  # a boundary so near to what is there already is not worth a step of its own
+_TIE_S = 0.001  # costs closer than this are equal: then the slot used longest ago
+_FORGET_S = 1800.0  # after half an hour unused a context is half as likely to be asked for again
+
+
+@dataclass(frozen=True, slots=True)
+class SlotView:
+    """A slot as one job sees it.
+
+    ``n_shared``: tokens in common; ``n_usable``: of those, what need not be computed; ``n_tokens``: what it holds (for
+    a leased slot: what it will hold). ``save_s``: what saving it costs, 0 when that is not worth it or not needed.
+    ``regret_s``: what its loss costs the one who comes back for it. ``wait_s``: until it is idle.
+    """
+
+    id: int
+    state: State
+    n_tokens: int = 0
+    n_shared: int = 0
+    n_usable: int = 0
+    save_s: float = 0.0
+    is_worth_saving: bool = False
+    regret_s: float = 0.0
+    wait_s: float = 0.0
+    used_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotView:
+    """A snapshot as one job sees it. ``wait_s``: until it is committed, for one that is just being written."""
+
+    id: str
+    n_usable: int
+    restore_s: float
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolView:
+    """Everything that ``place`` looks at. ``reserved``: slots that jobs before this one wait for.
+
+    ``can_erase``: slot actions work. Without them what must not be shared rests on ``cache_prompt`` false alone.
+    """
+
+    slots: tuple[SlotView, ...]
+    snapshots: tuple[SnapshotView, ...] = ()
+    prefill_s: PrefillSeconds = field(default=lambda start, end: (end - start) / 1000)
+    reserved: frozenset[int] = frozenset()
+    can_erase: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The settings that placement obeys; see ``routing`` and ``prefill`` in the configuration."""
+
+    similarity_min: float = 0.85
+    small_prompt_tokens: int = 1024
+    own_above_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    slot: SlotView
+    source: Source
+    n_reused: int
+    cost_s: float
+    wait_s: float
+    is_loss: bool  # what the slot holds is lost to its owner, or must be restored for him
+    snapshot: SnapshotView | None = None
+
+
+def place(job: Job, view: PoolView, rules: Rules) -> Plan | Wait:
+    """The cheapest place for ``job``, or what to wait for.
+
+    An idle slot is taken at once, unless waiting (for a busy slot that holds most of the prompt, or for a snapshot
+    that is just being written) and then computing the rest is cheaper.
+    """
+    choices = list(_choices(job, view, rules))
+    if not choices:
+        return Wait()
+    best = min(choices, key=lambda choice: _sort_key(choice, job, rules))
+    if best.wait_s > 0:
+        is_busy = best.slot.state not in _TAKEABLE or best.slot.id in view.reserved
+        return Wait(best.slot.id if is_busy else None, best.wait_s)
+    return Plan(
+        slot=best.slot.id,
+        steps=tuple(_steps(job, best, view, rules)),
+        source=best.source,
+        n_reused=best.n_reused,
+        cost_s=best.cost_s,
+        snapshot=best.snapshot.id if best.snapshot else None,
+    )
+
+
+def is_similar(slot: SlotView, rules: Rules) -> bool:
+    """Whether so much of what the slot holds survives that taking it is no loss."""
+    return slot.n_tokens > 0 and slot.n_shared >= rules.similarity_min * slot.n_tokens
+
+
+def weight(idle_s: float) -> float:
+    """How likely a context is asked for again, from 1 downwards, by how long nobody has used it."""
+    return _FORGET_S / (_FORGET_S + max(idle_s, 0.0))
+
+
+_TAKEABLE = (State.FREE, State.HOT, State.SUSPECT)
+
+
+def _choices(job: Job, view: PoolView, rules: Rules) -> Iterator[_Choice]:
+    n = job.n_tokens
+    for slot in view.slots:
+        is_takeable = slot.state in _TAKEABLE and slot.id not in view.reserved
+        is_match = is_similar(slot, rules) and slot.n_usable > 0 and not job.is_fresh
+        if not is_takeable:
+            if is_match:
+                cost = slot.wait_s + view.prefill_s(slot.n_usable, n)
+                wait = max(slot.wait_s, _TIE_S)
+                yield _Choice(slot, Source.RESIDENT, slot.n_usable, cost, wait, is_loss=False)
+            continue
+        if is_match:
+            rest_s = view.prefill_s(slot.n_usable, n)
+            yield _Choice(slot, Source.RESIDENT, slot.n_usable, rest_s, 0.0, is_loss=False)
+        loss_s = slot.save_s + slot.regret_s
+        is_loss = slot.regret_s > 0 and slot.n_tokens >= rules.small_prompt_tokens
+        kept = 0 if job.is_fresh or slot.state is State.SUSPECT else slot.n_usable
+        source = Source.RESIDENT if kept else Source.COLD
+        yield _Choice(slot, source, kept, loss_s + view.prefill_s(kept, n), 0.0, is_loss)
+        if job.is_fresh:
+            continue
+        for snapshot in view.snapshots:
+            cost = loss_s + snapshot.wait_s + snapshot.restore_s + view.prefill_s(snapshot.n_usable, n)
+            yield _Choice(
+                slot, Source.SNAPSHOT, snapshot.n_usable, cost, snapshot.wait_s, is_loss, snapshot=snapshot
+            )
+
+
+def _sort_key(choice: _Choice, job: Job, rules: Rules) -> tuple[bool, int, float]:
+    """Who comes first: for a small prompt any place that costs nobody a large context; then the cheapest; then the
+    slot used longest ago."""
+    is_small = job.n_tokens < rules.small_prompt_tokens
+    return is_small and choice.is_loss, round(choice.cost_s / _TIE_S), choice.slot.used_at
+
+
+def _steps(job: Job, choice: _Choice, view: PoolView, rules: Rules) -> Iterator[Step]:
+    slot = choice.slot
+    is_kept = choice.source is Source.RESIDENT and is_similar(slot, rules)
+    if slot.is_worth_saving and not is_kept:
+        yield Save(slot.id)
+    if choice.snapshot is not None:
+        yield Erase(slot.id)
+        yield Restore(slot.id, choice.snapshot.id)
+    elif view.can_erase and (slot.state is State.SUSPECT or job.is_fresh):
+        yield Erase(slot.id)
+    if not job.is_private and (view.can_erase or not job.is_cold):
+        yield from (PrefillTo(slot.id, stop) for stop in prefill_stops(job, choice.n_reused, view, rules))
+
+
+def prefill_stops(job: Job, n_reused: int, view: PoolView, rules: Rules) -> list[int]:
+    """Where to stop on the way: the job's boundaries, then the last token but one. Empty for a short prefill.
+
+    The last token is left to the client's own request, which always computes one; stopping at n instead costs a
+    recurrent model its last checkpoint.
+    """
+    last = job.n_tokens - 1
+    if view.prefill_s(n_reused, last) <= rules.own_above_s:
+        return []
+    return [*(at for at in job.boundaries if n_reused + _FEW_TOKENS <= at < last), last]

@@ -1,0 +1,205 @@
+"""The nouns of llamaslot, and a slot's life as a table of transitions."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+
+from llamaslot.core.tokens import count, head
+
+
+class State(enum.Enum):
+    FREE = "FREE"  # nothing worth keeping in it
+    HOT = "HOT"  # its tokens are known and kept for someone
+    LEASED = "LEASED"  # one request, save or probe owns it
+    DRAINING = "DRAINING"  # its client has gone, the server may still be working in it
+    SUSPECT = "SUSPECT"  # contents unknown: erased before its next use
+
+
+class Event(enum.Enum):
+    LEASE = "lease"  # taken by a job
+    KEEP = "keep"  # given back, holding known tokens
+    EMPTY = "empty"  # given back, holding nothing
+    LEAVE = "leave"  # the client has gone while the server may be working
+    FAIL = "fail"  # a step failed half-way
+
+
+NEXT: dict[tuple[State, Event], State] = {
+    (State.FREE, Event.LEASE): State.LEASED,
+    (State.HOT, Event.LEASE): State.LEASED,
+    (State.SUSPECT, Event.LEASE): State.LEASED,
+    (State.LEASED, Event.KEEP): State.HOT,
+    (State.LEASED, Event.EMPTY): State.FREE,
+    (State.LEASED, Event.LEAVE): State.DRAINING,
+    (State.LEASED, Event.FAIL): State.SUSPECT,
+    (State.DRAINING, Event.KEEP): State.HOT,  # /slots says that it is idle, and how much it holds
+    (State.DRAINING, Event.EMPTY): State.FREE,
+    (State.DRAINING, Event.FAIL): State.SUSPECT,
+}
+
+IDLE = frozenset({State.FREE, State.HOT, State.SUSPECT})
+
+
+class IllegalTransition(Exception):
+    """A slot was told to do what its state does not allow: a bug in llamaslot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a slot holds, as far as it is known.
+
+    ``tokens`` is a prefix of the truth: the tokens of an answer are not known until a save tells them.
+    ``is_exact`` says that nothing follows; else ``n_more`` tokens do, 0 when not even their number is known.
+    ``checkpoints``: token counts to which a model that cannot rewind can go back. ``snapshot``: the snapshot of the
+    same conversation, if any; ``is_dirty``: the slot holds more than it.
+    """
+
+    tokens: bytes = b""
+    is_exact: bool = True
+    is_dirty: bool = False
+    checkpoints: tuple[int, ...] = ()
+    snapshot: str | None = None
+    n_more: int = 0
+
+    @property
+    def n_tokens(self) -> int:
+        return count(self.tokens)
+
+    @property
+    def n_held(self) -> int:
+        """What a save would write, in tokens."""
+        return self.n_tokens + self.n_more
+
+    def head(self, n_tokens: int) -> Content:
+        """What is left when only the first ``n_tokens`` are sure: whatever follows them is unknown."""
+        kept = tuple(at for at in self.checkpoints if at <= n_tokens)
+        return replace(self, tokens=head(self.tokens, n_tokens), checkpoints=kept, is_exact=False, n_more=0)
+
+
+NOTHING = Content()
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One slot of one backend. Only the engine changes it, and only through ``become``."""
+
+    backend: str
+    id: int
+    state: State = State.FREE
+    content: Content = NOTHING
+    used_at: float = 0.0
+    leased_by: str | None = None
+
+    def become(self, event: Event, content: Content | None = None) -> None:
+        """Go through one line of the table. Raises IllegalTransition naming state and event."""
+        try:
+            self.state = NEXT[self.state, event]
+        except KeyError:
+            raise IllegalTransition(f"{self!r} cannot {event.value}") from None
+        if event in (Event.EMPTY, Event.FAIL):
+            content = NOTHING
+        if content is not None:
+            self.content = content
+
+    @property
+    def is_idle(self) -> bool:
+        return self.state in IDLE
+
+    def __repr__(self) -> str:
+        dirty = " dirty" if self.content.is_dirty else ""
+        by = f" by {self.leased_by}" if self.leased_by else ""
+        return f"<Slot {self.backend}/{self.id} {self.state.value} {self.content.n_tokens} tok{dirty}{by}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request that wants a slot. ``tokens`` is empty when they are not known (a body llamaslot cannot read).
+
+    ``boundaries``: token counts at which a prefill should stop on models that need checkpoints.
+    ``is_cold``: nothing cached may be used (``cache_prompt`` false). ``is_private``: nothing cached may be used, and
+    nothing that it leaves may be used by others (LoRA scales): erased before and after.
+    ``n_children``: further slots that llama-server takes for ``n`` > 1. ``is_unpinned``: llama-server chooses the slot.
+    """
+
+    id: str
+    tokens: bytes = b""
+    boundaries: tuple[int, ...] = ()
+    is_cold: bool = False
+    is_private: bool = False
+    n_children: int = 0
+    is_unpinned: bool = False
+
+    @property
+    def n_tokens(self) -> int:
+        return count(self.tokens)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nothing cached may be used."""
+        return self.is_cold or self.is_private
+
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether llama-server will choose slots by itself, so that nobody may be between two steps."""
+        return self.is_unpinned or self.n_children > 0
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id} {self.n_tokens} tok>"
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Write what the slot holds to disk before it is overwritten."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Erase:
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    slot: int
+    snapshot: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTo:
+    """Compute the first ``n_tokens`` of the job's tokens in the slot, and stop."""
+
+    slot: int
+    n_tokens: int
+
+
+Step = Save | Erase | Restore | PrefillTo
+
+
+class Source(enum.Enum):
+    """Where the reused part of a prompt comes from, as ``x-llamaslot-source`` says it."""
+
+    RESIDENT = "resident"
+    SNAPSHOT = "snapshot"
+    COLD = "cold"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a job will do: the slot, the steps before its own request, and what is expected to be reused."""
+
+    slot: int
+    steps: tuple[Step, ...]
+    source: Source
+    n_reused: int
+    cost_s: float = 0.0
+    snapshot: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing yet. With ``slot``: for that one only, which later jobs then leave alone. ``for_s``: until a look
+    again is worth it."""
+
+    slot: int | None = None
+    for_s: float | None = None

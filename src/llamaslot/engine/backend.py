@@ -1,0 +1,285 @@
+"""One llama-server over its whole life: met, served, lost, met again."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import aiofiles
+import orjson
+
+from llamaslot.core.cost import Rates
+from llamaslot.core.policy import Rules
+from llamaslot.core.slots import NOTHING, Event, Job
+from llamaslot.core.tokens import count
+from llamaslot.engine.drain import Drains
+from llamaslot.engine.handshake import Handshake, Met
+from llamaslot.engine.scheduler import QueueLimits, Scheduler
+from llamaslot.engine.steps import Steps
+from llamaslot.engine.turns import Turns
+from llamaslot.engine.writeback import Writeback
+from llamaslot.errors import BackendDown, LlamaslotError
+from llamaslot.llama.api import LlamaServer
+from llamaslot.llama.prompts import Prompts
+from llamaslot.observe.metrics import Metrics
+from llamaslot.store import Catalog, Snapshot
+from llamaslot.tasks import TaskOwner
+
+log = logging.getLogger(__name__)
+
+_HEALTH_POLL_S = (0.1, 0.2, 0.3, 0.5, 1.0)  # then the last for ever
+_WATCH_S = 2.0
+_CONNECT_WAIT_S = 120.0  # how long a request waits for a server that has just been seen to restart
+
+
+class Health(enum.Enum):
+    DOWN = "down"
+    CONNECTING = "connecting"
+    UP = "up"
+
+
+class Backend:
+    """Owns all that concerns one llama-server: its slots, snapshots, rates, and the tasks that look after them."""
+
+    def __init__(
+        self,
+        name: str,
+        api: LlamaServer,
+        *,
+        rules: Rules,
+        limits: QueueLimits,
+        metrics: Metrics,
+        meta_dir: Path,
+        idle_save_s: float,
+        slot_save_path: Path | None,
+        quota_bytes: int,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name, self.api, self.metrics, self.now = name, api, metrics, now
+        self.rules = rules
+        self.tasks = TaskOwner()
+        self.catalog = (
+            Catalog(slot_save_path, quota_bytes, now=time.time, on_drop=self._dropped)
+            if slot_save_path
+            else None
+        )
+        self._rates_file = meta_dir / f"{name}.rates.json"
+        self._writing = threading.Lock()
+        self.rates = Rates()
+        self.prompts = Prompts(api)
+        self.scheduler = Scheduler(rules, limits, now)
+        self.steps = Steps(api, self.catalog, self.rates, metrics, self.tasks, now)
+        self.turns = Turns(api, self.scheduler, self.steps, self.tasks)
+        self.writeback = Writeback(self.scheduler, self.steps, idle_save_s)
+        self.drains = Drains(api, self.scheduler, now)
+        self.scheduler.on_drain = self.drains.add
+        if self.catalog is not None:
+            self.scheduler.pin = self.catalog.pin
+        self.health = Health.DOWN
+        self.met: Met | None = None
+        self._why_down = "has not answered yet"
+        self._doubt = asyncio.Event()
+        self._met_or_down = asyncio.Event()  # set unless a meeting is under way
+        self._met_or_down.set()
+
+    # -- for requests --------------------------------------------------------------------------------------------
+
+    async def ready(self) -> Met:
+        """The server as it is now, known to be the same process as before. Raises BackendDown at once when it is down.
+
+        ``/props`` carries a mark that is random for each process, so a restart is noticed before anything is planned.
+        Cancelling is safe.
+        """
+        while (met := self.met) is not None:
+            try:
+                props = await self.api.props()
+            except BackendDown:
+                self._doubt.set()
+                raise
+            if props.boot_id == met.props.boot_id:
+                return met
+            self.lost(met)
+        if self.health is Health.DOWN:
+            raise self._is_down()
+        try:
+            async with asyncio.timeout(_CONNECT_WAIT_S):
+                await self._met_or_down.wait()
+        except TimeoutError:
+            raise BackendDown(f"llama-server at {self.api.url} has restarted and is not ready yet") from None
+        if self.met is None:  # down, perhaps after it was up for a moment
+            raise self._is_down()
+        return self.met
+
+    def lost(self, met: Met) -> None:
+        """The server is another process than ``met``: forget its slots, and meet it again. Jobs in the queue wait."""
+        if self.met is met:
+            log.warning("%s: llama-server has restarted; its slots are empty", self.name)
+            self.metrics.restarts.inc()
+            self._forget(Health.CONNECTING)
+        self._doubt.set()
+
+    def changed(self, why: str) -> None:
+        """The process is the same, but nothing that was computed before is valid any more."""
+        if self.met is not None:
+            log.info("%s: %s; meeting llama-server again", self.name, why)
+            self._forget(Health.CONNECTING)
+        self._doubt.set()
+
+    def doubt(self) -> None:
+        """Something went wrong with the server: look at once whether it is still there."""
+        self._doubt.set()
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Open the store. Raises LlamaslotError with what to do when it cannot be used."""
+        await self._load_rates()
+        if self.catalog is not None:
+            await self.catalog.open()
+            for snapshot in self.catalog.snapshots.values():
+                self.rates.size.observe(count(snapshot.tokens), snapshot.size_bytes)
+
+    def start(self) -> None:
+        self.drains.on_failure = self.doubt
+        self.tasks.spawn(self._live(), f"{self.name}: life")
+        self.tasks.spawn(self.drains.run(), f"{self.name}: drains")
+        self.tasks.spawn(self.writeback.run(), f"{self.name}: writeback")
+
+    async def close(self, save_s: float) -> None:
+        """Save dirty slots, for at most ``save_s`` seconds, and end all tasks."""
+        if self.health is Health.UP and save_s > 0:
+            try:
+                async with asyncio.timeout(save_s):
+                    n_saved = await self.writeback.save_all()
+                log.info("%s: slots saved before stopping: %d", self.name, n_saved)
+            except TimeoutError:
+                log.warning("%s: not every slot could be saved within %g s", self.name, save_s)
+        await self.tasks.close()
+        await self._store_rates()
+        if self.catalog is not None:
+            await self.catalog.settle()
+            self.catalog.close()
+        await self.api.close()
+
+    async def _live(self) -> None:
+        """Meet the server, watch it until it is gone, and again."""
+        complaint = ""
+        while True:
+            try:
+                await self._until_healthy()
+                if self.health is Health.DOWN:
+                    self._set(Health.CONNECTING)
+                met = await Handshake(self.name, self.api, self.catalog, self.rates, self.rules).run(
+                    self.now()
+                )
+            except Exception as error:  # one that nobody has thought of must not end the service for good
+                if str(error) != complaint:
+                    unknown = None if isinstance(error, LlamaslotError) else error
+                    log.warning("%s: %s", self.name, error, exc_info=unknown)
+                complaint = str(error)
+                self._why_down = f"is not ready: {complaint}"
+                self._forget(Health.DOWN)
+                await asyncio.sleep(1.0)
+                continue
+            complaint = ""
+            self._serve(met)
+            await self._store_rates()
+            await self._until_gone(met)
+
+    async def _until_healthy(self) -> None:
+        polls, is_told = iter(_HEALTH_POLL_S), False
+        while not await self.api.is_healthy():
+            if self.health is not Health.DOWN:
+                self._forget(Health.DOWN)
+            pause_s = next(polls, None)
+            if pause_s is None and not is_told:
+                is_told = True
+                log.info("%s: waiting for llama-server at %s", self.name, self.api.url)
+            await asyncio.sleep(pause_s or _HEALTH_POLL_S[-1])
+
+    def _serve(self, met: Met) -> None:
+        self.met = met
+        self.steps.fingerprint, self.steps.boot_id = met.fingerprint, met.props.boot_id
+        for slot in met.found_busy:
+            met.pool.take(slot, Job("left over"), self.now(), has_answer=False)
+            met.pool.give_back(slot, Event.LEAVE, NOTHING, self.now())
+            self.drains.add_slot(met.pool, slot, NOTHING)
+        if self.catalog is not None and met.pool.can_save:  # some came and went while the server was met
+            met.pool.agree(self.catalog.snapshots, met.fingerprint)
+        self.prompts.forget()
+        self._set(Health.UP)
+        self.scheduler.attach(met.pool)
+        log.info(
+            "%s: %s with %d slots of %d tokens, %s; snapshots: %d",
+            self.name, met.model_name, len(met.pool.slots), met.pool.n_ctx, met.pool.memory.value, met.pool.n_snapshots,
+        )  # fmt: skip
+
+    async def _until_gone(self, met: Met) -> None:
+        while self.health is Health.UP:
+            try:
+                async with asyncio.timeout(_WATCH_S):
+                    await self._doubt.wait()
+            except TimeoutError:
+                pass
+            self._doubt.clear()
+            try:
+                props = await self.api.props()
+            except LlamaslotError:
+                if await self.api.is_healthy():
+                    continue
+                self._why_down = "does not answer"
+                log.warning("%s: llama-server does not answer", self.name)
+                self._forget(Health.DOWN)
+                return
+            if props.boot_id != met.props.boot_id:
+                self.lost(met)
+
+    def _forget(self, health: Health) -> None:
+        self.met = None
+        self._set(health)
+        self.scheduler.detach(self._is_down() if health is Health.DOWN else None)
+
+    def _is_down(self) -> BackendDown:
+        why = f"llama-server at {self.api.url} {self._why_down}"
+        return BackendDown(f"{why}; requests are served again once it is up")
+
+    def _set(self, health: Health) -> None:
+        self.health = health
+        self.metrics.is_up.set(health is Health.UP)
+        if health is Health.CONNECTING:
+            self._met_or_down.clear()
+        else:
+            self._met_or_down.set()
+
+    def _dropped(self, snapshot: Snapshot) -> None:
+        if self.scheduler.pool is not None:
+            self.scheduler.pool.drop_snapshot(snapshot.id)
+
+    # -- what was learned ----------------------------------------------------------------------------------------
+
+    async def _load_rates(self) -> None:
+        try:
+            async with aiofiles.open(self._rates_file, "rb") as file:
+                learned = Rates.from_json(orjson.loads(await file.read()))
+        except (OSError, orjson.JSONDecodeError, TypeError):
+            return
+        self.rates.take_over(learned)
+
+    async def _store_rates(self) -> None:
+        """Cancelling is safe: the file is written to its end all the same."""
+        data = orjson.dumps(self.rates.to_json())
+        try:
+            await asyncio.to_thread(self._write_rates, data)
+        except OSError as error:
+            log.warning("what was learned is not kept: %s", error)
+
+    def _write_rates(self, data: bytes) -> None:
+        partial = self._rates_file.with_suffix(".tmp")
+        with self._writing:  # the thread of one that was cancelled may still be at it
+            partial.write_bytes(data)
+            partial.replace(self._rates_file)

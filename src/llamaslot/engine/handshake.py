@@ -1,0 +1,199 @@
+"""What happens whenever a llama-server is met anew: who is it, what can it do, what do its slots hold.
+
+Slots that hold something were filled by an earlier run of llamaslot: they are saved, and the file's header tells their
+tokens. The probes need a slot of their own; when all of them hold something, the one with the fewest tokens is saved
+and emptied for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import dataclass, replace
+
+from llamaslot.core.cost import Rates
+from llamaslot.core.policy import Rules
+from llamaslot.core.slots import Event, Job, Slot
+from llamaslot.core.tokens import count
+from llamaslot.engine.pool import Pool, content_of
+from llamaslot.engine.probes import Probes
+from llamaslot.errors import LlamaslotError, NotReady, SlotActionFailed, SnapshotInvalid
+from llamaslot.llama.api import LlamaServer, Props, SlotAction, SlotInfo
+from llamaslot.llama.identity import Identity
+from llamaslot.store import Catalog, Draft, QuotaExceeded, Snapshot, read_slot_file
+
+log = logging.getLogger(__name__)
+
+_SETTLE_POLL_S = 1.5
+_SETTLE_POLLS = 4  # slots at work for clients of a llamaslot that died get this long to become idle
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """The result: a pool that describes the server as it is now, and who the model is."""
+
+    pool: Pool
+    props: Props
+    model_name: str
+    fingerprint: str
+    found_busy: tuple[Slot, ...]
+    warnings: tuple[str, ...]
+
+
+class Handshake:
+    """One meeting. Raises BackendDown, UpstreamError and NotReady; canceling is safe, the next one starts over."""
+
+    def __init__(
+        self, name: str, api: LlamaServer, catalog: Catalog | None, rates: Rates, rules: Rules
+    ) -> None:
+        self.name, self.api, self.catalog, self.rates, self.rules = name, api, catalog, rates, rules
+        self.probes = Probes(api, catalog, rates)
+        # Drafts that are not committed at the end are given back, however it ends.
+        self._drafts = contextlib.AsyncExitStack()
+
+    async def run(self, now: float) -> Met:
+        async with self._drafts:
+            return await self._meet(now)
+
+    async def _meet(self, now: float) -> Met:
+        props = await self.api.props()
+        model = await self.api.model_info()
+        infos = await self._settled()
+        idle = sorted((info for info in infos if not info.is_processing), key=lambda info: info.n_tokens or 0)
+        if not idle:
+            raise NotReady("all slots of llama-server are at work for others; waiting until one is idle")
+        pool = Pool(self.name, len(infos), props.n_ctx, rules=self.rules, rates=self.rates)
+        first, others = idle[0], idle[1:]
+        if first.n_tokens and not await self.probes.has_room(first.n_tokens):
+            await self._empty(first.id)  # the quota cannot take what it holds, so neither can a probe save it
+            first = replace(first, n_tokens=0)
+        can_save = await self.probes.can_save(first.id, first.n_tokens or 0)
+        lora = await self.api.lora_adapters()
+        can_adopt = can_save and not lora  # with which scales a context was computed is written nowhere
+        written = await self._written(first) if first.n_tokens and can_adopt else None
+        pool.memory = await self.probes.memory(first.id, props)
+        pool.is_memory_sure = self.probes.is_memory_sure
+        identity = await self.probes.identity(first.id, props, model, lora)
+        fingerprint = identity.to_text()
+        empty = next((info.id for info in others if not info.n_tokens), None)
+        if empty is not None and await self.probes.is_unified(first.id, empty):
+            can_save = False
+        pool.can_save, pool.can_erase = can_save, self.probes.can_erase
+        self._forget_rates_of_others(identity)
+        if self.catalog is not None and can_save:
+            fingerprint = self._admit(pool, identity)
+            await self.probes.size(first.id)
+        for slot in (first.id, empty):
+            await self._empty(slot)
+        if written is not None:
+            await self._commit(pool, written, fingerprint)
+        for info in others:
+            if info.n_tokens:
+                await self._adopt(pool, info, fingerprint if can_adopt and can_save else None, now)
+        for warning in self.probes.warnings:
+            log.warning("%s: %s", self.name, warning)
+        busy = tuple(pool.slots[info.id] for info in infos if info.is_processing)
+        warnings = tuple(self.probes.warnings)
+        return Met(pool, props, str(model.get("id", "")), fingerprint, busy, warnings)
+
+    async def _settled(self) -> list[SlotInfo]:
+        infos = await self.api.slots()
+        for _ in range(_SETTLE_POLLS):
+            if not any(info.is_processing for info in infos):
+                break
+            await asyncio.sleep(_SETTLE_POLL_S)
+            infos = await self.api.slots()
+        return infos
+
+    async def _empty(self, slot: int | None) -> None:
+        if slot is not None:
+            try:
+                await self.api.erase(slot)
+            except SlotActionFailed as error:
+                log.debug("%s", error)  # 501 without --slot-save-path: a few tokens of the probes stay in it
+
+    # -- adoption ------------------------------------------------------------------------------------------------
+
+    async def _written(self, info: SlotInfo) -> tuple[Draft, SlotAction] | None:
+        """Save a slot whose contents are unknown; None when that failed."""
+        assert self.catalog is not None
+        draft = None
+        try:
+            draft = await self.catalog.reserve(self.rates.size_bytes(info.n_tokens or 0))
+            self._drafts.push_async_callback(self.catalog.abandon, draft)  # no effect on a committed one
+            saved = await self.api.save(info.id, draft.part_name)
+        except (QuotaExceeded, SnapshotInvalid, SlotActionFailed) as error:
+            log.info("%s: slot %d is not adopted: %s", self.name, info.id, error)
+            if draft is not None:
+                await self.catalog.abandon(draft)
+            return None
+        self.rates.size.observe(saved.n_tokens, saved.n_bytes)
+        return draft, saved
+
+    async def _commit(
+        self, pool: Pool, written: tuple[Draft, SlotAction], fingerprint: str
+    ) -> Snapshot | None:
+        """Accept what the file's header says that the slot held; a snapshot that holds just that is not kept twice."""
+        assert self.catalog is not None
+        draft, saved = written
+        try:
+            file = await read_slot_file(self.catalog.directory / draft.part_name)
+            if (same := pool.snapshot_of(file.tokens)) is not None:
+                await self.catalog.abandon(draft)
+                return same
+            snapshot = await self.catalog.commit(
+                draft,
+                tokens_expected=b"",
+                n_saved=saved.n_tokens,
+                n_written=saved.n_bytes,
+                fingerprint=fingerprint,
+                checkpoints=(),
+                source="adopted",
+            )
+        except LlamaslotError as error:
+            await self.catalog.abandon(draft)
+            log.info("%s: a slot is not adopted: %s", self.name, error)
+            return None
+        pool.add_snapshot(snapshot)
+        return snapshot
+
+    async def _adopt(self, pool: Pool, info: SlotInfo, fingerprint: str | None, now: float) -> None:
+        """Learn what a slot holds by saving it; one that cannot be saved is emptied."""
+        written = await self._written(info) if fingerprint is not None else None
+        snapshot = await self._commit(pool, written, fingerprint) if written and fingerprint else None
+        if snapshot is None:
+            await self._empty(info.id)
+            return
+        slot = pool.slots[info.id]
+        pool.take(slot, Job("adoption"), now, has_answer=False)
+        pool.give_back(slot, Event.KEEP, content_of(snapshot), now)
+        log.info("%s: adopted slot %d with %d tokens", self.name, slot.id, count(snapshot.tokens))
+
+    def _forget_rates_of_others(self, current: Identity) -> None:
+        """Speed and sizes were learned with one model; of another they say nothing."""
+        known = Identity.from_text(self.rates.model)
+        if known is None or not current.is_same(known):
+            self.rates.forget()
+            self.rates.model = current.to_text()
+
+    def _admit(self, pool: Pool, current: Identity) -> str:
+        """Offer the snapshots of this very model; its fingerprint, in the words in which the newest of them has it."""
+        assert self.catalog is not None
+        snapshots = sorted(self.catalog.snapshots.values(), key=lambda snapshot: snapshot.created_at)
+        fingerprint, is_same, n_others = current.to_text(), dict[str, bool](), 0
+        for snapshot in snapshots:
+            text = snapshot.fingerprint
+            if text not in is_same:
+                other = Identity.from_text(text)
+                is_same[text] = other is not None and current.is_same(other)
+            if is_same[text]:
+                pool.add_snapshot(snapshot)
+                self.rates.size.observe(count(snapshot.tokens), snapshot.size_bytes)
+                fingerprint = text
+            else:
+                n_others += 1
+        if n_others:
+            log.warning("%s: %d snapshots are of another model and stay unused", self.name, n_others)
+        self.catalog.fingerprint = fingerprint
+        return fingerprint

@@ -1,0 +1,164 @@
+"""A lease: the right of one job to send things to one slot, and what is known of the slot meanwhile."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from llamaslot.core.slots import NOTHING, Content, Event, Job, Plan, Slot, State
+from llamaslot.core.tokens import common
+from llamaslot.errors import BackendRestarted
+
+if TYPE_CHECKING:
+    from llamaslot.engine.pool import Pool
+    from llamaslot.engine.scheduler import Scheduler
+
+
+class Phase(enum.Enum):
+    READY = "ready"  # the server does nothing in the slot
+    ACTING = "acting"  # a save, erase or restore is carried out, whoever leaves
+    WORKING = "working"  # a prefill or an answer: closing its connection ends it, some time later
+
+
+class Lease:
+    """Made by the scheduler only. ``release`` is synchronous and idempotent, and safe in every phase.
+
+    ``content`` is what the slot holds as far as its holder knows at this moment; None when that is unknown.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, pool: Pool, slot: Slot | None, job: Job, plan: Plan | None
+    ) -> None:
+        """Raises KeyError, and takes nothing, when the plan's snapshot is gone."""
+        self.scheduler, self.pool, self.slot, self.job, self.plan = scheduler, pool, slot, job, plan
+        self.content: Content | None = slot.content if slot is not None else NOTHING
+        if slot is not None and slot.state is State.SUSPECT:
+            self.content = None
+        self._before = self.content  # what it held when the job's own request was sent
+        self.phase = Phase.READY
+        self.is_begun = False  # the server has begun with what was sent last
+        self.is_answering = False  # the job's own request has been sent
+        self.is_started = False
+        self.is_released = False
+        self.n_expected = 0  # tokens that the server should find in the slot when the steps are through
+        self.is_going_back = False  # and whether it has to drop others behind them
+        self.held = ExitStack()  # what else is given back with the slot: the pin of a snapshot
+        self.leaving = None
+        if plan is not None and plan.snapshot is not None:
+            self.held.enter_context(scheduler.pin(plan.snapshot))  # first: it is what may fail
+        if slot is not None:
+            self.leaving = pool.take(slot, job, scheduler.now(), plan, has_answer=plan is not None)
+
+    @classmethod
+    def turn(cls, scheduler: Scheduler, pool: Pool, job: Job) -> Lease:
+        """The turn of a job for which llama-server will choose the slot: no slot yet."""
+        lease = cls(scheduler, pool, None, job, None)
+        scheduler.leases.add(lease)
+        return lease
+
+    def __repr__(self) -> str:
+        return f"<Lease {self.slot!r} {self.phase.value} {self.job!r}>"
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it serves llamaslot itself (a save, a probe) and no client."""
+        return self.plan is None and self.slot is not None and not self.job.is_exclusive
+
+    @property
+    def slot_id(self) -> int:
+        assert self.slot is not None, "a turn has no slot of its own"
+        return self.slot.id
+
+    # -- phases --------------------------------------------------------------------------------------------------
+
+    def still_holds(self) -> None:
+        """Raises BackendRestarted when the slot is one of a process that is gone: the number may be another's now."""
+        if not self.pool.is_current:
+            raise BackendRestarted("llama-server has restarted")
+
+    def acting(self) -> None:
+        """A save, erase or restore begins. Raises BackendRestarted."""
+        self.still_holds()
+        self.phase = Phase.ACTING
+
+    def acted(self) -> None:
+        """The save, erase or restore has ended. If the client has left meanwhile, the slot goes back now."""
+        self.phase = Phase.READY
+        if self.is_released:
+            self._give_back()
+
+    def working(self) -> None:
+        """A prefill or the job itself is being sent.
+
+        Until the server confirms that it has begun, only what old and new tokens have in common is sure.
+        Raises BackendRestarted.
+        """
+        self.still_holds()
+        self.phase, self.is_begun = Phase.WORKING, False
+        if self.content is not None:
+            n = common(self.content.tokens, self.job.tokens)
+            if n < self.content.n_tokens:
+                self.content = replace(self.content.head(n), is_dirty=True)
+
+    def sent(self) -> None:
+        """The job's own request is being sent."""
+        self._before = self.content
+        self.working()
+        self.is_answering = True
+
+    def begun(self, content: Content) -> None:
+        """The server works: what the slot holds is at most ``content``."""
+        self.content, self.is_begun = content, True
+
+    def started(self) -> None:
+        """The job itself runs in the slot: it is no longer between two steps."""
+        self.is_started = True
+        if self.slot is not None:
+            self.pool.answering(self.slot, self.scheduler.now())
+
+    def refused(self) -> None:
+        """llama-server refused the request at the door (4xx): the slot holds what it held before it was sent."""
+        self.done(self._before)
+
+    def done(self, content: Content | None) -> None:
+        """The server is through, and the slot holds ``content``."""
+        self.phase, self.content = Phase.READY, content
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def release(self) -> None:
+        if self.is_released:
+            return
+        self.is_released = True
+        if self.phase is not Phase.ACTING:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self.held.close()
+        if self.job.is_private and self.is_answering:
+            self.content = None  # nobody may go on from what was computed with other LoRA scales
+        if self.slot is not None:
+            if self.leaving is not None:
+                self.pool.left(self.leaving)
+            now = self.scheduler.now()
+            if self.phase is Phase.WORKING:
+                self.pool.give_back(self.slot, Event.LEAVE, self.content or NOTHING, now)
+                self.scheduler.leases.discard(self)
+                self.scheduler.on_drain(self)
+            elif self.content is None:
+                self.pool.give_back(self.slot, Event.FAIL, NOTHING, now)
+            else:
+                self.pool.give_back(self.slot, Event.KEEP, self.content, now)
+        self.scheduler.released(self)
+
+
+Report = Callable[[str], None]

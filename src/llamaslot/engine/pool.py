@@ -1,0 +1,311 @@
+"""What one running llama-server holds: its slots, the two prefix indexes, and what losing any of it would cost.
+
+All of it is bookkeeping without an await. A pool lives as long as the llama-server process that it describes: after a
+restart there is a new one, and what the old one's leases still do to their slots has no effect any more.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from llamaslot.core.cost import Rates
+from llamaslot.core.policy import PoolView, Rules, SlotView, SnapshotView, weight
+from llamaslot.core.prefix import PrefixIndex
+from llamaslot.core.reuse import Memory, usable
+from llamaslot.core.slots import NOTHING, Content, Event, Job, Plan, Save, Slot, State
+from llamaslot.core.tokens import common, count
+from llamaslot.store import Snapshot
+
+N_CANDIDATES = 16  # snapshots that a placement looks at, the longest common prefixes first
+_DRAIN_S = 1.0  # what it usually takes until the server has noticed that a client has gone
+MIN_WORTH_TOKENS = 64  # snapshots closer together than this make the index slow and save nothing
+
+
+@dataclass(slots=True)
+class Busy:
+    """When a leased slot is expected back. ``ready_at``: when its steps are through and an answer begins, if any."""
+
+    ready_at: float
+    has_answer: bool
+    will_hold: bytes
+    is_at_work: bool = False  # it drains, and the server was seen to work in it
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """Content on its way from a slot to the disk: neither resident nor a snapshot until the save is committed."""
+
+    holder: str
+    content: Content
+    until: float
+
+
+def content_of(snapshot: Snapshot) -> Content:
+    """What a slot holds that has just been saved as ``snapshot``, or restored from it."""
+    return Content(snapshot.tokens, True, False, snapshot.checkpoints, snapshot.id)
+
+
+class Pool:
+    """Slots and snapshots of one llama-server process. Not thread-safe: the event loop only."""
+
+    def __init__(
+        self,
+        backend: str,
+        n_slots: int,
+        n_ctx: int,
+        *,
+        rules: Rules,
+        rates: Rates,
+    ) -> None:
+        self.backend, self.n_ctx, self.rules, self.rates = backend, n_ctx, rules, rates
+        # Until the handshake knows better:
+        self.can_save, self.can_erase, self.memory = False, False, Memory.DENSE
+        self.is_memory_sure = False  # the GGUF says so too: a short probe does not leave a sliding window
+        self.slots = [Slot(backend, i) for i in range(n_slots)]
+        self.is_current = True
+        self._residents: PrefixIndex[int] = PrefixIndex()
+        self._snapshots: PrefixIndex[str] = PrefixIndex()
+        self._known: dict[str, Snapshot] = {}
+        self._leaving: dict[str, Leaving] = {}
+        self._busy: dict[int, Busy] = {}
+        self._serial = itertools.count()
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    def view(self, job: Job, now: float, reserved: frozenset[int]) -> PoolView:
+        """The pool as ``job`` sees it. Changes nothing."""
+        shared = {hit.holder: hit.n_shared for hit in self._residents.match(job.tokens)} if job.tokens else {}
+        return PoolView(
+            slots=tuple(self._slot_view(slot, shared.get(slot.id, 0), job, now) for slot in self.slots),
+            snapshots=tuple(self._snapshot_views(job, now)),
+            prefill_s=self.rates.prefill.seconds,
+            reserved=reserved,
+            can_erase=self.can_erase,
+        )
+
+    def _slot_view(self, slot: Slot, n_shared: int, job: Job, now: float) -> SlotView:
+        content = slot.content
+        if slot.is_idle:
+            n_held = content.n_tokens if content.is_exact else None
+            n_usable = usable(self.memory, n_shared, n_held, content.checkpoints, job.n_tokens)
+            is_worth = self.is_worth_saving(slot)
+            return SlotView(
+                id=slot.id,
+                state=slot.state,
+                n_tokens=content.n_tokens,
+                n_shared=n_shared,
+                n_usable=n_usable,
+                save_s=self.save_s(content) if is_worth else 0.0,
+                is_worth_saving=is_worth,
+                regret_s=self.regret_s(slot, is_worth) * weight(now - slot.used_at),
+                used_at=slot.used_at,
+            )
+        busy = self._busy[slot.id]
+        n_held = count(busy.will_hold)
+        # Its own prompt's checkpoints are not there yet; what is said of a busy slot is an estimate anyway.
+        n_usable = min(n_shared, job.n_tokens - 1) if job.n_tokens else 0
+        wait_s = max(busy.ready_at - now, _DRAIN_S if slot.state is State.DRAINING else 0.0)
+        if busy.has_answer:
+            wait_s += self.rates.answer.seconds_left(max(now - busy.ready_at, 0.0))
+        return SlotView(
+            id=slot.id,
+            state=slot.state,
+            n_tokens=n_held,
+            n_shared=n_shared,
+            n_usable=n_usable,
+            wait_s=wait_s,
+            used_at=slot.used_at,
+        )
+
+    def _snapshot_views(self, job: Job, now: float) -> list[SnapshotView]:
+        if not self.can_save or job.is_cold or job.is_private or not job.tokens:
+            return []
+        views = []
+        for hit in self._snapshots.match(job.tokens, N_CANDIDATES):
+            if (leaving := self._leaving.get(hit.holder)) is not None:
+                checkpoints, wait_s = leaving.content.checkpoints, max(leaving.until - now, 0.001)
+                n_held = hit.n_tokens if leaving.content.is_exact else None
+                restore_s = self.rates.restore_s(hit.n_tokens)
+            else:
+                snapshot = self._known[hit.holder]
+                checkpoints, n_held, wait_s = snapshot.checkpoints, hit.n_tokens, 0.0
+                restore_s = self.rates.restore.seconds(snapshot.size_bytes)
+            n_usable = usable(self.memory, hit.n_shared, n_held, checkpoints, job.n_tokens)
+            if n_usable >= MIN_WORTH_TOKENS:
+                views.append(SnapshotView(hit.holder, n_usable, restore_s, wait_s))
+        return views
+
+    def save_s(self, content: Content) -> float:
+        return self.rates.save_s(content.n_held)
+
+    def covered(self, slot: Slot) -> int:
+        """How much of what the slot holds somebody else holds too: another idle slot, or a snapshot."""
+        tokens = slot.content.tokens
+        others = [other.id for other in self.slots if other is slot or not other.is_idle]
+        resident = self._residents.cover(tokens, exclude=others)
+        return max(resident, self._snapshots.cover(tokens, exclude=())) if self.can_save else resident
+
+    def is_worth_saving(self, slot: Slot) -> bool:
+        """Whether computing again what only this slot holds would take longer than saving it now."""
+        content = slot.content
+        if not (self.can_save and content.is_dirty) or content.n_tokens < MIN_WORTH_TOKENS:
+            return False
+        n_covered = self._snapshots.cover(content.tokens, exclude=())
+        if self.memory is not Memory.DENSE:
+            n_covered = 0 if n_covered < content.n_tokens else n_covered
+        return self.rates.prefill.seconds(n_covered, content.n_tokens) > self.save_s(content)
+
+    def regret_s(self, slot: Slot, is_saved: bool) -> float:
+        """What the owner of the slot's content pays when he comes back and finds it gone, in seconds."""
+        n = slot.content.n_tokens
+        if n == 0:
+            return 0.0
+        n_covered = self.covered(slot)
+        recompute_s = self.rates.prefill.seconds(min(n_covered, n), n)
+        if is_saved or (self.can_save and n_covered >= n):
+            whole_s = self.rates.prefill.seconds(0, n)
+            return min(self.rates.restore_s(n), whole_s)
+        return recompute_s
+
+    # -- snapshots -----------------------------------------------------------------------------------------------
+
+    def add_snapshot(self, snapshot: Snapshot) -> None:
+        self._known[snapshot.id] = snapshot
+        self._snapshots.insert(snapshot.id, snapshot.tokens)
+
+    def drop_snapshot(self, snapshot_id: str) -> None:
+        """Idempotent. A slot that came from it is the only holder now: what it holds is dirty again."""
+        if self._known.pop(snapshot_id, None) is None:
+            return
+        self._snapshots.drop(snapshot_id)
+        for slot in self.slots:
+            if slot.content.snapshot == snapshot_id:
+                slot.content = replace(slot.content, snapshot=None, is_dirty=True)
+
+    def agree(self, snapshots: Mapping[str, Snapshot], fingerprint: str) -> None:
+        """Drop what is not among ``snapshots``, the ones that exist, and add those of this very model."""
+        for snapshot_id in self._known.keys() - snapshots.keys():
+            self.drop_snapshot(snapshot_id)
+        for snapshot in snapshots.values():
+            if snapshot.fingerprint == fingerprint and snapshot.id not in self._known:
+                self.add_snapshot(snapshot)
+
+    def snapshot(self, snapshot_id: str) -> Snapshot | None:
+        return self._known.get(snapshot_id)
+
+    def snapshot_of(self, tokens: bytes) -> Snapshot | None:
+        """The snapshot that holds exactly ``tokens``."""
+        hit = next(iter(self._snapshots.match(tokens, 1)), None)
+        is_same = hit is not None and hit.n_shared == hit.n_tokens == count(tokens)
+        return self._known.get(hit.holder) if hit is not None and is_same else None
+
+    def backing(self, besides: Slot | None) -> set[str]:
+        """The snapshots of what slots hold now: when one of them goes, its slot is dirty again."""
+        kept = (slot.content.snapshot for slot in self.slots if slot is not besides)
+        return {snapshot for snapshot in kept if snapshot is not None}
+
+    @property
+    def n_snapshots(self) -> int:
+        return len(self._known)
+
+    # -- leases --------------------------------------------------------------------------------------------------
+
+    def take(
+        self, slot: Slot, job: Job, now: float, plan: Plan | None = None, *, has_answer: bool
+    ) -> Leaving | None:
+        """Lease ``slot`` to ``job``: from now on it counts as holding what the job will leave in it.
+
+        Content that the plan saves first becomes *leaving* in the same breath, so that its owner, asking meanwhile,
+        waits for the commit instead of computing it again.
+        """
+        old = slot.content
+        cost_s = plan.cost_s if plan else self.save_s(old)
+        leaving = None
+        if plan is not None and any(isinstance(step, Save) for step in plan.steps):
+            leaving = Leaving(f"leaving-{next(self._serial)}", old, now + self.save_s(old))
+            self._leaving[leaving.holder] = leaving
+            self._snapshots.insert(leaving.holder, old.tokens)
+        slot.become(Event.LEASE)
+        slot.leased_by = job.id
+        will_hold = job.tokens if plan is not None else old.tokens
+        self._busy[slot.id] = Busy(now + cost_s, has_answer, will_hold)
+        self._index(slot, will_hold)
+        return leaving
+
+    def left(self, leaving: Leaving) -> None:
+        """The save of ``leaving`` has ended, well or not. Idempotent."""
+        if self._leaving.pop(leaving.holder, None) is not None:
+            self._snapshots.drop(leaving.holder)
+
+    def answering(self, slot: Slot, now: float) -> None:
+        """The steps before the answer are through."""
+        if (busy := self._busy.get(slot.id)) is not None:
+            busy.ready_at = now
+
+    def seen_at_work(self, slot: Slot) -> None:
+        """What a client left behind in ``slot`` has arrived there: nothing of it is on its way any more."""
+        if (busy := self._busy.get(slot.id)) is not None:
+            busy.is_at_work = True
+
+    @property
+    def is_anything_on_its_way(self) -> bool:
+        """Whether something sent for a client that has gone may still begin in a slot."""
+        draining = (slot for slot in self.slots if slot.state is State.DRAINING)
+        return any(not self._busy[slot.id].is_at_work for slot in draining)
+
+    def expect_nothing(self, slot: Slot) -> None:
+        """A leased slot will hold what nobody knows: it is no use to wait for it."""
+        if (busy := self._busy.get(slot.id)) is not None:
+            busy.will_hold = b""
+            self._index(slot, b"")
+
+    def give_back(self, slot: Slot, event: Event, content: Content, now: float) -> None:
+        """End a lease, or the draining after one, with what the slot now holds."""
+        if event is Event.KEEP and content.n_tokens == 0:
+            event = Event.EMPTY
+        if content.snapshot is not None and content.snapshot not in self._known:
+            content = replace(content, snapshot=None, is_dirty=True)  # dropped while the slot was leased
+        slot.become(event, content)
+        if event is Event.LEAVE:
+            self._busy[slot.id] = Busy(now, has_answer=False, will_hold=content.tokens)
+        else:
+            self._busy.pop(slot.id, None)
+            slot.leased_by = None
+            slot.used_at = now
+        self._index(slot, slot.content.tokens)
+
+    def _index(self, slot: Slot, tokens: bytes) -> None:
+        if tokens:
+            self._residents.insert(slot.id, tokens)
+        else:
+            self._residents.drop(slot.id)
+
+    # -- invariants ----------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise AssertionError naming the invariant that does not hold."""
+        self._residents.check()
+        self._snapshots.check()
+        for slot in self.slots:
+            is_busy = slot.id in self._busy
+            assert is_busy == (not slot.is_idle), f"a slot is busy exactly while it is not idle: {slot}"
+            assert (slot.leased_by is None) == slot.is_idle, f"a leased slot has an owner: {slot}"
+            held = self._busy[slot.id].will_hold if is_busy else slot.content.tokens
+            assert (slot.id in self._residents) == bool(held), f"a slot is indexed by what it holds: {slot}"
+            if held:
+                assert self._residents.tokens(slot.id) == held, f"the index holds what the slot holds: {slot}"
+            if slot.state is State.FREE:
+                assert slot.content == NOTHING, f"a free slot holds nothing: {slot}"
+            if slot.content.snapshot is not None:
+                assert slot.content.snapshot in self._known, f"a slot's snapshot exists: {slot}"
+        assert set(self._snapshots.holders()) == {*self._known, *self._leaving}, "snapshots are indexed"
+
+
+def supersedes(new: bytes, old: bytes, similarity_min: float) -> bool:
+    """Whether a snapshot of ``new`` makes one of ``old``, from the same conversation, needless.
+
+    Not a strict prefix only: the answer in ``old`` comes back re-tokenized, so the two part somewhere inside it.
+    """
+    return count(new) >= count(old) and common(new, old) >= similarity_min * count(old)

@@ -1,0 +1,176 @@
+"""Finds out by trying what llama-server does not tell, in a slot that holds nothing worth keeping."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llamaslot.core.cost import Rates
+from llamaslot.core.reuse import Memory
+from llamaslot.core.tokens import count, head
+from llamaslot.errors import SlotActionFailed, SnapshotInvalid, UpstreamError
+from llamaslot.llama.api import LlamaServer, Props
+from llamaslot.llama.gguf import architecture
+from llamaslot.llama.identity import N_PROBS, Identity, gguf_mark, probe_tokens, told
+from llamaslot.store import Catalog, Draft, NotShared, QuotaExceeded, prove_shared
+
+log = logging.getLogger(__name__)
+
+_FEW, _MORE = 10, 50  # tokens of the two saves that tell the bytes per token
+_MAX_WINDOW = 8192  # a longer sliding window is not probed: it would take too long at each start
+
+NO_SAVE_PATH = (
+    "llama-server runs without --slot-save-path: a context that leaves its slot is computed again. Start it with"
+    " --slot-save-path DIR and set backends[0].slot_save_path to the same directory"
+)
+NO_DIRECTORY = (
+    "backends[0].slot_save_path is not set: a context that leaves its slot is computed again. Set it to the directory"
+    " that llama-server was given as --slot-save-path, as seen from here"
+)
+UNIFIED = (
+    "llama-server empties idle slots when another one starts (unified KV cache): every context that is not in use is"
+    " computed again. Start it with --no-kv-unified --no-cache-idle-slots and an explicit --parallel N"
+)
+NO_REWIND = (
+    "this is a %s model: it goes on only from the exact end of a context or from a checkpoint near it; a prompt that"
+    " parts from its context earlier is computed again%s"
+)
+
+
+class Probes:
+    """Probes of one llama-server. ``warnings``: what defeats the purpose, each with what it costs and what mends it.
+
+    Every coroutine raises BackendDown. Canceling is safe: the slot is left with a few dozen tokens of nobody's.
+    """
+
+    def __init__(self, api: LlamaServer, catalog: Catalog | None, rates: Rates) -> None:
+        self.api, self.catalog, self.rates = api, catalog, rates
+        self.warnings: list[str] = []
+        self.can_erase = True
+        self.is_memory_sure = False
+
+    async def has_room(self, n_tokens: int) -> bool:
+        """Whether the quota has room for a file of so many tokens, perhaps after evictions."""
+        if self.catalog is None:
+            return False
+        room = await self._room(self.rates.size_bytes(n_tokens))
+        if room is not None:
+            await self.catalog.abandon(room)
+        return room is not None
+
+    async def can_save(self, slot: int, n_tokens: int) -> bool:
+        """Whether slot files can be used: proved with one that the server writes. ``n_tokens``: what the slot holds."""
+        if not n_tokens:
+            await self._fill(slot, _FEW)
+        if self.catalog is None:
+            self.warnings.append(NO_DIRECTORY)
+            if not n_tokens:
+                await self._try_erase(slot)
+            return False
+
+        async def save(name: str) -> None:
+            await self.api.save(slot, name)
+
+        room = await self._room(self.rates.size_bytes(n_tokens)) if n_tokens else None
+        try:
+            await prove_shared(self.catalog.directory, save)
+        except SlotActionFailed as error:
+            self.can_erase = error.status_upstream != 501
+            self.warnings.append(NO_SAVE_PATH if not self.can_erase else f"slots cannot be saved: {error}")
+            return False
+        except (NotShared, UpstreamError) as error:
+            self.warnings.append(f"nothing is kept on disk: {error}")
+            return False
+        finally:
+            if room is not None:
+                await self.catalog.abandon(room)
+        return True
+
+    async def _try_erase(self, slot: int) -> None:
+        try:
+            await self.api.erase(slot)
+        except SlotActionFailed:
+            self.can_erase = False
+
+    async def _room(self, size_bytes: int) -> Draft | None:
+        assert self.catalog is not None
+        with contextlib.suppress(QuotaExceeded, SnapshotInvalid):
+            return await self.catalog.reserve(size_bytes)
+        return None
+
+    async def size(self, slot: int) -> None:
+        """Learn the bytes per token from two small saves: a guess would break the quota, or empty it.
+
+        Needless where snapshots of this model tell it. Where there are none at all, nothing can be evicted for a probe.
+        """
+        assert self.catalog is not None
+        if self.rates.size.bytes(_MORE) is not None:
+            return
+        for n_tokens in (_FEW, _MORE):
+            await self._fill(slot, n_tokens)
+            room = await self._room(self.rates.size_bytes(n_tokens) if self.catalog.snapshots else 0)
+            if room is None:
+                return
+            try:
+                saved = await self.api.save(slot, room.part_name)
+                self.rates.size.observe(saved.n_tokens, saved.n_bytes)
+            except SlotActionFailed as error:
+                log.warning("a probe could not be saved: %s", error)
+            finally:
+                await self.catalog.abandon(room)
+
+    async def memory(self, slot: int, props: Props) -> Memory:
+        """How the model remembers: its GGUF says so where it can be read, and going back in the slot proves it."""
+        known = await architecture(Path(props.model_path)) if props.model_path else None
+        self.is_memory_sure = known is not None
+        window = known.window if known is not None else 0
+        n_tokens = window + 256 if window else _MORE
+        memory = known.memory if known is not None else Memory.DENSE
+        if n_tokens > min(_MAX_WINDOW, props.n_ctx // 2):
+            return memory
+        tokens = await self._fill(slot, n_tokens)
+        n_back = n_tokens // 4  # far enough before the checkpoints at the end
+        n_reused = 0
+        async with contextlib.aclosing(self.api.prefill(slot, head(tokens, n_back))) as events:
+            async for event in events:
+                n_reused = event.cache
+                break
+        if n_reused >= n_back - 1:
+            return Memory.DENSE  # also SWA with --swa-full
+        memory = Memory.SWA if memory is Memory.SWA else Memory.RECURRENT
+        hint = "; --swa-full mends it where memory allows" if memory is Memory.SWA else ""
+        log.info(NO_REWIND, memory.value, hint)
+        return memory
+
+    async def identity(self, slot: int, props: Props, model: Mapping[str, Any], lora: list[Any]) -> Identity:
+        """Who the model is. Leaves the probe's tokens in the slot."""
+        tokens = probe_tokens(_n_vocab(model))
+        behaviour = await self.api.top_logprobs(slot, tokens, N_PROBS)
+        mark = await gguf_mark(Path(props.model_path)) if props.model_path else None
+        return Identity(told(model, props.n_slots, lora), behaviour, mark)
+
+    async def is_unified(self, slot: int, other: int) -> bool:
+        """Whether a task in ``other`` empties ``slot``, which holds the probe's tokens."""
+        await self._fill(other, _FEW)
+        left = next((info.n_tokens for info in await self.api.slots() if info.id == slot), None)
+        if left:
+            return False
+        self.warnings.append(UNIFIED)
+        return True
+
+    async def _fill(self, slot: int, n_tokens: int) -> bytes:
+        """Compute ``n_tokens`` tokens of no meaning, whatever the slot held."""
+        tokens = (probe_tokens(256) * (n_tokens // 50 + 1))[: n_tokens * 4]
+        assert count(tokens) == n_tokens
+        async with contextlib.aclosing(self.api.prefill(slot, tokens)) as events:
+            async for event in events:
+                if event.processed > event.cache:
+                    self.rates.prefill.observe(event.cache, event.processed, event.seconds)
+        return tokens
+
+
+def _n_vocab(model: Mapping[str, Any]) -> int:
+    return int((model.get("meta") or {}).get("n_vocab") or 256)

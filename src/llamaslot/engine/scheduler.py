@@ -1,0 +1,287 @@
+"""Who gets which slot, and when: the queue, the leases, and turns in which llama-server chooses slots by itself.
+
+Everything here runs on the event loop without awaiting between looking and leasing. What is decided is decided by
+``core.policy``; what is done in a slot is done by whoever holds its lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from llamaslot.core.policy import Rules, place
+from llamaslot.core.slots import Job, Plan, PrefillTo, Slot, State, Wait
+from llamaslot.engine.lease import Lease
+from llamaslot.engine.pool import Pool
+from llamaslot.errors import BackendDown, BackendRestarted, QueueFull
+
+log = logging.getLogger(__name__)
+
+MIN_LOOK_AGAIN_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    max_waiting: int = 256
+    max_wait_s: float = 600.0
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    job: Job
+    granted: asyncio.Future[Lease]
+
+
+class Scheduler:
+    """Leases the slots of one backend, first come first served."""
+
+    def __init__(self, rules: Rules, limits: QueueLimits, now: Callable[[], float]) -> None:
+        self.rules, self.limits, self.now = rules, limits, now
+        self.pool: Pool | None = None
+        self.leases: set[Lease] = set()
+        self.on_drain: Callable[[Lease], None] = lambda lease: None
+        self.pin: Callable[[str], AbstractContextManager[object]] = lambda snapshot: nullcontext()
+        self._down: BackendDown | None = None  # told to whoever asks
+        self._queue: list[_Waiting] = []
+        self._turn: Job | None = None  # the one exclusive job that is under way
+        self._is_closed = False  # nobody else may take a first step
+        self._quiet: asyncio.Future[None] | None = None
+        self._look_again: asyncio.TimerHandle | None = None
+        self._used_at = now()
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self._queue)
+
+    def position(self, job: Job) -> int:
+        """1 for the job that is next; 0 for one that waits no longer."""
+        return next((i for i, waiting in enumerate(self._queue, 1) if waiting.job is job), 0)
+
+    @property
+    def idle_s(self) -> float:
+        """For how long nobody has wanted anything."""
+        is_wanted = self._queue or any(not lease.is_own for lease in self.leases)
+        return 0.0 if is_wanted else self.now() - self._used_at
+
+    # -- life of the pool ----------------------------------------------------------------------------------------
+
+    def attach(self, pool: Pool) -> None:
+        self.pool, self._down = pool, None
+        self.dispatch()
+
+    def detach(self, error: BackendDown | None = None) -> None:
+        """The slots are gone. With ``error`` all who ask are told; without they wait for the next pool."""
+        if self.pool is not None:
+            self.pool.is_current = False
+        self.pool, self._down = None, error
+        if error is not None:
+            for waiting in self._queue:
+                if not waiting.granted.done():
+                    waiting.granted.set_exception(error)
+
+    # -- leasing -------------------------------------------------------------------------------------------------
+
+    async def lease(self, job: Job) -> Lease:
+        """Wait for a slot. Raises QueueFull (limits in number and time) and BackendDown.
+
+        Cancelling is safe: the job leaves the queue, no slot is held.
+        """
+        if self._down is not None:
+            raise self._down
+        waiting = _Waiting(job, asyncio.get_running_loop().create_future())
+        self._queue.append(waiting)
+        try:
+            self.dispatch()
+            if not waiting.granted.done() and len(self._queue) > self.limits.max_waiting:
+                raise QueueFull(
+                    f"{len(self._queue) - 1} requests are waiting for a slot already; try again later",
+                    self._retry_after_s(),
+                )
+            async with asyncio.timeout(self.limits.max_wait_s):
+                return await waiting.granted
+        except BaseException as error:
+            if waiting.granted.done() and not waiting.granted.cancelled() and not waiting.granted.exception():
+                waiting.granted.result().release()  # granted and cancelled in the same breath
+            if isinstance(error, TimeoutError):
+                raise QueueFull(
+                    f"no slot became free within {self.limits.max_wait_s:g} s; try again later",
+                    self._retry_after_s(),
+                ) from None
+            raise
+        finally:
+            waiting.granted.cancel()
+            if waiting in self._queue:
+                self._queue.remove(waiting)
+                self.dispatch()  # what it had reserved is free for others
+
+    def _retry_after_s(self) -> float:
+        return min(max(1.0, self.limits.max_wait_s / 10), 30.0)
+
+    def try_lease(self, slot: Slot, job: Job) -> Lease | None:
+        """Lease an idle slot for work of our own (a save, a probe), if nobody is waiting for one."""
+        if self.pool is None or self._is_closed or self._queue or not slot.is_idle:
+            return None
+        return self._grant(slot, job)
+
+    def lease_idle(self, job: Job, n: int | None = None) -> list[Lease]:
+        """Lease the ``n`` lowest idle slots, or all of them, for the job whose turn it is. Raises BackendRestarted."""
+        assert self._turn is job, "only the job whose turn it is"
+        if self.pool is None:
+            raise BackendRestarted("llama-server has restarted")
+        idle = [slot for slot in self.pool.slots if slot.is_idle][:n]
+        return [self._grant(slot, job) for slot in idle]
+
+    def _grant(self, slot: Slot, job: Job) -> Lease:
+        assert self.pool is not None
+        lease = Lease(self, self.pool, slot, job, None)
+        self.leases.add(lease)
+        return lease
+
+    def dispatch(self) -> None:
+        """Give slots to those who wait, in their order. Called whenever something has changed."""
+        # From here to the end nothing awaits: what was looked at is what is leased.
+        if self._look_again is not None:
+            self._look_again.cancel()
+            self._look_again = None
+        self._wake_turn()
+        reserved: set[int] = set()
+        look_again_s: float | None = None
+        is_short = False  # somebody earlier waits for any slot at all
+        for waiting in list(self._queue):
+            if self.pool is None or self._is_closed:
+                break
+            job = waiting.job
+            if waiting.granted.done() or (job.is_exclusive and self._turn is not None):
+                continue
+            if job.is_unpinned:
+                if not is_short:
+                    self._turn = job
+                    self._give(waiting, Lease.turn(self, self.pool, job))
+                continue
+            if not any(slot.is_idle for slot in self.pool.slots):
+                is_short = True  # no need to look closer: with 250 waiting that took a second for each burst
+                continue
+            now = self.now()
+            decision = place(job, self.pool.view(job, now, frozenset(reserved)), self.rules)
+            if isinstance(decision, Wait):
+                if decision.slot is not None:
+                    reserved.add(decision.slot)
+                if decision.for_s is None:
+                    is_short = True
+                else:
+                    soon = max(decision.for_s, MIN_LOOK_AGAIN_S)
+                    look_again_s = soon if look_again_s is None else min(look_again_s, soon)
+                continue
+            try:
+                lease = Lease(self, self.pool, self.pool.slots[decision.slot], job, decision)
+            except KeyError:  # a snapshot that the catalog has given up unnoticed
+                assert decision.snapshot is not None
+                self.pool.drop_snapshot(decision.snapshot)
+                look_again_s = 0.0
+                continue
+            if job.is_exclusive:
+                self._turn = job
+            self.leases.add(lease)
+            self._give(waiting, lease)
+        if look_again_s is not None:
+            self._look_again = asyncio.get_running_loop().call_later(look_again_s, self.dispatch)
+
+    def _give(self, waiting: _Waiting, lease: Lease) -> None:
+        self._queue.remove(waiting)
+        waiting.granted.set_result(lease)
+
+    def released(self, lease: Lease) -> None:
+        """Called by the lease itself, once its slot is given back or drains."""
+        self.leases.discard(lease)
+        if not lease.is_own:
+            self._used_at = self.now()
+        self.end_turn(lease)
+        self.dispatch()
+
+    # -- turns ---------------------------------------------------------------------------------------------------
+
+    def end_turn(self, lease: Lease) -> None:
+        """The job is through with what only it may do. Idempotent."""
+        if self._turn is lease.job and (lease.plan is not None or lease.slot is None):
+            self._turn, self._is_closed = None, False
+            self.dispatch()
+
+    def has_turn(self, lease: Lease) -> bool:
+        return self._turn is lease.job
+
+    def is_prefilling(self, lease: Lease) -> bool:
+        """Whether a long prefill of somebody else's is under way or waits for its turn."""
+        others = (other for other in self.leases if other.pool is self.pool and other.job is not lease.job)
+        return any(not other.is_answering and _has_prefill(other.plan) for other in others)
+
+    def close(self, lease: Lease) -> None:
+        """From now on nobody else takes a first step."""
+        assert self._turn is lease.job, "only the job whose turn it is"
+        self._is_closed = True
+
+    def is_quiet(self, lease: Lease) -> bool:
+        """Whether every slot is either idle and nobody's, or the turn's own, or at work for sure."""
+        if self.pool is not lease.pool:
+            return True  # there is nothing to wait for any more
+        others = [other for other in self.leases if other.pool is self.pool and other.job is not lease.job]
+        started = {
+            id(other.job) for other in others if other.is_started
+        }  # its children's slots are at work with it
+        is_stepping = any(id(other.job) not in started for other in others)
+        n_idle = sum(slot.is_idle for slot in self.pool.slots)
+        return (
+            not is_stepping
+            and not self.pool.is_anything_on_its_way
+            and n_idle >= (lease.job.n_children or lease.job.is_unpinned)
+        )
+
+    async def quiet(self, lease: Lease, timeout_s: float) -> bool:
+        """Wait until the turn ``is_quiet``; False after ``timeout_s``. Cancelling is safe."""
+        if self.is_quiet(lease):
+            return True
+        self._quiet = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._quiet
+        except TimeoutError:
+            pass
+        finally:
+            self._quiet = None
+        return self.is_quiet(lease)
+
+    def _wake_turn(self) -> None:
+        if self._quiet is not None and not self._quiet.done():
+            self._quiet.set_result(None)
+
+    # -- invariants ----------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise AssertionError naming the invariant that does not hold."""
+        if self.pool is None:
+            return
+        self.pool.check()
+        current = [lease for lease in self.leases if lease.pool is self.pool and lease.slot is not None]
+        slots = [lease.slot for lease in current]
+        assert len(slots) == len(set(map(id, slots))), "a slot has one lease"
+        for lease in current:
+            assert lease.slot is not None
+            assert lease.slot.state is State.LEASED, f"a lease holds a leased slot: {lease}"
+        leased = sum(slot.state is State.LEASED for slot in self.pool.slots)
+        assert leased == len(slots), "a leased slot has a lease"
+        assert not self._is_closed or self._turn is not None, "only a turn closes the gate"
+        served = [waiting for waiting in self._queue if _is_served(waiting.granted)]
+        assert not served, f"whoever was served has left the queue: {served}"
+
+
+def _has_prefill(plan: Plan | None) -> bool:
+    return plan is not None and any(isinstance(step, PrefillTo) for step in plan.steps)
+
+
+def _is_served(granted: asyncio.Future[Lease]) -> bool:
+    """Cancelled and refused ones leave the queue by themselves, a moment later."""
+    return granted.done() and not granted.cancelled() and granted.exception() is None

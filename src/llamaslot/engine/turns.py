@@ -1,0 +1,195 @@
+"""Turns: requests for which llama-server chooses slots by itself.
+
+``n`` > 1 takes the lowest idle slots for its children and clears them at the end; a route that cannot be pinned lands
+in any idle slot. So before such a request is sent nobody else may be between two steps, and every slot that it may
+take is leased, and saved if that is worth it. Once it is under way, the slots that it did not take are given back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable
+
+from llamaslot.core.slots import NOTHING, Slot
+from llamaslot.engine.lease import Lease, Phase
+from llamaslot.engine.scheduler import Scheduler
+from llamaslot.engine.steps import Steps
+from llamaslot.errors import BackendRestarted, LlamaslotError
+from llamaslot.llama.api import LlamaServer, SlotInfo
+from llamaslot.tasks import TaskOwner
+
+log = logging.getLogger(__name__)
+
+_CONFIRM_EVERY_S = 1.5  # as for draining slots: asking more often keeps those who have left alive
+_PATIENCE_S = (
+    60.0  # while long prefills run others go on; with the gate shut all of them would wait for the last one
+)
+_LANDING_POLLS_S = (0.05, 0.2, 0.5, 1.5)
+
+
+class Turn:
+    """The slots that one request with a will of its own may take; ``settle`` sorts out which it took."""
+
+    def __init__(
+        self, api: LlamaServer, lease: Lease, others: list[Lease], before: dict[int, SlotInfo]
+    ) -> None:
+        self._api, self._lease, self._others, self._before = api, lease, others, before
+        self._settled = False
+
+    async def watch_landing(self) -> None:
+        """Wait until the server works on the request, then let the others go on. Cancelling is safe."""
+        for wait_s in itertools.chain(_LANDING_POLLS_S, itertools.repeat(_CONFIRM_EVERY_S)):
+            await asyncio.sleep(wait_s)
+            try:
+                infos = await self._api.slots()
+            except LlamaslotError:
+                continue
+            if self.has_landed(infos):
+                return
+
+    def has_landed(self, infos: list[SlotInfo]) -> bool:
+        """Whether the server works on it: then slots that it has not touched are given back, and the gate opens."""
+        others = self._look_up(infos)
+        if sum(info.is_processing for _, info in others) < (self._lease.job.n_children or 1):
+            return False
+        for lease, info in others:
+            if info.is_processing:
+                self._is_working_in(lease)
+                lease.started()
+            elif self._is_untouched(info):
+                lease.release()
+        self._lease.started()
+        self._lease.scheduler.end_turn(self._lease)
+        return True
+
+    def _look_up(self, infos: list[SlotInfo]) -> list[tuple[Lease, SlotInfo]]:
+        """What the server says of the slots that it may have taken.
+
+        Those are also the slots of others whose answers have ended since the request was sent: lease them before
+        anybody else can.
+        """
+        scheduler = self._lease.scheduler
+        if scheduler.pool is self._lease.pool and scheduler.has_turn(self._lease):
+            self._others += scheduler.lease_idle(self._lease.job)
+        by_id = {info.id: info for info in infos}
+        held = [lease for lease in self._others if not lease.is_released]
+        return [(lease, by_id[lease.slot_id]) for lease in held if lease.slot_id in by_id]
+
+    @staticmethod
+    def _is_working_in(lease: Lease) -> None:
+        """What was in the slot is gone, and nobody knows what is there now."""
+        lease.phase, lease.content = Phase.WORKING, NOTHING
+        if lease.slot is not None:
+            lease.pool.expect_nothing(lease.slot)
+
+    async def settle(self) -> None:
+        """The request has ended: see what is left in the slots, and give them back."""
+        if self._settled:
+            return
+        try:
+            infos = await self._api.slots()
+        except LlamaslotError:
+            return  # nothing is known: as if aborted
+        self._settled = True  # not before the await: cancelled there, ``abort`` gives the slots back
+        for lease, info in self._look_up(infos):
+            if info.is_processing:
+                self._is_working_in(lease)
+            elif self._is_untouched(info):
+                lease.done(lease.content)
+            else:
+                lease.done(NOTHING if not info.n_tokens else None)
+            lease.release()
+        self._lease.scheduler.end_turn(self._lease)
+
+    def abort(self) -> None:
+        """The client has gone, perhaps before it began: every slot drains until the server has said what it holds."""
+        if self._settled:
+            return
+        self._settled = True
+        self._look_up([])
+        for lease in self._others:
+            if lease.phase is Phase.READY and not lease.is_released:
+                self._is_working_in(lease)
+            lease.release()
+
+    def _is_untouched(self, info: SlotInfo) -> bool:
+        before = self._before.get(info.id)
+        if before is None or info.is_processing or (info.id_task or 0) > (before.id_task or 0):
+            return False  # task ids grow
+        return before.is_processing or before.n_tokens == info.n_tokens
+
+
+class Turns:
+    """Takes turns on one backend."""
+
+    def __init__(self, api: LlamaServer, scheduler: Scheduler, steps: Steps, tasks: TaskOwner) -> None:
+        self._api, self._scheduler, self._steps, self._tasks = api, scheduler, steps, tasks
+
+    @contextlib.asynccontextmanager
+    async def take(self, lease: Lease, report: Callable[[str], None]) -> AsyncIterator[Turn]:
+        """Wait until nobody is between two steps, then lease and save what the request may take.
+
+        ``lease`` is the parent's (``n`` > 1) or one without a slot. Cancelling is safe: what is leased is given back.
+        """
+        report("waiting for its turn")
+        patient_until = self._scheduler.now() + _PATIENCE_S
+        while self._scheduler.is_prefilling(lease) and self._scheduler.now() < patient_until:
+            await self._scheduler.quiet(lease, _CONFIRM_EVERY_S)
+        self._scheduler.close(lease)
+        others: list[Lease] = []
+        turn: Turn | None = None
+        try:
+            while not await self._scheduler.quiet(lease, _CONFIRM_EVERY_S):
+                await self._confirm_running()
+            if self._scheduler.pool is not lease.pool:
+                raise BackendRestarted("llama-server has restarted")
+            fresh = self._scheduler.lease_idle(lease.job, lease.job.n_children or None)
+            while fresh:
+                others += fresh
+                for other in fresh:
+                    await self._save_if_worth(other)
+                fresh = self._scheduler.lease_idle(lease.job)  # those whose answers have ended meanwhile
+            before = {info.id: info for info in await self._api.slots()}
+            turn = Turn(self._api, lease, others, before)
+            watcher = self._tasks.spawn(turn.watch_landing(), f"{lease.job.id} lands")
+            try:
+                yield turn
+            finally:
+                watcher.cancel()
+            await turn.settle()
+        finally:
+            if turn is not None:
+                turn.abort()
+            else:
+                for other in others:
+                    other.release()
+            self._scheduler.end_turn(lease)
+
+    async def _save_if_worth(self, lease: Lease) -> None:
+        if lease.slot is not None and self._is_worth(lease.slot, lease):
+            try:
+                await self._steps.save_now(lease)
+            except LlamaslotError as error:
+                log.warning("slot %d was not saved: %s", lease.slot_id, error)
+
+    @staticmethod
+    def _is_worth(slot: Slot, lease: Lease) -> bool:
+        return lease.pool.is_worth_saving(slot)
+
+    async def _confirm_running(self) -> None:
+        """Non-streaming answers send no headers before their end: ask the server whether they have begun."""
+        waiting = [
+            lease for lease in self._scheduler.leases if lease.phase is Phase.WORKING and not lease.is_started
+        ]
+        if not any(lease.is_answering for lease in waiting):
+            return
+        try:
+            busy = {info.id for info in await self._api.slots() if info.is_processing}
+        except LlamaslotError:
+            return
+        for lease in waiting:
+            if lease.is_answering and lease.slot is not None and lease.slot_id in busy:
+                lease.started()

@@ -1,0 +1,167 @@
+"""What is wrong with a config file, in words: where it stands, what it should be, and what was probably meant."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from llamaslot.errors import ConfigError
+
+Loc = tuple[str | int, ...]
+
+#: Where the settings of the project that llamaslot grew out of live now.
+RENAMED = {
+    "LLAMA_SERVER_URL": "backends[0].url",
+    "SLOTS_COUNT": "nothing: the number of slots is read from llama-server",
+    "SIMILARITY_MIN_RATIO": "routing.similarity_min",
+    "MIN_PREFIX_CHARS": "routing.small_prompt_tokens, which counts tokens",
+    "LOCAL_META_DIR": "store.meta_dir",
+}
+
+_WORDING = {
+    "missing": "is missing",
+    "string_type": "should be text; put it in quotes",
+    "string_too_short": "should not be empty",
+    "bool_type": "should be on or off",
+    "bool_parsing": "should be on or off",
+    "int_type": "should be a whole number",
+    "int_parsing": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_type": "should be a number",
+    "float_parsing": "should be a number",
+    "finite_number": "should be a number",
+    "path_type": "should be a path",
+    "tuple_type": "should be a list",
+    "list_type": "should be a list",
+    "invalid_key": "is not a key that can be used here: keys are text",
+    "greater_than": "should be greater than {gt}",
+    "greater_than_equal": "should be at least {ge}",
+    "less_than": "should be less than {lt}",
+    "less_than_equal": "should be at most {le}",
+    "literal_error": "should be {expected}",
+    "string_pattern_mismatch": "should be letters, digits, '.', '_' and '-'",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what YAML would swallow: the same key twice in one mapping, of which only the last would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} is there twice", key.start_mark
+                )
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """The file as plain data. Raises ConfigError where it can not be read, or with the line at which it is not YAML."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        fault = "there is no such file; README.md shows a configuration to start from"
+    except OSError as error:
+        fault = f"can not be read: {error.strerror}"
+    except UnicodeDecodeError as error:
+        fault = f"is not UTF-8 text (byte {error.start})"
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        tab = " (YAML is indented with spaces, never with tabs)" if "'\\t'" in (error.problem or "") else ""
+        fault = f"{where}{error.problem or error.context}{tab}"
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        fault = f"is not YAML: {' '.join(str(error).split())}"
+    raise ConfigError(str(path), [fault])
+
+
+def fault_lines(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """One line per fault: its path in the file (``backends[0].url``), and what would be right."""
+    return [
+        f"{dotted(details['loc'])}: {_say(details, model)}" for details in error.errors(include_url=False)
+    ]
+
+
+def dotted(loc: Loc) -> str:
+    """``("backends", 0, "url")`` as ``backends[0].url``."""
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+    return path.removeprefix(".") or "the file"
+
+
+def keys_of(model: type[BaseModel], above: str = "") -> Iterator[str]:
+    """Every key that a file may have, as a path: ``listen.port``, ``backends[0].managed.slots``; no sections."""
+    for name, field in model.model_fields.items():
+        inner = _inner(field.annotation)
+        if inner is None:
+            yield above + name
+        else:
+            yield from keys_of(
+                inner, f"{above}{name}[0]." if _is_list(field.annotation) else f"{above}{name}."
+            )
+
+
+def _say(details: ErrorDetails, model: type[BaseModel]) -> str:
+    kind, loc, given = details["type"], details["loc"], details["input"]
+    context: Mapping[str, Any] = details.get("ctx", {})
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "extra_forbidden":
+        return _unknown(str(loc[-1]), loc, model)
+    if kind == "model_type":
+        return f"should be a mapping with the keys {', '.join(_section(loc, model).model_fields)}"
+    said = _WORDING[kind].format_map(context) if kind in _WORDING else details["msg"].removeprefix("Input ")
+    if kind.startswith("float") and str(loc[-1]).endswith("_s"):
+        said = "should be a number of seconds, such as 10"
+    if kind == "missing" or "key" in str(loc[-1]):  # a key is a secret: never repeated
+        return said
+    if isinstance(given, str | int | float):
+        said += f"; not {given!r}"
+    if kind == "literal_error" and isinstance(given, str):
+        said += _meant(
+            given, [word.strip("' ") for word in context["expected"].replace(" or ", ", ").split(",")]
+        )
+    return said
+
+
+def _unknown(key: str, loc: Loc, model: type[BaseModel]) -> str:
+    if key in RENAMED:
+        return f"unknown key; now {RENAMED[key]}"
+    known = list(_section(loc[:-1], model).model_fields)
+    if near := _meant(key, known):
+        return f"unknown key{near}"
+    elsewhere = [path for path in keys_of(model) if path.rpartition(".")[2] == key]
+    if elsewhere:
+        return f"unknown key here; did you mean {' or '.join(elsewhere)}?"
+    return f"unknown key; known here: {', '.join(known)}"
+
+
+def _meant(word: str, known: list[str]) -> str:
+    near = get_close_matches(word.lower(), known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _section(loc: Loc, model: type[BaseModel]) -> type[BaseModel]:
+    """The model of the section that a path leads to."""
+    for part in loc:
+        if isinstance(part, str) and (inner := _inner(model.model_fields[part].annotation)):
+            model = inner
+    return model
+
+
+def _inner(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((inner for inner in map(_inner, get_args(annotation)) if inner), None)
+
+
+def _is_list(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", None) is tuple

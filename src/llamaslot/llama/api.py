@@ -1,0 +1,305 @@
+"""llama-server's HTTP routes, typed. aiohttp's client errors are translated here and nowhere else.
+
+Every request gets a fresh connection: llama-server closes a kept one after 5 idle seconds, and right after any
+response that took longer, without saying so; a client that takes such a connection from its pool fails within a
+millisecond. A new connection costs 0.1 ms on loopback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import aiohttp
+import orjson
+from multidict import CIMultiDict
+from yarl import URL
+
+from llamaslot.core.tokens import count, pack, unpack
+from llamaslot.errors import BackendDown, SlotActionFailed, UpstreamError
+from llamaslot.llama.sse import EventSplitter, data_of
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+QUICK_S = 60.0  # /slots and /tokenize wait for the batch that is running, several seconds on a slow machine
+_PIECE_BYTES = 1 << 20
+ACTION_S = 900.0  # a save of many GiB to a slow disk
+
+
+@dataclass(frozen=True, slots=True)
+class Props:
+    """``GET /props``, what llamaslot needs of it. ``n_ctx`` is the context of one slot, in tokens."""
+
+    n_slots: int
+    n_ctx: int
+    model_path: str
+    boot_id: str  # media_marker: random for each process of llama-server, so it tells a restart
+
+
+@dataclass(frozen=True, slots=True)
+class SlotInfo:
+    """One entry of ``GET /slots``. ``n_tokens`` is None until the slot has run a task, 0 after it was cleared."""
+
+    id: int
+    is_processing: bool
+    n_tokens: int | None
+    id_task: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SlotAction:
+    """The answer to a save or restore: tokens, bytes and the server's own milliseconds as seconds."""
+
+    n_tokens: int
+    n_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One ``prompt_progress`` event: of ``total`` tokens ``cache`` were reused and ``processed`` are there."""
+
+    total: int
+    cache: int
+    processed: int
+    seconds: float
+
+
+def _as_known(call: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """An answer that is not as llama-server gives it is an error of ours too: whoever watches a server must not end
+    because something else (a proxy's page, another build) has answered on its port."""
+
+    @functools.wraps(call)
+    async def translated(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await call(*args, **kwargs)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise BackendDown(
+                f"{call.__name__}: what answers is no llama-server as llamaslot knows it: {error!r}"
+            ) from error
+
+    return translated
+
+
+class LlamaServer:
+    """A client of one llama-server. All coroutines may be cancelled: the connection is closed.
+
+    Cancelling a slot action does not undo it: llama-server carries it out anyway.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        self.url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session: aiohttp.ClientSession | None = None
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(force_close=True, limit=0),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
+                skip_auto_headers=("Accept-Encoding", "User-Agent"),
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                read_bufsize=2**18,
+            )
+        return self._session
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    @contextlib.asynccontextmanager
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        data: bytes | aiohttp.StreamReader | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """One request, its response open. ``path`` is sent as it is, query included.
+
+        Raises BackendDown when llama-server cannot be reached or drops the connection, also while the body of the
+        block reads the response.
+        """
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=5.0)
+        merged = CIMultiDict(headers or {})
+        merged.update(self._headers)  # our key, not the client's
+        try:
+            async with self._open().request(
+                method,
+                URL(self.url + path, encoded=True),
+                # aiohttp warns of bytes over 1 MiB, for it writes them in one piece.
+                data=io.BytesIO(data) if isinstance(data, bytes) and len(data) > _PIECE_BYTES else data,
+                headers=merged,
+                timeout=timeout,
+                allow_redirects=False,
+            ) as response:
+                yield response
+        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+            raise BackendDown(f"llama-server at {self.url} {_why(error)}; try again in a moment") from error
+
+    async def _json(self, method: str, path: str, body: Any = None, timeout_s: float = QUICK_S) -> Any:
+        data = None if body is None else orjson.dumps(body)
+        headers = None if body is None else {"Content-Type": "application/json"}
+        async with self.request(method, path, data=data, headers=headers, timeout_s=timeout_s) as response:
+            payload = await response.read()
+            if response.status != 200:
+                raise UpstreamError(response.status, payload, content_type_of(response))
+        return orjson.loads(payload)
+
+    async def is_healthy(self) -> bool:
+        """Whether ``GET /health`` answers 200; open without an API key. Never raises."""
+        try:
+            await self._json("GET", "/health", timeout_s=5.0)
+        except (BackendDown, UpstreamError, orjson.JSONDecodeError):
+            return False
+        return True
+
+    @_as_known
+    async def props(self) -> Props:
+        raw = await self._json("GET", "/props", timeout_s=10.0)
+        settings = raw.get("default_generation_settings", {})
+        return Props(
+            n_slots=int(raw["total_slots"]),
+            n_ctx=int(settings.get("n_ctx") or raw.get("n_ctx", 0)),
+            model_path=str(raw.get("model_path", "")),
+            boot_id=str(raw.get("media_marker", "")),
+        )
+
+    async def model_info(self) -> dict[str, Any]:
+        """The first entry of ``GET /v1/models``: id and ``meta`` (n_params, size, n_vocab, …)."""
+        raw = await self._json("GET", "/v1/models")
+        entries = raw.get("data") or [{}]
+        return dict(entries[0])
+
+    @_as_known
+    async def slots(self) -> list[SlotInfo]:
+        """``GET /slots``. Each call renews the second after which llama-server looks for clients that have left:
+        ask at most every 1.25 s while one is expected to leave."""
+        return [
+            SlotInfo(
+                id=int(raw["id"]),
+                is_processing=bool(raw["is_processing"]),
+                n_tokens=raw.get("n_prompt_tokens"),
+                id_task=raw.get("id_task"),
+            )
+            for raw in await self._json("GET", "/slots")
+        ]
+
+    @_as_known
+    async def lora_adapters(self) -> list[Any]:
+        """``GET /lora-adapters``: id, path and scale of each; empty where there are none, or no such route."""
+        try:
+            return list(await self._json("GET", "/lora-adapters"))
+        except UpstreamError:
+            return []
+
+    @_as_known
+    async def apply_template(self, body: Mapping[str, Any]) -> str:
+        """The prompt that a chat body becomes. Raises UpstreamError with llama-server's own 4xx."""
+        return str((await self._json("POST", "/apply-template", body))["prompt"])
+
+    @_as_known
+    async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:
+        body = {"content": content, "add_special": add_special, "parse_special": parse_special}
+        return pack((await self._json("POST", "/tokenize", body))["tokens"])
+
+    async def _slot_action(self, slot: int, action: str, body: dict[str, str]) -> dict[str, Any]:
+        try:
+            answer = await self._json("POST", f"/slots/{slot}?action={action}", body, timeout_s=ACTION_S)
+        except UpstreamError as error:
+            raise SlotActionFailed(f"{action} of slot {slot} failed: {error}", error.status) from error
+        return dict(answer)
+
+    @_as_known
+    async def save(self, slot: int, filename: str) -> SlotAction:
+        """Write the slot to ``filename`` in ``--slot-save-path``. Raises SlotActionFailed (501 without that flag)."""
+        raw = await self._slot_action(slot, "save", {"filename": filename})
+        seconds = float(raw.get("timings", {}).get("save_ms", 0.0)) / 1000
+        return SlotAction(int(raw["n_saved"]), int(raw["n_written"]), seconds)
+
+    @_as_known
+    async def restore(self, slot: int, filename: str) -> SlotAction:
+        """Read ``filename`` into the slot, which must have been erased. A failed restore leaves it empty."""
+        raw = await self._slot_action(slot, "restore", {"filename": filename})
+        seconds = float(raw.get("timings", {}).get("restore_ms", 0.0)) / 1000
+        return SlotAction(int(raw["n_restored"]), int(raw["n_read"]), seconds)
+
+    async def erase(self, slot: int) -> None:
+        await self._slot_action(slot, "erase", {})
+
+    async def prefill(self, slot: int, tokens: bytes) -> AsyncGenerator[Progress]:
+        """Compute the KV cache of exactly ``tokens`` in ``slot``; one Progress per batch.
+
+        ``n_predict`` 0 and ``return_progress`` make it a step that stops by itself, tells what was reused before
+        anything is computed, and ends within one batch when it is closed: what was computed stays in the slot.
+        """
+        body = {
+            "prompt": unpack(tokens),
+            "n_predict": 0,
+            "id_slot": slot,
+            "cache_prompt": True,
+            "stream": True,
+            "return_progress": True,
+        }
+        splitter = EventSplitter()
+        headers = {"Content-Type": "application/json"}
+        async with self.request("POST", "/completion", data=orjson.dumps(body), headers=headers) as response:
+            if response.status != 200:
+                raise UpstreamError(response.status, await response.read(), content_type_of(response))
+            is_complete = False
+            async for chunk in response.content.iter_any():
+                for event in splitter.feed(chunk):
+                    payload = data_of(event)
+                    if not isinstance(payload, dict):
+                        continue
+                    if "error" in payload:
+                        raise UpstreamError(int(payload["error"].get("code", 500)), orjson.dumps(payload))
+                    if progress := payload.get("prompt_progress"):
+                        yield Progress(
+                            int(progress["total"]),
+                            int(progress["cache"]),
+                            int(progress["processed"]),
+                            float(progress["time_ms"]) / 1000,
+                        )
+                    is_complete = is_complete or bool(payload.get("stop"))
+            if not is_complete:
+                raise BackendDown(
+                    f"llama-server at {self.url} ended a prefill of {count(tokens)} tokens early"
+                )
+
+    @_as_known
+    async def top_logprobs(self, slot: int, tokens: bytes, n_probs: int) -> dict[int, float]:
+        """Log-probabilities of the ``n_probs`` likeliest tokens after ``tokens``, computed afresh in ``slot``."""
+        body = {
+            "prompt": unpack(tokens),
+            "n_predict": 1,
+            "n_probs": n_probs,
+            "id_slot": slot,
+            "cache_prompt": False,
+            "temperature": 0.0,
+        }
+        raw = await self._json("POST", "/completion", body, timeout_s=ACTION_S)
+        entries = raw["completion_probabilities"][0]["top_logprobs"]
+        return {int(entry["id"]): float(entry["logprob"]) for entry in entries}
+
+
+def content_type_of(response: aiohttp.ClientResponse) -> str:
+    """As llama-server said it, character set included."""
+    return response.headers.get("Content-Type", "application/json")
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return "does not answer"
+    if isinstance(error, TimeoutError):
+        return "did not answer in time"
+    return "closed the connection"

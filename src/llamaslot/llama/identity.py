@@ -1,0 +1,95 @@
+"""Which model is running: the fingerprint that a snapshot is valid for.
+
+A slot file has no identity, and llama-server restores one of another model of the same shape without an error; after
+the GGUF is exchanged under the same path, ``/props`` and ``/v1/models`` are identical. So what the server tells of
+itself is not enough: a fixed short prompt is computed, and the log-probabilities of what comes next are compared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import xxhash
+
+from llamaslot.core.tokens import pack
+
+TOLERANCE = 0.02  # of a log-probability: told two models of one shape apart every time; builds differ by less
+N_PROBS = 8
+N_PROBE_TOKENS = 50
+_MIN_COMMON = 6  # of N_PROBS: the last ones may change places within the tolerance
+_N_SAMPLES, _SAMPLE_BYTES = 256, 4096
+_META = ("vocab_type", "n_vocab", "n_ctx_train", "n_embd", "n_params", "size")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """``told``: what the server says of itself; ``behaviour``: token id to log-probability after the probe prompt;
+    ``gguf``: mark of the model file, where it can be read."""
+
+    told: Mapping[str, Any]
+    behaviour: Mapping[int, float]
+    gguf: str | None = None
+
+    def is_same(self, other: Identity) -> bool:
+        """Whether snapshots of ``other`` are valid now. In doubt they are not."""
+        if dict(self.told) != dict(other.told):
+            return False
+        if self.gguf is not None and other.gguf is not None and self.gguf != other.gguf:
+            return False
+        common = self.behaviour.keys() & other.behaviour.keys()
+        return len(common) >= _MIN_COMMON and all(
+            abs(self.behaviour[id_] - other.behaviour[id_]) <= TOLERANCE for id_ in common
+        )
+
+    def to_text(self) -> str:
+        behaviour = {str(id_): round(value, 4) for id_, value in self.behaviour.items()}
+        data = {"told": dict(self.told), "behaviour": behaviour, "gguf": self.gguf}
+        return orjson.dumps(data, option=orjson.OPT_SORT_KEYS).decode()
+
+    @classmethod
+    def from_text(cls, text: str) -> Identity | None:
+        """None for what is no identity of this form: snapshots that carry it are not used."""
+        try:
+            data = orjson.loads(text)
+            behaviour = {int(id_): float(value) for id_, value in data["behaviour"].items()}
+            return cls(dict(data["told"]), behaviour, data["gguf"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+
+def told(model: Mapping[str, Any], n_slots: int, lora: Any) -> dict[str, Any]:
+    """What the server says of itself and what a slot file depends on. ``model``: an entry of ``/v1/models``.
+
+    The number of slots is part of it because files of a non-unified KV cache carry it; the scales of LoRA adapters
+    because no file does.
+    """
+    meta = model.get("meta") or {}
+    return {**{key: meta.get(key) for key in _META}, "n_slots": n_slots, "lora": lora}
+
+
+def probe_tokens(n_vocab: int) -> bytes:
+    """The fixed prompt of the probe, spread over the vocabulary."""
+    return pack([(i * 7919 + 101) % max(n_vocab, 2) for i in range(N_PROBE_TOKENS)])
+
+
+async def gguf_mark(path: Path) -> str | None:
+    """Size and a hash of samples all over the file; None where it cannot be read."""
+    return await asyncio.to_thread(_mark, path)
+
+
+def _mark(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            digest = xxhash.xxh3_128()
+            for i in range(_N_SAMPLES):
+                file.seek(max(size - _SAMPLE_BYTES, 0) * i // (_N_SAMPLES - 1))  # both ends are among them
+                digest.update(file.read(_SAMPLE_BYTES))
+    except OSError:
+        return None
+    return f"{size}-{digest.hexdigest()}"

@@ -1,0 +1,328 @@
+"""Request body -> the exact tokens that llama-server will use for it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from llamaslot.core.tokens import WIDTH, common, count, pack
+from llamaslot.errors import BadRequest, LlamaslotError, UpstreamError
+from llamaslot.llama.pieces import Known, Pieces, spaced
+from llamaslot.llama.specials import Mark, Specials, together
+
+log = logging.getLogger(__name__)
+
+_BAD_PROMPT = (
+    '"prompt" elements must be a string, a list of tokens, a JSON object with a "prompt_string", '
+    "or a list of mixed strings and tokens"
+)
+
+_HEADER_TOKENS = (
+    16  # what a template puts in front of an answer: a role, perhaps the beginning of its reasoning
+)
+
+
+class OpaquePrompt(LlamaslotError):
+    """The prompt holds media: its tokens are made inside llama-server and cannot be known outside.
+
+    Not a fault of the request: whoever catches it runs the request without knowing its tokens.
+    """
+
+
+class PromptServer(Protocol):
+    """What prompts are made with: two routes of llama-server, which raise UpstreamError for its error answers."""
+
+    async def apply_template(self, body: Mapping[str, Any]) -> str:
+        """``POST /apply-template`` with the whole chat body -> the rendered text."""
+        ...
+
+    async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:
+        """``POST /tokenize`` -> the packed tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The tokens of one prompt (packed int32) and the text that they come from, None for lists of ids."""
+
+    tokens: bytes
+    text: str | None = None
+    whole: bool = True  # tokenized in one piece, so not a matter of cuts
+    n_restarts: int = field(default=0, compare=False)  # of the server before it was tokenized
+
+    @property
+    def n_tokens(self) -> int:
+        return count(self.tokens)
+
+    def __repr__(self) -> str:
+        return f"<Prompt {self.n_tokens} tok{'' if self.whole else ' in pieces'}>"
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """A text, the special tokens in it, those worth cutting at, and how far its tokens are known already."""
+
+    n_version: int  # of the special tokens that were known
+    marks: list[Mark]
+    cuts: list[Mark]
+    known: Known
+
+    @property
+    def begin(self) -> int:
+        """The character from which on the tokens are not known."""
+        return self.cuts[self.known.n_cuts - 1].start if self.known.n_cuts else 0
+
+
+class _Model:
+    """What is known of the tokenizer of one run of the server. Thrown away as a whole when that ends."""
+
+    def __init__(self, server: PromptServer, cache_bytes: int, *, is_whole: bool = False) -> None:
+        self.specials = Specials(server)
+        self.pieces = Pieces(cache_bytes)
+        self.proved: set[int] = set()  # ids of special tokens that were tried out as a cut
+        self.is_whole = is_whole  # a cut has given wrong tokens: no more cuts
+
+    def split(self, text: str) -> _Split:
+        marks = self.specials.find(text)
+        cuts = spaced(marks)
+        return _Split(self.specials.n_version, marks, cuts, self.pieces.find(text, cuts))
+
+
+class Prompts:
+    """Tokens of chat bodies and of completion prompts, as llama-server makes them.
+
+    A text is tokenized from the last special token on that it has in common with an earlier text, as far as special
+    tokens are known (``specials``) and texts remembered (``pieces``, at most ``cache_bytes``): so the 7 ms per 1,000
+    tokens that tokenizing costs the server are paid for what is new. Three things keep that from giving wrong tokens:
+    special tokens must come in the same order in text and tokens, each is tried out before it is first used as a cut,
+    and the server's own count of each prompt is compared (``confirm``).
+
+    Canceling any of its coroutines is safe: they change nothing but what is remembered.
+    """
+
+    def __init__(self, server: PromptServer, *, cache_bytes: int = 128 << 20) -> None:
+        self._server, self._cache_bytes = server, cache_bytes
+        self._model = _Model(server, cache_bytes)
+        self._is_told = False
+        self.n_miscounted = 0
+        self.n_restarts = 0
+
+    def forget(self) -> None:
+        """The server was restarted, perhaps with another model: nothing is known any more."""
+        self.n_restarts += 1
+        self._model = _Model(self._server, self._cache_bytes)
+        self._is_told = False
+
+    async def chat(self, body: Mapping[str, Any]) -> Prompt:
+        """The tokens of a chat body. Raises OpaquePrompt for media, UpstreamError when the template refuses it."""
+        if _has_media(body):
+            raise OpaquePrompt("the messages hold media")
+        text = await self._server.apply_template(body)
+        return await self._of_text(text)
+
+    async def completion(self, prompt: Any) -> list[Prompt]:
+        """The prompts of ``body["prompt"]`` of a completion, read as llama-server reads it.
+
+        A string; a list of ids; a mixed list of strings and ids (one prompt); or a list of those (several). An
+        object with a ``prompt_string`` counts as that string. Raises BadRequest for anything else and OpaquePrompt
+        for ``multimodal_data``. Ids outside of the vocabulary are left to the server, whose 400 says it best.
+        (tools/server/server-common.cpp: tokenize_input_prompts, tokenize_input_subprompt, tokenize_mixed)
+        """
+        if prompt is None:
+            raise BadRequest('"prompt" is required')
+        if isinstance(prompt, list) and int not in set(map(type, prompt)):
+            if not prompt:
+                raise BadRequest('"prompt" must not be empty')
+            return [await self._one(element) for element in prompt]
+        return [await self._one(prompt)]
+
+    async def _one(self, prompt: Any) -> Prompt:
+        if isinstance(prompt, Mapping) and "prompt_string" in prompt:
+            if "multimodal_data" in prompt:
+                raise OpaquePrompt("the prompt holds media")
+            prompt = prompt["prompt_string"]
+            if isinstance(prompt, list):
+                return await self._mixed(prompt)
+        elif isinstance(prompt, list):
+            types = set(map(type, prompt))
+            if types <= {int}:
+                return Prompt(_pack_wrapping(prompt))
+            if {int, str} <= types:
+                return await self._mixed(prompt)
+        if isinstance(prompt, str):
+            return await self._of_text(prompt)
+        raise BadRequest(_BAD_PROMPT)
+
+    async def _mixed(self, elements: list[Any]) -> Prompt:
+        """Strings are tokenized one by one; only one that stands first gets BOS (and EOS) as far as the model wants.
+
+        Anything else is read as an int32, as the server's JSON library converts it: true is 1, 2.7 is 2.
+        """
+        parts: list[bytes] = []
+        for position, element in enumerate(elements):
+            if isinstance(element, str):
+                parts.append(await self._server.tokenize(element, add_special=position == 0))
+            elif isinstance(element, int | float):
+                parts.append(_pack_wrapping([int(element)]))
+            else:
+                raise BadRequest(_BAD_PROMPT)
+        return Prompt(b"".join(parts))
+
+    async def _of_text(self, text: str) -> Prompt:
+        """The tokens of a text with whatever the model wants in front of it."""
+        while True:
+            model = self._model
+            prompt = await self._tokenize(model, text)
+            if model is self._model:
+                return prompt
+            # The server was restarted meanwhile: half of these tokens may be another model's.
+
+    async def _tokenize(self, model: _Model, text: str) -> Prompt:
+        if model.is_whole:
+            tokens = await self._server.tokenize(text, add_special=True)
+            return Prompt(tokens, text, n_restarts=self.n_restarts)
+        split = model.split(text)
+        known = split.known
+        if known.n_cuts:
+            tail = await self._tail(model, text, split.cuts[known.n_cuts - 1])
+            if tail is None:  # one special token fewer, so this ends
+                return await self._tokenize(model, text)
+            tokens = known.tokens + tail
+        else:
+            tokens = await self._server.tokenize(text, add_special=True)
+        await self._remember(model, text, tokens, split)
+        return Prompt(tokens, text, whole=not known.n_cuts, n_restarts=self.n_restarts)
+
+    async def _tail(self, model: _Model, text: str, cut: Mark) -> bytes | None:
+        """The tokens from the cut on, or None when it turns out that this special token is none to cut at."""
+        if cut.id in model.proved or await model.specials.prove(text, cut):
+            model.proved.add(cut.id)
+            tail = await self._server.tokenize(text[cut.start :], add_special=False)
+            if tail[:WIDTH] == pack([cut.id]):
+                return tail
+        special = text[cut.start : cut.end]
+        if model.specials.drop(special):
+            log.warning("a prompt cut at %r has other tokens than whole: none is cut there any more", special)
+        return None
+
+    async def _remember(self, model: _Model, text: str, tokens: bytes, split: _Split) -> None:
+        """Keep the text and its tokens for the texts that go on from it; learn special tokens from what is new in it.
+
+        Failures to learn are no failures of the request: its tokens are there.
+        """
+        with contextlib.suppress(LlamaslotError):
+            await model.specials.learn(text[split.begin :])
+        if model.specials.n_version != split.n_version:  # other cuts, also in the part that was known
+            split = replace(model.split(text), known=Known(b"", ()))
+        n_known = count(split.known.tokens)
+        fresh = split.marks[bisect_left(split.marks, (split.begin,)) :]
+        where = model.specials.locate(fresh, tokens[n_known * WIDTH :], may_add=not n_known)
+        if where is not None:
+            index = {mark.start: n_known + i for mark, i in zip(fresh, where, strict=True)}
+            ends = [*split.known.ends, *(index[cut.start] for cut in split.cuts[split.known.n_cuts :])]
+            model.pieces.keep(text, split.cuts, ends, tokens)
+
+    def confirm(self, prompt: Prompt, n_server: int) -> bool:
+        """Whether the server counted as many tokens in the prompt as we did.
+
+        When not, and the prompt was tokenized in pieces, everything is tokenized whole until ``forget``. Counted in
+        ``n_miscounted``; the first is logged. (The server compares tokens itself: no answer was wrong.)
+        """
+        if n_server == prompt.n_tokens:
+            return True
+        self.n_miscounted += 1
+        if not prompt.whole and prompt.n_restarts == self.n_restarts:
+            self._model = _Model(self._server, self._cache_bytes, is_whole=True)
+        if not self._is_told:
+            self._is_told = True
+            remedy = (
+                "; from now on prompts are tokenized whole, which takes longer"
+                if self._model.is_whole
+                else ""
+            )
+            log.warning(
+                "llama-server counts %d tokens in a prompt, llamaslot %d%s", n_server, prompt.n_tokens, remedy
+            )
+        return False
+
+    def check(self) -> int:
+        """How many pieces of text are remembered. Raises AssertionError naming the invariant that does not hold."""
+        self._model.pieces.check()
+        return len(self._model.pieces)
+
+    async def boundaries(self, body: Mapping[str, Any], prompt: Prompt) -> tuple[int, ...]:
+        """Where the prompt of a chat body is worth cutting, in tokens, ascending, each in (0, n_tokens).
+
+        Each is what the prompt has in common with the prompt of a variant of its body: the end of system part and
+        tools; the end of the last user message with the role header of the answer. The latter as the next turn will
+        have it, and also as this one has it when the template makes more than a header of the difference (it may
+        move the tools to the last user message). A variant that the template refuses gives no boundary.
+        """
+        found = await together(*(self._shared(variant, prompt) for variant in _variants(body)))
+        if len(found) == 3 and 0 < found[2] - found[1] <= _HEADER_TOKENS and found[1]:
+            del found[2]
+        return tuple(sorted({n for n in found if 0 < n < prompt.n_tokens}))
+
+    async def _shared(self, variant: Mapping[str, Any], prompt: Prompt) -> int:
+        """The tokens that the prompt has in common with that of the variant, 0 when the template refuses it."""
+        try:
+            text = await self._server.apply_template(variant)
+        except UpstreamError:
+            return 0
+        return common((await self._of_text(text)).tokens, prompt.tokens)
+
+
+def _pack_wrapping(ids: list[int]) -> bytes:
+    """Ids as int32; what does not fit wraps around, as the server's conversion does (and then names it invalid)."""
+    try:
+        return pack(ids)
+    except ValueError:
+        return pack([(i + 2**31) % 2**32 - 2**31 for i in ids])
+
+
+def _has_media(body: Mapping[str, Any]) -> bool:
+    """Whether any message has a part that is not text. Unknown kinds count too: the server's 400 says it best."""
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        return False
+    return any(
+        isinstance(part, Mapping) and part.get("type") != "text"
+        for message in messages
+        if isinstance(message, Mapping) and isinstance(parts := message.get("content"), list)
+        for part in parts
+    )
+
+
+def _variants(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Bodies whose prompts share with the body's the system part; all up to the answer, as a turn of the past, and as
+    the one that is being written (none of these two without a user message).
+
+    The answer as a turn of the past has no reasoning, as most templates render it, and the next turn will have it so.
+    One that is being written may begin with <think>, or be refused ("prefill is incompatible with enable_thinking").
+    """
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+        return []
+    roles = [m.get("role") for m in messages]
+    n_system = next((i for i, role in enumerate(roles) if role not in ("system", "developer")), len(roles))
+    question = {"role": "user", "content": _other(messages[n_system:])}
+    variants = [[*messages[:n_system], question]]
+    if "user" in roles:
+        n_user = len(roles) - roles[::-1].index("user")
+        answered = [*messages[:n_user], {"role": "assistant", "content": _other(messages[n_user:])}]
+        variants += [[*answered, {"role": "user", "content": "x"}], answered]
+    # What says to go on writing the last message cannot stand: that message is another.
+    fields = {name: value for name, value in body.items() if name != "continue_final_message"}
+    return [{**fields, "messages": variant} for variant in variants]
+
+
+def _other(messages: list[Any]) -> str:
+    """One character that the first of the messages does not begin with, so that no part of it seems common."""
+    content = messages[0].get("content") if messages else None
+    if isinstance(content, list):
+        content = content[0].get("text") if content and isinstance(content[0], Mapping) else None
+    return "y" if isinstance(content, str) and content.lstrip()[:1] == "x" else "x"

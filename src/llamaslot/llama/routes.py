@@ -1,0 +1,240 @@
+"""llama-server's routes as a table: what each does to slots, and who may use it.
+
+The table is the union of the builds that were looked at (docs/llama-server.md, "Routes"); a route that a build does not
+have is answered by that build's own 404. tests/real/test_routes.py holds the table against the real server: each
+``honours_id_slot`` is checked by the slot where such a request landed. ``--api-prefix`` is not supported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+#: completion   one prompt, known token by token: the full path of llamaslot
+#: exclusive    takes a slot by other means: runs while nobody else on that backend is between two steps
+#: passthrough  takes no slot: goes through unchanged
+#: own          llamaslot answers it itself
+#: forbidden    403: it would change slots behind llamaslot's back
+#: gated        403 unless ``passthrough.allow`` names its gate: it changes the server or reaches out from it
+Kind = Literal["completion", "exclusive", "passthrough", "own", "forbidden", "gated"]
+
+#: How a completion's body names its prompt, and what its answer looks like.
+Format = Literal["chat", "openai-completion", "native-completion"]
+
+#: What ``passthrough.allow`` may name.
+Gate = Literal["POST /props", "/lora-adapters", "/models", "/tools", "/cors-proxy"]
+KNOWN_GATES: tuple[Gate, ...] = get_args(Gate)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One line of the table, or an unknown path (``is_known`` False, always ``passthrough``).
+
+    ``path`` is as llama-server registers it, for instance ``/slots/:id``. ``honours_id_slot``: an ``id_slot`` in the
+    body's root decides which slot it takes; where False, llama-server chooses among the idle ones.
+    """
+
+    method: str  # "GET" answers HEAD too; "*" is any
+    path: str
+    kind: Kind
+    format: Format | None = None
+    honours_id_slot: bool = False
+    gate: str | None = None
+    is_known: bool = True
+
+    @property
+    def refusal(self) -> str:
+        """Why a forbidden or gated request is refused, and what to do instead: the message of its 403."""
+        if self.gate is not None:
+            return (
+                f"{self.gate} changes llama-server for everybody, or reaches out from it: to let it through, "
+                f"add '{self.gate}' to passthrough.allow in llamaslot's configuration"
+            )
+        if self.path.startswith("/slots"):
+            return "the slots belong to llamaslot, which saves and restores them by itself: send completions only"
+        return f"{self.path} reaches llama-server's other routes, slots included; use those routes directly"
+
+
+def _completion(path: str, its_format: Format) -> Route:
+    return Route("POST", path, "completion", its_format, honours_id_slot=True)
+
+
+def _exclusive(path: str, honours_id_slot: bool = False) -> Route:
+    return Route("POST", path, "exclusive", honours_id_slot=honours_id_slot)
+
+
+ROUTES: tuple[Route, ...] = (
+    _completion("/v1/chat/completions", "chat"),
+    _completion("/chat/completions", "chat"),
+    _completion("/v1/completions", "openai-completion"),
+    _completion("/completions", "native-completion"),  # without /v1 it is the native format
+    _completion("/completion", "native-completion"),
+    _exclusive("/v1/responses", honours_id_slot=True),
+    _exclusive("/responses", honours_id_slot=True),
+    _exclusive("/infill", honours_id_slot=True),
+    # Older builds: a chat body under another name. Where it is missing, the full path would be work for a 404.
+    _exclusive("/api/chat", honours_id_slot=True),
+    _exclusive("/v1/messages"),  # Anthropic: the conversion of its body drops id_slot
+    # A form: its id_slot would be a string, and llama-server ignores one that is not a number.
+    _exclusive("/v1/audio/transcriptions"),
+    _exclusive("/audio/transcriptions"),
+    # One task and one slot for each input or document.
+    _exclusive("/embedding"),
+    _exclusive("/embeddings"),
+    _exclusive("/v1/embeddings"),
+    _exclusive("/rerank"),
+    _exclusive("/reranking"),
+    _exclusive("/v1/rerank"),
+    _exclusive("/v1/reranking"),
+    _exclusive("/v1/systemone"),  # decision models, newer builds
+    Route("GET", "/health", "own"),
+    Route("GET", "/v1/health", "own"),
+    Route("*", "/llamaslot", "own"),
+    Route("*", "/llamaslot/*", "own"),
+    Route("POST", "/slots/:id", "forbidden"),
+    # Google Vertex AI (environment AIP_MODE=PREDICTION): "@requestFormat" names any other route, "slots" too.
+    Route("POST", "/predict", "forbidden"),
+    Route("POST", "/props", "gated", gate="POST /props"),
+    Route("POST", "/lora-adapters", "gated", gate="/lora-adapters"),
+    Route("POST", "/models", "gated", gate="/models"),
+    Route("POST", "/models/*", "gated", gate="/models"),  # load, unload
+    Route("*", "/tools", "gated", gate="/tools"),
+    Route("*", "/tools/*", "gated", gate="/tools"),
+    Route("*", "/cors-proxy", "gated", gate="/cors-proxy"),  # a GET is enough to fetch any URL
+    Route("*", "/cors-proxy/*", "gated", gate="/cors-proxy"),
+    Route("POST", "/tokenize", "passthrough"),
+    Route("POST", "/detokenize", "passthrough"),
+    Route("POST", "/apply-template", "passthrough"),
+    Route("POST", "/chat/completions/input_tokens", "passthrough"),
+    Route("POST", "/v1/chat/completions/input_tokens", "passthrough"),
+    Route("POST", "/responses/input_tokens", "passthrough"),
+    Route("POST", "/v1/responses/input_tokens", "passthrough"),
+    Route("POST", "/v1/messages/count_tokens", "passthrough"),
+    Route(
+        "POST", "/v1/chat/completions/control", "passthrough"
+    ),  # ends the reasoning of a running answer by its id
+    Route("GET", "/slots", "passthrough"),
+    Route("GET", "/props", "passthrough"),
+    Route("GET", "/metrics", "passthrough"),
+    Route("GET", "/models", "passthrough"),
+    Route("GET", "/v1/models", "passthrough"),
+    Route("GET", "/models/sse", "passthrough"),
+    Route("GET", "/lora-adapters", "passthrough"),
+    # Answers that outlive their client: only with X-Conversation-Id, which llamaslot does not pass on.
+    Route("GET", "/v1/stream", "passthrough"),
+    Route("GET", "/v1/stream/:id", "passthrough"),
+    Route("DELETE", "/v1/stream", "passthrough"),
+    Route("DELETE", "/v1/stream/:id", "passthrough"),
+    Route("POST", "/v1/streams/lookup", "passthrough"),
+    Route("GET", "/v1/streams", "passthrough"),
+    Route("GET", "/api/tags", "passthrough"),
+    Route("POST", "/api/show", "passthrough"),
+    Route("GET", "/", "passthrough"),
+    Route("GET", "/index.html", "passthrough"),
+)
+
+_EXACT = {(route.method, route.path): route for route in ROUTES}
+_PATTERNS = tuple(route for route in ROUTES if route.path.endswith(("/*", "/:id")))
+_REFUSED = tuple(route for route in ROUTES if route.kind in ("forbidden", "gated"))
+
+#: Methods that llama-server has no handlers for, or (OPTIONS) answers before it looks at the path.
+_INERT = ("OPTIONS", "TRACE", "CONNECT")
+
+
+def classify(method: str, target: str, allow: Collection[str] = ()) -> Route:
+    """The route that llama-server would take for this request line. Unknown paths are ``passthrough``.
+
+    ``target`` is the raw request target, percent-encoded, with or without its query (aiohttp: ``request.raw_path``); it
+    must be sent on as it is (``origin_form``). ``allow``: gates that are open; their routes become ``passthrough``.
+
+    llama-server compares exactly, after decoding (``server_path``): ``/Completion`` and ``//completion`` are its 404.
+    What is forbidden or gated is also refused under any spelling that a rewriting proxy between the two could mend.
+    """
+    method = method.upper()  # aiohttp's client does so too, and llama-server knows upper case only
+    path = server_path(target)
+    if method in _INERT:
+        return Route(method, path, "passthrough", is_known=False)
+    found = _refused(method, _mended(path)) or _find(method, path)
+    if found is None:
+        return Route(method, path, "passthrough", is_known=False)
+    return replace(found, kind="passthrough") if found.gate in allow else found
+
+
+def _find(method: str, path: str) -> Route | None:
+    """The table's line for a decoded path, compared as llama-server compares."""
+    for verb in ("GET" if method == "HEAD" else method, "*"):
+        if route := _EXACT.get((verb, path)):
+            return route
+        for route in _PATTERNS:
+            if route.method == verb and _matches(route.path, path):
+                return route
+    return None
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """``/*`` is anything below. ``/:id`` is all up to the next slash, also nothing; a slash may follow it."""
+    if pattern.endswith("/*"):
+        return path.startswith(pattern[:-1])
+    prefix = pattern.removesuffix(":id")
+    return path.startswith(prefix) and "/" not in path[len(prefix) :].removesuffix("/")
+
+
+def _refused(method: str, path: str) -> Route | None:
+    """The forbidden or gated line that a mended path names, for any method but reading ones if the line says POST."""
+    for route in _REFUSED:
+        if route.method == "POST" and method in ("GET", "HEAD"):
+            continue
+        line = route.path.removesuffix(":id").removesuffix("*")
+        if path == line.rstrip("/") or (line.endswith("/") and path.startswith(line)):
+            return route
+    return None
+
+
+def origin_form(target: str) -> str:
+    """The path and query of a raw request target, for the request to llama-server: no scheme, host or fragment."""
+    target = target.partition("#")[0]
+    if not target.startswith("/") and (found := re.match(r"https?://[^/?]*", target, re.IGNORECASE)):
+        target = target[found.end() :]
+    return target if target.startswith("/") else "/" + target
+
+
+def server_path(target: str) -> str:
+    """The path that llama-server compares with its routes.
+
+    Its HTTP library (cpp-httplib, ``Server::parse_request_line`` and ``decode_path_component``) cuts at ``#``, then at
+    ``?``, and decodes ``%XX`` and ``%uXXXX`` once, before routing: ``/slots%2f0`` and ``/%u0073lots/0`` are
+    ``/slots/0``. What is no code stays as it is, and surrogates (``%ud800``) vanish. It knows no ``..``, merges no
+    slashes, and distinguishes case. Seen running on xllamacpp 2026.10.11549.
+    """
+    path = origin_form(target).partition("?")[0]
+    return _decode(path.encode("utf-8", "surrogateescape")).decode("utf-8", "surrogateescape")
+
+
+_CODE = re.compile(rb"%u([0-9a-fA-F]{4})|%([0-9a-fA-F]{2})")
+
+
+def _decode(path: bytes) -> bytes:
+    def byte(match: re.Match[bytes]) -> bytes:
+        if match[1] is None:
+            return bytes([int(match[2], 16)])
+        return chr(int(match[1], 16)).encode("utf-8", "ignore")  # a surrogate alone becomes nothing
+
+    return _CODE.sub(byte, path)
+
+
+def _mended(path: str) -> str:
+    """The path as a lenient proxy might pass it on: decoded to the end, dots and slashes resolved, lower case."""
+    raw = path.encode("utf-8", "surrogateescape")
+    for _ in range(8):
+        raw = _decode(raw)
+    text = raw.decode("utf-8", "replace").replace("\\", "/").lower()
+    parts: list[str] = []
+    for part in re.sub(r"[\x00-\x20\x7f]", "", text).split("/"):
+        part = part.partition(";")[0]
+        if part == "..":
+            del parts[-1:]
+        elif part not in ("", "."):
+            parts.append(part)
+    return "/" + "/".join(parts)

@@ -1,0 +1,117 @@
+"""Server-sent events: bytes to whole events and back, without touching what need not be touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+_MARKS = (b'"timings"', b'"usage"', b'"prompt_progress"')
+_ENDS = (b"\n\n", b"\r\n\r\n")
+
+
+class EventSplitter:
+    """Cuts a byte stream into whole events. Each one that ``feed`` returns ends with its blank line."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        self._rest += chunk
+        events: list[bytes] = []
+        start = 0
+        while (end := _end_of_event(self._rest, start)) >= 0:
+            events.append(bytes(self._rest[start:end]))
+            start = end
+        del self._rest[:start]
+        return events
+
+    @property
+    def rest(self) -> bytes:
+        """What came after the last whole event."""
+        return bytes(self._rest)
+
+
+def _end_of_event(buffer: bytearray, start: int) -> int:
+    ends = [at + len(mark) for mark in _ENDS if (at := buffer.find(mark, start)) >= 0]
+    return min(ends, default=-1)
+
+
+def data_of(event: bytes) -> Any:
+    """The JSON value of an event's data lines; None for comments, ``[DONE]`` and what is not JSON."""
+    lines = [line[5:].strip() for line in event.splitlines() if line.startswith(b"data:")]
+    if not lines:
+        return None
+    try:
+        return orjson.loads(b"\n".join(lines))
+    except orjson.JSONDecodeError:
+        return None
+
+
+def event_of(payload: Any) -> bytes:
+    return b"data: " + orjson.dumps(payload) + b"\n\n"
+
+
+def comment(text: str) -> bytes:
+    return f": {text}\n\n".encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """Work done for a request before llama-server saw it: of ``n_tokens`` that are there now ``n_reused`` were reused,
+    and the rest took ``seconds``.
+
+    llama-server then reports ``cache_n`` n - 1 and ``prompt_n`` 1; the client must read what its whole request cost.
+    ``n_answers``: how many answers go on from that work (``n``); those to further prompts have done all of theirs.
+    """
+
+    n_reused: int
+    n_tokens: int
+    seconds: float
+    n_answers: int = 1
+
+    def correct(self, payload: dict[str, Any]) -> bool:
+        """Put the numbers of one JSON answer or event right, in place. True when something was changed."""
+        if index_of(payload) >= self.n_answers:
+            return False
+        changed = False
+        if isinstance(timings := payload.get("timings"), dict) and "prompt_n" in timings:
+            self._correct_timings(timings)
+            changed = True
+        if isinstance(usage := payload.get("usage"), dict):
+            details = usage.get("prompt_tokens_details")
+            if isinstance(details, dict) and "cached_tokens" in details:
+                details["cached_tokens"] = min(self.n_reused, int(details["cached_tokens"]))
+                changed = True
+        if isinstance(progress := payload.get("prompt_progress"), dict):
+            progress["cache"] = min(self.n_reused, int(progress["cache"]))
+            progress["time_ms"] = progress["time_ms"] + round(self.seconds * 1000)
+            changed = True
+        return changed
+
+    def _correct_timings(self, timings: dict[str, Any]) -> None:
+        total = int(timings.get("cache_n", 0)) + int(timings["prompt_n"])
+        reused = min(self.n_reused, int(timings.get("cache_n", 0)))
+        computed, ms = total - reused, float(timings["prompt_ms"]) + self.seconds * 1000
+        timings |= {"cache_n": reused, "prompt_n": computed, "prompt_ms": ms}
+        if computed and ms > 0:
+            timings |= {"prompt_per_token_ms": ms / computed, "prompt_per_second": computed / ms * 1000}
+
+    def correct_event(self, event: bytes) -> bytes:
+        """The event with its numbers put right; the very same bytes when it carries none."""
+        if not any(mark in event for mark in _MARKS):
+            return event
+        payload = data_of(event)
+        if not isinstance(payload, dict) or not self.correct(payload):
+            return event
+        return event_of(payload)
+
+
+def index_of(payload: Mapping[str, Any]) -> int:
+    """Which of several answers it is about: ``n`` for each prompt, prompt by prompt. 0 where it does not say."""
+    choices = payload.get("choices")
+    part = choices[0] if isinstance(choices, list) and choices else payload
+    index = part.get("index") if isinstance(part, dict) else None
+    return index if isinstance(index, int) else 0

@@ -1,0 +1,392 @@
+"""The snapshots in one directory: quota before each write, commit by rename, repair at each opening.
+
+One event loop owns a catalog. Between looking at the accounts and changing them nothing is awaited; what takes room
+is accounted for before it is on disk, and what gives room only after it is gone from there. Everything that changes
+files runs in a task of the catalog, so that a caller who is cancelled leaves no account behind that is not true.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
+from llamaslot.store import scan, sidecar
+from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
+from llamaslot.store.header import read_slot_file
+from llamaslot.store.room import Room
+from llamaslot.store.shelf import Pin, Shelf
+from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, readable
+from llamaslot.store.upkeep import Upkeep
+from llamaslot.tasks import TaskOwner
+
+log = logging.getLogger(__name__)
+
+# Our own shortage, not the file's fault: a snapshot is not given up for it.
+_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR}
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Room for one snapshot: llama-server saves as ``part_name``, then ``commit`` or ``abandon``."""
+
+    id: str
+    part_name: str
+    size_bytes: int
+
+
+@dataclass(slots=True)
+class _Held:
+    """The account of a draft: bytes taken for it, what must stay, and its commit once that has begun."""
+
+    size_bytes: int
+    keep: frozenset[str]
+    commit: asyncio.Task[Snapshot | LlamaslotError] | None = None
+
+
+class Catalog:
+    """What is on disk. ``fingerprint`` is the one that is valid now: snapshots of another are evicted first.
+
+    ``on_drop`` is called, in the event loop, at the moment when a snapshot leaves ``snapshots`` for whatever reason;
+    its file may still be there for a moment. It is not called for what ``open`` removes.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        quota_bytes: int,
+        *,
+        now: Callable[[], float],
+        on_drop: Callable[[Snapshot], None],
+    ) -> None:
+        self.directory = directory
+        self.quota_bytes = quota_bytes
+        self._now, self._on_drop = now, on_drop
+        self._lock = DirectoryLock(directory)
+        self._tasks = TaskOwner()
+        self._shelf = Shelf()
+        self._room = Room(directory, quota_bytes, self._tasks)
+        self._drafts: dict[str, _Held] = {}
+        self._upkeep = Upkeep(directory, self._shelf, self._tasks, self._drop)
+        self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._shelf.snapshots)
+
+    def __repr__(self) -> str:
+        used = f"{readable(self.size_bytes)} of {readable(self.quota_bytes)}"
+        return f"<Catalog {self.directory} {len(self.snapshots)} snapshots {used}>"
+
+    @property
+    def fingerprint(self) -> str | None:
+        return self._shelf.fingerprint
+
+    @fingerprint.setter
+    def fingerprint(self, fingerprint: str | None) -> None:
+        self._shelf.fingerprint = fingerprint
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on disk or promised: snapshots, drafts, and what is still being removed or cannot be."""
+        return self._room.size_bytes
+
+    def last_used(self, id: str) -> float:  # noqa: A002
+        """When the snapshot was last used, in seconds of ``now``. Raises KeyError."""
+        return self._shelf.last_used[id]
+
+    async def open(self) -> list[Snapshot]:
+        """Lock, scan, repair, enforce the quota; the snapshots that are whole.
+
+        Raises DirectoryUnusable when another llamaslot works here or the directory cannot be used. Canceling is safe:
+        the lock is given back, and the next opening repairs.
+        """
+        locking = asyncio.get_running_loop().run_in_executor(None, self._lock.acquire)
+        try:
+            await asyncio.shield(locking)
+            return await self._open()
+        except BaseException:
+            while not locking.done():  # canceled while the thread is still at it: its lock would stay
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([locking])
+            self._lock.release()
+            raise
+
+    async def _open(self) -> list[Snapshot]:
+        try:
+            found = await scan.scan(self.directory)
+        except OSError as error:
+            raise DirectoryUnusable(f"{self.directory} cannot be read: {error.strerror or error}") from error
+        for snapshot in found.snapshots:
+            self._list(snapshot, found.last_used[snapshot.id])
+        for id_, size in found.leftovers.items():
+            self._room.leave(id_, size)
+        for fault in found.faults:
+            log.warning("snapshots: %s", fault)
+        over = self._shelf.victims(self.size_bytes - self.quota_bytes, ())
+        for victim in over:
+            self._take(victim.id)
+        while self._room.removing:
+            await self._room.next_removal()
+        log.info(
+            "snapshots: %d in %s, %s of %s; removed %d unfinished and %d broken, evicted %d, left %d foreign alone",
+            len(self.snapshots),
+            self.directory,
+            readable(self.size_bytes),
+            readable(self.quota_bytes),
+            found.n_unfinished,
+            len(found.faults),
+            len(over),
+            found.n_foreign,
+        )
+        return list(self.snapshots.values())
+
+    async def settle(self) -> None:
+        """Wait until everything begun is on disk: removals, commits, times of use. Canceling is safe."""
+        while len(self._tasks):
+            await self._tasks.drain()
+
+    def close(self) -> None:
+        """Give the lock back. Idempotent. What ``settle`` would have waited for may be lost, never more."""
+        self._lock.release()
+
+    # -- room -----------------------------------------------------------------------------------------------------
+
+    async def reserve(self, size_bytes: int, keep: Collection[str] = ()) -> Draft:
+        """Make room for ``size_bytes``, evicting what is neither pinned nor in ``keep``, and promise it.
+
+        When this returns, what had to go is gone from the disk. Raises QuotaExceeded, and evicts nothing, if
+        there is not enough that may go. Canceling is safe: the room is given back, evictions that have begun are
+        finished.
+        """
+        kept = frozenset(keep)
+        await self._sweep()
+        await self._room.make(size_bytes, lambda short: self._evict(short, kept))
+        # No await since the room was found.
+        id_ = sidecar.new_id()
+        self._drafts[id_] = _Held(size_bytes, kept)
+        self._room.granted += size_bytes
+        return Draft(id_, id_ + PART, size_bytes)
+
+    def _evict(self, short: int, keep: Collection[str]) -> bool:
+        """Give up at least ``short`` bytes of snapshots, or none of them."""
+        victims = self._shelf.victims(short, keep)
+        if sum(victim.size_bytes for victim in victims) < short:
+            return False
+        for victim in victims:
+            self._drop(victim.id)
+        return True
+
+    async def _sweep(self) -> None:
+        """Bring the accounts in line with the disk: what vanished is dropped, what nobody knows is removed.
+
+        llama-server carries out a save whose client has gone: its part file can appear after an ``abandon``, or after
+        our own restart. A pair of .kv and .json that we do not know is left for the next opening.
+        """
+        before = set(self.snapshots)
+        try:
+            listing = await asyncio.to_thread(scan.list_own, self.directory)
+        except OSError as error:
+            log.warning("snapshots: %s cannot be read: %s", self.directory, error.strerror or error)
+            return
+        if not listing.has_lock:
+            # Not the directory that we locked (unmounted, moved away): no reason to forget or remove anything.
+            log.warning("snapshots: %s is not the directory it was: its lock file is missing", self.directory)
+            return
+        # Asked again one by one: a listing that misses a name must not cost the file.
+        missing = await asyncio.to_thread(scan.missing, self.directory, before - listing.holders(KV))
+        for id_ in missing & self.snapshots.keys():
+            log.warning("snapshot dropped: %s: its file has vanished", id_)
+            self._drop(id_)
+        # An id is new before its file is: what was listed and is unknown is nobody's, or gone by now.
+        for id_ in listing.unfinished() - self._known():
+            size_bytes = await asyncio.to_thread(scan.size_bytes, self.directory, id_)
+            if id_ not in self._known():  # not yet found by another sweep
+                self._room.remove(id_, size_bytes)
+
+    def _known(self) -> set[str]:
+        return self._shelf.known() | self._drafts.keys() | self._room.known()
+
+    # -- one draft ------------------------------------------------------------------------------------------------
+
+    async def commit(
+        self,
+        draft: Draft,
+        *,
+        tokens_expected: bytes,
+        n_saved: int,
+        n_written: int,
+        fingerprint: str,
+        checkpoints: tuple[int, ...],
+        source: str,
+    ) -> Snapshot:
+        """Make the saved part file a snapshot if it is what it should be.
+
+        ``n_saved`` (tokens) and ``n_written`` (bytes) are llama-server's answer to the save;
+        ``tokens_expected`` is how its tokens must begin. Raises SnapshotInvalid, or QuotaExceeded when the file is
+        larger than was reserved and nothing can go for it; in both cases the file is removed and the draft ended.
+        When canceled the commit is carried out all the same; ``abandon`` then waits for it and changes nothing.
+        """
+        held = self._drafts.get(draft.id)
+        if held is None or held.commit is not None:
+            raise SnapshotInvalid(f"{draft.id}: its draft has ended")
+        noted = Noted(
+            id=draft.id,
+            n_tokens=n_saved,
+            size_bytes=n_written,
+            fingerprint=fingerprint,
+            created_at=self._now(),
+            checkpoints=checkpoints,
+            source=source,
+            boot=sidecar.boot_id(),
+        )
+        held.commit = self._tasks.spawn(self._commit(held, noted, tokens_expected), f"commit {draft.id}")
+        outcome = await asyncio.shield(held.commit)
+        if isinstance(outcome, LlamaslotError):
+            raise outcome
+        return outcome
+
+    async def _commit(self, held: _Held, noted: Noted, tokens_expected: bytes) -> Snapshot | LlamaslotError:
+        """The commit, in a task of its own: errors of ours are its result, so that nobody reports them as a death."""
+        try:
+            snapshot = await self._accept(held, noted, tokens_expected)
+        except Exception as error:
+            await self._end_draft(noted.id)
+            if isinstance(error, LlamaslotError):
+                return error
+            raise
+        # No await from here on: what was granted is committed.
+        del self._drafts[noted.id]
+        self._room.granted -= held.size_bytes
+        self._list(snapshot, noted.created_at)
+        self._upkeep.sync(noted)
+        return snapshot
+
+    async def _accept(self, held: _Held, noted: Noted, tokens_expected: bytes) -> Snapshot:
+        part = self.directory / (noted.id + PART)
+        file = await read_slot_file(part)
+        if (extra := file.size_bytes - held.size_bytes) > 0:
+            # It is on disk already, so it is accounted for first; the quota is broken for as long as evicting takes.
+            self._room.granted += extra
+            held.size_bytes += extra
+            await self._room.make(0, lambda short: self._evict(short, held.keep))
+        scan.agree(noted, file)
+        if not file.tokens:
+            raise OtherConversation(f"{part.name}: holds no tokens")
+        if not file.tokens.startswith(tokens_expected):
+            raise OtherConversation(f"{part.name}: holds another conversation than was to be saved")
+        snapshot = noted.snapshot(file.tokens)
+        try:
+            await asyncio.to_thread(self._publish, part, noted)
+        except OSError as error:
+            raise SnapshotInvalid(f"{snapshot.id}: cannot be written: {error.strerror or error}") from error
+        # Smaller than was reserved: the rest is free again.
+        self._room.granted -= held.size_bytes - file.size_bytes
+        held.size_bytes = file.size_bytes
+        return snapshot
+
+    def _publish(self, part: Path, noted: Noted) -> None:
+        """The data first, then its name: without the sidecar, written last, the .kv file does not exist for a scan."""
+        os.rename(part, self.directory / (noted.id + KV))
+        sidecar.write(self.directory, noted, noted.created_at)
+
+    async def abandon(self, draft: Draft) -> None:
+        """Remove the part file and give the room back. Idempotent, and without effect on a draft that is committed.
+
+        Canceling is safe: the file is removed all the same.
+        """
+        held = self._drafts.get(draft.id)
+        if held is not None and held.commit is not None:
+            await asyncio.shield(held.commit)
+        elif held is not None:
+            await self._end_draft(draft.id)
+        await self._room.removed(draft.id)
+
+    async def _end_draft(self, id_: str) -> None:
+        held = self._drafts.pop(id_)
+        self._room.granted -= held.size_bytes
+        await asyncio.shield(self._room.remove(id_, held.size_bytes))
+
+    # -- one snapshot ---------------------------------------------------------------------------------------------
+
+    def pin(self, id: str) -> Pin:  # noqa: A002
+        """Keep the snapshot's file for as long as the context lasts. Raises KeyError, here and now, if it is gone."""
+        return Pin(self._shelf.pin(id), self._unpin)
+
+    def _unpin(self, id_: str) -> None:
+        if (condemned := self._shelf.unpin(id_)) is not None:
+            self._remove(condemned)
+
+    def touch(self, id: str) -> None:  # noqa: A002
+        """Used now. One that is gone is passed over. The sidecar is dated a moment later, several at once."""
+        if id in self.snapshots:
+            self._shelf.last_used[id] = self._now()
+            self._upkeep.date(id)
+
+    async def verify(self, id: str) -> Snapshot:  # noqa: A002
+        """The snapshot, if its file is there, of the size noted, and with its tokens in the header.
+
+        Raises SnapshotInvalid otherwise; the snapshot is then dropped, unless only we ran short of something (open
+        files, memory). Canceling is safe.
+        """
+        try:
+            pin = self.pin(id)
+        except KeyError:
+            raise SnapshotInvalid(f"{id}: is gone") from None
+        with pin as snapshot:
+            try:
+                file = await read_slot_file(self.directory / snapshot.file_name)
+                if file.size_bytes != snapshot.size_bytes:
+                    raise SnapshotInvalid(
+                        f"{id}: has {file.size_bytes} bytes, {snapshot.size_bytes} were written"
+                    )
+                if file.tokens != snapshot.tokens:
+                    raise SnapshotInvalid(f"{id}: holds other tokens than when it was saved")
+            except SnapshotInvalid as error:
+                if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _SHORTAGES):
+                    log.warning("snapshot dropped: %s", error)
+                    if id in self.snapshots:
+                        self._drop(id)
+                raise
+        return snapshot
+
+    async def drop(self, id: str) -> None:  # noqa: A002
+        """No longer listed at once, and removed; the file of a pinned one at the last unpin. Idempotent.
+
+        Canceling is safe: the file is removed all the same.
+        """
+        if id in self.snapshots:
+            self._drop(id)
+        await self._room.removed(id)
+
+    # -- in one breath --------------------------------------------------------------------------------------------
+
+    def _list(self, snapshot: Snapshot, last_used: float) -> None:
+        self._shelf.add(snapshot, last_used)
+        self._room.committed += snapshot.size_bytes
+
+    def _take(self, id_: str) -> Snapshot:
+        """From listed to leaving, or to condemned: nobody can choose, pin or restore it any more."""
+        snapshot = self.snapshots[id_]
+        if self._shelf.take(id_):
+            self._remove(snapshot)
+        return snapshot
+
+    def _drop(self, id_: str) -> None:
+        self._on_drop(self._take(id_))
+
+    def _remove(self, snapshot: Snapshot) -> None:
+        self._room.committed -= snapshot.size_bytes
+        self._room.remove(snapshot.id, snapshot.size_bytes)
+
+    def check(self) -> None:
+        """Raises AssertionError naming the account that is not the sum of its parts."""
+        self._shelf.check()
+        on_disk = (*self._shelf.snapshots.values(), *self._shelf.condemned.values())
+        self._room.check(
+            committed=sum(snapshot.size_bytes for snapshot in on_disk),
+            granted=sum(held.size_bytes for held in self._drafts.values()),
+        )

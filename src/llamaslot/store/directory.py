@@ -1,0 +1,142 @@
+"""The directory that llama-server and llamaslot share: one llamaslot at a time, and proof that it is the same one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import aiofiles.os
+import aiofiles.ospath
+
+from llamaslot.errors import LlamaslotError, SnapshotInvalid
+from llamaslot.store.header import read_slot_file
+from llamaslot.store.sidecar import PROBE, new_id
+
+LOCK_NAME = ".llamaslot.lock"
+_GROUP = (
+    "let llama-server and llamaslot share a group: chgrp GROUP {directory}, chmod 2770 {directory} (setgid: files "
+    "inherit the group), and run llama-server with umask 0007 (UMask=0007 in its systemd unit)"
+)
+
+
+class DirectoryUnusable(LlamaslotError):
+    """The directory for snapshots is missing, taken by another llamaslot, or closed to us."""
+
+
+class NotShared(LlamaslotError):
+    """What llama-server saves does not arrive in our directory, or is not ours to read, rename and unlink."""
+
+
+class DirectoryLock:
+    """An flock on ``.llamaslot.lock``: two llamaslots in one directory would delete each other's files.
+
+    The lock goes with the process, however that ends; the file stays.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / LOCK_NAME
+        self._fd: int | None = None
+
+    def acquire(self) -> None:
+        """Take the lock without waiting. Blocking file work. Raises DirectoryUnusable, which says who has it."""
+        directory = self._path.parent
+        try:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o660)
+        except FileNotFoundError:
+            raise DirectoryUnusable(f"{directory} does not exist: create it, or mount it here") from None
+        except OSError as error:
+            raise DirectoryUnusable(
+                f"{directory} is not usable for snapshots: {error.strerror or error}"
+            ) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(fd)
+            if not isinstance(error, BlockingIOError):
+                raise DirectoryUnusable(
+                    f"{self._path} cannot be locked: {error.strerror or error}"
+                ) from error
+            raise DirectoryUnusable(
+                f"{directory} is in use by another llamaslot (pid {holder}): stop it, or give each its own directory"
+            ) from None
+        self._fd = fd
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk: the lock holds all the same, only its message is poorer
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Give the lock back. Idempotent."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+async def prove_shared(directory: Path, save: Callable[[str], Awaitable[None]]) -> None:
+    """Prove that llama-server's ``--slot-save-path`` is ``directory`` and that its files are ours to handle.
+
+    ``save(name)`` makes llama-server save an idle slot under that name. The file must then appear here, be a slot
+    file that we can read, and let itself be renamed and unlinked. Nothing is left behind where we can unlink; after
+    a crash in between the next scan removes it, because the probe has a name of ours.
+
+    Raises NotShared or DirectoryUnusable with the fix, SnapshotInvalid when the server writes a format that we do
+    not know, and whatever ``save`` raises. Canceling is safe.
+    """
+    probe, moved = (directory / (new_id() + PROBE) for _ in range(2))
+    fix = _GROUP.format(directory=directory)
+    if not await aiofiles.os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+        exists = await aiofiles.ospath.isdir(directory)
+        why = (
+            f"cannot be read and written by us: {fix}"
+            if exists
+            else "does not exist: create it, or mount it here"
+        )
+        raise DirectoryUnusable(f"{directory} {why}")
+    try:
+        await save(probe.name)
+        try:
+            await read_slot_file(probe)
+        except SnapshotInvalid as error:
+            _explain(error, probe, fix)
+            raise
+        await _attempt("renamed", aiofiles.os.rename, probe, moved, fix=fix)
+        await _attempt("unlinked", aiofiles.os.unlink, moved, fix=fix)
+    finally:
+        await asyncio.shield(asyncio.to_thread(_clear, probe, moved))
+
+
+def _explain(error: SnapshotInvalid, probe: Path, fix: str) -> None:
+    """Raise NotShared for a probe that is not there or that we may not read; a strange format is left to the caller."""
+    cause = error.__cause__
+    if isinstance(cause, FileNotFoundError):
+        raise NotShared(
+            f"llama-server saved a slot as {probe.name}, but it did not appear in {probe.parent}: slot_save_path must "
+            "be the directory that llama-server was given as --slot-save-path, as seen from here (in a container: "
+            "where that volume is mounted); the probe still lies in llama-server's directory, delete it there"
+        ) from error
+    if isinstance(cause, OSError):
+        raise NotShared(
+            f"llamaslot cannot read what llama-server saves in {probe.parent} ({cause.strerror or cause}): {fix}"
+        ) from error
+
+
+async def _attempt(done: str, act: Callable[..., Awaitable[None]], *paths: Path, fix: str) -> None:
+    try:
+        await act(*paths)
+    except OSError as error:
+        raise NotShared(
+            f"{paths[0].name} in {paths[0].parent}, saved by llama-server, cannot be {done} by llamaslot "
+            f"({error.strerror or error}): {fix}; the directory must be writable for that group and without sticky bit"
+        ) from error
+
+
+def _clear(*paths: Path) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)

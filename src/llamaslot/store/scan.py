@@ -1,0 +1,180 @@
+"""What lies in the snapshot directory: opening the store is a scan that repairs.
+
+Ours is a regular file by its name, ``ls-<16 hex>`` with a suffix of ours; everything else is foreign and never touched.
+Of ours, only a .kv file with a sidecar that agrees with it is a snapshot. All else is what a crash left: it is removed,
+or, where that is impossible, counted as a leftover so that the quota is true.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llamaslot.errors import SnapshotInvalid
+from llamaslot.store import sidecar
+from llamaslot.store.directory import LOCK_NAME
+from llamaslot.store.header import SlotFile, read_slot_file
+from llamaslot.store.sidecar import JSON, KV, NEW, PART, PROBE, Noted, Snapshot
+
+SUFFIXES = (PART, KV, PROBE, NEW, JSON)  # the order of removal: what takes room first, the sidecar last
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Our files in the directory: their suffixes by id. And how many foreign entries there are."""
+
+    suffixes: dict[str, set[str]]
+    n_foreign: int
+    has_lock: bool
+
+    def holders(self, suffix: str) -> set[str]:
+        """The ids that have a file with this suffix."""
+        return {id_ for id_, suffixes in self.suffixes.items() if suffix in suffixes}
+
+    def unfinished(self) -> set[str]:
+        """The ids that are neither a whole pair of .kv and .json nor a probe."""
+        return {
+            id_
+            for id_, suffixes in self.suffixes.items()
+            if not {KV, JSON} <= suffixes and PROBE not in suffixes
+        }
+
+
+@dataclass(slots=True)
+class Found:
+    """The result of a scan. ``last_used`` in seconds since the epoch, by id; ``leftovers`` in bytes, by id."""
+
+    snapshots: list[Snapshot] = field(default_factory=list)
+    last_used: dict[str, float] = field(default_factory=dict)
+    leftovers: dict[str, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    n_unfinished: int = 0
+    n_foreign: int = 0
+
+
+def list_own(directory: Path) -> Listing:
+    """Our files by name and kind, without a look at each. Blocking; raises OSError for an unreadable directory."""
+    suffixes: dict[str, set[str]] = {}
+    n_foreign, has_lock = 0, False
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name == LOCK_NAME:
+                has_lock = True
+            elif (own := sidecar.own_name(entry.name)) is not None and entry.is_file(follow_symlinks=False):
+                suffixes.setdefault(own[0], set()).add(own[1])
+            else:
+                # Also a directory or a symbolic link with such a name: somebody's joke, not our file.
+                n_foreign += 1
+    return Listing(suffixes, n_foreign, has_lock)
+
+
+def size_bytes(directory: Path, id_: str) -> int:
+    """What counts for the quota of an id: its .kv and .part. Blocking."""
+    return sum(_size(directory / (id_ + suffix)) for suffix in (KV, PART))
+
+
+def missing(directory: Path, ids: set[str]) -> set[str]:
+    """Those of the ids that have no .kv file. Blocking."""
+    return {id_ for id_ in ids if not os.path.lexists(directory / (id_ + KV))}
+
+
+def remove(directory: Path, id_: str) -> tuple[int, OSError | None]:
+    """Unlink every file of the id. Blocking, never raises for what the file system refuses.
+
+    Returns the bytes of .kv and .part that are still there, and the first error. The .kv goes first: it is what takes
+    room, and a sidecar without its file is removed by the next scan.
+    """
+    n_left, first = 0, None
+    for suffix in SUFFIXES:
+        path = directory / (id_ + suffix)
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            first = first or error
+            if suffix in (PART, KV):
+                n_left += _size(path)
+    return n_left, first
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.lstat(path).st_size
+    except OSError:
+        return 0
+
+
+def agree(noted: Noted, file: SlotFile) -> None:
+    """Raises SnapshotInvalid unless the slot file is the one that the sidecar was written for."""
+    name = noted.id + KV
+    if file.size_bytes != noted.size_bytes:
+        raise SnapshotInvalid(f"{name}: has {file.size_bytes} bytes, {noted.size_bytes} were written")
+    if file.has_media:
+        raise SnapshotInvalid(f"{name}: holds media, which tokens alone do not identify")
+    if file.n_tokens != noted.n_tokens:
+        raise SnapshotInvalid(f"{name}: holds {file.n_tokens} tokens, {noted.n_tokens} were saved")
+
+
+async def scan(directory: Path) -> Found:
+    """Read what is there and remove what is ours but no snapshot. Raises OSError if the directory cannot be read.
+
+    Canceling is safe: what is left is repaired by the next scan.
+    """
+    listing = await asyncio.to_thread(list_own, directory)
+    found = Found(n_foreign=listing.n_foreign)
+    for id_, suffixes in sorted(listing.suffixes.items()):
+        if suffixes != {KV, JSON}:
+            found.n_unfinished += 1
+            if not {KV, JSON} <= suffixes:
+                await _discard(directory, id_, found)
+                continue
+            # A whole snapshot with something beside it: only that goes.
+            await asyncio.to_thread(
+                _unlink_quietly, *(directory / (id_ + rest) for rest in suffixes - {KV, JSON})
+            )
+        try:
+            snapshot, last_used = await _load(directory, id_)
+        except SnapshotInvalid as error:
+            found.faults.append(str(error))
+            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+                # Not broken as far as we know, only out of our reach: removed when its room is needed.
+                found.leftovers[id_] = await asyncio.to_thread(size_bytes, directory, id_)
+            else:
+                await _discard(directory, id_, found)
+            continue
+        found.snapshots.append(snapshot)
+        found.last_used[id_] = last_used
+    return found
+
+
+async def _load(directory: Path, id_: str) -> tuple[Snapshot, float]:
+    path = directory / (id_ + JSON)
+    try:
+        data, dated = await asyncio.to_thread(lambda: (path.read_bytes(), path.stat().st_mtime))
+    except OSError as error:
+        raise SnapshotInvalid(f"{path.name}: cannot be read: {error.strerror or error}") from error
+    noted = sidecar.parse(path.name, data)
+    if noted.boot not in (None, sidecar.boot_id()):
+        raise SnapshotInvalid(f"{id_}{KV}: was not yet on the disk when the machine went down")
+    file = await read_slot_file(directory / (id_ + KV))
+    agree(noted, file)
+    return noted.snapshot(file.tokens), dated
+
+
+async def _discard(directory: Path, id_: str, found: Found) -> None:
+    n_left, error = await asyncio.to_thread(remove, directory, id_)
+    if error is not None:
+        found.faults.append(f"{id_}: cannot be removed: {error.strerror or error}")
+    if n_left:
+        found.leftovers[id_] = n_left
+
+
+def _unlink_quietly(*paths: Path) -> None:
+    for path in paths:
+        try:
+            os.unlink(path)
+        except OSError:
+            continue

@@ -1,0 +1,182 @@
+"""The nouns of the store, what its files are called, and the sidecar that makes a slot file a snapshot.
+
+A snapshot is ``<id>.kv``, written by llama-server, and ``<id>.json``, written by us when everything else is done: a
+file without its sidecar does not exist. Sidecars hold no tokens (those are in the header of the .kv file), so that no
+second copy of a conversation lies about. The modification time of a sidecar is when its snapshot was last used.
+
+A .kv file of a gigabyte is renamed before the kernel has brought it to the disk. A killed process loses nothing by
+that; a power cut could leave zeros behind a good header, and those would be restored as somebody's context. So a
+sidecar first carries the id of this boot and is written again without it once the data is synced; one of another boot
+is not believed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from llamaslot.errors import SnapshotInvalid
+
+VERSION = 1
+KV, JSON, PART, NEW, PROBE = ".kv", ".json", ".part", ".json.new", ".probe"
+_OURS = re.compile(r"(ls-[0-9a-f]{16})(\.kv|\.json|\.part|\.json\.new|\.probe)")
+_MODE = 0o660  # llama-server and llamaslot may be two users of one group; the umask narrows it
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Snapshot:
+    """A saved slot that is whole.
+
+    ``tokens`` are bytes of little-endian int32; ``created_at`` is in seconds since the epoch; ``checkpoints`` are the
+    token counts to which a model that cannot rewind can return; ``source`` says what it was saved for.
+    """
+
+    id: str
+    tokens: bytes
+    size_bytes: int
+    fingerprint: str
+    created_at: float
+    checkpoints: tuple[int, ...]
+    source: str
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens) // 4
+
+    @property
+    def file_name(self) -> str:
+        """The name to give to llama-server's restore."""
+        return self.id + KV
+
+    def __repr__(self) -> str:
+        return f"<Snapshot {self.id} {self.n_tokens} tok {readable(self.size_bytes)} {self.source}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """What a sidecar says: a snapshot without its tokens."""
+
+    id: str
+    n_tokens: int
+    size_bytes: int
+    fingerprint: str
+    created_at: float
+    checkpoints: tuple[int, ...]
+    source: str
+    boot: str | None  # of the machine, until the .kv file is known to be on the disk
+
+    def snapshot(self, tokens: bytes) -> Snapshot:
+        return Snapshot(
+            id=self.id,
+            tokens=tokens,
+            size_bytes=self.size_bytes,
+            fingerprint=self.fingerprint,
+            created_at=self.created_at,
+            checkpoints=self.checkpoints,
+            source=self.source,
+        )
+
+
+def new_id() -> str:
+    """A name that nobody else has: ``ls-`` and 16 hexadecimal digits."""
+    return "ls-" + secrets.token_hex(8)
+
+
+def own_name(name: str) -> tuple[str, str] | None:
+    """The id and the suffix of a file that is ours by its name; None for a foreign one."""
+    match = _OURS.fullmatch(name)
+    return (match[1], match[2]) if match else None
+
+
+def readable(size_bytes: int) -> str:
+    """A size for people: ``114.0 MiB``."""
+    size, unit = float(size_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size_bytes} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def parse(name: str, data: bytes) -> Noted:
+    """A sidecar's content. Raises SnapshotInvalid for anything but a whole one of a version that we know."""
+    try:
+        fields = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise SnapshotInvalid(f"{name}: broken JSON: {error}") from None
+    if not isinstance(fields, dict) or fields.get("version") != VERSION:
+        raise SnapshotInvalid(f"{name}: no sidecar of version {VERSION}")
+    checkpoints = _field(name, fields, "checkpoints", list)
+    if not all(type(at) is int for at in checkpoints):
+        raise SnapshotInvalid(f"{name}: 'checkpoints' is no list of token counts")
+    noted = Noted(
+        id=_field(name, fields, "id", str),
+        n_tokens=_field(name, fields, "n_tokens", int),
+        size_bytes=_field(name, fields, "size_bytes", int),
+        fingerprint=_field(name, fields, "fingerprint", str),
+        created_at=float(_field(name, fields, "created_at", int, float)),
+        checkpoints=tuple(checkpoints),
+        source=_field(name, fields, "source", str),
+        boot=_field(name, fields, "boot", str, type(None)),
+    )
+    if noted.id + JSON != name:
+        raise SnapshotInvalid(f"{name}: belongs to {noted.id}")
+    return noted
+
+
+def _field(name: str, fields: dict[str, Any], key: str, *types: type) -> Any:
+    if type(value := fields.get(key)) not in types:  # not isinstance: true is an int
+        raise SnapshotInvalid(f"{name}: {key!r} is missing or of the wrong type")
+    return value
+
+
+@functools.cache
+def boot_id() -> str:
+    """The kernel's id of this boot, the same inside containers; "" where there is none, which then never changes."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def write(directory: Path, noted: Noted, last_used: float) -> None:
+    """Write the sidecar: under another name, synced, dated, then renamed. Blocking; raises OSError.
+
+    The directory is not synced: after a power cut a name that was lost is a snapshot that does not exist.
+    """
+    content = orjson.dumps(
+        {"version": VERSION, **dataclasses.asdict(noted)}, option=orjson.OPT_APPEND_NEWLINE
+    )
+    new = directory / (noted.id + NEW)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.utime(new, (last_used, last_used))
+    os.rename(new, directory / (noted.id + JSON))
+
+
+def make_durable(directory: Path, noted: Noted, last_used: float) -> None:
+    """Bring the .kv file to the disk and say so in the sidecar. Blocking, for seconds; raises OSError."""
+    fd = os.open(directory / (noted.id + KV), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
+    write(directory, dataclasses.replace(noted, boot=None), last_used)
+
+
+def date(directory: Path, last_used: dict[str, float]) -> None:
+    """Note when snapshots were last used, by id. Blocking; one that is gone or not ours to date is passed over."""
+    for id_, at in last_used.items():
+        with contextlib.suppress(OSError):
+            os.utime(directory / (id_ + JSON), (at, at))

@@ -1,0 +1,64 @@
+"""What is written about a snapshot after the fact: when it was used, and that its data has reached the disk."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from llamaslot.store import scan, sidecar
+from llamaslot.store.shelf import Shelf
+from llamaslot.store.sidecar import Noted
+from llamaslot.tasks import TaskOwner
+
+log = logging.getLogger(__name__)
+
+
+class Upkeep:
+    """Background tasks on the sidecars of what is on ``shelf``; ``lost(id)`` is told of data that the disk lost."""
+
+    def __init__(self, directory: Path, shelf: Shelf, tasks: TaskOwner, lost: Callable[[str], None]) -> None:
+        self._directory, self._shelf, self._tasks, self._lost = directory, shelf, tasks, lost
+        self._undated: dict[str, float] = {}  # used, and no thread is under way to note it
+        self._is_dating = False
+        self._syncing = asyncio.Lock()
+
+    def date(self, id_: str) -> None:
+        """Note on disk, soon, when the snapshot was last used. Several at once are one trip to a thread."""
+        self._undated[id_] = self._shelf.last_used[id_]
+        if not self._is_dating:
+            self._is_dating = True
+            self._tasks.spawn(self._date(), "date sidecars")
+
+    async def _date(self) -> None:
+        try:
+            while self._undated:
+                batch, self._undated = self._undated, {}
+                await asyncio.to_thread(sidecar.date, self._directory, batch)
+        finally:
+            self._is_dating = False
+
+    def sync(self, noted: Noted) -> None:
+        """Bring a committed snapshot's data to the disk, in the background, then say so in its sidecar."""
+        self._tasks.spawn(self._sync(noted), f"sync {noted.id}")
+
+    async def _sync(self, noted: Noted) -> None:
+        dated = noted.created_at
+        async with self._syncing:  # one at a time: llama-server's next save wants the disk too
+            if noted.id not in self._shelf.snapshots:
+                return
+            dated = self._shelf.last_used[noted.id]
+            try:
+                await asyncio.to_thread(sidecar.make_durable, self._directory, noted, dated)
+            except OSError as error:
+                if noted.id in self._shelf.snapshots:
+                    log.warning("snapshots: %s cannot be synced: %s", noted.id, error.strerror or error)
+                    if error.errno == errno.EIO:
+                        self._lost(noted.id)  # the kernel says it once; a second sync would succeed
+        if noted.id not in self._shelf.known():
+            # Dropped meanwhile: the sidecar may have been written after it was removed.
+            await asyncio.to_thread(scan.remove, self._directory, noted.id)
+        elif self._shelf.last_used.get(noted.id, dated) != dated:
+            self.date(noted.id)

@@ -1,0 +1,216 @@
+"""The web application: which request goes where, and how llamaslot itself starts and stops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import signal
+from collections.abc import AsyncIterator
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from llamaslot import __version__
+from llamaslot.config import Config
+from llamaslot.core.policy import Rules
+from llamaslot.engine.backend import Backend, Health
+from llamaslot.engine.scheduler import QueueLimits
+from llamaslot.errors import BadRequest, ClientGone, Forbidden, LlamaslotError
+from llamaslot.llama.api import LlamaServer
+from llamaslot.llama.process import ManagedServer
+from llamaslot.llama.routes import Route, classify
+from llamaslot.observe.metrics import Metrics
+from llamaslot.tasks import TaskOwner
+from llamaslot.web.completions import Completions
+from llamaslot.web.downstream import MISTAKE, StreamRules, error_response, notice_silence
+from llamaslot.web.headers import allow_origin
+from llamaslot.web.passthrough import Passthrough
+from llamaslot.web.status import Status
+
+log = logging.getLogger(__name__)
+
+CLIENT_GONE = 499  # in metrics only: nginx's number for a client that has closed its connection
+
+
+class App:
+    """llamaslot as one object: the backend and the routes in front of it."""
+
+    def __init__(self, config: Config, backend: Backend) -> None:
+        self.config, self.backend = config, backend
+        rules = StreamRules(config.stream.keepalive_s, config.stream.comments)
+        self._completions = Completions(backend, rules, config.listen.max_body)
+        self._passthrough = Passthrough(backend, config.listen.max_body)
+        self._status = Status(backend)
+
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=self.config.listen.max_body)
+        app.router.add_route("*", "/{path:.*}", self.handle)
+        app.on_response_prepare.append(allow_origin)
+        return app
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Every request comes through here and is counted. Raises CancelledError only."""
+        notice_silence(request)
+        route = classify(request.method, request.raw_path, self.config.passthrough.allow)
+        metrics, status = self.backend.metrics, CLIENT_GONE
+        try:
+            response = await self._answer(request, route)
+            status = response.status
+        except asyncio.CancelledError:
+            metrics.clients_left.inc()  # aiohttp cancels the handler of a client that has closed its connection
+            raise
+        except ClientGone:
+            metrics.clients_left.inc()
+            return web.Response(status=CLIENT_GONE)  # nobody reads it
+        finally:
+            metrics.requests.labels(route.kind, str(status)).inc()
+        return response
+
+    async def _answer(self, request: web.Request, route: Route) -> web.StreamResponse:
+        """Whatever goes wrong is an OpenAI-shaped error, never a traceback. Raises ClientGone."""
+        try:
+            return await self._dispatch(request, route)
+        except ClientGone:
+            raise
+        except LlamaslotError as error:
+            return error_response(error)
+        except web.HTTPException as error:
+            wrapped = BadRequest(error.reason)
+            wrapped.status = error.status
+            return error_response(wrapped)
+        except Exception:
+            log.exception("%s %s failed", request.method, request.path)
+            return error_response(LlamaslotError(MISTAKE))
+
+    async def _dispatch(self, request: web.Request, route: Route) -> web.StreamResponse:
+        if request.path.partition("/")[2].partition("/")[0] == "llamaslot":
+            return await self._status.handle(request)
+        match route.kind:
+            case "own":
+                return self._status.health()
+            case "forbidden" | "gated":
+                raise Forbidden(route.refusal)
+            case "completion":
+                return await self._completions.handle(request, route)
+            case "exclusive":
+                return await self._passthrough.in_turn(request, route)
+            case "passthrough":
+                return await self._passthrough.forward(request, route)
+
+
+def make_backend(config: Config, url: str) -> Backend:
+    """The backend that the configuration describes; ``url`` of a managed one is known once it is started."""
+    settings = config.backend
+    return Backend(
+        settings.name,
+        LlamaServer(url, settings.resolve_api_key()),
+        rules=Rules(
+            config.routing.similarity_min, config.routing.small_prompt_tokens, config.prefill.own_above_s
+        ),
+        limits=QueueLimits(config.queue.max_waiting, config.queue.max_wait_s),
+        metrics=Metrics(),
+        meta_dir=config.store.meta_dir,
+        idle_save_s=config.store.idle_save_s,
+        slot_save_path=settings.slot_save_path,
+        quota_bytes=config.store.quota,
+    )
+
+
+async def serve(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT. Raises LlamaslotError when the store cannot be used, OSError for the port."""
+    tasks = TaskOwner()
+    await asyncio.to_thread(_make_directories, config)
+    managed = _managed(config)
+    url = managed.url if managed is not None else config.backend.url
+    assert url is not None
+    backend = make_backend(config, url)
+    await backend.open()
+    stop, save_s = asyncio.Event(), 0.0
+    try:
+        async with listening(config, backend):
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, stop.set)
+            if managed is not None:
+                tasks.spawn(managed.run(), "managed llama-server")
+            backend.start()
+            _greet(config)
+            gc.collect()
+            gc.freeze()  # a full collection over a large index takes 150 ms; after this it has little to look at
+            await stop.wait()
+            log.info("stopping")
+        save_s = config.shutdown.save_s
+    finally:
+        await backend.close(save_s)
+        await tasks.close()  # a managed server is ended last: its slots have been saved
+
+
+@contextlib.asynccontextmanager
+async def listening(config: Config, backend: Backend) -> AsyncIterator[None]:
+    """Listen for clients. At the end running answers get ``shutdown.drain_s`` to end. Raises OSError for the port."""
+    runner = web.AppRunner(
+        App(config, backend).application(),
+        handler_cancellation=True,  # a client that leaves must be noticed while nothing is being written to it
+        access_log=None,
+        shutdown_timeout=config.shutdown.drain_s,
+        keepalive_timeout=75,
+    )
+    logging.getLogger("aiohttp.server").addFilter(_in_one_line)
+    try:
+        await runner.setup()
+        await web.TCPSite(runner, config.listen.host, config.listen.port).start()
+        yield
+    finally:
+        await runner.cleanup()
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """aiohttp writes a traceback for each client that speaks no HTTP, or packs its body badly: a line will do."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError | web.RequestPayloadError):
+        record.msg, record.args = "%s: %s", (record.getMessage(), " ".join(str(error).split()))
+        record.exc_info, record.levelno, record.levelname = None, logging.INFO, "INFO"
+    return True
+
+
+def _managed(config: Config) -> ManagedServer | None:
+    settings = config.backend
+    if settings.managed is None:
+        return None
+    assert settings.slot_save_path is not None, "the configuration gives a managed server its directory"
+    return ManagedServer(
+        settings.managed,
+        name=settings.name,
+        slot_save_path=settings.slot_save_path,
+        log_path=config.store.meta_dir / f"{settings.name}.log",
+        port=settings.managed.port,
+        api_key=settings.resolve_api_key(),
+    )
+
+
+def _make_directories(config: Config) -> None:
+    paths = [config.store.meta_dir]
+    if config.backend.managed is not None and config.backend.slot_save_path is not None:
+        paths.append(config.backend.slot_save_path)
+    for path in paths:
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise LlamaslotError(f"cannot make the directory {path}: {error.strerror}") from error
+
+
+def _greet(config: Config) -> None:
+    host = config.listen.host if config.listen.host not in ("0.0.0.0", "::") else "127.0.0.1"
+    base = f"http://{host}:{config.listen.port}"
+    log.info("llamaslot %s serves %s/v1", __version__, base)
+    print(  # noqa: T201
+        f"\nPoint any OpenAI client at {base}/v1 (any API key), or try:\n\n"
+        f"  curl -N {base}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        """    -d '{"stream": true, "messages": [{"role": "user", "content": "Name three colours."}]}'\n""",
+        flush=True,
+    )
+
+
+__all__ = ["App", "Health", "listening", "make_backend", "serve"]

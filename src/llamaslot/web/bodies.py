@@ -1,0 +1,52 @@
+"""Request bodies: read once, with a limit, and parsed once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from llamaslot.errors import BadRequest, BodyTooLarge
+
+_DEPTH = 254  # levels that orjson writes; it reads 1,024
+
+
+async def read_body(request: web.Request, max_bytes: int) -> bytes:
+    """The whole body, unpacked. Raises BodyTooLarge as soon as it is known to be longer than ``max_bytes``, BadRequest
+    for one that cannot be unpacked."""
+    if (request.content_length or 0) > max_bytes:
+        raise _too_large(max_bytes)
+    try:
+        return await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise _too_large(max_bytes) from None
+    except web.RequestPayloadError as error:
+        raise BadRequest(f"the body cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body is larger than {max_bytes} bytes; the operator may raise listen.max_body")
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """A JSON object. Raises BadRequest that says where the fault is."""
+    if not raw.strip():
+        raise BadRequest("the body is empty; it should be a JSON object")
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise BadRequest("the body should be a JSON object")
+    if raw.count(b"[") + raw.count(b"{") > _DEPTH and not _can_be_written(body):
+        raise BadRequest(f"the body is nested more than {_DEPTH} levels deep")
+    return body
+
+
+def _can_be_written(body: dict[str, Any]) -> bool:
+    try:
+        orjson.dumps(body)
+    except TypeError:  # "Recursion limit reached"
+        return False
+    return True

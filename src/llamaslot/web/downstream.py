@@ -1,0 +1,163 @@
+"""The client's side of one exchange: its headers, its comments while it waits, its errors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from llamaslot.errors import ClientGone, LlamaslotError, UpstreamError
+from llamaslot.llama.sse import comment, data_of, event_of
+from llamaslot.tasks import TaskOwner
+
+log = logging.getLogger(__name__)
+
+BROKEN_OFF = "llama-server closed the connection in the middle of the answer"
+MISTAKE = "llamaslot has made a mistake; its log says which"
+# TCP_USER_TIMEOUT is in ms: for what was sent, or waits for a full window. The others in s: while nothing is sent.
+_SILENCE = {"TCP_USER_TIMEOUT": 60_000, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRules:
+    keepalive_s: float = 10.0
+    has_comments: bool = True
+
+
+@dataclass(slots=True)
+class Downstream:
+    """One answer. ``headers`` may be added to until something is sent; what comes later is said as a comment."""
+
+    request: web.Request
+    rules: StreamRules
+    is_streaming: bool
+    headers: dict[str, str] = field(default_factory=dict)
+    state: object = "tokenizing"
+    response: web.StreamResponse | None = None
+
+    def say(self, state: object) -> None:
+        """What the next comment will tell, as ``str(state)`` at that moment."""
+        self.state = state
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether headers have been sent: then a failure can only be an event."""
+        return self.response is not None
+
+    def add_headers(self, headers: Mapping[str, str]) -> bytes:
+        """Headers for the answer; the comments that stand for them where the headers have gone already."""
+        if not self.has_begun:
+            self.headers.update(headers)
+            return b""
+        if not self.rules.has_comments:
+            return b""
+        return b"".join(comment(f"{name}: {value}") for name, value in headers.items())
+
+    async def begin(self, status: int = 200, headers: Mapping[str, str] | None = None) -> web.StreamResponse:
+        """Send the headers, once."""
+        if self.response is None:
+            self.response = web.StreamResponse(status=status, headers={**(headers or {}), **self.headers})
+            await begin(self.response, self.request)
+        return self.response
+
+    async def write(self, data: bytes) -> None:
+        """Raises ClientGone."""
+        if data:
+            await send(await self.begin(headers=SSE_HEADERS), data)
+
+    @contextlib.asynccontextmanager
+    async def waiting(self, tasks: TaskOwner) -> AsyncIterator[None]:
+        """While the block waits, a streaming client gets its headers and a comment every ``keepalive_s``."""
+        if not (self.is_streaming and self.rules.has_comments):
+            yield
+            return
+        ticker = tasks.spawn(self._tick(), "comments")
+        try:
+            yield
+        finally:
+            ticker.cancel()
+            await asyncio.wait(
+                {ticker}
+            )  # not ``await ticker``: its cancellation would look like the client's leaving
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self.rules.keepalive_s)
+            try:
+                await self.write(comment(str(self.state)))
+            except ClientGone:
+                return  # the server sees that too, and cancels the handler
+
+    async def fail(self, error: LlamaslotError) -> web.StreamResponse:
+        """End the exchange with an error: a status while that is possible, else an event."""
+        if not self.has_begun:
+            return error_response(error, self.headers)
+        payload = data_of(b"data: " + error.payload) if isinstance(error, UpstreamError) else None
+        await self.write(event_of(payload if isinstance(payload, dict) else error.body()))
+        return await self.end()
+
+    async def end(self) -> web.StreamResponse:
+        response = await self.begin()
+        with _translated():
+            await response.write_eof()
+        return response
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """aiohttp's error for a client that has gone is one of its *client* errors too: left alone it would look like the
+    upstream connection's."""
+    try:
+        yield
+    except ConnectionError as error:
+        raise ClientGone from error
+
+
+async def begin(response: web.StreamResponse, request: web.Request) -> None:
+    """Send the headers. Raises ClientGone."""
+    with _translated():
+        await response.prepare(request)
+
+
+async def send(response: web.StreamResponse, data: bytes) -> None:
+    """Raises ClientGone."""
+    with _translated():
+        await response.write(data)
+
+
+def notice_silence(request: web.Request) -> None:
+    """Let the kernel close the connection of a client that has gone without saying so (a laptop asleep, a network that
+    is gone) or takes nothing of its answer any more. Else it would keep its slot for two hours, or for ever.
+
+    The options are Linux'; elsewhere the defaults hold.
+    """
+    sock = request.transport.get_extra_info("socket") if request.transport is not None else None
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    with contextlib.suppress(OSError):  # closed already
+        for name, value in _SILENCE.items():
+            if (option := getattr(socket, name, None)) is not None:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def cut(request: web.Request) -> None:
+    """Close the connection with the answer half sent, so that the client knows."""
+    if request.transport is not None:
+        request.transport.abort()
+
+
+def error_response(error: LlamaslotError, headers: Mapping[str, str] | None = None) -> web.Response:
+    """``{"error": {"message", "type", "code"}}``; llama-server's own body where the error is its own."""
+    headers = dict(headers or {})
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    if isinstance(error, UpstreamError):
+        headers["Content-Type"] = error.content_type
+        return web.Response(status=error.status, body=error.payload, headers=headers)
+    return web.json_response(error.body(), status=error.status, headers=headers)

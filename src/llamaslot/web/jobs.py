@@ -1,0 +1,96 @@
+"""From a completion's body to the job that wants a slot."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llamaslot.core.reuse import Memory
+from llamaslot.core.slots import Job
+from llamaslot.core.tokens import common, head
+from llamaslot.engine.backend import Backend
+from llamaslot.engine.pool import Pool
+from llamaslot.errors import BadRequest, PromptTooLong
+from llamaslot.llama.prompts import OpaquePrompt, Prompt
+from llamaslot.llama.routes import Format
+
+ATTEMPTS = 3  # a server that restarts between two steps of a job: the job is placed again on the new one
+_serial = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A job and what is needed to speak about it. ``prompts`` is empty for a prompt that cannot be known."""
+
+    job: Job
+    prompts: tuple[Prompt, ...]
+    is_beyond_server: bool = False  # more answers than there are slots: llama-server has its own 400 for that
+
+    @property
+    def left_in_slot(self) -> bytes:
+        """Tokens that the slot surely begins with at the end.
+
+        Several prompts run one after another, but not always in their order: one that a request of llama-server's own
+        choice gets ahead of is put back behind the next.
+        """
+        tokens = [prompt.tokens for prompt in self.prompts] or [b""]
+        return head(tokens[0], min(common(tokens[0], other) for other in tokens))
+
+
+_PLAIN_ID = re.compile(r"[!-~]{1,128}")
+
+
+def request_id(headers: Mapping[str, str]) -> str:
+    """The client's ``X-Request-Id`` if it is fit for logs, headers and sidecars, else a new one."""
+    given = headers.get("X-Request-Id", "")
+    return given if _PLAIN_ID.fullmatch(given) else f"req-{next(_serial)}-{secrets.token_hex(3)}"
+
+
+def is_private(body: Mapping[str, Any]) -> bool:
+    """Whether it sets LoRA scales: an empty list does too, all of them to 0."""
+    return body.get("lora") is not None
+
+
+async def wanted(id_: str, body: Mapping[str, Any], kind: Format, backend: Backend, pool: Pool) -> Wanted:
+    """The job for ``body``. Raises BadRequest, PromptTooLong, and llama-server's own error for a body it refuses."""
+    try:
+        prompts = await _prompts(body, kind, backend)
+    except OpaquePrompt:
+        prompts = ()
+    for prompt in prompts:
+        if prompt.n_tokens >= pool.n_ctx:
+            raise PromptTooLong(prompt.n_tokens, pool.n_ctx)
+    n = _n_answers(body)
+    boundaries: tuple[int, ...] = ()
+    if kind == "chat" and prompts and pool.memory is not Memory.DENSE:
+        boundaries = await backend.prompts.boundaries(body, prompts[0])
+    job = Job(
+        id=id_,
+        tokens=prompts[0].tokens if prompts else b"",
+        boundaries=boundaries,
+        is_cold=body.get("cache_prompt") is False,
+        is_private=is_private(body),
+        n_children=n - 1,
+    )
+    return Wanted(job, prompts, is_beyond_server=n > len(pool.slots))
+
+
+async def _prompts(body: Mapping[str, Any], kind: Format, backend: Backend) -> tuple[Prompt, ...]:
+    if kind == "chat":
+        return (await backend.prompts.chat(body),)
+    if "prompt" not in body:
+        raise BadRequest("'prompt' is required")
+    return tuple(await backend.prompts.completion(body["prompt"]))
+
+
+def _n_answers(body: Mapping[str, Any]) -> int:
+    """``n`` (OpenAI) or ``n_cmpl`` (native); llama-server takes 2.9 for 2. What is no number it refuses by itself."""
+    values = [body.get(key) for key in ("n", "n_cmpl")]
+    numbers = [
+        int(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    return max([1, *numbers])

@@ -1,0 +1,156 @@
+"""Everything that is no completion: passed through unchanged, taken in turn, or refused."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import aiohttp
+import orjson
+from aiohttp import web
+from multidict import CIMultiDict
+
+from llamaslot.core.slots import Job
+from llamaslot.engine.backend import Backend
+from llamaslot.errors import BackendDown, BackendRestarted, ClientGone
+from llamaslot.llama.routes import Route, origin_form
+from llamaslot.llama.sse import event_of
+from llamaslot.web.bodies import parse_object, read_body
+from llamaslot.web.downstream import BROKEN_OFF, begin, cut, send
+from llamaslot.web.headers import to_client, to_server
+from llamaslot.web.jobs import ATTEMPTS, is_private, request_id
+
+log = logging.getLogger(__name__)
+
+# Of /v1/messages, /v1/responses and /infill. Inside a text the quotes would be escaped. One that arrives in two pieces
+# is not recognized: then what comes after it is waited for.
+_LAST_EVENTS = (b'"message_stop"', b'"response.completed"', b'"stop":true')
+
+
+_CHANGES_MODEL = ("/lora-adapters", "/models")
+
+
+class Passthrough:
+    """Routes that take no slot, and those whose slot llama-server chooses or whose tokens are not known."""
+
+    def __init__(self, backend: Backend, max_body: int) -> None:
+        self._backend, self._max_body = backend, max_body
+
+    async def forward(self, request: web.Request, route: Route) -> web.StreamResponse:
+        """Unchanged, streaming both ways. Cancelling closes the upstream connection.
+
+        What has changed the model (its LoRA scales, or which one is loaded) makes all that was computed before
+        worthless: the server is met again before the client can know.
+        """
+        data = request.content if request.body_exists else None
+        async with self._upstream(request, data, to_server(request)) as upstream:
+            if route.gate in _CHANGES_MODEL and request.method == "POST" and upstream.status < 400:
+                self._backend.changed(f"{route.gate} was called")
+            return await _relay(request, upstream, {})
+
+    async def in_turn(self, request: web.Request, route: Route) -> web.StreamResponse:
+        """A request that takes a slot: pinned where llama-server lets itself be told, else while nobody else is
+        between two steps. Cancelling gives the slots back when the server is through with them."""
+        raw = await read_body(request, self._max_body)
+        id_ = request_id(request.headers)
+        serve = self._pinned if route.honours_id_slot else self._unpinned
+        for _ in range(ATTEMPTS):
+            met = await self._backend.ready()
+            try:
+                return await serve(request, raw, id_)
+            except BackendRestarted:  # raised before anything was sent
+                self._backend.lost(met)
+        raise BackendDown("llama-server restarts again and again; see its log")
+
+    async def _unpinned(self, request: web.Request, raw: bytes, id_: str) -> web.StreamResponse:
+        with await self._backend.scheduler.lease(Job(id_, is_unpinned=True)) as lease:
+            async with (
+                self._backend.turns.take(lease, lambda _: None) as turn,
+                self._upstream(request, raw, to_server(request)) as upstream,
+            ):
+                return await _relay(request, upstream, {"x-request-id": id_}, turn.settle)
+
+    async def _pinned(self, request: web.Request, raw: bytes, id_: str) -> web.StreamResponse:
+        body = parse_object(raw)
+        job = Job(id_, is_private=is_private(body))
+        with await self._backend.scheduler.lease(job) as lease:
+            await self._backend.steps.prepare(lease, lambda _: None)
+            lease.sent()
+            ours: dict[str, object] = {"id_slot": lease.slot_id}
+            if (
+                job.is_private or lease.content is None
+            ):  # somebody's LoRA scales may have computed what is there
+                ours["cache_prompt"] = False
+            data = orjson.dumps(body | ours)
+            headers = to_server(request, content_type="application/json")
+            async with self._upstream(request, data, headers) as upstream:
+                lease.started()
+                told = {"x-request-id": id_, "x-llamaslot-slot": str(lease.slot_id)}
+
+                async def settle() -> None:
+                    if 400 <= upstream.status < 500:
+                        lease.refused()
+                    else:
+                        lease.done(None)  # what the slot holds now was never known token by token
+                    lease.release()
+
+                return await _relay(request, upstream, told, settle)
+
+    @contextlib.asynccontextmanager
+    async def _upstream(
+        self,
+        request: web.Request,
+        data: bytes | aiohttp.StreamReader | None,
+        headers: CIMultiDict[str],
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        try:
+            async with self._backend.api.request(
+                request.method, origin_form(request.raw_path), data=data, headers=headers
+            ) as upstream:
+                yield upstream
+        except BackendDown:
+            self._backend.doubt()
+            raise
+
+
+async def _relay(
+    request: web.Request,
+    upstream: aiohttp.ClientResponse,
+    told: dict[str, str],
+    ended: Callable[[], Awaitable[None]] | None = None,
+) -> web.StreamResponse:
+    """The answer as it comes.
+
+    ``ended`` is called when llama-server is through with its slot, before the client can read that: a client may hang
+    up at once after it, and that must not look as if it had left the slot at work.
+    """
+    headers = to_client(upstream)
+    headers.update(told)
+    response = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=headers)
+    if upstream.content_length is not None and upstream.status not in (204, 304):
+        response.content_length = upstream.content_length
+    is_stream = upstream.content_type == "text/event-stream"
+    try:
+        if ended is not None and not is_stream:
+            whole = await upstream.read()  # JSON: there is nothing to be gained by passing it on in pieces
+            await ended()
+            await begin(response, request)
+            await send(response, whole)
+            return response
+        await begin(response, request)
+        async for chunk in upstream.content.iter_any():
+            if ended is not None and any(mark in chunk for mark in _LAST_EVENTS):
+                await ended()
+            await send(response, chunk)
+        if ended is not None:
+            await ended()
+    except aiohttp.ClientError as error:
+        if not response.prepared:
+            raise
+        log.warning("%s %s: llama-server closed the connection in the middle", request.method, request.path)
+        if not is_stream:
+            cut(request)  # half an answer must not look like a whole one
+            raise ClientGone from error
+        await send(response, event_of(BackendDown(BROKEN_OFF).body()))
+    return response

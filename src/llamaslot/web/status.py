@@ -1,0 +1,71 @@
+"""llamaslot about itself: ``/health``, ``/llamaslot/status``, ``/llamaslot/metrics``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+from llamaslot import __version__
+from llamaslot.engine.backend import Backend, Health
+from llamaslot.errors import NotFound
+
+
+class Status:
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    async def handle(self, request: web.Request) -> web.Response:
+        match request.path:
+            case "/llamaslot/status":
+                return web.json_response(self.status())
+            case "/llamaslot/metrics":
+                return self._metrics()
+            case _:
+                raise NotFound(
+                    f"there is no {request.path}; there are /llamaslot/status and /llamaslot/metrics"
+                )
+
+    def health(self) -> web.Response:
+        """200 while the backend serves, else 503."""
+        if self._backend.health is Health.UP:
+            return web.json_response({"status": "ok"})
+        return web.json_response({"status": self._backend.health.value}, status=503)
+
+    def status(self) -> dict[str, Any]:
+        """Slots, snapshots and the queue as they are now. Token contents are never shown."""
+        backend, pool = self._backend, self._backend.scheduler.pool
+        catalog = backend.catalog
+        return {
+            "version": __version__,
+            "backend": {
+                "name": backend.name,
+                "health": backend.health.value,
+                "model": backend.met.model_name if backend.met else None,
+                "n_ctx": pool.n_ctx if pool else None,
+                "memory": pool.memory.value if pool else None,
+                "warnings": list(backend.met.warnings) if backend.met else [],
+            },
+            "slots": [
+                {
+                    "id": slot.id,
+                    "state": slot.state.value,
+                    "n_tokens": slot.content.n_tokens,
+                    "is_dirty": slot.content.is_dirty,
+                }
+                for slot in (pool.slots if pool else [])
+            ],
+            "snapshots": {
+                "n": pool.n_snapshots if pool else 0,
+                "size_bytes": catalog.size_bytes if catalog else 0,
+                "quota_bytes": catalog.quota_bytes if catalog else 0,
+            },
+            "queue": backend.scheduler.n_waiting,
+        }
+
+    def _metrics(self) -> web.Response:
+        metrics, backend = self._backend.metrics, self._backend
+        metrics.n_waiting.set(backend.scheduler.n_waiting)
+        metrics.n_snapshots.set(backend.scheduler.pool.n_snapshots if backend.scheduler.pool else 0)
+        metrics.bytes_stored.set(backend.catalog.size_bytes if backend.catalog else 0)
+        return web.Response(body=metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4"})

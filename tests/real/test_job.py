@@ -1,0 +1,237 @@
+"""The main job on the real llama.cpp, small: the same runs as in ``tests/soak``, in seconds."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import models
+from tests.support.figures import Figure
+from tests.support.jobs import (
+    ask_at_idle_save,
+    ask_many,
+    ask_while_saved,
+    compare_alone,
+    exchange_model,
+    kill_server,
+    ratio_of,
+    take_turns,
+    take_turns_over_restarts,
+    think_and_go_on,
+)
+from tests.support.killing import kill_llamaslot, work_within_quota
+from tests.support.leaving import Stage, leave, slots_for
+from tests.support.real import RealServer
+from tests.support.stack import Stack
+
+pytestmark = pytest.mark.real
+
+SAVES_SOON: dict[str, Any] = {"store": {"idle_save_s": 0.3}}
+
+
+@pytest.mark.parametrize("kind", ["dense", "with a draft model", "recurrent", "swa"])
+async def test_more_users_than_slots_find_their_contexts_again(
+    tmp_path: Path, figure: Figure, kind: str
+) -> None:
+    """Nearly all of what an unlimited cache would reuse is reused, and nothing fails."""
+    model = {"recurrent": models.recurrent, "swa": models.swa}.get(kind, models.dense)(tmp_path)
+    draft = models.draft(tmp_path) if kind == "with a draft model" else None
+    async with Stack(model, tmp_path, draft=draft) as stack:
+        result = await take_turns(stack, n_users=7, n_context=2500, n_turns=3)
+    figure(result)
+    assert result.n_errors == 0
+    assert result.ratio >= (0.99 if kind != "swa" else 0.95)
+
+
+async def test_long_contexts_are_restored_where_short_ones_were_beside_a_draft_model(
+    tmp_path: Path, figure: Figure
+) -> None:
+    """The draft model's context is not saved: a slot that is not emptied first would fail every running request."""
+    async with Stack(models.dense(tmp_path), tmp_path, draft=models.draft(tmp_path), slots=2) as stack:
+        result = await take_turns(stack, n_users=5, n_context=(5000, 1200), n_turns=4, at_a_time=2)
+    figure(result)
+    assert result.n_errors == 0
+    assert result.ratio >= 0.98
+
+
+@pytest.mark.parametrize("kind", [models.recurrent, models.swa])
+async def test_dropped_reasoning_costs_no_more_than_it_must(
+    tmp_path: Path, figure: Figure, kind: Callable[[Path], Path]
+) -> None:
+    """A prefill of llamaslot's own stops at the end of the last user message, so the next turn can go on from there."""
+    async with Stack(kind(tmp_path), tmp_path, settings={"prefill": {"own_above_s": 0.001}}) as stack:
+        n_shared, n_reused = await think_and_go_on(stack)
+    figure(f"{n_reused} of {n_shared} common tokens reused")
+    assert n_reused >= n_shared - 50
+
+
+async def test_llama_server_alone_does_not(tmp_path: Path, figure: Figure) -> None:
+    """The same users without llamaslot: the measure can tell the difference."""
+    async with Stack(models.dense(tmp_path), tmp_path, alone=True) as stack:
+        result = await take_turns(stack, n_users=7, n_context=2500, n_turns=3)
+    figure(result)
+    assert result.n_errors == 0
+    assert result.ratio < 0.85
+
+
+async def test_clean_restarts_lose_nothing(tmp_path: Path, figure: Figure) -> None:
+    """llama-server restarts when all is saved, llamaslot and both at once after an answer."""
+    async with Stack(models.dense(tmp_path), tmp_path, settings=SAVES_SOON) as stack:
+        results = await take_turns_over_restarts(stack, n_users=6, n_context=2500, quiet_s=3.0)
+    for what, result in results.items():
+        figure(f"{what}: {result}")
+        assert result.n_errors == 0, what
+        assert result.ratio >= 0.98, what
+
+
+async def test_a_stop_saves_what_is_not_saved_yet(tmp_path: Path, figure: Figure) -> None:
+    """SIGTERM at once after the last answer, of llamaslot alone and before llama-server's."""
+    async with Stack(models.dense(tmp_path), tmp_path) as stack:
+        results = await take_turns_over_restarts(
+            stack, n_users=6, n_context=2500, whats=("llamaslot", "both"), quiet_s=0.0
+        )
+    for what, result in results.items():
+        figure(f"{what}: {result}")
+        assert result.n_errors == 0, what
+        assert result.ratio >= 0.98, what
+
+
+@pytest.mark.parametrize("after_s", [3.0, None])
+async def test_a_kill_of_llama_server_costs_what_was_not_on_disk(
+    tmp_path: Path, figure: Figure, after_s: float | None
+) -> None:
+    """After some quiet nothing; while everybody is asking only what had not been written yet."""
+    settings = SAVES_SOON if after_s is not None else None
+    async with Stack(models.dense(tmp_path), tmp_path, settings=settings) as stack:
+        result = await kill_server(stack, n_users=6, n_context=2500, after_s=after_s)
+    figure(result)
+    assert result.tally.n_errors == 0
+    assert result.of_disk >= 0.95
+    if after_s is not None:
+        assert result.tally.ratio >= 0.95
+
+
+async def test_kills_of_llamaslot_leave_whole_snapshots_within_the_quota(
+    tmp_path: Path, figure: Figure
+) -> None:
+    """It starts again each time, every snapshot can be restored, the quota holds at every moment."""
+    model, quota_mib = models.dense(tmp_path), 5
+    async with (
+        Stack(model, tmp_path, quota=f"{quota_mib}MiB", settings=SAVES_SOON) as stack,
+        RealServer(model, stack.server.save_dir) as other,
+    ):
+        result = await kill_llamaslot(
+            stack, other, quota_bytes=quota_mib << 20, n_kills=5, n_context=2500, longest_s=2.0
+        )
+    figure(result)
+    assert result.faults == []
+    assert result.n_restored > 0
+    assert result.n_restored + result.n_gone == result.n_listed
+    assert result.n_unlisted == 0
+
+
+async def test_the_quota_holds_while_slots_with_long_answers_are_saved(
+    tmp_path: Path, figure: Figure
+) -> None:
+    """Room is made before each write, also for the answer's tokens, which only the written file tells."""
+    quota_mib = 4
+    async with Stack(models.dense(tmp_path), tmp_path, quota=f"{quota_mib}MiB") as stack:
+        result = await work_within_quota(stack, quota_bytes=quota_mib << 20)
+    figure(
+        f"{result.n_answers} answers, at most {result.most_bytes} of {result.quota_bytes} bytes, {result.faults}"
+    )
+    assert result.faults == []
+    assert result.n_answers == 24
+    assert result.most_bytes > result.quota_bytes / 2
+
+
+@pytest.mark.parametrize("stage", ["prefill", "prefill, not streaming"])
+async def test_a_client_that_leaves_a_prefill_frees_its_slot(
+    tmp_path: Path, figure: Figure, stage: Stage
+) -> None:
+    """Also while another client streams all the time: the rest of its prompt is not computed."""
+    model = models.dense(tmp_path, layers=4, width=256)
+    async with Stack(model, tmp_path, batch=512, slots=slots_for(stage), context=20_480) as stack:
+        result = await leave(stack, stage, after_s=2.0)
+    figure(result)
+    assert result.n_busy == 0
+    assert result.n_computed_late <= 0
+    assert result.n_computed < result.n_prompt * 0.8
+
+
+async def test_a_client_that_leaves_the_queue_costs_nothing(tmp_path: Path, figure: Figure) -> None:
+    """Nothing of its prompt is computed, and the one behind it is served."""
+    stage: Stage = "queued"
+    async with Stack(models.dense(tmp_path), tmp_path, batch=512, slots=slots_for(stage)) as stack:
+        result = await leave(stack, stage, n_prompt=5000, after_s=0.5)
+    figure(result)
+    assert result.n_busy == 0
+    assert result.n_computed <= 0
+
+
+async def test_a_client_that_leaves_mid_stream_frees_its_slot(tmp_path: Path, figure: Figure) -> None:
+    """Nothing is generated for it two seconds later."""
+    stage: Stage = "mid-stream"
+    async with Stack(models.dense(tmp_path), tmp_path, batch=512, slots=slots_for(stage)) as stack:
+        result = await leave(stack, stage)
+    figure(result)
+    assert result.n_busy == 0
+
+
+async def test_owners_ask_again_while_their_contexts_are_saved(tmp_path: Path, figure: Figure) -> None:
+    """For a newcomer who takes the slot, and because it is idle: nothing is computed a second time."""
+    async with Stack(models.dense(tmp_path, layers=4, width=128), tmp_path) as stack:
+        result = await ask_while_saved(stack, n_context=2500, n_rounds=8, at_most_s=0.05)
+    figure(result)
+    assert result.n_errors == 0
+    assert result.ratio >= 0.998
+
+
+async def test_owners_ask_again_when_the_idle_save_is_due(tmp_path: Path, figure: Figure) -> None:
+    """A save while nobody waits never costs those who come just then."""
+    async with Stack(models.dense(tmp_path), tmp_path, settings=SAVES_SOON) as stack:
+        result = await ask_at_idle_save(stack, n_context=2500, n_rounds=6, idle_save_s=0.3)
+    figure(result)
+    assert result.n_errors == 0
+    assert result.ratio >= 0.998
+
+
+async def test_an_exchanged_model_never_answers_from_the_old_ones_snapshots(
+    tmp_path: Path, figure: Figure
+) -> None:
+    """Another GGUF of the same shape under the same path: every answer equals that of the new model asked cold."""
+    path = tmp_path / "model.gguf"
+    shutil.copyfile(models.dense(tmp_path), path)
+    other = models.dense(tmp_path, seed=2)
+    async with Stack(path, tmp_path) as stack, RealServer(other, tmp_path / "cold") as cold:
+        n_same, n_all, differ = await exchange_model(stack, path, other, cold, n_users=6, n_context=2000)
+    figure(f"{n_same} of {n_all} answers equal those of the new model asked cold")
+    assert differ == []
+
+
+async def test_requests_that_take_several_slots_cost_nobody_his_context(
+    tmp_path: Path, figure: Figure
+) -> None:
+    """n = 3 and a list of three prompts, between the turns of as many users as slots."""
+    async with Stack(models.dense(tmp_path), tmp_path) as stack:
+        result, n_answers = await ask_many(stack, n_context=2500, n_rounds=2)
+    figure(f"{result}; {n_answers} answers to others")
+    assert n_answers == 12
+    assert result.n_errors == 0
+    assert result.ratio >= 0.99
+
+
+async def test_a_user_alone_finds_his_context_at_once(tmp_path: Path, figure: Figure) -> None:
+    """Each follow-up computes only what is new. The times are shown; what they must be is for ``make soak``."""
+    model = models.dense(tmp_path)
+    async with (
+        Stack(model, tmp_path / "front", context=32_768) as stack,
+        RealServer(model, tmp_path / "direct", context=32_768) as direct,
+    ):
+        pairs = await compare_alone(stack, direct, n_context=15_000, n_turns=6)
+    figure(ratio_of(pairs))
+    assert max(pair.n_computed for pair in pairs) < 200

@@ -1,0 +1,328 @@
+"""What clients get from llamaslot in front of the real llama.cpp."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamaslot.core.tokens import count
+from llamaslot.store import read_slot_file
+from tests.support import models
+from tests.support.answers import Answer
+from tests.support.inprocess import CHAT, NATIVE, TEXT, Front, fronted, letters, line_with, spawn
+from tests.support.leftovers import nothing_left
+from tests.support.real import RealServer
+
+__all__ = ["nothing_left"]
+pytestmark = pytest.mark.real
+
+OWN_STEPS = {"prefill": {"own_above_s": 0}}
+KINDS = {"dense": models.dense, "swa": models.swa, "recurrent": models.recurrent}
+ONE, TWO = letters(1, 2500), letters(2, 2500)
+
+
+@asynccontextmanager
+async def serving(
+    tmp_path: Path, settings: Any = None, *, kind: str = "dense", has_draft: bool = False, **server: Any
+) -> AsyncIterator[tuple[Front, RealServer]]:
+    """The real llama.cpp and llamaslot in front of it."""
+    options = {"slots": 1, "context": 8192, "draft": models.draft(tmp_path) if has_draft else None, **server}
+    async with (
+        RealServer(KINDS[kind](tmp_path), tmp_path / "kv", **options) as real,
+        fronted(tmp_path, real.url, tmp_path / "kv", settings) as it,
+    ):
+        yield it, real
+
+
+async def computed(real: RealServer) -> float:
+    """Prompt tokens computed so far."""
+    return (await real.metrics())["llamacpp:prompt_tokens_total"]
+
+
+async def held(it: Front, real: RealServer, slot: int) -> bytes:
+    """The tokens that the server has in a slot, read back from a file that it writes."""
+    await real.post(f"/slots/{slot}?action=save", {"filename": "test.bin"})
+    path = it.save_dir / "test.bin"
+    file = await read_slot_file(path)
+    path.unlink()
+    return file.tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_the_tokens_are_those_that_the_server_uses(tmp_path: Path, kind: str) -> None:
+    """On every route, at once and in steps, for texts, ids and conversations: what llamaslot believes to be in the slot
+    is what the server writes to a file."""
+    turns = [
+        {"role": "system", "content": "Answer briefly. ä€𝄞"},
+        {"role": "user", "content": letters(3, 300)},
+        {"role": "assistant", "content": "a <|im_end|> b"},
+        {"role": "user", "content": "and?\n\n <|im_start|>"},
+    ]
+    tools = [
+        {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    ]
+    asked: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, {"messages": turns}),
+        (CHAT, {"messages": turns, "tools": tools}),
+        (CHAT, {"messages": [*turns, {"role": "assistant", "content": "begun"}]}),
+        (TEXT, {"prompt": "plain text\n" + ONE[:300]}),
+        (NATIVE, {"prompt": [10, "text <|im_end|>", 300 - 50, "é"]}),
+        (NATIVE, {"prompt": list(range(30, 120))}),
+    ]
+    async with serving(tmp_path, OWN_STEPS, kind=kind, slots=2) as (it, real):
+        for path, body in asked:
+            for stream in (False, True):
+                answer = await it.post(path, {**body, "max_tokens": 3, "n_predict": 3, "stream": stream})
+                assert answer.status == 200, answer.raw
+                n_prompt = int(answer.headers["x-llamaslot-prompt-tokens"])
+                timings = answer.timings
+                assert timings["cache_n"] + timings["prompt_n"] == n_prompt
+                await it.at_rest()
+                assert it.backend.scheduler.pool is not None
+                believed = it.backend.scheduler.pool.slots[answer.slot].content.tokens
+                tokens = await held(it, real, answer.slot)
+                assert tokens[: len(believed)] == believed
+                assert count(believed) == n_prompt
+                assert count(tokens) == n_prompt + timings["predicted_n"] - 1
+        assert it.backend.prompts.n_miscounted == 0
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "with a draft model"])
+async def test_what_was_evicted_comes_back_from_disk(tmp_path: Path, kind: str) -> None:
+    """By the server's own count almost nothing is computed again, and the answer is the one asked cold."""
+    options: dict[str, Any] = {"has_draft": True} if kind == "with a draft model" else {"kind": kind}
+    async with serving(tmp_path, **options) as (it, real):
+        first = await it.ask(ONE, n=8)
+        longer = ONE + first.text + " and? "
+        await it.ask(TWO, n=8)
+        before = await computed(real)
+        again = await it.ask(longer, n=8)
+        assert again.source == "snapshot"
+        assert await computed(real) - before < 40
+        assert again.timings["cache_n"] > 2480
+        assert (await it.ask(longer, n=8, cache_prompt=False)).text == again.text
+        assert (await it.metrics())["llamaslot_restores_total"] == 1
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, NATIVE])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_answers_are_the_servers_own(tmp_path: Path, path: str, stream: bool) -> None:
+    """Event by event what it says when it is asked directly, but for ids and times."""
+    asked = {"messages": [{"role": "user", "content": ONE[:300]}]} if path == CHAT else {"prompt": ONE[:300]}
+    body = {
+        **asked,
+        "n_predict": 6,
+        "max_tokens": 6,
+        "temperature": 0,
+        "stream": stream,
+        "cache_prompt": False,
+    }
+    options = {"stream_options": {"include_usage": True}, "return_progress": True} if stream else {}
+    async with serving(tmp_path) as (it, real):
+        direct = await it.post(path, {**body, **options, "id_slot": 0}, to=real.url)
+        answer = await it.post(path, {**body, **options})
+    assert same(answer) == same(direct)
+    of_connection = {"Connection", "Keep-Alive", "Content-Length", "Transfer-Encoding", "Server"}
+    for name in direct.headers.keys() - of_connection:
+        assert answer.headers[name] == direct.headers[name], name
+
+
+def same(answer: Answer) -> list[Any]:
+    """What does not change from one request to the next."""
+
+    def stripped(value: Any) -> Any:
+        if isinstance(value, list):
+            return [stripped(part) for part in value]
+        if not isinstance(value, dict):
+            return value
+        changing = (
+            "id",
+            "created",
+            "prompt_ms",
+            "predicted_ms",
+            "time_ms",
+            "per_token_ms",
+            "per_second",
+            "id_slot",
+        )
+        return {k: stripped(v) for k, v in value.items() if not k.endswith(changing)}
+
+    return [stripped(part) for part in (answer.events or [answer.json])]
+
+
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    (NATIVE, {"prompt": letters(1, 600)}),
+    (TEXT, {"prompt": letters(1, 512), "stream": True}),
+    (CHAT, {"messages": [{"role": "user", "content": letters(1, 500)}]}),
+    (NATIVE, {"prompt": [999_999]}),
+    (NATIVE, {"prompt": "x", "n_predict": "many"}),
+    (NATIVE, {"prompt": "x", "n_cmpl": 5}),
+    (CHAT, {"messages": [{"role": "user", "content": "x"}], "n": 5}),
+    (CHAT, {"messages": [{"role": "user", "content": "x"}], "stream": "yes"}),
+    (CHAT, {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "nonsense"}}),
+    (CHAT, {"messages": [{"role": "user", "content": 5}]}),
+    (CHAT, {"messages": "hello"}),
+    (CHAT, {}),
+    ("/v1/responses", {"nothing": 1}),
+    ("/v1/messages", {"nothing": 1}),
+    ("/v1/embeddings", {"input": "x"}),
+    ("/v1/nothing", {}),
+]
+# 500 in its words, so what its slot holds is doubted.
+IMAGE = [{"type": "image_url", "image_url": {"url": "data:x"}}]
+DOUBTFUL = [(CHAT, {"messages": [{"role": "user", "content": IMAGE}]})]
+
+
+async def test_what_the_server_refuses_is_refused_in_its_words(tmp_path: Path) -> None:
+    """Equal but for the order of keys, too long prompts included; and what is kept in the slots stays there."""
+    async with serving(tmp_path, slots=2, context=512) as (it, real):
+        for n in (1, 2):
+            await it.ask(letters(n, 300))
+        answers = [await it.post(path, body) for path, body in REFUSED]
+        for n in (1, 2):
+            assert (await it.ask(letters(n, 300) + "more")).n_reused == 300
+        answers += [await it.post(path, body) for path, body in DOUBTFUL]
+        for (path, body), answer in zip([*REFUSED, *DOUBTFUL], answers, strict=True):
+            direct = await it.post(path, body, to=real.url)
+            assert direct.status >= 400, (path, body)
+            assert (answer.status, answer.json) == (direct.status, direct.json), path
+            assert answer.headers["Content-Type"] == direct.headers["Content-Type"]
+
+
+async def test_pages_of_any_origin_are_answered_as_the_server_answers_them(tmp_path: Path) -> None:
+    """Preflights, answers, and what llamaslot says by itself."""
+    origin = {"Origin": "http://a.page", "Access-Control-Request-Method": "POST"}
+    async with serving(tmp_path) as (it, real):
+        for method, path, body in (
+            ("OPTIONS", CHAT, None),
+            ("GET", "/v1/models", None),
+            ("POST", NATIVE, {"prompt": "x", "n_predict": 1}),
+            ("POST", NATIVE, {"prompt": "x", "n_predict": 1, "stream": True}),
+            ("POST", CHAT, {}),
+            ("GET", "/health", None),
+        ):
+            answer = await it.send(method, path, body=body, headers=origin)
+            direct = await it.send(method, path, body=body, headers=origin, to=real.url)
+            for name in {*answer.headers, *direct.headers}:
+                if name.lower().startswith("access-control"):
+                    assert answer.headers.get(name) == direct.headers.get(name), (method, path, name)
+        refused = await it.send("POST", "/slots/0?action=erase", body={}, headers=origin)
+        assert refused.headers["Access-Control-Allow-Origin"] == "http://a.page"
+
+
+async def test_other_routes_pass_through(tmp_path: Path) -> None:
+    """The server's bytes, the web UI's too; bodies of unknown length arrive."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for piece in (b'{"cont', b'ent": "h', b'i"}'):
+            yield piece
+
+    async with serving(tmp_path) as (it, real):
+        for path in ("/", "/props", "/v1/models", "/lora-adapters", "/nothing"):
+            answer, direct = await it.get(path), await it.send("GET", path, to=real.url)
+            assert answer.status == direct.status
+            if path != "/v1/models":  # it tells the time
+                assert answer.raw == direct.raw
+        async with it.session.post(it.url + "/tokenize", data=pieces()) as response:
+            assert await response.json() == {"tokens": [104, 105]}
+
+
+async def leave(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    await asyncio.wait({task})
+
+
+async def test_clients_leave_at_every_stage(tmp_path: Path) -> None:
+    """In the queue, in a prefill, before the first token, mid-stream and without streaming: the slot comes back each
+    time, and the next answer is the one asked cold."""
+    slow = {"prefill": {"own_above_s": 0.05}, "stream": {"keepalive_s": 0.02}}
+    async with serving(tmp_path, slow, batch=256, ubatch=256, context=16_384) as (it, real):
+        cold = await it.ask(TWO, n=6, cache_prompt=False)
+
+        async def is_right() -> None:
+            await it.at_rest()
+            assert not any(slot["is_processing"] for slot in await real.slots())
+            assert (await it.ask(TWO, n=6)).text == cold.text
+
+        async with it.streaming(ONE, n=3000) as talking:  # the only slot
+            await line_with(talking, "data:")
+            queued = spawn(it.ask(ONE))
+            await it.until(lambda: it.backend.scheduler.n_waiting == 1)
+            await leave(queued)
+        await is_right()
+
+        before = await computed(real)
+        async with it.streaming(letters(5, 12_000)) as stream:
+            await line_with(stream, ": prefill ")
+        await is_right()
+        assert await computed(real) - before < 9000
+
+        waiting = spawn(it.ask(letters(6, 12_000)))
+        await it.until(lambda: any(lease.is_begun for lease in it.backend.scheduler.leases))
+        await leave(waiting)
+        await is_right()
+
+        whole = spawn(it.ask("short", n=3000))
+        await it.until(lambda: any(lease.is_answering for lease in it.backend.scheduler.leases))
+        await leave(whole)
+        await is_right()
+        assert await it.count("clients_left_total") == 5
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def all_answered(it: Front) -> None:
+    """Three contexts on two slots, twice: the answers asked cold."""
+    texts = [letters(n, 400) for n in (1, 2, 3)]
+    cold = [(await it.ask(text, cache_prompt=False)).text for text in texts]
+    for _ in range(2):
+        assert [(await it.ask(text)).text for text in texts] == cold
+    assert (await it.ask(texts[0], n_cmpl=2)).status == 200
+    messages = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    assert (await it.post("/v1/messages", messages)).status == 200
+
+
+async def test_a_unified_cache_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What it costs and which flags mend it; llamaslot runs on."""
+    extra = ("--kv-unified", "--cache-idle-slots", "--cache-ram", "64")
+    async with serving(tmp_path, slots=2, extra=extra) as (it, _):
+        await all_answered(it)
+        assert it.files() == []
+    (line,) = said(caplog)
+    assert "--no-kv-unified" in line
+
+
+async def test_a_server_without_a_save_path_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Contexts live in their slots only; llamaslot runs on."""
+    async with serving(tmp_path, slots=2, saves=False) as (it, _):
+        await all_answered(it)
+    (line,) = said(caplog)
+    assert "--slot-save-path DIR" in line
+
+
+async def test_waiting_clients_hear_of_it(tmp_path: Path) -> None:
+    """Queue and prefill, on the real server's own progress; then the answer with the numbers of the whole request."""
+    soon = {"prefill": {"own_above_s": 0}, "stream": {"keepalive_s": 0.02}}
+    async with serving(tmp_path, soon, batch=256, ubatch=256) as (it, _):
+        async with it.streaming("x", n=100_000) as talking:
+            await line_with(talking, "data:")
+            waiting = spawn(it.ask(ONE, stream=True, n=3))
+            await it.until(lambda: it.backend.scheduler.n_waiting == 1)
+            many = iter(range(20))
+            await it.until(lambda: next(many, None) is None)  # a few times keepalive_s
+        answer = await waiting
+    assert "queued 1" in answer.comments
+    assert any(line.startswith("prefill ") and line.endswith(" of 2500") for line in answer.comments)
+    assert "x-llamaslot-prompt-tokens: 2500" in answer.comments
+    assert answer.timings["prompt_n"] + answer.timings["cache_n"] == 2500
+    assert answer.timings["prompt_n"] > 2400

@@ -1,0 +1,31 @@
+"""Another model under the same path."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.support import models
+from tests.support.figures import Figure
+from tests.support.jobs import exchange_model
+from tests.support.real import RealServer
+from tests.support.stack import Stack
+
+pytestmark = [pytest.mark.soak, pytest.mark.real]
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+async def test_an_exchanged_model_never_answers_from_the_old_ones_snapshots(
+    tmp_path: Path, figure: Figure, seed: int
+) -> None:
+    """Every answer equals that of the new model asked cold."""
+    path = tmp_path / "model.gguf"
+    shutil.copyfile(models.dense(tmp_path), path)
+    other = models.dense(tmp_path, seed=seed)
+    async with Stack(path, tmp_path) as stack, RealServer(other, tmp_path / "cold") as cold:
+        n_same, n_all, differ = await exchange_model(stack, path, other, cold, n_users=12, n_context=6500)
+    figure(f"{n_same} of {n_all} answers equal those of the new model asked cold")
+    assert n_all == 24
+    assert differ == []

@@ -1,0 +1,90 @@
+"""An answer that was read to its end, and what tests ask of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(slots=True)
+class Answer:
+    """One answer read to its end. ``raw``: its body as it came."""
+
+    status: int
+    headers: Mapping[str, str]
+    raw: bytes = b""
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.raw)
+
+    @property
+    def events(self) -> list[Any]:
+        """The data of its events; ``[DONE]``, and the null that announces a further prompt, left out."""
+        if not self.headers.get("Content-Type", "").startswith("text/event-stream"):
+            return []
+        lines = [line[6:] for line in self.raw.decode().splitlines() if line.startswith("data: ")]
+        return [json.loads(line) for line in lines if line not in ("[DONE]", "null")]
+
+    @property
+    def comments(self) -> list[str]:
+        return [line[2:] for line in self.raw.decode().splitlines() if line.startswith(": ")]
+
+    @property
+    def without_comments(self) -> bytes:
+        parts = self.raw.split(b"\n\n")
+        return b"\n\n".join(part for part in parts if not part.startswith(b": "))
+
+    @property
+    def last(self) -> Any:
+        """What carries the numbers: the whole answer, or its last event."""
+        return self.events[-1] if self.events else self.json
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error object of an OpenAI-shaped error; AssertionError where it is none."""
+        error = self.last["error"]
+        assert isinstance(error["message"], str), error
+        assert error["message"], error
+        assert isinstance(error["type"], str), error
+        assert "code" in error, error
+        return dict(error)
+
+    @property
+    def text(self) -> str:
+        """What was generated, for the first choice."""
+        return "".join(_text(part) for part in (self.events or [self.json]))
+
+    @property
+    def timings(self) -> dict[str, Any]:
+        """The last ones."""
+        found: dict[str, Any] = next(
+            part["timings"] for part in reversed(self.events or [self.json]) if "timings" in part
+        )
+        return found
+
+    @property
+    def slot(self) -> int:
+        return int(self.headers["x-llamaslot-slot"])
+
+    @property
+    def source(self) -> str:
+        return self.headers["x-llamaslot-source"]
+
+    @property
+    def n_reused(self) -> int:
+        """As the header told it."""
+        return int(self.headers["x-llamaslot-reused-tokens"])
+
+
+def _text(part: dict[str, Any]) -> str:
+    if "content" in part:
+        return str(part["content"])
+    if not part.get("choices"):
+        return ""
+    choice = part["choices"][0]
+    return str(
+        choice.get("text") or (choice.get("message") or choice.get("delta") or {}).get("content") or ""
+    )

@@ -1,0 +1,112 @@
+"""From the body of a completion request to its tasks, with the checks and the words of the real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from tests.support.fake_model import N_VOCAB, BadInput, FakeModel, pack
+from tests.support.fake_types import Result, Shape, Task
+
+PROMPT_SHAPE = (
+    '"prompt" elements must be a string, a list of tokens, a JSON object containing a prompt string, '
+    "or a list of mixed strings & tokens."
+)
+
+
+def parse(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        last = f"parse error at line 1, column 1: {error}"
+        raise BadInput(f"[json.exception.parse_error.101] {last}") from error
+
+
+def number(body: dict[str, Any], name: str, low: int, high: int) -> int | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        kind = {str: "string", bool: "boolean", list: "array", dict: "object"}[type(value)]
+        raise BadInput(f"Field '{name}': [json.exception.type_error.302] type must be number, but is {kind}")
+    if not low <= value <= high:
+        raise BadInput(f"Field '{name}': Value must be between {low} <= value <= {high}, but got {value}")
+    return int(value)
+
+
+def prompts(value: Any, model: FakeModel) -> list[list[int]]:
+    """One prompt: a string, or ids and strings mixed. Several: a list with a string only, or with lists."""
+    if isinstance(value, str):
+        return [model.tokenize(value)]
+    if not isinstance(value, list):
+        if isinstance(value, dict) and "prompt_string" in value:
+            raise BadInput("Multimodal data provided, but model does not support multimodal requests.")
+        raise BadInput(PROMPT_SHAPE)
+    if not value:
+        raise BadInput('"prompt" must not be empty')
+    if any(isinstance(item, int) and not isinstance(item, bool) for item in value):
+        ids: list[int] = []
+        for item in value:
+            if isinstance(item, str):
+                ids.extend(model.tokenize(item))
+            elif isinstance(item, int):
+                ids.append(item)
+            else:
+                raise BadInput(PROMPT_SHAPE)
+        if not all(0 <= i < N_VOCAB for i in ids):
+            raise BadInput("Prompt contains invalid tokens")
+        return [ids]
+    return [ids for item in value for ids in prompts(item, model)]
+
+
+def tasks(
+    body: dict[str, Any],
+    rows: list[list[int]],
+    shape: Shape,
+    next_id: Any,
+    *,
+    user_marks: tuple[int, ...] = (),
+) -> list[Task]:
+    """A task for each prompt, with children where ``n`` > 1. Raises ``BadInput``."""
+    if "stream" in body and not isinstance(body["stream"], bool):
+        text = "[json.exception.type_error.302] type must be boolean, but is string"
+        raise BadInput(f"Field 'stream': {text}")
+    limits = [
+        number(body, name, -1, 2_147_483_647) for name in ("n_predict", "max_tokens", "max_completion_tokens")
+    ]
+    n_predict = next((limit for limit in limits if limit is not None), -1)
+    n = max(number(body, name, 1, shape.n_slots) or 1 for name in ("n", "n_cmpl"))
+    number(body, "temperature", -100, 1000)
+    asked = body.get("id_slot")
+    pinned = isinstance(asked, int) and not isinstance(asked, bool) and asked >= 0
+    stop = body.get("stop") or []
+    results: asyncio.Queue[Result | None] = asyncio.Queue()
+    made: list[Task] = []
+    index = 0
+    for row in rows:
+        family: list[Task] = []
+        for _ in range(n):
+            family.append(
+                Task(
+                    id=next_id(),
+                    index=index,
+                    tokens=pack(row),
+                    n_predict=n_predict,
+                    results=results,
+                    slot=asked if pinned else None,
+                    cache_prompt=body.get("cache_prompt", True) is not False,
+                    progress=bool(body.get("return_progress")) and bool(body.get("stream")),
+                    n_probs=body.get("n_probs")
+                    or (body.get("top_logprobs") if body.get("logprobs") else 0)
+                    or 0,
+                    stop=(stop,) if isinstance(stop, str) else tuple(stop),
+                    user_marks=user_marks,
+                )
+            )
+            index += 1
+        parent, *parent.children = family
+        for child in parent.children:
+            child.parent = parent
+        made.append(parent)
+    return made

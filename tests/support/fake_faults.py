@@ -1,0 +1,144 @@
+"""Faults on order. Each method arms one; most are used up by the next request that they fit."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import defaultdict, deque
+from dataclasses import dataclass
+
+from tests.support.fake_model import BadInput, pack
+
+SAVE_FAILED = "Unable to save slot"
+
+
+@dataclass(frozen=True)
+class SaveFault:
+    """How the next save goes wrong: other ``tokens``, only a ``part`` of the file, an ``error`` at the end."""
+
+    tokens: bytes | None = None
+    part: float | None = None
+    error: BadInput | None = None
+    clears: bool = False
+
+
+class Hang:
+    """A route that does not answer until ``release``. ``reached`` is set when a request hangs in it."""
+
+    def __init__(self) -> None:
+        self.reached = asyncio.Event()
+        self._released = asyncio.Event()
+
+    def release(self) -> None:
+        self._released.set()
+
+    async def wait(self) -> None:
+        self.reached.set()
+        await self._released.wait()
+
+
+class Faults:
+    """``what`` is "save", "restore", "erase" or a path such as "/completion"."""
+
+    def __init__(self) -> None:
+        self.cache_lie: int | None = None
+        """Every answer reports so many reused tokens."""
+        self.miscount = 0
+        """Completions see this many tokens more than /tokenize tells."""
+        self.close_after_slow_s: float | None = None
+        """Close a kept connection right after a response that took longer, without saying so (the real one: 5 s)."""
+        self._errors: defaultdict[str, deque[BadInput]] = defaultdict(deque)
+        self._failures: deque[tuple[int, BadInput]] = deque()
+        self._saves: deque[SaveFault] = deque()
+        self._hangs: dict[str, Hang] = {}
+        self._cuts: deque[int] = deque()
+        self._drops: deque[str | None] = deque()
+        self._drops_after: deque[str | None] = deque()
+
+    def fail(self, what: str, status: int = 500, message: str | None = None, times: int = 1) -> None:
+        """The next ``times`` answer an error. A restore that fails leaves its slot empty."""
+        if message is None:
+            message = SAVE_FAILED if what == "save" else "Failure on order"
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        self._errors[what].extend([BadInput(message, status, kind)] * times)
+
+    def fail_stream(
+        self, message: str = "failed to process speculative batch", *, after_tokens: int = 0
+    ) -> None:
+        """The next completion fails inside the server: 500, or an error event when its stream has begun."""
+        self._failures.append((after_tokens, BadInput(message, 500, "server_error")))
+
+    def truncate_save(self, part: float = 0.5) -> None:
+        """The next save answers 200 and leaves a file that is cut off."""
+        self._saves.append(SaveFault(part=part))
+
+    def empty_save(self) -> None:
+        """The slot of the next save has been cleared by somebody's task (unified KV): 200, ``n_saved`` 0."""
+        self._saves.append(SaveFault(clears=True))
+
+    def wrong_save(self, tokens: bytes | None = None) -> None:
+        """The next save captures another conversation; without ``tokens``, random ones of the same number."""
+        self._saves.append(SaveFault(tokens=b"" if tokens is None else tokens))
+
+    def disk_full(self, times: int = 1) -> None:
+        """The next saves answer 500 and leave a truncated file whose header claims all tokens."""
+        fault = SaveFault(part=0.3, error=BadInput(SAVE_FAILED, 500, "server_error"))
+        self._saves.extend([fault] * times)
+
+    def hang(self, what: str) -> Hang:
+        """Requests for ``what`` wait until the returned ``Hang`` is released."""
+        self._hangs[what] = hang = Hang()
+        return hang
+
+    def disconnect_after_events(self, n_events: int) -> None:
+        """The next stream breaks off after so many writes: the connection is reset."""
+        self._cuts.append(n_events)
+
+    def disconnect_before_headers(self, what: str | None = None) -> None:
+        """The next request (for ``what``, or any) is read, and its connection is reset; nothing is done."""
+        self._drops.append(what)
+
+    def disconnect_after_work(self, what: str | None = None) -> None:
+        """The next request (for ``what``, or any) is carried out; its connection is reset in place of the answer."""
+        self._drops_after.append(what)
+
+    # ---- asked by the fake
+
+    def take(self, what: str) -> BadInput | None:
+        errors = self._errors[what]
+        return errors.popleft() if errors else None
+
+    def take_failure(self) -> tuple[int, BadInput] | None:
+        """After how many tokens the completion that starts now fails, and how."""
+        return self._failures.popleft() if self._failures else None
+
+    def take_save(self, held: bytes) -> SaveFault:
+        """The fault of this save; ``tokens`` filled in for a wrong one."""
+        if (error := self.take("save")) is not None:
+            return SaveFault(error=error, part=0.0)
+        if not self._saves:
+            return SaveFault()
+        fault = self._saves.popleft()
+        if fault.tokens == b"":
+            ids = random.Random(0).choices(range(0x20, 0x7F), k=len(held) // 4)
+            return SaveFault(tokens=pack(ids))
+        return fault
+
+    def take_drop(self, names: tuple[str, ...], *, after: bool = False) -> bool:
+        drops = self._drops_after if after else self._drops
+        for what in drops:
+            if what is None or what in names:
+                drops.remove(what)
+                return True
+        return False
+
+    def take_cut(self) -> int | None:
+        return self._cuts.popleft() if self._cuts else None
+
+    async def hold(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            if (hang := self._hangs.get(name)) is not None:
+                await hang.wait()
+
+    def reported_cache(self, n_cache: int, n_prompt: int) -> int:
+        return n_cache if self.cache_lie is None else min(self.cache_lie, n_prompt)

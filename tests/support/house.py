@@ -1,0 +1,288 @@
+"""Scheduler, pool, leases, steps, turns, drains and writeback of one backend around the stub, and clients for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any, cast
+
+from llamaslot.core.cost import Rates
+from llamaslot.core.policy import Rules
+from llamaslot.core.reuse import Memory
+from llamaslot.core.slots import NOTHING, Content, Event, Job, State
+from llamaslot.core.tokens import pack
+from llamaslot.engine.drain import Drains
+from llamaslot.engine.lease import Lease
+from llamaslot.engine.pool import Pool
+from llamaslot.engine.scheduler import QueueLimits, Scheduler
+from llamaslot.engine.steps import Steps
+from llamaslot.engine.turns import Turns
+from llamaslot.engine.writeback import Writeback
+from llamaslot.errors import BackendDown, LlamaslotError
+from llamaslot.llama.api import LlamaServer
+from llamaslot.observe.metrics import Metrics
+from llamaslot.store import Catalog, Snapshot
+from llamaslot.tasks import TaskOwner
+from tests.support.stub import MODEL, StubCatalog, StubServer
+from tests.support.virtual_loop import VirtualLoop
+
+
+def tokens_of(first: int, n: int) -> bytes:
+    """``n`` tokens in a row: contexts that begin 1,000 tokens apart share nothing."""
+    return pack(range(first, first + n))
+
+
+def outcome(task: asyncio.Task[Any]) -> BaseException | None:
+    """What the client ended with; None when it was served."""
+    assert task.done(), task
+    return task.exception()
+
+
+def outcome_of(task: asyncio.Task[Any]) -> Any:
+    """What the client got."""
+    assert outcome(task) is None
+    return task.result()
+
+
+RULES = Rules(similarity_min=0.85, small_prompt_tokens=50, own_above_s=0.2)
+
+
+class House:
+    """Made around a ``VirtualLoop``. ``close`` it, for it listens to the log."""
+
+    def __init__(
+        self,
+        loop: VirtualLoop,
+        server: StubServer,
+        *,
+        room: int = 1000,
+        rules: Rules = RULES,
+        limits: QueueLimits | None = None,
+    ) -> None:
+        self.loop, self.server, self.rules = loop, server, rules
+        self.catalog = StubCatalog(server, room, on_drop=self._dropped)
+        self.rates, self.metrics, self.tasks = Rates(), Metrics(), TaskOwner()
+        self.scheduler = Scheduler(rules, limits or QueueLimits(), loop.time)
+        api, catalog = cast(LlamaServer, server), cast(Catalog, self.catalog)
+        self.steps = Steps(api, catalog, self.rates, self.metrics, self.tasks, loop.time)
+        self.turns = Turns(api, self.scheduler, self.steps, self.tasks)
+        self.writeback = Writeback(self.scheduler, self.steps, 2.0)
+        self.drains = Drains(api, self.scheduler, loop.time)
+        self.scheduler.on_drain = self.drains.add
+        self.scheduler.pin = self.catalog.pin
+        self.steps.fingerprint = MODEL
+        self.saved_tokens = b""  # what ``keep_one_on_disk`` has put there
+        self.clients: dict[asyncio.Task[Any], str] = {}
+        self.faults: list[str] = []
+        self.memory = Memory.DENSE
+        self.is_unnoticed = False  # the server is another process than the one that the pool describes
+        server.guard, server.guard_landing = self._guard, self._guard_landing
+        self._log = _Collector(self.faults)
+        logging.getLogger("llamaslot.tasks").addHandler(self._log)
+        loop.set_exception_handler(lambda _, context: self.faults.append(repr(context)))
+        self._poller = loop.create_task(self.drains.run(), name="drains")
+        loop.run_until_complete(self.meet())
+
+    def close(self) -> None:
+        logging.getLogger("llamaslot.tasks").removeHandler(self._log)
+        running = asyncio.all_tasks(self.loop)
+        for task in running:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*running, return_exceptions=True))
+        self.loop.close()
+
+    # -- the server's life ---------------------------------------------------------------------------------------
+
+    async def meet(self) -> None:
+        """What the handshake does: an idle slot is emptied, one at work drains; snapshots are offered."""
+        n = len(self.server.slots_)
+        pool = Pool("stub", n, 10_000, rules=self.rules, rates=self.rates)
+        pool.can_save = pool.can_erase = True
+        pool.memory = self.memory
+        self.steps.boot_id = (await self.server.props()).boot_id
+        for snapshot in self.catalog.snapshots.values():
+            pool.add_snapshot(snapshot)
+        for slot, real in zip(pool.slots, self.server.slots_, strict=True):
+            if real.is_working:
+                pool.take(slot, Job("left over"), self.loop.time(), has_answer=False)
+                pool.give_back(slot, Event.LEAVE, NOTHING, self.loop.time())
+                self.drains.add_slot(pool, slot, NOTHING)
+            else:
+                real.tokens = b""
+        self.is_unnoticed = False
+        self.scheduler.attach(pool)
+
+    def restart(self) -> None:
+        """The server is another process; nobody knows yet."""
+        self.server.restart()
+        self.is_unnoticed = True
+
+    def notice(self, *, is_down: bool) -> None:
+        """The restart is noticed: the slots are forgotten. With ``is_down`` those who wait are told."""
+        for op in list(
+            self.server.pending
+        ):  # what was on its way to the new process is not there before it is met
+            if op.kind == "send":
+                self.server.fail(op, BackendDown("gone"))
+        self.scheduler.detach(BackendDown("gone") if is_down else None)
+
+    def _dropped(self, snapshot: Snapshot) -> None:
+        if self.scheduler.pool is not None:
+            self.scheduler.pool.drop_snapshot(snapshot.id)
+
+    def _guard(self, slot_id: int) -> None:
+        """Called by the stub for whatever is sent to a slot."""
+        pool = self.scheduler.pool
+        if self.is_unnoticed or pool is None:
+            return
+        if pool.slots[slot_id].state is not State.LEASED:
+            self.server.violation(f"something was sent to {pool.slots[slot_id]!r}")
+
+    def _guard_landing(self, slot_id: int) -> None:
+        """A slot whose answer has just ended may be hit; one whose holder is between two steps must not."""
+        pool, turn = self.scheduler.pool, self.scheduler._turn
+        if self.is_unnoticed or pool is None:
+            return
+        holders = [lease for lease in self.scheduler.leases if lease.slot is pool.slots[slot_id]]
+        if any(lease.job is not turn and not lease.is_started for lease in holders):
+            self.server.violation(f"a stranger landed in {pool.slots[slot_id]!r}")
+
+    # -- clients -------------------------------------------------------------------------------------------------
+
+    def start(self, client: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        task = self.loop.create_task(client, name=name)
+        self.clients[task] = name
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        del self.clients[task]
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None and not isinstance(error, LlamaslotError):
+            self.faults.append(f"{task.get_name()}: {error!r}")
+
+    async def ask(self, job: Job, answer: bytes = b"") -> int:
+        """One request as ``web`` serves it; the tokens that were reused for it."""
+        with await self.scheduler.lease(job) as lease:
+            earlier = await self.steps.prepare(lease, _say_nothing)
+            if not job.n_children:
+                return await self._answered(lease, earlier, answer)
+            async with self.turns.take(lease, _say_nothing):
+                return await self._answered(lease, earlier, answer)
+
+    async def _answered(self, lease: Lease, earlier: Any, answer: bytes) -> int:
+        job = lease.job
+        lease.sent()
+        is_cold = earlier is None and (job.is_fresh or lease.content is None)
+        async with self.server.run(
+            lease.slot_id, job.tokens, answer, n_children=job.n_children, is_cold=is_cold
+        ) as upstream:
+            lease.started()
+            lease.begun(
+                Content(job.tokens, False, True, (), lease.content.snapshot if lease.content else None)
+            )
+            await upstream.rest()
+        self.steps.settle(lease, upstream.n_cache, earlier, job.tokens)
+        lease.release()
+        return earlier.n_reused if earlier is not None else upstream.n_cache
+
+    async def ask_unpinned(self, job: Job, tokens: bytes) -> None:
+        """A request whose slot the server chooses, as ``web`` serves it."""
+        with await self.scheduler.lease(job) as lease:
+            async with self.turns.take(lease, _say_nothing) as turn:
+                async with self.server.run_unpinned(tokens):
+                    pass
+                await turn.settle()
+
+    async def keep_one_on_disk(self) -> None:
+        """A context that is on disk only: saved, then overwritten by another in the same slot."""
+        await self.writeback.save_all()
+        assert self.scheduler.pool is not None
+        slot = min(self.scheduler.pool.slots, key=lambda slot: slot.used_at)
+        self.saved_tokens = slot.content.tokens
+        n = len(self.scheduler.pool.slots)
+        await asyncio.gather(
+            *(self.ask(Job(f"over {i}", pack(range(90_000 + 1000 * i, 90_600 + 1000 * i)))) for i in range(n))
+        )
+
+    # -- invariants ----------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise AssertionError naming what does not hold."""
+        assert not self.faults, self.faults
+        assert not self.server.violations, self.server.violations
+        self.scheduler.check()
+        pool = self.scheduler.pool
+        if pool is None:
+            return
+        pool.check()
+        for slot in pool.slots:
+            content = slot.content
+            if slot.state is not State.HOT:
+                continue
+            if not content.is_dirty:
+                assert content.snapshot in self.catalog.snapshots, f"what is not dirty is on disk: {slot}"
+            if not self.is_unnoticed and not self.scheduler._is_closed:
+                truth = self.server.slots_[slot.id]
+                assert not truth.is_working, f"a slot that is idle for us is idle for the server: {slot}"
+                assert truth.tokens.startswith(content.tokens), (
+                    f"a belief is the beginning of the truth: {slot}"
+                )
+                if content.is_exact:
+                    assert truth.tokens == content.tokens, f"nothing follows what is known exactly: {slot}"
+
+    def finish(self) -> None:
+        """Let all who are here get to their end."""
+        for _ in range(300):
+            self.loop.settle()
+            for op in list(self.server.pending):
+                self.server.serve(op)
+            self.loop.settle()
+            self.check()
+            is_busy = self.server.pending or self.clients or len(self.tasks)
+            if not is_busy and all(slot.is_idle for slot in self._slots()):
+                return
+            self.loop.pass_time(0.7)
+
+    def _slots(self) -> list[Any]:
+        return self.scheduler.pool.slots if self.scheduler.pool else []
+
+    def check_nothing_is_left(self) -> None:
+        """Raise AssertionError naming what somebody has not given back."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        assert not self.clients, (
+            f"nobody waits for ever: {list(self.clients.values())}, {self.server.pending}"
+        )
+        assert not scheduler.leases, f"no lease: {scheduler.leases}"
+        assert not scheduler.n_waiting, "nobody in the queue"
+        assert scheduler._turn is None, "no turn"
+        assert not scheduler._is_closed, "the gate is open"
+        assert not len(self.tasks), f"no task: {self.tasks._tasks}"
+        assert not self.catalog.drafts, "no draft"
+        assert not +self.catalog.pins, f"no pin: {self.catalog.pins}"
+        assert not self.catalog.condemned, "no file of a snapshot that is gone"
+        assert not [name for name in self.server.files if name.endswith(".part")], "no part file"
+        assert pool is not None
+        assert not pool._leaving, "nothing is leaving"
+        assert not pool._busy, "no slot is busy"
+        assert all(slot.is_idle for slot in pool.slots), f"every slot is idle: {pool.slots}"
+        assert not any(slot.is_working for slot in self.server.slots_), "the server rests"
+        self.check()
+
+
+def _say_nothing(_: object) -> None:
+    pass
+
+
+class _Collector(logging.Handler):
+    """Tasks that died of something that nobody has caught."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__(logging.ERROR)
+        self._faults = faults
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._faults.append(record.getMessage())

@@ -1,0 +1,334 @@
+"""llamaslot in the test's own loop, in front of the fake server, with the very runner that ``llamaslot serve`` uses.
+
+``async with served(tmp_path, slots=2) as it:``
+    ``it.fake``: the fake llama-server; ``it.backend``: what llamaslot has made of it; ``it.url``: where clients ask;
+    ``await it.ask(prompt=…)``, ``await it.chat(text)``: one request, read to its end, as bytes and parsed;
+    ``async with it.asking(body) as answer``: one that is looked at while it runs, and left by leaving the block.
+
+At the end nothing may be left: every slot is given back, the queue is empty, no half-written file lies about, and the
+fake has seen nothing that a good proxy never does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import random
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from llamaslot.config import Config
+from llamaslot.engine.backend import Backend, Health
+from llamaslot.web.app import listening, make_backend
+from tests.support.answers import Answer
+from tests.support.fake import FakeServer
+from tests.support.fake_model import pack
+
+CHAT, TEXT, NATIVE = "/v1/chat/completions", "/v1/completions", "/completion"
+PATIENCE_S = 10.0
+
+Settings = Mapping[str, Mapping[str, Any]]
+
+#: Nothing happens by itself unless a test asks for it: no idle saves, no comments, no steps of its own.
+QUIET: Settings = {
+    "store": {"idle_save_s": 3600, "quota": "1GiB"},
+    "stream": {"keepalive_s": 3600},
+    "prefill": {"own_above_s": 3600},
+    "routing": {"small_prompt_tokens": 100},
+    "shutdown": {"save_s": 5, "drain_s": 2},
+}
+
+
+def quiet_port() -> int:
+    """A free port below those that Linux gives to outgoing connections: none of the test's own clients can take it
+    before it is listened on."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def letters(seed: int, n: int) -> str:
+    """``n`` tokens that share nothing with those of another seed."""
+    rng = random.Random(seed)
+    return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=n))
+
+
+def right(fake: FakeServer, prompt: str, n: int = 4) -> str:
+    """What the model that runs now answers when everything is computed from nothing."""
+    model, tokens = fake.model, pack(fake.model.tokenize(prompt))
+    ids = []
+    for _ in range(n):
+        ids.append(model.next_token(tokens, frozenset({model.weights})))
+        tokens += pack(ids[-1:])
+    return model.detokenize(ids)
+
+
+async def line_with(response: aiohttp.ClientResponse, text: str) -> str:
+    """Read a stream up to the line that contains ``text``, and return that. AssertionError if it ends without."""
+    lines = []
+    async with asyncio.timeout(PATIENCE_S):
+        async for line in response.content:
+            lines.append(line.decode().rstrip())
+            if text in lines[-1]:
+                return lines[-1]
+    raise AssertionError(f"no {text!r} in {lines}")
+
+
+@dataclass(kw_only=True)
+class Front:
+    """llamaslot in the test's own loop, and its clients."""
+
+    config: Config
+    session: aiohttp.ClientSession
+    save_dir: Path
+    backend: Backend = field(init=False)
+    _running: contextlib.AsyncExitStack = field(init=False, default_factory=contextlib.AsyncExitStack)
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.config.listen.host}:{self.config.listen.port}"
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def start(self, *, wait: bool = True) -> None:
+        assert self.config.backend.url is not None
+        self.backend = make_backend(self.config, self.config.backend.url)
+        await self.backend.open()
+        self._running.push_async_callback(self._close)
+        await self._running.enter_async_context(listening(self.config, self.backend))
+        self.backend.start()
+        if wait:
+            await self.until(lambda: self.backend.health is Health.UP)
+
+    async def stop(self) -> None:
+        """As ``serve`` ends."""
+        await self._running.aclose()
+
+    async def _close(self) -> None:
+        await self.backend.close(self.config.shutdown.save_s)
+
+    async def restart(self) -> None:
+        """End llamaslot and start another one."""
+        await self.stop()
+        await self.start()
+
+    async def until(self, condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> None:
+        """Wait for what no event tells. AssertionError with the state after ``timeout_s``."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not condition():  # noqa: ASYNC110  # llamaslot has no event for it
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            raise AssertionError(f"never: {self.readout()}") from None
+
+    def readout(self) -> str:
+        pool = self.backend.scheduler.pool
+        return str(pool.slots if pool else self.backend.health)
+
+    async def at_rest(self) -> None:
+        """Wait until every slot is given back and nobody waits."""
+
+        def rests() -> bool:
+            scheduler = self.backend.scheduler
+            slots = scheduler.pool.slots if scheduler.pool else []
+            return not (scheduler.n_waiting or scheduler.leases) and all(slot.is_idle for slot in slots)
+
+        await self.until(rests)
+
+    # -- clients -------------------------------------------------------------------------------------------------
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        *,
+        data: bytes | None = None,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+        to: str | None = None,
+    ) -> Answer:
+        """Any request, read to its end. ``to``: another server than llamaslot."""
+        if body is not None:
+            data, headers = json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})}
+        # aiohttp warns of bytes over 1 MiB
+        async with self.session.request(
+            method,
+            (to or self.url) + path,
+            data=io.BytesIO(data) if data is not None else None,
+            headers=headers,
+        ) as response:
+            return Answer(response.status, response.headers, await response.read())
+
+    async def post(self, path: str, body: Any, *, to: str | None = None, **headers: str) -> Answer:
+        return await self.send("POST", path, body=body, headers=headers, to=to)
+
+    async def get(self, path: str) -> Answer:
+        return await self.send("GET", path)
+
+    async def ask(self, prompt: Any, *, path: str = NATIVE, n: int = 4, **more: Any) -> Answer:
+        """A completion of ``n`` tokens."""
+        limit = {"n_predict": n} if path == NATIVE else {"max_tokens": n}
+        return await self.post(path, {"prompt": prompt, **limit, "temperature": 0, **more})
+
+    async def chat(self, text: str, *, n: int = 4, **more: Any) -> Answer:
+        messages = [{"role": "user", "content": text}]
+        return await self.post(CHAT, {"messages": messages, "max_tokens": n, "temperature": 0, **more})
+
+    @contextlib.asynccontextmanager
+    async def asking(
+        self, prompt: Any, *, path: str = NATIVE, n: int = 4, **more: Any
+    ) -> AsyncIterator[asyncio.Task[Answer]]:
+        """A completion under way. Who leaves the block before it has ended closes its connection."""
+        task = spawn(self.ask(prompt, path=path, n=n, **more))
+        try:
+            yield task
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+
+    @contextlib.asynccontextmanager
+    async def streaming(
+        self, prompt: Any, *, path: str = NATIVE, n: int = 4, **more: Any
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A stream whose headers have come. Who leaves the block before its end closes its connection."""
+        limit = {"n_predict": n} if path == NATIVE else {"max_tokens": n}
+        body = {"prompt": prompt, **limit, "temperature": 0, "stream": True, **more}
+        async with self.session.post(self.url + path, json=body) as response:
+            yield response
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    async def metrics(self) -> dict[str, float]:
+        """llamaslot's own samples, by name with labels."""
+        lines = (await self.get("/llamaslot/metrics")).raw.decode().splitlines()
+        pairs = (line.rpartition(" ") for line in lines if line and line[0] != "#")
+        return {name: float(value) for name, _, value in pairs}
+
+    async def count(self, name: str) -> float:
+        """One of llamaslot's own counters, 0 where it has not been counted yet."""
+        return (await self.metrics()).get(f"llamaslot_{name}", 0.0)
+
+    def files(self) -> list[Path]:
+        """Snapshots that lie in the directory."""
+        return sorted(self.save_dir.glob("*.kv"))
+
+    def check(self) -> None:
+        """Raise AssertionError when something is left."""
+        self.backend.scheduler.check()
+        assert list(self.save_dir.glob("*.part")) == [], "no half-written file"
+
+
+@dataclass(kw_only=True)
+class Served(Front):
+    """llamaslot in front of a fake llama-server; see the module."""
+
+    fake: FakeServer
+
+    def readout(self) -> str:
+        return f"{super().readout()}, {self.fake!r}"
+
+    @contextlib.asynccontextmanager
+    async def busy(self, n_slots: int = 1) -> AsyncIterator[list[asyncio.Task[Answer]]]:
+        """So many slots at work for others, whose answers go on with ``fake.go()``."""
+        self.fake.hold()
+        async with contextlib.AsyncExitStack() as stack:
+            others = []
+            for n in range(1, n_slots + 1):
+                others.append(await stack.enter_async_context(self.asking(letters(-n, 200))))
+                await self.fake.wait_for(lambda f, n=n: sum(slot.is_processing for slot in f.slots) == n)
+            yield others
+
+    def check(self) -> None:
+        """Also when something was done that must never be."""
+        assert self.fake.violations == []
+        super().check()
+
+
+def spawn(coroutine: Any) -> asyncio.Task[Any]:
+    """A client of its own; who spawns one awaits or cancels it."""
+    return asyncio.get_running_loop().create_task(coroutine)
+
+
+def configured(directory: Path, url: str, save_dir: Path | None, settings: Settings) -> Config:
+    """What a config file with these settings says."""
+    backend: dict[str, Any] = {"name": "gpu0", "url": url}
+    if save_dir is not None:
+        backend["slot_save_path"] = str(save_dir)
+    sections: dict[str, Any] = {name: dict(values) for name, values in QUIET.items()}
+    for name, values in settings.items():
+        sections.setdefault(name, {}).update(values)
+    backend |= sections.pop("backend", {})
+    sections["store"]["meta_dir"] = str(directory / "meta")
+    sections.setdefault("listen", {})["port"] = quiet_port()
+    (directory / "meta").mkdir(parents=True, exist_ok=True)
+    return Config.model_validate({"backends": [backend], **sections}, context={"directory": directory})
+
+
+@contextlib.asynccontextmanager
+async def served(
+    directory: Path,
+    settings: Settings | None = None,
+    *,
+    wait: bool = True,
+    has_save_path: bool = True,
+    answers_at: str | None = None,
+    **fake: Any,
+) -> AsyncIterator[Served]:
+    """A fake server and llamaslot in front of it; see the module.
+
+    ``settings`` go over ``QUIET``; ``wait`` False: neither is started. ``has_save_path`` False: llama-server runs
+    without one. Further arguments are the fake's.
+    """
+    save_dir = directory / "kv"
+    save_dir.mkdir(parents=True, exist_ok=True)
+    options = {"slots": 2, "context": 8192, "gone_s": 0.05, **fake}
+    server = FakeServer(save_dir if has_save_path else None, port=quiet_port(), **options)
+    config = configured(directory, answers_at or server.url, save_dir, settings or {})
+    async with _session() as session:
+        it = Served(fake=server, config=config, session=session, save_dir=save_dir)
+        try:
+            if wait:
+                await server.start()
+                await it.start()
+            yield it
+            if it.backend.health is Health.UP:
+                await it.at_rest()
+            it.check()
+        finally:
+            server.go()
+            await it.stop()
+            await server.kill()
+        it.check()
+
+
+@contextlib.asynccontextmanager
+async def fronted(
+    directory: Path, url: str, save_dir: Path | None, settings: Settings | None = None
+) -> AsyncIterator[Front]:
+    """llamaslot in front of a llama-server that runs at ``url``."""
+    config = configured(directory, url, save_dir, settings or {})
+    async with _session() as session:
+        it = Front(config=config, session=session, save_dir=save_dir or directory / "none")
+        try:
+            await it.start()
+            yield it
+            await it.at_rest()
+            it.check()
+        finally:
+            await it.stop()
+
+
+def _session() -> aiohttp.ClientSession:
+    """A client without limits of its own but for a test that hangs; each request on a fresh connection."""
+    return aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=30), connector=aiohttp.TCPConnector(limit=0, force_close=True)
+    )

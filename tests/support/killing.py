@@ -1,0 +1,183 @@
+"""llamaslot killed at random moments, while it works with a quota that is much too small."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from tests.support.jobs import clients, snapshot_files, team_of
+from tests.support.real import RealServer
+from tests.support.stack import Stack, size_of
+from tests.support.users import User
+
+FOREIGN = "somebody-elses.kv"
+N_ANSWER = (
+    200  # tokens: a slot holds more than the prompt that llamaslot knows, and its file needs room for that
+)
+
+
+@dataclass(slots=True)
+class Killing:
+    """What was seen over all kills."""
+
+    quota_bytes: int
+    n_kills: int = 0
+    n_answers: int = 0
+    n_listed: int = 0  # snapshots found after the restarts, summed up
+    n_restored: int = 0  # of these, by a llama-server of the same model
+    n_gone: int = 0  # of these, deleted by llamaslot before they could be tried
+    n_unlisted: int = (
+        0  # files of llamaslot's without a sidecar that are still there some seconds after a restart
+    )
+    most_bytes: int = 0  # of all snapshot files at any moment
+    start_s: list[float] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_kills} kills, {self.n_answers} answers between them, {len(self.start_s)} starts "
+            f"(slowest {max(self.start_s, default=0.0):.1f} s), "
+            f"{self.n_restored} + {self.n_gone} gone of {self.n_listed} snapshots restored, "
+            f"{self.n_unlisted} left-overs, "
+            f"at most {self.most_bytes} of {self.quota_bytes} bytes, faults: {self.faults or 'none'}"
+        )
+
+
+async def kill_llamaslot(
+    stack: Stack,
+    other: RealServer,
+    *,
+    quota_bytes: int,
+    n_kills: int = 20,
+    n_users: int = 8,
+    n_context: int = 3000,
+    longest_s: float = 3.0,
+    seed: int = 1,
+) -> Killing:
+    """Users work; llamaslot is killed up to ``longest_s`` later; it starts, its snapshots are tried, and so on.
+
+    ``other`` is a llama-server of the same model with the same directory, used for restores only: so a snapshot is
+    judged by llama.cpp and not by llamaslot. A foreign file lies in the directory and must stay as it is.
+    """
+    rng = random.Random(seed)
+    directory = stack.server.save_dir
+    (directory / FOREIGN).write_bytes(b"not yours")
+    figures = Killing(quota_bytes)
+    async with clients(stack) as (front, _):
+        users = [User(f"user {n}", n_context, rng) for n in range(n_users)]
+        working = asyncio.Event()
+
+        async def work(user: User) -> None:
+            while True:
+                await working.wait()
+                turn = await user.turn(front, max_tokens=N_ANSWER)
+                figures.n_answers += not turn.reply.error
+                if turn.reply.error:
+                    await asyncio.sleep(0.05)
+                if user.n_turns % 5 == 0:
+                    user.forget(n_context)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work(user)) for user in users]
+            tasks.append(group.create_task(watch(directory, figures)))
+            for _ in range(n_kills):
+                working.set()
+                await asyncio.sleep(rng.uniform(0.1, longest_s))
+                working.clear()
+                await stack.llamaslot.kill()
+                figures.n_kills += 1
+                await start(stack, figures)
+                await try_snapshots(directory, other, figures)
+            await settled(lambda: unlisted(directory), figures)
+            for task in tasks:
+                task.cancel()
+    if (directory / FOREIGN).read_bytes() != b"not yours":
+        figures.faults.append("the foreign file was touched")
+    return figures
+
+
+async def work_within_quota(
+    stack: Stack,
+    *,
+    quota_bytes: int,
+    n_users: int = 8,
+    n_context: int = 1500,
+    n_answer: int = 500,
+    n_turns: int = 3,
+) -> Killing:
+    """Nobody is killed: users with long answers evict each other all the time, and the directory is watched.
+
+    A slot holds the answer too, which llamaslot has not counted: what is reserved for its file must cover that.
+    """
+    figures = Killing(quota_bytes)
+    async with team_of(stack, n_users, n_context) as (team, _), asyncio.TaskGroup() as group:
+        watching = group.create_task(watch(stack.server.save_dir, figures))
+        turns = await team.run(n_turns, max_tokens=n_answer)
+        watching.cancel()
+    figures.n_answers = sum(not turn.reply.error for turn in turns)
+    figures.faults += [turn.reply.error for turn in turns if turn.reply.error]
+    return figures
+
+
+async def start(stack: Stack, figures: Killing) -> None:
+    began = asyncio.get_running_loop().time()
+    await stack.llamaslot.start()
+    figures.start_s.append(asyncio.get_running_loop().time() - began)
+
+
+async def watch(directory: Path, figures: Killing) -> None:
+    """Look every 5 ms at what llamaslot's files weigh: its own ones begin with ``ls-``."""
+    while True:
+        held = held_by(directory)
+        total = sum(size for name, size in held.items() if not name.endswith(".json"))
+        figures.most_bytes = max(figures.most_bytes, total)
+        if total > figures.quota_bytes and not any("quota" in fault for fault in figures.faults):
+            figures.faults.append(f"quota: {total} bytes at {datetime.now():%H:%M:%S.%f}: {held}")
+        await asyncio.sleep(0.005)
+
+
+def held_by(directory: Path) -> dict[str, int]:
+    """The size of each file of llamaslot's own naming."""
+    return {path.name: size_of(path) for path in directory.glob("ls-*")}
+
+
+async def try_snapshots(directory: Path, other: RealServer, figures: Killing) -> None:
+    """Restore every finished snapshot into slot 0 of the other server."""
+    for path, tokens in snapshot_files(directory):
+        figures.n_listed += 1
+        try:
+            await other.post("/slots/0?action=erase", {})
+            answer = await other.post("/slots/0?action=restore", {"filename": path.name})
+        except Exception as error:  # whatever it is, it is told with the file's name
+            if path.exists():
+                figures.faults.append(f"{path.name}: {error}")
+            else:
+                figures.n_gone += 1
+            continue
+        if answer["n_restored"] == len(tokens):
+            figures.n_restored += 1
+        else:
+            figures.faults.append(f"{path.name}: {answer['n_restored']} of {len(tokens)} tokens")
+
+
+def unlisted(directory: Path) -> list[Path]:
+    """Files of llamaslot's own naming that no sidecar stands for."""
+    return [
+        path
+        for path in directory.glob("ls-*")
+        if path.suffix != ".json" and not path.with_suffix(".json").exists()
+    ]
+
+
+async def settled(left: Callable[[], list[Path]], figures: Killing, *, patience_s: float = 10.0) -> None:
+    """Give what is being saved just now the time to become whole, then count what is left over."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(patience_s):
+            while left():  # noqa: ASYNC110  a directory sets no event
+                await asyncio.sleep(0.2)
+    figures.n_unlisted = len(left())

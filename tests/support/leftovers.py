@@ -1,0 +1,59 @@
+"""A fixture for every test of what the client sees: it leaves no task, socket, open file, process or warning behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+
+def open_files() -> dict[str, str]:
+    """File descriptors of this process and what they are: sockets, pipes, paths."""
+    found = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            found[entry.name] = os.readlink(entry)
+        except FileNotFoundError:  # the one that was reading the directory
+            continue
+    return found
+
+
+def children() -> set[str]:
+    """Process ids of this process's children."""
+    found: set[str] = set()
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            found |= set((thread / "children").read_text().split())
+    return found
+
+
+def tasks() -> set[asyncio.Task[object]]:
+    return asyncio.all_tasks()
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def nothing_left(caplog: pytest.LogCaptureFixture) -> AsyncIterator[None]:
+    """Fails a test that leaves something behind, or has logged a traceback of llamaslot's."""
+    before = tasks(), open_files(), children()
+    yield
+    left: list[object] = []
+    for _ in range(200):
+        left = [
+            *(tasks() - before[0] - {asyncio.current_task()}),
+            *(open_files().items() - before[1].items()),
+            *(children() - before[2]),
+        ]
+        if not left:
+            break
+        await asyncio.sleep(0.005)  # closed transports let go of their sockets in the loop's next rounds
+    assert left == [], "nothing is left behind"
+    mistakes = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert [
+        record.getMessage() for record in mistakes if record.name.startswith(("llamaslot", "aiohttp"))
+    ] == []

@@ -1,0 +1,272 @@
+"""Tiny GGUF models for the real llama.cpp, written on the spot: random weights, one token per byte, a ChatML template.
+
+Token ids: 0..255 are the bytes themselves, then ``IM_START``, ``IM_END`` and ``END_OF_TEXT`` (control tokens). There
+is no BOS token, so a prompt of n ASCII characters is n tokens. Answers consist of printable ASCII only and never end
+by themselves: dimension 0 of the residual stream is a positive constant that no layer writes to, and the output rows
+of every other token are strongly negative there. The same kind, shape and seed always give the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+IM_START, IM_END, END_OF_TEXT = 256, 257, 258
+N_VOCAB = 259
+N_CTX_TRAIN = 262_144
+SLIDING_WINDOW = 512
+RECIPE = 2  # raised with every change of the weights below: a cache must not serve those of before
+
+Array = NDArray[np.float32]
+
+# Tool calls in the notation that most ChatML models use, so that llama-server finds a parser for it. Reasoning of turns
+# before the last user message is dropped, as real templates do, unless `chat_template_kwargs` says keep_reasoning.
+CHAT_TEMPLATE = """\
+{%- set ns = namespace(last_user=-1) %}
+{%- for message in messages %}
+{%- if message.role == 'user' %}{%- set ns.last_user = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- if tools %}
+{{- '<|im_start|>system\\n' }}
+{%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
+{{- '# Tools\\n\\nYou may call one or more functions.\\n\\n<tools>' }}
+{%- for tool in tools %}{{- '\\n' }}{{- tool | tojson }}{%- endfor %}
+{{- '\\n</tools>\\n\\nFor each call return a json object within <tool_call></tool_call> tags:\\n<tool_call>\\n' }}
+{{- '{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call><|im_end|>\\n' }}
+{%- elif messages[0].role == 'system' %}
+{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+{%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- elif message.role == 'assistant' %}
+{{- '<|im_start|>assistant\\n' }}
+{%- if message.reasoning_content and (keep_reasoning or loop.index0 > ns.last_user) %}
+{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
+{%- endif %}
+{%- if message.content %}{{- message.content }}{%- endif %}
+{%- if message.tool_calls %}
+{%- for call in message.tool_calls %}
+{%- if call.function %}{%- set call = call.function %}{%- endif %}
+{%- if message.content or not loop.first %}{{- '\\n' }}{%- endif %}
+{{- '<tool_call>\\n{"name": "' + call.name + '", "arguments": ' }}
+{%- if call.arguments is string %}{{- call.arguments }}{%- else %}{{- call.arguments | tojson }}{%- endif %}
+{{- '}\\n</tool_call>' }}
+{%- endfor %}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- elif message.role == 'tool' %}
+{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
+{{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\\n' }}{%- endif %}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+
+def dense(directory: Path, seed: int = 1, *, layers: int = 2, width: int = 64) -> Path:
+    """A ``llama``: full attention, so a slot can be cut back to any token. Another seed: same shape, other weights."""
+    return _cached(
+        directory / f"dense-{layers}x{width}-s{seed}-r{RECIPE}.gguf",
+        lambda path: _dense(path, seed, layers, width),
+    )
+
+
+def draft(directory: Path, seed: int = 1) -> Path:
+    """The first layer of ``dense(seed)`` alone: a draft model for speculative decoding that is right now and then."""
+    return dense(directory, seed, layers=1)
+
+
+def swa(directory: Path, seed: int = 1) -> Path:
+    """A ``gemma3`` with a sliding window of ``SLIDING_WINDOW`` tokens in five of six layers."""
+    return _cached(directory / f"swa-s{seed}-r{RECIPE}.gguf", lambda path: _swa(path, seed))
+
+
+def recurrent(directory: Path, seed: int = 1) -> Path:
+    """A ``mamba``: one state per sequence, which can only move forward."""
+    return _cached(directory / f"recurrent-s{seed}-r{RECIPE}.gguf", lambda path: _recurrent(path, seed))
+
+
+def _cached(path: Path, write: Callable[[Path], None]) -> Path:
+    """``path``, written if it is not there. Renamed into place, so that processes may race for it."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        os.close(handle)
+        write(Path(name))
+        os.replace(name, path)
+    return path
+
+
+class _Weights:
+    """Random tensors that keep activations near 1 and never write to dimension 0 of the residual stream."""
+
+    def __init__(self, writer: Any, seed: int, width: int) -> None:
+        self.writer, self.width = writer, width
+        self.random = np.random.default_rng(seed)
+
+    def add(self, name: str, array: Array) -> None:
+        self.writer.add_tensor(name, np.ascontiguousarray(array, dtype=np.float32))
+
+    def matrix(self, name: str, n_out: int, n_in: int, scale: float = 1.0) -> None:
+        self.add(name, self._normal(n_out, n_in, scale / np.sqrt(n_in)))
+
+    def to_residual(self, name: str, n_in: int, scale: float) -> None:
+        array = self._normal(self.width, n_in, scale / np.sqrt(n_in))
+        array[0] = 0.0
+        self.add(name, array)
+
+    def norm(self, name: str, size: int | None = None, value: float = 1.0) -> None:
+        self.add(name, np.full(size or self.width, value, dtype=np.float32))
+
+    def post_norm(self, name: str, value: float) -> None:
+        array = np.full(self.width, value, dtype=np.float32)
+        array[0] = 0.0
+        self.add(name, array)
+
+    def ends(self, embedding_scale: float = 1.0, logit_scale: float = 6.0) -> None:
+        """Token embeddings, final norm and output rows."""
+        embedding = self._normal(N_VOCAB, self.width, 1.0)
+        embedding[:, 0] = 2.0
+        self.add("token_embd.weight", embedding * np.float32(embedding_scale))
+        self.norm("output_norm.weight")
+        output = np.zeros((N_VOCAB, self.width), dtype=np.float32)
+        printable = slice(0x20, 0x7F)
+        output[:, 0] = -100.0
+        output[printable] = self._normal(0x7F - 0x20, self.width, logit_scale / np.sqrt(self.width))
+        self.add("output.weight", output)
+
+    def _normal(self, n_out: int, n_in: int, deviation: float) -> Array:
+        return (self.random.standard_normal((n_out, n_in)) * deviation).astype(np.float32)
+
+
+def _open(path: Path, arch: str, layers: int, width: int) -> Any:
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_name(f"llamaslot-{arch}")
+    writer.add_context_length(N_CTX_TRAIN)
+    writer.add_embedding_length(width)
+    writer.add_block_count(layers)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    symbols = _byte_symbols()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*symbols, "<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * 3)
+    # The format wants at least one merge: of two bytes that never occur in UTF-8.
+    writer.add_token_merges([f"{symbols[0xFF]} {symbols[0xFE]}"])
+    writer.add_add_bos_token(False)
+    writer.add_bos_token_id(END_OF_TEXT)
+    writer.add_eos_token_id(IM_END)
+    writer.add_pad_token_id(END_OF_TEXT)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    return writer
+
+
+def _byte_symbols() -> list[str]:
+    """The characters that stand for the 256 bytes in a GPT-2 vocabulary: printable Latin-1 for itself."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    rest = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(rest)) for byte in range(256)]
+
+
+def _close(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _feed_forward(weights: _Weights, block: str, width: int, hidden: int, scale: float) -> None:
+    weights.norm(f"{block}.ffn_norm.weight")
+    weights.matrix(f"{block}.ffn_gate.weight", hidden, width)
+    weights.matrix(f"{block}.ffn_up.weight", hidden, width)
+    weights.to_residual(f"{block}.ffn_down.weight", hidden, scale)
+
+
+def _dense(path: Path, seed: int, layers: int, width: int) -> None:
+    heads = max(2, width // 32)
+    writer = _open(path, "llama", layers, width)
+    writer.add_feed_forward_length(2 * width)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(width // heads)
+    writer.add_vocab_size(N_VOCAB)
+    weights = _Weights(writer, seed, width)
+    weights.ends()
+    for layer in range(layers):
+        block = f"blk.{layer}"
+        weights.norm(f"{block}.attn_norm.weight")
+        # Scores so sharp that a few far tokens decide: answers depend on all of the context and do not go in circles.
+        weights.matrix(f"{block}.attn_q.weight", width, width, 2.5)
+        weights.matrix(f"{block}.attn_k.weight", width, width, 2.5)
+        weights.matrix(f"{block}.attn_v.weight", width, width)
+        weights.to_residual(f"{block}.attn_output.weight", width, 4.0)
+        _feed_forward(weights, block, width, 2 * width, 1.0)
+    _close(writer)
+
+
+def _swa(path: Path, seed: int) -> None:
+    layers, width, heads, head_size = 6, 64, 2, 32
+    writer = _open(path, "gemma3", layers, width)
+    writer.add_feed_forward_length(2 * width)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(1)
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1_000_000.0)
+    writer.add_sliding_window(SLIDING_WINDOW)
+    weights = _Weights(writer, seed, width)
+    weights.ends(embedding_scale=1 / np.sqrt(width))  # gemma multiplies the embeddings by sqrt(width)
+    for layer in range(layers):
+        block = f"blk.{layer}"
+        weights.norm(f"{block}.attn_norm.weight")
+        weights.matrix(f"{block}.attn_q.weight", heads * head_size, width)
+        weights.matrix(f"{block}.attn_k.weight", head_size, width)
+        weights.matrix(f"{block}.attn_v.weight", head_size, width)
+        weights.norm(f"{block}.attn_q_norm.weight", head_size, 2.2)
+        weights.norm(f"{block}.attn_k_norm.weight", head_size, 2.2)
+        weights.matrix(f"{block}.attn_output.weight", width, heads * head_size)
+        weights.post_norm(f"{block}.post_attention_norm.weight", 0.6)
+        _feed_forward(weights, block, width, 2 * width, 1.0)
+        weights.post_norm(f"{block}.post_ffw_norm.weight", 0.4)
+    _close(writer)
+
+
+def _recurrent(path: Path, seed: int) -> None:
+    layers, width, inner, states, kernel, rank = 2, 64, 128, 16, 4, 4
+    writer = _open(path, "mamba", layers, width)
+    writer.add_feed_forward_length(0)
+    writer.add_head_count(0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_ssm_conv_kernel(kernel)
+    writer.add_ssm_inner_size(inner)
+    writer.add_ssm_state_size(states)
+    writer.add_ssm_time_step_rank(rank)
+    weights = _Weights(writer, seed, width)
+    weights.ends()
+    for layer in range(layers):
+        block = f"blk.{layer}"
+        weights.norm(f"{block}.attn_norm.weight")
+        weights.matrix(f"{block}.ssm_in.weight", 2 * inner, width)
+        weights.matrix(f"{block}.ssm_conv1d.weight", inner, kernel)
+        weights.norm(f"{block}.ssm_conv1d.bias", inner, 0.1)
+        weights.matrix(f"{block}.ssm_x.weight", rank + 2 * states, inner, 2.0)
+        weights.matrix(f"{block}.ssm_dt.weight", inner, rank, 0.5)
+        # softplus(-3) = 0.05 per step, and decays that make states last from one token to some thousands
+        weights.norm(f"{block}.ssm_dt.bias", inner, -3.0)
+        weights.add(
+            f"{block}.ssm_a", np.tile(-np.geomspace(0.005, 16, states), (inner, 1)).astype(np.float32)
+        )
+        weights.norm(f"{block}.ssm_d", inner, 1.0)
+        weights.to_residual(f"{block}.ssm_out.weight", inner, 3.0)
+    _close(writer)

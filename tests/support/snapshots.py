@@ -1,0 +1,195 @@
+"""A snapshot directory for tests: slot files as llama-server writes them, a clock by hand, what really lies on disk."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import struct
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamaslot.core.tokens import pack
+from llamaslot.store import Catalog, Draft, Snapshot
+from llamaslot.store.sidecar import KV, PART, own_name
+
+MAGIC = 0x67677371
+
+
+def slot_file(
+    tokens: bytes, size_bytes: int = 0, *, media: Sequence[int] = (), magic: int = MAGIC, version: int = 4
+) -> bytes:
+    """What llama-server writes for a slot that holds ``tokens``, padded with KV state up to ``size_bytes``.
+
+    ``media``: the first token of each media chunk; one made-up word stands for each chunk itself.
+    """
+    n_tokens = len(tokens) // 4
+    words = struct.pack("<iII", -1, 1, n_tokens) + tokens
+    words += struct.pack(f"<I{2 * len(media)}I", len(media), *media, *(7 for _ in media))
+    data = struct.pack("<III", magic, version, len(words) // 4) + words
+    return data.ljust(size_bytes, b"k")
+
+
+def some_tokens(n_tokens: int, seed: int = 0) -> bytes:
+    """Distinct conversations for distinct seeds; the same beginning for the same seed."""
+    return pack([seed, *range(1, n_tokens)])
+
+
+class Shelter:
+    """A directory, a clock that stands still until told otherwise, and the catalog that works there."""
+
+    def __init__(self, directory: Path, quota_bytes: int = 10_000) -> None:
+        self.directory, self.quota_bytes = directory, quota_bytes
+        self.time = 1_000_000.0
+        self.dropped: list[str] = []
+        self.has_dropped = asyncio.Event()
+        self.catalog = self._catalog()
+
+    def _catalog(self) -> Catalog:
+        return Catalog(
+            self.directory,
+            self.quota_bytes,
+            now=self.tick,
+            on_drop=self._on_drop,
+        )
+
+    def _on_drop(self, snapshot: Snapshot) -> None:
+        self.dropped.append(snapshot.id)
+        self.has_dropped.set()
+
+    def tick(self) -> float:
+        """Each look at the clock is a second later, so that nothing is used at the same time."""
+        self.time += 1.0
+        return self.time
+
+    async def open(self) -> Catalog:
+        await self.catalog.open()
+        return self.catalog
+
+    async def reopen(self) -> Catalog:
+        """A clean restart."""
+        await self.catalog.settle()
+        self.catalog.close()
+        self.catalog, self.dropped = self._catalog(), []
+        return await self.open()
+
+    def write(self, draft: Draft, tokens: bytes, size_bytes: int | None = None) -> int:
+        """Save as llama-server does; the size in bytes."""
+        data = slot_file(tokens, draft.size_bytes if size_bytes is None else size_bytes)
+        (self.directory / draft.part_name).write_bytes(data)
+        return len(data)
+
+    def put(self, name: str, data: bytes = b"") -> Path:
+        """Anything at all under this name."""
+        path = self.directory / name
+        path.write_bytes(data)
+        return path
+
+    def sidecar(self, id_: str, **changes: Any) -> dict[str, Any]:
+        """What the sidecar says, after changing it if there are changes."""
+        path = self.directory / f"{id_}.json"
+        fields: dict[str, Any] = json.loads(path.read_bytes()) | changes
+        if changes:
+            path.write_text(json.dumps(fields))
+        return fields
+
+    async def commit(self, draft: Draft, tokens: bytes, n_written: int, **changes: Any) -> Snapshot:
+        answer: dict[str, Any] = {
+            "tokens_expected": tokens,
+            "n_saved": len(tokens) // 4,
+            "n_written": n_written,
+            "fingerprint": "model-a",
+            "checkpoints": (),
+            "source": "victim",
+        }
+        return await self.catalog.commit(draft, **(answer | changes))
+
+    async def save(self, tokens: bytes, size_bytes: int = 1_000, **changes: Any) -> Snapshot:
+        """Reserve, write, commit."""
+        draft = await self.catalog.reserve(size_bytes)
+        return await self.commit(draft, tokens, self.write(draft, tokens), **changes)
+
+    async def settled(self) -> set[str]:
+        """``names()``, once all that was begun is done: sidecars are written again in the background."""
+        await self.catalog.settle()
+        return self.names()
+
+    def names(self) -> set[str]:
+        """Everything in the directory but the lock."""
+        return {entry.name for entry in self.directory.iterdir()} - {".llamaslot.lock"}
+
+    def bytes_on_disk(self) -> int:
+        """What counts for the quota: the real sizes of our .kv and .part files."""
+        total = 0
+        for entry in self.directory.iterdir():
+            own = own_name(entry.name)
+            if own is not None and own[1] in (KV, PART):
+                with suppress(FileNotFoundError):  # on its way out
+                    total += entry.stat().st_size
+        return total
+
+    def whole(self) -> set[str]:
+        """The names that the listed snapshots have: a settled directory holds exactly these."""
+        return {id_ + suffix for id_ in self.catalog.snapshots for suffix in (".kv", ".json")}
+
+
+@asynccontextmanager
+async def opened(directory: Path) -> AsyncIterator[Shelter]:
+    """A catalog with a quota of 10,000 bytes; at the end everything must be accounted for."""
+    shelter = Shelter(directory)
+    await shelter.open()
+    yield shelter
+    await shelter.catalog.settle()
+    shelter.catalog.check()
+    shelter.catalog.close()
+
+
+def refuse(patch: pytest.MonkeyPatch, step: str, code: int, wanted: Callable[[Path], bool]) -> None:
+    """From now on ``os.<step>`` fails for paths that are ``wanted``."""
+    real = getattr(os, step)
+
+    def operation(path: Any, *arguments: Any, **keywords: Any) -> Any:
+        if not isinstance(path, int) and wanted(Path(path)):
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, *arguments, **keywords)
+
+    patch.setattr(os, step, operation)
+
+
+class Killed(BaseException):
+    """SIGKILL, for one thread of a test: no ``except`` of ours catches it."""
+
+
+STEPS = ("open", "fsync", "fdatasync", "utime", "rename", "unlink")
+
+
+class Killer:
+    """Lets ``n_steps`` file operations pass; from then on the process is dead: every further one raises."""
+
+    def __init__(self, n_steps: int) -> None:
+        self.n_steps = n_steps
+        self.log: list[str] = []
+
+    @contextmanager
+    def armed(self) -> Iterator[Killer]:
+        with pytest.MonkeyPatch.context() as patch:
+            for step in STEPS:
+                patch.setattr(os, step, self._counted(step, getattr(os, step)))
+            yield self
+
+    def _counted(self, step: str, real: Any) -> Any:
+        def operation(*arguments: Any, **keywords: Any) -> Any:
+            if len(self.log) >= self.n_steps:
+                raise Killed(step)
+            self.log.append(step)
+            return real(*arguments, **keywords)
+
+        return operation
+
+    @property
+    def has_struck(self) -> bool:
+        return len(self.log) >= self.n_steps

@@ -1,0 +1,394 @@
+"""Stand-ins for llama-server and the catalog inside the test's own loop: no sockets, no files, no time of their own.
+
+Whatever takes time is an ``Op`` that waits until the test serves it, makes it fail, or lets ``pace`` do that. The
+stub keeps the rules that LLAMA servers do not enforce (nothing may be sent to a slot at work, a restore needs an empty
+slot): ``violations`` lists what broke them, ``n_computed`` counts the prompt tokens that were computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+from llamaslot.core.tokens import common, count, head
+from llamaslot.errors import BackendDown, SlotActionFailed, SnapshotInvalid, UpstreamError
+from llamaslot.llama.api import Progress, Props, SlotAction, SlotInfo
+from llamaslot.store import Draft, QuotaExceeded, Snapshot
+
+BYTES_PER_TOKEN = 1000
+MODEL = "model"
+
+
+@dataclass(eq=False)
+class Op:
+    """Something that the server, or the disk, is asked to do. ``effect`` is what it does once it is served."""
+
+    kind: str
+    slot: int | None
+    done: asyncio.Future[None]
+    effect: Callable[[], None] = lambda: None
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} {self.slot}>"
+
+
+@dataclass(eq=False)
+class StubSlot:
+    id: int
+    tokens: bytes = b""
+    n_used: int = 0  # requests that have begun in it
+    is_working: bool = False
+    is_mixed: bool = False  # work of an earlier process of llamaslot, or of a stranger
+
+
+class StubServer:
+    """``pace``: seconds that an op takes; None for those that wait for the test."""
+
+    url = "stub"
+
+    def __init__(
+        self,
+        n_slots: int,
+        *,
+        batch: int = 128,
+        pace: Callable[[Op], float | None] | None = None,
+        token_s: float = 0.001,
+    ) -> None:
+        self.token_s = token_s  # what the server says that a prompt token took it
+        self.batch = batch
+        self.pace = pace or (lambda op: None)
+        self.pending: list[Op] = []
+        self.violations: list[str] = []
+        self.files: dict[str, bytes] = {}
+        self.guard: Callable[[int], None] = lambda slot: None  # called for what is sent to a slot
+        self.guard_landing: Callable[[int], None] = lambda slot: None  # and where the server itself chose it
+        self.lands: Callable[[list[int]], int] = lambda idle: idle[0]
+        self.n_computed = 0
+        self.is_down = False
+        self.n_boots = 0
+        self.slots_: list[StubSlot] = [StubSlot(i) for i in range(n_slots)]
+        self._serial = itertools.count(1)
+
+    # -- the test's side -----------------------------------------------------------------------------------------
+
+    def serve(self, op: Op) -> None:
+        """Let ``op`` happen."""
+        if op in self.pending:
+            self.pending.remove(op)
+            op.effect()
+            if not op.done.done():
+                op.done.set_result(None)
+
+    def fail(self, op: Op, error: Exception) -> None:
+        """Let ``op`` fail; what only the server does (notice that a client has gone) cannot."""
+        if op in self.pending and op.kind != "notice":
+            self.pending.remove(op)
+            if not op.done.done():
+                op.done.set_exception(error)
+
+    def restart(self) -> None:
+        """Another process: nothing in the slots, every connection gone."""
+        self.n_boots += 1
+        self.slots_ = [StubSlot(slot.id) for slot in self.slots_]
+        for op in list(self.pending):
+            if op.kind not in _DISK:
+                self.fail(op, BackendDown("the connection is gone"))
+        self.pending = [op for op in self.pending if op.kind in _DISK]
+
+    def violation(self, text: str) -> None:
+        self.violations.append(text)
+
+    # -- the server's side ---------------------------------------------------------------------------------------
+
+    async def op(self, kind: str, slot: int | None, effect: Callable[[], None] = lambda: None) -> None:
+        """One thing that takes time. Its effect happens when it is served, whether its caller is still there or not."""
+        boot = self.n_boots
+        op = Op(kind, slot, asyncio.get_running_loop().create_future(), effect)
+        self.pending.append(op)
+        if (seconds := self.pace(op)) is not None:
+            asyncio.get_running_loop().call_later(seconds, self.serve, op)
+        try:
+            await op.done
+            if boot != self.n_boots and kind not in _DISK:
+                raise BackendDown("the connection is gone")  # with the answer in it
+        except asyncio.CancelledError:
+            if kind in _CONNECTED and op in self.pending:
+                self.pending.remove(op)
+            raise
+
+    def _notice(self, slot: StubSlot) -> None:
+        """The client of ``slot`` has gone: the server goes on until it notices that."""
+        op = Op("notice", slot.id, asyncio.get_running_loop().create_future(), lambda: _rest(slot))
+        self.pending.append(op)
+        if (seconds := self.pace(op)) is not None:
+            asyncio.get_running_loop().call_later(seconds, self.serve, op)
+
+    def _begin(self, slot_id: int) -> StubSlot:
+        slot = self.slots_[slot_id]
+        if slot.is_working:
+            self.violation(f"a request was sent to slot {slot_id}, which is at work")
+            raise UpstreamError(500, b"deferred for ever")
+        slot.is_working = True
+        slot.n_used += 1
+        return slot
+
+    async def _compute(self, slot: StubSlot, tokens: bytes) -> AsyncGenerator[Progress]:
+        n, n_cache = count(tokens), min(common(slot.tokens, tokens), count(tokens) - 1)
+        slot.tokens = head(tokens, n_cache)
+        yield Progress(n, n_cache, n_cache, 0.0)
+        done = n_cache
+        while done < n:
+            upto = min(done + self.batch, n)
+            await self.op("batch", slot.id)
+            self.n_computed += upto - done
+            done, slot.tokens = upto, head(tokens, upto)
+            yield Progress(n, n_cache, done, done * self.token_s)
+
+    async def prefill(self, slot_id: int, tokens: bytes) -> AsyncGenerator[Progress]:
+        boot = self.n_boots
+        self.guard(slot_id)
+        await self.op("send", slot_id)
+        slot = self._begin(slot_id)
+        try:
+            async with contextlib.aclosing(self._compute(slot, tokens)) as events:
+                async for event in events:
+                    yield event
+        except UpstreamError:
+            _rest(slot)
+            raise
+        except BaseException:
+            if boot == self.n_boots:
+                self._notice(slot)
+            raise
+        _rest(slot)
+
+    @contextlib.asynccontextmanager
+    async def run(
+        self, slot_id: int, tokens: bytes, answer: bytes, *, n_children: int = 0, is_cold: bool = False
+    ) -> AsyncIterator[Answer]:
+        """A client's own request: entered when the answer begins; ``Answer.rest`` waits for its end."""
+        self.guard(slot_id)
+        await self.op("send", slot_id)
+        async with self._run(slot_id, tokens, answer, n_children, is_cold) as answered:
+            yield answered
+
+    @contextlib.asynccontextmanager
+    async def _run(
+        self, slot_id: int, tokens: bytes, answer: bytes, n_children: int, is_cold: bool
+    ) -> AsyncIterator[Answer]:
+        boot = self.n_boots
+        slot = self._begin(slot_id)
+        children = [other for other in self.slots_ if not other.is_working][:n_children]
+        if len(children) < n_children:
+            self.violation("not enough idle slots for n > 1")
+        for child in children:
+            self.guard_landing(child.id)
+            child.is_working, child.n_used = True, child.n_used + 1
+        if is_cold:
+            slot.tokens = b""
+        cache = 0
+        try:
+            async with contextlib.aclosing(self._compute(slot, tokens)) as events:
+                async for event in events:
+                    cache = event.cache
+            yield Answer(self, slot, cache, tokens + answer)
+        except UpstreamError:
+            self._end(slot, children)
+            raise
+        except BaseException:
+            if boot == self.n_boots:
+                for child in children:
+                    child.tokens = b""
+                    self._notice(child)
+                self._notice(slot)
+            raise
+        self._end(slot, children)
+
+    def _end(self, slot: StubSlot, children: list[StubSlot]) -> None:
+        for child in children:
+            child.tokens = b""
+            _rest(child)
+        _rest(slot)
+
+    @contextlib.asynccontextmanager
+    async def run_unpinned(self, tokens: bytes) -> AsyncIterator[None]:
+        """A request for which the server chooses the slot itself."""
+        await self.op("send", None)
+        idle = [slot.id for slot in self.slots_ if not slot.is_working]
+        if not idle:
+            self.violation("an unpinned request was sent while no slot was idle")
+            raise UpstreamError(500, b"deferred for ever")
+        slot_id = self.lands(idle)
+        self.guard_landing(slot_id)
+        async with self._run(slot_id, tokens, b"", 0, is_cold=False) as answer:
+            await answer.rest()
+            yield
+
+    async def save(self, slot_id: int, filename: str) -> SlotAction:
+        slot = self._acted(slot_id)
+
+        def effect() -> None:
+            self.files[filename] = slot.tokens
+
+        await self.op("save", slot_id, effect)
+        n = count(self.files[filename])
+        return SlotAction(n, n * BYTES_PER_TOKEN, 0.01)
+
+    async def erase(self, slot_id: int) -> None:
+        slot = self._acted(slot_id)
+
+        def effect() -> None:
+            slot.tokens = b""
+
+        await self.op("erase", slot_id, effect)
+
+    async def restore(self, slot_id: int, filename: str) -> SlotAction:
+        slot = self._acted(slot_id)
+        if slot.tokens:
+            self.violation(f"a restore into slot {slot_id}, which was not erased")
+
+        def effect() -> None:
+            slot.tokens = self.files.get(filename, b"")
+
+        await self.op("restore", slot_id, effect)
+        if filename not in self.files:
+            raise SlotActionFailed("no such file", 400)
+        n = count(slot.tokens)
+        return SlotAction(n, n * BYTES_PER_TOKEN, 0.01)
+
+    def _acted(self, slot_id: int) -> StubSlot:
+        self.guard(slot_id)
+        if self.slots_[slot_id].is_working:
+            self.violation(f"an action was sent to slot {slot_id}, which is at work")
+        return self.slots_[slot_id]
+
+    async def slots(self) -> list[SlotInfo]:
+        await asyncio.sleep(0)
+        if self.is_down:
+            raise BackendDown("down")
+        return [
+            SlotInfo(slot.id, slot.is_working, count(slot.tokens) if slot.n_used else None, slot.n_used)
+            for slot in self.slots_
+        ]
+
+    async def props(self) -> Props:
+        await asyncio.sleep(0)
+        if self.is_down:
+            raise BackendDown("down")
+        return Props(len(self.slots_), 10_000, "", f"boot {self.n_boots}")
+
+
+_CONNECTED = {"send", "batch", "answer"}  # end with their connection; all others are carried out anyway
+_DISK = {"commit", "reserve", "verify"}
+
+
+def _rest(slot: StubSlot) -> None:
+    slot.is_working = False
+
+
+@dataclass(eq=False)
+class Answer:
+    server: StubServer
+    slot: StubSlot
+    n_cache: int
+    holds: bytes
+
+    async def rest(self) -> None:
+        await self.server.op("answer", self.slot.id)
+        self.slot.tokens = self.holds
+
+
+@dataclass
+class StubCatalog:
+    """A catalog in memory with room for ``room`` snapshots; ``Catalog``'s surface as far as ``Steps`` uses it."""
+
+    server: StubServer
+    room: int = 1000
+    on_drop: Callable[[Snapshot], None] = lambda snapshot: None
+    snapshots: dict[str, Snapshot] = field(default_factory=dict)
+    pins: Counter[str] = field(default_factory=Counter)
+    drafts: set[str] = field(default_factory=set)
+    condemned: set[str] = field(default_factory=set)
+    fingerprint: str = MODEL
+    _serial: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    async def reserve(self, size_bytes: int, keep: Collection[str] = ()) -> Draft:
+        await self.server.op("reserve", None)
+        while len(self.snapshots) + len(self.drafts) >= self.room:
+            victim = next((id_ for id_ in self.snapshots if not self.pins[id_] and id_ not in keep), None)
+            if victim is None:
+                raise QuotaExceeded("no room")
+            self.discard(victim)
+        id_ = f"ls-{next(self._serial)}"
+        self.drafts.add(id_)
+        return Draft(id_, f"{id_}.part", size_bytes)
+
+    async def commit(
+        self,
+        draft: Draft,
+        *,
+        tokens_expected: bytes,
+        n_saved: int,
+        n_written: int,
+        fingerprint: str,
+        checkpoints: tuple[int, ...],
+        source: str,
+    ) -> Snapshot:
+        await self.server.op("commit", None)
+        tokens = self.server.files.pop(draft.part_name)
+        self.drafts.discard(draft.id)
+        if not tokens or not tokens.startswith(tokens_expected):
+            raise SnapshotInvalid("holds another conversation")
+        self.server.files[f"{draft.id}.kv"] = tokens
+        snapshot = Snapshot(draft.id, tokens, n_written, fingerprint, 0.0, checkpoints, source)
+        self.snapshots[draft.id] = snapshot
+        return snapshot
+
+    async def abandon(self, draft: Draft) -> None:
+        self.drafts.discard(draft.id)
+        self.server.files.pop(draft.part_name, None)
+        await asyncio.sleep(0)
+
+    def pin(self, id: str) -> AbstractContextManager[Snapshot]:  # noqa: A002
+        snapshot = self.snapshots[id]
+        self.pins[id] += 1
+        return self._pinned(snapshot)
+
+    @contextlib.contextmanager
+    def _pinned(self, snapshot: Snapshot) -> Iterator[Snapshot]:
+        try:
+            yield snapshot
+        finally:
+            self.pins[snapshot.id] -= 1
+            if not self.pins[snapshot.id] and snapshot.id in self.condemned:
+                self.condemned.remove(snapshot.id)
+                self.server.files.pop(f"{snapshot.id}.kv", None)
+
+    def touch(self, id: str) -> None:  # noqa: A002
+        if id in self.snapshots:
+            self.snapshots[id] = self.snapshots.pop(id)  # last used last
+
+    async def verify(self, id: str) -> Snapshot:  # noqa: A002
+        await self.server.op("verify", None)
+        if id not in self.snapshots:
+            raise SnapshotInvalid(f"{id}: is gone")
+        return self.snapshots[id]
+
+    async def drop(self, id: str) -> None:  # noqa: A002
+        if id in self.snapshots:
+            self.discard(id)
+        await asyncio.sleep(0)
+
+    def discard(self, id_: str) -> None:
+        """Out of the list at once; the file of a pinned one stays until it is unpinned."""
+        snapshot = self.snapshots.pop(id_)
+        if self.pins[id_]:
+            self.condemned.add(id_)
+        else:
+            self.server.files.pop(f"{id_}.kv", None)
+        self.on_drop(snapshot)

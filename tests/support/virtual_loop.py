@@ -1,0 +1,80 @@
+"""An event loop whose clock jumps: what waits for time waits for nothing, and nothing depends on the machine."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Stuck(AssertionError):
+    """Everybody waits, and neither a timer nor a socket will ever wake anybody."""
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Time passes only while everybody waits, and then at once up to the next timer.
+
+    For code without threads and without sockets. A loop in which everybody waits for ever raises Stuck.
+    """
+
+    def __init__(self) -> None:
+        self._jumper = _Jumper()
+        super().__init__(self._jumper)
+
+    def time(self) -> float:
+        return self._jumper.now
+
+    def run(self, main: Coroutine[Any, Any, T]) -> T:
+        """Run ``main`` to its end, then time does not pass any more."""
+        return self.run_until_complete(main)
+
+    def settle(self, rounds: int = 30) -> None:
+        """Let all that is ready run; time does not pass."""
+        self.run_until_complete(_spin(rounds))
+
+    def pass_time(self, seconds: float) -> None:
+        """Let ``seconds`` pass, with all that happens in them."""
+        self.run_until_complete(asyncio.sleep(seconds))
+
+
+async def _spin(rounds: int) -> None:
+    for _ in range(rounds):
+        await asyncio.sleep(0)
+
+
+class _Jumper(selectors.BaseSelector):
+    """A selector that looks at its files once, and takes the time it should have waited as passed."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self._real = selectors.DefaultSelector()
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        events = self._real.select(0)
+        if events or timeout == 0:
+            return events
+        if timeout is None:
+            raise Stuck("everybody waits for ever")
+        self.now += timeout
+        return events
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        return self._real.register(fileobj, events, data)
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        return self._real.unregister(fileobj)
+
+    def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        return self._real.modify(fileobj, events, data)
+
+    def close(self) -> None:
+        self._real.close()
+
+    def get_key(self, fileobj: Any) -> selectors.SelectorKey:
+        return self._real.get_key(fileobj)
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        return self._real.get_map()

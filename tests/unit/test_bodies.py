@@ -1,0 +1,50 @@
+"""Bodies are parsed once; faults are said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamaslot.errors import BadRequest
+from llamaslot.web.bodies import parse_object
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b"", "empty"),
+        (b" \n", "empty"),
+        (b"{", "not valid JSON"),
+        (b'{"a": 1,}', "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b'{"a": "\xff"}', "not valid JSON"),
+        (b"[1]", "JSON object"),
+        (b'"text"', "JSON object"),
+        (b"null", "JSON object"),
+        (b"[" * 2000, "not valid JSON"),
+    ],
+)
+def test_what_is_no_object_is_refused(raw: bytes, said: str) -> None:
+    """With what is wrong, as a 400 of the OpenAI shape."""
+    with pytest.raises(BadRequest, match=said) as caught:
+        parse_object(raw)
+    assert caught.value.status == 400
+    assert caught.value.body()["error"]["type"] == "invalid_request_error"
+
+
+def test_an_object_is_read() -> None:
+    """Unknown fields included: they are llama-server's business."""
+    assert parse_object(b' {"a": [1, {"b": null}]}\n') == {"a": [1, {"b": None}]}
+
+
+@given(st.binary(max_size=60))
+def test_no_bytes_raise_anything_else(raw: bytes) -> None:
+    """Whatever a client sends."""
+    try:
+        parsed: Any = parse_object(raw)
+    except BadRequest:
+        return
+    assert isinstance(parsed, dict)

@@ -1,0 +1,225 @@
+"""The command line: what an operator sees, and the exit codes that a service manager sees."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import llamaslot
+from llamaslot import cli
+from llamaslot.config import Config
+from llamaslot.errors import LlamaslotError
+
+REPOSITORY = Path(__file__).parents[2]
+GOOD = "backends: [{url: 'http://127.0.0.1:8080'}]\n"
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def config_path(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+@pytest.fixture
+def run_serve(monkeypatch: pytest.MonkeyPatch, config_path: Path) -> Run:
+    """``llamaslot serve`` with an application that only raises what it is given, or returns."""
+
+    def run(raises: BaseException | None = None) -> Result:
+        async def serve(config: Config) -> None:
+            if raises is not None:
+                raise raises
+
+        app = types.ModuleType("llamaslot.web.app")
+        app.__dict__["serve"] = serve
+        monkeypatch.setitem(sys.modules, "llamaslot.web.app", app)
+        return CliRunner().invoke(cli.main, ["serve", "--config", str(config_path)])
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Iterator[None]:
+    """The command sets up the logging of the process; the process here is the test run's."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+
+
+def test_version() -> None:
+    """The name and the version, nothing else."""
+    result = CliRunner().invoke(cli.main, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"llamaslot {llamaslot.__version__}\n")
+
+
+def test_check_of_a_good_file(config_path: Path) -> None:
+    """Says so, and does not serve."""
+    result = CliRunner().invoke(cli.main, ["serve", "--check", "--config", str(config_path)])
+    assert (result.exit_code, result.output) == (0, f"{config_path}: no faults\n")
+
+
+def test_faults_are_a_list_on_stderr(config_path: Path) -> None:
+    """With and without --check: exit code 2, nothing on stdout."""
+    config_path.write_text(GOOD + "listen: {port: 0}\nquota: 1")
+    for flags in ([], ["--check"]):
+        result = CliRunner().invoke(cli.main, ["serve", *flags, "--config", str(config_path)])
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.splitlines()[0] == f"{config_path}: 2 faults"
+        assert [line.split(":")[0] for line in result.stderr.splitlines()[1:]] == ["  listen.port", "  quota"]
+
+
+def test_as_a_program_a_missing_file_is_no_traceback(tmp_path: Path) -> None:
+    """Through the real entry point, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "llamaslot", "serve", "--config", tmp_path / "none.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "there is no such file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_clean_end(run_serve: Run) -> None:
+    """SIGTERM makes the application return: exit code 0."""
+    result = run_serve()
+    assert (result.exit_code, result.output) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EADDRINUSE, "address already in use"), "listen: 127.0.0.1:8081 is in use"),
+        (
+            OSError(errno.EADDRNOTAVAIL, "can not assign"),
+            "listen: 127.0.0.1:8081 is no address of this machine",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied"),
+            "listen: 127.0.0.1:8081 may not be used by this user",
+        ),
+        (
+            socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+            "listen.host: 127.0.0.1: Name or service",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "/var/lib/x"), "/var/lib/x: Permission denied"),
+        (LlamaslotError("another llamaslot uses /kv"), "another llamaslot uses /kv"),
+        (ExceptionGroup("g", [ExceptionGroup("h", [LlamaslotError("inside")])]), "inside"),
+    ],
+)
+def test_what_an_operator_can_mend_is_one_line(run_serve: Run, error: Exception, said: str) -> None:
+    """Exit code 2 and no traceback, also out of a group of tasks."""
+    result = run_serve(error)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(said)
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("a fault of ours"),
+        OSError(errno.EIO, "Input/output error"),
+        ExceptionGroup("g", [LlamaslotError("x"), RuntimeError("a fault of ours")]),
+    ],
+)
+def test_a_fault_of_ours_keeps_its_traceback(run_serve: Run, error: Exception) -> None:
+    """Nobody can mend it from one line."""
+    assert run_serve(error).exception is error
+
+
+def test_the_log_has_times_on_a_terminal(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line per record, on stderr, of the level asked for."""
+    monkeypatch.delenv("JOURNAL_STREAM", raising=False)
+    cli.set_up_logging("warning")
+    logging.getLogger("llamaslot.store").warning("quota reached")
+    logging.getLogger("llamaslot.store").info("not asked for")
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} WARNING llamaslot.store: quota reached\n", err)
+
+
+def test_the_journal_gets_levels_and_no_times(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd's journal has its own clock, and reads the level from the start of a line."""
+    stderr = os.fstat(2)
+    monkeypatch.setenv("JOURNAL_STREAM", f"{stderr.st_dev}:{stderr.st_ino}")
+    cli.set_up_logging("info")
+    logging.getLogger("llamaslot").error("first\nsecond")
+    assert capfd.readouterr().err == "<3>llamaslot: first\n<3>second\n"
+
+
+def test_a_terminal_inside_a_service_has_times(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JOURNAL_STREAM is inherited; what counts is whether stderr is that stream."""
+    monkeypatch.setenv("JOURNAL_STREAM", "1:1")
+    cli.set_up_logging("info")
+    logging.getLogger("llamaslot").info("up")
+    assert capfd.readouterr().err.endswith("INFO    llamaslot: up\n")
+
+
+# --- the systemd unit
+
+
+def unit() -> dict[str, str]:
+    text = (REPOSITORY / "docs/llamaslot.service").read_text()
+    return dict(re.findall(r"^([A-Za-z]+)=(.*)$", text, re.M))
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_systemd_accepts_the_unit() -> None:
+    """No complaint about our file; other units of this machine are not our business."""
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", REPOSITORY / "docs/llamaslot.service"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "llamaslot" not in done.stderr
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_unit_gives_time_to_save_the_slots(config_path: Path) -> None:
+    """systemd waits longer than the drain and the saves may take, and signals llamaslot alone."""
+    shutdown = Config.load(config_path).shutdown
+    assert float(unit()["TimeoutStopSec"]) > shutdown.save_s + shutdown.drain_s
+    assert unit()["KillMode"] == "mixed"
+
+
+def test_the_unit_shares_files_with_its_group() -> None:
+    """What llamaslot writes can be used by llama-server's group and by nobody else."""
+    assert (unit()["UMask"], unit()["StateDirectoryMode"]) == ("0007", "2770")
+
+
+def test_the_unit_does_not_retry_what_it_can_not_mend() -> None:
+    """The exit code of faults stops the restarts."""
+    assert unit()["RestartPreventExitStatus"] == str(cli.EXIT_FAULT)
+
+
+def test_the_unit_starts_what_there_is(config_path: Path) -> None:
+    """Its command line is one that the program understands."""
+    words = unit()["ExecStart"].split()
+    assert words[:2] == ["/usr/bin/env", "llamaslot"]
+    assert words[-1] == "/etc/llamaslot/config.yaml"
+    result = CliRunner().invoke(cli.main, [*words[2:-1], str(config_path), "--check"])
+    assert result.exit_code == 0

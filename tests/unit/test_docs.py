@@ -1,0 +1,291 @@
+"""What the documents say is there: links, metrics, options, make targets, log lines, tables taken from the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from llamaslot import cli
+from llamaslot.config import Config
+from llamaslot.core.slots import NEXT
+from llamaslot.llama.process import recommended_flags
+from llamaslot.observe.metrics import Metrics
+from llamaslot.web.app import make_backend
+from llamaslot.web.status import Status
+
+REPOSITORY = Path(__file__).parents[2]
+SOURCE = REPOSITORY / "src/llamaslot"
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+MAKEFILE = (REPOSITORY / "Makefile").read_text()
+GAP = "\0"  # where a message has something that is known only when it is said
+FORMAT = r"%[-+ #0]*\d*(?:\.\d+)?[a-z]"
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(REPOSITORY))
+
+
+def page(name: str) -> str:
+    return (REPOSITORY / name).read_text()
+
+
+def section(text: str, heading: str) -> str:
+    """What stands below a heading of the second level."""
+    found = re.search(rf"^## {re.escape(heading)}$(.*?)(?=^## |\Z)", text, re.M | re.S)
+    assert found, f"there is no section {heading!r}"
+    return found[1]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of each row of the tables in a text, their headings left out."""
+    lines = [line.strip() for line in text.splitlines() if line.lstrip().startswith("|")]
+    ruled = [i for i, line in enumerate(lines) if set(line) <= set("|-: ")]
+    body = [line for i, line in enumerate(lines) if not {i, i + 1} & set(ruled)]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in body]
+
+
+def in_code(text: str) -> list[str]:
+    """What stands between backticks."""
+    return re.findall(r"`([^`]+)`", text)
+
+
+# --- links
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ +(.+?) *$", without_code(text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("where", PAGES, ids=name_of)
+def test_links_lead_somewhere(where: Path) -> None:
+    """To a file that is there, and to a heading that it has."""
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(where.read_text())):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        file = where.parent / path if path else where
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text())):
+            broken.append(target)
+    assert broken == []
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    """Directly or over other pages."""
+    reached, todo = set[Path](), [REPOSITORY / "README.md"]
+    while todo:
+        if (at := todo.pop()) not in reached:
+            reached.add(at)
+            links = re.findall(r"\]\(([^)\s#]+\.md)", at.read_text())
+            todo += [(at.parent / link).resolve() for link in links if "://" not in link]
+    assert set(PAGES) <= reached
+
+
+# --- commands
+
+
+def commands() -> Iterator[tuple[str, click.Command]]:
+    assert isinstance(cli.main, click.Group)
+    yield "", cli.main
+    yield from cli.main.commands.items()
+
+
+def options(command: click.Command) -> set[str]:
+    context = click.Context(command, **command.context_settings)
+    return {name for option in command.get_params(context) for name in option.opts}
+
+
+def test_mentioned_commands_and_options_exist() -> None:
+    """Whatever follows ``llamaslot`` on a line of a page."""
+    known = dict(commands())
+    wrong = []
+    for where in PAGES:
+        for line in re.findall(
+            r"llamaslot (serve\b[^`\n#|]*|(?<![\w/]llamaslot )--[a-z]+)", where.read_text()
+        ):
+            words = line.split()
+            command = known[""] if words[0].startswith("-") else known.get(words[0])
+            named = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+            if command is None or not named <= options(command):
+                wrong.append(f"{where.name}: llamaslot {line}")
+    assert wrong == []
+
+
+def test_every_option_is_mentioned() -> None:
+    """An option that no page knows is found by nobody."""
+    text = "\n".join(where.read_text() for where in PAGES)
+    missing = [name for command, its in commands() for name in options(its) if command and name not in text]
+    assert set(missing) <= {"-h", "--help"}
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z][a-z0-9]*):", MAKEFILE, re.M))
+
+
+def test_mentioned_make_targets_exist() -> None:
+    """In code of the pages and in the Makefile's own words."""
+    mentioned = set[str]()
+    for text in (MAKEFILE, *(where.read_text() for where in PAGES)):
+        mentioned |= set(re.findall(r"(?:^|`|# +|, )make ([a-z][a-z0-9]*)", text, re.M))
+    assert mentioned
+    assert mentioned <= targets()
+
+
+def test_every_make_target_is_mentioned() -> None:
+    """At the head of the Makefile."""
+    head = MAKEFILE.partition("\n\n")[0]
+    assert {target for target in targets() if f"make {target}" not in head} == set()
+
+
+# --- what is seen while it runs
+
+
+def test_every_metric_is_documented() -> None:
+    """docs/operations.md has a row for each, and none for one that is not there."""
+    exposed = re.findall(r"^# TYPE (llamaslot_\w+)", Metrics().exposition().decode(), re.M)
+    told = {name for row in rows(section(page("docs/operations.md"), "Metrics")) for name in in_code(row[0])}
+    assert told == {name for name in exposed if not name.endswith("_created")}
+
+
+async def test_every_field_of_the_status_is_documented(tmp_path: Path) -> None:
+    """Those of the whole, and those of the backend."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"backends: [{{url: 'http://127.0.0.1:9'}}]\nstore: {{meta_dir: '{tmp_path}'}}")
+    status: dict[str, Any] = Status(make_backend(Config.load(path), "http://127.0.0.1:9")).status()
+    fields = {
+        *(f"backend.{field}" for field in status.pop("backend")),
+        *status,
+    }
+    told = rows(section(page("docs/operations.md"), "`/llamaslot/status`"))
+    assert {name for row in told for name in in_code(row[0])} == fields
+
+
+@cache
+def messages() -> tuple[str, ...]:
+    """Every string of the source, with a gap where something is filled in."""
+    found = []
+    for module in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else GAP for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(FORMAT, GAP, node.value))
+    return tuple(found)
+
+
+def pattern_of(message: str) -> str:
+    """Each part between two dots of omission, in this order."""
+    return ".*".join(re.escape(part.strip()) for part in message.split("…"))
+
+
+def is_said(message: str) -> bool:
+    """Whether the source has it."""
+    return any(re.search(pattern_of(message), text, re.S) for text in messages())
+
+
+@pytest.mark.parametrize(
+    ("where", "heading"),
+    [
+        ("docs/operations.md", "The log"),
+        ("docs/operations.md", "Warnings and the flags that mend them"),
+    ],
+)
+def test_lines_that_are_explained_are_said(where: str, heading: str) -> None:
+    """The words that an operator looks up are those that the code says."""
+    lines = [line for row in rows(section(page(where), heading)) for line in in_code(row[0])]
+    assert lines
+    assert [line for line in lines if not is_said(line)] == []
+
+
+def logged() -> Iterator[str]:
+    """What goes to the log above debug, as it is written in the source. Lines that are all gap are passed over."""
+    for module in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(module.read_text())):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func) in _LOUD and node.args):
+                continue
+            if isinstance(text := node.args[0], ast.Constant):
+                line = re.sub(FORMAT, GAP, str(text.value))
+                if len(re.findall(r"[a-z]{2,}", line)) > 1:
+                    yield line
+
+
+_LOUD = {f"log.{level}" for level in ("info", "warning", "error", "exception")}
+
+
+def test_lines_that_are_said_are_explained() -> None:
+    """Whoever finds one in the log finds it in docs/operations.md."""
+    told = [line for row in rows(section(page("docs/operations.md"), "The log")) for line in in_code(row[0])]
+    assert [line for line in logged() if not any(re.search(pattern_of(t), line, re.S) for t in told)] == []
+
+
+# --- tables taken from the code
+
+
+def configurations() -> list[Any]:
+    """Every YAML of the pages that names a backend."""
+    return [
+        pytest.param(block, id=f"{name_of(where)} {i}")
+        for where in PAGES
+        for i, block in enumerate(re.findall(r"^```yaml\n(.*?)^```", where.read_text(), re.M | re.S))
+        if "backends:" in block
+    ]
+
+
+@pytest.mark.parametrize("text", configurations())
+def test_configurations_have_no_faults(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever copies one can start with it, once the programs are there."""
+    monkeypatch.setattr("shutil.which", lambda program: f"/usr/bin/{program}")
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    Config.load(path)
+
+
+def test_the_recommended_flags_are_those_of_a_managed_server() -> None:
+    """README.md's command line for a server of one's own has each of them, with the same value."""
+    command = section(page("README.md"), "llama-server behind it").partition("```sh")[2].partition("```")[0]
+    missing = [
+        flag for flag in recommended_flags([]) if " ".join(flag.words()) not in command.replace("\\\n", " ")
+    ]
+    assert missing == []
+
+
+def test_the_table_of_transitions_is_the_codes() -> None:
+    """docs/design.md shows every line of it, and no other."""
+    told = {
+        tuple(in_code(cell)[0] for cell in row[:3])
+        for row in rows(section(page("docs/design.md"), "States of a slot"))
+        if len(row) == 4
+    }
+    assert told == {(state.name, event.name, after.name) for (state, event), after in NEXT.items()}
+
+
+def spawned() -> Iterator[str]:
+    """The names of the tasks that the source starts, as far as they are written there."""
+    for module in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(module.read_text())):
+            is_spawn = isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "spawn"
+            if is_spawn and isinstance(node, ast.Call) and len(node.args) == 2:
+                name = node.args[1]
+                parts = name.values if isinstance(name, ast.JoinedStr) else [name]
+                yield "…".join(str(part.value) for part in parts if isinstance(part, ast.Constant)).strip()
+
+
+def test_every_task_is_in_the_table() -> None:
+    """docs/design.md says of each who starts it, who ends it and what it may raise."""
+    table = " ".join(row[0] for row in rows(section(page("docs/design.md"), "Tasks")))
+    missing = [name for name in spawned() if any(part.strip() not in table for part in name.split("…"))]
+    assert missing == []

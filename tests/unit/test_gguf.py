@@ -1,0 +1,123 @@
+"""How a model remembers, read from the header of its GGUF."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llamaslot.core.reuse import Memory
+from llamaslot.llama.gguf import Architecture, architecture
+from tests.support import models
+
+U32, STRING, ARRAY = 4, 8, 9
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def entry(key: str, kind: int, value: bytes) -> bytes:
+    return text(key) + struct.pack("<I", kind) + value
+
+
+def u32(key: str, value: int) -> bytes:
+    return entry(key, U32, struct.pack("<I", value))
+
+
+def header(*entries: bytes, version: int = 3, magic: bytes = b"GGUF") -> bytes:
+    return magic + struct.pack("<IQQ", version, 0, len(entries)) + b"".join(entries)
+
+
+NAME = entry("general.architecture", STRING, text("llama"))
+TOKENS = entry(
+    "tokenizer.ggml.tokens", ARRAY, struct.pack("<IQ", STRING, 3) + text("a") + text("bb") + text("c" * 300)
+)
+SCORES = entry("tokenizer.ggml.scores", ARRAY, struct.pack("<IQ", 6, 1000) + bytes(4000))
+NESTED = entry("x", ARRAY, struct.pack("<IQ", ARRAY, 1) + struct.pack("<IQ", 0, 5) + bytes(5))
+
+
+async def read(tmp_path: Path, data: bytes) -> Architecture | None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data)
+    return await architecture(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "memory", "window"),
+    [
+        (models.dense, Memory.DENSE, 0),
+        (models.swa, Memory.SWA, models.SLIDING_WINDOW),
+        (models.recurrent, Memory.RECURRENT, 0),
+    ],
+)
+async def test_generated_models_are_recognized(
+    tmp_path: Path, make: object, memory: Memory, window: int
+) -> None:
+    """Written by the gguf package, as everybody's are."""
+    assert callable(make)
+    found = await architecture(make(tmp_path))
+    assert found is not None
+    assert (found.memory, found.window) == (memory, window)
+
+
+@pytest.mark.parametrize(
+    ("key", "memory", "window"),
+    [
+        ("llama.attention.sliding_window", Memory.SWA, 512),
+        ("mamba.ssm.state_size", Memory.RECURRENT, 0),
+        ("rwkv6.wkv.head_size", Memory.RECURRENT, 0),
+        ("lfm2.shortconv.l_cache", Memory.RECURRENT, 0),
+        ("llama.context_length", Memory.DENSE, 0),
+    ],
+)
+@pytest.mark.parametrize("version", [2, 3])
+async def test_keys_tell_how_it_remembers(
+    tmp_path: Path, key: str, memory: Memory, window: int, version: int
+) -> None:
+    """Wherever they stand among others, arrays included."""
+    data = header(TOKENS, NAME, SCORES, NESTED, u32(key, 512), version=version)
+    assert await read(tmp_path, data) == Architecture("llama", memory, window)
+
+
+async def test_a_window_of_zero_is_none(tmp_path: Path) -> None:
+    """Some converters write it all the same."""
+    found = await read(tmp_path, header(NAME, u32("llama.attention.sliding_window", 0)))
+    assert found == Architecture("llama", Memory.DENSE)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"GGUF",
+        header(NAME, magic=b"GGML"),
+        header(NAME, version=1),
+        header(NAME)[:-3],
+        header(),
+        header(entry("general.architecture", 77, b"")),
+        header(entry("k", STRING, struct.pack("<Q", 1 << 40))),
+        header(text("k")),
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 40),
+        header(text("\xff").replace("\xff".encode(), b"\xff\xfe") + bytes(8)),
+    ],
+)
+async def test_what_is_no_gguf_is_unknown(tmp_path: Path, data: bytes) -> None:
+    """Then the server is asked by trying."""
+    assert await read(tmp_path, data) is None
+
+
+async def test_a_file_that_is_not_there_is_unknown(tmp_path: Path) -> None:
+    """Nor is a directory."""
+    assert await architecture(tmp_path / "none.gguf") is None
+    assert await architecture(tmp_path) is None
+
+
+@given(st.binary(max_size=200))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+async def test_no_bytes_raise(tmp_path: Path, data: bytes) -> None:
+    """Broken headers of all kinds."""
+    await read(tmp_path, b"GGUF" + struct.pack("<I", 3) + data)

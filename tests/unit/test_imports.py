@@ -1,0 +1,160 @@
+"""The house rules that a reader of the imports can check: rooms, their order, their size."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+SOURCE = REPOSITORY / "src/llamaslot"
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+OPEN = {"", "errors", "tasks", "observe"}  # "" is the package itself: its version
+#: Which rooms a room may know, beside itself. Imports point one way: core <- llama, store <- engine <- web <- cli.
+MAY_IMPORT = {
+    "": set[str](),
+    "errors": {""},
+    "tasks": {"", "errors"},
+    "observe": {"", "errors", "tasks"},
+    "core": OPEN,
+    "llama": OPEN | {"core"},
+    "store": OPEN | {"core"},
+    "faults": {"", "errors"},
+    "config": OPEN | {"faults", "core", "llama", "store"},
+    "engine": OPEN | {"core", "llama", "store", "config"},
+    "web": OPEN | {"core", "llama", "store", "engine", "config"},
+    "cli": OPEN | {"core", "llama", "store", "engine", "web", "config", "faults"},
+    "__main__": {"cli"},
+    "bench": OPEN | {"core", "llama", "store", "engine", "web", "config", "cli"},
+}
+
+#: What thinking does not need: sockets, files, clocks, loggers, event loops.
+IMPURE = {
+    "aiofiles",
+    "aiohttp",
+    "asyncio",
+    "datetime",
+    "logging",
+    "os",
+    "pathlib",
+    "socket",
+    "subprocess",
+    "time",
+}
+
+
+def name_of(module: Path) -> str:
+    return str(module.relative_to(SOURCE))
+
+
+def room_of(dotted: str) -> str:
+    """``llamaslot.store.catalog`` is in the room ``store``."""
+    return dotted.split(".")[1] if "." in dotted else ""
+
+
+def imports(module: Path) -> Iterator[str]:
+    """Every module that this one imports, wherever the import stands, as an absolute name."""
+    package = ["llamaslot", *module.relative_to(SOURCE).parent.parts]
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *(node.module or "").split(".")]).strip(".")
+            # `from llamaslot import errors` names a module of its own, unless it is the package's own attribute
+            named = [f"{base}.{alias.name}" for alias in node.names] if base == "llamaslot" else [base]
+            yield from (name.removesuffix(".__version__") for name in named)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_imports_point_one_way(module: Path) -> None:
+    """A room knows the rooms below it, and no other."""
+    own = room_of("llamaslot." + ".".join(module.relative_to(SOURCE).with_suffix("").parts))
+    own = "" if own == "__init__" else own
+    assert own in MAY_IMPORT, f"{own} is a new room: say in MAY_IMPORT what it may know"
+    ours = {room_of(name) for name in imports(module) if name.split(".")[0] == "llamaslot"}
+    assert ours - MAY_IMPORT[own] - {own} == set()
+
+
+def test_the_rooms_have_an_order() -> None:
+    """The table itself has no circle."""
+    left = dict(MAY_IMPORT)
+    while left:
+        lowest = [room for room, below in left.items() if not (below - {room}) & left.keys()]
+        assert lowest, f"a circle among {sorted(left)}"
+        for room in lowest:
+            del left[room]
+
+
+@pytest.mark.parametrize("module", sorted((SOURCE / "core").rglob("*.py")), ids=name_of)
+def test_core_only_thinks(module: Path) -> None:
+    """No await, clock, path, logger or socket: time and rates come in as arguments."""
+    assert {name.split(".")[0] for name in imports(module)} & IMPURE == set()
+    waits = [
+        node for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, ast.AsyncFunctionDef)
+    ]
+    assert waits == []
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_only_web_serves(module: Path) -> None:
+    """aiohttp's server is known in ``web`` alone."""
+    text = module.read_text()
+    if module.relative_to(SOURCE).parts[0] not in ("web", "bench"):
+        assert "aiohttp.web" not in set(imports(module))
+        assert not re.search(r"^\s*from aiohttp import .*\bweb\b", text, re.M)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_a_module_fits_in_a_head(module: Path) -> None:
+    """At most 400 lines."""
+    assert len(module.read_text().splitlines()) <= 400
+
+
+def repository_files() -> list[Path]:
+    """What belongs to the repository: tracked or about to be; without git (an unpacked archive) what lies in it."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode == 0:
+        files = [REPOSITORY / name for name in listed.stdout.split("\0") if name]
+    else:
+        tops = ("src", "tests", "docs", ".ci")
+        files = [*REPOSITORY.glob("*.*"), *(file for top in tops for file in (REPOSITORY / top).rglob("*.*"))]
+    return [file for file in files if file.is_file() and "__pycache__" not in file.parts]
+
+
+def test_the_repository_stands_alone() -> None:
+    """No link, document, script or setting refers to anything beside the repository."""
+    outside = [
+        f"{file}: {path}"
+        for file in repository_files()
+        if file.suffix != ".py"  # strings with ../ are what tests of hostile paths are made of
+        for path in re.findall(r"(?<![\w./])(?:\.\./)+[\w./-]*", file.read_text(errors="replace"))
+        if not (file.parent / path).resolve().is_relative_to(REPOSITORY)
+    ]
+    outside += [
+        f"{file}: link" for file in repository_files() if not file.resolve().is_relative_to(REPOSITORY)
+    ]
+    assert outside == []
+
+
+def test_links_in_documents_lead_somewhere() -> None:
+    """Each relative link of a Markdown file names a file that is there."""
+    broken = [
+        f"{file.name}: {target}"
+        for file in repository_files()
+        if file.suffix == ".md"
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", file.read_text())
+        if "://" not in target and not (file.parent / target).exists()
+    ]
+    assert broken == []

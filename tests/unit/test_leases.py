@@ -1,0 +1,213 @@
+"""What a lease allows, and what is left when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from llamaslot.core.reuse import Memory
+from llamaslot.core.slots import Job, State
+from llamaslot.engine.scheduler import QueueLimits
+from llamaslot.errors import (
+    BackendRestarted,
+    SlotActionFailed,
+)
+from tests.support.house import House, outcome, outcome_of, tokens_of
+from tests.support.stub import StubServer
+from tests.support.virtual_loop import VirtualLoop
+
+
+@pytest.fixture
+def house() -> Iterator[House]:
+    """Two free slots; what is asked of the server waits until it is served."""
+    house = House(VirtualLoop(), StubServer(2), limits=QueueLimits(max_waiting=2, max_wait_s=5.0))
+    yield house
+    house.close()
+
+
+def test_a_lease_of_the_old_process_sends_nothing_to_the_new_one(house: House) -> None:
+    """Its slot number is somebody else's now."""
+
+    async def slow(told: asyncio.Event) -> None:
+        with await house.scheduler.lease(Job("a", tokens_of(1, 90))) as lease:
+            await told.wait()
+            lease.sent()
+
+    told = asyncio.Event()
+    client = house.start(slow(told), "a")
+    house.loop.settle()
+    house.restart()
+    house.notice(is_down=False)
+    house.loop.run(house.meet())
+    told.set()
+    house.loop.settle()
+    assert isinstance(outcome(client), BackendRestarted)
+    house.check_nothing_is_left()
+
+
+def test_a_lease_is_released_once(house: House) -> None:
+    """However often that is said; the next holder keeps the slot."""
+    first = house.loop.run(house.scheduler.lease(Job("a", tokens_of(1, 90))))
+    first.release()
+    others = [house.loop.run(house.scheduler.lease(Job(f"{i}", tokens_of(500 * i, 90)))) for i in (1, 2)]
+    assert first.slot in [other.slot for other in others]
+    first.release()
+    house.check()
+    assert first.slot is not None
+    assert first.slot.state is State.LEASED
+    for other in others:
+        other.release()
+    house.check_nothing_is_left()
+
+
+def test_a_save_goes_on_when_its_client_has_left(house: House) -> None:
+    """The slot comes back after it, and its content is on disk."""
+    house.start(house.ask(Job("a", tokens_of(1, 500))), "a")
+    house.finish()
+    client = house.start(house.writeback.save_all(), "writeback")
+    house.loop.settle()
+    client.cancel()
+    house.loop.settle()
+    assert house.scheduler.pool is not None
+    assert [slot.state for slot in house.scheduler.pool.slots].count(State.LEASED) == 1
+    house.finish()
+    assert len(house.catalog.snapshots) == 1
+    house.check_nothing_is_left()
+
+
+def test_a_save_that_outlives_its_server_is_the_next_one_s(house: House) -> None:
+    """The file is whole: the commit that ends after the restart offers it to the new process."""
+    house.start(house.ask(Job("a", tokens_of(1, 500))), "a")
+    house.finish()
+    house.start(house.writeback.save_all(), "writeback")
+    for _ in range(2):  # reserved, saved
+        house.loop.settle()
+        house.server.serve(house.server.pending[0])
+    house.loop.settle()
+    assert [op.kind for op in house.server.pending] == ["commit"]
+    house.restart()
+    house.notice(is_down=False)
+    house.loop.run(house.meet())
+    house.finish()
+    assert house.scheduler.pool is not None
+    assert house.scheduler.pool.n_snapshots == 1
+    house.check_nothing_is_left()
+
+
+def test_one_failed_save_does_not_keep_the_others_from_being_saved(house: House) -> None:
+    """At a clean stop."""
+    for i in (1, 2):
+        house.start(house.ask(Job(f"{i}", tokens_of(9000 * i, 500))), f"{i}")
+    house.finish()
+    stop = house.start(house.writeback.save_all(), "stop")
+    house.loop.settle()
+    house.server.serve(house.server.pending[0])
+    house.loop.settle()
+    house.server.fail(house.server.pending[0], SlotActionFailed("no"))
+    house.finish()
+    assert outcome_of(stop) == 1
+    assert len(house.catalog.snapshots) == 1
+    house.check_nothing_is_left()
+
+
+def test_a_failed_restore_is_no_news_of_the_model(house: House) -> None:
+    """The request computes what was not restored, and nobody concludes that the model cannot go back."""
+    house.loop.run(_auto(house))
+    own = house.saved_tokens
+    client = house.start(house.ask(Job("owner", own + tokens_of(1, 5))), "owner")
+    while not any(op.kind == "restore" for op in house.server.pending):
+        house.loop.settle()
+        house.server.serve(house.server.pending[0])
+        house.loop.settle()
+    house.server.fail(house.server.pending[0], SlotActionFailed("no"))
+    house.finish()
+    assert outcome_of(client) == 0
+    assert house.scheduler.pool is not None
+    assert house.scheduler.pool.memory is Memory.DENSE
+    assert house.metrics.beliefs_wrong._value.get() == 0
+    house.check_nothing_is_left()
+
+
+async def _auto(house: House) -> None:
+    """Two hot contexts, one of them on disk only; what was asked is served at once."""
+    house.server.pace = lambda op: 0.01
+    for i in (1, 2):
+        await house.ask(Job(f"first {i}", tokens_of(20_000 * i, 600)))
+    await house.keep_one_on_disk()
+    house.server.pace = lambda op: None
+
+
+def test_a_private_job_leaves_nothing_to_go_on_from(house: House) -> None:
+    """Not even to itself: what was computed with LoRA scales is erased before the next use, also after a client that
+    left in the middle."""
+    tokens = tokens_of(1, 90)
+    house.start(house.ask(Job("whole", tokens, is_private=True)), "whole")
+    house.finish()
+    leaves = house.start(house.ask(Job("leaves", tokens, is_private=True)), "leaves")
+    for _ in range(3):
+        house.loop.settle()
+        for op in list(house.server.pending):
+            house.server.serve(op)
+    house.loop.settle()
+    leaves.cancel()
+    house.finish()
+    pool = house.scheduler.pool
+    assert pool is not None
+    assert all(slot.state in (State.FREE, State.SUSPECT) for slot in pool.slots)
+    client = house.start(house.ask(Job("next", tokens)), "next")
+    house.finish()
+    assert outcome_of(client) == 0
+    house.check_nothing_is_left()
+
+
+def test_a_suspect_slot_that_was_not_used_stays_suspect(house: House) -> None:
+    """Its holder left before it could be erased."""
+    first = house.loop.run(house.scheduler.lease(Job("a", tokens_of(1, 90))))
+    first.done(None)
+    first.release()
+    assert first.slot is not None
+    assert first.slot.state is State.SUSPECT
+    both = [house.loop.run(house.scheduler.lease(Job(f"{i}", tokens_of(500 * i, 90)))) for i in (1, 2)]
+    for lease in both:
+        lease.release()
+    assert first.slot.state is State.SUSPECT
+    house.check_nothing_is_left()
+
+
+def test_until_the_server_has_begun_only_what_both_share_is_believed(house: House) -> None:
+    """It may have cut the old context back already, and nobody knows."""
+    own = tokens_of(1, 500)
+    house.start(house.ask(Job("a", own)), "a")
+    house.finish()
+    lease = house.loop.run(house.scheduler.lease(Job("b", own[: 4 * 450] + tokens_of(9000, 50))))
+    lease.sent()
+    assert lease.content is not None
+    assert lease.content.n_tokens == 450
+    lease.done(lease.content)
+    lease.release()
+    house.check_nothing_is_left()
+
+
+def test_the_owner_is_served_as_soon_as_his_context_is_on_disk(house: House) -> None:
+    """The commit wakes him, not a timer, nor the end of the request that has displaced him."""
+    house.server.token_s = 1.0
+    own = tokens_of(9000, 500)
+    for i, tokens in enumerate((own, tokens_of(20_000, 500))):
+        house.start(house.ask(Job(f"first {i}", tokens)), "first")
+        house.finish()
+    house.start(house.ask(Job("other", tokens_of(30_000, 500))), "other")
+    house.loop.settle()
+    owner = Job("owner", own + tokens_of(1, 5))
+    house.start(house.ask(owner), "owner")
+    house.loop.settle()
+    assert house.scheduler.position(owner) == 1
+    for kind in ("reserve", "save", "commit"):
+        assert [op.kind for op in house.server.pending] == [kind]
+        assert house.scheduler.position(owner) == 1
+        house.server.serve(house.server.pending[0])
+        house.loop.settle()
+    assert house.scheduler.position(owner) == 0
+    house.finish()
+    house.check_nothing_is_left()

@@ -1,0 +1,185 @@
+"""Everything that can happen to scheduler, leases, steps and turns at once, one event at a time."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from llamaslot.core.reuse import Memory
+from llamaslot.core.slots import Job
+from llamaslot.core.tokens import count, pack
+from llamaslot.errors import (
+    BackendDown,
+    LlamaslotError,
+    SlotActionFailed,
+    UpstreamError,
+)
+from tests.support.house import House
+from tests.support.stub import Op, StubServer
+from tests.support.virtual_loop import VirtualLoop
+
+SYSTEM = pack(range(80))
+N_SLOTS, N_USERS = 3, 5
+
+
+class Life(RuleBasedStateMachine):
+    """Users ask, leave, and meet faults, restarts and evictions, one event at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = VirtualLoop()
+        self.server = StubServer(N_SLOTS)
+        self.house = House(self.loop, self.server, room=4)
+        self.serial = itertools.count(1000)
+        self.contexts = [SYSTEM + self.fresh(120) for _ in range(N_USERS)]
+
+    @initialize(memory=st.sampled_from(list(Memory)))
+    def remember(self, memory: Memory) -> None:
+        """What llamaslot takes the model for; the stub itself can always go back."""
+        self.house.memory = memory
+        assert self.house.scheduler.pool is not None
+        self.house.scheduler.pool.memory = memory
+
+    def fresh(self, n: int) -> bytes:
+        return pack([next(self.serial) for _ in range(n)])
+
+    def pick(self, data: st.DataObject, n: int, what: str) -> int:
+        return data.draw(st.integers(0, n - 1), label=what)
+
+    # -- clients
+
+    @rule(
+        user=st.integers(0, N_USERS - 1),
+        n_new=st.sampled_from([1, 10, 300]),
+        n_answer=st.sampled_from([0, 5]),
+    )
+    def ask(self, user: int, n_new: int, n_answer: int) -> None:
+        context = self.contexts[user]
+        tokens, answer = context + self.fresh(n_new), self.fresh(n_answer)
+        self.contexts[user] = tokens + answer if len(tokens) < 4 * 1500 else SYSTEM + self.fresh(120)
+        job = Job(f"user {user} at {next(self.serial)}", tokens, boundaries=(80, count(context)))
+        self.house.start(self.house.ask(job, answer), job.id)
+
+    @rule(
+        kind=st.sampled_from(["cold", "private", "small", "two", "three"]), user=st.integers(0, N_USERS - 1)
+    )
+    def ask_specially(self, kind: str, user: int) -> None:
+        tokens = SYSTEM[:40] + self.fresh(5) if kind == "small" else self.contexts[user] + self.fresh(3)
+        job = Job(
+            f"{kind} at {next(self.serial)}",
+            tokens,
+            is_cold=kind == "cold",
+            is_private=kind == "private",
+            n_children={"two": 1, "three": 2}.get(kind, 0),
+        )
+        self.house.start(self.house.ask(job, self.fresh(3)), job.id)
+
+    @rule()
+    def ask_unpinned(self) -> None:
+        job = Job(f"unpinned at {next(self.serial)}", is_unpinned=True)
+        self.house.start(self.house.ask_unpinned(job, self.fresh(70)), job.id)
+
+    @precondition(lambda self: self.house.clients)
+    @rule(data=st.data(), is_settled=st.booleans())
+    def leave(self, data: st.DataObject, is_settled: bool) -> None:
+        clients = list(self.house.clients)
+        clients[self.pick(data, len(clients), "who leaves")].cancel()
+        if is_settled:
+            self.loop.settle()
+
+    # -- the server
+
+    @precondition(lambda self: self.server.pending)
+    @rule(data=st.data(), is_settled=st.booleans())
+    def serve(self, data: st.DataObject, is_settled: bool) -> None:
+        self.server.serve(self.server.pending[self.pick(data, len(self.server.pending), "what is done")])
+        if is_settled:
+            self.loop.settle()
+
+    @rule()
+    def serve_all(self) -> None:
+        for op in list(self.server.pending):
+            self.server.serve(op)
+        self.loop.settle()
+
+    @precondition(lambda self: self.server.pending)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        op = self.server.pending[self.pick(data, len(self.server.pending), "what fails")]
+        if (error := fault_of(op)) is not None:
+            if op.kind == "restore":
+                self.server.slots_[op.slot or 0].tokens = b""
+            self.server.fail(op, error)
+
+    @rule(data=st.data())
+    def land(self, data: st.DataObject) -> None:
+        choice = self.pick(data, N_SLOTS, "where an unpinned request lands")
+        self.server.lands = lambda idle: idle[choice % len(idle)]
+
+    @rule()
+    def restart(self) -> None:
+        self.house.restart()
+
+    @precondition(lambda self: self.house.is_unnoticed and self.house.scheduler.pool is not None)
+    @rule(is_down=st.booleans())
+    def notice(self, is_down: bool) -> None:
+        self.house.notice(is_down=is_down)
+
+    @precondition(lambda self: self.house.scheduler.pool is None)
+    @rule()
+    def meet(self) -> None:
+        self.loop.run(self.house.meet())
+
+    # -- time and the store
+
+    @rule(seconds=st.sampled_from([0.01, 0.3, 2.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.loop.pass_time(seconds)
+
+    @rule()
+    def write_back(self) -> None:
+        self.house.start(self.house.writeback.save_all(), "writeback")
+
+    @precondition(lambda self: self.house.catalog.snapshots)
+    @rule(data=st.data())
+    def evict(self, data: st.DataObject) -> None:
+        ids = list(self.house.catalog.snapshots)
+        self.house.catalog.discard(ids[self.pick(data, len(ids), "which snapshot goes")])
+
+    # -- what always holds
+
+    @rule()
+    def settle(self) -> None:
+        self.loop.settle()
+
+    @invariant()
+    def holds(self) -> None:
+        self.house.check()
+
+    def teardown(self) -> None:
+        try:
+            if self.house.is_unnoticed or self.house.scheduler.pool is None:
+                self.house.notice(is_down=False)
+                self.loop.run(self.house.meet())
+            self.house.finish()
+            self.house.check_nothing_is_left()
+        finally:
+            self.house.close()
+
+
+def fault_of(op: Op) -> LlamaslotError | None:
+    """How an op of this kind can fail while its server goes on."""
+    if op.kind in ("save", "erase", "restore"):
+        return SlotActionFailed("no", 500)
+    if op.kind == "batch":
+        return UpstreamError(500, b"{}")
+    return BackendDown("no connection") if op.kind == "send" else None
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)

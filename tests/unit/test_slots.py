@@ -1,0 +1,96 @@
+"""A slot's life, line by line of its table."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from llamaslot.core.slots import IDLE, NEXT, NOTHING, Content, Event, IllegalTransition, Job, Slot, State
+from llamaslot.core.tokens import pack
+
+HELD = Content(pack([1, 2, 3]), is_dirty=True)
+
+ALLOWED = [
+    (State.FREE, "lease", State.LEASED),
+    (State.HOT, "lease", State.LEASED),
+    (State.SUSPECT, "lease", State.LEASED),
+    (State.LEASED, "keep", State.HOT),
+    (State.LEASED, "empty", State.FREE),
+    (State.LEASED, "leave", State.DRAINING),
+    (State.LEASED, "fail", State.SUSPECT),
+    (State.DRAINING, "keep", State.HOT),
+    (State.DRAINING, "empty", State.FREE),
+    (State.DRAINING, "fail", State.SUSPECT),
+]
+FORBIDDEN = [
+    (state, event)
+    for state, event in itertools.product(State, Event)
+    if (state, event.value) not in {(before, name) for before, name, _ in ALLOWED}
+]
+
+
+@pytest.mark.parametrize(("before", "event", "after"), ALLOWED)
+def test_what_is_allowed(before: State, event: str, after: State) -> None:
+    """Each line of the table leads where it says."""
+    slot = Slot("gpu0", 1, before, HELD)
+    slot.become(Event(event), HELD)
+    assert slot.state is after
+
+
+@pytest.mark.parametrize(("state", "event"), FORBIDDEN)
+def test_what_is_forbidden(state: State, event: Event) -> None:
+    """Anything else is an error that names both, and changes nothing."""
+    slot = Slot("gpu0", 1, state, HELD)
+    with pytest.raises(IllegalTransition, match=rf"{state.value}.* cannot {event.value}"):
+        slot.become(event, NOTHING)
+    assert (slot.state, slot.content) == (state, HELD)
+
+
+def test_the_table_has_these_lines_only() -> None:
+    """A new line needs a test."""
+    assert {(state, event.value): after for (state, event), after in NEXT.items()} == {
+        (before, event): after for before, event, after in ALLOWED
+    }
+
+
+@pytest.mark.parametrize("event", [Event.EMPTY, Event.FAIL])
+def test_nothing_is_believed_of_an_empty_or_suspect_slot(event: Event) -> None:
+    """Whatever is said of its content."""
+    slot = Slot("gpu0", 1, State.LEASED, HELD)
+    slot.become(event, HELD)
+    assert slot.content == NOTHING
+
+
+def test_content_stays_when_nothing_is_said() -> None:
+    """A lease alone changes nothing in the slot."""
+    slot = Slot("gpu0", 1, State.HOT, HELD)
+    slot.become(Event.LEASE)
+    assert slot.content is HELD
+
+
+def test_idle_is_what_can_be_leased() -> None:
+    """The two say the same."""
+    assert {state for state, event in NEXT if event is Event.LEASE} == IDLE
+    assert all(Slot("gpu0", 0, state).is_idle == (state in IDLE) for state in State)
+
+
+def test_the_readout_of_a_slot() -> None:
+    """One line for logs, tests and the dashboard; never a token."""
+    slot = Slot("gpu0", 3, State.LEASED, HELD, leased_by="req-1")
+    assert repr(slot) == "<Slot gpu0/3 LEASED 3 tok dirty by req-1>"
+    assert repr(Slot("gpu0", 0)) == "<Slot gpu0/0 FREE 0 tok>"
+
+
+def test_who_needs_a_turn() -> None:
+    """Whoever makes llama-server choose slots by itself."""
+    assert Job("a", is_unpinned=True).is_exclusive
+    assert Job("a", n_children=2).is_exclusive
+    assert not Job("a", is_cold=True).is_exclusive
+
+
+def test_who_may_use_nothing_cached() -> None:
+    """``cache_prompt`` false, or LoRA scales of one's own."""
+    assert Job("a", is_cold=True).is_fresh
+    assert Job("a", is_private=True).is_fresh
+    assert not Job("a", pack([1])).is_fresh

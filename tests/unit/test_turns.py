@@ -1,0 +1,132 @@
+"""Turns: requests for which llama-server chooses the slots by itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from llamaslot.core.slots import Job
+from llamaslot.engine.scheduler import QueueLimits
+from tests.support.house import House, outcome, tokens_of
+from tests.support.stub import StubServer
+from tests.support.virtual_loop import VirtualLoop
+
+
+@pytest.fixture
+def house() -> Iterator[House]:
+    """Two free slots; what is asked of the server waits until it is served."""
+    house = House(VirtualLoop(), StubServer(2), limits=QueueLimits(max_waiting=2, max_wait_s=5.0))
+    yield house
+    house.close()
+
+
+def answering(house: House, job: Job) -> asyncio.Task[Any]:
+    """A client of ``job`` whose answer has begun."""
+    client = house.start(house.ask(job), job.id)
+    while not any(op.kind == "answer" for op in house.server.pending):
+        house.loop.settle()
+        house.server.serve(next(op for op in house.server.pending if op.kind in ("send", "batch")))
+        house.loop.settle()
+    return client
+
+
+def test_a_turn_does_not_wait_for_an_answer_that_was_left_behind(house: House) -> None:
+    """It goes on to its end in a slot of its own; everybody is served meanwhile."""
+    answering(house, Job("leaves", tokens_of(1, 90))).cancel()
+    turn = house.start(house.ask_unpinned(Job("turn", is_unpinned=True), tokens_of(5000, 70)), "turn")
+    house.loop.pass_time(2.0)
+    for _ in range(4):
+        for op in house.server.pending[:]:
+            if op.kind != "notice":
+                house.server.serve(op)
+        house.loop.pass_time(0.1)
+    assert outcome(turn) is None
+    assert [op.kind for op in house.server.pending] == ["notice"]
+    house.finish()
+    house.check_nothing_is_left()
+
+
+def test_nobody_takes_a_first_step_during_a_turn(house: House) -> None:
+    """Not before the server was seen to work on it."""
+    turn = house.start(house.ask_unpinned(Job("turn", is_unpinned=True), tokens_of(5000, 70)), "turn")
+    house.loop.settle()
+    later = house.start(house.ask(Job("later", tokens_of(1, 90))), "later")
+    house.loop.settle()
+    assert [op.kind for op in house.server.pending] == ["send"]
+    assert house.scheduler.n_waiting == 1
+    house.server.serve(house.server.pending[0])
+    house.loop.pass_time(1.0)
+    assert house.scheduler.n_waiting == 0, "the gate opens when it has landed, not when it ends"
+    assert not turn.done()
+    house.finish()
+    assert outcome(turn) is None
+    assert outcome(later) is None
+    house.check_nothing_is_left()
+
+
+def test_a_turn_waits_for_who_is_between_two_steps(house: House) -> None:
+    """A slot that is leased but idle is one that a stranger could land in."""
+    stepping = house.start(house.ask(Job("stepping", tokens_of(1, 500))), "stepping")
+    house.loop.settle()
+    house.start(house.ask_unpinned(Job("turn", is_unpinned=True), tokens_of(5000, 70)), "turn")
+    house.loop.settle()
+    assert [op.kind for op in house.server.pending] == ["send"], "the prefill of the other one, and no more"
+    while not stepping.done():
+        house.server.serve(house.server.pending[0])
+        house.loop.settle()
+    house.finish()
+    house.check_nothing_is_left()
+
+
+def test_contexts_in_the_way_of_a_turn_are_saved_first(house: House) -> None:
+    """Whatever it overwrites is found again."""
+    own = [tokens_of(9000 * i, 500) for i in (1, 2)]
+    for i in (0, 1):
+        house.start(house.ask(Job(f"first {i}", own[i])), "first")
+    house.finish()
+    house.start(house.ask_unpinned(Job("turn", is_unpinned=True), tokens_of(5000, 70)), "turn")
+    house.start(house.ask(Job("two", tokens_of(100, 90), n_children=1)), "two")
+    house.finish()
+    before = house.server.n_computed
+    for i in (0, 1):
+        house.start(house.ask(Job(f"next {i}", own[i] + tokens_of(1, 2))), "next")
+    house.finish()
+    assert house.server.n_computed - before <= 2 * 3
+    house.check_nothing_is_left()
+
+
+def test_n_waits_for_as_many_idle_slots_as_it_needs(house: House) -> None:
+    """llama-server would let it wait inside, and everybody behind it."""
+    first = answering(house, Job("answering", tokens_of(1, 90)))
+    two = house.start(house.ask(Job("two", tokens_of(5000, 90), n_children=1)), "two")
+    house.loop.pass_time(3.0)
+    assert not any(op.slot == 0 and op.kind == "send" for op in house.server.pending)
+    house.finish()
+    assert outcome(first) is None
+    assert outcome(two) is None
+    assert house.server.slots_[0].tokens == b"" or house.server.slots_[1].tokens == b"", (
+        "a child's slot is cleared"
+    )
+    house.check_nothing_is_left()
+
+
+def test_who_waits_for_an_owner_s_slot_in_a_turn_is_not_kept_waiting(house: House) -> None:
+    """A slot that became a child's will not hold the context again: its owner takes it from the disk."""
+    own = tokens_of(9000, 500)
+    house.start(house.ask(Job("first", own)), "first")
+    house.finish()
+    two = house.start(house.ask(Job("two", tokens_of(100, 90), n_children=1)), "two")
+    for _ in range(20):
+        for op in [op for op in house.server.pending if op.kind != "answer"]:
+            house.server.serve(op)
+        house.loop.pass_time(0.3)
+    assert not two.done()
+    assert house.scheduler.pool is not None
+    assert all(slot.leased_by == "two" for slot in house.scheduler.pool.slots)
+    assert house.scheduler.pool.view(Job("owner", own), 0.0, frozenset()).slots[0].n_shared == 0
+    assert house.scheduler.pool.n_snapshots == 1
+    house.finish()
+    house.check_nothing_is_left()

@@ -1,0 +1,190 @@
+"""Routes that are no completions: passed on, answered by llamaslot itself, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.inprocess import CHAT, NATIVE, letters, served
+
+ORIGIN = {"Origin": "http://a.page"}
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/props", "/slots", "/metrics", "/lora-adapters", "/nothing?a=%20b"]
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
+async def test_questions_pass_through(tmp_path: Path, path: str, method: str) -> None:
+    """Status, body and headers are the server's; the path is not rewritten."""
+    async with served(tmp_path) as it:
+        answer = await it.send(method, path)
+        seen = it.fake.requests[-1]
+        direct = await it.send(method, path, to=it.fake.url)
+    assert answer.status == direct.status
+    assert seen.method == method
+    assert seen.path + ("?" if "?" in path else "") in path + "?"
+    assert seen.query == ({"a": " b"} if "?" in path else {})
+    if path not in ("/metrics", "/v1/models"):
+        assert answer.raw == direct.raw
+    ours = {"Server", "Date", "Connection", "Keep-Alive"}
+    assert {
+        k: v for k, v in answer.headers.items() if k not in ours | {"Content-Length", "Transfer-Encoding"}
+    } == {k: v for k, v in direct.headers.items() if k not in ours | {"Content-Length", "Transfer-Encoding"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"content": "hi"}),
+        ("/detokenize", {"tokens": [104, 105]}),
+        ("/apply-template", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/messages/count_tokens", {"messages": []}),
+    ],
+)
+async def test_posts_pass_through(tmp_path: Path, path: str, body: Any) -> None:
+    """With their bodies, while all slots are at work."""
+    async with served(tmp_path, slots=1) as it, it.busy():
+        answer = await it.post(path, body)
+        assert it.fake.sent(path)[-1].body == body
+        direct = await it.post(path, body, to=it.fake.url)
+        it.fake.go()
+    assert (answer.status, answer.raw) == (direct.status, direct.raw)
+
+
+FORBIDDEN = [
+    ("POST", "/slots/0?action=erase", "slots belong to llamaslot"),
+    ("POST", "/slots/1?action=save", "slots belong to llamaslot"),
+    ("POST", "/slots%2f0?action=erase", "slots belong to llamaslot"),
+    ("POST", "//slots/../slots/0?action=erase", "slots belong to llamaslot"),
+    ("POST", "/predict", "other routes"),
+]
+GATED = [
+    ("POST", "/props", "POST /props"),
+    ("POST", "/lora-adapters", "/lora-adapters"),
+    ("POST", "/models/load", "/models"),
+    ("GET", "/tools", "/tools"),
+    ("GET", "/cors-proxy?url=http://x", "/cors-proxy"),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "said"), FORBIDDEN)
+async def test_what_would_change_slots_is_refused(tmp_path: Path, method: str, path: str, said: str) -> None:
+    """403 that says why; llama-server never hears of it, whatever is allowed."""
+    allow = {"passthrough": {"allow": ["POST /props", "/lora-adapters", "/models", "/tools", "/cors-proxy"]}}
+    async with served(tmp_path, allow) as it:
+        n_before = len(it.fake.requests)
+        answer = await it.send(method, path, body={"filename": "x"})
+        assert len(it.fake.requests) == n_before
+    assert answer.status == 403
+    assert said in answer.error["message"]
+    assert answer.error["type"] == "permission_error"
+
+
+@pytest.mark.parametrize(("method", "path", "gate"), GATED)
+async def test_what_changes_the_server_needs_leave(tmp_path: Path, method: str, path: str, gate: str) -> None:
+    """403 that says what to write into the configuration; with that it passes."""
+    async with served(tmp_path / "a") as it:
+        n_before = len(it.fake.requests)
+        refused = await it.send(method, path)
+        assert len(it.fake.requests) == n_before
+    assert refused.status == 403
+    assert f"add '{gate}' to passthrough.allow" in refused.error["message"]
+    async with served(tmp_path / "b", {"passthrough": {"allow": [gate]}}) as it:
+        await it.send(method, path, body={} if method == "POST" else None)
+        assert it.fake.requests[-1].path == path.partition("?")[0]
+
+
+async def test_llamaslot_tells_of_itself(tmp_path: Path) -> None:
+    """Slots, snapshots and queue; never what they hold."""
+    async with served(tmp_path) as it:
+        slot = (await it.ask(letters(1, 800))).slot
+        status = (await it.get("/llamaslot/status")).json
+        missing = await it.get("/llamaslot/nothing")
+    assert status["backend"]["health"] == "up"
+    assert status["backend"]["model"] == it.fake.model.path
+    assert status["backend"]["n_ctx"] == 8192
+    assert status["slots"][slot] == {"id": slot, "state": "HOT", "n_tokens": 800, "is_dirty": True}
+    assert status["queue"] == 0
+    assert status["snapshots"]["quota_bytes"] == 1 << 30
+    assert missing.status == 404
+    assert "/llamaslot/status" in missing.error["message"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/health"])
+async def test_health_is_llamaslots_own(tmp_path: Path, path: str) -> None:
+    """llama-server is not asked."""
+    async with served(tmp_path) as it:
+        n_before = len(it.fake.sent(path))
+        for method in ("GET", "HEAD"):
+            assert (await it.send(method, path)).status == 200
+        assert len(it.fake.sent(path)) == n_before
+
+
+async def test_every_request_is_counted(tmp_path: Path) -> None:
+    """By the kind of its route and its status."""
+    async with served(tmp_path) as it:
+        await it.ask("hello")
+        await it.ask("hello")
+        await it.post(CHAT, {})
+        await it.get("/v1/models")
+        await it.get("/nothing")
+        await it.post("/slots/0?action=erase", {})
+        await it.post("/props", {})
+        await it.post("/infill", {"input_prefix": "x", "n_predict": 1})
+        await it.get("/health")
+        metrics = await it.metrics()
+    counted = {
+        ("completion", 200): 2, ("completion", 400): 1, ("passthrough", 200): 1, ("passthrough", 404): 1,
+        ("forbidden", 403): 1, ("gated", 403): 1, ("exclusive", 200): 1, ("own", 200): 1,
+    }  # fmt: skip
+    for (kind, status), n in counted.items():
+        assert metrics[f'llamaslot_requests_total{{kind="{kind}",status="{status}"}}'] == n, (kind, status)
+
+
+async def test_web_pages_of_any_origin_may_read_every_answer(tmp_path: Path) -> None:
+    """As llama-server allows them: answers, early headers and llamaslot's own errors name their origin."""
+    async with served(tmp_path, {"stream": {"keepalive_s": 0.02}}, slots=1) as it:
+        body = {"prompt": letters(1, 200), "n_predict": 2}
+        for method, path, sent in (
+            ("POST", NATIVE, body),
+            ("POST", NATIVE, {**body, "stream": True}),
+            ("POST", "/infill", {"input_prefix": "x", "n_predict": 1}),
+            ("POST", NATIVE, {"prompt": 5}),
+            ("POST", "/slots/0?action=erase", {}),
+            ("GET", "/health", None),
+        ):
+            answer = await it.send(method, path, body=sent, headers=ORIGIN)
+            assert answer.headers["Access-Control-Allow-Origin"] == "http://a.page", path
+        async with it.busy():
+            request = it.session.post(it.url + NATIVE, json={**body, "stream": True}, headers=ORIGIN)
+            async with request as stream:
+                assert stream.headers["Access-Control-Allow-Origin"] == "http://a.page"
+                it.fake.go()
+                await stream.read()
+        own = await it.send("GET", "/llamaslot/status", headers=ORIGIN)
+        assert "Access-Control-Allow-Origin" not in own.headers
+
+
+async def test_a_mistake_of_llamaslots_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """500 of the OpenAI shape, an event once headers went; the log has the traceback, and the slot comes back."""
+    async with served(tmp_path, {"stream": {"keepalive_s": 0.02}}, slots=1) as it:
+
+        def broken(*_: object) -> None:
+            raise ZeroDivisionError("a bug")
+
+        monkeypatch.setattr(it.backend.steps, "settle", broken)
+        whole = await it.ask("hello")
+        streamed = await it.ask("hello", stream=True)
+        monkeypatch.undo()
+        await it.at_rest()
+        assert (await it.ask("hello")).status == 200
+    assert whole.status == 500
+    assert "mistake" in whole.error["message"]
+    assert "mistake" in streamed.error["message"]
+    assert b"ZeroDivision" not in whole.raw + streamed.raw
+    assert "ZeroDivisionError" in caplog.text
+    caplog.clear()
