@@ -12,7 +12,7 @@ from tests.support.jobs import compare_alone, median_ratio, ratio_of
 from tests.support.real import RealServer
 from tests.support.stack import Stack
 
-pytestmark = [pytest.mark.soak, pytest.mark.real]
+pytestmark = [pytest.mark.soak, pytest.mark.real, pytest.mark.timeout(3600)]
 
 
 @pytest.mark.parametrize(("layers", "width", "n_turns"), [(2, 64, 30), (4, 256, 10)])

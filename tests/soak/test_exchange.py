@@ -13,7 +13,7 @@ from tests.support.jobs import exchange_model
 from tests.support.real import RealServer
 from tests.support.stack import Stack
 
-pytestmark = [pytest.mark.soak, pytest.mark.real]
+pytestmark = [pytest.mark.soak, pytest.mark.real, pytest.mark.timeout(3600)]
 
 
 @pytest.mark.parametrize("seed", [2, 3])

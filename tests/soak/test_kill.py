@@ -12,7 +12,7 @@ from tests.support.killing import kill_llamaslot
 from tests.support.real import RealServer
 from tests.support.stack import Stack
 
-pytestmark = [pytest.mark.soak, pytest.mark.real]
+pytestmark = [pytest.mark.soak, pytest.mark.real, pytest.mark.timeout(3600)]
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -11,7 +11,7 @@ from tests.support.figures import Figure
 from tests.support.jobs import kill_server, take_turns_over_restarts
 from tests.support.stack import Stack
 
-pytestmark = [pytest.mark.soak, pytest.mark.real]
+pytestmark = [pytest.mark.soak, pytest.mark.real, pytest.mark.timeout(3600)]
 
 
 async def test_clean_restarts_lose_nothing(tmp_path: Path, figure: Figure) -> None:

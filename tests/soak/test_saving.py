@@ -11,7 +11,7 @@ from tests.support.figures import Figure
 from tests.support.jobs import ask_at_idle_save, ask_many, ask_while_saved
 from tests.support.stack import Stack
 
-pytestmark = [pytest.mark.soak, pytest.mark.real]
+pytestmark = [pytest.mark.soak, pytest.mark.real, pytest.mark.timeout(3600)]
 
 
 @pytest.mark.parametrize("width", [64, 256])

@@ -11,7 +11,7 @@ from tests.support.figures import Figure
 from tests.support.jobs import take_turns
 from tests.support.stack import Stack
 
-pytestmark = [pytest.mark.soak, pytest.mark.real]
+pytestmark = [pytest.mark.soak, pytest.mark.real, pytest.mark.timeout(3600)]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -10,6 +10,7 @@ import pytest
 
 from llamaslot.core.slots import Job
 from llamaslot.engine.scheduler import QueueLimits
+from llamaslot.errors import BackendRestarted
 from tests.support.house import House, outcome, tokens_of
 from tests.support.stub import StubServer
 from tests.support.virtual_loop import VirtualLoop
@@ -129,4 +130,25 @@ def test_who_waits_for_an_owner_s_slot_in_a_turn_is_not_kept_waiting(house: Hous
     assert house.scheduler.pool.view(Job("owner", own), 0.0, frozenset()).slots[0].n_shared == 0
     assert house.scheduler.pool.n_snapshots == 1
     house.finish()
+    house.check_nothing_is_left()
+
+
+def test_a_prefill_of_another_pool_is_not_waited_for(house: House) -> None:
+    """The slots are forgotten while a turn waits for a prefill, and the next pool has one as well.
+
+    Asking for that again and again, without letting the loop go on, kept a whole service still.
+    """
+    old = [house.start(house.ask(Job(f"old {i}", tokens_of(9000 * i, 500))), "old") for i in (1, 2)]
+    house.loop.settle()
+    turn = house.start(house.ask_unpinned(Job("turn", is_unpinned=True), tokens_of(5000, 70)), "turn")
+    house.loop.settle()
+    new = house.start(house.ask(Job("new", tokens_of(7000, 500))), "new")
+    house.loop.settle()
+    house.scheduler.detach()
+    house.loop.run(house.meet())
+    house.loop.pass_time(2.0)
+    assert isinstance(outcome(turn), BackendRestarted)
+    house.finish()
+    assert all(client.done() for client in old)
+    assert new.done()
     house.check_nothing_is_left()

@@ -48,7 +48,7 @@ class Scheduler:
         self._queue: list[_Waiting] = []
         self._turn: Job | None = None  # the one exclusive job that is under way
         self._is_closed = False  # nobody else may take a first step
-        self._quiet: asyncio.Future[None] | None = None
+        self._change: asyncio.Future[None] | None = None  # awaited by the turn
         self._look_again: asyncio.TimerHandle | None = None
         self._used_at = now()
 
@@ -216,6 +216,8 @@ class Scheduler:
 
     def is_prefilling(self, lease: Lease) -> bool:
         """Whether a long prefill of somebody else's is under way or waits for its turn."""
+        if self.pool is not lease.pool:
+            return False  # there is nothing to wait for any more
         others = (other for other in self.leases if other.pool is self.pool and other.job is not lease.job)
         return any(not other.is_answering and _has_prefill(other.plan) for other in others)
 
@@ -240,23 +242,23 @@ class Scheduler:
             and n_idle >= (lease.job.n_children or lease.job.is_unpinned)
         )
 
-    async def quiet(self, lease: Lease, timeout_s: float) -> bool:
-        """Wait until the turn ``is_quiet``; False after ``timeout_s``. Cancelling is safe."""
-        if self.is_quiet(lease):
-            return True
-        self._quiet = asyncio.get_running_loop().create_future()
+    async def changed(self, timeout_s: float) -> None:
+        """Wait, for the job whose turn it is, until something has changed or ``timeout_s`` are over.
+
+        Always lets others run. Cancelling is safe.
+        """
+        self._change = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout_s):
-                await self._quiet
+                await self._change
         except TimeoutError:
             pass
         finally:
-            self._quiet = None
-        return self.is_quiet(lease)
+            self._change = None
 
     def _wake_turn(self) -> None:
-        if self._quiet is not None and not self._quiet.done():
-            self._quiet.set_result(None)
+        if self._change is not None and not self._change.done():
+            self._change.set_result(None)
 
     # -- invariants ----------------------------------------------------------------------------------------------
 
