@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -11,35 +10,26 @@ from typing import Any, TypeVar, assert_never
 
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import prefill_stops
-from llamaslot.core.reuse import Memory, checkpoints_after
-from llamaslot.core.slots import NOTHING, Content, Erase, PrefillTo, Restore, Save, Source
-from llamaslot.core.tokens import count, head
+from llamaslot.core.reuse import Memory
+from llamaslot.core.slots import NOTHING, Erase, PrefillTo, Restore, Save, Source
+from llamaslot.core.tokens import count
 from llamaslot.engine.lease import Lease, Report
-from llamaslot.engine.pool import MIN_WORTH_TOKENS, content_of, supersedes
-from llamaslot.engine.probes import UNIFIED
-from llamaslot.errors import (
-    BackendDown,
-    BackendRestarted,
-    LlamaslotError,
-    OtherConversation,
-    SnapshotInvalid,
-    UpstreamError,
-)
+from llamaslot.engine.pool import MIN_WORTH_TOKENS, content_of
+from llamaslot.engine.prefill import Prefills, prefilled
+from llamaslot.engine.saving import Saving
+from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError
 from llamaslot.llama.api import LlamaServer
 from llamaslot.llama.sse import Earlier
 from llamaslot.observe.metrics import Metrics
-from llamaslot.store import Catalog, QuotaExceeded, Snapshot
+from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_MANY_EMPTIED = 2  # of a unified KV cache every save finds the slot empty
-_FEW = 64  # a progress event for fewer tokens says little about speed
-
 
 class Steps:
-    """The steps of one backend. ``fingerprint`` is that of the model that is running now."""
+    """The steps of one backend."""
 
     def __init__(
         self,
@@ -52,10 +42,18 @@ class Steps:
     ) -> None:
         self.api, self.catalog, self.rates = api, catalog, rates
         self.metrics, self.tasks, self.now = metrics, tasks, now
-        self.fingerprint = ""
+        self.saving = Saving(api, catalog, rates, metrics, tasks, now)
+        self.prefills = Prefills(api, rates, now)
         self.boot_id = ""
-        self._n_emptied = 0  # slots that were found empty when they were saved
-        self._prefill_turn = asyncio.Lock()  # first come first served; see PrefillTo
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model that is running now."""
+        return self.saving.fingerprint
+
+    @fingerprint.setter
+    def fingerprint(self, fingerprint: str) -> None:
+        self.saving.fingerprint = fingerprint
 
     async def prepare(self, lease: Lease, report: Report) -> Earlier | None:
         """Perform the plan. What was reused and computed on the way is returned when there was a prefill.
@@ -84,7 +82,7 @@ class Steps:
             view = lease.pool.view(lease.job, self.now(), frozenset())
             stops = prefill_stops(lease.job, n_reused, view, lease.pool.rules)
             prefills = [PrefillTo(lease.slot_id, stop) for stop in stops]
-        return await self._prefill(lease, prefills, report) if prefills else None
+        return await self.prefills.run(lease, prefills, report) if prefills else None
 
     def _n_reused(self, lease: Lease) -> int:
         """What the plan expects, unless a failed step has left less in the slot."""
@@ -110,7 +108,7 @@ class Steps:
         """True when the step did what it should. Expected failures are logged here; BackendDown is raised."""
         match step:
             case Save():
-                return await self.save(lease) is not None
+                return await self.saving.save(lease) is not None
             case Erase():
                 return await self.erase(lease)
             case Restore():
@@ -122,87 +120,7 @@ class Steps:
 
     async def save_now(self, lease: Lease) -> Snapshot | None:
         """Save a slot leased for just that. Cancelling is safe: the save is carried out."""
-        return await self._carry_out(lease, self.save(lease))
-
-    async def save(self, lease: Lease) -> Snapshot | None:
-        """Write what the slot holds to a snapshot, verified and committed. None when that failed: the slot keeps it."""
-        content = lease.content
-        if self.catalog is None or content is None:
-            return None
-        plan = lease.plan
-        try:
-            keep = {plan.snapshot} if plan is not None and plan.snapshot else set()
-            if lease.is_own:  # else slots that are all hot would evict each other in turn, for ever
-                keep = lease.pool.backing(besides=lease.slot)
-            draft = await self.catalog.reserve(
-                self.rates.size_bytes(await self._n_held(lease, content)), keep=keep
-            )
-        except (QuotaExceeded, SnapshotInvalid) as error:
-            self._not_saved(lease, error)
-            return None
-        started = self.now()
-        fingerprint = self.fingerprint  # of the model that computed it: the rest takes a while
-        try:
-            lease.still_holds()  # making room has taken a while
-            result = await self.api.save(lease.slot_id, draft.part_name)
-            seconds = self.now() - started
-            if result.n_tokens == 0:
-                self._was_emptied()
-            snapshot = await self.catalog.commit(
-                draft,
-                tokens_expected=content.tokens,
-                n_saved=result.n_tokens,
-                n_written=result.n_bytes,
-                fingerprint=fingerprint,
-                checkpoints=content.checkpoints,
-                source=lease.job.id,
-            )
-        except (LlamaslotError, OSError) as error:
-            await self.catalog.abandon(draft)
-            self._not_saved(lease, error)
-            if isinstance(error, OtherConversation):
-                lease.content = None  # a full disk, by contrast, says nothing about the slot
-            return None
-        # From here to the end nothing awaits: leaving becomes a snapshot in one breath.
-        # The server's own time: what a save waits for (the batch that runs for others) a prefill would wait for too.
-        self.rates.save.observe(snapshot.size_bytes, result.seconds or seconds)
-        self.rates.size.observe(result.n_tokens, snapshot.size_bytes)
-        self.metrics.saved(snapshot.size_bytes, seconds)
-        if snapshot.id in self.catalog.snapshots:
-            lease.pool.add_snapshot(snapshot)
-            current = lease.scheduler.pool
-            if current not in (None, lease.pool) and self.fingerprint == fingerprint:
-                current.add_snapshot(snapshot)  # the server has restarted since, and can read it as well
-        if lease.leaving is not None:
-            lease.pool.left(lease.leaving)
-        old = lease.pool.snapshot(content.snapshot) if content.snapshot else None
-        lease.content = content_of(snapshot)
-        if old is not None and supersedes(snapshot.tokens, old.tokens, lease.pool.rules.similarity_min):
-            self.tasks.spawn(self.catalog.drop(old.id), f"drop superseded {old.id}")
-        lease.scheduler.dispatch()
-        return snapshot
-
-    async def _n_held(self, lease: Lease, content: Content) -> int:
-        """What the file will hold: room is made before it is written, for the answer's tokens too."""
-        if content.is_exact or content.n_more:
-            return content.n_held
-        try:
-            infos = await self.api.slots()
-        except LlamaslotError:
-            return content.n_held
-        return max(content.n_tokens, *(info.n_tokens or 0 for info in infos if info.id == lease.slot_id))
-
-    def _was_emptied(self) -> None:
-        """A slot that held something is empty, and nobody has erased it. Once may be a late child of ``n`` > 1."""
-        self._n_emptied += 1
-        if self._n_emptied == _MANY_EMPTIED:
-            log.warning(UNIFIED)
-
-    def _not_saved(self, lease: Lease, error: Exception) -> None:
-        if lease.leaving is not None:
-            lease.pool.left(lease.leaving)
-        log.warning("slot %d was not saved: %s", lease.slot_id, error)
-        lease.scheduler.dispatch()
+        return await self._carry_out(lease, self.saving.save(lease))
 
     # -- erase and restore ---------------------------------------------------------------------------------------
 
@@ -248,47 +166,6 @@ class Steps:
         self.catalog.touch(snapshot.id)
         return True
 
-    # -- prefill -------------------------------------------------------------------------------------------------
-
-    async def _prefill(self, lease: Lease, stops: list[PrefillTo], report: Report) -> Earlier:
-        """Compute the prompt up to each stop. One prefill at a time per backend, for llama-server sends progress for
-        the lowest prefilling slot only: of two, the client of the other could not be seen to leave."""
-        report(f"waiting to prefill {lease.job.n_tokens} tokens")
-        n_first: int | None = None
-        seconds = 0.0
-        async with self._prefill_turn:
-            for stop in stops:
-                started = self.now()
-                n_reused = await self._prefill_to(lease, stop.n_tokens, report)
-                n_first = n_reused if n_first is None else n_first
-                seconds += self.now() - started
-        return Earlier(n_first or 0, stops[-1].n_tokens, seconds)
-
-    async def _prefill_to(self, lease: Lease, n_tokens: int, report: Report) -> int:
-        """One prefill; the number of tokens that it found in the slot."""
-        tokens = head(lease.job.tokens, n_tokens)
-        before = lease.content or NOTHING
-        lease.working()
-        last: tuple[int, float] | None = None
-        n_reused = 0
-        try:
-            async with contextlib.aclosing(self.api.prefill(lease.slot_id, tokens)) as events:
-                async for event in events:
-                    if last is None:
-                        n_reused = event.cache
-                        content = _prefilled(before, tokens, n_reused)
-                        lease.begun(replace(content, is_exact=False))
-                    elif event.processed - last[0] >= _FEW:
-                        self.rates.prefill.observe(last[0], event.processed, event.seconds - last[1])
-                    last = event.processed, event.seconds
-                    report(f"prefill {event.processed} of {lease.job.n_tokens}")
-        except UpstreamError as error:
-            log.warning("prefill in slot %d failed: %s", lease.slot_id, error)
-            lease.done(None)
-            return 0
-        lease.done(_prefilled(before, tokens, n_reused))
-        return n_reused
-
     # -- settling ------------------------------------------------------------------------------------------------
 
     def settle(
@@ -308,7 +185,7 @@ class Steps:
             if n_reused < lease.n_expected:
                 self._was_wrong(lease, n_reused)
         found = n_found if n_found is not None else 0
-        after = _prefilled(before, left, found) if left and not lease.job.is_private else None
+        after = prefilled(before, left, found) if left and not lease.job.is_private else None
         n_more = max(n_answer - 1, 0)  # the last token is sampled and sent, but never computed
         lease.done(replace(after, is_exact=False, n_more=n_more) if after is not None else None)
 
@@ -336,12 +213,6 @@ async def _outcome(action: Coroutine[Any, Any, T]) -> T | LlamaslotError:
         return await action
     except LlamaslotError as error:
         return error
-
-
-def _prefilled(before: Content, tokens: bytes, n_reused: int) -> Content:
-    """What a slot holds after ``tokens`` were computed on ``n_reused`` of what it held before."""
-    checkpoints = checkpoints_after(before.checkpoints, n_reused, [count(tokens)])
-    return Content(tokens, True, True, checkpoints, before.snapshot)
 
 
 _SAYS: dict[type[Save | Erase | Restore], str] = {Save: "saving", Erase: "restoring", Restore: "restoring"}
