@@ -81,7 +81,7 @@ async def test_llama_server_alone_does_not(tmp_path: Path, figure: Figure) -> No
 async def test_clean_restarts_lose_nothing(tmp_path: Path, figure: Figure) -> None:
     """llama-server restarts when all is saved, llamaslot and both at once after an answer."""
     async with Stack(models.dense(tmp_path), tmp_path, settings=SAVES_SOON) as stack:
-        results = await take_turns_over_restarts(stack, n_users=6, n_context=2500, quiet_s=3.0)
+        results = await take_turns_over_restarts(stack, n_users=6, n_context=2500, quiet_s=None)
     for what, result in results.items():
         figure(f"{what}: {result}")
         assert result.n_errors == 0, what
@@ -100,18 +100,18 @@ async def test_a_stop_saves_what_is_not_saved_yet(tmp_path: Path, figure: Figure
         assert result.ratio >= 0.98, what
 
 
-@pytest.mark.parametrize("after_s", [3.0, None])
+@pytest.mark.parametrize("is_asking", [False, True], ids=["all saved", "asking"])
 async def test_a_kill_of_llama_server_costs_what_was_not_on_disk(
-    tmp_path: Path, figure: Figure, after_s: float | None
+    tmp_path: Path, figure: Figure, is_asking: bool
 ) -> None:
     """After some quiet nothing; while everybody is asking only what had not been written yet."""
-    settings = SAVES_SOON if after_s is not None else None
+    settings = None if is_asking else SAVES_SOON
     async with Stack(models.dense(tmp_path), tmp_path, settings=settings) as stack:
-        result = await kill_server(stack, n_users=6, n_context=2500, after_s=after_s)
+        result = await kill_server(stack, n_users=6, n_context=2500, is_asking=is_asking, quiet_s=None)
     figure(result)
     assert result.tally.n_errors == 0
     assert result.of_disk >= 0.95
-    if after_s is not None:
+    if not is_asking:
         assert result.tally.ratio >= 0.95
 
 

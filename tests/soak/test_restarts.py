@@ -41,7 +41,7 @@ async def test_contexts_survive_a_kill_of_llama_server_five_seconds_after_the_la
 ) -> None:
     """Everything worth keeping is on disk by then."""
     async with Stack(models.dense(tmp_path), tmp_path) as stack:
-        result = await kill_server(stack, after_s=5.0)
+        result = await kill_server(stack, quiet_s=5.0)
     figure(result)
     assert result.tally.n_errors == 0
     assert result.tally.ratio >= 0.95
@@ -53,7 +53,7 @@ async def test_what_is_on_disk_survives_a_kill_of_llama_server_at_any_moment(
 ) -> None:
     """Killed while everybody is asking; requests that die with it are asked again."""
     async with Stack(models.dense(tmp_path), tmp_path) as stack:
-        result = await kill_server(stack, after_s=None, seed=seed)
+        result = await kill_server(stack, is_asking=True, seed=seed)
     figure(result)
     assert result.tally.n_errors == 0
     assert result.of_disk >= 0.95

@@ -46,11 +46,17 @@ QUIET: Settings = {
 }
 
 
+_taken: set[int] = set()
+
+
 def quiet_port() -> int:
     """A free port below those that Linux gives to outgoing connections: none of the test's own clients can take it
-    before it is listened on."""
+    before it is listened on, and no two of a test are the same."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
+        if port in _taken:
+            continue
+        _taken.add(port)
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             return port

@@ -89,24 +89,40 @@ async def take_turns_over_restarts(
     n_users: int = 12,
     n_context: int = 6500,
     whats: Sequence[str] = ("llama-server", "llamaslot", "both"),
-    quiet_s: float = 5.0,
+    quiet_s: float | None = 5.0,
     seed: int = 1,
 ) -> dict[str, Tally]:
     """One turn of everybody, then for each restart another turn of everybody in another order.
 
-    A clean restart comes between turns, ``quiet_s`` after the last answer: a llama-server that is told to stop does
-    not save its slots, so what nobody has saved by then is lost.
+    A clean restart comes between turns, ``quiet_s`` after the last answer, or (None) once everything is saved: a
+    llama-server that is told to stop does not save its slots, so what nobody has saved by then is lost.
     """
     figures = {}
     async with team_of(stack, n_users, n_context, seed=seed) as (team, meter):
         await team.round()
         for what in whats:
-            await asyncio.sleep(quiet_s)
+            await quiet(stack, quiet_s)
             await restart(stack, what, meter)
             before = await meter.total()
             turns = await team.round()
             figures[what] = tally(turns, await meter.total() - before)
     return figures
+
+
+async def quiet(stack: Stack, seconds: float | None) -> None:
+    """``seconds`` pass, or (None) as many as it takes until llamaslot has saved what is worth it."""
+    if seconds is not None:
+        await asyncio.sleep(seconds)
+        return
+    async with asyncio.timeout(ALL_SAVED_S):
+        while True:
+            status = await stack.status()
+            if not any(slot["is_worth_saving"] for slot in status["slots"]):
+                return
+            await asyncio.sleep(0.1)
+
+
+ALL_SAVED_S = 60.0  # on a busy machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,20 +143,26 @@ class Killed:
 
 
 async def kill_server(
-    stack: Stack, *, n_users: int = 12, n_context: int = 6500, after_s: float | None = 5.0, seed: int = 1
+    stack: Stack,
+    *,
+    n_users: int = 12,
+    n_context: int = 6500,
+    is_asking: bool = False,
+    quiet_s: float | None = 5.0,
+    seed: int = 1,
 ) -> Killed:
-    """SIGKILL llama-server ``after_s`` after the last answer, or (None) while everybody is asking; then one more turn.
+    """SIGKILL llama-server some time after the last answer (see ``quiet``), or ``is_asking``: while everybody asks.
 
-    Users whose request died with the server ask the same again.
+    Then one more turn. Users whose request died with the server ask the same again.
     """
     async with team_of(stack, n_users, n_context, seed=seed) as (team, meter):
         await team.round()
-        if after_s is None:
+        asking = None
+        if is_asking:
             asking = asyncio.get_running_loop().create_task(team.round())
             await asyncio.sleep(team.rng.uniform(0.05, 1.5))
         else:
-            await asyncio.sleep(after_s)
-            asking = None
+            await quiet(stack, quiet_s)
         await stack.server.kill()
         if asking is not None:
             await asking

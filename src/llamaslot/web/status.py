@@ -46,14 +46,17 @@ class Status:
                 "memory": pool.memory.value if pool else None,
                 "warnings": list(backend.met.warnings) if backend.met else [],
             },
-            "slots": [
+            "slots": []
+            if pool is None
+            else [
                 {
                     "id": slot.id,
                     "state": slot.state.value,
                     "n_tokens": slot.content.n_tokens,
                     "is_dirty": slot.content.is_dirty,
+                    "is_worth_saving": pool.is_worth_saving(slot),
                 }
-                for slot in (pool.slots if pool else [])
+                for slot in pool.slots
             ],
             "snapshots": {
                 "n": pool.n_snapshots if pool else 0,
