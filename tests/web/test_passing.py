@@ -105,8 +105,8 @@ async def test_llamaslot_tells_of_itself(tmp_path: Path) -> None:
     assert status["backend"]["health"] == "up"
     assert status["backend"]["model"] == it.fake.model.path
     assert status["backend"]["n_ctx"] == 8192
-    known = {"id": slot, "state": "HOT", "n_tokens": 800, "is_dirty": True, "is_worth_saving": True}
-    assert status["slots"][slot] == known
+    known = {"id": slot, "state": "HOT", "n_tokens": 800, "is_dirty": True, "is_worth_saving": False}
+    assert status["slots"][slot] == known, "the fake computes 800 tokens in less time than a save takes"
     assert status["queue"] == 0
     assert status["snapshots"]["quota_bytes"] == 1 << 30
     assert missing.status == 404
