@@ -16,6 +16,7 @@ from llamaslot import cli
 from llamaslot.config import Config
 from llamaslot.core.slots import NEXT
 from llamaslot.llama.process import recommended_flags
+from llamaslot.observe.journal import Decision
 from llamaslot.observe.metrics import Metrics
 from llamaslot.web.app import make_backend
 from llamaslot.web.status import Status
@@ -170,6 +171,13 @@ async def test_every_field_of_the_status_is_documented(tmp_path: Path) -> None:
         *status,
     }
     told = rows(section(page("docs/operations.md"), "`/llamaslot/status`"))
+    assert {name for row in told for name in in_code(row[0])} == fields
+
+
+def test_every_field_of_a_decision_is_documented() -> None:
+    """What stands in the journal, and nothing that does not."""
+    told = rows(section(page("docs/operations.md"), "`/llamaslot/journal`"))
+    fields = set(Decision("req-1", 0.0, 1).to_json())
     assert {name for row in told for name in in_code(row[0])} == fields
 
 

@@ -19,7 +19,7 @@ from llamaslot.core.policy import (
     prefill_stops,
     weight,
 )
-from llamaslot.core.slots import Erase, Job, Plan, PrefillTo, Restore, Save, Source, State, Wait
+from llamaslot.core.slots import Cost, Erase, Job, Place, Plan, PrefillTo, Restore, Save, Source, State, Wait
 from llamaslot.core.tokens import pack
 
 RULES = Rules(similarity_min=0.85, small_prompt_tokens=1024, own_above_s=1.0)
@@ -435,3 +435,39 @@ def test_every_decision_can_be_carried_out(data: st.DataObject) -> None:
         assert Erase in kinds
     if slots[decision.slot].is_worth_saving and Erase in kinds:
         assert Save in kinds, "what is worth it is saved before it is erased"
+
+
+# -- why -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_carries_the_terms_of_its_cost() -> None:
+    """Each in seconds; what they are the sum of is what was compared."""
+    on_disk = SnapshotView("ls-1", 19_900, restore_s=0.25)
+    plan = plan_of(place(job(20_100), view(hot(0), hot(1, regret_s=0.75), snapshots=(on_disk,)), RULES))
+    assert (plan.slot, plan.snapshot) == (0, "ls-1")
+    assert plan.cost == Cost(save_s=0.1, regret_s=0.5, restore_s=0.25, prefill_s=0.2)
+    assert plan.cost.steps_s == pytest.approx(0.55)
+
+
+def test_the_next_best_is_the_cheapest_other_slot() -> None:
+    """With the terms of its own cost."""
+    plan = plan_of(place(job(5200), view(hot(0, shared=5000), hot(1, 9000), free(2)), RULES))
+    assert plan.slot == 0
+    assert plan.cost == Cost(prefill_s=0.2)
+    assert plan.next_best == Place(2, Source.COLD, 0, Cost(prefill_s=5.2))
+
+
+def test_with_one_slot_the_next_best_is_another_source() -> None:
+    """There is no other slot to compare with."""
+    on_disk = SnapshotView("ls-1", 4900, restore_s=0.25)
+    plan = plan_of(place(job(5000), view(free(0), snapshots=(on_disk,)), RULES))
+    assert plan.next_best == Place(0, Source.COLD, 0, Cost(prefill_s=5.0))
+
+
+def test_a_wait_carries_what_it_is_cheaper_than() -> None:
+    """What is waited for, and the cheapest that could be had at once."""
+    own = busy(1, 20_000, shared=20_000, wait_s=3.0)
+    wait = place(job(20_100), view(free(0), own), RULES)
+    assert isinstance(wait, Wait)
+    assert wait.place == Place(1, Source.RESIDENT, 20_000, Cost(wait_s=3.0, prefill_s=0.1))
+    assert wait.instead == Place(0, Source.COLD, 0, Cost(prefill_s=20.1))

@@ -9,7 +9,7 @@ import pytest
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import Rules, place
 from llamaslot.core.reuse import Memory
-from llamaslot.core.slots import NOTHING, Content, Event, Job, Plan, Save, Slot, Source, State, Wait
+from llamaslot.core.slots import NOTHING, Content, Cost, Event, Job, Plan, Save, Slot, Source, State, Wait
 from llamaslot.core.tokens import head, pack
 from llamaslot.engine.pool import Pool, supersedes
 from llamaslot.store import Snapshot
@@ -44,7 +44,7 @@ def hold(pool: Pool, slot: int, tokens: bytes, now: float = 0.0, **more: object)
 
 
 def plan(slot: int, *steps: Save) -> Plan:
-    return Plan(slot, steps, Source.COLD, 0, cost_s=2.0)
+    return Plan(slot, steps, Source.COLD, 0, cost=Cost(prefill_s=2.0))
 
 
 # -- leases --------------------------------------------------------------------------------------------------------

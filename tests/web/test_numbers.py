@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,20 @@ async def test_counters_tell_the_same(tmp_path: Path) -> None:
     assert metrics['llamaslot_reused_tokens_total{source="resident"}'] == 600
     assert metrics["llamaslot_prompt_tokens_total"] == 1500
     assert metrics['llamaslot_placed_total{source="cold"}'] == 1
+
+
+async def test_the_journal_tells_decisions_and_no_texts(tmp_path: Path) -> None:
+    """The newest first, as many as are asked for, and nothing of what was said."""
+    async with served(tmp_path) as it:
+        for seed in (1, 2, 3):
+            await it.ask(letters(seed, 300))
+        async with it.session.get(f"{it.url}/llamaslot/journal?n=2") as response:
+            assert response.status == 200
+            text = await response.text()
+        decisions = json.loads(text)["decisions"]
+        assert [decision["n_tokens"] for decision in decisions] == [300, 300]
+        assert decisions[0]["at"] >= decisions[1]["at"]
+        assert [decision["n_reused"] for decision in decisions] == [0, 0]
+        assert letters(3, 300)[:20] not in text
+        async with it.session.get(f"{it.url}/llamaslot/journal?n=-1") as response:
+            assert response.status == 400

@@ -8,7 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from llamaslot.core.slots import Erase, Job, Plan, PrefillTo, Restore, Save, Source, State, Step, Wait
+from llamaslot.core.slots import (
+    Cost,
+    Erase,
+    Job,
+    Place,
+    Plan,
+    PrefillTo,
+    Restore,
+    Save,
+    Source,
+    State,
+    Step,
+    Wait,
+)
 
 PrefillSeconds = Callable[[int, int], float]
 _FEW_TOKENS = 64  # a boundary so near to what is there already is not worth a step of its own
@@ -78,6 +91,7 @@ class _Choice:
     cost_s: float
     wait_s: float
     is_loss: bool  # what the slot holds is lost to its owner, or must be restored for him
+    is_match: bool = False  # the slot is gone on from: nothing is lost
     snapshot: SnapshotView | None = None
 
 
@@ -90,18 +104,46 @@ def place(job: Job, view: PoolView, rules: Rules) -> Plan | Wait:
     choices = list(_choices(job, view, rules))
     if not choices:
         return Wait()
-    best = min(choices, key=lambda choice: _sort_key(choice, job, rules))
+
+    def key(choice: _Choice) -> tuple[bool, int, float]:
+        return _sort_key(choice, job, rules)
+
+    best = min(choices, key=key)
+    chosen = _place(best, job, view)
     if best.wait_s > 0:
         is_busy = best.slot.state not in _TAKEABLE or best.slot.id in view.reserved
-        return Wait(best.slot.id if is_busy else None, best.wait_s)
+        instead = min((other for other in choices if other.wait_s == 0), key=key, default=None)
+        return Wait(
+            best.slot.id if is_busy else None,
+            best.wait_s,
+            chosen,
+            _place(instead, job, view) if instead else None,
+        )
+    others = [other for other in choices if other.slot is not best.slot]
+    others = others or [other for other in choices if other.source is not best.source]
+    second = min(others, key=key, default=None)
     return Plan(
         slot=best.slot.id,
         steps=tuple(_steps(job, best, view, rules)),
         source=best.source,
         n_reused=best.n_reused,
-        cost_s=best.cost_s,
-        snapshot=best.snapshot.id if best.snapshot else None,
+        cost=chosen.cost,
+        snapshot=chosen.snapshot,
+        next_best=_place(second, job, view) if second else None,
     )
+
+
+def _place(choice: _Choice, job: Job, view: PoolView) -> Place:
+    """The terms that ``choice.cost_s`` is the sum of. Not kept with each choice: a burst of jobs makes thousands."""
+    slot, snapshot = choice.slot, choice.snapshot
+    cost = Cost(
+        wait_s=choice.wait_s,
+        save_s=0.0 if choice.is_match else slot.save_s,
+        regret_s=0.0 if choice.is_match else slot.regret_s,
+        restore_s=snapshot.restore_s if snapshot else 0.0,
+        prefill_s=view.prefill_s(choice.n_reused, job.n_tokens),
+    )
+    return Place(slot.id, choice.source, choice.n_reused, cost, snapshot.id if snapshot else None)
 
 
 def is_similar(slot: SlotView, rules: Rules) -> bool:
@@ -126,11 +168,11 @@ def _choices(job: Job, view: PoolView, rules: Rules) -> Iterator[_Choice]:
             if is_match:
                 cost = slot.wait_s + view.prefill_s(slot.n_usable, n)
                 wait = max(slot.wait_s, _TIE_S)
-                yield _Choice(slot, Source.RESIDENT, slot.n_usable, cost, wait, is_loss=False)
+                yield _Choice(slot, Source.RESIDENT, slot.n_usable, cost, wait, is_loss=False, is_match=True)
             continue
         if is_match:
             rest_s = view.prefill_s(slot.n_usable, n)
-            yield _Choice(slot, Source.RESIDENT, slot.n_usable, rest_s, 0.0, is_loss=False)
+            yield _Choice(slot, Source.RESIDENT, slot.n_usable, rest_s, 0.0, is_loss=False, is_match=True)
         loss_s = slot.save_s + slot.regret_s
         is_loss = slot.regret_s > 0 and slot.n_tokens >= rules.small_prompt_tokens
         kept = 0 if job.is_fresh or slot.state is State.SUSPECT else slot.n_usable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from llamaslot.core.tokens import count, head
 
@@ -185,21 +185,62 @@ class Source(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """What a place costs, in seconds: ``wait_s`` until it can be had, ``save_s`` and ``regret_s`` for what is lost
+    there, ``restore_s`` and ``prefill_s`` until the first token of the job's answer."""
+
+    wait_s: float = 0.0
+    save_s: float = 0.0
+    regret_s: float = 0.0
+    restore_s: float = 0.0
+    prefill_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return self.wait_s + self.regret_s + self.steps_s
+
+    @property
+    def steps_s(self) -> float:
+        """Until the answer begins, once the slot is leased."""
+        return self.save_s + self.restore_s + self.prefill_s
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a job could run: a slot, and what its prompt would go on from there."""
+
+    slot: int
+    source: Source
+    n_reused: int
+    cost: Cost = Cost()
+    snapshot: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """What a job will do: the slot, the steps before its own request, and what is expected to be reused."""
+    """What a job will do: the slot, the steps before its own request, and what is expected to be reused.
+
+    ``next_best``: the cheapest place in any other slot, or from another source where there is but one slot.
+    """
 
     slot: int
     steps: tuple[Step, ...]
     source: Source
     n_reused: int
-    cost_s: float = 0.0
+    cost: Cost = Cost()
     snapshot: str | None = None
+    next_best: Place | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
     """Nothing yet. With ``slot``: for that one only, which later jobs then leave alone. ``for_s``: until a look
-    again is worth it."""
+    again is worth it.
+
+    ``place`` is what is waited for, and ``instead`` the cheapest of those that could be had at once.
+    """
 
     slot: int | None = None
     for_s: float | None = None
+    place: Place | None = field(default=None, compare=False)
+    instead: Place | None = field(default=None, compare=False)

@@ -45,6 +45,7 @@ class Lease:
         self.is_released = False
         self.n_expected = 0  # tokens that the server should find in the slot when the steps are through
         self.is_going_back = False  # and whether it has to drop others behind them
+        self.note = scheduler.note(job)  # in the journal
         self.held = ExitStack()  # what else is given back with the slot: the pin of a snapshot
         self.leaving = None
         if plan is not None and plan.snapshot is not None:

@@ -221,7 +221,7 @@ class Pool:
         waits for the commit instead of computing it again.
         """
         old = slot.content
-        cost_s = plan.cost_s if plan else self.save_s(old)
+        steps_s = plan.cost.steps_s if plan else self.save_s(old)
         leaving = None
         if plan is not None and any(isinstance(step, Save) for step in plan.steps):
             leaving = Leaving(f"leaving-{next(self._serial)}", old, now + self.save_s(old))
@@ -230,7 +230,7 @@ class Pool:
         slot.become(Event.LEASE)
         slot.leased_by = job.id
         will_hold = job.tokens if plan is not None else old.tokens
-        self._busy[slot.id] = Busy(now + cost_s, has_answer, will_hold)
+        self._busy[slot.id] = Busy(now + steps_s, has_answer, will_hold)
         self._index(slot, will_hold)
         return leaving
 

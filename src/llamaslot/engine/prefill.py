@@ -16,6 +16,7 @@ from llamaslot.engine.lease import Lease, Report
 from llamaslot.errors import UpstreamError
 from llamaslot.llama.api import LlamaServer
 from llamaslot.llama.sse import Earlier
+from llamaslot.observe.journal import Act
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,9 @@ class Prefills:
                 started = self.now()
                 n_reused = await self._prefill_to(lease, stop.n_tokens, report)
                 n_first = n_reused if n_first is None else n_first
-                seconds += self.now() - started
+                took_s = self.now() - started
+                lease.note.acted(lease.slot_id, Act("prefill", took_s, True, stop.n_tokens - n_reused))
+                seconds += took_s
         return Earlier(n_first or 0, stops[-1].n_tokens, seconds)
 
     async def _prefill_to(self, lease: Lease, n_tokens: int, report: Report) -> int:

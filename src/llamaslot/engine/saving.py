@@ -12,6 +12,7 @@ from llamaslot.engine.pool import content_of, supersedes
 from llamaslot.engine.probes import UNIFIED
 from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
 from llamaslot.llama.api import LlamaServer
+from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import Metrics
 from llamaslot.store import Catalog, QuotaExceeded, Snapshot
 from llamaslot.tasks import TaskOwner
@@ -73,7 +74,7 @@ class Saving:
             )
         except (LlamaslotError, OSError) as error:
             await self.catalog.abandon(draft)
-            self._not_saved(lease, error)
+            self._not_saved(lease, error, self.now() - started)
             if isinstance(error, OtherConversation):
                 lease.content = None  # a full disk, by contrast, says nothing about the slot
             return None
@@ -82,6 +83,9 @@ class Saving:
         self.rates.save.observe(snapshot.size_bytes, result.seconds or seconds)
         self.rates.size.observe(result.n_tokens, snapshot.size_bytes)
         self.metrics.saved(snapshot.size_bytes, seconds)
+        lease.note.acted(
+            lease.slot_id, Act("save", seconds, True, result.n_tokens, snapshot.size_bytes, snapshot.id)
+        )
         if snapshot.id in self.catalog.snapshots:
             lease.pool.add_snapshot(snapshot)
             current = lease.scheduler.pool
@@ -112,7 +116,8 @@ class Saving:
         if self._n_emptied == _MANY_EMPTIED:
             log.warning(UNIFIED)
 
-    def _not_saved(self, lease: Lease, error: Exception) -> None:
+    def _not_saved(self, lease: Lease, error: Exception, seconds: float = 0.0) -> None:
+        lease.note.acted(lease.slot_id, Act("save", seconds, is_done=False))
         if lease.leaving is not None:
             lease.pool.left(lease.leaving)
         log.warning("slot %d was not saved: %s", lease.slot_id, error)

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from llamaslot.core.policy import Rules, place
 from llamaslot.core.slots import Job, Plan, PrefillTo, Slot, State, Wait
 from llamaslot.engine.lease import Lease
+from llamaslot.engine.notes import Note
 from llamaslot.engine.pool import Pool
 from llamaslot.errors import BackendDown, BackendRestarted, QueueFull
+from llamaslot.observe.journal import Journal
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ class QueueLimits:
 class _Waiting:
     job: Job
     granted: asyncio.Future[Lease]
+    note: Note
 
 
 class Scheduler:
@@ -40,6 +43,7 @@ class Scheduler:
 
     def __init__(self, rules: Rules, limits: QueueLimits, now: Callable[[], float]) -> None:
         self.rules, self.limits, self.now = rules, limits, now
+        self.journal = Journal()
         self.pool: Pool | None = None
         self.leases: set[Lease] = set()
         self.on_drain: Callable[[Lease], None] = lambda lease: None
@@ -68,6 +72,10 @@ class Scheduler:
         is_wanted = self._queue or any(not lease.is_own for lease in self.leases)
         return 0.0 if is_wanted else self.now() - self._used_at
 
+    def note(self, job: Job) -> Note:
+        """A place in the journal for what becomes of ``job``."""
+        return Note(self.journal, job, self.now)
+
     # -- life of the pool ----------------------------------------------------------------------------------------
 
     def attach(self, pool: Pool) -> None:
@@ -93,7 +101,7 @@ class Scheduler:
         """
         if self._down is not None:
             raise self._down
-        waiting = _Waiting(job, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(job, asyncio.get_running_loop().create_future(), self.note(job))
         self._queue.append(waiting)
         try:
             self.dispatch()
@@ -115,6 +123,7 @@ class Scheduler:
             raise
         finally:
             waiting.granted.cancel()
+            waiting.note.ended()
             if waiting in self._queue:
                 self._queue.remove(waiting)
                 self.dispatch()  # what it had reserved is free for others
@@ -169,6 +178,7 @@ class Scheduler:
             now = self.now()
             decision = place(job, self.pool.view(job, now, frozenset(reserved)), self.rules)
             if isinstance(decision, Wait):
+                waiting.note.waits(decision)
                 if decision.slot is not None:
                     reserved.add(decision.slot)
                 if decision.for_s is None:
@@ -184,6 +194,8 @@ class Scheduler:
                 self.pool.drop_snapshot(decision.snapshot)
                 look_again_s = 0.0
                 continue
+            lease.note = waiting.note
+            lease.note.placed(decision)
             if job.is_exclusive:
                 self._turn = job
             self.leases.add(lease)

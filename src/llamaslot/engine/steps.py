@@ -20,6 +20,7 @@ from llamaslot.engine.saving import Saving
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError
 from llamaslot.llama.api import LlamaServer
 from llamaslot.llama.sse import Earlier
+from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import Metrics
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
@@ -62,7 +63,6 @@ class Steps:
         and the slot given back after it; a prefill is closed and its slot drains.
         """
         assert lease.plan is not None
-        log.debug("%r: %r", lease.job, lease.plan)
         prefills: list[PrefillTo] = []
         for step in lease.plan.steps:
             match step:
@@ -151,6 +151,7 @@ class Steps:
         except (LlamaslotError, KeyError, OSError) as error:
             log.warning("snapshot %s was not restored: %s", snapshot_id, error)
             lease.pool.drop_snapshot(snapshot_id)  # not offered again to this server; the file stays
+            lease.note.acted(lease.slot_id, Act("restore", 0.0, is_done=False, snapshot=snapshot_id))
             return False
         seconds = self.now() - started
         if (await self.api.props()).boot_id != self.boot_id:
@@ -158,7 +159,12 @@ class Steps:
             raise BackendRestarted("llama-server has restarted")
         self.rates.restore.observe(snapshot.size_bytes, result.seconds or seconds)
         self.metrics.restored(snapshot.size_bytes, seconds)
-        if result.n_tokens != count(snapshot.tokens):
+        is_whole = result.n_tokens == count(snapshot.tokens)
+        lease.note.acted(
+            lease.slot_id,
+            Act("restore", seconds, is_whole, result.n_tokens, snapshot.size_bytes, snapshot.id),
+        )
+        if not is_whole:
             lease.content = None
             log.warning("snapshot %s: %d tokens restored", snapshot_id, result.n_tokens)
             return False
@@ -182,6 +188,7 @@ class Steps:
         if n_reused is not None and lease.job.tokens:
             source = lease.plan.source if n_reused else Source.COLD
             self.metrics.reused(source.value, n_reused, lease.job.n_tokens)
+            lease.note.reused(lease.n_expected, n_reused)
             if n_reused < lease.n_expected:
                 self._was_wrong(lease, n_reused)
         found = n_found if n_found is not None else 0

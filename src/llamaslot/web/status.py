@@ -1,4 +1,4 @@
-"""llamaslot about itself: ``/health``, ``/llamaslot/status``, ``/llamaslot/metrics``."""
+"""llamaslot about itself: ``/health``, and what is below ``/llamaslot/``: status, metrics, journal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from aiohttp import web
 
 from llamaslot import __version__
 from llamaslot.engine.backend import Backend, Health
-from llamaslot.errors import NotFound
+from llamaslot.errors import BadRequest, NotFound
+from llamaslot.observe.journal import KEPT
 
 
 class Status:
@@ -21,9 +22,12 @@ class Status:
                 return web.json_response(self.status())
             case "/llamaslot/metrics":
                 return self._metrics()
+            case "/llamaslot/journal":
+                return web.json_response(self.journal(request.query.get("n", "100")))
             case _:
                 raise NotFound(
-                    f"there is no {request.path}; there are /llamaslot/status and /llamaslot/metrics"
+                    f"there is no {request.path}; there are /llamaslot/status, /llamaslot/metrics and"
+                    " /llamaslot/journal"
                 )
 
     def health(self) -> web.Response:
@@ -65,6 +69,13 @@ class Status:
             },
             "queue": backend.scheduler.n_waiting,
         }
+
+    def journal(self, n: str) -> dict[str, Any]:
+        """The last ``n`` decisions, the newest first. Raises BadRequest when ``n`` is no number."""
+        if not (n.isascii() and n.isdigit()):
+            raise BadRequest(f"n={n}: how many decisions of the last {KEPT}")
+        latest = self._backend.scheduler.journal.latest(min(int(n), KEPT))
+        return {"decisions": [decision.to_json() for decision in latest]}
 
     def _metrics(self) -> web.Response:
         metrics, backend = self._backend.metrics, self._backend

@@ -1,0 +1,169 @@
+"""The last decisions and their reasons: where a request went and what else it could have done, what was waited for,
+what was saved. Numbers and names only: never a token or a text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+KEPT = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A place that was looked at. ``terms``: estimated seconds by what they are spent on, those that are 0 left out."""
+
+    slot: int
+    source: str
+    n_reused: int
+    snapshot: str | None
+    terms: dict[str, float]
+
+    @property
+    def cost_s(self) -> float:
+        return sum(self.terms.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {"cost_s": self.cost_s, **dataclasses.asdict(self)}
+
+
+@dataclass(slots=True)
+class Waited:
+    """A time in which a job waited for something cheaper than what could be had at once.
+
+    ``expected_s`` by estimate; ``seconds`` in truth, None until it is over.
+    """
+
+    what: Option
+    instead: Option | None
+    expected_s: float
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """A step that was taken. ``n_tokens``: saved, restored or computed; ``waited_s``: for its turn."""
+
+    step: str
+    seconds: float
+    is_done: bool
+    n_tokens: int = 0
+    size_bytes: int = 0
+    snapshot: str | None = None
+    waited_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Decision:
+    """One request from its place to its answer, or one save of llamaslot's own.
+
+    ``at`` is in seconds since 1970. ``queued_s``: how long it waited for its slot, in all. ``n_expected``: tokens that
+    were expected to be reused when the steps were through; ``n_reused``: those that were, None until that is known.
+    """
+
+    id: str
+    at: float
+    n_tokens: int
+    chosen: Option | None = None
+    next_best: Option | None = None
+    slot: int | None = None
+    queued_s: float = 0.0
+    n_expected: int | None = None
+    n_reused: int | None = None
+    waits: list[Waited] = field(default_factory=list)
+    acts: list[Act] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        waits = [
+            {
+                "what": wait.what.to_json(),
+                "instead": wait.instead.to_json() if wait.instead else None,
+                "expected_s": wait.expected_s,
+                "seconds": wait.seconds,
+            }
+            for wait in self.waits
+        ]
+        return {
+            "id": self.id,
+            "at": self.at,
+            "n_tokens": self.n_tokens,
+            "slot": self.slot,
+            "chosen": self.chosen.to_json() if self.chosen else None,
+            "next_best": self.next_best.to_json() if self.next_best else None,
+            "queued_s": self.queued_s,
+            "n_expected": self.n_expected,
+            "n_reused": self.n_reused,
+            "waits": waits,
+            "acts": [dataclasses.asdict(act) for act in self.acts],
+            "text": explain(self),
+        }
+
+
+class Journal:
+    """The last ``KEPT`` decisions. ``clock`` tells the time of day."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._decisions: deque[Decision] = deque(maxlen=KEPT)
+
+    def begin(self, id_: str, n_tokens: int) -> Decision:
+        """A new entry; whoever gets it fills it in."""
+        decision = Decision(id_, self._clock(), n_tokens)
+        self._decisions.append(decision)
+        return decision
+
+    def latest(self, n: int = KEPT) -> Iterator[Decision]:
+        """The newest first."""
+        return islice(reversed(self._decisions), n)
+
+    def __len__(self) -> int:
+        return len(self._decisions)
+
+
+def explain(decision: Decision) -> str:
+    """The decision as it stands, in one line from its numbers."""
+    who = f"{decision.id} {decision.n_tokens:,} tok"
+    if decision.chosen is not None:
+        text = f"{who} -> {_reuse(decision.chosen)}; cost {_sum(decision.chosen)}"
+        if decision.next_best is not None:
+            text += f"; next best {_name(decision.next_best)} {_seconds(decision.next_best.cost_s)} s"
+        return text + (f"; waited {_seconds(decision.queued_s)} s" if decision.waits else "")
+    if decision.waits:
+        wait = decision.waits[-1]
+        text = f"{who} waits for {_reuse(wait.what)}; cost {_sum(wait.what)}"
+        if wait.instead is not None:
+            text += f"; at once it is {_name(wait.instead)} {_sum(wait.instead)}"
+        return text
+    return f"{who} in slot {decision.slot}: " + ", ".join(map(_act, decision.acts))
+
+
+def _name(option: Option) -> str:
+    source = f"from snapshot {option.snapshot}" if option.snapshot else option.source
+    return f"slot {option.slot} {source}"
+
+
+def _reuse(option: Option) -> str:
+    return f"{_name(option)}: {option.n_reused:,} reused"
+
+
+def _sum(option: Option) -> str:
+    terms = " + ".join(f"{name} {_seconds(seconds)}" for name, seconds in option.terms.items())
+    return f"{_seconds(option.cost_s)} s" + (f" = {terms}" if terms else "")
+
+
+def _act(act: Act) -> str:
+    text = act.step + (f" {act.snapshot}" if act.snapshot else "") + ("" if act.is_done else " failed")
+    if act.size_bytes:
+        text += f", {act.size_bytes / 1e6:,.1f} MB"
+    text += f" in {_seconds(act.seconds)} s"
+    return text + (f" after waiting {_seconds(act.waited_s)} s" if act.waited_s >= 0.01 else "")
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f}" if seconds >= 1 else f"{seconds:.2g}"
