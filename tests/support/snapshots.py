@@ -119,8 +119,8 @@ class Shelter:
         return self.names()
 
     def names(self) -> set[str]:
-        """Everything in the directory but the lock."""
-        return {entry.name for entry in self.directory.iterdir()} - {".llamaslot.lock"}
+        """Everything in the directory but the lock and the hits."""
+        return {entry.name for entry in self.directory.iterdir()} - {".llamaslot.lock", ".llamaslot.hits"}
 
     def bytes_on_disk(self) -> int:
         """What counts for the quota: the real sizes of our .kv and .part files."""

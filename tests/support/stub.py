@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection,
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+from llamaslot.core.slots import Kind
 from llamaslot.core.tokens import common, count, head
 from llamaslot.errors import BackendDown, SlotActionFailed, SnapshotInvalid, UpstreamError
 from llamaslot.llama.api import Progress, Props, SlotAction, SlotInfo
@@ -338,6 +339,8 @@ class StubCatalog:
         fingerprint: str,
         checkpoints: tuple[int, ...],
         source: str,
+        kind: Kind = Kind.LEAF,
+        is_pinned: bool = False,
     ) -> Snapshot:
         await self.server.op("commit", None)
         tokens = self.server.files.pop(draft.part_name)
@@ -345,7 +348,9 @@ class StubCatalog:
         if not tokens or not tokens.startswith(tokens_expected):
             raise SnapshotInvalid("holds another conversation")
         self.server.files[f"{draft.id}.kv"] = tokens
-        snapshot = Snapshot(draft.id, tokens, n_written, fingerprint, 0.0, checkpoints, source)
+        snapshot = Snapshot(
+            draft.id, tokens, n_written, fingerprint, 0.0, checkpoints, source, kind, is_pinned
+        )
         self.snapshots[draft.id] = snapshot
         return snapshot
 

@@ -164,6 +164,8 @@ async def test_a_sidecar_holds_no_tokens_and_is_closed_to_others(shelter: Shelte
         "checkpoints": [12],
         "source": "victim",
         "boot": None,
+        "kind": "leaf",
+        "is_pinned": False,
     }
     mode = os.stat(shelter.directory / f"{snapshot.id}.json").st_mode
     assert stat.S_IMODE(mode) == 0o660

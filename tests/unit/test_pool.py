@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import Rules, place
 from llamaslot.core.reuse import Memory
-from llamaslot.core.slots import NOTHING, Content, Cost, Event, Job, Plan, Save, Slot, Source, State, Wait
+from llamaslot.core.slots import (
+    NOTHING,
+    Content,
+    Cost,
+    Event,
+    Job,
+    Kind,
+    Plan,
+    Save,
+    Slot,
+    Source,
+    State,
+    Wait,
+)
 from llamaslot.core.tokens import head, pack
 from llamaslot.engine.pool import Pool, supersedes
 from llamaslot.store import Snapshot
@@ -29,8 +43,8 @@ def make(n_slots: int = 2, *, can_save: bool = True, memory: Memory = Memory.DEN
     return pool
 
 
-def snapshot(id_: str, tokens: bytes, checkpoints: tuple[int, ...] = ()) -> Snapshot:
-    return Snapshot(id_, tokens, len(tokens) * 25, "model", 0.0, checkpoints, "test")
+def snapshot(id_: str, tokens: bytes, checkpoints: tuple[int, ...] = (), **more: Any) -> Snapshot:
+    return Snapshot(id_, tokens, len(tokens) * 25, "model", 0.0, checkpoints, "test", **more)
 
 
 def hold(pool: Pool, slot: int, tokens: bytes, now: float = 0.0, **more: object) -> Slot:
@@ -250,11 +264,18 @@ def test_agreeing_with_the_catalog() -> None:
 
 def test_a_newer_snapshot_of_the_conversation_supersedes() -> None:
     """Also when the two part inside the last answer; not when it is shorter, nor another conversation."""
-    assert supersedes(A + B, A, 0.85)
-    assert supersedes(head(A, 1800) + B, A, 0.85)
-    assert not supersedes(head(A, 1600) + B, A, 0.85)
-    assert not supersedes(head(A, 1999), A, 0.85)
-    assert not supersedes(B, A, 0.85)
+    old = snapshot("old", A)
+    assert supersedes(snapshot("new", A + B), old, 0.85)
+    assert supersedes(snapshot("new", head(A, 1800) + B), old, 0.85)
+    assert not supersedes(snapshot("new", head(A, 1600) + B), old, 0.85)
+    assert not supersedes(snapshot("new", head(A, 1999)), old, 0.85)
+    assert not supersedes(snapshot("new", B), old, 0.85)
+
+
+@pytest.mark.parametrize("special", [{"kind": Kind.TRUNK}, {"is_pinned": True}])
+def test_trunks_and_pinned_snapshots_are_never_superseded(special: dict[str, Any]) -> None:
+    """They are there for conversations that have not begun."""
+    assert not supersedes(snapshot("new", A + B), snapshot("old", A, **special), 0.85)
 
 
 # -- worth ---------------------------------------------------------------------------------------------------------

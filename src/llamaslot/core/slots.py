@@ -37,6 +37,14 @@ NEXT: dict[tuple[State, Event], State] = {
     (State.DRAINING, Event.FAIL): State.SUSPECT,
 }
 
+
+class Kind(enum.StrEnum):
+    """What a snapshot is cut for."""
+
+    LEAF = "leaf"  # a conversation, as far as it has gone
+    TRUNK = "trunk"  # exactly what several conversations begin with
+
+
 IDLE = frozenset({State.FREE, State.HOT, State.SUSPECT})
 
 

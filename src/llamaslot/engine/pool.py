@@ -14,7 +14,7 @@ from llamaslot.core.cost import Rates
 from llamaslot.core.policy import PoolView, Rules, SlotView, SnapshotView, weight
 from llamaslot.core.prefix import PrefixIndex
 from llamaslot.core.reuse import Memory, usable
-from llamaslot.core.slots import NOTHING, Content, Event, Job, Plan, Save, Slot, State
+from llamaslot.core.slots import NOTHING, Content, Event, Job, Kind, Plan, Save, Slot, State
 from llamaslot.core.tokens import common, count
 from llamaslot.store import Snapshot
 
@@ -303,9 +303,11 @@ class Pool:
         assert set(self._snapshots.holders()) == {*self._known, *self._leaving}, "snapshots are indexed"
 
 
-def supersedes(new: bytes, old: bytes, similarity_min: float) -> bool:
-    """Whether a snapshot of ``new`` makes one of ``old``, from the same conversation, needless.
+def supersedes(new: Snapshot, old: Snapshot, similarity_min: float) -> bool:
+    """Whether ``new`` makes ``old``, from the same conversation, needless: never a trunk, nor one that is pinned.
 
     Not a strict prefix only: the answer in ``old`` comes back re-tokenized, so the two part somewhere inside it.
     """
-    return count(new) >= count(old) and common(new, old) >= similarity_min * count(old)
+    if old.kind is not Kind.LEAF or old.is_pinned or new.n_tokens < old.n_tokens:
+        return False
+    return common(new.tokens, old.tokens) >= similarity_min * old.n_tokens

@@ -95,7 +95,7 @@ class Saving:
             lease.pool.left(lease.leaving)
         old = lease.pool.snapshot(content.snapshot) if content.snapshot else None
         lease.content = content_of(snapshot)
-        if old is not None and supersedes(snapshot.tokens, old.tokens, lease.pool.rules.similarity_min):
+        if old is not None and supersedes(snapshot, old, lease.pool.rules.similarity_min):
             self.tasks.spawn(self.catalog.drop(old.id), f"drop superseded {old.id}")
         lease.scheduler.dispatch()
         return snapshot

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from llamaslot.core.slots import Kind
 from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
 from llamaslot.store import scan, sidecar
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
@@ -98,6 +99,10 @@ class Catalog:
         """When the snapshot was last used, in seconds of ``now``. Raises KeyError."""
         return self._shelf.last_used[id]
 
+    def n_hits(self, id: str) -> int:  # noqa: A002
+        """How often the snapshot was asked for, restarts included. Raises KeyError."""
+        return self._shelf.n_hits[id]
+
     async def open(self) -> list[Snapshot]:
         """Lock, scan, repair, enforce the quota; the snapshots that are whole.
 
@@ -117,11 +122,12 @@ class Catalog:
 
     async def _open(self) -> list[Snapshot]:
         try:
+            hits = await asyncio.to_thread(self._upkeep.hits.load)
             found = await scan.scan(self.directory)
         except OSError as error:
             raise DirectoryUnusable(f"{self.directory} cannot be read: {error.strerror or error}") from error
         for snapshot in found.snapshots:
-            self._list(snapshot, found.last_used[snapshot.id])
+            self._list(snapshot, found.last_used[snapshot.id], hits.get(snapshot.id, 0))
         for id_, size in found.leftovers.items():
             self._room.leave(id_, size)
         for fault in found.faults:
@@ -222,6 +228,8 @@ class Catalog:
         fingerprint: str,
         checkpoints: tuple[int, ...],
         source: str,
+        kind: Kind = Kind.LEAF,
+        is_pinned: bool = False,
     ) -> Snapshot:
         """Make the saved part file a snapshot if it is what it should be.
 
@@ -242,6 +250,8 @@ class Catalog:
             checkpoints=checkpoints,
             source=source,
             boot=sidecar.boot_id(),
+            kind=kind,
+            is_pinned=is_pinned,
         )
         held.commit = self._tasks.spawn(self._commit(held, noted, tokens_expected), f"commit {draft.id}")
         outcome = await asyncio.shield(held.commit)
@@ -321,9 +331,9 @@ class Catalog:
             self._remove(condemned)
 
     def touch(self, id: str) -> None:  # noqa: A002
-        """Used now. One that is gone is passed over. The sidecar is dated a moment later, several at once."""
+        """A hit: asked for now. One that is gone is passed over. Noted on disk a moment later, several at once."""
         if id in self.snapshots:
-            self._shelf.last_used[id] = self._now()
+            self._shelf.hit(id, self._now())
             self._upkeep.date(id)
 
     async def verify(self, id: str) -> Snapshot:  # noqa: A002
@@ -338,13 +348,7 @@ class Catalog:
             raise SnapshotInvalid(f"{id}: is gone") from None
         with pin as snapshot:
             try:
-                file = await read_slot_file(self.directory / snapshot.file_name)
-                if file.size_bytes != snapshot.size_bytes:
-                    raise SnapshotInvalid(
-                        f"{id}: has {file.size_bytes} bytes, {snapshot.size_bytes} were written"
-                    )
-                if file.tokens != snapshot.tokens:
-                    raise SnapshotInvalid(f"{id}: holds other tokens than when it was saved")
+                await scan.agree_still(self.directory, snapshot)
             except SnapshotInvalid as error:
                 if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _SHORTAGES):
                     log.warning("snapshot dropped: %s", error)
@@ -364,8 +368,8 @@ class Catalog:
 
     # -- in one breath --------------------------------------------------------------------------------------------
 
-    def _list(self, snapshot: Snapshot, last_used: float) -> None:
-        self._shelf.add(snapshot, last_used)
+    def _list(self, snapshot: Snapshot, last_used: float, n_hits: int = 0) -> None:
+        self._shelf.add(snapshot, last_used, n_hits)
         self._room.committed += snapshot.size_bytes
 
     def _take(self, id_: str) -> Snapshot:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import sidecar
-from llamaslot.store.directory import LOCK_NAME
+from llamaslot.store.directory import HITS_NAME, LOCK_NAME
 from llamaslot.store.header import SlotFile, read_slot_file
 from llamaslot.store.sidecar import JSON, KV, NEW, PART, PROBE, Noted, Snapshot
 
@@ -62,6 +62,8 @@ def list_own(directory: Path) -> Listing:
         for entry in entries:
             if entry.name == LOCK_NAME:
                 has_lock = True
+            elif entry.name in (HITS_NAME, HITS_NAME + ".new"):
+                continue
             elif (own := sidecar.own_name(entry.name)) is not None and entry.is_file(follow_symlinks=False):
                 suffixes.setdefault(own[0], set()).add(own[1])
             else:
@@ -116,6 +118,17 @@ def agree(noted: Noted, file: SlotFile) -> None:
         raise SnapshotInvalid(f"{name}: holds media, which tokens alone do not identify")
     if file.n_tokens != noted.n_tokens:
         raise SnapshotInvalid(f"{name}: holds {file.n_tokens} tokens, {noted.n_tokens} were saved")
+
+
+async def agree_still(directory: Path, snapshot: Snapshot) -> None:
+    """Raises SnapshotInvalid unless the file is still the one that was listed."""
+    file = await read_slot_file(directory / snapshot.file_name)
+    if file.size_bytes != snapshot.size_bytes:
+        raise SnapshotInvalid(
+            f"{snapshot.id}: has {file.size_bytes} bytes, {snapshot.size_bytes} were written"
+        )
+    if file.tokens != snapshot.tokens:
+        raise SnapshotInvalid(f"{snapshot.id}: holds other tokens than when it was saved")
 
 
 async def scan(directory: Path) -> Found:

@@ -31,24 +31,32 @@ class Pin(AbstractContextManager[Snapshot]):
 class Shelf:
     """``snapshots`` can be found, pinned and restored; ``condemned`` ones are dropped but still pinned.
 
-    ``last_used`` is in seconds, by id of what is listed. ``fingerprint`` is the one that is valid now, if it is known.
+    ``last_used`` is in seconds, ``n_hits`` is how often it was asked for, both by id of what is listed. ``fingerprint``
+    is the one that is valid now, if it is known.
     """
 
     def __init__(self) -> None:
         self.snapshots: dict[str, Snapshot] = {}
         self.last_used: dict[str, float] = {}
+        self.n_hits: dict[str, int] = {}
         self.condemned: dict[str, Snapshot] = {}
         self.fingerprint: str | None = None
         self._pins: Counter[str] = Counter()
 
-    def add(self, snapshot: Snapshot, last_used: float) -> None:
+    def add(self, snapshot: Snapshot, last_used: float, n_hits: int = 0) -> None:
         self.snapshots[snapshot.id] = snapshot
         self.last_used[snapshot.id] = last_used
+        self.n_hits[snapshot.id] = n_hits
+
+    def hit(self, id_: str, now: float) -> None:
+        """Asked for now. Raises KeyError for what is not listed."""
+        self.n_hits[id_] += 1
+        self.last_used[id_] = now
 
     def take(self, id_: str) -> bool:
         """No longer listed. True if its files may go at once; False if a pin holds them until ``unpin`` says so."""
         snapshot = self.snapshots.pop(id_)
-        del self.last_used[id_]
+        del self.last_used[id_], self.n_hits[id_]
         if self._pins[id_]:
             self.condemned[id_] = snapshot
             return False
@@ -69,17 +77,24 @@ class Shelf:
         return self.condemned.pop(id_, None)
 
     def victims(self, short: int, keep: Collection[str]) -> list[Snapshot]:
-        """Who goes for ``short`` bytes; together they may have less. Neither pinned ones nor ``keep``."""
+        """Who goes for ``short`` bytes; together they may have less. Neither ``keep`` nor what is held.
+
+        A pin in its sidecar holds a snapshot as long as it is of use: not once another model is served.
+        """
         victims: list[Snapshot] = []
         if short <= 0:
             return victims
         for snapshot in sorted(self.snapshots.values(), key=self.eviction_key):
-            if not self._pins[snapshot.id] and snapshot.id not in keep:
+            if not self._is_held(snapshot) and snapshot.id not in keep:
                 victims.append(snapshot)
                 short -= snapshot.size_bytes
                 if short <= 0:
                     break
         return victims
+
+    def _is_held(self, snapshot: Snapshot) -> bool:
+        is_other = self.fingerprint is not None and snapshot.fingerprint != self.fingerprint
+        return snapshot.id in self._pins or (snapshot.is_pinned and not is_other)
 
     def eviction_key(self, snapshot: Snapshot) -> tuple[bool, float, str]:
         """Smallest goes first: what another fingerprint made, then what was used longest ago."""
@@ -93,6 +108,7 @@ class Shelf:
     def check(self) -> None:
         """Raises AssertionError naming the invariant."""
         assert self.last_used.keys() == self.snapshots.keys(), "last_used and snapshots differ"
+        assert self.n_hits.keys() == self.snapshots.keys(), "n_hits and snapshots differ"
         assert self.condemned.keys() <= self._pins.keys(), "condemned without a pin"
         assert not self.snapshots.keys() & self.condemned.keys(), "listed and condemned"
         assert all(n > 0 for n in self._pins.values()), "pins that hold nothing"

@@ -24,6 +24,7 @@ from typing import Any
 
 import orjson
 
+from llamaslot.core.slots import Kind
 from llamaslot.errors import SnapshotInvalid
 
 VERSION = 1
@@ -37,7 +38,8 @@ class Snapshot:
     """A saved slot that is whole.
 
     ``tokens`` are bytes of little-endian int32; ``created_at`` is in seconds since the epoch; ``checkpoints`` are the
-    token counts to which a model that cannot rewind can return; ``source`` says what it was saved for.
+    token counts to which a model that cannot rewind can return; ``source`` says what it was saved for. ``is_pinned``:
+    somebody wants it there before it is asked for, so it neither makes room for others nor is superseded.
     """
 
     id: str
@@ -47,6 +49,8 @@ class Snapshot:
     created_at: float
     checkpoints: tuple[int, ...]
     source: str
+    kind: Kind = Kind.LEAF
+    is_pinned: bool = False
 
     @property
     def n_tokens(self) -> int:
@@ -58,7 +62,9 @@ class Snapshot:
         return self.id + KV
 
     def __repr__(self) -> str:
-        return f"<Snapshot {self.id} {self.n_tokens} tok {readable(self.size_bytes)} {self.source}>"
+        kind = "" if self.kind is Kind.LEAF else f" {self.kind}"
+        kind += " pinned" if self.is_pinned else ""
+        return f"<Snapshot {self.id} {self.n_tokens} tok {readable(self.size_bytes)} {self.source}{kind}>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,8 @@ class Noted:
     checkpoints: tuple[int, ...]
     source: str
     boot: str | None  # of the machine, until the .kv file is known to be on the disk
+    kind: Kind = Kind.LEAF
+    is_pinned: bool = False
 
     def snapshot(self, tokens: bytes) -> Snapshot:
         return Snapshot(
@@ -83,6 +91,8 @@ class Noted:
             created_at=self.created_at,
             checkpoints=self.checkpoints,
             source=self.source,
+            kind=self.kind,
+            is_pinned=self.is_pinned,
         )
 
 
@@ -127,10 +137,20 @@ def parse(name: str, data: bytes) -> Noted:
         checkpoints=tuple(checkpoints),
         source=_field(name, fields, "source", str),
         boot=_field(name, fields, "boot", str, type(None)),
+        # Both came later: a sidecar without them is of a plain conversation.
+        kind=_kind(name, _field(name, {"kind": Kind.LEAF.value, **fields}, "kind", str)),
+        is_pinned=_field(name, {"is_pinned": False, **fields}, "is_pinned", bool),
     )
     if noted.id + JSON != name:
         raise SnapshotInvalid(f"{name}: belongs to {noted.id}")
     return noted
+
+
+def _kind(name: str, value: str) -> Kind:
+    try:
+        return Kind(value)
+    except ValueError:
+        raise SnapshotInvalid(f"{name}: {value!r} is no kind of snapshot") from None
 
 
 def _field(name: str, fields: dict[str, Any], key: str, *types: type) -> Any:

@@ -1,4 +1,4 @@
-"""What is written about a snapshot after the fact: when it was used, and that its data has reached the disk."""
+"""What is written about a snapshot after the fact: when it was used and how often, and that its data is on the disk."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llamaslot.store import scan, sidecar
+from llamaslot.store.hits import HitLog
 from llamaslot.store.shelf import Shelf
 from llamaslot.store.sidecar import Noted
 from llamaslot.tasks import TaskOwner
@@ -17,10 +18,14 @@ log = logging.getLogger(__name__)
 
 
 class Upkeep:
-    """Background tasks on the sidecars of what is on ``shelf``; ``lost(id)`` is told of data that the disk lost."""
+    """Background tasks on the sidecars of what is on ``shelf``; ``lost(id)`` is told of data that the disk lost.
+
+    ``hits`` is the file of hits: only one thread at a time writes to it.
+    """
 
     def __init__(self, directory: Path, shelf: Shelf, tasks: TaskOwner, lost: Callable[[str], None]) -> None:
         self._directory, self._shelf, self._tasks, self._lost = directory, shelf, tasks, lost
+        self.hits = HitLog(directory)
         self._undated: dict[str, float] = {}  # used, and no thread is under way to note it
         self._is_dating = False
         self._syncing = asyncio.Lock()
@@ -36,9 +41,16 @@ class Upkeep:
         try:
             while self._undated:
                 batch, self._undated = self._undated, {}
-                await asyncio.to_thread(sidecar.date, self._directory, batch)
+                listed = dict(self._shelf.n_hits)
+                hits = {id_: listed[id_] for id_ in batch if listed.get(id_)}
+                await asyncio.to_thread(self._note, batch, hits, listed)
         finally:
             self._is_dating = False
+
+    def _note(self, dates: dict[str, float], hits: dict[str, int], listed: dict[str, int]) -> None:
+        sidecar.date(self._directory, dates)
+        if hits:
+            self.hits.note(hits, listed)
 
     def sync(self, noted: Noted) -> None:
         """Bring a committed snapshot's data to the disk, in the background, then say so in its sidecar."""
