@@ -25,6 +25,7 @@ from llamaslot.core.slots import (
     Wait,
 )
 from llamaslot.core.tokens import head, pack
+from llamaslot.engine.library import Library
 from llamaslot.engine.pool import Pool, supersedes
 from llamaslot.store import Snapshot
 
@@ -183,6 +184,36 @@ def test_what_has_left_is_not_waited_for() -> None:
     pool.left(leaving)
     pool.check()
     assert pool.view(Job("owner", A), 10.0, NOBODY).snapshots == ()
+
+
+def test_what_is_leaving_is_in_no_generation_and_not_in_the_next_pool() -> None:
+    """It concerns this process only; the snapshots are shared with the pool after a restart."""
+    library, pool, after = Library(), make(), make()
+    pool.offer(library)
+    pool.add_snapshot(snapshot("s", B))
+    slot = hold(pool, 0, A)
+    leaving = pool.take(slot, Job("next", B), 1.0, plan(0, Save(0)), has_answer=True)
+    after.offer(library)
+    assert leaving is not None
+    assert library.index.holders() == {"s"}
+    assert [view.id for view in pool.view(Job("a", A), 1.0, NOBODY).snapshots] == [leaving.holder]
+    assert not after.view(Job("a", A), 1.0, NOBODY).snapshots
+    assert [view.id for view in after.view(Job("b", B), 1.0, NOBODY).snapshots] == ["s"]
+    for one in (pool, after):
+        one.check()
+
+
+def test_the_longest_snapshot_that_a_prompt_begins_with_is_found() -> None:
+    """As a whole: one that goes on differently does not count, nor does what is still leaving."""
+    pool = make()
+    pool.add_snapshot(snapshot("short", head(A, 500)))
+    pool.add_snapshot(snapshot("long", head(A, 900)))
+    pool.add_snapshot(snapshot("other", head(A, 950) + B))
+    pool.take(hold(pool, 0, head(A, 940)), Job("x", B), 1.0, plan(0, Save(0)), has_answer=True)
+    found = pool.longest_full_prefix(A)
+    assert found is not None
+    assert (found.holder, found.n_shared) == ("long", 900)
+    assert pool.longest_full_prefix(B) is None
 
 
 def test_without_a_save_nothing_is_leaving() -> None:

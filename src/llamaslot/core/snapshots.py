@@ -86,7 +86,78 @@ class Sowing(NamedTuple):
     gone: tuple[str, ...]
 
 
-class SnapshotIndex:
+class Layered:
+    """Several indexes that answer as one ``PrefixIndex`` would. Each holder is in one of them."""
+
+    def _layers(self) -> list[Layer]:
+        raise NotImplementedError
+
+    def __contains__(self, holder: object) -> bool:
+        return any(holder in layer for layer in self._layers())
+
+    def __len__(self) -> int:
+        return sum(map(len, self._layers()))
+
+    def holders(self) -> set[str]:
+        return set().union(*(layer.holders() for layer in self._layers()))
+
+    def tokens(self, holder: str) -> bytes:
+        """The sequence of ``holder``. Raises KeyError for an unknown one."""
+        for layer in self._layers():
+            if holder in layer:
+                return layer.tokens(holder)
+        raise KeyError(holder)
+
+    def match(self, query: bytes, limit: int | None = None) -> list[Shared[str]]:
+        """As ``PrefixIndex.match``."""
+        layers = self._layers()
+        if len(layers) == 1:
+            return layers[0].match(query, limit)
+        if limit is None:
+            return sorted(chain.from_iterable(layer.match(query) for layer in layers), key=_order)
+        return list(islice(self.hits(query), max(limit, 0)))
+
+    def hits(self, query: bytes) -> Iterator[Shared[str]]:
+        """As ``PrefixIndex.hits``."""
+        layers = self._layers()
+        if len(layers) == 1:
+            return layers[0].hits(query)
+        return heapq.merge(*(layer.hits(query) for layer in layers), key=_order)
+
+    def cover(self, tokens: bytes, exclude: Collection[str] = ()) -> int:
+        """As ``PrefixIndex.cover``."""
+        firsts = (
+            next((hit.n_shared for hit in layer.hits(tokens) if hit.holder not in exclude), 0)
+            for layer in self._layers()
+        )
+        return max(firsts)
+
+    def longest_full_prefix(self, query: bytes, exclude: Collection[str] = ()) -> Shared[str] | None:
+        """As ``PrefixIndex.longest_full_prefix``."""
+        found = [layer.longest_full_prefix(query, exclude) for layer in self._layers()]
+        return max((hit for hit in found if hit is not None), key=lambda hit: hit.n_tokens, default=None)
+
+    def check(self) -> None:
+        """Raise AssertionError with the name of the first invariant that does not hold."""
+        for layer in self._layers():
+            layer.check()
+        assert len(self.holders()) == len(self), "each holder is in one layer"
+
+
+class Joined(Layered):
+    """What is in any of ``layers``. It is read through this, and changed in the layers themselves."""
+
+    def __init__(self, *layers: Layer) -> None:
+        self.layers = layers
+
+    def __repr__(self) -> str:
+        return f"<Joined {self.layers}>"
+
+    def _layers(self) -> list[Layer]:
+        return [layer for layer in self.layers if len(layer)] or [self.layers[0]]
+
+
+class SnapshotIndex(Layered):
     """Snapshots by their tokens. Not thread-safe: it belongs to the event loop."""
 
     def __init__(self, base: Frozen | None = None) -> None:
@@ -96,12 +167,6 @@ class SnapshotIndex:
         self._noted: set[str] = set()  # dropped from the base or the sealed overlay since ``seal``
         self._n_sown = 0  # what the next generation should have
         self._n_stay = 0  # in the overlay because the last generation could not take them
-
-    def __contains__(self, holder: object) -> bool:
-        return any(holder in layer for layer in self._layers())
-
-    def __len__(self) -> int:
-        return sum(map(len, self._layers()))
 
     def __repr__(self) -> str:
         sealed = f", {len(self._sealed)} sealed" if self._sealed else ""
@@ -114,16 +179,6 @@ class SnapshotIndex:
         if self.base is not None:
             layers.append(self.base)
         return layers
-
-    def holders(self) -> set[str]:
-        return set().union(*(layer.holders() for layer in self._layers()))
-
-    def tokens(self, holder: str) -> bytes:
-        """The sequence of ``holder``. Raises KeyError for an unknown one."""
-        for layer in self._layers():
-            if holder in layer:
-                return layer.tokens(holder)
-        raise KeyError(holder)
 
     def insert(self, holder: str, tokens: bytes) -> None:
         """As ``PrefixIndex.insert``."""
@@ -138,29 +193,6 @@ class SnapshotIndex:
                 layer.drop(holder)
                 if self._sealed is not None and layer is not self._overlay:
                     self._noted.add(holder)
-
-    def match(self, query: bytes, limit: int | None = None) -> list[Shared[str]]:
-        """As ``PrefixIndex.match``."""
-        layers = self._layers()
-        if len(layers) == 1:
-            return self._overlay.match(query, limit)
-        if limit is None:
-            return sorted(chain.from_iterable(layer.match(query) for layer in layers), key=_order)
-        merged = heapq.merge(*(layer.hits(query) for layer in layers), key=_order)
-        return list(islice(merged, max(limit, 0)))
-
-    def cover(self, tokens: bytes, exclude: Collection[str] = ()) -> int:
-        """As ``PrefixIndex.cover``."""
-        firsts = (
-            next((hit.n_shared for hit in layer.hits(tokens) if hit.holder not in exclude), 0)
-            for layer in self._layers()
-        )
-        return max(firsts)
-
-    def longest_full_prefix(self, query: bytes, exclude: Collection[str] = ()) -> Shared[str] | None:
-        """As ``PrefixIndex.longest_full_prefix``."""
-        found = [layer.longest_full_prefix(query, exclude) for layer in self._layers()]
-        return max((hit for hit in found if hit is not None), key=lambda hit: hit.n_tokens, default=None)
 
     # -- generations -----------------------------------------------------------------------------------------------
 
@@ -211,9 +243,7 @@ class SnapshotIndex:
 
     def check(self) -> None:
         """Raise AssertionError with the name of the first invariant that does not hold."""
-        for layer in self._layers():
-            layer.check()
-        assert len(self.holders()) == len(self), "each holder is in one layer"
+        super().check()
         assert not (self._noted and self._sealed is None), "notes are taken while a generation is made"
 
 

@@ -19,6 +19,7 @@ from llamaslot.core.slots import NOTHING, Event, Job
 from llamaslot.core.tokens import count
 from llamaslot.engine.drain import Drains
 from llamaslot.engine.handshake import Handshake, Met
+from llamaslot.engine.library import Libraries
 from llamaslot.engine.scheduler import QueueLimits, Scheduler
 from llamaslot.engine.steps import Steps
 from llamaslot.engine.turns import Turns
@@ -67,6 +68,9 @@ class Backend:
             Catalog(slot_save_path, quota_bytes, now=time.time, on_drop=self._dropped)
             if slot_save_path
             else None
+        )
+        self.libraries = (
+            Libraries(self.catalog, meta_dir / f"{name}.index", self.tasks) if self.catalog else None
         )
         self._rates_file = meta_dir / f"{name}.rates.json"
         self._writing = threading.Lock()
@@ -174,9 +178,9 @@ class Backend:
                 await self._until_healthy()
                 if self.health is Health.DOWN:
                     self._set(Health.CONNECTING)
-                met = await Handshake(self.name, self.api, self.catalog, self.rates, self.rules).run(
-                    self.now()
-                )
+                met = await Handshake(
+                    self.name, self.api, self.catalog, self.libraries, self.rates, self.rules
+                ).run(self.now())
             except Exception as error:  # one that nobody has thought of must not end the service for good
                 if str(error) != complaint:
                     unknown = None if isinstance(error, LlamaslotError) else error
@@ -257,6 +261,8 @@ class Backend:
             self._met_or_down.set()
 
     def _dropped(self, snapshot: Snapshot) -> None:
+        if self.libraries is not None:
+            self.libraries.drop(snapshot.id)
         if self.scheduler.pool is not None:
             self.scheduler.pool.drop_snapshot(snapshot.id)
 

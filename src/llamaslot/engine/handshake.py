@@ -16,6 +16,7 @@ from llamaslot.core.cost import Rates
 from llamaslot.core.policy import Rules
 from llamaslot.core.slots import Event, Job, Slot
 from llamaslot.core.tokens import count
+from llamaslot.engine.library import Libraries
 from llamaslot.engine.pool import Pool, content_of
 from llamaslot.engine.probes import Probes
 from llamaslot.errors import LlamaslotError, NotReady, SlotActionFailed, SnapshotInvalid
@@ -45,9 +46,17 @@ class Handshake:
     """One meeting. Raises BackendDown, UpstreamError and NotReady; canceling is safe, the next one starts over."""
 
     def __init__(
-        self, name: str, api: LlamaServer, catalog: Catalog | None, rates: Rates, rules: Rules
+        self,
+        name: str,
+        api: LlamaServer,
+        catalog: Catalog | None,
+        libraries: Libraries | None,
+        rates: Rates,
+        rules: Rules,
     ) -> None:
+        """``libraries`` go with ``catalog``: both or none."""
         self.name, self.api, self.catalog, self.rates, self.rules = name, api, catalog, rates, rules
+        self.libraries = libraries
         self.probes = Probes(api, catalog, rates)
         # Drafts that are not committed at the end are given back, however it ends.
         self._drafts = contextlib.AsyncExitStack()
@@ -82,7 +91,7 @@ class Handshake:
         pool.can_save, pool.can_erase = can_save, self.probes.can_erase
         self._forget_rates_of_others(identity)
         if self.catalog is not None and can_save:
-            fingerprint = self._admit(pool, identity)
+            fingerprint = await self._admit(pool, identity)
             await self.probes.size(first.id)
         for slot in (first.id, empty):
             await self._empty(slot)
@@ -177,23 +186,23 @@ class Handshake:
             self.rates.forget()
             self.rates.model = current.to_text()
 
-    def _admit(self, pool: Pool, current: Identity) -> str:
+    async def _admit(self, pool: Pool, current: Identity) -> str:
         """Offer the snapshots of this very model; its fingerprint, in the words in which the newest of them has it."""
         assert self.catalog is not None
+        assert self.libraries is not None
         snapshots = sorted(self.catalog.snapshots.values(), key=lambda snapshot: snapshot.created_at)
-        fingerprint, is_same, n_others = current.to_text(), dict[str, bool](), 0
-        for snapshot in snapshots:
-            text = snapshot.fingerprint
-            if text not in is_same:
-                other = Identity.from_text(text)
-                is_same[text] = other is not None and current.is_same(other)
-            if is_same[text]:
-                pool.add_snapshot(snapshot)
-                self.rates.size.observe(count(snapshot.tokens), snapshot.size_bytes)
-                fingerprint = text
-            else:
-                n_others += 1
-        if n_others:
+        is_same = dict[str, bool]()
+        for text in {snapshot.fingerprint for snapshot in snapshots}:
+            other = Identity.from_text(text)
+            is_same[text] = other is not None and current.is_same(other)
+        admitted = [snapshot for snapshot in snapshots if is_same[snapshot.fingerprint]]
+        for snapshot in admitted:
+            self.rates.size.observe(count(snapshot.tokens), snapshot.size_bytes)
+        if n_others := len(snapshots) - len(admitted):
             log.warning("%s: %d snapshots are of another model and stay unused", self.name, n_others)
+        fingerprint = admitted[-1].fingerprint if admitted else current.to_text()
         self.catalog.fingerprint = fingerprint
+        pool.offer(
+            await self.libraries.of(current, lambda snapshot: is_same.get(snapshot.fingerprint, False))
+        )
         return fingerprint

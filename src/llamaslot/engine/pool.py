@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import PoolView, Rules, SlotView, SnapshotView, weight
-from llamaslot.core.prefix import PrefixIndex
+from llamaslot.core.prefix import PrefixIndex, Shared
 from llamaslot.core.reuse import Memory, usable
 from llamaslot.core.slots import NOTHING, Content, Event, Job, Kind, Plan, Save, Slot, State
+from llamaslot.core.snapshots import Joined
 from llamaslot.core.tokens import common, count
+from llamaslot.engine.library import Library
 from llamaslot.store import Snapshot
 
 N_CANDIDATES = 16  # snapshots that a placement looks at, the longest common prefixes first
@@ -66,11 +68,19 @@ class Pool:
         self.slots = [Slot(backend, i) for i in range(n_slots)]
         self.is_current = True
         self._residents: PrefixIndex[int] = PrefixIndex()
-        self._snapshots: PrefixIndex[str] = PrefixIndex()
-        self._known: dict[str, Snapshot] = {}
         self._leaving: dict[str, Leaving] = {}
+        self._passing: PrefixIndex[str] = (
+            PrefixIndex()
+        )  # what is leaving: of this process only, never written down
+        self.offer(Library())
         self._busy: dict[int, Busy] = {}
         self._serial = itertools.count()
+
+    def offer(self, library: Library) -> None:
+        """From now on the snapshots in ``library`` are found; it is shared with the pools before and after this one."""
+        self._known, self._snapshots = library.snapshots, library.index
+        self._library = library
+        self._offered = Joined(library.index, self._passing)
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -123,7 +133,7 @@ class Pool:
         if not self.can_save or job.is_cold or job.is_private or not job.tokens:
             return []
         views = []
-        for hit in self._snapshots.match(job.tokens, N_CANDIDATES):
+        for hit in self._offered.match(job.tokens, N_CANDIDATES):
             if (leaving := self._leaving.get(hit.holder)) is not None:
                 checkpoints, wait_s = leaving.content.checkpoints, max(leaving.until - now, 0.001)
                 n_held = hit.n_tokens if leaving.content.is_exact else None
@@ -145,14 +155,14 @@ class Pool:
         tokens = slot.content.tokens
         others = [other.id for other in self.slots if other is slot or not other.is_idle]
         resident = self._residents.cover(tokens, exclude=others)
-        return max(resident, self._snapshots.cover(tokens, exclude=())) if self.can_save else resident
+        return max(resident, self._offered.cover(tokens, exclude=())) if self.can_save else resident
 
     def is_worth_saving(self, slot: Slot) -> bool:
         """Whether computing again what only this slot holds would take longer than saving it now."""
         content = slot.content
         if not (self.can_save and content.is_dirty) or content.n_tokens < MIN_WORTH_TOKENS:
             return False
-        n_covered = self._snapshots.cover(content.tokens, exclude=())
+        n_covered = self._offered.cover(content.tokens, exclude=())
         if self.memory is not Memory.DENSE:
             n_covered = 0 if n_covered < content.n_tokens else n_covered
         return self.rates.prefill.seconds(n_covered, content.n_tokens) > self.save_s(content)
@@ -172,21 +182,20 @@ class Pool:
     # -- snapshots -----------------------------------------------------------------------------------------------
 
     def add_snapshot(self, snapshot: Snapshot) -> None:
-        self._known[snapshot.id] = snapshot
-        self._snapshots.insert(snapshot.id, snapshot.tokens)
+        """Idempotent."""
+        self._library.add(snapshot)
 
     def drop_snapshot(self, snapshot_id: str) -> None:
         """Idempotent. A slot that came from it is the only holder now: what it holds is dirty again."""
-        if self._known.pop(snapshot_id, None) is None:
-            return
-        self._snapshots.drop(snapshot_id)
+        self._library.drop(snapshot_id)
         for slot in self.slots:
             if slot.content.snapshot == snapshot_id:
                 slot.content = replace(slot.content, snapshot=None, is_dirty=True)
 
     def agree(self, snapshots: Mapping[str, Snapshot], fingerprint: str) -> None:
         """Drop what is not among ``snapshots``, the ones that exist, and add those of this very model."""
-        for snapshot_id in self._known.keys() - snapshots.keys():
+        held = {slot.content.snapshot for slot in self.slots if slot.content.snapshot is not None}
+        for snapshot_id in (self._known.keys() | held) - snapshots.keys():
             self.drop_snapshot(snapshot_id)
         for snapshot in snapshots.values():
             if snapshot.fingerprint == fingerprint and snapshot.id not in self._known:
@@ -197,9 +206,15 @@ class Pool:
 
     def snapshot_of(self, tokens: bytes) -> Snapshot | None:
         """The snapshot that holds exactly ``tokens``."""
-        hit = next(iter(self._snapshots.match(tokens, 1)), None)
-        is_same = hit is not None and hit.n_shared == hit.n_tokens == count(tokens)
-        return self._known.get(hit.holder) if hit is not None and is_same else None
+        hit = self._snapshots.longest_full_prefix(tokens)
+        return self._known[hit.holder] if hit is not None and hit.n_tokens == count(tokens) else None
+
+    def longest_full_prefix(self, tokens: bytes) -> Shared[str] | None:
+        """The longest snapshot that ``tokens`` begins with as a whole: what a state that cannot be cut is good for.
+
+        Nothing that is still leaving its slot is among them.
+        """
+        return self._snapshots.longest_full_prefix(tokens)
 
     def backing(self, besides: Slot | None) -> set[str]:
         """The snapshots of what slots hold now: when one of them goes, its slot is dirty again."""
@@ -226,7 +241,7 @@ class Pool:
         if plan is not None and any(isinstance(step, Save) for step in plan.steps):
             leaving = Leaving(f"leaving-{next(self._serial)}", old, now + self.save_s(old))
             self._leaving[leaving.holder] = leaving
-            self._snapshots.insert(leaving.holder, old.tokens)
+            self._passing.insert(leaving.holder, old.tokens)
         slot.become(Event.LEASE)
         slot.leased_by = job.id
         will_hold = job.tokens if plan is not None else old.tokens
@@ -237,7 +252,7 @@ class Pool:
     def left(self, leaving: Leaving) -> None:
         """The save of ``leaving`` has ended, well or not. Idempotent."""
         if self._leaving.pop(leaving.holder, None) is not None:
-            self._snapshots.drop(leaving.holder)
+            self._passing.drop(leaving.holder)
 
     def answering(self, slot: Slot, now: float) -> None:
         """The steps before the answer are through."""
@@ -287,7 +302,7 @@ class Pool:
     def check(self) -> None:
         """Raise AssertionError naming the invariant that does not hold."""
         self._residents.check()
-        self._snapshots.check()
+        self._passing.check()
         for slot in self.slots:
             is_busy = slot.id in self._busy
             assert is_busy == (not slot.is_idle), f"a slot is busy exactly while it is not idle: {slot}"
@@ -300,7 +315,8 @@ class Pool:
                 assert slot.content == NOTHING, f"a free slot holds nothing: {slot}"
             if slot.content.snapshot is not None:
                 assert slot.content.snapshot in self._known, f"a slot's snapshot exists: {slot}"
-        assert set(self._snapshots.holders()) == {*self._known, *self._leaving}, "snapshots are indexed"
+        self._library.check()
+        assert self._passing.holders() == self._leaving.keys(), "what is leaving is indexed"
 
 
 def supersedes(new: Snapshot, old: Snapshot, similarity_min: float) -> bool:

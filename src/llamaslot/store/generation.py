@@ -22,7 +22,7 @@ import secrets
 import struct
 import sys
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +51,10 @@ class GenerationUnusable(LlamaslotError):
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """An opened one. ``size_bytes`` of its files together."""
+    """An opened one. ``size_bytes`` of its files together; ``namespace`` is what its sequences are valid for."""
 
     id: str
+    namespace: str
     index: Frozen
     size_bytes: int
 
@@ -75,17 +76,20 @@ def new_id() -> str:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def open_generation(directory: Path, namespace: str, manifest_name: str = MANIFEST) -> Generation | None:
+def open_generation(
+    directory: Path, is_wanted: Callable[[str], bool], manifest_name: str = MANIFEST
+) -> Generation | None:
     """The valid generation, mapped; None if there never was one. Blocking: reads all of it once, 20 ms for 44 MiB.
 
-    ``namespace`` is what its sequences are valid for: another one's is not used. Raises GenerationUnusable.
+    ``is_wanted`` is asked about its namespace: another one's is not used. Raises GenerationUnusable.
     """
     try:
         manifest = _read_manifest(directory / manifest_name)
         if manifest is None:
             return None
-        if manifest["namespace"] != namespace:
-            raise GenerationUnusable(f"it is for {manifest['namespace']!r}")
+        namespace = manifest["namespace"]
+        if not is_wanted(namespace):
+            raise GenerationUnusable("it is of another model")
         id_, counts = manifest["id"], manifest["counts"]
         for name, proof in manifest["files"].items():
             if _proof(directory / name) != proof:
@@ -98,7 +102,7 @@ def open_generation(directory: Path, namespace: str, manifest_name: str = MANIFE
         if len(names) != len(columns.end) or len(trie) != len(columns.point):
             raise GenerationUnusable(f"the files of {id_} do not belong together")
         size = sum(size for size, _ in manifest["files"].values())
-        return Generation(id_, Frozen(trie, columns, names), size)
+        return Generation(id_, namespace, Frozen(trie, columns, names), size)
     except OSError as error:
         raise GenerationUnusable(f"cannot be read: {error.strerror or error}") from error
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -107,7 +111,7 @@ def open_generation(directory: Path, namespace: str, manifest_name: str = MANIFE
 
 def accept(directory: Path, id_: str, namespace: str) -> Generation:
     """Open a generation that was just written, and make it the valid one. Blocking; raises as ``open_generation``."""
-    made = open_generation(directory, namespace, id_ + DRAFT)
+    made = open_generation(directory, namespace.__eq__, id_ + DRAFT)
     if made is None or made.id != id_:
         raise GenerationUnusable(f"{id_} was not written")
     try:
@@ -279,7 +283,7 @@ def grow(directory: Path, id_: str) -> None:
     with open(directory / (id_ + INPUT), "rb") as file:
         recipe = decode_recipe(file)
         if recipe.base is not None:
-            base = open_generation(directory, recipe.namespace)
+            base = open_generation(directory, recipe.namespace.__eq__)
             if base is None or base.id != recipe.base:
                 raise GenerationUnusable(f"{recipe.base} is no longer there")
             for holder in recipe.gone:

@@ -30,13 +30,18 @@ _AT_ONCE = 64  # branches prepared while the thread that writes them holds the G
 class Renewal:
     """The generations in ``directory``, which is made if need be and is nobody else's.
 
-    ``namespace`` is what token sequences are valid for, such as a model's fingerprint. One event loop owns it.
+    ``namespace`` is what token sequences are valid for, such as a model's fingerprint. One whose words differ and that
+    ``is_same`` is kept in the words that it has. One event loop owns it.
     """
 
-    def __init__(self, directory: Path, namespace: str, tasks: TaskOwner) -> None:
+    def __init__(
+        self, directory: Path, namespace: str, tasks: TaskOwner, is_same: Callable[[str], bool] | None = None
+    ) -> None:
         self._directory, self._namespace, self._tasks = directory, namespace, tasks
+        self._is_same = is_same or namespace.__eq__
         self._current: str | None = None
         self._running: asyncio.Task[bool] | None = None
+        self._is_ended = False
         self._failed_at: int | None = None  # how many holders there were
 
     async def open(self) -> Frozen | None:
@@ -49,21 +54,23 @@ class Renewal:
         except GenerationUnusable as error:
             log.warning("index: the generation in %s is not used: %s", self._directory, error)
             found = None
-        self._current = found.id if found else None
-        return found.index if found else None
+        if found is None:
+            return None
+        self._current, self._namespace = found.id, found.namespace
+        return found.index
 
     def _open(self) -> Generation | None:
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise GenerationUnusable(f"cannot be made: {error.strerror or error}") from error
-        found = generation.open_generation(self._directory, self._namespace)
+        found = generation.open_generation(self._directory, self._is_same)
         generation.sweep(self._directory, found.id if found else None)  # what a crash left
         return found
 
     def consider(self, index: SnapshotIndex) -> None:
         """Begin a new generation of ``index`` if it is due and none is being made. To be called after its changes."""
-        if self._running is not None or not index.is_due:
+        if self._running is not None or self._is_ended or not index.is_due:
             return
         if self._failed_at is not None and abs(len(index) - self._failed_at) < NEW_MIN:
             return  # whatever was the matter will not have changed
@@ -72,6 +79,13 @@ class Renewal:
 
     def _ended(self, _: asyncio.Task[bool]) -> None:
         self._running = None
+
+    async def end(self) -> None:
+        """Begin none any more, and end what is being made. Canceling is safe: it ends all the same."""
+        self._is_ended = True
+        if (running := self._running) is not None:
+            running.cancel()
+            await asyncio.wait([running])
 
     async def renew(self, index: SnapshotIndex) -> bool:
         """Make a new generation of ``index``. False, with a log line, if none could be made.

@@ -1,0 +1,109 @@
+"""The snapshots that the model at hand can use, found by their tokens.
+
+A pool ends with its llama-server process; what is on disk does not. So the index of it belongs to the backend, is
+handed to each new pool of the same model, and outlives llamaslot as a generation in files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from llamaslot.core.snapshots import SnapshotIndex
+from llamaslot.llama.identity import Identity
+from llamaslot.store import Catalog, Snapshot
+from llamaslot.store.renewal import Renewal
+from llamaslot.tasks import TaskOwner
+
+_AT_ONCE = 64  # additions between two looks at the event loop: 2 ms
+
+
+class Library:
+    """The snapshots of one model, and their index. ``on_change`` is called after each change."""
+
+    def __init__(
+        self, index: SnapshotIndex | None = None, on_change: Callable[[SnapshotIndex], None] | None = None
+    ) -> None:
+        self.index = SnapshotIndex() if index is None else index
+        self.snapshots: dict[str, Snapshot] = {}
+        self._on_change = on_change
+
+    def __repr__(self) -> str:
+        return f"<Library {len(self.snapshots)} snapshots, {self.index!r}>"
+
+    def add(self, snapshot: Snapshot) -> None:
+        """Idempotent."""
+        self.put(snapshot)
+        self.changed()
+
+    def put(self, snapshot: Snapshot) -> None:
+        """One of many: ``changed`` must follow, so that no generation is made of the first few of them."""
+        self.snapshots[snapshot.id] = snapshot
+        if snapshot.id not in self.index:
+            self.index.insert(snapshot.id, snapshot.tokens)
+
+    def drop(self, snapshot_id: str) -> None:
+        """Idempotent."""
+        self.snapshots.pop(snapshot_id, None)
+        self.index.drop(snapshot_id)
+        self.changed()
+
+    def changed(self) -> None:
+        if self._on_change is not None:
+            self._on_change(self.index)
+
+    def check(self) -> None:
+        """Raise AssertionError naming the invariant that does not hold."""
+        self.index.check()
+        assert self.index.holders() == self.snapshots.keys(), "snapshots are indexed"
+
+
+class Libraries:
+    """Of one backend: the library of the model that runs now. Its generations are in ``directory``."""
+
+    def __init__(self, catalog: Catalog, directory: Path, tasks: TaskOwner) -> None:
+        self._catalog, self._directory, self._tasks = catalog, directory, tasks
+        self.current: Library | None = None
+        self._identity: Identity | None = None
+        self._renewal: Renewal | None = None
+
+    async def of(self, identity: Identity, is_usable: Callable[[Snapshot], bool]) -> Library:
+        """The library of this model, with what ``is_usable`` of the catalog: the same one as before if it is the same
+        model. Canceling is safe: the next one goes on where this one ended.
+        """
+        if self.current is None or self._identity is None or not identity.is_same(self._identity):
+            await self._open(identity)
+        assert self.current is not None
+        library = self.current
+        # Whatever goes from here on is dropped from this library too, and what comes is added by whoever saved it.
+        found = {id_: snapshot for id_, snapshot in self._catalog.snapshots.items() if is_usable(snapshot)}
+        for id_ in library.index.holders() - found.keys():
+            library.index.drop(id_)
+            library.snapshots.pop(id_, None)
+        for n, snapshot in enumerate(found.values(), 1):
+            if snapshot.id in self._catalog.snapshots:  # not yet gone
+                library.put(snapshot)
+            if n % _AT_ONCE == 0:
+                await asyncio.sleep(0)
+        library.changed()
+        return library
+
+    async def _open(self, identity: Identity) -> None:
+        """Another model than before, or the first: begin with the generation that is on disk, if it is of this one."""
+
+        def is_same(namespace: str) -> bool:
+            other = Identity.from_text(namespace)
+            return other is not None and identity.is_same(other)
+
+        self.current = None
+        if self._renewal is not None:
+            await self._renewal.end()  # both would write to the same directory
+        renewal = Renewal(self._directory, identity.to_text(), self._tasks, is_same)
+        index = SnapshotIndex(await renewal.open())
+        self.current, self._identity, self._renewal = Library(index, renewal.consider), identity, renewal
+
+    def drop(self, snapshot_id: str) -> None:
+        """The snapshot is gone. Idempotent."""
+        if self.current is not None:
+            self.current.drop(snapshot_id)

@@ -1,0 +1,154 @@
+"""Which snapshots of the catalog a model finds, whatever goes and comes while it is met."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from llamaslot.core import snapshots as due
+from llamaslot.core.tokens import pack
+from llamaslot.engine.library import Libraries
+from llamaslot.llama.identity import Identity
+from llamaslot.store import Catalog, Snapshot
+from llamaslot.tasks import TaskOwner
+
+PROBS = dict.fromkeys(range(8), -1.0)
+MODEL, OTHER = Identity({"n_vocab": 9}, PROBS), Identity({"n_vocab": 7}, PROBS)
+DRIFTED = Identity({"n_vocab": 9}, dict.fromkeys(range(8), -1.015))  # another build, the same model
+
+
+class World:
+    """A catalog of ``n`` snapshots of MODEL, and the libraries over it."""
+
+    def __init__(self, directory: Path, n: int) -> None:
+        self.snapshots = {f"ls-{i}": snapshot(f"ls-{i}", i) for i in range(n)}
+        self.directory, self.tasks = directory, TaskOwner()
+        self.libraries = self.start()
+
+    def start(self) -> Libraries:
+        """What llamaslot has after a start."""
+        catalog = cast(Catalog, SimpleNamespace(snapshots=self.snapshots))
+        self.libraries = Libraries(catalog, self.directory / "gpu0.index", self.tasks)
+        return self.libraries
+
+    async def meet(self, identity: Identity = MODEL) -> set[str]:
+        """What is offered to the model."""
+        library = await self.libraries.of(identity, lambda found: found.fingerprint == "model")
+        library.check()
+        assert library is self.libraries.current
+        return set(library.snapshots)
+
+    def drop(self, id_: str) -> None:
+        del self.snapshots[id_]
+        self.libraries.drop(id_)
+
+    async def made(self) -> None:
+        """Wait for the generation that is being made."""
+        await self.tasks.drain()
+        library = self.libraries.current
+        assert library is not None
+        assert library.index.base is not None
+
+
+def snapshot(id_: str, seed: int, fingerprint: str = "model") -> Snapshot:
+    return Snapshot(id_, pack([*range(200), seed, *range(100)]), 1000, fingerprint, float(seed), (), "test")
+
+
+@pytest.fixture
+async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    monkeypatch.setattr(due, "NEW_MIN", 100)
+    world = World(tmp_path, 200)
+    yield world
+    await world.tasks.close()
+
+
+async def test_one_generation_is_made_of_all_that_was_found(world: World) -> None:
+    """Not one of the first few hundred and then another."""
+    assert await world.meet() == world.snapshots.keys()
+    await world.made()
+    library = world.libraries.current
+    assert library is not None
+    assert library.index.base is not None
+    assert library.index.base.holders() == world.snapshots.keys()
+
+
+async def test_after_a_start_the_generation_has_the_tokens(world: World) -> None:
+    """What went and came meanwhile is noticed; the rest is not indexed again."""
+    await world.meet()
+    await world.made()
+    del world.snapshots["ls-0"]
+    world.snapshots["ls-new"] = snapshot("ls-new", 999)
+    world.start()
+    assert await world.meet() == world.snapshots.keys()
+    library = world.libraries.current
+    assert library is not None
+    assert library.index.base is not None
+    assert library.index.base.holders() == world.snapshots.keys() - {"ls-new"}
+    for id_, found in world.snapshots.items():
+        assert library.index.tokens(id_) == found.tokens
+
+
+async def test_the_same_model_finds_the_same_library(world: World) -> None:
+    """Also in the words of another build, and its generation too."""
+    await world.meet()
+    await world.made()
+    before = world.libraries.current
+    await world.meet(DRIFTED)
+    assert world.libraries.current is before
+    world.start()
+    await world.meet(DRIFTED)
+    assert world.libraries.current is not None
+    assert world.libraries.current.index.base is not None
+
+
+async def test_another_model_ends_what_is_being_made(world: World) -> None:
+    """Two would write to one directory. What the old one's leases still save is nothing to the new one."""
+    await world.meet()
+    old = world.libraries.current
+    assert old is not None
+    await asyncio.sleep(0)
+    assert len(world.tasks) == 1
+    world.snapshots = {"ls-b": snapshot("ls-b", 5)}
+    world.libraries._catalog.snapshots = world.snapshots  # type: ignore[misc]
+    assert await world.meet(OTHER) == {"ls-b"}
+    assert not len(world.tasks)
+    for i in range(200):
+        old.add(snapshot(f"ls-late-{i}", i))
+    assert not len(world.tasks)
+    assert set(world.libraries.current.snapshots) == {"ls-b"}  # type: ignore[union-attr]
+
+
+async def test_what_goes_while_the_library_is_filled_is_not_in_it(world: World) -> None:
+    """At every look at the event loop one is evicted."""
+    world.start()
+    meeting = world.tasks.spawn(world.meet(), "meeting")
+    while world.libraries.current is None:  # noqa: ASYNC110  # a thread is at it
+        await asyncio.sleep(0)
+    gone = []
+    while not meeting.done():
+        gone.append(next(reversed(world.snapshots)))
+        world.drop(gone[-1])
+        await asyncio.sleep(0)
+    assert await meeting == world.snapshots.keys()
+    assert gone
+
+
+async def test_a_meeting_that_is_cancelled_anywhere_is_made_good_by_the_next(world: World) -> None:
+    """The server has restarted in the middle of it."""
+    await world.meet()
+    await world.made()
+    for n_awaits in range(40):
+        world.start()
+        meeting = world.tasks.spawn(world.meet(), "meeting")
+        while n_awaits >= 20 and world.libraries.current is None:  # noqa: ASYNC110  # a thread is at it
+            await asyncio.sleep(0)
+        for _ in range(n_awaits % 20):
+            await asyncio.sleep(0)
+        meeting.cancel()
+        await asyncio.wait([meeting])
+        assert await world.meet() == world.snapshots.keys()

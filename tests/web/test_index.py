@@ -1,0 +1,142 @@
+"""What is on disk is found through an index that outlives the processes, of llama-server and of llamaslot."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamaslot.core import snapshots
+from llamaslot.core.tokens import pack
+from llamaslot.engine.library import Library
+from tests.support.fake import FakeModel
+from tests.support.inprocess import Served, letters, right, served
+
+TEXTS = [letters(n, 300) for n in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generation after three snapshots, not after a thousand."""
+    monkeypatch.setattr(snapshots, "NEW_MIN", 2)
+
+
+def library(it: Served) -> Library:
+    assert it.backend.libraries is not None
+    assert it.backend.libraries.current is not None
+    return it.backend.libraries.current
+
+
+def tokens_of(it: Served, text: str) -> bytes:
+    return pack(it.fake.model.tokenize(text))
+
+
+def index_dir(it: Served) -> Path:
+    return it.config.store.meta_dir / "gpu0.index"
+
+
+@asynccontextmanager
+async def filled(directory: Path, **more: Any) -> AsyncIterator[Served]:
+    """All contexts but the last are on disk only, some of them in a generation."""
+    async with served(directory, slots=1, **more) as it:
+        for text in TEXTS:
+            await it.ask(text)
+        await it.until(lambda: library(it).index.base is not None)
+        yield it
+
+
+async def restarted(it: Served) -> None:
+    """Both: nothing is left in a slot."""
+    await it.stop()
+    await it.fake.restart()
+    await it.start()
+
+
+async def test_after_a_restart_snapshots_are_found_through_the_generation(tmp_path: Path) -> None:
+    """It is mapped from disk, and what it finds is restored and answered from."""
+    async with filled(tmp_path) as it:
+        await restarted(it)
+        index = library(it).index
+        assert index.base is not None
+        found = set(index.base.holders())
+        assert len(found) >= 3
+        n_restored = 0
+        for text in TEXTS:
+            (hit,) = index.match(tokens_of(it, text), 1)
+            answer = await it.ask(text + "more")
+            assert answer.text == right(it.fake, text + "more")
+            assert (answer.source, answer.n_reused) == ("snapshot", 300)
+            n_restored += hit.holder in found
+        assert n_restored == len(found)
+
+
+async def test_a_restart_of_llama_server_keeps_the_index(tmp_path: Path) -> None:
+    """The pool is a new one, the library the same; what was leaving a slot of the old process is in neither."""
+    async with filled(tmp_path) as it:
+        before, pool = library(it), it.backend.scheduler.pool
+        await it.fake.restart()
+        answer = await it.ask(TEXTS[0] + "more")
+        assert answer.source == "snapshot"
+        assert it.backend.scheduler.pool is not pool
+        assert library(it) is before
+        library(it).check()
+
+
+async def test_another_model_has_another_library(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing of the generation of the old one is used for it; for the old one all is found again."""
+    async with filled(tmp_path) as it:
+        before = library(it)
+        with caplog.at_level(logging.WARNING, "llamaslot.store"):
+            await it.fake.restart(FakeModel(weights="B"))
+            assert (await it.ask(TEXTS[0] + "more")).source == "cold"
+        assert "is not used: it is of another model" in caplog.text
+        assert library(it) is not before
+        assert not library(it).snapshots.keys() & before.snapshots.keys()
+        await it.fake.restart(FakeModel())
+        assert (await it.ask(TEXTS[0] + "more")).source == "snapshot"
+
+
+async def test_what_is_evicted_is_not_found_any_more(tmp_path: Path) -> None:
+    """Not in this pool, and not in the generation after a restart."""
+    async with filled(tmp_path) as it:
+        for file in it.files():
+            assert it.backend.catalog is not None
+            await it.backend.catalog.drop(file.stem)
+        assert len(library(it).index) == 0
+        await restarted(it)
+        library(it).check()
+        assert (await it.ask(TEXTS[0] + "more")).source == "cold"
+
+
+async def test_an_index_that_cannot_be_written_costs_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line says so; contexts come back from disk all the same, also after a restart."""
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "gpu0.index").write_text("somebody's file")
+    async with served(tmp_path, slots=1) as it:
+        with caplog.at_level(logging.WARNING, "llamaslot.store"):
+            for text in TEXTS:
+                await it.ask(text)
+            await it.until(lambda: "no generation could be made" in caplog.text)
+        assert "is not used: cannot be made" in caplog.text
+        assert library(it).index.base is None
+        assert (await it.ask(TEXTS[0] + "more")).source == "snapshot"
+        await restarted(it)
+        assert (await it.ask(TEXTS[1] + "more")).source == "snapshot"
+    assert (tmp_path / "meta" / "gpu0.index").read_text() == "somebody's file"
+
+
+async def test_a_generation_that_is_being_made_ends_with_llamaslot(tmp_path: Path) -> None:
+    """Its process is not waited for, and nothing of it is left."""
+    async with served(tmp_path, slots=1) as it:
+        for text in TEXTS:
+            await it.ask(text)
+        assert library(it).index._sealed is not None
+        await it.stop()
+        assert [path.name for path in index_dir(it).iterdir()] == []
+        await it.start()
