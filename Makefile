@@ -1,7 +1,8 @@
 # Two commands on a fresh machine with python3 and make:
 #   make serve    a llama.cpp with a small chat model behind llamaslot on http://127.0.0.1:8081/v1
 #   make test     everything that is checked before a change goes in; .ci/run is the same
-# Others: make lint, make types, make soak (long tests), make bench-index, make smollm2 (the model alone), make clean.
+# Others: make lint, make types, make soak (long tests), make bench-index, make bench-simulator, make smollm2 (the
+#   model alone), make clean.
 
 PYTHON ?= python3
 CONFIG ?= config.yaml
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llamaslot
 MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: serve test lint types soak bench bench-index smollm2 clean
+.PHONY: serve test lint types soak bench bench-index bench-simulator smollm2 clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.embedded $(MODEL)
@@ -34,6 +35,10 @@ bench: bench-index
 
 bench-index: $(VENV)/.embedded
 	$(BIN)/python -m llamaslot.bench.index
+
+# Half an hour on two cores; python -m llamaslot.bench.simulator --help for less.
+bench-simulator: $(VENV)/.dev
+	$(BIN)/python -m llamaslot.bench.simulator --seeds 1 2 3 --disk 0.5 1 2
 
 smollm2: $(MODEL)
 

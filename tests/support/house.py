@@ -7,6 +7,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, cast
 
+from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import Rules
 from llamaslot.core.reuse import Memory
@@ -25,7 +26,6 @@ from llamaslot.observe.metrics import Metrics
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
 from tests.support.stub import MODEL, StubCatalog, StubServer
-from tests.support.virtual_loop import VirtualLoop
 
 
 def tokens_of(first: int, n: int) -> bytes:

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.slots import Job
 from llamaslot.observe.journal import KEPT, Act, Decision, Journal, Option, Waited, explain
 from tests.support.house import House, tokens_of
 from tests.support.stub import Op, StubServer
-from tests.support.virtual_loop import VirtualLoop
 
 ON_DISK = Option(2, "snapshot", 30_811, "ls-1", {"restore": 0.6, "prefill": 0.3})
 RESIDENT = Option(0, "resident", 900, None, {"regret": 2.0, "prefill": 10.4})

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.reuse import Memory
 from llamaslot.core.slots import Job, State
 from llamaslot.engine.scheduler import QueueLimits
@@ -16,7 +17,6 @@ from llamaslot.errors import (
 )
 from tests.support.house import House, outcome, outcome_of, tokens_of
 from tests.support.stub import StubServer
-from tests.support.virtual_loop import VirtualLoop
 
 
 @pytest.fixture

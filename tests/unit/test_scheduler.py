@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.slots import Job
 from llamaslot.engine.scheduler import QueueLimits
 from llamaslot.errors import (
@@ -16,7 +17,6 @@ from llamaslot.errors import (
 )
 from tests.support.house import House, outcome, outcome_of, tokens_of
 from tests.support.stub import StubServer
-from tests.support.virtual_loop import VirtualLoop
 
 
 @pytest.fixture

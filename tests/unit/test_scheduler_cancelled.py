@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.slots import Job, State
 from llamaslot.engine.lease import Lease
 from tests.support.cancelled import CancelledAt
 from tests.support.house import House, tokens_of
 from tests.support.stub import StubServer
-from tests.support.virtual_loop import VirtualLoop
 
 Cut = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
 

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.reuse import Memory
 from llamaslot.core.slots import Job
 from llamaslot.core.tokens import count, pack
@@ -19,7 +20,6 @@ from llamaslot.errors import (
 )
 from tests.support.house import House
 from tests.support.stub import Op, StubServer
-from tests.support.virtual_loop import VirtualLoop
 
 SYSTEM = pack(range(80))
 N_SLOTS, N_USERS = 3, 5

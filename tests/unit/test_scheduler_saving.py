@@ -8,11 +8,11 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.slots import Job
 from llamaslot.core.tokens import count, pack
 from tests.support.house import House, tokens_of
 from tests.support.stub import StubServer
-from tests.support.virtual_loop import VirtualLoop
 
 SYSTEM = tokens_of(0, 80)
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.slots import Job
 from llamaslot.engine.scheduler import QueueLimits
 from llamaslot.errors import BackendRestarted
 from tests.support.house import House, outcome, tokens_of
 from tests.support.stub import StubServer
-from tests.support.virtual_loop import VirtualLoop
 
 
 @pytest.fixture

@@ -1,0 +1,117 @@
+"""One run: a trace, a policy, a disk."""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass, field
+
+from llamaslot.bench.simulator.disk import UNLIMITED, AtRandom, Disk, Foreseen, Oldest
+from llamaslot.bench.simulator.machine import Hardware
+from llamaslot.bench.simulator.original import Original
+from llamaslot.bench.simulator.proxy import Proxy
+from llamaslot.bench.simulator.result import Label, Result, measured
+from llamaslot.bench.simulator.server import SimulatedServer
+from llamaslot.bench.simulator.trace import Trace
+from llamaslot.bench.simulator.users import Foresight, Users
+from llamaslot.bench.virtual import VirtualLoop
+from llamaslot.store import Snapshot
+from llamaslot.store.shelf import Shelf
+from llamaslot.tasks import TaskOwner
+
+
+class Policy(enum.StrEnum):
+    """LRU, RANDOM and CLAIRVOYANT differ from LLAMASLOT in what they evict, and in nothing else; ALWAYS in that it
+    saves after each answer. ORIGINAL is another program."""
+
+    LLAMASLOT = "llamaslot"
+    LRU = "lru"
+    RANDOM = "random"
+    CLAIRVOYANT = "clairvoyant"
+    ALWAYS = "always"
+    ORIGINAL = "original"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """``disk`` is the share of all contexts that there is room for; None for as much as is wanted."""
+
+    policy: Policy
+    disk: float | None = 0.25
+    n_slots: int = 4
+    hardware: Hardware = field(default_factory=Hardware)
+
+    def quota_bytes(self, trace: Trace) -> int:
+        if self.disk is None:
+            return UNLIMITED
+        return int(self.disk * trace.n_final * self.hardware.bytes_per_token)
+
+
+def simulate(trace: Trace, setting: Setting) -> Result:
+    """Everybody's whole script. Raises AssertionError when something was left behind or broke a rule."""
+    started = time.monotonic()
+    loop = VirtualLoop()
+    faults: list[str] = []
+    loop.set_exception_handler(lambda _, context: faults.append(repr(context)))
+    try:
+        result = loop.run(_Run(trace, setting, loop).run())
+    finally:
+        loop.close()
+    assert not faults, faults
+    result.wall_s = time.monotonic() - started
+    return result
+
+
+class _Run:
+    def __init__(self, trace: Trace, setting: Setting, loop: VirtualLoop) -> None:
+        self.trace, self.setting, self.loop = trace, setting, loop
+        self.server = SimulatedServer(loop, setting.n_slots, setting.hardware)
+        self.foresight = Foresight(trace, setting.hardware, loop.time)
+        self.server.on_begun = self.foresight.begun
+        self.disk = Disk(
+            self.server,
+            self._shelf(),
+            setting.quota_bytes(trace),
+            now=loop.time,
+            on_drop=lambda snapshot: self.served_by.dropped(snapshot),
+        )
+        is_always = setting.policy is Policy.ALWAYS
+        self.served_by: Proxy | Original = (
+            Original(loop, self.server, self.disk)
+            if setting.policy is Policy.ORIGINAL
+            else Proxy(loop, self.server, self.disk, saves_each=is_always)
+        )
+
+    def _shelf(self) -> Shelf:
+        match self.setting.policy:
+            case Policy.LLAMASLOT | Policy.ALWAYS:
+                return Shelf()
+            case Policy.LRU | Policy.ORIGINAL:
+                return Oldest()
+            case Policy.RANDOM:
+                return AtRandom(self.trace.seed)
+            case Policy.CLAIRVOYANT:
+                shelf = Foreseen()
+                shelf.worth = self._worth
+                return shelf
+
+    def _worth(self, snapshot: Snapshot) -> float:
+        """Seconds that its next use saves, per byte and second until then."""
+        origin = self.disk.origins.get(snapshot.id)
+        if origin is None:
+            return 0.0
+        in_s, n_shared = self.foresight.next_use(origin, snapshot.n_tokens)
+        return self.setting.hardware.prefill_s(0, n_shared) / (snapshot.size_bytes * in_s)
+
+    async def run(self) -> Result:
+        started_at = self.loop.time()
+        users = Users(self.trace, self.loop, self.served_by.ask, self.foresight)
+        beside = TaskOwner()
+        beside.spawn(self.served_by.run(), "beside")
+        await users.run()
+        took_s = self.loop.time() - started_at
+        await beside.close()
+        await self.served_by.close()
+        self.served_by.check()
+        label = Label(self.trace.name, self.trace.seed, self.setting.policy.value, self.setting.disk)
+        return measured(label, users.served, self.server, self.disk, took_s)
