@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from tests.support.jobs import (
     ratio_of,
     take_turns,
     take_turns_over_restarts,
-    think_and_go_on,
 )
 from tests.support.killing import kill_llamaslot, work_within_quota
 from tests.support.leaving import Stage, leave, slots_for
@@ -56,17 +54,6 @@ async def test_long_contexts_are_restored_where_short_ones_were_beside_a_draft_m
     figure(result)
     assert result.n_errors == 0
     assert result.ratio >= 0.98
-
-
-@pytest.mark.parametrize("kind", [models.recurrent, models.swa])
-async def test_dropped_reasoning_costs_no_more_than_it_must(
-    tmp_path: Path, figure: Figure, kind: Callable[[Path], Path]
-) -> None:
-    """A prefill of llamaslot's own stops at the end of the last user message, so the next turn can go on from there."""
-    async with Stack(kind(tmp_path), tmp_path, settings={"prefill": {"own_above_s": 0.001}}) as stack:
-        n_shared, n_reused = await think_and_go_on(stack)
-    figure(f"{n_reused} of {n_shared} common tokens reused")
-    assert n_reused >= n_shared - 50
 
 
 async def test_llama_server_alone_does_not(tmp_path: Path, figure: Figure) -> None:

@@ -23,7 +23,7 @@ async def test_twelve_users_on_four_slots_find_their_contexts_again(
         result = await take_turns(stack, seed=seed)
     figure(result)
     assert result.n_errors == 0
-    assert result.ratio >= 0.99
+    assert result.ratio >= 0.995
 
 
 async def test_so_they_do_with_a_draft_model(tmp_path: Path, figure: Figure) -> None:
@@ -43,7 +43,7 @@ async def test_so_they_do_with_models_that_cannot_go_back(tmp_path: Path, figure
         result = await take_turns(stack)
     figure(result)
     assert result.n_errors == 0
-    assert result.ratio >= 0.95
+    assert result.ratio >= 0.97
 
 
 async def test_llama_server_alone_finds_a_third_at_most(tmp_path: Path, figure: Figure) -> None:

@@ -26,7 +26,6 @@ from tests.support.users import (
     Team,
     Turn,
     User,
-    common,
     rendered,
     symbols,
     tally,
@@ -327,38 +326,6 @@ async def exchange_model(
                 else:
                     differ.append(f"{turn.user}: {turn.reply.text!r}, cold {expected.text!r}")
         return n_same, n_all, differ
-
-
-async def think_and_go_on(
-    stack: Stack, *, n_context: int = 3000, n_thoughts: int = 1500, seed: int = 1
-) -> tuple[int, int]:
-    """An agent's tool round whose reasoning the template drops at the next question, on models that cannot go back.
-
-    Returns how many tokens the next question's prompt shares with the round's, and how many of it were reused.
-    """
-    rng = random.Random(seed)
-    question = {"role": "user", "content": words(rng, n_context)}
-    answer = {"role": "assistant", "content": "Let me see."}
-    result = {"role": "tool", "tool_call_id": "c1", "content": words(rng, 200)}
-    thinking = [question, {**answer, "reasoning_content": words(rng, n_thoughts)}, result]
-    then = [
-        question,
-        answer,
-        result,
-        {"role": "assistant", "content": "So."},
-        {"role": "user", "content": "And now?"},
-    ]
-    async with clients(stack) as (front, server):
-        prompts = [
-            (await server.post("/apply-template", {"messages": messages}))["prompt"]
-            for messages in (thinking, then)
-        ]
-        replies = [
-            await front.ask("/v1/chat/completions", {"messages": messages, "max_tokens": 20, "stream": True})
-            for messages in (thinking, then)
-        ]
-        assert not any(reply.error for reply in replies), replies
-        return common(*map(symbols, prompts)), replies[1].n_reused
 
 
 def exchange(path: Path, other: Path) -> None:

@@ -409,15 +409,19 @@ class Meter:
 
 @asynccontextmanager
 async def talking(
-    client: Client, rng: random.Random, *, max_tokens: int = 100_000
+    client: Client,
+    rng: random.Random,
+    *,
+    max_tokens: int = 100_000,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> AsyncIterator[list[float]]:
-    """Another client that streams all the time; yields the times at which its tokens came."""
+    """Another client that streams all the time; yields the times, by ``clock``, at which its tokens came."""
     times: list[float] = []
     started = asyncio.Event()
 
     async def note(event: Event) -> None:
         if event.data is not None:
-            times.append(time.perf_counter())
+            times.append(clock())
             if len(times) > 2:
                 started.set()
 
