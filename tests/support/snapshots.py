@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from llamaslot.core.tokens import pack
-from llamaslot.store import Catalog, Draft, Snapshot
+from llamaslot.store import Catalog, Draft, Snapshot, WithTokens
 from llamaslot.store.sidecar import KV, PART, own_name
 
 MAGIC = 0x67677371
@@ -97,7 +97,7 @@ class Shelter:
             path.write_text(json.dumps(fields))
         return fields
 
-    async def commit(self, draft: Draft, tokens: bytes, n_written: int, **changes: Any) -> Snapshot:
+    async def commit(self, draft: Draft, tokens: bytes, n_written: int, **changes: Any) -> WithTokens:
         answer: dict[str, Any] = {
             "tokens_expected": tokens,
             "n_saved": len(tokens) // 4,
@@ -108,7 +108,7 @@ class Shelter:
         }
         return await self.catalog.commit(draft, **(answer | changes))
 
-    async def save(self, tokens: bytes, size_bytes: int = 1_000, **changes: Any) -> Snapshot:
+    async def save(self, tokens: bytes, size_bytes: int = 1_000, **changes: Any) -> WithTokens:
         """Reserve, write, commit."""
         draft = await self.catalog.reserve(size_bytes)
         return await self.commit(draft, tokens, self.write(draft, tokens), **changes)

@@ -19,7 +19,7 @@ from llamaslot.core.slots import Kind
 from llamaslot.core.tokens import common, count, head
 from llamaslot.errors import BackendDown, SlotActionFailed, SnapshotInvalid, UpstreamError
 from llamaslot.llama.api import Progress, Props, SlotAction, SlotInfo
-from llamaslot.store import Draft, QuotaExceeded, Snapshot
+from llamaslot.store import Draft, QuotaExceeded, Snapshot, WithTokens
 
 BYTES_PER_TOKEN = 1000
 MODEL = "model"
@@ -311,7 +311,7 @@ class StubCatalog:
     server: StubServer
     room: int = 1000
     on_drop: Callable[[Snapshot], None] = lambda snapshot: None
-    snapshots: dict[str, Snapshot] = field(default_factory=dict)
+    snapshots: dict[str, WithTokens] = field(default_factory=dict)
     pins: Counter[str] = field(default_factory=Counter)
     drafts: set[str] = field(default_factory=set)
     condemned: set[str] = field(default_factory=set)
@@ -341,15 +341,23 @@ class StubCatalog:
         source: str,
         kind: Kind = Kind.LEAF,
         is_pinned: bool = False,
-    ) -> Snapshot:
+    ) -> WithTokens:
         await self.server.op("commit", None)
         tokens = self.server.files.pop(draft.part_name)
         self.drafts.discard(draft.id)
         if not tokens or not tokens.startswith(tokens_expected):
             raise SnapshotInvalid("holds another conversation")
         self.server.files[f"{draft.id}.kv"] = tokens
-        snapshot = Snapshot(
-            draft.id, tokens, n_written, fingerprint, 0.0, checkpoints, source, kind, is_pinned
+        snapshot = WithTokens.of(
+            tokens,
+            id=draft.id,
+            size_bytes=n_written,
+            fingerprint=fingerprint,
+            created_at=0.0,
+            checkpoints=checkpoints,
+            source=source,
+            kind=kind,
+            is_pinned=is_pinned,
         )
         self.snapshots[draft.id] = snapshot
         return snapshot
@@ -378,7 +386,7 @@ class StubCatalog:
         if id in self.snapshots:
             self.snapshots[id] = self.snapshots.pop(id)  # last used last
 
-    async def verify(self, id: str) -> Snapshot:  # noqa: A002
+    async def verify(self, id: str) -> WithTokens:  # noqa: A002
         await self.server.op("verify", None)
         if id not in self.snapshots:
             raise SnapshotInvalid(f"{id}: is gone")

@@ -31,7 +31,7 @@ async def test_a_commit_lists_what_was_saved(shelter: Shelter) -> None:
     draft = await shelter.catalog.reserve(1_000)
     assert draft.part_name == f"{draft.id}.part"
     snapshot = await shelter.commit(draft, TOKENS, shelter.write(draft, TOKENS), checkpoints=(4, 36))
-    assert shelter.catalog.snapshots == {draft.id: snapshot}
+    assert shelter.catalog.snapshots == {draft.id: snapshot.listed}
     assert (snapshot.tokens, snapshot.n_tokens, snapshot.size_bytes) == (TOKENS, 40, 1_000)
     assert (snapshot.fingerprint, snapshot.checkpoints, snapshot.source) == ("model-a", (4, 36), "victim")
     assert snapshot.file_name == f"{snapshot.id}.kv"
@@ -175,7 +175,7 @@ async def test_a_pinned_snapshot_is_dropped_at_its_last_unpin(shelter: Shelter) 
     """Nobody finds it any more, but who restores from it can go on."""
     snapshot = await shelter.save(TOKENS)
     with shelter.catalog.pin(snapshot.id) as pinned, shelter.catalog.pin(snapshot.id):
-        assert pinned == snapshot
+        assert pinned == snapshot.listed
         await shelter.catalog.drop(snapshot.id)
         assert shelter.dropped == [snapshot.id]
         assert shelter.catalog.snapshots == {}

@@ -105,7 +105,7 @@ async def test_kind_and_pin_survive_a_restart(shelter: Shelter) -> None:
     leaf = await shelter.save(some_tokens(40, 1))
     assert repr(trunk) == f"<Snapshot {trunk.id} 40 tok 1000 B victim trunk pinned>"
     catalog = await shelter.reopen()
-    assert catalog.snapshots == {trunk.id: trunk, leaf.id: leaf}
+    assert catalog.snapshots == {trunk.id: trunk.listed, leaf.id: leaf.listed}
     assert (leaf.kind, leaf.is_pinned) == (Kind.LEAF, False)
 
 
@@ -116,7 +116,7 @@ async def test_an_older_sidecar_is_of_a_plain_conversation(shelter: Shelter) -> 
     fields = shelter.sidecar(snapshot.id)
     del fields["kind"], fields["is_pinned"]
     (shelter.directory / f"{snapshot.id}.json").write_text(json.dumps(fields))
-    assert (await shelter.reopen()).snapshots == {snapshot.id: snapshot}
+    assert (await shelter.reopen()).snapshots == {snapshot.id: snapshot.listed}
 
 
 @pytest.mark.parametrize("changes", [{"kind": "root"}, {"kind": None}, {"is_pinned": 1}])

@@ -13,8 +13,9 @@ import pytest
 from llamaslot.core import snapshots as due
 from llamaslot.core.tokens import pack
 from llamaslot.engine.library import Libraries
+from llamaslot.errors import SnapshotInvalid
 from llamaslot.llama.identity import Identity
-from llamaslot.store import Catalog, Snapshot
+from llamaslot.store import Catalog, WithTokens
 from llamaslot.tasks import TaskOwner
 
 PROBS = dict.fromkeys(range(8), -1.0)
@@ -27,12 +28,13 @@ class World:
 
     def __init__(self, directory: Path, n: int) -> None:
         self.snapshots = {f"ls-{i}": snapshot(f"ls-{i}", i) for i in range(n)}
+        self.n_read = 0
         self.directory, self.tasks = directory, TaskOwner()
         self.libraries = self.start()
 
     def start(self) -> Libraries:
         """What llamaslot has after a start."""
-        catalog = cast(Catalog, SimpleNamespace(snapshots=self.snapshots))
+        catalog = cast(Catalog, SimpleNamespace(snapshots=self.snapshots, verify=self.verify))
         self.libraries = Libraries(catalog, self.directory / "gpu0.index", self.tasks)
         return self.libraries
 
@@ -42,6 +44,14 @@ class World:
         library.check()
         assert library is self.libraries.current
         return set(library.snapshots)
+
+    async def verify(self, id_: str) -> WithTokens:
+        """As the catalog does: the header is read."""
+        await asyncio.sleep(0)
+        self.n_read += 1
+        if id_ not in self.snapshots:
+            raise SnapshotInvalid("gone")
+        return self.snapshots[id_]
 
     def drop(self, id_: str) -> None:
         del self.snapshots[id_]
@@ -55,8 +65,10 @@ class World:
         assert library.index.base is not None
 
 
-def snapshot(id_: str, seed: int, fingerprint: str = "model") -> Snapshot:
-    return Snapshot(id_, pack([*range(200), seed, *range(100)]), 1000, fingerprint, float(seed), (), "test")
+def snapshot(id_: str, seed: int, fingerprint: str = "model") -> WithTokens:
+    tokens = pack([*range(200), seed, *range(100)])
+    fields = {"size_bytes": 1000, "created_at": float(seed), "checkpoints": (), "source": "test"}
+    return WithTokens.of(tokens, id=id_, fingerprint=fingerprint, **fields)
 
 
 @pytest.fixture
@@ -78,13 +90,15 @@ async def test_one_generation_is_made_of_all_that_was_found(world: World) -> Non
 
 
 async def test_after_a_start_the_generation_has_the_tokens(world: World) -> None:
-    """What went and came meanwhile is noticed; the rest is not indexed again."""
+    """What went and came meanwhile is noticed; of the rest no file is read."""
     await world.meet()
     await world.made()
     del world.snapshots["ls-0"]
     world.snapshots["ls-new"] = snapshot("ls-new", 999)
     world.start()
+    world.n_read = 0
     assert await world.meet() == world.snapshots.keys()
+    assert world.n_read == 1
     library = world.libraries.current
     assert library is not None
     assert library.index.base is not None

@@ -27,7 +27,7 @@ from llamaslot.core.slots import (
 from llamaslot.core.tokens import head, pack
 from llamaslot.engine.library import Library
 from llamaslot.engine.pool import Pool, supersedes
-from llamaslot.store import Snapshot
+from llamaslot.store import WithTokens
 
 A, B = pack(range(1000, 3000)), pack(range(5000, 7000))
 NOBODY: frozenset[int] = frozenset()
@@ -44,8 +44,9 @@ def make(n_slots: int = 2, *, can_save: bool = True, memory: Memory = Memory.DEN
     return pool
 
 
-def snapshot(id_: str, tokens: bytes, checkpoints: tuple[int, ...] = (), **more: Any) -> Snapshot:
-    return Snapshot(id_, tokens, len(tokens) * 25, "model", 0.0, checkpoints, "test", **more)
+def snapshot(id_: str, tokens: bytes, checkpoints: tuple[int, ...] = (), **more: Any) -> WithTokens:
+    fields = {"fingerprint": "model", "created_at": 0.0, "source": "test", "checkpoints": checkpoints}
+    return WithTokens.of(tokens, id=id_, size_bytes=len(tokens) * 25, **fields, **more)
 
 
 def hold(pool: Pool, slot: int, tokens: bytes, now: float = 0.0, **more: object) -> Slot:
@@ -283,14 +284,16 @@ def test_the_snapshot_of_exactly_these_tokens() -> None:
 
 
 def test_agreeing_with_the_catalog() -> None:
-    """What is gone is dropped; what has come, of the same model, is offered."""
-    pool = make()
+    """What is gone is dropped, and the slot that came from it is dirty again."""
+    pool, there = make(), snapshot("there", B)
     pool.add_snapshot(snapshot("gone", A))
-    stranger = replace(snapshot("stranger", B), fingerprint="another")
-    pool.agree({"new": snapshot("new", B), "stranger": stranger}, "model")
+    pool.add_snapshot(there)
+    hold(pool, 0, A, is_dirty=False, snapshot="gone")
+    pool.agree({"there": there, "another": snapshot("another", B)})
     pool.check()
-    assert (pool.snapshot("gone"), pool.snapshot("stranger")) == (None, None)
-    assert pool.snapshot("new") is not None
+    assert pool.snapshot("gone") is None
+    assert pool.snapshot("there") == there
+    assert pool.slots[0].content.is_dirty
 
 
 def test_a_newer_snapshot_of_the_conversation_supersedes() -> None:

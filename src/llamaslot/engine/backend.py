@@ -16,7 +16,6 @@ import orjson
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import Rules
 from llamaslot.core.slots import NOTHING, Event, Job
-from llamaslot.core.tokens import count
 from llamaslot.engine.drain import Drains
 from llamaslot.engine.handshake import Handshake, Met
 from llamaslot.engine.library import Libraries
@@ -146,7 +145,7 @@ class Backend:
         if self.catalog is not None:
             await self.catalog.open()
             for snapshot in self.catalog.snapshots.values():
-                self.rates.size.observe(count(snapshot.tokens), snapshot.size_bytes)
+                self.rates.size.observe(snapshot.n_tokens, snapshot.size_bytes)
 
     def start(self) -> None:
         self.drains.on_failure = self.doubt
@@ -213,8 +212,8 @@ class Backend:
             met.pool.take(slot, Job("left over"), self.now(), has_answer=False)
             met.pool.give_back(slot, Event.LEAVE, NOTHING, self.now())
             self.drains.add_slot(met.pool, slot, NOTHING)
-        if self.catalog is not None and met.pool.can_save:  # some came and went while the server was met
-            met.pool.agree(self.catalog.snapshots, met.fingerprint)
+        if self.catalog is not None and met.pool.can_save:  # some went while the server was met
+            met.pool.agree(self.catalog.snapshots)
         self.prompts.forget()
         self._set(Health.UP)
         self.scheduler.attach(met.pool)

@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import Rules
 from llamaslot.core.slots import Event, Job, Slot
-from llamaslot.core.tokens import count
 from llamaslot.engine.library import Libraries
 from llamaslot.engine.pool import Pool, content_of
 from llamaslot.engine.probes import Probes
 from llamaslot.errors import LlamaslotError, NotReady, SlotActionFailed, SnapshotInvalid
 from llamaslot.llama.api import LlamaServer, Props, SlotAction, SlotInfo
 from llamaslot.llama.identity import Identity
-from llamaslot.store import Catalog, Draft, QuotaExceeded, Snapshot, read_slot_file
+from llamaslot.store import Catalog, Draft, QuotaExceeded, WithTokens, read_slot_file
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +141,7 @@ class Handshake:
 
     async def _commit(
         self, pool: Pool, written: tuple[Draft, SlotAction], fingerprint: str
-    ) -> Snapshot | None:
+    ) -> WithTokens | None:
         """Accept what the file's header says that the slot held; a snapshot that holds just that is not kept twice."""
         assert self.catalog is not None
         draft, saved = written
@@ -177,7 +176,7 @@ class Handshake:
         slot = pool.slots[info.id]
         pool.take(slot, Job("adoption"), now, has_answer=False)
         pool.give_back(slot, Event.KEEP, content_of(snapshot), now)
-        log.info("%s: adopted slot %d with %d tokens", self.name, slot.id, count(snapshot.tokens))
+        log.info("%s: adopted slot %d with %d tokens", self.name, slot.id, snapshot.n_tokens)
 
     def _forget_rates_of_others(self, current: Identity) -> None:
         """Speed and sizes were learned with one model; of another they say nothing."""
@@ -197,7 +196,7 @@ class Handshake:
             is_same[text] = other is not None and current.is_same(other)
         admitted = [snapshot for snapshot in snapshots if is_same[snapshot.fingerprint]]
         for snapshot in admitted:
-            self.rates.size.observe(count(snapshot.tokens), snapshot.size_bytes)
+            self.rates.size.observe(snapshot.n_tokens, snapshot.size_bytes)
         if n_others := len(snapshots) - len(admitted):
             log.warning("%s: %d snapshots are of another model and stay unused", self.name, n_others)
         fingerprint = admitted[-1].fingerprint if admitted else current.to_text()

@@ -6,17 +6,15 @@ handed to each new pool of the same model, and outlives llamaslot as a generatio
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
 from llamaslot.core.snapshots import SnapshotIndex
+from llamaslot.errors import SnapshotInvalid
 from llamaslot.llama.identity import Identity
-from llamaslot.store import Catalog, Snapshot
+from llamaslot.store import Catalog, Snapshot, WithTokens
 from llamaslot.store.renewal import Renewal
 from llamaslot.tasks import TaskOwner
-
-_AT_ONCE = 64  # additions between two looks at the event loop: 2 ms
 
 
 class Library:
@@ -32,16 +30,20 @@ class Library:
     def __repr__(self) -> str:
         return f"<Library {len(self.snapshots)} snapshots, {self.index!r}>"
 
-    def add(self, snapshot: Snapshot) -> None:
+    def add(self, snapshot: WithTokens) -> None:
         """Idempotent."""
-        self.put(snapshot)
+        self.put(snapshot.listed, snapshot.tokens)
         self.changed()
 
-    def put(self, snapshot: Snapshot) -> None:
-        """One of many: ``changed`` must follow, so that no generation is made of the first few of them."""
+    def put(self, snapshot: Snapshot, tokens: bytes | None = None) -> None:
+        """One of many: ``changed`` must follow, so that no generation is made of the first few of them.
+
+        Without ``tokens`` if the index has it.
+        """
         self.snapshots[snapshot.id] = snapshot
         if snapshot.id not in self.index:
-            self.index.insert(snapshot.id, snapshot.tokens)
+            assert tokens is not None, "what is not in the index comes with its tokens"
+            self.index.insert(snapshot.id, tokens)
 
     def drop(self, snapshot_id: str) -> None:
         """Idempotent."""
@@ -81,11 +83,15 @@ class Libraries:
         for id_ in library.index.holders() - found.keys():
             library.index.drop(id_)
             library.snapshots.pop(id_, None)
-        for n, snapshot in enumerate(found.values(), 1):
-            if snapshot.id in self._catalog.snapshots:  # not yet gone
-                library.put(snapshot)
-            if n % _AT_ONCE == 0:
-                await asyncio.sleep(0)
+        for id_ in library.index.holders() & found.keys():
+            library.put(found.pop(id_))
+        for id_ in found:
+            try:
+                read = await self._catalog.verify(id_)
+            except SnapshotInvalid:  # broken and dropped, or we ran short of open files: not offered then
+                continue
+            if id_ in self._catalog.snapshots:  # not yet gone
+                library.put(read.listed, read.tokens)
         library.changed()
         return library
 

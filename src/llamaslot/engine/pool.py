@@ -18,7 +18,7 @@ from llamaslot.core.slots import NOTHING, Content, Event, Job, Kind, Plan, Save,
 from llamaslot.core.snapshots import Joined
 from llamaslot.core.tokens import common, count
 from llamaslot.engine.library import Library
-from llamaslot.store import Snapshot
+from llamaslot.store import Snapshot, WithTokens
 
 N_CANDIDATES = 16  # snapshots that a placement looks at, the longest common prefixes first
 _DRAIN_S = 1.0  # what it usually takes until the server has noticed that a client has gone
@@ -44,7 +44,7 @@ class Leaving:
     until: float
 
 
-def content_of(snapshot: Snapshot) -> Content:
+def content_of(snapshot: WithTokens) -> Content:
     """What a slot holds that has just been saved as ``snapshot``, or restored from it."""
     return Content(snapshot.tokens, True, False, snapshot.checkpoints, snapshot.id)
 
@@ -181,7 +181,7 @@ class Pool:
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
-    def add_snapshot(self, snapshot: Snapshot) -> None:
+    def add_snapshot(self, snapshot: WithTokens) -> None:
         """Idempotent."""
         self._library.add(snapshot)
 
@@ -192,22 +192,24 @@ class Pool:
             if slot.content.snapshot == snapshot_id:
                 slot.content = replace(slot.content, snapshot=None, is_dirty=True)
 
-    def agree(self, snapshots: Mapping[str, Snapshot], fingerprint: str) -> None:
-        """Drop what is not among ``snapshots``, the ones that exist, and add those of this very model."""
+    def agree(self, snapshots: Mapping[str, Snapshot]) -> None:
+        """Drop what is not among ``snapshots``, the ones that exist."""
         held = {slot.content.snapshot for slot in self.slots if slot.content.snapshot is not None}
         for snapshot_id in (self._known.keys() | held) - snapshots.keys():
             self.drop_snapshot(snapshot_id)
-        for snapshot in snapshots.values():
-            if snapshot.fingerprint == fingerprint and snapshot.id not in self._known:
-                self.add_snapshot(snapshot)
 
-    def snapshot(self, snapshot_id: str) -> Snapshot | None:
-        return self._known.get(snapshot_id)
+    def snapshot(self, snapshot_id: str) -> WithTokens | None:
+        """With its tokens as the index has them: a millisecond for 60,000."""
+        if (snapshot := self._known.get(snapshot_id)) is None:
+            return None
+        return snapshot.with_tokens(self._snapshots.tokens(snapshot_id))
 
-    def snapshot_of(self, tokens: bytes) -> Snapshot | None:
+    def snapshot_of(self, tokens: bytes) -> WithTokens | None:
         """The snapshot that holds exactly ``tokens``."""
         hit = self._snapshots.longest_full_prefix(tokens)
-        return self._known[hit.holder] if hit is not None and hit.n_tokens == count(tokens) else None
+        if hit is None or hit.n_tokens != count(tokens):
+            return None
+        return self._known[hit.holder].with_tokens(tokens)
 
     def longest_full_prefix(self, tokens: bytes) -> Shared[str] | None:
         """The longest snapshot that ``tokens`` begins with as a whole: what a state that cannot be cut is good for.
@@ -319,7 +321,7 @@ class Pool:
         assert self._passing.holders() == self._leaving.keys(), "what is leaving is indexed"
 
 
-def supersedes(new: Snapshot, old: Snapshot, similarity_min: float) -> bool:
+def supersedes(new: WithTokens, old: WithTokens, similarity_min: float) -> bool:
     """Whether ``new`` makes ``old``, from the same conversation, needless: never a trunk, nor one that is pinned.
 
     Not a strict prefix only: the answer in ``old`` comes back re-tokenized, so the two part somewhere inside it.

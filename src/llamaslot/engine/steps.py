@@ -12,7 +12,6 @@ from llamaslot.core.cost import Rates
 from llamaslot.core.policy import prefill_stops
 from llamaslot.core.reuse import Memory
 from llamaslot.core.slots import NOTHING, Erase, PrefillTo, Restore, Save, Source
-from llamaslot.core.tokens import count
 from llamaslot.engine.lease import Lease, Report
 from llamaslot.engine.pool import MIN_WORTH_TOKENS, content_of
 from llamaslot.engine.prefill import Prefills, prefilled
@@ -159,7 +158,7 @@ class Steps:
             raise BackendRestarted("llama-server has restarted")
         self.rates.restore.observe(snapshot.size_bytes, result.seconds or seconds)
         self.metrics.restored(snapshot.size_bytes, seconds)
-        is_whole = result.n_tokens == count(snapshot.tokens)
+        is_whole = result.n_tokens == snapshot.n_tokens
         lease.note.acted(
             lease.slot_id,
             Act("restore", seconds, is_whole, result.n_tokens, snapshot.size_bytes, snapshot.id),

@@ -4,7 +4,7 @@ from llamaslot.store.catalog import Catalog, Draft
 from llamaslot.store.directory import DirectoryUnusable, NotShared, prove_shared
 from llamaslot.store.header import SlotFile, read_slot_file
 from llamaslot.store.room import QuotaExceeded
-from llamaslot.store.sidecar import Snapshot
+from llamaslot.store.sidecar import Snapshot, WithTokens
 
 __all__ = [
     "Catalog",
@@ -14,6 +14,7 @@ __all__ = [
     "QuotaExceeded",
     "SlotFile",
     "Snapshot",
+    "WithTokens",
     "prove_shared",
     "read_slot_file",
 ]

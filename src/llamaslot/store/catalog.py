@@ -24,7 +24,7 @@ from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
 from llamaslot.store.header import read_slot_file
 from llamaslot.store.room import Room
 from llamaslot.store.shelf import Pin, Shelf
-from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, readable
+from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens, readable
 from llamaslot.store.upkeep import Upkeep
 from llamaslot.tasks import TaskOwner
 
@@ -49,7 +49,7 @@ class _Held:
 
     size_bytes: int
     keep: frozenset[str]
-    commit: asyncio.Task[Snapshot | LlamaslotError] | None = None
+    commit: asyncio.Task[WithTokens | LlamaslotError] | None = None
 
 
 class Catalog:
@@ -230,7 +230,7 @@ class Catalog:
         source: str,
         kind: Kind = Kind.LEAF,
         is_pinned: bool = False,
-    ) -> Snapshot:
+    ) -> WithTokens:
         """Make the saved part file a snapshot if it is what it should be.
 
         ``n_saved`` (tokens) and ``n_written`` (bytes) are llama-server's answer to the save;
@@ -259,7 +259,7 @@ class Catalog:
             raise outcome
         return outcome
 
-    async def _commit(self, held: _Held, noted: Noted, tokens_expected: bytes) -> Snapshot | LlamaslotError:
+    async def _commit(self, held: _Held, noted: Noted, tokens_expected: bytes) -> WithTokens | LlamaslotError:
         """The commit, in a task of its own: errors of ours are its result, so that nobody reports them as a death."""
         try:
             snapshot = await self._accept(held, noted, tokens_expected)
@@ -271,11 +271,11 @@ class Catalog:
         # No await from here on: what was granted is committed.
         del self._drafts[noted.id]
         self._room.granted -= held.size_bytes
-        self._list(snapshot, noted.created_at)
+        self._list(snapshot.listed, noted.created_at)
         self._upkeep.sync(noted)
         return snapshot
 
-    async def _accept(self, held: _Held, noted: Noted, tokens_expected: bytes) -> Snapshot:
+    async def _accept(self, held: _Held, noted: Noted, tokens_expected: bytes) -> WithTokens:
         part = self.directory / (noted.id + PART)
         file = await read_slot_file(part)
         if (extra := file.size_bytes - held.size_bytes) > 0:
@@ -288,7 +288,7 @@ class Catalog:
             raise OtherConversation(f"{part.name}: holds no tokens")
         if not file.tokens.startswith(tokens_expected):
             raise OtherConversation(f"{part.name}: holds another conversation than was to be saved")
-        snapshot = noted.snapshot(file.tokens)
+        snapshot = noted.snapshot(sidecar.digest_of(file.tokens)).with_tokens(file.tokens)
         try:
             await asyncio.to_thread(self._publish, part, noted)
         except OSError as error:
@@ -336,8 +336,8 @@ class Catalog:
             self._shelf.hit(id, self._now())
             self._upkeep.date(id)
 
-    async def verify(self, id: str) -> Snapshot:  # noqa: A002
-        """The snapshot, if its file is there, of the size noted, and with its tokens in the header.
+    async def verify(self, id: str) -> WithTokens:  # noqa: A002
+        """The snapshot, if its file is there, of the size noted, and with its tokens in the header, which are read.
 
         Raises SnapshotInvalid otherwise; the snapshot is then dropped, unless only we ran short of something (open
         files, memory). Canceling is safe.
@@ -348,14 +348,13 @@ class Catalog:
             raise SnapshotInvalid(f"{id}: is gone") from None
         with pin as snapshot:
             try:
-                await scan.agree_still(self.directory, snapshot)
+                return await scan.agree_still(self.directory, snapshot)
             except SnapshotInvalid as error:
                 if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _SHORTAGES):
                     log.warning("snapshot dropped: %s", error)
                     if id in self.snapshots:
                         self._drop(id)
                 raise
-        return snapshot
 
     async def drop(self, id: str) -> None:  # noqa: A002
         """No longer listed at once, and removed; the file of a pinned one at the last unpin. Idempotent.

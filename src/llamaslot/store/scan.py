@@ -16,7 +16,7 @@ from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import sidecar
 from llamaslot.store.directory import HITS_NAME, LOCK_NAME
 from llamaslot.store.header import SlotFile, read_slot_file
-from llamaslot.store.sidecar import JSON, KV, NEW, PART, PROBE, Noted, Snapshot
+from llamaslot.store.sidecar import JSON, KV, NEW, PART, PROBE, Noted, Snapshot, WithTokens
 
 SUFFIXES = (PART, KV, PROBE, NEW, JSON)  # the order of removal: what takes room first, the sidecar last
 
@@ -120,15 +120,16 @@ def agree(noted: Noted, file: SlotFile) -> None:
         raise SnapshotInvalid(f"{name}: holds {file.n_tokens} tokens, {noted.n_tokens} were saved")
 
 
-async def agree_still(directory: Path, snapshot: Snapshot) -> None:
-    """Raises SnapshotInvalid unless the file is still the one that was listed."""
+async def agree_still(directory: Path, snapshot: Snapshot) -> WithTokens:
+    """Its tokens, from the header. Raises SnapshotInvalid unless the file is still the one that was listed."""
     file = await read_slot_file(directory / snapshot.file_name)
     if file.size_bytes != snapshot.size_bytes:
         raise SnapshotInvalid(
             f"{snapshot.id}: has {file.size_bytes} bytes, {snapshot.size_bytes} were written"
         )
-    if file.tokens != snapshot.tokens:
+    if sidecar.digest_of(file.tokens) != snapshot.digest:
         raise SnapshotInvalid(f"{snapshot.id}: holds other tokens than when it was saved")
+    return snapshot.with_tokens(file.tokens)
 
 
 async def scan(directory: Path) -> Found:
@@ -174,7 +175,7 @@ async def _load(directory: Path, id_: str) -> tuple[Snapshot, float]:
         raise SnapshotInvalid(f"{id_}{KV}: was not yet on the disk when the machine went down")
     file = await read_slot_file(directory / (id_ + KV))
     agree(noted, file)
-    return noted.snapshot(file.tokens), dated
+    return noted.snapshot(sidecar.digest_of(file.tokens)), dated
 
 
 async def _discard(directory: Path, id_: str, found: Found) -> None:

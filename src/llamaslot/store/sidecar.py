@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from xxhash import xxh3_128_hexdigest
 
 from llamaslot.core.slots import Kind
+from llamaslot.core.tokens import WIDTH
 from llamaslot.errors import SnapshotInvalid
 
 VERSION = 1
@@ -35,15 +37,16 @@ _MODE = 0o660  # llama-server and llamaslot may be two users of one group; the u
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Snapshot:
-    """A saved slot that is whole.
+    """A saved slot that is whole, as it is listed: its tokens are in the file's header, and in the index.
 
-    ``tokens`` are bytes of little-endian int32; ``created_at`` is in seconds since the epoch; ``checkpoints`` are the
+    ``digest`` tells these tokens from others; ``created_at`` is in seconds since the epoch; ``checkpoints`` are the
     token counts to which a model that cannot rewind can return; ``source`` says what it was saved for. ``is_pinned``:
     somebody wants it there before it is asked for, so it neither makes room for others nor is superseded.
     """
 
     id: str
-    tokens: bytes
+    n_tokens: int
+    digest: str
     size_bytes: int
     fingerprint: str
     created_at: float
@@ -52,9 +55,9 @@ class Snapshot:
     kind: Kind = Kind.LEAF
     is_pinned: bool = False
 
-    @property
-    def n_tokens(self) -> int:
-        return len(self.tokens) // 4
+    def with_tokens(self, tokens: bytes) -> WithTokens:
+        """``tokens`` must be its own."""
+        return WithTokens(**{**_fields(self), "tokens": tokens})
 
     @property
     def file_name(self) -> str:
@@ -67,9 +70,40 @@ class Snapshot:
         return f"<Snapshot {self.id} {self.n_tokens} tok {readable(self.size_bytes)} {self.source}{kind}>"
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class WithTokens(Snapshot):
+    """A snapshot of which somebody has just looked up the ``tokens``: bytes of little-endian int32.
+
+    Not to be kept: ten thousand contexts are more than the index of them, and than memory.
+    """
+
+    tokens: bytes = b""
+
+    @classmethod
+    def of(cls, tokens: bytes, **fields: Any) -> WithTokens:
+        """One that holds ``tokens``; ``fields`` are the others of a snapshot."""
+        return cls(tokens=tokens, n_tokens=len(tokens) // WIDTH, digest=digest_of(tokens), **fields)
+
+    @property
+    def listed(self) -> Snapshot:
+        """The same without them."""
+        fields = _fields(self)
+        del fields["tokens"]
+        return Snapshot(**fields)
+
+
+def _fields(snapshot: Snapshot) -> dict[str, Any]:
+    return {field.name: getattr(snapshot, field.name) for field in dataclasses.fields(snapshot)}
+
+
+def digest_of(tokens: bytes) -> str:
+    """32 hexadecimal digits that tell these tokens from others."""
+    return xxh3_128_hexdigest(tokens)
+
+
 @dataclass(frozen=True, slots=True)
 class Noted:
-    """What a sidecar says: a snapshot without its tokens."""
+    """What a sidecar says: a snapshot without what its tokens are."""
 
     id: str
     n_tokens: int
@@ -82,10 +116,11 @@ class Noted:
     kind: Kind = Kind.LEAF
     is_pinned: bool = False
 
-    def snapshot(self, tokens: bytes) -> Snapshot:
+    def snapshot(self, digest: str) -> Snapshot:
         return Snapshot(
             id=self.id,
-            tokens=tokens,
+            n_tokens=self.n_tokens,
+            digest=digest,
             size_bytes=self.size_bytes,
             fingerprint=self.fingerprint,
             created_at=self.created_at,

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from llamaslot.bench.simulator.server import Origin, SimulatedServer
 from llamaslot.core.slots import Kind
 from llamaslot.errors import OtherConversation, SnapshotInvalid
-from llamaslot.store import Draft, QuotaExceeded, Snapshot
+from llamaslot.store import Draft, QuotaExceeded, Snapshot, WithTokens
 from llamaslot.store.shelf import Pin, Shelf
 
 FINGERPRINT = "simulated"
@@ -84,7 +84,7 @@ class Disk:
         source: str,
         kind: Kind = Kind.LEAF,
         is_pinned: bool = False,
-    ) -> Snapshot:
+    ) -> WithTokens:
         """Raises OtherConversation and QuotaExceeded as the real one does."""
         size_bytes, keep = self._drafts[draft.id]
         file = self._server.files[draft.part_name]
@@ -96,12 +96,20 @@ class Disk:
         del self._drafts[draft.id]
         self._server.files[f"{draft.id}.kv"] = self._server.files.pop(draft.part_name)
         now = self._now()
-        snapshot = Snapshot(
-            draft.id, file.tokens, n_written, fingerprint, now, checkpoints, source, kind, is_pinned
+        snapshot = WithTokens.of(
+            file.tokens,
+            id=draft.id,
+            size_bytes=n_written,
+            fingerprint=fingerprint,
+            created_at=now,
+            checkpoints=checkpoints,
+            source=source,
+            kind=kind,
+            is_pinned=is_pinned,
         )
         if file.origin is not None:
             self.origins[draft.id] = file.origin
-        self._shelf.add(snapshot, now)
+        self._shelf.add(snapshot.listed, now)
         return snapshot
 
     async def abandon(self, draft: Draft) -> None:
@@ -121,11 +129,11 @@ class Disk:
         if id in self.snapshots:
             self._shelf.hit(id, self._now())
 
-    async def verify(self, id: str) -> Snapshot:  # noqa: A002
+    async def verify(self, id: str) -> WithTokens:  # noqa: A002
         """Raises SnapshotInvalid if it is gone."""
         if id not in self.snapshots:
             raise SnapshotInvalid(f"{id}: is gone")
-        return self.snapshots[id]
+        return self.snapshots[id].with_tokens(self._server.files[f"{id}.kv"].tokens)
 
     async def drop(self, id: str) -> None:  # noqa: A002
         if id in self.snapshots:
