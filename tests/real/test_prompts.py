@@ -191,7 +191,8 @@ async def test_boundaries_lie_where_the_next_turn_parts(tmp_path: Path) -> None:
     async with real(models.dense(tmp_path), tmp_path) as server:
         prompt = await server.prompts.chat(body)
         text = str(prompt.text)
-        system, user = await server.prompts.boundaries(body, prompt)
+        n_system, (system, user) = await server.prompts.boundaries(body, prompt)
+        assert n_system == system
         ends = [text.index("first"), text.index("last") + len("last<|im_end|>\n<|im_start|>assistant\n")]
         expected = [await server.api.tokenize(text[:end], add_special=True) for end in ends]
         assert [head(prompt.tokens, system), head(prompt.tokens, user)] == expected

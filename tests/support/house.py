@@ -266,7 +266,7 @@ class House:
         assert not self.catalog.condemned, "no file of a snapshot that is gone"
         assert not [name for name in self.server.files if name.endswith(".part")], "no part file"
         assert pool is not None
-        assert not pool._leaving, "nothing is leaving"
+        assert not len(pool._passing), "nothing is leaving"
         assert not pool._busy, "no slot is busy"
         assert all(slot.is_idle for slot in pool.slots), f"every slot is idle: {pool.slots}"
         assert not any(slot.is_working for slot in self.server.slots_), "the server rests"

@@ -494,7 +494,7 @@ async def texts_of_boundaries(server: Server, body: dict[str, Any]) -> list[str]
     prompts = Prompts(server)
     prompt = await prompts.chat(body)
     text = str(prompt.text)
-    found = await prompts.boundaries(body, prompt)
+    found = (await prompts.boundaries(body, prompt)).stops
     ends = {count(server.tokens(text[:end])): end for end in range(len(text) + 1)}
     return [text[: ends[n]] for n in found]
 
@@ -565,4 +565,4 @@ async def test_a_template_that_refuses_the_variants_gives_no_boundaries() -> Non
     body = turns("why?", "because", "really?")
     prompt = await prompts.chat(body)
     server.refuses = True
-    assert await prompts.boundaries(body, prompt) == ()
+    assert await prompts.boundaries(body, prompt) == (0, ())

@@ -45,6 +45,14 @@ async def prepares(house: House, cut: Cut) -> None:
         await cut(house.steps.prepare(lease, lambda _: None))
 
 
+async def keeps_a_trunk(house: House, cut: Cut) -> None:
+    """Computes what others will begin with, saves it, and computes the rest."""
+    with await house.scheduler.lease(Job("a", tokens_of(1, 900), n_system=500)) as lease:
+        names = [type(step).__name__ for step in lease.plan.steps]  # type: ignore[union-attr]
+        assert names[-3:] == ["PrefillTo", "Keep", "PrefillTo"]
+        await cut(house.steps.prepare(lease, lambda _: None))
+
+
 async def takes_unpinned(house: House, cut: Cut) -> None:
     """Waits until nobody is between two steps, saves all slots, sends, settles."""
 
@@ -76,7 +84,7 @@ def come(house: House) -> None:
 
 
 @pytest.mark.parametrize("is_late", [False, True], ids=["while it waits", "as it is woken"])
-@pytest.mark.parametrize("scene", [leases, prepares, takes_unpinned, takes_two, writes_back])
+@pytest.mark.parametrize("scene", [leases, prepares, keeps_a_trunk, takes_unpinned, takes_two, writes_back])
 @pytest.mark.parametrize("others", ["no others", "after others", "before others"])
 def test_cancelled_at_every_await_nothing_leaks(
     scene: Callable[[House, Cut], Coroutine[Any, Any, None]], is_late: bool, others: str

@@ -21,7 +21,7 @@ from llamaslot.errors import (
 from tests.support.house import House
 from tests.support.stub import Op, StubServer
 
-SYSTEM = pack(range(80))
+SYSTEM = pack(range(300))  # enough for a trunk
 N_SLOTS, N_USERS = 3, 5
 
 
@@ -60,7 +60,9 @@ class Life(RuleBasedStateMachine):
         context = self.contexts[user]
         tokens, answer = context + self.fresh(n_new), self.fresh(n_answer)
         self.contexts[user] = tokens + answer if len(tokens) < 4 * 1500 else SYSTEM + self.fresh(120)
-        job = Job(f"user {user} at {next(self.serial)}", tokens, boundaries=(80, count(context)))
+        job = Job(
+            f"user {user} at {next(self.serial)}", tokens, boundaries=(300, count(context)), n_system=300
+        )
         self.house.start(self.house.ask(job, answer), job.id)
 
     @rule(

@@ -54,7 +54,7 @@ class Team:
         assert pool is not None
         if not any(op.kind in kinds for op in self.house.server.pending):
             return []
-        held = [entry.content.tokens for entry in pool._leaving.values()]
+        held = [content.tokens for content in pool._passing.contents()]
         held += [
             lease.content.tokens for lease in self.house.scheduler.leases if lease.is_own and lease.content
         ]

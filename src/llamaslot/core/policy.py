@@ -12,6 +12,7 @@ from llamaslot.core.slots import (
     Cost,
     Erase,
     Job,
+    Keep,
     Place,
     Plan,
     PrefillTo,
@@ -64,7 +65,9 @@ class SnapshotView:
 class PoolView:
     """Everything that ``place`` looks at. ``reserved``: slots that jobs before this one wait for.
 
-    ``can_erase``: slot actions work. Without them what must not be shared rests on ``cache_prompt`` false alone.
+    ``trunks``: token counts of the job's prompt at which a trunk is worth making; ``is_rewindable``: the model can go
+    back to any token. ``can_erase``: slot actions work. Without them what must not be shared rests on ``cache_prompt``
+    false alone.
     """
 
     slots: tuple[SlotView, ...]
@@ -72,6 +75,8 @@ class PoolView:
     prefill_s: PrefillSeconds = field(default=lambda start, end: (end - start) / 1000)
     reserved: frozenset[int] = frozenset()
     can_erase: bool = True
+    trunks: tuple[int, ...] = ()
+    is_rewindable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +210,25 @@ def _steps(job: Job, choice: _Choice, view: PoolView, rules: Rules) -> Iterator[
     elif view.can_erase and (slot.state is State.SUSPECT or job.is_fresh):
         yield Erase(slot.id)
     if not job.is_private and (view.can_erase or not job.is_cold):
-        yield from (PrefillTo(slot.id, stop) for stop in prefill_stops(job, choice.n_reused, view, rules))
+        yield from prefill_steps(job, slot.id, choice.n_reused, view, rules)
+
+
+def prefill_steps(
+    job: Job, slot: int, n_reused: int, view: PoolView, rules: Rules
+) -> Iterator[PrefillTo | Keep]:
+    """What is computed ahead of the job's own request, and what of it is kept as a trunk on the way.
+
+    A trunk is made by the job that computes the tokens around its end, so that none is computed for it alone: one that
+    has more of the prompt already passes it by. Where the model can go back to any token a few more do not matter: the
+    trunk then ends with them.
+    """
+    slack = _FEW_TOKENS if view.is_rewindable else 0
+    last = job.n_tokens - 1
+    keeps = {max(at, n_reused) for at in view.trunks if n_reused - slack <= at < last and not job.is_fresh}
+    for stop in sorted({*prefill_stops(job, n_reused, view, rules), *keeps}):
+        yield PrefillTo(slot, stop)
+        if stop in keeps:
+            yield Keep(slot, stop)
 
 
 def prefill_stops(job: Job, n_reused: int, view: PoolView, rules: Rules) -> list[int]:

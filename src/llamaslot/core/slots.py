@@ -123,7 +123,8 @@ class Slot:
 class Job:
     """One request that wants a slot. ``tokens`` is empty when they are not known (a body llamaslot cannot read).
 
-    ``boundaries``: token counts at which a prefill should stop on models that need checkpoints.
+    ``boundaries``: token counts at which a prefill should stop on models that need checkpoints. ``n_system``: tokens of
+    system part and tools, with which other conversations begin too; 0 when that is not known.
     ``is_cold``: nothing cached may be used (``cache_prompt`` false). ``is_private``: nothing cached may be used, and
     nothing that it leaves may be used by others (LoRA scales): erased before and after.
     ``n_children``: further slots that llama-server takes for ``n`` > 1. ``is_unpinned``: llama-server chooses the slot.
@@ -132,6 +133,7 @@ class Job:
     id: str
     tokens: bytes = b""
     boundaries: tuple[int, ...] = ()
+    n_system: int = 0
     is_cold: bool = False
     is_private: bool = False
     n_children: int = 0
@@ -181,7 +183,15 @@ class PrefillTo:
     n_tokens: int
 
 
-Step = Save | Erase | Restore | PrefillTo
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Save what the slot holds now, exactly the first ``n_tokens`` of the job's tokens, as a trunk, and go on."""
+
+    slot: int
+    n_tokens: int
+
+
+Step = Save | Erase | Restore | PrefillTo | Keep
 
 
 class Source(enum.Enum):

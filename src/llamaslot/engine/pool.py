@@ -6,23 +6,22 @@ restart there is a new one, and what the old one's leases still do to their slot
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from llamaslot.core.cost import Rates
-from llamaslot.core.policy import PoolView, Rules, SlotView, SnapshotView, weight
+from llamaslot.core.policy import PoolView, Rules, SlotView, weight
 from llamaslot.core.prefix import PrefixIndex, Shared
-from llamaslot.core.reuse import Memory, usable
-from llamaslot.core.slots import NOTHING, Content, Event, Job, Kind, Plan, Save, Slot, State
-from llamaslot.core.snapshots import Joined
-from llamaslot.core.tokens import common, count
+from llamaslot.core.reuse import Memory, checkpoints_after, usable
+from llamaslot.core.slots import NOTHING, Content, Event, Job, Keep, Kind, Plan, Save, Slot, State
+from llamaslot.core.tokens import common, count, head
 from llamaslot.engine.library import Library
+from llamaslot.engine.offers import MIN_WORTH_TOKENS, N_COVERING, Offers
+from llamaslot.engine.passing import Leaving, Passing
 from llamaslot.store import Snapshot, WithTokens
 
-N_CANDIDATES = 16  # snapshots that a placement looks at, the longest common prefixes first
 _DRAIN_S = 1.0  # what it usually takes until the server has noticed that a client has gone
-MIN_WORTH_TOKENS = 64  # snapshots closer together than this make the index slow and save nothing
 
 
 @dataclass(slots=True)
@@ -33,15 +32,6 @@ class Busy:
     has_answer: bool
     will_hold: bytes
     is_at_work: bool = False  # it drains, and the server was seen to work in it
-
-
-@dataclass(frozen=True, slots=True)
-class Leaving:
-    """Content on its way from a slot to the disk: neither resident nor a snapshot until the save is committed."""
-
-    holder: str
-    content: Content
-    until: float
 
 
 def content_of(snapshot: WithTokens) -> Content:
@@ -68,38 +58,37 @@ class Pool:
         self.slots = [Slot(backend, i) for i in range(n_slots)]
         self.is_current = True
         self._residents: PrefixIndex[int] = PrefixIndex()
-        self._leaving: dict[str, Leaving] = {}
-        self._passing: PrefixIndex[str] = (
-            PrefixIndex()
-        )  # what is leaving: of this process only, never written down
+        self._passing = Passing()
         self.offer(Library())
         self._busy: dict[int, Busy] = {}
-        self._serial = itertools.count()
 
     def offer(self, library: Library) -> None:
         """From now on the snapshots in ``library`` are found; it is shared with the pools before and after this one."""
         self._known, self._snapshots = library.snapshots, library.index
         self._library = library
-        self._offered = Joined(library.index, self._passing)
+        self._offers = Offers(library, self._passing, self.rates)
 
     # -- questions -----------------------------------------------------------------------------------------------
 
     def view(self, job: Job, now: float, reserved: frozenset[int]) -> PoolView:
         """The pool as ``job`` sees it. Changes nothing."""
         shared = {hit.holder: hit.n_shared for hit in self._residents.match(job.tokens)} if job.tokens else {}
+        found = self._offers.found(job, self.memory) if self.can_save else []
+        residents = [(n, partial(self._residents.tokens, slot)) for slot, n in shared.items()]
         return PoolView(
             slots=tuple(self._slot_view(slot, shared.get(slot.id, 0), job, now) for slot in self.slots),
-            snapshots=tuple(self._snapshot_views(job, now)),
+            snapshots=tuple(self._offers.views(found, job.n_tokens, self.memory, now)),
             prefill_s=self.rates.prefill.seconds,
             reserved=reserved,
             can_erase=self.can_erase,
+            trunks=self._offers.trunks(job, residents, found, self.memory) if self.can_save else (),
+            is_rewindable=self.memory is Memory.DENSE,
         )
 
     def _slot_view(self, slot: Slot, n_shared: int, job: Job, now: float) -> SlotView:
         content = slot.content
         if slot.is_idle:
-            n_held = content.n_tokens if content.is_exact else None
-            n_usable = usable(self.memory, n_shared, n_held, content.checkpoints, job.n_tokens)
+            n_usable = _usable(self.memory, n_shared, content, job.n_tokens)
             is_worth = self.is_worth_saving(slot)
             return SlotView(
                 id=slot.id,
@@ -129,42 +118,29 @@ class Pool:
             used_at=slot.used_at,
         )
 
-    def _snapshot_views(self, job: Job, now: float) -> list[SnapshotView]:
-        if not self.can_save or job.is_cold or job.is_private or not job.tokens:
-            return []
-        views = []
-        for hit in self._offered.match(job.tokens, N_CANDIDATES):
-            if (leaving := self._leaving.get(hit.holder)) is not None:
-                checkpoints, wait_s = leaving.content.checkpoints, max(leaving.until - now, 0.001)
-                n_held = hit.n_tokens if leaving.content.is_exact else None
-                restore_s = self.rates.restore_s(hit.n_tokens)
-            else:
-                snapshot = self._known[hit.holder]
-                checkpoints, n_held, wait_s = snapshot.checkpoints, hit.n_tokens, 0.0
-                restore_s = self.rates.restore.seconds(snapshot.size_bytes)
-            n_usable = usable(self.memory, hit.n_shared, n_held, checkpoints, job.n_tokens)
-            if n_usable >= MIN_WORTH_TOKENS:
-                views.append(SnapshotView(hit.holder, n_usable, restore_s, wait_s))
-        return views
-
     def save_s(self, content: Content) -> float:
         return self.rates.save_s(content.n_held)
 
     def covered(self, slot: Slot) -> int:
-        """How much of what the slot holds somebody else holds too: another idle slot, or a snapshot."""
+        """How much of what the slot holds can be had elsewhere: from another idle slot, or from a snapshot."""
         tokens = slot.content.tokens
-        others = [other.id for other in self.slots if other is slot or not other.is_idle]
-        resident = self._residents.cover(tokens, exclude=others)
-        return max(resident, self._offered.cover(tokens, exclude=())) if self.can_save else resident
+        on_disk = self._offers.on_disk(tokens, self.memory) if self.can_save else 0
+        if self.memory is Memory.DENSE:
+            others = [other.id for other in self.slots if other is slot or not other.is_idle]
+            return max(self._residents.cover(tokens, exclude=others), on_disk)
+        hits = [hit for hit in self._residents.match(tokens, N_COVERING) if hit.holder != slot.id]
+        idle = [
+            (hit.n_shared, self.slots[hit.holder].content) for hit in hits if self.slots[hit.holder].is_idle
+        ]
+        n_prompt = slot.content.n_tokens + 1
+        return max([on_disk, *(_usable(self.memory, n, other, n_prompt) for n, other in idle)])
 
     def is_worth_saving(self, slot: Slot) -> bool:
         """Whether computing again what only this slot holds would take longer than saving it now."""
         content = slot.content
         if not (self.can_save and content.is_dirty) or content.n_tokens < MIN_WORTH_TOKENS:
             return False
-        n_covered = self._offered.cover(content.tokens, exclude=())
-        if self.memory is not Memory.DENSE:
-            n_covered = 0 if n_covered < content.n_tokens else n_covered
+        n_covered = self._offers.on_disk(content.tokens, self.memory)
         return self.rates.prefill.seconds(n_covered, content.n_tokens) > self.save_s(content)
 
     def regret_s(self, slot: Slot, is_saved: bool) -> float:
@@ -218,6 +194,10 @@ class Pool:
         """
         return self._snapshots.longest_full_prefix(tokens)
 
+    def _is_trunk(self, snapshot_id: str) -> bool:
+        snapshot = self._known.get(snapshot_id)
+        return snapshot is not None and snapshot.kind is Kind.TRUNK
+
     def backing(self, besides: Slot | None) -> set[str]:
         """The snapshots of what slots hold now: when one of them goes, its slot is dirty again."""
         kept = (slot.content.snapshot for slot in self.slots if slot is not besides)
@@ -241,9 +221,9 @@ class Pool:
         steps_s = plan.cost.steps_s if plan else self.save_s(old)
         leaving = None
         if plan is not None and any(isinstance(step, Save) for step in plan.steps):
-            leaving = Leaving(f"leaving-{next(self._serial)}", old, now + self.save_s(old))
-            self._leaving[leaving.holder] = leaving
-            self._passing.insert(leaving.holder, old.tokens)
+            leaving = self._passing.add(old, now + self.save_s(old))
+        if plan is not None:
+            self._expect_trunks(job, plan, now)
         slot.become(Event.LEASE)
         slot.leased_by = job.id
         will_hold = job.tokens if plan is not None else old.tokens
@@ -253,8 +233,23 @@ class Pool:
 
     def left(self, leaving: Leaving) -> None:
         """The save of ``leaving`` has ended, well or not. Idempotent."""
-        if self._leaving.pop(leaving.holder, None) is not None:
-            self._passing.drop(leaving.holder)
+        self._passing.end(leaving)
+
+    def _expect_trunks(self, job: Job, plan: Plan, now: float) -> None:
+        """From now on others who begin like ``job`` find the trunks that it will make, and may wait for them."""
+        for step in plan.steps:
+            if isinstance(step, Keep):
+                checkpoints = checkpoints_after((), 0, [step.n_tokens])
+                content = Content(head(job.tokens, step.n_tokens), checkpoints=checkpoints)
+                self._passing.add(content, now, step.slot)
+
+    def expect_no_trunk(self, slot: int, n_tokens: int | None = None) -> bool:
+        """The trunk of ``n_tokens`` (None: any) that was to come from ``slot`` is there, or will not come; whether one
+        was expected. Idempotent."""
+        ended = self._passing.trunks_of(slot, n_tokens)
+        for trunk in ended:
+            self._passing.end(trunk)
+        return bool(ended)
 
     def answering(self, slot: Slot, now: float) -> None:
         """The steps before the answer are through."""
@@ -280,10 +275,13 @@ class Pool:
 
     def give_back(self, slot: Slot, event: Event, content: Content, now: float) -> None:
         """End a lease, or the draining after one, with what the slot now holds."""
+        self.expect_no_trunk(slot.id)
         if event is Event.KEEP and content.n_tokens == 0:
             event = Event.EMPTY
         if content.snapshot is not None and content.snapshot not in self._known:
             content = replace(content, snapshot=None, is_dirty=True)  # dropped while the slot was leased
+        elif content.snapshot is not None and content.is_dirty and self._is_trunk(content.snapshot):
+            content = replace(content, snapshot=None)  # a conversation of its own goes on from it
         slot.become(event, content)
         if event is Event.LEAVE:
             self._busy[slot.id] = Busy(now, has_answer=False, will_hold=content.tokens)
@@ -317,8 +315,15 @@ class Pool:
                 assert slot.content == NOTHING, f"a free slot holds nothing: {slot}"
             if slot.content.snapshot is not None:
                 assert slot.content.snapshot in self._known, f"a slot's snapshot exists: {slot}"
+            is_trunk = slot.content.snapshot is not None and self._is_trunk(slot.content.snapshot)
+            assert not (is_trunk and slot.content.is_dirty), f"no conversation is that of a trunk: {slot}"
         self._library.check()
-        assert self._passing.holders() == self._leaving.keys(), "what is leaving is indexed"
+        self._passing.check()
+
+
+def _usable(memory: Memory, n_shared: int, content: Content, n_prompt: int) -> int:
+    n_held = content.n_tokens if content.is_exact else None
+    return usable(memory, n_shared, n_held, content.checkpoints, n_prompt)
 
 
 def supersedes(new: WithTokens, old: WithTokens, similarity_min: float) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from llamaslot.core.cost import Rates
 from llamaslot.core.reuse import checkpoints_after
-from llamaslot.core.slots import NOTHING, Content, PrefillTo
+from llamaslot.core.slots import NOTHING, Content, Keep, PrefillTo
 from llamaslot.core.tokens import count, head
 from llamaslot.engine.lease import Lease, Report
 from llamaslot.errors import UpstreamError
@@ -18,6 +18,7 @@ from llamaslot.llama.api import LlamaServer
 from llamaslot.llama.sse import Earlier
 from llamaslot.observe.journal import Act
 
+KeepTrunk = Callable[[Lease, Keep], Awaitable[None]]
 log = logging.getLogger(__name__)
 
 _FEW = 64  # a progress event for fewer tokens says little about speed
@@ -30,21 +31,28 @@ class Prefills:
         self.api, self.rates, self.now = api, rates, now
         self._turn = asyncio.Lock()
 
-    async def run(self, lease: Lease, stops: list[PrefillTo], report: Report) -> Earlier:
-        """Compute the prompt up to each stop. One prefill at a time per backend, for llama-server sends progress for
-        the lowest prefilling slot only: of two, the client of the other could not be seen to leave."""
+    async def run(
+        self, lease: Lease, steps: list[PrefillTo | Keep], report: Report, keep: KeepTrunk
+    ) -> Earlier:
+        """Compute the prompt up to each stop, and ``keep`` what is a trunk. One prefill at a time per backend, for
+        llama-server sends progress for the lowest prefilling slot only: of two, the client of the other could not be
+        seen to leave."""
         report(f"waiting to prefill {lease.job.n_tokens} tokens")
         n_first: int | None = None
         seconds = 0.0
         async with self._turn:
-            for stop in stops:
+            for step in steps:
+                if isinstance(step, Keep):
+                    report("saving")
+                    await keep(lease, step)
+                    continue
                 started = self.now()
-                n_reused = await self._prefill_to(lease, stop.n_tokens, report)
+                n_reused = await self._prefill_to(lease, step.n_tokens, report)
                 n_first = n_reused if n_first is None else n_first
                 took_s = self.now() - started
-                lease.note.acted(lease.slot_id, Act("prefill", took_s, True, stop.n_tokens - n_reused))
+                lease.note.acted(lease.slot_id, Act("prefill", took_s, True, step.n_tokens - n_reused))
                 seconds += took_s
-        return Earlier(n_first or 0, stops[-1].n_tokens, seconds)
+        return Earlier(n_first or 0, steps[-1].n_tokens, seconds)
 
     async def _prefill_to(self, lease: Lease, n_tokens: int, report: Report) -> int:
         """One prefill; the number of tokens that it found in the slot."""

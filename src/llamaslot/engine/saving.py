@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable
 
 from llamaslot.core.cost import Rates
-from llamaslot.core.slots import Content
+from llamaslot.core.slots import Content, Kind
+from llamaslot.core.tokens import head
 from llamaslot.engine.lease import Lease
 from llamaslot.engine.pool import content_of, supersedes
 from llamaslot.engine.probes import UNIFIED
@@ -14,7 +15,7 @@ from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
 from llamaslot.llama.api import LlamaServer
 from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import Metrics
-from llamaslot.store import Catalog, QuotaExceeded, Snapshot
+from llamaslot.store import Catalog, QuotaExceeded, Snapshot, WithTokens
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
@@ -45,15 +46,48 @@ class Saving:
         if self.catalog is None or content is None:
             return None
         plan = lease.plan
+        keep = {plan.snapshot} if plan is not None and plan.snapshot else set()
+        if lease.is_own:  # else slots that are all hot would evict each other in turn, for ever
+            keep = lease.pool.backing(besides=lease.slot)
+        snapshot = await self._write(lease, content, await self._n_held(lease, content), keep, Kind.LEAF)
+        # From here to the end nothing awaits: leaving becomes a snapshot in one breath.
+        if lease.leaving is not None:
+            lease.pool.left(lease.leaving)
+        if snapshot is not None:
+            old = lease.pool.snapshot(content.snapshot) if content.snapshot else None
+            lease.content = content_of(snapshot)
+            if old is not None and supersedes(snapshot, old, lease.pool.rules.similarity_min):
+                self.tasks.spawn(self.catalog.drop(old.id), f"drop superseded {old.id}")
+        lease.scheduler.dispatch()
+        return snapshot
+
+    async def keep(self, lease: Lease, n_tokens: int) -> bool:
+        """Write what the slot holds, the first ``n_tokens`` of its job and no more, to a trunk. False when that failed.
+
+        The slot goes on from there: what it holds is no more and no less unsaved than before.
+        """
+        content, plan = lease.content, lease.plan
         try:
+            if self.catalog is None or content is None or content.tokens != head(lease.job.tokens, n_tokens):
+                return False  # the prefill has failed
             keep = {plan.snapshot} if plan is not None and plan.snapshot else set()
-            if lease.is_own:  # else slots that are all hot would evict each other in turn, for ever
-                keep = lease.pool.backing(besides=lease.slot)
-            draft = await self.catalog.reserve(
-                self.rates.size_bytes(await self._n_held(lease, content)), keep=keep
-            )
+            return await self._write(lease, content, n_tokens, keep, Kind.TRUNK) is not None
+        finally:  # in the same breath in which it has become a snapshot
+            lease.pool.expect_no_trunk(lease.slot_id, n_tokens)
+            lease.scheduler.dispatch()
+
+    async def _write(
+        self, lease: Lease, content: Content, n_held: int, keep: set[str], kind: Kind
+    ) -> WithTokens | None:
+        """Make room, save, verify, commit, and offer it. None when that failed, which is said in the log.
+
+        Nothing awaits between the commit and the return.
+        """
+        assert self.catalog is not None
+        try:
+            draft = await self.catalog.reserve(self.rates.size_bytes(n_held), keep=keep)
         except (QuotaExceeded, SnapshotInvalid) as error:
-            self._not_saved(lease, error)
+            _not_saved(lease, kind, error)
             return None
         started = self.now()
         fingerprint = self.fingerprint  # of the model that computed it: the rest takes a while
@@ -63,6 +97,8 @@ class Saving:
             seconds = self.now() - started
             if result.n_tokens == 0:
                 self._was_emptied()
+            if kind is Kind.TRUNK and result.n_tokens != n_held:
+                raise OtherConversation(f"{result.n_tokens} tokens were saved and not {n_held}")
             snapshot = await self.catalog.commit(
                 draft,
                 tokens_expected=content.tokens,
@@ -71,33 +107,29 @@ class Saving:
                 fingerprint=fingerprint,
                 checkpoints=content.checkpoints,
                 source=lease.job.id,
+                kind=kind,
             )
         except (LlamaslotError, OSError) as error:
             await self.catalog.abandon(draft)
-            self._not_saved(lease, error, self.now() - started)
             if isinstance(error, OtherConversation):
                 lease.content = None  # a full disk, by contrast, says nothing about the slot
+            _not_saved(lease, kind, error, self.now() - started)
             return None
-        # From here to the end nothing awaits: leaving becomes a snapshot in one breath.
         # The server's own time: what a save waits for (the batch that runs for others) a prefill would wait for too.
         self.rates.save.observe(snapshot.size_bytes, result.seconds or seconds)
         self.rates.size.observe(result.n_tokens, snapshot.size_bytes)
         self.metrics.saved(snapshot.size_bytes, seconds)
+        act = "keep" if kind is Kind.TRUNK else "save"
         lease.note.acted(
-            lease.slot_id, Act("save", seconds, True, result.n_tokens, snapshot.size_bytes, snapshot.id)
+            lease.slot_id, Act(act, seconds, True, result.n_tokens, snapshot.size_bytes, snapshot.id)
         )
+        if kind is Kind.TRUNK:
+            log.info("%s: trunk of %d tokens saved: %s", lease.job.id, n_held, snapshot.id)
         if snapshot.id in self.catalog.snapshots:
             lease.pool.add_snapshot(snapshot)
             current = lease.scheduler.pool
             if current not in (None, lease.pool) and self.fingerprint == fingerprint:
                 current.add_snapshot(snapshot)  # the server has restarted since, and can read it as well
-        if lease.leaving is not None:
-            lease.pool.left(lease.leaving)
-        old = lease.pool.snapshot(content.snapshot) if content.snapshot else None
-        lease.content = content_of(snapshot)
-        if old is not None and supersedes(snapshot, old, lease.pool.rules.similarity_min):
-            self.tasks.spawn(self.catalog.drop(old.id), f"drop superseded {old.id}")
-        lease.scheduler.dispatch()
         return snapshot
 
     async def _n_held(self, lease: Lease, content: Content) -> int:
@@ -116,9 +148,11 @@ class Saving:
         if self._n_emptied == _MANY_EMPTIED:
             log.warning(UNIFIED)
 
-    def _not_saved(self, lease: Lease, error: Exception, seconds: float = 0.0) -> None:
-        lease.note.acted(lease.slot_id, Act("save", seconds, is_done=False))
-        if lease.leaving is not None:
-            lease.pool.left(lease.leaving)
+
+def _not_saved(lease: Lease, kind: Kind, error: Exception, seconds: float = 0.0) -> None:
+    act = "keep" if kind is Kind.TRUNK else "save"
+    lease.note.acted(lease.slot_id, Act(act, seconds, is_done=False))
+    if kind is Kind.TRUNK:
+        log.warning("slot %d: its trunk was not saved: %s", lease.slot_id, error)
+    else:
         log.warning("slot %d was not saved: %s", lease.slot_id, error)
-        lease.scheduler.dispatch()

@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any, TypeVar, assert_never
 
 from llamaslot.core.cost import Rates
-from llamaslot.core.policy import prefill_stops
+from llamaslot.core.policy import prefill_steps
 from llamaslot.core.reuse import Memory
-from llamaslot.core.slots import NOTHING, Erase, PrefillTo, Restore, Save, Source
-from llamaslot.engine.lease import Lease, Report
-from llamaslot.engine.pool import MIN_WORTH_TOKENS, content_of
+from llamaslot.core.slots import NOTHING, Erase, Keep, Plan, PrefillTo, Restore, Save, Source
+from llamaslot.engine.lease import Lease, Phase, Report
+from llamaslot.engine.offers import MIN_WORTH_TOKENS
+from llamaslot.engine.pool import content_of
 from llamaslot.engine.prefill import Prefills, prefilled
 from llamaslot.engine.saving import Saving
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError
@@ -62,10 +63,18 @@ class Steps:
         and the slot given back after it; a prefill is closed and its slot drains.
         """
         assert lease.plan is not None
-        prefills: list[PrefillTo] = []
-        for step in lease.plan.steps:
+        try:
+            return await self._prepare(lease, lease.plan, report)
+        finally:
+            # Whoever waits for a trunk that was not made looks again; one that is being saved is saved.
+            if lease.phase is not Phase.ACTING and lease.pool.expect_no_trunk(lease.slot_id):
+                lease.scheduler.dispatch()
+
+    async def _prepare(self, lease: Lease, plan: Plan, report: Report) -> Earlier | None:
+        prefills: list[PrefillTo | Keep] = []
+        for step in plan.steps:
             match step:
-                case PrefillTo():
+                case PrefillTo() | Keep():
                     prefills.append(step)
                 case Save() | Erase() | Restore():
                     report(_SAYS[type(step)])
@@ -75,19 +84,19 @@ class Steps:
                     assert_never(step)
         if lease.job.is_private or lease.content is None or (lease.job.is_cold and lease.content != NOTHING):
             return None  # what the slot holds must not be used: the job's own request computes everything
-        n_reused = lease.n_expected = self._n_reused(lease)
+        # What the plan expects, unless a failed step has left less in the slot.
+        n_reused = lease.n_expected = min(plan.n_reused, lease.content.n_tokens)
         lease.is_going_back = n_reused < lease.content.n_tokens
-        if n_reused != lease.plan.n_reused:
+        if n_reused != plan.n_reused:
             view = lease.pool.view(lease.job, self.now(), frozenset())
-            stops = prefill_stops(lease.job, n_reused, view, lease.pool.rules)
-            prefills = [PrefillTo(lease.slot_id, stop) for stop in stops]
-        return await self.prefills.run(lease, prefills, report) if prefills else None
+            trunks = tuple(step.n_tokens for step in prefills if isinstance(step, Keep))
+            view = replace(view, trunks=trunks)  # those that others count on, and no more
+            prefills = list(prefill_steps(lease.job, lease.slot_id, n_reused, view, lease.pool.rules))
+        return await self.prefills.run(lease, prefills, report, self._keep) if prefills else None
 
-    def _n_reused(self, lease: Lease) -> int:
-        """What the plan expects, unless a failed step has left less in the slot."""
-        assert lease.plan is not None
-        assert lease.content is not None
-        return min(lease.plan.n_reused, lease.content.n_tokens)
+    async def _keep(self, lease: Lease, step: Keep) -> None:
+        if not await self._carry_out(lease, self.saving.keep(lease, step.n_tokens)):
+            self.metrics.steps_failed.labels("keep").inc()
 
     async def _carry_out(self, lease: Lease, action: Coroutine[Any, Any, T]) -> T:
         """Run an action that cannot be undone: it goes on when the client leaves, and its result is noted."""

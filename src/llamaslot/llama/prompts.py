@@ -7,7 +7,7 @@ import logging
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from llamaslot.core.tokens import WIDTH, common, count, pack
 from llamaslot.errors import BadRequest, LlamaslotError, UpstreamError
@@ -60,6 +60,16 @@ class Prompt:
 
     def __repr__(self) -> str:
         return f"<Prompt {self.n_tokens} tok{'' if self.whole else ' in pieces'}>"
+
+
+class Boundaries(NamedTuple):
+    """Where a prompt is worth cutting, in tokens: ``stops`` ascending, each in (0, n_tokens).
+
+    ``n_system``: the end of system part and tools, one of the stops; 0 when there is none.
+    """
+
+    n_system: int
+    stops: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +264,8 @@ class Prompts:
         self._model.pieces.check()
         return len(self._model.pieces)
 
-    async def boundaries(self, body: Mapping[str, Any], prompt: Prompt) -> tuple[int, ...]:
-        """Where the prompt of a chat body is worth cutting, in tokens, ascending, each in (0, n_tokens).
+    async def boundaries(self, body: Mapping[str, Any], prompt: Prompt) -> Boundaries:
+        """Where the prompt of a chat body is worth cutting.
 
         Each is what the prompt has in common with the prompt of a variant of its body: the end of system part and
         tools; the end of the last user message with the role header of the answer. The latter as the next turn will
@@ -265,7 +275,8 @@ class Prompts:
         found = await together(*(self._shared(variant, prompt) for variant in _variants(body)))
         if len(found) == 3 and 0 < found[2] - found[1] <= _HEADER_TOKENS and found[1]:
             del found[2]
-        return tuple(sorted({n for n in found if 0 < n < prompt.n_tokens}))
+        stops = tuple(sorted({n for n in found if 0 < n < prompt.n_tokens}))
+        return Boundaries(found[0] if found and found[0] in stops else 0, stops)
 
     async def _shared(self, variant: Mapping[str, Any], prompt: Prompt) -> int:
         """The tokens that the prompt has in common with that of the variant, 0 when the template refuses it."""

@@ -65,13 +65,14 @@ async def wanted(id_: str, body: Mapping[str, Any], kind: Format, backend: Backe
         if prompt.n_tokens >= pool.n_ctx:
             raise PromptTooLong(prompt.n_tokens, pool.n_ctx)
     n = _n_answers(body)
-    boundaries: tuple[int, ...] = ()
+    n_system, boundaries = 0, tuple[int, ...]()
     if kind == "chat" and prompts and pool.memory is not Memory.DENSE:
-        boundaries = await backend.prompts.boundaries(body, prompts[0])
+        n_system, boundaries = await backend.prompts.boundaries(body, prompts[0])
     job = Job(
         id=id_,
         tokens=prompts[0].tokens if prompts else b"",
         boundaries=boundaries,
+        n_system=n_system,
         is_cold=body.get("cache_prompt") is False,
         is_private=is_private(body),
         n_children=n - 1,

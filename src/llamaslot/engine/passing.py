@@ -1,0 +1,69 @@
+"""What is between a slot and the disk: found like a snapshot by those who look for it, and waited for."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from llamaslot.core.prefix import PrefixIndex
+from llamaslot.core.slots import Content
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """Content on its way from a slot to the disk: neither resident nor a snapshot until the save is committed.
+
+    ``slot``: where it is still to be computed before it is saved, of a trunk that a job will make on its way.
+    """
+
+    holder: str
+    content: Content
+    until: float
+    slot: int | None = None
+
+
+class Passing:
+    """All that is leaving, or will be. ``index`` has the tokens of each by its holder."""
+
+    def __init__(self) -> None:
+        self.index: PrefixIndex[str] = PrefixIndex()
+        self._entries: dict[str, Leaving] = {}
+        self._serial = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, holder: str) -> Leaving | None:
+        return self._entries.get(holder)
+
+    def contents(self) -> list[Content]:
+        return [entry.content for entry in self._entries.values()]
+
+    @property
+    def trunks(self) -> list[str]:
+        """The holders of trunks to come: nothing of them is computed yet, and whoever computes them may leave."""
+        return [entry.holder for entry in self._entries.values() if entry.slot is not None]
+
+    def add(self, content: Content, until: float, slot: int | None = None) -> Leaving:
+        entry = Leaving(f"leaving-{next(self._serial)}", content, until, slot)
+        self._entries[entry.holder] = entry
+        self.index.insert(entry.holder, content.tokens)
+        return entry
+
+    def end(self, entry: Leaving) -> None:
+        """It is a snapshot now, or nothing. Idempotent."""
+        if self._entries.pop(entry.holder, None) is not None:
+            self.index.drop(entry.holder)
+
+    def trunks_of(self, slot: int, n_tokens: int | None = None) -> list[Leaving]:
+        """The trunks that are to come from ``slot``, or the one of ``n_tokens``."""
+        return [
+            entry
+            for entry in self._entries.values()
+            if entry.slot == slot and n_tokens in (None, entry.content.n_tokens)
+        ]
+
+    def check(self) -> None:
+        """Raise AssertionError naming the invariant that does not hold."""
+        self.index.check()
+        assert self.index.holders() == self._entries.keys(), "what is leaving is indexed"

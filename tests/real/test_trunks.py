@@ -1,0 +1,27 @@
+"""System prompts that many conversations begin with, on the real llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import models
+from tests.support.figures import Figure
+from tests.support.sharing import share_a_system_prompt
+from tests.support.stack import Stack
+
+pytestmark = pytest.mark.real
+
+
+@pytest.mark.parametrize("kind", ["dense", "recurrent", "swa"])
+async def test_a_new_conversation_reuses_a_system_prompt_that_another_one_computed(
+    tmp_path: Path, figure: Figure, kind: str
+) -> None:
+    """Right away, when that one has gone ten turns further, and when it lives on disk only."""
+    model = {"recurrent": models.recurrent, "swa": models.swa}.get(kind, models.dense)(tmp_path)
+    async with Stack(model, tmp_path) as stack:
+        openings = await share_a_system_prompt(stack, n_system=3000)
+    for opening in openings:
+        figure(opening)
+    assert min(opening.share for opening in openings) >= 0.98
