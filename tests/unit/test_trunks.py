@@ -45,6 +45,12 @@ def test_its_own_conversation_is_not_what_others_share() -> None:
     assert branch(holders(PROMPT[: 4 * 1100], SYSTEM + own(10_000), SYSTEM + own(20_000))) == 1000
 
 
+def test_what_the_prompt_only_goes_on_from_is_no_other_conversation() -> None:
+    """Its own slot and its own snapshot, and what was answered there."""
+    so_far = PROMPT[: 4 * 1100]
+    assert branch(holders(so_far, so_far, so_far + own(10_000, 50))) == 0
+
+
 def test_short_prefixes_are_none() -> None:
     """Every prompt begins with the same role."""
     short = PROMPT[: 4 * (MIN_TOKENS - 1)]
