@@ -12,6 +12,7 @@ from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.slots import Job
 from llamaslot.engine.scheduler import QueueLimits
 from llamaslot.errors import BackendRestarted
+from llamaslot.llama.api import SlotInfo
 from tests.support.house import House, outcome, tokens_of
 from tests.support.stub import StubServer
 
@@ -151,4 +152,24 @@ def test_a_prefill_of_another_pool_is_not_waited_for(house: House) -> None:
     house.finish()
     assert all(client.done() for client in old)
     assert new.done()
+    house.check_nothing_is_left()
+
+
+def test_a_turn_that_was_prepared_on_a_server_that_is_gone_sends_nothing(house: House) -> None:
+    """The new one is met while the old one is asked for its slots: a stranger would land where nobody expects him."""
+    real_slots = house.server.slots
+
+    async def slots() -> list[SlotInfo]:
+        infos = await real_slots()
+        if not house.server.n_boots:
+            house.restart()
+            house.notice(is_down=False)
+            await house.meet()
+        return infos
+
+    house.server.slots = slots  # type: ignore[method-assign]
+    turn = house.start(house.ask_unpinned(Job("turn", is_unpinned=True), tokens_of(5000, 70)), "turn")
+    house.loop.settle()
+    assert house.server.pending == []
+    assert isinstance(outcome(turn), BackendRestarted)
     house.check_nothing_is_left()

@@ -154,6 +154,7 @@ class Turns:
                     await self._save_if_worth(other)
                 fresh = self._scheduler.lease_idle(lease.job)  # those whose answers have ended meanwhile
             before = {info.id: info for info in await self._api.slots()}
+            lease.still_holds()  # what is sent now would land in slots that the new pool takes for idle
             turn = Turn(self._api, lease, others, before)
             watcher = self._tasks.spawn(turn.watch_landing(), f"{lease.job.id} lands")
             try:
