@@ -75,6 +75,7 @@ class FakeServer:
         bytes_per_token: int = 64,
         answer_tokens: int = 16,
         checkpoints_in_file: bool = True,
+        stale_checkpoints: bool = False,
     ) -> None:
         self.save_dir, self.api_key = save_dir, api_key
         self.shape = Shape(
@@ -86,6 +87,7 @@ class FakeServer:
             sps=sps,
             unified=unified,
             checkpoints_in_file=checkpoints_in_file,
+            stale_checkpoints=stale_checkpoints,
             bytes_per_token=bytes_per_token,
             answer_tokens=answer_tokens,
         )

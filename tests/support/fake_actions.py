@@ -35,6 +35,7 @@ def restore(engine: Engine, slot: FakeSlot, path: Path) -> tuple[int, int]:
     if not slot.was_erased:
         engine.violations.append(f"restore into slot {slot.id} without an erase before")
     slot.was_erased = False
+    stale = slot.checkpoints if engine.shape.stale_checkpoints else []
     slot.clear()
     if (error := engine.faults.take("restore")) is not None:
         raise error
@@ -43,7 +44,11 @@ def restore(engine: Engine, slot: FakeSlot, path: Path) -> tuple[int, int]:
     except (OSError, ValueError) as error_of_file:
         text = "Unable to restore slot: No available space in KV cache or invalid slot save file"
         raise BadInput(text) from error_of_file
-    slot.tokens, slot.checkpoints, slot.origins = saved.tokens, list(saved.checkpoints), saved.origins
+    slot.tokens, slot.checkpoints, slot.origins = (
+        saved.tokens,
+        sorted({*saved.checkpoints, *stale}),
+        saved.origins,
+    )
     slot.lowest = max(0, slot.n_tokens - engine.shape.window) if engine.shape.kind == "swa" else 0
     return slot.n_tokens, path.stat().st_size
 
@@ -52,7 +57,8 @@ def erase(engine: Engine, slot: FakeSlot) -> int:
     """Returns n_erased."""
     if (error := engine.faults.take("erase")) is not None:
         raise error
-    n_erased = slot.n_tokens
+    n_erased, stale = slot.n_tokens, slot.checkpoints if engine.shape.stale_checkpoints else []
     slot.clear()
+    slot.checkpoints = list(stale)
     slot.was_erased = True
     return n_erased

@@ -169,6 +169,7 @@ class Shape:
     window: int = 512  # of the sliding kind
     sps: float = 0.10
     unified: bool = False  # unified KV with idle slots cleared: launching any task clears every idle slot
-    checkpoints_in_file: bool = True
+    checkpoints_in_file: bool = True  # False: builds up to b11434
+    stale_checkpoints: bool = False  # b9713: neither erase nor restore takes a slot's checkpoints away
     bytes_per_token: int = 64
     answer_tokens: int = 16  # the length of an answer that the client does not limit

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, cast
 
 from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import Rules
 from llamaslot.core.reuse import Memory
-from llamaslot.core.slots import NOTHING, Content, Event, Job, State
+from llamaslot.core.slots import NOTHING, Event, Job, State
 from llamaslot.core.tokens import pack
 from llamaslot.engine.drain import Drains
 from llamaslot.engine.lease import Lease
@@ -181,9 +182,8 @@ class House:
             lease.slot_id, job.tokens, answer, n_children=job.n_children, is_cold=is_cold
         ) as upstream:
             lease.started()
-            lease.begun(
-                Content(job.tokens, False, True, (), lease.content.snapshot if lease.content else None)
-            )
+            before = lease.content or NOTHING
+            lease.begun(replace(before, tokens=job.tokens, is_exact=False, is_dirty=True))
             await upstream.rest()
         self.steps.settle(lease, upstream.n_cache, earlier, job.tokens)
         lease.release()

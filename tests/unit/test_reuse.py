@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaslot.core.reuse import Memory, checkpoints_after, usable
+from llamaslot.core.reuse import Memory, Predictions, Strikes, checkpoints_after, usable
 
 DENSE, SWA, RECURRENT = Memory.DENSE, Memory.SWA, Memory.RECURRENT
 KINDS = st.sampled_from(list(Memory))
@@ -77,3 +77,86 @@ def test_checkpoints_ascend(kept: list[int], reused: int, stops: list[int]) -> N
     """Each once, in order."""
     at = checkpoints_after(kept, reused, stops)
     assert list(at) == sorted(set(at))
+
+
+# -- what this build does ------------------------------------------------------------------------------------------
+
+
+def seen(*pairs: tuple[int, int], memory: Memory = DENSE, source: str = "resident") -> Predictions:
+    predictions = Predictions()
+    for n_usable, n_reused in pairs:
+        predictions.observe(memory, source, n_usable, n_reused)
+    return predictions
+
+
+def test_a_build_that_always_falls_short_is_corrected() -> None:
+    """It reuses n - 5 where n - 1 was predicted: from the third time on that is what is predicted."""
+    predictions = seen((999, 995), (1999, 1995))
+    assert predictions.correct(DENSE, "resident", 5000) == 5000
+    predictions.observe(DENSE, "resident", 2999, 2995)
+    assert predictions.correct(DENSE, "resident", 5000) == 4996
+
+
+def test_what_is_corrected_stays_corrected() -> None:
+    """The shortfall is measured against what would be predicted without it."""
+    predictions = seen(*[(999, 995)] * 100)
+    assert predictions.correct(DENSE, "resident", 999) == 995
+
+
+def test_sources_and_memories_are_told_apart() -> None:
+    """A restored slot may fall short where a live one does not."""
+    predictions = seen(*[(999, 995)] * 5, source="snapshot")
+    assert predictions.correct(DENSE, "resident", 999) == 999
+    assert predictions.correct(SWA, "snapshot", 999) == 999
+
+
+def test_what_was_lost_says_nothing_about_the_build() -> None:
+    """Nor do a few odd ones: half of them must fall short."""
+    assert seen(*[(5000, 0)] * 10).correct(DENSE, "resident", 5000) == 5000
+    assert seen(*[(999, 999), (999, 995), (999, 999)] * 3).correct(DENSE, "resident", 999) == 999
+
+
+def test_more_than_predicted_is_no_shortfall() -> None:
+    """The answer of which no token was known comes back as it was."""
+    assert seen(*[(1000, 1300)] * 10).correct(DENSE, "resident", 1000) == 1000
+
+
+def test_a_build_that_is_exchanged_is_learned_anew() -> None:
+    """Only the last few count."""
+    predictions = seen(*[(999, 995)] * 50, *[(999, 999)] * 10)
+    assert predictions.correct(DENSE, "resident", 999) == 999
+
+
+def test_predictions_are_tallied_as_they_were_made() -> None:
+    """Corrected ones, with what was reused."""
+    predictions = seen(*[(999, 995)] * 4)
+    tally = predictions.tallies[DENSE, "resident"]
+    assert (tally.n, tally.n_predicted, tally.n_reused) == (4, 3 * 999 + 995, 4 * 995)
+
+
+@given(st.lists(st.tuples(COUNTS, COUNTS)))
+def test_a_correction_never_promises_more(pairs: list[tuple[int, int]]) -> None:
+    """And never takes away more than a few tokens."""
+    found = seen(*pairs).correct(DENSE, "resident", 1000)
+    assert 1000 - Predictions.MOST <= found <= 1000
+
+
+def test_what_was_learned_is_kept() -> None:
+    """Over a restart; what is spoilt is ignored."""
+    learned = seen(*[(999, 995)] * 5).to_json()
+    assert Predictions.from_json(learned).correct(DENSE, "resident", 999) == 995
+    assert Predictions.from_json(learned).to_json() == learned
+    for spoilt in (None, [], {"dense resident": 5}, {"dense resident": [-1, "x", 999]}, {"x": [1]}):
+        assert Predictions.from_json(spoilt).correct(DENSE, "resident", 999) == 999
+
+
+def test_two_failures_are_out() -> None:
+    """One only counts; what delivers in between starts anew; few tokens are no failure."""
+    strikes = Strikes()
+    assert not strikes.note("a", 5000, 100)
+    assert not strikes.note("b", 5000, 100)
+    assert not strikes.note("a", 5000, 4990)
+    assert not strikes.note("a", 5000, 100)
+    assert not strikes.note("a", 60, 0)
+    assert not strikes.note("a", 5000, 100)
+    assert strikes.note("a", 5000, 100)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from llamaslot.store import read_slot_file
+from tests.support.fake_model import pack
 from tests.support.inprocess import NATIVE, letters, right, served, spawn
 
 ONE, TWO, THREE = (letters(n, 800) for n in (1, 2, 3))
@@ -94,11 +96,66 @@ async def test_a_cache_that_proves_unified_later(tmp_path: Path, caplog: pytest.
     assert sum("--no-kv-unified" in line for line in warnings(caplog)) == 1
 
 
-async def test_a_server_without_checkpoints_in_its_files(tmp_path: Path) -> None:
-    """Older builds: a restored SWA slot is worth nothing, and the answer is right."""
-    async with served(tmp_path, slots=1, kind="swa", checkpoints_in_file=False, batch=512, ubatch=128) as it:
+OLD: dict[str, Any] = {"checkpoints_in_file": False, "batch": 512, "ubatch": 128}
+
+
+async def test_an_old_build_with_a_sliding_window(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A restored slot is worth nothing there: no file is written, and one line names what mends it."""
+    async with served(tmp_path, slots=1, kind="swa", **OLD) as it:
         for text in (ONE, TWO, ONE + "more", TWO + "more"):
             assert (await it.ask(text)).text == right(it.fake, text)
+        assert it.files() == []
+        (warning,) = it.backend.met.warnings if it.backend.met else ()
+    (line,) = warnings(caplog)
+    assert warning in line
+    assert "--swa-full" in line
+
+
+async def test_an_old_build_with_a_recurrent_model(tmp_path: Path) -> None:
+    """The slot goes back to the end of its prompt before it is saved: of that the next turn reuses all."""
+    async with served(tmp_path, slots=1, kind="recurrent", **OLD) as it:
+        await it.ask(ONE)
+        await it.ask(TWO)
+        (file,) = it.files()
+        assert (await read_slot_file(it.save_dir / file)).tokens == pack(it.fake.model.tokenize(ONE))
+        again = await it.ask(ONE + "another answer than the model gave")
+        assert (again.source, again.timings["cache_n"]) == ("snapshot", 800)
+        assert again.text == right(it.fake, ONE + "another answer than the model gave")
+
+
+async def test_going_back_to_the_end_of_the_prompt_fails(tmp_path: Path) -> None:
+    """Then the slot is not saved, and whoever needs it is answered all the same."""
+    async with served(tmp_path, slots=1, kind="recurrent", **OLD) as it:
+        await it.ask(ONE)
+        it.fake.faults.fail_stream()
+        answer = await it.ask(TWO)
+        assert answer.text == right(it.fake, TWO)
+        assert it.files() == []
+
+
+@pytest.mark.parametrize("kind", ["swa", "recurrent"])
+async def test_a_build_that_leaves_checkpoints_of_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """After a restore it would go on from somebody else's state: nothing is restored there."""
+    async with served(tmp_path, slots=1, kind=kind, stale_checkpoints=True, **OLD) as it:
+        for text in (ONE, TWO, ONE + "more", TWO + "more"):
+            assert (await it.ask(text)).text == right(it.fake, text)
+        n_probes = len(it.fake.sent(action="restore"))
+        await it.ask(ONE)
+        assert len(it.fake.sent(action="restore")) == n_probes
+        assert it.files() == []
+    (line,) = warnings(caplog)
+    assert "another conversation" in line
+
+
+@pytest.mark.parametrize("kind", ["swa", "recurrent"])
+@pytest.mark.parametrize("are_kept", [True, False])
+async def test_whether_files_keep_checkpoints_is_found_out(tmp_path: Path, kind: str, are_kept: bool) -> None:
+    """When the server is met, by trying."""
+    async with served(tmp_path, slots=1, kind=kind, **{**OLD, "checkpoints_in_file": are_kept}) as it:
+        assert it.backend.scheduler.pool is not None
+        assert it.backend.scheduler.pool.recall.keeps_checkpoints is are_kept
 
 
 async def test_one_slot_is_enough(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from fractions import Fraction
 from statistics import median_low
 from typing import Any
 
+from llamaslot.core.reuse import Predictions
+
 _GUESSED_BYTES_PER_TOKEN = 100_000
 
 
@@ -316,6 +318,7 @@ class Rates:
     restore: TransferRate = field(default_factory=TransferRate)
     size: SnapshotSize = field(default_factory=SnapshotSize)
     answer: AnswerLength = field(default_factory=AnswerLength)
+    predictions: Predictions = field(default_factory=Predictions)
     model: str = ""  # the fingerprint of the model that taught all this
 
     def forget(self) -> None:
@@ -344,6 +347,7 @@ class Rates:
             "restore": self.restore.to_json(),
             "size": self.size.to_json(),
             "answer": self.answer.to_json(),
+            "predictions": self.predictions.to_json(),
             "model": self.model,
         }
 
@@ -357,6 +361,7 @@ class Rates:
             restore=TransferRate.from_json(parts.get("restore")),
             size=SnapshotSize.from_json(parts.get("size")),
             answer=AnswerLength.from_json(parts.get("answer")),
+            predictions=Predictions.from_json(parts.get("predictions")),
             model=str(parts.get("model", "")),
         )
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from statistics import median_low
+from typing import Any
 
 # llama-server makes a checkpoint this many tokens before the end of each prompt that it computes.
 CHECKPOINT_BACK = 4
@@ -53,3 +57,134 @@ def checkpoints_after(kept: Iterable[int], n_reused: int, stops: Iterable[int]) 
     """The checkpoints of a slot after prompts ending at each of ``stops`` were computed on ``n_reused`` tokens."""
     made = {stop - CHECKPOINT_BACK for stop in stops if stop - CHECKPOINT_BACK > n_reused}
     return tuple(sorted(made | {at for at in kept if at <= n_reused}))
+
+
+@dataclass(slots=True)
+class Tally:
+    """Of the prompts that had something to reuse: how many there were, and the tokens predicted and reused."""
+
+    n: int = 0
+    n_predicted: int = 0
+    n_reused: int = 0
+
+
+class Predictions:
+    """What was predicted to be reused and what was, by the kind of memory and the source: what ``usable`` does not know
+    of the build that is running.
+
+    A build that always reuses a few tokens less (n - 5 where n - 1 was predicted) is taken at its word: the usual
+    shortfall of the last few is subtracted. Half of them must fall short, and by no more than ``MOST`` tokens: what
+    falls far short was not there, and says nothing about the build.
+    """
+
+    KEPT = 16
+    LEAST = 3  # samples before anything is corrected
+    MOST = 64
+
+    def __init__(self) -> None:
+        self._short: dict[tuple[Memory, str], deque[int]] = {}
+        self._back: dict[tuple[Memory, str], int] = {}
+        self.tallies: dict[tuple[Memory, str], Tally] = {}
+
+    def correct(self, memory: Memory, source: str, n_usable: int) -> int:
+        """``n_usable`` as ``usable`` gives it, less what this build usually falls short of it."""
+        return max(n_usable - self._back.get((memory, source), 0), 0)
+
+    def observe(self, memory: Memory, source: str, n_usable: int, n_reused: int) -> None:
+        """Of ``n_usable`` tokens, not corrected, ``n_reused`` were reused."""
+        if n_usable <= 0:
+            return
+        key = memory, source
+        tally = self.tallies.setdefault(key, Tally())
+        tally.n += 1
+        tally.n_predicted += self.correct(memory, source, n_usable)
+        tally.n_reused += n_reused
+        short = max(n_usable - n_reused, 0)
+        if short > self.MOST:
+            return
+        last = self._short.setdefault(key, deque(maxlen=self.KEPT))
+        last.append(short)
+        self._back[key] = median_low(last) if len(last) >= self.LEAST else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """What falls short, the oldest first; the tallies begin anew with each start."""
+        return {f"{memory.value} {source}": list(last) for (memory, source), last in self._short.items()}
+
+    @classmethod
+    def from_json(cls, data: object) -> Predictions:
+        """What ``to_json`` gave, learned again; anything else in ``data`` is ignored."""
+        predictions = cls()
+        for memory, source, short in _samples(data):
+            predictions.observe(memory, source, cls.MOST + 1, cls.MOST + 1 - short)
+        predictions.tallies.clear()
+        return predictions
+
+
+def _samples(data: object) -> Iterator[tuple[Memory, str, int]]:
+    known = {memory.value: memory for memory in Memory}
+    for key, last in data.items() if isinstance(data, Mapping) else ():
+        memory, _, source = str(key).partition(" ")
+        for short in last if isinstance(last, list) and memory in known else ():
+            if isinstance(short, int) and 0 <= short <= Predictions.MOST:
+                yield known[memory], source, short
+
+
+RESIDENT, SNAPSHOT, TRUNK = "resident", "snapshot", "trunk"  # sources, as far as their predictions differ
+
+
+@dataclass(slots=True)
+class Recall:
+    """What is known of one server and its model: how it remembers, and what comes back of what was saved.
+
+    ``keeps_checkpoints``: slot files have the checkpoints of their slots; None: not known, taken for yes.
+    """
+
+    memory: Memory = Memory.DENSE
+    keeps_checkpoints: bool | None = None
+    predictions: Predictions = field(default_factory=Predictions)
+
+    @property
+    def is_rewindable(self) -> bool:
+        return self.memory is Memory.DENSE
+
+    @property
+    def is_rewound(self) -> bool:
+        """Whether a slot goes back to the end of its prompt before it is saved: its file keeps no checkpoints, so
+        that it must end exactly where the next turn still agrees."""
+        return self.memory is Memory.RECURRENT and self.keeps_checkpoints is False
+
+    def in_file(self, checkpoints: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of a slot's checkpoints that its file has."""
+        return () if self.keeps_checkpoints is False else checkpoints
+
+    def usable(
+        self, source: str, n_shared: int, n_held: int | None, checkpoints: tuple[int, ...], n_prompt: int
+    ) -> int:
+        """What is predicted to be reused: by the kind of memory, and by what was learned of this build."""
+        n_usable = usable(self.memory, n_shared, n_held, checkpoints, n_prompt)
+        return self.predictions.correct(self.memory, source, n_usable)
+
+
+def has_failed(n_predicted: int, n_reused: int) -> bool:
+    """Whether a snapshot brought so much less than was predicted of it that something is wrong with it."""
+    return n_predicted > Predictions.MOST and n_reused < n_predicted / 2
+
+
+class Strikes:
+    """Snapshots that have failed to deliver: one failure may be an accident (a stranger in the slot), two are not."""
+
+    OUT = 2
+
+    def __init__(self) -> None:
+        self._failures: Counter[str] = Counter()
+
+    def note(self, snapshot: str, n_predicted: int, n_reused: int) -> bool:
+        """What a restored snapshot has brought; True when it is to be given up. One that delivers starts anew."""
+        if not has_failed(n_predicted, n_reused):
+            del self._failures[snapshot]
+            return False
+        self._failures[snapshot] += 1
+        if self._failures[snapshot] < self.OUT:
+            return False
+        del self._failures[snapshot]
+        return True

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import Rules
+from llamaslot.core.reuse import Memory
 from llamaslot.core.slots import Event, Job, Slot
 from llamaslot.engine.library import Libraries
 from llamaslot.engine.pool import Pool, content_of
@@ -89,12 +90,19 @@ class Handshake:
             can_save = False
         pool.can_save, pool.can_erase = can_save, self.probes.can_erase
         self._forget_rates_of_others(identity)
+        pool.recall.predictions = self.rates.predictions
         if self.catalog is not None and can_save:
             fingerprint = await self._admit(pool, identity)
             await self.probes.size(first.id)
+            if pool.memory is not Memory.DENSE:
+                files = await self.probes.checkpoints(first.id)
+                pool.recall.keeps_checkpoints = files.keep_checkpoints
+                if files.memory is not None and not pool.is_memory_sure:
+                    pool.memory = files.memory
+                pool.can_save = can_save = files.are_usable
         for slot in (first.id, empty):
             await self._empty(slot)
-        if written is not None:
+        if written is not None and can_save:
             await self._commit(pool, written, fingerprint)
         for info in others:
             if info.n_tokens:
@@ -156,7 +164,7 @@ class Handshake:
                 n_saved=saved.n_tokens,
                 n_written=saved.n_bytes,
                 fingerprint=fingerprint,
-                checkpoints=(),
+                checkpoints=self._guessed_checkpoints(pool, saved.n_tokens),
                 source="adopted",
             )
         except LlamaslotError as error:
@@ -165,6 +173,14 @@ class Handshake:
             return None
         pool.add_snapshot(snapshot)
         return snapshot
+
+    def _guessed_checkpoints(self, pool: Pool, n_tokens: int) -> tuple[int, ...]:
+        """Where an adopted context has its last checkpoint: near the end of its last prompt, and nobody knows how long
+        the answer behind that is. Guessed too early it costs a little, too late it shows at the first use."""
+        if pool.memory is Memory.DENSE:
+            return ()
+        n_answer = min(int(2 * self.rates.answer.n_tokens), n_tokens // 2)
+        return (n_tokens - n_answer,)
 
     async def _adopt(self, pool: Pool, info: SlotInfo, fingerprint: str | None, now: float) -> None:
         """Learn what a slot holds by saving it; one that cannot be saved is emptied."""

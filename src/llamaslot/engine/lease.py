@@ -15,6 +15,7 @@ from llamaslot.errors import BackendRestarted
 if TYPE_CHECKING:
     from llamaslot.engine.pool import Pool
     from llamaslot.engine.scheduler import Scheduler
+    from llamaslot.store import Snapshot
 
 
 class Phase(enum.Enum):
@@ -43,7 +44,11 @@ class Lease:
         self.is_answering = False  # the job's own request has been sent
         self.is_started = False
         self.is_released = False
-        self.n_expected = 0  # tokens that the server should find in the slot when the steps are through
+        self.restored: Snapshot | None = None  # what its steps have read into the slot
+        self.n_usable = (
+            0  # what of the slot could be reused when the steps were through, by the kind of model
+        )
+        self.n_expected = 0  # and what is expected of this server
         self.is_going_back = False  # and whether it has to drop others behind them
         self.note = scheduler.note(job)  # in the journal
         self.held = ExitStack()  # what else is given back with the slot: the pin of a snapshot

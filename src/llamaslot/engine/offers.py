@@ -9,44 +9,48 @@ from llamaslot.core import trunks
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import SnapshotView
 from llamaslot.core.prefix import Shared
-from llamaslot.core.reuse import Memory, usable
-from llamaslot.core.slots import Job
+from llamaslot.core.reuse import SNAPSHOT, TRUNK, Recall
+from llamaslot.core.slots import Job, Kind
 from llamaslot.core.snapshots import Joined
 from llamaslot.core.tokens import count, head
 from llamaslot.engine.library import Library
 from llamaslot.engine.passing import Leaving, Passing
+from llamaslot.store import Snapshot
 
 N_CANDIDATES = 16  # snapshots that a placement looks at, the longest common prefixes first
 N_COVERING = 4  # holders that are asked whether they make up for the loss of a slot
 MIN_WORTH_TOKENS = 64  # snapshots closer together than this make the index slow and save nothing
 
 
-class Offers:
-    """What can be used of a snapshot depends on how the model remembers, which ``memory`` says in each question."""
+def source_of(snapshot: Snapshot) -> str:
+    """By what its predictions are told apart from those of others."""
+    return TRUNK if snapshot.kind is Kind.TRUNK else SNAPSHOT
 
-    def __init__(self, library: Library, passing: Passing, rates: Rates) -> None:
-        self._known, self._passing, self._rates = library.snapshots, passing, rates
+
+class Offers:
+    """What can be used of a snapshot depends on how the model remembers: ``recall``."""
+
+    def __init__(self, library: Library, passing: Passing, rates: Rates, recall: Recall) -> None:
+        self._known, self._passing, self._rates, self._recall = library.snapshots, passing, rates, recall
         self._index = Joined(library.index, passing.index)
 
-    def found(self, job: Job, memory: Memory) -> list[Shared[str]]:
+    def found(self, job: Job) -> list[Shared[str]]:
         """The snapshots that share most with ``job``, and first of all the longest that it begins with as a whole: that
         one is the cheapest to restore, and it is not among the others where many share a few tokens more."""
         if job.is_fresh or not job.tokens:
             return []
         # Where a checkpoint decides, the one that shares most is not the one of which most can be used.
-        return self._candidates(job.tokens, N_CANDIDATES if memory is Memory.DENSE else 4 * N_CANDIDATES)
+        return self._candidates(job.tokens, N_CANDIDATES if self._recall.is_rewindable else 4 * N_CANDIDATES)
 
     def _candidates(self, tokens: bytes, n: int) -> list[Shared[str]]:
         found, whole = self._index.match(tokens, n), self._index.longest_full_prefix(tokens)
         return found if whole is None else [whole, *(hit for hit in found if hit != whole)]
 
-    def views(
-        self, found: Iterable[Shared[str]], n_prompt: int, memory: Memory, now: float
-    ) -> list[SnapshotView]:
+    def views(self, found: Iterable[Shared[str]], n_prompt: int, now: float) -> list[SnapshotView]:
         """What is worth restoring of them for a prompt of ``n_prompt`` tokens."""
         views = []
         for hit in found:
-            n_usable = self._usable(hit, n_prompt, memory)
+            n_usable = self._usable(hit, n_prompt)
             if n_usable >= MIN_WORTH_TOKENS:
                 if (leaving := self._passing.get(hit.holder)) is not None:
                     wait_s, restore_s = self._wait_s(leaving, now), self._rates.restore_s(hit.n_tokens)
@@ -63,32 +67,36 @@ class Offers:
             return self._rates.save_s(leaving.content.n_tokens)
         return max(leaving.until - now, 0.001)
 
-    def _usable(self, hit: Shared[str], n_prompt: int, memory: Memory) -> int:
+    def _usable(self, hit: Shared[str], n_prompt: int) -> int:
         """Tokens of a prompt of ``n_prompt`` that need not be computed after that snapshot was restored."""
         if (leaving := self._passing.get(hit.holder)) is not None:
+            is_end_known = leaving.content.is_exact or self._recall.is_rewound
+            n_held, source = (
+                hit.n_tokens if is_end_known else None,
+                SNAPSHOT if leaving.slot is None else TRUNK,
+            )
             checkpoints = leaving.content.checkpoints
-            n_held = hit.n_tokens if leaving.content.is_exact else None
         else:
-            checkpoints, n_held = self._known[hit.holder].checkpoints, hit.n_tokens
-        return usable(memory, hit.n_shared, n_held, checkpoints, n_prompt)
+            snapshot = self._known[hit.holder]
+            checkpoints, n_held, source = snapshot.checkpoints, hit.n_tokens, source_of(snapshot)
+        return self._recall.usable(source, hit.n_shared, n_held, self._recall.in_file(checkpoints), n_prompt)
 
-    def on_disk(self, tokens: bytes, memory: Memory) -> int:
+    def on_disk(self, tokens: bytes) -> int:
         """How much of ``tokens`` need not be computed again, thanks to a snapshot.
 
         A trunk that is still to be computed is none: whoever computes it may leave.
         """
         to_come = self._passing.trunks
-        if memory is Memory.DENSE:
+        if self._recall.is_rewindable:
             return self._index.cover(tokens, exclude=to_come)
         hits = (hit for hit in self._candidates(tokens, N_COVERING) if hit.holder not in to_come)
-        return max((self._usable(hit, count(tokens) + 1, memory) for hit in hits), default=0)
+        return max((self._usable(hit, count(tokens) + 1) for hit in hits), default=0)
 
     def trunks(
         self,
         job: Job,
         residents: Iterable[tuple[int, Callable[[], bytes]]],
         found: Iterable[Shared[str]],
-        memory: Memory,
     ) -> tuple[int, ...]:
         """Where in its prompt ``job`` should make a trunk: at the end of the system part, if that is known, and where
         two other conversations part from it. ``residents``: as ``trunks.branch`` wants them."""
@@ -97,16 +105,16 @@ class Offers:
         on_disk = ((hit.n_shared, partial(self._index.tokens, hit.holder)) for hit in found)
         at = trunks.branch([*residents, *on_disk])
         ends = {job.n_system} if abs(at - job.n_system) <= trunks.NEAR_TOKENS else {at, job.n_system}
-        return tuple(sorted(end for end in ends if self._is_worth_trunk(job, end, memory)))
+        return tuple(sorted(end for end in ends if self._is_worth_trunk(job, end)))
 
-    def _is_worth_trunk(self, job: Job, at: int, memory: Memory) -> bool:
+    def _is_worth_trunk(self, job: Job, at: int) -> bool:
         """Whether no snapshot ends there, or will, and computing so much again costs more than saving and restoring it.
 
         One that ends a little later is as good only where it can be cut.
         """
         if not trunks.MIN_TOKENS <= at < job.n_tokens:
             return False
-        upto = at + trunks.NEAR_TOKENS if memory is Memory.DENSE else at
+        upto = at + trunks.NEAR_TOKENS if self._recall.is_rewindable else at
         there = self._index.longest_full_prefix(head(job.tokens, upto))
         if there is not None and there.n_tokens >= at - trunks.NEAR_TOKENS:
             return False

@@ -13,7 +13,7 @@ from functools import partial
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import PoolView, Rules, SlotView, weight
 from llamaslot.core.prefix import PrefixIndex, Shared
-from llamaslot.core.reuse import Memory, checkpoints_after, usable
+from llamaslot.core.reuse import RESIDENT, Memory, Recall, checkpoints_after
 from llamaslot.core.slots import NOTHING, Content, Event, Job, Keep, Kind, Plan, Save, Slot, State
 from llamaslot.core.tokens import common, count, head
 from llamaslot.engine.library import Library
@@ -53,7 +53,8 @@ class Pool:
     ) -> None:
         self.backend, self.n_ctx, self.rules, self.rates = backend, n_ctx, rules, rates
         # Until the handshake knows better:
-        self.can_save, self.can_erase, self.memory = False, False, Memory.DENSE
+        self.can_save, self.can_erase = False, False
+        self.recall = Recall(predictions=rates.predictions)
         self.is_memory_sure = False  # the GGUF says so too: a short probe does not leave a sliding window
         self.slots = [Slot(backend, i) for i in range(n_slots)]
         self.is_current = True
@@ -66,29 +67,37 @@ class Pool:
         """From now on the snapshots in ``library`` are found; it is shared with the pools before and after this one."""
         self._known, self._snapshots = library.snapshots, library.index
         self._library = library
-        self._offers = Offers(library, self._passing, self.rates)
+        self._offers = Offers(library, self._passing, self.rates, self.recall)
+
+    @property
+    def memory(self) -> Memory:
+        return self.recall.memory
+
+    @memory.setter
+    def memory(self, memory: Memory) -> None:
+        self.recall.memory = memory
 
     # -- questions -----------------------------------------------------------------------------------------------
 
     def view(self, job: Job, now: float, reserved: frozenset[int]) -> PoolView:
         """The pool as ``job`` sees it. Changes nothing."""
         shared = {hit.holder: hit.n_shared for hit in self._residents.match(job.tokens)} if job.tokens else {}
-        found = self._offers.found(job, self.memory) if self.can_save else []
+        found = self._offers.found(job) if self.can_save else []
         residents = [(n, partial(self._residents.tokens, slot)) for slot, n in shared.items()]
         return PoolView(
             slots=tuple(self._slot_view(slot, shared.get(slot.id, 0), job, now) for slot in self.slots),
-            snapshots=tuple(self._offers.views(found, job.n_tokens, self.memory, now)),
+            snapshots=tuple(self._offers.views(found, job.n_tokens, now)),
             prefill_s=self.rates.prefill.seconds,
             reserved=reserved,
             can_erase=self.can_erase,
-            trunks=self._offers.trunks(job, residents, found, self.memory) if self.can_save else (),
-            is_rewindable=self.memory is Memory.DENSE,
+            trunks=self._offers.trunks(job, residents, found) if self.can_save else (),
+            is_rewindable=self.recall.is_rewindable,
         )
 
     def _slot_view(self, slot: Slot, n_shared: int, job: Job, now: float) -> SlotView:
         content = slot.content
         if slot.is_idle:
-            n_usable = _usable(self.memory, n_shared, content, job.n_tokens)
+            n_usable = _usable(self.recall, n_shared, content, job.n_tokens)
             is_worth = self.is_worth_saving(slot)
             return SlotView(
                 id=slot.id,
@@ -124,7 +133,7 @@ class Pool:
     def covered(self, slot: Slot) -> int:
         """How much of what the slot holds can be had elsewhere: from another idle slot, or from a snapshot."""
         tokens = slot.content.tokens
-        on_disk = self._offers.on_disk(tokens, self.memory) if self.can_save else 0
+        on_disk = self._offers.on_disk(tokens) if self.can_save else 0
         if self.memory is Memory.DENSE:
             others = [other.id for other in self.slots if other is slot or not other.is_idle]
             return max(self._residents.cover(tokens, exclude=others), on_disk)
@@ -133,14 +142,14 @@ class Pool:
             (hit.n_shared, self.slots[hit.holder].content) for hit in hits if self.slots[hit.holder].is_idle
         ]
         n_prompt = slot.content.n_tokens + 1
-        return max([on_disk, *(_usable(self.memory, n, other, n_prompt) for n, other in idle)])
+        return max([on_disk, *(_usable(self.recall, n, other, n_prompt) for n, other in idle)])
 
     def is_worth_saving(self, slot: Slot) -> bool:
         """Whether computing again what only this slot holds would take longer than saving it now."""
         content = slot.content
         if not (self.can_save and content.is_dirty) or content.n_tokens < MIN_WORTH_TOKENS:
             return False
-        n_covered = self._offers.on_disk(content.tokens, self.memory)
+        n_covered = self._offers.on_disk(content.tokens)
         return self.rates.prefill.seconds(n_covered, content.n_tokens) > self.save_s(content)
 
     def regret_s(self, slot: Slot, is_saved: bool) -> float:
@@ -321,9 +330,9 @@ class Pool:
         self._passing.check()
 
 
-def _usable(memory: Memory, n_shared: int, content: Content, n_prompt: int) -> int:
+def _usable(recall: Recall, n_shared: int, content: Content, n_prompt: int) -> int:
     n_held = content.n_tokens if content.is_exact else None
-    return usable(memory, n_shared, n_held, content.checkpoints, n_prompt)
+    return recall.usable(RESIDENT, n_shared, n_held, content.checkpoints, n_prompt)
 
 
 def supersedes(new: WithTokens, old: WithTokens, similarity_min: float) -> bool:

@@ -75,6 +75,7 @@ class Prefills:
         except UpstreamError as error:
             log.warning("prefill in slot %d failed: %s", lease.slot_id, error)
             lease.done(None)
+            lease.restored = None  # no fault of the snapshot
             return 0
         lease.done(prefilled(before, tokens, n_reused))
         return n_reused

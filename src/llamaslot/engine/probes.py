@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,34 @@ NO_REWIND = (
     "this is a %s model: it goes on only from the exact end of a context or from a checkpoint near it; a prompt that"
     " parts from its context earlier is computed again%s"
 )
+NO_CHECKPOINTS = (
+    "this build of llama-server keeps no checkpoints in slot files: a snapshot ends with its prompt, and the answer"
+    " behind it is computed again. A build after b11434 mends it"
+)
+WORTHLESS = (
+    "this build of llama-server keeps no checkpoints in slot files, without which nothing of a sliding-window model's"
+    " snapshot can be used: none is written, and a context that leaves its slot is computed again. Start it with"
+    " --swa-full, or use a build after b11434"
+)
+STALE = (
+    "this build of llama-server goes on from checkpoints of another conversation after a restore, and answers wrongly:"
+    " nothing is saved or restored, and a context that leaves its slot is computed again. Use a newer build"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What slot files of a model that cannot go back to any token are worth.
+
+    ``keep_checkpoints``: those of the slot are in the file. ``memory``: what going on from a restored slot has shown.
+    Both None when that could not be tried. Not ``are_usable``: nothing of them can be used (a sliding window without
+    checkpoints), or nothing must be: b9713 leaves a slot its checkpoints when another conversation is restored into it,
+    goes on from that stranger's state, and answers wrongly (seen running).
+    """
+
+    keep_checkpoints: bool | None = None
+    memory: Memory | None = None
+    are_usable: bool = True
 
 
 class Probes:
@@ -145,6 +174,49 @@ class Probes:
         log.info(NO_REWIND, memory.value, hint)
         return memory
 
+    async def checkpoints(self, slot: int) -> Files:
+        """What a slot file of a model that cannot go back to any token is worth."""
+        assert self.catalog is not None
+        mine, other = (
+            _tokens(102)[8:],
+            _tokens(101)[4:],
+        )  # they begin otherwise than what other probes have left
+        parted = head(mine, 98) + head(other, 2)
+        await self._prefill(slot, mine)
+        if not await self._prefill(slot, parted):
+            return Files()  # it makes none
+        room = await self._room(self.rates.size_bytes(count(parted)))
+        if room is None:
+            return Files()
+
+        async def reused(tokens: bytes) -> int:
+            await self.api.erase(slot)
+            await self.api.restore(slot, room.part_name)
+            return await self._prefill(slot, tokens)
+
+        try:
+            await self.api.save(slot, room.part_name)
+            await self._prefill(slot, head(other, 20))  # now the slot has a checkpoint at 16, and no other
+            if await reused(head(mine, 20) + head(other, 2)):  # none of its own is so early
+                return self._useless(STALE)
+            is_kept = await reused(mine) > 0
+            is_end_enough = await reused(parted + head(other, 2)) == count(parted)
+        except SlotActionFailed as error:
+            log.info("a probe could not be saved or restored: %s", error)
+            return Files()
+        finally:
+            await self.catalog.abandon(room)
+        memory = Memory.RECURRENT if is_end_enough else Memory.SWA
+        if not is_kept and not is_end_enough:
+            return self._useless(WORTHLESS)
+        if not is_kept:
+            self.warnings.append(NO_CHECKPOINTS)
+        return Files(is_kept, memory)
+
+    def _useless(self, why: str) -> Files:
+        self.warnings.append(why)
+        return Files(False, are_usable=False)
+
     async def identity(self, slot: int, props: Props, model: Mapping[str, Any], lora: list[Any]) -> Identity:
         """Who the model is. Leaves the probe's tokens in the slot."""
         tokens = probe_tokens(_n_vocab(model))
@@ -163,13 +235,26 @@ class Probes:
 
     async def _fill(self, slot: int, n_tokens: int) -> bytes:
         """Compute ``n_tokens`` tokens of no meaning, whatever the slot held."""
-        tokens = (probe_tokens(256) * (n_tokens // 50 + 1))[: n_tokens * 4]
-        assert count(tokens) == n_tokens
+        tokens = _tokens(n_tokens)
+        await self._prefill(slot, tokens)
+        return tokens
+
+    async def _prefill(self, slot: int, tokens: bytes) -> int:
+        """Compute ``tokens``; how many of them were reused."""
+        n_reused = 0
         async with contextlib.aclosing(self.api.prefill(slot, tokens)) as events:
             async for event in events:
+                n_reused = event.cache
                 if event.processed > event.cache:
                     self.rates.prefill.observe(event.cache, event.processed, event.seconds)
-        return tokens
+        return n_reused
+
+
+def _tokens(n_tokens: int) -> bytes:
+    """So many tokens of no meaning."""
+    tokens = (probe_tokens(256) * (n_tokens // 50 + 1))[: n_tokens * 4]
+    assert count(tokens) == n_tokens
+    return tokens
 
 
 def _n_vocab(model: Mapping[str, Any]) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from llamaslot.core.cost import Rates
 from llamaslot.core.slots import Content, Kind
 from llamaslot.core.tokens import head
 from llamaslot.engine.lease import Lease
 from llamaslot.engine.pool import content_of, supersedes
+from llamaslot.engine.prefill import prefilled
 from llamaslot.engine.probes import UNIFIED
 from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
 from llamaslot.llama.api import LlamaServer
@@ -20,6 +23,7 @@ from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 
+_NEAR_TOKENS = 64  # a checkpoint so near to the end is worth going back to
 _MANY_EMPTIED = 2  # of a unified KV cache every save finds the slot empty
 
 
@@ -42,10 +46,19 @@ class Saving:
 
     async def save(self, lease: Lease) -> Snapshot | None:
         """Write what the slot holds to a snapshot, verified and committed. None when that failed: the slot keeps it."""
-        content = lease.content
-        if self.catalog is None or content is None:
+        if self.catalog is None or lease.content is None:
             return None
-        plan = lease.plan
+        if lease.pool.recall.is_rewound and not lease.content.is_exact:
+            try:
+                await self._rewind(lease, lease.content)
+            except LlamaslotError as error:
+                lease.content = None
+                if lease.leaving is not None:
+                    lease.pool.left(lease.leaving)
+                _not_saved(lease, Kind.LEAF, error)
+                lease.scheduler.dispatch()
+                return None
+        content, plan = lease.content, lease.plan
         keep = {plan.snapshot} if plan is not None and plan.snapshot else set()
         if lease.is_own:  # else slots that are all hot would evict each other in turn, for ever
             keep = lease.pool.backing(besides=lease.slot)
@@ -55,7 +68,7 @@ class Saving:
             lease.pool.left(lease.leaving)
         if snapshot is not None:
             old = lease.pool.snapshot(content.snapshot) if content.snapshot else None
-            lease.content = content_of(snapshot)
+            lease.content = replace(content_of(snapshot), checkpoints=content.checkpoints)
             if old is not None and supersedes(snapshot, old, lease.pool.rules.similarity_min):
                 self.tasks.spawn(self.catalog.drop(old.id), f"drop superseded {old.id}")
         lease.scheduler.dispatch()
@@ -105,7 +118,7 @@ class Saving:
                 n_saved=result.n_tokens,
                 n_written=result.n_bytes,
                 fingerprint=fingerprint,
-                checkpoints=content.checkpoints,
+                checkpoints=lease.pool.recall.in_file(content.checkpoints),
                 source=lease.job.id,
                 kind=kind,
             )
@@ -131,6 +144,20 @@ class Saving:
             if current not in (None, lease.pool) and self.fingerprint == fingerprint:
                 current.add_snapshot(snapshot)  # the server has restarted since, and can read it as well
         return snapshot
+
+    async def _rewind(self, lease: Lease, content: Content) -> None:
+        """Go back to the end of the slot's prompt: the answer behind it comes back tokenized anew, so that a file
+        without checkpoints could not be gone on from. It costs the few tokens since the slot's own last checkpoint;
+        without one near the end it would cost the whole prompt, and is left. Raises LlamaslotError: then nobody knows
+        what the slot holds."""
+        if content.n_tokens - max(content.checkpoints, default=0) > _NEAR_TOKENS:
+            return
+        lease.still_holds()
+        n_reused = 0
+        async with contextlib.aclosing(self.api.prefill(lease.slot_id, content.tokens)) as events:
+            async for event in events:
+                n_reused = event.cache
+        lease.content = prefilled(content, content.tokens, n_reused)
 
     async def _n_held(self, lease: Lease, content: Content) -> int:
         """What the file will hold: room is made before it is written, for the answer's tokens too."""

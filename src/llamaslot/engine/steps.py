@@ -10,13 +10,15 @@ from typing import Any, TypeVar, assert_never
 
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import prefill_steps
-from llamaslot.core.reuse import Memory
-from llamaslot.core.slots import NOTHING, Erase, Keep, Plan, PrefillTo, Restore, Save, Source
+from llamaslot.core.reuse import RESIDENT, usable
+from llamaslot.core.slots import NOTHING, Erase, Keep, Plan, PrefillTo, Restore, Save
+from llamaslot.core.tokens import common
 from llamaslot.engine.lease import Lease, Phase, Report
-from llamaslot.engine.offers import MIN_WORTH_TOKENS
+from llamaslot.engine.offers import source_of
 from llamaslot.engine.pool import content_of
 from llamaslot.engine.prefill import Prefills, prefilled
 from llamaslot.engine.saving import Saving
+from llamaslot.engine.settling import Settling
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError
 from llamaslot.llama.api import LlamaServer
 from llamaslot.llama.sse import Earlier
@@ -45,6 +47,7 @@ class Steps:
         self.metrics, self.tasks, self.now = metrics, tasks, now
         self.saving = Saving(api, catalog, rates, metrics, tasks, now)
         self.prefills = Prefills(api, rates, now)
+        self.settling = Settling(catalog, metrics, tasks)
         self.boot_id = ""
 
     @property
@@ -84,8 +87,7 @@ class Steps:
                     assert_never(step)
         if lease.job.is_private or lease.content is None or (lease.job.is_cold and lease.content != NOTHING):
             return None  # what the slot holds must not be used: the job's own request computes everything
-        # What the plan expects, unless a failed step has left less in the slot.
-        n_reused = lease.n_expected = min(plan.n_reused, lease.content.n_tokens)
+        n_reused = self._expect(lease)
         lease.is_going_back = n_reused < lease.content.n_tokens
         if n_reused != plan.n_reused:
             view = lease.pool.view(lease.job, self.now(), frozenset())
@@ -93,6 +95,18 @@ class Steps:
             view = replace(view, trunks=trunks)  # those that others count on, and no more
             prefills = list(prefill_steps(lease.job, lease.slot_id, n_reused, view, lease.pool.rules))
         return await self.prefills.run(lease, prefills, report, self._keep) if prefills else None
+
+    @staticmethod
+    def _expect(lease: Lease) -> int:
+        """What will be reused of what the slot holds when the steps are through: what was planned, unless one of them
+        has failed."""
+        content, job, recall = lease.content, lease.job, lease.pool.recall
+        assert content is not None
+        n_shared, n_held = common(content.tokens, job.tokens), content.n_tokens if content.is_exact else None
+        lease.n_usable = usable(recall.memory, n_shared, n_held, content.checkpoints, job.n_tokens)
+        source = source_of(lease.restored) if lease.restored is not None else RESIDENT
+        lease.n_expected = recall.predictions.correct(recall.memory, source, lease.n_usable)
+        return lease.n_expected
 
     async def _keep(self, lease: Lease, step: Keep) -> None:
         if not await self._carry_out(lease, self.saving.keep(lease, step.n_tokens)):
@@ -176,7 +190,8 @@ class Steps:
             lease.content = None
             log.warning("snapshot %s: %d tokens restored", snapshot_id, result.n_tokens)
             return False
-        lease.content = content_of(snapshot)
+        checkpoints = lease.pool.recall.in_file(snapshot.checkpoints)
+        lease.content, lease.restored = replace(content_of(snapshot), checkpoints=checkpoints), snapshot
         self.catalog.touch(snapshot.id)
         return True
 
@@ -194,31 +209,11 @@ class Steps:
         n_reused = earlier.n_reused if earlier is not None else n_found
         before = lease.content or NOTHING
         if n_reused is not None and lease.job.tokens:
-            source = lease.plan.source if n_reused else Source.COLD
-            self.metrics.reused(source.value, n_reused, lease.job.n_tokens)
-            lease.note.reused(lease.n_expected, n_reused)
-            if n_reused < lease.n_expected:
-                self._was_wrong(lease, n_reused)
+            self.settling.learn(lease, n_reused)
         found = n_found if n_found is not None else 0
         after = prefilled(before, left, found) if left and not lease.job.is_private else None
         n_more = max(n_answer - 1, 0)  # the last token is sampled and sent, but never computed
         lease.done(replace(after, is_exact=False, n_more=n_more) if after is not None else None)
-
-    def _was_wrong(self, lease: Lease, n_reused: int) -> None:
-        plan, pool = lease.plan, lease.pool
-        assert plan is not None
-        self.metrics.beliefs_wrong.inc()
-        log.info(
-            "%s: %d tokens of slot %d were expected to be reused, %d were",
-            lease.job.id, lease.n_expected, plan.slot, n_reused,
-        )  # fmt: skip
-        # Nothing at all of something that had only to be gone on from: it was lost, whatever the model.
-        is_lost = lease.is_going_back and n_reused == 0 and lease.n_expected >= MIN_WORTH_TOKENS
-        if is_lost and pool.memory is Memory.DENSE and not pool.is_memory_sure:
-            log.warning(
-                "this model cannot go back to any token (SWA or recurrent): counting on its checkpoints only"
-            )
-            pool.memory = Memory.SWA
 
 
 async def _outcome(action: Coroutine[Any, Any, T]) -> T | LlamaslotError:

@@ -25,6 +25,10 @@ class Metrics:
         self.tokens_reused = counter(
             "reused_tokens", "Tokens of prompts that llama-server did not compute again", "source"
         )
+        self.tokens_expected = counter(
+            "expected_tokens", "Tokens of prompts that were expected to be reused", "source"
+        )
+        self.retired = counter("snapshots_retired", "Snapshots dropped because they twice failed to deliver")
         self.beliefs_wrong = counter("beliefs_wrong", "Jobs that reused less than was expected")
         self.steps_failed = counter("steps_failed", "Saves, erases and restores that failed", "step")
         self.saves = counter("saves", "Snapshots committed")

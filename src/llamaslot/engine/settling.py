@@ -1,0 +1,89 @@
+"""What the end of an answer teaches: what was reused against what was predicted, and what follows from that."""
+
+from __future__ import annotations
+
+import logging
+
+from llamaslot.core.reuse import RESIDENT, Memory, Strikes, has_failed
+from llamaslot.core.slots import Source
+from llamaslot.engine.lease import Lease
+from llamaslot.engine.offers import MIN_WORTH_TOKENS, source_of
+from llamaslot.engine.probes import NO_CHECKPOINTS, WORTHLESS
+from llamaslot.observe.metrics import Metrics
+from llamaslot.store import Catalog, Snapshot
+from llamaslot.tasks import TaskOwner
+
+log = logging.getLogger(__name__)
+
+
+class Settling:
+    """The lessons of one backend."""
+
+    def __init__(self, catalog: Catalog | None, metrics: Metrics, tasks: TaskOwner) -> None:
+        self.catalog, self.metrics, self.tasks = catalog, metrics, tasks
+        self._strikes = Strikes()
+
+    def learn(self, lease: Lease, n_reused: int) -> None:
+        """Of ``lease.n_expected`` tokens ``n_reused`` were reused."""
+        assert lease.plan is not None
+        source = lease.plan.source if n_reused else Source.COLD
+        self.metrics.reused(source.value, n_reused, lease.job.n_tokens)
+        self.metrics.tokens_expected.labels(lease.plan.source.value).inc(lease.n_expected)
+        lease.note.reused(lease.n_expected, n_reused)
+        restored = lease.restored
+        kind = source_of(restored) if restored is not None else RESIDENT
+        lease.pool.recall.predictions.observe(lease.pool.memory, kind, lease.n_usable, n_reused)
+        if n_reused < lease.n_expected:
+            self._was_wrong(lease, n_reused)
+        if restored is None or self._learn_checkpoints(lease, restored, n_reused):
+            return
+        if self._strikes.note(restored.id, lease.n_expected, n_reused):
+            self._retire(restored, lease.n_expected, n_reused)
+
+    def _was_wrong(self, lease: Lease, n_reused: int) -> None:
+        plan, pool = lease.plan, lease.pool
+        assert plan is not None
+        self.metrics.beliefs_wrong.inc()
+        log.info(
+            "%s: %d tokens of slot %d were expected to be reused, %d were",
+            lease.job.id, lease.n_expected, plan.slot, n_reused,
+        )  # fmt: skip
+        # Nothing at all of something that had only to be gone on from: it was lost, whatever the model.
+        is_lost = lease.is_going_back and n_reused == 0 and lease.n_expected >= MIN_WORTH_TOKENS
+        if not is_lost or pool.memory is not Memory.DENSE or pool.is_memory_sure:
+            return
+        if self._strikes.note("memory", lease.n_expected, n_reused):  # once may be a stranger in the slot
+            log.warning(
+                "this model cannot go back to any token (SWA or recurrent): counting on its checkpoints only"
+            )
+            pool.memory = Memory.SWA
+
+    def _learn_checkpoints(self, lease: Lease, restored: Snapshot, n_reused: int) -> bool:
+        """From the first restored snapshots that had to be gone back in: whether files have their checkpoints. True
+        when that they have not is why this one failed, or may be."""
+        pool = lease.pool
+        is_end = lease.n_usable >= restored.n_tokens
+        if (
+            pool.memory is Memory.DENSE
+            or pool.recall.keeps_checkpoints is not None
+            or is_end
+            or not lease.n_usable
+        ):
+            return False
+        if not has_failed(lease.n_usable, n_reused):
+            pool.recall.keeps_checkpoints = True
+            return False
+        if self._strikes.note("files", lease.n_usable, n_reused):
+            pool.recall.keeps_checkpoints = False
+            pool.can_save = pool.can_save and pool.memory is not Memory.SWA
+            log.warning(NO_CHECKPOINTS if pool.can_save else WORTHLESS)
+        return True
+
+    def _retire(self, snapshot: Snapshot, n_expected: int, n_reused: int) -> None:
+        log.warning(
+            "snapshot %s has failed twice to bring what it holds (%d of %d tokens) and is dropped",
+            snapshot.id, n_reused, n_expected,
+        )  # fmt: skip
+        self.metrics.retired.inc()
+        assert self.catalog is not None
+        self.tasks.spawn(self.catalog.drop(snapshot.id), f"retire {snapshot.id}")
