@@ -44,6 +44,7 @@ class Shelter:
 
     def __init__(self, directory: Path, quota_bytes: int = 10_000) -> None:
         self.directory, self.quota_bytes = directory, quota_bytes
+        self.register = directory.with_name(directory.name + ".sidecars")
         self.time = 1_000_000.0
         self.dropped: list[str] = []
         self.has_dropped = asyncio.Event()
@@ -55,6 +56,7 @@ class Shelter:
             self.quota_bytes,
             now=self.tick,
             on_drop=self._on_drop,
+            register=self.register,
         )
 
     def _on_drop(self, snapshot: Snapshot) -> None:
@@ -70,9 +72,12 @@ class Shelter:
         await self.catalog.open()
         return self.catalog
 
-    async def reopen(self) -> Catalog:
-        """A clean restart."""
+    async def reopen(self, *, has_register: bool = True) -> Catalog:
+        """A clean restart; without the register all files are read."""
         await self.catalog.settle()
+        await self.catalog.write_register()
+        if not has_register:
+            self.register.unlink()
         self.catalog.close()
         self.catalog, self.dropped = self._catalog(), []
         return await self.open()

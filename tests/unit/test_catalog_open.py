@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from llamaslot.store import DirectoryUnusable, QuotaExceeded, sidecar
+from llamaslot.store.upkeep import Upkeep
 from tests.support.snapshots import Shelter, opened, refuse, slot_file, some_tokens
 
 TOKENS = some_tokens(40)
@@ -211,7 +212,7 @@ async def test_an_unreadable_file_is_not_deleted_but_counts(
 
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", guarded)
-        catalog = await shelter.reopen()
+        catalog = await shelter.reopen(has_register=False)
     assert catalog.snapshots == {}
     assert catalog.size_bytes == 6_000
     await catalog.abandon(await catalog.reserve(4_000))
@@ -241,7 +242,7 @@ async def test_unsynced_data_is_not_believed_after_a_power_cut(
     synced = await shelter.save(some_tokens(40, 1))
     await shelter.catalog.settle()
     with monkeypatch.context() as patch:
-        patch.setattr(sidecar, "make_durable", lambda *_: None)
+        patch.setattr(Upkeep, "sync", lambda *_: None)
         await shelter.save(some_tokens(40, 2))
         assert len((await shelter.reopen()).snapshots) == 2  # the same boot: a killed process loses nothing
     monkeypatch.setattr(sidecar, "boot_id", lambda: "another boot")

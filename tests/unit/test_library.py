@@ -28,13 +28,16 @@ class World:
 
     def __init__(self, directory: Path, n: int) -> None:
         self.snapshots = {f"ls-{i}": snapshot(f"ls-{i}", i) for i in range(n)}
-        self.n_read = 0
+        self.n_read = self.n_registered = 0
         self.directory, self.tasks = directory, TaskOwner()
         self.libraries = self.start()
 
     def start(self) -> Libraries:
         """What llamaslot has after a start."""
-        catalog = cast(Catalog, SimpleNamespace(snapshots=self.snapshots, verify=self.verify))
+        catalog = cast(
+            Catalog,
+            SimpleNamespace(snapshots=self.snapshots, verify=self.verify, write_register=self.register),
+        )
         self.libraries = Libraries(catalog, self.directory / "gpu0.index", self.tasks)
         return self.libraries
 
@@ -44,6 +47,10 @@ class World:
         library.check()
         assert library is self.libraries.current
         return set(library.snapshots)
+
+    async def register(self) -> None:
+        """Called after each generation."""
+        self.n_registered += 1
 
     async def verify(self, id_: str) -> WithTokens:
         """As the catalog does: the header is read."""
@@ -87,6 +94,7 @@ async def test_one_generation_is_made_of_all_that_was_found(world: World) -> Non
     assert library is not None
     assert library.index.base is not None
     assert library.index.base.holders() == world.snapshots.keys()
+    assert world.n_registered == 1
 
 
 async def test_after_a_start_the_generation_has_the_tokens(world: World) -> None:
@@ -141,7 +149,7 @@ async def test_what_goes_while_the_library_is_filled_is_not_in_it(world: World) 
     """At every look at the event loop one is evicted."""
     world.start()
     meeting = world.tasks.spawn(world.meet(), "meeting")
-    while world.libraries.current is None:  # noqa: ASYNC110  # a thread is at it
+    while world.libraries.current is None and not meeting.done():  # noqa: ASYNC110  # a thread is at it
         await asyncio.sleep(0)
     gone = []
     while not meeting.done():
@@ -159,7 +167,7 @@ async def test_a_meeting_that_is_cancelled_anywhere_is_made_good_by_the_next(wor
     for n_awaits in range(40):
         world.start()
         meeting = world.tasks.spawn(world.meet(), "meeting")
-        while n_awaits >= 20 and world.libraries.current is None:  # noqa: ASYNC110  # a thread is at it
+        while n_awaits >= 20 and not (world.libraries.current or meeting.done()):  # noqa: ASYNC110  # a thread
             await asyncio.sleep(0)
         for _ in range(n_awaits % 20):
             await asyncio.sleep(0)

@@ -15,6 +15,7 @@ from llamaslot.core.tokens import pack
 from llamaslot.engine.library import Library
 from tests.support.fake import FakeModel
 from tests.support.inprocess import Served, letters, right, served
+from tests.support.opens import OPENS
 
 TEXTS = [letters(n, 300) for n in range(6)]
 
@@ -49,21 +50,24 @@ async def filled(directory: Path, **more: Any) -> AsyncIterator[Served]:
         yield it
 
 
-async def restarted(it: Served) -> None:
-    """Both: nothing is left in a slot."""
+async def restarted(it: Served) -> set[str]:
+    """Both: nothing is left in a slot. The names of slot files and sidecars that were opened at the start."""
     await it.stop()
     await it.fake.restart()
-    await it.start()
+    with OPENS.noted() as seen:
+        await it.start()
+    return set(seen)
 
 
 async def test_after_a_restart_snapshots_are_found_through_the_generation(tmp_path: Path) -> None:
-    """It is mapped from disk, and what it finds is restored and answered from."""
+    """It is mapped from disk; what it finds is restored and answered from, and none of its files was opened before."""
     async with filled(tmp_path) as it:
-        await restarted(it)
+        opened = await restarted(it)
         index = library(it).index
         assert index.base is not None
         found = set(index.base.holders())
         assert len(found) >= 3
+        assert not opened & {f"{id_}{suffix}" for id_ in found for suffix in (".kv", ".json")}
         n_restored = 0
         for text in TEXTS:
             (hit,) = index.match(tokens_of(it, text), 1)
@@ -72,6 +76,29 @@ async def test_after_a_restart_snapshots_are_found_through_the_generation(tmp_pa
             assert (answer.source, answer.n_reused) == ("snapshot", 300)
             n_restored += hit.holder in found
         assert n_restored == len(found)
+
+
+async def test_without_the_files_in_meta_dir_all_is_found_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are copies of what lies beside the slot files."""
+    async with filled(tmp_path) as it:
+        await it.stop()
+        for path in (*index_dir(it).iterdir(), it.config.store.meta_dir / "gpu0.sidecars"):
+            path.unlink()
+        await it.fake.restart()
+        with caplog.at_level(logging.INFO, "llamaslot.store"):
+            await it.start()
+        assert "there is no" in caplog.text
+        for text in TEXTS:
+            answer = await it.ask(text + "more")
+            assert (answer.source, answer.text) == ("snapshot", right(it.fake, text + "more"))
+
+
+async def test_a_generation_writes_down_the_sidecars_too(tmp_path: Path) -> None:
+    """So that a start after a kill is a cheap one."""
+    async with filled(tmp_path) as it:
+        await it.until((it.config.store.meta_dir / "gpu0.sidecars").exists)
 
 
 async def test_a_restart_of_llama_server_keeps_the_index(tmp_path: Path) -> None:
@@ -94,6 +121,7 @@ async def test_another_model_has_another_library(tmp_path: Path, caplog: pytest.
             await it.fake.restart(FakeModel(weights="B"))
             assert (await it.ask(TEXTS[0] + "more")).source == "cold"
         assert "is not used: it is of another model" in caplog.text
+        caplog.clear()  # the record has the error, that its traceback, and that what is mapped
         assert library(it) is not before
         assert not library(it).snapshots.keys() & before.snapshots.keys()
         await it.fake.restart(FakeModel())

@@ -64,7 +64,13 @@ class Backend:
         self.rules = rules
         self.tasks = TaskOwner()
         self.catalog = (
-            Catalog(slot_save_path, quota_bytes, now=time.time, on_drop=self._dropped)
+            Catalog(
+                slot_save_path,
+                quota_bytes,
+                now=time.time,
+                on_drop=self._dropped,
+                register=meta_dir / f"{name}.sidecars",
+            )
             if slot_save_path
             else None
         )
@@ -166,6 +172,7 @@ class Backend:
         await self._store_rates()
         if self.catalog is not None:
             await self.catalog.settle()
+            await self.catalog.write_register()
             self.catalog.close()
         await self.api.close()
 

@@ -105,7 +105,9 @@ class Libraries:
         self.current = None
         if self._renewal is not None:
             await self._renewal.end()  # both would write to the same directory
-        renewal = Renewal(self._directory, identity.to_text(), self._tasks, is_same)
+        renewal = Renewal(
+            self._directory, identity.to_text(), self._tasks, is_same, self._catalog.write_register
+        )
         index = SnapshotIndex(await renewal.open())
         self.current, self._identity, self._renewal = Library(index, renewal.consider), identity, renewal
 

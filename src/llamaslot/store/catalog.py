@@ -22,6 +22,7 @@ from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
 from llamaslot.store import scan, sidecar
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
 from llamaslot.store.header import read_slot_file
+from llamaslot.store.register import Mark, Register
 from llamaslot.store.room import Room
 from llamaslot.store.shelf import Pin, Shelf
 from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens, readable
@@ -66,6 +67,7 @@ class Catalog:
         *,
         now: Callable[[], float],
         on_drop: Callable[[Snapshot], None],
+        register: Path | None = None,
     ) -> None:
         self.directory = directory
         self.quota_bytes = quota_bytes
@@ -74,8 +76,9 @@ class Catalog:
         self._tasks = TaskOwner()
         self._shelf = Shelf()
         self._room = Room(directory, quota_bytes, self._tasks)
+        self._register = Register(register, directory)
         self._drafts: dict[str, _Held] = {}
-        self._upkeep = Upkeep(directory, self._shelf, self._tasks, self._drop)
+        self._upkeep = Upkeep(directory, self._shelf, self._register, self._tasks, self._drop)
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._shelf.snapshots)
 
     def __repr__(self) -> str:
@@ -123,11 +126,12 @@ class Catalog:
     async def _open(self) -> list[Snapshot]:
         try:
             hits = await asyncio.to_thread(self._upkeep.hits.load)
-            found = await scan.scan(self.directory)
+            found = await scan.scan(self.directory, await self._register.read())
         except OSError as error:
             raise DirectoryUnusable(f"{self.directory} cannot be read: {error.strerror or error}") from error
         for snapshot in found.snapshots:
             self._list(snapshot, found.last_used[snapshot.id], hits.get(snapshot.id, 0))
+        self._register.marks, self._register.durable = found.marks, found.durable
         for id_, size in found.leftovers.items():
             self._room.leave(id_, size)
         for fault in found.faults:
@@ -139,14 +143,8 @@ class Catalog:
             await self._room.next_removal()
         log.info(
             "snapshots: %d in %s, %s of %s; removed %d unfinished and %d broken, evicted %d, left %d foreign alone",
-            len(self.snapshots),
-            self.directory,
-            readable(self.size_bytes),
-            readable(self.quota_bytes),
-            found.n_unfinished,
-            len(found.faults),
-            len(over),
-            found.n_foreign,
+            *(len(self.snapshots), self.directory, readable(self.size_bytes), readable(self.quota_bytes)),
+            *(found.n_unfinished, len(found.faults), len(over), found.n_foreign),
         )
         return list(self.snapshots.values())
 
@@ -154,6 +152,10 @@ class Catalog:
         """Wait until everything begun is on disk: removals, commits, times of use. Canceling is safe."""
         while len(self._tasks):
             await self._tasks.drain()
+
+    async def write_register(self) -> None:
+        """Write down what is on disk now, so that the next ``open`` need not open each file. Canceling is safe."""
+        await self._register.write(self.snapshots, {id_: self.last_used(id_) for id_ in self.snapshots})
 
     def close(self) -> None:
         """Give the lock back. Idempotent. What ``settle`` would have waited for may be lost, never more."""
@@ -290,7 +292,7 @@ class Catalog:
             raise OtherConversation(f"{part.name}: holds another conversation than was to be saved")
         snapshot = noted.snapshot(sidecar.digest_of(file.tokens)).with_tokens(file.tokens)
         try:
-            await asyncio.to_thread(self._publish, part, noted)
+            self._register.marks[noted.id] = await asyncio.to_thread(self._publish, part, noted)
         except OSError as error:
             raise SnapshotInvalid(f"{snapshot.id}: cannot be written: {error.strerror or error}") from error
         # Smaller than was reserved: the rest is free again.
@@ -298,10 +300,11 @@ class Catalog:
         held.size_bytes = file.size_bytes
         return snapshot
 
-    def _publish(self, part: Path, noted: Noted) -> None:
+    def _publish(self, part: Path, noted: Noted) -> Mark:
         """The data first, then its name: without the sidecar, written last, the .kv file does not exist for a scan."""
-        os.rename(part, self.directory / (noted.id + KV))
+        os.rename(part, kv := self.directory / (noted.id + KV))
         sidecar.write(self.directory, noted, noted.created_at)
+        return Mark.of(os.lstat(kv))
 
     async def abandon(self, draft: Draft) -> None:
         """Remove the part file and give the room back. Idempotent, and without effect on a draft that is committed.

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -35,9 +35,16 @@ class Renewal:
     """
 
     def __init__(
-        self, directory: Path, namespace: str, tasks: TaskOwner, is_same: Callable[[str], bool] | None = None
+        self,
+        directory: Path,
+        namespace: str,
+        tasks: TaskOwner,
+        is_same: Callable[[str], bool] | None = None,
+        on_made: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        """``on_made`` is awaited after each generation, in the task that made it."""
         self._directory, self._namespace, self._tasks = directory, namespace, tasks
+        self._on_made = on_made
         self._is_same = is_same or namespace.__eq__
         self._current: str | None = None
         self._running: asyncio.Task[bool] | None = None
@@ -118,6 +125,8 @@ class Renewal:
             "index: a generation of %d snapshots, %s, was made in %.1f s",
             *(len(made.index), readable(made.size_bytes), time.monotonic() - started),
         )
+        if self._on_made is not None:
+            await self._on_made()
         return True
 
     async def _grow(self, id_: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import sidecar
 from llamaslot.store.directory import HITS_NAME, LOCK_NAME
 from llamaslot.store.header import SlotFile, read_slot_file
+from llamaslot.store.register import Entry, Mark
 from llamaslot.store.sidecar import JSON, KV, NEW, PART, PROBE, Noted, Snapshot, WithTokens
 
 SUFFIXES = (PART, KV, PROBE, NEW, JSON)  # the order of removal: what takes room first, the sidecar last
@@ -44,12 +46,15 @@ class Listing:
 
 @dataclass(slots=True)
 class Found:
-    """The result of a scan. ``last_used`` in seconds since the epoch, by id; ``leftovers`` in bytes, by id."""
+    """The result of a scan. ``last_used`` in seconds since the epoch, by id; ``leftovers`` in bytes, by id; ``marks``
+    of the .kv files that were read; ``durable`` are those whose data is known to be on the disk."""
 
     snapshots: list[Snapshot] = field(default_factory=list)
     last_used: dict[str, float] = field(default_factory=dict)
     leftovers: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    marks: dict[str, Mark] = field(default_factory=dict)
+    durable: set[str] = field(default_factory=set)
     n_unfinished: int = 0
     n_foreign: int = 0
 
@@ -132,12 +137,13 @@ async def agree_still(directory: Path, snapshot: Snapshot) -> WithTokens:
     return snapshot.with_tokens(file.tokens)
 
 
-async def scan(directory: Path) -> Found:
+async def scan(directory: Path, known: Mapping[str, Entry]) -> Found:
     """Read what is there and remove what is ours but no snapshot. Raises OSError if the directory cannot be read.
 
-    Canceling is safe: what is left is repaired by the next scan.
+    What is as it was when it became ``known`` is not opened. Canceling is safe: what is left is repaired by the next
+    scan.
     """
-    listing = await asyncio.to_thread(list_own, directory)
+    listing, unchanged = await asyncio.to_thread(_look, directory, known)
     found = Found(n_foreign=listing.n_foreign)
     for id_, suffixes in sorted(listing.suffixes.items()):
         if suffixes != {KV, JSON}:
@@ -150,7 +156,15 @@ async def scan(directory: Path) -> Found:
                 _unlink_quietly, *(directory / (id_ + rest) for rest in suffixes - {KV, JSON})
             )
         try:
-            snapshot, last_used = await _load(directory, id_)
+            if id_ in unchanged:
+                snapshot, last_used, mark, is_durable = (
+                    known[id_].snapshot,
+                    unchanged[id_],
+                    known[id_].kv,
+                    True,
+                )
+            else:
+                snapshot, last_used, mark, is_durable = await _load(directory, id_)
         except SnapshotInvalid as error:
             found.faults.append(str(error))
             if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
@@ -161,13 +175,27 @@ async def scan(directory: Path) -> Found:
             continue
         found.snapshots.append(snapshot)
         found.last_used[id_] = last_used
+        found.marks[id_] = mark
+        if is_durable:
+            found.durable.add(id_)
     return found
 
 
-async def _load(directory: Path, id_: str) -> tuple[Snapshot, float]:
+def _look(directory: Path, known: Mapping[str, Entry]) -> tuple[Listing, dict[str, float]]:
+    """What lies there; when each was used that is as it was when it became known. Blocking; raises OSError."""
+    listing = list_own(directory)
+    pairs = (id_ for id_, suffixes in listing.suffixes.items() if id_ in known and suffixes >= {KV, JSON})
+    looked = {id_: known[id_].last_used(directory) for id_ in pairs}
+    return listing, {id_: last_used for id_, last_used in looked.items() if last_used is not None}
+
+
+async def _load(directory: Path, id_: str) -> tuple[Snapshot, float, Mark, bool]:
+    """The snapshot, when it was last used, the mark of its .kv file, and whether that is known to be on the disk."""
     path = directory / (id_ + JSON)
     try:
-        data, dated = await asyncio.to_thread(lambda: (path.read_bytes(), path.stat().st_mtime))
+        data, dated, mark = await asyncio.to_thread(
+            lambda: (path.read_bytes(), path.stat().st_mtime, Mark.of(os.lstat(directory / (id_ + KV))))
+        )
     except OSError as error:
         raise SnapshotInvalid(f"{path.name}: cannot be read: {error.strerror or error}") from error
     noted = sidecar.parse(path.name, data)
@@ -175,7 +203,7 @@ async def _load(directory: Path, id_: str) -> tuple[Snapshot, float]:
         raise SnapshotInvalid(f"{id_}{KV}: was not yet on the disk when the machine went down")
     file = await read_slot_file(directory / (id_ + KV))
     agree(noted, file)
-    return noted.snapshot(sidecar.digest_of(file.tokens)), dated
+    return noted.snapshot(sidecar.digest_of(file.tokens)), dated, mark, noted.boot is None
 
 
 async def _discard(directory: Path, id_: str, found: Found) -> None:

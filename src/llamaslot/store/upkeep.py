@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llamaslot.store import scan, sidecar
 from llamaslot.store.hits import HitLog
+from llamaslot.store.register import Register
 from llamaslot.store.shelf import Shelf
 from llamaslot.store.sidecar import Noted
 from llamaslot.tasks import TaskOwner
@@ -23,8 +24,16 @@ class Upkeep:
     ``hits`` is the file of hits: only one thread at a time writes to it.
     """
 
-    def __init__(self, directory: Path, shelf: Shelf, tasks: TaskOwner, lost: Callable[[str], None]) -> None:
-        self._directory, self._shelf, self._tasks, self._lost = directory, shelf, tasks, lost
+    def __init__(
+        self,
+        directory: Path,
+        shelf: Shelf,
+        register: Register,
+        tasks: TaskOwner,
+        lost: Callable[[str], None],
+    ) -> None:
+        self._directory, self._shelf, self._register = directory, shelf, register
+        self._tasks, self._lost = tasks, lost
         self.hits = HitLog(directory)
         self._undated: dict[str, float] = {}  # used, and no thread is under way to note it
         self._is_dating = False
@@ -64,6 +73,7 @@ class Upkeep:
             dated = self._shelf.last_used[noted.id]
             try:
                 await asyncio.to_thread(sidecar.make_durable, self._directory, noted, dated)
+                self._register.durable.add(noted.id)
             except OSError as error:
                 if noted.id in self._shelf.snapshots:
                     log.warning("snapshots: %s cannot be synced: %s", noted.id, error.strerror or error)
