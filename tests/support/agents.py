@@ -6,6 +6,7 @@ itself computes on the way.
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -89,11 +90,14 @@ async def agent_on(stack: Stack) -> AsyncIterator[tuple[Agent, Client]]:
         yield Agent(front, server, meter), front
 
 
-async def crowd(client: Client, rng: random.Random, n_users: int, n_context: int) -> None:
-    """Others take every slot, so that what was in them lives on disk only."""
-    for number in range(n_users):
-        turn = await User(f"other {number}", n_context, rng).turn(client)
-        assert not turn.reply.error, turn.reply.error
+async def crowd(stack: Stack, client: Client, rng: random.Random, n_slots: int) -> None:
+    """Others take every slot at the same moment, so that what was in them lives on disk only."""
+    n_context = 2000
+    others = [User(f"other {number}", n_context, rng) for number in range(n_slots)]
+    turns = await asyncio.gather(*(other.turn(client) for other in others))
+    assert not any(turn.reply.error for turn in turns), turns
+    largest = max(slot.get("n_prompt_tokens") or 0 for slot in await stack.server.slots())
+    assert largest < n_context + 200, "something else is still in a slot"
 
 
 def with_tools(rng: random.Random, n_system: int, question: str) -> Body:
@@ -135,7 +139,7 @@ async def join(
                 body = {**body, "messages": [*body["messages"], *follow_up]}
                 _, answer = await agent.ask(body)
         if "on disk" in where:
-            await crowd(front, rng, n_slots, 2000)
+            await crowd(stack, front, rng, n_slots)
         asked, later = [body], []
         for _ in range(n_newcomers):
             newcomer = with_tools(random.Random(seed), n_system, words(rng, n_question))
@@ -168,6 +172,6 @@ async def think_and_go_on(
     async with agent_on(stack) as (agent, front):
         await agent.ask({"messages": thinking})
         if is_evicted:
-            await crowd(front, rng, n_slots, 2000)
+            await crowd(stack, front, rng, n_slots)
         shared, _ = await agent.ask({"messages": [question, answer, result, *rest]}, [{"messages": thinking}])
         return shared

@@ -72,6 +72,16 @@ def test_checkpoints_behind_the_reused_part_are_gone() -> None:
     assert checkpoints_after((996, 4996, 7000), 4996, [6000]) == (996, 4996, 5996)
 
 
+def test_old_checkpoints_are_not_counted_on() -> None:
+    """llama-server keeps a limited number: after ten turns those of the first one are gone."""
+    at: tuple[int, ...] = ()
+    for turn in range(10):
+        at = checkpoints_after(at, 1000 * turn, [1000 * turn + 999])
+    assert 995 not in at
+    assert at[-1] == 9995
+    assert len(at) == 8
+
+
 @given(kept=st.lists(COUNTS), reused=COUNTS, stops=st.lists(COUNTS))
 def test_checkpoints_ascend(kept: list[int], reused: int, stops: list[int]) -> None:
     """Each once, in order."""

@@ -11,6 +11,9 @@ from typing import Any
 
 # llama-server makes a checkpoint this many tokens before the end of each prompt that it computes.
 CHECKPOINT_BACK = 4
+# It keeps 32 of them (--ctx-checkpoints) and makes about three for each turn (a prefill of ours, then the request):
+# after nine or ten turns those of the first were gone, from slot and file (seen running, two sizes of batches).
+_N_KEPT = 8
 # A sliding window needs the token before the checkpoint again: of 5,000 tokens 4,995 were reused, 4,996 by a recurrent
 # model (seen running on xllamacpp 2026.10.11549).
 _SWA_BACK = 1
@@ -54,9 +57,12 @@ def usable(
 
 
 def checkpoints_after(kept: Iterable[int], n_reused: int, stops: Iterable[int]) -> tuple[int, ...]:
-    """The checkpoints of a slot after prompts ending at each of ``stops`` were computed on ``n_reused`` tokens."""
+    """The checkpoints of a slot after prompts ending at each of ``stops`` were computed on ``n_reused`` tokens.
+
+    Only the latest are counted on: to start from a trunk costs nothing, to find a checkpoint gone costs a prefill.
+    """
     made = {stop - CHECKPOINT_BACK for stop in stops if stop - CHECKPOINT_BACK > n_reused}
-    return tuple(sorted(made | {at for at in kept if at <= n_reused}))
+    return tuple(sorted(made | {at for at in kept if at <= n_reused}))[-_N_KEPT:]
 
 
 @dataclass(slots=True)
