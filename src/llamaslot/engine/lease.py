@@ -51,6 +51,8 @@ class Lease:
         self.n_expected = 0  # and what is expected of this server
         self.is_going_back = False  # and whether it has to drop others behind them
         self.note = scheduler.note(job)  # in the journal
+        # Asked just before a save: whether somebody has come for whom the server should be free.
+        self.must_give_way: Callable[[], bool] = lambda: False
         self.held = ExitStack()  # what else is given back with the slot: the pin of a snapshot
         self.leaving = None
         if plan is not None and plan.snapshot is not None:

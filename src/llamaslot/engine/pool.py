@@ -14,6 +14,7 @@ from llamaslot.core.cost import Rates
 from llamaslot.core.policy import PoolView, Rules, SlotView, weight
 from llamaslot.core.prefix import PrefixIndex, Shared
 from llamaslot.core.reuse import RESIDENT, Memory, Recall, checkpoints_after
+from llamaslot.core.saving import Unsaved, is_worth
 from llamaslot.core.slots import NOTHING, Content, Event, Job, Keep, Kind, Plan, Save, Slot, State
 from llamaslot.core.tokens import common, count, head
 from llamaslot.engine.library import Library
@@ -145,12 +146,14 @@ class Pool:
         return max([on_disk, *(_usable(self.recall, n, other, n_prompt) for n, other in idle)])
 
     def is_worth_saving(self, slot: Slot) -> bool:
-        """Whether computing again what only this slot holds would take longer than saving it now."""
+        """Whether it pays to write what this slot holds to disk, the answer included if that goes into the file."""
         content = slot.content
         if not (self.can_save and content.is_dirty) or content.n_tokens < MIN_WORTH_TOKENS:
             return False
         n_covered = self._offers.on_disk(content.tokens)
-        return self.rates.prefill.seconds(n_covered, content.n_tokens) > self.save_s(content)
+        n_saved = content.n_tokens if self.recall.is_rewound else content.n_held
+        lacking_s = self.rates.prefill.seconds(n_covered, n_saved)
+        return is_worth(Unsaved(lacking_s, self.rates.save_s(n_saved)))
 
     def regret_s(self, slot: Slot, is_saved: bool) -> float:
         """What the owner of the slot's content pays when he comes back and finds it gone, in seconds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
@@ -42,6 +43,9 @@ class Saving:
         self.api, self.catalog, self.rates = api, catalog, rates
         self.metrics, self.tasks, self.now = metrics, tasks, now
         self.fingerprint = ""
+        self.turn = (
+            asyncio.Lock()
+        )  # one save or restore at a time: each stops every stream of this llama-server
         self._n_emptied = 0  # slots that were found empty when they were saved
 
     async def save(self, lease: Lease) -> Snapshot | None:
@@ -102,12 +106,17 @@ class Saving:
         except (QuotaExceeded, SnapshotInvalid) as error:
             _not_saved(lease, kind, error)
             return None
-        started = self.now()
+        asked_at = started = self.now()
         fingerprint = self.fingerprint  # of the model that computed it: the rest takes a while
         try:
-            lease.still_holds()  # making room has taken a while
-            result = await self.api.save(lease.slot_id, draft.part_name)
-            seconds = self.now() - started
+            async with self.turn:
+                started = self.now()
+                lease.still_holds()  # making room has taken a while
+                if lease.must_give_way():
+                    await self.catalog.abandon(draft)
+                    return None
+                result = await self.api.save(lease.slot_id, draft.part_name)
+                seconds = self.now() - started
             if result.n_tokens == 0:
                 self._was_emptied()
             if kind is Kind.TRUNK and result.n_tokens != n_held:
@@ -133,8 +142,10 @@ class Saving:
         self.rates.size.observe(result.n_tokens, snapshot.size_bytes)
         self.metrics.saved(snapshot.size_bytes, seconds)
         act = "keep" if kind is Kind.TRUNK else "save"
+        waited_s = started - asked_at
         lease.note.acted(
-            lease.slot_id, Act(act, seconds, True, result.n_tokens, snapshot.size_bytes, snapshot.id)
+            lease.slot_id,
+            Act(act, seconds, True, result.n_tokens, snapshot.size_bytes, snapshot.id, waited_s),
         )
         if kind is Kind.TRUNK:
             log.info("%s: trunk of %d tokens saved: %s", lease.job.id, n_held, snapshot.id)

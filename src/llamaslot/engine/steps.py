@@ -164,9 +164,11 @@ class Steps:
             return False  # the erase failed: restoring into what is left is what must never happen
         try:
             snapshot = await self.catalog.verify(snapshot_id)
-            lease.still_holds()  # reading its header has taken a while
-            started = self.now()
-            result = await self.api.restore(lease.slot_id, f"{snapshot.id}.kv")
+            asked_at = self.now()
+            async with self.saving.turn:
+                started = self.now()
+                lease.still_holds()  # reading its header has taken a while
+                result = await self.api.restore(lease.slot_id, f"{snapshot.id}.kv")
         except (BackendDown, BackendRestarted):
             lease.content = None
             raise
@@ -184,7 +186,15 @@ class Steps:
         is_whole = result.n_tokens == snapshot.n_tokens
         lease.note.acted(
             lease.slot_id,
-            Act("restore", seconds, is_whole, result.n_tokens, snapshot.size_bytes, snapshot.id),
+            Act(
+                "restore",
+                seconds,
+                is_whole,
+                result.n_tokens,
+                snapshot.size_bytes,
+                snapshot.id,
+                started - asked_at,
+            ),
         )
         if not is_whole:
             lease.content = None

@@ -35,6 +35,7 @@ class Writeback:
             if self._scheduler.idle_s >= self._idle_save_s:
                 slot = self._next()
                 if slot is not None and (lease := self._lease(slot)) is not None:
+                    lease.must_give_way = self._is_somebody_here
                     await self._save(lease)
 
     async def save_all(self) -> int:
@@ -61,11 +62,16 @@ class Writeback:
             except LlamaslotError as error:
                 log.warning("slot %d was not saved: %s", slot.id, error)
                 snapshot = None
-        if snapshot is None:
+            gave_way = snapshot is None and lease.must_give_way()
+        if snapshot is None and not gave_way:
             self._failed[slot] = before
         else:
             self._failed.pop(slot, None)
         return snapshot
+
+    def _is_somebody_here(self) -> bool:
+        """A client has come while room was made: his stream, or his wait, must not stand still for a save."""
+        return self._scheduler.idle_s == 0
 
     def _next(self) -> Slot | None:
         """The slot that would cost most to lose."""
