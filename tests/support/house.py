@@ -236,7 +236,7 @@ class House:
 
     def finish(self) -> None:
         """Let all who are here get to their end."""
-        for _ in range(300):
+        for _ in range(3000):  # some hundreds of batches may be left, one at a time
             self.loop.settle()
             for op in list(self.server.pending):
                 self.server.serve(op)
