@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from statistics import median_low
 from typing import Any
 
+from llamaslot.core.answers import AnswerLength
+from llamaslot.core.kept import positive, rows, within
 from llamaslot.core.reuse import Predictions
 
 _GUESSED_BYTES_PER_TOKEN = 100_000
@@ -113,7 +115,7 @@ class PrefillRate:
     def from_json(cls, data: object) -> PrefillRate:
         """What ``to_json`` gave, learned again; anything else in ``data`` is ignored."""
         rate = cls()
-        for row in _rows(data, "stretches", 4):
+        for row in rows(data, "stretches", 4):
             rate._n_observed = max(int(row[3]) - 1, rate._n_observed)  # keeps how old they are
             rate.observe(int(row[0]), int(row[1]), float(row[2]))
         return rate
@@ -166,8 +168,8 @@ class TransferRate:
         expected = self.seconds(size_bytes)
         off = min(max(math.log(seconds / expected), -clip), clip)
         moved = size_bytes / self.bytes_per_s / expected  # the part of the time that is not latency
-        self.bytes_per_s = _within(self.bytes_per_s * math.exp(-gain * moved * off), self.SPEEDS)
-        self.latency_s = _within(self.latency_s * math.exp(gain * (1 - moved) * off), self.LATENCIES)
+        self.bytes_per_s = within(self.bytes_per_s * math.exp(-gain * moved * off), self.SPEEDS)
+        self.latency_s = within(self.latency_s * math.exp(gain * (1 - moved) * off), self.LATENCIES)
 
     def seconds(self, size_bytes: int) -> float:
         """What ``size_bytes`` will take; the latency alone for none."""
@@ -180,10 +182,10 @@ class TransferRate:
     def from_json(cls, data: object) -> TransferRate:
         """What ``to_json`` gave; the prior if ``data`` is anything else."""
         rate = cls()
-        values = _positive(data, ("latency_s", "bytes_per_s", "n_samples"))
+        values = positive(data, ("latency_s", "bytes_per_s", "n_samples"))
         if values is not None:
-            rate.latency_s = _within(values[0], cls.LATENCIES)
-            rate.bytes_per_s = _within(values[1], cls.SPEEDS)
+            rate.latency_s = within(values[0], cls.LATENCIES)
+            rate.bytes_per_s = within(values[1], cls.SPEEDS)
             rate.n_samples = int(values[2])
         return rate
 
@@ -253,60 +255,9 @@ class SnapshotSize:
     def from_json(cls, data: object) -> SnapshotSize:
         """What ``to_json`` gave, learned again; anything else in ``data`` is ignored."""
         size = cls()
-        for row in _rows(data, "files", 2):
+        for row in rows(data, "files", 2):
             size.observe(int(row[0]), int(row[1]))
         return size
-
-
-class AnswerLength:
-    """How long an answer that is being decoded will still take: the usual length at the usual speed.
-
-    Lengths are widely spread, and one that has outlived the usual time is not about to end: at least a
-    quarter of the usual time is always expected.
-    """
-
-    GAIN = 0.1
-    LEAST = 0.25
-    LENGTHS = 1.0, 1e7  # tokens
-    SPEEDS = 1e-2, 1e5  # tokens/s
-
-    def __init__(self, n_tokens: float = 300.0, tokens_per_s: float = 30.0) -> None:
-        self.n_tokens, self.tokens_per_s = n_tokens, tokens_per_s
-        self.n_samples = 0
-
-    def __repr__(self) -> str:
-        return f"<AnswerLength {self.n_tokens:.0f} tok at {self.tokens_per_s:.1f} tok/s>"
-
-    def observe(self, n_tokens: int, seconds: float) -> None:
-        """An answer of ``n_tokens`` was decoded in ``seconds``; a short one says nothing about the speed."""
-        if n_tokens <= 0 or not 0 <= seconds < math.inf:
-            return
-        self.n_samples += 1
-        gain = max(self.GAIN, 1 / (self.n_samples + 1))
-        self.n_tokens += gain * (min(n_tokens, 5 * self.n_tokens) - self.n_tokens)
-        if n_tokens >= 8 and seconds > 1e-4 * n_tokens:
-            clip = max(math.log(3), math.log(100) / self.n_samples)
-            off = min(max(math.log(n_tokens / seconds / self.tokens_per_s), -clip), clip)
-            self.tokens_per_s = _within(self.tokens_per_s * math.exp(gain * off), self.SPEEDS)
-
-    def seconds_left(self, running_s: float) -> float:
-        """Seconds until an answer ends that has been decoded for ``running_s``."""
-        usual_s = self.n_tokens / self.tokens_per_s
-        return max(usual_s - max(running_s, 0.0), usual_s * self.LEAST)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"n_tokens": self.n_tokens, "tokens_per_s": self.tokens_per_s, "n_samples": self.n_samples}
-
-    @classmethod
-    def from_json(cls, data: object) -> AnswerLength:
-        """What ``to_json`` gave; the prior if ``data`` is anything else."""
-        length = cls()
-        values = _positive(data, ("n_tokens", "tokens_per_s", "n_samples"))
-        if values is not None:
-            length.n_tokens = _within(values[0], cls.LENGTHS)
-            length.tokens_per_s = _within(values[1], cls.SPEEDS)
-            length.n_samples = int(values[2])
-        return length
 
 
 @dataclass(slots=True)
@@ -364,26 +315,3 @@ class Rates:
             predictions=Predictions.from_json(parts.get("predictions")),
             model=str(parts.get("model", "")),
         )
-
-
-def _within(value: float, limits: tuple[float, float]) -> float:
-    return min(max(value, limits[0]), limits[1])
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _rows(data: object, key: str, width: int) -> Iterable[list[Any]]:
-    """The rows of ``width`` finite numbers in the list ``data[key]``."""
-    rows = data.get(key) if isinstance(data, Mapping) else None
-    for row in rows if isinstance(rows, list) else []:
-        if isinstance(row, list) and len(row) == width and all(map(_is_number, row)):
-            yield row
-
-
-def _positive(data: object, keys: tuple[str, ...]) -> list[float] | None:
-    """The values of ``keys`` if all of them are finite numbers above zero."""
-    values: list[Any] = [data.get(key) for key in keys] if isinstance(data, Mapping) else []
-    numbers = [float(value) for value in values if _is_number(value) and value > 0]
-    return numbers if len(numbers) == len(keys) else None

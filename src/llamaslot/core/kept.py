@@ -1,0 +1,36 @@
+"""Reads back what was learned and kept as JSON: what is spoilt is passed over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def within(value: float, limits: tuple[float, float]) -> float:
+    return min(max(value, limits[0]), limits[1])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def rows(data: object, key: str, width: int) -> Iterable[list[Any]]:
+    """The rows of ``width`` finite numbers in the list ``data[key]``."""
+    rows = data.get(key) if isinstance(data, Mapping) else None
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, list) and len(row) == width and all(map(_is_number, row)):
+            yield row
+
+
+def positive(data: object, keys: tuple[str, ...]) -> list[float] | None:
+    """The values of ``keys`` if all of them are finite numbers above zero."""
+    values: list[Any] = [data.get(key) for key in keys] if isinstance(data, Mapping) else []
+    numbers = [float(value) for value in values if _is_number(value) and value > 0]
+    return numbers if len(numbers) == len(keys) else None
+
+
+def counts(data: object, key: str) -> list[int]:
+    """The whole numbers above zero in the list ``data[key]``."""
+    values = data.get(key) if isinstance(data, Mapping) else None
+    numbers = values if isinstance(values, list) else []
+    return [int(value) for value in numbers if _is_number(value) and value >= 1]
