@@ -14,7 +14,6 @@ from unittest import mock
 import pytest
 
 from llamaslot.core.slots import Kind
-from llamaslot.core.tokens import pack
 from llamaslot.store import Snapshot, header, register, sidecar
 from tests.support.opens import OPENS
 from tests.support.snapshots import Shelter, opened, slot_file, some_tokens
@@ -283,7 +282,7 @@ async def test_a_snapshot_exchanged_after_the_start_is_not_restored(shelter: She
     await shelter.catalog.write_register()
     found, _ = await reopened(shelter)
     id_ = next(iter(found))
-    (shelter.directory / f"{id_}.kv").write_bytes(slot_file(pack(range(40)), 1_000))
+    (shelter.directory / f"{id_}.kv").write_bytes(slot_file(some_tokens(40, 99), 1_000))
     with pytest.raises(header.SnapshotInvalid, match="other tokens"):
         await shelter.catalog.verify(id_)
     assert id_ not in shelter.catalog.snapshots

@@ -95,6 +95,17 @@ async def test_without_the_files_in_meta_dir_all_is_found_again(
             assert (answer.source, answer.text) == ("snapshot", right(it.fake, text + "more"))
 
 
+async def test_a_clean_stop_writes_down_the_sidecars(tmp_path: Path) -> None:
+    """So that the next start opens none of them, with a generation or without."""
+    async with served(tmp_path, slots=1) as it:
+        for text in TEXTS[:2]:
+            await it.ask(text)
+        opened = await restarted(it)
+        assert len(library(it).snapshots) == 2
+        assert not {f"{id_}.json" for id_ in library(it).snapshots} & opened
+        assert (await it.ask(TEXTS[0] + "more")).source == "snapshot"
+
+
 async def test_a_generation_writes_down_the_sidecars_too(tmp_path: Path) -> None:
     """So that a start after a kill is a cheap one."""
     async with filled(tmp_path) as it:

@@ -122,12 +122,13 @@ class Register:
             log.warning("snapshots: %s cannot be written: %s", path, error.strerror or error)
 
     def _entries(self, known: list[tuple[Snapshot, Mark, float]]) -> list[Entry]:
-        """Not what somebody else has changed: a .kv file with another mark, a sidecar with another date than ours."""
+        """Of a .kv file the mark is that of when it was read: if it is another one now, it will not fit. A sidecar is
+        left out that has another date than we gave it: somebody else has changed it."""
         entries = []
         for snapshot, mark, last_used in known:
             with suppress(OSError):  # dropped meanwhile
-                kv, json = (os.lstat(self._directory / (snapshot.id + suffix)) for suffix in (KV, JSON))
-                if Mark.of(kv) == mark and json.st_mtime == last_used:
+                json = os.lstat(self._directory / (snapshot.id + JSON))
+                if json.st_mtime == last_used:
                     entries.append(Entry(snapshot, mark, Mark.of(json)))
         return entries
 
