@@ -341,6 +341,7 @@ class StubCatalog:
         source: str,
         kind: Kind = Kind.LEAF,
         is_pinned: bool = False,
+        idle_s: float = 0.0,
     ) -> WithTokens:
         await self.server.op("commit", None)
         tokens = self.server.files.pop(draft.part_name)
@@ -385,6 +386,10 @@ class StubCatalog:
     def touch(self, id: str) -> None:  # noqa: A002
         if id in self.snapshots:
             self.snapshots[id] = self.snapshots.pop(id)  # last used last
+
+    def branched(self, id: str) -> None: ...  # noqa: A002
+
+    def inherit(self, id: str, from_id: str) -> None: ...  # noqa: A002
 
     async def verify(self, id: str) -> WithTokens:  # noqa: A002
         await self.server.op("verify", None)

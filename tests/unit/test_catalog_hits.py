@@ -12,7 +12,7 @@ import pytest
 
 from llamaslot.core.slots import Kind
 from llamaslot.store import QuotaExceeded
-from llamaslot.store.hits import HitLog
+from llamaslot.store.hits import HitLog, Hits
 from tests.support.snapshots import Shelter, opened, refuse, some_tokens
 
 TOKENS = some_tokens(40)
@@ -57,7 +57,7 @@ async def test_hits_cost_no_sync(shelter: Shelter, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("os.fsync", None)
     shelter.catalog.touch(snapshot.id)
     await shelter.catalog.settle()
-    assert HitLog(shelter.directory).load() == {snapshot.id: 1}
+    assert HitLog(shelter.directory).load() == {snapshot.id: Hits(1)}
 
 
 async def test_a_disk_that_refuses_hits_harms_nothing(
@@ -77,12 +77,12 @@ async def test_a_disk_that_refuses_hits_harms_nothing(
 def test_what_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
     """Lines cut off by a crash, or of anything else, cost no count but their own."""
     (tmp_path / ".llamaslot.hits").write_bytes(
-        b'["a",2]\n["b",1]\n[3]\n["c",-1]\n{"d":4}\n["e",tr\xff\n["a",3]\n["f",'
+        b'["a",2,false]\n["b",1,true]\n[3]\n["c",-1,true]\n{"d":4}\n["e",tr\xff\n["a",3,false]\n["f",'
     )
     log = HitLog(tmp_path)
-    assert log.load() == {"a": 3, "b": 1}
-    log.note({"b": 2}, {"a": 3, "b": 2})
-    assert HitLog(tmp_path).load() == {"a": 3, "b": 2}
+    assert log.load() == {"a": Hits(3), "b": Hits(1, is_branched=True)}
+    log.append({"b": Hits(2)})
+    assert HitLog(tmp_path).load() == {"a": Hits(3), "b": Hits(2)}
 
 
 def test_the_file_does_not_grow_for_ever(tmp_path: Path) -> None:
@@ -90,8 +90,12 @@ def test_the_file_does_not_grow_for_ever(tmp_path: Path) -> None:
     log, counts = HitLog(tmp_path), {"a": 0, "b": 0}
     for hit in range(5_000):
         counts["ab"[hit % 2]] += 1
-        log.note({"ab"[hit % 2]: counts["ab"[hit % 2]]}, counts)
-    assert HitLog(tmp_path).load() == counts
+        listed = {id_: Hits(n_hits) for id_, n_hits in counts.items()}
+        if log.is_long(len(listed)):
+            log.rewrite(listed)
+        else:
+            log.append({"ab"[hit % 2]: listed["ab"[hit % 2]]})
+    assert HitLog(tmp_path).load() == listed
     assert len((tmp_path / ".llamaslot.hits").read_bytes().splitlines()) < 3_000
     assert [entry.name for entry in tmp_path.iterdir()] == [".llamaslot.hits"]
 

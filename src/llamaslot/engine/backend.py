@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import aiofiles
 import orjson
@@ -16,6 +17,7 @@ import orjson
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import Rules
 from llamaslot.core.slots import NOTHING, Event, Job
+from llamaslot.core.value import ByValue, Returns, Standing
 from llamaslot.engine.drain import Drains
 from llamaslot.engine.handshake import Handshake, Met
 from llamaslot.engine.library import Libraries
@@ -63,12 +65,15 @@ class Backend:
         self.name, self.api, self.metrics, self.now = name, api, metrics, now
         self.rules = rules
         self.tasks = TaskOwner()
+        self.order = ByValue()
+        self.order.saves_s = self._saves_s
         self.catalog = (
             Catalog(
                 slot_save_path,
                 quota_bytes,
                 now=time.time,
                 on_drop=self._dropped,
+                order=self.order,
                 register=meta_dir / f"{name}.sidecars",
             )
             if slot_save_path
@@ -77,7 +82,9 @@ class Backend:
         self.libraries = (
             Libraries(self.catalog, meta_dir / f"{name}.index", self.tasks) if self.catalog else None
         )
-        self._rates_file = meta_dir / f"{name}.rates.json"
+        self._rates_file, self._returns_file = (
+            meta_dir / f"{name}.{what}.json" for what in ("rates", "returns")
+        )
         self._writing = threading.Lock()
         self.rates = Rates()
         self.prompts = Prompts(api)
@@ -147,7 +154,7 @@ class Backend:
 
     async def open(self) -> None:
         """Open the store. Raises LlamaslotError with what to do when it cannot be used."""
-        await self._load_rates()
+        await self._load_learned()
         if self.catalog is not None:
             await self.catalog.open()
             for snapshot in self.catalog.snapshots.values():
@@ -169,7 +176,7 @@ class Backend:
             except TimeoutError:
                 log.warning("%s: not every slot could be saved within %g s", self.name, save_s)
         await self.tasks.close()
-        await self._store_rates()
+        await self._store_learned()
         if self.catalog is not None:
             await self.catalog.settle()
             await self.catalog.write_register()
@@ -198,7 +205,7 @@ class Backend:
                 continue
             complaint = ""
             self._serve(met)
-            await self._store_rates()
+            await self._store_learned()
             await self._until_gone(met)
 
     async def _until_healthy(self) -> None:
@@ -272,26 +279,39 @@ class Backend:
         if self.scheduler.pool is not None:
             self.scheduler.pool.drop_snapshot(snapshot.id)
 
+    def _saves_s(self, standing: Standing) -> float:
+        if self.scheduler.pool is not None:
+            return self.scheduler.pool.saves_s(standing)
+        whole_s = self.rates.prefill.seconds(0, standing.n_tokens)
+        return whole_s - self.rates.restore.seconds(standing.size_bytes)
+
     # -- what was learned ----------------------------------------------------------------------------------------
 
-    async def _load_rates(self) -> None:
-        try:
-            async with aiofiles.open(self._rates_file, "rb") as file:
-                learned = Rates.from_json(orjson.loads(await file.read()))
-        except (OSError, orjson.JSONDecodeError, TypeError):
-            return
-        self.rates.take_over(learned)
+    async def _load_learned(self) -> None:
+        if (rates := await _read(self._rates_file)) is not None:
+            self.rates.take_over(Rates.from_json(rates))
+        self.order.returns = Returns.from_json(await _read(self._returns_file))
 
-    async def _store_rates(self) -> None:
-        """Cancelling is safe: the file is written to its end all the same."""
-        data = orjson.dumps(self.rates.to_json())
+    async def _store_learned(self) -> None:
+        """Cancelling is safe: the files are written to their end all the same."""
+        learned = {self._rates_file: self.rates.to_json(), self._returns_file: self.order.returns.to_json()}
         try:
-            await asyncio.to_thread(self._write_rates, data)
+            for file, data in learned.items():
+                await asyncio.to_thread(self._write, file, orjson.dumps(data))
         except OSError as error:
             log.warning("what was learned is not kept: %s", error)
 
-    def _write_rates(self, data: bytes) -> None:
-        partial = self._rates_file.with_suffix(".tmp")
+    def _write(self, file: Path, data: bytes) -> None:
+        partial = file.with_suffix(".tmp")
         with self._writing:  # the thread of one that was cancelled may still be at it
             partial.write_bytes(data)
-            partial.replace(self._rates_file)
+            partial.replace(file)
+
+
+async def _read(file: Path) -> Any:
+    """What is in a file of ours; None when there is none that can be read."""
+    try:
+        async with aiofiles.open(file, "rb") as opened:
+            return orjson.loads(await opened.read())
+    except (OSError, orjson.JSONDecodeError):
+        return None

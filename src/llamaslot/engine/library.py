@@ -10,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llamaslot.core.snapshots import SnapshotIndex
+from llamaslot.engine.covers import Covers
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.llama.identity import Identity
 from llamaslot.store import Catalog, Snapshot, WithTokens
 from llamaslot.store.renewal import Renewal
 from llamaslot.tasks import TaskOwner
+
+_AT_ONCE = 4  # snapshots of a whole directory that are compared with others, at each change
 
 
 class Library:
@@ -25,6 +28,7 @@ class Library:
     ) -> None:
         self.index = SnapshotIndex() if index is None else index
         self.snapshots: dict[str, Snapshot] = {}
+        self.covers = Covers(self.index, self.snapshots)
         self._on_change = on_change
 
     def __repr__(self) -> str:
@@ -44,20 +48,32 @@ class Library:
         if snapshot.id not in self.index:
             assert tokens is not None, "what is not in the index comes with its tokens"
             self.index.insert(snapshot.id, tokens)
+            self.covers.added(snapshot.id, tokens)
+        else:
+            self.covers.put(snapshot.id)
 
     def drop(self, snapshot_id: str) -> None:
         """Idempotent."""
-        self.snapshots.pop(snapshot_id, None)
-        self.index.drop(snapshot_id)
+        self.remove(snapshot_id)
         self.changed()
 
+    def remove(self, snapshot_id: str) -> None:
+        """One of many: ``changed`` must follow. Idempotent."""
+        snapshot = self.snapshots.pop(snapshot_id, None)
+        tokens = self.index.tokens(snapshot_id) if snapshot is not None else b""
+        self.index.drop(snapshot_id)
+        if snapshot is not None:
+            self.covers.dropped(snapshot, tokens)
+
     def changed(self) -> None:
+        self.covers.look_at_some(_AT_ONCE)
         if self._on_change is not None:
             self._on_change(self.index)
 
     def check(self) -> None:
         """Raise AssertionError naming the invariant that does not hold."""
         self.index.check()
+        self.covers.check()
         assert self.index.holders() == self.snapshots.keys(), "snapshots are indexed"
 
 
@@ -81,8 +97,7 @@ class Libraries:
         # Whatever goes from here on is dropped from this library too, and what comes is added by whoever saved it.
         found = {id_: snapshot for id_, snapshot in self._catalog.snapshots.items() if is_usable(snapshot)}
         for id_ in library.index.holders() - found.keys():
-            library.index.drop(id_)
-            library.snapshots.pop(id_, None)
+            library.remove(id_)
         for id_ in library.index.holders() & found.keys():
             library.put(found.pop(id_))
         for id_ in found:

@@ -17,6 +17,7 @@ from llamaslot.core.reuse import RESIDENT, Memory, Recall, checkpoints_after
 from llamaslot.core.saving import Unsaved, is_worth
 from llamaslot.core.slots import NOTHING, Content, Event, Job, Keep, Kind, Plan, Save, Slot, State
 from llamaslot.core.tokens import common, count, head
+from llamaslot.core.value import Standing
 from llamaslot.engine.library import Library
 from llamaslot.engine.offers import MIN_WORTH_TOKENS, N_COVERING, Offers
 from llamaslot.engine.passing import Leaving, Passing
@@ -67,7 +68,7 @@ class Pool:
     def offer(self, library: Library) -> None:
         """From now on the snapshots in ``library`` are found; it is shared with the pools before and after this one."""
         self._known, self._snapshots = library.snapshots, library.index
-        self._library = library
+        self.library = library
         self._offers = Offers(library, self._passing, self.rates, self.recall)
 
     @property
@@ -167,15 +168,29 @@ class Pool:
             return min(self.rates.restore_s(n), whole_s)
         return recompute_s
 
+    def saves_s(self, standing: Standing) -> float:
+        """What a snapshot saves each time that it is asked for: what is computed without it, by way of what others
+        hold, against its restore. 0 when it saves nothing."""
+        n, n_covered, prefill_s = standing.n_tokens, 0, self.rates.prefill.seconds
+        if standing.id in self._known:
+            self.library.covers.memory = self.memory
+            n_covered = self.library.covers.n_tokens(standing.id)
+        without_s, restore_s = prefill_s(0, n), self.rates.restore.seconds
+        if n_covered:
+            without_s = min(
+                without_s, restore_s(standing.size_bytes * n_covered // n) + prefill_s(n_covered, n)
+            )
+        return max(without_s - restore_s(standing.size_bytes), 0.0)
+
     # -- snapshots -----------------------------------------------------------------------------------------------
 
     def add_snapshot(self, snapshot: WithTokens) -> None:
         """Idempotent."""
-        self._library.add(snapshot)
+        self.library.add(snapshot)
 
     def drop_snapshot(self, snapshot_id: str) -> None:
         """Idempotent. A slot that came from it is the only holder now: what it holds is dirty again."""
-        self._library.drop(snapshot_id)
+        self.library.drop(snapshot_id)
         for slot in self.slots:
             if slot.content.snapshot == snapshot_id:
                 slot.content = replace(slot.content, snapshot=None, is_dirty=True)
@@ -329,7 +344,7 @@ class Pool:
                 assert slot.content.snapshot in self._known, f"a slot's snapshot exists: {slot}"
             is_trunk = slot.content.snapshot is not None and self._is_trunk(slot.content.snapshot)
             assert not (is_trunk and slot.content.is_dirty), f"no conversation is that of a trunk: {slot}"
-        self._library.check()
+        self.library.check()
         self._passing.check()
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from llamaslot.core.cost import Rates
 from llamaslot.core.slots import Content, Kind
 from llamaslot.core.tokens import head
+from llamaslot.engine.comings import left_behind
 from llamaslot.engine.lease import Lease
 from llamaslot.engine.pool import content_of, supersedes
 from llamaslot.engine.prefill import prefilled
@@ -74,6 +75,7 @@ class Saving:
             old = lease.pool.snapshot(content.snapshot) if content.snapshot else None
             lease.content = replace(content_of(snapshot), checkpoints=content.checkpoints)
             if old is not None and supersedes(snapshot, old, lease.pool.rules.similarity_min):
+                self.catalog.inherit(snapshot.id, old.id)
                 self.tasks.spawn(self.catalog.drop(old.id), f"drop superseded {old.id}")
         lease.scheduler.dispatch()
         return snapshot
@@ -107,6 +109,8 @@ class Saving:
             _not_saved(lease, kind, error)
             return None
         asked_at = started = self.now()
+        used_at = lease.slot.used_at if lease.slot is not None and kind is Kind.LEAF else started
+        idle_s = max(started - used_at, 0.0)
         fingerprint = self.fingerprint  # of the model that computed it: the rest takes a while
         try:
             async with self.turn:
@@ -130,6 +134,7 @@ class Saving:
                 checkpoints=lease.pool.recall.in_file(content.checkpoints),
                 source=lease.job.id,
                 kind=kind,
+                idle_s=idle_s,
             )
         except (LlamaslotError, OSError) as error:
             await self.catalog.abandon(draft)
@@ -151,6 +156,8 @@ class Saving:
             log.info("%s: trunk of %d tokens saved: %s", lease.job.id, n_held, snapshot.id)
         if snapshot.id in self.catalog.snapshots:
             lease.pool.add_snapshot(snapshot)
+            if kind is Kind.LEAF and (left := left_behind(lease.pool, snapshot)) is not None:
+                self.catalog.branched(left)
             current = lease.scheduler.pool
             if current not in (None, lease.pool) and self.fingerprint == fingerprint:
                 current.add_snapshot(snapshot)  # the server has restarted since, and can read it as well

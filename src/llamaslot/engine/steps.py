@@ -13,6 +13,7 @@ from llamaslot.core.policy import prefill_steps
 from llamaslot.core.reuse import RESIDENT, usable
 from llamaslot.core.slots import NOTHING, Erase, Keep, Plan, PrefillTo, Restore, Save
 from llamaslot.core.tokens import common
+from llamaslot.engine import comings
 from llamaslot.engine.lease import Lease, Phase, Report
 from llamaslot.engine.offers import source_of
 from llamaslot.engine.pool import content_of
@@ -85,6 +86,8 @@ class Steps:
                         self.metrics.steps_failed.labels(type(step).__name__.lower()).inc()
                 case _:
                     assert_never(step)
+        if self.catalog is not None:
+            comings.came_back(self.catalog, lease)
         if lease.job.is_private or lease.content is None or (lease.job.is_cold and lease.content != NOTHING):
             return None  # what the slot holds must not be used: the job's own request computes everything
         n_reused = self._expect(lease)

@@ -4,6 +4,7 @@ from llamaslot.store.catalog import Catalog, Draft
 from llamaslot.store.directory import DirectoryUnusable, NotShared, prove_shared
 from llamaslot.store.header import SlotFile, read_slot_file
 from llamaslot.store.room import QuotaExceeded
+from llamaslot.store.shelf import Prospect
 from llamaslot.store.sidecar import Snapshot, WithTokens
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "DirectoryUnusable",
     "Draft",
     "NotShared",
+    "Prospect",
     "QuotaExceeded",
     "SlotFile",
     "Snapshot",

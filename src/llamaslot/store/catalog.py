@@ -18,14 +18,17 @@ from pathlib import Path
 from types import MappingProxyType
 
 from llamaslot.core.slots import Kind
+from llamaslot.core.value import Order
 from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
 from llamaslot.store import scan, sidecar
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
 from llamaslot.store.header import read_slot_file
+from llamaslot.store.hits import NEVER, Hits
 from llamaslot.store.register import Mark, Register
 from llamaslot.store.room import Room
-from llamaslot.store.shelf import Pin, Shelf
+from llamaslot.store.shelf import Pin, Prospect, Shelf
 from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens, readable
+from llamaslot.store.sweep import Sweep
 from llamaslot.store.upkeep import Upkeep
 from llamaslot.tasks import TaskOwner
 
@@ -50,11 +53,13 @@ class _Held:
 
     size_bytes: int
     keep: frozenset[str]
+    idle_s: float = 0.0
     commit: asyncio.Task[WithTokens | LlamaslotError] | None = None
 
 
 class Catalog:
-    """What is on disk. ``fingerprint`` is the one that is valid now: snapshots of another are evicted first.
+    """What is on disk. ``fingerprint`` is the one that is valid now: snapshots of another are evicted first, then as
+    ``order`` says, by their value if it is not given.
 
     ``on_drop`` is called, in the event loop, at the moment when a snapshot leaves ``snapshots`` for whatever reason;
     its file may still be there for a moment. It is not called for what ``open`` removes.
@@ -68,17 +73,19 @@ class Catalog:
         now: Callable[[], float],
         on_drop: Callable[[Snapshot], None],
         register: Path | None = None,
+        order: Order | None = None,
     ) -> None:
         self.directory = directory
         self.quota_bytes = quota_bytes
         self._now, self._on_drop = now, on_drop
         self._lock = DirectoryLock(directory)
         self._tasks = TaskOwner()
-        self._shelf = Shelf()
+        self._shelf = Shelf(order)
         self._room = Room(directory, quota_bytes, self._tasks)
         self._register = Register(register, directory)
         self._drafts: dict[str, _Held] = {}
         self._upkeep = Upkeep(directory, self._shelf, self._register, self._tasks, self._drop)
+        self._sweep = Sweep(directory, self._shelf, self._room, self._drafts.keys(), self._drop)
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._shelf.snapshots)
 
     def __repr__(self) -> str:
@@ -100,11 +107,11 @@ class Catalog:
 
     def last_used(self, id: str) -> float:  # noqa: A002
         """When the snapshot was last used, in seconds of ``now``. Raises KeyError."""
-        return self._shelf.last_used[id]
+        return self._shelf.standings[id].last_used
 
     def n_hits(self, id: str) -> int:  # noqa: A002
         """How often the snapshot was asked for, restarts included. Raises KeyError."""
-        return self._shelf.n_hits[id]
+        return self._shelf.standings[id].n_hits
 
     async def open(self) -> list[Snapshot]:
         """Lock, scan, repair, enforce the quota; the snapshots that are whole.
@@ -130,13 +137,13 @@ class Catalog:
         except OSError as error:
             raise DirectoryUnusable(f"{self.directory} cannot be read: {error.strerror or error}") from error
         for snapshot in found.snapshots:
-            self._list(snapshot, found.last_used[snapshot.id], hits.get(snapshot.id, 0))
+            self._list(snapshot, found.last_used[snapshot.id], hits.get(snapshot.id, NEVER))
         self._register.marks, self._register.durable = found.marks, found.durable
         for id_, size in found.leftovers.items():
             self._room.leave(id_, size)
         for fault in found.faults:
             log.warning("snapshots: %s", fault)
-        over = self._shelf.victims(self.size_bytes - self.quota_bytes, ())
+        over = self._shelf.victims(self.size_bytes - self.quota_bytes, (), self._now())
         for victim in over:
             self._take(victim.id)
         while self._room.removing:
@@ -171,7 +178,8 @@ class Catalog:
         finished.
         """
         kept = frozenset(keep)
-        await self._sweep()
+        self._shelf.tend(self._now())
+        await self._sweep.run()
         await self._room.make(size_bytes, lambda short: self._evict(short, kept))
         # No await since the room was found.
         id_ = sidecar.new_id()
@@ -179,44 +187,19 @@ class Catalog:
         self._room.granted += size_bytes
         return Draft(id_, id_ + PART, size_bytes)
 
+    def would_gain(self, prospect: Prospect, keep: Collection[str] = ()) -> float:
+        """What saving ``prospect`` now would gain, in seconds saved per second. Below 0 it is better not saved. See
+        ``Shelf.would_gain``; changes nothing."""
+        return self._shelf.would_gain(prospect, self._room.short(prospect.size_bytes), keep, self._now())
+
     def _evict(self, short: int, keep: Collection[str]) -> bool:
         """Give up at least ``short`` bytes of snapshots, or none of them."""
-        victims = self._shelf.victims(short, keep)
+        victims = self._shelf.victims(short, keep, self._now())
         if sum(victim.size_bytes for victim in victims) < short:
             return False
         for victim in victims:
             self._drop(victim.id)
         return True
-
-    async def _sweep(self) -> None:
-        """Bring the accounts in line with the disk: what vanished is dropped, what nobody knows is removed.
-
-        llama-server carries out a save whose client has gone: its part file can appear after an ``abandon``, or after
-        our own restart. A pair of .kv and .json that we do not know is left for the next opening.
-        """
-        before = set(self.snapshots)
-        try:
-            listing = await asyncio.to_thread(scan.list_own, self.directory)
-        except OSError as error:
-            log.warning("snapshots: %s cannot be read: %s", self.directory, error.strerror or error)
-            return
-        if not listing.has_lock:
-            # Not the directory that we locked (unmounted, moved away): no reason to forget or remove anything.
-            log.warning("snapshots: %s is not the directory it was: its lock file is missing", self.directory)
-            return
-        # Asked again one by one: a listing that misses a name must not cost the file.
-        missing = await asyncio.to_thread(scan.missing, self.directory, before - listing.holders(KV))
-        for id_ in missing & self.snapshots.keys():
-            log.warning("snapshot dropped: %s: its file has vanished", id_)
-            self._drop(id_)
-        # An id is new before its file is: what was listed and is unknown is nobody's, or gone by now.
-        for id_ in listing.unfinished() - self._known():
-            size_bytes = await asyncio.to_thread(scan.size_bytes, self.directory, id_)
-            if id_ not in self._known():  # not yet found by another sweep
-                self._room.remove(id_, size_bytes)
-
-    def _known(self) -> set[str]:
-        return self._shelf.known() | self._drafts.keys() | self._room.known()
 
     # -- one draft ------------------------------------------------------------------------------------------------
 
@@ -232,13 +215,15 @@ class Catalog:
         source: str,
         kind: Kind = Kind.LEAF,
         is_pinned: bool = False,
+        idle_s: float = 0.0,
     ) -> WithTokens:
         """Make the saved part file a snapshot if it is what it should be.
 
         ``n_saved`` (tokens) and ``n_written`` (bytes) are llama-server's answer to the save;
-        ``tokens_expected`` is how its tokens must begin. Raises SnapshotInvalid, or QuotaExceeded when the file is
-        larger than was reserved and nothing can go for it; in both cases the file is removed and the draft ended.
-        When canceled the commit is carried out all the same; ``abandon`` then waits for it and changes nothing.
+        ``tokens_expected`` is how its tokens must begin; ``idle_s`` is for how long nobody has used them. Raises
+        SnapshotInvalid, or QuotaExceeded when the file is larger than was reserved and nothing can go for it; in both
+        cases the file is removed and the draft ended. When canceled the commit is carried out all the same;
+        ``abandon`` then waits for it and changes nothing.
         """
         held = self._drafts.get(draft.id)
         if held is None or held.commit is not None:
@@ -255,6 +240,7 @@ class Catalog:
             kind=kind,
             is_pinned=is_pinned,
         )
+        held.idle_s = idle_s
         held.commit = self._tasks.spawn(self._commit(held, noted, tokens_expected), f"commit {draft.id}")
         outcome = await asyncio.shield(held.commit)
         if isinstance(outcome, LlamaslotError):
@@ -273,7 +259,7 @@ class Catalog:
         # No await from here on: what was granted is committed.
         del self._drafts[noted.id]
         self._room.granted -= held.size_bytes
-        self._list(snapshot.listed, noted.created_at)
+        self._list(snapshot.listed, noted.created_at - held.idle_s)
         self._upkeep.sync(noted)
         return snapshot
 
@@ -339,6 +325,18 @@ class Catalog:
             self._shelf.hit(id, self._now())
             self._upkeep.date(id)
 
+    def branched(self, id: str) -> None:  # noqa: A002
+        """Its conversation goes on from an earlier point: hardly wanted again. One that is gone is passed over."""
+        if id in self.snapshots and not self._shelf.standings[id].is_branched:
+            self._shelf.branch(id, self._now())
+            self._upkeep.date(id)
+
+    def inherit(self, id: str, from_id: str) -> None:  # noqa: A002
+        """The one goes further in the conversation of the other: it has been asked for as often, if both are there."""
+        if id in self.snapshots and from_id in self.snapshots:
+            self._shelf.inherit(id, from_id, self._now())
+            self._upkeep.date(id)
+
     async def verify(self, id: str) -> WithTokens:  # noqa: A002
         """The snapshot, if its file is there, of the size noted, and with its tokens in the header, which are read.
 
@@ -370,14 +368,15 @@ class Catalog:
 
     # -- in one breath --------------------------------------------------------------------------------------------
 
-    def _list(self, snapshot: Snapshot, last_used: float, n_hits: int = 0) -> None:
-        self._shelf.add(snapshot, last_used, n_hits)
+    def _list(self, snapshot: Snapshot, last_used: float, hits: Hits = NEVER) -> None:
+        n_hits, is_branched = hits
+        self._shelf.add(snapshot, self._now(), last_used=last_used, n_hits=n_hits, is_branched=is_branched)
         self._room.committed += snapshot.size_bytes
 
     def _take(self, id_: str) -> Snapshot:
         """From listed to leaving, or to condemned: nobody can choose, pin or restore it any more."""
         snapshot = self.snapshots[id_]
-        if self._shelf.take(id_):
+        if self._shelf.take(id_, self._now()):
             self._remove(snapshot)
         return snapshot
 

@@ -43,6 +43,10 @@ class Room:
         """Bytes on disk or promised."""
         return self.committed + self.granted + self.leaving + self.left
 
+    def short(self, size_bytes: int = 0) -> int:
+        """How much has to be evicted for all who wait for room, and for ``size_bytes`` more."""
+        return self.committed + self.granted + self.left + self.waiting + size_bytes - self.quota_bytes
+
     async def make(self, size_bytes: int, evict: Callable[[int], bool]) -> None:
         """Wait until ``size_bytes`` more fit; the caller must take them without an await in between.
 
@@ -55,7 +59,7 @@ class Room:
             while True:
                 # What is leaving counts as gone here, and what others wait for as taken: each reservation evicts only
                 # for what is short when all removals have succeeded, so that no two of them evict for the same bytes.
-                short = self.committed + self.granted + self.left + self.waiting - self.quota_bytes
+                short = self.short()
                 if short > 0 and self.leftovers and not has_retried:
                     has_retried = True
                     for id_ in list(self.leftovers):

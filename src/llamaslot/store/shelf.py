@@ -1,11 +1,20 @@
-"""What is listed: snapshots in memory, when they were used, who holds them, and who goes first. No files, no awaits."""
+"""What is listed: snapshots in memory, when they were used, who holds them, and who goes first. No files, no awaits.
+
+Times come in as arguments, in seconds of any one clock.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
+from llamaslot.core.ranking import Rank, Ranking
+from llamaslot.core.slots import Kind
+from llamaslot.core.value import ByValue, Order, Standing
 from llamaslot.store.sidecar import Snapshot
 
 
@@ -28,35 +37,95 @@ class Pin(AbstractContextManager[Snapshot]):
             release(self.snapshot.id)
 
 
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """A snapshot that might be saved. ``saves_s``: what it would save each time that it is asked for, against what
+    there is on disk already; ``idle_s``: since its last use; ``after``: the snapshot that its conversation goes on
+    from."""
+
+    n_tokens: int
+    size_bytes: int
+    saves_s: float
+    kind: Kind = Kind.LEAF
+    idle_s: float = 0.0
+    after: str | None = None
+
+
 class Shelf:
     """``snapshots`` can be found, pinned and restored; ``condemned`` ones are dropped but still pinned.
 
-    ``last_used`` is in seconds, ``n_hits`` is how often it was asked for, both by id of what is listed. ``fingerprint``
-    is the one that is valid now, if it is known.
+    ``standings`` has when and how often each was used, by id of what is listed. ``order`` says who goes first, and
+    learns from what comes back: only from snapshots of ``fingerprint``, the one that is valid now, once it is known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, order: Order | None = None) -> None:
+        self.order: Order = ByValue() if order is None else order
         self.snapshots: dict[str, Snapshot] = {}
-        self.last_used: dict[str, float] = {}
-        self.n_hits: dict[str, int] = {}
+        self.standings: dict[str, Standing] = {}
         self.condemned: dict[str, Snapshot] = {}
-        self.fingerprint: str | None = None
+        self._fingerprint: str | None = None
         self._pins: Counter[str] = Counter()
+        self._ranking = Ranking(self._rank)
+        self._now = 0.0
 
-    def add(self, snapshot: Snapshot, last_used: float, n_hits: int = 0) -> None:
+    @property
+    def fingerprint(self) -> str | None:
+        return self._fingerprint
+
+    @fingerprint.setter
+    def fingerprint(self, fingerprint: str | None) -> None:
+        if fingerprint != self._fingerprint:
+            self._fingerprint = fingerprint
+            self._ranking.look_at_all()
+
+    def add(
+        self,
+        snapshot: Snapshot,
+        now: float,
+        *,
+        last_used: float | None = None,
+        n_hits: int = 0,
+        is_branched: bool = False,
+    ) -> None:
+        """List it. ``last_used`` is now if it is not given; what came before ``now`` is not learned from."""
+        self._now = now
+        used = now if last_used is None else last_used
         self.snapshots[snapshot.id] = snapshot
-        self.last_used[snapshot.id] = last_used
-        self.n_hits[snapshot.id] = n_hits
+        self.standings[snapshot.id] = Standing(
+            snapshot.id, snapshot.n_tokens, snapshot.size_bytes, snapshot.kind, used, now, n_hits, is_branched
+        )
+        self._ranking.put(snapshot.id)
 
     def hit(self, id_: str, now: float) -> None:
         """Asked for now. Raises KeyError for what is not listed."""
-        self.n_hits[id_] += 1
-        self.last_used[id_] = now
+        standing = self.standings[id_]
+        if self._is_valid(id_):
+            self.order.hit(standing, now)
+        standing.n_hits += 1
+        standing.is_branched = False
+        standing.last_used = standing.counted_until = now
+        self._look_again(id_, now)
 
-    def take(self, id_: str) -> bool:
+    def branch(self, id_: str, now: float) -> None:
+        """Its conversation goes on without it, from an earlier point. Raises KeyError for what is not listed."""
+        standing = self.standings[id_]
+        if self._is_valid(id_):
+            self.order.passed(standing, now)
+        standing.is_branched = True
+        self._look_again(id_, now)
+
+    def inherit(self, id_: str, from_id: str, now: float) -> None:
+        """One goes further in the same conversation as the other: how often that came back is known of both."""
+        self.standings[id_].n_hits += self.standings[from_id].n_hits
+        self._look_again(id_, now)
+
+    def take(self, id_: str, now: float) -> bool:
         """No longer listed. True if its files may go at once; False if a pin holds them until ``unpin`` says so."""
+        if self._is_valid(id_):
+            self.order.gone(self.standings[id_], now)
         snapshot = self.snapshots.pop(id_)
-        del self.last_used[id_], self.n_hits[id_]
+        del self.standings[id_]
+        self._ranking.drop(id_)
         if self._pins[id_]:
             self.condemned[id_] = snapshot
             return False
@@ -76,30 +145,89 @@ class Shelf:
         del self._pins[id_]
         return self.condemned.pop(id_, None)
 
-    def victims(self, short: int, keep: Collection[str]) -> list[Snapshot]:
-        """Who goes for ``short`` bytes; together they may have less. Neither ``keep`` nor what is held.
+    # -- who goes ------------------------------------------------------------------------------------------------
+
+    def tend(self, now: float) -> None:
+        """Learn from the time that has passed, and look at some ranks again. Called before each choice."""
+        self._now = now
+        due = self._ranking.turn()
+        for id_ in due:
+            if self._is_valid(id_):
+                self.order.passed(self.standings[id_], now)
+        for (
+            id_
+        ) in due:  # only when all is learned: else the first would be ranked by other rates than the last
+            self._ranking.put(id_)
+
+    def victims(
+        self, short_bytes: int, keep: Collection[str], now: float, n_short: int = 0
+    ) -> list[Snapshot]:
+        """Who goes for ``short_bytes`` bytes and ``n_short`` files; together they may have less, and nobody goes who
+        is not needed. Neither ``keep`` nor what is held.
 
         A pin in its sidecar holds a snapshot as long as it is of use: not once another model is served.
         """
+        self._now = now
         victims: list[Snapshot] = []
-        if short <= 0:
+        over_bytes, n_over = -short_bytes, -n_short
+        if over_bytes >= 0 and n_over >= 0:
             return victims
-        for snapshot in sorted(self.snapshots.values(), key=self.eviction_key):
-            if not self._is_held(snapshot) and snapshot.id not in keep:
+        with contextlib.closing(self._ranking.least_first()) as ranked:
+            for id_ in ranked:
+                snapshot = self.snapshots[id_]
+                if self._is_held(snapshot) or id_ in keep:
+                    continue
                 victims.append(snapshot)
-                short -= snapshot.size_bytes
-                if short <= 0:
+                over_bytes += snapshot.size_bytes
+                n_over += 1
+                if over_bytes >= 0 and n_over >= 0:
                     break
+        for snapshot in reversed(victims[:-1]):  # what comes later may have made it needless
+            if snapshot.size_bytes <= over_bytes and n_over > 0:
+                victims.remove(snapshot)
+                over_bytes -= snapshot.size_bytes
+                n_over -= 1
         return victims
+
+    def loss(self, victims: Collection[Snapshot], now: float) -> float:
+        """What would be lost with them, as ``order`` counts it; those of another model are no loss."""
+        lost = (
+            self.order.worth(self.standings[victim.id], now)
+            for victim in victims
+            if self._is_valid(victim.id)
+        )
+        return math.fsum(lost)
+
+    def would_gain(self, prospect: Prospect, short_bytes: int, keep: Collection[str], now: float) -> float:
+        """The worth of what would be saved, less that of all that would be evicted for it: seconds saved per second.
+
+        Below 0 it is better not saved; minus infinity when there would be no room even so. Changes nothing.
+        """
+        victims = self.victims(short_bytes, keep, now)
+        if sum(victim.size_bytes for victim in victims) < short_bytes:
+            return -math.inf
+        before = self.standings.get(prospect.after or "")
+        n_hits = before.n_hits if before is not None else 0
+        standing = Standing(
+            "", prospect.n_tokens, prospect.size_bytes, prospect.kind, now - prospect.idle_s, now, n_hits
+        )
+        return self.order.worth(standing, now, prospect.saves_s) - self.loss(victims, now)
 
     def _is_held(self, snapshot: Snapshot) -> bool:
         is_other = self.fingerprint is not None and snapshot.fingerprint != self.fingerprint
         return snapshot.id in self._pins or (snapshot.is_pinned and not is_other)
 
-    def eviction_key(self, snapshot: Snapshot) -> tuple[bool, float, str]:
-        """Smallest goes first: what another fingerprint made, then what was used longest ago."""
-        is_valid = self.fingerprint is not None and snapshot.fingerprint == self.fingerprint
-        return is_valid, self.last_used[snapshot.id], snapshot.id
+    def _is_valid(self, id_: str) -> bool:
+        return self.fingerprint is not None and self.snapshots[id_].fingerprint == self.fingerprint
+
+    def _rank(self, id_: str) -> Rank:
+        """Smallest goes first: what another fingerprint made, then as ``order`` says, then what was used first."""
+        standing = self.standings[id_]
+        return self._is_valid(id_), self.order.rank(standing, self._now), standing.last_used, id_
+
+    def _look_again(self, id_: str, now: float) -> None:
+        self._now = now
+        self._ranking.put(id_)
 
     def known(self) -> set[str]:
         """The ids whose files are accounted for here."""
@@ -107,8 +235,8 @@ class Shelf:
 
     def check(self) -> None:
         """Raises AssertionError naming the invariant."""
-        assert self.last_used.keys() == self.snapshots.keys(), "last_used and snapshots differ"
-        assert self.n_hits.keys() == self.snapshots.keys(), "n_hits and snapshots differ"
+        assert self.standings.keys() == self.snapshots.keys(), "standings and snapshots differ"
+        assert len(self._ranking) == len(self.snapshots), "not everything is ranked"
         assert self.condemned.keys() <= self._pins.keys(), "condemned without a pin"
         assert not self.snapshots.keys() & self.condemned.keys(), "listed and condemned"
         assert all(n > 0 for n in self._pins.values()), "pins that hold nothing"

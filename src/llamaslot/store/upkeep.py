@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from llamaslot.store import scan, sidecar
-from llamaslot.store.hits import HitLog
+from llamaslot.store.hits import HitLog, Hits
 from llamaslot.store.register import Register
 from llamaslot.store.shelf import Shelf
 from llamaslot.store.sidecar import Noted
@@ -41,7 +41,7 @@ class Upkeep:
 
     def date(self, id_: str) -> None:
         """Note on disk, soon, when the snapshot was last used. Several at once are one trip to a thread."""
-        self._undated[id_] = self._shelf.last_used[id_]
+        self._undated[id_] = self._shelf.standings[id_].last_used
         if not self._is_dating:
             self._is_dating = True
             self._tasks.spawn(self._date(), "date sidecars")
@@ -50,16 +50,18 @@ class Upkeep:
         try:
             while self._undated:
                 batch, self._undated = self._undated, {}
-                listed = dict(self._shelf.n_hits)
-                hits = {id_: listed[id_] for id_ in batch if listed.get(id_)}
-                await asyncio.to_thread(self._note, batch, hits, listed)
+                await asyncio.to_thread(sidecar.date, self._directory, batch)
+                listed = self._shelf.standings
+                if self.hits.is_long(len(listed)):
+                    await asyncio.to_thread(self.hits.rewrite, self._hits(list(listed)))
+                else:
+                    await asyncio.to_thread(self.hits.append, self._hits(batch))
         finally:
             self._is_dating = False
 
-    def _note(self, dates: dict[str, float], hits: dict[str, int], listed: dict[str, int]) -> None:
-        sidecar.date(self._directory, dates)
-        if hits:
-            self.hits.note(hits, listed)
+    def _hits(self, ids: Iterable[str]) -> dict[str, Hits]:
+        known = {id_: self._shelf.standings.get(id_) for id_ in ids}
+        return {id_: Hits(of.n_hits, of.is_branched) for id_, of in known.items() if of is not None}
 
     def sync(self, noted: Noted) -> None:
         """Bring a committed snapshot's data to the disk, in the background, then say so in its sidecar."""
@@ -70,7 +72,7 @@ class Upkeep:
         async with self._syncing:  # one at a time: llama-server's next save wants the disk too
             if noted.id not in self._shelf.snapshots:
                 return
-            dated = self._shelf.last_used[noted.id]
+            dated = self._shelf.standings[noted.id].last_used
             try:
                 await asyncio.to_thread(sidecar.make_durable, self._directory, noted, dated)
                 self._register.durable.add(noted.id)
@@ -82,5 +84,5 @@ class Upkeep:
         if noted.id not in self._shelf.known():
             # Dropped meanwhile: the sidecar may have been written after it was removed.
             await asyncio.to_thread(scan.remove, self._directory, noted.id)
-        elif self._shelf.last_used.get(noted.id, dated) != dated:
+        elif (standing := self._shelf.standings.get(noted.id)) is not None and standing.last_used != dated:
             self.date(noted.id)

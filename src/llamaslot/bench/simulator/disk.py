@@ -11,9 +11,10 @@ from types import MappingProxyType
 
 from llamaslot.bench.simulator.server import Origin, SimulatedServer
 from llamaslot.core.slots import Kind
+from llamaslot.core.value import ByUse, Standing
 from llamaslot.errors import OtherConversation, SnapshotInvalid
 from llamaslot.store import Draft, QuotaExceeded, Snapshot, WithTokens
-from llamaslot.store.shelf import Pin, Shelf
+from llamaslot.store.shelf import Pin, Prospect, Shelf
 
 FINGERPRINT = "simulated"
 UNLIMITED = 1 << 60
@@ -45,13 +46,14 @@ class Disk:
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(shelf.snapshots)
 
     def last_used(self, id: str) -> float:  # noqa: A002
-        return self._shelf.last_used[id]
+        return self._shelf.standings[id].last_used
 
     def n_hits(self, id: str) -> int:  # noqa: A002
-        return self._shelf.n_hits[id]
+        return self._shelf.standings[id].n_hits
 
     async def reserve(self, size_bytes: int, keep: Collection[str] = ()) -> Draft:
         """Raises QuotaExceeded, and evicts nothing, if there is not enough that may go."""
+        self._shelf.tend(self._now())
         try:
             self._make_room(size_bytes, frozenset(keep))
         except QuotaExceeded:
@@ -65,7 +67,7 @@ class Disk:
 
     def _make_room(self, size_bytes: int, keep: frozenset[str]) -> None:
         short = self.size_bytes + size_bytes - self.quota_bytes
-        victims = self._shelf.victims(short, keep)
+        victims = self._shelf.victims(short, keep, self._now())
         if sum(victim.size_bytes for victim in victims) < short:
             raise QuotaExceeded(f"no room for {size_bytes} bytes")
         for victim in victims:
@@ -84,6 +86,7 @@ class Disk:
         source: str,
         kind: Kind = Kind.LEAF,
         is_pinned: bool = False,
+        idle_s: float = 0.0,
     ) -> WithTokens:
         """Raises OtherConversation and QuotaExceeded as the real one does."""
         size_bytes, keep = self._drafts[draft.id]
@@ -109,7 +112,7 @@ class Disk:
         )
         if file.origin is not None:
             self.origins[draft.id] = file.origin
-        self._shelf.add(snapshot.listed, now)
+        self._shelf.add(snapshot.listed, now, last_used=now - idle_s)
         return snapshot
 
     async def abandon(self, draft: Draft) -> None:
@@ -129,6 +132,18 @@ class Disk:
         if id in self.snapshots:
             self._shelf.hit(id, self._now())
 
+    def branched(self, id: str) -> None:  # noqa: A002
+        if id in self.snapshots:
+            self._shelf.branch(id, self._now())
+
+    def inherit(self, id: str, from_id: str) -> None:  # noqa: A002
+        if id in self.snapshots and from_id in self.snapshots:
+            self._shelf.inherit(id, from_id, self._now())
+
+    def would_gain(self, prospect: Prospect, keep: Collection[str] = ()) -> float:
+        short = self.size_bytes + prospect.size_bytes - self.quota_bytes
+        return self._shelf.would_gain(prospect, short, keep, self._now())
+
     async def verify(self, id: str) -> WithTokens:  # noqa: A002
         """Raises SnapshotInvalid if it is gone."""
         if id not in self.snapshots:
@@ -141,7 +156,7 @@ class Disk:
 
     def _drop(self, id_: str) -> None:
         snapshot = self.snapshots[id_]
-        if self._shelf.take(id_):
+        if self._shelf.take(id_, self._now()):
             self._remove(snapshot)
         self._on_drop(snapshot)
 
@@ -165,30 +180,21 @@ class Disk:
         assert self.size_bytes <= self.quota_bytes, "the quota holds"
 
 
-class Oldest(Shelf):
-    """Least recently used goes first."""
-
-    def eviction_key(self, snapshot: Snapshot) -> tuple[bool, float, str]:
-        return True, self.last_used[snapshot.id], snapshot.id
-
-
-class AtRandom(Shelf):
+class AtRandom(ByUse):
     """Any goes first."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
-        self._rng = random.Random(f"{seed} evictions")
+        self._seed = seed
 
-    def eviction_key(self, snapshot: Snapshot) -> tuple[bool, float, str]:
-        return True, self._rng.random(), snapshot.id
+    def rank(self, standing: Standing, now: float) -> float:
+        return random.Random(f"{self._seed} {standing.id} {now}").random()
 
 
-class Foreseen(Shelf):
-    """What is worth least goes first, by ``worth``: a value per byte that knows the future."""
+class Foreseen(ByUse):
+    """What is worth least goes first, by ``value``: per byte, and it knows the future."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.worth: Callable[[Snapshot], float] = lambda snapshot: 0.0
+    def __init__(self, value: Callable[[Standing], float]) -> None:
+        self._value = value
 
-    def eviction_key(self, snapshot: Snapshot) -> tuple[bool, float, str]:
-        return True, self.worth(snapshot), snapshot.id
+    def rank(self, standing: Standing, now: float) -> float:
+        return self._value(standing)

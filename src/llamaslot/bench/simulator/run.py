@@ -6,7 +6,7 @@ import enum
 import time
 from dataclasses import dataclass, field
 
-from llamaslot.bench.simulator.disk import UNLIMITED, AtRandom, Disk, Foreseen, Oldest
+from llamaslot.bench.simulator.disk import UNLIMITED, AtRandom, Disk, Foreseen
 from llamaslot.bench.simulator.machine import Hardware
 from llamaslot.bench.simulator.original import Original
 from llamaslot.bench.simulator.proxy import Proxy
@@ -15,7 +15,7 @@ from llamaslot.bench.simulator.server import SimulatedServer
 from llamaslot.bench.simulator.trace import Trace
 from llamaslot.bench.simulator.users import Foresight, Users
 from llamaslot.bench.virtual import VirtualLoop
-from llamaslot.store import Snapshot
+from llamaslot.core.value import ByUse, ByValue, Order, Standing
 from llamaslot.store.shelf import Shelf
 from llamaslot.tasks import TaskOwner
 
@@ -68,9 +68,10 @@ class _Run:
         self.server = SimulatedServer(loop, setting.n_slots, setting.hardware)
         self.foresight = Foresight(trace, setting.hardware, loop.time)
         self.server.on_begun = self.foresight.begun
+        order = self._order()
         self.disk = Disk(
             self.server,
-            self._shelf(),
+            Shelf(order),
             setting.quota_bytes(trace),
             now=loop.time,
             on_drop=lambda snapshot: self.served_by.dropped(snapshot),
@@ -81,21 +82,21 @@ class _Run:
             if setting.policy is Policy.ORIGINAL
             else Proxy(loop, self.server, self.disk, saves_each=is_always)
         )
+        if isinstance(order, ByValue) and isinstance(self.served_by, Proxy):
+            order.saves_s = self.served_by.pool.saves_s
 
-    def _shelf(self) -> Shelf:
+    def _order(self) -> Order:
         match self.setting.policy:
             case Policy.LLAMASLOT | Policy.ALWAYS:
-                return Shelf()
+                return ByValue()
             case Policy.LRU | Policy.ORIGINAL:
-                return Oldest()
+                return ByUse()
             case Policy.RANDOM:
                 return AtRandom(self.trace.seed)
             case Policy.CLAIRVOYANT:
-                shelf = Foreseen()
-                shelf.worth = self._worth
-                return shelf
+                return Foreseen(self._value)
 
-    def _worth(self, snapshot: Snapshot) -> float:
+    def _value(self, snapshot: Standing) -> float:
         """Seconds that its next use saves, per byte and second until then."""
         origin = self.disk.origins.get(snapshot.id)
         if origin is None:

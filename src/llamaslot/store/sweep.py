@@ -1,0 +1,57 @@
+"""Brings the accounts in line with the disk while llamaslot runs: what vanished, and what nobody knows."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from llamaslot.store import scan
+from llamaslot.store.room import Room
+from llamaslot.store.shelf import Shelf
+from llamaslot.store.sidecar import KV
+
+log = logging.getLogger(__name__)
+
+
+class Sweep:
+    """Of one directory. ``drafts`` are the ids under way; ``drop(id)`` is told of what vanished."""
+
+    def __init__(
+        self, directory: Path, shelf: Shelf, room: Room, drafts: Collection[str], drop: Callable[[str], None]
+    ) -> None:
+        self._directory, self._shelf, self._room = directory, shelf, room
+        self._drafts, self._drop = drafts, drop
+
+    async def run(self) -> None:
+        """What vanished is dropped, what nobody knows is removed. Canceling is safe.
+
+        llama-server carries out a save whose client has gone: its part file can appear after an ``abandon``, or after
+        our own restart. A pair of .kv and .json that we do not know is left for the next opening.
+        """
+        before = set(self._shelf.snapshots)
+        try:
+            listing = await asyncio.to_thread(scan.list_own, self._directory)
+        except OSError as error:
+            log.warning("snapshots: %s cannot be read: %s", self._directory, error.strerror or error)
+            return
+        if not listing.has_lock:
+            # Not the directory that we locked (unmounted, moved away): no reason to forget or remove anything.
+            log.warning(
+                "snapshots: %s is not the directory it was: its lock file is missing", self._directory
+            )
+            return
+        # Asked again one by one: a listing that misses a name must not cost the file.
+        missing = await asyncio.to_thread(scan.missing, self._directory, before - listing.holders(KV))
+        for id_ in missing & self._shelf.snapshots.keys():
+            log.warning("snapshot dropped: %s: its file has vanished", id_)
+            self._drop(id_)
+        # An id is new before its file is: what was listed and is unknown is nobody's, or gone by now.
+        for id_ in listing.unfinished() - self._known():
+            size_bytes = await asyncio.to_thread(scan.size_bytes, self._directory, id_)
+            if id_ not in self._known():  # not yet found by another sweep
+                self._room.remove(id_, size_bytes)
+
+    def _known(self) -> set[str]:
+        return self._shelf.known() | set(self._drafts) | self._room.known()
