@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaslot.core.reuse import Memory, Predictions, Strikes, checkpoints_after, usable
+from llamaslot.core.reuse import Memory, Predictions, Recall, Strikes, checkpoints_after, usable
+from llamaslot.core.slots import Content
+from llamaslot.core.tokens import pack
 
 DENSE, SWA, RECURRENT = Memory.DENSE, Memory.SWA, Memory.RECURRENT
 KINDS = st.sampled_from(list(Memory))
@@ -156,7 +158,12 @@ def test_what_was_learned_is_kept() -> None:
     learned = seen(*[(999, 995)] * 5).to_json()
     assert Predictions.from_json(learned).correct(DENSE, "resident", 999) == 995
     assert Predictions.from_json(learned).to_json() == learned
-    for spoilt in (None, [], {"dense resident": 5}, {"dense resident": [-1, "x", 999]}, {"x": [1]}):
+    for spoilt in (
+        None,
+        [],
+        {"short": {"dense resident": 5}},
+        {"short": {"dense resident": [-1, "x", 999], "x": [1]}},
+    ):
         assert Predictions.from_json(spoilt).correct(DENSE, "resident", 999) == 999
 
 
@@ -170,3 +177,46 @@ def test_two_failures_are_out() -> None:
     assert not strikes.note("a", 60, 0)
     assert not strikes.note("a", 5000, 100)
     assert strikes.note("a", 5000, 100)
+
+
+def recall(memory: Memory) -> Recall:
+    return Recall(memory)
+
+
+ANSWERED = Content(pack(range(5000)), is_exact=False, checkpoints=(4996,), n_more=700)
+
+
+@pytest.mark.parametrize("memory", [SWA, RECURRENT])
+def test_an_answer_is_expected_to_come_back(memory: Memory) -> None:
+    """Its tokens are not known, but the next prompt goes on behind it: from the exact end of the slot."""
+    assert recall(memory).of_slot(ANSWERED, 5000, 6000) == 5700
+
+
+@pytest.mark.parametrize("memory", [SWA, RECURRENT])
+def test_a_prompt_that_parts_earlier_goes_back(memory: Memory) -> None:
+    """Or one that is too short to hold the answer: to the last checkpoint."""
+    assert recall(memory).of_slot(ANSWERED, 4999, 6000) in (4995, 4996)
+    assert recall(memory).of_slot(ANSWERED, 5000, 5700) in (4995, 4996)
+
+
+def test_dense_models_promise_no_answer() -> None:
+    """They use as much of it as comes back, so that nothing is lost by promising less."""
+    assert recall(DENSE).of_slot(ANSWERED, 5000, 6000) == 5000
+
+
+def test_an_answer_that_did_not_come_back_is_not_counted_on_for_a_while() -> None:
+    """Some template drops a part of it: until eight in a row have come back."""
+    known = recall(RECURRENT)
+    known.predictions.answered(False)
+    for _ in range(8):
+        assert known.of_slot(ANSWERED, 5000, 6000) == 4996
+        known.predictions.answered(True)
+    assert known.of_slot(ANSWERED, 5000, 6000) == 5700
+
+
+def test_whether_answers_come_back_is_kept() -> None:
+    """Over a restart."""
+    predictions = Predictions()
+    predictions.answered(False)
+    assert not Predictions.from_json(predictions.to_json()).do_answers_return
+    assert Predictions.from_json(None).do_answers_return

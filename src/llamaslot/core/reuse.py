@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Any
 
+from llamaslot.core.slots import Content
+
 # llama-server makes a checkpoint this many tokens before the end of each prompt that it computes.
 CHECKPOINT_BACK = 4
 # It keeps 32 of them (--ctx-checkpoints) and makes about three for each turn (a prefill of ours, then the request):
@@ -86,10 +88,12 @@ class Predictions:
     KEPT = 16
     LEAST = 3  # samples before anything is corrected
     MOST = 64
+    SURE = 8  # after an answer that did not come back as it was generated, so many must before that is counted on
 
     def __init__(self) -> None:
         self._short: dict[tuple[Memory, str], deque[int]] = {}
         self._back: dict[tuple[Memory, str], int] = {}
+        self._n_whole = self.SURE  # answers in a row that came back whole
         self.tallies: dict[tuple[Memory, str], Tally] = {}
 
     def correct(self, memory: Memory, source: str, n_usable: int) -> int:
@@ -112,15 +116,32 @@ class Predictions:
         last.append(short)
         self._back[key] = median_low(last) if len(last) >= self.LEAST else 0
 
+    @property
+    def do_answers_return(self) -> bool:
+        """Whether an answer is taken to come back in the next prompt just as it was generated, token for token.
+
+        Nobody knows its tokens before a save tells them. But who asks on sends it back, and unless the template drops a
+        part of it, or it is tokenized otherwise than it was generated, llama-server then finds all of it in the slot.
+        """
+        return self._n_whole >= self.SURE
+
+    def answered(self, is_whole: bool) -> None:
+        """Somebody went on after an answer: it was found in its slot as a whole, or not."""
+        self._n_whole = min(self._n_whole + 1, self.SURE) if is_whole else 0
+
     def to_json(self) -> dict[str, Any]:
         """What falls short, the oldest first; the tallies begin anew with each start."""
-        return {f"{memory.value} {source}": list(last) for (memory, source), last in self._short.items()}
+        short = {f"{memory.value} {source}": list(last) for (memory, source), last in self._short.items()}
+        return {"short": short, "n_whole": self._n_whole}
 
     @classmethod
     def from_json(cls, data: object) -> Predictions:
         """What ``to_json`` gave, learned again; anything else in ``data`` is ignored."""
         predictions = cls()
-        for memory, source, short in _samples(data):
+        parts = data if isinstance(data, Mapping) else {}
+        if isinstance(n_whole := parts.get("n_whole"), int):
+            predictions._n_whole = min(max(n_whole, 0), cls.SURE)
+        for memory, source, short in _samples(parts.get("short")):
             predictions.observe(memory, source, cls.MOST + 1, cls.MOST + 1 - short)
         predictions.tallies.clear()
         return predictions
@@ -169,6 +190,20 @@ class Recall:
         """What is predicted to be reused: by the kind of memory, and by what was learned of this build."""
         n_usable = usable(self.memory, n_shared, n_held, checkpoints, n_prompt)
         return self.predictions.correct(self.memory, source, n_usable)
+
+    def of_slot(self, content: Content, n_shared: int, n_prompt: int) -> int:
+        """The same of what a slot holds. Models that cannot go back go on from its exact end, if that is to be
+        expected of a prompt that goes on behind an answer; others from wherever they part in it."""
+        is_behind = not self.is_rewindable and goes_on_behind(content, n_shared, n_prompt)
+        if is_behind and self.predictions.do_answers_return:
+            return content.n_held
+        n_held = content.n_tokens if content.is_exact else None
+        return self.usable(RESIDENT, n_shared, n_held, content.checkpoints, n_prompt)
+
+
+def goes_on_behind(content: Content, n_shared: int, n_prompt: int) -> bool:
+    """Whether a prompt may go on behind the answer that a slot holds, and whose tokens are not known."""
+    return content.n_more > 0 and n_shared == content.n_tokens and n_prompt > content.n_held
 
 
 def has_failed(n_predicted: int, n_reused: int) -> bool:

@@ -48,6 +48,7 @@ class Lease:
         self.n_usable = (
             0  # what of the slot could be reused when the steps were through, by the kind of model
         )
+        self.n_whole: int | None = None  # and with an answer that may come back as it was generated
         self.n_expected = 0  # and what is expected of this server
         self.is_going_back = False  # and whether it has to drop others behind them
         self.note = scheduler.note(job)  # in the journal

@@ -13,7 +13,7 @@ from functools import partial
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import PoolView, Rules, SlotView, weight
 from llamaslot.core.prefix import PrefixIndex, Shared
-from llamaslot.core.reuse import RESIDENT, Memory, Recall, checkpoints_after
+from llamaslot.core.reuse import Memory, Recall, checkpoints_after
 from llamaslot.core.saving import Unsaved, is_worth
 from llamaslot.core.slots import NOTHING, Content, Event, Job, Keep, Kind, Plan, Save, Slot, State
 from llamaslot.core.tokens import common, count, head
@@ -99,7 +99,7 @@ class Pool:
     def _slot_view(self, slot: Slot, n_shared: int, job: Job, now: float) -> SlotView:
         content = slot.content
         if slot.is_idle:
-            n_usable = _usable(self.recall, n_shared, content, job.n_tokens)
+            n_usable = self.recall.of_slot(content, n_shared, job.n_tokens)
             is_worth = self.is_worth_saving(slot)
             return SlotView(
                 id=slot.id,
@@ -144,7 +144,7 @@ class Pool:
             (hit.n_shared, self.slots[hit.holder].content) for hit in hits if self.slots[hit.holder].is_idle
         ]
         n_prompt = slot.content.n_tokens + 1
-        return max([on_disk, *(_usable(self.recall, n, other, n_prompt) for n, other in idle)])
+        return max([on_disk, *(self.recall.of_slot(other, n, n_prompt) for n, other in idle)])
 
     def is_worth_saving(self, slot: Slot) -> bool:
         """Whether it pays to write what this slot holds to disk, the answer included if that goes into the file."""
@@ -346,11 +346,6 @@ class Pool:
             assert not (is_trunk and slot.content.is_dirty), f"no conversation is that of a trunk: {slot}"
         self.library.check()
         self._passing.check()
-
-
-def _usable(recall: Recall, n_shared: int, content: Content, n_prompt: int) -> int:
-    n_held = content.n_tokens if content.is_exact else None
-    return recall.usable(RESIDENT, n_shared, n_held, content.checkpoints, n_prompt)
 
 
 def supersedes(new: WithTokens, old: WithTokens, similarity_min: float) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, assert_never
 
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import prefill_steps
-from llamaslot.core.reuse import RESIDENT, usable
+from llamaslot.core.reuse import goes_on_behind, usable
 from llamaslot.core.slots import NOTHING, Erase, Keep, Plan, PrefillTo, Restore, Save
 from llamaslot.core.tokens import common
 from llamaslot.engine import comings
@@ -107,8 +107,14 @@ class Steps:
         assert content is not None
         n_shared, n_held = common(content.tokens, job.tokens), content.n_tokens if content.is_exact else None
         lease.n_usable = usable(recall.memory, n_shared, n_held, content.checkpoints, job.n_tokens)
-        source = source_of(lease.restored) if lease.restored is not None else RESIDENT
-        lease.n_expected = recall.predictions.correct(recall.memory, source, lease.n_usable)
+        if goes_on_behind(content, n_shared, job.n_tokens):
+            lease.n_whole = content.n_held
+        if lease.restored is not None:
+            lease.n_expected = recall.predictions.correct(
+                recall.memory, source_of(lease.restored), lease.n_usable
+            )
+        else:
+            lease.n_expected = recall.of_slot(content, n_shared, job.n_tokens)
         return lease.n_expected
 
     async def _keep(self, lease: Lease, step: Keep) -> None:
