@@ -32,6 +32,7 @@ from pydantic_core import InitErrorDetails
 
 from llamaslot.errors import ConfigError, LlamaslotError
 from llamaslot.faults import Loc, fault_lines, read_yaml
+from llamaslot.llama.chat_file import read_chat_file
 from llamaslot.llama.process import EMBEDDED_MODEL, ManagedConfig, smollm2_path
 from llamaslot.llama.routes import KNOWN_GATES, Gate
 
@@ -117,6 +118,11 @@ def _read_key(path: Path) -> str:
 
 def _key_file(path: Path) -> Path:
     _read_key(path)
+    return path
+
+
+def _chat_file(path: Path) -> Path:
+    read_chat_file(path)
     return path
 
 
@@ -254,6 +260,7 @@ class Config(Section):
     passthrough: PassthroughConfig = PassthroughConfig()
     shutdown: ShutdownConfig = ShutdownConfig()
     log: LogConfig = LogConfig()
+    prewarm: tuple[Annotated[FilePath, AfterValidator(_chat_file)], ...] = ()
 
     @classmethod
     def load(cls, path: str | Path) -> Config:
@@ -315,6 +322,11 @@ def _wrong_together(raw: Any, info: ValidationInfo) -> Iterator[tuple[Loc, str]]
     own_port = listen.get("port", 8081) if isinstance(listen, dict) else 8081
     for i, backend in enumerate(backends):
         if isinstance(backend, dict):
+            if raw.get("prewarm") and not backend.get("managed") and backend.get("slot_save_path") is None:
+                yield (
+                    ("prewarm",),
+                    f"needs backends[{i}].slot_save_path: what is computed ahead is kept there",
+                )
             for key, message in _wrong_in_backend(backend, own_port, info):
                 yield ("backends", i, *key), message
 

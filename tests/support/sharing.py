@@ -86,3 +86,22 @@ async def share_a_system_prompt(stack: Stack, *, n_system: int, n_turns: int = 1
             await asyncio.sleep(0.05)
         openings.append(await agent.open("from the disk alone"))
         return openings
+
+
+async def find_prewarmed(stack: Stack, *, n_system: int) -> list[Opening]:
+    """New conversations that begin with what ``prewarm`` names: the first ever, and after both have been restarted."""
+    async with clients(stack) as (front, _):
+        meter = Meter(stack.server.metrics)
+        await meter.resume()
+        agent = Agent(front, meter, n_system=n_system)
+        stack.llamaslot.prewarm({"messages": [agent.system]})
+        openings = []
+        for n, when in enumerate(("the first", "after a restart"), 1):
+            await restart(stack, "both", meter)
+            before = await meter.total()
+            while stack.llamaslot.log.count("is kept: ") < n:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+            n_computed = await meter.total() - before
+            assert n == 1 or n_computed < 200, f"{n_computed} tokens were computed again"
+            openings.append(await agent.open(when))
+        return openings

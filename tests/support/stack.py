@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -54,6 +55,14 @@ class Proxy:
         self.config_path.write_text(yaml.safe_dump(config, sort_keys=False))
         self._process: asyncio.subprocess.Process | None = None
         self._log: IO[bytes] | None = None
+
+    def prewarm(self, *bodies: Mapping[str, Any]) -> None:
+        """Name these chat bodies in its configuration, for its next start."""
+        config = yaml.safe_load(self.config_path.read_text())
+        config["prewarm"] = [f"body-{i}.json" for i in range(len(bodies))]
+        for name, body in zip(config["prewarm"], bodies, strict=True):
+            (self.directory / name).write_text(json.dumps(body))
+        self.config_path.write_text(yaml.safe_dump(config, sort_keys=False))
 
     @property
     def pid(self) -> int:

@@ -13,7 +13,7 @@ import itertools
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llamaslot.core.slots import Kind
 from llamaslot.core.tokens import common, count, head
@@ -321,13 +321,16 @@ class StubCatalog:
     async def reserve(self, size_bytes: int, keep: Collection[str] = ()) -> Draft:
         await self.server.op("reserve", None)
         while len(self.snapshots) + len(self.drafts) >= self.room:
-            victim = next((id_ for id_ in self.snapshots if not self.pins[id_] and id_ not in keep), None)
+            victim = next((id_ for id_ in self.snapshots if self._may_go(id_, keep)), None)
             if victim is None:
                 raise QuotaExceeded("no room")
             self.discard(victim)
         id_ = f"ls-{next(self._serial)}"
         self.drafts.add(id_)
         return Draft(id_, f"{id_}.part", size_bytes)
+
+    def _may_go(self, id_: str, keep: Collection[str]) -> bool:
+        return not self.pins[id_] and id_ not in keep and not self.snapshots[id_].is_pinned
 
     async def commit(
         self,
@@ -390,6 +393,11 @@ class StubCatalog:
     def branched(self, id: str) -> None: ...  # noqa: A002
 
     def inherit(self, id: str, from_id: str) -> None: ...  # noqa: A002
+
+    async def mark(self, id: str, kind: Kind, *, is_pinned: bool) -> Snapshot:  # noqa: A002
+        self.snapshots[id] = replace(self.snapshots[id], kind=kind, is_pinned=is_pinned)
+        await asyncio.sleep(0)
+        return self.snapshots[id]
 
     async def verify(self, id: str) -> WithTokens:  # noqa: A002
         await self.server.op("verify", None)

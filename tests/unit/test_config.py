@@ -43,6 +43,38 @@ def faults(load: Load) -> Faults:
     return faults_of
 
 
+PREWARM = "backends: [{url: 'http://127.0.0.1:8080', slot_save_path: kv}]\nprewarm: [agent.json]\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "agent.json can not be read: No such file or directory"),
+        ("{", "agent.json is not JSON: "),
+        ("[]", "agent.json should hold a chat body: an object"),
+        ("{}", '"messages" is missing or empty'),
+        ('{"messages": []}', '"messages" is missing or empty'),
+        ('{"messages": [{"content": "Be kind."}]}', 'messages[0] should be an object with "role"'),
+    ],
+)
+def test_prewarm_wants_chat_bodies(tmp_path: Path, faults: Faults, content: str | None, said: str) -> None:
+    """What is wrong with a file is said with its place in the list."""
+    if content is not None:
+        (tmp_path / "agent.json").write_text(content)
+    (fault,) = faults(PREWARM)
+    assert fault.startswith("prewarm[0]: ")
+    assert said in fault
+
+
+def test_prewarm_needs_a_place_to_keep_it(tmp_path: Path, load: Load, faults: Faults) -> None:
+    """A managed server has one of its own."""
+    (tmp_path / "agent.json").write_text('{"messages": [{"role": "system", "content": "Be kind."}]}')
+    assert load(PREWARM).prewarm == (tmp_path / "agent.json",)
+    assert faults(PREWARM.replace(", slot_save_path: kv", "")) == [
+        "prewarm: needs backends[0].slot_save_path: what is computed ahead is kept there"
+    ]
+
+
 # --- what a good file becomes
 
 

@@ -558,6 +558,28 @@ async def test_tools_that_stand_before_the_last_user_message_give_two_boundaries
     assert now.endswith("three<|im_end|>\n<|im_start|>")
 
 
+async def text_of_opening(body: dict[str, Any], server: Server | None = None) -> str:
+    server = server or Server()
+    prompt, n_tokens = await Prompts(server).opening(body)
+    text = str(prompt.text)
+    ends = {count(server.tokens(text[:end])): end for end in range(len(text) + 1)}
+    return text[: ends[n_tokens]]
+
+
+async def test_an_opening_ends_where_the_first_question_begins() -> None:
+    """The system messages and the tools; what the body has behind them does not matter."""
+    body = {**turns("why?", "because", system="Be kind."), "tools": ["hammer"]}
+    text = await text_of_opening(body)
+    assert text.endswith("hammer<|im_end|>\n<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n")
+    assert await text_of_opening({**turns(system="Be kind."), "tools": ["hammer"]}) == text
+
+
+async def test_without_a_system_part_the_whole_conversation_is_the_opening() -> None:
+    """Up to the header of what comes next: the answer to its last question, or the next question."""
+    assert (await text_of_opening(turns("long"))).endswith("long<|im_end|>\n<|im_start|>assistant\n")
+    assert (await text_of_opening(turns("long", "so"))).endswith("so<|im_end|>\n<|im_start|>user\n")
+
+
 async def test_a_template_that_refuses_the_variants_gives_no_boundaries() -> None:
     """Nothing fails: the prompt is only cut at fewer places."""
     server = Server()

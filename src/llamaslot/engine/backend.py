@@ -21,6 +21,7 @@ from llamaslot.core.value import ByValue, Returns, Standing
 from llamaslot.engine.drain import Drains
 from llamaslot.engine.handshake import Handshake, Met
 from llamaslot.engine.library import Libraries
+from llamaslot.engine.prewarm import Bodies, Prewarm
 from llamaslot.engine.scheduler import QueueLimits, Scheduler
 from llamaslot.engine.steps import Steps
 from llamaslot.engine.turns import Turns
@@ -60,6 +61,7 @@ class Backend:
         idle_save_s: float,
         slot_save_path: Path | None,
         quota_bytes: int,
+        prewarm: Bodies = (),
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name, self.api, self.metrics, self.now = name, api, metrics, now
@@ -92,6 +94,11 @@ class Backend:
         self.steps = Steps(api, self.catalog, self.rates, metrics, self.tasks, now)
         self.turns = Turns(api, self.scheduler, self.steps, self.tasks)
         self.writeback = Writeback(self.scheduler, self.steps, idle_save_s)
+        self.prewarm = (
+            Prewarm(prewarm, self.scheduler, self.steps, self.prompts, self.catalog, self.tasks, idle_save_s)
+            if self.catalog is not None
+            else None
+        )
         self.drains = Drains(api, self.scheduler, now)
         self.scheduler.on_drain = self.drains.add
         if self.catalog is not None:
@@ -165,6 +172,8 @@ class Backend:
         self.tasks.spawn(self._live(), f"{self.name}: life")
         self.tasks.spawn(self.drains.run(), f"{self.name}: drains")
         self.tasks.spawn(self.writeback.run(), f"{self.name}: writeback")
+        if self.prewarm is not None:
+            self.tasks.spawn(self.prewarm.run(), f"{self.name}: prewarm")
 
     async def close(self, save_s: float) -> None:
         """Save dirty slots, for at most ``save_s`` seconds, and end all tasks."""

@@ -110,12 +110,15 @@ class Offers:
     def _is_worth_trunk(self, job: Job, at: int) -> bool:
         """Whether no snapshot ends there, or will, and computing so much again costs more than saving and restoring it.
 
-        One that ends a little later is as good only where it can be cut.
+        One that ends a little later is as good only where it can be cut. One that is to be pinned was asked for, and
+        must end there.
         """
         if not trunks.MIN_TOKENS <= at < job.n_tokens:
             return False
-        upto = at + trunks.NEAR_TOKENS if self._recall.is_rewindable else at
+        can_be_cut = self._recall.is_rewindable and not job.is_pinned
+        upto = at + trunks.NEAR_TOKENS if can_be_cut else at
         there = self._index.longest_full_prefix(head(job.tokens, upto))
         if there is not None and there.n_tokens >= at - trunks.NEAR_TOKENS:
             return False
-        return self._rates.prefill.seconds(0, at) > self._rates.save_s(at) + self._rates.restore_s(at)
+        cost_s = self._rates.save_s(at) + self._rates.restore_s(at)
+        return job.is_pinned or self._rates.prefill.seconds(0, at) > cost_s

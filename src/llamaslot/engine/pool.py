@@ -17,6 +17,7 @@ from llamaslot.core.reuse import Memory, Recall, checkpoints_after
 from llamaslot.core.saving import Unsaved, is_worth
 from llamaslot.core.slots import NOTHING, Content, Event, Job, Keep, Kind, Plan, Save, Slot, State
 from llamaslot.core.tokens import common, count, head
+from llamaslot.core.trunks import NEAR_TOKENS
 from llamaslot.core.value import Standing
 from llamaslot.engine.library import Library
 from llamaslot.engine.offers import MIN_WORTH_TOKENS, N_COVERING, Offers
@@ -213,6 +214,23 @@ class Pool:
         if hit is None or hit.n_tokens != count(tokens):
             return None
         return self._known[hit.holder].with_tokens(tokens)
+
+    def snapshot_at(self, tokens: bytes) -> Snapshot | None:
+        """The snapshot that ends where ``tokens`` do, or a little before."""
+        hit = self._snapshots.longest_full_prefix(tokens)
+        is_near = hit is not None and hit.n_tokens >= count(tokens) - NEAR_TOKENS
+        return self._known.get(hit.holder) if hit is not None and is_near else None
+
+    def pinned(self) -> list[Snapshot]:
+        return [snapshot for snapshot in self._known.values() if snapshot.is_pinned]
+
+    def marked(self, snapshot: Snapshot) -> None:
+        """``snapshot`` is kept for something else than before; a conversation that has gone on from it is its own."""
+        if snapshot.id in self._known:
+            self._known[snapshot.id] = snapshot
+            for slot in self.slots:
+                if slot.content.snapshot == snapshot.id and slot.content.is_dirty:
+                    slot.content = replace(slot.content, snapshot=None)
 
     def longest_full_prefix(self, tokens: bytes) -> Shared[str] | None:
         """The longest snapshot that ``tokens`` begins with as a whole: what a state that cannot be cut is good for.

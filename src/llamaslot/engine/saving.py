@@ -134,6 +134,7 @@ class Saving:
                 checkpoints=lease.pool.recall.in_file(content.checkpoints),
                 source=lease.job.id,
                 kind=kind,
+                is_pinned=kind is Kind.TRUNK and lease.job.is_pinned,
                 idle_s=idle_s,
             )
         except (LlamaslotError, OSError) as error:

@@ -76,6 +76,11 @@ class Scheduler:
         """A place in the journal for what becomes of ``job``."""
         return Note(self.journal, job, self.now)
 
+    def is_wanted_besides(self, job: Job) -> bool:
+        """Whether anybody but ``job`` wants something now."""
+        leased = (lease.job for lease in self.leases if not lease.is_own)
+        return any(other is not job for other in (*leased, *(waiting.job for waiting in self._queue)))
+
     # -- life of the pool ----------------------------------------------------------------------------------------
 
     def attach(self, pool: Pool) -> None:

@@ -278,6 +278,15 @@ class Prompts:
         stops = tuple(sorted({n for n in found if 0 < n < prompt.n_tokens}))
         return Boundaries(found[0] if found and found[0] in stops else 0, stops)
 
+    async def opening(self, body: Mapping[str, Any]) -> tuple[Prompt, int]:
+        """A prompt that begins as all conversations with this system part and these tools do, and for how many tokens.
+
+        Without either the whole of ``body`` is what they begin with. Raises OpaquePrompt for media, UpstreamError when
+        the template refuses it.
+        """
+        prompt, other = await together(*(self.chat(variant) for variant in _openings(body)))
+        return prompt, common(prompt.tokens, other.tokens)
+
     async def _shared(self, variant: Mapping[str, Any], prompt: Prompt) -> int:
         """The tokens that the prompt has in common with that of the variant, 0 when the template refuses it."""
         try:
@@ -329,6 +338,22 @@ def _variants(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     # What says to go on writing the last message cannot stand: that message is another.
     fields = {name: value for name, value in body.items() if name != "continue_final_message"}
     return [{**fields, "messages": variant} for variant in variants]
+
+
+def _openings(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Two conversations that begin with what ``body`` is an example of."""
+    messages = body["messages"]
+    roles = [message.get("role") for message in messages]
+    n_system = next((i for i, role in enumerate(roles) if role not in ("system", "developer")), len(roles))
+    if n_system or body.get("tools"):
+        messages, role = messages[:n_system], "user"
+    else:
+        role = "assistant" if roles[-1] == "user" else "user"
+    more = [] if role == "user" else [{"role": "user", "content": "x"}]
+    fields = {name: value for name, value in body.items() if name != "continue_final_message"}
+    return [
+        {**fields, "messages": [*messages, {"role": role, "content": text}, *more]} for text in ("x", "y")
+    ]
 
 
 def _other(messages: list[Any]) -> str:

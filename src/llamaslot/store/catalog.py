@@ -294,9 +294,7 @@ class Catalog:
 
     async def abandon(self, draft: Draft) -> None:
         """Remove the part file and give the room back. Idempotent, and without effect on a draft that is committed.
-
-        Canceling is safe: the file is removed all the same.
-        """
+        Canceling is safe: the file is removed all the same."""
         held = self._drafts.get(draft.id)
         if held is not None and held.commit is not None:
             await asyncio.shield(held.commit)
@@ -337,6 +335,11 @@ class Catalog:
             self._shelf.inherit(id, from_id, self._now())
             self._upkeep.date(id)
 
+    async def mark(self, id: str, kind: Kind, *, is_pinned: bool) -> Snapshot:  # noqa: A002
+        """Keep it for something else than before, at once and then on disk. Raises KeyError. Canceling is safe."""
+        with self.pin(id):
+            return await self._upkeep.mark(self._shelf.mark(id, kind, is_pinned))
+
     async def verify(self, id: str) -> WithTokens:  # noqa: A002
         """The snapshot, if its file is there, of the size noted, and with its tokens in the header, which are read.
 
@@ -359,9 +362,7 @@ class Catalog:
 
     async def drop(self, id: str) -> None:  # noqa: A002
         """No longer listed at once, and removed; the file of a pinned one at the last unpin. Idempotent.
-
-        Canceling is safe: the file is removed all the same.
-        """
+        Canceling is safe: the file is removed all the same."""
         if id in self.snapshots:
             self._drop(id)
         await self._room.removed(id)

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamaslot.core.ranking import Rank, Ranking
 from llamaslot.core.slots import Kind
@@ -130,6 +130,13 @@ class Shelf:
             self.condemned[id_] = snapshot
             return False
         return True
+
+    def mark(self, id_: str, kind: Kind, is_pinned: bool) -> Snapshot:
+        """It is kept for something else. Raises KeyError for what is not listed."""
+        self.snapshots[id_] = replace(self.snapshots[id_], kind=kind, is_pinned=is_pinned)
+        self.standings[id_].kind = kind
+        self._ranking.put(id_)
+        return self.snapshots[id_]
 
     def pin(self, id_: str) -> Snapshot:
         """Raises KeyError for what is not listed."""

@@ -230,6 +230,15 @@ def make_durable(directory: Path, noted: Noted, last_used: float) -> None:
     write(directory, dataclasses.replace(noted, boot=None), last_used)
 
 
+def mark(directory: Path, snapshot: Snapshot) -> None:
+    """Write into the sidecar what the snapshot is kept for, and leave the rest. Blocking; raises OSError and
+    SnapshotInvalid."""
+    path = directory / (snapshot.id + JSON)
+    noted = parse(path.name, path.read_bytes())
+    noted = dataclasses.replace(noted, kind=snapshot.kind, is_pinned=snapshot.is_pinned)
+    write(directory, noted, path.stat().st_mtime)
+
+
 def date(directory: Path, last_used: dict[str, float]) -> None:
     """Note when snapshots were last used, by id. Blocking; one that is gone or not ours to date is passed over."""
     for id_, at in last_used.items():

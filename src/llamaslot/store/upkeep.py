@@ -6,13 +6,15 @@ import asyncio
 import errno
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
+from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import scan, sidecar
 from llamaslot.store.hits import HitLog, Hits
 from llamaslot.store.register import Register
 from llamaslot.store.shelf import Shelf
-from llamaslot.store.sidecar import Noted
+from llamaslot.store.sidecar import Noted, Snapshot
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
@@ -67,11 +69,25 @@ class Upkeep:
         """Bring a committed snapshot's data to the disk, in the background, then say so in its sidecar."""
         self._tasks.spawn(self._sync(noted), f"sync {noted.id}")
 
+    async def mark(self, snapshot: Snapshot) -> Snapshot:
+        """Say in its sidecar what the snapshot is kept for now. Canceling is safe: it is written all the same."""
+        await asyncio.shield(self._tasks.spawn(self._mark(snapshot), f"mark {snapshot.id}"))
+        return snapshot
+
+    async def _mark(self, snapshot: Snapshot) -> None:
+        async with self._syncing:  # which writes the same sidecar
+            try:
+                await asyncio.to_thread(sidecar.mark, self._directory, snapshot)
+            except (OSError, SnapshotInvalid) as error:
+                log.warning("snapshots: %s cannot be marked: %s", snapshot.id, error)
+
     async def _sync(self, noted: Noted) -> None:
         dated = noted.created_at
         async with self._syncing:  # one at a time: llama-server's next save wants the disk too
             if noted.id not in self._shelf.snapshots:
                 return
+            snapshot = self._shelf.snapshots[noted.id]
+            noted = replace(noted, kind=snapshot.kind, is_pinned=snapshot.is_pinned)  # marked meanwhile
             dated = self._shelf.standings[noted.id].last_used
             try:
                 await asyncio.to_thread(sidecar.make_durable, self._directory, noted, dated)

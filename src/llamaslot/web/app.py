@@ -8,6 +8,7 @@ import gc
 import logging
 import signal
 from collections.abc import AsyncIterator
+from typing import Any
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -17,8 +18,9 @@ from llamaslot.config import Config
 from llamaslot.core.policy import Rules
 from llamaslot.engine.backend import Backend, Health
 from llamaslot.engine.scheduler import QueueLimits
-from llamaslot.errors import BadRequest, ClientGone, Forbidden, LlamaslotError
+from llamaslot.errors import BadRequest, ClientGone, ConfigError, Forbidden, LlamaslotError
 from llamaslot.llama.api import LlamaServer
+from llamaslot.llama.chat_file import read_chat_file
 from llamaslot.llama.process import ManagedServer
 from llamaslot.llama.routes import Route, classify
 from llamaslot.observe.metrics import Metrics
@@ -115,7 +117,16 @@ def make_backend(config: Config, url: str) -> Backend:
         idle_save_s=config.store.idle_save_s,
         slot_save_path=settings.slot_save_path,
         quota_bytes=config.store.quota,
+        prewarm=_chat_bodies(config),
     )
+
+
+def _chat_bodies(config: Config) -> list[tuple[str, dict[str, Any]]]:
+    """What ``prewarm`` names. Raises ConfigError when a file, readable a moment ago, is not any more."""
+    try:
+        return [(path.name, read_chat_file(path)) for path in config.prewarm]
+    except ValueError as error:
+        raise ConfigError("prewarm", [str(error)]) from error
 
 
 async def serve(config: Config) -> None:
