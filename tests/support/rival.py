@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.jobs import team_of
+from tests.support.jobs import take_turns, team_of
 from tests.support.stack import Stack
 from tests.support.users import Tally, tally
 from tests.support.waiting import Stopwatch
@@ -62,6 +62,13 @@ async def run(stack: Stack, *, n_users: int, n_context: int, n_turns: int, at_a_
         turns = await team.run(n_turns, at_a_time=at_a_time)
         makespan_s, undisturbed_s = watch.stop()
         return Run(makespan_s, undisturbed_s, tally(turns, await meter.total()))
+
+
+async def take_turns_alone(model: Path, directory: Path, *, cache_mib: int = 8192, seed: int = 1) -> Tally:
+    """The workload on llama-server alone, with so large a RAM cache."""
+    flags = ("--cache-ram", str(cache_mib))
+    async with Stack(model, directory, alone=True, extra=flags) as stack:
+        return await take_turns(stack, seed=seed)
 
 
 async def compare_makespans(
