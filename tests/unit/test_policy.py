@@ -5,6 +5,8 @@ Costs in these tests: a millisecond per token computed, 10 ms to restore, unless
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -382,6 +384,25 @@ def test_stops_ascend_between_what_is_there_and_the_end(n: int, n_reused: int, b
     assert stops == sorted(set(stops))
     assert all(n_reused < stop < n for stop in stops)
     assert not stops or stops[-1] == n - 1
+
+
+def test_what_everybody_begins_with_makes_no_match() -> None:
+    """10,000 tokens of system prompt are most of what the slot holds, and still it is somebody else's: saved first."""
+    other = hot(0, 11_000, shared=10_000, is_other=True)
+    plan = plan_of(place(job(12_000), view(other), RULES))
+    assert (plan.n_reused, plan.steps[0]) == (10_000, Save(0))
+    assert (
+        plan_of(
+            place(job(12_000), view(other, free(1), snapshots=(SnapshotView("trunk", 10_000, 0.1),)), RULES)
+        ).slot
+        == 1
+    )
+
+
+def test_a_busy_slot_that_only_begins_alike_is_not_waited_for() -> None:
+    """What it will hold is somebody else's."""
+    begins_alike = replace(busy(1, 11_000, shared=10_000, wait_s=0.5), is_other=True)
+    assert plan_of(place(job(12_000), view(free(0), begins_alike), RULES)).slot == 0
 
 
 # -- trunks --------------------------------------------------------------------------------------------------------

@@ -106,6 +106,15 @@ def test_what_goes_on_from_a_restored_trunk_is_not_the_trunk(house: House) -> No
     assert len(trunks(house)) == 1
 
 
+def test_a_long_system_prompt_does_not_make_two_conversations_one(house: House) -> None:
+    """It is nine tenths of what both hold: each keeps its slot."""
+    contents = [opening(user, 120) for user in (1, 2)]
+    for job in contents:
+        house.loop.run(house.ask(job))
+    held = {slot.content.tokens for slot in pool_of(house).slots}
+    assert held >= {job.tokens for job in contents}
+
+
 def test_a_trunk_that_cannot_be_saved_costs_nobody_his_answer(house: House) -> None:
     """The next conversation tries again."""
     house.server.pace = lambda op: None if op.kind == "save" else 0.01

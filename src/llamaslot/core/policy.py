@@ -35,8 +35,9 @@ class SlotView:
     """A slot as one job sees it.
 
     ``n_shared``: tokens in common; ``n_usable``: of those, what need not be computed; ``n_tokens``: what it holds (for
-    a leased slot: what it will hold). ``save_s``: what saving it costs, 0 when that is not worth it or not needed.
-    ``regret_s``: what its loss costs the one who comes back for it. ``wait_s``: until it is idle.
+    a leased slot: what it will hold). ``is_other``: another conversation, which only begins as several do. ``save_s``:
+    what saving it costs, 0 when that is not worth it or not needed. ``regret_s``: what its loss costs the one who comes
+    back for it. ``wait_s``: until it is idle.
     """
 
     id: int
@@ -49,6 +50,7 @@ class SlotView:
     regret_s: float = 0.0
     wait_s: float = 0.0
     used_at: float = 0.0
+    is_other: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +154,9 @@ def _place(choice: _Choice, job: Job, view: PoolView) -> Place:
 
 
 def is_similar(slot: SlotView, rules: Rules) -> bool:
-    """Whether so much of what the slot holds survives that taking it is no loss."""
-    return slot.n_tokens > 0 and slot.n_shared >= rules.similarity_min * slot.n_tokens
+    """Whether so much of what the slot holds survives that taking it is no loss: never of another conversation, however
+    long the system prompt is that both begin with."""
+    return not slot.is_other and slot.n_tokens > 0 and slot.n_shared >= rules.similarity_min * slot.n_tokens
 
 
 def weight(idle_s: float) -> float:

@@ -92,20 +92,30 @@ class Offers:
         hits = (hit for hit in self._candidates(tokens, N_COVERING) if hit.holder not in to_come)
         return max((self._usable(hit, count(tokens) + 1) for hit in hits), default=0)
 
-    def trunks(
-        self,
-        job: Job,
-        residents: Iterable[tuple[int, Callable[[], bytes]]],
-        found: Iterable[Shared[str]],
-    ) -> tuple[int, ...]:
-        """Where in its prompt ``job`` should make a trunk: at the end of the system part, if that is known, and where
-        two other conversations part from it. ``residents``: as ``trunks.branch`` wants them."""
-        if job.is_fresh or job.n_tokens <= trunks.MIN_TOKENS:
-            return ()
+    def branch(
+        self, residents: Iterable[tuple[int, Callable[[], bytes]]], found: Iterable[Shared[str]]
+    ) -> int:
+        """Where two other conversations part from a prompt. ``residents``: as ``trunks.branch`` wants them."""
         on_disk = ((hit.n_shared, partial(self._index.tokens, hit.holder)) for hit in found)
-        at = trunks.branch([*residents, *on_disk])
-        ends = {job.n_system} if abs(at - job.n_system) <= trunks.NEAR_TOKENS else {at, job.n_system}
+        return trunks.branch([*residents, *on_disk])
+
+    def trunks(self, job: Job, branch: int) -> tuple[int, ...]:
+        """Where in its prompt ``job`` should make a trunk: at the end of the system part, if that is known, and where
+        two other conversations part from it."""
+        if job.is_fresh:
+            return ()
+        ends = {job.n_system} if abs(branch - job.n_system) <= trunks.NEAR_TOKENS else {branch, job.n_system}
         return tuple(sorted(end for end in ends if self._is_worth_trunk(job, end)))
+
+    def trunk(self, found: Iterable[Shared[str]]) -> int:
+        """The longest trunk that a prompt begins with, there or still to come, in tokens."""
+        whole = (hit for hit in found if hit.n_shared == hit.n_tokens)
+        return max((hit.n_tokens for hit in whole if self._is_trunk(hit.holder)), default=0)
+
+    def _is_trunk(self, holder: str) -> bool:
+        if (leaving := self._passing.get(holder)) is not None:
+            return leaving.slot is not None
+        return self._known[holder].kind is Kind.TRUNK
 
     def _is_worth_trunk(self, job: Job, at: int) -> bool:
         """Whether no snapshot ends there, or will, and computing so much again costs more than saving and restoring it.

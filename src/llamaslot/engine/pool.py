@@ -87,13 +87,16 @@ class Pool:
         shared = {hit.holder: hit.n_shared for hit in self._residents.match(job.tokens)} if job.tokens else {}
         found = self._offers.found(job) if self.can_save else []
         residents = [(n, partial(self._residents.tokens, slot)) for slot, n in shared.items()]
+        branch = self._offers.branch(residents, found)
+        n_alike = max(branch, job.n_system, self._offers.trunk(found))
+        slots = [self._slot_view(slot, shared.get(slot.id, 0), job, now) for slot in self.slots]
         return PoolView(
-            slots=tuple(self._slot_view(slot, shared.get(slot.id, 0), job, now) for slot in self.slots),
+            slots=tuple(replace(slot, is_other=True) if _is_other(slot, n_alike) else slot for slot in slots),
             snapshots=tuple(self._offers.views(found, job.n_tokens, now)),
             prefill_s=self.rates.prefill.seconds,
             reserved=reserved,
             can_erase=self.can_erase,
-            trunks=self._offers.trunks(job, residents, found) if self.can_save else (),
+            trunks=self._offers.trunks(job, branch) if self.can_save else (),
             is_rewindable=self.recall.is_rewindable,
         )
 
@@ -364,6 +367,12 @@ class Pool:
             assert not (is_trunk and slot.content.is_dirty), f"no conversation is that of a trunk: {slot}"
         self.library.check()
         self._passing.check()
+
+
+def _is_other(slot: SlotView, n_alike: int) -> bool:
+    """Whether it is another conversation, of which several begin with the same ``n_alike`` tokens."""
+    only_begins_alike = slot.n_shared <= n_alike + NEAR_TOKENS
+    return n_alike > 0 and only_begins_alike and slot.n_tokens > slot.n_shared + NEAR_TOKENS
 
 
 def supersedes(new: WithTokens, old: WithTokens, similarity_min: float) -> bool:
