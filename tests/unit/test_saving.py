@@ -20,11 +20,6 @@ def test_what_costs_less_to_compute_than_to_save_is_not_saved() -> None:
     assert not is_worth(Unsaved(lacking_s=0.9, save_s=1.0))
 
 
-def test_what_would_push_out_something_better_is_not_saved() -> None:
-    """Its gain is below 0, whatever it would cost to compute it again."""
-    assert not is_worth(Unsaved(lacking_s=100.0, save_s=1.0, gain=-0.1))
-
-
 SECONDS = {"save": 2.0, "restore": 2.0, "answer": 0.5}
 
 
