@@ -558,6 +558,46 @@ async def test_tools_that_stand_before_the_last_user_message_give_two_boundaries
     assert now.endswith("three<|im_end|>\n<|im_start|>")
 
 
+async def test_the_end_of_the_system_part_is_asked_for_once() -> None:
+    """Whatever the conversation: the next one with the same system part and tools costs no further question."""
+    server = Server()
+    prompts = Prompts(server)
+    ends = []
+    for question in ("why?", "x-rays?", "xenon?"):
+        body = {
+            **turns(question, "so", "and?", system="Be kind."),
+            "tools": ["hammer"],
+            "temperature": len(ends),
+        }
+        prompt = await prompts.chat(body)
+        n_asked = len(server.bodies)
+        ends.append(await prompts.system_end(body, prompt))
+        text = str(prompt.text)
+        assert count(server.tokens(text[: text.index(question)])) == ends[-1]
+        assert len(server.bodies) == n_asked + (len(ends) == 1)
+
+
+async def test_other_tools_are_another_system_part() -> None:
+    """Its end lies elsewhere."""
+    server = Server()
+    prompts = Prompts(server)
+    ends = set()
+    for tools in (["hammer"], ["hammer", "a much longer tongs"]):
+        body = {**turns("why?", system="Be kind."), "tools": tools}
+        ends.add(await prompts.system_end(body, await prompts.chat(body)))
+    assert len(ends) == 2
+
+
+async def test_without_a_system_part_nothing_is_asked() -> None:
+    """The role of the first message is all that such prompts have in common."""
+    server = Server()
+    prompts = Prompts(server)
+    prompt = await prompts.chat(turns("why?"))
+    n_asked = len(server.bodies)
+    assert await prompts.system_end(turns("why?"), prompt) == 0
+    assert len(server.bodies) == n_asked
+
+
 async def text_of_opening(body: dict[str, Any], server: Server | None = None) -> str:
     server = server or Server()
     prompt, n_tokens = await Prompts(server).opening(body)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from llamaslot.bench.virtual import VirtualLoop
+from llamaslot.core.reuse import Memory
 from llamaslot.core.slots import Job, State
 from llamaslot.engine.lease import Lease
 from tests.support.cancelled import CancelledAt
@@ -46,7 +47,8 @@ async def prepares(house: House, cut: Cut) -> None:
 
 
 async def keeps_a_trunk(house: House, cut: Cut) -> None:
-    """Computes what others will begin with, saves it, and computes the rest."""
+    """Computes what others will begin with, saves it, and computes the rest: on a model that cannot go back."""
+    house.scheduler.pool.memory = Memory.RECURRENT  # type: ignore[union-attr]
     with await house.scheduler.lease(Job("a", tokens_of(1, 900), n_system=500)) as lease:
         names = [type(step).__name__ for step in lease.plan.steps]  # type: ignore[union-attr]
         assert names[-3:] == ["PrefillTo", "Keep", "PrefillTo"]

@@ -220,6 +220,30 @@ def test_it_is_no_reason_to_take_or_keep_a_hot_slot(dense: House) -> None:
     assert all(content in after for content in before)
 
 
+def test_the_second_conversation_leaves_the_first_one_its_slot(dense: House) -> None:
+    """And its snapshot, where nine tenths are common and nobody has made a trunk yet."""
+    contents = [opening(user, 120) for user in (1, 2)]
+    dense.loop.run(dense.ask(contents[0]))
+    dense.loop.run(dense.writeback.save_all())
+    dense.loop.run(dense.ask(contents[1]))
+    dense.loop.run(dense.writeback.save_all())
+    held = {slot.content.tokens for slot in pool_of(dense).slots}
+    assert held >= {job.tokens for job in contents}
+    assert {dense.server.files[one.file_name] for one in dense.catalog.snapshots.values()} >= {
+        contents[0].tokens
+    }
+
+
+def test_a_slot_that_is_taken_for_another_conversation_is_none_of_the_old_one() -> None:
+    """With a single slot: what the first has on disk is not superseded by the second, which is longer."""
+    house = house_of(Memory.DENSE, n_slots=1)
+    for user, n_own in ((1, 120), (2, 300)):
+        house.loop.run(house.ask(opening(user, n_own)))
+        house.loop.run(house.writeback.save_all())
+    assert sorted(one.n_tokens for one in house.catalog.snapshots.values()) == [N + 120, N + 300]
+    house.close()
+
+
 def test_small_ones_are_not_worth_it(dense: House) -> None:
     """A hundred tokens are computed again."""
     for user in (1, 2, 3, 4):

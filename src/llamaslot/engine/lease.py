@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from llamaslot.core.slots import NOTHING, Content, Event, Job, Plan, Slot, State
 from llamaslot.core.tokens import common
+from llamaslot.core.trunks import NEAR_TOKENS
 from llamaslot.errors import BackendRestarted
 
 if TYPE_CHECKING:
@@ -116,7 +117,10 @@ class Lease:
         if self.content is not None:
             n = common(self.content.tokens, self.job.tokens)
             if n < self.content.n_tokens:
-                self.content = replace(self.content.head(n), is_dirty=True)
+                # What only begins alike is another conversation: its snapshot is none of this one.
+                is_other = n <= self.job.n_system + NEAR_TOKENS < self.content.n_tokens
+                snapshot = None if is_other else self.content.snapshot
+                self.content = replace(self.content.head(n), is_dirty=True, snapshot=snapshot)
 
     def sent(self) -> None:
         """The job's own request is being sent."""

@@ -100,11 +100,16 @@ class Offers:
         return trunks.branch([*residents, *on_disk])
 
     def trunks(self, job: Job, branch: int) -> tuple[int, ...]:
-        """Where in its prompt ``job`` should make a trunk: at the end of the system part, if that is known, and where
-        two other conversations part from it."""
+        """Where in its prompt ``job`` should make a trunk: where two other conversations part from it, and at the end
+        of the system part, if that is known: at first sight on models that cannot cut another snapshot to it."""
         if job.is_fresh:
             return ()
-        ends = {job.n_system} if abs(branch - job.n_system) <= trunks.NEAR_TOKENS else {branch, job.n_system}
+        if abs(branch - job.n_system) <= trunks.NEAR_TOKENS:
+            ends = {job.n_system}
+        elif self._recall.is_rewindable and not job.is_pinned:
+            ends = {branch}
+        else:
+            ends = {branch, job.n_system}
         return tuple(sorted(end for end in ends if self._is_worth_trunk(job, end)))
 
     def trunk(self, found: Iterable[Shared[str]]) -> int:

@@ -57,8 +57,8 @@ class Prefills:
     async def _prefill_to(self, lease: Lease, n_tokens: int, report: Report) -> int:
         """One prefill; the number of tokens that it found in the slot."""
         tokens = head(lease.job.tokens, n_tokens)
-        before = lease.content or NOTHING
         lease.working()
+        before = lease.content or NOTHING
         last: tuple[int, float] | None = None
         n_reused = 0
         try:

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
-from llamaslot.core.tokens import WIDTH, common, count, pack
+import orjson
+
+from llamaslot.core.tokens import WIDTH, common, count, head, pack
 from llamaslot.errors import BadRequest, LlamaslotError, UpstreamError
 from llamaslot.llama.pieces import Known, Pieces, spaced
 from llamaslot.llama.specials import Mark, Specials, together
@@ -21,6 +23,16 @@ _BAD_PROMPT = (
     "or a list of mixed strings and tokens"
 )
 
+#: What of a body, apart from its messages, templates show. Another field that one shows makes a prompt part earlier.
+_SHOWN = (
+    "tools",
+    "tool_choice",
+    "response_format",
+    "json_schema",
+    "chat_template_kwargs",
+    "reasoning_effort",
+)
+_N_SYSTEMS = 64  # of 60 kB each, as a rule
 _HEADER_TOKENS = (
     16  # what a template puts in front of an answer: a role, perhaps the beginning of its reasoning
 )
@@ -94,6 +106,7 @@ class _Model:
         self.specials = Specials(server)
         self.pieces = Pieces(cache_bytes)
         self.proved: set[int] = set()  # ids of special tokens that were tried out as a cut
+        self.systems: dict[bytes, bytes] = {}  # tokens of system parts, by what they are made from
         self.is_whole = is_whole  # a cut has given wrong tokens: no more cuts
 
     def split(self, text: str) -> _Split:
@@ -277,6 +290,25 @@ class Prompts:
             del found[2]
         stops = tuple(sorted({n for n in found if 0 < n < prompt.n_tokens}))
         return Boundaries(found[0] if found and found[0] in stops else 0, stops)
+
+    async def system_end(self, body: Mapping[str, Any], prompt: Prompt) -> int:
+        """The end of system part and tools in the prompt of a chat body, in tokens; 0 when it has neither.
+
+        What begins as an earlier body did costs no question: the tokens of the last few are remembered.
+        """
+        messages = body.get("messages")
+        variants = _variants(body) if isinstance(messages, list) else []
+        if not variants or not (len(variants[0]["messages"]) > 1 or body.get("tools")):
+            return 0
+        shown = {name: body[name] for name in _SHOWN if name in body}
+        key = orjson.dumps([variants[0]["messages"][:-1], shown], option=orjson.OPT_SORT_KEYS)
+        systems = self._model.systems
+        if (tokens := systems.pop(key, None)) is None:
+            tokens = head(prompt.tokens, await self._shared(variants[0], prompt))
+        systems[key] = tokens  # the last one used last
+        if len(systems) > _N_SYSTEMS:
+            del systems[next(iter(systems))]
+        return common(tokens, prompt.tokens)
 
     async def opening(self, body: Mapping[str, Any]) -> tuple[Prompt, int]:
         """A prompt that begins as all conversations with this system part and these tools do, and for how many tokens.

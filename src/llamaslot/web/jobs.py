@@ -66,8 +66,11 @@ async def wanted(id_: str, body: Mapping[str, Any], kind: Format, backend: Backe
             raise PromptTooLong(prompt.n_tokens, pool.n_ctx)
     n = _n_answers(body)
     n_system, boundaries = 0, tuple[int, ...]()
-    if kind == "chat" and prompts and pool.memory is not Memory.DENSE:
-        n_system, boundaries = await backend.prompts.boundaries(body, prompts[0])
+    if kind == "chat" and prompts:
+        if pool.memory is Memory.DENSE:
+            n_system = await backend.prompts.system_end(body, prompts[0])
+        else:
+            n_system, boundaries = await backend.prompts.boundaries(body, prompts[0])
     job = Job(
         id=id_,
         tokens=prompts[0].tokens if prompts else b"",
