@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from llamaslot.bench.virtual import VirtualLoop
+from llamaslot.core.reuse import Memory
 from llamaslot.core.saving import Unsaved, is_worth
 from llamaslot.core.slots import Content, Event, Job
 from tests.support.house import House, tokens_of
@@ -118,3 +119,33 @@ def test_a_long_answer_is_worth_its_save(house: House) -> None:
         content = Content(slot.content.tokens, False, True, (), slot.content.snapshot, n_more)
         pool.give_back(slot, Event.KEEP, content, house.loop.time())
         assert pool.is_worth_saving(slot) is is_worth_it
+
+
+def test_a_slot_goes_back_to_the_end_of_its_prompt_where_files_keep_no_checkpoints(house: House) -> None:
+    """The answer comes back tokenized anew, and an exact end is all that a recurrent model could go on from."""
+    assert house.scheduler.pool is not None
+    recall = house.scheduler.pool.recall
+    recall.memory, recall.keeps_checkpoints = Memory.RECURRENT, False
+    for i in range(3):
+        house.start(house.ask(Job(f"first {i}", tokens_of(10_000 * i, 400)), tokens_of(5000, 20)), "first")
+    house.finish()
+    house.start(house.writeback.save_all(), "writeback")
+    house.finish()
+    saved = sorted(snapshot.tokens for snapshot in house.catalog.snapshots.values())
+    assert saved == sorted(tokens_of(10_000 * i, 400) for i in range(3))
+    assert all(slot.content.is_exact for slot in house.scheduler.pool.slots)
+    house.check_nothing_is_left()
+
+
+def test_it_does_not_where_they_keep_them(house: House) -> None:
+    """There the answer is in the file, for whoever sends it back as it was."""
+    assert house.scheduler.pool is not None
+    recall = house.scheduler.pool.recall
+    recall.memory, recall.keeps_checkpoints = Memory.RECURRENT, True
+    house.start(house.ask(Job("first", tokens_of(0, 400)), tokens_of(5000, 20)), "first")
+    house.finish()
+    house.start(house.writeback.save_all(), "writeback")
+    house.finish()
+    [snapshot] = house.catalog.snapshots.values()
+    assert snapshot.tokens == tokens_of(0, 400) + tokens_of(5000, 20)
+    house.check_nothing_is_left()
