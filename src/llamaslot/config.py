@@ -208,6 +208,8 @@ def default_meta_dir() -> Path:
 
 class StoreConfig(Section):
     quota: Size = 20 * GIB
+    max_files: Annotated[Count, Field(gt=0)] = 10_000
+    min_free: Size = 1 * GIB
     meta_dir: FilePath = Field(default_factory=default_meta_dir)
     idle_save_s: Seconds = 2.0
 

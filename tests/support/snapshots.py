@@ -44,6 +44,7 @@ class Shelter:
 
     def __init__(self, directory: Path, quota_bytes: int = 10_000) -> None:
         self.directory, self.quota_bytes = directory, quota_bytes
+        self.max_files, self.min_free_bytes = 10_000, 0
         self.register = directory.with_name(directory.name + ".sidecars")
         self.time = 1_000_000.0
         self.dropped: list[str] = []
@@ -54,6 +55,8 @@ class Shelter:
         return Catalog(
             self.directory,
             self.quota_bytes,
+            max_files=self.max_files,
+            min_free_bytes=self.min_free_bytes,
             now=self.tick,
             on_drop=self._on_drop,
             register=self.register,

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import random
+import tempfile
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llamaslot.store import Draft, QuotaExceeded
 from tests.support.snapshots import Shelter, opened, refuse, some_tokens
@@ -260,3 +265,163 @@ async def test_all_at_once(shelter: Shelter) -> None:
     assert len(shelter.dropped) == len(set(shelter.dropped))
     assert await shelter.settled() == shelter.whole()
     assert shelter.catalog.size_bytes == shelter.bytes_on_disk()
+
+
+# -- files, and what others leave ----------------------------------------------------------------------------------
+
+
+async def limited(directory: Path, *, max_files: int = 10_000, min_free_bytes: int = 0) -> Shelter:
+    shelter = Shelter(directory)
+    shelter.max_files, shelter.min_free_bytes = max_files, min_free_bytes
+    await shelter.reopen()
+    return shelter
+
+
+async def closed(shelter: Shelter) -> None:
+    await shelter.catalog.settle()
+    shelter.catalog.check()
+    shelter.catalog.close()
+
+
+class FileSystem:
+    """One of ``size_bytes`` as ``os.statvfs`` tells it, on which besides our files others have ``others_bytes``."""
+
+    def __init__(self, shelter: Shelter, size_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shelter, self.size_bytes, self.others_bytes = shelter, size_bytes, 0
+        monkeypatch.setattr(os, "statvfs", self.statvfs)
+
+    @property
+    def free_bytes(self) -> int:
+        return self.size_bytes - self.others_bytes - self.shelter.bytes_on_disk()
+
+    def statvfs(self, path: object) -> Any:
+        return SimpleNamespace(f_bavail=self.free_bytes, f_frsize=1)
+
+
+async def test_as_many_files_as_there_may_be(tmp_path: Path) -> None:
+    """Small snapshots that fill no disk still fill a directory: the least valuable goes, and drafts count."""
+    shelter = await limited(tmp_path, max_files=3)
+    a, *_ = [await shelter.save(some_tokens(40, seed), 100) for seed in range(3)]
+    draft = await shelter.catalog.reserve(100)
+    assert shelter.dropped == [a.id]
+    assert sum(name.endswith(".kv") for name in shelter.names()) == 2
+    with shelter.catalog.pin(next(iter(shelter.catalog.snapshots))):
+        await shelter.catalog.reserve(100)
+        with pytest.raises(QuotaExceeded, match=r"no room for another file: store\.max_files is 3"):
+            await shelter.catalog.reserve(100)
+    await shelter.catalog.abandon(draft)
+    await closed(shelter)
+
+
+async def test_fewer_files_at_the_next_start(tmp_path: Path) -> None:
+    """A smaller number in the configuration is kept from the opening on."""
+    shelter = await limited(tmp_path)
+    saved = [await shelter.save(some_tokens(40, seed), 100) for seed in range(5)]
+    shelter.max_files = 2
+    await shelter.reopen()
+    assert set(shelter.catalog.snapshots) == {saved[3].id, saved[4].id}
+    await closed(shelter)
+
+
+async def test_free_space_is_left_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quota has room, the file system has not: our own go, until after the write there is as much as there must."""
+    shelter = await limited(tmp_path, min_free_bytes=2_000)
+    disk = FileSystem(shelter, 9_000, monkeypatch)
+    saved = [await shelter.save(some_tokens(40, seed), 2_000) for seed in range(3)]
+    disk.others_bytes = 500
+    draft = await shelter.catalog.reserve(1_500)
+    assert shelter.dropped == [saved[0].id]
+    assert disk.free_bytes - draft.size_bytes >= 2_000
+    await closed(shelter)
+
+
+async def test_drafts_are_not_promised_the_same_free_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not written yet is not free any more."""
+    shelter = await limited(tmp_path, min_free_bytes=2_000)
+    FileSystem(shelter, 5_000, monkeypatch)
+    await shelter.catalog.reserve(2_000)
+    with pytest.raises(QuotaExceeded):
+        await shelter.catalog.reserve(2_000)
+    await closed(shelter)
+
+
+async def test_a_disk_that_others_have_filled_takes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When even without ours there would be too little, none of ours goes, and the reason is said."""
+    shelter = await limited(tmp_path, min_free_bytes=2_000)
+    disk = FileSystem(shelter, 9_000, monkeypatch)
+    await shelter.save(TOKENS, 1_000)
+    disk.others_bytes = 6_500
+    said = r"no room for 1\.0 KiB: 1\.5 KiB are free on the file system of .*, of which store\.min_free leaves 2\.0 KiB"
+    with pytest.raises(QuotaExceeded, match=said):
+        await shelter.catalog.reserve(1_024)
+    assert not shelter.dropped
+    await closed(shelter)
+
+
+async def test_too_little_free_at_the_start_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others have filled the disk meanwhile: what is worth least goes at once."""
+    shelter = await limited(tmp_path, min_free_bytes=2_000)
+    disk = FileSystem(shelter, 9_000, monkeypatch)
+    saved = [await shelter.save(some_tokens(40, seed), 1_000) for seed in range(3)]
+    disk.others_bytes = 5_500
+    await shelter.reopen()
+    assert set(shelter.catalog.snapshots) == {each.id for each in saved[2:]}
+    assert disk.free_bytes >= 2_000
+    await closed(shelter)
+
+
+async def test_a_file_system_that_does_not_tell_is_no_reason_not_to_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the quota alone counts, and the write itself says what is wrong."""
+    shelter = await limited(tmp_path, min_free_bytes=2_000)
+    refuse(monkeypatch, "statvfs", errno.ENOSYS, lambda path: True)
+    await shelter.save(TOKENS, 1_000)
+    await closed(shelter)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**9))
+def test_no_limit_is_ever_broken(seed: int) -> None:
+    """Savers at once, others who fill and empty the disk, pins, random sizes: bytes, files and free space hold at each
+    write, and what is pinned for good stays."""
+    rng = random.Random(seed)
+
+    async def saver(shelter: Shelter, disk: FileSystem, number: int) -> None:
+        for turn in range(8):
+            for _ in range(rng.randrange(5)):
+                await asyncio.sleep(0)
+            if rng.random() < 0.3 and (ids := list(shelter.catalog.snapshots)):
+                shelter.catalog.touch(rng.choice(ids))
+            size = rng.randrange(300, 3_000)
+            try:
+                draft = await shelter.catalog.reserve(size)
+            except QuotaExceeded:
+                continue
+            tokens = some_tokens(10, 100 * number + turn)
+            n_written = shelter.write(draft, tokens)
+            n_files = sum(name.endswith((".kv", ".part")) for name in shelter.names())
+            assert shelter.bytes_on_disk() <= shelter.quota_bytes
+            assert n_files <= shelter.max_files
+            assert disk.free_bytes >= shelter.min_free_bytes
+            shelter.catalog.check()
+            await shelter.commit(draft, tokens, n_written)
+
+    async def play(patch: pytest.MonkeyPatch) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            shelter = await limited(Path(directory), max_files=6, min_free_bytes=1_000)
+            disk = FileSystem(shelter, 12_000, patch)
+            pinned = await shelter.save(some_tokens(10, 999), 700, is_pinned=True)
+            disk.others_bytes = rng.randrange(0, 10_000)
+            await asyncio.gather(*(saver(shelter, disk, number) for number in range(3)))
+            assert pinned.id in shelter.catalog.snapshots
+            await closed(shelter)
+
+    with pytest.MonkeyPatch.context() as patch:
+        asyncio.run(play(patch))

@@ -88,6 +88,7 @@ def test_only_a_backend_is_needed(load: Load) -> None:
         64 * 1024**2,
     )
     assert (config.store.quota, config.store.idle_save_s) == (20 * 1024**3, 2.0)
+    assert (config.store.max_files, config.store.min_free) == (10_000, 1024**3)
     assert (config.routing.similarity_min, config.routing.small_prompt_tokens) == (0.85, 1024)
     assert config.prefill.own_above_s == 1.0
     assert (config.queue.max_waiting, config.queue.max_wait_s) == (256, 600.0)
@@ -264,6 +265,11 @@ def test_the_message_is_a_list(load: Load, tmp_path: Path) -> None:
         (BACKEND + "listen: {max_body: 0}", "listen.max_body: should be greater than 0; not 0"),
         (BACKEND + "listen: {max_body: 5 MB/s}", "listen.max_body: should be a size such as 64MiB"),
         (BACKEND + "store: {quota: -5}", "store.quota: should be at least 0; not -5"),
+        (BACKEND + "store: {max_files: 0}", "store.max_files: should be greater than 0; not 0"),
+        (
+            BACKEND + "store: {min_free: plenty}",
+            "store.min_free: should be a size such as 64MiB or 200GiB, or a number of bytes; not 'plenty'",
+        ),
         (BACKEND + "store: {meta_dir: ''}", "store.meta_dir: should be a path, and is empty"),
         (
             BACKEND + "store: {meta_dir: ~nobody-at-all/x}",

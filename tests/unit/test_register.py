@@ -72,7 +72,8 @@ async def test_ten_thousand_snapshots_are_not_opened(tmp_path: Path) -> None:
     """They are listed and looked at, and the directory is opened."""
     shelter = Shelter(tmp_path / "kv", 1 << 30)
     shelter.directory.mkdir()
-    await shelter.open()
+    shelter.max_files = 10_001
+    await shelter.reopen()
     one = await shelter.save(some_tokens(4), 100)
     await shelter.catalog.settle()
     listed = {one.id: one.listed}

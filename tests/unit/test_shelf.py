@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from llamaslot.core.slots import Kind
 from llamaslot.core.value import ByUse, ByValue, Habit
 from llamaslot.store import Prospect, Snapshot
+from llamaslot.store.room import Short
 from llamaslot.store.shelf import Shelf
 
 OURS, OTHERS = "model-a", "model-b"
@@ -43,19 +44,19 @@ def test_what_another_model_made_goes_first() -> None:
     """However worthless what can be used may be; and before it is known which model it is, nobody is another's."""
     shelf = shelf_of(snapshot("dead"), snapshot("other", fingerprint=OTHERS), snapshot("live"))
     shelf.branch("dead", 20.0)
-    assert ids(shelf.victims(2_500, (), 30.0)) == ["other", "dead", "live"]
+    assert ids(shelf.victims(2_500, 0, (), 30.0)) == ["other", "dead", "live"]
     shelf.fingerprint = None
-    assert ids(shelf.victims(1, (), 30.0)) == ["dead"]
+    assert ids(shelf.victims(1, 0, (), 30.0)) == ["dead"]
 
 
 def test_what_was_left_behind_goes_until_somebody_comes_back() -> None:
     """A hit says that it was not dead after all."""
     shelf = shelf_of(snapshot("old"), snapshot("edited"))
     shelf.branch("edited", 20.0)
-    assert ids(shelf.victims(1, (), 30.0)) == ["edited"]
+    assert ids(shelf.victims(1, 0, (), 30.0)) == ["edited"]
     shelf.hit("edited", 40.0)
     assert shelf.standings["edited"].habit is Habit.RETURNING
-    assert ids(shelf.victims(1, (), 50.0)) == ["old"]
+    assert ids(shelf.victims(1, 0, (), 50.0)) == ["old"]
 
 
 def test_one_that_goes_further_is_as_likely_to_be_asked_for() -> None:
@@ -65,24 +66,24 @@ def test_one_that_goes_further_is_as_likely_to_be_asked_for() -> None:
     shelf.add(snapshot("second"), 16.0)
     shelf.inherit("second", "first", 16.0)
     shelf.take("first", 16.0)
-    assert ids(shelf.victims(1, (), 600.0)) == ["other"]
+    assert ids(shelf.victims(1, 0, (), 600.0)) == ["other"]
     assert shelf.standings["second"].n_hits == 1
 
 
 def test_nobody_goes_who_is_not_needed() -> None:
     """When the last victim is so large that an earlier one can stay, it stays."""
     shelf = shelf_of(snapshot("small", 100), snapshot("large", 5_000), order=ByUse())
-    assert ids(shelf.victims(4_000, (), 30.0)) == ["large"]
-    assert ids(shelf.victims(5_050, (), 30.0)) == ["small", "large"]
-    assert shelf.victims(0, (), 30.0) == []
+    assert ids(shelf.victims(4_000, 0, (), 30.0)) == ["large"]
+    assert ids(shelf.victims(5_050, 0, (), 30.0)) == ["small", "large"]
+    assert shelf.victims(0, 0, (), 30.0) == []
 
 
 def test_room_for_files_too() -> None:
     """As many go as there are files too many, though their bytes would fit."""
     shelf = shelf_of(*(snapshot(str(i)) for i in range(5)), order=ByUse())
-    assert ids(shelf.victims(0, (), 60.0, n_short=2)) == ["0", "1"]
-    assert ids(shelf.victims(2_500, (), 60.0, n_short=1)) == ["0", "1", "2"]
-    assert ids(shelf.victims(-9_000, (), 60.0, n_short=1)) == ["0"]
+    assert ids(shelf.victims(0, 2, (), 60.0)) == ["0", "1"]
+    assert ids(shelf.victims(2_500, 1, (), 60.0)) == ["0", "1", "2"]
+    assert ids(shelf.victims(-9_000, 1, (), 60.0)) == ["0"]
 
 
 def test_held_ones_stay() -> None:
@@ -91,9 +92,9 @@ def test_held_ones_stay() -> None:
     useless = snapshot("useless", is_pinned=True, fingerprint=OTHERS)
     shelf = shelf_of(snapshot("source"), snapshot("kept"), pinned, useless, snapshot("free"))
     shelf.pin("source")
-    assert sorted(ids(shelf.victims(10**9, {"kept"}, 60.0))) == ["free", "useless"]
+    assert sorted(ids(shelf.victims(10**9, 0, {"kept"}, 60.0))) == ["free", "useless"]
     shelf.unpin("source")
-    assert sorted(ids(shelf.victims(10**9, {"kept"}, 60.0))) == ["free", "source", "useless"]
+    assert sorted(ids(shelf.victims(10**9, 0, {"kept"}, 60.0))) == ["free", "source", "useless"]
 
 
 @settings(deadline=None)
@@ -122,7 +123,7 @@ def test_the_order_is_that_of_a_plain_sort(seed: int, n: int) -> None:
         shelf.check()
     now += rng.expovariate(1 / 1_000)
     shelf.tend(now)
-    everybody = shelf.victims(10**12, (), now)
+    everybody = shelf.victims(10**12, 0, (), now)
     ranks = [(each.fingerprint == OURS, order.rank(shelf.standings[each.id], now)) for each in everybody]
     assert len(everybody) == len(shelf.snapshots)
     assert ranks == sorted(ranks)
@@ -142,7 +143,7 @@ def test_ten_thousand_are_not_all_looked_at() -> None:
     shelf = shelf_of(*(snapshot(f"{i:05}") for i in range(10_000)), order=order)
     order.n_looks = 0
     shelf.tend(10**6)
-    assert ids(shelf.victims(1, (), 10**6)) == ["00000"]
+    assert ids(shelf.victims(1, 0, (), 10**6)) == ["00000"]
     assert order.n_looks < 500
 
 
@@ -186,7 +187,7 @@ def test_a_kind_that_never_comes_back_makes_room_for_others() -> None:
             shelf.take(f"trunk-{serial - 5}", now + 50.0)
     shelf.add(snapshot("leaf", n_tokens=9), now)
     shelf.add(snapshot("trunk", kind=Kind.TRUNK), now + 60.0)
-    assert ids(shelf.victims(1, {f"trunk-{serial}" for serial in range(300)}, now + 100.0)) == ["trunk"]
+    assert ids(shelf.victims(1, 0, {f"trunk-{serial}" for serial in range(300)}, now + 100.0)) == ["trunk"]
 
 
 # -- whether to save -----------------------------------------------------------------------------------------------
@@ -196,21 +197,25 @@ def test_a_save_that_costs_nobody_anything_gains() -> None:
     """There is room, or only what nobody can use has to go."""
     shelf = shelf_of(snapshot("other", fingerprint=OTHERS))
     wanted = Prospect(1_000, 1_000, saves_s=1.0)
-    assert shelf.would_gain(wanted, -1, (), 60.0) == shelf.would_gain(wanted, 500, (), 60.0) > 0
+    assert (
+        shelf.would_gain(wanted, Short(-1, 0), (), 60.0)
+        == shelf.would_gain(wanted, Short(500, 0), (), 60.0)
+        > 0
+    )
 
 
 def test_a_save_that_costs_more_than_it_saves_does_not_gain() -> None:
     """A trunk that everybody needs would go for an answer that is computed again in no time."""
     shelf = shelf_of(snapshot("trunk", n_tokens=500, kind=Kind.TRUNK))
-    assert shelf.would_gain(Prospect(1_000, 1_000, saves_s=0.01), 500, (), 60.0) < 0
-    assert shelf.would_gain(Prospect(1_000, 1_000, saves_s=100.0), 500, (), 60.0) > 0
+    assert shelf.would_gain(Prospect(1_000, 1_000, saves_s=0.01), Short(500, 0), (), 60.0) < 0
+    assert shelf.would_gain(Prospect(1_000, 1_000, saves_s=100.0), Short(500, 0), (), 60.0) > 0
 
 
 def test_a_save_without_room_is_refused_by_any_count() -> None:
     """Nothing may go for it."""
     shelf = shelf_of(snapshot("a"))
-    assert shelf.would_gain(Prospect(1_000, 1_000, saves_s=9.0), 500, {"a"}, 60.0) == -math.inf
-    assert shelf.would_gain(Prospect(1_000, 1_000, saves_s=9.0), 2_000, (), 60.0) == -math.inf
+    assert shelf.would_gain(Prospect(1_000, 1_000, saves_s=9.0), Short(500, 0), {"a"}, 60.0) == -math.inf
+    assert shelf.would_gain(Prospect(1_000, 1_000, saves_s=9.0), Short(2_000, 0), (), 60.0) == -math.inf
 
 
 def test_what_was_left_alone_for_long_gains_less() -> None:
@@ -221,6 +226,6 @@ def test_what_was_left_alone_for_long_gains_less() -> None:
     idle = Prospect(1_000, 1_000, 1.0, idle_s=3_600.0)
     often = Prospect(1_000, 1_000, 1.0, after="before")
     new = Prospect(1_000, 1_000, 1.0)
-    gains = [shelf.would_gain(each, -1, (), 60.0) for each in (idle, new, often)]
+    gains = [shelf.would_gain(each, Short(-1, 0), (), 60.0) for each in (idle, new, often)]
     assert gains == sorted(gains)
     assert gains[0] < gains[1] < gains[2]

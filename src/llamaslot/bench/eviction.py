@@ -88,7 +88,7 @@ def measure(n_snapshots: int, n_saves: int = 500, seed: int = 1) -> Cost:
             shelf.hit(rng.choice(list(shelf.snapshots)), now)
         started = time.thread_time()
         shelf.tend(now)
-        victims = shelf.victims(snapshot.size_bytes - free_bytes, (), now)
+        victims = shelf.victims(snapshot.size_bytes - free_bytes, 0, (), now)
         for victim in victims:
             shelf.take(victim.id, now)
         chosen = time.thread_time()

@@ -62,6 +62,8 @@ class Backend:
         slot_save_path: Path | None,
         quota_bytes: int,
         prewarm: Bodies = (),
+        max_files: int = 10_000,
+        min_free_bytes: int = 0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name, self.api, self.metrics, self.now = name, api, metrics, now
@@ -73,6 +75,8 @@ class Backend:
             Catalog(
                 slot_save_path,
                 quota_bytes,
+                max_files=max_files,
+                min_free_bytes=min_free_bytes,
                 now=time.time,
                 on_drop=self._dropped,
                 order=self.order,

@@ -13,7 +13,6 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,10 +21,11 @@ from llamaslot.core.value import Order
 from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
 from llamaslot.store import scan, sidecar
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
+from llamaslot.store.drafts import Draft, Held
 from llamaslot.store.header import read_slot_file
 from llamaslot.store.hits import NEVER, Hits
 from llamaslot.store.register import Mark, Register
-from llamaslot.store.room import Room
+from llamaslot.store.room import Limits, Room, Short
 from llamaslot.store.shelf import Pin, Prospect, Shelf
 from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens, readable
 from llamaslot.store.sweep import Sweep
@@ -36,25 +36,6 @@ log = logging.getLogger(__name__)
 
 # Our own shortage, not the file's fault: a snapshot is not given up for it.
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR}
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """Room for one snapshot: llama-server saves as ``part_name``, then ``commit`` or ``abandon``."""
-
-    id: str
-    part_name: str
-    size_bytes: int
-
-
-@dataclass(slots=True)
-class _Held:
-    """The account of a draft: bytes taken for it, what must stay, and its commit once that has begun."""
-
-    size_bytes: int
-    keep: frozenset[str]
-    idle_s: float = 0.0
-    commit: asyncio.Task[WithTokens | LlamaslotError] | None = None
 
 
 class Catalog:
@@ -70,6 +51,8 @@ class Catalog:
         directory: Path,
         quota_bytes: int,
         *,
+        max_files: int = 10_000,
+        min_free_bytes: int = 0,
         now: Callable[[], float],
         on_drop: Callable[[Snapshot], None],
         register: Path | None = None,
@@ -81,9 +64,14 @@ class Catalog:
         self._lock = DirectoryLock(directory)
         self._tasks = TaskOwner()
         self._shelf = Shelf(order)
-        self._room = Room(directory, quota_bytes, self._tasks)
+        self._room = Room(
+            directory,
+            Limits(quota_bytes, max_files, min_free_bytes),
+            lambda: len(self._shelf) + len(self._drafts),
+            self._tasks,
+        )
         self._register = Register(register, directory)
-        self._drafts: dict[str, _Held] = {}
+        self._drafts: dict[str, Held] = {}
         self._upkeep = Upkeep(directory, self._shelf, self._register, self._tasks, self._drop)
         self._sweep = Sweep(directory, self._shelf, self._room, self._drafts.keys(), self._drop)
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._shelf.snapshots)
@@ -143,7 +131,8 @@ class Catalog:
             self._room.leave(id_, size)
         for fault in found.faults:
             log.warning("snapshots: %s", fault)
-        over = self._shelf.victims(self.size_bytes - self.quota_bytes, (), self._now())
+        await self._room.look()
+        over = self._shelf.victims(*self._room.short(), (), self._now())
         for victim in over:
             self._take(victim.id)
         while self._room.removing:
@@ -183,19 +172,19 @@ class Catalog:
         await self._room.make(size_bytes, lambda short: self._evict(short, kept))
         # No await since the room was found.
         id_ = sidecar.new_id()
-        self._drafts[id_] = _Held(size_bytes, kept)
+        self._drafts[id_] = Held(size_bytes, kept)
         self._room.granted += size_bytes
         return Draft(id_, id_ + PART, size_bytes)
 
     def would_gain(self, prospect: Prospect, keep: Collection[str] = ()) -> float:
-        """What saving ``prospect`` now would gain, in seconds saved per second. Below 0 it is better not saved. See
-        ``Shelf.would_gain``; changes nothing."""
-        return self._shelf.would_gain(prospect, self._room.short(prospect.size_bytes), keep, self._now())
+        """What saving it now would gain: see ``Shelf.would_gain``. Changes nothing."""
+        short = self._room.short(prospect.size_bytes, 1)
+        return self._shelf.would_gain(prospect, short, keep, self._now())
 
-    def _evict(self, short: int, keep: Collection[str]) -> bool:
-        """Give up at least ``short`` bytes of snapshots, or none of them."""
-        victims = self._shelf.victims(short, keep, self._now())
-        if sum(victim.size_bytes for victim in victims) < short:
+    def _evict(self, short: Short, keep: Collection[str]) -> bool:
+        """Give up at least what is ``short``, or nothing."""
+        victims = self._shelf.victims(*short, keep, self._now())
+        if not short.is_met_by(victims):
             return False
         for victim in victims:
             self._drop(victim.id)
@@ -247,7 +236,7 @@ class Catalog:
             raise outcome
         return outcome
 
-    async def _commit(self, held: _Held, noted: Noted, tokens_expected: bytes) -> WithTokens | LlamaslotError:
+    async def _commit(self, held: Held, noted: Noted, tokens_expected: bytes) -> WithTokens | LlamaslotError:
         """The commit, in a task of its own: errors of ours are its result, so that nobody reports them as a death."""
         try:
             snapshot = await self._accept(held, noted, tokens_expected)
@@ -263,7 +252,7 @@ class Catalog:
         self._upkeep.sync(noted)
         return snapshot
 
-    async def _accept(self, held: _Held, noted: Noted, tokens_expected: bytes) -> WithTokens:
+    async def _accept(self, held: Held, noted: Noted, tokens_expected: bytes) -> WithTokens:
         part = self.directory / (noted.id + PART)
         file = await read_slot_file(part)
         if (extra := file.size_bytes - held.size_bytes) > 0:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from llamaslot.errors import LlamaslotError
 from llamaslot.store import scan
-from llamaslot.store.sidecar import readable
+from llamaslot.store.sidecar import Snapshot, readable
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
@@ -23,61 +27,132 @@ class QuotaExceeded(LlamaslotError):
     """There is no room for a snapshot, and nothing that may be evicted for it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """``quota_bytes`` and ``max_files`` are for what is ours; ``min_free_bytes`` of the disk are left to others."""
+
+    quota_bytes: int
+    max_files: int = 10_000
+    min_free_bytes: int = 0
+
+
+class Short(NamedTuple):
+    """What has to be evicted; below 0 that much is left."""
+
+    size_bytes: int
+    n_files: int
+
+    def is_met_by(self, victims: Sequence[Snapshot]) -> bool:
+        enough = sum(victim.size_bytes for victim in victims) >= self.size_bytes
+        return enough and len(victims) >= self.n_files
+
+
 class Room:
-    """How many bytes of a directory are taken, by what.
+    """How many bytes of a directory are taken, by what, and how many files.
 
     ``committed`` are snapshots, ``granted`` are drafts, ``leaving`` is being unlinked, ``left`` are leftovers: ours, no
     snapshots, but not to be removed, so they count until they are. On disk is never more than the sum of these four.
-    ``waiting`` are reservations for whose bytes a removal must end first; nothing of them is on disk.
+    ``waiting`` are reservations for whose bytes a removal must end first; nothing of them is on disk. ``n_held()`` is
+    the number of snapshots and drafts.
     """
 
-    def __init__(self, directory: Path, quota_bytes: int, tasks: TaskOwner) -> None:
-        self.directory, self.quota_bytes = directory, quota_bytes
-        self._tasks = tasks
+    def __init__(self, directory: Path, limits: Limits, n_held: Callable[[], int], tasks: TaskOwner) -> None:
+        self.directory, self.limits = directory, limits
+        self._n_held, self._tasks = n_held, tasks
         self.committed = self.granted = self.leaving = self.left = self.waiting = 0
         self.removing: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self.leftovers: dict[str, int] = {}
+        self._n_waiting = 0
+        self._free: int | None = None  # bytes of the file system, when last asked for
 
     @property
     def size_bytes(self) -> int:
         """Bytes on disk or promised."""
         return self.committed + self.granted + self.leaving + self.left
 
-    def short(self, size_bytes: int = 0) -> int:
-        """How much has to be evicted for all who wait for room, and for ``size_bytes`` more."""
-        return self.committed + self.granted + self.left + self.waiting + size_bytes - self.quota_bytes
+    @property
+    def n_files(self) -> int:
+        """Files on disk or promised, sidecars not counted."""
+        return self._n_held() + len(self.removing) + len(self.leftovers)
 
-    async def make(self, size_bytes: int, evict: Callable[[int], bool]) -> None:
-        """Wait until ``size_bytes`` more fit; the caller must take them without an await in between.
+    def short(self, size_bytes: int = 0, n_files: int = 0) -> Short:
+        """What has to be evicted for all who wait for room, and for so much more.
 
-        ``evict(short)`` gives up snapshots of at least ``short`` bytes at once, or nothing and says False. Raises
-        QuotaExceeded. Canceling is safe: removals that have begun are finished.
+        What is leaving counts as gone here, and what others wait for as taken: each reservation evicts only for what is
+        short when all removals have succeeded, so that no two of them evict for the same bytes.
         """
+        wanted = self.waiting + size_bytes
+        short = self.committed + self.granted + self.left + wanted - self.limits.quota_bytes
+        n_short = self._n_held() + len(self.leftovers) + self._n_waiting + n_files - self.limits.max_files
+        return Short(max(short, self._short_of_free(wanted, self.leaving)), n_short)
+
+    def _short_of_free(self, wanted: int, coming: int) -> int:
+        """What is missing on the file system for drafts, which may be half-written, and for ``wanted`` bytes."""
+        if self._free is None:
+            return -sys.maxsize
+        return self.limits.min_free_bytes + self.granted + wanted - self._free - coming
+
+    async def look(self) -> None:
+        """Ask how much is free on the file system, if that matters."""
+        if self.limits.min_free_bytes:
+            try:
+                found = await asyncio.to_thread(os.statvfs, self.directory)
+            except OSError:
+                self._free = None  # then the write says what is wrong
+            else:
+                self._free = found.f_bavail * found.f_frsize
+
+    async def make(self, size_bytes: int, evict: Callable[[Short], bool]) -> None:
+        """Wait until one more file of ``size_bytes`` fits; the caller must take it without an await in between.
+
+        With 0 bytes it is for no file but for one that has grown, and is on disk already. ``evict(short)`` gives up at
+        least so much at once, or nothing and says False. Raises QuotaExceeded. Canceling is safe: removals that have
+        begun are finished.
+        """
+        n_files = min(size_bytes, 1)
         self.waiting += size_bytes
+        self._n_waiting += n_files
         try:
             has_retried = False
             while True:
-                # What is leaving counts as gone here, and what others wait for as taken: each reservation evicts only
-                # for what is short when all removals have succeeded, so that no two of them evict for the same bytes.
+                if n_files:
+                    await self.look()
+                # No await from here to the return.
                 short = self.short()
-                if short > 0 and self.leftovers and not has_retried:
+                is_short = short.size_bytes > 0 or short.n_files > 0
+                if is_short and self.leftovers and not has_retried:
                     has_retried = True
                     for id_ in list(self.leftovers):
                         self.remove(id_, self._unleave(id_))
                     continue
-                if short > 0 and not evict(short):
+                if is_short and not evict(short):
                     raise QuotaExceeded(self._why_full(size_bytes))
-                if self.size_bytes + size_bytes <= self.quota_bytes:
+                if self._fits(size_bytes, n_files):
                     return
-                await self.next_removal()
+                if self.removing:
+                    await self.next_removal()
         finally:
             self.waiting -= size_bytes
+            self._n_waiting -= n_files
+
+    def _fits(self, size_bytes: int, n_files: int) -> bool:
+        is_free = not n_files or self._short_of_free(size_bytes, 0) <= 0
+        in_quota = self.size_bytes + size_bytes <= self.limits.quota_bytes
+        return is_free and in_quota and self.n_files + n_files <= self.limits.max_files
 
     def _why_full(self, size_bytes: int) -> str:
+        limits = self.limits
+        if self._free is not None and self._short_of_free(self.waiting, self.leaving) > 0:
+            return (
+                f"no room for {readable(size_bytes)}: {readable(self._free)} are free on the file system of "
+                f"{self.directory}, of which store.min_free leaves {readable(limits.min_free_bytes)} to others"
+            )
         parts = f"{readable(self.committed)} in snapshots, {readable(self.granted)} being written"
         if self.left:
             parts += f", {readable(self.left)} in files that cannot be removed"
-        return f"no room for {readable(size_bytes)}: the quota is {readable(self.quota_bytes)} ({parts})"
+        if self._n_held() + len(self.leftovers) + self._n_waiting > limits.max_files:
+            return f"no room for another file: store.max_files is {limits.max_files} ({parts})"
+        return f"no room for {readable(size_bytes)}: the quota is {readable(limits.quota_bytes)} ({parts})"
 
     def remove(self, id_: str, size_bytes: int) -> asyncio.Task[None]:
         """Start to unlink the files of an id; its bytes count until that is done."""

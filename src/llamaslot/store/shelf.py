@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from llamaslot.core.ranking import Rank, Ranking
 from llamaslot.core.slots import Kind
 from llamaslot.core.value import ByValue, Order, Standing
+from llamaslot.store.room import Short
 from llamaslot.store.sidecar import Snapshot
 
 
@@ -67,6 +68,10 @@ class Shelf:
         self._pins: Counter[str] = Counter()
         self._ranking = Ranking(self._rank)
         self._now = 0.0
+
+    def __len__(self) -> int:
+        """Files: also of what is condemned."""
+        return len(self.snapshots) + len(self.condemned)
 
     @property
     def fingerprint(self) -> str | None:
@@ -166,9 +171,7 @@ class Shelf:
         ) in due:  # only when all is learned: else the first would be ranked by other rates than the last
             self._ranking.put(id_)
 
-    def victims(
-        self, short_bytes: int, keep: Collection[str], now: float, n_short: int = 0
-    ) -> list[Snapshot]:
+    def victims(self, short_bytes: int, n_short: int, keep: Collection[str], now: float) -> list[Snapshot]:
         """Who goes for ``short_bytes`` bytes and ``n_short`` files; together they may have less, and nobody goes who
         is not needed. Neither ``keep`` nor what is held.
 
@@ -205,13 +208,13 @@ class Shelf:
         )
         return math.fsum(lost)
 
-    def would_gain(self, prospect: Prospect, short_bytes: int, keep: Collection[str], now: float) -> float:
+    def would_gain(self, prospect: Prospect, short: Short, keep: Collection[str], now: float) -> float:
         """The worth of what would be saved, less that of all that would be evicted for it: seconds saved per second.
 
         Below 0 it is better not saved; minus infinity when there would be no room even so. Changes nothing.
         """
-        victims = self.victims(short_bytes, keep, now)
-        if sum(victim.size_bytes for victim in victims) < short_bytes:
+        victims = self.victims(*short, keep, now)
+        if not short.is_met_by(victims):
             return -math.inf
         before = self.standings.get(prospect.after or "")
         n_hits = before.n_hits if before is not None else 0

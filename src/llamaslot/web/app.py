@@ -118,6 +118,8 @@ def make_backend(config: Config, url: str) -> Backend:
         slot_save_path=settings.slot_save_path,
         quota_bytes=config.store.quota,
         prewarm=_chat_bodies(config),
+        max_files=config.store.max_files,
+        min_free_bytes=config.store.min_free,
     )
 
 

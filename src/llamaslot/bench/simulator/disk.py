@@ -14,6 +14,7 @@ from llamaslot.core.slots import Kind
 from llamaslot.core.value import ByUse, Standing
 from llamaslot.errors import OtherConversation, SnapshotInvalid
 from llamaslot.store import Draft, QuotaExceeded, Snapshot, WithTokens
+from llamaslot.store.room import Short
 from llamaslot.store.shelf import Pin, Prospect, Shelf
 
 FINGERPRINT = "simulated"
@@ -67,7 +68,7 @@ class Disk:
 
     def _make_room(self, size_bytes: int, keep: frozenset[str]) -> None:
         short = self.size_bytes + size_bytes - self.quota_bytes
-        victims = self._shelf.victims(short, keep, self._now())
+        victims = self._shelf.victims(short, 0, keep, self._now())
         if sum(victim.size_bytes for victim in victims) < short:
             raise QuotaExceeded(f"no room for {size_bytes} bytes")
         for victim in victims:
@@ -142,7 +143,7 @@ class Disk:
 
     def would_gain(self, prospect: Prospect, keep: Collection[str] = ()) -> float:
         short = self.size_bytes + prospect.size_bytes - self.quota_bytes
-        return self._shelf.would_gain(prospect, short, keep, self._now())
+        return self._shelf.would_gain(prospect, Short(short, 0), keep, self._now())
 
     async def verify(self, id: str) -> WithTokens:  # noqa: A002
         """Raises SnapshotInvalid if it is gone."""
