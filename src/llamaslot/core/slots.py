@@ -111,7 +111,8 @@ class Slot:
 
     @property
     def is_idle(self) -> bool:
-        return self.state in IDLE
+        # Not `in IDLE`: hashing an enum is a call in Python, and this is asked of every slot at every dispatch.
+        return self.state is State.HOT or self.state is State.FREE or self.state is State.SUSPECT
 
     def __repr__(self) -> str:
         dirty = " dirty" if self.content.is_dirty else ""

@@ -166,6 +166,8 @@ class Scheduler:
         reserved: set[int] = set()
         look_again_s: float | None = None
         is_short = False  # somebody earlier waits for any slot at all
+        # Asked again only when a slot has been given away: 250 who wait for 64 slots are 16,000 looks otherwise.
+        has_idle = self._has_idle()
         for waiting in list(self._queue):
             if self.pool is None or self._is_closed:
                 break
@@ -177,7 +179,7 @@ class Scheduler:
                     self._turn = job
                     self._give(waiting, Lease.turn(self, self.pool, job))
                 continue
-            if not any(slot.is_idle for slot in self.pool.slots):
+            if not has_idle:
                 is_short = True  # no need to look closer: with 250 waiting that took a second for each burst
                 continue
             now = self.now()
@@ -205,8 +207,12 @@ class Scheduler:
                 self._turn = job
             self.leases.add(lease)
             self._give(waiting, lease)
+            has_idle = self._has_idle()
         if look_again_s is not None:
             self._look_again = asyncio.get_running_loop().call_later(look_again_s, self.dispatch)
+
+    def _has_idle(self) -> bool:
+        return self.pool is not None and any(slot.is_idle for slot in self.pool.slots)
 
     def _give(self, waiting: _Waiting, lease: Lease) -> None:
         self._queue.remove(waiting)
