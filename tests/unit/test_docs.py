@@ -101,7 +101,10 @@ def test_every_page_is_reached_from_the_readme() -> None:
 def commands() -> Iterator[tuple[str, click.Command]]:
     assert isinstance(cli.main, click.Group)
     yield "", cli.main
-    yield from cli.main.commands.items()
+    for name, command in cli.main.commands.items():
+        yield name, command
+        if isinstance(command, click.Group):
+            yield from ((f"{name} {its}", below) for its, below in command.commands.items())
 
 
 def options(command: click.Command) -> set[str]:
@@ -115,9 +118,11 @@ def test_mentioned_commands_and_options_exist() -> None:
     wrong = []
     for where in PAGES:
         for line in re.findall(
-            r"llamaslot (serve\b[^`\n#|]*|(?<![\w/]llamaslot )--[a-z]+)", where.read_text()
+            r"llamaslot ((?:serve|snapshots)\b[^`\n#|]*|(?<![\w/]llamaslot )--[a-z]+)", where.read_text()
         ):
             words = line.split()
+            if words[0] == "snapshots":
+                words = [" ".join(words[:2]), *words[2:]]
             command = known[""] if words[0].startswith("-") else known.get(words[0])
             named = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
             if command is None or not named <= options(command):

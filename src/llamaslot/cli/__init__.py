@@ -1,4 +1,4 @@
-"""The command line: ``llamaslot serve --config config.yaml``.
+"""The command line: ``llamaslot serve --config config.yaml``, and ``llamaslot snapshots`` for what is on disk.
 
 What an operator can mend is printed as a plain list and ends with exit code 2; a traceback means a fault of ours.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 
 import llamaslot
+from llamaslot.cli.snapshots import snapshots
 from llamaslot.config import Config
 from llamaslot.errors import ConfigError, LlamaslotError
 
@@ -42,6 +43,9 @@ _JOURNAL_LEVELS = {
 @click.version_option(llamaslot.__version__, prog_name="llamaslot", message="%(prog)s %(version)s")
 def main() -> None:
     """A proxy in front of llama-server that finds the KV cache of each prompt, in a slot or on disk."""
+
+
+main.add_command(snapshots)
 
 
 @main.command()

@@ -1,0 +1,313 @@
+"""``llamaslot snapshots``: what is on disk, and what of it may go.
+
+What only reads works while llamaslot runs; what removes takes its lock, and says whom to stop if that is taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import orjson
+from xxhash import xxh3_64_hexdigest
+
+from llamaslot.cli.cleaning import Doomed, Shop, too_much
+from llamaslot.cli.words import number, several, span, table
+from llamaslot.config import Config
+from llamaslot.errors import ConfigError, LlamaslotError
+from llamaslot.store import scan
+from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
+from llamaslot.store.inventory import Item, State, read_headers, take_stock
+from llamaslot.store.sidecar import readable
+
+EXIT_BROKEN, EXIT_FAULT = 1, 2
+
+_SORTS = {
+    "used": lambda item: -item.last_used,
+    "age": lambda item: item.noted.created_at if item.noted else 0.0,
+    "size": lambda item: -item.size_bytes,
+    "tokens": lambda item: -item.noted.n_tokens if item.noted else 0,
+    "hits": lambda item: -item.hits.n_hits,
+}
+
+
+@click.group()
+def snapshots() -> None:
+    """Look at the snapshots on disk, check them, remove some."""
+
+
+_config = click.option(
+    "--config", "path", type=click.Path(path_type=Path), default="config.yaml", show_default=True
+)
+_json = click.option("--json", "is_json", is_flag=True, help="All that is known, for programs.")
+_dry_run = click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+
+
+@snapshots.command()
+@_config
+@_json
+@click.option(
+    "--sort",
+    "order",
+    type=click.Choice(list(_SORTS)),
+    default="used",
+    show_default=True,
+    help="What comes first.",
+)
+def ls(path: Path, is_json: bool, order: str) -> None:
+    """List them: the latest used first, or as --sort says."""
+    with _faults():
+        shop = _shop(path)
+        stock = take_stock(shop.directory)
+        items = sorted(stock.items.values(), key=_SORTS[order])
+        if is_json:
+            _say_json([_fields(item, shop) for item in items])
+            return
+        if items:
+            headings = ("ID", "KIND", "TOKENS", "SIZE", "HITS", "AGE", "USED", "MODEL", "STATE")
+            rows = [_row(item, shop) for item in items]
+            _say(table(headings, rows, to_the_right={"TOKENS", "SIZE", "HITS", "AGE", "USED"}))
+        _say([_summary(items, stock.n_foreign, shop)])
+
+
+@snapshots.command()
+@_config
+@_json
+@click.argument("name", metavar="ID")
+def show(path: Path, is_json: bool, name: str) -> None:
+    """All about one. The beginning of its ID is enough. What was said in it is not shown."""
+    with _faults():
+        shop = _shop(path)
+        item = _chosen(shop, [name])[0]
+        (item,) = asyncio.run(read_headers(shop.directory, [item]))
+        fields = _fields(item, shop)
+        if is_json:
+            _say_json(fields)
+            return
+        fields["size"] = f"{readable(item.size_bytes)} ({number(item.size_bytes)} bytes)"
+        del fields["size_bytes"]
+        for key in ("created_at", "last_used"):
+            if fields[key] is not None:
+                when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(fields[key]))
+                fields[key] = f"{when} ({span(shop.now - fields[key])} ago)"
+        width = max(map(len, fields))
+        labels = {key: key.removeprefix("n_").replace("_", " ") for key in fields}
+        _say([f"{labels[key]:<{width}}  {_plain(value)}" for key, value in fields.items()])
+
+
+@snapshots.command()
+@_config
+@_dry_run
+@click.argument("names", metavar="ID...", nargs=-1, required=True)
+def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
+    """Remove some, pinned or not. The beginnings of their IDs are enough."""
+    with _faults():
+        shop = _shop(path)
+        with _locked(shop, dry_run):
+            doomed = [Doomed(item, "as asked") for item in _chosen(shop, names)]
+            _remove(shop, doomed, dry_run)
+
+
+@snapshots.command()
+@_config
+@_dry_run
+@click.option("--others", is_flag=True, help="Also those of other models than the one served last.")
+def gc(path: Path, dry_run: bool, others: bool) -> None:
+    """Remove what nobody can use: unfinished and broken files, and what is beyond the limits of the configuration."""
+    with _faults():
+        shop = _shop(path)
+        if others and shop.model is None:
+            raise DirectoryUnusable("which model is served is not known yet: start llamaslot with it once")
+        with _locked(shop, dry_run):
+            stock = take_stock(shop.directory)
+            items = asyncio.run(read_headers(shop.directory, stock.items.values()))
+            doomed = [Doomed(item, item.why) for item in items if item.state is not State.WHOLE]
+            whole = [item for item in items if item.state is State.WHOLE]
+            if others:
+                doomed += [Doomed(item, "of another model") for item in whole if not shop.is_ours(item)]
+                whole = [item for item in whole if shop.is_ours(item)]
+            _remove(shop, [*doomed, *too_much(shop, whole)], dry_run)
+
+
+@snapshots.command()
+@_config
+@_dry_run
+@click.option("--remove", "removes", is_flag=True, help="Remove what is broken.")
+@click.argument("names", metavar="[ID]...", nargs=-1)
+def verify(path: Path, dry_run: bool, removes: bool, names: Sequence[str]) -> None:
+    """Read the headers of all, or of some, and say which are broken. Exit code 1 if any is, and stays."""
+    with _faults():
+        shop = _shop(path)
+        with _locked(shop, dry_run or not removes):
+            chosen = _chosen(shop, names) if names else list(take_stock(shop.directory).items.values())
+            items = asyncio.run(read_headers(shop.directory, chosen))
+            broken = [Doomed(item, item.why) for item in items if item.state is State.BROKEN]
+            n_whole = sum(item.state is State.WHOLE for item in items)
+            n_unfinished = len(items) - n_whole - len(broken)
+            if removes and broken:
+                _remove(shop, broken, dry_run)
+            elif broken:
+                _say(table(("ID", "SIZE", "WHAT IS WRONG"), [each.row for each in broken], {"SIZE"}))
+            more = f", {number(n_unfinished)} unfinished (gc removes them)" if n_unfinished else ""
+            _say([f"{number(n_whole)} whole, {number(len(broken))} broken{more}"])
+    if broken and (dry_run or not removes):
+        sys.exit(EXIT_BROKEN)
+
+
+# -- what is said ----------------------------------------------------------------------------------------------------
+
+
+def _row(item: Item, shop: Shop) -> tuple[str, ...]:
+    noted = item.noted
+    if noted is None:
+        used = span(shop.now - item.last_used)
+        return item.id, "-", "-", readable(item.size_bytes), "-", "-", used, "-", f"{item.state}: {item.why}"
+    kind = noted.kind.value
+    kind += ", left" if item.hits.is_branched else ""
+    kind += ", pinned" if noted.is_pinned else ""
+    return (
+        item.id,
+        kind,
+        number(noted.n_tokens),
+        readable(item.size_bytes),
+        number(item.hits.n_hits),
+        span(shop.now - noted.created_at),
+        span(shop.now - item.last_used),
+        _short(noted.fingerprint) + ("" if shop.is_ours(item) else " (other)"),
+        "" if item.state is State.WHOLE else f"{item.state}: {item.why}",
+    )
+
+
+def _summary(items: list[Item], n_foreign: int, shop: Shop) -> str:
+    size = readable(sum(item.size_bytes for item in items))
+    quota = readable(shop.limits.quota_bytes)
+    said = f"{several(len(items), 'snapshot', 'snapshots')}, {size} of {quota}, in {shop.directory}"
+    return said + (f"; {several(n_foreign, 'other file', 'other files')} left alone" if n_foreign else "")
+
+
+def _fields(item: Item, shop: Shop) -> dict[str, Any]:
+    noted = item.noted
+    return {
+        "id": item.id,
+        "state": item.state.value,
+        "why": item.why or None,
+        "kind": noted.kind.value if noted else None,
+        "is_pinned": noted.is_pinned if noted else None,
+        "is_branched": item.hits.is_branched,
+        "n_tokens": noted.n_tokens if noted else None,
+        "size_bytes": item.size_bytes,
+        "n_hits": item.hits.n_hits,
+        "created_at": noted.created_at if noted else None,
+        "last_used": item.last_used,
+        "checkpoints": list(noted.checkpoints) if noted else [],
+        "source": noted.source if noted else None,
+        "model": _short(noted.fingerprint) if noted else None,
+        "is_of_model_served_last": shop.is_ours(item) if noted and shop.model is not None else None,
+        "file": str(shop.directory / f"{item.id}.kv"),
+    }
+
+
+def _short(fingerprint: str) -> str:
+    return xxh3_64_hexdigest(fingerprint.encode())[:8]
+
+
+def _plain(value: object) -> str:
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return number(value)
+        case list():
+            return ", ".join(map(str, value)) or "-"
+        case _:
+            return str(value)
+
+
+def _say(lines: list[str]) -> None:
+    for line in lines:
+        click.echo(line)
+
+
+def _say_json(data: object) -> None:
+    click.echo(orjson.dumps(data, option=orjson.OPT_INDENT_2).decode())
+
+
+# -- what is done ----------------------------------------------------------------------------------------------------
+
+
+def _shop(path: Path) -> Shop:
+    return Shop.of(Config.load(path), time.time())
+
+
+def _chosen(shop: Shop, names: Sequence[str]) -> list[Item]:
+    """The snapshots whose ids begin so, with or without ``ls-``. Raises DirectoryUnusable for none, or for several."""
+    items = take_stock(shop.directory).items
+    chosen = {}
+    for name in names:
+        found = [
+            id_
+            for id_ in items
+            if id_ == name or id_.removeprefix("ls-").startswith(name.removeprefix("ls-"))
+        ]
+        if len(found) != 1 or not name.removeprefix("ls-"):
+            many = (
+                f"{len(found)} snapshots begin like this; say more of it"
+                if found
+                else "there is no such snapshot"
+            )
+            raise DirectoryUnusable(f"{name}: {many}")
+        chosen[found[0]] = items[found[0]]
+    return list(chosen.values())
+
+
+@contextlib.contextmanager
+def _locked(shop: Shop, only_reads: bool) -> Iterator[None]:
+    """Nobody else works in the directory meanwhile, unless nothing will be changed. Raises DirectoryUnusable."""
+    if only_reads:
+        yield
+        return
+    lock = DirectoryLock(shop.directory)
+    try:
+        lock.acquire()
+    except DirectoryUnusable as error:
+        raise DirectoryUnusable(
+            f"{error}. Without changes: --dry-run, ls, show and verify work at any time"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove(shop: Shop, doomed: list[Doomed], dry_run: bool) -> None:
+    if not doomed:
+        _say(["nothing to remove"])
+        return
+    _say(table(("ID", "SIZE", "WHY"), [each.row for each in doomed], {"SIZE"}))
+    n_left = 0
+    for each in () if dry_run else doomed:
+        left, error = scan.remove(shop.directory, each.item.id)
+        n_left += left
+        if error is not None:
+            raise DirectoryUnusable(f"{each.item.id} cannot be removed: {error.strerror or error}")
+    done = "would be removed" if dry_run else "removed"
+    size = readable(sum(each.item.size_bytes for each in doomed) - n_left)
+    _say([f"{several(len(doomed), 'snapshot', 'snapshots')} {done}, {size}"])
+
+
+@contextlib.contextmanager
+def _faults() -> Iterator[None]:
+    """What an operator can mend is said in plain words and ends with exit code 2."""
+    try:
+        yield
+    except (ConfigError, LlamaslotError) as error:
+        click.echo(str(error), err=True)
+        sys.exit(EXIT_FAULT)

@@ -1,0 +1,37 @@
+"""Tables and spans of time for people at a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+
+def table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], to_the_right: Collection[str] = ()
+) -> list[str]:
+    """Lines with columns of equal width, two blanks apart; those named in ``to_the_right`` end together."""
+    widths = [max(len(row[i]) for row in (headings, *rows)) for i in range(len(headings))]
+    lines = []
+    for row in (headings, *rows):
+        cells = [
+            cell.rjust(width) if heading in to_the_right else cell.ljust(width)
+            for heading, cell, width in zip(headings, row, widths, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def span(seconds: float) -> str:
+    """``40 s``, ``12 min``, ``5 h``, ``3 d``: rounded down; ``now`` below a second."""
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return "now"
+
+
+def number(n: int) -> str:
+    """``60,211``"""
+    return f"{n:,}"
+
+
+def several(n: int, one: str, many: str) -> str:
+    return f"{number(n)} {one if n == 1 else many}"

@@ -1,0 +1,124 @@
+"""What lies in a snapshot directory, for people: read without a lock, while llamaslot may be at work in it.
+
+Nothing here changes a file. What a running llamaslot is just writing looks unfinished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llamaslot.errors import SnapshotInvalid
+from llamaslot.store import scan, sidecar
+from llamaslot.store.directory import DirectoryUnusable
+from llamaslot.store.header import read_slot_file
+from llamaslot.store.hits import NEVER, HitLog, Hits
+from llamaslot.store.sidecar import JSON, KV, Noted
+
+_AT_ONCE = 8  # headers that are read at the same time
+
+
+class State(enum.StrEnum):
+    WHOLE = "whole"
+    UNFINISHED = "unfinished"  # what a crash has left, or what is being written
+    BROKEN = "broken"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """The files of one id. ``noted`` is what its sidecar says, None where that cannot be read; ``last_used`` is in
+    seconds since the epoch; ``why`` says what is wrong with it."""
+
+    id: str
+    size_bytes: int
+    last_used: float
+    state: State = State.WHOLE
+    why: str = ""
+    noted: Noted | None = None
+    hits: Hits = NEVER
+
+
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """By id, and how many files there are besides that are not ours."""
+
+    items: dict[str, Item]
+    n_foreign: int
+
+    def of(self, state: State) -> list[Item]:
+        return [item for item in self.items.values() if item.state is state]
+
+
+def take_stock(directory: Path) -> Stock:
+    """Names, sizes and sidecars; no header is read. Blocking. Raises DirectoryUnusable."""
+    try:
+        listing = scan.list_own(directory)
+    except OSError as error:
+        raise DirectoryUnusable(f"{directory} cannot be read: {error.strerror or error}") from error
+    hits = HitLog(directory).load()
+    items = {
+        id_: _item(directory, id_, suffixes, hits.get(id_, NEVER))
+        for id_, suffixes in sorted(listing.suffixes.items())
+    }
+    return Stock(items, listing.n_foreign)
+
+
+def _item(directory: Path, id_: str, suffixes: set[str], hits: Hits) -> Item:
+    item = Item(id_, scan.size_bytes(directory, id_), _dated(directory, id_, suffixes), hits=hits)
+    if not {KV, JSON} <= suffixes:
+        there = " and ".join(sorted(suffixes))
+        return replace(item, state=State.UNFINISHED, why=f"there is only {there}")
+    path = directory / (id_ + JSON)
+    try:
+        noted = sidecar.parse(path.name, path.read_bytes())
+        if noted.boot not in (None, sidecar.boot_id()):
+            raise SnapshotInvalid(f"{id_}{KV}: was not yet on the disk when the machine went down")
+        found = os.lstat(directory / (id_ + KV)).st_size
+        if found != noted.size_bytes:
+            raise SnapshotInvalid(f"{id_}{KV}: has {found} bytes, {noted.size_bytes} were written")
+    except FileNotFoundError:
+        return replace(item, state=State.UNFINISHED, why="it went while it was looked at")
+    except OSError as error:
+        return replace(
+            item, state=State.BROKEN, why=f"{path.name}: cannot be read: {error.strerror or error}"
+        )
+    except SnapshotInvalid as error:
+        return _broken(item, error)
+    return replace(item, noted=noted)
+
+
+def _broken(item: Item, error: SnapshotInvalid) -> Item:
+    """In our list the name of the file says nothing new."""
+    why = re.sub(rf"^{item.id}(\.kv|\.json)?: ", "", str(error))
+    return replace(item, state=State.BROKEN, why=why)
+
+
+def _dated(directory: Path, id_: str, suffixes: set[str]) -> float:
+    for suffix in (JSON, *sorted(suffixes)):
+        try:
+            return os.lstat(directory / (id_ + suffix)).st_mtime
+        except OSError:
+            continue
+    return 0.0
+
+
+async def read_headers(directory: Path, items: Iterable[Item]) -> list[Item]:
+    """The same; those are broken whose file is not what the sidecar was written for. Canceling is safe."""
+    gate = asyncio.Semaphore(_AT_ONCE)
+
+    async def read(item: Item) -> Item:
+        if item.noted is None:
+            return item
+        async with gate:
+            try:
+                scan.agree(item.noted, await read_slot_file(directory / (item.id + KV)))
+            except SnapshotInvalid as error:
+                return _broken(item, error)
+        return item
+
+    return list(await asyncio.gather(*map(read, items)))

@@ -1,0 +1,315 @@
+"""``llamaslot snapshots``: what an operator sees of the directory, and what goes from it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from llamaslot import cli
+from llamaslot.cli.words import several, span, table
+from llamaslot.core.cost import Rates
+from llamaslot.core.slots import Kind
+from llamaslot.llama.identity import Identity
+from llamaslot.store.directory import DirectoryLock
+from tests.support.snapshots import Shelter, some_tokens
+
+OURS, OTHERS = (Identity({"n_vocab": n}, {i: -1.0 * i for i in range(8)}).to_text() for n in (1, 2))
+Run = Callable[..., Result]
+
+
+class Shop(Shelter):
+    """A directory as llamaslot leaves it: stopped, with a configuration beside it and a model that was served."""
+
+    def __init__(self, directory: Path) -> None:
+        (directory / "kv").mkdir()
+        super().__init__(directory / "kv", 1 << 20)
+        self.time = time.time() - 86_400
+        self.root = directory
+        self.ids: list[str] = []
+        rates = Rates()
+        rates.model = OURS
+        (directory / "llama.rates.json").write_text(json.dumps(rates.to_json()))
+        self.configure()
+
+    def configure(self, **store: object) -> None:
+        lines = "".join(f", {key}: {value}" for key, value in ({"min_free": 0} | store).items())
+        (self.root / "config.yaml").write_text(
+            "backends: [{url: 'http://127.0.0.1:8080', slot_save_path: kv}]\n"
+            f"store: {{meta_dir: {self.root}{lines}}}\n"
+        )
+
+    async def fill(self) -> None:
+        """A pinned trunk; a leaf that was asked for twice; one of another model; one that was left behind."""
+        await self.open()
+        trunk = await self.save(some_tokens(400, 0), 4_000, fingerprint=OURS, kind=Kind.TRUNK, is_pinned=True)
+        leaf = await self.save(some_tokens(1_500, 1), 9_000, fingerprint=OURS)
+        other = await self.save(some_tokens(300, 2), 3_000, fingerprint=OTHERS)
+        left = await self.save(some_tokens(600, 3), 5_000, fingerprint=OURS)
+        self.ids = [each.id for each in (trunk, leaf, other, left)]
+        self.catalog.touch(leaf.id)
+        self.catalog.touch(leaf.id)
+        self.catalog.branched(left.id)
+        await self.catalog.settle()
+        self.catalog.close()
+
+    def kept(self) -> list[int]:
+        """The numbers of those that are whole on disk."""
+        there = {entry.name for entry in self.directory.iterdir()}
+        return [i for i, id_ in enumerate(self.ids) if {f"{id_}.kv", f"{id_}.json"} <= there]
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Shop:
+    shop = Shop(tmp_path)
+    asyncio.run(shop.fill())
+    return shop
+
+
+@pytest.fixture
+def run(shop: Shop) -> Run:
+    def run(*words: str) -> Result:
+        command = ["snapshots", words[0], "--config", str(shop.root / "config.yaml"), *words[1:]]
+        return CliRunner().invoke(cli.main, command)
+
+    return run
+
+
+def break_one(shop: Shop, number: int = 1) -> None:
+    """Its file has the right size and another content."""
+    path = shop.directory / f"{shop.ids[number]}.kv"
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+# -- looking -------------------------------------------------------------------------------------------------------
+
+
+def test_ls_shows_what_is_there(shop: Shop, run: Run) -> None:
+    """The latest used first, in columns that line up, with a sum; foreign files are counted only."""
+    (shop.directory / "notes.txt").write_text("mine")
+    result = run("ls")
+    assert result.exit_code == 0
+    heading, *rows, summary = result.output.splitlines()
+    assert heading.split() == ["ID", "KIND", "TOKENS", "SIZE", "HITS", "AGE", "USED", "MODEL", "STATE"]
+    assert [row.split()[0] for row in rows] == [shop.ids[i] for i in (1, 3, 2, 0)]
+    words = {row.split()[0]: " ".join(row.split()[1:]) for row in rows}
+    assert words[shop.ids[0]].startswith("trunk, pinned 400 3.9 KiB 0 23 h 23 h ")
+    assert words[shop.ids[1]].startswith("leaf 1,500 8.8 KiB 2 ")
+    assert words[shop.ids[2]].endswith("(other)")
+    assert words[shop.ids[3]].startswith("leaf, left 600 ")
+    assert len({row.index(" KiB") for row in rows}) == 1
+    assert summary == f"4 snapshots, 20.5 KiB of 20.0 GiB, in {shop.directory}; 1 other file left alone"
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [("size", [1, 3, 0, 2]), ("tokens", [1, 3, 0, 2]), ("age", [0, 1, 2, 3]), ("hits", [1])],
+)
+def test_ls_sorts(shop: Shop, run: Run, order: str, expected: list[int]) -> None:
+    """By what the operator wants to know."""
+    rows = run("ls", "--sort", order).output.splitlines()[1:-1]
+    assert [row.split()[0] for row in rows][: len(expected)] == [shop.ids[i] for i in expected]
+
+
+def test_json_has_all_that_is_known(shop: Shop, run: Run) -> None:
+    """Raw numbers, for programs, and no word of what was said in it."""
+    found = {item["id"]: item for item in json.loads(run("ls", "--json").output)}
+    assert found.keys() == set(shop.ids)
+    leaf = found[shop.ids[1]]
+    assert (leaf["kind"], leaf["n_tokens"], leaf["size_bytes"], leaf["n_hits"]) == ("leaf", 1_500, 9_000, 2)
+    assert (leaf["state"], leaf["is_pinned"], leaf["is_branched"]) == ("whole", False, False)
+    assert found[shop.ids[0]]["is_pinned"]
+    assert found[shop.ids[3]]["is_branched"]
+    assert not found[shop.ids[2]]["is_of_model_served_last"]
+    assert json.loads(run("show", shop.ids[1], "--json").output) == leaf
+
+
+def test_show_takes_the_beginning_of_an_id(shop: Shop, run: Run) -> None:
+    """With or without ``ls-``; nothing, or too little, is refused in words."""
+    text = run("show", shop.ids[1][:9]).output
+    assert text == run("show", shop.ids[1][3:9]).output
+    said = dict(line.split(None, 1) for line in text.splitlines())
+    assert (said["id"], said["tokens"], said["hits"]) == (shop.ids[1], "1,500", "2")
+    assert said["size"] == "8.8 KiB (9,000 bytes)"
+    assert said["created"].endswith("(23 h ago)")
+    for name, why in (
+        ("zz", "there is no such snapshot"),
+        ("ls-", "4 snapshots begin like this; say more of it"),
+    ):
+        refused = run("show", name)
+        assert (refused.exit_code, refused.stderr) == (2, f"{name}: {why}\n")
+
+
+def test_an_empty_directory_is_no_fault(tmp_path: Path, run: Run, shop: Shop) -> None:
+    """There is just nothing."""
+    shop.configure()
+    for id_ in shop.ids:
+        for suffix in (".kv", ".json"):
+            os.unlink(shop.directory / (id_ + suffix))
+    assert run("ls").output == f"0 snapshots, 0 B of 20.0 GiB, in {shop.directory}\n"
+    assert run("gc").output == "nothing to remove\n"
+    assert run("verify").output == "0 whole, 0 broken\n"
+
+
+def test_without_a_directory_it_says_so(shop: Shop, run: Run) -> None:
+    """Nothing is kept on disk, or the directory is not there, or the configuration has faults."""
+    (shop.root / "config.yaml").write_text("backends: [{url: 'http://127.0.0.1:8080'}]\n")
+    assert "slot_save_path is not set: nothing is kept on disk" in run("ls").stderr
+    (shop.root / "config.yaml").write_text(
+        "backends: [{url: 'http://127.0.0.1:8080', slot_save_path: gone}]\n"
+    )
+    assert (run("ls").exit_code, "cannot be read: No such file" in run("ls").stderr) == (2, True)
+    (shop.root / "config.yaml").write_text("quota: 3\n")
+    assert run("ls").exit_code == 2
+
+
+# -- removing ------------------------------------------------------------------------------------------------------
+
+
+def test_rm_removes_what_is_named(shop: Shop, run: Run) -> None:
+    """A pinned one too: the pin is against eviction, not against its owner."""
+    dry = run("rm", "--dry-run", shop.ids[0], shop.ids[1][:10])
+    assert dry.output.splitlines()[-1] == "2 snapshots would be removed, 12.7 KiB"
+    assert shop.kept() == [0, 1, 2, 3]
+    done = run("rm", shop.ids[0], shop.ids[1][:10])
+    assert done.output.splitlines()[-1] == "2 snapshots removed, 12.7 KiB"
+    assert shop.kept() == [2, 3]
+
+
+def test_rm_of_one_that_is_not_there_removes_none(shop: Shop, run: Run) -> None:
+    """A slip of the pen costs nothing."""
+    assert run("rm", shop.ids[0], "ls-zz").exit_code == 2
+    assert shop.kept() == [0, 1, 2, 3]
+
+
+def test_gc_removes_what_nobody_can_use(shop: Shop, run: Run) -> None:
+    """What a crash left and what is broken; foreign files stay."""
+    break_one(shop)
+    shop.put("ls-00000000000000aa.part", b"x" * 100)
+    shop.put("notes.txt")
+    dry = run("gc", "--dry-run")
+    assert shop.ids[1] in dry.output
+    assert "no slot file: it begins with 0x00000000" in dry.output
+    assert "there is only .part" in dry.output
+    assert "2 snapshots would be removed" in dry.output
+    assert shop.kept() == [0, 1, 2, 3]
+    assert "2 snapshots removed" in run("gc").output
+    assert shop.kept() == [0, 2, 3]
+    assert (shop.directory / "notes.txt").exists()
+    assert run("gc").output == "nothing to remove\n"
+
+
+def test_gc_removes_those_of_other_models_when_asked(shop: Shop, run: Run) -> None:
+    """A model may come back, so not without --others; and not before it is known which one is served."""
+    assert run("gc").output == "nothing to remove\n"
+    assert "of another model" in run("gc", "--others").output
+    assert shop.kept() == [0, 1, 3]
+    os.unlink(shop.root / "llama.rates.json")
+    refused = run("gc", "--others")
+    assert (refused.exit_code, "start llamaslot with it once" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("limits", "left", "why"),
+    [
+        ({"quota": 14_000}, [0, 1], "store.quota"),
+        ({"max_files": 3}, [0, 1, 3], "store.max_files"),
+        ({"quota": 100}, [0], "store.quota"),
+        ({"min_free": 1 << 60}, [0], "store.min_free"),
+    ],
+)
+def test_gc_keeps_to_the_limits(
+    shop: Shop, run: Run, limits: dict[str, int], left: list[int], why: str
+) -> None:
+    """Another model's goes first, then what was left behind; what is pinned stays."""
+    shop.configure(**limits)
+    assert f"worth least: {why}" in run("gc", "--dry-run").output
+    run("gc")
+    assert shop.kept() == left
+
+
+def test_verify_reads_the_headers(shop: Shop, run: Run) -> None:
+    """And says which are broken; only --remove removes them."""
+    assert (run("verify").exit_code, run("verify").output) == (0, "4 whole, 0 broken\n")
+    break_one(shop)
+    found = run("verify")
+    assert found.exit_code == 1
+    assert found.output.splitlines()[-1] == "3 whole, 1 broken"
+    assert run("verify", shop.ids[0]).exit_code == 0
+    dry = run("verify", "--remove", "--dry-run")
+    assert (dry.exit_code, "1 snapshot would be removed" in dry.output) == (1, True)
+    assert shop.kept() == [0, 1, 2, 3]
+    done = run("verify", "--remove")
+    assert (done.exit_code, "1 snapshot removed" in done.output) == (0, True)
+    assert shop.kept() == [0, 2, 3]
+
+
+@pytest.mark.parametrize("words", [("rm", "ID"), ("gc",), ("verify", "--remove")])
+def test_what_changes_files_needs_the_lock(shop: Shop, run: Run, words: tuple[str, ...]) -> None:
+    """While llamaslot runs it refuses, and says whom to stop; what only looks works."""
+    break_one(shop)
+    words = tuple(shop.ids[0] if word == "ID" else word for word in words)
+    lock = DirectoryLock(shop.directory)
+    lock.acquire()
+    try:
+        refused = run(*words)
+        assert refused.exit_code == 2
+        assert f"is in use by another llamaslot (pid {os.getpid()}): stop it" in refused.stderr
+        assert "--dry-run, ls, show and verify work at any time" in refused.stderr
+        assert shop.kept() == [0, 1, 2, 3]
+        assert run(words[0], "--dry-run", *words[1:]).exit_code in (0, 1)
+        assert run("ls").exit_code == run("show", shop.ids[0]).exit_code == 0
+        assert run("verify").exit_code == 1
+    finally:
+        lock.release()
+    assert run(*words).exit_code == 0
+
+
+def test_what_is_left_opens_cleanly(shop: Shop, run: Run) -> None:
+    """A llamaslot that starts afterwards finds nothing to repair."""
+    break_one(shop)
+    run("gc", "--others")
+
+    async def reopened() -> set[str]:
+        await shop.reopen()
+        await shop.catalog.settle()
+        found = set(shop.catalog.snapshots)
+        shop.catalog.check()
+        shop.catalog.close()
+        return found
+
+    assert asyncio.run(reopened()) == {shop.ids[0], shop.ids[3]}
+
+
+def test_the_command_line_itself(shop: Shop) -> None:
+    """As an operator types it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "llamaslot", "snapshots", "ls", "--config", str(shop.root / "config.yaml")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "4 snapshots, " in done.stdout
+
+
+# -- words ---------------------------------------------------------------------------------------------------------
+
+
+def test_spans() -> None:
+    """One unit, rounded down."""
+    said = [span(s) for s in (-5, 0.4, 1, 59.9, 60, 3_599, 3_600, 86_399, 86_400, 1e7)]
+    assert said == ["now", "now", "1 s", "59 s", "1 min", "59 min", "1 h", "23 h", "1 d", "115 d"]
+    assert [several(n, "file", "files") for n in (0, 1, 2_000)] == ["0 files", "1 file", "2,000 files"]
+
+
+def test_tables_line_up() -> None:
+    """Numbers end together, words begin together, and no line has blanks at its end."""
+    assert table(("NAME", "N"), [("a", "10"), ("long", "9")], {"N"}) == ["NAME   N", "a     10", "long   9"]
