@@ -73,7 +73,7 @@ async def test_the_header_is_prompt_and_answer(
         catalog.close()
         await server.restart()
         catalog = Catalog(tmp_path, 64 << 20, now=time.time, on_drop=lambda _: None)
-        assert await catalog.open() == [snapshot]
+        assert await catalog.open() == [snapshot.listed]
         with catalog.pin(snapshot.id):
             await catalog.verify(snapshot.id)
             restored = await server.post("/slots/1?action=restore", {"filename": snapshot.file_name})
