@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from llamaslot.core.tokens import pack
+from llamaslot.core.value import ByValue, Order
 from llamaslot.store import Catalog, Draft, Snapshot, WithTokens
 from llamaslot.store.sidecar import KV, PART, own_name
 
@@ -42,8 +43,10 @@ def some_tokens(n_tokens: int, seed: int = 0) -> bytes:
 class Shelter:
     """A directory, a clock that stands still until told otherwise, and the catalog that works there."""
 
-    def __init__(self, directory: Path, quota_bytes: int = 10_000) -> None:
-        self.directory, self.quota_bytes = directory, quota_bytes
+    def __init__(
+        self, directory: Path, quota_bytes: int = 10_000, order: Callable[[], Order] = ByValue
+    ) -> None:
+        self.directory, self.quota_bytes, self.order = directory, quota_bytes, order
         self.max_files, self.min_free_bytes = 10_000, 0
         self.register = directory.with_name(directory.name + ".sidecars")
         self.time = 1_000_000.0
@@ -60,6 +63,7 @@ class Shelter:
             now=self.tick,
             on_drop=self._on_drop,
             register=self.register,
+            order=self.order(),
         )
 
     def _on_drop(self, snapshot: Snapshot) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from llamaslot.core.slots import Kind
-from llamaslot.store import QuotaExceeded
+from llamaslot.store import Prospect, QuotaExceeded
 from llamaslot.store.hits import HitLog, Hits
 from tests.support.snapshots import Shelter, opened, refuse, some_tokens
 
@@ -98,6 +99,51 @@ def test_the_file_does_not_grow_for_ever(tmp_path: Path) -> None:
     assert HitLog(tmp_path).load() == listed
     assert len((tmp_path / ".llamaslot.hits").read_bytes().splitlines()) < 3_000
     assert [entry.name for entry in tmp_path.iterdir()] == [".llamaslot.hits"]
+
+
+# -- what became of it ---------------------------------------------------------------------------------------------
+
+
+async def test_what_was_left_behind_stays_so_over_a_restart(shelter: Shelter) -> None:
+    """It goes before what is older; until somebody comes back to it after all."""
+    old, left = [await shelter.save(some_tokens(40, seed), 4_000) for seed in range(2)]
+    shelter.catalog.branched(left.id)
+    shelter.catalog.branched("ls-0123456789abcdef")
+    catalog = await shelter.reopen()
+    await catalog.reserve(2_500)
+    assert shelter.dropped == [left.id]
+    shelter.catalog.branched(old.id)
+    shelter.catalog.touch(old.id)
+    await shelter.catalog.settle()
+    assert HitLog(shelter.directory).load()[old.id] == Hits(1)
+
+
+async def test_an_heir_has_the_hits_of_what_it_supersedes(shelter: Shelter) -> None:
+    """Over a restart too; if either is gone nothing happens."""
+    old, new = [await shelter.save(some_tokens(40, seed)) for seed in range(2)]
+    shelter.catalog.touch(old.id)
+    shelter.catalog.inherit(new.id, old.id)
+    await shelter.catalog.drop(old.id)
+    shelter.catalog.inherit(new.id, old.id)
+    assert (await shelter.reopen()).n_hits(new.id) == 1
+
+
+async def test_a_context_is_as_old_as_its_last_use(shelter: Shelter) -> None:
+    """One that lay in its slot for an hour before it was saved is not fresh."""
+    snapshot = await shelter.save(TOKENS, idle_s=3_600.0)
+    assert shelter.catalog.last_used(snapshot.id) == snapshot.created_at - 3_600.0
+    catalog = await shelter.reopen()
+    assert catalog.last_used(snapshot.id) == snapshot.created_at - 3_600.0
+
+
+async def test_what_a_save_would_gain(shelter: Shelter) -> None:
+    """With room something; without, less than it costs; where nothing may go, nothing at all."""
+    saved = await shelter.save(TOKENS, 8_000)
+    shelter.catalog.fingerprint = saved.fingerprint
+    small, large = Prospect(40, 1_000, saves_s=0.001), Prospect(40, 5_000, saves_s=0.001)
+    assert shelter.catalog.would_gain(small) > 0 > shelter.catalog.would_gain(large)
+    assert shelter.catalog.would_gain(large, keep=[saved.id]) == -math.inf
+    assert not shelter.dropped
 
 
 # -- kind and pin --------------------------------------------------------------------------------------------------

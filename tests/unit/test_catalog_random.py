@@ -15,13 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
+from llamaslot.core.value import ByUse
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import Draft, QuotaExceeded, Snapshot
 from tests.support.snapshots import Shelter, some_tokens
 
 T = TypeVar("T")
 QUOTA = 10_000
-SIZES = st.integers(300, 6_000)
+SIZES = st.integers(1_500, 6_000)  # a few fill the disk
 FINGERPRINTS = st.sampled_from(["model-a", "model-b"])
 
 
@@ -46,7 +47,7 @@ class CatalogMachine(RuleBasedStateMachine):
         super().__init__()
         self.runner = asyncio.Runner()
         self.temporary = tempfile.TemporaryDirectory()
-        self.shelter = Shelter(Path(self.temporary.name), QUOTA)
+        self.shelter = Shelter(Path(self.temporary.name), QUOTA, order=ByUse)
         self.run(self.shelter.open())
         self.known: dict[str, Known] = {}
         self.promised: dict[str, int] = {}
@@ -74,7 +75,7 @@ class CatalogMachine(RuleBasedStateMachine):
         return sum(known.size_bytes for known in self.known.values()) + sum(self.promised.values())
 
     def evict(self, size_bytes: int, keep: set[str]) -> bool:
-        """Stale first, then least recently used; all that is needed or none."""
+        """Stale first, then least recently used; all that is needed, and no more, or none."""
         free, victims = QUOTA - self.used(), []
         mortal = [
             id_ for id_, known in self.known.items() if known.is_listed and not known.pins and id_ not in keep
@@ -92,6 +93,10 @@ class CatalogMachine(RuleBasedStateMachine):
             free += self.known[id_].size_bytes
         if free < size_bytes:
             return False
+        for id_ in reversed(victims[:-1]):
+            if free - self.known[id_].size_bytes >= size_bytes:
+                victims.remove(id_)
+                free -= self.known[id_].size_bytes
         for id_ in victims:
             del self.known[id_]
         return True
