@@ -65,6 +65,12 @@ class Life(RuleBasedStateMachine):
         )
         self.house.start(self.house.ask(job, answer), job.id)
 
+    @rule(user=st.integers(0, N_USERS - 1))
+    def begin(self, user: int) -> None:
+        """Another conversation with the same system prompt: where there is no trunk of it, this one makes it."""
+        self.contexts[user] = SYSTEM + self.fresh(120)
+        self.ask(user, 10, 5)
+
     @rule(
         kind=st.sampled_from(["cold", "private", "small", "two", "three"]), user=st.integers(0, N_USERS - 1)
     )
