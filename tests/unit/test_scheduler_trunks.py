@@ -201,6 +201,19 @@ def test_the_third_conversation_cuts_the_trunk(dense: House) -> None:
     assert dense.server.files[trunk.file_name] == SYSTEM
 
 
+def test_where_the_system_part_ends_the_second_one_does(dense: House) -> None:
+    """Of five that arrive together two compute it, and the others wait: one agent has sent them all, as a rule."""
+
+    async def all_of_them() -> list[int]:
+        return await asyncio.gather(*(dense.ask(opening(user)) for user in range(1, 6)))
+
+    reused = sorted(dense.loop.run(all_of_them()))
+    assert len(trunks(dense)) == 1
+    assert reused[:2] == [0, 0]
+    assert reused[2] >= N
+    assert dense.server.n_computed <= 2 * N + 5 * 300 + 20
+
+
 def test_follow_ups_make_none(dense: House) -> None:
     """Two conversations and what they go on with: nothing new begins."""
     for n_own in (600, 700, 800):
@@ -240,7 +253,7 @@ def test_a_slot_that_is_taken_for_another_conversation_is_none_of_the_old_one() 
     for user, n_own in ((1, 120), (2, 300)):
         house.loop.run(house.ask(opening(user, n_own)))
         house.loop.run(house.writeback.save_all())
-    assert sorted(one.n_tokens for one in house.catalog.snapshots.values()) == [N + 120, N + 300]
+    assert sorted(one.n_tokens for one in house.catalog.snapshots.values()) == [N, N + 120, N + 300]
     house.close()
 
 

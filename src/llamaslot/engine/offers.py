@@ -99,12 +99,13 @@ class Offers:
         on_disk = ((hit.n_shared, partial(self._index.tokens, hit.holder)) for hit in found)
         return trunks.branch([*residents, *on_disk])
 
-    def trunks(self, job: Job, branch: int) -> tuple[int, ...]:
+    def trunks(self, job: Job, branch: int, is_second: bool) -> tuple[int, ...]:
         """Where in its prompt ``job`` should make a trunk: where two other conversations part from it, and at the end
-        of the system part, if that is known: at first sight on models that cannot cut another snapshot to it."""
+        of the system part, if that is known: at first sight on models that cannot cut another snapshot to it, else
+        when another conversation begins so (``is_second``: in a slot)."""
         if job.is_fresh:
             return ()
-        if abs(branch - job.n_system) <= trunks.NEAR_TOKENS:
+        if is_second or abs(branch - job.n_system) <= trunks.NEAR_TOKENS:
             ends = {job.n_system}
         elif self._recall.is_rewindable and not job.is_pinned:
             ends = {branch}

@@ -90,13 +90,14 @@ class Pool:
         branch = self._offers.branch(residents, found)
         n_alike = max(branch, job.n_system, self._offers.trunk(found))
         slots = [self._slot_view(slot, shared.get(slot.id, 0), job, now) for slot in self.slots]
+        begin_so = [slot for slot in slots if slot.n_shared >= job.n_system and _is_other(slot, job.n_system)]
         return PoolView(
             slots=tuple(replace(slot, is_other=True) if _is_other(slot, n_alike) else slot for slot in slots),
             snapshots=tuple(self._offers.views(found, job.n_tokens, now)),
             prefill_s=self.rates.prefill.seconds,
             reserved=reserved,
             can_erase=self.can_erase,
-            trunks=self._offers.trunks(job, branch) if self.can_save else (),
+            trunks=self._offers.trunks(job, branch, is_second=bool(begin_so)) if self.can_save else (),
             is_rewindable=self.recall.is_rewindable,
         )
 
