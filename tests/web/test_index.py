@@ -12,6 +12,7 @@ import pytest
 
 from llamaslot.core import snapshots
 from llamaslot.core.tokens import pack
+from llamaslot.engine.backend import Health
 from llamaslot.engine.library import Library
 from tests.support.fake import FakeModel
 from tests.support.inprocess import Served, letters, right, served
@@ -130,12 +131,14 @@ async def test_another_model_has_another_library(tmp_path: Path, caplog: pytest.
         before = library(it)
         with caplog.at_level(logging.WARNING, "llamaslot.store"):
             await it.fake.restart(FakeModel(weights="B"))
+            await it.until(lambda: it.backend.health is Health.UP)  # it may have looked just in between
             assert (await it.ask(TEXTS[0] + "more")).source == "cold"
         assert "is not used: it is of another model" in caplog.text
         caplog.clear()  # the record has the error, that its traceback, and that what is mapped
         assert library(it) is not before
         assert not library(it).snapshots.keys() & before.snapshots.keys()
         await it.fake.restart(FakeModel())
+        await it.until(lambda: it.backend.health is Health.UP)
         assert (await it.ask(TEXTS[0] + "more")).source == "snapshot"
 
 
