@@ -250,6 +250,18 @@ async def test_unsynced_data_is_not_believed_after_a_power_cut(
     assert await shelter.settled() == shelter.whole()
 
 
+async def test_what_a_killed_llamaslot_did_not_sync_is_synced_by_the_next(
+    shelter: Shelter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would be read at every start, and given up after the next power cut."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Upkeep, "sync", lambda *_: None)
+        snapshot = await shelter.save(some_tokens(40, 1))
+    await (await shelter.reopen()).settle()
+    monkeypatch.setattr(sidecar, "boot_id", lambda: "another boot")
+    assert set((await shelter.reopen()).snapshots) == {snapshot.id}
+
+
 async def test_data_that_the_disk_lost_is_dropped(shelter: Shelter, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel reports a failed write-back once; a restore would read whatever is there."""
 

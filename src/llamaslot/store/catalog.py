@@ -137,6 +137,8 @@ class Catalog:
             self._take(victim.id)
         while self._room.removing:
             await self._room.next_removal()
+        for id_ in self.snapshots.keys() - found.durable:
+            self._upkeep.sync(Noted.of(self.snapshots[id_]))  # llamaslot was killed before it came to that
         log.info(
             "snapshots: %d in %s, %s of %s; removed %d unfinished and %d broken, evicted %d, left %d foreign alone",
             *(len(self.snapshots), self.directory, readable(self.size_bytes), readable(self.quota_bytes)),

@@ -116,6 +116,12 @@ class Noted:
     kind: Kind = Kind.LEAF
     is_pinned: bool = False
 
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> Noted:
+        """Of one that was found at the start, in this boot, and may not be on the disk yet."""
+        names = {field.name for field in dataclasses.fields(cls)} - {"boot"}
+        return cls(**{name: getattr(snapshot, name) for name in names}, boot=boot_id())
+
     def snapshot(self, digest: str) -> Snapshot:
         return Snapshot(
             id=self.id,
