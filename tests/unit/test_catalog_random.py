@@ -13,7 +13,15 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
 
 from llamaslot.core.value import ByUse
 from llamaslot.errors import SnapshotInvalid
@@ -102,6 +110,19 @@ class CatalogMachine(RuleBasedStateMachine):
         return True
 
     # -- the rules
+
+    @initialize(target=saved, sizes=st.lists(SIZES, min_size=2, max_size=6))
+    def fill(self, sizes: list[int]) -> Any:
+        """A disk that is full already, or nearly: else no short day would come to evict anything."""
+        ids = [self.save(size_bytes) for size_bytes in sizes if self.used() + size_bytes <= QUOTA]
+        return multiple(*ids)
+
+    def save(self, size_bytes: int) -> str:
+        self.n_saved += 1
+        tokens = some_tokens(10, self.n_saved)
+        snapshot = self.run(self.shelter.save(tokens, size_bytes))
+        self.known[snapshot.id] = Known(size_bytes, snapshot.fingerprint, snapshot.created_at)
+        return snapshot.id
 
     @rule(target=drafts, size_bytes=SIZES | st.just(QUOTA + 1), keep=st.sets(st.integers(0, 5), max_size=2))
     def reserve(self, size_bytes: int, keep: set[int]) -> Any:
