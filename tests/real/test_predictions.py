@@ -16,9 +16,12 @@ pytestmark = pytest.mark.real
 
 @pytest.mark.parametrize("kind", ["dense", "swa", "recurrent"])
 async def test_what_is_predicted_is_reused(tmp_path: Path, figure: Figure, kind: str) -> None:
-    """Within 1 % of the prompt, and beyond it by no more than the last answer."""
+    """Within 1 % of the prompt, and beyond it by no more than the last answer.
+
+    Of so few requests one may be off where checkpoints decide; the shares are for the long version.
+    """
     model = {"dense": models.dense, "swa": models.swa, "recurrent": models.recurrent}[kind](tmp_path)
     async with Stack(model, tmp_path) as stack:
         result = await predict(stack, n_users=7, n_context=1500, n_turns=3, n_answer=300)
     figure(result)
-    assert result.ratio >= (0.99 if kind == "dense" else 0.95), result.wrong
+    assert len(result.wrong) <= (0 if kind == "dense" else 1), result.wrong
