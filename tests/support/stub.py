@@ -318,10 +318,13 @@ class StubCatalog:
     fingerprint: str = MODEL
     _serial: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
-    async def reserve(self, size_bytes: int, keep: Collection[str] = ()) -> Draft:
+    async def reserve(
+        self, size_bytes: int, keep: Collection[str] = (), spare: Collection[str] = ()
+    ) -> Draft:
         await self.server.op("reserve", None)
         while len(self.snapshots) + len(self.drafts) >= self.room:
-            victim = next((id_ for id_ in self.snapshots if self._may_go(id_, keep)), None)
+            may_go = [id_ for id_ in self.snapshots if self._may_go(id_, keep)]
+            victim = min(may_go, key=lambda id_: id_ in spare, default=None)
             if victim is None:
                 raise QuotaExceeded("no room")
             self.discard(victim)

@@ -78,6 +78,15 @@ async def test_what_is_pinned_or_kept_is_not_evicted(shelter: Shelter) -> None:
     assert shelter.dropped == [other.id]
 
 
+async def test_what_is_spared_goes_when_nothing_else_is_left(shelter: Shelter) -> None:
+    """Somebody waits for it, but no more than somebody waits for the save."""
+    spared, other = [await shelter.save(some_tokens(40, seed), 4_000) for seed in range(2)]
+    await shelter.catalog.reserve(4_000, spare=[spared.id])
+    assert shelter.dropped == [other.id]
+    await shelter.catalog.reserve(4_000, spare=[spared.id])
+    assert shelter.dropped == [other.id, spared.id]
+
+
 async def test_drafts_count_before_they_are_written(shelter: Shelter) -> None:
     """Two saves under way never share the same room."""
     await shelter.catalog.reserve(6_000)

@@ -98,3 +98,25 @@ def test_owners_who_ask_while_they_are_saved_recompute_nothing(
         assert has_system or server.n_computed >= team.n_new
     finally:
         house.close()
+
+
+def test_what_somebody_in_the_queue_will_ask_for_is_not_evicted_for_one_before_him() -> None:
+    """One slot, room for two snapshots: the older of them is wanted by the second in the queue when the first one's
+    victim needs room."""
+    server = StubServer(1, token_s=1.0, pace=lambda op: 0.1)
+    house = House(VirtualLoop(), server, room=2)
+    contexts = {name: tokens_of(1000 * i, 300) for i, name in enumerate(("old", "newer", "victim"), 1)}
+    for tokens in contexts.values():  # each is saved when the next one takes the slot
+        house.loop.run_until_complete(house.ask(Job("first turn", tokens)))
+    n_computed = server.n_computed
+    house.start(house.ask(Job("blocks", contexts["victim"] + tokens_of(9000, 40))), "blocks")
+    house.loop.settle()
+    stranger = Job("stranger", tokens_of(5000, 300))
+    back = Job("back", contexts["old"] + tokens_of(6000, 40))
+    for job in (stranger, back):
+        house.start(house.ask(job), job.id)
+        house.loop.settle()
+    house.finish()
+    assert server.n_computed - n_computed <= 40 + 300 + 40 + 1, "his context was computed again"
+    house.check_nothing_is_left()
+    house.close()

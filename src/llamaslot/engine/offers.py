@@ -46,6 +46,14 @@ class Offers:
         found, whole = self._index.match(tokens, n), self._index.longest_full_prefix(tokens)
         return found if whole is None else [whole, *(hit for hit in found if hit != whole)]
 
+    def wanted(self, job: Job) -> str | None:
+        """The snapshot that ``job`` would go on from if it got a slot now, if that needs most of it."""
+        found = [] if job.is_fresh or not job.tokens else self._candidates(job.tokens, 2)
+        best = max(self.views(found, job.n_tokens, 0.0), key=lambda view: view.n_usable, default=None)
+        snapshot = self._known.get(best.id) if best is not None else None
+        is_needed = best is not None and snapshot is not None and 2 * best.n_usable >= snapshot.n_tokens
+        return snapshot.id if snapshot is not None and is_needed else None
+
     def views(self, found: Iterable[Shared[str]], n_prompt: int, now: float) -> list[SnapshotView]:
         """What is worth restoring of them for a prompt of ``n_prompt`` tokens."""
         views = []

@@ -225,6 +225,12 @@ class Pool:
         is_near = hit is not None and hit.n_tokens >= count(tokens) - NEAR_TOKENS
         return self._known.get(hit.holder) if hit is not None and is_near else None
 
+    def has_snapshot(self, snapshot_id: str) -> bool:
+        return snapshot_id in self._known
+
+    def wanted(self, job: Job) -> str | None:
+        return self._offers.wanted(job) if self.can_save else None
+
     def pinned(self) -> list[Snapshot]:
         return [snapshot for snapshot in self._known.values() if snapshot.is_pinned]
 

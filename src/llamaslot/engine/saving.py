@@ -104,7 +104,8 @@ class Saving:
         """
         assert self.catalog is not None
         try:
-            draft = await self.catalog.reserve(self.rates.size_bytes(n_held), keep=keep)
+            size_bytes = self.rates.size_bytes(n_held)
+            draft = await self.catalog.reserve(size_bytes, keep=keep, spare=lease.scheduler.wanted())
         except (QuotaExceeded, SnapshotInvalid) as error:
             _not_saved(lease, kind, error)
             return None

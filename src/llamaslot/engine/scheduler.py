@@ -36,6 +36,7 @@ class _Waiting:
     job: Job
     granted: asyncio.Future[Lease]
     note: Note
+    wants: str | None = None  # the snapshot that it would go on from
 
 
 class Scheduler:
@@ -132,6 +133,18 @@ class Scheduler:
             if waiting in self._queue:
                 self._queue.remove(waiting)
                 self.dispatch()  # what it had reserved is free for others
+
+    def wanted(self) -> set[str]:
+        """The snapshots that those who wait would go on from: the last that should be evicted now.
+
+        Looked up once for each, and again when it is gone, for a newer one has replaced it as a rule.
+        """
+        if self.pool is None:
+            return set()
+        for waiting in self._queue:
+            if waiting.wants is None or not self.pool.has_snapshot(waiting.wants):
+                waiting.wants = self.pool.wanted(waiting.job)
+        return {waiting.wants for waiting in self._queue if waiting.wants}
 
     def _retry_after_s(self) -> float:
         return min(max(1.0, self.limits.max_wait_s / 10), 30.0)

@@ -161,17 +161,23 @@ class Catalog:
 
     # -- room -----------------------------------------------------------------------------------------------------
 
-    async def reserve(self, size_bytes: int, keep: Collection[str] = ()) -> Draft:
+    async def reserve(
+        self, size_bytes: int, keep: Collection[str] = (), spare: Collection[str] = ()
+    ) -> Draft:
         """Make room for ``size_bytes``, evicting what is neither pinned nor in ``keep``, and promise it.
+
+        What is in ``spare`` goes only if there is nothing else.
 
         When this returns, what had to go is gone from the disk. Raises QuotaExceeded, and evicts nothing, if
         there is not enough that may go. Canceling is safe: the room is given back, evictions that have begun are
         finished.
         """
-        kept = frozenset(keep)
+        kept, spared = frozenset(keep), frozenset(keep) | frozenset(spare)
         self._shelf.tend(self._now())
         await self._sweep.run()
-        await self._room.make(size_bytes, lambda short: self._evict(short, kept))
+        await self._room.make(
+            size_bytes, lambda short: self._evict(short, spared) or self._evict(short, kept)
+        )
         # No await since the room was found.
         id_ = sidecar.new_id()
         self._drafts[id_] = Held(size_bytes, kept)

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from llamaslot.bench.simulator.server import Origin, SimulatedServer
 from llamaslot.core.slots import Kind
-from llamaslot.core.value import ByUse, Standing
+from llamaslot.core.value import ByUse, ByValue, Standing
 from llamaslot.errors import OtherConversation, SnapshotInvalid
 from llamaslot.store import Draft, QuotaExceeded, Snapshot, WithTokens
 from llamaslot.store.room import Short
@@ -38,7 +38,7 @@ class Disk:
     ) -> None:
         self.quota_bytes = quota_bytes
         self.size_bytes = self.largest_bytes = 0
-        self.n_evicted = self.n_refused = 0
+        self.n_evicted = 0
         self.origins: dict[str, Origin] = {}
         self._server, self._shelf, self._now, self._on_drop = server, shelf, now, on_drop
         self._drafts: dict[str, tuple[int, frozenset[str]]] = {}
@@ -52,14 +52,19 @@ class Disk:
     def n_hits(self, id: str) -> int:  # noqa: A002
         return self._shelf.standings[id].n_hits
 
-    async def reserve(self, size_bytes: int, keep: Collection[str] = ()) -> Draft:
-        """Raises QuotaExceeded, and evicts nothing, if there is not enough that may go."""
+    async def reserve(
+        self, size_bytes: int, keep: Collection[str] = (), spare: Collection[str] = ()
+    ) -> Draft:
+        """Raises QuotaExceeded, and evicts nothing, if there is not enough that may go.
+
+        ``spare`` is a part of llamaslot's order, and does not count in others.
+        """
         self._shelf.tend(self._now())
+        spared = frozenset(keep) | frozenset(spare if isinstance(self._shelf.order, ByValue) else ())
         try:
-            self._make_room(size_bytes, frozenset(keep))
+            self._make_room(size_bytes, spared)
         except QuotaExceeded:
-            self.n_refused += 1
-            raise
+            self._make_room(size_bytes, frozenset(keep))
         self._serial += 1
         id_ = f"ls-{self._serial:016x}"  # not random: ids break ties
         self._drafts[id_] = size_bytes, frozenset(keep)
@@ -111,7 +116,7 @@ class Disk:
             kind=kind,
             is_pinned=is_pinned,
         )
-        if file.origin is not None:
+        if file.origin is not None and kind is Kind.LEAF:  # a trunk is nobody's
             self.origins[draft.id] = file.origin
         self._shelf.add(snapshot.listed, now, last_used=now - idle_s)
         return snapshot

@@ -72,7 +72,7 @@ class Proxy:
     async def ask(self, asked: Asked) -> None:
         """One request."""
         served, origin = asked.served, asked.origin
-        job = Job(f"{origin.conversation}.{origin.index}", asked.prompt)
+        job = Job(f"{origin.conversation}.{origin.index}", asked.prompt, n_system=asked.n_system)
         with contextlib.ExitStack() as stack:
             lease = stack.enter_context(await self.scheduler.lease(job))
             served.queued_s = self._loop.time() - asked.sent_at

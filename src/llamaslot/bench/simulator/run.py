@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -100,7 +101,7 @@ class _Run:
         """Seconds that its next use saves, per byte and second until then."""
         origin = self.disk.origins.get(snapshot.id)
         if origin is None:
-            return 0.0
+            return math.inf  # a trunk: small, few, and new conversations begin at any time
         in_s, n_shared = self.foresight.next_use(origin, snapshot.n_tokens)
         return self.setting.hardware.prefill_s(0, n_shared) / (snapshot.size_bytes * in_s)
 

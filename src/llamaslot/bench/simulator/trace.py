@@ -101,6 +101,10 @@ class Trace:
                 found.setdefault(request.conversation, []).append(request)
         return found
 
+    def n_system(self, conversation: int) -> int:
+        """Tokens of system part and tools: all texts that its first prompt begins with but the last."""
+        return sum(text.n for text in self.conversations[conversation][0].add[:-1])
+
     @property
     def n_final(self) -> int:
         """Tokens of all conversations at their ends, side requests left out: what "all contexts" are."""

@@ -36,10 +36,11 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request with its tokens. ``served`` is to be filled in."""
+    """A request with its tokens, ``n_system`` of them system part and tools. ``served`` is to be filled in."""
 
     served: Served
     prompt: bytes
+    n_system: int
     answer: bytes
     origin: Origin
     sent_at: float
@@ -166,5 +167,6 @@ class Users:
         served = Served(request, self._known.share(request))
         self.served.append(served)
         sent_at = self._loop.time()
-        await self._ask(Asked(served, prompt, answer, self._index[id(request)], sent_at))
+        n_system = trace.n_system(conversation)
+        await self._ask(Asked(served, prompt, n_system, answer, self._index[id(request)], sent_at))
         served.all_s = self._loop.time() - sent_at
