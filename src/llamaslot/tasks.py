@@ -1,14 +1,52 @@
-"""Every task has an owner: ``spawn`` keeps a reference, names the task and reports its death."""
+"""Every task has an owner: ``spawn`` keeps a reference, names the task and reports its death. And how they wake each
+other."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+class Bell:
+    """Wakes all who wait for it, each time that something has changed."""
+
+    def __init__(self) -> None:
+        self._waiting: set[asyncio.Future[None]] = set()
+        self._calls: list[Callable[[], None]] = []
+
+    def ring(self) -> None:
+        for future in self._waiting:
+            if not future.done():
+                future.set_result(None)
+        for call in list(self._calls):
+            call()
+
+    @contextlib.contextmanager
+    def calling(self, call: Callable[[], None]) -> Iterator[None]:
+        """While the block lasts ``call`` is called each time it rings."""
+        self._calls.append(call)
+        try:
+            yield
+        finally:
+            self._calls.remove(call)
+
+    async def heard(self, timeout_s: float | None = None) -> None:
+        """Wait until it rings or ``timeout_s`` are over. Always lets others run. Cancelling is safe."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.add(future)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await future
+        except TimeoutError:
+            pass
+        finally:
+            self._waiting.discard(future)
 
 
 class TaskOwner:

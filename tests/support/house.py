@@ -182,6 +182,7 @@ class House:
             lease.slot_id, job.tokens, answer, n_children=job.n_children, is_cold=is_cold
         ) as upstream:
             lease.started()
+            lease.talks()
             before = lease.content or NOTHING
             lease.begun(replace(before, tokens=job.tokens, is_exact=False, is_dirty=True))
             await upstream.rest()

@@ -26,7 +26,8 @@ from llamaslot.core.slots import (
 )
 from llamaslot.core.tokens import head, pack
 from llamaslot.engine.library import Library
-from llamaslot.engine.pool import Pool, supersedes
+from llamaslot.engine.comings import supersedes
+from llamaslot.engine.pool import Pool
 from llamaslot.store import WithTokens
 
 A, B = pack(range(1000, 3000)), pack(range(5000, 7000))

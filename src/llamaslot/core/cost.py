@@ -74,6 +74,14 @@ class PrefillRate:
         a, b = self._fit()
         return a * (end - start) + b * (end - start) * (start + end) / 2
 
+    def reached(self, start: int, seconds: float) -> int:
+        """How far tokens from ``start`` on are computed after ``seconds``: the inverse of ``seconds``."""
+        a, b = self._fit()
+        if b * seconds < 1e-9 * a * a:  # no slope to speak of: its square root would be noise
+            return start + int(seconds / a)
+        depth = math.sqrt((a + b * start) ** 2 + 2 * b * seconds) - a
+        return int(depth / b)
+
     def _fit(self) -> tuple[float, float]:
         if self._fitted is None:
             self._fitted = self._line()
@@ -260,6 +268,35 @@ class SnapshotSize:
         return size
 
 
+class Interruption:
+    """What it costs to stop a prefill and go on with it later, in seconds: the batch that has to end before the slot
+    is idle, or between two stretches the request that is sent again with all its tokens."""
+
+    GAIN = 0.2
+    LIMITS = 1e-4, 10.0
+
+    def __init__(self, seconds: float = 0.1) -> None:
+        self.seconds = seconds
+
+    def __repr__(self) -> str:
+        return f"<Interruption {self.seconds * 1000:.0f} ms>"
+
+    def observe(self, seconds: float) -> None:
+        """One has taken ``seconds``. One that took ten times as long as usual counts as three times."""
+        if 0 <= seconds < math.inf:
+            clipped = min(max(seconds, self.seconds / 3), self.seconds * 3)
+            self.seconds = within(self.seconds + self.GAIN * (clipped - self.seconds), self.LIMITS)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    @classmethod
+    def from_json(cls, data: object) -> Interruption:
+        """What ``to_json`` gave; the prior if ``data`` is anything else."""
+        values = positive(data, ("seconds",))
+        return cls(within(values[0], cls.LIMITS)) if values is not None else cls()
+
+
 @dataclass(slots=True)
 class Rates:
     """All that is learned of one backend with one model."""
@@ -270,6 +307,7 @@ class Rates:
     size: SnapshotSize = field(default_factory=SnapshotSize)
     answer: AnswerLength = field(default_factory=AnswerLength)
     predictions: Predictions = field(default_factory=Predictions)
+    interruption: Interruption = field(default_factory=Interruption)
     model: str = ""  # the fingerprint of the model that taught all this
 
     def forget(self) -> None:
@@ -299,6 +337,7 @@ class Rates:
             "size": self.size.to_json(),
             "answer": self.answer.to_json(),
             "predictions": self.predictions.to_json(),
+            "interruption": self.interruption.to_json(),
             "model": self.model,
         }
 
@@ -313,5 +352,6 @@ class Rates:
             size=SnapshotSize.from_json(parts.get("size")),
             answer=AnswerLength.from_json(parts.get("answer")),
             predictions=Predictions.from_json(parts.get("predictions")),
+            interruption=Interruption.from_json(parts.get("interruption")),
             model=str(parts.get("model", "")),
         )

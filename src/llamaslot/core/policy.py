@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from llamaslot.core.prefills import Sharing
 from llamaslot.core.slots import (
     Cost,
     Erase,
@@ -88,6 +89,7 @@ class Rules:
     similarity_min: float = 0.85
     small_prompt_tokens: int = 1024
     own_above_s: float = 1.0
+    sharing: Sharing = field(default_factory=Sharing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llamaslot.core.slots import Kind, Source
+from llamaslot.core.tokens import common
 from llamaslot.engine.lease import Lease
 from llamaslot.engine.offers import MIN_WORTH_TOKENS
 from llamaslot.engine.pool import Pool
@@ -49,3 +50,13 @@ def left_behind(pool: Pool, new: WithTokens) -> str | None:
     is_own = 0 < n_common <= n_parted - MIN_WORTH_TOKENS
     goes_on = new.n_tokens >= n_parted + MIN_WORTH_TOKENS
     return nearest.id if nearest is not None and is_own and goes_on else None
+
+
+def supersedes(new: WithTokens, old: WithTokens, similarity_min: float) -> bool:
+    """Whether ``new`` makes ``old``, from the same conversation, needless: never a trunk, nor one that is pinned.
+
+    Not a strict prefix only: the answer in ``old`` comes back re-tokenized, so the two part somewhere inside it.
+    """
+    if old.kind is not Kind.LEAF or old.is_pinned or new.n_tokens < old.n_tokens:
+        return False
+    return common(new.tokens, old.tokens) >= similarity_min * old.n_tokens

@@ -103,7 +103,8 @@ class Drains:
             event = Event.FAIL  # the second: a request for which llama-server chose the slot came after it
         else:
             event = Event.KEEP
-            is_exact, n_more = content.is_exact and n <= content.n_tokens, max(n - content.n_tokens, 0)
+            # Not more than what was sent: a prefill that has stopped on the way, and nothing follows.
+            is_exact, n_more = n <= content.n_tokens, max(n - content.n_tokens, 0)
             content = replace(content.head(n), is_exact=is_exact, n_more=n_more)
         entry.pool.give_back(entry.slot, event, content, self._now())
         self._scheduler.dispatch()

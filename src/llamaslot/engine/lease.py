@@ -5,18 +5,31 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from llamaslot.core.slots import NOTHING, Content, Event, Job, Plan, Slot, State
+from llamaslot.core.slots import NOTHING, Content, Event, Job, Plan, PrefillTo, Slot, State
 from llamaslot.core.tokens import common
 from llamaslot.core.trunks import NEAR_TOKENS
 from llamaslot.errors import BackendRestarted
+from llamaslot.llama.sse import Earlier
 
 if TYPE_CHECKING:
     from llamaslot.engine.pool import Pool
     from llamaslot.engine.scheduler import Scheduler
     from llamaslot.store import Snapshot
+
+
+class PlanAgain(Exception):
+    """The place of a job is not what it was taken for, or is needed for something else: ask for a place again.
+
+    No LlamaslotError, for nobody is told: what the slot holds is known, and what was computed stays in it.
+    ``earlier``: what was done for the job so far.
+    """
+
+    def __init__(self, earlier: Earlier | None) -> None:
+        super().__init__("the job wants another place")
+        self.earlier = earlier
 
 
 class Phase(enum.Enum):
@@ -44,7 +57,11 @@ class Lease:
         self.is_begun = False  # the server has begun with what was sent last
         self.is_answering = False  # the job's own request has been sent
         self.is_started = False
+        self.is_talking = False  # the first token of its answer has come
         self.is_released = False
+        # Whether a long prefill comes before its own request, to be computed in turn with those of others.
+        self.is_long = plan is not None and any(isinstance(step, PrefillTo) for step in plan.steps)
+        self.n_done = 0  # tokens of its prompt that are there, while that is computed
         self.restored: Snapshot | None = None  # what its steps have read into the slot
         self.n_usable = (
             0  # what of the slot could be reused when the steps were through, by the kind of model
@@ -82,6 +99,17 @@ class Lease:
     def is_own(self) -> bool:
         """Whether it serves llamaslot itself (a save, a probe) and no client."""
         return self.plan is None and self.slot is not None and not self.job.is_exclusive
+
+    @property
+    def comes_first(self) -> bool:
+        """Whether its first token is only a little work away: nobody's long prefill may stand in its way.
+
+        One that waits until all others are at work does not hold them up by that.
+        """
+        if self.is_long or self.is_talking or self.is_released:
+            return False
+        is_sent = self.is_answering or self.is_started
+        return is_sent if self.job.is_exclusive else self.plan is not None
 
     @property
     def slot_id(self) -> int:
@@ -138,6 +166,12 @@ class Lease:
         if self.slot is not None:
             self.pool.answering(self.slot, self.scheduler.now())
 
+    def talks(self) -> None:
+        """The first token of the answer has come. Idempotent."""
+        if not self.is_talking:
+            self.is_talking = True
+            self.scheduler.bell.ring()
+
     def refused(self) -> None:
         """llama-server refused the request at the door (4xx): the slot holds what it held before it was sent."""
         self.done(self._before)
@@ -174,4 +208,18 @@ class Lease:
         self.scheduler.released(self)
 
 
-Report = Callable[[str], None]
+@dataclass(frozen=True, slots=True)
+class Prefilling:
+    """How far a prompt of ``n_tokens`` is: ``n_done`` tokens are there, of which ``n_reused`` were before, after
+    ``seconds`` of computing."""
+
+    n_done: int
+    n_tokens: int
+    n_reused: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"prefill {self.n_done} of {self.n_tokens}"
+
+
+Report = Callable[[object], None]  # what happens now: a text, or what has one

@@ -55,13 +55,9 @@ class Passing:
         if self._entries.pop(entry.holder, None) is not None:
             self.index.drop(entry.holder)
 
-    def trunks_of(self, slot: int, n_tokens: int | None = None) -> list[Leaving]:
-        """The trunks that are to come from ``slot``, or the one of ``n_tokens``."""
-        return [
-            entry
-            for entry in self._entries.values()
-            if entry.slot == slot and n_tokens in (None, entry.content.n_tokens)
-        ]
+    def trunks_of(self, slot: int) -> list[Leaving]:
+        """The trunks that are to come from ``slot``."""
+        return [entry for entry in self._entries.values() if entry.slot == slot]
 
     def check(self) -> None:
         """Raise AssertionError naming the invariant that does not hold."""

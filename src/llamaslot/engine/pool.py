@@ -16,7 +16,7 @@ from llamaslot.core.prefix import PrefixIndex, Shared
 from llamaslot.core.reuse import Memory, Recall, checkpoints_after
 from llamaslot.core.saving import Unsaved, is_worth
 from llamaslot.core.slots import NOTHING, Content, Event, Job, Keep, Kind, Plan, Save, Slot, State
-from llamaslot.core.tokens import common, count, head
+from llamaslot.core.tokens import count, head
 from llamaslot.core.trunks import NEAR_TOKENS
 from llamaslot.core.value import Standing
 from llamaslot.engine.library import Library
@@ -82,10 +82,12 @@ class Pool:
 
     # -- questions -----------------------------------------------------------------------------------------------
 
-    def view(self, job: Job, now: float, reserved: frozenset[int]) -> PoolView:
-        """The pool as ``job`` sees it. Changes nothing."""
+    def view(self, job: Job, now: float, reserved: frozenset[int], *, is_patient: bool = True) -> PoolView:
+        """The pool as ``job`` sees it; without patience nothing that is still to be computed. Changes nothing."""
         shared = {hit.holder: hit.n_shared for hit in self._residents.match(job.tokens)} if job.tokens else {}
         found = self._offers.found(job) if self.can_save else []
+        if not is_patient:
+            found = [hit for hit in found if self.trunk_to_come(hit.holder) is None]
         residents = [(n, partial(self._residents.tokens, slot)) for slot, n in shared.items()]
         branch = self._offers.branch(residents, found)
         n_alike = max(branch, job.n_system, self._offers.trunk(found))
@@ -294,22 +296,40 @@ class Pool:
         """From now on others who begin like ``job`` find the trunks that it will make, and may wait for them."""
         for step in plan.steps:
             if isinstance(step, Keep):
-                checkpoints = checkpoints_after((), 0, [step.n_tokens])
-                content = Content(head(job.tokens, step.n_tokens), checkpoints=checkpoints)
-                self._passing.add(content, now, step.slot)
+                due_s = self.rates.prefill.seconds(plan.n_reused, step.n_tokens)
+                self.expect_trunk(head(job.tokens, step.n_tokens), step.slot, now + due_s)
 
-    def expect_no_trunk(self, slot: int, n_tokens: int | None = None) -> bool:
-        """The trunk of ``n_tokens`` (None: any) that was to come from ``slot`` is there, or will not come; whether one
-        was expected. Idempotent."""
-        ended = self._passing.trunks_of(slot, n_tokens)
+    def expect_trunk(self, tokens: bytes, slot: int, due_at: float) -> None:
+        """Whoever prefills in ``slot`` will keep a trunk where ``tokens`` end, at about ``due_at``."""
+        checkpoints = checkpoints_after((), 0, [count(tokens)])
+        self._passing.add(Content(tokens, checkpoints=checkpoints), due_at, slot)
+
+    def expect_no_trunk(self, slot: int, upto: int | None = None) -> bool:
+        """The trunks of up to ``upto`` tokens (None: any) that were to come from ``slot`` are there, or will not come;
+        whether one was expected. Idempotent."""
+        ended = [end for end in self._passing.trunks_of(slot) if upto is None or end.content.n_tokens <= upto]
         for trunk in ended:
             self._passing.end(trunk)
         return bool(ended)
+
+    def trunks_to_come(self, slot: int) -> list[int]:
+        """Where whoever prefills in ``slot`` is to keep a trunk, in tokens, ascending."""
+        return sorted(trunk.content.n_tokens for trunk in self._passing.trunks_of(slot))
+
+    def trunk_to_come(self, holder: str | None) -> Leaving | None:
+        """The trunk of that name, if it is still to be computed."""
+        entry = self._passing.get(holder) if holder is not None else None
+        return entry if entry is not None and entry.slot is not None else None
 
     def answering(self, slot: Slot, now: float) -> None:
         """The steps before the answer are through."""
         if (busy := self._busy.get(slot.id)) is not None:
             busy.ready_at = now
+
+    def is_ready_in(self, slot: int, seconds: float, now: float) -> None:
+        """The steps before the answer are expected to take so long yet."""
+        if slot in self._busy:
+            self._busy[slot].ready_at = now + seconds
 
     def seen_at_work(self, slot: Slot) -> None:
         """What a client left behind in ``slot`` has arrived there: nothing of it is on its way any more."""
@@ -319,8 +339,7 @@ class Pool:
     @property
     def is_anything_on_its_way(self) -> bool:
         """Whether something sent for a client that has gone may still begin in a slot."""
-        draining = (slot for slot in self.slots if slot.state is State.DRAINING)
-        return any(not self._busy[slot.id].is_at_work for slot in draining)
+        return any(s.state is State.DRAINING and not self._busy[s.id].is_at_work for s in self.slots)
 
     def expect_nothing(self, slot: Slot) -> None:
         """A leased slot will hold what nobody knows: it is no use to wait for it."""
@@ -373,20 +392,9 @@ class Pool:
             is_trunk = slot.content.snapshot is not None and self._is_trunk(slot.content.snapshot)
             assert not (is_trunk and slot.content.is_dirty), f"no conversation is that of a trunk: {slot}"
         self.library.check()
-        self._passing.check()
 
 
 def _is_other(slot: SlotView, n_alike: int) -> bool:
     """Whether it is another conversation, of which several begin with the same ``n_alike`` tokens."""
     only_begins_alike = slot.n_shared <= n_alike + NEAR_TOKENS
     return n_alike > 0 and only_begins_alike and slot.n_tokens > slot.n_shared + NEAR_TOKENS
-
-
-def supersedes(new: WithTokens, old: WithTokens, similarity_min: float) -> bool:
-    """Whether ``new`` makes ``old``, from the same conversation, needless: never a trunk, nor one that is pinned.
-
-    Not a strict prefix only: the answer in ``old`` comes back re-tokenized, so the two part somewhere inside it.
-    """
-    if old.kind is not Kind.LEAF or old.is_pinned or new.n_tokens < old.n_tokens:
-        return False
-    return common(new.tokens, old.tokens) >= similarity_min * old.n_tokens

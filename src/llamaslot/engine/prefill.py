@@ -1,84 +1,361 @@
-"""Computes prompts ahead of the request that they belong to, so that it can be seen, cancelled and cut."""
+"""Long prompts, computed ahead of their own requests: one at a time, in stretches, with everybody else in between.
+
+llama-server fills its batches by slot number and gives a prompt all that it has until it is through. So what takes long
+is never left to it: ``Prefills`` sends it in stretches, and holds the next one back for whoever needs little, for the
+share of those that decode, and for a prefill that is ahead by now (``core.prefills`` decides). A model that can go back
+to any token is sent pieces of the prompt. On others each end of a prompt would leave checkpoints, in memory and in the
+slot file: there it is sent as a whole, and interrupted.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from llamaslot.core.cost import Rates
+from llamaslot.core.prefills import GRAIN, Pending, Sharing, next_up, pause_s, stretch_end
 from llamaslot.core.reuse import checkpoints_after
-from llamaslot.core.slots import NOTHING, Content, Keep, PrefillTo
+from llamaslot.core.slots import NOTHING, Content
 from llamaslot.core.tokens import count, head
-from llamaslot.engine.lease import Lease, Report
+from llamaslot.engine.lease import Lease, PlanAgain, Prefilling, Report
 from llamaslot.errors import UpstreamError
-from llamaslot.llama.api import LlamaServer
+from llamaslot.llama.api import LlamaServer, Progress
 from llamaslot.llama.sse import Earlier
 from llamaslot.observe.journal import Act
+from llamaslot.observe.metrics import Metrics
 
-KeepTrunk = Callable[[Lease, Keep], Awaitable[None]]
+KeepTrunk = Callable[[Lease, int], Awaitable[None]]
 log = logging.getLogger(__name__)
 
 _FEW = 64  # a progress event for fewer tokens says little about speed
+_IDLE_POLL_S = 0.02  # llama-server answers between two batches, so it is asked about once for each
+_SURELY_S = 8.0  # of computing, before a prefill makes room for a request that chooses its slots
 
 
+@dataclass(slots=True, eq=False)
+class _Long:
+    """A prefill that is under way. ``at``: tokens that are there; ``stops``: where to stop on the way, and at last."""
+
+    lease: Lease
+    stops: Sequence[int]
+    at: int
+    came_at: float
+    has_begun: bool = False
+    n_reused: int = 0  # found by the first stretch
+    end: int = 0  # of the stretch that is computed
+    limit: asyncio.Timeout | None = None  # of that stretch, once it may be interrupted
+    since: float = 0.0  # its beginning
+    is_by_right: bool = False  # after it was held back for too long: not for a request that needs little
+    seconds: float = 0.0  # of computing
+    n_stopped: int = 0  # interruptions for somebody else
+    paused_s: float = 0.0  # of which for streams
+    waited_s: float = 0.0  # for its turn, in all
+
+    @property
+    def last(self) -> int:
+        return self.stops[-1]
+
+    @property
+    def earlier(self) -> Earlier:
+        return Earlier(self.n_reused, self.at, self.seconds)
+
+    @property
+    def target(self) -> int:
+        """Where to stop next: a boundary of its own, or where others wait for a trunk."""
+        stops = [*self.stops, *self.lease.pool.trunks_to_come(self.lease.slot_id)]
+        return min(
+            (at for at in stops if at > self.at or (at == self.at and not self.has_begun)), default=self.last
+        )
+
+
+@dataclass(slots=True)
 class Prefills:
-    """The prefills of one backend: one at a time, first come first served."""
+    """The long prefills of one backend."""
 
-    def __init__(self, api: LlamaServer, rates: Rates, now: Callable[[], float]) -> None:
-        self.api, self.rates, self.now = api, rates, now
-        self._turn = asyncio.Lock()
+    api: LlamaServer
+    rates: Rates
+    metrics: Metrics
+    now: Callable[[], float]
+    _longs: list[_Long] = field(default_factory=list)
+    _current: _Long | None = None  # whose stretch is computed now
+    _last: _Long | None = None  # whose was computed last
+    _stopped_at: float = float("-inf")
+    _pause_s: float = 0.0  # that the last stretch owes to streams
 
     async def run(
-        self, lease: Lease, steps: list[PrefillTo | Keep], report: Report, keep: KeepTrunk
-    ) -> Earlier:
-        """Compute the prompt up to each stop, and ``keep`` what is a trunk. One prefill at a time per backend, for
-        llama-server sends progress for the lowest prefilling slot only: of two, the client of the other could not be
-        seen to leave."""
-        report(f"waiting to prefill {lease.job.n_tokens} tokens")
-        n_first: int | None = None
-        seconds = 0.0
-        async with self._turn:
-            for step in steps:
-                if isinstance(step, Keep):
-                    report("saving")
-                    await keep(lease, step)
-                    continue
-                started = self.now()
-                n_reused = await self._prefill_to(lease, step.n_tokens, report)
-                n_first = n_reused if n_first is None else n_first
-                took_s = self.now() - started
-                lease.note.acted(lease.slot_id, Act("prefill", took_s, True, step.n_tokens - n_reused))
-                seconds += took_s
-        return Earlier(n_first or 0, steps[-1].n_tokens, seconds)
+        self, lease: Lease, stops: Sequence[int], report: Report, keep: KeepTrunk, *, may_replan: bool = False
+    ) -> Earlier | None:
+        """Compute the prompt up to the last of ``stops``, by way of the others, and ``keep`` the trunks that are to
+        come from it. None when llama-server refused it: the job's own request will show why.
 
-    async def _prefill_to(self, lease: Lease, n_tokens: int, report: Report) -> int:
-        """One prefill; the number of tokens that it found in the slot."""
-        tokens = head(lease.job.tokens, n_tokens)
-        lease.working()
-        before = lease.content or NOTHING
-        last: tuple[int, float] | None = None
-        n_reused = 0
+        With ``may_replan`` raises PlanAgain when the slot holds much less than was expected of it: its content is known
+        then, and hardly anything was computed. The same when a request waits for which llama-server chooses slots.
+        Raises BackendDown and BackendRestarted. Cancelling is safe: the stretch is closed and its slot drains.
+        """
+        long = _Long(lease, stops, lease.n_expected, self.now())
+        self._longs.append(long)
         try:
-            async with contextlib.aclosing(self.api.prefill(lease.slot_id, tokens)) as events:
-                async for event in events:
-                    if last is None:
-                        n_reused = event.cache
-                        content = prefilled(before, tokens, n_reused)
-                        lease.begun(replace(content, is_exact=False))
-                    elif event.processed - last[0] >= _FEW:
-                        self.rates.prefill.observe(last[0], event.processed, event.seconds - last[1])
-                    last = event.processed, event.seconds
-                    report(f"prefill {event.processed} of {lease.job.n_tokens}")
+            while True:
+                if long.has_begun and self._is_trunk_due(long):
+                    report("saving")
+                    await keep(lease, long.at)
+                elif long.has_begun and long.at >= long.last:
+                    break
+                else:
+                    await self._turn(long, report)
+                    if not await self._stretch(long, report, may_replan):
+                        return None
+                    self._make_room(long)
+        finally:
+            self._longs.remove(long)
+            lease.is_long = False
+            lease.scheduler.bell.ring()
+            self._note(long)
+        return long.earlier
+
+    # -- whose turn it is ----------------------------------------------------------------------------------------
+
+    async def _turn(self, long: _Long, report: Report) -> None:
+        """Wait until the next stretch is this one's."""
+        lease, began = long.lease, self.now()
+        while (wait_s := self._wait_s(long)) != 0:
+            if wait_s is None and not long.has_begun:
+                report(f"waiting to prefill {lease.job.n_tokens} tokens")
+            paused = self.now()
+            await lease.scheduler.bell.heard(wait_s)
+            if self._is_pausing(long):
+                long.paused_s += self.now() - paused
+            lease.still_holds()
+        # From here to the stretch nothing awaits.
+        self._current = long
+        long.waited_s += self.now() - began
+
+    def _wait_s(self, long: _Long) -> float | None:
+        """How long to wait, if nothing changes; 0 when it is the turn of ``long``, None when another's is first."""
+        if self._current is not None or self._next() is not long:
+            return None
+        sharing, now = _sharing(long), self.now()
+        long.is_by_right = False
+        if self._is_somebody_first(long):
+            held_s = max(self._stopped_at, long.came_at) + sharing.max_held_s - now
+            if held_s > 0:
+                return held_s
+            long.is_by_right = True
+        return max(self._pause_left_s(long), 0.0)
+
+    def _pause_left_s(self, long: _Long) -> float:
+        return self._stopped_at + self._pause_s - self.now() if self._n_streams(long) else 0.0
+
+    def _is_pausing(self, long: _Long) -> bool:
+        return self._current is None and self._next() is long and self._n_streams(long) > 0
+
+    def _next(self) -> _Long:
+        now = self.now()
+        pendings = [self._pending(long, now) for long in self._longs]
+        current = self._longs.index(self._last) if self._last in self._longs else None
+        sharing = _sharing(self._longs[0])
+        return self._longs[next_up(pendings, current, self.rates.interruption.seconds, sharing.max_passed_s)]
+
+    def _pending(self, long: _Long, now: float) -> Pending:
+        """What is left counts to where others go on from it, if any wait for that."""
+        shared = [at for at in long.lease.pool.trunks_to_come(long.lease.slot_id) if at > long.at]
+        n_done = max(long.at, long.lease.n_done)
+        left_s = self.rates.prefill.seconds(n_done, min([long.last, *shared]))
+        return Pending(left_s, max(now - long.came_at - long.seconds, 0.0), long.came_at)
+
+    def _others(self, long: _Long) -> list[Lease]:
+        leases = long.lease.scheduler.leases
+        return [lease for lease in leases if lease.pool is long.lease.pool and lease is not long.lease]
+
+    def _is_somebody_first(self, long: _Long) -> bool:
+        return any(lease.comes_first for lease in self._others(long))
+
+    def _n_streams(self, long: _Long) -> int:
+        return sum(lease.is_talking for lease in self._others(long))
+
+    def _make_room(self, long: _Long) -> None:
+        """Raises PlanAgain when a request for which llama-server chooses slots has waited long enough."""
+        left_s = self.rates.prefill.seconds(long.at, long.last)
+        is_long_enough = long.seconds >= _SURELY_S and left_s > _sharing(long).max_held_s
+        if is_long_enough and long.lease.scheduler.is_turn_waiting(long.lease):
+            raise PlanAgain(long.earlier)
+
+    # -- a stretch -----------------------------------------------------------------------------------------------
+
+    async def _stretch(self, long: _Long, report: Report, may_replan: bool) -> bool:
+        """Compute on for a while; False when llama-server refused. ``long.at`` is where it has got to, then."""
+        lease, bell = long.lease, long.lease.scheduler.bell
+        try:
+            long.end = self._end_of(long)
+            long.since, lease.n_done = self.now(), long.at
+            lease.working()
+            with bell.calling(self._reconsider):
+                await self._compute(long, report, may_replan)
         except UpstreamError as error:
             log.warning("prefill in slot %d failed: %s", lease.slot_id, error)
             lease.done(None)
             lease.restored = None  # no fault of the snapshot
-            return 0
-        lease.done(prefilled(before, tokens, n_reused))
-        return n_reused
+            return False
+        finally:
+            took_s = self.now() - long.since
+            long.seconds += took_s
+            long.limit, self._current, self._last = None, None, long
+            self._stopped_at = self.now()
+            self._pause_s = pause_s(took_s, self._n_streams(long), _sharing(long).decode_share)
+            bell.ring()
+        lease.pool.is_ready_in(
+            lease.slot_id, self.rates.prefill.seconds(long.at, long.last), self._stopped_at
+        )
+        return True
+
+    def _end_of(self, long: _Long) -> int:
+        """How far the stretch is sent: all the way where it is interrupted instead of cut."""
+        if not long.lease.pool.recall.is_rewindable:
+            return long.target
+        rate = self.rates.prefill
+        reached = rate.reached(long.at, _sharing(long).stretch_s) if rate.known else long.at + GRAIN
+        return stretch_end(long.at, long.target, reached)
+
+    async def _compute(self, long: _Long, report: Report, may_replan: bool) -> None:
+        """The stretch itself. What the slot holds at its end is known, however it ends."""
+        lease = long.lease
+        tokens, before = head(lease.job.tokens, long.end), lease.content or NOTHING
+        last: Progress | None = None
+        n_found, is_over, is_wrong = 0, False, False
+        limit = asyncio.timeout(None)
+        try:
+            async with limit, contextlib.aclosing(self.api.prefill(lease.slot_id, tokens)) as events:
+                async for event in events:
+                    if last is None:
+                        n_found = event.cache
+                        lease.begun(replace(prefilled(before, tokens, n_found), is_exact=False))
+                        is_wrong = self.is_far_off(lease, long.at, n_found)
+                        if is_wrong and may_replan:
+                            break
+                    else:
+                        self._learn(last, event)
+                    last, lease.n_done = event, event.processed
+                    report(self._progress(long, n_found, event))
+                    long.limit = limit
+                    self._reconsider()
+                else:
+                    is_over = True
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            long.n_stopped += 1
+        content = prefilled(before, tokens, n_found)
+        if is_over:
+            self.rates.interruption.observe(self.now() - long.since - (last.seconds if last else 0.0))
+        else:
+            content = await self.until_idle(lease, content)
+        lease.done(content)
+        if not long.has_begun:
+            long.has_begun, long.n_reused = True, n_found
+        long.at = lease.n_done = content.n_tokens
+        if is_wrong:
+            self.metrics.replanned.inc()
+            if may_replan:
+                log.info(
+                    "%s: %d tokens of slot %d were expected, %d are there: looking for another place",
+                    lease.job.id, lease.n_expected, lease.slot_id, n_found,
+                )  # fmt: skip
+                raise PlanAgain(long.earlier)
+
+    async def until_idle(self, lease: Lease, content: Content) -> Content:
+        """What is there of ``content`` when the server is idle, after a connection was closed on the way.
+
+        The server cannot write its event for the batch that is running, and that ends the work: to ask for ``/slots``
+        does not keep it alive.
+        """
+        closed = self.now()
+        while True:
+            info = next(info for info in await self.api.slots() if info.id == lease.slot_id)
+            lease.still_holds()
+            if not info.is_processing:
+                break
+            await asyncio.sleep(_IDLE_POLL_S)
+        self.rates.interruption.observe(self.now() - closed)
+        n = min(info.n_tokens or 0, content.n_tokens)
+        return replace(content.head(n), is_exact=True) if n else NOTHING
+
+    def is_far_off(self, lease: Lease, n_expected: int, n_found: int) -> bool:
+        """Whether so much less is there than was believed that it makes a long prefill of its own."""
+        lost_s = self.rates.prefill.seconds(n_found, n_expected)
+        return n_expected - n_found > _FEW and lost_s > lease.pool.rules.own_above_s
+
+    def _learn(self, last: Progress, event: Progress) -> None:
+        if event.processed - last.processed >= _FEW:
+            self.rates.prefill.observe(last.processed, event.processed, event.seconds - last.seconds)
+
+    def _progress(self, long: _Long, n_found: int, event: Progress) -> Prefilling:
+        n_reused = long.n_reused if long.has_begun else n_found
+        return Prefilling(event.processed, long.lease.job.n_tokens, n_reused, long.seconds + event.seconds)
+
+    # -- giving way ----------------------------------------------------------------------------------------------
+
+    def _reconsider(self) -> None:
+        """Something has changed: when must the stretch that is computed now be interrupted?"""
+        long = self._current
+        if long is not None and long.limit is not None and not long.limit.expired():
+            loop = asyncio.get_running_loop()
+            when = self._must_stop_at(long)
+            long.limit.reschedule(None if when is None else max(when - self.now(), 0.0) + loop.time())
+
+    def _must_stop_at(self, long: _Long) -> float | None:
+        """None for never, or not yet: interrupted it would be idle no sooner than it is through."""
+        sharing, now = _sharing(long), self.now()
+        n_done = max(long.at, long.lease.n_done)
+        if self.rates.prefill.seconds(n_done, long.end) <= self.rates.interruption.seconds:
+            return None
+        is_cut = long.lease.pool.recall.is_rewindable
+        soonest = long.since + (2 * sharing.stretch_s if is_cut else 0.0)  # one that is cut ends by itself
+        by_right = long.since + sharing.stretch_s if long.is_by_right else soonest
+        if self._is_somebody_first(long):
+            return max(by_right, soonest)
+        if self._next() is not long or (not is_cut and n_done < long.target < long.end):
+            return max(now, soonest)
+        if self._n_streams(long) and sharing.decode_share > 0:
+            return max(long.since + sharing.stretch_s, soonest)
+        return None
+
+    # -- trunks --------------------------------------------------------------------------------------------------
+
+    def _is_trunk_due(self, long: _Long) -> bool:
+        """Whether others wait for what is there now. What was passed can only be kept where it can be cut back."""
+        lease, pool = long.lease, long.lease.pool
+        due = [at for at in pool.trunks_to_come(lease.slot_id) if at <= long.at]
+        if due and not pool.recall.is_rewindable and due[-1] < long.at:
+            pool.expect_no_trunk(lease.slot_id, long.at)
+            lease.scheduler.dispatch()
+            return False
+        return bool(due)
+
+    # -- what is told --------------------------------------------------------------------------------------------
+
+    def _note(self, long: _Long) -> None:
+        n_computed = max(long.at - long.n_reused, 0) if long.has_begun else 0
+        is_done = long.has_begun and long.at >= long.last
+        self.metrics.prefilled(long.n_stopped, long.waited_s, long.paused_s)
+        long.lease.note.acted(
+            long.lease.slot_id,
+            Act(
+                "prefill",
+                long.seconds,
+                is_done,
+                n_computed,
+                waited_s=long.waited_s,
+                paused_s=long.paused_s,
+                n_interruptions=long.n_stopped,
+            ),
+        )
+
+
+def _sharing(long: _Long) -> Sharing:
+    return long.lease.pool.rules.sharing
 
 
 def prefilled(before: Content, tokens: bytes, n_reused: int) -> Content:

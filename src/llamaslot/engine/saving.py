@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from llamaslot.core.cost import Rates
+from llamaslot.core.reuse import Memory, Recall
 from llamaslot.core.slots import Content, Kind
 from llamaslot.core.tokens import head
-from llamaslot.engine.comings import left_behind
+from llamaslot.engine.comings import left_behind, supersedes
 from llamaslot.engine.lease import Lease
-from llamaslot.engine.pool import content_of, supersedes
+from llamaslot.engine.pool import content_of
 from llamaslot.engine.prefill import prefilled
 from llamaslot.engine.probes import UNIFIED
 from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
@@ -53,7 +54,7 @@ class Saving:
         """Write what the slot holds to a snapshot, verified and committed. None when that failed: the slot keeps it."""
         if self.catalog is None or lease.content is None:
             return None
-        if lease.pool.recall.is_rewound and not lease.content.is_exact:
+        if self._must_go_back(lease.pool.recall, lease.content):
             try:
                 await self._rewind(lease, lease.content)
             except LlamaslotError as error:
@@ -165,13 +166,22 @@ class Saving:
                 current.add_snapshot(snapshot)  # the server has restarted since, and can read it as well
         return snapshot
 
+    @staticmethod
+    def _must_go_back(recall: Recall, content: Content) -> bool:
+        """Whether the slot has to go back to the end of its prompt first, for its file to be of any use.
+
+        Of a build that keeps no checkpoints in it, because the answer behind it comes back tokenized anew. It costs the
+        few tokens since the slot's own last checkpoint; without one near the end it would cost the whole prompt, and is
+        left. With a sliding window, because a prefill that was stopped on the way has left no checkpoint, and without
+        any the file restores nothing (2,560 tokens: 0 reused; gone back by one token: 2,559).
+        """
+        is_near = content.n_tokens - max(content.checkpoints, default=0) <= _NEAR_TOKENS
+        if recall.is_rewound:
+            return is_near and not content.is_exact
+        return recall.memory is Memory.SWA and content.is_exact and not is_near
+
     async def _rewind(self, lease: Lease, content: Content) -> None:
-        """Go back to the end of the slot's prompt: the answer behind it comes back tokenized anew, so that a file
-        without checkpoints could not be gone on from. It costs the few tokens since the slot's own last checkpoint;
-        without one near the end it would cost the whole prompt, and is left. Raises LlamaslotError: then nobody knows
-        what the slot holds."""
-        if content.n_tokens - max(content.checkpoints, default=0) > _NEAR_TOKENS:
-            return
+        """Go back to the end of the slot's prompt. Raises LlamaslotError: then nobody knows what the slot holds."""
         lease.still_holds()
         n_reused = 0
         async with contextlib.aclosing(self.api.prefill(lease.slot_id, content.tokens)) as events:

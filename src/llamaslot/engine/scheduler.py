@@ -17,8 +17,10 @@ from llamaslot.core.slots import Job, Plan, PrefillTo, Slot, State, Wait
 from llamaslot.engine.lease import Lease
 from llamaslot.engine.notes import Note
 from llamaslot.engine.pool import Pool
+from llamaslot.engine.together import Patience, ask_for_trunk
 from llamaslot.errors import BackendDown, BackendRestarted, QueueFull
 from llamaslot.observe.journal import Journal
+from llamaslot.tasks import Bell
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class _Waiting:
     granted: asyncio.Future[Lease]
     note: Note
     wants: str | None = None  # the snapshot that it would go on from
+    patience: Patience | None = None  # with somebody who computes what it begins with
 
 
 class Scheduler:
@@ -53,7 +56,7 @@ class Scheduler:
         self._queue: list[_Waiting] = []
         self._turn: Job | None = None  # the one exclusive job that is under way
         self._is_closed = False  # nobody else may take a first step
-        self._change: asyncio.Future[None] | None = None  # awaited by the turn
+        self.bell = Bell()  # rings when anything has changed
         self._look_again: asyncio.TimerHandle | None = None
         self._used_at = now()
 
@@ -100,15 +103,16 @@ class Scheduler:
 
     # -- leasing -------------------------------------------------------------------------------------------------
 
-    async def lease(self, job: Job) -> Lease:
-        """Wait for a slot. Raises QueueFull (limits in number and time) and BackendDown.
+    async def lease(self, job: Job, *, is_back: bool = False) -> Lease:
+        """Wait for a slot. Raises QueueFull (limits in number and time) and BackendDown. ``is_back``: it had one
+        before, and is the first in the queue.
 
         Cancelling is safe: the job leaves the queue, no slot is held.
         """
         if self._down is not None:
             raise self._down
         waiting = _Waiting(job, asyncio.get_running_loop().create_future(), self.note(job))
-        self._queue.append(waiting)
+        self._queue.insert(0 if is_back else len(self._queue), waiting)
         try:
             self.dispatch()
             if not waiting.granted.done() and len(self._queue) > self.limits.max_waiting:
@@ -175,7 +179,7 @@ class Scheduler:
         if self._look_again is not None:
             self._look_again.cancel()
             self._look_again = None
-        self._wake_turn()
+        self.bell.ring()
         reserved: set[int] = set()
         look_again_s: float | None = None
         is_short = False  # somebody earlier waits for any slot at all
@@ -195,8 +199,7 @@ class Scheduler:
             if not has_idle:
                 is_short = True  # no need to look closer: with 250 waiting that took a second for each burst
                 continue
-            now = self.now()
-            decision = place(job, self.pool.view(job, now, frozenset(reserved)), self.rules)
+            decision = self._decide(waiting, frozenset(reserved))
             if isinstance(decision, Wait):
                 waiting.note.waits(decision)
                 if decision.slot is not None:
@@ -207,6 +210,8 @@ class Scheduler:
                     soon = max(decision.for_s, MIN_LOOK_AGAIN_S)
                     look_again_s = soon if look_again_s is None else min(look_again_s, soon)
                 continue
+            if self._turn is not None and any(isinstance(step, PrefillTo) for step in decision.steps):
+                continue  # somebody waits for those that are under way to be through already
             try:
                 lease = Lease(self, self.pool, self.pool.slots[decision.slot], job, decision)
             except KeyError:  # a snapshot that the catalog has given up unnoticed
@@ -223,6 +228,21 @@ class Scheduler:
             has_idle = self._has_idle()
         if look_again_s is not None:
             self._look_again = asyncio.get_running_loop().call_later(look_again_s, self.dispatch)
+
+    def _decide(self, waiting: _Waiting, reserved: frozenset[int]) -> Plan | Wait:
+        """Where to, or what to wait for. Whoever is just computing what the job begins with is asked to keep it."""
+        assert self.pool is not None
+        job, now = waiting.job, self.now()
+        is_patient = waiting.patience is None or waiting.patience.lasts(now)
+        view = self.pool.view(job, now, reserved, is_patient=is_patient)
+        if is_patient:
+            makers = [lease for lease in self.leases if lease.pool is self.pool and lease.is_long]
+            if ask_for_trunk(self.pool, job, view, makers, now):
+                view = self.pool.view(job, now, reserved)
+        decision = place(job, view, self.rules)
+        if isinstance(decision, Wait) and waiting.patience is None:
+            waiting.patience = Patience.of(self.pool, job, decision, now)
+        return decision
 
     def _has_idle(self) -> bool:
         return self.pool is not None and any(slot.is_idle for slot in self.pool.slots)
@@ -250,12 +270,15 @@ class Scheduler:
     def has_turn(self, lease: Lease) -> bool:
         return self._turn is lease.job
 
+    def is_turn_waiting(self, lease: Lease) -> bool:
+        """Whether somebody else's request for which llama-server chooses slots waits for others to be through."""
+        return self._turn is not None and self._turn is not lease.job and not self._is_closed
+
     def is_prefilling(self, lease: Lease) -> bool:
         """Whether a long prefill of somebody else's is under way or waits for its turn."""
         if self.pool is not lease.pool:
             return False  # there is nothing to wait for any more
-        others = (other for other in self.leases if other.pool is self.pool and other.job is not lease.job)
-        return any(not other.is_answering and _has_prefill(other.plan) for other in others)
+        return any(other.is_long for other in self.leases if other.pool is self.pool and other is not lease)
 
     def close(self, lease: Lease) -> None:
         """From now on nobody else takes a first step."""
@@ -278,24 +301,6 @@ class Scheduler:
             and n_idle >= (lease.job.n_children or lease.job.is_unpinned)
         )
 
-    async def changed(self, timeout_s: float) -> None:
-        """Wait, for the job whose turn it is, until something has changed or ``timeout_s`` are over.
-
-        Always lets others run. Cancelling is safe.
-        """
-        self._change = asyncio.get_running_loop().create_future()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._change
-        except TimeoutError:
-            pass
-        finally:
-            self._change = None
-
-    def _wake_turn(self) -> None:
-        if self._change is not None and not self._change.done():
-            self._change.set_result(None)
-
     # -- invariants ----------------------------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -314,10 +319,6 @@ class Scheduler:
         assert not self._is_closed or self._turn is not None, "only a turn closes the gate"
         served = [waiting for waiting in self._queue if _is_served(waiting.granted)]
         assert not served, f"whoever was served has left the queue: {served}"
-
-
-def _has_prefill(plan: Plan | None) -> bool:
-    return plan is not None and any(isinstance(step, PrefillTo) for step in plan.steps)
 
 
 def _is_served(granted: asyncio.Future[Lease]) -> bool:

@@ -47,7 +47,7 @@ class Steps:
         self.api, self.catalog, self.rates = api, catalog, rates
         self.metrics, self.tasks, self.now = metrics, tasks, now
         self.saving = Saving(api, catalog, rates, metrics, tasks, now)
-        self.prefills = Prefills(api, rates, now)
+        self.prefills = Prefills(api, rates, metrics, now)
         self.settling = Settling(catalog, metrics, tasks)
         self.boot_id = ""
 
@@ -60,21 +60,22 @@ class Steps:
     def fingerprint(self, fingerprint: str) -> None:
         self.saving.fingerprint = fingerprint
 
-    async def prepare(self, lease: Lease, report: Report) -> Earlier | None:
+    async def prepare(self, lease: Lease, report: Report, *, may_replan: bool = False) -> Earlier | None:
         """Perform the plan. What was reused and computed on the way is returned when there was a prefill.
 
-        Raises BackendDown and BackendRestarted. Cancelling is safe: a save, erase or restore under way is carried out
-        and the slot given back after it; a prefill is closed and its slot drains.
+        Raises BackendDown and BackendRestarted, and PlanAgain as ``Prefills.run`` does. Cancelling is safe: a save,
+        erase or restore under way is carried out and the slot given back after it; a prefill is closed and its slot
+        drains.
         """
         assert lease.plan is not None
         try:
-            return await self._prepare(lease, lease.plan, report)
+            return await self._prepare(lease, lease.plan, report, may_replan)
         finally:
             # Whoever waits for a trunk that was not made looks again; one that is being saved is saved.
             if lease.phase is not Phase.ACTING and lease.pool.expect_no_trunk(lease.slot_id):
                 lease.scheduler.dispatch()
 
-    async def _prepare(self, lease: Lease, plan: Plan, report: Report) -> Earlier | None:
+    async def _prepare(self, lease: Lease, plan: Plan, report: Report, may_replan: bool) -> Earlier | None:
         prefills: list[PrefillTo | Keep] = []
         for step in plan.steps:
             match step:
@@ -89,6 +90,7 @@ class Steps:
         if self.catalog is not None:
             comings.came_back(self.catalog, lease)
         if lease.job.is_private or lease.content is None or (lease.job.is_cold and lease.content != NOTHING):
+            lease.is_long = False
             return None  # what the slot holds must not be used: the job's own request computes everything
         n_reused = self._expect(lease)
         lease.is_going_back = n_reused < lease.content.n_tokens
@@ -97,7 +99,11 @@ class Steps:
             trunks = tuple(step.n_tokens for step in prefills if isinstance(step, Keep))
             view = replace(view, trunks=trunks)  # those that others count on, and no more
             prefills = list(prefill_steps(lease.job, lease.slot_id, n_reused, view, lease.pool.rules))
-        return await self.prefills.run(lease, prefills, report, self._keep) if prefills else None
+        stops = [step.n_tokens for step in prefills if isinstance(step, PrefillTo)]
+        lease.is_long = bool(stops)
+        if not stops:
+            return None
+        return await self.prefills.run(lease, stops, report, self._keep, may_replan=may_replan)
 
     @staticmethod
     def _expect(lease: Lease) -> int:
@@ -117,8 +123,8 @@ class Steps:
             lease.n_expected = recall.of_slot(content, n_shared, job.n_tokens)
         return lease.n_expected
 
-    async def _keep(self, lease: Lease, step: Keep) -> None:
-        if not await self._carry_out(lease, self.saving.keep(lease, step.n_tokens)):
+    async def _keep(self, lease: Lease, n_tokens: int) -> None:
+        if not await self._carry_out(lease, self.saving.keep(lease, n_tokens)):
             self.metrics.steps_failed.labels("keep").inc()
 
     async def _carry_out(self, lease: Lease, action: Coroutine[Any, Any, T]) -> T:

@@ -137,13 +137,13 @@ class Turns:
         report("waiting for its turn")
         patient_until = self._scheduler.now() + _PATIENCE_S
         while self._scheduler.is_prefilling(lease) and self._scheduler.now() < patient_until:
-            await self._scheduler.changed(_CONFIRM_EVERY_S)
+            await self._scheduler.bell.heard(_CONFIRM_EVERY_S)
         self._scheduler.close(lease)
         others: list[Lease] = []
         turn: Turn | None = None
         try:
             while not self._scheduler.is_quiet(lease):
-                await self._scheduler.changed(_CONFIRM_EVERY_S)
+                await self._scheduler.bell.heard(_CONFIRM_EVERY_S)
                 await self._confirm_running()
             if self._scheduler.pool is not lease.pool:
                 raise BackendRestarted("llama-server has restarted")

@@ -72,6 +72,12 @@ class Earlier:
     seconds: float
     n_answers: int = 1
 
+    def then(self, later: Earlier) -> Earlier:
+        """This, and what was done after it for the same request: what it left there itself was not reused."""
+        is_own = self.n_reused <= later.n_reused <= self.n_tokens
+        n_reused = self.n_reused if is_own else later.n_reused
+        return Earlier(n_reused, later.n_tokens, self.seconds + later.seconds, later.n_answers)
+
     def correct(self, payload: dict[str, Any]) -> bool:
         """Put the numbers of one JSON answer or event right, in place. True when something was changed."""
         if index_of(payload) >= self.n_answers:

@@ -48,7 +48,8 @@ class Waited:
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """A step that was taken. ``n_tokens``: saved, restored or computed; ``waited_s``: for its turn."""
+    """A step that was taken. ``n_tokens``: saved, restored or computed; ``waited_s``: for its turn, and of that
+    ``paused_s`` for the streams of others; ``n_interruptions``: how often it has stopped for somebody."""
 
     step: str
     seconds: float
@@ -57,6 +58,8 @@ class Act:
     size_bytes: int = 0
     snapshot: str | None = None
     waited_s: float = 0.0
+    paused_s: float = 0.0
+    n_interruptions: int = 0
 
 
 @dataclass(slots=True)

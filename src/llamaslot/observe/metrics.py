@@ -43,6 +43,14 @@ class Metrics:
         self.first_byte_s = histogram(
             "first_byte_seconds", "Seconds from a request to the first byte of its answer"
         )
+        self.replanned = counter("replanned", "Jobs whose slot held much less than was expected of it")
+        self.interruptions = counter("prefill_interruptions", "Prefills that stopped for somebody else")
+        self.prefill_wait_s = histogram(
+            "prefill_wait_seconds", "Seconds that a long prefill waited for its turn"
+        )
+        self.prefill_pause_s = counter("prefill_pause_seconds", "Of these, seconds for the streams of others")
+        self.prefix_waits = counter("prefix_waits", "Jobs that waited for a prefix that another computed")
+        self.prefix_wait_s = histogram("prefix_wait_seconds", "Seconds that a job waited for such a prefix")
         self.n_waiting = Gauge("llamaslot_waiting", "Jobs waiting for a slot", registry=self.registry)
         self.n_snapshots = Gauge("llamaslot_snapshots", "Snapshots that can be used", registry=self.registry)
         self.bytes_stored = Gauge("llamaslot_stored_bytes", "Bytes of all snapshots", registry=self.registry)
@@ -62,6 +70,11 @@ class Metrics:
         self.placed.labels(source).inc()
         self.tokens_reused.labels(source).inc(n_reused)
         self.tokens_prompt.inc(n_prompt)
+
+    def prefilled(self, n_interruptions: int, waited_s: float, paused_s: float) -> None:
+        self.interruptions.inc(n_interruptions)
+        self.prefill_wait_s.observe(waited_s)
+        self.prefill_pause_s.inc(paused_s)
 
     def exposition(self) -> bytes:
         """All of it in the Prometheus text format."""

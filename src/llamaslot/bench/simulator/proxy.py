@@ -84,6 +84,7 @@ class Proxy:
             ) as answered:
                 served.ttft_s = self._loop.time() - asked.sent_at
                 lease.started()
+                lease.talks()
                 before = lease.content or NOTHING
                 lease.begun(replace(before, tokens=asked.prompt, is_exact=False, is_dirty=True))
                 await self.server.finish(lease.slot_id, answered)

@@ -1,0 +1,66 @@
+"""Requests that begin alike: one computes what they share, the others wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from llamaslot.core.policy import PoolView
+from llamaslot.core.reuse import TRUNK, checkpoints_after
+from llamaslot.core.slots import IDLE, Job, Wait
+from llamaslot.core.tokens import head
+from llamaslot.core.trunks import MIN_TOKENS
+from llamaslot.engine.lease import Lease
+from llamaslot.engine.pool import Pool
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a job waits for a prefix that somebody else computes: as long as it would have taken by itself, behind
+    him. He would have been ahead of it in any case, for he has less left to compute."""
+
+    until: float
+
+    def lasts(self, now: float) -> bool:
+        return now < self.until
+
+    @classmethod
+    def of(cls, pool: Pool, job: Job, wait: Wait, now: float) -> Patience | None:
+        """None when the job waits for something else."""
+        trunk = pool.trunk_to_come(wait.place.snapshot) if wait.place is not None else None
+        if trunk is None:
+            return None
+        n_own = wait.instead.n_reused if wait.instead is not None else 0
+        alone_s = pool.rates.prefill.seconds(n_own, job.n_tokens)
+        return cls(max(trunk.until, now) + alone_s)
+
+
+def ask_for_trunk(pool: Pool, job: Job, view: PoolView, makers: Iterable[Lease], now: float) -> bool:
+    """Have one of ``makers``, whose long prefills are under way, keep what ``job`` begins with, if that is worth it.
+
+    Worth it is what costs more to compute than to save and restore, of what cannot be had otherwise. A maker that has
+    passed the end of it already can still keep it where the model can go back to any token.
+    """
+    if job.is_fresh or not pool.can_save:
+        return False
+    n_shared = {slot.id: slot.n_shared for slot in view.slots}
+    idle = (slot.n_usable for slot in view.slots if slot.state in IDLE)
+    n_had = max([0, *idle, *(snapshot.n_usable for snapshot in view.snapshots)])
+    best: tuple[int, Lease] | None = None
+    for maker in makers:
+        n = min(n_shared[maker.slot_id], maker.job.n_tokens - 1, job.n_tokens - 1)
+        is_ahead = pool.recall.is_rewindable or n > maker.n_done
+        if is_ahead and not maker.job.is_fresh and n >= MIN_TOKENS and (best is None or n > best[0]):
+            best = n, maker
+    if best is None:
+        return False
+    n, maker = best
+    checkpoints = pool.recall.in_file(checkpoints_after((), 0, [n]))
+    n_usable = pool.recall.usable(TRUNK, n, n, checkpoints, job.n_tokens)
+    cost_s = pool.rates.save_s(n) + pool.rates.restore_s(n)
+    if pool.rates.prefill.seconds(n_had, n_usable) <= cost_s:
+        return False
+    due_s = pool.rates.prefill.seconds(maker.n_done, n)
+    pool.expect_trunk(head(job.tokens, n), maker.slot_id, now + due_s)
+    maker.scheduler.bell.ring()
+    return True
