@@ -108,6 +108,7 @@ class Backend:
         if self.catalog is not None:
             self.scheduler.pin = self.catalog.pin
         self.health = Health.DOWN
+        self.streams_are_known = True  # answers can be put together from the events of a stream
         self.met: Met | None = None
         self._why_down = "has not answered yet"
         self._doubt = asyncio.Event()
@@ -233,7 +234,7 @@ class Backend:
             await asyncio.sleep(pause_s or _HEALTH_POLL_S[-1])
 
     def _serve(self, met: Met) -> None:
-        self.met = met
+        self.met, self.streams_are_known = met, True
         self.steps.fingerprint, self.steps.boot_id = met.fingerprint, met.props.boot_id
         for slot in met.found_busy:
             met.pool.take(slot, Job("left over"), self.now(), has_answer=False)

@@ -17,6 +17,7 @@ from typing import Any
 from llamaslot.core.slots import Job, Keep, Kind
 from llamaslot.core.tokens import head
 from llamaslot.core.trunks import MIN_TOKENS
+from llamaslot.engine.lease import PlanAgain
 from llamaslot.engine.pool import Pool
 from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
@@ -160,5 +161,5 @@ class Prewarm:
                 if kept:
                     lease.plan = replace(lease.plan, steps=lease.plan.steps[: kept[0]])
                     await self._steps.prepare(lease, lambda _: None)
-        except LlamaslotError as error:
+        except (LlamaslotError, PlanAgain) as error:
             log.debug("%s: %s", job.id, error)

@@ -220,6 +220,13 @@ class Steps:
         self.catalog.touch(snapshot.id)
         return True
 
+    async def stopped(self, lease: Lease, n_found: int) -> None:
+        """The job's own request was given up before its first token, having found ``n_found`` tokens: wait until the
+        server is idle, and note what it has got to."""
+        content = prefilled(lease.content or NOTHING, lease.job.tokens, n_found)
+        lease.done(await self.prefills.until_idle(lease, content))
+        self.metrics.replanned.inc()
+
     # -- settling ------------------------------------------------------------------------------------------------
 
     def settle(

@@ -16,6 +16,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from llamaslot import __version__
 from llamaslot.config import Config
 from llamaslot.core.policy import Rules
+from llamaslot.core.prefills import Sharing
 from llamaslot.engine.backend import Backend, Health
 from llamaslot.engine.scheduler import QueueLimits
 from llamaslot.errors import BadRequest, ClientGone, ConfigError, Forbidden, LlamaslotError
@@ -108,9 +109,7 @@ def make_backend(config: Config, url: str) -> Backend:
     return Backend(
         settings.name,
         LlamaServer(url, settings.resolve_api_key()),
-        rules=Rules(
-            config.routing.similarity_min, config.routing.small_prompt_tokens, config.prefill.own_above_s
-        ),
+        rules=_rules(config),
         limits=QueueLimits(config.queue.max_waiting, config.queue.max_wait_s),
         metrics=Metrics(),
         meta_dir=config.store.meta_dir,
@@ -121,6 +120,12 @@ def make_backend(config: Config, url: str) -> Backend:
         max_files=config.store.max_files,
         min_free_bytes=config.store.min_free,
     )
+
+
+def _rules(config: Config) -> Rules:
+    routing, prefill = config.routing, config.prefill
+    sharing = Sharing(prefill.decode_share, prefill.stretch_s, prefill.max_passed_s, prefill.max_held_s)
+    return Rules(routing.similarity_min, routing.small_prompt_tokens, prefill.own_above_s, sharing)
 
 
 def _chat_bodies(config: Config) -> list[tuple[str, dict[str, Any]]]:

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from llamaslot.engine.lease import Prefilling
 from llamaslot.errors import ClientGone, LlamaslotError, UpstreamError
 from llamaslot.llama.sse import comment, data_of, event_of
 from llamaslot.tasks import TaskOwner
@@ -32,18 +33,25 @@ class StreamRules:
 
 @dataclass(slots=True)
 class Downstream:
-    """One answer. ``headers`` may be added to until something is sent; what comes later is said as a comment."""
+    """One answer. ``headers`` may be added to until something is sent; what comes later is said as a comment.
+
+    ``progress`` makes an event of how far a prompt is, for a client that has asked for that.
+    """
 
     request: web.Request
     rules: StreamRules
     is_streaming: bool
     headers: dict[str, str] = field(default_factory=dict)
+    progress: Callable[[Prefilling], bytes] | None = None
     state: object = "tokenizing"
     response: web.StreamResponse | None = None
+    _has_moved: asyncio.Event = field(default_factory=asyncio.Event)
 
     def say(self, state: object) -> None:
         """What the next comment will tell, as ``str(state)`` at that moment."""
         self.state = state
+        if isinstance(state, Prefilling) and self.progress is not None:
+            self._has_moved.set()
 
     @property
     def has_begun(self) -> bool:
@@ -74,7 +82,7 @@ class Downstream:
     @contextlib.asynccontextmanager
     async def waiting(self, tasks: TaskOwner) -> AsyncIterator[None]:
         """While the block waits, a streaming client gets its headers and a comment every ``keepalive_s``."""
-        if not (self.is_streaming and self.rules.has_comments):
+        if not (self.is_streaming and (self.rules.has_comments or self.progress is not None)):
             yield
             return
         ticker = tasks.spawn(self._tick(), "comments")
@@ -88,11 +96,23 @@ class Downstream:
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(self.rules.keepalive_s)
             try:
-                await self.write(comment(str(self.state)))
+                async with asyncio.timeout(self.rules.keepalive_s):
+                    await self._has_moved.wait()
+            except TimeoutError:
+                said = comment(str(self.state)) if self.rules.has_comments else b""
+            else:
+                self._has_moved.clear()
+                said = self._progress()
+            try:
+                await self.write(said)
             except ClientGone:
                 return  # the server sees that too, and cancels the handler
+
+    def _progress(self) -> bytes:
+        """The event for the state, if there is one by now that has moved on already."""
+        state = self.state
+        return self.progress(state) if self.progress is not None and isinstance(state, Prefilling) else b""
 
     async def fail(self, error: LlamaslotError) -> web.StreamResponse:
         """End the exchange with an error: a status while that is possible, else an event."""

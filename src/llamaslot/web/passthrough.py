@@ -69,7 +69,7 @@ class Passthrough:
                 self._backend.turns.take(lease, lambda _: None) as turn,
                 self._upstream(request, raw, to_server(request)) as upstream,
             ):
-                return await _relay(request, upstream, {"x-request-id": id_}, turn.settle)
+                return await _relay(request, upstream, {"x-request-id": id_}, turn.settle, lease.talks)
 
     async def _pinned(self, request: web.Request, raw: bytes, id_: str) -> web.StreamResponse:
         body = parse_object(raw)
@@ -95,7 +95,7 @@ class Passthrough:
                         lease.done(None)  # what the slot holds now was never known token by token
                     lease.release()
 
-                return await _relay(request, upstream, told, settle)
+                return await _relay(request, upstream, told, settle, lease.talks)
 
     @contextlib.asynccontextmanager
     async def _upstream(
@@ -119,8 +119,9 @@ async def _relay(
     upstream: aiohttp.ClientResponse,
     told: dict[str, str],
     ended: Callable[[], Awaitable[None]] | None = None,
+    begun: Callable[[], None] = lambda: None,
 ) -> web.StreamResponse:
-    """The answer as it comes.
+    """The answer as it comes. ``begun`` is called with the first of it.
 
     ``ended`` is called when llama-server is through with its slot, before the client can read that: a client may hang
     up at once after it, and that must not look as if it had left the slot at work.
@@ -140,6 +141,7 @@ async def _relay(
             return response
         await begin(response, request)
         async for chunk in upstream.content.iter_any():
+            begun()
             if ended is not None and any(mark in chunk for mark in _LAST_EVENTS):
                 await ended()
             await send(response, chunk)

@@ -1,0 +1,248 @@
+"""From the request that is sent to llama-server to the end of its answer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from llamaslot.core.slots import NOTHING, Source
+from llamaslot.engine.backend import Backend
+from llamaslot.engine.lease import Lease, PlanAgain, Prefilling
+from llamaslot.engine.turns import Turn
+from llamaslot.errors import UpstreamError
+from llamaslot.llama.api import content_type_of
+from llamaslot.llama.assemble import Assembly, Doubt, can_assemble, streamed
+from llamaslot.llama.routes import Format
+from llamaslot.llama.sse import Earlier
+from llamaslot.web.downstream import SSE_HEADERS, Downstream
+from llamaslot.web.headers import to_client
+from llamaslot.web.jobs import Wanted
+from llamaslot.web.reading import Reading
+
+log = logging.getLogger(__name__)
+
+Post = Callable[[dict[str, Any]], contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a client has asked for. ``post`` sends a body to the same route of llama-server."""
+
+    id: str
+    body: dict[str, Any]
+    kind: Format
+    post: Post
+    started: float
+
+    @property
+    def is_streaming(self) -> bool:
+        return self.body.get("stream") is True
+
+    @property
+    def wants_progress(self) -> bool:
+        return self.is_streaming and bool(self.body.get("return_progress"))
+
+
+def source_of(lease: Lease, earlier: Earlier | None) -> Source:
+    """Where the reused part comes from. Without a prefill of llamaslot's own it is what is expected."""
+    assert lease.plan is not None
+    n_reused = earlier.n_reused if earlier is not None else lease.n_expected
+    return lease.plan.source if n_reused else Source.COLD
+
+
+class Answering:
+    """One request in its slot: ``begin`` up to its first token, then ``finish``."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        down: Downstream,
+        asked: Asked,
+        want: Wanted,
+        lease: Lease,
+        earlier: Earlier | None,
+        turn: Turn | None,
+    ) -> None:
+        self.backend, self.down, self.asked, self.want = backend, down, asked, want
+        self.lease, self.earlier, self.turn = lease, earlier, turn
+        self.is_assembled = (
+            not asked.is_streaming and backend.streams_are_known and can_assemble(asked.body, asked.kind)
+        )
+        self.first_byte_s: float | None = None
+        self._first: list[bytes] | None = None
+
+    async def begin(self, stack: contextlib.AsyncExitStack, *, may_replan: bool) -> None:
+        """Send it, and read what comes up to the first token, while the client is told how far its prompt is.
+
+        Raises UpstreamError for what llama-server answers instead of an answer. With ``may_replan`` raises PlanAgain
+        when the slot does not hold what was expected: then the server is idle again, and next to nothing was computed.
+        """
+        sent = await stack.enter_async_context(contextlib.AsyncExitStack())
+        self._upstream = await self._send(sent, self._body())
+        self._reading = Reading(
+            self._upstream,
+            self.earlier,
+            n_answers=max(len(self.want.prompts), 1) * (1 + self.want.job.n_children),
+            wants_progress=self.asked.wants_progress,
+            assembly=Assembly(self.asked.body, self.asked.kind) if self.is_assembled else None,
+        )
+        if not self._is_streamed:
+            return
+        reading, is_looked_at = self._reading, False
+        while (events := await reading.next()) is not None:
+            if reading.has_token or reading.is_over or reading.has_failed:
+                self.lease.talks()
+                self._first = events
+                return
+            if reading.n_found is not None:
+                if may_replan and not is_looked_at and self._is_misplaced(reading.n_found):
+                    await sent.aclose()
+                    await self.backend.steps.stopped(self.lease, reading.n_found)
+                    raise PlanAgain(None)
+                is_looked_at = True
+                n_reused = self.earlier.n_reused if self.earlier is not None else reading.n_found
+                self.down.state = Prefilling(reading.n_processed, self.want.job.n_tokens, n_reused, 0.0)
+            await self.down.write(b"".join(events))
+
+    def _body(self) -> dict[str, Any]:
+        """What llama-server is asked. As a stream with progress it tells at once what it reuses, and notices within a
+        batch that nobody is there any more."""
+        if self.asked.is_streaming:
+            return {**self.asked.body, "return_progress": True}
+        return streamed(self.asked.body, self.asked.kind) if self.is_assembled else self.asked.body
+
+    async def _send(self, stack: contextlib.AsyncExitStack, body: dict[str, Any]) -> aiohttp.ClientResponse:
+        """Raises UpstreamError."""
+        lease = self.lease
+        # For a job that may use nothing cached, what is in the slot after a prefill of its own is its own work.
+        # What nobody knows may have been computed with somebody's LoRA scales.
+        may_reuse = self.earlier is not None or not (lease.job.is_fresh or lease.content is None)
+        lease.sent()
+        upstream = await stack.enter_async_context(
+            self.asked.post({**body, "id_slot": lease.slot_id, "cache_prompt": may_reuse})
+        )
+        lease.started()
+        if upstream.status == 200:
+            return upstream
+        payload = await upstream.read()
+        if upstream.status < 500:
+            lease.refused()
+        else:
+            lease.done(None)
+        raise UpstreamError(upstream.status, payload, content_type_of(upstream))
+
+    @property
+    def _is_streamed(self) -> bool:
+        return self._upstream.content_type == "text/event-stream"
+
+    def _is_misplaced(self, n_found: int) -> bool:
+        """Whether the slot holds much less of the one prompt than was expected."""
+        if len(self.want.prompts) != 1 or self.want.job.n_children:
+            return False
+        n_expected = self.earlier.n_tokens if self.earlier is not None else self.lease.n_expected
+        return self.backend.steps.prefills.is_far_off(self.lease, n_expected, n_found)
+
+    # -- the answer ----------------------------------------------------------------------------------------------
+
+    async def finish(self) -> web.StreamResponse:
+        """The rest of the answer, and what it teaches. The slot is given back before the client can read its end."""
+        self._holds_prompt()
+        if self._is_streamed and not self.is_assembled:
+            await self._relay()
+            self._settle()
+            self._log()
+            return await self.down.end()
+        payload = await self._assemble() if self._is_streamed else await self._reading.whole()
+        self.first_byte_s = time.monotonic() - self.asked.started
+        self._settle()
+        self._log()
+        headers = {**to_client(self._upstream), **self.down.headers}
+        if self.is_assembled:
+            headers["Content-Type"] = "application/json; charset=utf-8"
+        return web.Response(status=200, body=payload, headers=headers)
+
+    def _holds_prompt(self) -> None:
+        before = self.lease.content or NOTHING
+        self.lease.begun(replace(before, tokens=self.want.left_in_slot, is_exact=False, is_dirty=True))
+
+    async def _relay(self) -> None:
+        """Events as they come, each byte as it was but for the numbers that ``earlier`` puts right.
+
+        llama-server releases the slot before it sends the last event: so it is given back before the client, who may
+        ask again or hang up at once, can read that event.
+        """
+        headers = {**to_client(self._upstream), **SSE_HEADERS}
+        events = self._first
+        while events is not None:
+            if self.first_byte_s is None:
+                self.first_byte_s = time.monotonic() - self.asked.started
+                await self.down.begin(headers=headers)
+            if self._reading.is_over:
+                if self.turn is not None:
+                    await self.turn.settle()
+                self._settle()
+            await self.down.write(b"".join(events))
+            events = await self._reading.next()
+        await self.down.write(self._reading.rest)
+
+    async def _assemble(self) -> bytes:
+        """The answer that llama-server would have given in one piece. Where that is in doubt it is asked for just that,
+        in the same slot. Raises UpstreamError."""
+        reading, events = self._reading, self._first
+        assert reading.assembly is not None
+        while events is not None and not reading.is_over:
+            events = await reading.next()
+        if (doubt := reading.assembly.doubt) is None:
+            return reading.assembled()
+        log.info("%s: asked for again, in one piece: its stream is %s", self.asked.id, doubt.value)
+        if doubt is Doubt.UNKNOWN:
+            self.backend.streams_are_known = False
+        async with contextlib.AsyncExitStack() as stack:
+            upstream = await self._send(stack, self.asked.body)
+            self._holds_prompt()
+            return await reading.again(upstream)
+
+    def _settle(self) -> None:
+        """Note what the slot holds now, and give it back. Idempotent."""
+        if self.lease.is_released:
+            return
+        want, timings = self.want, self._reading.timings
+        n_found = int(timings["cache_n"]) if timings and "cache_n" in timings else None
+        if self._reading.has_failed:
+            self.lease.done(None)
+            self.lease.release()
+            return
+        n_answer = int(timings.get("predicted_n", 0)) if timings and len(want.prompts) == 1 else 0
+        self.backend.steps.settle(self.lease, n_found, self.earlier, want.left_in_slot, n_answer)
+        self.lease.release()
+        if timings and n_found is not None and len(want.prompts) == 1:
+            self._learn(timings, n_found)
+
+    def _learn(self, timings: dict[str, Any], n_found: int) -> None:
+        rates, n_total = self.backend.rates, n_found + int(timings["prompt_n"])
+        self.backend.prompts.confirm(self.want.prompts[0], n_total)
+        if self.earlier is None and n_total - n_found > 1:
+            rates.prefill.observe(n_found, n_total, float(timings["prompt_ms"]) / 1000)
+        if n_predicted := int(timings.get("predicted_n", 0)):
+            rates.answer.observe(n_predicted, float(timings["predicted_ms"]) / 1000)
+
+    def _log(self) -> None:
+        """One line per answer: where it ran, what was reused, and how long the client waited."""
+        first_s, earlier, timings = self.first_byte_s or 0.0, self.earlier, self._reading.timings
+        self.backend.metrics.first_byte_s.observe(first_s)
+        n_computed = earlier.n_tokens - earlier.n_reused if earlier is not None else 0
+        if timings is not None:
+            n_computed += int(timings.get("prompt_n", 0))
+        log.info(
+            "%s slot %d %s: %d of %d prompt tokens computed%s, first byte after %.2f s, all after %.2f s",
+            self.asked.id, self.lease.slot_id, source_of(self.lease, earlier).value, n_computed,
+            self.lease.job.n_tokens, f", {earlier.seconds:.2f} s of it ahead" if earlier is not None else "",
+            first_s, time.monotonic() - self.asked.started,
+        )  # fmt: skip

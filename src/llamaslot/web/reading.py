@@ -1,0 +1,125 @@
+"""What llama-server answers to one request, event by event: what is passed on, and what is noted in passing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import aiohttp
+import orjson
+
+from llamaslot.errors import BackendDown
+from llamaslot.llama.assemble import Assembly
+from llamaslot.llama.sse import Earlier, EventSplitter, data_of, index_of
+from llamaslot.web.downstream import BROKEN_OFF
+
+_NOTED = (b'"timings"', b'"error"', b'"prompt_progress"')
+
+
+class Reading:
+    """One answer. ``timings`` of its first prompt; ``n_found``: what was reused of that, by its first event of progress.
+
+    ``is_over``: its last event has come; in the native format that is the last of ``n_answers`` that end.
+    ``has_token``: its first token has. Events of progress are only passed on to who ``wants_progress``. With an
+    ``assembly`` nothing is passed on: all of it is in there.
+    """
+
+    def __init__(
+        self,
+        upstream: aiohttp.ClientResponse,
+        earlier: Earlier | None,
+        *,
+        n_answers: int = 1,
+        wants_progress: bool = False,
+        assembly: Assembly | None = None,
+    ) -> None:
+        self.timings: dict[str, Any] | None = None
+        self.n_found: int | None = None
+        self.n_processed = 0  # tokens of the prompt, by the last event of progress
+        self.has_failed = False
+        self.is_over = False
+        self.has_token = False
+        self.assembly = assembly
+        self._upstream, self._earlier, self._wants_progress = upstream, earlier, wants_progress
+        self._n_left = n_answers
+        self._splitter = EventSplitter()
+
+    async def next(self) -> list[bytes] | None:
+        """What is to be passed on of the next events, perhaps nothing; None at the end.
+
+        Raises BackendDown when the connection breaks, and UpstreamError for an error in what is assembled.
+        """
+        try:
+            chunk = await self._upstream.content.readany()
+        except aiohttp.ClientError as error:
+            raise BackendDown(BROKEN_OFF) from error
+        if not chunk:
+            return None
+        return [passed for event in self._splitter.feed(chunk) if (passed := self._event(event))]
+
+    @property
+    def rest(self) -> bytes:
+        """What came after the last whole event."""
+        return b"" if self.assembly is not None else self._splitter.rest
+
+    async def whole(self) -> bytes:
+        """The answer in one piece, its numbers put right."""
+        payload = await self._upstream.read()
+        try:
+            answer = orjson.loads(payload)
+        except orjson.JSONDecodeError:
+            return payload
+        return orjson.dumps(answer) if self._answer(answer) else payload
+
+    async def again(self, upstream: aiohttp.ClientResponse) -> bytes:
+        """The answer in one piece, when it was asked for once more; what was reused is what the first time told."""
+        timings, self._upstream = self.timings, upstream
+        payload = await self.whole()
+        self.timings = timings or self.timings
+        return payload
+
+    def assembled(self) -> bytes:
+        """The same of what was assembled. Raises Incomplete."""
+        assert self.assembly is not None
+        answer = self.assembly.answer()
+        self._answer(answer)
+        return orjson.dumps(answer)
+
+    def _answer(self, answer: Any) -> bool:
+        changed = False
+        for part in answer if isinstance(answer, list) else [answer]:
+            self._note(part)
+            if self._earlier is not None and isinstance(part, dict):
+                changed = self._earlier.correct(part) or changed
+        return changed
+
+    def _event(self, event: bytes) -> bytes:
+        payload: Any = None
+        if event.startswith(b"data: [DONE]"):
+            self.is_over = True
+        elif self.assembly is not None or any(mark in event for mark in _NOTED):
+            payload = data_of(event)
+            self._note(payload)
+        is_progress = isinstance(payload, dict) and "prompt_progress" in payload
+        self.has_token = self.has_token or (not is_progress and event.startswith(b"data:"))
+        if self.assembly is not None:
+            if isinstance(payload, dict):
+                self.assembly.feed(payload)
+            return b""
+        if is_progress and not self._wants_progress:
+            return b""
+        return self._earlier.correct_event(event) if self._earlier is not None else event
+
+    def _note(self, payload: Any) -> None:
+        if not isinstance(payload, dict):
+            return
+        timings = payload.get("timings")
+        if isinstance(timings, dict) and not index_of(payload):
+            self.timings = dict(timings)
+        progress = payload.get("prompt_progress")
+        if isinstance(progress, dict):
+            self.n_processed = int(progress["processed"])
+            self.n_found = int(progress["cache"]) if self.n_found is None else self.n_found
+        self.has_failed = self.has_failed or "error" in payload
+        if payload.get("stop") is True:
+            self._n_left -= 1
+            self.is_over = self._n_left <= 0
