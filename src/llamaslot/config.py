@@ -221,7 +221,7 @@ class RoutingConfig(Section):
 
 class PrefillConfig(Section):
     own_above_s: Seconds = 1.0
-    decode_share: Annotated[float, BeforeValidator(_number), Field(ge=0, le=0.9)] = 0.15
+    decode_share: Annotated[float, BeforeValidator(_number), Field(ge=0, le=0.9)] = 0.1
     stretch_s: Annotated[Seconds, Field(gt=0)] = 0.5
     max_held_s: Seconds = 2.0
     max_passed_s: Seconds = 120.0

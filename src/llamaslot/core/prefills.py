@@ -19,7 +19,7 @@ class Sharing:
     before it. ``max_held_s``: so long at a time it is held back by requests that need little.
     """
 
-    decode_share: float = 0.15
+    decode_share: float = 0.1
     stretch_s: float = 0.5
     max_passed_s: float = 120.0
     max_held_s: float = 2.0

@@ -187,7 +187,9 @@ class Saving:
         async with contextlib.aclosing(self.api.prefill(lease.slot_id, content.tokens)) as events:
             async for event in events:
                 n_reused = event.cache
-        lease.content = prefilled(content, content.tokens, n_reused)
+        after = prefilled(content, content.tokens, n_reused)
+        # So few tokens before the end the checkpoint is made where they begin (seen running).
+        lease.content = replace(after, checkpoints=(*after.checkpoints, n_reused))
 
     async def _n_held(self, lease: Lease, content: Content) -> int:
         """What the file will hold: room is made before it is written, for the answer's tokens too."""

@@ -233,15 +233,14 @@ class Scheduler:
         """Where to, or what to wait for. Whoever is just computing what the job begins with is asked to keep it."""
         assert self.pool is not None
         job, now = waiting.job, self.now()
-        is_patient = waiting.patience is None or waiting.patience.lasts(now)
+        makers = [lease for lease in self.leases if lease.pool is self.pool and lease.is_long]
+        is_patient = waiting.patience is None or waiting.patience.lasts(self.pool, job, now)
         view = self.pool.view(job, now, reserved, is_patient=is_patient)
-        if is_patient:
-            makers = [lease for lease in self.leases if lease.pool is self.pool and lease.is_long]
-            if ask_for_trunk(self.pool, job, view, makers, now):
-                view = self.pool.view(job, now, reserved)
+        if is_patient and ask_for_trunk(self.pool, job, view, makers, now):
+            view = self.pool.view(job, now, reserved)
         decision = place(job, view, self.rules)
         if isinstance(decision, Wait) and waiting.patience is None:
-            waiting.patience = Patience.of(self.pool, job, decision, now)
+            waiting.patience = Patience.of(self.pool, decision, makers, now)
         return decision
 
     def _has_idle(self) -> bool:

@@ -17,22 +17,30 @@ from llamaslot.engine.pool import Pool
 @dataclass(frozen=True, slots=True)
 class Patience:
     """How long a job waits for a prefix that somebody else computes: as long as it would have taken by itself, behind
-    him. He would have been ahead of it in any case, for he has less left to compute."""
+    him, who would have been ahead of it in any case, for he has less left to compute.
 
-    until: float
+    ``n_made`` of ``n_trunk`` tokens were there at ``since``; by itself it would have begun with ``n_own``. In tokens
+    and not in seconds, for how fast they are computed is learned meanwhile.
+    """
 
-    def lasts(self, now: float) -> bool:
-        return now < self.until
+    since: float
+    n_made: int
+    n_trunk: int
+    n_own: int
+
+    def lasts(self, pool: Pool, job: Job, now: float) -> bool:
+        seconds = pool.rates.prefill.seconds
+        return now < self.since + seconds(self.n_made, self.n_trunk) + seconds(self.n_own, job.n_tokens)
 
     @classmethod
-    def of(cls, pool: Pool, job: Job, wait: Wait, now: float) -> Patience | None:
+    def of(cls, pool: Pool, wait: Wait, makers: Iterable[Lease], now: float) -> Patience | None:
         """None when the job waits for something else."""
         trunk = pool.trunk_to_come(wait.place.snapshot) if wait.place is not None else None
         if trunk is None:
             return None
+        n_made = max((maker.n_done for maker in makers if maker.slot_id == trunk.slot), default=0)
         n_own = wait.instead.n_reused if wait.instead is not None else 0
-        alone_s = pool.rates.prefill.seconds(n_own, job.n_tokens)
-        return cls(max(trunk.until, now) + alone_s)
+        return cls(now, n_made, trunk.content.n_tokens, n_own)
 
 
 def ask_for_trunk(pool: Pool, job: Job, view: PoolView, makers: Iterable[Lease], now: float) -> bool:
