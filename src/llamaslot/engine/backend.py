@@ -105,6 +105,7 @@ class Backend:
         )
         self.drains = Drains(api, self.scheduler, now)
         self.scheduler.on_drain = self.drains.add
+        self.scheduler.on_prefix_wait = metrics.prefix_wait_s.observe
         if self.catalog is not None:
             self.scheduler.pin = self.catalog.pin
         self.health = Health.DOWN

@@ -19,8 +19,10 @@ class Note:
         self._since = self._waits_since = now()
         self.decision: Decision | None = None
 
-    def waits(self, wait: Wait) -> None:
-        """It waits for something in particular. The same again changes nothing."""
+    def waits(self, wait: Wait, expected_s: float | None = None) -> None:
+        """It waits for something in particular. The same again changes nothing. ``expected_s``: where that is more
+        than what the waiting counts for (a prefix that nobody could compute sooner).
+        """
         if wait.place is None or wait.for_s is None:
             return
         what, decision = _option(wait.place), self._begun()
@@ -31,7 +33,7 @@ class Note:
             self._end_wait(last)
         self._waits_since = self._now()
         instead = _option(wait.instead) if wait.instead is not None else None
-        decision.waits.append(Waited(what, instead, wait.for_s))
+        decision.waits.append(Waited(what, instead, wait.for_s if expected_s is None else expected_s))
         _say(decision)
 
     def placed(self, plan: Plan) -> None:

@@ -45,7 +45,8 @@ class Passing:
         return [entry.holder for entry in self._entries.values() if entry.slot is not None]
 
     def add(self, content: Content, until: float, slot: int | None = None) -> Leaving:
-        entry = Leaving(f"leaving-{next(self._serial)}", content, until, slot)
+        name = "leaving" if slot is None else "prefix"
+        entry = Leaving(f"{name}-{next(self._serial)}", content, until, slot)
         self._entries[entry.holder] = entry
         self.index.insert(entry.holder, content.tokens)
         return entry

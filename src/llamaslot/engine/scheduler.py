@@ -17,7 +17,7 @@ from llamaslot.core.slots import Job, Plan, PrefillTo, Slot, State, Wait
 from llamaslot.engine.lease import Lease
 from llamaslot.engine.notes import Note
 from llamaslot.engine.pool import Pool
-from llamaslot.engine.together import Patience, ask_for_trunk
+from llamaslot.engine.together import Patience, ask_for_trunk, prefix_due_s
 from llamaslot.errors import BackendDown, BackendRestarted, QueueFull
 from llamaslot.observe.journal import Journal
 from llamaslot.tasks import Bell
@@ -51,6 +51,7 @@ class Scheduler:
         self.pool: Pool | None = None
         self.leases: set[Lease] = set()
         self.on_drain: Callable[[Lease], None] = lambda lease: None
+        self.on_prefix_wait: Callable[[float], None] = lambda seconds: None
         self.pin: Callable[[str], AbstractContextManager[object]] = lambda snapshot: nullcontext()
         self._down: BackendDown | None = None  # told to whoever asks
         self._queue: list[_Waiting] = []
@@ -201,7 +202,7 @@ class Scheduler:
                 continue
             decision = self._decide(waiting, frozenset(reserved))
             if isinstance(decision, Wait):
-                waiting.note.waits(decision)
+                waiting.note.waits(decision, prefix_due_s(self.pool, decision, self.now()))
                 if decision.slot is not None:
                     reserved.add(decision.slot)
                 if decision.for_s is None:
@@ -219,6 +220,8 @@ class Scheduler:
                 self.pool.drop_snapshot(decision.snapshot)
                 look_again_s = 0.0
                 continue
+            if waiting.patience is not None:
+                self.on_prefix_wait(self.now() - waiting.patience.since)
             lease.note = waiting.note
             lease.note.placed(decision)
             if job.is_exclusive:

@@ -72,3 +72,9 @@ def ask_for_trunk(pool: Pool, job: Job, view: PoolView, makers: Iterable[Lease],
     pool.expect_trunk(head(job.tokens, n), maker.slot_id, now + due_s)
     maker.scheduler.bell.ring()
     return True
+
+
+def prefix_due_s(pool: Pool, wait: Wait, now: float) -> float | None:
+    """In how many seconds a prefix that somebody computes, and that is waited for, can be had; None for other waits."""
+    trunk = pool.trunk_to_come(wait.place.snapshot) if wait.place is not None else None
+    return max(trunk.until - now, 0.0) + (wait.for_s or 0.0) if trunk is not None else None

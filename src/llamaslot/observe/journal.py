@@ -147,8 +147,11 @@ def explain(decision: Decision) -> str:
 
 
 def _name(option: Option) -> str:
-    source = f"from snapshot {option.snapshot}" if option.snapshot else option.source
-    return f"slot {option.slot} {source}"
+    if option.snapshot is None:
+        return f"slot {option.slot} {option.source}"
+    # A prefix is no snapshot yet: somebody computes it.
+    kind = "" if option.snapshot.startswith("prefix-") else "snapshot "
+    return f"slot {option.slot} from {kind}{option.snapshot}"
 
 
 def _reuse(option: Option) -> str:
@@ -165,7 +168,9 @@ def _act(act: Act) -> str:
     if act.size_bytes:
         text += f", {act.size_bytes / 1e6:,.1f} MB"
     text += f" in {_seconds(act.seconds)} s"
-    return text + (f" after waiting {_seconds(act.waited_s)} s" if act.waited_s >= 0.01 else "")
+    if act.waited_s >= 0.01:
+        text += f" after waiting {_seconds(act.waited_s)} s"
+    return text + (f", stopped {act.n_interruptions} times" if act.n_interruptions else "")
 
 
 def _seconds(seconds: float) -> str:

@@ -49,8 +49,9 @@ class Metrics:
             "prefill_wait_seconds", "Seconds that a long prefill waited for its turn"
         )
         self.prefill_pause_s = counter("prefill_pause_seconds", "Of these, seconds for the streams of others")
-        self.prefix_waits = counter("prefix_waits", "Jobs that waited for a prefix that another computed")
-        self.prefix_wait_s = histogram("prefix_wait_seconds", "Seconds that a job waited for such a prefix")
+        self.prefix_wait_s = histogram(
+            "prefix_wait_seconds", "Seconds that a job waited for a prefix that another one computed"
+        )
         self.n_waiting = Gauge("llamaslot_waiting", "Jobs waiting for a slot", registry=self.registry)
         self.n_snapshots = Gauge("llamaslot_snapshots", "Snapshots that can be used", registry=self.registry)
         self.bytes_stored = Gauge("llamaslot_stored_bytes", "Bytes of all snapshots", registry=self.registry)

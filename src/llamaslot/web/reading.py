@@ -16,7 +16,7 @@ _NOTED = (b'"timings"', b'"error"', b'"prompt_progress"')
 
 
 class Reading:
-    """One answer. ``timings`` of its first prompt; ``n_found``: what was reused of that, by its first event of progress.
+    """One answer. ``timings`` of its first prompt; ``n_found``: what was reused of that, by its first progress event.
 
     ``is_over``: its last event has come; in the native format that is the last of ``n_answers`` that end.
     ``has_token``: its first token has. Events of progress are only passed on to who ``wants_progress``. With an
