@@ -211,6 +211,14 @@ class Stack:
         ):
             return dict(await response.json())
 
+    async def journal(self) -> dict[str, Any]:
+        """llamaslot's last decisions."""
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(self.llamaslot.url + "/llamaslot/journal") as response,
+        ):
+            return dict(await response.json())
+
     async def own_metrics(self) -> dict[str, float]:
         """``/llamaslot/metrics``: every sample by its full name with labels."""
         async with (

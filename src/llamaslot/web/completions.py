@@ -30,6 +30,7 @@ from llamaslot.web.bodies import parse_object, read_body
 from llamaslot.web.downstream import MISTAKE, Downstream, StreamRules
 from llamaslot.web.headers import to_server
 from llamaslot.web.jobs import ATTEMPTS, Wanted, request_id, wanted
+from llamaslot.web.several import Part, joined
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +55,17 @@ class _Exchange:
     """One request from its body to the end of its answer."""
 
     def __init__(
-        self, backend: Backend, rules: StreamRules, request: web.Request, route: Route, body: dict[str, Any]
+        self,
+        backend: Backend,
+        rules: StreamRules,
+        request: web.Request,
+        route: Route,
+        body: dict[str, Any],
+        whole: _Exchange | None = None,
     ) -> None:
+        """``whole``: of a prompt in a list, the exchange for all of them."""
         self.backend, self.request, self.route, self.body = backend, request, route, body
-        self.id = request_id(request.headers)
+        self.id: str = whole.id if whole is not None else request_id(request.headers)
         self.asked = Asked(self.id, body, self._format, self._post, time.monotonic())
         self.down = Downstream(request, rules, self.asked.is_streaming, {"x-request-id": self.id})
 
@@ -82,6 +90,8 @@ class _Exchange:
             met, want = await self._met_and_wanted()
             if want.is_beyond_server:
                 return await self._refused_by_server()
+            if len(want.prompts) > 1 and self._is_long(want):
+                return await self._serve_each(want)
             try:
                 return await self._serve(want, met)
             except BackendRestarted:
@@ -114,6 +124,31 @@ class _Exchange:
     def _format(self) -> Format:
         assert self.route.format is not None, "only completions have a format"
         return self.route.format
+
+    # -- several prompts -----------------------------------------------------------------------------------------
+
+    def _is_long(self, want: Wanted) -> bool:
+        """Whether any prompt but the first, which has the slot to itself, would take long to compute."""
+        longest = max(prompt.n_tokens for prompt in want.prompts[1:])
+        return self.backend.rates.prefill.seconds(0, longest) > self.backend.rules.own_above_s
+
+    async def _serve_each(self, want: Wanted) -> web.StreamResponse:
+        """One prompt after the other, each as a request of its own. Raises LlamaslotError: the first ends it all."""
+        n_each, parts = 1 + want.job.n_children, []
+        prompts = self.body["prompt"]
+        response: web.StreamResponse | None = None
+        for number, prompt in enumerate(prompts):
+            body = {**self.body, "prompt": prompt}
+            one = _Exchange(self.backend, self.down.rules, self.request, self.route, body, self)
+            one.down = Part(self.down, number * n_each, is_last=number == len(prompts) - 1)
+            response = await one._run()
+            if isinstance(response, web.Response) and isinstance(response.body, bytes):
+                parts.append(response.body)
+        assert response is not None, "a list of prompts is not empty"
+        if not parts:
+            return response
+        headers = {name: value for name, value in response.headers.items() if name != "Content-Length"}
+        return web.Response(body=joined(parts, n_each), headers=headers)
 
     # -- a slot --------------------------------------------------------------------------------------------------
 

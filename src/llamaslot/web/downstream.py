@@ -8,6 +8,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from aiohttp import web
 
@@ -45,6 +46,7 @@ class Downstream:
     progress: Callable[[Prefilling], bytes] | None = None
     state: object = "tokenizing"
     response: web.StreamResponse | None = None
+    told: dict[str, Any] = field(default_factory=dict)  # what later parts of the answer must agree with
     _has_moved: asyncio.Event = field(default_factory=asyncio.Event)
 
     def say(self, state: object) -> None:

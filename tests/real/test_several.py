@@ -1,0 +1,72 @@
+"""Lists of prompts, each of them computed ahead: the answer is the one that llama-server gives to the list."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.support import models
+from tests.support.stack import Stack
+from tests.support.users import words
+
+pytestmark = pytest.mark.real
+
+OWN_STEPS = {"prefill": {"own_above_s": 0}, "stream": {"comments": False}}
+TIMES = {"id", "created", "timings", "id_slot", "system_fingerprint", "usage"}
+
+
+async def ask(url: str, path: str, body: dict[str, Any]) -> list[Any]:
+    """The events of a stream, or the one JSON value."""
+    async with aiohttp.ClientSession() as session, session.post(url + path, json=body) as response:
+        text = await response.text()
+        assert response.status == 200, text
+    if not body["stream"]:
+        return [json.loads(text)]
+    lines = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+    # Between two prompts llama-server sends "data: null" (seen running), which tells nothing.
+    return [line if line == "[DONE]" else json.loads(line) for line in lines if line != "null"]
+
+
+def plain(value: Any) -> Any:
+    """Without what differs from one time to the next, and without the settings, which name the slot and the seed."""
+    if isinstance(value, dict):
+        left = TIMES | {"generation_settings"}
+        return {name: plain(part) for name, part in value.items() if name not in left}
+    return [plain(part) for part in value] if isinstance(value, list) else value
+
+
+def counted(value: Any) -> Iterator[tuple[int, int]]:
+    """Of each ``timings`` the tokens of the prompt and of the answer."""
+    if isinstance(value, dict):
+        if "timings" in value and "prompt_n" in value["timings"]:
+            timings = value["timings"]
+            yield timings["cache_n"] + timings["prompt_n"], timings["predicted_n"]
+        value = list(value.values())
+    for part in value if isinstance(value, list) else ():
+        yield from counted(part)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/completions", "/completion"])
+async def test_a_list_is_answered_as_by_llama_server(tmp_path: Path, path: str, stream: bool, n: int) -> None:
+    """Events in their order, numbers in their places; with several answers to each prompt, too."""
+    rng = random.Random(1)
+    prompts: list[Any] = [words(rng, 900), words(rng, 600), [ord(c) for c in words(rng, 700)]]
+    body = {"prompt": prompts, "n_predict": 5, "temperature": 0, "stream": stream, "n_cmpl": n}
+    async with Stack(models.dense(tmp_path), tmp_path, slots=3, settings=OWN_STEPS) as stack:
+        through = await ask(stack.url, path, body)
+        assert "prefill" in json.dumps((await stack.journal())["decisions"])
+        direct = await ask(stack.server.url, path, {**body, "id_slot": 0})
+    if n > 1 and stream:  # the answers to one prompt are decoded side by side
+        through, direct = (sorted(map(json.dumps, map(plain, events))) for events in (through, direct))
+    assert plain(through) == plain(direct)
+    assert sorted(counted(through)) == sorted(counted(direct))
+    if stream and path.startswith("/v1"):
+        assert len({event["id"] for event in through if isinstance(event, dict)}) <= 1
