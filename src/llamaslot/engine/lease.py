@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from llamaslot.store import Snapshot
 
 
+_LITTLE_S = (
+    1.0  # until its first token, of a request that needs little; longer where prefills are only long later
+)
+
+
 class PlanAgain(Exception):
     """The place of a job is not what it was taken for, or is needed for something else: ask for a place again.
 
@@ -61,6 +66,8 @@ class Lease:
         self.is_released = False
         # Whether a long prefill comes before its own request, to be computed in turn with those of others.
         self.is_long = plan is not None and any(isinstance(step, PrefillTo) for step in plan.steps)
+        self.can_keep = True  # a trunk on the way; until one could not be saved
+        self.sent_at = 0.0  # when the job's own request was
         self.n_done = 0  # tokens of its prompt that are there, while that is computed
         self.restored: Snapshot | None = None  # what its steps have read into the slot
         self.n_usable = (
@@ -104,9 +111,13 @@ class Lease:
     def comes_first(self) -> bool:
         """Whether its first token is only a little work away: nobody's long prefill may stand in its way.
 
-        One that waits until all others are at work does not hold them up by that.
+        One that waits until all others are at work does not hold them up by that, and one whose answer does not begin
+        for a while is not that little.
         """
         if self.is_long or self.is_talking or self.is_released:
+            return False
+        little_s = max(2 * self.pool.rules.own_above_s, _LITTLE_S)
+        if self.is_answering and self.scheduler.now() - self.sent_at > little_s:
             return False
         is_sent = self.is_answering or self.is_started
         return is_sent if self.job.is_exclusive else self.plan is not None
@@ -154,7 +165,7 @@ class Lease:
         """The job's own request is being sent."""
         self._before = self.content
         self.working()
-        self.is_answering = True
+        self.is_answering, self.sent_at = True, self.scheduler.now()
 
     def begun(self, content: Content) -> None:
         """The server works: what the slot holds is at most ``content``."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,14 @@ log = logging.getLogger(__name__)
 _FEW = 64  # a progress event for fewer tokens says little about speed
 _IDLE_POLL_S = 0.02  # llama-server answers between two batches, so it is asked about once for each
 _SURELY_S = 8.0  # of computing, before a prefill makes room for a request that chooses its slots
+
+
+class _Why(enum.Enum):
+    """What a prefill waits for."""
+
+    TURN = "another prefill"
+    FIRST = "somebody who needs little"
+    STREAMS = "the share of those that decode"
 
 
 @dataclass(slots=True, eq=False)
@@ -121,36 +130,32 @@ class Prefills:
     async def _turn(self, long: _Long, report: Report) -> None:
         """Wait until the next stretch is this one's."""
         lease, began = long.lease, self.now()
-        while (wait_s := self._wait_s(long)) != 0:
-            if wait_s is None and not long.has_begun:
+        long.is_by_right = False
+        while (waits := self._waits(long)) is not None:
+            why, seconds = waits
+            if why is not _Why.STREAMS and not long.has_begun:
                 report(f"waiting to prefill {lease.job.n_tokens} tokens")
-            paused = self.now()
-            await lease.scheduler.bell.heard(wait_s)
-            if self._is_pausing(long):
-                long.paused_s += self.now() - paused
+            since = self.now()
+            await lease.scheduler.bell.heard(seconds)
+            long.paused_s += self.now() - since if why is _Why.STREAMS else 0.0
             lease.still_holds()
         # From here to the stretch nothing awaits.
         self._current = long
+        long.is_by_right = self._is_somebody_first(long)
         long.waited_s += self.now() - began
 
-    def _wait_s(self, long: _Long) -> float | None:
-        """How long to wait, if nothing changes; 0 when it is the turn of ``long``, None when another's is first."""
+    def _waits(self, long: _Long) -> tuple[_Why, float | None] | None:
+        """Why, and for how long if nothing changes (None: until something does). None when ``long`` is next."""
         if self._current is not None or self._next() is not long:
-            return None
-        sharing, now = _sharing(long), self.now()
-        long.is_by_right = False
-        if self._is_somebody_first(long):
-            held_s = max(self._stopped_at, long.came_at) + sharing.max_held_s - now
-            if held_s > 0:
-                return held_s
-            long.is_by_right = True
-        return max(self._pause_left_s(long), 0.0)
-
-    def _pause_left_s(self, long: _Long) -> float:
-        return self._stopped_at + self._pause_s - self.now() if self._n_streams(long) else 0.0
-
-    def _is_pausing(self, long: _Long) -> bool:
-        return self._current is None and self._next() is long and self._n_streams(long) > 0
+            return _Why.TURN, None
+        now, sharing = self.now(), _sharing(long)
+        held_s = max(self._stopped_at, long.came_at) + sharing.max_held_s - now
+        if held_s > 0 and self._is_somebody_first(long):
+            return _Why.FIRST, held_s
+        pause_s = self._stopped_at + self._pause_s - now
+        if pause_s > 0 and self._n_streams(long):
+            return _Why.STREAMS, pause_s
+        return None
 
     def _next(self) -> _Long:
         now = self.now()

@@ -125,6 +125,7 @@ class Steps:
 
     async def _keep(self, lease: Lease, n_tokens: int) -> None:
         if not await self._carry_out(lease, self.saving.keep(lease, n_tokens)):
+            lease.can_keep = False
             self.metrics.steps_failed.labels("keep").inc()
 
     async def _carry_out(self, lease: Lease, action: Coroutine[Any, Any, T]) -> T:

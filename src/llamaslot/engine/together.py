@@ -58,14 +58,16 @@ def ask_for_trunk(pool: Pool, job: Job, view: PoolView, makers: Iterable[Lease],
     for maker in makers:
         n = min(n_shared[maker.slot_id], maker.job.n_tokens - 1, job.n_tokens - 1)
         is_ahead = pool.recall.is_rewindable or n > maker.n_done
-        if is_ahead and not maker.job.is_fresh and n >= MIN_TOKENS and (best is None or n > best[0]):
+        can_keep = is_ahead and maker.can_keep and not maker.job.is_fresh
+        if can_keep and n >= MIN_TOKENS and (best is None or n > best[0]):
             best = n, maker
     if best is None:
         return False
     n, maker = best
     checkpoints = pool.recall.in_file(checkpoints_after((), 0, [n]))
     n_usable = pool.recall.usable(TRUNK, n, n, checkpoints, job.n_tokens)
-    cost_s = pool.rates.save_s(n) + pool.rates.restore_s(n)
+    n_written = max(n, maker.n_done)
+    cost_s = pool.rates.save_s(n_written) + pool.rates.restore_s(n_written)
     if pool.rates.prefill.seconds(n_had, n_usable) <= cost_s:
         return False
     due_s = pool.rates.prefill.seconds(maker.n_done, n)
