@@ -261,14 +261,9 @@ class Prefills:
         if not long.has_begun:
             long.has_begun, long.n_reused = True, n_found
         long.at = lease.n_done = content.n_tokens
-        if is_wrong:
-            self.metrics.replanned.inc()
-            if may_replan:
-                log.info(
-                    "%s: %d tokens of slot %d were expected, %d are there: looking for another place",
-                    lease.job.id, lease.n_expected, lease.slot_id, n_found,
-                )  # fmt: skip
-                raise PlanAgain(long.earlier)
+        if is_wrong and may_replan:
+            self.note_misplaced(lease, n_found)
+            raise PlanAgain(long.earlier)
 
     async def until_idle(self, lease: Lease, content: Content) -> Content:
         """What is there of ``content`` when the server is idle, after a connection was closed on the way.
@@ -278,19 +273,27 @@ class Prefills:
         """
         closed = self.now()
         while True:
-            info = next(info for info in await self.api.slots() if info.id == lease.slot_id)
+            infos = {info.id: info for info in await self.api.slots()}
             lease.still_holds()
-            if not info.is_processing:
+            if (info := infos.get(lease.slot_id)) is None or not info.is_processing:
                 break
             await asyncio.sleep(_IDLE_POLL_S)
         self.rates.interruption.observe(self.now() - closed)
-        n = min(info.n_tokens or 0, content.n_tokens)
+        n = min(info.n_tokens or 0, content.n_tokens) if info is not None else 0
         return replace(content.head(n), is_exact=True) if n else NOTHING
 
     def is_far_off(self, lease: Lease, n_expected: int, n_found: int) -> bool:
         """Whether so much less is there than was believed that it makes a long prefill of its own."""
         lost_s = self.rates.prefill.seconds(n_found, n_expected)
         return n_expected - n_found > _FEW and lost_s > lease.pool.rules.own_above_s
+
+    def note_misplaced(self, lease: Lease, n_found: int) -> None:
+        """The slot of ``lease`` turned out to hold so much less that its job gets another place."""
+        self.metrics.replanned.inc()
+        log.info(
+            "%s: %d tokens of slot %d were expected, %d are there: looking for another place",
+            lease.job.id, lease.n_expected, lease.slot_id, n_found,
+        )  # fmt: skip
 
     def _learn(self, last: Progress, event: Progress) -> None:
         if event.processed - last.processed >= _FEW:

@@ -226,7 +226,7 @@ class Steps:
         server is idle, and note what it has got to."""
         content = prefilled(lease.content or NOTHING, lease.job.tokens, n_found)
         lease.done(await self.prefills.until_idle(lease, content))
-        self.metrics.replanned.inc()
+        self.prefills.note_misplaced(lease, n_found)
 
     # -- settling ------------------------------------------------------------------------------------------------
 
