@@ -22,21 +22,23 @@ class EventSplitter:
         self._rest += chunk
         events: list[bytes] = []
         start = 0
-        while (end := _end_of_event(self._rest, start)) >= 0:
+        # Where each mark is next: looked for again only once it is behind us, or an answer in one chunk takes minutes.
+        found = {mark: self._rest.find(mark) for mark in _ENDS}
+        while ends := [at + len(mark) for mark, at in found.items() if at >= 0]:
+            end = min(ends)
             events.append(bytes(self._rest[start:end]))
             start = end
+            found = {mark: self._next(mark, at, start) for mark, at in found.items()}
         del self._rest[:start]
         return events
+
+    def _next(self, mark: bytes, at: int, start: int) -> int:
+        return at if at < 0 or at >= start else self._rest.find(mark, start)
 
     @property
     def rest(self) -> bytes:
         """What came after the last whole event."""
         return bytes(self._rest)
-
-
-def _end_of_event(buffer: bytearray, start: int) -> int:
-    ends = [at + len(mark) for mark in _ENDS if (at := buffer.find(mark, start)) >= 0]
-    return min(ends, default=-1)
 
 
 def data_of(event: bytes) -> Any:

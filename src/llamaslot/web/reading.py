@@ -9,7 +9,7 @@ import orjson
 
 from llamaslot.errors import BackendDown
 from llamaslot.llama.assemble import Assembly
-from llamaslot.llama.sse import Earlier, EventSplitter, data_of, index_of
+from llamaslot.llama.sse import Earlier, EventSplitter, data_of, event_of, index_of
 from llamaslot.web.downstream import BROKEN_OFF
 
 _NOTED = (b'"timings"', b'"error"', b'"prompt_progress"')
@@ -106,7 +106,7 @@ class Reading:
                 self.assembly.feed(payload)
             return b""
         if is_progress and not self._wants_progress:
-            return b""
+            return b"" if not _has_text(payload) else event_of(_without_progress(payload))
         return self._earlier.correct_event(event) if self._earlier is not None else event
 
     def _note(self, payload: Any) -> None:
@@ -123,3 +123,15 @@ class Reading:
         if payload.get("stop") is True:
             self._n_left -= 1
             self.is_over = self._n_left <= 0
+
+
+def _has_text(payload: dict[str, Any]) -> bool:
+    """What a template begins the answer with, or what a client has begun it with, comes with an event of progress (seen
+    running: ``reasoning_format: none``, and a last message of the assistant's with ``echo``)."""
+    choices = payload.get("choices") or [{}]
+    delta = choices[0].get("delta") or {}
+    return any(delta.get(name) for name in ("content", "reasoning_content", "tool_calls"))
+
+
+def _without_progress(payload: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in payload.items() if name != "prompt_progress"}

@@ -60,9 +60,10 @@ class Original:
         served.queued_s = self._loop.time() - asked.sent_at
         await self._fill(slot, asked.prompt)
         async with self.server.run(slot.id, asked.prompt, asked.answer, asked.origin) as answered:
+            await self.server.first(answered)
             served.ttft_s = self._loop.time() - asked.sent_at
-            await self.server.finish(slot.id, answered)
-        served.n_reused = answered.n_cache
+            await self.server.finish(answered)
+        served.n_reused, served.answer_s = answered.n_cache, answered.predicted_s
         slot.prompt = asked.prompt
         self.tasks.spawn(self._save(slot), f"slot {slot.id} is saved")
 

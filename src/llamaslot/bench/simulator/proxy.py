@@ -4,28 +4,56 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import replace
+import itertools
+from dataclasses import dataclass, replace
 from typing import cast
 
 from llamaslot.bench.simulator.disk import FINGERPRINT, Disk
-from llamaslot.bench.simulator.server import N_CTX, SimulatedServer
+from llamaslot.bench.simulator.machine import Machine, Streamed
+from llamaslot.bench.simulator.server import N_CTX, Answer, SimulatedServer
 from llamaslot.bench.simulator.users import Asked
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import Rules
 from llamaslot.core.slots import NOTHING, Content, Job
 from llamaslot.core.tokens import count
-from llamaslot.engine.lease import Lease
+from llamaslot.engine.lease import Lease, PlanAgain
 from llamaslot.engine.pool import Pool
 from llamaslot.engine.scheduler import QueueLimits, Scheduler
 from llamaslot.engine.steps import Steps
 from llamaslot.engine.writeback import Writeback
 from llamaslot.llama.api import LlamaServer
+from llamaslot.llama.sse import Earlier
 from llamaslot.observe.metrics import Metrics
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
 
 IDLE_SAVE_S = 2.0  # the default of store.idle_save_s
 PATIENT = QueueLimits(max_waiting=1_000_000, max_wait_s=1e8)
+REPLANS = 2  # as web.completions
+LONG_S = 1.0  # what takes longer to compute is a long prompt, whoever computes it
+
+
+@dataclass(slots=True)
+class Beside:
+    """What streams get while long prompts are computed, or wait for that in their slots."""
+
+    machine: Machine
+    n_tokens: int = 0
+    seconds: float = 0.0
+    _n_long: int = 0
+    _since: Streamed | None = None
+
+    def begin(self) -> None:
+        self._n_long += 1
+        if self._n_long == 1:
+            self._since = self.machine.tally()
+
+    def end(self) -> None:
+        self._n_long -= 1
+        if self._n_long == 0 and self._since is not None:
+            now = self.machine.tally()
+            self.n_tokens += now.n_tokens - self._since.n_tokens
+            self.seconds += now.seconds - self._since.seconds
 
 
 class Proxy:
@@ -40,13 +68,16 @@ class Proxy:
         server: SimulatedServer,
         disk: Disk,
         *,
+        rules: Rules | None = None,
         saves_each: bool = False,
     ) -> None:
         self.server, self.disk, self.saves_each = server, disk, saves_each
+        self.beside = Beside(server.machine)
         self.rates, self.metrics, self.tasks = Rates(), Metrics(), TaskOwner()
-        rules = Rules()
+        rules = rules or Rules()
         self.scheduler = Scheduler(rules, PATIENT, loop.time)
         self.scheduler.pin = disk.pin
+        self.scheduler.on_prefix_wait = self.metrics.prefix_wait_s.observe
         api, catalog = cast(LlamaServer, server), cast(Catalog, disk)
         self.steps = Steps(api, catalog, self.rates, self.metrics, self.tasks, loop.time)
         self.steps.fingerprint, self.steps.boot_id = FINGERPRINT, "simulated"
@@ -69,34 +100,67 @@ class Proxy:
         """What goes on beside requests. Runs until cancelled."""
         await self.writeback.run()
 
+    # -- a request: web.completions and web.answering ------------------------------------------------------------
+
     async def ask(self, asked: Asked) -> None:
-        """One request."""
-        served, origin = asked.served, asked.origin
-        job = Job(f"{origin.conversation}.{origin.index}", asked.prompt, n_system=asked.n_system)
+        """One request, until a place was what it was taken for."""
+        job = Job(f"{asked.origin.conversation}.{asked.origin.index}", asked.prompt, n_system=asked.n_system)
+        before: Earlier | None = None
+        for n in itertools.count():
+            try:
+                return await self._ask_at_a_place(asked, job, before, n)
+            except PlanAgain as again:
+                later = again.earlier
+                before = before.then(later) if before is not None and later is not None else later or before
+
+    async def _ask_at_a_place(self, asked: Asked, job: Job, before: Earlier | None, n_before: int) -> None:
+        """``before``: what was done for it at the ``n_before`` places that it had. Raises PlanAgain."""
+        served, may_replan = asked.served, n_before < REPLANS
         with contextlib.ExitStack() as stack:
-            lease = stack.enter_context(await self.scheduler.lease(job))
-            served.queued_s = self._loop.time() - asked.sent_at
-            earlier = await self.steps.prepare(lease, _say_nothing)
-            lease.sent()
+            lease = stack.enter_context(await self.scheduler.lease(job, is_back=n_before > 0))
+            if not n_before:
+                served.queued_s = self._loop.time() - asked.sent_at
+            is_prompting = contextlib.ExitStack()
+            stack.enter_context(is_prompting)
+            assert lease.plan is not None
+            if self.server.hardware.prefill_s(lease.plan.n_reused, job.n_tokens) > LONG_S:
+                self.beside.begin()
+                is_prompting.callback(self.beside.end)
+            earlier = await self.steps.prepare(lease, _say_nothing, may_replan=may_replan)
+            if earlier is not None and before is not None:
+                earlier = before.then(earlier)
             is_cold = earlier is None and lease.content is None
+            lease.sent()
             async with self.server.run(
-                lease.slot_id, asked.prompt, asked.answer, origin, is_cold=is_cold
+                lease.slot_id, asked.prompt, asked.answer, asked.origin, is_cold=is_cold
             ) as answered:
-                served.ttft_s = self._loop.time() - asked.sent_at
                 lease.started()
-                lease.talks()
-                before = lease.content or NOTHING
-                lease.begun(replace(before, tokens=asked.prompt, is_exact=False, is_dirty=True))
-                await self.server.finish(lease.slot_id, answered)
+                n_expected = earlier.n_tokens if earlier is not None else lease.n_expected
+                is_misplaced = self.steps.prefills.is_far_off(lease, n_expected, answered.n_cache)
+                if not (may_replan and is_misplaced):
+                    await self.server.first(answered)
+                    served.ttft_s = self._loop.time() - asked.sent_at
+                    is_prompting.close()
+                    lease.talks()
+                    before_it = lease.content or NOTHING
+                    lease.begun(replace(before_it, tokens=asked.prompt, is_exact=False, is_dirty=True))
+                    await self.server.finish(answered)
+            if may_replan and is_misplaced:
+                await self.steps.stopped(lease, answered.n_cache)
+                raise PlanAgain(None)
             served.n_reused = earlier.n_reused if earlier is not None else answered.n_cache
+            served.answer_s = answered.predicted_s
             n_answer = count(asked.answer)
             self.steps.settle(lease, answered.n_cache, earlier, job.tokens, n_answer)
-            if earlier is None and answered.n_prompt - answered.n_cache > 1:
-                self.rates.prefill.observe(answered.n_cache, answered.n_prompt, answered.prompt_s)
-            self.rates.answer.observe(n_answer, answered.predicted_s)
             if self.saves_each:
                 self.tasks.spawn(self._save(lease), f"{job.id} is saved")
                 stack.pop_all()
+        self._learn(answered, earlier, n_answer)
+
+    def _learn(self, answered: Answer, earlier: Earlier | None, n_answer: int) -> None:
+        if earlier is None and answered.n_prompt - answered.n_cache > 1:
+            self.rates.prefill.observe(answered.n_cache, answered.n_prompt, answered.prompt_s)
+        self.rates.answer.observe(n_answer, answered.predicted_s)
 
     async def _save(self, lease: Lease) -> None:
         with lease:

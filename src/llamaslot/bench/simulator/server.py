@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 
-from llamaslot.bench.simulator.machine import Hardware, Machine
+from llamaslot.bench.simulator.machine import Hardware, Machine, Work
 from llamaslot.core.tokens import common, count, head
 from llamaslot.errors import SlotActionFailed
 from llamaslot.llama.api import Progress, Props, SlotAction, SlotInfo
 
 N_CTX = 65_536
-_EVENT_EACH = 8_192  # tokens of a prefill for each event of progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,12 @@ class _Slot:
     tokens: bytes = b""
     origin: Origin | None = None
     n_used: int = 0
-    is_working: bool = False
+    is_working: bool = False  # also after its connection was closed, until the server is through with it
 
 
 @dataclass(slots=True)
 class Counts:
-    """What the server was asked to do."""
+    """What the server was asked to do. ``n_prefills``: without an answer; ``n_closed`` of them on the way."""
 
     n_saves: int = 0
     n_restores: int = 0
@@ -49,17 +49,20 @@ class Counts:
     bytes_saved: int = 0
     bytes_restored: int = 0
     n_computed: int = 0  # prompt tokens
+    n_prefills: int = 0
+    n_closed: int = 0
 
 
 @dataclass(eq=False)
 class Answer:
-    """A client's own request whose first token is there."""
+    """A client's own request that has begun."""
 
     n_cache: int
     n_prompt: int
-    prompt_s: float
+    work: Work
+    begun_at: float
+    prompt_s: float = 0.0
     predicted_s: float = 0.0
-    n_left: int = 0
 
 
 class SimulatedServer:
@@ -68,7 +71,9 @@ class SimulatedServer:
     url = "simulated"
 
     def __init__(self, loop: asyncio.AbstractEventLoop, n_slots: int, hardware: Hardware) -> None:
-        self.hardware, self.machine, self.counts = hardware, Machine(loop, hardware), Counts()
+        self.hardware = hardware
+        self.machine = Machine(loop, hardware)
+        self.counts = Counts()
         self.files: dict[str, File] = {}
         self.on_begun: Callable[[Origin], None] = lambda origin: None  # a client's own request is there
         self._loop = loop
@@ -82,71 +87,82 @@ class SimulatedServer:
         """What the slot really holds."""
         return self._slots[slot_id].tokens
 
+    def lose(self, slot_id: int) -> None:
+        """Nobody is told that the slot holds nothing any more: a restart that cannot be seen."""
+        self._slots[slot_id].tokens = b""
+
     # -- requests ------------------------------------------------------------------------------------------------
 
     async def prefill(self, slot_id: int, tokens: bytes) -> AsyncGenerator[Progress]:
-        """As ``LlamaServer.prefill``. Closing it early leaves in the slot what was computed."""
-        slot = self._begin(slot_id)
-        try:
-            async with contextlib.aclosing(self._compute(slot, tokens)) as events:
-                async for event in events:
-                    yield event
-        finally:
-            slot.is_working = False
+        """As ``LlamaServer.prefill``: an event when it begins and one for each batch. Closed early it goes on for up to
+        two batches, and what was computed stays in the slot."""
+        self.counts.n_prefills += 1
+        n = count(tokens)
+        async with self._sent(slot_id, tokens, b"", self.hardware.ids_s) as (work, n_cache):
+            await self.machine.until(work, 0)
+            begun_at = self._loop.time()
+            yield Progress(n, n_cache, n_cache, 0.0)
+            while work.at < n:
+                await self.machine.until(work, work.at + 1)
+                yield Progress(n, n_cache, work.at, self._loop.time() - begun_at)
 
     @contextlib.asynccontextmanager
     async def run(
         self, slot_id: int, tokens: bytes, answer: bytes, origin: Origin, *, is_cold: bool = False
     ) -> AsyncIterator[Answer]:
-        """A client's own request: entered with the first token; ``finish`` decodes the rest."""
-        slot = self._begin(slot_id)
+        """A client's own request: entered when it begins, with what is reused; then ``first`` and ``finish``."""
         self.on_begun(origin)
+        slot = self._slots[slot_id]
         if is_cold:
             slot.tokens = b""
-        try:
-            last = Progress(0, 0, 0, 0.0)
-            async with contextlib.aclosing(self._compute(slot, tokens)) as events:
-                async for event in events:
-                    last = event
+        async with self._sent(slot_id, tokens, answer, self.hardware.text_s) as (work, n_cache):
+            await self.machine.until(work, 0)
             slot.origin = origin
-            answered = Answer(last.cache, last.total, last.seconds, n_left=count(answer) - 1)
-            yield answered
-            if answered.n_left == 0:
-                slot.tokens = tokens + head(answer, count(answer) - 1)  # the last one is never computed
-        finally:
-            slot.is_working = False
+            yield Answer(n_cache, count(tokens), work, self._loop.time())
 
-    async def finish(self, slot_id: int, answered: Answer) -> None:
-        """Decode the rest of the answer."""
+    async def first(self, answered: Answer) -> None:
+        """Wait for the first token."""
+        await self.machine.until(answered.work, answered.n_prompt)
+        answered.prompt_s = self._loop.time() - answered.begun_at
+
+    async def finish(self, answered: Answer) -> None:
+        """Wait for the rest of the answer."""
         started = self._loop.time()
-        await self.machine.decode(slot_id, answered.n_left)
-        answered.predicted_s, answered.n_left = self._loop.time() - started, 0
+        await self.machine.until(answered.work, math.inf)
+        answered.predicted_s = self._loop.time() - started
 
-    def _begin(self, slot_id: int) -> _Slot:
-        slot = self._slots[slot_id]
+    @contextlib.asynccontextmanager
+    async def _sent(
+        self, slot_id: int, tokens: bytes, answer: bytes, s_per_token: float
+    ) -> AsyncIterator[tuple[Work, int]]:
+        """The request in its slot, and how much is reused. Leaving closes the connection."""
+        slot, n = self._slots[slot_id], count(tokens)
         assert not slot.is_working, f"a request was sent to slot {slot_id}, which is at work"
+        assert 0 < n < N_CTX, f"a prompt of {n} tokens"
         slot.is_working = True
         slot.n_used += 1
-        return slot
-
-    async def _compute(self, slot: _Slot, tokens: bytes) -> AsyncGenerator[Progress]:
-        n = count(tokens)
-        assert 0 < n < N_CTX, f"a prompt of {n} tokens"
+        try:
+            await asyncio.sleep(self.hardware.request_s + n * s_per_token)
+        except asyncio.CancelledError:
+            slot.is_working = False
+            raise
         n_cache = min(common(slot.tokens, tokens), n - 1)
         slot.tokens = head(slot.tokens, n_cache)
-        started = self._loop.time()
-        yield Progress(n, n_cache, n_cache, 0.0)
-        done = n_cache
-        while done < n:
-            upto = min(done + _EVENT_EACH, n)
-            try:
-                await self.machine.prefill(slot.id, done, upto)
-            finally:
-                reached = self.machine.reached[slot.id]
-                self.counts.n_computed += reached - done
-                slot.tokens = head(tokens, reached)
-            done = upto
-            yield Progress(n, n_cache, done, self._loop.time() - started)
+        n_answer = max(count(answer) - 1, 0)
+
+        def end(work: Work) -> None:
+            self.counts.n_computed += work.at - n_cache
+            # The last token of an answer is never computed.
+            slot.tokens = head(tokens, work.at) + head(answer, n_answer - work.n_left if work.at == n else 0)
+            slot.is_working = False
+
+        work = self.machine.start(slot_id, n_cache, n, n_answer, on_end=end)
+        try:
+            yield work, n_cache
+        finally:
+            if not work.is_over:
+                self.counts.n_closed += 1
+                self.machine.close(work)
 
     # -- slot actions --------------------------------------------------------------------------------------------
 
@@ -187,6 +203,8 @@ class SimulatedServer:
     # -- questions -----------------------------------------------------------------------------------------------
 
     async def slots(self) -> list[SlotInfo]:
+        """Answered between two steps."""
+        await self.machine.between_steps()
         return [
             SlotInfo(slot.id, slot.is_working, count(slot.tokens) if slot.n_used else None, slot.n_used)
             for slot in self._slots

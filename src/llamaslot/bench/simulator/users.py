@@ -15,13 +15,18 @@ from llamaslot.core.tokens import head
 
 @dataclass(slots=True)
 class Served:
-    """What became of a request. ``n_known``: what an unlimited cache would have had of its prompt."""
+    """What became of a request. ``n_known``: what an unlimited cache would have had of its prompt.
+
+    In seconds from when it was sent: ``queued_s`` until it had a slot, ``ttft_s`` until its first token, ``all_s`` until
+    its last; ``answer_s`` from the first one to the last.
+    """
 
     request: Request
     n_known: int
     n_reused: int = 0
     ttft_s: float = 0.0
     queued_s: float = 0.0
+    answer_s: float = 0.0
     all_s: float = 0.0
 
     @property
