@@ -15,7 +15,7 @@ What a stream cannot give is known from the body as a rule; then ``can_assemble`
 - ``reasoning_format`` deepseek-legacy moves the reasoning in streams only (server-schema.cpp, reasoning_in_content).
 - ``stream_options`` is checked even where it has no use; images, and every field that the tests do not know.
 
-- ``reasoning_format`` deepseek-legacy moves the reasoning in streams only (server-schema.cpp).
+What is known at the end only: see ``Doubt``. Nothing tells one thing: where the model itself ends a chat in
 the middle of a character, the bytes of that are missing (U+FFFD in the answer).
 
 Sources: llama.cpp, tools/server/server-task.cpp (to_json_..., update_chat_msg), server-context.cpp (process_token,
