@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,8 +29,8 @@ def free_port() -> int:
 class RealServer:
     """llama.cpp with one thread and the flags that are recommended behind llamaslot.
 
-    ``context`` is per slot. ``restart`` and ``kill`` + ``start`` keep the port. An async context manager: entering
-    starts it (/health answers 200 when that returns), leaving kills it.
+    ``context`` is per slot; ``env`` is added to its environment. ``restart`` and ``kill`` + ``start`` keep the port. An
+    async context manager: entering starts it (/health answers 200 when that returns), leaving kills it.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class RealServer:
         port: int | None = None,
         saves: bool = True,
         extra: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.model, self.save_dir = model, save_dir
         self.port = port or free_port()
@@ -52,6 +54,7 @@ class RealServer:
         self._logs = tempfile.TemporaryDirectory(prefix="llamaslot-real-")
         self.log_path = Path(self._logs.name) / "llama.log"
         self._process: asyncio.subprocess.Process | None = None
+        self._env = env or {}
         self._flags = [
             *("--port", str(self.port), "-np", str(slots), "-c", str(slots * context), "-t", "1"),
             *("--no-kv-unified", "--cache-ram", "0", "--no-cache-idle-slots", "--metrics", "--jinja"),
@@ -86,6 +89,7 @@ class RealServer:
             *(sys.executable, "-m", "llamaslot.llama.embedded", "-m", str(self.model), *self._flags),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
+            env={**os.environ, **self._env},
         )
         try:
             await self._until_healthy(self._process)

@@ -1,0 +1,198 @@
+"""Long prompts, and everybody else, small: the same runs as in ``tests/soak/test_prefill.py``, in seconds.
+
+Bounds of time are ratios within one pair of runs, wide ones, and what other processes still add is met by trying again:
+a rule that is broken is broken in every pair. Counts of tokens hold in each.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import models
+from tests.support.figures import Figure
+from tests.support.prefilling import (
+    N_SLOTS,
+    PREFILLS_ITSELF,
+    Both,
+    Rush,
+    abandon,
+    both,
+    compare_undisturbed,
+    median_ratio,
+    rush,
+    stream_beside,
+)
+from tests.support.real import RealServer
+from tests.support.resuming import UNSEEN, leave_and_return, prefill_in_pieces, restart_unseen
+from tests.support.stack import Stack
+from tests.support.together import Place, answer_beside_others, begin_together
+
+pytestmark = pytest.mark.real
+
+N_TRIES = 3
+N_BATCH = 128
+N_MEETING = 300  # see tests/soak/test_prefill.py
+SMALL: dict[str, Any] = {"batch": N_BATCH, "ubatch": N_BATCH, "settings": PREFILLS_ITSELF}
+KINDS = ["dense", "swa", "recurrent"]
+
+
+def model_of(kind: str, directory: Path) -> Path:
+    if kind == "dense":
+        return models.dense(directory, layers=2, width=128)
+    return {"swa": models.swa, "recurrent": models.recurrent}[kind](directory)
+
+
+async def test_follow_ups_do_not_wait_for_a_strangers_long_prompt(tmp_path: Path, figure: Figure) -> None:
+    """Whichever of four conversations it displaces; and it does not wait for long itself."""
+
+    async def run(where: Path, oldest: int, *, is_alone: bool = False) -> Rush:
+        model = model_of("dense", tmp_path)
+        async with Stack(model, where, alone=is_alone, context=7000, **SMALL) as stack:
+            return await rush(stack, oldest=oldest, n_long=6000, n_context=400, after_s=0.2)
+
+    for number in range(N_TRIES):
+        where = tmp_path / str(number)
+        direct = await run(where / "direct", 0, is_alone=True)
+        pairs = [Both(await run(where / str(n), n), direct) for n in (0, N_SLOTS - 1)]
+        for pair in pairs:
+            figure(pair)
+        if all(
+            pair.ratio(lambda run: run.worst_s) <= 0.5
+            and pair.ratio(lambda run: run.long.undisturbed_s) <= 1.5
+            for pair in pairs
+        ):
+            return
+    pytest.fail(f"not in any of {N_TRIES} tries")
+
+
+async def test_a_stream_beside_a_prefill_goes_on(tmp_path: Path, figure: Figure) -> None:
+    """Many more tokens than directly, where each batch brings one, and the prefill takes hardly longer."""
+    model = models.dense(tmp_path, layers=4, width=256)  # batches that take long, compared with a token
+    for number in range(N_TRIES):
+        pair = await both(
+            lambda stack: stream_beside(stack, n_prompt=4000),
+            model,
+            tmp_path / str(number),
+            slots=2,
+            context=8192,
+            batch=512,
+            ubatch=512,
+            settings=PREFILLS_ITSELF,
+        )
+        figure(pair)
+        if (
+            pair.ratio(lambda run: run.n_tokens) >= 6
+            and pair.ratio(lambda run: run.prefill.undisturbed_s) <= 2
+        ):
+            return
+    pytest.fail(f"not in any of {N_TRIES} pairs")
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [("dense", "completions"), ("dense", "user"), ("swa", "system"), ("recurrent", "user")],
+)
+async def test_what_new_conversations_have_in_common_is_computed_once(
+    tmp_path: Path, figure: Figure, kind: str, place: Place
+) -> None:
+    """Four at once, in a system message, a user message or a plain prompt."""
+    async with Stack(model_of(kind, tmp_path), tmp_path, context=5000, **SMALL) as stack:
+        result = await begin_together(stack, place, n_common=3000, n_own=200)
+    figure(result)
+    assert result.share <= 1.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "n_prompt", "n_slots"), [("dense", 5000, 3), ("swa", 8000, 1), ("recurrent", 20_000, 1)]
+)
+async def test_who_leaves_a_prefill_and_comes_back_finds_what_was_computed(
+    tmp_path: Path, figure: Figure, kind: str, n_prompt: int, n_slots: int
+) -> None:
+    """Beside a stream, and in a single slot that a short request has used meanwhile."""
+    async with Stack(model_of(kind, tmp_path), tmp_path, slots=n_slots, context=20_480, **SMALL) as stack:
+        result = await leave_and_return(stack, n_prompt=n_prompt, is_busy=n_slots > 1, rest_s=1.0)
+    figure(result)
+    assert result.again <= 0.5
+    assert result.meanwhile <= 0.15
+
+
+@pytest.mark.parametrize(("kind", "n_prompt"), [("swa", 8000), ("recurrent", 20_000)])
+async def test_interruptions_leave_no_checkpoints(
+    tmp_path: Path, figure: Figure, kind: str, n_prompt: int
+) -> None:
+    """The slot's file is hardly larger than that of a prefill in one piece."""
+    settings = {**PREFILLS_ITSELF, "store": {"idle_save_s": 0.2}}
+    options = {**SMALL, "settings": settings, "slots": 2, "context": 20_480}
+    model, pieces = model_of(kind, tmp_path), []
+    for n_interruptions in (0, 5):
+        async with Stack(model, tmp_path / str(n_interruptions), **options) as stack:
+            pieces.append(await prefill_in_pieces(stack, n_prompt=n_prompt, n_interruptions=n_interruptions))
+        figure(pieces[-1])
+    assert pieces[1].n_short >= 2
+    assert pieces[1].n_computed <= pieces[1].n_prompt + 100
+    assert pieces[1].n_bytes <= 1.2 * pieces[0].n_bytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_saved", "n_question"),
+    [("dense", True, 60), ("recurrent", True, 3000), ("dense", False, 60)],
+)
+async def test_a_restart_that_cannot_be_seen_costs_no_more_than_what_nobody_holds(
+    tmp_path: Path, figure: Figure, kind: str, is_saved: bool, n_question: int
+) -> None:
+    """What is on disk is restored, what is not is computed once."""
+    settings = {**PREFILLS_ITSELF, "store": {"idle_save_s": 0.3 if is_saved else 3600}}
+    options = {**SMALL, "settings": settings, "context": 8192, "env": UNSEEN}
+    async with Stack(model_of(kind, tmp_path), tmp_path, **options) as stack:
+        result = await restart_unseen(stack, n_context=3000, n_question=n_question, is_saved=is_saved)
+    figure(result)
+    assert not result.was_noticed
+    assert (result.n_on_disk > 0) == is_saved
+    assert result.n_excess <= N_MEETING
+
+
+async def test_who_is_alone_waits_hardly_longer_than_directly(tmp_path: Path, figure: Figure) -> None:
+    """A cold prompt and follow-ups at once; what llamaslot computes itself is not computed twice."""
+    for number in range(N_TRIES):
+        where = tmp_path / str(number)
+        pairs = await compare_undisturbed(
+            model_of("dense", tmp_path), where, 2, n_context=3000, context=5000, **SMALL
+        )
+        for pair in pairs:
+            figure(pair)
+            assert pair.through.n_computed <= pair.direct.n_computed + 20
+        cold = median_ratio(pairs, lambda run: run.cold.undisturbed_s)
+        hot = median_ratio(pairs, lambda run: run.hot.undisturbed_s)
+        if cold <= 1.4 and hot <= 2.5:
+            return
+    pytest.fail(f"slower in each of {N_TRIES} tries")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_answers_beside_others_are_those_of_an_idle_server(
+    tmp_path: Path, figure: Figure, kind: str
+) -> None:
+    """Streaming or not, first questions and follow-ups."""
+    model = model_of(kind, tmp_path)
+    async with (
+        Stack(model, tmp_path, context=5000, **SMALL) as stack,
+        RealServer(model, tmp_path / "idle", slots=1, context=5000) as idle,
+    ):
+        result = await answer_beside_others(stack, idle, sizes=(2000, 200, 1000, 200), n_answer=24)
+    figure(result)
+    assert result.differ == ()
+
+
+async def test_an_answer_that_nobody_waits_for_gives_up_its_slot(tmp_path: Path, figure: Figure) -> None:
+    """A client that does not stream leaves while its answer is decoded beside a stream."""
+    model, options = model_of("dense", tmp_path), {**SMALL, "slots": 2, "context": 16_384}
+    for number in range(N_TRIES):
+        async with Stack(model, tmp_path / str(number), **options) as stack:
+            result = await abandon(stack, n_answer=8000, after_s=1.0)
+        figure(result)
+        if result.newcomer_s <= result.limit_s:
+            return
+    pytest.fail(f"later in each of {N_TRIES} tries")

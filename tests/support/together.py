@@ -1,0 +1,172 @@
+"""Prompts that come at the same moment, as black-box runs: what they have in common, and what they answer."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tests.support.jobs import clients
+from tests.support.real import RealServer
+from tests.support.stack import Stack
+from tests.support.users import (
+    Client,
+    Meter,
+    Reply,
+    User,
+    common,
+    content_of,
+    rendered,
+    symbols,
+    talking,
+    words,
+)
+
+Place = Literal["system", "user", "completions"]
+# In ln of a probability. Seen: a token's own moved by up to 0.046 when llama-server alone computed the same prompt in
+# other batches (dense and SWA; recurrent not at all). Of wrong contexts few answer so nearly right.
+ROUNDING = 0.1
+PLACES: tuple[Place, ...] = ("system", "user", "completions")
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """New conversations that begin at the same moment with the same tokens."""
+
+    n_prompt: int
+    n_distinct: int  # of these, when what they have in common counts once
+    n_computed: int
+    ttft_s: tuple[float, ...]
+
+    @property
+    def mean_s(self) -> float:
+        return statistics.mean(self.ttft_s)
+
+    @property
+    def share(self) -> float:
+        """Computed tokens over distinct ones: 1 when nothing is computed twice."""
+        return self.n_computed / self.n_distinct
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_computed} computed of {self.n_prompt} tokens, {self.n_distinct} of them distinct "
+            f"({self.share:.3f}), first tokens after {self.mean_s:.2f} s (mean), {max(self.ttft_s):.2f} s (last)"
+        )
+
+
+def beginning(place: Place, common_part: str, own: str) -> tuple[str, dict[str, Any], str]:
+    """Route, body and prompt of a new conversation; the prompt in symbols, one for each token."""
+    options = {"max_tokens": 8, "temperature": 0, "stream": True}
+    if place == "completions":
+        return "/v1/completions", {"prompt": common_part + own, **options}, common_part + own
+    messages = [{"role": "user", "content": own if place == "system" else common_part + own}]
+    if place == "system":
+        messages.insert(0, {"role": "system", "content": common_part})
+    return "/v1/chat/completions", {"messages": messages, **options}, symbols(rendered(messages))
+
+
+async def begin_together(
+    stack: Stack, place: Place, *, n_new: int = 4, n_common: int = 12_000, n_own: int = 500, seed: int = 1
+) -> Together:
+    """``n_new`` conversations at once, with ``n_common`` tokens in common and ``n_own`` of their own. ``place``: the
+    common ones are the system message, the beginning of the first user message, or of a prompt for completions."""
+    rng = random.Random(seed)
+    common_part = words(rng, n_common)
+    requests = [beginning(place, common_part, words(rng, n_own)) for _ in range(n_new)]
+    async with clients(stack) as (front, _):
+        meter = Meter(stack.server.metrics)
+        await meter.resume()
+        replies = await asyncio.gather(*(front.ask(path, body) for path, body, _ in requests))
+        n_computed = round(await meter.total())
+    for (_, _, prompt), reply in zip(requests, replies, strict=True):
+        assert not reply.error, reply.error
+        assert reply.n_prompt == len(prompt), "the model renders and counts as this module does"
+    prompts = [prompt for _, _, prompt in requests]
+    return Together(
+        sum(map(len, prompts)), distinct(prompts), n_computed, tuple(reply.ttft_s for reply in replies)
+    )
+
+
+def distinct(prompts: Sequence[str]) -> int:
+    """Tokens of all prompts, those of a common prefix once: the nodes of their trie."""
+    ordered = sorted(prompts)
+    before = ["", *ordered[:-1]]
+    return sum(len(prompt) - common(prompt, other) for prompt, other in zip(ordered, before, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Answers at temperature 0 beside other people's requests, against those of an idle server asked cold.
+
+    Batches of another size round differently. An answer that parts from the idle server's at a token which that one
+    finds as likely as its own, but for ``ROUNDING``, counts as rounded; where a wrong context has answered, it is an
+    arbitrary token.
+    """
+
+    n_all: int
+    rounded: tuple[float, ...]  # how much less likely each of those is
+    differ: tuple[str, ...]
+
+    def __str__(self) -> str:
+        n_same = self.n_all - len(self.rounded) - len(self.differ)
+        return (
+            f"{n_same} of {self.n_all} answers equal those of an idle server, {len(self.rounded)} but for rounding "
+            f"(at most {max(self.rounded, default=0.0):.4f}), others: {self.differ or 'none'}"
+        )
+
+
+async def answer_beside_others(
+    stack: Stack,
+    reference: RealServer,
+    *,
+    sizes: Sequence[int] = (6000, 300, 3000, 300, 1500, 6000),
+    n_rounds: int = 2,
+    n_answer: int = 40,
+    seed: int = 1,
+) -> Answers:
+    """A conversation of each size, all asking at the same moment, beside somebody who streams all the time; every other
+    one streams. ``reference`` is the same model: it gets each prompt afterwards, one after another."""
+    rng = random.Random(seed)
+    users = [User(f"user {number}", size, rng) for number, size in enumerate(sizes)]
+    bodies: list[dict[str, Any]] = []
+    replies: list[Reply] = []
+    async with clients(stack) as (front, _), talking(front, random.Random(seed + 1)):
+        for _ in range(n_rounds):
+            bodies += [user.body(max_tokens=n_answer, stream=False, cache_prompt=False) for user in users]
+            turns = await asyncio.gather(
+                *(
+                    user.turn(front, max_tokens=n_answer, stream=number % 2 == 0)
+                    for number, user in enumerate(users)
+                )
+            )
+            replies += [turn.reply for turn in turns]
+    rounded, differ = [], []
+    async with Client(reference.url) as idle:
+        for number, (body, reply) in enumerate(zip(bodies, replies, strict=True)):
+            assert not reply.error, reply.error
+            answer = await idle.post("/v1/chat/completions", {**body, "logprobs": True, "top_logprobs": 20})
+            expected = content_of(answer)
+            if (gap := parting_gap(reply.text, answer)) == 0:
+                continue
+            if gap <= ROUNDING:
+                rounded.append(gap)
+            else:
+                differ.append(f"{number}: {reply.text!r}, idle {expected!r} (less likely by {gap:.2f})")
+    return Answers(len(replies), tuple(rounded), tuple(differ))
+
+
+def parting_gap(text: str, answer: dict[str, Any]) -> float:
+    """By how much an idle server finds the token less likely (in ln) with which ``text`` parts from its own answer: 0
+    if it does not, infinity if the token is none of its likeliest 20."""
+    tokens = answer["choices"][0]["logprobs"]["content"]
+    n_common = common(text, content_of(answer))
+    if n_common == len(text) == len(tokens):
+        return 0.0
+    if n_common == min(len(text), len(tokens)):
+        return math.inf
+    likely = {other["token"]: other["logprob"] for other in tokens[n_common]["top_logprobs"]}
+    return float(tokens[n_common]["logprob"] - likely.get(text[n_common], -math.inf))
