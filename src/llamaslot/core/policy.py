@@ -161,6 +161,17 @@ def is_similar(slot: SlotView, rules: Rules) -> bool:
     return not slot.is_other and slot.n_tokens > 0 and slot.n_shared >= rules.similarity_min * slot.n_tokens
 
 
+def is_other(slot: SlotView, n_alike: int) -> bool:
+    """Whether it is another conversation, of which several begin with the same ``n_alike`` tokens."""
+    only_begins_alike = slot.n_shared <= n_alike + _FEW_TOKENS
+    return n_alike > 0 and only_begins_alike and slot.n_tokens > slot.n_shared + _FEW_TOKENS
+
+
+def is_long(plan: Plan, rules: Rules) -> bool:
+    """Whether computing what is ahead of the job's own request takes so long that others get their turn meanwhile."""
+    return plan.cost.prefill_s > rules.own_above_s and any(isinstance(s, PrefillTo) for s in plan.steps)
+
+
 def weight(idle_s: float) -> float:
     """How likely a context is asked for again, from 1 downwards, by how long nobody has used it."""
     return _FORGET_S / (_FORGET_S + max(idle_s, 0.0))
@@ -240,9 +251,9 @@ def prefill_stops(job: Job, n_reused: int, view: PoolView, rules: Rules) -> list
     """Where to stop on the way: the job's boundaries, then the last token but one. Empty for a short prefill.
 
     The last token is left to the client's own request, which always computes one; stopping at n instead costs a
-    recurrent model its last checkpoint.
+    recurrent model its last checkpoint. A job that is steered needs a slot that shares all but that one.
     """
     last = job.n_tokens - 1
-    if view.prefill_s(n_reused, last) <= rules.own_above_s:
+    if last <= 0 or not (job.is_steered or view.prefill_s(n_reused, last) > rules.own_above_s):
         return []
     return [*(at for at in job.boundaries if n_reused + _FEW_TOKENS <= at < last), last]

@@ -129,6 +129,7 @@ class Job:
     ``is_cold``: nothing cached may be used (``cache_prompt`` false). ``is_private``: nothing cached may be used, and
     nothing that it leaves may be used by others (LoRA scales): erased before and after.
     ``n_children``: further slots that llama-server takes for ``n`` > 1. ``is_unpinned``: llama-server chooses the slot.
+    ``is_steered``: llama-server chooses the slot, and that is the one that was prepared, for it shares most.
     ``is_pinned``: it is here to make the trunk of ``n_system`` tokens, which is kept for good.
     """
 
@@ -140,6 +141,7 @@ class Job:
     is_private: bool = False
     n_children: int = 0
     is_unpinned: bool = False
+    is_steered: bool = False
     is_pinned: bool = False
 
     @property

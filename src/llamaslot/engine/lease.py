@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from llamaslot.core.slots import NOTHING, Content, Event, Job, Plan, PrefillTo, Slot, State
+from llamaslot.core.policy import is_long
+from llamaslot.core.slots import NOTHING, Content, Event, Job, Plan, Slot, State
 from llamaslot.core.tokens import common
 from llamaslot.core.trunks import NEAR_TOKENS
 from llamaslot.errors import BackendRestarted
@@ -65,7 +66,7 @@ class Lease:
         self.is_talking = False  # the first token of its answer has come
         self.is_released = False
         # Whether a long prefill comes before its own request, to be computed in turn with those of others.
-        self.is_long = plan is not None and any(isinstance(step, PrefillTo) for step in plan.steps)
+        self.is_long = plan is not None and is_long(plan, pool.rules)
         self.can_keep = True  # a trunk on the way; until one could not be saved
         self.sent_at = 0.0  # when the job's own request was
         self.n_done = 0  # tokens of its prompt that are there, while that is computed

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from llamaslot.core.cost import Rates
-from llamaslot.core.policy import PoolView, Rules, SlotView, weight
+from llamaslot.core.policy import PoolView, Rules, SlotView, is_other, weight
 from llamaslot.core.prefix import PrefixIndex, Shared
 from llamaslot.core.reuse import Memory, Recall, checkpoints_after
 from llamaslot.core.saving import Unsaved, is_worth
@@ -92,9 +92,9 @@ class Pool:
         branch = self._offers.branch(residents, found)
         n_alike = max(branch, job.n_system, self._offers.trunk(found))
         slots = [self._slot_view(slot, shared.get(slot.id, 0), job, now) for slot in self.slots]
-        begin_so = [slot for slot in slots if slot.n_shared >= job.n_system and _is_other(slot, job.n_system)]
+        begin_so = [slot for slot in slots if slot.n_shared >= job.n_system and is_other(slot, job.n_system)]
         return PoolView(
-            slots=tuple(replace(slot, is_other=True) if _is_other(slot, n_alike) else slot for slot in slots),
+            slots=tuple(replace(slot, is_other=True) if is_other(slot, n_alike) else slot for slot in slots),
             snapshots=tuple(self._offers.views(found, job.n_tokens, now)),
             prefill_s=self.rates.prefill.seconds,
             reserved=reserved,
@@ -229,6 +229,11 @@ class Pool:
 
     def has_snapshot(self, snapshot_id: str) -> bool:
         return snapshot_id in self._known
+
+    def sharing(self, job: Job, n_tokens: int, besides: int) -> list[int]:
+        """The slots, ``besides`` one, that hold or will hold at least ``n_tokens`` of the job's prompt."""
+        hits = self._residents.match(job.tokens)
+        return [hit.holder for hit in hits if hit.n_shared >= n_tokens and hit.holder != besides]
 
     def wanted(self, job: Job) -> str | None:
         return self._offers.wanted(job) if self.can_save else None
@@ -392,9 +397,3 @@ class Pool:
             is_trunk = slot.content.snapshot is not None and self._is_trunk(slot.content.snapshot)
             assert not (is_trunk and slot.content.is_dirty), f"no conversation is that of a trunk: {slot}"
         self.library.check()
-
-
-def _is_other(slot: SlotView, n_alike: int) -> bool:
-    """Whether it is another conversation, of which several begin with the same ``n_alike`` tokens."""
-    only_begins_alike = slot.n_shared <= n_alike + NEAR_TOKENS
-    return n_alike > 0 and only_begins_alike and slot.n_tokens > slot.n_shared + NEAR_TOKENS

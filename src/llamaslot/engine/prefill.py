@@ -105,7 +105,8 @@ class Prefills:
         Raises BackendDown and BackendRestarted. Cancelling is safe: the stretch is closed and its slot drains.
         """
         long = _Long(lease, stops, lease.n_expected, self.now())
-        self._longs.append(long)
+        if lease.is_long:
+            self._longs.append(long)
         try:
             while True:
                 if long.has_begun and self._is_trunk_due(long):
@@ -114,12 +115,14 @@ class Prefills:
                 elif long.has_begun and long.at >= long.last:
                     break
                 else:
-                    await self._turn(long, report)
+                    if lease.is_long:
+                        await self._turn(long, report)
                     if not await self._stretch(long, report, may_replan):
                         return None
                     self._make_room(long)
         finally:
-            self._longs.remove(long)
+            if lease.is_long:
+                self._longs.remove(long)
             lease.is_long = False
             lease.scheduler.bell.ring()
             self._note(long)
@@ -207,18 +210,21 @@ class Prefills:
         finally:
             took_s = self.now() - long.since
             long.seconds += took_s
-            long.limit, self._current, self._last = None, None, long
-            self._stopped_at = self.now()
-            self._pause_s = pause_s(took_s, self._n_streams(long), _sharing(long).decode_share)
-            bell.ring()
-        lease.pool.is_ready_in(
-            lease.slot_id, self.rates.prefill.seconds(long.at, long.last), self._stopped_at
-        )
+            if self._current is long:
+                self._ended(long, took_s)
+        lease.pool.is_ready_in(lease.slot_id, self.rates.prefill.seconds(long.at, long.last), self.now())
         return True
+
+    def _ended(self, long: _Long, took_s: float) -> None:
+        """The stretch of ``long`` is over: somebody else may be next."""
+        long.limit, self._current, self._last = None, None, long
+        self._stopped_at = self.now()
+        self._pause_s = pause_s(took_s, self._n_streams(long), _sharing(long).decode_share)
+        long.lease.scheduler.bell.ring()
 
     def _end_of(self, long: _Long) -> int:
         """How far the stretch is sent: all the way where it is interrupted instead of cut."""
-        if not long.lease.pool.recall.is_rewindable:
+        if not (long.lease.is_long and long.lease.pool.recall.is_rewindable):
             return long.target
         rate = self.rates.prefill
         reached = rate.reached(long.at, _sharing(long).stretch_s) if rate.known else long.at + GRAIN

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from llamaslot.core.policy import Rules, place
-from llamaslot.core.slots import Job, Plan, PrefillTo, Slot, State, Wait
+from llamaslot.core.policy import Rules, is_long, place
+from llamaslot.core.slots import Job, Plan, Slot, State, Wait
 from llamaslot.engine.lease import Lease
 from llamaslot.engine.notes import Note
 from llamaslot.engine.pool import Pool
@@ -211,7 +211,7 @@ class Scheduler:
                     soon = max(decision.for_s, MIN_LOOK_AGAIN_S)
                     look_again_s = soon if look_again_s is None else min(look_again_s, soon)
                 continue
-            if self._turn is not None and any(isinstance(step, PrefillTo) for step in decision.steps):
+            if self._turn is not None and is_long(decision, self.rules):
                 continue  # somebody waits for those that are under way to be through already
             try:
                 lease = Lease(self, self.pool, self.pool.slots[decision.slot], job, decision)

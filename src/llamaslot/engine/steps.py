@@ -100,9 +100,10 @@ class Steps:
             view = replace(view, trunks=trunks)  # those that others count on, and no more
             prefills = list(prefill_steps(lease.job, lease.slot_id, n_reused, view, lease.pool.rules))
         stops = [step.n_tokens for step in prefills if isinstance(step, PrefillTo)]
-        lease.is_long = bool(stops)
         if not stops:
+            lease.is_long = False
             return None
+        lease.is_long = self.rates.prefill.seconds(n_reused, stops[-1]) > lease.pool.rules.own_above_s
         return await self.prefills.run(lease, stops, report, self._keep, may_replan=may_replan)
 
     @staticmethod

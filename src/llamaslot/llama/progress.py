@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from llamaslot.llama.routes import Format
@@ -37,3 +38,23 @@ def progress_event(
         choices = [{"text": "", "index": 0, "logprobs": None, "finish_reason": None}]
         event |= {"choices": choices, "object": "text_completion"}
     return event_of({**event, "prompt_progress": progress})
+
+
+def message_start(id_: str, body: Mapping[str, Any], n_total: int, n_reused: int) -> bytes:
+    """The event that an Anthropic stream begins with, of a prompt of ``n_total`` tokens; shaped as llama-server's."""
+    usage = {"cache_read_input_tokens": n_reused, "input_tokens": n_total - n_reused, "output_tokens": 0}
+    message = {
+        "id": f"chatcmpl-{id_}",
+        "type": "message",
+        "role": "assistant",
+        "content": [],
+        "model": body.get("model", ""),
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": usage,
+    }
+    return event_of({"type": "message_start", "message": message}, b"event: message_start\n")
+
+
+#: The formats that have events of progress of their own, which can be made up. Others are told in comments.
+TELLS_PROGRESS: tuple[Format, ...] = ("chat", "openai-completion", "native-completion")

@@ -21,7 +21,7 @@ from typing import Literal, get_args
 Kind = Literal["completion", "exclusive", "passthrough", "own", "forbidden", "gated"]
 
 #: How a completion's body names its prompt, and what its answer looks like.
-Format = Literal["chat", "openai-completion", "native-completion"]
+Format = Literal["chat", "openai-completion", "native-completion", "responses", "messages"]
 
 #: What ``passthrough.allow`` may name.
 Gate = Literal["POST /props", "/lora-adapters", "/models", "/tools", "/cors-proxy"]
@@ -57,8 +57,8 @@ class Route:
         return f"{self.path} reaches llama-server's other routes, slots included; use those routes directly"
 
 
-def _completion(path: str, its_format: Format) -> Route:
-    return Route("POST", path, "completion", its_format, honours_id_slot=True)
+def _completion(path: str, its_format: Format, honours_id_slot: bool = True) -> Route:
+    return Route("POST", path, "completion", its_format, honours_id_slot)
 
 
 def _exclusive(path: str, honours_id_slot: bool = False) -> Route:
@@ -71,12 +71,12 @@ ROUTES: tuple[Route, ...] = (
     _completion("/v1/completions", "openai-completion"),
     _completion("/completions", "native-completion"),  # without /v1 it is the native format
     _completion("/completion", "native-completion"),
-    _exclusive("/v1/responses", honours_id_slot=True),
-    _exclusive("/responses", honours_id_slot=True),
+    _completion("/v1/responses", "responses"),
+    _completion("/responses", "responses"),
     _exclusive("/infill", honours_id_slot=True),
     # Older builds: a chat body under another name. Where it is missing, the full path would be work for a 404.
     _exclusive("/api/chat", honours_id_slot=True),
-    _exclusive("/v1/messages"),  # Anthropic: the conversion of its body drops id_slot
+    _completion("/v1/messages", "messages", honours_id_slot=False),  # Anthropic: its conversion drops id_slot
     # A form: its id_slot would be a string, and llama-server ignores one that is not a number.
     _exclusive("/v1/audio/transcriptions"),
     _exclusive("/audio/transcriptions"),

@@ -52,8 +52,17 @@ def data_of(event: bytes) -> Any:
         return None
 
 
-def event_of(payload: Any) -> bytes:
-    return b"data: " + orjson.dumps(payload) + b"\n\n"
+def event_of(payload: Any, of: bytes = b"") -> bytes:
+    """The event with this JSON, and the name that ``of`` has, if any."""
+    name = of.split(b"\n", 1)[0] + b"\n" if of.startswith(b"event:") else b""
+    return name + b"data: " + orjson.dumps(payload) + b"\n\n"
+
+
+def usages(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Where an answer or an event of any format has its ``usage``: at its root, or in its message or response."""
+    parts = [payload, payload.get("message"), payload.get("response")]
+    found = [part.get("usage") for part in parts if isinstance(part, Mapping)]
+    return [usage for usage in found if isinstance(usage, dict)]
 
 
 def comment(text: str) -> bytes:
@@ -88,11 +97,8 @@ class Earlier:
         if isinstance(timings := payload.get("timings"), dict) and "prompt_n" in timings:
             self._correct_timings(timings)
             changed = True
-        if isinstance(usage := payload.get("usage"), dict):
-            details = usage.get("prompt_tokens_details")
-            if isinstance(details, dict) and "cached_tokens" in details:
-                details["cached_tokens"] = min(self.n_reused, int(details["cached_tokens"]))
-                changed = True
+        for usage in usages(payload):
+            changed = self._correct_usage(usage) or changed
         if isinstance(progress := payload.get("prompt_progress"), dict):
             progress["cache"] = min(self.n_reused, int(progress["cache"]))
             progress["time_ms"] = progress["time_ms"] + round(self.seconds * 1000)
@@ -107,6 +113,20 @@ class Earlier:
         if computed and ms > 0:
             timings |= {"prompt_per_token_ms": ms / computed, "prompt_per_second": computed / ms * 1000}
 
+    def _correct_usage(self, usage: dict[str, Any]) -> bool:
+        """The number of reused tokens; Anthropic's ``input_tokens`` are those that were computed."""
+        if "cache_read_input_tokens" in usage:
+            total = int(usage["cache_read_input_tokens"]) + int(usage.get("input_tokens", 0))
+            reused = min(self.n_reused, int(usage["cache_read_input_tokens"]))
+            usage |= {"cache_read_input_tokens": reused, "input_tokens": total - reused}
+            return True
+        for name in ("prompt_tokens_details", "input_tokens_details"):
+            details = usage.get(name)
+            if isinstance(details, dict) and "cached_tokens" in details:
+                details["cached_tokens"] = min(self.n_reused, int(details["cached_tokens"]))
+                return True
+        return False
+
     def correct_event(self, event: bytes) -> bytes:
         """The event with its numbers put right; the very same bytes when it carries none."""
         if not any(mark in event for mark in _MARKS):
@@ -114,7 +134,7 @@ class Earlier:
         payload = data_of(event)
         if not isinstance(payload, dict) or not self.correct(payload):
             return event
-        return event_of(payload)
+        return event_of(payload, event)
 
 
 def index_of(payload: Mapping[str, Any]) -> int:

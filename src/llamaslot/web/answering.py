@@ -19,6 +19,7 @@ from llamaslot.engine.turns import Turn
 from llamaslot.errors import UpstreamError
 from llamaslot.llama.api import content_type_of
 from llamaslot.llama.assemble import Assembly, Doubt, can_assemble, streamed
+from llamaslot.llama.progress import message_start
 from llamaslot.llama.routes import Format
 from llamaslot.llama.sse import Earlier
 from llamaslot.web.downstream import SSE_HEADERS, Downstream
@@ -92,6 +93,7 @@ class Answering:
             n_answers=max(len(self.want.prompts), 1) * (1 + self.want.job.n_children),
             wants_progress=self.asked.wants_progress,
             assembly=Assembly(self.asked.body, self.asked.kind) if self.is_assembled else None,
+            start=self._message_start() if self.asked.kind == "messages" else b"",
         )
         if not self._is_streamed:
             return
@@ -110,6 +112,10 @@ class Answering:
                 n_reused = self.earlier.n_reused if self.earlier is not None else reading.n_found
                 self.down.state = Prefilling(reading.n_processed, self.want.job.n_tokens, n_reused, 0.0)
             await self.down.write(b"".join(events))
+
+    def _message_start(self) -> bytes:
+        n_reused = self.earlier.n_reused if self.earlier is not None else self.lease.n_expected
+        return message_start(self.asked.id, self.asked.body, self.want.job.n_tokens, n_reused)
 
     def _body(self) -> dict[str, Any]:
         """What llama-server is asked. As a stream with progress it tells at once what it reuses, and notices within a
@@ -214,12 +220,13 @@ class Answering:
         if self.lease.is_released:
             return
         want, timings = self.want, self._reading.timings
-        n_found = int(timings["cache_n"]) if timings and "cache_n" in timings else None
+        n_found = int(timings["cache_n"]) if timings and "cache_n" in timings else self._reading.n_cached
         if self._reading.has_failed:
             self.lease.done(None)
             self.lease.release()
             return
-        n_answer = int(timings.get("predicted_n", 0)) if timings and len(want.prompts) == 1 else 0
+        n_answer = int(timings.get("predicted_n", 0)) if timings else self._reading.n_predicted
+        n_answer = n_answer if len(want.prompts) == 1 else 0
         self.backend.steps.settle(self.lease, n_found, self.earlier, want.left_in_slot, n_answer)
         self.lease.release()
         if timings and n_found is not None and len(want.prompts) == 1:

@@ -43,8 +43,8 @@ class App:
     def __init__(self, config: Config, backend: Backend) -> None:
         self.config, self.backend = config, backend
         rules = StreamRules(config.stream.keepalive_s, config.stream.comments)
-        self._completions = Completions(backend, rules, config.listen.max_body)
         self._passthrough = Passthrough(backend, config.listen.max_body)
+        self._completions = Completions(backend, rules, config.listen.max_body, self._passthrough)
         self._status = Status(backend)
 
     def application(self) -> web.Application:

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from llamaslot.engine.lease import Lease, PlanAgain, Prefilling
 from llamaslot.engine.turns import Turn
 from llamaslot.errors import BackendDown, BackendRestarted, ClientGone, LlamaslotError, UpstreamError
 from llamaslot.llama.api import content_type_of
-from llamaslot.llama.progress import progress_event
+from llamaslot.llama.progress import TELLS_PROGRESS, progress_event
 from llamaslot.llama.routes import Format, Route, origin_form
 from llamaslot.llama.sse import Earlier
 from llamaslot.web.answering import Answering, Asked, source_of
@@ -30,6 +31,7 @@ from llamaslot.web.bodies import parse_object, read_body
 from llamaslot.web.downstream import MISTAKE, Downstream, StreamRules
 from llamaslot.web.headers import to_server
 from llamaslot.web.jobs import ATTEMPTS, Wanted, request_id, wanted
+from llamaslot.web.passthrough import Passthrough
 from llamaslot.web.several import Part, joined
 
 log = logging.getLogger(__name__)
@@ -40,14 +42,16 @@ _REPLANS = 2  # for a slot that holds less than was believed
 class Completions:
     """Serves the routes whose prompts are known token by token."""
 
-    def __init__(self, backend: Backend, rules: StreamRules, max_body: int) -> None:
+    def __init__(self, backend: Backend, rules: StreamRules, max_body: int, passthrough: Passthrough) -> None:
         self._backend, self._rules, self._max_body = backend, rules, max_body
+        self._passthrough = passthrough
 
     async def handle(self, request: web.Request, route: Route) -> web.StreamResponse:
         """Cancelling (the client has gone) gives the slot back, at once or when the server is through with it."""
         raw = await read_body(request, self._max_body)
         body = parse_object(raw)
-        exchange = _Exchange(self._backend, self._rules, request, route, body)
+        unrecognized = partial(self._passthrough.in_turn, request, route, raw)
+        exchange = _Exchange(self._backend, self._rules, request, route, body, unrecognized)
         return await exchange.run()
 
 
@@ -61,9 +65,13 @@ class _Exchange:
         request: web.Request,
         route: Route,
         body: dict[str, Any],
+        unrecognized: Callable[[], Awaitable[web.StreamResponse]],
         whole: _Exchange | None = None,
     ) -> None:
-        """``whole``: of a prompt in a list, the exchange for all of them."""
+        """``unrecognized`` serves the request without knowing its tokens, in whatever slot llama-server chooses.
+        ``whole``: of a prompt in a list, the exchange for all of them.
+        """
+        self.unrecognized = unrecognized
         self.backend, self.request, self.route, self.body = backend, request, route, body
         self.id: str = whole.id if whole is not None else request_id(request.headers)
         self.asked = Asked(self.id, body, self._format, self._post, time.monotonic())
@@ -90,10 +98,14 @@ class _Exchange:
             met, want = await self._met_and_wanted()
             if want.is_beyond_server:
                 return await self._refused_by_server()
+            if want.job.is_steered and not want.prompts:
+                return await self.unrecognized()
             if len(want.prompts) > 1 and self._is_long(want):
                 return await self._serve_each(want)
             try:
                 return await self._serve(want, met)
+            except _Unsteered:
+                return await self.unrecognized()
             except BackendRestarted:
                 self.backend.lost(met)
         raise BackendDown("llama-server restarts again and again; see its log")
@@ -139,7 +151,9 @@ class _Exchange:
         response: web.StreamResponse | None = None
         for number, prompt in enumerate(prompts):
             body = {**self.body, "prompt": prompt}
-            one = _Exchange(self.backend, self.down.rules, self.request, self.route, body, self)
+            one = _Exchange(
+                self.backend, self.down.rules, self.request, self.route, body, self.unrecognized, self
+            )
             one.down = Part(self.down, number * n_each, is_last=number == len(prompts) - 1)
             response = await one._run()
             if isinstance(response, web.Response) and isinstance(response.body, bytes):
@@ -169,7 +183,7 @@ class _Exchange:
         """``before``: what was done for the job at the ``n_before`` places that it had. Raises PlanAgain."""
         job, scheduler, may_replan = want.job, self.backend.scheduler, n_before < _REPLANS
         queued = time.monotonic()
-        if self.asked.wants_progress:
+        if self.asked.wants_progress and self._format in TELLS_PROGRESS:
             self.down.progress = partial(self._progress, met)
         async with contextlib.AsyncExitStack() as stack:
             async with self.down.waiting(self.backend.tasks):
@@ -185,6 +199,8 @@ class _Exchange:
                 turn: Turn | None = None
                 if job.n_children:
                     turn = await stack.enter_async_context(self.backend.turns.take(lease, self.down.say))
+                if job.is_steered and not self.down.has_begun and not _is_steered(lease, earlier):
+                    raise _Unsteered
                 self.down.say("waiting for llama-server")
                 await self.down.write(self.down.add_headers(_about(lease, earlier, want)))
                 answering = Answering(self.backend, self.down, self.asked, want, lease, earlier, turn)
@@ -216,6 +232,19 @@ class _Exchange:
         async with self._post(self.body) as upstream:
             payload = await upstream.read()
             raise UpstreamError(upstream.status, payload, content_type_of(upstream))
+
+
+class _Unsteered(Exception):
+    """llama-server might choose another slot than the one that was prepared."""
+
+
+def _is_steered(lease: Lease, earlier: Earlier | None) -> bool:
+    """Whether llama-server will choose the slot of ``lease`` by itself: it holds all but the last token of the prompt,
+    and no other slot does. (Among idle slots it takes the one with the longest common prefix; seen running.)"""
+    n = lease.job.n_tokens - 1
+    return (
+        earlier is not None and earlier.n_tokens == n and not lease.pool.sharing(lease.job, n, lease.slot_id)
+    )
 
 
 class _Queued:

@@ -14,7 +14,8 @@ from llamaslot.core.slots import Job
 from llamaslot.core.tokens import common, head
 from llamaslot.engine.backend import Backend
 from llamaslot.engine.pool import Pool
-from llamaslot.errors import BadRequest, PromptTooLong
+from llamaslot.errors import BadRequest, PromptTooLong, UpstreamError
+from llamaslot.llama import anthropic, responses
 from llamaslot.llama.prompts import OpaquePrompt, Prompt
 from llamaslot.llama.routes import Format
 
@@ -58,34 +59,60 @@ def is_private(body: Mapping[str, Any]) -> bool:
 async def wanted(id_: str, body: Mapping[str, Any], kind: Format, backend: Backend, pool: Pool) -> Wanted:
     """The job for ``body``. Raises BadRequest, PromptTooLong, and llama-server's own error for a body it refuses."""
     try:
-        prompts = await _prompts(body, kind, backend)
+        chat = _chat_body(body, kind)
+        prompts = await _prompts(body, chat, backend)
     except OpaquePrompt:
-        prompts = ()
+        chat, prompts = None, ()
     for prompt in prompts:
         if prompt.n_tokens >= pool.n_ctx:
             raise PromptTooLong(prompt.n_tokens, pool.n_ctx)
-    n = _n_answers(body)
+    heard = body if chat is None else chat  # what llama-server takes note of
+    n = _n_answers(heard)
     n_system, boundaries = 0, tuple[int, ...]()
-    if kind == "chat" and prompts:
+    if chat is not None:
         if pool.memory is Memory.DENSE:
-            n_system = await backend.prompts.system_end(body, prompts[0])
+            n_system = await backend.prompts.system_end(chat, prompts[0])
         else:
-            n_system, boundaries = await backend.prompts.boundaries(body, prompts[0])
+            n_system, boundaries = await backend.prompts.boundaries(chat, prompts[0])
     job = Job(
         id=id_,
         tokens=prompts[0].tokens if prompts else b"",
         boundaries=boundaries,
         n_system=n_system,
-        is_cold=body.get("cache_prompt") is False,
-        is_private=is_private(body),
+        is_cold=heard.get("cache_prompt") is False,
+        is_private=is_private(heard),
         n_children=n - 1,
+        is_steered=kind == "messages",
     )
     return Wanted(job, prompts, is_beyond_server=n > len(pool.slots))
 
 
-async def _prompts(body: Mapping[str, Any], kind: Format, backend: Backend) -> tuple[Prompt, ...]:
-    if kind == "chat":
-        return (await backend.prompts.chat(body),)
+def _chat_body(body: Mapping[str, Any], kind: Format) -> Mapping[str, Any] | None:
+    """The chat that a body is, or that llama-server makes of it; None for a plain prompt. Raises OpaquePrompt where
+    that is not known."""
+    match kind:
+        case "chat":
+            return body
+        case "messages":
+            return anthropic.chat_body(body)
+        case "responses":
+            return responses.chat_body(body)
+        case "openai-completion" | "native-completion":
+            return None
+
+
+async def _prompts(
+    body: Mapping[str, Any], chat: Mapping[str, Any] | None, backend: Backend
+) -> tuple[Prompt, ...]:
+    """Raises OpaquePrompt, and UpstreamError for what the template refuses: of a body that was converted nobody knows
+    whether llama-server would refuse it too, so it is served without its tokens."""
+    if chat is not None:
+        try:
+            return (await backend.prompts.chat(chat),)
+        except UpstreamError as error:
+            if chat is body:
+                raise
+            raise OpaquePrompt(str(error)) from error
     if "prompt" not in body:
         raise BadRequest("'prompt' is required")
     return tuple(await backend.prompts.completion(body["prompt"]))

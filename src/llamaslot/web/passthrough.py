@@ -49,10 +49,14 @@ class Passthrough:
                 self._backend.changed(f"{route.gate} was called")
             return await _relay(request, upstream, {})
 
-    async def in_turn(self, request: web.Request, route: Route) -> web.StreamResponse:
+    async def in_turn(
+        self, request: web.Request, route: Route, raw: bytes | None = None
+    ) -> web.StreamResponse:
         """A request that takes a slot: pinned where llama-server lets itself be told, else while nobody else is
-        between two steps. Cancelling gives the slots back when the server is through with them."""
-        raw = await read_body(request, self._max_body)
+        between two steps. Cancelling gives the slots back when the server is through with them. ``raw``: its body, if
+        that was read before."""
+        if raw is None:
+            raw = await read_body(request, self._max_body)
         id_ = request_id(request.headers)
         serve = self._pinned if route.honours_id_slot else self._unpinned
         for _ in range(ATTEMPTS):

@@ -9,10 +9,12 @@ import orjson
 
 from llamaslot.errors import BackendDown
 from llamaslot.llama.assemble import Assembly
-from llamaslot.llama.sse import Earlier, EventSplitter, data_of, event_of, index_of
+from llamaslot.llama.sse import Earlier, EventSplitter, data_of, event_of, index_of, usages
 from llamaslot.web.downstream import BROKEN_OFF
 
-_NOTED = (b'"timings"', b'"error"', b'"prompt_progress"')
+_NOTED = (b'"timings"', b'"error"', b'"prompt_progress"', b'"usage"')
+_LAST = (b"data: [DONE]", b"event: message_stop", b"event: response.completed", b"event: error")
+_BEFORE_TOKENS = (b"event: response.created", b"event: response.in_progress")
 
 
 class Reading:
@@ -20,7 +22,8 @@ class Reading:
 
     ``is_over``: its last event has come; in the native format that is the last of ``n_answers`` that end.
     ``has_token``: its first token has. Events of progress are only passed on to who ``wants_progress``. With an
-    ``assembly`` nothing is passed on: all of it is in there.
+    ``assembly`` nothing is passed on: all of it is in there. ``start`` is what an Anthropic stream begins with:
+    llama-server leaves it out where the first token is half a character (seen running), and clients fail.
     """
 
     def __init__(
@@ -31,16 +34,19 @@ class Reading:
         n_answers: int = 1,
         wants_progress: bool = False,
         assembly: Assembly | None = None,
+        start: bytes = b"",
     ) -> None:
         self.timings: dict[str, Any] | None = None
         self.n_found: int | None = None
+        self.n_cached: int | None = None  # reused, by ``usage``: all that some formats tell
+        self.n_predicted = 0
         self.n_processed = 0  # tokens of the prompt, by the last event of progress
         self.has_failed = False
         self.is_over = False
         self.has_token = False
         self.assembly = assembly
         self._upstream, self._earlier, self._wants_progress = upstream, earlier, wants_progress
-        self._n_left = n_answers
+        self._n_left, self._start = n_answers, start
         self._splitter = EventSplitter()
 
     async def next(self) -> list[bytes] | None:
@@ -94,20 +100,25 @@ class Reading:
 
     def _event(self, event: bytes) -> bytes:
         payload: Any = None
-        if event.startswith(b"data: [DONE]"):
+        if event.startswith(_LAST):
             self.is_over = True
-        elif self.assembly is not None or any(mark in event for mark in _NOTED):
+            self.has_failed = self.has_failed or event.startswith(b"event: error")
+        if self.assembly is not None or any(mark in event for mark in _NOTED):
             payload = data_of(event)
             self._note(payload)
         is_progress = isinstance(payload, dict) and "prompt_progress" in payload
-        self.has_token = self.has_token or (not is_progress and event.startswith(b"data:"))
+        is_token = b"data:" in event[:64] and not event.startswith(_BEFORE_TOKENS)
+        self.has_token = self.has_token or (is_token and not is_progress)
         if self.assembly is not None:
             if isinstance(payload, dict):
                 self.assembly.feed(payload)
             return b""
         if is_progress and not self._wants_progress:
             return b"" if not _has_text(payload) else event_of(_without_progress(payload))
-        return self._earlier.correct_event(event) if self._earlier is not None else event
+        start, self._start = self._start, b""
+        if event.startswith((b"event: message_start", b"event: error")):
+            start = b""
+        return start + (self._earlier.correct_event(event) if self._earlier is not None else event)
 
     def _note(self, payload: Any) -> None:
         if not isinstance(payload, dict):
@@ -115,6 +126,11 @@ class Reading:
         timings = payload.get("timings")
         if isinstance(timings, dict) and not index_of(payload):
             self.timings = dict(timings)
+        for usage in usages(payload):
+            details = usage.get("input_tokens_details") or usage.get("prompt_tokens_details") or {}
+            cached = usage.get("cache_read_input_tokens", details.get("cached_tokens"))
+            self.n_cached = cached if self.n_cached is None else self.n_cached
+            self.n_predicted = int(usage.get("output_tokens", usage.get("completion_tokens", 0)))
         progress = payload.get("prompt_progress")
         if isinstance(progress, dict):
             self.n_processed = int(progress["processed"])

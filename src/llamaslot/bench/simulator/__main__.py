@@ -4,64 +4,108 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
 import orjson
 
-from llamaslot.bench.simulator.generate import generate, scaled
+from llamaslot.bench.simulator.generate import Recipe, crew, generate, scaled
 from llamaslot.bench.simulator.machine import Hardware
 from llamaslot.bench.simulator.result import Result, table
-from llamaslot.bench.simulator.run import Policy, Setting, simulate
+from llamaslot.bench.simulator.run import LEFT, Policy, Setting, simulate
 from llamaslot.bench.simulator.trace import Trace
+from llamaslot.core.policy import Rules
+from llamaslot.core.prefills import Sharing
 
 QUARTER = 0.25  # of all contexts: what ``--disk 1`` means
+
+
+SHARED, LEFT_ALONE = "shared", "left"
+SWEPT = ("own_above_s", *(setting.name for setting in fields(Sharing)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
     """One run. The trace is made, or read, by the process that runs it."""
 
-    file: Path | None
+    trace: Path | Recipe
+    name: str
     seed: int
-    scale: int
     setting: Setting
 
 
 @lru_cache(maxsize=2)
-def _trace(file: Path | None, seed: int, scale: int) -> Trace:
-    if file is not None:
-        return Trace.read(file)
-    name = "default" if scale == 1 else f"default x {scale}"
-    return generate(seed, scaled(scale), name)
+def _trace(trace: Path | Recipe, name: str, seed: int) -> Trace:
+    return Trace.read(trace) if isinstance(trace, Path) else generate(seed, trace, name)
 
 
 def _perform(task: _Task) -> Result:
-    return simulate(_trace(task.file, task.seed, task.scale), task.setting)
+    return simulate(_trace(task.trace, task.name, task.seed), task.setting)
+
+
+def _recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
+    """And its name, which says in what it differs from the default."""
+    recipe, name = Recipe(), "default"
+    if options.users or options.hours:
+        recipe = crew(options.users or recipe.n_users, options.hours or recipe.day_s / 3600)
+        name = f"{recipe.n_users} users, {recipe.day_s / 3600:g} h"
+    if options.together:
+        recipe = replace(recipe, p_together=options.together)
+        name += f", {options.together:g} together"
+    return scaled(options.scale, recipe), name if options.scale == 1 else f"{name} x {options.scale}"
+
+
+def _prefills(options: argparse.Namespace) -> Iterator[tuple[str, Rules]]:
+    """The rules for long prompts that are compared, by their names."""
+    for name in options.prefill:
+        yield name, Rules() if name == SHARED else LEFT
+    if options.sweep:
+        setting, *values = options.sweep
+        for value in map(float, values):
+            changed = {setting: value}
+            is_own = setting == "own_above_s"
+            rules = Rules(own_above_s=value) if is_own else Rules(sharing=replace(Sharing(), **changed))
+            yield f"{setting} {value:g}", rules
 
 
 def _tasks(options: argparse.Namespace) -> list[_Task]:
     hardware = Hardware().times(options.scale)
-    seeds = [0] if options.trace else options.seeds
+    recipe, name = _recipe(options)
     return [
         _Task(
-            options.trace,
+            options.trace or recipe,
+            name,
             seed,
-            options.scale,
-            Setting(policy, disk * QUARTER if disk else None, options.slots * options.scale, hardware),
+            Setting(
+                policy,
+                disk * QUARTER if disk else None,
+                options.slots * options.scale,
+                hardware,
+                rules,
+                prefill,
+            ),
         )
-        for seed in seeds
+        for seed in ([0] if options.trace else options.seeds)
         for disk in options.disk
         for policy in options.policies
+        for prefill, rules in _prefills(options)
     ]
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m llamaslot.bench.simulator", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of generated traces")
+    parser.add_argument("--users", type=int, help="of the generated trace; 60 if not given")
+    parser.add_argument("--hours", type=float, help="of the generated trace; 8 if not given")
+    parser.add_argument(
+        "--together",
+        type=float,
+        default=0.0,
+        help="share of a user's rounds in which four conversations begin alike",
+    )
     parser.add_argument("--trace", type=Path, help="a file in place of a generated trace")
     parser.add_argument(
         "--write", type=Path, help="write the trace of the first seed there, and do nothing else"
@@ -70,6 +114,19 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--disk", type=float, nargs="+", default=[1.0], help="in quarters of all contexts; 0: unlimited"
     )
     parser.add_argument("--policies", type=Policy, nargs="+", default=list(Policy), help=", ".join(Policy))
+    parser.add_argument(
+        "--prefill",
+        nargs="*",
+        choices=[SHARED, LEFT_ALONE],
+        default=[SHARED],
+        help="long prompts: computed in stretches that give way (shared), or left to llama-server (left)",
+    )
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar=("SETTING", "VALUE"),
+        help=f"and with each of these values of one setting for them: {', '.join(SWEPT)}",
+    )
     parser.add_argument("--slots", type=int, default=4)
     parser.add_argument(
         "--scale",
@@ -79,13 +136,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, help="processes; as many as there are cores if not given")
     parser.add_argument("--json", type=Path, help="write all figures there as well")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.sweep and options.sweep[0] not in SWEPT:
+        parser.error(f"--sweep: one of {', '.join(SWEPT)}")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     if options.write:
-        _trace(None, options.seeds[0], options.scale).write(options.write)
+        _trace(*_recipe(options), options.seeds[0]).write(options.write)
         return 0
     tasks = _tasks(options)
     with ProcessPoolExecutor(options.jobs) as pool:

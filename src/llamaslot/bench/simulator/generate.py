@@ -5,6 +5,9 @@ answers are lognormal with a median of 250; in two turns of three a user goes on
 answers come back re-tokenized. Sixty users ask more of four slots than these can give at once, so there is a queue
 most of the time, and a script takes that into account: written for people who wait for nothing it would not end with
 the day.
+
+None of the default trace's conversations begin together on purpose. With ``p_together`` some do, as those of an agent
+that starts several others: at once, with the same system prompt and short tasks; they go on in step for a few turns.
 """
 
 from __future__ import annotations
@@ -51,6 +54,9 @@ class Recipe:
     n_burst: int = 5
     usual_answer_s: float = 100.0  # from a request to the end of its answer, as a script expects it
     p_reworded: float = 0.5  # answers that come back re-tokenized: the prefix ends somewhere inside them
+    p_together: float = 0.0  # of a user's rounds: conversations that begin at once, ...
+    n_together: int = 4  # so many of them, ...
+    turns_together: tuple[int, int] = (1, 4)  # for so long
 
 
 def generate(seed: int, recipe: Recipe | None = None, name: str = "default") -> Trace:
@@ -59,11 +65,16 @@ def generate(seed: int, recipe: Recipe | None = None, name: str = "default") -> 
     agents = Agents.draw(random.Random(f"{seed} agents"), recipe)
     requests: list[Request] = []
     for user in range(recipe.n_users):
-        script = _User(user, random.Random(f"{seed} user {user}"), recipe, agents)
-        requests += script.requests()
+        requests += _User(seed, user, recipe, agents).requests()
     trace = Trace(name, seed, tuple(requests))
     trace.check()
     return trace
+
+
+def crew(n_users: int, hours: float, recipe: Recipe | None = None) -> Recipe:
+    """The recipe with so many users, and for so long; they arrive over the first eighth of it."""
+    recipe = recipe or Recipe()
+    return replace(recipe, n_users=n_users, day_s=hours * 3600, arrival_s=hours * 450)
 
 
 def scaled(factor: int, recipe: Recipe | None = None) -> Recipe:
@@ -108,6 +119,7 @@ class _Conversation:
     n_turns_left: int
     n_held: int = 0  # tokens of the last prompt and its answer
     n_last_answer: int = 0
+    is_short: bool = False  # begins with a message like the later ones
     messages: list[int] = field(default_factory=list)  # where each message of the user begins
 
     @property
@@ -118,8 +130,10 @@ class _Conversation:
 class _User:
     """One user's script. Keys of texts and conversations are his own: a million for each user."""
 
-    def __init__(self, user: int, rng: random.Random, recipe: Recipe, agents: Agents) -> None:
-        self.user, self.rng, self.recipe, self.agents = user, rng, recipe, agents
+    def __init__(self, seed: int, user: int, recipe: Recipe, agents: Agents) -> None:
+        self.user, self.recipe, self.agents = user, recipe, agents
+        self.rng = random.Random(f"{seed} user {user}")
+        self._together = random.Random(f"{seed} user {user} together")  # without it the rest is as before
         self._serial = itertools.count((user + 1) * 1_000_000)
         self._clock_s = 0.0
         self._at: int = 0
@@ -131,13 +145,31 @@ class _User:
         think_s = rng.uniform(0, recipe.arrival_s)
         self._clock_s = think_s
         live = [self._conversation() for _ in range(n_live)]
+        others: list[_Conversation] = []  # that have begun together
         for round_ in itertools.count():
             if self._clock_s >= recipe.day_s:
                 return
-            for i in range(n_live) if is_burst else [self._choose(n_live)]:
-                yield self._request(live, i, round_, think_s)
+            if not is_burst and not others and self._together.random() < recipe.p_together:
+                others = self._begin_together()
+            if others:
+                yield from (self._turn_together(talk, round_, think_s) for talk in others)
+                others = others if others[0].n_turns_left else []
+            else:
+                for i in range(n_live) if is_burst else [self._choose(n_live)]:
+                    yield self._request(live, i, round_, think_s)
             think_s = self._think_s()
             self._clock_s += recipe.usual_answer_s + think_s
+
+    def _begin_together(self) -> list[_Conversation]:
+        recipe, system = self.recipe, self._conversation().system
+        n_turns = self.rng.randint(*recipe.turns_together)
+        ids = itertools.islice(self._serial, recipe.n_together)
+        return [_Conversation(id_, system, n_turns, is_short=True) for id_ in ids]
+
+    def _turn_together(self, talk: _Conversation, round_: int, think_s: float) -> Request:
+        request = self._turn(talk, round_, think_s)
+        assert request is not None, "so few turns always fit"
+        return request
 
     def _choose(self, n_live: int) -> int:
         if self.rng.random() < self.recipe.p_switch:
@@ -166,7 +198,7 @@ class _User:
         answer = self._text(self._n_answer())
         if talk.is_new:
             kind, keep = Turn.FIRST, 0
-            add = (*talk.system, self._text(self._n_start()))
+            add = (*talk.system, self._text(self._n_message() if talk.is_short else self._n_start()))
             at = sum(text.n for text in talk.system)
         elif len(talk.messages) > 1 and rng.random() < recipe.p_edit:
             kind = Turn.EDIT

@@ -1,9 +1,9 @@
 """The main loop of a llama-server, step by step, as far as anybody could tell: what it does next, and when that ends.
 
-As on the real one: between two steps it carries out what was asked of it, slot actions and questions in their order, and
-takes up what was sent. A step is one token for each answer and a batch of prompt tokens, those of the lowest slot first,
-and nothing gets in between. Steps of the same kind are taken in one leap, whose inner ends are known in closed form, and
-which is cut when something comes: a request costs a handful of events, however long.
+As on the real one: between two steps it carries out what was asked of it, slot actions and questions in their order,
+and takes up what was sent. A step is one token for each answer and a batch of prompt tokens, those of the lowest slot
+first, and nothing gets in between. Steps of the same kind are taken in one leap, whose inner ends are known in closed
+form, and which is cut when something comes: a request costs a handful of events, however long.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Hardware:
 
     ``batch``: prompt tokens of one step, beside which each stream gets one token. A step is never shorter than one of
     decoding. Before a request is there it is sent, and read by a thread of its own: ``request_s`` and for each token of
-    a prompt ``ids_s`` or, as text, ``text_s`` (seen running on two shared cores: 2.6 ms, 0.8 to 1.7 us, 7 us).
+    a prompt ``ids_s`` or, as text, ``text_s`` (seen running on two shared cores: 2 to 3 ms, 0.9 us, 7 us).
     """
 
     prefill_tokens_per_s: float = 2_000.0
@@ -38,7 +38,7 @@ class Hardware:
     action_s: float = 0.005  # what a save, erase or restore takes beside its bytes
     bytes_per_token: int = 56_000
     request_s: float = 0.003
-    ids_s: float = 1.5e-6
+    ids_s: float = 1e-6
     text_s: float = 7e-6
 
     @property

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from llamaslot.bench.simulator.disk import FINGERPRINT, Disk
 from llamaslot.bench.simulator.machine import Machine, Streamed
 from llamaslot.bench.simulator.server import N_CTX, Answer, SimulatedServer
-from llamaslot.bench.simulator.users import Asked
+from llamaslot.bench.simulator.users import LONG_S, Asked
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import Rules
 from llamaslot.core.slots import NOTHING, Content, Job
@@ -30,27 +30,26 @@ from llamaslot.tasks import TaskOwner
 IDLE_SAVE_S = 2.0  # the default of store.idle_save_s
 PATIENT = QueueLimits(max_waiting=1_000_000, max_wait_s=1e8)
 REPLANS = 2  # as web.completions
-LONG_S = 1.0  # what takes longer to compute is a long prompt, whoever computes it
 
 
 @dataclass(slots=True)
 class Beside:
-    """What streams get while long prompts are computed, or wait for that in their slots."""
+    """What streams get while long prompts are computed, or wait for that in their slots: entered for each of these."""
 
     machine: Machine
     n_tokens: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # summed up over streams
     _n_long: int = 0
-    _since: Streamed | None = None
+    _since: Streamed = field(default_factory=Streamed)
 
-    def begin(self) -> None:
+    def __enter__(self) -> None:
         self._n_long += 1
         if self._n_long == 1:
             self._since = self.machine.tally()
 
-    def end(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._n_long -= 1
-        if self._n_long == 0 and self._since is not None:
+        if self._n_long == 0:
             now = self.machine.tally()
             self.n_tokens += now.n_tokens - self._since.n_tokens
             self.seconds += now.seconds - self._since.seconds
@@ -108,7 +107,8 @@ class Proxy:
         before: Earlier | None = None
         for n in itertools.count():
             try:
-                return await self._ask_at_a_place(asked, job, before, n)
+                await self._ask_at_a_place(asked, job, before, n)
+                break
             except PlanAgain as again:
                 later = again.earlier
                 before = before.then(later) if before is not None and later is not None else later or before
@@ -120,34 +120,14 @@ class Proxy:
             lease = stack.enter_context(await self.scheduler.lease(job, is_back=n_before > 0))
             if not n_before:
                 served.queued_s = self._loop.time() - asked.sent_at
-            is_prompting = contextlib.ExitStack()
-            stack.enter_context(is_prompting)
+            until_first = stack.enter_context(contextlib.ExitStack())
             assert lease.plan is not None
             if self.server.hardware.prefill_s(lease.plan.n_reused, job.n_tokens) > LONG_S:
-                self.beside.begin()
-                is_prompting.callback(self.beside.end)
+                until_first.enter_context(self.beside)
             earlier = await self.steps.prepare(lease, _say_nothing, may_replan=may_replan)
             if earlier is not None and before is not None:
                 earlier = before.then(earlier)
-            is_cold = earlier is None and lease.content is None
-            lease.sent()
-            async with self.server.run(
-                lease.slot_id, asked.prompt, asked.answer, asked.origin, is_cold=is_cold
-            ) as answered:
-                lease.started()
-                n_expected = earlier.n_tokens if earlier is not None else lease.n_expected
-                is_misplaced = self.steps.prefills.is_far_off(lease, n_expected, answered.n_cache)
-                if not (may_replan and is_misplaced):
-                    await self.server.first(answered)
-                    served.ttft_s = self._loop.time() - asked.sent_at
-                    is_prompting.close()
-                    lease.talks()
-                    before_it = lease.content or NOTHING
-                    lease.begun(replace(before_it, tokens=asked.prompt, is_exact=False, is_dirty=True))
-                    await self.server.finish(answered)
-            if may_replan and is_misplaced:
-                await self.steps.stopped(lease, answered.n_cache)
-                raise PlanAgain(None)
+            answered = await self._answer(asked, lease, earlier, until_first, may_replan=may_replan)
             served.n_reused = earlier.n_reused if earlier is not None else answered.n_cache
             served.answer_s = answered.predicted_s
             n_answer = count(asked.answer)
@@ -156,6 +136,36 @@ class Proxy:
                 self.tasks.spawn(self._save(lease), f"{job.id} is saved")
                 stack.pop_all()
         self._learn(answered, earlier, n_answer)
+
+    async def _answer(
+        self,
+        asked: Asked,
+        lease: Lease,
+        earlier: Earlier | None,
+        until_first: contextlib.ExitStack,
+        *,
+        may_replan: bool,
+    ) -> Answer:
+        """The client's own request. Raises PlanAgain when the slot does not hold what was expected."""
+        is_cold = earlier is None and lease.content is None
+        lease.sent()
+        async with self.server.run(
+            lease.slot_id, asked.prompt, asked.answer, asked.origin, is_cold=is_cold
+        ) as answered:
+            lease.started()
+            n_expected = earlier.n_tokens if earlier is not None else lease.n_expected
+            is_misplaced = self.steps.prefills.is_far_off(lease, n_expected, answered.n_cache)
+            if not (may_replan and is_misplaced):
+                await self.server.first(answered)
+                asked.served.ttft_s = self._loop.time() - asked.sent_at
+                until_first.close()
+                lease.talks()
+                before = lease.content or NOTHING
+                lease.begun(replace(before, tokens=asked.prompt, is_exact=False, is_dirty=True))
+                await self.server.finish(answered)
+                return answered
+        await self.steps.stopped(lease, answered.n_cache)
+        raise PlanAgain(None)
 
     def _learn(self, answered: Answer, earlier: Earlier | None, n_answer: int) -> None:
         if earlier is None and answered.n_prompt - answered.n_cache > 1:

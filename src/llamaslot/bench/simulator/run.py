@@ -5,17 +5,18 @@ from __future__ import annotations
 import enum
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llamaslot.bench.simulator.disk import UNLIMITED, AtRandom, Disk, Foreseen
 from llamaslot.bench.simulator.machine import Hardware
 from llamaslot.bench.simulator.original import Original
 from llamaslot.bench.simulator.proxy import Proxy
-from llamaslot.bench.simulator.result import Label, Result, measured
+from llamaslot.bench.simulator.result import Label, Prefills, Result, measured
 from llamaslot.bench.simulator.server import SimulatedServer
 from llamaslot.bench.simulator.trace import Trace
 from llamaslot.bench.simulator.users import Foresight, Users
 from llamaslot.bench.virtual import VirtualLoop
+from llamaslot.core.policy import Rules
 from llamaslot.core.value import ByUse, ByValue, Order, Standing
 from llamaslot.store.shelf import Shelf
 from llamaslot.tasks import TaskOwner
@@ -35,17 +36,24 @@ class Policy(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """``disk`` is the share of all contexts that there is room for; None for as much as is wanted."""
+    """``disk`` is the share of all contexts that there is room for; None for as much as is wanted. ``prefill`` names
+    the ``rules``."""
 
     policy: Policy
     disk: float | None = 0.25
     n_slots: int = 4
     hardware: Hardware = field(default_factory=Hardware)
+    rules: Rules = field(default_factory=Rules)
+    prefill: str = "shared"
 
     def quota_bytes(self, trace: Trace) -> int:
         if self.disk is None:
             return UNLIMITED
         return int(self.disk * trace.n_final * self.hardware.bytes_per_token)
+
+
+LEFT = replace(Rules(), own_above_s=math.inf)
+"""All prefill is left to llama-server, and nobody gives way to anybody."""
 
 
 def simulate(trace: Trace, setting: Setting) -> Result:
@@ -81,7 +89,7 @@ class _Run:
         self.served_by: Proxy | Original = (
             Original(loop, self.server, self.disk)
             if setting.policy is Policy.ORIGINAL
-            else Proxy(loop, self.server, self.disk, saves_each=is_always)
+            else Proxy(loop, self.server, self.disk, rules=setting.rules, saves_each=is_always)
         )
         if isinstance(order, ByValue) and isinstance(self.served_by, Proxy):
             order.saves_s = self.served_by.pool.saves_s
@@ -115,5 +123,17 @@ class _Run:
         await beside.close()
         await self.served_by.close()
         self.served_by.check()
-        label = Label(self.trace.name, self.trace.seed, self.setting.policy.value, self.setting.disk)
-        return measured(label, users.served, self.server, self.disk, took_s)
+        setting = self.setting
+        label = Label(self.trace.name, self.trace.seed, setting.policy.value, setting.disk, setting.prefill)
+        return measured(label, users.served, self.server, self.disk, took_s, self._prefills())
+
+    def _prefills(self) -> Prefills:
+        counts = self.server.counts
+        found = Prefills(counts.n_prefills, counts.n_closed)
+        if isinstance(self.served_by, Proxy):
+            by, step_s = self.served_by, self.setting.hardware.step_s
+            sample = by.metrics.registry.get_sample_value
+            found.waited_s = sample("llamaslot_prefill_wait_seconds_sum") or 0.0
+            found.paused_s = sample("llamaslot_prefill_pause_seconds_total") or 0.0
+            found.stream_share = by.beside.n_tokens * step_s / by.beside.seconds if by.beside.seconds else 1.0
+        return found

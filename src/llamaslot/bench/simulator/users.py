@@ -12,13 +12,15 @@ from llamaslot.bench.simulator.server import Origin
 from llamaslot.bench.simulator.trace import Request, Text, Trace
 from llamaslot.core.tokens import head
 
+LONG_S = 1.0  # what takes longer to compute is a long prompt, whoever computes it
+
 
 @dataclass(slots=True)
 class Served:
     """What became of a request. ``n_known``: what an unlimited cache would have had of its prompt.
 
-    In seconds from when it was sent: ``queued_s`` until it had a slot, ``ttft_s`` until its first token, ``all_s`` until
-    its last; ``answer_s`` from the first one to the last.
+    In seconds from when it was sent: ``queued_s`` until it had a slot, ``ttft_s`` until its first token, ``all_s``
+    until its last; ``answer_s`` from the first one to the last.
     """
 
     request: Request
