@@ -30,7 +30,7 @@ def test_completions_get_the_full_path_in_their_own_format(path: str, its_format
     ("method", "target", "kind"),
     [
         ("POST", "/infill", "exclusive"),
-        ("POST", "/v1/messages?beta=true", "exclusive"),
+        ("POST", "/v1/messages?beta=true", "completion"),
         ("POST", "/v1/messages/count_tokens", "passthrough"),
         ("POST", "/v1/responses/input_tokens", "passthrough"),
         ("GET", "/health", "own"),

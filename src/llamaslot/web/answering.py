@@ -247,6 +247,8 @@ class Answering:
         n_computed = earlier.n_tokens - earlier.n_reused if earlier is not None else 0
         if timings is not None:
             n_computed += int(timings.get("prompt_n", 0))
+        elif earlier is not None:
+            n_computed += self.lease.job.n_tokens - earlier.n_tokens
         log.info(
             "%s slot %d %s: %d of %d prompt tokens computed%s, first byte after %.2f s, all after %.2f s",
             self.asked.id, self.lease.slot_id, source_of(self.lease, earlier).value, n_computed,
