@@ -40,6 +40,11 @@ class Status:
         """Slots, snapshots and the queue as they are now. Token contents are never shown."""
         backend, pool = self._backend, self._backend.scheduler.pool
         catalog = backend.catalog
+        prefills = {
+            lease.slot_id: {"n_done": lease.n_done, "n_tokens": lease.job.n_tokens}
+            for lease in backend.scheduler.leases
+            if lease.is_long and lease.pool is pool
+        }
         return {
             "version": __version__,
             "backend": {
@@ -59,6 +64,7 @@ class Status:
                     "n_tokens": slot.content.n_tokens,
                     "is_dirty": slot.content.is_dirty,
                     "is_worth_saving": pool.is_worth_saving(slot),
+                    "prefill": prefills.get(slot.id),
                 }
                 for slot in pool.slots
             ],
