@@ -254,6 +254,7 @@ class Catalog:
                 return error
             raise
         # No await from here on: what was granted is committed.
+        self._room.n_commits += 1
         del self._drafts[noted.id]
         self._room.granted -= held.size_bytes
         self._list(snapshot.listed, noted.created_at - held.idle_s)

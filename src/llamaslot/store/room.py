@@ -62,6 +62,7 @@ class Room:
         self.committed = self.granted = self.leaving = self.left = self.waiting = 0
         self.removing: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self.leftovers: dict[str, int] = {}
+        self.n_commits = 0  # since the start
         self._n_waiting = 0
         self._free: int | None = None  # bytes of the file system, when last asked for
 
@@ -94,7 +95,11 @@ class Room:
 
     async def look(self) -> None:
         """Ask how much is free on the file system, if that matters."""
-        if self.limits.min_free_bytes:
+        n_before = -1
+        while self.limits.min_free_bytes and n_before != self.n_commits:
+            n_before = (
+                self.n_commits
+            )  # what is committed meanwhile may be missing in the answer, and is no draft now
             try:
                 found = await asyncio.to_thread(os.statvfs, self.directory)
             except OSError:
