@@ -79,6 +79,33 @@ class Answer:
         return int(self.headers["x-llamaslot-reused-tokens"])
 
 
+def without_progress(raw: bytes) -> bytes:
+    """What of a stream is meant for a client that has not asked for ``return_progress``: llamaslot always asks."""
+    return b"\n\n".join(part for part in raw.split(b"\n\n") if not is_progress(part))
+
+
+def is_progress(event: bytes) -> bool:
+    if not event.startswith(b"data: {"):
+        return False
+    return "prompt_progress" in json.loads(event.removeprefix(b"data: "))
+
+
+def untimed(value: Any) -> Any:
+    """A JSON value with what differs from one time to the next replaced by its type: ids, dates and durations."""
+    if isinstance(value, dict):
+        return {
+            name: type(item).__name__ if name in _OF_ITS_TIME else untimed(item)
+            for name, item in value.items()
+        }
+    return [untimed(item) for item in value] if isinstance(value, list) else value
+
+
+_OF_ITS_TIME = {
+    "id", "id_slot", "created", "prompt_ms", "prompt_per_token_ms", "prompt_per_second", "predicted_ms",
+    "predicted_per_token_ms", "predicted_per_second",
+}  # fmt: skip
+
+
 def _text(part: dict[str, Any]) -> str:
     if "content" in part:
         return str(part["content"])

@@ -61,7 +61,9 @@ class Messages(Wording):
             block = {"type": "text", "text": ""}
             start = {"type": "content_block_start", "index": 0, "content_block": block}
             begin += event(start, "content_block_start")
-        delta = {"type": "text_delta", "text": self.piece(result)}
+        if not result.text:
+            return begin
+        delta = {"type": "text_delta", "text": result.text}
         return begin + event(
             {"type": "content_block_delta", "index": 0, "delta": delta}, "content_block_delta"
         )
@@ -110,8 +112,10 @@ class Responses(Wording):
             name = "response.content_part.added"
             part = {"type": "output_text", "text": ""}
             begin += event({"type": name, "item_id": item_id, "part": part}, name)
+        if not result.text:
+            return begin
         name = "response.output_text.delta"
-        return begin + event({"type": name, "item_id": item_id, "delta": self.piece(result)}, name)
+        return begin + event({"type": name, "item_id": item_id, "delta": result.text}, name)
 
     def done(self, task: Task, result: Done) -> bytes:
         text, whole = self.text(task), self.whole({0: result})

@@ -12,7 +12,7 @@ from tests.support.fake_agents import Messages, Responses, messages_to_chat, res
 from tests.support.fake_http import Dropped, Seen, common_headers, reply
 from tests.support.fake_model import BadInput, user_marks
 from tests.support.fake_render import Chat, Json, Native, Text, Wording, event
-from tests.support.fake_types import Begin, Done, Failed, Result
+from tests.support.fake_types import Begin, Done, Failed, Result, Token
 
 if TYPE_CHECKING:
     from tests.support.fake import FakeServer
@@ -99,10 +99,10 @@ class Completions:
         response = web.StreamResponse(headers=common_headers() | seen.origin | {"X-Accel-Buffering": "no"})
         response.content_type = "text/event-stream"
         response.enable_chunked_encoding()
-        cut = self.server.faults.take_cut()
+        cut = self.server.faults.take_cut(seen.path)
         n_open = len(wording.tasks)
         try:
-            if cut == 0:
+            if cut is not None and cut.n == 0:
                 raise Dropped
             await response.prepare(request)
             n_written = 0
@@ -110,12 +110,12 @@ class Completions:
             while True:
                 # Headers go out with the first result; what announces further prompts of an array is a null event.
                 is_late_begin = isinstance(result, Begin) and result is not first
-                data = event(None) if is_late_begin else wording.stream(result)
+                data = event(None) if is_late_begin else self.server.faults.told(wording.stream(result))
                 if data:
                     seen.answer += data
                     await response.write(data)
-                    n_written += 1
-                if n_written == cut:
+                    n_written += cut is not None and (isinstance(result, Token) or not cut.of_tokens)
+                if cut is not None and n_written == cut.n:
                     raise Dropped
                 if isinstance(result, Failed):
                     break

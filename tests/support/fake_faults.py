@@ -22,6 +22,15 @@ class SaveFault:
     clears: bool = False
 
 
+@dataclass(frozen=True)
+class Cut:
+    """After how many writes, or of those with a token, a stream breaks off; ``path``: of one route only."""
+
+    n: int
+    of_tokens: bool = False
+    path: str | None = None
+
+
 class Hang:
     """A route that does not answer until ``release``. ``reached`` is set when a request hangs in it."""
 
@@ -45,13 +54,16 @@ class Faults:
         """Every answer reports so many reused tokens."""
         self.miscount = 0
         """Completions see this many tokens more than /tokenize tells."""
+        self.novelty = False
+        """Every event of a stream has a field that is in no version so far."""
         self.close_after_slow_s: float | None = None
         """Close a kept connection right after a response that took longer, without saying so (the real one: 5 s)."""
         self._errors: defaultdict[str, deque[BadInput]] = defaultdict(deque)
         self._failures: deque[tuple[int, BadInput]] = deque()
+        self._n_losses = 0
         self._saves: deque[SaveFault] = deque()
         self._hangs: dict[str, Hang] = {}
-        self._cuts: deque[int] = deque()
+        self._cuts: deque[Cut] = deque()
         self._drops: deque[str | None] = deque()
         self._drops_after: deque[str | None] = deque()
 
@@ -67,6 +79,10 @@ class Faults:
     ) -> None:
         """The next completion fails inside the server: 500, or an error event when its stream has begun."""
         self._failures.append((after_tokens, BadInput(message, 500, "server_error")))
+
+    def lose_slots(self, times: int = 1) -> None:
+        """The next ``times`` completions find nothing in their slot, as if somebody had erased it meanwhile."""
+        self._n_losses += times
 
     def truncate_save(self, part: float = 0.5) -> None:
         """The next save answers 200 and leaves a file that is cut off."""
@@ -92,7 +108,11 @@ class Faults:
 
     def disconnect_after_events(self, n_events: int) -> None:
         """The next stream breaks off after so many writes: the connection is reset."""
-        self._cuts.append(n_events)
+        self._cuts.append(Cut(n_events))
+
+    def disconnect_after_tokens(self, n_tokens: int, path: str | None = None) -> None:
+        """The same of the next stream (of ``path``, or any), but only writes with a token count."""
+        self._cuts.append(Cut(n_tokens, True, path))
 
     def disconnect_before_headers(self, what: str | None = None) -> None:
         """The next request (for ``what``, or any) is read, and its connection is reset; nothing is done."""
@@ -111,6 +131,12 @@ class Faults:
     def take_failure(self) -> tuple[int, BadInput] | None:
         """After how many tokens the completion that starts now fails, and how."""
         return self._failures.popleft() if self._failures else None
+
+    def take_loss(self) -> bool:
+        """Whether the slot of the completion that starts now is empty."""
+        is_lost = self._n_losses > 0
+        self._n_losses -= is_lost
+        return is_lost
 
     def take_save(self, held: bytes) -> SaveFault:
         """The fault of this save; ``tokens`` filled in for a wrong one."""
@@ -132,8 +158,14 @@ class Faults:
                 return True
         return False
 
-    def take_cut(self) -> int | None:
-        return self._cuts.popleft() if self._cuts else None
+    def told(self, events: bytes) -> bytes:
+        """What is really sent of a stream."""
+        return events.replace(b"data: {", b'data: {"novelty":1,') if self.novelty else events
+
+    def take_cut(self, path: str) -> Cut | None:
+        if not self._cuts or self._cuts[0].path not in (None, path):
+            return None
+        return self._cuts.popleft()
 
     async def hold(self, names: tuple[str, ...]) -> None:
         for name in names:

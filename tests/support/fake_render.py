@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.support.fake_model import FakeModel, per_second
+from tests.support.fake_stop import text_of
 from tests.support.fake_types import Done, Failed, Progress, Result, Task, Times, Token
 
 Json = dict[str, Any]
@@ -107,11 +108,8 @@ class Wording:
         }
 
     def text(self, task: Task) -> str:
-        text = self.model.detokenize([i for i in task.generated if i < 256])
+        text = text_of(task.generated, self.model)
         return text.partition(task.stopping_word)[0] if task.stopping_word else text
-
-    def piece(self, token: Token) -> str:
-        return self.model.detokenize([token.id])
 
 
 class Native(Wording):
@@ -135,7 +133,7 @@ class Native(Wording):
 
     def token(self, task: Task, result: Token) -> bytes:
         more = {
-            "content": self.piece(result),
+            "content": result.text,
             "tokens": [result.id],
             "tokens_predicted": result.times.n_predicted,
         }
@@ -212,7 +210,7 @@ class Text(OpenAI):
         return event(self.envelope([self.choice(task, "", None)], **more))
 
     def token(self, task: Task, result: Token) -> bytes:
-        choice = self.choice(task, self.piece(result), None)
+        choice = self.choice(task, result.text, None)
         return event(self.envelope([choice], **self.maybe_timings(task, result.times)))
 
     def done(self, task: Task, result: Done) -> bytes:
@@ -245,10 +243,15 @@ class Chat(OpenAI):
         return event(self.envelope(self.role(task), **more))
 
     def token(self, task: Task, result: Token) -> bytes:
-        begin = b"" if task.index in self.n_begun else event(self.envelope(self.role(task)))
+        """The first comes with the role, and none other without a text; the last event has the timings."""
+        deltas = [] if task.index in self.n_begun else [self.role(task)]
         self.n_begun.add(task.index)
-        delta = self.delta(task, {"content": self.piece(result)})
-        return begin + event(self.envelope(delta, **self.maybe_timings(task, result.times)))
+        if result.text:
+            deltas.append(self.delta(task, {"content": result.text}))
+        events = [self.envelope(delta) for delta in deltas]
+        if events:
+            events[-1] |= self.maybe_timings(task, result.times)
+        return b"".join(map(event, events))
 
     def done(self, task: Task, result: Done) -> bytes:
         last = self.envelope(self.delta(task, {}, FINISH[result.stop_type]))

@@ -30,6 +30,19 @@ def usable(slot: FakeSlot, shared: int, n_prompt: int, shape: Shape) -> tuple[in
     return (min(n_past, max(lowest + 1, at - 1)), lowest) if at else (0, 0)
 
 
+def begin(slot: FakeSlot, shared: int, task: Task, shape: Shape) -> int:
+    """Cut the slot back to what can be reused of the ``shared`` tokens, and return how many that are.
+
+    So near the end of a prompt that a batch beginning there would have left a checkpoint, one is made: a request for
+    the last token of what a slot holds leaves one before that token.
+    """
+    n_cache, slot.lowest = usable(slot, shared, task.n_prompt, shape)
+    slot.cut(n_cache)
+    if shape.kind != "dense" and n_cache >= max(1, task.n_prompt - min(shape.batch, shape.ubatch + 4)):
+        note(slot, n_cache)
+    return n_cache
+
+
 def marks(task: Task, shape: Shape) -> list[int]:
     """Where a prompt's batches are cut and checkpoints are made: near its end, and before each user message."""
     if shape.kind == "dense":

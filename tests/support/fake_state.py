@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tests.support import fake_reuse
+from tests.support import fake_reuse, fake_stop
 from tests.support.fake_clock import Clock, Pace
 from tests.support.fake_faults import Faults
 from tests.support.fake_model import IM_END, BadInput, FakeModel, common, pack
@@ -308,9 +308,10 @@ class Engine:
         if task.fails is not None and not task.fails[0]:
             self._fail(slot, task.fails[1])
             return
+        if self.faults.take_loss():
+            slot.clear()
         shared = common(slot.tokens, task.tokens) if task.cache_prompt else 0
-        n_cache, slot.lowest = fake_reuse.usable(slot, shared, task.n_prompt, self.shape)
-        slot.cut(n_cache)
+        n_cache = fake_reuse.begin(slot, shared, task, self.shape)
         slot.state = State.PREFILL
         for one in (task, *task.children):
             one.n_cache = n_cache
@@ -374,10 +375,8 @@ class Engine:
         slot.sampled = token
         self.counters["tokens_predicted_total"] += 1
         n = len(task.generated)
-        text = self.model.detokenize(task.generated) if task.stop else ""
-        word = next((word for word in task.stop if word in text), None)
-        if word is None and token != IM_END:
-            self._send(task, Token(task.index, token, task.times(), tuple(top)))
+        text, word = fake_stop.told(task, self.model)
+        self._send(task, Token(task.index, token, text, task.times(), tuple(top)))
         if task.fails is not None and n >= task.fails[0]:
             self._fail(slot, task.fails[1])
             return

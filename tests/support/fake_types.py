@@ -47,6 +47,7 @@ class Progress:
 class Token:
     index: int
     id: int
+    text: str
     times: Times
     top: tuple[dict[str, Any], ...] = ()
 
@@ -91,6 +92,7 @@ class Task:
     n_cache: int = 0
     n_computed: int = 0
     generated: list[int] = field(default_factory=list)
+    n_told: int = 0  # letters of the answer that were streamed, or could have been
     tops: list[tuple[dict[str, Any], ...]] = field(default_factory=list)
     prompt_s: float = 0.0
     predicted_s: float = 0.0

@@ -253,6 +253,13 @@ class Served(Front):
                 await self.fake.wait_for(lambda f, n=n: sum(slot.is_processing for slot in f.slots) == n)
             yield others
 
+    def n_computed(self, *texts: str) -> int:
+        """Tokens that the fake has computed so far of prompts that begin like one of ``texts`` (their first 100
+        letters), also for who has left meanwhile."""
+        starts = tuple(pack(self.fake.model.tokenize(text[:100])) for text in texts)
+        every = (task for seen in self.fake.requests for task in seen.tasks)
+        return sum(task.n_computed for task in every if task.tokens.startswith(starts))
+
     def check(self) -> None:
         """Also when something was done that must never be."""
         assert self.fake.violations == []

@@ -33,6 +33,7 @@ class Op:
     slot: int | None
     done: asyncio.Future[None]
     effect: Callable[[], None] = lambda: None
+    n_tokens: int = 0  # of a prompt that are computed in it
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.slot}>"
@@ -44,6 +45,7 @@ class StubSlot:
     tokens: bytes = b""
     n_used: int = 0  # requests that have begun in it
     is_working: bool = False
+    batch: bytes | None = None  # what it holds after the batch that is under way: nobody can stop that
     is_mixed: bool = False  # work of an earlier process of llamaslot, or of a stranger
 
 

@@ -9,7 +9,7 @@ from statistics import mean, median
 
 import pytest
 
-from llamaslot.bench.simulator.generate import Agents, Recipe, generate, scaled
+from llamaslot.bench.simulator.generate import Agents, Recipe, crew, generate, scaled
 from llamaslot.bench.simulator.trace import Request, Trace, Turn
 
 
@@ -169,3 +169,27 @@ def test_the_day_is_the_same_for_each_agent_before_it_changes() -> None:
     assert agents.texts(1, 49.0) == ((1, 200),)
     assert agents.texts(1, 50.0) == ((1, 60), (3, 140))
     assert agents.texts(0, 60.0) == ((0, 100),)
+
+
+def test_some_conversations_begin_together_if_that_is_wanted() -> None:
+    """Four at once with the same system prompt and a message each, which go on in step and then end."""
+    recipe = Recipe(n_users=20, p_together=0.02)
+    rounds = [requests for one in generate(1, recipe).rounds.values() for requests in one]
+    begun = [requests for requests in rounds if len(requests) == 4 and requests[0].kind is Turn.FIRST]
+    assert len(begun) == pytest.approx(0.02 * len(rounds), rel=0.4)
+    assert all(len({request.add[:-1] for request in requests}) == 1 for requests in begun)
+    assert all(len({request.add[-1] for request in requests}) == 4 for requests in begun)
+    talks = generate(1, recipe).conversations
+    lengths = {tuple(len(talks[request.conversation]) for request in requests) for requests in begun}
+    assert lengths <= {(n,) * 4 for n in range(1, 5)}
+
+
+def test_without_them_the_trace_is_what_it_was() -> None:
+    """Figures of before can be compared: those who begin together are drawn by themselves."""
+    assert (len(trace().requests), trace().n_final) == (7555, 24_443_954)
+
+
+def test_a_crew_is_there_for_some_hours() -> None:
+    """They arrive in the first eighth of these."""
+    recipe = crew(20, 2.0)
+    assert (recipe.n_users, recipe.day_s, recipe.arrival_s) == (20, 7200.0, 900.0)

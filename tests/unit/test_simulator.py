@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +13,16 @@ from llamaslot.bench.simulator.__main__ import main
 from llamaslot.bench.simulator.generate import Recipe, generate
 from llamaslot.bench.simulator.machine import Hardware
 from llamaslot.bench.simulator.result import Result
-from llamaslot.bench.simulator.run import Policy, Setting, simulate
+from llamaslot.bench.simulator.run import LEFT, Policy, Setting, simulate
 from llamaslot.bench.simulator.trace import Request, Text, Trace, Turn
+from llamaslot.core.policy import Rules
+from llamaslot.core.prefills import Sharing
 from llamaslot.core.prefix import PrefixIndex
 from llamaslot.core.tokens import count, head
 
-SMALL = Recipe(n_users=8, day_s=2400.0, arrival_s=60.0, burst_each=4, p_pause=0.0, usual_answer_s=30.0)
+SMALL = Recipe(n_users=8, day_s=1200.0, arrival_s=60.0, burst_each=4, p_pause=0.0, usual_answer_s=30.0)
 FEW_SLOTS = 2
+FAST = Hardware().times(4)  # fewer stretches of half a second
 
 
 @functools.cache
@@ -29,7 +32,7 @@ def trace(seed: int = 1) -> Trace:
 
 @functools.cache
 def run(policy: Policy, disk: float | None = 0.25, seed: int = 1) -> Result:
-    return simulate(trace(seed), Setting(policy, disk, FEW_SLOTS))
+    return simulate(trace(seed), Setting(policy, disk, FEW_SLOTS, FAST))
 
 
 def figures(result: Result) -> dict[str, object]:
@@ -40,7 +43,7 @@ def figures(result: Result) -> dict[str, object]:
 @pytest.mark.parametrize("policy", list(Policy))
 def test_the_same_seed_gives_the_same_figures(policy: Policy) -> None:
     """A run depends on nothing but its trace and its settings. (Each run checks at its end that nothing is left.)"""
-    again = simulate(generate(1, SMALL, "small"), Setting(policy, 0.25, FEW_SLOTS))
+    again = simulate(generate(1, SMALL, "small"), Setting(policy, 0.25, FEW_SLOTS, FAST))
     assert figures(again) == figures(run(policy))
 
 
@@ -105,8 +108,8 @@ def test_a_trace_survives_a_file(tmp_path: Path) -> None:
 
 
 def _rounded(trace: Trace) -> Trace:
-    requests = (dataclasses.replace(one, think_s=round(one.think_s, 3)) for one in trace.requests)
-    return dataclasses.replace(trace, requests=tuple(requests))
+    requests = (replace(one, think_s=round(one.think_s, 3)) for one in trace.requests)
+    return replace(trace, requests=tuple(requests))
 
 
 def test_a_trace_that_keeps_what_is_not_there_is_refused() -> None:
@@ -129,17 +132,52 @@ def test_the_command_prints_a_table_and_writes_figures(
 ) -> None:
     """From a file, two policies in processes of their own."""
     file, figures = tmp_path / "trace.jsonl", tmp_path / "figures.json"
-    trace().write(file)
+    generate(1, replace(SMALL, n_users=2, burst_each=0), "small").write(file)
     assert main(["--trace", str(file), "--policies", "lru", "clairvoyant", "--json", str(figures)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "small, seed 1" in lines[0]
-    assert [line.split()[0][:3] for line in lines[2:]] == ["lru", "cla"]
+    assert [line.split()[0] for line in lines[2:4] + lines[6:8]] == ["lru", "clairvoyant"] * 2
     assert '"n_recomputed"' in figures.read_text()
 
 
-def test_a_prefill_takes_what_its_depth_takes() -> None:
-    """2,000 tokens/s at the top, half of that at a depth of 40,000; ``reached`` is the inverse."""
-    hardware = Hardware()
-    assert hardware.prefill_s(0, 100) == pytest.approx(0.05, rel=0.01)
-    assert hardware.prefill_s(40_000, 40_100) == pytest.approx(0.1, rel=0.01)
-    assert hardware.reached(12_345, hardware.prefill_s(12_345, 50_000)) == pytest.approx(50_000)
+def test_the_command_compares_rules_for_long_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    """With and without them, and several values of one setting."""
+    crew = ["--users", "3", "--hours", "0.1", "--together", "0.1", "--policies", "llamaslot"]
+    assert main([*crew, "--prefill", "shared", "left", "--sweep", "stretch_s", "0.25", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "3 users, 0.1 h, 0.1 together, seed 1" in lines[0]
+    assert [line[12:30].strip() for line in lines[2:6]] == ["shared", "left", "stretch_s 0.25", "stretch_s 2"]
+
+
+def test_a_setting_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is run."""
+    with pytest.raises(SystemExit):
+        main(["--sweep", "patience_s", "1"])
+    assert "one of own_above_s, decode_share" in capsys.readouterr().err
+
+
+@functools.cache
+def with_rules(rules: Rules) -> Result:
+    """Few people, so that they wait for prompts and not for slots."""
+    recipe = Recipe(
+        n_users=6, day_s=2400.0, arrival_s=60.0, p_pause=0.0, usual_answer_s=30.0, p_together=0.05
+    )
+    return simulate(generate(1, recipe, "few"), Setting(Policy.LLAMASLOT, None, 6, rules=rules))
+
+
+def test_with_the_scheduler_what_needs_little_waits_less() -> None:
+    """And streams go on beside long prompts; these take longer for it, and the day does not."""
+    shared, left = with_rules(Rules()), with_rules(LEFT)
+    assert shared.little.p90 < 0.75 * left.little.p90
+    assert shared.prefills.stream_share > 2 * left.prefills.stream_share
+    assert shared.slowed.mean < 1.5 * left.slowed.mean
+    assert shared.took_s < 1.05 * left.took_s
+
+
+def test_the_share_of_streams_is_what_the_setting_says_and_a_token_per_batch() -> None:
+    """More of it, more for them."""
+    shares = [
+        with_rules(Rules(sharing=Sharing(decode_share=share))).prefills.stream_share for share in (0.1, 0.4)
+    ]
+    assert shares[0] >= 0.1
+    assert shares[1] >= 0.4

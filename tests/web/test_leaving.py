@@ -134,16 +134,16 @@ async def test_in_the_middle_of_a_stream(tmp_path: Path, path: str) -> None:
 
 @pytest.mark.parametrize("path", [NATIVE, "/infill", "/v1/messages"])
 async def test_in_the_middle_of_an_answer_in_one_piece(tmp_path: Path, path: str) -> None:
-    """The server notices after its quiet second; nobody is sent there before."""
+    """Of those that no stream can give. The server notices after its quiet second; nobody is sent there before."""
     async with served(tmp_path, slots=1) as it:
         it.fake.hold()
-        body = {
-            "messages": [{"role": "user", "content": ONE}],
-            "prompt": ONE,
-            "max_tokens": 50,
-            "n_predict": 50,
+        document = [{"type": "text", "text": ONE}, {"type": "document"}]  # nobody knows its tokens
+        bodies: dict[str, dict[str, Any]] = {
+            NATIVE: {"prompt": ONE, "n_probs": 1, "n_predict": 50},
+            "/infill": {"prompt": ONE, "n_predict": 50},
+            "/v1/messages": {"messages": [{"role": "user", "content": document}], "max_tokens": 50},
         }
-        leaver = spawn(it.post(path, body))
+        leaver = spawn(it.post(path, bodies[path]))
         await it.fake.wait_for(lambda f: f.slots[0].is_processing)
         await it.fake.step(3)
         await leave(leaver)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.answers import Answer
+from tests.support.answers import Answer, without_progress
 from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, served
 
 OWN_STEPS = {"prefill": {"own_above_s": 0}}
@@ -93,10 +93,9 @@ async def test_events_without_numbers_keep_their_bytes(tmp_path: Path) -> None:
     """Only the one that carries numbers is written anew; those of progress nobody has asked for."""
     async with served(tmp_path, OWN_STEPS) as it:
         answer = await it.chat(BASE, stream=True)
-        sent = bytes(it.fake.sent(CHAT)[-1].answer).split(b"\n\n")
-    told = [event for event in sent if b'"prompt_progress"' not in event]
-    assert len(told) < len(sent)
-    differ = [(a, b) for a, b in zip(answer.raw.split(b"\n\n"), told, strict=True) if a != b]
+        sent = without_progress(bytes(it.fake.sent(CHAT)[-1].answer))
+    pairs = zip(answer.raw.split(b"\n\n"), sent.split(b"\n\n"), strict=True)
+    differ = [(a, b) for a, b in pairs if a != b]
     assert len(differ) == 1
     assert b'"timings"' in differ[0][0]
 
@@ -121,12 +120,14 @@ async def test_only_the_first_of_several_prompts_is_put_right(tmp_path: Path, st
 
 
 async def test_what_the_server_did_alone_is_not_touched(tmp_path: Path) -> None:
-    """A short prompt has no steps of its own: its bytes are the server's."""
+    """A short prompt has no steps of its own: its bytes are the server's, also where the client wants progress."""
     async with served(tmp_path) as it:
         await it.ask(BASE)
         answer = await it.ask(BASE + MORE, stream=True)
         sent = bytes(it.fake.sent(NATIVE)[-1].answer)
-    assert answer.raw == sent
+        whole = await it.ask(letters(4, 300), stream=True, return_progress=True)
+        assert whole.raw == bytes(it.fake.sent(NATIVE)[-1].answer)
+    assert answer.raw == without_progress(sent)
     assert answer.timings["cache_n"] == answer.n_reused == 600
 
 

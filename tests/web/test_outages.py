@@ -10,12 +10,25 @@ import aiohttp
 import pytest
 
 from llamaslot.engine.backend import Health
+from tests.support.answers import without_progress
 from tests.support.fake import FakeModel
 from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, line_with, right, served, spawn
 
 OWN_STEPS = {"prefill": {"own_above_s": 0}}
 SOON = {"stream": {"keepalive_s": 0.02}}
 ONE, TWO = letters(1, 800), letters(2, 800)
+
+
+def asked(path: str) -> dict[str, Any]:
+    """A body for 8 tokens about ``ONE``."""
+    messages = [{"role": "user", "content": ONE}]
+    return {
+        CHAT: {"messages": messages, "max_tokens": 8},
+        TEXT: {"prompt": ONE, "max_tokens": 8},
+        NATIVE: {"prompt": ONE, "n_predict": 8},
+        "/v1/messages": {"messages": messages, "max_tokens": 8},
+        "/v1/responses": {"input": ONE, "max_output_tokens": 8},
+    }[path]
 
 
 async def works(it: Served) -> None:
@@ -99,28 +112,58 @@ async def test_those_who_wait_are_told_when_the_server_ends(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT, NATIVE, "/v1/messages", "/v1/responses"])
-@pytest.mark.parametrize("n_events", [1, 4])
-async def test_a_stream_that_breaks_off_ends_with_an_error(tmp_path: Path, path: str, n_events: int) -> None:
+@pytest.mark.parametrize("n_tokens", [1, 4])
+async def test_a_stream_that_breaks_off_ends_with_an_error(tmp_path: Path, path: str, n_tokens: int) -> None:
     """What came before it is passed on; the slot comes back."""
     async with served(tmp_path) as it:
-        it.fake.faults.disconnect_after_events(n_events)
-        body = {"messages": [{"role": "user", "content": ONE}], "prompt": ONE, "input": ONE, "stream": True}
-        answer = await it.post(path, {**body, "max_tokens": 8, "n_predict": 8, "max_output_tokens": 8})
+        it.fake.faults.disconnect_after_tokens(n_tokens, path)
+        answer = await it.post(path, {**asked(path), "stream": True})
+        sent = without_progress(bytes(it.fake.sent(path)[-1].answer))
         assert answer.status == 200
-        assert len(answer.events) > n_events
+        assert answer.raw.startswith(sent) or path == "/v1/messages"  # whose numbers are put right
+        assert len(answer.events) == sent.count(b"data: ") + 1 > n_tokens
         assert answer.error["code"] == 503
         assert "closed the connection" in answer.error["message"]
         await it.at_rest()
         await works(it)
 
 
+@pytest.mark.parametrize("path", [CHAT, TEXT, NATIVE])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_stream_that_breaks_off_before_its_first_token_is_a_503(
+    tmp_path: Path, path: str, stream: bool
+) -> None:
+    """Nothing but progress has come: there is a status left to tell it by, and when to come again."""
+    async with served(tmp_path, batch=100) as it:
+        it.fake.faults.disconnect_after_events(3)
+        answer = (
+            await it.chat(ONE, stream=stream) if path == CHAT else await it.ask(ONE, path=path, stream=stream)
+        )
+        assert (answer.status, answer.error["code"]) == (503, 503)
+        assert "closed the connection" in answer.error["message"]
+        assert int(answer.headers["Retry-After"]) >= 1
+        await it.at_rest()
+        await works(it)
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, NATIVE])
+async def test_a_stream_that_breaks_off_is_no_answer_in_one_piece(tmp_path: Path, path: str) -> None:
+    """Half of it was there; who does not stream gets a status and none of it."""
+    async with served(tmp_path) as it:
+        it.fake.faults.disconnect_after_tokens(4, path)
+        answer = await it.post(path, asked(path))
+        assert (answer.status, answer.error["code"]) == (503, 503)
+        await it.at_rest()
+        await works(it)
+
+
 @pytest.mark.parametrize("path", [CHAT, NATIVE, "/v1/responses", "/v1/messages"])
 async def test_an_answer_that_never_comes_is_a_503(tmp_path: Path, path: str) -> None:
-    """The work was done, the answer lost."""
+    """The work was done, the answer lost: of one that no stream can give, for there it comes with the work."""
+    whole: dict[str, Any] = {CHAT: {"logprobs": True}, NATIVE: {"n_probs": 1}}
     async with served(tmp_path) as it:
         it.fake.faults.disconnect_after_work(path)
-        body = {"messages": [{"role": "user", "content": ONE}], "prompt": ONE, "input": ONE}
-        answer = await it.post(path, {**body, "max_tokens": 8, "n_predict": 8})
+        answer = await it.post(path, asked(path) | whole.get(path, {}))
         assert answer.status == 503
         await it.at_rest()
         await works(it)
@@ -168,11 +211,12 @@ async def test_the_servers_own_failure_is_passed_on(tmp_path: Path, stream: bool
 
 
 async def test_a_failure_after_some_tokens_is_the_servers_own_event(tmp_path: Path) -> None:
-    """Passed on as it came."""
+    """Passed on as it came, behind the tokens that were there."""
     async with served(tmp_path, slots=1) as it:
         it.fake.faults.fail_stream("failed to decode", after_tokens=2)
         answer = await it.ask(ONE, stream=True, n=8)
-        assert answer.raw == bytes(it.fake.sent(NATIVE)[-1].answer)
+        assert answer.raw == without_progress(bytes(it.fake.sent(NATIVE)[-1].answer))
+        assert len(answer.events) == 3
         assert answer.error["message"] == "failed to decode"
         assert (await it.ask(ONE + "more")).text == right(it.fake, ONE + "more")
 

@@ -23,9 +23,23 @@ from tests.support.inprocess import (
 
 USERS = [letters(n, 700) for n in range(4)]
 OWN_STEPS = {"prefill": {"own_above_s": 0}}
+#: Of a document nobody knows what it is rendered to, but for llama-server.
 OPAQUE: dict[str, dict[str, Any]] = {
-    "/v1/messages": {"messages": [{"role": "user", "content": letters(50, 300)}], "max_tokens": 4},
-    "/v1/responses": {"input": letters(51, 300), "max_output_tokens": 4},
+    "/v1/messages": {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": letters(50, 300)}, {"type": "document"}]}
+        ],
+        "max_tokens": 4,
+    },
+    "/v1/responses": {
+        "input": [
+            {
+                "role": "user",
+                "content": [{"type": "input_text", "text": letters(51, 300)}, {"type": "input_file"}],
+            }
+        ],
+        "max_output_tokens": 4,
+    },
     "/infill": {"input_prefix": letters(52, 200), "input_suffix": "x", "n_predict": 4},
 }
 

@@ -118,9 +118,9 @@ class Lease:
         if self.is_long or self.is_talking or self.is_released:
             return False
         little_s = max(2 * self.pool.rules.own_above_s, _LITTLE_S)
-        if self.is_answering and self.scheduler.now() - self.sent_at > little_s:
-            return False
         is_sent = self.is_answering or self.is_started
+        if is_sent and self.scheduler.now() - self.sent_at > little_s:
+            return False
         return is_sent if self.job.is_exclusive else self.plan is not None
 
     @property
@@ -174,6 +174,8 @@ class Lease:
 
     def started(self) -> None:
         """The job itself runs in the slot: it is no longer between two steps."""
+        if not (self.is_answering or self.is_started):
+            self.sent_at = self.scheduler.now()  # by llama-server's choice, in a turn
         self.is_started = True
         if self.slot is not None:
             self.pool.answering(self.slot, self.scheduler.now())

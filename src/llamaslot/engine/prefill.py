@@ -57,6 +57,7 @@ class _Long:
     end: int = 0  # of the stretch that is computed
     limit: asyncio.Timeout | None = None  # of that stretch, once it may be interrupted
     since: float = 0.0  # its beginning
+    no_stop_before: int = 0  # a sliding window that was interrupted before it was full has lost all
     is_by_right: bool = False  # after it was held back for too long: not for a request that needs little
     seconds: float = 0.0  # of computing
     n_stopped: int = 0  # interruptions for somebody else
@@ -142,6 +143,8 @@ class Prefills:
             await lease.scheduler.bell.heard(seconds)
             long.paused_s += self.now() - since if why is _Why.STREAMS else 0.0
             lease.still_holds()
+            if seconds is not None and self._next() is not long:
+                lease.scheduler.bell.ring()  # while it waited somebody has come ahead, whom nothing wakes
         # From here to the stretch nothing awaits.
         self._current = long
         long.is_by_right = self._is_somebody_first(long)
@@ -163,7 +166,8 @@ class Prefills:
     def _next(self) -> _Long:
         now = self.now()
         pendings = [self._pending(long, now) for long in self._longs]
-        current = self._longs.index(self._last) if self._last in self._longs else None
+        last = self._current or self._last
+        current = self._longs.index(last) if last in self._longs else None
         sharing = _sharing(self._longs[0])
         return self._longs[next_up(pendings, current, self.rates.interruption.seconds, sharing.max_passed_s)]
 
@@ -172,7 +176,8 @@ class Prefills:
         shared = [at for at in long.lease.pool.trunks_to_come(long.lease.slot_id) if at > long.at]
         n_done = max(long.at, long.lease.n_done)
         left_s = self.rates.prefill.seconds(n_done, min([long.last, *shared]))
-        return Pending(left_s, max(now - long.came_at - long.seconds, 0.0), long.came_at)
+        computed_s = long.seconds + (now - long.since if long is self._current else 0.0)
+        return Pending(left_s, max(now - long.came_at - computed_s, 0.0), long.came_at)
 
     def _others(self, long: _Long) -> list[Lease]:
         leases = long.lease.scheduler.leases
@@ -186,10 +191,13 @@ class Prefills:
 
     def _make_room(self, long: _Long) -> None:
         """Raises PlanAgain when a request for which llama-server chooses slots has waited long enough."""
-        left_s = self.rates.prefill.seconds(long.at, long.last)
+        left_s = self._left_s(long, long.at)
         is_long_enough = long.seconds >= _SURELY_S and left_s > _sharing(long).max_held_s
         if is_long_enough and long.lease.scheduler.is_turn_waiting(long.lease):
             raise PlanAgain(long.earlier)
+
+    def _left_s(self, long: _Long, n_done: int) -> float:
+        return self.rates.prefill.seconds(n_done, long.last)
 
     # -- a stretch -----------------------------------------------------------------------------------------------
 
@@ -243,7 +251,10 @@ class Prefills:
                     if last is None:
                         n_found = event.cache
                         lease.begun(replace(prefilled(before, tokens, n_found), is_exact=False))
-                        is_wrong = self.is_far_off(lease, long.at, n_found)
+                        is_wrong = self.is_far_off(lease, long.at, n_found) and not long.has_begun
+                        if long.has_begun and n_found < long.at - _FEW:
+                            long.no_stop_before = 2 * long.at
+                            long.at = n_found
                         if is_wrong and may_replan:
                             break
                     else:
@@ -325,6 +336,8 @@ class Prefills:
         n_done = max(long.at, long.lease.n_done)
         if self.rates.prefill.seconds(n_done, long.end) <= self.rates.interruption.seconds:
             return None
+        if n_done < long.no_stop_before:
+            return None
         is_cut = long.lease.pool.recall.is_rewindable
         soonest = long.since + (2 * sharing.stretch_s if is_cut else 0.0)  # one that is cut ends by itself
         by_right = long.since + sharing.stretch_s if long.is_by_right else soonest
@@ -332,6 +345,8 @@ class Prefills:
             return max(by_right, soonest)
         if self._next() is not long or (not is_cut and n_done < long.target < long.end):
             return max(now, soonest)
+        if long.lease.scheduler.is_turn_waiting(long.lease) and self._left_s(long, n_done) > sharing.max_held_s:
+            return max(long.since + max(_SURELY_S - long.seconds, 0.0), soonest)
         if self._n_streams(long) and sharing.decode_share > 0:
             return max(long.since + sharing.stretch_s, soonest)
         return None

@@ -57,6 +57,7 @@ class Scheduler:
         self._queue: list[_Waiting] = []
         self._turn: Job | None = None  # the one exclusive job that is under way
         self._is_closed = False  # nobody else may take a first step
+        self._is_turn_waiting = False  # for others to be through
         self.bell = Bell()  # rings when anything has changed
         self._look_again: asyncio.TimerHandle | None = None
         self._used_at = now()
@@ -180,7 +181,6 @@ class Scheduler:
         if self._look_again is not None:
             self._look_again.cancel()
             self._look_again = None
-        self.bell.ring()
         reserved: set[int] = set()
         look_again_s: float | None = None
         is_short = False  # somebody earlier waits for any slot at all
@@ -211,7 +211,7 @@ class Scheduler:
                     soon = max(decision.for_s, MIN_LOOK_AGAIN_S)
                     look_again_s = soon if look_again_s is None else min(look_again_s, soon)
                 continue
-            if self._turn is not None and is_long(decision, self.rules):
+            if self._is_turn_waiting and is_long(decision, self.rules):
                 continue  # somebody waits for those that are under way to be through already
             try:
                 lease = Lease(self, self.pool, self.pool.slots[decision.slot], job, decision)
@@ -231,6 +231,7 @@ class Scheduler:
             has_idle = self._has_idle()
         if look_again_s is not None:
             self._look_again = asyncio.get_running_loop().call_later(look_again_s, self.dispatch)
+        self.bell.ring()  # last: who has just got a slot may come before a prefill
 
     def _decide(self, waiting: _Waiting, reserved: frozenset[int]) -> Plan | Wait:
         """Where to, or what to wait for. Whoever is just computing what the job begins with is asked to keep it."""
@@ -266,7 +267,7 @@ class Scheduler:
     def end_turn(self, lease: Lease) -> None:
         """The job is through with what only it may do. Idempotent."""
         if self._turn is lease.job and (lease.plan is not None or lease.slot is None):
-            self._turn, self._is_closed = None, False
+            self._turn, self._is_closed, self._is_turn_waiting = None, False, False
             self.dispatch()
 
     def has_turn(self, lease: Lease) -> bool:
@@ -274,13 +275,18 @@ class Scheduler:
 
     def is_turn_waiting(self, lease: Lease) -> bool:
         """Whether somebody else's request for which llama-server chooses slots waits for others to be through."""
-        return self._turn is not None and self._turn is not lease.job and not self._is_closed
+        return self._is_turn_waiting and self._turn is not lease.job
 
     def is_prefilling(self, lease: Lease) -> bool:
         """Whether a long prefill of somebody else's is under way or waits for its turn."""
         if self.pool is not lease.pool:
             return False  # there is nothing to wait for any more
         return any(other.is_long for other in self.leases if other.pool is self.pool and other is not lease)
+
+    def wait_for_turn(self, lease: Lease) -> None:
+        assert self._turn is lease.job
+        self._is_turn_waiting = True
+        self.bell.ring()
 
     def close(self, lease: Lease) -> None:
         """From now on nobody else takes a first step."""

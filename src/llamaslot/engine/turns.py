@@ -135,6 +135,7 @@ class Turns:
         ``lease`` is the parent's (``n`` > 1) or one without a slot. Cancelling is safe: what is leased is given back.
         """
         report("waiting for its turn")
+        self._scheduler.wait_for_turn(lease)
         patient_until = self._scheduler.now() + _PATIENCE_S
         while self._scheduler.is_prefilling(lease) and self._scheduler.now() < patient_until:
             await self._scheduler.bell.heard(_CONFIRM_EVERY_S)
