@@ -58,7 +58,9 @@ def next_up(pendings: Sequence[Pending], current: int | None, switch_s: float, m
         return best
     ahead, now = rank(pendings[best], max_passed_s), rank(pendings[current], max_passed_s)
     is_overdue = ahead[0] == 0 and now[0] > 0
-    return best if is_overdue or ahead[0] + switch_s < now[0] else current
+    # What has only waited longer does not get ahead of it: two would alternate, each waiting while the other is at it.
+    is_shorter = pendings[best].left_s < pendings[current].left_s
+    return best if is_overdue or (is_shorter and ahead[0] + switch_s < now[0]) else current
 
 
 def pause_s(computed_s: float, n_streams: int, decode_share: float) -> float:

@@ -19,6 +19,7 @@ _N_KEPT = 8
 # A sliding window needs the token before the checkpoint again: of 5,000 tokens 4,995 were reused, 4,996 by a recurrent
 # model (seen running on xllamacpp 2026.10.11549).
 _SWA_BACK = 1
+_MOST_WINDOW = 8192  # no model is known to have a longer one
 
 
 class Memory(enum.Enum):
@@ -167,6 +168,7 @@ class Recall:
     """
 
     memory: Memory = Memory.DENSE
+    window: int | None = None  # tokens of a sliding window; None where no file tells
     keeps_checkpoints: bool | None = None
     predictions: Predictions = field(default_factory=Predictions)
 
@@ -198,10 +200,11 @@ class Recall:
         if is_behind and self.predictions.do_answers_return:
             return content.n_held
         n_held = content.n_tokens if content.is_exact else None
-        if n_held is not None and 0 < n_held <= n_shared and n_held < n_prompt:
-            return (
-                n_held  # also with a sliding window, while it is in its slot (seen running: 2,560 of 6,000)
-            )
+        # Also with a sliding window, while it is in its slot and fills it (seen running: 2,560 of 6,000, window 512).
+        window = _MOST_WINDOW if self.window is None else self.window
+        least = window if self.memory is Memory.SWA else 0
+        if n_held is not None and least < n_held <= n_shared and n_held < n_prompt:
+            return n_held
         return self.usable(RESIDENT, n_shared, n_held, content.checkpoints, n_prompt)
 
 

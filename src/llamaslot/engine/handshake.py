@@ -83,6 +83,7 @@ class Handshake:
         written = await self._written(first) if first.n_tokens and can_adopt else None
         pool.memory = await self.probes.memory(first.id, props)
         pool.is_memory_sure = self.probes.is_memory_sure
+        pool.recall.window = self.probes.window
         identity = await self.probes.identity(first.id, props, model, lora)
         fingerprint = identity.to_text()
         empty = next((info.id for info in others if not info.n_tokens), None)

@@ -55,7 +55,6 @@ class Pool:
         rates: Rates,
     ) -> None:
         self.backend, self.n_ctx, self.rules, self.rates = backend, n_ctx, rules, rates
-        # Until the handshake knows better:
         self.can_save, self.can_erase = False, False
         self.recall = Recall(predictions=rates.predictions)
         self.is_memory_sure = False  # the GGUF says so too: a short probe does not leave a sliding window
@@ -230,10 +229,12 @@ class Pool:
     def has_snapshot(self, snapshot_id: str) -> bool:
         return snapshot_id in self._known
 
-    def sharing(self, job: Job, n_tokens: int, besides: int) -> list[int]:
-        """The slots, ``besides`` one, that hold or will hold at least ``n_tokens`` of the job's prompt."""
-        hits = self._residents.match(job.tokens)
-        return [hit.holder for hit in hits if hit.n_shared >= n_tokens and hit.holder != besides]
+    def rivals(self, job: Job, own: int) -> list[Slot]:
+        """The slots that llama-server may choose for ``job`` instead of its own, which has all but one token of it."""
+        shared = {hit.holder: hit.n_shared for hit in self._residents.match(job.tokens)}
+        n = job.n_tokens - 1
+        others = (slot for slot in self.slots if slot.id != own)
+        return [slot for slot in others if slot.state is State.SUSPECT or shared.get(slot.id, 0) >= n]
 
     def wanted(self, job: Job) -> str | None:
         return self._offers.wanted(job) if self.can_save else None

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field, replace
 
 from llamaslot.core.cost import Rates
 from llamaslot.core.prefills import GRAIN, Pending, Sharing, next_up, pause_s, stretch_end
-from llamaslot.core.reuse import checkpoints_after
+from llamaslot.core.reuse import Memory, checkpoints_after
 from llamaslot.core.slots import NOTHING, Content
 from llamaslot.core.tokens import count, head
 from llamaslot.engine.lease import Lease, PlanAgain, Prefilling, Report
-from llamaslot.errors import UpstreamError
+from llamaslot.errors import BackendDown, UpstreamError
 from llamaslot.llama.api import LlamaServer, Progress
 from llamaslot.llama.sse import Earlier
 from llamaslot.observe.journal import Act
@@ -105,7 +105,9 @@ class Prefills:
         then, and hardly anything was computed. The same when a request waits for which llama-server chooses slots.
         Raises BackendDown and BackendRestarted. Cancelling is safe: the stretch is closed and its slot drains.
         """
-        long = _Long(lease, stops, lease.n_expected, self.now())
+        recall = lease.pool.recall
+        n_window = (recall.window or 0) if recall.memory is Memory.SWA else 0
+        long = _Long(lease, stops, lease.n_expected, self.now(), no_stop_before=n_window + 1)
         if lease.is_long:
             self._longs.append(long)
         try:
@@ -191,13 +193,10 @@ class Prefills:
 
     def _make_room(self, long: _Long) -> None:
         """Raises PlanAgain when a request for which llama-server chooses slots has waited long enough."""
-        left_s = self._left_s(long, long.at)
+        left_s = self.rates.prefill.seconds(long.at, long.last)
         is_long_enough = long.seconds >= _SURELY_S and left_s > _sharing(long).max_held_s
         if is_long_enough and long.lease.scheduler.is_turn_waiting(long.lease):
             raise PlanAgain(long.earlier)
-
-    def _left_s(self, long: _Long, n_done: int) -> float:
-        return self.rates.prefill.seconds(n_done, long.last)
 
     # -- a stretch -----------------------------------------------------------------------------------------------
 
@@ -270,10 +269,12 @@ class Prefills:
                 raise
             long.n_stopped += 1
         content = prefilled(before, tokens, n_found)
-        if is_over:
-            self.rates.interruption.observe(self.now() - long.since - (last.seconds if last else 0.0))
-        else:
+        if not is_over:
             content = await self.until_idle(lease, content)
+        elif (
+            lease.pool.recall.is_rewindable and last is not None
+        ):  # what sending it in one more piece has cost
+            self.rates.interruption.observe(self.now() - long.since - last.seconds)
         lease.done(content)
         if not long.has_begun:
             long.has_begun, long.n_reused = True, n_found
@@ -290,7 +291,10 @@ class Prefills:
         """
         closed = self.now()
         while True:
-            infos = {info.id: info for info in await self.api.slots()}
+            try:
+                infos = {info.id: info for info in await self.api.slots()}
+            except UpstreamError as error:  # no refusal of the prefill: the slot may still be at work
+                raise BackendDown(f"llama-server does not tell of its slots: {error}") from error
             lease.still_holds()
             if (info := infos.get(lease.slot_id)) is None or not info.is_processing:
                 break
@@ -334,9 +338,8 @@ class Prefills:
         """None for never, or not yet: interrupted it would be idle no sooner than it is through."""
         sharing, now = _sharing(long), self.now()
         n_done = max(long.at, long.lease.n_done)
-        if self.rates.prefill.seconds(n_done, long.end) <= self.rates.interruption.seconds:
-            return None
-        if n_done < long.no_stop_before:
+        is_nearly_through = self.rates.prefill.seconds(n_done, long.end) <= self.rates.interruption.seconds
+        if is_nearly_through or n_done < long.no_stop_before:
             return None
         is_cut = long.lease.pool.recall.is_rewindable
         soonest = long.since + (2 * sharing.stretch_s if is_cut else 0.0)  # one that is cut ends by itself
@@ -345,7 +348,10 @@ class Prefills:
             return max(by_right, soonest)
         if self._next() is not long or (not is_cut and n_done < long.target < long.end):
             return max(now, soonest)
-        if long.lease.scheduler.is_turn_waiting(long.lease) and self._left_s(long, n_done) > sharing.max_held_s:
+        if (
+            long.lease.scheduler.is_turn_waiting(long.lease)
+            and self.rates.prefill.seconds(n_done, long.last) > sharing.max_held_s
+        ):
             return max(long.since + max(_SURELY_S - long.seconds, 0.0), soonest)
         if self._n_streams(long) and sharing.decode_share > 0:
             return max(long.since + sharing.stretch_s, soonest)

@@ -80,6 +80,7 @@ class Probes:
         self.warnings: list[str] = []
         self.can_erase = True
         self.is_memory_sure = False
+        self.window: int | None = None  # of a sliding window, in tokens; None where no file tells
 
     async def has_room(self, n_tokens: int) -> bool:
         """Whether the quota has room for a file of so many tokens, perhaps after evictions."""
@@ -154,7 +155,7 @@ class Probes:
     async def memory(self, slot: int, props: Props) -> Memory:
         """How the model remembers: its GGUF says so where it can be read, and going back in the slot proves it."""
         known = await architecture(Path(props.model_path)) if props.model_path else None
-        self.is_memory_sure = known is not None
+        self.is_memory_sure, self.window = known is not None, known.window if known is not None else None
         window = known.window if known is not None else 0
         n_tokens = window + 256 if window else _MORE
         memory = known.memory if known is not None else Memory.DENSE

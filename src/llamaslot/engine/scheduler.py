@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ class _Waiting:
     note: Note
     wants: str | None = None  # the snapshot that it would go on from
     patience: Patience | None = None  # with somebody who computes what it begins with
+    wait: Wait | None = None  # the last decision, which holds while nothing but arrivals has happened
+    n_seen: int = -1  # changes that it has seen
+    look_at: float = 0.0  # when that has to be thought over in any case
 
 
 class Scheduler:
@@ -58,6 +62,7 @@ class Scheduler:
         self._turn: Job | None = None  # the one exclusive job that is under way
         self._is_closed = False  # nobody else may take a first step
         self._is_turn_waiting = False  # for others to be through
+        self._n_changes = 0
         self.bell = Bell()  # rings when anything has changed
         self._look_again: asyncio.TimerHandle | None = None
         self._used_at = now()
@@ -116,8 +121,9 @@ class Scheduler:
         waiting = _Waiting(job, asyncio.get_running_loop().create_future(), self.note(job))
         self._queue.insert(0 if is_back else len(self._queue), waiting)
         try:
-            self.dispatch()
-            if not waiting.granted.done() and len(self._queue) > self.limits.max_waiting:
+            self.dispatch(is_arrival=True)
+            is_full = len(self._queue) > self.limits.max_waiting and not is_back
+            if not waiting.granted.done() and is_full:
                 raise QueueFull(
                     f"{len(self._queue) - 1} requests are waiting for a slot already; try again later",
                     self._retry_after_s(),
@@ -161,6 +167,12 @@ class Scheduler:
             return None
         return self._grant(slot, job)
 
+    def lease_rival(self, slot: Slot, lease: Lease) -> Lease | None:
+        """Lease an idle slot to make way for the job of ``lease``, unless a turn keeps everybody from a first step."""
+        if self.pool is not lease.pool or self._is_closed or not slot.is_idle:
+            return None
+        return self._grant(slot, Job(f"{lease.job.id} clears its way", slot.content.tokens))
+
     def lease_idle(self, job: Job, n: int | None = None) -> list[Lease]:
         """Lease the ``n`` lowest idle slots, or all of them, for the job whose turn it is. Raises BackendRestarted."""
         assert self._turn is job, "only the job whose turn it is"
@@ -175,8 +187,13 @@ class Scheduler:
         self.leases.add(lease)
         return lease
 
-    def dispatch(self) -> None:
-        """Give slots to those who wait, in their order. Called whenever something has changed."""
+    def dispatch(self, *, is_arrival: bool = False) -> None:
+        """Give slots to those who wait, in their order. Called whenever something has changed.
+
+        ``is_arrival``: that is only one more who waits. Others that wait for something in particular are not looked at
+        again then: of 250 who wait for the same prefix that took 15 s.
+        """
+        self._n_changes += not is_arrival
         # From here to the end nothing awaits: what was looked at is what is leased.
         if self._look_again is not None:
             self._look_again.cancel()
@@ -200,7 +217,16 @@ class Scheduler:
             if not has_idle:
                 is_short = True  # no need to look closer: with 250 waiting that took a second for each burst
                 continue
-            decision = self._decide(waiting, frozenset(reserved))
+            now = self.now()
+            decision: Plan | Wait
+            if waiting.wait is None or waiting.n_seen != self._n_changes or now >= waiting.look_at:
+                decision = self._decide(waiting, frozenset(reserved))
+                waiting.n_seen = self._n_changes
+                waiting.wait = decision if isinstance(decision, Wait) else None
+                if isinstance(decision, Wait):
+                    waiting.look_at = now + max(decision.for_s or math.inf, MIN_LOOK_AGAIN_S)
+            else:
+                decision = waiting.wait
             if isinstance(decision, Wait):
                 waiting.note.waits(decision, prefix_due_s(self.pool, decision, self.now()))
                 if decision.slot is not None:
@@ -208,7 +234,7 @@ class Scheduler:
                 if decision.for_s is None:
                     is_short = True
                 else:
-                    soon = max(decision.for_s, MIN_LOOK_AGAIN_S)
+                    soon = max(waiting.look_at - now, 0.0)
                     look_again_s = soon if look_again_s is None else min(look_again_s, soon)
                 continue
             if self._is_turn_waiting and is_long(decision, self.rules):
@@ -228,6 +254,7 @@ class Scheduler:
                 self._turn = job
             self.leases.add(lease)
             self._give(waiting, lease)
+            self._n_changes += 1
             has_idle = self._has_idle()
         if look_again_s is not None:
             self._look_again = asyncio.get_running_loop().call_later(look_again_s, self.dispatch)
@@ -284,7 +311,8 @@ class Scheduler:
         return any(other.is_long for other in self.leases if other.pool is self.pool and other is not lease)
 
     def wait_for_turn(self, lease: Lease) -> None:
-        assert self._turn is lease.job
+        """From now on long prefills make room for the job whose turn it is, and none is begun."""
+        assert self._turn is lease.job, "only the job whose turn it is"
         self._is_turn_waiting = True
         self.bell.ring()
 

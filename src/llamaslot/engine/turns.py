@@ -143,9 +143,12 @@ class Turns:
         others: list[Lease] = []
         turn: Turn | None = None
         try:
+            asked_at = self._scheduler.now()
             while not self._scheduler.is_quiet(lease):
                 await self._scheduler.bell.heard(_CONFIRM_EVERY_S)
-                await self._confirm_running()
+                if self._scheduler.now() >= asked_at + _CONFIRM_EVERY_S:
+                    asked_at = self._scheduler.now()
+                    await self._confirm_running()
             if self._scheduler.pool is not lease.pool:
                 raise BackendRestarted("llama-server has restarted")
             fresh = self._scheduler.lease_idle(lease.job, lease.job.n_children or None)
@@ -170,6 +173,21 @@ class Turns:
                 for other in others:
                     other.release()
             self._scheduler.end_turn(lease)
+
+    async def clear_the_way(self, lease: Lease) -> None:
+        """Wait until llama-server, asked for the job's prompt, will choose the slot of ``lease`` among those that are
+        idle: the one with the longest common prefix. Others that share as much are saved, if that is worth it, and
+        emptied; one between two steps is waited for. Cancelling is safe."""
+        while rivals := lease.pool.rivals(lease.job, lease.slot_id):
+            for slot in rivals:
+                if (rival := self._scheduler.lease_rival(slot, lease)) is not None:
+                    with rival:
+                        await self._save_if_worth(rival)
+                        await self._steps.erase_now(rival)
+                    break
+            else:
+                await self._scheduler.bell.heard(_CONFIRM_EVERY_S)
+            lease.still_holds()
 
     async def _save_if_worth(self, lease: Lease) -> None:
         if lease.slot is not None and self._is_worth(lease.slot, lease):

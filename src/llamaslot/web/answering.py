@@ -68,16 +68,28 @@ class Answering:
         asked: Asked,
         want: Wanted,
         lease: Lease,
-        earlier: Earlier | None,
+        here: Earlier | None,
+        before: Earlier | None,
         turn: Turn | None,
     ) -> None:
+        """``here``: what was computed ahead in this slot; ``before``: what was done for it at other places."""
         self.backend, self.down, self.asked, self.want = backend, down, asked, want
-        self.lease, self.earlier, self.turn = lease, earlier, turn
-        self.is_assembled = (
-            not asked.is_streaming and backend.streams_are_known and can_assemble(asked.body, asked.kind)
-        )
+        self.lease, self.here, self.turn = lease, here, turn
+        self.earlier = self._in_all(here, before)  # what the client is told
+        # With several answers a second request would need another turn.
+        is_one = not asked.is_streaming and not want.job.n_children
+        self.is_assembled = is_one and backend.streams_are_known and can_assemble(asked.body, asked.kind)
         self.first_byte_s: float | None = None
         self._first: list[bytes] | None = None
+
+    def _in_all(self, here: Earlier | None, before: Earlier | None) -> Earlier | None:
+        if before is None:
+            in_all = here
+        else:  # without a prefill here: what it finds of its own work was not reused
+            n = self.lease.n_expected
+            in_all = before.then(here if here is not None else Earlier(n, n, 0.0))
+        n_answers = 1 + self.want.job.n_children
+        return replace(in_all, n_answers=n_answers) if in_all is not None else None
 
     async def begin(self, stack: contextlib.AsyncExitStack, *, may_replan: bool) -> None:
         """Send it, and read what comes up to the first token, while the client is told how far its prompt is.
@@ -98,7 +110,7 @@ class Answering:
         if not self._is_streamed:
             return
         reading, is_looked_at = self._reading, False
-        while (events := await reading.next()) is not None:
+        while (events := await self._next()) is not None:
             if reading.has_token or reading.is_over or reading.has_failed:
                 self.lease.talks()
                 self._first = events
@@ -107,11 +119,21 @@ class Answering:
                 if may_replan and not is_looked_at and self._is_misplaced(reading.n_found):
                     await sent.aclose()
                     await self.backend.steps.stopped(self.lease, reading.n_found)
-                    raise PlanAgain(None)
+                    raise PlanAgain(self.here)
+                if not is_looked_at:
+                    self._holds_prompt()
                 is_looked_at = True
                 n_reused = self.earlier.n_reused if self.earlier is not None else reading.n_found
                 self.down.state = Prefilling(reading.n_processed, self.want.job.n_tokens, n_reused, 0.0)
             await self.down.write(b"".join(events))
+
+    async def _next(self) -> list[bytes] | None:
+        """As ``Reading.next``. After an error nobody knows what the slot holds."""
+        try:
+            return await self._reading.next()
+        except UpstreamError:
+            self.lease.done(None)
+            raise
 
     def _message_start(self) -> bytes:
         n_reused = self.earlier.n_reused if self.earlier is not None else self.lease.n_expected
@@ -129,7 +151,7 @@ class Answering:
         lease = self.lease
         # For a job that may use nothing cached, what is in the slot after a prefill of its own is its own work.
         # What nobody knows may have been computed with somebody's LoRA scales.
-        may_reuse = self.earlier is not None or not (lease.job.is_fresh or lease.content is None)
+        may_reuse = self.here is not None or not (lease.job.is_fresh or lease.content is None)
         lease.sent()
         upstream = await stack.enter_async_context(
             self.asked.post({**body, "id_slot": lease.slot_id, "cache_prompt": may_reuse})
@@ -152,7 +174,7 @@ class Answering:
         """Whether the slot holds much less of the one prompt than was expected."""
         if len(self.want.prompts) != 1 or self.want.job.n_children:
             return False
-        n_expected = self.earlier.n_tokens if self.earlier is not None else self.lease.n_expected
+        n_expected = self.here.n_tokens if self.here is not None else self.lease.n_expected
         return self.backend.steps.prefills.is_far_off(self.lease, n_expected, n_found)
 
     # -- the answer ----------------------------------------------------------------------------------------------
@@ -195,7 +217,7 @@ class Answering:
                     await self.turn.settle()
                 self._settle()
             await self.down.write(b"".join(events))
-            events = await self._reading.next()
+            events = await self._next()
         await self.down.write(self._reading.rest)
 
     async def _assemble(self) -> bytes:
@@ -204,7 +226,7 @@ class Answering:
         reading, events = self._reading, self._first
         assert reading.assembly is not None
         while events is not None and not reading.is_over:
-            events = await reading.next()
+            events = await self._next()
         if (doubt := reading.assembly.doubt) is None:
             return reading.assembled()
         log.info("%s: asked for again, in one piece: its stream is %s", self.asked.id, doubt.value)
@@ -227,7 +249,7 @@ class Answering:
             return
         n_answer = int(timings.get("predicted_n", 0)) if timings else self._reading.n_predicted
         n_answer = n_answer if len(want.prompts) == 1 else 0
-        self.backend.steps.settle(self.lease, n_found, self.earlier, want.left_in_slot, n_answer)
+        self.backend.steps.settle(self.lease, n_found, self.here, want.left_in_slot, n_answer)
         self.lease.release()
         if timings and n_found is not None and len(want.prompts) == 1:
             self._learn(timings, n_found)
@@ -235,7 +257,7 @@ class Answering:
     def _learn(self, timings: dict[str, Any], n_found: int) -> None:
         rates, n_total = self.backend.rates, n_found + int(timings["prompt_n"])
         self.backend.prompts.confirm(self.want.prompts[0], n_total)
-        if self.earlier is None and n_total - n_found > 1:
+        if self.here is None and n_total - n_found > 1:
             rates.prefill.observe(n_found, n_total, float(timings["prompt_ms"]) / 1000)
         if n_predicted := int(timings.get("predicted_n", 0)):
             rates.answer.observe(n_predicted, float(timings["predicted_ms"]) / 1000)

@@ -8,7 +8,6 @@ import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -104,8 +103,6 @@ class _Exchange:
                 return await self._serve_each(want)
             try:
                 return await self._serve(want, met)
-            except _Unsteered:
-                return await self.unrecognized()
             except BackendRestarted:
                 self.backend.lost(met)
         raise BackendDown("llama-server restarts again and again; see its log")
@@ -154,8 +151,10 @@ class _Exchange:
             one = _Exchange(
                 self.backend, self.down.rules, self.request, self.route, body, self.unrecognized, self
             )
-            one.down = Part(self.down, number * n_each, is_last=number == len(prompts) - 1)
+            one.down = part = Part(self.down, number * n_each, is_last=number == len(prompts) - 1)
             response = await one._run()
+            if part.has_failed:  # llama-server's own error in the stream is the end of it
+                return await self.down.end()
             if isinstance(response, web.Response) and isinstance(response.body, bytes):
                 parts.append(response.body)
         assert response is not None, "a list of prompts is not empty"
@@ -184,7 +183,7 @@ class _Exchange:
         job, scheduler, may_replan = want.job, self.backend.scheduler, n_before < _REPLANS
         queued = time.monotonic()
         if self.asked.wants_progress and self._format in TELLS_PROGRESS:
-            self.down.progress = partial(self._progress, met)
+            self.down.progress = partial(self._progress, met, before)
         async with contextlib.AsyncExitStack() as stack:
             async with self.down.waiting(self.backend.tasks):
                 self.down.say(_Queued(self.backend, job))
@@ -192,31 +191,31 @@ class _Exchange:
                 if lease.pool is not met.pool:
                     raise BackendRestarted("llama-server has restarted")  # and may have another model now
                 self.backend.metrics.queue_s.observe(time.monotonic() - queued)
-                earlier = await self.backend.steps.prepare(lease, self.down.say, may_replan=may_replan)
-                if earlier is not None:
-                    earlier = earlier if before is None else before.then(earlier)
-                    earlier = replace(earlier, n_answers=1 + job.n_children)
+                here = await self.backend.steps.prepare(lease, self.down.say, may_replan=may_replan)
                 turn: Turn | None = None
                 if job.n_children:
                     turn = await stack.enter_async_context(self.backend.turns.take(lease, self.down.say))
-                if job.is_steered and not self.down.has_begun and not _is_steered(lease, earlier):
-                    raise _Unsteered
+                if job.is_steered:
+                    self.down.say("waiting for its turn")
+                    await self.backend.turns.clear_the_way(lease)
                 self.down.say("waiting for llama-server")
-                await self.down.write(self.down.add_headers(_about(lease, earlier, want)))
-                answering = Answering(self.backend, self.down, self.asked, want, lease, earlier, turn)
+                answering = Answering(self.backend, self.down, self.asked, want, lease, here, before, turn)
+                await self.down.write(self.down.add_headers(_about(lease, answering.earlier, want)))
                 await answering.begin(stack, may_replan=may_replan)
             return await answering.finish()
 
-    def _progress(self, met: Met, state: Prefilling) -> bytes:
+    def _progress(self, met: Met, before: Earlier | None, state: Prefilling) -> bytes:
         """An event of progress for a prefill of llamaslot's own, to a client that has asked for them."""
+        so_far = Earlier(state.n_reused, state.n_done, state.seconds)
+        so_far = so_far if before is None else before.then(so_far)
         return progress_event(
             self._format,
             self.id,
             met.model_name,
             n_total=state.n_tokens,
-            n_reused=state.n_reused,
-            n_done=state.n_done,
-            seconds=state.seconds,
+            n_reused=so_far.n_reused,
+            n_done=so_far.n_tokens,
+            seconds=so_far.seconds,
         )
 
     def _post(self, body: dict[str, Any]) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
@@ -232,19 +231,6 @@ class _Exchange:
         async with self._post(self.body) as upstream:
             payload = await upstream.read()
             raise UpstreamError(upstream.status, payload, content_type_of(upstream))
-
-
-class _Unsteered(Exception):
-    """llama-server might choose another slot than the one that was prepared."""
-
-
-def _is_steered(lease: Lease, earlier: Earlier | None) -> bool:
-    """Whether llama-server will choose the slot of ``lease`` by itself: it holds all but the last token of the prompt,
-    and no other slot does. (Among idle slots it takes the one with the longest common prefix; seen running.)"""
-    n = lease.job.n_tokens - 1
-    return (
-        earlier is not None and earlier.n_tokens == n and not lease.pool.sharing(lease.job, n, lease.slot_id)
-    )
 
 
 class _Queued:

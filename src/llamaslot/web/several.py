@@ -15,7 +15,7 @@ from aiohttp import web
 
 from llamaslot.errors import LlamaslotError
 from llamaslot.llama.sse import EventSplitter, data_of, event_of
-from llamaslot.web.downstream import Downstream
+from llamaslot.web.downstream import SSE_HEADERS, Downstream
 
 
 class Part(Downstream):
@@ -25,6 +25,7 @@ class Part(Downstream):
         super().__init__(whole.request, whole.rules, whole.is_streaming, whole.headers)
         self._whole, self._first, self._is_last = whole, first, is_last
         self._splitter = EventSplitter()
+        self.has_failed = False
         self.response = whole.response
 
     async def begin(self, status: int = 200, headers: Mapping[str, str] | None = None) -> web.StreamResponse:
@@ -36,7 +37,7 @@ class Part(Downstream):
         events = self._splitter.feed(data)
         told = [event for event in map(self._told, events) if event]
         if told:
-            await self.begin()
+            await self.begin(headers=SSE_HEADERS)
             await self._whole.write(b"".join(told))
 
     async def fail(self, error: LlamaslotError) -> web.StreamResponse:
@@ -50,6 +51,7 @@ class Part(Downstream):
             return event if self._is_last else b""
         payload = data_of(event)
         if not isinstance(payload, dict) or "error" in payload:
+            self.has_failed = self.has_failed or isinstance(payload, dict)
             return event
         shift(payload, self._first)
         if "id" in payload:
