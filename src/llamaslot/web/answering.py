@@ -51,6 +51,10 @@ class Asked:
         return self.is_streaming and bool(self.body.get("return_progress"))
 
 
+class InOnePiece(PlanAgain):
+    """The answer is in doubt, put together from a stream: ask for it once more, as the client did."""
+
+
 def source_of(lease: Lease, earlier: Earlier | None) -> Source:
     """Where the reused part comes from. Without a prefill of llamaslot's own it is what is expected."""
     assert lease.plan is not None
@@ -71,14 +75,17 @@ class Answering:
         here: Earlier | None,
         before: Earlier | None,
         turn: Turn | None,
+        *,
+        in_one_piece: bool = False,
     ) -> None:
-        """``here``: what was computed ahead in this slot; ``before``: what was done for it at other places."""
+        """``here``: what was computed ahead in this slot; ``before``: what was done for it at other places.
+        ``in_one_piece``: llama-server is to put the answer together.
+        """
         self.backend, self.down, self.asked, self.want = backend, down, asked, want
         self.lease, self.here, self.turn = lease, here, turn
         self.earlier = self._in_all(here, before)  # what the client is told
-        # With several answers a second request would need another turn.
-        is_one = not asked.is_streaming and not want.job.n_children
-        self.is_assembled = is_one and backend.streams_are_known and can_assemble(asked.body, asked.kind)
+        may_assemble = not (asked.is_streaming or in_one_piece) and backend.streams_are_known
+        self.is_assembled = may_assemble and can_assemble(asked.body, asked.kind)
         self.first_byte_s: float | None = None
         self._first: list[bytes] | None = None
 
@@ -119,7 +126,9 @@ class Answering:
                 if may_replan and not is_looked_at and self._is_misplaced(reading.n_found):
                     await sent.aclose()
                     await self.backend.steps.stopped(self.lease, reading.n_found)
-                    raise PlanAgain(self.here)
+                    n_done = self.lease.content.n_tokens if self.lease.content is not None else 0
+                    own = Earlier(min(reading.n_found, n_done), n_done, 0.0)
+                    raise PlanAgain(own if self.here is None else self.here.then(own))
                 if not is_looked_at:
                     self._holds_prompt()
                 is_looked_at = True
@@ -221,8 +230,8 @@ class Answering:
         await self.down.write(self._reading.rest)
 
     async def _assemble(self) -> bytes:
-        """The answer that llama-server would have given in one piece. Where that is in doubt it is asked for just that,
-        in the same slot. Raises UpstreamError."""
+        """The answer that llama-server would have given in one piece. Raises InOnePiece where that is in doubt, and
+        UpstreamError."""
         reading, events = self._reading, self._first
         assert reading.assembly is not None
         while events is not None and not reading.is_over:
@@ -232,10 +241,17 @@ class Answering:
         log.info("%s: asked for again, in one piece: its stream is %s", self.asked.id, doubt.value)
         if doubt is Doubt.UNKNOWN:
             self.backend.streams_are_known = False
-        async with contextlib.AsyncExitStack() as stack:
-            upstream = await self._send(stack, self.asked.body)
-            self._holds_prompt()
-            return await reading.again(upstream)
+        self._settle()
+        raise InOnePiece(self._done_here())
+
+    def _done_here(self) -> Earlier | None:
+        """What was computed of the prompt in this slot, the job's own request included."""
+        timings = self._reading.timings or {}
+        if "cache_n" not in timings:
+            return self.here
+        n_found, seconds = int(timings["cache_n"]), float(timings["prompt_ms"]) / 1000
+        own = Earlier(n_found, n_found + int(timings["prompt_n"]), seconds)
+        return own if self.here is None else self.here.then(own)
 
     def _settle(self) -> None:
         """Note what the slot holds now, and give it back. Idempotent."""

@@ -25,7 +25,7 @@ from llamaslot.llama.api import content_type_of
 from llamaslot.llama.progress import TELLS_PROGRESS, progress_event
 from llamaslot.llama.routes import Format, Route, origin_form
 from llamaslot.llama.sse import Earlier
-from llamaslot.web.answering import Answering, Asked, source_of
+from llamaslot.web.answering import Answering, Asked, InOnePiece, source_of
 from llamaslot.web.bodies import parse_object, read_body
 from llamaslot.web.downstream import MISTAKE, Downstream, StreamRules
 from llamaslot.web.headers import to_server
@@ -71,6 +71,7 @@ class _Exchange:
         ``whole``: of a prompt in a list, the exchange for all of them.
         """
         self.unrecognized = unrecognized
+        self.in_one_piece = False  # the answer cannot be put together from a stream
         self.backend, self.request, self.route, self.body = backend, request, route, body
         self.id: str = whole.id if whole is not None else request_id(request.headers)
         self.asked = Asked(self.id, body, self._format, self._post, time.monotonic())
@@ -172,6 +173,7 @@ class _Exchange:
             try:
                 return await self._serve_at_a_place(want, met, before, n)
             except PlanAgain as again:
+                self.in_one_piece = self.in_one_piece or isinstance(again, InOnePiece)
                 later = again.earlier
                 before = before.then(later) if before is not None and later is not None else later or before
         raise AssertionError("a count does not end")
@@ -199,7 +201,10 @@ class _Exchange:
                     self.down.say("waiting for its turn")
                     await self.backend.turns.clear_the_way(lease)
                 self.down.say("waiting for llama-server")
-                answering = Answering(self.backend, self.down, self.asked, want, lease, here, before, turn)
+                answering = Answering(
+                    self.backend, self.down, self.asked, want, lease, here, before, turn,
+                    in_one_piece=self.in_one_piece,
+                )  # fmt: skip
                 await self.down.write(self.down.add_headers(_about(lease, answering.earlier, want)))
                 await answering.begin(stack, may_replan=may_replan)
             return await answering.finish()

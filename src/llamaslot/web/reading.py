@@ -76,16 +76,6 @@ class Reading:
             return payload
         return orjson.dumps(answer) if self._answer(answer) else payload
 
-    async def again(self, upstream: aiohttp.ClientResponse) -> bytes:
-        """The answer in one piece, when it was asked for once more; what was reused is what the first time told."""
-        timings, self._upstream = self.timings, upstream
-        if self._earlier is None and timings is not None and "cache_n" in timings:
-            n_reused, n_computed = int(timings["cache_n"]), int(timings["prompt_n"])
-            self._earlier = Earlier(n_reused, n_reused + n_computed, float(timings["prompt_ms"]) / 1000)
-        payload = await self.whole()
-        self.timings = timings or self.timings
-        return payload
-
     def assembled(self) -> bytes:
         """The same of what was assembled. Raises Incomplete."""
         assert self.assembly is not None

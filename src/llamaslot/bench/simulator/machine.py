@@ -12,7 +12,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 # The event for the batch that runs when a connection is closed cannot be written, and the next batch begins before that
 # has come to the main loop (real: 1.0-1.3 s until the slot is idle, where a batch takes 0.6 s).
@@ -25,8 +25,8 @@ class Hardware:
     """The speeds of a 7B model on a GPU. ``prefill_tokens_per_s`` at depth 0, half of it at ``halved_at``.
 
     ``batch``: prompt tokens of one step, beside which each stream gets one token. A step is never shorter than one of
-    decoding. Before a request is there it is sent, and read by a thread of its own: ``request_s`` and for each token of
-    a prompt ``ids_s`` or, as text, ``text_s`` (seen running on two shared cores: 2 to 3 ms, 0.9 us, 7 us).
+    decoding. Before a request is there it is sent, and read by a thread of its own: ``request_s``, and for each token
+    of a prompt ``ids_s`` or, as text, ``text_s`` (seen running on two shared cores: 2 to 3 ms, 0.9 us, 7 us).
     """
 
     prefill_tokens_per_s: float = 2_000.0
@@ -35,7 +35,8 @@ class Hardware:
     batch: int = 512
     save_bytes_per_s: float = 1e9
     restore_bytes_per_s: float = 3.5e9
-    action_s: float = 0.005  # what a save, erase or restore takes beside its bytes
+    action_s: float = 0.005  # what a save or restore takes beside its bytes
+    erase_s: float = 0.0005
     bytes_per_token: int = 56_000
     request_s: float = 0.003
     ids_s: float = 1e-6
@@ -57,18 +58,13 @@ class Hardware:
 
     def times(self, factor: float) -> Hardware:
         """So many of them, as one. Requests are read as before, for each has a thread of its own."""
-        return Hardware(
-            self.prefill_tokens_per_s * factor,
-            self.halved_at,
-            self.decode_tokens_per_s,
-            int(self.batch * factor),
-            self.save_bytes_per_s * factor,
-            self.restore_bytes_per_s * factor,
-            self.action_s / factor,
-            self.bytes_per_token,
-            self.request_s,
-            self.ids_s,
-            self.text_s,
+        return replace(
+            self,
+            prefill_tokens_per_s=self.prefill_tokens_per_s * factor,
+            batch=int(self.batch * factor),
+            save_bytes_per_s=self.save_bytes_per_s * factor,
+            restore_bytes_per_s=self.restore_bytes_per_s * factor,
+            action_s=self.action_s / factor,
         )
 
 

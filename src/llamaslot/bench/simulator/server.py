@@ -170,7 +170,7 @@ class SimulatedServer:
         slot = self._acted(slot_id)
         size = count(slot.tokens) * self.hardware.bytes_per_token
         seconds = self.hardware.action_s + size / self.hardware.save_bytes_per_s
-        await self.machine.act(seconds)
+        await self._act(seconds)
         self.files[filename] = File(slot.tokens, slot.origin)
         self.counts.n_saves += 1
         self.counts.bytes_saved += size
@@ -178,7 +178,7 @@ class SimulatedServer:
 
     async def erase(self, slot_id: int) -> None:
         slot = self._acted(slot_id)
-        await self.machine.act(self.hardware.action_s)
+        await self._act(self.hardware.erase_s)
         slot.tokens, slot.origin = b"", None
         self.counts.n_erases += 1
 
@@ -189,7 +189,7 @@ class SimulatedServer:
             raise SlotActionFailed("no such file", 400)
         size = count(file.tokens) * self.hardware.bytes_per_token
         seconds = self.hardware.action_s + size / self.hardware.restore_bytes_per_s
-        await self.machine.act(seconds)
+        await self._act(seconds)
         slot.tokens, slot.origin = file.tokens, file.origin
         self.counts.n_restores += 1
         self.counts.bytes_restored += size
@@ -200,10 +200,15 @@ class SimulatedServer:
         assert not slot.is_working, f"an action was sent to slot {slot_id}, which is at work"
         return slot
 
+    async def _act(self, seconds: float) -> None:
+        await asyncio.sleep(self.hardware.request_s)
+        await self.machine.act(seconds)
+
     # -- questions -----------------------------------------------------------------------------------------------
 
     async def slots(self) -> list[SlotInfo]:
         """Answered between two steps."""
+        await asyncio.sleep(self.hardware.request_s)
         await self.machine.between_steps()
         return [
             SlotInfo(slot.id, slot.is_working, count(slot.tokens) if slot.n_used else None, slot.n_used)
