@@ -29,8 +29,8 @@ pytestmark = [pytest.mark.soak, pytest.mark.real, pytest.mark.timeout(3600)]
 
 N_PAIRS = 5
 # Tokens: what llamaslot computes when it meets a llama-server anew, and what models that cannot go back compute again
-# behind their last checkpoint.
-N_MEETING = 300
+# behind their last checkpoint; and the batch that runs when a connection is closed.
+N_MEETING = 300 + 512
 BATCH: dict[str, Any] = {"batch": 512, "ubatch": 512}
 KINDS = ["dense", "swa", "recurrent"]
 
@@ -38,7 +38,9 @@ KINDS = ["dense", "swa", "recurrent"]
 def model_of(kind: str, directory: Path) -> Path:
     if kind == "dense":
         return models.dense(directory, layers=4, width=256)
-    return {"swa": models.swa, "recurrent": models.recurrent}[kind](directory)
+    if kind == "swa":
+        return models.swa(directory, width=128)
+    return models.recurrent(directory, layers=4, width=128)
 
 
 def settings_of(kind: str) -> dict[str, Any]:

@@ -85,14 +85,19 @@ def draft(directory: Path, seed: int = 1) -> Path:
     return dense(directory, seed, layers=1)
 
 
-def swa(directory: Path, seed: int = 1) -> Path:
+def swa(directory: Path, seed: int = 1, *, width: int = 64) -> Path:
     """A ``gemma3`` with a sliding window of ``SLIDING_WINDOW`` tokens in five of six layers."""
-    return _cached(directory / f"swa-s{seed}-r{RECIPE}.gguf", lambda path: _swa(path, seed))
+    size = "" if width == 64 else f"-{width}"
+    return _cached(directory / f"swa{size}-s{seed}-r{RECIPE}.gguf", lambda path: _swa(path, seed, width))
 
 
-def recurrent(directory: Path, seed: int = 1) -> Path:
+def recurrent(directory: Path, seed: int = 1, *, layers: int = 2, width: int = 64) -> Path:
     """A ``mamba``: one state per sequence, which can only move forward."""
-    return _cached(directory / f"recurrent-s{seed}-r{RECIPE}.gguf", lambda path: _recurrent(path, seed))
+    size = "" if (layers, width) == (2, 64) else f"-{layers}x{width}"
+    return _cached(
+        directory / f"recurrent{size}-s{seed}-r{RECIPE}.gguf",
+        lambda path: _recurrent(path, seed, layers, width),
+    )
 
 
 def _cached(path: Path, write: Callable[[Path], None]) -> Path:
@@ -214,8 +219,8 @@ def _dense(path: Path, seed: int, layers: int, width: int) -> None:
     _close(writer)
 
 
-def _swa(path: Path, seed: int) -> None:
-    layers, width, heads, head_size = 6, 64, 2, 32
+def _swa(path: Path, seed: int, width: int) -> None:
+    layers, heads, head_size = 6, width // 32, 32
     writer = _open(path, "gemma3", layers, width)
     writer.add_feed_forward_length(2 * width)
     writer.add_head_count(heads)
@@ -242,8 +247,8 @@ def _swa(path: Path, seed: int) -> None:
     _close(writer)
 
 
-def _recurrent(path: Path, seed: int) -> None:
-    layers, width, inner, states, kernel, rank = 2, 64, 128, 16, 4, 4
+def _recurrent(path: Path, seed: int, layers: int, width: int) -> None:
+    inner, states, kernel, rank = 2 * width, 16, 4, width // 16
     writer = _open(path, "mamba", layers, width)
     writer.add_feed_forward_length(0)
     writer.add_head_count(0)
