@@ -17,7 +17,7 @@ class Bell:
     """Wakes all who wait for it, each time that something has changed."""
 
     def __init__(self) -> None:
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._waiting: dict[asyncio.Future[None], None] = {}  # in their order
         self._calls: list[Callable[[], None]] = []
 
     def ring(self) -> None:
@@ -39,14 +39,14 @@ class Bell:
     async def heard(self, timeout_s: float | None = None) -> None:
         """Wait until it rings or ``timeout_s`` are over. Always lets others run. Cancelling is safe."""
         future = asyncio.get_running_loop().create_future()
-        self._waiting.add(future)
+        self._waiting[future] = None
         try:
             async with asyncio.timeout(timeout_s):
                 await future
         except TimeoutError:
             pass
         finally:
-            self._waiting.discard(future)
+            del self._waiting[future]
 
 
 class TaskOwner:

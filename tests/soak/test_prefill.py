@@ -29,8 +29,8 @@ pytestmark = [pytest.mark.soak, pytest.mark.real, pytest.mark.timeout(3600)]
 
 N_PAIRS = 5
 # Tokens: what llamaslot computes when it meets a llama-server anew, and what models that cannot go back compute again
-# behind their last checkpoint; and the batch that runs when a connection is closed.
-N_MEETING = 300 + 512
+# behind their last checkpoint; and the batches that run when a connection is closed.
+N_MEETING = 300 + 2 * 512
 BATCH: dict[str, Any] = {"batch": 512, "ubatch": 512}
 KINDS = ["dense", "swa", "recurrent"]
 

@@ -142,10 +142,9 @@ class Engine:
 
     async def _call(self, call: Call) -> None:
         if call.slot is not None:
-            if call.name and self.deferred:
-                self._violation(
-                    f"{call.name} of slot {call.slot} while {len(self.deferred)} tasks are deferred"
-                )
+            n_late = sum(not (isinstance(one, Task) and one.is_behind_its_own) for one in self.deferred)
+            if call.name and n_late:
+                self._violation(f"{call.name} of slot {call.slot} while {n_late} tasks are deferred")
             if self.slots[call.slot].is_processing:
                 self._violation(f"{call.name} of slot {call.slot}, which is busy")
                 self.deferred.append(call)
@@ -176,7 +175,7 @@ class Engine:
                     else "while slots are"
                 )
                 self._violation(f"completion {where} busy")
-            task.was_deferred = True
+            task.was_deferred, task.is_behind_its_own = True, task.is_behind_its_own or of_same
             self.deferred.append(task)
             return
         if self.shape.unified:

@@ -87,6 +87,7 @@ class Task:
     parent: Task | None = None
     landed: int | None = None
     was_deferred: bool = False
+    is_behind_its_own: bool = False  # deferred for another prompt of the same array, as all of them are
     cancelled: bool = False
     ended: bool = False
     n_cache: int = 0

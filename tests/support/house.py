@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Coroutine
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import Rules
-from llamaslot.core.reuse import Memory
 from llamaslot.core.slots import NOTHING, Event, Job, State
 from llamaslot.core.tokens import pack
+from llamaslot.engine.beliefs import is_far_off
 from llamaslot.engine.drain import Drains
-from llamaslot.engine.lease import Lease
+from llamaslot.engine.lease import Lease, Phase, PlanAgain
 from llamaslot.engine.pool import Pool
 from llamaslot.engine.scheduler import QueueLimits, Scheduler
 from llamaslot.engine.steps import Steps
-from llamaslot.engine.turns import Turns
+from llamaslot.engine.turns import Turn, Turns
 from llamaslot.engine.writeback import Writeback
 from llamaslot.errors import BackendDown, LlamaslotError
 from llamaslot.llama.api import LlamaServer
+from llamaslot.llama.sse import Earlier
 from llamaslot.observe.metrics import Metrics
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
@@ -47,6 +49,15 @@ def outcome_of(task: asyncio.Task[Any]) -> Any:
 
 
 RULES = Rules(similarity_min=0.85, small_prompt_tokens=50, own_above_s=0.2)
+REPLANS = 2  # as in ``web.completions``
+
+
+class _Misplaced(Exception):
+    """The slot holds much less than was expected: ``n_found`` tokens."""
+
+    def __init__(self, n_found: int) -> None:
+        super().__init__(n_found)
+        self.n_found = n_found
 
 
 class House:
@@ -75,8 +86,10 @@ class House:
         self.steps.fingerprint = MODEL
         self.saved_tokens = b""  # what ``keep_one_on_disk`` has put there
         self.clients: dict[asyncio.Task[Any], str] = {}
+        self.first_s: dict[str, float] = {}  # from each job's question to the first token of its answer
+        self.slots: dict[str, int] = {}  # where each job was last
         self.faults: list[str] = []
-        self.memory = Memory.DENSE
+        self.memory = server.memory  # what llamaslot takes the model for
         self.is_unnoticed = False  # the server is another process than the one that the pool describes
         server.guard, server.guard_landing = self._guard, self._guard_landing
         self._log = _Collector(self.faults)
@@ -100,7 +113,7 @@ class House:
         n = len(self.server.slots_)
         pool = Pool("stub", n, 10_000, rules=self.rules, rates=self.rates)
         pool.can_save = pool.can_erase = True
-        pool.memory = self.memory
+        pool.memory, pool.recall.window = self.memory, self.server.window
         self.steps.boot_id = (await self.server.props()).boot_id
         for snapshot in self.catalog.snapshots.values():
             pool.add_snapshot(snapshot)
@@ -167,28 +180,7 @@ class House:
 
     async def ask(self, job: Job, answer: bytes = b"") -> int:
         """One request as ``web`` serves it; the tokens that were reused for it."""
-        with await self.scheduler.lease(job) as lease:
-            earlier = await self.steps.prepare(lease, _say_nothing)
-            if not job.n_children:
-                return await self._answered(lease, earlier, answer)
-            async with self.turns.take(lease, _say_nothing):
-                return await self._answered(lease, earlier, answer)
-
-    async def _answered(self, lease: Lease, earlier: Any, answer: bytes) -> int:
-        job = lease.job
-        lease.sent()
-        is_cold = earlier is None and (job.is_fresh or lease.content is None)
-        async with self.server.run(
-            lease.slot_id, job.tokens, answer, n_children=job.n_children, is_cold=is_cold
-        ) as upstream:
-            lease.started()
-            lease.talks()
-            before = lease.content or NOTHING
-            lease.begun(replace(before, tokens=job.tokens, is_exact=False, is_dirty=True))
-            await upstream.rest()
-        self.steps.settle(lease, upstream.n_cache, earlier, job.tokens)
-        lease.release()
-        return earlier.n_reused if earlier is not None else upstream.n_cache
+        return await _Asking(self, job, answer, self.loop.time()).run()
 
     async def ask_unpinned(self, job: Job, tokens: bytes) -> None:
         """A request whose slot the server chooses, as ``web`` serves it."""
@@ -216,6 +208,7 @@ class House:
         assert not self.faults, self.faults
         assert not self.server.violations, self.server.violations
         self.scheduler.check()
+        self._check_prefills()
         pool = self.scheduler.pool
         if pool is None:
             return
@@ -229,11 +222,26 @@ class House:
             if not self.is_unnoticed and not self.scheduler._is_closed:
                 truth = self.server.slots_[slot.id]
                 assert not truth.is_working, f"a slot that is idle for us is idle for the server: {slot}"
+                if truth.is_lost:
+                    continue
                 assert truth.tokens.startswith(content.tokens), (
                     f"a belief is the beginning of the truth: {slot}"
                 )
                 if content.is_exact:
                     assert truth.tokens == content.tokens, f"nothing follows what is known exactly: {slot}"
+
+    def _check_prefills(self) -> None:
+        prefills = self.steps.prefills
+        longs = [long for long in prefills._longs if long.lease.pool is self.scheduler.pool]
+        assert all(long.lease in self.scheduler.leases for long in longs), "who prefills holds a slot"
+        assert all(long.lease.is_long for long in longs), "who prefills is known to do so"
+        current = prefills._current
+        assert current is None or current in prefills._longs, "what is computed is somebody's"
+        working = [long for long in longs if long.lease.phase is Phase.WORKING]
+        assert len(working) <= 1, f"one long prefill at a time: {working}"
+        assert all(long.limit is None or long is current for long in longs), "only a stretch is interrupted"
+        for long in longs:
+            assert long.lease.job.n_tokens >= long.last >= long.at >= 0, f"it is within its prompt: {long}"
 
     def finish(self) -> None:
         """Let all who are here get to their end."""
@@ -262,6 +270,10 @@ class House:
         assert scheduler._turn is None, "no turn"
         assert not scheduler._is_closed, "the gate is open"
         assert not len(self.tasks), f"no task: {self.tasks._tasks}"
+        assert not self.steps.prefills._longs, "no prefill"
+        assert self.steps.prefills._current is None, "no stretch"
+        assert not scheduler.bell._waiting, "nobody listens"
+        assert not scheduler.bell._calls, "nobody is called"
         assert not self.catalog.drafts, "no draft"
         assert not +self.catalog.pins, f"no pin: {self.catalog.pins}"
         assert not self.catalog.condemned, "no file of a snapshot that is gone"
@@ -272,6 +284,74 @@ class House:
         assert all(slot.is_idle for slot in pool.slots), f"every slot is idle: {pool.slots}"
         assert not any(slot.is_working for slot in self.server.slots_), "the server rests"
         self.check()
+
+
+@dataclass(slots=True)
+class _Asking:
+    """One request, until a place was what it was taken for."""
+
+    house: House
+    job: Job
+    answer: bytes
+    asked_at: float
+    earlier: Earlier | None = None
+
+    async def run(self) -> int:
+        before: Earlier | None = None
+        for n in itertools.count():
+            try:
+                with await self.house.scheduler.lease(self.job, is_back=n > 0) as lease:
+                    self.house.slots[self.job.id] = lease.slot_id
+                    return await self._at(lease, before, may_replan=n < REPLANS)
+            except PlanAgain as again:
+                later = again.earlier
+                before = before.then(later) if before is not None and later is not None else later or before
+        raise AssertionError("a count does not end")
+
+    async def _at(self, lease: Lease, before: Earlier | None, *, may_replan: bool) -> int:
+        steps, turns = self.house.steps, self.house.turns
+        earlier = await steps.prepare(lease, _say_nothing, may_replan=may_replan)
+        if earlier is not None and before is not None:
+            earlier = before.then(earlier)
+        self.earlier = earlier
+        if self.job.n_children:
+            async with turns.take(lease, _say_nothing) as turn:
+                return await self._answer(lease, turn, may_replan=False)
+        try:
+            return await self._answer(lease, None, may_replan=may_replan)
+        except _Misplaced as error:
+            await steps.stopped(lease, error.n_found)
+            raise PlanAgain(None) from None
+
+    async def _answer(self, lease: Lease, turn: Turn | None, *, may_replan: bool) -> int:
+        house, job, earlier = self.house, self.job, self.earlier
+        n_expected = earlier.n_tokens if earlier is not None else lease.n_expected
+
+        def look_at(n_found: int) -> None:
+            if may_replan and is_far_off(lease, n_expected, n_found):
+                raise _Misplaced(n_found)
+
+        is_cold = earlier is None and (job.is_fresh or lease.content is None)
+        lease.sent()
+        async with house.server.run(
+            lease.slot_id,
+            job.tokens,
+            self.answer,
+            n_children=job.n_children,
+            is_cold=is_cold,
+            on_found=look_at,
+        ) as upstream:
+            lease.started()
+            lease.talks()
+            house.first_s[job.id] = house.loop.time() - self.asked_at
+            before = lease.content or NOTHING
+            lease.begun(replace(before, tokens=job.tokens, is_exact=False, is_dirty=True))
+            await upstream.rest()
+        if turn is not None:
+            await turn.settle()
+        house.steps.settle(lease, upstream.n_cache, earlier, job.tokens)
+        lease.release()
+        return earlier.n_reused if earlier is not None else upstream.n_cache
 
 
 def _say_nothing(_: object) -> None:

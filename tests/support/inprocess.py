@@ -27,9 +27,10 @@ import aiohttp
 from llamaslot.config import Config
 from llamaslot.engine.backend import Backend, Health
 from llamaslot.web.app import listening, make_backend
+from tests.support import models
 from tests.support.answers import Answer
 from tests.support.fake import FakeServer
-from tests.support.fake_model import pack
+from tests.support.fake_model import FakeModel, pack
 
 CHAT, TEXT, NATIVE = "/v1/chat/completions", "/v1/completions", "/completion"
 PATIENCE_S = 10.0
@@ -44,6 +45,11 @@ QUIET: Settings = {
     "routing": {"small_prompt_tokens": 100},
     "shutdown": {"save_s": 5, "drain_s": 2},
 }
+
+
+def of_kind(kind: str, directory: Path) -> dict[str, Any]:
+    """What makes a fake of this kind. With a sliding window there is a file that tells how long that is."""
+    return {"kind": kind, **({"model": FakeModel(path=str(models.swa(directory)))} if kind == "swa" else {})}
 
 
 _taken: set[int] = set()

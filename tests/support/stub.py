@@ -2,7 +2,8 @@
 
 Whatever takes time is an ``Op`` that waits until the test serves it, makes it fail, or lets ``pace`` do that. The
 stub keeps the rules that LLAMA servers do not enforce (nothing may be sent to a slot at work, a restore needs an empty
-slot): ``violations`` lists what broke them, ``n_computed`` counts the prompt tokens that were computed.
+slot): ``violations`` lists what broke them, ``n_computed`` counts the prompt tokens that were computed. What a slot can
+go on from is up to ``memory``: the end of what it holds, or a checkpoint, where it cannot go back to any token.
 """
 
 from __future__ import annotations
@@ -15,14 +16,22 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection,
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
+from llamaslot.core.reuse import CHECKPOINT_BACK, Memory
 from llamaslot.core.slots import Kind
 from llamaslot.core.tokens import common, count, head
-from llamaslot.errors import BackendDown, SlotActionFailed, SnapshotInvalid, UpstreamError
+from llamaslot.errors import (
+    BackendDown,
+    OtherConversation,
+    SlotActionFailed,
+    SnapshotInvalid,
+    UpstreamError,
+)
 from llamaslot.llama.api import Progress, Props, SlotAction, SlotInfo
 from llamaslot.store import Draft, QuotaExceeded, Snapshot, WithTokens
 
 BYTES_PER_TOKEN = 1000
 MODEL = "model"
+NEAR = 16  # so far back from its end its slot can go
 
 
 @dataclass(eq=False)
@@ -46,6 +55,10 @@ class StubSlot:
     n_used: int = 0  # requests that have begun in it
     is_working: bool = False
     batch: bytes | None = None  # what it holds after the batch that is under way: nobody can stop that
+    n_prompt: int = 0  # tokens of what is computed in it
+    checkpoints: tuple[int, ...] = ()
+    is_restored: bool = False  # and has computed nothing since: a sliding window has none of it yet
+    is_lost: bool = False  # emptied behind everybody's back; nothing has begun in it since
     is_mixed: bool = False  # work of an earlier process of llamaslot, or of a stranger
 
 
@@ -61,13 +74,17 @@ class StubServer:
         batch: int = 128,
         pace: Callable[[Op], float | None] | None = None,
         token_s: float = 0.001,
+        memory: Memory = Memory.DENSE,
     ) -> None:
+        self.memory, self.window = memory, 64  # tokens of a sliding one
         self.token_s = token_s  # what the server says that a prompt token took it
         self.batch = batch
         self.pace = pace or (lambda op: None)
         self.pending: list[Op] = []
         self.violations: list[str] = []
         self.files: dict[str, bytes] = {}
+        self.checkpoints: dict[bytes, tuple[int, ...]] = {}  # in the file of these tokens
+        self.sent: list[tuple[int, int]] = []  # prefills: to which slot, and of how many tokens
         self.guard: Callable[[int], None] = lambda slot: None  # called for what is sent to a slot
         self.guard_landing: Callable[[int], None] = lambda slot: None  # and where the server itself chose it
         self.lands: Callable[[list[int]], int] = lambda idle: idle[0]
@@ -106,15 +123,19 @@ class StubServer:
     def violation(self, text: str) -> None:
         self.violations.append(text)
 
+    def lose(self, slot_id: int) -> None:
+        """The slot is emptied, and nobody is told."""
+        slot = self.slots_[slot_id]
+        slot.tokens, slot.checkpoints, slot.is_lost = b"", (), True
+
     # -- the server's side ---------------------------------------------------------------------------------------
 
-    async def op(self, kind: str, slot: int | None, effect: Callable[[], None] = lambda: None) -> None:
+    async def op(
+        self, kind: str, slot: int | None, effect: Callable[[], None] = lambda: None, n_tokens: int = 0
+    ) -> None:
         """One thing that takes time. Its effect happens when it is served, whether its caller is still there or not."""
         boot = self.n_boots
-        op = Op(kind, slot, asyncio.get_running_loop().create_future(), effect)
-        self.pending.append(op)
-        if (seconds := self.pace(op)) is not None:
-            asyncio.get_running_loop().call_later(seconds, self.serve, op)
+        op = self._asked(kind, slot, effect, n_tokens)
         try:
             await op.done
             if boot != self.n_boots and kind not in _DISK:
@@ -124,37 +145,69 @@ class StubServer:
                 self.pending.remove(op)
             raise
 
-    def _notice(self, slot: StubSlot) -> None:
-        """The client of ``slot`` has gone: the server goes on until it notices that."""
-        op = Op("notice", slot.id, asyncio.get_running_loop().create_future(), lambda: _rest(slot))
+    def _asked(self, kind: str, slot: int | None, effect: Callable[[], None], n_tokens: int = 0) -> Op:
+        op = Op(kind, slot, asyncio.get_running_loop().create_future(), effect, n_tokens)
         self.pending.append(op)
         if (seconds := self.pace(op)) is not None:
             asyncio.get_running_loop().call_later(seconds, self.serve, op)
+        return op
+
+    def _notice(self, slot: StubSlot) -> None:
+        """The client of ``slot`` has gone: the server goes on until it notices that, at the end of a batch."""
+        n_more = count(slot.batch) - count(slot.tokens) if slot.batch is not None else 0
+
+        def effect() -> None:
+            if slot.batch is not None:
+                self.n_computed += n_more
+                slot.tokens = slot.batch
+                if count(slot.batch) == slot.n_prompt:
+                    slot.checkpoints += (max(slot.n_prompt - CHECKPOINT_BACK, 0),)
+            _rest(slot)
+
+        self._asked("notice", slot.id, effect, n_more)
 
     def _begin(self, slot_id: int) -> StubSlot:
         slot = self.slots_[slot_id]
         if slot.is_working:
             self.violation(f"a request was sent to slot {slot_id}, which is at work")
             raise UpstreamError(500, b"deferred for ever")
-        slot.is_working = True
+        slot.is_working, slot.is_lost = True, False
         slot.n_used += 1
         return slot
 
+    def _usable(self, slot: StubSlot, tokens: bytes) -> int:
+        """What need not be computed again of what the slot holds. One token always is."""
+        limit, n_held = min(common(slot.tokens, tokens), count(tokens) - 1), count(slot.tokens)
+        if self.memory is Memory.DENSE:
+            return limit
+        if self.memory is Memory.RECURRENT:
+            is_there, back = n_held <= limit, 0
+        else:  # from near the end of what was computed in the slot, once that fills the window
+            is_there, back = self.window < n_held <= limit + NEAR and not slot.is_restored, 1
+        if is_there:
+            return limit
+        return max((at - back for at in slot.checkpoints if back < at <= limit), default=0)
+
     async def _compute(self, slot: StubSlot, tokens: bytes) -> AsyncGenerator[Progress]:
-        n, n_cache = count(tokens), min(common(slot.tokens, tokens), count(tokens) - 1)
-        slot.tokens = head(tokens, n_cache)
-        yield Progress(n, n_cache, n_cache, 0.0)
-        done = n_cache
+        n, n_cache = count(tokens), self._usable(slot, tokens)
+        slot.tokens, slot.is_restored = head(tokens, n_cache), False
+        slot.checkpoints = tuple(at for at in slot.checkpoints if at <= n_cache)
+        done, slot.n_prompt = n_cache, n
         while done < n:
             upto = min(done + self.batch, n)
-            await self.op("batch", slot.id)
+            slot.batch = head(tokens, upto)
+            yield Progress(n, n_cache, done, (done - n_cache) * self.token_s)
+            await self.op("batch", slot.id, n_tokens=upto - done)
             self.n_computed += upto - done
             done, slot.tokens = upto, head(tokens, upto)
-            yield Progress(n, n_cache, done, done * self.token_s)
+        slot.batch = None
+        slot.checkpoints += (max(n - CHECKPOINT_BACK, n_cache),)
+        yield Progress(n, n_cache, n, (n - n_cache) * self.token_s)
 
     async def prefill(self, slot_id: int, tokens: bytes) -> AsyncGenerator[Progress]:
         boot = self.n_boots
         self.guard(slot_id)
+        self.sent.append((slot_id, count(tokens)))
         await self.op("send", slot_id)
         slot = self._begin(slot_id)
         try:
@@ -172,17 +225,31 @@ class StubServer:
 
     @contextlib.asynccontextmanager
     async def run(
-        self, slot_id: int, tokens: bytes, answer: bytes, *, n_children: int = 0, is_cold: bool = False
+        self,
+        slot_id: int,
+        tokens: bytes,
+        answer: bytes,
+        *,
+        n_children: int = 0,
+        is_cold: bool = False,
+        on_found: Callable[[int], None] = lambda n: None,
     ) -> AsyncIterator[Answer]:
-        """A client's own request: entered when the answer begins; ``Answer.rest`` waits for its end."""
+        """A client's own request: entered when the answer begins; ``Answer.rest`` waits for its end. ``on_found`` is
+        called with what is reused, before anything is computed: what it raises ends the request."""
         self.guard(slot_id)
         await self.op("send", slot_id)
-        async with self._run(slot_id, tokens, answer, n_children, is_cold) as answered:
+        async with self._run(slot_id, tokens, answer, n_children, is_cold, on_found) as answered:
             yield answered
 
     @contextlib.asynccontextmanager
     async def _run(
-        self, slot_id: int, tokens: bytes, answer: bytes, n_children: int, is_cold: bool
+        self,
+        slot_id: int,
+        tokens: bytes,
+        answer: bytes,
+        n_children: int = 0,
+        is_cold: bool = False,
+        on_found: Callable[[int], None] = lambda n: None,
     ) -> AsyncIterator[Answer]:
         boot = self.n_boots
         slot = self._begin(slot_id)
@@ -194,11 +261,14 @@ class StubServer:
             child.is_working, child.n_used = True, child.n_used + 1
         if is_cold:
             slot.tokens = b""
-        cache = 0
+        cache: int | None = None
         try:
             async with contextlib.aclosing(self._compute(slot, tokens)) as events:
                 async for event in events:
+                    if cache is None:
+                        on_found(event.cache)
                     cache = event.cache
+            assert cache is not None
             yield Answer(self, slot, cache, tokens + answer)
         except UpstreamError:
             self._end(slot, children)
@@ -228,7 +298,7 @@ class StubServer:
             raise UpstreamError(500, b"deferred for ever")
         slot_id = self.lands(idle)
         self.guard_landing(slot_id)
-        async with self._run(slot_id, tokens, b"", 0, is_cold=False) as answer:
+        async with self._run(slot_id, tokens, b"") as answer:
             await answer.rest()
             yield
 
@@ -237,6 +307,7 @@ class StubServer:
 
         def effect() -> None:
             self.files[filename] = slot.tokens
+            self.checkpoints[slot.tokens] = slot.checkpoints
 
         await self.op("save", slot_id, effect)
         n = count(self.files[filename])
@@ -246,7 +317,7 @@ class StubServer:
         slot = self._acted(slot_id)
 
         def effect() -> None:
-            slot.tokens = b""
+            slot.tokens, slot.checkpoints, slot.is_lost = b"", (), False
 
         await self.op("erase", slot_id, effect)
 
@@ -256,7 +327,8 @@ class StubServer:
             self.violation(f"a restore into slot {slot_id}, which was not erased")
 
         def effect() -> None:
-            slot.tokens = self.files.get(filename, b"")
+            slot.tokens, slot.is_restored = self.files.get(filename, b""), True
+            slot.checkpoints = self.checkpoints.get(slot.tokens, ())
 
         await self.op("restore", slot_id, effect)
         if filename not in self.files:
@@ -291,7 +363,7 @@ _DISK = {"commit", "reserve", "verify"}
 
 
 def _rest(slot: StubSlot) -> None:
-    slot.is_working = False
+    slot.is_working, slot.batch = False, None
 
 
 @dataclass(eq=False)
@@ -355,7 +427,7 @@ class StubCatalog:
         tokens = self.server.files.pop(draft.part_name)
         self.drafts.discard(draft.id)
         if not tokens or not tokens.startswith(tokens_expected):
-            raise SnapshotInvalid("holds another conversation")
+            raise OtherConversation("holds another conversation")
         self.server.files[f"{draft.id}.kv"] = tokens
         snapshot = WithTokens.of(
             tokens,

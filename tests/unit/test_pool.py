@@ -25,8 +25,8 @@ from llamaslot.core.slots import (
     Wait,
 )
 from llamaslot.core.tokens import head, pack
-from llamaslot.engine.library import Library
 from llamaslot.engine.comings import supersedes
+from llamaslot.engine.library import Library
 from llamaslot.engine.pool import Pool
 from llamaslot.store import WithTokens
 

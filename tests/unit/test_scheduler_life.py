@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -38,8 +39,8 @@ class Life(RuleBasedStateMachine):
 
     @initialize(memory=st.sampled_from(list(Memory)))
     def remember(self, memory: Memory) -> None:
-        """What llamaslot takes the model for; the stub itself can always go back."""
-        self.house.memory = memory
+        """What the model is, and what llamaslot takes it for."""
+        self.house.memory = self.server.memory = memory
         assert self.house.scheduler.pool is not None
         self.house.scheduler.pool.memory = memory
 
@@ -70,6 +71,34 @@ class Life(RuleBasedStateMachine):
         """Another conversation with the same system prompt: where there is no trunk of it, this one makes it."""
         self.contexts[user] = SYSTEM + self.fresh(120)
         self.ask(user, 10, 5)
+
+    @rule(n=st.integers(2, 3), n_alike=st.sampled_from([300, 500, 900]), is_told=st.booleans())
+    def begin_together(self, n: int, n_alike: int, is_told: bool) -> None:
+        """Several new conversations that begin alike, of which nobody need have said where they part."""
+        alike = self.fresh(n_alike)
+        for user in range(n):
+            self.contexts[user] = tokens = alike + self.fresh(200)
+            boundaries = (n_alike,) if is_told else ()
+            job = Job(
+                f"user {user} together at {next(self.serial)}",
+                tokens,
+                boundaries=boundaries,
+                n_system=n_alike * is_told,
+            )
+            self.house.start(self.house.ask(job), job.id)
+
+    @precondition(lambda self: self.house.steps.prefills._longs)
+    @rule(data=st.data(), is_settled=st.booleans())
+    def come_back(self, data: st.DataObject, is_settled: bool) -> None:
+        """A client leaves in the middle of its prefill, and asks the same again."""
+        longs = self.house.steps.prefills._longs
+        job = longs[self.pick(data, len(longs), "who leaves and comes back")].lease.job
+        for client in [client for client, name in self.house.clients.items() if name == job.id]:
+            client.cancel()
+        if is_settled:
+            self.loop.settle()
+        again = replace(job, id=f"{job.id} again")
+        self.house.start(self.house.ask(again), again.id)
 
     @rule(
         kind=st.sampled_from(["cold", "private", "small", "two", "three"]), user=st.integers(0, N_USERS - 1)
@@ -127,6 +156,13 @@ class Life(RuleBasedStateMachine):
         choice = self.pick(data, N_SLOTS, "where an unpinned request lands")
         self.server.lands = lambda idle: idle[choice % len(idle)]
 
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        """A slot is emptied behind everybody's back (a unified KV cache does that)."""
+        slots = [slot.id for slot in self.server.slots_ if not slot.is_working]
+        if slots:
+            self.server.lose(slots[self.pick(data, len(slots), "which slot is emptied")])
+
     @rule()
     def restart(self) -> None:
         self.house.restart()
@@ -143,7 +179,7 @@ class Life(RuleBasedStateMachine):
 
     # -- time and the store
 
-    @rule(seconds=st.sampled_from([0.01, 0.3, 2.0]))
+    @rule(seconds=st.sampled_from([0.01, 0.3, 2.0, 9.0]))
     def pass_time(self, seconds: float) -> None:
         self.loop.pass_time(seconds)
 

@@ -50,17 +50,24 @@ def next_up(pendings: Sequence[Pending], current: int | None, switch_s: float, m
     """The index of the prefill to compute next. ``current`` goes on unless another is ahead by more than the
     interruption costs (``switch_s``), or has waited for too long.
 
+    Being ahead by what it has waited is not enough for that: of two with more left than ``max_passed_s`` the one that
+    waits gains on the one that is computed, and each would be interrupted for the other again and again (300 times for
+    two of five minutes). So one that is interrupted gets ahead of that other one only when it is overdue.
+
     A prefill that has waited for ``max_passed_s`` waits for those that came before it and for the rest of the current
     one, and for no other.
     """
-    best = min(range(len(pendings)), key=lambda i: rank(pendings[i], max_passed_s))
-    if current is None or best == current:
-        return best
-    ahead, now = rank(pendings[best], max_passed_s), rank(pendings[current], max_passed_s)
-    is_overdue = ahead[0] == 0 and now[0] > 0
-    # What has only waited longer does not get ahead of it: two would alternate, each waiting while the other is at it.
-    is_shorter = pendings[best].left_s < pendings[current].left_s
-    return best if is_overdue or (is_shorter and ahead[0] + switch_s < now[0]) else current
+    ranks = [rank(pending, max_passed_s) for pending in pendings]
+    everybody = range(len(pendings))
+    if current is None:
+        return min(everybody, key=ranks.__getitem__)
+    now, left_s = ranks[current][0], pendings[current].left_s
+
+    def is_ahead(i: int) -> bool:
+        is_overdue = ranks[i][0] == 0 and now > 0
+        return is_overdue or (ranks[i][0] + switch_s < now and pendings[i].left_s + switch_s < left_s)
+
+    return min((i for i in everybody if is_ahead(i)), key=ranks.__getitem__, default=current)
 
 
 def pause_s(computed_s: float, n_streams: int, decode_share: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -69,7 +70,9 @@ class Lease:
         self.is_long = plan is not None and is_long(plan, pool.rules)
         self.can_keep = True  # a trunk on the way; until one could not be saved
         self.sent_at = 0.0  # when the job's own request was
-        self.n_done = 0  # tokens of its prompt that are there, while that is computed
+        self.acting_at = 0.0  # when its last action began
+        # Tokens of its prompt that are there, while that is computed; as far as that is known.
+        self.n_done = plan.n_reused if plan is not None else 0
         self.restored: Snapshot | None = None  # what its steps have read into the slot
         self.n_usable = (
             0  # what of the slot could be reused when the steps were through, by the kind of model
@@ -91,7 +94,7 @@ class Lease:
     def turn(cls, scheduler: Scheduler, pool: Pool, job: Job) -> Lease:
         """The turn of a job for which llama-server will choose the slot: no slot yet."""
         lease = cls(scheduler, pool, None, job, None)
-        scheduler.leases.add(lease)
+        scheduler.leases[lease] = None
         return lease
 
     def __repr__(self) -> str:
@@ -113,14 +116,17 @@ class Lease:
         """Whether its first token is only a little work away: nobody's long prefill may stand in its way.
 
         One that waits until all others are at work does not hold them up by that, and one whose answer does not begin
-        for a while is not that little.
+        for a while is not that little. Of a long one only its slot actions: each would wait for a batch of another's.
         """
-        if self.is_long or self.is_talking or self.is_released:
+        if self.is_talking or self.is_released:
             return False
-        little_s = max(2 * self.pool.rules.own_above_s, _LITTLE_S)
         is_sent = self.is_answering or self.is_started
-        if is_sent and self.scheduler.now() - self.sent_at > little_s:
+        is_acting = self.phase is Phase.ACTING and self.plan is not None
+        since = self.acting_at if is_acting else self.sent_at if is_sent else math.inf
+        if self.scheduler.now() - since > max(2 * self.pool.rules.own_above_s, _LITTLE_S):
             return False
+        if is_acting or self.is_long:
+            return is_acting
         return is_sent if self.job.is_exclusive else self.plan is not None
 
     @property
@@ -138,7 +144,8 @@ class Lease:
     def acting(self) -> None:
         """A save, erase or restore begins. Raises BackendRestarted."""
         self.still_holds()
-        self.phase = Phase.ACTING
+        self.phase, self.acting_at = Phase.ACTING, self.scheduler.now()
+        self.scheduler.bell.ring()
 
     def acted(self) -> None:
         """The save, erase or restore has ended. If the client has left meanwhile, the slot goes back now."""
@@ -213,7 +220,7 @@ class Lease:
             now = self.scheduler.now()
             if self.phase is Phase.WORKING:
                 self.pool.give_back(self.slot, Event.LEAVE, self.content or NOTHING, now)
-                self.scheduler.leases.discard(self)
+                self.scheduler.leases.pop(self, None)
                 self.scheduler.on_drain(self)
             elif self.content is None:
                 self.pool.give_back(self.slot, Event.FAIL, NOTHING, now)

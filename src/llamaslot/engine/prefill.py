@@ -18,11 +18,12 @@ from dataclasses import dataclass, field, replace
 
 from llamaslot.core.cost import Rates
 from llamaslot.core.prefills import GRAIN, Pending, Sharing, next_up, pause_s, stretch_end
-from llamaslot.core.reuse import Memory, checkpoints_after
-from llamaslot.core.slots import NOTHING, Content
-from llamaslot.core.tokens import count, head
+from llamaslot.core.reuse import Memory
+from llamaslot.core.slots import NOTHING
+from llamaslot.core.tokens import head
+from llamaslot.engine.beliefs import is_far_off, note_misplaced, prefilled, until_idle
 from llamaslot.engine.lease import Lease, PlanAgain, Prefilling, Report
-from llamaslot.errors import BackendDown, UpstreamError
+from llamaslot.errors import UpstreamError
 from llamaslot.llama.api import LlamaServer, Progress
 from llamaslot.llama.sse import Earlier
 from llamaslot.observe.journal import Act
@@ -32,7 +33,7 @@ KeepTrunk = Callable[[Lease, int], Awaitable[None]]
 log = logging.getLogger(__name__)
 
 _FEW = 64  # a progress event for fewer tokens says little about speed
-_IDLE_POLL_S = 0.02  # llama-server answers between two batches, so it is asked about once for each
+_LOOK_AGAIN_S = 0.5  # a request whose answer does not begin ceases to be first, and nobody tells
 _SURELY_S = 8.0  # of computing, before a prefill makes room for a request that chooses its slots
 
 
@@ -60,6 +61,7 @@ class _Long:
     no_stop_before: int = 0  # a sliding window that was interrupted before it was full has lost all
     is_by_right: bool = False  # after it was held back for too long: not for a request that needs little
     seconds: float = 0.0  # of computing
+    is_keeping: bool = False  # has a trunk saved, and waits for no turn
     n_stopped: int = 0  # interruptions for somebody else
     paused_s: float = 0.0  # of which for streams
     waited_s: float = 0.0  # for its turn, in all
@@ -108,13 +110,18 @@ class Prefills:
         recall = lease.pool.recall
         n_window = (recall.window or 0) if recall.memory is Memory.SWA else 0
         long = _Long(lease, stops, lease.n_expected, self.now(), no_stop_before=n_window + 1)
+        lease.n_done = long.at
         if lease.is_long:
             self._longs.append(long)
+            lease.scheduler.bell.ring()  # its slot actions are over
         try:
             while True:
                 if long.has_begun and self._is_trunk_due(long):
                     report("saving")
+                    long.is_keeping = True
                     await keep(lease, long.at)
+                    long.is_keeping = False
+                    lease.scheduler.bell.ring()
                 elif long.has_begun and long.at >= long.last:
                     break
                 else:
@@ -159,7 +166,7 @@ class Prefills:
         now, sharing = self.now(), _sharing(long)
         held_s = max(self._stopped_at, long.came_at) + sharing.max_held_s - now
         if held_s > 0 and self._is_somebody_first(long):
-            return _Why.FIRST, held_s
+            return _Why.FIRST, min(held_s, _LOOK_AGAIN_S)
         pause_s = self._stopped_at + self._pause_s - now
         if pause_s > 0 and self._n_streams(long):
             return _Why.STREAMS, pause_s
@@ -167,17 +174,16 @@ class Prefills:
 
     def _next(self) -> _Long:
         now = self.now()
-        pendings = [self._pending(long, now) for long in self._longs]
+        longs = [long for long in self._longs if not long.is_keeping]
         last = self._current or self._last
-        current = self._longs.index(last) if last in self._longs else None
-        sharing = _sharing(self._longs[0])
-        return self._longs[next_up(pendings, current, self.rates.interruption.seconds, sharing.max_passed_s)]
+        current = longs.index(last) if last in longs else None
+        pendings, sharing = [self._pending(long, now) for long in longs], _sharing(longs[0])
+        return longs[next_up(pendings, current, self.rates.interruption.seconds, sharing.max_passed_s)]
 
     def _pending(self, long: _Long, now: float) -> Pending:
         """What is left counts to where others go on from it, if any wait for that."""
         shared = [at for at in long.lease.pool.trunks_to_come(long.lease.slot_id) if at > long.at]
-        n_done = max(long.at, long.lease.n_done)
-        left_s = self.rates.prefill.seconds(n_done, min([long.last, *shared]))
+        left_s = self.rates.prefill.seconds(long.lease.n_done, min([long.last, *shared]))
         computed_s = long.seconds + (now - long.since if long is self._current else 0.0)
         return Pending(left_s, max(now - long.came_at - computed_s, 0.0), long.came_at)
 
@@ -201,14 +207,17 @@ class Prefills:
     # -- a stretch -----------------------------------------------------------------------------------------------
 
     async def _stretch(self, long: _Long, report: Report, may_replan: bool) -> bool:
-        """Compute on for a while; False when llama-server refused. ``long.at`` is where it has got to, then."""
+        """Compute on for a while; False when llama-server refused. ``long.at`` is where it has got to, then.
+
+        Raises PlanAgain as ``run`` does.
+        """
         lease, bell = long.lease, long.lease.scheduler.bell
         try:
             long.end = self._end_of(long)
             long.since, lease.n_done = self.now(), long.at
             lease.working()
             with bell.calling(self._reconsider):
-                await self._compute(long, report, may_replan)
+                is_misplaced = await self._compute(long, report, may_replan)
         except UpstreamError as error:
             log.warning("prefill in slot %d failed: %s", lease.slot_id, error)
             lease.done(None)
@@ -220,6 +229,8 @@ class Prefills:
             if self._current is long:
                 self._ended(long, took_s)
         lease.pool.is_ready_in(lease.slot_id, self.rates.prefill.seconds(long.at, long.last), self.now())
+        if is_misplaced:
+            raise PlanAgain(long.earlier)
         return True
 
     def _ended(self, long: _Long, took_s: float) -> None:
@@ -237,8 +248,9 @@ class Prefills:
         reached = rate.reached(long.at, _sharing(long).stretch_s) if rate.known else long.at + GRAIN
         return stretch_end(long.at, long.target, reached)
 
-    async def _compute(self, long: _Long, report: Report, may_replan: bool) -> None:
-        """The stretch itself. What the slot holds at its end is known, however it ends."""
+    async def _compute(self, long: _Long, report: Report, may_replan: bool) -> bool:
+        """The stretch itself. What the slot holds at its end is known, however it ends. True when it has ended because
+        that is much less than was expected."""
         lease = long.lease
         tokens, before = head(lease.job.tokens, long.end), lease.content or NOTHING
         last: Progress | None = None
@@ -250,7 +262,7 @@ class Prefills:
                     if last is None:
                         n_found = event.cache
                         lease.begun(replace(prefilled(before, tokens, n_found), is_exact=False))
-                        is_wrong = self.is_far_off(lease, long.at, n_found) and not long.has_begun
+                        is_wrong = is_far_off(lease, long.at, n_found) and not long.has_begun
                         if long.has_begun and n_found < long.at - _FEW:
                             long.no_stop_before = 2 * long.at
                             long.at = n_found
@@ -270,7 +282,7 @@ class Prefills:
             long.n_stopped += 1
         content = prefilled(before, tokens, n_found)
         if not is_over:
-            content = await self.until_idle(lease, content)
+            content = await until_idle(self.api, lease, content, self.now)
         elif (
             lease.pool.recall.is_rewindable and last is not None
         ):  # what sending it in one more piece has cost
@@ -280,41 +292,8 @@ class Prefills:
             long.has_begun, long.n_reused = True, n_found
         long.at = lease.n_done = content.n_tokens
         if is_wrong and may_replan:
-            self.note_misplaced(lease, n_found)
-            raise PlanAgain(long.earlier)
-
-    async def until_idle(self, lease: Lease, content: Content) -> Content:
-        """What is there of ``content`` when the server is idle, after a connection was closed on the way.
-
-        The server cannot write its event for the batch that is running, and that ends the work: to ask for ``/slots``
-        does not keep it alive.
-        """
-        closed = self.now()
-        while True:
-            try:
-                infos = {info.id: info for info in await self.api.slots()}
-            except UpstreamError as error:  # no refusal of the prefill: the slot may still be at work
-                raise BackendDown(f"llama-server does not tell of its slots: {error}") from error
-            lease.still_holds()
-            if (info := infos.get(lease.slot_id)) is None or not info.is_processing:
-                break
-            await asyncio.sleep(_IDLE_POLL_S)
-        self.rates.interruption.observe(self.now() - closed)
-        n = min(info.n_tokens or 0, content.n_tokens) if info is not None else 0
-        return replace(content.head(n), is_exact=True) if n else NOTHING
-
-    def is_far_off(self, lease: Lease, n_expected: int, n_found: int) -> bool:
-        """Whether so much less is there than was believed that it makes a long prefill of its own."""
-        lost_s = self.rates.prefill.seconds(n_found, n_expected)
-        return n_expected - n_found > _FEW and lost_s > lease.pool.rules.own_above_s
-
-    def note_misplaced(self, lease: Lease, n_found: int) -> None:
-        """The slot of ``lease`` turned out to hold so much less that its job gets another place."""
-        self.metrics.replanned.inc()
-        log.info(
-            "%s: %d tokens of slot %d were expected, %d are there: looking for another place",
-            lease.job.id, lease.n_expected, lease.slot_id, n_found,
-        )  # fmt: skip
+            note_misplaced(lease, n_found, self.metrics)
+        return is_wrong and may_replan
 
     def _learn(self, last: Progress, event: Progress) -> None:
         if event.processed - last.processed >= _FEW:
@@ -336,8 +315,7 @@ class Prefills:
 
     def _must_stop_at(self, long: _Long) -> float | None:
         """None for never, or not yet: interrupted it would be idle no sooner than it is through."""
-        sharing, now = _sharing(long), self.now()
-        n_done = max(long.at, long.lease.n_done)
+        sharing, now, n_done = _sharing(long), self.now(), long.lease.n_done
         is_nearly_through = self.rates.prefill.seconds(n_done, long.end) <= self.rates.interruption.seconds
         if is_nearly_through or n_done < long.no_stop_before:
             return None
@@ -391,9 +369,3 @@ class Prefills:
 
 def _sharing(long: _Long) -> Sharing:
     return long.lease.pool.rules.sharing
-
-
-def prefilled(before: Content, tokens: bytes, n_reused: int) -> Content:
-    """What a slot holds after ``tokens`` were computed on ``n_reused`` of what it held before."""
-    checkpoints = checkpoints_after(before.checkpoints, n_reused, [count(tokens)])
-    return Content(tokens, True, True, checkpoints, before.snapshot)

@@ -12,10 +12,10 @@ from llamaslot.core.cost import Rates
 from llamaslot.core.reuse import Memory, Recall
 from llamaslot.core.slots import Content, Kind
 from llamaslot.core.tokens import head
+from llamaslot.engine.beliefs import prefilled
 from llamaslot.engine.comings import left_behind, supersedes
 from llamaslot.engine.lease import Lease
 from llamaslot.engine.pool import content_of
-from llamaslot.engine.prefill import prefilled
 from llamaslot.engine.probes import UNIFIED
 from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
 from llamaslot.llama.api import LlamaServer
@@ -54,16 +54,11 @@ class Saving:
         """Write what the slot holds to a snapshot, verified and committed. None when that failed: the slot keeps it."""
         if self.catalog is None or lease.content is None:
             return None
-        if self._must_go_back(lease.pool.recall, lease.content):
-            try:
-                await self._rewind(lease, lease.content)
-            except LlamaslotError as error:
-                lease.content = None
-                if lease.leaving is not None:
-                    lease.pool.left(lease.leaving)
-                _not_saved(lease, Kind.LEAF, error)
-                lease.scheduler.dispatch()
-                return None
+        if not await self._has_gone_back(lease, lease.content, Kind.LEAF):
+            if lease.leaving is not None:
+                lease.pool.left(lease.leaving)
+            lease.scheduler.dispatch()
+            return None
         content, plan = lease.content, lease.plan
         keep = {plan.snapshot} if plan is not None and plan.snapshot else set()
         if lease.is_own:  # else slots that are all hot would evict each other in turn, for ever
@@ -86,13 +81,17 @@ class Saving:
 
         The slot goes on from there: what it holds is no more and no less unsaved than before.
         """
-        content, plan = lease.content, lease.plan
+        content, plan, is_kept = lease.content, lease.plan, False
         try:
             if self.catalog is None or content is None or content.tokens != head(lease.job.tokens, n_tokens):
                 return False  # the prefill has failed
+            if not await self._has_gone_back(lease, content, Kind.TRUNK) or lease.content is None:
+                return False
             keep = {plan.snapshot} if plan is not None and plan.snapshot else set()
-            return await self._write(lease, content, n_tokens, keep, Kind.TRUNK) is not None
+            is_kept = await self._write(lease, lease.content, n_tokens, keep, Kind.TRUNK) is not None
+            return is_kept
         finally:  # in the same breath in which it has become a snapshot
+            lease.can_keep = lease.can_keep and is_kept
             lease.pool.expect_no_trunk(lease.slot_id, n_tokens)
             lease.scheduler.dispatch()
 
@@ -179,6 +178,17 @@ class Saving:
         if recall.is_rewound:
             return is_near and not content.is_exact
         return recall.memory is Memory.SWA and content.is_exact and not is_near
+
+    async def _has_gone_back(self, lease: Lease, content: Content, kind: Kind) -> bool:
+        """Go back where that must be; False when that has failed, and nobody knows what the slot holds."""
+        if self._must_go_back(lease.pool.recall, content):
+            try:
+                await self._rewind(lease, content)
+            except LlamaslotError as error:
+                lease.content = None
+                _not_saved(lease, kind, error)
+                return False
+        return True
 
     async def _rewind(self, lease: Lease, content: Content) -> None:
         """Go back to the end of the slot's prompt. Raises LlamaslotError: then nobody knows what the slot holds."""

@@ -39,6 +39,7 @@ class _Waiting:
     job: Job
     granted: asyncio.Future[Lease]
     note: Note
+    came_at: float
     wants: str | None = None  # the snapshot that it would go on from
     patience: Patience | None = None  # with somebody who computes what it begins with
     wait: Wait | None = None  # the last decision, which holds while nothing but arrivals has happened
@@ -53,7 +54,7 @@ class Scheduler:
         self.rules, self.limits, self.now = rules, limits, now
         self.journal = Journal()
         self.pool: Pool | None = None
-        self.leases: set[Lease] = set()
+        self.leases: dict[Lease, None] = {}  # in their order, which decides between makers of equal use
         self.on_drain: Callable[[Lease], None] = lambda lease: None
         self.on_prefix_wait: Callable[[float], None] = lambda seconds: None
         self.pin: Callable[[str], AbstractContextManager[object]] = lambda snapshot: nullcontext()
@@ -118,7 +119,8 @@ class Scheduler:
         """
         if self._down is not None:
             raise self._down
-        waiting = _Waiting(job, asyncio.get_running_loop().create_future(), self.note(job))
+        granted = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(job, granted, self.note(job), self.now())
         self._queue.insert(0 if is_back else len(self._queue), waiting)
         try:
             self.dispatch(is_arrival=True)
@@ -184,7 +186,7 @@ class Scheduler:
     def _grant(self, slot: Slot, job: Job) -> Lease:
         assert self.pool is not None
         lease = Lease(self, self.pool, slot, job, None)
-        self.leases.add(lease)
+        self.leases[lease] = None
         return lease
 
     def dispatch(self, *, is_arrival: bool = False) -> None:
@@ -252,7 +254,7 @@ class Scheduler:
             lease.note.placed(decision)
             if job.is_exclusive:
                 self._turn = job
-            self.leases.add(lease)
+            self.leases[lease] = None
             self._give(waiting, lease)
             self._n_changes += 1
             has_idle = self._has_idle()
@@ -271,7 +273,8 @@ class Scheduler:
             view = self.pool.view(job, now, reserved)
         decision = place(job, view, self.rules)
         if isinstance(decision, Wait) and waiting.patience is None:
-            waiting.patience = Patience.of(self.pool, decision, makers, now)
+            at_last = waiting.came_at + self.limits.max_wait_s / 2
+            waiting.patience = Patience.of(self.pool, decision, makers, now, at_last)
         return decision
 
     def _has_idle(self) -> bool:
@@ -283,7 +286,7 @@ class Scheduler:
 
     def released(self, lease: Lease) -> None:
         """Called by the lease itself, once its slot is given back or drains."""
-        self.leases.discard(lease)
+        self.leases.pop(lease, None)
         if not lease.is_own:
             self._used_at = self.now()
         self.end_turn(lease)

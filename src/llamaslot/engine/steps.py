@@ -14,10 +14,11 @@ from llamaslot.core.reuse import goes_on_behind, usable
 from llamaslot.core.slots import NOTHING, Erase, Keep, Plan, PrefillTo, Restore, Save
 from llamaslot.core.tokens import common
 from llamaslot.engine import comings
-from llamaslot.engine.lease import Lease, Phase, Report
+from llamaslot.engine.beliefs import note_misplaced, prefilled, until_idle
+from llamaslot.engine.lease import Lease, Report
 from llamaslot.engine.offers import source_of
 from llamaslot.engine.pool import content_of
-from llamaslot.engine.prefill import Prefills, prefilled
+from llamaslot.engine.prefill import Prefills
 from llamaslot.engine.saving import Saving
 from llamaslot.engine.settling import Settling
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError
@@ -68,12 +69,12 @@ class Steps:
         drains.
         """
         assert lease.plan is not None
-        try:
-            return await self._prepare(lease, lease.plan, report, may_replan)
-        finally:
-            # Whoever waits for a trunk that was not made looks again; one that is being saved is saved.
-            if lease.phase is not Phase.ACTING and lease.pool.expect_no_trunk(lease.slot_id):
-                lease.scheduler.dispatch()
+        earlier = await self._prepare(lease, lease.plan, report, may_replan)
+        # Whoever waits for a trunk that was not made looks again. After a failure when the slot is given back, and not
+        # before: what is in it by then is what they may go on from.
+        if lease.pool.expect_no_trunk(lease.slot_id):
+            lease.scheduler.dispatch()
+        return earlier
 
     async def _prepare(self, lease: Lease, plan: Plan, report: Report, may_replan: bool) -> Earlier | None:
         prefills: list[PrefillTo | Keep] = []
@@ -126,7 +127,6 @@ class Steps:
 
     async def _keep(self, lease: Lease, n_tokens: int) -> None:
         if not await self._carry_out(lease, self.saving.keep(lease, n_tokens)):
-            lease.can_keep = False
             self.metrics.steps_failed.labels("keep").inc()
 
     async def _carry_out(self, lease: Lease, action: Coroutine[Any, Any, T]) -> T:
@@ -230,8 +230,8 @@ class Steps:
         """The job's own request was given up before its first token, having found ``n_found`` tokens: wait until the
         server is idle, and note what it has got to."""
         content = prefilled(lease.content or NOTHING, lease.job.tokens, n_found)
-        lease.done(await self.prefills.until_idle(lease, content))
-        self.prefills.note_misplaced(lease, n_found)
+        lease.done(await until_idle(self.api, lease, content, self.now))
+        note_misplaced(lease, n_found, self.metrics)
 
     # -- settling ------------------------------------------------------------------------------------------------
 

@@ -20,27 +20,32 @@ class Patience:
     him, who would have been ahead of it in any case, for he has less left to compute.
 
     ``n_made`` of ``n_trunk`` tokens were there at ``since``; by itself it would have begun with ``n_own``. In tokens
-    and not in seconds, for how fast they are computed is learned meanwhile.
+    and not in seconds, for how fast they are computed is learned meanwhile. ``at_last``: later it is nobody's to wait
+    for, for whoever waits in the queue for too long is sent away.
     """
 
     since: float
     n_made: int
     n_trunk: int
     n_own: int
+    at_last: float
 
     def lasts(self, pool: Pool, job: Job, now: float) -> bool:
         seconds = pool.rates.prefill.seconds
-        return now < self.since + seconds(self.n_made, self.n_trunk) + seconds(self.n_own, job.n_tokens)
+        both_s = seconds(self.n_made, self.n_trunk) + seconds(self.n_own, job.n_tokens)
+        return now < min(self.since + both_s, self.at_last)
 
     @classmethod
-    def of(cls, pool: Pool, wait: Wait, makers: Iterable[Lease], now: float) -> Patience | None:
+    def of(
+        cls, pool: Pool, wait: Wait, makers: Iterable[Lease], now: float, at_last: float
+    ) -> Patience | None:
         """None when the job waits for something else."""
         trunk = pool.trunk_to_come(wait.place.snapshot) if wait.place is not None else None
         if trunk is None:
             return None
         n_made = max((maker.n_done for maker in makers if maker.slot_id == trunk.slot), default=0)
         n_own = wait.instead.n_reused if wait.instead is not None else 0
-        return cls(now, n_made, trunk.content.n_tokens, n_own)
+        return cls(now, n_made, trunk.content.n_tokens, n_own, at_last)
 
 
 def ask_for_trunk(pool: Pool, job: Job, view: PoolView, makers: Iterable[Lease], now: float) -> bool:

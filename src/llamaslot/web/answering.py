@@ -14,6 +14,7 @@ from aiohttp import web
 
 from llamaslot.core.slots import NOTHING, Source
 from llamaslot.engine.backend import Backend
+from llamaslot.engine.beliefs import is_far_off
 from llamaslot.engine.lease import Lease, PlanAgain, Prefilling
 from llamaslot.engine.turns import Turn
 from llamaslot.errors import UpstreamError
@@ -184,7 +185,7 @@ class Answering:
         if len(self.want.prompts) != 1 or self.want.job.n_children:
             return False
         n_expected = self.here.n_tokens if self.here is not None else self.lease.n_expected
-        return self.backend.steps.prefills.is_far_off(self.lease, n_expected, n_found)
+        return is_far_off(self.lease, n_expected, n_found)
 
     # -- the answer ----------------------------------------------------------------------------------------------
 

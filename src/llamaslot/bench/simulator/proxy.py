@@ -16,6 +16,7 @@ from llamaslot.core.cost import Rates
 from llamaslot.core.policy import Rules
 from llamaslot.core.slots import NOTHING, Content, Job
 from llamaslot.core.tokens import count
+from llamaslot.engine.beliefs import is_far_off
 from llamaslot.engine.lease import Lease, PlanAgain
 from llamaslot.engine.pool import Pool
 from llamaslot.engine.scheduler import QueueLimits, Scheduler
@@ -124,51 +125,54 @@ class Proxy:
             assert lease.plan is not None
             if self.server.hardware.prefill_s(lease.plan.n_reused, job.n_tokens) > LONG_S:
                 until_first.enter_context(self.beside)
-            earlier = await self.steps.prepare(lease, _say_nothing, may_replan=may_replan)
-            if earlier is not None and before is not None:
-                earlier = before.then(earlier)
-            answered = await self._answer(asked, lease, earlier, until_first, may_replan=may_replan)
-            served.n_reused = earlier.n_reused if earlier is not None else answered.n_cache
+            here = await self.steps.prepare(lease, _say_nothing, may_replan=may_replan)
+            told = here
+            if before is not None:  # without a prefill here: what it finds of its own work was not reused
+                told = before.then(here or Earlier(lease.n_expected, lease.n_expected, 0.0))
+            answered = await self._answer(asked, lease, here, until_first, may_replan=may_replan)
+            served.n_reused = min(told.n_reused, answered.n_cache) if told is not None else answered.n_cache
             served.answer_s = answered.predicted_s
             n_answer = count(asked.answer)
-            self.steps.settle(lease, answered.n_cache, earlier, job.tokens, n_answer)
+            self.steps.settle(lease, answered.n_cache, here, job.tokens, n_answer)
             if self.saves_each:
                 self.tasks.spawn(self._save(lease), f"{job.id} is saved")
                 stack.pop_all()
-        self._learn(answered, earlier, n_answer)
+        self._learn(answered, here, n_answer)
 
     async def _answer(
         self,
         asked: Asked,
         lease: Lease,
-        earlier: Earlier | None,
+        here: Earlier | None,
         until_first: contextlib.ExitStack,
         *,
         may_replan: bool,
     ) -> Answer:
         """The client's own request. Raises PlanAgain when the slot does not hold what was expected."""
-        is_cold = earlier is None and lease.content is None
+        is_cold = here is None and lease.content is None
         lease.sent()
         async with self.server.run(
             lease.slot_id, asked.prompt, asked.answer, asked.origin, is_cold=is_cold
         ) as answered:
             lease.started()
-            n_expected = earlier.n_tokens if earlier is not None else lease.n_expected
-            is_misplaced = self.steps.prefills.is_far_off(lease, n_expected, answered.n_cache)
+            n_expected = here.n_tokens if here is not None else lease.n_expected
+            is_misplaced = is_far_off(lease, n_expected, answered.n_cache)
             if not (may_replan and is_misplaced):
+                before = lease.content or NOTHING
+                lease.begun(replace(before, tokens=asked.prompt, is_exact=False, is_dirty=True))
                 await self.server.first(answered)
                 asked.served.ttft_s = self._loop.time() - asked.sent_at
                 until_first.close()
                 lease.talks()
-                before = lease.content or NOTHING
-                lease.begun(replace(before, tokens=asked.prompt, is_exact=False, is_dirty=True))
                 await self.server.finish(answered)
                 return answered
         await self.steps.stopped(lease, answered.n_cache)
-        raise PlanAgain(None)
+        n_done = lease.content.n_tokens if lease.content is not None else 0
+        own = Earlier(min(answered.n_cache, n_done), n_done, 0.0)
+        raise PlanAgain(own if here is None else here.then(own))
 
-    def _learn(self, answered: Answer, earlier: Earlier | None, n_answer: int) -> None:
-        if earlier is None and answered.n_prompt - answered.n_cache > 1:
+    def _learn(self, answered: Answer, here: Earlier | None, n_answer: int) -> None:
+        if here is None and answered.n_prompt - answered.n_cache > 1:
             self.rates.prefill.observe(answered.n_cache, answered.n_prompt, answered.prompt_s)
         self.rates.answer.observe(n_answer, answered.predicted_s)
 

@@ -1,0 +1,63 @@
+"""What a slot holds after something was computed in it, or was stopped on the way; and when that is not as believed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+from llamaslot.core.reuse import checkpoints_after
+from llamaslot.core.slots import NOTHING, Content
+from llamaslot.core.tokens import count
+from llamaslot.engine.lease import Lease
+from llamaslot.errors import BackendDown, UpstreamError
+from llamaslot.llama.api import LlamaServer
+from llamaslot.observe.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+_IDLE_POLL_S = 0.02  # llama-server answers between two batches, so it is asked about once for each
+_FEW_TOKENS = 64  # a build may fall so far short of any belief
+
+
+def prefilled(before: Content, tokens: bytes, n_reused: int) -> Content:
+    """What a slot holds after ``tokens`` were computed on ``n_reused`` of what it held before."""
+    checkpoints = checkpoints_after(before.checkpoints, n_reused, [count(tokens)])
+    return Content(tokens, True, True, checkpoints, before.snapshot)
+
+
+async def until_idle(api: LlamaServer, lease: Lease, content: Content, now: Callable[[], float]) -> Content:
+    """What is there of ``content`` when the server is idle, after a connection was closed on the way.
+
+    The server cannot write its event for the batch that is running, and that ends the work: to ask for ``/slots`` does
+    not keep it alive. How long it takes is learned. Raises BackendDown and BackendRestarted.
+    """
+    closed = now()
+    while True:
+        try:
+            infos = {info.id: info for info in await api.slots()}
+        except UpstreamError as error:  # no refusal of the prefill: the slot may still be at work
+            raise BackendDown(f"llama-server does not tell of its slots: {error}") from error
+        lease.still_holds()
+        if (info := infos.get(lease.slot_id)) is None or not info.is_processing:
+            break
+        await asyncio.sleep(_IDLE_POLL_S)
+    lease.pool.rates.interruption.observe(now() - closed)
+    n = min(info.n_tokens or 0, content.n_tokens) if info is not None else 0
+    return replace(content.head(n), is_exact=True) if n else NOTHING
+
+
+def is_far_off(lease: Lease, n_expected: int, n_found: int) -> bool:
+    """Whether so much less is in the slot than was believed that it makes a long prefill of its own."""
+    lost_s = lease.pool.rates.prefill.seconds(n_found, n_expected)
+    return n_expected - n_found > _FEW_TOKENS and lost_s > lease.pool.rules.own_above_s
+
+
+def note_misplaced(lease: Lease, n_found: int, metrics: Metrics) -> None:
+    """The slot of ``lease`` turned out to hold so much less that its job gets another place."""
+    metrics.replanned.inc()
+    log.info(
+        "%s: %d tokens of slot %d were expected, %d are there: looking for another place",
+        lease.job.id, lease.n_expected, lease.slot_id, n_found,
+    )  # fmt: skip

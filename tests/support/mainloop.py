@@ -1,0 +1,197 @@
+"""A ``StubServer`` at the pace of llama-server's main loop, and clients with long and short prompts for it.
+
+Times are those of the virtual loop: a millisecond for each token of a prompt, 128 of them in a batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llamaslot.bench.virtual import VirtualLoop
+from llamaslot.core.prefills import Sharing
+from llamaslot.core.reuse import Memory
+from llamaslot.core.slots import Job
+from llamaslot.engine.pool import Pool
+from llamaslot.errors import BackendDown, UpstreamError
+from tests.support.house import RULES, House, tokens_of
+from tests.support.stub import Op, StubServer
+
+TOKEN_S, BATCH = 0.001, 128
+BATCH_S = TOKEN_S * BATCH
+ACTION_S, DISK_S, SEND_S = 0.01, 0.005, 0.001
+STRETCH_S = Sharing().stretch_s
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the main loop has done: a batch (of a prompt whose client may have gone) or a slot action."""
+
+    kind: str
+    slot: int
+    began: float
+    ended: float
+    n_tokens: int
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began
+
+
+class MainLoop:
+    """One thing at a time, and nothing stops it: slot actions first, then a batch of the lowest slot with a prompt."""
+
+    def __init__(self, loop: VirtualLoop, server: StubServer, answer_s: float) -> None:
+        self.loop, self.server, self.answer_s = loop, server, answer_s
+        self.answers_s: dict[int, float] = {}  # of a slot, instead of ``answer_s``
+        self.works: list[Work] = []
+        self._is_busy = False
+        server.pace = self._pace
+
+    def _pace(self, op: Op) -> float | None:
+        if _is_work(op):
+            self._soon()
+            return None
+        if op.kind == "answer" and op.slot is not None:
+            return self.answers_s.get(op.slot, self.answer_s)
+        return DISK_S if op.kind in ("reserve", "commit", "verify") else SEND_S
+
+    def _soon(self) -> None:
+        """When everybody has had his say: what follows a batch in its slot comes before another slot's."""
+        self.loop.call_later(1e-6, self._go_on)
+
+    def _go_on(self) -> None:
+        work = [op for op in self.server.pending if _is_work(op)]
+        if self._is_busy or not work:
+            return
+        op = min(work, key=lambda op: (op.n_tokens > 0, op.slot))
+        assert op.slot is not None
+        took_s = op.n_tokens * self.server.token_s or ACTION_S
+        self._is_busy = True
+        self.loop.call_later(took_s, self._done, op.slot, self.server.n_boots, self.loop.time(), op.n_tokens)
+
+    def _done(self, slot: int, n_boots: int, began: float, n_tokens: int) -> None:
+        self._is_busy = False
+        ops = [op for op in self.server.pending if op.slot == slot and _is_work(op)]
+        if (
+            ops and n_boots == self.server.n_boots
+        ):  # a batch whose client has left meanwhile is a notice by now
+            self.works.append(Work(ops[0].kind, slot, began, self.loop.time(), n_tokens))
+            self.server.serve(ops[0])
+        self._soon()
+
+    def of(self, slot: int, since: float = 0.0) -> list[Work]:
+        """The batches of ``slot`` that began at ``since`` or later."""
+        return [work for work in self.works if work.slot == slot and work.n_tokens and work.began >= since]
+
+
+def _is_work(op: Op) -> bool:
+    return op.n_tokens > 0 or op.kind in ("save", "erase", "restore")
+
+
+class Paced(House):
+    """A house whose server is paced by ``main``."""
+
+    def __init__(
+        self,
+        memory: Memory = Memory.DENSE,
+        n_slots: int = 3,
+        *,
+        batch: int = BATCH,
+        answer_s: float = 0.5,
+        room: int = 1000,
+        **sharing: float,
+    ) -> None:
+        loop, server = VirtualLoop(), StubServer(n_slots, batch=batch, token_s=TOKEN_S, memory=memory)
+        self.main = MainLoop(loop, server, answer_s)
+        self.asked_at: dict[str, float] = {}
+        super().__init__(loop, server, room=room, rules=replace(RULES, sharing=Sharing(**sharing)))
+
+    @property
+    def pool(self) -> Pool:
+        assert self.scheduler.pool is not None
+        return self.scheduler.pool
+
+    @property
+    def now(self) -> float:
+        return self.loop.time()
+
+    def come(self, job: Job, answer: bytes = b"") -> asyncio.Task[Any]:
+        """A client that asks now."""
+        self.asked_at[job.id] = self.now
+        return self.start(self.ask(job, answer), job.id)
+
+    def wait(self, *clients: asyncio.Task[Any]) -> None:
+        """Until they are through."""
+        self.loop.run(_gather(clients))
+
+    def drive(self) -> None:
+        """Until all who are here are through, however they end."""
+        self.loop.run(asyncio.wait(set(self.clients)))
+
+    def leave(self, client: asyncio.Task[Any]) -> None:
+        client.cancel()
+        self.loop.settle()
+
+    def leave_after(self, client: asyncio.Task[Any], seconds: float) -> None:
+        """Its client leaves after so long; its slot drains."""
+        self.loop.pass_time(seconds)
+        self.leave(client)
+        self.loop.pass_time(4.0)
+
+    def fail_next(self, kind: str) -> None:
+        (op,) = (op for op in self.server.pending if op.kind == kind)
+        self.server.fail(op, BackendDown("no connection") if kind == "send" else UpstreamError(500, b"{}"))
+
+    def until_leased(self, client: asyncio.Task[Any]) -> None:
+        """Until ``client`` has a slot, and is computed in it."""
+        self.loop.pass_time(0.02)
+        assert not client.done()
+
+    def until(self, seconds: float) -> None:
+        """Let time pass until so long after the beginning of the test, as ``begin`` has set it."""
+        self.loop.pass_time(max(self.began + seconds - self.now, 0.0))
+
+    def begin(self) -> None:
+        self.began = self.now
+        self.server.n_computed = 0
+        self.server.sent.clear()
+        self.main.works.clear()
+
+    def talk(self, n: int = 1) -> None:
+        """``n`` conversations of 600 tokens, in the lowest slots that are free, each given back."""
+        for i in range(n):
+            self.loop.run(self.ask(talk(i)))
+        self.loop.pass_time(1.0)
+
+    def __enter__(self) -> Paced:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Everybody comes to his end, and nothing is left; after a failure it is only closed."""
+        try:
+            if kind is None:
+                self.finish()
+                self.check_nothing_is_left()
+        finally:
+            self.close()
+
+
+async def _gather(clients: tuple[asyncio.Task[Any], ...]) -> None:
+    await asyncio.gather(*clients)
+
+
+def talk(i: int, n_more: int = 0) -> Job:
+    """Conversation ``i`` of 600 tokens, and a follow-up of it that is ``n_more`` tokens longer."""
+    return Job(f"talk {i} + {n_more}", tokens_of(10_000_000 + 100_000 * i, 600 + n_more))
+
+
+def long(name: str, n: int, at: int = 1, **more: Any) -> Job:
+    """A long prompt that shares nothing with those elsewhere."""
+    return Job(name, tokens_of(20_000_000 + 1_000_000 * at, n), **more)
+
+
+def short(name: str, at: int = 1, n: int = 100) -> Job:
+    """A prompt that is computed at once."""
+    return Job(name, tokens_of(90_000_000 + 1000 * at, n))

@@ -1,0 +1,114 @@
+"""Clients with long prompts that leave at each of the moments at which they can."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from llamaslot.core.prefills import Sharing
+from llamaslot.core.reuse import Memory
+from llamaslot.core.slots import Job
+from tests.support.cancelled import CancelledAt
+from tests.support.house import tokens_of
+from tests.support.mainloop import Paced, long, short
+
+Asks = Coroutine[Any, Any, Any]
+COMMON = tokens_of(1, 512)
+
+
+async def later(seconds: float, asks: Asks) -> None:
+    await asyncio.sleep(seconds)
+    await asks
+
+
+def alone(house: Paced) -> Asks:
+    """A few stretches, one after the other."""
+    return house.ask(long("leaves", 700, 1))
+
+
+def behind_another(house: Paced) -> Asks:
+    """Waits for its turn, has it, and is passed by somebody with less left."""
+    house.come(long("another", 400, 2))
+    house.start(later(0.6, house.ask(long("passes", 250, 3))), "passes")
+    return house.ask(long("leaves", 900, 1))
+
+
+def beside_a_stream(house: Paced) -> Asks:
+    """Pauses after each stretch."""
+    house.main.answer_s = 2.0
+    house.come(short("stream"))
+    house.loop.pass_time(0.2)
+    return house.ask(long("leaves", 900, 1))
+
+
+def beside_short_ones(house: Paced) -> Asks:
+    """Is held back, goes on by right, and is interrupted."""
+    for i in range(5):
+        house.start(later(0.2 + 0.15 * i, house.ask(short(f"short {i}", i, 150))), f"short {i}")
+    return house.ask(long("leaves", 900, 1))
+
+
+def makes_a_trunk(house: Paced) -> Asks:
+    """Is asked on the way to keep what another begins with."""
+    house.start(later(0.1, house.ask(Job("begins alike", COMMON + tokens_of(50_000, 300)))), "begins alike")
+    return house.ask(Job("leaves", COMMON + tokens_of(60_000, 600)))
+
+
+def waits_for_a_trunk(house: Paced) -> Asks:
+    """Of somebody who makes it."""
+    house.come(Job("maker", COMMON + tokens_of(50_000, 300)))
+    house.loop.settle()
+    return house.ask(Job("leaves", COMMON + tokens_of(60_000, 300)))
+
+
+def is_misplaced(house: Paced) -> Asks:
+    """Finds its slot empty, and is restored in another attempt."""
+    house.loop.run(house.ask(Job("first", COMMON + tokens_of(60_000, 300))))
+    house.loop.run(house.writeback.save_all())
+    house.server.slots_[0].tokens = b""
+    house.server.slots_[0].checkpoints = ()
+    return house.ask(Job("leaves", COMMON + tokens_of(60_000, 600)))
+
+
+def makes_room(house: Paced) -> Asks:
+    """For a request that chooses its slot, and comes back."""
+    house.server.batch = 4096
+    house.pool.rules = replace(house.pool.rules, sharing=Sharing(stretch_s=4.0))
+    asks = house.ask_unpinned(Job("turn", is_unpinned=True), tokens_of(70_000, 70))
+    house.start(later(0.5, asks), "turn")
+    return house.ask(long("leaves", 16_000, 1))
+
+
+SCENES = [alone, behind_another, beside_a_stream, beside_short_ones, makes_a_trunk]
+SCENES += [waits_for_a_trunk, is_misplaced, makes_room]
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["while it waits", "as it is woken"])
+@pytest.mark.parametrize("memory", list(Memory))
+@pytest.mark.parametrize("scene", SCENES)
+def test_cancelled_at_every_await_nothing_leaks(
+    scene: Callable[[Paced], Asks], memory: Memory, is_late: bool
+) -> None:
+    """Whenever the client leaves, its slot comes back, holding what is believed of it, and everybody else is served."""
+    for at in itertools.count():
+        with Paced(memory, 3, answer_s=0.01, decode_share=0.5, max_held_s=0.4) as house:
+            cut: CancelledAt[Any] = CancelledAt(scene(house), at, is_late=is_late)
+            client = house.start(_await(cut), "the one who leaves")
+            others = [one for one in house.clients if one is not client]
+            house.drive()
+            house.finish()
+            assert client.done()
+            assert all(other.exception() is None for other in others), "everybody else is served"
+            house.check_nothing_is_left()
+            if not cut.was_reached:
+                assert at > 5, "it awaits something"
+                return
+
+
+async def _await(cut: CancelledAt[Any]) -> Any:
+    return await cut

@@ -1,0 +1,314 @@
+"""Long prompts beside everybody else: who needs little comes first, and the long one gets to its end all the same."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llamaslot.core.reuse import Memory
+from tests.support.mainloop import ACTION_S, BATCH_S, DISK_S, STRETCH_S, Paced, long, short, talk
+
+EVERY = pytest.mark.parametrize("memory", list(Memory))
+POLL_S = 0.03  # until a server that has become idle is seen to be so, and what is sent arrives
+
+
+def waits_s(memory: Memory) -> float:
+    """How long somebody else's prefill may stand in the way of a request that needs little."""
+    return (STRETCH_S if memory is Memory.DENSE else BATCH_S) + POLL_S
+
+
+def beside(memory: Memory, *, is_low: bool, **more: float) -> Paced:
+    """A conversation in one of two slots, and room for a long prompt in the other: in the higher one, or the lower."""
+    house = Paced(memory, 2, **more)  # type: ignore[arg-type]
+    if not is_low:
+        filler = house.come(short("filler", n=60))
+        house.until_leased(filler)
+    house.talk()
+    assert house.slots[talk(0).id] == (0 if is_low else 1)
+    house.begin()
+    return house
+
+
+# -- who comes first ---------------------------------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize("is_low", [True, False], ids=["in the lower slot", "in the higher slot"])
+def test_a_short_request_waits_for_no_more_than_a_stretch(memory: Memory, is_low: bool) -> None:
+    """Of a model that can go back to any token; of others for no more than a batch. llama-server alone would compute
+    the long prompt first wherever that has the lower slot. And the long one goes on from where it was."""
+    with beside(memory, is_low=is_low) as house:
+        stranger = long("stranger", 8000)
+        client = house.come(stranger)
+        n_asked = 0
+        for i in range(8):
+            house.until(0.35 + 0.77 * i)
+            n_asked += 20
+            asks = talk(0, n_asked)
+            house.wait(house.come(asks))
+            assert house.first_s[asks.id] <= waits_s(memory) + 0.02
+        assert not client.done(), "it was there all the time"
+        house.wait(client)
+        assert house.slots[stranger.id] == (1 if is_low else 0)
+        assert house.server.n_computed == 8000 + n_asked, "nothing was computed twice"
+        n_stopped = house.metrics.interruptions._value.get()
+        assert n_stopped == 0 if memory is Memory.DENSE else n_stopped >= 8, "what is cut ends by itself"
+        assert house.first_s[stranger.id] < 8 + 8 * (waits_s(memory) + 0.1), (
+            "nor was it kept waiting without need"
+        )
+
+
+@EVERY
+def test_so_do_the_steps_of_a_short_request(memory: Memory) -> None:
+    """Saving what is in its way, erasing and restoring: no batch of the long prompt in between."""
+    with Paced(memory, 2) as house:
+        house.talk(2)
+        house.loop.run(house.writeback.save_all())
+        house.wait(house.come(long("over", 600)))  # in the slot of the first conversation, which is on disk
+        house.wait(house.come(talk(1, 5)))  # and the other one has gone on
+        house.begin()
+        client = house.come(long("stranger", 8000, at=5))
+        house.until(1.7)
+        asked_at, back = house.now, talk(0, 20)
+        house.wait(house.come(back))
+        slot = house.slots[back.id]
+        works = [work for work in house.main.works if work.ended > asked_at]
+        assert [work.kind for work in works if work.slot == slot] == ["save", "erase", "restore", "batch"]
+        first_at = asked_at + house.first_s[back.id]
+        assert not [
+            work for work in works if work.slot != slot and asked_at + waits_s(memory) < work.ended < first_at
+        ]
+        assert house.first_s[back.id] <= waits_s(memory) + 3 * ACTION_S + 4 * DISK_S + 0.03
+        house.wait(client)
+        assert 8020 <= house.server.n_computed <= 8025, (
+            "a sliding window needs the last few of a snapshot again"
+        )
+
+
+@EVERY
+def test_a_short_request_that_comes_while_the_long_one_waits_is_first_too(memory: Memory) -> None:
+    """Several at once: none of them waits for more than the first stretch and the others."""
+    with Paced(memory, 4) as house:
+        house.begin()
+        client = house.come(long("stranger", 4000))
+        house.until(1.1)
+        shorts = [short(f"short {i}", i) for i in range(3)]
+        clients = [house.come(job) for job in shorts]
+        house.wait(*clients)
+        assert max(house.first_s[job.id] for job in shorts) <= waits_s(memory) + 3 * 0.1 + POLL_S
+        house.wait(client)
+        assert house.server.n_computed == 4000 + 300
+
+
+@EVERY
+def test_nobody_is_first_any_more_once_its_answer_has_begun(memory: Memory) -> None:
+    """It streams for a minute: meanwhile the long prompt is computed, but for the share of the stream."""
+    with Paced(memory, 2, answer_s=60.0) as house:
+        house.begin()
+        stream = house.come(short("stream"))
+        house.until(0.2)
+        stranger = long("stranger", 3000)
+        client = house.come(stranger)
+        house.until(6.0)
+        assert house.first_s[stranger.id] < 3.8
+        assert not client.done() or not stream.done()
+
+
+@EVERY
+def test_one_whose_answer_does_not_begin_is_first_for_a_while_only(memory: Memory) -> None:
+    """It may use nothing cached, and has more to compute than it looked: after a second the long prompt goes on."""
+    with Paced(memory, 2, max_held_s=100.0) as house:
+        house.begin()
+        client = house.come(long("stranger", 6000, 1))
+        house.until(0.5)
+        private = long("private", 6000, 2, is_private=True)
+        house.come(private)
+        house.until(1.5)
+        slot = house.slots["stranger"]
+        assert not [op for op in house.server.pending if op.slot == slot], "it is held back"
+        house.until(2.7)
+        assert [op for op in house.server.pending if op.slot == slot]
+        house.wait(client)
+
+
+# -- the long one gets its share ---------------------------------------------------------------------------------------
+
+
+async def asks_again_and_again(house: Paced, i: int, seconds: float) -> None:
+    """A user who follows up as soon as he has got his answer."""
+    until, n = house.now + seconds, 0
+    while house.now < until:
+        n += 150
+        await house.ask(talk(i, n))
+
+
+@EVERY
+def test_a_long_prompt_gets_a_stretch_every_while(memory: Memory) -> None:
+    """Three users leave no gap between their requests: after ``max_held_s`` it goes on by right, for a stretch."""
+    with Paced(memory, 4, answer_s=0.001) as house:
+        filler = house.come(short("filler", n=60))
+        house.until_leased(filler)
+        house.talk(3)
+        house.begin()
+        stranger = long("stranger", 3000)
+        client = house.come(stranger)
+        users = [house.start(asks_again_and_again(house, i, 40.0), f"user {i}") for i in range(3)]
+        house.wait(client)
+        slot = house.slots[stranger.id]
+        assert slot == 0, "else the server itself would compute the others first, whatever it is sent"
+        began = [work.began for work in house.main.of(slot)]
+        gaps = [later - earlier for earlier, later in pairwise([house.began, *began])]
+        assert max(gaps) <= 2.0 + 2 * BATCH_S + STRETCH_S
+        assert sum(gap > 1.0 for gap in gaps) >= 4, "it was held back"
+        assert house.first_s[stranger.id] < 3000 / 256 * 3.0
+        house.wait(*users)
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+@given(
+    memory=st.sampled_from(list(Memory)),
+    shorts=st.lists(st.tuples(st.floats(0, 1.5), st.integers(2, 190), st.booleans()), max_size=25),
+    n=st.integers(500, 5000),
+)
+def test_whoever_comes_the_long_one_ends(
+    memory: Memory, shorts: list[tuple[float, int, bool]], n: int
+) -> None:
+    """Short requests at random: each is served soon, the long prompt in bounded time, and nothing is computed twice."""
+    with Paced(memory, 4, answer_s=0.05) as house:
+        house.begin()
+        stranger = long("stranger", n)
+        client, n_new, clients = house.come(stranger), n, []
+        for i, (after_s, n_short, is_left) in enumerate(shorts):
+            house.loop.pass_time(after_s)
+            job = short(f"short {i}", i, n_short)
+            clients.append(house.come(job))
+            n_new += n_short
+            if is_left:
+                house.loop.pass_time(0.01)
+                house.leave(clients[-1])
+            house.check()
+        house.wait(client, *(one for one in clients if not one.cancelled()))
+        busy_s = sum(work.seconds for work in house.main.works)
+        n_stretches = n / 256 + 1 + len(shorts)
+        assert house.first_s[stranger.id] <= busy_s + 2.0 * n_stretches
+        assert house.server.n_computed <= n_new + len(shorts)
+
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+
+def with_stream(memory: Memory, **sharing: float) -> Paced:
+    """Somebody streams for ever."""
+    house = Paced(memory, 2, **sharing)
+    house.main.answers_s[0] = 1000.0
+    house.come(short("stream"))
+    house.loop.pass_time(1.0)
+    house.begin()
+    return house
+
+
+@EVERY
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
+def test_streams_get_their_share(memory: Memory, share: float) -> None:
+    """Of all the time that the prefill takes, in pauses after each stretch; so much is told in the metrics."""
+    with with_stream(memory, decode_share=share) as house:
+        stranger = long("stranger", 6000)
+        house.wait(house.come(stranger))
+        works = house.main.of(1)
+        took_s = works[-1].ended - works[0].began
+        idle_s = took_s - sum(work.seconds for work in works)
+        assert idle_s / took_s == pytest.approx(share, abs=0.02)
+        gaps_s = [later.began - earlier.ended for earlier, later in pairwise(works)]
+        assert sum(gap_s > share * 0.2 for gap_s in gaps_s) >= 9, (
+            "often: a stream must not stand still for long"
+        )
+        assert house.metrics.prefill_pause_s._value.get() == pytest.approx(
+            idle_s, abs=0.02 * len(house.server.sent)
+        )
+        assert house.server.n_computed == 6000
+
+
+@EVERY
+def test_with_nobody_decoding_there_are_no_pauses(memory: Memory) -> None:
+    """All of the time is the prefill's."""
+    with Paced(memory, 2) as house:
+        house.begin()
+        stranger = long("stranger", 6000)
+        house.wait(house.come(stranger))
+        assert house.first_s[stranger.id] == pytest.approx(6.0, abs=0.12)
+        assert house.metrics.prefill_pause_s._value.get() == 0
+
+
+@EVERY
+def test_when_the_last_stream_ends_the_pause_does(memory: Memory) -> None:
+    """At once, and there is no other."""
+    with with_stream(memory, decode_share=0.9) as house:
+        client = house.come(long("stranger", 6000))
+        house.until(1.5)
+        assert not [op for op in house.server.pending if op.slot == 1], "it pauses"
+        house.leave(next(one for one in house.clients if one is not client))
+        left_at = house.now
+        house.wait(client)
+        works = house.main.of(1, since=left_at)
+        assert works[0].began - left_at < POLL_S
+        assert max(later.began - earlier.ended for earlier, later in pairwise(works)) < POLL_S
+
+
+@EVERY
+def test_a_share_of_nothing_pauses_never(memory: Memory) -> None:
+    """``decode_share`` 0: streams get what the server gives them by itself, and no prefill is stopped for them."""
+    with with_stream(memory, decode_share=0.0) as house:
+        stranger = long("stranger", 6000)
+        house.wait(house.come(stranger))
+        assert house.first_s[stranger.id] == pytest.approx(6.0, abs=0.15)
+        if memory is not Memory.DENSE:
+            assert house.server.sent == [(1, 5999)]
+
+
+# -- stretches ---------------------------------------------------------------------------------------------------------
+
+
+def test_of_a_dense_model_a_prompt_is_sent_in_pieces() -> None:
+    """Each takes about as long as a stretch, so that nobody has to be waited for; each goes on from the last."""
+    with Paced(Memory.DENSE, 2, batch=1024) as house:
+        house.begin()
+        house.wait(house.come(long("stranger", 6000)))
+        ends = [n for _, n in house.server.sent]
+        assert ends == sorted(ends)
+        assert ends[-1] == 5999
+        assert all(later - earlier <= STRETCH_S * 1000 + 128 for earlier, later in pairwise([0, *ends]))
+        assert house.server.n_computed == 6000
+
+
+@pytest.mark.parametrize("memory", [Memory.SWA, Memory.RECURRENT])
+def test_on_others_it_is_sent_as_a_whole_and_interrupted(memory: Memory) -> None:
+    """Each end of a prompt would leave checkpoints: it ends where the job has a boundary, and at the last token but
+    one. It is sent once, and once more for each interruption."""
+    with Paced(memory, 2, answer_s=0.001) as house:
+        house.begin()
+        job = long("stranger", 6000, boundaries=(2000, 4500))
+        client = house.come(job)
+        for at in (1.0, 3.0):
+            house.until(at)
+            house.wait(house.come(short(f"short at {at}", round(at))))
+        house.wait(client)
+        slot = house.slots[job.id]
+        sent = [n for to, n in house.server.sent if to == slot]
+        assert sent == [2000, 2000, 4500, 4500, 5999]
+        assert house.server.n_computed == 6200
+        assert house.metrics.interruptions._value.get() == 2
+        assert house.server.slots_[slot].checkpoints[:2] == (1996, 4496)
+
+
+def test_one_that_is_nearly_through_is_not_interrupted() -> None:
+    """Once it was, it would be idle no sooner than at its end."""
+    with Paced(Memory.RECURRENT, 2) as house:
+        house.begin()
+        client = house.come(long("stranger", 2000))
+        house.until(1.97)
+        house.wait(house.come(short("short")), client)
+        assert house.server.sent == [(0, 1999)]
+        assert house.metrics.interruptions._value.get() == 0
