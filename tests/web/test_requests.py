@@ -238,7 +238,6 @@ async def test_a_client_may_ask_for_leave_to_send_a_large_body(tmp_path: Path) -
         assert "Expect" not in it.fake.sent(NATIVE)[-1].headers
 
 
-@pytest.mark.xfail(strict=True, reason="assemble._is_fit does not know these formats")
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
 async def test_a_field_of_another_route_changes_nothing(tmp_path: Path, path: str) -> None:
     """llama-server does not look at it, whether the client streams or not."""

@@ -111,7 +111,6 @@ async def test_when_the_first_one_leaves_another_takes_its_part(tmp_path: Path, 
         assert await it.count("clients_left_total") == 1
 
 
-@pytest.mark.xfail(strict=True, reason="who waits is placed before the slot of who has left is seen to drain")
 @pytest.mark.parametrize("kind", ["dense", "recurrent"])
 async def test_who_takes_the_part_of_one_that_leaves_goes_on_where_it_was(tmp_path: Path, kind: str) -> None:
     """For computing it again would take longer than the server takes to notice the leaving."""

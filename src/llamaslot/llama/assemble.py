@@ -88,7 +88,7 @@ def can_assemble(body: Mapping[str, Any], kind: Format) -> bool:
     assembled. ``generation_settings`` of any native answer tells it, /props does not (ran).
     """
     given = _given(body)
-    if _n_answers(given, kind) is None or _paths(given) is None:
+    if kind not in _KNOWN or _n_answers(given, kind) is None or _paths(given) is None:
         return False
     if kind == "chat" and not _is_plain_chat(given):
         return False
