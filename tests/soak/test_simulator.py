@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 
-from llamaslot.bench.simulator.generate import generate
+from llamaslot.bench.simulator.generate import crew, generate
 from llamaslot.bench.simulator.result import Result
-from llamaslot.bench.simulator.run import Policy, Setting, simulate
+from llamaslot.bench.simulator.run import LEFT, Policy, Setting, simulate
+from llamaslot.core.policy import Rules
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 
@@ -53,3 +55,43 @@ def test_the_prototype_is_left_behind() -> None:
     assert own.n_recomputed < 0.5 * original.n_recomputed
     assert own.bytes_saved < 0.6 * original.bytes_saved
     assert own.took_s < original.took_s
+
+
+@functools.cache
+def together(rules: Rules, seed: int) -> Result:
+    """Sixteen people on eight slots for two hours: they wait for prompts more than for slots."""
+    recipe = replace(crew(16, 2.0), p_together=0.01)
+    return simulate(generate(seed, recipe), Setting(Policy.LLAMASLOT, QUARTER, 8, rules=rules))
+
+
+def test_long_prompts_in_stretches_let_others_pass() -> None:
+    """What needs little waits less than half as long, and streams get three times as much beside long prompts. All in
+    all people wait less, and the day takes as long."""
+    for seed in (1, 2, 3):
+        shared, left = together(Rules(), seed), together(LEFT, seed)
+        print(
+            f"seed {seed}: little {shared.little} s, {left.little} s; all {_mean(shared):.2f} s, {_mean(left):.2f} s"
+        )
+        assert shared.little.mean < 0.6 * left.little.mean
+        assert shared.little.p99 < 0.5 * left.little.p99
+        assert shared.prefills.stream_share > 2.5 * left.prefills.stream_share
+        assert shared.took_s < 1.02 * left.took_s
+    means = [sum(_mean(together(rules, seed)) for seed in (1, 2, 3)) for rules in (Rules(), LEFT)]
+    assert means[0] < means[1]
+
+
+def _mean(result: Result) -> float:
+    """Seconds to the first token, of all requests."""
+    waits = result.ttft.values()
+    return sum(wait.n * wait.mean for wait in waits) / sum(wait.n for wait in waits)
+
+
+def test_when_all_slots_are_taken_giving_way_costs_little() -> None:
+    """Sixty people on four: everybody waits for a slot, and who has one gains what others lose."""
+    recipe = crew(60, 1.0)
+    shared, left = (
+        simulate(generate(1, recipe), Setting(Policy.LLAMASLOT, rules=r)) for r in (Rules(), LEFT)
+    )
+    print(f"{shared.took_s / 3600:.2f} h, left to llama-server {left.took_s / 3600:.2f} h")
+    assert shared.took_s < 1.05 * left.took_s
+    assert shared.little.p99 < 0.6 * left.little.p99

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llamaslot.core.cost import Interruption, PrefillRate, Rates
@@ -185,7 +185,7 @@ ARRIVALS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=70, suppress_health_check=list(HealthCheck))
 @given(ARRIVALS, st.sampled_from([0.0, 10.0, 60.0, MAX_S]), st.sampled_from([0.001, 0.1, 1.0]))
 def test_nobody_waits_for_ever(
     arrivals: list[tuple[float, float]], max_passed_s: float, switch_s: float
@@ -208,7 +208,7 @@ def test_nobody_waits_for_ever(
         assert waited_s <= max_passed_s + before_s + rest_s + STRETCH_S + switches_s + 1e-6
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=70, suppress_health_check=list(HealthCheck))
 @given(ARRIVALS, st.sampled_from([10.0, 60.0, MAX_S]), st.sampled_from([0.001, 0.1, 1.0]))
 def test_nobody_is_interrupted_for_nothing(
     arrivals: list[tuple[float, float]], max_passed_s: float, switch_s: float

@@ -78,10 +78,23 @@ async def test_what_was_computed_at_another_place_was_not_there_before(
         answer = await it.ask(ONE + more, path=TEXT, stream=stream)
     n = 3000 + len(more)
     assert (answer.timings["cache_n"], answer.timings["prompt_n"]) == (0, n)
-    assert answer.timings["prompt_ms"] >= n * 0.1
     assert answer.last["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     if "x-llamaslot-source" in answer.headers:
         assert (answer.source, answer.n_reused) == ("cold", 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_time_at_another_place_is_told_too(tmp_path: Path, stream: bool) -> None:
+    """Of a request that was given up before its first token: it has computed for a while."""
+    async with served(tmp_path, OWN_STEPS, batch=BATCH) as it:
+        await erased(it)
+        it.fake.pace.step_s = 0.4
+        async with it.asking(ONE + "more", path=TEXT, stream=stream) as asked:
+            await it.fake.wait_for(lambda f: any(seen.client_left for seen in f.sent(TEXT)))
+            it.fake.pace.step_s, it.fake.pace.prompt_token_s = 0.0, 0.00001
+            answer = await asked
+        assert await it.count("replanned_total") == 1
+    assert answer.timings["prompt_ms"] >= 400
 
 
 @pytest.mark.parametrize("more", MORE)

@@ -128,7 +128,8 @@ class Answering:
                     await sent.aclose()
                     await self.backend.steps.stopped(self.lease, reading.n_found)
                     n_done = self.lease.content.n_tokens if self.lease.content is not None else 0
-                    own = Earlier(min(reading.n_found, n_done), n_done, 0.0)
+                    took_s = self.backend.now() - self.lease.sent_at
+                    own = Earlier(min(reading.n_found, n_done), n_done, took_s)
                     raise PlanAgain(own if self.here is None else self.here.then(own))
                 if not is_looked_at:
                     self._holds_prompt()
