@@ -136,6 +136,8 @@ class Answering:
                 is_looked_at = True
                 n_reused = self.earlier.n_reused if self.earlier is not None else reading.n_found
                 self.down.state = Prefilling(reading.n_processed, self.want.job.n_tokens, n_reused, 0.0)
+            if events:  # of progress, to who has asked for it
+                await self.down.begin(headers={**to_client(self._upstream), **SSE_HEADERS})
             await self.down.write(b"".join(events))
 
     async def _next(self) -> list[bytes] | None:
