@@ -104,6 +104,18 @@ def test_a_short_request_that_comes_while_the_long_one_waits_is_first_too(memory
 
 
 @EVERY
+def test_a_long_prompt_that_comes_behind_a_short_one_waits_for_it(memory: Memory) -> None:
+    """It has not been held back yet, however long ago anybody has prefilled; its slot is the lower one."""
+    with beside(memory, is_low=False) as house:
+        house.until(10.0)
+        asks, stranger = talk(0, 150), long("stranger", 2000)
+        clients = [house.come(asks), house.come(stranger)]
+        house.wait(*clients)
+        assert house.slots[stranger.id] < house.slots[asks.id]
+        assert house.first_s[asks.id] <= 0.15 + POLL_S
+
+
+@EVERY
 def test_nobody_is_first_any_more_once_its_answer_has_begun(memory: Memory) -> None:
     """It streams for a minute: meanwhile the long prompt is computed, but for the share of the stream."""
     with Paced(memory, 2, answer_s=60.0) as house:
@@ -301,6 +313,33 @@ def test_on_others_it_is_sent_as_a_whole_and_interrupted(memory: Memory) -> None
         assert house.server.n_computed == 6200
         assert house.metrics.interruptions._value.get() == 2
         assert house.server.slots_[slot].checkpoints[:2] == (1996, 4496)
+
+
+def test_what_a_piece_costs_is_learned() -> None:
+    """To send the prompt once more: a few milliseconds. And how fast the server is, from each piece: they take about
+    as long as a stretch soon."""
+    with Paced(Memory.DENSE, 2, batch=512) as house:
+        house.server.token_s = 0.0001
+        house.begin()
+        house.wait(house.come(long("stranger", 60_000)))
+        assert house.rates.prefill.seconds(0, 1000) == pytest.approx(0.1, rel=0.05)
+        assert house.rates.interruption.seconds < 0.02
+        ends = [n for _, n in house.server.sent]
+        assert all(4500 < later - earlier <= 5200 for earlier, later in pairwise(ends[1:-1]))
+
+
+@pytest.mark.parametrize("memory", [Memory.SWA, Memory.RECURRENT])
+def test_what_an_interruption_costs_is_learned(memory: Memory) -> None:
+    """The rest of the batch that is computed just then."""
+    with Paced(memory, 2, batch=1024, answer_s=0.001) as house:
+        house.begin()
+        client = house.come(long("stranger", 40_000))
+        for i in range(15):
+            house.until(0.1 + 2.05 * i)
+            house.wait(house.come(short(f"short {i}", i)))
+        assert 0.4 < house.rates.interruption.seconds < 1.1
+        assert house.rates.prefill.seconds(0, 1000) == pytest.approx(1.0, rel=0.05)
+        house.wait(client)
 
 
 def test_one_that_is_nearly_through_is_not_interrupted() -> None:
