@@ -14,7 +14,7 @@ from llamaslot.core.tokens import common
 from llamaslot.engine.scheduler import QueueLimits
 from llamaslot.errors import BackendRestarted
 from tests.support.house import outcome, tokens_of
-from tests.support.mainloop import BATCH_S, STRETCH_S, Paced, long, short, talk
+from tests.support.mainloop import BATCH, BATCH_S, STRETCH_S, Paced, long, short, talk
 
 EVERY = pytest.mark.parametrize("memory", list(Memory))
 
@@ -141,6 +141,70 @@ def test_one_that_has_just_begun_is_the_one_that_goes_on(memory: Memory) -> None
         assert began, "it is ahead by more than that"
         assert not [work for work in house.main.of(1 - slot) if work.began > began[0]]
         house.wait(*clients)
+
+
+@EVERY
+def test_one_that_waits_for_streams_is_passed_by_one_that_is_overdue_by_then(memory: Memory) -> None:
+    """Nothing happens but that time passes: whoever wakes up and is not next any more wakes the one who is."""
+    with Paced(memory, 3, decode_share=0.9, max_passed_s=1.5) as house:
+        house.main.answers_s[0] = 1000.0
+        house.come(short("stream"))
+        house.loop.pass_time(1.0)
+        house.begin()
+        patient = long("patient", 6000, 1)
+        house.come(patient)
+        house.until(0.8)
+        n_done = len(house.main.of(house.slots[patient.id]))
+        house.come(long("passes", 1000, 2))  # which is ahead, and waits for the end of the pause
+        house.until(8.0)
+        assert not house.main.of(house.slots["passes"])
+        assert len(house.main.of(house.slots[patient.id])) > n_done
+        for client in list(house.clients):
+            house.leave(client)
+
+
+@pytest.mark.parametrize("memory", [Memory.SWA, Memory.RECURRENT])
+def test_a_long_one_is_restored_between_two_batches(memory: Memory) -> None:
+    """Each of its slot actions would wait for a batch of the one that is computed. That goes on as soon as they are
+    over, for it has less left."""
+    with Paced(memory, 2, answer_s=0.001) as house:
+        house.talk()
+        house.loop.run(house.writeback.save_all())
+        house.wait(house.come(long("over", 600, 1)), house.come(long("too", 600, 2)))
+        house.loop.run(house.writeback.save_all())
+        house.begin()
+        client = house.come(long("current", 3000, 3))
+        house.until(1.05)
+        back = Job("back", talk(0).tokens + tokens_of(1, 6000))
+        clients = [client, house.come(back)]
+        house.until(2.0)
+        works = [work for work in house.main.works if work.ended > house.began + 1.05]
+        own = [n for n, work in enumerate(works) if work.slot == house.slots["back"]]
+        assert [works[n].kind for n in own] == ["erase", "restore"]
+        assert own == [1, 2], "the batch that was under way, and then at once"
+        assert works[3].began - works[2].ended < 0.05
+        house.wait(*clients)
+        assert order_of(house, long("current", 3000, 3), back) == ["current", "back"]
+
+
+@pytest.mark.parametrize("memory", [Memory.SWA, Memory.RECURRENT])
+def test_while_a_trunk_is_saved_the_next_one_waits_for_just_that(memory: Memory) -> None:
+    """A batch of it would be in the way of the save."""
+    with Paced(memory, 2, answer_s=0.001) as house:
+        house.begin()
+        maker = long("maker", 10_000, 1, n_system=1000, boundaries=(1000,))
+        clients = [house.come(maker)]
+        house.until(0.5)
+        clients.append(house.come(long("other", 3000, 2)))
+        house.until(1.5)
+        kinds = [(work.kind, work.slot) for work in house.main.works if work.n_tokens != BATCH]
+        other = house.slots["other"]
+        (save,) = (work for work in house.main.works if work.kind == "save")
+        began = house.main.of(other)[0].began
+        assert kinds[-1] == ("save", house.slots["maker"])
+        assert save.ended <= began < save.ended + 0.05
+        house.wait(*clients)
+        assert order_of(house, maker, long("other", 3000, 2)) == ["other", "maker"]
 
 
 # -- requests that choose their slots ----------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def _tasks(options: argparse.Namespace) -> list[_Task]:
         for seed in ([0] if options.trace else options.seeds)
         for disk in options.disk
         for policy in options.policies
-        for prefill, rules in _prefills(options)
+        for prefill, rules in ([("-", Rules())] if policy is Policy.ORIGINAL else _prefills(options))
     ]
 
 

@@ -59,14 +59,14 @@ class Prefills:
     """What llamaslot computed ahead of clients' own requests: ``n`` requests for that, ``n_closed`` of them on the way.
 
     ``waited_s`` for others, of which ``paused_s`` for streams. ``stream_share``: of its full speed, what a stream had
-    while there were long prompts.
+    while there were long prompts; None where nobody knows of these.
     """
 
     n: int = 0
     n_closed: int = 0
     waited_s: float = 0.0
     paused_s: float = 0.0
-    stream_share: float = 1.0
+    stream_share: float | None = None
 
 
 @dataclass(slots=True)
@@ -235,8 +235,9 @@ def _line(result: Result, lru: Result | None, clairvoyant: Result | None) -> str
 def _waiting(result: Result) -> str:
     first, follow_up, side = result.ttft.values()
     prefills = result.prefills
+    beside = f"{prefills.stream_share:.2f}" if prefills.stream_share is not None else "-"
     return (
         f"{_name(result)} {first!s:<24} {follow_up!s:<24} {side!s:<24} {result.little!s:<20} {result.slowed!s:<21}"
-        f" {result.stream_share:5.2f} {result.slow_stream:5.2f} {prefills.stream_share:6.2f}"
+        f" {result.stream_share:5.2f} {result.slow_stream:5.2f} {beside:>6}"
         f" {result.gap_longest_s:5.1f} {prefills.n:9d} {prefills.n_closed:7d} {result.n_twice / 1e3:5.0f} k"
     )

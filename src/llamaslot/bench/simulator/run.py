@@ -135,5 +135,7 @@ class _Run:
             sample = by.metrics.registry.get_sample_value
             found.waited_s = sample("llamaslot_prefill_wait_seconds_sum") or 0.0
             found.paused_s = sample("llamaslot_prefill_pause_seconds_total") or 0.0
-            found.stream_share = by.beside.n_tokens * step_s / by.beside.seconds if by.beside.seconds else 1.0
+            found.stream_share = (
+                by.beside.n_tokens * step_s / by.beside.seconds if by.beside.seconds else None
+            )
         return found
