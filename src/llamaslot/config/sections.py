@@ -1,0 +1,139 @@
+"""The sections of config.yaml, each a frozen model. docs/configuration.md describes each key."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo
+
+from llamaslot.config.values import (
+    GIB,
+    MIB,
+    Count,
+    FilePath,
+    Port,
+    Seconds,
+    Section,
+    Size,
+    anchored,
+    key_file,
+    number,
+    read_key,
+    server_url,
+)
+from llamaslot.errors import ConfigError
+from llamaslot.llama.process import EMBEDDED_MODEL, ManagedConfig
+from llamaslot.llama.routes import Gate
+
+
+def _managed(value: object, info: ValidationInfo) -> object:
+    """``command`` and ``args`` may be one line, as typed in a shell, and have numbers in them; paths are anchored."""
+    if not isinstance(value, dict):
+        return value
+    value = dict(value)
+    for key in ("command", "args"):
+        words = value.get(key)
+        if isinstance(words, str):
+            value[key] = _split(words, key)
+        elif isinstance(words, list):
+            value[key] = [str(word) if type(word) in (int, float) else word for word in words]
+    if isinstance(model := value.get("model"), str) and model not in ("", EMBEDDED_MODEL):
+        value["model"] = str(anchored(Path(model), info))
+    return value
+
+
+def _split(line: str, key: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise ValueError(f"{key} can not be split into words ({error}); write a list instead") from error
+
+
+class ListenConfig(Section):
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    port: Port = 8081
+    max_body: Annotated[Size, Field(gt=0)] = 64 * MIB
+
+
+class BackendConfig(Section):
+    """One llama-server: either where it runs (``url``) or how to run it (``managed``)."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "llama"
+    url: Annotated[str, AfterValidator(server_url)] | None = None
+    slot_save_path: FilePath | None = None
+    api_key: Annotated[SecretStr, Field(min_length=1)] | None = None
+    api_key_file: Annotated[FilePath, AfterValidator(key_file)] | None = None
+    managed: Annotated[ManagedConfig, BeforeValidator(_managed)] | None = None
+
+    def resolve_api_key(self) -> str | None:
+        """The key that llama-server wants, read from its file at each call; None where it wants none.
+
+        Raises ConfigError when the file, readable at the start, is not any more.
+        """
+        if self.api_key is not None:
+            return self.api_key.get_secret_value()
+        if self.api_key_file is None:
+            return None
+        try:
+            return read_key(self.api_key_file)
+        except ValueError as error:
+            raise ConfigError(str(self.api_key_file), [f"api_key_file: {error}"]) from error
+
+
+def default_meta_dir() -> Path:
+    """systemd's StateDirectory where there is one, else /var/lib/llamaslot for root, else the XDG state directory."""
+    if given := os.environ.get("STATE_DIRECTORY"):
+        return Path(given.split(":")[0])
+    if os.geteuid() == 0:
+        return Path("/var/lib/llamaslot")
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "llamaslot"
+
+
+class StoreConfig(Section):
+    quota: Size = 20 * GIB
+    max_files: Annotated[Count, Field(gt=0)] = 10_000
+    min_free: Size = 1 * GIB
+    meta_dir: FilePath = Field(default_factory=default_meta_dir)
+    idle_save_s: Seconds = 2.0
+
+
+class RoutingConfig(Section):
+    similarity_min: Annotated[float, BeforeValidator(number), Field(gt=0, le=1)] = 0.85
+    small_prompt_tokens: Count = 1024
+
+
+class PrefillConfig(Section):
+    own_above_s: Seconds = 1.0
+    decode_share: Annotated[float, BeforeValidator(number), Field(ge=0, le=0.9)] = 0.1
+    stretch_s: Annotated[Seconds, Field(gt=0)] = 0.5
+    max_held_s: Seconds = 2.0
+    max_passed_s: Seconds = 120.0
+
+
+class QueueConfig(Section):
+    max_waiting: Count = 256
+    max_wait_s: Annotated[Seconds, Field(gt=0)] = 600.0
+
+
+class StreamConfig(Section):
+    keepalive_s: Annotated[Seconds, Field(gt=0)] = 10.0
+    comments: bool = True
+
+
+class PassthroughConfig(Section):
+    allow: tuple[Gate, ...] = ()
+
+
+class ShutdownConfig(Section):
+    save_s: Seconds = 60.0
+    drain_s: Seconds = 30.0
+
+
+class LogConfig(Section):
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
+    ] = "info"

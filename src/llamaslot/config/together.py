@@ -1,0 +1,94 @@
+"""Faults that no setting has by itself. Reads raw data of any shape: what is wrong with that is found elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationInfo
+
+from llamaslot.config.values import LOOPBACK, anchored
+from llamaslot.errors import LlamaslotError
+from llamaslot.faults import Loc
+from llamaslot.llama.process import EMBEDDED_MODEL, smollm2_path
+
+
+def wrong_together(raw: Any, info: ValidationInfo) -> Iterator[tuple[Loc, str]]:
+    """Faults that no value has by itself. Reads raw data of any shape: what is wrong with that is found elsewhere."""
+    if not isinstance(raw, dict) or not isinstance(backends := raw.get("backends"), list | tuple):
+        return
+    if not backends:
+        yield ("backends",), "is empty: one backend is needed, with url or managed"
+    if len(backends) > 1:
+        yield ("backends",), f"one backend for now, not {len(backends)}"
+    listen = raw.get("listen")
+    own_port = listen.get("port", 8081) if isinstance(listen, dict) else 8081
+    for i, backend in enumerate(backends):
+        if isinstance(backend, dict):
+            if raw.get("prewarm") and not backend.get("managed") and backend.get("slot_save_path") is None:
+                yield (
+                    ("prewarm",),
+                    f"needs backends[{i}].slot_save_path: what is computed ahead is kept there",
+                )
+            for key, message in _wrong_in_backend(backend, own_port, info):
+                yield ("backends", i, *key), message
+
+
+def _wrong_in_backend(
+    backend: dict[str, Any], own_port: object, info: ValidationInfo
+) -> Iterator[tuple[Loc, str]]:
+    url, managed = backend.get("url"), backend.get("managed")
+    if url is not None and managed is not None:
+        yield (
+            ("managed",),
+            "not together with url: llamaslot starts a llama-server (managed) or finds one (url)",
+        )
+    if url is None and managed is None:
+        yield (), "needs url (where a llama-server runs) or managed (how to run one)"
+    if backend.get("api_key") is not None and backend.get("api_key_file") is not None:
+        yield ("api_key_file",), "not together with api_key; the file keeps the key out of this one"
+    if isinstance(url, str) and url.rstrip("/").endswith(tuple(f"//{host}:{own_port}" for host in LOOPBACK)):
+        yield (
+            ("url",),
+            f"is llamaslot's own address: llama-server needs another port than listen.port {own_port}",
+        )
+    if isinstance(managed, dict):
+        for key, message in _wrong_in_managed(managed, own_port, info):
+            yield ("managed", key), message
+
+
+def _wrong_in_managed(
+    managed: dict[str, Any], own_port: object, info: ValidationInfo
+) -> Iterator[tuple[str, str]]:
+    if managed.get("port") is not None and managed["port"] == own_port:
+        yield "port", "is listen.port too; without it a free one is taken"
+    command, model = managed.get("command"), managed.get("model")
+    if command is None:
+        if importlib.util.find_spec("xllamacpp") is None:
+            yield (
+                "command",
+                "is missing, and the embedded engine is not installed: pip install 'llamaslot[embedded]'",
+            )
+        # With a command the model may lie where only that command sees it (a container).
+        if (
+            isinstance(model, str)
+            and model not in ("", EMBEDDED_MODEL)
+            and not anchored(Path(model), info).is_file()
+        ):
+            yield "model", f"there is no such file: {anchored(Path(model), info)}"
+    elif (program := _first_word(command)) and shutil.which(program) is None:
+        yield "command", f"there is no program {program} (in PATH, if it has no slash)"
+    if model == EMBEDDED_MODEL:
+        try:
+            smollm2_path()
+        except LlamaslotError as error:
+            yield "model", str(error)
+
+
+def _first_word(command: object) -> str | None:
+    """The program in a command of either form; None where the command has a fault of its own."""
+    words = command.split() if isinstance(command, str) else command
+    return words[0] if isinstance(words, list) and words and isinstance(words[0], str) else None

@@ -1,0 +1,113 @@
+"""What single settings may be: sizes, times, paths, addresses. Each fault says what would be right."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+
+from llamaslot.llama.chat_file import read_chat_file
+from llamaslot.llama.routes import KNOWN_GATES
+
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1024**4}
+
+#: What `passthrough.allow` may name: routes that change llama-server or reach out from it.
+GUARDED_ROUTES = KNOWN_GATES
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+def parse_size(value: object) -> int:
+    """Bytes from ``64MiB``, ``1.5 GB`` or a plain whole number. Raises ValueError that says what would be right."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    found = (
+        re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]i?B|B)?", value.strip(), re.I)
+        if isinstance(value, str)
+        else None
+    )
+    if found is None or (found[2] is None and "." in found[1]):
+        raise ValueError(f"should be a size such as 64MiB or 200GiB, or a number of bytes; not {value!r}")
+    return int(float(found[1]) * _UNITS[found[2].upper()]) if found[2] else int(found[1])
+
+
+def number(value: object) -> object:
+    """YAML's ``on`` and ``yes`` are True, which Python would take for the number 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"should be a number, not {'on' if value else 'off'}")
+    return value
+
+
+def anchored(path: Path, info: ValidationInfo) -> Path:
+    """``~`` expanded; a relative path starts at the directory of the config file."""
+    if str(path) == ".":
+        raise ValueError("should be a path, and is empty")
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: there is no such home directory") from error
+    directory: Path = (info.context or {}).get("directory") or Path.cwd()
+    return directory / path
+
+
+def server_url(url: str) -> str:
+    """``scheme://host:port[/prefix]`` without a slash at its end. Raises ValueError."""
+    if "://" not in url:
+        raise ValueError(f"should begin with http:// or https://; did you mean http://{url}?")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"is not a URL that can be used ({error}); one is http://127.0.0.1:8080") from None
+    if parts.scheme not in ("http", "https"):
+        raise ValueError(f"should begin with http:// or https://, not {parts.scheme}://")
+    if not parts.hostname or port == 0:
+        raise ValueError(f"should name a host and a port, such as http://127.0.0.1:8080; not {url!r}")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError(
+            "should be an address only, without user, query or fragment; a key goes into api_key"
+        )
+    path = parts.path.rstrip("/")
+    if path.endswith("/v1"):
+        raise ValueError("should be llama-server's root, without the /v1 at its end")
+    return f"{parts.scheme}://{parts.netloc}{path}"
+
+
+def read_key(path: Path) -> str:
+    """The key in a file of one line. Raises ValueError that says what is wrong with the file."""
+    try:
+        key = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not text"
+        raise ValueError(f"{path} can not be read: {why}") from error
+    if not key or "\n" in key:
+        raise ValueError(
+            f"{path} should hold the key alone, on one line; it {'has more' if key else 'is empty'}"
+        )
+    return key
+
+
+def key_file(path: Path) -> Path:
+    read_key(path)
+    return path
+
+
+def chat_file(path: Path) -> Path:
+    read_chat_file(path)
+    return path
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
+Count = Annotated[int, BeforeValidator(number), Field(ge=0)]
+Port = Annotated[int, BeforeValidator(number), Field(ge=1, le=65535)]
+Seconds = Annotated[float, BeforeValidator(number), Field(ge=0, allow_inf_nan=False)]
+FilePath = Annotated[Path, AfterValidator(anchored)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
