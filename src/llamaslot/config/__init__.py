@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     ModelWrapValidatorHandler,
     ValidationError,
@@ -36,6 +37,7 @@ from llamaslot.config.together import wrong_together
 from llamaslot.config.values import GUARDED_ROUTES, FilePath, Section, chat_file, parse_size
 from llamaslot.errors import ConfigError
 from llamaslot.faults import fault_lines, read_yaml
+from llamaslot.llama.rewrite import RewriteRule, distinct, ready
 
 
 class Config(Section):
@@ -52,6 +54,9 @@ class Config(Section):
     shutdown: ShutdownConfig = ShutdownConfig()
     log: LogConfig = LogConfig()
     prewarm: tuple[Annotated[FilePath, AfterValidator(chat_file)], ...] = ()
+    rewrite: Annotated[
+        tuple[Annotated[RewriteRule, BeforeValidator(ready)], ...], AfterValidator(distinct)
+    ] = ()
 
     @classmethod
     def load(cls, path: str | Path) -> Config:

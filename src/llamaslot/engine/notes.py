@@ -58,6 +58,11 @@ class Note:
         decision = self._begun()
         decision.n_expected, decision.n_reused = n_expected, n_reused
 
+    def rewrote(self, rules: list[str]) -> None:
+        """Rules have changed its system prompt before anything else was done."""
+        if rules:
+            self._begun().rewrote = rules
+
     def ended(self) -> None:
         """It waits no longer, served or not. Idempotent."""
         if self.decision is not None and self.decision.waits:

@@ -68,6 +68,7 @@ class Decision:
 
     ``at`` is in seconds since 1970. ``queued_s``: how long it waited for its slot, in all. ``n_expected``: tokens that
     were expected to be reused when the steps were through; ``n_reused``: those that were, None until that is known.
+    ``rewrote``: rules that have changed its system prompt.
     """
 
     id: str
@@ -81,6 +82,7 @@ class Decision:
     n_reused: int | None = None
     waits: list[Waited] = field(default_factory=list)
     acts: list[Act] = field(default_factory=list)
+    rewrote: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         waits = [
@@ -104,6 +106,7 @@ class Decision:
             "n_reused": self.n_reused,
             "waits": waits,
             "acts": [dataclasses.asdict(act) for act in self.acts],
+            "rewrote": self.rewrote,
             "text": explain(self),
         }
 

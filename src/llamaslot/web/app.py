@@ -30,6 +30,7 @@ from llamaslot.web.completions import Completions
 from llamaslot.web.downstream import MISTAKE, StreamRules, error_response, notice_silence
 from llamaslot.web.headers import allow_origin
 from llamaslot.web.passthrough import Passthrough
+from llamaslot.web.rewriting import SystemPrompts, tell_rewrote
 from llamaslot.web.status import Status
 
 log = logging.getLogger(__name__)
@@ -44,13 +45,15 @@ class App:
         self.config, self.backend = config, backend
         rules = StreamRules(config.stream.keepalive_s, config.stream.comments)
         self._passthrough = Passthrough(backend, config.listen.max_body)
-        self._completions = Completions(backend, rules, config.listen.max_body, self._passthrough)
-        self._status = Status(backend)
+        prompts = SystemPrompts(config.rewrite, backend.metrics)
+        self._completions = Completions(backend, rules, config.listen.max_body, self._passthrough, prompts)
+        self._status = Status(backend, prompts)
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=self.config.listen.max_body)
         app.router.add_route("*", "/{path:.*}", self.handle)
         app.on_response_prepare.append(allow_origin)
+        app.on_response_prepare.append(tell_rewrote)
         return app
 
     async def handle(self, request: web.Request) -> web.StreamResponse:

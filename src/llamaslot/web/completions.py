@@ -31,6 +31,7 @@ from llamaslot.web.downstream import MISTAKE, Downstream, StreamRules
 from llamaslot.web.headers import to_server
 from llamaslot.web.jobs import ATTEMPTS, Wanted, request_id, wanted
 from llamaslot.web.passthrough import Passthrough
+from llamaslot.web.rewriting import SystemPrompts, rewrote
 from llamaslot.web.several import Part, joined
 
 log = logging.getLogger(__name__)
@@ -41,14 +42,23 @@ _REPLANS = 2  # for a slot that holds less than was believed
 class Completions:
     """Serves the routes whose prompts are known token by token."""
 
-    def __init__(self, backend: Backend, rules: StreamRules, max_body: int, passthrough: Passthrough) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        rules: StreamRules,
+        max_body: int,
+        passthrough: Passthrough,
+        prompts: SystemPrompts,
+    ) -> None:
         self._backend, self._rules, self._max_body = backend, rules, max_body
-        self._passthrough = passthrough
+        self._passthrough, self._prompts = passthrough, prompts
 
     async def handle(self, request: web.Request, route: Route) -> web.StreamResponse:
         """Cancelling (the client has gone) gives the slot back, at once or when the server is through with it."""
         raw = await read_body(request, self._max_body)
         body = parse_object(raw)
+        if self._prompts.rewrite(request, body, route.format):
+            raw = orjson.dumps(body)
         unrecognized = partial(self._passthrough.in_turn, request, route, raw)
         exchange = _Exchange(self._backend, self._rules, request, route, body, unrecognized)
         return await exchange.run()
@@ -193,6 +203,7 @@ class _Exchange:
                 if lease.pool is not met.pool:
                     raise BackendRestarted("llama-server has restarted")  # and may have another model now
                 self.backend.metrics.queue_s.observe(time.monotonic() - queued)
+                lease.note.rewrote(rewrote(self.request))
                 here = await self.backend.steps.prepare(lease, self.down.say, may_replan=may_replan)
                 turn: Turn | None = None
                 if job.n_children:

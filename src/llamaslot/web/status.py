@@ -10,11 +10,13 @@ from llamaslot import __version__
 from llamaslot.engine.backend import Backend, Health
 from llamaslot.errors import BadRequest, NotFound
 from llamaslot.observe.journal import KEPT
+from llamaslot.web.rewriting import SystemPrompts
 
 
 class Status:
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, prompts: SystemPrompts | None = None) -> None:
         self._backend = backend
+        self._prompts = prompts or SystemPrompts((), backend.metrics)
 
     async def handle(self, request: web.Request) -> web.Response:
         match request.path:
@@ -74,6 +76,7 @@ class Status:
                 "quota_bytes": catalog.quota_bytes if catalog else 0,
             },
             "queue": backend.scheduler.n_waiting,
+            "rewrite": self._prompts.report(),
         }
 
     def journal(self, n: str) -> dict[str, Any]:

@@ -1,0 +1,191 @@
+"""Rules that make what moves in a system prompt stand still, before it breaks the prefix of everything behind it.
+
+A system prompt stands first: a date, a random id or a checksum in it changes with each request or each day, and no
+token behind it is found again. A rule replaces what its pattern matches by the same text each time. Texts of users,
+answers and tools are never looked at.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_args
+
+import regex  # type: ignore[import-untyped]  # compiled, without stubs
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from llamaslot.llama.routes import Format
+
+LIMIT_S = 0.05  # of computing, per rule and request
+MAX_CHARS = 4096
+
+_SYSTEM = ("system", "developer")
+
+#: The formats that have a system prompt.
+Spoken = Literal["chat", "responses", "messages"]
+SPOKEN: tuple[Spoken, ...] = get_args(Spoken)
+
+
+class RewriteRule(BaseModel):
+    """One entry of ``rewrite``. ``pattern`` is one of Python's ``re``; ``max_chars``: so much of the beginning of each
+    text is looked at."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+    pattern: Annotated[str, Field(min_length=1)]
+    replace: str
+    formats: Annotated[tuple[Spoken, ...], Field(min_length=1)] = SPOKEN
+    max_chars: Annotated[int, Field(ge=1, strict=True)] = MAX_CHARS
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            matches_nothing = re.compile(pattern).search("") is not None
+            regex.compile(pattern)
+        except (re.error, regex.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"is no regular expression that Python knows: {error}") from None
+        if matches_nothing:
+            raise ValueError("matches the empty text too, and so everywhere: it should ask for something")
+        return pattern
+
+    @model_validator(mode="after")
+    def _has_its_groups(self) -> RewriteRule:
+        try:
+            re.compile(self.pattern).sub(self.replace, "")
+        except (re.error, IndexError) as error:
+            raise ValueError(f"replace: {error}; a backslash that is meant is written twice") from None
+        return self
+
+
+#: Rules that ``rewrite`` may name. Each is for a text that is known to move, and is nothing that a model needs.
+READY = {
+    # Claude Code's first system block: ``x-anthropic-billing-header: cc_version=2.1.37.0d9; cc_entrypoint=cli;
+    # cch=fa690;``. ``cch`` is another one for each request, the end of ``cc_version`` for each conversation. Newer
+    # builds of llama-server make the former stand still (``anthropic``), the latter none.
+    # The fields are named one by one: where a client joins its blocks, text follows on the same line.
+    "claude-code-attribution": RewriteRule(
+        name="claude-code-attribution",
+        pattern=r"\Ax-anthropic-billing-header:(?:[ \t]*[A-Za-z_][A-Za-z0-9_]*=[^;\s]*(?:;|(?=\s|\Z)))+",
+        replace="x-anthropic-billing-header: cch=fffff;",
+    )
+}
+
+
+def ready(value: object) -> object:
+    """A rule that is only named is one of ``READY``. Raises ValueError that names those."""
+    if isinstance(value, str):
+        if value not in READY:
+            raise ValueError(
+                f"there is no ready rule {value!r}: there is {', '.join(READY)}; a rule of your own has the keys name,"
+                " pattern and replace"
+            )
+        return READY[value]
+    return value
+
+
+def distinct(rules: tuple[RewriteRule, ...]) -> tuple[RewriteRule, ...]:
+    """Raises ValueError when two have the same name."""
+    names = [rule.name for rule in rules]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two rules are named {', '.join(twice)}")
+    return rules
+
+
+@dataclass(slots=True)
+class Rewriter:
+    """One rule and what it has done since the start: requests that it has changed (``n_fired``), and those where it
+    was given up after ``LIMIT_S``."""
+
+    rule: RewriteRule
+    n_fired: int = 0
+    n_given_up: int = 0
+    _pattern: Any = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._pattern = regex.compile(self.rule.pattern)
+
+    def rewrite(self, text: str, limit_s: float = LIMIT_S) -> str:
+        """The text with every match replaced. Raises TimeoutError after ``limit_s`` of computing.
+
+        What ends where the part that is looked at ends may have been cut, and stays.
+        """
+        looked_at, rest = text[: self.rule.max_chars], text[self.rule.max_chars :]
+
+        def replaced(match: Any) -> str:
+            if match.end() == match.start() or (rest and match.end() == len(looked_at)):
+                return str(match[0])
+            return str(match.expand(self.rule.replace))
+
+        made: str = self._pattern.sub(replaced, looked_at, timeout=limit_s)
+        return text if made == looked_at else made + rest
+
+
+class Rewriting:
+    """All rules, in their order: each sees what the one before has left."""
+
+    def __init__(self, rules: tuple[RewriteRule, ...] = ()) -> None:
+        self.rewriters = [Rewriter(rule) for rule in rules]
+
+    def apply(self, body: MutableMapping[str, Any], kind: Format) -> tuple[list[str], list[str]]:
+        """Change ``body`` in place. The names of the rules that have changed something, and of those given up."""
+        fired, given_up = list[str](), list[str]()
+        for rewriter in self.rewriters:
+            if kind not in rewriter.rule.formats:
+                continue
+            has_fired, began = False, time.perf_counter()
+            for holder, key in system_texts(body, kind):
+                try:
+                    left_s = began + LIMIT_S - time.perf_counter()
+                    if left_s <= 0:
+                        raise TimeoutError
+                    text = rewriter.rewrite(holder[key], left_s)
+                except TimeoutError:
+                    rewriter.n_given_up += 1
+                    given_up.append(rewriter.rule.name)
+                    break
+                if text is not holder[key]:
+                    holder[key], has_fired = text, True
+            if has_fired:
+                rewriter.n_fired += 1
+                fired.append(rewriter.rule.name)
+        return fired, given_up
+
+
+def system_texts(body: Mapping[str, Any], kind: Format) -> Iterator[tuple[Any, Any]]:
+    """The texts of the system prompt, each as what holds it and the key under which it stands there.
+
+    Messages of role ``system`` or ``developer`` wherever they stand, ``system`` and ``instructions``. A body of another
+    shape has none of those: llama-server's own 400 says it best.
+    """
+    match kind:
+        case "chat":
+            yield from _of_messages(body.get("messages"))
+        case "messages":
+            yield from _of(body, "system")
+            yield from _of_messages(body.get("messages"))
+        case "responses":
+            yield from _of(body, "instructions")
+            yield from _of_messages(body.get("input"))
+        case "openai-completion" | "native-completion":
+            return
+
+
+def _of_messages(messages: Any) -> Iterator[tuple[Any, Any]]:
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, Mapping) and message.get("role") in _SYSTEM:
+            yield from _of(message, "content")
+
+
+def _of(holder: Any, key: str) -> Iterator[tuple[Any, Any]]:
+    """A text, or the parts that have one."""
+    match holder.get(key):
+        case str():
+            yield holder, key
+        case list() as parts:
+            for part in parts:
+                if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+                    yield part, "text"
