@@ -69,6 +69,21 @@ async def test_text_that_comes_with_progress_is_passed_on() -> None:
     assert await passed(reading(event_of({**delta, "prompt_progress": PROGRESS}))) == event_of(delta)
 
 
+async def test_a_response_is_said_to_be_in_progress_once() -> None:
+    """Also to who has not asked for progress; the others read it after each batch."""
+    created = event_of({"type": "response.created"}, b"event: response.created\n")
+    plain = event_of({"type": "response.in_progress"}, b"event: response.in_progress\n")
+    told = event_of({"type": "response.in_progress", "prompt_progress": PROGRESS}, plain)
+    assert await passed(reading(created, told, told)) == created + plain
+    assert await passed(reading(created + told + told, wants_progress=True)) == created + told + told
+
+
+async def test_a_response_is_not_created_before_its_place_is_known() -> None:
+    """The first event of progress tells whether it is asked for again elsewhere, where it is created once more."""
+    it = reading(event_of({"type": "response.created"}, b"event: response.created\n"))
+    assert await it.next() == []
+
+
 @pytest.mark.parametrize(
     "last",
     [b"data: [DONE]\n\n", STOP, event_of({"content": "", "stop": True, "timings": {}}),

@@ -14,7 +14,8 @@ from llamaslot.web.downstream import BROKEN_OFF
 
 _NOTED = (b'"timings"', b'"error"', b'"prompt_progress"', b'"usage"')
 _LAST = (b"data: [DONE]", b"event: message_stop", b"event: response.completed", b"event: error")
-_BEFORE_TOKENS = (b"event: response.created", b"event: response.in_progress")
+_CREATED, _IN_PROGRESS = b"event: response.created", b"event: response.in_progress"
+_BEFORE_TOKENS = (_CREATED, _IN_PROGRESS)
 
 
 class Reading:
@@ -47,6 +48,7 @@ class Reading:
         self.assembly = assembly
         self._upstream, self._earlier, self._wants_progress = upstream, earlier, wants_progress
         self._n_left, self._start = n_answers, start
+        self._created, self._is_in_progress = b"", False
         self._splitter = EventSplitter()
 
     async def next(self) -> list[bytes] | None:
@@ -65,7 +67,7 @@ class Reading:
     @property
     def rest(self) -> bytes:
         """What came after the last whole event."""
-        return b"" if self.assembly is not None else self._splitter.rest
+        return b"" if self.assembly is not None else self._created + self._splitter.rest
 
     async def whole(self) -> bytes:
         """The answer in one piece, its numbers put right."""
@@ -106,12 +108,24 @@ class Reading:
             if isinstance(payload, dict):
                 self.assembly.feed(payload)
             return b""
+        if event.startswith(_CREATED):  # told with what follows: at another place there would be a second one
+            self._created = event
+            return b""
         if is_progress and not self._wants_progress:
-            return b"" if not _has_text(payload) else event_of(_without_progress(payload))
+            if not (_has_text(payload) or self._is_first_in_progress(event)):
+                return b""
+            event = event_of(_without_progress(payload), event)
         start, self._start = self._start, b""
         if event.startswith((b"event: message_start", b"event: error")):
             start = b""
-        return start + (self._earlier.correct_event(event) if self._earlier is not None else event)
+        created, self._created = self._created, b""
+        return created + start + (self._earlier.correct_event(event) if self._earlier is not None else event)
+
+    def _is_first_in_progress(self, event: bytes) -> bool:
+        """``response.in_progress`` is told once where nobody has asked for progress, and then once for each batch."""
+        is_first = event.startswith(_IN_PROGRESS) and not self._is_in_progress
+        self._is_in_progress = self._is_in_progress or is_first
+        return is_first
 
     def _note(self, payload: Any) -> None:
         if not isinstance(payload, dict):
