@@ -92,6 +92,7 @@ class House:
         self.memory = server.memory  # what llamaslot takes the model for
         self.is_unnoticed = False  # the server is another process than the one that the pool describes
         server.guard, server.guard_landing = self._guard, self._guard_landing
+        server.asker = self._asker
         self._log = _Collector(self.faults)
         logging.getLogger("llamaslot.tasks").addHandler(self._log)
         loop.set_exception_handler(lambda _, context: self.faults.append(repr(context)))
@@ -153,6 +154,13 @@ class House:
         if pool.slots[slot_id].state is not State.LEASED:
             self.server.violation(f"something was sent to {pool.slots[slot_id]!r}")
 
+    def _asker(self, slot_id: int) -> Job | None:
+        """Whose prompt is computed in a slot; None for what is only made ready to be saved."""
+        leases = self.scheduler.leases
+        mine = [lease for lease in leases if lease.slot is not None and lease.slot_id == slot_id]
+        clients = [lease for lease in mine if lease.plan is not None and lease.phase is not Phase.ACTING]
+        return clients[0].job if clients and not self.is_unnoticed else None
+
     def _guard_landing(self, slot_id: int) -> None:
         """A slot whose answer has just ended may be hit; one whose holder is between two steps must not."""
         pool, turn = self.scheduler.pool, self.scheduler._turn
@@ -186,7 +194,7 @@ class House:
         """A request whose slot the server chooses, as ``web`` serves it."""
         with await self.scheduler.lease(job) as lease:
             async with self.turns.take(lease, _say_nothing) as turn:
-                async with self.server.run_unpinned(tokens):
+                async with self.server.run_unpinned(tokens, job):
                     pass
                 await turn.settle()
 
@@ -331,7 +339,7 @@ class _Asking:
             if may_replan and is_far_off(lease, n_expected, n_found):
                 raise _Misplaced(n_found)
 
-        is_cold = earlier is None and (job.is_fresh or lease.content is None)
+        is_cold = earlier is None and (job.is_cold or lease.content is None)
         lease.sent()
         async with house.server.run(
             lease.slot_id,

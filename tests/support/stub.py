@@ -17,7 +17,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 from llamaslot.core.reuse import CHECKPOINT_BACK, Memory
-from llamaslot.core.slots import Kind
+from llamaslot.core.slots import Job, Kind
+from llamaslot.core.spaces import SHARED, Space
 from llamaslot.core.tokens import common, count, head
 from llamaslot.errors import (
     BackendDown,
@@ -59,6 +60,7 @@ class StubSlot:
     checkpoints: tuple[int, ...] = ()
     is_restored: bool = False  # and has computed nothing since: a sliding window has none of it yet
     is_lost: bool = False  # emptied behind everybody's back; nothing has begun in it since
+    space: Space = SHARED  # where what it holds was computed
     is_mixed: bool = False  # work of an earlier process of llamaslot, or of a stranger
 
 
@@ -87,6 +89,10 @@ class StubServer:
         self.sent: list[tuple[int, int]] = []  # prefills: to which slot, and of how many tokens
         self.guard: Callable[[int], None] = lambda slot: None  # called for what is sent to a slot
         self.guard_landing: Callable[[int], None] = lambda slot: None  # and where the server itself chose it
+        self.asker: Callable[[int], Job | None] = lambda slot: (
+            None
+        )  # who computes in a slot, if that is known
+        self.spaces: dict[str, Space] = {}  # of what is in a file
         self.lands: Callable[[list[int]], int] = lambda idle: idle[0]
         self.n_computed = 0
         self.is_down = False
@@ -188,8 +194,12 @@ class StubServer:
             return limit
         return max((at - back for at in slot.checkpoints if back < at <= limit), default=0)
 
-    async def _compute(self, slot: StubSlot, tokens: bytes) -> AsyncGenerator[Progress]:
+    async def _compute(self, slot: StubSlot, tokens: bytes, by: Job | None) -> AsyncGenerator[Progress]:
         n, n_cache = count(tokens), self._usable(slot, tokens)
+        if by is not None:
+            if n_cache and slot.space not in by.reads:
+                self.violation(f"{by} has used {n_cache} tokens of {slot.space}")
+            slot.space = by.space
         slot.tokens, slot.is_restored = head(tokens, n_cache), False
         slot.checkpoints = tuple(at for at in slot.checkpoints if at <= n_cache)
         done, slot.n_prompt = n_cache, n
@@ -204,14 +214,17 @@ class StubServer:
         slot.checkpoints += (max(n - CHECKPOINT_BACK, n_cache),)
         yield Progress(n, n_cache, n, (n - n_cache) * self.token_s)
 
-    async def prefill(self, slot_id: int, tokens: bytes) -> AsyncGenerator[Progress]:
+    async def prefill(self, slot_id: int, tokens: bytes, lora: str = "") -> AsyncGenerator[Progress]:
         boot = self.n_boots
         self.guard(slot_id)
         self.sent.append((slot_id, count(tokens)))
         await self.op("send", slot_id)
         slot = self._begin(slot_id)
         try:
-            async with contextlib.aclosing(self._compute(slot, tokens)) as events:
+            by = self.asker(slot_id)
+            if by is not None and by.space.lora != lora:
+                self.violation(f"{by} is computed with the LoRA scales {lora!r}")
+            async with contextlib.aclosing(self._compute(slot, tokens, by)) as events:
                 async for event in events:
                     yield event
         except UpstreamError:
@@ -238,7 +251,8 @@ class StubServer:
         called with what is reused, before anything is computed: what it raises ends the request."""
         self.guard(slot_id)
         await self.op("send", slot_id)
-        async with self._run(slot_id, tokens, answer, n_children, is_cold, on_found) as answered:
+        by = self.asker(slot_id)
+        async with self._run(slot_id, tokens, answer, by, n_children, is_cold, on_found) as answered:
             yield answered
 
     @contextlib.asynccontextmanager
@@ -247,6 +261,7 @@ class StubServer:
         slot_id: int,
         tokens: bytes,
         answer: bytes,
+        by: Job | None,
         n_children: int = 0,
         is_cold: bool = False,
         on_found: Callable[[int], None] = lambda n: None,
@@ -263,7 +278,7 @@ class StubServer:
             slot.tokens = b""
         cache: int | None = None
         try:
-            async with contextlib.aclosing(self._compute(slot, tokens)) as events:
+            async with contextlib.aclosing(self._compute(slot, tokens, by)) as events:
                 async for event in events:
                     if cache is None:
                         on_found(event.cache)
@@ -289,7 +304,7 @@ class StubServer:
         _rest(slot)
 
     @contextlib.asynccontextmanager
-    async def run_unpinned(self, tokens: bytes) -> AsyncIterator[None]:
+    async def run_unpinned(self, tokens: bytes, by: Job | None = None) -> AsyncIterator[None]:
         """A request for which the server chooses the slot itself."""
         await self.op("send", None)
         idle = [slot.id for slot in self.slots_ if not slot.is_working]
@@ -298,7 +313,7 @@ class StubServer:
             raise UpstreamError(500, b"deferred for ever")
         slot_id = self.lands(idle)
         self.guard_landing(slot_id)
-        async with self._run(slot_id, tokens, b"") as answer:
+        async with self._run(slot_id, tokens, b"", by) as answer:
             await answer.rest()
             yield
 
@@ -306,7 +321,7 @@ class StubServer:
         slot = self._acted(slot_id)
 
         def effect() -> None:
-            self.files[filename] = slot.tokens
+            self.files[filename], self.spaces[filename] = slot.tokens, slot.space
             self.checkpoints[slot.tokens] = slot.checkpoints
 
         await self.op("save", slot_id, effect)
@@ -328,6 +343,7 @@ class StubServer:
 
         def effect() -> None:
             slot.tokens, slot.is_restored = self.files.get(filename, b""), True
+            slot.space = self.spaces.get(filename, SHARED)
             slot.checkpoints = self.checkpoints.get(slot.tokens, ())
 
         await self.op("restore", slot_id, effect)
@@ -421,6 +437,7 @@ class StubCatalog:
         source: str,
         kind: Kind = Kind.LEAF,
         is_pinned: bool = False,
+        space: str = "",
         idle_s: float = 0.0,
     ) -> WithTokens:
         await self.server.op("commit", None)
@@ -429,6 +446,9 @@ class StubCatalog:
         if not tokens or not tokens.startswith(tokens_expected):
             raise OtherConversation("holds another conversation")
         self.server.files[f"{draft.id}.kv"] = tokens
+        self.server.spaces[f"{draft.id}.kv"] = was_in = self.server.spaces.pop(draft.part_name)
+        if was_in.text != space:
+            self.server.violation(f"tokens of {was_in} are saved as those of {space!r}")
         snapshot = WithTokens.of(
             tokens,
             id=draft.id,
@@ -439,6 +459,7 @@ class StubCatalog:
             source=source,
             kind=kind,
             is_pinned=is_pinned,
+            space=space,
         )
         self.snapshots[draft.id] = snapshot
         return snapshot

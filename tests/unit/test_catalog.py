@@ -168,6 +168,7 @@ async def test_a_sidecar_holds_no_tokens_and_is_closed_to_others(shelter: Shelte
         "boot": None,
         "kind": "leaf",
         "is_pinned": False,
+        "space": "",
     }
     mode = os.stat(shelter.directory / f"{snapshot.id}.json").st_mode
     assert stat.S_IMODE(mode) == 0o660

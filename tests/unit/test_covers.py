@@ -102,7 +102,7 @@ def test_what_is_kept_is_what_would_be_found_anew(seed: int, memory: Memory) -> 
             tokens = rng.choice(trunks) + pack([rng.randrange(2) for _ in range(rng.randrange(9))])
             # Its last token is its own: leaves of which one is the beginning of another are superseded.
             library.add(snapshot(f"l{serial}", tokens + pack([100 + serial])))
-        anew = Covers(library.index, library.snapshots)
+        anew = Covers(library.in_spaces, library.snapshots)
         anew.memory = memory
         for id_ in library.snapshots:
             anew.put(id_)

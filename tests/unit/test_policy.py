@@ -293,33 +293,38 @@ def test_a_large_prompt_takes_the_cheapest_whatever_it_holds() -> None:
 # -- what must not be reused ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["is_cold", "is_private"])
-def test_nothing_cached_is_used_when_that_is_asked_for(kind: str) -> None:
+def test_nothing_cached_is_used_when_that_is_asked_for() -> None:
     """Neither the slot that holds the prompt nor its snapshot: the slot whose loss costs least, erased."""
     pool = view(hot(0, 5000, shared=5000), saved(1), snapshots=(SnapshotView("s", 5000, 0.01),))
-    plan = plan_of(place(job(500, **{kind: True}), pool, RULES))
+    plan = plan_of(place(job(500, is_cold=True), pool, RULES))
     assert (plan.slot, plan.source, plan.n_reused, plan.snapshot) == (1, Source.COLD, 0, None)
     assert plan.steps == (Erase(1),)
 
 
-@pytest.mark.parametrize("kind", ["is_cold", "is_private"])
-def test_a_slot_that_would_have_matched_is_saved_before_it_is_erased(kind: str) -> None:
+def test_a_slot_that_would_have_matched_is_saved_before_it_is_erased() -> None:
     """Its owner's context is lost all the same."""
-    plan = plan_of(place(job(500, **{kind: True}), view(hot(0, 5000, shared=500)), RULES))
+    plan = plan_of(place(job(500, is_cold=True), view(hot(0, 5000, shared=500)), RULES))
     assert plan.steps == (Save(0), Erase(0))
 
 
-@pytest.mark.parametrize("kind", ["is_cold", "is_private"])
-def test_a_busy_slot_is_never_waited_for_by_one_that_uses_nothing(kind: str) -> None:
+def test_a_busy_slot_is_never_waited_for_by_one_that_uses_nothing() -> None:
     """What it holds would not be used."""
     own = busy(1, 20_000, shared=20_000, wait_s=0.1)
-    assert plan_of(place(job(20_100, **{kind: True}), view(free(0), own), RULES)).slot == 0
+    assert plan_of(place(job(20_100, is_cold=True), view(free(0), own), RULES)).slot == 0
 
 
-def test_a_private_prompt_is_not_computed_ahead() -> None:
-    """A prefill of ours would be computed without its LoRA scales."""
-    plan = plan_of(place(job(5000, is_private=True), view(free(0)), RULES))
-    assert plan.steps == (Erase(0),)
+def test_a_slot_of_another_space_is_saved_and_emptied_first() -> None:
+    """llama-server compares tokens by itself, and knows no spaces."""
+    foreign = replace(hot(0, 5000), is_foreign=True)
+    plan = plan_of(place(job(5000), view(foreign), RULES))
+    assert plan.steps == (Save(0), Erase(0), PrefillTo(0, 4999))
+    assert (plan.source, plan.n_reused) == (Source.COLD, 0)
+
+
+def test_without_slot_actions_nothing_is_computed_ahead_in_a_slot_of_another_space() -> None:
+    """The job's own request then computes everything itself."""
+    foreign = replace(hot(0, 5000), is_foreign=True)
+    assert plan_of(place(job(5000), view(foreign, can_erase=False), RULES)).steps == (Save(0),)
 
 
 def test_a_cold_prompt_is_computed_ahead_in_an_erased_slot() -> None:
@@ -451,10 +456,9 @@ def test_a_trunk_ends_a_few_tokens_later_rather_than_have_them_computed_again() 
     assert plan_of(place(job(10_500), does_not, RULES)).steps[2:] == ()
 
 
-@pytest.mark.parametrize("kind", ["is_cold", "is_private"])
-def test_one_that_uses_nothing_cached_leaves_no_trunk(kind: str) -> None:
-    """Least of all one that was computed with other LoRA scales."""
-    plan = plan_of(place(job(12_000, **{kind: True}), view(free(0), trunks=(10_000,)), RULES))
+def test_one_that_uses_nothing_cached_leaves_no_trunk() -> None:
+    """It was computed for one who trusts nothing."""
+    plan = plan_of(place(job(12_000, is_cold=True), view(free(0), trunks=(10_000,)), RULES))
     assert not any(isinstance(step, Keep) for step in plan.steps)
 
 
@@ -532,7 +536,6 @@ def test_every_decision_can_be_carried_out(data: st.DataObject) -> None:
     one = job(
         data.draw(st.integers(0, 30_000)),
         is_cold=data.draw(st.booleans()),
-        is_private=data.draw(st.booleans()),
     )
     pool = PoolView(slots, snapshots, reserved=reserved)
     decision = place(one, pool, RULES)
@@ -548,7 +551,7 @@ def test_every_decision_can_be_carried_out(data: st.DataObject) -> None:
     assert kinds == order + [PrefillTo] * (len(kinds) - len(order))
     assert Restore not in kinds or Erase in kinds
     assert all(step.slot == decision.slot for step in decision.steps)
-    if one.is_fresh:
+    if one.is_cold:
         assert decision.n_reused == 0
         assert Erase in kinds
     if slots[decision.slot].is_worth_saving and Erase in kinds:

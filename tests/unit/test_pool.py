@@ -24,6 +24,7 @@ from llamaslot.core.slots import (
     State,
     Wait,
 )
+from llamaslot.core.spaces import SHARED
 from llamaslot.core.tokens import head, pack
 from llamaslot.engine.comings import supersedes
 from llamaslot.engine.library import Library
@@ -105,7 +106,7 @@ def test_a_slot_that_will_hold_what_nobody_knows_is_not_waited_for() -> None:
     pool = make()
     slot = hold(pool, 0, A)
     pool.take(slot, Job("turn"), 10.0, has_answer=False)
-    pool.expect_nothing(slot)
+    pool.expect_nothing(slot, SHARED)
     pool.check()
     assert pool.view(Job("owner", A), 10.0, NOBODY).slots[0].n_shared == 0
 
@@ -205,19 +206,6 @@ def test_what_is_leaving_is_in_no_generation_and_not_in_the_next_pool() -> None:
         one.check()
 
 
-def test_the_longest_snapshot_that_a_prompt_begins_with_is_found() -> None:
-    """As a whole: one that goes on differently does not count, nor does what is still leaving."""
-    pool = make()
-    pool.add_snapshot(snapshot("short", head(A, 500)))
-    pool.add_snapshot(snapshot("long", head(A, 900)))
-    pool.add_snapshot(snapshot("other", head(A, 950) + B))
-    pool.take(hold(pool, 0, head(A, 940)), Job("x", B), 1.0, plan(0, Save(0)), has_answer=True)
-    found = pool.longest_full_prefix(A)
-    assert found is not None
-    assert (found.holder, found.n_shared) == ("long", 900)
-    assert pool.longest_full_prefix(B) is None
-
-
 def test_without_a_save_nothing_is_leaving() -> None:
     """What is not saved is lost: nobody waits for it."""
     pool = make()
@@ -237,12 +225,11 @@ def test_snapshots_are_offered_by_what_they_share() -> None:
     assert [(view.id, view.n_usable) for view in seen] == [("whole", 2000), ("half", 1000)]
 
 
-@pytest.mark.parametrize("more", [{"is_cold": True}, {"is_private": True}], ids=["cold", "private"])
-def test_who_uses_nothing_is_offered_nothing(more: dict[str, bool]) -> None:
+def test_who_uses_nothing_is_offered_nothing() -> None:
     """Nor is anybody while slot files cannot be used."""
     pool = make()
     pool.add_snapshot(snapshot("s", A))
-    assert pool.view(Job("a", A, **more), 0.0, NOBODY).snapshots == ()  # type: ignore[arg-type]
+    assert pool.view(Job("a", A, is_cold=True), 0.0, NOBODY).snapshots == ()
     pool.can_save = False
     assert pool.view(Job("a", A), 0.0, NOBODY).snapshots == ()
 
@@ -397,9 +384,9 @@ def test_looking_changes_nothing() -> None:
     [
         (lambda pool: pool._busy.clear(), "a slot is busy exactly while it is not idle"),
         (lambda pool: setattr(pool.slots[1], "leased_by", None), "a leased slot has an owner"),
-        (lambda pool: pool._residents.drop(0), "a slot is indexed by what it holds"),
-        (lambda pool: pool._residents.insert(0, B), "the index holds what the slot holds"),
-        (lambda pool: pool._snapshots.insert("nobody", B), "snapshots are indexed"),
+        (lambda pool: pool._index.drop(0), "a slot is indexed by what it holds"),
+        (lambda pool: pool._index.insert(0, B), "the index holds what the slot holds"),
+        (lambda pool: pool.library.index.insert("nobody", B), "snapshots are indexed"),
         (lambda pool: pool._known.pop("s"), "a slot's snapshot exists"),
     ],
 )  # fmt: skip

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.reuse import Memory
 from llamaslot.core.slots import Job
+from llamaslot.core.spaces import Space
 from llamaslot.core.tokens import count, pack
 from llamaslot.errors import (
     BackendDown,
@@ -24,6 +25,7 @@ from tests.support.stub import Op, StubServer
 
 SYSTEM = pack(range(300))  # enough for a trunk
 N_SLOTS, N_USERS = 3, 5
+SCALES = '[{"id":0,"scale":0.5}]'
 
 
 class Life(RuleBasedStateMachine):
@@ -35,17 +37,22 @@ class Life(RuleBasedStateMachine):
         self.server = StubServer(N_SLOTS)
         self.house = House(self.loop, self.server, room=4)
         self.serial = itertools.count(1000)
+        self.is_isolated = False
         self.contexts = [SYSTEM + self.fresh(120) for _ in range(N_USERS)]
 
-    @initialize(memory=st.sampled_from(list(Memory)))
-    def remember(self, memory: Memory) -> None:
-        """What the model is, and what llamaslot takes it for."""
+    @initialize(memory=st.sampled_from(list(Memory)), is_isolated=st.booleans())
+    def remember(self, memory: Memory, is_isolated: bool) -> None:
+        """What the model is, and what llamaslot takes it for; whether users share what they have computed."""
+        self.is_isolated = is_isolated
         self.house.memory = self.server.memory = memory
         assert self.house.scheduler.pool is not None
         self.house.scheduler.pool.memory = memory
 
     def fresh(self, n: int) -> bytes:
         return pack([next(self.serial) for _ in range(n)])
+
+    def space(self, user: int, lora: str = "") -> Space:
+        return Space(f"key:{user}" if self.is_isolated else "", lora)
 
     def pick(self, data: st.DataObject, n: int, what: str) -> int:
         return data.draw(st.integers(0, n - 1), label=what)
@@ -62,7 +69,11 @@ class Life(RuleBasedStateMachine):
         tokens, answer = context + self.fresh(n_new), self.fresh(n_answer)
         self.contexts[user] = tokens + answer if len(tokens) < 4 * 1500 else SYSTEM + self.fresh(120)
         job = Job(
-            f"user {user} at {next(self.serial)}", tokens, boundaries=(300, count(context)), n_system=300
+            f"user {user} at {next(self.serial)}",
+            tokens,
+            boundaries=(300, count(context)),
+            n_system=300,
+            space=self.space(user),
         )
         self.house.start(self.house.ask(job, answer), job.id)
 
@@ -84,6 +95,7 @@ class Life(RuleBasedStateMachine):
                 tokens,
                 boundaries=boundaries,
                 n_system=n_alike * is_told,
+                space=self.space(user),
             )
             self.house.start(self.house.ask(job), job.id)
 
@@ -100,24 +112,24 @@ class Life(RuleBasedStateMachine):
         again = replace(job, id=f"{job.id} again")
         self.house.start(self.house.ask(again), again.id)
 
-    @rule(
-        kind=st.sampled_from(["cold", "private", "small", "two", "three"]), user=st.integers(0, N_USERS - 1)
-    )
+    @rule(kind=st.sampled_from(["cold", "scaled", "small", "two", "three"]), user=st.integers(0, N_USERS - 1))
     def ask_specially(self, kind: str, user: int) -> None:
         tokens = SYSTEM[:40] + self.fresh(5) if kind == "small" else self.contexts[user] + self.fresh(3)
         job = Job(
             f"{kind} at {next(self.serial)}",
             tokens,
             is_cold=kind == "cold",
-            is_private=kind == "private",
+            space=self.space(user, SCALES if kind == "scaled" else ""),
             n_children={"two": 1, "three": 2}.get(kind, 0),
         )
         self.house.start(self.house.ask(job, self.fresh(3)), job.id)
 
-    @rule()
-    def ask_unpinned(self) -> None:
-        job = Job(f"unpinned at {next(self.serial)}", is_unpinned=True)
-        self.house.start(self.house.ask_unpinned(job, self.fresh(70)), job.id)
+    @rule(user=st.integers(0, N_USERS - 1), whose=st.none() | st.integers(0, N_USERS - 1))
+    def ask_unpinned(self, user: int, whose: int | None) -> None:
+        """With a prompt that is somebody's: the server finds it wherever it is."""
+        job = Job(f"unpinned at {next(self.serial)}", is_unpinned=True, space=self.space(user))
+        tokens = self.contexts[whose] + self.fresh(3) if whose is not None else self.fresh(70)
+        self.house.start(self.house.ask_unpinned(job, tokens), job.id)
 
     @precondition(lambda self: self.house.clients)
     @rule(data=st.data(), is_settled=st.booleans())

@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from llamaslot.core.slots import IDLE, NEXT, NOTHING, Content, Event, IllegalTransition, Job, Slot, State
+from llamaslot.core.spaces import PUBLIC, Space
 from llamaslot.core.tokens import pack
 
 HELD = Content(pack([1, 2, 3]), is_dirty=True)
@@ -89,8 +90,18 @@ def test_who_needs_a_turn() -> None:
     assert not Job("a", is_cold=True).is_exclusive
 
 
-def test_who_may_use_nothing_cached() -> None:
-    """``cache_prompt`` false, or LoRA scales of one's own."""
-    assert Job("a", is_cold=True).is_fresh
-    assert Job("a", is_private=True).is_fresh
-    assert not Job("a", pack([1])).is_fresh
+def test_who_may_go_on_from_what() -> None:
+    """From one's own space, and an isolated user from what the operator has computed; of nothing at all everybody."""
+    tokens = pack([1, 2])
+    shared, public = Content(tokens), Content(tokens, space=PUBLIC)
+    anna, scaled = Content(tokens, space=Space("anna")), Content(tokens, space=Space("", "[]"))
+    for job, usable in (
+        (Job("everybody's"), [shared]),
+        (Job("anna's", space=Space("anna")), [public, anna]),
+        (Job("with LoRA scales", space=Space("", "[]")), [scaled]),
+        (Job("anna's, with LoRA scales", space=Space("anna", "[]")), []),
+        (Job("the operator's", space=PUBLIC), [public]),
+    ):
+        assert [held for held in (shared, public, anna, scaled) if job.may_use(held)] == usable
+        assert job.may_use(NOTHING)
+        assert not job.may_use(Content(is_exact=False, space=Space("bertha")))

@@ -9,6 +9,7 @@ import pytest
 
 from llamaslot.core.reuse import Memory
 from llamaslot.core.slots import Job, Kind
+from llamaslot.core.spaces import Space
 from llamaslot.engine.scheduler import QueueLimits
 from llamaslot.errors import SlotActionFailed
 from llamaslot.store import Snapshot
@@ -195,14 +196,14 @@ def test_where_saving_costs_more_than_computing_each_computes_his_own(memory: Me
 
 
 @EVERY
-@pytest.mark.parametrize("kind", ["is_cold", "is_private"])
+@pytest.mark.parametrize("more", [{"is_cold": True}, {"space": Space("anna")}], ids=["cold", "isolated"])
 @pytest.mark.parametrize("who", [1, 2])
 def test_nothing_is_shared_with_a_job_that_may_use_nothing_cached(
-    memory: Memory, kind: str, who: int
+    memory: Memory, more: dict[str, Any], who: int
 ) -> None:
     """Neither what it computes nor what others do."""
     with house_of(memory) as house:
-        jobs = [opening(user, **({kind: True} if user == who else {})) for user in (1, 2)]
+        jobs = [opening(user, **(more if user == who else {})) for user in (1, 2)]
         clients = [house.come(job) for job in jobs]
         house.loop.settle()
         assert house.scheduler.n_waiting == 0

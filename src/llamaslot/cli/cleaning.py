@@ -89,6 +89,7 @@ def too_much(shop: Shop, items: list[Item]) -> list[Doomed]:
             source=noted.source,
             kind=noted.kind,
             is_pinned=noted.is_pinned,
+            space=noted.space,
         )
         n_hits, is_branched = item.hits
         shelf.add(snapshot, shop.now, last_used=item.last_used, n_hits=n_hits, is_branched=is_branched)

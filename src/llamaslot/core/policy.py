@@ -24,6 +24,8 @@ from llamaslot.core.slots import (
     Step,
     Wait,
 )
+from llamaslot.core.spaces import PUBLIC, SHARED, Space
+from llamaslot.core.users import User
 
 PrefillSeconds = Callable[[int, int], float]
 _FEW_TOKENS = 64  # a boundary so near to what is there already is not worth a step of its own
@@ -36,9 +38,10 @@ class SlotView:
     """A slot as one job sees it.
 
     ``n_shared``: tokens in common; ``n_usable``: of those, what need not be computed; ``n_tokens``: what it holds (for
-    a leased slot: what it will hold). ``is_other``: another conversation, which only begins as several do. ``save_s``:
-    what saving it costs, 0 when that is not worth it or not needed. ``regret_s``: what its loss costs the one who comes
-    back for it. ``wait_s``: until it is idle.
+    a leased slot: what it will hold). ``is_other``: another conversation, which only begins as several do.
+    ``is_foreign``: computed in a space that the job may not go on from, so the slot is emptied first. ``save_s``: what
+    saving it costs, 0 when that is not worth it or not needed. ``regret_s``: what its loss costs the one who comes back
+    for it. ``wait_s``: until it is idle.
     """
 
     id: int
@@ -52,6 +55,7 @@ class SlotView:
     wait_s: float = 0.0
     used_at: float = 0.0
     is_other: bool = False
+    is_foreign: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +88,22 @@ class PoolView:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The settings that placement obeys; see ``routing`` and ``prefill`` in the configuration."""
+    """The settings that placement obeys; see ``routing``, ``prefill`` and ``cache`` in the configuration."""
 
     similarity_min: float = 0.85
     small_prompt_tokens: int = 1024
     own_above_s: float = 1.0
     sharing: Sharing = field(default_factory=Sharing)
+    is_isolated: bool = False  # nobody goes on from what somebody else has computed
+
+    def space(self, user: User, lora: str = "") -> Space:
+        """Where a request of ``user`` computes. ``lora``: the scales that it sets."""
+        return Space(user.id if self.is_isolated else "", lora)
+
+    @property
+    def public(self) -> Space:
+        """Where the operator computes what all may go on from."""
+        return PUBLIC if self.is_isolated else SHARED
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +198,7 @@ def _choices(job: Job, view: PoolView, rules: Rules) -> Iterator[_Choice]:
     n = job.n_tokens
     for slot in view.slots:
         is_takeable = slot.state in _TAKEABLE and slot.id not in view.reserved
-        is_match = is_similar(slot, rules) and slot.n_usable > 0 and not job.is_fresh
+        is_match = is_similar(slot, rules) and slot.n_usable > 0 and not job.is_cold
         if not is_takeable:
             if is_match:
                 cost = slot.wait_s + view.prefill_s(slot.n_usable, n)
@@ -196,10 +210,10 @@ def _choices(job: Job, view: PoolView, rules: Rules) -> Iterator[_Choice]:
             yield _Choice(slot, Source.RESIDENT, slot.n_usable, rest_s, 0.0, is_loss=False, is_match=True)
         loss_s = slot.save_s + slot.regret_s
         is_loss = slot.regret_s > 0 and slot.n_tokens >= rules.small_prompt_tokens
-        kept = 0 if job.is_fresh or slot.state is State.SUSPECT else slot.n_usable
+        kept = 0 if job.is_cold or slot.is_foreign or slot.state is State.SUSPECT else slot.n_usable
         source = Source.RESIDENT if kept else Source.COLD
         yield _Choice(slot, source, kept, loss_s + view.prefill_s(kept, n), 0.0, is_loss)
-        if job.is_fresh:
+        if job.is_cold:
             continue
         for snapshot in view.snapshots:
             cost = loss_s + snapshot.wait_s + snapshot.restore_s + view.prefill_s(snapshot.n_usable, n)
@@ -223,9 +237,9 @@ def _steps(job: Job, choice: _Choice, view: PoolView, rules: Rules) -> Iterator[
     if choice.snapshot is not None:
         yield Erase(slot.id)
         yield Restore(slot.id, choice.snapshot.id)
-    elif view.can_erase and (slot.state is State.SUSPECT or job.is_fresh):
+    elif view.can_erase and (slot.state is State.SUSPECT or job.is_cold or slot.is_foreign):
         yield Erase(slot.id)
-    if not job.is_private and (view.can_erase or not job.is_cold):
+    if view.can_erase or not (job.is_cold or slot.is_foreign):
         yield from prefill_steps(job, slot.id, choice.n_reused, view, rules)
 
 
@@ -240,7 +254,7 @@ def prefill_steps(
     """
     slack = _FEW_TOKENS if view.is_rewindable else 0
     last = job.n_tokens - 1
-    keeps = {max(at, n_reused) for at in view.trunks if n_reused - slack <= at < last and not job.is_fresh}
+    keeps = {max(at, n_reused) for at in view.trunks if n_reused - slack <= at < last and not job.is_cold}
     for stop in sorted({*prefill_stops(job, n_reused, view, rules), *keeps}):
         yield PrefillTo(slot, stop)
         if stop in keeps:

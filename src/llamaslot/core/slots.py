@@ -5,7 +5,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field, replace
 
+from llamaslot.core.spaces import PUBLIC, SHARED, Space
 from llamaslot.core.tokens import count, head
+from llamaslot.core.users import NOBODY, User
 
 
 class State(enum.Enum):
@@ -59,7 +61,7 @@ class Content:
     ``tokens`` is a prefix of the truth: the tokens of an answer are not known until a save tells them.
     ``is_exact`` says that nothing follows; else ``n_more`` tokens do, 0 when not even their number is known.
     ``checkpoints``: token counts to which a model that cannot rewind can go back. ``snapshot``: the snapshot of the
-    same conversation, if any; ``is_dirty``: the slot holds more than it.
+    same conversation, if any; ``is_dirty``: the slot holds more than it. ``space``: where all this was computed.
     """
 
     tokens: bytes = b""
@@ -68,6 +70,7 @@ class Content:
     checkpoints: tuple[int, ...] = ()
     snapshot: str | None = None
     n_more: int = 0
+    space: Space = SHARED
 
     @property
     def n_tokens(self) -> int:
@@ -126,8 +129,8 @@ class Job:
 
     ``boundaries``: token counts at which a prefill should stop on models that need checkpoints. ``n_system``: tokens of
     system part and tools, with which other conversations begin too; 0 when that is not known.
-    ``is_cold``: nothing cached may be used (``cache_prompt`` false). ``is_private``: nothing cached may be used, and
-    nothing that it leaves may be used by others (LoRA scales): erased before and after.
+    ``is_cold``: nothing cached may be used (``cache_prompt`` false). ``user``: who asks. ``space``: what it computes is
+    found from there only.
     ``n_children``: further slots that llama-server takes for ``n`` > 1. ``is_unpinned``: llama-server chooses the slot.
     ``is_steered``: llama-server chooses the slot, and that is the one that was prepared, for it shares most.
     ``is_pinned``: it is here to make the trunk of ``n_system`` tokens, which is kept for good.
@@ -138,20 +141,27 @@ class Job:
     boundaries: tuple[int, ...] = ()
     n_system: int = 0
     is_cold: bool = False
-    is_private: bool = False
     n_children: int = 0
     is_unpinned: bool = False
     is_steered: bool = False
     is_pinned: bool = False
+    user: User = NOBODY
+    space: Space = SHARED
 
     @property
     def n_tokens(self) -> int:
         return count(self.tokens)
 
     @property
-    def is_fresh(self) -> bool:
-        """Whether nothing cached may be used."""
-        return self.is_cold or self.is_private
+    def reads(self) -> tuple[Space, ...]:
+        """The spaces of which it may go on: its own, and what the operator has computed for all users."""
+        is_a_users = self.space.user and not self.space.lora and self.space != PUBLIC
+        return (self.space, PUBLIC) if is_a_users else (self.space,)
+
+    def may_use(self, content: Content) -> bool:
+        """Whether it may go on from there; else the slot is emptied first. Of nothing at all anybody may."""
+        is_nothing = content.is_exact and not content.tokens
+        return is_nothing or content.space in self.reads
 
     @property
     def is_exclusive(self) -> bool:

@@ -24,7 +24,7 @@ _FEW_TOKENS = 64  # a build may fall so far short of any belief
 def prefilled(before: Content, tokens: bytes, n_reused: int) -> Content:
     """What a slot holds after ``tokens`` were computed on ``n_reused`` of what it held before."""
     checkpoints = checkpoints_after(before.checkpoints, n_reused, [count(tokens)])
-    return Content(tokens, True, True, checkpoints, before.snapshot)
+    return Content(tokens, True, True, checkpoints, before.snapshot, space=before.space)
 
 
 async def until_idle(api: LlamaServer, lease: Lease, content: Content, now: Callable[[], float]) -> Content:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llamaslot.core.slots import Kind, Source
+from llamaslot.core.spaces import Space
 from llamaslot.core.tokens import common
 from llamaslot.engine.lease import Lease
 from llamaslot.engine.offers import MIN_WORTH_TOKENS
@@ -16,7 +17,7 @@ def came_back(catalog: Catalog, lease: Lease) -> None:
     """A job has its slot: the snapshot that stands behind what it goes on from was asked for, although it needs no
     restore. A restore is a hit of its own, when it has succeeded."""
     plan, content, job = lease.plan, lease.content, lease.job
-    if plan is None or content is None or content.snapshot is None or job.is_fresh:
+    if plan is None or content is None or content.snapshot is None or job.is_cold:
         return
     snapshot = lease.pool.library.snapshots.get(content.snapshot)
     if plan.source is not Source.RESIDENT or snapshot is None:
@@ -34,7 +35,7 @@ def left_behind(pool: Pool, new: WithTokens) -> str | None:
     """
     nearest: Snapshot | None = None
     n_parted = n_common = 0
-    for hit in pool.library.index.match(new.tokens, _NEAR):
+    for hit in pool.library.in_spaces.match(new.tokens, (Space.of_text(new.space),), _NEAR):
         snapshot = pool.library.snapshots.get(hit.holder)
         if snapshot is None or snapshot.id == new.id:
             continue

@@ -7,7 +7,7 @@ from itertools import islice
 
 from llamaslot.core.reuse import Memory, usable
 from llamaslot.core.slots import Kind
-from llamaslot.core.snapshots import SnapshotIndex
+from llamaslot.core.spaces import InSpaces, Space
 from llamaslot.store import Snapshot
 
 _NEAR = (
@@ -22,7 +22,7 @@ class Covers:
     with it, they share that with each other too. Only trunks matter to many, on models that go on from few points.
     """
 
-    def __init__(self, index: SnapshotIndex, snapshots: Mapping[str, Snapshot]) -> None:
+    def __init__(self, index: InSpaces[str], snapshots: Mapping[str, Snapshot]) -> None:
         self._index, self._snapshots = index, snapshots
         self._memory = Memory.DENSE
         self._found: dict[str, int] = {}
@@ -69,7 +69,8 @@ class Covers:
 
     def _look_around(self, snapshot: Snapshot, tokens: bytes, n_instead: int) -> None:
         """``n_instead``: what those have now, at least, that begin with a trunk which has come or gone."""
-        for hit in self._index.match(tokens, 2):
+        spaces = (Space.of_text(snapshot.space),)
+        for hit in self._index.match(tokens, spaces, 2):
             if hit.holder in self._found and hit.holder != snapshot.id:
                 self._look_at(hit.holder)
         if snapshot.kind is not Kind.TRUNK:
@@ -79,7 +80,7 @@ class Covers:
         if self._memory is Memory.DENSE:
             return
         n = snapshot.n_tokens
-        for hit in self._index.match(tokens):
+        for hit in self._index.match(tokens, spaces):
             if hit.n_shared < n:
                 break
             other = self._snapshots.get(hit.holder)
@@ -93,14 +94,15 @@ class Covers:
             self._found[id_] = self._find(snapshot, self._index.tokens(id_) if tokens is None else tokens)
 
     def _find(self, snapshot: Snapshot, tokens: bytes) -> int:
+        spaces = (Space.of_text(snapshot.space),)
         if self._memory is Memory.DENSE and snapshot.kind is not Kind.TRUNK:
-            nearest = self._index.match(tokens, 2)
+            nearest = self._index.match(tokens, spaces, 2)
             return max((hit.n_shared for hit in nearest if hit.holder != snapshot.id), default=0)
-        whole = self._index.longest_full_prefix(tokens, exclude={snapshot.id})
+        whole = self._index.longest_full_prefix(tokens, spaces, exclude={snapshot.id})
         n_best = whole.n_tokens if whole is not None else 0
         if snapshot.kind is Kind.TRUNK:
             return n_best
-        for hit in self._index.match(tokens, _NEAR):
+        for hit in self._index.match(tokens, spaces, _NEAR):
             other = self._snapshots.get(hit.holder)
             if other is not None and hit.holder != snapshot.id:
                 n = usable(self._memory, hit.n_shared, hit.n_tokens, other.checkpoints, snapshot.n_tokens + 1)

@@ -16,8 +16,8 @@ from llamaslot.core.cost import Rates
 from llamaslot.core.policy import Rules
 from llamaslot.core.reuse import Memory
 from llamaslot.core.slots import Event, Job, Slot
-from llamaslot.engine.library import Libraries
-from llamaslot.engine.pool import Pool, content_of
+from llamaslot.engine.library import Libraries, content_of
+from llamaslot.engine.pool import Pool
 from llamaslot.engine.probes import Probes
 from llamaslot.errors import LlamaslotError, NotReady, SlotActionFailed, SnapshotInvalid
 from llamaslot.llama.api import LlamaServer, Props, SlotAction, SlotInfo
@@ -79,7 +79,8 @@ class Handshake:
             first = replace(first, n_tokens=0)
         can_save = await self.probes.can_save(first.id, first.n_tokens or 0)
         lora = await self.api.lora_adapters()
-        can_adopt = can_save and not lora  # with which scales a context was computed is written nowhere
+        # With which scales a context was computed, or whose it is, is written nowhere.
+        can_adopt = can_save and not (lora or self.rules.is_isolated)
         written = await self._written(first) if first.n_tokens and can_adopt else None
         pool.memory = await self.probes.memory(first.id, props)
         pool.is_memory_sure = self.probes.is_memory_sure

@@ -162,12 +162,14 @@ class Lease:
         self.still_holds()
         self.phase, self.is_begun = Phase.WORKING, False
         if self.content is not None:
-            n = common(self.content.tokens, self.job.tokens)
+            is_ours = self.job.may_use(self.content)
+            n = common(self.content.tokens, self.job.tokens) if is_ours else 0
             if n < self.content.n_tokens:
                 # What only begins alike is another conversation: its snapshot is none of this one.
                 is_other = n <= self.job.n_system + NEAR_TOKENS < self.content.n_tokens
                 snapshot = None if is_other else self.content.snapshot
                 self.content = replace(self.content.head(n), is_dirty=True, snapshot=snapshot)
+            self.content = replace(self.content, space=self.job.space)
 
     def sent(self) -> None:
         """The job's own request is being sent."""
@@ -177,7 +179,7 @@ class Lease:
 
     def begun(self, content: Content) -> None:
         """The server works: what the slot holds is at most ``content``."""
-        self.content, self.is_begun = content, True
+        self.content, self.is_begun = replace(content, space=self.job.space), True
 
     def started(self) -> None:
         """The job itself runs in the slot: it is no longer between two steps."""
@@ -212,8 +214,6 @@ class Lease:
 
     def _give_back(self) -> None:
         self.held.close()
-        if self.job.is_private and self.is_answering:
-            self.content = None  # nobody may go on from what was computed with other LoRA scales
         if self.slot is not None:
             if self.leaving is not None:
                 self.pool.left(self.leaving)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from llamaslot.core.slots import Content
 from llamaslot.core.snapshots import SnapshotIndex
+from llamaslot.core.spaces import InSpaces, Space, mark
 from llamaslot.engine.covers import Covers
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.llama.identity import Identity
@@ -20,6 +22,12 @@ from llamaslot.tasks import TaskOwner
 _AT_ONCE = 4  # snapshots of a whole directory that are compared with others, at each change
 
 
+def content_of(snapshot: WithTokens) -> Content:
+    """What a slot holds that has just been saved as ``snapshot``, or restored from it."""
+    space = Space.of_text(snapshot.space)
+    return Content(snapshot.tokens, True, False, snapshot.checkpoints, snapshot.id, space=space)
+
+
 class Library:
     """The snapshots of one model, and their index. ``on_change`` is called after each change."""
 
@@ -28,11 +36,16 @@ class Library:
     ) -> None:
         self.index = SnapshotIndex() if index is None else index
         self.snapshots: dict[str, Snapshot] = {}
-        self.covers = Covers(self.index, self.snapshots)
+        self.in_spaces = InSpaces(self.index, self.space_of)
+        self.covers = Covers(self.in_spaces, self.snapshots)
         self._on_change = on_change
 
     def __repr__(self) -> str:
         return f"<Library {len(self.snapshots)} snapshots, {self.index!r}>"
+
+    def space_of(self, snapshot_id: str) -> Space:
+        """Raises KeyError for an unknown one."""
+        return Space.of_text(self.snapshots[snapshot_id].space)
 
     def add(self, snapshot: WithTokens) -> None:
         """Idempotent."""
@@ -47,7 +60,7 @@ class Library:
         self.snapshots[snapshot.id] = snapshot
         if snapshot.id not in self.index:
             assert tokens is not None, "what is not in the index comes with its tokens"
-            self.index.insert(snapshot.id, tokens)
+            self.index.insert(snapshot.id, mark(self.space_of(snapshot.id)) + tokens)
             self.covers.added(snapshot.id, tokens)
         else:
             self.covers.put(snapshot.id)
@@ -59,8 +72,8 @@ class Library:
 
     def remove(self, snapshot_id: str) -> None:
         """One of many: ``changed`` must follow. Idempotent."""
+        tokens = self.in_spaces.tokens(snapshot_id) if snapshot_id in self.snapshots else b""
         snapshot = self.snapshots.pop(snapshot_id, None)
-        tokens = self.index.tokens(snapshot_id) if snapshot is not None else b""
         self.index.drop(snapshot_id)
         if snapshot is not None:
             self.covers.dropped(snapshot, tokens)

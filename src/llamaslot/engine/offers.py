@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 
 from llamaslot.core import trunks
@@ -12,6 +12,7 @@ from llamaslot.core.prefix import Shared
 from llamaslot.core.reuse import SNAPSHOT, TRUNK, Recall
 from llamaslot.core.slots import Job, Kind
 from llamaslot.core.snapshots import Joined
+from llamaslot.core.spaces import InSpaces, Space
 from llamaslot.core.tokens import count, head
 from llamaslot.engine.library import Library
 from llamaslot.engine.passing import Leaving, Passing
@@ -32,23 +33,31 @@ class Offers:
 
     def __init__(self, library: Library, passing: Passing, rates: Rates, recall: Recall) -> None:
         self._known, self._passing, self._rates, self._recall = library.snapshots, passing, rates, recall
-        self._index = Joined(library.index, passing.index)
+        self._library = library
+        self._index = InSpaces(Joined(library.index, passing.index), self._space_of)
+
+    def _space_of(self, holder: str) -> Space:
+        is_passing = self._passing.get(holder) is not None
+        return self._passing.space_of(holder) if is_passing else self._library.space_of(holder)
 
     def found(self, job: Job) -> list[Shared[str]]:
         """The snapshots that share most with ``job``, and first of all the longest that it begins with as a whole: that
         one is the cheapest to restore, and it is not among the others where many share a few tokens more."""
-        if job.is_fresh or not job.tokens:
+        if job.is_cold or not job.tokens:
             return []
         # Where a checkpoint decides, the one that shares most is not the one of which most can be used.
-        return self._candidates(job.tokens, N_CANDIDATES if self._recall.is_rewindable else 4 * N_CANDIDATES)
+        return self._candidates(
+            job.tokens, job.reads, N_CANDIDATES if self._recall.is_rewindable else 4 * N_CANDIDATES
+        )
 
-    def _candidates(self, tokens: bytes, n: int) -> list[Shared[str]]:
-        found, whole = self._index.match(tokens, n), self._index.longest_full_prefix(tokens)
+    def _candidates(self, tokens: bytes, spaces: Collection[Space], n: int) -> list[Shared[str]]:
+        found = self._index.match(tokens, spaces, n)
+        whole = self._index.longest_full_prefix(tokens, spaces)
         return found if whole is None else [whole, *(hit for hit in found if hit != whole)]
 
     def wanted(self, job: Job) -> str | None:
         """The snapshot that ``job`` would go on from if it got a slot now, if that needs most of it."""
-        found = [] if job.is_fresh or not job.tokens else self._candidates(job.tokens, 2)
+        found = [] if job.is_cold or not job.tokens else self._candidates(job.tokens, job.reads, 2)
         best = max(self.views(found, job.n_tokens, 0.0), key=lambda view: view.n_usable, default=None)
         snapshot = self._known.get(best.id) if best is not None else None
         is_needed = best is not None and snapshot is not None and 2 * best.n_usable >= snapshot.n_tokens
@@ -89,15 +98,15 @@ class Offers:
             checkpoints, n_held, source = snapshot.checkpoints, hit.n_tokens, source_of(snapshot)
         return self._recall.usable(source, hit.n_shared, n_held, self._recall.in_file(checkpoints), n_prompt)
 
-    def on_disk(self, tokens: bytes) -> int:
+    def on_disk(self, tokens: bytes, space: Space) -> int:
         """How much of ``tokens`` need not be computed again, thanks to a snapshot.
 
         A trunk that is still to be computed is none: whoever computes it may leave.
         """
         to_come = self._passing.trunks
         if self._recall.is_rewindable:
-            return self._index.cover(tokens, exclude=to_come)
-        hits = (hit for hit in self._candidates(tokens, N_COVERING) if hit.holder not in to_come)
+            return self._index.cover(tokens, space, exclude=to_come)
+        hits = (hit for hit in self._candidates(tokens, (space,), N_COVERING) if hit.holder not in to_come)
         return max((self._usable(hit, count(tokens) + 1) for hit in hits), default=0)
 
     def branch(
@@ -111,7 +120,7 @@ class Offers:
         """Where in its prompt ``job`` should make a trunk: where two other conversations part from it, and at the end
         of the system part, if that is known: at first sight on models that cannot cut another snapshot to it, else
         when another conversation begins so (``is_second``: in a slot)."""
-        if job.is_fresh:
+        if job.is_cold:
             return ()
         if is_second or abs(branch - job.n_system) <= trunks.NEAR_TOKENS:
             ends = {job.n_system}
@@ -141,7 +150,7 @@ class Offers:
             return False
         can_be_cut = self._recall.is_rewindable and not job.is_pinned
         upto = at + trunks.NEAR_TOKENS if can_be_cut else at
-        there = self._index.longest_full_prefix(head(job.tokens, upto))
+        there = self._index.longest_full_prefix(head(job.tokens, upto), job.reads)
         if there is not None and there.n_tokens >= at - trunks.NEAR_TOKENS:
             return False
         cost_s = self._rates.save_s(at) + self._rates.restore_s(at)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from llamaslot.core.prefix import PrefixIndex
 from llamaslot.core.slots import Content
+from llamaslot.core.spaces import Space, mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Leaving:
 
 
 class Passing:
-    """All that is leaving, or will be. ``index`` has the tokens of each by its holder."""
+    """All that is leaving, or will be. ``index`` has the tokens of each by its holder, behind the mark of its space."""
 
     def __init__(self) -> None:
         self.index: PrefixIndex[str] = PrefixIndex()
@@ -35,6 +36,10 @@ class Passing:
 
     def get(self, holder: str) -> Leaving | None:
         return self._entries.get(holder)
+
+    def space_of(self, holder: str) -> Space:
+        """Raises KeyError for an unknown one."""
+        return self._entries[holder].content.space
 
     def contents(self) -> list[Content]:
         return [entry.content for entry in self._entries.values()]
@@ -48,7 +53,7 @@ class Passing:
         name = "leaving" if slot is None else "prefix"
         entry = Leaving(f"{name}-{next(self._serial)}", content, until, slot)
         self._entries[entry.holder] = entry
-        self.index.insert(entry.holder, content.tokens)
+        self.index.insert(entry.holder, mark(content.space) + content.tokens)
         return entry
 
     def end(self, entry: Leaving) -> None:

@@ -6,40 +6,25 @@ restart there is a new one, and what the old one's leases still do to their slot
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import PoolView, Rules, SlotView, is_other, weight
-from llamaslot.core.prefix import PrefixIndex, Shared
+from llamaslot.core.prefix import PrefixIndex
 from llamaslot.core.reuse import Memory, Recall, checkpoints_after
 from llamaslot.core.saving import Unsaved, is_worth
 from llamaslot.core.slots import NOTHING, Content, Event, Job, Keep, Kind, Plan, Save, Slot, State
-from llamaslot.core.tokens import count, head
+from llamaslot.core.spaces import SHARED, InSpaces, Space, mark
+from llamaslot.core.tokens import common, count, head
 from llamaslot.core.trunks import NEAR_TOKENS
 from llamaslot.core.value import Standing
+from llamaslot.engine.busy import Busy
 from llamaslot.engine.library import Library
 from llamaslot.engine.offers import MIN_WORTH_TOKENS, N_COVERING, Offers
 from llamaslot.engine.passing import Leaving, Passing
 from llamaslot.store import Snapshot, WithTokens
-
-_DRAIN_S = 1.0  # what it usually takes until the server has noticed that a client has gone
-
-
-@dataclass(slots=True)
-class Busy:
-    """When a leased slot is expected back. ``ready_at``: when its steps are through and an answer begins, if any."""
-
-    ready_at: float
-    has_answer: bool
-    will_hold: bytes
-    is_at_work: bool = False  # it drains, and the server was seen to work in it
-
-
-def content_of(snapshot: WithTokens) -> Content:
-    """What a slot holds that has just been saved as ``snapshot``, or restored from it."""
-    return Content(snapshot.tokens, True, False, snapshot.checkpoints, snapshot.id)
 
 
 class Pool:
@@ -60,14 +45,15 @@ class Pool:
         self.is_memory_sure = False  # the GGUF says so too: a short probe does not leave a sliding window
         self.slots = [Slot(backend, i) for i in range(n_slots)]
         self.is_current = True
-        self._residents: PrefixIndex[int] = PrefixIndex()
+        self._index: PrefixIndex[int] = PrefixIndex()
+        self._residents = InSpaces(self._index, self._space_of)
         self._passing = Passing()
         self.offer(Library())
         self._busy: dict[int, Busy] = {}
 
     def offer(self, library: Library) -> None:
         """From now on the snapshots in ``library`` are found; it is shared with the pools before and after this one."""
-        self._known, self._snapshots = library.snapshots, library.index
+        self._known, self._snapshots = library.snapshots, library.in_spaces
         self.library = library
         self._offers = Offers(library, self._passing, self.rates, self.recall)
 
@@ -83,7 +69,7 @@ class Pool:
 
     def view(self, job: Job, now: float, reserved: frozenset[int], *, is_patient: bool = True) -> PoolView:
         """The pool as ``job`` sees it; without patience nothing that is still to be computed. Changes nothing."""
-        shared = {hit.holder: hit.n_shared for hit in self._residents.match(job.tokens)} if job.tokens else {}
+        shared = {hit.holder: hit.n_shared for hit in self._residents.match(job.tokens, job.reads)}
         found = self._offers.found(job) if self.can_save else []
         if not is_patient:
             found = [hit for hit in found if self.trunk_to_come(hit.holder) is None]
@@ -117,21 +103,19 @@ class Pool:
                 is_worth_saving=is_worth,
                 regret_s=self.regret_s(slot, is_worth) * weight(now - slot.used_at),
                 used_at=slot.used_at,
+                is_foreign=not job.may_use(content),
             )
         busy = self._busy[slot.id]
         n_held = count(busy.will_hold)
         # Its own prompt's checkpoints are not there yet; what is said of a busy slot is an estimate anyway.
         n_usable = min(n_shared, job.n_tokens - 1) if job.n_tokens else 0
-        wait_s = max(busy.ready_at - now, _DRAIN_S if slot.state is State.DRAINING else 0.0)
-        if busy.has_answer:
-            wait_s += self.rates.answer.seconds_left(max(now - busy.ready_at, 0.0))
         return SlotView(
             id=slot.id,
             state=slot.state,
             n_tokens=n_held,
             n_shared=n_shared,
             n_usable=n_usable,
-            wait_s=wait_s,
+            wait_s=busy.wait_s(now, self.rates.answer, is_draining=slot.state is State.DRAINING),
             used_at=slot.used_at,
         )
 
@@ -140,12 +124,12 @@ class Pool:
 
     def covered(self, slot: Slot) -> int:
         """How much of what the slot holds can be had elsewhere: from another idle slot, or from a snapshot."""
-        tokens = slot.content.tokens
-        on_disk = self._offers.on_disk(tokens) if self.can_save else 0
+        tokens, space = slot.content.tokens, slot.content.space
+        on_disk = self._offers.on_disk(tokens, space) if self.can_save else 0
         if self.memory is Memory.DENSE:
             others = [other.id for other in self.slots if other is slot or not other.is_idle]
-            return max(self._residents.cover(tokens, exclude=others), on_disk)
-        hits = [hit for hit in self._residents.match(tokens, N_COVERING) if hit.holder != slot.id]
+            return max(self._residents.cover(tokens, space, exclude=others), on_disk)
+        hits = [hit for hit in self._residents.match(tokens, (space,), N_COVERING) if hit.holder != slot.id]
         idle = [
             (hit.n_shared, self.slots[hit.holder].content) for hit in hits if self.slots[hit.holder].is_idle
         ]
@@ -157,7 +141,7 @@ class Pool:
         content = slot.content
         if not (self.can_save and content.is_dirty) or content.n_tokens < MIN_WORTH_TOKENS:
             return False
-        n_covered = self._offers.on_disk(content.tokens)
+        n_covered = self._offers.on_disk(content.tokens, content.space)
         n_saved = content.n_tokens if self.recall.is_rewound else content.n_held
         lacking_s = self.rates.prefill.seconds(n_covered, n_saved)
         return is_worth(Unsaved(lacking_s, self.rates.save_s(n_saved)))
@@ -214,15 +198,15 @@ class Pool:
         return snapshot.with_tokens(self._snapshots.tokens(snapshot_id))
 
     def snapshot_of(self, tokens: bytes) -> WithTokens | None:
-        """The snapshot that holds exactly ``tokens``."""
-        hit = self._snapshots.longest_full_prefix(tokens)
+        """The snapshot that holds exactly ``tokens``, of those that all share."""
+        hit = self._snapshots.longest_full_prefix(tokens, (SHARED,))
         if hit is None or hit.n_tokens != count(tokens):
             return None
         return self._known[hit.holder].with_tokens(tokens)
 
-    def snapshot_at(self, tokens: bytes) -> Snapshot | None:
+    def snapshot_at(self, tokens: bytes, space: Space) -> Snapshot | None:
         """The snapshot that ends where ``tokens`` do, or a little before."""
-        hit = self._snapshots.longest_full_prefix(tokens)
+        hit = self._snapshots.longest_full_prefix(tokens, (space,))
         is_near = hit is not None and hit.n_tokens >= count(tokens) - NEAR_TOKENS
         return self._known.get(hit.holder) if hit is not None and is_near else None
 
@@ -230,11 +214,15 @@ class Pool:
         return snapshot_id in self._known
 
     def rivals(self, job: Job, own: int) -> list[Slot]:
-        """The slots that llama-server may choose for ``job`` instead of its own, which has all but one token of it."""
-        shared = {hit.holder: hit.n_shared for hit in self._residents.match(job.tokens)}
+        """The slots that llama-server, which knows no spaces, may choose for ``job`` instead of its own, which has all
+        but one token of it."""
         n = job.n_tokens - 1
         others = (slot for slot in self.slots if slot.id != own)
-        return [slot for slot in others if slot.state is State.SUSPECT or shared.get(slot.id, 0) >= n]
+        return [slot for slot in others if slot.state is State.SUSPECT or self._n_shared(slot, job) >= n]
+
+    def _n_shared(self, slot: Slot, job: Job) -> int:
+        busy = self._busy.get(slot.id)
+        return common(busy.will_hold if busy else slot.content.tokens, job.tokens)
 
     def wanted(self, job: Job) -> str | None:
         return self._offers.wanted(job) if self.can_save else None
@@ -249,13 +237,6 @@ class Pool:
             for slot in self.slots:
                 if slot.content.snapshot == snapshot.id and slot.content.is_dirty:
                     slot.content = replace(slot.content, snapshot=None)
-
-    def longest_full_prefix(self, tokens: bytes) -> Shared[str] | None:
-        """The longest snapshot that ``tokens`` begins with as a whole: what a state that cannot be cut is good for.
-
-        Nothing that is still leaving its slot is among them.
-        """
-        return self._snapshots.longest_full_prefix(tokens)
 
     def _is_trunk(self, snapshot_id: str) -> bool:
         snapshot = self._known.get(snapshot_id)
@@ -289,9 +270,9 @@ class Pool:
             self._expect_trunks(job, plan, now)
         slot.become(Event.LEASE)
         slot.leased_by = job.id
-        will_hold = job.tokens if plan is not None else old.tokens
-        self._busy[slot.id] = Busy(now + steps_s, has_answer, will_hold)
-        self._index(slot, will_hold)
+        will_hold, space = (job.tokens, job.space) if plan is not None else (old.tokens, old.space)
+        self._busy[slot.id] = Busy(now + steps_s, has_answer, will_hold, space)
+        self._note(slot, will_hold, space)
         return leaving
 
     def left(self, leaving: Leaving) -> None:
@@ -303,12 +284,13 @@ class Pool:
         for step in plan.steps:
             if isinstance(step, Keep):
                 due_s = self.rates.prefill.seconds(plan.n_reused, step.n_tokens)
-                self.expect_trunk(head(job.tokens, step.n_tokens), step.slot, now + due_s)
+                self.expect_trunk(job, step.n_tokens, step.slot, now + due_s)
 
-    def expect_trunk(self, tokens: bytes, slot: int, due_at: float) -> None:
-        """Whoever prefills in ``slot`` will keep a trunk where ``tokens`` end, at about ``due_at``."""
-        checkpoints = checkpoints_after((), 0, [count(tokens)])
-        self._passing.add(Content(tokens, checkpoints=checkpoints), due_at, slot)
+    def expect_trunk(self, job: Job, n_tokens: int, slot: int, due_at: float) -> None:
+        """``job``, which prefills in ``slot``, will keep a trunk of its first ``n_tokens``, at about ``due_at``."""
+        checkpoints = checkpoints_after((), 0, [n_tokens])
+        trunk = Content(head(job.tokens, n_tokens), checkpoints=checkpoints, space=job.space)
+        self._passing.add(trunk, due_at, slot)
 
     def expect_no_trunk(self, slot: int, upto: int | None = None) -> bool:
         """The trunks of up to ``upto`` tokens (None: any) that were to come from ``slot`` are there, or will not come;
@@ -347,11 +329,15 @@ class Pool:
         """Whether something sent for a client that has gone may still begin in a slot."""
         return any(s.state is State.DRAINING and not self._busy[s.id].is_at_work for s in self.slots)
 
-    def expect_nothing(self, slot: Slot) -> None:
-        """A leased slot will hold what nobody knows: it is no use to wait for it."""
+    def has_busy_besides(self, spaces: Collection[Space]) -> bool:
+        """Whether a slot is at work on what is of none of ``spaces``."""
+        return any(busy.space not in spaces for busy in self._busy.values())
+
+    def expect_nothing(self, slot: Slot, space: Space) -> None:
+        """A leased slot will hold what nobody knows, computed in ``space``: it is no use to wait for it."""
         if (busy := self._busy.get(slot.id)) is not None:
-            busy.will_hold = b""
-            self._index(slot, b"")
+            busy.will_hold, busy.space = b"", space
+            self._note(slot, b"", busy.space)
 
     def give_back(self, slot: Slot, event: Event, content: Content, now: float) -> None:
         """End a lease, or the draining after one, with what the slot now holds."""
@@ -364,31 +350,35 @@ class Pool:
             content = replace(content, snapshot=None)  # a conversation of its own goes on from it
         slot.become(event, content)
         if event is Event.LEAVE:
-            self._busy[slot.id] = Busy(now, has_answer=False, will_hold=content.tokens)
+            self._busy[slot.id] = Busy(now, False, content.tokens, content.space)
         else:
             self._busy.pop(slot.id, None)
             slot.leased_by = None
             slot.used_at = now
-        self._index(slot, slot.content.tokens)
+        self._note(slot, slot.content.tokens, slot.content.space)
 
-    def _index(self, slot: Slot, tokens: bytes) -> None:
+    def _note(self, slot: Slot, tokens: bytes, space: Space) -> None:
         if tokens:
-            self._residents.insert(slot.id, tokens)
+            self._index.insert(slot.id, mark(space) + tokens)
         else:
-            self._residents.drop(slot.id)
+            self._index.drop(slot.id)
+
+    def _space_of(self, slot: int) -> Space:
+        busy = self._busy.get(slot)
+        return self.slots[slot].content.space if busy is None else busy.space
 
     # -- invariants ----------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Raise AssertionError naming the invariant that does not hold."""
-        self._residents.check()
+        self._index.check()
         self._passing.check()
         for slot in self.slots:
             is_busy = slot.id in self._busy
             assert is_busy == (not slot.is_idle), f"a slot is busy exactly while it is not idle: {slot}"
             assert (slot.leased_by is None) == slot.is_idle, f"a leased slot has an owner: {slot}"
             held = self._busy[slot.id].will_hold if is_busy else slot.content.tokens
-            assert (slot.id in self._residents) == bool(held), f"a slot is indexed by what it holds: {slot}"
+            assert (slot.id in self._index) == bool(held), f"a slot is indexed by what it holds: {slot}"
             if held:
                 assert self._residents.tokens(slot.id) == held, f"the index holds what the slot holds: {slot}"
             if slot.state is State.FREE:

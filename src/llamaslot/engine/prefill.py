@@ -257,7 +257,10 @@ class Prefills:
         n_found, is_over, is_wrong = 0, False, False
         limit = asyncio.timeout(None)
         try:
-            async with limit, contextlib.aclosing(self.api.prefill(lease.slot_id, tokens)) as events:
+            async with (
+                limit,
+                contextlib.aclosing(self.api.prefill(lease.slot_id, tokens, lease.job.space.lora)) as events,
+            ):
                 async for event in events:
                     if last is None:
                         n_found = event.cache

@@ -110,7 +110,10 @@ class Prewarm:
         if None in wanted:
             return  # it may be one of these
         for snapshot in pool.pinned():
-            if not any(one is not None and pool.snapshot_at(one.trunk) == snapshot for one in wanted):
+            if not any(
+                one is not None and pool.snapshot_at(one.trunk, pool.rules.public) == snapshot
+                for one in wanted
+            ):
                 await self._mark(pool, snapshot, is_pinned=False)
                 log.info("prewarm: snapshot %s is not asked for any more", snapshot.id)
 
@@ -121,7 +124,7 @@ class Prewarm:
     # -- one of them ---------------------------------------------------------------------------------------------
 
     async def _warm(self, pool: Pool, one: _Wanted) -> None:
-        if (there := pool.snapshot_at(one.trunk)) is not None:
+        if (there := pool.snapshot_at(one.trunk, pool.rules.public)) is not None:
             if not there.is_pinned:
                 await self._mark(pool, there, is_pinned=True)
             log.info("prewarm: %s is kept: %d tokens, %s", one.name, one.n_tokens, there.id)
@@ -140,7 +143,13 @@ class Prewarm:
     async def _compute(self, one: _Wanted) -> None:
         """Compute and save it, until that is done or somebody wants something: what was computed stays in its slot, and
         the next attempt goes on from there."""
-        job = Job(f"prewarm {one.name}", one.tokens, n_system=one.n_tokens, is_pinned=True)
+        job = Job(
+            f"prewarm {one.name}",
+            one.tokens,
+            n_system=one.n_tokens,
+            is_pinned=True,
+            space=self._scheduler.rules.public,
+        )
         working = self._tasks.spawn(self._compute_in_a_slot(job), job.id)
         has_given_way = False
         try:

@@ -15,7 +15,7 @@ from llamaslot.core.tokens import head
 from llamaslot.engine.beliefs import prefilled
 from llamaslot.engine.comings import left_behind, supersedes
 from llamaslot.engine.lease import Lease
-from llamaslot.engine.pool import content_of
+from llamaslot.engine.library import content_of
 from llamaslot.engine.probes import UNIFIED
 from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
 from llamaslot.llama.api import LlamaServer
@@ -136,6 +136,7 @@ class Saving:
                 source=lease.job.id,
                 kind=kind,
                 is_pinned=kind is Kind.TRUNK and lease.job.is_pinned,
+                space=content.space.text,
                 idle_s=idle_s,
             )
         except (LlamaslotError, OSError) as error:
@@ -194,7 +195,9 @@ class Saving:
         """Go back to the end of the slot's prompt. Raises LlamaslotError: then nobody knows what the slot holds."""
         lease.still_holds()
         n_reused = 0
-        async with contextlib.aclosing(self.api.prefill(lease.slot_id, content.tokens)) as events:
+        async with contextlib.aclosing(
+            self.api.prefill(lease.slot_id, content.tokens, content.space.lora)
+        ) as events:
             async for event in events:
                 n_reused = event.cache
         after = prefilled(content, content.tokens, n_reused)

@@ -325,7 +325,8 @@ class Scheduler:
         self._is_closed = True
 
     def is_quiet(self, lease: Lease) -> bool:
-        """Whether every slot is either idle and nobody's, or the turn's own, or at work for sure."""
+        """Whether every slot is either idle and nobody's, or the turn's own, or at work for sure: for one whose context
+        the job may go on from, if llama-server may choose that slot, for its answer may end at any moment."""
         if self.pool is not lease.pool:
             return True  # there is nothing to wait for any more
         others = [other for other in self.leases if other.pool is self.pool and other.job is not lease.job]
@@ -334,6 +335,8 @@ class Scheduler:
         }  # its children's slots are at work with it
         is_stepping = any(id(other.job) not in started for other in others)
         n_idle = sum(slot.is_idle for slot in self.pool.slots)
+        if lease.job.is_unpinned and self.pool.has_busy_besides(lease.job.reads):
+            return False
         return (
             not is_stepping
             and not self.pool.is_anything_on_its_way

@@ -11,13 +11,13 @@ from typing import Any, TypeVar, assert_never
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import prefill_steps
 from llamaslot.core.reuse import goes_on_behind, usable
-from llamaslot.core.slots import NOTHING, Erase, Keep, Plan, PrefillTo, Restore, Save
+from llamaslot.core.slots import NOTHING, Content, Erase, Keep, Plan, PrefillTo, Restore, Save
 from llamaslot.core.tokens import common
 from llamaslot.engine import comings
 from llamaslot.engine.beliefs import note_misplaced, prefilled, until_idle
 from llamaslot.engine.lease import Lease, Report
+from llamaslot.engine.library import content_of
 from llamaslot.engine.offers import source_of
-from llamaslot.engine.pool import content_of
 from llamaslot.engine.prefill import Prefills
 from llamaslot.engine.saving import Saving
 from llamaslot.engine.settling import Settling
@@ -90,7 +90,9 @@ class Steps:
                     assert_never(step)
         if self.catalog is not None:
             comings.came_back(self.catalog, lease)
-        if lease.job.is_private or lease.content is None or (lease.job.is_cold and lease.content != NOTHING):
+        if lease.content is not None and not lease.job.may_use(lease.content):
+            lease.content = None  # it could not be emptied
+        if lease.content is None or (lease.job.is_cold and lease.content != NOTHING):
             lease.is_long = False
             return None  # what the slot holds must not be used: the job's own request computes everything
         n_reused = self._expect(lease)
@@ -229,7 +231,7 @@ class Steps:
     async def stopped(self, lease: Lease, n_found: int) -> None:
         """The job's own request was given up before its first token, having found ``n_found`` tokens: wait until the
         server is idle, and note what it has got to."""
-        content = prefilled(lease.content or NOTHING, lease.job.tokens, n_found)
+        content = prefilled(lease.content or Content(space=lease.job.space), lease.job.tokens, n_found)
         lease.done(await until_idle(self.api, lease, content, self.now))
         note_misplaced(lease, n_found, self.metrics)
 
@@ -245,11 +247,11 @@ class Steps:
         """
         assert lease.plan is not None
         n_reused = earlier.n_reused if earlier is not None else n_found
-        before = lease.content or NOTHING
+        before = lease.content or Content(space=lease.job.space)
         if n_reused is not None and lease.job.tokens:
             self.settling.learn(lease, n_reused)
         found = n_found if n_found is not None else 0
-        after = prefilled(before, left, found) if left and not lease.job.is_private else None
+        after = prefilled(before, left, found) if left else None
         n_more = max(n_answer - 1, 0)  # the last token is sampled and sent, but never computed
         lease.done(replace(after, is_exact=False, n_more=n_more) if after is not None else None)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from llamaslot.core.policy import PoolView
 from llamaslot.core.reuse import TRUNK, checkpoints_after
 from llamaslot.core.slots import IDLE, Job, Wait
-from llamaslot.core.tokens import head
 from llamaslot.core.trunks import MIN_TOKENS
 from llamaslot.engine.lease import Lease
 from llamaslot.engine.pool import Pool
@@ -54,7 +53,7 @@ def ask_for_trunk(pool: Pool, job: Job, view: PoolView, makers: Iterable[Lease],
     Worth it is what costs more to compute than to save and restore, of what cannot be had otherwise. A maker that has
     passed the end of it already can still keep it where the model can go back to any token.
     """
-    if job.is_fresh or not pool.can_save:
+    if job.is_cold or not pool.can_save:
         return False
     n_shared = {slot.id: slot.n_shared for slot in view.slots}
     idle = (slot.n_usable for slot in view.slots if slot.state in IDLE)
@@ -63,7 +62,7 @@ def ask_for_trunk(pool: Pool, job: Job, view: PoolView, makers: Iterable[Lease],
     for maker in makers:
         n = min(n_shared[maker.slot_id], maker.job.n_tokens - 1, job.n_tokens - 1)
         is_ahead = pool.recall.is_rewindable or n > maker.n_done
-        can_keep = is_ahead and maker.can_keep and not (maker.job.is_fresh or maker.job.is_pinned)
+        can_keep = is_ahead and maker.can_keep and not (maker.job.is_cold or maker.job.is_pinned)
         if can_keep and n >= MIN_TOKENS and (best is None or n > best[0]):
             best = n, maker
     if best is None:
@@ -76,7 +75,7 @@ def ask_for_trunk(pool: Pool, job: Job, view: PoolView, makers: Iterable[Lease],
     if pool.rates.prefill.seconds(n_had, n_usable) <= cost_s:
         return False
     due_s = pool.rates.prefill.seconds(maker.n_done, n)
-    pool.expect_trunk(head(job.tokens, n), maker.slot_id, now + due_s)
+    pool.expect_trunk(maker.job, n, maker.slot_id, now + due_s)
     maker.scheduler.bell.ring()
     return True
 

@@ -13,7 +13,7 @@ import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
 
-from llamaslot.core.slots import NOTHING, Slot
+from llamaslot.core.slots import NOTHING, Job, Slot
 from llamaslot.engine.lease import Lease, Phase
 from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
@@ -83,7 +83,7 @@ class Turn:
         """What was in the slot is gone, and nobody knows what is there now."""
         lease.phase, lease.content = Phase.WORKING, NOTHING
         if lease.slot is not None:
-            lease.pool.expect_nothing(lease.slot)
+            lease.pool.expect_nothing(lease.slot, lease.job.space)
 
     async def settle(self) -> None:
         """The request has ended: see what is left in the slots, and give them back."""
@@ -156,6 +156,8 @@ class Turns:
                 others += fresh
                 for other in fresh:
                     await self._save_if_worth(other)
+                    if lease.job.is_unpinned and not _may_land_in(other, lease.job):
+                        await self._steps.erase_now(other)
                 fresh = self._scheduler.lease_idle(lease.job)  # those whose answers have ended meanwhile
             before = {info.id: info for info in await self._api.slots()}
             lease.still_holds()  # what is sent now would land in slots that the new pool takes for idle
@@ -214,3 +216,8 @@ class Turns:
         for lease in waiting:
             if lease.is_answering and lease.slot is not None and lease.slot_id in busy:
                 lease.started()
+
+
+def _may_land_in(lease: Lease, job: Job) -> bool:
+    """Whether ``job`` may use what the slot of ``lease`` holds, as llama-server would where it has the choice."""
+    return lease.content is not None and job.may_use(lease.content)

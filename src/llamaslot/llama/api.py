@@ -236,13 +236,13 @@ class LlamaServer:
     async def erase(self, slot: int) -> None:
         await self._slot_action(slot, "erase", {})
 
-    async def prefill(self, slot: int, tokens: bytes) -> AsyncGenerator[Progress]:
-        """Compute the KV cache of exactly ``tokens`` in ``slot``; one Progress per batch.
+    async def prefill(self, slot: int, tokens: bytes, lora: str = "") -> AsyncGenerator[Progress]:
+        """Compute the KV cache of exactly ``tokens`` in ``slot``; one Progress per batch. ``lora``: scales, as JSON.
 
         ``n_predict`` 0 and ``return_progress`` make it a step that stops by itself, tells what was reused before
         anything is computed, and ends within one batch when it is closed: what was computed stays in the slot.
         """
-        body = {
+        body: dict[str, Any] = {
             "prompt": unpack(tokens),
             "n_predict": 0,
             "id_slot": slot,
@@ -250,6 +250,8 @@ class LlamaServer:
             "stream": True,
             "return_progress": True,
         }
+        if lora:
+            body["lora"] = orjson.Fragment(lora)
         splitter = EventSplitter()
         headers = {"Content-Type": "application/json"}
         async with self.request("POST", "/completion", data=orjson.dumps(body), headers=headers) as response:

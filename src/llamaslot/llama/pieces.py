@@ -1,6 +1,6 @@
 """Texts already tokenized, kept in pieces between special tokens; what texts have in common is kept once.
 
-A tree: each node is a piece of text that begins with a special token (or the text's start) and is followed by another,
+A tree for each of those who must not know of each other: each node is a piece of text that begins with a special token (or the text's start) and is followed by another,
 and its tokens. A path from the root is the beginning of a text. Pieces are found by comparing them as strings, in a
 dict: no hash of ours has to be believed.
 """
@@ -35,6 +35,9 @@ class _Piece:
         return sys.getsizeof(self.key) + len(self.tokens) + _OVERHEAD
 
 
+_NO_PIECE = _Piece("", b"", None)
+
+
 @dataclass(frozen=True, slots=True)
 class Known:
     """The beginning of a text whose tokens are known: ``ends[i]`` of them lie before the i-th cut."""
@@ -52,7 +55,7 @@ class Pieces:
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._root = _Piece("", b"", None)
+        self._roots: dict[str, _Piece] = {}
         # Least recently used first. A piece is touched before its parent, so that the first is always a leaf.
         self._recent: OrderedDict[_Piece, None] = OrderedDict()
         self.size_bytes = 0
@@ -60,9 +63,9 @@ class Pieces:
     def __len__(self) -> int:
         return len(self._recent)
 
-    def find(self, text: str, cuts: Sequence[Mark]) -> Known:
+    def find(self, text: str, cuts: Sequence[Mark], whose: str = "") -> Known:
         """The longest known beginning of the text that ends at one of the cuts. Changes nothing."""
-        piece, begin, n_tokens = self._root, 0, 0
+        piece, begin, n_tokens = self._roots.get(whose, _NO_PIECE), 0, 0
         tokens: list[bytes] = []
         ends: list[int] = []
         for cut in cuts:
@@ -75,9 +78,13 @@ class Pieces:
             piece, begin = child, cut.start
         return Known(b"".join(tokens), tuple(ends))
 
-    def keep(self, text: str, cuts: Sequence[Mark], ends: Sequence[int], tokens: bytes) -> None:
+    def keep(
+        self, text: str, cuts: Sequence[Mark], ends: Sequence[int], tokens: bytes, whose: str = ""
+    ) -> None:
         """Remember the text up to its last cut as most recently used; ``ends[i]`` tokens lie before ``cuts[i]``."""
-        piece, begin, first = self._root, 0, 0
+        if not cuts:
+            return
+        piece, begin, first = self._roots.setdefault(whose, _Piece(whose, b"", None)), 0, 0
         path: list[_Piece] = []
         for cut, end in zip(cuts, ends, strict=True):
             key = text[begin : cut.end]
@@ -96,14 +103,17 @@ class Pieces:
     def _forget(self, leaf: _Piece) -> None:
         assert leaf.parent is not None, "the root is in nobody's turn"
         assert not leaf.children, "leaves go first"
-        del leaf.parent.children[leaf.key]
+        root = leaf.parent
+        del root.children[leaf.key]
+        if root.parent is None and not root.children:
+            del self._roots[root.key]
         del self._recent[leaf]
         self.size_bytes -= leaf.size_bytes
 
     def check(self) -> None:
         """Raises AssertionError naming the invariant that does not hold."""
         found: list[_Piece] = []
-        rest = [self._root]
+        rest = list(self._roots.values())
         while rest:
             piece = rest.pop()
             for key, child in piece.children.items():
@@ -112,7 +122,7 @@ class Pieces:
                 rest.append(child)
         order = {piece: i for i, piece in enumerate(self._recent)}
         assert set(found) == set(order), "every piece has its turn"
-        assert all(p.parent is self._root or order[p] < order[p.parent] for p in found if p.parent), (
+        assert all(p.parent not in order or order[p] < order[p.parent] for p in found if p.parent), (
             "leaves go first"
         )
         assert self.size_bytes == sum(p.size_bytes for p in found) <= self._limit_bytes, (

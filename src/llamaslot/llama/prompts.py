@@ -65,6 +65,7 @@ class Prompt:
     text: str | None = None
     whole: bool = True  # tokenized in one piece, so not a matter of cuts
     n_restarts: int = field(default=0, compare=False)  # of the server before it was tokenized
+    whose: str = field(default="", compare=False)  # among whose texts this one was looked for
 
     @property
     def n_tokens(self) -> int:
@@ -88,6 +89,7 @@ class Boundaries(NamedTuple):
 class _Split:
     """A text, the special tokens in it, those worth cutting at, and how far its tokens are known already."""
 
+    whose: str
     n_version: int  # of the special tokens that were known
     marks: list[Mark]
     cuts: list[Mark]
@@ -109,10 +111,10 @@ class _Model:
         self.systems: dict[bytes, bytes] = {}  # tokens of system parts, by what they are made from
         self.is_whole = is_whole  # a cut has given wrong tokens: no more cuts
 
-    def split(self, text: str) -> _Split:
+    def split(self, text: str, whose: str) -> _Split:
         marks = self.specials.find(text)
         cuts = spaced(marks)
-        return _Split(self.specials.n_version, marks, cuts, self.pieces.find(text, cuts))
+        return _Split(whose, self.specials.n_version, marks, cuts, self.pieces.find(text, cuts, whose))
 
 
 class Prompts:
@@ -122,7 +124,8 @@ class Prompts:
     tokens are known (``specials``) and texts remembered (``pieces``, at most ``cache_bytes``): so the 7 ms per 1,000
     tokens that tokenizing costs the server are paid for what is new. Three things keep that from giving wrong tokens:
     special tokens must come in the same order in text and tokens, each is tried out before it is first used as a cut,
-    and the server's own count of each prompt is compared (``confirm``).
+    and the server's own count of each prompt is compared (``confirm``). ``whose``: only texts of the same one are made
+    use of, so that nobody can tell by the time what others have asked; "" where that is no secret.
 
     Canceling any of its coroutines is safe: they change nothing but what is remembered.
     """
@@ -140,14 +143,14 @@ class Prompts:
         self._model = _Model(self._server, self._cache_bytes)
         self._is_told = False
 
-    async def chat(self, body: Mapping[str, Any]) -> Prompt:
+    async def chat(self, body: Mapping[str, Any], whose: str = "") -> Prompt:
         """The tokens of a chat body. Raises OpaquePrompt for media, UpstreamError when the template refuses it."""
         if _has_media(body):
             raise OpaquePrompt("the messages hold media")
         text = await self._server.apply_template(body)
-        return await self._of_text(text)
+        return await self._of_text(text, whose)
 
-    async def completion(self, prompt: Any) -> list[Prompt]:
+    async def completion(self, prompt: Any, whose: str = "") -> list[Prompt]:
         """The prompts of ``body["prompt"]`` of a completion, read as llama-server reads it.
 
         A string; a list of ids; a mixed list of strings and ids (one prompt); or a list of those (several). An
@@ -160,10 +163,10 @@ class Prompts:
         if isinstance(prompt, list) and int not in set(map(type, prompt)):
             if not prompt:
                 raise BadRequest('"prompt" must not be empty')
-            return [await self._one(element) for element in prompt]
-        return [await self._one(prompt)]
+            return [await self._one(element, whose) for element in prompt]
+        return [await self._one(prompt, whose)]
 
-    async def _one(self, prompt: Any) -> Prompt:
+    async def _one(self, prompt: Any, whose: str) -> Prompt:
         if isinstance(prompt, Mapping) and "prompt_string" in prompt:
             if "multimodal_data" in prompt:
                 raise OpaquePrompt("the prompt holds media")
@@ -177,7 +180,7 @@ class Prompts:
             if {int, str} <= types:
                 return await self._mixed(prompt)
         if isinstance(prompt, str):
-            return await self._of_text(prompt)
+            return await self._of_text(prompt, whose)
         raise BadRequest(_BAD_PROMPT)
 
     async def _mixed(self, elements: list[Any]) -> Prompt:
@@ -195,30 +198,30 @@ class Prompts:
                 raise BadRequest(_BAD_PROMPT)
         return Prompt(b"".join(parts))
 
-    async def _of_text(self, text: str) -> Prompt:
+    async def _of_text(self, text: str, whose: str) -> Prompt:
         """The tokens of a text with whatever the model wants in front of it."""
         while True:
             model = self._model
-            prompt = await self._tokenize(model, text)
+            prompt = await self._tokenize(model, text, whose)
             if model is self._model:
                 return prompt
             # The server was restarted meanwhile: half of these tokens may be another model's.
 
-    async def _tokenize(self, model: _Model, text: str) -> Prompt:
+    async def _tokenize(self, model: _Model, text: str, whose: str) -> Prompt:
         if model.is_whole:
             tokens = await self._server.tokenize(text, add_special=True)
-            return Prompt(tokens, text, n_restarts=self.n_restarts)
-        split = model.split(text)
+            return Prompt(tokens, text, n_restarts=self.n_restarts, whose=whose)
+        split = model.split(text, whose)
         known = split.known
         if known.n_cuts:
             tail = await self._tail(model, text, split.cuts[known.n_cuts - 1])
             if tail is None:  # one special token fewer, so this ends
-                return await self._tokenize(model, text)
+                return await self._tokenize(model, text, whose)
             tokens = known.tokens + tail
         else:
             tokens = await self._server.tokenize(text, add_special=True)
         await self._remember(model, text, tokens, split)
-        return Prompt(tokens, text, whole=not known.n_cuts, n_restarts=self.n_restarts)
+        return Prompt(tokens, text, whole=not known.n_cuts, n_restarts=self.n_restarts, whose=whose)
 
     async def _tail(self, model: _Model, text: str, cut: Mark) -> bytes | None:
         """The tokens from the cut on, or None when it turns out that this special token is none to cut at."""
@@ -240,14 +243,14 @@ class Prompts:
         with contextlib.suppress(LlamaslotError):
             await model.specials.learn(text[split.begin :])
         if model.specials.n_version != split.n_version:  # other cuts, also in the part that was known
-            split = replace(model.split(text), known=Known(b"", ()))
+            split = replace(model.split(text, split.whose), known=Known(b"", ()))
         n_known = count(split.known.tokens)
         fresh = split.marks[bisect_left(split.marks, (split.begin,)) :]
         where = model.specials.locate(fresh, tokens[n_known * WIDTH :], may_add=not n_known)
         if where is not None:
             index = {mark.start: n_known + i for mark, i in zip(fresh, where, strict=True)}
             ends = [*split.known.ends, *(index[cut.start] for cut in split.cuts[split.known.n_cuts :])]
-            model.pieces.keep(text, split.cuts, ends, tokens)
+            model.pieces.keep(text, split.cuts, ends, tokens, split.whose)
 
     def confirm(self, prompt: Prompt, n_server: int) -> bool:
         """Whether the server counted as many tokens in the prompt as we did.
@@ -301,7 +304,7 @@ class Prompts:
         if not variants or not (len(variants[0]["messages"]) > 1 or body.get("tools")):
             return 0
         shown = {name: body[name] for name in _SHOWN if name in body}
-        key = orjson.dumps([variants[0]["messages"][:-1], shown], option=orjson.OPT_SORT_KEYS)
+        key = orjson.dumps([prompt.whose, variants[0]["messages"][:-1], shown], option=orjson.OPT_SORT_KEYS)
         systems = self._model.systems
         if (tokens := systems.pop(key, None)) is None:
             tokens = head(prompt.tokens, await self._shared(variants[0], prompt))
@@ -325,7 +328,7 @@ class Prompts:
             text = await self._server.apply_template(variant)
         except UpstreamError:
             return 0
-        return common((await self._of_text(text)).tokens, prompt.tokens)
+        return common((await self._of_text(text, prompt.whose)).tokens, prompt.tokens)
 
 
 def _pack_wrapping(ids: list[int]) -> bytes:

@@ -212,6 +212,7 @@ class Catalog:
         source: str,
         kind: Kind = Kind.LEAF,
         is_pinned: bool = False,
+        space: str = "",
         idle_s: float = 0.0,
     ) -> WithTokens:
         """Make the saved part file a snapshot if it is what it should be.
@@ -236,6 +237,7 @@ class Catalog:
             boot=sidecar.boot_id(),
             kind=kind,
             is_pinned=is_pinned,
+            space=space,
         )
         held.idle_s = idle_s
         held.commit = self._tasks.spawn(self._commit(held, noted, tokens_expected), f"commit {draft.id}")

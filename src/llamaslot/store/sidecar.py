@@ -29,7 +29,8 @@ from llamaslot.core.slots import Kind
 from llamaslot.core.tokens import WIDTH
 from llamaslot.errors import SnapshotInvalid
 
-VERSION = 1
+VERSION = 2  # written where a space is given: who knows only version 1 must not take it for everybody's
+_VERSIONS = (1, VERSION)
 KV, JSON, PART, NEW, PROBE = ".kv", ".json", ".part", ".json.new", ".probe"
 _OURS = re.compile(r"(ls-[0-9a-f]{16})(\.kv|\.json|\.part|\.json\.new|\.probe)")
 _MODE = 0o660  # llama-server and llamaslot may be two users of one group; the umask narrows it
@@ -41,7 +42,8 @@ class Snapshot:
 
     ``digest`` tells these tokens from others; ``created_at`` is in seconds since the epoch; ``checkpoints`` are the
     token counts to which a model that cannot rewind can return; ``source`` says what it was saved for. ``is_pinned``:
-    somebody wants it there before it is asked for, so it neither makes room for others nor is superseded.
+    somebody wants it there before it is asked for, so it neither makes room for others nor is superseded. ``space``:
+    who may go on from it (``core.spaces``), "" for all.
     """
 
     id: str
@@ -54,6 +56,7 @@ class Snapshot:
     source: str
     kind: Kind = Kind.LEAF
     is_pinned: bool = False
+    space: str = ""
 
     def with_tokens(self, tokens: bytes) -> WithTokens:
         """``tokens`` must be its own."""
@@ -115,6 +118,7 @@ class Noted:
     boot: str | None  # of the machine, until the .kv file is known to be on the disk
     kind: Kind = Kind.LEAF
     is_pinned: bool = False
+    space: str = ""
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Noted:
@@ -134,6 +138,7 @@ class Noted:
             source=self.source,
             kind=self.kind,
             is_pinned=self.is_pinned,
+            space=self.space,
         )
 
 
@@ -164,7 +169,7 @@ def parse(name: str, data: bytes) -> Noted:
         fields = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise SnapshotInvalid(f"{name}: broken JSON: {error}") from None
-    if not isinstance(fields, dict) or fields.get("version") != VERSION:
+    if not isinstance(fields, dict) or fields.get("version") not in _VERSIONS:
         raise SnapshotInvalid(f"{name}: no sidecar of version {VERSION}")
     checkpoints = _field(name, fields, "checkpoints", list)
     if not all(type(at) is int for at in checkpoints):
@@ -178,9 +183,10 @@ def parse(name: str, data: bytes) -> Noted:
         checkpoints=tuple(checkpoints),
         source=_field(name, fields, "source", str),
         boot=_field(name, fields, "boot", str, type(None)),
-        # Both came later: a sidecar without them is of a plain conversation.
+        # These came later: a sidecar without them is of a plain conversation.
         kind=_kind(name, _field(name, {"kind": Kind.LEAF.value, **fields}, "kind", str)),
         is_pinned=_field(name, {"is_pinned": False, **fields}, "is_pinned", bool),
+        space=_field(name, {"space": "", **fields}, "space", str),
     )
     if noted.id + JSON != name:
         raise SnapshotInvalid(f"{name}: belongs to {noted.id}")
@@ -214,9 +220,8 @@ def write(directory: Path, noted: Noted, last_used: float) -> None:
 
     The directory is not synced: after a power cut a name that was lost is a snapshot that does not exist.
     """
-    content = orjson.dumps(
-        {"version": VERSION, **dataclasses.asdict(noted)}, option=orjson.OPT_APPEND_NEWLINE
-    )
+    fields = {"version": VERSION if noted.space else 1, **dataclasses.asdict(noted)}
+    content = orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
     new = directory / (noted.id + NEW)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE), "wb") as file:
         file.write(content)

@@ -164,7 +164,7 @@ class Answering:
         lease = self.lease
         # For a job that may use nothing cached, what is in the slot after a prefill of its own is its own work.
         # What nobody knows may have been computed with somebody's LoRA scales.
-        may_reuse = self.here is not None or not (lease.job.is_fresh or lease.content is None)
+        may_reuse = self.here is not None or not (lease.job.is_cold or lease.content is None)
         lease.sent()
         upstream = await stack.enter_async_context(
             self.asked.post({**body, "id_slot": lease.slot_id, "cache_prompt": may_reuse})

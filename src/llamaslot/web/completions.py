@@ -33,6 +33,7 @@ from llamaslot.web.jobs import ATTEMPTS, Wanted, request_id, wanted
 from llamaslot.web.passthrough import Passthrough
 from llamaslot.web.rewriting import SystemPrompts, rewrote
 from llamaslot.web.several import Part, joined
+from llamaslot.web.users import user_of
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class _Exchange:
         return met, await self._wanted(met)
 
     async def _wanted(self, met: Met) -> Wanted:
-        return await wanted(self.id, self.body, self._format, self.backend, met.pool)
+        return await wanted(self.id, self.body, self._format, self.backend, met.pool, user_of(self.request))
 
     @property
     def _format(self) -> Format:

@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from llamaslot.core.reuse import Memory
 from llamaslot.core.slots import Job
 from llamaslot.core.tokens import common, head
+from llamaslot.core.users import User
 from llamaslot.engine.backend import Backend
 from llamaslot.engine.pool import Pool
 from llamaslot.errors import BadRequest, PromptTooLong, UpstreamError
@@ -51,16 +54,32 @@ def request_id(headers: Mapping[str, str]) -> str:
     return given if _PLAIN_ID.fullmatch(given) else f"req-{next(_serial)}-{secrets.token_hex(3)}"
 
 
-def is_private(body: Mapping[str, Any]) -> bool:
-    """Whether it sets LoRA scales: an empty list does too, all of them to 0."""
-    return body.get("lora") is not None
+def lora_of(body: Mapping[str, Any]) -> str:
+    """The LoRA scales that a body sets, as JSON, alike for all that mean the same; "" when it sets none.
+
+    Adapters that are not named get the scale 0, so an empty list sets them all. What is malformed is left to
+    llama-server's 400. (tools/server/server-common.cpp: parse_lora_request)
+    """
+    lora = body.get("lora")
+    if lora is None:
+        return ""
+    scales: dict[int, float] = {}
+    for entry in lora if isinstance(lora, list) else [lora]:
+        id_, scale = (entry.get("id"), entry.get("scale", 0)) if isinstance(entry, dict) else (None, None)
+        if type(id_) is not int or not isinstance(scale, int | float) or isinstance(scale, bool):
+            return orjson.dumps(lora, option=orjson.OPT_SORT_KEYS).decode()
+        scales[id_] = float(scale)
+    return orjson.dumps([{"id": id_, "scale": scales[id_]} for id_ in sorted(scales) if scales[id_]]).decode()
 
 
-async def wanted(id_: str, body: Mapping[str, Any], kind: Format, backend: Backend, pool: Pool) -> Wanted:
+async def wanted(
+    id_: str, body: Mapping[str, Any], kind: Format, backend: Backend, pool: Pool, user: User
+) -> Wanted:
     """The job for ``body``. Raises BadRequest, PromptTooLong, and llama-server's own error for a body it refuses."""
     try:
         chat = _chat_body(body, kind)
-        prompts = await _prompts(body, chat, backend)
+        whose = pool.rules.space(user).user
+        prompts = await _prompts(body, chat, backend, whose)
     except OpaquePrompt:
         chat, prompts = None, ()
     for prompt in prompts:
@@ -80,7 +99,8 @@ async def wanted(id_: str, body: Mapping[str, Any], kind: Format, backend: Backe
         boundaries=boundaries,
         n_system=n_system,
         is_cold=heard.get("cache_prompt") is False,
-        is_private=is_private(heard),
+        user=user,
+        space=pool.rules.space(user, lora_of(heard)),
         n_children=n - 1,
         is_steered=kind == "messages",
     )
@@ -102,20 +122,20 @@ def _chat_body(body: Mapping[str, Any], kind: Format) -> Mapping[str, Any] | Non
 
 
 async def _prompts(
-    body: Mapping[str, Any], chat: Mapping[str, Any] | None, backend: Backend
+    body: Mapping[str, Any], chat: Mapping[str, Any] | None, backend: Backend, whose: str
 ) -> tuple[Prompt, ...]:
     """Raises OpaquePrompt, and UpstreamError for what the template refuses: of a body that was converted nobody knows
     whether llama-server would refuse it too, so it is served without its tokens."""
     if chat is not None:
         try:
-            return (await backend.prompts.chat(chat),)
+            return (await backend.prompts.chat(chat, whose),)
         except UpstreamError as error:
             if chat is body:
                 raise
             raise OpaquePrompt(str(error)) from error
     if "prompt" not in body:
         raise BadRequest("'prompt' is required")
-    return tuple(await backend.prompts.completion(body["prompt"]))
+    return tuple(await backend.prompts.completion(body["prompt"], whose))
 
 
 def _n_answers(body: Mapping[str, Any]) -> int:

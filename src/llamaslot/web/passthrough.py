@@ -19,7 +19,8 @@ from llamaslot.llama.sse import event_of
 from llamaslot.web.bodies import parse_object, read_body
 from llamaslot.web.downstream import BROKEN_OFF, begin, cut, send
 from llamaslot.web.headers import to_client, to_server
-from llamaslot.web.jobs import ATTEMPTS, is_private, request_id
+from llamaslot.web.jobs import ATTEMPTS, lora_of, request_id
+from llamaslot.web.users import user_of
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,9 @@ class Passthrough:
         raise BackendDown("llama-server restarts again and again; see its log")
 
     async def _unpinned(self, request: web.Request, raw: bytes, id_: str) -> web.StreamResponse:
-        with await self._backend.scheduler.lease(Job(id_, is_unpinned=True)) as lease:
+        user = user_of(request)
+        job = Job(id_, is_unpinned=True, user=user, space=self._backend.rules.space(user))
+        with await self._backend.scheduler.lease(job) as lease:
             async with (
                 self._backend.turns.take(lease, lambda _: None) as turn,
                 self._upstream(request, raw, to_server(request)) as upstream,
@@ -77,14 +80,15 @@ class Passthrough:
 
     async def _pinned(self, request: web.Request, raw: bytes, id_: str) -> web.StreamResponse:
         body = parse_object(raw)
-        job = Job(id_, is_private=is_private(body))
+        user = user_of(request)
+        job = Job(id_, user=user, space=self._backend.rules.space(user, lora_of(body)))
         with await self._backend.scheduler.lease(job) as lease:
             await self._backend.steps.prepare(lease, lambda _: None)
             lease.sent()
             ours: dict[str, object] = {"id_slot": lease.slot_id}
             if (
-                job.is_private or lease.content is None
-            ):  # somebody's LoRA scales may have computed what is there
+                lease.content is None
+            ):  # somebody else, or somebody's LoRA scales, may have computed what is there
                 ours["cache_prompt"] = False
             data = orjson.dumps(body | ours)
             headers = to_server(request, content_type="application/json")
