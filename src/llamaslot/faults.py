@@ -28,6 +28,7 @@ _WORDING = {
     "missing": "is missing",
     "string_type": "should be text; put it in quotes",
     "string_too_short": "should not be empty",
+    "too_short": "should not be empty",
     "bool_type": "should be on or off",
     "bool_parsing": "should be on or off",
     "int_type": "should be a whole number",

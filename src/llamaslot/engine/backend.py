@@ -18,11 +18,13 @@ from llamaslot.core.cost import Rates
 from llamaslot.core.policy import Rules
 from llamaslot.core.slots import NOTHING, Event, Job
 from llamaslot.core.value import ByValue, Returns, Standing
+from llamaslot.engine.divergences import Divergences
 from llamaslot.engine.drain import Drains
 from llamaslot.engine.handshake import Handshake, Met
 from llamaslot.engine.library import Libraries
 from llamaslot.engine.prewarm import Bodies, Prewarm
-from llamaslot.engine.scheduler import QueueLimits, Scheduler
+from llamaslot.engine.queue import QueueLimits
+from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
 from llamaslot.engine.turns import Turns
 from llamaslot.engine.writeback import Writeback
@@ -103,6 +105,7 @@ class Backend:
             if self.catalog is not None
             else None
         )
+        self.divergences = Divergences(api, metrics, self.tasks)
         self.drains = Drains(api, self.scheduler, now)
         self.scheduler.on_drain = self.drains.add
         self.scheduler.on_prefix_wait = metrics.prefix_wait_s.observe

@@ -63,6 +63,10 @@ class Note:
         if rules:
             self._begun().rewrote = rules
 
+    def diverged(self, told: dict[str, object]) -> None:
+        """It was found out why much had to be computed."""
+        self._begun().diverged = told
+
     def ended(self) -> None:
         """It waits no longer, served or not. Idempotent."""
         if self.decision is not None and self.decision.waits:

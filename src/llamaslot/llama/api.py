@@ -212,6 +212,11 @@ class LlamaServer:
         body = {"content": content, "add_special": add_special, "parse_special": parse_special}
         return pack((await self._json("POST", "/tokenize", body))["tokens"])
 
+    @_as_known
+    async def detokenize(self, tokens: bytes) -> str:
+        """The text of ``tokens``, special tokens and all. Half a character at an end becomes U+FFFD."""
+        return str((await self._json("POST", "/detokenize", {"tokens": unpack(tokens)}))["content"])
+
     async def _slot_action(self, slot: int, action: str, body: dict[str, str]) -> dict[str, Any]:
         try:
             answer = await self._json("POST", f"/slots/{slot}?action={action}", body, timeout_s=ACTION_S)

@@ -69,6 +69,7 @@ class Decision:
     ``at`` is in seconds since 1970. ``queued_s``: how long it waited for its slot, in all. ``n_expected``: tokens that
     were expected to be reused when the steps were through; ``n_reused``: those that were, None until that is known.
     ``rewrote``: rules that have changed its system prompt.
+    ``diverged``: where it parts from what was computed before, if much was lost by that.
     """
 
     id: str
@@ -83,6 +84,7 @@ class Decision:
     waits: list[Waited] = field(default_factory=list)
     acts: list[Act] = field(default_factory=list)
     rewrote: list[str] = field(default_factory=list)
+    diverged: dict[str, object] | None = None
 
     def to_json(self) -> dict[str, Any]:
         waits = [
@@ -107,6 +109,7 @@ class Decision:
             "waits": waits,
             "acts": [dataclasses.asdict(act) for act in self.acts],
             "rewrote": self.rewrote,
+            "diverged": self.diverged,
             "text": explain(self),
         }
 

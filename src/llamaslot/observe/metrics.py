@@ -53,6 +53,9 @@ class Metrics:
             "prefix_wait_seconds", "Seconds that a job waited for a prefix that another one computed"
         )
         self.rewrites = counter("rewrites", "Requests whose system prompt a rule has changed", "rule")
+        self.divergences = counter(
+            "divergences", "Requests that lost a long prefix by a difference in it", "where"
+        )
         self.n_waiting = Gauge("llamaslot_waiting", "Jobs waiting for a slot", registry=self.registry)
         self.n_snapshots = Gauge("llamaslot_snapshots", "Snapshots that can be used", registry=self.registry)
         self.bytes_stored = Gauge("llamaslot_stored_bytes", "Bytes of all snapshots", registry=self.registry)

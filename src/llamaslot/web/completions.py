@@ -205,6 +205,8 @@ class _Exchange:
                     raise BackendRestarted("llama-server has restarted")  # and may have another model now
                 self.backend.metrics.queue_s.observe(time.monotonic() - queued)
                 lease.note.rewrote(rewrote(self.request))
+                if n_before == 0 and want.prompts:
+                    self.backend.divergences.look(lease, want.prompts[0], self.body, self._format)
                 here = await self.backend.steps.prepare(lease, self.down.say, may_replan=may_replan)
                 turn: Turn | None = None
                 if job.n_children:
