@@ -80,7 +80,10 @@ def tasks(
     number(body, "temperature", -100, 1000)
     asked = body.get("id_slot")
     pinned = isinstance(asked, int) and not isinstance(asked, bool) and asked >= 0
-    stop = body.get("stop") or []
+    given = body.get("stop")
+    stop = [word for word in ([given] if isinstance(given, str) else given or ()) if isinstance(word, str)]
+    n_probs = number(body, "n_probs", 0, 2_147_483_647)
+    n_logprobs = number(body, "top_logprobs", 0, 2_147_483_647) if body.get("logprobs") else 0
     results: asyncio.Queue[Result | None] = asyncio.Queue()
     made: list[Task] = []
     index = 0
@@ -97,10 +100,8 @@ def tasks(
                     slot=asked if pinned else None,
                     cache_prompt=body.get("cache_prompt", True) is not False,
                     progress=bool(body.get("return_progress")) and bool(body.get("stream")),
-                    n_probs=body.get("n_probs")
-                    or (body.get("top_logprobs") if body.get("logprobs") else 0)
-                    or 0,
-                    stop=(stop,) if isinstance(stop, str) else tuple(stop),
+                    n_probs=min(n_probs or n_logprobs or 0, 100),
+                    stop=tuple(stop),
                     user_marks=user_marks,
                 )
             )

@@ -170,8 +170,9 @@ class Scheduler:
         return self._grant(slot, job)
 
     def lease_rival(self, slot: Slot, lease: Lease) -> Lease | None:
-        """Lease an idle slot to make way for the job of ``lease``, unless a turn keeps everybody from a first step."""
-        if self.pool is not lease.pool or self._is_closed or not slot.is_idle:
+        """Lease an idle slot to make way for the job of ``lease``. Also while a turn keeps others from a first step: it
+        waits for that job, too."""
+        if self.pool is not lease.pool or not slot.is_idle:
             return None
         return self._grant(slot, Job(f"{lease.job.id} clears its way", slot.content.tokens))
 

@@ -14,11 +14,12 @@ import logging
 from collections.abc import AsyncIterator, Callable
 
 from llamaslot.core.slots import NOTHING, Job, Slot
-from llamaslot.engine.lease import Lease, Phase
+from llamaslot.engine.lease import Lease, Phase, PlanAgain
 from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
 from llamaslot.errors import BackendRestarted, LlamaslotError
 from llamaslot.llama.api import LlamaServer, SlotInfo
+from llamaslot.llama.sse import Earlier
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ class Turns:
 
     def __init__(self, api: LlamaServer, scheduler: Scheduler, steps: Steps, tasks: TaskOwner) -> None:
         self._api, self._scheduler, self._steps, self._tasks = api, scheduler, steps, tasks
+        self._clearing: dict[Lease, None] = {}  # in their order
 
     @contextlib.asynccontextmanager
     async def take(self, lease: Lease, report: Callable[[str], None]) -> AsyncIterator[Turn]:
@@ -176,20 +178,45 @@ class Turns:
                     other.release()
             self._scheduler.end_turn(lease)
 
-    async def clear_the_way(self, lease: Lease) -> None:
+    async def clear_the_way(self, lease: Lease, here: Earlier | None) -> None:
         """Wait until llama-server, asked for the job's prompt, will choose the slot of ``lease`` among those that are
         idle: the one with the longest common prefix. Others that share as much are saved, if that is worth it, and
-        emptied; one between two steps is waited for. Cancelling is safe."""
-        while rivals := lease.pool.rivals(lease.job, lease.slot_id):
-            for slot in rivals:
-                if (rival := self._scheduler.lease_rival(slot, lease)) is not None:
-                    with rival:
-                        await self._save_if_worth(rival)
-                        await self._steps.erase_now(rival)
-                    break
-            else:
-                await self._scheduler.bell.heard(_CONFIRM_EVERY_S)
-            lease.still_holds()
+        emptied; one between two steps is waited for. Cancelling is safe.
+
+        Raises PlanAgain with ``here`` where two would wait for each other: the slot was given up, and what it was in
+        the way of is through.
+        """
+        self._clearing[lease] = None
+        try:
+            while rivals := lease.pool.rivals(lease.job, lease.slot_id):
+                if (first := self._first(lease, {slot.id for slot in rivals})) is not None:
+                    lease.release()
+                    while first in self._clearing or (
+                        not first.is_released and self._scheduler.has_turn(first)
+                    ):
+                        await self._scheduler.bell.heard(_CONFIRM_EVERY_S)
+                    raise PlanAgain(here)
+                for slot in rivals:
+                    if (rival := self._scheduler.lease_rival(slot, lease)) is not None:
+                        with rival:
+                            await self._save_if_worth(rival)
+                            await self._steps.erase_now(rival)
+                        break
+                else:
+                    await self._scheduler.bell.heard(_CONFIRM_EVERY_S)
+                lease.still_holds()
+        finally:
+            del self._clearing[lease]
+            self._scheduler.bell.ring()
+
+    def _first(self, lease: Lease, rivals: set[int]) -> Lease | None:
+        """Whoever waits for ``lease`` with a slot that it waits for, and goes before it."""
+        earlier = itertools.takewhile(lambda other: other is not lease, self._clearing)
+        turns = (other for other in self._scheduler.leases if self._scheduler.has_turn(other))
+        every = itertools.chain(earlier, turns)
+        return next(
+            (o for o in every if o.slot is not None and o.slot.id in rivals and not o.is_released), None
+        )
 
     async def _save_if_worth(self, lease: Lease) -> None:
         if lease.slot is not None and self._is_worth(lease.slot, lease):

@@ -213,7 +213,7 @@ class _Exchange:
                     turn = await stack.enter_async_context(self.backend.turns.take(lease, self.down.say))
                 if job.is_steered:
                     self.down.say("waiting for its turn")
-                    await self.backend.turns.clear_the_way(lease)
+                    await self.backend.turns.clear_the_way(lease, here)
                 self.down.say("waiting for llama-server")
                 answering = Answering(
                     self.backend, self.down, self.asked, want, lease, here, before, turn,

@@ -1,0 +1,44 @@
+"""Requests whose slot llama-server chooses by the prompt, and others that stand in their way: nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.inprocess import NATIVE, letters, served
+
+MESSAGES = "/v1/messages"
+OWN_STEPS = {"prefill": {"own_above_s": 0}}
+
+
+def said(text: str, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": 3, **more}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("settings", [None, OWN_STEPS])
+async def test_the_same_prompt_several_times_at_once(tmp_path: Path, settings: Any, stream: bool) -> None:
+    """Each slot that has it would do for each of them: one goes first, the others make way."""
+    async with served(tmp_path, settings, slots=3) as it:
+        body = said(letters(1, 300), stream=stream)
+        answers = await asyncio.gather(*(it.post(MESSAGES, body) for _ in range(4)))
+    assert [answer.status for answer in answers] == [200] * 4
+
+
+async def test_a_slot_nobody_knows_while_somebody_waits_for_his_turn(tmp_path: Path) -> None:
+    """The slot is emptied although the turn keeps others from beginning: the turn waits for this one."""
+    async with served(tmp_path, OWN_STEPS, slots=3, batch=100) as it:
+        it.fake.faults.fail_stream("failed to decode", after_tokens=1)
+        await it.ask(letters(1, 100))
+        it.fake.hold()
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            first = group.create_task(it.post(MESSAGES, said(letters(2, 300))))
+            await it.fake.wait_for(lambda fake: any(slot.is_processing for slot in fake.slots))
+            second = group.create_task(it.post("/infill", {"input_prefix": "x", "n_predict": 1}))
+            third = group.create_task(it.post(NATIVE, {"prompt": "y", "n_predict": 1, "n_cmpl": 2}))
+            await it.until(lambda: it.backend.scheduler.n_waiting > 0 or len(it.backend.scheduler.leases) > 1)
+            it.fake.go()
+    assert [task.result().status for task in (first, second, third)] == [200] * 3
