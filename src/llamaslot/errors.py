@@ -44,6 +44,13 @@ class BodyTooLarge(BadRequest):
     status = 413
 
 
+class Unauthorized(LlamaslotError):
+    """A key is missing or wrong; worded and typed as llama-server does it."""
+
+    status = 401
+    type = "authentication_error"
+
+
 class Forbidden(LlamaslotError):
     """A route that llamaslot keeps to itself, or that the operator has not allowed."""
 
@@ -60,6 +67,13 @@ class QueueFull(LlamaslotError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class TooManyRequests(QueueFull):
+    """Too many of the same user are waiting already."""
+
+    status = 429
+    type = "rate_limit_error"
 
 
 class BackendDown(LlamaslotError):

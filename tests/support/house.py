@@ -18,7 +18,8 @@ from llamaslot.engine.beliefs import is_far_off
 from llamaslot.engine.drain import Drains
 from llamaslot.engine.lease import Lease, Phase, PlanAgain
 from llamaslot.engine.pool import Pool
-from llamaslot.engine.scheduler import QueueLimits, Scheduler
+from llamaslot.engine.queue import QueueLimits
+from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
 from llamaslot.engine.turns import Turn, Turns
 from llamaslot.engine.writeback import Writeback

@@ -9,7 +9,7 @@ import pytest
 from llamaslot.core.policy import Rules
 from llamaslot.core.value import Habit, Returns
 from llamaslot.engine.backend import Backend
-from llamaslot.engine.scheduler import QueueLimits
+from llamaslot.engine.queue import QueueLimits
 from llamaslot.llama.api import LlamaServer
 from llamaslot.observe.metrics import Metrics
 

@@ -11,7 +11,7 @@ from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.reuse import Memory
 from llamaslot.core.slots import Job, State
 from llamaslot.core.spaces import Space
-from llamaslot.engine.scheduler import QueueLimits
+from llamaslot.engine.queue import QueueLimits
 from llamaslot.errors import (
     BackendRestarted,
     SlotActionFailed,

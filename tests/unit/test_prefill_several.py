@@ -11,7 +11,7 @@ import pytest
 from llamaslot.core.reuse import Memory
 from llamaslot.core.slots import Job
 from llamaslot.core.tokens import common
-from llamaslot.engine.scheduler import QueueLimits
+from llamaslot.engine.queue import QueueLimits
 from llamaslot.errors import BackendRestarted
 from tests.support.house import outcome, tokens_of
 from tests.support.mainloop import BATCH, BATCH_S, STRETCH_S, Paced, long, short, talk
@@ -301,7 +301,7 @@ def test_whoever_made_room_is_the_next(memory: Memory) -> None:
 def test_while_it_makes_room_the_queue_may_be_full(memory: Memory) -> None:
     """It had its place before all the others: it is not sent away."""
     with Paced(memory, 1, batch=512, answer_s=0.001) as house:
-        house.scheduler.limits = QueueLimits(max_waiting=1)
+        house.scheduler.queue.limits = QueueLimits(max_waiting=1)
         house.begin()
         client = house.come(long("stranger", 12_000))
         house.until(1.0)

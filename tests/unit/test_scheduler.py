@@ -10,7 +10,7 @@ import pytest
 
 from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.slots import Job
-from llamaslot.engine.scheduler import QueueLimits
+from llamaslot.engine.queue import QueueLimits
 from llamaslot.errors import (
     BackendDown,
     QueueFull,
@@ -76,7 +76,7 @@ def test_who_comes_when_too_many_wait_is_sent_away(house: House) -> None:
 
 def test_who_need_not_wait_is_served_though_nobody_may_wait(house: House) -> None:
     """``max_waiting`` limits those who wait, not those who are served at once."""
-    house.scheduler.limits = QueueLimits(max_waiting=0)
+    house.scheduler.queue.limits = QueueLimits(max_waiting=0)
     client = house.start(house.ask(Job("a", tokens_of(1, 90))), "a")
     house.finish()
     assert outcome(client) is None

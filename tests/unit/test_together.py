@@ -10,7 +10,7 @@ import pytest
 from llamaslot.core.reuse import Memory
 from llamaslot.core.slots import Job, Kind
 from llamaslot.core.spaces import Space
-from llamaslot.engine.scheduler import QueueLimits
+from llamaslot.engine.queue import QueueLimits
 from llamaslot.errors import SlotActionFailed
 from llamaslot.store import Snapshot
 from tests.support.house import outcome, tokens_of
@@ -319,7 +319,7 @@ def test_who_has_waited_long_enough_computes_it_himself(memory: Memory, stalls: 
 def test_nobody_is_sent_away_for_having_waited_for_another(memory: Memory) -> None:
     """There is a slot for him: before he would have waited in the queue for too long he takes it."""
     with house_of(memory) as house:
-        house.scheduler.limits = QueueLimits(max_wait_s=5.0)
+        house.scheduler.queue.limits = QueueLimits(max_wait_s=5.0)
         clients = [house.come(opening(user, n=12_000)) for user in (1, 2)]
         house.until(2.4)
         assert house.scheduler.n_waiting == 1

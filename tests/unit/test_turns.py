@@ -10,7 +10,7 @@ import pytest
 
 from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.slots import Job
-from llamaslot.engine.scheduler import QueueLimits
+from llamaslot.engine.queue import QueueLimits
 from llamaslot.errors import BackendRestarted
 from llamaslot.llama.api import SlotInfo
 from tests.support.house import House, outcome, tokens_of

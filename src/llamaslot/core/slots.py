@@ -130,7 +130,7 @@ class Job:
     ``boundaries``: token counts at which a prefill should stop on models that need checkpoints. ``n_system``: tokens of
     system part and tools, with which other conversations begin too; 0 when that is not known.
     ``is_cold``: nothing cached may be used (``cache_prompt`` false). ``user``: who asks. ``space``: what it computes is
-    found from there only.
+    found from there only. ``max_tokens``: of its answer, where it says so.
     ``n_children``: further slots that llama-server takes for ``n`` > 1. ``is_unpinned``: llama-server chooses the slot.
     ``is_steered``: llama-server chooses the slot, and that is the one that was prepared, for it shares most.
     ``is_pinned``: it is here to make the trunk of ``n_system`` tokens, which is kept for good.
@@ -146,6 +146,7 @@ class Job:
     is_steered: bool = False
     is_pinned: bool = False
     user: User = NOBODY
+    max_tokens: int | None = None
     space: Space = SHARED
 
     @property

@@ -23,7 +23,8 @@ from llamaslot.engine.drain import Drains
 from llamaslot.engine.handshake import Handshake, Met
 from llamaslot.engine.library import Libraries
 from llamaslot.engine.prewarm import Bodies, Prewarm
-from llamaslot.engine.scheduler import QueueLimits, Scheduler
+from llamaslot.engine.queue import QueueLimits
+from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
 from llamaslot.engine.turns import Turns
 from llamaslot.engine.writeback import Writeback

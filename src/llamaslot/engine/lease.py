@@ -18,6 +18,7 @@ from llamaslot.llama.sse import Earlier
 
 if TYPE_CHECKING:
     from llamaslot.engine.pool import Pool
+    from llamaslot.engine.queue import Charge
     from llamaslot.engine.scheduler import Scheduler
     from llamaslot.store import Snapshot
 
@@ -69,6 +70,7 @@ class Lease:
         # Whether a long prefill comes before its own request, to be computed in turn with those of others.
         self.is_long = plan is not None and is_long(plan, pool.rules)
         self.can_keep = True  # a trunk on the way; until one could not be saved
+        self.charge: Charge | None = None  # to its user, for what the queue has given away
         self.sent_at = 0.0  # when the job's own request was
         self.acting_at = 0.0  # when its last action began
         # Tokens of its prompt that are there, while that is computed; as far as that is known.

@@ -119,6 +119,13 @@ class Pool:
             used_at=slot.used_at,
         )
 
+    def missing_s(self, job: Job) -> float:
+        """What the job's prompt will take to compute, from wherever it shares most. An estimate."""
+        held = self._residents.match(job.tokens, job.reads, 1) if not job.is_cold else []
+        n_held = held[0].n_shared if held else 0
+        n_saved = self._offers.on_disk(job.tokens, job.space) if self.can_save and not job.is_cold else 0
+        return self.rates.prefill.seconds(min(max(n_held, n_saved), job.n_tokens), job.n_tokens)
+
     def save_s(self, content: Content) -> float:
         return self.rates.save_s(content.n_held)
 

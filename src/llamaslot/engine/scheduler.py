@@ -11,13 +11,13 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 from llamaslot.core.policy import Rules, is_long, place
 from llamaslot.core.slots import Job, Plan, Slot, State, Wait
 from llamaslot.engine.lease import Lease
 from llamaslot.engine.notes import Note
 from llamaslot.engine.pool import Pool
+from llamaslot.engine.queue import Queue, QueueLimits, Waiting
 from llamaslot.engine.together import Patience, ask_for_trunk, prefix_due_s
 from llamaslot.errors import BackendDown, BackendRestarted, QueueFull
 from llamaslot.observe.journal import Journal
@@ -26,32 +26,15 @@ from llamaslot.tasks import Bell
 log = logging.getLogger(__name__)
 
 MIN_LOOK_AGAIN_S = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class QueueLimits:
-    max_waiting: int = 256
-    max_wait_s: float = 600.0
-
-
-@dataclass(slots=True, eq=False)
-class _Waiting:
-    job: Job
-    granted: asyncio.Future[Lease]
-    note: Note
-    came_at: float
-    wants: str | None = None  # the snapshot that it would go on from
-    patience: Patience | None = None  # with somebody who computes what it begins with
-    wait: Wait | None = None  # the last decision, which holds while nothing but arrivals has happened
-    n_seen: int = -1  # changes that it has seen
-    look_at: float = 0.0  # when that has to be thought over in any case
+_SHORT_ANSWER = 64  # tokens: a title, a label
 
 
 class Scheduler:
-    """Leases the slots of one backend, first come first served."""
+    """Leases the slots of one backend, to users in turn."""
 
     def __init__(self, rules: Rules, limits: QueueLimits, now: Callable[[], float]) -> None:
-        self.rules, self.limits, self.now = rules, limits, now
+        self.rules, self.now = rules, now
+        self.queue = Queue(limits)
         self.journal = Journal()
         self.pool: Pool | None = None
         self.leases: dict[Lease, None] = {}  # in their order, which decides between makers of equal use
@@ -59,7 +42,6 @@ class Scheduler:
         self.on_prefix_wait: Callable[[float], None] = lambda seconds: None
         self.pin: Callable[[str], AbstractContextManager[object]] = lambda snapshot: nullcontext()
         self._down: BackendDown | None = None  # told to whoever asks
-        self._queue: list[_Waiting] = []
         self._turn: Job | None = None  # the one exclusive job that is under way
         self._is_closed = False  # nobody else may take a first step
         self._is_turn_waiting = False  # for others to be through
@@ -72,16 +54,16 @@ class Scheduler:
 
     @property
     def n_waiting(self) -> int:
-        return len(self._queue)
+        return len(self.queue)
 
     def position(self, job: Job) -> int:
         """1 for the job that is next; 0 for one that waits no longer."""
-        return next((i for i, waiting in enumerate(self._queue, 1) if waiting.job is job), 0)
+        return next((i for i, waiting in enumerate(self.queue.ordered(), 1) if waiting.job is job), 0)
 
     @property
     def idle_s(self) -> float:
         """For how long nobody has wanted anything."""
-        is_wanted = self._queue or any(not lease.is_own for lease in self.leases)
+        is_wanted = len(self.queue) or any(not lease.is_own for lease in self.leases)
         return 0.0 if is_wanted else self.now() - self._used_at
 
     def note(self, job: Job) -> Note:
@@ -91,7 +73,7 @@ class Scheduler:
     def is_wanted_besides(self, job: Job) -> bool:
         """Whether anybody but ``job`` wants something now."""
         leased = (lease.job for lease in self.leases if not lease.is_own)
-        return any(other is not job for other in (*leased, *(waiting.job for waiting in self._queue)))
+        return any(other is not job for other in (*leased, *(waiting.job for waiting in self.queue)))
 
     # -- life of the pool ----------------------------------------------------------------------------------------
 
@@ -105,47 +87,43 @@ class Scheduler:
             self.pool.is_current = False
         self.pool, self._down = None, error
         if error is not None:
-            for waiting in self._queue:
+            for waiting in self.queue:
                 if not waiting.granted.done():
                     waiting.granted.set_exception(error)
 
     # -- leasing -------------------------------------------------------------------------------------------------
 
     async def lease(self, job: Job, *, is_back: bool = False) -> Lease:
-        """Wait for a slot. Raises QueueFull (limits in number and time) and BackendDown. ``is_back``: it had one
-        before, and is the first in the queue.
+        """Wait for a slot. Raises QueueFull and TooManyRequests (limits in number and time) and BackendDown.
+        ``is_back``: it had one before, and is the first in the queue.
 
         Cancelling is safe: the job leaves the queue, no slot is held.
         """
         if self._down is not None:
             raise self._down
         granted = asyncio.get_running_loop().create_future()
-        waiting = _Waiting(job, granted, self.note(job), self.now())
-        self._queue.insert(0 if is_back else len(self._queue), waiting)
+        waiting = Waiting(job, granted, self.note(job), self.now(), *self._estimate(job), is_back)
+        self.queue.add(waiting, self.now())
         try:
             self.dispatch(is_arrival=True)
-            is_full = len(self._queue) > self.limits.max_waiting and not is_back
-            if not waiting.granted.done() and is_full:
-                raise QueueFull(
-                    f"{len(self._queue) - 1} requests are waiting for a slot already; try again later",
-                    self._retry_after_s(),
-                )
-            async with asyncio.timeout(self.limits.max_wait_s):
+            if not waiting.granted.done():
+                self.queue.make_room(waiting)
+            async with asyncio.timeout(self.queue.limits.max_wait_s):
                 return await waiting.granted
         except BaseException as error:
             if waiting.granted.done() and not waiting.granted.cancelled() and not waiting.granted.exception():
                 waiting.granted.result().release()  # granted and cancelled in the same breath
             if isinstance(error, TimeoutError):
                 raise QueueFull(
-                    f"no slot became free within {self.limits.max_wait_s:g} s; try again later",
-                    self._retry_after_s(),
+                    f"no slot became free within {self.queue.limits.max_wait_s:g} s; try again later",
+                    self.queue.limits.retry_after_s,
                 ) from None
             raise
         finally:
             waiting.granted.cancel()
             waiting.note.ended()
-            if waiting in self._queue:
-                self._queue.remove(waiting)
+            if waiting in self.queue:
+                self.queue.remove(waiting)
                 self.dispatch()  # what it had reserved is free for others
 
     def wanted(self) -> set[str]:
@@ -155,17 +133,29 @@ class Scheduler:
         """
         if self.pool is None:
             return set()
-        for waiting in self._queue:
+        for waiting in self.queue:
             if waiting.wants is None or not self.pool.has_snapshot(waiting.wants):
                 waiting.wants = self.pool.wanted(waiting.job)
-        return {waiting.wants for waiting in self._queue if waiting.wants}
+        return {waiting.wants for waiting in self.queue if waiting.wants}
 
-    def _retry_after_s(self) -> float:
-        return min(max(1.0, self.limits.max_wait_s / 10), 30.0)
+    def _estimate(self, job: Job) -> tuple[float, bool]:
+        """For how long the job will have a slot, and whether it is a side request: a small prompt, or a short answer to
+        one of which little is missing."""
+        prefill_s = self.pool.missing_s(job) if self.pool is not None else 0.0
+        is_small = 0 < job.n_tokens < self.rules.small_prompt_tokens
+        is_short = job.max_tokens is not None and job.max_tokens <= _SHORT_ANSWER
+        return prefill_s + self._answer_s(job), is_small or (is_short and prefill_s <= self.rules.own_above_s)
+
+    def _answer_s(self, job: Job) -> float:
+        if self.pool is None:
+            return 0.0
+        answer = self.pool.rates.answer
+        at_most_s = math.inf if job.max_tokens is None else job.max_tokens / answer.tokens_per_s
+        return min(answer.seconds_left(0.0), at_most_s)
 
     def try_lease(self, slot: Slot, job: Job) -> Lease | None:
         """Lease an idle slot for work of our own (a save, a probe), if nobody is waiting for one."""
-        if self.pool is None or self._is_closed or self._queue or not slot.is_idle:
+        if self.pool is None or self._is_closed or len(self.queue) or not slot.is_idle:
             return None
         return self._grant(slot, job)
 
@@ -191,7 +181,7 @@ class Scheduler:
         return lease
 
     def dispatch(self, *, is_arrival: bool = False) -> None:
-        """Give slots to those who wait, in their order. Called whenever something has changed.
+        """Give slots to those who wait, as they are next. Called whenever something has changed.
 
         ``is_arrival``: that is only one more who waits. Others that wait for something in particular are not looked at
         again then: of 250 who wait for the same prefix that took 15 s.
@@ -206,11 +196,15 @@ class Scheduler:
         is_short = False  # somebody earlier waits for any slot at all
         # Asked again only when a slot has been given away: 250 who wait for 64 slots are 16,000 looks otherwise.
         has_idle = self._has_idle()
-        for waiting in list(self._queue):
+        for waiting in self.queue.ordered():
             if self.pool is None or self._is_closed:
                 break
             job = waiting.job
             if waiting.granted.done() or (job.is_exclusive and self._turn is not None):
+                continue
+            if has_idle and not self._may_run(job):
+                spared_s = self.queue.look_again_s(self.now())
+                look_again_s = min(look_again_s or math.inf, spared_s) if spared_s else look_again_s
                 continue
             if job.is_unpinned:
                 if not is_short:
@@ -263,7 +257,13 @@ class Scheduler:
             self._look_again = asyncio.get_running_loop().call_later(look_again_s, self.dispatch)
         self.bell.ring()  # last: who has just got a slot may come before a prefill
 
-    def _decide(self, waiting: _Waiting, reserved: frozenset[int]) -> Plan | Wait:
+    def _may_run(self, job: Job) -> bool:
+        """Whether its user may have another slot now. Who waits until all others are at work needs one in any case."""
+        assert self.pool is not None
+        n_idle = sum(slot.is_idle for slot in self.pool.slots)
+        return self.queue.may_run(job.user, len(self.pool.slots), n_idle, self.now())
+
+    def _decide(self, waiting: Waiting, reserved: frozenset[int]) -> Plan | Wait:
         """Where to, or what to wait for. Whoever is just computing what the job begins with is asked to keep it."""
         assert self.pool is not None
         job, now = waiting.job, self.now()
@@ -274,15 +274,16 @@ class Scheduler:
             view = self.pool.view(job, now, reserved)
         decision = place(job, view, self.rules)
         if isinstance(decision, Wait) and waiting.patience is None:
-            at_last = waiting.came_at + self.limits.max_wait_s / 2
+            at_last = waiting.came_at + (self.queue.limits.max_wait_s or math.inf) / 2
             waiting.patience = Patience.of(self.pool, decision, makers, now, at_last)
         return decision
 
     def _has_idle(self) -> bool:
         return self.pool is not None and any(slot.is_idle for slot in self.pool.slots)
 
-    def _give(self, waiting: _Waiting, lease: Lease) -> None:
-        self._queue.remove(waiting)
+    def _give(self, waiting: Waiting, lease: Lease) -> None:
+        steps_s = lease.plan.cost.steps_s if lease.plan is not None else 0.0
+        lease.charge = self.queue.granted(waiting, steps_s + self._answer_s(lease.job), self.now())
         waiting.granted.set_result(lease)
 
     def released(self, lease: Lease) -> None:
@@ -290,6 +291,8 @@ class Scheduler:
         self.leases.pop(lease, None)
         if not lease.is_own:
             self._used_at = self.now()
+        if lease.charge is not None:
+            self.queue.released(lease.charge, self.now())
         self.end_turn(lease)
         self.dispatch()
 
@@ -360,7 +363,8 @@ class Scheduler:
         leased = sum(slot.state is State.LEASED for slot in self.pool.slots)
         assert leased == len(slots), "a leased slot has a lease"
         assert not self._is_closed or self._turn is not None, "only a turn closes the gate"
-        served = [waiting for waiting in self._queue if _is_served(waiting.granted)]
+        self.queue.check()
+        served = [waiting for waiting in self.queue if _is_served(waiting.granted)]
         assert not served, f"whoever was served has left the queue: {served}"
 
 

@@ -19,7 +19,8 @@ from llamaslot.core.tokens import count
 from llamaslot.engine.beliefs import is_far_off
 from llamaslot.engine.lease import Lease, PlanAgain
 from llamaslot.engine.pool import Pool
-from llamaslot.engine.scheduler import QueueLimits, Scheduler
+from llamaslot.engine.queue import QueueLimits
+from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
 from llamaslot.engine.writeback import Writeback
 from llamaslot.llama.api import LlamaServer

@@ -1,0 +1,138 @@
+"""Whose turn it is when slots are short: deficit round robin over users, in estimated seconds of a slot.
+
+What a slot is given away for is owed in equal parts to all who wait for one: that is their *deficit*, what they have
+received less than their share. Next is the user with the largest one; among equals, who was served longest ago. So a
+user with twenty requests gets a slot as often as one with a single question, one with long prompts less often than one
+with short ones, and what a user takes while nobody else waits costs nothing later.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+_LIMIT_S = (
+    300.0  # of a deficit, and of what is owed: an estimate may be far off, and nobody pays for that for ever
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fairness:
+    """The settings; see ``queue`` in the configuration. ``None`` is no limit.
+
+    ``max_running``, ``max_waiting``: of one user, unless the key says otherwise. ``max_passed_s``: for how long side
+    requests may pass somebody who has come before them. ``spare_s``: how long after its last request a user is expected
+    back, so that others leave one slot alone.
+    """
+
+    max_running: int | None = None
+    max_waiting: int | None = None
+    max_passed_s: float = 10.0
+    spare_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request that waits. ``cost_s``: how long it will have a slot, as far as can be told. ``is_side``: it needs next
+    to nothing (a title, a summary). ``passed_s``: for how long side requests that came later have passed it."""
+
+    user: str
+    cost_s: float
+    is_side: bool = False
+    passed_s: float = 0.0
+
+
+class Shares:
+    """What each user has received less than its share, in seconds of a slot: nothing, for one that is not known."""
+
+    def __init__(self) -> None:
+        self._deficits: dict[str, float] = {}
+        self._served: dict[str, int] = {}  # the serial number of the last slot that it got
+        self._n_served = 0
+
+    def deficit_s(self, user: str) -> float:
+        return self._deficits.get(user, 0.0)
+
+    def order(self, asks: Sequence[Ask], max_passed_s: float) -> list[int]:
+        """Positions in ``asks`` (first come first) in the order in which they are next."""
+        is_one = len({ask.user for ask in asks}) <= 1
+        fair = list(range(len(asks))) if is_one else self._fair(asks)
+        return _sides_first(asks, fair, max_passed_s)
+
+    def _fair(self, asks: Sequence[Ask]) -> list[int]:
+        """As if each got its slot in turn."""
+        queues: dict[str, deque[int]] = {}
+        for i, ask in enumerate(asks):
+            queues.setdefault(ask.user, deque()).append(i)
+        heads = [
+            (-self.deficit_s(user), self._served.get(user, -1), queue[0], user)
+            for user, queue in queues.items()
+        ]
+        heapq.heapify(heads)
+        order, n_served = list[int](), self._n_served
+        while heads:
+            received_s, _, i, user = heads[0]
+            order.append(queues[user].popleft())
+            n_served += 1
+            if queues[user]:
+                after = (received_s + asks[i].cost_s, n_served, queues[user][0], user)
+                heapq.heapreplace(heads, after)
+            else:
+                heapq.heappop(heads)
+        return order
+
+    def granted(self, user: str, cost_s: float, sharing: Collection[str]) -> None:
+        """``user`` has got a slot for about ``cost_s``, for which users ``sharing`` wait, itself among them."""
+        self._charge(user, cost_s, sharing)
+        self._n_served += 1
+        self._served[user] = self._n_served
+
+    def took(self, user: str, more_s: float, sharing: Collection[str]) -> None:
+        """It had it for so much longer than was estimated (or shorter, if negative); those who are still known get
+        their part."""
+        self._charge(user, more_s, [other for other in sharing if other in self._deficits])
+
+    def _charge(self, user: str, seconds: float, sharing: Collection[str]) -> None:
+        for other in sharing:
+            self._add(other, seconds / len(sharing))
+        if user in sharing:
+            self._add(user, -seconds)
+
+    def _add(self, user: str, seconds: float) -> None:
+        self._deficits[user] = min(max(self.deficit_s(user) + seconds, -_LIMIT_S), _LIMIT_S)
+
+    def keep(self, present: Collection[str], remembered: Collection[str]) -> None:
+        """Only who is ``present`` (waits, or has a slot) is owed anything; what others have had too much is remembered
+        of ``remembered`` alone."""
+        for user in [user for user in self._deficits if user not in present]:
+            if user in remembered and self._deficits[user] < 0:
+                continue
+            del self._deficits[user]
+            self._served.pop(user, None)
+
+
+def _sides_first(asks: Sequence[Ask], order: Sequence[int], max_passed_s: float) -> list[int]:
+    """Side requests go ahead of all that have not been passed for long enough."""
+    result: list[int] = []
+    front = 0  # what is before it stays there
+    for i in order:
+        if asks[i].is_side:
+            result.insert(front, i)
+            front += 1
+        else:
+            result.append(i)
+            if asks[i].passed_s >= max_passed_s:
+                front = len(result)
+    return result
+
+
+def may_take_another(n_held: int, n_slots: int, n_idle: int, n_users: int, n_absent: int) -> bool:
+    """Whether a user that holds ``n_held`` of ``n_slots`` may have one of the ``n_idle`` ones.
+
+    Of ``n_users`` who were here lately, ``n_absent`` hold none and wait for none: one of them may come back at any
+    moment, and would have to wait for somebody's whole answer. So who has more than an equal share leaves one alone.
+    """
+    is_within_share = (n_held + 1) * n_users <= n_slots
+    return n_held == 0 or n_idle > 1 or n_absent == 0 or is_within_share

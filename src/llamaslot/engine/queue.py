@@ -1,0 +1,208 @@
+"""Those who wait for a slot, in the order in which they are next, and what each user has and may have."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from llamaslot.core.fairness import Ask, Fairness, Shares, may_take_another
+from llamaslot.core.slots import Job, Wait
+from llamaslot.core.users import User
+from llamaslot.engine.notes import Note
+from llamaslot.engine.together import Patience
+from llamaslot.errors import QueueFull, TooManyRequests
+
+if TYPE_CHECKING:
+    from llamaslot.engine.lease import Lease
+
+_REMEMBER_S = 60.0  # what a user has had too much
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """``max_wait_s``: None for as long as it takes."""
+
+    max_waiting: int = 256
+    max_wait_s: float | None = 600.0
+    fairness: Fairness = field(default_factory=Fairness)
+
+    @property
+    def retry_after_s(self) -> float:
+        return min(max(1.0, (self.max_wait_s or 300.0) / 10), 30.0)
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """``cost_s``: how long the job will have a slot, as far as can be told."""
+
+    job: Job
+    granted: asyncio.Future[Lease]
+    note: Note
+    came_at: float
+    cost_s: float
+    is_side: bool = False
+    is_back: bool = False  # it had a place before, and is first
+    passed_s: float = 0.0
+    wants: str | None = None  # the snapshot that it would go on from
+    patience: Patience | None = None  # with somebody who computes what it begins with
+    wait: Wait | None = None  # the last decision, which holds while nothing but arrivals has happened
+    n_seen: int = -1  # changes that it has seen
+    look_at: float = 0.0  # when that has to be thought over in any case
+
+    @property
+    def ask(self) -> Ask:
+        return Ask(self.job.user.id, self.cost_s, self.is_side, self.passed_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What a user has got a slot for: an estimate. It is owed to all who were ``sharing``, itself among them."""
+
+    user: str
+    cost_s: float
+    sharing: frozenset[str]
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A user, for the status."""
+
+    id: str
+    n_running: int
+    n_waiting: int
+    deficit_s: float
+
+
+class Queue:
+    """In the order of their coming; ``ordered`` is that in which they are next."""
+
+    def __init__(self, limits: QueueLimits) -> None:
+        self.limits = limits
+        self._waiting: list[Waiting] = []
+        self._shares = Shares()
+        self._n_running: dict[str, int] = {}  # users that have slots
+        self._seen_at: dict[str, float] = {}  # of each user the last request or the end of its last answer
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(self._waiting)
+
+    def ordered(self) -> list[Waiting]:
+        """Those that have had a place before come first."""
+        back = [waiting for waiting in self._waiting if waiting.is_back]
+        rest = [waiting for waiting in self._waiting if not waiting.is_back] if back else self._waiting
+        order = self._shares.order([waiting.ask for waiting in rest], self.limits.fairness.max_passed_s)
+        return back + [rest[i] for i in order]
+
+    # -- coming and going ----------------------------------------------------------------------------------------
+
+    def add(self, waiting: Waiting, now: float) -> None:
+        self._waiting.insert(0 if waiting.is_back else len(self._waiting), waiting)
+        self._seen_at[waiting.job.user.id] = now
+
+    def remove(self, waiting: Waiting) -> None:
+        self._waiting.remove(waiting)
+
+    def make_room(self, newcomer: Waiting) -> None:
+        """Raises TooManyRequests for one too many of the same user, QueueFull for one too many of all.
+
+        Where another user has more waiting than the newcomer's, the last one of that user is sent away instead.
+        """
+        if newcomer.is_back:
+            return
+        user = newcomer.job.user
+        n_waiting = Counter(waiting.job.user.id for waiting in self._waiting)
+        n_max = self._max_waiting(user)
+        if n_max is not None and n_waiting[user.id] > n_max:
+            raise TooManyRequests(
+                f"{n_max} of your requests are waiting for a slot already; try again later",
+                self.limits.retry_after_s,
+            )
+        if len(self._waiting) <= self.limits.max_waiting:
+            return
+        error = QueueFull(
+            f"{len(self._waiting) - 1} requests are waiting for a slot already; try again later",
+            self.limits.retry_after_s,
+        )
+        most, n_most = n_waiting.most_common(1)[0]
+        victims = [w for w in self._waiting if w.job.user.id == most and not (w.is_back or w.granted.done())]
+        if n_most <= n_waiting[user.id] or not victims:
+            raise error
+        victims[-1].granted.set_exception(error)
+
+    def _max_waiting(self, user: User) -> int | None:
+        return self.limits.fairness.max_waiting if user.max_waiting is None else user.max_waiting
+
+    def _max_running(self, user: User) -> int | None:
+        return self.limits.fairness.max_running if user.max_running is None else user.max_running
+
+    # -- slots ---------------------------------------------------------------------------------------------------
+
+    def may_run(self, user: User, n_slots: int, n_idle: int, now: float) -> bool:
+        """Whether ``user`` may have another slot now."""
+        n_held, n_max = self._n_running.get(user.id, 0), self._max_running(user)
+        if n_max is not None and n_held >= n_max:
+            return False
+        here = self._here(now)
+        absent = here - self._n_running.keys() - {waiting.job.user.id for waiting in self._waiting}
+        return may_take_another(n_held, n_slots, n_idle, len(here | {user.id}), len(absent - {user.id}))
+
+    def look_again_s(self, now: float) -> float | None:
+        """In how many seconds somebody who was here lately is not expected back any more."""
+        spare_s = self.limits.fairness.spare_s
+        left = [at + spare_s - now for user, at in self._seen_at.items() if user not in self._n_running]
+        return min((seconds for seconds in left if seconds > 0), default=None)
+
+    def _here(self, now: float) -> set[str]:
+        spare_s = self.limits.fairness.spare_s
+        lately = {user for user, at in self._seen_at.items() if now - at < spare_s}
+        return lately | self._n_running.keys()
+
+    def granted(self, waiting: Waiting, cost_s: float, now: float) -> Charge:
+        """It has got a slot, for about ``cost_s``, and leaves the queue."""
+        self.remove(waiting)
+        user = waiting.job.user.id
+        sharing = {user, *(other.job.user.id for other in self._waiting if not other.is_back)}
+        self._shares.granted(user, cost_s, sharing)
+        self._n_running[user] = self._n_running.get(user, 0) + 1
+        if waiting.is_side:
+            for other in self._waiting:
+                if not other.is_side and other.came_at <= waiting.came_at:
+                    other.passed_s += cost_s
+        return Charge(user, cost_s, frozenset(sharing), now)
+
+    def released(self, charge: Charge, now: float) -> None:
+        """The slot is back: what the estimate was wrong by is made up for."""
+        user = charge.user
+        self._n_running[user] -= 1
+        if not self._n_running[user]:
+            del self._n_running[user]
+        self._shares.took(user, now - charge.at - charge.cost_s, charge.sharing)
+        self._seen_at[user] = now
+        present = self._n_running.keys() | {waiting.job.user.id for waiting in self._waiting}
+        for gone in [
+            id_ for id_, at in self._seen_at.items() if now - at > _REMEMBER_S and id_ not in present
+        ]:
+            del self._seen_at[gone]
+        self._shares.keep(present, self._seen_at.keys())
+
+    def standings(self) -> list[Standing]:
+        """Everybody who was here lately."""
+        n_waiting = Counter(waiting.job.user.id for waiting in self._waiting)
+        users = sorted(self._seen_at.keys() | n_waiting.keys())
+        return [
+            Standing(id_, self._n_running.get(id_, 0), n_waiting[id_], self._shares.deficit_s(id_))
+            for id_ in users
+            if id_
+        ]
+
+    def check(self) -> None:
+        """Raise AssertionError naming the invariant that does not hold."""
+        assert all(n > 0 for n in self._n_running.values()), "nobody gives back more than it had"
+        assert sorted(map(id, self.ordered())) == sorted(map(id, self._waiting)), "an order leaves nobody out"

@@ -1,0 +1,148 @@
+"""Whose turn it is when slots are short."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamaslot.core.fairness import Ask, Shares, may_take_another
+
+LONG = 1e9
+
+
+def users(asks: list[Ask], shares: Shares | None = None, max_passed_s: float = LONG) -> list[str]:
+    """Whose requests are next, in their order."""
+    order = (shares or Shares()).order(asks, max_passed_s)
+    assert sorted(order) == list(range(len(asks)))
+    return [asks[i].user for i in order]
+
+
+def serve(shares: Shares, asks: list[Ask]) -> Ask:
+    """Give the next one its slot."""
+    ask = asks.pop(shares.order(asks, LONG)[0])
+    shares.granted(ask.user, ask.cost_s, {ask.user, *(other.user for other in asks)})
+    return ask
+
+
+def test_of_one_user_whoever_comes_first_is_served_first() -> None:
+    """Whatever they cost."""
+    asks = [Ask("a", cost) for cost in (5.0, 1.0, 3.0)]
+    assert Shares().order(asks, LONG) == [0, 1, 2]
+
+
+def test_users_take_turns() -> None:
+    """One with many requests gets a slot as often as one with few."""
+    asks = [Ask("many", 1.0)] * 4 + [Ask("few", 1.0)] * 2
+    assert users(asks) == ["many", "few", "many", "few", "many", "many"]
+
+
+def test_who_has_just_come_is_before_who_was_just_served() -> None:
+    """Both have got their share."""
+    shares, asks = Shares(), [Ask("greedy", 10.0)] * 5
+    for _ in range(4):
+        serve(shares, asks)
+    assert users([*asks, Ask("new", 10.0)], shares) == ["new", "greedy"]
+
+
+def test_what_was_taken_while_nobody_waited_costs_nothing() -> None:
+    """Slots that nobody wanted are nobody's loss."""
+    shares, asks = Shares(), [Ask("greedy", 100.0)] * 3
+    for _ in range(3):
+        serve(shares, asks)
+    assert shares.deficit_s("greedy") == 0
+
+
+def test_long_requests_get_fewer_turns() -> None:
+    """What is shared out is the time of slots."""
+    shares, asks = Shares(), [Ask("long", 30.0)] * 10 + [Ask("short", 10.0)] * 30
+    got = Counter(serve(shares, asks).user for _ in range(20))
+    assert 4 <= got["long"] <= 6
+
+
+def test_what_was_estimated_wrong_is_made_up_for() -> None:
+    """Its answers are three times as long as was thought."""
+    shares, asks, took_s = Shares(), [Ask("long", 10.0)] * 40 + [Ask("short", 10.0)] * 40, Counter[str]()
+    for _ in range(40):
+        ask = serve(shares, asks)
+        actual_s = 30.0 if ask.user == "long" else 10.0
+        took_s[ask.user] += int(actual_s)
+        shares.took(ask.user, actual_s - ask.cost_s, ["long", "short"])
+    assert abs(took_s["long"] - took_s["short"]) <= 40
+
+
+def test_who_goes_away_is_owed_nothing_and_owes_for_a_while() -> None:
+    """A user who comes back after a moment has not got rid of what it had too much."""
+    shares, asks = Shares(), [Ask("a", 10.0), Ask("a", 10.0), Ask("b", 10.0)]
+    serve(shares, asks)
+    assert (shares.deficit_s("a"), shares.deficit_s("b")) == (-5, 5)
+    shares.keep(present=(), remembered=("a", "b"))
+    assert (shares.deficit_s("a"), shares.deficit_s("b")) == (-5, 0)
+    shares.keep(present=(), remembered=())
+    assert shares.deficit_s("a") == 0
+
+
+def test_no_deficit_grows_for_ever() -> None:
+    """A day alone with one slot must not pay for a day of slots afterwards."""
+    shares = Shares()
+    for _ in range(1000):
+        shares.granted("a", 100.0, {"a", "b"})
+    assert shares.deficit_s("b") == -shares.deficit_s("a") == 300
+
+
+def test_side_requests_go_first() -> None:
+    """In their own order, also before the others of the same user."""
+    asks = [Ask("a", 30.0), Ask("b", 30.0), Ask("b", 1.0, is_side=True), Ask("a", 1.0, is_side=True)]
+    order = Shares().order(asks, LONG)
+    assert set(order[:2]) == {2, 3}
+    assert order[2:] == [0, 1]
+
+
+def test_nobody_is_passed_by_side_requests_for_ever() -> None:
+    """Who was passed for long enough stands, and so do those before."""
+    asks = [
+        Ask("a", 30.0, passed_s=2.0),
+        Ask("b", 30.0, passed_s=10.0),
+        Ask("c", 30.0),
+        Ask("d", 1.0, is_side=True),
+    ]
+    assert Shares().order(asks, 10.0) == [0, 1, 3, 2]
+    assert Shares().order(asks, 10.1) == [3, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("n_held", "n_idle", "n_users", "n_absent", "may"),
+    [
+        (0, 1, 6, 5, True),  # the first is anybody's right
+        (3, 1, 1, 0, True),  # nobody else was here
+        (3, 1, 2, 1, False),  # somebody may come back
+        (3, 1, 2, 0, True),  # he has a slot, or waits himself
+        (2, 2, 2, 1, True),  # one is left for him
+        (1, 1, 2, 1, True),  # two of four are the share of each of two
+    ],
+)  # fmt: skip
+def test_one_slot_is_left_to_who_may_come_back(
+    n_held: int, n_idle: int, n_users: int, n_absent: int, may: bool
+) -> None:
+    """By those who have more than their share of four."""
+    assert may_take_another(n_held, 4, n_idle, n_users, n_absent) is may
+
+
+@given(st.integers(0, 10**9))
+def test_nobody_who_waits_all_the_time_gets_less_than_a_share_but_for_one_request_of_each(seed: int) -> None:
+    """The promise of deficit round robin, for random users and costs."""
+    rng = random.Random(seed)
+    names = [f"u{i}" for i in range(rng.randrange(2, 6))]
+    cost_s = {name: rng.uniform(1, 20) for name in names}
+    shares, got_s = Shares(), dict.fromkeys(names, 0.0)
+    asks = [Ask(name, cost_s[name]) for name in names for _ in range(rng.choice([1, 5]))]
+    for _ in range(60):
+        ask = serve(shares, asks)
+        got_s[ask.user] += ask.cost_s
+        asks.append(ask)  # as many of it wait as before
+    equal_s = sum(got_s.values()) / len(names)
+    for name in names:
+        assert got_s[name] >= equal_s - 2 * max(cost_s.values())

@@ -1,0 +1,189 @@
+"""Users in the queue: in turn, within their limits, and without one that pushes all others out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from llamaslot.bench.virtual import VirtualLoop
+from llamaslot.core.fairness import Fairness
+from llamaslot.core.policy import Rules
+from llamaslot.core.slots import Job
+from llamaslot.core.users import User
+from llamaslot.engine.queue import QueueLimits
+from llamaslot.errors import QueueFull, TooManyRequests
+from tests.support.house import House, outcome, tokens_of
+from tests.support.stub import StubServer
+
+GREEDY, ANNA, BERT = User("key:greedy"), User("key:anna"), User("key:bert")
+N_SLOTS = 4
+
+
+class Desk:
+    """Leases, taken and given back by hand: whose are they, and whose is the next?"""
+
+    def __init__(self, **fairness: Any) -> None:
+        limits = QueueLimits(max_waiting=8, fairness=Fairness(**{"spare_s": 0.0, **fairness}))
+        rules = Rules(small_prompt_tokens=100)
+        self.house = House(VirtualLoop(), StubServer(N_SLOTS), limits=limits, rules=rules)
+        self.held: dict[asyncio.Task[None], tuple[str, asyncio.Event]] = {}
+        self.order: list[str] = []
+        self._n = 0
+
+    def come(self, user: User, n: int = 1, *, n_tokens: int = 200, **more: Any) -> list[asyncio.Task[None]]:
+        """Requests of ``user``, each of which keeps its slot until it is told to go."""
+        tasks = []
+        for _ in range(n):
+            self._n += 1
+            job = Job(f"{user.id} {self._n}", tokens_of(10_000 * self._n, n_tokens), user=user, **more)
+            tasks.append(self.house.start(self._hold(job), job.id))
+            self.house.loop.settle()
+        return tasks
+
+    async def _hold(self, job: Job) -> None:
+        with await self.house.scheduler.lease(job):
+            go, task = asyncio.Event(), asyncio.current_task()
+            assert task is not None
+            self.order.append(job.user.id)
+            self.held[task] = job.user.id, go
+            await go.wait()
+            del self.held[task]
+
+    def end(self, user: User, n: int = 1) -> None:
+        """Its ``n`` oldest slots are given back."""
+        for _ in range(n):
+            next(go for whose, go in self.held.values() if whose == user.id and not go.is_set()).set()
+            self.house.loop.settle()
+
+    def holds(self, user: User) -> int:
+        return sum(whose == user.id for whose, _ in self.held.values())
+
+    def close(self) -> None:
+        while self.held:
+            for _, go in list(self.held.values()):
+                go.set()
+            self.house.loop.settle()
+        self.house.check_nothing_is_left()
+        assert self.house.scheduler.queue._n_running == {}
+        self.house.close()
+
+
+@pytest.fixture
+def desk(request: pytest.FixtureRequest) -> Iterator[Desk]:
+    desk = Desk(**getattr(request, "param", {}))
+    yield desk
+    desk.close()
+
+
+def with_(**fairness: Any) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("desk", [fairness], indirect=True)
+
+
+def test_a_single_question_does_not_wait_for_all_that_another_user_has_asked_before(desk: Desk) -> None:
+    """It gets the next slot that becomes free."""
+    desk.come(GREEDY, 8)
+    desk.come(ANNA)
+    assert (desk.holds(GREEDY), desk.holds(ANNA)) == (4, 0)
+    desk.end(GREEDY)
+    assert (desk.holds(GREEDY), desk.holds(ANNA)) == (3, 1)
+
+
+def test_whoever_needs_next_to_nothing_goes_first(desk: Desk) -> None:
+    """A title, between the long ones of the same user."""
+    desk.come(GREEDY, 6)
+    (title,) = desk.come(GREEDY, n_tokens=60)
+    desk.end(GREEDY)
+    assert title in desk.held
+
+
+@with_(max_passed_s=0.0)
+def test_nobody_is_passed_where_that_is_switched_off(desk: Desk) -> None:
+    """They come in their order."""
+    desk.come(GREEDY, 6)
+    (title,) = desk.come(GREEDY, n_tokens=60)
+    desk.end(GREEDY)
+    assert title not in desk.held
+
+
+def test_side_requests_do_not_pass_for_ever(desk: Desk) -> None:
+    """After ten seconds of slots that others got before it, whoever waits is next."""
+    desk.come(GREEDY, 4)
+    (patient,) = desk.come(ANNA)
+    n_passed = 0
+    while patient not in desk.held:
+        n_before = len(desk.order)
+        desk.come(BERT, n_tokens=60)
+        task = next(iter(desk.held))
+        desk.held[task][1].set()
+        desk.house.loop.settle()
+        assert len(desk.order) == n_before + 1
+        n_passed += patient not in desk.held
+        assert n_passed < 50
+    assert n_passed >= 1
+
+
+@with_(max_running=2)
+def test_a_user_at_its_limit_waits_though_slots_are_idle(desk: Desk) -> None:
+    """And others do not wait behind it; a key's own limit counts more."""
+    desk.come(GREEDY, 4)
+    assert desk.holds(GREEDY) == 2
+    desk.come(User("key:more", max_running=3), 1)
+    desk.come(ANNA)
+    assert desk.holds(ANNA) == 1
+    desk.end(GREEDY)
+    assert desk.holds(GREEDY) == 2
+    one_at_a_time = User("key:one", max_running=1)
+    desk.end(ANNA)
+    desk.come(one_at_a_time, 2)
+    assert desk.holds(one_at_a_time) == 1
+
+
+@with_(max_waiting=2)
+def test_a_user_with_too_many_waiting_is_told_so(desk: Desk) -> None:
+    """429, with a time to come again; another user still may wait."""
+    desk.come(GREEDY, 6)
+    (late,) = desk.come(GREEDY)
+    error = outcome(late)
+    assert isinstance(error, TooManyRequests)
+    assert (error.status, error.type) == (429, "rate_limit_error")
+    assert error.retry_after_s
+    assert not desk.come(ANNA)[0].done()
+
+
+def test_of_a_full_queue_the_one_who_has_most_in_it_loses_the_last(desk: Desk) -> None:
+    """And not the one who has just come with his first; when all have as many, the newcomer is sent away."""
+    greedy = desk.come(GREEDY, N_SLOTS + 8)
+    (anna,) = desk.come(ANNA)
+    assert isinstance(outcome(greedy[-1]), QueueFull)
+    assert not anna.done()
+    (more,) = desk.come(GREEDY)
+    assert isinstance(outcome(more), QueueFull)
+    assert not any(task.done() for task in greedy[:-1])
+
+
+@with_(spare_s=10.0)
+def test_one_slot_is_left_to_a_user_who_was_here_a_moment_ago(desk: Desk) -> None:
+    """Until he is not expected back any more."""
+    desk.come(ANNA)
+    desk.end(ANNA)
+    desk.come(GREEDY, 6)
+    assert desk.holds(GREEDY) == 3
+    desk.come(ANNA)
+    assert desk.holds(ANNA) == 1
+    desk.end(ANNA)
+    assert desk.holds(GREEDY) == 3
+    desk.house.loop.pass_time(10.1)
+    desk.house.loop.settle()
+    assert desk.holds(GREEDY) == 4
+
+
+def test_what_everybody_has_is_told(desk: Desk) -> None:
+    """For the status: users by their names."""
+    desk.come(GREEDY, 6)
+    desk.come(ANNA)
+    desk.end(GREEDY)
+    standings = {one.id: (one.n_running, one.n_waiting) for one in desk.house.scheduler.queue.standings()}
+    assert standings == {"key:greedy": (3, 2), "key:anna": (1, 0)}
