@@ -61,6 +61,8 @@ class Completions:
                 chat = messages_to_chat(body) if kind is Messages else responses_to_chat(body)
             return [model.tokenize(model.render(chat))], chat
         if path == "/infill":
+            if not isinstance(body, dict):
+                raise BadInput("[json.exception.type_error.305] cannot use operator[] with a string argument")
             text = (
                 str(body.get("input_prefix", ""))
                 + str(body.get("prompt", ""))

@@ -20,12 +20,14 @@ JSON = {"Content-Type": "application/json"}
 @pytest.mark.parametrize("path", [CHAT, TEXT, NATIVE, "/v1/responses", "/infill"])
 @pytest.mark.parametrize("data", [b"", b"{", b'{"stream": true,}', b"\xff", b"[1, 2]", b'"text"'])
 async def test_what_is_no_json_object_is_refused(tmp_path: Path, path: str, data: bytes) -> None:
-    """400 of the OpenAI shape; no slot is taken for it."""
+    """400 of the OpenAI shape, in the words of llama-server; no slot is taken for it."""
     async with served(tmp_path) as it:
         n_before = len(it.fake.sent(path))
         answer = await it.send("POST", path, data=data, headers=JSON)
-        assert len(it.fake.sent(path)) == n_before
-    assert answer.status == 400
+        assert [seen.slot for seen in it.fake.sent(path)[n_before:]] == [None]
+        direct = await it.send("POST", path, data=data, headers=JSON, to=it.fake.url)
+    assert answer.status == direct.status == 400
+    assert answer.json == direct.json
     assert answer.headers["Content-Type"].startswith("application/json")
     assert answer.error["type"] == "invalid_request_error"
     assert answer.error["code"] == 400

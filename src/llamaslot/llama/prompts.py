@@ -18,10 +18,7 @@ from llamaslot.llama.specials import Mark, Specials, together
 
 log = logging.getLogger(__name__)
 
-_BAD_PROMPT = (
-    '"prompt" elements must be a string, a list of tokens, a JSON object with a "prompt_string", '
-    "or a list of mixed strings and tokens"
-)
+_BAD_PROMPT = '"prompt" must be a string, a list of tokens, an object with a "prompt_string", or a list of these'
 
 #: What of a body, apart from its messages, templates show. Another field that one shows makes a prompt part earlier.
 _SHOWN = (
@@ -36,6 +33,10 @@ _N_SYSTEMS = 64  # of 60 kB each, as a rule
 _HEADER_TOKENS = (
     16  # what a template puts in front of an answer: a role, perhaps the beginning of its reasoning
 )
+
+
+class NoPrompt(BadRequest):
+    """What llama-server takes for no prompt."""
 
 
 class OpaquePrompt(LlamaslotError):
@@ -154,15 +155,13 @@ class Prompts:
         """The prompts of ``body["prompt"]`` of a completion, read as llama-server reads it.
 
         A string; a list of ids; a mixed list of strings and ids (one prompt); or a list of those (several). An
-        object with a ``prompt_string`` counts as that string. Raises BadRequest for anything else and OpaquePrompt
+        object with a ``prompt_string`` counts as that string. Raises NoPrompt for anything else and OpaquePrompt
         for ``multimodal_data``. Ids outside of the vocabulary are left to the server, whose 400 says it best.
         (tools/server/server-common.cpp: tokenize_input_prompts, tokenize_input_subprompt, tokenize_mixed)
         """
-        if prompt is None:
-            raise BadRequest('"prompt" is required')
+        if prompt == []:
+            raise NoPrompt('"prompt" must not be empty')
         if isinstance(prompt, list) and int not in set(map(type, prompt)):
-            if not prompt:
-                raise BadRequest('"prompt" must not be empty')
             return [await self._one(element, whose) for element in prompt]
         return [await self._one(prompt, whose)]
 
@@ -181,7 +180,7 @@ class Prompts:
                 return await self._mixed(prompt)
         if isinstance(prompt, str):
             return await self._of_text(prompt, whose)
-        raise BadRequest(_BAD_PROMPT)
+        raise NoPrompt(_BAD_PROMPT)
 
     async def _mixed(self, elements: list[Any]) -> Prompt:
         """Strings are tokenized one by one; only one that stands first gets BOS (and EOS) as far as the model wants.
@@ -195,7 +194,7 @@ class Prompts:
             elif isinstance(element, int | float):
                 parts.append(_pack_wrapping([int(element)]))
             else:
-                raise BadRequest(_BAD_PROMPT)
+                raise NoPrompt(_BAD_PROMPT)
         return Prompt(b"".join(parts))
 
     async def _of_text(self, text: str, whose: str) -> Prompt:

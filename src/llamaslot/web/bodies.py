@@ -10,6 +10,11 @@ from aiohttp import web
 from llamaslot.errors import BadRequest, BodyTooLarge
 
 _DEPTH = 254  # levels that orjson writes; it reads 1,024
+_MARK = b"\xef\xbb\xbf"  # of byte order, which some editors write and llama-server skips
+
+
+class NoObject(BadRequest):
+    """A body that llama-server cannot read either, whatever the route."""
 
 
 async def read_body(request: web.Request, max_bytes: int) -> bytes:
@@ -30,15 +35,20 @@ def _too_large(max_bytes: int) -> BodyTooLarge:
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """A JSON object. Raises BadRequest that says where the fault is."""
+    """A JSON object. Raises BadRequest that says where the fault is: NoObject if llama-server sees the same fault.
+
+    Its parser is more lenient in two things only: it stops at a NUL, and has no limit of depth.
+    """
+    raw = raw.removeprefix(_MARK)
     if not raw.strip():
-        raise BadRequest("the body is empty; it should be a JSON object")
+        raise NoObject("the body is empty; it should be a JSON object")
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        raise BadRequest(f"the body is not valid JSON: {error}") from None
+        is_broken = b"\0" not in raw and raw.count(b"[") + raw.count(b"{") <= _DEPTH
+        raise (NoObject if is_broken else BadRequest)(f"the body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
-        raise BadRequest("the body should be a JSON object")
+        raise NoObject("the body should be a JSON object")
     if raw.count(b"[") + raw.count(b"{") > _DEPTH and not _can_be_written(body):
         raise BadRequest(f"the body is nested more than {_DEPTH} levels deep")
     return body

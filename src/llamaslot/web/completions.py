@@ -23,14 +23,16 @@ from llamaslot.engine.turns import Turn
 from llamaslot.errors import BackendDown, BackendRestarted, ClientGone, LlamaslotError, UpstreamError
 from llamaslot.llama.api import content_type_of
 from llamaslot.llama.progress import TELLS_PROGRESS, progress_event
+from llamaslot.llama.prompts import NoPrompt
 from llamaslot.llama.routes import Format, Route, origin_form
 from llamaslot.llama.sse import Earlier
 from llamaslot.web.answering import Answering, Asked, InOnePiece, source_of
-from llamaslot.web.bodies import parse_object, read_body
+from llamaslot.web.bodies import NoObject, parse_object, read_body
 from llamaslot.web.downstream import MISTAKE, Downstream, StreamRules
 from llamaslot.web.headers import to_server
 from llamaslot.web.jobs import ATTEMPTS, Wanted, request_id, wanted
 from llamaslot.web.passthrough import Passthrough
+from llamaslot.web.refusals import in_its_words
 from llamaslot.web.rewriting import SystemPrompts, rewrote
 from llamaslot.web.several import Part, joined
 from llamaslot.web.users import user_of
@@ -57,7 +59,10 @@ class Completions:
     async def handle(self, request: web.Request, route: Route) -> web.StreamResponse:
         """Cancelling (the client has gone) gives the slot back, at once or when the server is through with it."""
         raw = await read_body(request, self._max_body)
-        body = parse_object(raw)
+        try:
+            body = parse_object(raw)
+        except NoObject as error:
+            raise await in_its_words(self._backend.api, request, raw, error) from error
         if self._prompts.rewrite(request, body, route.format):
             raw = orjson.dumps(body)
         unrecognized = partial(self._passthrough.in_turn, request, route, raw)
@@ -94,6 +99,9 @@ class _Exchange:
         except BackendDown as error:
             self.backend.doubt()
             return await self.down.fail(error)
+        except NoPrompt as error:
+            raw = orjson.dumps(self.body)
+            return await self.down.fail(await in_its_words(self.backend.api, self.request, raw, error))
         except LlamaslotError as error:
             return await self.down.fail(error)
         except ClientGone:

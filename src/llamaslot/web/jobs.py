@@ -17,9 +17,9 @@ from llamaslot.core.tokens import common, head
 from llamaslot.core.users import User
 from llamaslot.engine.backend import Backend
 from llamaslot.engine.pool import Pool
-from llamaslot.errors import BadRequest, PromptTooLong, UpstreamError
+from llamaslot.errors import PromptTooLong, UpstreamError
 from llamaslot.llama import anthropic, responses
-from llamaslot.llama.prompts import OpaquePrompt, Prompt
+from llamaslot.llama.prompts import NoPrompt, OpaquePrompt, Prompt
 from llamaslot.llama.routes import Format
 
 ATTEMPTS = 3  # a server that restarts between two steps of a job: the job is placed again on the new one
@@ -75,7 +75,7 @@ def lora_of(body: Mapping[str, Any]) -> str:
 async def wanted(
     id_: str, body: Mapping[str, Any], kind: Format, backend: Backend, pool: Pool, user: User
 ) -> Wanted:
-    """The job for ``body``. Raises BadRequest, PromptTooLong, and llama-server's own error for a body it refuses."""
+    """The job for ``body``. Raises NoPrompt, PromptTooLong, and llama-server's own error for a body it refuses."""
     try:
         chat = _chat_body(body, kind)
         whose = pool.rules.space(user).user
@@ -134,7 +134,7 @@ async def _prompts(
                 raise
             raise OpaquePrompt(str(error)) from error
     if "prompt" not in body:
-        raise BadRequest("'prompt' is required")
+        raise NoPrompt("'prompt' is required")
     return tuple(await backend.prompts.completion(body["prompt"], whose))
 
 

@@ -16,10 +16,11 @@ from llamaslot.engine.backend import Backend
 from llamaslot.errors import BackendDown, BackendRestarted, ClientGone
 from llamaslot.llama.routes import Route, origin_form
 from llamaslot.llama.sse import event_of
-from llamaslot.web.bodies import parse_object, read_body
+from llamaslot.web.bodies import NoObject, parse_object, read_body
 from llamaslot.web.downstream import BROKEN_OFF, begin, cut, send
 from llamaslot.web.headers import to_client, to_server
 from llamaslot.web.jobs import ATTEMPTS, lora_of, request_id
+from llamaslot.web.refusals import in_its_words
 from llamaslot.web.users import user_of
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,10 @@ class Passthrough:
                 return await _relay(request, upstream, {"x-request-id": id_}, turn.settle, lease.talks)
 
     async def _pinned(self, request: web.Request, raw: bytes, id_: str) -> web.StreamResponse:
-        body = parse_object(raw)
+        try:
+            body = parse_object(raw)
+        except NoObject as error:
+            raise await in_its_words(self._backend.api, request, raw, error) from error
         user = user_of(request)
         job = Job(id_, user=user, space=self._backend.rules.space(user, lora_of(body)))
         with await self._backend.scheduler.lease(job) as lease:

@@ -1,0 +1,34 @@
+"""llama-server's own words for what it refuses before it takes any slot."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from llamaslot.errors import BackendDown, BadRequest, LlamaslotError, UpstreamError
+from llamaslot.llama.api import LlamaServer, content_type_of
+from llamaslot.llama.routes import origin_form
+from llamaslot.web.headers import to_server
+
+_PATIENCE_S = 5.0  # it needs no slot to say no
+
+
+async def in_its_words(
+    api: LlamaServer, request: web.Request, raw: bytes, error: BadRequest
+) -> LlamaslotError:
+    """What llama-server says to a body with which nothing can be begun.
+
+    ``error`` where it says nothing: while it is down. Should it begin something after all, that ends here.
+    """
+    try:
+        async with api.request(
+            "POST",
+            origin_form(request.raw_path),
+            data=raw,
+            headers=to_server(request),
+            timeout_s=_PATIENCE_S,
+        ) as upstream:
+            if upstream.status >= 400:
+                return UpstreamError(upstream.status, await upstream.read(), content_type_of(upstream))
+    except BackendDown:
+        pass
+    return error
