@@ -35,7 +35,7 @@ from tests.support.fake_model import FakeModel, pack
 CHAT, TEXT, NATIVE = "/v1/chat/completions", "/v1/completions", "/completion"
 PATIENCE_S = 10.0
 
-Settings = Mapping[str, Mapping[str, Any]]
+Settings = Mapping[str, Any]
 
 #: Nothing happens by itself unless a test asks for it: no idle saves, no comments, no steps of its own.
 QUIET: Settings = {
@@ -284,7 +284,10 @@ def configured(directory: Path, url: str, save_dir: Path | None, settings: Setti
         backend["slot_save_path"] = str(save_dir)
     sections: dict[str, Any] = {name: dict(values) for name, values in QUIET.items()}
     for name, values in settings.items():
-        sections.setdefault(name, {}).update(values)
+        if isinstance(values, Mapping):
+            sections.setdefault(name, {}).update(values)
+        else:
+            sections[name] = values
     backend |= sections.pop("backend", {})
     sections["store"]["meta_dir"] = str(directory / "meta")
     sections.setdefault("listen", {})["port"] = quiet_port()

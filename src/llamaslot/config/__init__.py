@@ -42,6 +42,8 @@ from llamaslot.llama.rewrite import RewriteRule, distinct, ready
 
 class Config(Section):
     """The whole file. ``backends`` has exactly one entry; several are for a later version."""
+_NOTHING: dict[str, Any] = {"prewarm": (), "rewrite": ()}  # lists, where all others are mappings
+
 
     listen: ListenConfig = ListenConfig()
     backends: tuple[BackendConfig, ...]
@@ -77,7 +79,10 @@ class Config(Section):
     def _whole(cls, raw: Any, handler: ModelWrapValidatorHandler[Config], info: ValidationInfo) -> Config:
         """What is wrong together is reported beside what is wrong by itself, not only once the latter is mended."""
         if isinstance(raw, dict):  # a section whose keys are all commented out is None in YAML
-            raw = {key: {} if value is None and key != "backends" else value for key, value in raw.items()}
+            raw = {
+                key: _NOTHING.get(key, {}) if value is None and key != "backends" else value
+                for key, value in raw.items()
+            }
         faults = [
             InitErrorDetails(type="value_error", loc=loc, input=None, ctx={"error": ValueError(message)})
             for loc, message in wrong_together(raw, info)

@@ -37,7 +37,7 @@ class RewriteRule(BaseModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
     pattern: Annotated[str, Field(min_length=1)]
     replace: str
-    formats: Annotated[tuple[Spoken, ...], Field(min_length=1)] = SPOKEN
+    formats: tuple[Spoken, ...] = SPOKEN
     max_chars: Annotated[int, Field(ge=1, strict=True)] = MAX_CHARS
 
     @field_validator("pattern")
@@ -51,6 +51,13 @@ class RewriteRule(BaseModel):
         if matches_nothing:
             raise ValueError("matches the empty text too, and so everywhere: it should ask for something")
         return pattern
+
+    @field_validator("formats")
+    @classmethod
+    def _is_for_something(cls, formats: tuple[Spoken, ...]) -> tuple[Spoken, ...]:
+        if not formats:
+            raise ValueError(f"should not be empty; without it the rule is for {', '.join(SPOKEN)}")
+        return formats
 
     @model_validator(mode="after")
     def _has_its_groups(self) -> RewriteRule:

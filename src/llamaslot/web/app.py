@@ -25,6 +25,7 @@ from llamaslot.llama.chat_file import read_chat_file
 from llamaslot.llama.process import ManagedServer
 from llamaslot.llama.routes import Route, classify
 from llamaslot.observe.metrics import Metrics
+from llamaslot.llama.rewrite import Rewriting
 from llamaslot.tasks import TaskOwner
 from llamaslot.web.completions import Completions
 from llamaslot.web.downstream import MISTAKE, StreamRules, error_response, notice_silence
@@ -132,9 +133,10 @@ def _rules(config: Config) -> Rules:
 
 
 def _chat_bodies(config: Config) -> list[tuple[str, dict[str, Any]]]:
-    """What ``prewarm`` names. Raises ConfigError when a file, readable a moment ago, is not any more."""
+    """What ``prewarm`` names, rewritten as requests are. Raises ConfigError when a file, readable a moment ago, is not
+    any more."""
     try:
-        return [(path.name, read_chat_file(path)) for path in config.prewarm]
+        bodies = [(path.name, read_chat_file(path)) for path in config.prewarm]
     except ValueError as error:
         raise ConfigError("prewarm", [str(error)]) from error
 
@@ -162,6 +164,10 @@ async def serve(config: Config) -> None:
             gc.freeze()  # a full collection over a large index takes 150 ms; after this it has little to look at
             await stop.wait()
             log.info("stopping")
+    rewriting = Rewriting(config.rewrite)
+    for _, body in bodies:
+        rewriting.apply(body, "chat")
+    return bodies
         save_s = config.shutdown.save_s
     finally:
         await backend.close(save_s)
