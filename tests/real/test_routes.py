@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import gguf
 import orjson
 import pytest
 import pytest_asyncio
@@ -74,20 +73,7 @@ embedded.main()
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dense model with fill-in-the-middle tokens, without which /infill is 501."""
-    directory = tmp_path_factory.mktemp("models")
-    plain = gguf.GGUFReader(models.dense(directory))
-    writer = gguf.GGUFWriter(directory / "infill.gguf", "llama")
-    for key, field in plain.fields.items():
-        if key != "general.architecture" and not key.startswith("GGUF."):
-            kind, inner = field.types[0], field.types[-1] if len(field.types) > 1 else None
-            writer.add_key_value(key, field.contents(), kind, sub_type=inner)
-    for token, name in enumerate(("fim_pre", "fim_suf", "fim_mid"), start=1):
-        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
-    for tensor in plain.tensors:
-        writer.add_tensor(tensor.name, tensor.data)
-    models._close(writer)
-    return directory / "infill.gguf"
+    return models.infill(tmp_path_factory.mktemp("models"))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

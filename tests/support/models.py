@@ -80,6 +80,11 @@ def dense(directory: Path, seed: int = 1, *, layers: int = 2, width: int = 64) -
     )
 
 
+def infill(directory: Path) -> Path:
+    """``dense`` with fill-in-the-middle tokens, without which /infill is 501."""
+    return _cached(directory / f"infill-r{RECIPE}.gguf", lambda path: _infill(path, dense(directory)))
+
+
 def draft(directory: Path, seed: int = 1) -> Path:
     """The first layer of ``dense(seed)`` alone: a draft model for speculative decoding that is right now and then."""
     return dense(directory, seed, layers=1)
@@ -274,4 +279,18 @@ def _recurrent(path: Path, seed: int, layers: int, width: int) -> None:
         )
         weights.norm(f"{block}.ssm_d", inner, 1.0)
         weights.to_residual(f"{block}.ssm_out.weight", inner, 3.0)
+    _close(writer)
+
+
+def _infill(path: Path, model: Path) -> None:
+    plain = gguf.GGUFReader(model)
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, field in plain.fields.items():
+        if key != "general.architecture" and not key.startswith("GGUF."):
+            kind, inner = field.types[0], field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), kind, sub_type=inner)
+    for token, name in enumerate(("fim_pre", "fim_suf", "fim_mid"), start=1):
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
+    for tensor in plain.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
     _close(writer)
