@@ -76,6 +76,20 @@ class TooManyRequests(QueueFull):
     type = "rate_limit_error"
 
 
+class DeadlinePassed(LlamaslotError):
+    """The request has not got its first token, or the end of its answer, within the time that the operator gives it."""
+
+    status = 504
+    type = "timeout_error"
+
+
+class SlotWedged(LlamaslotError):
+    """llama-server has told nothing for too long of what it should compute or answer. What its slot holds is unknown."""
+
+    status = 504
+    type = "timeout_error"
+
+
 class BackendDown(LlamaslotError):
     """llama-server does not answer, or is still loading its model."""
 

@@ -22,6 +22,12 @@ Json = dict[str, Any]
 PUBLIC = {"/health", "/v1/health", "/"}
 NOT_FOUND = {"error": {"message": "File Not Found", "type": "not_found_error", "code": 404}}
 LOADING = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}
+#: What llama-server says to a browser that asks whether it may ask.
+ANY_PAGE = {
+    "Access-Control-Allow-Credentials": "true",
+    "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+    "Access-Control-Allow-Headers": "*",
+}
 NO_SLOTS = "This server does not support slots action. Start it with `--slot-save-path`"
 
 
@@ -82,6 +88,8 @@ class Routes:
         server, path = self.server, seen.path
         if server.loading:
             return reply(LOADING, 503)
+        if seen.method == "OPTIONS":  # for any path, before key and route are looked at
+            return reply(b"", content_type="text/html", headers=ANY_PAGE)
         key = request.headers.get("Authorization", "").removeprefix("Bearer ") or request.headers.get(
             "X-Api-Key"
         )

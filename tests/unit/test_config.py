@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,9 @@ def test_only_a_backend_is_needed(load: Load) -> None:
     assert (config.queue.max_waiting, config.queue.max_wait_s) == (256, 600.0)
     assert (config.stream.keepalive_s, config.stream.comments) == (10.0, True)
     assert config.passthrough.allow == ()
+    assert (config.listen.tls, config.listen.cors) == (None, ())
+    assert (config.auth.keys_file, config.auth.allow_anonymous) == (None, False)
+    assert (config.auth.resolve_admin_key(), config.log.prompts) == (None, False)
     assert (config.shutdown.save_s, config.shutdown.drain_s) == (60.0, 30.0)
     assert config.log.level == "info"
 
@@ -289,6 +293,23 @@ def test_the_message_is_a_list(load: Load, tmp_path: Path) -> None:
             BACKEND + "log: {level: warn}",
             "log.level: should be 'debug', 'info', 'warning' or 'error'; not 'warn'; did",
         ),
+        (
+            BACKEND + "listen: {cors: ['https://a.page/']}",
+            "listen.cors[0]: should be '*' (any page), or an origin",
+        ),
+        (BACKEND + "listen: {cors: [a.page]}", "listen.cors[0]: should be '*' (any page), or an origin"),
+        (BACKEND + "listen: {cors: '*'}", "listen.cors: should be a list"),
+        (BACKEND + "listen: {tls: on}", "listen.tls: should be a mapping with the keys cert, key"),
+        (BACKEND + "listen: {tls: {cert: none.pem}}", "listen.tls.key: is missing"),
+        (BACKEND + "listen: {tls: {cert: none.pem}}", "listen.tls.cert: /"),
+        (BACKEND + "auth: {keys_file: none.json}", "auth.keys_file: /"),
+        (BACKEND + "auth: {allow_anonymous: maybe}", "auth.allow_anonymous: should be on or off"),
+        (BACKEND + "auth: {admin_key: short}", "auth.admin_key: should be at least 16 letters"),
+        (BACKEND + "auth: {admin_key_file: /dev/null}", "auth.admin_key_file: /dev/null should hold the key"),
+        (
+            BACKEND + "auth: {admin_key: 0123456789abcdef, admin_key_file: k}",
+            "auth.admin_key_file: not together with admin_key",
+        ),
         ("", "the file: should be a mapping with the keys listen, backends"),
         ("- 1", "the file: should be a mapping with the keys listen, backends"),
         ("listen: {}", "backends: is missing"),
@@ -357,9 +378,55 @@ def test_a_fault_says_where_and_what_would_be_right(faults: Faults, text: str, f
     assert any(line.startswith(fault) for line in found), found
 
 
-def test_no_fault_repeats_a_secret(faults: Faults) -> None:
-    """A wrong key of llama-server is still a secret."""
-    assert "31337" not in "".join(faults("backends: [{url: 'http://b', api_key: 31337}]"))
+@pytest.mark.parametrize(
+    "text",
+    [
+        "backends: [{url: 'http://b', api_key: 31337}]",
+        BACKEND + "auth: {admin_key: 31337}",
+        BACKEND + "auth: {admin_key: '31337'}",
+    ],
+)
+def test_no_fault_repeats_a_secret(faults: Faults, text: str) -> None:
+    """A wrong key is still a secret."""
+    assert "31337" not in "".join(faults(text))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1"])
+def test_this_machine_alone_needs_no_keys(load: Load, host: str) -> None:
+    """Whatever name its loopback goes by."""
+    assert load(BACKEND + f"listen: {{host: '{host}'}}")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "2001:db8::1", "0"])
+def test_others_are_not_let_in_without_keys(load: Load, faults: Faults, tmp_path: Path, host: str) -> None:
+    """The fault names both ways out; each of them is one."""
+    text = BACKEND + f"listen: {{host: '{host}'}}\n"
+    for more in (
+        "",
+        "auth: {allow_anonymous: off}",
+        "auth: {allow_anonymous: 'no'}",
+        "auth: {keys_file: }",
+        "auth:",
+    ):
+        (fault,) = faults(text + more)
+        assert fault.startswith(f"listen.host: {host} is reached from other machines")
+        assert "llamaslot keys add NAME" in fault
+        assert "auth.allow_anonymous: true" in fault
+    (tmp_path / "keys.json").write_text("{}")
+    for more in ("allow_anonymous: true", "allow_anonymous: 'on'", "keys_file: keys.json"):
+        assert load(text + f"auth: {{{more}}}").listen.host == host
+
+
+def test_who_listens_nowhere_is_told_at_once(faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is not known now may be anybody's later."""
+
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    assert faults(BACKEND + "listen: {host: box}") == [
+        "listen.host: box is not known: Name or service not known"
+    ]
 
 
 def test_without_the_engine_a_managed_server_needs_a_command(

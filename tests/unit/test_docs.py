@@ -118,10 +118,10 @@ def test_mentioned_commands_and_options_exist() -> None:
     wrong = []
     for where in PAGES:
         for line in re.findall(
-            r"llamaslot ((?:serve|snapshots)\b[^`\n#|]*|(?<![\w/]llamaslot )--[a-z]+)", where.read_text()
+            r"llamaslot ((?:serve|snapshots|keys)\b[^`\n#|]*|(?<![\w/]llamaslot )--[a-z]+)", where.read_text()
         ):
             words = line.split()
-            if words[0] == "snapshots":
+            if words[0] in ("snapshots", "keys"):
                 words = [" ".join(words[:2]), *words[2:]]
             command = known[""] if words[0].startswith("-") else known.get(words[0])
             named = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
@@ -260,8 +260,9 @@ def configurations() -> list[Any]:
 
 @pytest.mark.parametrize("text", configurations())
 def test_configurations_have_no_faults(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever copies one can start with it, once the programs are there."""
+    """Whoever copies one can start with it, once the programs and the keys are there."""
     monkeypatch.setattr("shutil.which", lambda program: f"/usr/bin/{program}")
+    monkeypatch.setattr("llamaslot.config.sections.read_keys", lambda path: ())
     path = tmp_path / "config.yaml"
     path.write_text(text)
     Config.load(path)

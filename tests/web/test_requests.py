@@ -172,16 +172,18 @@ async def test_a_context_with_other_lora_scales_is_nobodys_afterwards(tmp_path: 
 
 
 async def test_a_conversation_id_is_not_passed_on(tmp_path: Path) -> None:
-    """Nor is anything of the client's connection; its other headers are."""
+    """Nor is anything of the client's connection, nor its key; its other headers are."""
     async with served(tmp_path) as it:
-        headers = {"X-Conversation-Id": "c1", "X-Other": "kept", "Authorization": "Bearer client"}
+        ours = {"Authorization": "Bearer client", "X-Api-Key": "client", "Api-Key": "client"}
+        ours |= {"X-Llamaslot-User": "client", "X-Conversation-Id": "client"}
+        headers = {"X-Other": "kept", "Cookie": "a=kept", **ours}
         for path, body in ((NATIVE, {"prompt": "x", "n_predict": 1}), ("/tokenize", {"content": "x"}),
                            ("/v1/messages", {"messages": [USER], "max_tokens": 1})):  # fmt: skip
             await it.send("POST", path, body=body, headers=headers)
             seen = it.fake.sent(path)[-1].headers
-            assert "X-Conversation-Id" not in seen
-            assert seen["X-Other"] == "kept"
-            assert seen["Authorization"] == "Bearer client"
+            assert not seen.keys() & ours.keys()
+            assert "client" not in str(seen)
+            assert (seen["X-Other"], seen["Cookie"]) == ("kept", "a=kept")
 
 
 async def test_the_configured_key_takes_the_place_of_the_clients(tmp_path: Path) -> None:

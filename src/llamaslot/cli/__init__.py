@@ -1,4 +1,5 @@
-"""The command line: ``llamaslot serve --config config.yaml``, and ``llamaslot snapshots`` for what is on disk.
+"""The command line: ``llamaslot serve --config config.yaml``, ``llamaslot snapshots`` for what is on disk, and
+``llamaslot keys`` for who may come in.
 
 What an operator can mend is printed as a plain list and ends with exit code 2; a traceback means a fault of ours.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 import click
 
 import llamaslot
+from llamaslot.cli.keys import keys
 from llamaslot.cli.snapshots import snapshots
 from llamaslot.config import Config
 from llamaslot.errors import ConfigError, LlamaslotError
@@ -46,6 +48,7 @@ def main() -> None:
 
 
 main.add_command(snapshots)
+main.add_command(keys)
 
 
 @main.command()

@@ -21,7 +21,9 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from llamaslot.config.sections import (
+    AuthConfig,
     BackendConfig,
+    CacheConfig,
     ListenConfig,
     LogConfig,
     PassthroughConfig,
@@ -31,6 +33,7 @@ from llamaslot.config.sections import (
     ShutdownConfig,
     StoreConfig,
     StreamConfig,
+    TimeoutsConfig,
     default_meta_dir,
 )
 from llamaslot.config.together import wrong_together
@@ -39,20 +42,23 @@ from llamaslot.errors import ConfigError
 from llamaslot.faults import fault_lines, read_yaml
 from llamaslot.llama.rewrite import RewriteRule, distinct, ready
 
+_NOTHING: dict[str, Any] = {"prewarm": (), "rewrite": ()}  # lists, where all others are mappings
+
 
 class Config(Section):
     """The whole file. ``backends`` has exactly one entry; several are for a later version."""
-_NOTHING: dict[str, Any] = {"prewarm": (), "rewrite": ()}  # lists, where all others are mappings
-
 
     listen: ListenConfig = ListenConfig()
     backends: tuple[BackendConfig, ...]
     store: StoreConfig = Field(default_factory=StoreConfig)
     routing: RoutingConfig = RoutingConfig()
+    cache: CacheConfig = CacheConfig()
     prefill: PrefillConfig = PrefillConfig()
     queue: QueueConfig = QueueConfig()
+    timeouts: TimeoutsConfig = TimeoutsConfig()
     stream: StreamConfig = StreamConfig()
     passthrough: PassthroughConfig = PassthroughConfig()
+    auth: AuthConfig = AuthConfig()
     shutdown: ShutdownConfig = ShutdownConfig()
     log: LogConfig = LogConfig()
     prewarm: tuple[Annotated[FilePath, AfterValidator(chat_file)], ...] = ()

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo
 
+from llamaslot.config.keys import read_keys
+from llamaslot.config.tls import TlsConfig
 from llamaslot.config.values import (
     GIB,
     MIB,
@@ -21,8 +23,10 @@ from llamaslot.config.values import (
     anchored,
     key_file,
     number,
+    origin,
     read_key,
     server_url,
+    strong_key,
 )
 from llamaslot.errors import ConfigError
 from llamaslot.llama.process import EMBEDDED_MODEL, ManagedConfig
@@ -56,6 +60,50 @@ class ListenConfig(Section):
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Port = 8081
     max_body: Annotated[Size, Field(gt=0)] = 64 * MIB
+    tls: TlsConfig | None = None
+    cors: tuple[Annotated[str, AfterValidator(origin)], ...] = ()
+
+
+def _keys_file(path: Path) -> Path:
+    try:
+        read_keys(path)
+    except ConfigError as error:
+        raise ValueError(f"{path}: {'; '.join(error.faults)}") from None
+    return path
+
+
+def _strong_key_file(path: Path) -> Path:
+    strong_key(read_key(path))
+    return path
+
+
+def _strong_secret(key: SecretStr) -> SecretStr:
+    strong_key(key.get_secret_value())
+    return key
+
+
+class AuthConfig(Section):
+    """Who may use llamaslot, and who may look at its own pages."""
+
+    keys_file: Annotated[FilePath, AfterValidator(_keys_file)] | None = None
+    allow_anonymous: bool = False
+    admin_key: Annotated[SecretStr, AfterValidator(_strong_secret)] | None = None
+    admin_key_file: Annotated[FilePath, AfterValidator(_strong_key_file)] | None = None
+
+    def resolve_admin_key(self) -> str | None:
+        """Raises ConfigError when the file, readable at the start, is not any more."""
+        return _resolved(self.admin_key, self.admin_key_file, "auth.admin_key_file")
+
+
+def _resolved(key: SecretStr | None, path: Path | None, name: str) -> str | None:
+    if key is not None:
+        return key.get_secret_value()
+    if path is None:
+        return None
+    try:
+        return read_key(path)
+    except ValueError as error:
+        raise ConfigError(str(path), [f"{name}: {error}"]) from error
 
 
 class BackendConfig(Section):
@@ -73,14 +121,7 @@ class BackendConfig(Section):
 
         Raises ConfigError when the file, readable at the start, is not any more.
         """
-        if self.api_key is not None:
-            return self.api_key.get_secret_value()
-        if self.api_key_file is None:
-            return None
-        try:
-            return read_key(self.api_key_file)
-        except ValueError as error:
-            raise ConfigError(str(self.api_key_file), [f"api_key_file: {error}"]) from error
+        return _resolved(self.api_key, self.api_key_file, "api_key_file")
 
 
 def default_meta_dir() -> Path:
@@ -105,6 +146,10 @@ class RoutingConfig(Section):
     small_prompt_tokens: Count = 1024
 
 
+class CacheConfig(Section):
+    isolation: Literal["shared", "per_user"] = "shared"
+
+
 class PrefillConfig(Section):
     own_above_s: Seconds = 1.0
     decode_share: Annotated[float, BeforeValidator(number), Field(ge=0, le=0.9)] = 0.1
@@ -115,7 +160,17 @@ class PrefillConfig(Section):
 
 class QueueConfig(Section):
     max_waiting: Count = 256
-    max_wait_s: Annotated[Seconds, Field(gt=0)] = 600.0
+    max_wait_s: Annotated[Seconds, Field(gt=0)] | None = 600.0
+    user_max_waiting: Annotated[Count, Field(gt=0)] | None = None
+    user_max_running: Annotated[Count, Field(gt=0)] | None = None
+    side_max_passed_s: Seconds = 10.0
+    spare_s: Seconds = 10.0
+
+
+class TimeoutsConfig(Section):
+    first_token_s: Annotated[Seconds, Field(gt=0)] | None = None
+    total_s: Annotated[Seconds, Field(gt=0)] | None = None
+    watchdog_s: Annotated[Seconds, Field(gt=0)] | None = 300.0
 
 
 class StreamConfig(Section):
@@ -137,3 +192,4 @@ class LogConfig(Section):
         Literal["debug", "info", "warning", "error"],
         BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
     ] = "info"
+    prompts: bool = False

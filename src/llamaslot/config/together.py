@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,10 @@ from llamaslot.llama.process import EMBEDDED_MODEL, smollm2_path
 
 def wrong_together(raw: Any, info: ValidationInfo) -> Iterator[tuple[Loc, str]]:
     """Faults that no value has by itself. Reads raw data of any shape: what is wrong with that is found elsewhere."""
-    if not isinstance(raw, dict) or not isinstance(backends := raw.get("backends"), list | tuple):
+    if not isinstance(raw, dict):
+        return
+    yield from _wrong_doors(raw)
+    if not isinstance(backends := raw.get("backends"), list | tuple):
         return
     if not backends:
         yield ("backends",), "is empty: one backend is needed, with url or managed"
@@ -35,6 +40,39 @@ def wrong_together(raw: Any, info: ValidationInfo) -> Iterator[tuple[Loc, str]]:
                 )
             for key, message in _wrong_in_backend(backend, own_port, info):
                 yield ("backends", i, *key), message
+
+
+def _wrong_doors(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
+    """Whoever can reach the port can use the model, unless there are keys."""
+    listen, auth = (
+        section if isinstance(section := raw.get(name), dict) else {} for name in ("listen", "auth")
+    )
+    if auth.get("admin_key") is not None and auth.get("admin_key_file") is not None:
+        yield (
+            ("auth", "admin_key_file"),
+            "not together with admin_key; the file keeps the key out of this one",
+        )
+    host = listen.get("host", "127.0.0.1")
+    # As pydantic reads what is true; what is neither is a fault of its own.
+    is_anonymous = str(auth.get("allow_anonymous", "")).lower() in ("true", "1", "1.0", "on", "yes", "y", "t")
+    if not isinstance(host, str) or not host or auth.get("keys_file") is not None or is_anonymous:
+        return
+    try:
+        if not _is_loopback(host):
+            yield (
+                ("listen", "host"),
+                f"{host} is reached from other machines, and nobody needs a key: make keys with 'llamaslot keys "
+                "add NAME' and name their file in auth.keys_file, or let everybody in with auth.allow_anonymous: true",
+            )
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no name of a host"
+        yield ("listen", "host"), f"{host} is not known: {why}"
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether all addresses of a host are this machine's own. Raises OSError and UnicodeError for no host."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return all(ipaddress.ip_address(str(address[0])).is_loopback for *_, address in found)
 
 
 def _wrong_in_backend(

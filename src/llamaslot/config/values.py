@@ -92,6 +92,24 @@ def read_key(path: Path) -> str:
     return key
 
 
+def strong_key(key: str) -> None:
+    """Raises ValueError for one that could be found by trying."""
+    if len(key) < 16 or not re.fullmatch(r"[!-~]+", key):
+        raise ValueError(
+            "should be at least 16 letters, digits and signs without blanks: openssl rand -hex 32"
+        )
+
+
+def origin(text: str) -> str:
+    """``https://chat.example.org:8443``, as a browser names the page that asks, or ``*``. Raises ValueError."""
+    if text != "*" and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@]+", text):
+        raise ValueError(
+            "should be '*' (any page), or an origin such as https://chat.example.org: scheme, host and port, "
+            f"no slash at its end; not {text!r}"
+        )
+    return text.lower()
+
+
 def key_file(path: Path) -> Path:
     read_key(path)
     return path

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import re
 import signal
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,27 +16,33 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from llamaslot import __version__
 from llamaslot.config import Config
+from llamaslot.core.fairness import Fairness
 from llamaslot.core.policy import Rules
 from llamaslot.core.prefills import Sharing
 from llamaslot.engine.backend import Backend, Health
-from llamaslot.engine.scheduler import QueueLimits
+from llamaslot.engine.queue import QueueLimits
 from llamaslot.errors import BadRequest, ClientGone, ConfigError, Forbidden, LlamaslotError
 from llamaslot.llama.api import LlamaServer
 from llamaslot.llama.chat_file import read_chat_file
 from llamaslot.llama.process import ManagedServer
+from llamaslot.llama.rewrite import Rewriting
 from llamaslot.llama.routes import Route, classify
 from llamaslot.observe.metrics import Metrics
-from llamaslot.llama.rewrite import Rewriting
 from llamaslot.tasks import TaskOwner
+from llamaslot.web.auth import Doors, is_own_page
 from llamaslot.web.completions import Completions
-from llamaslot.web.downstream import MISTAKE, StreamRules, error_response, notice_silence
-from llamaslot.web.headers import allow_origin
+from llamaslot.web.cors import Cors
+from llamaslot.web.deadlines import Timeouts
+from llamaslot.web.downstream import MISTAKE, StreamRules, error_instead, error_response, notice_silence
 from llamaslot.web.passthrough import Passthrough
 from llamaslot.web.rewriting import SystemPrompts, tell_rewrote
 from llamaslot.web.status import Status
+from llamaslot.web.tls import Certificate
+from llamaslot.web.users import USER
 
 log = logging.getLogger(__name__)
 
+_QUOTED = re.compile(r":? (?:bytearray\()?b['\"].*")
 CLIENT_GONE = 499  # in metrics only: nginx's number for a client that has closed its connection
 
 
@@ -44,16 +51,19 @@ class App:
 
     def __init__(self, config: Config, backend: Backend) -> None:
         self.config, self.backend = config, backend
-        rules = StreamRules(config.stream.keepalive_s, config.stream.comments)
-        self._passthrough = Passthrough(backend, config.listen.max_body)
+        timeouts = Timeouts(config.timeouts.first_token_s, config.timeouts.total_s)
+        rules = StreamRules(config.stream.keepalive_s, config.stream.comments, timeouts)
+        self._passthrough = Passthrough(backend, config.listen.max_body, timeouts)
         prompts = SystemPrompts(config.rewrite, backend.metrics)
+        backend.divergences.tells_texts = config.log.prompts
         self._completions = Completions(backend, rules, config.listen.max_body, self._passthrough, prompts)
         self._status = Status(backend, prompts)
+        self._doors, self._cors = Doors(config.auth), Cors(config.listen.cors)
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=self.config.listen.max_body)
         app.router.add_route("*", "/{path:.*}", self.handle)
-        app.on_response_prepare.append(allow_origin)
+        app.on_response_prepare.append(self._cors.allow)
         app.on_response_prepare.append(tell_rewrote)
         return app
 
@@ -78,11 +88,14 @@ class App:
     async def _answer(self, request: web.Request, route: Route) -> web.StreamResponse:
         """Whatever goes wrong is an OpenAI-shaped error, never a traceback. Raises ClientGone."""
         try:
+            if (answer := self._cors.preflight(request)) is not None:
+                return answer
+            request[USER] = self._doors.admit(request)
             return await self._dispatch(request, route)
         except ClientGone:
             raise
         except LlamaslotError as error:
-            return error_response(error)
+            return error_instead(request, error)
         except web.HTTPException as error:
             wrapped = BadRequest(error.reason)
             wrapped.status = error.status
@@ -92,7 +105,7 @@ class App:
             return error_response(LlamaslotError(MISTAKE))
 
     async def _dispatch(self, request: web.Request, route: Route) -> web.StreamResponse:
-        if request.path.partition("/")[2].partition("/")[0] == "llamaslot":
+        if is_own_page(request):
             return await self._status.handle(request)
         match route.kind:
             case "own":
@@ -112,9 +125,9 @@ def make_backend(config: Config, url: str) -> Backend:
     settings = config.backend
     return Backend(
         settings.name,
-        LlamaServer(url, settings.resolve_api_key()),
+        LlamaServer(url, settings.resolve_api_key(), config.timeouts.watchdog_s),
         rules=_rules(config),
-        limits=QueueLimits(config.queue.max_waiting, config.queue.max_wait_s),
+        limits=_limits(config),
         metrics=Metrics(),
         meta_dir=config.store.meta_dir,
         idle_save_s=config.store.idle_save_s,
@@ -126,10 +139,24 @@ def make_backend(config: Config, url: str) -> Backend:
     )
 
 
+def _limits(config: Config) -> QueueLimits:
+    queue = config.queue
+    fairness = Fairness(
+        queue.user_max_running, queue.user_max_waiting, queue.side_max_passed_s, queue.spare_s
+    )
+    return QueueLimits(queue.max_waiting, queue.max_wait_s, fairness)
+
+
 def _rules(config: Config) -> Rules:
     routing, prefill = config.routing, config.prefill
     sharing = Sharing(prefill.decode_share, prefill.stretch_s, prefill.max_passed_s, prefill.max_held_s)
-    return Rules(routing.similarity_min, routing.small_prompt_tokens, prefill.own_above_s, sharing)
+    return Rules(
+        routing.similarity_min,
+        routing.small_prompt_tokens,
+        prefill.own_above_s,
+        sharing,
+        is_isolated=config.cache.isolation == "per_user",
+    )
 
 
 def _chat_bodies(config: Config) -> list[tuple[str, dict[str, Any]]]:
@@ -139,6 +166,10 @@ def _chat_bodies(config: Config) -> list[tuple[str, dict[str, Any]]]:
         bodies = [(path.name, read_chat_file(path)) for path in config.prewarm]
     except ValueError as error:
         raise ConfigError("prewarm", [str(error)]) from error
+    rewriting = Rewriting(config.rewrite)
+    for _, body in bodies:
+        rewriting.apply(body, "chat")
+    return bodies
 
 
 async def serve(config: Config) -> None:
@@ -164,10 +195,6 @@ async def serve(config: Config) -> None:
             gc.freeze()  # a full collection over a large index takes 150 ms; after this it has little to look at
             await stop.wait()
             log.info("stopping")
-    rewriting = Rewriting(config.rewrite)
-    for _, body in bodies:
-        rewriting.apply(body, "chat")
-    return bodies
         save_s = config.shutdown.save_s
     finally:
         await backend.close(save_s)
@@ -187,7 +214,8 @@ async def listening(config: Config, backend: Backend) -> AsyncIterator[None]:
     logging.getLogger("aiohttp.server").addFilter(_in_one_line)
     try:
         await runner.setup()
-        await web.TCPSite(runner, config.listen.host, config.listen.port).start()
+        context = Certificate(config.listen.tls).context if config.listen.tls is not None else None
+        await web.TCPSite(runner, config.listen.host, config.listen.port, ssl_context=context).start()
         yield
     finally:
         await runner.cleanup()
@@ -197,7 +225,9 @@ def _in_one_line(record: logging.LogRecord) -> bool:
     """aiohttp writes a traceback for each client that speaks no HTTP, or packs its body badly: a line will do."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, HttpProcessingError | web.RequestPayloadError):
-        record.msg, record.args = "%s: %s", (record.getMessage(), " ".join(str(error).split()))
+        # It quotes what it could not read, which may be a key or a part of a prompt.
+        said = _QUOTED.sub("", " ".join(str(error).split()))
+        record.msg, record.args = "%s: %s", (record.getMessage(), said)
         record.exc_info, record.levelno, record.levelname = None, logging.INFO, "INFO"
     return True
 
@@ -230,11 +260,16 @@ def _make_directories(config: Config) -> None:
 
 def _greet(config: Config) -> None:
     host = config.listen.host if config.listen.host not in ("0.0.0.0", "::") else "127.0.0.1"
-    base = f"http://{host}:{config.listen.port}"
+    host = f"[{host}]" if ":" in host else host
+    base = f"http{'s' if config.listen.tls is not None else ''}://{host}:{config.listen.port}"
+    has_keys = config.auth.keys_file is not None
+    which, header = (
+        ("with a key of yours", " -H 'Authorization: Bearer …'") if has_keys else ("any API key", "")
+    )
     log.info("llamaslot %s serves %s/v1", __version__, base)
     print(  # noqa: T201
-        f"\nPoint any OpenAI client at {base}/v1 (any API key), or try:\n\n"
-        f"  curl -N {base}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"\nPoint any OpenAI client at {base}/v1 ({which}), or try:\n\n"
+        f"  curl -N {base}/v1/chat/completions -H 'Content-Type: application/json'{header} \\\n"
         """    -d '{"stream": true, "messages": [{"role": "user", "content": "Name three colours."}]}'\n""",
         flush=True,
     )

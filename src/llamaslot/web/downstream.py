@@ -13,9 +13,10 @@ from typing import Any
 from aiohttp import web
 
 from llamaslot.engine.lease import Prefilling
-from llamaslot.errors import ClientGone, LlamaslotError, UpstreamError
+from llamaslot.errors import ClientGone, LlamaslotError, Unauthorized, UpstreamError
 from llamaslot.llama.sse import comment, data_of, event_of
 from llamaslot.tasks import TaskOwner
+from llamaslot.web.deadlines import Timeouts
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ BROKEN_OFF = "llama-server closed the connection in the middle of the answer"
 MISTAKE = "llamaslot has made a mistake; its log says which"
 # TCP_USER_TIMEOUT is in ms: for what was sent, or waits for a full window. The others in s: while nothing is sent.
 _SILENCE = {"TCP_USER_TIMEOUT": 60_000, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+_HAS_BEGUN = web.RequestKey("has_begun", bool)
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -30,6 +32,7 @@ SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache",
 class StreamRules:
     keepalive_s: float = 10.0
     has_comments: bool = True
+    timeouts: Timeouts = field(default_factory=Timeouts)
 
 
 @dataclass(slots=True)
@@ -119,7 +122,7 @@ class Downstream:
     async def fail(self, error: LlamaslotError) -> web.StreamResponse:
         """End the exchange with an error: a status while that is possible, else an event."""
         if not self.has_begun:
-            return error_response(error, self.headers)
+            return error_instead(self.request, error, self.headers)
         payload = data_of(b"data: " + error.payload) if isinstance(error, UpstreamError) else None
         await self.write(event_of(payload if isinstance(payload, dict) else error.body()))
         return await self.end()
@@ -143,6 +146,7 @@ def _translated() -> Iterator[None]:
 
 async def begin(response: web.StreamResponse, request: web.Request) -> None:
     """Send the headers. Raises ClientGone."""
+    request[_HAS_BEGUN] = True
     with _translated():
         await response.prepare(request)
 
@@ -174,11 +178,24 @@ def cut(request: web.Request) -> None:
         request.transport.abort()
 
 
+def error_instead(
+    request: web.Request, error: LlamaslotError, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    """The answer to a request that has failed. Where half of another has been sent raises ClientGone, its connection
+    closed: half an answer must not look like a whole one."""
+    if request.get(_HAS_BEGUN):
+        cut(request)
+        raise ClientGone from error
+    return error_response(error, headers)
+
+
 def error_response(error: LlamaslotError, headers: Mapping[str, str] | None = None) -> web.Response:
     """``{"error": {"message", "type", "code"}}``; llama-server's own body where the error is its own."""
     headers = dict(headers or {})
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, UpstreamError):
         headers["Content-Type"] = error.content_type
         return web.Response(status=error.status, body=error.payload, headers=headers)

@@ -11,16 +11,21 @@ _HOP_BY_HOP = {
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
     "transfer-encoding", "upgrade",
 }  # fmt: skip
+# Keys are llamaslot's own: llama-server gets the one that the configuration has for it.
+_KEYS = {"authorization", "x-api-key", "api-key"}
 # A generation with an X-Conversation-Id survives its client, and a second one with the same id cancels the first.
 # A compressed body arrives here unpacked.
-_NOT_TO_SERVER = _HOP_BY_HOP | {"host", "content-length", "content-encoding", "x-conversation-id", "expect"}
+_NOT_TO_SERVER = _HOP_BY_HOP | _KEYS
+_NOT_TO_SERVER |= {"host", "content-length", "content-encoding", "x-conversation-id", "expect"}
 _NOT_TO_CLIENT = _HOP_BY_HOP | {"content-length", "server", "date"}
 
 
 def to_server(request: web.Request, *, content_type: str | None = None) -> CIMultiDict[str]:
     """The client's headers as llama-server gets them; with ``content_type`` for a body that was written anew."""
     headers = CIMultiDict(
-        (name, value) for name, value in request.headers.items() if name.lower() not in _NOT_TO_SERVER
+        (name, value)
+        for name, value in request.headers.items()
+        if name.lower() not in _NOT_TO_SERVER and not name.lower().startswith("x-llamaslot-")
     )
     if content_type is not None:
         headers["Content-Type"] = content_type
@@ -29,17 +34,9 @@ def to_server(request: web.Request, *, content_type: str | None = None) -> CIMul
 
 
 def to_client(upstream: aiohttp.ClientResponse) -> CIMultiDict[str]:
+    """llama-server's headers as the client gets them. Which web pages may read them is said by llamaslot alone."""
     return CIMultiDict(
-        (name, value) for name, value in upstream.headers.items() if name.lower() not in _NOT_TO_CLIENT
+        (name, value)
+        for name, value in upstream.headers.items()
+        if name.lower() not in _NOT_TO_CLIENT and not name.lower().startswith("access-control-")
     )
-
-
-async def allow_origin(request: web.Request, response: web.StreamResponse) -> None:
-    """What llama-server says to every web page, for answers and early headers that are not its own.
-
-    Signal ``on_response_prepare``. llamaslot's own pages are no part of that: no web page may read them.
-    (tools/server/server-http.cpp: ``Access-Control-Allow-Origin`` is the request's ``Origin``)
-    """
-    origin = request.headers.get("Origin")
-    if origin is not None and not request.path.startswith("/llamaslot"):
-        response.headers.setdefault("Access-Control-Allow-Origin", origin)

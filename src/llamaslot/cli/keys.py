@@ -1,0 +1,145 @@
+"""``llamaslot keys``: who may use llamaslot. It runs meanwhile, and takes note of each change within a second."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from llamaslot.cli.words import several, span, table
+from llamaslot.config.keys import editing, made_now, name_of_key, new_key, read_keys
+from llamaslot.errors import ConfigError, LlamaslotError
+from llamaslot.faults import read_yaml
+
+EXIT_FAULT = 2
+
+
+@click.group()
+def keys() -> None:
+    """Make, list and revoke the keys of clients."""
+
+
+_config = click.option(
+    "--config", "path", type=click.Path(path_type=Path), default="config.yaml", show_default=True
+)
+_file = click.option(
+    "--file",
+    "file",
+    type=click.Path(path_type=Path),
+    help="The file of keys; else auth.keys_file of --config.",
+)
+_at_least_1, _at_least_0 = click.IntRange(min=1), click.IntRange(min=0)
+
+
+@keys.command()
+@_config
+@_file
+@click.option("--max-running", type=_at_least_1, help="Requests of it that may be in slots at a time.")
+@click.option("--max-waiting", type=_at_least_0, help="Requests of it that may wait at a time.")
+@click.option("--admin", "is_admin", is_flag=True, help="It opens llamaslot's own pages too.")
+@click.argument("name")
+def add(
+    path: Path,
+    file: Path | None,
+    max_running: int | None,
+    max_waiting: int | None,
+    is_admin: bool,
+    name: str,
+) -> None:
+    """Make a key for NAME. It is printed this once: what is kept tells only whether a key is the right one."""
+    with _faults():
+        try:
+            name_of_key(name)
+        except ValueError as error:
+            raise LlamaslotError(f"{name}: {error}") from None
+        place = _place(path, file)
+        key = new_key()
+        is_new = not place.exists()
+        with editing(place) as entries:
+            if any(entry.name == name for entry in entries):
+                raise LlamaslotError(
+                    f"{name} has a key already: choose another name, or take that one away with: "
+                    f"llamaslot keys rm {name}"
+                )
+            entries.append(
+                made_now(name, key, max_running=max_running, max_waiting=max_waiting, is_admin=is_admin)
+            )
+        click.echo(key)
+        _note(f"the key of {name}; it is not shown again, and works within a second")
+        if is_new and os.geteuid() == 0:
+            _note(f"{place} belongs to root: chown it to the user that llamaslot runs as, if that is another")
+
+
+@keys.command()
+@_config
+@_file
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+def rm(path: Path, file: Path | None, names: tuple[str, ...]) -> None:
+    """Take keys away. Within a second they open nothing any more; answers that run already go on."""
+    with _faults():
+        with editing(_place(path, file)) as entries:
+            known = {entry.name for entry in entries}
+            if missing := [name for name in names if name not in known]:
+                raise LlamaslotError(f"there is no key of {', '.join(missing)}; nothing was changed")
+            entries[:] = [entry for entry in entries if entry.name not in names]
+        _note(f"taken away: {', '.join(names)}")
+
+
+@keys.command()
+@_config
+@_file
+def ls(path: Path, file: Path | None) -> None:
+    """List them: names and limits. The keys themselves are known to nobody but their owners."""
+    with _faults():
+        place = _place(path, file)
+        entries, _ = read_keys(place)
+        now = time.time()
+        rows = [
+            (
+                entry.name,
+                span(now - entry.created.timestamp()) if entry.created is not None else "-",
+                "-" if entry.max_running is None else str(entry.max_running),
+                "-" if entry.max_waiting is None else str(entry.max_waiting),
+                "yes" if entry.is_admin else "",
+            )
+            for entry in entries
+        ]
+        if rows:
+            headings = ("NAME", "AGE", "MAX RUNNING", "MAX WAITING", "ADMIN")
+            for line in table(headings, rows, {"AGE", "MAX RUNNING", "MAX WAITING"}):
+                click.echo(line)
+        click.echo(f"{several(len(entries), 'key', 'keys')} in {place}")
+
+
+def _place(path: Path, file: Path | None) -> Path:
+    """Where the keys are. Nothing else in the configuration matters: it may name a file that is made only now.
+
+    Raises ConfigError.
+    """
+    if file is not None:
+        return file.expanduser()
+    raw = read_yaml(path)
+    auth = raw.get("auth") if isinstance(raw, dict) else None
+    named = auth.get("keys_file") if isinstance(auth, dict) else None
+    if not isinstance(named, str) or not named:
+        raise ConfigError(str(path), ["auth.keys_file: is missing; name the file there, or with --file"])
+    return path.resolve().parent / Path(named).expanduser()
+
+
+def _note(line: str) -> None:
+    click.echo(line, err=True)
+
+
+@contextlib.contextmanager
+def _faults() -> Iterator[None]:
+    """What an operator can mend is said in plain words and ends with exit code 2."""
+    try:
+        yield
+    except LlamaslotError as error:
+        _note(str(error))
+        sys.exit(EXIT_FAULT)

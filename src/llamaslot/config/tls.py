@@ -1,0 +1,63 @@
+"""``listen.tls``: a certificate and its key, tried at the start and by ``--check``."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, model_validator
+
+from llamaslot.config.values import FilePath, Section
+
+
+def _readable(path: Path) -> Path:
+    try:
+        with path.open("rb"):
+            return path
+    except OSError as error:
+        raise ValueError(f"{path} can not be read: {error.strerror}") from None
+
+
+class TlsConfig(Section):
+    """Both in PEM; ``cert`` with those that it was signed with, itself first (certbot's ``fullchain.pem``)."""
+
+    cert: Annotated[FilePath, AfterValidator(_readable)]
+    key: Annotated[FilePath, AfterValidator(_readable)]
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> TlsConfig:
+        load_certificate(self)
+        return self
+
+
+def load_certificate(settings: TlsConfig) -> ssl.SSLContext:
+    """Raises ValueError that says which of the two is wrong."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.set_alpn_protocols(["http/1.1"])
+    is_encrypted = False
+
+    def password() -> str:
+        nonlocal is_encrypted
+        is_encrypted = True
+        return ""
+
+    try:
+        context.load_cert_chain(settings.cert, settings.key, password)
+    except OSError as error:
+        raise ValueError(_wording(settings, error, is_encrypted)) from None
+    return context
+
+
+def _wording(settings: TlsConfig, error: OSError, is_encrypted: bool) -> str:
+    if is_encrypted:
+        return f"{settings.key} is encrypted, and nobody is there to type its password: openssl pkey -in … -out …"
+    if not isinstance(error, ssl.SSLError):
+        return f"{settings.cert} or {settings.key} can not be read: {error.strerror}"
+    if error.reason == "KEY_VALUES_MISMATCH":
+        return f"{settings.key} is not the key of {settings.cert}"
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_verify_locations(settings.cert)
+    except OSError:
+        return f"{settings.cert} holds no certificate in PEM ('-----BEGIN CERTIFICATE-----')"
+    return f"{settings.key} holds no private key in PEM ('-----BEGIN PRIVATE KEY-----')"

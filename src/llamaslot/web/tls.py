@@ -1,0 +1,58 @@
+"""HTTPS. A certificate that was renewed on disk is used from the next connection on."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import time
+from collections.abc import Callable
+
+from llamaslot.config.marks import Mark, mark_of
+from llamaslot.config.tls import TlsConfig, load_certificate
+from llamaslot.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+CHECK_S = 1.0
+
+
+class Certificate:
+    """The certificate as it is on disk, looked at once a second at most, when somebody connects.
+
+    What can not be loaded (of a renewal only one file is there yet) changes nothing: the old one stays in use, and the
+    log says so once for each change of the files.
+    """
+
+    def __init__(self, settings: TlsConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        """Raises ConfigError when the files, right a moment ago, are not any more."""
+        self._settings, self._clock = settings, clock
+        self._marks = self._look()
+        self._looked = clock()
+        try:
+            self._latest = load_certificate(settings)
+            #: What to listen with. Its certificate is the first; each connection gets the latest.
+            self.context = load_certificate(settings)
+        except ValueError as error:
+            raise ConfigError("listen.tls", [str(error)]) from error
+        self.context.sni_callback = self._connected  # called for each, also for one that names no host
+
+    def _connected(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        if self._clock() - self._looked >= CHECK_S:
+            self._looked = self._clock()
+            self._renew()
+        connection.context = self._latest
+
+    def _renew(self) -> None:
+        marks = self._look()
+        if marks == self._marks:
+            return
+        self._marks = marks
+        try:
+            self._latest = load_certificate(self._settings)
+        except ValueError as error:
+            log.error("listen.tls: %s; the certificate that was read before stays in use", error)
+        else:
+            log.info("listen.tls: %s has changed and is in use", self._settings.cert)
+
+    def _look(self) -> tuple[Mark | None, ...]:
+        return mark_of(self._settings.cert), mark_of(self._settings.key)
