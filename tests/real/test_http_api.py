@@ -7,7 +7,7 @@ llamaslot in front; what takes no slot is asked of that one directly, too.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import pytest_asyncio
 from llamaslot.llama.routes import KNOWN_GATES, ROUTES, Kind, Route, classify
 from tests.support import models
 from tests.support.http_api import TABLE, UNKNOWN, Ask, Told, tell
-from tests.support.inprocess import Front, fronted
+from tests.support.inprocess import Front, Settings, fronted
 from tests.support.real import RealServer
 
 pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module")]
@@ -64,7 +64,7 @@ async def both(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Both]:
         yield Both(direct, behind, front, is_open, await stack.enter_async_context(session))
 
 
-def _front(directory: Path, server: RealServer, settings: dict[str, dict[str, object]]) -> object:
+def _front(directory: Path, server: RealServer, settings: Settings) -> AbstractAsyncContextManager[Front]:
     return fronted(directory / f"front-{server.port}", server.url, server.save_dir, settings)
 
 
