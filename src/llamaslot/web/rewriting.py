@@ -14,7 +14,7 @@ from llamaslot.observe.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-_REWROTE = "llamaslot.rewrote"
+_REWROTE = web.RequestKey("rewrote", list[str])
 
 
 class SystemPrompts:
