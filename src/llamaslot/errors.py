@@ -84,7 +84,7 @@ class DeadlinePassed(LlamaslotError):
 
 
 class SlotWedged(LlamaslotError):
-    """llama-server has told nothing for too long of what it should compute or answer. What its slot holds is unknown."""
+    """llama-server has told nothing for too long of what it should compute. What its slot holds is unknown."""
 
     status = 504
     type = "timeout_error"

@@ -20,7 +20,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from llamaslot.core.tokens import count, pack, unpack
-from llamaslot.errors import BackendDown, SlotActionFailed, UpstreamError
+from llamaslot.errors import BackendDown, SlotActionFailed, SlotWedged, UpstreamError
 from llamaslot.llama.sse import EventSplitter, data_of
 
 P = ParamSpec("P")
@@ -92,8 +92,9 @@ class LlamaServer:
     Cancelling a slot action does not undo it: llama-server carries it out anyway.
     """
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, api_key: str | None = None, watchdog_s: float | None = None) -> None:
+        """``watchdog_s``: when a stream of which nothing comes is given up; None for never."""
+        self.url, self.watchdog_s = url.rstrip("/"), watchdog_s
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
 
@@ -123,13 +124,15 @@ class LlamaServer:
         data: bytes | aiohttp.StreamReader | None = None,
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
+        is_watched: bool = False,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """One request, its response open. ``path`` is sent as it is, query included.
 
         Raises BackendDown when llama-server cannot be reached or drops the connection, also while the body of the
-        block reads the response.
+        block reads the response, and SlotWedged when one that ``is_watched`` falls silent.
         """
-        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=5.0)
+        silence_s = self.watchdog_s if is_watched else None
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=5.0, sock_read=silence_s)
         merged = CIMultiDict(headers or {})
         merged.update(self._headers)  # our key, not the client's
         try:
@@ -143,6 +146,10 @@ class LlamaServer:
                 allow_redirects=False,
             ) as response:
                 yield response
+        except aiohttp.SocketTimeoutError as error:
+            raise SlotWedged(
+                f"llama-server at {self.url} has told nothing for {silence_s:g} s; its slot is given up"
+            ) from error
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
             raise BackendDown(f"llama-server at {self.url} {_why(error)}; try again in a moment") from error
 
@@ -259,7 +266,10 @@ class LlamaServer:
             body["lora"] = orjson.Fragment(lora)
         splitter = EventSplitter()
         headers = {"Content-Type": "application/json"}
-        async with self.request("POST", "/completion", data=orjson.dumps(body), headers=headers) as response:
+        data = orjson.dumps(body)
+        async with self.request(
+            "POST", "/completion", data=data, headers=headers, is_watched=True
+        ) as response:
             if response.status != 200:
                 raise UpstreamError(response.status, await response.read(), content_type_of(response))
             is_complete = False

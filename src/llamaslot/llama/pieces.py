@@ -1,8 +1,8 @@
 """Texts already tokenized, kept in pieces between special tokens; what texts have in common is kept once.
 
-A tree for each of those who must not know of each other: each node is a piece of text that begins with a special token (or the text's start) and is followed by another,
-and its tokens. A path from the root is the beginning of a text. Pieces are found by comparing them as strings, in a
-dict: no hash of ours has to be believed.
+A tree for each of those who must not know of each other: a node is a piece of text that begins with a special token (or
+the text's start) and is followed by another, and its tokens. A path from the root is the beginning of a text. Pieces
+are found by comparing them as strings, in a dict: no hash of ours has to be believed.
 """
 
 from __future__ import annotations

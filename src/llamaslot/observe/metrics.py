@@ -43,6 +43,7 @@ class Metrics:
         self.first_byte_s = histogram(
             "first_byte_seconds", "Seconds from a request to the first byte of its answer"
         )
+        self.wedged = counter("wedged", "Slots that were given up because llama-server told nothing of them")
         self.replanned = counter("replanned", "Jobs whose slot held much less than was expected of it")
         self.interruptions = counter("prefill_interruptions", "Prefills that stopped for somebody else")
         self.prefill_wait_s = histogram(

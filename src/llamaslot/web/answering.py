@@ -17,7 +17,7 @@ from llamaslot.engine.backend import Backend
 from llamaslot.engine.beliefs import is_far_off
 from llamaslot.engine.lease import Lease, PlanAgain, Prefilling
 from llamaslot.engine.turns import Turn
-from llamaslot.errors import UpstreamError
+from llamaslot.errors import SlotWedged, UpstreamError
 from llamaslot.llama.api import content_type_of
 from llamaslot.llama.assemble import Assembly, Doubt, can_assemble, streamed
 from llamaslot.llama.progress import message_start
@@ -99,6 +99,11 @@ class Answering:
         n_answers = 1 + self.want.job.n_children
         return replace(in_all, n_answers=n_answers) if in_all is not None else None
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether llama-server is asked for a stream, so that the first token is seen to come."""
+        return self.asked.is_streaming or self.is_assembled
+
     async def begin(self, stack: contextlib.AsyncExitStack, *, may_replan: bool) -> None:
         """Send it, and read what comes up to the first token, while the client is told how far its prompt is.
 
@@ -115,7 +120,7 @@ class Answering:
             assembly=Assembly(self.asked.body, self.asked.kind) if self.is_assembled else None,
             start=self._message_start() if self.asked.kind == "messages" else b"",
         )
-        if not self._is_streamed:
+        if not self._has_events:
             return
         reading, is_looked_at = self._reading, False
         while (events := await self._next()) is not None:
@@ -147,6 +152,9 @@ class Answering:
         except UpstreamError:
             self.lease.done(None)
             raise
+        except aiohttp.SocketTimeoutError:
+            self.lease.content = None
+            raise
 
     def _message_start(self) -> bytes:
         n_reused = self.earlier.n_reused if self.earlier is not None else self.lease.n_expected
@@ -166,9 +174,12 @@ class Answering:
         # What nobody knows may have been computed with somebody's LoRA scales.
         may_reuse = self.here is not None or not (lease.job.is_cold or lease.content is None)
         lease.sent()
-        upstream = await stack.enter_async_context(
-            self.asked.post({**body, "id_slot": lease.slot_id, "cache_prompt": may_reuse})
-        )
+        sending = self.asked.post({**body, "id_slot": lease.slot_id, "cache_prompt": may_reuse})
+        try:
+            upstream = await stack.enter_async_context(sending)
+        except SlotWedged:
+            lease.content = None
+            raise
         lease.started()
         if upstream.status == 200:
             return upstream
@@ -180,7 +191,7 @@ class Answering:
         raise UpstreamError(upstream.status, payload, content_type_of(upstream))
 
     @property
-    def _is_streamed(self) -> bool:
+    def _has_events(self) -> bool:
         return self._upstream.content_type == "text/event-stream"
 
     def _is_misplaced(self, n_found: int) -> bool:
@@ -195,12 +206,12 @@ class Answering:
     async def finish(self) -> web.StreamResponse:
         """The rest of the answer, and what it teaches. The slot is given back before the client can read its end."""
         self._holds_prompt()
-        if self._is_streamed and not self.is_assembled:
+        if self._has_events and not self.is_assembled:
             await self._relay()
             self._settle()
             self._log()
             return await self.down.end()
-        payload = await self._assemble() if self._is_streamed else await self._reading.whole()
+        payload = await self._assemble() if self._has_events else await self._reading.whole()
         self.first_byte_s = time.monotonic() - self.asked.started
         self._settle()
         self._log()

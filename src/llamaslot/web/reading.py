@@ -58,6 +58,8 @@ class Reading:
         """
         try:
             chunk = await self._upstream.content.readany()
+        except aiohttp.SocketTimeoutError:
+            raise  # whoever has sent the request knows what that means
         except aiohttp.ClientError as error:
             raise BackendDown(BROKEN_OFF) from error
         if not chunk:

@@ -1,0 +1,104 @@
+"""How long a request may take, and what becomes of a slot in which nothing happens any more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.answers import Answer
+from tests.support.inprocess import CHAT, NATIVE, Settings, letters, right, served
+
+
+def limits(**timeouts: float) -> Settings:
+    return {"timeouts": timeouts}
+
+
+def is_told_too_late(answer: Answer, words: str) -> bool:
+    """As a status while that is possible, else as an event."""
+    error = answer.error if answer.status == 504 else answer.events[-1]["error"]
+    return error["type"] == "timeout_error" and words in error["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_answer_that_does_not_begin_in_time_is_given_up(tmp_path: Path, stream: bool) -> None:
+    """504, in the queue as well as in the slot; the work is ended, and the next request is served."""
+    async with served(tmp_path, limits(first_token_s=0.1), slots=1) as it:
+        it.fake.hold()
+        in_slot = await it.ask(letters(1, 300), stream=stream)
+        async with it.asking(letters(2, 300)):
+            in_queue = await it.ask(letters(3, 300), stream=stream)
+        it.fake.go()
+        await it.at_rest()
+        assert is_told_too_late(in_slot, "not begun within 0.1 s")
+        assert is_told_too_late(in_queue, "not begun within 0.1 s")
+        assert (await it.ask(letters(4, 100))).text == right(it.fake, letters(4, 100))
+
+
+async def test_an_answer_that_has_begun_may_go_on(tmp_path: Path) -> None:
+    """The first limit is for the first token."""
+    async with served(tmp_path, limits(first_token_s=0.3), slots=1) as it:
+        async with it.streaming(letters(1, 50), n=6) as answer:
+            text = b""
+            async for chunk in answer.content.iter_any():
+                text += chunk
+                if b'"content"' in chunk:
+                    it.fake.hold()
+                    break
+            await it.until(lambda: it.backend.scheduler.leases)
+            loop_time = it.backend.now() + 0.35
+            await it.until(lambda: it.backend.now() > loop_time)
+            it.fake.go()
+            text += await answer.content.read()
+        assert b'"stop":true' in text
+        assert b"error" not in text
+
+
+@pytest.mark.parametrize("path", [CHAT, NATIVE])
+async def test_an_answer_that_does_not_end_in_time_is_given_up(tmp_path: Path, path: str) -> None:
+    """A stream that has begun ends with an error event."""
+    async with served(tmp_path, limits(total_s=0.2), slots=1, step_s=0.02) as it:
+        if path == CHAT:
+            answer = await it.chat(letters(1, 50), n=2000, stream=True)
+        else:
+            answer = await it.ask(letters(1, 50), n=2000, stream=True)
+        assert answer.status == 200
+        assert len(answer.events) > 2
+        assert is_told_too_late(answer, "not ended within 0.2 s")
+
+
+async def test_a_slot_in_which_nothing_happens_is_given_up_and_emptied(tmp_path: Path) -> None:
+    """llama-server says nothing of a prompt: 504, counted, and what the slot holds is not believed in."""
+    async with served(tmp_path, limits(watchdog_s=0.15), slots=1) as it:
+        text = letters(1, 300)
+        assert (await it.ask(text)).status == 200
+        it.fake.hold()
+        wedged = await it.ask(text + letters(2, 50), stream=True)
+        assert is_told_too_late(wedged, "told nothing for 0.15 s")
+        it.fake.go()
+        await it.at_rest()
+        n_erased = len(it.fake.sent(action="erase"))
+        assert (await it.ask(text)).n_reused == 0
+        assert len(it.fake.sent(action="erase")) == n_erased + 1
+        assert await it.count("wedged_total") == 1
+
+
+async def test_a_prefill_of_llamaslots_own_is_watched_too(tmp_path: Path) -> None:
+    """The slot that it is computed in is the one that is given up."""
+    settings = {**limits(watchdog_s=0.15), "prefill": {"own_above_s": 0}}
+    async with served(tmp_path, settings, slots=1) as it:
+        it.fake.hold()
+        wedged = await it.ask(letters(1, 300))
+        assert is_told_too_late(wedged, "told nothing for 0.15 s")
+        it.fake.go()
+        await it.at_rest()
+        assert await it.count("wedged_total") == 1
+        assert (await it.ask(letters(1, 300))).n_reused == 0
+
+
+async def test_answers_in_one_piece_may_be_silent_until_their_end(tmp_path: Path) -> None:
+    """Nothing is told of them on the way."""
+    settings = limits(watchdog_s=0.15)
+    async with served(tmp_path, settings, slots=2, step_s=0.02) as it:
+        answer = await it.ask(letters(1, 50), n=20, n_cmpl=2)
+        assert answer.status == 200
