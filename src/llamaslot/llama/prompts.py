@@ -18,7 +18,9 @@ from llamaslot.llama.specials import Mark, Specials, together
 
 log = logging.getLogger(__name__)
 
-_BAD_PROMPT = '"prompt" must be a string, a list of tokens, an object with a "prompt_string", or a list of these'
+_BAD_PROMPT = (
+    '"prompt" must be a string, a list of tokens, an object with a "prompt_string", or a list of these'
+)
 
 #: What of a body, apart from its messages, templates show. Another field that one shows makes a prompt part earlier.
 _SHOWN = (

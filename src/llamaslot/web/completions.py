@@ -20,7 +20,14 @@ from llamaslot.engine.backend import Backend
 from llamaslot.engine.handshake import Met
 from llamaslot.engine.lease import Lease, PlanAgain, Prefilling
 from llamaslot.engine.turns import Turn
-from llamaslot.errors import BackendDown, BackendRestarted, ClientGone, LlamaslotError, UpstreamError
+from llamaslot.errors import (
+    BackendDown,
+    BackendRestarted,
+    ClientGone,
+    LlamaslotError,
+    SlotWedged,
+    UpstreamError,
+)
 from llamaslot.llama.api import content_type_of
 from llamaslot.llama.progress import TELLS_PROGRESS, progress_event
 from llamaslot.llama.prompts import NoPrompt
@@ -28,6 +35,7 @@ from llamaslot.llama.routes import Format, Route, origin_form
 from llamaslot.llama.sse import Earlier
 from llamaslot.web.answering import Answering, Asked, InOnePiece, source_of
 from llamaslot.web.bodies import NoObject, parse_object, read_body
+from llamaslot.web.deadlines import Deadlines
 from llamaslot.web.downstream import MISTAKE, Downstream, StreamRules
 from llamaslot.web.headers import to_server
 from llamaslot.web.jobs import ATTEMPTS, Wanted, request_id, wanted
@@ -92,11 +100,16 @@ class _Exchange:
         self.id: str = whole.id if whole is not None else request_id(request.headers)
         self.asked = Asked(self.id, body, self._format, self._post, time.monotonic())
         self.down = Downstream(request, rules, self.asked.is_streaming, {"x-request-id": self.id})
+        self.deadlines: Deadlines = whole.deadlines if whole is not None else Deadlines(rules.timeouts)
 
     async def run(self) -> web.StreamResponse:
         try:
-            return await self._run()
-        except BackendDown as error:
+            async with self.deadlines.kept():
+                return await self._run()
+        except (BackendDown, SlotWedged) as error:
+            if isinstance(error, SlotWedged):
+                self.backend.metrics.wedged.inc()
+                log.warning("%s: %s", self.id, error)
             self.backend.doubt()
             return await self.down.fail(error)
         except NoPrompt as error:
@@ -228,7 +241,10 @@ class _Exchange:
                     in_one_piece=self.in_one_piece,
                 )  # fmt: skip
                 await self.down.write(self.down.add_headers(_about(lease, answering.earlier, want)))
+                if not answering.is_streamed:
+                    self.deadlines.answering()
                 await answering.begin(stack, may_replan=may_replan)
+            self.deadlines.answering()
             return await answering.finish()
 
     def _progress(self, met: Met, before: Earlier | None, state: Prefilling) -> bytes:
@@ -251,6 +267,7 @@ class _Exchange:
             origin_form(self.request.raw_path),
             data=orjson.dumps(body),
             headers=to_server(self.request, content_type="application/json"),
+            is_watched=body.get("stream") is True,
         )
 
     async def _refused_by_server(self) -> web.StreamResponse:

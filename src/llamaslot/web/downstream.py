@@ -14,6 +14,7 @@ from aiohttp import web
 
 from llamaslot.engine.lease import Prefilling
 from llamaslot.errors import ClientGone, LlamaslotError, Unauthorized, UpstreamError
+from llamaslot.llama.routes import server_path
 from llamaslot.llama.sse import comment, data_of, event_of
 from llamaslot.tasks import TaskOwner
 from llamaslot.web.deadlines import Timeouts
@@ -124,7 +125,7 @@ class Downstream:
         if not self.has_begun:
             return error_instead(self.request, error, self.headers)
         payload = data_of(b"data: " + error.payload) if isinstance(error, UpstreamError) else None
-        await self.write(event_of(payload if isinstance(payload, dict) else error.body()))
+        await self.write(error_event(self.request, payload if isinstance(payload, dict) else error.body()))
         return await self.end()
 
     async def end(self) -> web.StreamResponse:
@@ -187,6 +188,13 @@ def error_instead(
         cut(request)
         raise ClientGone from error
     return error_response(error, headers)
+
+
+def error_event(request: web.Request, payload: dict[str, Any]) -> bytes:
+    """An error in a stream, for the clients of that route: Anthropic's pass over an event without a name."""
+    if server_path(request.raw_path) == "/v1/messages":
+        return event_of({"type": "error", **payload}, b"event: error\n")
+    return event_of(payload)
 
 
 def error_response(error: LlamaslotError, headers: Mapping[str, str] | None = None) -> web.Response:

@@ -101,6 +101,7 @@ async def wanted(
         is_cold=heard.get("cache_prompt") is False,
         user=user,
         space=pool.rules.space(user, lora_of(heard)),
+        max_tokens=_max_tokens(body),
         n_children=n - 1,
         is_steered=kind == "messages",
     )
@@ -136,6 +137,13 @@ async def _prompts(
     if "prompt" not in body:
         raise NoPrompt("'prompt' is required")
     return tuple(await backend.prompts.completion(body["prompt"], whose))
+
+
+def _max_tokens(body: Mapping[str, Any]) -> int | None:
+    """How long its answer may be at most, by any of the names that the routes have for that. For estimates."""
+    names = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
+    values = [body[name] for name in names if type(body.get(name)) is int and body[name] >= 0]
+    return min(values, default=None)
 
 
 def _n_answers(body: Mapping[str, Any]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 
 import aiohttp
 import orjson
@@ -15,9 +16,9 @@ from llamaslot.core.slots import Job
 from llamaslot.engine.backend import Backend
 from llamaslot.errors import BackendDown, BackendRestarted, ClientGone
 from llamaslot.llama.routes import Route, origin_form
-from llamaslot.llama.sse import event_of
 from llamaslot.web.bodies import NoObject, parse_object, read_body
-from llamaslot.web.downstream import BROKEN_OFF, begin, cut, send
+from llamaslot.web.deadlines import Deadlines, Timeouts
+from llamaslot.web.downstream import BROKEN_OFF, begin, cut, error_event, send
 from llamaslot.web.headers import to_client, to_server
 from llamaslot.web.jobs import ATTEMPTS, lora_of, request_id
 from llamaslot.web.refusals import in_its_words
@@ -36,8 +37,8 @@ _CHANGES_MODEL = ("/lora-adapters", "/models")
 class Passthrough:
     """Routes that take no slot, and those whose slot llama-server chooses or whose tokens are not known."""
 
-    def __init__(self, backend: Backend, max_body: int) -> None:
-        self._backend, self._max_body = backend, max_body
+    def __init__(self, backend: Backend, max_body: int, timeouts: Timeouts) -> None:
+        self._backend, self._max_body, self._timeouts = backend, max_body, timeouts
 
     async def forward(self, request: web.Request, route: Route) -> web.StreamResponse:
         """Unchanged, streaming both ways. Cancelling closes the upstream connection.
@@ -59,6 +60,11 @@ class Passthrough:
         that was read before."""
         if raw is None:
             raw = await read_body(request, self._max_body)
+        # Nobody reads these answers closely enough to tell when they begin.
+        async with Deadlines(replace(self._timeouts, first_token_s=None)).kept():
+            return await self._in_turn(request, route, raw)
+
+    async def _in_turn(self, request: web.Request, route: Route, raw: bytes) -> web.StreamResponse:
         id_ = request_id(request.headers)
         serve = self._pinned if route.honours_id_slot else self._unpinned
         for _ in range(ATTEMPTS):
@@ -166,5 +172,5 @@ async def _relay(
         if not is_stream:
             cut(request)  # half an answer must not look like a whole one
             raise ClientGone from error
-        await send(response, event_of(BackendDown(BROKEN_OFF).body()))
+        await send(response, error_event(request, BackendDown(BROKEN_OFF).body()))
     return response
