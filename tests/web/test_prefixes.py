@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,18 @@ async def test_a_body_that_is_passed_on_is_rewritten_too(tmp_path: Path) -> None
     assert "It is a day." in str(seen.body)
 
 
+async def test_what_is_computed_ahead_is_rewritten_too(tmp_path: Path) -> None:
+    """Else no request would begin like it."""
+    file = body(CHAT, f"It is Sunday.{SYSTEM}", turns("x"))
+    (tmp_path / "agent.json").write_text(json.dumps(file))
+    settings = {"rewrite": [RULE], "prewarm": ["agent.json"], "store": {"idle_save_s": 0.05}}
+    async with served(tmp_path, settings, **FAKE) as it:
+        await it.until(it.files)
+        await it.at_rest()
+        answer = await it.post(CHAT, body(CHAT, f"It is Monday.{SYSTEM}", turns(QUESTION)))
+    assert int(answer.headers["x-llamaslot-reused-tokens"]) > 1500
+
+
 async def test_answers_and_what_no_rule_matches_are_untouched(tmp_path: Path) -> None:
     """No header then; an error tells what it is an error to."""
     async with served(tmp_path, {"rewrite": [RULE]}, **FAKE) as it:
@@ -163,6 +176,17 @@ async def test_conversations_that_only_begin_alike_are_not_told(tmp_path: Path) 
         )
         assert await diverged(it, one, two) is None
         assert await diverged(it, two, other) is None
+
+
+@pytest.mark.parametrize("isolation", ["per_user", "shared"])
+async def test_nobody_is_told_of_anothers_prompt(tmp_path: Path, isolation: str) -> None:
+    """Where users are isolated, theirs is compared with their own only, in slots as on disk."""
+    async with served(tmp_path, {"cache": {"isolation": isolation}}, **{**FAKE, "slots": 1}) as it:
+        for day, user in (("Monday", "ada"), ("Friday", "bob"), ("Tuesday", "eve"), ("Sunday", "ada")):
+            sent = body(CHAT, f"It is {day}. {SYSTEM}", turns(QUESTION))
+            answer = await it.send("POST", CHAT, body=sent, headers={"x-llamaslot-user": user})
+            found = (await decision(it, answer))["diverged"]
+            assert (found is None) == (day == "Monday" or (isolation == "per_user" and day != "Sunday"))
 
 
 async def test_an_old_message_that_is_left_out_is_told(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from llamaslot.core.divergence import ENOUGH, LOST_MIN, Parting, can_lose, parting
 from llamaslot.core.slots import Content, Job
+from llamaslot.core.spaces import Space
 from llamaslot.core.tokens import WIDTH, common, count, head
 from llamaslot.engine.lease import Lease
 from llamaslot.errors import LlamaslotError
@@ -27,8 +29,9 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 _AT_ONCE = 8  # more are not looked at: whoever has so many at once has the others to learn from
-_N_HOLDERS = 8  # that are compared closely
-_N_SNAPSHOTS = 256  # that share most, of which the nearest in length are taken
+_N_HOLDERS = 16  # that are compared closely
+_N_SNAPSHOTS = 256  # that share most, or came last, are looked over
+_N_OF_A_KIND = 5  # and so many of each taken
 _NEAR_TOKENS = 64  # of a first message: the same in many conversations
 _EXCERPT = 80  # characters on each side
 _EXCERPT_TOKENS = 80  # of a character each, at least
@@ -51,7 +54,8 @@ async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
     """What the job of ``lease`` may go on from, or might if it began like that: of its own spaces only.
 
     ``contents``: of the slots, in their order, as they were when the lease was given. Of the snapshots the one that
-    shares most, and the nearest in length. Cancelling is safe.
+    shares most, the nearest in length, and the last that came: the turn before is one of these as a rule. Cancelling is
+    safe.
     """
     job, index = lease.job, lease.pool.library.in_spaces
     found = [
@@ -60,11 +64,15 @@ async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
         if content.tokens and job.may_use(content)
     ]
     hits = index.match(job.tokens, job.reads, _N_SNAPSHOTS)
-    nearest = sorted(hits, key=lambda hit: abs(hit.n_tokens - job.n_tokens))[:_N_HOLDERS]
-    for hit in dict.fromkeys((*hits[:1], *nearest)):
+    nearest = sorted(hits, key=lambda hit: abs(hit.n_tokens - job.n_tokens))[:_N_OF_A_KIND]
+    newest = islice(reversed(lease.pool.library.snapshots.values()), _N_SNAPSHOTS)
+    long = (its for its in newest if its.n_tokens > LOST_MIN and Space.of_text(its.space) in job.reads)
+    ids = [*(hit.holder for hit in (*hits[:1], *nearest)), *(its.id for its in islice(long, _N_OF_A_KIND))]
+    for id_ in dict.fromkeys(ids):
         await asyncio.sleep(0)  # a millisecond for the tokens of each: others first
         with contextlib.suppress(KeyError):  # dropped meanwhile
-            found.append(Holder(f"snapshot {hit.holder}", index.tokens(hit.holder), hit.n_shared))
+            tokens = index.tokens(id_)
+            found.append(Holder(f"snapshot {id_}", tokens, common(tokens, job.tokens)))
     return found
 
 
