@@ -80,6 +80,14 @@ async def test_own_pages_with_an_admins_key(tmp_path: Path) -> None:
     assert not any(secret in shown for secret in (*file.keys.values(), "sha256:", "upstream"))
 
 
+async def test_the_status_tells_whom_a_slot_works_for(tmp_path: Path) -> None:
+    """While it does."""
+    async with served(tmp_path) as it, it.busy():
+        status = (await it.get(PAGE)).json
+        it.fake.go()
+    assert {slot["user"] for slot in status["slots"]} == {"at:127.0.0.1", None}
+
+
 async def test_no_log_line_holds_a_key_or_a_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """At any level: of answers, refusals, bodies and headers that can not be read, and what llama-server refuses."""
     file, word = KeyFile(tmp_path / "keys.json", "ada"), "canary"
@@ -123,7 +131,7 @@ async def test_no_log_line_holds_a_key_or_a_prompt(tmp_path: Path, caplog: pytes
                 writer.close()
                 await writer.wait_closed()
     lines = [logging.Formatter("%(name)s %(message)s").format(record) for record in caplog.records]
-    assert any("prompt tokens computed" in line for line in lines)
+    assert any("for key:ada, slot" in line and "prompt tokens computed" in line for line in lines)
     assert any("Invalid header value char" in line for line in lines), "why is still said"
     # The tests' own fake logs too.
     assert [line for line in lines if word in line or key in line or "upstream" in line.split()] == []

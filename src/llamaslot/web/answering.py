@@ -303,8 +303,8 @@ class Answering:
         elif earlier is not None:
             n_computed += self.lease.job.n_tokens - earlier.n_tokens
         log.info(
-            "%s slot %d %s: %d of %d prompt tokens computed%s, first byte after %.2f s, all after %.2f s",
-            self.asked.id, self.lease.slot_id, source_of(self.lease, earlier).value, n_computed,
-            self.lease.job.n_tokens, f", {earlier.seconds:.2f} s of it ahead" if earlier is not None else "",
+            "%s for %s, slot %d %s: %d of %d prompt tokens computed%s, first byte after %.2f s, all after %.2f s",
+            self.asked.id, self.lease.job.user.id, self.lease.slot_id, source_of(self.lease, earlier).value,
+            n_computed, self.lease.job.n_tokens, f", {earlier.seconds:.2f} s of it ahead" if earlier is not None else "",
             first_s, time.monotonic() - self.asked.started,
         )  # fmt: skip

@@ -47,6 +47,11 @@ class Status:
             for lease in backend.scheduler.leases
             if lease.is_long and lease.pool is pool
         }
+        users = {
+            lease.slot_id: lease.job.user.id or None
+            for lease in backend.scheduler.leases
+            if lease.pool is pool
+        }
         return {
             "version": __version__,
             "backend": {
@@ -67,6 +72,7 @@ class Status:
                     "is_dirty": slot.content.is_dirty,
                     "is_worth_saving": pool.is_worth_saving(slot),
                     "prefill": prefills.get(slot.id),
+                    "user": users.get(slot.id),
                 }
                 for slot in pool.slots
             ],
