@@ -90,6 +90,11 @@ def draft(directory: Path, seed: int = 1) -> Path:
     return dense(directory, seed, layers=1)
 
 
+def lora(directory: Path, *, width: int = 64) -> Path:
+    """An adapter for ``dense`` that changes what its first layer says: other answers, and another KV cache."""
+    return _cached(directory / f"lora-{width}-r{RECIPE}.gguf", lambda path: _lora(path, width))
+
+
 def swa(directory: Path, seed: int = 1, *, width: int = 64) -> Path:
     """A ``gemma3`` with a sliding window of ``SLIDING_WINDOW`` tokens in five of six layers."""
     size = "" if width == 64 else f"-{width}"
@@ -156,6 +161,19 @@ class _Weights:
 
     def _normal(self, n_out: int, n_in: int, deviation: float) -> Array:
         return (self.random.standard_normal((n_out, n_in)) * deviation).astype(np.float32)
+
+
+def _lora(path: Path, width: int, rank: int = 4) -> None:
+    writer, random = gguf.GGUFWriter(path, "llama"), np.random.default_rng(7)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(rank))
+    down = random.standard_normal((rank, width)).astype(np.float32)
+    up = random.standard_normal((width, rank)).astype(np.float32)
+    up[0] = 0.0
+    writer.add_tensor("blk.0.attn_output.weight.lora_a", down)
+    writer.add_tensor("blk.0.attn_output.weight.lora_b", up)
+    _close(writer)
 
 
 def _open(path: Path, arch: str, layers: int, width: int) -> Any:

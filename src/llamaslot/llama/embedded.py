@@ -59,6 +59,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "-md", "--model-draft", type=Path, metavar="FILE", help="draft model for speculative decoding"
     )
+    p.add_argument(
+        "--lora",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="LoRA adapter, as a GGUF; again for more",
+    )
     p.add_argument("--slot-save-path", type=Path, metavar="DIR")
     p.add_argument("-sps", "--slot-prompt-similarity", type=float, default=0.1, metavar="RATIO")
     p.add_argument("--cache-ram", type=int, default=8192, metavar="MIB", help="RAM prompt cache, 0: none")
@@ -99,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         import xllamacpp
     except ImportError as error:
         _fail(f"the embedded engine is not installed ({error}): pip install 'llamaslot[embedded]'")
-    for file in filter(None, (flags.model, flags.model_draft, flags.chat_template_file)):
+    for file in filter(None, (flags.model, flags.model_draft, flags.chat_template_file, *flags.lora)):
         if not os.access(file, os.R_OK):
             _fail(f"cannot load model {file}: " + ("not readable" if file.exists() else "no such file"))
     try:
@@ -136,6 +144,8 @@ def _params(xllamacpp: Any, flags: argparse.Namespace) -> Any:
     if flags.model_draft:
         p.speculative.draft.mparams.path = str(flags.model_draft)
         p.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+    if flags.lora:
+        p.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), 1.0) for file in flags.lora]
     if flags.slot_save_path:
         p.slot_save_path = f"{flags.slot_save_path}/"  # the library concatenates; only the CLI adds the slash
     p.slot_prompt_similarity = flags.slot_prompt_similarity

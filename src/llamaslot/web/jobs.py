@@ -55,10 +55,11 @@ def request_id(headers: Mapping[str, str]) -> str:
 
 
 def lora_of(body: Mapping[str, Any]) -> str:
-    """The LoRA scales that a body sets, as JSON, alike for all that mean the same; "" when it sets none.
+    """The LoRA scales that a body sets, as JSON, alike for bodies that surely mean the same; "" when it sets none.
 
-    Adapters that are not named get the scale 0, so an empty list sets them all. What is malformed is left to
-    llama-server's 400. (tools/server/server-common.cpp: parse_lora_request)
+    Adapters that are not named get the scale 0, but an empty list is as good as none on some builds (seen running on
+    xllamacpp 2026.10.11549). What is malformed is left to llama-server's 400.
+    (tools/server/server-common.cpp: parse_lora_request)
     """
     lora = body.get("lora")
     if lora is None:
@@ -69,7 +70,7 @@ def lora_of(body: Mapping[str, Any]) -> str:
         if type(id_) is not int or not isinstance(scale, int | float) or isinstance(scale, bool):
             return orjson.dumps(lora, option=orjson.OPT_SORT_KEYS).decode()
         scales[id_] = float(scale)
-    return orjson.dumps([{"id": id_, "scale": scales[id_]} for id_ in sorted(scales) if scales[id_]]).decode()
+    return orjson.dumps([{"id": id_, "scale": scales[id_]} for id_ in sorted(scales)]).decode()
 
 
 async def wanted(

@@ -1,0 +1,130 @@
+"""``cache.isolation: per_user``: what one user has computed is found by nobody else, on no way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.answers import Answer
+from tests.support.inprocess import CHAT, Served, Settings, letters, of_kind, right, served, spawn
+
+PER_USER: Settings = {"cache": {"isolation": "per_user"}}
+KINDS = pytest.mark.parametrize("kind", ["dense", "swa", "recurrent"])
+
+
+async def ask_as(it: Served, user: str, text: str, **more: object) -> Answer:
+    body = {"prompt": text, "n_predict": 4, "temperature": 0, **more}
+    return await it.post("/completion", body, **{"x-llamaslot-user": user})
+
+
+def reused(answer: Answer) -> int:
+    """By llama-server's own count."""
+    return int(answer.timings["cache_n"])
+
+
+@KINDS
+async def test_a_prompt_that_another_user_has_just_sent_is_computed_whole(tmp_path: Path, kind: str) -> None:
+    """And one's own is not."""
+    text = letters(1, 600)
+    async with served(tmp_path, PER_USER, **of_kind(kind, tmp_path)) as it:
+        assert reused(await ask_as(it, "anna", text)) == 0
+        bert = await ask_as(it, "bert", text)
+        assert (reused(bert), bert.n_reused, bert.source) == (0, 0, "cold")
+        assert reused(await ask_as(it, "anna", text + " and more")) > 500
+        assert reused(await ask_as(it, "bert", text + " or less")) > 500
+        assert bert.text == right(it.fake, text)
+
+
+async def test_not_even_where_both_must_use_the_same_slot(tmp_path: Path) -> None:
+    """llama-server would go on from what is there: it is saved, and emptied first; its owner gets it back."""
+    text = letters(1, 600)
+    async with served(tmp_path, PER_USER, slots=1) as it:
+        await ask_as(it, "anna", text)
+        assert reused(await ask_as(it, "bert", text)) == 0
+        anna = await ask_as(it, "anna", text + " and more")
+        assert (anna.source, reused(anna)) == ("snapshot", 600)
+        assert len(it.files()) == 2
+
+
+async def test_what_is_on_disk_is_not_found_by_others_either(tmp_path: Path) -> None:
+    """Also not after a restart of llamaslot, when only the files are left."""
+    text = letters(1, 600)
+    async with served(tmp_path, PER_USER) as it:
+        await ask_as(it, "anna", text)
+        await it.restart()
+        await it.fake.restart()
+        bert = await ask_as(it, "bert", text)
+        assert (bert.source, reused(bert)) == ("cold", 0)
+        anna = await ask_as(it, "anna", text + " and more")
+        assert (anna.source, reused(anna)) == ("snapshot", 600)
+
+
+async def test_nobody_waits_for_what_another_user_computes(tmp_path: Path) -> None:
+    """Two new conversations that begin alike, at once: each computes its own."""
+    settings = {**PER_USER, "prefill": {"own_above_s": 0}}
+    text = letters(1, 2000)
+    async with served(tmp_path, settings, slots=2) as it:
+        both = await asyncio.gather(
+            *(spawn(ask_as(it, user, text + letters(n, 50))) for n, user in enumerate(("anna", "bert"), 2))
+        )
+        assert all(answer.status == 200 for answer in both)
+        assert it.n_computed(text) >= 2 * 2000
+
+
+async def test_slots_that_an_earlier_llamaslot_has_filled_are_nobodys(tmp_path: Path) -> None:
+    """Whose they are is written nowhere."""
+    text = letters(1, 600)
+    async with served(tmp_path, {**PER_USER, "shutdown": {"save_s": 0}}) as it:
+        await ask_as(it, "anna", text)
+        await it.restart()
+        for user in ("bert", "anna"):
+            assert reused(await ask_as(it, user, text)) == 0
+
+
+async def test_who_switches_isolation_on_finds_nothing_of_before(tmp_path: Path) -> None:
+    """What all have shared may be anybody's."""
+    text = letters(1, 600)
+    async with served(tmp_path) as it:
+        await ask_as(it, "anna", text)
+    async with served(tmp_path, PER_USER) as it:
+        assert reused(await ask_as(it, "anna", text)) == 0
+
+
+@KINDS
+async def test_what_prewarm_names_is_for_all(tmp_path: Path, kind: str) -> None:
+    """And what users add to it is theirs."""
+    system = {"role": "system", "content": letters(1, 1200)}
+    (tmp_path / "coder.json").write_text(json.dumps({"messages": [system]}))
+    settings: Settings = {**PER_USER, "prewarm": ["coder.json"], "store": {"idle_save_s": 0.05}}
+    async with served(tmp_path, settings, **of_kind(kind, tmp_path)) as it:
+        await it.until(lambda: len(it.files()) == 1)
+        await it.until(lambda: it.backend.scheduler.pool and it.backend.scheduler.pool.pinned())
+        question = {"role": "user", "content": letters(2, 300)}
+        answers = {}
+        for user in ("anna", "bert"):
+            body = {"messages": [system, question], "max_tokens": 4, "temperature": 0}
+            answers[user] = await it.post(CHAT, body, **{"x-llamaslot-user": user})
+        for answer in answers.values():
+            assert 1200 <= reused(answer) < 1300, "the system part, and nothing of the question"
+
+
+async def test_tokens_of_texts_are_remembered_for_each_user(tmp_path: Path) -> None:
+    """Tokenizing takes 7 ms per 1,000 tokens: who has it done already could be told by that."""
+    messages = [{"role": "user", "content": letters(1, 900)}, {"role": "assistant", "content": "x"}]
+    question = {"role": "user", "content": "and now?"}
+    async with served(tmp_path, PER_USER) as it:
+
+        async def tokenized(user: str) -> int:
+            n_before = len(it.fake.sent("/tokenize"))
+            body = {"messages": [*messages, question], "max_tokens": 2}
+            await it.post(CHAT, body, **{"x-llamaslot-user": user})
+            sent = it.fake.sent("/tokenize")[n_before:]
+            return max(len(seen.body["content"]) for seen in sent)
+
+        first = await tokenized("anna")  # and special tokens are learned, at which texts can be cut
+        await tokenized("anna")
+        assert await tokenized("anna") < 0.5 * first
+        assert await tokenized("bert") == first
