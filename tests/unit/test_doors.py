@@ -214,6 +214,19 @@ def test_keys_come_and_go_while_it_runs(file: KeyFile) -> None:
     assert (ring.find(carl), ring.find(file.keys["ada"])) == (User("key:carl"), None)
 
 
+def test_a_file_whose_owner_or_mode_is_mended_is_read(file: KeyFile) -> None:
+    """Without a change of what is in it."""
+    clock = Clock()
+    ring = Keyring(file.path, clock)
+    carl = file.add("carl")
+    file.path.chmod(0o666)
+    clock.now = 1.0
+    assert ring.find(carl) is None
+    file.path.chmod(0o600)
+    clock.now = 2.0
+    assert ring.find(carl) == User("key:carl")
+
+
 @pytest.mark.parametrize("how", ["cut off", "emptied", "removed", "open to all"])
 def test_a_broken_file_changes_nothing(file: KeyFile, caplog: pytest.LogCaptureFixture, how: str) -> None:
     """The keys read last stay in force; it is said once, and mended by the next good file."""

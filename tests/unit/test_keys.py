@@ -165,6 +165,29 @@ def test_a_change_that_fails_changes_nothing(path: Path, monkeypatch: pytest.Mon
     assert len(os.listdir(path.parent)) == 2
 
 
+def test_somebody_elses_file_is_not_taken_over(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its owner, llamaslot itself for one, could not read it any more."""
+    path.write_text("{}")
+    before = path.stat()
+
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.fchown", refused)
+    real = os.fstat
+
+    def others(fd: int) -> os.stat_result:
+        fields = list(real(fd))
+        fields[4] += 1
+        return os.stat_result(fields)
+
+    monkeypatch.setattr("os.fstat", others)
+    with pytest.raises(ConfigError, match="do this as that user, or as root"), editing(path):
+        pass
+    monkeypatch.undo()
+    assert path.stat().st_ino == before.st_ino
+
+
 def test_two_who_edit_at_once_lose_nothing(path: Path) -> None:
     """The second waits for the first."""
 

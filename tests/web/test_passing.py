@@ -106,7 +106,14 @@ async def test_llamaslot_tells_of_itself(tmp_path: Path) -> None:
     assert status["backend"]["n_ctx"] == 8192
     told = dict(status["slots"][slot])
     assert told.pop("is_worth_saving") in (True, False), "that depends on how fast this machine is"
-    assert told == {"id": slot, "state": "HOT", "n_tokens": 800, "is_dirty": True, "prefill": None, "user": None}
+    assert told == {
+        "id": slot,
+        "state": "HOT",
+        "n_tokens": 800,
+        "is_dirty": True,
+        "prefill": None,
+        "user": None,
+    }
     assert status["queue"] == 0
     assert status["snapshots"]["quota_bytes"] == 1 << 30
     assert missing.status == 404

@@ -122,13 +122,13 @@ def _place(path: Path, file: Path | None) -> Path:
     Raises ConfigError.
     """
     if file is not None:
-        return file.expanduser()
+        return file
     raw = read_yaml(path)
     auth = raw.get("auth") if isinstance(raw, dict) else None
     named = auth.get("keys_file") if isinstance(auth, dict) else None
     if not isinstance(named, str) or not named:
         raise ConfigError(str(path), ["auth.keys_file: is missing; name the file there, or with --file"])
-    return path.resolve().parent / Path(named).expanduser()
+    return path.resolve().parent / os.path.expanduser(named)
 
 
 def _note(line: str) -> None:

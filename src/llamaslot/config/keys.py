@@ -168,7 +168,7 @@ def _replace(path: Path, data: bytes, directory: int) -> None:
             if before is not None:
                 ours = os.fstat(file.fileno())
                 if (before.st_uid, before.st_gid) != (ours.st_uid, ours.st_gid):
-                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
+                    _give(file.fileno(), path, before)
                 os.fchmod(file.fileno(), before.st_mode & 0o640 | 0o600)
             file.write(data)
             file.flush()
@@ -178,6 +178,17 @@ def _replace(path: Path, data: bytes, directory: int) -> None:
             new.unlink(missing_ok=True)
             raise
     os.fsync(directory)
+
+
+def _give(file: int, path: Path, to: os.stat_result) -> None:
+    """Raises ConfigError."""
+    try:
+        os.fchown(file, to.st_uid, to.st_gid)
+    except PermissionError:
+        raise ConfigError(
+            str(path),
+            [f"belongs to user {to.st_uid} and group {to.st_gid}: do this as that user, or as root"],
+        ) from None
 
 
 def _status(path: Path) -> os.stat_result | None:
