@@ -82,6 +82,15 @@ class Status:
                 "quota_bytes": catalog.quota_bytes if catalog else 0,
             },
             "queue": backend.scheduler.n_waiting,
+            "users": [
+                {
+                    "id": user.id,
+                    "running": user.n_running,
+                    "waiting": user.n_waiting,
+                    "deficit_s": round(user.deficit_s, 3),
+                }
+                for user in backend.scheduler.queue.standings()
+            ],
             "rewrite": self._prompts.report(),
         }
 
