@@ -14,7 +14,8 @@ import pytest_asyncio
 from llamaslot.core.tokens import head, unpack
 from llamaslot.llama import anthropic, responses
 from llamaslot.llama.api import LlamaServer
-from llamaslot.llama.prompts import OpaquePrompt, Prompt, Prompts
+from llamaslot.llama.opaque import OpaquePrompt
+from llamaslot.llama.prompts import Prompt, Prompts
 from llamaslot.store.header import read_slot_file
 from tests.support import models
 from tests.support.real import RealServer

@@ -98,6 +98,7 @@ class FakeServer:
         self.faults = Faults()
         self.requests: list[Seen] = []
         self.violations: list[str] = []
+        self.missing = {"/api/chat"}  # routes of other builds
         self.loading = False
         self.port = port or 0
         self.n_starts = 0

@@ -6,6 +6,7 @@ import asyncio
 import json
 from typing import Any
 
+from tests.support import fake_media
 from tests.support.fake_model import N_VOCAB, BadInput, FakeModel, pack
 from tests.support.fake_types import Result, Shape, Task
 
@@ -35,13 +36,18 @@ def number(body: dict[str, Any], name: str, low: int, high: int) -> int | None:
     return int(value)
 
 
-def prompts(value: Any, model: FakeModel) -> list[list[int]]:
+def prompts(value: Any, model: FakeModel, marker: str = "") -> list[list[int]]:
     """One prompt: a string, or ids and strings mixed. Several: a list with a string only, or with lists."""
     if isinstance(value, str):
         return [model.tokenize(value)]
     if not isinstance(value, list):
         if isinstance(value, dict) and "prompt_string" in value:
-            raise BadInput("Multimodal data provided, but model does not support multimodal requests.")
+            if not model.takes_media:
+                raise BadInput("Multimodal data provided, but model does not support multimodal requests.")
+            text = value["prompt_string"].replace(fake_media.OLD_MARKER, marker)
+            for medium in value["multimodal_data"]:
+                text = text.replace(marker, fake_media.shown(medium), 1)
+            return [model.tokenize(text)]
         raise BadInput(PROMPT_SHAPE)
     if not value:
         raise BadInput('"prompt" must not be empty')
@@ -57,7 +63,7 @@ def prompts(value: Any, model: FakeModel) -> list[list[int]]:
         if not all(0 <= i < N_VOCAB for i in ids):
             raise BadInput("Prompt contains invalid tokens")
         return [ids]
-    return [ids for item in value for ids in prompts(item, model)]
+    return [ids for item in value for ids in prompts(item, model, marker)]
 
 
 def tasks(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from tests.support import fake_body
+from tests.support import fake_body, fake_infill
 from tests.support.fake_agents import Messages, Responses, messages_to_chat, responses_to_chat
 from tests.support.fake_http import Dropped, Seen, common_headers, reply
 from tests.support.fake_model import BadInput, user_marks
@@ -63,15 +63,10 @@ class Completions:
         if path == "/infill":
             if not isinstance(body, dict):
                 raise BadInput("[json.exception.type_error.305] cannot use operator[] with a string argument")
-            text = (
-                str(body.get("input_prefix", ""))
-                + str(body.get("prompt", ""))
-                + str(body.get("input_suffix", ""))
-            )
-            return [model.tokenize(text)], None
+            return [fake_infill.tokens(body, model, self.server.shape)], None
         if not isinstance(body, dict) or "prompt" not in body:
             raise BadInput("[json.exception.out_of_range.403] key 'prompt' not found")
-        return fake_body.prompts(body["prompt"], model), None
+        return fake_body.prompts(body["prompt"], model, self.server.media_marker), None
 
     async def _whole(self, seen: Seen, wording: Wording) -> web.StreamResponse:
         ends: dict[int, Done] = {}

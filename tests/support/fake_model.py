@@ -17,6 +17,9 @@ from typing import Any
 
 import xxhash
 
+from tests.support import fake_media
+
+NO_MEDIA = "{} input is not supported - hint: if this is unexpected, you may need to provide the mmproj"
 IM_START, IM_END, END_OF_TEXT = 256, 257, 258
 N_VOCAB = 259
 SPECIALS = {"<|im_start|>": IM_START, "<|im_end|>": IM_END, "<|endoftext|>": END_OF_TEXT}
@@ -68,6 +71,8 @@ class FakeModel:
     # A tokenizer whose special tokens strip the white space after them (Phi, for one): a text tokenized in two pieces,
     # cut after <|im_end|>, then has more tokens than the whole.
     strips: bool = False
+    has_infill: bool = True  # tokens for /infill
+    takes_media: bool = False
 
     def tokenize(self, text: str, *, parse_special: bool = True) -> list[int]:
         if not parse_special:
@@ -117,6 +122,10 @@ class FakeModel:
 
     def render(self, body: dict[str, Any]) -> str:
         """The prompt of a chat body, as ``CHAT_TEMPLATE`` renders it. Raises ``BadInput`` with the server's words."""
+        if isinstance(body, dict) and not self.takes_media:
+            for part in fake_media.of(body):
+                kind = str(part["type"]).removeprefix("input_").removesuffix("_url")
+                raise BadInput(NO_MEDIA.format(kind), 500, "server_error")
         return render(body)
 
 
@@ -129,7 +138,7 @@ def _text(message: dict[str, Any]) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+        return fake_media.content(content)
     raise BadInput("Expected 'content' to be a string or an array")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from tests.support import fake_actions, fake_body
+from tests.support import fake_actions, fake_body, fake_media
 from tests.support.fake_complete import COMPLETIONS, Completions
 from tests.support.fake_http import Dropped, Seen, reply
 from tests.support.fake_model import BadInput
@@ -97,6 +97,8 @@ class Routes:
             raise BadInput("Invalid API Key", 401, "authentication_error")
         if (error := server.faults.take(path)) is not None:
             raise error
+        if path in server.missing:
+            return reply(NOT_FOUND, 404)
         if seen.method == "GET" and (get := self._gets().get(path)) is not None:
             return await get(seen)
         if seen.method == "POST":
@@ -155,7 +157,7 @@ class Routes:
                 "model_alias": server.model.path,
                 "model_ftype": "all F32",
                 "model_path": server.model.path,
-                "modalities": {"vision": False, "video": False, "audio": False},
+                "modalities": dict.fromkeys(("vision", "video", "audio"), server.model.takes_media),
                 "media_marker": server.media_marker,
                 "endpoint_slots": True,
                 "endpoint_props": False,
@@ -251,6 +253,8 @@ class Routes:
         return reply({"content": self.server.model.detokenize(body.get("tokens", []))})
 
     async def apply_template(self, body: Any) -> web.StreamResponse:
+        if any(fake_media.of(body)):
+            self.server.violations.append("/apply-template downloads media a second time")
         return reply({"prompt": self.server.model.render(body)})
 
     # ---- slot actions

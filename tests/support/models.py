@@ -72,17 +72,25 @@ CHAT_TEMPLATE = """\
 """
 
 
-def dense(directory: Path, seed: int = 1, *, layers: int = 2, width: int = 64) -> Path:
+#: Tokens for /infill, as models that were trained for it have them: 1, 2, 3, and for several files 4 and 5.
+INFILL = ("fim_pre", "fim_suf", "fim_mid")
+INFILL_FILES = (*INFILL, "fim_rep", "fim_sep")
+
+
+def dense(
+    directory: Path, seed: int = 1, *, layers: int = 2, width: int = 64, infill: tuple[str, ...] = ()
+) -> Path:
     """A ``llama``: full attention, so a slot can be cut back to any token. Another seed: same shape, other weights."""
+    marks = f"-{len(infill)}" if infill else ""
     return _cached(
-        directory / f"dense-{layers}x{width}-s{seed}-r{RECIPE}.gguf",
-        lambda path: _dense(path, seed, layers, width),
+        directory / f"dense-{layers}x{width}-s{seed}{marks}-r{RECIPE}.gguf",
+        lambda path: _dense(path, seed, layers, width, infill),
     )
 
 
-def infill(directory: Path) -> Path:
+def infill(directory: Path, marks: tuple[str, ...] = INFILL) -> Path:
     """``dense`` with fill-in-the-middle tokens, without which /infill is 501."""
-    return _cached(directory / f"infill-r{RECIPE}.gguf", lambda path: _infill(path, dense(directory)))
+    return dense(directory, infill=marks)
 
 
 def draft(directory: Path, seed: int = 1) -> Path:
@@ -219,9 +227,11 @@ def _feed_forward(weights: _Weights, block: str, width: int, hidden: int, scale:
     weights.to_residual(f"{block}.ffn_down.weight", hidden, scale)
 
 
-def _dense(path: Path, seed: int, layers: int, width: int) -> None:
+def _dense(path: Path, seed: int, layers: int, width: int, infill: tuple[str, ...]) -> None:
     heads = max(2, width // 32)
     writer = _open(path, "llama", layers, width)
+    for token, name in enumerate(infill, start=1):
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
     writer.add_feed_forward_length(2 * width)
     writer.add_head_count(heads)
     writer.add_head_count_kv(heads)
@@ -297,18 +307,4 @@ def _recurrent(path: Path, seed: int, layers: int, width: int) -> None:
         )
         weights.norm(f"{block}.ssm_d", inner, 1.0)
         weights.to_residual(f"{block}.ssm_out.weight", inner, 3.0)
-    _close(writer)
-
-
-def _infill(path: Path, model: Path) -> None:
-    plain = gguf.GGUFReader(model)
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, field in plain.fields.items():
-        if key != "general.architecture" and not key.startswith("GGUF."):
-            kind, inner = field.types[0], field.types[-1] if len(field.types) > 1 else None
-            writer.add_key_value(key, field.contents(), kind, sub_type=inner)
-    for token, name in enumerate(("fim_pre", "fim_suf", "fim_mid"), start=1):
-        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
-    for tensor in plain.tensors:
-        writer.add_tensor(tensor.name, tensor.data)
     _close(writer)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llamaslot.llama.anthropic import chat_body
-from llamaslot.llama.prompts import OpaquePrompt
+from llamaslot.llama.opaque import OpaquePrompt
 
 HI = {"role": "user", "content": "hi"}
 HEADER = "x-anthropic-billing-header: cc_version=2.1; cch="

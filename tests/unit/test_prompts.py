@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from llamaslot.core.tokens import count, pack, unpack
 from llamaslot.errors import BadRequest, UpstreamError
 from llamaslot.llama import pieces as pieces_module
+from llamaslot.llama.opaque import OpaquePrompt
 from llamaslot.llama.pieces import Pieces, spaced
-from llamaslot.llama.prompts import OpaquePrompt, Prompt, Prompts
+from llamaslot.llama.prompts import Prompt, Prompts
 from llamaslot.llama.specials import Mark, Specials
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "</s>", "[INST]")

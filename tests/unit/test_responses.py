@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.llama.prompts import OpaquePrompt
+from llamaslot.llama.opaque import OpaquePrompt
 from llamaslot.llama.responses import chat_body
 
 HI = {"role": "user", "content": [{"text": "hi", "type": "text"}]}
@@ -198,7 +198,7 @@ def test_all_other_fields_are_kept() -> None:
         ({"input": "hi", "tools": ["x"]}, "tool"),
         ({"input": [{"role": "assistant", "content": "ok"}]}, "assistant"),
         ({"input": [{"role": "user"}]}, "content"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_text"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "image_url"),
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input_text"),
         ({"input": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "input_text"),
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "text"),

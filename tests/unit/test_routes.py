@@ -29,7 +29,8 @@ def test_completions_get_the_full_path_in_their_own_format(path: str, its_format
 @pytest.mark.parametrize(
     ("method", "target", "kind"),
     [
-        ("POST", "/infill", "exclusive"),
+        ("POST", "/infill", "completion"),
+        ("POST", "/v1/embeddings", "exclusive"),
         ("POST", "/v1/messages?beta=true", "completion"),
         ("POST", "/v1/messages/count_tokens", "passthrough"),
         ("POST", "/v1/responses/input_tokens", "passthrough"),

@@ -163,7 +163,9 @@ async def test_one_slot_is_enough(tmp_path: Path) -> None:
     async with served(tmp_path, slots=1) as it:
         for text in (ONE, TWO, ONE + "more"):
             assert (await it.ask(text)).text == right(it.fake, text)
-        assert (await it.post("/infill", {"input_prefix": "x", "n_predict": 2})).status == 200
+        assert (
+            await it.post("/infill", {"input_prefix": "x", "input_suffix": "", "n_predict": 2})
+        ).status == 200
         assert it.fake.sent(NATIVE)
 
 

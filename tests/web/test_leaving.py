@@ -140,7 +140,7 @@ async def test_in_the_middle_of_an_answer_in_one_piece(tmp_path: Path, path: str
         document = [{"type": "text", "text": ONE}, {"type": "document"}]  # nobody knows its tokens
         bodies: dict[str, dict[str, Any]] = {
             NATIVE: {"prompt": ONE, "n_probs": 1, "n_predict": 50},
-            "/infill": {"prompt": ONE, "n_predict": 50},
+            "/infill": {"input_prefix": ONE, "input_suffix": "", "n_probs": 1, "n_predict": 50},
             "/v1/messages": {"messages": [{"role": "user", "content": document}], "max_tokens": 50},
         }
         leaver = spawn(it.post(path, bodies[path]))

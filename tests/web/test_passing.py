@@ -140,12 +140,13 @@ async def test_every_request_is_counted(tmp_path: Path) -> None:
         await it.get("/nothing")
         await it.post("/slots/0?action=erase", {})
         await it.post("/props", {})
-        await it.post("/infill", {"input_prefix": "x", "n_predict": 1})
+        await it.post("/infill", {"input_prefix": "x", "input_suffix": "", "n_predict": 1})
+        await it.post("/v1/embeddings", {"input": "x"})
         await it.get("/health")
         metrics = await it.metrics()
     counted = {
-        ("completion", 200): 2, ("completion", 400): 1, ("passthrough", 200): 1, ("passthrough", 404): 1,
-        ("forbidden", 403): 1, ("gated", 403): 1, ("exclusive", 200): 1, ("own", 200): 1,
+        ("completion", 200): 3, ("completion", 400): 1, ("passthrough", 200): 1, ("passthrough", 404): 1,
+        ("forbidden", 403): 1, ("gated", 403): 1, ("exclusive", 501): 1, ("own", 200): 1,
     }  # fmt: skip
     for (kind, status), n in counted.items():
         assert metrics[f'llamaslot_requests_total{{kind="{kind}",status="{status}"}}'] == n, (kind, status)

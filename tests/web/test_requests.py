@@ -261,7 +261,7 @@ async def test_one_connection_serves_many_requests(tmp_path: Path) -> None:
         ("/slots/0?action=erase", {}, 403),
         ("/tokenize", {"content": "x"}, 200),
         ("/v1/messages", {"messages": [USER], "max_tokens": 2, "stream": True}, 200),
-        ("/infill", {"input_prefix": "x", "n_predict": 2}, 200),
+        ("/infill", {"input_prefix": "x", "input_suffix": "", "n_predict": 2}, 200),
         ("/nothing", {}, 404),
     ]
     async with served(tmp_path) as it:

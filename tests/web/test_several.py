@@ -40,8 +40,8 @@ OPAQUE: dict[str, dict[str, Any]] = {
         ],
         "max_output_tokens": 4,
     },
-    "/infill": {"input_prefix": letters(52, 200), "input_suffix": "x", "n_predict": 4},
 }
+INFILL = {"input_prefix": letters(52, 200), "input_suffix": "x", "n_predict": 4}
 
 
 async def fill(it: Served) -> None:
@@ -121,7 +121,8 @@ async def test_who_hangs_up_at_the_last_event_leaves_nothing_at_work(
 ) -> None:
     """Some clients do not wait for the end of the stream: every slot is given back by then, none is doubted."""
     messages = [{"role": "user", "content": letters(60, 300)}]
-    body = OPAQUE.get(path) or {"messages": messages, "n": 3, "max_tokens": 4}
+    chat = {"messages": messages, "n": 3, "max_tokens": 4}
+    body = {**OPAQUE, "/infill": INFILL, CHAT: chat}[path]
     async with served(tmp_path, slots=4) as it:
         await fill(it)
         drained: list[Any] = []
@@ -136,8 +137,8 @@ async def test_a_pinned_route_runs_in_its_leased_slot(tmp_path: Path) -> None:
     """And says which."""
     async with served(tmp_path, slots=4) as it:
         await fill(it)
-        for path in ("/infill", "/v1/responses"):
-            answer = await it.post(path, {**OPAQUE[path], "id_slot": 77})
+        for path, body in (("/infill", INFILL), ("/v1/responses", OPAQUE["/v1/responses"])):
+            answer = await it.post(path, {**body, "id_slot": 77})
             seen = it.fake.sent(path)[-1]
             assert seen.slot == answer.slot
             assert seen.landed == [answer.slot]
@@ -194,7 +195,7 @@ async def test_several_of_them_at_once(tmp_path: Path) -> None:
             spawn(it.ask([letters(81, 200), letters(82, 200)])),
             spawn(it.ask(letters(83, 200))),
             spawn(it.ask(text, n_cmpl=2, stream=True)),
-            spawn(it.post("/infill", OPAQUE["/infill"])),
+            spawn(it.post("/infill", INFILL)),
             spawn(it.ask(letters(84, 200), stream=True)),
         ]
         answers = await asyncio.gather(*asked)

@@ -62,6 +62,7 @@ class Content:
     ``is_exact`` says that nothing follows; else ``n_more`` tokens do, 0 when not even their number is known.
     ``checkpoints``: token counts to which a model that cannot rewind can go back. ``snapshot``: the snapshot of the
     same conversation, if any; ``is_dirty``: the slot holds more than it. ``space``: where all this was computed.
+    ``has_media``: what follows the tokens begins with a medium, so it is never saved.
     """
 
     tokens: bytes = b""
@@ -71,6 +72,7 @@ class Content:
     snapshot: str | None = None
     n_more: int = 0
     space: Space = SHARED
+    has_media: bool = False
 
     @property
     def n_tokens(self) -> int:

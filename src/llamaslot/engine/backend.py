@@ -21,15 +21,18 @@ from llamaslot.core.value import ByValue, Returns, Standing
 from llamaslot.engine.divergences import Divergences
 from llamaslot.engine.drain import Drains
 from llamaslot.engine.handshake import Handshake, Met
+from llamaslot.engine.infills import Infills
 from llamaslot.engine.library import Libraries
 from llamaslot.engine.prewarm import Bodies, Prewarm
 from llamaslot.engine.queue import QueueLimits
 from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
 from llamaslot.engine.turns import Turns
+from llamaslot.engine.unrecognized import Unrecognized
 from llamaslot.engine.writeback import Writeback
 from llamaslot.errors import BackendDown, LlamaslotError
 from llamaslot.llama.api import LlamaServer
+from llamaslot.llama.offered import Offered
 from llamaslot.llama.prompts import Prompts
 from llamaslot.observe.metrics import Metrics
 from llamaslot.store import Catalog, Snapshot
@@ -98,6 +101,9 @@ class Backend:
         self.prompts = Prompts(api)
         self.scheduler = Scheduler(rules, limits, now)
         self.steps = Steps(api, self.catalog, self.rates, metrics, self.tasks, now)
+        self.infills = Infills(api, self.scheduler, self.steps)
+        self.offered = Offered(api)
+        self.unrecognized = Unrecognized(metrics)
         self.turns = Turns(api, self.scheduler, self.steps, self.tasks)
         self.writeback = Writeback(self.scheduler, self.steps, idle_save_s)
         self.prewarm = (
@@ -246,7 +252,8 @@ class Backend:
             self.drains.add_slot(met.pool, slot, NOTHING)
         if self.catalog is not None and met.pool.can_save:  # some went while the server was met
             met.pool.agree(self.catalog.snapshots)
-        self.prompts.forget()
+        for known in (self.prompts, self.infills, self.offered):
+            known.forget()
         self._set(Health.UP)
         self.scheduler.attach(met.pool)
         log.info(

@@ -105,6 +105,8 @@ class Drains:
             event = Event.KEEP
             # Not more than what was sent: a prefill that has stopped on the way, and nothing follows.
             is_exact, n_more = n <= content.n_tokens, max(n - content.n_tokens, 0)
+            if content.has_media:
+                n_more = 0  # media are counted too, and nobody goes on behind them by their number
             content = replace(content.head(n), is_exact=is_exact, n_more=n_more)
         entry.pool.give_back(entry.slot, event, content, self._now())
         self._scheduler.dispatch()

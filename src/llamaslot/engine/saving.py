@@ -54,6 +54,9 @@ class Saving:
         """Write what the slot holds to a snapshot, verified and committed. None when that failed: the slot keeps it."""
         if self.catalog is None or lease.content is None:
             return None
+        if lease.content.has_media:  # llama-server may write it, but nobody could say what the file holds
+            lease.content = replace(lease.content, is_dirty=False, snapshot=None)
+            return None
         if not await self._has_gone_back(lease, lease.content, Kind.LEAF):
             if lease.leaving is not None:
                 lease.pool.left(lease.leaving)

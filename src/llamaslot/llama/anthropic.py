@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llamaslot.llama.prompts import OpaquePrompt
+from llamaslot.llama.opaque import OpaquePrompt, Reason
 
 _HEADER = b"x-anthropic-billing-header:"
 _STAMP = b"cch="
@@ -107,7 +107,9 @@ def _messages(message: Any) -> Iterator[Any]:
             case "tool_result":
                 results.append(_result(block))
             case other if other not in _LEFT_OUT:
-                raise OpaquePrompt(f"a block of type {other!r}")
+                raise OpaquePrompt(
+                    f"a block of type {other!r}", Reason.MEDIA if other == "image" else Reason.SHAPE
+                )
     if texts or calls or reasoning:
         made: dict[str, Any] = {"role": message["role"], "content": texts or ""}
         if calls:

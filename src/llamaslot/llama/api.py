@@ -39,6 +39,8 @@ class Props:
     n_ctx: int
     model_path: str
     boot_id: str  # media_marker: random for each process of llama-server, so it tells a restart
+    n_predict: int = -1  # --predict
+    modalities: Mapping[str, bool] | None = None  # of media that it takes; None where the build does not tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,8 @@ class LlamaServer:
             n_ctx=int(settings.get("n_ctx") or raw.get("n_ctx", 0)),
             model_path=str(raw.get("model_path", "")),
             boot_id=str(raw.get("media_marker", "")),
+            n_predict=int((settings.get("params") or {}).get("n_predict", -1)),
+            modalities=raw.get("modalities"),
         )
 
     async def model_info(self) -> dict[str, Any]:
@@ -223,6 +227,15 @@ class LlamaServer:
     async def detokenize(self, tokens: bytes) -> str:
         """The text of ``tokens``, special tokens and all. Half a character at an end becomes U+FFFD."""
         return str((await self._json("POST", "/detokenize", {"tokens": unpack(tokens)}))["content"])
+
+    async def ask(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+        """``POST`` any route: status and JSON, None for what is none. Raises BackendDown only."""
+        headers = {"Content-Type": "application/json"}
+        async with self.request("POST", path, data=orjson.dumps(body), headers=headers) as response:
+            try:
+                return response.status, orjson.loads(await response.read())
+            except orjson.JSONDecodeError:
+                return response.status, None
 
     async def _slot_action(self, slot: int, action: str, body: dict[str, str]) -> dict[str, Any]:
         try:

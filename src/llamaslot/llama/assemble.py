@@ -74,7 +74,9 @@ _KNOWN: dict[Format, set[str]] = {
     },
     "openai-completion": _HARMLESS | {"prompt"},
     "native-completion": _HARMLESS | {"prompt", "response_fields"},
+    "infill": _HARMLESS | {"input_prefix", "input_suffix", "input_extra", "prompt", "response_fields"},
 }
+_NATIVE = ("native-completion", "infill")
 #: Without effect when they are off. ``streamed`` may set them, so a value of another type must not go unnoticed.
 _OFF = {"stream", "verbose", "echo", "return_tokens", "post_sampling_probs", "logprobs", "n_probs", "n_indent"}
 _OFF_AT_0 = {"logprobs", "n_probs", "n_indent"}
@@ -125,7 +127,7 @@ def _n_answers(given: Mapping[str, Any], kind: Format) -> int | None:
     if len(counts) > 1 or type(counts[0]) is not int or counts[0] < 1:
         return None
     prompt = given.get("prompt")
-    if kind == "chat" or _is_prompt(prompt):
+    if kind in ("chat", "infill") or _is_prompt(prompt):
         return counts[0]
     if isinstance(prompt, list) and prompt and all(map(_is_prompt, prompt)):
         return counts[0] * len(prompt)
@@ -151,7 +153,7 @@ def _paths(given: Mapping[str, Any]) -> list[str] | None:
 def streamed(body: Mapping[str, Any], kind: Format) -> dict[str, Any]:
     """The body that asks for the same answer as a stream. Only where ``can_assemble``."""
     body = {**body, "stream": True, "return_progress": True}
-    if kind == "native-completion":
+    if kind in _NATIVE:
         body.pop("response_fields", None)  # the last event would have these only
         return body
     # With timings each event says how many tokens there are by now, by which Doubt.HELD_BACK is found.
@@ -197,6 +199,7 @@ class Assembly:
             "chat": self._feed_chat,
             "openai-completion": self._feed_text,
             "native-completion": self._feed_native,
+            "infill": self._feed_native,
         }
         self._feed = feeds[kind]
 
@@ -234,7 +237,7 @@ class Assembly:
         """
         self._check()
         parts = sorted(self._parts.items())
-        if self._kind == "native-completion":
+        if self._kind in _NATIVE:
             answers = [self._native(part) for _, part in parts]
             return answers if len(answers) > 1 else answers[0]
         choice = _chat_choice if self._kind == "chat" else _text_choice

@@ -19,7 +19,7 @@ def progress_event(
     """
     progress = {"total": n_total, "cache": n_reused, "processed": n_done, "time_ms": round(seconds * 1000)}
     event: dict[str, Any]
-    if kind == "native-completion":
+    if kind in ("native-completion", "infill"):
         event = {
             "index": 0,
             "content": "",
@@ -57,4 +57,4 @@ def message_start(id_: str, body: Mapping[str, Any], n_total: int, n_reused: int
 
 
 #: The formats that have events of progress of their own, which can be made up. Others are told in comments.
-TELLS_PROGRESS: tuple[Format, ...] = ("chat", "openai-completion", "native-completion")
+TELLS_PROGRESS: tuple[Format, ...] = ("chat", "openai-completion", "native-completion", "infill")

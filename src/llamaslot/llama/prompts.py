@@ -13,6 +13,8 @@ import orjson
 
 from llamaslot.core.tokens import WIDTH, common, count, head, pack
 from llamaslot.errors import BadRequest, LlamaslotError, UpstreamError
+from llamaslot.llama.media import has_media, text_before, up_to_medium
+from llamaslot.llama.opaque import OpaquePrompt, Reason
 from llamaslot.llama.pieces import Known, Pieces, spaced
 from llamaslot.llama.specials import Mark, Specials, together
 
@@ -39,13 +41,6 @@ _HEADER_TOKENS = (
 
 class NoPrompt(BadRequest):
     """What llama-server takes for no prompt."""
-
-
-class OpaquePrompt(LlamaslotError):
-    """The prompt holds media: its tokens are made inside llama-server and cannot be known outside.
-
-    Not a fault of the request: whoever catches it runs the request without knowing its tokens.
-    """
 
 
 class PromptServer(Protocol):
@@ -148,10 +143,16 @@ class Prompts:
 
     async def chat(self, body: Mapping[str, Any], whose: str = "") -> Prompt:
         """The tokens of a chat body. Raises OpaquePrompt for media, UpstreamError when the template refuses it."""
-        if _has_media(body):
-            raise OpaquePrompt("the messages hold media")
+        if has_media(body):
+            raise OpaquePrompt("the messages hold media", Reason.MEDIA)
         text = await self._server.apply_template(body)
         return await self._of_text(text, whose)
+
+    async def before_medium(self, body: Mapping[str, Any], whose: str = "") -> tuple[dict[str, Any], Prompt]:
+        """Of a chat with media: what is left of it up to its first one, and the tokens of that. llama-server tokenizes
+        the text before a medium for itself. Raises OpaquePrompt, UpstreamError when the template refuses it."""
+        cut = up_to_medium(body)
+        return cut, await self._of_text(text_before(await self._server.apply_template(cut), cut), whose)
 
     async def completion(self, prompt: Any, whose: str = "") -> list[Prompt]:
         """The prompts of ``body["prompt"]`` of a completion, read as llama-server reads it.
@@ -170,7 +171,7 @@ class Prompts:
     async def _one(self, prompt: Any, whose: str) -> Prompt:
         if isinstance(prompt, Mapping) and "prompt_string" in prompt:
             if "multimodal_data" in prompt:
-                raise OpaquePrompt("the prompt holds media")
+                raise OpaquePrompt("the prompt holds media", Reason.MEDIA)
             prompt = prompt["prompt_string"]
             if isinstance(prompt, list):
                 return await self._mixed(prompt)
@@ -338,19 +339,6 @@ def _pack_wrapping(ids: list[int]) -> bytes:
         return pack(ids)
     except ValueError:
         return pack([(i + 2**31) % 2**32 - 2**31 for i in ids])
-
-
-def _has_media(body: Mapping[str, Any]) -> bool:
-    """Whether any message has a part that is not text. Unknown kinds count too: the server's 400 says it best."""
-    messages = body.get("messages")
-    if not isinstance(messages, list):
-        return False
-    return any(
-        isinstance(part, Mapping) and part.get("type") != "text"
-        for message in messages
-        if isinstance(message, Mapping) and isinstance(parts := message.get("content"), list)
-        for part in parts
-    )
 
 
 def _variants(body: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llamaslot.llama.prompts import OpaquePrompt
+from llamaslot.llama.opaque import OpaquePrompt
 
 _REPLACED = {"input", "instructions", "messages", "tools", "reasoning", "max_output_tokens"}
 
@@ -23,8 +23,9 @@ _REPLACED = {"input", "instructions", "messages", "tools", "reasoning", "max_out
 def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
     """The chat body whose rendering is the prompt of ``body``.
 
-    Raises OpaquePrompt for what is not known to render alike: images, and bodies that llama-server refuses (its own
-    answer to those says it best), such as ``previous_response_id``, files, refusals, and unknown items.
+    An image is one there too, but only its place: such a chat is rendered up to there. Raises OpaquePrompt for what is
+    not known to render alike, and bodies that llama-server refuses (its own answer to those says it best), such as
+    ``previous_response_id``, files, refusals, and unknown items.
     """
     if body.get("previous_response_id"):
         raise OpaquePrompt("'previous_response_id' is not supported by llama-server")
@@ -66,7 +67,7 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any]) -> None:
     """Append what the item becomes. What the assistant did in one turn are several items, and one message."""
     match item.get("type"), item.get("role"):
         case "message" | None, "user" | "system" | "developer":
-            messages.append(_message(item, _parts(item.get("content"), "input_text")))
+            messages.append(_message(item, _parts(item.get("content"), "input_text", "input_image")))
         case "message", "assistant":  # without the type, as OpenAI takes it too, llama-server answers 400
             content = item.get("content")
             parts = [] if content is None else _parts(content, "output_text", "input_text")
@@ -112,7 +113,10 @@ def _parts(content: Any, *types: str) -> list[dict[str, Any]]:
     """The content of a message as parts of a chat, from a string or from parts of these types."""
     if isinstance(content, str):
         return [{"text": content, "type": "text"}]
-    return [{"text": _text(part, "text"), "type": "text"} for part in _checked(content, *types)]
+    return [
+        {"type": "image_url"} if part["type"] == "input_image" else {"text": part["text"], "type": "text"}
+        for part in _checked(content, *types)
+    ]
 
 
 def _output(output: Any) -> Any:
@@ -128,7 +132,7 @@ def _checked(parts: Any, *types: str) -> list[Mapping[str, Any]]:
     for part in parts:
         if not isinstance(part, Mapping) or part.get("type") not in types:
             raise OpaquePrompt(f"a part of the content that is not {' or '.join(types)}")
-        _text(part, "text")
+        _text(part, "image_url" if part["type"] == "input_image" else "text")
     return parts
 
 

@@ -177,7 +177,7 @@ def system_texts(body: Mapping[str, Any], kind: Format) -> Iterator[tuple[Any, A
         case "responses":
             yield from _of(body, "instructions")
             yield from _of_messages(body.get("input"))
-        case "openai-completion" | "native-completion":
+        case "openai-completion" | "native-completion" | "infill":
             return
 
 

@@ -21,7 +21,7 @@ from typing import Literal, get_args
 Kind = Literal["completion", "exclusive", "passthrough", "own", "forbidden", "gated"]
 
 #: How a completion's body names its prompt, and what its answer looks like.
-Format = Literal["chat", "openai-completion", "native-completion", "responses", "messages"]
+Format = Literal["chat", "openai-completion", "native-completion", "infill", "responses", "messages"]
 
 #: What ``passthrough.allow`` may name.
 Gate = Literal["POST /props", "/lora-adapters", "/models", "/tools", "/cors-proxy"]
@@ -33,7 +33,8 @@ class Route:
     """One line of the table, or an unknown path (``is_known`` False, always ``passthrough``).
 
     ``path`` is as llama-server registers it, for instance ``/slots/:id``. ``honours_id_slot``: an ``id_slot`` in the
-    body's root decides which slot it takes; where False, llama-server chooses among the idle ones.
+    body's root decides which slot it takes; where False, llama-server chooses among the idle ones. ``may_be_missing``:
+    not every build or model has it, and it is not worth preparing a slot for a 404 or 501.
     """
 
     method: str  # "GET" answers HEAD too; "*" is any
@@ -43,6 +44,7 @@ class Route:
     honours_id_slot: bool = False
     gate: str | None = None
     is_known: bool = True
+    may_be_missing: bool = False
 
     @property
     def refusal(self) -> str:
@@ -57,12 +59,16 @@ class Route:
         return f"{self.path} reaches llama-server's other routes, slots included; use those routes directly"
 
 
-def _completion(path: str, its_format: Format, honours_id_slot: bool = True) -> Route:
-    return Route("POST", path, "completion", its_format, honours_id_slot)
+def _completion(
+    path: str, its_format: Format, honours_id_slot: bool = True, may_be_missing: bool = False
+) -> Route:
+    return Route(
+        "POST", path, "completion", its_format, honours_id_slot=honours_id_slot, may_be_missing=may_be_missing
+    )
 
 
-def _exclusive(path: str, honours_id_slot: bool = False) -> Route:
-    return Route("POST", path, "exclusive", honours_id_slot=honours_id_slot)
+def _exclusive(path: str) -> Route:
+    return Route("POST", path, "exclusive", may_be_missing=True)
 
 
 ROUTES: tuple[Route, ...] = (
@@ -73,9 +79,8 @@ ROUTES: tuple[Route, ...] = (
     _completion("/completion", "native-completion"),
     _completion("/v1/responses", "responses"),
     _completion("/responses", "responses"),
-    _exclusive("/infill", honours_id_slot=True),
-    # Older builds: a chat body under another name. Where it is missing, the full path would be work for a 404.
-    _exclusive("/api/chat", honours_id_slot=True),
+    _completion("/infill", "infill", may_be_missing=True),
+    _completion("/api/chat", "chat", may_be_missing=True),  # older builds: a chat body under another name
     _completion("/v1/messages", "messages", honours_id_slot=False),  # Anthropic: its conversion drops id_slot
     # A form: its id_slot would be a string, and llama-server ignores one that is not a number.
     _exclusive("/v1/audio/transcriptions"),

@@ -20,6 +20,9 @@ class Metrics:
             return Histogram(f"llamaslot_{name}", text, buckets=_SECONDS, registry=self.registry)
 
         self.requests = counter("requests", "Requests by route kind and HTTP status", "kind", "status")
+        self.unrecognized = counter(
+            "unrecognized", "Completions served without knowing their tokens", "kind", "reason"
+        )
         self.placed = counter("placed", "Jobs by where their prefix came from", "source")
         self.tokens_prompt = counter("prompt_tokens", "Tokens of all prompts")
         self.tokens_reused = counter(

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from llamaslot.core.slots import NOTHING, Source
+from llamaslot.core.slots import NOTHING, Content, Source
 from llamaslot.engine.backend import Backend
 from llamaslot.engine.beliefs import is_far_off
 from llamaslot.engine.lease import Lease, PlanAgain, Prefilling
@@ -20,6 +20,7 @@ from llamaslot.engine.turns import Turn
 from llamaslot.errors import SlotWedged, UpstreamError
 from llamaslot.llama.api import content_type_of
 from llamaslot.llama.assemble import Assembly, Doubt, can_assemble, streamed
+from llamaslot.llama.opaque import Reason
 from llamaslot.llama.progress import message_start
 from llamaslot.llama.routes import Format
 from llamaslot.llama.sse import Earlier
@@ -29,6 +30,8 @@ from llamaslot.web.jobs import Wanted
 from llamaslot.web.reading import Reading
 
 log = logging.getLogger(__name__)
+
+_FEW_TOKENS = 8  # that the end of a text before a medium may have otherwise
 
 Post = Callable[[dict[str, Any]], contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]]
 
@@ -222,7 +225,25 @@ class Answering:
 
     def _holds_prompt(self) -> None:
         before = self.lease.content or NOTHING
-        self.lease.begun(replace(before, tokens=self.want.left_in_slot, is_exact=False, is_dirty=True))
+        holds = replace(before, tokens=self.want.left_in_slot, is_exact=False, is_dirty=True, has_media=False)
+        self.lease.begun(self._with_media(holds, before) if self.want.is_head else holds)
+
+    @staticmethod
+    def _with_media(holds: Content, before: Content) -> Content:
+        """What a slot holds of a prompt with media: its tokens up to the first one, and nobody knows how much more.
+
+        It is not saved, so it is not waiting to be. Checkpoints were made where something was computed ahead, not where
+        the known part ends.
+        """
+        return replace(
+            holds,
+            is_exact=False,
+            is_dirty=False,
+            checkpoints=before.checkpoints,
+            snapshot=None,
+            n_more=0,
+            has_media=True,
+        )
 
     async def _relay(self) -> None:
         """Events as they come, each byte as it was but for the numbers that ``earlier`` puts right.
@@ -279,15 +300,29 @@ class Answering:
             self.lease.release()
             return
         n_answer = int(timings.get("predicted_n", 0)) if timings else self._reading.n_predicted
-        n_answer = n_answer if len(want.prompts) == 1 else 0
+        n_answer = n_answer if len(want.prompts) == 1 and not want.is_head else 0
+        if want.is_head:
+            self._check_head(n_found)
+            n_found = min(n_found, want.prompts[0].n_tokens) if n_found is not None else None
+        before = self.lease.content or NOTHING
         self.backend.steps.settle(self.lease, n_found, self.here, want.left_in_slot, n_answer)
+        if want.is_head and self.lease.content is not None:
+            self.lease.content = self._with_media(self.lease.content, before)
         self.lease.release()
-        if timings and n_found is not None and len(want.prompts) == 1:
+        if timings and n_found is not None and len(want.prompts) == 1 and not want.is_head:
             self._learn(timings, n_found)
+
+    def _check_head(self, n_found: int | None) -> None:
+        """What was computed ahead of a medium must have been found, all but what the end of a text may cost."""
+        if self.here is not None and n_found is not None and n_found < self.here.n_tokens - _FEW_TOKENS:
+            self.backend.unrecognized.count(self.asked.kind, Reason.TEMPLATE)
 
     def _learn(self, timings: dict[str, Any], n_found: int) -> None:
         rates, n_total = self.backend.rates, n_found + int(timings["prompt_n"])
-        self.backend.prompts.confirm(self.want.prompts[0], n_total)
+        if not self.backend.prompts.confirm(self.want.prompts[0], n_total):
+            self.backend.unrecognized.count(self.asked.kind, Reason.MISCOUNTED)
+            if self.asked.kind == "infill":
+                self.backend.infills.miscounted()
         if self.here is None and n_total - n_found > 1:
             rates.prefill.observe(n_found, n_total, float(timings["prompt_ms"]) / 1000)
         if n_predicted := int(timings.get("predicted_n", 0)):

@@ -38,7 +38,7 @@ from llamaslot.web.bodies import NoObject, parse_object, read_body
 from llamaslot.web.deadlines import Deadlines
 from llamaslot.web.downstream import MISTAKE, Downstream, StreamRules
 from llamaslot.web.headers import to_server
-from llamaslot.web.jobs import ATTEMPTS, Wanted, request_id, wanted
+from llamaslot.web.jobs import ATTEMPTS, Wanted, keep_what_follows, request_id, wanted
 from llamaslot.web.passthrough import Passthrough
 from llamaslot.web.refusals import in_its_words
 from llamaslot.web.rewriting import SystemPrompts, rewrote
@@ -71,6 +71,8 @@ class Completions:
             body = parse_object(raw)
         except NoObject as error:
             raise await in_its_words(self._backend.api, request, raw, error) from error
+        if route.may_be_missing and not await self._passthrough.is_offered(route):
+            return await self._passthrough.unprepared(request, raw)
         if self._prompts.rewrite(request, body, route.format):
             raw = orjson.dumps(body)
         unrecognized = partial(self._passthrough.in_turn, request, route, raw)
@@ -131,14 +133,20 @@ class _Exchange:
             if want.is_beyond_server:
                 return await self._refused_by_server()
             if want.job.is_steered and not want.prompts:
-                return await self.unrecognized()
+                return self._counted(want, await self.unrecognized())
             if len(want.prompts) > 1 and self._is_long(want):
                 return await self._serve_each(want)
             try:
-                return await self._serve(want, met)
+                return self._counted(want, await self._serve(want, met))
             except BackendRestarted:
                 self.backend.lost(met)
         raise BackendDown("llama-server restarts again and again; see its log")
+
+    def _counted(self, want: Wanted, response: web.StreamResponse) -> web.StreamResponse:
+        """What was served without its tokens; what llama-server has refused anyway does not count."""
+        if want.unknown is not None and response.status < 400:
+            self.backend.unrecognized.count(self._format, want.unknown)
+        return response
 
     async def _met_and_wanted(self) -> tuple[Met, Wanted]:
         """The server, known to be the one that was met, and the job.
@@ -160,7 +168,7 @@ class _Exchange:
         return met, await self._wanted(met)
 
     async def _wanted(self, met: Met) -> Wanted:
-        return await wanted(self.id, self.body, self._format, self.backend, met.pool, user_of(self.request))
+        return await wanted(self.id, self.body, self._format, self.backend, met, user_of(self.request))
 
     @property
     def _format(self) -> Format:
@@ -228,6 +236,8 @@ class _Exchange:
                 lease.note.rewrote(rewrote(self.request))
                 if n_before == 0 and want.prompts:
                     self.backend.divergences.look(lease, want.prompts[0], self.body, self._format)
+                if want.is_head:
+                    keep_what_follows(lease)
                 here = await self.backend.steps.prepare(lease, self.down.say, may_replan=may_replan)
                 turn: Turn | None = None
                 if job.n_children:
@@ -271,7 +281,7 @@ class _Exchange:
         )
 
     async def _refused_by_server(self) -> web.StreamResponse:
-        """More answers than slots: llama-server refuses that before it takes any slot."""
+        """More answers than slots, or media that it does not take: llama-server refuses that before it takes a slot."""
         async with self._post(self.body) as upstream:
             payload = await upstream.read()
             raise UpstreamError(upstream.status, payload, content_type_of(upstream))

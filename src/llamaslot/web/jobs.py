@@ -6,20 +6,22 @@ import itertools
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import orjson
 
 from llamaslot.core.reuse import Memory
-from llamaslot.core.slots import Job
+from llamaslot.core.slots import Job, Keep, PrefillTo, Source
 from llamaslot.core.tokens import common, head
 from llamaslot.core.users import User
 from llamaslot.engine.backend import Backend
-from llamaslot.engine.pool import Pool
+from llamaslot.engine.handshake import Met
+from llamaslot.engine.lease import Lease
 from llamaslot.errors import PromptTooLong, UpstreamError
-from llamaslot.llama import anthropic, responses
-from llamaslot.llama.prompts import NoPrompt, OpaquePrompt, Prompt
+from llamaslot.llama import anthropic, media, responses
+from llamaslot.llama.opaque import OpaquePrompt, Reason
+from llamaslot.llama.prompts import NoPrompt, Prompt
 from llamaslot.llama.routes import Format
 
 ATTEMPTS = 3  # a server that restarts between two steps of a job: the job is placed again on the new one
@@ -28,11 +30,17 @@ _serial = itertools.count(1)
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A job and what is needed to speak about it. ``prompts`` is empty for a prompt that cannot be known."""
+    """A job and what is needed to speak about it. ``prompts`` is empty for a prompt that cannot be known: ``unknown``
+    says why. ``is_head``: they are only what comes before the first medium.
+    """
 
     job: Job
     prompts: tuple[Prompt, ...]
-    is_beyond_server: bool = False  # more answers than there are slots: llama-server has its own 400 for that
+    is_beyond_server: bool = (
+        False  # llama-server has an error of its own for it: more answers than slots, for one
+    )
+    unknown: Reason | None = None
+    is_head: bool = False
 
     @property
     def left_in_slot(self) -> bytes:
@@ -74,29 +82,28 @@ def lora_of(body: Mapping[str, Any]) -> str:
 
 
 async def wanted(
-    id_: str, body: Mapping[str, Any], kind: Format, backend: Backend, pool: Pool, user: User
+    id_: str, body: Mapping[str, Any], kind: Format, backend: Backend, met: Met, user: User
 ) -> Wanted:
     """The job for ``body``. Raises NoPrompt, PromptTooLong, and llama-server's own error for a body it refuses."""
+    pool, unknown = met.pool, None
     try:
-        chat = _chat_body(body, kind)
-        whose = pool.rules.space(user).user
-        prompts = await _prompts(body, chat, backend, whose)
-    except OpaquePrompt:
-        chat, prompts = None, ()
-    for prompt in prompts:
+        said = await _said(body, kind, backend, met, pool.rules.space(user).user)
+    except OpaquePrompt as error:
+        said, unknown = _Said(None, ()), error.reason
+    for prompt in said.prompts:
         if prompt.n_tokens >= pool.n_ctx:
             raise PromptTooLong(prompt.n_tokens, pool.n_ctx)
-    heard = body if chat is None else chat  # what llama-server takes note of
+    heard = body if said.chat is None else said.chat  # what llama-server takes note of
     n = _n_answers(heard)
     n_system, boundaries = 0, tuple[int, ...]()
-    if chat is not None:
+    if said.chat is not None and said.prompts:
         if pool.memory is Memory.DENSE:
-            n_system = await backend.prompts.system_end(chat, prompts[0])
+            n_system = await backend.prompts.system_end(said.chat, said.prompts[0])
         else:
-            n_system, boundaries = await backend.prompts.boundaries(chat, prompts[0])
+            n_system, boundaries = await backend.prompts.boundaries(said.chat, said.prompts[0])
     job = Job(
         id=id_,
-        tokens=prompts[0].tokens if prompts else b"",
+        tokens=said.prompts[0].tokens if said.prompts else b"",
         boundaries=boundaries,
         n_system=n_system,
         is_cold=heard.get("cache_prompt") is False,
@@ -106,7 +113,59 @@ async def wanted(
         n_children=n - 1,
         is_steered=kind == "messages",
     )
-    return Wanted(job, prompts, is_beyond_server=n > len(pool.slots))
+    is_beyond_server = said.is_refused or n > len(pool.slots)
+    return Wanted(job, said.prompts, is_beyond_server, unknown, said.is_head)
+
+
+class _Said(NamedTuple):
+    """What is known of a body: the chat that it is or becomes, None for a plain prompt; its prompts, or with
+    ``is_head`` what they begin with. ``is_refused``: it has media, and llama-server takes none."""
+
+    chat: Mapping[str, Any] | None
+    prompts: tuple[Prompt, ...]
+    is_head: bool = False
+    is_refused: bool = False
+
+
+async def _said(body: Mapping[str, Any], kind: Format, backend: Backend, met: Met, whose: str) -> _Said:
+    """Raises OpaquePrompt where the tokens are not known, and UpstreamError for what the template refuses: of a body
+    that was converted nobody knows whether llama-server would refuse it too, so it is served without its tokens."""
+    if kind == "infill":
+        return _Said(None, (await backend.infills.prompt(body, met, whose),))
+    chat = _chat_body(body, kind)
+    if chat is None:
+        return await _plain(body, backend, met, whose)
+    needed = {media.KINDS[part] for part in media.kinds(chat)}
+    try:
+        if not needed:
+            return _Said(chat, (await backend.prompts.chat(chat, whose),))
+        if met.props.modalities is not None and not all(map(met.props.modalities.get, needed)):
+            return _Said(chat, (), is_refused=True)
+        cut, prompt = await backend.prompts.before_medium(chat, whose)
+        return _Said(cut, _short(prompt, met), is_head=True)
+    except UpstreamError as error:
+        if chat is body and not needed:
+            raise
+        raise OpaquePrompt(str(error), Reason.TEMPLATE) from error
+
+
+async def _plain(body: Mapping[str, Any], backend: Backend, met: Met, whose: str) -> _Said:
+    if "prompt" not in body:
+        raise NoPrompt("'prompt' is required")
+    prompt = body["prompt"]
+    if (text := media.before_marker(prompt, met.props.boot_id)) is None:
+        return _Said(None, tuple(await backend.prompts.completion(prompt, whose)))
+    if met.props.modalities is not None and not any(met.props.modalities.values()):
+        return _Said(None, (), is_refused=True)
+    prompts = await backend.prompts.completion(text, whose)
+    return _Said(None, _short(prompts[0], met), is_head=True)
+
+
+def _short(prompt: Prompt, met: Met) -> tuple[Prompt, ...]:
+    """What comes before a medium; if that alone is too long llama-server says so, who knows how long the whole is."""
+    if prompt.n_tokens >= met.pool.n_ctx:
+        raise OpaquePrompt("it is too long", Reason.MEDIA)
+    return (prompt,)
 
 
 def _chat_body(body: Mapping[str, Any], kind: Format) -> Mapping[str, Any] | None:
@@ -119,25 +178,19 @@ def _chat_body(body: Mapping[str, Any], kind: Format) -> Mapping[str, Any] | Non
             return anthropic.chat_body(body)
         case "responses":
             return responses.chat_body(body)
-        case "openai-completion" | "native-completion":
+        case _:
             return None
 
 
-async def _prompts(
-    body: Mapping[str, Any], chat: Mapping[str, Any] | None, backend: Backend, whose: str
-) -> tuple[Prompt, ...]:
-    """Raises OpaquePrompt, and UpstreamError for what the template refuses: of a body that was converted nobody knows
-    whether llama-server would refuse it too, so it is served without its tokens."""
-    if chat is not None:
-        try:
-            return (await backend.prompts.chat(chat, whose),)
-        except UpstreamError as error:
-            if chat is body:
-                raise
-            raise OpaquePrompt(str(error)) from error
-    if "prompt" not in body:
-        raise NoPrompt("'prompt' is required")
-    return tuple(await backend.prompts.completion(body["prompt"], whose))
+def keep_what_follows(lease: Lease) -> None:
+    """Of a job whose prompt has media: where its slot holds all that is known of it, perhaps its media are there too.
+    So nothing is computed ahead, which would cut the slot back to that."""
+    content, plan = lease.content, lease.plan
+    if content is None or plan is None or plan.source is not Source.RESIDENT or content.is_exact:
+        return
+    if common(content.tokens, lease.job.tokens) >= lease.job.n_tokens - 1:
+        steps = tuple(step for step in plan.steps if not isinstance(step, PrefillTo | Keep))
+        lease.plan = replace(plan, steps=steps)
 
 
 def _max_tokens(body: Mapping[str, Any]) -> int | None:

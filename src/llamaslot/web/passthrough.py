@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 
 import aiohttp
-import orjson
 from aiohttp import web
 from multidict import CIMultiDict
 
@@ -16,26 +15,25 @@ from llamaslot.core.slots import Job
 from llamaslot.engine.backend import Backend
 from llamaslot.errors import BackendDown, BackendRestarted, ClientGone
 from llamaslot.llama.routes import Route, origin_form
-from llamaslot.web.bodies import NoObject, parse_object, read_body
+from llamaslot.web.bodies import read_body
 from llamaslot.web.deadlines import Deadlines, Timeouts
 from llamaslot.web.downstream import BROKEN_OFF, begin, cut, error_event, send
 from llamaslot.web.headers import to_client, to_server
-from llamaslot.web.jobs import ATTEMPTS, lora_of, request_id
-from llamaslot.web.refusals import in_its_words
+from llamaslot.web.jobs import ATTEMPTS, request_id
 from llamaslot.web.users import user_of
 
 log = logging.getLogger(__name__)
 
-# Of /v1/messages, /v1/responses and /infill. Inside a text the quotes would be escaped. One that arrives in two pieces
+# Of /v1/messages. Inside a text the quotes would be escaped. One that arrives in two pieces
 # is not recognized: then what comes after it is waited for.
-_LAST_EVENTS = (b'"message_stop"', b'"response.completed"', b'"stop":true')
+_LAST_EVENTS = (b'"message_stop"',)
 
 
 _CHANGES_MODEL = ("/lora-adapters", "/models")
 
 
 class Passthrough:
-    """Routes that take no slot, and those whose slot llama-server chooses or whose tokens are not known."""
+    """Routes that take no slot, and requests whose slot llama-server chooses."""
 
     def __init__(self, backend: Backend, max_body: int, timeouts: Timeouts) -> None:
         self._backend, self._max_body, self._timeouts = backend, max_body, timeouts
@@ -52,30 +50,40 @@ class Passthrough:
                 self._backend.changed(f"{route.gate} was called")
             return await _relay(request, upstream, {})
 
+    async def is_offered(self, route: Route) -> bool:
+        """Whether llama-server has this route for its model. Raises BackendDown."""
+        await self._backend.ready()
+        return await self._backend.offered.has(route.path)
+
+    async def unprepared(self, request: web.Request, raw: bytes) -> web.StreamResponse:
+        """A request that takes no slot, for llama-server refuses it. ``raw``: its body."""
+        async with self._upstream(request, raw, to_server(request)) as upstream:
+            return await _relay(request, upstream, {})
+
     async def in_turn(
         self, request: web.Request, route: Route, raw: bytes | None = None
     ) -> web.StreamResponse:
-        """A request that takes a slot: pinned where llama-server lets itself be told, else while nobody else is
-        between two steps. Cancelling gives the slots back when the server is through with them. ``raw``: its body, if
-        that was read before."""
+        """A request that takes slots of llama-server's choice: while nobody else is between two steps. Cancelling gives
+        the slots back when the server is through with them. ``raw``: its body, if that was read before."""
         if raw is None:
             raw = await read_body(request, self._max_body)
+        if route.may_be_missing and not await self.is_offered(route):
+            return await self.unprepared(request, raw)
         # Nobody reads these answers closely enough to tell when they begin.
         async with Deadlines(replace(self._timeouts, first_token_s=None)).kept():
-            return await self._in_turn(request, route, raw)
+            return await self._in_turns(request, raw)
 
-    async def _in_turn(self, request: web.Request, route: Route, raw: bytes) -> web.StreamResponse:
+    async def _in_turns(self, request: web.Request, raw: bytes) -> web.StreamResponse:
         id_ = request_id(request.headers)
-        serve = self._pinned if route.honours_id_slot else self._unpinned
         for _ in range(ATTEMPTS):
             met = await self._backend.ready()
             try:
-                return await serve(request, raw, id_)
+                return await self._in_turn(request, raw, id_)
             except BackendRestarted:  # raised before anything was sent
                 self._backend.lost(met)
         raise BackendDown("llama-server restarts again and again; see its log")
 
-    async def _unpinned(self, request: web.Request, raw: bytes, id_: str) -> web.StreamResponse:
+    async def _in_turn(self, request: web.Request, raw: bytes, id_: str) -> web.StreamResponse:
         user = user_of(request)
         job = Job(id_, is_unpinned=True, user=user, space=self._backend.rules.space(user))
         with await self._backend.scheduler.lease(job) as lease:
@@ -84,36 +92,6 @@ class Passthrough:
                 self._upstream(request, raw, to_server(request)) as upstream,
             ):
                 return await _relay(request, upstream, {"x-request-id": id_}, turn.settle, lease.talks)
-
-    async def _pinned(self, request: web.Request, raw: bytes, id_: str) -> web.StreamResponse:
-        try:
-            body = parse_object(raw)
-        except NoObject as error:
-            raise await in_its_words(self._backend.api, request, raw, error) from error
-        user = user_of(request)
-        job = Job(id_, user=user, space=self._backend.rules.space(user, lora_of(body)))
-        with await self._backend.scheduler.lease(job) as lease:
-            await self._backend.steps.prepare(lease, lambda _: None)
-            lease.sent()
-            ours: dict[str, object] = {"id_slot": lease.slot_id}
-            if (
-                lease.content is None
-            ):  # somebody else, or somebody's LoRA scales, may have computed what is there
-                ours["cache_prompt"] = False
-            data = orjson.dumps(body | ours)
-            headers = to_server(request, content_type="application/json")
-            async with self._upstream(request, data, headers) as upstream:
-                lease.started()
-                told = {"x-request-id": id_, "x-llamaslot-slot": str(lease.slot_id)}
-
-                async def settle() -> None:
-                    if 400 <= upstream.status < 500:
-                        lease.refused()
-                    else:
-                        lease.done(None)  # what the slot holds now was never known token by token
-                    lease.release()
-
-                return await _relay(request, upstream, told, settle, lease.talks)
 
     @contextlib.asynccontextmanager
     async def _upstream(

@@ -1,0 +1,62 @@
+"""What bodies of /infill become on the llama-server at hand: found out when the first one comes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from llamaslot.core.slots import Job
+from llamaslot.engine.handshake import Met
+from llamaslot.engine.scheduler import Scheduler
+from llamaslot.engine.steps import Steps
+from llamaslot.llama.api import LlamaServer
+from llamaslot.llama.infill import Infill, learn
+from llamaslot.llama.opaque import OpaquePrompt, Reason
+from llamaslot.llama.prompts import Prompt
+
+log = logging.getLogger(__name__)
+
+
+class Infills:
+    """Of one backend."""
+
+    def __init__(self, api: LlamaServer, scheduler: Scheduler, steps: Steps) -> None:
+        self._api, self._scheduler, self._steps = api, scheduler, steps
+        self._learning = asyncio.Lock()
+        self._known: Infill | OpaquePrompt | None = None
+
+    def forget(self) -> None:
+        """The server was restarted, perhaps with another model or other flags."""
+        self._known = None
+
+    def miscounted(self) -> None:
+        """The server has counted other tokens in a body than were thought: no more is known until it is met again."""
+        self._known = OpaquePrompt("/infill was not as it was thought to be", Reason.MISCOUNTED)
+
+    async def prompt(self, body: Mapping[str, Any], met: Met, whose: str) -> Prompt:
+        """The tokens of ``body``. Raises OpaquePrompt, BackendDown, BackendRestarted, QueueFull. Cancelling is safe."""
+        async with self._learning:
+            if self._known is None:
+                self._known = await self._learned(met)
+            known = self._known
+        if isinstance(known, OpaquePrompt):
+            raise known
+        return Prompt(await known.tokens(body, whose))
+
+    async def _learned(self, met: Met) -> Infill | OpaquePrompt:
+        """In a slot of its own: whatever it held is saved, if that is worth it."""
+        with await self._scheduler.lease(Job("infill: how is it put together")) as lease:
+            if lease.pool is not met.pool:
+                raise OpaquePrompt("llama-server has restarted", Reason.INFILL)  # and may be learned anew
+            await self._steps.prepare(lease, lambda _: None)
+            lease.sent()
+            try:
+                layout = await learn(self._api, lease.slot_id, met.props.n_ctx, met.props.n_predict)
+                known: Infill | OpaquePrompt = Infill(self._api, layout)
+            except OpaquePrompt as error:
+                log.info("%s", error)
+                known = error
+            lease.done(None)  # not after anything else: the server may be at work yet
+            return known

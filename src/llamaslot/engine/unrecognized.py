@@ -1,0 +1,36 @@
+"""Requests whose tokens are not known: counted, and said once for each reason, never with a word of theirs."""
+
+from __future__ import annotations
+
+import logging
+
+from llamaslot.llama.opaque import Reason
+from llamaslot.llama.routes import Format
+from llamaslot.observe.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+_WHY = {
+    Reason.SHAPE: "something in its body is not known to llamaslot; please report its shape",
+    Reason.TEMPLATE: "the chat template shows it otherwise than llamaslot thought; please report which model that is",
+    Reason.MEDIA: "it has media, and no text before them that could be told",
+    Reason.INFILL: "how this llama-server puts its parts together could not be found out; a --batch-size below the"
+    " context of a slot helps",
+    Reason.MISCOUNTED: "llama-server has counted other tokens in it; please report which model that is",
+}
+_COSTS = "%s: a request is served without knowing its tokens, and its context is not found again: %s"
+
+
+class Unrecognized:
+    """Of one backend."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._told: set[Reason] = set()
+
+    def count(self, kind: Format, reason: Reason) -> None:
+        """One more of the route's format ``kind`` was served so."""
+        self._metrics.unrecognized.labels(kind, reason.value).inc()
+        if reason not in self._told:
+            self._told.add(reason)
+            log.warning(_COSTS, kind, _WHY[reason])

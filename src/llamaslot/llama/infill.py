@@ -1,0 +1,236 @@
+"""A body of ``/infill`` -> its exact tokens.
+
+llama-server makes them of the tokens of its parts, in an order and within limits that depend on the model and on its
+flags: which tokens mark prefix, suffix and middle, whether there are ones for a repository and its files, whether the
+suffix comes first (``--spm-infill``), and a quarter of ``--batch-size``, which limits the suffix, and three of which
+limit the prefix. It tells none of these: ``learn`` finds them out from two short answers, which repeat their prompt
+as text, and from one refusal of a prompt that is too long, which tells how many tokens that had.
+
+Source: llama.cpp, tools/server/server-common.cpp, ``format_prompt_infill``; seen running on xllamacpp 2026.10.11549,
+against which tests/real/test_infill.py holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from llamaslot.core.tokens import WIDTH, count, head, pack, unpack
+from llamaslot.llama.opaque import OpaquePrompt, Reason
+
+_REPOSITORY, _FILE, _UNNAMED = "myproject\n", "filename\n", "tmp"
+_SNIPPET = "\n\n--- snippet ---\n\n"  # in front of each chunk, where the model has no token for that
+_WORD = "a\n"  # two tokens, as tokenizers go
+_LONG_PREFIX = 16_384  # tokens: three quarters of any usual --batch-size
+_CACHE_BYTES = 8 << 20
+
+
+class InfillServer(Protocol):
+    """Routes of llama-server. ``ask`` sends a body to ``/infill``: status and JSON of the answer."""
+
+    async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes: ...
+
+    async def detokenize(self, tokens: bytes) -> str: ...
+
+    async def ask(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one llama-server puts the parts together. Tokens are packed; those that the model lacks are empty.
+
+    ``repository``: with the name behind it. ``quarter``: of ``--batch-size``, in tokens. ``n_predict``: its flag.
+    """
+
+    prefix: bytes
+    suffix: bytes
+    middle: bytes
+    bos: bytes
+    repository: bytes
+    file: bytes
+    is_suffix_first: bool
+    quarter: int
+    n_predict: int
+    n_ctx: int
+
+
+class Infill:
+    """Bodies as one llama-server reads them. Chunks of other files, which editors send again and again, are remembered
+    as tokens."""
+
+    def __init__(self, server: InfillServer, layout: Layout) -> None:
+        self._server, self.layout = server, layout
+        self._known: dict[tuple[str, str], bytes] = {}
+        self._n_bytes = 0
+
+    async def tokens(self, body: Mapping[str, Any], whose: str = "") -> bytes:
+        """The prompt of ``body``. ``whose``: chunks are found again by the same only, for that can be measured.
+
+        Raises OpaquePrompt for what llama-server refuses: its own answer says it best.
+        """
+        prefix = await self._text_or_mixed(body.get("input_prefix"))
+        suffix = await self._text_or_mixed(body.get("input_suffix"))
+        begun = body.get("prompt")
+        prompt = await self._plain(begun, parse_special=True) if isinstance(begun, str) else b""
+        return self._put(await self._extra(body.get("input_extra"), whose), prefix, suffix, prompt)
+
+    def _put(self, extra: bytes, prefix: bytes, suffix: bytes, prompt: bytes) -> bytes:
+        layout = self.layout
+        n_extra = max(0, layout.n_ctx - 4 * layout.quarter - 2 * layout.n_predict)
+        n_suffix = max(0, layout.quarter - (2 + count(prompt)))
+        before = layout.prefix + _last(prefix, 3 * layout.quarter) + prompt
+        after = layout.suffix + head(suffix, n_suffix)
+        whole = (after, before) if layout.is_suffix_first else (before, after)
+        return b"".join((_last(extra, n_extra), layout.bos, *whole, layout.middle))
+
+    async def _extra(self, chunks: Any, whose: str) -> bytes:
+        layout = self.layout
+        parts = [layout.repository]
+        if chunks is not None and not isinstance(chunks, list):
+            raise OpaquePrompt("'input_extra' is no list")
+        for chunk in chunks or ():
+            if not isinstance(chunk, Mapping):
+                raise OpaquePrompt("a chunk that is no object")
+            text, name = chunk.get("text"), chunk.get("filename", _UNNAMED)
+            if not isinstance(text, str) or not isinstance(name, str):
+                raise OpaquePrompt("a chunk without a text, or with a name that is none")
+            mark = await self._remembered(f"{name}\n" if layout.file else _SNIPPET, whose)
+            parts += [layout.file, mark, await self._remembered(text, whose)]
+        if layout.file:
+            parts += [layout.file, await self._remembered(_FILE, whose)]
+        return b"".join(parts)
+
+    async def _text_or_mixed(self, given: Any) -> bytes:
+        """Special tokens in it are text. Of a list strings and ids, each for itself."""
+        parts = []
+        for part in given if isinstance(given, list) else [given]:
+            if isinstance(part, str):
+                parts.append(await self._plain(part))
+            elif isinstance(given, list) and type(part) is int and abs(part) < 2**31:
+                parts.append(pack([part]))
+            else:
+                raise OpaquePrompt("'input_prefix' and 'input_suffix' are texts, or lists of texts and ids")
+        return b"".join(parts)
+
+    async def _remembered(self, text: str, whose: str) -> bytes:
+        key = (whose, text)
+        if (tokens := self._known.pop(key, None)) is None:
+            tokens = await self._plain(text)
+            self._n_bytes += len(text) + len(tokens)
+        self._known[key] = tokens  # the last one used last
+        while self._n_bytes > _CACHE_BYTES and len(self._known) > 1:
+            oldest = next(iter(self._known))
+            self._n_bytes -= len(oldest[1]) + len(self._known.pop(oldest))
+        return tokens
+
+    async def _plain(self, text: str, *, parse_special: bool = False) -> bytes:
+        if not text:
+            return b""
+        return await self._server.tokenize(text, add_special=False, parse_special=parse_special)
+
+
+def _last(tokens: bytes, n: int) -> bytes:
+    return tokens[max(0, len(tokens) - n * WIDTH) :]
+
+
+async def learn(server: InfillServer, slot: int, n_ctx: int, n_predict: int) -> Layout:
+    """How ``server`` puts the parts together, tried out in ``slot``, which holds a few tokens of nobody's then.
+
+    Raises OpaquePrompt where it does so in a way that is not known here. Canceling is safe.
+    """
+    learning = _Learning(server, slot, n_ctx, n_predict)
+    for layout in await learning.candidates():
+        if await learning.fits(layout):
+            return await learning.with_quarter(layout)
+    raise _unknown("its prompts have another form")
+
+
+class _Learning:
+    def __init__(self, server: InfillServer, slot: int, n_ctx: int, n_predict: int) -> None:
+        self._server, self._slot, self._n_ctx, self._n_predict = server, slot, n_ctx, n_predict
+        self._n_empty = 0  # tokens of a prompt of nothing
+
+    async def candidates(self) -> list[Layout]:
+        """From the prompt of nothing: marks of repository and file with their names, BOS, prefix, suffix, middle."""
+        text, n = await self._prompt({"input_prefix": "", "input_suffix": ""})
+        ids = unpack(await self._server.tokenize(text, add_special=False))
+        if len(ids) != n or n < 3:
+            raise _unknown("its prompt is not what its text says")
+        self._n_empty = n
+        *rest, one, two, three = ([i] for i in ids)
+        flat = [i for part in rest for i in part]
+        name = unpack(await self._server.tokenize(_REPOSITORY, add_special=False, parse_special=False))
+        file = unpack(await self._server.tokenize(_FILE, add_special=False, parse_special=False))
+        repository, flat = _marked(flat, name)
+        mark, flat = _marked(flat, file)
+        if len(flat) > 1:
+            raise _unknown("there is something in front that is not known")
+        return [
+            Layout(
+                prefix=pack(first),
+                suffix=pack(second),
+                middle=pack(three),
+                bos=pack(flat),
+                repository=pack(repository),
+                file=pack(mark[:1]),
+                is_suffix_first=is_suffix_first,
+                quarter=self._n_ctx,
+                n_predict=self._n_predict,
+                n_ctx=6 * self._n_ctx,
+            )
+            for is_suffix_first, first, second in ((False, one, two), (True, two, one))
+        ]
+
+    async def fits(self, layout: Layout) -> bool:
+        """Whether a body that has everything is put together so."""
+        body = {
+            "input_prefix": "prefix",
+            "input_suffix": "suffix",
+            "prompt": "begun",
+            "input_extra": [{"text": "one", "filename": "of it"}, {"text": "other"}],
+        }
+        text, n = await self._prompt(body)
+        tokens = await Infill(self._server, layout).tokens(body)
+        return count(tokens) == n and await self._server.detokenize(tokens) == text
+
+    async def with_quarter(self, layout: Layout) -> Layout:
+        """``layout`` with the limits: from how much is left of a prefix in a prompt that is too long for the slot."""
+        prompt, prefix = _WORD * (self._n_ctx // 2 + 2), _WORD * (_LONG_PREFIX // 2)
+        n_prompt = count(await self._server.tokenize(prompt, add_special=False))
+        n_prefix = count(await self._server.tokenize(prefix, add_special=False, parse_special=False))
+        status, answer = await self._ask({"input_prefix": prefix, "input_suffix": "", "prompt": prompt})
+        error = answer.get("error") if isinstance(answer, dict) else None
+        n_total = error.get("n_prompt_tokens") if isinstance(error, dict) else None
+        if n_prompt < self._n_ctx or status != 400 or not isinstance(n_total, int):
+            raise _unknown("it does not tell how long a prompt was")
+        n_left = n_total - n_prompt - self._n_empty
+        if not 0 < n_left < n_prefix or n_left % 3:
+            raise _unknown("its --batch-size is larger than what was tried")
+        return Layout(
+            layout.prefix, layout.suffix, layout.middle, layout.bos, layout.repository, layout.file,
+            layout.is_suffix_first, n_left // 3, self._n_predict, self._n_ctx,
+        )  # fmt: skip
+
+    async def _prompt(self, body: dict[str, Any]) -> tuple[str, int]:
+        status, answer = await self._ask(body)
+        if status != 200 or not isinstance(answer, dict):
+            raise _unknown(f"it was answered {status}")
+        text, n = answer.get("prompt"), answer.get("tokens_evaluated")
+        if not isinstance(text, str) or not isinstance(n, int):
+            raise _unknown("its answer does not repeat the prompt")
+        return text, n
+
+    async def _ask(self, body: dict[str, Any]) -> tuple[int, Any]:
+        ours = {"id_slot": self._slot, "n_predict": 0, "cache_prompt": False}
+        return await self._server.ask("/infill", {**body, **ours})
+
+
+def _marked(ids: list[int], name: list[int]) -> tuple[list[int], list[int]]:
+    """A mark with a name behind it, if ``ids`` begin with one; and what is behind that."""
+    n = 1 + len(name)
+    return (ids[:n], ids[n:]) if ids[1:n] == name else ([], ids)
+
+
+def _unknown(why: str) -> OpaquePrompt:
+    return OpaquePrompt(f"/infill of this llama-server is not known: {why}", Reason.INFILL)
