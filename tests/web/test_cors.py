@@ -35,7 +35,7 @@ async def every_kind(it: Served) -> list[dict[str, str]]:
     for method, path, sent in (
         ("POST", NATIVE, body),
         ("POST", NATIVE, {**body, "stream": True}),
-        ("POST", "/infill", {"input_prefix": "x", "n_predict": 1}),
+        ("POST", "/infill", {"input_prefix": "x", "input_suffix": "", "n_predict": 1}),
         ("POST", NATIVE, {"prompt": 5}),
         ("POST", "/slots/0?action=erase", {}),
         ("GET", "/v1/models", None),

@@ -31,7 +31,7 @@ async def test_keys_end_at_llamaslot(tmp_path: Path) -> None:
             ("POST", CHAT, chat),
             ("POST", NATIVE, {"prompt": "hi", "n_predict": 2, "stream": True}),
             ("POST", "/v1/messages", chat),
-            ("POST", "/infill", {"input_prefix": "x", "n_predict": 1}),
+            ("POST", "/infill", {"input_prefix": "x", "input_suffix": "", "n_predict": 1}),
             ("POST", "/tokenize", {"content": "x"}),
             ("GET", "/v1/models", None),
         ]
@@ -111,7 +111,10 @@ async def test_no_log_line_holds_a_key_or_a_prompt(tmp_path: Path, caplog: pytes
                     await it.send("POST", path, body=chat, headers=headers)
                 await it.send("POST", CHAT, data=f'{{"messages": "{secret}'.encode(), headers=headers)
                 await it.send(
-                    "POST", "/infill", body={"input_prefix": secret, "n_predict": 1}, headers=headers
+                    "POST",
+                    "/infill",
+                    body={"input_prefix": secret, "input_suffix": secret, "n_predict": 1},
+                    headers=headers,
                 )
                 zipped = {"Content-Encoding": "gzip", **headers}
                 await it.send("POST", CHAT, data=secret.encode(), headers=zipped)
