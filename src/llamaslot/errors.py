@@ -51,6 +51,18 @@ class Unauthorized(LlamaslotError):
     type = "authentication_error"
 
 
+class TooSlow(BadRequest):
+    """The request has not come to its end in time."""
+
+    status = 408
+
+
+class NotImplementedHere(BadRequest):
+    """A method that a proxy in front of one server has no use for."""
+
+    status = 501
+
+
 class Forbidden(LlamaslotError):
     """A route that llamaslot keeps to itself, or that the operator has not allowed."""
 

@@ -24,7 +24,7 @@ class Upstream:
     def __init__(self, *chunks: bytes) -> None:
         self.content, self._chunks = self, list(chunks)
 
-    async def readany(self) -> bytes:
+    async def read(self, n: int) -> bytes:
         return self._chunks.pop(0) if self._chunks else b""
 
 

@@ -60,6 +60,8 @@ class ListenConfig(Section):
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Port = 8081
     max_body: Annotated[Size, Field(gt=0)] = 64 * MIB
+    read_timeout_s: Annotated[Seconds, Field(gt=0)] = 30.0
+    max_connections: Annotated[Count, Field(gt=0)] | None = None
     tls: TlsConfig | None = None
     cors: tuple[Annotated[str, AfterValidator(origin)], ...] = ()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
@@ -26,8 +27,14 @@ from llamaslot.llama.sse import EventSplitter, data_of
 P = ParamSpec("P")
 T = TypeVar("T")
 
+BROKEN_OFF = "llama-server closed the connection in the middle of the answer"
 QUICK_S = 60.0  # /slots and /tokenize wait for the batch that is running, several seconds on a slow machine
 _PIECE_BYTES = 1 << 20
+RELAYED_BYTES = 1 << 14  # of a piece of an answer that is relayed
+_READ_BYTES = 1 << 18
+_WINDOW_BYTES = (
+    1 << 15
+)  # asked of the kernel, which takes twice that, for what an answer is ahead of its reader
 ACTION_S = 900.0  # a save of many GiB to a slow disk
 
 
@@ -108,7 +115,6 @@ class LlamaServer:
                 skip_auto_headers=("Accept-Encoding", "User-Agent"),
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
-                read_bufsize=2**18,
             )
         return self._session
 
@@ -123,12 +129,16 @@ class LlamaServer:
         method: str,
         path: str,
         *,
-        data: bytes | aiohttp.StreamReader | None = None,
+        data: bytes | AsyncIterator[bytes] | None = None,
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
         is_watched: bool = False,
+        is_relayed: bool = False,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """One request, its response open. ``path`` is sent as it is, query included.
+
+        ``is_relayed``: the answer is read by ``next_piece`` as fast as somebody else takes it, so that little of it may
+        lie about here.
 
         Raises BackendDown when llama-server cannot be reached or drops the connection, also while the body of the
         block reads the response, and SlotWedged when one that ``is_watched`` falls silent.
@@ -146,7 +156,10 @@ class LlamaServer:
                 headers=merged,
                 timeout=timeout,
                 allow_redirects=False,
+                read_bufsize=RELAYED_BYTES if is_relayed else _READ_BYTES,
             ) as response:
+                if is_relayed:
+                    _narrow(response)
                 yield response
         except aiohttp.SocketTimeoutError as error:
             raise SlotWedged(
@@ -320,6 +333,26 @@ class LlamaServer:
         raw = await self._json("POST", "/completion", body, timeout_s=ACTION_S)
         entries = raw["completion_probabilities"][0]["top_logprobs"]
         return {int(entry["id"]): float(entry["logprob"]) for entry in entries}
+
+
+def _narrow(response: aiohttp.ClientResponse) -> None:
+    """Let the kernel take little of an answer that nobody reads, and so the loop little at a time: uvloop takes up to
+    256 kB of what is there."""
+    transport = response.connection.transport if response.connection is not None else None
+    sock = transport.get_extra_info("socket") if transport is not None else None
+    if sock is not None:
+        with contextlib.suppress(OSError):  # closed already
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WINDOW_BYTES)
+
+
+async def next_piece(response: aiohttp.ClientResponse) -> bytes:
+    """What has come of an answer, at most ``RELAYED_BYTES``; nothing at its end. Raises BackendDown where it breaks."""
+    try:
+        return await response.content.read(RELAYED_BYTES)
+    except aiohttp.SocketTimeoutError:
+        raise  # whoever has sent the request knows what that means
+    except (aiohttp.ClientError, RuntimeError) as error:  # the latter is aiohttp's "Connection closed."
+        raise BackendDown(BROKEN_OFF) from error
 
 
 def content_type_of(response: aiohttp.ClientResponse) -> str:

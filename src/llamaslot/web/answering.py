@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
 from aiohttp import web
+from multidict import CIMultiDict
 
 from llamaslot.core.slots import NOTHING, Content, Source
 from llamaslot.engine.backend import Backend
@@ -145,7 +146,7 @@ class Answering:
                 n_reused = self.earlier.n_reused if self.earlier is not None else reading.n_found
                 self.down.state = Prefilling(reading.n_processed, self.want.job.n_tokens, n_reused, 0.0)
             if events:  # of progress, to who has asked for it
-                await self.down.begin(headers={**to_client(self._upstream), **SSE_HEADERS})
+                await self.down.begin(headers=self._headers(SSE_HEADERS))
             await self.down.write(b"".join(events))
 
     async def _next(self) -> list[bytes] | None:
@@ -218,10 +219,15 @@ class Answering:
         self.first_byte_s = time.monotonic() - self.asked.started
         self._settle()
         self._log()
-        headers = {**to_client(self._upstream), **self.down.headers}
+        headers = self._headers(self.down.headers)
         if self.is_assembled:
             headers["Content-Type"] = "application/json; charset=utf-8"
         return web.Response(status=200, body=payload, headers=headers)
+
+    def _headers(self, ours: Mapping[str, str]) -> CIMultiDict[str]:
+        headers = to_client(self._upstream)
+        headers.update(ours)
+        return headers
 
     def _holds_prompt(self) -> None:
         before = self.lease.content or NOTHING
@@ -251,7 +257,7 @@ class Answering:
         llama-server releases the slot before it sends the last event: so it is given back before the client, who may
         ask again or hang up at once, can read that event.
         """
-        headers = {**to_client(self._upstream), **SSE_HEADERS}
+        headers = self._headers(SSE_HEADERS)
         events = self._first
         while events is not None:
             if self.first_byte_s is None:

@@ -21,7 +21,14 @@ from llamaslot.core.policy import Rules
 from llamaslot.core.prefills import Sharing
 from llamaslot.engine.backend import Backend, Health
 from llamaslot.engine.queue import QueueLimits
-from llamaslot.errors import BadRequest, ClientGone, ConfigError, Forbidden, LlamaslotError
+from llamaslot.errors import (
+    BadRequest,
+    ClientGone,
+    ConfigError,
+    Forbidden,
+    LlamaslotError,
+    NotImplementedHere,
+)
 from llamaslot.llama.api import LlamaServer
 from llamaslot.llama.chat_file import read_chat_file
 from llamaslot.llama.process import ManagedServer
@@ -31,18 +38,22 @@ from llamaslot.observe.metrics import Metrics
 from llamaslot.tasks import TaskOwner
 from llamaslot.web.auth import Doors, is_own_page
 from llamaslot.web.completions import Completions
+from llamaslot.web.connections import Connection, Connections, Patience, raise_file_limit
 from llamaslot.web.cors import Cors
 from llamaslot.web.deadlines import Timeouts
-from llamaslot.web.downstream import MISTAKE, StreamRules, error_instead, error_response, notice_silence
+from llamaslot.web.downstream import MISTAKE, StreamRules, error_instead, error_response
 from llamaslot.web.passthrough import Passthrough
 from llamaslot.web.rewriting import SystemPrompts, tell_rewrote
 from llamaslot.web.status import Status
 from llamaslot.web.tls import Certificate
+from llamaslot.web.uploads import Uploads, hold_back, is_held_back
 from llamaslot.web.users import USER
 
 log = logging.getLogger(__name__)
 
 _QUOTED = re.compile(r":? (?:bytearray\()?b['\"].*")
+_BACKLOG = 1024  # connections that the kernel has made and nobody has accepted yet
+_NO_METHODS = ("CONNECT", "TRACE")
 CLIENT_GONE = 499  # in metrics only: nginx's number for a client that has closed its connection
 
 
@@ -53,28 +64,35 @@ class App:
         self.config, self.backend = config, backend
         timeouts = Timeouts(config.timeouts.first_token_s, config.timeouts.total_s)
         rules = StreamRules(config.stream.keepalive_s, config.stream.comments, timeouts)
-        self._passthrough = Passthrough(backend, config.listen.max_body, timeouts)
+        uploads = Uploads(config.listen.max_body, config.listen.read_timeout_s)
+        self._passthrough = Passthrough(backend, uploads, timeouts)
         prompts = SystemPrompts(config.rewrite, backend.metrics)
         backend.divergences.tells_texts = config.log.prompts
-        self._completions = Completions(backend, rules, config.listen.max_body, self._passthrough, prompts)
+        self._completions = Completions(backend, rules, uploads, self._passthrough, prompts)
         self._status = Status(backend, prompts)
         self._doors, self._cors = Doors(config.auth), Cors(config.listen.cors)
 
     def application(self) -> web.Application:
-        app = web.Application(client_max_size=self.config.listen.max_body)
-        app.router.add_route("*", "/{path:.*}", self.handle)
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self.handle, expect_handler=hold_back)
         app.on_response_prepare.append(self._cors.allow)
         app.on_response_prepare.append(tell_rewrote)
         return app
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Every request comes through here and is counted. Raises CancelledError only."""
-        notice_silence(request)
+        connection = request.protocol
+        if isinstance(connection, Connection):
+            connection.serving(True)
         route = classify(request.method, request.raw_path, self.config.passthrough.allow)
         metrics, status = self.backend.metrics, CLIENT_GONE
         try:
             response = await self._answer(request, route)
             status = response.status
+            if is_held_back(
+                request
+            ):  # and may be left out by the client now: nobody knows what will come next
+                response.force_close()
         except asyncio.CancelledError:
             metrics.clients_left.inc()  # aiohttp cancels the handler of a client that has closed its connection
             raise
@@ -83,6 +101,8 @@ class App:
             return web.Response(status=CLIENT_GONE)  # nobody reads it
         finally:
             metrics.requests.labels(route.kind, str(status)).inc()
+            if isinstance(connection, Connection):
+                connection.serving(False)
         return response
 
     async def _answer(self, request: web.Request, route: Route) -> web.StreamResponse:
@@ -107,6 +127,10 @@ class App:
     async def _dispatch(self, request: web.Request, route: Route) -> web.StreamResponse:
         if is_own_page(request):
             return await self._status.handle(request)
+        if request.method in _NO_METHODS:
+            raise NotImplementedHere(
+                f"{request.method} is not served: there is no way through to other servers"
+            )
         match route.kind:
             case "own":
                 return self._status.health()
@@ -175,6 +199,7 @@ def _chat_bodies(config: Config) -> list[tuple[str, dict[str, Any]]]:
 async def serve(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Raises LlamaslotError when the store cannot be used, OSError for the port."""
     tasks = TaskOwner()
+    raise_file_limit()
     await asyncio.to_thread(_make_directories, config)
     managed = _managed(config)
     url = managed.url if managed is not None else config.backend.url
@@ -207,18 +232,29 @@ async def listening(config: Config, backend: Backend) -> AsyncIterator[None]:
     runner = web.AppRunner(
         App(config, backend).application(),
         handler_cancellation=True,  # a client that leaves must be noticed while nothing is being written to it
-        access_log=None,
         shutdown_timeout=config.shutdown.drain_s,
-        keepalive_timeout=75,
     )
     logging.getLogger("aiohttp.server").addFilter(_in_one_line)
     try:
         await runner.setup()
-        context = Certificate(config.listen.tls).context if config.listen.tls is not None else None
-        await web.TCPSite(runner, config.listen.host, config.listen.port, ssl_context=context).start()
-        yield
+        listener = await _listen(config, runner)
+        try:
+            yield
+        finally:
+            listener.close()
     finally:
         await runner.cleanup()
+
+
+async def _listen(config: Config, runner: web.AppRunner) -> asyncio.Server:
+    """As aiohttp's ``TCPSite`` does, with connections of llamaslot's own. Raises OSError for the port."""
+    assert runner.server is not None, "set up"
+    listen = config.listen
+    connections = Connections(runner.server, Patience(listen.read_timeout_s), listen.max_connections)
+    context = Certificate(listen.tls).context if listen.tls is not None else None
+    return await asyncio.get_running_loop().create_server(
+        connections, listen.host, listen.port, backlog=_BACKLOG, ssl=context
+    )
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:

@@ -1,13 +1,12 @@
-"""Request bodies: read once, with a limit, and parsed once."""
+"""Request bodies: parsed once."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import orjson
-from aiohttp import web
 
-from llamaslot.errors import BadRequest, BodyTooLarge
+from llamaslot.errors import BadRequest
 
 _DEPTH = 254  # levels that orjson writes; it reads 1,024
 _MARK = b"\xef\xbb\xbf"  # of byte order, which some editors write and llama-server skips
@@ -15,23 +14,6 @@ _MARK = b"\xef\xbb\xbf"  # of byte order, which some editors write and llama-ser
 
 class NoObject(BadRequest):
     """A body that llama-server cannot read either, whatever the route."""
-
-
-async def read_body(request: web.Request, max_bytes: int) -> bytes:
-    """The whole body, unpacked. Raises BodyTooLarge as soon as it is known to be longer than ``max_bytes``, BadRequest
-    for one that cannot be unpacked."""
-    if (request.content_length or 0) > max_bytes:
-        raise _too_large(max_bytes)
-    try:
-        return await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        raise _too_large(max_bytes) from None
-    except web.RequestPayloadError as error:
-        raise BadRequest(f"the body cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _too_large(max_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the body is larger than {max_bytes} bytes; the operator may raise listen.max_body")
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from llamaslot.llama.prompts import NoPrompt
 from llamaslot.llama.routes import Format, Route, origin_form
 from llamaslot.llama.sse import Earlier
 from llamaslot.web.answering import Answering, Asked, InOnePiece, source_of
-from llamaslot.web.bodies import NoObject, parse_object, read_body
+from llamaslot.web.bodies import NoObject, parse_object
 from llamaslot.web.deadlines import Deadlines
 from llamaslot.web.downstream import MISTAKE, Downstream, StreamRules
 from llamaslot.web.headers import to_server
@@ -43,6 +43,7 @@ from llamaslot.web.passthrough import Passthrough
 from llamaslot.web.refusals import in_its_words
 from llamaslot.web.rewriting import SystemPrompts, rewrote
 from llamaslot.web.several import Part, joined
+from llamaslot.web.uploads import Uploads
 from llamaslot.web.users import user_of
 
 log = logging.getLogger(__name__)
@@ -57,16 +58,16 @@ class Completions:
         self,
         backend: Backend,
         rules: StreamRules,
-        max_body: int,
+        uploads: Uploads,
         passthrough: Passthrough,
         prompts: SystemPrompts,
     ) -> None:
-        self._backend, self._rules, self._max_body = backend, rules, max_body
+        self._backend, self._rules, self._uploads = backend, rules, uploads
         self._passthrough, self._prompts = passthrough, prompts
 
     async def handle(self, request: web.Request, route: Route) -> web.StreamResponse:
         """Cancelling (the client has gone) gives the slot back, at once or when the server is through with it."""
-        raw = await read_body(request, self._max_body)
+        raw = await self._uploads.whole(request)
         try:
             body = parse_object(raw)
         except NoObject as error:
@@ -278,6 +279,7 @@ class _Exchange:
             data=orjson.dumps(body),
             headers=to_server(self.request, content_type="application/json"),
             is_watched=body.get("stream") is True,
+            is_relayed=True,
         )
 
     async def _refused_by_server(self) -> web.StreamResponse:

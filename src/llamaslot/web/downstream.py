@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+from multidict import CIMultiDict
 
 from llamaslot.engine.lease import Prefilling
 from llamaslot.errors import ClientGone, LlamaslotError, Unauthorized, UpstreamError
@@ -21,10 +21,7 @@ from llamaslot.web.deadlines import Timeouts
 
 log = logging.getLogger(__name__)
 
-BROKEN_OFF = "llama-server closed the connection in the middle of the answer"
 MISTAKE = "llamaslot has made a mistake; its log says which"
-# TCP_USER_TIMEOUT is in ms: for what was sent, or waits for a full window. The others in s: while nothing is sent.
-_SILENCE = {"TCP_USER_TIMEOUT": 60_000, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 _HAS_BEGUN = web.RequestKey("has_begun", bool)
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -76,7 +73,9 @@ class Downstream:
     async def begin(self, status: int = 200, headers: Mapping[str, str] | None = None) -> web.StreamResponse:
         """Send the headers, once."""
         if self.response is None:
-            self.response = web.StreamResponse(status=status, headers={**(headers or {}), **self.headers})
+            told = CIMultiDict(headers or {})
+            told.update(self.headers)
+            self.response = web.StreamResponse(status=status, headers=told)
             await begin(self.response, self.request)
         return self.response
 
@@ -156,21 +155,6 @@ async def send(response: web.StreamResponse, data: bytes) -> None:
     """Raises ClientGone."""
     with _translated():
         await response.write(data)
-
-
-def notice_silence(request: web.Request) -> None:
-    """Let the kernel close the connection of a client that has gone without saying so (a laptop asleep, a network that
-    is gone) or takes nothing of its answer any more. Else it would keep its slot for two hours, or for ever.
-
-    The options are Linux'; elsewhere the defaults hold.
-    """
-    sock = request.transport.get_extra_info("socket") if request.transport is not None else None
-    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return
-    with contextlib.suppress(OSError):  # closed already
-        for name, value in _SILENCE.items():
-            if (option := getattr(socket, name, None)) is not None:
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def cut(request: web.Request) -> None:

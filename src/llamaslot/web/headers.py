@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
@@ -20,12 +22,19 @@ _NOT_TO_SERVER |= {"host", "content-length", "content-encoding", "x-conversation
 _NOT_TO_CLIENT = _HOP_BY_HOP | {"content-length", "server", "date"}
 
 
+def _named(headers: Mapping[str, str]) -> set[str]:
+    """What ``Connection`` says is for this hop only."""
+    values = [value for name, value in headers.items() if name.lower() == "connection"]
+    return {token.strip().lower() for value in values for token in value.split(",")}
+
+
 def to_server(request: web.Request, *, content_type: str | None = None) -> CIMultiDict[str]:
     """The client's headers as llama-server gets them; with ``content_type`` for a body that was written anew."""
+    ends_here = _NOT_TO_SERVER | _named(request.headers)
     headers = CIMultiDict(
         (name, value)
         for name, value in request.headers.items()
-        if name.lower() not in _NOT_TO_SERVER and not name.lower().startswith("x-llamaslot-")
+        if name.lower() not in ends_here and not name.lower().startswith("x-llamaslot-")
     )
     if content_type is not None:
         headers["Content-Type"] = content_type
@@ -35,8 +44,9 @@ def to_server(request: web.Request, *, content_type: str | None = None) -> CIMul
 
 def to_client(upstream: aiohttp.ClientResponse) -> CIMultiDict[str]:
     """llama-server's headers as the client gets them. Which web pages may read them is said by llamaslot alone."""
+    ends_here = _NOT_TO_CLIENT | _named(upstream.headers)
     return CIMultiDict(
         (name, value)
         for name, value in upstream.headers.items()
-        if name.lower() not in _NOT_TO_CLIENT and not name.lower().startswith("access-control-")
+        if name.lower() not in ends_here and not name.lower().startswith("access-control-")
     )

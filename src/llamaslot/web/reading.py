@@ -7,10 +7,9 @@ from typing import Any
 import aiohttp
 import orjson
 
-from llamaslot.errors import BackendDown
+from llamaslot.llama.api import next_piece
 from llamaslot.llama.assemble import Assembly
 from llamaslot.llama.sse import Earlier, EventSplitter, data_of, event_of, index_of, usages
-from llamaslot.web.downstream import BROKEN_OFF
 
 _NOTED = (b'"timings"', b'"error"', b'"prompt_progress"', b'"usage"')
 _LAST = (b"data: [DONE]", b"event: message_stop", b"event: response.completed", b"event: error")
@@ -56,12 +55,7 @@ class Reading:
 
         Raises BackendDown when the connection breaks, and UpstreamError for an error in what is assembled.
         """
-        try:
-            chunk = await self._upstream.content.readany()
-        except aiohttp.SocketTimeoutError:
-            raise  # whoever has sent the request knows what that means
-        except aiohttp.ClientError as error:
-            raise BackendDown(BROKEN_OFF) from error
+        chunk = await next_piece(self._upstream)
         if not chunk:
             return None
         return [passed for event in self._splitter.feed(chunk) if (passed := self._event(event))]

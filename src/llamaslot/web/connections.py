@@ -1,0 +1,212 @@
+"""Connections of clients: what each may hold and how long its request may take, and answers to what is no HTTP.
+
+Half-closed: a client that shuts down its sending side has left, for a client that is gone looks the same until it is
+written to, and its slot should not wait for that. aiohttp closes such a connection, and cancels the handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import socket
+from dataclasses import dataclass
+
+import orjson
+from aiohttp import web
+from aiohttp.http_exceptions import (
+    BadHttpMethod,
+    BadStatusLine,
+    ContentEncodingError,
+    HttpProcessingError,
+    LineTooLong,
+)
+
+from llamaslot.errors import BadRequest, LlamaslotError, QueueFull, TooSlow
+from llamaslot.web.downstream import MISTAKE, error_response
+
+log = logging.getLogger(__name__)
+
+#: More than that in a transport's own buffer, and whoever writes waits.
+WRITE_BYTES = 1 << 15
+_UNSENT_BYTES = 1 << 16  # asked of the kernel, for what a client does not take yet
+_FEW_FILES = 4096
+_RESERVED_FILES = 2048  # for connections to llama-server, snapshots, the index
+# TCP_USER_TIMEOUT is in ms: for what was sent, or waits for a full window. The others in s: while nothing is sent.
+_SILENCE = {"TCP_USER_TIMEOUT": 60_000, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+_OPTIONS = {**_SILENCE, "TCP_NOTSENT_LOWAT": _UNSENT_BYTES}
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """With one client: ``read_s`` for a header, once it has begun; ``idle_s`` between two requests."""
+
+    read_s: float
+    idle_s: float = 75.0
+
+
+class TooManyConnections(QueueFull):
+    """No more are let in."""
+
+
+class Connections:
+    """Makes a connection for each client; at most ``n_max`` of them, or as many as this process may have files for."""
+
+    def __init__(self, server: web.Server, patience: Patience, n_max: int | None) -> None:
+        self._server, self._patience = server, patience
+        self._n_max = n_max if n_max is not None else _n_for_clients()
+        self._open: set[Connection] = set()
+        self._is_full = False
+
+    def __call__(self) -> Connection:
+        return Connection(self, self._server, self._patience)
+
+    def enter(self, connection: Connection) -> bool:
+        if len(self._open) >= self._n_max:
+            if not self._is_full:
+                log.warning(
+                    "%d connections are open, and no more are let in: see listen.max_connections", self._n_max
+                )
+            self._is_full = True
+            return False
+        self._open.add(connection)
+        return True
+
+    def leave(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        self._is_full = self._is_full and len(self._open) > 0.9 * self._n_max
+
+
+def _n_for_clients() -> int:
+    """Half of the files: a running request takes one more, to llama-server."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1_000_000 if limit < 0 else max(limit - _RESERVED_FILES, limit // 2)
+
+
+class Connection(web.RequestHandler):
+    """One connection of a client."""
+
+    __slots__ = ("_all", "_header_timer", "_is_serving", "_patience")
+
+    def __init__(self, every: Connections, server: web.Server, patience: Patience) -> None:
+        loop = asyncio.get_running_loop()
+        super().__init__(server, loop=loop, keepalive_timeout=patience.idle_s, access_log=None)  # type: ignore[arg-type]
+        self._all, self._patience, self._is_serving = every, patience, False
+        self._header_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert self.transport is not None
+        self.transport.set_write_buffer_limits(high=WRITE_BYTES)
+        set_options(self.transport)
+        if not self._all.enter(self):
+            error = TooManyConnections(
+                "there are as many connections as there may be (listen.max_connections)", 5
+            )
+            self._say_and_close("503 Service Unavailable", error, "Retry-After: 5\r\n")
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._all.leave(self)
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._is_serving and self._header_timer is None:
+            self._header_timer = self._loop.call_later(self._patience.read_s, self._is_too_slow)
+        super().data_received(data)
+
+    def serving(self, is_serving: bool) -> None:
+        """Told when a request's header is there, and when its answer is made."""
+        self._is_serving = is_serving
+        self._stop_timer()
+
+    def _stop_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _is_too_slow(self) -> None:
+        self._header_timer = None
+        if self.transport is None or self._is_serving:
+            return
+        log.info("a client has not sent its request's header in %g s: closed", self._patience.read_s)
+        self._say_and_close(
+            "408 Request Timeout", TooSlow("the header of the request has not come to its end in time")
+        )
+
+    def _say_and_close(self, status: str, error: LlamaslotError, more: str = "") -> None:
+        """An answer to who has asked nothing yet."""
+        assert self.transport is not None
+        body = orjson.dumps(error.body())
+        head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n{more}"
+        self.transport.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        self.force_close()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """As aiohttp, which logs it, raises ConnectionError where half an answer is sent, and closes the connection;
+        but told in the shape of every other error."""
+        super().handle_error(request, status, exc, message)
+        response = error_response(_wording(exc) if status < 500 else LlamaslotError(MISTAKE))
+        response.force_close()
+        return response
+
+
+class _TooLong(BadRequest):
+    status = 431
+
+
+class _Unpackable(BadRequest):
+    status = 415
+
+
+def _wording(error: BaseException | None) -> LlamaslotError:
+    """What is wrong with a request that aiohttp cannot read, without what was in it."""
+    said = error.message if isinstance(error, HttpProcessingError) else ""
+    if isinstance(error, LineTooLong):
+        return _TooLong("the request's address or one of its headers is longer than 8190 bytes")
+    if said.startswith("Too many headers"):
+        return _TooLong("the request has more than 128 headers")
+    if isinstance(error, ContentEncodingError):
+        return _Unpackable(f"{said}: send the body as gzip, or plain")
+    if isinstance(error, BadHttpMethod | BadStatusLine):
+        hint = ", but TLS: this port takes http:// only" if "HTTPS" in said else ""
+        return BadRequest(f"this is no HTTP request{hint}")
+    return BadRequest(f"the request is not valid HTTP: {said.partition(':')[0].partition(chr(10))[0]}")
+
+
+def set_options(transport: asyncio.BaseTransport) -> None:
+    """Let the kernel close the connection of a client that has gone without saying so (a laptop asleep, a network that
+    is gone) or takes nothing of its answer any more, and keep little for one that is slow. Else it would keep its slot
+    for two hours, or for ever.
+
+    The options are Linux'; elsewhere the defaults hold.
+    """
+    sock = transport.get_extra_info("socket")
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    with contextlib.suppress(OSError):  # closed already
+        for name, value in _OPTIONS.items():
+            if (option := getattr(socket, name, None)) is not None:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def raise_file_limit() -> None:
+    """Let this process have as many files and connections as it may."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # no limit at all, in some containers more than the kernel allows
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    now = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if 0 <= now < _FEW_FILES:
+        log.warning(
+            "this process may have %d open files: each client takes one, each running request two; raise LimitNOFILE"
+            " (systemd) or ulimit -n", now,
+        )  # fmt: skip
