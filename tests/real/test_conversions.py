@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from llamaslot.core.tokens import head, unpack
-from llamaslot.llama import anthropic, responses
+from llamaslot.llama import anthropic, media, responses
 from llamaslot.llama.api import LlamaServer
 from llamaslot.llama.opaque import OpaquePrompt
 from llamaslot.llama.prompts import Prompt, Prompts
@@ -444,8 +444,32 @@ async def test_messages_drop_and_responses_keep_what_is_for_llama_server(name: s
     assert responses.chat_body({"input": "hi", name: "x"})[name] == "x"
 
 
-IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aGk="}}
 INPUT_IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,aGk="}
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aGk="}}
+
+
+@pytest.mark.parametrize(
+    ("path", "convert", "body"),
+    [
+        ("/v1/messages", anthropic.chat_body, {"messages": [user(IMAGE)]}),
+        ("/v1/messages", anthropic.chat_body, {"messages": [user({**RESULT, "content": [IMAGE]})]}),
+        ("/v1/responses", responses.chat_body, {"input": [{"role": "user", "content": [INPUT_IMAGE]}]}),
+        (
+            "/v1/chat/completions",
+            dict,
+            {"messages": [user({"type": "image_url", "image_url": {"url": "x"}})]},
+        ),
+    ],
+)
+async def test_an_image_is_one_there_too(
+    path: str, convert: Callable[[Mapping[str, Any]], Any], body: dict[str, Any], real: Real
+) -> None:
+    """A server without a model for it refuses it, before it looks at what the image is."""
+    assert media.kinds(convert(body)) == {"image_url"}
+    assert media.up_to_medium(convert(body))["messages"][-1]["content"][-1]["text"] == media.PLACE
+    status, error = await ask(real, path, body)
+    assert status == 500
+    assert "image input is not supported" in error["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -453,15 +477,12 @@ INPUT_IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,aGk="}
     [
         ("/v1/messages", anthropic.chat_body, {"system": "x"}, 500),
         ("/v1/messages", anthropic.chat_body, {"messages": [{"role": "user"}]}, 400),
-        ("/v1/messages", anthropic.chat_body, {"messages": [user(IMAGE)]}, 500),
-        ("/v1/messages", anthropic.chat_body, {"messages": [user({**RESULT, "content": [IMAGE]})]}, 500),
         ("/v1/responses", responses.chat_body, {"instructions": "x"}, 400),
         ("/v1/responses", responses.chat_body, {"input": "hi", "tools": None}, 400),
         ("/v1/responses", responses.chat_body, {"input": "hi", "previous_response_id": "resp_1"}, 400),
         ("/v1/responses", responses.chat_body, {"input": [{"role": "assistant", "content": "ok"}]}, 400),
         ("/v1/responses", responses.chat_body, {"input": [{"type": "item_reference", "id": "x"}]}, 400),
         ("/v1/responses", responses.chat_body, {"input": [{**REASONING, "content": []}]}, 400),
-        ("/v1/responses", responses.chat_body, {"input": [{"role": "user", "content": [INPUT_IMAGE]}]}, 500),
         (
             "/v1/responses",
             responses.chat_body,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import sys
 from collections.abc import AsyncIterator
@@ -14,6 +15,8 @@ import orjson
 import pytest
 import pytest_asyncio
 
+from llamaslot.llama.api import LlamaServer
+from llamaslot.llama.offered import Offered
 from llamaslot.llama.routes import ROUTES, Route, classify
 from tests.support import models
 from tests.support.real import RealServer, free_port
@@ -58,15 +61,15 @@ EMBEDDINGS = {"/embedding", "/embeddings", "/v1/embeddings"}
 
 # What each slot holds, by its number, and the order in which they are filled: slot 1 was used longest ago.
 HELD, ORDER = "wxyz", (1, 0, 2, 3)
-# The embedded engine with --embeddings, which it has no flag for.
-EMBEDDING = """
-import xllamacpp, llamaslot.llama.embedded as embedded
+# The embedded engine with --embeddings, or with --reranking, which it has no flags for.
+POOLING = """
+import sys, xllamacpp, llamaslot.llama.embedded as embedded
 plain = embedded._params
 def params(module, flags):
     p = plain(module, flags)
-    p.embedding, p.pooling_type = True, xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
+    p.embedding, p.pooling_type = True, getattr(xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{pooling}")
     return p
-embedded._params = params
+embedded._params, pooling = params, sys.argv.pop(1)
 embedded.main()
 """
 
@@ -144,37 +147,65 @@ async def test_an_unpinned_request_lands_where_its_prefix_is(server: RealServer,
     assert changed == [False, False, True, False]
 
 
-async def test_embeddings_take_slots_of_their_own_choice(model: Path, tmp_path: Path) -> None:
-    """One slot for each input, whatever id_slot says; on a server that also answers completions."""
+@contextlib.asynccontextmanager
+async def pooling(how: str, model: Path, directory: Path) -> AsyncIterator[str]:
+    """A server that answers embeddings (MEAN) or also ranks (RANK); its URL."""
     port = free_port()
-    flags = (
-        "-m",
-        str(model),
-        "--port",
-        str(port),
-        "-np",
-        "4",
-        "-c",
-        "8192",
-        "-t",
-        "1",
-        "--log-file",
-        str(tmp_path / "log"),
-    )
+    flags = ["-m", str(model), "--port", str(port), "-np", "4", "-c", "8192", "-t", "1"]
+    flags += ["--slot-save-path", str(directory), "--log-file", str(directory / "log")]
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", EMBEDDING, *flags, stdin=asyncio.subprocess.PIPE
+        sys.executable, "-c", POOLING, how, *flags, stdin=asyncio.subprocess.PIPE
     )
     try:
-        url = f"http://127.0.0.1:{port}"
-        await until_healthy(url, process)
+        await until_healthy(url := f"http://127.0.0.1:{port}", process)
+        yield url
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def test_embeddings_take_slots_of_their_own_choice(model: Path, tmp_path: Path) -> None:
+    """One slot for each input, whatever id_slot says; on a server that also answers completions."""
+    async with pooling("MEAN", model, tmp_path) as url:
         for path in sorted(EMBEDDINGS):
             assert not classify("POST", path).honours_id_slot
             assert await landed(url, path, BODIES[path] | {"id_slot": 3}) == {ORDER[0]}
         two = {"input": ["hi", "there"], "id_slot": 3}
         assert await landed(url, "/v1/embeddings", two) == set(ORDER[:2])
-    finally:
-        process.kill()
-        await process.wait()
+        assert await landed(url, "/v1/embeddings", {"input": HELD[2] * 30 + "x"}) == {2}, "the longest prefix"
+        slots = orjson.loads((await ask(url, "GET", "/slots"))[1])
+        assert [slot["n_prompt_tokens"] for slot in slots] == [50, 50, 31, 50], "it holds the input then"
+
+
+async def test_ranking_takes_a_slot_for_each_document(model: Path, tmp_path: Path) -> None:
+    """As embeddings do."""
+    async with pooling("RANK", model, tmp_path) as url:
+        for path in sorted(OTHER_MODELS):
+            if "rank" in path:
+                body = {"query": "a", "documents": ["b", "c", "d"], "id_slot": 3}
+                assert await landed(url, path, body) == set(ORDER[:3])
+
+
+async def test_an_empty_body_tells_whether_a_route_is_there(
+    server: RealServer, model: Path, tmp_path: Path
+) -> None:
+    """It takes no slot, wherever it is sent."""
+    async with (
+        pooling("RANK", model, tmp_path) as ranking,
+        RealServer(models.dense(tmp_path), tmp_path) as plain,
+    ):
+        ranks = {route.path for route in ROUTES if "rank" in route.path or "embedding" in route.path}
+        for url, there in (
+            (server.url, {"/infill"}),
+            (ranking, ranks | {"/infill"}),
+            (plain.url, set[str]()),
+        ):
+            api, before = LlamaServer(url), await ask(url, "GET", "/slots")
+            offered = Offered(api)
+            found = {r.path for r in ROUTES if r.may_be_missing and await offered.has(r.path)}
+            assert found == there
+            assert await ask(url, "GET", "/slots") == before
+            await api.close()
 
 
 async def test_passed_on_routes_take_no_slot(server: RealServer) -> None:

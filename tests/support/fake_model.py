@@ -73,6 +73,7 @@ class FakeModel:
     strips: bool = False
     has_infill: bool = True  # tokens for /infill
     takes_media: bool = False
+    moves_media: bool = False  # in front of all text
 
     def tokenize(self, text: str, *, parse_special: bool = True) -> list[int]:
         if not parse_special:
@@ -126,7 +127,8 @@ class FakeModel:
             for part in fake_media.of(body):
                 kind = str(part["type"]).removeprefix("input_").removesuffix("_url")
                 raise BadInput(NO_MEDIA.format(kind), 500, "server_error")
-        return render(body)
+        moved = "".join(map(fake_media.shown, fake_media.of(body))) if self.moves_media else ""
+        return moved + render(body)
 
 
 def _text(message: dict[str, Any]) -> str:

@@ -37,7 +37,9 @@ async def test_a_slot_nobody_knows_while_somebody_waits_for_his_turn(tmp_path: P
         async with asyncio.timeout(20), asyncio.TaskGroup() as group:
             first = group.create_task(it.post(MESSAGES, said(letters(2, 300))))
             await it.fake.wait_for(lambda fake: any(slot.is_processing for slot in fake.slots))
-            second = group.create_task(it.post("/infill", {"input_prefix": "x", "n_predict": 1}))
+            second = group.create_task(
+                it.post("/infill", {"input_prefix": "x", "input_suffix": "", "n_predict": 1})
+            )
             third = group.create_task(it.post(NATIVE, {"prompt": "y", "n_predict": 1, "n_cmpl": 2}))
             await it.until(lambda: it.backend.scheduler.n_waiting > 0 or len(it.backend.scheduler.leases) > 1)
             it.fake.go()

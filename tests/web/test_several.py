@@ -72,6 +72,21 @@ async def test_a_route_of_unknown_tokens_costs_nobody_his_context(
         await nobody_lost_anything(it)
 
 
+async def test_it_is_counted_and_said_without_its_words(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once for all that are served so for the same reason."""
+    async with served(tmp_path) as it:
+        for path in (*OPAQUE, *OPAQUE):
+            assert (await it.post(path, OPAQUE[path])).status == 200
+        for kind in ("messages", "responses"):
+            assert await it.count(f'unrecognized_total{{kind="{kind}",reason="shape"}}') == 2
+    said = [line for line in caplog.messages if "without knowing its tokens" in line]
+    assert len(said) == 1
+    assert all(letters(seed, 300)[:10] not in caplog.text for seed in (50, 51))
+    assert "input_file" not in caplog.text
+
+
 @pytest.mark.parametrize("path", OPAQUE)
 async def test_it_does_so_while_others_are_at_work(tmp_path: Path, path: str) -> None:
     """Two users' answers run all the time, two others' contexts lie in the idle slots."""

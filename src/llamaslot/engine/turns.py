@@ -13,7 +13,7 @@ import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
 
-from llamaslot.core.slots import NOTHING, Job, Slot
+from llamaslot.core.slots import NOTHING, Content, Job, Slot
 from llamaslot.engine.lease import Lease, Phase, PlanAgain
 from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
@@ -35,9 +35,15 @@ class Turn:
     """The slots that one request with a will of its own may take; ``settle`` sorts out which it took."""
 
     def __init__(
-        self, api: LlamaServer, lease: Lease, others: list[Lease], before: dict[int, SlotInfo]
+        self,
+        api: LlamaServer,
+        lease: Lease,
+        others: list[Lease],
+        before: dict[int, SlotInfo],
+        left: Content | None,
     ) -> None:
         self._api, self._lease, self._others, self._before = api, lease, others, before
+        self._left = left
         self._settled = False
 
     async def watch_landing(self) -> None:
@@ -95,13 +101,15 @@ class Turn:
         except LlamaslotError:
             return  # nothing is known: as if aborted
         self._settled = True  # not before the await: cancelled there, ``abort`` gives the slots back
-        for lease, info in self._look_up(infos):
+        held = self._look_up(infos)
+        taken = [info for _, info in held if not info.is_processing and not self._is_untouched(info)]
+        for lease, info in held:
             if info.is_processing:
                 self._is_working_in(lease)
             elif self._is_untouched(info):
                 lease.done(lease.content)
             else:
-                lease.done(NOTHING if not info.n_tokens else None)
+                lease.done(NOTHING if not info.n_tokens else self._left if len(taken) == 1 else None)
             lease.release()
         self._lease.scheduler.end_turn(self._lease)
 
@@ -131,10 +139,13 @@ class Turns:
         self._clearing: dict[Lease, None] = {}  # in their order
 
     @contextlib.asynccontextmanager
-    async def take(self, lease: Lease, report: Callable[[str], None]) -> AsyncIterator[Turn]:
+    async def take(
+        self, lease: Lease, report: Callable[[str], None], left: Content | None = None
+    ) -> AsyncIterator[Turn]:
         """Wait until nobody is between two steps, then lease and save what the request may take.
 
-        ``lease`` is the parent's (``n`` > 1) or one without a slot. Cancelling is safe: what is leased is given back.
+        ``lease`` is the parent's (``n`` > 1) or one without a slot. ``left``: what its one slot holds at its end, as
+        far as that is known. Cancelling is safe: what is leased is given back.
         """
         report("waiting for its turn")
         self._scheduler.wait_for_turn(lease)
@@ -163,7 +174,7 @@ class Turns:
                 fresh = self._scheduler.lease_idle(lease.job)  # those whose answers have ended meanwhile
             before = {info.id: info for info in await self._api.slots()}
             lease.still_holds()  # what is sent now would land in slots that the new pool takes for idle
-            turn = Turn(self._api, lease, others, before)
+            turn = Turn(self._api, lease, others, before, left)
             watcher = self._tasks.spawn(turn.watch_landing(), f"{lease.job.id} lands")
             try:
                 yield turn

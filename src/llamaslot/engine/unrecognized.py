@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 _WHY = {
     Reason.SHAPE: "something in its body is not known to llamaslot; please report its shape",
     Reason.TEMPLATE: "the chat template shows it otherwise than llamaslot thought; please report which model that is",
-    Reason.MEDIA: "it has media, and no text before them that could be told",
+    Reason.MEDIA: "it has images or audio with no text before them, or llama-server chooses its slot",
     Reason.INFILL: "how this llama-server puts its parts together could not be found out; a --batch-size below the"
     " context of a slot helps",
     Reason.MISCOUNTED: "llama-server has counted other tokens in it; please report which model that is",

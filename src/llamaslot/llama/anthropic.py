@@ -25,14 +25,16 @@ _STAMP_BYTES = 5
 _LEFT_OUT = {"redacted_thinking"}
 _LEFT_OUT_OF_RESULTS = {"tool_reference"}
 
+_IMAGE = {"type": "image_url"}
 _CHOICES = {"auto": "auto", "any": "required", "tool": "required"}  # "none" is dropped: the model may call
 
 
 def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
     """The chat body whose rendering is the prompt of ``body``.
 
-    Raises OpaquePrompt for what is not known to render alike: images, documents, unknown blocks, and bodies that
-    llama-server refuses (its own answer to those says it best).
+    An image is one there too, but only its place: such a chat is rendered up to there. Raises OpaquePrompt for what is
+    not known to render alike: documents, unknown blocks, and bodies that llama-server refuses (its own answer to those
+    says it best).
     """
     messages: list[Any] = [{"role": "system", "content": text} for text in _system(body.get("system"))]
     given = body.get("messages")
@@ -102,14 +104,14 @@ def _messages(message: Any) -> Iterator[Any]:
                 texts.append(block)
             case "thinking":
                 reasoning += _text(block, "thinking")
+            case "image" if _is_shown(block):
+                texts.append(_IMAGE)
             case "tool_use":
                 calls.append(_call(block))
             case "tool_result":
                 results.append(_result(block))
             case other if other not in _LEFT_OUT:
-                raise OpaquePrompt(
-                    f"a block of type {other!r}", Reason.MEDIA if other == "image" else Reason.SHAPE
-                )
+                raise OpaquePrompt(f"a block of type {other!r}", _reason(other))
     if texts or calls or reasoning:
         made: dict[str, Any] = {"role": message["role"], "content": texts or ""}
         if calls:
@@ -137,10 +139,16 @@ def _result(block: Mapping[str, Any]) -> dict[str, Any]:
     """A message of role ``tool``: texts joined by nothing; ``is_error`` is dropped."""
     content = block.get("content")
     if isinstance(content, list):
-        for part in content:
-            if (type_ := _type(part)) != "text" and type_ not in _LEFT_OUT_OF_RESULTS:
-                raise OpaquePrompt(f"a tool result with a block of type {type_!r}")
+        images = list[Any]()
+        for at, part in enumerate(content):
+            if (type_ := _type(part)) == "image" and _is_shown(part):
+                images, content = [_IMAGE], content[:at]
+                break  # nothing behind it is looked at
+            if type_ != "text" and type_ not in _LEFT_OUT_OF_RESULTS:
+                raise OpaquePrompt(f"a tool result with a block of type {type_!r}", _reason(type_))
         content = "".join(_text(part, "text") for part in content if part["type"] == "text")
+        if images:
+            content = [{"type": "text", "text": content}, *images]
     elif content is not None and not isinstance(content, str):
         raise OpaquePrompt("a tool result whose content is neither a string nor a list")
     return {"role": "tool", "tool_call_id": _text(block, "tool_use_id"), "content": content or ""}
@@ -156,6 +164,16 @@ def _tool(tool: Any) -> dict[str, Any]:
         "parameters": tool.get("input_schema", {}),
     }
     return {"type": "function", "function": function}
+
+
+def _is_shown(image: Mapping[str, Any]) -> bool:
+    """Whether llama-server shows it; it leaves out one from elsewhere, a file's for one."""
+    source = image.get("source")
+    return isinstance(source, Mapping) and source.get("type") in ("base64", "url")
+
+
+def _reason(unknown: str) -> Reason:
+    return Reason.MEDIA if unknown == "image" else Reason.SHAPE
 
 
 def _type(block: Any) -> str:

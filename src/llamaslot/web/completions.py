@@ -91,7 +91,7 @@ class _Exchange:
         request: web.Request,
         route: Route,
         body: dict[str, Any],
-        unrecognized: Callable[[], Awaitable[web.StreamResponse]],
+        unrecognized: Callable[..., Awaitable[web.StreamResponse]],
         whole: _Exchange | None = None,
     ) -> None:
         """``unrecognized`` serves the request without knowing its tokens, in whatever slot llama-server chooses.
@@ -133,8 +133,8 @@ class _Exchange:
             met, want = await self._met_and_wanted()
             if want.is_beyond_server:
                 return await self._refused_by_server()
-            if want.job.is_steered and not want.prompts:
-                return self._counted(want, await self.unrecognized())
+            if want.job.is_steered and (not want.prompts or want.is_head):
+                return self._counted(want, await self.unrecognized(head=want.left_in_slot))
             if len(want.prompts) > 1 and self._is_long(want):
                 return await self._serve_each(want)
             try:

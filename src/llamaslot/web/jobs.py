@@ -88,6 +88,8 @@ async def wanted(
     pool, unknown = met.pool, None
     try:
         said = await _said(body, kind, backend, met, pool.rules.space(user).user)
+        if said.is_head and kind == "messages":
+            unknown = Reason.MEDIA  # llama-server chooses the slot, by the share of a prompt of unknown length
     except OpaquePrompt as error:
         said, unknown = _Said(None, ()), error.reason
     for prompt in said.prompts:

@@ -10,7 +10,7 @@ import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
 
-from llamaslot.core.slots import Job
+from llamaslot.core.slots import Content, Job
 from llamaslot.engine.backend import Backend
 from llamaslot.errors import BackendDown, BackendRestarted
 from llamaslot.llama.routes import Route, origin_form
@@ -57,34 +57,37 @@ class Passthrough:
             return await relay(request, upstream, {})
 
     async def in_turn(
-        self, request: web.Request, route: Route, raw: bytes | None = None
+        self, request: web.Request, route: Route, raw: bytes | None = None, head: bytes = b""
     ) -> web.StreamResponse:
         """A request that takes slots of llama-server's choice: while nobody else is between two steps. Cancelling gives
-        the slots back when the server is through with them. ``raw``: its body, if that was read before."""
+        the slots back when the server is through with them. ``raw``: its body, if that was read before.
+        ``head``: the tokens of its prompt up to its first medium; llama-server finds the slot that has them by itself.
+        """
         if raw is None:
             raw = await self._uploads.whole(request)
         if route.may_be_missing and not await self.is_offered(route):
             return await self.unprepared(request, raw)
         # Nobody reads these answers closely enough to tell when they begin.
         async with Deadlines(replace(self._timeouts, first_token_s=None)).kept():
-            return await self._in_turns(request, raw)
+            return await self._in_turns(request, raw, head)
 
-    async def _in_turns(self, request: web.Request, raw: bytes) -> web.StreamResponse:
+    async def _in_turns(self, request: web.Request, raw: bytes, head: bytes) -> web.StreamResponse:
         id_ = request_id(request.headers)
         for _ in range(ATTEMPTS):
             met = await self._backend.ready()
             try:
-                return await self._in_turn(request, raw, id_)
+                return await self._in_turn(request, raw, id_, head)
             except BackendRestarted:  # raised before anything was sent
                 self._backend.lost(met)
         raise BackendDown("llama-server restarts again and again; see its log")
 
-    async def _in_turn(self, request: web.Request, raw: bytes, id_: str) -> web.StreamResponse:
+    async def _in_turn(self, request: web.Request, raw: bytes, id_: str, head: bytes) -> web.StreamResponse:
         user = user_of(request)
         job = Job(id_, is_unpinned=True, user=user, space=self._backend.rules.space(user))
+        left = Content(head, is_exact=False, space=job.space, has_media=True) if head else None
         with await self._backend.scheduler.lease(job) as lease:
             async with (
-                self._backend.turns.take(lease, lambda _: None) as turn,
+                self._backend.turns.take(lease, lambda _: None, left) as turn,
                 self._upstream(request, raw, to_server(request)) as upstream,
             ):
                 return await relay(request, upstream, {"x-request-id": id_}, turn.settle, lease.talks)
