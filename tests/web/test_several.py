@@ -87,6 +87,34 @@ async def test_it_is_counted_and_said_without_its_words(
     assert "input_file" not in caplog.text
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("kind", ["messages", "responses"])
+async def test_a_conversion_that_was_wrong_is_not_trusted_again(
+    tmp_path: Path, kind: str, stream: bool
+) -> None:
+    """The server counts otherwise: bodies of that shape are served without their tokens, others go on as before."""
+    path, limit = f"/v1/{kind}", "max_tokens" if kind == "messages" else "max_output_tokens"
+    name, part = ("messages", "text") if kind == "messages" else ("input", "input_text")
+
+    def asked(n: int, **more: Any) -> dict[str, Any]:
+        content = [{"type": part, "text": letters(n, 300)}]
+        return {name: [{"role": "user", "content": content}], limit: 4, "stream": stream, **more}
+
+    async with served(tmp_path, slots=3) as it:
+        it.fake.faults.miscount = 1
+        assert (await it.post(path, asked(1))).status == 200
+        it.fake.faults.miscount = 0
+        for n in (2, 2):
+            assert (await it.post(path, asked(n))).headers.get("x-llamaslot-reused-tokens", "0") == "0"
+        assert await it.count(f'unrecognized_total{{kind="{kind}",reason="miscounted"}}') == 3
+        await it.post(path, asked(3, temperature=0))
+        assert (await it.post(path, asked(3, temperature=0))).n_reused in (317, 318)
+        assert await it.count(f'unrecognized_total{{kind="{kind}",reason="miscounted"}}') == 3
+        await it.fake.restart()
+        await it.post(path, asked(4))
+        assert await it.count(f'unrecognized_total{{kind="{kind}",reason="miscounted"}}') == 3
+
+
 @pytest.mark.parametrize("path", OPAQUE)
 async def test_it_does_so_while_others_are_at_work(tmp_path: Path, path: str) -> None:
     """Two users' answers run all the time, two others' contexts lie in the idle slots."""

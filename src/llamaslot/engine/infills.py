@@ -7,7 +7,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from llamaslot.core.slots import Job
+from llamaslot.core.slots import NOTHING, Job
+from llamaslot.engine.beliefs import until_idle
 from llamaslot.engine.handshake import Met
 from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
@@ -58,5 +59,6 @@ class Infills:
             except OpaquePrompt as error:
                 log.info("%s", error)
                 known = error
-            lease.done(None)  # not after anything else: the server may be at work yet
+            await until_idle(self._api, lease, NOTHING, self._scheduler.now)
+            lease.done(None)
             return known

@@ -243,8 +243,20 @@ class LlamaServer:
 
     async def ask(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
         """``POST`` any route: status and JSON, None for what is none. Raises BackendDown only."""
+        return await self._ask(path, body)
+
+    async def refusal(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+        """As ``ask``, of a body that should be refused: if it is not, nobody waits for its answer. With
+        ``return_progress`` llama-server notices that within a batch."""
+        return await self._ask(path, body, only_refusals=True)
+
+    async def _ask(
+        self, path: str, body: Mapping[str, Any], *, only_refusals: bool = False
+    ) -> tuple[int, Any]:
         headers = {"Content-Type": "application/json"}
         async with self.request("POST", path, data=orjson.dumps(body), headers=headers) as response:
+            if only_refusals and response.status < 400:
+                return response.status, None
             try:
                 return response.status, orjson.loads(await response.read())
             except orjson.JSONDecodeError:

@@ -27,13 +27,16 @@ _CACHE_BYTES = 8 << 20
 
 
 class InfillServer(Protocol):
-    """Routes of llama-server. ``ask`` sends a body to ``/infill``: status and JSON of the answer."""
+    """Routes of llama-server. ``ask`` sends a body: status and JSON of the answer; ``refusal`` does not wait for one
+    that is none."""
 
     async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes: ...
 
     async def detokenize(self, tokens: bytes) -> str: ...
 
     async def ask(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]: ...
+
+    async def refusal(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +151,8 @@ async def learn(server: InfillServer, slot: int, n_ctx: int, n_predict: int) -> 
 
 class _Learning:
     def __init__(self, server: InfillServer, slot: int, n_ctx: int, n_predict: int) -> None:
-        self._server, self._slot, self._n_ctx, self._n_predict = server, slot, n_ctx, n_predict
+        self._server, self._n_ctx, self._n_predict = server, n_ctx, n_predict
+        self._ours = {"id_slot": slot, "n_predict": 0, "cache_prompt": False}
         self._n_empty = 0  # tokens of a prompt of nothing
 
     async def candidates(self) -> list[Layout]:
@@ -199,7 +203,11 @@ class _Learning:
         prompt, prefix = _WORD * (self._n_ctx // 2 + 2), _WORD * (_LONG_PREFIX // 2)
         n_prompt = count(await self._server.tokenize(prompt, add_special=False))
         n_prefix = count(await self._server.tokenize(prefix, add_special=False, parse_special=False))
-        status, answer = await self._ask({"input_prefix": prefix, "input_suffix": "", "prompt": prompt})
+        # Old builds cut what is too long and compute the rest; that must not go on for longer than a batch.
+        body = {"input_prefix": prefix, "input_suffix": "", "prompt": prompt, "stream": True}
+        status, answer = await self._server.refusal(
+            "/infill", {**body, **self._ours, "return_progress": True}
+        )
         error = answer.get("error") if isinstance(answer, dict) else None
         n_total = error.get("n_prompt_tokens") if isinstance(error, dict) else None
         if n_prompt < self._n_ctx or status != 400 or not isinstance(n_total, int):
@@ -222,8 +230,7 @@ class _Learning:
         return text, n
 
     async def _ask(self, body: dict[str, Any]) -> tuple[int, Any]:
-        ours = {"id_slot": self._slot, "n_predict": 0, "cache_prompt": False}
-        return await self._server.ask("/infill", {**body, **ours})
+        return await self._server.ask("/infill", {**body, **self._ours})
 
 
 def _marked(ids: list[int], name: list[int]) -> tuple[list[int], list[int]]:

@@ -27,7 +27,7 @@ from llamaslot.llama.routes import Format
 from llamaslot.llama.sse import Earlier
 from llamaslot.web.downstream import SSE_HEADERS, Downstream
 from llamaslot.web.headers import to_client
-from llamaslot.web.jobs import Wanted
+from llamaslot.web.jobs import CONVERTED, Wanted
 from llamaslot.web.reading import Reading
 
 log = logging.getLogger(__name__)
@@ -315,8 +315,12 @@ class Answering:
         if want.is_head and self.lease.content is not None:
             self.lease.content = self._with_media(self.lease.content, before)
         self.lease.release()
-        if timings and n_found is not None and len(want.prompts) == 1 and not want.is_head:
+        if len(want.prompts) != 1 or want.is_head:
+            return
+        if timings and n_found is not None:
             self._learn(timings, n_found)
+        elif self._reading.n_prompt is not None:
+            self._confirm(self._reading.n_prompt)
 
     def _check_head(self, n_found: int | None) -> None:
         """What was computed ahead of a medium must have been found, all but what the end of a text may cost."""
@@ -325,14 +329,23 @@ class Answering:
 
     def _learn(self, timings: dict[str, Any], n_found: int) -> None:
         rates, n_total = self.backend.rates, n_found + int(timings["prompt_n"])
-        if not self.backend.prompts.confirm(self.want.prompts[0], n_total):
-            self.backend.unrecognized.count(self.asked.kind, Reason.MISCOUNTED)
-            if self.asked.kind == "infill":
-                self.backend.infills.miscounted()
+        self._confirm(n_total)
         if self.here is None and n_total - n_found > 1:
             rates.prefill.observe(n_found, n_total, float(timings["prompt_ms"]) / 1000)
         if n_predicted := int(timings.get("predicted_n", 0)):
             rates.answer.observe(n_predicted, float(timings["predicted_ms"]) / 1000)
+
+    def _confirm(self, n_total: int) -> None:
+        """llama-server has counted ``n_total`` tokens in the prompt. Where these are others than were thought, and that
+        is no matter of cuts, bodies of this shape are no more taken for known."""
+        backend, kind, prompt = self.backend, self.asked.kind, self.want.prompts[0]
+        if backend.prompts.confirm(prompt, n_total):
+            return
+        backend.unrecognized.count(kind, Reason.MISCOUNTED)
+        if kind == "infill":
+            backend.infills.miscounted()
+        elif kind in CONVERTED and prompt.whole:
+            backend.wrong_shapes.add(self.asked.body)
 
     def _log(self) -> None:
         """One line per answer: where it ran, what was reused, and how long the client waited."""

@@ -81,6 +81,10 @@ def lora_of(body: Mapping[str, Any]) -> str:
     return orjson.dumps([{"id": id_, "scale": scales[id_]} for id_ in sorted(scales)]).decode()
 
 
+#: llama-server makes a chat of these; so does llamaslot, and may be wrong.
+CONVERTED: tuple[Format, ...] = ("messages", "responses")
+
+
 async def wanted(
     id_: str, body: Mapping[str, Any], kind: Format, backend: Backend, met: Met, user: User
 ) -> Wanted:
@@ -89,7 +93,9 @@ async def wanted(
     try:
         said = await _said(body, kind, backend, met, pool.rules.space(user).user)
         if said.is_head and kind == "messages":
-            unknown = Reason.MEDIA  # llama-server chooses the slot, by the share of a prompt of unknown length
+            unknown = (
+                Reason.MEDIA
+            )  # llama-server chooses the slot, by the share of a prompt of unknown length
     except OpaquePrompt as error:
         said, unknown = _Said(None, ()), error.reason
     for prompt in said.prompts:
@@ -134,6 +140,8 @@ async def _said(body: Mapping[str, Any], kind: Format, backend: Backend, met: Me
     that was converted nobody knows whether llama-server would refuse it too, so it is served without its tokens."""
     if kind == "infill":
         return _Said(None, (await backend.infills.prompt(body, met, whose),))
+    if kind in CONVERTED and backend.wrong_shapes.has(body):
+        raise OpaquePrompt("the server has counted other tokens in such a body", Reason.MISCOUNTED)
     chat = _chat_body(body, kind)
     if chat is None:
         return await _plain(body, backend, met, whose)

@@ -39,6 +39,7 @@ class Reading:
         self.timings: dict[str, Any] | None = None
         self.n_found: int | None = None
         self.n_cached: int | None = None  # reused, by ``usage``: all that some formats tell
+        self.n_prompt: int | None = None  # tokens of the prompt, by the ``usage`` of agents' routes
         self.n_predicted = 0
         self.n_processed = 0  # tokens of the prompt, by the last event of progress
         self.has_failed = False
@@ -133,6 +134,9 @@ class Reading:
             details = usage.get("input_tokens_details") or usage.get("prompt_tokens_details") or {}
             cached = usage.get("cache_read_input_tokens", details.get("cached_tokens"))
             self.n_cached = cached if self.n_cached is None else self.n_cached
+            if self.n_prompt is None and cached is not None and "input_tokens" in usage:
+                is_all = "input_tokens_details" in usage  # Anthropic's are those that were computed
+                self.n_prompt = int(usage["input_tokens"]) + (0 if is_all else int(cached))
             self.n_predicted = int(usage.get("output_tokens", usage.get("completion_tokens", 0)))
         progress = payload.get("prompt_progress")
         if isinstance(progress, dict):
