@@ -42,16 +42,22 @@ def body(rng: random.Random) -> dict[str, Any]:
     return asked
 
 
-@pytest.mark.parametrize(("marks", "batch"), [(models.INFILL, 512), (models.INFILL_FILES, 300)])
-async def test_its_tokens_are_known(tmp_path: Path, marks: tuple[str, ...], batch: int) -> None:
+@pytest.mark.parametrize(
+    ("marks", "batch", "n_predict"),
+    [(models.INFILL, 512, -1), (models.INFILL_FILES, 303, -1), (models.INFILL_FILES, 512, 300)],
+)
+async def test_its_tokens_are_known(
+    tmp_path: Path, marks: tuple[str, ...], batch: int, n_predict: int
+) -> None:
     """The slot's file begins with just these; of a prompt that is too long the server counts as many."""
     rng = random.Random(1)
     model = models.infill(tmp_path, marks)
-    async with RealServer(model, tmp_path / "kv", context=N_CTX, batch=batch) as real:
+    flags = ("--predict", str(n_predict))
+    async with RealServer(model, tmp_path / "kv", context=N_CTX, batch=batch, extra=flags) as real:
         api = LlamaServer(real.url)
         try:
-            layout = await learn(api, 0, N_CTX, (await api.props()).n_predict)
-            assert layout.quarter == batch // 4
+            layout = await learn(api, 0, N_CTX)
+            assert (layout.quarter, layout.room) == (batch // 4, N_CTX - batch - 2 * n_predict)
             infill, n_refused = Infill(api, layout), 0
             for _ in range(30):
                 asked = body(rng)
@@ -95,10 +101,9 @@ async def test_it_is_found_again_through_llamaslot(tmp_path: Path) -> None:
         assert await it.count('unrecognized_total{kind="infill",reason="miscounted"}') == 0
 
 
-def test_what_a_layout_is() -> None:
-    """A prompt of nothing has three tokens."""
-    marks = {"bos": b"", "repository": b"", "file": b""}
-    layout = Layout(
-        b"aaaa", b"bbbb", b"cccc", **marks, is_suffix_first=True, quarter=9, n_predict=-1, n_ctx=99
-    )
-    assert Infill(None, layout)._put(b"", b"xxxx", b"yyyy", b"zzzz") == b"bbbbyyyyaaaaxxxxzzzzcccc"  # type: ignore[arg-type]
+def test_a_suffix_that_comes_first() -> None:
+    """``--spm-infill``, which the wheel does not have."""
+    marks = {"bos": b"aaaa", "repository": b"", "file": b""}
+    layout = Layout(b"pppp", b"ssss", b"mmmm", **marks, is_suffix_first=True, quarter=9, room=1)
+    put = Infill(None, layout)._put  # type: ignore[arg-type]
+    assert put(b"0000eeee", b"xxxx", b"yyyy", b"zzzz") == b"eeeeaaaassssyyyyppppxxxxzzzzmmmm"

@@ -54,7 +54,7 @@ class Infills:
             await self._steps.prepare(lease, lambda _: None)
             lease.sent()
             try:
-                layout = await learn(self._api, lease.slot_id, met.props.n_ctx, met.props.n_predict)
+                layout = await learn(self._api, lease.slot_id, met.props.n_ctx)
                 known: Infill | OpaquePrompt = Infill(self._api, layout)
             except OpaquePrompt as error:
                 log.info("%s", error)

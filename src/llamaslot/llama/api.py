@@ -46,7 +46,6 @@ class Props:
     n_ctx: int
     model_path: str
     boot_id: str  # media_marker: random for each process of llama-server, so it tells a restart
-    n_predict: int = -1  # --predict
     modalities: Mapping[str, bool] | None = None  # of media that it takes; None where the build does not tell
 
 
@@ -194,7 +193,6 @@ class LlamaServer:
             n_ctx=int(settings.get("n_ctx") or raw.get("n_ctx", 0)),
             model_path=str(raw.get("model_path", "")),
             boot_id=str(raw.get("media_marker", "")),
-            n_predict=int((settings.get("params") or {}).get("n_predict", -1)),
             modalities=raw.get("modalities"),
         )
 

@@ -67,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="LoRA adapter, as a GGUF; again for more",
     )
+    p.add_argument(
+        "-n", "--predict", type=int, default=-1, metavar="N", help="tokens of an answer, -1: until it ends"
+    )
     p.add_argument("--slot-save-path", type=Path, metavar="DIR")
     p.add_argument("-sps", "--slot-prompt-similarity", type=float, default=0.1, metavar="RATIO")
     p.add_argument("--cache-ram", type=int, default=8192, metavar="MIB", help="RAM prompt cache, 0: none")
@@ -132,6 +135,7 @@ def _params(xllamacpp: Any, flags: argparse.Namespace) -> Any:
     if flags.api_key:
         p.api_keys = [flags.api_key]
     p.n_parallel, p.n_ctx = flags.parallel, flags.ctx_size
+    p.n_predict = flags.predict
     p.n_batch, p.n_ubatch = flags.batch_size, min(flags.ubatch_size, flags.batch_size)
     threads = [
         p.cpuparams,

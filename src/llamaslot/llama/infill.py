@@ -2,9 +2,10 @@
 
 llama-server makes them of the tokens of its parts, in an order and within limits that depend on the model and on its
 flags: which tokens mark prefix, suffix and middle, whether there are ones for a repository and its files, whether the
-suffix comes first (``--spm-infill``), and a quarter of ``--batch-size``, which limits the suffix, and three of which
-limit the prefix. It tells none of these: ``learn`` finds them out from two short answers, which repeat their prompt
-as text, and from one refusal of a prompt that is too long, which tells how many tokens that had.
+suffix comes first (``--spm-infill``), a quarter of ``--batch-size``, which limits the suffix, and three of which limit
+the prefix, and what ``--ctx-size``, ``--batch-size`` and ``--predict`` leave for other files. It tells none of these:
+``learn`` finds them out from two short answers, which repeat their prompt as text, and from two refusals of prompts
+that are too long, which tell how many tokens those had.
 
 Source: llama.cpp, tools/server/server-common.cpp, ``format_prompt_infill``; seen running on xllamacpp 2026.10.11549,
 against which tests/real/test_infill.py holds it.
@@ -13,7 +14,7 @@ against which tests/real/test_infill.py holds it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from llamaslot.core.tokens import WIDTH, count, head, pack, unpack
@@ -43,7 +44,8 @@ class InfillServer(Protocol):
 class Layout:
     """How one llama-server puts the parts together. Tokens are packed; those that the model lacks are empty.
 
-    ``repository``: with the name behind it. ``quarter``: of ``--batch-size``, in tokens. ``n_predict``: its flag.
+    ``repository``: with the name behind it. ``quarter``: of ``--batch-size``, in tokens. ``room``: of other files, in
+    tokens.
     """
 
     prefix: bytes
@@ -54,8 +56,7 @@ class Layout:
     file: bytes
     is_suffix_first: bool
     quarter: int
-    n_predict: int
-    n_ctx: int
+    room: int
 
 
 class Infill:
@@ -76,18 +77,18 @@ class Infill:
         suffix = await self._text_or_mixed(body.get("input_suffix"))
         begun = body.get("prompt")
         prompt = await self._plain(begun, parse_special=True) if isinstance(begun, str) else b""
-        return self._put(await self._extra(body.get("input_extra"), whose), prefix, suffix, prompt)
+        return self._put(await self.extra(body.get("input_extra"), whose), prefix, suffix, prompt)
 
     def _put(self, extra: bytes, prefix: bytes, suffix: bytes, prompt: bytes) -> bytes:
         layout = self.layout
-        n_extra = max(0, layout.n_ctx - 4 * layout.quarter - 2 * layout.n_predict)
         n_suffix = max(0, layout.quarter - (2 + count(prompt)))
         before = layout.prefix + _last(prefix, 3 * layout.quarter) + prompt
         after = layout.suffix + head(suffix, n_suffix)
         whole = (after, before) if layout.is_suffix_first else (before, after)
-        return b"".join((_last(extra, n_extra), layout.bos, *whole, layout.middle))
+        return b"".join((_last(extra, layout.room), layout.bos, *whole, layout.middle))
 
-    async def _extra(self, chunks: Any, whose: str) -> bytes:
+    async def extra(self, chunks: Any, whose: str) -> bytes:
+        """What comes of other files. Raises OpaquePrompt."""
         layout = self.layout
         parts = [layout.repository]
         if chunks is not None and not isinstance(chunks, list):
@@ -137,21 +138,21 @@ def _last(tokens: bytes, n: int) -> bytes:
     return tokens[max(0, len(tokens) - n * WIDTH) :]
 
 
-async def learn(server: InfillServer, slot: int, n_ctx: int, n_predict: int) -> Layout:
+async def learn(server: InfillServer, slot: int, n_ctx: int) -> Layout:
     """How ``server`` puts the parts together, tried out in ``slot``, which holds a few tokens of nobody's then.
 
     Raises OpaquePrompt where it does so in a way that is not known here. Canceling is safe.
     """
-    learning = _Learning(server, slot, n_ctx, n_predict)
+    learning = _Learning(server, slot, n_ctx)
     for layout in await learning.candidates():
         if await learning.fits(layout):
-            return await learning.with_quarter(layout)
+            return await learning.with_limits(layout)
     raise _unknown("its prompts have another form")
 
 
 class _Learning:
-    def __init__(self, server: InfillServer, slot: int, n_ctx: int, n_predict: int) -> None:
-        self._server, self._n_ctx, self._n_predict = server, n_ctx, n_predict
+    def __init__(self, server: InfillServer, slot: int, n_ctx: int) -> None:
+        self._server, self._n_ctx = server, n_ctx
         self._ours = {"id_slot": slot, "n_predict": 0, "cache_prompt": False}
         self._n_empty = 0  # tokens of a prompt of nothing
 
@@ -164,8 +165,7 @@ class _Learning:
         self._n_empty = n
         *rest, one, two, three = ([i] for i in ids)
         flat = [i for part in rest for i in part]
-        name = unpack(await self._server.tokenize(_REPOSITORY, add_special=False, parse_special=False))
-        file = unpack(await self._server.tokenize(_FILE, add_special=False, parse_special=False))
+        name, file = unpack(await self._plain(_REPOSITORY)), unpack(await self._plain(_FILE))
         repository, flat = _marked(flat, name)
         mark, flat = _marked(flat, file)
         if len(flat) > 1:
@@ -180,8 +180,7 @@ class _Learning:
                 file=pack(mark[:1]),
                 is_suffix_first=is_suffix_first,
                 quarter=self._n_ctx,
-                n_predict=self._n_predict,
-                n_ctx=6 * self._n_ctx,
+                room=self._n_ctx,
             )
             for is_suffix_first, first, second in ((False, one, two), (True, two, one))
         ]
@@ -198,27 +197,42 @@ class _Learning:
         tokens = await Infill(self._server, layout).tokens(body)
         return count(tokens) == n and await self._server.detokenize(tokens) == text
 
-    async def with_quarter(self, layout: Layout) -> Layout:
-        """``layout`` with the limits: from how much is left of a prefix in a prompt that is too long for the slot."""
-        prompt, prefix = _WORD * (self._n_ctx // 2 + 2), _WORD * (_LONG_PREFIX // 2)
-        n_prompt = count(await self._server.tokenize(prompt, add_special=False))
-        n_prefix = count(await self._server.tokenize(prefix, add_special=False, parse_special=False))
+    async def with_limits(self, layout: Layout) -> Layout:
+        """``layout`` with the limits: from what is left of a prefix, and of another file, in prompts that are too long
+        for the slot."""
+        n_prefix = count(await self._plain(_WORD * (_LONG_PREFIX // 2)))
+        n_left = await self._n_refused(input_prefix=_WORD * (_LONG_PREFIX // 2)) - self._n_empty
+        if not 0 < n_left < n_prefix or n_left % 3:
+            raise _unknown("its --batch-size is larger than what was tried")
+        others = [{"text": self._too_long}]
+        of_all = Infill(self._server, layout)
+        n_extra, n_nothing = [count(await of_all.extra(chunks, "")) for chunks in (others, [])]
+        n_taken = await self._n_refused(input_extra=others) - (self._n_empty - n_nothing)
+        if not n_nothing <= n_taken <= n_extra:
+            raise _unknown("it leaves another room for other files")
+        return replace(layout, quarter=n_left // 3, room=n_taken)
+
+    @property
+    def _too_long(self) -> str:
+        return _WORD * (self._n_ctx // 2 + 2)
+
+    async def _n_refused(self, **parts: Any) -> int:
+        """How many tokens a prompt has with ``parts`` and a line begun that alone is too long for the slot; without
+        that line."""
+        n_begun = count(await self._server.tokenize(self._too_long, add_special=False))
         # Old builds cut what is too long and compute the rest; that must not go on for longer than a batch.
-        body = {"input_prefix": prefix, "input_suffix": "", "prompt": prompt, "stream": True}
+        body = {"input_prefix": "", "input_suffix": "", "prompt": self._too_long, "stream": True, **parts}
         status, answer = await self._server.refusal(
             "/infill", {**body, **self._ours, "return_progress": True}
         )
         error = answer.get("error") if isinstance(answer, dict) else None
         n_total = error.get("n_prompt_tokens") if isinstance(error, dict) else None
-        if n_prompt < self._n_ctx or status != 400 or not isinstance(n_total, int):
+        if n_begun < self._n_ctx or status != 400 or not isinstance(n_total, int):
             raise _unknown("it does not tell how long a prompt was")
-        n_left = n_total - n_prompt - self._n_empty
-        if not 0 < n_left < n_prefix or n_left % 3:
-            raise _unknown("its --batch-size is larger than what was tried")
-        return Layout(
-            layout.prefix, layout.suffix, layout.middle, layout.bos, layout.repository, layout.file,
-            layout.is_suffix_first, n_left // 3, self._n_predict, self._n_ctx,
-        )  # fmt: skip
+        return n_total - n_begun
+
+    async def _plain(self, text: str) -> bytes:
+        return await self._server.tokenize(text, add_special=False, parse_special=False)
 
     async def _prompt(self, body: dict[str, Any]) -> tuple[str, int]:
         status, answer = await self._ask(body)
