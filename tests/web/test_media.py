@@ -151,6 +151,23 @@ async def test_messages_with_images_take_a_turn(tmp_path: Path) -> None:
         assert await it.count('unrecognized_total{kind="messages",reason="media"}') == 2
 
 
+@pytest.mark.parametrize("is_on_disk", [True, False])
+async def test_a_long_text_before_an_image_of_messages(tmp_path: Path, is_on_disk: bool) -> None:
+    """Is restored, or computed ahead, as of any prompt; and of the next turn nothing is."""
+    async with served(tmp_path, AHEAD, slots=2, **SEEING) as it:
+        if is_on_disk:
+            await it.chat(TEXT)
+        for n in (8, 9):
+            await it.ask(letters(n, 400))
+        before, asked = len(n_ahead(it)), said(MESSAGES, TEXT)
+        direct = await it.post(MESSAGES, asked)
+        assert it.fake.sent(MESSAGES)[-1].tasks[0].n_cache >= 690
+        assert n_ahead(it)[before:] == ([] if is_on_disk else [705])
+        assert (await it.post(MESSAGES, asked)).text == direct.text
+        assert it.fake.sent(MESSAGES)[-1].tasks[0].n_cache > 800, "the image, too"
+        assert len(n_ahead(it)) == before + (not is_on_disk)
+
+
 @pytest.mark.parametrize("path", [CHAT, NATIVE, RESPONSES, MESSAGES])
 async def test_a_server_that_takes_none_says_so(tmp_path: Path, path: str) -> None:
     """In its own words; nobody loses a slot, and no text is computed for it."""

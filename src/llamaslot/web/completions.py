@@ -8,6 +8,7 @@ import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -134,6 +135,8 @@ class _Exchange:
             if want.is_beyond_server:
                 return await self._refused_by_server()
             if want.job.is_steered and (not want.prompts or want.is_head):
+                if want.is_head:
+                    await self._prepare_head(want, met)
                 return self._counted(want, await self.unrecognized(head=want.left_in_slot))
             if len(want.prompts) > 1 and self._is_long(want):
                 return await self._serve_each(want)
@@ -142,6 +145,19 @@ class _Exchange:
             except BackendRestarted:
                 self.backend.lost(met)
         raise BackendDown("llama-server restarts again and again; see its log")
+
+    async def _prepare_head(self, want: Wanted, met: Met) -> None:
+        """Have what comes before the first medium in a slot, if it takes long: restored, or computed in turn with what
+        others want. llama-server, which will choose the slot, finds it there. Cancelling gives the slot back."""
+        job = replace(want.job, is_steered=False)
+        if self.backend.rates.prefill.seconds(0, job.n_tokens) <= self.backend.rules.own_above_s:
+            return
+        with await self.backend.scheduler.lease(job) as lease:
+            if lease.pool is not met.pool:
+                return  # the slots of another process are as good as none
+            keep_what_follows(lease)
+            with contextlib.suppress(PlanAgain):  # it was needed for somebody else: what is there stays there
+                await self.backend.steps.prepare(lease, lambda _: None)
 
     def _counted(self, want: Wanted, response: web.StreamResponse) -> web.StreamResponse:
         """What was served without its tokens; what llama-server has refused anyway does not count."""
