@@ -44,7 +44,9 @@ def prompts(value: Any, model: FakeModel, marker: str = "") -> list[list[int]]:
         if isinstance(value, dict) and "prompt_string" in value:
             if not model.takes_media:
                 raise BadInput("Multimodal data provided, but model does not support multimodal requests.")
-            text = value["prompt_string"].replace(fake_media.OLD_MARKER, marker)
+            text = value["prompt_string"]
+            if text.count(marker) != len(value["multimodal_data"]):
+                raise BadInput("Failed to tokenize prompt")
             for medium in value["multimodal_data"]:
                 text = text.replace(marker, fake_media.shown(medium), 1)
             return [model.tokenize(text)]

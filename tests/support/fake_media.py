@@ -9,7 +9,6 @@ from typing import Any
 import xxhash
 
 KINDS = ("image_url", "input_audio", "video_url", "image", "input_image")
-OLD_MARKER = "<__media__>"
 
 
 def of(body: Any) -> Iterator[dict[str, Any]]:

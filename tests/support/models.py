@@ -308,3 +308,49 @@ def _recurrent(path: Path, seed: int, layers: int, width: int) -> None:
         weights.norm(f"{block}.ssm_d", inner, 1.0)
         weights.to_residual(f"{block}.ssm_out.weight", inner, 3.0)
     _close(writer)
+
+
+def eyes(directory: Path, seed: int = 1) -> Path:
+    """What llama-server takes as ``--mmproj`` with any of these models of width 64: four tokens' place for an image of
+    28 by 28, which follow from its colours."""
+    return _cached(directory / f"eyes-s{seed}-r{RECIPE}.gguf", lambda path: _eyes(path, seed))
+
+
+def _eyes(path: Path, seed: int, width: int = 32, hidden: int = 64, patch: int = 14) -> None:
+    writer, random = gguf.GGUFWriter(path, "clip"), np.random.default_rng(seed)
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_string("clip.projector_type", "mlp")
+    numbers = {
+        "image_size": 2 * patch, "patch_size": patch, "embedding_length": width, "feed_forward_length": hidden,
+        "projection_dim": 64, "block_count": 1, "attention.head_count": 2,
+    }  # fmt: skip
+    for name, value in numbers.items():
+        writer.add_uint32(f"clip.vision.{name}", value)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
+    writer.add_array("clip.vision.image_mean", [0.5] * 3)
+    writer.add_array("clip.vision.image_std", [0.5] * 3)
+    writer.add_bool("clip.use_gelu", True)
+
+    def tensor(name: str, *shape: int) -> None:
+        writer.add_tensor(name, (random.standard_normal(shape) * 0.3).astype(np.float32))
+
+    def layer(name: str, n_out: int, n_in: int) -> None:
+        tensor(f"{name}.weight", n_out, n_in)
+        writer.add_tensor(f"{name}.bias", np.zeros(n_out, np.float32))
+
+    def norm(name: str) -> None:
+        writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
+        writer.add_tensor(f"{name}.bias", np.zeros(width, np.float32))
+
+    tensor("v.patch_embd.weight", width, 3, patch, patch)
+    tensor("v.class_embd", width)
+    tensor("v.position_embd.weight", 5, width)
+    for name in ("v.pre_ln", "v.blk.0.ln1", "v.blk.0.ln2"):
+        norm(name)
+    for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
+        layer(f"v.blk.0.{name}", width, width)
+    layer("v.blk.0.ffn_up", hidden, width)
+    layer("v.blk.0.ffn_down", width, hidden)
+    layer("mm.0", 64, width)
+    layer("mm.2", 64, 64)
+    _close(writer)

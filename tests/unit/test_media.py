@@ -90,12 +90,18 @@ def test_nothing_that_could_be_told(rendered: str, why: Reason) -> None:
         (["hi"], None),
         ({"prompt_string": "hi"}, None),
         ({"prompt_string": "a<m>b<m>", "multimodal_data": ["x", "y"]}, "a"),
-        ({"prompt_string": "a<__media__>b<m>", "multimodal_data": ["x", "y"]}, "a"),
+        ({"prompt_string": "a<__media__>b<m>", "multimodal_data": ["x"]}, "a<__media__>b"),
     ],
 )
 def test_the_text_before_a_marker(prompt: Any, before: str | None) -> None:
     """Of a completion with media."""
     assert media.before_marker(prompt, "<m>") == before
+
+
+def test_a_build_that_tells_no_marker() -> None:
+    """Has always the same one."""
+    prompt = {"prompt_string": "a<__media__>b", "multimodal_data": ["x"]}
+    assert media.before_marker(prompt, "") == "a"
 
 
 @pytest.mark.parametrize("said", ["<m>b", "b", 5])

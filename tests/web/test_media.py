@@ -19,14 +19,21 @@ IMAGES = {
     RESPONSES: {"type": "input_image", "image_url": "http://127.0.0.1:9/a.png"},
     MESSAGES: {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1:9/a.png"}},
 }
+MARKER = "<__media_told__>"  # as /props tells it
 AHEAD = {"prefill": {"own_above_s": 0}}
 SEEING = {"model": FakeModel(takes_media=True)}
+
+
+@pytest.fixture(autouse=True)
+def marker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for every process of the fake."""
+    monkeypatch.setattr("tests.support.fake.random_name", lambda: "told")
 
 
 def said(path: str, text: str, *behind: str, **more: Any) -> dict[str, Any]:
     """``text``, an image, and what comes behind it."""
     if path == NATIVE:
-        whole = "<__media__>".join([text, "".join(behind)])
+        whole = MARKER.join([text, "".join(behind)])
         return {"prompt": {"prompt_string": whole, "multimodal_data": ["aGk="]}, "n_predict": 4, **more}
     kind = "input_text" if path == RESPONSES else "text"
     parts = [{"type": kind, "text": text}, IMAGES[path], *({"type": kind, "text": one} for one in behind)]

@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "-n", "--predict", type=int, default=-1, metavar="N", help="tokens of an answer, -1: until it ends"
     )
+    p.add_argument("-mm", "--mmproj", type=Path, metavar="FILE", help="projector, for images")
     p.add_argument("--slot-save-path", type=Path, metavar="DIR")
     p.add_argument("-sps", "--slot-prompt-similarity", type=float, default=0.1, metavar="RATIO")
     p.add_argument("--cache-ram", type=int, default=8192, metavar="MIB", help="RAM prompt cache, 0: none")
@@ -110,7 +111,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         import xllamacpp
     except ImportError as error:
         _fail(f"the embedded engine is not installed ({error}): pip install 'llamaslot[embedded]'")
-    for file in filter(None, (flags.model, flags.model_draft, flags.chat_template_file, *flags.lora)):
+    for file in filter(
+        None, (flags.model, flags.model_draft, flags.mmproj, flags.chat_template_file, *flags.lora)
+    ):
         if not os.access(file, os.R_OK):
             _fail(f"cannot load model {file}: " + ("not readable" if file.exists() else "no such file"))
     try:
@@ -136,6 +139,8 @@ def _params(xllamacpp: Any, flags: argparse.Namespace) -> Any:
         p.api_keys = [flags.api_key]
     p.n_parallel, p.n_ctx = flags.parallel, flags.ctx_size
     p.n_predict = flags.predict
+    if flags.mmproj:
+        p.mmproj.path, p.mmproj_use_gpu = str(flags.mmproj), False
     p.n_batch, p.n_ubatch = flags.batch_size, min(flags.ubatch_size, flags.batch_size)
     threads = [
         p.cpuparams,

@@ -63,18 +63,18 @@ def text_before(rendered: str, body: Mapping[str, Any]) -> str:
 
 
 def before_marker(prompt: Any, marker: str) -> str | None:
-    """Of a prompt of a completion with ``multimodal_data``: its text before the first medium. None for other prompts.
+    """Of a prompt of a completion with ``multimodal_data``: its text before the first medium. None for others.
 
-    ``marker``: ``media_marker`` of ``/props``; older builds have a fixed one. Raises OpaquePrompt where none is found.
+    ``marker``: ``media_marker`` of ``/props``; builds that tell none have a fixed one. Raises OpaquePrompt where it is
+    not found.
     """
     if not isinstance(prompt, Mapping) or "multimodal_data" not in prompt:
         return None
     text = prompt.get("prompt_string")
-    places = [text.find(mark) for mark in (marker, OLD_MARKER) if mark] if isinstance(text, str) else []
-    found = [at for at in places if at > 0]
-    if not found:
+    at = text.find(marker or OLD_MARKER) if isinstance(text, str) else -1
+    if at <= 0:
         raise OpaquePrompt("no text comes before the first medium", Reason.MEDIA)
-    return str(text)[: min(found)]
+    return str(text)[:at]
 
 
 def _media(body: Mapping[str, Any]) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
