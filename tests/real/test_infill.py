@@ -12,18 +12,19 @@ from llamaslot.core.tokens import count, head
 from llamaslot.llama.api import LlamaServer
 from llamaslot.llama.infill import Infill, Layout, learn
 from llamaslot.store import read_slot_file
-from tests.support import models
+from tests.support import models, vocabularies
 from tests.support.inprocess import fronted
 from tests.support.real import RealServer
 
 pytestmark = pytest.mark.real
 
+WORDS = ["the ", "self", " x", "\n    ", "().", "é", "<|user|>", "<s>", " and", "th", "ing", "="]
 LETTERS = ["a", "b", "\n", " ", "é", "<|im_start|>", "\x02"]
 N_CTX = 2048
 
 
 def drawn(rng: random.Random, *lengths: int) -> str:
-    return "".join(rng.choices(LETTERS, k=rng.choice(lengths)))
+    return "".join(rng.choices([*LETTERS, *WORDS], k=rng.choice(lengths)))
 
 
 def body(rng: random.Random) -> dict[str, Any]:
@@ -50,30 +51,48 @@ async def test_its_tokens_are_known(
     tmp_path: Path, marks: tuple[str, ...], batch: int, n_predict: int
 ) -> None:
     """The slot's file begins with just these; of a prompt that is too long the server counts as many."""
-    rng = random.Random(1)
     model = models.infill(tmp_path, marks)
     flags = ("--predict", str(n_predict))
     async with RealServer(model, tmp_path / "kv", context=N_CTX, batch=batch, extra=flags) as real:
-        api = LlamaServer(real.url)
-        try:
-            layout = await learn(api, 0, N_CTX)
-            assert (layout.quarter, layout.room) == (batch // 4, N_CTX - batch - 2 * n_predict)
-            infill, n_refused = Infill(api, layout), 0
-            for _ in range(30):
-                asked = body(rng)
-                tokens = await infill.tokens(asked)
-                status, answer = await api.ask("/infill", {**asked, "n_predict": 1, "id_slot": 1})
-                if status == 200:
-                    assert answer["tokens_evaluated"] == count(tokens)
-                    await api.save(1, "it")
-                    held = (await read_slot_file(tmp_path / "kv" / "it")).tokens
-                    assert head(held, count(tokens)) == tokens
-                else:
-                    n_refused += 1
-                    assert answer["error"]["n_prompt_tokens"] == count(tokens)
-            assert n_refused < 10
-        finally:
-            await api.close()
+        layout = await learned(real)
+        assert (layout.quarter, layout.room) == (batch // 4, N_CTX - batch - 2 * n_predict)
+        await hold_against(real, layout, tmp_path / "kv")
+
+
+async def learned(real: RealServer) -> Layout:
+    api = LlamaServer(real.url)
+    try:
+        return await learn(api, 0, N_CTX)
+    finally:
+        await api.close()
+
+
+async def hold_against(real: RealServer, layout: Layout, saves: Path) -> None:
+    rng, api, n_refused = random.Random(1), LlamaServer(real.url), 0
+    infill = Infill(api, layout)
+    try:
+        for _ in range(30):
+            asked = body(rng)
+            tokens = await infill.tokens(asked)
+            status, answer = await api.ask("/infill", {**asked, "n_predict": 1, "id_slot": 1})
+            if status == 200:
+                assert answer["tokens_evaluated"] == count(tokens)
+                await api.save(1, "it")
+                assert head((await read_slot_file(saves / "it")).tokens, count(tokens)) == tokens
+            else:
+                n_refused += 1
+                assert answer["error"]["n_prompt_tokens"] == count(tokens)
+        assert n_refused < 10
+    finally:
+        await api.close()
+
+
+@pytest.mark.parametrize(("name", "adds_eos"), [("plain", False), ("plain", True), ("phi-3", False)])
+async def test_its_tokens_are_known_of_words(tmp_path: Path, name: str, adds_eos: bool) -> None:
+    """With BOS, a space in front of each piece, and special tokens that swallow those behind them."""
+    model = vocabularies.sentencepiece(tmp_path, name=name, adds_eos=adds_eos, infill=models.INFILL_FILES)
+    async with RealServer(model, tmp_path / "kv", context=N_CTX, batch=512) as real:
+        await hold_against(real, await learned(real), tmp_path / "kv")
 
 
 async def test_it_is_found_again_through_llamaslot(tmp_path: Path) -> None:

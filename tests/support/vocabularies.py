@@ -53,13 +53,16 @@ CHAT_TEMPLATE = (
 WIDTH = 32
 
 
-def sentencepiece(directory: Path, *, name: str = "plain", adds_eos: bool = False) -> Path:
+def sentencepiece(
+    directory: Path, *, name: str = "plain", adds_eos: bool = False, infill: tuple[str, ...] = ()
+) -> Path:
     """One layer of a ``llama`` with random weights.
 
     ``name`` "phi-3" makes llama.cpp strip the spaces after most special tokens (it goes by general.name).
-    ``adds_eos`` makes it append EOS to whatever is tokenized with ``add_special``.
+    ``adds_eos`` makes it append EOS to whatever is tokenized with ``add_special``. ``infill``: what the special tokens,
+    in their order, are for /infill (``models.INFILL``).
     """
-    path = directory / f"spm-{name}{'-eos' if adds_eos else ''}.gguf"
+    path = directory / f"spm-{name}{'-eos' if adds_eos else ''}-{len(infill)}.gguf"
     directory.mkdir(parents=True, exist_ok=True)
     characters = [chr(code) for code in range(0x21, 0x7F)] + [SPACE]
     texts = [
@@ -101,6 +104,8 @@ def sentencepiece(directory: Path, *, name: str = "plain", adds_eos: bool = Fals
     writer.add_unk_token_id(UNKNOWN)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(adds_eos)
+    for token, mark in enumerate(infill, start=texts.index(SPECIALS[0])):
+        writer.add_uint32(f"tokenizer.ggml.{mark}_token_id", token)
     writer.add_chat_template(CHAT_TEMPLATE)
     random = np.random.default_rng(1)
 

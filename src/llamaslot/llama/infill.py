@@ -159,31 +159,42 @@ class _Learning:
     async def candidates(self) -> list[Layout]:
         """From the prompt of nothing: marks of repository and file with their names, BOS, prefix, suffix, middle."""
         text, n = await self._prompt({"input_prefix": "", "input_suffix": ""})
-        ids = unpack(await self._server.tokenize(text, add_special=False))
-        if len(ids) != n or n < 3:
-            raise _unknown("its prompt is not what its text says")
         self._n_empty = n
-        *rest, one, two, three = ([i] for i in ids)
-        flat = [i for part in rest for i in part]
-        name, file = unpack(await self._plain(_REPOSITORY)), unpack(await self._plain(_FILE))
-        repository, flat = _marked(flat, name)
-        mark, flat = _marked(flat, file)
-        if len(flat) > 1:
-            raise _unknown("there is something in front that is not known")
+        repository, text = await self._marked(text, _REPOSITORY)
+        file, text = await self._marked(text, _FILE)
+        ids = unpack(await self._server.tokenize(text, add_special=False))
+        if len(ids) not in (3, 4) or count(repository) + count(file) + len(ids) != n:
+            raise _unknown("its prompt is not what its text says")
+        *bos, one, two, three = ids
         return [
             Layout(
-                prefix=pack(first),
-                suffix=pack(second),
-                middle=pack(three),
-                bos=pack(flat),
-                repository=pack(repository),
-                file=pack(mark[:1]),
+                prefix=pack([first]),
+                suffix=pack([second]),
+                middle=pack([three]),
+                bos=pack(bos),
+                repository=repository,
+                file=head(file, 1),
                 is_suffix_first=is_suffix_first,
                 quarter=self._n_ctx,
                 room=self._n_ctx,
             )
             for is_suffix_first, first, second in ((False, one, two), (True, two, one))
         ]
+
+    async def _marked(self, text: str, name: str) -> tuple[bytes, str]:
+        """The tokens of a mark with ``name`` behind it, if ``text`` begins so; and what is behind that.
+
+        The mark alone is tokenized: a text in which a name stands has other tokens than the name for itself, where the
+        model puts a space in front of each piece.
+        """
+        tokens = await self._plain(name)
+        before, found, behind = text.partition(await self._server.detokenize(tokens))
+        if not found:
+            return b"", text
+        mark = await self._server.tokenize(before, add_special=False)
+        if count(mark) != 1:
+            raise _unknown("there is something in front that is not known")
+        return mark + tokens, behind
 
     async def fits(self, layout: Layout) -> bool:
         """Whether a body that has everything is put together so."""
@@ -245,12 +256,6 @@ class _Learning:
 
     async def _ask(self, body: dict[str, Any]) -> tuple[int, Any]:
         return await self._server.ask("/infill", {**body, **self._ours})
-
-
-def _marked(ids: list[int], name: list[int]) -> tuple[list[int], list[int]]:
-    """A mark with a name behind it, if ``ids`` begin with one; and what is behind that."""
-    n = 1 + len(name)
-    return (ids[:n], ids[n:]) if ids[1:n] == name else ([], ids)
 
 
 def _unknown(why: str) -> OpaquePrompt:
