@@ -109,6 +109,17 @@ async def test_a_server_that_counts_otherwise(tmp_path: Path, caplog: pytest.Log
     assert "counted other tokens" in caplog.text
 
 
+@pytest.mark.parametrize("more", [{"input_extra": [{"text": "x"}] * 513}, {"input_prefix": ["x"] * 513}])
+async def test_more_parts_than_anybody_sends(tmp_path: Path, more: Any) -> None:
+    """Are not asked about one by one."""
+    async with served(tmp_path) as it:
+        assert (await it.post(INFILL, at(600))).status == 200
+        n_before = len(it.fake.sent("/tokenize"))
+        assert (await it.post(INFILL, at(600, **more))).status == 200
+        assert len(it.fake.sent("/tokenize")) <= n_before + 2
+        assert await it.count('unrecognized_total{kind="infill",reason="shape"}') == 1
+
+
 async def test_a_long_one_gives_way_to_others(tmp_path: Path) -> None:
     """What is long of it is computed ahead, as of any prompt."""
     async with served(tmp_path, {"prefill": {"own_above_s": 0.01}}) as it:

@@ -25,6 +25,7 @@ _SNIPPET = "\n\n--- snippet ---\n\n"  # in front of each chunk, where the model 
 _WORD = "a\n"  # two tokens, as tokenizers go
 _LONG_PREFIX = 16_384  # tokens: three quarters of any usual --batch-size
 _CACHE_BYTES = 8 << 20
+_MAX_PARTS = 512  # each is a question to the server; editors send some dozens
 
 
 class InfillServer(Protocol):
@@ -93,6 +94,8 @@ class Infill:
         parts = [layout.repository]
         if chunks is not None and not isinstance(chunks, list):
             raise OpaquePrompt("'input_extra' is no list")
+        if len(chunks or ()) > _MAX_PARTS:
+            raise OpaquePrompt("too many chunks")
         for chunk in chunks or ():
             if not isinstance(chunk, Mapping):
                 raise OpaquePrompt("a chunk that is no object")
@@ -108,6 +111,12 @@ class Infill:
     async def _text_or_mixed(self, given: Any) -> bytes:
         """Special tokens in it are text. Of a list strings and ids, each for itself."""
         parts = []
+        if (
+            isinstance(given, list)
+            and len(given) > _MAX_PARTS
+            and any(isinstance(part, str) for part in given)
+        ):
+            raise OpaquePrompt("too many parts")
         for part in given if isinstance(given, list) else [given]:
             if isinstance(part, str):
                 parts.append(await self._plain(part))
