@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
+
+import orjson
 
 from tests.support import fake_media
 from tests.support.fake_model import N_VOCAB, BadInput, FakeModel, pack
@@ -17,8 +18,9 @@ PROMPT_SHAPE = (
 
 
 def parse(data: bytes) -> Any:
+    """As the real one, which takes no NaN and no half of a surrogate pair; a mark of byte order it passes over."""
     try:
-        return json.loads(data)
+        return orjson.loads(data.removeprefix(b"\xef\xbb\xbf"))
     except ValueError as error:
         last = f"parse error at line 1, column 1: {error}"
         raise BadInput(f"[json.exception.parse_error.101] {last}") from error
@@ -65,7 +67,13 @@ def prompts(value: Any, model: FakeModel, marker: str = "") -> list[list[int]]:
         if not all(0 <= i < N_VOCAB for i in ids):
             raise BadInput("Prompt contains invalid tokens")
         return [ids]
-    return [ids for item in value for ids in prompts(item, model, marker)]
+    return [ids for item in value for ids in _subprompt(item, model, marker)]
+
+
+def _subprompt(item: Any, model: FakeModel, marker: str) -> list[list[int]]:
+    if isinstance(item, list) and not any(isinstance(one, int) and not isinstance(one, bool) for one in item):
+        raise BadInput(PROMPT_SHAPE)
+    return prompts(item, model, marker)
 
 
 def tasks(
@@ -89,7 +97,7 @@ def tasks(
     asked = body.get("id_slot")
     pinned = isinstance(asked, int) and not isinstance(asked, bool) and asked >= 0
     given = body.get("stop")
-    stop = [word for word in ([given] if isinstance(given, str) else given or ()) if isinstance(word, str)]
+    stop = [word for word in ([given] if isinstance(given, str) else given or ()) if isinstance(word, str) and word]
     n_probs = number(body, "n_probs", 0, 2_147_483_647)
     n_logprobs = number(body, "top_logprobs", 0, 2_147_483_647) if body.get("logprobs") else 0
     results: asyncio.Queue[Result | None] = asyncio.Queue()

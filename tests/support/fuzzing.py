@@ -16,11 +16,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from aiohttp import web
 
 from tests.support.answers import Answer
 from tests.support.fake import FakeServer
-from tests.support.fake_http import reply
+from tests.support.fake_http import Dropped, reply
 from tests.support.fake_model import BadInput
 from tests.support.inprocess import Front, Served
 
@@ -308,7 +311,14 @@ async def fuzz(
                             "POST", fuzzed.path, data=fuzzed.data, headers=fuzzed.headers
                         )
                 except TimeoutError:
-                    what = [f"no answer in {LIMIT_S} s", front.readout(), *mistakes.said]
+                    leases = [(lease, lease.phase) for lease in front.backend.scheduler.leases]
+                    what = [
+                        f"no answer in {LIMIT_S} s",
+                        front.readout(),
+                        str(leases),
+                        *mistakes.said,
+                        *_waiting(),
+                    ]
                     raise AssertionError(_found(bodies, n, "\n".join(what))) from None
                 assert not mistakes.said, _found(bodies, n, "\n".join(mistakes.said))
                 assert not _is_ours(answer), _found(bodies, n, f"{answer.status} {answer.raw[-500:]!r}")
@@ -340,16 +350,33 @@ def _found(bodies: Bodies, n: int, what: str) -> str:
     return f"Bodies({bodies.seed}).body({n}), {fuzzed.path} {fuzzed.headers} {fuzzed.data[:600]!r}: {what}"
 
 
+def _waiting() -> list[str]:
+    """Where each request in llamaslot stands."""
+    found = []
+    for task in asyncio.all_tasks():
+        coroutine: Any = task.get_coro()
+        steps = []
+        while coroutine is not None:
+            frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "ag_frame", None)
+            steps += [f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"] if frame is not None else []
+            coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "ag_await", None)
+        found += [" > ".join(steps)] if any(step.startswith("app.py") for step in steps) else []
+    return found
+
+
 def forgiving(fake: FakeServer) -> None:
-    """Let the fake answer 500 in its own words where it does not cope with a body: that is no fault of llamaslot's."""
+    """Let the fake answer 500 in its own words, or break off, where it does not cope with a body: that is no fault of
+    llamaslot's."""
     answer = fake.routes._answer
 
-    async def answered(*args: Any) -> Any:
+    async def answered(request: web.BaseRequest, *args: Any) -> Any:
         try:
-            return await answer(*args)
-        except (BadInput, OSError):
+            return await answer(request, *args)
+        except (BadInput, Dropped, OSError):
             raise
         except Exception as error:
+            if request.writer.output_size:
+                raise Dropped from error
             return reply({"error": {"message": f"fake: {error!r}", "type": "server_error", "code": 500}}, 500)
 
     fake.routes._answer = answered  # type: ignore[method-assign]

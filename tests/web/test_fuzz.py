@@ -20,6 +20,6 @@ async def test_bodies_that_nobody_would_send(tmp_path: Path) -> None:
         statuses = await fuzz(it, Bodies(SEED), range(N_BODIES), print)
         await it.at_rest()
         assert (await it.ask("hello")).status == 200
-    print(dict(statuses))
+        print(it.fake.violations, dict(statuses))
     assert statuses[200] > N_BODIES / 10
     assert statuses[400] > N_BODIES / 10

@@ -1,0 +1,80 @@
+"""HTTP by hand, for what no well-behaved client sends; and an upstream that is not llama-server's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+
+from tests.support.inprocess import PATIENCE_S, Front
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@dataclass
+class Wire:
+    """One connection to llamaslot."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    async def send(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def head(self) -> str:
+        """The next status line and headers."""
+        async with asyncio.timeout(PATIENCE_S):
+            return (await self.reader.readuntil(b"\r\n\r\n")).decode()
+
+    async def rest(self) -> bytes:
+        """What comes until the connection is closed."""
+        async with asyncio.timeout(PATIENCE_S):
+            return await self.reader.read()
+
+    async def answer(self) -> tuple[str, bytes]:
+        """The next head, and the body that its length announces."""
+        head = await self.head()
+        lengths = [line for line in head.lower().split("\r\n") if line.startswith("content-length:")]
+        async with asyncio.timeout(PATIENCE_S):
+            return head, await self.reader.readexactly(int(lengths[0].split(":")[1]))
+
+
+@contextlib.asynccontextmanager
+async def wire(front: Front, *, window: int | None = None) -> AsyncIterator[Wire]:
+    """A connection; with ``window`` the kernel takes no more than about that for a client that does not read."""
+    sock = socket.socket()
+    sock.setblocking(False)
+    if window is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
+    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", front.config.listen.port))
+    reader, writer = await asyncio.open_connection(sock=sock, limit=1 << 16)
+    try:
+        yield Wire(reader, writer)
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+def request(method: str, path: str, body: bytes = b"", *headers: str, version: str = "1.1") -> bytes:
+    lines = [f"{method} {path} HTTP/{version}", "Host: x", *headers]
+    if body:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+@contextlib.asynccontextmanager
+async def upstream(serve: Serve) -> AsyncIterator[str]:
+    """A server that speaks for itself; its address."""
+
+    async def served(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await serve(reader, writer)
+        writer.close()
+
+    server = await asyncio.start_server(served, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
