@@ -46,7 +46,7 @@ from llamaslot.web.passthrough import Passthrough
 from llamaslot.web.rewriting import SystemPrompts, tell_rewrote
 from llamaslot.web.status import Status
 from llamaslot.web.tls import Certificate
-from llamaslot.web.uploads import Uploads, hold_back, is_held_back
+from llamaslot.web.uploads import Uploads, close_behind, hold_back
 from llamaslot.web.users import USER
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class App:
         app.router.add_route("*", "/{path:.*}", self.handle, expect_handler=hold_back)
         app.on_response_prepare.append(self._cors.allow)
         app.on_response_prepare.append(tell_rewrote)
+        app.on_response_prepare.append(close_behind)
         return app
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -89,10 +90,6 @@ class App:
         try:
             response = await self._answer(request, route)
             status = response.status
-            if is_held_back(
-                request
-            ):  # and may be left out by the client now: nobody knows what will come next
-                response.force_close()
         except asyncio.CancelledError:
             metrics.clients_left.inc()  # aiohttp cancels the handler of a client that has closed its connection
             raise

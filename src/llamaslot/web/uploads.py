@@ -105,6 +105,18 @@ def is_held_back(request: web.Request) -> bool:
     return expects and not request.get(_IS_ASKED_FOR, False)
 
 
+async def close_behind(request: web.Request, response: web.StreamResponse) -> None:
+    """Signal ``on_response_prepare``: take no further request from a connection where nobody knows what comes next.
+
+    That is a body that the client was not asked for, and may leave out now. And aiohttp (3.14) takes what stands behind
+    a chunked body, its trailers, for headers of the next request: where a proxy in front shares connections, that may
+    be somebody else's.
+    """
+    if is_held_back(request) or "Transfer-Encoding" in request.headers:
+        response.force_close()
+        response.headers["Connection"] = "close"
+
+
 async def _ask_for_it(request: web.Request) -> None:
     if is_held_back(request):
         request[_IS_ASKED_FOR] = True
