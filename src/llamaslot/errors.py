@@ -170,5 +170,11 @@ class NotFound(BadRequest):
     status = 404
 
 
+class NotAllowed(BadRequest):
+    """A page of llamaslot's own that cannot be written to."""
+
+    status = 405
+
+
 class ClientGone(Exception):
     """The client has closed its connection: nobody is left to answer. No LlamaslotError, for nothing went wrong."""

@@ -130,7 +130,7 @@ async def test_no_log_line_holds_a_key_or_a_prompt(tmp_path: Path, caplog: pytes
             ):
                 reader, writer = await asyncio.open_connection("127.0.0.1", it.config.listen.port)
                 writer.write(sent.encode())
-                assert b" 400 " in await reader.readline(), sent
+                assert (await reader.readline()).split()[1] in (b"400", b"431"), sent
                 writer.close()
                 await writer.wait_closed()
     lines = [logging.Formatter("%(name)s %(message)s").format(record) for record in caplog.records]

@@ -13,7 +13,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from llamaslot.engine.lease import Prefilling
-from llamaslot.errors import ClientGone, LlamaslotError, Unauthorized, UpstreamError
+from llamaslot.errors import ClientGone, LlamaslotError, NotAllowed, Unauthorized, UpstreamError
 from llamaslot.llama.routes import server_path
 from llamaslot.llama.sse import comment, data_of, event_of
 from llamaslot.tasks import TaskOwner
@@ -186,6 +186,8 @@ def error_response(error: LlamaslotError, headers: Mapping[str, str] | None = No
     headers = dict(headers or {})
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    if isinstance(error, NotAllowed):
+        headers["Allow"] = "GET, HEAD"
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, UpstreamError):

@@ -1,4 +1,4 @@
-"""llamaslot about itself: ``/health``, and what is below ``/llamaslot/``: status, metrics, journal."""
+"""llamaslot about itself: ``/health``, and what is below ``/llamaslot/``: status, metrics, journal, OpenAPI."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from aiohttp import web
 
 from llamaslot import __version__
 from llamaslot.engine.backend import Backend, Health
-from llamaslot.errors import BadRequest, NotFound
+from llamaslot.errors import BadRequest, NotAllowed, NotFound
 from llamaslot.observe.journal import KEPT
+from llamaslot.web.openapi import DESCRIPTION, PATHS
 from llamaslot.web.rewriting import SystemPrompts
 
 
@@ -19,6 +20,9 @@ class Status:
         self._prompts = prompts or SystemPrompts((), backend.metrics)
 
     async def handle(self, request: web.Request) -> web.Response:
+        """Raises NotFound, NotAllowed, and BadRequest."""
+        if request.path in PATHS and request.method not in ("GET", "HEAD"):
+            raise NotAllowed(f"{request.path} can only be read: GET or HEAD, not {request.method}")
         match request.path:
             case "/llamaslot/status":
                 return web.json_response(self.status())
@@ -26,11 +30,11 @@ class Status:
                 return self._metrics()
             case "/llamaslot/journal":
                 return web.json_response(self.journal(request.query.get("n", "100")))
+            case "/llamaslot/openapi.json":
+                return web.json_response(DESCRIPTION)
             case _:
-                raise NotFound(
-                    f"there is no {request.path}; there are /llamaslot/status, /llamaslot/metrics and"
-                    " /llamaslot/journal"
-                )
+                own = ", ".join(path for path in PATHS if path.startswith("/llamaslot/"))
+                raise NotFound(f"there is no {request.path}; there are {own}")
 
     def health(self) -> web.Response:
         """200 while the backend serves, else 503."""
