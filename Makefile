@@ -1,8 +1,8 @@
 # Two commands on a fresh machine with python3 and make:
 #   make serve    a llama.cpp with a small chat model behind llamaslot on http://127.0.0.1:8081/v1
 #   make test     everything that is checked before a change goes in; .ci/run is the same
-# Others: make lint, make types, make soak (long tests), make bench-index, make bench-simulator, make smollm2 (the
-#   model alone), make clean.
+# Others: make lint, make types, make soak (long tests), make fuzz (FUZZ_BODIES=1000 for less), make bench-index,
+#   make bench-simulator, make smollm2 (the model alone), make clean.
 
 PYTHON ?= python3
 CONFIG ?= config.yaml
@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llamaslot
 MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: serve test lint types soak bench bench-index bench-simulator smollm2 clean
+.PHONY: serve test lint types soak fuzz bench bench-index bench-simulator smollm2 clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.embedded $(MODEL)
@@ -30,6 +30,9 @@ types: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m pytest -m soak tests/soak/test_fuzz.py
 
 bench: bench-index
 
