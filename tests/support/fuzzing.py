@@ -23,7 +23,7 @@ from aiohttp import web
 
 from tests.support.answers import Answer
 from tests.support.fake import FakeServer
-from tests.support.fake_http import Dropped, reply
+from tests.support.fake_http import Dropped, Seen, reply
 from tests.support.fake_model import BadInput
 from tests.support.inprocess import Front, Served
 
@@ -369,12 +369,13 @@ def forgiving(fake: FakeServer) -> None:
     llamaslot's."""
     answer = fake.routes._answer
 
-    async def answered(request: web.BaseRequest, *args: Any) -> Any:
+    async def answered(request: web.BaseRequest, seen: Seen, data: bytes) -> Any:
         try:
-            return await answer(request, *args)
+            return await answer(request, seen, data)
         except (BadInput, Dropped, OSError):
             raise
         except Exception as error:
+            fake.engine.cancel(seen.tasks)
             if request.writer.output_size:
                 raise Dropped from error
             return reply({"error": {"message": f"fake: {error!r}", "type": "server_error", "code": 500}}, 500)
