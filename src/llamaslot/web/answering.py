@@ -359,6 +359,7 @@ class Answering:
         log.info(
             "%s for %s, slot %d %s: %d of %d prompt tokens computed%s, first byte after %.2f s, all after %.2f s",
             self.asked.id, self.lease.job.user.id, self.lease.slot_id, source_of(self.lease, earlier).value,
-            n_computed, self.lease.job.n_tokens, f", {earlier.seconds:.2f} s of it ahead" if earlier is not None else "",
+            n_computed, self.lease.job.n_tokens,
+            f", {earlier.seconds:.2f} s of it ahead" if earlier is not None else "",
             first_s, time.monotonic() - self.asked.started,
         )  # fmt: skip
