@@ -97,7 +97,11 @@ def tasks(
     asked = body.get("id_slot")
     pinned = isinstance(asked, int) and not isinstance(asked, bool) and asked >= 0
     given = body.get("stop")
-    stop = [word for word in ([given] if isinstance(given, str) else given or ()) if isinstance(word, str) and word]
+    stop = [
+        word
+        for word in ([given] if isinstance(given, str) else given or ())
+        if isinstance(word, str) and word
+    ]
     n_probs = number(body, "n_probs", 0, 2_147_483_647)
     n_logprobs = number(body, "top_logprobs", 0, 2_147_483_647) if body.get("logprobs") else 0
     results: asyncio.Queue[Result | None] = asyncio.Queue()
