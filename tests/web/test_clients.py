@@ -1,0 +1,56 @@
+"""What the clients' own libraries make of what llamaslot adds to a stream: comments, and errors in the middle."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+
+from tests.support.inprocess import CHAT, PATIENCE_S, Served, letters, served, spawn
+
+MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
+TURNS: Any = [{"role": "user", "content": letters(1, 200)}]
+
+
+async def read(it: Served, path: str) -> list[Any]:
+    """The events of a stream, by the library of its route. Each request has a connection of its own."""
+    made = {"max_retries": 0, "timeout": PATIENCE_S, "api_key": "unused"}
+    close = {"Connection": "close"}
+    if path == MESSAGES:
+        async with anthropic.AsyncAnthropic(base_url=it.url, default_headers=close, **made) as claude:
+            stream = await claude.messages.create(model="any", messages=TURNS, max_tokens=8, stream=True)
+            return [event async for event in stream]
+    async with openai.AsyncOpenAI(base_url=it.url + "/v1", default_headers=close, **made) as client:
+        if path == CHAT:
+            chunks = await client.chat.completions.create(
+                model="any", messages=TURNS, max_tokens=8, stream=True
+            )
+            return [chunk async for chunk in chunks]
+        events = await client.responses.create(model="any", input=TURNS, max_output_tokens=8, stream=True)
+        return [event async for event in events]
+
+
+@pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES])
+async def test_a_stream_that_breaks_off_is_an_error_of_the_client(tmp_path: Path, path: str) -> None:
+    """Not an answer that is only shorter."""
+    async with served(tmp_path) as it:
+        it.fake.faults.disconnect_after_tokens(3, path)
+        with pytest.raises((openai.APIError, anthropic.APIError), match="closed the connection"):
+            await read(it, path)
+
+
+@pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES])
+async def test_comments_disturb_nobody(tmp_path: Path, path: str) -> None:
+    """A client that waits in the queue, and is told so, reads the same events as one that need not wait."""
+    async with served(tmp_path, {"stream": {"keepalive_s": 0.005}}, slots=1) as it:
+        n_events, many = len(await read(it, path)), itertools.count()
+        async with it.busy():
+            reader = spawn(read(it, path))
+            await it.until(lambda: it.backend.scheduler.n_waiting == 1)
+            await it.until(lambda: next(many) > 10)  # several times keepalive_s
+            it.fake.go()
+            assert len(await reader) == n_events
