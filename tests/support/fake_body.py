@@ -57,10 +57,13 @@ def prompts(value: Any, model: FakeModel, marker: str = "") -> list[list[int]]:
         raise BadInput('"prompt" must not be empty')
     if any(isinstance(item, int) and not isinstance(item, bool) for item in value):
         ids: list[int] = []
+        has_text = any(
+            isinstance(item, str) for item in value
+        )  # then true is 1; among numbers alone it is none
         for item in value:
             if isinstance(item, str):
                 ids.extend(model.tokenize(item))
-            elif isinstance(item, int):
+            elif isinstance(item, int) and (not isinstance(item, bool) or has_text):
                 ids.append(item)
             else:
                 raise BadInput(PROMPT_SHAPE)
