@@ -113,13 +113,14 @@ async def events(response: aiohttp.ClientResponse, t0: float) -> AsyncIterator[E
 class Client:
     """An HTTP client without any waiting of its own: a fresh connection for each request, no time limit."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
+        self.url, self._headers = url, headers
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Client:
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None),
+            headers=self._headers,
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
             read_bufsize=1 << 22,
         )

@@ -18,7 +18,7 @@ TURNS: Any = [{"role": "user", "content": letters(1, 200)}]
 
 async def read(it: Served, path: str) -> list[Any]:
     """The events of a stream, by the library of its route. Each request has a connection of its own."""
-    made = {"max_retries": 0, "timeout": PATIENCE_S, "api_key": "unused"}
+    made: dict[str, Any] = {"max_retries": 0, "timeout": PATIENCE_S, "api_key": "unused"}
     close = {"Connection": "close"}
     if path == MESSAGES:
         async with anthropic.AsyncAnthropic(base_url=it.url, default_headers=close, **made) as claude:

@@ -160,15 +160,16 @@ class Queue:
         return min((seconds for seconds in left if seconds > 0), default=None)
 
     def _here(self, now: float) -> set[str]:
+        """Who waits, or has a slot, or is expected back."""
         spare_s = self.limits.fairness.spare_s
         lately = {user for user, at in self._seen_at.items() if now - at < spare_s}
-        return lately | self._n_running.keys()
+        return lately | self._n_running.keys() | {waiting.job.user.id for waiting in self._waiting}
 
     def granted(self, waiting: Waiting, cost_s: float, now: float) -> Charge:
         """It has got a slot, for about ``cost_s``, and leaves the queue."""
         self.remove(waiting)
         user = waiting.job.user.id
-        sharing = {user, *(other.job.user.id for other in self._waiting if not other.is_back)}
+        sharing = self._here(now) | {user}
         self._shares.granted(user, cost_s, sharing)
         self._n_running[user] = self._n_running.get(user, 0) + 1
         if waiting.is_side:
@@ -190,7 +191,7 @@ class Queue:
             id_ for id_, at in self._seen_at.items() if now - at > _REMEMBER_S and id_ not in present
         ]:
             del self._seen_at[gone]
-        self._shares.keep(present, self._seen_at.keys())
+        self._shares.keep(self._here(now), self._seen_at.keys())
 
     def standings(self) -> list[Standing]:
         """Everybody who was here lately."""
