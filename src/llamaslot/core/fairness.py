@@ -1,6 +1,6 @@
 """Whose turn it is when slots are short: deficit round robin over users, in estimated seconds of a slot.
 
-What a slot is given away for is owed in equal parts to all who wait for one: that is their *deficit*, what they have
+What a slot is given away for is owed in equal parts to all who are here: that is their *deficit*, what they have
 received less than their share. Next is the user with the largest one; among equals, who was served longest ago. So a
 user with twenty requests gets a slot as often as one with a single question, one with long prompts less often than one
 with short ones, and what a user takes while nobody else waits costs nothing later.
@@ -84,7 +84,7 @@ class Shares:
         return order
 
     def granted(self, user: str, cost_s: float, sharing: Collection[str]) -> None:
-        """``user`` has got a slot for about ``cost_s``, for which users ``sharing`` wait, itself among them."""
+        """``user`` has got a slot for about ``cost_s``, of which all of ``sharing``, itself among them, have a part."""
         self._charge(user, cost_s, sharing)
         self._n_served += 1
         self._served[user] = self._n_served
