@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import random
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -187,3 +190,53 @@ def test_what_everybody_has_is_told(desk: Desk) -> None:
     desk.end(GREEDY)
     standings = {one.id: (one.n_running, one.n_waiting) for one in desk.house.scheduler.queue.standings()}
     assert standings == {"key:greedy": (3, 2), "key:anna": (1, 0)}
+
+
+def waits_s(n_greedy: int, think_s: float, spare_s: float = 10.0) -> dict[str, float]:
+    """Median seconds that each of five users waits for a slot, with one request each after the other, beside a greedy
+    one with ``n_greedy`` at a time. Answers take a second; slots are four."""
+    house = House(
+        VirtualLoop(),
+        StubServer(N_SLOTS),
+        limits=QueueLimits(fairness=Fairness(spare_s=spare_s)),
+        rules=Rules(small_prompt_tokens=100),
+    )
+    rng, waited, loop = random.Random(1), dict[str, list[float]](), house.loop
+    serial = itertools.count(1)
+
+    async def one(user: User) -> float:
+        asked_at, n = loop.time(), next(serial)
+        job = Job(f"{user.id} {n}", tokens_of(1000 * n, 200), user=user)
+        with await house.scheduler.lease(job):
+            waited_s = loop.time() - asked_at
+            await asyncio.sleep(rng.uniform(0.7, 1.3))
+        return waited_s
+
+    async def modest(user: User) -> None:
+        await asyncio.sleep(rng.random())
+        for _ in range(40):
+            waited.setdefault(user.id, []).append(await one(user))
+            await asyncio.sleep(rng.expovariate(1 / think_s) if think_s else 0.001)
+
+    async def greedy() -> None:
+        while True:
+            await one(GREEDY)
+
+    streams = [house.start(greedy(), "greedy") for _ in range(n_greedy)]
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(modest(User(f"key:{i}")) for i in range(5)))
+
+    loop.run(all_of_them())
+    for stream in streams:
+        stream.cancel()
+    loop.settle()
+    house.close()
+    return {user: statistics.median(seconds) for user, seconds in waited.items()}
+
+
+@pytest.mark.parametrize("think_s", [0.0, 1.0])
+def test_twenty_streams_of_one_user_are_to_others_as_one_is(think_s: float) -> None:
+    """Each waits at most twice as long for its slot as all do beside a single stream, but for a tenth of an answer."""
+    single, many = waits_s(1, think_s), waits_s(20, think_s)
+    assert max(many.values()) <= 2 * statistics.median(single.values()) + 0.1
