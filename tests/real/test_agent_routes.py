@@ -88,8 +88,17 @@ def told(text: str, slot: int) -> Reply:
     return Reply("".join(pieces), *counts(events[0]["message"]["usage"]), slot)
 
 
-@pytest.mark.parametrize("kind", ["dense", "swa", "recurrent"])
-@pytest.mark.parametrize("path", [MESSAGES, RESPONSES])
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        (MESSAGES, "dense"),
+        (MESSAGES, "swa"),
+        (MESSAGES, "recurrent"),
+        (RESPONSES, "dense"),
+        pytest.param(RESPONSES, "swa", marks=pytest.mark.soak),
+        pytest.param(RESPONSES, "recurrent", marks=pytest.mark.soak),
+    ],
+)
 async def test_follow_ups_find_their_context(tmp_path: Path, figure: Figure, path: str, kind: str) -> None:
     """8 agents on 4 slots, streaming or not: what a follow-up shares with the turn before is hardly computed again."""
     rng = random.Random(1)
