@@ -92,6 +92,7 @@ class Disk:
         source: str,
         kind: Kind = Kind.LEAF,
         is_pinned: bool = False,
+        space: str = "",
         idle_s: float = 0.0,
     ) -> WithTokens:
         """Raises OtherConversation and QuotaExceeded as the real one does."""
@@ -115,6 +116,7 @@ class Disk:
             source=source,
             kind=kind,
             is_pinned=is_pinned,
+            space=space,
         )
         if file.origin is not None and kind is Kind.LEAF:  # a trunk is nobody's
             self.origins[draft.id] = file.origin
