@@ -17,6 +17,7 @@ import pytest_asyncio
 
 from llamaslot.llama.routes import KNOWN_GATES, ROUTES, Kind, Route, classify
 from tests.support import models
+from tests.support.client_shapes import SHAPES
 from tests.support.http_api import TABLE, UNKNOWN, Ask, Told, tell
 from tests.support.inprocess import Front, Settings, fronted
 from tests.support.real import RealServer
@@ -106,6 +107,14 @@ async def test_a_route_is_answered_as_by_llama_server(both: Both, route: Route) 
 async def test_what_is_no_route_is_answered_as_by_llama_server(both: Both, ask: Ask) -> None:
     """Its own 404."""
     check_same(ask, *await both.ask(ask))
+
+
+@pytest.mark.parametrize("ask", SHAPES, ids=lambda ask: ask.name)
+async def test_what_applications_send_is_answered_as_by_llama_server(both: Both, ask: Ask) -> None:
+    """With the fields and headers that each of them has."""
+    direct, through = await both.ask(ask)
+    assert direct.status == 200
+    check_same(ask, direct, through)
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/health"])

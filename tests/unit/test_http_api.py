@@ -1,0 +1,62 @@
+"""What docs/http-api.md says: every route, every header, every page and every status that llamaslot has."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+from llamaslot import errors
+from llamaslot.llama.routes import ROUTES, Kind
+from llamaslot.web.openapi import PATHS
+from tests.unit.test_docs import SOURCE, in_code, page, rows, section
+
+PAGE = page("docs/http-api.md")
+WHAT: dict[Kind, str] = {
+    "completion": "completion", "exclusive": "in turn", "passthrough": "passed through", "own": "own",
+    "forbidden": "refused", "gated": "refused",
+}  # fmt: skip
+
+
+def test_every_route_is_listed_in_the_order_of_the_table() -> None:
+    """With what is done with it."""
+    listed = [tuple(row[:3]) for row in rows(section(PAGE, "llama-server's routes"))]
+    known = [
+        ("any" if route.method == "*" else route.method, f"`{route.path}`", WHAT[route.kind])
+        for route in ROUTES
+    ]
+    assert listed == known
+
+
+def test_what_is_guarded_says_what_lets_it_through() -> None:
+    """The name that ``passthrough.allow`` takes; the others that are refused say that nothing does."""
+    notes = [row[3] for row in rows(section(PAGE, "llama-server's routes"))]
+    for route, note in zip(ROUTES, notes, strict=True):
+        if route.kind == "gated":
+            assert f"Allowed by `{route.gate}`" in note
+        if route.kind == "forbidden":
+            assert note.startswith("Always: ")
+
+
+def test_every_header_of_its_own_is_listed() -> None:
+    """Those that are written anywhere in the source, and no others."""
+    written = set()
+    for path in SOURCE.rglob("*.py"):
+        written |= set(re.findall(r'"(x-(?:llamaslot-[a-z-]*[a-z]|request-id))"', path.read_text()))
+    listed = {name for row in rows(section(PAGE, "Headers that llamaslot adds")) for name in in_code(row[0])}
+    assert {name for name in listed if name.startswith("x-")} == written - {"x-llamaslot-user"}
+    assert "`x-llamaslot-user`" in PAGE
+
+
+def test_every_page_of_its_own_is_listed() -> None:
+    """But for ``/health``, which is llama-server's route."""
+    listed = [in_code(row[0])[0] for row in rows(section(PAGE, "llamaslot's own pages"))]
+    assert sorted(listed) == sorted(path for path in PATHS if path.startswith("/llamaslot/"))
+
+
+def test_every_status_and_type_of_an_error_is_listed() -> None:
+    """Of those that a client can see."""
+    kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
+    known = {
+        (str(kind.status), f"`{kind.type}`") for kind in kinds if issubclass(kind, errors.LlamaslotError)
+    }
+    assert known <= {(row[0], row[1]) for row in rows(section(PAGE, "Errors"))}
