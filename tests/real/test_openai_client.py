@@ -264,8 +264,7 @@ async def test_clients_that_leave_in_the_middle_give_their_slots_back(stacked: O
     await at_rest(stacked.stack)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("route", ["chat", "responses"])
+@pytest.mark.parametrize(("route", "stream"), [("chat", True), ("responses", False)])
 async def test_a_client_that_leaves_before_the_first_token_gives_its_slot_back(
     stacked: Open, route: str, stream: bool
 ) -> None:
