@@ -101,6 +101,8 @@ async def leave_and_return(
         await first_token(stack, front, "/v1/completions", short(rng))
         # Nobody looks meanwhile: each answer of /slots would keep the abandoned request alive for a second.
         await asyncio.sleep(rest_s)
+        if not stack.alone:
+            await drained(stack)
         n_before = await meter.total()
         reply = await front.ask("/v1/chat/completions", {**body, "stream": True})
         assert not reply.error, reply.error
@@ -113,6 +115,13 @@ async def leave_and_return(
         n_again=round(n_again),
         text=reply.text,
     )
+
+
+async def drained(stack: Stack) -> None:
+    """Wait until llamaslot has seen that what was left is over; it is asked, and not llama-server. Before that a model
+    that computes the whole prompt in half a second had better do so than wait for the slot."""
+    while any(slot["state"] == "DRAINING" for slot in (await stack.status())["slots"]):  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
 
 
 async def prefilled(stack: Stack, asked: asyncio.Task[Any], n_tokens: float) -> int:
