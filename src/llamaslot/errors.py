@@ -57,6 +57,12 @@ class TooSlow(BadRequest):
     status = 408
 
 
+class Unpackable(BadRequest):
+    """A body that is packed in a way that nobody here can unpack, or badly."""
+
+    status = 415
+
+
 class NotImplementedHere(BadRequest):
     """A method that a proxy in front of one server has no use for."""
 

@@ -1,28 +1,40 @@
-"""Whether a file that is read while llamaslot runs has changed since."""
+"""Whether files that are read while llamaslot runs have changed since."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
+from llamaslot.store.marks import Mark
 
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """What tells that a file is another one, was written to, or belongs to somebody else now."""
-
-    inode: int
-    size_bytes: int
-    modified_ns: int
-    changed_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> Mark:
-        return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+CHECK_S = 1.0
 
 
-def mark_of(path: Path) -> Mark | None:
-    """None where it can not be looked at. Links are followed."""
+class Watch:
+    """Of a few files, looked at when somebody asks, once a second at most. Links are followed."""
+
+    def __init__(
+        self, *paths: Path, clock: Callable[[], float], known: tuple[Mark | None, ...] | None = None
+    ) -> None:
+        """``known``: the marks of what was read already; else what is there now counts as that."""
+        self._paths, self._clock = paths, clock
+        self.known = self._look() if known is None else known
+        self._looked = clock()
+
+    def has_changed(self) -> bool:
+        """Whether another state is there than at the last look; that is then the known one."""
+        if self._clock() - self._looked < CHECK_S:
+            return False
+        self._looked = self._clock()
+        before, self.known = self.known, self._look()
+        return self.known != before
+
+    def _look(self) -> tuple[Mark | None, ...]:
+        return tuple(_mark_of(path) for path in self._paths)
+
+
+def _mark_of(path: Path) -> Mark | None:
+    """None where it can not be looked at."""
     try:
         return Mark.of(path.stat())
     except OSError:

@@ -13,7 +13,7 @@ from llamaslot.core.policy import is_long
 from llamaslot.core.slots import NOTHING, Content, Event, Job, Plan, Slot, State
 from llamaslot.core.tokens import common
 from llamaslot.core.trunks import NEAR_TOKENS
-from llamaslot.errors import BackendRestarted
+from llamaslot.errors import BackendRestarted, SlotWedged
 from llamaslot.llama.sse import Earlier
 
 if TYPE_CHECKING:
@@ -105,7 +105,9 @@ class Lease:
     def __enter__(self) -> Lease:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if isinstance(error, SlotWedged):
+            self.content = None
         self.release()
 
     @property

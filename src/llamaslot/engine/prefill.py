@@ -23,7 +23,7 @@ from llamaslot.core.slots import NOTHING
 from llamaslot.core.tokens import head
 from llamaslot.engine.beliefs import is_far_off, note_misplaced, prefilled, until_idle
 from llamaslot.engine.lease import Lease, PlanAgain, Prefilling, Report
-from llamaslot.errors import SlotWedged, UpstreamError
+from llamaslot.errors import UpstreamError
 from llamaslot.llama.api import LlamaServer, Progress
 from llamaslot.llama.sse import Earlier
 from llamaslot.observe.journal import Act
@@ -223,9 +223,6 @@ class Prefills:
             lease.done(None)
             lease.restored = None  # no fault of the snapshot
             return False
-        except SlotWedged:
-            lease.content = None
-            raise
         finally:
             took_s = self.now() - long.since
             long.seconds += took_s

@@ -84,7 +84,9 @@ class Queue:
         self.limits = limits
         self._waiting: list[Waiting] = []
         self._shares = Shares()
-        self._n_running: dict[str, int] = {}  # users that have slots
+        # By user, without those that have none: with 250 waiting, counting them at each look takes a second.
+        self._n_waiting: Counter[str] = Counter()
+        self._n_running: Counter[str] = Counter()
         self._seen_at: dict[str, float] = {}  # of each user the last request or the end of its last answer
 
     def __len__(self) -> int:
@@ -104,10 +106,12 @@ class Queue:
 
     def add(self, waiting: Waiting, now: float) -> None:
         self._waiting.insert(0 if waiting.is_back else len(self._waiting), waiting)
+        self._n_waiting[waiting.job.user.id] += 1
         self._seen_at[waiting.job.user.id] = now
 
     def remove(self, waiting: Waiting) -> None:
         self._waiting.remove(waiting)
+        _one_less(self._n_waiting, waiting.job.user.id)
 
     def make_room(self, newcomer: Waiting) -> None:
         """Raises TooManyRequests for one too many of the same user, QueueFull for one too many of all.
@@ -116,8 +120,7 @@ class Queue:
         """
         if newcomer.is_back:
             return
-        user = newcomer.job.user
-        n_waiting = Counter(waiting.job.user.id for waiting in self._waiting)
+        user, n_waiting = newcomer.job.user, self._n_waiting
         n_max = self._max_waiting(user)
         if n_max is not None and n_waiting[user.id] > n_max:
             raise TooManyRequests(
@@ -145,13 +148,12 @@ class Queue:
     # -- slots ---------------------------------------------------------------------------------------------------
 
     def may_run(self, user: User, n_slots: int, n_idle: int, now: float) -> bool:
-        """Whether ``user`` may have another slot now."""
-        n_held, n_max = self._n_running.get(user.id, 0), self._max_running(user)
+        """Whether ``user``, who waits, may have another slot now."""
+        n_held, n_max = self._n_running[user.id], self._max_running(user)
         if n_max is not None and n_held >= n_max:
             return False
-        here = self._here(now)
-        absent = here - self._n_running.keys() - {waiting.job.user.id for waiting in self._waiting}
-        return may_take_another(n_held, n_slots, n_idle, len(here | {user.id}), len(absent - {user.id}))
+        n_here = len(self._here(now))
+        return may_take_another(n_held, n_slots, n_idle, n_here, n_here - len(self._present))
 
     def look_again_s(self, now: float) -> float | None:
         """In how many seconds somebody who was here lately is not expected back any more."""
@@ -159,11 +161,15 @@ class Queue:
         left = [at + spare_s - now for user, at in self._seen_at.items() if user not in self._n_running]
         return min((seconds for seconds in left if seconds > 0), default=None)
 
+    @property
+    def _present(self) -> set[str]:
+        """Who waits, or has a slot."""
+        return self._n_waiting.keys() | self._n_running.keys()
+
     def _here(self, now: float) -> set[str]:
         """Who waits, or has a slot, or is expected back."""
         spare_s = self.limits.fairness.spare_s
-        lately = {user for user, at in self._seen_at.items() if now - at < spare_s}
-        return lately | self._n_running.keys() | {waiting.job.user.id for waiting in self._waiting}
+        return self._present | {user for user, at in self._seen_at.items() if now - at < spare_s}
 
     def granted(self, waiting: Waiting, cost_s: float, now: float) -> Charge:
         """It has got a slot, for about ``cost_s``, and leaves the queue."""
@@ -171,7 +177,7 @@ class Queue:
         user = waiting.job.user.id
         sharing = self._here(now) | {user}
         self._shares.granted(user, cost_s, sharing)
-        self._n_running[user] = self._n_running.get(user, 0) + 1
+        self._n_running[user] += 1
         if waiting.is_side:
             for other in self._waiting:
                 if not other.is_side and other.came_at <= waiting.came_at:
@@ -181,12 +187,10 @@ class Queue:
     def released(self, charge: Charge, now: float) -> None:
         """The slot is back: what the estimate was wrong by is made up for."""
         user = charge.user
-        self._n_running[user] -= 1
-        if not self._n_running[user]:
-            del self._n_running[user]
+        _one_less(self._n_running, user)
         self._shares.took(user, now - charge.at - charge.cost_s, charge.sharing)
         self._seen_at[user] = now
-        present = self._n_running.keys() | {waiting.job.user.id for waiting in self._waiting}
+        present = self._present
         for gone in [
             id_ for id_, at in self._seen_at.items() if now - at > _REMEMBER_S and id_ not in present
         ]:
@@ -195,15 +199,21 @@ class Queue:
 
     def standings(self) -> list[Standing]:
         """Everybody who was here lately."""
-        n_waiting = Counter(waiting.job.user.id for waiting in self._waiting)
-        users = sorted(self._seen_at.keys() | n_waiting.keys())
         return [
-            Standing(id_, self._n_running.get(id_, 0), n_waiting[id_], self._shares.deficit_s(id_))
-            for id_ in users
+            Standing(id_, self._n_running[id_], self._n_waiting[id_], self._shares.deficit_s(id_))
+            for id_ in sorted(self._seen_at.keys() | self._n_waiting.keys())
             if id_
         ]
 
     def check(self) -> None:
         """Raise AssertionError naming the invariant that does not hold."""
         assert all(n > 0 for n in self._n_running.values()), "nobody gives back more than it had"
+        counted = Counter(waiting.job.user.id for waiting in self._waiting)
+        assert self._n_waiting == counted, "who waits is counted"
         assert sorted(map(id, self.ordered())) == sorted(map(id, self._waiting)), "an order leaves nobody out"
+
+
+def _one_less(counts: Counter[str], user: str) -> None:
+    counts[user] -= 1
+    if not counts[user]:
+        del counts[user]

@@ -192,26 +192,26 @@ class Scheduler:
             self._look_again.cancel()
             self._look_again = None
         reserved: set[int] = set()
-        look_again_s: float | None = None
+        looks_s: list[float] = []  # when it is worth to look again, though nothing happens
         is_short = False  # somebody earlier waits for any slot at all
         # Asked again only when a slot has been given away: 250 who wait for 64 slots are 16,000 looks otherwise.
-        has_idle = self._has_idle()
+        n_idle = self._n_idle()
         for waiting in self.queue.ordered():
             if self.pool is None or self._is_closed:
                 break
             job = waiting.job
             if waiting.granted.done() or (job.is_exclusive and self._turn is not None):
                 continue
-            if has_idle and not self._may_run(job):
-                spared_s = self.queue.look_again_s(self.now())
-                look_again_s = min(look_again_s or math.inf, spared_s) if spared_s else look_again_s
+            if n_idle and not self.queue.may_run(job.user, len(self.pool.slots), n_idle, self.now()):
+                if (spared_s := self.queue.look_again_s(self.now())) is not None:
+                    looks_s.append(spared_s)
                 continue
             if job.is_unpinned:
                 if not is_short:
                     self._turn = job
                     self._give(waiting, Lease.turn(self, self.pool, job))
                 continue
-            if not has_idle:
+            if not n_idle:
                 is_short = True  # no need to look closer: with 250 waiting that took a second for each burst
                 continue
             now = self.now()
@@ -231,8 +231,7 @@ class Scheduler:
                 if decision.for_s is None:
                     is_short = True
                 else:
-                    soon = max(waiting.look_at - now, 0.0)
-                    look_again_s = soon if look_again_s is None else min(look_again_s, soon)
+                    looks_s.append(max(waiting.look_at - now, 0.0))
                 continue
             if self._is_turn_waiting and is_long(decision, self.rules):
                 continue  # somebody waits for those that are under way to be through already
@@ -241,7 +240,7 @@ class Scheduler:
             except KeyError:  # a snapshot that the catalog has given up unnoticed
                 assert decision.snapshot is not None
                 self.pool.drop_snapshot(decision.snapshot)
-                look_again_s = 0.0
+                looks_s.append(0.0)
                 continue
             if waiting.patience is not None:
                 self.on_prefix_wait(self.now() - waiting.patience.since)
@@ -252,16 +251,10 @@ class Scheduler:
             self.leases[lease] = None
             self._give(waiting, lease)
             self._n_changes += 1
-            has_idle = self._has_idle()
-        if look_again_s is not None:
-            self._look_again = asyncio.get_running_loop().call_later(look_again_s, self.dispatch)
+            n_idle = self._n_idle()
+        if looks_s:
+            self._look_again = asyncio.get_running_loop().call_later(min(looks_s), self.dispatch)
         self.bell.ring()  # last: who has just got a slot may come before a prefill
-
-    def _may_run(self, job: Job) -> bool:
-        """Whether its user may have another slot now. Who waits until all others are at work needs one in any case."""
-        assert self.pool is not None
-        n_idle = sum(slot.is_idle for slot in self.pool.slots)
-        return self.queue.may_run(job.user, len(self.pool.slots), n_idle, self.now())
 
     def _decide(self, waiting: Waiting, reserved: frozenset[int]) -> Plan | Wait:
         """Where to, or what to wait for. Whoever is just computing what the job begins with is asked to keep it."""
@@ -278,8 +271,8 @@ class Scheduler:
             waiting.patience = Patience.of(self.pool, decision, makers, now, at_last)
         return decision
 
-    def _has_idle(self) -> bool:
-        return self.pool is not None and any(slot.is_idle for slot in self.pool.slots)
+    def _n_idle(self) -> int:
+        return sum(slot.is_idle for slot in self.pool.slots) if self.pool is not None else 0
 
     def _give(self, waiting: Waiting, lease: Lease) -> None:
         steps_s = lease.plan.cost.steps_s if lease.plan is not None else 0.0

@@ -24,7 +24,8 @@ from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
 from llamaslot.store.drafts import Draft, Held
 from llamaslot.store.header import read_slot_file
 from llamaslot.store.hits import NEVER, Hits
-from llamaslot.store.register import Mark, Register
+from llamaslot.store.marks import Mark
+from llamaslot.store.register import Register
 from llamaslot.store.room import Limits, Room, Short
 from llamaslot.store.shelf import Pin, Prospect, Shelf
 from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens, readable

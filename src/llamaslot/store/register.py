@@ -19,31 +19,19 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 from xxhash import xxh3_128_hexdigest
 
 from llamaslot.core.slots import Kind
+from llamaslot.store.marks import Mark
 from llamaslot.store.sidecar import JSON, KV, Snapshot
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
 _HEAD = "llamaslot sidecars"
-
-
-class Mark(NamedTuple):
-    """Tells a file from what another one of that name was, or this one before somebody changed it."""
-
-    inode: int
-    size_bytes: int
-    modified_ns: int
-    changed_ns: int
-
-    @classmethod
-    def of(cls, found: os.stat_result) -> Mark:
-        return cls(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from llamaslot.engine.backend import Backend
 from llamaslot.engine.beliefs import is_far_off
 from llamaslot.engine.lease import Lease, PlanAgain, Prefilling
 from llamaslot.engine.turns import Turn
-from llamaslot.errors import SlotWedged, UpstreamError
+from llamaslot.errors import UpstreamError
 from llamaslot.llama.api import content_type_of
 from llamaslot.llama.assemble import Assembly, Doubt, can_assemble, streamed
 from llamaslot.llama.opaque import Reason
@@ -156,9 +156,6 @@ class Answering:
         except UpstreamError:
             self.lease.done(None)
             raise
-        except aiohttp.SocketTimeoutError:
-            self.lease.content = None
-            raise
 
     def _message_start(self) -> bytes:
         n_reused = self.earlier.n_reused if self.earlier is not None else self.lease.n_expected
@@ -178,12 +175,9 @@ class Answering:
         # What nobody knows may have been computed with somebody's LoRA scales.
         may_reuse = self.here is not None or not (lease.job.is_cold or lease.content is None)
         lease.sent()
-        sending = self.asked.post({**body, "id_slot": lease.slot_id, "cache_prompt": may_reuse})
-        try:
-            upstream = await stack.enter_async_context(sending)
-        except SlotWedged:
-            lease.content = None
-            raise
+        upstream = await stack.enter_async_context(
+            self.asked.post({**body, "id_slot": lease.slot_id, "cache_prompt": may_reuse})
+        )
         lease.started()
         if upstream.status == 200:
             return upstream

@@ -18,15 +18,13 @@ from pathlib import Path
 from aiohttp import web
 
 from llamaslot.config.keys import Key, digest_of, read_keys
-from llamaslot.config.marks import Mark, mark_of
+from llamaslot.config.marks import Watch
 from llamaslot.config.sections import AuthConfig
 from llamaslot.core.users import User
 from llamaslot.errors import BadRequest, ConfigError, Forbidden, Unauthorized
 from llamaslot.llama.routes import server_path
 
 log = logging.getLogger(__name__)
-
-CHECK_S = 1.0  # a key that was removed works for so long at most
 
 _HEALTH = ("/health", "/v1/health")
 # Their names change with each build: /, /index.html, /sw.js, /favicon.ico, /_app/immutable/bundle.CheKa0wg.js. No route
@@ -41,17 +39,17 @@ _USER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
 class Keyring:
     """The keys that are in force: those of the file, read again when it has changed.
 
-    Looking costs some microseconds, once a second at most; reading some milliseconds for a thousand keys, on the event
-    loop. What can not be read changes nothing: the keys read last stay in force, and the log says so once.
+    Looking costs some microseconds, once a second at most, so that a removed key works for no longer; reading some
+    milliseconds for a thousand keys, on the event loop. What can not be read changes nothing: the keys read last stay
+    in force, and the log says so once.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises ConfigError."""
-        self._path, self._clock = path, clock
+        self._path = path
         keys, mark = read_keys(path)
-        self._mark: Mark | None = mark
+        self._watch = Watch(path, clock=clock, known=(mark,))
         self._take(keys)
-        self._looked = clock()
         log.info("keys: %d in %s", len(keys), path)
 
     def _take(self, keys: tuple[Key, ...]) -> None:
@@ -67,19 +65,15 @@ class Keyring:
         return found
 
     def _look(self) -> None:
-        if self._clock() - self._looked < CHECK_S:
+        if not self._watch.has_changed():
             return
-        self._looked = self._clock()
-        mark = mark_of(self._path)
-        if mark == self._mark:
-            return
-        self._mark = mark
         try:
-            keys, self._mark = read_keys(self._path)
+            keys, mark = read_keys(self._path)
         except ConfigError as error:
             faults = "; ".join(error.faults)
             log.error("keys: %s: %s; the keys that were read before stay in force", self._path, faults)
             return
+        self._watch.known = (mark,)  # of what was read: the file may be another one by now
         self._take(keys)
         log.info("keys: %s has changed, %d keys are in force", self._path, len(keys))
 

@@ -23,7 +23,7 @@ from aiohttp.http_exceptions import (
     LineTooLong,
 )
 
-from llamaslot.errors import BadRequest, LlamaslotError, QueueFull, TooSlow
+from llamaslot.errors import BadRequest, LlamaslotError, QueueFull, TooSlow, Unpackable
 from llamaslot.web.downstream import MISTAKE, error_response
 
 log = logging.getLogger(__name__)
@@ -162,10 +162,6 @@ class _TooLong(BadRequest):
     status = 431
 
 
-class _Unpackable(BadRequest):
-    status = 415
-
-
 def _wording(error: BaseException | None) -> LlamaslotError:
     """What is wrong with a request that aiohttp cannot read, without what was in it."""
     said = error.message if isinstance(error, HttpProcessingError) else ""
@@ -174,7 +170,7 @@ def _wording(error: BaseException | None) -> LlamaslotError:
     if said.startswith("Too many headers"):
         return _TooLong("the request has more than 128 headers")
     if isinstance(error, ContentEncodingError):
-        return _Unpackable(f"{said}: send the body as gzip, or plain")
+        return Unpackable(f"{said}: send the body as gzip, or plain")
     if isinstance(error, BadHttpMethod | BadStatusLine):
         hint = ", but TLS: this port takes http:// only" if "HTTPS" in said else ""
         return BadRequest(f"this is no HTTP request{hint}")

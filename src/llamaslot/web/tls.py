@@ -7,13 +7,11 @@ import ssl
 import time
 from collections.abc import Callable
 
-from llamaslot.config.marks import Mark, mark_of
+from llamaslot.config.marks import Watch
 from llamaslot.config.tls import TlsConfig, load_certificate
 from llamaslot.errors import ConfigError
 
 log = logging.getLogger(__name__)
-
-CHECK_S = 1.0
 
 
 class Certificate:
@@ -25,9 +23,8 @@ class Certificate:
 
     def __init__(self, settings: TlsConfig, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises ConfigError when the files, right a moment ago, are not any more."""
-        self._settings, self._clock = settings, clock
-        self._marks = self._look()
-        self._looked = clock()
+        self._settings = settings
+        self._watch = Watch(settings.cert, settings.key, clock=clock)
         try:
             self._latest = load_certificate(settings)
             #: What to listen with. Its certificate is the first; each connection gets the latest.
@@ -37,22 +34,14 @@ class Certificate:
         self.context.sni_callback = self._connected  # called for each, also for one that names no host
 
     def _connected(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
-        if self._clock() - self._looked >= CHECK_S:
-            self._looked = self._clock()
+        if self._watch.has_changed():
             self._renew()
         connection.context = self._latest
 
     def _renew(self) -> None:
-        marks = self._look()
-        if marks == self._marks:
-            return
-        self._marks = marks
         try:
             self._latest = load_certificate(self._settings)
         except ValueError as error:
             log.error("listen.tls: %s; the certificate that was read before stays in use", error)
         else:
             log.info("listen.tls: %s has changed and is in use", self._settings.cert)
-
-    def _look(self) -> tuple[Mark | None, ...]:
-        return mark_of(self._settings.cert), mark_of(self._settings.key)

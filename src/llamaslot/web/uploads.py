@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from aiohttp import HttpVersion11, web
 
-from llamaslot.errors import BadRequest, BodyTooLarge, LlamaslotError, TooSlow
+from llamaslot.errors import BadRequest, BodyTooLarge, LlamaslotError, TooSlow, Unpackable
 
 _BYTES_PER_S = 4096  # what a slow client has to send on average, so that an upload ends some day
 _PACKINGS = (
@@ -24,12 +24,6 @@ _PACKINGS = (
     "zstd",
 )  # as far as aiohttp can: the last two want a library
 _IS_ASKED_FOR = web.RequestKey("is_asked_for", bool)
-
-
-class Unpackable(BadRequest):
-    """A body that is packed in a way that nobody here can unpack."""
-
-    status = 415
 
 
 @dataclass(frozen=True, slots=True)

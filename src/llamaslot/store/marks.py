@@ -1,0 +1,19 @@
+"""Whether a file is still the one that was read."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+
+class Mark(NamedTuple):
+    """Tells a file from what another one of that name was, or this one before somebody changed it or gave it away."""
+
+    inode: int
+    size_bytes: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Mark:
+        return cls(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
