@@ -7,19 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.figures import Figure
-from tests.support.greedy import Scene, Waits, play, stage
+from tests.support.greedy import N_STREAMS, Scene, Waits, stage
 
 pytestmark = [pytest.mark.real, pytest.mark.soak]
 
-N_ROUNDS = 3
-
-
-def merged(rounds: list[Waits]) -> Waits:
-    waits = Waits()
-    for one in rounds:
-        waits.ttft_s |= one.ttft_s
-        waits.n_greedy += one.n_greedy
-    return waits
+N_ROUNDS, N_TURNS = 3, 8
 
 
 @pytest.mark.timeout(1800)
@@ -29,12 +21,10 @@ async def test_twenty_streams_of_one_user_are_to_others_as_one_is(
 ) -> None:
     """Of five users with one stream each on four slots, each gets its first token within twice the median that all have
     beside a single stream. In turns, in one run."""
-    scene = Scene(think_s=think_s)
-    one, twenty = [], []
-    async with stage(tmp_path) as stack:
-        for seed in range(N_ROUNDS):
-            one.append(await play(stack.url, 1, scene, seed))
-            twenty.append(await play(stack.url, 20, scene, 100 + seed))
-    single, many = merged(one), merged(twenty)
-    figure(f"with 1 stream {single}; with 20: {many}")
+    single, many = Waits(), Waits()
+    async with stage(tmp_path, Scene(think_s=think_s)) as (_, team):
+        for _ in range(N_ROUNDS):
+            single.add(await team.round(1, N_TURNS))
+            many.add(await team.round(N_STREAMS, N_TURNS))
+    figure(f"with 1 stream {single}; with {N_STREAMS}: {many}")
     assert max(many.medians_s) <= 2 * single.median_s

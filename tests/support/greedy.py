@@ -14,7 +14,7 @@ from tests.support import models
 from tests.support.stack import Stack
 from tests.support.users import Client, User
 
-N_MODEST, N_SLOTS = 5, 4
+N_MODEST, N_SLOTS, N_STREAMS = 5, 4, 20
 
 
 @dataclass(slots=True)
@@ -33,6 +33,11 @@ class Waits:
         """Of each user."""
         return [statistics.median(seconds) for seconds in self.ttft_s.values()]
 
+    def add(self, other: Waits) -> None:
+        for name, seconds in other.ttft_s.items():
+            self.ttft_s.setdefault(name, []).extend(seconds)
+        self.n_greedy += other.n_greedy
+
     def __str__(self) -> str:
         each = ", ".join(f"{seconds:.2f}" for seconds in sorted(self.medians_s))
         worst = max(max(seconds) for seconds in self.ttft_s.values())
@@ -41,68 +46,92 @@ class Waits:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """``think_s``: mean pause of a modest user between an answer and its next question; the greedy one has none."""
+    """``think_s``: mean pause of a modest user between an answer and its next question; the greedy one has none.
 
-    n_turns: int = 6
+    A conversation that has had ``n_turns`` is followed by another one.
+    """
+
     n_context: int = 1500
     n_answer: int = 150
+    n_turns: int = 8
     think_s: float = 0.0
 
 
-async def play(url: str, n_streams: int, scene: Scene, seed: int) -> Waits:
-    """Until each of the modest users has had its turns; the greedy one asks all the time with ``n_streams``."""
-    rng, waits = random.Random(seed), Waits()
-    async with contextlib.AsyncExitStack() as stack:
+class Team:
+    """The six of them. Their first conversations have begun when a round starts: it is a piece of a day, not the moment
+    at which twenty new contexts come at once."""
 
-        async def client_of(name: str) -> Client:
-            return await stack.enter_async_context(Client(url, {"x-llamaslot-user": name}))
+    def __init__(self, url: str, scene: Scene) -> None:
+        self._url, self._scene = url, scene
+        self._greedy = [self._user("greedy", number) for number in range(N_STREAMS)]
+        self._modest = [self._user("modest", number) for number in range(N_MODEST)]
+        self._clients: dict[str, Client] = {}
 
-        async def greed(client: Client, number: int) -> None:
-            user = User(f"greedy {seed} {number}", scene.n_context, random.Random(f"{seed} {number}"))
+    @contextlib.asynccontextmanager
+    async def there(self) -> AsyncIterator[Team]:
+        async with contextlib.AsyncExitStack() as stack:
+            for name in ("greedy", *(user.name for user in self._modest)):
+                client = Client(self._url, {"x-llamaslot-user": name})
+                self._clients[name] = await stack.enter_async_context(client)
+            for user in self._modest:
+                await self._turn(user, self._clients[user.name], 1)
+            for user in self._greedy:
+                await self._turn(user, self._clients["greedy"], 1)
+            yield self
+
+    def _user(self, name: str, number: int) -> User:
+        return User(f"{name}-{number}", self._scene.n_context, random.Random(f"{name} {number}"))
+
+    async def _turn(self, user: User, client: Client, n_answer: int) -> float:
+        """Seconds to its first token."""
+        turn = await user.turn(client, max_tokens=n_answer)
+        assert not turn.reply.error, turn.reply.error
+        if user.n_turns % self._scene.n_turns == 0:
+            user.forget(self._scene.n_context)
+        return turn.reply.ttft_s
+
+    async def round(self, n_streams: int, n_turns: int) -> Waits:
+        """Until each of the modest users has had ``n_turns`` follow-ups; the greedy one asks all the time with
+        ``n_streams``."""
+        waits, scene = Waits(), self._scene
+
+        async def greed(user: User) -> None:
             while True:
-                turn = await user.turn(client, max_tokens=scene.n_answer)
-                assert not turn.reply.error, turn.reply.error
+                await self._turn(user, self._clients["greedy"], scene.n_answer)
                 waits.n_greedy += 1
-                if user.n_turns % 8 == 0:
-                    user.forget(scene.n_context)
 
-        async def ask(name: str) -> None:
-            client, user = await client_of(name), User(name, scene.n_context, random.Random(f"{seed} {name}"))
-            pauses = random.Random(f"{seed} {name} pauses")
-            for _ in range(scene.n_turns):
+        async def ask(user: User) -> None:
+            n_left, pauses = n_turns, random.Random(f"{user.name} {user.n_turns}")
+            while n_left:
                 if scene.think_s:
                     await asyncio.sleep(pauses.expovariate(1 / scene.think_s))
-                turn = await user.turn(client, max_tokens=scene.n_answer)
-                assert not turn.reply.error, turn.reply.error
-                if user.n_turns > 1:  # the first one has a context to compute
-                    waits.ttft_s.setdefault(name, []).append(turn.reply.ttft_s)
+                is_first = len(user.messages) == 1
+                ttft_s = await self._turn(user, self._clients[user.name], scene.n_answer)
+                if not is_first:  # that one has a context to compute
+                    waits.ttft_s.setdefault(user.name, []).append(ttft_s)
+                    n_left -= 1
 
-        greedy = await client_of("greedy")
-        streams = [
-            asyncio.get_running_loop().create_task(greed(greedy, number)) for number in range(n_streams)
-        ]
+        streams = [asyncio.get_running_loop().create_task(greed(user)) for user in self._greedy[:n_streams]]
         try:
             async with asyncio.TaskGroup() as group:
-                for number in rng.sample(range(N_MODEST), N_MODEST):
-                    group.create_task(ask(f"user-{seed}-{number}"))
+                for user in self._modest:
+                    group.create_task(ask(user))
         finally:
             for stream in streams:
                 stream.cancel()
             await asyncio.wait(streams)
             dead = [stream for stream in streams if not stream.cancelled() and stream.exception()]
             assert not dead, [stream.exception() for stream in dead]
-    return waits
+        return waits
 
 
 @contextlib.asynccontextmanager
 async def stage(
-    directory: Path, settings: Mapping[str, Mapping[str, object]] | None = None
-) -> AsyncIterator[Stack]:
-    async with Stack(
-        models.dense(directory, layers=4, width=256),
-        directory,
-        slots=N_SLOTS,
-        context=8192,
-        settings=settings,
-    ) as stack:
-        yield stack
+    directory: Path, scene: Scene, settings: Mapping[str, Mapping[str, object]] | None = None
+) -> AsyncIterator[tuple[Stack, Team]]:
+    model = models.dense(directory, layers=4, width=256)
+    async with (
+        Stack(model, directory, slots=N_SLOTS, context=8192, settings=settings) as stack,
+        Team(stack.url, scene).there() as team,
+    ):
+        yield stack, team

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaslot.core.fairness import Ask, Shares, may_take_another
+from llamaslot.core.fairness import Ask, Pauses, Shares, may_take_another, returns
 
 LONG = 1e9
 
@@ -113,22 +114,45 @@ def test_nobody_is_passed_by_side_requests_for_ever() -> None:
     assert Shares().order(asks, 10.1) == [3, 0, 1, 2]
 
 
+OFTEN, SELDOM = 0.2, 60.0  # pauses in seconds, beside answers of two
+
+
 @pytest.mark.parametrize(
-    ("n_held", "n_idle", "n_users", "n_absent", "may"),
+    ("n_held", "n_idle", "n_users", "pauses_s", "may"),
     [
-        (0, 1, 6, 5, True),  # the first is anybody's right
-        (3, 1, 1, 0, True),  # nobody else was here
-        (3, 1, 2, 1, False),  # somebody may come back
-        (3, 1, 2, 0, True),  # he has a slot, or waits himself
-        (2, 2, 2, 1, True),  # one is left for him
-        (1, 1, 2, 1, True),  # two of four are the share of each of two
+        (0, 1, 6, [OFTEN] * 5, True),  # the first is anybody's right
+        (3, 1, 1, [], True),  # nobody else was here
+        (3, 1, 2, [SELDOM], False),  # somebody may come back
+        (3, 1, 2, [], True),  # he has a slot, or waits himself
+        (2, 2, 2, [SELDOM], True),  # one is left for him
+        (1, 1, 2, [OFTEN], True),  # two of four are the share of each of two
+        (1, 3, 6, [OFTEN] * 3, False),  # three will be back before the answer is through
+        (1, 3, 6, [OFTEN] * 2, True),
+        (1, 2, 6, [SELDOM] * 5, True),  # hardly one of them will
     ],
 )  # fmt: skip
-def test_one_slot_is_left_to_who_may_come_back(
-    n_held: int, n_idle: int, n_users: int, n_absent: int, may: bool
+def test_slots_are_left_to_who_will_come_back(
+    n_held: int, n_idle: int, n_users: int, pauses_s: list[float], may: bool
 ) -> None:
     """By those who have more than their share of four."""
-    assert may_take_another(n_held, 4, n_idle, n_users, n_absent) is may
+    assert may_take_another(n_held, 4, n_idle, n_users, pauses_s, 2.0) is may
+
+
+def test_pauses_are_learned() -> None:
+    """From the longest, for one that is not known, towards what they are; longer ones count as the longest."""
+    pauses = Pauses(10.0)
+    assert pauses.mean_s("a") == 10.0
+    for _ in range(40):
+        pauses.observe("a", 0.5)
+        pauses.observe("b", 3600.0)
+    assert pauses.mean_s("a") == pytest.approx(0.5, rel=0.01)
+    assert pauses.mean_s("b") == 10.0
+    assert returns([0.5], 0.5) == pytest.approx(1 - 1 / math.e)
+    for _ in range(3000):
+        pauses.observe("a", 0.0)
+    assert returns([pauses.mean_s("a")], 1.0) == 1.0
+    pauses.forget("a")
+    assert pauses.mean_s("a") == 10.0
 
 
 @given(st.integers(0, 10**9))

@@ -10,6 +10,7 @@ import pytest
 
 from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.slots import Job
+from llamaslot.core.users import User
 from llamaslot.observe.journal import KEPT, Act, Decision, Journal, Option, Waited, explain
 from tests.support.house import House, tokens_of
 from tests.support.stub import Op, StubServer
@@ -83,9 +84,10 @@ def test_what_was_expected_and_what_was_reused_are_noted(house: House) -> None:
     """With the place that was chosen, and the one that was not."""
     house.start(house.ask(Job("first", tokens_of(0, 600))), "first")
     house.finish()
-    house.start(house.ask(Job("second", tokens_of(0, 700))), "second")
+    house.start(house.ask(Job("second", tokens_of(0, 700), user=User("key:anna"))), "second")
     house.finish()
     first, second = decisions(house)
+    assert (first.user, second.user) == ("", "key:anna")
     assert first.chosen is not None
     assert (first.chosen.source, first.n_expected, first.n_reused) == ("cold", 0, 0)
     assert second.chosen is not None

@@ -183,6 +183,21 @@ def test_one_slot_is_left_to_a_user_who_was_here_a_moment_ago(desk: Desk) -> Non
     assert desk.holds(GREEDY) == 4
 
 
+@with_(spare_s=10.0)
+def test_slots_are_left_to_all_who_always_come_back_at_once(desk: Desk) -> None:
+    """As many as are likely to be asked for before the answer of whoever has one already is through."""
+    for _ in range(20):
+        for user in (ANNA, BERT):
+            desk.come(user)
+            desk.house.loop.pass_time(0.1)
+            desk.end(user)
+    desk.come(GREEDY, 6)
+    assert desk.holds(GREEDY) == 2
+    desk.house.loop.pass_time(10.1)
+    desk.house.loop.settle()
+    assert desk.holds(GREEDY) == 4
+
+
 def test_what_everybody_has_is_told(desk: Desk) -> None:
     """For the status: users by their names."""
     desk.come(GREEDY, 6)
@@ -235,7 +250,7 @@ def waits_s(n_greedy: int, think_s: float, spare_s: float = 10.0) -> dict[str, f
     return {user: statistics.median(seconds) for user, seconds in waited.items()}
 
 
-@pytest.mark.parametrize("think_s", [0.0, 1.0])
+@pytest.mark.parametrize("think_s", [0.0, 0.5, 1.0])
 def test_twenty_streams_of_one_user_are_to_others_as_one_is(think_s: float) -> None:
     """Each waits at most twice as long for its slot as all do beside a single stream, but for a tenth of an answer."""
     single, many = waits_s(1, think_s), waits_s(20, think_s)

@@ -9,10 +9,12 @@ with short ones, and what a user takes while nobody else waits costs nothing lat
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+_AT_ONCE_S = 1e-3
 _LIMIT_S = (
     300.0  # of a deficit, and of what is owed: an estimate may be far off, and nobody pays for that for ever
 )
@@ -24,7 +26,7 @@ class Fairness:
 
     ``max_running``, ``max_waiting``: of one user, unless the key says otherwise. ``max_passed_s``: for how long side
     requests may pass somebody who has come before them. ``spare_s``: how long after its last request a user is expected
-    back, so that others leave one slot alone.
+    back, so that others leave a slot alone.
     """
 
     max_running: int | None = None
@@ -128,11 +130,44 @@ def _sides_first(asks: Sequence[Ask], order: Sequence[int], max_passed_s: float)
     return result
 
 
-def may_take_another(n_held: int, n_slots: int, n_idle: int, n_users: int, n_absent: int) -> bool:
-    """Whether a user that holds ``n_held`` of ``n_slots`` may have one of the ``n_idle`` ones.
+def may_take_another(
+    n_held: int, n_slots: int, n_idle: int, n_users: int, pauses_s: Sequence[float], cost_s: float
+) -> bool:
+    """Whether a user that holds ``n_held`` of ``n_slots`` may have one of the ``n_idle`` ones for about ``cost_s``.
 
-    Of ``n_users`` who were here lately, ``n_absent`` hold none and wait for none: one of them may come back at any
-    moment, and would have to wait for somebody's whole answer. So who has more than an equal share leaves one alone.
+    ``n_users`` were here lately. Those of them who hold none and wait for none may come back at any moment, and would
+    have to wait for somebody's whole answer: ``pauses_s`` is how long each of them stays away as a rule. So who has
+    more than an equal share leaves as many slots alone as are likely to be asked for meanwhile, and one in any case.
     """
-    is_within_share = (n_held + 1) * n_users <= n_slots
-    return n_held == 0 or n_idle > 1 or n_absent == 0 or is_within_share
+    if n_held == 0 or not pauses_s or (n_held + 1) * n_users <= n_slots:
+        return True
+    return n_idle > max(round(returns(pauses_s, cost_s)), 1)
+
+
+def returns(pauses_s: Iterable[float], seconds: float) -> float:
+    """How many of those who have just gone, and stay away for ``pauses_s`` on average, are back after ``seconds``: as
+    if each came back at any moment with equal chances."""
+    return sum(-math.expm1(-seconds / max(pause_s, _AT_ONCE_S)) for pause_s in pauses_s)
+
+
+class Pauses:
+    """How long each user stays away between an answer and the next request, as a rule.
+
+    ``longest_s``: a longer pause counts as that (after it nobody is expected back), and so does one that is not known.
+    """
+
+    _GAIN = 0.3
+
+    def __init__(self, longest_s: float) -> None:
+        self._longest_s = longest_s
+        self._means: dict[str, float] = {}
+
+    def observe(self, user: str, seconds: float) -> None:
+        mean_s = self.mean_s(user)
+        self._means[user] = mean_s + self._GAIN * (min(seconds, self._longest_s) - mean_s)
+
+    def mean_s(self, user: str) -> float:
+        return self._means.get(user, self._longest_s)
+
+    def forget(self, user: str) -> None:
+        self._means.pop(user, None)

@@ -74,7 +74,7 @@ class Note:
 
     def _begun(self) -> Decision:
         if self.decision is None:
-            self.decision = self._journal.begin(self._job.id, self._job.n_tokens)
+            self.decision = self._journal.begin(self._job.id, self._job.n_tokens, self._job.user.id)
         return self.decision
 
     def _end_wait(self, wait: Waited) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from llamaslot.core.fairness import Ask, Fairness, Shares, may_take_another
+from llamaslot.core.fairness import Ask, Fairness, Pauses, Shares, may_take_another
 from llamaslot.core.slots import Job, Wait
 from llamaslot.core.users import User
 from llamaslot.engine.notes import Note
@@ -88,6 +88,7 @@ class Queue:
         self._n_waiting: Counter[str] = Counter()
         self._n_running: Counter[str] = Counter()
         self._seen_at: dict[str, float] = {}  # of each user the last request or the end of its last answer
+        self._pauses = Pauses(limits.fairness.spare_s)
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -105,9 +106,12 @@ class Queue:
     # -- coming and going ----------------------------------------------------------------------------------------
 
     def add(self, waiting: Waiting, now: float) -> None:
+        user = waiting.job.user.id
+        if user in self._seen_at and user not in self._present:
+            self._pauses.observe(user, now - self._seen_at[user])
         self._waiting.insert(0 if waiting.is_back else len(self._waiting), waiting)
-        self._n_waiting[waiting.job.user.id] += 1
-        self._seen_at[waiting.job.user.id] = now
+        self._n_waiting[user] += 1
+        self._seen_at[user] = now
 
     def remove(self, waiting: Waiting) -> None:
         self._waiting.remove(waiting)
@@ -147,13 +151,17 @@ class Queue:
 
     # -- slots ---------------------------------------------------------------------------------------------------
 
-    def may_run(self, user: User, n_slots: int, n_idle: int, now: float) -> bool:
-        """Whether ``user``, who waits, may have another slot now."""
+    def may_run(self, waiting: Waiting, n_slots: int, n_idle: int, now: float) -> bool:
+        """Whether ``waiting`` may have one of the ``n_idle`` slots now, if it wants one."""
+        user = waiting.job.user
         n_held, n_max = self._n_running[user.id], self._max_running(user)
         if n_max is not None and n_held >= n_max:
             return False
-        n_here = len(self._here(now))
-        return may_take_another(n_held, n_slots, n_idle, n_here, n_here - len(self._present))
+        if n_held == 0:
+            return True
+        here, present = self._here(now), self._present
+        pauses_s = [self._pauses.mean_s(other) for other in here if other not in present]
+        return may_take_another(n_held, n_slots, n_idle, len(here), pauses_s, waiting.cost_s)
 
     def look_again_s(self, now: float) -> float | None:
         """In how many seconds somebody who was here lately is not expected back any more."""
@@ -195,6 +203,7 @@ class Queue:
             id_ for id_, at in self._seen_at.items() if now - at > _REMEMBER_S and id_ not in present
         ]:
             del self._seen_at[gone]
+            self._pauses.forget(gone)
         self._shares.keep(self._here(now), self._seen_at.keys())
 
     def standings(self) -> list[Standing]:

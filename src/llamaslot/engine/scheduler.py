@@ -202,7 +202,7 @@ class Scheduler:
             job = waiting.job
             if waiting.granted.done() or (job.is_exclusive and self._turn is not None):
                 continue
-            if n_idle and not self.queue.may_run(job.user, len(self.pool.slots), n_idle, self.now()):
+            if n_idle and not self.queue.may_run(waiting, len(self.pool.slots), n_idle, self.now()):
                 if (spared_s := self.queue.look_again_s(self.now())) is not None:
                     looks_s.append(spared_s)
                 continue

@@ -66,9 +66,10 @@ class Act:
 class Decision:
     """One request from its place to its answer, or one save of llamaslot's own.
 
-    ``at`` is in seconds since 1970. ``queued_s``: how long it waited for its slot, in all. ``n_expected``: tokens that
-    were expected to be reused when the steps were through; ``n_reused``: those that were, None until that is known.
-    ``rewrote``: rules that have changed its system prompt.
+    ``at`` is in seconds since 1970. ``user``: whose request it is, empty for work of llamaslot's own. ``queued_s``: how
+    long it waited for its slot, in all. ``n_expected``: tokens that were expected to be reused when the steps were
+    through; ``n_reused``: those that were, None until that is known. ``rewrote``: rules that have changed its system
+    prompt.
     ``diverged``: where it parts from what was computed before, if much was lost by that.
     """
 
@@ -85,6 +86,7 @@ class Decision:
     acts: list[Act] = field(default_factory=list)
     rewrote: list[str] = field(default_factory=list)
     diverged: dict[str, object] | None = None
+    user: str = ""
 
     def to_json(self) -> dict[str, Any]:
         waits = [
@@ -100,6 +102,7 @@ class Decision:
             "id": self.id,
             "at": self.at,
             "n_tokens": self.n_tokens,
+            "user": self.user,
             "slot": self.slot,
             "chosen": self.chosen.to_json() if self.chosen else None,
             "next_best": self.next_best.to_json() if self.next_best else None,
@@ -121,9 +124,9 @@ class Journal:
         self._clock = clock
         self._decisions: deque[Decision] = deque(maxlen=KEPT)
 
-    def begin(self, id_: str, n_tokens: int) -> Decision:
+    def begin(self, id_: str, n_tokens: int, user: str = "") -> Decision:
         """A new entry; whoever gets it fills it in."""
-        decision = Decision(id_, self._clock(), n_tokens)
+        decision = Decision(id_, self._clock(), n_tokens, user=user)
         self._decisions.append(decision)
         return decision
 

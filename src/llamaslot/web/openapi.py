@@ -91,6 +91,7 @@ _DECISION = _object(
     id=_TEXT,
     at=_SECONDS,
     n_tokens=_COUNT,
+    user=_TEXT,
     slot=_or_null(_COUNT),
     chosen=_or_null(_OPTION),
     next_best=_or_null(_OPTION),
