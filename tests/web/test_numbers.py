@@ -157,3 +157,5 @@ async def test_the_journal_tells_decisions_and_no_texts(tmp_path: Path) -> None:
         assert letters(3, 300)[:20] not in text
         async with it.session.get(f"{it.url}/llamaslot/journal?n=-1") as response:
             assert response.status == 400
+        for many in ("9" * 5000, "0" * 5000 + "1"):  # Python reads no number with more than 4,300 digits
+            assert len((await it.get(f"/llamaslot/journal?n={many}")).json["decisions"]) >= 1

@@ -13,6 +13,8 @@ from llamaslot.observe.journal import KEPT
 from llamaslot.web.openapi import DESCRIPTION, PATHS
 from llamaslot.web.rewriting import SystemPrompts
 
+_DIGITS = 9  # of a number that is read; Python reads no more than 4,300
+
 
 class Status:
     def __init__(self, backend: Backend, prompts: SystemPrompts | None = None) -> None:
@@ -102,7 +104,8 @@ class Status:
         """The last ``n`` decisions, the newest first. Raises BadRequest when ``n`` is no number."""
         if not (n.isascii() and n.isdigit()):
             raise BadRequest(f"n={n}: how many decisions of the last {KEPT}")
-        latest = self._backend.scheduler.journal.latest(min(int(n), KEPT))
+        n_wanted = min(int(n[-_DIGITS:]), KEPT) if len(n.lstrip("0")) <= _DIGITS else KEPT
+        latest = self._backend.scheduler.journal.latest(n_wanted)
         return {"decisions": [decision.to_json() for decision in latest]}
 
     def _metrics(self) -> web.Response:
