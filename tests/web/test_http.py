@@ -13,6 +13,7 @@ import pytest
 
 from llamaslot.web.connections import raise_file_limit
 from tests.support.inprocess import CHAT, NATIVE, PATIENCE_S, letters, right, served
+from tests.support.keys import KeyFile
 from tests.support.wire import request, upstream, wire
 
 JSON = "Content-Type: application/json"
@@ -148,8 +149,44 @@ async def test_methods_of_other_proxies(tmp_path: Path, line: str) -> None:
         method, target = line.split()
         await client.send(request(method, target, b"", CLOSE))
         head = await client.head()
-        assert head.split()[1] == ("501" if method == "TRACE" else "404")
+        assert head.split()[1] == ("404" if method == "CONNECT" else "501")
         assert it.fake.requests[-1] is last
+
+
+async def test_a_line_feed_in_a_path_is_a_path(tmp_path: Path) -> None:
+    """It goes the way of all others: to llama-server, and not without a key. No body is asked for before."""
+    file = KeyFile(tmp_path / "keys.json", "ada")
+    async with served(tmp_path, {"auth": {"keys_file": str(file.path)}}) as it:
+        async with wire(it) as client:
+            await client.send(request("POST", "/v1/%0amodels", b"", EXPECT, "Content-Length: 2"))
+            head, raw = await client.answer()
+            assert head.startswith("HTTP/1.1 401")
+            error_of(raw)
+        n_before = len(it.fake.requests)
+        answer = await it.send("GET", "/v1/%0amodels", headers={"x-api-key": file.keys["ada"]})
+        assert (answer.status, answer.error["type"]) == (404, "not_found_error")
+        assert "/v1/\nmodels" in [seen.path for seen in it.fake.requests[n_before:]]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        request("GET", "/health"),
+        request("GET", "/v1/models"),
+        request("CONNECT", "example.org:443"),
+        request("POST", NATIVE, BODY, JSON),
+        request("POST", NATIVE, BODY[:-1] + b', "stream": true}', JSON),
+        request("POST", NATIVE, b"{", JSON),
+        b"hello\r\n\r\n",
+    ],
+)
+async def test_no_versions_are_told(tmp_path: Path, sent: bytes) -> None:
+    """Neither llamaslot's nor those of what it is made of."""
+    async with served(tmp_path) as it, wire(it) as client:
+        await client.send(sent)
+        assert [line for line in (await client.head()).split("\r\n") if line.startswith("Server:")] == [
+            "Server: llamaslot"
+        ]
 
 
 async def test_headers_for_one_hop_end_here(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from llamaslot.web.completions import Completions
 from llamaslot.web.connections import Connection, Connections, Patience, raise_file_limit
 from llamaslot.web.cors import Cors
 from llamaslot.web.deadlines import Timeouts
-from llamaslot.web.downstream import MISTAKE, StreamRules, error_instead, error_response
+from llamaslot.web.downstream import MISTAKE, StreamRules, error_instead, error_response, name_itself
 from llamaslot.web.passthrough import Passthrough
 from llamaslot.web.rewriting import SystemPrompts, tell_rewrote
 from llamaslot.web.status import Status
@@ -55,6 +55,14 @@ _QUOTED = re.compile(r":? (?:bytearray\()?b['\"].*")
 _BACKLOG = 1024  # connections that the kernel has made and nobody has accepted yet
 _NO_METHODS = ("CONNECT", "TRACE")
 CLIENT_GONE = 499  # in metrics only: nginx's number for a client that has closed its connection
+
+
+class _Everything(web.DynamicResource):
+    """What aiohttp's own patterns leave out too: a line feed in a path, ``*``, the address of ``CONNECT``. Else aiohttp
+    would answer by itself, without a look at keys."""
+
+    def _match(self, path: str) -> dict[str, str]:
+        return {}
 
 
 class App:
@@ -74,7 +82,10 @@ class App:
 
     def application(self) -> web.Application:
         app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self.handle, expect_handler=hold_back)
+        everything = _Everything("/{path}")
+        everything.add_route("*", self.handle, expect_handler=hold_back)
+        app.router.register_resource(everything)
+        app.on_response_prepare.append(name_itself)
         app.on_response_prepare.append(self._cors.allow)
         app.on_response_prepare.append(tell_rewrote)
         app.on_response_prepare.append(close_behind)
@@ -124,9 +135,9 @@ class App:
     async def _dispatch(self, request: web.Request, route: Route) -> web.StreamResponse:
         if is_own_page(request):
             return await self._status.handle(request)
-        if request.method in _NO_METHODS:
+        if request.method in _NO_METHODS or request.raw_path == "*":
             raise NotImplementedHere(
-                f"{request.method} is not served: there is no way through to other servers"
+                f"{request.method} {request.raw_path} is not served: there is no way through to other servers"
             )
         match route.kind:
             case "own":

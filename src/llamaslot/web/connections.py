@@ -24,7 +24,7 @@ from aiohttp.http_exceptions import (
 )
 
 from llamaslot.errors import BadRequest, LlamaslotError, QueueFull, TooSlow, Unpackable
-from llamaslot.web.downstream import MISTAKE, error_response
+from llamaslot.web.downstream import MISTAKE, NAME, error_response
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Connection(web.RequestHandler):
         """As aiohttp, which logs it, raises ConnectionError where half an answer is sent, and closes the connection;
         but told in the shape of every other error."""
         super().handle_error(request, status, exc, message)
-        response = error_response(_wording(exc) if status < 500 else LlamaslotError(MISTAKE))
+        response = error_response(_wording(exc) if status < 500 else LlamaslotError(MISTAKE), NAME)
         response.force_close()
         return response
 

@@ -22,6 +22,7 @@ from llamaslot.web.deadlines import Timeouts
 log = logging.getLogger(__name__)
 
 MISTAKE = "llamaslot has made a mistake; its log says which"
+NAME = {"Server": "llamaslot"}  # and no more: versions are nobody's business
 _HAS_BEGUN = web.RequestKey("has_begun", bool)
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -132,6 +133,11 @@ class Downstream:
         with _translated():
             await response.write_eof()
         return response
+
+
+async def name_itself(request: web.Request, response: web.StreamResponse) -> None:
+    """Signal ``on_response_prepare``: say who answers, in place of aiohttp's and Python's versions."""
+    response.headers.update(NAME)
 
 
 @contextlib.contextmanager
