@@ -54,6 +54,16 @@ async def test_an_answer_that_has_begun_may_go_on(tmp_path: Path) -> None:
         assert b"error" not in text
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_of_an_answer_in_turn_nobody_knows_when_it_begins(tmp_path: Path, stream: bool) -> None:
+    """So only the limit for its end holds: it is not cut off in the middle."""
+    async with served(tmp_path, limits(first_token_s=0.2), slots=1, step_s=0.05) as it:
+        messages = [{"role": "user", "content": [{"type": "what"}]}]
+        answer = await it.post("/v1/messages", {"max_tokens": 12, "stream": stream, "messages": messages})
+        assert answer.status == 200
+        assert b"max_tokens" in answer.raw
+
+
 @pytest.mark.parametrize("path", [CHAT, NATIVE])
 async def test_an_answer_that_does_not_end_in_time_is_given_up(tmp_path: Path, path: str) -> None:
     """A stream that has begun ends with an error event."""

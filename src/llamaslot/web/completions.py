@@ -137,6 +137,7 @@ class _Exchange:
             if want.job.is_steered and (not want.prompts or want.is_head):
                 if want.is_head:
                     await self._prepare_head(want, met)
+                self.deadlines.answering()  # nobody reads the answer closely enough to tell when it begins
                 return self._counted(want, await self.unrecognized(head=want.left_in_slot))
             if len(want.prompts) > 1 and self._is_long(want):
                 return await self._serve_each(want)
