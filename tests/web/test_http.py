@@ -315,6 +315,21 @@ async def test_a_body_that_does_not_end(tmp_path: Path, path: str) -> None:
         client.writer.close()
 
 
+async def test_the_rest_of_a_body_is_no_header(tmp_path: Path) -> None:
+    """What a client still sends of a body that was not wanted does not end its connection with a 408 later."""
+    file = KeyFile(tmp_path / "keys.json", "ada")
+    settings = {"auth": {"keys_file": str(file.path)}, "listen": {"read_timeout_s": 0.1}}
+    async with served(tmp_path, settings) as it, wire(it) as client:
+        await client.send(request("POST", NATIVE, b"", JSON, f"Content-Length: {len(BODY)}"))
+        assert (await client.answer())[0].startswith("HTTP/1.1 401")
+        for piece in (BODY[:10], BODY[10:]):
+            await client.send(piece)
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.3)
+        await client.send(request("GET", "/health"))
+        assert (await client.answer())[0].startswith("HTTP/1.1 200")
+
+
 async def test_a_connection_goes_on_after_an_answer(tmp_path: Path) -> None:
     """The time for a header does not count while an answer is made."""
     async with served(tmp_path, {"listen": {"read_timeout_s": 0.1}}, slots=1) as it, wire(it) as client:

@@ -112,7 +112,9 @@ class Connection(web.RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self._is_serving and self._header_timer is None:
+        # What comes behind an answer may be the rest of its request's body, which nobody wants: aiohttp waits for that
+        # by itself, and not for long.
+        if not self._is_serving and self._waiter is not None and self._header_timer is None:
             self._header_timer = self._loop.call_later(self._patience.read_s, self._is_too_slow)
         super().data_received(data)
 
