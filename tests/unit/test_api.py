@@ -68,6 +68,18 @@ async def test_a_prefill_says_first_what_is_reused(api: LlamaServer) -> None:
     assert (await api.slots())[1].n_tokens == 300
 
 
+async def test_a_prefill_is_computed_with_the_lora_scales_of_its_job(
+    api: LlamaServer, fake: FakeServer
+) -> None:
+    """As JSON, as the job's own request has them; without any the server's own hold."""
+    for lora in ("", '[{"id":0,"scale":0.5}]'):
+        async for _ in api.prefill(0, TOKENS, lora):
+            pass
+    plain, scaled = (seen.body for seen in fake.sent("/completion"))
+    assert "lora" not in plain
+    assert scaled["lora"] == [{"id": 0, "scale": 0.5}]
+
+
 async def test_a_prefill_that_is_closed_stops_and_keeps_what_was_computed(
     api: LlamaServer, fake: FakeServer
 ) -> None:

@@ -336,3 +336,12 @@ async def test_a_canceled_opening_gives_the_lock_back(tmp_path: Path) -> None:
             task.result().close()
             break
     assert len((await Shelter(tmp_path).open()).snapshots) == 3
+
+
+@pytest.mark.parametrize("has_register", [True, False])
+async def test_whose_a_snapshot_is_outlives_a_restart(shelter: Shelter, has_register: bool) -> None:
+    """By the register, or by the sidecar where all files are read."""
+    spaces = ["", "key:anna", 'key:anna\n[{"id":0,"scale":0.5}]']
+    saved = {(await shelter.save(some_tokens(40, i), space=its)).id: its for i, its in enumerate(spaces)}
+    catalog = await shelter.reopen(has_register=has_register)
+    assert {id_: snapshot.space for id_, snapshot in catalog.snapshots.items()} == saved

@@ -24,7 +24,7 @@ from llamaslot.core.slots import (
     State,
     Wait,
 )
-from llamaslot.core.spaces import SHARED
+from llamaslot.core.spaces import SHARED, Space
 from llamaslot.core.tokens import head, pack
 from llamaslot.engine.comings import supersedes
 from llamaslot.engine.library import Library
@@ -400,3 +400,12 @@ def test_a_broken_pool_is_noticed(spoil: object, name: str) -> None:
     spoil(pool)  # type: ignore[operator]
     with pytest.raises(AssertionError, match=name):
         pool.check()
+
+
+def test_a_slot_of_another_user_is_foreign() -> None:
+    """Nothing of it is found, and it is emptied before it is used."""
+    pool, anna, bert = make(), Space("key:anna"), Space("key:bert")
+    hold(pool, 0, A, space=anna)
+    seen = {space: pool.view(Job("asks", A + B, space=space), 0.0, NOBODY).slots[0] for space in (anna, bert)}
+    assert (seen[anna].is_foreign, seen[anna].n_shared) == (False, 2000)
+    assert (seen[bert].is_foreign, seen[bert].n_shared) == (True, 0)

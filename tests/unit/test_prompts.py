@@ -589,6 +589,18 @@ async def test_other_tools_are_another_system_part() -> None:
     assert len(ends) == 2
 
 
+async def test_the_end_of_the_system_part_is_remembered_for_each_user() -> None:
+    """By the time that it takes one could tell what another has asked."""
+    server = Server()
+    prompts, body, n_asked = Prompts(server), turns("why?", system="Be kind."), list[int]()
+    for user in ("anna", "anna", "bert"):
+        prompt = await prompts.chat(body, user)
+        n_before = len(server.bodies)
+        await prompts.system_end(body, prompt)
+        n_asked.append(len(server.bodies) - n_before)
+    assert n_asked == [1, 0, 1]
+
+
 async def test_without_a_system_part_nothing_is_asked() -> None:
     """The role of the first message is all that such prompts have in common."""
     server = Server()

@@ -7,6 +7,7 @@ import itertools
 import random
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from llamaslot.core.slots import Job
 from llamaslot.core.users import User
 from llamaslot.engine.queue import QueueLimits
 from llamaslot.errors import QueueFull, TooManyRequests
+from llamaslot.web.app import make_backend
 from tests.support.house import House, outcome, tokens_of
+from tests.support.inprocess import configured
 from tests.support.stub import StubServer
 
 GREEDY, ANNA, BERT = User("key:greedy"), User("key:anna"), User("key:bert")
@@ -61,6 +64,9 @@ class Desk:
             next(go for whose, go in self.held.values() if whose == user.id and not go.is_set()).set()
             self.house.loop.settle()
 
+    def deficits(self) -> dict[str, float]:
+        return {one.id: one.deficit_s for one in self.house.scheduler.queue.standings()}
+
     def holds(self, user: User) -> int:
         return sum(whose == user.id for whose, _ in self.held.values())
 
@@ -100,6 +106,17 @@ def test_whoever_needs_next_to_nothing_goes_first(desk: Desk) -> None:
     (title,) = desk.come(GREEDY, n_tokens=60)
     desk.end(GREEDY)
     assert title in desk.held
+
+
+@pytest.mark.parametrize(("n_tokens", "is_first"), [(300, True), (6000, False)])
+def test_so_does_who_wants_a_short_answer_to_what_is_there_already(
+    desk: Desk, n_tokens: int, is_first: bool
+) -> None:
+    """A summary of a long conversation; but not one that has to be computed first."""
+    desk.come(GREEDY, 6)
+    (summary,) = desk.come(GREEDY, n_tokens=n_tokens, max_tokens=20)
+    desk.end(GREEDY)
+    assert (summary in desk.held) is is_first
 
 
 @with_(max_passed_s=0.0)
@@ -142,6 +159,17 @@ def test_a_user_at_its_limit_waits_though_slots_are_idle(desk: Desk) -> None:
     desk.end(ANNA)
     desk.come(one_at_a_time, 2)
     assert desk.holds(one_at_a_time) == 1
+
+
+@pytest.mark.parametrize("desk", [{}, {"max_running": 2, "max_waiting": 2}], indirect=True)
+def test_what_a_key_says_counts_more_than_the_configuration(desk: Desk) -> None:
+    """Of how many may run, and of how many may wait."""
+    own = User("key:own", max_running=3, max_waiting=1)
+    *_, waits = desk.come(own, 4)
+    assert desk.holds(own) == 3
+    (late,) = desk.come(own)
+    assert isinstance(outcome(late), TooManyRequests)
+    assert not waits.done()
 
 
 @with_(max_waiting=2)
@@ -196,6 +224,38 @@ def test_slots_are_left_to_all_who_always_come_back_at_once(desk: Desk) -> None:
     desk.house.loop.pass_time(10.1)
     desk.house.loop.settle()
     assert desk.holds(GREEDY) == 4
+
+
+def test_what_a_slot_was_given_away_for_is_what_it_took(desk: Desk) -> None:
+    """Whatever was estimated; and who has gone is owed nothing any more, but owes."""
+    desk.come(ANNA)
+    desk.come(GREEDY)
+    desk.house.loop.pass_time(100.0)
+    desk.end(GREEDY)
+    assert desk.deficits() == pytest.approx({"key:greedy": -50.0, "key:anna": 50.0})
+    desk.end(ANNA)
+    assert desk.deficits() == pytest.approx({"key:greedy": -50.0, "key:anna": 0.0})
+
+
+@with_(spare_s=10.0)
+def test_who_is_expected_back_has_a_share_too(desk: Desk) -> None:
+    """He waits for nothing only because he is just reading an answer."""
+    desk.come(ANNA)
+    desk.end(ANNA)
+    desk.come(GREEDY)
+    desk.house.loop.pass_time(5.0)
+    desk.end(GREEDY)
+    assert desk.deficits() == pytest.approx({"key:greedy": -2.5, "key:anna": 2.5})
+
+
+def test_each_limit_of_the_configuration_is_in_its_place(tmp_path: Path) -> None:
+    """Numbers that are all different."""
+    queue = {"max_waiting": 1, "max_wait_s": 2, "user_max_waiting": 3, "user_max_running": 4}
+    settings = {"queue": {**queue, "side_max_passed_s": 5, "spare_s": 6}}
+    url = "http://127.0.0.1:9"
+    backend = make_backend(configured(tmp_path, url, None, settings), url)
+    fairness = Fairness(max_running=4, max_waiting=3, max_passed_s=5.0, spare_s=6.0)
+    assert backend.scheduler.queue.limits == QueueLimits(1, 2.0, fairness)
 
 
 def test_what_everybody_has_is_told(desk: Desk) -> None:

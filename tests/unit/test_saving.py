@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 
 import pytest
 
@@ -11,6 +11,8 @@ from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.reuse import Memory
 from llamaslot.core.saving import Unsaved, is_worth
 from llamaslot.core.slots import Content, Event, Job
+from llamaslot.core.spaces import Space
+from llamaslot.llama.api import Progress
 from tests.support.house import House, tokens_of
 from tests.support.stub import Op, StubServer
 
@@ -134,6 +136,27 @@ def test_a_slot_goes_back_to_the_end_of_its_prompt_where_files_keep_no_checkpoin
     saved = sorted(snapshot.tokens for snapshot in house.catalog.snapshots.values())
     assert saved == sorted(tokens_of(10_000 * i, 400) for i in range(3))
     assert all(slot.content.is_exact for slot in house.scheduler.pool.slots)
+    house.check_nothing_is_left()
+
+
+def test_it_goes_back_with_the_lora_scales_of_what_it_holds(house: House) -> None:
+    """With others the server would compute the whole prompt again, and the file would be of nobody's."""
+    assert house.scheduler.pool is not None
+    recall = house.scheduler.pool.recall
+    recall.memory, recall.keeps_checkpoints = Memory.RECURRENT, False
+    scaled, real, sent = Space(lora='[{"id":0,"scale":0.5}]'), house.server.prefill, list[str]()
+
+    def prefill(slot_id: int, tokens: bytes, lora: str = "") -> AsyncGenerator[Progress]:
+        sent.append(lora)
+        return real(slot_id, tokens, lora)
+
+    house.start(house.ask(Job("first", tokens_of(0, 400), space=scaled), tokens_of(5000, 20)), "first")
+    house.finish()
+    house.server.prefill = prefill  # type: ignore[method-assign]
+    house.start(house.writeback.save_all(), "writeback")
+    house.finish()
+    assert sent == [scaled.lora]
+    assert [snapshot.space for snapshot in house.catalog.snapshots.values()] == [scaled.text]
     house.check_nothing_is_left()
 
 

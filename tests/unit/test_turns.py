@@ -10,11 +10,14 @@ import pytest
 
 from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.slots import Job
+from llamaslot.core.spaces import Space
 from llamaslot.engine.queue import QueueLimits
 from llamaslot.errors import BackendRestarted
 from llamaslot.llama.api import SlotInfo
 from tests.support.house import House, outcome, tokens_of
 from tests.support.stub import StubServer
+
+ANNA, BERT = Space("key:anna"), Space("key:bert")
 
 
 @pytest.fixture
@@ -172,4 +175,42 @@ def test_a_turn_that_was_prepared_on_a_server_that_is_gone_sends_nothing(house: 
     house.loop.settle()
     assert house.server.pending == []
     assert isinstance(outcome(turn), BackendRestarted)
+    house.check_nothing_is_left()
+
+
+def test_a_turn_finds_nothing_of_another_user_wherever_it_lands(house: House) -> None:
+    """What idle slots hold of his is saved, and they are emptied first."""
+    own = tokens_of(9000, 500)
+    house.start(house.ask(Job("anna's", own, space=ANNA)), "anna's")
+    house.finish()
+    house.server.lands = lambda _: house.slots["anna's"]
+    house.start(house.ask_unpinned(Job("bert's", is_unpinned=True, space=BERT), own), "bert's")
+    house.finish()
+    assert house.server.n_computed == 2 * 500
+    assert [snapshot.tokens for snapshot in house.catalog.snapshots.values()] == [own]
+    house.check_nothing_is_left()
+
+
+def test_a_turn_of_the_same_user_goes_on_from_what_is_there(house: House) -> None:
+    """What is his own is left in its slot."""
+    own = tokens_of(9000, 500)
+    house.start(house.ask(Job("anna's", own, space=ANNA)), "anna's")
+    house.finish()
+    house.server.lands = lambda _: house.slots["anna's"]
+    house.start(house.ask_unpinned(Job("again", is_unpinned=True, space=ANNA), own), "again")
+    house.finish()
+    assert house.server.n_computed == 500 + 1
+    house.check_nothing_is_left()
+
+
+def test_a_turn_waits_for_the_answer_of_another_user(house: House) -> None:
+    """It may end at any moment, and then llama-server could choose the slot with what is his in it."""
+    theirs = answering(house, Job("anna's", tokens_of(1, 90), space=ANNA))
+    own = Job("bert's", is_unpinned=True, space=BERT)
+    turn = house.start(house.ask_unpinned(own, tokens_of(5000, 70)), "bert's")
+    house.loop.pass_time(3.0)
+    assert [op.kind for op in house.server.pending] == ["answer"]
+    house.finish()
+    assert outcome(theirs) is None
+    assert outcome(turn) is None
     house.check_nothing_is_left()

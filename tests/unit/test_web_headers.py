@@ -12,6 +12,7 @@ from llamaslot.web.headers import to_client, to_server
 
 ENDS_HERE = [
     "Connection", "Keep-Alive", "TE", "Trailer", "Transfer-Encoding", "Upgrade", "Proxy-Authorization",
+    "Proxy-Authenticate", "Proxy-Connection",
 ]  # fmt: skip
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from aiohttp import web
 
 from tests.support.answers import Answer
-from tests.support.inprocess import CHAT, NATIVE, Settings, letters, right, served
+from tests.support.inprocess import CHAT, NATIVE, Served, Settings, letters, right, served, spawn
+
+EMBEDDINGS = "/v1/embeddings"
 
 
 def limits(**timeouts: float) -> Settings:
@@ -37,19 +41,16 @@ async def test_an_answer_that_does_not_begin_in_time_is_given_up(tmp_path: Path,
 
 async def test_an_answer_that_has_begun_may_go_on(tmp_path: Path) -> None:
     """The first limit is for the first token."""
-    async with served(tmp_path, limits(first_token_s=0.3), slots=1) as it:
-        async with it.streaming(letters(1, 50), n=6) as answer:
-            text = b""
-            async for chunk in answer.content.iter_any():
-                text += chunk
-                if b'"content"' in chunk:
-                    it.fake.hold()
-                    break
-            await it.until(lambda: it.backend.scheduler.leases)
-            loop_time = it.backend.now() + 0.35
-            await it.until(lambda: it.backend.now() > loop_time)
+    async with served(tmp_path, limits(first_token_s=0.5), slots=1) as it:
+        it.fake.hold()
+        stepping = spawn(it.fake.step(3))
+        async with it.streaming(letters(1, 50), n=50) as answer:
+            await stepping
+            later = it.backend.now() + 0.6
+            await it.until(lambda: it.backend.now() > later)
+            assert it.backend.scheduler.leases
             it.fake.go()
-            text += await answer.content.read()
+            text = await answer.content.read()
         assert b'"stop":true' in text
         assert b"error" not in text
 
@@ -62,6 +63,14 @@ async def test_of_an_answer_in_turn_nobody_knows_when_it_begins(tmp_path: Path, 
         answer = await it.post("/v1/messages", {"max_tokens": 12, "stream": stream, "messages": messages})
         assert answer.status == 200
         assert b"max_tokens" in answer.raw
+
+
+async def test_of_an_answer_in_one_piece_nobody_knows_when_it_begins(tmp_path: Path) -> None:
+    """Once it is asked for, only the whole of it is limited: of one that no stream can give."""
+    async with served(tmp_path, limits(first_token_s=0.2), slots=1, step_s=0.02) as it:
+        answer = await it.ask(letters(1, 50), n=20, n_probs=2)
+        assert it.fake.sent(NATIVE)[-1].body.get("stream") is None
+        assert (answer.status, answer.timings["predicted_n"]) == (200, 20)
 
 
 @pytest.mark.parametrize("path", [CHAT, NATIVE])
@@ -107,8 +116,45 @@ async def test_a_prefill_of_llamaslots_own_is_watched_too(tmp_path: Path) -> Non
 
 
 async def test_answers_in_one_piece_may_be_silent_until_their_end(tmp_path: Path) -> None:
-    """Nothing is told of them on the way."""
+    """Nothing is told of them on the way: of one that no stream can give."""
     settings = limits(watchdog_s=0.15)
     async with served(tmp_path, settings, slots=2, step_s=0.02) as it:
-        answer = await it.ask(letters(1, 50), n=20, n_cmpl=2)
+        answer = await it.ask(letters(1, 50), n=20, n_probs=2)
+        assert it.fake.sent(NATIVE)[-1].body.get("stream") is None
         assert answer.status == 200
+
+
+async def embeds(it: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake answers embeddings, and llamaslot knows that."""
+
+    async def answer(body: Any) -> web.Response:
+        return web.json_response({"data": []})
+
+    monkeypatch.setattr(it.fake.routes, "embeddings", answer)
+    assert (await it.post(EMBEDDINGS, {"input": "x"})).status == 200
+
+
+async def test_what_takes_a_turn_has_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings, for one: 504, and everybody else is served again."""
+    async with served(tmp_path, limits(total_s=0.2), slots=1) as it:
+        await embeds(it, monkeypatch)
+        hang = it.fake.faults.hang(EMBEDDINGS)
+        assert is_told_too_late(await it.post(EMBEDDINGS, {"input": "x"}), "not ended within 0.2 s")
+        hang.release()
+        await it.at_rest()
+        assert (await it.ask(letters(4, 100))).text == right(it.fake, letters(4, 100))
+
+
+async def test_of_what_takes_a_turn_nobody_knows_its_first_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So only the whole of it is limited."""
+    async with served(tmp_path, limits(first_token_s=0.05), slots=1) as it:
+        await embeds(it, monkeypatch)
+        hang = it.fake.faults.hang(EMBEDDINGS)
+        asked = spawn(it.post(EMBEDDINGS, {"input": "x"}))
+        await hang.reached.wait()
+        later = it.backend.now() + 0.1
+        await it.until(lambda: it.backend.now() > later)
+        hang.release()
+        assert (await asked).status == 200

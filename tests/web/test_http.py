@@ -344,6 +344,17 @@ async def test_a_connection_goes_on_after_an_answer(tmp_path: Path) -> None:
         assert (await client.answer())[0].startswith("HTTP/1.1 200")
 
 
+async def test_an_idle_connection_is_not_taken_for_a_slow_one(tmp_path: Path) -> None:
+    """The time for a header ends with the header, also where the answer was there at once."""
+    async with served(tmp_path, {"listen": {"read_timeout_s": 0.2}}) as it, wire(it) as client:
+        await client.send(request("GET", "/health"))
+        assert (await client.answer())[0].startswith("HTTP/1.1 200")
+        later = it.backend.now() + 0.3
+        await it.until(lambda: it.backend.now() > later)
+        await client.send(request("GET", "/health"))
+        assert (await client.answer())[0].startswith("HTTP/1.1 200")
+
+
 async def test_a_half_closed_connection_has_left(tmp_path: Path) -> None:
     """Nobody can tell it from one that is gone: its place in the queue is free."""
     async with served(tmp_path, slots=1) as it, it.busy(), wire(it) as client:

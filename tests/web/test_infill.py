@@ -128,3 +128,15 @@ async def test_a_long_one_gives_way_to_others(tmp_path: Path) -> None:
         assert (await it.post(INFILL, at(600))).status == 200
         ahead = [seen for seen in it.fake.sent(NATIVE) if seen.body.get("n_predict") == 0]
         assert any(len(seen.body["prompt"]) == 902 for seen in ahead)
+
+
+async def test_chunks_of_other_files_are_remembered_for_each_user(tmp_path: Path) -> None:
+    """Where users are isolated nobody can tell by the time that another has the same file open."""
+    chunk = letters(4, 500)
+    async with served(tmp_path, {"cache": {"isolation": "per_user"}}) as it:
+        n_asked = []
+        for user in ("anna", "anna", "bert"):
+            body = at(600, input_extra=[{"text": chunk}])
+            assert (await it.post(INFILL, body, **{"x-llamaslot-user": user})).status == 200
+            n_asked.append(sum(seen.body["content"] == chunk for seen in it.fake.sent("/tokenize")))
+    assert n_asked == [1, 1, 2]

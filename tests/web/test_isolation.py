@@ -11,6 +11,7 @@ import pytest
 from tests.support.answers import Answer
 from tests.support.inprocess import CHAT, Served, Settings, letters, of_kind, right, served, spawn
 
+MESSAGES = "/v1/messages"
 PER_USER: Settings = {"cache": {"isolation": "per_user"}}
 KINDS = pytest.mark.parametrize("kind", ["dense", "swa", "recurrent"])
 
@@ -72,6 +73,31 @@ async def test_nobody_waits_for_what_another_user_computes(tmp_path: Path) -> No
         )
         assert all(answer.status == 200 for answer in both)
         assert it.n_computed(text) >= 2 * 2000
+
+
+async def test_what_one_computes_oneself_is_waited_for(tmp_path: Path) -> None:
+    """Two new conversations of the same user: what they begin with is computed once, and found on its way."""
+    settings = {**PER_USER, "prefill": {"own_above_s": 0}}
+    text = letters(1, 2000)
+    async with served(tmp_path, settings, slots=2) as it:
+        it.backend.rates.prefill.observe(0, 2000, 20.0)  # so dear that waiting is cheaper
+        both = await asyncio.gather(*(spawn(ask_as(it, "anna", text + letters(n, 50))) for n in (2, 3)))
+        assert all(answer.status == 200 for answer in both)
+        assert it.n_computed(text) < 2 * 2000
+
+
+async def test_where_llama_server_chooses_it_is_ones_own_slot(tmp_path: Path) -> None:
+    """Of two that have the prompt of ``/v1/messages`` it would take the other user's: that is saved and emptied."""
+    body = {"messages": [{"role": "user", "content": letters(1, 600)}], "max_tokens": 4}
+    async with served(tmp_path, PER_USER) as it:
+        anna, bert, again = [
+            await it.post(MESSAGES, body, **{"x-llamaslot-user": user}) for user in ("anna", "bert", "anna")
+        ]
+        landed = [seen.tasks[0].landed for seen in it.fake.sent(MESSAGES)]
+    assert [answer.status for answer in (anna, bert, again)] == [200] * 3
+    assert landed == [answer.slot for answer in (anna, bert, again)]
+    assert anna.slot != bert.slot
+    assert (bert.n_reused, again.source) == (0, "snapshot")
 
 
 async def test_slots_that_an_earlier_llamaslot_has_filled_are_nobodys(tmp_path: Path) -> None:
