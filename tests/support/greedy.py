@@ -48,7 +48,8 @@ class Waits:
 class Scene:
     """``think_s``: mean pause of a modest user between an answer and its next question; the greedy one has none.
 
-    A conversation that has had ``n_turns`` is followed by another one.
+    Answers have 0.5 to 1.5 times ``n_answer`` tokens: of equal ones all end at once, and who waits at all waits for a
+    whole one. A conversation that has had ``n_turns`` is followed by another one.
     """
 
     n_context: int = 1500
@@ -95,18 +96,22 @@ class Team:
         ``n_streams``."""
         waits, scene = Waits(), self._scene
 
+        def n_answer(rng: random.Random) -> int:
+            return round(scene.n_answer * rng.uniform(0.5, 1.5))
+
         async def greed(user: User) -> None:
+            rng = random.Random(f"{user.name} {user.n_turns}")
             while True:
-                await self._turn(user, self._clients["greedy"], scene.n_answer)
+                await self._turn(user, self._clients["greedy"], n_answer(rng))
                 waits.n_greedy += 1
 
         async def ask(user: User) -> None:
-            n_left, pauses = n_turns, random.Random(f"{user.name} {user.n_turns}")
+            n_left, rng = n_turns, random.Random(f"{user.name} {user.n_turns}")
             while n_left:
                 if scene.think_s:
-                    await asyncio.sleep(pauses.expovariate(1 / scene.think_s))
+                    await asyncio.sleep(rng.expovariate(1 / scene.think_s))
                 is_first = len(user.messages) == 1
-                ttft_s = await self._turn(user, self._clients[user.name], scene.n_answer)
+                ttft_s = await self._turn(user, self._clients[user.name], n_answer(rng))
                 if not is_first:  # that one has a context to compute
                     waits.ttft_s.setdefault(user.name, []).append(ttft_s)
                     n_left -= 1

@@ -103,6 +103,7 @@ class Rush:
     slot: int | None  # of the long prompt, as llamaslot tells
     long: Took
     followups_s: tuple[float, ...]  # to the first token of each
+    n_before: int  # follow-ups that were answered whole before the long prompt's first token
 
     @property
     def worst_s(self) -> float:
@@ -145,6 +146,10 @@ async def rush(
             assert not turn.reply.error, turn.reply.error
             return turn.reply
 
+        async def follow_up(number: int) -> tuple[Reply, bool]:
+            reply = await turn(number)
+            return reply, not long.done()
+
         order = [(oldest + step) % N_SLOTS for step in range(N_SLOTS)]
         for number in (*range(N_SLOTS), *order):
             await turn(number)
@@ -153,9 +158,15 @@ async def rush(
             long = group.create_task(first_token(stack, front, "/v1/chat/completions", body))
             await asyncio.sleep(after_s)
             assert not long.done(), "the long prompt was through before anybody followed up"
-            followups = [group.create_task(turn(number)) for number in order[1:]]
+            followups = [group.create_task(follow_up(number)) for number in order[1:]]
         reply, took = long.result()
-        return Rush(reply.slot, took, tuple(task.result().ttft_s for task in followups))
+        replies = [task.result() for task in followups]
+        return Rush(
+            reply.slot,
+            took,
+            tuple(reply.ttft_s for reply, _ in replies),
+            sum(was_before for _, was_before in replies),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +265,9 @@ class Abandoned:
     batch_s: float  # the longest step of the server: gap in the other client's stream
     n_decoded: int  # when it left, of an answer of ``n_answer``
     n_answer: int
+    n_meanwhile: (
+        int  # tokens that the other client got in ``newcomer_s``: as many as its own answer would have got
+    )
 
     @property
     def limit_s(self) -> float:
@@ -293,4 +307,4 @@ async def abandon(
         await first_token(stack, front, "/v1/completions", newcomer)
         newcomer_s = time.perf_counter() - left_at
         batch_s = max(b - a for a, b in pairwise([*times[n_before - 1 :], time.perf_counter()]))
-        return Abandoned(newcomer_s, batch_s, n_decoded, n_answer)
+        return Abandoned(newcomer_s, batch_s, n_decoded, n_answer, len(times) - n_before)
