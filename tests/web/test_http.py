@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 import pytest
+from aiohttp.compression_utils import ZLibDecompressor
 
 from llamaslot.web.connections import raise_file_limit
 from tests.support.inprocess import CHAT, NATIVE, PATIENCE_S, letters, right, served
@@ -238,6 +239,40 @@ async def test_a_body_counts_unpacked(tmp_path: Path, path: str, packing: str) -
         answer = await it.send("POST", path, data=data, headers={"Content-Encoding": packing})
         assert answer.status == 413
         assert "1048576 bytes" in answer.error["message"]
+
+
+@pytest.mark.parametrize(("has_key", "status"), [(False, 401), (True, 413)])
+async def test_what_is_refused_is_not_unpacked(
+    tmp_path: Path, has_key: bool, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A MiB that unpacks to a GiB would take a second of everybody's time, also from who has no key."""
+    file = KeyFile(tmp_path / "keys.json", "ada")
+    settings = {"auth": {"keys_file": str(file.path)}, "listen": {"max_body": 1 << 20}}
+    n_bytes = 0
+    unpack = ZLibDecompressor.decompress_sync
+
+    def counted(*args: Any, **more: Any) -> bytes:
+        nonlocal n_bytes
+        data = unpack(*args, **more)
+        n_bytes += len(data)
+        return data
+
+    monkeypatch.setattr(ZLibDecompressor, "decompress_sync", counted)
+    key = [f"x-api-key: {file.keys['ada']}"] if has_key else []
+    async with served(tmp_path, settings) as it, wire(it) as client:
+        bomb = gzip.compress(bytes(256 << 20), 1)
+        await client.send(
+            request("POST", NATIVE, b"", JSON, f"Content-Length: {len(bomb)}", "Content-Encoding: gzip", *key)
+        )
+        for at in range(0, len(bomb), 1 << 15):
+            await client.send(bomb[at : at + (1 << 15)])
+            await asyncio.sleep(0)
+        head, raw = await client.answer()
+        assert head.startswith(f"HTTP/1.1 {status}")
+        assert "connection: close" in head.lower()
+        error_of(raw)
+        await asyncio.sleep(0.2)
+        assert n_bytes < 100 << 20
 
 
 @pytest.mark.parametrize(

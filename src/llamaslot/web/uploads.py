@@ -99,6 +99,11 @@ def is_held_back(request: web.Request) -> bool:
     return expects and not request.get(_IS_ASKED_FOR, False)
 
 
+def is_left_packed(request: web.Request) -> bool:
+    """Whether a packed body has not been read to its end: a thousand times as much may come of what is left of it."""
+    return "Content-Encoding" in request.headers and not request.content.is_eof()
+
+
 async def close_behind(request: web.Request, response: web.StreamResponse) -> None:
     """Signal ``on_response_prepare``: take no further request from a connection where nobody knows what comes next.
 
