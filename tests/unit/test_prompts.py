@@ -476,6 +476,17 @@ async def test_what_is_no_completion_prompt_is_a_bad_request(prompt: Any) -> Non
         await Prompts(Server()).completion(prompt)
 
 
+@pytest.mark.parametrize("prompt", [["x"] * 1025, ["x", 5] * 1025, [["x", 1], {"prompt_string": "y"}] * 513])
+async def test_more_texts_than_the_server_can_be_asked_about_are_refused(prompt: Any) -> None:
+    """At once, and not after a thousand questions. Ids need none, however many there are."""
+    server = Server()
+    with pytest.raises(BadRequest, match=r"texts: send at most 1024 in one request"):
+        await Prompts(server).completion(prompt)
+    assert server.requests == []
+    assert len(await Prompts(server).completion(["x"] * 1024)) == 1024
+    assert len(await Prompts(server).completion([[5, 6]] * 3000)) == 3000
+
+
 async def test_prompts_with_media_are_opaque() -> None:
     """They are not even rendered: llama-server would load their images a second time."""
     server = Server()

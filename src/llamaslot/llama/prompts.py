@@ -33,10 +33,9 @@ _SHOWN = (
     "chat_template_kwargs",
     "reasoning_effort",
 )
+_MAX_TEXTS = 1024  # of one list: each is a question to the server, asked one after the other
 _N_SYSTEMS = 64  # of 60 kB each, as a rule
-_HEADER_TOKENS = (
-    16  # what a template puts in front of an answer: a role, perhaps the beginning of its reasoning
-)
+_HEADER_TOKENS = 16  # in front of an answer: a role, perhaps the beginning of its reasoning
 
 
 class NoPrompt(BadRequest):
@@ -158,12 +157,15 @@ class Prompts:
         """The prompts of ``body["prompt"]`` of a completion, read as llama-server reads it.
 
         A string; a list of ids; a mixed list of strings and ids (one prompt); or a list of those (several). An
-        object with a ``prompt_string`` counts as that string. Raises NoPrompt for anything else and OpaquePrompt
-        for ``multimodal_data``. Ids outside of the vocabulary are left to the server, whose 400 says it best.
+        object with a ``prompt_string`` counts as that string. Raises NoPrompt for anything else, OpaquePrompt
+        for ``multimodal_data``, and BadRequest for more texts than would be asked about in a few seconds. Ids outside
+        of the vocabulary are left to the server, whose 400 says it best.
         (tools/server/server-common.cpp: tokenize_input_prompts, tokenize_input_subprompt, tokenize_mixed)
         """
         if prompt == []:
             raise NoPrompt('"prompt" must not be empty')
+        if (n := _n_texts(prompt)) > _MAX_TEXTS:
+            raise BadRequest(f'"prompt" has {n} texts: send at most {_MAX_TEXTS} in one request')
         if isinstance(prompt, list) and int not in set(map(type, prompt)):
             return [await self._one(element, whose) for element in prompt]
         return [await self._one(prompt, whose)]
@@ -331,6 +333,15 @@ class Prompts:
         except UpstreamError:
             return 0
         return common((await self._of_text(text, prompt.whose)).tokens, prompt.tokens)
+
+
+def _n_texts(prompt: Any) -> int:
+    """Those to be tokenized for one prompt, or for a list of them."""
+    if isinstance(prompt, Mapping):
+        prompt = prompt.get("prompt_string")
+    if isinstance(prompt, list) and not set(map(type, prompt)) <= {int}:
+        return sum(_n_texts(part) for part in prompt if not isinstance(part, int))
+    return 1 if isinstance(prompt, str) else 0
 
 
 def _pack_wrapping(ids: list[int]) -> bytes:
