@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,16 @@ def test_only_the_beginning_is_looked_at() -> None:
 def test_matches_of_nothing_are_passed_over() -> None:
     """A pattern may look ahead and take nothing; it changes nothing then."""
     assert Rewriter(RewriteRule(name="n", pattern="(?=b)b?|(?<=a)", replace="#")).rewrite("ab a") == "a# a"
+
+
+@pytest.mark.parametrize(
+    "pattern", ["x{e}", "{id}: x", "x{s<=2:[a-z]}", "[{d}]x{1,2}", r"\N{BULLET}{e}", r"\{e}\\{i}"]
+)
+def test_braces_are_what_they_are_in_re(pattern: str) -> None:
+    """Not limits of errors, with which everything would be replaced."""
+    text = "x{e} {id}: x x{s<=2:a} dxx yy \u2022{e} {e}\\{i}"
+    rewriter = Rewriter(RewriteRule(name="n", pattern=pattern, replace="#"))
+    assert rewriter.rewrite(text) == re.sub(pattern, "#", text) != text
 
 
 def test_a_pattern_that_does_not_end_is_given_up() -> None:

@@ -45,7 +45,7 @@ class RewriteRule(BaseModel):
     def _compiles(cls, pattern: str) -> str:
         try:
             matches_nothing = re.compile(pattern).search("") is not None
-            regex.compile(pattern)
+            _compiled(pattern)
         except (re.error, regex.error, OverflowError, RecursionError) as error:
             raise ValueError(f"is no regular expression that Python knows: {error}") from None
         if matches_nothing:
@@ -66,6 +66,15 @@ class RewriteRule(BaseModel):
         except (re.error, IndexError) as error:
             raise ValueError(f"replace: {error}; a backslash that is meant is written twice") from None
         return self
+
+
+_BRACE = re.compile(r"(\\N\{|\\.)|\{(?!\d*,?\d*\})", re.DOTALL)
+
+
+def _compiled(pattern: str) -> Any:
+    """By ``regex``, which can be stopped. A brace that repeats nothing is one, as in ``re``: ``regex`` reads ``{e}`` and
+    the like as errors that there may be, and then anything matches."""
+    return regex.compile(_BRACE.sub(lambda found: found[1] or r"\{", pattern))
 
 
 #: Rules that ``rewrite`` may name. Each is for a text that is known to move, and is nothing that a model needs.
@@ -113,7 +122,7 @@ class Rewriter:
     _pattern: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._pattern = regex.compile(self.rule.pattern)
+        self._pattern = _compiled(self.rule.pattern)
 
     def rewrite(self, text: str, limit_s: float = LIMIT_S) -> str:
         """The text with every match replaced. Raises TimeoutError after ``limit_s`` of computing.
