@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from llamaslot.llama.shapes import WrongShapes, shape_of
 
 
@@ -37,6 +39,15 @@ def test_kinds_of_parts_and_fields_do() -> None:
     ]
     assert len({shape_of(body) for body in shapes}) == len(shapes)
     assert shape_of({"input": [{"role": "user", "content": "x"}]}) != shape_of({"input": "x"})
+
+
+@pytest.mark.timeout(20)
+def test_a_type_that_is_no_name_is_looked_at_once() -> None:
+    """However deep it is and whatever is in it: written out at each of 250 levels this would take a minute."""
+    body: dict[str, Any] = {"a": ["x" * 1000] * 20_000}
+    for _ in range(250):
+        body = {"type": body}
+    assert shape_of(body) == {(" ", "type"), (" ", "a")}
 
 
 def test_wrong_ones_are_known_until_the_server_is_another() -> None:

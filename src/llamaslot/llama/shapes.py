@@ -19,7 +19,9 @@ def shape_of(body: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
         if isinstance(part, list):
             left += part
         elif isinstance(part, Mapping):
-            kind = f"{part.get('type')} {part.get('role')}"[:64]
+            # What is no name is looked through below, and may be large: written out at each level it takes for ever.
+            names = [part.get("type"), part.get("role")]
+            kind = " ".join(name[:64] if isinstance(name, str) else "" for name in names)
             for name, value in part.items():
                 found.add((kind, str(name)[:64]))
                 if name not in _OWN and not (name == "input" and part is not body):  # of a call
