@@ -75,6 +75,12 @@ def test_the_text_before_a_medium(rendered: str, said: str | None, before: str) 
     assert media.text_before(rendered, {"messages": [user(*parts)]}) == before
 
 
+def test_a_part_before_the_medium_that_is_no_object() -> None:
+    """Should a server render that, it is right about it."""
+    body = {"messages": [user("hi", IMAGE)]}
+    assert media.text_before(f"<user>hi{PLACE}", media.up_to_medium(body)) == "<user>hi"
+
+
 @pytest.mark.parametrize(("rendered", "why"), [("<user></user>", Reason.TEMPLATE), (PLACE, Reason.MEDIA)])
 def test_nothing_that_could_be_told(rendered: str, why: Reason) -> None:
     """The template leaves it out, or the medium comes first of all."""

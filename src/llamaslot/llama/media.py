@@ -54,7 +54,7 @@ def text_before(rendered: str, body: Mapping[str, Any]) -> str:
     if not found:
         raise OpaquePrompt("the template does not show where a medium stands", Reason.TEMPLATE)
     before = body["messages"][-1]["content"][:-1]
-    last = before[-1].get("text") if before else None
+    last = before[-1].get("text") if before and isinstance(before[-1], Mapping) else None
     if isinstance(last, str) and text.endswith(last + "\n"):
         text = text[:-1]
     if not text:
