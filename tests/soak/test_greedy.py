@@ -11,7 +11,7 @@ from tests.support.greedy import N_STREAMS, Scene, Waits, stage
 
 pytestmark = [pytest.mark.real, pytest.mark.soak]
 
-N_ROUNDS, N_TURNS = 3, 8
+N_ROUNDS, N_TURNS = 3, 10
 
 
 @pytest.mark.timeout(1800)

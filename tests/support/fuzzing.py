@@ -27,7 +27,7 @@ from tests.support.fake_http import Dropped, Seen, reply
 from tests.support.fake_model import BadInput
 from tests.support.inprocess import Front, Served
 
-LIMIT_S = 25.0
+LIMIT_S = 60.0
 _N_AT_ONCE = 12
 
 Body = dict[str, Any]
