@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,29 @@ def test_without_a_right_key_nobody_comes_in(file: KeyFile, headers: dict[str, s
     named = {header: value.format(**file.keys) for header, value in headers.items()}
     with pytest.raises(Unauthorized, match="Invalid API Key"):
         doors(file).admit(request(**named))
+
+
+@pytest.mark.parametrize("name", ["ada", "eve", None])
+def test_how_long_it_takes_tells_nothing_of_keys(
+    file: KeyFile, monkeypatch: pytest.MonkeyPatch, name: str | None
+) -> None:
+    """A key is compared with every one that there is, whether and wherever it is found, and to its end."""
+    its, compared, real = doors(file, admin_key=ADMIN_KEY), list[str](), hmac.compare_digest
+
+    def compare(one: str, other: str) -> bool:
+        compared.append(one)
+        return real(one, other)
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    key = file.keys[name] if name is not None else "wrong"
+    if name is None:
+        with pytest.raises(Unauthorized):
+            its.admit(request(x_api_key=key))
+    else:
+        assert its.admit(request(x_api_key=key)).id == f"key:{name}"
+    assert len(set(compared)) == len(compared) == len(file.keys)
+    assert its.admit(request("/llamaslot/status", x_api_key=ADMIN_KEY)).is_admin
+    assert len(compared) == 2 * len(file.keys) + 1
 
 
 def test_anonymous_clients_beside_keys(file: KeyFile) -> None:

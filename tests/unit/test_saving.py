@@ -139,6 +139,21 @@ def test_a_slot_goes_back_to_the_end_of_its_prompt_where_files_keep_no_checkpoin
     house.check_nothing_is_left()
 
 
+def test_what_has_media_behind_it_is_never_written(house: House) -> None:
+    """Nobody could say what its file holds."""
+    pool = house.scheduler.pool
+    assert pool is not None
+    fill(house, 1)
+    [slot] = [slot for slot in pool.slots if slot.content.tokens]
+    pool.take(slot, Job("an image"), house.loop.time(), has_answer=True)
+    content = Content(slot.content.tokens, is_exact=False, is_dirty=True, has_media=True)
+    pool.give_back(slot, Event.KEEP, content, house.loop.time())
+    house.loop.run_until_complete(house.writeback.save_all())
+    assert house.catalog.snapshots == {}
+    assert house.server.files == {}
+    assert not slot.content.is_dirty, "and nobody tries again"
+
+
 def test_it_goes_back_with_the_lora_scales_of_what_it_holds(house: House) -> None:
     """With others the server would compute the whole prompt again, and the file would be of nobody's."""
     assert house.scheduler.pool is not None

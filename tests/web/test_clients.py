@@ -10,6 +10,7 @@ import anthropic
 import openai
 import pytest
 
+from tests.support.fake_agents import Messages
 from tests.support.inprocess import CHAT, PATIENCE_S, Served, letters, served, spawn
 
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
@@ -54,3 +55,22 @@ async def test_comments_disturb_nobody(tmp_path: Path, path: str) -> None:
             await it.until(lambda: next(many) > 10)  # several times keepalive_s
             it.fake.go()
             assert len(await reader) == n_events
+
+
+async def test_a_stream_of_messages_has_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the first token is half a character llama-server leaves it out, and its client fails: it is put in."""
+    real = Messages.token
+
+    def token(self: Messages, *arguments: Any) -> bytes:
+        told = real(self, *arguments)
+        return told.partition(b"\n\n")[2] if told.startswith(b"event: message_start") else told
+
+    async with served(tmp_path) as it:
+        whole = await read(it, MESSAGES)
+        monkeypatch.setattr(Messages, "token", token)
+        mended = await read(it, MESSAGES)
+    assert [event.type for event in mended] == [event.type for event in whole]
+    counts = [event.message.usage for event in (whole[0], mended[0])]
+    assert len({count.input_tokens + count.cache_read_input_tokens for count in counts}) == 1

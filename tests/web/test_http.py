@@ -350,6 +350,17 @@ async def test_a_body_that_does_not_end(tmp_path: Path, path: str) -> None:
         client.writer.close()
 
 
+async def test_a_large_body_may_take_longer(tmp_path: Path) -> None:
+    """A second for each 4 KiB that have come: a slow line is no attack."""
+    body = b'{"content": "' + b"x" * (16 << 10) + b'"}'
+    async with served(tmp_path, {"listen": {"read_timeout_s": 0.2}}) as it, wire(it) as client:
+        await client.send(request("POST", "/tokenize", body, JSON).removesuffix(b'"}'))
+        later = it.backend.now() + 0.4
+        await it.until(lambda: it.backend.now() > later)
+        await client.send(b'"}')
+        assert (await client.answer())[0].startswith("HTTP/1.1 200")
+
+
 async def test_the_rest_of_a_body_is_no_header(tmp_path: Path) -> None:
     """What a client still sends of a body that was not wanted does not end its connection with a 408 later."""
     file = KeyFile(tmp_path / "keys.json", "ada")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.answers import Answer
-from tests.support.inprocess import CHAT, Served, Settings, letters, of_kind, right, served, spawn
+from tests.support.fake_model import FakeModel
+from tests.support.inprocess import CHAT, NATIVE, Served, Settings, letters, of_kind, right, served, spawn
 
 MESSAGES = "/v1/messages"
 PER_USER: Settings = {"cache": {"isolation": "per_user"}}
@@ -48,6 +50,16 @@ async def test_not_even_where_both_must_use_the_same_slot(tmp_path: Path) -> Non
         anna = await ask_as(it, "anna", text + " and more")
         assert (anna.source, reused(anna)) == ("snapshot", 600)
         assert len(it.files()) == 2
+
+
+@pytest.mark.parametrize("own_above_s", [0, 3600])
+async def test_not_even_where_slots_cannot_be_emptied(tmp_path: Path, own_above_s: float) -> None:
+    """Without ``--slot-save-path`` llama-server has no slot actions: it is told to use nothing that is there."""
+    text, settings = letters(1, 600), {**PER_USER, "prefill": {"own_above_s": own_above_s}}
+    async with served(tmp_path, settings, slots=1, has_save_path=False) as it:
+        await ask_as(it, "anna", text)
+        assert reused(await ask_as(it, "bert", text)) == 0
+        assert it.n_computed(text) == 2 * 600
 
 
 async def test_what_is_on_disk_is_not_found_by_others_either(tmp_path: Path) -> None:
@@ -101,11 +113,12 @@ async def test_where_llama_server_chooses_it_is_ones_own_slot(tmp_path: Path) ->
 
 
 async def test_slots_that_an_earlier_llamaslot_has_filled_are_nobodys(tmp_path: Path) -> None:
-    """Whose they are is written nowhere."""
+    """Whose they are is written nowhere: nothing of them is saved, where all could find it without isolation."""
     text = letters(1, 600)
     async with served(tmp_path, {**PER_USER, "shutdown": {"save_s": 0}}) as it:
         await ask_as(it, "anna", text)
         await it.restart()
+        assert it.files() == []
         for user in ("bert", "anna"):
             assert reused(await ask_as(it, user, text)) == 0
 
@@ -137,16 +150,27 @@ async def test_what_prewarm_names_is_for_all(tmp_path: Path, kind: str) -> None:
             assert 1200 <= reused(answer) < 1300, "the system part, and nothing of the question"
 
 
-async def test_tokens_of_texts_are_remembered_for_each_user(tmp_path: Path) -> None:
+QUESTION: dict[str, Any] = {"role": "user", "content": "and now?"}
+IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/a.png"}}
+TURNS = [{"role": "user", "content": letters(1, 900)}, {"role": "assistant", "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": [*TURNS, QUESTION]}),
+        (CHAT, {"messages": [*TURNS, {**QUESTION, "content": [{"type": "text", "text": "and?"}, IMAGE]}]}),
+        (NATIVE, {"prompt": f"<|im_start|>{letters(1, 900)}<|im_end|>\n<|im_start|>and now?"}),
+    ],
+    ids=["chat", "image", "prompt"],
+)
+async def test_tokens_of_texts_are_remembered_for_each_user(tmp_path: Path, path: str, body: Any) -> None:
     """Tokenizing takes 7 ms per 1,000 tokens: who has it done already could be told by that."""
-    messages = [{"role": "user", "content": letters(1, 900)}, {"role": "assistant", "content": "x"}]
-    question = {"role": "user", "content": "and now?"}
-    async with served(tmp_path, PER_USER) as it:
+    async with served(tmp_path, PER_USER, model=FakeModel(takes_media=True)) as it:
 
         async def tokenized(user: str) -> int:
             n_before = len(it.fake.sent("/tokenize"))
-            body = {"messages": [*messages, question], "max_tokens": 2}
-            await it.post(CHAT, body, **{"x-llamaslot-user": user})
+            await it.post(path, {**body, "max_tokens": 2}, **{"x-llamaslot-user": user})
             sent = it.fake.sent("/tokenize")[n_before:]
             return max(len(seen.body["content"]) for seen in sent)
 

@@ -104,6 +104,7 @@ async def test_models_that_cannot_go_back(tmp_path: Path, kind: str, settings: A
         direct = [await it.post(CHAT, {**body, "id_slot": 2}, to=it.fake.url) for body in bodies]
         answers = [await it.post(CHAT, body) for body in bodies]
         assert [one.text for one in answers] == [one.text for one in direct]
+        assert n_ahead(it).count(705) == bool(settings), "where the text is, its image is left in the slot"
         assert await it.count("beliefs_wrong_total") == 0
         assert await it.count("unrecognized_total") == 0
 
@@ -112,8 +113,9 @@ async def test_a_slot_with_media_is_not_saved(tmp_path: Path) -> None:
     """Neither before it is overwritten nor at the end; nor is it predicted to hold more than its text."""
     async with served(tmp_path, slots=1, **SEEING) as it:
         await it.post(CHAT, said(CHAT, TEXT))
-        assert await saved(it) == []
         assert it.backend.scheduler.pool is not None
+        assert not it.backend.scheduler.pool.slots[0].content.is_dirty, "nothing waits to be saved"
+        assert await saved(it) == []
         content = it.backend.scheduler.pool.slots[0].content
         assert (content.has_media, content.is_exact, content.n_more) == (True, False, 0)
         n_text = content.n_tokens
@@ -143,6 +145,9 @@ async def test_who_leaves_leaves_its_text(tmp_path: Path) -> None:
         await leave(leaver)
         it.fake.go()
         await it.at_rest()
+        assert it.backend.scheduler.pool is not None
+        content = it.backend.scheduler.pool.slots[0].content
+        assert (content.has_media, content.n_more) == (True, 0), "tokens of the image are no answer's"
         assert await saved(it) == []
         again = await it.chat(TEXT + "more")
         assert again.n_reused is not None
@@ -154,7 +159,11 @@ async def test_messages_with_images_take_a_turn(tmp_path: Path) -> None:
     async with served(tmp_path, slots=2, **SEEING) as it:
         for _ in range(2):
             assert (await it.post(MESSAGES, said(MESSAGES, TEXT))).status == 200
-        assert it.fake.sent(MESSAGES)[-1].tasks[0].n_cache > 700
+        (task,) = it.fake.sent(MESSAGES)[-1].tasks
+        assert task.n_cache > 700
+        assert it.backend.scheduler.pool is not None
+        assert task.landed is not None
+        assert it.backend.scheduler.pool.slots[task.landed].content.has_media
         assert await it.count('unrecognized_total{kind="messages",reason="media"}') == 2
 
 
