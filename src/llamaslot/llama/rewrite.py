@@ -72,8 +72,8 @@ _BRACE = re.compile(r"(\\N\{|\\.)|\{(?!\d*,?\d*\})", re.DOTALL)
 
 
 def _compiled(pattern: str) -> Any:
-    """By ``regex``, which can be stopped. A brace that repeats nothing is one, as in ``re``: ``regex`` reads ``{e}`` and
-    the like as errors that there may be, and then anything matches."""
+    """By ``regex``, which can be stopped. A brace that repeats nothing is a brace, as in ``re``: ``regex`` reads
+    ``{e}`` and the like as errors that there may be, and then anything matches."""
     return regex.compile(_BRACE.sub(lambda found: found[1] or r"\{", pattern))
 
 
