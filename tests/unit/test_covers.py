@@ -81,6 +81,24 @@ def test_where_a_model_cannot_go_back_only_exact_ends_and_checkpoints_cover(memo
     assert library.covers.n_tokens("a") == 1000
 
 
+def test_a_trunk_that_comes_or_goes_is_looked_at_in_its_own_space_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of other users share nothing with it, and there may be hundreds."""
+    library, looked_at, real = library_of(), list[str](), Covers._look_at
+    for user in range(20):
+        library.add(snapshot(f"of {user}", A, kind=Kind.TRUNK, space=f"key:{user}"))
+
+    def look_at(self: Covers, id_: str, tokens: bytes | None = None) -> None:
+        looked_at.append(id_)
+        real(self, id_, tokens)
+
+    monkeypatch.setattr(Covers, "_look_at", look_at)
+    library.add(snapshot("new", head(A, 300), kind=Kind.TRUNK, space="key:7"))
+    library.drop("new")
+    assert set(looked_at) == {"new", "of 7"}
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10**9), st.sampled_from([Memory.DENSE, Memory.RECURRENT]))
 def test_what_is_kept_is_what_would_be_found_anew(seed: int, memory: Memory) -> None:

@@ -75,7 +75,8 @@ class Covers:
                 self._look_at(hit.holder)
         if snapshot.kind is not Kind.TRUNK:
             return
-        for id_ in [id_ for id_ in self._found if self._snapshots[id_].kind is Kind.TRUNK]:
+        trunks = [id_ for id_ in self._found if self._snapshots[id_].kind is Kind.TRUNK]
+        for id_ in (id_ for id_ in trunks if self._snapshots[id_].space == snapshot.space):
             self._look_at(id_)
         if self._memory is Memory.DENSE:
             return
