@@ -6,8 +6,15 @@ import random
 
 import pytest
 
+from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.divergence import LOST_MIN, Parting, alike, parting
+from llamaslot.core.slots import Job
+from llamaslot.core.spaces import Space
 from llamaslot.core.tokens import pack
+from llamaslot.engine import divergences
+from llamaslot.store import WithTokens
+from tests.support.house import House
+from tests.support.stub import StubServer
 
 
 def some(seed: int, n: int) -> list[int]:
@@ -95,3 +102,28 @@ def test_pieces_are_really_there() -> None:
         assert all(pack(one[begin:end]) in packed for begin, end in runs)
         flat = [at for run in runs for at in run]
         assert flat == sorted(flat)
+
+
+def test_many_newer_contexts_of_others_do_not_hide_ones_own() -> None:
+    """The turn before shares nothing when its header has moved: it is found among the last of its own space."""
+    house = House(VirtualLoop(), StubServer(1))
+    pool, mine = house.scheduler.pool, Space("key:anna")
+    assert pool is not None
+
+    def snapshot(id_: str, ids: list[int], space: Space) -> WithTokens:
+        return WithTokens.of(
+            pack(ids), id=id_, fingerprint="model", created_at=0.0, source="test", checkpoints=(), size_bytes=1,
+            space=space.text,
+        )  # fmt: skip
+
+    tokens = [7, *some(2, LOST_MIN)]
+    pool.add_snapshot(snapshot("mine", tokens, mine))
+    for i in range(divergences._N_SNAPSHOTS):
+        pool.add_snapshot(snapshot(f"of bert {i}", [8, i, *YOURS[:LOST_MIN]], Space("key:bert")))
+
+    async def found() -> list[divergences.Holder]:
+        with await house.scheduler.lease(Job("next", pack([9, *tokens[1:]]), space=mine)) as lease:
+            return await divergences.holders(lease, [])
+
+    assert [holder.name for holder in house.loop.run_until_complete(found())] == ["snapshot mine"]
+    house.close()

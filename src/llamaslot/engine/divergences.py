@@ -15,7 +15,6 @@ from typing import Any
 
 from llamaslot.core.divergence import ENOUGH, LOST_MIN, Parting, can_lose, parting
 from llamaslot.core.slots import Content, Job
-from llamaslot.core.spaces import Space
 from llamaslot.core.tokens import WIDTH, common, count, head
 from llamaslot.engine.lease import Lease
 from llamaslot.errors import LlamaslotError
@@ -30,7 +29,7 @@ log = logging.getLogger(__name__)
 
 _AT_ONCE = 8  # more are not looked at: whoever has so many at once has the others to learn from
 _N_HOLDERS = 16  # that are compared closely
-_N_SNAPSHOTS = 256  # that share most, or came last, are looked over
+_N_SNAPSHOTS = 256  # of its spaces, that share most, or came last, are looked over
 _N_OF_A_KIND = 5  # and so many of each taken
 _NEAR_TOKENS = 64  # of a first message: the same in many conversations
 _EXCERPT = 80  # characters on each side
@@ -65,8 +64,9 @@ async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
     ]
     hits = index.match(job.tokens, job.reads, _N_SNAPSHOTS)
     nearest = sorted(hits, key=lambda hit: abs(hit.n_tokens - job.n_tokens))[:_N_OF_A_KIND]
-    newest = islice(reversed(lease.pool.library.snapshots.values()), _N_SNAPSHOTS)
-    long = (its for its in newest if its.n_tokens > LOST_MIN and Space.of_text(its.space) in job.reads)
+    spaces = {space.text for space in job.reads}
+    usable = (its for its in reversed(lease.pool.library.snapshots.values()) if its.space in spaces)
+    long = (its for its in islice(usable, _N_SNAPSHOTS) if its.n_tokens > LOST_MIN)
     ids = [*(hit.holder for hit in (*hits[:1], *nearest)), *(its.id for its in islice(long, _N_OF_A_KIND))]
     for id_ in dict.fromkeys(ids):
         await asyncio.sleep(0)  # a millisecond for the tokens of each: others first
