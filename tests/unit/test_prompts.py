@@ -19,6 +19,7 @@ from llamaslot.llama.opaque import OpaquePrompt
 from llamaslot.llama.pieces import Pieces, spaced
 from llamaslot.llama.prompts import Prompt, Prompts
 from llamaslot.llama.specials import Mark, Specials
+from llamaslot.llama.systems import Systems
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "</s>", "[INST]")
 BOS, EOS = 1, 2  # BOS is what </s> is, EOS is in no text
@@ -610,6 +611,28 @@ async def test_the_end_of_the_system_part_is_remembered_for_each_user() -> None:
         await prompts.system_end(body, prompt)
         n_asked.append(len(server.bodies) - n_before)
     assert n_asked == [1, 0, 1]
+
+
+async def test_the_ends_of_a_hundred_users_system_parts_are_remembered() -> None:
+    """Each has an entry of its own: else nobody of so many would find his again."""
+    server = Server()
+    prompts, body = Prompts(server), turns("why?", system="Be kind.")
+    for _ in range(2):
+        server.bodies.clear()
+        for i in range(100):
+            await prompts.system_end(body, await prompts.chat(body, f"user {i}"))
+    assert len(server.bodies) == 100, "for the prompts themselves"
+
+
+def test_system_parts_take_so_many_bytes_at_most() -> None:
+    """Those used last stay; one that two have asked for at once is counted once."""
+    systems = Systems(limit_bytes=10_000)
+    for i in range(20):
+        systems.keep(b"made of %d" % i, bytes(1000))
+        systems.keep(b"made of %d" % i, bytes(1000))
+        assert systems.find(b"made of 0") is not None
+    assert systems.size_bytes == 1200 * len(systems) <= 10_000
+    assert [i for i in range(20) if systems.find(b"made of %d" % i)] == [0, *range(13, 20)]
 
 
 async def test_without_a_system_part_nothing_is_asked() -> None:

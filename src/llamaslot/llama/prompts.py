@@ -17,6 +17,7 @@ from llamaslot.llama.media import has_media, text_before, up_to_medium
 from llamaslot.llama.opaque import OpaquePrompt, Reason
 from llamaslot.llama.pieces import Known, Pieces, spaced
 from llamaslot.llama.specials import Mark, Specials, together
+from llamaslot.llama.systems import Systems
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,6 @@ _SHOWN = (
     "reasoning_effort",
 )
 _MAX_TEXTS = 1024  # of one list: each is a question to the server, asked one after the other
-_N_SYSTEMS = 64  # of 60 kB each, as a rule
 _HEADER_TOKENS = 16  # in front of an answer: a role, perhaps the beginning of its reasoning
 
 
@@ -105,7 +105,7 @@ class _Model:
         self.specials = Specials(server)
         self.pieces = Pieces(cache_bytes)
         self.proved: set[int] = set()  # ids of special tokens that were tried out as a cut
-        self.systems: dict[bytes, bytes] = {}  # tokens of system parts, by what they are made from
+        self.systems = Systems()
         self.is_whole = is_whole  # a cut has given wrong tokens: no more cuts
 
     def split(self, text: str, whose: str) -> _Split:
@@ -310,11 +310,9 @@ class Prompts:
         shown = {name: body[name] for name in _SHOWN if name in body}
         key = orjson.dumps([prompt.whose, variants[0]["messages"][:-1], shown], option=orjson.OPT_SORT_KEYS)
         systems = self._model.systems
-        if (tokens := systems.pop(key, None)) is None:
+        if (tokens := systems.find(key)) is None:
             tokens = head(prompt.tokens, await self._shared(variants[0], prompt))
-        systems[key] = tokens  # the last one used last
-        if len(systems) > _N_SYSTEMS:
-            del systems[next(iter(systems))]
+            systems.keep(key, tokens)
         return common(tokens, prompt.tokens)
 
     async def opening(self, body: Mapping[str, Any]) -> tuple[Prompt, int]:
