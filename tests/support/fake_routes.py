@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from tests.support import fake_actions, fake_body, fake_media
+from tests.support.fake_agents import messages_to_chat
 from tests.support.fake_complete import COMPLETIONS, Completions
 from tests.support.fake_http import Dropped, Seen, reply
 from tests.support.fake_model import BadInput
@@ -129,6 +130,7 @@ class Routes:
             "/tokenize": self.tokenize,
             "/detokenize": self.detokenize,
             "/apply-template": self.apply_template,
+            "/v1/messages/count_tokens": self.count_tokens,
             "/props": self.change_props,
             "/embeddings": self.embeddings,
             "/v1/embeddings": self.embeddings,
@@ -256,6 +258,10 @@ class Routes:
         if any(fake_media.of(body)):
             self.server.violations.append("/apply-template downloads media a second time")
         return reply({"prompt": self.server.model.render(body)})
+
+    async def count_tokens(self, body: Any) -> web.StreamResponse:
+        model, n_more = self.server.model, self.server.faults.miscount
+        return reply({"input_tokens": len(model.tokenize(model.render(messages_to_chat(body)))) + n_more})
 
     # ---- slot actions
 

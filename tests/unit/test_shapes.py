@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from llamaslot.llama.shapes import WrongShapes, shape_of
+from llamaslot.llama.shapes import Shapes, shape_of
 
 
 def asked(*parts: Any, **more: Any) -> dict[str, Any]:
@@ -50,16 +51,59 @@ def test_a_type_that_is_no_name_is_looked_at_once() -> None:
     assert shape_of(body) == {(" ", "type"), (" ", "a")}
 
 
+class Counter:
+    """llama-server's count of tokens: as many as there are messages, times ``n_each``."""
+
+    def __init__(self) -> None:
+        self.n_each, self.status, self.n_asked = 10, 200, 0
+
+    async def ask(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+        assert path == "/v1/messages/count_tokens"
+        self.n_asked += 1
+        return self.status, {
+            "input_tokens": self.n_each * len(body["messages"])
+        } if self.status == 200 else None
+
+
+async def test_the_server_is_asked_once_for_each_shape() -> None:
+    """Until it is another one."""
+    counter = Counter()
+    shapes = Shapes(counter.ask)
+    assert await shapes.check(asked(text("a")), 10)
+    assert await shapes.check(asked(text("b"), text("c")), 10)
+    assert counter.n_asked == 1
+    assert not await shapes.check(asked(text("b"), CALL), 11)
+    assert not await shapes.check(asked(text("c"), CALL), 10)
+    assert (shapes.is_wrong(asked(CALL, text("d"))), shapes.is_wrong(asked(text("d")))) == (True, False)
+    assert counter.n_asked == 2
+    shapes.forget()
+    assert await shapes.check(asked(text("b"), CALL), 10)
+
+
+async def test_what_the_server_does_not_count_is_not_known() -> None:
+    """It refuses the body, as it will when it is asked to answer; only a build without the route says nothing by it."""
+    counter = Counter()
+    shapes, body = Shapes(counter.ask), asked(text("a"))
+    for status in (400, 500):
+        counter.status = status
+        assert not await shapes.check(body, 10)
+    counter.status = 404
+    assert await shapes.check(body, 10)
+    assert not shapes.is_wrong(body)
+    assert counter.n_asked == 3
+
+
 def test_wrong_ones_are_known_until_the_server_is_another() -> None:
-    """The last 256 of them."""
-    wrong = WrongShapes()
-    assert not wrong.has(asked(text("a")))
-    wrong.add(asked(text("a")))
-    assert wrong.has(asked(text("b")))
-    assert not wrong.has(asked(text("b"), CALL))
-    for n in range(256):
-        wrong.add({f"field {n}": 1})
-    assert not wrong.has(asked(text("a")))
-    assert wrong.has({"field 0": 2})
-    wrong.forget()
-    assert not wrong.has({"field 0": 2})
+    """The last 1,024 shapes; once wrong is wrong."""
+    shapes = Shapes(Counter().ask)
+    assert not shapes.is_wrong(asked(text("a")))
+    shapes.learn(asked(text("a")), is_right=False)
+    shapes.learn(asked(text("a")), is_right=True)
+    assert shapes.is_wrong(asked(text("b")))
+    assert not shapes.is_wrong(asked(text("b"), CALL))
+    for n in range(1024):
+        shapes.learn({f"field {n}": 1}, is_right=False)
+    assert not shapes.is_wrong(asked(text("a")))
+    assert shapes.is_wrong({"field 0": 2})
+    shapes.forget()
+    assert not shapes.is_wrong({"field 0": 2})

@@ -34,7 +34,7 @@ from llamaslot.errors import BackendDown, LlamaslotError
 from llamaslot.llama.api import LlamaServer
 from llamaslot.llama.offered import Offered
 from llamaslot.llama.prompts import Prompts
-from llamaslot.llama.shapes import WrongShapes
+from llamaslot.llama.shapes import Shapes
 from llamaslot.observe.metrics import Metrics
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
@@ -103,7 +103,7 @@ class Backend:
         self.scheduler = Scheduler(rules, limits, now)
         self.steps = Steps(api, self.catalog, self.rates, metrics, self.tasks, now)
         self.infills = Infills(api, self.scheduler, self.steps)
-        self.offered, self.wrong_shapes = Offered(api), WrongShapes()
+        self.offered, self.shapes = Offered(api), Shapes(api.ask)
         self.unrecognized = Unrecognized(metrics)
         self.turns = Turns(api, self.scheduler, self.steps, self.tasks)
         self.writeback = Writeback(self.scheduler, self.steps, idle_save_s)
@@ -253,7 +253,7 @@ class Backend:
             self.drains.add_slot(met.pool, slot, NOTHING)
         if self.catalog is not None and met.pool.can_save:  # some went while the server was met
             met.pool.agree(self.catalog.snapshots)
-        for known in (self.prompts, self.infills, self.offered, self.wrong_shapes):
+        for known in (self.prompts, self.infills, self.offered, self.shapes):
             known.forget()
         self._set(Health.UP)
         self.scheduler.attach(met.pool)

@@ -1,13 +1,14 @@
-"""Of what kinds of things a body is made: by that those are known for which a conversion has turned out wrong."""
+"""Of what kinds of things a body is made: by that it is known for which ones a conversion is right."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 #: What is a client's own, names included: arguments of calls, and what describes them.
 _OWN = {"input_schema", "parameters", "metadata", "chat_template_kwargs", "arguments"}
-_MAX_SHAPES = 256
+_MAX_SHAPES = 1024
+_COUNT = "/v1/messages/count_tokens"
 
 
 def shape_of(body: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
@@ -29,20 +30,43 @@ def shape_of(body: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
     return frozenset(found)
 
 
-class WrongShapes:
-    """Shapes of bodies of which the server has counted other tokens than their conversion gives, until ``forget``."""
+class Shapes:
+    """What is known of the conversion of bodies by their shapes, until ``forget``.
 
-    def __init__(self) -> None:
-        self._wrong: dict[frozenset[tuple[str, str]], None] = {}
+    ``ask`` posts to llama-server and gives status and JSON.
+    """
+
+    def __init__(self, ask: Callable[[str, Mapping[str, Any]], Awaitable[tuple[int, Any]]]) -> None:
+        self._ask = ask
+        self._is_right: dict[frozenset[tuple[str, str]], bool] = {}
 
     def forget(self) -> None:
         """The server was restarted, perhaps as another build."""
-        self._wrong = {}
+        self._is_right = {}
 
-    def add(self, body: Mapping[str, Any]) -> None:
-        self._wrong[shape_of(body)] = None
-        if len(self._wrong) > _MAX_SHAPES:
-            del self._wrong[next(iter(self._wrong))]
+    def learn(self, body: Mapping[str, Any], *, is_right: bool) -> None:
+        """The server has counted as many tokens as the conversion gives, or others. Once wrong is wrong."""
+        shape = shape_of(body)
+        self._is_right[shape] = self._is_right.pop(shape, True) and is_right
+        if len(self._is_right) > _MAX_SHAPES:
+            del self._is_right[next(iter(self._is_right))]
 
-    def has(self, body: Mapping[str, Any]) -> bool:
-        return bool(self._wrong) and shape_of(body) in self._wrong
+    def is_wrong(self, body: Mapping[str, Any]) -> bool:
+        return bool(self._is_right) and self._is_right.get(shape_of(body)) is False
+
+    async def check(self, body: Mapping[str, Any], n_tokens: int) -> bool:
+        """Whether the server counts ``n_tokens`` in a body of /v1/messages: asked once for each shape that it counts.
+
+        One that it does not count is refused by it as a rule, and asked about again. A build without this route is
+        taken at its word when it answers. Raises BackendDown.
+        """
+        if (known := self._is_right.get(shape_of(body))) is not None:
+            return known
+        status, counted = await self._ask(_COUNT, body)
+        if status == 404:
+            return True
+        if status != 200 or not isinstance(counted, Mapping):
+            return False
+        is_right = counted.get("input_tokens") == n_tokens
+        self.learn(body, is_right=is_right)
+        return is_right

@@ -339,7 +339,7 @@ class Answering:
         if kind == "infill":
             backend.infills.miscounted()
         elif kind in CONVERTED and prompt.whole:
-            backend.wrong_shapes.add(self.asked.body)
+            backend.shapes.learn(self.asked.body, is_right=False)
 
     def _log(self) -> None:
         """One line per answer: where it ran, what was reused, and how long the client waited."""

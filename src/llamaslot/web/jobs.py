@@ -140,7 +140,7 @@ async def _said(body: Mapping[str, Any], kind: Format, backend: Backend, met: Me
     that was converted nobody knows whether llama-server would refuse it too, so it is served without its tokens."""
     if kind == "infill":
         return _Said(None, (await backend.infills.prompt(body, met, whose),))
-    if kind in CONVERTED and backend.wrong_shapes.has(body):
+    if kind in CONVERTED and backend.shapes.is_wrong(body):
         raise OpaquePrompt("the server has counted other tokens in such a body", Reason.MISCOUNTED)
     chat = _chat_body(body, kind)
     if chat is None:
@@ -148,7 +148,11 @@ async def _said(body: Mapping[str, Any], kind: Format, backend: Backend, met: Me
     needed = {media.KINDS[part] for part in media.kinds(chat)}
     try:
         if not needed:
-            return _Said(chat, (await backend.prompts.chat(chat, whose),))
+            prompt = await backend.prompts.chat(chat, whose)
+            # llama-server chooses the slot by what it makes of the body: had it another prompt, any slot could be it.
+            if kind == "messages" and not await backend.shapes.check(body, prompt.n_tokens):
+                raise OpaquePrompt("the server counts other tokens in such a body", Reason.MISCOUNTED)
+            return _Said(chat, (prompt,))
         if met.props.modalities is not None and not all(map(met.props.modalities.get, needed)):
             return _Said(chat, (), is_refused=True)
         cut, prompt = await backend.prompts.before_medium(chat, whose)
