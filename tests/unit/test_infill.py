@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -74,6 +75,21 @@ async def test_the_order_is_that_of_the_server(order: str) -> None:
         ROOM,
     )
     assert unpack(await Infill(server, layout).tokens(BODY)) == server.prompt(BODY)
+
+
+async def test_chunks_that_several_ask_for_at_once_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else more and more would seem to be remembered, and in the end nothing could be."""
+    server = Server("prefix begun suffix")
+    infill = Infill(server, await learn(server, 0, N_CTX))
+    plain = Server.tokenize
+
+    async def slow(self: Server, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:
+        await asyncio.sleep(0)
+        return await plain(self, content, add_special=add_special, parse_special=parse_special)
+
+    monkeypatch.setattr(Server, "tokenize", slow)
+    await asyncio.gather(*(infill.tokens(BODY) for _ in range(3)))
+    assert infill._n_bytes == sum(len(text) + len(tokens) for (_, text), tokens in infill._known.items())
 
 
 @pytest.mark.parametrize(

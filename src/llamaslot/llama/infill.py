@@ -130,7 +130,8 @@ class Infill:
         key = (whose, text)
         if (tokens := self._known.pop(key, None)) is None:
             tokens = await self._plain(text)
-            self._n_bytes += len(text) + len(tokens)
+            if self._known.pop(key, None) is None:  # somebody may have asked for the same meanwhile
+                self._n_bytes += len(text) + len(tokens)
         self._known[key] = tokens  # the last one used last
         while self._n_bytes > _CACHE_BYTES and len(self._known) > 1:
             oldest = next(iter(self._known))
