@@ -18,7 +18,7 @@ from llamaslot.llama import pieces as pieces_module
 from llamaslot.llama.opaque import OpaquePrompt
 from llamaslot.llama.pieces import Pieces, spaced
 from llamaslot.llama.prompts import Prompt, Prompts
-from llamaslot.llama.specials import Mark, Specials
+from llamaslot.llama.specials import Mark, Specials, SpecialsOfEach
 from llamaslot.llama.systems import Systems
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "</s>", "[INST]")
@@ -209,6 +209,40 @@ async def test_a_dropped_special_token_is_not_learned_again(monkeypatch: pytest.
     await specials.learn("<b> </s>")
     await specials.learn("<i> </s>")
     assert repr(specials) == "<Specials <|im_end|> <|im_start|>>"
+
+
+@pytest.mark.parametrize("word", ["project-zebra", "|zebra|"])
+async def test_nobody_can_tell_which_special_tokens_others_use(word: str) -> None:
+    """What looks like one is asked about for each user, and so is what is tried out before the first cut at it; once
+    for all where texts are no secret."""
+    server = Server()
+    server.specials = (*SPECIALS, "<|zebra|>")
+    prompts = Prompts(server)
+
+    async def n_asked(whose: str, word: str) -> list[int]:
+        found = []
+        for more in ("", "and", "why"):
+            server.requests.clear()
+            await prompts.chat(turns(f"{LONG}<{word}>{LONG}", *[more] * bool(more)), whose)
+            found.append(len(server.requests))
+        return found
+
+    for whose in ("anna", "bert"):
+        await prompts.chat(turns("hello"), whose)
+    fresh = await n_asked("anna", word)
+    assert await n_asked("bert", word) == fresh
+    assert await n_asked("anna", word) != fresh
+
+
+async def test_special_tokens_of_the_users_seen_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that there are none; of others they are learned again."""
+    monkeypatch.setattr("llamaslot.llama.specials._USERS_MAX", 2)
+    each = SpecialsOfEach(Server())
+    anna, bert = each.of("anna"), each.of("bert")
+    assert each.of("anna") is anna
+    each.of("carl")
+    assert each.of("anna") is anna
+    assert each.of("bert") is not bert
 
 
 async def test_markup_costs_few_requests() -> None:

@@ -16,7 +16,7 @@ from llamaslot.errors import BadRequest, LlamaslotError, UpstreamError
 from llamaslot.llama.media import has_media, text_before, up_to_medium
 from llamaslot.llama.opaque import OpaquePrompt, Reason
 from llamaslot.llama.pieces import Known, Pieces, spaced
-from llamaslot.llama.specials import Mark, Specials, together
+from llamaslot.llama.specials import Mark, Specials, SpecialsOfEach, together
 from llamaslot.llama.systems import Systems
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ class _Split:
     """A text, the special tokens in it, those worth cutting at, and how far its tokens are known already."""
 
     whose: str
+    specials: Specials
     n_version: int  # of the special tokens that were known
     marks: list[Mark]
     cuts: list[Mark]
@@ -102,16 +103,16 @@ class _Model:
     """What is known of the tokenizer of one run of the server. Thrown away as a whole when that ends."""
 
     def __init__(self, server: PromptServer, cache_bytes: int, *, is_whole: bool = False) -> None:
-        self.specials = Specials(server)
+        self.specials = SpecialsOfEach(server)
         self.pieces = Pieces(cache_bytes)
-        self.proved: set[int] = set()  # ids of special tokens that were tried out as a cut
         self.systems = Systems()
         self.is_whole = is_whole  # a cut has given wrong tokens: no more cuts
 
     def split(self, text: str, whose: str) -> _Split:
-        marks = self.specials.find(text)
+        specials = self.specials.of(whose)
+        marks = specials.find(text)
         cuts = spaced(marks)
-        return _Split(whose, self.specials.n_version, marks, cuts, self.pieces.find(text, cuts, whose))
+        return _Split(whose, specials, specials.n_version, marks, cuts, self.pieces.find(text, cuts, whose))
 
 
 class Prompts:
@@ -122,7 +123,8 @@ class Prompts:
     tokens that tokenizing costs the server are paid for what is new. Three things keep that from giving wrong tokens:
     special tokens must come in the same order in text and tokens, each is tried out before it is first used as a cut,
     and the server's own count of each prompt is compared (``confirm``). ``whose``: only texts of the same one are made
-    use of, so that nobody can tell by the time what others have asked; "" where that is no secret.
+    use of, also to learn special tokens, so that nobody can tell by the time what others have asked; "" where that is
+    no secret.
 
     Canceling any of its coroutines is safe: they change nothing but what is remembered.
     """
@@ -218,7 +220,7 @@ class Prompts:
         split = model.split(text, whose)
         known = split.known
         if known.n_cuts:
-            tail = await self._tail(model, text, split.cuts[known.n_cuts - 1])
+            tail = await self._tail(split.specials, text, split.cuts[known.n_cuts - 1])
             if tail is None:  # one special token fewer, so this ends
                 return await self._tokenize(model, text, whose)
             tokens = known.tokens + tail
@@ -227,15 +229,15 @@ class Prompts:
         await self._remember(model, text, tokens, split)
         return Prompt(tokens, text, whole=not known.n_cuts, n_restarts=self.n_restarts, whose=whose)
 
-    async def _tail(self, model: _Model, text: str, cut: Mark) -> bytes | None:
+    async def _tail(self, specials: Specials, text: str, cut: Mark) -> bytes | None:
         """The tokens from the cut on, or None when it turns out that this special token is none to cut at."""
-        if cut.id in model.proved or await model.specials.prove(text, cut):
-            model.proved.add(cut.id)
+        if cut.id in specials.proved or await specials.prove(text, cut):
+            specials.proved.add(cut.id)
             tail = await self._server.tokenize(text[cut.start :], add_special=False)
             if tail[:WIDTH] == pack([cut.id]):
                 return tail
         special = text[cut.start : cut.end]
-        if model.specials.drop(special):
+        if specials.drop(special):
             log.warning("a prompt cut at %r has other tokens than whole: none is cut there any more", special)
         return None
 
@@ -245,12 +247,12 @@ class Prompts:
         Failures to learn are no failures of the request: its tokens are there.
         """
         with contextlib.suppress(LlamaslotError):
-            await model.specials.learn(text[split.begin :])
-        if model.specials.n_version != split.n_version:  # other cuts, also in the part that was known
+            await split.specials.learn(text[split.begin :])
+        if split.specials.n_version != split.n_version:  # other cuts, also in the part that was known
             split = replace(model.split(text, split.whose), known=Known(b"", ()))
         n_known = count(split.known.tokens)
         fresh = split.marks[bisect_left(split.marks, (split.begin,)) :]
-        where = model.specials.locate(fresh, tokens[n_known * WIDTH :], may_add=not n_known)
+        where = split.specials.locate(fresh, tokens[n_known * WIDTH :], may_add=not n_known)
         if where is not None:
             index = {mark.start: n_known + i for mark, i in zip(fresh, where, strict=True)}
             ends = [*split.known.ends, *(index[cut.start] for cut in split.cuts[split.known.n_cuts :])]

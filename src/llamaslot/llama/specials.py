@@ -32,7 +32,8 @@ _LIKELY = re.compile("<[|\uff5c]|[|\uff5c]>|^</?s>$|^\\[|^\\]|turn")
 _ALONE = 12  # so many likely candidates are asked for one by one at once, all others in one group
 _AT_ONCE = 256  # candidates judged per text: one made of markup shall not cost hundreds of requests
 _EXCERPT = 1_500  # characters on each side of a cut that is tried out
-_JUDGED_MAX = 20_000  # candidates remembered, after which they are judged again
+_JUDGED_MAX = 5_000  # candidates remembered of one user, after which they are judged again
+_USERS_MAX = 256  # whose special tokens are remembered, where each has his own
 
 
 class Tokenizer(Protocol):
@@ -52,7 +53,8 @@ class Mark(NamedTuple):
 class Specials:
     """The special tokens known so far, and the strings known to be none.
 
-    ``n_version`` grows whenever the vocabulary changes: cuts found before are then not the cuts found now.
+    ``n_version`` grows whenever the vocabulary changes: cuts found before are then not the cuts found now. ``proved``:
+    ids of those that were tried out as a cut.
     """
 
     def __init__(self, server: Tokenizer) -> None:
@@ -60,6 +62,7 @@ class Specials:
         self._ids: dict[str, int] = {}
         self._judged: set[str] = set()
         self._dropped: set[str] = set()
+        self.proved: set[int] = set()
         self._rebuild()
         self.n_version = 0
 
@@ -170,6 +173,23 @@ class Specials:
             self._server.tokenize(excerpt[mark.start - begin :], add_special=False),
         )
         return bool(head) and unpack(head)[-1] == mark.id and head[:-WIDTH] + tail == whole
+
+
+class SpecialsOfEach:
+    """Learned from the texts of each user apart: by what is asked about a text one could tell what words others use."""
+
+    def __init__(self, server: Tokenizer) -> None:
+        self._server = server
+        self._known: dict[str, Specials] = {}  # the last one used last
+
+    def of(self, whose: str) -> Specials:
+        """Those of one user; "" for all who share everything."""
+        if (specials := self._known.pop(whose, None)) is None:
+            specials = Specials(self._server)
+        self._known[whose] = specials
+        if len(self._known) > _USERS_MAX:
+            del self._known[next(iter(self._known))]
+        return specials
 
 
 async def together(*coroutines: Coroutine[Any, Any, T]) -> list[T]:
