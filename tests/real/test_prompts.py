@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,7 +14,8 @@ import pytest
 from llamaslot.core.tokens import head, unpack
 from llamaslot.errors import BadRequest, UpstreamError
 from llamaslot.llama.api import LlamaServer
-from llamaslot.llama.prompts import Prompt, Prompts
+from llamaslot.llama.opaque import OpaquePrompt
+from llamaslot.llama.prompts import NoPrompt, Prompt, Prompts
 from llamaslot.store.header import read_slot_file
 from tests.support import models
 from tests.support.real import RealServer
@@ -216,3 +218,41 @@ async def completions(tmp_path: Path) -> AsyncIterator[Real]:
     """A model with BOS."""
     async with real(sentencepiece(tmp_path), tmp_path) as server:
         yield server
+
+
+ELEMENTS: list[Any] = [
+    1,
+    -1,
+    1.5,
+    1e300,
+    "a",
+    "",
+    True,
+    False,
+    None,
+    [],
+    [1],
+    ["a"],
+    [True],
+    {},
+    {"prompt_string": 1},
+]
+
+
+async def test_what_is_no_prompt_to_llamaslot_is_none_to_the_server(tmp_path: Path) -> None:
+    """So it may be asked for its words without a slot: it never begins anything."""
+    pairs = [list(pair) for pair in itertools.product(ELEMENTS, repeat=2)]
+    nested = [[element] for element in [*ELEMENTS, *pairs]]
+    triples = [[*pair, last] for pair in pairs for last in (1, "a")]
+    n_refused = 0
+    async with real(models.dense(tmp_path), tmp_path) as it:
+        for prompt in [*ELEMENTS, *nested, *pairs, *triples]:
+            try:
+                await it.prompts.completion(prompt)
+            except NoPrompt:
+                n_refused += 1
+                status, _ = await it.api.ask("/completion", {"prompt": prompt, "n_predict": 1})
+                assert status >= 400, prompt
+            except (UpstreamError, OpaquePrompt):
+                pass  # sent with a slot
+    assert n_refused > 200

@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from llamaslot.llama.prompts import NoPrompt
 from tests.support.answers import without_progress
 from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, right, served
 
@@ -94,6 +95,26 @@ async def test_prompts_of_the_wrong_type_are_refused(tmp_path: Path, body: Any, 
             answer = await it.post(path, body)
             assert answer.status == 400
             assert said in answer.error["message"]
+
+
+async def test_what_llama_server_accepts_against_expectation_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ran in a slot that nobody had leased: llama-server is met again, to see what the slots hold."""
+
+    async def refuse(*_: Any) -> Any:
+        raise NoPrompt("no prompt")
+
+    async with served(tmp_path) as it:
+        assert (await it.ask(letters(1, 300))).status == 200
+        met = it.backend.met
+        with monkeypatch.context() as patch:
+            patch.setattr("llamaslot.web.jobs._plain", refuse)
+            answer = await it.post(NATIVE, {"prompt": letters(2, 300), "stream": True, "n_predict": 500})
+        assert (answer.status, answer.error["message"]) == (400, "no prompt")
+        assert (await it.ask(letters(1, 300))).status == 200
+        assert it.backend.met is not met
+    assert "has accepted a body that llamaslot refuses" in caplog.text
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT, NATIVE, "/v1/responses", "/v1/messages"])

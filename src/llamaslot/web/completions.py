@@ -72,7 +72,7 @@ class Completions:
         try:
             body = parse_object(raw)
         except NoObject as error:
-            raise await in_its_words(self._backend.api, request, raw, error) from error
+            raise await in_its_words(self._backend, request, raw, error) from error
         if route.may_be_missing and not await self._passthrough.is_offered(route):
             return await self._passthrough.unprepared(request, raw)
         if self._prompts.rewrite(request, body, route.format):
@@ -118,7 +118,7 @@ class _Exchange:
             return await self.down.fail(error)
         except NoPrompt as error:
             raw = orjson.dumps(self.body)
-            return await self.down.fail(await in_its_words(self.backend.api, self.request, raw, error))
+            return await self.down.fail(await in_its_words(self.backend, self.request, raw, error))
         except LlamaslotError as error:
             return await self.down.fail(error)
         except ClientGone:
