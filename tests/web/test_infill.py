@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.fake_model import FakeModel
-from tests.support.inprocess import NATIVE, letters, served
+from tests.support.inprocess import NATIVE, letters, served, spawn
 
 INFILL = "/infill"
 FILE = letters(1, 900)
@@ -95,6 +95,41 @@ async def test_a_server_that_cannot_be_found_out(tmp_path: Path, caplog: pytest.
     assert [answer.status for answer in answers] == [200, 200]
     assert caplog.text.count("without knowing its tokens") == 1
     assert FILE[:20] not in caplog.text
+
+
+async def test_a_slot_that_falls_silent_while_it_is_found_out_holds_nobody_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is given up, and all who wait are served without their tokens; after a while it is tried again."""
+    monkeypatch.setattr("llamaslot.engine.infills._LEARNING_S", 0.1)
+    async with served(tmp_path, slots=2) as it:
+        it.fake.hold()
+        asked = [spawn(it.post(INFILL, at(n))) for n in (600, 605)]
+        await it.until(lambda: "is given up" in caplog.text)
+        monkeypatch.undo()
+        it.fake.go()
+        assert [(await answer).status for answer in asked] == [200, 200]
+        await it.at_rest()
+        assert await it.count("wedged_total") == 1
+        assert await it.count('unrecognized_total{kind="infill",reason="infill"}') == 2
+        assert (await it.post(INFILL, at(610))).n_reused == 0
+        it.backend.infills._known_until = it.backend.now()
+        n_reused = [(await it.post(INFILL, at(n))).n_reused for n in (610, 615)]
+        assert n_reused == [0, 611]
+
+
+async def test_whether_there_is_such_a_route_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error while nothing comes; asked again for the next request."""
+    async with served(tmp_path) as it:
+        hang = it.fake.faults.hang(INFILL)
+        with monkeypatch.context() as patch:
+            patch.setattr("llamaslot.llama.offered.QUICK_S", 0.05)
+            answer = await it.post(INFILL, at(600))
+        assert (answer.status, answer.error["type"]) == (503, "unavailable_error")
+        hang.release()
+        assert (await it.post(INFILL, at(600))).status == 200
 
 
 async def test_a_server_that_counts_otherwise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from llamaslot.core.slots import NOTHING, Job
 from llamaslot.engine.beliefs import until_idle
 from llamaslot.engine.handshake import Met
+from llamaslot.engine.lease import Lease
 from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
 from llamaslot.llama.api import LlamaServer
@@ -19,6 +21,9 @@ from llamaslot.llama.prompts import Prompt
 
 log = logging.getLogger(__name__)
 
+_LEARNING_S = 120.0  # some dozen questions, each of which waits for the batch that is running
+_AGAIN_S = 600.0  # after it took longer: so long /infill is served without knowing its tokens
+
 
 class Infills:
     """Of one backend."""
@@ -27,6 +32,7 @@ class Infills:
         self._api, self._scheduler, self._steps = api, scheduler, steps
         self._learning = asyncio.Lock()
         self._known: Infill | OpaquePrompt | None = None
+        self._known_until = math.inf
 
     def forget(self) -> None:
         """The server was restarted, perhaps with another model or other flags."""
@@ -39,7 +45,8 @@ class Infills:
     async def prompt(self, body: Mapping[str, Any], met: Met, whose: str) -> Prompt:
         """The tokens of ``body``. Raises OpaquePrompt, BackendDown, BackendRestarted, QueueFull. Cancelling is safe."""
         async with self._learning:
-            if self._known is None:
+            if self._known is None or self._scheduler.now() >= self._known_until:
+                self._known_until = math.inf
                 self._known = await self._learned(met)
             known = self._known
         if isinstance(known, OpaquePrompt):
@@ -47,18 +54,29 @@ class Infills:
         return Prompt(await known.tokens(body, whose))
 
     async def _learned(self, met: Met) -> Infill | OpaquePrompt:
-        """In a slot of its own: whatever it held is saved, if that is worth it."""
+        """In a slot of its own: whatever it held is saved, if that is worth it. A slot in which it takes too long is
+        given up, and it is tried again later."""
         with await self._scheduler.lease(Job("infill: how is it put together")) as lease:
             if lease.pool is not met.pool:
                 raise OpaquePrompt("llama-server has restarted", Reason.INFILL)  # and may be learned anew
             await self._steps.prepare(lease, lambda _: None)
             lease.sent()
             try:
-                layout = await learn(self._api, lease.slot_id, met.props.n_ctx)
-                known: Infill | OpaquePrompt = Infill(self._api, layout)
-            except OpaquePrompt as error:
-                log.info("%s", error)
-                known = error
-            await until_idle(self._api, lease, NOTHING, self._scheduler.now)
+                async with asyncio.timeout(_LEARNING_S):
+                    known = await self._tried_out(lease, met)
+                    await until_idle(self._api, lease, NOTHING, self._scheduler.now)
+            except TimeoutError:
+                self._steps.metrics.wedged.inc()
+                self._known_until = self._scheduler.now() + _AGAIN_S
+                known = OpaquePrompt(f"/infill was not found out within {_LEARNING_S:g} s", Reason.INFILL)
+                log.warning("%s; slot %d is given up", known, lease.slot_id)
+                return known  # the slot drains: llama-server may be at work in it
             lease.done(None)
             return known
+
+    async def _tried_out(self, lease: Lease, met: Met) -> Infill | OpaquePrompt:
+        try:
+            return Infill(self._api, await learn(self._api, lease.slot_id, met.props.n_ctx))
+        except OpaquePrompt as error:
+            log.info("%s", error)
+            return error

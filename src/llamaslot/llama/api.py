@@ -239,9 +239,11 @@ class LlamaServer:
         """The text of ``tokens``, special tokens and all. Half a character at an end becomes U+FFFD."""
         return str((await self._json("POST", "/detokenize", {"tokens": unpack(tokens)}))["content"])
 
-    async def ask(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+    async def ask(
+        self, path: str, body: Mapping[str, Any], timeout_s: float | None = None
+    ) -> tuple[int, Any]:
         """``POST`` any route: status and JSON, None for what is none. Raises BackendDown only."""
-        return await self._ask(path, body)
+        return await self._ask(path, body, timeout_s=timeout_s)
 
     async def refusal(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
         """As ``ask``, of a body that should be refused: if it is not, nobody waits for its answer. With
@@ -249,10 +251,15 @@ class LlamaServer:
         return await self._ask(path, body, only_refusals=True)
 
     async def _ask(
-        self, path: str, body: Mapping[str, Any], *, only_refusals: bool = False
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        only_refusals: bool = False,
+        timeout_s: float | None = None,
     ) -> tuple[int, Any]:
-        headers = {"Content-Type": "application/json"}
-        async with self.request("POST", path, data=orjson.dumps(body), headers=headers) as response:
+        headers, data = {"Content-Type": "application/json"}, orjson.dumps(body)
+        async with self.request("POST", path, data=data, headers=headers, timeout_s=timeout_s) as response:
             if only_refusals and response.status < 400:
                 return response.status, None
             try:

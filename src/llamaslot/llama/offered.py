@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llamaslot.llama.api import LlamaServer
+from llamaslot.llama.api import QUICK_S, LlamaServer
 
 #: No such route in this build; or none for this model (embeddings, rerank, /infill, audio), seen running.
 _IS_NOT_OFFERED = (404, 501)
@@ -20,13 +20,14 @@ class Offered:
         self._known = {}
 
     async def has(self, path: str) -> bool:
-        """Whether the route that takes ``path`` answers with more than that it is not there. Raises BackendDown.
+        """Whether the route that takes ``path`` answers with more than that it is not there. Raises BackendDown, also
+        when no answer comes: to say what it lacks it needs no slot.
 
         Asked once. While that is not sure (the server is loading) the answer is yes.
         """
         known = self._known
         if (found := known.get(path)) is None:
-            status, _ = await self._server.ask(path, {})
+            status, _ = await self._server.ask(path, {}, QUICK_S)
             found = status not in _IS_NOT_OFFERED
             if status < 500 or not found:
                 known[path] = found
