@@ -137,6 +137,14 @@ class SlotActionFailed(LlamaslotError):
         self.status_upstream = status_upstream
 
 
+class SlotNotEmptied(LlamaslotError):
+    """llama-server might choose a slot with what the request must not go on from, so nothing was sent."""
+
+    status = 503
+    type = "unavailable_error"
+    retry_after_s = 5.0
+
+
 class SnapshotInvalid(LlamaslotError):
     """A slot file is missing, truncated, foreign, or does not hold what its sidecar says."""
 

@@ -112,6 +112,43 @@ async def test_where_llama_server_chooses_it_is_ones_own_slot(tmp_path: Path) ->
     assert (bert.n_reused, again.source) == (0, "snapshot")
 
 
+UNREAD = {"type": "document", "source": {}}  # with it nobody knows the tokens: llama-server chooses the slot
+
+
+@pytest.mark.parametrize("more", [(), (UNREAD,)], ids=["steered", "in turn"])
+async def test_a_slot_that_cannot_be_emptied_is_not_for_the_next_user(tmp_path: Path, more: Any) -> None:
+    """llama-server would go on from it: nothing is sent, and the client learns what to do. Later it can be had."""
+    text = {"type": "text", "text": letters(1, 600)}
+    body = {"messages": [{"role": "user", "content": [text, *more]}], "max_tokens": 4}
+    annas = {"messages": [{"role": "user", "content": [text]}], "max_tokens": 4}
+    async with served(tmp_path, PER_USER) as it:
+        await it.post(CHAT, annas, **{"x-llamaslot-user": "anna"})
+        it.fake.faults.fail("erase")
+        refused = await it.post(MESSAGES, body, **{"x-llamaslot-user": "bert"})
+        assert refused.status == 503
+        assert "Try again" in refused.raw.decode()
+        assert "Retry-After" in refused.headers
+        assert it.fake.sent(MESSAGES) == []
+        await it.at_rest()
+        again = await it.post(MESSAGES, body, **{"x-llamaslot-user": "bert"})
+        assert again.status == 200
+        assert it.n_computed(f"<|im_start|>user\n{text['text']}") >= 2 * 600
+
+
+@pytest.mark.parametrize("more", [(), (UNREAD,)], ids=["steered", "in turn"])
+async def test_where_all_share_a_slot_that_cannot_be_emptied_is_in_nobodys_way(
+    tmp_path: Path, more: Any
+) -> None:
+    """A request that lands there costs time at most."""
+    async with served(tmp_path) as it:
+        it.fake.faults.fail_stream("failed to decode", after_tokens=1)
+        await it.ask(letters(1, 600))  # and now nobody knows what its slot holds
+        it.fake.faults.fail("erase", times=10)
+        text = {"type": "text", "text": letters(2, 600)}
+        body = {"messages": [{"role": "user", "content": [text, *more]}], "max_tokens": 4}
+        assert (await it.post(MESSAGES, body)).status == 200
+
+
 async def test_slots_that_an_earlier_llamaslot_has_filled_are_nobodys(tmp_path: Path) -> None:
     """Whose they are is written nowhere: nothing of them is saved, where all could find it without isolation."""
     text = letters(1, 600)

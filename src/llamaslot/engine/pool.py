@@ -6,7 +6,7 @@ restart there is a new one, and what the old one's leases still do to their slot
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -227,6 +227,10 @@ class Pool:
         others = (slot for slot in self.slots if slot.id != own)
         return [slot for slot in others if slot.state is State.SUSPECT or self._n_shared(slot, job) >= n]
 
+    def is_foreign(self, slot: Slot, job: Job) -> bool:
+        """Whether ``job`` must not use what is in the slot, or will be. If nobody knows, it may where users share."""
+        return self._space_of(slot.id) not in job.reads
+
     def _n_shared(self, slot: Slot, job: Job) -> int:
         busy = self._busy.get(slot.id)
         return common(busy.will_hold if busy else slot.content.tokens, job.tokens)
@@ -335,10 +339,6 @@ class Pool:
     def is_anything_on_its_way(self) -> bool:
         """Whether something sent for a client that has gone may still begin in a slot."""
         return any(s.state is State.DRAINING and not self._busy[s.id].is_at_work for s in self.slots)
-
-    def has_busy_besides(self, spaces: Collection[Space]) -> bool:
-        """Whether a slot is at work on what is of none of ``spaces``."""
-        return any(busy.space not in spaces for busy in self._busy.values())
 
     def expect_nothing(self, slot: Slot, space: Space) -> None:
         """A leased slot will hold what nobody knows, computed in ``space``: it is no use to wait for it."""

@@ -321,6 +321,11 @@ class Scheduler:
         assert self._turn is lease.job, "only the job whose turn it is"
         self._is_closed = True
 
+    def is_foreign_at_work(self, lease: Lease) -> bool:
+        """Whether a slot is at work on what the job must not go on from."""
+        pool = lease.pool
+        return any(not slot.is_idle and pool.is_foreign(slot, lease.job) for slot in pool.slots)
+
     def is_quiet(self, lease: Lease) -> bool:
         """Whether every slot is either idle and nobody's, or the turn's own, or at work for sure: for one whose context
         the job may go on from, if llama-server may choose that slot, for its answer may end at any moment."""
@@ -332,7 +337,7 @@ class Scheduler:
         }  # its children's slots are at work with it
         is_stepping = any(id(other.job) not in started for other in others)
         n_idle = sum(slot.is_idle for slot in self.pool.slots)
-        if lease.job.is_unpinned and self.pool.has_busy_besides(lease.job.reads):
+        if lease.job.is_unpinned and self.is_foreign_at_work(lease):
             return False
         return (
             not is_stepping

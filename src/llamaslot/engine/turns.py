@@ -17,7 +17,7 @@ from llamaslot.core.slots import NOTHING, Content, Job, Slot
 from llamaslot.engine.lease import Lease, Phase, PlanAgain
 from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
-from llamaslot.errors import BackendRestarted, LlamaslotError
+from llamaslot.errors import BackendRestarted, LlamaslotError, SlotNotEmptied
 from llamaslot.llama.api import LlamaServer, SlotInfo
 from llamaslot.llama.sse import Earlier
 from llamaslot.tasks import TaskOwner
@@ -29,6 +29,11 @@ _PATIENCE_S = (
     60.0  # while long prefills run others go on; with the gate shut all of them would wait for the last one
 )
 _LANDING_POLLS_S = (0.05, 0.2, 0.5, 1.5)
+
+_NOT_EMPTIED = (
+    "a slot that llama-server might choose for this request could not be emptied, and may hold what the request must"
+    " not use: nothing was sent. Try again; if it stays so, the log of llamaslot tells what llama-server answered"
+)
 
 
 class Turn:
@@ -145,7 +150,8 @@ class Turns:
         """Wait until nobody is between two steps, then lease and save what the request may take.
 
         ``lease`` is the parent's (``n`` > 1) or one without a slot. ``left``: what its one slot holds at its end, as
-        far as that is known. Cancelling is safe: what is leased is given back.
+        far as that is known. Cancelling is safe: what is leased is given back. Raises BackendRestarted, and
+        SlotNotEmptied as ``_empty`` does.
         """
         report("waiting for its turn")
         self._scheduler.wait_for_turn(lease)
@@ -170,7 +176,7 @@ class Turns:
                 for other in fresh:
                     await self._save_if_worth(other)
                     if lease.job.is_unpinned and not _may_land_in(other, lease.job):
-                        await self._steps.erase_now(other)
+                        await self._empty(other, lease.job)
                 fresh = self._scheduler.lease_idle(lease.job)  # those whose answers have ended meanwhile
             before = {info.id: info for info in await self._api.slots()}
             lease.still_holds()  # what is sent now would land in slots that the new pool takes for idle
@@ -195,7 +201,7 @@ class Turns:
         emptied; one between two steps is waited for. Cancelling is safe.
 
         Raises PlanAgain with ``here`` where two would wait for each other: the slot was given up, and what it was in
-        the way of is through.
+        the way of is through. Raises BackendRestarted, and SlotNotEmptied as ``_empty`` does.
         """
         self._clearing[lease] = None
         try:
@@ -211,7 +217,7 @@ class Turns:
                     if (rival := self._scheduler.lease_rival(slot, lease)) is not None:
                         with rival:
                             await self._save_if_worth(rival)
-                            await self._steps.erase_now(rival)
+                            await self._empty(rival, lease.job)
                         break
                 else:
                     await self._scheduler.bell.heard(_CONFIRM_EVERY_S)
@@ -228,6 +234,14 @@ class Turns:
         return next(
             (o for o in every if o.slot is not None and o.slot.id in rivals and not o.is_released), None
         )
+
+    async def _empty(self, other: Lease, job: Job) -> None:
+        """Empty a slot that llama-server may choose for ``job``. Where that fails, and what may be in it is not the
+        job's to use, raises SlotNotEmptied: nothing may be sent. Of its own space it costs time at most."""
+        if not await self._steps.erase_now(other):
+            other.still_holds()
+            if other.slot is None or other.pool.is_foreign(other.slot, job):
+                raise SlotNotEmptied(_NOT_EMPTIED)
 
     async def _save_if_worth(self, lease: Lease) -> None:
         if lease.slot is not None and self._is_worth(lease.slot, lease):
