@@ -10,8 +10,9 @@ import pytest
 from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.reuse import Memory
 from llamaslot.core.saving import Unsaved, is_worth
-from llamaslot.core.slots import Content, Event, Job
+from llamaslot.core.slots import Content, Event, Job, State
 from llamaslot.core.spaces import Space
+from llamaslot.errors import SlotWedged
 from llamaslot.llama.api import Progress
 from tests.support.house import House, tokens_of
 from tests.support.stub import Op, StubServer
@@ -173,6 +174,45 @@ def test_it_goes_back_with_the_lora_scales_of_what_it_holds(house: House) -> Non
     assert sent == [scaled.lora]
     assert [snapshot.space for snapshot in house.catalog.snapshots.values()] == [scaled.text]
     house.check_nothing_is_left()
+
+
+WEDGED = ("batch", "notice")
+
+
+def wedge(house: House) -> None:
+    """llama-server says nothing more of what it computes, and goes on with it until the test serves ``notice``."""
+    house.loop.pass_time(1.0)
+    [batch] = house.server.pending
+    assert batch.kind == "batch"
+    house.server.fail(batch, SlotWedged("nothing was told"))
+    house.loop.settle()
+    assert [op.kind for op in house.server.pending] == ["notice"]
+
+
+@pytest.mark.parametrize("asks", [False, True], ids=["ahead of need", "for somebody"])
+def test_a_slot_that_falls_silent_while_it_goes_back_drains(asks: bool) -> None:
+    """llama-server may be at work in it still. It is counted: by whoever serves the request that it was saved for, and
+    whose client is told."""
+    house = House(VirtualLoop(), StubServer(1, pace=lambda op: None if op.kind in WEDGED else 0.01))
+    house.rates.prefill.observe(0, 1000, 1000.0)
+    pool = house.scheduler.pool
+    assert pool is not None
+    pool.recall.memory, pool.recall.keeps_checkpoints = Memory.RECURRENT, False
+    house.start(house.ask(Job("first", tokens_of(0, 400)), tokens_of(5000, 20)), "first")
+    house.finish()
+    if asks:
+        client = house.start(house.ask(Job("next", tokens_of(50_000, 400))), "next")
+    else:
+        client = house.start(house.writeback.save_all(), "writeback")
+    wedge(house)
+    assert client.done()
+    assert isinstance(client.exception(), SlotWedged) is asks
+    assert [slot.state for slot in pool.slots] == [State.DRAINING]
+    assert f"wedged_total {float(not asks)}" in house.metrics.exposition().decode()
+    house.finish()
+    assert [slot.state for slot in pool.slots] == [State.SUSPECT]
+    house.check_nothing_is_left()
+    house.close()
 
 
 def test_it_does_not_where_they_keep_them(house: House) -> None:

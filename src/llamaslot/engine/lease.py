@@ -73,6 +73,7 @@ class Lease:
         self.charge: Charge | None = None  # to its user, for what the queue has given away
         self.sent_at = 0.0  # when the job's own request was
         self.acting_at = 0.0  # when its last action began
+        self.is_left_at_work = False  # that has ended, but what it had the server compute perhaps has not
         # Tokens of its prompt that are there, while that is computed; as far as that is known.
         self.n_done = plan.n_reused if plan is not None else 0
         self.restored: Snapshot | None = None  # what its steps have read into the slot
@@ -148,12 +149,12 @@ class Lease:
     def acting(self) -> None:
         """A save, erase or restore begins. Raises BackendRestarted."""
         self.still_holds()
-        self.phase, self.acting_at = Phase.ACTING, self.scheduler.now()
+        self.phase, self.acting_at, self.is_left_at_work = Phase.ACTING, self.scheduler.now(), False
         self.scheduler.bell.ring()
 
     def acted(self) -> None:
         """The save, erase or restore has ended. If the client has left meanwhile, the slot goes back now."""
-        self.phase = Phase.READY
+        self.phase = Phase.WORKING if self.is_left_at_work else Phase.READY
         if self.is_released:
             self._give_back()
 

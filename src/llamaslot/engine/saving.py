@@ -17,7 +17,7 @@ from llamaslot.engine.comings import left_behind, supersedes
 from llamaslot.engine.lease import Lease
 from llamaslot.engine.library import content_of
 from llamaslot.engine.probes import UNIFIED
-from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
+from llamaslot.errors import LlamaslotError, OtherConversation, SlotWedged, SnapshotInvalid
 from llamaslot.llama.api import LlamaServer
 from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import Metrics
@@ -51,7 +51,10 @@ class Saving:
         self._n_emptied = 0  # slots that were found empty when they were saved
 
     async def save(self, lease: Lease) -> Snapshot | None:
-        """Write what the slot holds to a snapshot, verified and committed. None when that failed: the slot keeps it."""
+        """Write what the slot holds to a snapshot, verified and committed. None when that failed: the slot keeps it.
+
+        Raises SlotWedged where it had to go back first, and nothing came of that.
+        """
         if self.catalog is None or lease.content is None:
             return None
         if lease.content.has_media:  # llama-server may write it, but nobody could say what the file holds
@@ -81,6 +84,7 @@ class Saving:
 
     async def keep(self, lease: Lease, n_tokens: int) -> bool:
         """Write what the slot holds, the first ``n_tokens`` of its job and no more, to a trunk. False when that failed.
+        Raises SlotWedged as ``save`` does.
 
         The slot goes on from there: what it holds is no more and no less unsaved than before.
         """
@@ -184,14 +188,21 @@ class Saving:
         return recall.memory is Memory.SWA and content.is_exact and not is_near
 
     async def _has_gone_back(self, lease: Lease, content: Content, kind: Kind) -> bool:
-        """Go back where that must be; False when that has failed, and nobody knows what the slot holds."""
+        """Go back where that must be; False when that has failed: nobody knows what the slot holds then, and it drains
+        once it is given back, for llama-server may be at work in it. Raises SlotWedged when it has told nothing."""
         if self._must_go_back(lease.pool.recall, content):
             try:
                 await self._rewind(lease, content)
             except LlamaslotError as error:
-                lease.content = None
+                lease.content, lease.is_left_at_work = None, True
                 _not_saved(lease, kind, error)
-                return False
+                if not isinstance(error, SlotWedged):
+                    return False
+                if (
+                    lease.plan is None
+                ):  # else whoever has asked for the slot counts it, as it is told to the client
+                    self.metrics.wedged.inc()
+                raise
         return True
 
     async def _rewind(self, lease: Lease, content: Content) -> None:
