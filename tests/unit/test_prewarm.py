@@ -10,9 +10,9 @@ import pytest
 
 from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.reuse import Memory
-from llamaslot.core.slots import Job, Kind
+from llamaslot.core.slots import Job, Kind, State
 from llamaslot.engine.prewarm import Bodies, Prewarm
-from llamaslot.errors import SlotActionFailed, UpstreamError
+from llamaslot.errors import SlotActionFailed, SlotWedged, UpstreamError
 from llamaslot.llama.prompts import Prompt, Prompts
 from llamaslot.store import Catalog, Snapshot
 from tests.support.house import House, tokens_of
@@ -162,6 +162,26 @@ def test_one_that_cannot_be_saved_is_given_up(house: House) -> None:
     task.cancel()
     house.loop.settle()
     assert [house.server.files[snapshot.file_name] for snapshot in pinned(house)] == [tokens_of(50_000, N)]
+
+
+def test_a_slot_that_falls_silent_is_counted_and_drains(house: House) -> None:
+    """As one of a client's; it is tried again."""
+    house.server.pace = lambda op: None if op.kind in ("batch", "notice") else 0.01
+    task = house.loop.create_task(prewarm(house, AGENT).run(), name="prewarm")
+    house.loop.pass_time(4.0)
+    [batch] = house.server.pending
+    house.server.fail(batch, SlotWedged("nothing was told"))
+    house.loop.settle()
+    assert "wedged_total 1.0" in house.metrics.exposition().decode()
+    assert house.scheduler.pool is not None
+    assert State.DRAINING in {slot.state for slot in house.scheduler.pool.slots}
+    house.server.pace = lambda op: 0.01
+    [notice] = house.server.pending
+    house.server.serve(notice)
+    house.loop.pass_time(20.0)
+    task.cancel()
+    house.loop.settle()
+    assert [house.server.files[snapshot.file_name] for snapshot in pinned(house)] == [tokens_of(1, N)]
 
 
 def test_it_waits_while_somebody_wants_something(house: House) -> None:

@@ -21,7 +21,7 @@ from llamaslot.engine.lease import PlanAgain
 from llamaslot.engine.pool import Pool
 from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
-from llamaslot.errors import BackendDown, LlamaslotError
+from llamaslot.errors import BackendDown, LlamaslotError, SlotWedged
 from llamaslot.llama.prompts import Prompts
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
@@ -170,5 +170,8 @@ class Prewarm:
                 if kept:
                     lease.plan = replace(lease.plan, steps=lease.plan.steps[: kept[0]])
                     await self._steps.prepare(lease, lambda _: None)
+        except SlotWedged as error:
+            self._steps.metrics.wedged.inc()
+            log.warning("%s: %s", job.id, error)
         except (LlamaslotError, PlanAgain) as error:
             log.debug("%s: %s", job.id, error)
