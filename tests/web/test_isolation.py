@@ -160,6 +160,19 @@ async def test_slots_that_an_earlier_llamaslot_has_filled_are_nobodys(tmp_path: 
             assert reused(await ask_as(it, user, text)) == 0
 
 
+async def test_not_even_where_they_could_not_be_emptied_at_the_start(tmp_path: Path) -> None:
+    """Nobody knows what they hold: that is emptied before their next use, or not used."""
+    text = letters(1, 600)
+    async with served(tmp_path, {**PER_USER, "shutdown": {"save_s": 0}}) as it:
+        await ask_as(it, "anna", letters(5, 300))
+        await ask_as(it, "anna", text)
+        await it.stop()
+        it.fake.faults.fail("erase", times=3)
+        await it.start()
+        answers = [await ask_as(it, user, text) for user in ("bert", "carl", "bert")]
+        assert [reused(answer) for answer in answers] == [0, 0, 599]
+
+
 async def test_who_switches_isolation_on_finds_nothing_of_before(tmp_path: Path) -> None:
     """What all have shared may be anybody's."""
     text = letters(1, 600)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from llamaslot.core.cost import Rates
 from llamaslot.core.policy import Rules
 from llamaslot.core.reuse import Memory
-from llamaslot.core.slots import Event, Job, Slot
+from llamaslot.core.slots import NOTHING, Event, Job, Slot
 from llamaslot.engine.library import Libraries, content_of
 from llamaslot.engine.pool import Pool
 from llamaslot.engine.probes import Probes
@@ -75,7 +75,8 @@ class Handshake:
         pool = Pool(self.name, len(infos), props.n_ctx, rules=self.rules, rates=self.rates)
         first, others = idle[0], idle[1:]
         if first.n_tokens and not await self.probes.has_room(first.n_tokens):
-            await self._empty(first.id)  # the quota cannot take what it holds, so neither can a probe save it
+            # The quota cannot take what it holds, so neither can a probe save it. What is left a probe overwrites.
+            await self._erased(first.id)
             first = replace(first, n_tokens=0)
         can_save = await self.probes.can_save(first.id, first.n_tokens or 0)
         lora = await self.api.lora_adapters()
@@ -103,12 +104,15 @@ class Handshake:
                     pool.memory = files.memory
                 pool.can_save = can_save = files.are_usable
         for slot in (first.id, empty):
-            await self._empty(slot)
+            if slot is not None:
+                await self._empty(pool, slot, now, is_shared=True)
         if written is not None and can_save:
             await self._commit(pool, written, fingerprint)
         for info in others:
             if info.n_tokens:
-                await self._adopt(pool, info, fingerprint if can_adopt and can_save else None, now)
+                adopted = can_adopt and can_save and await self._adopt(pool, info, fingerprint, now)
+                if not adopted:
+                    await self._empty(pool, info.id, now, is_shared=not (lora or self.rules.is_isolated))
         for warning in self.probes.warnings:
             log.warning("%s: %s", self.name, warning)
         busy = tuple(pool.slots[info.id] for info in infos if info.is_processing)
@@ -124,12 +128,21 @@ class Handshake:
             infos = await self.api.slots()
         return infos
 
-    async def _empty(self, slot: int | None) -> None:
-        if slot is not None:
-            try:
-                await self.api.erase(slot)
-            except SlotActionFailed as error:
-                log.debug("%s", error)  # 501 without --slot-save-path: a few tokens of the probes stay in it
+    async def _empty(self, pool: Pool, slot: int, now: float, *, is_shared: bool) -> None:
+        """What cannot be emptied holds what nobody knows. Without slot actions what all may use (``is_shared``) is left
+        as it is: llama-server compares tokens by itself."""
+        if not await self._erased(slot) and (self.probes.can_erase or not is_shared):
+            log.warning("%s: slot %d could not be emptied; what it holds is not used", self.name, slot)
+            pool.take(pool.slots[slot], Job("adoption"), now, has_answer=False)
+            pool.give_back(pool.slots[slot], Event.FAIL, NOTHING, now)
+
+    async def _erased(self, slot: int) -> bool:
+        try:
+            await self.api.erase(slot)
+        except SlotActionFailed as error:
+            log.debug("%s", error)  # 501 without --slot-save-path
+            return False
+        return True
 
     # -- adoption ------------------------------------------------------------------------------------------------
 
@@ -184,17 +197,17 @@ class Handshake:
         n_answer = min(int(2 * self.rates.answer.n_tokens), n_tokens // 2)
         return (n_tokens - n_answer,)
 
-    async def _adopt(self, pool: Pool, info: SlotInfo, fingerprint: str | None, now: float) -> None:
-        """Learn what a slot holds by saving it; one that cannot be saved is emptied."""
-        written = await self._written(info) if fingerprint is not None else None
-        snapshot = await self._commit(pool, written, fingerprint) if written and fingerprint else None
+    async def _adopt(self, pool: Pool, info: SlotInfo, fingerprint: str, now: float) -> bool:
+        """Learn what a slot holds by saving it. False when it cannot be saved."""
+        written = await self._written(info)
+        snapshot = await self._commit(pool, written, fingerprint) if written is not None else None
         if snapshot is None:
-            await self._empty(info.id)
-            return
+            return False
         slot = pool.slots[info.id]
         pool.take(slot, Job("adoption"), now, has_answer=False)
         pool.give_back(slot, Event.KEEP, content_of(snapshot), now)
         log.info("%s: adopted slot %d with %d tokens", self.name, slot.id, snapshot.n_tokens)
+        return True
 
     def _forget_rates_of_others(self, current: Identity) -> None:
         """Speed and sizes were learned with one model; of another they say nothing."""
