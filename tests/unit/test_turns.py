@@ -12,7 +12,7 @@ from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.slots import Job
 from llamaslot.core.spaces import Space
 from llamaslot.engine.queue import QueueLimits
-from llamaslot.errors import BackendRestarted
+from llamaslot.errors import BackendRestarted, SlotNotEmptied
 from llamaslot.llama.api import SlotInfo
 from tests.support.house import House, outcome, tokens_of
 from tests.support.stub import StubServer
@@ -213,4 +213,27 @@ def test_a_turn_waits_for_the_answer_of_another_user(house: House) -> None:
     house.finish()
     assert outcome(theirs) is None
     assert outcome(turn) is None
+    house.check_nothing_is_left()
+
+
+def steered(house: House, job: Job) -> asyncio.Task[Any]:
+    """A client of ``job``, whose prompt was computed but for one token, up to where it would be sent."""
+
+    async def ask() -> None:
+        with await house.scheduler.lease(job) as lease:
+            here = await house.steps.prepare(lease, lambda _: None)
+            await house.turns.clear_the_way(lease, here)
+
+    return house.start(ask(), job.id)
+
+
+def test_nothing_is_sent_where_another_user_is_in_the_way_and_nothing_can_be_emptied(house: House) -> None:
+    """llama-server would go on from what is his."""
+    assert house.scheduler.pool is not None
+    house.start(house.ask(Job("anna's", tokens_of(9000, 500), space=ANNA)), "anna's")
+    house.finish()
+    house.scheduler.pool.can_save = house.scheduler.pool.can_erase = False
+    client = steered(house, Job("bert's", tokens_of(9000, 499), space=BERT, is_steered=True))
+    house.finish()
+    assert isinstance(outcome(client), SlotNotEmptied)
     house.check_nothing_is_left()

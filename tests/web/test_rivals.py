@@ -44,3 +44,17 @@ async def test_a_slot_nobody_knows_while_somebody_waits_for_his_turn(tmp_path: P
             await it.until(lambda: it.backend.scheduler.n_waiting > 0 or len(it.backend.scheduler.leases) > 1)
             it.fake.go()
     assert [task.result().status for task in (first, second, third)] == [200] * 3
+
+
+async def test_slots_that_cannot_be_emptied_are_in_nobodys_way(tmp_path: Path) -> None:
+    """Without ``--slot-save-path`` nobody could ever clear them: it is not tried, and everybody is answered."""
+    async with served(tmp_path, OWN_STEPS, slots=2, has_save_path=False) as it:
+        it.fake.faults.fail_stream("failed to decode", after_tokens=1)
+        await it.ask(letters(1, 100))  # and now nobody knows what its slot holds
+        n_before = len(it.fake.requests)
+        async with asyncio.timeout(20):
+            alone = await it.post(MESSAGES, said(letters(2, 300)))
+            together = await asyncio.gather(*(it.post(MESSAGES, said(letters(3, 300))) for _ in range(3)))
+        assert [answer.status for answer in (alone, *together)] == [200] * 4
+        assert not [seen for seen in it.fake.requests[n_before:] if seen.action]
+        assert len(it.fake.requests) - n_before < 100

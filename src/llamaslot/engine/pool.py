@@ -223,7 +223,7 @@ class Pool:
     def rivals(self, job: Job, own: int) -> list[Slot]:
         """The slots that llama-server, which knows no spaces, may choose for ``job`` instead of its own, which has all
         but one token of it."""
-        n = job.n_tokens - 1
+        n = max(job.n_tokens - 1, 1)
         others = (slot for slot in self.slots if slot.id != own)
         return [slot for slot in others if slot.state is State.SUSPECT or self._n_shared(slot, job) >= n]
 

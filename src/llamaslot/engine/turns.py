@@ -198,7 +198,8 @@ class Turns:
     async def clear_the_way(self, lease: Lease, here: Earlier | None) -> None:
         """Wait until llama-server, asked for the job's prompt, will choose the slot of ``lease`` among those that are
         idle: the one with the longest common prefix. Others that share as much are saved, if that is worth it, and
-        emptied; one between two steps is waited for. Cancelling is safe.
+        emptied; one between two steps is waited for. Where it cannot be emptied, and holds what the job may use, the
+        job is sent all the same: landing there costs time. Cancelling is safe.
 
         Raises PlanAgain with ``here`` where two would wait for each other: the slot was given up, and what it was in
         the way of is through. Raises BackendRestarted, and SlotNotEmptied as ``_empty`` does.
@@ -206,6 +207,10 @@ class Turns:
         self._clearing[lease] = None
         try:
             while rivals := lease.pool.rivals(lease.job, lease.slot_id):
+                if not lease.pool.can_erase:  # nor later: whoever is in the way stays there
+                    if any(lease.pool.is_foreign(slot, lease.job) for slot in rivals):
+                        raise SlotNotEmptied(_NOT_EMPTIED)
+                    return
                 if (first := self._first(lease, {slot.id for slot in rivals})) is not None:
                     lease.release()
                     while first in self._clearing or (
@@ -217,7 +222,8 @@ class Turns:
                     if (rival := self._scheduler.lease_rival(slot, lease)) is not None:
                         with rival:
                             await self._save_if_worth(rival)
-                            await self._empty(rival, lease.job)
+                            if not await self._empty(rival, lease.job):
+                                return
                         break
                 else:
                     await self._scheduler.bell.heard(_CONFIRM_EVERY_S)
@@ -235,13 +241,15 @@ class Turns:
             (o for o in every if o.slot is not None and o.slot.id in rivals and not o.is_released), None
         )
 
-    async def _empty(self, other: Lease, job: Job) -> None:
+    async def _empty(self, other: Lease, job: Job) -> bool:
         """Empty a slot that llama-server may choose for ``job``. Where that fails, and what may be in it is not the
-        job's to use, raises SlotNotEmptied: nothing may be sent. Of its own space it costs time at most."""
-        if not await self._steps.erase_now(other):
-            other.still_holds()
-            if other.slot is None or other.pool.is_foreign(other.slot, job):
-                raise SlotNotEmptied(_NOT_EMPTIED)
+        job's to use, raises SlotNotEmptied: nothing may be sent. False where it may: that costs time at most."""
+        if other.pool.can_erase and await self._steps.erase_now(other):
+            return True
+        other.still_holds()
+        if other.slot is None or other.pool.is_foreign(other.slot, job):
+            raise SlotNotEmptied(_NOT_EMPTIED)
+        return False
 
     async def _save_if_worth(self, lease: Lease) -> None:
         if lease.slot is not None and self._is_worth(lease.slot, lease):
