@@ -196,6 +196,20 @@ async def test_what_the_server_refuses_is_refused_in_its_words(tmp_path: Path) -
             assert answer.headers["Content-Type"] == direct.headers["Content-Type"]
 
 
+async def test_numbers_of_answers_are_read_as_the_server_reads_them(tmp_path: Path) -> None:
+    """As an int32: some large ones are small, and need no more slots than there are."""
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "temperature": 0}
+    async with serving(tmp_path, slots=2, context=512) as (it, real):
+        met = it.backend.met
+        for n in (2.9, 2**32 + 1, 2**32 + 2, 2**32, 2**32 + 3, 2**31, 2**53, 1e30, -3):
+            answer = await it.post(CHAT, {**body, "n": n})
+            direct = await it.post(CHAT, {**body, "n": n}, to=real.url)
+            assert answer.status == direct.status, n
+            assert answer.json.get("error") == direct.json.get("error"), n
+            assert len(answer.json.get("choices", ())) == len(direct.json.get("choices", ())), n
+        assert it.backend.met is met, "nothing ran where nobody had a slot"
+
+
 async def test_web_pages_are_told_nothing_by_the_server_itself(tmp_path: Path) -> None:
     """It lets in every page: that ends at llamaslot, with preflights, answers and streams alike."""
     origin = {"Origin": "http://a.page", "Access-Control-Request-Method": "POST"}

@@ -28,7 +28,9 @@ def responses_to_chat(body: Json) -> Json:
     if body.get("instructions"):
         messages.insert(0, {"role": "system", "content": body["instructions"]})
     limit: Json = {"max_tokens": body["max_output_tokens"]} if "max_output_tokens" in body else {}
-    kept: Json = {key: body[key] for key in ("id_slot", "cache_prompt", "return_progress") if key in body}
+    kept: Json = {
+        key: body[key] for key in ("id_slot", "cache_prompt", "return_progress", "n") if key in body
+    }
     return {"messages": messages, **limit, **kept}
 
 

@@ -97,6 +97,21 @@ async def test_prompts_of_the_wrong_type_are_refused(tmp_path: Path, body: Any, 
             assert said in answer.error["message"]
 
 
+@pytest.mark.parametrize("call", [{"path": "/"}, [{"path": "/"}]], ids=["known", "unknown"])
+async def test_messages_have_one_answer_whatever_is_asked(tmp_path: Path, call: Any) -> None:
+    """As the server reads them, also where their tokens are not known: with a slot, as all that it answers."""
+    use = {"type": "tool_use", "id": "t1", "name": "read", "input": call}
+    messages = [USER, {"role": "assistant", "content": [use]}, USER]
+    async with served(tmp_path) as it:
+        met = it.backend.met
+        for n in (3, 2**32):
+            answer = await it.post(
+                "/v1/messages", {"messages": messages, "max_tokens": 2, "n": n, "n_cmpl": n}
+            )
+            assert answer.status == 200
+        assert it.backend.met is met
+
+
 async def test_what_llama_server_accepts_against_expectation_ends_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

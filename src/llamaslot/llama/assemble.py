@@ -124,7 +124,7 @@ def _is_plain_chat(given: Mapping[str, Any]) -> bool:
 def _n_answers(given: Mapping[str, Any], kind: Format) -> int | None:
     """How many answers there will be: ``n`` for each prompt. None where that is not certain."""
     counts = [given[name] for name in ("n", "n_cmpl") if name in given] or [1]
-    if len(counts) > 1 or type(counts[0]) is not int or counts[0] < 1:
+    if len(counts) > 1 or type(counts[0]) is not int or not 1 <= counts[0] < 2**31:
         return None
     prompt = given.get("prompt")
     if kind in ("chat", "infill") or _is_prompt(prompt):

@@ -24,12 +24,11 @@ from llamaslot.engine.turns import Turn
 from llamaslot.errors import (
     BackendDown,
     BackendRestarted,
+    BadRequest,
     ClientGone,
     LlamaslotError,
     SlotWedged,
-    UpstreamError,
 )
-from llamaslot.llama.api import content_type_of
 from llamaslot.llama.progress import TELLS_PROGRESS, progress_event
 from llamaslot.llama.prompts import NoPrompt
 from llamaslot.llama.routes import Format, Route, origin_form
@@ -49,6 +48,9 @@ from llamaslot.web.users import user_of
 
 log = logging.getLogger(__name__)
 
+_BEYOND = BadRequest(
+    "llama-server has fewer slots than answers were asked for, or its model reads no such media"
+)
 _REPLANS = 2  # for a slot that holds less than was believed
 
 
@@ -133,7 +135,7 @@ class _Exchange:
         for _ in range(ATTEMPTS):
             met, want = await self._met_and_wanted()
             if want.is_beyond_server:
-                return await self._refused_by_server()
+                raise await in_its_words(self.backend, self.request, orjson.dumps(self.body), _BEYOND)
             if want.job.is_steered and (not want.prompts or want.is_head):
                 if want.is_head:
                     await self._prepare_head(want, met)
@@ -298,12 +300,6 @@ class _Exchange:
             is_watched=body.get("stream") is True,
             is_relayed=True,
         )
-
-    async def _refused_by_server(self) -> web.StreamResponse:
-        """More answers than slots, or media that it does not take: llama-server refuses that before it takes a slot."""
-        async with self._post(self.body) as upstream:
-            payload = await upstream.read()
-            raise UpstreamError(upstream.status, payload, content_type_of(upstream))
 
 
 class _Queued:

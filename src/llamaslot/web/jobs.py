@@ -102,7 +102,7 @@ async def wanted(
         if prompt.n_tokens >= pool.n_ctx:
             raise PromptTooLong(prompt.n_tokens, pool.n_ctx)
     heard = body if said.chat is None else said.chat  # what llama-server takes note of
-    n = _n_answers(heard)
+    n = 1 if kind == "messages" else _n_answers(heard)  # of which the server gives one, whatever was asked
     n_system, boundaries = 0, tuple[int, ...]()
     if said.chat is not None and said.prompts:
         if pool.memory is Memory.DENSE:
@@ -215,9 +215,12 @@ def _max_tokens(body: Mapping[str, Any]) -> int | None:
 
 
 def _n_answers(body: Mapping[str, Any]) -> int:
-    """``n`` (OpenAI) or ``n_cmpl`` (native); llama-server takes 2.9 for 2. What is no number it refuses by itself."""
-    values = [body.get(key) for key in ("n", "n_cmpl")]
-    numbers = [
-        int(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)
-    ]
-    return max([1, *numbers])
+    """``n`` (OpenAI) or ``n_cmpl`` (native), read as an int32 as llama-server reads it: 2.9 is 2, 2**32 + 1 is 1. What
+    is no number or too small it refuses by itself, with whatever slot it is given."""
+    numbers = [1]
+    for value in (body.get("n"), body.get("n_cmpl")):
+        if isinstance(value, float) and abs(value) < 2**31:
+            numbers.append(int(value))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            numbers.append((value + 2**31) % 2**32 - 2**31)
+    return max(numbers)
