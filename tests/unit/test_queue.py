@@ -65,7 +65,7 @@ class Desk:
             self.house.loop.settle()
 
     def deficits(self) -> dict[str, float]:
-        return {one.id: one.deficit_s for one in self.house.scheduler.queue.standings()}
+        return {one.id: one.deficit_s for one in self.house.scheduler.queue.standings(self.house.loop.time())}
 
     def holds(self, user: User) -> int:
         return sum(whose == user.id for whose, _ in self.held.values())
@@ -263,7 +263,10 @@ def test_what_everybody_has_is_told(desk: Desk) -> None:
     desk.come(GREEDY, 6)
     desk.come(ANNA)
     desk.end(GREEDY)
-    standings = {one.id: (one.n_running, one.n_waiting) for one in desk.house.scheduler.queue.standings()}
+    standings = {
+        one.id: (one.n_running, one.n_waiting)
+        for one in desk.house.scheduler.queue.standings(desk.house.loop.time())
+    }
     assert standings == {"key:greedy": (3, 2), "key:anna": (1, 0)}
 
 

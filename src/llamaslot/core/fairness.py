@@ -2,8 +2,9 @@
 
 What a slot is given away for is owed in equal parts to all who are here: that is their *deficit*, what they have
 received less than their share. Next is the user with the largest one; among equals, who was served longest ago. So a
-user with twenty requests gets a slot as often as one with a single question, one with long prompts less often than one
-with short ones, and what a user takes while nobody else waits costs nothing later.
+user with twenty requests gets a slot as often as one with a single question, and one with long prompts less often than
+one with short ones. Who does not wait is owed one request's time at most: whoever works while others read does not
+wait for hours of theirs afterwards.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 _AT_ONCE_S = 1e-3
@@ -44,6 +45,16 @@ class Ask:
     cost_s: float
     is_side: bool = False
     passed_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Booked:
+    """What a slot that ``user`` has got has changed of each one's deficit. ``waiting``, ``idle``: who was here."""
+
+    user: str
+    waiting: frozenset[str]
+    idle: frozenset[str]
+    changes_s: Mapping[str, float]
 
 
 class Shares:
@@ -85,25 +96,32 @@ class Shares:
                 heapq.heappop(heads)
         return order
 
-    def granted(self, user: str, cost_s: float, sharing: Collection[str]) -> None:
-        """``user`` has got a slot for about ``cost_s``, of which all of ``sharing``, itself among them, have a part."""
-        self._charge(user, cost_s, sharing)
+    def granted(self, user: str, cost_s: float, waiting: Collection[str], idle: Collection[str]) -> Booked:
+        """``user`` has got a slot for about ``cost_s``, of which all who are here have a part: ``waiting`` for a slot,
+        or ``idle``, with one or none."""
         self._n_served += 1
         self._served[user] = self._n_served
+        return self._book(user, cost_s, frozenset(waiting), frozenset(idle))
 
-    def took(self, user: str, more_s: float, sharing: Collection[str]) -> None:
-        """It had it for so much longer than was estimated (or shorter, if negative); those who are still known get
-        their part."""
-        self._charge(user, more_s, [other for other in sharing if other in self._deficits])
+    def took(self, booked: Booked, seconds: float) -> None:
+        """It had it for so long. What was booked for the estimate is taken back; those who are still known get their
+        part of the truth."""
+        known = self._deficits.keys()
+        for other, change_s in booked.changes_s.items():
+            if other in known:
+                self._deficits[other] -= change_s
+        self._book(booked.user, seconds, booked.waiting & known, booked.idle & known)
 
-    def _charge(self, user: str, seconds: float, sharing: Collection[str]) -> None:
-        for other in sharing:
-            self._add(other, seconds / len(sharing))
-        if user in sharing:
-            self._add(user, -seconds)
-
-    def _add(self, user: str, seconds: float) -> None:
-        self._deficits[user] = min(max(self.deficit_s(user) + seconds, -_LIMIT_S), _LIMIT_S)
+    def _book(self, user: str, seconds: float, waiting: frozenset[str], idle: frozenset[str]) -> Booked:
+        others = (waiting | idle) - {user}
+        changes_s = dict[str, float]()
+        for other in others:
+            most_s = _LIMIT_S if other in waiting else min(seconds, _LIMIT_S)
+            changes_s[other] = min(seconds / (len(others) + 1), max(most_s - self.deficit_s(other), 0.0))
+        changes_s[user] = -min(sum(changes_s.values()), max(_LIMIT_S + self.deficit_s(user), 0.0))
+        for other, change_s in changes_s.items():
+            self._deficits[other] = self.deficit_s(other) + change_s
+        return Booked(user, waiting, idle, changes_s)
 
     def keep(self, present: Collection[str], remembered: Collection[str]) -> None:
         """Only who is ``present`` (waits, or has a slot) is owed anything; what others have had too much is remembered
@@ -147,27 +165,26 @@ def may_take_another(
 def returns(pauses_s: Iterable[float], seconds: float) -> float:
     """How many of those who have just gone, and stay away for ``pauses_s`` on average, are back after ``seconds``: as
     if each came back at any moment with equal chances."""
-    return sum(-math.expm1(-seconds / max(pause_s, _AT_ONCE_S)) for pause_s in pauses_s)
+    return sum(-math.expm1(-seconds / pause_s) for pause_s in pauses_s)
 
 
 class Pauses:
-    """How long each user stays away between an answer and the next request, as a rule.
+    """How long each user stays away between an answer and the next request, as a rule: a mean of logarithms, for most
+    pauses of an agent are short and some are of its user, who reads."""
 
-    ``longest_s``: a longer pause counts as that (after it nobody is expected back), and so does one that is not known.
-    """
-
+    UNKNOWN_S = 60.0  # one who was here once may as well not come back for long
     _GAIN = 0.3
 
-    def __init__(self, longest_s: float) -> None:
-        self._longest_s = longest_s
-        self._means: dict[str, float] = {}
+    def __init__(self) -> None:
+        self._logs: dict[str, float] = {}
 
     def observe(self, user: str, seconds: float) -> None:
-        mean_s = self.mean_s(user)
-        self._means[user] = mean_s + self._GAIN * (min(seconds, self._longest_s) - mean_s)
+        log_s = math.log(max(seconds, _AT_ONCE_S))
+        known = self._logs.get(user, log_s)
+        self._logs[user] = known + self._GAIN * (log_s - known)
 
-    def mean_s(self, user: str) -> float:
-        return self._means.get(user, self._longest_s)
+    def usual_s(self, user: str) -> float:
+        return math.exp(self._logs[user]) if user in self._logs else self.UNKNOWN_S
 
     def forget(self, user: str) -> None:
-        self._means.pop(user, None)
+        self._logs.pop(user, None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from llamaslot.core.slots import Content, Event, Slot, State
 from llamaslot.engine.lease import Lease
 from llamaslot.engine.pool import Pool
+from llamaslot.engine.queue import Charge
 from llamaslot.engine.scheduler import Scheduler
 from llamaslot.errors import LlamaslotError
 from llamaslot.llama.api import LlamaServer, SlotInfo
@@ -33,6 +34,7 @@ class _Draining:
     content: Content
     not_before: float
     id_task: int | None = None  # of what is at work in it, once that was seen
+    charge: Charge | None = None  # to whoever has left it at work
 
 
 class Drains:
@@ -49,17 +51,23 @@ class Drains:
         delay = FIRST_POLL_S
         if not lease.is_begun:
             delay += lease.job.n_tokens * UNCONFIRMED_S_PER_TOKEN
-        self.add_slot(lease.pool, lease.slot, lease.slot.content, delay)
+        charge, lease.charge = lease.charge, None
+        self.add_slot(lease.pool, lease.slot, lease.slot.content, delay, charge)
 
-    def add_slot(self, pool: Pool, slot: Slot, content: Content, delay_s: float = 0.0) -> None:
-        self._draining.append(_Draining(pool, slot, content, self._now() + delay_s))
+    def add_slot(
+        self, pool: Pool, slot: Slot, content: Content, delay_s: float = 0.0, charge: Charge | None = None
+    ) -> None:
+        self._draining.append(_Draining(pool, slot, content, self._now() + delay_s, charge=charge))
         self._added.set()
 
     async def run(self) -> None:
         """Poll while anything drains. Runs until cancelled."""
         polled_at = -POLL_S
         while True:
-            self._draining = [entry for entry in self._draining if entry.pool.is_current]
+            if gone := [entry for entry in self._draining if not entry.pool.is_current]:
+                for entry in gone:
+                    self._ended(entry)
+                self._scheduler.dispatch()
             if not self._draining:
                 self._added.clear()
                 await self._added.wait()
@@ -81,8 +89,12 @@ class Drains:
                 if info.is_processing:
                     self._at_work(entry, info)
                 elif asked_at >= entry.not_before:  # what arrives later is no news of this slot
-                    self._draining.remove(entry)
+                    self._ended(entry)
                     self._settle(entry, info)
+
+    def _ended(self, entry: _Draining) -> None:
+        self._draining.remove(entry)
+        self._scheduler.paid(entry.charge)
 
     def _at_work(self, entry: _Draining, info: SlotInfo) -> None:
         """What was sent has arrived: a turn need not wait for it any more, however long it goes on."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from llamaslot.core.fairness import Ask, Fairness, Pauses, Shares, may_take_another
+from llamaslot.core.fairness import Ask, Booked, Fairness, Pauses, Shares, may_take_another
 from llamaslot.core.slots import Job, Wait
 from llamaslot.core.users import User
 from llamaslot.engine.notes import Note
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from llamaslot.engine.lease import Lease
 
 _REMEMBER_S = 60.0  # what a user has had too much
+_FORGET_AT_ONCE = 8  # users, each time that somebody comes or goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,11 @@ class Waiting:
     wait: Wait | None = None  # the last decision, which holds while nothing but arrivals has happened
     n_seen: int = -1  # changes that it has seen
     look_at: float = 0.0  # when that has to be thought over in any case
+    pause_s: float | None = None  # for how long its user was away before
+
+    @property
+    def n_slots(self) -> int:
+        return 1 + self.job.n_children
 
     @property
     def ask(self) -> Ask:
@@ -59,12 +66,23 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """What a user has got a slot for: an estimate. It is owed to all who were ``sharing``, itself among them."""
+    """What a user has got ``n_slots`` for since ``at``."""
 
-    user: str
-    cost_s: float
-    sharing: frozenset[str]
+    booked: Booked
+    n_slots: int
     at: float
+
+
+@dataclass(slots=True)
+class _Present:
+    """Who is here at one moment, looked at once for all that wait.
+
+    ``answers``: whether a user may have another slot, when so many are idle.
+    """
+
+    n_here: int
+    pauses_s: list[float]
+    answers: dict[tuple[str, int], bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +105,11 @@ class Queue:
         # By user, without those that have none: with 250 waiting, counting them at each look takes a second.
         self._n_waiting: Counter[str] = Counter()
         self._n_running: Counter[str] = Counter()
-        self._seen_at: dict[str, float] = {}  # of each user the last request or the end of its last answer
-        self._pauses = Pauses(limits.fairness.spare_s)
+        self._seen_at: dict[
+            str, float
+        ] = {}  # of each user the last request or the end of its last answer, oldest first
+        self._pauses = Pauses()
+        self._present_now: _Present | None = None  # until anything changes
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -108,14 +129,37 @@ class Queue:
     def add(self, waiting: Waiting, now: float) -> None:
         user = waiting.job.user.id
         if user in self._seen_at and user not in self._present:
-            self._pauses.observe(user, now - self._seen_at[user])
+            waiting.pause_s = now - self._seen_at[user]
         self._waiting.insert(0 if waiting.is_back else len(self._waiting), waiting)
         self._n_waiting[user] += 1
-        self._seen_at[user] = now
+        self._present_now = None
+
+    def admitted(self, waiting: Waiting, now: float) -> None:
+        """It was not sent away at once: its user is here."""
+        user = waiting.job.user.id
+        if waiting.pause_s is not None:
+            self._pauses.observe(user, waiting.pause_s)
+        self._saw(user, now)
 
     def remove(self, waiting: Waiting) -> None:
         self._waiting.remove(waiting)
-        _one_less(self._n_waiting, waiting.job.user.id)
+        _less(self._n_waiting, waiting.job.user.id)
+        self._present_now = None
+
+    def _saw(self, user: str, now: float) -> None:
+        """Whoever was not here for long is forgotten."""
+        if not user:
+            return  # llamaslot itself
+        self._seen_at.pop(user, None)
+        self._seen_at[user] = now
+        for other, at in list(itertools.islice(self._seen_at.items(), _FORGET_AT_ONCE)):
+            if now - at <= _REMEMBER_S:
+                break
+            del self._seen_at[other]
+            if other in self._present:
+                self._seen_at[other] = now
+            else:
+                self._pauses.forget(other)
 
     def make_room(self, newcomer: Waiting) -> None:
         """Raises TooManyRequests for one too many of the same user, QueueFull for one too many of all.
@@ -155,18 +199,30 @@ class Queue:
         """Whether ``waiting`` may have one of the ``n_idle`` slots now, if it wants one."""
         user = waiting.job.user
         n_held, n_max = self._n_running[user.id], self._max_running(user)
-        if n_max is not None and n_held >= n_max:
+        if n_max is not None and n_held and n_held + waiting.n_slots > n_max:
             return False
-        if n_held == 0:
+        if n_held == 0 or n_idle == 0:
             return True
-        here, present = self._here(now), self._present
-        pauses_s = [self._pauses.mean_s(other) for other in here if other not in present]
-        return may_take_another(n_held, n_slots, n_idle, len(here), pauses_s, waiting.cost_s)
+        here = self._who_is_here(now)
+        key = (user.id, n_idle)
+        if key not in here.answers:  # one answer for all that a user waits for: their costs are much alike
+            here.answers[key] = may_take_another(
+                n_held, n_slots, n_idle, here.n_here, here.pauses_s, waiting.cost_s
+            )
+        return here.answers[key]
+
+    def _who_is_here(self, now: float) -> _Present:
+        if self._present_now is None:
+            here, present = self._here(now), self._present
+            pauses_s = [self._pauses.usual_s(other) for other in here if other not in present]
+            self._present_now = _Present(len(here), pauses_s)
+        return self._present_now
 
     def look_again_s(self, now: float) -> float | None:
         """In how many seconds somebody who was here lately is not expected back any more."""
+        self._present_now = None  # at the latest then it is another moment
         spare_s = self.limits.fairness.spare_s
-        left = [at + spare_s - now for user, at in self._seen_at.items() if user not in self._n_running]
+        left = (at + spare_s - now for user, at in self._seen_at.items() if user not in self._n_running)
         return min((seconds for seconds in left if seconds > 0), default=None)
 
     @property
@@ -179,39 +235,36 @@ class Queue:
         spare_s = self.limits.fairness.spare_s
         return self._present | {user for user, at in self._seen_at.items() if now - at < spare_s}
 
-    def granted(self, waiting: Waiting, cost_s: float, now: float) -> Charge:
-        """It has got a slot, for about ``cost_s``, and leaves the queue."""
+    def granted(self, waiting: Waiting, cost_s: float, now: float) -> Charge | None:
+        """It has got its slots, for about ``cost_s``, and leaves the queue. What llamaslot does itself costs nobody."""
         self.remove(waiting)
         user = waiting.job.user.id
-        sharing = self._here(now) | {user}
-        self._shares.granted(user, cost_s, sharing)
-        self._n_running[user] += 1
         if waiting.is_side:
             for other in self._waiting:
                 if not other.is_side and other.came_at <= waiting.came_at:
                     other.passed_s += cost_s
-        return Charge(user, cost_s, frozenset(sharing), now)
+        if not user:
+            return None
+        idle = self._here(now) - self._n_waiting.keys()
+        booked = self._shares.granted(user, cost_s * waiting.n_slots, _users(self._n_waiting), _users(idle))
+        self._n_running[user] += waiting.n_slots
+        return Charge(booked, waiting.n_slots, now)
 
     def released(self, charge: Charge, now: float) -> None:
-        """The slot is back: what the estimate was wrong by is made up for."""
-        user = charge.user
-        _one_less(self._n_running, user)
-        self._shares.took(user, now - charge.at - charge.cost_s, charge.sharing)
-        self._seen_at[user] = now
-        present = self._present
-        for gone in [
-            id_ for id_, at in self._seen_at.items() if now - at > _REMEMBER_S and id_ not in present
-        ]:
-            del self._seen_at[gone]
-            self._pauses.forget(gone)
+        """The slots are back: what the estimate was wrong by is made up for."""
+        user = charge.booked.user
+        _less(self._n_running, user, charge.n_slots)
+        self._shares.took(charge.booked, (now - charge.at) * charge.n_slots)
+        self._saw(user, now)
+        self._present_now = None
         self._shares.keep(self._here(now), self._seen_at.keys())
 
-    def standings(self) -> list[Standing]:
-        """Everybody who was here lately."""
+    def standings(self, now: float) -> list[Standing]:
+        """Everybody who was here in the last minute."""
+        lately = {user for user, at in self._seen_at.items() if now - at <= _REMEMBER_S}
         return [
             Standing(id_, self._n_running[id_], self._n_waiting[id_], self._shares.deficit_s(id_))
-            for id_ in sorted(self._seen_at.keys() | self._n_waiting.keys())
-            if id_
+            for id_ in sorted(_users(lately | self._present))
         ]
 
     def check(self) -> None:
@@ -222,7 +275,12 @@ class Queue:
         assert sorted(map(id, self.ordered())) == sorted(map(id, self._waiting)), "an order leaves nobody out"
 
 
-def _one_less(counts: Counter[str], user: str) -> None:
-    counts[user] -= 1
+def _less(counts: Counter[str], user: str, n: int = 1) -> None:
+    counts[user] -= n
     if not counts[user]:
         del counts[user]
+
+
+def _users(ids: Iterable[str]) -> set[str]:
+    """Without llamaslot itself, which has no name."""
+    return {id_ for id_ in ids if id_}

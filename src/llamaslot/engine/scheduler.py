@@ -17,7 +17,7 @@ from llamaslot.core.slots import Job, Plan, Slot, State, Wait
 from llamaslot.engine.lease import Lease
 from llamaslot.engine.notes import Note
 from llamaslot.engine.pool import Pool
-from llamaslot.engine.queue import Queue, QueueLimits, Waiting
+from llamaslot.engine.queue import Charge, Queue, QueueLimits, Waiting
 from llamaslot.engine.together import Patience, ask_for_trunk, prefix_due_s
 from llamaslot.errors import BackendDown, BackendRestarted, QueueFull
 from llamaslot.observe.journal import Journal
@@ -104,10 +104,13 @@ class Scheduler:
         granted = asyncio.get_running_loop().create_future()
         waiting = Waiting(job, granted, self.note(job), self.now(), *self._estimate(job), is_back)
         self.queue.add(waiting, self.now())
+        was_admitted = False
         try:
             self.dispatch(is_arrival=True)
             if not waiting.granted.done():
                 self.queue.make_room(waiting)
+            was_admitted = True
+            self.queue.admitted(waiting, self.now())
             async with asyncio.timeout(self.queue.limits.max_wait_s):
                 return await waiting.granted
         except BaseException as error:
@@ -124,7 +127,8 @@ class Scheduler:
             waiting.note.ended()
             if waiting in self.queue:
                 self.queue.remove(waiting)
-                self.dispatch()  # what it had reserved is free for others
+                # What it had reserved is free for others; of one that was sent away at once nobody has taken note.
+                self.dispatch(is_arrival=not was_admitted)
 
     def wanted(self) -> set[str]:
         """The snapshots that those who wait would go on from: the last that should be evicted now.
@@ -194,6 +198,7 @@ class Scheduler:
         reserved: set[int] = set()
         looks_s: list[float] = []  # when it is worth to look again, though nothing happens
         is_short = False  # somebody earlier waits for any slot at all
+        is_spared = False  # somebody may not have one that is idle
         # Asked again only when a slot has been given away: 250 who wait for 64 slots are 16,000 looks otherwise.
         n_idle = self._n_idle()
         for waiting in self.queue.ordered():
@@ -202,9 +207,8 @@ class Scheduler:
             job = waiting.job
             if waiting.granted.done() or (job.is_exclusive and self._turn is not None):
                 continue
-            if n_idle and not self.queue.may_run(waiting, len(self.pool.slots), n_idle, self.now()):
-                if (spared_s := self.queue.look_again_s(self.now())) is not None:
-                    looks_s.append(spared_s)
+            if not self.queue.may_run(waiting, len(self.pool.slots), n_idle, self.now()):
+                is_spared = True
                 continue
             if job.is_unpinned:
                 if not is_short:
@@ -252,6 +256,8 @@ class Scheduler:
             self._give(waiting, lease)
             self._n_changes += 1
             n_idle = self._n_idle()
+        if is_spared and n_idle and (spared_s := self.queue.look_again_s(self.now())) is not None:
+            looks_s.append(spared_s)
         if looks_s:
             self._look_again = asyncio.get_running_loop().call_later(min(looks_s), self.dispatch)
         self.bell.ring()  # last: who has just got a slot may come before a prefill
@@ -284,10 +290,14 @@ class Scheduler:
         self.leases.pop(lease, None)
         if not lease.is_own:
             self._used_at = self.now()
-        if lease.charge is not None:
-            self.queue.released(lease.charge, self.now())
+        self.paid(lease.charge)
         self.end_turn(lease)
         self.dispatch()
+
+    def paid(self, charge: Charge | None) -> None:
+        """The slots that a user had are nobody's any more. Whoever calls this dispatches."""
+        if charge is not None:
+            self.queue.released(charge, self.now())
 
     # -- turns ---------------------------------------------------------------------------------------------------
 

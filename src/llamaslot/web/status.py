@@ -95,7 +95,7 @@ class Status:
                     "waiting": user.n_waiting,
                     "deficit_s": round(user.deficit_s, 3),
                 }
-                for user in backend.scheduler.queue.standings()
+                for user in backend.scheduler.queue.standings(backend.scheduler.now())
             ],
             "rewrite": self._prompts.report(),
         }
