@@ -210,6 +210,18 @@ async def test_numbers_of_answers_are_read_as_the_server_reads_them(tmp_path: Pa
         assert it.backend.met is met, "nothing ran where nobody had a slot"
 
 
+async def test_an_empty_prompt_that_asks_for_two_answers_takes_no_slot(tmp_path: Path) -> None:
+    """Asked directly llama-server loses one for good."""
+    async with serving(tmp_path, slots=2, context=512) as (it, real):
+        body = {"prompt": "", "n_predict": 2, "n_cmpl": 2}
+        assert (await it.post(NATIVE, body)).status == 400
+        assert not any(slot["is_processing"] for slot in await real.slots())
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await it.post(NATIVE, body, to=real.url)
+        assert any(slot["is_processing"] for slot in await real.slots()), "or llamaslot may ask for them"
+
+
 async def test_web_pages_are_told_nothing_by_the_server_itself(tmp_path: Path) -> None:
     """It lets in every page: that ends at llamaslot, with preflights, answers and streams alike."""
     origin = {"Origin": "http://a.page", "Access-Control-Request-Method": "POST"}

@@ -112,6 +112,15 @@ async def test_messages_have_one_answer_whatever_is_asked(tmp_path: Path, call: 
         assert it.backend.met is met
 
 
+@pytest.mark.parametrize("prompt", ["", ["x", ""]])
+async def test_an_empty_prompt_has_one_answer(tmp_path: Path, prompt: Any) -> None:
+    """With two llama-server would never end, nor give their slots back."""
+    async with served(tmp_path) as it:
+        answer = await it.post(NATIVE, {"prompt": prompt, "n_predict": 2, "n_cmpl": 2})
+        assert (answer.status, "an empty prompt has one answer" in answer.error["message"]) == (400, True)
+        assert (await it.post(NATIVE, {"prompt": "", "n_predict": 2})).status == 200
+
+
 async def test_what_llama_server_accepts_against_expectation_ends_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

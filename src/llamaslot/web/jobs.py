@@ -18,13 +18,16 @@ from llamaslot.core.users import User
 from llamaslot.engine.backend import Backend
 from llamaslot.engine.handshake import Met
 from llamaslot.engine.lease import Lease
-from llamaslot.errors import PromptTooLong, UpstreamError
+from llamaslot.errors import BadRequest, PromptTooLong, UpstreamError
 from llamaslot.llama import anthropic, media, responses
 from llamaslot.llama.opaque import OpaquePrompt, Reason
 from llamaslot.llama.prompts import NoPrompt, Prompt
 from llamaslot.llama.routes import Format
 
 ATTEMPTS = 3  # a server that restarts between two steps of a job: the job is placed again on the new one
+# The slots of the others would wait for the first to be through with its prompt, which it never begins: they are lost
+# until llama-server is restarted (seen running on xllamacpp 2026.10.11549).
+_NO_COPIES = "an empty prompt has one answer: ask for it without n, or with a prompt"
 _serial = itertools.count(1)
 
 
@@ -88,7 +91,7 @@ CONVERTED: tuple[Format, ...] = ("messages", "responses")
 async def wanted(
     id_: str, body: Mapping[str, Any], kind: Format, backend: Backend, met: Met, user: User
 ) -> Wanted:
-    """The job for ``body``. Raises NoPrompt, PromptTooLong, and llama-server's own error for a body it refuses."""
+    """The job for ``body``. Raises BadRequest, PromptTooLong, and llama-server's own error for a body it refuses."""
     pool, unknown = met.pool, None
     try:
         said = await _said(body, kind, backend, met, pool.rules.space(user).user)
@@ -103,6 +106,8 @@ async def wanted(
             raise PromptTooLong(prompt.n_tokens, pool.n_ctx)
     heard = body if said.chat is None else said.chat  # what llama-server takes note of
     n = 1 if kind == "messages" else _n_answers(heard)  # of which the server gives one, whatever was asked
+    if n > 1 and not all(prompt.n_tokens for prompt in said.prompts):
+        raise BadRequest(_NO_COPIES)
     n_system, boundaries = 0, tuple[int, ...]()
     if said.chat is not None and said.prompts:
         if pool.memory is Memory.DENSE:
