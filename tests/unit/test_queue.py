@@ -16,7 +16,7 @@ from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.fairness import Fairness
 from llamaslot.core.policy import Rules
 from llamaslot.core.slots import Job
-from llamaslot.core.users import User
+from llamaslot.core.users import NOBODY, User
 from llamaslot.engine.queue import QueueLimits
 from llamaslot.errors import QueueFull, TooManyRequests
 from llamaslot.web.app import make_backend
@@ -246,6 +246,98 @@ def test_who_is_expected_back_has_a_share_too(desk: Desk) -> None:
     desk.house.loop.pass_time(5.0)
     desk.end(GREEDY)
     assert desk.deficits() == pytest.approx({"key:greedy": -2.5, "key:anna": 2.5})
+
+
+@with_(max_running=3)
+def test_each_of_several_answers_takes_a_slot(desk: Desk) -> None:
+    """Of the limit of its user: after two and one, two more have to wait."""
+    desk.come(GREEDY, n_children=1)
+    desk.come(GREEDY, n_children=1)
+    desk.come(GREEDY)
+    assert desk.holds(GREEDY) == 2
+
+
+def test_each_of_several_answers_is_paid_for(desk: Desk) -> None:
+    """Two slots for twenty seconds, shared by two."""
+    desk.come(ANNA)
+    desk.come(GREEDY, n_children=1)
+    desk.house.loop.pass_time(20.0)
+    desk.end(GREEDY)
+    assert desk.deficits()["key:greedy"] == pytest.approx(-20.0)
+
+
+@with_(max_running=1)
+def test_a_user_at_its_limit_gets_no_turn_either(desk: Desk) -> None:
+    """Also while no slot is idle, when a turn would need none of its own."""
+    desk.come(GREEDY)
+    desk.come(ANNA), desk.come(BERT), desk.come(User("key:carl"))
+    (turn,) = desk.come(GREEDY, is_unpinned=True)
+    assert turn not in desk.held
+    desk.end(GREEDY)
+    assert turn in desk.held
+
+
+@with_(max_running=1)
+def test_who_leaves_keeps_the_slot_until_it_is_idle(desk: Desk) -> None:
+    """It computes for him; afterwards his next request has its turn."""
+    house = desk.house
+    leaver = house.start(house.ask(Job("leaves", tokens_of(5000, 200), user=GREEDY)), "leaves")
+    house.loop.settle()
+    leaver.cancel()
+    house.loop.settle()
+    assert house.scheduler.queue._n_running["key:greedy"] == 1
+    (again,) = desk.come(GREEDY)
+    assert again not in desk.held
+    house.loop.pass_time(30.0)
+    house.loop.settle()
+    assert again in desk.held
+
+
+@with_(spare_s=10.0)
+def test_who_was_here_once_is_hardly_expected_back(desk: Desk) -> None:
+    """Eight users with a question each, then somebody with an agent: one slot is left alone, not all."""
+    for n in range(8):
+        desk.come(User(f"key:{n}"))
+        desk.end(User(f"key:{n}"))
+    desk.come(GREEDY, 6)
+    assert desk.holds(GREEDY) == 3
+
+
+@with_(spare_s=10.0)
+def test_llamaslot_itself_is_no_user(desk: Desk) -> None:
+    """No slot is left to it, and nobody owes it anything."""
+    desk.come(NOBODY)
+    desk.end(NOBODY)
+    desk.come(GREEDY, 6)
+    assert desk.holds(GREEDY) == 4
+    assert set(desk.deficits()) == {"key:greedy"}
+
+
+def test_who_is_sent_away_at_once_disturbs_nobody(desk: Desk) -> None:
+    """Nobody's place is thought over again for it, and it was not here."""
+    desk.come(GREEDY, N_SLOTS)
+    for n in range(8):
+        desk.come(User(f"key:{n}"))
+    n_changes = desk.house.scheduler._n_changes
+    for n in range(20):
+        (late,) = desk.come(User(f"key:late{n}"))
+        assert isinstance(outcome(late), QueueFull)
+    assert desk.house.scheduler._n_changes == n_changes
+    assert not [user for user in desk.deficits() if "late" in user]
+
+
+def test_users_are_forgotten(desk: Desk) -> None:
+    """After a minute, also while nobody comes; and few are looked at each time."""
+    for n in range(30):
+        desk.come(User(f"key:{n}"))
+        desk.end(User(f"key:{n}"))
+    assert len(desk.deficits()) == 30
+    desk.house.loop.pass_time(61.0)
+    assert desk.deficits() == {}
+    for _ in range(4):
+        desk.come(ANNA)
+        desk.end(ANNA)
+    assert desk.house.scheduler.queue._seen_at.keys() == {"key:anna"}
 
 
 def test_each_limit_of_the_configuration_is_in_its_place(tmp_path: Path) -> None:
