@@ -52,14 +52,28 @@ async def test_not_even_where_both_must_use_the_same_slot(tmp_path: Path) -> Non
         assert len(it.files()) == 2
 
 
-@pytest.mark.parametrize("own_above_s", [0, 3600])
-async def test_not_even_where_slots_cannot_be_emptied(tmp_path: Path, own_above_s: float) -> None:
-    """Without ``--slot-save-path`` llama-server has no slot actions: it is told to use nothing that is there."""
-    text, settings = letters(1, 600), {**PER_USER, "prefill": {"own_above_s": own_above_s}}
-    async with served(tmp_path, settings, slots=1, has_save_path=False) as it:
-        await ask_as(it, "anna", text)
-        assert reused(await ask_as(it, "bert", text)) == 0
-        assert it.n_computed(text) == 2 * 600
+@pytest.mark.parametrize("backend", [{}, {"slot_save_path": None}], ids=["to save in", "to no end"])
+async def test_where_slots_cannot_be_emptied_nobody_is_served(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, backend: Settings
+) -> None:
+    """Without ``--slot-save-path`` llama-server has no slot actions: whoever asks is told what to do."""
+    settings = {**PER_USER, "backend": backend}
+    async with served(tmp_path, settings, wait=False, has_save_path=False) as it:
+        await it.fake.start()
+        await it.start(wait=False)
+        await it.until(lambda: "Start it with --slot-save-path DIR" in caplog.text)
+        answer = await ask_as(it, "anna", letters(1, 600))
+        assert answer.status == 503
+        assert "Start it with --slot-save-path DIR" in answer.raw.decode()
+        assert it.n_computed(letters(1, 600)) == 0
+
+
+async def test_slots_can_be_emptied_though_nothing_is_saved(tmp_path: Path) -> None:
+    """Where only llama-server has a directory."""
+    settings = {**PER_USER, "backend": {"slot_save_path": None}}
+    async with served(tmp_path, settings, slots=1) as it:
+        await ask_as(it, "anna", letters(1, 600))
+        assert reused(await ask_as(it, "bert", letters(1, 600))) == 0
 
 
 async def test_what_is_on_disk_is_not_found_by_others_either(tmp_path: Path) -> None:

@@ -29,6 +29,11 @@ log = logging.getLogger(__name__)
 _SETTLE_POLL_S = 1.5
 _SETTLE_POLLS = 4  # slots at work for clients of a llamaslot that died get this long to become idle
 
+_NO_ISOLATION = (
+    "cache.isolation is per_user, and this llama-server cannot empty a slot before another user gets it, for it runs"
+    " without --slot-save-path. Start it with --slot-save-path DIR, or set cache.isolation to shared"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Met:
@@ -79,6 +84,8 @@ class Handshake:
             await self._erased(first.id)
             first = replace(first, n_tokens=0)
         can_save = await self.probes.can_save(first.id, first.n_tokens or 0)
+        if self.rules.is_isolated and not self.probes.can_erase:
+            raise NotReady(_NO_ISOLATION)
         lora = await self.api.lora_adapters()
         # With which scales a context was computed, or whose it is, is written nowhere.
         can_adopt = can_save and not (lora or self.rules.is_isolated)
