@@ -163,6 +163,25 @@ async def test_where_all_share_a_slot_that_cannot_be_emptied_is_in_nobodys_way(
         assert (await it.post(MESSAGES, body)).status == 200
 
 
+@pytest.mark.parametrize(("settings", "status"), [(PER_USER, 503), ({}, 200)], ids=["isolated", "shared"])
+async def test_a_prompt_that_could_not_be_computed_ahead(
+    tmp_path: Path, settings: Settings, status: int
+) -> None:
+    """Its own slot has nothing of it, so llama-server would choose one that begins alike, whosever that is."""
+    async with served(tmp_path, settings) as it:
+        annas, berts = (
+            {"messages": [{"role": "user", "content": letters(1, 500) + letters(n, 50)}], "max_tokens": 4}
+            for n in (2, 3)
+        )
+        await it.post(MESSAGES, annas, **{"x-llamaslot-user": "anna"})
+        it.fake.faults.fail(NATIVE)
+        answer = await it.post(MESSAGES, berts, **{"x-llamaslot-user": "bert"})
+        assert answer.status == status
+        assert ("computed ahead" in answer.raw.decode()) == (status == 503)
+        assert len(it.fake.sent(MESSAGES)) == 1 + (status == 200)
+        assert (await it.post(MESSAGES, berts, **{"x-llamaslot-user": "bert"})).status == 200
+
+
 async def test_slots_that_an_earlier_llamaslot_has_filled_are_nobodys(tmp_path: Path) -> None:
     """Whose they are is written nowhere: nothing of them is saved, where all could find it without isolation."""
     text = letters(1, 600)

@@ -14,6 +14,8 @@ import logging
 from collections.abc import AsyncIterator, Callable
 
 from llamaslot.core.slots import NOTHING, Content, Job, Slot
+from llamaslot.core.spaces import SHARED
+from llamaslot.core.tokens import common
 from llamaslot.engine.lease import Lease, Phase, PlanAgain
 from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
@@ -33,6 +35,13 @@ _LANDING_POLLS_S = (0.05, 0.2, 0.5, 1.5)
 _NOT_EMPTIED = (
     "a slot that llama-server might choose for this request could not be emptied, and may hold what the request must"
     " not use: nothing was sent. Try again; if it stays so, the log of llamaslot tells what llama-server answered"
+)
+
+
+_NOT_PREPARED = (
+    "this prompt could not be computed ahead in a slot, and without that llama-server might choose one with what the"
+    " request must not use: nothing was sent. Try again; if it stays so, the log of llamaslot tells what llama-server"
+    " answered"
 )
 
 
@@ -202,8 +211,11 @@ class Turns:
         job is sent all the same: landing there costs time. Cancelling is safe.
 
         Raises PlanAgain with ``here`` where two would wait for each other: the slot was given up, and what it was in
-        the way of is through. Raises BackendRestarted, and SlotNotEmptied as ``_empty`` does.
+        the way of is through. Raises BackendRestarted, and SlotNotEmptied as ``_empty`` does, or where the prompt is
+        not in the slot of ``lease``, for then any slot may share more.
         """
+        if not _is_prepared(lease):
+            raise SlotNotEmptied(_NOT_PREPARED)
         self._clearing[lease] = None
         try:
             while rivals := lease.pool.rivals(lease.job, lease.slot_id):
@@ -281,3 +293,16 @@ class Turns:
 def _may_land_in(lease: Lease, job: Job) -> bool:
     """Whether ``job`` may use what the slot of ``lease`` holds, as llama-server would where it has the choice."""
     return lease.content is not None and job.may_use(lease.content)
+
+
+def _is_prepared(lease: Lease) -> bool:
+    """Whether llama-server, which chooses the slot that shares most, finds all but one token of the job in this one.
+    What was computed ahead may have been refused; where users share, and nothing else was there, that costs time."""
+    job, content = lease.job, lease.content
+    if (
+        content is not None
+        and job.may_use(content)
+        and common(content.tokens, job.tokens) >= job.n_tokens - 1
+    ):
+        return True
+    return SHARED in job.reads and (lease.slot is None or job.may_use(lease.slot.content))
