@@ -213,3 +213,18 @@ async def test_what_was_computed_ahead_and_not_found(tmp_path: Path) -> None:
         answer = await it.post(CHAT, said(CHAT, TEXT))
         assert answer.text == direct.text
         assert await it.count('unrecognized_total{kind="chat",reason="template"}') == 1
+
+
+async def test_a_list_of_prompts_with_media_keeps_its_slot_to_the_last(tmp_path: Path) -> None:
+    """Each has an end in the stream; llama-server is through with the slot after the last."""
+    prompts = [said(NATIVE, text)["prompt"] for text in (TEXT, OTHER)]
+    async with served(tmp_path, slots=2, step_s=0.005, **SEEING) as it:
+        body = {"prompt": prompts, "n_predict": 30, "stream": True}
+        n_ends, n_leases = 0, list[int]()
+        async with it.session.post(it.url + NATIVE, json=body) as response:
+            async for line in response.content:
+                if b'"stop":true' in line.replace(b" ", b""):
+                    n_ends += 1
+                    n_leases.append(len(it.backend.scheduler.leases))
+        assert n_ends == 2
+        assert n_leases[0] >= 1

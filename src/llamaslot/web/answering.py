@@ -119,7 +119,7 @@ class Answering:
         self._reading = Reading(
             self._upstream,
             self.earlier,
-            n_answers=max(len(self.want.prompts), 1) * (1 + self.want.job.n_children),
+            n_answers=self.want.n_prompts * (1 + self.want.job.n_children),
             wants_progress=self.asked.wants_progress,
             assembly=Assembly(self.asked.body, self.asked.kind) if self.is_assembled else None,
             start=self._message_start() if self.asked.kind == "messages" else b"",

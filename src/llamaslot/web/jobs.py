@@ -44,6 +44,7 @@ class Wanted:
     )
     unknown: Reason | None = None
     is_head: bool = False
+    n_prompts: int = 1  # also of those that are not known
 
     @property
     def left_in_slot(self) -> bytes:
@@ -84,6 +85,7 @@ def lora_of(body: Mapping[str, Any]) -> str:
     return orjson.dumps([{"id": id_, "scale": scales[id_]} for id_ in sorted(scales)]).decode()
 
 
+_PLAIN: tuple[Format, ...] = ("openai-completion", "native-completion")
 #: llama-server makes a chat of these; so does llamaslot, and may be wrong.
 CONVERTED: tuple[Format, ...] = ("messages", "responses")
 
@@ -127,7 +129,8 @@ async def wanted(
         is_steered=kind == "messages",
     )
     is_beyond_server = said.is_refused or n > len(pool.slots)
-    return Wanted(job, said.prompts, is_beyond_server, unknown, said.is_head)
+    n_prompts = len(said.prompts) or (_n_listed(body.get("prompt")) if kind in _PLAIN else 1)
+    return Wanted(job, said.prompts, is_beyond_server, unknown, said.is_head, n_prompts)
 
 
 class _Said(NamedTuple):
@@ -217,6 +220,11 @@ def _max_tokens(body: Mapping[str, Any]) -> int | None:
     names = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
     values = [body[name] for name in names if type(body.get(name)) is int and body[name] >= 0]
     return min(values, default=None)
+
+
+def _n_listed(prompt: Any) -> int:
+    """How many prompts a list is: one if there is an id in it (server-common.cpp, tokenize_input_prompts)."""
+    return len(prompt) if isinstance(prompt, list) and int not in set(map(type, prompt)) else 1
 
 
 def _n_answers(body: Mapping[str, Any]) -> int:
