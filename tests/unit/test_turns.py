@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from llamaslot.bench.virtual import VirtualLoop
+from llamaslot.core.fairness import Fairness
 from llamaslot.core.slots import Job
 from llamaslot.core.spaces import Space
+from llamaslot.core.users import User
 from llamaslot.engine.queue import QueueLimits
 from llamaslot.errors import BackendRestarted, SlotNotEmptied
 from llamaslot.llama.api import SlotInfo
@@ -236,4 +238,95 @@ def test_nothing_is_sent_where_another_user_is_in_the_way_and_nothing_can_be_emp
     client = steered(house, Job("bert's", tokens_of(9000, 499), space=BERT, is_steered=True))
     house.finish()
     assert isinstance(outcome(client), SlotNotEmptied)
+    house.check_nothing_is_left()
+
+
+def talking(house: House, name: str, seconds: float) -> asyncio.Task[Any]:
+    """A client of the user of that name, whose answer begins at once and takes so long."""
+    user = User(f"key:{name}")
+    job = Job(name, tokens_of(10_000 * (len(house.slots) + 1), 60), user=user, space=Space(user.id))
+    house.slots[name] = -1
+
+    async def ask() -> None:
+        with await house.scheduler.lease(job) as lease:
+            house.slots[name] = lease.slot_id
+            lease.sent()
+            lease.started()
+            await asyncio.sleep(seconds)
+            lease.done(lease.content)
+
+    return house.start(ask(), name)
+
+
+@pytest.fixture
+def isolated() -> Iterator[House]:
+    """Three slots, for which requests wait as long as it takes. Nothing that is asked of the server takes time."""
+    server = StubServer(3, pace=lambda _: 0.0)
+    house = House(VirtualLoop(), server, limits=QueueLimits(fairness=Fairness(spare_s=0.0)))
+    yield house
+    house.close()
+
+
+def test_others_go_on_while_a_turn_waits_for_the_answer_of_another_user(isolated: House) -> None:
+    """Slots are free: for a minute nobody notices, and then for a while only."""
+    house = isolated
+    anna = talking(house, "anna", 600.0)
+    house.loop.settle()
+    turn = house.start(
+        house.ask_unpinned(Job("turn", is_unpinned=True, space=BERT), tokens_of(5000, 70)), "turn"
+    )
+    waited_s: list[float] = []
+    while not anna.done():
+        came = house.loop.time()
+        other = talking(house, f"other {came}", 0.5)
+        while not other.done():
+            house.loop.pass_time(0.5)
+        waited_s.append(house.loop.time() - came - 0.5)
+        house.loop.pass_time(4.0)
+    house.loop.pass_time(60.0)
+    assert max(waited_s[:10]) < 1.0, "the gate is open"
+    assert 5.0 < max(waited_s) < 600.0 / 3, "for a while it is shut"
+    assert sum(waited_s) <= 600.0 / 2 + 5.0, "and for at least as long it is open"
+    assert outcome(turn) is None
+    house.check_nothing_is_left()
+
+
+def test_a_turn_comes_though_there_is_always_somebody_else_at_work(isolated: House) -> None:
+    """Answers that overlap leave no moment without: the gate is shut until the last one has ended."""
+    house = isolated
+    talking(house, "anna 0", 8.0)
+    house.loop.settle()
+    turn = house.start(
+        house.ask_unpinned(Job("turn", is_unpinned=True, space=BERT), tokens_of(5000, 70)), "turn"
+    )
+    for n in range(1, 20):
+        house.loop.pass_time(5.0)
+        talking(house, f"anna {n}", 8.0)
+        house.loop.settle()
+    house.loop.pass_time(30.0)
+    assert outcome(turn) is None
+    house.check_nothing_is_left()
+
+
+def test_nobody_is_charged_for_waiting_for_a_turn(isolated: House) -> None:
+    """While others' answers run, the one that waits has nothing."""
+    house, bert = isolated, User("key:bert")
+    talking(house, "anna", 50.0)
+    house.loop.settle()
+    job = Job("turn", is_unpinned=True, user=bert, space=BERT)
+    turn = house.start(house.ask_unpinned(job, tokens_of(5000, 70)), "turn")
+    house.loop.settle()
+    had_s: list[float] = []
+    took = house.scheduler.queue._shares.took
+
+    def noted(booked: Any, seconds: float) -> None:
+        if booked.user == bert.id:
+            had_s.append(seconds)
+        took(booked, seconds)
+
+    house.scheduler.queue._shares.took = noted  # type: ignore[method-assign]
+    house.loop.pass_time(60.0)
+    assert outcome(turn) is None
+    assert had_s
+    assert sum(had_s) < 5.0
     house.check_nothing_is_left()

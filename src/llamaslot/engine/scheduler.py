@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 from llamaslot.core.policy import Rules, is_long, place
 from llamaslot.core.slots import Job, Plan, Slot, State, Wait
@@ -100,7 +101,7 @@ class Scheduler:
         Cancelling is safe: the job leaves the queue, no slot is held.
         """
         if self._down is not None:
-            raise self._down
+            raise type(self._down)(str(self._down))  # a new one: each raise adds its frames to an exception
         granted = asyncio.get_running_loop().create_future()
         waiting = Waiting(job, granted, self.note(job), self.now(), *self._estimate(job), is_back)
         self.queue.add(waiting, self.now())
@@ -323,22 +324,36 @@ class Scheduler:
     def wait_for_turn(self, lease: Lease) -> None:
         """From now on long prefills make room for the job whose turn it is, and none is begun."""
         assert self._turn is lease.job, "only the job whose turn it is"
-        self._is_turn_waiting = True
-        self.bell.ring()
+        if not self._is_turn_waiting:
+            self._is_turn_waiting = True
+            self.bell.ring()
 
     def close(self, lease: Lease) -> None:
         """From now on nobody else takes a first step."""
         assert self._turn is lease.job, "only the job whose turn it is"
         self._is_closed = True
 
+    def open(self, lease: Lease) -> None:
+        """Others go on, as before ``wait_for_turn``; the job still waits."""
+        assert self._turn is lease.job, "only the job whose turn it is"
+        self._is_closed = self._is_turn_waiting = False
+        self.dispatch()
+
+    def has_waited(self, lease: Lease) -> None:
+        """A job that has no slot of its own has had none while it waited: its user is not charged for that."""
+        if lease.slot is None and lease.charge is not None:
+            lease.charge = replace(lease.charge, at=self.now())
+
     def is_foreign_at_work(self, lease: Lease) -> bool:
-        """Whether a slot is at work on what the job must not go on from."""
-        pool = lease.pool
-        return any(not slot.is_idle and pool.is_foreign(slot, lease.job) for slot in pool.slots)
+        """Whether a slot is at work on what the job must not go on from, if llama-server may choose that slot."""
+        pool, job = lease.pool, lease.job
+        if self.pool is not pool or not job.is_unpinned:
+            return False
+        return any(not slot.is_idle and pool.is_foreign(slot, job) for slot in pool.slots)
 
     def is_quiet(self, lease: Lease) -> bool:
-        """Whether every slot is either idle and nobody's, or the turn's own, or at work for sure: for one whose context
-        the job may go on from, if llama-server may choose that slot, for its answer may end at any moment."""
+        """Whether every slot is either idle and nobody's, or the turn's own, or at work for sure: on what the job may
+        go on from, if llama-server may choose that slot, for its answer may end at any moment."""
         if self.pool is not lease.pool:
             return True  # there is nothing to wait for any more
         others = [other for other in self.leases if other.pool is self.pool and other.job is not lease.job]
@@ -347,7 +362,7 @@ class Scheduler:
         }  # its children's slots are at work with it
         is_stepping = any(id(other.job) not in started for other in others)
         n_idle = sum(slot.is_idle for slot in self.pool.slots)
-        if lease.job.is_unpinned and self.is_foreign_at_work(lease):
+        if self.is_foreign_at_work(lease):
             return False
         return (
             not is_stepping

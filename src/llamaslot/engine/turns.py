@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 
 _CONFIRM_EVERY_S = 1.5  # as for draining slots: asking more often keeps those who have left alive
 _PATIENCE_S = (
-    60.0  # while long prefills run others go on; with the gate shut all of them would wait for the last one
+    60.0  # with long prefills, and foreign answers: with the gate shut everybody would wait for the last one
 )
+_SHUT_S = 15.0  # so long everybody does wait for foreign answers, the first time
 _LANDING_POLLS_S = (0.05, 0.2, 0.5, 1.5)
 
 _NOT_EMPTIED = (
@@ -163,20 +164,13 @@ class Turns:
         SlotNotEmptied as ``_empty`` does.
         """
         report("waiting for its turn")
-        self._scheduler.wait_for_turn(lease)
-        patient_until = self._scheduler.now() + _PATIENCE_S
-        while self._scheduler.is_prefilling(lease) and self._scheduler.now() < patient_until:
-            await self._scheduler.bell.heard(_CONFIRM_EVERY_S)
-        self._scheduler.close(lease)
         others: list[Lease] = []
         turn: Turn | None = None
         try:
-            asked_at = self._scheduler.now()
-            while not self._scheduler.is_quiet(lease):
-                await self._scheduler.bell.heard(_CONFIRM_EVERY_S)
-                if self._scheduler.now() >= asked_at + _CONFIRM_EVERY_S:
-                    asked_at = self._scheduler.now()
-                    await self._confirm_running()
+            try:
+                await self._until_quiet(lease)
+            finally:
+                self._scheduler.has_waited(lease)
             if self._scheduler.pool is not lease.pool:
                 raise BackendRestarted("llama-server has restarted")
             fresh = self._scheduler.lease_idle(lease.job, lease.job.n_children or None)
@@ -203,6 +197,47 @@ class Turns:
                 for other in others:
                     other.release()
             self._scheduler.end_turn(lease)
+
+    async def _until_quiet(self, lease: Lease) -> None:
+        """Wait until nobody is between two steps and nothing foreign is at work, and shut the gate.
+
+        While something foreign is at work the gate stays open, for others can go on meanwhile. But among many there may
+        be no moment without: then it is shut for a while, each time for longer, and open for as long in between.
+        """
+        scheduler, shut_s = self._scheduler, _SHUT_S
+        while True:
+            await self._until_likely(lease, max(_PATIENCE_S, shut_s))
+            scheduler.wait_for_turn(lease)
+            scheduler.close(lease)
+            if await self._is_quiet_within(lease, shut_s):
+                return
+            scheduler.open(lease)
+            shut_s *= 2
+
+    async def _until_likely(self, lease: Lease, patience_s: float) -> None:
+        """Wait for what takes long while others go on: foreign answers, and long prefills, which make room."""
+        scheduler = self._scheduler
+        until = scheduler.now() + patience_s
+        while scheduler.now() < until:
+            if not scheduler.is_foreign_at_work(lease):
+                scheduler.wait_for_turn(lease)
+                if not scheduler.is_prefilling(lease):
+                    return
+            await scheduler.bell.heard(_CONFIRM_EVERY_S)
+
+    async def _is_quiet_within(self, lease: Lease, shut_s: float) -> bool:
+        """False when something foreign is at work for so long. Steps are waited for to their end."""
+        scheduler = self._scheduler
+        asked_at = scheduler.now()
+        until = asked_at + shut_s
+        while not scheduler.is_quiet(lease):
+            if scheduler.now() >= until and scheduler.is_foreign_at_work(lease):
+                return False
+            await scheduler.bell.heard(_CONFIRM_EVERY_S)
+            if scheduler.now() >= asked_at + _CONFIRM_EVERY_S:
+                asked_at = scheduler.now()
+                await self._confirm_running()
+        return True
 
     async def clear_the_way(self, lease: Lease, here: Earlier | None) -> None:
         """Wait until llama-server, asked for the job's prompt, will choose the slot of ``lease`` among those that are
