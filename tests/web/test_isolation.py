@@ -215,6 +215,16 @@ async def test_who_switches_isolation_on_finds_nothing_of_before(tmp_path: Path)
         assert reused(await ask_as(it, "anna", text)) == 0
 
 
+async def test_who_switches_it_off_finds_nothing_of_before_either(tmp_path: Path) -> None:
+    """Not even the owner: what is his is not everybody's, and now he is one of all."""
+    text = letters(1, 600)
+    async with served(tmp_path, PER_USER) as it:
+        await ask_as(it, "anna", text)
+    async with served(tmp_path) as it:
+        assert len(it.files()) == 1
+        assert reused(await ask_as(it, "anna", text)) == 0
+
+
 @KINDS
 async def test_what_prewarm_names_is_for_all(tmp_path: Path, kind: str) -> None:
     """And what users add to it is theirs."""
