@@ -19,6 +19,7 @@ from llamaslot.llama.api import LlamaServer
 from llamaslot.llama.offered import Offered
 from llamaslot.llama.routes import ROUTES, Route, classify
 from tests.support import models
+from tests.support.inprocess import fronted
 from tests.support.real import RealServer, free_port
 
 pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module")]
@@ -184,6 +185,25 @@ async def test_ranking_takes_a_slot_for_each_document(model: Path, tmp_path: Pat
             if "rank" in path:
                 body = {"query": "a", "documents": ["b", "c", "d"], "id_slot": 3}
                 assert await landed(url, path, body) == set(ORDER[:3])
+
+
+@pytest.mark.parametrize("how", ["MEAN", "RANK"])
+async def test_embeddings_and_ranks_are_the_servers_own(model: Path, tmp_path: Path, how: str) -> None:
+    """Status, type and every number; and completions are answered beside them."""
+    kv = tmp_path / "kv"
+    kv.mkdir()
+    bodies = {path: BODIES[path] for path in sorted(EMBEDDINGS)}
+    bodies["/v1/embeddings"] = {"input": ["hi", "there"], "encoding_format": "base64"}
+    if how == "RANK":
+        ranks = [path for path in sorted(OTHER_MODELS) if "rank" in path]
+        bodies = {path: {"query": "a", "documents": ["b", "c", "d"], "top_n": 2} for path in ranks}
+    async with pooling(how, model, kv) as url, fronted(tmp_path / "front", url, kv, {}) as it:
+        for path, body in bodies.items():
+            answer, direct = await it.post(path, body), await it.post(path, body, to=url)
+            assert (answer.status, answer.json) == (direct.status, direct.json)
+            assert answer.status == 200, path
+            assert answer.headers["Content-Type"] == direct.headers["Content-Type"]
+        assert (await it.ask("hello")).status == 200
 
 
 async def test_an_empty_body_tells_whether_a_route_is_there(
