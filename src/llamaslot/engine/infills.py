@@ -70,9 +70,11 @@ class Infills:
             except TimeoutError:
                 self._steps.metrics.wedged.inc()
                 self._known_until = self._scheduler.now() + _AGAIN_S
-                known = OpaquePrompt(f"/infill was not found out within {_LEARNING_S:g} s", Reason.INFILL)
-                log.warning("%s; slot %d is given up", known, lease.slot_id)
-                return known  # the slot drains: llama-server may be at work in it
+                log.warning(
+                    "/infill was not found out within %g s; slot %d is given up", _LEARNING_S, lease.slot_id
+                )
+                # The slot drains: llama-server may be at work in it.
+                return OpaquePrompt("it took too long", Reason.INFILL)
             lease.done(None)
             return known
 
