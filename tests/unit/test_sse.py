@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaslot.llama.sse import Earlier, EventSplitter, comment, data_of, event_of, index_of
+from llamaslot.llama.sse import Earlier, EventSplitter, comment, data_of, event_of, index_of, n_whole
 
 EVENTS = [
     b'data: {"content":"a"}\n\n',
@@ -189,3 +189,12 @@ def test_answers_to_further_prompts_are_left_alone() -> None:
 def test_which_answer_an_event_is_about(payload: dict[str, Any], index: int) -> None:
     """The native format says it at the root, OpenAI's in the choice."""
     assert index_of(payload) == index
+
+
+@pytest.mark.parametrize(
+    ("data", "n"),
+    [(b"", 0), (b"data: 1\n", 0), (b"data: 1\n\n", 9), (b"data: 1\n\ndata", 9), (b"a\n\nb\r\n\r\nc", 8)],
+)
+def test_how_much_of_a_stream_is_whole_events(data: bytes, n: int) -> None:
+    """Up to the last blank line, however lines end."""
+    assert n_whole(data) == n

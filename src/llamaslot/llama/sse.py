@@ -41,6 +41,11 @@ class EventSplitter:
         return bytes(self._rest)
 
 
+def n_whole(data: bytes) -> int:
+    """Bytes up to the end of the last event that is whole in ``data``; 0 where none is."""
+    return max(data.rfind(mark) + len(mark) if mark in data else 0 for mark in _ENDS)
+
+
 def data_of(event: bytes) -> Any:
     """The JSON value of an event's data lines; None for comments, ``[DONE]`` and what is not JSON."""
     lines = [line[5:].strip() for line in event.splitlines() if line.startswith(b"data:")]

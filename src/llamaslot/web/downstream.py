@@ -123,6 +123,8 @@ class Downstream:
     async def fail(self, error: LlamaslotError) -> web.StreamResponse:
         """End the exchange with an error: a status while that is possible, else an event."""
         if not self.has_begun:
+            if (relayed := await end_relayed(self.request, error)) is not None:
+                return relayed
             return error_instead(self.request, error, self.headers)
         payload = data_of(b"data: " + error.payload) if isinstance(error, UpstreamError) else None
         await self.write(error_event(self.request, payload if isinstance(payload, dict) else error.body()))
@@ -133,6 +135,36 @@ class Downstream:
         with _translated():
             await response.write_eof()
         return response
+
+
+@dataclass(slots=True)
+class Relayed:
+    """A stream of llama-server's own events, as far as it has been sent. ``is_whole``: it stands at the end of one."""
+
+    response: web.StreamResponse
+    is_whole: bool = True
+    is_over: bool = False
+
+    def begins(self, request: web.Request) -> None:
+        """From now on ``end_relayed`` can end it."""
+        request[_RELAYED] = self
+
+
+_RELAYED = web.RequestKey("relayed", Relayed)
+
+
+async def end_relayed(request: web.Request, error: LlamaslotError) -> web.StreamResponse | None:
+    """End the stream that is relayed to this client with an error, unless it is over already. None where there is none,
+    or only half of an event was sent. Raises ClientGone."""
+    relayed: Relayed | None = request.get(_RELAYED)
+    if relayed is None or not (relayed.is_whole or relayed.is_over):
+        return None
+    if not relayed.is_over:
+        relayed.is_over = True
+        await send(relayed.response, error_event(request, error.body()))
+    with _translated():
+        await relayed.response.write_eof()
+    return relayed.response
 
 
 async def name_itself(request: web.Request, response: web.StreamResponse) -> None:

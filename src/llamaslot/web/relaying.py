@@ -1,7 +1,8 @@
 """An answer of llama-server's on its way out, as it comes.
 
 It is read as fast as its client takes it. What lies about of it is a window of the kernel's, aiohttp's read buffer (32
-KiB, and what came last), a piece of 16 KiB, and what the transport to the client has not sent yet, some 100 KiB.
+KiB, and what came last), a piece of 16 KiB, an event that is not whole yet (as long as it is no larger than 32 KiB),
+and what the transport to the client has not sent yet, some 100 KiB.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from aiohttp import web
 
 from llamaslot.errors import BackendDown, ClientGone
 from llamaslot.llama.api import next_piece
-from llamaslot.web.downstream import begin, cut, error_event, send
+from llamaslot.llama.sse import n_whole
+from llamaslot.web.downstream import Relayed, begin, cut, end_relayed, send
 from llamaslot.web.headers import to_client
 
 log = logging.getLogger(__name__)
 
+_HELD_BYTES = 1 << 15  # of half an event
 _LAST_EVENT = b'"message_stop"'  # of /v1/messages; inside a text the quotes would be escaped
 
 
@@ -31,6 +34,8 @@ async def relay(
 ) -> web.StreamResponse:
     """The answer. ``begun`` is called with the first of a stream. Raises BackendDown, ClientGone.
 
+    A stream of events is sent in whole ones: should it break off, or be broken off, ``end_relayed`` can say so in one.
+
     ``ended`` is called when llama-server is through with its slot, before the client can read that: a client may hang
     up at once after it, and that must not look as if it had left the slot at work.
     """
@@ -40,38 +45,49 @@ async def relay(
     if upstream.content_length is not None and upstream.status not in (204, 304):
         response.content_length = upstream.content_length
     is_stream = upstream.content_type == "text/event-stream"
-    pieces = _as_they_come(upstream, begun, ended) if is_stream else _last_one_late(upstream, ended)
+    pieces = _events(upstream, begun, ended) if is_stream else _last_one_late(upstream, ended)
+    relayed = Relayed(response)
     try:
         async for piece in pieces:
             if not response.prepared:
                 await begin(response, request)
+                if is_stream and response.content_length is None:
+                    relayed.begins(request)
+            relayed.is_whole = not piece or n_whole(piece) == len(piece)
             await send(response, piece)
     except BackendDown as error:
         if not response.prepared:
             raise
         log.warning("%s %s: llama-server closed the connection in the middle", request.method, request.path)
-        if not is_stream:
+        if await end_relayed(request, error) is None:
             cut(request)  # half an answer must not look like a whole one
             raise ClientGone from error
-        await send(response, error_event(request, error.body()))
     if not response.prepared:
         await begin(response, request)
+    relayed.is_over = True
     return response
 
 
-async def _as_they_come(
+async def _events(
     upstream: aiohttp.ClientResponse, begun: Callable[[], None], ended: Callable[[], Awaitable[None]] | None
 ) -> AsyncIterator[bytes]:
+    """As they come, each whole; of one that is larger than what is held what there is."""
     yield b""  # the headers may go before any event
-    before = b""
+    before = held = b""
     while piece := await next_piece(upstream):
         begun()
         if ended is not None and _LAST_EVENT in before + piece:
             await ended()
         before = piece[1 - len(_LAST_EVENT) :]
-        yield piece
+        held += piece
+        n = n_whole(held) or (len(held) if len(held) > _HELD_BYTES else 0)
+        if n:
+            yield held[:n]
+            held = held[n:]
     if ended is not None:
         await ended()
+    if held:
+        yield held
 
 
 async def _last_one_late(
