@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 
 from tests.support.answers import Answer
 from tests.support.inprocess import CHAT, NATIVE, Served, Settings, letters, right, served, spawn
 
-EMBEDDINGS = "/v1/embeddings"
+EMBEDDINGS, MESSAGES = "/v1/embeddings", "/v1/messages"
 
 
 def limits(**timeouts: float) -> Settings:
@@ -122,6 +125,110 @@ async def test_answers_in_one_piece_may_be_silent_until_their_end(tmp_path: Path
         answer = await it.ask(letters(1, 50), n=20, n_probs=2)
         assert it.fake.sent(NATIVE)[-1].body.get("stream") is None
         assert answer.status == 200
+
+
+def unreadable(text: str, n: int = 4, **more: Any) -> dict[str, Any]:
+    """A body whose tokens nobody knows: it takes a turn, and its answer is relayed."""
+    content = [{"type": "text", "text": text}, {"type": "what"}]
+    return {"max_tokens": n, "messages": [{"role": "user", "content": content}], **more}
+
+
+def ends_with_an_error(answer: Answer, words: str) -> bool:
+    """In Anthropic's words, behind whole events."""
+    *before, last, rest = answer.raw.split(b"\n\n")
+    begins = all(event.startswith(b"event: ") for event in before)
+    return (
+        begins and last.startswith(b"event: error\ndata: ") and not rest and is_told_too_late(answer, words)
+    )
+
+
+async def test_a_stream_that_is_relayed_ends_with_an_error_too(tmp_path: Path) -> None:
+    """As the route words it; the slot is served again."""
+    async with served(tmp_path, limits(total_s=0.3), slots=1, step_s=0.02) as it:
+        answer = await it.post(MESSAGES, unreadable(letters(1, 50), 2000, stream=True))
+        assert (answer.status, len(answer.events) > 3) == (200, True)
+        assert ends_with_an_error(answer, "not ended within 0.3 s")
+        await it.at_rest()
+        assert (await it.ask(letters(4, 100))).text == right(it.fake, letters(4, 100))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_is_relayed_is_watched(tmp_path: Path, stream: bool) -> None:
+    """llama-server works at it, says nothing, and gets no further: 504, counted, and the slot is not believed in."""
+    async with served(tmp_path, limits(watchdog_s=0.2), slots=1) as it:
+        it.fake.hold()
+        wedged = await it.post(MESSAGES, unreadable(letters(1, 50), stream=stream))
+        assert wedged.status == 504
+        assert is_told_too_late(wedged, "told nothing for 0.2 s")
+        assert await it.count("wedged_total") == 1
+        it.fake.go()
+        await it.at_rest()
+        assert (await it.ask(letters(4, 100))).text == right(it.fake, letters(4, 100))
+
+
+async def test_a_stream_that_is_relayed_and_falls_silent_ends_with_an_error(tmp_path: Path) -> None:
+    """Nothing else can tell its client."""
+    async with served(tmp_path, limits(watchdog_s=0.2), slots=1) as it:
+        it.fake.hold()
+        asked = spawn(it.post(MESSAGES, unreadable(letters(1, 50), 50, stream=True)))
+        await it.fake.step(3)
+        answer = await asked
+        assert answer.status == 200
+        assert ends_with_an_error(answer, "told nothing for 0.2 s")
+        assert await it.count("wedged_total") == 1
+        it.fake.go()
+        await it.at_rest()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_is_relayed_may_take_long(tmp_path: Path, stream: bool) -> None:
+    """Of its prompt nothing is told, but /slots shows that it is computed; the same of an answer in one piece."""
+    async with served(tmp_path, limits(watchdog_s=0.4), slots=1, batch=50, step_s=0.05) as it:
+        answer = await it.post(MESSAGES, unreadable(letters(1, 800), 12, stream=stream))
+        assert answer.status == 200
+        assert b"max_tokens" in answer.raw
+        assert await it.count("wedged_total") == 0
+
+
+async def test_what_is_relayed_may_wait_for_its_slot(tmp_path: Path) -> None:
+    """Inside llama-server, as long as others have all of them."""
+    async with served(tmp_path, limits(watchdog_s=0.2), slots=1, step_s=0.02) as it:
+        async with it.streaming(letters(1, 50), n=40) as other:
+            await other.content.readany()
+            answer = await it.post(MESSAGES, unreadable(letters(2, 50), stream=True))
+            assert b'"stop":true' in await other.content.read()
+        assert answer.status == 200
+        assert b"message_stop" in answer.raw
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+async def test_half_an_event_is_not_taken_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_large: bool
+) -> None:
+    """It is held until it is whole. One that is too large for that is sent, and its connection cut."""
+
+    over = asyncio.Event()
+
+    async def events() -> AsyncIterator[bytes]:
+        yield b"data: 1\n\ndata: 2"
+        yield b"\r\n\r\ndata: " + b"3" * (100_000 if is_large else 10)
+        await over.wait()
+
+    async def answer(body: Any) -> web.Response:
+        return web.Response(body=events(), content_type="text/event-stream")
+
+    async with served(tmp_path, limits(total_s=0.3), slots=1) as it:
+        await embeds(it, monkeypatch)
+        monkeypatch.setattr(it.fake.routes, "embeddings", answer)
+        if is_large:
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await it.post(EMBEDDINGS, {"input": "x"})
+        else:
+            raw = (await it.post(EMBEDDINGS, {"input": "x"})).raw
+            assert raw.startswith(b'data: 1\n\ndata: 2\r\n\r\ndata: {"error":')
+            assert raw.endswith(b"\n\n")
+        over.set()
+        await it.at_rest()
 
 
 async def embeds(it: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 
 import aiohttp
 from aiohttp import web
@@ -12,9 +13,11 @@ from multidict import CIMultiDict
 
 from llamaslot.core.slots import Content, Job
 from llamaslot.engine.backend import Backend
-from llamaslot.errors import BackendDown, BackendRestarted
+from llamaslot.engine.lease import Lease
+from llamaslot.errors import BackendDown, BackendRestarted, DeadlinePassed
 from llamaslot.llama.routes import Route, origin_form
-from llamaslot.web.deadlines import Deadlines, Timeouts
+from llamaslot.web.deadlines import Deadlines, Timeouts, Watchdog
+from llamaslot.web.downstream import end_relayed
 from llamaslot.web.headers import to_server
 from llamaslot.web.jobs import ATTEMPTS, request_id
 from llamaslot.web.relaying import relay
@@ -67,30 +70,52 @@ class Passthrough:
             raw = await self._uploads.whole(request)
         if route.may_be_missing and not await self.is_offered(route):
             return await self.unprepared(request, raw)
-        # Nobody reads these answers closely enough to tell when they begin.
-        async with Deadlines(replace(self._timeouts, first_token_s=None)).kept():
-            return await self._in_turns(request, raw, head)
+        is_watched = (
+            route.format is not None
+        )  # of embeddings and the like /slots does not tell how far they are
+        try:
+            # Nobody reads these answers closely enough to tell when they begin.
+            async with Deadlines(replace(self._timeouts, first_token_s=None)).kept():
+                return await self._in_turns(request, raw, head, is_watched=is_watched)
+        except DeadlinePassed as error:
+            if (relayed := await end_relayed(request, error)) is None:
+                raise
+            return relayed
 
-    async def _in_turns(self, request: web.Request, raw: bytes, head: bytes) -> web.StreamResponse:
+    async def _in_turns(
+        self, request: web.Request, raw: bytes, head: bytes, *, is_watched: bool
+    ) -> web.StreamResponse:
         id_ = request_id(request.headers)
         for _ in range(ATTEMPTS):
             met = await self._backend.ready()
             try:
-                return await self._in_turn(request, raw, id_, head)
+                return await self._in_turn(request, raw, id_, head, is_watched=is_watched)
             except BackendRestarted:  # raised before anything was sent
                 self._backend.lost(met)
         raise BackendDown("llama-server restarts again and again; see its log")
 
-    async def _in_turn(self, request: web.Request, raw: bytes, id_: str, head: bytes) -> web.StreamResponse:
+    async def _in_turn(
+        self, request: web.Request, raw: bytes, id_: str, head: bytes, *, is_watched: bool
+    ) -> web.StreamResponse:
         user = user_of(request)
         job = Job(id_, is_unpinned=True, user=user, space=self._backend.rules.space(user))
         left = Content(head, is_exact=False, space=job.space, has_media=True) if head else None
         with await self._backend.scheduler.lease(job) as lease:
+            silence_s = self._backend.api.watchdog_s if is_watched else None
+            watchdog = Watchdog(silence_s, partial(self._how_far, lease))
             async with (
                 self._backend.turns.take(lease, lambda _: None, left) as turn,
+                watchdog.kept(self._backend.tasks),
                 self._upstream(request, raw, to_server(request)) as upstream,
             ):
                 return await relay(request, upstream, {"x-request-id": id_}, turn.settle, lease.talks)
+
+    async def _how_far(self, lease: Lease) -> object:
+        """What is in the slots in which llama-server works for the job of ``lease``; None while it waits for one."""
+        leases = self._backend.scheduler.leases
+        taken = {its.slot_id for its in leases if its.job is lease.job and its.slot is not None}
+        infos = [info for info in await self._backend.api.slots() if info.id in taken and info.is_processing]
+        return infos or None
 
     @contextlib.asynccontextmanager
     async def _upstream(
