@@ -51,6 +51,12 @@ def test_a_type_that_is_no_name_is_looked_at_once() -> None:
     assert shape_of(body) == {(" ", "type"), (" ", "a")}
 
 
+async def check(shapes: Shapes, body: dict[str, Any], n_tokens: int) -> bool:
+    """As for a request: the server is asked about what is not known."""
+    known = shapes.known(body)
+    return await shapes.check(body, n_tokens) if known is None else known
+
+
 class Counter:
     """llama-server's count of tokens: as many as there are messages, times ``n_each``."""
 
@@ -69,15 +75,15 @@ async def test_the_server_is_asked_once_for_each_shape() -> None:
     """Until it is another one."""
     counter = Counter()
     shapes = Shapes(counter.ask)
-    assert await shapes.check(asked(text("a")), 10)
-    assert await shapes.check(asked(text("b"), text("c")), 10)
+    assert await check(shapes, asked(text("a")), 10)
+    assert await check(shapes, asked(text("b"), text("c")), 10)
     assert counter.n_asked == 1
-    assert not await shapes.check(asked(text("b"), CALL), 11)
-    assert not await shapes.check(asked(text("c"), CALL), 10)
-    assert (shapes.is_wrong(asked(CALL, text("d"))), shapes.is_wrong(asked(text("d")))) == (True, False)
+    assert not await check(shapes, asked(text("b"), CALL), 11)
+    assert not await check(shapes, asked(text("c"), CALL), 10)
+    assert (shapes.known(asked(CALL, text("d"))), shapes.known(asked(text("d")))) == (False, True)
     assert counter.n_asked == 2
     shapes.forget()
-    assert await shapes.check(asked(text("b"), CALL), 10)
+    assert await check(shapes, asked(text("b"), CALL), 10)
 
 
 async def test_what_the_server_does_not_count_is_not_known() -> None:
@@ -86,24 +92,24 @@ async def test_what_the_server_does_not_count_is_not_known() -> None:
     shapes, body = Shapes(counter.ask), asked(text("a"))
     for status in (400, 500):
         counter.status = status
-        assert not await shapes.check(body, 10)
+        assert not await check(shapes, body, 10)
     counter.status = 404
-    assert await shapes.check(body, 10)
-    assert not shapes.is_wrong(body)
+    assert await check(shapes, body, 10)
+    assert shapes.known(body) is not False
     assert counter.n_asked == 3
 
 
 def test_wrong_ones_are_known_until_the_server_is_another() -> None:
     """The last 1,024 shapes; once wrong is wrong."""
     shapes = Shapes(Counter().ask)
-    assert not shapes.is_wrong(asked(text("a")))
+    assert shapes.known(asked(text("a"))) is not False
     shapes.learn(asked(text("a")), is_right=False)
     shapes.learn(asked(text("a")), is_right=True)
-    assert shapes.is_wrong(asked(text("b")))
-    assert not shapes.is_wrong(asked(text("b"), CALL))
+    assert shapes.known(asked(text("b"))) is False
+    assert shapes.known(asked(text("b"), CALL)) is not False
     for n in range(1024):
         shapes.learn({f"field {n}": 1}, is_right=False)
-    assert not shapes.is_wrong(asked(text("a")))
-    assert shapes.is_wrong({"field 0": 2})
+    assert shapes.known(asked(text("a"))) is not False
+    assert shapes.known({"field 0": 2}) is False
     shapes.forget()
-    assert not shapes.is_wrong({"field 0": 2})
+    assert shapes.known({"field 0": 2}) is not False

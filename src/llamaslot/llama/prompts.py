@@ -13,6 +13,7 @@ import orjson
 
 from llamaslot.core.tokens import WIDTH, common, count, head, pack
 from llamaslot.errors import BadRequest, LlamaslotError, UpstreamError
+from llamaslot.llama.forms import listed, n_texts
 from llamaslot.llama.media import has_media, text_before, up_to_medium
 from llamaslot.llama.opaque import OpaquePrompt, Reason
 from llamaslot.llama.pieces import Known, Pieces, spaced
@@ -166,11 +167,9 @@ class Prompts:
         """
         if prompt == []:
             raise NoPrompt('"prompt" must not be empty')
-        if (n := _n_texts(prompt)) > _MAX_TEXTS:
+        if (n := n_texts(prompt)) > _MAX_TEXTS:
             raise BadRequest(f'"prompt" has {n} texts: send at most {_MAX_TEXTS} in one request')
-        if isinstance(prompt, list) and int not in set(map(type, prompt)):
-            return [await self._one(element, whose) for element in prompt]
-        return [await self._one(prompt, whose)]
+        return [await self._one(one, whose) for one in listed(prompt)]
 
     async def _one(self, prompt: Any, whose: str) -> Prompt:
         if isinstance(prompt, Mapping) and "prompt_string" in prompt:
@@ -333,15 +332,6 @@ class Prompts:
         except UpstreamError:
             return 0
         return common((await self._of_text(text, prompt.whose)).tokens, prompt.tokens)
-
-
-def _n_texts(prompt: Any) -> int:
-    """Those to be tokenized for one prompt, or for a list of them."""
-    if isinstance(prompt, Mapping):
-        prompt = prompt.get("prompt_string")
-    if isinstance(prompt, list) and not set(map(type, prompt)) <= {int}:
-        return sum(_n_texts(part) for part in prompt if not isinstance(part, int))
-    return 1 if isinstance(prompt, str) else 0
 
 
 def _pack_wrapping(ids: list[int]) -> bytes:

@@ -51,17 +51,16 @@ class Shapes:
         if len(self._is_right) > _MAX_SHAPES:
             del self._is_right[next(iter(self._is_right))]
 
-    def is_wrong(self, body: Mapping[str, Any]) -> bool:
-        return bool(self._is_right) and self._is_right.get(shape_of(body)) is False
+    def known(self, body: Mapping[str, Any]) -> bool | None:
+        """Whether the conversion of such a body is right; None while that is not known."""
+        return self._is_right.get(shape_of(body)) if self._is_right else None
 
     async def check(self, body: Mapping[str, Any], n_tokens: int) -> bool:
-        """Whether the server counts ``n_tokens`` in a body of /v1/messages: asked once for each shape that it counts.
+        """Whether the server counts ``n_tokens`` in a body of /v1/messages of a shape that is not ``known``.
 
         One that it does not count is refused by it as a rule, and asked about again. A build without this route is
         taken at its word when it answers. Raises BackendDown.
         """
-        if (known := self._is_right.get(shape_of(body))) is not None:
-            return known
         status, counted = await self._ask(_COUNT, body)
         if status == 404:
             return True

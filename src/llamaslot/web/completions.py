@@ -135,7 +135,9 @@ class _Exchange:
         for _ in range(ATTEMPTS):
             met, want = await self._met_and_wanted()
             if want.is_beyond_server:
-                raise await in_its_words(self.backend, self.request, orjson.dumps(self.body), _BEYOND)
+                raise await in_its_words(
+                    self.backend, self.request, orjson.dumps(self.body), BadRequest(_BEYOND)
+                )
             if want.job.is_steered and (not want.prompts or want.is_head):
                 if want.is_head:
                     await self._prepare_head(want, met)

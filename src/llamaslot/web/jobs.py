@@ -20,6 +20,7 @@ from llamaslot.engine.handshake import Met
 from llamaslot.engine.lease import Lease
 from llamaslot.errors import BadRequest, PromptTooLong, UpstreamError
 from llamaslot.llama import anthropic, media, responses
+from llamaslot.llama.forms import listed
 from llamaslot.llama.opaque import OpaquePrompt, Reason
 from llamaslot.llama.prompts import NoPrompt, Prompt
 from llamaslot.llama.routes import Format
@@ -129,7 +130,7 @@ async def wanted(
         is_steered=kind == "messages",
     )
     is_beyond_server = said.is_refused or n > len(pool.slots)
-    n_prompts = len(said.prompts) or (_n_listed(body.get("prompt")) if kind in _PLAIN else 1)
+    n_prompts = len(said.prompts) or (len(listed(body.get("prompt"))) if kind in _PLAIN else 1)
     return Wanted(job, said.prompts, is_beyond_server, unknown, said.is_head, n_prompts)
 
 
@@ -148,7 +149,8 @@ async def _said(body: Mapping[str, Any], kind: Format, backend: Backend, met: Me
     that was converted nobody knows whether llama-server would refuse it too, so it is served without its tokens."""
     if kind == "infill":
         return _Said(None, (await backend.infills.prompt(body, met, whose),))
-    if kind in CONVERTED and backend.shapes.is_wrong(body):
+    is_right = backend.shapes.known(body) if kind in CONVERTED else None
+    if is_right is False:
         raise OpaquePrompt("the server has counted other tokens in such a body", Reason.MISCOUNTED)
     chat = _chat_body(body, kind)
     if chat is None:
@@ -158,7 +160,8 @@ async def _said(body: Mapping[str, Any], kind: Format, backend: Backend, met: Me
         if not needed:
             prompt = await backend.prompts.chat(chat, whose)
             # llama-server chooses the slot by what it makes of the body: had it another prompt, any slot could be it.
-            if kind == "messages" and not await backend.shapes.check(body, prompt.n_tokens):
+            is_checked = kind != "messages" or is_right or await backend.shapes.check(body, prompt.n_tokens)
+            if not is_checked:
                 raise OpaquePrompt("the server counts other tokens in such a body", Reason.MISCOUNTED)
             return _Said(chat, (prompt,))
         if met.props.modalities is not None and not all(map(met.props.modalities.get, needed)):
@@ -220,11 +223,6 @@ def _max_tokens(body: Mapping[str, Any]) -> int | None:
     names = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
     values = [body[name] for name in names if type(body.get(name)) is int and body[name] >= 0]
     return min(values, default=None)
-
-
-def _n_listed(prompt: Any) -> int:
-    """How many prompts a list is: one if there is an id in it (server-common.cpp, tokenize_input_prompts)."""
-    return len(prompt) if isinstance(prompt, list) and int not in set(map(type, prompt)) else 1
 
 
 def _n_answers(body: Mapping[str, Any]) -> int:
