@@ -105,3 +105,18 @@ def test_who_may_go_on_from_what() -> None:
         assert [held for held in (shared, public, anna, scaled) if job.may_use(held)] == usable
         assert job.may_use(NOTHING)
         assert not job.may_use(Content(is_exact=False, space=Space("bertha")))
+
+
+@pytest.mark.parametrize(
+    ("content", "n_tokens", "may"),
+    [
+        (Content(pack([1, 2, 3])), 3, True),
+        (Content(pack([1, 2, 3])), 4, False),
+        (Content(pack([1, 2, 3]), is_exact=False, n_more=2), 5, True),
+        (Content(pack([1, 2, 3]), is_exact=False, n_more=2), 6, False),
+        (Content(pack([1, 2, 3]), is_exact=False), 600, True),
+    ],
+)
+def test_what_is_not_known_may_be_there(content: Content, n_tokens: int, may: bool) -> None:
+    """As far as the number of tokens goes, if that is known."""
+    assert content.may_hold(n_tokens) is may

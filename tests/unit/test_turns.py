@@ -241,6 +241,39 @@ def test_nothing_is_sent_where_another_user_is_in_the_way_and_nothing_can_be_emp
     house.check_nothing_is_left()
 
 
+@pytest.mark.parametrize(("user", "is_left"), [(BERT, False), (ANNA, True)], ids=["another's", "his own"])
+def test_an_answer_that_another_user_has_guessed_is_not_found(
+    house: House, user: Space, is_left: bool
+) -> None:
+    """Nobody knows the tokens of what a slot was answered: they may be those of the prompt that goes on with them."""
+    prompt, answer = tokens_of(9000, 500), tokens_of(20_000, 60)
+    house.start(house.ask(Job("anna's", prompt, space=ANNA), answer), "anna's")
+    house.finish()
+    steered(house, Job("guess", prompt + answer[:-4], space=user, is_steered=True))
+    house.finish()
+    held = house.server.slots_[house.slots["anna's"]].tokens
+    assert (held[: len(prompt)] == prompt) == is_left
+    house.check_nothing_is_left()
+
+
+def test_the_answer_that_another_user_gets_is_not_found_either(house: House) -> None:
+    """Before who guesses it is sent it is through, and saved."""
+    prompt = tokens_of(9000, 500)
+    theirs = answering(house, Job("anna's", prompt, space=ANNA))
+    guess = steered(house, Job("bert's", prompt + tokens_of(20_000, 30), space=BERT, is_steered=True))
+    for _ in range(100):
+        house.loop.settle()
+        for op in [op for op in house.server.pending if op.kind != "answer"]:
+            house.server.serve(op)
+        house.loop.pass_time(0.7)
+    assert not guess.done()
+    house.finish()
+    assert outcome(theirs) is None
+    assert outcome(guess) is None
+    assert not any(slot.tokens.startswith(prompt) and slot.space is ANNA for slot in house.server.slots_)
+    house.check_nothing_is_left()
+
+
 def talking(house: House, name: str, seconds: float) -> asyncio.Task[Any]:
     """A client of the user of that name, whose answer begins at once and takes so long."""
     user = User(f"key:{name}")

@@ -83,6 +83,10 @@ class Content:
         """What a save would write, in tokens."""
         return self.n_tokens + self.n_more
 
+    def may_hold(self, n_tokens: int) -> bool:
+        """Whether there may be so many, the unknown ones included."""
+        return self.n_held >= n_tokens or not (self.is_exact or self.n_more)
+
     def head(self, n_tokens: int) -> Content:
         """What is left when only the first ``n_tokens`` are sure: whatever follows them is unknown."""
         kept = tuple(at for at in self.checkpoints if at <= n_tokens)

@@ -30,15 +30,7 @@ from llamaslot.store import Snapshot, WithTokens
 class Pool:
     """Slots and snapshots of one llama-server process. Not thread-safe: the event loop only."""
 
-    def __init__(
-        self,
-        backend: str,
-        n_slots: int,
-        n_ctx: int,
-        *,
-        rules: Rules,
-        rates: Rates,
-    ) -> None:
+    def __init__(self, backend: str, n_slots: int, n_ctx: int, *, rules: Rules, rates: Rates) -> None:
         self.backend, self.n_ctx, self.rules, self.rates = backend, n_ctx, rules, rates
         self.can_save, self.can_erase = False, False
         self.recall = Recall(predictions=rates.predictions)
@@ -224,16 +216,21 @@ class Pool:
         """The slots that llama-server, which knows no spaces, may choose for ``job`` instead of its own, which has all
         but one token of it."""
         n = max(job.n_tokens - 1, 1)
-        others = (slot for slot in self.slots if slot.id != own)
-        return [slot for slot in others if slot.state is State.SUSPECT or self._n_shared(slot, job) >= n]
+        return [slot for slot in self.slots if slot.id != own and self._may_hold(slot, job, n)]
+
+    def _may_hold(self, slot: Slot, job: Job, n: int) -> bool:
+        """Whether it has the first ``n`` tokens of ``job``, or will have, as far as known; of another space, or may."""
+        busy = self._busy.get(slot.id)
+        known = busy.will_hold if busy else slot.content.tokens
+        n_shared = common(known, job.tokens)
+        if slot.state is State.SUSPECT or n_shared >= n:
+            return True
+        may_go_on = n_shared == count(known) and (busy is not None or slot.content.may_hold(n))
+        return may_go_on and self.is_foreign(slot, job)
 
     def is_foreign(self, slot: Slot, job: Job) -> bool:
         """Whether ``job`` must not use what is in the slot, or will be. If nobody knows, it may where users share."""
         return self._space_of(slot.id) not in job.reads
-
-    def _n_shared(self, slot: Slot, job: Job) -> int:
-        busy = self._busy.get(slot.id)
-        return common(busy.will_hold if busy else slot.content.tokens, job.tokens)
 
     def wanted(self, job: Job) -> str | None:
         return self._offers.wanted(job) if self.can_save else None
