@@ -18,8 +18,9 @@ MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
 serve: $(VENV)/.embedded $(MODEL)
 	exec $(BIN)/llamaslot serve --config $(CONFIG)
 
+# What waits runs two at a time; what needs the real llama.cpp comes last, one at a time (tests/conftest.py).
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
