@@ -74,6 +74,8 @@ async def upstream(serve: Serve) -> AsyncIterator[str]:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             await serve(reader, writer)
         writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
     server = await asyncio.start_server(served, "127.0.0.1", 0)
     async with server:
