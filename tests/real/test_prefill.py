@@ -21,7 +21,8 @@ from tests.support.together import Place, answer_beside_others, begin_together
 pytestmark = pytest.mark.real
 
 N_BATCH = 128
-N_MEETING = 300 + 5 * N_BATCH  # see tests/soak/test_prefill.py; so small a model computes more before it hears of it
+# As in tests/soak/test_prefill.py, but so small a model computes more batches before it hears of anything.
+N_MEETING = 300 + 5 * N_BATCH
 SMALL: dict[str, Any] = {"batch": N_BATCH, "ubatch": N_BATCH, "settings": PREFILLS_ITSELF}
 KINDS = ["dense", "swa", "recurrent"]
 
