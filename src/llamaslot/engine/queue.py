@@ -74,8 +74,8 @@ class Charge:
 
 
 @dataclass(slots=True)
-class _Present:
-    """Who is here at one moment, looked at once for all that wait.
+class _Moment:
+    """Who is here, looked at once for all that wait.
 
     ``answers``: whether a user may have another slot, when so many are idle.
     """
@@ -86,7 +86,7 @@ class _Present:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class UserStanding:
     """A user, for the status."""
 
     id: str
@@ -105,11 +105,10 @@ class Queue:
         # By user, without those that have none: with 250 waiting, counting them at each look takes a second.
         self._n_waiting: Counter[str] = Counter()
         self._n_running: Counter[str] = Counter()
-        self._seen_at: dict[
-            str, float
-        ] = {}  # of each user the last request or the end of its last answer, oldest first
+        # Of each user the last request, or the end of its last answer, oldest first.
+        self._seen_at: dict[str, float] = {}
         self._pauses = Pauses()
-        self._present_now: _Present | None = None  # until anything changes
+        self._moment: _Moment | None = None  # until anything changes
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -132,7 +131,7 @@ class Queue:
             waiting.pause_s = now - self._seen_at[user]
         self._waiting.insert(0 if waiting.is_back else len(self._waiting), waiting)
         self._n_waiting[user] += 1
-        self._present_now = None
+        self._moment = None
 
     def admitted(self, waiting: Waiting, now: float) -> None:
         """It was not sent away at once: its user is here."""
@@ -144,7 +143,7 @@ class Queue:
     def remove(self, waiting: Waiting) -> None:
         self._waiting.remove(waiting)
         _less(self._n_waiting, waiting.job.user.id)
-        self._present_now = None
+        self._moment = None
 
     def _saw(self, user: str, now: float) -> None:
         """Whoever was not here for long is forgotten."""
@@ -211,16 +210,16 @@ class Queue:
             )
         return here.answers[key]
 
-    def _who_is_here(self, now: float) -> _Present:
-        if self._present_now is None:
+    def _who_is_here(self, now: float) -> _Moment:
+        if self._moment is None:
             here, present = self._here(now), self._present
             pauses_s = [self._pauses.usual_s(other) for other in here if other not in present]
-            self._present_now = _Present(len(here), pauses_s)
-        return self._present_now
+            self._moment = _Moment(len(here), pauses_s)
+        return self._moment
 
     def look_again_s(self, now: float) -> float | None:
         """In how many seconds somebody who was here lately is not expected back any more."""
-        self._present_now = None  # at the latest then it is another moment
+        self._moment = None  # at the latest then it is another moment
         spare_s = self.limits.fairness.spare_s
         left = (at + spare_s - now for user, at in self._seen_at.items() if user not in self._n_running)
         return min((seconds for seconds in left if seconds > 0), default=None)
@@ -256,14 +255,14 @@ class Queue:
         _less(self._n_running, user, charge.n_slots)
         self._shares.took(charge.booked, (now - charge.at) * charge.n_slots)
         self._saw(user, now)
-        self._present_now = None
+        self._moment = None
         self._shares.keep(self._here(now), self._seen_at.keys())
 
-    def standings(self, now: float) -> list[Standing]:
+    def standings(self, now: float) -> list[UserStanding]:
         """Everybody who was here in the last minute."""
         lately = {user for user, at in self._seen_at.items() if now - at <= _REMEMBER_S}
         return [
-            Standing(id_, self._n_running[id_], self._n_waiting[id_], self._shares.deficit_s(id_))
+            UserStanding(id_, self._n_running[id_], self._n_waiting[id_], self._shares.deficit_s(id_))
             for id_ in sorted(_users(lately | self._present))
         ]
 

@@ -11,10 +11,11 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from llamaslot.core.policy import Rules, is_long, place
 from llamaslot.core.slots import Job, Plan, Slot, State, Wait
+from llamaslot.engine.estimates import answer_s, slot_s
 from llamaslot.engine.lease import Lease
 from llamaslot.engine.notes import Note
 from llamaslot.engine.pool import Pool
@@ -27,7 +28,27 @@ from llamaslot.tasks import Bell
 log = logging.getLogger(__name__)
 
 MIN_LOOK_AGAIN_S = 0.25
-_SHORT_ANSWER = 64  # tokens: a title, a label
+
+
+@dataclass(slots=True)
+class _Look:
+    """One look at all who wait."""
+
+    # Counted again only when a slot has been given away: 250 who wait for 64 slots are 16,000 looks otherwise.
+    n_idle: int
+    reserved: set[int] = field(default_factory=set)  # slots that somebody waits for in particular
+    again_s: list[float] = field(default_factory=list)  # in how long to look again, though nothing happens
+    is_short: bool = False  # somebody earlier waits for any slot at all
+    is_spared: bool = False  # somebody may not have one that is idle
+
+    def waits(self, decision: Wait, look_in_s: float) -> None:
+        """Somebody does, and is to be looked at again then."""
+        if decision.slot is not None:
+            self.reserved.add(decision.slot)
+        if decision.for_s is None:
+            self.is_short = True
+        else:
+            self.again_s.append(max(look_in_s, 0.0))
 
 
 class Scheduler:
@@ -103,7 +124,8 @@ class Scheduler:
         if self._down is not None:
             raise type(self._down)(str(self._down))  # a new one: each raise adds its frames to an exception
         granted = asyncio.get_running_loop().create_future()
-        waiting = Waiting(job, granted, self.note(job), self.now(), *self._estimate(job), is_back)
+        cost_s, is_side = slot_s(self.pool, job, self.rules)
+        waiting = Waiting(job, granted, self.note(job), self.now(), cost_s, is_side, is_back)
         self.queue.add(waiting, self.now())
         was_admitted = False
         try:
@@ -143,21 +165,6 @@ class Scheduler:
                 waiting.wants = self.pool.wanted(waiting.job)
         return {waiting.wants for waiting in self.queue if waiting.wants}
 
-    def _estimate(self, job: Job) -> tuple[float, bool]:
-        """For how long the job will have a slot, and whether it is a side request: a small prompt, or a short answer to
-        one of which little is missing."""
-        prefill_s = self.pool.missing_s(job) if self.pool is not None else 0.0
-        is_small = 0 < job.n_tokens < self.rules.small_prompt_tokens
-        is_short = job.max_tokens is not None and job.max_tokens <= _SHORT_ANSWER
-        return prefill_s + self._answer_s(job), is_small or (is_short and prefill_s <= self.rules.own_above_s)
-
-    def _answer_s(self, job: Job) -> float:
-        if self.pool is None:
-            return 0.0
-        answer = self.pool.rates.answer
-        at_most_s = math.inf if job.max_tokens is None else job.max_tokens / answer.tokens_per_s
-        return min(answer.seconds_left(0.0), at_most_s)
-
     def try_lease(self, slot: Slot, job: Job) -> Lease | None:
         """Lease an idle slot for work of our own (a save, a probe), if nobody is waiting for one."""
         if self.pool is None or self._is_closed or len(self.queue) or not slot.is_idle:
@@ -196,86 +203,84 @@ class Scheduler:
         if self._look_again is not None:
             self._look_again.cancel()
             self._look_again = None
-        reserved: set[int] = set()
-        looks_s: list[float] = []  # when it is worth to look again, though nothing happens
-        is_short = False  # somebody earlier waits for any slot at all
-        is_spared = False  # somebody may not have one that is idle
-        # Asked again only when a slot has been given away: 250 who wait for 64 slots are 16,000 looks otherwise.
-        n_idle = self._n_idle()
+        look = _Look(self._n_idle())
         for waiting in self.queue.ordered():
             if self.pool is None or self._is_closed:
                 break
-            job = waiting.job
-            if waiting.granted.done() or (job.is_exclusive and self._turn is not None):
-                continue
-            if not self.queue.may_run(waiting, len(self.pool.slots), n_idle, self.now()):
-                is_spared = True
-                continue
-            if job.is_unpinned:
-                if not is_short:
-                    self._turn = job
-                    self._give(waiting, Lease.turn(self, self.pool, job))
-                continue
-            if not n_idle:
-                is_short = True  # no need to look closer: with 250 waiting that took a second for each burst
-                continue
-            now = self.now()
-            decision: Plan | Wait
-            if waiting.wait is None or waiting.n_seen != self._n_changes or now >= waiting.look_at:
-                decision = self._decide(waiting, frozenset(reserved))
-                waiting.n_seen = self._n_changes
-                waiting.wait = decision if isinstance(decision, Wait) else None
-                if isinstance(decision, Wait):
-                    waiting.look_at = now + max(decision.for_s or math.inf, MIN_LOOK_AGAIN_S)
-            else:
-                decision = waiting.wait
-            if isinstance(decision, Wait):
-                waiting.note.waits(decision, prefix_due_s(self.pool, decision, self.now()))
-                if decision.slot is not None:
-                    reserved.add(decision.slot)
-                if decision.for_s is None:
-                    is_short = True
-                else:
-                    looks_s.append(max(waiting.look_at - now, 0.0))
-                continue
-            if self._is_turn_waiting and is_long(decision, self.rules):
-                continue  # somebody waits for those that are under way to be through already
-            try:
-                lease = Lease(self, self.pool, self.pool.slots[decision.slot], job, decision)
-            except KeyError:  # a snapshot that the catalog has given up unnoticed
-                assert decision.snapshot is not None
-                self.pool.drop_snapshot(decision.snapshot)
-                looks_s.append(0.0)
-                continue
-            if waiting.patience is not None:
-                self.on_prefix_wait(self.now() - waiting.patience.since)
-            lease.note = waiting.note
-            lease.note.placed(decision)
-            if job.is_exclusive:
-                self._turn = job
-            self.leases[lease] = None
-            self._give(waiting, lease)
-            self._n_changes += 1
-            n_idle = self._n_idle()
-        if is_spared and n_idle and (spared_s := self.queue.look_again_s(self.now())) is not None:
-            looks_s.append(spared_s)
-        if looks_s:
-            self._look_again = asyncio.get_running_loop().call_later(min(looks_s), self.dispatch)
+            if not (waiting.granted.done() or (waiting.job.is_exclusive and self._turn is not None)):
+                self._serve(self.pool, waiting, look)
+        if look.is_spared and look.n_idle:
+            spared_s = self.queue.look_again_s(self.now())
+            look.again_s += [spared_s] if spared_s is not None else []
+        if look.again_s:
+            self._look_again = asyncio.get_running_loop().call_later(min(look.again_s), self.dispatch)
         self.bell.ring()  # last: who has just got a slot may come before a prefill
 
-    def _decide(self, waiting: Waiting, reserved: frozenset[int]) -> Plan | Wait:
-        """Where to, or what to wait for. Whoever is just computing what the job begins with is asked to keep it."""
-        assert self.pool is not None
+    def _serve(self, pool: Pool, waiting: Waiting, look: _Look) -> None:
+        """Give it a slot, or note what it waits for."""
         job, now = waiting.job, self.now()
-        makers = [lease for lease in self.leases if lease.pool is self.pool and lease.is_long]
-        is_patient = waiting.patience is None or waiting.patience.lasts(self.pool, job, now)
-        view = self.pool.view(job, now, reserved, is_patient=is_patient)
-        if is_patient and ask_for_trunk(self.pool, job, view, makers, now):
-            view = self.pool.view(job, now, reserved)
+        if not self.queue.may_run(waiting, len(pool.slots), look.n_idle, now):
+            look.is_spared = True
+            return
+        if job.is_unpinned:
+            if not look.is_short:
+                self._turn = job
+                self._give(waiting, Lease.turn(self, pool, job))
+            return
+        if not look.n_idle:
+            look.is_short = True  # no need to look closer: with 250 waiting that took a second for each burst
+            return
+        decision = self._decision(pool, waiting, frozenset(look.reserved))
+        if isinstance(decision, Wait):
+            waiting.note.waits(decision, prefix_due_s(pool, decision, now))
+            look.waits(decision, waiting.look_at - now)
+        elif not (self._is_turn_waiting and is_long(decision, self.rules)):
+            # else somebody waits for those that are under way to be through already
+            self._place(pool, waiting, decision, look)
+
+    def _place(self, pool: Pool, waiting: Waiting, plan: Plan, look: _Look) -> None:
+        try:
+            lease = Lease(self, pool, pool.slots[plan.slot], waiting.job, plan)
+        except KeyError:  # a snapshot that the catalog has given up unnoticed
+            assert plan.snapshot is not None
+            pool.drop_snapshot(plan.snapshot)
+            look.again_s.append(0.0)
+            return
+        if waiting.patience is not None:
+            self.on_prefix_wait(self.now() - waiting.patience.since)
+        lease.note = waiting.note
+        lease.note.placed(plan)
+        if waiting.job.is_exclusive:
+            self._turn = waiting.job
+        self.leases[lease] = None
+        self._give(waiting, lease)
+        self._n_changes += 1
+        look.n_idle = self._n_idle()
+
+    def _decision(self, pool: Pool, waiting: Waiting, reserved: frozenset[int]) -> Plan | Wait:
+        """The last one, while nothing but arrivals has happened since; else a new one."""
+        now = self.now()
+        if waiting.wait is not None and waiting.n_seen == self._n_changes and now < waiting.look_at:
+            return waiting.wait
+        decision = self._decide(pool, waiting, reserved)
+        waiting.n_seen, waiting.wait = self._n_changes, None
+        if isinstance(decision, Wait):
+            waiting.wait = decision
+            waiting.look_at = now + max(decision.for_s or math.inf, MIN_LOOK_AGAIN_S)
+        return decision
+
+    def _decide(self, pool: Pool, waiting: Waiting, reserved: frozenset[int]) -> Plan | Wait:
+        """Where to, or what to wait for. Whoever is just computing what the job begins with is asked to keep it."""
+        job, now = waiting.job, self.now()
+        makers = [lease for lease in self.leases if lease.pool is pool and lease.is_long]
+        is_patient = waiting.patience is None or waiting.patience.lasts(pool, job, now)
+        view = pool.view(job, now, reserved, is_patient=is_patient)
+        if is_patient and ask_for_trunk(pool, job, view, makers, now):
+            view = pool.view(job, now, reserved)
         decision = place(job, view, self.rules)
         if isinstance(decision, Wait) and waiting.patience is None:
             at_last = waiting.came_at + (self.queue.limits.max_wait_s or math.inf) / 2
-            waiting.patience = Patience.of(self.pool, decision, makers, now, at_last)
+            waiting.patience = Patience.of(pool, decision, makers, now, at_last)
         return decision
 
     def _n_idle(self) -> int:
@@ -283,7 +288,7 @@ class Scheduler:
 
     def _give(self, waiting: Waiting, lease: Lease) -> None:
         steps_s = lease.plan.cost.steps_s if lease.plan is not None else 0.0
-        lease.charge = self.queue.granted(waiting, steps_s + self._answer_s(lease.job), self.now())
+        lease.charge = self.queue.granted(waiting, steps_s + answer_s(self.pool, lease.job), self.now())
         waiting.granted.set_result(lease)
 
     def released(self, lease: Lease) -> None:
@@ -350,25 +355,6 @@ class Scheduler:
         if self.pool is not pool or not job.is_unpinned:
             return False
         return any(not slot.is_idle and pool.is_foreign(slot, job) for slot in pool.slots)
-
-    def is_quiet(self, lease: Lease) -> bool:
-        """Whether every slot is either idle and nobody's, or the turn's own, or at work for sure: on what the job may
-        go on from, if llama-server may choose that slot, for its answer may end at any moment."""
-        if self.pool is not lease.pool:
-            return True  # there is nothing to wait for any more
-        others = [other for other in self.leases if other.pool is self.pool and other.job is not lease.job]
-        started = {
-            id(other.job) for other in others if other.is_started
-        }  # its children's slots are at work with it
-        is_stepping = any(id(other.job) not in started for other in others)
-        n_idle = sum(slot.is_idle for slot in self.pool.slots)
-        if self.is_foreign_at_work(lease):
-            return False
-        return (
-            not is_stepping
-            and not self.pool.is_anything_on_its_way
-            and n_idle >= (lease.job.n_children or lease.job.is_unpinned)
-        )
 
     # -- invariants ----------------------------------------------------------------------------------------------
 

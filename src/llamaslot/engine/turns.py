@@ -230,7 +230,7 @@ class Turns:
         scheduler = self._scheduler
         asked_at = scheduler.now()
         until = asked_at + shut_s
-        while not scheduler.is_quiet(lease):
+        while not _is_quiet(scheduler, lease):
             if scheduler.now() >= until and scheduler.is_foreign_at_work(lease):
                 return False
             await scheduler.bell.heard(_CONFIRM_EVERY_S)
@@ -341,3 +341,19 @@ def _is_prepared(lease: Lease) -> bool:
     ):
         return True
     return SHARED in job.reads and (lease.slot is None or job.may_use(lease.slot.content))
+
+
+def _is_quiet(scheduler: Scheduler, lease: Lease) -> bool:
+    """Whether every slot is either idle and nobody's, or the turn's own, or at work for sure: on what the job may go on
+    from, if llama-server may choose that slot, for its answer may end at any moment."""
+    pool, job = lease.pool, lease.job
+    if scheduler.pool is not pool:
+        return True  # there is nothing to wait for any more
+    others = [other for other in scheduler.leases if other.pool is pool and other.job is not job]
+    started = {
+        id(other.job) for other in others if other.is_started
+    }  # its children's slots are at work with it
+    if scheduler.is_foreign_at_work(lease) or any(id(other.job) not in started for other in others):
+        return False
+    n_idle = sum(slot.is_idle for slot in pool.slots)
+    return not pool.is_anything_on_its_way and n_idle >= (job.n_children or job.is_unpinned)

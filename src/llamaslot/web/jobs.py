@@ -108,7 +108,7 @@ async def wanted(
         if prompt.n_tokens >= pool.n_ctx:
             raise PromptTooLong(prompt.n_tokens, pool.n_ctx)
     heard = body if said.chat is None else said.chat  # what llama-server takes note of
-    n = 1 if kind == "messages" else _n_answers(heard)  # of which the server gives one, whatever was asked
+    n = 1 if kind == "messages" else _n_per_prompt(heard)  # of which the server gives one, whatever was asked
     if n > 1 and not all(prompt.n_tokens for prompt in said.prompts):
         raise BadRequest(_NO_COPIES)
     n_system, boundaries = 0, tuple[int, ...]()
@@ -225,7 +225,7 @@ def _max_tokens(body: Mapping[str, Any]) -> int | None:
     return min(values, default=None)
 
 
-def _n_answers(body: Mapping[str, Any]) -> int:
+def _n_per_prompt(body: Mapping[str, Any]) -> int:
     """``n`` (OpenAI) or ``n_cmpl`` (native), read as an int32 as llama-server reads it: 2.9 is 2, 2**32 + 1 is 1. What
     is no number or too small it refuses by itself, with whatever slot it is given."""
     numbers = [1]

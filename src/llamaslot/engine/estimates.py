@@ -1,0 +1,29 @@
+"""What a request will need, before anybody knows."""
+
+from __future__ import annotations
+
+import math
+
+from llamaslot.core.policy import Rules
+from llamaslot.core.slots import Job
+from llamaslot.engine.pool import Pool
+
+_SHORT_ANSWER = 64  # tokens: a title, a label
+
+
+def answer_s(pool: Pool | None, job: Job) -> float:
+    """How long its answer takes, in seconds. 0 without a pool: then nothing is known of rates."""
+    if pool is None:
+        return 0.0
+    answer = pool.rates.answer
+    at_most_s = math.inf if job.max_tokens is None else job.max_tokens / answer.tokens_per_s
+    return min(answer.seconds_left(0.0), at_most_s)
+
+
+def slot_s(pool: Pool | None, job: Job, rules: Rules) -> tuple[float, bool]:
+    """For how long it will have a slot, in seconds, and whether it is a side request: a small prompt, or a short answer
+    to one of which little is missing."""
+    prefill_s = pool.missing_s(job) if pool is not None else 0.0
+    is_small = 0 < job.n_tokens < rules.small_prompt_tokens
+    is_short = job.max_tokens is not None and job.max_tokens <= _SHORT_ANSWER
+    return prefill_s + answer_s(pool, job), is_small or (is_short and prefill_s <= rules.own_above_s)
