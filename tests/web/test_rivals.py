@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.inprocess import NATIVE, letters, served
+from tests.support.inprocess import NATIVE, letters, served, spawn
 
 MESSAGES = "/v1/messages"
 OWN_STEPS = {"prefill": {"own_above_s": 0}}
@@ -26,6 +26,27 @@ async def test_the_same_prompt_several_times_at_once(tmp_path: Path, settings: A
         body = said(letters(1, 300), stream=stream)
         answers = await asyncio.gather(*(it.post(MESSAGES, body) for _ in range(4)))
     assert [answer.status for answer in answers] == [200] * 4
+
+
+async def test_the_same_prompt_while_it_is_answered_already(tmp_path: Path) -> None:
+    """llama-server does not choose a slot that is at work: the second one waits for its own prompt only."""
+    async with served(tmp_path, OWN_STEPS, slots=2, batch=100, context=8000) as it:
+        text = letters(1, 300)
+        long = spawn(it.post(MESSAGES, said(text, stream=True) | {"max_tokens": 4000}))
+        await it.until(lambda: any(lease.is_started for lease in it.backend.scheduler.leases))
+        it.fake.hold()
+        again = spawn(it.post(MESSAGES, said(text)))
+        for _ in range(100):
+            if again.done():
+                break
+            await it.fake.step()
+        assert again.done()
+        assert not long.done()
+        assert (await again).status == 200
+        long.cancel()
+        await asyncio.wait([long])
+        it.fake.go()
+        await it.at_rest()
 
 
 async def test_a_slot_nobody_knows_while_somebody_waits_for_his_turn(tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ class Turns:
             raise SlotNotEmptied(_NOT_PREPARED)
         self._clearing[lease] = None
         try:
-            while rivals := lease.pool.rivals(lease.job, lease.slot_id):
+            while rivals := self._rivals(lease):
                 if not lease.pool.can_erase:  # nor later: whoever is in the way stays there
                     if any(lease.pool.is_foreign(slot, lease.job) for slot in rivals):
                         raise SlotNotEmptied(_NOT_EMPTIED)
@@ -278,6 +278,18 @@ class Turns:
         finally:
             del self._clearing[lease]
             self._scheduler.bell.ring()
+
+    def _rivals(self, lease: Lease) -> list[Slot]:
+        """The slots that share as much. One that is at work for sure on what the job may use is none: llama-server
+        passes it by, and if its answer ends just then, landing there costs time at most."""
+        pool, job = lease.pool, lease.job
+        at_work = {
+            other.slot.id
+            for other in self._scheduler.leases
+            if other.slot is not None and other.is_started and other.phase is Phase.WORKING
+        }
+        rivals = pool.rivals(job, lease.slot_id)
+        return [slot for slot in rivals if slot.id not in at_work or pool.is_foreign(slot, job)]
 
     def _first(self, lease: Lease, rivals: set[int]) -> Lease | None:
         """Whoever waits for ``lease`` with a slot that it waits for, and goes before it."""
