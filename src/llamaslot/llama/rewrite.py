@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-import regex  # type: ignore[import-untyped]  # compiled, without stubs
+import regex
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from llamaslot.llama.routes import Format
@@ -71,7 +71,7 @@ class RewriteRule(BaseModel):
 _BRACE = re.compile(r"(\\N\{|\\.)|\{(?!\d*,?\d*\})", re.DOTALL)
 
 
-def _compiled(pattern: str) -> Any:
+def _compiled(pattern: str) -> regex.Pattern[str]:
     """By ``regex``, which can be stopped. A brace that repeats nothing is a brace, as in ``re``: ``regex`` reads
     ``{e}`` and the like as errors that there may be, and then anything matches."""
     return regex.compile(_BRACE.sub(lambda found: found[1] or r"\{", pattern))
@@ -119,7 +119,7 @@ class Rewriter:
     rule: RewriteRule
     n_fired: int = 0
     n_given_up: int = 0
-    _pattern: Any = field(init=False, repr=False)
+    _pattern: regex.Pattern[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._pattern = _compiled(self.rule.pattern)
@@ -131,12 +131,12 @@ class Rewriter:
         """
         looked_at, rest = text[: self.rule.max_chars], text[self.rule.max_chars :]
 
-        def replaced(match: Any) -> str:
+        def replaced(match: regex.Match[str]) -> str:
             if match.end() == match.start() or (rest and match.end() == len(looked_at)):
-                return str(match[0])
-            return str(match.expand(self.rule.replace))
+                return match[0]
+            return match.expand(self.rule.replace)
 
-        made: str = self._pattern.sub(replaced, looked_at, timeout=limit_s)
+        made = self._pattern.sub(replaced, looked_at, timeout=limit_s)
         return text if made == looked_at else made + rest
 
 
