@@ -25,10 +25,8 @@ from llamaslot.store.shelf import Shelf
 
 MODEL = "model"
 BYTES_PER_TOKEN = 56_000
-N_SHARED, N_OWN = (
-    1_000,
-    1_000,
-)  # tokens: few, so that 10,000 snapshots fit in memory; comparing more is memcmp
+# Tokens: few, so that 10,000 snapshots fit in memory; comparing more is memcmp.
+N_SHARED, N_OWN = 1_000, 1_000
 
 
 @dataclass(frozen=True, slots=True)

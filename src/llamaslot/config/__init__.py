@@ -111,9 +111,8 @@ class Config(Section):
         backend = self.backends[0]
         if backend.managed is not None and backend.slot_save_path is None:
             backend = backend.model_copy(update={"slot_save_path": self.store.meta_dir / "kv"})
-            object.__setattr__(
-                self, "backends", (backend,)
-            )  # frozen for everybody else, not while it is made
+            # Frozen for everybody else, not while it is made.
+            object.__setattr__(self, "backends", (backend,))
         return self
 
 

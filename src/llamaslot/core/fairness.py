@@ -16,9 +16,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 _AT_ONCE_S = 1e-3
-_LIMIT_S = (
-    300.0  # of a deficit, and of what is owed: an estimate may be far off, and nobody pays for that for ever
-)
+# Of a deficit, and of what is owed: an estimate may be far off, and nobody pays for that for ever.
+_LIMIT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,9 +50,8 @@ def usable(
         return 0
     if memory is Memory.DENSE:
         return limit
-    if (
-        memory is Memory.SWA
-    ):  # the exact end is no sure place to go on from: what the window still needs may be gone
+    # The exact end is no sure place to go on from: what the window still needs may be gone.
+    if memory is Memory.SWA:
         return max((at - _SWA_BACK for at in checkpoints if _SWA_BACK < at <= limit), default=0)
     if n_held is not None and n_held <= limit:
         return n_held

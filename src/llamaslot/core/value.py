@@ -202,9 +202,8 @@ class Returns:
     def _derive(self) -> None:
         n_hits = sum(sum(tally.hits) for tally in self._tallies.values())
         n_expected = sum(self._n_expected(habit) for habit in Habit)
-        scale = (n_hits + self._FEW) / (
-            n_expected + self._FEW
-        )  # how much more often than priors say all come back
+        # How much more often than priors say all come back.
+        scale = (n_hits + self._FEW) / (n_expected + self._FEW)
         self._derived = {habit: _Derived(self._rates(habit, scale)) for habit in Habit}
         self._factors = self._lengths.factors(self._FEW)
 
@@ -278,9 +277,8 @@ def _best_densities(rates: list[float]) -> list[float]:
     A hit ends the waiting: after it the snapshot is a new one.
     """
     best: list[float] = []
-    ahead: list[
-        tuple[float, float, float]
-    ] = []  # stretches of falling density: hits, seconds, what is left after it
+    # Stretches of falling density: hits, seconds, what is left after it.
+    ahead: list[tuple[float, float, float]] = []
     for rate, width in zip(reversed(rates), reversed(_WIDTHS), strict=True):
         hits = -math.expm1(-rate * width)
         seconds, left = hits / rate, 1.0 - hits

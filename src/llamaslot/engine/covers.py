@@ -10,9 +10,8 @@ from llamaslot.core.slots import Kind
 from llamaslot.core.spaces import InSpaces, Space
 from llamaslot.store import Snapshot
 
-_NEAR = (
-    8  # others that are looked at, on models that go on from few points: the longest common prefixes first
-)
+# Others that are looked at, on models that go on from few points: the longest common prefixes first.
+_NEAR = 8
 
 
 class Covers:

@@ -93,9 +93,8 @@ class Divergences:
         if job.n_tokens - plan.n_reused < LOST_MIN or plan.n_reused >= ENOUGH * job.n_tokens:
             return
         self._n_under_way += 1
-        contents = [
-            slot.content for slot in lease.pool.slots
-        ]  # its own slot's too: it changes with the end of the lease
+        # Its own slot's too: it changes with the end of the lease.
+        contents = [slot.content for slot in lease.pool.slots]
         self._tasks.spawn(self._look(lease, contents, prompt, body, kind), f"{job.id} diverges")
 
     async def _look(

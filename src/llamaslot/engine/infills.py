@@ -50,9 +50,8 @@ class Infills:
                 self._known = await self._learned(met)
             known = self._known
         if isinstance(known, OpaquePrompt):
-            raise OpaquePrompt(
-                str(known), known.reason
-            )  # a new one: each raise adds its frames to an exception
+            # A new one: each raise adds its frames to an exception.
+            raise OpaquePrompt(str(known), known.reason)
         return Prompt(await known.tokens(body, whose))
 
     async def _learned(self, met: Met) -> Infill | OpaquePrompt:

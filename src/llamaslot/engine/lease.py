@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from llamaslot.store import Snapshot
 
 
-_LITTLE_S = (
-    1.0  # until its first token, of a request that needs little; longer where prefills are only long later
-)
+# Until its first token, of a request that needs little; longer where prefills are only long later.
+_LITTLE_S = 1.0
 
 
 class PlanAgain(Exception):

@@ -286,9 +286,8 @@ class Prefills:
         content = prefilled(before, tokens, n_found)
         if not is_over:
             content = await until_idle(self.api, lease, content, self.now)
-        elif (
-            lease.pool.recall.is_rewindable and last is not None
-        ):  # what sending it in one more piece has cost
+        elif lease.pool.recall.is_rewindable and last is not None:
+            # What sending it in one more piece has cost.
             self.rates.interruption.observe(self.now() - long.since - last.seconds)
         lease.done(content)
         if not long.has_begun:

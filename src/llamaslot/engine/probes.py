@@ -178,10 +178,8 @@ class Probes:
     async def checkpoints(self, slot: int) -> Files:
         """What a slot file of a model that cannot go back to any token is worth."""
         assert self.catalog is not None
-        mine, other = (
-            _tokens(102)[8:],
-            _tokens(101)[4:],
-        )  # they begin otherwise than what other probes have left
+        # They begin otherwise than what other probes have left.
+        mine, other = _tokens(102)[8:], _tokens(101)[4:]
         parted = head(mine, 98) + head(other, 2)
         await self._prefill(slot, mine)
         if not await self._prefill(slot, parted):

@@ -45,9 +45,8 @@ class Saving:
         self.api, self.catalog, self.rates = api, catalog, rates
         self.metrics, self.tasks, self.now = metrics, tasks, now
         self.fingerprint = ""
-        self.turn = (
-            asyncio.Lock()
-        )  # one save or restore at a time: each stops every stream of this llama-server
+        # One save or restore at a time: each stops every stream of this llama-server.
+        self.turn = asyncio.Lock()
         self._n_emptied = 0  # slots that were found empty when they were saved
 
     async def save(self, lease: Lease) -> Snapshot | None:
@@ -198,9 +197,8 @@ class Saving:
                 _not_saved(lease, kind, error)
                 if not isinstance(error, SlotWedged):
                     return False
-                if (
-                    lease.plan is None
-                ):  # else whoever has asked for the slot counts it, as it is told to the client
+                # With a plan, whoever asked for the slot counts it, as it is told to the client.
+                if lease.plan is None:
                     self.metrics.wedged.inc()
                 raise
         return True

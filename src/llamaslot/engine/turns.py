@@ -27,9 +27,8 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 _CONFIRM_EVERY_S = 1.5  # as for draining slots: asking more often keeps those who have left alive
-_PATIENCE_S = (
-    60.0  # with long prefills, and foreign answers: with the gate shut everybody would wait for the last one
-)
+# With long prefills, and foreign answers: with the gate shut everybody would wait for the last one.
+_PATIENCE_S = 60.0
 _SHUT_S = 15.0  # so long everybody does wait for foreign answers, the first time
 _LANDING_POLLS_S = (0.05, 0.2, 0.5, 1.5)
 
@@ -37,7 +36,6 @@ _NOT_EMPTIED = (
     "a slot that llama-server might choose for this request could not be emptied, and may hold what the request must"
     " not use: nothing was sent. Try again; if it stays so, the log of llamaslot tells what llama-server answered"
 )
-
 
 _NOT_PREPARED = (
     "this prompt could not be computed ahead in a slot, and without that llama-server might choose one with what the"
@@ -362,9 +360,8 @@ def _is_quiet(scheduler: Scheduler, lease: Lease) -> bool:
     if scheduler.pool is not pool:
         return True  # there is nothing to wait for any more
     others = [other for other in scheduler.leases if other.pool is pool and other.job is not job]
-    started = {
-        id(other.job) for other in others if other.is_started
-    }  # its children's slots are at work with it
+    # Its children's slots are at work with it.
+    started = {id(other.job) for other in others if other.is_started}
     if scheduler.is_foreign_at_work(lease) or any(id(other.job) not in started for other in others):
         return False
     n_idle = sum(slot.is_idle for slot in pool.slots)

@@ -24,9 +24,8 @@ class Writeback:
     def __init__(self, scheduler: Scheduler, steps: Steps, idle_save_s: float) -> None:
         self._scheduler, self._steps, self._idle_save_s = scheduler, steps, idle_save_s
         self._serial = itertools.count(1)
-        self._failed: dict[
-            Slot, bytes
-        ] = {}  # what could not be saved is not tried again until it has changed
+        # What could not be saved is not tried again until it has changed.
+        self._failed: dict[Slot, bytes] = {}
 
     async def run(self) -> None:
         """Runs until cancelled; a save under way is then carried out."""

@@ -32,9 +32,8 @@ QUICK_S = 60.0  # /slots and /tokenize wait for the batch that is running, sever
 _PIECE_BYTES = 1 << 20
 RELAYED_BYTES = 1 << 14  # of a piece of an answer that is relayed
 _READ_BYTES = 1 << 18
-_WINDOW_BYTES = (
-    1 << 15
-)  # asked of the kernel, which takes twice that, for what an answer is ahead of its reader
+# Asked of the kernel, which takes twice that, for what an answer is ahead of its reader.
+_WINDOW_BYTES = 1 << 15
 ACTION_S = 900.0  # a save of many GiB to a slow disk
 
 

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-LOG_LAG_S = (
-    0.1  # llama.cpp logs in a thread: what it still has to say comes before our last line, or not at all
-)
+# llama.cpp logs in a thread: what it still has to say comes before our last line, or not at all.
+LOG_LAG_S = 0.1
 
 
 def die_with_parent(sig: int = signal.SIGKILL) -> None:

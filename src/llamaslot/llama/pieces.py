@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from llamaslot.core.tokens import WIDTH, count
 from llamaslot.llama.specials import Mark
 
-SPACING = (
-    256  # characters; a cut nearer to the one before is worth less than its node: 256 characters are ~0.5 ms
-)
+# Characters; a cut nearer to the one before is worth less than its node: 256 characters are ~0.5 ms.
+SPACING = 256
 _OVERHEAD = 400  # bytes of a node besides its text and its tokens, roughly
 
 

@@ -117,9 +117,8 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/responses/input_tokens", "passthrough"),
     Route("POST", "/v1/responses/input_tokens", "passthrough"),
     Route("POST", "/v1/messages/count_tokens", "passthrough"),
-    Route(
-        "POST", "/v1/chat/completions/control", "passthrough"
-    ),  # ends the reasoning of a running answer by its id
+    # Ends the reasoning of a running answer by its id.
+    Route("POST", "/v1/chat/completions/control", "passthrough"),
     Route("GET", "/slots", "passthrough"),
     Route("GET", "/props", "passthrough"),
     Route("GET", "/metrics", "passthrough"),

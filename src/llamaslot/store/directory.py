@@ -66,9 +66,8 @@ class DirectoryLock:
                 f"{directory} is in use by another llamaslot (pid {holder}): stop it, or give each its own directory"
             ) from None
         self._fd = fd
-        with contextlib.suppress(
-            OSError
-        ):  # a full disk: the lock holds all the same, only its message is poorer
+        # A full disk: the lock holds all the same, only its message is poorer.
+        with contextlib.suppress(OSError):
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
 

@@ -22,9 +22,8 @@ from llamaslot.errors import SnapshotInvalid
 
 MAGIC = 0x67677371  # "qsgg" as it lies in the file
 VERSIONS = range(2, 5)  # the header did not change among these; a server restores only its own version
-MAX_TOKENS = (
-    1 << 24
-)  # 64 MiB of ids: far above any context, and a bound on what a damaged count makes us read
+# 64 MiB of ids: far above any context, and a bound on what a damaged count makes us read.
+MAX_TOKENS = 1 << 24
 
 _START = struct.Struct("<III")  # magic, version, n_words
 _PACKED = struct.Struct("<iII")  # -1, version of the list, n_tokens

@@ -97,9 +97,8 @@ class Room:
         """Ask how much is free on the file system, if that matters."""
         n_before = -1
         while self.limits.min_free_bytes and n_before != self.n_commits:
-            n_before = (
-                self.n_commits
-            )  # what is committed meanwhile may be missing in the answer, and is no draft now
+            # What is committed meanwhile may be missing in the answer, and is no draft now.
+            n_before = self.n_commits
             try:
                 found = await asyncio.to_thread(os.statvfs, self.directory)
             except OSError:

@@ -166,9 +166,8 @@ class Shelf:
         for id_ in due:
             if self._is_valid(id_):
                 self.order.passed(self.standings[id_], now)
-        for (
-            id_
-        ) in due:  # only when all is learned: else the first would be ranked by other rates than the last
+        # Only when all is learned: else the first would be ranked by other rates than the last.
+        for id_ in due:
             self._ranking.put(id_)
 
     def victims(self, short_bytes: int, n_short: int, keep: Collection[str], now: float) -> list[Snapshot]:

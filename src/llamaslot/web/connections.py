@@ -198,9 +198,8 @@ def set_options(transport: asyncio.BaseTransport) -> None:
 def raise_file_limit() -> None:
     """Let this process have as many files and connections as it may."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # no limit at all, in some containers more than the kernel allows
+    # A hard limit of none at all is in some containers more than the kernel allows.
+    with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     now = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if 0 <= now < _FEW_FILES:

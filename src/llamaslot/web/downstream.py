@@ -96,9 +96,8 @@ class Downstream:
             yield
         finally:
             ticker.cancel()
-            await asyncio.wait(
-                {ticker}
-            )  # not ``await ticker``: its cancellation would look like the client's leaving
+            # Not ``await ticker``: its cancellation would look like the client's leaving.
+            await asyncio.wait({ticker})
 
     async def _tick(self) -> None:
         while True:

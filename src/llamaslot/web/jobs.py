@@ -40,9 +40,8 @@ class Wanted:
 
     job: Job
     prompts: tuple[Prompt, ...]
-    is_beyond_server: bool = (
-        False  # llama-server has an error of its own for it: more answers than slots, for one
-    )
+    # llama-server has an error of its own for it: more answers than slots, for one.
+    is_beyond_server: bool = False
     unknown: Reason | None = None
     is_head: bool = False
     n_prompts: int = 1  # also of those that are not known
@@ -99,9 +98,8 @@ async def wanted(
     try:
         said = await _said(body, kind, backend, met, pool.rules.space(user).user)
         if said.is_head and kind == "messages":
-            unknown = (
-                Reason.MEDIA
-            )  # llama-server chooses the slot, by the share of a prompt of unknown length
+            # llama-server chooses the slot, by the share of a prompt of unknown length.
+            unknown = Reason.MEDIA
     except OpaquePrompt as error:
         said, unknown = _Said(None, ()), error.reason
     for prompt in said.prompts:

@@ -70,9 +70,8 @@ class Passthrough:
             raw = await self._uploads.whole(request)
         if route.may_be_missing and not await self.is_offered(route):
             return await self.unprepared(request, raw)
-        is_watched = (
-            route.format is not None
-        )  # of embeddings and the like /slots does not tell how far they are
+        # Of embeddings and the like /slots does not tell how far they are.
+        is_watched = route.format is not None
         try:
             # Nobody reads these answers closely enough to tell when they begin.
             async with Deadlines(replace(self._timeouts, first_token_s=None)).kept():

@@ -15,14 +15,8 @@ from aiohttp import HttpVersion11, web
 from llamaslot.errors import BadRequest, BodyTooLarge, LlamaslotError, TooSlow, Unpackable
 
 _BYTES_PER_S = 4096  # what a slow client has to send on average, so that an upload ends some day
-_PACKINGS = (
-    "",
-    "identity",
-    "gzip",
-    "deflate",
-    "br",
-    "zstd",
-)  # as far as aiohttp can: the last two want a library
+# As far as aiohttp can: the last two want a library.
+_PACKINGS = ("", "identity", "gzip", "deflate", "br", "zstd")
 _IS_ASKED_FOR = web.RequestKey("is_asked_for", bool)
 
 

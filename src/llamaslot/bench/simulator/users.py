@@ -60,9 +60,8 @@ class Known:
     """
 
     def __init__(self) -> None:
-        self._longest: dict[
-            tuple[tuple[Text, ...], int], int
-        ] = {}  # by the texts before it and the key of a text
+        # By the texts before it and the key of a text.
+        self._longest: dict[tuple[tuple[Text, ...], int], int] = {}
 
     def share(self, request: Request) -> int:
         """Tokens of the prompt that are known, one at least is not; from now on all of it is."""
