@@ -88,10 +88,8 @@ class Offers:
         """Tokens of a prompt of ``n_prompt`` that need not be computed after that snapshot was restored."""
         if (leaving := self._passing.get(hit.holder)) is not None:
             is_end_known = leaving.content.is_exact or self._recall.is_rewound
-            n_held, source = (
-                hit.n_tokens if is_end_known else None,
-                SNAPSHOT if leaving.slot is None else TRUNK,
-            )
+            n_held = hit.n_tokens if is_end_known else None
+            source = SNAPSHOT if leaving.slot is None else TRUNK
             checkpoints = leaving.content.checkpoints
         else:
             snapshot = self._known[hit.holder]

@@ -64,8 +64,7 @@ class Saving:
                 lease.pool.left(lease.leaving)
             lease.scheduler.dispatch()
             return None
-        content, plan = lease.content, lease.plan
-        keep = {plan.snapshot} if plan is not None and plan.snapshot else set()
+        content, keep = lease.content, _planned(lease)
         if lease.is_own:  # else slots that are all hot would evict each other in turn, for ever
             keep = lease.pool.backing(besides=lease.slot)
         snapshot = await self._write(lease, content, await self._n_held(lease, content), keep, Kind.LEAF)
@@ -87,14 +86,14 @@ class Saving:
 
         The slot goes on from there: what it holds is no more and no less unsaved than before.
         """
-        content, plan, is_kept = lease.content, lease.plan, False
+        content, is_kept = lease.content, False
         try:
             if self.catalog is None or content is None or content.tokens != head(lease.job.tokens, n_tokens):
                 return False  # the prefill has failed
             if not await self._has_gone_back(lease, content, Kind.TRUNK) or lease.content is None:
                 return False
-            keep = {plan.snapshot} if plan is not None and plan.snapshot else set()
-            is_kept = await self._write(lease, lease.content, n_tokens, keep, Kind.TRUNK) is not None
+            snapshot = await self._write(lease, lease.content, n_tokens, _planned(lease), Kind.TRUNK)
+            is_kept = snapshot is not None
             return is_kept
         finally:  # in the same breath in which it has become a snapshot
             lease.can_keep = lease.can_keep and is_kept
@@ -155,12 +154,11 @@ class Saving:
         self.rates.save.observe(snapshot.size_bytes, result.seconds or seconds)
         self.rates.size.observe(result.n_tokens, snapshot.size_bytes)
         self.metrics.saved(snapshot.size_bytes, seconds)
-        act = "keep" if kind is Kind.TRUNK else "save"
-        waited_s = started - asked_at
-        lease.note.acted(
-            lease.slot_id,
-            Act(act, seconds, True, result.n_tokens, snapshot.size_bytes, snapshot.id, waited_s),
-        )
+        act = Act(
+            _step(kind), seconds, is_done=True, n_tokens=result.n_tokens, size_bytes=snapshot.size_bytes,
+            snapshot=snapshot.id, waited_s=started - asked_at,
+        )  # fmt: skip
+        lease.note.acted(lease.slot_id, act)
         if kind is Kind.TRUNK:
             log.info("%s: trunk of %d tokens saved: %s", lease.job.id, n_held, snapshot.id)
         if snapshot.id in self.catalog.snapshots:
@@ -233,9 +231,18 @@ class Saving:
             log.warning(UNIFIED)
 
 
+def _step(kind: Kind) -> str:
+    """What the journal calls it."""
+    return "keep" if kind is Kind.TRUNK else "save"
+
+
+def _planned(lease: Lease) -> set[str]:
+    """The snapshot that its own plan goes on from, which no room is made of."""
+    return {lease.plan.snapshot} if lease.plan is not None and lease.plan.snapshot else set()
+
+
 def _not_saved(lease: Lease, kind: Kind, error: Exception, seconds: float = 0.0) -> None:
-    act = "keep" if kind is Kind.TRUNK else "save"
-    lease.note.acted(lease.slot_id, Act(act, seconds, is_done=False))
+    lease.note.acted(lease.slot_id, Act(_step(kind), seconds, is_done=False))
     if kind is Kind.TRUNK:
         log.warning("slot %d: its trunk was not saved: %s", lease.slot_id, error)
     else:

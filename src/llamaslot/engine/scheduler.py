@@ -234,9 +234,10 @@ class Scheduler:
         if isinstance(decision, Wait):
             waiting.note.waits(decision, prefix_due_s(pool, decision, now))
             look.waits(decision, waiting.look_at - now)
-        elif not (self._is_turn_waiting and is_long(decision, self.rules)):
-            # else somebody waits for those that are under way to be through already
-            self._place(pool, waiting, decision, look)
+            return
+        if self._is_turn_waiting and is_long(decision, self.rules):
+            return  # somebody waits for the long ones under way to be through: none is begun
+        self._place(pool, waiting, decision, look)
 
     def _place(self, pool: Pool, waiting: Waiting, plan: Plan, look: _Look) -> None:
         try:

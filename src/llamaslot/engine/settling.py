@@ -65,12 +65,8 @@ class Settling:
         when that they have not is why this one failed, or may be."""
         pool = lease.pool
         is_end = lease.n_usable >= restored.n_tokens
-        if (
-            pool.memory is Memory.DENSE
-            or pool.recall.keeps_checkpoints is not None
-            or is_end
-            or not lease.n_usable
-        ):
+        is_known = pool.memory is Memory.DENSE or pool.recall.keeps_checkpoints is not None
+        if is_known or is_end or not lease.n_usable:
             return False
         if not has_failed(lease.n_usable, n_reused):
             pool.recall.keeps_checkpoints = True

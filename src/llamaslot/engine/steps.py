@@ -207,18 +207,11 @@ class Steps:
         self.rates.restore.observe(snapshot.size_bytes, result.seconds or seconds)
         self.metrics.restored(snapshot.size_bytes, seconds)
         is_whole = result.n_tokens == snapshot.n_tokens
-        lease.note.acted(
-            lease.slot_id,
-            Act(
-                "restore",
-                seconds,
-                is_whole,
-                result.n_tokens,
-                snapshot.size_bytes,
-                snapshot.id,
-                started - asked_at,
-            ),
-        )
+        act = Act(
+            "restore", seconds, is_done=is_whole, n_tokens=result.n_tokens, size_bytes=snapshot.size_bytes,
+            snapshot=snapshot.id, waited_s=started - asked_at,
+        )  # fmt: skip
+        lease.note.acted(lease.slot_id, act)
         if not is_whole:
             lease.content = None
             log.warning("snapshot %s: %d tokens restored", snapshot_id, result.n_tokens)

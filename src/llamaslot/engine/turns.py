@@ -344,11 +344,8 @@ def _is_prepared(lease: Lease) -> bool:
     """Whether llama-server, which chooses the slot that shares most, finds all but one token of the job in this one.
     What was computed ahead may have been refused; where users share, and nothing else was there, that costs time."""
     job, content = lease.job, lease.content
-    if (
-        content is not None
-        and job.may_use(content)
-        and common(content.tokens, job.tokens) >= job.n_tokens - 1
-    ):
+    n_needed = job.n_tokens - 1
+    if content is not None and job.may_use(content) and common(content.tokens, job.tokens) >= n_needed:
         return True
     return SHARED in job.reads and (lease.slot is None or job.may_use(lease.slot.content))
 

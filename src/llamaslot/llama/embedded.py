@@ -59,13 +59,9 @@ def parser() -> argparse.ArgumentParser:
         "-md", "--model-draft", type=Path, metavar="FILE", help="draft model for speculative decoding"
     )
     p.add_argument(
-        "--lora",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
+        "--lora", type=Path, action="append", default=[], metavar="FILE",
         help="LoRA adapter, as a GGUF; again for more",
-    )
+    )  # fmt: skip
     p.add_argument(
         "-n", "--predict", type=int, default=-1, metavar="N", help="tokens of an answer, -1: until it ends"
     )
@@ -141,12 +137,8 @@ def _params(xllamacpp: Any, flags: argparse.Namespace) -> Any:
     if flags.mmproj:
         p.mmproj.path, p.mmproj_use_gpu = str(flags.mmproj), False
     p.n_batch, p.n_ubatch = flags.batch_size, min(flags.ubatch_size, flags.batch_size)
-    threads = [
-        p.cpuparams,
-        p.cpuparams_batch,
-        p.speculative.draft.cpuparams,
-        p.speculative.draft.cpuparams_batch,
-    ]
+    threads = [p.cpuparams, p.cpuparams_batch]
+    threads += [p.speculative.draft.cpuparams, p.speculative.draft.cpuparams_batch]
     for cpu in threads:
         cpu.n_threads = flags.threads
     if flags.model_draft:

@@ -111,11 +111,8 @@ class Infill:
     async def _text_or_mixed(self, given: Any) -> bytes:
         """Special tokens in it are text. Of a list strings and ids, each for itself."""
         parts = []
-        if (
-            isinstance(given, list)
-            and len(given) > _MAX_PARTS
-            and any(isinstance(part, str) for part in given)
-        ):
+        is_long = isinstance(given, list) and len(given) > _MAX_PARTS
+        if is_long and any(isinstance(part, str) for part in given):
             raise OpaquePrompt("too many parts")
         for part in given if isinstance(given, list) else [given]:
             if isinstance(part, str):

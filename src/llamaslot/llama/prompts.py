@@ -28,13 +28,8 @@ _BAD_PROMPT = (
 
 #: What of a body, apart from its messages, templates show. Another field that one shows makes a prompt part earlier.
 _SHOWN = (
-    "tools",
-    "tool_choice",
-    "response_format",
-    "json_schema",
-    "chat_template_kwargs",
-    "reasoning_effort",
-)
+    "tools", "tool_choice", "response_format", "json_schema", "chat_template_kwargs", "reasoning_effort",
+)  # fmt: skip
 _MAX_TEXTS = 1024  # of one list: each is a question to the server, asked one after the other
 _HEADER_TOKENS = 16  # in front of an answer: a role, perhaps the beginning of its reasoning
 
@@ -270,11 +265,8 @@ class Prompts:
             self._model = _Model(self._server, self._cache_bytes, is_whole=True)
         if not self._is_told:
             self._is_told = True
-            remedy = (
-                "; from now on prompts are tokenized whole, which takes longer"
-                if self._model.is_whole
-                else ""
-            )
+            whole = "; from now on prompts are tokenized whole, which takes longer"
+            remedy = whole if self._model.is_whole else ""
             log.warning(
                 "llama-server counts %d tokens in a prompt, llamaslot %d%s", n_server, prompt.n_tokens, remedy
             )

@@ -8,6 +8,7 @@ from aiohttp import web
 
 from llamaslot import __version__
 from llamaslot.engine.backend import Backend, Health
+from llamaslot.engine.pool import Pool
 from llamaslot.errors import BadRequest, NotAllowed, NotFound
 from llamaslot.observe.journal import KEPT
 from llamaslot.web.openapi import DESCRIPTION, PATHS
@@ -48,16 +49,6 @@ class Status:
         """Slots, snapshots and the queue as they are now. Token contents are never shown."""
         backend, pool = self._backend, self._backend.scheduler.pool
         catalog = backend.catalog
-        prefills = {
-            lease.slot_id: {"n_done": lease.n_done, "n_tokens": lease.job.n_tokens}
-            for lease in backend.scheduler.leases
-            if lease.is_long and lease.pool is pool
-        }
-        users = {
-            lease.slot_id: lease.job.user.id or None
-            for lease in backend.scheduler.leases
-            if lease.pool is pool
-        }
         return {
             "version": __version__,
             "backend": {
@@ -68,20 +59,7 @@ class Status:
                 "memory": pool.memory.value if pool else None,
                 "warnings": list(backend.met.warnings) if backend.met else [],
             },
-            "slots": []
-            if pool is None
-            else [
-                {
-                    "id": slot.id,
-                    "state": slot.state.value,
-                    "n_tokens": slot.content.n_tokens,
-                    "is_dirty": slot.content.is_dirty,
-                    "is_worth_saving": pool.is_worth_saving(slot),
-                    "prefill": prefills.get(slot.id),
-                    "user": users.get(slot.id),
-                }
-                for slot in pool.slots
-            ],
+            "slots": self._slots(pool) if pool else [],
             "snapshots": {
                 "n": pool.n_snapshots if pool else 0,
                 "size_bytes": catalog.size_bytes if catalog else 0,
@@ -99,6 +77,27 @@ class Status:
             ],
             "rewrite": self._prompts.report(),
         }
+
+    def _slots(self, pool: Pool) -> list[dict[str, Any]]:
+        leases = [lease for lease in self._backend.scheduler.leases if lease.pool is pool]
+        prefills = {
+            lease.slot_id: {"n_done": lease.n_done, "n_tokens": lease.job.n_tokens}
+            for lease in leases
+            if lease.is_long
+        }
+        users = {lease.slot_id: lease.job.user.id or None for lease in leases}
+        return [
+            {
+                "id": slot.id,
+                "state": slot.state.value,
+                "n_tokens": slot.content.n_tokens,
+                "is_dirty": slot.content.is_dirty,
+                "is_worth_saving": pool.is_worth_saving(slot),
+                "prefill": prefills.get(slot.id),
+                "user": users.get(slot.id),
+            }
+            for slot in pool.slots
+        ]
 
     def journal(self, n: str) -> dict[str, Any]:
         """The last ``n`` decisions, the newest first. Raises BadRequest when ``n`` is no number."""
