@@ -76,12 +76,11 @@ class Lease:
         # Tokens of its prompt that are there, while that is computed; as far as that is known.
         self.n_done = plan.n_reused if plan is not None else 0
         self.restored: Snapshot | None = None  # what its steps have read into the slot
-        self.n_usable = (
-            0  # what of the slot could be reused when the steps were through, by the kind of model
-        )
-        self.n_whole: int | None = None  # and with an answer that may come back as it was generated
-        self.n_expected = 0  # and what is expected of this server
-        self.is_going_back = False  # and whether it has to drop others behind them
+        # Tokens of the prompt, set by Steps when the slot actions are through:
+        self.n_usable = 0  # reusable by the kind of model
+        self.n_whole: int | None = None  # reusable if the old answer comes back token for token
+        self.n_expected = 0  # reusable as this server has behaved so far
+        self.is_going_back = False  # the slot holds more than n_expected, which is dropped
         self.note = scheduler.note(job)  # in the journal
         # Asked just before a save: whether somebody has come for whom the server should be free.
         self.must_give_way: Callable[[], bool] = lambda: False
@@ -143,7 +142,7 @@ class Lease:
     def still_holds(self) -> None:
         """Raises BackendRestarted when the slot is one of a process that is gone: the number may be another's now."""
         if not self.pool.is_current:
-            raise BackendRestarted("llama-server has restarted")
+            raise BackendRestarted
 
     def acting(self) -> None:
         """A save, erase or restore begins. Raises BackendRestarted."""
