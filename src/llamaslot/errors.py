@@ -160,6 +160,9 @@ class BackendRestarted(LlamaslotError):
     type = "unavailable_error"
     retry_after_s = 5.0
 
+    def __init__(self, message: str = "llama-server has restarted") -> None:
+        super().__init__(message)
+
 
 class PromptTooLong(BadRequest):
     """The prompt does not fit into a slot; worded and typed as llama-server does it."""

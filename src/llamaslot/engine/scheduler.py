@@ -182,7 +182,7 @@ class Scheduler:
         """Lease the ``n`` lowest idle slots, or all of them, for the job whose turn it is. Raises BackendRestarted."""
         assert self._turn is job, "only the job whose turn it is"
         if self.pool is None:
-            raise BackendRestarted("llama-server has restarted")
+            raise BackendRestarted
         idle = [slot for slot in self.pool.slots if slot.is_idle][:n]
         return [self._grant(slot, job) for slot in idle]
 

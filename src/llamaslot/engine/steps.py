@@ -203,7 +203,7 @@ class Steps:
         seconds = self.now() - started
         if (await self.api.props()).boot_id != self.boot_id:
             lease.content = None
-            raise BackendRestarted("llama-server has restarted")
+            raise BackendRestarted
         self.rates.restore.observe(snapshot.size_bytes, result.seconds or seconds)
         self.metrics.restored(snapshot.size_bytes, seconds)
         is_whole = result.n_tokens == snapshot.n_tokens

@@ -170,7 +170,7 @@ class Turns:
             finally:
                 self._scheduler.has_waited(lease)
             if self._scheduler.pool is not lease.pool:
-                raise BackendRestarted("llama-server has restarted")
+                raise BackendRestarted
             fresh = self._scheduler.lease_idle(lease.job, lease.job.n_children or None)
             while fresh:
                 others += fresh

@@ -60,11 +60,15 @@ class InOnePiece(PlanAgain):
     """The answer is in doubt, put together from a stream: ask for it once more, as the client did."""
 
 
+def n_reused_of(lease: Lease, earlier: Earlier | None) -> int:
+    """Tokens of the prompt that are reused. Without a prefill of llamaslot's own it is what is expected."""
+    return earlier.n_reused if earlier is not None else lease.n_expected
+
+
 def source_of(lease: Lease, earlier: Earlier | None) -> Source:
-    """Where the reused part comes from. Without a prefill of llamaslot's own it is what is expected."""
+    """Where the reused part comes from."""
     assert lease.plan is not None
-    n_reused = earlier.n_reused if earlier is not None else lease.n_expected
-    return lease.plan.source if n_reused else Source.COLD
+    return lease.plan.source if n_reused_of(lease, earlier) else Source.COLD
 
 
 class Answering:
@@ -144,7 +148,7 @@ class Answering:
                     self._holds_prompt()
                 is_looked_at = True
                 n_reused = self.earlier.n_reused if self.earlier is not None else reading.n_found
-                self.down.state = Prefilling(reading.n_processed, self.want.job.n_tokens, n_reused, 0.0)
+                self.down.note(Prefilling(reading.n_processed, self.want.job.n_tokens, n_reused, 0.0))
             if events:  # of progress, to who has asked for it
                 await self.down.begin(headers=self._headers(SSE_HEADERS))
             await self.down.write(b"".join(events))
@@ -158,7 +162,7 @@ class Answering:
             raise
 
     def _message_start(self) -> bytes:
-        n_reused = self.earlier.n_reused if self.earlier is not None else self.lease.n_expected
+        n_reused = n_reused_of(self.lease, self.earlier)
         return message_start(self.asked.id, self.asked.body, self.want.job.n_tokens, n_reused)
 
     def _body(self) -> dict[str, Any]:

@@ -33,12 +33,12 @@ from llamaslot.llama.progress import TELLS_PROGRESS, progress_event
 from llamaslot.llama.prompts import NoPrompt
 from llamaslot.llama.routes import Format, Route, origin_form
 from llamaslot.llama.sse import Earlier
-from llamaslot.web.answering import Answering, Asked, InOnePiece, source_of
+from llamaslot.web.answering import Answering, Asked, InOnePiece, n_reused_of, source_of
 from llamaslot.web.bodies import NoObject, parse_object
 from llamaslot.web.deadlines import Deadlines
 from llamaslot.web.downstream import MISTAKE, Downstream, StreamRules
 from llamaslot.web.headers import to_server
-from llamaslot.web.jobs import ATTEMPTS, Wanted, keep_what_follows, request_id, wanted
+from llamaslot.web.jobs import ATTEMPTS, GIVEN_UP, Wanted, keep_what_follows, request_id, wanted
 from llamaslot.web.passthrough import Passthrough
 from llamaslot.web.refusals import in_its_words
 from llamaslot.web.rewriting import SystemPrompts, rewrote
@@ -48,9 +48,7 @@ from llamaslot.web.users import user_of
 
 log = logging.getLogger(__name__)
 
-_BEYOND = BadRequest(
-    "llama-server has fewer slots than answers were asked for, or its model reads no such media"
-)
+_BEYOND = "llama-server has fewer slots than answers were asked for, or its model reads no such media"
 _REPLANS = 2  # for a slot that holds less than was believed
 
 
@@ -149,7 +147,7 @@ class _Exchange:
                 return self._counted(want, await self._serve(want, met))
             except BackendRestarted:
                 self.backend.lost(met)
-        raise BackendDown("llama-server restarts again and again; see its log")
+        raise BackendDown(GIVEN_UP)
 
     async def _prepare_head(self, want: Wanted, met: Met) -> None:
         """Have what comes before the first medium in a slot, if it takes long: restored, or computed in turn with what
@@ -253,7 +251,7 @@ class _Exchange:
                 self.down.say(_Queued(self.backend, job))
                 lease = stack.enter_context(await scheduler.lease(job, is_back=n_before > 0))
                 if lease.pool is not met.pool:
-                    raise BackendRestarted("llama-server has restarted")  # and may have another model now
+                    raise BackendRestarted  # and may have another model now
                 self.backend.metrics.queue_s.observe(time.monotonic() - queued)
                 lease.note.rewrote(rewrote(self.request))
                 if n_before == 0 and want.prompts:
@@ -316,10 +314,9 @@ class _Queued:
 
 def _about(lease: Lease, earlier: Earlier | None, want: Wanted) -> dict[str, str]:
     """What llamaslot tells of itself."""
-    n_reused = earlier.n_reused if earlier is not None else lease.n_expected
     return {
         "x-llamaslot-slot": str(lease.slot_id),
         "x-llamaslot-source": source_of(lease, earlier).value,
-        "x-llamaslot-reused-tokens": str(n_reused),
+        "x-llamaslot-reused-tokens": str(n_reused_of(lease, earlier)),
         "x-llamaslot-prompt-tokens": str(want.job.n_tokens),
     }

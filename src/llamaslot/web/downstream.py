@@ -57,6 +57,10 @@ class Downstream:
         if isinstance(state, Prefilling) and self.progress is not None:
             self._has_moved.set()
 
+    def note(self, state: object) -> None:
+        """For the next comment only. No progress event is made: llama-server's own are relayed meanwhile."""
+        self.state = state
+
     @property
     def has_begun(self) -> bool:
         """Whether headers have been sent: then a failure can only be an event."""

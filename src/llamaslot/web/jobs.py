@@ -26,6 +26,7 @@ from llamaslot.llama.prompts import NoPrompt, Prompt
 from llamaslot.llama.routes import Format
 
 ATTEMPTS = 3  # a server that restarts between two steps of a job: the job is placed again on the new one
+GIVEN_UP = "llama-server restarts again and again; see its log"
 # The slots of the others would wait for the first to be through with its prompt, which it never begins: they are lost
 # until llama-server is restarted (seen running on xllamacpp 2026.10.11549).
 _NO_COPIES = "an empty prompt has one answer: ask for it without n, or with a prompt"

@@ -19,7 +19,7 @@ from llamaslot.llama.routes import Route, origin_form
 from llamaslot.web.deadlines import Deadlines, Timeouts, Watchdog
 from llamaslot.web.downstream import end_relayed
 from llamaslot.web.headers import to_server
-from llamaslot.web.jobs import ATTEMPTS, request_id
+from llamaslot.web.jobs import ATTEMPTS, GIVEN_UP, request_id
 from llamaslot.web.relaying import relay
 from llamaslot.web.uploads import Upload, Uploads
 from llamaslot.web.users import user_of
@@ -91,7 +91,7 @@ class Passthrough:
                 return await self._in_turn(request, raw, id_, head, is_watched=is_watched)
             except BackendRestarted:  # raised before anything was sent
                 self._backend.lost(met)
-        raise BackendDown("llama-server restarts again and again; see its log")
+        raise BackendDown(GIVEN_UP)
 
     async def _in_turn(
         self, request: web.Request, raw: bytes, id_: str, head: bytes, *, is_watched: bool
