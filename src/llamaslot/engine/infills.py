@@ -11,7 +11,7 @@ from typing import Any
 from llamaslot.core.slots import NOTHING, Job
 from llamaslot.engine.beliefs import until_idle
 from llamaslot.engine.handshake import Met
-from llamaslot.engine.lease import Lease
+from llamaslot.engine.lease import Lease, no_report
 from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
 from llamaslot.llama.api import LlamaServer
@@ -26,7 +26,7 @@ _AGAIN_S = 600.0  # after it took longer: so long /infill is served without know
 
 
 class Infills:
-    """Of one backend."""
+    """The layout of /infill on one backend's llama-server, and the prompts that its bodies become."""
 
     def __init__(self, api: LlamaServer, scheduler: Scheduler, steps: Steps) -> None:
         self._api, self._scheduler, self._steps = api, scheduler, steps
@@ -60,7 +60,7 @@ class Infills:
         with await self._scheduler.lease(Job("infill: how is it put together")) as lease:
             if lease.pool is not met.pool:
                 raise OpaquePrompt("llama-server has restarted", Reason.INFILL)  # and may be learned anew
-            await self._steps.prepare(lease, lambda _: None)
+            await self._steps.prepare(lease, no_report)
             lease.sent()
             try:
                 async with asyncio.timeout(_LEARNING_S):

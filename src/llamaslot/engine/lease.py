@@ -1,4 +1,7 @@
-"""A lease: the right of one job to send things to one slot, and what is known of the slot meanwhile."""
+"""A lease: the right of one job to send things to one slot, and what is known of the slot meanwhile.
+
+``PlanAgain`` ends it where the job wants another place; ``Prefilling`` tells how far the job's prompt is.
+"""
 
 from __future__ import annotations
 
@@ -247,3 +250,7 @@ class Prefilling:
 
 
 Report = Callable[[object], None]  # what happens now: a text, or what has one
+
+
+def no_report(_: object) -> None:
+    """Where nobody asks what happens."""

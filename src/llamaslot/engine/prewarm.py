@@ -17,7 +17,7 @@ from typing import Any
 from llamaslot.core.slots import Job, Keep, Kind
 from llamaslot.core.tokens import head
 from llamaslot.core.trunks import MIN_TOKENS
-from llamaslot.engine.lease import PlanAgain
+from llamaslot.engine.lease import PlanAgain, no_report
 from llamaslot.engine.pool import Pool
 from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
@@ -160,7 +160,8 @@ class Prewarm:
         finally:
             working.cancel()
             await asyncio.wait({working})
-        one.n_failed += not has_given_way and self._scheduler.pool is self._pool
+        if not has_given_way and self._scheduler.pool is self._pool:
+            one.n_failed += 1
 
     async def _compute_in_a_slot(self, job: Job) -> None:
         try:
@@ -169,7 +170,7 @@ class Prewarm:
                 kept = [i for i, step in enumerate(lease.plan.steps, 1) if isinstance(step, Keep)]
                 if kept:
                     lease.plan = replace(lease.plan, steps=lease.plan.steps[: kept[0]])
-                    await self._steps.prepare(lease, lambda _: None)
+                    await self._steps.prepare(lease, no_report)
         except SlotWedged as error:
             self._steps.metrics.wedged.inc()
             log.warning("%s: %s", job.id, error)

@@ -198,7 +198,8 @@ class Scheduler:
         ``is_arrival``: that is only one more who waits. Others that wait for something in particular are not looked at
         again then: of 250 who wait for the same prefix that took 15 s.
         """
-        self._n_changes += not is_arrival
+        if not is_arrival:
+            self._n_changes += 1
         # From here to the end nothing awaits: what was looked at is what is leased.
         if self._look_again is not None:
             self._look_again.cancel()

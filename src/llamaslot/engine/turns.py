@@ -11,12 +11,12 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 from llamaslot.core.slots import NOTHING, Content, Job, Slot
 from llamaslot.core.spaces import SHARED
 from llamaslot.core.tokens import common
-from llamaslot.engine.lease import Lease, Phase, PlanAgain
+from llamaslot.engine.lease import Lease, Phase, PlanAgain, Report
 from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
 from llamaslot.errors import BackendRestarted, LlamaslotError, SlotNotEmptied
@@ -45,7 +45,7 @@ _NOT_PREPARED = (
 
 
 class Turn:
-    """The slots that one request with a will of its own may take; ``settle`` sorts out which it took."""
+    """The slots that one request for which llama-server chooses slots may take; ``settle`` sorts out which it took."""
 
     def __init__(
         self,
@@ -152,9 +152,7 @@ class Turns:
         self._clearing: dict[Lease, None] = {}  # in their order
 
     @contextlib.asynccontextmanager
-    async def take(
-        self, lease: Lease, report: Callable[[str], None], left: Content | None = None
-    ) -> AsyncIterator[Turn]:
+    async def take(self, lease: Lease, report: Report, left: Content | None = None) -> AsyncIterator[Turn]:
         """Wait until nobody is between two steps, then lease and save what the request may take.
 
         ``lease`` is the parent's (``n`` > 1) or one without a slot. ``left``: what its one slot holds at its end, as
@@ -309,15 +307,11 @@ class Turns:
         return False
 
     async def _save_if_worth(self, lease: Lease) -> None:
-        if lease.slot is not None and self._is_worth(lease.slot, lease):
+        if lease.slot is not None and lease.pool.is_worth_saving(lease.slot):
             try:
                 await self._steps.save_now(lease)
             except LlamaslotError as error:
                 log.warning("slot %d was not saved: %s", lease.slot_id, error)
-
-    @staticmethod
-    def _is_worth(slot: Slot, lease: Lease) -> bool:
-        return lease.pool.is_worth_saving(slot)
 
     async def _confirm_running(self) -> None:
         """Non-streaming answers send no headers before their end: ask the server whether they have begun."""
@@ -362,4 +356,4 @@ def _is_quiet(scheduler: Scheduler, lease: Lease) -> bool:
     if scheduler.is_foreign_at_work(lease) or any(id(other.job) not in started for other in others):
         return False
     n_idle = sum(slot.is_idle for slot in pool.slots)
-    return not pool.is_anything_on_its_way and n_idle >= (job.n_children or job.is_unpinned)
+    return not pool.is_anything_on_its_way and n_idle >= max(job.n_children, int(job.is_unpinned))

@@ -19,7 +19,7 @@ from llamaslot.config import Config
 from llamaslot.core.fairness import Fairness
 from llamaslot.core.policy import Rules
 from llamaslot.core.prefills import Sharing
-from llamaslot.engine.backend import Backend, Health
+from llamaslot.engine.backend import Backend
 from llamaslot.engine.queue import QueueLimits
 from llamaslot.errors import (
     BadRequest,
@@ -322,4 +322,4 @@ def _greet(config: Config) -> None:
     )
 
 
-__all__ = ["App", "Health", "listening", "make_backend", "serve"]
+__all__ = ["App", "listening", "make_backend", "serve"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -19,7 +18,7 @@ from aiohttp import web
 from llamaslot.core.slots import Job
 from llamaslot.engine.backend import Backend
 from llamaslot.engine.handshake import Met
-from llamaslot.engine.lease import Lease, PlanAgain, Prefilling
+from llamaslot.engine.lease import Lease, PlanAgain, Prefilling, no_report
 from llamaslot.engine.turns import Turn
 from llamaslot.errors import (
     BackendDown,
@@ -160,7 +159,7 @@ class _Exchange:
                 return  # the slots of another process are as good as none
             keep_what_follows(lease)
             with contextlib.suppress(PlanAgain):  # it was needed for somebody else: what is there stays there
-                await self.backend.steps.prepare(lease, lambda _: None)
+                await self.backend.steps.prepare(lease, no_report)
 
     def _counted(self, want: Wanted, response: web.StreamResponse) -> web.StreamResponse:
         """What was served without its tokens; what llama-server has refused anyway does not count."""
@@ -229,14 +228,15 @@ class _Exchange:
     async def _serve(self, want: Wanted, met: Met) -> web.StreamResponse:
         """Until a place was what it was taken for."""
         before: Earlier | None = None
-        for n in itertools.count():
+        n_before = 0
+        while True:
             try:
-                return await self._serve_at_a_place(want, met, before, n)
+                return await self._serve_at_a_place(want, met, before, n_before)
             except PlanAgain as again:
                 self.in_one_piece = self.in_one_piece or isinstance(again, InOnePiece)
                 later = again.earlier
                 before = before.then(later) if before is not None and later is not None else later or before
-        raise AssertionError("a count does not end")
+                n_before += 1
 
     async def _serve_at_a_place(
         self, want: Wanted, met: Met, before: Earlier | None, n_before: int

@@ -13,7 +13,7 @@ from multidict import CIMultiDict
 
 from llamaslot.core.slots import Content, Job
 from llamaslot.engine.backend import Backend
-from llamaslot.engine.lease import Lease
+from llamaslot.engine.lease import Lease, no_report
 from llamaslot.errors import BackendDown, BackendRestarted, DeadlinePassed
 from llamaslot.llama.routes import Route, origin_form
 from llamaslot.web.deadlines import Deadlines, Timeouts, Watchdog
@@ -103,7 +103,7 @@ class Passthrough:
             silence_s = self._backend.api.watchdog_s if is_watched else None
             watchdog = Watchdog(silence_s, partial(self._how_far, lease))
             async with (
-                self._backend.turns.take(lease, lambda _: None, left) as turn,
+                self._backend.turns.take(lease, no_report, left) as turn,
                 watchdog.kept(self._backend.tasks),
                 self._upstream(request, raw, to_server(request)) as upstream,
             ):
