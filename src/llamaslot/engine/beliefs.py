@@ -18,7 +18,7 @@ from llamaslot.observe.metrics import Metrics
 log = logging.getLogger(__name__)
 
 _IDLE_POLL_S = 0.02  # llama-server answers between two batches, so it is asked about once for each
-_FEW_TOKENS = 64  # a build may fall so far short of any belief
+_FEW_TOKENS = 64  # slack: builds reuse up to this many tokens less than computed
 
 
 def prefilled(before: Content, tokens: bytes, n_reused: int) -> Content:

@@ -15,7 +15,7 @@ _NEAR = 8
 
 
 class Covers:
-    """Of the ``snapshots`` that are in ``index``. What was found out is kept until a change near it.
+    """The covers of the ``snapshots`` that are in ``index``. What was found out is kept until a change near it.
 
     One that comes or goes changes only what its nearest neighbour shares with others: where two snapshots share as much
     with it, they share that with each other too. Only trunks matter to many, on models that go on from few points.

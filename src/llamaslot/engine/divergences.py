@@ -77,7 +77,8 @@ async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
 
 
 class Divergences:
-    """Of the requests of one backend. ``tells_texts``: the journal may show what stands where they part."""
+    """Where the requests of one backend part from what was computed before. ``tells_texts``: the journal may show what
+    stands there."""
 
     def __init__(self, api: LlamaServer, metrics: Metrics, tasks: TaskOwner) -> None:
         self._api, self._metrics, self._tasks = api, metrics, tasks

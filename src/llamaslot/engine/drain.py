@@ -29,6 +29,9 @@ UNCONFIRMED_S_PER_TOKEN = 2e-5
 
 @dataclass(slots=True, eq=False)
 class _Draining:
+    """A slot that was given back with llama-server perhaps at work in it. ``content``: the most that it may hold;
+    ``not_before``: found idle before that, it may not have begun yet."""
+
     pool: Pool
     slot: Slot
     content: Content
@@ -112,7 +115,7 @@ class Drains:
         if n == 0:
             event = Event.EMPTY
         elif content.n_tokens == 0 or (entry.id_task is not None and (info.id_task or 0) > entry.id_task):
-            event = Event.FAIL  # the second: a request for which llama-server chose the slot came after it
+            event = Event.FAIL  # with a higher id_task: llama-server put another request there since
         else:
             event = Event.KEEP
             # Not more than what was sent: a prefill that has stopped on the way, and nothing follows.

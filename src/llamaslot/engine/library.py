@@ -91,7 +91,7 @@ class Library:
 
 
 class Libraries:
-    """Of one backend: the library of the model that runs now. Its generations are in ``directory``."""
+    """The library of the model that one backend runs now. Its generations are in ``directory``."""
 
     def __init__(self, catalog: Catalog, directory: Path, tasks: TaskOwner) -> None:
         self._catalog, self._directory, self._tasks = catalog, directory, tasks

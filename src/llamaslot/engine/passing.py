@@ -32,6 +32,7 @@ class Passing:
         self._serial = itertools.count()
 
     def __len__(self) -> int:
+        """Only tests ask."""
         return len(self._entries)
 
     def get(self, holder: str) -> Leaving | None:
@@ -42,6 +43,7 @@ class Passing:
         return self._entries[holder].content.space
 
     def contents(self) -> list[Content]:
+        """What each has. Only tests ask."""
         return [entry.content for entry in self._entries.values()]
 
     @property

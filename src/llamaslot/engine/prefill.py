@@ -58,7 +58,8 @@ class _Long:
     end: int = 0  # of the stretch that is computed
     limit: asyncio.Timeout | None = None  # of that stretch, once it may be interrupted
     since: float = 0.0  # its beginning
-    no_stop_before: int = 0  # a sliding window that was interrupted before it was full has lost all
+    # Before that many tokens no interruption: a sliding window stopped before it is full keeps nothing.
+    no_stop_before: int = 0
     is_by_right: bool = False  # after it was held back for too long: not for a request that needs little
     seconds: float = 0.0  # of computing
     is_keeping: bool = False  # has a trunk saved, and waits for no turn

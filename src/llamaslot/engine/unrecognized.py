@@ -22,7 +22,7 @@ _COSTS = "%s: a request is served without knowing its tokens, and its context is
 
 
 class Unrecognized:
-    """Of one backend."""
+    """The count of one backend's requests that were served so, and which reasons have been told."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics

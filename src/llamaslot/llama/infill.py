@@ -158,6 +158,8 @@ async def learn(server: InfillServer, slot: int, n_ctx: int) -> Layout:
 
 
 class _Learning:
+    """What is asked of ``server`` in ``slot`` to find out its layout, and what the answers tell of it."""
+
     def __init__(self, server: InfillServer, slot: int, n_ctx: int) -> None:
         self._server, self._n_ctx = server, n_ctx
         self._ours = {"id_slot": slot, "n_predict": 0, "cache_prompt": False}

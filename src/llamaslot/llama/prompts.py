@@ -256,7 +256,8 @@ class Prompts:
         """Whether the server counted as many tokens in the prompt as we did.
 
         When not, and the prompt was tokenized in pieces, everything is tokenized whole until ``forget``. Counted in
-        ``n_miscounted``; the first is logged. (The server compares tokens itself: no answer was wrong.)
+        ``n_miscounted``, which only tests read; the first is logged. (The server compares tokens itself: no answer was
+        wrong.)
         """
         if n_server == prompt.n_tokens:
             return True

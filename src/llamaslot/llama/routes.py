@@ -34,7 +34,8 @@ class Route:
 
     ``path`` is as llama-server registers it, for instance ``/slots/:id``. ``honours_id_slot``: an ``id_slot`` in the
     body's root decides which slot it takes; where False, llama-server chooses among the idle ones. ``may_be_missing``:
-    not every build or model has it, and it is not worth preparing a slot for a 404 or 501.
+    not every build or model has it, and it is not worth preparing a slot for a 404 or 501. Only tests read
+    ``honours_id_slot`` and ``is_known``.
     """
 
     method: str  # "GET" answers HEAD too; "*" is any

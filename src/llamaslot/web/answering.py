@@ -32,7 +32,7 @@ from llamaslot.web.reading import Reading
 
 log = logging.getLogger(__name__)
 
-_FEW_TOKENS = 8  # that the end of a text before a medium may have otherwise
+_FEW_TOKENS = 8  # at the end of the text before a medium that may tokenize differently in context
 
 Post = Callable[[dict[str, Any]], contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]]
 

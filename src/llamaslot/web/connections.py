@@ -1,4 +1,5 @@
-"""Connections of clients: what each may hold and how long its request may take, and answers to what is no HTTP.
+"""Connections of clients: what each may hold and how long its request may take, answers to what is no HTTP, and the
+limit of files.
 
 Half-closed: a client that shuts down its sending side has left, for a client that is gone looks the same until it is
 written to, and its slot should not wait for that. aiohttp closes such a connection, and cancels the handler.

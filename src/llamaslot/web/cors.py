@@ -19,6 +19,8 @@ _METHODS = "GET, POST, DELETE, OPTIONS"  # as llama-server says
 
 
 class Cors:
+    """The headers and the preflights of pages of ``origins``; "*" is every page."""
+
     def __init__(self, origins: Collection[str]) -> None:
         self._origins, self._is_open = frozenset(origins), "*" in origins
 

@@ -1,5 +1,5 @@
-"""How long a request may take, and how long llama-server may tell nothing of it. The limits are the operator's; without
-them it may take as long as it does."""
+"""How long a request may take (``Deadlines``), and how long llama-server may tell nothing of it (``Watchdog``). The
+limits are the operator's; without them it may take as long as it does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Timeouts:
 
 @dataclass(slots=True)
 class Deadlines:
-    """Of one request, from its arrival on."""
+    """The limits of one request, from its arrival on."""
 
     timeouts: Timeouts
     _first: asyncio.Timeout | None = field(default=None, init=False)
@@ -56,7 +56,7 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True)
 class Watchdog:
-    """Of a request of whose prompt llama-server tells nothing by itself, so that it has to be asked how far it is.
+    """Watches a request of whose prompt llama-server tells nothing by itself, so that it has to be asked how far it is.
 
     ``look`` says that in whatever can be compared; None while the request is not at work in any slot.
     """

@@ -29,6 +29,9 @@ SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache",
 
 @dataclass(frozen=True, slots=True)
 class StreamRules:
+    """What every exchange keeps to: comments each ``keepalive_s`` while a stream waits, unless there are none, and its
+    timeouts."""
+
     keepalive_s: float = 10.0
     has_comments: bool = True
     timeouts: Timeouts = field(default_factory=Timeouts)
@@ -119,7 +122,7 @@ class Downstream:
                 return  # the server sees that too, and cancels the handler
 
     def _progress(self) -> bytes:
-        """The event for the state, if there is one by now that has moved on already."""
+        """The progress event for the state; nothing if the state is no prefill any more."""
         state = self.state
         return self.progress(state) if self.progress is not None and isinstance(state, Prefilling) else b""
 

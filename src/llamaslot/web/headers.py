@@ -17,8 +17,9 @@ _HOP_BY_HOP = {
 _KEYS = {"authorization", "x-api-key", "api-key"}
 # A generation with an X-Conversation-Id survives its client, and a second one with the same id cancels the first.
 # A compressed body arrives here unpacked.
-_NOT_TO_SERVER = _HOP_BY_HOP | _KEYS
-_NOT_TO_SERVER |= {"host", "content-length", "content-encoding", "x-conversation-id", "expect"}
+_NOT_TO_SERVER = (
+    _HOP_BY_HOP | _KEYS | {"host", "content-length", "content-encoding", "x-conversation-id", "expect"}
+)
 _NOT_TO_CLIENT = _HOP_BY_HOP | {"content-length", "server", "date"}
 
 

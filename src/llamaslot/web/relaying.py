@@ -71,7 +71,7 @@ async def relay(
 async def _events(
     upstream: aiohttp.ClientResponse, begun: Callable[[], None], ended: Callable[[], Awaitable[None]] | None
 ) -> AsyncIterator[bytes]:
-    """As they come, each whole; of one that is larger than what is held what there is."""
+    """Whole events; an event larger than ``_HELD_BYTES`` goes out in pieces."""
     yield b""  # the headers may go before any event
     before = held = b""
     while piece := await next_piece(upstream):

@@ -18,6 +18,8 @@ _DIGITS = 9  # of a number that is read; Python reads no more than 4,300
 
 
 class Status:
+    """The pages of one backend. ``prompts``: the rules for system prompts, whose doings are told too."""
+
     def __init__(self, backend: Backend, prompts: SystemPrompts | None = None) -> None:
         self._backend = backend
         self._prompts = prompts or SystemPrompts((), backend.metrics)
