@@ -120,6 +120,24 @@ async def test_a_large_answer_that_passes_through_is_not_held(tmp_path: Path) ->
         assert received == TOTAL
 
 
+async def test_a_large_answer_does_not_stand_still(tmp_path: Path) -> None:
+    """Of a server that hands the kernel as much as that takes."""
+    n_pieces, piece = 8, b"x" * (1 << 20)
+
+    async def large(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not (await reader.readuntil(b"\r\n\r\n")).startswith(b"GET /index.html"):
+            return
+        writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {n_pieces * len(piece)}\r\n\r\n".encode())
+        for _ in range(n_pieces):
+            writer.write(piece)
+            await writer.drain()
+
+    async with upstream(large) as url, served(tmp_path, wait=False, answers_at=url) as it:
+        await it.start(wait=False)
+        async with asyncio.timeout(PATIENCE_S):
+            assert len((await it.get("/index.html")).raw) == n_pieces * len(piece)
+
+
 async def test_a_whole_answer_of_a_turn_comes_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,7 +108,7 @@ class LlamaServer:
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(force_close=True, limit=0),
+                connector=aiohttp.TCPConnector(force_close=True, limit=0, socket_factory=_narrow_socket),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
                 skip_auto_headers=("Accept-Encoding", "User-Agent"),
                 auto_decompress=False,
@@ -156,8 +156,6 @@ class LlamaServer:
                 allow_redirects=False,
                 read_bufsize=RELAYED_BYTES if is_relayed else _READ_BYTES,
             ) as response:
-                if is_relayed:
-                    _narrow(response)
                 yield response
         except aiohttp.SocketTimeoutError as error:
             raise SlotWedged(
@@ -351,14 +349,17 @@ class LlamaServer:
         return {int(entry["id"]): float(entry["logprob"]) for entry in entries}
 
 
-def _narrow(response: aiohttp.ClientResponse) -> None:
-    """Let the kernel take little of an answer that nobody reads, and so the loop little at a time: uvloop takes up to
-    256 kB of what is there."""
-    transport = response.connection.transport if response.connection is not None else None
-    sock = transport.get_extra_info("socket") if transport is not None else None
-    if sock is not None:
-        with contextlib.suppress(OSError):  # closed already
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WINDOW_BYTES)
+def _narrow_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """One of which the kernel takes little of an answer that nobody reads, and so the loop little at a time: uvloop
+    takes up to 256 kB of what is there.
+
+    Before it connects: Linux drops what is on its way when the window of a connection shrinks, and large answers stood
+    still for minutes.
+    """
+    family, kind, protocol, *_ = address
+    sock = socket.socket(family, kind, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WINDOW_BYTES)
+    return sock
 
 
 async def next_piece(response: aiohttp.ClientResponse) -> bytes:
