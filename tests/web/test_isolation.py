@@ -76,6 +76,53 @@ async def test_slots_can_be_emptied_though_nothing_is_saved(tmp_path: Path) -> N
         assert reused(await ask_as(it, "bert", letters(1, 600))) == 0
 
 
+async def test_what_was_restored_is_not_found_where_the_server_falls_silent(tmp_path: Path) -> None:
+    """The slot holds it, though nobody could ask whether that is still the same server."""
+    text = letters(1, 600)
+    async with served(tmp_path, PER_USER, slots=1) as it:
+        await ask_as(it, "anna", text)
+        await ask_as(it, "bert", letters(2, 600))  # anna's is on disk now
+        restore = it.fake.faults.hang("restore")
+        anna = spawn(ask_as(it, "anna", text + " and more"))
+        await restore.reached.wait()
+        for _ in range(2):  # aiohttp asks a second time
+            it.fake.faults.disconnect_before_headers("/props")
+        restore.release()
+        await anna
+        await it.at_rest()
+        assert reused(await ask_as(it, "carl", text)) == 0
+
+
+async def test_others_go_on_while_somebody_waits_for_another_users_answer(tmp_path: Path) -> None:
+    """Also if a request for several slots waits for him, who is between two steps."""
+    body = {"messages": [{"role": "user", "content": letters(1, 300)}], "max_tokens": 4000, "stream": True}
+    several = {"prompt": "y", "n_predict": 1, "n_cmpl": 2}
+    async with served(tmp_path, PER_USER, slots=6) as it:
+        turns, scheduler = it.backend.turns, it.backend.scheduler
+        it.fake.hold()
+        clients = [spawn(it.post(MESSAGES, body, **{"x-llamaslot-user": "anna"}))]
+        while not any(lease.is_started for lease in scheduler.leases):
+            await it.fake.step()
+        clients.append(spawn(it.post(MESSAGES, body, **{"x-llamaslot-user": "bert"})))
+        while not turns._clearing:
+            await it.fake.step()
+        assert not any(lease.comes_first for lease in turns._clearing), (
+            "nobody's prefill is held up for so long"
+        )
+        clients.append(spawn(it.post(NATIVE, several, **{"x-llamaslot-user": "carl"})))
+        await it.until(lambda: scheduler._turn is not None)
+        dave = spawn(ask_as(it, "dave", letters(5, 50)))
+        while not dave.done():
+            await it.fake.step()
+        assert (await dave).status == 200
+        assert not any(client.done() for client in clients)
+        for client in clients:
+            client.cancel()
+        await asyncio.wait(clients)
+        it.fake.go()
+        await it.at_rest()
+
+
 async def test_what_is_on_disk_is_not_found_by_others_either(tmp_path: Path) -> None:
     """Also not after a restart of llamaslot, when only the files are left."""
     text = letters(1, 600)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.inprocess import CHAT, NATIVE, Served, letters, line_with, right, served, spawn
+from tests.support.inprocess import CHAT, NATIVE, PATIENCE_S, Served, letters, line_with, right, served, spawn
 
 OWN_STEPS = {"prefill": {"own_above_s": 0}}
 ONE, TWO, THREE = (letters(n, 800) for n in (1, 2, 3))
@@ -43,6 +43,36 @@ async def test_in_the_queue(tmp_path: Path, stream: bool) -> None:
             assert (await behind).text == right(it.fake, TWO)
         assert all(seen.body["prompt"] != ONE for seen in it.fake.sent(NATIVE))
         await right_again(it)
+
+
+async def test_whoever_has_left_a_server_that_is_another_now_may_come_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """His one slot is paid back when the old one has drained, and then he is served."""
+    async with served(tmp_path, {"queue": {"user_max_running": 1}}) as it:
+        backend, is_asked, may_go_on = it.backend, asyncio.Event(), asyncio.Event()
+        slots = backend.api.slots
+
+        async def late() -> Any:
+            infos = await slots()
+            if backend.drains._draining:
+                is_asked.set()
+                await may_go_on.wait()
+            return infos
+
+        async with it.streaming(ONE, n=4000) as answer:
+            await answer.content.readany()
+        monkeypatch.setattr(backend.api, "slots", late)
+        await is_asked.wait()
+        pool = backend.scheduler.pool
+        monkeypatch.setattr(backend.api, "slots", slots)
+        backend.changed("/lora-adapters was called")
+        await it.until(lambda: backend.scheduler.pool not in (None, pool))
+        async with it.asking(TWO) as again:
+            await it.until(lambda: backend.scheduler.n_waiting == 1)
+            may_go_on.set()
+            async with asyncio.timeout(PATIENCE_S):
+                assert (await again).text == right(it.fake, TWO)
 
 
 @pytest.mark.parametrize("action", ["save", "erase", "restore"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -228,3 +229,20 @@ async def test_a_list_of_prompts_with_media_keeps_its_slot_to_the_last(tmp_path:
                     n_leases.append(len(it.backend.scheduler.leases))
         assert n_ends == 2
         assert n_leases[0] >= 1
+
+
+async def test_other_slots_before_the_text_ahead_of_an_image_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a server that is another one by then: the request is served all the same."""
+    async with served(tmp_path, AHEAD, slots=2, **SEEING) as it:
+        steps, n_prepared = it.backend.steps, itertools.count()
+        prepare = steps.prepare
+
+        async def late(*given: Any, **more: Any) -> Any:
+            if next(n_prepared) == 0:
+                it.backend.changed("/lora-adapters was called")
+            return await prepare(*given, **more)
+
+        monkeypatch.setattr(steps, "prepare", late)
+        assert (await it.post(MESSAGES, said(MESSAGES, TEXT))).status == 200

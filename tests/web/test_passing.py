@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.inprocess import CHAT, letters, served
+from tests.support.inprocess import CHAT, letters, served, spawn
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,19 @@ async def test_llamaslot_tells_of_itself(tmp_path: Path) -> None:
     assert status["snapshots"]["quota_bytes"] == 1 << 30
     assert missing.status == 404
     assert "/llamaslot/status" in missing.error["message"]
+
+
+async def test_llamaslot_tells_of_itself_while_the_server_chooses_a_slot(tmp_path: Path) -> None:
+    """A turn has no slot until it has landed."""
+    unread = {"messages": [{"role": "user", "content": [{"type": "what"}]}], "max_tokens": 1}
+    async with served(tmp_path, slots=1) as it:
+        it.fake.hold()
+        turn = spawn(it.post("/v1/messages", unread))
+        await it.until(lambda: any(lease.slot is None for lease in it.backend.scheduler.leases))
+        answer = await it.get("/llamaslot/status")
+        it.fake.go()
+        await turn
+    assert (answer.status, len(answer.json["slots"])) == (200, 1)
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/health"])

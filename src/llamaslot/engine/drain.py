@@ -94,6 +94,7 @@ class Drains:
                 elif asked_at >= entry.not_before:  # what arrives later is no news of this slot
                     self._ended(entry)
                     self._settle(entry, info)
+                    self._scheduler.dispatch()
 
     def _ended(self, entry: _Draining) -> None:
         self._draining.remove(entry)
@@ -124,4 +125,3 @@ class Drains:
                 n_more = 0  # media are counted too, and nobody goes on behind them by their number
             content = replace(content.head(n), is_exact=is_exact, n_more=n_more)
         entry.pool.give_back(entry.slot, event, content, self._now())
-        self._scheduler.dispatch()

@@ -69,6 +69,7 @@ class Lease:
         self.is_started = False
         self.is_talking = False  # the first token of its answer has come
         self.is_released = False
+        self.is_clearing = False  # it waits until llama-server would choose its slot
         # Whether a long prefill comes before its own request, to be computed in turn with those of others.
         self.is_long = plan is not None and is_long(plan, pool.rules)
         self.can_keep = True  # a trunk on the way; until one could not be saved
@@ -124,7 +125,7 @@ class Lease:
         One that waits until all others are at work does not hold them up by that, and one whose answer does not begin
         for a while is not that little. Of a long one only its slot actions: each would wait for a batch of another's.
         """
-        if self.is_talking or self.is_released:
+        if self.is_talking or self.is_released or self.is_clearing:
             return False
         is_sent = self.is_answering or self.is_started
         is_acting = self.phase is Phase.ACTING and self.plan is not None

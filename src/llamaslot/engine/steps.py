@@ -201,8 +201,8 @@ class Steps:
             lease.note.acted(lease.slot_id, Act("restore", 0.0, is_done=False, snapshot=snapshot_id))
             return False
         seconds = self.now() - started
+        lease.content = None  # it is there; until it is known to be whole, and where, it is nobody's
         if (await self.api.props()).boot_id != self.boot_id:
-            lease.content = None
             raise BackendRestarted
         self.rates.restore.observe(snapshot.size_bytes, result.seconds or seconds)
         self.metrics.restored(snapshot.size_bytes, seconds)
@@ -213,7 +213,6 @@ class Steps:
         )  # fmt: skip
         lease.note.acted(lease.slot_id, act)
         if not is_whole:
-            lease.content = None
             log.warning("snapshot %s: %d tokens restored", snapshot_id, result.n_tokens)
             return False
         checkpoints = lease.pool.recall.in_file(snapshot.checkpoints)

@@ -197,8 +197,9 @@ class Turns:
     async def _until_quiet(self, lease: Lease) -> None:
         """Wait until nobody is between two steps and nothing foreign is at work, and shut the gate.
 
-        While something foreign is at work the gate stays open, for others can go on meanwhile. But among many there may
-        be no moment without: then it is shut for a while, each time for longer, and open for as long in between.
+        While something foreign is at work, or waited for by somebody between two steps, the gate stays open, for others
+        can go on meanwhile. But among many there may be no moment without: then it is shut for a while, each time for
+        longer, and open for as long in between.
         """
         scheduler, shut_s = self._scheduler, _SHUT_S
         while True:
@@ -215,25 +216,31 @@ class Turns:
         scheduler = self._scheduler
         until = scheduler.now() + patience_s
         while scheduler.now() < until:
-            if not scheduler.is_foreign_at_work(lease):
+            if not self._takes_long(lease):
                 scheduler.wait_for_turn(lease)
                 if not scheduler.is_prefilling(lease):
                     return
             await scheduler.bell.heard(_CONFIRM_EVERY_S)
 
     async def _is_quiet_within(self, lease: Lease, shut_s: float) -> bool:
-        """False when something foreign is at work for so long. Steps are waited for to their end."""
+        """False when an answer takes so long. Steps are waited for to their end."""
         scheduler = self._scheduler
         asked_at = scheduler.now()
         until = asked_at + shut_s
         while not _is_quiet(scheduler, lease):
-            if scheduler.now() >= until and scheduler.is_foreign_at_work(lease):
+            if scheduler.now() >= until and self._takes_long(lease):
                 return False
             await scheduler.bell.heard(_CONFIRM_EVERY_S)
             if scheduler.now() >= asked_at + _CONFIRM_EVERY_S:
                 asked_at = scheduler.now()
                 await self._confirm_running()
         return True
+
+    def _takes_long(self, lease: Lease) -> bool:
+        """Whether an answer must end before ``lease`` can have its turn: what is foreign to it, or to somebody who has
+        to wait for that before he is at work."""
+        is_waited_for = any(not other.is_released for other in self._clearing)
+        return is_waited_for or self._scheduler.is_foreign_at_work(lease)
 
     async def clear_the_way(self, lease: Lease, here: Earlier | None) -> None:
         """Wait until llama-server, asked for the job's prompt, will choose the slot of ``lease`` among those that are
@@ -248,6 +255,7 @@ class Turns:
         if not _is_prepared(lease):
             raise SlotNotEmptied(_NOT_PREPARED)
         self._clearing[lease] = None
+        lease.is_clearing = True
         try:
             while rivals := self._rivals(lease):
                 if not lease.pool.can_erase:  # nor later: whoever is in the way stays there
@@ -273,6 +281,7 @@ class Turns:
                 lease.still_holds()
         finally:
             del self._clearing[lease]
+            lease.is_clearing = False
             self._scheduler.bell.ring()
 
     def _rivals(self, lease: Lease) -> list[Slot]:

@@ -158,7 +158,8 @@ class _Exchange:
             if lease.pool is not met.pool:
                 return  # the slots of another process are as good as none
             keep_what_follows(lease)
-            with contextlib.suppress(PlanAgain):  # it was needed for somebody else: what is there stays there
+            # The slot was needed for somebody else, or is another process's: what is there stays there.
+            with contextlib.suppress(PlanAgain, BackendRestarted):
                 await self.backend.steps.prepare(lease, no_report)
 
     def _counted(self, want: Wanted, response: web.StreamResponse) -> web.StreamResponse:

@@ -81,7 +81,9 @@ class Status:
         }
 
     def _slots(self, pool: Pool) -> list[dict[str, Any]]:
-        leases = [lease for lease in self._backend.scheduler.leases if lease.pool is pool]
+        leases = [
+            lease for lease in self._backend.scheduler.leases if lease.pool is pool and lease.slot is not None
+        ]  # a turn has none until llama-server has chosen
         prefills = {
             lease.slot_id: {"n_done": lease.n_done, "n_tokens": lease.job.n_tokens}
             for lease in leases
