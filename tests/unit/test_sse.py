@@ -49,6 +49,26 @@ def test_events_come_out_whole_however_the_bytes_are_cut(
     assert one_piece.rest == splitter.rest
 
 
+class _Searched(bytearray):
+    """Counts the bytes in which something was looked for."""
+
+    n = 0
+
+    def find(self, *given: Any) -> int:
+        self.n += len(self) - (given[1] if len(given) > 1 else 0)
+        return super().find(*given)
+
+
+def test_nothing_is_searched_twice() -> None:
+    """An event in many chunks costs as much as one in a single chunk, for each kind of line end."""
+    splitter, searched = EventSplitter(), _Searched()
+    splitter._rest = searched
+    for _ in range(100):
+        assert splitter.feed(b"x" * 1000) == []
+    assert len(splitter.feed(b"\n\n")) == 1
+    assert searched.n < 3 * 100_000
+
+
 @given(pieces)
 def test_bytes_one_by_one_give_the_same_events(events: list[bytes]) -> None:
     """The smallest chunks there are: a blank line may arrive in four of them."""

@@ -10,6 +10,7 @@ import orjson
 
 _MARKS = (b'"timings"', b'"usage"', b'"prompt_progress"')
 _ENDS = (b"\n\n", b"\r\n\r\n")
+_OVERLAP = max(map(len, _ENDS)) - 1  # of the bytes before a chunk may belong to a mark that ends in it
 
 
 class EventSplitter:
@@ -19,11 +20,14 @@ class EventSplitter:
         self._rest = bytearray()
 
     def feed(self, chunk: bytes) -> list[bytes]:
+        n_searched = max(
+            len(self._rest) - _OVERLAP, 0
+        )  # an event of 4 MB in many chunks took seconds otherwise
         self._rest += chunk
         events: list[bytes] = []
         start = 0
         # Where each mark is next: looked for again only once it is behind us, or an answer in one chunk takes minutes.
-        found = {mark: self._rest.find(mark) for mark in _ENDS}
+        found = {mark: self._rest.find(mark, n_searched) for mark in _ENDS}
         while ends := [at + len(mark) for mark, at in found.items() if at >= 0]:
             end = min(ends)
             events.append(bytes(self._rest[start:end]))
