@@ -228,7 +228,7 @@ class House:
                 continue
             if not content.is_dirty:
                 assert content.snapshot in self.catalog.snapshots, f"what is not dirty is on disk: {slot}"
-            if not self.is_unnoticed and not self.scheduler._is_closed:
+            if not self.is_unnoticed and not self.scheduler._is_gate_shut:
                 truth = self.server.slots_[slot.id]
                 assert not truth.is_working, f"a slot that is idle for us is idle for the server: {slot}"
                 if truth.is_lost:
@@ -277,7 +277,7 @@ class House:
         assert not scheduler.leases, f"no lease: {scheduler.leases}"
         assert not scheduler.n_waiting, "nobody in the queue"
         assert scheduler._turn is None, "no turn"
-        assert not scheduler._is_closed, "the gate is open"
+        assert not scheduler._is_gate_shut, "the gate is open"
         assert not len(self.tasks), f"no task: {self.tasks._tasks}"
         assert not self.steps.prefills._longs, "no prefill"
         assert self.steps.prefills._current is None, "no stretch"

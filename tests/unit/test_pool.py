@@ -387,7 +387,7 @@ def test_looking_changes_nothing() -> None:
         (lambda pool: pool._index.drop(0), "a slot is indexed by what it holds"),
         (lambda pool: pool._index.insert(0, B), "the index holds what the slot holds"),
         (lambda pool: pool.library.index.insert("nobody", B), "snapshots are indexed"),
-        (lambda pool: pool._known.pop("s"), "a slot's snapshot exists"),
+        (lambda pool: pool._snapshots.pop("s"), "a slot's snapshot exists"),
     ],
 )  # fmt: skip
 def test_a_broken_pool_is_noticed(spoil: object, name: str) -> None:

@@ -223,7 +223,7 @@ def test_a_long_prefill_makes_room_after_a_while(memory: Memory, kind: str, wher
         client = house.come(job)
         house.until(1.0)
         if kind == "unpinned":
-            asks = house.ask_unpinned(Job("turn", is_unpinned=True), tokens_of(1, 70))
+            asks = house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(1, 70))
         else:
             asks = house.ask(Job("turn", tokens_of(1, 70), n_children=1))
         turn = house.start(asks, "turn")
@@ -262,7 +262,9 @@ def test_one_that_is_nearly_through_makes_no_room(memory: Memory) -> None:
         house.begin()
         client = house.come(long("stranger", 9500))
         house.until(1.0)
-        turn = house.start(house.ask_unpinned(Job("turn", is_unpinned=True), tokens_of(1, 70)), "turn")
+        turn = house.start(
+            house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(1, 70)), "turn"
+        )
         house.until(9.0)
         assert not turn.done()
         house.wait(client, turn)
@@ -276,7 +278,9 @@ def test_a_shut_gate_keeps_nobody_from_making_room() -> None:
         house.begin()
         clients = [house.come(long(f"stranger {i}", 40_000, i)) for i in range(8)]
         house.until(1.0)
-        turn = house.start(house.ask_unpinned(Job("turn", is_unpinned=True), tokens_of(1, 70)), "turn")
+        turn = house.start(
+            house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(1, 70)), "turn"
+        )
         house.wait(turn)
         assert 60.0 < house.now - house.began < 8 * 8.0 + 8 * 4.0 + 1.0
         for client in clients:
@@ -290,7 +294,9 @@ def test_whoever_made_room_is_the_next(memory: Memory) -> None:
         house.begin()
         client = house.come(long("stranger", 12_000))
         house.until(1.0)
-        turn = house.start(house.ask_unpinned(Job("turn", is_unpinned=True), tokens_of(1, 70)), "turn")
+        turn = house.start(
+            house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(1, 70)), "turn"
+        )
         late = house.come(long("late", 600, 5))
         house.wait(turn, client, late)
         assert house.first_s["stranger"] < house.first_s["late"] + 1.0
@@ -305,7 +311,9 @@ def test_while_it_makes_room_the_queue_may_be_full(memory: Memory) -> None:
         house.begin()
         client = house.come(long("stranger", 12_000))
         house.until(1.0)
-        turn = house.start(house.ask_unpinned(Job("turn", is_unpinned=True), tokens_of(1, 70)), "turn")
+        turn = house.start(
+            house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(1, 70)), "turn"
+        )
         house.until(2.0)
         late = house.come(long("late", 600, 5))
         house.wait(turn, client, late)

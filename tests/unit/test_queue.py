@@ -271,7 +271,7 @@ def test_a_user_at_its_limit_gets_no_turn_either(desk: Desk) -> None:
     """Also while no slot is idle, when a turn would need none of its own."""
     desk.come(GREEDY)
     desk.come(ANNA), desk.come(BERT), desk.come(User("key:carl"))
-    (turn,) = desk.come(GREEDY, is_unpinned=True)
+    (turn,) = desk.come(GREEDY, is_placed_by_server=True)
     assert turn not in desk.held
     desk.end(GREEDY)
     assert turn in desk.held

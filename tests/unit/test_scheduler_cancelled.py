@@ -64,7 +64,7 @@ async def takes_unpinned(house: House, cut: Cut) -> None:
                 pass
             await turn.settle()
 
-    with await house.scheduler.lease(Job("a", is_unpinned=True)) as lease:
+    with await house.scheduler.lease(Job("a", is_placed_by_server=True)) as lease:
         await cut(turn(lease))
 
 

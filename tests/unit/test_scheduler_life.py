@@ -127,7 +127,7 @@ class Life(RuleBasedStateMachine):
     @rule(user=st.integers(0, N_USERS - 1), whose=st.none() | st.integers(0, N_USERS - 1))
     def ask_unpinned(self, user: int, whose: int | None) -> None:
         """With a prompt that is somebody's: the server finds it wherever it is."""
-        job = Job(f"unpinned at {next(self.serial)}", is_unpinned=True, space=self.space(user))
+        job = Job(f"unpinned at {next(self.serial)}", is_placed_by_server=True, space=self.space(user))
         tokens = self.contexts[whose] + self.fresh(3) if whose is not None else self.fresh(70)
         self.house.start(self.house.ask_unpinned(job, tokens), job.id)
 

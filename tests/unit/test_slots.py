@@ -85,7 +85,7 @@ def test_the_readout_of_a_slot() -> None:
 
 def test_who_needs_a_turn() -> None:
     """Whoever makes llama-server choose slots by itself."""
-    assert Job("a", is_unpinned=True).is_exclusive
+    assert Job("a", is_placed_by_server=True).is_exclusive
     assert Job("a", n_children=2).is_exclusive
     assert not Job("a", is_cold=True).is_exclusive
 

@@ -43,7 +43,7 @@ def answering(house: House, job: Job) -> asyncio.Task[Any]:
 def test_a_turn_does_not_wait_for_an_answer_that_was_left_behind(house: House) -> None:
     """It goes on to its end in a slot of its own; everybody is served meanwhile."""
     answering(house, Job("leaves", tokens_of(1, 90))).cancel()
-    turn = house.start(house.ask_unpinned(Job("turn", is_unpinned=True), tokens_of(5000, 70)), "turn")
+    turn = house.start(house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(5000, 70)), "turn")
     house.loop.pass_time(2.0)
     for _ in range(4):
         for op in house.server.pending[:]:
@@ -58,7 +58,7 @@ def test_a_turn_does_not_wait_for_an_answer_that_was_left_behind(house: House) -
 
 def test_nobody_takes_a_first_step_during_a_turn(house: House) -> None:
     """Not before the server was seen to work on it."""
-    turn = house.start(house.ask_unpinned(Job("turn", is_unpinned=True), tokens_of(5000, 70)), "turn")
+    turn = house.start(house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(5000, 70)), "turn")
     house.loop.settle()
     later = house.start(house.ask(Job("later", tokens_of(1, 90))), "later")
     house.loop.settle()
@@ -78,7 +78,7 @@ def test_a_turn_waits_for_who_is_between_two_steps(house: House) -> None:
     """A slot that is leased but idle is one that a stranger could land in."""
     stepping = house.start(house.ask(Job("stepping", tokens_of(1, 500))), "stepping")
     house.loop.settle()
-    house.start(house.ask_unpinned(Job("turn", is_unpinned=True), tokens_of(5000, 70)), "turn")
+    house.start(house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(5000, 70)), "turn")
     house.loop.settle()
     assert [op.kind for op in house.server.pending] == ["send"], "the prefill of the other one, and no more"
     while not stepping.done():
@@ -94,7 +94,7 @@ def test_contexts_in_the_way_of_a_turn_are_saved_first(house: House) -> None:
     for i in (0, 1):
         house.start(house.ask(Job(f"first {i}", own[i])), "first")
     house.finish()
-    house.start(house.ask_unpinned(Job("turn", is_unpinned=True), tokens_of(5000, 70)), "turn")
+    house.start(house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(5000, 70)), "turn")
     house.start(house.ask(Job("two", tokens_of(100, 90), n_children=1)), "two")
     house.finish()
     before = house.server.n_computed
@@ -146,7 +146,7 @@ def test_a_prefill_of_another_pool_is_not_waited_for(house: House) -> None:
     """
     old = [house.start(house.ask(Job(f"old {i}", tokens_of(9000 * i, 500))), "old") for i in (1, 2)]
     house.loop.settle()
-    turn = house.start(house.ask_unpinned(Job("turn", is_unpinned=True), tokens_of(5000, 70)), "turn")
+    turn = house.start(house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(5000, 70)), "turn")
     house.loop.settle()
     new = house.start(house.ask(Job("new", tokens_of(7000, 500))), "new")
     house.loop.settle()
@@ -173,7 +173,7 @@ def test_a_turn_that_was_prepared_on_a_server_that_is_gone_sends_nothing(house: 
         return infos
 
     house.server.slots = slots  # type: ignore[method-assign]
-    turn = house.start(house.ask_unpinned(Job("turn", is_unpinned=True), tokens_of(5000, 70)), "turn")
+    turn = house.start(house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(5000, 70)), "turn")
     house.loop.settle()
     assert house.server.pending == []
     assert isinstance(outcome(turn), BackendRestarted)
@@ -186,7 +186,7 @@ def test_a_turn_finds_nothing_of_another_user_wherever_it_lands(house: House) ->
     house.start(house.ask(Job("anna's", own, space=ANNA)), "anna's")
     house.finish()
     house.server.lands = lambda _: house.slots["anna's"]
-    house.start(house.ask_unpinned(Job("bert's", is_unpinned=True, space=BERT), own), "bert's")
+    house.start(house.ask_unpinned(Job("bert's", is_placed_by_server=True, space=BERT), own), "bert's")
     house.finish()
     assert house.server.n_computed == 2 * 500
     assert [snapshot.tokens for snapshot in house.catalog.snapshots.values()] == [own]
@@ -199,7 +199,7 @@ def test_a_turn_of_the_same_user_goes_on_from_what_is_there(house: House) -> Non
     house.start(house.ask(Job("anna's", own, space=ANNA)), "anna's")
     house.finish()
     house.server.lands = lambda _: house.slots["anna's"]
-    house.start(house.ask_unpinned(Job("again", is_unpinned=True, space=ANNA), own), "again")
+    house.start(house.ask_unpinned(Job("again", is_placed_by_server=True, space=ANNA), own), "again")
     house.finish()
     assert house.server.n_computed == 500 + 1
     house.check_nothing_is_left()
@@ -208,7 +208,7 @@ def test_a_turn_of_the_same_user_goes_on_from_what_is_there(house: House) -> Non
 def test_a_turn_waits_for_the_answer_of_another_user(house: House) -> None:
     """It may end at any moment, and then llama-server could choose the slot with what is his in it."""
     theirs = answering(house, Job("anna's", tokens_of(1, 90), space=ANNA))
-    own = Job("bert's", is_unpinned=True, space=BERT)
+    own = Job("bert's", is_placed_by_server=True, space=BERT)
     turn = house.start(house.ask_unpinned(own, tokens_of(5000, 70)), "bert's")
     house.loop.pass_time(3.0)
     assert [op.kind for op in house.server.pending] == ["answer"]
@@ -306,7 +306,7 @@ def test_others_go_on_while_a_turn_waits_for_the_answer_of_another_user(isolated
     anna = talking(house, "anna", 600.0)
     house.loop.settle()
     turn = house.start(
-        house.ask_unpinned(Job("turn", is_unpinned=True, space=BERT), tokens_of(5000, 70)), "turn"
+        house.ask_unpinned(Job("turn", is_placed_by_server=True, space=BERT), tokens_of(5000, 70)), "turn"
     )
     waited_s: list[float] = []
     while not anna.done():
@@ -330,7 +330,7 @@ def test_a_turn_comes_though_there_is_always_somebody_else_at_work(isolated: Hou
     talking(house, "anna 0", 8.0)
     house.loop.settle()
     turn = house.start(
-        house.ask_unpinned(Job("turn", is_unpinned=True, space=BERT), tokens_of(5000, 70)), "turn"
+        house.ask_unpinned(Job("turn", is_placed_by_server=True, space=BERT), tokens_of(5000, 70)), "turn"
     )
     for n in range(1, 20):
         house.loop.pass_time(5.0)
@@ -346,7 +346,7 @@ def test_nobody_is_charged_for_waiting_for_a_turn(isolated: House) -> None:
     house, bert = isolated, User("key:bert")
     talking(house, "anna", 50.0)
     house.loop.settle()
-    job = Job("turn", is_unpinned=True, user=bert, space=BERT)
+    job = Job("turn", is_placed_by_server=True, user=bert, space=BERT)
     turn = house.start(house.ask_unpinned(job, tokens_of(5000, 70)), "turn")
     house.loop.settle()
     had_s: list[float] = []

@@ -137,9 +137,10 @@ class Job:
     system part and tools, with which other conversations begin too; 0 when that is not known.
     ``is_cold``: nothing cached may be used (``cache_prompt`` false). ``user``: who asks. ``space``: what it computes is
     found from there only. ``max_tokens``: of its answer, where it says so.
-    ``n_children``: further slots that llama-server takes for ``n`` > 1. ``is_unpinned``: llama-server chooses the slot.
-    ``is_steered``: llama-server chooses the slot, and that is the one that was prepared, for it shares most.
-    ``is_pinned``: it is here to make the trunk of ``n_system`` tokens, which is kept for good.
+    ``n_children``: further slots that llama-server takes for ``n`` > 1.
+    ``is_placed_by_server``: llama-server chooses the slot, whichever that is. ``is_steered``: it chooses the slot, and
+    that is the one that was prepared, for it shares most.
+    ``is_prewarm``: it is here to make the trunk of ``n_system`` tokens, which is kept for good.
     """
 
     id: str
@@ -148,9 +149,9 @@ class Job:
     n_system: int = 0
     is_cold: bool = False
     n_children: int = 0
-    is_unpinned: bool = False
+    is_placed_by_server: bool = False
     is_steered: bool = False
-    is_pinned: bool = False
+    is_prewarm: bool = False
     user: User = NOBODY
     max_tokens: int | None = None
     space: Space = SHARED
@@ -173,7 +174,7 @@ class Job:
     @property
     def is_exclusive(self) -> bool:
         """Whether llama-server will choose slots by itself, so that nobody may be between two steps."""
-        return self.is_unpinned or self.n_children > 0
+        return self.is_placed_by_server or self.n_children > 0
 
     def __repr__(self) -> str:
         return f"<Job {self.id} {self.n_tokens} tok>"

@@ -32,7 +32,7 @@ class Offers:
     """What can be used of a snapshot depends on how the model remembers: ``recall``."""
 
     def __init__(self, library: Library, passing: Passing, rates: Rates, recall: Recall) -> None:
-        self._known, self._passing, self._rates, self._recall = library.snapshots, passing, rates, recall
+        self._snapshots, self._passing, self._rates, self._recall = library.snapshots, passing, rates, recall
         self._library = library
         self._index = InSpaces(Joined(library.index, passing.index), self._space_of)
 
@@ -59,7 +59,7 @@ class Offers:
         """The snapshot that ``job`` would go on from if it got a slot now, if that needs most of it."""
         found = [] if job.is_cold or not job.tokens else self._candidates(job.tokens, job.reads, 2)
         best = max(self.views(found, job.n_tokens, 0.0), key=lambda view: view.n_usable, default=None)
-        snapshot = self._known.get(best.id) if best is not None else None
+        snapshot = self._snapshots.get(best.id) if best is not None else None
         is_needed = best is not None and snapshot is not None and 2 * best.n_usable >= snapshot.n_tokens
         return snapshot.id if snapshot is not None and is_needed else None
 
@@ -73,7 +73,7 @@ class Offers:
                     wait_s, restore_s = self._wait_s(leaving, now), self._rates.restore_s(hit.n_tokens)
                 else:
                     wait_s = 0.0
-                    restore_s = self._rates.restore.seconds(self._known[hit.holder].size_bytes)
+                    restore_s = self._rates.restore.seconds(self._snapshots[hit.holder].size_bytes)
                 views.append(SnapshotView(hit.holder, n_usable, restore_s, wait_s))
         return views[:1] + sorted(views[1:], key=lambda view: -view.n_usable)[:N_CANDIDATES]
 
@@ -92,7 +92,7 @@ class Offers:
             source = SNAPSHOT if leaving.slot is None else TRUNK
             checkpoints = leaving.content.checkpoints
         else:
-            snapshot = self._known[hit.holder]
+            snapshot = self._snapshots[hit.holder]
             checkpoints, n_held, source = snapshot.checkpoints, hit.n_tokens, source_of(snapshot)
         return self._recall.usable(source, hit.n_shared, n_held, self._recall.in_file(checkpoints), n_prompt)
 
@@ -122,7 +122,7 @@ class Offers:
             return ()
         if is_second or abs(branch - job.n_system) <= trunks.NEAR_TOKENS:
             ends = {job.n_system}
-        elif self._recall.is_rewindable and not job.is_pinned:
+        elif self._recall.is_rewindable and not job.is_prewarm:
             ends = {branch}
         else:
             ends = {branch, job.n_system}
@@ -136,7 +136,7 @@ class Offers:
     def _is_trunk(self, holder: str) -> bool:
         if (leaving := self._passing.get(holder)) is not None:
             return leaving.slot is not None
-        return self._known[holder].kind is Kind.TRUNK
+        return self._snapshots[holder].kind is Kind.TRUNK
 
     def _is_worth_trunk(self, job: Job, at: int) -> bool:
         """Whether no snapshot ends there, or will, and computing so much again costs more than saving and restoring it.
@@ -146,10 +146,10 @@ class Offers:
         """
         if not trunks.MIN_TOKENS <= at < job.n_tokens:
             return False
-        can_be_cut = self._recall.is_rewindable and not job.is_pinned
+        can_be_cut = self._recall.is_rewindable and not job.is_prewarm
         upto = at + trunks.NEAR_TOKENS if can_be_cut else at
         there = self._index.longest_full_prefix(head(job.tokens, upto), job.reads)
         if there is not None and there.n_tokens >= at - trunks.NEAR_TOKENS:
             return False
         cost_s = self._rates.save_s(at) + self._rates.restore_s(at)
-        return job.is_pinned or self._rates.prefill.seconds(0, at) > cost_s
+        return job.is_prewarm or self._rates.prefill.seconds(0, at) > cost_s

@@ -45,7 +45,7 @@ class Pool:
 
     def offer(self, library: Library) -> None:
         """From now on the snapshots in ``library`` are found; it is shared with the pools before and after this one."""
-        self._known, self._snapshots = library.snapshots, library.in_spaces
+        self._snapshots, self._snapshot_index = library.snapshots, library.in_spaces
         self.library = library
         self._offers = Offers(library, self._passing, self.rates, self.recall)
 
@@ -161,7 +161,7 @@ class Pool:
         """What a snapshot saves each time that it is asked for: what is computed without it, by way of what others
         hold, against its restore. 0 when it saves nothing."""
         n, n_covered, prefill_s = standing.n_tokens, 0, self.rates.prefill.seconds
-        if standing.id in self._known:
+        if standing.id in self._snapshots:
             self.library.covers.memory = self.memory
             n_covered = self.library.covers.n_tokens(standing.id)
         without_s, restore_s = prefill_s(0, n), self.rates.restore.seconds
@@ -187,30 +187,30 @@ class Pool:
     def agree(self, snapshots: Mapping[str, Snapshot]) -> None:
         """Drop what is not among ``snapshots``, the ones that exist."""
         held = {slot.content.snapshot for slot in self.slots if slot.content.snapshot is not None}
-        for snapshot_id in (self._known.keys() | held) - snapshots.keys():
+        for snapshot_id in (self._snapshots.keys() | held) - snapshots.keys():
             self.drop_snapshot(snapshot_id)
 
     def snapshot(self, snapshot_id: str) -> WithTokens | None:
         """With its tokens as the index has them: a millisecond for 60,000."""
-        if (snapshot := self._known.get(snapshot_id)) is None:
+        if (snapshot := self._snapshots.get(snapshot_id)) is None:
             return None
-        return snapshot.with_tokens(self._snapshots.tokens(snapshot_id))
+        return snapshot.with_tokens(self._snapshot_index.tokens(snapshot_id))
 
     def snapshot_of(self, tokens: bytes) -> WithTokens | None:
         """The snapshot that holds exactly ``tokens``, of those that all share."""
-        hit = self._snapshots.longest_full_prefix(tokens, (SHARED,))
+        hit = self._snapshot_index.longest_full_prefix(tokens, (SHARED,))
         if hit is None or hit.n_tokens != count(tokens):
             return None
-        return self._known[hit.holder].with_tokens(tokens)
+        return self._snapshots[hit.holder].with_tokens(tokens)
 
     def snapshot_at(self, tokens: bytes, space: Space) -> Snapshot | None:
         """The snapshot that ends where ``tokens`` do, or a little before."""
-        hit = self._snapshots.longest_full_prefix(tokens, (space,))
+        hit = self._snapshot_index.longest_full_prefix(tokens, (space,))
         is_near = hit is not None and hit.n_tokens >= count(tokens) - NEAR_TOKENS
-        return self._known.get(hit.holder) if hit is not None and is_near else None
+        return self._snapshots.get(hit.holder) if hit is not None and is_near else None
 
     def has_snapshot(self, snapshot_id: str) -> bool:
-        return snapshot_id in self._known
+        return snapshot_id in self._snapshots
 
     def rivals(self, job: Job, own: int) -> list[Slot]:
         """The slots that llama-server, which knows no spaces, may choose for ``job`` instead of its own, which has all
@@ -236,18 +236,18 @@ class Pool:
         return self._offers.wanted(job) if self.can_save else None
 
     def pinned(self) -> list[Snapshot]:
-        return [snapshot for snapshot in self._known.values() if snapshot.is_pinned]
+        return [snapshot for snapshot in self._snapshots.values() if snapshot.is_pinned]
 
     def marked(self, snapshot: Snapshot) -> None:
         """``snapshot`` is kept for something else than before; a conversation that has gone on from it is its own."""
-        if snapshot.id in self._known:
-            self._known[snapshot.id] = snapshot
+        if snapshot.id in self._snapshots:
+            self._snapshots[snapshot.id] = snapshot
             for slot in self.slots:
                 if slot.content.snapshot == snapshot.id and slot.content.is_dirty:
                     slot.content = replace(slot.content, snapshot=None)
 
     def _is_trunk(self, snapshot_id: str) -> bool:
-        snapshot = self._known.get(snapshot_id)
+        snapshot = self._snapshots.get(snapshot_id)
         return snapshot is not None and snapshot.kind is Kind.TRUNK
 
     def backing(self, besides: Slot | None) -> set[str]:
@@ -257,7 +257,7 @@ class Pool:
 
     @property
     def n_snapshots(self) -> int:
-        return len(self._known)
+        return len(self._snapshots)
 
     # -- leases --------------------------------------------------------------------------------------------------
 
@@ -348,7 +348,7 @@ class Pool:
         self.expect_no_trunk(slot.id)
         if event is Event.KEEP and content.n_tokens == 0:
             event = Event.EMPTY
-        if content.snapshot is not None and content.snapshot not in self._known:
+        if content.snapshot is not None and content.snapshot not in self._snapshots:
             content = replace(content, snapshot=None, is_dirty=True)  # dropped while the slot was leased
         elif content.snapshot is not None and content.is_dirty and self._is_trunk(content.snapshot):
             content = replace(content, snapshot=None)  # a conversation of its own goes on from it
@@ -388,7 +388,7 @@ class Pool:
             if slot.state is State.FREE:
                 assert slot.content == NOTHING, f"a free slot holds nothing: {slot}"
             if slot.content.snapshot is not None:
-                assert slot.content.snapshot in self._known, f"a slot's snapshot exists: {slot}"
+                assert slot.content.snapshot in self._snapshots, f"a slot's snapshot exists: {slot}"
             is_trunk = slot.content.snapshot is not None and self._is_trunk(slot.content.snapshot)
             assert not (is_trunk and slot.content.is_dirty), f"no conversation is that of a trunk: {slot}"
         self.library.check()

@@ -40,7 +40,7 @@ _SURELY_S = 8.0  # of computing, before a prefill makes room for a request that 
 class _Why(enum.Enum):
     """What a prefill waits for."""
 
-    TURN = "another prefill"
+    OTHER_PREFILL = "another prefill"
     FIRST = "somebody who needs little"
     STREAMS = "the share of those that decode"
 
@@ -127,7 +127,7 @@ class Prefills:
                     break
                 else:
                     if lease.is_long:
-                        await self._turn(long, report)
+                        await self._until_next(long, report)
                     if not await self._stretch(long, report, may_replan):
                         return None
                     self._make_room(long)
@@ -141,7 +141,7 @@ class Prefills:
 
     # -- whose turn it is ----------------------------------------------------------------------------------------
 
-    async def _turn(self, long: _Long, report: Report) -> None:
+    async def _until_next(self, long: _Long, report: Report) -> None:
         """Wait until the next stretch is this one's."""
         lease, began = long.lease, self.now()
         long.is_by_right = False
@@ -163,7 +163,7 @@ class Prefills:
     def _waits(self, long: _Long) -> tuple[_Why, float | None] | None:
         """Why, and for how long if nothing changes (None: until something does). None when ``long`` is next."""
         if self._current is not None or self._next() is not long:
-            return _Why.TURN, None
+            return _Why.OTHER_PREFILL, None
         now, sharing = self.now(), _sharing(long)
         held_s = max(self._stopped_at, long.came_at) + sharing.max_held_s - now
         if held_s > 0 and self._is_somebody_first(long):

@@ -147,7 +147,7 @@ class Prewarm:
             f"prewarm {one.name}",
             one.tokens,
             n_system=one.n_tokens,
-            is_pinned=True,
+            is_prewarm=True,
             space=self._scheduler.rules.public,
         )
         working = self._tasks.spawn(self._compute_in_a_slot(job), job.id)

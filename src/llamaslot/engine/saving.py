@@ -46,7 +46,7 @@ class Saving:
         self.metrics, self.tasks, self.now = metrics, tasks, now
         self.fingerprint = ""
         # One save or restore at a time: each stops every stream of this llama-server.
-        self.turn = asyncio.Lock()
+        self.lock = asyncio.Lock()
         self._n_emptied = 0  # slots that were found empty when they were saved
 
     async def save(self, lease: Lease) -> Snapshot | None:
@@ -119,7 +119,7 @@ class Saving:
         idle_s = max(started - used_at, 0.0)
         fingerprint = self.fingerprint  # of the model that computed it: the rest takes a while
         try:
-            async with self.turn:
+            async with self.lock:
                 started = self.now()
                 lease.still_holds()  # making room has taken a while
                 if lease.must_give_way():
@@ -140,7 +140,7 @@ class Saving:
                 checkpoints=lease.pool.recall.in_file(content.checkpoints),
                 source=lease.job.id,
                 kind=kind,
-                is_pinned=kind is Kind.TRUNK and lease.job.is_pinned,
+                is_pinned=kind is Kind.TRUNK and lease.job.is_prewarm,
                 space=content.space.text,
                 idle_s=idle_s,
             )

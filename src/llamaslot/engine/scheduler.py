@@ -65,7 +65,7 @@ class Scheduler:
         self.pin: Callable[[str], AbstractContextManager[object]] = lambda snapshot: nullcontext()
         self._down: BackendDown | None = None  # told to whoever asks
         self._turn: Job | None = None  # the one exclusive job that is under way
-        self._is_closed = False  # nobody else may take a first step
+        self._is_gate_shut = False  # nobody else may take a first step
         self._is_turn_waiting = False  # for others to be through
         self._n_changes = 0
         self.bell = Bell()  # rings when anything has changed
@@ -167,7 +167,7 @@ class Scheduler:
 
     def try_lease(self, slot: Slot, job: Job) -> Lease | None:
         """Lease an idle slot for work of our own (a save, a probe), if nobody is waiting for one."""
-        if self.pool is None or self._is_closed or len(self.queue) or not slot.is_idle:
+        if self.pool is None or self._is_gate_shut or len(self.queue) or not slot.is_idle:
             return None
         return self._grant(slot, job)
 
@@ -206,7 +206,7 @@ class Scheduler:
             self._look_again = None
         look = _Look(self._n_idle())
         for waiting in self.queue.ordered():
-            if self.pool is None or self._is_closed:
+            if self.pool is None or self._is_gate_shut:
                 break
             if not (waiting.granted.done() or (waiting.job.is_exclusive and self._turn is not None)):
                 self._serve(self.pool, waiting, look)
@@ -223,7 +223,7 @@ class Scheduler:
         if not self.queue.may_run(waiting, len(pool.slots), look.n_idle, now):
             look.is_spared = True
             return
-        if job.is_unpinned:
+        if job.is_placed_by_server:
             if not look.is_short:
                 self._turn = job
                 self._give(waiting, Lease.turn(self, pool, job))
@@ -312,7 +312,7 @@ class Scheduler:
     def end_turn(self, lease: Lease) -> None:
         """The job is through with what only it may do. Idempotent."""
         if self._turn is lease.job and (lease.plan is not None or lease.slot is None):
-            self._turn, self._is_closed, self._is_turn_waiting = None, False, False
+            self._turn, self._is_gate_shut, self._is_turn_waiting = None, False, False
             self.dispatch()
 
     def has_turn(self, lease: Lease) -> bool:
@@ -335,15 +335,15 @@ class Scheduler:
             self._is_turn_waiting = True
             self.bell.ring()
 
-    def close(self, lease: Lease) -> None:
+    def shut_gate(self, lease: Lease) -> None:
         """From now on nobody else takes a first step."""
         assert self._turn is lease.job, "only the job whose turn it is"
-        self._is_closed = True
+        self._is_gate_shut = True
 
-    def open(self, lease: Lease) -> None:
+    def open_gate(self, lease: Lease) -> None:
         """Others go on, as before ``wait_for_turn``; the job still waits."""
         assert self._turn is lease.job, "only the job whose turn it is"
-        self._is_closed = self._is_turn_waiting = False
+        self._is_gate_shut = self._is_turn_waiting = False
         self.dispatch()
 
     def has_waited(self, lease: Lease) -> None:
@@ -354,7 +354,7 @@ class Scheduler:
     def is_foreign_at_work(self, lease: Lease) -> bool:
         """Whether a slot is at work on what the job must not go on from, if llama-server may choose that slot."""
         pool, job = lease.pool, lease.job
-        if self.pool is not pool or not job.is_unpinned:
+        if self.pool is not pool or not job.is_placed_by_server:
             return False
         return any(not slot.is_idle and pool.is_foreign(slot, job) for slot in pool.slots)
 
@@ -373,7 +373,7 @@ class Scheduler:
             assert lease.slot.state is State.LEASED, f"a lease holds a leased slot: {lease}"
         leased = sum(slot.state is State.LEASED for slot in self.pool.slots)
         assert leased == len(slots), "a leased slot has a lease"
-        assert not self._is_closed or self._turn is not None, "only a turn closes the gate"
+        assert not self._is_gate_shut or self._turn is not None, "only a turn closes the gate"
         self.queue.check()
         served = [waiting for waiting in self.queue if _is_served(waiting.granted)]
         assert not served, f"whoever was served has left the queue: {served}"

@@ -188,7 +188,7 @@ class Steps:
         try:
             snapshot = await self.catalog.verify(snapshot_id)
             asked_at = self.now()
-            async with self.saving.turn:
+            async with self.saving.lock:
                 started = self.now()
                 lease.still_holds()  # reading its header has taken a while
                 result = await self.api.restore(lease.slot_id, f"{snapshot.id}.kv")

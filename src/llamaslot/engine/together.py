@@ -62,7 +62,7 @@ def ask_for_trunk(pool: Pool, job: Job, view: PoolView, makers: Iterable[Lease],
     for maker in makers:
         n = min(n_shared[maker.slot_id], maker.job.n_tokens - 1, job.n_tokens - 1)
         is_ahead = pool.recall.is_rewindable or n > maker.n_done
-        can_keep = is_ahead and maker.can_keep and not (maker.job.is_cold or maker.job.is_pinned)
+        can_keep = is_ahead and maker.can_keep and not (maker.job.is_cold or maker.job.is_prewarm)
         if can_keep and n >= MIN_TOKENS and (best is None or n > best[0]):
             best = n, maker
     if best is None:

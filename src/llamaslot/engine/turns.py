@@ -174,7 +174,7 @@ class Turns:
                 others += fresh
                 for other in fresh:
                     await self._save_if_worth(other)
-                    if lease.job.is_unpinned and not _may_land_in(other, lease.job):
+                    if lease.job.is_placed_by_server and not _may_land_in(other, lease.job):
                         await self._empty(other, lease.job)
                 fresh = self._scheduler.lease_idle(lease.job)  # those whose answers have ended meanwhile
             before = {info.id: info for info in await self._api.slots()}
@@ -205,10 +205,10 @@ class Turns:
         while True:
             await self._until_likely(lease, max(_PATIENCE_S, shut_s))
             scheduler.wait_for_turn(lease)
-            scheduler.close(lease)
+            scheduler.shut_gate(lease)
             if await self._is_quiet_within(lease, shut_s):
                 return
-            scheduler.open(lease)
+            scheduler.open_gate(lease)
             shut_s *= 2
 
     async def _until_likely(self, lease: Lease, patience_s: float) -> None:
@@ -365,4 +365,4 @@ def _is_quiet(scheduler: Scheduler, lease: Lease) -> bool:
     if scheduler.is_foreign_at_work(lease) or any(id(other.job) not in started for other in others):
         return False
     n_idle = sum(slot.is_idle for slot in pool.slots)
-    return not pool.is_anything_on_its_way and n_idle >= max(job.n_children, int(job.is_unpinned))
+    return not pool.is_anything_on_its_way and n_idle >= max(job.n_children, int(job.is_placed_by_server))

@@ -97,7 +97,7 @@ class Passthrough:
         self, request: web.Request, raw: bytes, id_: str, head: bytes, *, is_watched: bool
     ) -> web.StreamResponse:
         user = user_of(request)
-        job = Job(id_, is_unpinned=True, user=user, space=self._backend.rules.space(user))
+        job = Job(id_, is_placed_by_server=True, user=user, space=self._backend.rules.space(user))
         left = Content(head, is_exact=False, space=job.space, has_media=True) if head else None
         with await self._backend.scheduler.lease(job) as lease:
             silence_s = self._backend.api.watchdog_s if is_watched else None
