@@ -47,10 +47,13 @@ class _Why(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class _Long:
-    """A prefill that is under way. ``at``: tokens that are there; ``stops``: where to stop on the way, and at last."""
+    """A prefill that is under way. ``at``: tokens that are there; ``stops``: where to stop on the way, and at last.
+    ``report``: told what happens; ``may_replan``: it may be given up for a better place."""
 
     lease: Lease
     stops: Sequence[int]
+    report: Report
+    may_replan: bool
     at: int
     came_at: float
     has_begun: bool = False
@@ -110,7 +113,9 @@ class Prefills:
         """
         recall = lease.pool.recall
         n_window = (recall.window or 0) if recall.memory is Memory.SWA else 0
-        long = _Long(lease, stops, lease.n_expected, self.now(), no_stop_before=n_window + 1)
+        long = _Long(
+            lease, stops, report, may_replan, lease.n_expected, self.now(), no_stop_before=n_window + 1
+        )
         lease.n_done = long.at
         if lease.is_long:
             self._longs.append(long)
@@ -127,8 +132,8 @@ class Prefills:
                     break
                 else:
                     if lease.is_long:
-                        await self._until_next(long, report)
-                    if not await self._stretch(long, report, may_replan):
+                        await self._until_next(long)
+                    if not await self._stretch(long):
                         return None
                     self._make_room(long)
         finally:
@@ -141,14 +146,14 @@ class Prefills:
 
     # -- whose turn it is ----------------------------------------------------------------------------------------
 
-    async def _until_next(self, long: _Long, report: Report) -> None:
+    async def _until_next(self, long: _Long) -> None:
         """Wait until the next stretch is this one's."""
         lease, began = long.lease, self.now()
         long.is_by_right = False
         while (waits := self._waits(long)) is not None:
             why, seconds = waits
             if why is not _Why.STREAMS and not long.has_begun:
-                report(f"waiting to prefill {lease.job.n_tokens} tokens")
+                long.report(f"waiting to prefill {lease.job.n_tokens} tokens")
             since = self.now()
             await lease.scheduler.bell.heard(seconds)
             long.paused_s += self.now() - since if why is _Why.STREAMS else 0.0
@@ -207,7 +212,7 @@ class Prefills:
 
     # -- a stretch -----------------------------------------------------------------------------------------------
 
-    async def _stretch(self, long: _Long, report: Report, may_replan: bool) -> bool:
+    async def _stretch(self, long: _Long) -> bool:
         """Compute on for a while; False when llama-server refused. ``long.at`` is where it has got to, then.
 
         Raises PlanAgain as ``run`` does.
@@ -218,7 +223,7 @@ class Prefills:
             long.since, lease.n_done = self.now(), long.at
             lease.working()
             with bell.calling(self._reconsider):
-                is_misplaced = await self._compute(long, report, may_replan)
+                is_misplaced = await self._compute(long)
         except UpstreamError as error:
             log.warning("prefill in slot %d failed: %s", lease.slot_id, error)
             lease.done(None)
@@ -249,13 +254,13 @@ class Prefills:
         reached = rate.reached(long.at, _sharing(long).stretch_s) if rate.known else long.at + GRAIN
         return stretch_end(long.at, long.target, reached)
 
-    async def _compute(self, long: _Long, report: Report, may_replan: bool) -> bool:
+    async def _compute(self, long: _Long) -> bool:
         """The stretch itself. What the slot holds at its end is known, however it ends. True when it has ended because
         that is much less than was expected."""
         lease = long.lease
         tokens, before = head(lease.job.tokens, long.end), lease.content or NOTHING
         last: Progress | None = None
-        n_found, is_over, is_wrong = 0, False, False
+        n_found, is_over, is_misplaced = 0, False, False
         limit = asyncio.timeout(None)
         try:
             async with (
@@ -266,16 +271,17 @@ class Prefills:
                     if last is None:
                         n_found = event.cache
                         lease.begun(replace(prefilled(before, tokens, n_found), is_exact=False))
-                        is_wrong = is_far_off(lease, long.at, n_found) and not long.has_begun
+                        is_far = not long.has_begun and is_far_off(lease, long.at, n_found)
+                        is_misplaced = is_far and long.may_replan
                         if long.has_begun and n_found < long.at - _FEW:
                             long.no_stop_before = 2 * long.at
                             long.at = n_found
-                        if is_wrong and may_replan:
+                        if is_misplaced:
                             break
                     else:
                         self._learn(last, event)
                     last, lease.n_done = event, event.processed
-                    report(self._progress(long, n_found, event))
+                    long.report(self._progress(long, n_found, event))
                     long.limit = limit
                     self._reconsider()
                 else:
@@ -294,9 +300,9 @@ class Prefills:
         if not long.has_begun:
             long.has_begun, long.n_reused = True, n_found
         long.at = lease.n_done = content.n_tokens
-        if is_wrong and may_replan:
+        if is_misplaced:
             note_misplaced(lease, n_found, self.metrics)
-        return is_wrong and may_replan
+        return is_misplaced
 
     def _learn(self, last: Progress, event: Progress) -> None:
         if event.processed - last.processed >= _FEW:
