@@ -46,7 +46,7 @@ from llamaslot.web.passthrough import Passthrough
 from llamaslot.web.rewriting import SystemPrompts, tell_rewrote
 from llamaslot.web.status import Status
 from llamaslot.web.tls import Certificate
-from llamaslot.web.uploads import Uploads, close_behind, hold_back, is_left_packed
+from llamaslot.web.uploads import Uploads, close_behind, hold_back
 from llamaslot.web.users import USER
 
 log = logging.getLogger(__name__)
@@ -101,9 +101,6 @@ class App:
         try:
             response = await self._answer(request, route)
             status = response.status
-            if isinstance(connection, Connection) and is_left_packed(request):
-                response.force_close()
-                connection.close()  # which throws away what still comes, where aiohttp would unpack it for that
         except asyncio.CancelledError:
             metrics.clients_left.inc()  # aiohttp cancels the handler of a client that has closed its connection
             raise

@@ -19,12 +19,11 @@ from aiohttp import web
 from aiohttp.http_exceptions import (
     BadHttpMethod,
     BadStatusLine,
-    ContentEncodingError,
     HttpProcessingError,
     LineTooLong,
 )
 
-from llamaslot.errors import BadRequest, LlamaslotError, QueueFull, TooSlow, Unpackable
+from llamaslot.errors import BadRequest, LlamaslotError, QueueFull, TooSlow
 from llamaslot.web.downstream import MISTAKE, NAME, error_response
 
 log = logging.getLogger(__name__)
@@ -92,7 +91,13 @@ class Connection(web.RequestHandler):
 
     def __init__(self, every: Connections, server: web.Server, patience: Patience) -> None:
         loop = asyncio.get_running_loop()
-        super().__init__(server, loop=loop, keepalive_timeout=patience.idle_s, access_log=None)  # type: ignore[arg-type]
+        super().__init__(
+            server,
+            loop=loop,
+            keepalive_timeout=patience.idle_s,
+            access_log=None,  # type: ignore[arg-type]
+            auto_decompress=False,  # ``web.unpacking`` does it
+        )
         self._all, self._patience, self._is_serving = every, patience, False
         self._header_timer: asyncio.TimerHandle | None = None
 
@@ -172,8 +177,6 @@ def _wording(error: BaseException | None) -> LlamaslotError:
         return _TooLong("the request's address or one of its headers is longer than 8190 bytes")
     if said.startswith("Too many headers"):
         return _TooLong("the request has more than 128 headers")
-    if isinstance(error, ContentEncodingError):
-        return Unpackable(f"{said}: send the body as gzip, or plain")
     if isinstance(error, BadHttpMethod | BadStatusLine):
         hint = ", but TLS: this port takes http:// only" if "HTTPS" in said else ""
         return BadRequest(f"this is no HTTP request{hint}")

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 from aiohttp import HttpVersion11, web
 
-from llamaslot.errors import BadRequest, BodyTooLarge, LlamaslotError, TooSlow, Unpackable
+from llamaslot.errors import BadRequest, BodyTooLarge, LlamaslotError, TooSlow
+from llamaslot.web.unpacking import Unpacking
 
 _BYTES_PER_S = 4096  # what a slow client has to send on average, so that an upload ends some day
-# As far as aiohttp can: the last two want a library.
-_PACKINGS = ("", "identity", "gzip", "deflate", "br", "zstd")
 _IS_ASKED_FOR = web.RequestKey("is_asked_for", bool)
 
 
@@ -33,14 +32,20 @@ class Uploads:
         return b"".join([piece async for piece in self.pieces(request)])
 
     async def pieces(self, request: web.Request) -> AsyncIterator[bytes]:
-        """The body as it comes. Raises as ``whole`` does."""
+        """The body as it comes, unpacked. Raises as ``whole`` does."""
         if (request.content_length or 0) > self.max_bytes:
             raise self._too_large()
-        if (packing := request.headers.get("Content-Encoding", "").strip().lower()) not in _PACKINGS:
-            raise Unpackable(
-                f"a body with Content-Encoding {packing!r} cannot be read here: send it as gzip, or plain"
-            )
+        unpacking, n_bytes = Unpacking(request.headers.get("Content-Encoding", "")), 0
         await _ask_for_it(request)
+        async for received in self._received(request):
+            for piece in unpacking.feed(received):
+                n_bytes += len(piece)
+                if n_bytes > self.max_bytes:
+                    raise self._too_large()
+                yield piece
+        unpacking.end()
+
+    async def _received(self, request: web.Request) -> AsyncIterator[bytes]:
         loop = asyncio.get_running_loop()
         n_bytes, deadline = 0, loop.time() + self.timeout_s
         while True:
@@ -57,8 +62,6 @@ class Uploads:
             if not piece:
                 return
             n_bytes += len(piece)
-            if n_bytes > self.max_bytes:
-                raise self._too_large()
             yield piece
 
     def _too_large(self) -> BodyTooLarge:
@@ -91,11 +94,6 @@ def is_held_back(request: web.Request) -> bool:
     """Whether the client still waits for a word before it sends its body."""
     expects = request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11
     return expects and not request.get(_IS_ASKED_FOR, False)
-
-
-def is_left_packed(request: web.Request) -> bool:
-    """Whether a packed body has not been read to its end: a thousand times as much may come of what is left of it."""
-    return "Content-Encoding" in request.headers and not request.content.is_eof()
 
 
 async def close_behind(request: web.Request, response: web.StreamResponse) -> None:
