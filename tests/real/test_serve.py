@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -208,6 +209,21 @@ async def test_numbers_of_answers_are_read_as_the_server_reads_them(tmp_path: Pa
             assert answer.json.get("error") == direct.json.get("error"), n
             assert len(answer.json.get("choices", ())) == len(direct.json.get("choices", ())), n
         assert it.backend.met is met, "nothing ran where nobody had a slot"
+
+
+@pytest.mark.parametrize("path", [NATIVE, TEXT, CHAT])
+async def test_switches_that_are_none_are_refused_as_by_the_server(tmp_path: Path, path: str) -> None:
+    """Those that llamaslot sets itself: a wrong one is not put right in silence."""
+    said = {"messages": [{"role": "user", "content": "x"}]} if path == CHAT else {"prompt": "x"}
+    async with serving(tmp_path, slots=2, context=512) as (it, real):
+        for name in ("cache_prompt", "return_progress"):
+            for value, stream in itertools.product(("no", 0, [], None, False), (False, True)):
+                body = {**said, "max_tokens": 2, "temperature": 0, "stream": stream, name: value}
+                answer, direct = await it.post(path, body), await it.post(path, body, to=real.url)
+                assert answer.status == direct.status, body
+                if direct.status != 200:
+                    assert answer.json == direct.json
+                    assert answer.headers["Content-Type"] == direct.headers["Content-Type"]
 
 
 async def test_an_empty_prompt_that_asks_for_two_answers_takes_no_slot(tmp_path: Path) -> None:

@@ -78,6 +78,15 @@ async def test_a_response_is_said_to_be_in_progress_once() -> None:
     assert await passed(reading(created + told + told, wants_progress=True)) == created + told + told
 
 
+async def test_each_of_several_responses_is_said_to_be_in_progress() -> None:
+    """With ``n`` llama-server begins again for each."""
+    created = event_of({"type": "response.created"}, b"event: response.created\n")
+    plain = event_of({"type": "response.in_progress"}, b"event: response.in_progress\n")
+    told = event_of({"type": "response.in_progress", "prompt_progress": PROGRESS}, plain)
+    assert await passed(reading(created, told, told, created, told)) == (created + plain) * 2
+    assert await passed(reading(created, created, told)) == created * 2 + plain
+
+
 async def test_a_response_is_not_created_before_its_place_is_known() -> None:
     """The first event of progress tells whether it is asked for again elsewhere, where it is created once more."""
     it = reading(event_of({"type": "response.created"}, b"event: response.created\n"))

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 import pytest
 
-from llamaslot.web.connections import raise_file_limit
+from llamaslot.web.connections import Connection, raise_file_limit
 from llamaslot.web.unpacking import Unpacking
 from tests.support.inprocess import CHAT, NATIVE, PATIENCE_S, letters, right, served
 from tests.support.keys import KeyFile
@@ -358,6 +358,23 @@ async def test_a_large_body_may_take_longer(tmp_path: Path) -> None:
         await it.until(lambda: it.backend.now() > later)
         await client.send(b'"}')
         assert (await client.answer())[0].startswith("HTTP/1.1 200")
+
+
+async def test_a_header_that_begins_at_once_must_end_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among many connections the first bytes are there before the task that waits for them."""
+    made = Connection.connection_made
+
+    def made_with_data(connection: Connection, transport: asyncio.BaseTransport) -> None:
+        made(connection, transport)
+        connection.data_received(b"GET /he")
+
+    async with served(tmp_path, {"listen": {"read_timeout_s": 0.1}}) as it:
+        monkeypatch.setattr(Connection, "connection_made", made_with_data)
+        async with wire(it) as client, asyncio.timeout(PATIENCE_S):
+            assert (await client.answer())[0].startswith("HTTP/1.1 408")
+            assert await client.rest() == b""
 
 
 async def test_the_rest_of_a_body_is_no_header(tmp_path: Path) -> None:

@@ -55,7 +55,10 @@ main.add_command(keys)
 @click.option("--config", "path", type=click.Path(path_type=Path), default="config.yaml", show_default=True)
 @click.option("--check", is_flag=True, help="Only check the configuration; exit code 2 if it has faults.")
 def serve(path: Path, check: bool) -> None:
-    """Serve until SIGTERM or SIGINT; unsaved contexts are saved first."""
+    """Serve until SIGTERM or SIGINT.
+
+    Contexts that are not saved yet are saved first.
+    """
     try:
         config = Config.load(path)
     except ConfigError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llamaslot.core.answers import AnswerLength
 from llamaslot.core.spaces import Space
 
-_DRAIN_S = 1.0  # what it usually takes until the server has noticed that a client has gone
+_DRAIN_S = 0.4  # what it usually takes until the server has noticed that a client has gone
 
 
 @dataclass(slots=True)

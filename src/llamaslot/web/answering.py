@@ -53,7 +53,11 @@ class Asked:
 
     @property
     def wants_progress(self) -> bool:
-        return self.is_streaming and bool(self.body.get("return_progress"))
+        return self.is_streaming and self.body.get("return_progress") is True
+
+    def may_set(self, name: str) -> bool:
+        """Whether a switch that llamaslot sets was left alone, or is one: what is neither llama-server refuses."""
+        return isinstance(self.body.get(name), bool | None)
 
 
 class InOnePiece(PlanAgain):
@@ -169,7 +173,11 @@ class Answering:
         """What llama-server is asked. As a stream with progress it tells at once what it reuses, and notices within a
         batch that nobody is there any more."""
         if self.asked.is_streaming:
-            return {**self.asked.body, "return_progress": True}
+            return (
+                {**self.asked.body, "return_progress": True}
+                if self.asked.may_set("return_progress")
+                else self.asked.body
+            )
         return streamed(self.asked.body, self.asked.kind) if self.is_assembled else self.asked.body
 
     async def _send(self, stack: contextlib.AsyncExitStack, body: dict[str, Any]) -> aiohttp.ClientResponse:
@@ -178,10 +186,11 @@ class Answering:
         # For a job that may use nothing cached, what is in the slot after a prefill of its own is its own work.
         # What nobody knows may have been computed with somebody's LoRA scales.
         may_reuse = self.here is not None or not (lease.job.is_cold or lease.content is None)
+        body = {**body, "id_slot": lease.slot_id}
+        if self.asked.may_set("cache_prompt"):
+            body["cache_prompt"] = may_reuse
         lease.sent()
-        upstream = await stack.enter_async_context(
-            self.asked.post({**body, "id_slot": lease.slot_id, "cache_prompt": may_reuse})
-        )
+        upstream = await stack.enter_async_context(self.asked.post(body))
         lease.started()
         if upstream.status == 200:
             return upstream

@@ -13,6 +13,7 @@ from llamaslot.errors import BadRequest
 _COMMAS, _BRACKETS, _NUMBERS, _ITEMS = 8_000_000, 1_000_000, 4_000_000, 100_000
 _LOOKED_THROUGH = ("messages", "system", "tools", "prompt", "input", "input_extra", "lora")
 _DEPTH = 254  # levels that orjson writes; it reads 1,024
+_TOO_DEEP = f"the body is nested more than {_DEPTH} levels deep"
 _MARK = b"\xef\xbb\xbf"  # of byte order, which some editors write and llama-server skips
 _TOO_MANY = (
     f"the body has too many parts: {_ITEMS} at most, of messages, prompts and tools and what is in them"
@@ -37,6 +38,8 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
+        if error.msg.startswith("depth limit"):  # orjson's own, of 1,024
+            raise BadRequest(_TOO_DEEP) from None
         is_broken = b"\0" not in raw and n_brackets <= _DEPTH
         raise (NoObject if is_broken else BadRequest)(f"the body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
@@ -44,7 +47,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     if _has_too_many_items(body):
         raise BadRequest(_TOO_MANY)
     if n_brackets > _DEPTH and not _can_be_written(body):
-        raise BadRequest(f"the body is nested more than {_DEPTH} levels deep")
+        raise BadRequest(_TOO_DEEP)
     return body
 
 

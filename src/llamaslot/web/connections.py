@@ -87,7 +87,7 @@ def _n_for_clients() -> int:
 class Connection(web.RequestHandler):
     """One connection of a client."""
 
-    __slots__ = ("_all", "_header_timer", "_is_serving", "_patience")
+    __slots__ = ("_all", "_has_served", "_header_timer", "_is_serving", "_patience")
 
     def __init__(self, every: Connections, server: web.Server, patience: Patience) -> None:
         loop = asyncio.get_running_loop()
@@ -98,7 +98,8 @@ class Connection(web.RequestHandler):
             access_log=None,  # type: ignore[arg-type]
             auto_decompress=False,  # ``web.unpacking`` does it
         )
-        self._all, self._patience, self._is_serving = every, patience, False
+        self._all, self._patience = every, patience
+        self._is_serving = self._has_served = False
         self._header_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -119,14 +120,15 @@ class Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         # What comes behind an answer may be the rest of its request's body, which nobody wants: aiohttp waits for that
-        # by itself, and not for long.
-        if not self._is_serving and self._waiter is not None and self._header_timer is None:
+        # by itself, and not for long. Before the first one it may be here sooner than the task that waits for it.
+        is_header = self._waiter is not None or not self._has_served
+        if is_header and not self._is_serving and self._header_timer is None:
             self._header_timer = self._loop.call_later(self._patience.read_s, self._is_too_slow)
         super().data_received(data)
 
     def serving(self, is_serving: bool) -> None:
         """Told when a request's header is there, and when its answer is made."""
-        self._is_serving = is_serving
+        self._is_serving, self._has_served = is_serving, True
         self._stop_timer()
 
     def _stop_timer(self) -> None:

@@ -106,8 +106,8 @@ class Reading:
                 self.assembly.feed(payload)
             return b""
         if event.startswith(_CREATED):  # told with what follows: at another place there would be a second one
-            self._created = event
-            return b""
+            created, self._created, self._is_in_progress = self._created, event, False
+            return created
         if is_progress and not self._wants_progress:
             if not (_has_text(payload) or self._is_first_in_progress(event)):
                 return b""
