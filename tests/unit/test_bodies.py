@@ -25,7 +25,7 @@ from llamaslot.web.bodies import parse_object
         (b"[1]", "JSON object"),
         (b'"text"', "JSON object"),
         (b"null", "JSON object"),
-        (b"[" * 2000, "not valid JSON"),
+        (b"[" * 2000, "more than 254 levels deep"),
     ],
 )
 def test_what_is_no_object_is_refused(raw: bytes, said: str) -> None:
