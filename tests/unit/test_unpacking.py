@@ -62,15 +62,15 @@ def test_a_body_of_several_members_is_one() -> None:
 @pytest.mark.parametrize(
     ("packing", "packed"),
     [
-        ("gzip", b'{"prompt": "x"}'),
-        ("gzip", gzip.compress(b"x" * 1000)[:-1]),
-        ("gzip", gzip.compress(b"x" * 1000) + b"y"),
-        ("gzip", zlib.compress(b"x")),
-        ("deflate", b'{"prompt": "x"}'),
-        ("deflate", zlib.compress(b"x" * 1000)[:-1]),
-        ("deflate", zlib.compress(b"x" * 1000) + b"y"),
-        ("deflate", b"[" * 200_000),
-        ("deflate", LARGE),
+        pytest.param("gzip", b'{"prompt": "x"}', id="gzip, plain"),
+        pytest.param("gzip", gzip.compress(b"x" * 1000)[:-1], id="gzip, cut off"),
+        pytest.param("gzip", gzip.compress(b"x" * 1000) + b"y", id="gzip, more"),
+        pytest.param("gzip", zlib.compress(b"x"), id="gzip, deflate"),
+        pytest.param("deflate", b'{"prompt": "x"}', id="deflate, plain"),
+        pytest.param("deflate", zlib.compress(b"x" * 1000)[:-1], id="deflate, cut off"),
+        pytest.param("deflate", zlib.compress(b"x" * 1000) + b"y", id="deflate, more"),
+        pytest.param("deflate", b"[" * 200_000, id="deflate, brackets"),
+        pytest.param("deflate", LARGE, id="deflate, large"),
     ],
 )
 def test_what_is_broken_is_refused(packing: str, packed: bytes) -> None:
