@@ -236,7 +236,8 @@ class Front:
     def check(self) -> None:
         """Raise AssertionError when something is left."""
         self.backend.scheduler.check()
-        assert list(self.save_dir.glob("*.part")) == [], "no half-written file"
+        parts = [(part.name, part.stat()) for part in self.save_dir.glob("*.part")]
+        assert not parts, f"no half-written file: {parts}, {self.backend.scheduler.journal.latest(5)}"
 
 
 @dataclass(kw_only=True)
