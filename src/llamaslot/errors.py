@@ -120,13 +120,13 @@ class NotReady(BackendDown):
     """llama-server answers, but llamaslot cannot work with it yet."""
 
 
-_JSON = "application/json; charset=utf-8"  # as llama-server says it
+JSON_TYPE = "application/json; charset=utf-8"  # as llama-server says it
 
 
 class UpstreamError(LlamaslotError):
     """llama-server answered with an error: its own status and its own body are what the client gets."""
 
-    def __init__(self, status: int, payload: bytes, content_type: str = _JSON) -> None:
+    def __init__(self, status: int, payload: bytes, content_type: str = JSON_TYPE) -> None:
         text = payload.decode("utf-8", "replace")
         super().__init__(f"llama-server answered {status}: {text[:300]}")
         self.status, self.payload, self.content_type = status, payload, content_type

@@ -20,7 +20,7 @@ def answer_s(pool: Pool | None, job: Job) -> float:
     return min(answer.seconds_left(0.0), at_most_s)
 
 
-def slot_s(pool: Pool | None, job: Job, rules: Rules) -> tuple[float, bool]:
+def estimate(pool: Pool | None, job: Job, rules: Rules) -> tuple[float, bool]:
     """For how long it will have a slot, in seconds, and whether it is a side request: a small prompt, or a short answer
     to one of which little is missing."""
     prefill_s = pool.missing_s(job) if pool is not None else 0.0

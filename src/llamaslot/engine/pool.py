@@ -256,6 +256,10 @@ class Pool:
         return {snapshot for snapshot in kept if snapshot is not None}
 
     @property
+    def n_idle(self) -> int:
+        return sum(slot.is_idle for slot in self.slots)
+
+    @property
     def n_snapshots(self) -> int:
         return len(self._snapshots)
 

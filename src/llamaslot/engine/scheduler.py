@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from llamaslot.core.policy import Rules, is_long, place
 from llamaslot.core.slots import Job, Plan, Slot, State, Wait
-from llamaslot.engine.estimates import answer_s, slot_s
+from llamaslot.engine.estimates import answer_s, estimate
 from llamaslot.engine.lease import Lease
 from llamaslot.engine.notes import Note
 from llamaslot.engine.pool import Pool
@@ -124,7 +124,7 @@ class Scheduler:
         if self._down is not None:
             raise type(self._down)(str(self._down))  # a new one: each raise adds its frames to an exception
         granted = asyncio.get_running_loop().create_future()
-        cost_s, is_side = slot_s(self.pool, job, self.rules)
+        cost_s, is_side = estimate(self.pool, job, self.rules)
         waiting = Waiting(job, granted, self.note(job), self.now(), cost_s, is_side, is_back)
         self.queue.add(waiting, self.now())
         was_admitted = False
@@ -204,7 +204,7 @@ class Scheduler:
         if self._look_again is not None:
             self._look_again.cancel()
             self._look_again = None
-        look = _Look(self._n_idle())
+        look = _Look(self.pool.n_idle if self.pool is not None else 0)
         for waiting in self.queue.ordered():
             if self.pool is None or self._is_gate_shut:
                 break
@@ -257,7 +257,7 @@ class Scheduler:
         self.leases[lease] = None
         self._give(waiting, lease)
         self._n_changes += 1
-        look.n_idle = self._n_idle()
+        look.n_idle = pool.n_idle
 
     def _decision(self, pool: Pool, waiting: Waiting, reserved: frozenset[int]) -> Plan | Wait:
         """The last one, while nothing but arrivals has happened since; else a new one."""
@@ -284,9 +284,6 @@ class Scheduler:
             at_last = waiting.came_at + (self.queue.limits.max_wait_s or math.inf) / 2
             waiting.patience = Patience.of(pool, decision, makers, now, at_last)
         return decision
-
-    def _n_idle(self) -> int:
-        return sum(slot.is_idle for slot in self.pool.slots) if self.pool is not None else 0
 
     def _give(self, waiting: Waiting, lease: Lease) -> None:
         steps_s = lease.plan.cost.steps_s if lease.plan is not None else 0.0

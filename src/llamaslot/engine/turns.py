@@ -364,5 +364,6 @@ def _is_quiet(scheduler: Scheduler, lease: Lease) -> bool:
     started = {id(other.job) for other in others if other.is_started}
     if scheduler.is_foreign_at_work(lease) or any(id(other.job) not in started for other in others):
         return False
-    n_idle = sum(slot.is_idle for slot in pool.slots)
-    return not pool.is_anything_on_its_way and n_idle >= max(job.n_children, int(job.is_placed_by_server))
+    return not pool.is_anything_on_its_way and pool.n_idle >= max(
+        job.n_children, int(job.is_placed_by_server)
+    )

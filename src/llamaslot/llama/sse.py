@@ -20,9 +20,8 @@ class EventSplitter:
         self._rest = bytearray()
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        n_searched = max(
-            len(self._rest) - _OVERLAP, 0
-        )  # an event of 4 MB in many chunks took seconds otherwise
+        # Only what is new, or an event of 4 MB in many chunks takes seconds.
+        n_searched = max(len(self._rest) - _OVERLAP, 0)
         self._rest += chunk
         events: list[bytes] = []
         start = 0

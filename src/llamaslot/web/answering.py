@@ -18,7 +18,7 @@ from llamaslot.engine.backend import Backend
 from llamaslot.engine.beliefs import is_far_off
 from llamaslot.engine.lease import Lease, PlanAgain, Prefilling
 from llamaslot.engine.turns import Turn
-from llamaslot.errors import UpstreamError
+from llamaslot.errors import JSON_TYPE, UpstreamError
 from llamaslot.llama.api import content_type_of
 from llamaslot.llama.assemble import Assembly, Doubt, can_assemble, streamed
 from llamaslot.llama.opaque import Reason
@@ -172,13 +172,11 @@ class Answering:
     def _body(self) -> dict[str, Any]:
         """What llama-server is asked. As a stream with progress it tells at once what it reuses, and notices within a
         batch that nobody is there any more."""
-        if self.asked.is_streaming:
-            return (
-                {**self.asked.body, "return_progress": True}
-                if self.asked.may_set("return_progress")
-                else self.asked.body
-            )
-        return streamed(self.asked.body, self.asked.kind) if self.is_assembled else self.asked.body
+        if self.is_assembled:
+            return streamed(self.asked.body, self.asked.kind)
+        if self.asked.is_streaming and self.asked.may_set("return_progress"):
+            return {**self.asked.body, "return_progress": True}
+        return self.asked.body
 
     async def _send(self, stack: contextlib.AsyncExitStack, body: dict[str, Any]) -> aiohttp.ClientResponse:
         """Raises UpstreamError."""
@@ -228,7 +226,7 @@ class Answering:
         self._log()
         headers = self._headers(self.down.headers)
         if self.is_assembled:
-            headers["Content-Type"] = "application/json; charset=utf-8"
+            headers["Content-Type"] = JSON_TYPE
         return web.Response(status=200, body=payload, headers=headers)
 
     def _headers(self, ours: Mapping[str, str]) -> CIMultiDict[str]:

@@ -81,9 +81,9 @@ class Status:
         }
 
     def _slots(self, pool: Pool) -> list[dict[str, Any]]:
-        leases = [
-            lease for lease in self._backend.scheduler.leases if lease.pool is pool and lease.slot is not None
-        ]  # a turn has none until llama-server has chosen
+        # Those with a slot: a turn has none until llama-server has chosen.
+        every = self._backend.scheduler.leases
+        leases = [lease for lease in every if lease.pool is pool and lease.slot is not None]
         prefills = {
             lease.slot_id: {"n_done": lease.n_done, "n_tokens": lease.job.n_tokens}
             for lease in leases
