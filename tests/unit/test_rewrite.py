@@ -26,6 +26,8 @@ ATTRIBUTIONS = [
     "x-anthropic-billing-header: cc_version=2.1.119.af2; cc_entrypoint=sdk-cli; cch=97bd6;",
     "x-anthropic-billing-header: cc_version=2.1.119.af2; cc_entrypoint=claude-vscode;",
     "x-anthropic-billing-header: cc_version=2.1.119.af2; cc_entrypoint=cli; cc_workload=cron; cch=00000",
+    "x-anthropic-billing-header: cc_version=2.1.197.a5a; cc_entrypoint=sdk-cli;",
+    "x-anthropic-billing-header: cc_version=2.1.197.560; cc_entrypoint=sdk-cli; cc_is_subagent=true;",
 ]
 
 
@@ -166,9 +168,35 @@ def test_a_ready_rule_is_named_and_others_are_written_out(tmp_path: Path) -> Non
     assert load(tmp_path, "").rewrite == ()
 
 
+def test_ready_rules_are_in_force(tmp_path: Path) -> None:
+    """Without a word in the file, ahead of others; once where they are named; not where a line says so, nor where a
+    rule of the same name stands for it."""
+    other = "{name: date, pattern: x, replace: y}"
+    mine = "{name: claude-code-attribution, pattern: x, replace: y}"
+    assert [rule.name for rule in load(tmp_path, "").rules] == list(READY)
+    assert [rule.name for rule in load(tmp_path, f"[{other}]").rules] == [*READY, "date"]
+    assert [rule.name for rule in load(tmp_path, f"[{other}, claude-code-attribution]").rules] == [
+        "date",
+        *READY,
+    ]
+    assert [rule.pattern for rule in load(tmp_path, f"[{mine}]").rules] == ["x"]
+    off = f"[{other}]\nrewrite_off: [claude-code-attribution]"
+    assert [rule.name for rule in load(tmp_path, off).rules] == ["date"]
+    assert load(tmp_path, "[]\nrewrite_off:").rules == tuple(READY.values())
+
+
+def test_a_ready_rule_leaves_other_bodies_alone() -> None:
+    """Nothing is written anew for it: most clients send no such line."""
+    body = {"system": [{"type": "text", "text": "You are Claude Code. x-anthropic-billing-header: cch=0a1;"}]}
+    before = copy.deepcopy(body)
+    assert Rewriting(tuple(READY.values())).apply(body, "messages") == ([], [])
+    assert body == before
+
+
 @pytest.mark.parametrize(
     ("rules", "fault"),
     [
+        ("\nrewrite_off: [date]", "rewrite_off[0]: there is no ready rule 'date': there is claude-code-attribution"),
         ("[clod]", "rewrite[0]: there is no ready rule 'clod': there is claude-code-attribution; a rule of"),
         ("[{name: a, pattern: '(', replace: b}]", "rewrite[0].pattern: is no regular expression that Python knows"),
         ("[{name: a, pattern: 'x*', replace: b}]", "rewrite[0].pattern: matches the empty text too"),

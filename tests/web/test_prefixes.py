@@ -78,10 +78,35 @@ async def test_what_a_rule_makes_stand_still_is_found_again(tmp_path: Path, path
     assert int(answer.headers["x-llamaslot-reused-tokens"]) > 3000
     assert answer.headers["x-llamaslot-rewrote"] == "day"
     assert (made["rewrote"], made["diverged"]) == (["day"], None)
-    assert status == [
+    ready, *ours = status
+    assert ready == {"name": "claude-code-attribution", "n_fired": 0, "n_given_up": 0}
+    assert ours == [
         {"name": "day", "n_fired": 2, "n_given_up": 0},
         {"name": "idle", "n_fired": 0, "n_given_up": 0},
     ]
+
+
+COUNTING = {
+    CHAT: f"{CHAT}/input_tokens",
+    MESSAGES: f"{MESSAGES}/count_tokens",
+    RESPONSES: f"{RESPONSES}/input_tokens",
+}
+
+
+@pytest.mark.parametrize("path", COUNTING)
+async def test_what_is_counted_is_what_is_computed(tmp_path: Path, path: str) -> None:
+    """A question how long a prompt is gets the body as the completion would get it; one that needs no change goes
+    through as it is, and so does what is no body."""
+    plain = body(path, "Be brief.", turns("Hi."))
+    async with served(tmp_path, {"rewrite": [RULE]}, **FAKE) as it:
+        counted = await it.post(COUNTING[path], body(path, "It is Monday.", turns("Hi.")))
+        untouched = await it.post(COUNTING[path], plain)
+        await it.post(COUNTING[path], [1, 2])
+        seen = [request for request in it.fake.requests if request.path == COUNTING[path]]
+    assert "It is a day." in str(seen[0].body)
+    assert counted.headers["x-llamaslot-rewrote"] == "day"
+    assert [request.body for request in seen[1:]] == [plain, [1, 2]]
+    assert "x-llamaslot-rewrote" not in untouched.headers
 
 
 async def test_a_body_that_is_passed_on_is_rewritten_too(tmp_path: Path) -> None:
@@ -125,7 +150,7 @@ async def test_a_rule_that_takes_too_long_is_told_once(
     async with served(tmp_path, {"rewrite": [rule]}, **FAKE) as it:
         for _ in range(2):
             assert (await it.post(CHAT, body(CHAT, "a" * 3000 + "b", turns("Hi.")))).status == 200
-        (told,) = (await it.get("/llamaslot/status")).json["rewrite"]
+        told = (await it.get("/llamaslot/status")).json["rewrite"][-1]
     assert told == {"name": "endless", "n_fired": 0, "n_given_up": 2}
     assert caplog.text.count("rewrite: rule endless needs more than 50 ms") == 1
 

@@ -40,9 +40,13 @@ from llamaslot.config.together import wrong_together
 from llamaslot.config.values import GUARDED_ROUTES, FilePath, Section, chat_file, parse_size
 from llamaslot.errors import ConfigError
 from llamaslot.faults import fault_lines, read_yaml
-from llamaslot.llama.rewrite import RewriteRule, distinct, ready
+from llamaslot.llama.rewrite import RewriteRule, distinct, in_force, is_ready, ready
 
-_NOTHING: dict[str, Any] = {"prewarm": (), "rewrite": ()}  # lists, where all others are mappings
+_NOTHING: dict[str, Any] = {
+    "prewarm": (),
+    "rewrite": (),
+    "rewrite_off": (),
+}  # lists, where all others are mappings
 
 
 class Config(Section):
@@ -65,6 +69,7 @@ class Config(Section):
     rewrite: Annotated[
         tuple[Annotated[RewriteRule, BeforeValidator(ready)], ...], AfterValidator(distinct)
     ] = ()
+    rewrite_off: tuple[Annotated[str, AfterValidator(is_ready)], ...] = ()
 
     @classmethod
     def load(cls, path: str | Path) -> Config:
@@ -79,6 +84,11 @@ class Config(Section):
     @property
     def backend(self) -> BackendConfig:
         return self.backends[0]
+
+    @property
+    def rules(self) -> tuple[RewriteRule, ...]:
+        """All rules for system prompts, the ready ones included."""
+        return in_force(self.rewrite, self.rewrite_off)
 
     @model_validator(mode="wrap")
     @classmethod

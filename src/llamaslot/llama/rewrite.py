@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
@@ -77,11 +77,14 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
     return regex.compile(_BRACE.sub(lambda found: found[1] or r"\{", pattern))
 
 
-#: Rules that ``rewrite`` may name. Each is for a text that is known to move, and is nothing that a model needs.
+#: Rules that are in force unless ``rewrite_off`` names them. Each is for a text that is known to move, and is nothing
+#: that a model needs; where that text is not, the body stays as it is, byte for byte.
 READY = {
     # Claude Code's first system block: ``x-anthropic-billing-header: cc_version=2.1.37.0d9; cc_entrypoint=cli;
-    # cch=fa690;``. ``cch`` is another one for each request, the end of ``cc_version`` for each conversation. Newer
-    # builds of llama-server make the former stand still (``anthropic``), the latter none.
+    # cch=fa690;``, since 2.1.197 at the latest without ``cch``, and with ``cc_is_subagent=true;`` in subagents (seen
+    # running). ``cch`` is another one for each request, the end of ``cc_version`` for each conversation and subagent.
+    # Newer builds of llama-server make the former stand still (``anthropic``), the latter none; what stands here
+    # afterwards they leave as it is.
     # The fields are named one by one: where a client joins its blocks, text follows on the same line.
     "claude-code-attribution": RewriteRule(
         name="claude-code-attribution",
@@ -95,12 +98,27 @@ def ready(value: object) -> object:
     """A rule that is only named is one of ``READY``. Raises ValueError that names those."""
     if isinstance(value, str):
         if value not in READY:
-            raise ValueError(
-                f"there is no ready rule {value!r}: there is {', '.join(READY)}; a rule of your own has the keys name,"
-                " pattern and replace"
-            )
+            raise ValueError(f"{_unknown(value)}; a rule of your own has the keys name, pattern and replace")
         return READY[value]
     return value
+
+
+def is_ready(name: str) -> str:
+    """Raises ValueError for what is no name of a ready rule."""
+    if name not in READY:
+        raise ValueError(f"{_unknown(name)}; a rule of your own is left out of rewrite")
+    return name
+
+
+def _unknown(name: str) -> str:
+    return f"there is no ready rule {name!r}: there is {', '.join(READY)}"
+
+
+def in_force(rules: Sequence[RewriteRule], off: Collection[str]) -> tuple[RewriteRule, ...]:
+    """``rules``, behind those of ``READY`` that are neither ``off`` nor named there: a rule of the same name takes the
+    place of a ready one."""
+    named = {rule.name for rule in rules} | set(off)
+    return (*(rule for name, rule in READY.items() if name not in named), *rules)
 
 
 def distinct(rules: tuple[RewriteRule, ...]) -> tuple[RewriteRule, ...]:

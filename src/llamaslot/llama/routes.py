@@ -20,7 +20,8 @@ from typing import Literal, get_args
 #: gated        403 unless ``passthrough.allow`` names its gate: it changes the server or reaches out from it
 Kind = Literal["completion", "exclusive", "passthrough", "own", "forbidden", "gated"]
 
-#: How a completion's body names its prompt, and what its answer looks like.
+#: How a completion's body names its prompt, and what its answer looks like. A passthrough route with one only counts the
+#: tokens of such a body.
 Format = Literal["chat", "openai-completion", "native-completion", "infill", "responses", "messages"]
 
 #: What ``passthrough.allow`` may name.
@@ -113,11 +114,12 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/tokenize", "passthrough"),
     Route("POST", "/detokenize", "passthrough"),
     Route("POST", "/apply-template", "passthrough"),
-    Route("POST", "/chat/completions/input_tokens", "passthrough"),
-    Route("POST", "/v1/chat/completions/input_tokens", "passthrough"),
-    Route("POST", "/responses/input_tokens", "passthrough"),
-    Route("POST", "/v1/responses/input_tokens", "passthrough"),
-    Route("POST", "/v1/messages/count_tokens", "passthrough"),
+    # They take a completion's body, and count what would be computed of it.
+    Route("POST", "/chat/completions/input_tokens", "passthrough", "chat"),
+    Route("POST", "/v1/chat/completions/input_tokens", "passthrough", "chat"),
+    Route("POST", "/responses/input_tokens", "passthrough", "responses"),
+    Route("POST", "/v1/responses/input_tokens", "passthrough", "responses"),
+    Route("POST", "/v1/messages/count_tokens", "passthrough", "messages"),
     # Ends the reasoning of a running answer by its id.
     Route("POST", "/v1/chat/completions/control", "passthrough"),
     Route("GET", "/slots", "passthrough"),

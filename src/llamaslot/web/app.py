@@ -73,8 +73,8 @@ class App:
         timeouts = Timeouts(config.timeouts.first_token_s, config.timeouts.total_s)
         rules = StreamRules(config.stream.keepalive_s, config.stream.comments, timeouts)
         uploads = Uploads(config.listen.max_body, config.listen.read_timeout_s)
-        self._passthrough = Passthrough(backend, uploads, timeouts)
-        prompts = SystemPrompts(config.rewrite, backend.metrics)
+        prompts = SystemPrompts(config.rules, backend.metrics)
+        self._passthrough = Passthrough(backend, uploads, timeouts, prompts)
         backend.divergences.tells_texts = config.log.prompts
         self._completions = Completions(backend, rules, uploads, self._passthrough, prompts)
         self._status = Status(backend, prompts)
@@ -148,6 +148,8 @@ class App:
                 return await self._completions.handle(request, route)
             case "exclusive":
                 return await self._passthrough.in_turn(request, route)
+            case "passthrough" if route.format is not None:
+                return await self._passthrough.count(request, route)
             case "passthrough":
                 return await self._passthrough.forward(request, route)
 
@@ -198,7 +200,7 @@ def _chat_bodies(config: Config) -> list[tuple[str, dict[str, Any]]]:
         bodies = [(path.name, read_chat_file(path)) for path in config.prewarm]
     except ValueError as error:
         raise ConfigError("prewarm", [str(error)]) from error
-    rewriting = Rewriting(config.rewrite)
+    rewriting = Rewriting(config.rules)
     for _, body in bodies:
         rewriting.apply(body, "chat")
     return bodies

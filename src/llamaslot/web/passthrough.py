@@ -8,19 +8,22 @@ from dataclasses import replace
 from functools import partial
 
 import aiohttp
+import orjson
 from aiohttp import web
 from multidict import CIMultiDict
 
 from llamaslot.core.slots import Content, Job
 from llamaslot.engine.backend import Backend
 from llamaslot.engine.lease import Lease, no_report
-from llamaslot.errors import BackendDown, BackendRestarted, DeadlinePassed
+from llamaslot.errors import BackendDown, BackendRestarted, BadRequest, DeadlinePassed
 from llamaslot.llama.routes import Route, origin_form
+from llamaslot.web.bodies import parse_object
 from llamaslot.web.deadlines import Deadlines, Timeouts, Watchdog
 from llamaslot.web.downstream import end_relayed
 from llamaslot.web.headers import to_server
 from llamaslot.web.jobs import ATTEMPTS, GIVEN_UP, request_id
 from llamaslot.web.relaying import relay
+from llamaslot.web.rewriting import SystemPrompts
 from llamaslot.web.uploads import Upload, Uploads
 from llamaslot.web.users import user_of
 
@@ -30,8 +33,11 @@ _CHANGES_MODEL = ("/lora-adapters", "/models")
 class Passthrough:
     """Routes that take no slot, and requests whose slot llama-server chooses."""
 
-    def __init__(self, backend: Backend, uploads: Uploads, timeouts: Timeouts) -> None:
+    def __init__(
+        self, backend: Backend, uploads: Uploads, timeouts: Timeouts, prompts: SystemPrompts
+    ) -> None:
         self._backend, self._uploads, self._timeouts = backend, uploads, timeouts
+        self._prompts = prompts
 
     async def forward(self, request: web.Request, route: Route) -> web.StreamResponse:
         """Unchanged, streaming both ways. Cancelling closes the upstream connection.
@@ -49,13 +55,23 @@ class Passthrough:
         except BackendDown as error:
             raise upload.failure or error from None
 
+    async def count(self, request: web.Request, route: Route) -> web.StreamResponse:
+        """A question how many tokens a completion's body has: asked of the body as it would be computed, with the rules
+        for system prompts applied. What cannot be read here llama-server refuses by itself."""
+        raw = await self._uploads.whole(request)
+        with contextlib.suppress(BadRequest):
+            body = parse_object(raw)
+            if self._prompts.rewrite(request, body, route.format):
+                raw = orjson.dumps(body)
+        return await self.unprepared(request, raw)
+
     async def is_offered(self, route: Route) -> bool:
         """Whether llama-server has this route for its model. Raises BackendDown."""
         await self._backend.ready()
         return await self._backend.offered.has(route.path)
 
     async def unprepared(self, request: web.Request, raw: bytes) -> web.StreamResponse:
-        """A request that takes no slot, for llama-server refuses it. ``raw``: its body."""
+        """A request that takes no slot, for it is a question, or llama-server refuses it. ``raw``: its body."""
         async with self._upstream(request, raw, to_server(request)) as upstream:
             return await relay(request, upstream, {})
 
