@@ -164,7 +164,7 @@ async def test_a_connection_that_is_dropped_is_backend_down(
 async def test_a_server_that_is_not_there_is_backend_down(what: str) -> None:
     """The message names its address and what to do."""
     api = LlamaServer(f"http://127.0.0.1:{free_port()}")
-    with pytest.raises(BackendDown, match=r"at http://127\.0\.0\.1:\d+ does not answer; try again"):
+    with pytest.raises(BackendDown, match=r"at http://127\.0\.0\.1:\d+ refuses the connection .*; try again"):
         await CALLS[what](api)
     await api.close()
 
@@ -192,12 +192,14 @@ async def test_a_prefill_that_breaks_off_is_backend_down(api: LlamaServer, fake:
 
 
 async def test_health_is_a_question_that_never_raises(api: LlamaServer, fake: FakeServer) -> None:
-    """200 or not."""
-    assert await api.is_healthy()
+    """200, or what is seen instead: a refused connection tells of the ports that builds choose by themselves."""
+    assert await api.why_unhealthy() is None
     fake.loading = True
-    assert not await api.is_healthy()
+    assert await api.why_unhealthy() == "answers 503 to /health"
     await fake.kill()
-    assert not await api.is_healthy()
+    told = str(await api.why_unhealthy())
+    assert told.startswith("refuses the connection")
+    assert "9931" in told
 
 
 async def test_every_request_has_a_fresh_connection(api: LlamaServer, fake: FakeServer) -> None:

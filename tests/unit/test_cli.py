@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -21,6 +22,7 @@ import llamaslot
 from llamaslot import cli
 from llamaslot.config import Config
 from llamaslot.errors import LlamaslotError
+from llamaslot.web.app import _greet
 
 REPOSITORY = Path(__file__).parents[2]
 GOOD = "backends: [{url: 'http://127.0.0.1:8080'}]\n"
@@ -70,7 +72,7 @@ def test_version() -> None:
 def test_check_of_a_good_file(config_path: Path) -> None:
     """Says so, and does not serve."""
     result = CliRunner().invoke(cli.main, ["serve", "--check", "--config", str(config_path)])
-    assert (result.exit_code, result.output) == (0, f"{config_path}: no faults\n")
+    assert (result.exit_code, result.stdout) == (0, f"{config_path}: no faults\n")
 
 
 def test_faults_are_a_list_on_stderr(config_path: Path) -> None:
@@ -181,22 +183,40 @@ def test_a_terminal_inside_a_service_has_times(
 # --- the systemd unit
 
 
-def unit() -> dict[str, str]:
-    text = (REPOSITORY / "docs/llamaslot.service").read_text()
+UNITS = ["llamaslot.service", "llama-server.service"]
+
+
+def unit(name: str = UNITS[0]) -> dict[str, str]:
+    text = (REPOSITORY / "docs" / name).read_text().replace("\\\n", "")
     return dict(re.findall(r"^([A-Za-z]+)=(.*)$", text, re.M))
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
-def test_systemd_accepts_the_unit() -> None:
+@pytest.mark.parametrize("name", UNITS)
+def test_systemd_accepts_the_unit(name: str) -> None:
     """No complaint about our file; other units of this machine are not our business."""
     done = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", REPOSITORY / "docs/llamaslot.service"],
+        ["systemd-analyze", "verify", "--man=no", REPOSITORY / "docs" / name],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert "llamaslot" not in done.stderr
+    assert name not in done.stderr
     assert done.returncode == 0, done.stderr
+
+
+def test_both_units_share_what_they_need_in_common() -> None:
+    """A group, a umask, and the directory that one writes to and the other keeps; llama-server is started as the README
+    says, on the port where llamaslot looks for it."""
+    ours, its = map(unit, UNITS)
+    assert (ours["Group"], ours["UMask"]) == (its["Group"], its["UMask"]) == ("llama", "0007")
+    assert ours["User"] != its["User"]
+    assert its["ReadWritePaths"] == "/var/lib/llamaslot/kv"
+    readme = (REPOSITORY / "README.md").read_text()
+    command = readme.partition("```sh\nllama-server ")[2].partition("```")[0].replace("\\\n", "").split()
+    assert its["ExecStart"].split()[2:] == [
+        word.replace("model.gguf", "/models/model.gguf") for word in command
+    ]
 
 
 def test_the_unit_gives_time_to_save_the_slots(config_path: Path) -> None:
@@ -223,3 +243,30 @@ def test_the_unit_starts_what_there_is(config_path: Path) -> None:
     assert words[-1] == "/etc/llamaslot/config.yaml"
     result = CliRunner().invoke(cli.main, [*words[2:-1], str(config_path), "--check"])
     assert result.exit_code == 0
+
+
+# --- the first line of the log
+
+
+@pytest.mark.parametrize(
+    ("host", "said"),
+    [
+        (
+            "0.0.0.0",
+            "serves on 0.0.0.0:{0}, every address of this machine; from here: http://127.0.0.1:{0}/v1",
+        ),
+        ("127.0.0.1", "serves on 127.0.0.1:{0}; from here: http://127.0.0.1:{0}/v1"),
+    ],
+)
+async def test_the_log_tells_where_it_listens(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, host: str, said: str
+) -> None:
+    """By the sockets that are open, and not by what one would type here: who may reach it depends on that."""
+    path = tmp_path / "config.yaml"
+    path.write_text(GOOD + f"listen: {{host: {host}}}\nauth: {{allow_anonymous: on}}\n")
+    caplog.set_level(logging.INFO)
+    server = await asyncio.start_server(lambda *_: None, host, 0)
+    async with server:
+        _greet(Config.load(path), server)
+        port = server.sockets[0].getsockname()[1]
+    assert said.format(port) in caplog.text

@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 
 import llamaslot
+from llamaslot.cli.checking import check, check_as
 from llamaslot.cli.keys import keys
 from llamaslot.cli.snapshots import snapshots
 from llamaslot.config import Config
@@ -53,21 +54,40 @@ main.add_command(keys)
 
 @main.command()
 @click.option("--config", "path", type=click.Path(path_type=Path), default="config.yaml", show_default=True)
-@click.option("--check", is_flag=True, help="Only check the configuration; exit code 2 if it has faults.")
-def serve(path: Path, check: bool) -> None:
+@click.option(
+    "--check", "is_check", is_flag=True, help="Only check the configuration; exit code 2 if it has faults."
+)
+@click.option("--as", "who", metavar="USER[:GROUP]", help="With --check: as this user, for root.")
+def serve(path: Path, is_check: bool, who: str | None) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Contexts that are not saved yet are saved first.
     """
+    if who is not None and not is_check:
+        raise click.UsageError("--as goes with --check: a service manager says who serves")
     try:
+        if is_check:
+            _check(path, who)
+            return
         config = Config.load(path)
     except ConfigError as error:
         _fail([str(error)])
-    if check:
-        click.echo(f"{path}: no faults")
-        return
     set_up_logging(config.log.level)
     _run(config)
+
+
+def _check(path: Path, who: str | None) -> None:
+    """Raises ConfigError."""
+    if who is not None:
+        code, said = check_as(path, who)
+        click.echo(f"as {who}: {said.rstrip()}", err=code != 0)
+        sys.exit(code)
+    checked = check(path)
+    for note in checked.notes:
+        click.echo(f"note: {note}", err=True)
+    if checked.faults:
+        raise ConfigError(str(path), checked.faults)
+    click.echo(f"{path}: no faults")
 
 
 def _run(config: Config) -> None:

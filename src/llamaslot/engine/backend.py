@@ -235,13 +235,14 @@ class Backend:
 
     async def _until_healthy(self) -> None:
         polls, is_told = iter(_HEALTH_POLL_S), False
-        while not await self.api.is_healthy():
+        while (why := await self.api.why_unhealthy()) is not None:
+            self._why_down = why
             if self.health is not Health.DOWN:
                 self._forget(Health.DOWN)
             pause_s = next(polls, None)
             if pause_s is None and not is_told:
                 is_told = True
-                log.info("%s: waiting for llama-server at %s", self.name, self.api.url)
+                log.info("%s: waiting for llama-server at %s, which %s", self.name, self.api.url, why)
             await asyncio.sleep(pause_s or _HEALTH_POLL_S[-1])
 
     def _serve(self, met: Met) -> None:
@@ -273,7 +274,7 @@ class Backend:
             try:
                 props = await self.api.props()
             except LlamaslotError:
-                if await self.api.is_healthy():
+                if await self.api.why_unhealthy() is None:
                     continue
                 self._why_down = "does not answer"
                 log.warning("%s: llama-server does not answer", self.name)

@@ -8,6 +8,7 @@ millisecond. A new connection costs 0.1 ms on loopback.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import socket
@@ -56,6 +57,9 @@ class SlotInfo:
     is_processing: bool
     n_tokens: int | None
     id_task: int | None
+
+
+_REFUSED = "refuses the connection (is it started, and is this its --port? Without one older builds take 8080, newer ones 9931)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,13 +177,18 @@ class LlamaServer:
                 raise UpstreamError(response.status, payload, content_type_of(response))
         return orjson.loads(payload)
 
-    async def is_healthy(self) -> bool:
-        """Whether ``GET /health`` answers 200; open without an API key. Never raises."""
+    async def why_unhealthy(self) -> str | None:
+        """What ``GET /health``, which is open without an API key, shows of a server that does not serve, as the end of
+        a sentence; None of one that serves. Never raises."""
         try:
             await self._json("GET", "/health", timeout_s=5.0)
-        except (BackendDown, UpstreamError, orjson.JSONDecodeError):
-            return False
-        return True
+        except BackendDown as error:
+            return _why(error.__cause__ or error)
+        except UpstreamError as error:
+            return f"answers {error.status} to /health"  # 503 while it loads its model
+        except orjson.JSONDecodeError:
+            return "answers /health as no llama-server does"
+        return None
 
     @_as_known
     async def props(self) -> Props:
@@ -379,7 +388,7 @@ def content_type_of(response: aiohttp.ClientResponse) -> str:
 
 def _why(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):
-        return "does not answer"
+        return _REFUSED if error.os_error.errno == errno.ECONNREFUSED else "does not answer"
     if isinstance(error, TimeoutError):
         return "did not answer in time"
     return "closed the connection"

@@ -20,7 +20,7 @@ from typing import Literal, get_args
 #: gated        403 unless ``passthrough.allow`` names its gate: it changes the server or reaches out from it
 Kind = Literal["completion", "exclusive", "passthrough", "own", "forbidden", "gated"]
 
-#: How a completion's body names its prompt, and what its answer looks like. A passthrough route that has one only counts
+#: How a completion's body names its prompt, and what its answer looks like. A passthrough route that has one counts
 #: the tokens of such a body.
 Format = Literal["chat", "openai-completion", "native-completion", "infill", "responses", "messages"]
 

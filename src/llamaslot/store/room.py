@@ -36,6 +36,21 @@ class Limits:
     min_free_bytes: int = 0
 
 
+def beyond_disk(quota_bytes: int, min_free_bytes: int, directory: Path, held_bytes: int) -> str | None:
+    """What to say where the disk ends before the quota does, None where it does not. ``held_bytes``: what snapshots
+    take already. Blocking file work."""
+    found = os.statvfs(directory)
+    free_bytes = found.f_bavail * found.f_frsize
+    can_have = held_bytes + max(free_bytes - min_free_bytes, 0)
+    if quota_bytes <= can_have:
+        return None
+    return (
+        f"store.quota is {readable(quota_bytes)}, but {directory} has room for {readable(can_have)} of snapshots:"
+        f" {readable(held_bytes)} are there, {readable(free_bytes)} are free, and store.min_free leaves"
+        f" {readable(min_free_bytes)} to others. What is worth least goes when that is full, not at the quota"
+    )
+
+
 class Short(NamedTuple):
     """What has to be evicted; below 0 that much is left."""
 

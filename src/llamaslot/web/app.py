@@ -35,6 +35,7 @@ from llamaslot.llama.process import ManagedServer
 from llamaslot.llama.rewrite import Rewriting
 from llamaslot.llama.routes import Route, classify
 from llamaslot.observe.metrics import Metrics
+from llamaslot.store.room import beyond_disk
 from llamaslot.tasks import TaskOwner
 from llamaslot.web.auth import Doors, is_own_page
 from llamaslot.web.completions import Completions
@@ -216,16 +217,21 @@ async def serve(config: Config) -> None:
     assert url is not None
     backend = make_backend(config, url)
     await backend.open()
+    if (catalog := backend.catalog) is not None:
+        store = config.store
+        limits = store.quota, store.min_free, catalog.directory, catalog.size_bytes
+        if (note := await asyncio.to_thread(beyond_disk, *limits)) is not None:
+            log.warning("%s", note)
     stop, save_s = asyncio.Event(), 0.0
     try:
-        async with listening(config, backend):
+        async with listening(config, backend) as listener:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, stop.set)
             if managed is not None:
                 tasks.spawn(managed.run(), "managed llama-server")
             backend.start()
-            _greet(config)
+            _greet(config, listener)
             gc.collect()
             gc.freeze()  # a full collection over a large index takes 150 ms; after this it has little to look at
             await stop.wait()
@@ -237,7 +243,7 @@ async def serve(config: Config) -> None:
 
 
 @contextlib.asynccontextmanager
-async def listening(config: Config, backend: Backend) -> AsyncIterator[None]:
+async def listening(config: Config, backend: Backend) -> AsyncIterator[asyncio.Server]:
     """Listen for clients. At the end running answers get ``shutdown.drain_s`` to end. Raises OSError for the port."""
     runner = web.AppRunner(
         App(config, backend).application(),
@@ -249,7 +255,7 @@ async def listening(config: Config, backend: Backend) -> AsyncIterator[None]:
         await runner.setup()
         listener = await _listen(config, runner)
         try:
-            yield
+            yield listener
         finally:
             listener.close()
     finally:
@@ -304,15 +310,26 @@ def _make_directories(config: Config) -> None:
             raise LlamaslotError(f"cannot make the directory {path}: {error.strerror}") from error
 
 
-def _greet(config: Config) -> None:
-    host = config.listen.host if config.listen.host not in ("0.0.0.0", "::") else "127.0.0.1"
-    host = f"[{host}]" if ":" in host else host
-    base = f"http{'s' if config.listen.tls is not None else ''}://{host}:{config.listen.port}"
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _greet(config: Config, listener: asyncio.Server) -> None:
+    """Say where it listens: the addresses that the kernel has, and one to try from this machine."""
+    bound = sorted({socket.getsockname()[:2] for socket in listener.sockets})
+    scheme = "https" if config.listen.tls is not None else "http"
+    every = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    base = f"{scheme}://{_address(every.get(bound[0][0], bound[0][0]), bound[0][1])}"
+    is_open = any(host in every for host, _ in bound)
     has_keys = config.auth.keys_file is not None
     which, header = (
         ("with a key of yours", " -H 'Authorization: Bearer …'") if has_keys else ("any API key", "")
     )
-    log.info("llamaslot %s serves %s/v1", __version__, base)
+    log.info(
+        "llamaslot %s serves on %s%s; from here: %s/v1", __version__,
+        " and ".join(_address(*address) for address in bound),
+        ", every address of this machine" if is_open else "", base,
+    )  # fmt: skip
     print(  # noqa: T201
         f"\nPoint any OpenAI client at {base}/v1 ({which}), or try:\n\n"
         f"  curl -N {base}/v1/chat/completions -H 'Content-Type: application/json'{header} \\\n"
