@@ -59,7 +59,9 @@ class SlotInfo:
     id_task: int | None
 
 
-_REFUSED = "refuses the connection (is it started, with this --port? Without one older builds take 8080, newer ones 9931)"
+_REFUSED = (
+    "refuses the connection (is it up, with this --port? By themselves builds take 8080, newer ones 9931)"
+)
 
 
 @dataclass(frozen=True, slots=True)
