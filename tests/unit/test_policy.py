@@ -204,14 +204,12 @@ def test_a_reserved_slot_is_left_alone() -> None:
     """Somebody earlier waits for slot 0; the next one takes the other, although it costs more."""
     slots = saved(0), hot(1)
     assert plan_of(place(job(3000), view(*slots), RULES)).slot == 0
-    assert plan_of(place(job(3000), view(*slots, reserved=frozenset({0})), RULES)).slot == 1
+    assert plan_of(place(job(3000), view(*slots, reserved={0: 1.0}), RULES)).slot == 1
 
 
 def test_a_reservation_blocks_nobody_else() -> None:
     """Only the slot that is waited for is out of reach."""
-    decision = place(
-        job(3000), view(free(0), busy(1, 9000, shared=0, wait_s=9.0), reserved=frozenset({1})), RULES
-    )
+    decision = place(job(3000), view(free(0), busy(1, 9000, shared=0, wait_s=9.0), reserved={1: 1.0}), RULES)
     assert plan_of(decision).slot == 0
 
 
@@ -282,6 +280,41 @@ def test_a_small_prompt_displaces_when_there_is_no_other_choice() -> None:
 def test_a_small_prompt_goes_on_in_its_own_slot() -> None:
     """A short conversation of its own is a match, no loss."""
     assert plan_of(place(job(100), view(free(0), hot(1, 90, shared=90)), RULES)).slot == 1
+
+
+def test_a_small_prompt_does_not_wait_behind_seven_others_while_three_slots_are_idle() -> None:
+    """One answer takes 0.2 s: behind one of them is cheaper than a context that is lost (0.3 s), behind two is not."""
+    alike = busy(0, 300, shared=280, wait_s=0.2)
+    others = (
+        hot(1, save_s=0.1, regret_s=0.2),
+        hot(2, save_s=0.2, regret_s=0.2),
+        hot(3, save_s=0.2, regret_s=0.2),
+    )
+    assert place(job(300), view(alike, *others), RULES) == Wait(slot=0, for_s=0.2)
+    decision = place(job(300), view(alike, *others, reserved={0: 0.7}), RULES)
+    assert (plan_of(decision).slot, plan_of(decision).steps) == (1, (Save(1),))
+
+
+def test_a_small_prompt_does_not_wait_at_any_price_where_a_context_costs_next_to_nothing() -> None:
+    """It is on disk, and back in 10 ms: that is less than the rest of an answer."""
+    alike = busy(0, 300, shared=280, wait_s=0.5)
+    assert plan_of(place(job(300), view(alike, saved(1, regret_s=0.01)), RULES)).slot == 1
+
+
+def test_a_small_prompt_waits_where_a_context_costs_more_than_that() -> None:
+    """It would have to be saved first, which takes longer than those who are ahead."""
+    alike = busy(0, 300, shared=280, wait_s=0.2)
+    dear = hot(1, save_s=3.0, regret_s=1.0)
+    assert place(job(300), view(alike, dear, reserved={0: 0.6}), RULES) == Wait(
+        slot=0, for_s=pytest.approx(0.8)
+    )
+
+
+def test_who_waits_for_a_reserved_slot_counts_those_who_are_ahead() -> None:
+    """Also a large prompt, and also where the slot itself is idle already: its own is behind another's."""
+    own = hot(0, 20_000, shared=20_000)
+    assert place(job(20_100), view(own, free(1), reserved={0: 3.0}), RULES) == Wait(slot=0, for_s=3.0)
+    assert plan_of(place(job(20_100), view(own, free(1), reserved={0: 25.0}), RULES)).slot == 1
 
 
 def test_a_large_prompt_takes_the_cheapest_whatever_it_holds() -> None:
@@ -528,7 +561,7 @@ def test_every_decision_can_be_carried_out(data: st.DataObject) -> None:
     """A plan is for an idle slot that nobody waits for, saves before it erases and erases before it restores; whoever
     waits does so because nothing is idle or because it is cheaper."""
     slots = tuple(data.draw(slot_views(i)) for i in range(data.draw(st.integers(1, 4))))
-    reserved = frozenset(data.draw(st.sets(st.integers(0, len(slots) - 1))))
+    reserved = dict.fromkeys(data.draw(st.sets(st.integers(0, len(slots) - 1))), 1.0)
     snapshots = tuple(
         SnapshotView(f"s{i}", data.draw(st.integers(64, 30_000)), 0.2, data.draw(st.sampled_from([0.0, 0.4])))
         for i in range(data.draw(st.integers(0, 2)))
@@ -539,7 +572,7 @@ def test_every_decision_can_be_carried_out(data: st.DataObject) -> None:
     )
     pool = PoolView(slots, snapshots, reserved=reserved)
     decision = place(one, pool, RULES)
-    takeable = {slot.id for slot in slots if slot.state in (FREE, HOT, SUSPECT)} - reserved
+    takeable = {slot.id for slot in slots if slot.state in (FREE, HOT, SUSPECT)} - reserved.keys()
     if isinstance(decision, Wait):
         assert decision.for_s is None or decision.for_s > 0
         assert decision.slot is None or decision.slot not in takeable

@@ -32,7 +32,7 @@ from llamaslot.engine.pool import Pool
 from llamaslot.store import WithTokens
 
 A, B = pack(range(1000, 3000)), pack(range(5000, 7000))
-NOBODY: frozenset[int] = frozenset()
+NOBODY: dict[int, float] = {}
 
 
 def make(n_slots: int = 2, *, can_save: bool = True, memory: Memory = Memory.DENSE) -> Pool:

@@ -45,12 +45,15 @@ class AnswerLength:
             off = min(max(math.log(n_tokens / seconds / self.tokens_per_s), -clip), clip)
             self.tokens_per_s = within(self.tokens_per_s * math.exp(gain * off), self.SPEEDS)
 
-    def seconds_left(self, running_s: float) -> float:
-        """Seconds until an answer ends that has been decoded for ``running_s``."""
+    def seconds_left(self, running_s: float, max_tokens: int | None = None) -> float:
+        """Seconds until an answer ends that has been decoded for ``running_s``. ``max_tokens``: it ends there."""
         n_done = max(running_s, 0.0) * self.tokens_per_s
         left = [n_tokens - n_done for n_tokens in self._last if n_tokens > n_done]
         usual = max(self.n_tokens - n_done, self.n_tokens * self.LEAST, n_done / 2)
-        return (sum(left) + self.PRIOR * usual) / (len(left) + self.PRIOR) / self.tokens_per_s
+        n_left = (sum(left) + self.PRIOR * usual) / (len(left) + self.PRIOR)
+        if max_tokens is not None:
+            n_left = min(n_left, max(max_tokens - n_done, 0.0))
+        return n_left / self.tokens_per_s
 
     def to_json(self) -> dict[str, Any]:
         return {

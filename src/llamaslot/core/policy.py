@@ -5,7 +5,7 @@ Pure: a view of the pool goes in, a plan comes out. Every cost is in seconds, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from llamaslot.core.prefills import Sharing
@@ -70,7 +70,8 @@ class SnapshotView:
 
 @dataclass(frozen=True, slots=True)
 class PoolView:
-    """Everything that ``place`` looks at. ``reserved``: slots that jobs before this one wait for.
+    """Everything that ``place`` looks at. ``reserved``: slots that jobs before this one wait for, and for how many
+    seconds those will have them.
 
     ``trunks``: token counts of the job's prompt at which a trunk is worth making; ``is_rewindable``: the model can go
     back to any token. ``can_erase``: slot actions work. Without them what must not be shared rests on ``cache_prompt``
@@ -80,7 +81,7 @@ class PoolView:
     slots: tuple[SlotView, ...]
     snapshots: tuple[SnapshotView, ...] = ()
     prefill_s: PrefillSeconds = field(default=lambda start, end: (end - start) / 1000)
-    reserved: frozenset[int] = frozenset()
+    reserved: Mapping[int, float] = field(default_factory=dict)
     can_erase: bool = True
     trunks: tuple[int, ...] = ()
     is_rewindable: bool = True
@@ -121,17 +122,20 @@ class _Choice:
 def place(job: Job, view: PoolView, rules: Rules) -> Plan | Wait:
     """The cheapest place for ``job``, or what to wait for.
 
-    An idle slot is taken at once, unless waiting (for a busy slot that holds most of the prompt, or for a snapshot
-    that is just being written) and then computing the rest is cheaper.
+    An idle slot is taken at once, unless waiting (for a busy slot that holds most of the prompt, behind those who wait
+    for it already, or for a snapshot that is just being written) and then computing the rest is cheaper. Of the idle
+    slots a small prompt takes one whose loss costs nobody a large context, if there is any.
     """
     choices = list(_choices(job, view, rules))
     if not choices:
         return Wait()
-
-    def key(choice: _Choice) -> tuple[bool, int, float]:
-        return _sort_key(choice, job, rules)
-
-    best = min(choices, key=key)
+    best = min(choices, key=_sort_key)
+    key: Callable[[_Choice], tuple[float, ...]] = _sort_key
+    if job.n_tokens < rules.small_prompt_tokens and best.wait_s == 0:
+        # Only among places that can be had at once: what waiting for another one costs is in the sum above.
+        choices = [choice for choice in choices if choice.wait_s == 0]
+        key = _no_loss_first
+        best = min(choices, key=key)
     chosen = _place(best, job, view)
     if best.wait_s > 0:
         is_busy = best.slot.state not in _TAKEABLE or best.slot.id in view.reserved
@@ -201,8 +205,8 @@ def _choices(job: Job, view: PoolView, rules: Rules) -> Iterator[_Choice]:
         is_match = is_similar(slot, rules) and slot.n_usable > 0 and not job.is_cold
         if not is_takeable:
             if is_match:
-                cost = slot.wait_s + view.prefill_s(slot.n_usable, n)
-                wait = max(slot.wait_s, _TIE_S)
+                wait = max(slot.wait_s + view.reserved.get(slot.id, 0.0), _TIE_S)
+                cost = wait + view.prefill_s(slot.n_usable, n)
                 yield _Choice(slot, Source.RESIDENT, slot.n_usable, cost, wait, is_loss=False, is_match=True)
             continue
         if is_match:
@@ -222,11 +226,14 @@ def _choices(job: Job, view: PoolView, rules: Rules) -> Iterator[_Choice]:
             )
 
 
-def _sort_key(choice: _Choice, job: Job, rules: Rules) -> tuple[bool, int, float]:
-    """Who comes first: for a small prompt any place that costs nobody a large context; then the cheapest; then the
-    slot used longest ago."""
-    is_small = job.n_tokens < rules.small_prompt_tokens
-    return is_small and choice.is_loss, round(choice.cost_s / _TIE_S), choice.slot.used_at
+def _sort_key(choice: _Choice) -> tuple[int, float]:
+    """The cheapest comes first; then the slot used longest ago."""
+    return round(choice.cost_s / _TIE_S), choice.slot.used_at
+
+
+def _no_loss_first(choice: _Choice) -> tuple[bool, int, float]:
+    """Whatever costs nobody a large context comes before all that does."""
+    return choice.is_loss, *_sort_key(choice)
 
 
 def _steps(job: Job, choice: _Choice, view: PoolView, rules: Rules) -> Iterator[Step]:

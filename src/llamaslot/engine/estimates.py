@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from llamaslot.core.policy import Rules
 from llamaslot.core.slots import Job
 from llamaslot.engine.pool import Pool
@@ -15,9 +13,7 @@ def answer_s(pool: Pool | None, job: Job) -> float:
     """How long its answer takes, in seconds. 0 without a pool: then nothing is known of rates."""
     if pool is None:
         return 0.0
-    answer = pool.rates.answer
-    at_most_s = math.inf if job.max_tokens is None else job.max_tokens / answer.tokens_per_s
-    return min(answer.seconds_left(0.0), at_most_s)
+    return pool.rates.answer.seconds_left(0.0, job.max_tokens)
 
 
 def estimate(pool: Pool | None, job: Job, rules: Rules) -> tuple[float, bool]:

@@ -59,7 +59,9 @@ class Pool:
 
     # -- questions -----------------------------------------------------------------------------------------------
 
-    def view(self, job: Job, now: float, reserved: frozenset[int], *, is_patient: bool = True) -> PoolView:
+    def view(
+        self, job: Job, now: float, reserved: Mapping[int, float], *, is_patient: bool = True
+    ) -> PoolView:
         """The pool as ``job`` sees it; without patience nothing that is still to be computed. Changes nothing."""
         shared = {hit.holder: hit.n_shared for hit in self._residents.match(job.tokens, job.reads)}
         found = self._offers.found(job) if self.can_save else []
@@ -283,7 +285,7 @@ class Pool:
         slot.become(Event.LEASE)
         slot.leased_by = job.id
         will_hold, space = (job.tokens, job.space) if plan is not None else (old.tokens, old.space)
-        self._busy[slot.id] = Busy(now + steps_s, has_answer, will_hold, space)
+        self._busy[slot.id] = Busy(now + steps_s, has_answer, will_hold, space, job.max_tokens)
         self._note(slot, will_hold, space)
         return leaving
 

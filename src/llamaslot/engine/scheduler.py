@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -36,15 +36,18 @@ class _Look:
 
     # Counted again only when a slot has been given away: 250 who wait for 64 slots are 16,000 looks otherwise.
     n_idle: int
-    reserved: set[int] = field(default_factory=set)  # slots that somebody waits for in particular
+    reserved: dict[int, float] = field(
+        default_factory=dict
+    )  # slots that requests wait for, and for how long they need them
     again_s: list[float] = field(default_factory=list)  # in how long to look again, though nothing happens
     is_short: bool = False  # somebody earlier waits for any slot at all
     is_spared: bool = False  # somebody may not have one that is idle
 
-    def waits(self, decision: Wait, look_in_s: float) -> None:
-        """Somebody does, and is to be looked at again then."""
+    def waits(self, decision: Wait, look_in_s: float, answer_s: float) -> None:
+        """A request does, and is to be looked at again then. ``answer_s``: what its answer will take."""
         if decision.slot is not None:
-            self.reserved.add(decision.slot)
+            steps_s = decision.place.cost.steps_s if decision.place is not None else 0.0
+            self.reserved[decision.slot] = self.reserved.get(decision.slot, 0.0) + steps_s + answer_s
         if decision.for_s is None:
             self.is_short = True
         else:
@@ -231,10 +234,10 @@ class Scheduler:
         if not look.n_idle:
             look.is_short = True  # no need to look closer: with 250 waiting that took a second for each burst
             return
-        decision = self._decision(pool, waiting, frozenset(look.reserved))
+        decision = self._decision(pool, waiting, dict(look.reserved))
         if isinstance(decision, Wait):
             waiting.note.waits(decision, prefix_due_s(pool, decision, now))
-            look.waits(decision, waiting.look_at - now)
+            look.waits(decision, waiting.look_at - now, answer_s(pool, job))
             return
         if self._is_turn_waiting and is_long(decision, self.rules):
             return  # somebody waits for the long ones under way to be through: none is begun
@@ -259,7 +262,7 @@ class Scheduler:
         self._n_changes += 1
         look.n_idle = pool.n_idle
 
-    def _decision(self, pool: Pool, waiting: Waiting, reserved: frozenset[int]) -> Plan | Wait:
+    def _decision(self, pool: Pool, waiting: Waiting, reserved: Mapping[int, float]) -> Plan | Wait:
         """The last one, while nothing but arrivals has happened since; else a new one."""
         now = self.now()
         if waiting.wait is not None and waiting.n_seen == self._n_changes and now < waiting.look_at:
@@ -271,7 +274,7 @@ class Scheduler:
             waiting.look_at = now + max(decision.for_s or math.inf, MIN_LOOK_AGAIN_S)
         return decision
 
-    def _decide(self, pool: Pool, waiting: Waiting, reserved: frozenset[int]) -> Plan | Wait:
+    def _decide(self, pool: Pool, waiting: Waiting, reserved: Mapping[int, float]) -> Plan | Wait:
         """Where to, or what to wait for. Whoever is just computing what the job begins with is asked to keep it."""
         job, now = waiting.job, self.now()
         makers = [lease for lease in self.leases if lease.pool is pool and lease.is_long]

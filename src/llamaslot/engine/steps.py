@@ -98,7 +98,7 @@ class Steps:
         n_reused = self._expect(lease)
         lease.is_going_back = n_reused < lease.content.n_tokens
         if n_reused != plan.n_reused:
-            view = lease.pool.view(lease.job, self.now(), frozenset())
+            view = lease.pool.view(lease.job, self.now(), {})
             trunks = tuple(step.n_tokens for step in prefills if isinstance(step, Keep))
             view = replace(view, trunks=trunks)  # those that others count on, and no more
             prefills = list(prefill_steps(lease.job, lease.slot_id, n_reused, view, lease.pool.rules))

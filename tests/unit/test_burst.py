@@ -1,0 +1,110 @@
+"""Many small requests at once, while every slot holds a long conversation: in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from llamaslot.bench.virtual import VirtualLoop
+from llamaslot.core.slots import Job
+from llamaslot.core.tokens import pack
+from llamaslot.engine.queue import QueueLimits
+from tests.support.house import RULES, House, tokens_of
+from tests.support.stub import Op, StubServer
+
+N_SLOTS, N_CONTEXT, N_ALIKE, ANSWER_S, SAVE_S = 4, 3000, 300, 0.5, 0.06
+
+
+def pace(op: Op) -> float:
+    """A millisecond a token; every slot decodes as fast as if it were alone."""
+    seconds = {"answer": ANSWER_S, "save": SAVE_S, "restore": 0.01}
+    return seconds.get(op.kind, 0.001 + op.n_tokens / 1000)
+
+
+@pytest.fixture
+def house() -> Iterator[House]:
+    rules = replace(RULES, small_prompt_tokens=1024)
+    house = House(VirtualLoop(), StubServer(N_SLOTS, pace=pace), rules=rules, limits=QueueLimits())
+    for _ in range(20):  # answers of 15 tokens, 30 a second
+        house.rates.answer.observe(15, ANSWER_S)
+        house.rates.save.observe(N_CONTEXT * 1000, SAVE_S)
+        house.rates.restore.observe(N_CONTEXT * 1000, 0.01)
+        house.rates.size.observe(N_CONTEXT, N_CONTEXT * 1000)
+    yield house
+    house.close()
+
+
+def fill(house: House) -> list[bytes]:
+    """A conversation in each slot."""
+    contexts = [tokens_of(10_000 * i, N_CONTEXT) for i in range(1, N_SLOTS + 1)]
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(house.ask(Job(f"owner {i}", own)) for i, own in enumerate(contexts)))
+
+    house.loop.run(all_of_them())
+    return contexts
+
+
+def burst_s(house: House, n_requests: int = 8) -> float:
+    """Small requests that differ in their last 20 tokens: seconds until all are answered."""
+    began = house.loop.time()
+    alike = tokens_of(90_000, N_ALIKE)
+    jobs = [
+        Job(f"title {i}", alike + pack(range(95_000 + 100 * i, 95_020 + 100 * i))) for i in range(n_requests)
+    ]
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(house.ask(job) for job in jobs))
+
+    house.loop.run(all_of_them())
+    return house.loop.time() - began
+
+
+def come_back(house: House, contexts: list[bytes]) -> int:
+    """The owners ask again, one after the other: tokens that are computed for them."""
+    before = house.server.n_computed
+
+    async def all_of_them() -> None:
+        for i, own in enumerate(contexts):
+            await house.ask(Job(f"owner {i} again", own + pack(range(99_000, 99_010))))
+
+    house.loop.run(all_of_them())
+    return house.server.n_computed - before
+
+
+@pytest.mark.parametrize("is_clean", [True, False], ids=["saved", "not saved"])
+def test_a_burst_of_small_requests_uses_all_slots(house: House, is_clean: bool) -> None:
+    """Eight on four slots take little more than two answers, and nothing that was displaced is computed again."""
+    contexts = fill(house)
+    if is_clean:
+        house.loop.run(house.writeback.save_all())
+    seconds = burst_s(house)
+    assert len({house.slots[f"title {i}"] for i in range(8)}) == N_SLOTS
+    saves_s = 0.0 if is_clean else N_SLOTS * SAVE_S  # one at a time
+    assert seconds <= 2 * (ANSWER_S + N_ALIKE / 1000) + saves_s + 0.1
+    assert come_back(house, contexts) <= N_SLOTS * 10
+    house.check_nothing_is_left()
+
+
+def test_a_small_request_that_is_alone_displaces_one_conversation_at_most(house: House) -> None:
+    """One after the other, they have the same slot."""
+    contexts = fill(house)
+    house.loop.run(house.writeback.save_all())
+    for _ in range(5):
+        burst_s(house, 1)
+    held = [slot.content.n_tokens for slot in house._slots()]
+    assert sum(n >= N_CONTEXT for n in held) == N_SLOTS - 1
+    assert come_back(house, contexts) <= N_SLOTS * 10
+
+
+def test_small_requests_wait_for_each_other_where_a_context_costs_more(house: House) -> None:
+    """Saving one takes longer than three answers: of four small requests all have the same slot."""
+    for _ in range(20):
+        house.rates.save.observe(N_CONTEXT * 1000, 30.0)
+    fill(house)
+    house.loop.run(asyncio.sleep(0))
+    burst_s(house, 3)
+    assert len({house.slots[f"title {i}"] for i in range(3)}) == 1
