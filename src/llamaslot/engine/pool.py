@@ -86,14 +86,15 @@ class Pool:
         content = slot.content
         if slot.is_idle:
             n_usable = self.recall.of_slot(content, n_shared, job.n_tokens)
-            is_worth = self.is_worth_saving(slot)
+            delay_s = self.rates.save_delay.seconds
+            is_worth = self.is_worth_saving(slot, delay_s)
             return SlotView(
                 id=slot.id,
                 state=slot.state,
                 n_tokens=content.n_tokens,
                 n_shared=n_shared,
                 n_usable=n_usable,
-                save_s=self.save_s(content) if is_worth else 0.0,
+                save_s=self.save_s(content) + delay_s if is_worth else 0.0,
                 is_worth_saving=is_worth,
                 regret_s=self.regret_s(slot, is_worth) * weight(now - slot.used_at),
                 used_at=slot.used_at,
@@ -137,15 +138,16 @@ class Pool:
         n_prompt = slot.content.n_tokens + 1
         return max([on_disk, *(self.recall.of_slot(other, n, n_prompt) for n, other in idle)])
 
-    def is_worth_saving(self, slot: Slot) -> bool:
-        """Whether it pays to write what this slot holds to disk, the answer included if that goes into the file."""
+    def is_worth_saving(self, slot: Slot, delay_s: float = 0.0) -> bool:
+        """Whether it pays to write what this slot holds to disk, the answer included if that goes into the file.
+        ``delay_s``: what a request that waits for that pays beside it."""
         content = slot.content
         if not (self.can_save and content.is_dirty) or content.n_tokens < MIN_WORTH_TOKENS:
             return False
         n_covered = self._offers.on_disk(content.tokens, content.space)
         n_saved = content.n_tokens if self.recall.is_rewound else content.n_held
         lacking_s = self.rates.prefill.seconds(n_covered, n_saved)
-        return is_worth(Unsaved(lacking_s, self.rates.save_s(n_saved)))
+        return is_worth(Unsaved(lacking_s, self.rates.save_s(n_saved) + delay_s))
 
     def regret_s(self, slot: Slot, is_saved: bool) -> float:
         """What the owner of the slot's content pays when he comes back and finds it gone, in seconds."""

@@ -108,6 +108,7 @@ class Saving:
         Nothing awaits between the commit and the return.
         """
         assert self.catalog is not None
+        began = self.now()
         try:
             size_bytes = self.rates.size_bytes(n_held)
             draft = await self.catalog.reserve(size_bytes, keep=keep, spare=lease.scheduler.wanted())
@@ -151,12 +152,16 @@ class Saving:
             _not_saved(lease, kind, error, self.now() - started)
             return None
         # The server's own time: what a save waits for (the batch that runs for others) a prefill would wait for too.
-        self.rates.save.observe(snapshot.size_bytes, result.seconds or seconds)
+        save_s, waited_s = result.seconds or seconds, started - asked_at
+        self.rates.save.observe(snapshot.size_bytes, save_s)
+        if lease.plan is not None and kind is Kind.LEAF:
+            # Without what it has waited for other saves: those are few where this says that they cost much.
+            self.rates.save_delay.observe(max(self.now() - began - waited_s - save_s, 0.0))
         self.rates.size.observe(result.n_tokens, snapshot.size_bytes)
         self.metrics.saved(snapshot.size_bytes, seconds)
         act = Act(
             _step(kind), seconds, is_done=True, n_tokens=result.n_tokens, size_bytes=snapshot.size_bytes,
-            snapshot=snapshot.id, waited_s=started - asked_at,
+            snapshot=snapshot.id, waited_s=waited_s,
         )  # fmt: skip
         lease.note.acted(lease.slot_id, act)
         if kind is Kind.TRUNK:
