@@ -6,6 +6,7 @@ Costs in these tests: a millisecond per token computed, 10 ms to restore, unless
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -402,6 +403,23 @@ def test_a_prefill_after_a_restore_goes_on_from_it() -> None:
     assert plan.steps == (Erase(0), Restore(0, "s"), PrefillTo(0, 8999))
 
 
+def test_what_is_long_is_what_takes_much_longer_than_a_request_costs() -> None:
+    """On a fast server a tenth of a second may be worth it, and nowhere does anybody wait behind more than a second."""
+    by_cost = replace(RULES, own_above_s=None)
+    fast = view(prefill_s=lambda start, end: (end - start) / 10_000, request_s=0.004)
+    assert prefill_stops(job(900), 0, fast, by_cost) == [899]
+    assert prefill_stops(job(700), 0, fast, by_cost) == []
+    assert prefill_stops(job(1100), 0, view(request_s=3.0), by_cost) == [1099]
+
+
+def test_a_boundary_is_a_stop_where_that_costs_less_than_what_it_saves() -> None:
+    """Each is a request of 4 ms more; what a next prompt that parts there would have to compute again takes 10 ms, or
+    200."""
+    fast = view(prefill_s=lambda start, end: (end - start) / 10_000, request_s=0.004)
+    cut = job(9000, boundaries=(100, 7500, 8900))
+    assert prefill_stops(cut, 0, fast, replace(RULES, own_above_s=None)) == [7500, 8900]
+
+
 def test_boundaries_are_stops_on_the_way() -> None:
     """Those that lie ahead, in their order; one that is reused already, or the end itself, is none."""
     cut = job(9000, boundaries=(1000, 4000, 7000, 8999))
@@ -415,13 +433,33 @@ def test_boundaries_are_stops_on_the_way() -> None:
     n=st.integers(0, 20_000),
     n_reused=st.integers(0, 20_000),
     boundaries=st.lists(st.integers(0, 20_000), max_size=4, unique=True).map(sorted),
+    request_s=st.sampled_from([0.0, 0.002, 0.02, 0.2]),
+    own_above_s=st.sampled_from([None, 0.0, 1.0]),
+    is_steered=st.booleans(),
 )
-def test_stops_ascend_between_what_is_there_and_the_end(n: int, n_reused: int, boundaries: list[int]) -> None:
-    """Whatever the boundaries: each stop computes something, and the last one leaves one token."""
-    stops = prefill_stops(job(n, boundaries=tuple(boundaries)), min(n_reused, n), view(), RULES)
+def test_stops_ascend_between_what_is_there_and_the_end(
+    n: int,
+    n_reused: int,
+    boundaries: list[int],
+    request_s: float,
+    own_above_s: float | None,
+    is_steered: bool,
+) -> None:
+    """Whatever the boundaries: each stop computes something, more than a request costs, and after the last one there is
+    no long prefill left."""
+    rules, seen = replace(RULES, own_above_s=own_above_s), view(request_s=request_s)
+    n_reused = min(n_reused, n)
+    stops = prefill_stops(job(n, boundaries=tuple(boundaries), is_steered=is_steered), n_reused, seen, rules)
     assert stops == sorted(set(stops))
-    assert all(n_reused < stop < n for stop in stops)
-    assert not stops or stops[-1] == n - 1
+    assert all((n_reused < stop or is_steered) and stop < n for stop in stops)
+    pieces = [seen.prefill_s(begin, end) for begin, end in pairwise([n_reused, *stops])]
+    if not is_steered and own_above_s is None:
+        assert all(piece_s >= 20 * request_s or piece_s > 1 for piece_s in pieces)
+    elif not is_steered:
+        assert all(piece_s > 20 * request_s for piece_s in pieces[:-1])
+    at_last = stops[-1] if stops else n_reused
+    assert at_last >= n - 1 or seen.prefill_s(at_last, n - 1) <= rules.long_s(request_s)
+    assert not (is_steered and stops) or at_last == n - 1
 
 
 def test_what_everybody_begins_with_makes_no_match() -> None:
@@ -454,9 +492,9 @@ def test_a_trunk_is_kept_on_the_way() -> None:
 
 def test_a_trunk_is_a_stop_that_boundaries_share() -> None:
     """The end of the system part is both: one stop."""
-    cut = job(12_000, boundaries=(10_000, 11_000), n_system=10_000)
+    cut = job(12_500, boundaries=(10_000, 11_000), n_system=10_000)
     plan = plan_of(place(cut, view(free(0), trunks=(10_000,), is_rewindable=False), RULES))
-    stops = PrefillTo(0, 11_000), PrefillTo(0, 11_999)
+    stops = PrefillTo(0, 11_000), PrefillTo(0, 12_499)
     assert plan.steps == (PrefillTo(0, 10_000), Keep(0, 10_000), *stops)
 
 

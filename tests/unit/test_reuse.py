@@ -207,16 +207,16 @@ def test_dense_models_promise_no_answer() -> None:
 def test_an_answer_that_did_not_come_back_is_not_counted_on_for_a_while() -> None:
     """Some template drops a part of it: until eight in a row have come back."""
     known = recall(RECURRENT)
-    known.predictions.answered(False)
+    known.predictions.answered(300, 0)
     for _ in range(8):
         assert known.of_slot(ANSWERED, 5000, 6000) == 4996
-        known.predictions.answered(True)
+        known.predictions.answered(300, 300)
     assert known.of_slot(ANSWERED, 5000, 6000) == 5700
 
 
 def test_whether_answers_come_back_is_kept() -> None:
     """Over a restart."""
     predictions = Predictions()
-    predictions.answered(False)
+    predictions.answered(300, 299)
     assert not Predictions.from_json(predictions.to_json()).do_answers_return
     assert Predictions.from_json(None).do_answers_return

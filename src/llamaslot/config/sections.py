@@ -153,7 +153,7 @@ class CacheConfig(Section):
 
 
 class PrefillConfig(Section):
-    own_above_s: Seconds = 1.0
+    own_above_s: Seconds | None = None
     decode_share: Annotated[float, BeforeValidator(number), Field(ge=0, le=0.9)] = 0.1
     stretch_s: Annotated[Seconds, Field(gt=0)] = 0.5
     max_held_s: Seconds = 2.0

@@ -312,6 +312,13 @@ class SaveDelay(Delay):
         super().__init__(seconds)
 
 
+class Overhead(Delay):
+    """What one request more costs an idle llama-server, beside what it computes, in seconds."""
+
+    def __init__(self, seconds: float = 0.01) -> None:
+        super().__init__(seconds)
+
+
 @dataclass(slots=True)
 class Rates:
     """All that is learned of one backend with one model."""
@@ -324,6 +331,7 @@ class Rates:
     predictions: Predictions = field(default_factory=Predictions)
     interruption: Interruption = field(default_factory=Interruption)
     save_delay: SaveDelay = field(default_factory=SaveDelay)
+    request: Overhead = field(default_factory=Overhead)
     model: str = ""  # the fingerprint of the model that taught all this
 
     def forget(self) -> None:
@@ -355,6 +363,7 @@ class Rates:
             "predictions": self.predictions.to_json(),
             "interruption": self.interruption.to_json(),
             "save_delay": self.save_delay.to_json(),
+            "request": self.request.to_json(),
             "model": self.model,
         }
 
@@ -373,4 +382,5 @@ class Rates:
         )
         rates.interruption.take_over(parts.get("interruption"))
         rates.save_delay.take_over(parts.get("save_delay"))
+        rates.request.take_over(parts.get("request"))
         return rates

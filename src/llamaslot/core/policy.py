@@ -30,6 +30,12 @@ from llamaslot.core.users import User
 PrefillSeconds = Callable[[int, int], float]
 _FEW_TOKENS = 64  # a boundary so near to what is there already is not worth a step of its own
 _TIE_S = 0.001  # costs closer than this are equal: then the slot used longest ago
+# Of the time that a prompt takes to compute, what a request of its own may cost: a request that is alone pays that for
+# nothing, and one that is not saves others, or its next turn, much more.
+_PRICE = 0.05
+_LONG_AT_LAST_S = (
+    1.0  # whatever a request costs, nobody waits behind more than this of somebody else's prompt
+)
 _FORGET_S = 1800.0  # after half an hour unused a context is half as likely to be asked for again
 
 
@@ -75,7 +81,7 @@ class PoolView:
 
     ``trunks``: token counts of the job's prompt at which a trunk is worth making; ``is_rewindable``: the model can go
     back to any token. ``can_erase``: slot actions work. Without them what must not be shared rests on ``cache_prompt``
-    false alone.
+    false alone. ``request_s``: what one request more costs, beside what it computes.
     """
 
     slots: tuple[SlotView, ...]
@@ -85,21 +91,32 @@ class PoolView:
     can_erase: bool = True
     trunks: tuple[int, ...] = ()
     is_rewindable: bool = True
+    request_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The settings that placement obeys; see ``routing``, ``prefill`` and ``cache`` in the configuration."""
+    """The settings that placement obeys; see ``routing``, ``prefill`` and ``cache`` in the configuration.
+
+    ``own_above_s``: None to decide by costs what is computed ahead of a request.
+    """
 
     similarity_min: float = 0.85
     small_prompt_tokens: int = 1024
-    own_above_s: float = 1.0
+    own_above_s: float | None = None
     sharing: Sharing = field(default_factory=Sharing)
     is_isolated: bool = False  # nobody goes on from what somebody else has computed
 
     def space(self, user: User, lora: str = "") -> Space:
         """Where a request of ``user`` computes. ``lora``: the scales that it sets."""
         return Space(user.id if self.is_isolated else "", lora)
+
+    def long_s(self, request_s: float) -> float:
+        """What takes longer to compute is worth a request of its own, which costs ``request_s``: then it can be shared
+        while it is computed, interrupted, and held back for others."""
+        if self.own_above_s is not None:
+            return self.own_above_s
+        return min(request_s / _PRICE, _LONG_AT_LAST_S)
 
     @property
     def public(self) -> Space:
@@ -185,9 +202,9 @@ def is_other(slot: SlotView, n_alike: int) -> bool:
     return n_alike > 0 and only_begins_alike and slot.n_tokens > slot.n_shared + _FEW_TOKENS
 
 
-def is_long(plan: Plan, rules: Rules) -> bool:
+def is_long(plan: Plan, long_s: float) -> bool:
     """Whether computing what is ahead of the job's own request takes so long that others get their turn meanwhile."""
-    return plan.cost.prefill_s > rules.own_above_s and any(isinstance(s, PrefillTo) for s in plan.steps)
+    return plan.cost.prefill_s > long_s and any(isinstance(step, PrefillTo) for step in plan.steps)
 
 
 def weight(idle_s: float) -> float:
@@ -271,10 +288,18 @@ def prefill_steps(
 def prefill_stops(job: Job, n_reused: int, view: PoolView, rules: Rules) -> list[int]:
     """Where to stop on the way: the job's boundaries, then the last token but one. Empty for a short prefill.
 
-    The last token is left to the client's own request, which always computes one; stopping at n instead costs a
+    Each stop is a request more. So a boundary is one if computing again what lies between it and the stop before, which
+    a next prompt that parts there would have to, takes much longer than that; and the end is none if what is left is
+    short. The last token is left to the client's own request, which always computes one; stopping at n instead costs a
     recurrent model its last checkpoint. A job that is steered needs a slot that shares all but that one.
     """
-    last = job.n_tokens - 1
-    if last <= 0 or not (job.is_steered or view.prefill_s(n_reused, last) > rules.own_above_s):
+    last, long_s = job.n_tokens - 1, rules.long_s(view.request_s)
+    if last <= 0 or not (job.is_steered or view.prefill_s(n_reused, last) > long_s):
         return []
-    return [*(at for at in job.boundaries if n_reused + _FEW_TOKENS <= at < last), last]
+    stops, begin = list[int](), n_reused
+    for at in job.boundaries:
+        if begin + _FEW_TOKENS <= at < last and view.prefill_s(begin, at) > view.request_s / _PRICE:
+            stops.append(at)
+            begin = at
+    is_end = job.is_steered or not stops or view.prefill_s(begin, last) > long_s
+    return [*stops, last] if is_end else stops

@@ -94,6 +94,9 @@ class Predictions:
         self._short: dict[tuple[Memory, str], deque[int]] = {}
         self._back: dict[tuple[Memory, str], int] = {}
         self._n_whole = self.SURE  # answers in a row that came back whole
+        self._returned: deque[float] = deque(
+            maxlen=self.KEPT
+        )  # of each of the last answers, which share came back
         self.tallies: dict[tuple[Memory, str], Tally] = {}
 
     def correct(self, memory: Memory, source: str, n_usable: int) -> int:
@@ -125,14 +128,22 @@ class Predictions:
         """
         return self._n_whole >= self.SURE
 
-    def answered(self, is_whole: bool) -> None:
-        """Somebody went on after an answer: it was found in its slot as a whole, or not."""
-        self._n_whole = min(self._n_whole + 1, self.SURE) if is_whole else 0
+    def answered(self, n_answer: int, n_returned: int) -> None:
+        """Somebody went on after an answer of ``n_answer`` tokens, the first ``n_returned`` of which were found in its
+        slot."""
+        self._n_whole = min(self._n_whole + 1, self.SURE) if n_returned >= n_answer else 0
+        self._returned.append(min(max(n_returned / n_answer, 0.0), 1.0))
+
+    def likely(self, n_answer: int) -> int:
+        """How much of an answer of ``n_answer`` tokens is likely to come back in the next prompt, from its beginning:
+        the share that did as a rule. All of it before anything is known."""
+        share = median_low(self._returned) if len(self._returned) >= self.LEAST else 1.0
+        return int(share * n_answer)
 
     def to_json(self) -> dict[str, Any]:
         """What falls short, the oldest first; the tallies begin anew with each start."""
         short = {f"{memory.value} {source}": list(last) for (memory, source), last in self._short.items()}
-        return {"short": short, "n_whole": self._n_whole}
+        return {"short": short, "n_whole": self._n_whole, "returned": list(self._returned)}
 
     @classmethod
     def from_json(cls, data: object) -> Predictions:
@@ -141,6 +152,10 @@ class Predictions:
         parts = data if isinstance(data, Mapping) else {}
         if isinstance(n_whole := parts.get("n_whole"), int):
             predictions._n_whole = min(max(n_whole, 0), cls.SURE)
+        returned = parts.get("returned")
+        for share in returned if isinstance(returned, list) else ():
+            if isinstance(share, int | float) and 0 <= share <= 1:
+                predictions._returned.append(float(share))
         for memory, source, short in _samples(parts.get("short")):
             predictions.observe(memory, source, cls.MOST + 1, cls.MOST + 1 - short)
         predictions.tallies.clear()
@@ -205,6 +220,14 @@ class Recall:
         if n_held is not None and least < n_held <= n_shared and n_held < n_prompt:
             return n_held
         return self.usable(RESIDENT, n_shared, n_held, content.checkpoints, n_prompt)
+
+    def likely_of_slot(self, content: Content, n_shared: int, n_prompt: int) -> int:
+        """What is likely to be reused of what a slot holds, where ``of_slot`` tells what is to be counted on: models
+        that can go back to any token find what the prompt has of the answer, whose tokens nobody knows."""
+        n_usable = self.of_slot(content, n_shared, n_prompt)
+        if not (self.is_rewindable and goes_on_behind(content, n_shared, n_prompt)):
+            return n_usable
+        return n_usable + self.predictions.likely(content.n_more)
 
 
 def goes_on_behind(content: Content, n_shared: int, n_prompt: int) -> bool:

@@ -49,9 +49,11 @@ async def until_idle(api: LlamaServer, lease: Lease, content: Content, now: Call
 
 
 def is_far_off(lease: Lease, n_expected: int, n_found: int) -> bool:
-    """Whether so much less is in the slot than was believed that it makes a long prefill of its own."""
-    lost_s = lease.pool.rates.prefill.seconds(n_found, n_expected)
-    return n_expected - n_found > _FEW_TOKENS and lost_s > lease.pool.rules.own_above_s
+    """Whether so much less is in the slot than was believed that it makes a long prefill of its own, and more than
+    stopping here and going somewhere else costs."""
+    pool = lease.pool
+    lost_s = pool.rates.prefill.seconds(n_found, n_expected)
+    return n_expected - n_found > _FEW_TOKENS and lost_s > max(pool.long_s, pool.rates.interruption.seconds)
 
 
 def note_misplaced(lease: Lease, n_found: int, metrics: Metrics) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 # Until its first token, of a request that needs little; longer where prefills are only long later.
-_LITTLE_S = 1.0
+_LITTLE_S = 2.0
 
 
 class PlanAgain(Exception):
@@ -71,7 +71,7 @@ class Lease:
         self.is_released = False
         self.is_clearing = False  # it waits until llama-server would choose its slot
         # Whether a long prefill comes before its own request, to be computed in turn with those of others.
-        self.is_long = plan is not None and is_long(plan, pool.rules)
+        self.is_long = plan is not None and is_long(plan, pool.long_s)
         self.can_keep = True  # a trunk on the way; until one could not be saved
         self.charge: Charge | None = None  # to its user, for what the queue has given away
         self.sent_at = 0.0  # when the job's own request was
@@ -83,7 +83,9 @@ class Lease:
         # Tokens of the prompt, set by Steps when the slot actions are through:
         self.n_usable = 0  # reusable by the kind of model
         self.n_whole: int | None = None  # reusable if the old answer comes back token for token
+        self.n_answer = 0  # of these, the tokens of that answer
         self.n_expected = 0  # reusable as this server has behaved so far
+        self.n_likely = 0  # the same with what is likely to come back of an answer
         self.is_going_back = False  # the slot holds more than n_expected, which is dropped
         self.note = scheduler.note(job)  # in the journal
         # Asked just before a save: whether somebody has come for whom the server should be free.
@@ -130,7 +132,7 @@ class Lease:
         is_sent = self.is_answering or self.is_started
         is_acting = self.phase is Phase.ACTING and self.plan is not None
         since = self.acting_at if is_acting else self.sent_at if is_sent else math.inf
-        if self.scheduler.now() - since > max(2 * self.pool.rules.own_above_s, _LITTLE_S):
+        if self.scheduler.now() - since > max(2 * self.pool.long_s, _LITTLE_S):
             return False
         if is_acting or self.is_long:
             return is_acting

@@ -59,6 +59,11 @@ class Pool:
 
     # -- questions -----------------------------------------------------------------------------------------------
 
+    @property
+    def long_s(self) -> float:
+        """Prefills that take longer are computed ahead of their requests, in turn with those of others."""
+        return self.rules.long_s(self.rates.request.seconds)
+
     def view(
         self, job: Job, now: float, reserved: Mapping[int, float], *, is_patient: bool = True
     ) -> PoolView:
@@ -80,12 +85,13 @@ class Pool:
             can_erase=self.can_erase,
             trunks=self._offers.trunks(job, branch, is_second=bool(begin_so)) if self.can_save else (),
             is_rewindable=self.recall.is_rewindable,
+            request_s=self.rates.request.seconds,
         )
 
     def _slot_view(self, slot: Slot, n_shared: int, job: Job, now: float) -> SlotView:
         content = slot.content
         if slot.is_idle:
-            n_usable = self.recall.of_slot(content, n_shared, job.n_tokens)
+            n_usable = self.recall.likely_of_slot(content, n_shared, job.n_tokens)
             delay_s = self.rates.save_delay.seconds
             is_worth = self.is_worth_saving(slot, delay_s)
             return SlotView(

@@ -114,7 +114,7 @@ class Prefills:
         recall = lease.pool.recall
         n_window = (recall.window or 0) if recall.memory is Memory.SWA else 0
         long = _Long(
-            lease, stops, report, may_replan, lease.n_expected, self.now(), no_stop_before=n_window + 1
+            lease, stops, report, may_replan, lease.n_likely, self.now(), no_stop_before=n_window + 1
         )
         lease.n_done = long.at
         if lease.is_long:
@@ -250,9 +250,11 @@ class Prefills:
         """How far the stretch is sent: all the way where it is interrupted instead of cut."""
         if not (long.lease.is_long and long.lease.pool.recall.is_rewindable):
             return long.target
-        rate = self.rates.prefill
-        reached = rate.reached(long.at, _sharing(long).stretch_s) if rate.known else long.at + GRAIN
-        return stretch_end(long.at, long.target, reached)
+        rate, begin = self.rates.prefill, long.at
+        if not long.has_begun and long.lease.n_whole is not None:
+            begin = max(begin, long.lease.n_whole)  # what ends in the answer that the slot holds cuts it off
+        reached = rate.reached(begin, _sharing(long).stretch_s) if rate.known else begin + GRAIN
+        return stretch_end(begin, long.target, reached)
 
     async def _compute(self, long: _Long) -> bool:
         """The stretch itself. What the slot holds at its end is known, however it ends. True when it has ended because
@@ -271,7 +273,7 @@ class Prefills:
                     if last is None:
                         n_found = event.cache
                         lease.begun(replace(prefilled(before, tokens, n_found), is_exact=False))
-                        is_far = not long.has_begun and is_far_off(lease, long.at, n_found)
+                        is_far = not long.has_begun and is_far_off(lease, lease.n_expected, n_found)
                         is_misplaced = is_far and long.may_replan
                         if long.has_begun and n_found < long.at - _FEW:
                             long.no_stop_before = 2 * long.at
@@ -293,9 +295,12 @@ class Prefills:
         content = prefilled(before, tokens, n_found)
         if not is_over:
             content = await until_idle(self.api, lease, content, self.now)
-        elif lease.pool.recall.is_rewindable and last is not None:
-            # What sending it in one more piece has cost.
-            self.rates.interruption.observe(self.now() - long.since - last.seconds)
+        elif last is not None:
+            more_s = self.now() - long.since - last.seconds  # what sending it in one more piece has cost
+            if lease.pool.recall.is_rewindable:
+                self.rates.interruption.observe(more_s)
+            if not self._others(long):  # it has waited for nobody's batch
+                self.rates.request.observe(more_s)
         lease.done(content)
         if not long.has_begun:
             long.has_begun, long.n_reused = True, n_found

@@ -239,7 +239,7 @@ class Scheduler:
             waiting.note.waits(decision, prefix_due_s(pool, decision, now))
             look.waits(decision, waiting.look_at - now, answer_s(pool, job))
             return
-        if self._is_turn_waiting and is_long(decision, self.rules):
+        if self._is_turn_waiting and is_long(decision, pool.long_s):
             return  # somebody waits for the long ones under way to be through: none is begun
         self._place(pool, waiting, decision, look)
 

@@ -34,7 +34,8 @@ class Settling:
         kind = source_of(restored) if restored is not None else RESIDENT
         lease.pool.recall.predictions.observe(lease.pool.memory, kind, lease.n_usable, n_reused)
         if lease.n_whole is not None:
-            lease.pool.recall.predictions.answered(n_reused >= lease.n_whole)
+            n_answer = lease.n_answer
+            lease.pool.recall.predictions.answered(n_answer, n_reused - (lease.n_whole - n_answer))
         if n_reused < lease.n_expected:
             self._was_wrong(lease, n_reused)
         if restored is None or self._learn_checkpoints(lease, restored, n_reused):

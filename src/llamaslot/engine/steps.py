@@ -95,8 +95,8 @@ class Steps:
         if lease.content is None or (lease.job.is_cold and lease.content != NOTHING):
             lease.is_long = False
             return None  # what the slot holds must not be used: the job's own request computes everything
-        n_reused = self._expect(lease)
-        lease.is_going_back = n_reused < lease.content.n_tokens
+        self._expect(lease)
+        lease.is_going_back, n_reused = lease.n_expected < lease.content.n_tokens, lease.n_likely
         if n_reused != plan.n_reused:
             view = lease.pool.view(lease.job, self.now(), {})
             trunks = tuple(step.n_tokens for step in prefills if isinstance(step, Keep))
@@ -106,11 +106,11 @@ class Steps:
         if not stops:
             lease.is_long = False
             return None
-        lease.is_long = self.rates.prefill.seconds(n_reused, stops[-1]) > lease.pool.rules.own_above_s
+        lease.is_long = self.rates.prefill.seconds(n_reused, stops[-1]) > lease.pool.long_s
         return await self.prefills.run(lease, stops, report, self._keep, may_replan=may_replan)
 
     @staticmethod
-    def _expect(lease: Lease) -> int:
+    def _expect(lease: Lease) -> None:
         """What will be reused of what the slot holds when the steps are through: what was planned, unless one of them
         has failed."""
         content, job, recall = lease.content, lease.job, lease.pool.recall
@@ -118,14 +118,15 @@ class Steps:
         n_shared, n_held = common(content.tokens, job.tokens), content.n_tokens if content.is_exact else None
         lease.n_usable = usable(recall.memory, n_shared, n_held, content.checkpoints, job.n_tokens)
         if goes_on_behind(content, n_shared, job.n_tokens):
-            lease.n_whole = content.n_held
+            lease.n_whole, lease.n_answer = content.n_held, content.n_more
         if lease.restored is not None:
             lease.n_expected = recall.predictions.correct(
                 recall.memory, source_of(lease.restored), lease.n_usable
             )
+            lease.n_likely = lease.n_expected
         else:
             lease.n_expected = recall.of_slot(content, n_shared, job.n_tokens)
-        return lease.n_expected
+            lease.n_likely = recall.likely_of_slot(content, n_shared, job.n_tokens)
 
     async def _keep(self, lease: Lease, n_tokens: int) -> None:
         if not await self._carry_out(lease, self.saving.keep(lease, n_tokens)):

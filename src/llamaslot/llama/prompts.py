@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +29,7 @@ _BAD_PROMPT = (
 #: What of a body, apart from its messages, templates show. Another field that one shows makes a prompt part earlier.
 _SHOWN = (
     "tools", "tool_choice", "response_format", "json_schema", "chat_template_kwargs", "reasoning_effort",
+    "add_generation_prompt", "continue_final_message",
 )  # fmt: skip
 _MAX_TEXTS = 1024  # of one list: each is a question to the server, asked one after the other
 _HEADER_TOKENS = 16  # in front of an answer: a role, perhaps the beginning of its reasoning
@@ -102,6 +103,7 @@ class _Model:
         self.specials = SpecialsOfEach(server)
         self.pieces = Pieces(cache_bytes)
         self.systems = Systems()
+        self.questions, self.tails = Systems(), Systems()  # see Prompts._question_end
         self.is_whole = is_whole  # a cut has given wrong tokens: no more cuts
 
     def split(self, text: str, whose: str) -> _Split:
@@ -286,11 +288,48 @@ class Prompts:
         have it, and also as this one has it when the template makes more than a header of the difference (it may
         move the tools to the last user message). A variant that the template refuses gives no boundary.
         """
-        found = await together(*(self._shared(variant, prompt) for variant in _variants(body)))
-        if len(found) == 3 and 0 < found[2] - found[1] <= _HEADER_TOKENS and found[1]:
-            del found[2]
-        stops = tuple(sorted({n for n in found if 0 < n < prompt.n_tokens}))
-        return Boundaries(found[0] if found and found[0] in stops else 0, stops)
+        n_system, *found = await together(self.system_end(body, prompt), *self._question_ends(body, prompt))
+        if len(found) == 2 and 0 < found[1] - found[0] <= _HEADER_TOKENS and found[0]:
+            del found[1]
+        stops = tuple(sorted({n for n in (n_system, *found) if 0 < n < prompt.n_tokens}))
+        return Boundaries(n_system if n_system in stops else 0, stops)
+
+    def _question_ends(self, body: Mapping[str, Any], prompt: Prompt) -> list[Coroutine[Any, Any, int]]:
+        """Questions for the end of the last user message: as the next turn has it, and as this one has it."""
+        variants = _variants(body)[1:]
+        if not variants:
+            return []
+        messages, n_asked = body["messages"], len(variants[1]["messages"]) - 1
+        shown = {name: body[name] for name in _SHOWN if name in body}
+        is_last = n_asked == len(messages)
+        return [
+            self._question_end(
+                variant,
+                prompt,
+                _key([number, prompt.whose, shown, messages[:n_asked]]),
+                _key([number, prompt.whose, shown]) if is_last else None,
+            )
+            for number, variant in enumerate(variants)
+        ]
+
+    async def _question_end(
+        self, variant: Mapping[str, Any], prompt: Prompt, made_from: bytes, tail_from: bytes | None
+    ) -> int:
+        """What the prompt shares with that of the variant: asked once for each question, however many tools are called
+        to answer it. Behind a question that stands at the end templates write the same few tokens each time:
+        ``tail_from`` is what those follow from, and once they are known such a prompt costs no question at all."""
+        model, n = self._model, 0
+        if tail_from is not None and (tail := model.tails.find(tail_from)) is not None:
+            n = prompt.n_tokens - count(tail) if prompt.tokens.endswith(tail) else 0
+        elif (asked := model.questions.find(made_from)) is not None and prompt.tokens.startswith(asked):
+            return count(asked)
+        if not n and (n := await self._shared(variant, prompt)) and tail_from is not None:
+            tail = prompt.tokens[n * WIDTH :]
+            if count(tail) <= _HEADER_TOKENS:
+                model.tails.keep(tail_from, tail)
+        if n:
+            model.questions.keep(made_from, head(prompt.tokens, n))
+        return n
 
     async def system_end(self, body: Mapping[str, Any], prompt: Prompt) -> int:
         """The end of system part and tools in the prompt of a chat body, in tokens; 0 when it has neither.
@@ -302,7 +341,7 @@ class Prompts:
         if not variants or not (len(variants[0]["messages"]) > 1 or body.get("tools")):
             return 0
         shown = {name: body[name] for name in _SHOWN if name in body}
-        key = orjson.dumps([prompt.whose, variants[0]["messages"][:-1], shown], option=orjson.OPT_SORT_KEYS)
+        key = _key([prompt.whose, variants[0]["messages"][:-1], shown])
         systems = self._model.systems
         if (tokens := systems.find(key)) is None:
             tokens = head(prompt.tokens, await self._shared(variants[0], prompt))
@@ -325,6 +364,10 @@ class Prompts:
         except UpstreamError:
             return 0
         return common((await self._of_text(text, prompt.whose)).tokens, prompt.tokens)
+
+
+def _key(made_from: list[Any]) -> bytes:
+    return orjson.dumps(made_from, option=orjson.OPT_SORT_KEYS)
 
 
 def _pack_wrapping(ids: list[int]) -> bytes:

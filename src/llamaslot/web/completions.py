@@ -140,7 +140,7 @@ class _Exchange:
                     await self._prepare_head(want, met)
                 self.deadlines.answering()  # nobody reads the answer closely enough to tell when it begins
                 return self._counted(want, await self.unrecognized(head=want.left_in_slot))
-            if len(want.prompts) > 1 and self._is_long(want):
+            if len(want.prompts) > 1 and self._is_long(want, met):
                 return await self._serve_each(want)
             try:
                 return self._counted(want, await self._serve(want, met))
@@ -152,7 +152,7 @@ class _Exchange:
         """Have what comes before the first medium in a slot, if it takes long: restored, or computed in turn with what
         others want. llama-server, which will choose the slot, finds it there. Cancelling gives the slot back."""
         job = replace(want.job, is_steered=False)
-        if self.backend.rates.prefill.seconds(0, job.n_tokens) <= self.backend.rules.own_above_s:
+        if self.backend.rates.prefill.seconds(0, job.n_tokens) <= met.pool.long_s:
             return
         with await self.backend.scheduler.lease(job) as lease:
             if lease.pool is not met.pool:
@@ -197,10 +197,10 @@ class _Exchange:
 
     # -- several prompts -----------------------------------------------------------------------------------------
 
-    def _is_long(self, want: Wanted) -> bool:
+    def _is_long(self, want: Wanted, met: Met) -> bool:
         """Whether any prompt but the first, which has the slot to itself, would take long to compute."""
         longest = max(prompt.n_tokens for prompt in want.prompts[1:])
-        return self.backend.rates.prefill.seconds(0, longest) > self.backend.rules.own_above_s
+        return self.backend.rates.prefill.seconds(0, longest) > met.pool.long_s
 
     async def _serve_each(self, want: Wanted) -> web.StreamResponse:
         """One prompt after the other, each as a request of its own. Raises LlamaslotError: the first ends it all."""
