@@ -409,3 +409,31 @@ def test_a_slot_of_another_user_is_foreign() -> None:
     seen = {space: pool.view(Job("asks", A + B, space=space), 0.0, NOBODY).slots[0] for space in (anna, bert)}
     assert (seen[anna].is_foreign, seen[anna].n_shared) == (False, 2000)
     assert (seen[bert].is_foreign, seen[bert].n_shared) == (True, 0)
+
+
+def test_a_slot_that_has_just_answered_is_gone_on_from_by_its_follow_up() -> None:
+    """A snapshot of an older run has a few tokens more than is known of the slot, and the answer behind those comes
+    back with the follow-up as a rule: nothing is restored."""
+    pool = make()
+    older = A[: 4 * 1500] + B[: 4 * 40]
+    pool.add_snapshot(snapshot("older", older))
+    hold(pool, 0, A[: 4 * 1460], n_more=45)
+    follow_up = Job("follow-up", A[: 4 * 1520])
+    plan = place(follow_up, pool.view(follow_up, 1.0, NOBODY), pool.rules)
+    assert isinstance(plan, Plan)
+    assert (plan.slot, plan.source, plan.n_reused) == (0, Source.RESIDENT, 1505)
+    for _ in range(3):
+        pool.recall.predictions.answered(45, 0)  # the template drops it
+    plan = place(follow_up, pool.view(follow_up, 1.0, NOBODY), pool.rules)
+    assert isinstance(plan, Plan)
+    assert (plan.source, plan.snapshot) == (Source.SNAPSHOT, "older")
+
+
+def test_what_is_long_follows_what_a_request_costs() -> None:
+    """As it is learned."""
+    pool = make()
+    for _ in range(50):
+        pool.rates.request.observe(0.003)
+    assert pool.long_s == pytest.approx(0.06, rel=0.01)
+    view = pool.view(Job("new", A), 0.0, NOBODY)
+    assert view.request_s == pytest.approx(0.003, rel=0.01)

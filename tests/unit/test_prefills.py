@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llamaslot.core.cost import Interruption, PrefillRate, Rates
+from llamaslot.core.cost import Interruption, Overhead, PrefillRate, Rates
 from llamaslot.core.prefills import GRAIN, Pending, Sharing, next_up, pause_s, rank, stretch_end
 
 MAX_S, SWITCH_S, STRETCH_S = 120.0, 0.1, 0.5
@@ -346,3 +346,14 @@ def test_a_spoilt_interruption_is_learned_anew(data: Any) -> None:
     assert Interruption.from_json(data).seconds == Interruption().seconds
     assert Rates.from_json({"interruption": data}).interruption.seconds == Interruption().seconds
     assert Interruption.from_json({"seconds": 5000}).seconds == Interruption.LIMITS[1]
+
+
+def test_what_a_request_costs_is_learned_and_kept() -> None:
+    """From ten milliseconds on; what is spoilt starts there again."""
+    rates = Rates()
+    assert repr(rates.request) == "<Overhead 10.0 ms>"
+    for _ in range(30):
+        rates.request.observe(0.002)
+    again = Rates.from_json(json.loads(json.dumps(rates.to_json())))
+    assert again.request.seconds == pytest.approx(rates.request.seconds) == pytest.approx(0.002, rel=0.1)
+    assert Rates.from_json({"request": "soon"}).request.seconds == Overhead().seconds

@@ -605,6 +605,52 @@ async def test_tools_that_stand_before_the_last_user_message_give_two_boundaries
     assert now.endswith("three<|im_end|>\n<|im_start|>")
 
 
+async def test_the_end_of_a_question_is_asked_for_once() -> None:
+    """However many tools are called to answer it."""
+    server = Server()
+    prompts, messages = Prompts(server), turns("one", "two", "x-rays?", system="Be kind.")["messages"]
+    for number in range(4):
+        messages += [{"role": "assistant", "content": "I look."}, {"role": "tool", "content": f"{number}"}]
+        prompt = await prompts.chat({"messages": messages})
+        n_before = len(server.bodies)
+        _, user = (await prompts.boundaries({"messages": messages}, prompt)).stops
+        assert len(server.bodies) == n_before + (3 if number == 0 else 0)
+        text = str(prompt.text)
+        assert count(server.tokens(text[: text.index("I look.")])) == user
+
+
+async def test_what_stands_behind_a_question_is_asked_for_once() -> None:
+    """As long as a template writes the same there: then the next question costs none, nor do the tools behind it."""
+
+    class Thinking(Server):
+        async def apply_template(self, body: Mapping[str, Any]) -> str:
+            text = await super().apply_template(body)
+            is_asked = body["messages"][-1]["role"] in ("user", "tool")
+            return f"{text}<think>\n" if is_asked else text
+
+    server = Thinking()
+    prompts = Prompts(server)
+    for number, question in enumerate(("why?", "x-rays?", "xenon?")):
+        body = turns(question, system="Be kind.")
+        prompt = await prompts.chat(body)
+        n_before = len(server.bodies)
+        _, user = (await prompts.boundaries(body, prompt)).stops
+        assert len(server.bodies) == n_before + (3 if number == 0 else 0)
+        assert str(prompt.text).endswith("<|im_start|>assistant\n<think>\n")
+        assert user == count(server.tokens(str(prompt.text).removesuffix("<think>\n")))
+        more = [{"role": "assistant", "content": "I look."}, {"role": "tool", "content": "42"}]
+        body["messages"] += more
+        prompt = await prompts.chat(body)
+        n_before = len(server.bodies)
+        assert user in (await prompts.boundaries(body, prompt)).stops
+        assert len(server.bodies) == n_before
+    other = {**turns("why?", system="Be kind."), "chat_template_kwargs": {"enable_thinking": False}}
+    prompt = await prompts.chat(other)
+    n_before = len(server.bodies)
+    await prompts.boundaries(other, prompt)
+    assert len(server.bodies) == n_before + 3
+
+
 async def test_the_end_of_the_system_part_is_asked_for_once() -> None:
     """Whatever the conversation: the next one with the same system part and tools costs no further question."""
     server = Server()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -202,6 +204,35 @@ def test_a_prompt_that_parts_earlier_goes_back(memory: Memory) -> None:
 def test_dense_models_promise_no_answer() -> None:
     """They use as much of it as comes back, so that nothing is lost by promising less."""
     assert recall(DENSE).of_slot(ANSWERED, 5000, 6000) == 5000
+
+
+def test_an_answer_is_likely_to_come_back_as_far_as_answers_did() -> None:
+    """For the choice of a place: all of it at first, then the usual share, the same after a restart. Nothing of it
+    where the prompt is too short for it or parts before it."""
+    known = recall(DENSE)
+    assert known.likely_of_slot(ANSWERED, 5000, 6000) == 5700
+    assert known.likely_of_slot(ANSWERED, 5000, 5700) == 5000
+    assert known.likely_of_slot(ANSWERED, 4999, 6000) == 4999
+    for n_returned in (100, 200, 150):
+        known.predictions.answered(200, n_returned)
+    assert known.likely_of_slot(ANSWERED, 5000, 6000) == 5525
+    again = Predictions.from_json(json.loads(json.dumps(known.predictions.to_json())))
+    assert again.likely(700) == 525
+
+
+@pytest.mark.parametrize("memory", [SWA, RECURRENT])
+def test_models_that_cannot_go_back_find_a_whole_answer_or_none(memory: Memory) -> None:
+    """What is likely is what is counted on."""
+    known = recall(memory)
+    assert known.likely_of_slot(ANSWERED, 5000, 6000) == known.of_slot(ANSWERED, 5000, 6000) == 5700
+    known.predictions.answered(700, 350)
+    assert known.likely_of_slot(ANSWERED, 5000, 6000) == known.of_slot(ANSWERED, 5000, 6000) < 5000
+
+
+@pytest.mark.parametrize("returned", [None, 3, "all", [2.0], ["x"], [-1]])
+def test_spoilt_shares_of_answers_are_ignored(returned: object) -> None:
+    """They are learned anew."""
+    assert Predictions.from_json({"returned": returned}).likely(700) == 700
 
 
 def test_an_answer_that_did_not_come_back_is_not_counted_on_for_a_while() -> None:
