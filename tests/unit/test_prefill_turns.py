@@ -180,6 +180,23 @@ def test_a_long_prompt_gets_a_stretch_every_while(memory: Memory) -> None:
         house.wait(*users)
 
 
+@EVERY
+def test_a_prompt_that_is_hardly_long_is_not_held_back_for_long(memory: Memory) -> None:
+    """Three users leave no gap between their requests: it waits as long as it takes itself, and not for two seconds."""
+    with Paced(memory, 4, answer_s=0.001) as house:
+        filler = house.come(short("filler", n=60))
+        house.until_leased(filler)
+        house.talk(3)
+        house.begin()
+        users = [house.start(asks_again_and_again(house, i, 6.0), f"user {i}") for i in range(3)]
+        house.until(1.0)
+        stranger = long("stranger", 300)
+        house.wait(house.come(stranger))
+        assert house.slots[stranger.id] == 0, "else the server itself would compute the others first"
+        assert house.first_s[stranger.id] <= 2 * 0.3 + 3 * 0.15 + 4 * BATCH_S
+        house.wait(*users)
+
+
 @settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 @given(
     memory=st.sampled_from(list(Memory)),
