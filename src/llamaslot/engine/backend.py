@@ -32,6 +32,7 @@ from llamaslot.engine.unrecognized import Unrecognized
 from llamaslot.engine.writeback import Writeback
 from llamaslot.errors import BackendDown, LlamaslotError
 from llamaslot.llama.api import LlamaServer
+from llamaslot.llama.dry_run import DryRuns
 from llamaslot.llama.offered import Offered
 from llamaslot.llama.prompts import Prompts
 from llamaslot.llama.shapes import Shapes
@@ -104,6 +105,7 @@ class Backend:
         self.steps = Steps(api, self.catalog, self.rates, metrics, self.tasks, now)
         self.infills = Infills(api, self.scheduler, self.steps)
         self.offered, self.shapes = Offered(api), Shapes(api.ask)
+        self.dry_runs = DryRuns(api)
         self.unrecognized = Unrecognized(metrics)
         self.turns = Turns(api, self.scheduler, self.steps, self.tasks)
         self.writeback = Writeback(self.scheduler, self.steps, idle_save_s)
@@ -254,7 +256,7 @@ class Backend:
             self.drains.add_slot(met.pool, slot, NOTHING)
         if self.catalog is not None and met.pool.can_save:  # some went while the server was met
             met.pool.agree(self.catalog.snapshots)
-        for known in (self.prompts, self.infills, self.offered, self.shapes):
+        for known in (self.prompts, self.infills, self.offered, self.shapes, self.dry_runs):
             known.forget()
         self._set(Health.UP)
         self.scheduler.attach(met.pool)

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from llamaslot.core.reuse import checkpoints_after
 from llamaslot.core.slots import NOTHING, Content
-from llamaslot.core.tokens import count
+from llamaslot.core.tokens import common, count
 from llamaslot.engine.lease import Lease
-from llamaslot.errors import BackendDown, UpstreamError
+from llamaslot.errors import BackendDown, LlamaslotError, UpstreamError
 from llamaslot.llama.api import LlamaServer
 from llamaslot.observe.metrics import Metrics
 
@@ -46,6 +46,25 @@ async def until_idle(api: LlamaServer, lease: Lease, content: Content, now: Call
     lease.pool.rates.interruption.observe(now() - closed)
     n = min(info.n_tokens or 0, content.n_tokens) if info is not None else 0
     return replace(content.head(n), is_exact=True) if n else NOTHING
+
+
+async def is_untouched(api: LlamaServer, lease: Lease, before: Content | None) -> bool:
+    """Whether the slot of ``lease``, which held ``before``, still does after llama-server has refused what was sent
+    there. It says how many tokens are in it. Those that a request would have left there are as many only where these
+    are the same ones, or by a rare chance, which costs time: llama-server compares tokens by itself.
+    """
+    try:
+        infos = {info.id: info for info in await api.slots()}
+    except LlamaslotError:
+        return False
+    info = infos.get(lease.slot_id)
+    if before is None or info is None or info.is_processing or not lease.pool.is_current:
+        return False
+    n_now = info.n_tokens or 0
+    if before.is_exact or before.n_more:
+        return n_now == before.n_held
+    n_kept = common(before.tokens, lease.job.tokens)  # of what is sure, whatever was done
+    return n_now >= before.n_tokens and (n_kept == before.n_tokens or n_now > lease.job.n_tokens)
 
 
 def is_far_off(lease: Lease, n_expected: int, n_found: int) -> bool:

@@ -204,9 +204,10 @@ class Lease:
             self.is_talking = True
             self.scheduler.bell.ring()
 
-    def refused(self) -> None:
-        """llama-server refused the request at the door (4xx): the slot holds what it held before it was sent."""
-        self.done(self._before)
+    @property
+    def before(self) -> Content | None:
+        """What the slot held when the job's own request was sent."""
+        return self._before
 
     def done(self, content: Content | None) -> None:
         """The server is through, and the slot holds ``content``."""

@@ -21,7 +21,7 @@ from llamaslot.core.prefills import GRAIN, Pending, Sharing, next_up, pause_s, s
 from llamaslot.core.reuse import Memory
 from llamaslot.core.slots import NOTHING
 from llamaslot.core.tokens import head
-from llamaslot.engine.beliefs import is_far_off, note_misplaced, prefilled, until_idle
+from llamaslot.engine.beliefs import is_far_off, is_untouched, note_misplaced, prefilled, until_idle
 from llamaslot.engine.lease import Lease, PlanAgain, Prefilling, Report
 from llamaslot.errors import UpstreamError
 from llamaslot.llama.api import LlamaServer, Progress
@@ -220,6 +220,7 @@ class Prefills:
         Raises PlanAgain as ``run`` does.
         """
         lease, bell = long.lease, long.lease.scheduler.bell
+        before = lease.content
         try:
             long.end = self._end_of(long)
             long.since, lease.n_done = self.now(), long.at
@@ -228,7 +229,8 @@ class Prefills:
                 is_misplaced = await self._compute(long)
         except UpstreamError as error:
             log.warning("prefill in slot %d failed: %s", lease.slot_id, error)
-            lease.done(None)
+            is_kept = not lease.is_begun and await is_untouched(self.api, lease, before)
+            lease.done(before if is_kept else None)
             lease.restored = None  # no fault of the snapshot
             return False
         finally:

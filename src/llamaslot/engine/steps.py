@@ -14,7 +14,7 @@ from llamaslot.core.reuse import goes_on_behind, usable
 from llamaslot.core.slots import NOTHING, Content, Erase, Keep, Plan, PrefillTo, Restore, Save
 from llamaslot.core.tokens import common
 from llamaslot.engine import comings
-from llamaslot.engine.beliefs import note_misplaced, prefilled, until_idle
+from llamaslot.engine.beliefs import is_untouched, note_misplaced, prefilled, until_idle
 from llamaslot.engine.lease import Lease, Report
 from llamaslot.engine.library import content_of
 from llamaslot.engine.offers import source_of
@@ -220,6 +220,13 @@ class Steps:
         lease.content, lease.restored = replace(content_of(snapshot), checkpoints=checkpoints), snapshot
         self.catalog.touch(snapshot.id)
         return True
+
+    async def refused(self, lease: Lease, status: int) -> None:
+        """llama-server has answered the job's own request with an error instead of an answer: the slot holds what it
+        held before. At the door (4xx) that is sure. A 500 may be one of the door too (it calls some mistakes of clients
+        so) or come from the slot: llama-server tells how much is in there."""
+        is_sure = status < 500 or await is_untouched(self.api, lease, lease.before)
+        lease.done(lease.before if is_sure else None)
 
     async def stopped(self, lease: Lease, n_found: int) -> None:
         """The job's own request was given up before its first token, having found ``n_found`` tokens: wait until the

@@ -19,7 +19,7 @@ from llamaslot.core.tokens import common
 from llamaslot.engine.lease import Lease, Phase, PlanAgain, Report
 from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
-from llamaslot.errors import BackendRestarted, LlamaslotError, SlotNotEmptied
+from llamaslot.errors import BackendRestarted, LlamaslotError, SlotNotEmptied, UpstreamError
 from llamaslot.llama.api import LlamaServer, SlotInfo
 from llamaslot.llama.sse import Earlier
 from llamaslot.tasks import TaskOwner
@@ -183,6 +183,9 @@ class Turns:
             watcher = self._tasks.spawn(turn.watch_landing(), f"{lease.job.id} lands")
             try:
                 yield turn
+            except UpstreamError:
+                await turn.settle()  # refused: llama-server tells which slots it has touched, if any
+                raise
             finally:
                 watcher.cancel()
             await turn.settle()

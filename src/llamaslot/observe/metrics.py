@@ -23,6 +23,9 @@ class Metrics:
         self.unrecognized = counter(
             "unrecognized", "Completions served without knowing their tokens", "kind", "reason"
         )
+        self.refused = counter(
+            "refused", "Completions that llama-server refused before anything was done for them"
+        )
         self.placed = counter("placed", "Jobs by where their prefix came from", "source")
         self.tokens_prompt = counter("prompt_tokens", "Tokens of all prompts")
         self.tokens_reused = counter(

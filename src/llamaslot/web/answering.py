@@ -193,10 +193,7 @@ class Answering:
         if upstream.status == 200:
             return upstream
         payload = await upstream.read()
-        if upstream.status < 500:
-            lease.refused()
-        else:
-            lease.done(None)
+        await self.backend.steps.refused(lease, upstream.status)
         raise UpstreamError(upstream.status, payload, content_type_of(upstream))
 
     @property

@@ -39,7 +39,7 @@ from llamaslot.web.downstream import MISTAKE, Downstream, StreamRules
 from llamaslot.web.headers import to_server
 from llamaslot.web.jobs import ATTEMPTS, GIVEN_UP, Wanted, keep_what_follows, request_id, wanted
 from llamaslot.web.passthrough import Passthrough
-from llamaslot.web.refusals import in_its_words
+from llamaslot.web.refusals import check, in_its_words
 from llamaslot.web.rewriting import SystemPrompts, rewrote
 from llamaslot.web.several import Part, joined
 from llamaslot.web.uploads import Uploads
@@ -160,6 +160,7 @@ class _Exchange:
             keep_what_follows(lease)
             # The slot was needed for somebody else, or is another process's: what is there stays there.
             with contextlib.suppress(PlanAgain, BackendRestarted):
+                await check(self.backend, self.request, self.asked, want, lease)
                 await self.backend.steps.prepare(lease, no_report)
 
     def _counted(self, want: Wanted, response: web.StreamResponse) -> web.StreamResponse:
@@ -259,6 +260,8 @@ class _Exchange:
                     self.backend.divergences.look(lease, want.prompts[0], self.body, self._format)
                 if want.is_head:
                     keep_what_follows(lease)
+                if n_before == 0:
+                    await check(self.backend, self.request, self.asked, want, lease)
                 here = await self.backend.steps.prepare(lease, self.down.say, may_replan=may_replan)
                 turn: Turn | None = None
                 if job.n_children:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import orjson
@@ -20,6 +21,7 @@ from llamaslot.engine.handshake import Met
 from llamaslot.engine.lease import Lease
 from llamaslot.errors import BadRequest, PromptTooLong, UpstreamError
 from llamaslot.llama import anthropic, media, responses
+from llamaslot.llama.dry_run import DryRun, dry_run
 from llamaslot.llama.forms import listed
 from llamaslot.llama.opaque import OpaquePrompt, Reason
 from llamaslot.llama.prompts import NoPrompt, Prompt
@@ -41,6 +43,7 @@ class Wanted:
 
     job: Job
     prompts: tuple[Prompt, ...]
+    dry_run: Callable[[], DryRun]
     # llama-server has an error of its own for it: more answers than slots, for one.
     is_beyond_server: bool = False
     unknown: Reason | None = None
@@ -130,7 +133,9 @@ async def wanted(
     )
     is_beyond_server = said.is_refused or n > len(pool.slots)
     n_prompts = len(said.prompts) or (len(listed(body.get("prompt"))) if kind in _PLAIN else 1)
-    return Wanted(job, said.prompts, is_beyond_server, unknown, said.is_head, n_prompts)
+    ids = next((prompt.tokens for prompt in said.prompts if prompt.text is None), None)
+    run = partial(dry_run, body, kind, said.chat, tokens=ids if kind in _PLAIN else None, n=n)
+    return Wanted(job, said.prompts, run, is_beyond_server, unknown, said.is_head, n_prompts)
 
 
 class _Said(NamedTuple):

@@ -1,19 +1,27 @@
-"""llama-server's own words for what it refuses before it takes any slot."""
+"""llama-server's own words for what it refuses, asked for before anything is done for the request."""
 
 from __future__ import annotations
 
 import logging
 
+import orjson
 from aiohttp import web
 
+from llamaslot.core.slots import Content
 from llamaslot.engine.backend import Backend
+from llamaslot.engine.beliefs import prefilled, until_idle
+from llamaslot.engine.lease import Lease, PlanAgain
 from llamaslot.errors import BackendDown, BadRequest, LlamaslotError, UpstreamError
 from llamaslot.llama.api import content_type_of
+from llamaslot.llama.dry_run import Verdict
 from llamaslot.llama.routes import origin_form
+from llamaslot.web.answering import Asked
 from llamaslot.web.headers import to_server
+from llamaslot.web.jobs import Wanted
 
 log = logging.getLogger(__name__)
 
+_REFUSED = "llama-server does not take the fields of this request"
 _PATIENCE_S = 5.0  # it needs no slot to say no
 
 
@@ -40,3 +48,63 @@ async def in_its_words(
     except BackendDown:
         pass
     return error
+
+
+async def check(backend: Backend, request: web.Request, asked: Asked, want: Wanted, lease: Lease) -> None:
+    """Find out, before anything is saved, emptied, restored or computed for a request, whether llama-server will refuse
+    it. A request for which nothing is done but to send it is not looked at: its own answer comes as soon.
+
+    Raises UpstreamError with llama-server's answer to the request itself, and PlanAgain where it has taken it after
+    all: then what the slot holds is known, and it is not asked again about such requests. Raises BackendDown and
+    BackendRestarted. Cancelling is safe.
+    """
+    plan, job, pool = lease.plan, lease.job, lease.pool
+    assert plan is not None
+    is_steered_past = job.is_steered and bool(pool.rivals(job, lease.slot_id))
+    if not (plan.steps or job.n_children or is_steered_past):
+        return
+    worth_s = (
+        plan.cost.save_s + plan.cost.restore_s + backend.rates.prefill.seconds(plan.n_reused, job.n_tokens)
+    )
+    lora = lease.content.space.lora if lease.content is not None else ""
+    run = want.dry_run()
+    verdict = await backend.dry_runs.ask(run, lease.slot_id, n_ctx=pool.n_ctx, lora=lora, worth_s=worth_s)
+    lease.still_holds()
+    if verdict is Verdict.TAKEN:
+        return
+    if verdict is Verdict.REFUSED:
+        backend.metrics.refused.inc()
+        if asked.kind == "messages":  # they go to no slot of ours: what refuses them needs none
+            raise await in_its_words(backend, request, orjson.dumps(asked.body), BadRequest(_REFUSED))
+        if (refusal := await _answer_to(backend, asked, lease)) is not None:
+            raise refusal
+    log.warning("%s: llama-server takes what it has refused when it was asked about it", asked.id)
+    backend.dry_runs.take(run)
+    await _stopped(backend, lease)
+    raise PlanAgain(None)
+
+
+async def _answer_to(backend: Backend, asked: Asked, lease: Lease) -> UpstreamError | None:
+    """What llama-server says to the request itself, in its slot; None where it begins to answer."""
+    may_reuse = lease.content is not None and lease.job.may_use(lease.content)
+    body = {**asked.body, "id_slot": lease.slot_id}
+    if asked.may_set("cache_prompt"):
+        body["cache_prompt"] = may_reuse and not lease.job.is_cold
+    if asked.may_set("stream"):  # so that it tells at once if it begins
+        body["stream"] = True
+        if asked.may_set("return_progress"):
+            body["return_progress"] = True
+    lease.sent()
+    async with asked.post(body) as upstream:
+        if upstream.status < 400:
+            return None
+        error = UpstreamError(upstream.status, await upstream.read(), content_type_of(upstream))
+    await backend.steps.refused(lease, error.status)
+    return error
+
+
+async def _stopped(backend: Backend, lease: Lease) -> None:
+    """It runs in the slot, and nobody waits for it any more."""
+    before = lease.content or Content(space=lease.job.space)
+    content = prefilled(before, lease.job.tokens, 0)
+    lease.done(await until_idle(backend.api, lease, content, backend.now))

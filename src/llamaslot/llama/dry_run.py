@@ -1,0 +1,286 @@
+"""Asks llama-server whether it takes a request, without anything being computed: a dry run.
+
+llama-server reads a completion in this order, and refuses it where the first fault is (seen running on xllamacpp
+2026.10.11549, on every kind of model; docs/llama-server.md has the table):
+
+1. the form of the route: messages, tools, ``tool_choice``, ``response_format`` of a chat; the parts of /infill
+2. the prompt: its type, and its tokens are made
+3. its fields, one after the other: ``temperature``, ``max_tokens``, … by type and limits
+4. in its slot, before anything in there is touched: ids outside of the vocabulary, then the samplers, the grammar too
+5. the length of the prompt: an empty one is answered at once, and one of ``n_ctx`` tokens or more is refused
+6. only now what the slot holds is compared with the prompt, and cut back
+
+``POST /apply-template`` takes a chat through 1. Here a request with another prompt, one that ends at 5, takes all else
+through 3 and 4, in the slot that its sender has leased, which keeps what it holds.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import orjson
+
+from llamaslot.core.tokens import count, unpack
+from llamaslot.errors import UpstreamError
+from llamaslot.llama.api import QUICK_S
+from llamaslot.llama.routes import Format
+
+log = logging.getLogger(__name__)
+
+_COMPLETION, _CHAT = "/completion", "/v1/chat/completions"
+
+#: What makes a chat or its prompt, and was looked at with that.
+_CHATS = (
+    "messages",
+    "tools",
+    "tool_choice",
+    "response_format",
+    "parallel_tool_calls",
+    "chat_template_kwargs",
+)
+_PROMPTS = ("prompt", "input", "input_prefix", "input_suffix", "input_extra", "messages")
+#: What is kept of a body of /v1/messages: the rest of it never gets to the samplers.
+_OF_MESSAGES = {
+    "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_tokens": "max_tokens",
+    "stop_sequences": "stop",
+}  # fmt: skip
+#: No field of llama-server's, and often another value in each request.
+_UNREAD = (
+    "user",
+    "metadata",
+    "client_metadata",
+    "prompt_cache_key",
+    "safety_identifier",
+    "store",
+    "service_tier",
+)
+#: Of these any number that is not negative and fits into an int32 is as good as another.
+_NUMBERS = {
+    "seed", "max_tokens", "max_completion_tokens", "n_predict", "temperature", "top_p", "top_k", "min_p",
+    "typical_p", "presence_penalty", "frequency_penalty", "repeat_penalty",
+}  # fmt: skip
+_TOO_LONG = "exceed_context_size_error"
+_WORD = "a b "  # two tokens of every vocabulary that was looked at, and tokenized fast
+_WORD_TOKENS = 2
+_ATTEMPTS = 4
+_MAX_KNOWN = 4096
+# What a prompt that is too long for the slot costs, until it is known (70 ms for 65,000 tokens here), and how many times
+# as much it must be able to save.
+_TOKENIZING_S = 1.5e-6
+_WORTH = 20.0
+
+
+class DryRunServer(Protocol):
+    """What dry runs are made with."""
+
+    async def ask(
+        self, path: str, body: Mapping[str, Any], timeout_s: float | None = None
+    ) -> tuple[int, Any]:
+        """``POST`` any route: status and JSON."""
+        ...
+
+    async def refusal(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+        """The same, of which nothing is waited for if it is not refused."""
+        ...
+
+    async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:
+        """``POST /tokenize`` -> the packed tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What llama-server may refuse of a request whose prompt it has taken. ``fields`` are sent to ``path``; ``chat`` are
+    those of a chat of which the template makes a grammar, None where it makes none; ``ids``: of a prompt that was sent
+    as ids, the lowest and the highest."""
+
+    path: str
+    fields: dict[str, Any]
+    chat: dict[str, Any] | None = None
+    ids: tuple[int, int] | None = None
+
+
+def dry_run(
+    body: Mapping[str, Any], kind: Format, chat: Mapping[str, Any] | None, *, tokens: bytes | None, n: int
+) -> DryRun:
+    """``chat``: the chat that the body is or becomes, None for a plain prompt. ``tokens`` of a prompt that was sent as
+    ids. ``n`` answers, of which a dry run asks for one: the others would take slots."""
+    if kind == "messages":
+        given = {ours: body[theirs] for theirs, ours in _OF_MESSAGES.items() if theirs in body}
+        given |= {name: value for name, value in (chat or {}).items() if name in _CHATS}
+    else:
+        given = dict(body if chat is None else chat)
+    for name in _UNREAD:
+        given.pop(name, None)
+    for name in ("n", "n_cmpl") if n > 1 else ():
+        given.pop(name, None)
+    for name in (
+        "stream",
+        "cache_prompt",
+        "return_progress",
+    ):  # set here; what is no switch is sent, to be refused
+        if isinstance(given.get(name), bool | None):
+            given.pop(name, None)
+    dropped = _PROMPTS if chat is None else (*_CHATS, *_PROMPTS)
+    fields = {name: value for name, value in given.items() if name not in dropped}
+    ids = unpack(tokens) if tokens else None
+    return DryRun(
+        "/v1/completions" if kind == "openai-completion" else _COMPLETION,
+        fields,
+        _with_grammar(given) if chat is not None else None,
+        (min(ids), max(ids)) if ids else None,
+    )
+
+
+def _with_grammar(chat: dict[str, Any]) -> dict[str, Any] | None:
+    """The fields of a chat whose answer must keep to a grammar that the template makes of them; else None."""
+    wanted = chat.get("response_format")
+    is_formed = isinstance(wanted, Mapping) and wanted.get("type") != "text"
+    if not (chat.get("tools") or is_formed or chat.get("json_schema") is not None):
+        return None
+    left_out = ("messages", "prompt", "input", "continue_final_message", "add_generation_prompt")
+    return {name: value for name, value in chat.items() if name not in left_out}
+
+
+class Verdict(enum.Enum):
+    """What a dry run has come to."""
+
+    TAKEN = "taken"
+    REFUSED = "refused"
+    #: What was too long a prompt on every build that was looked at was none: nobody knows what the slot holds.
+    RUNS = "runs"
+
+
+class DryRuns:
+    """The dry runs on one llama-server, and what it has taken before, until ``forget``."""
+
+    def __init__(self, server: DryRunServer) -> None:
+        self._server = server
+        self.forget()
+
+    def forget(self) -> None:
+        """The server was restarted, perhaps as another build."""
+        self._taken: dict[bytes, None] = {}
+        self._ids = (0, 0)  # in its vocabulary
+        self._is_usable: dict[str, bool] = {}  # by the route: whether it takes a request that has no fault
+        self._too_long: tuple[str, float] | None = (
+            None  # a text that is no prompt, and what tokenizing it takes
+        )
+
+    def take(self, run: DryRun) -> None:
+        """llama-server has taken such a request."""
+        for key in (_key(run.path, run.fields), *([_key(_CHAT, run.chat)] if run.chat is not None else ())):
+            self._learn(key)
+
+    async def ask(self, run: DryRun, slot: int, *, n_ctx: int, lora: str, worth_s: float) -> Verdict:
+        """Whether llama-server will refuse such a request, as far as that can be found out without computing anything:
+        asked once for each kind of it, in ``slot``, which the caller has leased and which keeps what it holds.
+
+        ``lora``: the scales with which the slot was filled; with others it would be emptied. ``worth_s``: what is done
+        in vain for a request that is refused only later. Raises BackendDown. Cancelling is safe.
+        """
+        ours = {"id_slot": slot, **({"lora": orjson.loads(lora)} if lora else {})}
+        if run.chat is not None and worth_s >= _WORTH * self._seconds(n_ctx):
+            return await self._ask(_Trial(_CHAT, run.chat, ours, n_ctx))
+        if run.ids is not None and not (self._ids[0] <= run.ids[0] and run.ids[1] <= self._ids[1]):
+            return await self._ask(_Trial(run.path, run.fields, ours, n_ctx, run.ids))
+        return await self._ask(_Trial(run.path, run.fields, ours, n_ctx))
+
+    async def _ask(self, trial: _Trial) -> Verdict:
+        key = _key(trial.path, trial.fields)
+        if (key in self._taken and trial.ids is None) or not self._is_usable.get(trial.path, True):
+            return Verdict.TAKEN
+        verdict = await self._verdict(trial)
+        if verdict is Verdict.TAKEN:
+            self._learn(key)
+            if trial.ids is not None:
+                self._ids = min(trial.ids[0], self._ids[0]), max(trial.ids[1], self._ids[1])
+        elif verdict is Verdict.REFUSED and trial.path not in self._is_usable:
+            plain = await self._verdict(replace(trial, fields={}, ids=None))
+            self._is_usable[trial.path] = plain is Verdict.TAKEN
+            verdict = verdict if plain is Verdict.TAKEN else plain
+        if verdict is Verdict.RUNS or not self._is_usable.get(trial.path, True):
+            self._is_usable[trial.path] = False
+            log.info("dry runs are of no use on this llama-server: %s", trial.path)
+            return Verdict.RUNS if verdict is Verdict.RUNS else Verdict.TAKEN
+        return verdict
+
+    async def _verdict(self, trial: _Trial) -> Verdict:
+        """TAKEN where the prompt is the first thing that llama-server finds wrong."""
+        body = {"cache_prompt": True, **_sent(trial.fields), **trial.ours}
+        if trial.path != _CHAT and trial.ids is None:
+            status, _ = await self._server.ask(trial.path, {**body, "prompt": [[]]}, QUICK_S)
+            return Verdict.TAKEN if status < 400 else Verdict.REFUSED
+        # Should it run, nobody waits for its answer, and llama-server notices that within a batch.
+        body = {"stream": True, "return_progress": True, **body}
+        if trial.ids is None:
+            if (content := await self._long_text(trial.n_ctx)) is None:
+                return Verdict.REFUSED  # as it would be without a fault: such dry runs are of no use
+            body["messages"] = [{"role": "user", "content": content}]
+        else:
+            body["prompt"] = [*trial.ids, *[trial.ids[1]] * trial.n_ctx]
+        status, answer = await self._server.refusal(trial.path, body)
+        error = answer.get("error") if isinstance(answer, Mapping) else None
+        if status < 400:
+            return Verdict.RUNS
+        is_too_long = isinstance(error, Mapping) and error.get("type") == _TOO_LONG
+        return Verdict.TAKEN if is_too_long else Verdict.REFUSED
+
+    async def _long_text(self, n_ctx: int) -> str | None:
+        """A text of at least ``n_ctx`` tokens; None where a few attempts make none."""
+        n_words = n_ctx // _WORD_TOKENS + 1
+        for _ in range(_ATTEMPTS):
+            if self._too_long is not None:
+                return self._too_long[0]
+            text, started = _WORD * n_words, time.monotonic()
+            try:
+                n_tokens = count(await self._server.tokenize(text, add_special=False))
+            except UpstreamError:
+                break
+            if n_tokens >= n_ctx:
+                self._too_long = text, time.monotonic() - started
+            n_words *= 2
+        return None
+
+    def _seconds(self, n_ctx: int) -> float:
+        return self._too_long[1] if self._too_long is not None else n_ctx * _TOKENIZING_S
+
+    def _learn(self, key: bytes) -> None:
+        self._taken[key] = None
+        if len(self._taken) > _MAX_KNOWN:
+            del self._taken[next(iter(self._taken))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    path: str
+    fields: Mapping[str, Any]
+    ours: Mapping[str, Any]
+    n_ctx: int
+    ids: tuple[int, int] | None = None
+
+
+def _sent(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields without those whose values are set here."""
+    left_out = {"id_slot"}
+    lora = fields.get("lora")
+    if isinstance(lora, list) and all(isinstance(entry, Mapping) for entry in lora):
+        left_out.add("lora")
+    return {name: value for name, value in fields.items() if name not in left_out}
+
+
+def _key(path: str, fields: Mapping[str, Any]) -> bytes:
+    """What requests have in common that llama-server takes or refuses alike."""
+    alike = {name: _alike(name, value) for name, value in fields.items()}
+    return hashlib.blake2b(orjson.dumps([path, alike], option=orjson.OPT_SORT_KEYS), digest_size=16).digest()
+
+
+def _alike(name: str, value: Any) -> Any:
+    is_number = name in _NUMBERS and type(value) in (int, float)
+    return "a number" if is_number and 0 <= value < 2**31 else value
