@@ -152,3 +152,47 @@ async def test_what_is_refused_is_not_computed(tmp_path: Path, figure: Figure, k
             )
             assert answer["timings"]["cache_n"] >= N_HELD - 8
         figure(f"{kind}: {len(FAULTS)} bodies that are refused: computed at most {worst:.0f} tokens each")
+
+
+CUT = '{"a": '
+
+
+@pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
+async def test_what_reached_no_slot_discredits_none(tmp_path: Path, path: str) -> None:
+    """llama-server answers some mistakes of clients with 500, before any slot: then no slot is saved or given up."""
+    rng = random.Random(6)
+    async with Stack(
+        models.dense(tmp_path), tmp_path, slots=N_SLOTS, context=8192, settings=SETTINGS
+    ) as stack:
+        await fill(stack, rng)
+        before = (await stack.status())["slots"]
+        question = {"role": "user", "content": words(rng, N_HELD)}
+        bad: dict[str, Any] = {
+            RESPONSES: {
+                "input": [question, {"type": "function_call", "call_id": "c", "name": "f", "arguments": CUT}]
+            },
+            MESSAGES: {"messages": [question, {"content": "no role"}], "max_tokens": 4},
+        }
+        direct = await post(stack.server.url, path, bad[path])
+        assert direct[0] == 500
+        assert await post(stack.url, path, bad[path]) == direct
+        after = (await stack.status())["slots"]
+        assert [(slot["state"], slot["n_tokens"]) for slot in after] == [("HOT", N_HELD)] * N_SLOTS
+        assert [slot["n_tokens"] for slot in before] == [N_HELD] * N_SLOTS
+        assert (await stack.own_metrics())["llamaslot_saves_total"] == 0
+
+
+async def test_of_a_request_with_several_answers_nothing_is_lost(tmp_path: Path) -> None:
+    """``n`` > 1 of a short prompt takes the slots of others, and gives them back as they were when it is refused."""
+    rng = random.Random(7)
+    async with Stack(
+        models.dense(tmp_path), tmp_path, slots=N_SLOTS, context=8192, settings=SETTINGS
+    ) as stack:
+        await fill(stack, rng)
+        body = {"prompt": "short", "n": 2, "n_predict": 4, "grammar": BROKEN}
+        direct = await post(stack.server.url, NATIVE, body)
+        assert direct[0] == 400
+        assert await post(stack.url, NATIVE, body) == direct
+        after = (await stack.status())["slots"]
+        assert [(slot["state"], slot["n_tokens"]) for slot in after] == [("HOT", N_HELD)] * N_SLOTS
+        assert (await stack.own_metrics())["llamaslot_saves_total"] == 0

@@ -74,6 +74,8 @@ def prompts(value: Any, model: FakeModel, marker: str = "") -> list[list[int]]:
 
 
 def _subprompt(item: Any, model: FakeModel, marker: str) -> list[list[int]]:
+    if item == []:
+        return [[]]
     if isinstance(item, list) and not any(isinstance(one, int) and not isinstance(one, bool) for one in item):
         raise BadInput(PROMPT_SHAPE)
     return prompts(item, model, marker)

@@ -60,18 +60,27 @@ _UNREAD = (
     "store",
     "service_tier",
 )
-#: Of these any number that is not negative and fits into an int32 is as good as another.
+#: Any number of these that is not negative and fits into an int32 is taken.
 _NUMBERS = {
     "seed", "max_tokens", "max_completion_tokens", "n_predict", "temperature", "top_p", "top_k", "min_p",
     "typical_p", "presence_penalty", "frequency_penalty", "repeat_penalty",
 }  # fmt: skip
+_SWITCHES = {
+    "stream",
+    "cache_prompt",
+    "return_progress",
+    "return_tokens",
+    "timings_per_token",
+    "echo",
+    "ignore_eos",
+}
 _TOO_LONG = "exceed_context_size_error"
 _WORD = "a b "  # two tokens of every vocabulary that was looked at, and tokenized fast
 _WORD_TOKENS = 2
 _ATTEMPTS = 4
 _MAX_KNOWN = 4096
-# What a prompt that is too long for the slot costs, until it is known (70 ms for 65,000 tokens here), and how many times
-# as much it must be able to save.
+# What a prompt that is too long for the slot costs, until it is known (70 ms for 65,000 tokens here), and how many
+# times as much it must be able to save.
 _TOKENIZING_S = 1.5e-6
 _WORTH = 20.0
 
@@ -96,9 +105,9 @@ class DryRunServer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What llama-server may refuse of a request whose prompt it has taken. ``fields`` are sent to ``path``; ``chat`` are
-    those of a chat of which the template makes a grammar, None where it makes none; ``ids``: of a prompt that was sent
-    as ids, the lowest and the highest."""
+    """What llama-server may refuse of a request whose prompt it takes. ``fields`` are sent to ``path``; ``chat`` are
+    those of a chat of which the template makes a grammar, None where it makes none; ``ids`` are the lowest and the
+    highest of a prompt that was sent as ids."""
 
     path: str
     fields: dict[str, Any]
@@ -175,8 +184,9 @@ class DryRuns:
 
     def take(self, run: DryRun) -> None:
         """llama-server has taken such a request."""
-        for key in (_key(run.path, run.fields), *([_key(_CHAT, run.chat)] if run.chat is not None else ())):
-            self._learn(key)
+        self._learn(_key(run.path, run.fields))
+        if run.chat is not None:
+            self._learn(_key(_CHAT, run.chat))
 
     async def ask(self, run: DryRun, slot: int, *, n_ctx: int, lora: str, worth_s: float) -> Verdict:
         """Whether llama-server will refuse such a request, as far as that can be found out without computing anything:
@@ -194,7 +204,8 @@ class DryRuns:
 
     async def _ask(self, trial: _Trial) -> Verdict:
         key = _key(trial.path, trial.fields)
-        if (key in self._taken and trial.ids is None) or not self._is_usable.get(trial.path, True):
+        is_known = (key is None or key in self._taken) and trial.ids is None
+        if is_known or not self._is_usable.get(trial.path, True):
             return Verdict.TAKEN
         verdict = await self._verdict(trial)
         if verdict is Verdict.TAKEN:
@@ -251,8 +262,9 @@ class DryRuns:
     def _seconds(self, n_ctx: int) -> float:
         return self._too_long[1] if self._too_long is not None else n_ctx * _TOKENIZING_S
 
-    def _learn(self, key: bytes) -> None:
-        self._taken[key] = None
+    def _learn(self, key: bytes | None) -> None:
+        if key is not None:
+            self._taken[key] = None
         if len(self._taken) > _MAX_KNOWN:
             del self._taken[next(iter(self._taken))]
 
@@ -275,12 +287,28 @@ def _sent(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in left_out}
 
 
-def _key(path: str, fields: Mapping[str, Any]) -> bytes:
-    """What requests have in common that llama-server takes or refuses alike."""
-    alike = {name: _alike(name, value) for name, value in fields.items()}
-    return hashlib.blake2b(orjson.dumps([path, alike], option=orjson.OPT_SORT_KEYS), digest_size=16).digest()
+def _key(path: str, fields: Mapping[str, Any]) -> bytes | None:
+    """What requests have in common that llama-server takes or refuses alike; None where it surely takes them."""
+    doubtful = {name: value for name, value in fields.items() if not _is_sure(name, value)}
+    if not doubtful:
+        return None
+    return hashlib.blake2b(
+        orjson.dumps([path, doubtful], option=orjson.OPT_SORT_KEYS), digest_size=16
+    ).digest()
 
 
-def _alike(name: str, value: Any) -> Any:
-    is_number = name in _NUMBERS and type(value) in (int, float)
-    return "a number" if is_number and 0 <= value < 2**31 else value
+def _is_sure(name: str, value: Any) -> bool:
+    """Whether every build takes this field."""
+    if value is None or name in ("model", "id_slot"):
+        return True
+    if name in _NUMBERS:
+        return type(value) in (int, float) and 0 <= value < 2**31
+    if name in ("n", "n_cmpl"):
+        return value == 1 and type(value) is int
+    if name == "stop":
+        return isinstance(value, str) or (
+            isinstance(value, list) and all(isinstance(word, str) for word in value)
+        )
+    if name == "stream_options":
+        return isinstance(value, Mapping) and all(isinstance(one, bool) for one in value.values())
+    return name in _SWITCHES and isinstance(value, bool)

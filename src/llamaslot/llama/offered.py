@@ -5,7 +5,7 @@ from __future__ import annotations
 from llamaslot.llama.api import QUICK_S, LlamaServer
 
 #: No such route in this build; or none for this model (embeddings, rerank, /infill, audio), seen running.
-_IS_NOT_OFFERED = (404, 501)
+IS_NOT_OFFERED = (404, 501)
 
 
 class Offered:
@@ -28,7 +28,7 @@ class Offered:
         known = self._known
         if (found := known.get(path)) is None:
             status, _ = await self._server.ask(path, {}, QUICK_S)
-            found = status not in _IS_NOT_OFFERED
+            found = status not in IS_NOT_OFFERED
             if status < 500 or not found:
                 known[path] = found
         return found

@@ -12,15 +12,21 @@ from llamaslot.engine.backend import Backend
 from llamaslot.engine.beliefs import prefilled, until_idle
 from llamaslot.engine.lease import Lease, PlanAgain
 from llamaslot.errors import BackendDown, BadRequest, LlamaslotError, UpstreamError
-from llamaslot.llama.api import content_type_of
+from llamaslot.llama.api import QUICK_S, content_type_of
 from llamaslot.llama.dry_run import Verdict
-from llamaslot.llama.routes import origin_form
+from llamaslot.llama.offered import IS_NOT_OFFERED
+from llamaslot.llama.opaque import Reason
+from llamaslot.llama.routes import Format, origin_form
 from llamaslot.web.answering import Asked
 from llamaslot.web.headers import to_server
 from llamaslot.web.jobs import Wanted
 
 log = logging.getLogger(__name__)
 
+_COUNTS: dict[Format, str] = {
+    "responses": "/v1/responses/input_tokens",
+    "messages": "/v1/messages/count_tokens",
+}
 _REFUSED = "llama-server does not take the fields of this request"
 _PATIENCE_S = 5.0  # it needs no slot to say no
 
@@ -63,6 +69,7 @@ async def check(backend: Backend, request: web.Request, asked: Asked, want: Want
     is_steered_past = job.is_steered and bool(pool.rivals(job, lease.slot_id))
     if not (plan.steps or job.n_children or is_steered_past):
         return
+    await check_form(backend, request, asked, want)
     worth_s = (
         plan.cost.save_s + plan.cost.restore_s + backend.rates.prefill.seconds(plan.n_reused, job.n_tokens)
     )
@@ -82,6 +89,19 @@ async def check(backend: Backend, request: web.Request, asked: Asked, want: Want
     backend.dry_runs.take(run)
     await _stopped(backend, lease)
     raise PlanAgain(None)
+
+
+async def check_form(backend: Backend, request: web.Request, asked: Asked, want: Wanted) -> None:
+    """Of a body of an agent's route whose tokens could not be found out: whether llama-server can make a chat of it. To
+    count its tokens it does just that, and needs no slot. Raises its answer to the request itself, where that is an
+    error, and BackendDown."""
+    count_route = _COUNTS.get(asked.kind)
+    if want.unknown not in (Reason.SHAPE, Reason.TEMPLATE, Reason.MISCOUNTED) or count_route is None:
+        return
+    status, _ = await backend.api.ask(count_route, asked.body, QUICK_S)
+    if status >= 400 and status not in IS_NOT_OFFERED:
+        backend.metrics.refused.inc()
+        raise await in_its_words(backend, request, orjson.dumps(asked.body), BadRequest(_REFUSED))
 
 
 async def _answer_to(backend: Backend, asked: Asked, lease: Lease) -> UpstreamError | None:
