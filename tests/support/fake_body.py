@@ -99,6 +99,9 @@ def tasks(
     n_predict = next((limit for limit in limits if limit is not None), -1)
     n = max(number(body, name, 1, shape.n_slots) or 1 for name in ("n", "n_cmpl"))
     number(body, "temperature", -100, 1000)
+    if any(not isinstance(name, str) for name in body.get("samplers") or ()):
+        text = "[json.exception.type_error.302] type must be string, but is number"
+        raise BadInput(f"Field 'samplers': {text}")
     asked = body.get("id_slot")
     pinned = isinstance(asked, int) and not isinstance(asked, bool) and asked >= 0
     given = body.get("stop")

@@ -31,6 +31,8 @@ class Server:
         self, path: str, body: Mapping[str, Any], timeout_s: float | None = None
     ) -> tuple[int, Any]:
         self.asked.append((path, dict(body)))
+        if body.get("samplers") == [0] and "any samplers" not in self.quirks:
+            return 400, {"error": {"message": "fields" if self._is_wrong(body) else "samplers"}}
         if "no empty prompt" in self.quirks or self._is_wrong(body):
             return 400, {"error": {"type": "invalid_request_error"}}
         return 200, {}
@@ -153,6 +155,38 @@ async def test_a_build_that_takes_no_empty_prompt_is_not_asked_any_more() -> Non
     assert await verdict(runs, of({"grammar": "a"})) is Verdict.TAKEN
     assert await verdict(runs, of({"grammar": "b"})) is Verdict.TAKEN
     assert len(server.asked) == 2
+
+
+# -- without a slot ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [*SURE, {"grammar": "a"}, {"logit_bias": [[1, 2]]}])
+async def test_fields_that_can_be_read_are_asked_about_once(fields: dict[str, Any]) -> None:
+    """And not at all where there is no doubt. The question takes no slot: its last field is wrong."""
+    server = Server()
+    runs = DryRuns(server)
+    for _ in range(3):
+        assert not await runs.is_unreadable(of(fields))
+    assert len(server.asked) == (0 if fields in SURE else 2)
+    assert all(body["samplers"] == [0] for _, body in server.asked)
+
+
+@pytest.mark.parametrize("fields", DOUBTFUL)
+async def test_fields_that_can_not_be_read_are_found_out_without_a_slot(fields: dict[str, Any]) -> None:
+    server = Server(wrong=fields)
+    runs = DryRuns(server)
+    for _ in range(2):
+        assert await runs.is_unreadable(of(fields))
+    assert not any("id_slot" in body for _, body in server.asked)
+
+
+async def test_a_build_that_takes_any_samplers_is_not_asked_so_again() -> None:
+    """It has answered an empty prompt."""
+    server = Server(quirks=("any samplers",))
+    runs = DryRuns(server)
+    for grammar in ("a", "b"):
+        assert not await runs.is_unreadable(of({"grammar": grammar}))
+    assert len(server.asked) == 1
 
 
 # -- what only the chat route knows ------------------------------------------------------------------------------------

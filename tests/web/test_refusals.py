@@ -46,3 +46,18 @@ async def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     async with served(tmp_path) as it:
         data = b'\xef\xbb\xbf{"prompt": "' + letters(1, 50).encode() + b'", "n_predict": 1}'
         assert (await it.send("POST", NATIVE, data=data)).status == 200
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("fault", [{"temperature": "hot"}, {"max_tokens": 2**31}, {"n_predict": -5}])
+async def test_a_wrong_field_is_refused_while_all_slots_are_at_work(
+    tmp_path: Path, fault: dict[str, Any], is_stream: bool
+) -> None:
+    """It waits for no slot: a stream that has begun could only tell it as an event."""
+    body = {"prompt": letters(1, 600), "stream": is_stream, **fault}
+    async with served(tmp_path, {"stream": {"keepalive_s": 0.01}}, slots=1) as it, it.busy():
+        answer = await it.post(NATIVE, body)
+        direct = await it.post(NATIVE, body, to=it.fake.url)
+        it.fake.go()
+    assert answer.status == direct.status == 400
+    assert answer.json == direct.json

@@ -74,6 +74,7 @@ _SWITCHES = {
     "echo",
     "ignore_eos",
 }
+_STOPPER = {"samplers": [0]}
 _TOO_LONG = "exceed_context_size_error"
 _WORD = "a b "  # two tokens of every vocabulary that was looked at, and tokenized fast
 _WORD_TOKENS = 2
@@ -106,13 +107,19 @@ class DryRunServer(Protocol):
 @dataclass(frozen=True, slots=True)
 class DryRun:
     """What llama-server may refuse of a request whose prompt it takes. ``fields`` are sent to ``path``; ``chat`` are
-    those of a chat of which the template makes a grammar, None where it makes none; ``ids`` are the lowest and the
-    highest of a prompt that was sent as ids."""
+    those of a chat of which the template makes a grammar, None where it makes none; ``tokens`` those of a prompt that
+    was sent as ids."""
 
     path: str
     fields: dict[str, Any]
     chat: dict[str, Any] | None = None
-    ids: tuple[int, int] | None = None
+    tokens: bytes = b""
+
+    @property
+    def ids(self) -> tuple[int, int] | None:
+        """The lowest and the highest of ``tokens``."""
+        ids = unpack(self.tokens)
+        return (min(ids), max(ids)) if ids else None
 
 
 def dry_run(
@@ -138,12 +145,11 @@ def dry_run(
             given.pop(name, None)
     dropped = _PROMPTS if chat is None else (*_CHATS, *_PROMPTS)
     fields = {name: value for name, value in given.items() if name not in dropped}
-    ids = unpack(tokens) if tokens else None
     return DryRun(
         "/v1/completions" if kind == "openai-completion" else _COMPLETION,
         fields,
         _with_grammar(given) if chat is not None else None,
-        (min(ids), max(ids)) if ids else None,
+        tokens or b"",
     )
 
 
@@ -181,12 +187,40 @@ class DryRuns:
         self._too_long: tuple[str, float] | None = (
             None  # a text that is no prompt, and what tokenizing it takes
         )
+        self._stopped: object = (
+            None  # what it says to a request whose last field it refuses; False if it takes it
+        )
 
     def take(self, run: DryRun) -> None:
         """llama-server has taken such a request."""
         self._learn(_key(run.path, run.fields))
         if run.chat is not None:
             self._learn(_key(_CHAT, run.chat))
+
+    async def is_unreadable(self, run: DryRun) -> bool:
+        """Whether llama-server refuses a field for its type or its value. That it does before it looks for a slot, also
+        while all are at work. One that it looks at last, and surely refuses, keeps it from taking one here.
+
+        Asked once for each kind of request. Raises BackendDown. Cancelling is safe.
+        """
+        key = _key("", run.fields)
+        if key is None or key in self._taken or self._stopped is False:
+            return False
+        if self._stopped is None:
+            self._stopped = await self._words({})
+            if self._stopped is False:
+                return False
+        said = await self._words(run.fields)
+        if said in (self._stopped, False):
+            self._learn(key)
+            return False
+        return True
+
+    async def _words(self, fields: Mapping[str, Any]) -> object:
+        """The error that llama-server finds; False for none."""
+        body = {"cache_prompt": True, **fields, **_STOPPER, "prompt": [[]]}
+        status, answer = await self._server.ask(_COMPLETION, body, QUICK_S)
+        return answer if status >= 400 else False
 
     async def ask(self, run: DryRun, slot: int, *, n_ctx: int, lora: str, worth_s: float) -> Verdict:
         """Whether llama-server will refuse such a request, as far as that can be found out without computing anything:
@@ -198,8 +232,8 @@ class DryRuns:
         ours = {"id_slot": slot, **({"lora": orjson.loads(lora)} if lora else {})}
         if run.chat is not None and worth_s >= _WORTH * self._seconds(n_ctx):
             return await self._ask(_Trial(_CHAT, run.chat, ours, n_ctx))
-        if run.ids is not None and not (self._ids[0] <= run.ids[0] and run.ids[1] <= self._ids[1]):
-            return await self._ask(_Trial(run.path, run.fields, ours, n_ctx, run.ids))
+        if (ids := run.ids) is not None and not (self._ids[0] <= ids[0] and ids[1] <= self._ids[1]):
+            return await self._ask(_Trial(run.path, run.fields, ours, n_ctx, ids))
         return await self._ask(_Trial(run.path, run.fields, ours, n_ctx))
 
     async def _ask(self, trial: _Trial) -> Verdict:

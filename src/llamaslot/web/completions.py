@@ -39,7 +39,7 @@ from llamaslot.web.downstream import MISTAKE, Downstream, StreamRules
 from llamaslot.web.headers import to_server
 from llamaslot.web.jobs import ATTEMPTS, GIVEN_UP, Wanted, keep_what_follows, request_id, wanted
 from llamaslot.web.passthrough import Passthrough
-from llamaslot.web.refusals import check, check_form, in_its_words
+from llamaslot.web.refusals import check, check_body, in_its_words
 from llamaslot.web.rewriting import SystemPrompts, rewrote
 from llamaslot.web.several import Part, joined
 from llamaslot.web.uploads import Uploads
@@ -135,11 +135,10 @@ class _Exchange:
                 raise await in_its_words(
                     self.backend, self.request, orjson.dumps(self.body), BadRequest(_BEYOND)
                 )
+            await check_body(self.backend, self.request, self.asked, want)
             if want.job.is_steered and (not want.prompts or want.is_head):
                 if want.is_head:
                     await self._prepare_head(want, met)
-                else:
-                    await check_form(self.backend, self.request, self.asked, want)
                 self.deadlines.answering()  # nobody reads the answer closely enough to tell when it begins
                 return self._counted(want, await self.unrecognized(head=want.left_in_slot))
             if len(want.prompts) > 1 and self._is_long(want, met):

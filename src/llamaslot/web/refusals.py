@@ -69,7 +69,6 @@ async def check(backend: Backend, request: web.Request, asked: Asked, want: Want
     is_steered_past = job.is_steered and bool(pool.rivals(job, lease.slot_id))
     if not (plan.steps or job.n_children or is_steered_past):
         return
-    await check_form(backend, request, asked, want)
     worth_s = (
         plan.cost.save_s + plan.cost.restore_s + backend.rates.prefill.seconds(plan.n_reused, job.n_tokens)
     )
@@ -91,15 +90,17 @@ async def check(backend: Backend, request: web.Request, asked: Asked, want: Want
     raise PlanAgain(None)
 
 
-async def check_form(backend: Backend, request: web.Request, asked: Asked, want: Wanted) -> None:
-    """Of a body of an agent's route whose tokens could not be found out: whether llama-server can make a chat of it. To
-    count its tokens it does just that, and needs no slot. Raises its answer to the request itself, where that is an
-    error, and BackendDown."""
+async def check_body(backend: Backend, request: web.Request, asked: Asked, want: Wanted) -> None:
+    """Find out, before a request waits for a slot, whether llama-server refuses it without one: for a field of it, or
+    because no chat can be made of a body of an agent's route. Only of those whose tokens could not be found out that is
+    not known by now; to count them it makes the chat. Raises its answer to the request itself, and BackendDown."""
+    is_refused = await backend.dry_runs.is_unreadable(want.dry_run())
     count_route = _COUNTS.get(asked.kind)
-    if want.unknown not in (Reason.SHAPE, Reason.TEMPLATE, Reason.MISCOUNTED) or count_route is None:
-        return
-    status, _ = await backend.api.ask(count_route, asked.body, QUICK_S)
-    if status >= 400 and status not in IS_NOT_OFFERED:
+    is_opaque = want.unknown in (Reason.SHAPE, Reason.TEMPLATE, Reason.MISCOUNTED)
+    if count_route is not None and is_opaque and not is_refused:
+        status, _ = await backend.api.ask(count_route, asked.body, QUICK_S)
+        is_refused = status >= 400 and status not in IS_NOT_OFFERED
+    if is_refused:
         backend.metrics.refused.inc()
         raise await in_its_words(backend, request, orjson.dumps(asked.body), BadRequest(_REFUSED))
 
