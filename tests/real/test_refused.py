@@ -167,10 +167,10 @@ async def test_what_reached_no_slot_discredits_none(tmp_path: Path, path: str) -
         await fill(stack, rng)
         before = (await stack.status())["slots"]
         question = {"role": "user", "content": words(rng, N_HELD)}
+        call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": CUT}
+        result = {"type": "function_call_output", "call_id": "c", "output": "x"}
         bad: dict[str, Any] = {
-            RESPONSES: {
-                "input": [question, {"type": "function_call", "call_id": "c", "name": "f", "arguments": CUT}]
-            },
+            RESPONSES: {"input": [question, call, result]},
             MESSAGES: {"messages": [question, {"content": "no role"}], "max_tokens": 4},
         }
         direct = await post(stack.server.url, path, bad[path])

@@ -180,6 +180,14 @@ async def test_fields_that_can_not_be_read_are_found_out_without_a_slot(fields: 
     assert not any("id_slot" in body for _, body in server.asked)
 
 
+async def test_a_whole_body_is_looked_at_on_its_own_route() -> None:
+    server = Server(wrong={"input_extra": "x"})
+    runs = DryRuns(server)
+    assert await runs.is_malformed("/infill", {"input_prefix": "a", "input_extra": "x"})
+    assert not await runs.is_malformed("/infill", {"input_prefix": "a"})
+    assert [path for path, _ in server.asked] == ["/completion", "/infill", "/infill"]
+
+
 async def test_a_build_that_takes_any_samplers_is_not_asked_so_again() -> None:
     """It has answered an empty prompt."""
     server = Server(quirks=("any samplers",))
@@ -225,7 +233,7 @@ async def test_what_can_not_be_made_too_long_is_not_tried() -> None:
 
 
 async def test_little_is_not_worth_a_long_prompt() -> None:
-    """What costs as much as a tenth of what it may save is left; the fields are looked at all the same."""
+    """What may cost more than it saves is left; the fields are looked at all the same."""
     server = Server()
     await verdict(DryRuns(server), of({"tools": [HEAVY], "grammar": "a"}, "chat"), worth_s=0.001)
     assert [path for path, _ in server.asked] == ["/completion"]

@@ -83,7 +83,7 @@ _MAX_KNOWN = 4096
 # What a prompt that is too long for the slot costs, until it is known (70 ms for 65,000 tokens here), and how many
 # times as much it must be able to save.
 _TOKENIZING_S = 1.5e-6
-_WORTH = 20.0
+_WORTH = 5.0
 
 
 class DryRunServer(Protocol):
@@ -204,22 +204,27 @@ class DryRuns:
         Asked once for each kind of request. Raises BackendDown. Cancelling is safe.
         """
         key = _key("", run.fields)
-        if key is None or key in self._taken or self._stopped is False:
+        if key is None or key in self._taken:
             return False
-        if self._stopped is None:
-            self._stopped = await self._words({})
-            if self._stopped is False:
-                return False
-        said = await self._words(run.fields)
-        if said in (self._stopped, False):
+        is_wrong = await self._is_stopped_earlier(_COMPLETION, {**run.fields, "prompt": [[]]})
+        if not is_wrong:
             self._learn(key)
-            return False
-        return True
+        return is_wrong
 
-    async def _words(self, fields: Mapping[str, Any]) -> object:
-        """The error that llama-server finds; False for none."""
-        body = {"cache_prompt": True, **fields, **_STOPPER, "prompt": [[]]}
-        status, answer = await self._server.ask(_COMPLETION, body, QUICK_S)
+    async def is_malformed(self, path: str, body: Mapping[str, Any]) -> bool:
+        """The same of a whole body, on a route that keeps all its fields."""
+        return await self._is_stopped_earlier(path, body)
+
+    async def _is_stopped_earlier(self, path: str, body: Mapping[str, Any]) -> bool:
+        if self._stopped is None:
+            self._stopped = await self._words(_COMPLETION, {"prompt": [[]]})
+        if self._stopped is False:
+            return False
+        return await self._words(path, {"cache_prompt": True, **body}) not in (self._stopped, False)
+
+    async def _words(self, path: str, body: Mapping[str, Any]) -> object:
+        """The error that llama-server finds, at last in the field that stops it; False for none."""
+        status, answer = await self._server.ask(path, {**body, **_STOPPER}, QUICK_S)
         return answer if status >= 400 else False
 
     async def ask(self, run: DryRun, slot: int, *, n_ctx: int, lora: str, worth_s: float) -> Verdict:

@@ -92,14 +92,16 @@ async def check(backend: Backend, request: web.Request, asked: Asked, want: Want
 
 async def check_body(backend: Backend, request: web.Request, asked: Asked, want: Wanted) -> None:
     """Find out, before a request waits for a slot, whether llama-server refuses it without one: for a field of it, or
-    because no chat can be made of a body of an agent's route. Only of those whose tokens could not be found out that is
-    not known by now; to count them it makes the chat. Raises its answer to the request itself, and BackendDown."""
+    because it can make no prompt of the body. The latter only where its tokens could not be found out here; to count
+    those of an agent's body it makes the chat. Raises its answer to the request itself, and BackendDown."""
     is_refused = await backend.dry_runs.is_unreadable(want.dry_run())
-    count_route = _COUNTS.get(asked.kind)
-    is_opaque = want.unknown in (Reason.SHAPE, Reason.TEMPLATE, Reason.MISCOUNTED)
-    if count_route is not None and is_opaque and not is_refused:
-        status, _ = await backend.api.ask(count_route, asked.body, QUICK_S)
-        is_refused = status >= 400 and status not in IS_NOT_OFFERED
+    if not is_refused and want.unknown in (Reason.SHAPE, Reason.TEMPLATE, Reason.MISCOUNTED):
+        count_route = _COUNTS.get(asked.kind)
+        if count_route is not None:
+            status, _ = await backend.api.ask(count_route, asked.body, QUICK_S)
+            is_refused = status >= 400 and status not in IS_NOT_OFFERED
+        elif asked.kind == "infill":
+            is_refused = await backend.dry_runs.is_malformed("/infill", asked.body)
     if is_refused:
         backend.metrics.refused.inc()
         raise await in_its_words(backend, request, orjson.dumps(asked.body), BadRequest(_REFUSED))
