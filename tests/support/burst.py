@@ -31,8 +31,8 @@ class Shape:
     """
 
     n_requests: int = 8
-    n_alike: int = 250
-    n_own: int = 40
+    n_alike: int = 280
+    n_own: int = 20
     n_answer: int = 100
     n_context: int = 5960
     is_clean: bool = True  # the conversations are on disk already
@@ -188,4 +188,4 @@ def ratio(pairs: Sequence[Pair]) -> float:
 
 
 ALIKE = Shape()
-UNLIKE = replace(ALIKE, n_alike=0, n_own=290)
+UNLIKE = replace(ALIKE, n_alike=0, n_own=300)
