@@ -80,6 +80,7 @@ class StubServer:
     ) -> None:
         self.memory, self.window = memory, 64  # tokens of a sliding one
         self.token_s = token_s  # what the server says that a prompt token took it
+        self.action_s = 0.01  # and a save or a restore
         self.batch = batch
         self.pace = pace or (lambda op: None)
         self.pending: list[Op] = []
@@ -326,7 +327,7 @@ class StubServer:
 
         await self.op("save", slot_id, effect)
         n = count(self.files[filename])
-        return SlotAction(n, n * BYTES_PER_TOKEN, 0.01)
+        return SlotAction(n, n * BYTES_PER_TOKEN, self.action_s)
 
     async def erase(self, slot_id: int) -> None:
         slot = self._acted(slot_id)
@@ -350,7 +351,7 @@ class StubServer:
         if filename not in self.files:
             raise SlotActionFailed("no such file", 400)
         n = count(slot.tokens)
-        return SlotAction(n, n * BYTES_PER_TOKEN, 0.01)
+        return SlotAction(n, n * BYTES_PER_TOKEN, self.action_s)
 
     def _acted(self, slot_id: int) -> StubSlot:
         self.guard(slot_id)

@@ -108,3 +108,28 @@ def test_small_requests_wait_for_each_other_where_a_context_costs_more(house: Ho
     house.loop.run(asyncio.sleep(0))
     burst_s(house, 3)
     assert len({house.slots[f"title {i}"] for i in range(3)}) == 1
+
+
+@pytest.mark.parametrize("is_decoding", [False, True])
+def test_saves_are_done_together_unless_an_answer_is_decoded(house: House, is_decoding: bool) -> None:
+    """Each stops every stream, so there is one at a time; with none to stop they do not wait for each other."""
+    contexts, n_at_once = fill(house), [0]
+    house.rates.save_delay.seconds = 2 * SAVE_S
+
+    def paced(op: Op) -> float:
+        n_at_once.append(sum(other.kind == "save" for other in house.server.pending))
+        return pace(op)
+
+    house.server.pace = paced
+
+    async def all_of_them() -> None:
+        talks = house.start(house.ask(Job("talks", contexts[0] + tokens_of(95_000, 9))), "talks")
+        if not is_decoding:
+            await talks
+        await asyncio.sleep(0.1)
+        strangers = (Job(f"stranger {i}", tokens_of(60_000 + 5000 * i, 2000)) for i in range(2))
+        await asyncio.gather(talks, *(house.ask(job) for job in strangers))
+
+    house.loop.run(all_of_them())
+    assert max(n_at_once) == (1 if is_decoding else 2)
+    house.check_nothing_is_left()

@@ -163,6 +163,13 @@ def test_slots_are_left_to_who_will_come_back(
     assert may_take_another(n_held, 4, n_idle, n_users, pauses_s, 2.0) is may
 
 
+def test_no_slot_is_left_alone_by_what_is_through_at_once() -> None:
+    """A title of 0.2 s takes the last one beside four who read for a minute, and not beside agents."""
+    assert may_take_another(3, 4, 1, 5, [SELDOM] * 4, 0.2)
+    assert not may_take_another(3, 4, 1, 5, [SELDOM] * 4, 1.0)
+    assert not may_take_another(3, 4, 1, 2, [OFTEN], 0.2)
+
+
 def test_pauses_are_learned() -> None:
     """From the first one; a single long one among short ones says little."""
     pauses = Pauses()

@@ -31,6 +31,7 @@ SECONDS = {"save": 2.0, "restore": 2.0, "answer": 0.5}
 def house() -> Iterator[House]:
     """Three slots, and a disk so slow that whoever comes meets a save. Computing is believed to be dearer still."""
     house = House(VirtualLoop(), StubServer(3, pace=lambda op: SECONDS.get(op.kind, 0.01), token_s=1.0))
+    house.server.action_s = SECONDS["save"]
     house.rates.prefill.observe(0, 1000, 1000.0)
     yield house
     house.close()

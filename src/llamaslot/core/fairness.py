@@ -18,6 +18,7 @@ from dataclasses import dataclass
 _AT_ONCE_S = 1e-3
 # Of a deficit, and of what is owed: an estimate may be far off, and nobody pays for that for ever.
 _LIMIT_S = 300.0
+_HARDLY_ANYBODY = 0.02  # of one user: no slot is kept for so little
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +155,13 @@ def may_take_another(
 
     ``n_users`` were here lately. Those of them who hold none and wait for none may come back at any moment, and would
     have to wait for somebody's whole answer: ``pauses_s`` is how long each of them stays away as a rule. So who has
-    more than an equal share leaves as many slots alone as are likely to be asked for meanwhile, and one in any case.
+    more than an equal share leaves as many slots alone as are likely to be asked for meanwhile, and one unless it is
+    through with it so soon (a title) that hardly anybody can be back before.
     """
     if n_held == 0 or not pauses_s or (n_held + 1) * n_users <= n_slots:
         return True
-    return n_idle > max(round(returns(pauses_s, cost_s)), 1)
+    n_back = returns(pauses_s, cost_s)
+    return n_back < _HARDLY_ANYBODY or n_idle > max(round(n_back), 1)
 
 
 def returns(pauses_s: Iterable[float], seconds: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 from llamaslot.core.cost import Rates
@@ -45,9 +45,20 @@ class Saving:
         self.api, self.catalog, self.rates = api, catalog, rates
         self.metrics, self.tasks, self.now = metrics, tasks, now
         self.fingerprint = ""
-        # One save or restore at a time: each stops every stream of this llama-server.
-        self.lock = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._n_emptied = 0  # slots that were found empty when they were saved
+
+    @contextlib.asynccontextmanager
+    async def in_turn(self, lease: Lease, seconds: float) -> AsyncIterator[None]:
+        """For a save or a restore of about ``seconds``. Each stops every stream of this llama-server, so there is one
+        at a time, which then waits for a batch of its own. While no answer is decoded, those that take less than that
+        wait do not take turns: all that are due are done between the same two batches."""
+        is_decoding = any(other.is_talking for other in lease.scheduler.leases if other is not lease)
+        if is_decoding or seconds > self.rates.save_delay.seconds:
+            async with self._lock:
+                yield
+        else:
+            yield
 
     async def save(self, lease: Lease) -> Snapshot | None:
         """Write what the slot holds to a snapshot, verified and committed. None when that failed: the slot keeps it.
@@ -120,7 +131,7 @@ class Saving:
         idle_s = max(started - used_at, 0.0)
         fingerprint = self.fingerprint  # of the model that computed it: the rest takes a while
         try:
-            async with self.lock:
+            async with self.in_turn(lease, self.rates.save.seconds(size_bytes)):
                 started = self.now()
                 lease.still_holds()  # making room has taken a while
                 if lease.must_give_way():

@@ -189,7 +189,7 @@ class Steps:
         try:
             snapshot = await self.catalog.verify(snapshot_id)
             asked_at = self.now()
-            async with self.saving.lock:
+            async with self.saving.in_turn(lease, self.rates.restore.seconds(snapshot.size_bytes)):
                 started = self.now()
                 lease.still_holds()  # reading its header has taken a while
                 result = await self.api.restore(lease.slot_id, f"{snapshot.id}.kv")
