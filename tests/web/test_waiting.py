@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.answers import without_progress
+from tests.support.answers import Answer, without_progress
 from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, line_with, right, served, spawn
 
 SOON = {"stream": {"keepalive_s": 0.02}}
@@ -38,9 +40,9 @@ async def test_headers_that_went_early_are_told_again_as_comments(tmp_path: Path
         await line_with(stream, ": queued 1")
         it.fake.go()
         assert await line_with(stream, "x-llamaslot-slot") == ": x-llamaslot-slot: 0"
+        assert await line_with(stream, "x-llamaslot-prompt") == ": x-llamaslot-prompt-tokens: 200"
         assert await line_with(stream, "x-llamaslot-source") == ": x-llamaslot-source: cold"
         assert await line_with(stream, "x-llamaslot-reused") == ": x-llamaslot-reused-tokens: 0"
-        assert await line_with(stream, "x-llamaslot-prompt") == ": x-llamaslot-prompt-tokens: 200"
         await line_with(stream, '"stop":true')
 
 
@@ -211,3 +213,47 @@ async def test_a_client_that_does_not_read_its_comments_does_not_hold_up_others(
             it.fake.go()
             assert (await asyncio.wait_for(other, 10)).status == 200
             await lazy.read()
+
+
+# -- what is told before it is known -------------------------------------------------------------------------------
+
+LOST = letters(7, 30)  # so little that another place is not looked for
+MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
+
+
+def asked_of(path: str, text: str, *, stream: bool) -> dict[str, Any]:
+    messages = [{"role": "user", "content": text}]
+    match path:
+        case "/v1/messages":
+            return {"model": "any", "messages": messages, "max_tokens": 4, "stream": stream}
+        case "/v1/responses":
+            return {"input": text, "max_output_tokens": 4, "stream": stream}
+        case _:
+            return {"messages": messages, "max_tokens": 4, "stream": stream}
+
+
+@pytest.mark.parametrize("how", ["whole", "stream", "early stream"])
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, RESPONSES])
+async def test_what_is_told_of_reuse_is_what_was_reused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, path: str, how: str
+) -> None:
+    """A slot was emptied behind llamaslot's back, as it is after a sleep: header and comment do not say what was
+    expected of it, but what llama-server has found. Headers that go before it says so call it expected."""
+    caplog.set_level(logging.INFO)
+    body, is_early = asked_of(path, LOST, stream=how != "whole"), how == "early stream"
+    async with served(tmp_path, SOON if is_early else {}, slots=1) as it:
+        await it.post(path, asked_of(path, LOST, stream=False))
+        await it.at_rest()
+        caplog.clear()
+        await it.send("POST", "/slots/0?action=erase", to=it.fake.url)
+        if is_early:
+            it.fake.hold()
+        async with it.session.post(it.url + path, json=body) as response:  # the headers have come
+            it.fake.go()
+            answer = Answer(response.status, response.headers, await response.read())
+    told = {**answer.headers, **dict(line.split(": ") for line in answer.comments if ": " in line)}
+    assert (told["x-llamaslot-source"], told["x-llamaslot-reused-tokens"]) == ("cold", "0")
+    assert "resident" not in str(told)
+    is_told_at_the_end = how == "stream" and path == RESPONSES
+    assert ("x-llamaslot-expected-tokens" in answer.headers) == is_told_at_the_end
+    assert "slot 0 resident" not in caplog.text

@@ -74,6 +74,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--kv-unified", action=flag, default=False)
     p.add_argument("--swa-full", action="store_true")
     p.add_argument("--ctx-checkpoints", type=int, default=32, metavar="N")
+    p.add_argument(
+        "--sleep-idle-seconds",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="unload the model after that, -1: never",
+    )
     p.add_argument("--metrics", action="store_true")
     p.add_argument("--slots", action=flag, default=True, help="GET /slots")
     p.add_argument("--props", action="store_true", help="POST /props")
@@ -153,6 +160,7 @@ def _params(xllamacpp: Any, flags: argparse.Namespace) -> Any:
     p.kv_unified, p.swa_full = flags.kv_unified, flags.swa_full
     p.n_ctx_checkpoints = flags.ctx_checkpoints
     p.endpoint_metrics, p.endpoint_slots, p.endpoint_props = flags.metrics, flags.slots, flags.props
+    p.sleep_idle_seconds = flags.sleep_idle_seconds
     p.use_jinja = flags.jinja
     if flags.chat_template_file:
         p.chat_template = flags.chat_template_file.read_text()

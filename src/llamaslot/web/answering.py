@@ -64,17 +64,6 @@ class InOnePiece(PlanAgain):
     """The answer is in doubt, put together from a stream: ask for it once more, as the client did."""
 
 
-def n_reused_of(lease: Lease, earlier: Earlier | None) -> int:
-    """Tokens of the prompt that are reused. Without a prefill of llamaslot's own it is what is expected."""
-    return earlier.n_reused if earlier is not None else lease.n_expected
-
-
-def source_of(lease: Lease, earlier: Earlier | None) -> Source:
-    """Where the reused part comes from."""
-    assert lease.plan is not None
-    return lease.plan.source if n_reused_of(lease, earlier) else Source.COLD
-
-
 class Answering:
     """One request in its slot: ``begin`` up to its first token, then ``finish``."""
 
@@ -100,6 +89,7 @@ class Answering:
         may_assemble = not (asked.is_streaming or in_one_piece) and backend.streams_are_known
         self.is_assembled = may_assemble and can_assemble(asked.body, asked.kind)
         self.first_byte_s: float | None = None
+        self._is_reuse_told = False
         self._first: list[bytes] | None = None
 
     def _in_all(self, here: Earlier | None, before: Earlier | None) -> Earlier | None:
@@ -150,10 +140,12 @@ class Answering:
                     raise PlanAgain(own if self.here is None else self.here.then(own))
                 if not is_looked_at:
                     self._holds_prompt()
+                    await self._tell_reuse()
                 is_looked_at = True
                 n_reused = self.earlier.n_reused if self.earlier is not None else reading.n_found
                 self.down.note(Prefilling(reading.n_processed, self.want.job.n_tokens, n_reused, 0.0))
             if events:  # of progress, to who has asked for it
+                await self._tell_reuse(at_last=True)
                 await self.down.begin(headers=self._headers(SSE_HEADERS))
             await self.down.write(b"".join(events))
 
@@ -165,8 +157,40 @@ class Answering:
             self.lease.done(None)
             raise
 
+    @property
+    def n_reused(self) -> int | None:
+        """Tokens of the prompt that were not computed for it, by what llama-server has told so far; None before."""
+        if (n_found := self._reading.n_reused) is None:
+            return None
+        n_found = min(n_found, self.want.prompts[0].n_tokens) if self.want.is_head else n_found
+        return n_found if self.earlier is None else min(self.earlier.n_reused, n_found)
+
+    @property
+    def source(self) -> Source:
+        """Where what was reused comes from."""
+        assert self.lease.plan is not None
+        return self.lease.plan.source if self._n_reused_or_expected else Source.COLD
+
+    @property
+    def _n_reused_or_expected(self) -> int:
+        if (n_reused := self.n_reused) is not None:
+            return n_reused
+        return self.earlier.n_reused if self.earlier is not None else self.lease.n_expected
+
+    async def _tell_reuse(self, *, at_last: bool = False) -> None:
+        """Say what was reused once llama-server has, in headers, or in a stream's comments where these have gone.
+
+        ``at_last``: the headers go now. Where nothing is known yet they say what is expected, by that name.
+        """
+        if self.n_reused is not None and not self._is_reuse_told:
+            self._is_reuse_told = True
+            told = {"x-llamaslot-source": self.source.value, "x-llamaslot-reused-tokens": str(self.n_reused)}
+            await self.down.write(self.down.add_headers(told))
+        elif at_last and not (self._is_reuse_told or self.down.has_begun):
+            self.down.add_headers({"x-llamaslot-expected-tokens": str(self._n_reused_or_expected)})
+
     def _message_start(self) -> bytes:
-        n_reused = n_reused_of(self.lease, self.earlier)
+        n_reused = self.earlier.n_reused if self.earlier is not None else self.lease.n_expected
         return message_start(self.asked.id, self.asked.body, self.want.job.n_tokens, n_reused)
 
     def _body(self) -> dict[str, Any]:
@@ -219,6 +243,8 @@ class Answering:
             return await self.down.end()
         payload = await self._assemble() if self._has_events else await self._reading.whole()
         self.first_byte_s = time.monotonic() - self.asked.started
+        self._is_reuse_told = False  # an answer in one piece is through, and nothing of it has been sent
+        await self._tell_reuse(at_last=True)
         self._settle()
         self._log()
         headers = self._headers(self.down.headers)
@@ -264,8 +290,10 @@ class Answering:
         while events is not None:
             if self.first_byte_s is None:
                 self.first_byte_s = time.monotonic() - self.asked.started
+                await self._tell_reuse(at_last=True)
                 await self.down.begin(headers=headers)
             if self._reading.is_over:
+                await self._tell_reuse()
                 if self.turn is not None:
                     await self.turn.settle()
                 self._settle()
@@ -302,7 +330,7 @@ class Answering:
         if self.lease.is_released:
             return
         want, timings = self.want, self._reading.timings
-        n_found = int(timings["cache_n"]) if timings and "cache_n" in timings else self._reading.n_cached
+        n_found = self._reading.n_reused
         if self._reading.has_failed:
             self.lease.done(None)
             self.lease.release()
@@ -360,7 +388,7 @@ class Answering:
             n_computed += self.lease.job.n_tokens - earlier.n_tokens
         log.info(
             "%s for %s, slot %d %s: %d of %d prompt tokens computed%s, first byte after %.2f s, all after %.2f s",
-            self.asked.id, self.lease.job.user.id, self.lease.slot_id, source_of(self.lease, earlier).value,
+            self.asked.id, self.lease.job.user.id, self.lease.slot_id, self.source.value,
             n_computed, self.lease.job.n_tokens,
             f", {earlier.seconds:.2f} s of it ahead" if earlier is not None else "",
             first_s, time.monotonic() - self.asked.started,

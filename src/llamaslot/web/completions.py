@@ -32,7 +32,7 @@ from llamaslot.llama.progress import TELLS_PROGRESS, progress_event
 from llamaslot.llama.prompts import NoPrompt
 from llamaslot.llama.routes import Format, Route, origin_form
 from llamaslot.llama.sse import Earlier
-from llamaslot.web.answering import Answering, Asked, InOnePiece, n_reused_of, source_of
+from llamaslot.web.answering import Answering, Asked, InOnePiece
 from llamaslot.web.bodies import NoObject, parse_object
 from llamaslot.web.deadlines import Deadlines
 from llamaslot.web.downstream import MISTAKE, Downstream, StreamRules
@@ -275,7 +275,7 @@ class _Exchange:
                     self.backend, self.down, self.asked, want, lease, here, before, turn,
                     in_one_piece=self.in_one_piece,
                 )  # fmt: skip
-                await self.down.write(self.down.add_headers(_about(lease, answering.earlier, want)))
+                await self.down.write(self.down.add_headers(_about(lease, want)))
                 if not answering.is_streamed:
                     self.deadlines.answering()
                 await answering.begin(stack, may_replan=may_replan)
@@ -317,11 +317,9 @@ class _Queued:
         return f"queued {self._backend.scheduler.position(self._job)}"
 
 
-def _about(lease: Lease, earlier: Earlier | None, want: Wanted) -> dict[str, str]:
-    """What llamaslot tells of itself."""
+def _about(lease: Lease, want: Wanted) -> dict[str, str]:
+    """What is known before llama-server has seen the request. What is reused it tells itself (``Answering``)."""
     return {
         "x-llamaslot-slot": str(lease.slot_id),
-        "x-llamaslot-source": source_of(lease, earlier).value,
-        "x-llamaslot-reused-tokens": str(n_reused_of(lease, earlier)),
         "x-llamaslot-prompt-tokens": str(want.job.n_tokens),
     }

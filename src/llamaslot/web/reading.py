@@ -62,6 +62,12 @@ class Reading:
         return [passed for event in self._splitter.feed(chunk) if (passed := self._event(event))]
 
     @property
+    def n_reused(self) -> int | None:
+        """Tokens of its first prompt that llama-server has found, by the surest that it has told so far."""
+        told = (self.timings or {}).get("cache_n"), self.n_found, self.n_cached
+        return next((int(n) for n in told if n is not None), None)
+
+    @property
     def rest(self) -> bytes:
         """What came after the last whole event."""
         return b"" if self.assembly is not None else self._created + self._splitter.rest
