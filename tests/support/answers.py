@@ -66,17 +66,22 @@ class Answer:
         return found
 
     @property
+    def told(self) -> dict[str, str]:
+        """What llamaslot tells of itself: in headers, and in comments where these had gone."""
+        pairs = [*self.headers.items(), *(line.split(": ", 1) for line in self.comments if ": " in line)]
+        return {name.lower(): value for name, value in pairs if name.lower().startswith("x-")}
+
+    @property
     def slot(self) -> int:
-        return int(self.headers["x-llamaslot-slot"])
+        return int(self.told["x-llamaslot-slot"])
 
     @property
     def source(self) -> str:
-        return self.headers["x-llamaslot-source"]
+        return self.told["x-llamaslot-source"]
 
     @property
     def n_reused(self) -> int:
-        """As the header told it."""
-        return int(self.headers["x-llamaslot-reused-tokens"])
+        return int(self.told["x-llamaslot-reused-tokens"])
 
 
 def without_progress(raw: bytes) -> bytes:

@@ -69,8 +69,10 @@ async def test_what_llama_server_refuses_is_refused_in_its_words(
         held = [it.fake.slots[slot].tokens for slot in kept]
         answer = await it.post(path, body)
         assert [it.fake.slots[slot].tokens for slot in kept] == held
-        direct = await it.post(path, body, to=it.fake.url)
         again = [await it.ask(letters(n, 300) + "more") for n in (11, 12)]
+        direct = await it.post(
+            path, body, to=it.fake.url
+        )  # may take a slot for the prompt before the one it refuses
     assert answer.status == direct.status >= 400
     assert answer.json == direct.json
     assert answer.headers["Content-Type"] == direct.headers["Content-Type"]

@@ -180,14 +180,16 @@ class Answering:
     async def _tell_reuse(self, *, at_last: bool = False) -> None:
         """Say what was reused once llama-server has, in headers, or in a stream's comments where these have gone.
 
-        ``at_last``: the headers go now. Where nothing is known yet they say what is expected, by that name.
+        ``at_last``: events follow. If nothing is known by then it is said what is expected, by that name.
         """
-        if self.n_reused is not None and not self._is_reuse_told:
-            self._is_reuse_told = True
+        if self._is_reuse_told or not (at_last or self.n_reused is not None):
+            return
+        self._is_reuse_told = True
+        if self.n_reused is None:
+            told = {"x-llamaslot-expected-tokens": str(self._n_reused_or_expected)}
+        else:
             told = {"x-llamaslot-source": self.source.value, "x-llamaslot-reused-tokens": str(self.n_reused)}
-            await self.down.write(self.down.add_headers(told))
-        elif at_last and not (self._is_reuse_told or self.down.has_begun):
-            self.down.add_headers({"x-llamaslot-expected-tokens": str(self._n_reused_or_expected)})
+        await self.down.write(self.down.add_headers(told))
 
     def _message_start(self) -> bytes:
         n_reused = self.earlier.n_reused if self.earlier is not None else self.lease.n_expected
@@ -293,7 +295,6 @@ class Answering:
                 await self._tell_reuse(at_last=True)
                 await self.down.begin(headers=headers)
             if self._reading.is_over:
-                await self._tell_reuse()
                 if self.turn is not None:
                     await self.turn.settle()
                 self._settle()
