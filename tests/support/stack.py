@@ -50,7 +50,10 @@ class Proxy:
             "store": {"quota": quota, "meta_dir": str(directory / "meta")},
         }
         for section, values in (settings or {}).items():
-            config.setdefault(section, {}).update(values)
+            if isinstance(values, Mapping):
+                config.setdefault(section, {}).update(values)
+            else:
+                config[section] = values
         directory.mkdir(parents=True, exist_ok=True)
         self.config_path.write_text(yaml.safe_dump(config, sort_keys=False))
         self._process: asyncio.subprocess.Process | None = None
