@@ -78,11 +78,12 @@ def test_as_the_user_that_serves(box: Path, python: None) -> None:
     assert (run(box).exit_code, run(box).stdout) == (0, f"{box / 'config.yaml'}: no faults\n")
     result = run(box, "--as", NOBODY)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert f"as nobody: {box / 'config.yaml'}: 1 fault" in result.stderr
+    told = f"backends[0].slot_save_path: nobody may not read and write and enter {box / 'kv'} (it belongs to root:root"
+    assert f"as nobody: {box / 'config.yaml'}: 2 faults" in result.stderr
     assert f"auth.keys_file: {box / 'keys.json'}: can not be read: Permission denied" in result.stderr
+    assert told in result.stderr
 
     give(box / "keys.json")
-    told = f"backends[0].slot_save_path: nobody may not read and write and enter {box / 'kv'} (it belongs to root:root"
     assert told in run(box, "--as", NOBODY).stderr
 
     give(box / "kv")

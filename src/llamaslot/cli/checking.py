@@ -18,6 +18,7 @@ from pathlib import Path
 
 from llamaslot.config import Config
 from llamaslot.errors import ConfigError
+from llamaslot.faults import read_yaml
 from llamaslot.store.directory import HITS_NAME, LOCK_NAME
 from llamaslot.store.room import beyond_disk
 from llamaslot.store.scan import list_own, size_bytes
@@ -38,8 +39,12 @@ class Checked:
 
 
 def check(path: Path) -> Checked:
-    """All that can be found out as the user of this process. Raises ConfigError with the faults of the file itself."""
-    config = Config.load(path)
+    """All that can be found out as the user of this process. Raises ConfigError with the faults of the file itself, and
+    what can be seen of its directories all the same."""
+    try:
+        config = Config.load(path)
+    except ConfigError as error:
+        raise ConfigError(error.source, [*error.faults, *_unusable_as_written(path)]) from None
     checked = Checked(list(_unusable(config)))
     directory = config.backend.slot_save_path
     if directory is not None and directory.is_dir() and os.access(directory, os.R_OK | os.X_OK):
@@ -82,6 +87,19 @@ def _unusable(config: Config) -> Iterator[str]:
         model = Path(backend.managed.model)
         if model.is_absolute() and (fault := _closed(model, os.R_OK)):
             yield f"backends[0].managed.model: {fault}"
+
+
+def _unusable_as_written(path: Path) -> Iterator[str]:
+    """Of a file that has faults, a key that cannot be read for one: whether the directory that it names can be used."""
+    try:
+        backend = read_yaml(path)["backends"][0]
+        named = backend["slot_save_path"] if "url" in backend else None  # of a managed one it is made
+    except (ConfigError, LookupError, TypeError):
+        return
+    if isinstance(named, str) and named:
+        directory = path.absolute().parent / os.path.expanduser(named)
+        if fault := _closed(directory, os.R_OK | os.W_OK | os.X_OK):
+            yield f"backends[0].slot_save_path: {fault}"
 
 
 def _closed(path: Path, need: int) -> str | None:
