@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.inprocess import CHAT, NATIVE, TEXT, letters, served
+from llamaslot.core.slots import State
+from llamaslot.llama.dry_run import Verdict
+from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, right, served
+
+BASE, MORE = letters(11, 600), letters(12, 400)
 
 
 @pytest.mark.parametrize("body", [{}, {"prompt": None}, {"prompt": [[None]]}, {"prompt": {"a": 1}}])
@@ -61,3 +65,84 @@ async def test_a_wrong_field_is_refused_while_all_slots_are_at_work(
         it.fake.go()
     assert answer.status == direct.status == 400
     assert answer.json == direct.json
+
+
+# -- what a slot holds after an error ----------------------------------------------------------------------------------
+
+
+def contents(it: Served) -> list[tuple[State, int]]:
+    pool = it.backend.scheduler.pool
+    assert pool is not None
+    return [(slot.state, slot.content.n_tokens) for slot in pool.slots]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_500_of_the_door_leaves_the_slot_as_it_is(tmp_path: Path, is_stream: bool) -> None:
+    """llama-server calls some mistakes of clients so: what the slot holds is asked for, and found again."""
+    async with served(tmp_path) as it:
+        await it.ask(BASE)
+        before = contents(it)
+        it.fake.faults.fail(NATIVE)
+        assert (await it.ask(BASE + "more", stream=is_stream)).status == 500
+        await it.at_rest()
+        assert contents(it) == before
+        assert (await it.ask(BASE + "more")).json["timings"]["cache_n"] >= len(BASE)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_500_of_a_slot_discredits_it(tmp_path: Path, is_stream: bool) -> None:
+    """It was cut back for another prompt, and computed in: nobody knows how far."""
+    async with served(tmp_path, slots=1) as it:
+        await it.ask(BASE)
+        it.fake.faults.fail_stream("failed to decode", after_tokens=1)
+        await it.ask(MORE, stream=is_stream)
+        await it.at_rest()
+        assert contents(it) == [(State.SUSPECT, 0)]
+
+
+async def test_a_refused_prefill_leaves_the_slot_as_it_is(tmp_path: Path) -> None:
+    """The request itself goes on from there."""
+    async with served(tmp_path, {"prefill": {"own_above_s": 0}}) as it:
+        await it.ask(BASE)
+        it.fake.faults.fail("/completion")
+        answer = await it.ask(BASE + MORE, path=TEXT)
+        assert answer.json["timings"]["cache_n"] >= len(BASE)
+
+
+async def test_a_refused_request_with_several_answers_gives_the_slots_back(tmp_path: Path) -> None:
+    """All that it might have taken, with what they hold."""
+    async with served(tmp_path, slots=3) as it:
+        for seed in (1, 2, 3):
+            await it.ask(letters(seed, 500))
+        before = contents(it)
+        it.fake.faults.fail(NATIVE, 400)
+        assert (await it.ask("short", n_cmpl=2)).status == 400
+        await it.at_rest()
+        assert [state for state, _ in contents(it)] == [State.HOT] * 3
+        assert sorted(n for _, n in contents(it)) >= sorted(n for _, n in before)
+
+
+# -- dry runs that were wrong ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("path", [NATIVE, CHAT])
+@pytest.mark.parametrize("verdict", [Verdict.REFUSED, Verdict.RUNS])
+async def test_what_is_taken_after_all_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verdict: Verdict, path: str, is_stream: bool
+) -> None:
+    """llama-server refuses a dry run, or computes it, and takes the request: it gets its answer."""
+
+    async def wrong(*_: Any, **__: Any) -> Verdict:
+        return verdict
+
+    async with served(tmp_path, {"prefill": {"own_above_s": 0}}) as it:
+        await it.ask(letters(1, 500))
+        monkeypatch.setattr(it.backend.dry_runs, "ask", wrong)
+        ask = it.chat if path == CHAT else it.ask
+        answer = await ask(BASE, stream=is_stream)
+        assert answer.status == 200
+        if path == NATIVE:
+            assert answer.text == right(it.fake, BASE)
+        await it.at_rest()
+        assert all(state in (State.HOT, State.FREE) for state, _ in contents(it))
