@@ -154,6 +154,81 @@ async def test_what_is_refused_is_not_computed(tmp_path: Path, figure: Figure, k
         figure(f"{kind}: {len(FAULTS)} bodies that are refused: computed at most {worst:.0f} tokens each")
 
 
+#: What clients send, and llama-server takes, reads or passes over.
+GOOD: list[tuple[str, dict[str, Any]]] = [
+    (CHAT, {"logprobs": True, "top_logprobs": 2, "logit_bias": {}, "presence_penalty": -1.5, "seed": -1}),
+    (
+        CHAT,
+        {"reasoning_effort": "low", "verbosity": "low", "modalities": ["text"], "audio": None, "stop": None},
+    ),
+    (
+        CHAT,
+        {
+            "parallel_tool_calls": True,
+            "tool_choice": "auto",
+            "tools": [],
+            "store": False,
+            "metadata": {"a": "b"},
+        },
+    ),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]}),
+    (CHAT, {"response_format": {"type": "json_object"}, "max_completion_tokens": 3, "n": 2}),
+    (
+        CHAT,
+        {
+            "chat_template_kwargs": {"enable_thinking": False},
+            "samplers": ["top_k", "temperature"],
+            "mirostat": 0,
+        },
+    ),
+    (TEXT, {"logprobs": 2, "echo": False, "best_of": 1, "suffix": None, "logit_bias": {"65": -100}}),
+    (
+        NATIVE,
+        {"n_predict": -1, "t_max_predict_ms": 1, "n_indent": 0, "dry_sequence_breakers": ["x"], "n_probs": 2},
+    ),
+    (
+        NATIVE,
+        {"grammar": 'root ::= "a"', "response_fields": ["content"], "top_k": 40.0, "cache_prompt": True},
+    ),
+    (NATIVE, {"prompt": [*([65] * N_HELD), 200], "json_schema": {"type": "object"}, "n_keep": 5}),
+    (
+        RESPONSES,
+        {
+            "text": {"format": {"type": "text"}},
+            "reasoning": {"effort": "low"},
+            "include": [],
+            "truncation": "x",
+        },
+    ),
+    (
+        MESSAGES,
+        {"thinking": {"type": "adaptive"}, "context_management": {"edits": []}, "stop_sequences": ["x"]},
+    ),
+]
+
+
+async def test_what_is_taken_is_not_held_up(tmp_path: Path) -> None:
+    """Of nothing that llama-server takes it is believed that it does not, and all of it is served."""
+    rng = random.Random(8)
+    settings = {"prefill": {"own_above_s": 0}, "store": {"idle_save_s": 3600}}
+    async with Stack(
+        models.dense(tmp_path), tmp_path, slots=N_SLOTS, context=4096, settings=settings
+    ) as stack:
+        for path, fields in GOOD:
+            text = words(rng, 300)
+            good: dict[str, dict[str, Any]] = {
+                CHAT: {"messages": [{"role": "user", "content": text}], "max_tokens": 4},
+                TEXT: {"prompt": text, "max_tokens": 4},
+                NATIVE: {"prompt": text, "n_predict": 4},
+                RESPONSES: {"input": text, "max_output_tokens": 4},
+                MESSAGES: {"messages": [{"role": "user", "content": text}], "max_tokens": 4},
+            }
+            status, answer = await post(stack.url, path, {**good[path], **fields})
+            assert status == 200, (path, fields, answer)
+        assert (await stack.own_metrics())["llamaslot_refused_total"] == 0
+        assert "dry run" not in stack.llamaslot.log
+
+
 CUT = '{"a": '
 
 

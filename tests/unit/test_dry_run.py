@@ -31,6 +31,8 @@ class Server:
         self, path: str, body: Mapping[str, Any], timeout_s: float | None = None
     ) -> tuple[int, Any]:
         self.asked.append((path, dict(body)))
+        if "loads" in self.quirks:
+            return 503, {"error": {"type": "unavailable_error"}}
         if body.get("samplers") == [0] and "any samplers" not in self.quirks:
             return 400, {"error": {"message": "fields" if self._is_wrong(body) else "samplers"}}
         if "no empty prompt" in self.quirks or self._is_wrong(body):
@@ -268,6 +270,18 @@ async def test_agents_are_asked_about_as_the_chats_that_they_become(kind: Any) -
     if kind == "messages":
         assert (sent["stop"], sent["max_tokens"]) == ([5], 5)
         assert "grammar" not in sent
+
+
+async def test_while_it_loads_nothing_is_learned() -> None:
+    """Neither of the request nor of the build."""
+    server = Server(quirks=("loads",), wrong={"grammar": "b"})
+    runs = DryRuns(server)
+    assert not await runs.is_unreadable(of({"grammar": "a"}))
+    assert await verdict(runs, of({"grammar": "a"})) is Verdict.UNSURE
+    server.quirks = ()
+    assert await runs.is_unreadable(of({"grammar": "b"}))
+    assert not await runs.is_unreadable(of({"grammar": "a"}))
+    assert await verdict(runs, of({"grammar": "b"})) is Verdict.REFUSED
 
 
 # -- ids ---------------------------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ _SWITCHES = {
     "ignore_eos",
 }
 _STOPPER = {"samplers": [0]}
+_REFUSALS = (400, 500)
 _TOO_LONG = "exceed_context_size_error"
 _WORD = "a b "  # two tokens of every vocabulary that was looked at, and tokenized fast
 _WORD_TOKENS = 2
@@ -136,11 +137,8 @@ def dry_run(
         given.pop(name, None)
     for name in ("n", "n_cmpl") if n > 1 else ():
         given.pop(name, None)
-    for name in (
-        "stream",
-        "cache_prompt",
-        "return_progress",
-    ):  # set here; what is no switch is sent, to be refused
+    for name in ("stream", "cache_prompt", "return_progress"):
+        # Set here; what is no switch is sent, to be refused.
         if isinstance(given.get(name), bool | None):
             given.pop(name, None)
     dropped = _PROMPTS if chat is None else (*_CHATS, *_PROMPTS)
@@ -168,6 +166,7 @@ class Verdict(enum.Enum):
 
     TAKEN = "taken"
     REFUSED = "refused"
+    UNSURE = "unsure"  # it does not look at requests now
     #: What was too long a prompt on every build that was looked at was none: nobody knows what the slot holds.
     RUNS = "runs"
 
@@ -184,12 +183,10 @@ class DryRuns:
         self._taken: dict[bytes, None] = {}
         self._ids = (0, 0)  # in its vocabulary
         self._is_usable: dict[str, bool] = {}  # by the route: whether it takes a request that has no fault
-        self._too_long: tuple[str, float] | None = (
-            None  # a text that is no prompt, and what tokenizing it takes
-        )
-        self._stopped: object = (
-            None  # what it says to a request whose last field it refuses; False if it takes it
-        )
+        # A text that is too long for a prompt, and the seconds that tokenizing it takes.
+        self._too_long: tuple[str, float] | None = None
+        # What it says to a request whose last field it refuses; False if it takes that.
+        self._stopped: object = None
 
     def take(self, run: DryRun) -> None:
         """llama-server has taken such a request."""
@@ -206,26 +203,25 @@ class DryRuns:
         key = _key("", run.fields)
         if key is None or key in self._taken:
             return False
-        is_wrong = await self._is_stopped_earlier(_COMPLETION, {**run.fields, "prompt": [[]]})
+        is_wrong = await self.is_malformed(_COMPLETION, {**run.fields, "prompt": [[]]})
         if not is_wrong:
             self._learn(key)
         return is_wrong
 
     async def is_malformed(self, path: str, body: Mapping[str, Any]) -> bool:
         """The same of a whole body, on a route that keeps all its fields."""
-        return await self._is_stopped_earlier(path, body)
-
-    async def _is_stopped_earlier(self, path: str, body: Mapping[str, Any]) -> bool:
         if self._stopped is None:
             self._stopped = await self._words(_COMPLETION, {"prompt": [[]]})
-        if self._stopped is False:
+        if not self._stopped:
             return False
-        return await self._words(path, {"cache_prompt": True, **body}) not in (self._stopped, False)
+        said = await self._words(path, {"cache_prompt": True, **body})
+        return bool(said) and said != self._stopped
 
     async def _words(self, path: str, body: Mapping[str, Any]) -> object:
-        """The error that llama-server finds, at last in the field that stops it; False for none."""
+        """The error that llama-server finds, at last in the field that stops it. False where it takes that, None where
+        it does not look at it now."""
         status, answer = await self._server.ask(path, {**body, **_STOPPER}, QUICK_S)
-        return answer if status >= 400 else False
+        return answer if status in _REFUSALS else None if status >= 400 else False
 
     async def ask(self, run: DryRun, slot: int, *, n_ctx: int, lora: str, worth_s: float) -> Verdict:
         """Whether llama-server will refuse such a request, as far as that can be found out without computing anything:
@@ -253,6 +249,8 @@ class DryRuns:
                 self._ids = min(trial.ids[0], self._ids[0]), max(trial.ids[1], self._ids[1])
         elif verdict is Verdict.REFUSED and trial.path not in self._is_usable:
             plain = await self._verdict(replace(trial, fields={}, ids=None))
+            if plain is Verdict.UNSURE:
+                return plain
             self._is_usable[trial.path] = plain is Verdict.TAKEN
             verdict = verdict if plain is Verdict.TAKEN else plain
         if verdict is Verdict.RUNS or not self._is_usable.get(trial.path, True):
@@ -266,7 +264,7 @@ class DryRuns:
         body = {"cache_prompt": True, **_sent(trial.fields), **trial.ours}
         if trial.path != _CHAT and trial.ids is None:
             status, _ = await self._server.ask(trial.path, {**body, "prompt": [[]]}, QUICK_S)
-            return Verdict.TAKEN if status < 400 else Verdict.REFUSED
+            return Verdict.TAKEN if status < 400 else _refusal(status)
         # Should it run, nobody waits for its answer, and llama-server notices that within a batch.
         body = {"stream": True, "return_progress": True, **body}
         if trial.ids is None:
@@ -280,7 +278,7 @@ class DryRuns:
         if status < 400:
             return Verdict.RUNS
         is_too_long = isinstance(error, Mapping) and error.get("type") == _TOO_LONG
-        return Verdict.TAKEN if is_too_long else Verdict.REFUSED
+        return Verdict.TAKEN if is_too_long else _refusal(status)
 
     async def _long_text(self, n_ctx: int) -> str | None:
         """A text of at least ``n_ctx`` tokens; None where a few attempts make none."""
@@ -315,6 +313,10 @@ class _Trial:
     ours: Mapping[str, Any]
     n_ctx: int
     ids: tuple[int, int] | None = None
+
+
+def _refusal(status: int) -> Verdict:
+    return Verdict.REFUSED if status in _REFUSALS else Verdict.UNSURE
 
 
 def _sent(fields: Mapping[str, Any]) -> dict[str, Any]:

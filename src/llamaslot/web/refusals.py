@@ -7,9 +7,9 @@ import logging
 import orjson
 from aiohttp import web
 
-from llamaslot.core.slots import Content
+from llamaslot.core.slots import NOTHING
 from llamaslot.engine.backend import Backend
-from llamaslot.engine.beliefs import prefilled, until_idle
+from llamaslot.engine.beliefs import until_idle
 from llamaslot.engine.lease import Lease, PlanAgain
 from llamaslot.errors import BackendDown, BadRequest, LlamaslotError, UpstreamError
 from llamaslot.llama.api import QUICK_S, content_type_of
@@ -61,7 +61,7 @@ async def check(backend: Backend, request: web.Request, asked: Asked, want: Want
     it. A request for which nothing is done but to send it is not looked at: its own answer comes as soon.
 
     Raises UpstreamError with llama-server's answer to the request itself, and PlanAgain where it has taken it after
-    all: then what the slot holds is known, and it is not asked again about such requests. Raises BackendDown and
+    all: then the slot is idle, and it is not asked again about such requests. Raises BackendDown and
     BackendRestarted. Cancelling is safe.
     """
     plan, job, pool = lease.plan, lease.job, lease.pool
@@ -76,7 +76,7 @@ async def check(backend: Backend, request: web.Request, asked: Asked, want: Want
     run = want.dry_run()
     verdict = await backend.dry_runs.ask(run, lease.slot_id, n_ctx=pool.n_ctx, lora=lora, worth_s=worth_s)
     lease.still_holds()
-    if verdict is Verdict.TAKEN:
+    if verdict in (Verdict.TAKEN, Verdict.UNSURE):
         return
     if verdict is Verdict.REFUSED:
         backend.metrics.refused.inc()
@@ -127,7 +127,6 @@ async def _answer_to(backend: Backend, asked: Asked, lease: Lease) -> UpstreamEr
 
 
 async def _stopped(backend: Backend, lease: Lease) -> None:
-    """It runs in the slot, and nobody waits for it any more."""
-    before = lease.content or Content(space=lease.job.space)
-    content = prefilled(before, lease.job.tokens, 0)
-    lease.done(await until_idle(backend.api, lease, content, backend.now))
+    """It runs in the slot, and nobody waits for it any more; what it leaves there nobody needs."""
+    await until_idle(backend.api, lease, NOTHING, backend.now)
+    lease.done(None)
