@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import statistics
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -122,12 +123,81 @@ class Team:
                 for user in self._modest:
                     group.create_task(ask(user))
         finally:
-            for stream in streams:
-                stream.cancel()
-            await asyncio.wait(streams)
-            dead = [stream for stream in streams if not stream.cancelled() and stream.exception()]
-            assert not dead, [stream.exception() for stream in dead]
+            await _end(streams)
         return waits
+
+
+@dataclass(frozen=True, slots=True)
+class Rush:
+    """The greedy user's streams begin at once, each request with a context of its own; ``lead_s`` later come the
+    others, who were not here before, and ask one request after the other: ``n_requests`` of them, or for ``for_s``."""
+
+    n_prompt: int = 1200
+    n_answer: int = 60
+    n_greedy_prompt: int = 1200
+    n_greedy_answer: int = 60
+    is_talk: bool = False
+    lead_s: float = 3.0
+    n_requests: int = 2
+    for_s: float = 0.0
+
+    async def run(self, url: str, n_streams: int, name: str) -> Waits:
+        """``name`` tells the users of this run from those of others."""
+        waits, loop, names = Waits(), asyncio.get_running_loop(), itertools.count()
+
+        async def ask(client: Client, user: str) -> float:
+            number = next(names)
+            one = User(f"{user} {number}", self.n_prompt, random.Random(f"{user} {number}"))
+            turn = await one.turn(client, max_tokens=self.n_answer)
+            assert not turn.reply.error, turn.reply.error
+            return turn.reply.ttft_s
+
+        async def greed(client: Client) -> None:
+            one: User | None = None
+            while True:
+                number = next(names)
+                if one is None or not self.is_talk or one.n_turns >= 8:
+                    one = User(f"greedy {number}", self.n_greedy_prompt, random.Random(f"{name} {number}"))
+                turn = await one.turn(client, max_tokens=self.n_greedy_answer)
+                assert not turn.reply.error, turn.reply.error
+                waits.n_greedy += 1
+
+        async def modest(number: int) -> None:
+            user = f"modest-{name}-{number}"
+            async with Client(url, {"x-llamaslot-user": user}) as client:
+                until, n = loop.time() + self.for_s, 0
+                while n < self.n_requests or loop.time() < until:
+                    waits.ttft_s.setdefault(user, []).append(await ask(client, user))
+                    n += 1
+
+        async with Client(url, {"x-llamaslot-user": f"greedy-{name}"}) as client:
+            streams = [loop.create_task(greed(client)) for _ in range(n_streams)]
+            try:
+                await asyncio.sleep(self.lead_s)
+                async with asyncio.TaskGroup() as group:
+                    for number in range(N_MODEST):
+                        group.create_task(modest(number))
+            finally:
+                await _end(streams)
+        return waits
+
+
+async def _end(streams: Sequence[asyncio.Task[None]]) -> None:
+    """Their clients leave. AssertionError if one has failed before."""
+    for stream in streams:
+        stream.cancel()
+    await asyncio.wait(streams)
+    dead = [stream for stream in streams if not stream.cancelled() and stream.exception()]
+    assert not dead, [stream.exception() for stream in dead]
+
+
+async def rest(stack: Stack) -> None:
+    """Until all that clients have left behind is over."""
+    while True:
+        status = await stack.status()
+        if not status["queue"] and all(slot["state"] in ("FREE", "HOT") for slot in status["slots"]):
+            return
+        await asyncio.sleep(0.2)
 
 
 @contextlib.asynccontextmanager

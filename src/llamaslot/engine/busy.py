@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llamaslot.core.answers import AnswerLength
 from llamaslot.core.spaces import Space
 
-_DRAIN_S = 0.4  # what it usually takes until the server has noticed that a client has gone
+DRAIN_S = 0.4  # what it usually takes until the server has noticed that a client has gone
 
 
 @dataclass(slots=True)
@@ -23,7 +23,7 @@ class Busy:
     is_at_work: bool = False  # it drains, and the server was seen to work in it
 
     def wait_s(self, now: float, answers: AnswerLength, *, is_draining: bool) -> float:
-        wait_s = max(self.ready_at - now, _DRAIN_S if is_draining else 0.0)
+        wait_s = max(self.ready_at - now, DRAIN_S if is_draining else 0.0)
         if self.has_answer:
             wait_s += answers.seconds_left(max(now - self.ready_at, 0.0), self.max_tokens)
         return wait_s

@@ -10,11 +10,12 @@ _SHORT_ANSWER = 64  # tokens: a title, a label
 _LITTLE = 0.1  # of what a usual answer takes, so that it holds nobody up
 
 
-def answer_s(pool: Pool | None, job: Job) -> float:
-    """How long its answer takes, in seconds. 0 without a pool: then nothing is known of rates."""
+def answer_s(pool: Pool | None, job: Job, running_s: float = 0.0) -> float:
+    """How long its answer takes, in seconds, from when it has been ``running_s``. 0 without a pool: then nothing is
+    known of rates."""
     if pool is None:
         return 0.0
-    return pool.rates.answer.seconds_left(0.0, job.max_tokens)
+    return pool.rates.answer.seconds_left(running_s, job.max_tokens)
 
 
 def estimate(pool: Pool | None, job: Job, rules: Rules) -> tuple[float, bool]:

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llamaslot.core.policy import is_long
 from llamaslot.core.slots import NOTHING, Content, Event, Job, Plan, Slot, State
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from llamaslot.store import Snapshot
 
 
+T = TypeVar("T")
+
 # Until its first token, of a request that needs little; longer where prefills are only long later.
 _LITTLE_S = 2.0
 
@@ -40,6 +43,21 @@ class PlanAgain(Exception):
     def __init__(self, earlier: Earlier | None) -> None:
         super().__init__("the job wants another place")
         self.earlier = earlier
+
+
+class Preempted(PlanAgain):
+    """Its slot is for a user that has fewer: the job goes back into the queue, where it stood at ``came_at``.
+
+    ``n_times``: how often that has happened to it.
+    """
+
+    def __init__(self, earlier: Earlier | None, came_at: float, n_times: int) -> None:
+        super().__init__(earlier)
+        self.came_at, self.n_times = came_at, n_times
+
+
+class SlotWanted(Exception):
+    """What was done in a slot has been stopped, for another user."""
 
 
 class Phase(enum.Enum):
@@ -72,6 +90,10 @@ class Lease:
         self.is_clearing = False  # it waits until llama-server would choose its slot
         # Whether a long prefill comes before its own request, to be computed in turn with those of others.
         self.is_long = plan is not None and is_long(plan, pool.long_s)
+        # Whoever computes its prompt looks at ``is_preempted``, and gives the slot up when that is set.
+        self.can_stop = False
+        self.is_preempted = False
+        self.came_at, self.n_preempted = scheduler.now(), 0  # of its job; the scheduler knows better
         self.can_keep = True  # a trunk on the way; until one could not be saved
         self.charge: Charge | None = None  # to its user, for what the queue has given away
         self.sent_at = 0.0  # when the job's own request was
@@ -202,7 +224,39 @@ class Lease:
         """The first token of the answer has come. Idempotent."""
         if not self.is_talking:
             self.is_talking = True
+            self.goes_on()
             self.scheduler.bell.ring()
+
+    def goes_on(self) -> None:
+        """It cannot be stopped any more: if it should have been, another one may be."""
+        self.can_stop = False
+        if self.is_preempted:
+            self.is_preempted = False
+            self.scheduler.dispatch()
+
+    async def unless_preempted(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of ``work``. When the slot is wanted for another user cancels it, and raises SlotWanted."""
+        loop, limit = asyncio.get_running_loop(), asyncio.timeout(None)
+
+        def look() -> None:
+            if self.is_preempted and not limit.expired():
+                limit.reschedule(loop.time())
+
+        self.can_stop = True
+        try:
+            async with limit:
+                with self.scheduler.bell.calling(look):
+                    look()
+                    return await work
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise SlotWanted from None
+
+    def yield_slot(self, earlier: Earlier | None) -> None:
+        """Raises Preempted when the slot is wanted for another user. Nothing may be at work in it."""
+        if self.is_preempted:
+            raise Preempted(earlier, self.came_at, self.n_preempted + 1)
 
     @property
     def before(self) -> Content | None:

@@ -79,6 +79,10 @@ class _Long:
         return Earlier(self.n_reused, self.at, self.seconds)
 
     @property
+    def so_far(self) -> Earlier | None:
+        return self.earlier if self.has_begun else None
+
+    @property
     def target(self) -> int:
         """Where to stop next: a boundary of its own, or where others wait for a trunk."""
         stops = [*self.stops, *self.lease.pool.trunks_to_come(self.lease.slot_id)]
@@ -109,6 +113,7 @@ class Prefills:
 
         With ``may_replan`` raises PlanAgain when the slot holds much less than was expected of it: its content is known
         then, and hardly anything was computed. The same when a request waits for which llama-server chooses slots.
+        Raises Preempted between two stretches.
         Raises BackendDown and BackendRestarted. Cancelling is safe: the stretch is closed and its slot drains.
         """
         recall = lease.pool.recall
@@ -122,6 +127,7 @@ class Prefills:
             lease.scheduler.bell.ring()  # its slot actions are over
         try:
             while True:
+                lease.yield_slot(long.so_far)
                 if long.has_begun and self._is_trunk_due(long):
                     report("saving")
                     long.is_keeping = True
@@ -156,6 +162,7 @@ class Prefills:
                 long.report(f"waiting to prefill {lease.job.n_tokens} tokens")
             since = self.now()
             await lease.scheduler.bell.heard(seconds)
+            lease.yield_slot(long.so_far)
             long.paused_s += self.now() - since if why is _Why.STREAMS else 0.0
             lease.still_holds()
             if seconds is not None and self._next() is not long:
@@ -340,6 +347,8 @@ class Prefills:
         is_cut = long.lease.pool.recall.is_rewindable
         soonest = long.since + (2 * sharing.stretch_s if is_cut else 0.0)  # one that is cut ends by itself
         by_right = long.since + sharing.stretch_s if long.is_by_right else soonest
+        if long.lease.is_preempted:
+            return max(now, soonest)
         if self._is_somebody_first(long):
             return max(by_right, soonest)
         if self._next() is not long or (not is_cut and n_done < long.target < long.end):

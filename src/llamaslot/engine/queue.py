@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,7 @@ class Waiting:
     cost_s: float
     is_side: bool = False
     is_back: bool = False  # it had a place before, and is first
+    n_preempted: int = 0  # how often it gave its slot up for another user: it is the first of its own
     passed_s: float = 0.0
     wants: str | None = None  # the snapshot that it would go on from
     patience: Patience | None = None  # with somebody who computes what it begins with
@@ -58,6 +59,15 @@ class Waiting:
     @property
     def n_slots(self) -> int:
         return 1 + self.job.n_children
+
+    @property
+    def had_a_place(self) -> bool:
+        return self.is_back or self.n_preempted > 0
+
+    def wants_any(self, now: float) -> bool:
+        """Whether any slot would do: it waits for none that llama-server chooses, nor for something in particular."""
+        is_particular = self.wait is not None and self.wait.for_s is not None and now < self.look_at
+        return not (self.granted.done() or self.job.is_placed_by_server or is_particular)
 
     @property
     def ask(self) -> Ask:
@@ -129,7 +139,7 @@ class Queue:
         user = waiting.job.user.id
         if user in self._seen_at and user not in self._present:
             waiting.pause_s = now - self._seen_at[user]
-        self._waiting.insert(0 if waiting.is_back else len(self._waiting), waiting)
+        self._waiting.insert(0 if waiting.had_a_place else len(self._waiting), waiting)
         self._n_waiting[user] += 1
         self._moment = None
 
@@ -165,7 +175,7 @@ class Queue:
 
         Where another user has more waiting than the newcomer's, the last one of that user is sent away instead.
         """
-        if newcomer.is_back:
+        if newcomer.had_a_place:
             return
         user, n_waiting = newcomer.job.user, self._n_waiting
         n_max = self._max_waiting(user)
@@ -181,7 +191,9 @@ class Queue:
             self.limits.retry_after_s,
         )
         most, n_most = n_waiting.most_common(1)[0]
-        victims = [w for w in self._waiting if w.job.user.id == most and not (w.is_back or w.granted.done())]
+        victims = [
+            w for w in self._waiting if w.job.user.id == most and not (w.had_a_place or w.granted.done())
+        ]
         if n_most <= n_waiting[user.id] or not victims:
             raise error
         victims[-1].granted.set_exception(error)
@@ -209,6 +221,15 @@ class Queue:
                 n_held, n_slots, n_idle, here.n_here, here.pauses_s, waiting.cost_s
             )
         return here.answers[key]
+
+    @property
+    def n_held(self) -> Mapping[str, int]:
+        """Slots of each user that has any."""
+        return self._n_running
+
+    def deficit_s(self, user: str) -> float:
+        """What ``user`` has received less than its share."""
+        return self._shares.deficit_s(user)
 
     def _who_is_here(self, now: float) -> _Moment:
         if self._moment is None:

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from llamaslot.core.policy import Rules, is_long, place
 from llamaslot.core.slots import Job, Plan, Slot, State, Wait
 from llamaslot.engine.estimates import answer_s, estimate
-from llamaslot.engine.lease import Lease
+from llamaslot.engine.lease import Lease, Preempted
 from llamaslot.engine.notes import Note
 from llamaslot.engine.pool import Pool
+from llamaslot.engine.preempting import choose
 from llamaslot.engine.queue import Charge, Queue, QueueLimits, Waiting
 from llamaslot.engine.together import Patience, ask_for_trunk, prefix_due_s
 from llamaslot.errors import BackendDown, BackendRestarted, QueueFull
@@ -118,9 +119,10 @@ class Scheduler:
 
     # -- leasing -------------------------------------------------------------------------------------------------
 
-    async def lease(self, job: Job, *, is_back: bool = False) -> Lease:
+    async def lease(self, job: Job, *, is_back: bool = False, preempted: Preempted | None = None) -> Lease:
         """Wait for a slot. Raises QueueFull and TooManyRequests (limits in number and time) and BackendDown.
-        ``is_back``: it had one before, and is the first in the queue.
+        ``is_back``: it had one before, and is the first in the queue. ``preempted``: it gave one up for another user,
+        and is the first of its own.
 
         Cancelling is safe: the job leaves the queue, no slot is held.
         """
@@ -129,6 +131,9 @@ class Scheduler:
         granted = asyncio.get_running_loop().create_future()
         cost_s, is_side = estimate(self.pool, job, self.rules)
         waiting = Waiting(job, granted, self.note(job), self.now(), cost_s, is_side, is_back)
+        if preempted is not None:
+            waiting.came_at, waiting.n_preempted = preempted.came_at, preempted.n_times
+            waiting.is_side = False  # little is left of it, but it must not pass whom it made room for
         self.queue.add(waiting, self.now())
         was_admitted = False
         try:
@@ -208,7 +213,8 @@ class Scheduler:
             self._look_again.cancel()
             self._look_again = None
         look = _Look(self.pool.n_idle if self.pool is not None else 0)
-        for waiting in self.queue.ordered():
+        ordered = self.queue.ordered()
+        for waiting in ordered:
             if self.pool is None or self._is_gate_shut:
                 break
             if not (waiting.granted.done() or (waiting.job.is_exclusive and self._turn is not None)):
@@ -218,6 +224,9 @@ class Scheduler:
             look.again_s += [spared_s] if spared_s is not None else []
         if look.again_s:
             self._look_again = asyncio.get_running_loop().call_later(min(look.again_s), self.dispatch)
+        if self.pool is not None:
+            is_closed = self._is_gate_shut or self._is_turn_waiting
+            choose(self.pool, self.leases, [] if is_closed else ordered, self.queue, self.now())
         self.bell.ring()  # last: who has just got a slot may come before a prefill
 
     def _serve(self, pool: Pool, waiting: Waiting, look: _Look) -> None:
@@ -254,6 +263,7 @@ class Scheduler:
         if waiting.patience is not None:
             self.on_prefix_wait(self.now() - waiting.patience.since)
         lease.note = waiting.note
+        lease.came_at, lease.n_preempted = waiting.came_at, waiting.n_preempted
         lease.note.placed(plan)
         if waiting.job.is_exclusive:
             self._turn = waiting.job

@@ -61,15 +61,21 @@ class Steps:
     def fingerprint(self, fingerprint: str) -> None:
         self.saving.fingerprint = fingerprint
 
-    async def prepare(self, lease: Lease, report: Report, *, may_replan: bool = False) -> Earlier | None:
+    async def prepare(
+        self, lease: Lease, report: Report, *, may_replan: bool = False, can_stop: bool = False
+    ) -> Earlier | None:
         """Perform the plan. What was reused and computed on the way is returned when there was a prefill.
 
-        Raises BackendDown and BackendRestarted, and PlanAgain as ``Prefills.run`` does. Cancelling is safe: a save,
+        Raises BackendDown and BackendRestarted, PlanAgain as ``Prefills.run`` does, and with ``can_stop`` Preempted
+        between two steps, when the slot is wanted for another user. Cancelling is safe: a save,
         erase or restore under way is carried out and the slot given back after it; a prefill is closed and its slot
         drains.
         """
         assert lease.plan is not None
+        lease.can_stop = can_stop and not lease.job.is_exclusive
         earlier = await self._prepare(lease, lease.plan, report, may_replan)
+        lease.yield_slot(earlier)
+        lease.can_stop = False
         # Whoever waits for a trunk that was not made looks again. After a failure when the slot is given back, and not
         # before: what is in it by then is what they may go on from.
         if lease.pool.expect_no_trunk(lease.slot_id):
@@ -83,6 +89,7 @@ class Steps:
                 case PrefillTo() | Keep():
                     prefills.append(step)
                 case Save() | Erase() | Restore():
+                    lease.yield_slot(None)
                     report(_SAYS[type(step)])
                     if not await self._carry_out(lease, self._act(lease, step)):
                         self.metrics.steps_failed.labels(type(step).__name__.lower()).inc()
@@ -228,12 +235,13 @@ class Steps:
         is_sure = status < 500 or await is_untouched(self.api, lease, lease.before)
         lease.done(lease.before if is_sure else None)
 
-    async def stopped(self, lease: Lease, n_found: int) -> None:
+    async def stopped(self, lease: Lease, n_found: int, *, is_misplaced: bool = True) -> None:
         """The job's own request was given up before its first token, having found ``n_found`` tokens: wait until the
-        server is idle, and note what it has got to."""
+        server is idle, and note what it has got to. ``is_misplaced``: that is why."""
         content = prefilled(lease.content or Content(space=lease.job.space), lease.job.tokens, n_found)
         lease.done(await until_idle(self.api, lease, content, self.now))
-        note_misplaced(lease, n_found, self.metrics)
+        if is_misplaced:
+            note_misplaced(lease, n_found, self.metrics)
 
     # -- settling ------------------------------------------------------------------------------------------------
 

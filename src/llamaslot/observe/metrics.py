@@ -51,6 +51,7 @@ class Metrics:
         )
         self.wedged = counter("wedged", "Slots that were given up because llama-server told nothing of them")
         self.replanned = counter("replanned", "Jobs whose slot held much less than was expected of it")
+        self.preempted = counter("preemptions", "Requests that gave their slot up for a user with fewer")
         self.interruptions = counter("prefill_interruptions", "Prefills that stopped for somebody else")
         self.prefill_wait_s = histogram(
             "prefill_wait_seconds", "Seconds that a long prefill waited for its turn"

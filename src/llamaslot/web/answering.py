@@ -16,7 +16,7 @@ from multidict import CIMultiDict
 from llamaslot.core.slots import NOTHING, Content, Source
 from llamaslot.engine.backend import Backend
 from llamaslot.engine.beliefs import is_far_off
-from llamaslot.engine.lease import Lease, PlanAgain, Prefilling
+from llamaslot.engine.lease import Lease, PlanAgain, Prefilling, SlotWanted
 from llamaslot.engine.turns import Turn
 from llamaslot.errors import JSON_TYPE, UpstreamError
 from llamaslot.llama.api import content_type_of
@@ -111,6 +111,7 @@ class Answering:
 
         Raises UpstreamError for what llama-server answers instead of an answer. With ``may_replan`` raises PlanAgain
         when the slot does not hold what was expected: then the server is idle again, and next to nothing was computed.
+        Raises Preempted when the slot is wanted for another user, as long as nothing was told of its answer.
         """
         sent = await stack.enter_async_context(contextlib.AsyncExitStack())
         self._upstream = await self._send(sent, self._body())
@@ -124,30 +125,49 @@ class Answering:
         )
         if not self._has_events:
             return
-        reading, is_looked_at = self._reading, False
-        while (events := await self._next()) is not None:
+        reading, is_looked_at, is_told = self._reading, False, False
+        while (events := await self._next_or_stop(sent, can_stop=is_looked_at and not is_told)) is not None:
             if reading.has_token or reading.is_over or reading.has_failed:
                 self.lease.talks()
                 self._first = events
                 return
             if reading.n_found is not None:
                 if may_replan and not is_looked_at and self._is_misplaced(reading.n_found):
-                    await sent.aclose()
-                    await self.backend.steps.stopped(self.lease, reading.n_found)
-                    n_done = self.lease.content.n_tokens if self.lease.content is not None else 0
-                    took_s = self.backend.now() - self.lease.sent_at
-                    own = Earlier(min(reading.n_found, n_done), n_done, took_s)
-                    raise PlanAgain(own if self.here is None else self.here.then(own))
+                    raise PlanAgain(await self._stopped(sent, reading.n_found, is_misplaced=True))
                 if not is_looked_at:
                     self._holds_prompt()
                     await self._tell_reuse()
                 is_looked_at = True
+                self.lease.n_done = reading.n_processed
                 n_reused = self.earlier.n_reused if self.earlier is not None else reading.n_found
                 self.down.note(Prefilling(reading.n_processed, self.want.job.n_tokens, n_reused, 0.0))
+            is_told = is_told or bool(events)
             if events:  # of progress, to who has asked for it
                 await self._tell_reuse(at_last=True)
                 await self.down.begin(headers=self._headers(SSE_HEADERS))
             await self.down.write(b"".join(events))
+
+    async def _next_or_stop(self, sent: contextlib.AsyncExitStack, *, can_stop: bool) -> list[bytes] | None:
+        """As ``_next``; with ``can_stop`` raises Preempted instead, when the slot is wanted for another user."""
+        if not can_stop:
+            self.lease.can_stop = False
+            return await self._next()
+        try:
+            return await self.lease.unless_preempted(self._next())
+        except SlotWanted:
+            pass
+        assert self._reading.n_found is not None, "only what has begun can be stopped"
+        done = await self._stopped(sent, self._reading.n_found, is_misplaced=False)
+        self.lease.yield_slot(done)
+        raise PlanAgain(done)  # nobody wants the slot any more; but it has stopped
+
+    async def _stopped(self, sent: contextlib.AsyncExitStack, n_found: int, *, is_misplaced: bool) -> Earlier:
+        """Close the request, of which ``n_found`` tokens were reused; what was done for the job in this slot."""
+        await sent.aclose()
+        await self.backend.steps.stopped(self.lease, n_found, is_misplaced=is_misplaced)
+        n_done = self.lease.content.n_tokens if self.lease.content is not None else 0
+        own = Earlier(min(n_found, n_done), n_done, self.backend.now() - self.lease.sent_at)
+        return own if self.here is None else self.here.then(own)
 
     async def _next(self) -> list[bytes] | None:
         """As ``Reading.next``. After an error nobody knows what the slot holds."""

@@ -18,7 +18,7 @@ from aiohttp import web
 from llamaslot.core.slots import Job
 from llamaslot.engine.backend import Backend
 from llamaslot.engine.handshake import Met
-from llamaslot.engine.lease import Lease, PlanAgain, Prefilling, no_report
+from llamaslot.engine.lease import Lease, PlanAgain, Preempted, Prefilling, no_report
 from llamaslot.engine.turns import Turn
 from llamaslot.errors import (
     BackendDown,
@@ -231,20 +231,42 @@ class _Exchange:
     async def _serve(self, want: Wanted, met: Met) -> web.StreamResponse:
         """Until a place was what it was taken for."""
         before: Earlier | None = None
-        n_before = 0
+        n_before, last, preempted = 0, None, None
         while True:
             try:
-                return await self._serve_at_a_place(want, met, before, n_before)
+                return await self._serve_at_a_place(want, met, before, n_before, last, preempted)
             except PlanAgain as again:
                 self.in_one_piece = self.in_one_piece or isinstance(again, InOnePiece)
                 later = again.earlier
                 before = before.then(later) if before is not None and later is not None else later or before
-                n_before += 1
+                last = again
+                if isinstance(again, Preempted):
+                    preempted = again
+                    self._told_to_stop(want.job, again)
+                else:
+                    n_before += 1
+
+    def _told_to_stop(self, job: Job, preempted: Preempted) -> None:
+        self.backend.metrics.preempted.inc()
+        n_done = preempted.earlier.n_tokens if preempted.earlier is not None else 0
+        log.info(
+            "%s: its slot is for a user that has fewer: queued again with %d of %d tokens computed",
+            self.id, n_done, job.n_tokens,
+        )  # fmt: skip
 
     async def _serve_at_a_place(
-        self, want: Wanted, met: Met, before: Earlier | None, n_before: int
+        self,
+        want: Wanted,
+        met: Met,
+        before: Earlier | None,
+        n_before: int,
+        last: PlanAgain | None,
+        preempted: Preempted | None,
     ) -> web.StreamResponse:
-        """``before``: what was done for the job at the ``n_before`` places that it had. Raises PlanAgain."""
+        """``before``: what was done for the job at the places that it had, of which ``n_before`` were not what they
+        were taken for; ``last``: why it lost the last one; ``preempted``: when it last gave one up for another user.
+        Raises PlanAgain.
+        """
         job, scheduler, may_replan = want.job, self.backend.scheduler, n_before < _REPLANS
         queued = time.monotonic()
         if self.asked.wants_progress and self._format in TELLS_PROGRESS:
@@ -252,18 +274,21 @@ class _Exchange:
         async with contextlib.AsyncExitStack() as stack:
             async with self.down.waiting(self.backend.tasks):
                 self.down.say(_Queued(self.backend, job))
-                lease = stack.enter_context(await scheduler.lease(job, is_back=n_before > 0))
+                is_back = last is not None and last is not preempted
+                lease = stack.enter_context(await scheduler.lease(job, is_back=is_back, preempted=preempted))
                 if lease.pool is not met.pool:
                     raise BackendRestarted  # and may have another model now
                 self.backend.metrics.queue_s.observe(time.monotonic() - queued)
                 lease.note.rewrote(rewrote(self.request))
-                if n_before == 0 and want.prompts:
+                if last is None and want.prompts:
                     self.backend.divergences.look(lease, want.prompts[0], self.body, self._format)
                 if want.is_head:
                     keep_what_follows(lease)
-                if n_before == 0:
+                if last is None:
                     await check(self.backend, self.request, self.asked, want, lease)
-                here = await self.backend.steps.prepare(lease, self.down.say, may_replan=may_replan)
+                here = await self.backend.steps.prepare(
+                    lease, self.down.say, may_replan=may_replan, can_stop=True
+                )
                 turn: Turn | None = None
                 if job.n_children:
                     turn = await stack.enter_async_context(self.backend.turns.take(lease, self.down.say))
