@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Coroutine
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from llamaslot.core.slots import NOTHING, Event, Job, State
 from llamaslot.core.tokens import pack
 from llamaslot.engine.beliefs import is_far_off
 from llamaslot.engine.drain import Drains
-from llamaslot.engine.lease import Lease, Phase, PlanAgain
+from llamaslot.engine.lease import Lease, Phase, PlanAgain, Preempted
 from llamaslot.engine.pool import Pool
 from llamaslot.engine.queue import QueueLimits
 from llamaslot.engine.scheduler import Scheduler
@@ -89,6 +88,7 @@ class House:
         self.clients: dict[asyncio.Task[Any], str] = {}
         self.first_s: dict[str, float] = {}  # from each job's question to the first token of its answer
         self.slots: dict[str, int] = {}  # where each job was last
+        self.preempted: list[str] = []  # the jobs that gave their slots up, in their order
         self.faults: list[str] = []
         self.memory = server.memory  # what llamaslot takes the model for
         self.is_unnoticed = False  # the server is another process than the one that the pool describes
@@ -307,19 +307,27 @@ class _Asking:
 
     async def run(self) -> int:
         before: Earlier | None = None
-        for n in itertools.count():
+        n, last, preempted = 0, None, None
+        while True:
+            is_back = last is not None and last is not preempted
             try:
-                with await self.house.scheduler.lease(self.job, is_back=n > 0) as lease:
+                with await self.house.scheduler.lease(
+                    self.job, is_back=is_back, preempted=preempted
+                ) as lease:
                     self.house.slots[self.job.id] = lease.slot_id
                     return await self._at(lease, before, may_replan=n < REPLANS)
             except PlanAgain as again:
-                later = again.earlier
+                later, last = again.earlier, again
                 before = before.then(later) if before is not None and later is not None else later or before
-        raise AssertionError("a count does not end")
+                if isinstance(again, Preempted):
+                    preempted = again
+                    self.house.preempted.append(self.job.id)
+                else:
+                    n += 1
 
     async def _at(self, lease: Lease, before: Earlier | None, *, may_replan: bool) -> int:
         steps, turns = self.house.steps, self.house.turns
-        earlier = await steps.prepare(lease, _say_nothing, may_replan=may_replan)
+        earlier = await steps.prepare(lease, _say_nothing, may_replan=may_replan, can_stop=True)
         if earlier is not None and before is not None:
             earlier = before.then(earlier)
         self.earlier = earlier
