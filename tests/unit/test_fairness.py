@@ -29,6 +29,14 @@ def serve(shares: Shares, asks: list[Ask]) -> Ask:
     return ask
 
 
+def test_side_requests_of_one_user_pass_others_for_its_part_only() -> None:
+    """Of three users: a third of what somebody may be passed for. Those of another one still do."""
+    passed = Ask("new", 10.0, passed_s=4.0, passed_by={"greedy": 4.0})
+    greedy, other = [Ask("greedy", 0.5, is_side=True)] * 3, [Ask("other", 0.5, is_side=True)]
+    assert users([passed, *greedy, *other], max_passed_s=15.0).index("new") == 4
+    assert users([passed, *greedy, *other], max_passed_s=10.0)[:2] == ["other", "new"]
+
+
 def test_of_one_user_whoever_comes_first_is_served_first() -> None:
     """Whatever they cost."""
     asks = [Ask("a", cost) for cost in (5.0, 1.0, 3.0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from llamaslot.core.reuse import Memory
 from llamaslot.core.slots import Job
 from llamaslot.core.users import User
 from tests.support.house import tokens_of
-from tests.support.mainloop import Paced
+from tests.support.mainloop import Paced, talk
 
 EVERY = pytest.mark.parametrize("memory", list(Memory))
 GREEDY = User("key:greedy")
@@ -210,7 +211,71 @@ def test_everybody_is_served_at_last(memory: Memory, comers: list[tuple[float, i
             n_all += n
             house.loop.pass_time(after_s)
             house.check()
-        house.drive()
+        if house.clients:
+            house.drive()
         assert len(house.first_s) == len(comers)
         assert all(house.preempted.count(job) <= 2 for job in house.preempted)
         assert house.server.n_computed <= n_all + 600 * len(house.preempted)
+
+
+# -- the server's time -------------------------------------------------------------------------------------------------
+
+
+async def asks_short(house: Paced, user: User, at: int, seconds: float) -> None:
+    """Follow-ups of a conversation, each as soon as the last one is answered."""
+    until, n = house.now + seconds, 0
+    while house.now < until:
+        n += 150
+        await house.ask(replace(talk(at, n), user=user))
+
+
+@EVERY
+def test_many_short_requests_of_one_user_take_no_more_than_its_part(memory: Memory) -> None:
+    """Three streams without a gap hold another user's long prompt back for as long as that has been computed; those of
+    its own user go before it as ever."""
+    took_s = {}
+    for is_own in (False, True):
+        with Paced(memory, 4, answer_s=0.001) as house:
+            user = modest(1)
+            filler = house.come(
+                asks(user, 50, 60)
+            )  # what is in a lower slot the server itself computes first
+            house.until_leased(filler)
+            house.talk(3)
+            house.begin()
+            streams = [
+                house.start(asks_short(house, user if is_own else GREEDY, i, 12.0), f"stream {i}")
+                for i in range(3)
+            ]
+            house.until(0.5)
+            job = asks(user, 1, 3000)
+            client = house.come(job)
+            house.wait(client)
+            assert house.slots[job.id] == 0
+            took_s[is_own] = house.first_s[job.id]
+            house.wait(*streams)
+    assert took_s[False] <= 2 * 3.0 + 3.0, took_s
+    assert took_s[False] <= 0.7 * took_s[True], took_s
+
+
+def test_whoever_has_had_the_server_is_behind_another_users_prompt() -> None:
+    """Five prompts of one user, and one of another that is a little longer: it is second, not sixth."""
+    with Paced(Memory.DENSE, 8) as house:
+        house.begin()
+        clients = [house.come(asks(GREEDY, i, 1900)) for i in range(5)]
+        house.until(0.1)
+        newcomer = asks(modest(1), 9, 2000)
+        clients.append(house.come(newcomer))
+        house.wait(*clients)
+        assert house.first_s[newcomer.id] < 1.9 + 2.0 + 0.5
+
+
+def test_of_many_users_each_the_shortest_is_first_all_the_same() -> None:
+    """Their prompts are not computed in slices, which would let all of them wait for the last."""
+    with Paced(Memory.DENSE, 8) as house:
+        house.begin()
+        jobs = [asks(modest(i), i, 2000 + 300 * i) for i in range(5)]
+        house.wait(*(house.come(job) for job in jobs))
+        first_s = [house.first_s[job.id] for job in jobs]
+        assert first_s == sorted(first_s)
+        assert first_s[0] < 2.5

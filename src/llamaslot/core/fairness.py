@@ -13,7 +13,7 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _AT_ONCE_S = 1e-3
 # Of a deficit, and of what is owed: an estimate may be far off, and nobody pays for that for ever.
@@ -39,12 +39,14 @@ class Fairness:
 @dataclass(frozen=True, slots=True)
 class Ask:
     """A request that waits. ``cost_s``: how long it will have a slot, as far as can be told. ``is_side``: it needs next
-    to nothing (a title, a summary). ``passed_s``: for how long side requests that came later have passed it."""
+    to nothing (a title, a summary). ``passed_s``: for how long side requests that came later have passed it;
+    ``passed_by``: of that, by those of each user."""
 
     user: str
     cost_s: float
     is_side: bool = False
     passed_s: float = 0.0
+    passed_by: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,17 +136,24 @@ class Shares:
 
 
 def _sides_first(asks: Sequence[Ask], order: Sequence[int], max_passed_s: float) -> list[int]:
-    """Side requests go ahead of all that have not been passed for long enough."""
+    """Side requests go ahead of all that have not been passed for long enough, by those of one user for its equal part
+    of that."""
     result: list[int] = []
-    front = 0  # what is before it stays there
+    fronts = {ask.user: 0 for ask in asks if ask.is_side}  # for each user what is before it stays there
+    each_s = max_passed_s / max(len({ask.user for ask in asks}), 1)
     for i in order:
-        if asks[i].is_side:
-            result.insert(front, i)
-            front += 1
+        ask = asks[i]
+        if ask.is_side:
+            at = fronts[ask.user]
+            result.insert(at, i)
+            for user, front in fronts.items():
+                fronts[user] = front + (front >= at)
         else:
             result.append(i)
-            if asks[i].passed_s >= max_passed_s:
-                front = len(result)
+            for user in fronts:
+                is_enough = user != ask.user and ask.passed_by.get(user, 0.0) >= each_s
+                if is_enough or ask.passed_s >= max_passed_s:
+                    fronts[user] = len(result)
     return result
 
 

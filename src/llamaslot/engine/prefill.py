@@ -19,10 +19,12 @@ from dataclasses import dataclass, field, replace
 from llamaslot.core.cost import Rates
 from llamaslot.core.prefills import GRAIN, Pending, Sharing, next_up, pause_s, stretch_end
 from llamaslot.core.reuse import Memory
+from llamaslot.core.server_time import ServerTime
 from llamaslot.core.slots import NOTHING
 from llamaslot.core.tokens import head
 from llamaslot.engine.beliefs import is_far_off, is_untouched, note_misplaced, prefilled, until_idle
 from llamaslot.engine.lease import Lease, PlanAgain, Prefilling, Report
+from llamaslot.engine.long_prompt import LongPrompt
 from llamaslot.errors import UpstreamError
 from llamaslot.llama.api import LlamaServer, Progress
 from llamaslot.llama.sse import Earlier
@@ -45,52 +47,6 @@ class _Why(enum.Enum):
     STREAMS = "the share of those that decode"
 
 
-@dataclass(slots=True, eq=False)
-class _Long:
-    """A prefill that is under way. ``at``: tokens that are there; ``stops``: where to stop on the way, and at last.
-    ``report``: told what happens; ``may_replan``: it may be given up for a better place."""
-
-    lease: Lease
-    stops: Sequence[int]
-    report: Report
-    may_replan: bool
-    at: int
-    came_at: float
-    has_begun: bool = False
-    n_reused: int = 0  # found by the first stretch
-    end: int = 0  # of the stretch that is computed
-    limit: asyncio.Timeout | None = None  # of that stretch, once it may be interrupted
-    since: float = 0.0  # its beginning
-    # Before that many tokens no interruption: a sliding window stopped before it is full keeps nothing.
-    no_stop_before: int = 0
-    is_by_right: bool = False  # after it was held back for too long: not for a request that needs little
-    seconds: float = 0.0  # of computing
-    is_keeping: bool = False  # has a trunk saved, and waits for no turn
-    n_stopped: int = 0  # interruptions for somebody else
-    paused_s: float = 0.0  # of which for streams
-    waited_s: float = 0.0  # for its turn, in all
-
-    @property
-    def last(self) -> int:
-        return self.stops[-1]
-
-    @property
-    def earlier(self) -> Earlier:
-        return Earlier(self.n_reused, self.at, self.seconds)
-
-    @property
-    def so_far(self) -> Earlier | None:
-        return self.earlier if self.has_begun else None
-
-    @property
-    def target(self) -> int:
-        """Where to stop next: a boundary of its own, or where others wait for a trunk."""
-        stops = [*self.stops, *self.lease.pool.trunks_to_come(self.lease.slot_id)]
-        return min(
-            (at for at in stops if at > self.at or (at == self.at and not self.has_begun)), default=self.last
-        )
-
-
 @dataclass(slots=True)
 class Prefills:
     """The long prefills of one backend."""
@@ -99,11 +55,12 @@ class Prefills:
     rates: Rates
     metrics: Metrics
     now: Callable[[], float]
-    _longs: list[_Long] = field(default_factory=list)
-    _current: _Long | None = None  # whose stretch is computed now
-    _last: _Long | None = None  # whose was computed last
+    _longs: list[LongPrompt] = field(default_factory=list)
+    _current: LongPrompt | None = None  # whose stretch is computed now
+    _last: LongPrompt | None = None  # whose was computed last
     _stopped_at: float = float("-inf")
     _pause_s: float = 0.0  # that the last stretch owes to streams
+    _time: ServerTime = field(default_factory=ServerTime)
 
     async def run(
         self, lease: Lease, stops: Sequence[int], report: Report, keep: KeepTrunk, *, may_replan: bool = False
@@ -118,11 +75,12 @@ class Prefills:
         """
         recall = lease.pool.recall
         n_window = (recall.window or 0) if recall.memory is Memory.SWA else 0
-        long = _Long(
+        long = LongPrompt(
             lease, stops, report, may_replan, lease.n_likely, self.now(), no_stop_before=n_window + 1
         )
         lease.n_done = long.at
         if lease.is_long:
+            self._time.keep({other.job.user.id for other in lease.scheduler.leases})
             self._longs.append(long)
             lease.scheduler.bell.ring()  # its slot actions are over
         try:
@@ -152,7 +110,7 @@ class Prefills:
 
     # -- whose turn it is ----------------------------------------------------------------------------------------
 
-    async def _until_next(self, long: _Long) -> None:
+    async def _until_next(self, long: LongPrompt) -> None:
         """Wait until the next stretch is this one's."""
         lease, began = long.lease, self.now()
         long.is_by_right = False
@@ -160,8 +118,9 @@ class Prefills:
             why, seconds = waits
             if why is not _Why.STREAMS and not long.has_begun:
                 long.report(f"waiting to prefill {lease.job.n_tokens} tokens")
-            since = self.now()
+            since, first = self.now(), self._first(long) if why is _Why.FIRST else []
             await lease.scheduler.bell.heard(seconds)
+            self._time.took(first, self.now() - since, self._users_waiting())
             lease.yield_slot(long.so_far)
             long.paused_s += self.now() - since if why is _Why.STREAMS else 0.0
             lease.still_holds()
@@ -172,7 +131,7 @@ class Prefills:
         long.is_by_right = self._is_somebody_first(long)
         long.waited_s += self.now() - began
 
-    def _waits(self, long: _Long) -> tuple[_Why, float | None] | None:
+    def _waits(self, long: LongPrompt) -> tuple[_Why, float | None] | None:
         """Why, and for how long if nothing changes (None: until something does). None when ``long`` is next."""
         if self._current is not None or self._next() is not long:
             return _Why.OTHER_PREFILL, None
@@ -187,32 +146,51 @@ class Prefills:
             return _Why.STREAMS, pause_s
         return None
 
-    def _next(self) -> _Long:
+    def _next(self) -> LongPrompt:
         now = self.now()
         longs = [long for long in self._longs if not long.is_keeping]
         last = self._current or self._last
         current = longs.index(last) if last in longs else None
         pendings, sharing = [self._pending(long, now) for long in longs], _sharing(longs[0])
+        # What a user has had more than others counts as work before it; of the prompt itself only what is left.
+        owed_s = [self._time.owed_s(long.user) + long.counted_s for long in longs]
+        pendings = [
+            replace(one, left_s=one.left_s + max(owed_s) - own_s)
+            for one, own_s in zip(pendings, owed_s, strict=True)
+        ]
         return longs[next_up(pendings, current, self.rates.interruption.seconds, sharing.max_passed_s)]
 
-    def _pending(self, long: _Long, now: float) -> Pending:
+    def _pending(self, long: LongPrompt, now: float) -> Pending:
         """What is left counts to where others go on from it, if any wait for that."""
         shared = [at for at in long.lease.pool.trunks_to_come(long.lease.slot_id) if at > long.at]
         left_s = self.rates.prefill.seconds(long.lease.n_done, min([long.last, *shared]))
         computed_s = long.seconds + (now - long.since if long is self._current else 0.0)
         return Pending(left_s, max(now - long.came_at - computed_s, 0.0), long.came_at)
 
-    def _others(self, long: _Long) -> list[Lease]:
+    def _others(self, long: LongPrompt) -> list[Lease]:
         leases = long.lease.scheduler.leases
         return [lease for lease in leases if lease.pool is long.lease.pool and lease is not long.lease]
 
-    def _is_somebody_first(self, long: _Long) -> bool:
-        return any(lease.comes_first for lease in self._others(long))
+    def _is_somebody_first(self, long: LongPrompt) -> bool:
+        return bool(self._first(long))
 
-    def _n_streams(self, long: _Long) -> int:
+    def _first(self, long: LongPrompt) -> list[str]:
+        """The users of those who need little and may hold it back."""
+        may, grace_s = self._time.may_hold_back, _sharing(long).stretch_s
+        first = (lease.job.user.id for lease in self._others(long) if lease.comes_first)
+        return sorted({user for user in first if may(user, long.user, grace_s)})
+
+    def _users_waiting(self) -> set[str]:
+        """Of long prompts, and of those who need little."""
+        leases = self._longs[0].lease.scheduler.leases if self._longs else ()
+        return {long.user for long in self._longs} | {
+            lease.job.user.id for lease in leases if lease.comes_first
+        }
+
+    def _n_streams(self, long: LongPrompt) -> int:
         return sum(lease.is_talking for lease in self._others(long))
 
-    def _make_room(self, long: _Long) -> None:
+    def _make_room(self, long: LongPrompt) -> None:
         """Raises PlanAgain when a request for which llama-server chooses slots has waited long enough."""
         left_s = self.rates.prefill.seconds(long.at, long.last)
         is_long_enough = long.seconds >= _SURELY_S and left_s > _sharing(long).max_held_s
@@ -221,7 +199,7 @@ class Prefills:
 
     # -- a stretch -----------------------------------------------------------------------------------------------
 
-    async def _stretch(self, long: _Long) -> bool:
+    async def _stretch(self, long: LongPrompt) -> bool:
         """Compute on for a while; False when llama-server refused. ``long.at`` is where it has got to, then.
 
         Raises PlanAgain as ``run`` does.
@@ -250,14 +228,16 @@ class Prefills:
             raise PlanAgain(long.earlier)
         return True
 
-    def _ended(self, long: _Long, took_s: float) -> None:
+    def _ended(self, long: LongPrompt, took_s: float) -> None:
         """The stretch of ``long`` is over: somebody else may be next."""
         long.limit, self._current, self._last = None, None, long
+        if self._time.took([long.user], took_s, self._users_waiting()):
+            long.counted_s += took_s
         self._stopped_at = self.now()
         self._pause_s = pause_s(took_s, self._n_streams(long), _sharing(long).decode_share)
         long.lease.scheduler.bell.ring()
 
-    def _end_of(self, long: _Long) -> int:
+    def _end_of(self, long: LongPrompt) -> int:
         """How far the stretch is sent: all the way where it is interrupted instead of cut."""
         if not (long.lease.is_long and long.lease.pool.recall.is_rewindable):
             return long.target
@@ -267,7 +247,7 @@ class Prefills:
         reached = rate.reached(begin, _sharing(long).stretch_s) if rate.known else begin + GRAIN
         return stretch_end(begin, long.target, reached)
 
-    async def _compute(self, long: _Long) -> bool:
+    async def _compute(self, long: LongPrompt) -> bool:
         """The stretch itself. What the slot holds at its end is known, however it ends. True when it has ended because
         that is much less than was expected."""
         lease = long.lease
@@ -324,7 +304,7 @@ class Prefills:
         if event.processed - last.processed >= _FEW:
             self.rates.prefill.observe(last.processed, event.processed, event.seconds - last.seconds)
 
-    def _progress(self, long: _Long, n_found: int, event: Progress) -> Prefilling:
+    def _progress(self, long: LongPrompt, n_found: int, event: Progress) -> Prefilling:
         n_reused = long.n_reused if long.has_begun else n_found
         return Prefilling(event.processed, long.lease.job.n_tokens, n_reused, long.seconds + event.seconds)
 
@@ -338,7 +318,7 @@ class Prefills:
             when = self._must_stop_at(long)
             long.limit.reschedule(None if when is None else max(when - self.now(), 0.0) + loop.time())
 
-    def _must_stop_at(self, long: _Long) -> float | None:
+    def _must_stop_at(self, long: LongPrompt) -> float | None:
         """None for never, or not yet: interrupted it would be idle no sooner than it is through."""
         sharing, now, n_done = _sharing(long), self.now(), long.lease.n_done
         is_nearly_through = self.rates.prefill.seconds(n_done, long.end) <= self.rates.interruption.seconds
@@ -364,7 +344,7 @@ class Prefills:
 
     # -- trunks --------------------------------------------------------------------------------------------------
 
-    def _is_trunk_due(self, long: _Long) -> bool:
+    def _is_trunk_due(self, long: LongPrompt) -> bool:
         """Whether others wait for what is there now. What was passed can only be kept where it can be cut back."""
         lease, pool = long.lease, long.lease.pool
         due = [at for at in pool.trunks_to_come(lease.slot_id) if at <= long.at]
@@ -376,7 +356,7 @@ class Prefills:
 
     # -- what is told --------------------------------------------------------------------------------------------
 
-    def _note(self, long: _Long) -> None:
+    def _note(self, long: LongPrompt) -> None:
         n_computed = max(long.at - long.n_reused, 0) if long.has_begun else 0
         is_done = long.has_begun and long.at >= long.last
         self.metrics.prefilled(long.n_stopped, long.waited_s, long.paused_s)
@@ -394,5 +374,5 @@ class Prefills:
         )
 
 
-def _sharing(long: _Long) -> Sharing:
+def _sharing(long: LongPrompt) -> Sharing:
     return long.lease.pool.rules.sharing

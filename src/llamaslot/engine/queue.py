@@ -49,6 +49,7 @@ class Waiting:
     is_back: bool = False  # it had a place before, and is first
     n_preempted: int = 0  # how often it gave its slot up for another user: it is the first of its own
     passed_s: float = 0.0
+    passed_by: dict[str, float] = field(default_factory=dict)  # of that, by whose
     wants: str | None = None  # the snapshot that it would go on from
     patience: Patience | None = None  # with somebody who computes what it begins with
     wait: Wait | None = None  # the last decision, which holds while nothing but arrivals has happened
@@ -71,7 +72,7 @@ class Waiting:
 
     @property
     def ask(self) -> Ask:
-        return Ask(self.job.user.id, self.cost_s, self.is_side, self.passed_s)
+        return Ask(self.job.user.id, self.cost_s, self.is_side, self.passed_s, self.passed_by)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +264,7 @@ class Queue:
             for other in self._waiting:
                 if not other.is_side and other.came_at <= waiting.came_at:
                     other.passed_s += cost_s
+                    other.passed_by[user] = other.passed_by.get(user, 0.0) + cost_s
         if not user:
             return None
         idle = self._here(now) - self._n_waiting.keys()
