@@ -120,6 +120,10 @@ class NotReady(BackendDown):
     """llama-server answers, but llamaslot cannot work with it yet."""
 
 
+class NotUnderstood(BackendDown):
+    """Something answers, and not as llama-server does: another build, a router, a proxy's page."""
+
+
 JSON_TYPE = "application/json; charset=utf-8"  # as llama-server says it
 
 

@@ -98,6 +98,9 @@ class FakeServer:
         self.faults = Faults()
         self.requests: list[Seen] = []
         self.violations: list[str] = []
+        self.overrides: dict[
+            str, tuple[int, Any]
+        ] = {}  # what it answers on a path, as another kind of server
         self.missing = {"/api/chat"}  # routes of other builds
         self.loading = False
         self.port = port or 0

@@ -98,6 +98,9 @@ class Routes:
             raise BadInput("Invalid API Key", 401, "authentication_error")
         if (error := server.faults.take(path)) is not None:
             raise error
+        if path in server.overrides:
+            status, answer = server.overrides[path]
+            return reply(answer, status)
         if path in server.missing:
             return reply(NOT_FOUND, 404)
         if seen.method == "GET" and (get := self._gets().get(path)) is not None:

@@ -186,10 +186,12 @@ class Front:
     async def get(self, path: str) -> Answer:
         return await self.send("GET", path)
 
-    async def ask(self, prompt: Any, *, path: str = NATIVE, n: int = 4, **more: Any) -> Answer:
+    async def ask(
+        self, prompt: Any, *, path: str = NATIVE, n: int = 4, to: str | None = None, **more: Any
+    ) -> Answer:
         """A completion of ``n`` tokens."""
         limit = {"n_predict": n} if path == NATIVE else {"max_tokens": n}
-        return await self.post(path, {"prompt": prompt, **limit, "temperature": 0, **more})
+        return await self.post(path, {"prompt": prompt, **limit, "temperature": 0, **more}, to=to)
 
     async def chat(self, text: str, *, n: int = 4, **more: Any) -> Answer:
         messages = [{"role": "user", "content": text}]
@@ -269,7 +271,7 @@ class Served(Front):
 
     def check(self) -> None:
         """Also when something was done that must never be."""
-        assert self.fake.violations == []
+        assert self.fake.violations == [], self.fake.violations
         super().check()
 
 

@@ -50,7 +50,9 @@ class Proxy:
             "store": {"quota": quota, "meta_dir": str(directory / "meta")},
         }
         for section, values in (settings or {}).items():
-            if isinstance(values, Mapping):
+            if section == "backends":
+                config["backends"][0].update(values[0])
+            elif isinstance(values, Mapping):
                 config.setdefault(section, {}).update(values)
             else:
                 config[section] = values

@@ -134,7 +134,7 @@ def test_who_waits_for_an_owner_s_slot_in_a_turn_is_not_kept_waiting(house: Hous
     assert house.scheduler.pool is not None
     assert all(slot.leased_by == "two" for slot in house.scheduler.pool.slots)
     assert house.scheduler.pool.view(Job("owner", own), 0.0, {}).slots[0].n_shared == 0
-    assert house.scheduler.pool.n_snapshots == 1
+    assert len(house.scheduler.pool.library.snapshots) == 1
     house.finish()
     house.check_nothing_is_left()
 

@@ -76,26 +76,6 @@ async def test_with_another_directory_than_the_servers(
     assert "nothing is kept on disk" in line
 
 
-@pytest.mark.parametrize("settings", [{}, OWN_STEPS], ids=["at once", "in steps"])
-async def test_with_a_unified_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: Any) -> None:
-    """Every task empties the idle slots: nothing can be kept, everybody is answered."""
-    async with served(tmp_path, settings, unified=True) as it:
-        await all_answered(it)
-        assert it.files() == []
-    (line,) = warnings(caplog)
-    assert "--no-kv-unified" in line
-
-
-async def test_a_cache_that_proves_unified_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A save of nothing where something should have been: the same line, once."""
-    async with served(tmp_path, slots=1) as it:
-        await it.ask(ONE)
-        for text in (TWO, THREE):
-            it.fake.faults.empty_save()
-            assert (await it.ask(text)).text == right(it.fake, text)
-    assert sum("--no-kv-unified" in line for line in warnings(caplog)) == 1
-
-
 OLD: dict[str, Any] = {"checkpoints_in_file": False, "batch": 512, "ubatch": 128}
 
 

@@ -245,14 +245,13 @@ async def test_the_configured_key_takes_the_place_of_the_clients(tmp_path: Path)
 
 
 async def test_a_wrong_key_is_said_clearly(tmp_path: Path) -> None:
-    """llamaslot cannot work, and says why."""
-    async with served(tmp_path, wait=False, api_key="secret") as it:
-        await it.fake.start()
-        await it.start(wait=False)
-        await it.until(lambda: "Invalid API Key" in it.backend._why_down)
+    """llamaslot stands aside and says why; the client gets what llama-server answers."""
+    async with served(tmp_path, api_key="secret") as it:
         answer = await it.ask("hi")
-    assert answer.status == 503
+        status = (await it.get("/llamaslot/status")).json
+    assert answer.status == 401
     assert "Invalid API Key" in answer.error["message"]
+    assert "api_key" in status["backend"]["assist"]["remedy"]
 
 
 async def many_turns(it: Served, n: int) -> None:

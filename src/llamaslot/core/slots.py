@@ -223,6 +223,9 @@ class Source(enum.Enum):
     RESIDENT = "resident"
     SNAPSHOT = "snapshot"
     COLD = "cold"
+    SERVER = (
+        "server"  # llama-server has chosen the slot, and does not tell whether it held it or its RAM cache
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from llamaslot.engine.drain import Drains
 from llamaslot.engine.handshake import Handshake, Met
 from llamaslot.engine.infills import Infills
 from llamaslot.engine.library import Libraries
+from llamaslot.engine.pool import Pool
 from llamaslot.engine.prewarm import Bodies, Prewarm
 from llamaslot.engine.queue import QueueLimits
 from llamaslot.engine.scheduler import Scheduler
@@ -44,6 +46,7 @@ log = logging.getLogger(__name__)
 
 _HEALTH_POLL_S = (0.1, 0.2, 0.3, 0.5, 1.0)  # then the last for ever
 _WATCH_S = 2.0
+_LOOK_AGAIN_S = 600.0  # after slots have lost what they held
 _CONNECT_WAIT_S = 120.0  # how long a request waits for a server that has just been seen to restart
 
 
@@ -121,6 +124,7 @@ class Backend:
         if self.catalog is not None:
             self.scheduler.pin = self.catalog.pin
         self.health = Health.DOWN
+        self._look_again_at = -math.inf
         self.streams_are_known = True  # answers can be put together from the events of a stream
         self.met: Met | None = None
         self._why_down = "has not answered yet"
@@ -137,6 +141,8 @@ class Backend:
         Cancelling is safe.
         """
         while (met := self.met) is not None:
+            if not met.is_assisted:
+                return met  # nothing is believed of its slots, so nothing has to be checked
             try:
                 props = await self.api.props()
             except BackendDown:
@@ -156,6 +162,11 @@ class Backend:
             raise self._is_down()
         return self.met
 
+    @property
+    def stands_aside(self) -> bool:
+        """Whether llama-server chooses slots by itself, as far as is known now."""
+        return self.met is not None and not self.met.is_assisted
+
     def lost(self, met: Met) -> None:
         """The server is another process than ``met``: forget its slots, and meet it again. Jobs in the queue wait."""
         if self.met is met:
@@ -170,6 +181,12 @@ class Backend:
             log.info("%s: %s; meeting llama-server again", self.name, why)
             self._forget(Health.CONNECTING)
         self._doubt.set()
+
+    def _slots_were_lost(self) -> None:
+        """Find out again what llama-server does with its slots, not more than once in a while."""
+        if self.now() >= self._look_again_at:
+            self._look_again_at = self.now() + _LOOK_AGAIN_S
+            self.changed("slots lose what they hold")
 
     def doubt(self) -> None:
         """Something went wrong with the server: look at once whether it is still there."""
@@ -213,18 +230,16 @@ class Backend:
     async def _live(self) -> None:
         """Meet the server, watch it until it is gone, and again."""
         complaint = ""
+        is_retry = False
         while True:
+            await self._until_healthy()
+            if self.health is Health.DOWN:
+                self._set(Health.CONNECTING)
             try:
-                await self._until_healthy()
-                if self.health is Health.DOWN:
-                    self._set(Health.CONNECTING)
-                met = await Handshake(
-                    self.name, self.api, self.catalog, self.libraries, self.rates, self.rules
-                ).run(self.now())
-            except Exception as error:  # one that nobody has thought of must not end the service for good
+                met = await self._connect(is_retry=is_retry)
+            except BackendDown as error:
                 if str(error) != complaint:
-                    unknown = None if isinstance(error, LlamaslotError) else error
-                    log.warning("%s: %s", self.name, error, exc_info=unknown)
+                    log.warning("%s: %s", self.name, error)
                 complaint = str(error)
                 self._why_down = f"is not ready: {complaint}"
                 self._forget(Health.DOWN)
@@ -234,6 +249,18 @@ class Backend:
             self._serve(met)
             await self._store_learned()
             await self._until_gone(met)
+            is_retry = met.aside is not None and met.aside.may_end
+
+    async def _connect(self, *, is_retry: bool) -> Met:
+        """Find out what the server is, and what it can do. Raises BackendDown."""
+        handshake = Handshake(self.name, self.api, self.catalog, self.libraries, self.rates, self.rules)
+        try:
+            return await handshake.run(self.now(), is_retry=is_retry)
+        except BackendDown:
+            raise
+        except Exception as error:  # a mistake of llamaslot's own must not keep requests from being answered
+            log.exception("%s: cannot find out what llama-server can do", self.name)
+            return handshake.give_up(error)
 
     async def _until_healthy(self) -> None:
         polls, is_told = iter(_HEALTH_POLL_S), False
@@ -258,11 +285,17 @@ class Backend:
             met.pool.agree(self.catalog.snapshots)
         for known in (self.prompts, self.infills, self.offered, self.shapes, self.dry_runs):
             known.forget()
+        met.pool.lost_slots.on_many = self._slots_were_lost
         self._set(Health.UP)
+        self.metrics.assist.set(met.is_assisted)
         self.scheduler.attach(met.pool)
+        if met.aside is not None:
+            log.warning("%s: %s", self.name, met.aside)
+            return
         log.info(
             "%s: %s with %d slots of %d tokens, %s; snapshots: %d",
-            self.name, met.model_name, len(met.pool.slots), met.pool.n_ctx, met.pool.memory.value, met.pool.n_snapshots,
+            self.name, met.model_name, len(met.pool.slots), met.pool.n_ctx, met.pool.memory.value,
+            len(met.pool.library.snapshots),
         )  # fmt: skip
 
     async def _until_gone(self, met: Met) -> None:
@@ -282,8 +315,18 @@ class Backend:
                 log.warning("%s: llama-server does not answer", self.name)
                 self._forget(Health.DOWN)
                 return
-            if props.boot_id != met.props.boot_id:
+            if (props.boot_id, props.n_slots) != (met.props.boot_id, met.props.n_slots):
                 self.lost(met)
+            elif met.aside is not None and met.aside.may_end and await self._is_any_idle(met.pool):
+                self.changed("a slot is idle")
+
+    async def _is_any_idle(self, pool: Pool) -> bool:
+        """Whether llama-server has an idle slot, with all that was sent to it at work in others."""
+        try:
+            n_at_work = sum(info.is_processing for info in await self.api.slots())
+        except LlamaslotError:
+            return False
+        return len(pool.slots) - pool.n_idle <= n_at_work < len(pool.slots)
 
     def _forget(self, health: Health) -> None:
         self.met = None

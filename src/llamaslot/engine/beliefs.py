@@ -78,6 +78,8 @@ def is_far_off(lease: Lease, n_expected: int, n_found: int) -> bool:
 def note_misplaced(lease: Lease, n_found: int, metrics: Metrics) -> None:
     """The slot of ``lease`` turned out to hold so much less that its job gets another place."""
     metrics.replanned.inc()
+    if lease.restored is None:
+        lease.pool.lost_slots.note(lease.scheduler.now())
     log.info(
         "%s: %d tokens of slot %d were expected, %d are there: looking for another place",
         lease.job.id, lease.n_expected, lease.slot_id, n_found,

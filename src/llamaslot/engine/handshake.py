@@ -16,10 +16,29 @@ from llamaslot.core.cost import Rates
 from llamaslot.core.policy import Rules
 from llamaslot.core.reuse import Memory
 from llamaslot.core.slots import NOTHING, Event, Job, Slot
+from llamaslot.engine.assist import (
+    StandingAside,
+    all_at_work,
+    clears_idle_slots,
+    has_better_memory,
+    mistake,
+    no_completions,
+    no_slots,
+    not_understood,
+    wrong_key,
+)
 from llamaslot.engine.library import Libraries, content_of
 from llamaslot.engine.pool import Pool
 from llamaslot.engine.probes import Probes
-from llamaslot.errors import LlamaslotError, NotReady, SlotActionFailed, SnapshotInvalid
+from llamaslot.engine.unassisted_pool import UnassistedPool
+from llamaslot.errors import (
+    LlamaslotError,
+    NotReady,
+    NotUnderstood,
+    SlotActionFailed,
+    SnapshotInvalid,
+    UpstreamError,
+)
 from llamaslot.llama.api import LlamaServer, Props, SlotAction, SlotInfo
 from llamaslot.llama.identity import Identity
 from llamaslot.store import Catalog, Draft, QuotaExceeded, WithTokens, read_slot_file
@@ -29,6 +48,10 @@ log = logging.getLogger(__name__)
 _SETTLE_POLL_S = 1.5
 _SETTLE_POLLS = 4  # slots at work for clients of a llamaslot that died get this long to become idle
 
+_NO_ISOLATION_ASIDE = (
+    "cache.isolation is per_user, and llamaslot cannot keep it with this llama-server: %s. Mend that, or set"
+    " cache.isolation to shared"
+)
 _NO_ISOLATION = (
     "cache.isolation is per_user, and this llama-server cannot empty a slot before another user gets it, for it runs"
     " without --slot-save-path. Start it with --slot-save-path DIR, or set cache.isolation to shared"
@@ -43,12 +66,21 @@ class Met:
     props: Props
     model_name: str
     fingerprint: str
-    found_busy: tuple[Slot, ...]
-    warnings: tuple[str, ...]
+    found_busy: tuple[Slot, ...] = ()
+    warnings: tuple[str, ...] = ()
+    aside: StandingAside | None = (
+        None  # with it llama-server chooses slots, and the pool only counts requests
+    )
+
+    @property
+    def is_assisted(self) -> bool:
+        return self.aside is None
 
 
 class Handshake:
-    """One meeting. Raises BackendDown, UpstreamError and NotReady; canceling is safe, the next one starts over."""
+    """One meeting. Raises BackendDown, and NotReady while the model loads or where isolation cannot be kept.
+    Canceling is safe, the next one starts over.
+    """
 
     def __init__(
         self,
@@ -66,17 +98,44 @@ class Handshake:
         # Drafts that are not committed at the end are given back, however it ends.
         self._drafts = contextlib.AsyncExitStack()
 
-    async def run(self, now: float) -> Met:
+    async def run(self, now: float, *, is_retry: bool = False) -> Met:
+        """``is_retry``: all slots were at work before, and one is idle now: do not wait for the others."""
         async with self._drafts:
-            return await self._meet(now)
+            props = None
+            try:
+                props = await self.api.props()
+                if props.n_slots is None:
+                    return self._stand_aside(not_understood("GET /props names no total_slots"), props)
+                return await self._meet(props, props.n_slots, now, is_retry)
+            except NotUnderstood as error:
+                return self._stand_aside(not_understood(str(error)), props)
+            except UpstreamError as error:
+                return self._stand_aside(_reason(error, props), props)
 
-    async def _meet(self, now: float) -> Met:
-        props = await self.api.props()
+    def give_up(self, error: Exception) -> Met:
+        """What to go on with after a mistake of llamaslot's own. Raises NotReady under isolation."""
+        return self._stand_aside(mistake(error), None)
+
+    def _stand_aside(self, reason: StandingAside, props: Props | None, model_name: str = "") -> Met:
+        """Without slots that can be counted on: what the server says of itself. Raises NotReady under isolation."""
+        if self.rules.is_isolated:
+            raise NotReady(_NO_ISOLATION_ASIDE % reason.why)
+        props = props or Props(None, 0, "", "")
+        pool = UnassistedPool(self.name, props.n_slots, props.n_ctx, rules=self.rules, rates=self.rates)
+        return Met(pool, props, model_name, "", aside=reason)
+
+    async def _meet(self, props: Props, n_slots: int, now: float, is_retry: bool) -> Met:
         model = await self.api.model_info()
-        infos = await self._settled()
+        model_name = str(model.get("id", ""))
+        try:
+            infos = await (self.api.slots() if is_retry else self._settled())
+        except UpstreamError as error:
+            if error.status not in (404, 501):
+                raise
+            return self._stand_aside(no_slots(n_slots, str(error)), props, model_name)
         idle = sorted((info for info in infos if not info.is_processing), key=lambda info: info.n_tokens or 0)
         if not idle:
-            raise NotReady("all slots of llama-server are at work for others; waiting until one is idle")
+            return self._stand_aside(all_at_work(), props, model_name)
         pool = Pool(self.name, len(infos), props.n_ctx, rules=self.rules, rates=self.rates)
         first, others = idle[0], idle[1:]
         if first.n_tokens and not await self.probes.has_room(first.n_tokens):
@@ -86,6 +145,8 @@ class Handshake:
         can_save = await self.probes.can_save(first.id, first.n_tokens or 0)
         if self.rules.is_isolated and not self.probes.can_erase:
             raise NotReady(_NO_ISOLATION)
+        if not can_save and await self.probes.has_ram_cache():
+            return self._stand_aside(has_better_memory(n_slots, self.probes.warnings[-1]), props, model_name)
         lora = await self.api.lora_adapters()
         # With which scales a context was computed, or whose it is, is written nowhere.
         can_adopt = can_save and not (lora or self.rules.is_isolated)
@@ -97,7 +158,7 @@ class Handshake:
         fingerprint = identity.to_text()
         empty = next((info.id for info in others if not info.n_tokens), None)
         if empty is not None and await self.probes.is_unified(first.id, empty):
-            can_save = False
+            return self._stand_aside(clears_idle_slots(n_slots), props, model_name)
         pool.can_save, pool.can_erase = can_save, self.probes.can_erase
         self._forget_rates_of_others(identity)
         pool.recall.predictions = self.rates.predictions
@@ -110,6 +171,9 @@ class Handshake:
                 if files.memory is not None and not pool.is_memory_sure:
                     pool.memory = files.memory
                 pool.can_save = can_save = files.are_usable
+                if not can_save and await self.probes.has_ram_cache():
+                    lacking = self.probes.warnings[-1]
+                    return self._stand_aside(has_better_memory(n_slots, lacking), props, model_name)
         for slot in (first.id, empty):
             if slot is not None:
                 await self._empty(pool, slot, now, is_shared=True)
@@ -124,7 +188,7 @@ class Handshake:
             log.warning("%s: %s", self.name, warning)
         busy = tuple(pool.slots[info.id] for info in infos if info.is_processing)
         warnings = tuple(self.probes.warnings)
-        return Met(pool, props, str(model.get("id", "")), fingerprint, busy, warnings)
+        return Met(pool, props, model_name, fingerprint, busy, warnings)
 
     async def _settled(self) -> list[SlotInfo]:
         infos = await self.api.slots()
@@ -243,3 +307,12 @@ class Handshake:
             await self.libraries.of(current, lambda snapshot: is_same.get(snapshot.fingerprint, False))
         )
         return fingerprint
+
+
+def _reason(error: UpstreamError, props: Props | None) -> StandingAside:
+    """Why llamaslot cannot work with a server that answers so. Raises NotReady while it loads its model."""
+    if error.status == 503:
+        raise NotReady(str(error)) from error
+    if error.status in (401, 403):
+        return wrong_key(str(error))
+    return not_understood(str(error)) if props is None else no_completions(str(error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from llamaslot.core.slots import Job, Place, Plan, Wait
+from llamaslot.core.slots import Job, Place, Plan, Source, Wait
 from llamaslot.observe.journal import Act, Decision, Journal, Option, Waited, explain
 
 log = logging.getLogger(__name__)
@@ -39,11 +39,20 @@ class Note:
     def placed(self, plan: Plan) -> None:
         decision = self._begun()
         self.ended()
+        decision.queued_s = self._now() - self._since
+        if plan.source is Source.SERVER:
+            decision.is_assisted = False
+            _say(decision)
+            return
         place = Place(plan.slot, plan.source, plan.n_reused, plan.cost, plan.snapshot)
         decision.slot, decision.chosen = plan.slot, _option(place)
         decision.next_best = _option(plan.next_best) if plan.next_best is not None else None
-        decision.queued_s = self._now() - self._since
         _say(decision)
+
+    def found(self, n_prompt: int, n_reused: int) -> None:
+        """llama-server has chosen the slot, and tells these numbers of the prompt."""
+        decision = self._begun()
+        decision.n_tokens, decision.n_reused = n_prompt, n_reused
 
     def acted(self, slot: int, act: Act) -> None:
         """A step was taken. One without a plan (a save of llamaslot's own) is a decision of its own."""

@@ -20,6 +20,7 @@ from llamaslot.core.spaces import SHARED, InSpaces, Space, mark
 from llamaslot.core.tokens import common, count, head
 from llamaslot.core.trunks import NEAR_TOKENS
 from llamaslot.core.value import Standing
+from llamaslot.engine.assist import LostSlots
 from llamaslot.engine.busy import Busy
 from llamaslot.engine.library import Library
 from llamaslot.engine.offers import MIN_WORTH_TOKENS, N_COVERING, Offers
@@ -30,6 +31,8 @@ from llamaslot.store import Snapshot, WithTokens
 class Pool:
     """Slots and snapshots of one llama-server process. Not thread-safe: the event loop only."""
 
+    is_assisted = True  # llamaslot chooses slots
+
     def __init__(self, backend: str, n_slots: int, n_ctx: int, *, rules: Rules, rates: Rates) -> None:
         self.backend, self.n_ctx, self.rules, self.rates = backend, n_ctx, rules, rates
         self.can_save, self.can_erase = False, False
@@ -37,6 +40,7 @@ class Pool:
         self.is_memory_sure = False  # the GGUF says so too: a short probe does not leave a sliding window
         self.slots = [Slot(backend, i) for i in range(n_slots)]
         self.is_current = True
+        self.lost_slots = LostSlots()
         self._index: PrefixIndex[int] = PrefixIndex()
         self._residents = InSpaces(self._index, self._space_of)
         self._passing = Passing()
@@ -268,10 +272,6 @@ class Pool:
     @property
     def n_idle(self) -> int:
         return sum(slot.is_idle for slot in self.slots)
-
-    @property
-    def n_snapshots(self) -> int:
-        return len(self._snapshots)
 
     # -- leases --------------------------------------------------------------------------------------------------
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from llamaslot.core.cost import Rates
 from llamaslot.core.reuse import Memory
-from llamaslot.core.tokens import count, head
+from llamaslot.core.tokens import count, head, unpack
 from llamaslot.errors import SlotActionFailed, SnapshotInvalid, UpstreamError
-from llamaslot.llama.api import LlamaServer, Props
+from llamaslot.llama.api import ACTION_S, LlamaServer, Props
 from llamaslot.llama.gguf import architecture
 from llamaslot.llama.identity import N_PROBS, Identity, gguf_mark, probe_tokens, told
 from llamaslot.store import Catalog, Draft, NotShared, QuotaExceeded, prove_shared
@@ -22,6 +22,7 @@ from llamaslot.store import Catalog, Draft, NotShared, QuotaExceeded, prove_shar
 log = logging.getLogger(__name__)
 
 _FEW, _MORE = 10, 50  # tokens of the two saves that tell the bytes per token
+_RAM_PROBE = 64  # tokens of the context that is displaced
 _MAX_WINDOW = 8192  # a longer sliding window is not probed: it would take too long at each start
 
 NO_SAVE_PATH = (
@@ -31,10 +32,6 @@ NO_SAVE_PATH = (
 NO_DIRECTORY = (
     "backends[0].slot_save_path is not set: a context that leaves its slot is computed again. Set it to the directory"
     " that llama-server was given as --slot-save-path, as seen from here"
-)
-UNIFIED = (
-    "llama-server empties idle slots when another one starts (unified KV cache): every context that is not in use is"
-    " computed again. Start it with --no-kv-unified --no-cache-idle-slots and an explicit --parallel N"
 )
 NO_REWIND = (
     "this is a %s model: it goes on only from the exact end of a context or from a checkpoint near it; a prompt that"
@@ -222,16 +219,34 @@ class Probes:
         tokens = probe_tokens(_n_vocab(model))
         behaviour = await self.api.top_logprobs(slot, tokens, N_PROBS)
         mark = await gguf_mark(Path(props.model_path)) if props.model_path else None
+        assert props.n_slots is not None, "a server that is understood"
         return Identity(told(model, props.n_slots, lora), behaviour, mark)
 
     async def is_unified(self, slot: int, other: int) -> bool:
         """Whether a task in ``other`` empties ``slot``, which holds the probe's tokens."""
         await self._fill(other, _FEW)
         left = next((info.n_tokens for info in await self.api.slots() if info.id == slot), None)
-        if left:
-            return False
-        self.warnings.append(UNIFIED)
-        return True
+        return not left
+
+    async def has_ram_cache(self) -> bool:
+        """Whether llama-server finds a context again that was displaced from its slot (``--cache-ram``).
+
+        Three small requests for which llama-server chooses the slot, as it would without llamaslot: what they displace
+        goes to the RAM cache, if there is one. The second keeps less than half of the first, so that the first is
+        copied there; the third goes on from the first (tools/server/server-context.cpp: get_available_slot).
+        """
+        mine, other = _tokens(102)[8:], _tokens(101)[4:]
+        first = head(mine, _RAM_PROBE)
+        await self._complete(first)
+        await self._complete(head(first, _RAM_PROBE // 4) + head(other, _RAM_PROBE // 2))
+        return await self._complete(first + head(other, 8)) >= _RAM_PROBE // 2
+
+    async def _complete(self, tokens: bytes) -> int:
+        """Compute ``tokens`` in a slot of llama-server's choice; how many of them were reused."""
+        body = {"prompt": unpack(tokens), "n_predict": 0, "cache_prompt": True}
+        _, answer = await self.api.ask("/completion", body, ACTION_S)
+        timings = answer.get("timings") if isinstance(answer, dict) else None
+        return int(timings["cache_n"]) if timings else 0
 
     async def _fill(self, slot: int, n_tokens: int) -> bytes:
         """Compute ``n_tokens`` tokens of no meaning, whatever the slot held."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -73,6 +73,16 @@ class Waiting:
     @property
     def ask(self) -> Ask:
         return Ask(self.job.user.id, self.cost_s, self.is_side, self.passed_s, self.passed_by)
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePosition:
+    """``queued 2``, with the place that the request has at the moment when it is read."""
+
+    position: Callable[[], int]
+
+    def __str__(self) -> str:
+        return f"queued {self.position()}"
 
 
 @dataclass(frozen=True, slots=True)

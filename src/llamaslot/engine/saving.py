@@ -16,7 +16,6 @@ from llamaslot.engine.beliefs import prefilled
 from llamaslot.engine.comings import left_behind, supersedes
 from llamaslot.engine.lease import Lease
 from llamaslot.engine.library import content_of
-from llamaslot.engine.probes import UNIFIED
 from llamaslot.errors import LlamaslotError, OtherConversation, SlotWedged, SnapshotInvalid
 from llamaslot.llama.api import LlamaServer
 from llamaslot.observe.journal import Act
@@ -27,7 +26,6 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 _NEAR_TOKENS = 64  # a checkpoint so near to the end is worth going back to
-_MANY_EMPTIED = 2  # of a unified KV cache every save finds the slot empty
 
 
 class Saving:
@@ -46,7 +44,6 @@ class Saving:
         self.metrics, self.tasks, self.now = metrics, tasks, now
         self.fingerprint = ""
         self._lock = asyncio.Lock()
-        self._n_emptied = 0  # slots that were found empty when they were saved
 
     @contextlib.asynccontextmanager
     async def in_turn(self, lease: Lease, seconds: float) -> AsyncIterator[None]:
@@ -140,7 +137,7 @@ class Saving:
                 result = await self.api.save(lease.slot_id, draft.part_name)
                 seconds = self.now() - started
             if result.n_tokens == 0:
-                self._was_emptied()
+                lease.pool.lost_slots.note(self.now())
             if kind is Kind.TRUNK and result.n_tokens != n_held:
                 raise OtherConversation(f"{result.n_tokens} tokens were saved and not {n_held}")
             snapshot = await self.catalog.commit(
@@ -239,12 +236,6 @@ class Saving:
         except LlamaslotError:
             return content.n_held
         return max(content.n_tokens, *(info.n_tokens or 0 for info in infos if info.id == lease.slot_id))
-
-    def _was_emptied(self) -> None:
-        """A slot that held something is empty, and nobody has erased it. Once may be a late child of ``n`` > 1."""
-        self._n_emptied += 1
-        if self._n_emptied == _MANY_EMPTIED:
-            log.warning(UNIFIED)
 
 
 def _step(kind: Kind) -> str:

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 from llamaslot.core.policy import Rules, is_long, place
-from llamaslot.core.slots import Job, Plan, Slot, State, Wait
+from llamaslot.core.slots import Job, Plan, Slot, Source, State, Wait
 from llamaslot.engine.estimates import answer_s, estimate
 from llamaslot.engine.lease import Lease, Preempted
 from llamaslot.engine.notes import Note
@@ -22,6 +22,7 @@ from llamaslot.engine.pool import Pool
 from llamaslot.engine.preempting import choose
 from llamaslot.engine.queue import Charge, Queue, QueueLimits, Waiting
 from llamaslot.engine.together import Patience, ask_for_trunk, prefix_due_s
+from llamaslot.engine.unassisted_pool import UnassistedPool
 from llamaslot.errors import BackendDown, BackendRestarted, QueueFull
 from llamaslot.observe.journal import Journal
 from llamaslot.tasks import Bell
@@ -232,8 +233,11 @@ class Scheduler:
     def _serve(self, pool: Pool, waiting: Waiting, look: _Look) -> None:
         """Give it a slot, or note what it waits for."""
         job, now = waiting.job, self.now()
-        if not self.queue.may_run(waiting, len(pool.slots), look.n_idle, now):
+        if not self.queue.may_run(waiting, max(len(pool.slots), look.n_idle), look.n_idle, now):
             look.is_spared = True
+            return
+        if isinstance(pool, UnassistedPool):
+            self._let_through(pool, waiting, look)
             return
         if job.is_placed_by_server:
             if not look.is_short:
@@ -251,6 +255,13 @@ class Scheduler:
         if self._is_turn_waiting and is_long(decision, pool.long_s):
             return  # somebody waits for the long ones under way to be through: none is begun
         self._place(pool, waiting, decision, look)
+
+    def _let_through(self, pool: UnassistedPool, waiting: Waiting, look: _Look) -> None:
+        """llama-server chooses the slot: all that counts is how many requests are there."""
+        if (slot := pool.any_idle()) is None:
+            look.is_short = True
+        else:
+            self._place(pool, waiting, Plan(slot.id, (), Source.SERVER, 0), look)
 
     def _place(self, pool: Pool, waiting: Waiting, plan: Plan, look: _Look) -> None:
         try:

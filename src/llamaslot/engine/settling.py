@@ -51,6 +51,9 @@ class Settling:
             "%s: %d tokens of slot %d were expected to be reused, %d were",
             lease.job.id, lease.n_expected, plan.slot, n_reused,
         )  # fmt: skip
+        is_resident = lease.restored is None and lease.n_expected >= MIN_WORTH_TOKENS
+        if is_resident and n_reused < lease.n_expected / 2:
+            pool.lost_slots.note(lease.scheduler.now())
         # Nothing at all of something that had only to be gone on from: it was lost, whatever the model.
         is_lost = lease.is_going_back and n_reused == 0 and lease.n_expected >= MIN_WORTH_TOKENS
         if not is_lost or pool.memory is not Memory.DENSE or pool.is_memory_sure:

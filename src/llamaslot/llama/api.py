@@ -22,7 +22,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from llamaslot.core.tokens import count, pack, unpack
-from llamaslot.errors import BackendDown, SlotActionFailed, SlotWedged, UpstreamError
+from llamaslot.errors import BackendDown, NotUnderstood, SlotActionFailed, SlotWedged, UpstreamError
 from llamaslot.llama.sse import EventSplitter, data_of
 
 P = ParamSpec("P")
@@ -40,9 +40,12 @@ ACTION_S = 900.0  # a save of many GiB to a slow disk
 
 @dataclass(frozen=True, slots=True)
 class Props:
-    """``GET /props``, what llamaslot needs of it. ``n_ctx`` is the context of one slot, in tokens."""
+    """``GET /props``, what llamaslot needs of it. ``n_ctx`` is the context of one slot, in tokens.
 
-    n_slots: int
+    ``n_slots`` is None where the answer is not that of a llama-server with one model: router mode, another server.
+    """
+
+    n_slots: int | None
     n_ctx: int
     model_path: str
     boot_id: str  # media_marker: random for each process of llama-server, so it tells a restart
@@ -92,7 +95,7 @@ def _as_known(call: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any
         try:
             return await call(*args, **kwargs)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise BackendDown(
+            raise NotUnderstood(
                 f"{call.__name__}: what answers is no llama-server as llamaslot knows it: {error!r}"
             ) from error
 
@@ -181,23 +184,26 @@ class LlamaServer:
 
     async def why_unhealthy(self) -> str | None:
         """What ``GET /health``, which is open without an API key, shows of a server that does not serve, as the end of
-        a sentence; None of one that serves. Never raises."""
+        a sentence; None of one that serves. Never raises.
+
+        Another kind of server, which has no such route (404), serves too.
+        """
         try:
-            await self._json("GET", "/health", timeout_s=5.0)
+            async with self.request("GET", "/health", timeout_s=5.0) as response:
+                await response.read()
+                is_serving = response.status < 500 or response.status == 501
+                # 503 while it loads its model
+                return None if is_serving else f"answers {response.status} to /health"
         except BackendDown as error:
             return _why(error.__cause__ or error)
-        except UpstreamError as error:
-            return f"answers {error.status} to /health"  # 503 while it loads its model
-        except orjson.JSONDecodeError:
-            return "answers /health as no llama-server does"
-        return None
 
     @_as_known
     async def props(self) -> Props:
+        """Raises UpstreamError where the server does not tell: 503 while it loads, 401 for a wrong key."""
         raw = await self._json("GET", "/props", timeout_s=10.0)
-        settings = raw.get("default_generation_settings", {})
+        settings = raw.get("default_generation_settings") or {}
         return Props(
-            n_slots=int(raw["total_slots"]),
+            n_slots=int(raw["total_slots"]) if "total_slots" in raw else None,
             n_ctx=int(settings.get("n_ctx") or raw.get("n_ctx", 0)),
             model_path=str(raw.get("model_path", "")),
             boot_id=str(raw.get("media_marker", "")),

@@ -69,7 +69,7 @@ class Decision:
     ``at`` is in seconds since 1970. ``user``: whose request it is, empty for work of llamaslot's own. ``queued_s``: how
     long it waited for its slot, in all. ``n_expected``: tokens that were expected to be reused when the steps were
     through; ``n_reused``: those that were, None until that is known. ``rewrote``: rules that have changed its system
-    prompt.
+    prompt. ``is_assisted``: false where llama-server has chosen the slot, so that there is no place to tell of.
     ``diverged``: where it parts from what was computed before, if much was lost by that.
     """
 
@@ -87,6 +87,7 @@ class Decision:
     rewrote: list[str] = field(default_factory=list)
     diverged: dict[str, object] | None = None
     user: str = ""
+    is_assisted: bool = True
 
     def to_json(self) -> dict[str, Any]:
         waits = [
@@ -113,6 +114,7 @@ class Decision:
             "acts": [dataclasses.asdict(act) for act in self.acts],
             "rewrote": self.rewrote,
             "diverged": self.diverged,
+            "is_assisted": self.is_assisted,
             "text": explain(self),
         }
 
@@ -141,6 +143,8 @@ class Journal:
 def explain(decision: Decision) -> str:
     """The decision as it stands, in one line from its numbers."""
     who = f"{decision.id} {decision.n_tokens:,} tok"
+    if not decision.is_assisted:
+        return f"{decision.id} -> llama-server chooses the slot"
     if decision.chosen is not None:
         text = f"{who} -> {_reuse(decision.chosen)}; cost {_sum(decision.chosen)}"
         if decision.next_best is not None:

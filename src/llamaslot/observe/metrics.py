@@ -67,6 +67,11 @@ class Metrics:
         self.n_waiting = Gauge("llamaslot_waiting", "Jobs waiting for a slot", registry=self.registry)
         self.n_snapshots = Gauge("llamaslot_snapshots", "Snapshots that can be used", registry=self.registry)
         self.bytes_stored = Gauge("llamaslot_stored_bytes", "Bytes of all snapshots", registry=self.registry)
+        self.assist = Gauge(
+            "llamaslot_assist",
+            "1 while llamaslot chooses slots, 0 while it leaves that to llama-server",
+            registry=self.registry,
+        )
         self.is_up = Gauge("llamaslot_backend_up", "1 while the backend serves", registry=self.registry)
 
     def saved(self, size_bytes: int, seconds: float) -> None:

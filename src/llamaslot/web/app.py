@@ -47,6 +47,7 @@ from llamaslot.web.passthrough import Passthrough
 from llamaslot.web.rewriting import SystemPrompts, tell_rewrote
 from llamaslot.web.status import Status
 from llamaslot.web.tls import Certificate
+from llamaslot.web.unassisted import Unassisted
 from llamaslot.web.uploads import Uploads, close_behind, hold_back
 from llamaslot.web.users import USER
 
@@ -75,9 +76,10 @@ class App:
         rules = StreamRules(config.stream.keepalive_s, config.stream.comments, timeouts)
         uploads = Uploads(config.listen.max_body, config.listen.read_timeout_s)
         prompts = SystemPrompts(config.rules, backend.metrics)
-        self._passthrough = Passthrough(backend, uploads, timeouts, prompts)
+        unassisted = Unassisted(backend, rules)
+        self._passthrough = Passthrough(backend, uploads, timeouts, prompts, unassisted)
         backend.divergences.tells_texts = config.log.prompts
-        self._completions = Completions(backend, rules, uploads, self._passthrough, prompts)
+        self._completions = Completions(backend, rules, uploads, self._passthrough, unassisted, prompts)
         self._status = Status(backend, prompts)
         self._doors, self._cors = Doors(config.auth), Cors(config.listen.cors)
 

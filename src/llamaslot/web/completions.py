@@ -19,6 +19,7 @@ from llamaslot.core.slots import Job
 from llamaslot.engine.backend import Backend
 from llamaslot.engine.handshake import Met
 from llamaslot.engine.lease import Lease, PlanAgain, Preempted, Prefilling, no_report
+from llamaslot.engine.queue import QueuePosition
 from llamaslot.engine.turns import Turn
 from llamaslot.errors import (
     BackendDown,
@@ -42,6 +43,7 @@ from llamaslot.web.passthrough import Passthrough
 from llamaslot.web.refusals import check, check_body, in_its_words
 from llamaslot.web.rewriting import SystemPrompts, rewrote
 from llamaslot.web.several import Part, joined
+from llamaslot.web.unassisted import Unassisted
 from llamaslot.web.uploads import Uploads
 from llamaslot.web.users import user_of
 
@@ -60,10 +62,11 @@ class Completions:
         rules: StreamRules,
         uploads: Uploads,
         passthrough: Passthrough,
+        unassisted: Unassisted,
         prompts: SystemPrompts,
     ) -> None:
         self._backend, self._rules, self._uploads = backend, rules, uploads
-        self._passthrough, self._prompts = passthrough, prompts
+        self._passthrough, self._unassisted, self._prompts = passthrough, unassisted, prompts
 
     async def handle(self, request: web.Request, route: Route) -> web.StreamResponse:
         """Cancelling (the client has gone) gives the slot back, at once or when the server is through with it."""
@@ -72,12 +75,16 @@ class Completions:
             body = parse_object(raw)
         except NoObject as error:
             raise await in_its_words(self._backend, request, raw, error) from error
-        if route.may_be_missing and not await self._passthrough.is_offered(route):
-            return await self._passthrough.unprepared(request, raw)
         if self._prompts.rewrite(request, body, route.format):
             raw = orjson.dumps(body)
+        if self._backend.stands_aside:
+            with contextlib.suppress(BackendRestarted):
+                return await self._unassisted.serve(request, route, raw, body)
+        if route.may_be_missing and not await self._passthrough.is_offered(route):
+            return await self._passthrough.unprepared(request, raw)
         unrecognized = partial(self._passthrough.in_turn, request, route, raw)
-        exchange = _Exchange(self._backend, self._rules, request, route, body, unrecognized)
+        unassisted = partial(self._unassisted.relay, kind=route.format, raw=raw, body=body)
+        exchange = _Exchange(self._backend, self._rules, request, route, body, unrecognized, unassisted)
         return await exchange.run()
 
 
@@ -92,12 +99,14 @@ class _Exchange:
         route: Route,
         body: dict[str, Any],
         unrecognized: Callable[..., Awaitable[web.StreamResponse]],
+        unassisted: Callable[..., Awaitable[web.StreamResponse]],
         whole: _Exchange | None = None,
     ) -> None:
-        """``unrecognized`` serves the request without knowing its tokens, in whatever slot llama-server chooses.
+        """``unrecognized`` serves the request without knowing its tokens, in whatever slot llama-server chooses, and
+        ``unassisted`` where llamaslot stands aside.
         ``whole``: of a prompt in a list, the exchange for all of them.
         """
-        self.unrecognized = unrecognized
+        self.unrecognized, self.unassisted = unrecognized, unassisted
         self.in_one_piece = False  # the answer cannot be put together from a stream
         self.backend, self.request, self.route, self.body = backend, request, route, body
         self.id: str = whole.id if whole is not None else request_id(request.headers)
@@ -131,6 +140,8 @@ class _Exchange:
     async def _run(self) -> web.StreamResponse:
         for _ in range(ATTEMPTS):
             met, want = await self._met_and_wanted()
+            if want is None:
+                return await self.unassisted(self.down, self.deadlines)
             if want.is_beyond_server:
                 raise await in_its_words(
                     self.backend, self.request, orjson.dumps(self.body), BadRequest(_BEYOND)
@@ -170,13 +181,13 @@ class _Exchange:
             self.backend.unrecognized.count(self._format, want.unknown)
         return response
 
-    async def _met_and_wanted(self) -> tuple[Met, Wanted]:
-        """The server, known to be the one that was met, and the job.
+    async def _met_and_wanted(self) -> tuple[Met, Wanted | None]:
+        """The server, known to be the one that was met, and the job; None for it where llamaslot stands aside.
 
         Both are asked for at once: together they are most of what llamaslot adds to a follow-up. What was tokenized by
         a server that turns out to be another one is done again.
         """
-        if (met := self.backend.met) is not None:
+        if (met := self.backend.met) is not None and met.is_assisted:
             try:
                 async with asyncio.TaskGroup() as group:
                     checked = group.create_task(self.backend.ready())
@@ -187,7 +198,7 @@ class _Exchange:
                 if self.backend.met is met:
                     raise errors.exceptions[0] from None
         met = await self.backend.ready()
-        return met, await self._wanted(met)
+        return met, await self._wanted(met) if met.is_assisted else None
 
     async def _wanted(self, met: Met) -> Wanted:
         return await wanted(self.id, self.body, self._format, self.backend, met, user_of(self.request))
@@ -212,7 +223,14 @@ class _Exchange:
         for number, prompt in enumerate(prompts):
             body = {**self.body, "prompt": prompt}
             one = _Exchange(
-                self.backend, self.down.rules, self.request, self.route, body, self.unrecognized, self
+                self.backend,
+                self.down.rules,
+                self.request,
+                self.route,
+                body,
+                self.unrecognized,
+                self.unassisted,
+                self,
             )
             one.down = part = Part(self.down, number * n_each, is_last=number == len(prompts) - 1)
             response = await one._run()
@@ -273,7 +291,7 @@ class _Exchange:
             self.down.progress = partial(self._progress, met, before)
         async with contextlib.AsyncExitStack() as stack:
             async with self.down.waiting(self.backend.tasks):
-                self.down.say(_Queued(self.backend, job))
+                self.down.say(QueuePosition(partial(scheduler.position, job)))
                 is_back = last is not None and last is not preempted
                 lease = stack.enter_context(await scheduler.lease(job, is_back=is_back, preempted=preempted))
                 if lease.pool is not met.pool:
@@ -330,16 +348,6 @@ class _Exchange:
             is_watched=body.get("stream") is True,
             is_relayed=True,
         )
-
-
-class _Queued:
-    """``queued 2``, told with the place that the job has when it is told."""
-
-    def __init__(self, backend: Backend, job: Job) -> None:
-        self._backend, self._job = backend, job
-
-    def __str__(self) -> str:
-        return f"queued {self._backend.scheduler.position(self._job)}"
 
 
 def _about(lease: Lease, want: Wanted) -> dict[str, str]:

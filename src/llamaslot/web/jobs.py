@@ -110,7 +110,7 @@ async def wanted(
         if prompt.n_tokens >= pool.n_ctx:
             raise PromptTooLong(prompt.n_tokens, pool.n_ctx)
     heard = body if said.chat is None else said.chat  # what llama-server takes note of
-    n = 1 if kind == "messages" else _n_per_prompt(heard)  # of which the server gives one, whatever was asked
+    n = 1 if kind == "messages" else n_per_prompt(heard)  # of which the server gives one, whatever was asked
     if n > 1 and not all(prompt.n_tokens for prompt in said.prompts):
         raise BadRequest(_NO_COPIES)
     n_system, boundaries = 0, tuple[int, ...]()
@@ -127,7 +127,7 @@ async def wanted(
         is_cold=heard.get("cache_prompt") is False,
         user=user,
         space=pool.rules.space(user, lora_of(heard)),
-        max_tokens=_max_tokens(body),
+        max_tokens=max_tokens(body),
         n_children=n - 1,
         is_steered=kind == "messages",
     )
@@ -222,14 +222,14 @@ def keep_what_follows(lease: Lease) -> None:
         lease.plan = replace(plan, steps=steps)
 
 
-def _max_tokens(body: Mapping[str, Any]) -> int | None:
+def max_tokens(body: Mapping[str, Any]) -> int | None:
     """How long its answer may be at most, by any of the names that the routes have for that. For estimates."""
     names = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
     values = [body[name] for name in names if type(body.get(name)) is int and body[name] >= 0]
     return min(values, default=None)
 
 
-def _n_per_prompt(body: Mapping[str, Any]) -> int:
+def n_per_prompt(body: Mapping[str, Any]) -> int:
     """``n`` (OpenAI) or ``n_cmpl`` (native), read as an int32 as llama-server reads it: 2.9 is 2, 2**32 + 1 is 1. What
     is no number or too small it refuses by itself, with whatever slot it is given."""
     numbers = [1]

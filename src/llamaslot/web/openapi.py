@@ -62,6 +62,7 @@ _STATUS = _object(
         n_ctx=_or_null(_COUNT),
         memory=_or_null(_TEXT),
         warnings=_list_of(_TEXT),
+        assist=_or_null(_object(is_on=_YES, why=_or_null(_TEXT), remedy=_or_null(_TEXT))),
     ),
     slots=_list_of(
         _object(
@@ -104,6 +105,7 @@ _DECISION = _object(
     acts=_list_of(_object(step=_TEXT, seconds=_SECONDS, is_done=_YES, n_tokens=_COUNT, size_bytes=_COUNT)),
     rewrote=_list_of(_TEXT),
     diverged=_or_null({"type": "object"}),
+    is_assisted=_YES,
     text=_TEXT,
 )
 _N: Json = {

@@ -24,6 +24,7 @@ from llamaslot.web.headers import to_server
 from llamaslot.web.jobs import ATTEMPTS, GIVEN_UP, request_id
 from llamaslot.web.relaying import relay
 from llamaslot.web.rewriting import SystemPrompts
+from llamaslot.web.unassisted import Unassisted
 from llamaslot.web.uploads import Upload, Uploads
 from llamaslot.web.users import user_of
 
@@ -34,10 +35,15 @@ class Passthrough:
     """Routes that take no slot, and requests whose slot llama-server chooses."""
 
     def __init__(
-        self, backend: Backend, uploads: Uploads, timeouts: Timeouts, prompts: SystemPrompts
+        self,
+        backend: Backend,
+        uploads: Uploads,
+        timeouts: Timeouts,
+        prompts: SystemPrompts,
+        unassisted: Unassisted,
     ) -> None:
         self._backend, self._uploads, self._timeouts = backend, uploads, timeouts
-        self._prompts = prompts
+        self._prompts, self._unassisted = prompts, unassisted
 
     async def forward(self, request: web.Request, route: Route) -> web.StreamResponse:
         """Unchanged, streaming both ways. Cancelling closes the upstream connection.
@@ -84,6 +90,10 @@ class Passthrough:
         """
         if raw is None:
             raw = await self._uploads.whole(request)
+        await self._backend.ready()
+        if self._backend.stands_aside:
+            with contextlib.suppress(BackendRestarted):
+                return await self._unassisted.serve(request, route, raw)
         if route.may_be_missing and not await self.is_offered(route):
             return await self.unprepared(request, raw)
         # Of embeddings and the like /slots does not tell how far they are.
@@ -116,6 +126,8 @@ class Passthrough:
         job = Job(id_, is_placed_by_server=True, user=user, space=self._backend.rules.space(user))
         left = Content(head, is_exact=False, space=job.space, has_media=True) if head else None
         with await self._backend.scheduler.lease(job) as lease:
+            if not lease.pool.is_assisted:
+                raise BackendRestarted
             silence_s = self._backend.api.watchdog_s if is_watched else None
             watchdog = Watchdog(silence_s, partial(self._how_far, lease))
             async with (

@@ -60,10 +60,11 @@ class Status:
                 "n_ctx": pool.n_ctx if pool else None,
                 "memory": pool.memory.value if pool else None,
                 "warnings": list(backend.met.warnings) if backend.met else [],
+                "assist": self._assist(),
             },
-            "slots": self._slots(pool) if pool else [],
+            "slots": self._slots(pool) if pool and pool.is_assisted else [],
             "snapshots": {
-                "n": pool.n_snapshots if pool else 0,
+                "n": len(pool.library.snapshots) if pool else 0,
                 "size_bytes": catalog.size_bytes if catalog else 0,
                 "quota_bytes": catalog.quota_bytes if catalog else 0,
             },
@@ -79,6 +80,14 @@ class Status:
             ],
             "rewrite": self._prompts.report(),
         }
+
+    def _assist(self) -> dict[str, Any] | None:
+        """Whether llamaslot chooses slots, and if not, why and what would change that; None while it is not known."""
+        if (met := self._backend.met) is None:
+            return None
+        if met.aside is None:
+            return {"is_on": True, "why": None, "remedy": None}
+        return {"is_on": False, "why": met.aside.why, "remedy": met.aside.remedy}
 
     def _slots(self, pool: Pool) -> list[dict[str, Any]]:
         # Those with a slot: a turn has none until llama-server has chosen.
@@ -114,6 +123,8 @@ class Status:
     def _metrics(self) -> web.Response:
         metrics, backend = self._backend.metrics, self._backend
         metrics.n_waiting.set(backend.scheduler.n_waiting)
-        metrics.n_snapshots.set(backend.scheduler.pool.n_snapshots if backend.scheduler.pool else 0)
+        metrics.n_snapshots.set(
+            len(backend.scheduler.pool.library.snapshots) if backend.scheduler.pool else 0
+        )
         metrics.bytes_stored.set(backend.catalog.size_bytes if backend.catalog else 0)
         return web.Response(body=metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4"})

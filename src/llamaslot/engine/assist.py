@@ -1,0 +1,120 @@
+"""When llamaslot leaves the choice of slots to llama-server, why, and what would change that.
+
+With *assist* on, llamaslot places each request in a slot, saves, restores and prefills. That helps as long as slots
+keep what they hold, or slot files can be written. Where neither is so, a request that names its slot finds less than
+one that does not: llama-server asks its RAM cache (``--cache-ram``) only for a slot that it chooses by itself (seen
+running on xllamacpp 2026.10.11549: 8 users on 4 slots with default flags reuse 1.00 directly, 0.06 to 0.10 where
+requests name their slots). Then llamaslot *stands aside*: requests are passed on as they are, and no slot is saved,
+erased or overwritten.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_SERVER_FLAGS = "-np {n} --no-kv-unified --no-cache-idle-slots --cache-ram 0 --slot-save-path DIR"
+_SWITCH_ON = (
+    "Start it with: llama-server … " + _SERVER_FLAGS + " --metrics, and set backends[0].slot_save_path to DIR"
+)
+_BRINGS = (
+    "contexts are then found again after a restart and beyond what RAM holds, and long prompts give way to other"
+    " requests"
+)
+_MANY_LOST = 3  # one may be a child of ``n`` > 1 that has ended late, or somebody else's request
+_LOST_WITHIN_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class StandingAside:
+    """``why``: what was found out about llama-server. ``remedy``: the command or setting that switches assist on, and
+    what that brings. ``may_end``: it is only so at the moment; look again when a slot is idle.
+    """
+
+    why: str
+    remedy: str
+    may_end: bool = False
+
+    def __str__(self) -> str:
+        return f"assist is off: {self.why}; llama-server chooses slots by itself. {self.remedy}"
+
+
+class LostSlots:
+    """Notices when slots lose what they hold although llamaslot has not touched them: llama-server has other flags than
+    when it was connected to, or its unified KV cache is full. Then ``on_many`` is called: what it does is tried again.
+    """
+
+    def __init__(self) -> None:
+        self._lost_at: deque[float] = deque(maxlen=_MANY_LOST)
+        self.on_many: Callable[[], None] = lambda: None
+
+    def note(self, now: float) -> None:
+        """A slot held next to nothing of what it should have held."""
+        self._lost_at.append(now)
+        if len(self._lost_at) == _MANY_LOST and now - self._lost_at[0] <= _LOST_WITHIN_S:
+            self._lost_at.clear()
+            self.on_many()
+
+
+def _remedy(n_slots: int | None) -> str:
+    return f"{_SWITCH_ON.format(n=n_slots or 4)}: {_BRINGS}"
+
+
+def clears_idle_slots(n_slots: int) -> StandingAside:
+    return StandingAside(
+        "llama-server moves idle slots to its RAM cache when another one starts (unified KV cache, its default)",
+        _remedy(n_slots),
+    )
+
+
+def has_better_memory(n_slots: int, lacking: str) -> StandingAside:
+    """``lacking``: why no slot file can be used."""
+    return StandingAside(
+        f"llama-server has a RAM cache, and llamaslot has no slot files to use instead ({lacking})",
+        _remedy(n_slots),
+    )
+
+
+def no_slots(n_slots: int | None, answer: str) -> StandingAside:
+    return StandingAside(
+        f"llama-server does not tell what its slots hold ({answer})",
+        f"Start it without --no-slots. {_remedy(n_slots)}",
+    )
+
+
+def not_understood(answer: str) -> StandingAside:
+    return StandingAside(
+        f"what answers is no llama-server with one model, as llamaslot knows it ({answer})",
+        "Point backends[0].url at a llama-server that was started with a model (-m), not at its router mode or another"
+        f" server. {_remedy(None)}",
+    )
+
+
+def no_completions(answer: str) -> StandingAside:
+    return StandingAside(
+        f"llama-server does not compute prompts as llamaslot asks for them ({answer})",
+        "A server for embeddings or reranking has no contexts to keep: nothing is lost",
+    )
+
+
+def wrong_key(answer: str) -> StandingAside:
+    return StandingAside(
+        f"llama-server refuses llamaslot's API key ({answer})",
+        "Set backends[0].api_key or api_key_file to the key that llama-server was started with",
+    )
+
+
+def all_at_work() -> StandingAside:
+    return StandingAside(
+        "all slots of llama-server are at work for other clients",
+        "llamaslot looks again when one is idle; nobody else should use the same llama-server",
+        may_end=True,
+    )
+
+
+def mistake(error: Exception) -> StandingAside:
+    return StandingAside(
+        f"llamaslot could not find out what llama-server can do ({error!r})",
+        "The log has the traceback above this line; please report it",
+    )
