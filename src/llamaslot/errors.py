@@ -6,6 +6,7 @@ in ``llama/`` and ``store/``, and nowhere else.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 
@@ -20,6 +21,11 @@ class LlamaslotError(Exception):
     def body(self) -> dict[str, Any]:
         """The OpenAI-shaped body: ``{"error": {"message", "type", "code"}}``."""
         return {"error": {"message": str(self), "type": self.type, "code": self.code or self.status}}
+
+    @property
+    def inner(self) -> dict[str, Any]:
+        """What a client reads as ``error``: message, type and code."""
+        return dict(self.body()["error"])
 
 
 class ConfigError(LlamaslotError):
@@ -134,6 +140,19 @@ class UpstreamError(LlamaslotError):
         text = payload.decode("utf-8", "replace")
         super().__init__(f"llama-server answered {status}: {text[:300]}")
         self.status, self.payload, self.content_type = status, payload, content_type
+
+    @property
+    def inner(self) -> dict[str, Any]:
+        """llama-server's own."""
+        try:
+            error = json.loads(self.payload)["error"]
+        except (ValueError, KeyError, TypeError):
+            return super().inner
+        return (
+            {"code": self.status, **error}
+            if isinstance(error, dict) and "message" in error
+            else super().inner
+        )
 
 
 class SlotActionFailed(LlamaslotError):

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tests.support.strict import strict
+
 
 @dataclass(slots=True)
 class Answer:
@@ -25,8 +27,8 @@ class Answer:
         """The data of its events; ``[DONE]``, and the null that announces a further prompt, left out."""
         if not self.headers.get("Content-Type", "").startswith("text/event-stream"):
             return []
-        lines = [line[6:] for line in self.raw.decode().splitlines() if line.startswith("data: ")]
-        return [json.loads(line) for line in lines if line not in ("[DONE]", "null")]
+        events = [event.data for event in strict(self.raw)]
+        return [json.loads(data) for data in events if data not in ("[DONE]", "null")]
 
     @property
     def comments(self) -> list[str]:
@@ -34,8 +36,7 @@ class Answer:
 
     @property
     def without_comments(self) -> bytes:
-        parts = self.raw.split(b"\n\n")
-        return b"\n\n".join(part for part in parts if not part.startswith(b": "))
+        return b"".join(line for line in self.raw.splitlines(keepends=True) if not line.startswith(b": "))
 
     @property
     def last(self) -> Any:

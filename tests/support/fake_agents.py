@@ -79,6 +79,9 @@ class Messages(Wording):
             + event({"type": "message_stop"}, "message_stop")
         )
 
+    def failed(self, body: Json) -> bytes:
+        return event(body["error"], "error")
+
     def reason(self, result: Done) -> str:
         return "max_tokens" if result.stop_type == "limit" else "end_turn"
 

@@ -70,7 +70,7 @@ class Wording:
             case Done():
                 return self.done(task, result)
             case Failed():
-                return event(result.error.body())
+                return self.failed(result.error.body())
             case _:
                 return b""
 
@@ -82,6 +82,9 @@ class Wording:
 
     def done(self, task: Task, result: Done) -> bytes:
         raise NotImplementedError
+
+    def failed(self, body: Json) -> bytes:
+        return event(body)
 
     def whole(self, ends: dict[int, Done]) -> Any:
         raise NotImplementedError

@@ -7,6 +7,7 @@ from typing import Any, cast
 import aiohttp
 import pytest
 
+from llamaslot.llama.error_events import ErrorEvents
 from llamaslot.llama.sse import Earlier, event_of
 from llamaslot.web.reading import Reading
 
@@ -29,7 +30,7 @@ class Upstream:
 
 
 def reading(*chunks: bytes, earlier: Earlier | None = None, **more: Any) -> Reading:
-    return Reading(cast(aiohttp.ClientResponse, Upstream(*chunks)), earlier, **more)
+    return Reading(cast(aiohttp.ClientResponse, Upstream(*chunks)), earlier, ErrorEvents(None, ""), **more)
 
 
 async def passed(it: Reading) -> bytes:

@@ -109,7 +109,7 @@ def test_an_event_made_here_is_one_event_and_reads_back(payload: dict[str, Any])
 
 def test_a_comment_is_an_event_without_data() -> None:
     """Clients skip it."""
-    assert comment("queued 2") == b": queued 2\n\n"
+    assert comment("queued 2") == b": queued 2\n"
     assert data_of(comment("queued 2")) is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import zlib
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ from tests.support.wire import request, upstream, wire
 JSON = "Content-Type: application/json"
 EXPECT = "Expect: 100-continue"
 BODY = b'{"prompt": "hello there", "n_predict": 4}'
-CLOSE = "Connection: close"
+CLOSE, KEEP = "Connection: close", "Connection: keep-alive"
+STREAMED = b', "stream": true'
 
 
 def error_of(raw: bytes) -> dict[str, Any]:
@@ -61,17 +63,62 @@ async def test_what_is_refused_by_its_header_is_not_sent(
 
 
 async def test_http_1_0_is_served_without_chunks(tmp_path: Path) -> None:
-    """A stream ends with the connection; ``Expect`` means nothing there."""
+    """A stream ends with the connection, also where the client would keep it; ``Expect`` means nothing there."""
     async with served(tmp_path) as it:
-        for more in (b"", b', "stream": true'):
+        for more, wish in (b"", ()), (STREAMED, ()), (STREAMED, (KEEP,)), (STREAMED, (CLOSE,)):
             body = BODY[:-1] + more + b"}"
             async with wire(it) as client:
-                await client.send(request("POST", NATIVE, body, JSON, EXPECT, version="1.0"))
+                await client.send(request("POST", NATIVE, body, JSON, EXPECT, *wish, version="1.0"))
                 head, rest = await client.head(), await client.rest()
-                assert head.startswith("HTTP/1.0 200")
+                assert head.startswith("HTTP/1.1 200")
                 assert "chunked" not in head.lower()
+                assert "connection: close" in head.lower()
                 assert right(it.fake, "hello there").encode()[:1] in rest
                 assert rest.startswith(b"data: {" if more else b"{")
+
+
+@pytest.mark.parametrize("wish", [KEEP, CLOSE, "X-None: x"])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("kind", ["waits", "fails", "breaks"])
+async def test_a_stream_with_an_error_in_it_has_an_end(
+    tmp_path: Path, kind: str, version: str, wish: str
+) -> None:
+    """In every version, whatever is wished for the connection: one that only its end can end is closed, another one
+    takes the next request if that was wished."""
+    settings = {"stream": {"keepalive_s": 0.01}, "queue": {"max_wait_s": 0.05}}
+    body = BODY[:-1] + STREAMED + b"}"
+    is_kept = version == "1.1" and wish != CLOSE
+    async with served(tmp_path, settings, slots=1) as it, contextlib.AsyncExitStack() as stack:
+        if kind == "waits":
+            await stack.enter_async_context(it.busy())
+        elif kind == "fails":
+            it.fake.faults.fail_stream("out of luck", after_tokens=2)
+        else:
+            it.fake.faults.disconnect_after_tokens(2)
+        async with wire(it) as client:
+            await client.send(request("POST", NATIVE, body, JSON, wish, version=version))
+            head = await client.head()
+            assert ("chunked" in head.lower()) == (version == "1.1")
+            assert ("connection: close" in head.lower()) != is_kept
+            if is_kept:
+                await client.reader.readuntil(b"\r\n0\r\n\r\n")
+                await client.send(request("GET", "/health", b"", CLOSE))
+                assert (await client.head()).startswith("HTTP/1.1 200")
+            else:
+                assert b'data: {"error":' in await client.rest()
+        it.fake.go()
+
+
+@pytest.mark.parametrize("version", ["2.0", "1.2", "0.9"])
+async def test_other_versions_are_not_spoken(tmp_path: Path, version: str) -> None:
+    """They are refused as llama-server does it, in a version that is spoken."""
+    async with served(tmp_path) as it, wire(it) as client:
+        await client.send(request("GET", "/v1/models", version=version))
+        head, raw = await client.answer()
+        assert head.startswith("HTTP/1.1 400")
+        assert "connection: close" in head.lower()
+        error_of(raw)
+        assert await client.rest() == b""
 
 
 @pytest.mark.parametrize("stream", [False, True])

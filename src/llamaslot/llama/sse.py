@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,25 @@ def usages(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def comment(text: str) -> bytes:
-    return f": {text}\n\n".encode()
+    """A line between two events. No blank line ends it: some readers (openai-go until 2026) take each blank line for an
+    event, and fail where it has no data."""
+    return f": {text}\n".encode()
+
+
+def n_commented(data: bytes) -> int:
+    """Bytes of the comments with which ``data``, that stands between two events, begins."""
+    n = 0
+    while data.startswith(b":", n) and (end := data.find(b"\n", n)) >= 0:
+        n = end + 1
+    return n
+
+
+_COMMENT_EVENT = re.compile(rb"(?:\A|(?<=\n\n))((?::[^\n]*\n)+)\n")
+
+
+def without_empty_events(events: bytes) -> bytes:
+    """Whole events: the blank line behind comments that stand alone, such as llama-server's pings, is left out."""
+    return _COMMENT_EVENT.sub(rb"\1", events) if events.startswith(b":") or b"\n\n:" in events else events
 
 
 @dataclass(frozen=True, slots=True)

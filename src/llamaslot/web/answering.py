@@ -118,6 +118,7 @@ class Answering:
         self._reading = Reading(
             self._upstream,
             self.earlier,
+            self.down.errors,
             n_answers=self.want.n_prompts * (1 + self.want.job.n_children),
             wants_progress=self.asked.wants_progress,
             assembly=Assembly(self.asked.body, self.asked.kind) if self.is_assembled else None,

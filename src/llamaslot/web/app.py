@@ -48,7 +48,7 @@ from llamaslot.web.rewriting import SystemPrompts, tell_rewrote
 from llamaslot.web.status import Status
 from llamaslot.web.tls import Certificate
 from llamaslot.web.unassisted import Unassisted
-from llamaslot.web.uploads import Uploads, close_behind, hold_back
+from llamaslot.web.uploads import Uploads, close_behind, hold_back, speaks_http
 from llamaslot.web.users import USER
 
 log = logging.getLogger(__name__)
@@ -119,6 +119,8 @@ class App:
     async def _answer(self, request: web.Request, route: Route) -> web.StreamResponse:
         """Whatever goes wrong is an OpenAI-shaped error, never a traceback. Raises ClientGone."""
         try:
+            if not speaks_http(request):
+                raise BadRequest("this port takes HTTP/1.1 and HTTP/1.0 only")
             if (answer := self._cors.preflight(request)) is not None:
                 return answer
             request[USER] = self._doors.admit(request)

@@ -12,21 +12,31 @@ import contextlib
 import logging
 import resource
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import orjson
-from aiohttp import web
+from aiohttp import StreamReader, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import RawRequestMessage, StreamWriter
 from aiohttp.http_exceptions import (
     BadHttpMethod,
     BadStatusLine,
     HttpProcessingError,
     LineTooLong,
 )
+from multidict import CIMultiDict
 
 from llamaslot.errors import BadRequest, LlamaslotError, QueueFull, TooSlow
 from llamaslot.web.downstream import MISTAKE, NAME, error_response
 
 log = logging.getLogger(__name__)
+
+_MakeRequest = Callable[
+    [RawRequestMessage, StreamReader, web.RequestHandler, AbstractStreamWriter, "asyncio.Task[None]"],
+    web.BaseRequest,
+]
 
 #: More than that in a transport's own buffer, and whoever writes waits.
 WRITE_BYTES = 1 << 15
@@ -55,6 +65,7 @@ class Connections:
 
     def __init__(self, server: web.Server, patience: Patience, n_max: int | None) -> None:
         self._server, self._patience = server, patience
+        server.request_factory = partial(_with_own_version, server.request_factory)
         self._n_max = n_max if n_max is not None else _n_for_clients()
         self._open: set[Connection] = set()
         self._is_full = False
@@ -76,6 +87,27 @@ class Connections:
     def leave(self, connection: Connection) -> None:
         self._open.discard(connection)
         self._is_full = self._is_full and len(self._open) > 0.9 * self._n_max
+
+
+class _Writer(StreamWriter):
+    """Says HTTP/1.1 to everybody, as llama-server and RFC 9110 (section 2.5) do: aiohttp repeats the client's version,
+    also where it is one that it does not speak, and says 1.0 to what it cannot read."""
+
+    async def write_headers(self, status_line: str, headers: CIMultiDict[str]) -> None:
+        await super().write_headers("HTTP/1.1 " + status_line.partition(" ")[2], headers)
+
+
+def _with_own_version(
+    make: _MakeRequest,
+    message: RawRequestMessage,
+    payload: StreamReader,
+    protocol: web.RequestHandler,
+    writer: AbstractStreamWriter,
+    task: asyncio.Task[None],
+) -> web.BaseRequest:
+    """aiohttp's request, with a writer of our own."""
+    own = _Writer(protocol, asyncio.get_running_loop())
+    return make(message, payload, protocol, own, task)
 
 
 def _n_for_clients() -> int:
@@ -165,6 +197,7 @@ class Connection(web.RequestHandler):
         super().handle_error(request, status, exc, message)
         response = error_response(_wording(exc) if status < 500 else LlamaslotError(MISTAKE), NAME)
         response.force_close()
+        response.headers["Connection"] = "close"
         return response
 
 

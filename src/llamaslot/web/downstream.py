@@ -14,8 +14,9 @@ from multidict import CIMultiDict
 
 from llamaslot.engine.lease import Prefilling
 from llamaslot.errors import ClientGone, LlamaslotError, NotAllowed, Unauthorized, UpstreamError
-from llamaslot.llama.routes import server_path
-from llamaslot.llama.sse import comment, data_of, event_of
+from llamaslot.llama.error_events import ErrorEvents
+from llamaslot.llama.routes import classify
+from llamaslot.llama.sse import comment
 from llamaslot.tasks import TaskOwner
 from llamaslot.web.deadlines import Timeouts
 
@@ -52,7 +53,11 @@ class Downstream:
     state: object = "tokenizing"
     response: web.StreamResponse | None = None
     told: dict[str, Any] = field(default_factory=dict)  # what later parts of the answer must agree with
+    errors: ErrorEvents = field(init=False)
     _has_moved: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.errors = errors_of(self.request, self.headers.get("x-request-id", ""))
 
     def say(self, state: object) -> None:
         """What the next comment will tell, as ``str(state)`` at that moment."""
@@ -132,8 +137,7 @@ class Downstream:
             if (relayed := await end_relayed(self.request, error)) is not None:
                 return relayed
             return error_instead(self.request, error, self.headers)
-        payload = data_of(b"data: " + error.payload) if isinstance(error, UpstreamError) else None
-        await self.write(error_event(self.request, payload if isinstance(payload, dict) else error.body()))
+        await self.write(self.errors.event(error.inner))
         return await self.end()
 
     async def end(self) -> web.StreamResponse:
@@ -148,6 +152,7 @@ class Relayed:
     """A stream of llama-server's own events, as far as it has been sent. ``is_whole``: it stands at the end of one."""
 
     response: web.StreamResponse
+    errors: ErrorEvents
     is_whole: bool = True
     is_over: bool = False
 
@@ -167,7 +172,7 @@ async def end_relayed(request: web.Request, error: LlamaslotError) -> web.Stream
         return None
     if not relayed.is_over:
         relayed.is_over = True
-        await send(relayed.response, error_event(request, error.body()))
+        await send(relayed.response, relayed.errors.event(error.inner))
     with _translated():
         await relayed.response.write_eof()
     return relayed.response
@@ -218,11 +223,9 @@ def error_instead(
     return error_response(error, headers)
 
 
-def error_event(request: web.Request, payload: dict[str, Any]) -> bytes:
-    """An error in a stream, for the clients of that route: Anthropic's pass over an event without a name."""
-    if server_path(request.raw_path) == "/v1/messages":
-        return event_of({"type": "error", **payload}, b"event: error\n")
-    return event_of(payload)
+def errors_of(request: web.Request, id_: str) -> ErrorEvents:
+    """Makes errors in a stream, for the clients of that route."""
+    return ErrorEvents(classify(request.method, request.raw_path).format, id_)
 
 
 def error_response(error: LlamaslotError, headers: Mapping[str, str] | None = None) -> web.Response:

@@ -9,7 +9,16 @@ import orjson
 
 from llamaslot.llama.api import next_piece
 from llamaslot.llama.assemble import Assembly
-from llamaslot.llama.sse import Earlier, EventSplitter, data_of, event_of, index_of, usages
+from llamaslot.llama.error_events import ErrorEvents, is_error
+from llamaslot.llama.sse import (
+    Earlier,
+    EventSplitter,
+    data_of,
+    event_of,
+    index_of,
+    usages,
+    without_empty_events,
+)
 
 _NOTED = (b'"timings"', b'"error"', b'"prompt_progress"', b'"usage"')
 _LAST = (b"data: [DONE]", b"event: message_stop", b"event: response.completed", b"event: error")
@@ -30,6 +39,7 @@ class Reading:
         self,
         upstream: aiohttp.ClientResponse,
         earlier: Earlier | None,
+        errors: ErrorEvents,
         *,
         n_answers: int = 1,
         wants_progress: bool = False,
@@ -47,6 +57,7 @@ class Reading:
         self.has_token = False
         self.assembly = assembly
         self._upstream, self._earlier, self._wants_progress = upstream, earlier, wants_progress
+        self._errors = errors
         self._n_left, self._start = n_answers, start
         self._created, self._is_in_progress = b"", False
         self._splitter = EventSplitter()
@@ -122,6 +133,13 @@ class Reading:
         if event.startswith((b"event: message_start", b"event: error")):
             start = b""
         created, self._created = self._created, b""
+        for told in (created, start, event):
+            if told:
+                self._errors.saw(told)
+        if self.has_failed and is_error(event):
+            return created + start + self._errors.translated(event)
+        if event.startswith(b":"):
+            return created + start + without_empty_events(event)
         return created + start + (self._earlier.correct_event(event) if self._earlier is not None else event)
 
     def _is_first_in_progress(self, event: bytes) -> bool:

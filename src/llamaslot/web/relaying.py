@@ -15,8 +15,9 @@ from aiohttp import web
 
 from llamaslot.errors import BackendDown, ClientGone
 from llamaslot.llama.api import next_piece
-from llamaslot.llama.sse import n_whole
-from llamaslot.web.downstream import Relayed, begin, cut, end_relayed, send
+from llamaslot.llama.error_events import ErrorEvents, translated_all
+from llamaslot.llama.sse import n_whole, without_empty_events
+from llamaslot.web.downstream import Relayed, begin, cut, end_relayed, errors_of, send
 from llamaslot.web.headers import to_client
 
 log = logging.getLogger(__name__)
@@ -45,8 +46,9 @@ async def relay(
     if upstream.content_length is not None and upstream.status not in (204, 304):
         response.content_length = upstream.content_length
     is_stream = upstream.content_type == "text/event-stream"
-    pieces = _events(upstream, begun, ended) if is_stream else _last_one_late(upstream, ended)
-    relayed = Relayed(response)
+    errors = errors_of(request, told.get("x-request-id", ""))
+    pieces = _events(upstream, errors, begun, ended) if is_stream else _last_one_late(upstream, ended)
+    relayed = Relayed(response, errors)
     try:
         async for piece in pieces:
             if not response.prepared:
@@ -69,21 +71,27 @@ async def relay(
 
 
 async def _events(
-    upstream: aiohttp.ClientResponse, begun: Callable[[], None], ended: Callable[[], Awaitable[None]] | None
+    upstream: aiohttp.ClientResponse,
+    errors: ErrorEvents,
+    begun: Callable[[], None],
+    ended: Callable[[], Awaitable[None]] | None,
 ) -> AsyncIterator[bytes]:
     """Whole events; an event larger than ``_HELD_BYTES`` goes out in pieces."""
     yield b""  # the headers may go before any event
     before = held = b""
+    is_whole = True  # what was sent ends with an event
     while piece := await next_piece(upstream):
         begun()
         if ended is not None and _LAST_EVENT in before + piece:
             await ended()
         before = piece[1 - len(_LAST_EVENT) :]
         held += piece
-        n = n_whole(held) or (len(held) if len(held) > _HELD_BYTES else 0)
+        n_of_events = n_whole(held)
+        n = n_of_events or (len(held) if len(held) > _HELD_BYTES else 0)
         if n:
-            yield held[:n]
-            held = held[n:]
+            told = held[:n]
+            yield translated_all(errors, without_empty_events(told)) if is_whole and n_of_events else told
+            held, is_whole = held[n:], n_of_events > 0
     if ended is not None:
         await ended()
     if held:

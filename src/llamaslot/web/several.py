@@ -14,7 +14,7 @@ import orjson
 from aiohttp import web
 
 from llamaslot.errors import LlamaslotError
-from llamaslot.llama.sse import EventSplitter, data_of, event_of
+from llamaslot.llama.sse import EventSplitter, data_of, event_of, n_commented
 from llamaslot.web.downstream import SSE_HEADERS, Downstream
 
 
@@ -34,8 +34,9 @@ class Part(Downstream):
 
     async def write(self, data: bytes) -> None:
         """Comments as they are; events with the index and the id that they have in the whole."""
-        events = self._splitter.feed(data)
-        told = [event for event in map(self._told, events) if event]
+        n = n_commented(data) if not self._splitter.rest else 0
+        events = [data[:n], *map(self._told, self._splitter.feed(data[n:]))]
+        told = [event for event in events if event]
         if told:
             await self.begin(headers=SSE_HEADERS)
             await self._whole.write(b"".join(told))
@@ -47,6 +48,7 @@ class Part(Downstream):
         return await self._whole.end() if self._is_last else await self.begin()
 
     def _told(self, event: bytes) -> bytes:
+        event = event[n_commented(event) :]
         if event.startswith(b"data: [DONE]"):
             return event if self._is_last else b""
         payload = data_of(event)

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from aiohttp import HttpVersion11, web
+from aiohttp import HttpVersion10, HttpVersion11, web
 
 from llamaslot.errors import BadRequest, BodyTooLarge, LlamaslotError, TooSlow
 from llamaslot.web.unpacking import Unpacking
@@ -99,13 +99,28 @@ def is_held_back(request: web.Request) -> bool:
 async def close_behind(request: web.Request, response: web.StreamResponse) -> None:
     """Signal ``on_response_prepare``: take no further request from a connection where nobody knows what comes next.
 
-    That is a body that the client was not asked for, and may leave out now. And aiohttp (3.14) takes what stands behind
+    That is a body that the client was not asked for, and may leave out now, and an answer that nothing but its end can
+    end. And aiohttp (3.14) takes what stands behind
     a chunked body, its trailers, for headers of the next request: where a proxy in front shares connections, that may
     be somebody else's.
     """
-    if is_held_back(request) or "Transfer-Encoding" in request.headers:
+    is_chunked_upload = "Transfer-Encoding" in request.headers
+    is_clear = speaks_http(request) and not (is_chunked_upload or is_held_back(request))
+    if not is_clear or _ends_with_connection(request, response):
         response.force_close()
+    if not response.keep_alive:  # aiohttp says it to clients of HTTP/1.1 only
         response.headers["Connection"] = "close"
+
+
+def speaks_http(request: web.Request) -> bool:
+    """Whether its version is one that is spoken here: aiohttp reads others (0.9, 2.0) as if they were."""
+    return request.version in (HttpVersion10, HttpVersion11)
+
+
+def _ends_with_connection(request: web.Request, response: web.StreamResponse) -> bool:
+    """Whether only the end of the connection tells where the body ends: to a client of HTTP/1.0, which knows no chunks,
+    where its length is not known. aiohttp (3.14) keeps the connection open if the client has asked for that."""
+    return request.version < HttpVersion11 and response.content_length is None
 
 
 async def _ask_for_it(request: web.Request) -> None:
