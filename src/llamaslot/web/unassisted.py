@@ -108,6 +108,7 @@ class Unassisted:
             reading = Reading(
                 upstream,
                 None,
+                down.errors,
                 n_answers=len(listed(body.get("prompt"))) * n_per_prompt(body),
                 wants_progress=True,
             )
