@@ -33,9 +33,8 @@ _TIE_S = 0.001  # costs closer than this are equal: then the slot used longest a
 # Of the time that a prompt takes to compute, what a request of its own may cost: a request that is alone pays that for
 # nothing, and one that is not saves others, or its next turn, much more.
 _PRICE = 0.05
-_LONG_AT_LAST_S = (
-    1.0  # whatever a request costs, nobody waits behind more than this of somebody else's prompt
-)
+# Whatever a request costs, nobody waits behind more than this of somebody else's prompt.
+_LONG_AT_LAST_S = 1.0
 _FORGET_S = 1800.0  # after half an hour unused a context is half as likely to be asked for again
 
 
@@ -114,9 +113,7 @@ class Rules:
     def long_s(self, request_s: float) -> float:
         """What takes longer to compute is worth a request of its own, which costs ``request_s``: then it can be shared
         while it is computed, interrupted, and held back for others."""
-        if self.own_above_s is not None:
-            return self.own_above_s
-        return min(request_s / _PRICE, _LONG_AT_LAST_S)
+        return _worth_s(request_s) if self.own_above_s is None else self.own_above_s
 
     @property
     def public(self) -> Space:
@@ -296,10 +293,15 @@ def prefill_stops(job: Job, n_reused: int, view: PoolView, rules: Rules) -> list
     last, long_s = job.n_tokens - 1, rules.long_s(view.request_s)
     if last <= 0 or not (job.is_steered or view.prefill_s(n_reused, last) > long_s):
         return []
-    stops, begin = list[int](), n_reused
+    stops, begin, worth_s = list[int](), n_reused, _worth_s(view.request_s)
     for at in job.boundaries:
-        if begin + _FEW_TOKENS <= at < last and view.prefill_s(begin, at) > view.request_s / _PRICE:
+        if begin + _FEW_TOKENS <= at < last and view.prefill_s(begin, at) > worth_s:
             stops.append(at)
             begin = at
     is_end = job.is_steered or not stops or view.prefill_s(begin, last) > long_s
     return [*stops, last] if is_end else stops
+
+
+def _worth_s(request_s: float) -> float:
+    """What has to be at stake, in seconds, for a request that costs ``request_s``."""
+    return min(request_s / _PRICE, _LONG_AT_LAST_S)

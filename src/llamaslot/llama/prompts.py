@@ -33,6 +33,9 @@ _SHOWN = (
 )  # fmt: skip
 _MAX_TEXTS = 1024  # of one list: each is a question to the server, asked one after the other
 _HEADER_TOKENS = 16  # in front of an answer: a role, perhaps the beginning of its reasoning
+_HEADER_END_TOKENS = (
+    3  # of these, what stands behind the question in any case: <|im_start|>, assistant, a line break
+)
 
 
 class NoPrompt(BadRequest):
@@ -317,15 +320,16 @@ class Prompts:
     ) -> int:
         """What the prompt shares with that of the variant: asked once for each question, however many tools are called
         to answer it. Behind a question that stands at the end templates write the same few tokens each time:
-        ``tail_from`` is what those follow from, and once they are known such a prompt costs no question at all."""
+        ``tail_from`` is what those follow from, and once they are known such a prompt costs no question at all. The end
+        of the header in front of them must be the same, too: a prompt that has nothing behind it ends so."""
         model, n = self._model, 0
         if tail_from is not None and (tail := model.tails.find(tail_from)) is not None:
-            n = prompt.n_tokens - count(tail) if prompt.tokens.endswith(tail) else 0
+            n = prompt.n_tokens - count(tail) + _HEADER_END_TOKENS if prompt.tokens.endswith(tail) else 0
         elif (asked := model.questions.find(made_from)) is not None and prompt.tokens.startswith(asked):
             return count(asked)
         if not n and (n := await self._shared(variant, prompt)) and tail_from is not None:
-            tail = prompt.tokens[n * WIDTH :]
-            if count(tail) <= _HEADER_TOKENS:
+            tail = prompt.tokens[max(n - _HEADER_END_TOKENS, 0) * WIDTH :]
+            if _HEADER_END_TOKENS <= count(tail) <= _HEADER_TOKENS + _HEADER_END_TOKENS:
                 model.tails.keep(tail_from, tail)
         if n:
             model.questions.keep(made_from, head(prompt.tokens, n))
