@@ -264,11 +264,11 @@ def test_the_snapshot_of_exactly_these_tokens() -> None:
     """Not of a beginning of them, and not of more."""
     pool = make()
     pool.add_snapshot(snapshot("s", A))
-    found = pool.snapshot_of(A)
+    found = pool.library.snapshot_of(A)
     assert found is not None
     assert found.id == "s"
-    assert pool.snapshot_of(head(A, 1999)) is None
-    assert pool.snapshot_of(A + B) is None
+    assert pool.library.snapshot_of(head(A, 1999)) is None
+    assert pool.library.snapshot_of(A + B) is None
 
 
 def test_agreeing_with_the_catalog() -> None:

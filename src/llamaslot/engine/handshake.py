@@ -241,7 +241,7 @@ class Handshake:
         draft, saved = written
         try:
             file = await read_slot_file(self.catalog.directory / draft.part_name)
-            if (same := pool.snapshot_of(file.tokens)) is not None:
+            if (same := pool.library.snapshot_of(file.tokens)) is not None:
                 await self.catalog.abandon(draft)
                 return same
             snapshot = await self.catalog.commit(

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from llamaslot.core.slots import Content
 from llamaslot.core.snapshots import SnapshotIndex
-from llamaslot.core.spaces import InSpaces, Space, mark
+from llamaslot.core.spaces import SHARED, InSpaces, Space, mark
+from llamaslot.core.tokens import count
+from llamaslot.core.trunks import NEAR_TOKENS
 from llamaslot.engine.covers import Covers
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.llama.identity import Identity
@@ -46,6 +48,19 @@ class Library:
     def space_of(self, snapshot_id: str) -> Space:
         """Raises KeyError for an unknown one."""
         return Space.of_text(self.snapshots[snapshot_id].space)
+
+    def snapshot_of(self, tokens: bytes) -> WithTokens | None:
+        """The snapshot that holds exactly ``tokens``, of those that all share."""
+        hit = self.in_spaces.longest_full_prefix(tokens, (SHARED,))
+        if hit is None or hit.n_tokens != count(tokens):
+            return None
+        return self.snapshots[hit.holder].with_tokens(tokens)
+
+    def snapshot_at(self, tokens: bytes, space: Space) -> Snapshot | None:
+        """The snapshot that ends where ``tokens`` do, or a little before."""
+        hit = self.in_spaces.longest_full_prefix(tokens, (space,))
+        is_near = hit is not None and hit.n_tokens >= count(tokens) - NEAR_TOKENS
+        return self.snapshots.get(hit.holder) if hit is not None and is_near else None
 
     def add(self, snapshot: WithTokens) -> None:
         """Idempotent."""

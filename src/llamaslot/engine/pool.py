@@ -16,9 +16,8 @@ from llamaslot.core.prefix import PrefixIndex
 from llamaslot.core.reuse import Memory, Recall, checkpoints_after
 from llamaslot.core.saving import Unsaved, is_worth
 from llamaslot.core.slots import NOTHING, Content, Event, Job, Keep, Kind, Plan, Save, Slot, State
-from llamaslot.core.spaces import SHARED, InSpaces, Space, mark
+from llamaslot.core.spaces import InSpaces, Space, mark
 from llamaslot.core.tokens import common, count, head
-from llamaslot.core.trunks import NEAR_TOKENS
 from llamaslot.core.value import Standing
 from llamaslot.engine.assist import LostSlots
 from llamaslot.engine.busy import Busy
@@ -209,19 +208,6 @@ class Pool:
         if (snapshot := self._snapshots.get(snapshot_id)) is None:
             return None
         return snapshot.with_tokens(self._snapshot_index.tokens(snapshot_id))
-
-    def snapshot_of(self, tokens: bytes) -> WithTokens | None:
-        """The snapshot that holds exactly ``tokens``, of those that all share."""
-        hit = self._snapshot_index.longest_full_prefix(tokens, (SHARED,))
-        if hit is None or hit.n_tokens != count(tokens):
-            return None
-        return self._snapshots[hit.holder].with_tokens(tokens)
-
-    def snapshot_at(self, tokens: bytes, space: Space) -> Snapshot | None:
-        """The snapshot that ends where ``tokens`` do, or a little before."""
-        hit = self._snapshot_index.longest_full_prefix(tokens, (space,))
-        is_near = hit is not None and hit.n_tokens >= count(tokens) - NEAR_TOKENS
-        return self._snapshots.get(hit.holder) if hit is not None and is_near else None
 
     def has_snapshot(self, snapshot_id: str) -> bool:
         return snapshot_id in self._snapshots

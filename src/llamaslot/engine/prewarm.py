@@ -111,7 +111,7 @@ class Prewarm:
             return  # it may be one of these
         for snapshot in pool.pinned():
             if not any(
-                one is not None and pool.snapshot_at(one.trunk, pool.rules.public) == snapshot
+                one is not None and pool.library.snapshot_at(one.trunk, pool.rules.public) == snapshot
                 for one in wanted
             ):
                 await self._mark(pool, snapshot, is_pinned=False)
@@ -124,7 +124,7 @@ class Prewarm:
     # -- one of them ---------------------------------------------------------------------------------------------
 
     async def _warm(self, pool: Pool, one: _Wanted) -> None:
-        if (there := pool.snapshot_at(one.trunk, pool.rules.public)) is not None:
+        if (there := pool.library.snapshot_at(one.trunk, pool.rules.public)) is not None:
             if not there.is_pinned:
                 await self._mark(pool, there, is_pinned=True)
             log.info("prewarm: %s is kept: %d tokens, %s", one.name, one.n_tokens, there.id)

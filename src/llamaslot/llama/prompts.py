@@ -19,6 +19,7 @@ from llamaslot.llama.opaque import OpaquePrompt, Reason
 from llamaslot.llama.pieces import Known, Pieces, spaced
 from llamaslot.llama.specials import Mark, Specials, SpecialsOfEach, together
 from llamaslot.llama.systems import Systems
+from llamaslot.llama.variants import openings, variants_of
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +34,8 @@ _SHOWN = (
 )  # fmt: skip
 _MAX_TEXTS = 1024  # of one list: each is a question to the server, asked one after the other
 _HEADER_TOKENS = 16  # in front of an answer: a role, perhaps the beginning of its reasoning
-_HEADER_END_TOKENS = (
-    3  # of these, what stands behind the question in any case: <|im_start|>, assistant, a line break
-)
+# Of these, what stands behind the question in any case: <|im_start|>, assistant, a line break.
+_HEADER_END_TOKENS = 3
 
 
 class NoPrompt(BadRequest):
@@ -299,7 +299,7 @@ class Prompts:
 
     def _question_ends(self, body: Mapping[str, Any], prompt: Prompt) -> list[Coroutine[Any, Any, int]]:
         """Questions for the end of the last user message: as the next turn has it, and as this one has it."""
-        variants = _variants(body)[1:]
+        variants = variants_of(body)[1:]
         if not variants:
             return []
         messages, n_asked = body["messages"], len(variants[1]["messages"]) - 1
@@ -341,7 +341,7 @@ class Prompts:
         What begins as an earlier body did costs no question: the tokens of the last few are remembered.
         """
         messages = body.get("messages")
-        variants = _variants(body) if isinstance(messages, list) else []
+        variants = variants_of(body) if isinstance(messages, list) else []
         if not variants or not (len(variants[0]["messages"]) > 1 or body.get("tools")):
             return 0
         shown = {name: body[name] for name in _SHOWN if name in body}
@@ -358,7 +358,7 @@ class Prompts:
         Without either the whole of ``body`` is what they begin with. Raises OpaquePrompt for media, UpstreamError when
         the template refuses it.
         """
-        prompt, other = await together(*(self.chat(variant) for variant in _openings(body)))
+        prompt, other = await together(*(self.chat(variant) for variant in openings(body)))
         return prompt, common(prompt.tokens, other.tokens)
 
     async def _shared(self, variant: Mapping[str, Any], prompt: Prompt) -> int:
@@ -380,50 +380,3 @@ def _pack_wrapping(ids: list[int]) -> bytes:
         return pack(ids)
     except ValueError:
         return pack([(i + 2**31) % 2**32 - 2**31 for i in ids])
-
-
-def _variants(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Bodies whose prompts share with the body's the system part; all up to the answer, as a turn of the past, and as
-    the one that is being written (none of these two without a user message).
-
-    The answer as a turn of the past has no reasoning, as most templates render it, and the next turn will have it so.
-    One that is being written may begin with <think>, or be refused ("prefill is incompatible with enable_thinking").
-    """
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
-        return []
-    roles = [m.get("role") for m in messages]
-    n_system = next((i for i, role in enumerate(roles) if role not in ("system", "developer")), len(roles))
-    question = {"role": "user", "content": _other(messages[n_system:])}
-    variants = [[*messages[:n_system], question]]
-    if "user" in roles:
-        n_user = len(roles) - roles[::-1].index("user")
-        answered = [*messages[:n_user], {"role": "assistant", "content": _other(messages[n_user:])}]
-        variants += [[*answered, {"role": "user", "content": "x"}], answered]
-    # What says to go on writing the last message cannot stand: that message is another.
-    fields = {name: value for name, value in body.items() if name != "continue_final_message"}
-    return [{**fields, "messages": variant} for variant in variants]
-
-
-def _openings(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Two conversations that begin with what ``body`` is an example of."""
-    messages = body["messages"]
-    roles = [message.get("role") for message in messages]
-    n_system = next((i for i, role in enumerate(roles) if role not in ("system", "developer")), len(roles))
-    if n_system or body.get("tools"):
-        messages, role = messages[:n_system], "user"
-    else:
-        role = "assistant" if roles[-1] == "user" else "user"
-    more = [] if role == "user" else [{"role": "user", "content": "x"}]
-    fields = {name: value for name, value in body.items() if name != "continue_final_message"}
-    return [
-        {**fields, "messages": [*messages, {"role": role, "content": text}, *more]} for text in ("x", "y")
-    ]
-
-
-def _other(messages: list[Any]) -> str:
-    """One character that the first of the messages does not begin with, so that no part of it seems common."""
-    content = messages[0].get("content") if messages else None
-    if isinstance(content, list):
-        content = content[0].get("text") if content and isinstance(content[0], Mapping) else None
-    return "y" if isinstance(content, str) and content.lstrip()[:1] == "x" else "x"
