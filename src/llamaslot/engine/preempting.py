@@ -56,7 +56,7 @@ def _stoppable(lease: Lease, queue: Queue, now: float) -> Stoppable:
     user, n, rates = lease.job.user.id, lease.n_done, lease.pool.rates
     assert lease.plan is not None, "only what a client has asked for"
     loss_s = rates.prefill.seconds(min(lease.plan.n_reused, n), n)
-    if lease.pool.can_save:
+    if lease.pool.can_save and not lease.job.is_cold:
         loss_s = min(loss_s, rates.save_s(n) + rates.restore_s(n))
     if lease.restored is not None:
         loss_s += rates.restore_s(lease.plan.n_reused)

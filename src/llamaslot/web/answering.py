@@ -126,8 +126,11 @@ class Answering:
         )
         if not self._has_events:
             return
-        reading, is_looked_at, is_told = self._reading, False, False
-        while (events := await self._next_or_stop(sent, can_stop=is_looked_at and not is_told)) is not None:
+        reading, is_looked_at = self._reading, False
+        may_stop = (
+            self._is_one_prompt and not self.want.is_head
+        )  # what is in its slot is known whenever it stops
+        while (events := await self._next_or_stop(sent, can_stop=is_looked_at and may_stop)) is not None:
             if reading.has_token or reading.is_over or reading.has_failed:
                 self.lease.talks()
                 self._first = events
@@ -142,7 +145,7 @@ class Answering:
                 self.lease.n_done = reading.n_processed
                 n_reused = self.earlier.n_reused if self.earlier is not None else reading.n_found
                 self.down.note(Prefilling(reading.n_processed, self.want.job.n_tokens, n_reused, 0.0))
-            is_told = is_told or bool(events)
+            may_stop = may_stop and not events  # told twice, the beginning of an answer confuses its client
             if events:  # of progress, to who has asked for it
                 await self._tell_reuse(at_last=True)
                 await self.down.begin(headers=self._headers(SSE_HEADERS))
@@ -247,9 +250,13 @@ class Answering:
     def _has_events(self) -> bool:
         return self._upstream.content_type == "text/event-stream"
 
+    @property
+    def _is_one_prompt(self) -> bool:
+        return len(self.want.prompts) == 1 and not self.want.job.n_children
+
     def _is_misplaced(self, n_found: int) -> bool:
         """Whether the slot holds much less of the one prompt than was expected."""
-        if len(self.want.prompts) != 1 or self.want.job.n_children:
+        if not self._is_one_prompt:
             return False
         n_expected = self.here.n_tokens if self.here is not None else self.lease.n_expected
         return is_far_off(self.lease, n_expected, n_found)
