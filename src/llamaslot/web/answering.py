@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -23,8 +23,8 @@ from llamaslot.llama.api import content_type_of
 from llamaslot.llama.assemble import Assembly, Doubt, can_assemble, streamed
 from llamaslot.llama.opaque import Reason
 from llamaslot.llama.progress import message_start
-from llamaslot.llama.routes import Format
 from llamaslot.llama.sse import Earlier
+from llamaslot.web.asked import Asked
 from llamaslot.web.downstream import SSE_HEADERS, Downstream
 from llamaslot.web.headers import to_client
 from llamaslot.web.jobs import CONVERTED, Wanted
@@ -33,31 +33,6 @@ from llamaslot.web.reading import Reading
 log = logging.getLogger(__name__)
 
 _FEW_TOKENS = 8  # at the end of the text before a medium that may tokenize differently in context
-
-Post = Callable[[dict[str, Any]], contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]]
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a client has asked for. ``post`` sends a body to the same route of llama-server."""
-
-    id: str
-    body: dict[str, Any]
-    kind: Format
-    post: Post
-    started: float
-
-    @property
-    def is_streaming(self) -> bool:
-        return self.body.get("stream") is True
-
-    @property
-    def wants_progress(self) -> bool:
-        return self.is_streaming and self.body.get("return_progress") is True
-
-    def may_set(self, name: str) -> bool:
-        """Whether a switch that llamaslot sets was left alone, or is one: what is neither llama-server refuses."""
-        return isinstance(self.body.get(name), bool | None)
 
 
 class InOnePiece(PlanAgain):
@@ -127,9 +102,7 @@ class Answering:
         if not self._has_events:
             return
         reading, is_looked_at = self._reading, False
-        may_stop = (
-            self._is_one_prompt and not self.want.is_head
-        )  # what is in its slot is known whenever it stops
+        may_stop = self._is_one_prompt and not self.want.is_head  # its slot's content is known at any time
         while (events := await self._next_or_stop(sent, can_stop=is_looked_at and may_stop)) is not None:
             if reading.has_token or reading.is_over or reading.has_failed:
                 self.lease.talks()

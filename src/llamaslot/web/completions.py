@@ -33,7 +33,8 @@ from llamaslot.llama.progress import TELLS_PROGRESS, progress_event
 from llamaslot.llama.prompts import NoPrompt
 from llamaslot.llama.routes import Format, Route, origin_form
 from llamaslot.llama.sse import Earlier
-from llamaslot.web.answering import Answering, Asked, InOnePiece
+from llamaslot.web.answering import Answering, InOnePiece
+from llamaslot.web.asked import Asked
 from llamaslot.web.bodies import NoObject, parse_object
 from llamaslot.web.deadlines import Deadlines
 from llamaslot.web.downstream import MISTAKE, Downstream, StreamRules

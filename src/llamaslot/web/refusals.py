@@ -17,7 +17,7 @@ from llamaslot.llama.dry_run import Verdict
 from llamaslot.llama.offered import IS_NOT_OFFERED
 from llamaslot.llama.opaque import Reason
 from llamaslot.llama.routes import Format, origin_form
-from llamaslot.web.answering import Asked
+from llamaslot.web.asked import Asked
 from llamaslot.web.headers import to_server
 from llamaslot.web.jobs import Wanted
 

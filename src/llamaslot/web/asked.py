@@ -1,0 +1,37 @@
+"""What a client has asked for, and how llama-server is asked."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from llamaslot.llama.routes import Format
+
+Post = Callable[[dict[str, Any]], contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a client has asked for. ``post`` sends a body to the same route of llama-server."""
+
+    id: str
+    body: dict[str, Any]
+    kind: Format
+    post: Post
+    started: float
+
+    @property
+    def is_streaming(self) -> bool:
+        return self.body.get("stream") is True
+
+    @property
+    def wants_progress(self) -> bool:
+        return self.is_streaming and self.body.get("return_progress") is True
+
+    def may_set(self, name: str) -> bool:
+        """Whether a switch that llamaslot sets was left alone, or is one: what is neither llama-server refuses."""
+        return isinstance(self.body.get(name), bool | None)
