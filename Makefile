@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llamaslot
+CODEX_VERSION := 0.171.0
+CODEX := $(CACHE)/codex-$(CODEX_VERSION)
 MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: serve test lint types soak fuzz bench bench-index bench-simulator smollm2 clean
@@ -29,7 +31,7 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-soak: $(VENV)/.dev
+soak: $(VENV)/.dev $(CODEX)/.installed
 	$(BIN)/python -m pytest -m soak
 
 fuzz: $(VENV)/.dev
@@ -60,6 +62,13 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "installing llamaslot and what its tests need into $(VENV)"
 	@$(PIP) install --editable '.[embedded,dev]'
 	@touch $@ $(VENV)/.embedded
+
+# The command-line agent, for the tests of what it makes of errors (tests/soak/test_codex.py): 170 MB, 510 MB unpacked.
+$(CODEX)/.installed:
+	@command -v npm >/dev/null || { echo "the tests with Codex need npm: apt install npm" >&2; exit 1; }
+	@echo "installing Codex into $(CODEX)"
+	@npm install --prefix $(CODEX) --no-audit --no-fund --silent @openai/codex@$(CODEX_VERSION)
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -74,6 +74,10 @@ class Faults:
         kind = "invalid_request_error" if status < 500 else "server_error"
         self._errors[what].extend([BadInput(message, status, kind)] * times)
 
+    def refuse(self, what: str, message: str, kind: str, status: int = 400) -> None:
+        """The next one answers this error."""
+        self._errors[what].append(BadInput(message, status, kind))
+
     def fail_stream(
         self, message: str = "failed to process speculative batch", *, after_tokens: int = 0
     ) -> None:

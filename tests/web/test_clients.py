@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anthropic
 import openai
@@ -42,6 +43,30 @@ async def test_a_stream_that_breaks_off_is_an_error_of_the_client(tmp_path: Path
         it.fake.faults.disconnect_after_tokens(3, path)
         with pytest.raises((openai.APIError, anthropic.APIError), match="closed the connection"):
             await read(it, path)
+
+
+@pytest.mark.parametrize("is_refused", [True, False])
+@pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES])
+async def test_an_error_in_a_stream_is_raised_with_its_type(
+    tmp_path: Path, path: str, is_refused: bool
+) -> None:
+    """A refusal that comes after comments, and llama-server's own error between two tokens."""
+    async with served(tmp_path, {"stream": {"keepalive_s": 0.005}}, slots=1) as it:
+        hang = it.fake.faults.hang(path)
+        if is_refused:
+            it.fake.faults.refuse(path, "no such luck", "invalid_request_error")
+        else:
+            for _ in range(1 + (path == MESSAGES)):  # whose slot is made ready by a request without an answer
+                it.fake.faults.fail_stream("no such luck", after_tokens=2)
+        reader = spawn(read(it, path))
+        await asyncio.wait_for(hang.reached.wait(), PATIENCE_S)
+        await asyncio.sleep(0.03)  # several times keepalive_s
+        hang.release()
+        with pytest.raises((openai.APIError, anthropic.APIError), match="no such luck") as raised:
+            await reader
+    error, body = raised.value, cast(dict[str, Any], raised.value.body)
+    kind = "invalid_request_error" if is_refused else "api_error" if path == MESSAGES else "server_error"
+    assert (body["error"]["type"] if path == MESSAGES else error.type) == kind
 
 
 @pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES])
