@@ -219,8 +219,12 @@ def _choices(job: Job, view: PoolView, rules: Rules) -> Iterator[_Choice]:
         is_match = is_similar(slot, rules) and slot.n_usable > 0 and not job.is_cold
         if not is_takeable:
             if is_match:
-                wait = max(slot.wait_s + view.reserved.get(slot.id, 0.0), _TIE_S)
-                cost = wait + view.prefill_s(slot.n_usable, n)
+                rest_s = view.prefill_s(slot.n_usable, n)
+                # Whoever gets it first is asked to keep what both begin with, as soon as it computes that.
+                is_shared = rest_s > rules.long_s(view.request_s)
+                behind_s = 0.0 if is_shared else view.reserved.get(slot.id, 0.0)
+                wait = max(slot.wait_s + behind_s, _TIE_S)
+                cost = wait + rest_s
                 yield _Choice(slot, Source.RESIDENT, slot.n_usable, cost, wait, is_loss=False, is_match=True)
             continue
         if is_match:
