@@ -38,6 +38,7 @@ async def converse(stack: Stack, home: Path, text: str) -> None:
         "ANTHROPIC_AUTH_TOKEN": "anything",
         "ANTHROPIC_MODEL": "local",
         "ANTHROPIC_DEFAULT_HAIKU_MODEL": "local",
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "8",  # this model ends no answer by itself
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         "DISABLE_AUTOUPDATER": "1",
         "DISABLE_TELEMETRY": "1",
@@ -51,12 +52,11 @@ async def converse(stack: Stack, home: Path, text: str) -> None:
         stderr=asyncio.subprocess.STDOUT,
     )
     try:
-        said, _ = await asyncio.wait_for(process.communicate(), 240)
+        await asyncio.wait_for(process.communicate(), 120)  # it may complain of an answer that was cut
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    assert process.returncode == 0, said.decode()[-2000:]
 
 
 @pytest.mark.parametrize("is_on", [True, False], ids=["as it comes", "switched off"])
@@ -66,7 +66,7 @@ async def test_a_new_conversation_finds_the_system_prompt(
     """By llama-server's own counter; with the ready rule switched off it computes nearly all of it again."""
     settings: dict[str, Any] = {} if is_on else {"rewrite_off": ["claude-code-attribution"]}
     model = models.dense(tmp_path)
-    server: dict[str, Any] = {"slots": 2, "context": 65536, "extra": ("-n", "8")}
+    server: dict[str, Any] = {"slots": 2, "context": 65536}
     async with Stack(model, tmp_path, settings=settings, **server) as stack:
         n_computed = []
         for text in ("What is two plus two?", "Name three colours."):
@@ -74,7 +74,8 @@ async def test_a_new_conversation_finds_the_system_prompt(
             await converse(stack, tmp_path / "home", text)
             n_computed.append((await stack.server.metrics())["llamacpp:prompt_tokens_total"] - before)
         decisions = [made for made in (await stack.journal())["decisions"] if made["n_reused"] is not None]
-    n_prompt, n_reused = decisions[0]["n_tokens"], decisions[0]["n_reused"]
-    figure(f"computed {n_computed[0]:.0f}, then {n_computed[1]:.0f} of {n_prompt} tokens, {n_reused} reused")
+    figure(
+        f"computed {n_computed[0]:.0f} tokens of the first conversation, {n_computed[1]:.0f} of the second"
+    )
     assert all("claude-code-attribution" in made["rewrote"] for made in decisions) == is_on
-    assert (n_reused > 5000) == is_on
+    assert (n_computed[1] < 0.25 * n_computed[0]) == is_on
