@@ -227,6 +227,8 @@ REQUESTS: dict[str, tuple[str, Any]] = {
     "context just fits": ("/completion", {"prompt": text(1, CONTEXT - 1), "n_predict": 0, "id_slot": 1}),
     "empty prompt": ("/completion", {"prompt": "", "n_predict": 2, "id_slot": 1}),
     "empty list": ("/completion", {"prompt": [], "n_predict": 2}),
+    "list of no ids": ("/completion", {"prompt": [[]], "n_predict": 2, "id_slot": 1}),
+    "samplers of a wrong type": ("/completion", {"prompt": [[]], "samplers": [0]}),
     "prompt of a wrong type": ("/completion", {"prompt": {"a": 1}}),
     "no prompt": ("/completion", {"n_predict": 2}),
     "invalid token": ("/completion", {"prompt": [models.N_VOCAB], "n_predict": 2}),
