@@ -60,7 +60,7 @@ _UNREAD = (
     "store",
     "service_tier",
 )
-#: Any number of these that is not negative and fits into an int32 is taken.
+#: Any number of these from -1 on (none, or no limit) that fits into an int32 is taken.
 _NUMBERS = {
     "seed", "max_tokens", "max_completion_tokens", "n_predict", "temperature", "top_p", "top_k", "min_p",
     "typical_p", "presence_penalty", "frequency_penalty", "repeat_penalty",
@@ -343,7 +343,7 @@ def _is_sure(name: str, value: Any) -> bool:
     if value is None or name in ("model", "id_slot"):
         return True
     if name in _NUMBERS:
-        return type(value) in (int, float) and 0 <= value < 2**31
+        return type(value) in (int, float) and -1 <= value < 2**31
     if name in ("n", "n_cmpl"):
         return value == 1 and type(value) is int
     if name == "stop":
