@@ -79,7 +79,8 @@ async def follow_up(client: Client, n_user: int, seen: Seen) -> None:
     rng = random.Random(n_user)
     messages = [{"role": "user", "content": words(rng, N_CONTEXT)}]
     for turn in range(N_TURNS):
-        reply = await client.chat(messages, n_predict=N_ANSWER)
+        body = {"messages": messages, "max_tokens": N_ANSWER, "temperature": 0, "stream": True}
+        reply = await client.ask("/v1/chat/completions", body)
         assert not reply.error, reply.error
         if turn:
             seen.first_s.append(reply.ttft_s)
