@@ -128,7 +128,8 @@ class Paced(House):
 
     def drive(self) -> None:
         """Until all who are here are through, however they end."""
-        self.loop.run(asyncio.wait(set(self.clients)))
+        if self.clients:
+            self.loop.run(asyncio.wait(set(self.clients)))
 
     def leave(self, client: asyncio.Task[Any]) -> None:
         client.cancel()
