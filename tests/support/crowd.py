@@ -21,10 +21,12 @@ from tests.support.users import Client, Turn, User
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """``first_s``: to the first token of each agent's first turn; ``later_s``: of the other turns."""
+    """``first_s``: to the first token of each agent's first turn; ``later_s``: of the other turns.
+    ``answered_s``: to the end of each agent's first answer."""
 
     first_s: tuple[float, ...]
     later_s: tuple[float, ...]
+    answered_s: tuple[float, ...]
     makespan_s: float
 
     @property
@@ -39,8 +41,8 @@ class Crowd:
         each = ", ".join(f"{seconds:.2f}" for seconds in sorted(self.first_s))
         later = statistics.mean(self.later_s) if self.later_s else 0.0
         return (
-            f"first turn {self.mean_first_s:.2f} s ({each}), later turns {later:.2f} s, all {self.mean_s:.2f} s; "
-            f"whole run {self.makespan_s:.2f} s"
+            f"first turn {self.mean_first_s:.2f} s ({each}), answered {statistics.mean(self.answered_s):.2f} s, "
+            f"later turns {later:.2f} s, all {self.mean_s:.2f} s; whole run {self.makespan_s:.2f} s"
         )
 
 
@@ -64,6 +66,7 @@ async def run(
     return Crowd(
         tuple(own[0].reply.ttft_s for own in turns),
         tuple(turn.reply.ttft_s for own in turns for turn in own[1:]),
+        tuple(own[0].reply.total_s for own in turns),
         makespan_s,
     )
 
