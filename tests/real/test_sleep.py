@@ -53,3 +53,17 @@ async def test_headers_tell_what_was_found_after_a_sleep(tmp_path: Path, path: s
             assert (answer.source, answer.n_reused) == ("cold", 0)
             told = answer.events[0]["message"] if stream and path != CHAT else answer.last
             assert told[where].get(name, 0) == 0
+
+
+async def test_a_sleep_empties_the_slots_and_is_not_a_disappointment(tmp_path: Path) -> None:
+    """llamaslot looks at ``/props``, which does not wake the server, and believes no more in what its slots held."""
+    sleepy = RealServer(models.dense(tmp_path), tmp_path / "kv", slots=2, extra=("--sleep-idle-seconds", "1"))
+    async with sleepy as server, fronted(tmp_path, server.url, tmp_path / "kv") as it:
+        text = words(random.Random(5), 400)
+        await it.ask(text)
+        await it.ask(text)
+        await asleep(server)
+        answer = await it.ask(text)
+        assert answer.timings["cache_n"] == 0
+        assert await it.count("beliefs_wrong_total") == 0
+        assert await it.count("backend_restarts_total") == 0

@@ -33,7 +33,7 @@ from llamaslot.engine.turns import Turns
 from llamaslot.engine.unrecognized import Unrecognized
 from llamaslot.engine.writeback import Writeback
 from llamaslot.errors import BackendDown, LlamaslotError
-from llamaslot.llama.api import LlamaServer
+from llamaslot.llama.api import LlamaServer, Props
 from llamaslot.llama.dry_run import DryRuns
 from llamaslot.llama.offered import Offered
 from llamaslot.llama.prompts import Prompts
@@ -149,6 +149,7 @@ class Backend:
                 self._doubt.set()
                 raise
             if props.boot_id == met.props.boot_id:
+                self._forget_if_asleep(props)
                 return met
             self.lost(met)
         if self.health is Health.DOWN:
@@ -181,6 +182,16 @@ class Backend:
             log.info("%s: %s; meeting llama-server again", self.name, why)
             self._forget(Health.CONNECTING)
         self._doubt.set()
+
+    def _forget_if_asleep(self, props: Props) -> None:
+        """A server that sleeps has unloaded its model: what its idle slots held is gone (seen running)."""
+        pool = self.scheduler.pool
+        if props.is_sleeping and pool is not None and (filled := pool.filled()):
+            log.info("%s: llama-server sleeps; its slots are empty", self.name)
+            for slot in filled:
+                pool.take(slot, Job("sleep"), self.now(), has_answer=False)
+                pool.give_back(slot, Event.EMPTY, NOTHING, self.now())
+            self.scheduler.dispatch()
 
     def _slots_were_lost(self) -> None:
         """Find out again what llama-server does with its slots, not more than once in a while."""
@@ -317,7 +328,9 @@ class Backend:
                 return
             if (props.boot_id, props.n_slots) != (met.props.boot_id, met.props.n_slots):
                 self.lost(met)
-            elif met.aside is not None and met.aside.may_end and await self._is_any_idle(met.pool):
+                continue
+            self._forget_if_asleep(props)
+            if met.aside is not None and met.aside.may_end and await self._is_any_idle(met.pool):
                 self.changed("a slot is idle")
 
     async def _is_any_idle(self, pool: Pool) -> bool:

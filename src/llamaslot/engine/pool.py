@@ -259,6 +259,10 @@ class Pool:
     def n_idle(self) -> int:
         return sum(slot.is_idle for slot in self.slots)
 
+    def filled(self) -> list[Slot]:
+        """The idle slots that hold something, or may."""
+        return [slot for slot in self.slots if slot.is_idle and slot.state is not State.FREE]
+
     # -- leases --------------------------------------------------------------------------------------------------
 
     def take(

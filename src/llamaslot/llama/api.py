@@ -50,6 +50,7 @@ class Props:
     model_path: str
     boot_id: str  # media_marker: random for each process of llama-server, so it tells a restart
     modalities: Mapping[str, bool] | None = None  # of media that it takes; None where the build does not tell
+    is_sleeping: bool = False  # its model is unloaded (--sleep-idle-seconds), and its slots are empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +209,7 @@ class LlamaServer:
             model_path=str(raw.get("model_path", "")),
             boot_id=str(raw.get("media_marker", "")),
             modalities=raw.get("modalities"),
+            is_sleeping=raw.get("is_sleeping") is True,
         )
 
     async def model_info(self) -> dict[str, Any]:
