@@ -78,6 +78,15 @@ async def test_an_exchange_of_flags_is_noticed(tmp_path: Path, is_default_first:
     assert result.ratio >= 0.97
 
 
+async def test_two_slots_of_which_one_is_filled_show_it_too(tmp_path: Path) -> None:
+    """After a request to a server with default flags one slot holds something, and of two just one is empty."""
+    async with Stack(models.dense(tmp_path), tmp_path, slots=2, context=4096, extra=DEFAULTS) as stack:
+        await stack.server.post("/completion", {"prompt": "a " * 300, "n_predict": 1})
+        await stack.llamaslot.stop()
+        await stack.llamaslot.start()
+        assert (await stack.status())["backend"]["assist"]["is_on"] is False
+
+
 async def _connected(stack: Stack, *, is_on: bool) -> None:
     """Wait until llamaslot has noticed the other server."""
     deadline = time.monotonic() + 30

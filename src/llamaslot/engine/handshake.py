@@ -157,7 +157,9 @@ class Handshake:
         identity = await self.probes.identity(first.id, props, model, lora)
         fingerprint = identity.to_text()
         empty = next((info.id for info in others if not info.n_tokens), None)
-        if empty is not None and await self.probes.is_unified(first.id, empty):
+        if await self._were_emptied(others) or (
+            empty is not None and await self.probes.is_unified(first.id, empty)
+        ):
             return self._stand_aside(clears_idle_slots(n_slots), props, model_name)
         pool.can_save, pool.can_erase = can_save, self.probes.can_erase
         self._forget_rates_of_others(identity)
@@ -189,6 +191,12 @@ class Handshake:
         busy = tuple(pool.slots[info.id] for info in infos if info.is_processing)
         warnings = tuple(self.probes.warnings)
         return Met(pool, props, model_name, fingerprint, busy, warnings)
+
+    async def _were_emptied(self, others: list[SlotInfo]) -> bool:
+        """Whether idle slots have lost what they held to the probes of another one: with two slots that is all that
+        shows a unified KV cache, for none is left that is empty."""
+        held = {info.id for info in others if info.n_tokens}
+        return bool(held) and any(info.id in held and not info.n_tokens for info in await self.api.slots())
 
     async def _settled(self) -> list[SlotInfo]:
         infos = await self.api.slots()
