@@ -11,7 +11,7 @@ import pytest
 
 from llamaslot.engine.backend import Health
 from llamaslot.engine.probes import Probes
-from tests.support.inprocess import CHAT, NATIVE, Served, letters, right, served, spawn
+from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, right, served, spawn
 
 ONE, TWO, THREE = (letters(n, 800) for n in (1, 2, 3))
 NO_SLOTS = {
@@ -77,6 +77,15 @@ async def test_where_idle_slots_are_emptied_no_request_names_a_slot(
         assert it.files() == []
     lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert [line for line in lines if "assist is off" in line and "--no-kv-unified" in line] == lines
+
+
+async def test_a_unified_cache_shows_where_no_slot_but_one_is_empty(tmp_path: Path) -> None:
+    """Of two slots one holds somebody's context, as after each request to such a server: the probes have emptied it."""
+    async with served(tmp_path, wait=False, unified=True, slots=2) as it:
+        await it.fake.start()
+        assert (await it.ask(ONE, to=it.fake.url)).status == 200
+        await it.start()
+        assert (await assist(it))["is_on"] is False
 
 
 async def test_with_assist_on_it_says_so(tmp_path: Path) -> None:
@@ -303,3 +312,41 @@ async def test_a_mistake_while_connecting_keeps_nobody_from_being_served(
         assert (await it.ask(ONE)).text == right(it.fake, ONE)
         assert "nobody has thought of this" in (await assist(it))["why"]
     assert "Traceback" in caplog.text
+
+
+async def test_a_stream_that_waits_outlives_the_end_of_standing_aside(tmp_path: Path) -> None:
+    """It has been told its place already, so that its headers are gone: it is placed all the same, and not failed."""
+    settings = {"queue": {"user_max_running": 1}, "stream": {"keepalive_s": 0.02}}
+    async with served(tmp_path, settings, unified=True, slots=2) as it, it.busy(1) as others:
+        async with it.streaming(ONE) as answer:
+            assert (await answer.content.readline()).startswith(b": queued 1")
+            it.fake.engine.shape = replace(it.fake.shape, unified=False)
+            it.fake.go()
+            it.backend.changed("its flags are others")
+            told = await answer.content.read()
+        assert b"error" not in told, told
+        assert b'"stop":true' in told.replace(b" ", b"")
+        assert b": x-llamaslot-slot: " in told
+        assert (await others[0]).status == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_of_a_list_of_prompts_each_is_answered_once(tmp_path: Path, stream: bool) -> None:
+    """Also if llamaslot begins to stand aside between two: what is left is asked for, and not the whole list."""
+    async with served(tmp_path, {"prefill": {"own_above_s": 0}}) as it:
+        settle = it.backend.steps.settle
+
+        def settled(*of: Any) -> None:
+            settle(*of)
+            it.fake.engine.shape = replace(it.fake.shape, unified=True)
+            it.backend.changed("its flags are others")
+
+        it.backend.steps.settle = settled  # type: ignore[method-assign]
+        answer = await it.ask([ONE, TWO, THREE], path=TEXT, stream=stream)
+        assert (await assist(it))["is_on"] is False
+        choices = answer.json["choices"] if not stream else [e["choices"][0] for e in answer.events if e]
+        texts = {n: "".join(c["text"] for c in choices if c["index"] == n) for n in range(9)}
+        assert texts == {
+            **dict.fromkeys(range(9), ""),
+            **{n: right(it.fake, text) for n, text in enumerate((ONE, TWO, THREE))},
+        }

@@ -78,14 +78,14 @@ class Completions:
             raise await in_its_words(self._backend, request, raw, error) from error
         if self._prompts.rewrite(request, body, route.format):
             raw = orjson.dumps(body)
-        if self._backend.stands_aside:
-            with contextlib.suppress(BackendRestarted):
-                return await self._unassisted.serve(request, route, raw, body)
-        if route.may_be_missing and not await self._passthrough.is_offered(route):
+        if route.may_be_missing and not (
+            self._backend.stands_aside or await self._passthrough.is_offered(route)
+        ):
             return await self._passthrough.unprepared(request, raw)
         unrecognized = partial(self._passthrough.in_turn, request, route, raw)
-        unassisted = partial(self._unassisted.relay, kind=route.format, raw=raw, body=body)
-        exchange = _Exchange(self._backend, self._rules, request, route, body, unrecognized, unassisted)
+        exchange = _Exchange(
+            self._backend, self._rules, request, route, raw, body, unrecognized, self._unassisted
+        )
         return await exchange.run()
 
 
@@ -98,16 +98,18 @@ class _Exchange:
         rules: StreamRules,
         request: web.Request,
         route: Route,
+        raw: bytes,
         body: dict[str, Any],
         unrecognized: Callable[..., Awaitable[web.StreamResponse]],
-        unassisted: Callable[..., Awaitable[web.StreamResponse]],
+        unassisted: Unassisted,
         whole: _Exchange | None = None,
     ) -> None:
-        """``unrecognized`` serves the request without knowing its tokens, in whatever slot llama-server chooses, and
+        """``raw``: the bytes that ``body`` was read from.
+        ``unrecognized`` serves the request without knowing its tokens, in whatever slot llama-server chooses, and
         ``unassisted`` where llamaslot stands aside.
         ``whole``: of a prompt in a list, the exchange for all of them.
         """
-        self.unrecognized, self.unassisted = unrecognized, unassisted
+        self.unrecognized, self.unassisted, self.raw = unrecognized, unassisted, raw
         self.in_one_piece = False  # the answer cannot be put together from a stream
         self.backend, self.request, self.route, self.body = backend, request, route, body
         self.id: str = whole.id if whole is not None else request_id(request.headers)
@@ -142,7 +144,11 @@ class _Exchange:
         for _ in range(ATTEMPTS):
             met, want = await self._met_and_wanted()
             if want is None:
-                return await self.unassisted(self.down, self.deadlines)
+                with contextlib.suppress(BackendRestarted):  # it does not stand aside any more
+                    return await self.unassisted.relay(
+                        self.down, self.deadlines, self._format, self.raw, self.body
+                    )
+                continue
             if want.is_beyond_server:
                 raise await in_its_words(
                     self.backend, self.request, orjson.dumps(self.body), BadRequest(_BEYOND)
@@ -228,6 +234,7 @@ class _Exchange:
                 self.down.rules,
                 self.request,
                 self.route,
+                orjson.dumps(body),
                 body,
                 self.unrecognized,
                 self.unassisted,

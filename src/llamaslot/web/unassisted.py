@@ -40,33 +40,27 @@ ASSIST_OFF = {"x-llamaslot-assist": "off"}
 
 
 class Unassisted:
-    """Serves any route that takes a slot."""
+    """Serves any route that takes a slot: completions by ``relay``, all others by ``serve``."""
 
     def __init__(self, backend: Backend, rules: StreamRules) -> None:
         self._backend, self._rules = backend, rules
 
-    async def serve(
-        self, request: web.Request, route: Route, raw: bytes, body: Mapping[str, Any] | None = None
-    ) -> web.StreamResponse:
-        """``raw``: the request's body, and ``body`` what it says where that was read. Cancelling (the client has gone)
-        closes the connection to llama-server, and the next request may be sent.
+    async def serve(self, request: web.Request, route: Route, raw: bytes) -> web.StreamResponse:
+        """``raw``: the request's body. Cancelling (the client has gone) closes the connection to llama-server, and the
+        next request may be sent.
 
-        Raises BackendRestarted where llamaslot does not stand aside any more and the client was sent nothing yet, and
-        ClientGone.
+        Raises BackendRestarted where llamaslot does not stand aside any more, and ClientGone.
         """
-        is_streaming = route.format is not None and body is not None and body.get("stream") is True
-        down = Downstream(request, self._rules, is_streaming, {"x-request-id": request_id(request.headers)})
+        down = Downstream(request, self._rules, False, {"x-request-id": request_id(request.headers)})
         deadlines = Deadlines(self._rules.timeouts)
         try:
             async with deadlines.kept():
-                return await self.relay(down, deadlines, route.format, raw, body or {})
+                return await self.relay(down, deadlines, route.format, raw, {})
         except BackendDown as error:
             self._backend.doubt()
             return await down.fail(error)
-        except BackendRestarted as error:
-            if not down.has_begun:
-                raise
-            return await down.fail(error)
+        except BackendRestarted:  # raised before anything was sent
+            raise
         except LlamaslotError as error:
             return await down.fail(error)
 
@@ -78,14 +72,18 @@ class Unassisted:
         raw: bytes,
         body: Mapping[str, Any],
     ) -> web.StreamResponse:
-        """Wait until llama-server has a slot for it, send it, and pass the answer on. Raises LlamaslotError."""
+        """Wait until llama-server has a slot for it, send it, and pass the answer on.
+
+        Raises LlamaslotError: BackendRestarted, before it was sent, where llamaslot does not stand aside any more.
+        Cancelling (the client has gone) closes the connection to llama-server, and the next request may be sent.
+        """
         began, request = time.monotonic(), down.request
         job = Job(down.headers["x-request-id"], user=user_of(request), max_tokens=max_tokens(body))
         await down.write(down.add_headers(ASSIST_OFF))
         async with contextlib.AsyncExitStack() as stack:
             async with down.waiting(self._backend.tasks):
                 down.say(QueuePosition(partial(self._backend.scheduler.position, job)))
-                lease = stack.enter_context(await self._lease(job))
+                lease = stack.enter_context(await self._lease(job, down))
                 self._backend.metrics.queue_s.observe(time.monotonic() - began)
                 lease.note.rewrote(rewrote(request))
                 down.say("waiting for llama-server")
@@ -120,11 +118,13 @@ class Unassisted:
             self._note(lease, kind, reading, began)
             return await down.end()
 
-    async def _lease(self, job: Job) -> Lease:
+    async def _lease(self, job: Job, down: Downstream) -> Lease:
         """The right to send it. Raises BackendDown, QueueFull, BackendRestarted."""
         lease = await self._backend.scheduler.lease(job)
         if lease.pool.is_assisted:  # the server was exchanged while it waited
             lease.release()
+            for name in ASSIST_OFF:
+                down.headers.pop(name, None)
             raise BackendRestarted
         return lease
 
