@@ -285,6 +285,21 @@ async def test_while_all_slots_are_at_work_for_others_requests_are_served(tmp_pa
         it.fake.violations.remove("completion while slots are busy")
 
 
+async def test_a_server_that_is_silent_while_it_is_connected_to_is_looked_at_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It computes nothing for longer than ``timeouts.watchdog_s``: that is its state, and no mistake of llamaslot's."""
+    async with served(tmp_path, {"timeouts": {"watchdog_s": 0.15}}, wait=False) as it:
+        await it.fake.start()
+        it.fake.hold()
+        await it.start()
+        assert "told nothing for 0.15 s" in (await assist(it))["why"]
+        it.fake.go()
+        await it.until(lambda: it.backend.met is not None and it.backend.met.is_assisted)
+        assert (await it.ask(ONE)).text == right(it.fake, ONE)
+    assert "Traceback" not in caplog.text
+
+
 async def test_slots_that_keep_losing_their_contexts_are_looked_at_again(tmp_path: Path) -> None:
     """A server that was exchanged unseen (its mark is the same): what it does now is found out."""
     async with served(tmp_path, slots=3) as it:

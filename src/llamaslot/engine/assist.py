@@ -79,7 +79,7 @@ def has_better_memory(n_slots: int, lacking: str) -> StandingAside:
 def no_slots(n_slots: int | None, answer: str) -> StandingAside:
     return StandingAside(
         f"llama-server does not tell what its slots hold ({answer})",
-        f"Start it without --no-slots. {_remedy(n_slots)}",
+        f"Leave --no-slots out. {_remedy(n_slots)}",
     )
 
 
@@ -109,6 +109,14 @@ def all_at_work() -> StandingAside:
     return StandingAside(
         "all slots of llama-server are at work for other clients",
         "llamaslot looks again when one is idle; nobody else should use the same llama-server",
+        may_end=True,
+    )
+
+
+def silent(error: Exception) -> StandingAside:
+    return StandingAside(
+        f"a small prompt of llamaslot's own was not computed ({error})",
+        "Its log may tell why. llamaslot looks again when a slot is idle",
         may_end=True,
     )
 

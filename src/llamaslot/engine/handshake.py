@@ -25,6 +25,7 @@ from llamaslot.engine.assist import (
     no_completions,
     no_slots,
     not_understood,
+    silent,
     wrong_key,
 )
 from llamaslot.engine.library import Libraries, content_of
@@ -36,6 +37,7 @@ from llamaslot.errors import (
     NotReady,
     NotUnderstood,
     SlotActionFailed,
+    SlotWedged,
     SnapshotInvalid,
     UpstreamError,
 )
@@ -99,7 +101,7 @@ class Handshake:
         self._drafts = contextlib.AsyncExitStack()
 
     async def run(self, now: float, *, is_retry: bool = False) -> Met:
-        """``is_retry``: all slots were at work before, and one is idle now: do not wait for the others."""
+        """``is_retry``: there was no slot to be probed before, and one is idle now: do not wait for the others."""
         async with self._drafts:
             props = None
             try:
@@ -111,6 +113,8 @@ class Handshake:
                 return self._stand_aside(not_understood(str(error)), props)
             except UpstreamError as error:
                 return self._stand_aside(_reason(error, props), props)
+            except SlotWedged as error:
+                return self._stand_aside(silent(error), props)
 
     def give_up(self, error: Exception) -> Met:
         """What to go on with after a mistake of llamaslot's own. Raises NotReady under isolation."""
