@@ -93,7 +93,7 @@ def test_a_save_that_outlives_its_server_is_the_next_one_s(house: House) -> None
     house.loop.run(house.meet())
     house.finish()
     assert house.scheduler.pool is not None
-    assert house.scheduler.pool.n_snapshots == 1
+    assert len(house.scheduler.pool.library.snapshots) == 1
     house.check_nothing_is_left()
 
 

@@ -355,7 +355,7 @@ def test_what_an_interruption_costs_is_learned(memory: Memory) -> None:
         for i in range(15):
             house.until(0.1 + 2.05 * i)
             house.wait(house.come(short(f"short {i}", i)))
-        assert 0.4 < house.rates.interruption.seconds < 1.1
+        assert 0.3 < house.rates.interruption.seconds < 1.1
         assert house.rates.prefill.seconds(0, 1000) == pytest.approx(1.0, rel=0.05)
         house.wait(client)
 

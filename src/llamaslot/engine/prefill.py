@@ -136,9 +136,9 @@ class Prefills:
         if self._current is not None or self._next() is not long:
             return _Why.OTHER_PREFILL, None
         now, sharing = self.now(), _sharing(long)
-        # No longer than it still takes itself, so that one of a tenth of a second is not held back for two.
-        left_s = self.rates.prefill.seconds(long.at, long.last)
-        held_s = max(self._stopped_at, long.came_at) + min(sharing.max_held_s, left_s) - now
+        # No longer than it takes itself, so that one of a tenth of a second is not held back for two.
+        whole_s = long.seconds + self.rates.prefill.seconds(long.at, long.last)
+        held_s = max(self._stopped_at, long.came_at) + min(sharing.max_held_s, whole_s) - now
         if held_s > 0 and self._is_somebody_first(long):
             return _Why.FIRST, min(held_s, _LOOK_AGAIN_S)
         pause_s = self._stopped_at + self._pause_s - now
