@@ -76,6 +76,16 @@ async def test_of_an_answer_in_one_piece_nobody_knows_when_it_begins(tmp_path: P
         assert (answer.status, answer.timings["predicted_n"]) == (200, 20)
 
 
+async def test_nor_does_it_where_llamaslot_stands_aside(tmp_path: Path) -> None:
+    """There every answer that is no stream comes in one piece. The wait for a slot is limited all the same."""
+    async with served(tmp_path, limits(first_token_s=0.2), slots=2, step_s=0.02, unified=True) as it:
+        assert it.backend.stands_aside
+        answer = await it.ask(letters(1, 50), n=20)
+        assert (answer.status, answer.timings["predicted_n"]) == (200, 20)
+        async with it.busy(2):
+            assert is_told_too_late(await it.ask(letters(3, 300)), "not begun within 0.2 s")
+
+
 @pytest.mark.parametrize("path", [CHAT, NATIVE])
 async def test_an_answer_that_does_not_end_in_time_is_given_up(tmp_path: Path, path: str) -> None:
     """A stream that has begun ends with an error event."""

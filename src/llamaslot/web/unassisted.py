@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -52,7 +53,9 @@ class Unassisted:
         Raises BackendRestarted where llamaslot does not stand aside any more, and ClientGone.
         """
         down = Downstream(request, self._rules, False, {"x-request-id": request_id(request.headers)})
-        deadlines = Deadlines(self._rules.timeouts)
+        deadlines = Deadlines(
+            replace(self._rules.timeouts, first_token_s=None)
+        )  # nobody knows when it begins
         try:
             async with deadlines.kept():
                 return await self.relay(down, deadlines, route.format, raw, {})
@@ -87,6 +90,8 @@ class Unassisted:
                 self._backend.metrics.queue_s.observe(time.monotonic() - began)
                 lease.note.rewrote(rewrote(request))
                 down.say("waiting for llama-server")
+                if not down.is_streaming:
+                    deadlines.answering()  # in one piece: nobody knows when it begins
                 upstream = await stack.enter_async_context(
                     self._backend.api.request(
                         request.method,
@@ -98,10 +103,7 @@ class Unassisted:
                 )
                 if upstream.status >= 400:
                     raise UpstreamError(upstream.status, await upstream.read(), content_type_of(upstream))
-                if not down.is_streaming:
-                    deadlines.answering()
             if kind is None:
-                deadlines.answering()
                 return await relay(request, upstream, down.headers)
             reading = Reading(
                 upstream,
