@@ -70,7 +70,8 @@ class Files:
 class Probes:
     """Probes of one llama-server. ``warnings``: what defeats the purpose, each with what it costs and what mends it.
 
-    Every coroutine raises BackendDown. Canceling is safe: the slot is left with a few dozen tokens of nobody's.
+    Every coroutine raises BackendDown, SlotWedged, UpstreamError and NotUnderstood. Canceling is safe: the slot is left
+    with a few dozen tokens of nobody's.
     """
 
     def __init__(self, api: LlamaServer, catalog: Catalog | None, rates: Rates) -> None:
