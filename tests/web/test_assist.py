@@ -365,3 +365,15 @@ async def test_of_a_list_of_prompts_each_is_answered_once(tmp_path: Path, stream
             **dict.fromkeys(range(9), ""),
             **{n: right(it.fake, text) for n, text in enumerate((ONE, TWO, THREE))},
         }
+
+
+async def test_a_passing_fault_while_connecting_is_looked_at_again(tmp_path: Path) -> None:
+    """llama-server fails once: requests are passed on, and assist is on as soon as it does not."""
+    async with served(tmp_path, wait=False) as it:
+        await it.fake.start()
+        it.fake.faults.fail("/completion", 500, "a passing fault")
+        await it.start()
+        assert "a passing fault" in (await assist(it))["why"]
+        assert (await it.ask(ONE)).text == right(it.fake, ONE)
+        await it.until(lambda: it.backend.met is not None and it.backend.met.is_assisted)
+        assert (await it.ask(ONE)).text == right(it.fake, ONE)

@@ -113,6 +113,14 @@ def all_at_work() -> StandingAside:
     )
 
 
+def passing_fault(answer: str) -> StandingAside:
+    return StandingAside(
+        f"llama-server has failed while llamaslot was finding out what it can do ({answer})",
+        "Its log may tell why. llamaslot looks again when a slot is idle",
+        may_end=True,
+    )
+
+
 def silent(error: Exception) -> StandingAside:
     return StandingAside(
         f"a small prompt of llamaslot's own was not computed ({error})",
@@ -124,5 +132,6 @@ def silent(error: Exception) -> StandingAside:
 def mistake(error: Exception) -> StandingAside:
     return StandingAside(
         f"llamaslot could not find out what llama-server can do ({error!r})",
-        "The log has the traceback above this line; please report it",
+        "The log has the traceback above this line; please report it. llamaslot looks again when a slot is idle",
+        may_end=True,
     )

@@ -46,6 +46,10 @@ log = logging.getLogger(__name__)
 
 _HEALTH_POLL_S = (0.1, 0.2, 0.3, 0.5, 1.0)  # then the last for ever
 _WATCH_S = 2.0
+_RETRY_S, _RETRY_AT_LAST_S = (
+    1.0,
+    60.0,
+)  # to find out what it can do, where that has failed: each pause twice the last
 _LOOK_AGAIN_S = 600.0  # after slots have lost what they held
 _CONNECT_WAIT_S = 120.0  # how long a request waits for a server that has just been seen to restart
 
@@ -125,6 +129,7 @@ class Backend:
             self.scheduler.pin = self.catalog.pin
         self.health = Health.DOWN
         self._look_again_at = -math.inf
+        self._n_retries = 0  # in a row, of finding out what the server can do
         self.streams_are_known = True  # answers can be put together from the events of a stream
         self.met: Met | None = None
         self._why_down = "has not answered yet"
@@ -261,6 +266,7 @@ class Backend:
             await self._store_learned()
             await self._until_gone(met)
             is_retry = met.aside is not None and met.aside.may_end
+            self._n_retries = self._n_retries + 1 if is_retry else 0
 
     async def _connect(self, *, is_retry: bool) -> Met:
         """Find out what the server is, and what it can do. Raises BackendDown."""
@@ -310,6 +316,7 @@ class Backend:
         )  # fmt: skip
 
     async def _until_gone(self, met: Met) -> None:
+        retry_at = self.now() + min(_RETRY_S * 2**self._n_retries, _RETRY_AT_LAST_S)
         while self.health is Health.UP:
             try:
                 async with asyncio.timeout(_WATCH_S):
@@ -330,16 +337,19 @@ class Backend:
                 self.lost(met)
                 continue
             self._forget_if_asleep(props)
-            if met.aside is not None and met.aside.may_end and await self._is_any_idle(met.pool):
+            is_due = met.aside is not None and met.aside.may_end and self.now() >= retry_at
+            if is_due and await self._is_any_idle(met.pool):
                 self.changed("a slot is idle")
 
     async def _is_any_idle(self, pool: Pool) -> bool:
         """Whether llama-server has an idle slot, with all that was sent to it at work in others."""
         try:
-            n_at_work = sum(info.is_processing for info in await self.api.slots())
+            infos = await self.api.slots()
         except LlamaslotError:
             return False
-        return len(pool.slots) - pool.n_idle <= n_at_work < len(pool.slots)
+        n_at_work = sum(info.is_processing for info in infos)
+        n_sent = sum(not slot.is_idle for slot in pool.slots)
+        return n_sent <= n_at_work and any(not info.is_processing for info in infos)
 
     def _forget(self, health: Health) -> None:
         self.met = None

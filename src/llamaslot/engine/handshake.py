@@ -25,6 +25,7 @@ from llamaslot.engine.assist import (
     no_completions,
     no_slots,
     not_understood,
+    passing_fault,
     silent,
     wrong_key,
 )
@@ -327,4 +328,6 @@ def _reason(error: UpstreamError, props: Props | None) -> StandingAside:
         raise NotReady(str(error)) from error
     if error.status in (401, 403):
         return wrong_key(str(error))
+    if error.status >= 500 and error.status != 501:
+        return passing_fault(str(error))
     return not_understood(str(error)) if props is None else no_completions(str(error))
