@@ -1,18 +1,21 @@
-"""Many small requests at once, while every slot holds a long conversation: in virtual time."""
+"""Many requests at once, small ones while every slot holds a long conversation, and long ones: in virtual time."""
 
 from __future__ import annotations
 
 import asyncio
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
 from llamaslot.bench.virtual import VirtualLoop
+from llamaslot.core.reuse import Memory
 from llamaslot.core.slots import Job
 from llamaslot.core.tokens import pack
 from llamaslot.engine.queue import QueueLimits
 from tests.support.house import RULES, House, tokens_of
+from tests.support.mainloop import Paced, long, short
 from tests.support.stub import Op, StubServer
 
 N_SLOTS, N_CONTEXT, N_ALIKE, ANSWER_S, SAVE_S = 4, 3000, 300, 0.5, 0.06
@@ -133,3 +136,90 @@ def test_saves_are_done_together_unless_an_answer_is_decoded(house: House, is_de
     house.loop.run(all_of_them())
     assert max(n_at_once) == (1 if is_decoding else 2)
     house.check_nothing_is_left()
+
+
+# -- long prompts that only wait ---------------------------------------------------------------------------------------
+
+
+async def _turns(house: Paced, agent: int, n_context: int = 8000, n_turns: int = 4) -> list[float]:
+    """One question after the other, each with all that went before; the seconds to the first token of each."""
+    first_s = list[float]()
+    for turn in range(n_turns):
+        n_prompt = n_context + 360 * turn
+        tokens = tokens_of(1_000_000 * (agent + 1), n_prompt + 60)
+        job = Job(f"agent {agent}, {turn}", tokens[: 4 * n_prompt], max_tokens=60)
+        await house.ask(job, tokens[4 * n_prompt :])
+        first_s.append(house.first_s[job.id])
+    return first_s
+
+
+@pytest.mark.parametrize("memory", list(Memory))
+def test_follow_ups_of_a_crowd_find_a_slot(memory: Memory) -> None:
+    """Six agents of one user begin at once on four slots. Whoever has its first answer goes on: its next question needs
+    a fraction of a second, and does not wait for the long prompts of the others, which wait in slots."""
+    with Paced(memory, 4) as house:
+        house.server.token_s = 0.0002
+        house.talk()
+        house.begin()
+        agents = [house.start(_turns(house, i), f"agent {i}") for i in range(6)]
+        house.wait(*agents)
+        turns = [agent.result() for agent in agents]
+        assert statistics.mean(own[0] for own in turns) <= 1.6 * 3.5 * 1.2, "one at a time"
+        assert statistics.mean(seconds for own in turns for seconds in own[1:]) <= 0.15
+        assert house.server.n_computed <= 6 * (8000 + 3 * 300) * 1.05
+
+
+def test_a_long_prompt_leaves_the_last_idle_slot_while_another_waits_in_one() -> None:
+    """The one whose turn is next has a slot to be ready in; a third one takes none before that one's turn."""
+    with Paced(n_slots=3) as house:
+        house.talk(3)
+        house.begin()
+        clients = [house.come(long(f"long {i}", 4000, i)) for i in range(3)]
+        house.until(1.0)
+        assert house.scheduler.n_waiting == 1
+        little = short("little")
+        house.wait(house.come(little))
+        assert house.first_s[little.id] < 1.5, "a stretch, and its own"
+        house.wait(*clients)
+        assert house.now - house.began < 12.0 * 1.1 + 1.0
+
+
+def test_a_shorter_prompt_takes_the_last_idle_slot() -> None:
+    """It comes before the one that waits for its turn."""
+    with Paced(n_slots=3) as house:
+        house.talk(3)
+        house.begin()
+        clients = [house.come(long(f"long {i}", 8000, i)) for i in range(2)]
+        house.until(1.0)
+        clients.append(house.come(long("shorter", 2000, 3)))
+        house.until(1.1)
+        assert house.scheduler.n_waiting == 0
+        house.wait(*clients)
+        assert house.first_s["shorter"] < house.first_s["long 1"]
+
+
+def test_whoever_was_passed_for_long_takes_any_slot() -> None:
+    """Shorter ones that come after it are not computed before it any more."""
+    with Paced(n_slots=3, max_passed_s=3.0) as house:
+        house.talk(3)
+        house.begin()
+        clients = [house.come(long(f"long {i}", 8000, i)) for i in range(3)]
+        house.until(2.9)
+        assert house.scheduler.n_waiting == 1
+        house.until(3.5)
+        assert house.scheduler.n_waiting == 0
+        house.wait(*clients)
+
+
+def test_those_that_begin_alike_share_it_while_they_wait_for_the_last_slot() -> None:
+    """Twelve requests of four conversations at once: at most one of the four is computed twice."""
+    with Paced(n_slots=4) as house:
+        house.talk(4)
+        house.begin()
+        prompts = [
+            tokens_of(1_000_000 * (i % 4 + 1), 4000) + tokens_of(30_000_000 + 1000 * i, 100)
+            for i in range(12)
+        ]
+        clients = [house.come(Job(f"{i}", prompt)) for i, prompt in enumerate(prompts)]
+        house.wait(*clients)
+        assert house.server.n_computed <= (5 * 4000 + 12 * 100) * 1.02  # 25,200 when all took slots at once

@@ -12,6 +12,7 @@ import pytest
 from llamaslot.bench.virtual import VirtualLoop
 from llamaslot.core.reuse import Memory
 from llamaslot.core.slots import Job, State
+from llamaslot.core.users import User
 from llamaslot.engine.lease import Lease
 from tests.support.cancelled import CancelledAt
 from tests.support.house import House, tokens_of
@@ -80,7 +81,7 @@ async def writes_back(house: House, cut: Cut) -> None:
 
 def come(house: House) -> None:
     for i in range(2):
-        job = Job(f"other {i}", tokens_of(50_000 + 5000 * i, 500))
+        job = Job(f"other {i}", tokens_of(50_000 + 5000 * i, 500), user=User(f"other {i}"))
         house.start(house.ask(job), job.id)
     house.loop.settle()
 

@@ -90,6 +90,7 @@ class Lease:
         self.is_clearing = False  # it waits until llama-server would choose its slot
         # Whether a long prefill comes before its own request, to be computed in turn with those of others.
         self.is_long = plan is not None and is_long(plan, pool.long_s)
+        self._has_left_line = False  # its first turn has come, or it needs none
         # Whoever computes its prompt looks at ``is_preempted``, and gives the slot up when that is set.
         self.can_stop = False
         self.is_preempted = False
@@ -252,6 +253,18 @@ class Lease:
             if not limit.expired():
                 raise
             raise SlotWanted from None
+
+    @property
+    def is_in_line(self) -> bool:
+        """Whether its long prefill waits for its first turn."""
+        return self.is_long and not (self._has_left_line or self.is_released)
+
+    def leaves_line(self) -> None:
+        """It waits for its first turn no longer: another long one may have a slot to wait in. Idempotent."""
+        if not self._has_left_line:
+            self._has_left_line = True
+            if self.scheduler.n_waiting:  # not at once: whoever calls this is about to send it
+                asyncio.get_running_loop().call_soon(self.scheduler.dispatch)
 
     def yield_slot(self, earlier: Earlier | None) -> None:
         """Raises Preempted when the slot is wanted for another user. Nothing may be at work in it."""

@@ -83,6 +83,8 @@ class Prefills:
             self._time.keep({other.job.user.id for other in lease.scheduler.leases})
             self._longs.append(long)
             lease.scheduler.bell.ring()  # its slot actions are over
+        else:
+            lease.leaves_line()
         try:
             while True:
                 lease.yield_slot(long.so_far)
@@ -128,6 +130,7 @@ class Prefills:
                 lease.scheduler.bell.ring()  # while it waited somebody has come ahead, whom nothing wakes
         # From here to the stretch nothing awaits.
         self._current = long
+        lease.leaves_line()
         long.is_by_right = self._is_somebody_first(long)
         long.waited_s += self.now() - began
 

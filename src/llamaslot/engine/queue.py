@@ -52,6 +52,7 @@ class Waiting:
     passed_by: dict[str, float] = field(default_factory=dict)  # of that, by whose
     wants: str | None = None  # the snapshot that it would go on from
     patience: Patience | None = None  # with somebody who computes what it begins with
+    behind: Lease | None = None  # whose turn comes first: until then it leaves the last idle slot to others
     wait: Wait | None = None  # the last decision, which holds while nothing but arrivals has happened
     n_seen: int = -1  # changes that it has seen
     look_at: float = 0.0  # when that has to be thought over in any case
@@ -65,10 +66,15 @@ class Waiting:
     def had_a_place(self) -> bool:
         return self.is_back or self.n_preempted > 0
 
+    @property
+    def is_behind(self) -> bool:
+        return self.behind is not None and self.behind.is_in_line
+
     def wants_any(self, now: float) -> bool:
-        """Whether any slot would do: it waits for none that llama-server chooses, nor for something in particular."""
+        """Whether any slot would do: it waits for none that llama-server chooses, nor for something in particular, nor
+        for another one's turn."""
         is_particular = self.wait is not None and self.wait.for_s is not None and now < self.look_at
-        return not (self.granted.done() or self.job.is_placed_by_server or is_particular)
+        return not (self.granted.done() or self.job.is_placed_by_server or is_particular or self.is_behind)
 
     @property
     def ask(self) -> Ask:

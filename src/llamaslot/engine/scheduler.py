@@ -30,6 +30,7 @@ from llamaslot.tasks import Bell
 log = logging.getLogger(__name__)
 
 MIN_LOOK_AGAIN_S = 0.25
+_MOST_BEHIND = 8  # so many are looked at, for what they may share; with 250 that would take a second
 
 
 @dataclass(slots=True)
@@ -42,6 +43,7 @@ class _Look:
         default_factory=dict
     )  # slots that requests wait for, and for how long they need them
     again_s: list[float] = field(default_factory=list)  # in how long to look again, though nothing happens
+    n_behind: int = 0  # that leave the last idle slot to others
     is_short: bool = False  # somebody earlier waits for any slot at all
     is_spared: bool = False  # somebody may not have one that is idle
 
@@ -247,6 +249,10 @@ class Scheduler:
         if not look.n_idle:
             look.is_short = True  # no need to look closer: with 250 waiting that took a second for each burst
             return
+        if look.n_idle == 1 and self._is_still_behind(pool, waiting, look):
+            self._leaves_slot(waiting, look)
+            return
+        waiting.behind = None
         decision = self._decision(pool, waiting, dict(look.reserved))
         if isinstance(decision, Wait):
             waiting.note.waits(decision, prefix_due_s(pool, decision, now))
@@ -254,6 +260,10 @@ class Scheduler:
             return
         if self._is_turn_waiting and is_long(decision, pool.long_s):
             return  # somebody waits for the long ones under way to be through: none is begun
+        if look.n_idle == 1 and (ahead := self._ahead_of(pool, waiting, decision)) is not None:
+            waiting.behind = ahead
+            self._leaves_slot(waiting, look)
+            return
         self._place(pool, waiting, decision, look)
 
     def _let_through(self, pool: UnassistedPool, waiting: Waiting, look: _Look) -> None:
@@ -262,6 +272,40 @@ class Scheduler:
             look.is_short = True
         else:
             self._place(pool, waiting, Plan(slot.id, (), Source.SERVER, 0), look)
+
+    def _ahead_of(self, pool: Pool, waiting: Waiting, plan: Plan) -> Lease | None:
+        """Another request of its user, with a prompt that is no longer, that has a slot and waits there for its turn.
+
+        One long prompt is computed at a time, so the last idle slot would be of no use to a second one that waits. It
+        stays in the queue until the other one's turn has come, and leaves the slot to whoever needs little.
+        """
+        if not is_long(plan, pool.long_s) or waiting.had_a_place or self.now() >= self._late_at(waiting):
+            return None
+        seconds, job = pool.rates.prefill.seconds, waiting.job
+        own_s = seconds(plan.n_reused, job.n_tokens) + pool.rates.interruption.seconds
+        for lease in self.leases:
+            if lease.is_in_line and lease.pool is pool and lease.job.user == job.user:
+                assert lease.plan is not None, "only what a client has asked for"
+                if seconds(lease.plan.n_reused, lease.job.n_tokens) <= own_s:
+                    return lease
+        return None
+
+    def _is_still_behind(self, pool: Pool, waiting: Waiting, look: _Look) -> bool:
+        """Whether nothing has changed for it, or so many are behind that it need not be looked at."""
+        if waiting.had_a_place or self.now() >= self._late_at(waiting):
+            return False
+        prompt_s = waiting.cost_s - answer_s(pool, waiting.job)
+        return waiting.is_behind or (look.n_behind >= _MOST_BEHIND and prompt_s > pool.long_s)
+
+    def _leaves_slot(self, waiting: Waiting, look: _Look) -> None:
+        look.n_behind += 1
+        if (late_at := self._late_at(waiting)) < math.inf:
+            look.again_s.append(max(late_at - self.now(), MIN_LOOK_AGAIN_S))
+
+    def _late_at(self, waiting: Waiting) -> float:
+        """From when on it takes any slot: no shorter prompt is computed before its own then."""
+        max_wait_s = self.queue.limits.max_wait_s or math.inf
+        return waiting.came_at + min(self.rules.sharing.max_passed_s, max_wait_s / 2)
 
     def _place(self, pool: Pool, waiting: Waiting, plan: Plan, look: _Look) -> None:
         try:

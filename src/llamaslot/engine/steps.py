@@ -101,6 +101,7 @@ class Steps:
             lease.content = None  # it could not be emptied
         if lease.content is None or (lease.job.is_cold and lease.content != NOTHING):
             lease.is_long = False
+            lease.leaves_line()
             return None  # what the slot holds must not be used: the job's own request computes everything
         self._expect(lease)
         lease.is_going_back, n_reused = lease.n_expected < lease.content.n_tokens, lease.n_likely
@@ -112,6 +113,7 @@ class Steps:
         stops = [step.n_tokens for step in prefills if isinstance(step, PrefillTo)]
         if not stops:
             lease.is_long = False
+            lease.leaves_line()
             return None
         lease.is_long = self.rates.prefill.seconds(n_reused, stops[-1]) > lease.pool.long_s
         return await self.prefills.run(lease, stops, report, self._keep, may_replan=may_replan)
