@@ -27,7 +27,7 @@ N_ANSWER = 150
         ("dense", "2x128", 0.001),
         ("dense", "2x128", 3600),  # by its own request
         ("swa", "2x64", 0.001),
-        ("recurrent", "4x256", 0.001),
+        ("recurrent", "2x128", 0.001),
     ],
 )
 async def test_a_newcomer_waits_for_no_answer_of_whoever_has_all_slots(
