@@ -79,7 +79,8 @@ async def test_of_an_answer_in_one_piece_nobody_knows_when_it_begins(tmp_path: P
 async def test_nor_does_it_where_llamaslot_stands_aside(tmp_path: Path) -> None:
     """There every answer that is no stream comes in one piece. The wait for a slot is limited all the same."""
     async with served(tmp_path, limits(first_token_s=0.2), slots=2, step_s=0.02, unified=True) as it:
-        assert it.backend.stands_aside
+        assert it.backend.met is not None
+        assert not it.backend.met.is_assisted
         answer = await it.ask(letters(1, 50), n=20)
         assert (answer.status, answer.timings["predicted_n"]) == (200, 20)
         async with it.busy(2):

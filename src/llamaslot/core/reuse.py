@@ -94,9 +94,8 @@ class Predictions:
         self._short: dict[tuple[Memory, str], deque[int]] = {}
         self._back: dict[tuple[Memory, str], int] = {}
         self._n_whole = self.SURE  # answers in a row that came back whole
-        self._returned: deque[float] = deque(
-            maxlen=self.KEPT
-        )  # of each of the last answers, which share came back
+        # Of each of the last answers, which share came back.
+        self._returned: deque[float] = deque(maxlen=self.KEPT)
         self.tallies: dict[tuple[Memory, str], Tally] = {}
 
     def correct(self, memory: Memory, source: str, n_usable: int) -> int:

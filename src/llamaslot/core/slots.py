@@ -223,9 +223,8 @@ class Source(enum.Enum):
     RESIDENT = "resident"
     SNAPSHOT = "snapshot"
     COLD = "cold"
-    SERVER = (
-        "server"  # llama-server has chosen the slot, and does not tell whether it held it or its RAM cache
-    )
+    # llama-server has chosen the slot, and does not tell whether it held it or its RAM cache.
+    SERVER = "server"
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ _BRINGS = (
     "contexts are then found again after a restart and beyond what RAM holds, and long prompts give way to other"
     " requests"
 )
+_PASSES = "Its log may tell why. llamaslot looks again when a slot is idle"
 _MANY_LOST = 3  # one may be a child of ``n`` > 1 that has ended late, or somebody else's request
 _LOST_WITHIN_S = 600.0
 
@@ -116,7 +117,7 @@ def all_at_work() -> StandingAside:
 def passing_fault(answer: str) -> StandingAside:
     return StandingAside(
         f"llama-server has failed while llamaslot was finding out what it can do ({answer})",
-        "Its log may tell why. llamaslot looks again when a slot is idle",
+        _PASSES,
         may_end=True,
     )
 
@@ -124,7 +125,7 @@ def passing_fault(answer: str) -> StandingAside:
 def silent(error: Exception) -> StandingAside:
     return StandingAside(
         f"a small prompt of llamaslot's own was not computed ({error})",
-        "Its log may tell why. llamaslot looks again when a slot is idle",
+        _PASSES,
         may_end=True,
     )
 

@@ -46,10 +46,8 @@ log = logging.getLogger(__name__)
 
 _HEALTH_POLL_S = (0.1, 0.2, 0.3, 0.5, 1.0)  # then the last for ever
 _WATCH_S = 2.0
-_RETRY_S, _RETRY_AT_LAST_S = (
-    1.0,
-    60.0,
-)  # to find out what it can do, where that has failed: each pause twice the last
+# To find out what it can do, where that has failed: each pause twice the last.
+_RETRY_S, _RETRY_AT_LAST_S = 1.0, 60.0
 _LOOK_AGAIN_S = 600.0  # after slots have lost what they held
 _CONNECT_WAIT_S = 120.0  # how long a request waits for a server that has just been seen to restart
 
@@ -167,11 +165,6 @@ class Backend:
         if self.met is None:  # down, perhaps after it was up for a moment
             raise self._is_down()
         return self.met
-
-    @property
-    def stands_aside(self) -> bool:
-        """Whether llama-server chooses slots by itself, as far as is known now."""
-        return self.met is not None and not self.met.is_assisted
 
     def lost(self, met: Met) -> None:
         """The server is another process than ``met``: forget its slots, and meet it again. Jobs in the queue wait."""

@@ -71,9 +71,8 @@ class Met:
     fingerprint: str
     found_busy: tuple[Slot, ...] = ()
     warnings: tuple[str, ...] = ()
-    aside: StandingAside | None = (
-        None  # with it llama-server chooses slots, and the pool only counts requests
-    )
+    # With it llama-server chooses slots, and the pool only counts requests.
+    aside: StandingAside | None = None
 
     @property
     def is_assisted(self) -> bool:

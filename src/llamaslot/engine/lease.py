@@ -80,7 +80,7 @@ class Lease:
         self.content: Content | None = slot.content if slot is not None else NOTHING
         if slot is not None and slot.state is State.SUSPECT:
             self.content = None
-        self._before = self.content  # what it held when the job's own request was sent
+        self.before = self.content  # what it held when the job's own request was sent
         self.phase = Phase.READY
         self.is_begun = False  # the server has begun with what was sent last
         self.is_answering = False  # the job's own request has been sent
@@ -205,7 +205,7 @@ class Lease:
 
     def sent(self) -> None:
         """The job's own request is being sent."""
-        self._before = self.content
+        self.before = self.content
         self.working()
         self.is_answering, self.sent_at = True, self.scheduler.now()
 
@@ -270,11 +270,6 @@ class Lease:
         """Raises Preempted when the slot is wanted for another user. Nothing may be at work in it."""
         if self.is_preempted:
             raise Preempted(earlier, self.came_at, self.n_preempted + 1)
-
-    @property
-    def before(self) -> Content | None:
-        """What the slot held when the job's own request was sent."""
-        return self._before
 
     def done(self, content: Content | None) -> None:
         """The server is through, and the slot holds ``content``."""

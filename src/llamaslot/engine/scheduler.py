@@ -39,9 +39,8 @@ class _Look:
 
     # Counted again only when a slot has been given away: 250 who wait for 64 slots are 16,000 looks otherwise.
     n_idle: int
-    reserved: dict[int, float] = field(
-        default_factory=dict
-    )  # slots that requests wait for, and for how long they need them
+    # Slots that requests wait for, and for how long they need them.
+    reserved: dict[int, float] = field(default_factory=dict)
     again_s: list[float] = field(default_factory=list)  # in how long to look again, though nothing happens
     n_behind: int = 0  # that leave the last idle slot to others
     is_short: bool = False  # somebody earlier waits for any slot at all

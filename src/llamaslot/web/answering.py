@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import aiohttp
 from aiohttp import web
-from multidict import CIMultiDict
 
 from llamaslot.core.slots import NOTHING, Content, Source
 from llamaslot.engine.backend import Backend
@@ -121,7 +119,7 @@ class Answering:
             may_stop = may_stop and not events  # told twice, the beginning of an answer confuses its client
             if events:  # of progress, to who has asked for it
                 await self._tell_reuse(at_last=True)
-                await self.down.begin(headers=self._headers(SSE_HEADERS))
+                await self.down.begin(headers=to_client(self._upstream, SSE_HEADERS))
             await self.down.write(b"".join(events))
 
     async def _next_or_stop(self, sent: contextlib.AsyncExitStack, *, can_stop: bool) -> list[bytes] | None:
@@ -250,15 +248,10 @@ class Answering:
         await self._tell_reuse(at_last=True)
         self._settle()
         self._log()
-        headers = self._headers(self.down.headers)
+        headers = to_client(self._upstream, self.down.headers)
         if self.is_assembled:
             headers["Content-Type"] = JSON_TYPE
         return web.Response(status=200, body=payload, headers=headers)
-
-    def _headers(self, ours: Mapping[str, str]) -> CIMultiDict[str]:
-        headers = to_client(self._upstream)
-        headers.update(ours)
-        return headers
 
     def _holds_prompt(self) -> None:
         before = self.lease.content or NOTHING
@@ -288,7 +281,7 @@ class Answering:
         llama-server releases the slot before it sends the last event: so it is given back before the client, who may
         ask again or hang up at once, can read that event.
         """
-        headers = self._headers(SSE_HEADERS)
+        headers = to_client(self._upstream, SSE_HEADERS)
         events = self._first
         while events is not None:
             if self.first_byte_s is None:

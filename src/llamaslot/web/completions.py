@@ -78,9 +78,7 @@ class Completions:
             raise await in_its_words(self._backend, request, raw, error) from error
         if self._prompts.rewrite(request, body, route.format):
             raw = orjson.dumps(body)
-        if route.may_be_missing and not (
-            self._backend.stands_aside or await self._passthrough.is_offered(route)
-        ):
+        if route.may_be_missing and not await self._passthrough.is_offered(route):
             return await self._passthrough.unprepared(request, raw)
         unrecognized = partial(self._passthrough.in_turn, request, route, raw)
         exchange = _Exchange(

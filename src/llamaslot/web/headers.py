@@ -43,11 +43,14 @@ def to_server(request: web.Request, *, content_type: str | None = None) -> CIMul
     return headers
 
 
-def to_client(upstream: aiohttp.ClientResponse) -> CIMultiDict[str]:
-    """llama-server's headers as the client gets them. Which web pages may read them is said by llamaslot alone."""
+def to_client(upstream: aiohttp.ClientResponse, ours: Mapping[str, str] | None = None) -> CIMultiDict[str]:
+    """llama-server's headers as the client gets them, with ``ours`` in place of its own of these names. Which web pages
+    may read them is said by llamaslot alone."""
     ends_here = _NOT_TO_CLIENT | _named(upstream.headers)
-    return CIMultiDict(
+    headers = CIMultiDict(
         (name, value)
         for name, value in upstream.headers.items()
         if name.lower() not in ends_here and not name.lower().startswith("access-control-")
     )
+    headers.update(ours or {})
+    return headers

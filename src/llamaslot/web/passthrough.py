@@ -72,9 +72,10 @@ class Passthrough:
         return await self.unprepared(request, raw)
 
     async def is_offered(self, route: Route) -> bool:
-        """Whether llama-server has this route for its model. Raises BackendDown."""
-        await self._backend.ready()
-        return await self._backend.offered.has(route.path)
+        """Whether llama-server has this route for its model; where llamaslot stands aside it is not asked, and refuses
+        the request itself. Raises BackendDown."""
+        met = await self._backend.ready()
+        return not met.is_assisted or await self._backend.offered.has(route.path)
 
     async def unprepared(self, request: web.Request, raw: bytes) -> web.StreamResponse:
         """A request that takes no slot, for it is a question, or llama-server refuses it. ``raw``: its body."""
@@ -90,11 +91,10 @@ class Passthrough:
         """
         if raw is None:
             raw = await self._uploads.whole(request)
-        await self._backend.ready()
-        if self._backend.stands_aside:
+        while not (await self._backend.ready()).is_assisted:
             with contextlib.suppress(BackendRestarted):
                 return await self._unassisted.serve(request, route, raw)
-        if route.may_be_missing and not await self.is_offered(route):
+        if route.may_be_missing and not await self._backend.offered.has(route.path):
             return await self.unprepared(request, raw)
         # Of embeddings and the like /slots does not tell how far they are.
         is_watched = route.format is not None

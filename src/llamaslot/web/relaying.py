@@ -40,8 +40,7 @@ async def relay(
     ``ended`` is called when llama-server is through with its slot, before the client can read that: a client may hang
     up at once after it, and that must not look as if it had left the slot at work.
     """
-    headers = to_client(upstream)
-    headers.update(told)
+    headers = to_client(upstream, told)
     response = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=headers)
     if upstream.content_length is not None and upstream.status not in (204, 304):
         response.content_length = upstream.content_length

@@ -16,7 +16,6 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
-from multidict import CIMultiDict
 
 from llamaslot.core.slots import Job, Source
 from llamaslot.engine.backend import Backend
@@ -53,9 +52,8 @@ class Unassisted:
         Raises BackendRestarted where llamaslot does not stand aside any more, and ClientGone.
         """
         down = Downstream(request, self._rules, False, {"x-request-id": request_id(request.headers)})
-        deadlines = Deadlines(
-            replace(self._rules.timeouts, first_token_s=None)
-        )  # nobody knows when it begins
+        # Nobody knows when it begins.
+        deadlines = Deadlines(replace(self._rules.timeouts, first_token_s=None))
         try:
             async with deadlines.kept():
                 return await self.relay(down, deadlines, route.format, raw, {})
@@ -115,7 +113,9 @@ class Unassisted:
             if upstream.content_type != "text/event-stream":
                 payload = await reading.whole()
                 self._note(lease, kind, reading, began)
-                return web.Response(status=upstream.status, body=payload, headers=_headers(upstream, down))
+                return web.Response(
+                    status=upstream.status, body=payload, headers=to_client(upstream, down.headers)
+                )
             await self._relay(down, deadlines, upstream, reading)
             self._note(lease, kind, reading, began)
             return await down.end()
@@ -133,9 +133,7 @@ class Unassisted:
     async def _relay(
         self, down: Downstream, deadlines: Deadlines, upstream: aiohttp.ClientResponse, reading: Reading
     ) -> None:
-        headers = _headers(upstream, down)
-        headers.update(SSE_HEADERS)
-        await down.begin(upstream.status, headers)
+        await down.begin(upstream.status, to_client(upstream, {**down.headers, **SSE_HEADERS}))
         while (events := await reading.next()) is not None:
             if reading.has_token or reading.is_over:
                 deadlines.answering()
@@ -144,9 +142,8 @@ class Unassisted:
 
     def _note(self, lease: Lease, kind: Format, reading: Reading, began: float) -> None:
         """What llama-server tells of the prompt, in journal, metrics and log."""
-        n_reused, n_prompt = reading.n_cached, reading.n_prompt
-        if (timings := reading.timings) is not None and "cache_n" in timings:
-            n_reused = int(timings["cache_n"])
+        n_reused, n_prompt = reading.n_reused, reading.n_prompt
+        if n_reused is not None and (timings := reading.timings) is not None and "cache_n" in timings:
             n_prompt = n_reused + int(timings["prompt_n"])
         if n_reused is not None and n_prompt is not None:
             self._backend.metrics.reused(Source.SERVER.value, n_reused, n_prompt)
@@ -155,9 +152,3 @@ class Unassisted:
             "%s: %s for %s, assist off: %s of %s prompt tokens reused by llama-server, all after %.2f s",
             lease.job.id, kind, lease.job.user.id, n_reused, n_prompt, time.monotonic() - began,
         )  # fmt: skip
-
-
-def _headers(upstream: aiohttp.ClientResponse, down: Downstream) -> CIMultiDict[str]:
-    headers = to_client(upstream)
-    headers.update(down.headers)
-    return headers
