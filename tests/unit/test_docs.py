@@ -278,10 +278,10 @@ def test_the_recommended_flags_are_those_of_a_managed_server() -> None:
 
 
 def test_the_table_of_transitions_is_the_codes() -> None:
-    """docs/design.md shows every line of it, and no other."""
+    """docs/how-it-works.md shows every line of it, and no other."""
     told = {
         tuple(in_code(cell)[0] for cell in row[:3])
-        for row in rows(section(page("docs/design.md"), "States of a slot"))
+        for row in rows(section(page("docs/how-it-works.md"), "States of a slot"))
         if len(row) == 4
     }
     assert told == {(state.name, event.name, after.name) for (state, event), after in NEXT.items()}
@@ -299,7 +299,7 @@ def spawned() -> Iterator[str]:
 
 
 def test_every_task_is_in_the_table() -> None:
-    """docs/design.md says of each who starts it, who ends it and what it may raise."""
-    table = " ".join(row[0] for row in rows(section(page("docs/design.md"), "Tasks")))
+    """docs/how-it-works.md says of each who starts it, who ends it and what it may raise."""
+    table = " ".join(row[0] for row in rows(section(page("docs/how-it-works.md"), "Tasks")))
     missing = [name for name in spawned() if any(part.strip() not in table for part in name.split("…"))]
     assert missing == []
