@@ -206,14 +206,14 @@ def test_systemd_accepts_the_unit(name: str) -> None:
 
 
 def test_both_units_share_what_they_need_in_common() -> None:
-    """A group, a umask, and the directory that one writes to and the other keeps; llama-server is started as the README
-    says, on the port where llamaslot looks for it."""
+    """A group, a umask, and the directory that one writes to and the other keeps; llama-server is started as
+    docs/install.md says, on the port where llamaslot looks for it."""
     ours, its = map(unit, UNITS)
     assert (ours["Group"], ours["UMask"]) == (its["Group"], its["UMask"]) == ("llama", "0007")
     assert ours["User"] != its["User"]
     assert its["ReadWritePaths"] == "/var/lib/llamaslot/kv"
-    readme = (REPOSITORY / "README.md").read_text()
-    command = readme.partition("```sh\nllama-server ")[2].partition("```")[0].replace("\\\n", "").split()
+    text = (REPOSITORY / "docs/install.md").read_text()
+    command = text.partition("```sh\nllama-server ")[2].partition("```")[0].replace("\\\n", "").split()
     assert its["ExecStart"].split()[2:] == [
         word.replace("model.gguf", "/models/model.gguf") for word in command
     ]

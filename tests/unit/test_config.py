@@ -506,9 +506,9 @@ def test_the_guarded_routes_are_documented() -> None:
     assert [route for route in GUARDED_ROUTES if f"`{route}`" not in text] == []
 
 
-def test_the_readme_knows_the_old_names() -> None:
-    """The table of old names and the hints in faults do not part."""
-    text = (REPOSITORY / "README.md").read_text()
+def test_the_old_names_are_documented() -> None:
+    """docs/install.md's table of old names agrees with the hints in faults."""
+    text = (REPOSITORY / "docs/install.md").read_text()
     for old, new in RENAMED.items():
         (row,) = re.findall(rf"^\| `{old}` \| (.*) \|$", text, re.M)
         assert new.split(",")[0].split(":")[0] in row

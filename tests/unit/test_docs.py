@@ -95,6 +95,33 @@ def test_every_page_is_reached_from_the_readme() -> None:
     assert set(PAGES) <= reached
 
 
+# --- the glossary
+
+GLOSSARY = REPOSITORY / "docs/glossary.md"
+
+
+def terms() -> list[str]:
+    return re.findall(r"^## (.+)$", GLOSSARY.read_text(), re.M)
+
+
+def glossary_links(where: Path) -> list[str]:
+    """The terms that a page links to, by their anchors."""
+    own = r"\]\(#" if where == GLOSSARY else r"\]\((?:docs/)?glossary\.md#"
+    return re.findall(own + r"([\w-]+)\)", where.read_text())
+
+
+def test_the_glossary_is_short_and_sorted() -> None:
+    assert len(terms()) <= 40
+    assert terms() == sorted(terms(), key=str.lower)
+
+
+@pytest.mark.parametrize("where", [page for page in PAGES if page != GLOSSARY], ids=name_of)
+def test_a_page_links_each_term_once(where: Path) -> None:
+    """Where it is first used."""
+    linked = glossary_links(where)
+    assert sorted(linked) == sorted(set(linked))
+
+
 # --- commands
 
 
@@ -269,8 +296,8 @@ def test_configurations_have_no_faults(text: str, tmp_path: Path, monkeypatch: p
 
 
 def test_the_recommended_flags_are_those_of_a_managed_server() -> None:
-    """README.md's command line for a server of one's own has each of them, with the same value."""
-    command = section(page("README.md"), "llama-server behind it").partition("```sh")[2].partition("```")[0]
+    """docs/install.md's command line for an unmanaged server has each of them, with the same value."""
+    command = section(page("docs/install.md"), "2. llama-server").partition("```sh")[2].partition("```")[0]
     missing = [
         flag for flag in recommended_flags([]) if " ".join(flag.words()) not in command.replace("\\\n", " ")
     ]

@@ -12,25 +12,36 @@ from tests.unit.test_docs import SOURCE, in_code, page, rows, section
 
 PAGE = page("docs/http-api.md")
 WHAT: dict[Kind, str] = {
-    "completion": "completion", "exclusive": "in turn", "passthrough": "passed through", "own": "own",
+    "completion": "completion", "exclusive": "exclusive", "passthrough": "passed through", "own": "own",
     "forbidden": "refused", "gated": "refused",
 }  # fmt: skip
 
 
-def test_every_route_is_listed_in_the_order_of_the_table() -> None:
-    """With what is done with it."""
-    listed = [tuple(row[:3]) for row in rows(section(PAGE, "llama-server's routes"))]
-    known = [
-        ("any" if route.method == "*" else route.method, f"`{route.path}`", WHAT[route.kind])
-        for route in ROUTES
-    ]
-    assert listed == known
+def listed_routes() -> dict[tuple[str, str], tuple[str, str]]:
+    """What is done with each method and path, and the notes of its row; each is listed once."""
+    listed = {}
+    for what, routes, notes in rows(section(PAGE, "llama-server's routes")):
+        for group in routes.split("; "):
+            method = group.partition(" ")[0]
+            for path in in_code(group):
+                assert (method, path) not in listed
+                listed[method, path] = what, notes
+    return listed
+
+
+def test_every_route_is_listed() -> None:
+    """With what is done with it, and no other."""
+    known = {
+        ("any" if route.method == "*" else route.method, route.path): WHAT[route.kind] for route in ROUTES
+    }
+    assert {route: what for route, (what, _) in listed_routes().items()} == known
 
 
 def test_what_is_guarded_says_what_lets_it_through() -> None:
     """The name that ``passthrough.allow`` takes; the others that are refused say that nothing does."""
-    notes = [row[3] for row in rows(section(PAGE, "llama-server's routes"))]
-    for route, note in zip(ROUTES, notes, strict=True):
+    listed = listed_routes()
+    for route in ROUTES:
+        _, note = listed["any" if route.method == "*" else route.method, route.path]
         if route.kind == "gated":
             assert f"Allowed by `{route.gate}`" in note
         if route.kind == "forbidden":
