@@ -340,7 +340,7 @@ async def fuzz(
 
 def _is_ours(answer: Answer) -> bool:
     """A failure that llamaslot is to blame for."""
-    return b"llamaslot has made a mistake" in answer.raw or (
+    return b"internal error in llamaslot" in answer.raw or (
         answer.status >= 500 and b"llamaslot" in answer.raw
     )
 

@@ -253,9 +253,9 @@ def test_the_unit_starts_what_there_is(config_path: Path) -> None:
     [
         (
             "0.0.0.0",
-            "serves on 0.0.0.0:{0}, every address of this machine; from here: http://127.0.0.1:{0}/v1",
+            "listens on 0.0.0.0:{0}, every address of this machine; from this machine: http://127.0.0.1:{0}/v1",
         ),
-        ("127.0.0.1", "serves on 127.0.0.1:{0}; from here: http://127.0.0.1:{0}/v1"),
+        ("127.0.0.1", "listens on 127.0.0.1:{0}; from this machine: http://127.0.0.1:{0}/v1"),
     ],
 )
 async def test_the_log_tells_where_it_listens(

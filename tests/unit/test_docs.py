@@ -241,7 +241,7 @@ def is_said(message: str) -> bool:
     ("where", "heading"),
     [
         ("docs/operations.md", "The log"),
-        ("docs/operations.md", "Warnings and the flags that mend them"),
+        ("docs/operations.md", "Warnings"),
     ],
 )
 def test_lines_that_are_explained_are_said(where: str, heading: str) -> None:
@@ -308,7 +308,7 @@ def test_the_table_of_transitions_is_the_codes() -> None:
     """docs/how-it-works.md shows every line of it, and no other."""
     told = {
         tuple(in_code(cell)[0] for cell in row[:3])
-        for row in rows(section(page("docs/how-it-works.md"), "States of a slot"))
+        for row in rows(section(page("docs/how-it-works.md"), "Slot states"))
         if len(row) == 4
     }
     assert told == {(state.name, event.name, after.name) for (state, event), after in NEXT.items()}

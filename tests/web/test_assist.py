@@ -293,7 +293,7 @@ async def test_a_server_that_is_silent_while_it_is_connected_to_is_looked_at_aga
         await it.fake.start()
         it.fake.hold()
         await it.start()
-        assert "told nothing for 0.15 s" in (await assist(it))["why"]
+        assert "sent nothing for 0.15 s" in (await assist(it))["why"]
         it.fake.go()
         await it.until(lambda: it.backend.met is not None and it.backend.met.is_assisted)
         assert (await it.ask(ONE)).text == right(it.fake, ONE)

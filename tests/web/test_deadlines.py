@@ -107,7 +107,7 @@ async def test_a_slot_in_which_nothing_happens_is_given_up_and_emptied(tmp_path:
         assert (await it.ask(text)).status == 200
         it.fake.hold()
         wedged = await it.ask(text + letters(2, 50), stream=True)
-        assert is_told_too_late(wedged, "told nothing for 0.15 s")
+        assert is_told_too_late(wedged, "sent nothing for 0.15 s")
         it.fake.go()
         await it.at_rest()
         n_erased = len(it.fake.sent(action="erase"))
@@ -122,7 +122,7 @@ async def test_a_prefill_of_llamaslots_own_is_watched_too(tmp_path: Path) -> Non
     async with served(tmp_path, settings, slots=1) as it:
         it.fake.hold()
         wedged = await it.ask(letters(1, 300))
-        assert is_told_too_late(wedged, "told nothing for 0.15 s")
+        assert is_told_too_late(wedged, "sent nothing for 0.15 s")
         it.fake.go()
         await it.at_rest()
         assert await it.count("wedged_total") == 1
@@ -170,7 +170,7 @@ async def test_what_is_relayed_is_watched(tmp_path: Path, stream: bool) -> None:
         it.fake.hold()
         wedged = await it.post(MESSAGES, unreadable(letters(1, 50), stream=stream))
         assert wedged.status == 504
-        assert is_told_too_late(wedged, "told nothing for 0.2 s")
+        assert is_told_too_late(wedged, "sent nothing for 0.2 s")
         assert await it.count("wedged_total") == 1
         it.fake.go()
         await it.at_rest()
@@ -185,7 +185,7 @@ async def test_a_stream_that_is_relayed_and_falls_silent_ends_with_an_error(tmp_
         await it.fake.step(3)
         answer = await asked
         assert answer.status == 200
-        assert ends_with_an_error(answer, "told nothing for 0.2 s")
+        assert ends_with_an_error(answer, "sent nothing for 0.2 s")
         assert await it.count("wedged_total") == 1
         it.fake.go()
         await it.at_rest()

@@ -517,4 +517,4 @@ def test_as_many_files_as_may_be(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.append(new))
     raise_file_limit()
     assert limits[-1] == (2000, 2000)
-    assert "2000 open files" in caplog.text
+    assert "may open 2000 files" in caplog.text

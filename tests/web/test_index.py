@@ -164,7 +164,7 @@ async def test_an_index_that_cannot_be_written_costs_nothing(
         with caplog.at_level(logging.WARNING, "llamaslot.store"):
             for text in TEXTS:
                 await it.ask(text)
-            await it.until(lambda: "no generation could be made" in caplog.text)
+            await it.until(lambda: "cannot write the disk index" in caplog.text)
         assert "is not used: cannot be made" in caplog.text
         assert library(it).index.base is None
         assert (await it.ask(TEXTS[0] + "more")).source == "snapshot"

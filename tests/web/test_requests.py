@@ -140,7 +140,7 @@ async def test_what_llama_server_accepts_against_expectation_ends_at_once(
         assert (answer.status, answer.error["message"]) == (400, "no prompt")
         assert (await it.ask(letters(1, 300))).status == 200
         assert it.backend.met is not met
-    assert "has accepted a body that llamaslot refuses" in caplog.text
+    assert "accepted a body that llamaslot takes for invalid" in caplog.text
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT, NATIVE, "/v1/responses", "/v1/messages"])

@@ -258,4 +258,4 @@ async def test_what_is_told_of_reuse_is_what_was_reused(
     else:
         assert (answer.source, answer.n_reused) == ("cold", 0)
     assert "resident" not in str(answer.told)
-    assert "slot 0 resident" not in caplog.text
+    assert "(resident)" not in caplog.text

@@ -119,6 +119,11 @@ class Slot:
             self.content = content
 
     @property
+    def name(self) -> str:
+        """As log lines name it: ``<backend>/<number>``."""
+        return f"{self.backend}/{self.id}"
+
+    @property
     def is_idle(self) -> bool:
         # Not `in IDLE`: hashing an enum is a call in Python, and this is asked of every slot at every dispatch.
         return self.state is State.HOT or self.state is State.FREE or self.state is State.SUSPECT
@@ -126,7 +131,7 @@ class Slot:
     def __repr__(self) -> str:
         dirty = " dirty" if self.content.is_dirty else ""
         by = f" by {self.leased_by}" if self.leased_by else ""
-        return f"<Slot {self.backend}/{self.id} {self.state.value} {self.content.n_tokens} tok{dirty}{by}>"
+        return f"<Slot {self.name} {self.state.value} {self.content.n_tokens} tok{dirty}{by}>"
 
 
 @dataclass(frozen=True, slots=True)

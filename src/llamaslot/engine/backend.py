@@ -169,7 +169,7 @@ class Backend:
     def lost(self, met: Met) -> None:
         """The server is another process than ``met``: forget its slots, and meet it again. Jobs in the queue wait."""
         if self.met is met:
-            log.warning("%s: llama-server has restarted; its slots are empty", self.name)
+            log.warning("%s: llama-server has restarted: its slots are empty", self.name)
             self.metrics.restarts.inc()
             self._forget(Health.CONNECTING)
         self._doubt.set()
@@ -177,7 +177,7 @@ class Backend:
     def changed(self, why: str) -> None:
         """The process is the same, but nothing that was computed before is valid any more."""
         if self.met is not None:
-            log.info("%s: %s; meeting llama-server again", self.name, why)
+            log.info("%s: %s; reconnecting to llama-server", self.name, why)
             self._forget(Health.CONNECTING)
         self._doubt.set()
 
@@ -185,7 +185,10 @@ class Backend:
         """A server that sleeps has unloaded its model: what its idle slots held is gone (seen running)."""
         pool = self.scheduler.pool
         if props.is_sleeping and pool is not None and (filled := pool.filled()):
-            log.info("%s: llama-server sleeps; its slots are empty", self.name)
+            log.info(
+                "%s: llama-server has unloaded its model (--sleep-idle-seconds): its slots are empty",
+                self.name,
+            )
             for slot in filled:
                 pool.take(slot, Job("sleep"), self.now(), has_answer=False)
                 pool.give_back(slot, Event.EMPTY, NOTHING, self.now())
@@ -195,7 +198,7 @@ class Backend:
         """Find out again what llama-server does with its slots, not more than once in a while."""
         if self.now() >= self._look_again_at:
             self._look_again_at = self.now() + _LOOK_AGAIN_S
-            self.changed("slots lose what they hold")
+            self.changed("slots have lost their contexts three times in ten minutes")
 
     def doubt(self) -> None:
         """Something went wrong with the server: look at once whether it is still there."""
@@ -225,9 +228,9 @@ class Backend:
             try:
                 async with asyncio.timeout(save_s):
                     n_saved = await self.writeback.save_all()
-                log.info("%s: slots saved before stopping: %d", self.name, n_saved)
+                log.info("%s: %d slots saved before stopping", self.name, n_saved)
             except TimeoutError:
-                log.warning("%s: not every slot could be saved within %g s", self.name, save_s)
+                log.warning("%s: not every slot was saved within shutdown.save_s (%g s)", self.name, save_s)
         await self.tasks.close()
         await self._store_learned()
         if self.catalog is not None:
@@ -269,7 +272,7 @@ class Backend:
         except BackendDown:
             raise
         except Exception as error:  # a mistake of llamaslot's own must not keep requests from being answered
-            log.exception("%s: cannot find out what llama-server can do", self.name)
+            log.exception("%s: llamaslot failed while connecting; it stands aside", self.name)
             return handshake.give_up(error)
 
     async def _until_healthy(self) -> None:
@@ -303,7 +306,7 @@ class Backend:
             log.warning("%s: %s", self.name, met.aside)
             return
         log.info(
-            "%s: %s with %d slots of %d tokens, %s; snapshots: %d",
+            "%s: connected to llama-server: %s with %d slots of %d tokens, %s; %d snapshots can be used",
             self.name, met.model_name, len(met.pool.slots), met.pool.n_ctx, met.pool.memory.value,
             len(met.pool.library.snapshots),
         )  # fmt: skip
@@ -323,7 +326,7 @@ class Backend:
                 if await self.api.why_unhealthy() is None:
                     continue
                 self._why_down = "does not answer"
-                log.warning("%s: llama-server does not answer", self.name)
+                log.warning("%s: llama-server does not answer; requests get 503 until it does", self.name)
                 self._forget(Health.DOWN)
                 return
             if (props.boot_id, props.n_slots) != (met.props.boot_id, met.props.n_slots):
@@ -332,7 +335,7 @@ class Backend:
             self._forget_if_asleep(props)
             is_due = met.aside is not None and met.aside.may_end and self.now() >= retry_at
             if is_due and await self._is_any_idle(met.pool):
-                self.changed("a slot is idle")
+                self.changed("a slot is idle now")
 
     async def _is_any_idle(self, pool: Pool) -> bool:
         """Whether llama-server has an idle slot, with all that was sent to it at work in others."""
@@ -383,11 +386,13 @@ class Backend:
     async def _store_learned(self) -> None:
         """Cancelling is safe: the files are written to their end all the same."""
         learned = {self._rates_file: self.rates.to_json(), self._returns_file: self.order.returns.to_json()}
-        try:
-            for file, data in learned.items():
+        for file, data in learned.items():
+            try:
                 await asyncio.to_thread(self._write, file, orjson.dumps(data))
-        except OSError as error:
-            log.warning("what was learned is not kept: %s", error)
+            except OSError as error:
+                log.warning(
+                    "%s: cannot write %s (learned rates): %s", self.name, file, error.strerror or error
+                )
 
     def _write(self, file: Path, data: bytes) -> None:
         partial = file.with_suffix(".tmp")

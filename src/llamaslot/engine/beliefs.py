@@ -81,6 +81,6 @@ def note_misplaced(lease: Lease, n_found: int, metrics: Metrics) -> None:
     if lease.restored is None:
         lease.pool.lost_slots.note(lease.scheduler.now())
     log.info(
-        "%s: %d tokens of slot %d were expected, %d are there: looking for another place",
-        lease.job.id, lease.n_expected, lease.slot_id, n_found,
+        "%s: slot %s holds %d tokens of the prompt instead of %d; choosing another place",
+        lease.job.id, lease.slot_name, n_found, lease.n_expected,
     )  # fmt: skip

@@ -125,8 +125,8 @@ class Divergences:
         where, texts = await self._where(prompt, parted.at, body, kind), await self._texts(lease, holder)
         self._metrics.divergences.labels(where.where).inc()
         log.info(
-            "%s parts at token %d, in %s, from the %d tokens of %s: %d tokens behind that are the same there, and are"
-            " computed again%s",
+            "%s: cache miss: the prompt differs at token %d, in %s, from the %d tokens of %s; %d equal tokens after"
+            " that are computed again%s",
             lease.job.id, parted.at, where, parted.n_held, holder.name, parted.n_lost, _quoted(texts),
         )  # fmt: skip
         _note(lease, "changed", holder, parted.n_lost, where, texts)
@@ -147,13 +147,14 @@ class Divergences:
         texts = await self._texts(lease, holder)
         if has_gone_back:
             log.info(
-                "%s went back to %s: token %d of the %d of %s; %d before it are computed again%s",
+                "%s: the conversation goes back to %s: it differs at token %d from the %d of %s; %d tokens before that"
+                " are computed again%s",
                 job.id, where, at, holder.n_tokens, holder.name, n_lost, _quoted(texts),
             )  # fmt: skip
         else:
             log.info(
-                "%s parts at token %d, in %s, from the %d tokens of %s; this model can only go back to a checkpoint:"
-                " %d before it are computed again%s",
+                "%s: cache miss: the prompt differs at token %d, in %s, from the %d tokens of %s; this model rewinds to"
+                " checkpoints only, so %d tokens before that are computed again%s",
                 job.id, at, where, holder.n_tokens, holder.name, n_lost, _quoted(texts),
             )  # fmt: skip
         _note(lease, "went back" if has_gone_back else "checkpoint", holder, n_lost, where, texts)

@@ -81,7 +81,7 @@ class Drains:
             try:
                 infos = {info.id: info for info in await self._api.slots()}
             except LlamaslotError as error:
-                log.debug("cannot ask for slots: %s", error)
+                log.debug("cannot poll /slots: %s", error)
                 self.on_failure()
                 infos = {}
             polled_at = self._now()

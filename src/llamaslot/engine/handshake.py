@@ -215,7 +215,7 @@ class Handshake:
         """What cannot be emptied holds what nobody knows. Without slot actions what all may use (``is_shared``) is left
         as it is: llama-server compares tokens by itself."""
         if not await self._erased(slot) and (self.probes.can_erase or not is_shared):
-            log.warning("%s: slot %d could not be emptied; what it holds is not used", self.name, slot)
+            log.warning("%s: slot %d could not be erased; its content is not used", self.name, slot)
             pool.take(pool.slots[slot], Job("adoption"), now, has_answer=False)
             pool.give_back(pool.slots[slot], Event.FAIL, NOTHING, now)
 
@@ -238,7 +238,7 @@ class Handshake:
             self._drafts.push_async_callback(self.catalog.abandon, draft)  # no effect on a committed one
             saved = await self.api.save(info.id, draft.part_name)
         except (QuotaExceeded, SnapshotInvalid, SlotActionFailed) as error:
-            log.info("%s: slot %d is not adopted: %s", self.name, info.id, error)
+            log.info("%s: slot %d is not adopted, its context is lost: %s", self.name, info.id, error)
             if draft is not None:
                 await self.catalog.abandon(draft)
             return None
@@ -267,7 +267,7 @@ class Handshake:
             )
         except LlamaslotError as error:
             await self.catalog.abandon(draft)
-            log.info("%s: a slot is not adopted: %s", self.name, error)
+            log.info("%s: a slot is not adopted, its context is lost: %s", self.name, error)
             return None
         pool.add_snapshot(snapshot)
         return snapshot
@@ -289,7 +289,7 @@ class Handshake:
         slot = pool.slots[info.id]
         pool.take(slot, Job("adoption"), now, has_answer=False)
         pool.give_back(slot, Event.KEEP, content_of(snapshot), now)
-        log.info("%s: adopted slot %d with %d tokens", self.name, slot.id, snapshot.n_tokens)
+        log.info("%s: slot %d adopted with %d tokens", self.name, slot.id, snapshot.n_tokens)
         return True
 
     def _forget_rates_of_others(self, current: Identity) -> None:
@@ -312,7 +312,7 @@ class Handshake:
         for snapshot in admitted:
             self.rates.size.observe(snapshot.n_tokens, snapshot.size_bytes)
         if n_others := len(snapshots) - len(admitted):
-            log.warning("%s: %d snapshots are of another model and stay unused", self.name, n_others)
+            log.warning("%s: %d snapshots belong to another model and are not used", self.name, n_others)
         fingerprint = admitted[-1].fingerprint if admitted else current.to_text()
         self.catalog.fingerprint = fingerprint
         pool.offer(

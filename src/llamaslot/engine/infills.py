@@ -70,8 +70,9 @@ class Infills:
                 self._steps.metrics.wedged.inc()
                 self._known_until = self._scheduler.now() + _AGAIN_S
                 log.warning(
-                    "/infill was not found out within %g s; slot %d is given up", _LEARNING_S, lease.slot_id
-                )
+                    "%s: probing /infill took more than %g s in slot %s; tried again in ten minutes",
+                    lease.pool.backend, _LEARNING_S, lease.slot_name,
+                )  # fmt: skip
                 # The slot drains: llama-server may be at work in it.
                 return OpaquePrompt("it took too long", Reason.INFILL)
             lease.done(None)
@@ -81,5 +82,5 @@ class Infills:
         try:
             return Infill(self._api, await learn(self._api, lease.slot_id, met.props.n_ctx))
         except OpaquePrompt as error:
-            log.info("%s", error)
+            log.info("%s: how /infill prompts are built is unknown: %s", lease.pool.backend, error)
             return error

@@ -166,6 +166,12 @@ class Lease:
         assert self.slot is not None, "a turn has no slot of its own"
         return self.slot.id
 
+    @property
+    def slot_name(self) -> str:
+        """Of its slot, as log lines name it: ``<backend>/<number>``."""
+        assert self.slot is not None, "a turn has no slot of its own"
+        return self.slot.name
+
     # -- phases --------------------------------------------------------------------------------------------------
 
     def still_holds(self) -> None:

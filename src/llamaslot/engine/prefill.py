@@ -216,7 +216,7 @@ class Prefills:
             with bell.calling(self._reconsider):
                 is_misplaced = await self._compute(long)
         except UpstreamError as error:
-            log.warning("prefill in slot %d failed: %s", lease.slot_id, error)
+            log.warning("%s: prefill in slot %s failed: %s", lease.job.id, lease.slot_name, error)
             is_kept = not lease.is_begun and await is_untouched(self.api, lease, before)
             lease.done(before if is_kept else None)
             lease.restored = None  # no fault of the snapshot

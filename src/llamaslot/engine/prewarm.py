@@ -115,7 +115,7 @@ class Prewarm:
                 for one in wanted
             ):
                 await self._mark(pool, snapshot, is_pinned=False)
-                log.info("prewarm: snapshot %s is not asked for any more", snapshot.id)
+                log.info("prewarm: snapshot %s is no longer configured and may be evicted", snapshot.id)
 
     async def _mark(self, pool: Pool, snapshot: Snapshot, *, is_pinned: bool) -> None:
         with contextlib.suppress(KeyError):  # it has just gone
@@ -127,15 +127,17 @@ class Prewarm:
         if (there := pool.library.snapshot_at(one.trunk, pool.rules.public)) is not None:
             if not there.is_pinned:
                 await self._mark(pool, there, is_pinned=True)
-            log.info("prewarm: %s is kept: %d tokens, %s", one.name, one.n_tokens, there.id)
+            log.info("prewarm: %s is on disk: %d tokens, %s", one.name, one.n_tokens, there.id)
             self._left.remove(one)
         elif one.n_tokens < MIN_TOKENS:
             log.warning(
-                "prewarm: %s has only %d tokens: they are computed faster than read", one.name, one.n_tokens
+                "prewarm: %s has only %d tokens: computing them is faster than reading",
+                one.name,
+                one.n_tokens,
             )
             self._left.remove(one)
         elif one.n_failed == _ATTEMPTS:
-            log.warning("prewarm: %s could not be saved", one.name)
+            log.warning("prewarm: %s could not be saved in %d attempts", one.name, _ATTEMPTS)
             self._left.remove(one)
         else:
             await self._compute(one)

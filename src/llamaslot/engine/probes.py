@@ -34,8 +34,8 @@ NO_DIRECTORY = (
     " that llama-server was given as --slot-save-path, as seen from here"
 )
 NO_REWIND = (
-    "this is a %s model: it goes on only from the exact end of a context or from a checkpoint near it; a prompt that"
-    " parts from its context earlier is computed again%s"
+    "%s: this model (%s) resumes only at the exact end of a context or at a checkpoint near it; a prompt that differs"
+    " earlier is computed again%s"
 )
 NO_CHECKPOINTS = (
     "this build of llama-server keeps no checkpoints in slot files: a snapshot ends with its prompt, and the answer"
@@ -47,7 +47,7 @@ WORTHLESS = (
     " --swa-full, or use a build after b11434"
 )
 STALE = (
-    "this build of llama-server goes on from checkpoints of another conversation after a restore, and answers wrongly:"
+    "this build of llama-server resumes from checkpoints of another conversation after a restore, and answers wrongly:"
     " nothing is saved or restored, and a context that leaves its slot is computed again. Use a newer build"
 )
 
@@ -147,7 +147,7 @@ class Probes:
                 saved = await self.api.save(slot, room.part_name)
                 self.rates.size.observe(saved.n_tokens, saved.n_bytes)
             except SlotActionFailed as error:
-                log.warning("a probe could not be saved: %s", error)
+                log.warning("%s: a probe could not be saved: %s", self.api.name, error)
             finally:
                 await self.catalog.abandon(room)
 
@@ -171,7 +171,7 @@ class Probes:
             return Memory.DENSE  # also SWA with --swa-full
         memory = Memory.SWA if memory is Memory.SWA else Memory.RECURRENT
         hint = "; --swa-full mends it where memory allows" if memory is Memory.SWA else ""
-        log.info(NO_REWIND, memory.value, hint)
+        log.info(NO_REWIND, self.api.name, memory.value, hint)
         return memory
 
     async def checkpoints(self, slot: int) -> Files:
@@ -200,7 +200,7 @@ class Probes:
             is_kept = await reused(mine) > 0
             is_end_enough = await reused(parted + head(other, 2)) == count(parted)
         except SlotActionFailed as error:
-            log.info("a probe could not be saved or restored: %s", error)
+            log.info("%s: a probe could not be saved or restored: %s", self.api.name, error)
             return Files()
         finally:
             await self.catalog.abandon(room)

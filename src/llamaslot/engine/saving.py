@@ -25,6 +25,8 @@ from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 
+NOT_SAVED = "%s: slot %s was not saved: %s"  # request, slot, reason
+
 _NEAR_TOKENS = 64  # a checkpoint so near to the end is worth going back to
 
 
@@ -173,7 +175,7 @@ class Saving:
         )  # fmt: skip
         lease.note.acted(lease.slot_id, act)
         if kind is Kind.TRUNK:
-            log.info("%s: trunk of %d tokens saved: %s", lease.job.id, n_held, snapshot.id)
+            log.info("%s: shared-prefix snapshot of %d tokens saved: %s", lease.job.id, n_held, snapshot.id)
         if snapshot.id in self.catalog.snapshots:
             lease.pool.add_snapshot(snapshot)
             if kind is Kind.LEAF and (left := left_behind(lease.pool, snapshot)) is not None:
@@ -251,6 +253,6 @@ def _planned(lease: Lease) -> set[str]:
 def _not_saved(lease: Lease, kind: Kind, error: Exception, seconds: float = 0.0) -> None:
     lease.note.acted(lease.slot_id, Act(_step(kind), seconds, is_done=False))
     if kind is Kind.TRUNK:
-        log.warning("slot %d: its trunk was not saved: %s", lease.slot_id, error)
+        log.warning("%s: shared prefix in slot %s was not saved: %s", lease.job.id, lease.slot_name, error)
     else:
-        log.warning("slot %d was not saved: %s", lease.slot_id, error)
+        log.warning(NOT_SAVED, lease.job.id, lease.slot_name, error)

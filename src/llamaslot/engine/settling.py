@@ -48,8 +48,8 @@ class Settling:
         assert plan is not None
         self.metrics.beliefs_wrong.inc()
         log.info(
-            "%s: %d tokens of slot %d were expected to be reused, %d were",
-            lease.job.id, lease.n_expected, plan.slot, n_reused,
+            "%s: slot %s gave %d tokens instead of the %d expected",
+            lease.job.id, lease.slot_name, n_reused, lease.n_expected,
         )  # fmt: skip
         is_resident = lease.restored is None and lease.n_expected >= MIN_WORTH_TOKENS
         if is_resident and n_reused < lease.n_expected / 2:
@@ -60,7 +60,8 @@ class Settling:
             return
         if self._strikes.note("memory", lease.n_expected, n_reused):  # once may be a stranger in the slot
             log.warning(
-                "this model cannot go back to any token (SWA or recurrent): counting on its checkpoints only"
+                "%s: this model cannot rewind to any token (SWA or recurrent): only its checkpoints are counted on",
+                pool.backend,
             )
             pool.memory = Memory.SWA
 
@@ -78,12 +79,12 @@ class Settling:
         if self._strikes.note("files", lease.n_usable, n_reused):
             pool.recall.keeps_checkpoints = False
             pool.can_save = pool.can_save and pool.memory is not Memory.SWA
-            log.warning(NO_CHECKPOINTS if pool.can_save else WORTHLESS)
+            log.warning("%s: %s", pool.backend, NO_CHECKPOINTS if pool.can_save else WORTHLESS)
         return True
 
     def _retire(self, snapshot: Snapshot, n_expected: int, n_reused: int) -> None:
         log.warning(
-            "snapshot %s has failed twice to bring what it holds (%d of %d tokens) and is dropped",
+            "snapshot %s gave twice less than it holds (%d of %d tokens) and is dropped",
             snapshot.id, n_reused, n_expected,
         )  # fmt: skip
         self.metrics.retired.inc()

@@ -180,7 +180,7 @@ class Steps:
             lease.still_holds()
             await self.api.erase(lease.slot_id)
         except LlamaslotError as error:
-            log.warning("slot %d was not erased: %s", lease.slot_id, error)
+            log.warning("%s: slot %s was not erased: %s", lease.job.id, lease.slot_name, error)
             lease.content = None
             return False
         lease.content = NOTHING
@@ -206,7 +206,7 @@ class Steps:
             lease.content = None
             raise
         except (LlamaslotError, KeyError, OSError) as error:
-            log.warning("snapshot %s was not restored: %s", snapshot_id, error)
+            log.warning("%s: snapshot %s was not restored: %s", lease.job.id, snapshot_id, error)
             lease.pool.drop_snapshot(snapshot_id)  # not offered again to this server; the file stays
             lease.note.acted(lease.slot_id, Act("restore", 0.0, is_done=False, snapshot=snapshot_id))
             return False
@@ -223,7 +223,10 @@ class Steps:
         )  # fmt: skip
         lease.note.acted(lease.slot_id, act)
         if not is_whole:
-            log.warning("snapshot %s: %d tokens restored", snapshot_id, result.n_tokens)
+            log.warning(
+                "%s: snapshot %s was restored in part (%d of %d tokens)",
+                lease.job.id, snapshot_id, result.n_tokens, snapshot.n_tokens,
+            )  # fmt: skip
             return False
         checkpoints = lease.pool.recall.in_file(snapshot.checkpoints)
         lease.content, lease.restored = replace(content_of(snapshot), checkpoints=checkpoints), snapshot

@@ -17,6 +17,7 @@ from llamaslot.core.slots import NOTHING, Content, Job, Slot
 from llamaslot.core.spaces import SHARED
 from llamaslot.core.tokens import common
 from llamaslot.engine.lease import Lease, Phase, PlanAgain, Report
+from llamaslot.engine.saving import NOT_SAVED
 from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
 from llamaslot.errors import BackendRestarted, LlamaslotError, SlotNotEmptied, UpstreamError
@@ -33,14 +34,13 @@ _SHUT_S = 15.0  # so long everybody does wait for foreign answers, the first tim
 _LANDING_POLLS_S = (0.05, 0.2, 0.5, 1.5)
 
 _NOT_EMPTIED = (
-    "a slot that llama-server might choose for this request could not be emptied, and may hold what the request must"
-    " not use: nothing was sent. Try again; if it stays so, the log of llamaslot tells what llama-server answered"
+    "could not erase another user's slot that llama-server might select; the request was not sent. Try again;"
+    " llamaslot's log has llama-server's answer"
 )
 
 _NOT_PREPARED = (
-    "this prompt could not be computed ahead in a slot, and without that llama-server might choose one with what the"
-    " request must not use: nothing was sent. Try again; if it stays so, the log of llamaslot tells what llama-server"
-    " answered"
+    "could not prefill a slot for this prompt, and without one llama-server might select another user's slot; the"
+    " request was not sent. Try again; llamaslot's log has llama-server's answer"
 )
 
 
@@ -323,7 +323,7 @@ class Turns:
             try:
                 await self._steps.save_now(lease)
             except LlamaslotError as error:
-                log.warning("slot %d was not saved: %s", lease.slot_id, error)
+                log.warning(NOT_SAVED, lease.job.id, lease.slot_name, error)
 
     async def _confirm_running(self) -> None:
         """Non-streaming answers send no headers before their end: ask the server whether they have begun."""

@@ -12,13 +12,12 @@ log = logging.getLogger(__name__)
 
 _WHY = {
     Reason.SHAPE: "something in its body is not known to llamaslot; please report its shape",
-    Reason.TEMPLATE: "the chat template shows it otherwise than llamaslot thought; please report which model that is",
+    Reason.TEMPLATE: "the chat template renders it otherwise than expected; please report the model",
     Reason.MEDIA: "it has images or audio with no text before them, or llama-server chooses its slot",
-    Reason.INFILL: "how this llama-server puts its parts together could not be found out; a --batch-size below the"
-    " context of a slot helps",
-    Reason.MISCOUNTED: "llama-server has counted other tokens in it; please report which model that is",
+    Reason.INFILL: "how its prompt is built is unknown; a --batch-size below the context of a slot helps",
+    Reason.MISCOUNTED: "llama-server counted other tokens in it; please report the model",
 }
-_COSTS = "%s: a request is served without knowing its tokens, and its context is not found again: %s"
+_COSTS = "a %s request is served without known tokens and its context is not found again: %s"
 
 
 class Unrecognized:

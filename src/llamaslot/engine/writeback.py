@@ -8,6 +8,7 @@ import logging
 
 from llamaslot.core.slots import Job, Slot, State
 from llamaslot.engine.lease import Lease
+from llamaslot.engine.saving import NOT_SAVED
 from llamaslot.engine.scheduler import Scheduler
 from llamaslot.engine.steps import Steps
 from llamaslot.errors import LlamaslotError
@@ -59,7 +60,7 @@ class Writeback:
             try:
                 snapshot = await self._steps.save_now(lease)
             except LlamaslotError as error:
-                log.warning("slot %d was not saved: %s", slot.id, error)
+                log.warning(NOT_SAVED, lease.job.id, slot.name, error)
                 snapshot = None
             gave_way = snapshot is None and lease.must_give_way()
         if snapshot is None and not gave_way:

@@ -109,9 +109,13 @@ class LlamaServer:
     Cancelling a slot action does not undo it: llama-server carries it out anyway.
     """
 
-    def __init__(self, url: str, api_key: str | None = None, watchdog_s: float | None = None) -> None:
-        """``watchdog_s``: when a stream of which nothing comes is given up; None for never."""
+    def __init__(
+        self, url: str, api_key: str | None = None, watchdog_s: float | None = None, *, name: str = ""
+    ) -> None:
+        """``watchdog_s``: when a stream of which nothing comes is given up; None for never. ``name``: the
+        backend's, for log lines; the URL where none is given."""
         self.url, self.watchdog_s = url.rstrip("/"), watchdog_s
+        self.name = name or self.url
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
 
@@ -169,7 +173,7 @@ class LlamaServer:
                 yield response
         except aiohttp.SocketTimeoutError as error:
             raise SlotWedged(
-                f"llama-server at {self.url} has told nothing for {silence_s:g} s; its slot is given up"
+                f"llama-server at {self.url} has sent nothing for {silence_s:g} s; its slot is given up"
             ) from error
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
             raise BackendDown(f"llama-server at {self.url} {_why(error)}; try again in a moment") from error

@@ -255,7 +255,9 @@ class DryRuns:
             verdict = verdict if plain is Verdict.TAKEN else plain
         if verdict is Verdict.RUNS or not self._is_usable.get(trial.path, True):
             self._is_usable[trial.path] = False
-            log.info("dry runs are of no use on this llama-server: %s", trial.path)
+            log.info(
+                "dry runs of %s do not work on this llama-server: none are made there any more", trial.path
+            )
             return Verdict.RUNS if verdict is Verdict.RUNS else Verdict.TAKEN
         return verdict
 

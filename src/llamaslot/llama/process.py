@@ -248,7 +248,7 @@ class ManagedServer:
         ]
         if unknown:
             log.warning(
-                "%s: `%s --help` does not name %s: recommended ones are left out, needed ones are passed all the same",
+                "%s: `%s --help` does not know %s: recommended flags are left out, needed ones are passed all the same",
                 *(self.name, shlex.join(self.config.command), " ".join(unknown)),
             )
         arguments = command_line(self.config, needed, known)

@@ -237,7 +237,9 @@ class Prompts:
                 return tail
         special = text[cut.start : cut.end]
         if specials.drop(special):
-            log.warning("a prompt cut at %r has other tokens than whole: none is cut there any more", special)
+            log.warning(
+                "tokenizer: cutting prompts at %r changes their tokens: not cut there any more", special
+            )
         return None
 
     async def _remember(self, model: _Model, text: str, tokens: bytes, split: _Split) -> None:
@@ -274,7 +276,10 @@ class Prompts:
             whole = "; from now on prompts are tokenized whole, which takes longer"
             remedy = whole if self._model.is_whole else ""
             log.warning(
-                "llama-server counts %d tokens in a prompt, llamaslot %d%s", n_server, prompt.n_tokens, remedy
+                "tokenizer: llama-server counts %d tokens in a prompt, llamaslot %d%s",
+                n_server,
+                prompt.n_tokens,
+                remedy,
             )
         return False
 

@@ -19,60 +19,101 @@ class Metrics:
         def histogram(name: str, text: str) -> Histogram:
             return Histogram(f"llamaslot_{name}", text, buckets=_SECONDS, registry=self.registry)
 
-        self.requests = counter("requests", "Requests by route kind and HTTP status", "kind", "status")
+        self.requests = counter(
+            "requests",
+            "HTTP requests answered, by kind of route and status; 499: the client left",
+            "kind",
+            "status",
+        )
         self.unrecognized = counter(
-            "unrecognized", "Completions served without knowing their tokens", "kind", "reason"
+            "unrecognized",
+            "Completions whose prompt could not be tokenized, so that their context is not found again",
+            "kind",
+            "reason",
         )
         self.refused = counter(
-            "refused", "Completions that llama-server refused before anything was done for them"
+            "refused", "Completions that llama-server refused in a dry run, before any slot was changed"
         )
-        self.placed = counter("placed", "Jobs by where their prefix came from", "source")
-        self.tokens_prompt = counter("prompt_tokens", "Tokens of all prompts")
+        self.placed = counter(
+            "placed", "Completions answered, by where their reused prefix came from", "source"
+        )
+        self.tokens_prompt = counter("prompt_tokens", "Prompt tokens of completions answered")
         self.tokens_reused = counter(
-            "reused_tokens", "Tokens of prompts that llama-server did not compute again", "source"
+            "reused_tokens", "Prompt tokens that llama-server reused, by where they came from", "source"
         )
         self.tokens_expected = counter(
-            "expected_tokens", "Tokens of prompts that were expected to be reused", "source"
+            "expected_tokens", "Prompt tokens that llamaslot expected llama-server to reuse", "source"
         )
-        self.retired = counter("snapshots_retired", "Snapshots dropped because they twice failed to deliver")
-        self.beliefs_wrong = counter("beliefs_wrong", "Jobs that reused less than was expected")
-        self.steps_failed = counter("steps_failed", "Saves, erases and restores that failed", "step")
-        self.saves = counter("saves", "Snapshots committed")
-        self.bytes_saved = counter("saved_bytes", "Bytes of snapshots written")
-        self.restores = counter("restores", "Snapshots restored")
-        self.bytes_restored = counter("restored_bytes", "Bytes of snapshots read")
-        self.restarts = counter("backend_restarts", "Restarts of llama-server that were noticed")
+        self.retired = counter(
+            "snapshots_retired",
+            "Snapshots dropped because restoring them twice gave less than half of the expected tokens",
+        )
+        self.beliefs_wrong = counter("beliefs_wrong", "Completions that reused fewer tokens than expected")
+        self.steps_failed = counter(
+            "steps_failed",
+            "Steps before a completion that failed; the completion was answered all the same",
+            "step",
+        )
+        self.saves = counter("saves", "Slots saved to disk")
+        self.bytes_saved = counter("saved_bytes", "Bytes written to snapshots")
+        self.restores = counter("restores", "Snapshots restored into slots")
+        self.bytes_restored = counter("restored_bytes", "Bytes read from snapshots")
+        self.restarts = counter("backend_restarts", "Times that llama-server was found to be another process")
         self.clients_left = counter("clients_left", "Clients that left before their answer was complete")
-        self.save_s = histogram("save_seconds", "Seconds that a save took")
-        self.restore_s = histogram("restore_seconds", "Seconds that a restore took")
-        self.queue_s = histogram("queue_seconds", "Seconds that a job waited for its slot")
+        self.save_s = histogram("save_seconds", "Seconds of one save, waiting for llama-server included")
+        self.restore_s = histogram(
+            "restore_seconds", "Seconds of one restore, waiting for llama-server included"
+        )
+        self.queue_s = histogram(
+            "queue_seconds", "Seconds that a completion waited in the queue for its slot"
+        )
         self.first_byte_s = histogram(
-            "first_byte_seconds", "Seconds from a request to the first byte of its answer"
+            "first_byte_seconds", "Seconds from the arrival of a completion to the first byte of its answer"
         )
-        self.wedged = counter("wedged", "Slots that were given up because llama-server told nothing of them")
-        self.replanned = counter("replanned", "Jobs whose slot held much less than was expected of it")
-        self.preempted = counter("preemptions", "Requests that gave their slot up for a user with fewer")
-        self.interruptions = counter("prefill_interruptions", "Prefills that stopped for somebody else")
+        self.wedged = counter(
+            "wedged", "Slots given up because llama-server sent nothing for timeouts.watchdog_s"
+        )
+        self.replanned = counter(
+            "replanned", "Completions placed again because their slot held far fewer tokens than expected"
+        )
+        self.preempted = counter(
+            "preemptions", "Requests that gave up their slot during prefill for a user with fewer slots"
+        )
+        self.interruptions = counter(
+            "prefill_interruptions", "Prefill chunks interrupted so that other requests could run"
+        )
         self.prefill_wait_s = histogram(
-            "prefill_wait_seconds", "Seconds that a long prefill waited for its turn"
+            "prefill_wait_seconds", "Seconds that a long prompt waited between its prefill chunks"
         )
-        self.prefill_pause_s = counter("prefill_pause_seconds", "Of these, seconds for the streams of others")
+        self.prefill_pause_s = counter(
+            "prefill_pause_seconds",
+            "Seconds that long prefills paused so that running streams got their share (prefill.decode_share)",
+        )
         self.prefix_wait_s = histogram(
-            "prefix_wait_seconds", "Seconds that a job waited for a prefix that another one computed"
+            "prefix_wait_seconds",
+            "Seconds that a completion waited for a prefix that another request was computing",
         )
-        self.rewrites = counter("rewrites", "Requests whose system prompt a rule has changed", "rule")
+        self.rewrites = counter("rewrites", "Requests whose system prompt a rewrite rule changed", "rule")
         self.divergences = counter(
-            "divergences", "Requests that lost a long prefix by a difference in it", "where"
+            "divergences",
+            "Requests that recomputed 1,024 tokens or more because of a difference in front of them",
+            "where",
         )
-        self.n_waiting = Gauge("llamaslot_waiting", "Jobs waiting for a slot", registry=self.registry)
-        self.n_snapshots = Gauge("llamaslot_snapshots", "Snapshots that can be used", registry=self.registry)
-        self.bytes_stored = Gauge("llamaslot_stored_bytes", "Bytes of all snapshots", registry=self.registry)
+        self.n_waiting = Gauge("llamaslot_waiting", "Requests waiting for a slot now", registry=self.registry)
+        self.n_snapshots = Gauge(
+            "llamaslot_snapshots", "Snapshots that can be used with the present model", registry=self.registry
+        )
+        self.bytes_stored = Gauge(
+            "llamaslot_stored_bytes", "Bytes of snapshots on disk or reserved", registry=self.registry
+        )
         self.assist = Gauge(
             "llamaslot_assist",
             "1 while llamaslot chooses slots, 0 while it leaves that to llama-server",
             registry=self.registry,
         )
-        self.is_up = Gauge("llamaslot_backend_up", "1 while the backend serves", registry=self.registry)
+        self.is_up = Gauge(
+            "llamaslot_backend_up", "1 while requests are served by this backend", registry=self.registry
+        )
 
     def saved(self, size_bytes: int, seconds: float) -> None:
         self.saves.inc()

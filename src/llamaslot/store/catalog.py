@@ -141,7 +141,8 @@ class Catalog:
         for id_ in self.snapshots.keys() - found.durable:
             self._upkeep.sync(Noted.of(self.snapshots[id_]))  # llamaslot was killed before it came to that
         log.info(
-            "snapshots: %d in %s, %s of %s; removed %d unfinished and %d broken, evicted %d, left %d foreign alone",
+            "snapshots: %d in %s, %s of %s used; removed %d unfinished and %d broken, evicted %d, ignored %d files"
+            " of others",
             *(len(self.snapshots), self.directory, readable(self.size_bytes), readable(self.quota_bytes)),
             *(found.n_unfinished, len(found.faults), len(over), found.n_foreign),
         )

@@ -63,7 +63,7 @@ class HitLog:
         try:
             self._write(self._path, os.O_APPEND, changed)
         except OSError as error:
-            log.warning("snapshots: hits cannot be noted: %s", error.strerror or error)
+            log.warning("snapshots: cannot write hit counts: %s", error.strerror or error)
         self._n_lines += len(changed)
 
     def rewrite(self, listed: Mapping[str, Hits]) -> None:
@@ -73,7 +73,7 @@ class HitLog:
             self._write(new, os.O_TRUNC, listed)
             os.rename(new, self._path)
         except OSError as error:
-            log.warning("snapshots: hits cannot be noted: %s", error.strerror or error)
+            log.warning("snapshots: cannot write hit counts: %s", error.strerror or error)
         self._n_lines = len(listed)
 
     def _write(self, path: Path, how: int, hits: Mapping[str, Hits]) -> None:

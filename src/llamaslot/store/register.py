@@ -74,13 +74,11 @@ class Register:
         try:
             return _decode(self.path.read_bytes())
         except FileNotFoundError:
-            log.info("snapshots: there is no %s: all files are read", self.path)
+            log.info("snapshots: there is no %s: reading all files", self.path)
         except OSError as error:
-            log.warning(
-                "snapshots: %s is not used: %s: all files are read", self.path, error.strerror or error
-            )
+            log.warning("snapshots: cannot use %s: %s; reading all files", self.path, error.strerror or error)
         except _Unusable as error:
-            log.warning("snapshots: %s is not used: %s: all files are read", self.path, error)
+            log.warning("snapshots: cannot use %s: %s; reading all files", self.path, error)
         return {}
 
     async def write(self, snapshots: Mapping[str, Snapshot], last_used: Mapping[str, float]) -> None:
@@ -107,7 +105,7 @@ class Register:
                     os.fsync(file.fileno())
                 os.rename(new, path)
         except OSError as error:
-            log.warning("snapshots: %s cannot be written: %s", path, error.strerror or error)
+            log.warning("snapshots: cannot write %s: %s", path, error.strerror or error)
 
     def _entries(self, known: list[tuple[Snapshot, Mark, float]]) -> list[Entry]:
         """Of a .kv file the mark is that of when it was read: if it is another one now, it will not fit. A sidecar is

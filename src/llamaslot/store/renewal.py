@@ -59,7 +59,7 @@ class Renewal:
         try:
             found = await asyncio.to_thread(self._open)
         except GenerationUnusable as error:
-            log.warning("index: the generation in %s is not used: %s", self._directory, error)
+            log.warning("index: the disk index in %s is not used: %s", self._directory, error)
             found = None
         if found is None:
             return None
@@ -116,13 +116,13 @@ class Renewal:
                 raise asyncio.CancelledError
         except (LlamaslotError, OSError) as error:
             self._failed_at = len(index)
-            log.warning("index: no generation could be made: %s", error)
+            log.warning("index: cannot write the disk index: %s", error)
             return False
         finally:
             index.unseal()
             await asyncio.to_thread(generation.sweep, self._directory, self._current)
         log.info(
-            "index: a generation of %d snapshots, %s, was made in %.1f s",
+            "index: %d snapshots written to the disk index (%s) in %.1f s",
             *(len(made.index), readable(made.size_bytes), time.monotonic() - started),
         )
         if self._on_made is not None:

@@ -79,7 +79,7 @@ class Upkeep:
             try:
                 await asyncio.to_thread(sidecar.mark, self._directory, snapshot)
             except (OSError, SnapshotInvalid) as error:
-                log.warning("snapshots: %s cannot be marked: %s", snapshot.id, error)
+                log.warning("snapshots: cannot mark %s in its sidecar: %s", snapshot.id, error)
 
     async def _sync(self, noted: Noted) -> None:
         dated = noted.created_at

@@ -305,7 +305,11 @@ class Answering:
             events = await self._next()
         if (doubt := reading.assembly.doubt) is None:
             return reading.assembled()
-        log.info("%s: asked for again, in one piece: its stream is %s", self.asked.id, doubt.value)
+        log.info(
+            "%s: repeating the request without streaming: the stream it is assembled from is %s",
+            self.asked.id,
+            doubt.value,
+        )
         if doubt is Doubt.UNKNOWN:
             self.backend.streams_are_known = False
         self._settle()
@@ -382,8 +386,9 @@ class Answering:
         elif earlier is not None:
             n_computed += self.lease.job.n_tokens - earlier.n_tokens
         log.info(
-            "%s for %s, slot %d %s: %d of %d prompt tokens computed%s, first byte after %.2f s, all after %.2f s",
-            self.asked.id, self.lease.job.user.id, self.lease.slot_id, self.source.value,
+            "%s: answered for %s in slot %s (%s): %d of %d prompt tokens computed%s, first byte after %.2f s, complete"
+            " after %.2f s",
+            self.asked.id, self.lease.job.user.id, self.lease.slot_name, self.source.value,
             n_computed, self.lease.job.n_tokens,
             f", {earlier.seconds:.2f} s of it ahead" if earlier is not None else "",
             first_s, time.monotonic() - self.asked.started,

@@ -134,7 +134,7 @@ class App:
             wrapped.status = error.status
             return error_response(wrapped)
         except Exception:
-            log.exception("%s %s failed", request.method, request.path)
+            log.exception("%s %s: internal error; please report it", request.method, request.path)
             return error_response(LlamaslotError(MISTAKE))
 
     async def _dispatch(self, request: web.Request, route: Route) -> web.StreamResponse:
@@ -164,7 +164,7 @@ def make_backend(config: Config, url: str) -> Backend:
     settings = config.backend
     return Backend(
         settings.name,
-        LlamaServer(url, settings.resolve_api_key(), config.timeouts.watchdog_s),
+        LlamaServer(url, settings.resolve_api_key(), config.timeouts.watchdog_s, name=settings.name),
         rules=_rules(config),
         limits=_limits(config),
         metrics=Metrics(),
@@ -330,7 +330,7 @@ def _greet(config: Config, listener: asyncio.Server) -> None:
         ("with a key of yours", " -H 'Authorization: Bearer …'") if has_keys else ("any API key", "")
     )
     log.info(
-        "llamaslot %s serves on %s%s; from here: %s/v1", __version__,
+        "llamaslot %s listens on %s%s; from this machine: %s/v1", __version__,
         " and ".join(_address(*address) for address in bound),
         ", every address of this machine" if is_open else "", base,
     )  # fmt: skip

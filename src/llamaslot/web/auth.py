@@ -71,7 +71,7 @@ class Keyring:
             keys, mark = read_keys(self._path)
         except ConfigError as error:
             faults = "; ".join(error.faults)
-            log.error("keys: %s: %s; the keys that were read before stay in force", self._path, faults)
+            log.error("keys: %s: %s; the keys read before stay in force", self._path, faults)
             return
         self._watch.known = (mark,)  # of what was read: the file may be another one by now
         self._take(keys)

@@ -135,8 +135,8 @@ class _Exchange:
         except Exception:
             if not self.down.has_begun:
                 raise
-            log.exception("%s failed", self.id)
-            return await self.down.fail(LlamaslotError(MISTAKE))
+            log.exception("%s: internal error; please report it", self.id)
+            return await self.down.fail(LlamaslotError(f"{MISTAKE} (request id {self.id})"))
 
     async def _run(self) -> web.StreamResponse:
         for _ in range(ATTEMPTS):
@@ -274,7 +274,7 @@ class _Exchange:
         self.backend.metrics.preempted.inc()
         n_done = preempted.earlier.n_tokens if preempted.earlier is not None else 0
         log.info(
-            "%s: its slot is for a user that has fewer: queued again with %d of %d tokens computed",
+            "%s: its slot goes to a user with fewer slots; queued again with %d of %d tokens computed",
             self.id, n_done, job.n_tokens,
         )  # fmt: skip
 

@@ -77,7 +77,7 @@ class Connections:
         if len(self._open) >= self._n_max:
             if not self._is_full:
                 log.warning(
-                    "%d connections are open, and no more are let in: see listen.max_connections", self._n_max
+                    "%d connections are open (listen.max_connections): no more are accepted", self._n_max
                 )
             self._is_full = True
             return False
@@ -172,7 +172,9 @@ class Connection(web.RequestHandler):
         self._header_timer = None
         if self.transport is None or self._is_serving:
             return
-        log.info("a client has not sent its request's header in %g s: closed", self._patience.read_s)
+        log.info(
+            "a client sent no complete request header within %g s: connection closed", self._patience.read_s
+        )
         self._say_and_close(
             "408 Request Timeout", TooSlow("the header of the request has not come to its end in time")
         )
@@ -243,6 +245,6 @@ def raise_file_limit() -> None:
     now = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if 0 <= now < _FEW_FILES:
         log.warning(
-            "this process may have %d open files: each client takes one, each running request two; raise LimitNOFILE"
+            "this process may open %d files only: each client takes one, each running request two; raise LimitNOFILE"
             " (systemd) or ulimit -n", now,
         )  # fmt: skip

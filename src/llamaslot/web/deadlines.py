@@ -82,7 +82,7 @@ class Watchdog:
             if not limit.expired():
                 raise
             raise SlotWedged(
-                f"llama-server has told nothing for {self.silence_s:g} s; its slot is given up"
+                f"llama-server has sent nothing for {self.silence_s:g} s; its slot is given up"
             ) from error
 
     async def _watch(self, limit: asyncio.Timeout, silence_s: float) -> None:

@@ -22,7 +22,7 @@ from llamaslot.web.deadlines import Timeouts
 
 log = logging.getLogger(__name__)
 
-MISTAKE = "llamaslot has made a mistake; its log says which"
+MISTAKE = "internal error in llamaslot; its log has the traceback"
 NAME = {"Server": "llamaslot"}  # and no more: versions are nobody's business
 _HAS_BEGUN = web.RequestKey("has_begun", bool)
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -49,8 +49,10 @@ async def in_its_words(
         ) as upstream:
             if upstream.status >= 400:
                 return UpstreamError(upstream.status, await upstream.read(), content_type_of(upstream))
-        log.warning("%s: llama-server has accepted a body that llamaslot refuses", request.path)
-        backend.changed("a slot that nobody had leased was used")
+        log.warning(
+            "%s: llama-server accepted a body that llamaslot takes for invalid; reconnecting", request.path
+        )
+        backend.changed("a slot was used without a lease")
     except BackendDown:
         pass
     return error
@@ -84,7 +86,9 @@ async def check(backend: Backend, request: web.Request, asked: Asked, want: Want
             raise await in_its_words(backend, request, orjson.dumps(asked.body), BadRequest(_REFUSED))
         if (refusal := await _answer_to(backend, asked, lease)) is not None:
             raise refusal
-    log.warning("%s: llama-server takes what it has refused when it was asked about it", asked.id)
+    log.warning(
+        "%s: llama-server accepted what it refused in a dry run; the request is placed again", asked.id
+    )
     backend.dry_runs.take(run)
     await _stopped(backend, lease)
     raise PlanAgain(None)

@@ -59,7 +59,11 @@ async def relay(
     except BackendDown as error:
         if not response.prepared:
             raise
-        log.warning("%s %s: llama-server closed the connection in the middle", request.method, request.path)
+        log.warning(
+            "%s %s: llama-server closed the connection in the middle of an answer",
+            request.method,
+            request.path,
+        )
         if await end_relayed(request, error) is None:
             cut(request)  # half an answer must not look like a whole one
             raise ClientGone from error

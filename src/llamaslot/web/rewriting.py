@@ -35,7 +35,7 @@ class SystemPrompts:
             if name not in self._told:
                 self._told.add(name)
                 log.warning(
-                    "rewrite: rule %s needs more than %g ms for a system prompt and is left out then; a simpler pattern"
+                    "rewrite: rule %s took more than %g ms for a system prompt and is skipped then; a simpler pattern"
                     " or a smaller max_chars helps",
                     name, LIMIT_S * 1000,
                 )  # fmt: skip

@@ -42,6 +42,6 @@ class Certificate:
         try:
             self._latest = load_certificate(self._settings)
         except ValueError as error:
-            log.error("listen.tls: %s; the certificate that was read before stays in use", error)
+            log.error("listen.tls: %s; the certificate read before stays in use", error)
         else:
             log.info("listen.tls: %s has changed and is in use", self._settings.cert)

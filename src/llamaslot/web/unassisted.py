@@ -149,6 +149,7 @@ class Unassisted:
             self._backend.metrics.reused(Source.SERVER.value, n_reused, n_prompt)
             lease.note.found(n_prompt, n_reused)
         log.info(
-            "%s: %s for %s, assist off: %s of %s prompt tokens reused by llama-server, all after %.2f s",
-            lease.job.id, kind, lease.job.user.id, n_reused, n_prompt, time.monotonic() - began,
+            "%s: answered for %s by llama-server alone (%s, assist off): %s of %s prompt tokens reused, complete after"
+            " %.2f s",
+            lease.job.id, lease.job.user.id, kind, n_reused, n_prompt, time.monotonic() - began,
         )  # fmt: skip
