@@ -224,7 +224,7 @@ async def test_a_prompt_that_could_not_be_computed_ahead(
         it.fake.faults.fail(NATIVE)
         answer = await it.post(MESSAGES, berts, **{"x-llamaslot-user": "bert"})
         assert answer.status == status
-        assert ("computed ahead" in answer.raw.decode()) == (status == 503)
+        assert ("could not prefill" in answer.raw.decode()) == (status == 503)
         assert len(it.fake.sent(MESSAGES)) == 1 + (status == 200)
         assert (await it.post(MESSAGES, berts, **{"x-llamaslot-user": "bert"})).status == 200
 

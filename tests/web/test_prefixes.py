@@ -152,7 +152,7 @@ async def test_a_rule_that_takes_too_long_is_told_once(
             assert (await it.post(CHAT, body(CHAT, "a" * 3000 + "b", turns("Hi.")))).status == 200
         told = (await it.get("/llamaslot/status")).json["rewrite"][-1]
     assert told == {"name": "endless", "n_fired": 0, "n_given_up": 2}
-    assert caplog.text.count("rewrite: rule endless needs more than 50 ms") == 1
+    assert caplog.text.count("rewrite: rule endless took more than 50 ms") == 1
 
 
 # -- where prompts part --------------------------------------------------------------------------------------------
