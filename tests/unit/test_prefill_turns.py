@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llamaslot.core.reuse import Memory
+from llamaslot.core.slots import Job
+from llamaslot.core.tokens import head
 from tests.support.mainloop import ACTION_S, BATCH_S, DISK_S, STRETCH_S, Paced, long, short, talk
 
 EVERY = pytest.mark.parametrize("memory", list(Memory))
@@ -55,7 +57,7 @@ def test_a_short_request_waits_for_no_more_than_a_stretch(memory: Memory, is_low
         assert house.slots[stranger.id] == (1 if is_low else 0)
         assert house.server.n_computed == 8000 + n_asked, "nothing was computed twice"
         n_stopped = house.metrics.interruptions._value.get()
-        assert n_stopped == 0 if memory is Memory.DENSE else n_stopped >= 8, "what is cut ends by itself"
+        assert memory is Memory.DENSE or n_stopped >= 8, "where it is not cut it is interrupted"
         assert house.first_s[stranger.id] < 8 + 8 * (waits_s(memory) + 0.1), (
             "nor was it kept waiting without need"
         )
@@ -302,15 +304,53 @@ def test_a_share_of_nothing_pauses_never(memory: Memory) -> None:
 
 
 def test_of_a_dense_model_a_prompt_is_sent_in_pieces() -> None:
-    """Each takes about as long as a stretch, so that nobody has to be waited for; each goes on from the last."""
-    with Paced(Memory.DENSE, 2, batch=1024) as house:
+    """Beside others. Each takes about as long as a stretch, so that nobody has to be waited for; each goes on from the
+    last."""
+    with Paced(Memory.DENSE, 2, answer_s=30.0, decode_share=0.0) as house:
         house.begin()
-        house.wait(house.come(long("stranger", 6000)))
-        ends = [n for _, n in house.server.sent]
+        streams = house.come(short("streams", n=20))
+        house.until(0.1)
+        stranger = long("stranger", 6000)
+        house.wait(house.come(stranger))
+        ends = [n for slot, n in house.server.sent if slot == house.slots[stranger.id]]
         assert ends == sorted(ends)
         assert ends[-1] == 5999
         assert all(later - earlier <= STRETCH_S * 1000 + 128 for earlier, later in pairwise([0, *ends]))
-        assert house.server.n_computed == 6000
+        assert house.server.n_computed == 6020
+        house.wait(streams)
+
+
+@pytest.mark.parametrize(("batch", "is_cut"), [(128, False), (240, False), (1024, True)])
+def test_alone_it_is_sent_as_a_whole_where_batches_are_short(batch: int, is_cut: bool) -> None:
+    """As soon as it is known how many tokens the server computes at once, and if two such batches, for which a request
+    that comes meanwhile might have to wait, take no longer than a stretch."""
+    with Paced(Memory.DENSE, 2, batch=batch) as house:
+        house.begin()
+        house.wait(house.come(long("stranger", 6000)), house.come(short("first", n=20)))
+        house.server.sent.clear()
+        house.wait(house.come(long("stranger", 6000, at=2)))
+        ends = [n for _, n in house.server.sent]
+        assert (len(ends) > 8) if is_cut else (ends == [5999])
+
+
+@pytest.mark.parametrize("n_alike", [0, 1500, 2900])
+def test_whoever_comes_while_a_whole_one_is_computed_waits_for_two_batches_at_most(n_alike: int) -> None:
+    """One that needs little; one that begins with what was computed before; and with what is being computed."""
+    with Paced(Memory.DENSE, 3, answer_s=0.001) as house:
+        house.wait(house.come(long("first", 6000, at=2)))
+        house.begin()
+        stranger = long("stranger", 6000)
+        client = house.come(stranger)
+        house.until(2.0)
+        other = Job("other", head(stranger.tokens, n_alike) + short("own").tokens)
+        house.wait(house.come(other))
+        # What is alike is computed by the stranger, and its snapshot saved and restored.
+        still_s = max(n_alike / 1000 - 2.0, 0.0) + (5 * (ACTION_S + DISK_S) if n_alike else 0.0)
+        assert house.first_s[other.id] <= 2 * BATCH_S + POLL_S + 0.1 + still_s
+        assert not client.done()
+        house.wait(client)
+        assert house.server.n_computed <= 6000 + 100, "nothing is computed twice"
+        assert house.metrics.interruptions._value.get() == 1
 
 
 @pytest.mark.parametrize("memory", [Memory.SWA, Memory.RECURRENT])
@@ -336,7 +376,7 @@ def test_on_others_it_is_sent_as_a_whole_and_interrupted(memory: Memory) -> None
 def test_what_a_piece_costs_is_learned() -> None:
     """To send the prompt once more: a few milliseconds. And how fast the server is, from each piece: they take about
     as long as a stretch soon."""
-    with Paced(Memory.DENSE, 2, batch=512) as house:
+    with Paced(Memory.DENSE, 2, batch=4096) as house:  # too large to be sent whole
         house.server.token_s = 0.0001
         house.begin()
         house.wait(house.come(long("stranger", 60_000)))

@@ -24,6 +24,7 @@ class LongPrompt:
     has_begun: bool = False
     n_reused: int = 0  # found by the first stretch
     end: int = 0  # of the stretch that is computed
+    is_cut: bool = False  # that stretch ends by itself after a while
     limit: asyncio.Timeout | None = None  # of that stretch, once it may be interrupted
     since: float = 0.0  # its beginning
     # Before that many tokens no interruption: a sliding window stopped before it is full keeps nothing.

@@ -40,6 +40,7 @@ class Pool:
         self.slots = [Slot(backend, i) for i in range(n_slots)]
         self.is_current = True
         self.lost_slots = LostSlots()
+        self.n_batch = 0  # tokens of a prompt that the server computes at once, once that has been seen
         self._index: PrefixIndex[int] = PrefixIndex()
         self._residents = InSpaces(self._index, self._space_of)
         self._passing = Passing()

@@ -4,7 +4,8 @@ llama-server fills its batches by slot number and gives a prompt all that it has
 is never left to it: ``Prefills`` sends it in stretches, and holds the next one back for whoever needs little, for the
 share of those that decode, and for a prefill that is ahead by now (``core.prefills`` decides). A model that can go back
 to any token is sent pieces of the prompt. On others each end of a prompt would leave checkpoints, in memory and in the
-slot file: there it is sent as a whole, and interrupted.
+slot file: there it is sent as a whole, and interrupted. So is a prompt that is alone on the server, where a batch is
+over soon: each piece costs a request, and there is no request that it would let through.
 """
 
 from __future__ import annotations
@@ -210,6 +211,7 @@ class Prefills:
         lease, bell = long.lease, long.lease.scheduler.bell
         before = lease.content
         try:
+            long.is_cut = self._is_cut(long)
             long.end = self._end_of(long)
             long.since, lease.n_done = self.now(), long.at
             lease.working()
@@ -240,9 +242,21 @@ class Prefills:
         self._pause_s = pause_s(took_s, self._n_streams(long), _sharing(long).decode_share)
         long.lease.scheduler.bell.ring()
 
+    def _is_cut(self, long: LongPrompt) -> bool:
+        """Whether the stretch is to end by itself after a while. Else it goes all the way unless it is interrupted: that
+        takes up to two batches, so both must fit into the time of a stretch for a request that comes meanwhile."""
+        lease = long.lease
+        if not (lease.is_long and lease.pool.recall.is_rewindable):
+            return False
+        if lease.scheduler.n_waiting or self._others(long):
+            return True
+        n_batch, end = lease.pool.n_batch, long.target
+        batches_s = 2 * self.rates.prefill.seconds(max(end - n_batch, 0), end)
+        return not n_batch or batches_s > _sharing(long).stretch_s
+
     def _end_of(self, long: LongPrompt) -> int:
-        """How far the stretch is sent: all the way where it is interrupted instead of cut."""
-        if not (long.lease.is_long and long.lease.pool.recall.is_rewindable):
+        """How far the stretch is sent."""
+        if not long.is_cut:
             return long.target
         rate, begin = self.rates.prefill, long.at
         if not long.has_begun and long.lease.n_whole is not None:
@@ -275,7 +289,7 @@ class Prefills:
                         if is_misplaced:
                             break
                     else:
-                        self._learn(last, event)
+                        self._learn(long, last, event)
                     last, lease.n_done = event, event.processed
                     long.report(self._progress(long, n_found, event))
                     long.limit = limit
@@ -303,9 +317,12 @@ class Prefills:
             note_misplaced(lease, n_found, self.metrics)
         return is_misplaced
 
-    def _learn(self, last: Progress, event: Progress) -> None:
-        if event.processed - last.processed >= _FEW:
+    def _learn(self, long: LongPrompt, last: Progress, event: Progress) -> None:
+        n_tokens, pool = event.processed - last.processed, long.lease.pool
+        if n_tokens >= _FEW:
             self.rates.prefill.observe(last.processed, event.processed, event.seconds - last.seconds)
+        if event.processed < long.end:  # not the rest of it, but as many as the server takes
+            pool.n_batch = max(pool.n_batch, n_tokens)
 
     def _progress(self, long: LongPrompt, n_found: int, event: Progress) -> Prefilling:
         n_reused = long.n_reused if long.has_begun else n_found
@@ -327,14 +344,13 @@ class Prefills:
         is_nearly_through = self.rates.prefill.seconds(n_done, long.end) <= self.rates.interruption.seconds
         if is_nearly_through or n_done < long.no_stop_before:
             return None
-        is_cut = long.lease.pool.recall.is_rewindable
-        soonest = long.since + (2 * sharing.stretch_s if is_cut else 0.0)  # one that is cut ends by itself
+        soonest = long.since + (2 * sharing.stretch_s if long.is_cut else 0.0)  # one that is cut ends by itself
         by_right = long.since + sharing.stretch_s if long.is_by_right else soonest
         if long.lease.is_preempted:
             return max(now, soonest)
         if self._is_somebody_first(long):
             return max(by_right, soonest)
-        if self._next() is not long or (not is_cut and n_done < long.target < long.end):
+        if self._next() is not long or self._is_trunk_ahead(long):
             return max(now, soonest)
         if (
             long.lease.scheduler.is_turn_waiting(long.lease)
@@ -344,6 +360,13 @@ class Prefills:
         if self._n_streams(long) and sharing.decode_share > 0:
             return max(long.since + sharing.stretch_s, soonest)
         return None
+
+    def _is_trunk_ahead(self, long: LongPrompt) -> bool:
+        """Whether others have come to wait for what is there before the stretch ends by itself. What was passed can only
+        be kept where it can be cut back."""
+        if long.is_cut or long.target >= long.end:
+            return False
+        return long.lease.n_done < long.target or long.lease.pool.recall.is_rewindable
 
     # -- trunks --------------------------------------------------------------------------------------------------
 
