@@ -251,14 +251,33 @@ def test_lines_that_are_explained_are_said(where: str, heading: str) -> None:
     assert [line for line in lines if not is_said(line)] == []
 
 
+@cache
+def constants() -> dict[str, str]:
+    """Texts that the source names: each upper-case name of a module and its string."""
+    named = dict[str, str]()
+    for module in sorted(SOURCE.rglob("*.py")):
+        for node in ast.parse(module.read_text()).body:
+            match node:
+                case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=str(text))):
+                    named[name] = text
+                case _:
+                    pass
+    return named
+
+
 def logged() -> Iterator[str]:
-    """What goes to the log above debug, as it is written in the source. Lines that are all gap are passed over."""
+    """What goes to the log above debug, as it is written in the source, or in a constant that is logged. Lines that are
+    all gap are passed over."""
     for module in sorted(SOURCE.rglob("*.py")):
         for node in ast.walk(ast.parse(module.read_text())):
             if not (isinstance(node, ast.Call) and ast.unparse(node.func) in _LOUD and node.args):
                 continue
-            if isinstance(text := node.args[0], ast.Constant):
-                line = re.sub(FORMAT, GAP, str(text.value))
+            names = [part.id for arg in node.args for part in ast.walk(arg) if isinstance(part, ast.Name)]
+            texts = [constants()[name] for name in names if name in constants()]
+            if isinstance(first := node.args[0], ast.Constant):
+                texts.append(str(first.value))
+            for text in texts:
+                line = re.sub(FORMAT, GAP, text)
                 if len(re.findall(r"[a-z]{2,}", line)) > 1:
                     yield line
 
@@ -268,7 +287,8 @@ _LOUD = {f"log.{level}" for level in ("info", "warning", "error", "exception")}
 
 def test_lines_that_are_said_are_explained() -> None:
     """Whoever finds one in the log finds it in docs/operations.md."""
-    told = [line for row in rows(section(page("docs/operations.md"), "The log")) for line in in_code(row[0])]
+    tables = [section(page("docs/operations.md"), heading) for heading in ("The log", "Warnings")]
+    told = [line for table in tables for row in rows(table) for line in in_code(row[0])]
     assert [line for line in logged() if not any(re.search(pattern_of(t), line, re.S) for t in told)] == []
 
 
