@@ -99,9 +99,7 @@ def _read(path: Path) -> tuple[bytes, Mark]:
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(str(path), ["is no file"])
         if status.st_mode & stat.S_IWOTH:
-            raise ConfigError(
-                str(path), [f"everybody may write to it, and so let himself in: chmod 600 {path}"]
-            )
+            raise ConfigError(str(path), [f"every user may write to it: chmod 600 {path}"])
         if status.st_size > _MAX_BYTES:
             raise ConfigError(str(path), [f"is no file of keys: it has {status.st_size:,} bytes"])
         return file.read(_MAX_BYTES), Mark.of(status)

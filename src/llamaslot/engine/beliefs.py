@@ -38,7 +38,7 @@ async def until_idle(api: LlamaServer, lease: Lease, content: Content, now: Call
         try:
             infos = {info.id: info for info in await api.slots()}
         except UpstreamError as error:  # no refusal of the prefill: the slot may still be at work
-            raise BackendDown(f"llama-server does not tell of its slots: {error}") from error
+            raise BackendDown(f"llama-server does not answer /slots: {error}") from error
         lease.still_holds()
         if (info := infos.get(lease.slot_id)) is None or not info.is_processing:
             break

@@ -141,7 +141,7 @@ class Saving:
             if result.n_tokens == 0:
                 lease.pool.lost_slots.note(self.now())
             if kind is Kind.TRUNK and result.n_tokens != n_held:
-                raise OtherConversation(f"{result.n_tokens} tokens were saved and not {n_held}")
+                raise OtherConversation(f"{result.n_tokens} tokens were saved instead of {n_held}")
             snapshot = await self.catalog.commit(
                 draft,
                 tokens_expected=content.tokens,

@@ -154,7 +154,7 @@ async def learn(server: InfillServer, slot: int, n_ctx: int) -> Layout:
     for layout in await learning.candidates():
         if await learning.fits(layout):
             return await learning.with_limits(layout)
-    raise _unknown("its prompts have another form")
+    raise _unknown("its prompts are built in an unknown way")
 
 
 class _Learning:
@@ -173,7 +173,7 @@ class _Learning:
         file, text = await self._marked(text, _FILE)
         ids = unpack(await self._server.tokenize(text, add_special=False))
         if len(ids) not in (3, 4) or count(repository) + count(file) + len(ids) != n:
-            raise _unknown("its prompt is not what its text says")
+            raise _unknown("the prompt that it repeats has other tokens than it counts")
         *bos, one, two, three = ids
         return [
             Layout(
@@ -202,7 +202,7 @@ class _Learning:
             return b"", text
         mark = await self._server.tokenize(before, add_special=False)
         if count(mark) != 1:
-            raise _unknown("there is something in front that is not known")
+            raise _unknown("its prompts begin with unknown tokens")
         return mark + tokens, behind
 
     async def fits(self, layout: Layout) -> bool:
@@ -223,13 +223,13 @@ class _Learning:
         n_prefix = count(await self._plain(_WORD * (_LONG_PREFIX // 2)))
         n_left = await self._n_refused(input_prefix=_WORD * (_LONG_PREFIX // 2)) - self._n_empty
         if not 0 < n_left < n_prefix or n_left % 3:
-            raise _unknown("its --batch-size is larger than what was tried")
+            raise _unknown("its --batch-size is larger than any that was tried")
         others = [{"text": self._too_long}]
         of_all = Infill(self._server, layout)
         n_extra, n_nothing = [count(await of_all.extra(chunks, "")) for chunks in (others, [])]
         n_taken = await self._n_refused(input_extra=others) - (self._n_empty - n_nothing)
         if not n_nothing <= n_taken <= n_extra:
-            raise _unknown("it leaves another room for other files")
+            raise _unknown("its limit for other files is unknown")
         return replace(layout, quarter=n_left // 3, room=n_taken)
 
     @property

@@ -142,7 +142,7 @@ class App:
             return await self._status.handle(request)
         if request.method in _NO_METHODS or request.raw_path == "*":
             raise NotImplementedHere(
-                f"{request.method} {request.raw_path} is not served: there is no way through to other servers"
+                f"{request.method} {request.raw_path} is not served: llamaslot is no proxy for other servers"
             )
         match route.kind:
             case "own":

@@ -117,8 +117,8 @@ _N: Json = {
 _HEALTH_PAGE = _get(
     "Whether requests are served.",
     {
-        "200": _json("llama-server is met and serves.", _HEALTH),
-        "503": _json("It is not, or not yet.", _HEALTH),
+        "200": _json("Requests are served.", _HEALTH),
+        "503": _json("They are not, or not yet.", _HEALTH),
     },
     is_open=True,
 )

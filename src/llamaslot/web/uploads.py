@@ -54,7 +54,7 @@ class Uploads:
                     piece = await request.content.readany()
             except TimeoutError:
                 raise TooSlow(
-                    f"of the body {n_bytes} bytes have come in {self.timeout_s + n_bytes / _BYTES_PER_S:.0f} s;"
+                    f"only {n_bytes} bytes of the body arrived within {self.timeout_s + n_bytes / _BYTES_PER_S:.0f} s;"
                     " the operator may raise listen.read_timeout_s"
                 ) from None
             except web.RequestPayloadError as error:
