@@ -246,7 +246,7 @@ def test_what_is_no_file_of_keys_is_not_waited_for(tmp_path: Path) -> None:
         (tmp_path / "pipe", "is no file"),
         (tmp_path, "Is a directory"),
         (Path("/dev/zero"), "is no file"),
-        (tmp_path / "open", "everybody may write to it"),
+        (tmp_path / "open", "every user may write to it"),
         (tmp_path / "none", "there is no such file"),
     ):
         with pytest.raises(ConfigError, match=said):
