@@ -66,13 +66,13 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """The file as plain data. Raises ConfigError where it can not be read, or with the line at which it is not YAML."""
+    """The file as plain data. Raises ConfigError where it cannot be read, or with the line at which it is not YAML."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         fault = "there is no such file; README.md shows a configuration to start from"
     except OSError as error:
-        fault = f"can not be read: {error.strerror}"
+        fault = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
         fault = f"is not UTF-8 text (byte {error.start})"
     except yaml.MarkedYAMLError as error:

@@ -80,7 +80,7 @@ def test_as_the_user_that_serves(box: Path, python: None) -> None:
     assert (result.exit_code, result.stdout) == (2, "")
     told = f"backends[0].slot_save_path: nobody may not read and write and enter {box / 'kv'} (it belongs to root:root"
     assert f"as nobody: {box / 'config.yaml'}: 2 faults" in result.stderr
-    assert f"auth.keys_file: {box / 'keys.json'}: can not be read: Permission denied" in result.stderr
+    assert f"auth.keys_file: {box / 'keys.json'}: cannot be read: Permission denied" in result.stderr
     assert told in result.stderr
 
     give(box / "keys.json")
@@ -108,7 +108,7 @@ def test_what_root_has_left_behind(box: Path, python: None) -> None:
 def test_owners_and_modes_tell_root_as_well(box: Path) -> None:
     """Without --as nothing is tried, but what nobody except root can use is seen."""
     notes = " ".join(check(box / "config.yaml").notes)
-    for told in ("auth.keys_file: nobody but root can read", "store.meta_dir: nobody but root can write to"):
+    for told in ("auth.keys_file: only root can read", "store.meta_dir: only root can write to"):
         assert told in notes
     assert "--as USER checks as the user that will serve" in notes
     give(box / "keys.json", box / "kv", box / "meta")
@@ -130,7 +130,7 @@ def test_a_python_that_the_user_cannot_run(box: Path, monkeypatch: pytest.Monkey
     result = run(box, "--as", NOBODY)
     assert result.exit_code == 2
     assert f"nobody cannot run {closed}, the Python of this llamaslot: make its venv with" in result.stderr
-    assert f"nobody but root can run {closed}" in " ".join(check(box / "config.yaml").notes)
+    assert f"only root can run {closed}" in " ".join(check(box / "config.yaml").notes)
 
 
 def test_a_directory_that_is_missing(box: Path) -> None:

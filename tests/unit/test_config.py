@@ -50,7 +50,7 @@ PREWARM = "backends: [{url: 'http://127.0.0.1:8080', slot_save_path: kv}]\nprewa
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "agent.json can not be read: No such file or directory"),
+        (None, "agent.json cannot be read: No such file or directory"),
         ("{", "agent.json is not JSON: "),
         ("[]", "agent.json should hold a chat body: an object"),
         ("{}", '"messages" is missing or empty'),
@@ -204,7 +204,7 @@ def test_a_key_file_that_has_gone_is_a_config_error(load: Load, tmp_path: Path) 
     (tmp_path / "key").write_text("s3cret")
     backend = load(BACKEND.replace("}]", ", api_key_file: key}]")).backend
     (tmp_path / "key").unlink()
-    with pytest.raises(ConfigError, match="can not be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         backend.resolve_api_key()
 
 
@@ -364,7 +364,7 @@ def test_the_message_is_a_list(load: Load, tmp_path: Path) -> None:
         ),
         (
             'backends: [{managed: {model: m, command: "sh \'y"}}]',
-            "backends[0].managed: command can not be split",
+            "backends[0].managed: command cannot be split",
         ),
         (
             "backends: [{managed: {model: m, command: [sh], args: [on]}}]",
@@ -409,7 +409,7 @@ def test_others_are_not_let_in_without_keys(load: Load, faults: Faults, tmp_path
         "auth:",
     ):
         (fault,) = faults(text + more)
-        assert fault.startswith(f"listen.host: {host} is reached from other machines")
+        assert fault.startswith(f"listen.host: {host} can be reached from other machines")
         assert "llamaslot keys add NAME" in fault
         assert "auth.allow_anonymous: true" in fault
     (tmp_path / "keys.json").write_text("{}")

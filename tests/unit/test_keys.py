@@ -106,7 +106,7 @@ def test_rm_takes_keys_away(run: Run, path: Path) -> None:
             ("ls", "--file", "/nowhere/keys.json"),
             "there is no such file; make it with: llamaslot keys add NAME",
         ),
-        (("add", "bob", "--file", "/nowhere/keys.json"), "there is no directory for it"),
+        (("add", "bob", "--file", "/nowhere/keys.json"), "its directory cannot be opened"),
         (("ls", "--config", "none.yaml"), "none.yaml: 1 fault"),
     ],
 )
@@ -159,7 +159,7 @@ def test_a_change_that_fails_changes_nothing(path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(ConfigError, match="can not be written: No space left"), editing(path) as keys:
+    with pytest.raises(ConfigError, match="cannot be written: No space left"), editing(path) as keys:
         keys.clear()
     assert path.read_bytes() == before
     assert len(os.listdir(path.parent)) == 2
@@ -243,9 +243,9 @@ def test_what_is_no_file_of_keys_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "open").write_text("{}")
     (tmp_path / "open").chmod(0o666)
     for path, said in (
-        (tmp_path / "pipe", "is no file"),
+        (tmp_path / "pipe", "is not a regular file"),
         (tmp_path, "Is a directory"),
-        (Path("/dev/zero"), "is no file"),
+        (Path("/dev/zero"), "is not a regular file"),
         (tmp_path / "open", "every user may write to it"),
         (tmp_path / "none", "there is no such file"),
     ):

@@ -198,7 +198,7 @@ def test_a_ready_rule_leaves_other_bodies_alone() -> None:
     [
         ("\nrewrite_off: [date]", "rewrite_off[0]: there is no ready rule 'date': there is claude-code-attribution"),
         ("[clod]", "rewrite[0]: there is no ready rule 'clod': there is claude-code-attribution; a rule of"),
-        ("[{name: a, pattern: '(', replace: b}]", "rewrite[0].pattern: is no regular expression that Python knows"),
+        ("[{name: a, pattern: '(', replace: b}]", "rewrite[0].pattern: is not a valid regular expression"),
         ("[{name: a, pattern: 'x*', replace: b}]", "rewrite[0].pattern: matches the empty text too"),
         (r"[{name: a, pattern: x, replace: '\1'}]", "rewrite[0]: replace: invalid group reference 1"),
         (r"[{name: a, pattern: x, replace: '\g<y>'}]", "rewrite[0]: replace: unknown group name 'y'"),

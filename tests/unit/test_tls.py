@@ -113,13 +113,13 @@ def test_what_is_no_certificate_says_which_file(tmp_path: Path, made: Made) -> N
     subprocess.run(command.split(), check=True, capture_output=True)
     for cert, key, said in (
         (made.cert, other.key, "is not the key of"),
-        (text, made.key, "text.pem holds no certificate"),
-        (made.key, made.key, "holds no certificate"),
-        (made.cert, text, "text.pem holds no private key"),
-        (made.cert, made.cert, "holds no private key"),
+        (text, made.key, "text.pem has no certificate"),
+        (made.key, made.key, "has no certificate"),
+        (made.cert, text, "text.pem has no private key"),
+        (made.cert, made.cert, "has no private key"),
         (made.cert, locked, "locked.pem is encrypted"),
-        (tmp_path / "none", made.key, "none can not be read: No such file"),
-        (made.cert, tmp_path, "can not be read: Is a directory"),
+        (tmp_path / "none", made.key, "none cannot be read: No such file"),
+        (made.cert, tmp_path, "cannot be read: Is a directory"),
     ):
         with pytest.raises(ValueError, match=said):
             TlsConfig(cert=cert, key=key)

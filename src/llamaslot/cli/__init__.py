@@ -25,7 +25,7 @@ from llamaslot.errors import ConfigError, LlamaslotError
 
 EXIT_FAULT = 2
 
-#: What the operating system says when `listen` can not be had, and what mends it.
+#: What the operating system says when `listen` cannot be had, and what mends it.
 _BIND_FAULTS = {
     errno.EADDRINUSE: "is in use, perhaps by another llamaslot: stop that one or choose another port",
     errno.EADDRNOTAVAIL: "is no address of this machine: 127.0.0.1 is for this machine alone, 0.0.0.0 for everybody",

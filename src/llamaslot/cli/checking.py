@@ -55,7 +55,7 @@ def check(path: Path) -> Checked:
     if os.geteuid() == 0:
         checked.notes += _only_for_root(path, config)
         checked.notes.append(
-            "checked as root, to whom nothing is closed: --as USER checks as the user that will serve (llamaslot, in"
+            "checked as root, who may use everything: --as USER checks as the user that will serve (llamaslot, in"
             " docs/llamaslot.service)"
         )
     return checked
@@ -106,10 +106,10 @@ def _closed(path: Path, need: int) -> str | None:
     """Why this user cannot use ``path`` as it ``need``s to; None when it can."""
     if not path.exists():
         if any(not os.access(above, os.X_OK) for above in path.parents if above.exists()):
-            return f"{_user()} cannot even look at {path}: a directory above it is closed. {_SHARED}"
+            return f"{_user()} cannot reach {path}: it may not enter a directory above it. {_SHARED}"
         return f"there is no {path}: make it, or mount it here. {_SHARED}"
     if need & os.W_OK and not path.is_dir():
-        return f"{path} is no directory"
+        return f"{path} is not a directory"
     if os.access(path, need):
         return None
     missing = [word for bit, word in _WORDS.items() if need & bit and not os.access(path, bit)]
@@ -168,13 +168,13 @@ def _only_for_root(path: Path, config: Config) -> Iterator[str]:
     }
     for key, file in read.items():
         if file is not None and _is_roots_alone(file, os.R_OK):
-            yield f"{key}: nobody but root can read {file} ({_owner(file)})"
+            yield f"{key}: only root can read {file} ({_owner(file)})"
     written = {"store.meta_dir": config.store.meta_dir, "backends[0].slot_save_path": backend.slot_save_path}
     for key, directory in written.items():
         if directory is not None and directory.exists() and _is_roots_alone(directory, os.W_OK):
-            yield f"{key}: nobody but root can write to {directory} ({_owner(directory)})"
+            yield f"{key}: only root can write to {directory} ({_owner(directory)})"
     if _is_roots_alone(python := Path(sys.executable).resolve(), os.X_OK):
-        yield _no_python("nobody but root can run", python)
+        yield _no_python("only root can run", python)
 
 
 def _no_python(who_cannot: str, python: Path) -> str:

@@ -84,7 +84,7 @@ def read_keys(path: Path) -> tuple[tuple[Key, ...], Mark]:
     except FileNotFoundError:
         raise ConfigError(str(path), [f"there is no such file; make it with: {_HINT}"]) from None
     except OSError as error:
-        raise ConfigError(str(path), [f"can not be read: {error.strerror}"]) from None
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from None
     if not raw.strip():
         raise ConfigError(
             str(path), [f"is empty; a file without keys is {{}}, and {_HINT} adds the first one"]
@@ -97,11 +97,11 @@ def _read(path: Path) -> tuple[bytes, Mark]:
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise ConfigError(str(path), ["is no file"])
+            raise ConfigError(str(path), ["is not a regular file"])
         if status.st_mode & stat.S_IWOTH:
-            raise ConfigError(str(path), [f"every user may write to it: chmod 600 {path}"])
+            raise ConfigError(str(path), [f"every user may write to it, and so add keys: chmod 600 {path}"])
         if status.st_size > _MAX_BYTES:
-            raise ConfigError(str(path), [f"is no file of keys: it has {status.st_size:,} bytes"])
+            raise ConfigError(str(path), [f"is not a file of keys: it has {status.st_size:,} bytes"])
         return file.read(_MAX_BYTES), Mark.of(status)
 
 
@@ -118,7 +118,9 @@ def _parsed(path: Path, raw: bytes) -> tuple[Key, ...]:
         for what, value in (("name", key.name), ("digest", key.digest)):
             if (first := seen.setdefault(f"{what} {value}", i)) != i:
                 shown = f" {value}" if what == "name" else ""
-                faults.append(f"keys[{i}].{what}: keys[{first}] has the same {what}{shown}; rm one of them")
+                faults.append(
+                    f"keys[{i}].{what}: keys[{first}] has the same {what}{shown}; remove one of them"
+                )
     if faults:
         raise ConfigError(str(path), faults)
     return keys
@@ -136,7 +138,7 @@ def editing(path: Path) -> Iterator[list[Key]]:
     try:
         directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise ConfigError(str(path), [f"there is no directory for it: {error.strerror}"]) from None
+        raise ConfigError(str(path), [f"its directory cannot be opened: {error.strerror}"]) from None
     try:
         fcntl.flock(directory, fcntl.LOCK_EX)  # the file itself is another one after each change
         keys: list[Key] = []
@@ -146,7 +148,7 @@ def editing(path: Path) -> Iterator[list[Key]]:
         yield keys
         _replace(path, _written(keys), directory)
     except OSError as error:
-        raise ConfigError(str(path), [f"can not be written: {error.strerror}"]) from None
+        raise ConfigError(str(path), [f"cannot be written: {error.strerror}"]) from None
     finally:
         os.close(directory)
 

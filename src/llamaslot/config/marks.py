@@ -34,7 +34,7 @@ class Watch:
 
 
 def _mark_of(path: Path) -> Mark | None:
-    """None where it can not be looked at."""
+    """None where it cannot be looked at."""
     try:
         return Mark.of(path.stat())
     except OSError:

@@ -53,7 +53,7 @@ def _split(line: str, key: str) -> list[str]:
     try:
         return shlex.split(line)
     except ValueError as error:
-        raise ValueError(f"{key} can not be split into words ({error}); write a list instead") from error
+        raise ValueError(f"{key} cannot be split into words ({error}); write a list instead") from error
 
 
 class ListenConfig(Section):

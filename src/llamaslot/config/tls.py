@@ -16,7 +16,7 @@ def _readable(path: Path) -> Path:
         with path.open("rb"):
             return path
     except OSError as error:
-        raise ValueError(f"{path} can not be read: {error.strerror}") from None
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
 class TlsConfig(Section):
@@ -51,13 +51,13 @@ def load_certificate(settings: TlsConfig) -> ssl.SSLContext:
 
 def _wording(settings: TlsConfig, error: OSError, is_encrypted: bool) -> str:
     if is_encrypted:
-        return f"{settings.key} is encrypted, and nobody is there to type its password: openssl pkey -in … -out …"
+        return f"{settings.key} is encrypted, and llamaslot cannot ask for its password: openssl pkey -in … -out …"
     if not isinstance(error, ssl.SSLError):
-        return f"{settings.cert} or {settings.key} can not be read: {error.strerror}"
+        return f"{settings.cert} or {settings.key} cannot be read: {error.strerror}"
     if error.reason == "KEY_VALUES_MISMATCH":
         return f"{settings.key} is not the key of {settings.cert}"
     try:
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_verify_locations(settings.cert)
     except OSError:
-        return f"{settings.cert} holds no certificate in PEM ('-----BEGIN CERTIFICATE-----')"
-    return f"{settings.key} holds no private key in PEM ('-----BEGIN PRIVATE KEY-----')"
+        return f"{settings.cert} has no certificate in PEM ('-----BEGIN CERTIFICATE-----')"
+    return f"{settings.key} has no private key in PEM ('-----BEGIN PRIVATE KEY-----')"

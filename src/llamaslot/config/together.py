@@ -61,11 +61,11 @@ def _wrong_doors(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
         if not _is_loopback(host):
             yield (
                 ("listen", "host"),
-                f"{host} is reached from other machines, and nobody needs a key: make keys with 'llamaslot keys "
-                "add NAME' and name their file in auth.keys_file, or let everybody in with auth.allow_anonymous: true",
+                f"{host} can be reached from other machines, and no key is required: make keys with 'llamaslot keys "
+                "add NAME' and set auth.keys_file to their file, or set auth.allow_anonymous: true",
             )
     except (OSError, UnicodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "no name of a host"
+        why = error.strerror if isinstance(error, OSError) else "not a host name"
         yield ("listen", "host"), f"{host} is not known: {why}"
 
 
@@ -108,7 +108,7 @@ def _wrong_in_managed(
         if importlib.util.find_spec("xllamacpp") is None:
             yield (
                 "command",
-                "is missing, and the embedded engine is not installed: pip install 'llamaslot[embedded]'",
+                "is not set, and the embedded engine is not installed: pip install 'llamaslot[embedded]'",
             )
         # With a command the model may lie where only that command sees it (a container).
         if (

@@ -84,7 +84,7 @@ def read_key(path: Path) -> str:
         key = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not text"
-        raise ValueError(f"{path} can not be read: {why}") from error
+        raise ValueError(f"{path} cannot be read: {why}") from error
     if not key or "\n" in key:
         raise ValueError(
             f"{path} should hold the key alone, on one line; it {'has more' if key else 'is empty'}"

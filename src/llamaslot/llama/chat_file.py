@@ -13,7 +13,7 @@ def read_chat_file(path: Path) -> dict[str, Any]:
     try:
         body = orjson.loads(path.read_bytes())
     except OSError as error:
-        raise ValueError(f"{path} can not be read: {error.strerror}") from error
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except orjson.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(body, dict):

@@ -47,16 +47,16 @@ class RewriteRule(BaseModel):
             matches_nothing = re.compile(pattern).search("") is not None
             _compiled(pattern)
         except (re.error, regex.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"is no regular expression that Python knows: {error}") from None
+            raise ValueError(f"is not a valid regular expression: {error}") from None
         if matches_nothing:
-            raise ValueError("matches the empty text too, and so everywhere: it should ask for something")
+            raise ValueError("matches the empty text too, and so everywhere: require at least one character")
         return pattern
 
     @field_validator("formats")
     @classmethod
     def _is_for_something(cls, formats: tuple[Spoken, ...]) -> tuple[Spoken, ...]:
         if not formats:
-            raise ValueError(f"should not be empty; without it the rule is for {', '.join(SPOKEN)}")
+            raise ValueError(f"should not be empty; leave it out for all of {', '.join(SPOKEN)}")
         return formats
 
     @model_validator(mode="after")
@@ -64,7 +64,7 @@ class RewriteRule(BaseModel):
         try:
             re.compile(self.pattern).sub(self.replace, "")
         except (re.error, IndexError) as error:
-            raise ValueError(f"replace: {error}; a backslash that is meant is written twice") from None
+            raise ValueError(f"replace: {error}; write a literal backslash twice") from None
         return self
 
 
@@ -106,7 +106,7 @@ def ready(value: object) -> object:
 def is_ready(name: str) -> str:
     """Raises ValueError for what is no name of a ready rule."""
     if name not in READY:
-        raise ValueError(f"{_unknown(name)}; a rule of your own is left out of rewrite")
+        raise ValueError(f"{_unknown(name)}; to turn off a rule of your own, remove it from rewrite")
     return name
 
 
