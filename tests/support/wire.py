@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
+from llamaslot.llama.keep_alive import KeepAlivePool
 from tests.support.inprocess import PATIENCE_S, Front
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -80,3 +81,10 @@ async def upstream(serve: Serve) -> AsyncIterator[str]:
     server = await asyncio.start_server(served, "127.0.0.1", 0)
     async with server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def until_open(pool: KeepAlivePool, n: int) -> None:
+    """Wait until no more than ``n`` connections are open."""
+    async with asyncio.timeout(PATIENCE_S):
+        while len(pool) > n:  # noqa: ASYNC110  # no event comes for it
+            await asyncio.sleep(0.005)

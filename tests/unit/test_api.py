@@ -1,4 +1,4 @@
-"""The client of llama-server: fresh connections, and errors that are translated at this edge."""
+"""The client of llama-server: its connections, and errors that are translated at this edge."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ CALLS: dict[str, Call] = {
 async def test_a_connection_that_is_dropped_is_backend_down(
     api: LlamaServer, fake: FakeServer, what: str
 ) -> None:
-    """aiohttp's errors stay in this room; what only asks is asked twice by aiohttp itself."""
+    """The errors of connections stay in this room; what only asks is perhaps asked twice."""
     for _ in range(2):
         fake.faults.disconnect_before_headers(what)
     with pytest.raises(BackendDown, match="closed the connection"):
@@ -202,8 +202,8 @@ async def test_health_is_a_question_that_never_raises(api: LlamaServer, fake: Fa
     assert "9931" in told
 
 
-async def test_every_request_has_a_fresh_connection(api: LlamaServer, fake: FakeServer) -> None:
-    """The server closes kept ones without a word, at once after a slow answer: none may be used again."""
+async def test_a_server_that_closes_behind_each_answer(api: LlamaServer, fake: FakeServer) -> None:
+    """Without a word, as after slow ones: no question is lost by that."""
     fake.faults.close_after_slow_s = 0.0
     for _ in range(20):
         await api.props()

@@ -1,8 +1,8 @@
 """llama-server's HTTP routes, typed. aiohttp's client errors are translated here and nowhere else.
 
-Every request gets a fresh connection: llama-server closes a kept one after 5 idle seconds, and right after any
-response that took longer, without saying so; a client that takes such a connection from its pool fails within a
-millisecond. A new connection costs 0.1 ms on loopback.
+Questions, which may be asked twice, go over connections that are kept (``keep_alive``). Every other request gets a
+fresh one: llama-server closes a kept one after 5 idle seconds, and right after any response that took longer, without
+saying so; a client that takes such a connection from its pool fails within a millisecond.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from llamaslot.core.tokens import count, pack, unpack
-from llamaslot.errors import BackendDown, NotUnderstood, SlotActionFailed, SlotWedged, UpstreamError
+from llamaslot.errors import (
+    JSON_TYPE,
+    BackendDown,
+    NotUnderstood,
+    SlotActionFailed,
+    SlotWedged,
+    UpstreamError,
+)
+from llamaslot.llama.keep_alive import Answer, KeepAlivePool, NotConnected
 from llamaslot.llama.sse import EventSplitter, data_of
 
 P = ParamSpec("P")
@@ -118,6 +126,7 @@ class LlamaServer:
         self.name = name or self.url
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
+        self._kept = KeepAlivePool.of(self.url, api_key)
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -131,6 +140,8 @@ class LlamaServer:
         return self._session
 
     async def close(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -176,11 +187,35 @@ class LlamaServer:
                 f"llama-server at {self.url} has sent nothing for {silence_s:g} s; its slot is given up"
             ) from error
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-            raise BackendDown(f"llama-server at {self.url} {_why(error)}; try again in a moment") from error
+            raise self._is_down(error) from error
 
-    async def _json(self, method: str, path: str, body: Any = None, timeout_s: float = QUICK_S) -> Any:
+    def _is_down(self, error: BaseException) -> BackendDown:
+        return BackendDown(f"llama-server at {self.url} {_why(error)}; try again in a moment")
+
+    async def _question(self, method: str, path: str, body: Any = None, timeout_s: float = QUICK_S) -> Answer:
+        """What may be asked twice, on a kept connection where that can be. Raises BackendDown."""
         data = None if body is None else orjson.dumps(body)
-        headers = None if body is None else {"Content-Type": "application/json"}
+        if self._kept is not None:
+            try:
+                return await self._kept.ask(method, path, data, timeout_s)
+            except NotConnected:
+                pass  # aiohttp tries each address of the host once more, and tells why none will do
+            except (ConnectionError, TimeoutError) as error:
+                raise self._is_down(error) from error
+        headers = None if data is None else {"Content-Type": "application/json"}
+        async with self.request(method, path, data=data, headers=headers, timeout_s=timeout_s) as response:
+            return Answer(response.status, content_type_of(response), await response.read())
+
+    async def _ask_json(self, method: str, path: str, body: Any = None, timeout_s: float = QUICK_S) -> Any:
+        """The JSON that answers a question. Raises UpstreamError for an error, BackendDown."""
+        status, content_type, payload = await self._question(method, path, body, timeout_s)
+        if status != 200:
+            raise UpstreamError(status, payload, content_type or JSON_TYPE)
+        return orjson.loads(payload)
+
+    async def _json(self, method: str, path: str, body: Any, timeout_s: float) -> Any:
+        """The JSON that answers what must be sent once only. Raises UpstreamError for an error, BackendDown."""
+        headers, data = {"Content-Type": "application/json"}, orjson.dumps(body)
         async with self.request(method, path, data=data, headers=headers, timeout_s=timeout_s) as response:
             payload = await response.read()
             if response.status != 200:
@@ -194,18 +229,16 @@ class LlamaServer:
         Another kind of server, which has no such route (404), serves too.
         """
         try:
-            async with self.request("GET", "/health", timeout_s=5.0) as response:
-                await response.read()
-                is_serving = response.status < 500 or response.status == 501
-                # 503 while it loads its model
-                return None if is_serving else f"answers {response.status} to /health"
+            status = (await self._question("GET", "/health", timeout_s=5.0)).status
+            is_serving = status < 500 or status == 501
+            return None if is_serving else f"answers {status} to /health"  # 503 while it loads its model
         except BackendDown as error:
             return _why(error.__cause__ or error)
 
     @_as_known
     async def props(self) -> Props:
         """Raises UpstreamError where the server does not tell: 503 while it loads, 401 for a wrong key."""
-        raw = await self._json("GET", "/props", timeout_s=10.0)
+        raw = await self._ask_json("GET", "/props", timeout_s=10.0)
         settings = raw.get("default_generation_settings") or {}
         return Props(
             n_slots=int(raw["total_slots"]) if "total_slots" in raw else None,
@@ -218,7 +251,7 @@ class LlamaServer:
 
     async def model_info(self) -> dict[str, Any]:
         """The first entry of ``GET /v1/models``: id and ``meta`` (n_params, size, n_vocab, …)."""
-        raw = await self._json("GET", "/v1/models")
+        raw = await self._ask_json("GET", "/v1/models")
         entries = raw.get("data") or [{}]
         return dict(entries[0])
 
@@ -233,31 +266,31 @@ class LlamaServer:
                 n_tokens=raw.get("n_prompt_tokens"),
                 id_task=raw.get("id_task"),
             )
-            for raw in await self._json("GET", "/slots")
+            for raw in await self._ask_json("GET", "/slots")
         ]
 
     @_as_known
     async def lora_adapters(self) -> list[Any]:
         """``GET /lora-adapters``: id, path and scale of each; empty where there are none, or no such route."""
         try:
-            return list(await self._json("GET", "/lora-adapters"))
+            return list(await self._ask_json("GET", "/lora-adapters"))
         except UpstreamError:
             return []
 
     @_as_known
     async def apply_template(self, body: Mapping[str, Any]) -> str:
         """The prompt that a chat body becomes. Raises UpstreamError with llama-server's own 4xx."""
-        return str((await self._json("POST", "/apply-template", body))["prompt"])
+        return str((await self._ask_json("POST", "/apply-template", body))["prompt"])
 
     @_as_known
     async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:
         body = {"content": content, "add_special": add_special, "parse_special": parse_special}
-        return pack((await self._json("POST", "/tokenize", body))["tokens"])
+        return pack((await self._ask_json("POST", "/tokenize", body))["tokens"])
 
     @_as_known
     async def detokenize(self, tokens: bytes) -> str:
         """The text of ``tokens``, special tokens and all. Half a character at an end becomes U+FFFD."""
-        return str((await self._json("POST", "/detokenize", {"tokens": unpack(tokens)}))["content"])
+        return str((await self._ask_json("POST", "/detokenize", {"tokens": unpack(tokens)}))["content"])
 
     async def ask(
         self, path: str, body: Mapping[str, Any], timeout_s: float | None = None
