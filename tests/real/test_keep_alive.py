@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import uvloop
 
 from llamaslot.errors import BackendDown
 from llamaslot.llama.api import LlamaServer
-from llamaslot.llama.keep_alive import KeepAlivePool
+from llamaslot.llama.keep_alive import KeepAlivePool, NotConnected
 from tests.support import models
 from tests.support.real import RealServer
 from tests.support.wire import until_open
@@ -71,6 +72,33 @@ async def test_a_server_that_dies_and_comes_back(real: RealServer) -> None:
     assert (await api.props()).boot_id != before.boot_id
     await api.slots()
     await api.close()
+
+
+def test_on_the_loop_that_serves(tmp_path: Path) -> None:
+    """uvloop, whose transports are no subclasses of asyncio's: used again, replaced, ended."""
+
+    async def run() -> None:
+        async with RealServer(models.dense(tmp_path), tmp_path / "kv", slots=1) as server:
+            pool = KeepAlivePool.of(server.url, None)
+            assert pool is not None
+            for _ in range(100):
+                assert await status(pool) == 200
+            assert await status(pool) == 200
+            await server.restart()
+            assert await status(pool) == 200
+            assert await status(pool, "/nothing") == 404
+            assert len(pool) == 0
+            asking = asyncio.get_running_loop().create_task(status(pool))
+            await asyncio.sleep(0)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+            await server.kill()
+            with pytest.raises(NotConnected):
+                await status(pool)
+            pool.close()
+
+    uvloop.run(run())
 
 
 async def test_kept_connections_do_not_keep_it_from_stopping(real: RealServer) -> None:

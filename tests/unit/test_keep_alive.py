@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import pytest
 import pytest_asyncio
-import uvloop
 
 from llamaslot.llama import keep_alive
 from llamaslot.llama.keep_alive import Answer, BadAnswer, KeepAlivePool, NotConnected
@@ -337,32 +336,6 @@ async def test_a_name_is_looked_up_once(server: Server, monkeypatch: pytest.Monk
         pool.drop_idle()
     assert names == ["localhost", "127.0.0.1", "127.0.0.1"]
     assert server.heads[0].startswith(b"GET /llama/props HTTP/1.1\r\nHost: localhost:")
-
-
-def test_on_the_loop_that_serves() -> None:
-    """uvloop: a connection is used again, replaced once, and left to the server to close."""
-
-    async def run() -> None:
-        server = Server()
-        async with upstream(server.serve) as url:
-            pool = KeepAlivePool.of(url, None)
-            assert pool is not None
-            assert [await ask(pool) for _ in range(3)] == [TOLD] * 3
-            server.replies = [None]
-            assert await ask(pool) == TOLD
-            assert server.on == [0, 0, 0, 0, 1]
-            server.replies = [OK[:20], b"garbage"]
-            server.closes = True
-            for _ in range(2):
-                with pytest.raises(ConnectionError):
-                    await ask(pool)
-            server.is_mute = True
-            with pytest.raises(TimeoutError):
-                await ask(pool, 0.01)
-            assert len(pool) == 0
-            await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})  # the server's
-
-    uvloop.run(run())
 
 
 @pytest.mark.parametrize(
