@@ -40,17 +40,17 @@ fuzz: $(VENV)/.dev
 bench: bench-index
 
 bench-index: $(VENV)/.embedded
-	$(BIN)/python -m llamaslot.bench.index
+	$(BIN)/python -m bench.index
 
-# Half an hour on two cores; python -m llamaslot.bench.simulator --help for less.
+# Half an hour on two cores; python -m bench.simulator --help for less.
 bench-simulator: $(VENV)/.dev
-	$(BIN)/python -m llamaslot.bench.simulator --seeds 1 2 3 --disk 0.5 1 2
+	$(BIN)/python -m bench.simulator --seeds 1 2 3 --disk 0.5 1 2
 
 smollm2: $(MODEL)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis var dist
-	find src tests -name __pycache__ -prune -exec rm -rf {} +
+	find src bench tests -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamps say which extras are installed; pyproject.toml names what they bring.
 $(VENV)/.embedded: pyproject.toml | $(BIN)/python

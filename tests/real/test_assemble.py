@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from llamaslot.errors import UpstreamError
-from llamaslot.llama.assemble import Assembly, Doubt, can_assemble, streamed
+from llamaslot.formats.stream_to_json import Assembly, Doubt, can_assemble, streamed
 from llamaslot.llama.routes import Format
 from llamaslot.llama.sse import EventSplitter, data_of
 from tests.support import models

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.core.cost import Rates
-from llamaslot.engine.probes import Probes
-from llamaslot.llama.api import LlamaServer
+from llamaslot.backend.probes import Probes
+from llamaslot.llama.client import LlamaServer
+from llamaslot.scheduling.cost import Rates
 from tests.support import models
 from tests.support.harm import DEFAULTS, KINDS, RAM_ONLY, Flags, front
 from tests.support.jobs import team_of

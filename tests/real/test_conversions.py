@@ -11,12 +11,13 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from llamaslot.core.tokens import head, unpack
-from llamaslot.llama import anthropic, media, responses
-from llamaslot.llama.api import LlamaServer
-from llamaslot.llama.opaque import OpaquePrompt
-from llamaslot.llama.prompts import Prompt, Prompts
+from llamaslot.cache.ids import head, unpack
+from llamaslot.errors import OpaquePrompt
+from llamaslot.formats import messages, responses
+from llamaslot.llama.client import LlamaServer
 from llamaslot.store.header import read_slot_file
+from llamaslot.tokens import media
+from llamaslot.tokens.tokenizer import Prompt, Prompts
 from tests.support import models
 from tests.support.real import RealServer
 
@@ -316,7 +317,7 @@ class Real:
 
     async def messages(self, body: Mapping[str, Any]) -> Prompt:
         """The prompt of a body of /v1/messages, which the server is seen to use."""
-        prompt = await self.prompts.chat(anthropic.chat_body(body))
+        prompt = await self.prompts.chat(messages.chat_body(body))
         counted = await self.server.post("/v1/messages/count_tokens", body)
         assert counted == {"input_tokens": prompt.n_tokens}
         await self._prefill(prompt)
@@ -437,7 +438,7 @@ async def test_messages_drop_and_responses_keep_what_is_for_llama_server(name: s
     """Seen by an ill-typed value: 400 from who looks at it. So what llamaslot reads of it is in the chat body."""
     status, _ = await ask(real, "/v1/messages", {"messages": [HI], "max_tokens": 1, name: "x"})
     assert status == 200
-    assert name not in anthropic.chat_body({"messages": [HI], name: "x"})
+    assert name not in messages.chat_body({"messages": [HI], name: "x"})
     status, error = await ask(real, "/v1/responses", {"input": "hi", "max_output_tokens": 1, name: "x"})
     assert status == 400
     assert name in error["error"]["message"]
@@ -451,8 +452,8 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
 @pytest.mark.parametrize(
     ("path", "convert", "body"),
     [
-        ("/v1/messages", anthropic.chat_body, {"messages": [user(IMAGE)]}),
-        ("/v1/messages", anthropic.chat_body, {"messages": [user({**RESULT, "content": [IMAGE]})]}),
+        ("/v1/messages", messages.chat_body, {"messages": [user(IMAGE)]}),
+        ("/v1/messages", messages.chat_body, {"messages": [user({**RESULT, "content": [IMAGE]})]}),
         ("/v1/responses", responses.chat_body, {"input": [{"role": "user", "content": [INPUT_IMAGE]}]}),
         (
             "/v1/chat/completions",
@@ -475,8 +476,8 @@ async def test_an_image_is_one_there_too(
 @pytest.mark.parametrize(
     ("path", "convert", "body", "status"),
     [
-        ("/v1/messages", anthropic.chat_body, {"system": "x"}, 500),
-        ("/v1/messages", anthropic.chat_body, {"messages": [{"role": "user"}]}, 400),
+        ("/v1/messages", messages.chat_body, {"system": "x"}, 500),
+        ("/v1/messages", messages.chat_body, {"messages": [{"role": "user"}]}, 400),
         ("/v1/responses", responses.chat_body, {"instructions": "x"}, 400),
         ("/v1/responses", responses.chat_body, {"input": "hi", "tools": None}, 400),
         ("/v1/responses", responses.chat_body, {"input": "hi", "previous_response_id": "resp_1"}, 400),
@@ -515,7 +516,7 @@ async def test_what_the_template_refuses_the_request_is_refused_for(body: dict[s
     """/apply-template answers the chat body with the status and the words of the request itself."""
     answers = [
         await ask(real, path, asked)
-        for path, asked in (("/v1/messages", body), ("/apply-template", anthropic.chat_body(body)))
+        for path, asked in (("/v1/messages", body), ("/apply-template", messages.chat_body(body)))
     ]
     assert answers[0] == answers[1]
     assert answers[0][0] in (400, 500)

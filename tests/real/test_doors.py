@@ -11,8 +11,8 @@ import pytest
 import pytest_asyncio
 from aiohttp.test_utils import make_mocked_request
 
+from llamaslot.http.auth import is_open, key_of
 from llamaslot.llama.routes import ROUTES
-from llamaslot.web.auth import is_open, key_of
 from tests.support import models
 from tests.support.real import RealServer
 

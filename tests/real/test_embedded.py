@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from llamaslot.llama.process import Backoff, ManagedConfig, ManagedServer, free_port
+from llamaslot.llama.managed.process import Backoff, ManagedConfig, ManagedServer, free_port
 from llamaslot.tasks import TaskOwner
 from tests.support import models
 from tests.support.real import RealServer
@@ -31,7 +31,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 async def embedded(*flags: str, stdin: int | None = asyncio.subprocess.PIPE) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "llamaslot.llama.embedded", *flags),
+        *(sys.executable, "-m", "llamaslot.llama.managed.embedded", *flags),
         stdin=stdin,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
@@ -173,7 +173,7 @@ async def test_a_missing_engine(directory: Path, tmp_path: Path) -> None:
     """Without the wheel one line says what to install."""
     (tmp_path / "xllamacpp.py").write_text("raise ImportError('not here')")
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "llamaslot.llama.embedded", "-m", str(models.dense(directory))),
+        *(sys.executable, "-m", "llamaslot.llama.managed.embedded", "-m", str(models.dense(directory))),
         stderr=asyncio.subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )
@@ -184,7 +184,7 @@ async def test_a_missing_engine(directory: Path, tmp_path: Path) -> None:
 async def test_help_names_the_flags() -> None:
     """`--help` names every flag, as llama-server's does."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "llamaslot.llama.embedded", "--help"), stdout=asyncio.subprocess.PIPE
+        *(sys.executable, "-m", "llamaslot.llama.managed.embedded", "--help"), stdout=asyncio.subprocess.PIPE
     )
     text = (await process.communicate())[0].decode()
     assert {"--slot-save-path", "--no-kv-unified", "--cache-ram", "-sps", "-md"} <= set(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.core.tokens import pack
+from llamaslot.cache.ids import pack
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import Catalog, NotShared, prove_shared, read_slot_file
 from tests.support import models

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.core import snapshots
+from llamaslot.cache import layered_index
 from tests.support import models
 from tests.support.inprocess import fronted, letters
 from tests.support.opens import OPENS
@@ -21,7 +21,7 @@ async def test_a_context_that_the_generation_finds_is_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both are restarted; none of its files is opened before it is asked for."""
-    monkeypatch.setattr(snapshots, "NEW_MIN", 2)
+    monkeypatch.setattr(layered_index, "NEW_MIN", 2)
     (tmp_path / "kv").mkdir()
     async with (
         RealServer(models.dense(tmp_path), tmp_path / "kv", slots=1) as server,

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from llamaslot.core.tokens import count, head
-from llamaslot.llama.api import LlamaServer
-from llamaslot.llama.infill import Infill, Layout, learn
+from llamaslot.cache.ids import count, head
+from llamaslot.formats.infill import Infill, Layout, learn
+from llamaslot.llama.client import LlamaServer
 from llamaslot.store import read_slot_file
 from tests.support import models, vocabularies
 from tests.support.inprocess import fronted

@@ -12,7 +12,7 @@ import pytest_asyncio
 import uvloop
 
 from llamaslot.errors import BackendDown
-from llamaslot.llama.api import LlamaServer
+from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.keep_alive import KeepAlivePool, NotConnected
 from tests.support import models
 from tests.support.real import RealServer

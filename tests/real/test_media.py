@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from llamaslot.core.tokens import count
+from llamaslot.cache.ids import count
 from llamaslot.store import read_slot_file
 from tests.support import models
 from tests.support.inprocess import CHAT, NATIVE, TEXT, fronted, letters

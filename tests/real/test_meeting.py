@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.core.cost import Rates
-from llamaslot.core.reuse import Memory
-from llamaslot.engine.probes import Files, Probes
-from llamaslot.llama.api import LlamaServer
+from llamaslot.backend.probes import Files, Probes
+from llamaslot.cache.reuse import Memory
+from llamaslot.llama.client import LlamaServer
+from llamaslot.scheduling.cost import Rates
 from llamaslot.store import Catalog
 from tests.support import models
 from tests.support.real import RealServer

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-from llamaslot.core.tokens import head, unpack
-from llamaslot.errors import BadRequest, UpstreamError
-from llamaslot.llama.api import LlamaServer
-from llamaslot.llama.opaque import OpaquePrompt
-from llamaslot.llama.prompts import NoPrompt, Prompt, Prompts
+from llamaslot.cache.ids import head, unpack
+from llamaslot.errors import BadRequest, OpaquePrompt, UpstreamError
+from llamaslot.llama.client import LlamaServer
 from llamaslot.store.header import read_slot_file
+from llamaslot.tokens.tokenizer import NoPrompt, Prompt, Prompts
 from tests.support import models
 from tests.support.real import RealServer
 from tests.support.vocabularies import sentencepiece

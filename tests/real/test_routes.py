@@ -15,8 +15,7 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from llamaslot.llama.api import LlamaServer
-from llamaslot.llama.offered import Offered
+from llamaslot.llama.client import LlamaServer, Offered
 from llamaslot.llama.routes import ROUTES, Route, classify
 from tests.support import models
 from tests.support.inprocess import fronted
@@ -64,7 +63,7 @@ EMBEDDINGS = {"/embedding", "/embeddings", "/v1/embeddings"}
 HELD, ORDER = "wxyz", (1, 0, 2, 3)
 # The embedded engine with --embeddings, or with --reranking, which it has no flags for.
 POOLING = """
-import sys, xllamacpp, llamaslot.llama.embedded as embedded
+import sys, xllamacpp, llamaslot.llama.managed.embedded as embedded
 plain = embedded._params
 def params(module, flags):
     p = plain(module, flags)

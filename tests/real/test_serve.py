@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.core.tokens import count
+from llamaslot.cache.ids import count
 from llamaslot.store import read_slot_file
 from tests.support import models
 from tests.support.answers import Answer

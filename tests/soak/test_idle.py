@@ -13,7 +13,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from llamaslot.web.connections import raise_file_limit
+from llamaslot.http.connections import raise_file_limit
 from tests.support.fake import FakeServer
 from tests.support.figures import Figure
 from tests.support.stack import Proxy

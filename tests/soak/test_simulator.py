@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from llamaslot.bench.simulator.generate import crew, generate
-from llamaslot.bench.simulator.result import Result
-from llamaslot.bench.simulator.run import LEFT, Policy, Setting, simulate
-from llamaslot.core.policy import Rules
+from bench.simulator.generate import crew, generate
+from bench.simulator.result import Result
+from bench.simulator.run import LEFT, Policy, Setting, simulate
+from llamaslot.scheduling.placement import Rules
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 

@@ -8,24 +8,26 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from llamaslot.bench.virtual import VirtualLoop
-from llamaslot.core.cost import Rates
-from llamaslot.core.policy import Rules
-from llamaslot.core.slots import NOTHING, Event, Job, State
-from llamaslot.core.tokens import pack
-from llamaslot.engine.beliefs import is_far_off
-from llamaslot.engine.drain import Drains
-from llamaslot.engine.lease import Lease, Phase, PlanAgain, Preempted
-from llamaslot.engine.pool import Pool
-from llamaslot.engine.queue import QueueLimits
-from llamaslot.engine.scheduler import Scheduler
-from llamaslot.engine.steps import Steps
-from llamaslot.engine.turns import Turn, Turns
-from llamaslot.engine.writeback import Writeback
+from bench.virtual import VirtualLoop
+from llamaslot.backend.drain import Drains
+from llamaslot.backend.exclusive import Turn, Turns
+from llamaslot.backend.executor import Steps
+from llamaslot.backend.lease import Lease, Phase, PlanAgain, Preempted
+from llamaslot.backend.slot_content import is_far_off
+from llamaslot.backend.slot_table import Pool
+from llamaslot.backend.writeback import Writeback
+from llamaslot.cache.content import NOTHING
+from llamaslot.cache.ids import pack
 from llamaslot.errors import BackendDown, LlamaslotError
-from llamaslot.llama.api import LlamaServer
+from llamaslot.fleet.dispatcher import Scheduler
+from llamaslot.fleet.queue import QueueLimits
+from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.sse import Earlier
 from llamaslot.observe.metrics import Metrics
+from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.slots import Event, State
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
 from tests.support.stub import MODEL, StubCatalog, StubServer
@@ -49,7 +51,7 @@ def outcome_of(task: asyncio.Task[Any]) -> Any:
 
 
 RULES = Rules(similarity_min=0.85, small_prompt_tokens=50, own_above_s=0.2)
-REPLANS = 2  # as in ``web.completions``
+REPLANS = 2  # as in ``http.completion``
 
 
 class _Misplaced(Exception):

@@ -24,9 +24,9 @@ from typing import Any
 
 import aiohttp
 
-from llamaslot.config import Config
-from llamaslot.engine.backend import Backend, Health
-from llamaslot.web.app import listening, make_backend
+from llamaslot.backend.backend import Backend, Health
+from llamaslot.config.load import Config
+from llamaslot.http.app import listening, make_backend
 from tests.support import models
 from tests.support.answers import Answer
 from tests.support.fake import FakeServer

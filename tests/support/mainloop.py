@@ -9,12 +9,12 @@ import asyncio
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llamaslot.bench.virtual import VirtualLoop
-from llamaslot.core.prefills import Sharing
-from llamaslot.core.reuse import Memory
-from llamaslot.core.slots import Job
-from llamaslot.engine.pool import Pool
+from bench.virtual import VirtualLoop
+from llamaslot.backend.slot_table import Pool
+from llamaslot.cache.reuse import Memory
 from llamaslot.errors import BackendDown, UpstreamError
+from llamaslot.scheduling.prefill_policy import Sharing
+from llamaslot.scheduling.request import Job
 from tests.support.house import RULES, House, tokens_of
 from tests.support.stub import Op, StubServer
 

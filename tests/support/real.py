@@ -86,7 +86,7 @@ class RealServer:
         assert self._process is None, "runs already"
         self.save_dir.mkdir(parents=True, exist_ok=True)
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "llamaslot.llama.embedded", "-m", str(self.model), *self._flags),
+            *(sys.executable, "-m", "llamaslot.llama.managed.embedded", "-m", str(self.model), *self._flags),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
             env={**os.environ, **self._env},

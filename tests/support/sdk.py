@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llamaslot.core.slots import IDLE
+from llamaslot.scheduling.slots import IDLE
 from tests.support import models
 from tests.support.stack import Stack
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from llamaslot.core.tokens import pack
-from llamaslot.core.value import ByValue, Order
+from llamaslot.cache.ids import pack
+from llamaslot.scheduling.eviction import ByValue, Order
 from llamaslot.store import Catalog, Draft, Snapshot, WithTokens
 from llamaslot.store.sidecar import KV, PART, own_name
 

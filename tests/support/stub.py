@@ -16,10 +16,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection,
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
-from llamaslot.core.reuse import CHECKPOINT_BACK, Memory
-from llamaslot.core.slots import Job, Kind
-from llamaslot.core.spaces import SHARED, Space
-from llamaslot.core.tokens import common, count, head
+from llamaslot.cache.content import Kind
+from llamaslot.cache.ids import common, count, head
+from llamaslot.cache.namespaces import SHARED, Space
+from llamaslot.cache.reuse import CHECKPOINT_BACK, Memory
 from llamaslot.errors import (
     BackendDown,
     OtherConversation,
@@ -27,7 +27,8 @@ from llamaslot.errors import (
     SnapshotInvalid,
     UpstreamError,
 )
-from llamaslot.llama.api import Progress, Props, SlotAction, SlotInfo
+from llamaslot.llama.client import Progress, Props, SlotAction, SlotInfo
+from llamaslot.scheduling.request import Job
 from llamaslot.store import Draft, QuotaExceeded, Snapshot, WithTokens
 
 BYTES_PER_TOKEN = 1000

@@ -6,9 +6,9 @@ from itertools import islice
 
 import pytest
 
-from llamaslot.bench import generations
-from llamaslot.bench import index as bench
-from llamaslot.core.tokens import count
+from bench import generations
+from bench import index as bench
+from llamaslot.cache.ids import count
 
 
 def test_traffic_is_that_of_a_busy_server() -> None:

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 
-from llamaslot.bench.virtual import VirtualLoop
-from llamaslot.core.reuse import Memory
-from llamaslot.core.slots import Job
-from llamaslot.core.tokens import pack
-from llamaslot.engine.queue import QueueLimits
+from bench.virtual import VirtualLoop
+from llamaslot.cache.ids import pack
+from llamaslot.cache.reuse import Memory
+from llamaslot.fleet.queue import QueueLimits
+from llamaslot.scheduling.request import Job
 from tests.support.house import RULES, House, tokens_of
 from tests.support.mainloop import Paced, long, short
 from tests.support.stub import Op, StubServer

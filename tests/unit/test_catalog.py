@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from llamaslot.core.slots import Kind
-from llamaslot.core.tokens import pack
+from llamaslot.cache.content import Kind
+from llamaslot.cache.ids import pack
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import QuotaExceeded
 from tests.support.snapshots import Shelter, opened, slot_file, some_tokens

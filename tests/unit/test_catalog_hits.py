@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.core.slots import Kind
+from llamaslot.cache.content import Kind
 from llamaslot.store import Prospect, QuotaExceeded
 from llamaslot.store.hits import HitLog, Hits
 from tests.support.snapshots import Shelter, opened, refuse, some_tokens

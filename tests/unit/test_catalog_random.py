@@ -23,8 +23,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from llamaslot.core.value import ByUse
 from llamaslot.errors import SnapshotInvalid
+from llamaslot.scheduling.eviction import ByUse
 from llamaslot.store import Draft, QuotaExceeded, Snapshot
 from tests.support.snapshots import Shelter, some_tokens
 

@@ -20,9 +20,9 @@ from click.testing import CliRunner, Result
 
 import llamaslot
 from llamaslot import cli
-from llamaslot.config import Config
+from llamaslot.config.load import Config
 from llamaslot.errors import LlamaslotError
-from llamaslot.web.app import _greet
+from llamaslot.http.app import _greet
 
 REPOSITORY = Path(__file__).parents[2]
 GOOD = "backends: [{url: 'http://127.0.0.1:8080'}]\n"
@@ -46,9 +46,9 @@ def run_serve(monkeypatch: pytest.MonkeyPatch, config_path: Path) -> Run:
             if raises is not None:
                 raise raises
 
-        app = types.ModuleType("llamaslot.web.app")
+        app = types.ModuleType("llamaslot.http.app")
         app.__dict__["serve"] = serve
-        monkeypatch.setitem(sys.modules, "llamaslot.web.app", app)
+        monkeypatch.setitem(sys.modules, "llamaslot.http.app", app)
         return CliRunner().invoke(cli.main, ["serve", "--config", str(config_path)])
 
     return run

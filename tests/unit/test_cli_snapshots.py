@@ -15,10 +15,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from llamaslot import cli
-from llamaslot.cli.words import several, span, table
-from llamaslot.core.cost import Rates
-from llamaslot.core.slots import Kind
+from llamaslot.cache.content import Kind
+from llamaslot.cli.format import several, span, table
 from llamaslot.llama.identity import Identity
+from llamaslot.scheduling.cost import Rates
 from llamaslot.store.directory import DirectoryLock
 from tests.support.snapshots import Shelter, some_tokens
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.config import GUARDED_ROUTES, Config, default_meta_dir, parse_size
+from llamaslot.config.faults import RENAMED, keys_of
+from llamaslot.config.load import GUARDED_ROUTES, Config, default_meta_dir, parse_size
 from llamaslot.errors import ConfigError
-from llamaslot.faults import RENAMED, keys_of
 
 REPOSITORY = Path(__file__).parents[2]
 BACKEND = "backends: [{url: 'http://127.0.0.1:8080'}]\n"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaslot.core.cost import AnswerLength, PrefillRate, Rates, SnapshotSize, TransferRate
+from llamaslot.scheduling.cost import AnswerLength, PrefillRate, Rates, SnapshotSize, TransferRate
 
 TOKENS = st.integers(-10, 200_000)
 SIZES = st.integers(-10, 2**40)

@@ -13,13 +13,13 @@ import click
 import pytest
 
 from llamaslot import cli
-from llamaslot.config import Config
-from llamaslot.core.slots import NEXT
-from llamaslot.llama.process import recommended_flags
+from llamaslot.config.load import Config
+from llamaslot.http.admin import Status
+from llamaslot.http.app import make_backend
+from llamaslot.llama.managed.process import recommended_flags
 from llamaslot.observe.journal import Decision
 from llamaslot.observe.metrics import Metrics
-from llamaslot.web.app import make_backend
-from llamaslot.web.status import Status
+from llamaslot.scheduling.slots import NEXT
 
 REPOSITORY = Path(__file__).parents[2]
 SOURCE = REPOSITORY / "src/llamaslot"
@@ -335,8 +335,8 @@ def test_the_table_of_transitions_is_the_codes() -> None:
 
 
 def spawned() -> Iterator[str]:
-    """The names of the tasks that the source starts, as far as they are written there; benchmarks left out."""
-    for module in sorted(set(SOURCE.rglob("*.py")) - set((SOURCE / "bench").rglob("*.py"))):
+    """The names of the tasks that the source starts, as far as they are written there."""
+    for module in sorted(SOURCE.rglob("*.py")):
         for node in ast.walk(ast.parse(module.read_text())):
             is_spawn = isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "spawn"
             if is_spawn and isinstance(node, ast.Call) and len(node.args) == 2:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.core.tokens import pack
+from llamaslot.cache.ids import pack
 from llamaslot.llama.dry_run import DryRun, DryRuns, Verdict, dry_run
 
 N_CTX, SLOT = 1000, 2

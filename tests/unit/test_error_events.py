@@ -15,7 +15,7 @@ from llamaslot.errors import (
     TooManyRequests,
     UpstreamError,
 )
-from llamaslot.llama.error_events import ErrorEvents, translated_all
+from llamaslot.formats.error_events import ErrorEvents, translated_all
 from llamaslot.llama.sse import event_of, n_commented, without_empty_events
 
 TOO_LONG = PromptTooLong(9000, 8192)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaslot.core.fairness import Ask, Pauses, Shares, may_take_another, returns
+from llamaslot.scheduling.fairness import Ask, Pauses, Shares, may_take_another, returns
 
 LONG = 1e9
 

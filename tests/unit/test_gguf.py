@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llamaslot.core.reuse import Memory
+from llamaslot.cache.reuse import Memory
 from llamaslot.llama.gguf import Architecture, architecture
 from tests.support import models
 

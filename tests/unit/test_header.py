@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaslot.core.tokens import pack
+from llamaslot.cache.ids import pack
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store.header import MAX_TOKENS, SlotFile, read_slot_file
 from tests.support.snapshots import MAGIC, slot_file, some_tokens

@@ -6,8 +6,8 @@ import inspect
 import re
 
 from llamaslot import errors
+from llamaslot.http.openapi import PATHS
 from llamaslot.llama.routes import ROUTES, Kind
-from llamaslot.web.openapi import PATHS
 from tests.unit.test_docs import SOURCE, in_code, page, rows, section
 
 PAGE = page("docs/http-api.md")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaslot.core.tokens import unpack
+from llamaslot.cache.ids import unpack
 from llamaslot.llama.identity import N_PROBE_TOKENS, TOLERANCE, Identity, gguf_mark, probe_tokens, told
 
 BEHAVIOUR = {token: -0.5 * token for token in range(1, 9)}

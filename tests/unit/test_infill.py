@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from llamaslot.core.tokens import pack, unpack
-from llamaslot.llama.infill import Infill, learn
-from llamaslot.llama.opaque import OpaquePrompt, Reason
+from llamaslot.cache.ids import pack, unpack
+from llamaslot.errors import OpaquePrompt, Reason
+from llamaslot.formats.infill import Infill, learn
 
 MARKS = {"<P>": 1, "<S>": 2, "<M>": 3}
 TEXTS = {id_: text for text, id_ in MARKS.items()}

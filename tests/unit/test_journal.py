@@ -8,10 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from llamaslot.bench.virtual import VirtualLoop
-from llamaslot.core.slots import Job
-from llamaslot.core.users import User
+from bench.virtual import VirtualLoop
 from llamaslot.observe.journal import KEPT, Act, Decision, Journal, Option, Waited, explain
+from llamaslot.scheduling.request import Job, User
 from tests.support.house import House, tokens_of
 from tests.support.stub import Op, StubServer
 
@@ -152,7 +151,7 @@ def test_a_save_that_failed_is_noted_as_such(house: House) -> None:
 
 def test_each_decision_is_one_line_at_debug(house: House, caplog: pytest.LogCaptureFixture) -> None:
     """The line that explains it."""
-    caplog.set_level(logging.DEBUG, "llamaslot.engine.notes")
+    caplog.set_level(logging.DEBUG, "llamaslot.observe.journal")
     house.start(house.ask(Job("first", tokens_of(0, 600))), "first")
     house.finish()
     assert [record.getMessage() for record in caplog.records] == [explain(decisions(house)[0])]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.core.policy import Rules
-from llamaslot.core.value import Habit, Returns
-from llamaslot.engine.backend import Backend
-from llamaslot.engine.queue import QueueLimits
-from llamaslot.llama.api import LlamaServer
+from llamaslot.backend.backend import Backend
+from llamaslot.fleet.queue import QueueLimits
+from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.metrics import Metrics
+from llamaslot.scheduling.eviction import Habit, Returns
+from llamaslot.scheduling.placement import Rules
 
 
 def make(meta_dir: Path) -> Backend:

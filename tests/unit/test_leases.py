@@ -7,15 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from llamaslot.bench.virtual import VirtualLoop
-from llamaslot.core.reuse import Memory
-from llamaslot.core.slots import Job, State
-from llamaslot.core.spaces import Space
-from llamaslot.engine.queue import QueueLimits
+from bench.virtual import VirtualLoop
+from llamaslot.cache.namespaces import Space
+from llamaslot.cache.reuse import Memory
 from llamaslot.errors import (
     BackendRestarted,
     SlotActionFailed,
 )
+from llamaslot.fleet.queue import QueueLimits
+from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.slots import State
 from tests.support.house import House, outcome, outcome_of, tokens_of
 from tests.support.stub import StubServer
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from llamaslot.llama import media
-from llamaslot.llama.media import PLACE
-from llamaslot.llama.opaque import OpaquePrompt, Reason
+from llamaslot.errors import OpaquePrompt, Reason
+from llamaslot.tokens import media
+from llamaslot.tokens.media import PLACE
 
 IMAGE = {"type": "image_url", "image_url": {"url": "http://x/1.png"}}
 AUDIO = {"type": "input_audio", "input_audio": {"data": "aGk=", "format": "wav"}}

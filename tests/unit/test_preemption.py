@@ -12,10 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llamaslot.core.preemption import Claim, Stoppable, chosen
-from llamaslot.core.reuse import Memory
-from llamaslot.core.slots import Job
-from llamaslot.core.users import User
+from llamaslot.cache.reuse import Memory
+from llamaslot.scheduling.preemption import Claim, Stoppable, chosen
+from llamaslot.scheduling.request import Job, User
 from tests.support.house import outcome_of, tokens_of
 from tests.support.mainloop import Paced, talk
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from llamaslot.core.prefills import Sharing
-from llamaslot.core.reuse import Memory
-from llamaslot.core.slots import Job
+from llamaslot.cache.reuse import Memory
+from llamaslot.scheduling.prefill_policy import Sharing
+from llamaslot.scheduling.request import Job
 from tests.support.cancelled import CancelledAt
 from tests.support.house import tokens_of
 from tests.support.mainloop import Paced, long, short

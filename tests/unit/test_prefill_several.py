@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from llamaslot.core.reuse import Memory
-from llamaslot.core.slots import Job
-from llamaslot.core.tokens import common
-from llamaslot.engine.queue import QueueLimits
+from llamaslot.cache.ids import common
+from llamaslot.cache.reuse import Memory
 from llamaslot.errors import BackendRestarted
+from llamaslot.fleet.queue import QueueLimits
+from llamaslot.scheduling.request import Job
 from tests.support.house import outcome, tokens_of
 from tests.support.mainloop import BATCH, BATCH_S, STRETCH_S, Paced, long, short, talk
 

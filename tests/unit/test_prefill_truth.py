@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from llamaslot.core.reuse import Memory
-from llamaslot.core.slots import Job, State
-from llamaslot.core.tokens import count, head
-from llamaslot.engine.lease import PlanAgain
+from llamaslot.backend.lease import PlanAgain
+from llamaslot.cache.ids import count, head
+from llamaslot.cache.reuse import Memory
+from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.slots import State
 from tests.support.house import REPLANS, tokens_of
 from tests.support.mainloop import BATCH, BATCH_S, STRETCH_S, Paced, long, short, talk
 from tests.support.stub import StubSlot

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llamaslot.core.reuse import Memory
-from llamaslot.core.slots import Job
-from llamaslot.core.tokens import head
+from llamaslot.cache.ids import head
+from llamaslot.cache.reuse import Memory
+from llamaslot.scheduling.request import Job
 from tests.support.mainloop import ACTION_S, BATCH_S, DISK_S, STRETCH_S, Paced, long, short, talk
 
 EVERY = pytest.mark.parametrize("memory", list(Memory))

@@ -8,13 +8,15 @@ from typing import Any, cast
 
 import pytest
 
-from llamaslot.bench.virtual import VirtualLoop
-from llamaslot.core.reuse import Memory
-from llamaslot.core.slots import Job, Kind, State
-from llamaslot.engine.prewarm import Bodies, Prewarm
+from bench.virtual import VirtualLoop
+from llamaslot.cache.content import Kind
+from llamaslot.cache.reuse import Memory
 from llamaslot.errors import SlotActionFailed, SlotWedged, UpstreamError
-from llamaslot.llama.prompts import Prompt, Prompts
+from llamaslot.fleet.prewarm import Bodies, Prewarm
+from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.slots import State
 from llamaslot.store import Catalog, Snapshot
+from llamaslot.tokens.tokenizer import Prompt, Prompts
 from tests.support.house import House, tokens_of
 from tests.support.stub import StubServer
 

@@ -16,7 +16,7 @@ import pytest
 from pydantic import ValidationError
 
 from llamaslot.errors import LlamaslotError
-from llamaslot.llama.process import (
+from llamaslot.llama.managed.process import (
     LOG_BYTES,
     Backoff,
     ManagedConfig,
@@ -244,7 +244,7 @@ async def test_it_ends_when_llamaslot_is_killed(script: Script, tmp_path: Path) 
     """SIGKILL of llamaslot closes the guard's standard input, and the group ends."""
     program = f"""
 import asyncio, pathlib
-from llamaslot.llama.process import ManagedConfig, ManagedServer
+from llamaslot.llama.managed.process import ManagedConfig, ManagedServer
 directory = pathlib.Path({str(tmp_path)!r})
 config = ManagedConfig(model="x", command=({str(script.path)!r},))
 asyncio.run(ManagedServer(config, name="x", slot_save_path=directory, log_path=directory / "log").run())

@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 
-from llamaslot.bench.virtual import VirtualLoop
-from llamaslot.core.fairness import Fairness
-from llamaslot.core.policy import Rules
-from llamaslot.core.slots import Job
-from llamaslot.core.users import NOBODY, User
-from llamaslot.engine.queue import QueueLimits
+from bench.virtual import VirtualLoop
 from llamaslot.errors import QueueFull, TooManyRequests
-from llamaslot.web.app import make_backend
+from llamaslot.fleet.queue import QueueLimits
+from llamaslot.http.app import make_backend
+from llamaslot.scheduling.fairness import Fairness
+from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.request import NOBODY, Job, User
 from tests.support.house import House, outcome, tokens_of
 from tests.support.inprocess import configured
 from tests.support.stub import StubServer

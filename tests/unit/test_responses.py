@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from llamaslot.llama.opaque import OpaquePrompt
-from llamaslot.llama.responses import chat_body
+from llamaslot.errors import OpaquePrompt
+from llamaslot.formats.responses import chat_body
 
 HI = {"role": "user", "content": [{"text": "hi", "type": "text"}]}
 CALL = {

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaslot.core.reuse import Memory, Predictions, Recall, Strikes, checkpoints_after, usable
-from llamaslot.core.slots import Content
-from llamaslot.core.tokens import pack
+from llamaslot.cache.content import Content
+from llamaslot.cache.ids import pack
+from llamaslot.cache.reuse import Memory, Predictions, Recall, Strikes, checkpoints_after, usable
 
 DENSE, SWA, RECURRENT = Memory.DENSE, Memory.SWA, Memory.RECURRENT
 KINDS = st.sampled_from(list(Memory))

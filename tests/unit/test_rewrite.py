@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from llamaslot.config import Config
+from llamaslot.config.load import Config
 from llamaslot.errors import ConfigError
-from llamaslot.llama.rewrite import READY, Rewriter, RewriteRule, Rewriting
+from llamaslot.formats.rewrite import READY, Rewriter, RewriteRule, Rewriting
 from llamaslot.llama.routes import Format
 
 CLAUDE = Rewriter(READY["claude-code-attribution"])

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from llamaslot.config import GUARDED_ROUTES
+from llamaslot.config.load import GUARDED_ROUTES
 from llamaslot.llama.routes import KNOWN_GATES, ROUTES, Kind, Route, classify, origin_form, server_path
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from llamaslot.bench.simulator.machine import Hardware, Machine, Work
-from llamaslot.bench.virtual import VirtualLoop
+from bench.simulator.machine import Hardware, Machine, Work
+from bench.virtual import VirtualLoop
 
 # A batch takes half a second at any depth, a step without one 0.02 s.
 FLAT = Hardware(halved_at=1e12, prefill_tokens_per_s=1000.0, decode_tokens_per_s=50.0, batch=500)

@@ -10,18 +10,18 @@ from dataclasses import replace
 
 import pytest
 
-from llamaslot.bench.simulator.disk import UNLIMITED, Disk
-from llamaslot.bench.simulator.machine import Hardware
-from llamaslot.bench.simulator.proxy import Proxy
-from llamaslot.bench.simulator.run import LEFT
-from llamaslot.bench.simulator.server import Origin, SimulatedServer
-from llamaslot.bench.simulator.trace import Request, Text, Trace, Turn
-from llamaslot.bench.simulator.users import Asked, Served
-from llamaslot.bench.virtual import VirtualLoop
-from llamaslot.core.policy import Rules
-from llamaslot.core.tokens import count
-from llamaslot.llama.api import Progress
-from llamaslot.store.shelf import Shelf
+from bench.simulator.disk import UNLIMITED, Disk
+from bench.simulator.machine import Hardware
+from bench.simulator.proxy import Proxy
+from bench.simulator.run import LEFT
+from bench.simulator.server import Origin, SimulatedServer
+from bench.simulator.trace import Request, Text, Trace, Turn
+from bench.simulator.users import Asked, Served
+from bench.virtual import VirtualLoop
+from llamaslot.cache.ids import count
+from llamaslot.llama.client import Progress
+from llamaslot.scheduling.placement import Rules
+from llamaslot.store.entries import Shelf
 
 # A batch takes half a second at any depth; to send a request takes 0.1 s and no more for a longer one.
 FLAT = Hardware(

@@ -9,8 +9,8 @@ from statistics import mean, median
 
 import pytest
 
-from llamaslot.bench.simulator.generate import Agents, Recipe, crew, generate, scaled
-from llamaslot.bench.simulator.trace import Request, Trace, Turn
+from bench.simulator.generate import Agents, Recipe, crew, generate, scaled
+from bench.simulator.trace import Request, Trace, Turn
 
 
 @functools.cache

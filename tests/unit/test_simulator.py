@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.bench.simulator.__main__ import main
-from llamaslot.bench.simulator.generate import Recipe, generate
-from llamaslot.bench.simulator.machine import Hardware
-from llamaslot.bench.simulator.result import Result
-from llamaslot.bench.simulator.run import LEFT, Policy, Setting, simulate
-from llamaslot.bench.simulator.trace import Request, Text, Trace, Turn
-from llamaslot.core.policy import Rules
-from llamaslot.core.prefills import Sharing
-from llamaslot.core.prefix import PrefixIndex
-from llamaslot.core.tokens import count, head
+from bench.simulator.__main__ import main
+from bench.simulator.generate import Recipe, generate
+from bench.simulator.machine import Hardware
+from bench.simulator.result import Result
+from bench.simulator.run import LEFT, Policy, Setting, simulate
+from bench.simulator.trace import Request, Text, Trace, Turn
+from llamaslot.cache.ids import count, head
+from llamaslot.cache.prefix_index import PrefixIndex
+from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.prefill_policy import Sharing
 
 SMALL = Recipe(n_users=8, day_s=1200.0, arrival_s=60.0, burst_each=4, p_pause=0.0, usual_answer_s=30.0)
 FEW_SLOTS = 2

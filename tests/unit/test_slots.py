@@ -6,9 +6,11 @@ import itertools
 
 import pytest
 
-from llamaslot.core.slots import IDLE, NEXT, NOTHING, Content, Event, IllegalTransition, Job, Slot, State
-from llamaslot.core.spaces import PUBLIC, Space
-from llamaslot.core.tokens import pack
+from llamaslot.cache.content import NOTHING, Content
+from llamaslot.cache.ids import pack
+from llamaslot.cache.namespaces import PUBLIC, Space
+from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.slots import IDLE, NEXT, Event, IllegalTransition, Slot, State
 
 HELD = Content(pack([1, 2, 3]), is_dirty=True)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from llamaslot.bench.virtual import VirtualLoop
+from bench.virtual import VirtualLoop
 from llamaslot.tasks import Bell
 
 

@@ -14,7 +14,7 @@ import uvloop
 
 from llamaslot.config.tls import TlsConfig, load_certificate
 from llamaslot.errors import ConfigError
-from llamaslot.web.tls import Certificate
+from llamaslot.http.tls import Certificate
 from tests.support.certificates import Made
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from llamaslot.engine.backend import Health
-from llamaslot.engine.probes import Probes
+from llamaslot.backend.backend import Health
+from llamaslot.backend.probes import Probes
 from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, right, served, spawn
 
 ONE, TWO, THREE = (letters(n, 800) for n in (1, 2, 3))

@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from llamaslot.web.connections import Connection
+from llamaslot.http.connections import Connection
 from tests.support.inprocess import CHAT, NATIVE, PATIENCE_S, Served, letters, served, spawn
 from tests.support.wire import request, upstream, wire
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.web.openapi import PATHS
+from llamaslot.http.openapi import PATHS
 from tests.support.inprocess import letters, served
 
 

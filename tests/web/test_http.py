@@ -13,8 +13,8 @@ from typing import Any
 import orjson
 import pytest
 
-from llamaslot.web.connections import Connection, raise_file_limit
-from llamaslot.web.unpacking import Unpacking
+from llamaslot.http.connections import Connection, raise_file_limit
+from llamaslot.http.decompress import Unpacking
 from tests.support.inprocess import CHAT, NATIVE, PATIENCE_S, letters, right, served
 from tests.support.keys import KeyFile
 from tests.support.wire import request, upstream, wire

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from llamaslot.core import snapshots
-from llamaslot.core.tokens import pack
-from llamaslot.engine.backend import Health
-from llamaslot.engine.library import Library
+from llamaslot.backend.backend import Health
+from llamaslot.cache import layered_index
+from llamaslot.cache.ids import pack
+from llamaslot.store.model_snapshots import Library
 from tests.support.fake import FakeModel
 from tests.support.inprocess import Served, letters, right, served
 from tests.support.opens import OPENS
@@ -24,7 +24,7 @@ TEXTS = [letters(n, 300) for n in range(6)]
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A generation after three snapshots, not after a thousand."""
-    monkeypatch.setattr(snapshots, "NEW_MIN", 2)
+    monkeypatch.setattr(layered_index, "NEW_MIN", 2)
 
 
 def library(it: Served) -> Library:

@@ -101,7 +101,7 @@ async def test_a_slot_that_falls_silent_while_it_is_found_out_holds_nobody_up(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is given up, and all who wait are served without their tokens; after a while it is tried again."""
-    monkeypatch.setattr("llamaslot.engine.infills._LEARNING_S", 0.1)
+    monkeypatch.setattr("llamaslot.backend.infill_prompts._LEARNING_S", 0.1)
     async with served(tmp_path, slots=2) as it:
         it.fake.hold()
         asked = [spawn(it.post(INFILL, at(n))) for n in (600, 605)]
@@ -125,7 +125,7 @@ async def test_whether_there_is_such_a_route_is_not_waited_for_without_end(
     async with served(tmp_path) as it:
         hang = it.fake.faults.hang(INFILL)
         with monkeypatch.context() as patch:
-            patch.setattr("llamaslot.llama.offered.QUICK_S", 0.05)
+            patch.setattr("llamaslot.llama.client.QUICK_S", 0.05)
             answer = await it.post(INFILL, at(600))
         assert (answer.status, answer.error["type"]) == (503, "unavailable_error")
         hang.release()

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from llamaslot.core.slots import State
 from llamaslot.llama.dry_run import Verdict
+from llamaslot.scheduling.slots import State
 from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, right, served
 
 BASE, MORE = letters(11, 600), letters(12, 400)

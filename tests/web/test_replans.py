@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.engine import prefill
+from llamaslot.backend import prefill
 from tests.support.answers import Answer
 from tests.support.inprocess import NATIVE, TEXT, Served, letters, right, served, spawn
 

@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from llamaslot.llama.prompts import NoPrompt
+from llamaslot.tokens.tokenizer import NoPrompt
 from tests.support.answers import without_progress
 from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, right, served
 
@@ -135,7 +135,7 @@ async def test_what_llama_server_accepts_against_expectation_ends_at_once(
         assert (await it.ask(letters(1, 300))).status == 200
         met = it.backend.met
         with monkeypatch.context() as patch:
-            patch.setattr("llamaslot.web.jobs._plain", refuse)
+            patch.setattr("llamaslot.http.parse._plain", refuse)
             answer = await it.post(NATIVE, {"prompt": letters(2, 300), "stream": True, "n_predict": 500})
         assert (answer.status, answer.error["message"]) == (400, "no prompt")
         assert (await it.ask(letters(1, 300))).status == 200

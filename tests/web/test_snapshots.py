@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.core.tokens import pack
+from llamaslot.cache.ids import pack
 from tests.support import fake_files
 from tests.support.inprocess import NATIVE, Served, letters, right, served
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import click
 
 import llamaslot
-from llamaslot.cli.checking import check, check_as
+from llamaslot.cli.check import check, check_as
 from llamaslot.cli.keys import keys
 from llamaslot.cli.snapshots import snapshots
-from llamaslot.config import Config
+from llamaslot.config.load import Config
 from llamaslot.errors import ConfigError, LlamaslotError
 
 EXIT_FAULT = 2
@@ -93,7 +93,7 @@ def _check(path: Path, who: str | None) -> None:
 def _run(config: Config) -> None:
     import uvloop  # here, not above: --check and --version need neither
 
-    from llamaslot.web.app import serve as serve_app
+    from llamaslot.http.app import serve as serve_app
 
     try:
         uvloop.run(serve_app(config))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import click
 
-from llamaslot.cli.words import several, span, table
+from llamaslot.cli.format import several, span, table
+from llamaslot.config.faults import read_yaml
 from llamaslot.config.keys import editing, made_now, name_of_key, new_key, read_keys
 from llamaslot.errors import ConfigError, LlamaslotError
-from llamaslot.faults import read_yaml
 
 EXIT_FAULT = 2
 

@@ -17,9 +17,9 @@ import click
 import orjson
 from xxhash import xxh3_64_hexdigest
 
-from llamaslot.cli.cleaning import Doomed, Shop, too_much
-from llamaslot.cli.words import number, several, span, table
-from llamaslot.config import Config
+from llamaslot.cli.format import number, several, span, table
+from llamaslot.cli.gc import Doomed, Shop, too_much
+from llamaslot.config.load import Config
 from llamaslot.errors import ConfigError, LlamaslotError
 from llamaslot.store import scan
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable

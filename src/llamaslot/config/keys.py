@@ -22,11 +22,11 @@ from typing import Annotated, Any
 import orjson
 from pydantic import AfterValidator, Field, ValidationError
 
+from llamaslot.config.faults import fault_lines
 from llamaslot.config.values import Count, Section
-from llamaslot.core.users import User
 from llamaslot.errors import ConfigError
-from llamaslot.faults import fault_lines
-from llamaslot.store.marks import Mark
+from llamaslot.file_id import Mark
+from llamaslot.scheduling.request import User
 
 PREFIX = "sk-llamaslot-"
 _MAX_BYTES = 16 << 20  # some 80,000 keys; what is larger is another file

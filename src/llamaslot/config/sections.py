@@ -29,7 +29,7 @@ from llamaslot.config.values import (
     strong_key,
 )
 from llamaslot.errors import ConfigError
-from llamaslot.llama.process import EMBEDDED_MODEL, ManagedConfig
+from llamaslot.llama.managed.process import EMBEDDED_MODEL, ManagedConfig
 from llamaslot.llama.routes import Gate
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
-from llamaslot.llama.chat_file import read_chat_file
 from llamaslot.llama.routes import KNOWN_GATES
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
+
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
 _UNITS |= {"KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1024**4}
 
 #: What `passthrough.allow` may name: routes that change llama-server or reach out from it.
@@ -121,11 +123,42 @@ def chat_file(path: Path) -> Path:
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
+
+
 Count = Annotated[int, BeforeValidator(number), Field(ge=0)]
+
+
 Port = Annotated[int, BeforeValidator(number), Field(ge=1, le=65535)]
+
+
 Seconds = Annotated[float, BeforeValidator(number), Field(ge=0, allow_inf_nan=False)]
+
+
 FilePath = Annotated[Path, AfterValidator(anchored)]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+def read_chat_file(path: Path) -> dict[str, Any]:
+    """The body. Raises ValueError that says what is wrong with the file."""
+    try:
+        body = orjson.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise ValueError(
+            f'{path} should hold a chat body: an object with "messages", and "tools" if there are any'
+        )
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(
+            f'{path}: "messages" is missing or empty; its system message and its tools are what is kept'
+        )
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f'{path}: messages[{i}] should be an object with "role" and "content"')
+    return body

@@ -26,9 +26,9 @@ from typing import Any, Protocol
 
 import orjson
 
-from llamaslot.core.tokens import count, unpack
+from llamaslot.cache.ids import count, unpack
 from llamaslot.errors import UpstreamError
-from llamaslot.llama.api import QUICK_S
+from llamaslot.llama.client import QUICK_S
 from llamaslot.llama.routes import Format
 
 log = logging.getLogger(__name__)

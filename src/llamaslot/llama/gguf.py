@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from llamaslot.core.reuse import Memory
+from llamaslot.cache.reuse import Memory
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 import xxhash
 
-from llamaslot.core.tokens import pack
+from llamaslot.cache.ids import pack
 
 TOLERANCE = 0.02  # of a log-probability: told two models of one shape apart every time; builds differ by less
 N_PROBS = 8

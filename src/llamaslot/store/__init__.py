@@ -1,11 +1,10 @@
 """Snapshots on disk."""
 
-from llamaslot.store.catalog import Catalog
+from llamaslot.store.catalog import Catalog, Draft
 from llamaslot.store.directory import DirectoryUnusable, NotShared, prove_shared
-from llamaslot.store.drafts import Draft
+from llamaslot.store.entries import Prospect
 from llamaslot.store.header import SlotFile, read_slot_file
-from llamaslot.store.room import QuotaExceeded
-from llamaslot.store.shelf import Prospect
+from llamaslot.store.quota import QuotaExceeded
 from llamaslot.store.sidecar import Snapshot, WithTokens
 
 __all__ = [

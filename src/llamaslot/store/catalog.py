@@ -13,21 +13,21 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from llamaslot.core.slots import Kind
-from llamaslot.core.value import Order
+from llamaslot.cache.content import Kind
 from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
+from llamaslot.file_id import Mark
+from llamaslot.scheduling.eviction import Order
 from llamaslot.store import scan, sidecar
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
-from llamaslot.store.drafts import Draft, Held
+from llamaslot.store.entries import Pin, Prospect, Shelf
 from llamaslot.store.header import read_slot_file
 from llamaslot.store.hits import NEVER, Hits
-from llamaslot.store.marks import Mark
-from llamaslot.store.register import Register
-from llamaslot.store.room import Limits, Room, Short
-from llamaslot.store.shelf import Pin, Prospect, Shelf
+from llamaslot.store.manifest import Register
+from llamaslot.store.quota import Limits, Room, Short
 from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens, readable
 from llamaslot.store.sweep import Sweep
 from llamaslot.store.upkeep import Upkeep
@@ -37,6 +37,25 @@ log = logging.getLogger(__name__)
 
 # Our own shortage, not the file's fault: a snapshot is not given up for it.
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR}
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Room for one snapshot: llama-server saves as ``part_name``, then ``commit`` or ``abandon``."""
+
+    id: str
+    part_name: str
+    size_bytes: int
+
+
+@dataclass(slots=True)
+class Held:
+    """The account of a draft: bytes taken for it, what must stay, and its commit once that has begun."""
+
+    size_bytes: int
+    keep: frozenset[str]
+    idle_s: float = 0.0
+    commit: asyncio.Task[WithTokens | LlamaslotError] | None = None
 
 
 class Catalog:

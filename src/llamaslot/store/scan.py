@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamaslot.errors import SnapshotInvalid
+from llamaslot.file_id import Mark
 from llamaslot.store import sidecar
 from llamaslot.store.directory import HITS_NAME, LOCK_NAME
 from llamaslot.store.header import SlotFile, read_slot_file
-from llamaslot.store.marks import Mark
-from llamaslot.store.register import Entry
+from llamaslot.store.manifest import Entry
 from llamaslot.store.sidecar import JSON, KV, NEW, PART, PROBE, Noted, Snapshot, WithTokens
 
 SUFFIXES = (PART, KV, PROBE, NEW, JSON)  # the order of removal: what takes room first, the sidecar last

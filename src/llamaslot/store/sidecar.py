@@ -25,8 +25,8 @@ from typing import Any
 import orjson
 from xxhash import xxh3_128_hexdigest
 
-from llamaslot.core.slots import Kind
-from llamaslot.core.tokens import WIDTH
+from llamaslot.cache.content import Kind
+from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
 
 VERSION = 2  # written where a space is given: who knows only version 1 must not take it for everybody's
@@ -43,7 +43,7 @@ class Snapshot:
     ``digest`` tells these tokens from others; ``created_at`` is in seconds since the epoch; ``checkpoints`` are the
     token counts to which a model that cannot rewind can return; ``source`` says what it was saved for. ``is_pinned``:
     somebody wants it there before it is asked for, so it neither makes room for others nor is superseded. ``space``:
-    who may go on from it (``core.spaces``), "" for all.
+    who may go on from it (``cache.namespaces``), "" for all.
     """
 
     id: str

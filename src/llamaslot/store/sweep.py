@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from llamaslot.store import scan
-from llamaslot.store.room import Room
-from llamaslot.store.shelf import Shelf
+from llamaslot.store.entries import Shelf
+from llamaslot.store.quota import Room
 from llamaslot.store.sidecar import KV
 
 log = logging.getLogger(__name__)

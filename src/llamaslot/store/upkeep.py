@@ -11,9 +11,9 @@ from pathlib import Path
 
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import scan, sidecar
+from llamaslot.store.entries import Shelf
 from llamaslot.store.hits import HitLog, Hits
-from llamaslot.store.register import Register
-from llamaslot.store.shelf import Shelf
+from llamaslot.store.manifest import Register
 from llamaslot.store.sidecar import Noted, Snapshot
 from llamaslot.tasks import TaskOwner
 

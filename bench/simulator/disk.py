@@ -1,0 +1,208 @@
+"""Snapshots in memory: the catalog's surface as far as the engine uses it, around the real shelf.
+
+Which snapshots go first is the shelf's business; the other orders that it is compared with are here as well.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
+
+from bench.simulator.server import Origin, SimulatedServer
+from llamaslot.cache.content import Kind
+from llamaslot.errors import OtherConversation, SnapshotInvalid
+from llamaslot.scheduling.eviction import ByUse, ByValue, Standing
+from llamaslot.store import Draft, QuotaExceeded, Snapshot, WithTokens
+from llamaslot.store.entries import Pin, Prospect, Shelf
+from llamaslot.store.quota import Short
+
+FINGERPRINT = "simulated"
+UNLIMITED = 1 << 60
+
+
+class Disk:
+    """As ``store.Catalog``, without files. Removing is done at once; ``quota_bytes`` holds at every moment.
+
+    ``largest_bytes`` is the most that was ever there. ``origins`` says whose context each snapshot is.
+    """
+
+    def __init__(
+        self,
+        server: SimulatedServer,
+        shelf: Shelf,
+        quota_bytes: int,
+        *,
+        now: Callable[[], float],
+        on_drop: Callable[[Snapshot], None],
+    ) -> None:
+        self.quota_bytes = quota_bytes
+        self.size_bytes = self.largest_bytes = 0
+        self.n_evicted = 0
+        self.origins: dict[str, Origin] = {}
+        self._server, self._shelf, self._now, self._on_drop = server, shelf, now, on_drop
+        self._drafts: dict[str, tuple[int, frozenset[str]]] = {}
+        self._serial = 0
+        shelf.fingerprint = FINGERPRINT
+        self.snapshots: Mapping[str, Snapshot] = MappingProxyType(shelf.snapshots)
+
+    def last_used(self, id: str) -> float:  # noqa: A002
+        return self._shelf.standings[id].last_used
+
+    def n_hits(self, id: str) -> int:  # noqa: A002
+        return self._shelf.standings[id].n_hits
+
+    async def reserve(
+        self, size_bytes: int, keep: Collection[str] = (), spare: Collection[str] = ()
+    ) -> Draft:
+        """Raises QuotaExceeded, and evicts nothing, if there is not enough that may go.
+
+        ``spare`` is a part of llamaslot's order, and does not count in others.
+        """
+        self._shelf.tend(self._now())
+        spared = frozenset(keep) | frozenset(spare if isinstance(self._shelf.order, ByValue) else ())
+        try:
+            self._make_room(size_bytes, spared)
+        except QuotaExceeded:
+            self._make_room(size_bytes, frozenset(keep))
+        self._serial += 1
+        id_ = f"ls-{self._serial:016x}"  # not random: ids break ties
+        self._drafts[id_] = size_bytes, frozenset(keep)
+        self._take(size_bytes)
+        return Draft(id_, f"{id_}.part", size_bytes)
+
+    def _make_room(self, size_bytes: int, keep: frozenset[str]) -> None:
+        short = self.size_bytes + size_bytes - self.quota_bytes
+        victims = self._shelf.victims(short, 0, keep, self._now())
+        if sum(victim.size_bytes for victim in victims) < short:
+            raise QuotaExceeded(f"no room for {size_bytes} bytes")
+        for victim in victims:
+            self.n_evicted += 1
+            self._drop(victim.id)
+
+    async def commit(
+        self,
+        draft: Draft,
+        *,
+        tokens_expected: bytes,
+        n_saved: int,
+        n_written: int,
+        fingerprint: str,
+        checkpoints: tuple[int, ...],
+        source: str,
+        kind: Kind = Kind.LEAF,
+        is_pinned: bool = False,
+        space: str = "",
+        idle_s: float = 0.0,
+    ) -> WithTokens:
+        """Raises OtherConversation and QuotaExceeded as the real one does."""
+        size_bytes, keep = self._drafts[draft.id]
+        file = self._server.files[draft.part_name]
+        if not file.tokens or not file.tokens.startswith(tokens_expected):
+            raise OtherConversation(f"{draft.id}: holds another conversation than was to be saved")
+        if n_written > size_bytes:
+            self._make_room(n_written - size_bytes, keep)
+        self._take(n_written - size_bytes)
+        del self._drafts[draft.id]
+        self._server.files[f"{draft.id}.kv"] = self._server.files.pop(draft.part_name)
+        now = self._now()
+        snapshot = WithTokens.of(
+            file.tokens,
+            id=draft.id,
+            size_bytes=n_written,
+            fingerprint=fingerprint,
+            created_at=now,
+            checkpoints=checkpoints,
+            source=source,
+            kind=kind,
+            is_pinned=is_pinned,
+            space=space,
+        )
+        if file.origin is not None and kind is Kind.LEAF:  # a trunk is nobody's
+            self.origins[draft.id] = file.origin
+        self._shelf.add(snapshot.listed, now, last_used=now - idle_s)
+        return snapshot
+
+    async def abandon(self, draft: Draft) -> None:
+        if (held := self._drafts.pop(draft.id, None)) is not None:
+            self._take(-held[0])
+            self._server.files.pop(draft.part_name, None)
+
+    def pin(self, id: str) -> Pin:  # noqa: A002
+        """Raises KeyError if it is gone."""
+        return Pin(self._shelf.pin(id), self._unpin)
+
+    def _unpin(self, id_: str) -> None:
+        if (condemned := self._shelf.unpin(id_)) is not None:
+            self._remove(condemned)
+
+    def touch(self, id: str) -> None:  # noqa: A002
+        if id in self.snapshots:
+            self._shelf.hit(id, self._now())
+
+    def branched(self, id: str) -> None:  # noqa: A002
+        if id in self.snapshots:
+            self._shelf.branch(id, self._now())
+
+    def inherit(self, id: str, from_id: str) -> None:  # noqa: A002
+        if id in self.snapshots and from_id in self.snapshots:
+            self._shelf.inherit(id, from_id, self._now())
+
+    def would_gain(self, prospect: Prospect, keep: Collection[str] = ()) -> float:
+        short = self.size_bytes + prospect.size_bytes - self.quota_bytes
+        return self._shelf.would_gain(prospect, Short(short, 0), keep, self._now())
+
+    async def verify(self, id: str) -> WithTokens:  # noqa: A002
+        """Raises SnapshotInvalid if it is gone."""
+        if id not in self.snapshots:
+            raise SnapshotInvalid(f"{id}: is gone")
+        return self.snapshots[id].with_tokens(self._server.files[f"{id}.kv"].tokens)
+
+    async def drop(self, id: str) -> None:  # noqa: A002
+        if id in self.snapshots:
+            self._drop(id)
+
+    def _drop(self, id_: str) -> None:
+        snapshot = self.snapshots[id_]
+        if self._shelf.take(id_, self._now()):
+            self._remove(snapshot)
+        self._on_drop(snapshot)
+
+    def _remove(self, snapshot: Snapshot) -> None:
+        self._take(-snapshot.size_bytes)
+        self._server.files.pop(f"{snapshot.id}.kv", None)
+        self.origins.pop(snapshot.id, None)
+
+    def _take(self, size_bytes: int) -> None:
+        self.size_bytes += size_bytes
+        self.largest_bytes = max(self.largest_bytes, self.size_bytes)
+
+    def check(self) -> None:
+        """Raise AssertionError naming the account that is not the sum of its parts."""
+        self._shelf.check()
+        listed = (*self._shelf.snapshots.values(), *self._shelf.condemned.values())
+        drafts = sum(size for size, _ in self._drafts.values())
+        assert self.size_bytes == drafts + sum(snapshot.size_bytes for snapshot in listed), "size_bytes"
+        files = {name.removesuffix(".kv") for name in self._server.files if name.endswith(".kv")}
+        assert files == {snapshot.id for snapshot in listed}, "a file for each snapshot"
+        assert self.size_bytes <= self.quota_bytes, "the quota holds"
+
+
+class AtRandom(ByUse):
+    """Any goes first."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def rank(self, standing: Standing, now: float) -> float:
+        return random.Random(f"{self._seed} {standing.id} {now}").random()
+
+
+class Foreseen(ByUse):
+    """What is worth least goes first, by ``value``: per byte, and it knows the future."""
+
+    def __init__(self, value: Callable[[Standing], float]) -> None:
+        self._value = value
+
+    def rank(self, standing: Standing, now: float) -> float:
+        return self._value(standing)

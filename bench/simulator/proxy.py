@@ -1,0 +1,203 @@
+"""llamaslot's engine around the simulated server: the real scheduler, pool, leases, steps and writeback."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+from bench.simulator.disk import FINGERPRINT, Disk
+from bench.simulator.machine import Machine, Streamed
+from bench.simulator.server import N_CTX, Answer, SimulatedServer
+from bench.simulator.users import LONG_S, Asked
+from llamaslot.backend.executor import Steps
+from llamaslot.backend.lease import Lease, PlanAgain
+from llamaslot.backend.slot_content import is_far_off
+from llamaslot.backend.slot_table import Pool
+from llamaslot.backend.writeback import Writeback
+from llamaslot.cache.content import NOTHING, Content
+from llamaslot.cache.ids import count
+from llamaslot.fleet.dispatcher import Scheduler
+from llamaslot.fleet.queue import QueueLimits
+from llamaslot.llama.client import LlamaServer
+from llamaslot.llama.sse import Earlier
+from llamaslot.observe.metrics import Metrics
+from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.request import Job
+from llamaslot.store import Catalog, Snapshot
+from llamaslot.tasks import TaskOwner
+
+IDLE_SAVE_S = 2.0  # the default of store.idle_save_s
+PATIENT = QueueLimits(max_waiting=1_000_000, max_wait_s=1e8)
+REPLANS = 2  # as web.completions
+
+
+@dataclass(slots=True)
+class Beside:
+    """What streams get while long prompts are computed, or wait for that in their slots: entered for each of these."""
+
+    machine: Machine
+    n_tokens: int = 0
+    seconds: float = 0.0  # summed up over streams
+    _n_long: int = 0
+    _since: Streamed = field(default_factory=Streamed)
+
+    def __enter__(self) -> None:
+        self._n_long += 1
+        if self._n_long == 1:
+            self._since = self.machine.tally()
+
+    def __exit__(self, *_: object) -> None:
+        self._n_long -= 1
+        if self._n_long == 0:
+            now = self.machine.tally()
+            self.n_tokens += now.n_tokens - self._since.n_tokens
+            self.seconds += now.seconds - self._since.seconds
+
+
+class Proxy:
+    """What ``backend.backend`` makes of these parts, without a network. ``ask`` is what ``http.completion`` does.
+
+    With ``saves_each`` every answer is saved as soon as it is complete, before its slot is given back.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        server: SimulatedServer,
+        disk: Disk,
+        *,
+        rules: Rules | None = None,
+        saves_each: bool = False,
+    ) -> None:
+        self.server, self.disk, self.saves_each = server, disk, saves_each
+        self.beside = Beside(server.machine)
+        self.rates, self.metrics, self.tasks = Rates(), Metrics(), TaskOwner()
+        rules = rules or Rules()
+        self.scheduler = Scheduler(rules, PATIENT, loop.time)
+        self.scheduler.pin = disk.pin
+        self.scheduler.on_prefix_wait = self.metrics.prefix_wait_s.observe
+        api, catalog = cast(LlamaServer, server), cast(Catalog, disk)
+        self.steps = Steps(api, catalog, self.rates, self.metrics, self.tasks, loop.time)
+        self.steps.fingerprint, self.steps.boot_id = FINGERPRINT, "simulated"
+        self.writeback = Writeback(self.scheduler, self.steps, IDLE_SAVE_S)
+        self.pool = Pool("simulated", server.n_slots, N_CTX, rules=rules, rates=self.rates)
+        self.pool.can_save = self.pool.can_erase = True
+        self._loop = loop
+        self._meet()
+        self.scheduler.attach(self.pool)
+
+    def _meet(self) -> None:
+        """What the handshake learns: how large files are, from two small ones."""
+        for n in (64, 256):
+            self.rates.size.observe(n, n * self.server.hardware.bytes_per_token)
+
+    def dropped(self, snapshot: Snapshot) -> None:
+        self.pool.drop_snapshot(snapshot.id)
+
+    async def run(self) -> None:
+        """What goes on beside requests. Runs until cancelled."""
+        await self.writeback.run()
+
+    # -- a request: web.completions and web.answering ------------------------------------------------------------
+
+    async def ask(self, asked: Asked) -> None:
+        """One request, until a place was what it was taken for."""
+        job = Job(f"{asked.origin.conversation}.{asked.origin.index}", asked.prompt, n_system=asked.n_system)
+        before: Earlier | None = None
+        for n in itertools.count():
+            try:
+                await self._ask_at_a_place(asked, job, before, n)
+                break
+            except PlanAgain as again:
+                later = again.earlier
+                before = before.then(later) if before is not None and later is not None else later or before
+
+    async def _ask_at_a_place(self, asked: Asked, job: Job, before: Earlier | None, n_before: int) -> None:
+        """``before``: what was done for it at the ``n_before`` places that it had. Raises PlanAgain."""
+        served, may_replan = asked.served, n_before < REPLANS
+        with contextlib.ExitStack() as stack:
+            lease = stack.enter_context(await self.scheduler.lease(job, is_back=n_before > 0))
+            if not n_before:
+                served.queued_s = self._loop.time() - asked.sent_at
+            until_first = stack.enter_context(contextlib.ExitStack())
+            assert lease.plan is not None
+            if self.server.hardware.prefill_s(lease.plan.n_reused, job.n_tokens) > LONG_S:
+                until_first.enter_context(self.beside)
+            here = await self.steps.prepare(lease, _say_nothing, may_replan=may_replan)
+            told = here
+            if before is not None:  # without a prefill here: what it finds of its own work was not reused
+                told = before.then(here or Earlier(lease.n_expected, lease.n_expected, 0.0))
+            answered = await self._answer(asked, lease, here, until_first, may_replan=may_replan)
+            served.n_reused = min(told.n_reused, answered.n_cache) if told is not None else answered.n_cache
+            served.answer_s = answered.predicted_s
+            n_answer = count(asked.answer)
+            self.steps.settle(lease, answered.n_cache, here, job.tokens, n_answer)
+            if self.saves_each:
+                self.tasks.spawn(self._save(lease), f"{job.id} is saved")
+                stack.pop_all()
+        self._learn(answered, here, n_answer)
+
+    async def _answer(
+        self,
+        asked: Asked,
+        lease: Lease,
+        here: Earlier | None,
+        until_first: contextlib.ExitStack,
+        *,
+        may_replan: bool,
+    ) -> Answer:
+        """The client's own request. Raises PlanAgain when the slot does not hold what was expected."""
+        is_cold = here is None and lease.content is None
+        lease.sent()
+        async with self.server.run(
+            lease.slot_id, asked.prompt, asked.answer, asked.origin, is_cold=is_cold
+        ) as answered:
+            lease.started()
+            n_expected = here.n_tokens if here is not None else lease.n_expected
+            is_misplaced = is_far_off(lease, n_expected, answered.n_cache)
+            if not (may_replan and is_misplaced):
+                before = lease.content or NOTHING
+                lease.begun(replace(before, tokens=asked.prompt, is_exact=False, is_dirty=True))
+                await self.server.first(answered)
+                asked.served.ttft_s = self._loop.time() - asked.sent_at
+                until_first.close()
+                lease.talks()
+                await self.server.finish(answered)
+                return answered
+        await self.steps.stopped(lease, answered.n_cache)
+        n_done = lease.content.n_tokens if lease.content is not None else 0
+        own = Earlier(min(answered.n_cache, n_done), n_done, 0.0)
+        raise PlanAgain(own if here is None else here.then(own))
+
+    def _learn(self, answered: Answer, here: Earlier | None, n_answer: int) -> None:
+        if here is None and answered.n_prompt - answered.n_cache > 1:
+            self.rates.prefill.observe(answered.n_cache, answered.n_prompt, answered.prompt_s)
+        self.rates.answer.observe(n_answer, answered.predicted_s)
+
+    async def _save(self, lease: Lease) -> None:
+        with lease:
+            await self.steps.save_now(lease)
+
+    async def close(self) -> None:
+        while len(self.tasks):
+            await self.tasks.drain()
+
+    def check(self) -> None:
+        """Raise AssertionError naming what does not hold when nobody asks any more."""
+        self.scheduler.check()
+        self.disk.check()
+        assert not self.scheduler.leases, f"no lease: {self.scheduler.leases}"
+        assert not self.scheduler.n_waiting, "nobody waits"
+        assert not len(self.tasks), "no task"
+        for slot in self.pool.slots:
+            content: Content = slot.content
+            held = self.server.tokens(slot.id)
+            assert held.startswith(content.tokens), f"a belief is the beginning of the truth: {slot}"
+
+
+def _say_nothing(_: object) -> None:
+    pass

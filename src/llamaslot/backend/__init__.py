@@ -1,0 +1,1 @@
+"""One llama-server process: all that is here ends with it."""

@@ -1,0 +1,243 @@
+"""Tells why a long context was not found again: where a prompt parts from the one that it goes on from.
+
+Looked at beside the request, once it has its slot, and only where much has to be computed although much is held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from llamaslot.backend.lease import Lease
+from llamaslot.cache.content import Content
+from llamaslot.cache.ids import WIDTH, common, count, head
+from llamaslot.cache.prompt_diff import ENOUGH, LOST_MIN, Parting, can_lose, parting
+from llamaslot.errors import LlamaslotError
+from llamaslot.formats.prompt_location import Whereabouts, whereabouts
+from llamaslot.llama.client import LlamaServer
+from llamaslot.llama.routes import Format
+from llamaslot.observe.metrics import Metrics
+from llamaslot.scheduling.request import Job
+from llamaslot.tasks import TaskOwner
+from llamaslot.tokens.tokenizer import Prompt
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 8  # more are not looked at: whoever has so many at once has the others to learn from
+_N_HOLDERS = 16  # that are compared closely
+_N_SNAPSHOTS = 256  # of its spaces, that share most, or came last, are looked over
+_N_OF_A_KIND = 5  # and so many of each taken
+_NEAR_TOKENS = 64  # of a first message: the same in many conversations
+_EXCERPT = 80  # characters on each side
+_EXCERPT_TOKENS = 80  # of a character each, at least
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Something that was computed before: ``name`` as in ``slot 2``."""
+
+    name: str
+    tokens: bytes
+    n_shared: int
+
+    @property
+    def n_tokens(self) -> int:
+        return count(self.tokens)
+
+
+async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
+    """What the job of ``lease`` may go on from, or might if it began like that: of its own spaces only.
+
+    ``contents``: of the slots, in their order, as they were when the lease was given. Of the snapshots the one that
+    shares most, the nearest in length, and the last that came: the turn before is one of these as a rule. Cancelling is
+    safe.
+    """
+    job, index = lease.job, lease.pool.library.in_spaces
+    found = [
+        Holder(f"slot {i}", content.tokens, common(content.tokens, job.tokens))
+        for i, content in enumerate(contents)
+        if content.tokens and job.may_use(content)
+    ]
+    hits = index.match(job.tokens, job.reads, _N_SNAPSHOTS)
+    nearest = sorted(hits, key=lambda hit: abs(hit.n_tokens - job.n_tokens))[:_N_OF_A_KIND]
+    spaces = {space.text for space in job.reads}
+    usable = (its for its in reversed(lease.pool.library.snapshots.values()) if its.space in spaces)
+    long = (its for its in islice(usable, _N_SNAPSHOTS) if its.n_tokens > LOST_MIN)
+    ids = [*(hit.holder for hit in (*hits[:1], *nearest)), *(its.id for its in islice(long, _N_OF_A_KIND))]
+    for id_ in dict.fromkeys(ids):
+        await asyncio.sleep(0)  # a millisecond for the tokens of each: others first
+        with contextlib.suppress(KeyError):  # dropped meanwhile
+            tokens = index.tokens(id_)
+            found.append(Holder(f"snapshot {id_}", tokens, common(tokens, job.tokens)))
+    return found
+
+
+class Divergences:
+    """Where the requests of one backend part from what was computed before. ``tells_texts``: the journal may show what
+    stands there."""
+
+    def __init__(self, api: LlamaServer, metrics: Metrics, tasks: TaskOwner) -> None:
+        self._api, self._metrics, self._tasks = api, metrics, tasks
+        self.tells_texts = False
+        self._n_under_way = 0
+
+    def look(self, lease: Lease, prompt: Prompt, body: Mapping[str, Any], kind: Format) -> None:
+        """The request has its slot, and nothing was done there yet. Returns at once; what is found goes into the
+        journal, the log and the metrics."""
+        job, plan = lease.job, lease.plan
+        if plan is None or job.is_cold or self._n_under_way >= _AT_ONCE:
+            return
+        if job.n_tokens - plan.n_reused < LOST_MIN or plan.n_reused >= ENOUGH * job.n_tokens:
+            return
+        self._n_under_way += 1
+        # Its own slot's too: it changes with the end of the lease.
+        contents = [slot.content for slot in lease.pool.slots]
+        self._tasks.spawn(self._look(lease, contents, prompt, body, kind), f"{job.id} diverges")
+
+    async def _look(
+        self, lease: Lease, contents: list[Content], prompt: Prompt, body: Mapping[str, Any], kind: Format
+    ) -> None:
+        """Cancelling is safe: nothing is told."""
+        try:
+            with contextlib.suppress(LlamaslotError):  # llama-server has gone: there is nobody to ask
+                held = await holders(lease, contents)
+                if (found := await asyncio.to_thread(_worst, lease.job, held)) is not None:
+                    await self._tell_changed(lease, *found, prompt, body, kind)
+                elif (left := _left_behind(lease, held)) is not None:
+                    await self._tell_left(lease, left, prompt, body, kind)
+        finally:
+            self._n_under_way -= 1
+
+    async def _tell_changed(
+        self,
+        lease: Lease,
+        holder: Holder,
+        parted: Parting,
+        prompt: Prompt,
+        body: Mapping[str, Any],
+        kind: Format,
+    ) -> None:
+        """The same text stands on both sides of the difference."""
+        where, texts = await self._where(prompt, parted.at, body, kind), await self._texts(lease, holder)
+        self._metrics.divergences.labels(where.where).inc()
+        log.info(
+            "%s: cache miss: the prompt differs at token %d, in %s, from the %d tokens of %s; %d equal tokens after"
+            " that are computed again%s",
+            lease.job.id, parted.at, where, parted.n_held, holder.name, parted.n_lost, _quoted(texts),
+        )  # fmt: skip
+        _note(lease, "changed", holder, parted.n_lost, where, texts)
+
+    async def _tell_left(
+        self, lease: Lease, holder: Holder, prompt: Prompt, body: Mapping[str, Any], kind: Format
+    ) -> None:
+        """It goes on otherwise than what was there: because somebody went back, or at the last answer already, which
+        costs much where the model can only go back to a checkpoint."""
+        job, at, n_lost = lease.job, holder.n_shared, _n_behind_checkpoint(lease, holder)
+        has_left_much = can_lose(job.n_tokens, at, holder.n_tokens) and at < ENOUGH * job.n_tokens
+        if n_lost < LOST_MIN and not has_left_much:
+            return
+        where = await self._where(prompt, at, body, kind)
+        has_gone_back = where.is_last_turn and holder.n_tokens - at > LOST_MIN
+        if n_lost < LOST_MIN and not has_gone_back:
+            return  # another conversation that begins alike
+        texts = await self._texts(lease, holder)
+        if has_gone_back:
+            log.info(
+                "%s: the conversation goes back to %s: it differs at token %d from the %d of %s; %d tokens before that"
+                " are computed again%s",
+                job.id, where, at, holder.n_tokens, holder.name, n_lost, _quoted(texts),
+            )  # fmt: skip
+        else:
+            log.info(
+                "%s: cache miss: the prompt differs at token %d, in %s, from the %d tokens of %s; this model rewinds to"
+                " checkpoints only, so %d tokens before that are computed again%s",
+                job.id, at, where, holder.n_tokens, holder.name, n_lost, _quoted(texts),
+            )  # fmt: skip
+        _note(lease, "went back" if has_gone_back else "checkpoint", holder, n_lost, where, texts)
+
+    async def _where(self, prompt: Prompt, at: int, body: Mapping[str, Any], kind: Format) -> Whereabouts:
+        if prompt.text is None:  # a list of ids
+            return Whereabouts("prompt")
+        return whereabouts(prompt.text, await self._offset(prompt.text, prompt.tokens, at), body, kind)
+
+    async def _offset(self, text: str, tokens: bytes, at: int) -> int:
+        """The character at which token ``at`` begins, from the shorter side."""
+        if at > count(tokens) // 2:
+            return max(len(text) - len(await self._api.detokenize(tokens[at * WIDTH :])), 0)
+        before = await self._api.detokenize(head(tokens, at))
+        bos = before.find(text[:16]) if text else 0  # in no text, but a token
+        return min(len(before) - max(bos, 0), len(text))
+
+    async def _texts(self, lease: Lease, holder: Holder) -> dict[str, str] | None:
+        """What stands before the place, and behind it now and in what is held; None where nobody may see that."""
+        if not self.tells_texts:
+            return None
+        at, tokens = holder.n_shared, lease.job.tokens
+        begin, end = max(at - _EXCERPT_TOKENS, 0), at + _EXCERPT_TOKENS
+        before, now, earlier = [
+            await self._api.detokenize(piece)
+            for piece in (
+                tokens[begin * WIDTH : at * WIDTH],
+                tokens[at * WIDTH : end * WIDTH],
+                holder.tokens[at * WIDTH : end * WIDTH],
+            )
+        ]
+        return {"before": before[-_EXCERPT:], "now": now[:_EXCERPT], "earlier": earlier[:_EXCERPT]}
+
+
+def _quoted(texts: dict[str, str] | None) -> str:
+    return f": after {texts['before']!r} now {texts['now']!r}, earlier {texts['earlier']!r}" if texts else ""
+
+
+def _note(
+    lease: Lease, why: str, holder: Holder, n_lost: int, where: Whereabouts, texts: dict[str, str] | None
+) -> None:
+    told: dict[str, object] = {
+        "why": why,
+        "at": holder.n_shared,
+        "where": where.where,
+        "message": where.message,
+        "role": where.role,
+        "holder": holder.name,
+        "n_held": holder.n_tokens,
+        "n_lost": n_lost,
+    }
+    lease.note.diverged({**told, "text": texts} if texts else told)
+
+
+def _worst(job: Job, held: list[Holder]) -> tuple[Holder, Parting] | None:
+    """The holder that would have brought most, if it had begun as the prompt does."""
+    n_best = max((holder.n_shared for holder in held), default=0)
+    if n_best >= ENOUGH * job.n_tokens:
+        return None
+    close = [holder for holder in held if can_lose(job.n_tokens, holder.n_shared, holder.n_tokens)]
+    close.sort(key=lambda holder: abs(holder.n_tokens - job.n_tokens))
+    found = [
+        (holder, parted)
+        for holder in close[:_N_HOLDERS]
+        if (parted := parting(job.tokens, holder.tokens, n_best, job.n_system)) is not None
+    ]
+    return max(found, key=lambda pair: pair[1].n_lost, default=None)
+
+
+def _left_behind(lease: Lease, held: list[Holder]) -> Holder | None:
+    """The holder that shares most, if that is more than what all conversations begin with, and both go on otherwise."""
+    best = max(held, key=lambda holder: holder.n_shared, default=None)
+    if best is None or best.n_shared in (best.n_tokens, lease.job.n_tokens):
+        return None
+    return best if best.n_shared >= lease.job.n_system + _NEAR_TOKENS else None
+
+
+def _n_behind_checkpoint(lease: Lease, holder: Holder) -> int:
+    """Tokens that the place of the job shares with it, and that this model cannot go back to."""
+    plan = lease.plan
+    if plan is None or lease.pool.recall.is_rewindable:
+        return 0
+    if holder.name not in (f"slot {plan.slot}", f"snapshot {plan.snapshot}"):
+        return 0  # it was placed elsewhere for other reasons
+    return max(holder.n_shared - plan.n_reused, 0)

@@ -1,0 +1,334 @@
+"""What happens whenever a llama-server is met anew: who is it, what can it do, what do its slots hold.
+
+Slots that hold something were filled by an earlier run of llamaslot: they are saved, and the file's header tells their
+tokens. The probes need a slot of their own; when all of them hold something, the one with the fewest tokens is saved
+and emptied for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import dataclass, replace
+
+from llamaslot.backend.assist import (
+    StandingAside,
+    all_at_work,
+    clears_idle_slots,
+    has_better_memory,
+    mistake,
+    no_completions,
+    no_slots,
+    not_understood,
+    passing_fault,
+    silent,
+    wrong_key,
+)
+from llamaslot.backend.probes import Probes
+from llamaslot.backend.slot_table import Pool
+from llamaslot.backend.unassisted_slots import UnassistedPool
+from llamaslot.cache.content import NOTHING
+from llamaslot.cache.reuse import Memory
+from llamaslot.errors import (
+    LlamaslotError,
+    NotReady,
+    NotUnderstood,
+    SlotActionFailed,
+    SlotWedged,
+    SnapshotInvalid,
+    UpstreamError,
+)
+from llamaslot.llama.client import LlamaServer, Props, SlotAction, SlotInfo
+from llamaslot.llama.identity import Identity
+from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.slots import Event, Slot
+from llamaslot.store import Catalog, Draft, QuotaExceeded, WithTokens, read_slot_file
+from llamaslot.store.model_snapshots import Libraries, content_of
+
+log = logging.getLogger(__name__)
+
+_SETTLE_POLL_S = 1.5
+_SETTLE_POLLS = 4  # slots at work for clients of a llamaslot that died get this long to become idle
+
+_NO_ISOLATION_ASIDE = (
+    "cache.isolation is per_user, and llamaslot cannot keep it with this llama-server: %s. Mend that, or set"
+    " cache.isolation to shared"
+)
+_NO_ISOLATION = (
+    "cache.isolation is per_user, and this llama-server cannot empty a slot before another user gets it, for it runs"
+    " without --slot-save-path. Start it with --slot-save-path DIR, or set cache.isolation to shared"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """The result: a pool that describes the server as it is now, and who the model is."""
+
+    pool: Pool
+    props: Props
+    model_name: str
+    fingerprint: str
+    found_busy: tuple[Slot, ...] = ()
+    warnings: tuple[str, ...] = ()
+    # With it llama-server chooses slots, and the pool only counts requests.
+    aside: StandingAside | None = None
+
+    @property
+    def is_assisted(self) -> bool:
+        return self.aside is None
+
+
+class Handshake:
+    """One meeting. Raises BackendDown, and NotReady while the model loads or where isolation cannot be kept.
+    Canceling is safe, the next one starts over.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        api: LlamaServer,
+        catalog: Catalog | None,
+        libraries: Libraries | None,
+        rates: Rates,
+        rules: Rules,
+    ) -> None:
+        """``libraries`` go with ``catalog``: both or none."""
+        self.name, self.api, self.catalog, self.rates, self.rules = name, api, catalog, rates, rules
+        self.libraries = libraries
+        self.probes = Probes(api, catalog, rates)
+        # Drafts that are not committed at the end are given back, however it ends.
+        self._drafts = contextlib.AsyncExitStack()
+
+    async def run(self, now: float, *, is_retry: bool = False) -> Met:
+        """``is_retry``: there was no slot to be probed before, and one is idle now: do not wait for the others."""
+        async with self._drafts:
+            props = None
+            try:
+                props = await self.api.props()
+                if props.n_slots is None:
+                    return self._stand_aside(not_understood("GET /props names no total_slots"), props)
+                return await self._meet(props, props.n_slots, now, is_retry)
+            except NotUnderstood as error:
+                return self._stand_aside(not_understood(str(error)), props)
+            except UpstreamError as error:
+                return self._stand_aside(_reason(error, props), props)
+            except SlotWedged as error:
+                return self._stand_aside(silent(error), props)
+
+    def give_up(self, error: Exception) -> Met:
+        """What to go on with after a mistake of llamaslot's own. Raises NotReady under isolation."""
+        return self._stand_aside(mistake(error), None)
+
+    def _stand_aside(self, reason: StandingAside, props: Props | None, model_name: str = "") -> Met:
+        """Without slots that can be counted on: what the server says of itself. Raises NotReady under isolation."""
+        if self.rules.is_isolated:
+            raise NotReady(_NO_ISOLATION_ASIDE % reason.why)
+        props = props or Props(None, 0, "", "")
+        pool = UnassistedPool(self.name, props.n_slots, props.n_ctx, rules=self.rules, rates=self.rates)
+        return Met(pool, props, model_name, "", aside=reason)
+
+    async def _meet(self, props: Props, n_slots: int, now: float, is_retry: bool) -> Met:
+        model = await self.api.model_info()
+        model_name = str(model.get("id", ""))
+        try:
+            infos = await (self.api.slots() if is_retry else self._settled())
+        except UpstreamError as error:
+            if error.status not in (404, 501):
+                raise
+            return self._stand_aside(no_slots(n_slots, str(error)), props, model_name)
+        idle = sorted((info for info in infos if not info.is_processing), key=lambda info: info.n_tokens or 0)
+        if not idle:
+            return self._stand_aside(all_at_work(), props, model_name)
+        pool = Pool(self.name, len(infos), props.n_ctx, rules=self.rules, rates=self.rates)
+        first, others = idle[0], idle[1:]
+        if first.n_tokens and not await self.probes.has_room(first.n_tokens):
+            # The quota cannot take what it holds, so neither can a probe save it. What is left a probe overwrites.
+            await self._erased(first.id)
+            first = replace(first, n_tokens=0)
+        can_save = await self.probes.can_save(first.id, first.n_tokens or 0)
+        if self.rules.is_isolated and not self.probes.can_erase:
+            raise NotReady(_NO_ISOLATION)
+        if not can_save and await self.probes.has_ram_cache():
+            return self._stand_aside(has_better_memory(n_slots, self.probes.warnings[-1]), props, model_name)
+        lora = await self.api.lora_adapters()
+        # With which scales a context was computed, or whose it is, is written nowhere.
+        can_adopt = can_save and not (lora or self.rules.is_isolated)
+        written = await self._written(first) if first.n_tokens and can_adopt else None
+        pool.memory = await self.probes.memory(first.id, props)
+        pool.is_memory_sure = self.probes.is_memory_sure
+        pool.recall.window = self.probes.window
+        identity = await self.probes.identity(first.id, props, model, lora)
+        fingerprint = identity.to_text()
+        empty = next((info.id for info in others if not info.n_tokens), None)
+        if await self._were_emptied(others) or (
+            empty is not None and await self.probes.is_unified(first.id, empty)
+        ):
+            return self._stand_aside(clears_idle_slots(n_slots), props, model_name)
+        pool.can_save, pool.can_erase = can_save, self.probes.can_erase
+        self._forget_rates_of_others(identity)
+        pool.recall.predictions = self.rates.predictions
+        if self.catalog is not None and can_save:
+            fingerprint = await self._admit(pool, identity)
+            await self.probes.size(first.id)
+            if pool.memory is not Memory.DENSE:
+                files = await self.probes.checkpoints(first.id)
+                pool.recall.keeps_checkpoints = files.keep_checkpoints
+                if files.memory is not None and not pool.is_memory_sure:
+                    pool.memory = files.memory
+                pool.can_save = can_save = files.are_usable
+                if not can_save and await self.probes.has_ram_cache():
+                    lacking = self.probes.warnings[-1]
+                    return self._stand_aside(has_better_memory(n_slots, lacking), props, model_name)
+        for slot in (first.id, empty):
+            if slot is not None:
+                await self._empty(pool, slot, now, is_shared=True)
+        if written is not None and can_save:
+            await self._commit(pool, written, fingerprint)
+        for info in others:
+            if info.n_tokens:
+                adopted = can_adopt and can_save and await self._adopt(pool, info, fingerprint, now)
+                if not adopted:
+                    await self._empty(pool, info.id, now, is_shared=not (lora or self.rules.is_isolated))
+        for warning in self.probes.warnings:
+            log.warning("%s: %s", self.name, warning)
+        busy = tuple(pool.slots[info.id] for info in infos if info.is_processing)
+        warnings = tuple(self.probes.warnings)
+        return Met(pool, props, model_name, fingerprint, busy, warnings)
+
+    async def _were_emptied(self, others: list[SlotInfo]) -> bool:
+        """Whether idle slots have lost what they held to the probes of another one: with two slots that is all that
+        shows a unified KV cache, for none is left that is empty."""
+        held = {info.id for info in others if info.n_tokens}
+        return bool(held) and any(info.id in held and not info.n_tokens for info in await self.api.slots())
+
+    async def _settled(self) -> list[SlotInfo]:
+        infos = await self.api.slots()
+        for _ in range(_SETTLE_POLLS):
+            if not any(info.is_processing for info in infos):
+                break
+            await asyncio.sleep(_SETTLE_POLL_S)
+            infos = await self.api.slots()
+        return infos
+
+    async def _empty(self, pool: Pool, slot: int, now: float, *, is_shared: bool) -> None:
+        """What cannot be emptied holds what nobody knows. Without slot actions what all may use (``is_shared``) is left
+        as it is: llama-server compares tokens by itself."""
+        if not await self._erased(slot) and (self.probes.can_erase or not is_shared):
+            log.warning("%s: slot %d could not be erased; its content is not used", self.name, slot)
+            pool.take(pool.slots[slot], Job("adoption"), now, has_answer=False)
+            pool.give_back(pool.slots[slot], Event.FAIL, NOTHING, now)
+
+    async def _erased(self, slot: int) -> bool:
+        try:
+            await self.api.erase(slot)
+        except SlotActionFailed as error:
+            log.debug("%s", error)  # 501 without --slot-save-path
+            return False
+        return True
+
+    # -- adoption ------------------------------------------------------------------------------------------------
+
+    async def _written(self, info: SlotInfo) -> tuple[Draft, SlotAction] | None:
+        """Save a slot whose contents are unknown; None when that failed."""
+        assert self.catalog is not None
+        draft = None
+        try:
+            draft = await self.catalog.reserve(self.rates.size_bytes(info.n_tokens or 0))
+            self._drafts.push_async_callback(self.catalog.abandon, draft)  # no effect on a committed one
+            saved = await self.api.save(info.id, draft.part_name)
+        except (QuotaExceeded, SnapshotInvalid, SlotActionFailed) as error:
+            log.info("%s: slot %d is not adopted, its context is lost: %s", self.name, info.id, error)
+            if draft is not None:
+                await self.catalog.abandon(draft)
+            return None
+        self.rates.size.observe(saved.n_tokens, saved.n_bytes)
+        return draft, saved
+
+    async def _commit(
+        self, pool: Pool, written: tuple[Draft, SlotAction], fingerprint: str
+    ) -> WithTokens | None:
+        """Accept what the file's header says that the slot held; a snapshot that holds just that is not kept twice."""
+        assert self.catalog is not None
+        draft, saved = written
+        try:
+            file = await read_slot_file(self.catalog.directory / draft.part_name)
+            if (same := pool.library.snapshot_of(file.tokens)) is not None:
+                await self.catalog.abandon(draft)
+                return same
+            snapshot = await self.catalog.commit(
+                draft,
+                tokens_expected=b"",
+                n_saved=saved.n_tokens,
+                n_written=saved.n_bytes,
+                fingerprint=fingerprint,
+                checkpoints=self._guessed_checkpoints(pool, saved.n_tokens),
+                source="adopted",
+            )
+        except LlamaslotError as error:
+            await self.catalog.abandon(draft)
+            log.info("%s: a slot is not adopted, its context is lost: %s", self.name, error)
+            return None
+        pool.add_snapshot(snapshot)
+        return snapshot
+
+    def _guessed_checkpoints(self, pool: Pool, n_tokens: int) -> tuple[int, ...]:
+        """Where an adopted context has its last checkpoint: near the end of its last prompt, and nobody knows how long
+        the answer behind that is. Guessed too early it costs a little, too late it shows at the first use."""
+        if pool.memory is Memory.DENSE:
+            return ()
+        n_answer = min(int(2 * self.rates.answer.n_tokens), n_tokens // 2)
+        return (n_tokens - n_answer,)
+
+    async def _adopt(self, pool: Pool, info: SlotInfo, fingerprint: str, now: float) -> bool:
+        """Learn what a slot holds by saving it. False when it cannot be saved."""
+        written = await self._written(info)
+        snapshot = await self._commit(pool, written, fingerprint) if written is not None else None
+        if snapshot is None:
+            return False
+        slot = pool.slots[info.id]
+        pool.take(slot, Job("adoption"), now, has_answer=False)
+        pool.give_back(slot, Event.KEEP, content_of(snapshot), now)
+        log.info("%s: slot %d adopted with %d tokens", self.name, slot.id, snapshot.n_tokens)
+        return True
+
+    def _forget_rates_of_others(self, current: Identity) -> None:
+        """Speed and sizes were learned with one model; of another they say nothing."""
+        known = Identity.from_text(self.rates.model)
+        if known is None or not current.is_same(known):
+            self.rates.forget()
+            self.rates.model = current.to_text()
+
+    async def _admit(self, pool: Pool, current: Identity) -> str:
+        """Offer the snapshots of this very model; its fingerprint, in the words in which the newest of them has it."""
+        assert self.catalog is not None
+        assert self.libraries is not None
+        snapshots = sorted(self.catalog.snapshots.values(), key=lambda snapshot: snapshot.created_at)
+        is_same = dict[str, bool]()
+        for text in {snapshot.fingerprint for snapshot in snapshots}:
+            other = Identity.from_text(text)
+            is_same[text] = other is not None and current.is_same(other)
+        admitted = [snapshot for snapshot in snapshots if is_same[snapshot.fingerprint]]
+        for snapshot in admitted:
+            self.rates.size.observe(snapshot.n_tokens, snapshot.size_bytes)
+        if n_others := len(snapshots) - len(admitted):
+            log.warning("%s: %d snapshots belong to another model and are not used", self.name, n_others)
+        fingerprint = admitted[-1].fingerprint if admitted else current.to_text()
+        self.catalog.fingerprint = fingerprint
+        pool.offer(
+            await self.libraries.of(current, lambda snapshot: is_same.get(snapshot.fingerprint, False))
+        )
+        return fingerprint
+
+
+def _reason(error: UpstreamError, props: Props | None) -> StandingAside:
+    """Why llamaslot cannot work with a server that answers so. Raises NotReady while it loads its model."""
+    if error.status == 503:
+        raise NotReady(str(error)) from error
+    if error.status in (401, 403):
+        return wrong_key(str(error))
+    if error.status >= 500 and error.status != 501:
+        return passing_fault(str(error))
+    return not_understood(str(error)) if props is None else no_completions(str(error))

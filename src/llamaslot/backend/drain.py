@@ -1,0 +1,128 @@
+"""Slots whose client has gone: given back when the server says that they are idle."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.slot_table import Pool
+from llamaslot.cache.content import Content
+from llamaslot.errors import LlamaslotError
+from llamaslot.fleet.dispatcher import Scheduler
+from llamaslot.fleet.queue import Charge
+from llamaslot.llama.client import LlamaServer, SlotInfo
+from llamaslot.scheduling.slots import Event, Slot, State
+
+log = logging.getLogger(__name__)
+
+FIRST_POLL_S = 0.2
+# llama-server looks for clients that have left after a full second without any result, and each answer to GET /slots
+# is a result: polled every 0.3 s the poll itself kept an abandoned answer alive for 11.5 s.
+# At 1.25 s a whole second without a poll fits in between, and who has left in time is seen to be gone within 2 s.
+POLL_S = 1.25
+# A request whose start was not confirmed may still be on its way through the server's HTTP thread, which tokenizes it
+# (7 ms per 1,000 tokens on a slow machine) before the slot shows anything.
+UNCONFIRMED_S_PER_TOKEN = 2e-5
+
+
+@dataclass(slots=True, eq=False)
+class _Draining:
+    """A slot that was given back with llama-server perhaps at work in it. ``content``: the most that it may hold;
+    ``not_before``: found idle before that, it may not have begun yet."""
+
+    pool: Pool
+    slot: Slot
+    content: Content
+    not_before: float
+    id_task: int | None = None  # of what is at work in it, once that was seen
+    charge: Charge | None = None  # to whoever has left it at work
+
+
+class Drains:
+    """The one poller of a backend's ``/slots``. ``add`` is synchronous; ``run`` is a task of the backend."""
+
+    def __init__(self, api: LlamaServer, scheduler: Scheduler, now: Callable[[], float]) -> None:
+        self._api, self._scheduler, self._now = api, scheduler, now
+        self._draining: list[_Draining] = []
+        self._added = asyncio.Event()
+        self.on_failure: Callable[[], None] = lambda: None
+
+    def add(self, lease: Lease) -> None:
+        assert lease.slot is not None
+        delay = FIRST_POLL_S
+        if not lease.is_begun:
+            delay += lease.job.n_tokens * UNCONFIRMED_S_PER_TOKEN
+        charge, lease.charge = lease.charge, None
+        self.add_slot(lease.pool, lease.slot, lease.slot.content, delay, charge)
+
+    def add_slot(
+        self, pool: Pool, slot: Slot, content: Content, delay_s: float = 0.0, charge: Charge | None = None
+    ) -> None:
+        self._draining.append(_Draining(pool, slot, content, self._now() + delay_s, charge=charge))
+        self._added.set()
+
+    async def run(self) -> None:
+        """Poll while anything drains. Runs until cancelled."""
+        polled_at = -POLL_S
+        while True:
+            if gone := [entry for entry in self._draining if not entry.pool.is_current]:
+                for entry in gone:
+                    self._ended(entry)
+                self._scheduler.dispatch()
+            if not self._draining:
+                self._added.clear()
+                await self._added.wait()
+            due = max(polled_at + POLL_S, min(entry.not_before for entry in self._draining))
+            if (wait_s := due - self._now()) > 0:
+                await asyncio.sleep(wait_s)
+            asked_at = self._now()
+            try:
+                infos = {info.id: info for info in await self._api.slots()}
+            except LlamaslotError as error:
+                log.debug("cannot poll /slots: %s", error)
+                self.on_failure()
+                infos = {}
+            polled_at = self._now()
+            for entry in list(self._draining):
+                info = infos.get(entry.slot.id)
+                if info is None:
+                    continue
+                if info.is_processing:
+                    self._at_work(entry, info)
+                elif asked_at >= entry.not_before:  # what arrives later is no news of this slot
+                    self._ended(entry)
+                    self._settle(entry, info)
+                    self._scheduler.dispatch()
+
+    def _ended(self, entry: _Draining) -> None:
+        self._draining.remove(entry)
+        self._scheduler.paid(entry.charge)
+
+    def _at_work(self, entry: _Draining, info: SlotInfo) -> None:
+        """What was sent has arrived: a turn need not wait for it any more, however long it goes on."""
+        if entry.id_task is None and entry.pool.is_current:
+            entry.id_task = info.id_task
+            entry.pool.seen_at_work(entry.slot)
+            self._scheduler.dispatch()
+
+    def _settle(self, entry: _Draining, info: SlotInfo) -> None:
+        """The server is through with the slot: it holds the first ``n_tokens`` of what was sent to it."""
+        if not entry.pool.is_current or entry.slot.state is not State.DRAINING:
+            return
+        n = info.n_tokens or 0
+        content = entry.content
+        if n == 0:
+            event = Event.EMPTY
+        elif content.n_tokens == 0 or (entry.id_task is not None and (info.id_task or 0) > entry.id_task):
+            event = Event.FAIL  # with a higher id_task: llama-server put another request there since
+        else:
+            event = Event.KEEP
+            # Not more than what was sent: a prefill that has stopped on the way, and nothing follows.
+            is_exact, n_more = n <= content.n_tokens, max(n - content.n_tokens, 0)
+            if content.has_media:
+                n_more = 0  # media are counted too, and nobody goes on behind them by their number
+            content = replace(content.head(n), is_exact=is_exact, n_more=n_more)
+        entry.pool.give_back(entry.slot, event, content, self._now())

@@ -1,0 +1,374 @@
+"""Turns: requests for which llama-server chooses slots by itself.
+
+``n`` > 1 takes the lowest idle slots for its children and clears them at the end; a route that cannot be pinned lands
+in any idle slot. So before such a request is sent nobody else may be between two steps, and every slot that it may
+take is leased, and saved if that is worth it. Once it is under way, the slots that it did not take are given back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import AsyncIterator
+
+from llamaslot.backend.executor import Steps
+from llamaslot.backend.lease import Lease, Phase, PlanAgain, Report
+from llamaslot.backend.save import NOT_SAVED
+from llamaslot.cache.content import NOTHING, Content
+from llamaslot.cache.ids import common
+from llamaslot.cache.namespaces import SHARED
+from llamaslot.errors import BackendRestarted, LlamaslotError, SlotNotEmptied, UpstreamError
+from llamaslot.fleet.dispatcher import Scheduler
+from llamaslot.llama.client import LlamaServer, SlotInfo
+from llamaslot.llama.sse import Earlier
+from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.slots import Slot
+from llamaslot.tasks import TaskOwner
+
+log = logging.getLogger(__name__)
+
+_CONFIRM_EVERY_S = 1.5  # as for draining slots: asking more often keeps those who have left alive
+# With long prefills, and foreign answers: with the gate shut everybody would wait for the last one.
+_PATIENCE_S = 60.0
+_SHUT_S = 15.0  # so long everybody does wait for foreign answers, the first time
+_LANDING_POLLS_S = (0.05, 0.2, 0.5, 1.5)
+
+_NOT_EMPTIED = (
+    "could not erase another user's slot that llama-server might select; the request was not sent. Try again;"
+    " llamaslot's log has llama-server's answer"
+)
+
+_NOT_PREPARED = (
+    "could not prefill a slot for this prompt, and without one llama-server might select another user's slot; the"
+    " request was not sent. Try again; llamaslot's log has llama-server's answer"
+)
+
+
+class Turn:
+    """The slots that one request for which llama-server chooses slots may take; ``settle`` sorts out which it took."""
+
+    def __init__(
+        self,
+        api: LlamaServer,
+        lease: Lease,
+        others: list[Lease],
+        before: dict[int, SlotInfo],
+        left: Content | None,
+    ) -> None:
+        self._api, self._lease, self._others, self._before = api, lease, others, before
+        self._left = left
+        self._settled = False
+
+    async def watch_landing(self) -> None:
+        """Wait until the server works on the request, then let the others go on. Cancelling is safe."""
+        for wait_s in itertools.chain(_LANDING_POLLS_S, itertools.repeat(_CONFIRM_EVERY_S)):
+            await asyncio.sleep(wait_s)
+            try:
+                infos = await self._api.slots()
+            except LlamaslotError:
+                continue
+            if self.has_landed(infos):
+                return
+
+    def has_landed(self, infos: list[SlotInfo]) -> bool:
+        """Whether the server works on it: then slots that it has not touched are given back, and the gate opens."""
+        others = self._look_up(infos)
+        if sum(info.is_processing for _, info in others) < (self._lease.job.n_children or 1):
+            return False
+        for lease, info in others:
+            if info.is_processing:
+                self._is_working_in(lease)
+                lease.started()
+            elif self._is_untouched(info):
+                lease.release()
+        self._lease.started()
+        self._lease.scheduler.end_turn(self._lease)
+        return True
+
+    def _look_up(self, infos: list[SlotInfo]) -> list[tuple[Lease, SlotInfo]]:
+        """What the server says of the slots that it may have taken.
+
+        Those are also the slots of others whose answers have ended since the request was sent: lease them before
+        anybody else can.
+        """
+        scheduler = self._lease.scheduler
+        if scheduler.pool is self._lease.pool and scheduler.has_turn(self._lease):
+            self._others += scheduler.lease_idle(self._lease.job)
+        by_id = {info.id: info for info in infos}
+        held = [lease for lease in self._others if not lease.is_released]
+        return [(lease, by_id[lease.slot_id]) for lease in held if lease.slot_id in by_id]
+
+    @staticmethod
+    def _is_working_in(lease: Lease) -> None:
+        """What was in the slot is gone, and nobody knows what is there now."""
+        lease.phase, lease.content = Phase.WORKING, NOTHING
+        if lease.slot is not None:
+            lease.pool.expect_nothing(lease.slot, lease.job.space)
+
+    async def settle(self) -> None:
+        """The request has ended: see what is left in the slots, and give them back."""
+        if self._settled:
+            return
+        try:
+            infos = await self._api.slots()
+        except LlamaslotError:
+            return  # nothing is known: as if aborted
+        self._settled = True  # not before the await: cancelled there, ``abort`` gives the slots back
+        held = self._look_up(infos)
+        taken = [info for _, info in held if not info.is_processing and not self._is_untouched(info)]
+        for lease, info in held:
+            if info.is_processing:
+                self._is_working_in(lease)
+            elif self._is_untouched(info):
+                lease.done(lease.content)
+            else:
+                lease.done(NOTHING if not info.n_tokens else self._left if len(taken) == 1 else None)
+            lease.release()
+        self._lease.scheduler.end_turn(self._lease)
+
+    def abort(self) -> None:
+        """The client has gone, perhaps before it began: every slot drains until the server has said what it holds."""
+        if self._settled:
+            return
+        self._settled = True
+        self._look_up([])
+        for lease in self._others:
+            if lease.phase is Phase.READY and not lease.is_released:
+                self._is_working_in(lease)
+            lease.release()
+
+    def _is_untouched(self, info: SlotInfo) -> bool:
+        before = self._before.get(info.id)
+        if before is None or info.is_processing or (info.id_task or 0) > (before.id_task or 0):
+            return False  # task ids grow
+        return before.is_processing or before.n_tokens == info.n_tokens
+
+
+class Turns:
+    """Takes turns on one backend."""
+
+    def __init__(self, api: LlamaServer, scheduler: Scheduler, steps: Steps, tasks: TaskOwner) -> None:
+        self._api, self._scheduler, self._steps, self._tasks = api, scheduler, steps, tasks
+        self._clearing: dict[Lease, None] = {}  # in their order
+
+    @contextlib.asynccontextmanager
+    async def take(self, lease: Lease, report: Report, left: Content | None = None) -> AsyncIterator[Turn]:
+        """Wait until nobody is between two steps, then lease and save what the request may take.
+
+        ``lease`` is the parent's (``n`` > 1) or one without a slot. ``left``: what its one slot holds at its end, as
+        far as that is known. Cancelling is safe: what is leased is given back. Raises BackendRestarted, and
+        SlotNotEmptied as ``_empty`` does.
+        """
+        report("waiting for its turn")
+        others: list[Lease] = []
+        turn: Turn | None = None
+        try:
+            try:
+                await self._until_quiet(lease)
+            finally:
+                self._scheduler.has_waited(lease)
+            if self._scheduler.pool is not lease.pool:
+                raise BackendRestarted
+            fresh = self._scheduler.lease_idle(lease.job, lease.job.n_children or None)
+            while fresh:
+                others += fresh
+                for other in fresh:
+                    await self._save_if_worth(other)
+                    if lease.job.is_placed_by_server and not _may_land_in(other, lease.job):
+                        await self._empty(other, lease.job)
+                fresh = self._scheduler.lease_idle(lease.job)  # those whose answers have ended meanwhile
+            before = {info.id: info for info in await self._api.slots()}
+            lease.still_holds()  # what is sent now would land in slots that the new pool takes for idle
+            turn = Turn(self._api, lease, others, before, left)
+            watcher = self._tasks.spawn(turn.watch_landing(), f"{lease.job.id} lands")
+            try:
+                yield turn
+            except UpstreamError:
+                await turn.settle()  # refused: llama-server tells which slots it has touched, if any
+                raise
+            finally:
+                watcher.cancel()
+            await turn.settle()
+        finally:
+            if turn is not None:
+                turn.abort()
+            else:
+                for other in others:
+                    other.release()
+            self._scheduler.end_turn(lease)
+
+    async def _until_quiet(self, lease: Lease) -> None:
+        """Wait until nobody is between two steps and nothing foreign is at work, and shut the gate.
+
+        While something foreign is at work, or waited for by somebody between two steps, the gate stays open, for others
+        can go on meanwhile. But among many there may be no moment without: then it is shut for a while, each time for
+        longer, and open for as long in between.
+        """
+        scheduler, shut_s = self._scheduler, _SHUT_S
+        while True:
+            await self._until_likely(lease, max(_PATIENCE_S, shut_s))
+            scheduler.wait_for_turn(lease)
+            scheduler.shut_gate(lease)
+            if await self._is_quiet_within(lease, shut_s):
+                return
+            scheduler.open_gate(lease)
+            shut_s *= 2
+
+    async def _until_likely(self, lease: Lease, patience_s: float) -> None:
+        """Wait for what takes long while others go on: foreign answers, and long prefills, which make room."""
+        scheduler = self._scheduler
+        until = scheduler.now() + patience_s
+        while scheduler.now() < until:
+            if not self._takes_long(lease):
+                scheduler.wait_for_turn(lease)
+                if not scheduler.is_prefilling(lease):
+                    return
+            await scheduler.bell.heard(_CONFIRM_EVERY_S)
+
+    async def _is_quiet_within(self, lease: Lease, shut_s: float) -> bool:
+        """False when an answer takes so long. Steps are waited for to their end."""
+        scheduler = self._scheduler
+        asked_at = scheduler.now()
+        until = asked_at + shut_s
+        while not _is_quiet(scheduler, lease):
+            if scheduler.now() >= until and self._takes_long(lease):
+                return False
+            await scheduler.bell.heard(_CONFIRM_EVERY_S)
+            if scheduler.now() >= asked_at + _CONFIRM_EVERY_S:
+                asked_at = scheduler.now()
+                await self._confirm_running()
+        return True
+
+    def _takes_long(self, lease: Lease) -> bool:
+        """Whether an answer must end before ``lease`` can have its turn: what is foreign to it, or to somebody who has
+        to wait for that before he is at work."""
+        is_waited_for = any(not other.is_released for other in self._clearing)
+        return is_waited_for or self._scheduler.is_foreign_at_work(lease)
+
+    async def clear_the_way(self, lease: Lease, here: Earlier | None) -> None:
+        """Wait until llama-server, asked for the job's prompt, will choose the slot of ``lease`` among those that are
+        idle: the one with the longest common prefix. Others that share as much are saved, if that is worth it, and
+        emptied; one between two steps is waited for. Where it cannot be emptied, and holds what the job may use, the
+        job is sent all the same: landing there costs time. Cancelling is safe.
+
+        Raises PlanAgain with ``here`` where two would wait for each other: the slot was given up, and what it was in
+        the way of is through. Raises BackendRestarted, and SlotNotEmptied as ``_empty`` does, or where the prompt is
+        not in the slot of ``lease``, for then any slot may share more.
+        """
+        if not _is_prepared(lease):
+            raise SlotNotEmptied(_NOT_PREPARED)
+        self._clearing[lease] = None
+        lease.is_clearing = True
+        try:
+            while rivals := self._rivals(lease):
+                if not lease.pool.can_erase:  # nor later: whoever is in the way stays there
+                    if any(lease.pool.is_foreign(slot, lease.job) for slot in rivals):
+                        raise SlotNotEmptied(_NOT_EMPTIED)
+                    return
+                if (first := self._first(lease, {slot.id for slot in rivals})) is not None:
+                    lease.release()
+                    while first in self._clearing or (
+                        not first.is_released and self._scheduler.has_turn(first)
+                    ):
+                        await self._scheduler.bell.heard(_CONFIRM_EVERY_S)
+                    raise PlanAgain(here)
+                for slot in rivals:
+                    if (rival := self._scheduler.lease_rival(slot, lease)) is not None:
+                        with rival:
+                            await self._save_if_worth(rival)
+                            if not await self._empty(rival, lease.job):
+                                return
+                        break
+                else:
+                    await self._scheduler.bell.heard(_CONFIRM_EVERY_S)
+                lease.still_holds()
+        finally:
+            del self._clearing[lease]
+            lease.is_clearing = False
+            self._scheduler.bell.ring()
+
+    def _rivals(self, lease: Lease) -> list[Slot]:
+        """The slots that share as much. One that is at work for sure on what the job may use is none: llama-server
+        passes it by, and if its answer ends just then, landing there costs time at most."""
+        pool, job = lease.pool, lease.job
+        at_work = {
+            other.slot.id
+            for other in self._scheduler.leases
+            if other.slot is not None and other.is_started and other.phase is Phase.WORKING
+        }
+        rivals = pool.rivals(job, lease.slot_id)
+        return [slot for slot in rivals if slot.id not in at_work or pool.is_foreign(slot, job)]
+
+    def _first(self, lease: Lease, rivals: set[int]) -> Lease | None:
+        """Whoever waits for ``lease`` with a slot that it waits for, and goes before it."""
+        earlier = itertools.takewhile(lambda other: other is not lease, self._clearing)
+        turns = (other for other in self._scheduler.leases if self._scheduler.has_turn(other))
+        every = itertools.chain(earlier, turns)
+        return next(
+            (o for o in every if o.slot is not None and o.slot.id in rivals and not o.is_released), None
+        )
+
+    async def _empty(self, other: Lease, job: Job) -> bool:
+        """Empty a slot that llama-server may choose for ``job``. Where that fails, and what may be in it is not the
+        job's to use, raises SlotNotEmptied: nothing may be sent. False where it may: that costs time at most."""
+        if other.pool.can_erase and await self._steps.erase_now(other):
+            return True
+        other.still_holds()
+        if other.slot is None or other.pool.is_foreign(other.slot, job):
+            raise SlotNotEmptied(_NOT_EMPTIED)
+        return False
+
+    async def _save_if_worth(self, lease: Lease) -> None:
+        if lease.slot is not None and lease.pool.is_worth_saving(lease.slot):
+            try:
+                await self._steps.save_now(lease)
+            except LlamaslotError as error:
+                log.warning(NOT_SAVED, lease.job.id, lease.slot_name, error)
+
+    async def _confirm_running(self) -> None:
+        """Non-streaming answers send no headers before their end: ask the server whether they have begun."""
+        waiting = [
+            lease for lease in self._scheduler.leases if lease.phase is Phase.WORKING and not lease.is_started
+        ]
+        if not any(lease.is_answering for lease in waiting):
+            return
+        try:
+            busy = {info.id for info in await self._api.slots() if info.is_processing}
+        except LlamaslotError:
+            return
+        for lease in waiting:
+            if lease.is_answering and lease.slot is not None and lease.slot_id in busy:
+                lease.started()
+
+
+def _may_land_in(lease: Lease, job: Job) -> bool:
+    """Whether ``job`` may use what the slot of ``lease`` holds, as llama-server would where it has the choice."""
+    return lease.content is not None and job.may_use(lease.content)
+
+
+def _is_prepared(lease: Lease) -> bool:
+    """Whether llama-server, which chooses the slot that shares most, finds all but one token of the job in this one.
+    What was computed ahead may have been refused; where users share, and nothing else was there, that costs time."""
+    job, content = lease.job, lease.content
+    n_needed = job.n_tokens - 1
+    if content is not None and job.may_use(content) and common(content.tokens, job.tokens) >= n_needed:
+        return True
+    return SHARED in job.reads and (lease.slot is None or job.may_use(lease.slot.content))
+
+
+def _is_quiet(scheduler: Scheduler, lease: Lease) -> bool:
+    """Whether every slot is either idle and nobody's, or the turn's own, or at work for sure: on what the job may go on
+    from, if llama-server may choose that slot, for its answer may end at any moment."""
+    pool, job = lease.pool, lease.job
+    if scheduler.pool is not pool:
+        return True  # there is nothing to wait for any more
+    others = [other for other in scheduler.leases if other.pool is pool and other.job is not job]
+    # Its children's slots are at work with it.
+    started = {id(other.job) for other in others if other.is_started}
+    if scheduler.is_foreign_at_work(lease) or any(id(other.job) not in started for other in others):
+        return False
+    return not pool.is_anything_on_its_way and pool.n_idle >= max(
+        job.n_children, int(job.is_placed_by_server)
+    )

@@ -1,0 +1,282 @@
+"""Performs the steps of a plan in a leased slot. A step that fails degrades to the next best, never fails the job."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any, TypeVar, assert_never
+
+from llamaslot.backend import snapshot_usage
+from llamaslot.backend.candidates import source_of
+from llamaslot.backend.feedback import Settling
+from llamaslot.backend.lease import Lease, Report
+from llamaslot.backend.prefill import Prefills
+from llamaslot.backend.save import Saving
+from llamaslot.backend.slot_content import is_untouched, note_misplaced, prefilled, until_idle
+from llamaslot.cache.content import NOTHING, Content
+from llamaslot.cache.ids import common
+from llamaslot.cache.reuse import goes_on_behind, usable
+from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError
+from llamaslot.llama.client import LlamaServer
+from llamaslot.llama.sse import Earlier
+from llamaslot.observe.journal import Act
+from llamaslot.observe.metrics import Metrics
+from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.placement import prefill_steps
+from llamaslot.scheduling.plan import Erase, Keep, Plan, PrefillTo, Restore, Save
+from llamaslot.store import Catalog, Snapshot
+from llamaslot.store.model_snapshots import content_of
+from llamaslot.tasks import TaskOwner
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Steps:
+    """The steps of one backend."""
+
+    def __init__(
+        self,
+        api: LlamaServer,
+        catalog: Catalog | None,
+        rates: Rates,
+        metrics: Metrics,
+        tasks: TaskOwner,
+        now: Callable[[], float],
+    ) -> None:
+        self.api, self.catalog, self.rates = api, catalog, rates
+        self.metrics, self.tasks, self.now = metrics, tasks, now
+        self.saving = Saving(api, catalog, rates, metrics, tasks, now)
+        self.prefills = Prefills(api, rates, metrics, now)
+        self.settling = Settling(catalog, metrics, tasks)
+        self.boot_id = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model that is running now."""
+        return self.saving.fingerprint
+
+    @fingerprint.setter
+    def fingerprint(self, fingerprint: str) -> None:
+        self.saving.fingerprint = fingerprint
+
+    async def prepare(
+        self, lease: Lease, report: Report, *, may_replan: bool = False, can_stop: bool = False
+    ) -> Earlier | None:
+        """Perform the plan. What was reused and computed on the way is returned when there was a prefill.
+
+        Raises BackendDown and BackendRestarted, PlanAgain as ``Prefills.run`` does, and with ``can_stop`` Preempted
+        between two steps, when the slot is wanted for another user. Cancelling is safe: a save,
+        erase or restore under way is carried out and the slot given back after it; a prefill is closed and its slot
+        drains.
+        """
+        assert lease.plan is not None
+        lease.can_stop = can_stop and not lease.job.is_exclusive
+        earlier = await self._prepare(lease, lease.plan, report, may_replan)
+        lease.yield_slot(earlier)
+        lease.can_stop = False
+        # Whoever waits for a trunk that was not made looks again. After a failure when the slot is given back, and not
+        # before: what is in it by then is what they may go on from.
+        if lease.pool.expect_no_trunk(lease.slot_id):
+            lease.scheduler.dispatch()
+        return earlier
+
+    async def _prepare(self, lease: Lease, plan: Plan, report: Report, may_replan: bool) -> Earlier | None:
+        prefills: list[PrefillTo | Keep] = []
+        for step in plan.steps:
+            match step:
+                case PrefillTo() | Keep():
+                    prefills.append(step)
+                case Save() | Erase() | Restore():
+                    lease.yield_slot(None)
+                    report(_SAYS[type(step)])
+                    if not await self._carry_out(lease, self._act(lease, step)):
+                        self.metrics.steps_failed.labels(type(step).__name__.lower()).inc()
+                case _:
+                    assert_never(step)
+        if self.catalog is not None:
+            snapshot_usage.came_back(self.catalog, lease)
+        if lease.content is not None and not lease.job.may_use(lease.content):
+            lease.content = None  # it could not be emptied
+        if lease.content is None or (lease.job.is_cold and lease.content != NOTHING):
+            lease.is_long = False
+            lease.leaves_line()
+            return None  # what the slot holds must not be used: the job's own request computes everything
+        self._expect(lease)
+        lease.is_going_back, n_reused = lease.n_expected < lease.content.n_tokens, lease.n_likely
+        if n_reused != plan.n_reused:
+            view = lease.pool.view(lease.job, self.now(), {})
+            trunks = tuple(step.n_tokens for step in prefills if isinstance(step, Keep))
+            view = replace(view, trunks=trunks)  # those that others count on, and no more
+            prefills = list(prefill_steps(lease.job, lease.slot_id, n_reused, view, lease.pool.rules))
+        stops = [step.n_tokens for step in prefills if isinstance(step, PrefillTo)]
+        if not stops:
+            lease.is_long = False
+            lease.leaves_line()
+            return None
+        lease.is_long = self.rates.prefill.seconds(n_reused, stops[-1]) > lease.pool.long_s
+        return await self.prefills.run(lease, stops, report, self._keep, may_replan=may_replan)
+
+    @staticmethod
+    def _expect(lease: Lease) -> None:
+        """What will be reused of what the slot holds when the steps are through: what was planned, unless one of them
+        has failed."""
+        content, job, recall = lease.content, lease.job, lease.pool.recall
+        assert content is not None
+        n_shared, n_held = common(content.tokens, job.tokens), content.n_tokens if content.is_exact else None
+        lease.n_usable = usable(recall.memory, n_shared, n_held, content.checkpoints, job.n_tokens)
+        if goes_on_behind(content, n_shared, job.n_tokens):
+            lease.n_whole, lease.n_answer = content.n_held, content.n_more
+        if lease.restored is not None:
+            lease.n_expected = recall.predictions.correct(
+                recall.memory, source_of(lease.restored), lease.n_usable
+            )
+            lease.n_likely = lease.n_expected
+        else:
+            lease.n_expected = recall.of_slot(content, n_shared, job.n_tokens)
+            lease.n_likely = recall.likely_of_slot(content, n_shared, job.n_tokens)
+
+    async def _keep(self, lease: Lease, n_tokens: int) -> None:
+        if not await self._carry_out(lease, self.saving.keep(lease, n_tokens)):
+            self.metrics.steps_failed.labels("keep").inc()
+
+    async def _carry_out(self, lease: Lease, action: Coroutine[Any, Any, T]) -> T:
+        """Run an action that cannot be undone: it goes on when the client leaves, and its result is noted."""
+        try:
+            lease.acting()
+        except BackendRestarted:
+            action.close()
+            raise
+        task = self.tasks.spawn(_outcome(action), f"{lease.job.id} acts on slot {lease.slot_id}")
+        task.add_done_callback(lambda _: lease.acted())
+        outcome = await asyncio.shield(task)
+        if isinstance(outcome, LlamaslotError):
+            raise outcome
+        return outcome
+
+    async def _act(self, lease: Lease, step: Save | Erase | Restore) -> bool:
+        """True when the step did what it should. Expected failures are logged here; BackendDown is raised."""
+        match step:
+            case Save():
+                return await self.saving.save(lease) is not None
+            case Erase():
+                return await self.erase(lease)
+            case Restore():
+                return await self._restore(lease, step.snapshot)
+            case _:
+                assert_never(step)
+
+    # -- save ----------------------------------------------------------------------------------------------------
+
+    async def save_now(self, lease: Lease) -> Snapshot | None:
+        """Save a slot leased for just that. Cancelling is safe: the save is carried out."""
+        return await self._carry_out(lease, self.saving.save(lease))
+
+    # -- erase and restore ---------------------------------------------------------------------------------------
+
+    async def erase(self, lease: Lease) -> bool:
+        try:
+            lease.still_holds()
+            await self.api.erase(lease.slot_id)
+        except LlamaslotError as error:
+            log.warning("%s: slot %s was not erased: %s", lease.job.id, lease.slot_name, error)
+            lease.content = None
+            return False
+        lease.content = NOTHING
+        return True
+
+    async def erase_now(self, lease: Lease) -> bool:
+        """Empty a slot leased for just that. Cancelling is safe: it is carried out."""
+        return await self._carry_out(lease, self.erase(lease))
+
+    async def _restore(self, lease: Lease, snapshot_id: str) -> bool:
+        """Read a snapshot into the slot, which the step before has erased."""
+        assert self.catalog is not None
+        if lease.content != NOTHING:
+            return False  # the erase failed: restoring into what is left is what must never happen
+        try:
+            snapshot = await self.catalog.verify(snapshot_id)
+            asked_at = self.now()
+            async with self.saving.in_turn(lease, self.rates.restore.seconds(snapshot.size_bytes)):
+                started = self.now()
+                lease.still_holds()  # reading its header has taken a while
+                result = await self.api.restore(lease.slot_id, f"{snapshot.id}.kv")
+        except (BackendDown, BackendRestarted):
+            lease.content = None
+            raise
+        except (LlamaslotError, KeyError, OSError) as error:
+            log.warning("%s: snapshot %s was not restored: %s", lease.job.id, snapshot_id, error)
+            lease.pool.drop_snapshot(snapshot_id)  # not offered again to this server; the file stays
+            lease.note.acted(lease.slot_id, Act("restore", 0.0, is_done=False, snapshot=snapshot_id))
+            return False
+        seconds = self.now() - started
+        lease.content = None  # it is there; until it is known to be whole, and where, it is nobody's
+        if (await self.api.props()).boot_id != self.boot_id:
+            raise BackendRestarted
+        self.rates.restore.observe(snapshot.size_bytes, result.seconds or seconds)
+        self.metrics.restored(snapshot.size_bytes, seconds)
+        is_whole = result.n_tokens == snapshot.n_tokens
+        act = Act(
+            "restore", seconds, is_done=is_whole, n_tokens=result.n_tokens, size_bytes=snapshot.size_bytes,
+            snapshot=snapshot.id, waited_s=started - asked_at,
+        )  # fmt: skip
+        lease.note.acted(lease.slot_id, act)
+        if not is_whole:
+            log.warning(
+                "%s: snapshot %s was restored in part (%d of %d tokens)",
+                lease.job.id, snapshot_id, result.n_tokens, snapshot.n_tokens,
+            )  # fmt: skip
+            return False
+        checkpoints = lease.pool.recall.in_file(snapshot.checkpoints)
+        lease.content, lease.restored = replace(content_of(snapshot), checkpoints=checkpoints), snapshot
+        self.catalog.touch(snapshot.id)
+        return True
+
+    async def refused(self, lease: Lease, status: int) -> None:
+        """llama-server has answered the job's own request with an error instead of an answer: the slot holds what it
+        held before. At the door (4xx) that is sure. A 500 may be one of the door too (it calls some mistakes of clients
+        so) or come from the slot: llama-server tells how much is in there."""
+        is_sure = status < 500 or await is_untouched(self.api, lease, lease.before)
+        lease.done(lease.before if is_sure else None)
+
+    async def stopped(self, lease: Lease, n_found: int, *, is_misplaced: bool = True) -> None:
+        """The job's own request was given up before its first token, having found ``n_found`` tokens: wait until the
+        server is idle, and note what it has got to. ``is_misplaced``: that is why."""
+        content = prefilled(lease.content or Content(space=lease.job.space), lease.job.tokens, n_found)
+        lease.done(await until_idle(self.api, lease, content, self.now))
+        if is_misplaced:
+            note_misplaced(lease, n_found, self.metrics)
+
+    # -- settling ------------------------------------------------------------------------------------------------
+
+    def settle(
+        self, lease: Lease, n_found: int | None, earlier: Earlier | None, left: bytes, n_answer: int = 0
+    ) -> None:
+        """The job has run to its end: note what the slot holds now, and whether what was believed of it was true.
+
+        ``n_found``: ``cache_n`` of the job's own request; None when the server did not tell. ``left``: the
+        tokens of the prompt that ran last. ``n_answer``: tokens of its answer, 0 when the server did not tell.
+        """
+        assert lease.plan is not None
+        n_reused = earlier.n_reused if earlier is not None else n_found
+        before = lease.content or Content(space=lease.job.space)
+        if n_reused is not None and lease.job.tokens:
+            self.settling.learn(lease, n_reused)
+        found = n_found if n_found is not None else 0
+        after = prefilled(before, left, found) if left else None
+        n_more = max(n_answer - 1, 0)  # the last token is sampled and sent, but never computed
+        lease.done(replace(after, is_exact=False, n_more=n_more) if after is not None else None)
+
+
+async def _outcome(action: Coroutine[Any, Any, T]) -> T | LlamaslotError:
+    """What the action returns, or the error of ours that it raises: nobody may be left to hear of it, and then it is no
+    death of a task."""
+    try:
+        return await action
+    except LlamaslotError as error:
+        return error
+
+
+_SAYS: dict[type[Save | Erase | Restore], str] = {Save: "saving", Erase: "restoring", Restore: "restoring"}

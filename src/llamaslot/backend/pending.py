@@ -1,0 +1,73 @@
+"""What is between a slot and the disk: found like a snapshot by those who look for it, and waited for."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from llamaslot.cache.content import Content
+from llamaslot.cache.namespaces import Space, mark
+from llamaslot.cache.prefix_index import PrefixIndex
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """Content on its way from a slot to the disk: neither resident nor a snapshot until the save is committed.
+
+    ``slot``: where it is still to be computed before it is saved, of a trunk that a job will make on its way.
+    """
+
+    holder: str
+    content: Content
+    until: float
+    slot: int | None = None
+
+
+class Passing:
+    """All that is leaving, or will be. ``index`` has the tokens of each by its holder, behind the mark of its space."""
+
+    def __init__(self) -> None:
+        self.index: PrefixIndex[str] = PrefixIndex()
+        self._entries: dict[str, Leaving] = {}
+        self._serial = itertools.count()
+
+    def __len__(self) -> int:
+        """Only tests ask."""
+        return len(self._entries)
+
+    def get(self, holder: str) -> Leaving | None:
+        return self._entries.get(holder)
+
+    def space_of(self, holder: str) -> Space:
+        """Raises KeyError for an unknown one."""
+        return self._entries[holder].content.space
+
+    def contents(self) -> list[Content]:
+        """What each has. Only tests ask."""
+        return [entry.content for entry in self._entries.values()]
+
+    @property
+    def trunks(self) -> list[str]:
+        """The holders of trunks to come: nothing of them is computed yet, and whoever computes them may leave."""
+        return [entry.holder for entry in self._entries.values() if entry.slot is not None]
+
+    def add(self, content: Content, until: float, slot: int | None = None) -> Leaving:
+        name = "leaving" if slot is None else "prefix"
+        entry = Leaving(f"{name}-{next(self._serial)}", content, until, slot)
+        self._entries[entry.holder] = entry
+        self.index.insert(entry.holder, mark(content.space) + content.tokens)
+        return entry
+
+    def end(self, entry: Leaving) -> None:
+        """It is a snapshot now, or nothing. Idempotent."""
+        if self._entries.pop(entry.holder, None) is not None:
+            self.index.drop(entry.holder)
+
+    def trunks_of(self, slot: int) -> list[Leaving]:
+        """The trunks that are to come from ``slot``."""
+        return [entry for entry in self._entries.values() if entry.slot == slot]
+
+    def check(self) -> None:
+        """Raise AssertionError naming the invariant that does not hold."""
+        self.index.check()
+        assert self.index.holders() == self._entries.keys(), "what is leaving is indexed"

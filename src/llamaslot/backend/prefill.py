@@ -1,0 +1,406 @@
+"""Long prompts, computed ahead of their own requests: one at a time, in stretches, with everybody else in between.
+
+llama-server fills its batches by slot number and gives a prompt all that it has until it is through. So what takes long
+is never left to it: ``Prefills`` sends it in stretches, and holds the next one back for whoever needs little, for the
+share of those that decode, and for a prefill that is ahead by now (``scheduling.prefill_policy`` decides). A model that
+can go back to any token is sent pieces of the prompt. On others each end of a prompt would leave checkpoints, in memory
+and in the slot file: there it is sent as a whole, and interrupted. So is a prompt that is alone on the server, where a
+batch is over soon: each piece costs a request, and there is no request that it would let through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from llamaslot.backend.lease import Lease, PlanAgain, Prefilling, Report
+from llamaslot.backend.long_prompt import LongPrompt
+from llamaslot.backend.slot_content import is_far_off, is_untouched, note_misplaced, prefilled, until_idle
+from llamaslot.cache.content import NOTHING
+from llamaslot.cache.ids import head
+from llamaslot.cache.reuse import Memory
+from llamaslot.errors import UpstreamError
+from llamaslot.llama.client import LlamaServer, Progress
+from llamaslot.llama.sse import Earlier
+from llamaslot.observe.journal import Act
+from llamaslot.observe.metrics import Metrics
+from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.prefill_policy import GRAIN, Pending, Sharing, next_up, pause_s, stretch_end
+from llamaslot.scheduling.server_time import ServerTime
+
+KeepTrunk = Callable[[Lease, int], Awaitable[None]]
+log = logging.getLogger(__name__)
+
+_FEW = 64  # a progress event for fewer tokens says little about speed
+_LOOK_AGAIN_S = 0.5  # a request whose answer does not begin ceases to be first, and nobody tells
+_SURELY_S = 8.0  # of computing, before a prefill makes room for a request that chooses its slots
+
+
+class _Why(enum.Enum):
+    """What a prefill waits for."""
+
+    OTHER_PREFILL = "another prefill"
+    FIRST = "somebody who needs little"
+    STREAMS = "the share of those that decode"
+
+
+@dataclass(slots=True)
+class Prefills:
+    """The long prefills of one backend."""
+
+    api: LlamaServer
+    rates: Rates
+    metrics: Metrics
+    now: Callable[[], float]
+    _longs: list[LongPrompt] = field(default_factory=list)
+    _current: LongPrompt | None = None  # whose stretch is computed now
+    _last: LongPrompt | None = None  # whose was computed last
+    _stopped_at: float = float("-inf")
+    _pause_s: float = 0.0  # that the last stretch owes to streams
+    _time: ServerTime = field(default_factory=ServerTime)
+
+    async def run(
+        self, lease: Lease, stops: Sequence[int], report: Report, keep: KeepTrunk, *, may_replan: bool = False
+    ) -> Earlier | None:
+        """Compute the prompt up to the last of ``stops``, by way of the others, and ``keep`` the trunks that are to
+        come from it. None when llama-server refused it: the job's own request will show why.
+
+        With ``may_replan`` raises PlanAgain when the slot holds much less than was expected of it: its content is known
+        then, and hardly anything was computed. The same when a request waits for which llama-server chooses slots.
+        Raises Preempted between two stretches.
+        Raises BackendDown and BackendRestarted. Cancelling is safe: the stretch is closed and its slot drains.
+        """
+        recall = lease.pool.recall
+        n_window = (recall.window or 0) if recall.memory is Memory.SWA else 0
+        long = LongPrompt(
+            lease, stops, report, may_replan, lease.n_likely, self.now(), no_stop_before=n_window + 1
+        )
+        lease.n_done = long.at
+        if lease.is_long:
+            self._time.keep({other.job.user.id for other in lease.scheduler.leases})
+            self._longs.append(long)
+            lease.scheduler.bell.ring()  # its slot actions are over
+        else:
+            lease.leaves_line()
+        try:
+            while True:
+                lease.yield_slot(long.so_far)
+                if long.has_begun and self._is_trunk_due(long):
+                    report("saving")
+                    long.is_keeping = True
+                    await keep(lease, long.at)
+                    long.is_keeping = False
+                    lease.scheduler.bell.ring()
+                elif long.has_begun and long.at >= long.last:
+                    break
+                else:
+                    if lease.is_long:
+                        await self._until_next(long)
+                    if not await self._stretch(long):
+                        return None
+                    self._make_room(long)
+        finally:
+            if lease.is_long:
+                self._longs.remove(long)
+            lease.is_long = False
+            lease.scheduler.bell.ring()
+            self._note(long)
+        return long.earlier
+
+    # -- whose turn it is ----------------------------------------------------------------------------------------
+
+    async def _until_next(self, long: LongPrompt) -> None:
+        """Wait until the next stretch is this one's."""
+        lease, began = long.lease, self.now()
+        long.is_by_right = False
+        while (waits := self._waits(long)) is not None:
+            why, seconds = waits
+            if why is not _Why.STREAMS and not long.has_begun:
+                long.report(f"waiting to prefill {lease.job.n_tokens} tokens")
+            since, first = self.now(), self._first(long) if why is _Why.FIRST else []
+            await lease.scheduler.bell.heard(seconds)
+            self._time.took(first, self.now() - since, self._users_waiting())
+            lease.yield_slot(long.so_far)
+            long.paused_s += self.now() - since if why is _Why.STREAMS else 0.0
+            lease.still_holds()
+            if seconds is not None and self._next() is not long:
+                lease.scheduler.bell.ring()  # while it waited somebody has come ahead, whom nothing wakes
+        # From here to the stretch nothing awaits.
+        self._current = long
+        lease.leaves_line()
+        long.is_by_right = self._is_somebody_first(long)
+        long.waited_s += self.now() - began
+
+    def _waits(self, long: LongPrompt) -> tuple[_Why, float | None] | None:
+        """Why, and for how long if nothing changes (None: until something does). None when ``long`` is next."""
+        if self._current is not None or self._next() is not long:
+            return _Why.OTHER_PREFILL, None
+        now, sharing = self.now(), _sharing(long)
+        # No longer than it takes itself, so that one of a tenth of a second is not held back for two.
+        whole_s = long.seconds + self.rates.prefill.seconds(long.at, long.last)
+        held_s = max(self._stopped_at, long.came_at) + min(sharing.max_held_s, whole_s) - now
+        if held_s > 0 and self._is_somebody_first(long):
+            return _Why.FIRST, min(held_s, _LOOK_AGAIN_S)
+        pause_s = self._stopped_at + self._pause_s - now
+        if pause_s > 0 and self._n_streams(long):
+            return _Why.STREAMS, pause_s
+        return None
+
+    def _next(self) -> LongPrompt:
+        now = self.now()
+        longs = [long for long in self._longs if not long.is_keeping]
+        last = self._current or self._last
+        current = longs.index(last) if last in longs else None
+        pendings, sharing = [self._pending(long, now) for long in longs], _sharing(longs[0])
+        # What a user has had more than others counts as work before it; of the prompt itself only what is left.
+        owed_s = [self._time.owed_s(long.user) + long.counted_s for long in longs]
+        pendings = [
+            replace(one, left_s=one.left_s + max(owed_s) - own_s)
+            for one, own_s in zip(pendings, owed_s, strict=True)
+        ]
+        return longs[next_up(pendings, current, self.rates.interruption.seconds, sharing.max_passed_s)]
+
+    def _pending(self, long: LongPrompt, now: float) -> Pending:
+        """What is left counts to where others go on from it, if any wait for that."""
+        shared = [at for at in long.lease.pool.trunks_to_come(long.lease.slot_id) if at > long.at]
+        left_s = self.rates.prefill.seconds(long.lease.n_done, min([long.last, *shared]))
+        computed_s = long.seconds + (now - long.since if long is self._current else 0.0)
+        return Pending(left_s, max(now - long.came_at - computed_s, 0.0), long.came_at)
+
+    def _others(self, long: LongPrompt) -> list[Lease]:
+        leases = long.lease.scheduler.leases
+        return [lease for lease in leases if lease.pool is long.lease.pool and lease is not long.lease]
+
+    def _is_somebody_first(self, long: LongPrompt) -> bool:
+        return bool(self._first(long))
+
+    def _first(self, long: LongPrompt) -> list[str]:
+        """The users of those who need little and may hold it back."""
+        may, grace_s = self._time.may_hold_back, _sharing(long).stretch_s
+        first = (lease.job.user.id for lease in self._others(long) if lease.comes_first)
+        return sorted({user for user in first if may(user, long.user, grace_s)})
+
+    def _users_waiting(self) -> set[str]:
+        """Of long prompts, and of those who need little."""
+        leases = self._longs[0].lease.scheduler.leases if self._longs else ()
+        return {long.user for long in self._longs} | {
+            lease.job.user.id for lease in leases if lease.comes_first
+        }
+
+    def _n_streams(self, long: LongPrompt) -> int:
+        return sum(lease.is_talking for lease in self._others(long))
+
+    def _make_room(self, long: LongPrompt) -> None:
+        """Raises PlanAgain when a request for which llama-server chooses slots has waited long enough."""
+        left_s = self.rates.prefill.seconds(long.at, long.last)
+        is_long_enough = long.seconds >= _SURELY_S and left_s > _sharing(long).max_held_s
+        if is_long_enough and long.lease.scheduler.is_turn_waiting(long.lease):
+            raise PlanAgain(long.earlier)
+
+    # -- a stretch -----------------------------------------------------------------------------------------------
+
+    async def _stretch(self, long: LongPrompt) -> bool:
+        """Compute on for a while; False when llama-server refused. ``long.at`` is where it has got to, then.
+
+        Raises PlanAgain as ``run`` does.
+        """
+        lease, bell = long.lease, long.lease.scheduler.bell
+        before = lease.content
+        try:
+            long.is_cut = self._is_cut(long)
+            long.end = self._end_of(long)
+            long.since, lease.n_done = self.now(), long.at
+            lease.working()
+            with bell.calling(self._reconsider):
+                is_misplaced = await self._compute(long)
+        except UpstreamError as error:
+            log.warning("%s: prefill in slot %s failed: %s", lease.job.id, lease.slot_name, error)
+            is_kept = not lease.is_begun and await is_untouched(self.api, lease, before)
+            lease.done(before if is_kept else None)
+            lease.restored = None  # no fault of the snapshot
+            return False
+        finally:
+            took_s = self.now() - long.since
+            long.seconds += took_s
+            if self._current is long:
+                self._ended(long, took_s)
+        lease.pool.is_ready_in(lease.slot_id, self.rates.prefill.seconds(long.at, long.last), self.now())
+        if is_misplaced:
+            raise PlanAgain(long.earlier)
+        return True
+
+    def _ended(self, long: LongPrompt, took_s: float) -> None:
+        """The stretch of ``long`` is over: somebody else may be next."""
+        long.limit, self._current, self._last = None, None, long
+        if self._time.took([long.user], took_s, self._users_waiting()):
+            long.counted_s += took_s
+        self._stopped_at = self.now()
+        self._pause_s = pause_s(took_s, self._n_streams(long), _sharing(long).decode_share)
+        long.lease.scheduler.bell.ring()
+
+    def _is_cut(self, long: LongPrompt) -> bool:
+        """Whether the stretch is to end by itself after a while. Else it goes all the way unless it is interrupted:
+        that takes up to two batches, so both must fit into the time of a stretch for a request that comes meanwhile."""
+        lease = long.lease
+        if not (lease.is_long and lease.pool.recall.is_rewindable):
+            return False
+        if lease.scheduler.n_waiting or self._others(long):
+            return True
+        n_batch, end = lease.pool.n_batch, long.target
+        batches_s = 2 * self.rates.prefill.seconds(max(end - n_batch, 0), end)
+        return not n_batch or batches_s > _sharing(long).stretch_s
+
+    def _end_of(self, long: LongPrompt) -> int:
+        """How far the stretch is sent."""
+        if not long.is_cut:
+            return long.target
+        rate, begin = self.rates.prefill, long.at
+        if not long.has_begun and long.lease.n_whole is not None:
+            begin = max(begin, long.lease.n_whole)  # what ends in the answer that the slot holds cuts it off
+        reached = rate.reached(begin, _sharing(long).stretch_s) if rate.known else begin + GRAIN
+        return stretch_end(begin, long.target, reached)
+
+    async def _compute(self, long: LongPrompt) -> bool:
+        """The stretch itself. What the slot holds at its end is known, however it ends. True when it has ended because
+        that is much less than was expected."""
+        lease = long.lease
+        tokens, before = head(lease.job.tokens, long.end), lease.content or NOTHING
+        last: Progress | None = None
+        n_found, is_over, is_misplaced = 0, False, False
+        limit = asyncio.timeout(None)
+        try:
+            async with (
+                limit,
+                contextlib.aclosing(self.api.prefill(lease.slot_id, tokens, lease.job.space.lora)) as events,
+            ):
+                async for event in events:
+                    if last is None:
+                        n_found = event.cache
+                        lease.begun(replace(prefilled(before, tokens, n_found), is_exact=False))
+                        is_far = not long.has_begun and is_far_off(lease, lease.n_expected, n_found)
+                        is_misplaced = is_far and long.may_replan
+                        if long.has_begun and n_found < long.at - _FEW:
+                            long.no_stop_before = 2 * long.at
+                            long.at = n_found
+                        if is_misplaced:
+                            break
+                    else:
+                        self._learn(long, last, event)
+                    last, lease.n_done = event, event.processed
+                    long.report(self._progress(long, n_found, event))
+                    long.limit = limit
+                    self._reconsider()
+                else:
+                    is_over = True
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            long.n_stopped += 1
+        content = prefilled(before, tokens, n_found)
+        if not is_over:
+            content = await until_idle(self.api, lease, content, self.now)
+        elif last is not None:
+            more_s = self.now() - long.since - last.seconds  # what sending it in one more piece has cost
+            if lease.pool.recall.is_rewindable:
+                self.rates.interruption.observe(more_s)
+            if not self._others(long):  # it has waited for nobody's batch
+                self.rates.request.observe(more_s)
+        lease.done(content)
+        if not long.has_begun:
+            long.has_begun, long.n_reused = True, n_found
+        long.at = lease.n_done = content.n_tokens
+        if is_misplaced:
+            note_misplaced(lease, n_found, self.metrics)
+        return is_misplaced
+
+    def _learn(self, long: LongPrompt, last: Progress, event: Progress) -> None:
+        n_tokens, pool = event.processed - last.processed, long.lease.pool
+        if n_tokens >= _FEW:
+            self.rates.prefill.observe(last.processed, event.processed, event.seconds - last.seconds)
+        if event.processed < long.end:  # not the rest of it, but as many as the server takes
+            pool.n_batch = max(pool.n_batch, n_tokens)
+
+    def _progress(self, long: LongPrompt, n_found: int, event: Progress) -> Prefilling:
+        n_reused = long.n_reused if long.has_begun else n_found
+        return Prefilling(event.processed, long.lease.job.n_tokens, n_reused, long.seconds + event.seconds)
+
+    # -- giving way ----------------------------------------------------------------------------------------------
+
+    def _reconsider(self) -> None:
+        """Something has changed: when must the stretch that is computed now be interrupted?"""
+        long = self._current
+        if long is not None and long.limit is not None and not long.limit.expired():
+            loop = asyncio.get_running_loop()
+            when = self._must_stop_at(long)
+            long.limit.reschedule(None if when is None else max(when - self.now(), 0.0) + loop.time())
+
+    def _must_stop_at(self, long: LongPrompt) -> float | None:
+        """None for never, or not yet: interrupted it would be idle no sooner than it is through."""
+        sharing, now, n_done = _sharing(long), self.now(), long.lease.n_done
+        is_nearly_through = self.rates.prefill.seconds(n_done, long.end) <= self.rates.interruption.seconds
+        if is_nearly_through or n_done < long.no_stop_before:
+            return None
+        soonest = long.since + (
+            2 * sharing.stretch_s if long.is_cut else 0.0
+        )  # one that is cut ends by itself
+        by_right = long.since + sharing.stretch_s if long.is_by_right else soonest
+        if long.lease.is_preempted:
+            return max(now, soonest)
+        if self._is_somebody_first(long):
+            return max(by_right, soonest)
+        if self._next() is not long or self._is_trunk_ahead(long):
+            return max(now, soonest)
+        if (
+            long.lease.scheduler.is_turn_waiting(long.lease)
+            and self.rates.prefill.seconds(n_done, long.last) > sharing.max_held_s
+        ):
+            return max(long.since + max(_SURELY_S - long.seconds, 0.0), soonest)
+        if self._n_streams(long) and sharing.decode_share > 0:
+            return max(long.since + sharing.stretch_s, soonest)
+        return None
+
+    def _is_trunk_ahead(self, long: LongPrompt) -> bool:
+        """Whether others have come to wait for what is there before the stretch ends by itself. What was passed can
+        only be kept where it can be cut back."""
+        if long.is_cut or long.target >= long.end:
+            return False
+        return long.lease.n_done < long.target or long.lease.pool.recall.is_rewindable
+
+    # -- trunks --------------------------------------------------------------------------------------------------
+
+    def _is_trunk_due(self, long: LongPrompt) -> bool:
+        """Whether others wait for what is there now. What was passed can only be kept where it can be cut back."""
+        lease, pool = long.lease, long.lease.pool
+        due = [at for at in pool.trunks_to_come(lease.slot_id) if at <= long.at]
+        if due and not pool.recall.is_rewindable and due[-1] < long.at:
+            pool.expect_no_trunk(lease.slot_id, long.at)
+            lease.scheduler.dispatch()
+            return False
+        return bool(due)
+
+    # -- what is told --------------------------------------------------------------------------------------------
+
+    def _note(self, long: LongPrompt) -> None:
+        n_computed = max(long.at - long.n_reused, 0) if long.has_begun else 0
+        is_done = long.has_begun and long.at >= long.last
+        self.metrics.prefilled(long.n_stopped, long.waited_s, long.paused_s)
+        long.lease.note.acted(
+            long.lease.slot_id,
+            Act(
+                "prefill",
+                long.seconds,
+                is_done,
+                n_computed,
+                waited_s=long.waited_s,
+                paused_s=long.paused_s,
+                n_interruptions=long.n_stopped,
+            ),
+        )
+
+
+def _sharing(long: LongPrompt) -> Sharing:
+    return long.lease.pool.rules.sharing

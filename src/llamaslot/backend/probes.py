@@ -1,0 +1,281 @@
+"""Finds out by trying what llama-server does not tell, in a slot that holds nothing worth keeping."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamaslot.cache.ids import count, head, unpack
+from llamaslot.cache.reuse import Memory
+from llamaslot.errors import SlotActionFailed, SnapshotInvalid, UpstreamError
+from llamaslot.llama.client import ACTION_S, LlamaServer, Props
+from llamaslot.llama.gguf import architecture
+from llamaslot.llama.identity import N_PROBS, Identity, gguf_mark, probe_tokens, told
+from llamaslot.scheduling.cost import Rates
+from llamaslot.store import Catalog, Draft, NotShared, QuotaExceeded, prove_shared
+
+log = logging.getLogger(__name__)
+
+_FEW, _MORE = 10, 50  # tokens of the two saves that tell the bytes per token
+_RAM_PROBE = 64  # tokens of the context that is displaced
+_MAX_WINDOW = 8192  # a longer sliding window is not probed: it would take too long at each start
+
+NO_SAVE_PATH = (
+    "llama-server runs without --slot-save-path: a context that leaves its slot is computed again. Start it with"
+    " --slot-save-path DIR and set backends[0].slot_save_path to the same directory"
+)
+NO_DIRECTORY = (
+    "backends[0].slot_save_path is not set: a context that leaves its slot is computed again. Set it to the directory"
+    " that llama-server was given as --slot-save-path, as seen from here"
+)
+NO_REWIND = (
+    "%s: this model (%s) resumes only at the exact end of a context or at a checkpoint near it; a prompt that differs"
+    " earlier is computed again%s"
+)
+NO_CHECKPOINTS = (
+    "this build of llama-server keeps no checkpoints in slot files: a snapshot ends with its prompt, and the answer"
+    " behind it is computed again. A build after b11434 mends it"
+)
+WORTHLESS = (
+    "this build of llama-server keeps no checkpoints in slot files, without which nothing of a sliding-window model's"
+    " snapshot can be used: none is written, and a context that leaves its slot is computed again. Start it with"
+    " --swa-full, or use a build after b11434"
+)
+STALE = (
+    "this build of llama-server resumes from checkpoints of another conversation after a restore, and answers wrongly:"
+    " nothing is saved or restored, and a context that leaves its slot is computed again. Use a newer build"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What slot files of a model that cannot go back to any token are worth.
+
+    ``keep_checkpoints``: those of the slot are in the file. ``memory``: what going on from a restored slot has shown.
+    Both None when that could not be tried. Not ``are_usable``: nothing of them can be used (a sliding window without
+    checkpoints), or nothing must be: b9713 leaves a slot its checkpoints when another conversation is restored into it,
+    goes on from that stranger's state, and answers wrongly (seen running).
+    """
+
+    keep_checkpoints: bool | None = None
+    memory: Memory | None = None
+    are_usable: bool = True
+
+
+class Probes:
+    """Probes of one llama-server. ``warnings``: what defeats the purpose, each with what it costs and what mends it.
+
+    Every coroutine raises BackendDown, SlotWedged, UpstreamError and NotUnderstood. Canceling is safe: the slot is left
+    with a few dozen tokens of nobody's.
+    """
+
+    def __init__(self, api: LlamaServer, catalog: Catalog | None, rates: Rates) -> None:
+        self.api, self.catalog, self.rates = api, catalog, rates
+        self.warnings: list[str] = []
+        self.can_erase = True
+        self.is_memory_sure = False
+        self.window: int | None = None  # of a sliding window, in tokens; None where no file tells
+
+    async def has_room(self, n_tokens: int) -> bool:
+        """Whether the quota has room for a file of so many tokens, perhaps after evictions."""
+        if self.catalog is None:
+            return False
+        room = await self._room(self.rates.size_bytes(n_tokens))
+        if room is not None:
+            await self.catalog.abandon(room)
+        return room is not None
+
+    async def can_save(self, slot: int, n_tokens: int) -> bool:
+        """Whether slot files can be used: proved with one that the server writes. ``n_tokens``: what the slot holds."""
+        if not n_tokens:
+            await self._fill(slot, _FEW)
+        if self.catalog is None:
+            self.warnings.append(NO_DIRECTORY)
+            if not n_tokens:
+                await self._try_erase(slot)
+            return False
+
+        async def save(name: str) -> None:
+            await self.api.save(slot, name)
+
+        room = await self._room(self.rates.size_bytes(n_tokens)) if n_tokens else None
+        try:
+            await prove_shared(self.catalog.directory, save)
+        except SlotActionFailed as error:
+            self.can_erase = error.status_upstream != 501
+            self.warnings.append(NO_SAVE_PATH if not self.can_erase else f"slots cannot be saved: {error}")
+            return False
+        except (NotShared, UpstreamError) as error:
+            self.warnings.append(f"nothing is kept on disk: {error}")
+            return False
+        finally:
+            if room is not None:
+                await self.catalog.abandon(room)
+        return True
+
+    async def _try_erase(self, slot: int) -> None:
+        try:
+            await self.api.erase(slot)
+        except SlotActionFailed:
+            self.can_erase = False
+
+    async def _room(self, size_bytes: int) -> Draft | None:
+        assert self.catalog is not None
+        with contextlib.suppress(QuotaExceeded, SnapshotInvalid):
+            return await self.catalog.reserve(size_bytes)
+        return None
+
+    async def size(self, slot: int) -> None:
+        """Learn the bytes per token from two small saves: a guess would break the quota, or empty it.
+
+        Needless where snapshots of this model tell it. Where there are none at all, nothing can be evicted for a probe.
+        """
+        assert self.catalog is not None
+        if self.rates.size.bytes(_MORE) is not None:
+            return
+        for n_tokens in (_FEW, _MORE):
+            await self._fill(slot, n_tokens)
+            room = await self._room(self.rates.size_bytes(n_tokens) if self.catalog.snapshots else 0)
+            if room is None:
+                return
+            try:
+                saved = await self.api.save(slot, room.part_name)
+                self.rates.size.observe(saved.n_tokens, saved.n_bytes)
+            except SlotActionFailed as error:
+                log.warning("%s: a probe could not be saved: %s", self.api.name, error)
+            finally:
+                await self.catalog.abandon(room)
+
+    async def memory(self, slot: int, props: Props) -> Memory:
+        """How the model remembers: its GGUF says so where it can be read, and going back in the slot proves it."""
+        known = await architecture(Path(props.model_path)) if props.model_path else None
+        self.is_memory_sure, self.window = known is not None, known.window if known is not None else None
+        window = known.window if known is not None else 0
+        n_tokens = window + 256 if window else _MORE
+        memory = known.memory if known is not None else Memory.DENSE
+        if n_tokens > min(_MAX_WINDOW, props.n_ctx // 2):
+            return memory
+        tokens = await self._fill(slot, n_tokens)
+        n_back = n_tokens // 4  # far enough before the checkpoints at the end
+        n_reused = 0
+        async with contextlib.aclosing(self.api.prefill(slot, head(tokens, n_back))) as events:
+            async for event in events:
+                n_reused = event.cache
+                break
+        if n_reused >= n_back - 1:
+            return Memory.DENSE  # also SWA with --swa-full
+        memory = Memory.SWA if memory is Memory.SWA else Memory.RECURRENT
+        hint = "; --swa-full mends it where memory allows" if memory is Memory.SWA else ""
+        log.info(NO_REWIND, self.api.name, memory.value, hint)
+        return memory
+
+    async def checkpoints(self, slot: int) -> Files:
+        """What a slot file of a model that cannot go back to any token is worth."""
+        assert self.catalog is not None
+        # They begin otherwise than what other probes have left.
+        mine, other = _tokens(102)[8:], _tokens(101)[4:]
+        parted = head(mine, 98) + head(other, 2)
+        await self._prefill(slot, mine)
+        if not await self._prefill(slot, parted):
+            return Files()  # it makes none
+        room = await self._room(self.rates.size_bytes(count(parted)))
+        if room is None:
+            return Files()
+
+        async def reused(tokens: bytes) -> int:
+            await self.api.erase(slot)
+            await self.api.restore(slot, room.part_name)
+            return await self._prefill(slot, tokens)
+
+        try:
+            await self.api.save(slot, room.part_name)
+            await self._prefill(slot, head(other, 20))  # now the slot has a checkpoint at 16, and no other
+            if await reused(head(mine, 20) + head(other, 2)):  # none of its own is so early
+                return self._useless(STALE)
+            is_kept = await reused(mine) > 0
+            is_end_enough = await reused(parted + head(other, 2)) == count(parted)
+        except SlotActionFailed as error:
+            log.info("%s: a probe could not be saved or restored: %s", self.api.name, error)
+            return Files()
+        finally:
+            await self.catalog.abandon(room)
+        memory = Memory.RECURRENT if is_end_enough else Memory.SWA
+        if not is_kept and not is_end_enough:
+            return self._useless(WORTHLESS)
+        if not is_kept:
+            self.warnings.append(NO_CHECKPOINTS)
+        return Files(is_kept, memory)
+
+    def _useless(self, why: str) -> Files:
+        self.warnings.append(why)
+        return Files(False, are_usable=False)
+
+    async def identity(self, slot: int, props: Props, model: Mapping[str, Any], lora: list[Any]) -> Identity:
+        """Who the model is. Leaves the probe's tokens in the slot."""
+        tokens = probe_tokens(_n_vocab(model))
+        behaviour = await self.api.top_logprobs(slot, tokens, N_PROBS)
+        mark = await gguf_mark(Path(props.model_path)) if props.model_path else None
+        assert props.n_slots is not None, "a server that is understood"
+        return Identity(told(model, props.n_slots, lora), behaviour, mark)
+
+    async def is_unified(self, slot: int, other: int) -> bool:
+        """Whether a task in ``other`` empties ``slot``, which holds the probe's tokens."""
+        await self._fill(other, _FEW)
+        left = next((info.n_tokens for info in await self.api.slots() if info.id == slot), None)
+        return not left
+
+    async def has_ram_cache(self) -> bool:
+        """Whether llama-server finds a context again that was displaced from its slot (``--cache-ram``).
+
+        Three small requests for which llama-server chooses the slot, as it would without llamaslot: what they displace
+        goes to the RAM cache, if there is one. The second keeps less than half of the first, so that the first is
+        copied there; the third goes on from the first (tools/server/server-context.cpp: get_available_slot).
+        """
+        mine, other = _tokens(102)[8:], _tokens(101)[4:]
+        first = head(mine, _RAM_PROBE)
+        await self._complete(first)
+        await self._complete(head(first, _RAM_PROBE // 4) + head(other, _RAM_PROBE // 2))
+        return await self._complete(first + head(other, 8)) >= _RAM_PROBE // 2
+
+    async def _complete(self, tokens: bytes) -> int:
+        """Compute ``tokens`` in a slot of llama-server's choice; how many of them were reused."""
+        body = {"prompt": unpack(tokens), "n_predict": 0, "cache_prompt": True}
+        _, answer = await self.api.ask("/completion", body, ACTION_S)
+        timings = answer.get("timings") if isinstance(answer, dict) else None
+        return int(timings["cache_n"]) if timings else 0
+
+    async def _fill(self, slot: int, n_tokens: int) -> bytes:
+        """Compute ``n_tokens`` tokens of no meaning, whatever the slot held."""
+        tokens = _tokens(n_tokens)
+        await self._prefill(slot, tokens)
+        return tokens
+
+    async def _prefill(self, slot: int, tokens: bytes) -> int:
+        """Compute ``tokens``; how many of them were reused. How fast it goes, and what a request costs beside that, is
+        learned."""
+        n_reused, took_s, now = 0, 0.0, asyncio.get_running_loop().time
+        began = now()
+        async with contextlib.aclosing(self.api.prefill(slot, tokens)) as events:
+            async for event in events:
+                n_reused = event.cache
+                if event.processed > event.cache:
+                    self.rates.prefill.observe(event.cache, event.processed, event.seconds)
+                took_s = event.seconds
+        self.rates.request.observe(now() - began - took_s)
+        return n_reused
+
+
+def _tokens(n_tokens: int) -> bytes:
+    """So many tokens of no meaning."""
+    tokens = (probe_tokens(256) * (n_tokens // 50 + 1))[: n_tokens * 4]
+    assert count(tokens) == n_tokens
+    return tokens
+
+
+def _n_vocab(model: Mapping[str, Any]) -> int:
+    return int((model.get("meta") or {}).get("n_vocab") or 256)

@@ -1,0 +1,258 @@
+"""Saves what a slot holds: room, the file, its verification, its commit, and who is told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.slot_content import prefilled
+from llamaslot.backend.snapshot_usage import left_behind, supersedes
+from llamaslot.cache.content import Content, Kind
+from llamaslot.cache.ids import head
+from llamaslot.cache.reuse import Memory, Recall
+from llamaslot.errors import LlamaslotError, OtherConversation, SlotWedged, SnapshotInvalid
+from llamaslot.llama.client import LlamaServer
+from llamaslot.observe.journal import Act
+from llamaslot.observe.metrics import Metrics
+from llamaslot.scheduling.cost import Rates
+from llamaslot.store import Catalog, QuotaExceeded, Snapshot, WithTokens
+from llamaslot.store.model_snapshots import content_of
+from llamaslot.tasks import TaskOwner
+
+log = logging.getLogger(__name__)
+
+NOT_SAVED = "%s: slot %s was not saved: %s"  # request, slot, reason
+
+_NEAR_TOKENS = 64  # a checkpoint so near to the end is worth going back to
+
+
+class Saving:
+    """The saves of one backend. ``fingerprint`` is that of the model that is running now."""
+
+    def __init__(
+        self,
+        api: LlamaServer,
+        catalog: Catalog | None,
+        rates: Rates,
+        metrics: Metrics,
+        tasks: TaskOwner,
+        now: Callable[[], float],
+    ) -> None:
+        self.api, self.catalog, self.rates = api, catalog, rates
+        self.metrics, self.tasks, self.now = metrics, tasks, now
+        self.fingerprint = ""
+        self._lock = asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def in_turn(self, lease: Lease, seconds: float) -> AsyncIterator[None]:
+        """For a save or a restore of about ``seconds``. Each stops every stream of this llama-server, so there is one
+        at a time, which then waits for a batch of its own. While no answer is decoded, those that take less than that
+        wait do not take turns: all that are due are done between the same two batches."""
+        is_decoding = any(other.is_talking for other in lease.scheduler.leases if other is not lease)
+        if is_decoding or seconds > self.rates.save_delay.seconds:
+            async with self._lock:
+                yield
+        else:
+            yield
+
+    async def save(self, lease: Lease) -> Snapshot | None:
+        """Write what the slot holds to a snapshot, verified and committed. None when that failed: the slot keeps it.
+
+        Raises SlotWedged where it had to go back first, and nothing came of that.
+        """
+        if self.catalog is None or lease.content is None:
+            return None
+        if lease.content.has_media:  # llama-server may write it, but nobody could say what the file holds
+            lease.content = replace(lease.content, is_dirty=False, snapshot=None)
+            return None
+        if not await self._has_gone_back(lease, lease.content, Kind.LEAF):
+            if lease.leaving is not None:
+                lease.pool.left(lease.leaving)
+            lease.scheduler.dispatch()
+            return None
+        content, keep = lease.content, _planned(lease)
+        if lease.is_own:  # else slots that are all hot would evict each other in turn, for ever
+            keep = lease.pool.backing(besides=lease.slot)
+        snapshot = await self._write(lease, content, await self._n_held(lease, content), keep, Kind.LEAF)
+        # From here to the end nothing awaits: leaving becomes a snapshot in one breath.
+        if lease.leaving is not None:
+            lease.pool.left(lease.leaving)
+        if snapshot is not None:
+            old = lease.pool.snapshot(content.snapshot) if content.snapshot else None
+            lease.content = replace(content_of(snapshot), checkpoints=content.checkpoints)
+            if old is not None and supersedes(snapshot, old, lease.pool.rules.similarity_min):
+                self.catalog.inherit(snapshot.id, old.id)
+                self.tasks.spawn(self.catalog.drop(old.id), f"drop superseded {old.id}")
+        lease.scheduler.dispatch()
+        return snapshot
+
+    async def keep(self, lease: Lease, n_tokens: int) -> bool:
+        """Write what the slot holds, the first ``n_tokens`` of its job and no more, to a trunk. False when that failed.
+        Raises SlotWedged as ``save`` does.
+
+        The slot goes on from there: what it holds is no more and no less unsaved than before.
+        """
+        content, is_kept = lease.content, False
+        try:
+            if self.catalog is None or content is None or content.tokens != head(lease.job.tokens, n_tokens):
+                return False  # the prefill has failed
+            if not await self._has_gone_back(lease, content, Kind.TRUNK) or lease.content is None:
+                return False
+            snapshot = await self._write(lease, lease.content, n_tokens, _planned(lease), Kind.TRUNK)
+            is_kept = snapshot is not None
+            return is_kept
+        finally:  # in the same breath in which it has become a snapshot
+            lease.can_keep = lease.can_keep and is_kept
+            lease.pool.expect_no_trunk(lease.slot_id, n_tokens)
+            lease.scheduler.dispatch()
+
+    async def _write(
+        self, lease: Lease, content: Content, n_held: int, keep: set[str], kind: Kind
+    ) -> WithTokens | None:
+        """Make room, save, verify, commit, and offer it. None when that failed, which is said in the log.
+
+        Nothing awaits between the commit and the return.
+        """
+        assert self.catalog is not None
+        began = self.now()
+        try:
+            size_bytes = self.rates.size_bytes(n_held)
+            draft = await self.catalog.reserve(size_bytes, keep=keep, spare=lease.scheduler.wanted())
+        except (QuotaExceeded, SnapshotInvalid) as error:
+            _not_saved(lease, kind, error)
+            return None
+        asked_at = started = self.now()
+        used_at = lease.slot.used_at if lease.slot is not None and kind is Kind.LEAF else started
+        idle_s = max(started - used_at, 0.0)
+        fingerprint = self.fingerprint  # of the model that computed it: the rest takes a while
+        try:
+            async with self.in_turn(lease, self.rates.save.seconds(size_bytes)):
+                started = self.now()
+                lease.still_holds()  # making room has taken a while
+                if lease.must_give_way():
+                    await self.catalog.abandon(draft)
+                    return None
+                result = await self.api.save(lease.slot_id, draft.part_name)
+                seconds = self.now() - started
+            if result.n_tokens == 0:
+                lease.pool.lost_slots.note(self.now())
+            if kind is Kind.TRUNK and result.n_tokens != n_held:
+                raise OtherConversation(f"{result.n_tokens} tokens were saved instead of {n_held}")
+            snapshot = await self.catalog.commit(
+                draft,
+                tokens_expected=content.tokens,
+                n_saved=result.n_tokens,
+                n_written=result.n_bytes,
+                fingerprint=fingerprint,
+                checkpoints=lease.pool.recall.in_file(content.checkpoints),
+                source=lease.job.id,
+                kind=kind,
+                is_pinned=kind is Kind.TRUNK and lease.job.is_prewarm,
+                space=content.space.text,
+                idle_s=idle_s,
+            )
+        except (LlamaslotError, OSError) as error:
+            await self.catalog.abandon(draft)
+            if isinstance(error, OtherConversation):
+                lease.content = None  # a full disk, by contrast, says nothing about the slot
+            _not_saved(lease, kind, error, self.now() - started)
+            return None
+        # The server's own time: what a save waits for (the batch that runs for others) a prefill would wait for too.
+        save_s, waited_s = result.seconds or seconds, started - asked_at
+        self.rates.save.observe(snapshot.size_bytes, save_s)
+        if lease.plan is not None and kind is Kind.LEAF:
+            # Without what it has waited for other saves: those are few where this says that they cost much.
+            self.rates.save_delay.observe(max(self.now() - began - waited_s - save_s, 0.0))
+        self.rates.size.observe(result.n_tokens, snapshot.size_bytes)
+        self.metrics.saved(snapshot.size_bytes, seconds)
+        act = Act(
+            _step(kind), seconds, is_done=True, n_tokens=result.n_tokens, size_bytes=snapshot.size_bytes,
+            snapshot=snapshot.id, waited_s=waited_s,
+        )  # fmt: skip
+        lease.note.acted(lease.slot_id, act)
+        if kind is Kind.TRUNK:
+            log.info("%s: shared-prefix snapshot of %d tokens saved: %s", lease.job.id, n_held, snapshot.id)
+        if snapshot.id in self.catalog.snapshots:
+            lease.pool.add_snapshot(snapshot)
+            if kind is Kind.LEAF and (left := left_behind(lease.pool, snapshot)) is not None:
+                self.catalog.branched(left)
+            current = lease.scheduler.pool
+            if current not in (None, lease.pool) and self.fingerprint == fingerprint:
+                current.add_snapshot(snapshot)  # the server has restarted since, and can read it as well
+        return snapshot
+
+    @staticmethod
+    def _must_go_back(recall: Recall, content: Content) -> bool:
+        """Whether the slot has to go back to the end of its prompt first, for its file to be of any use.
+
+        Of a build that keeps no checkpoints in it, because the answer behind it comes back tokenized anew. It costs the
+        few tokens since the slot's own last checkpoint; without one near the end it would cost the whole prompt, and is
+        left. With a sliding window, because a prefill that was stopped on the way has left no checkpoint, and without
+        any the file restores nothing (2,560 tokens: 0 reused; gone back by one token: 2,559).
+        """
+        is_near = content.n_tokens - max(content.checkpoints, default=0) <= _NEAR_TOKENS
+        if recall.is_rewound:
+            return is_near and not content.is_exact
+        return recall.memory is Memory.SWA and content.is_exact and not is_near
+
+    async def _has_gone_back(self, lease: Lease, content: Content, kind: Kind) -> bool:
+        """Go back where that must be; False when that has failed: nobody knows what the slot holds then, and it drains
+        once it is given back, for llama-server may be at work in it. Raises SlotWedged when it has told nothing."""
+        if self._must_go_back(lease.pool.recall, content):
+            try:
+                await self._rewind(lease, content)
+            except LlamaslotError as error:
+                lease.content, lease.is_left_at_work = None, True
+                _not_saved(lease, kind, error)
+                if not isinstance(error, SlotWedged):
+                    return False
+                # With a plan, whoever asked for the slot counts it, as it is told to the client.
+                if lease.plan is None:
+                    self.metrics.wedged.inc()
+                raise
+        return True
+
+    async def _rewind(self, lease: Lease, content: Content) -> None:
+        """Go back to the end of the slot's prompt. Raises LlamaslotError: then nobody knows what the slot holds."""
+        lease.still_holds()
+        n_reused = 0
+        async with contextlib.aclosing(
+            self.api.prefill(lease.slot_id, content.tokens, content.space.lora)
+        ) as events:
+            async for event in events:
+                n_reused = event.cache
+        after = prefilled(content, content.tokens, n_reused)
+        # So few tokens before the end the checkpoint is made where they begin (seen running).
+        lease.content = replace(after, checkpoints=(*after.checkpoints, n_reused))
+
+    async def _n_held(self, lease: Lease, content: Content) -> int:
+        """What the file will hold: room is made before it is written, for the answer's tokens too."""
+        if content.is_exact or content.n_more:
+            return content.n_held
+        try:
+            infos = await self.api.slots()
+        except LlamaslotError:
+            return content.n_held
+        return max(content.n_tokens, *(info.n_tokens or 0 for info in infos if info.id == lease.slot_id))
+
+
+def _step(kind: Kind) -> str:
+    """What the journal calls it."""
+    return "keep" if kind is Kind.TRUNK else "save"
+
+
+def _planned(lease: Lease) -> set[str]:
+    """The snapshot that its own plan goes on from, which no room is made of."""
+    return {lease.plan.snapshot} if lease.plan is not None and lease.plan.snapshot else set()
+
+
+def _not_saved(lease: Lease, kind: Kind, error: Exception, seconds: float = 0.0) -> None:
+    lease.note.acted(lease.slot_id, Act(_step(kind), seconds, is_done=False))
+    if kind is Kind.TRUNK:
+        log.warning("%s: shared prefix in slot %s was not saved: %s", lease.job.id, lease.slot_name, error)
+    else:
+        log.warning(NOT_SAVED, lease.job.id, lease.slot_name, error)

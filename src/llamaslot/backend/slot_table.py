@@ -1,0 +1,423 @@
+"""What one running llama-server holds: its slots, the two prefix indexes, and what losing any of it would cost.
+
+All of it is bookkeeping without an await. A pool lives as long as the llama-server process that it describes: after a
+restart there is a new one, and what the old one's leases still do to their slots has no effect any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+from llamaslot.backend.assist import LostSlots
+from llamaslot.backend.candidates import MIN_WORTH_TOKENS, N_COVERING, Offers
+from llamaslot.backend.pending import Leaving, Passing
+from llamaslot.cache.content import NOTHING, Content, Kind
+from llamaslot.cache.ids import common, count, head
+from llamaslot.cache.namespaces import InSpaces, Space, mark
+from llamaslot.cache.prefix_index import PrefixIndex
+from llamaslot.cache.reuse import Memory, Recall, checkpoints_after
+from llamaslot.scheduling.answer_length import AnswerLength
+from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.eviction import Standing
+from llamaslot.scheduling.placement import PoolView, Rules, SlotView, is_other, weight
+from llamaslot.scheduling.plan import Keep, Plan, Save
+from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.save_policy import Unsaved, is_worth
+from llamaslot.scheduling.slots import Event, Slot, State
+from llamaslot.store import Snapshot, WithTokens
+from llamaslot.store.model_snapshots import Library
+
+DRAIN_S = 0.4  # what it usually takes until the server has noticed that a client has gone
+
+
+@dataclass(slots=True)
+class Busy:
+    """``ready_at``: when its steps are through and an answer begins, if any, of ``max_tokens`` at most if that
+    is known. ``will_hold`` is computed in ``space``."""
+
+    ready_at: float
+    has_answer: bool
+    will_hold: bytes
+    space: Space
+    max_tokens: int | None = None
+    is_at_work: bool = False  # it drains, and the server was seen to work in it
+
+    def wait_s(self, now: float, answers: AnswerLength, *, is_draining: bool) -> float:
+        wait_s = max(self.ready_at - now, DRAIN_S if is_draining else 0.0)
+        if self.has_answer:
+            wait_s += answers.seconds_left(max(now - self.ready_at, 0.0), self.max_tokens)
+        return wait_s
+
+
+class Pool:
+    """Slots and snapshots of one llama-server process. Not thread-safe: the event loop only."""
+
+    is_assisted = True  # llamaslot chooses slots
+
+    def __init__(self, backend: str, n_slots: int, n_ctx: int, *, rules: Rules, rates: Rates) -> None:
+        self.backend, self.n_ctx, self.rules, self.rates = backend, n_ctx, rules, rates
+        self.can_save, self.can_erase = False, False
+        self.recall = Recall(predictions=rates.predictions)
+        self.is_memory_sure = False  # the GGUF says so too: a short probe does not leave a sliding window
+        self.slots = [Slot(backend, i) for i in range(n_slots)]
+        self.is_current = True
+        self.lost_slots = LostSlots()
+        self.n_batch = 0  # tokens of a prompt that the server computes at once, once that has been seen
+        self._index: PrefixIndex[int] = PrefixIndex()
+        self._residents = InSpaces(self._index, self._space_of)
+        self._passing = Passing()
+        self.offer(Library())
+        self._busy: dict[int, Busy] = {}
+
+    def offer(self, library: Library) -> None:
+        """From now on the snapshots in ``library`` are found; it is shared with the pools before and after this one."""
+        self._snapshots, self._snapshot_index = library.snapshots, library.in_spaces
+        self.library = library
+        self._offers = Offers(library, self._passing, self.rates, self.recall)
+
+    @property
+    def memory(self) -> Memory:
+        return self.recall.memory
+
+    @memory.setter
+    def memory(self, memory: Memory) -> None:
+        self.recall.memory = memory
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    @property
+    def long_s(self) -> float:
+        """Prefills that take longer are computed ahead of their requests, in turn with those of others."""
+        return self.rules.long_s(self.rates.request.seconds)
+
+    def view(
+        self, job: Job, now: float, reserved: Mapping[int, float], *, is_patient: bool = True
+    ) -> PoolView:
+        """The pool as ``job`` sees it; without patience nothing that is still to be computed. Changes nothing."""
+        shared = {hit.holder: hit.n_shared for hit in self._residents.match(job.tokens, job.reads)}
+        found = self._offers.found(job) if self.can_save else []
+        if not is_patient:
+            found = [hit for hit in found if self.trunk_to_come(hit.holder) is None]
+        residents = [(n, partial(self._residents.tokens, slot)) for slot, n in shared.items()]
+        branch = self._offers.branch(residents, found)
+        n_alike = max(branch, job.n_system, self._offers.trunk(found))
+        slots = [self._slot_view(slot, shared.get(slot.id, 0), job, now) for slot in self.slots]
+        begin_so = [slot for slot in slots if slot.n_shared >= job.n_system and is_other(slot, job.n_system)]
+        return PoolView(
+            slots=tuple(replace(slot, is_other=True) if is_other(slot, n_alike) else slot for slot in slots),
+            snapshots=tuple(self._offers.views(found, job.n_tokens, now)),
+            prefill_s=self.rates.prefill.seconds,
+            reserved=reserved,
+            can_erase=self.can_erase,
+            trunks=self._offers.trunks(job, branch, is_second=bool(begin_so)) if self.can_save else (),
+            is_rewindable=self.recall.is_rewindable,
+            request_s=self.rates.request.seconds,
+        )
+
+    def _slot_view(self, slot: Slot, n_shared: int, job: Job, now: float) -> SlotView:
+        content = slot.content
+        if slot.is_idle:
+            n_usable = self.recall.likely_of_slot(content, n_shared, job.n_tokens)
+            delay_s = self.rates.save_delay.seconds
+            is_worth = self.is_worth_saving(slot, delay_s)
+            return SlotView(
+                id=slot.id,
+                state=slot.state,
+                n_tokens=content.n_tokens,
+                n_shared=n_shared,
+                n_usable=n_usable,
+                save_s=self.save_s(content) + delay_s if is_worth else 0.0,
+                is_worth_saving=is_worth,
+                regret_s=self.regret_s(slot, is_worth) * weight(now - slot.used_at),
+                used_at=slot.used_at,
+                is_foreign=not job.may_use(content),
+            )
+        busy = self._busy[slot.id]
+        n_held = count(busy.will_hold)
+        # Its own prompt's checkpoints are not there yet; what is said of a busy slot is an estimate anyway.
+        n_usable = min(n_shared, job.n_tokens - 1) if job.n_tokens else 0
+        return SlotView(
+            id=slot.id,
+            state=slot.state,
+            n_tokens=n_held,
+            n_shared=n_shared,
+            n_usable=n_usable,
+            wait_s=busy.wait_s(now, self.rates.answer, is_draining=slot.state is State.DRAINING),
+            used_at=slot.used_at,
+        )
+
+    def missing_s(self, job: Job) -> float:
+        """What the job's prompt will take to compute, from wherever it shares most. An estimate."""
+        held = self._residents.match(job.tokens, job.reads, 1) if not job.is_cold else []
+        n_held = held[0].n_shared if held else 0
+        n_saved = self._offers.on_disk(job.tokens, job.space) if self.can_save and not job.is_cold else 0
+        return self.rates.prefill.seconds(min(max(n_held, n_saved), job.n_tokens), job.n_tokens)
+
+    def save_s(self, content: Content) -> float:
+        return self.rates.save_s(content.n_held)
+
+    def covered(self, slot: Slot) -> int:
+        """How much of what the slot holds can be had elsewhere: from another idle slot, or from a snapshot."""
+        tokens, space = slot.content.tokens, slot.content.space
+        on_disk = self._offers.on_disk(tokens, space) if self.can_save else 0
+        if self.memory is Memory.DENSE:
+            others = [other.id for other in self.slots if other is slot or not other.is_idle]
+            return max(self._residents.cover(tokens, space, exclude=others), on_disk)
+        hits = [hit for hit in self._residents.match(tokens, (space,), N_COVERING) if hit.holder != slot.id]
+        idle = [
+            (hit.n_shared, self.slots[hit.holder].content) for hit in hits if self.slots[hit.holder].is_idle
+        ]
+        n_prompt = slot.content.n_tokens + 1
+        return max([on_disk, *(self.recall.of_slot(other, n, n_prompt) for n, other in idle)])
+
+    def is_worth_saving(self, slot: Slot, delay_s: float = 0.0) -> bool:
+        """Whether it pays to write what this slot holds to disk, the answer included if that goes into the file.
+        ``delay_s``: what a request that waits for that pays beside it."""
+        content = slot.content
+        if not (self.can_save and content.is_dirty) or content.n_tokens < MIN_WORTH_TOKENS:
+            return False
+        n_covered = self._offers.on_disk(content.tokens, content.space)
+        n_saved = content.n_tokens if self.recall.is_rewound else content.n_held
+        lacking_s = self.rates.prefill.seconds(n_covered, n_saved)
+        return is_worth(Unsaved(lacking_s, self.rates.save_s(n_saved) + delay_s))
+
+    def regret_s(self, slot: Slot, is_saved: bool) -> float:
+        """What the owner of the slot's content pays when he comes back and finds it gone, in seconds."""
+        n = slot.content.n_tokens
+        if n == 0:
+            return 0.0
+        n_covered = self.covered(slot)
+        recompute_s = self.rates.prefill.seconds(min(n_covered, n), n)
+        if is_saved or (self.can_save and n_covered >= n):
+            whole_s = self.rates.prefill.seconds(0, n)
+            return min(self.rates.restore_s(n), whole_s)
+        return recompute_s
+
+    def saves_s(self, standing: Standing) -> float:
+        """What a snapshot saves each time that it is asked for: what is computed without it, by way of what others
+        hold, against its restore. 0 when it saves nothing."""
+        n, n_covered, prefill_s = standing.n_tokens, 0, self.rates.prefill.seconds
+        if standing.id in self._snapshots:
+            self.library.covers.memory = self.memory
+            n_covered = self.library.covers.n_tokens(standing.id)
+        without_s, restore_s = prefill_s(0, n), self.rates.restore.seconds
+        if n_covered:
+            without_s = min(
+                without_s, restore_s(standing.size_bytes * n_covered // n) + prefill_s(n_covered, n)
+            )
+        return max(without_s - restore_s(standing.size_bytes), 0.0)
+
+    # -- snapshots -----------------------------------------------------------------------------------------------
+
+    def add_snapshot(self, snapshot: WithTokens) -> None:
+        """Idempotent."""
+        self.library.add(snapshot)
+
+    def drop_snapshot(self, snapshot_id: str) -> None:
+        """Idempotent. A slot that came from it is the only holder now: what it holds is dirty again."""
+        self.library.drop(snapshot_id)
+        for slot in self.slots:
+            if slot.content.snapshot == snapshot_id:
+                slot.content = replace(slot.content, snapshot=None, is_dirty=True)
+
+    def agree(self, snapshots: Mapping[str, Snapshot]) -> None:
+        """Drop what is not among ``snapshots``, the ones that exist."""
+        held = {slot.content.snapshot for slot in self.slots if slot.content.snapshot is not None}
+        for snapshot_id in (self._snapshots.keys() | held) - snapshots.keys():
+            self.drop_snapshot(snapshot_id)
+
+    def snapshot(self, snapshot_id: str) -> WithTokens | None:
+        """With its tokens as the index has them: a millisecond for 60,000."""
+        if (snapshot := self._snapshots.get(snapshot_id)) is None:
+            return None
+        return snapshot.with_tokens(self._snapshot_index.tokens(snapshot_id))
+
+    def has_snapshot(self, snapshot_id: str) -> bool:
+        return snapshot_id in self._snapshots
+
+    def rivals(self, job: Job, own: int) -> list[Slot]:
+        """The slots that llama-server, which knows no spaces, may choose for ``job`` instead of its own, which has all
+        but one token of it."""
+        n = max(job.n_tokens - 1, 1)
+        return [slot for slot in self.slots if slot.id != own and self._may_hold(slot, job, n)]
+
+    def _may_hold(self, slot: Slot, job: Job, n: int) -> bool:
+        """Whether it has the first ``n`` tokens of ``job``, or will have, as far as known; of another space, or may."""
+        busy = self._busy.get(slot.id)
+        known = busy.will_hold if busy else slot.content.tokens
+        n_shared = common(known, job.tokens)
+        if slot.state is State.SUSPECT or n_shared >= n:
+            return True
+        may_go_on = n_shared == count(known) and (busy is not None or slot.content.may_hold(n))
+        return may_go_on and self.is_foreign(slot, job)
+
+    def is_foreign(self, slot: Slot, job: Job) -> bool:
+        """Whether ``job`` must not use what is in the slot, or will be. If nobody knows, it may where users share."""
+        return self._space_of(slot.id) not in job.reads
+
+    def wanted(self, job: Job) -> str | None:
+        return self._offers.wanted(job) if self.can_save else None
+
+    def pinned(self) -> list[Snapshot]:
+        return [snapshot for snapshot in self._snapshots.values() if snapshot.is_pinned]
+
+    def marked(self, snapshot: Snapshot) -> None:
+        """``snapshot`` is kept for something else than before; a conversation that has gone on from it is its own."""
+        if snapshot.id in self._snapshots:
+            self._snapshots[snapshot.id] = snapshot
+            for slot in self.slots:
+                if slot.content.snapshot == snapshot.id and slot.content.is_dirty:
+                    slot.content = replace(slot.content, snapshot=None)
+
+    def _is_trunk(self, snapshot_id: str) -> bool:
+        snapshot = self._snapshots.get(snapshot_id)
+        return snapshot is not None and snapshot.kind is Kind.TRUNK
+
+    def backing(self, besides: Slot | None) -> set[str]:
+        """The snapshots of what slots hold now: when one of them goes, its slot is dirty again."""
+        kept = (slot.content.snapshot for slot in self.slots if slot is not besides)
+        return {snapshot for snapshot in kept if snapshot is not None}
+
+    @property
+    def n_idle(self) -> int:
+        return sum(slot.is_idle for slot in self.slots)
+
+    def filled(self) -> list[Slot]:
+        """The idle slots that hold something, or may."""
+        return [slot for slot in self.slots if slot.is_idle and slot.state is not State.FREE]
+
+    # -- leases --------------------------------------------------------------------------------------------------
+
+    def take(
+        self, slot: Slot, job: Job, now: float, plan: Plan | None = None, *, has_answer: bool
+    ) -> Leaving | None:
+        """Lease ``slot`` to ``job``: from now on it counts as holding what the job will leave in it.
+
+        Content that the plan saves first becomes *leaving* in the same breath, so that its owner, asking meanwhile,
+        waits for the commit instead of computing it again.
+        """
+        old = slot.content
+        steps_s = plan.cost.steps_s if plan else self.save_s(old)
+        leaving = None
+        if plan is not None and any(isinstance(step, Save) for step in plan.steps):
+            leaving = self._passing.add(old, now + self.save_s(old))
+        if plan is not None:
+            self._expect_trunks(job, plan, now)
+        slot.become(Event.LEASE)
+        slot.leased_by = job.id
+        will_hold, space = (job.tokens, job.space) if plan is not None else (old.tokens, old.space)
+        self._busy[slot.id] = Busy(now + steps_s, has_answer, will_hold, space, job.max_tokens)
+        self._note(slot, will_hold, space)
+        return leaving
+
+    def left(self, leaving: Leaving) -> None:
+        """The save of ``leaving`` has ended, well or not. Idempotent."""
+        self._passing.end(leaving)
+
+    def _expect_trunks(self, job: Job, plan: Plan, now: float) -> None:
+        """From now on others who begin like ``job`` find the trunks that it will make, and may wait for them."""
+        for step in plan.steps:
+            if isinstance(step, Keep):
+                due_s = self.rates.prefill.seconds(plan.n_reused, step.n_tokens)
+                self.expect_trunk(job, step.n_tokens, step.slot, now + due_s)
+
+    def expect_trunk(self, job: Job, n_tokens: int, slot: int, due_at: float) -> None:
+        """``job``, which prefills in ``slot``, will keep a trunk of its first ``n_tokens``, at about ``due_at``."""
+        checkpoints = checkpoints_after((), 0, [n_tokens])
+        trunk = Content(head(job.tokens, n_tokens), checkpoints=checkpoints, space=job.space)
+        self._passing.add(trunk, due_at, slot)
+
+    def expect_no_trunk(self, slot: int, upto: int | None = None) -> bool:
+        """The trunks of up to ``upto`` tokens (None: any) that were to come from ``slot`` are there, or will not come;
+        whether one was expected. Idempotent."""
+        ended = [end for end in self._passing.trunks_of(slot) if upto is None or end.content.n_tokens <= upto]
+        for trunk in ended:
+            self._passing.end(trunk)
+        return bool(ended)
+
+    def trunks_to_come(self, slot: int) -> list[int]:
+        """Where whoever prefills in ``slot`` is to keep a trunk, in tokens, ascending."""
+        return sorted(trunk.content.n_tokens for trunk in self._passing.trunks_of(slot))
+
+    def trunk_to_come(self, holder: str | None) -> Leaving | None:
+        """The trunk of that name, if it is still to be computed."""
+        entry = self._passing.get(holder) if holder is not None else None
+        return entry if entry is not None and entry.slot is not None else None
+
+    def answering(self, slot: Slot, now: float) -> None:
+        """The steps before the answer are through."""
+        if (busy := self._busy.get(slot.id)) is not None:
+            busy.ready_at = now
+
+    def is_ready_in(self, slot: int, seconds: float, now: float) -> None:
+        """The steps before the answer are expected to take so long yet."""
+        if slot in self._busy:
+            self._busy[slot].ready_at = now + seconds
+
+    def seen_at_work(self, slot: Slot) -> None:
+        """What a client left behind in ``slot`` has arrived there: nothing of it is on its way any more."""
+        if (busy := self._busy.get(slot.id)) is not None:
+            busy.is_at_work = True
+
+    @property
+    def is_anything_on_its_way(self) -> bool:
+        """Whether something sent for a client that has gone may still begin in a slot."""
+        return any(s.state is State.DRAINING and not self._busy[s.id].is_at_work for s in self.slots)
+
+    def expect_nothing(self, slot: Slot, space: Space) -> None:
+        """A leased slot will hold what nobody knows, computed in ``space``: it is no use to wait for it."""
+        if (busy := self._busy.get(slot.id)) is not None:
+            busy.will_hold, busy.space = b"", space
+            self._note(slot, b"", busy.space)
+
+    def give_back(self, slot: Slot, event: Event, content: Content, now: float) -> None:
+        """End a lease, or the draining after one, with what the slot now holds."""
+        self.expect_no_trunk(slot.id)
+        if event is Event.KEEP and content.n_tokens == 0:
+            event = Event.EMPTY
+        if content.snapshot is not None and content.snapshot not in self._snapshots:
+            content = replace(content, snapshot=None, is_dirty=True)  # dropped while the slot was leased
+        elif content.snapshot is not None and content.is_dirty and self._is_trunk(content.snapshot):
+            content = replace(content, snapshot=None)  # a conversation of its own goes on from it
+        slot.become(event, content)
+        if event is Event.LEAVE:
+            self._busy[slot.id] = Busy(now, False, content.tokens, content.space)
+        else:
+            self._busy.pop(slot.id, None)
+            slot.leased_by = None
+            slot.used_at = now
+        self._note(slot, slot.content.tokens, slot.content.space)
+
+    def _note(self, slot: Slot, tokens: bytes, space: Space) -> None:
+        if tokens:
+            self._index.insert(slot.id, mark(space) + tokens)
+        else:
+            self._index.drop(slot.id)
+
+    def _space_of(self, slot: int) -> Space:
+        busy = self._busy.get(slot)
+        return self.slots[slot].content.space if busy is None else busy.space
+
+    # -- invariants ----------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise AssertionError naming the invariant that does not hold."""
+        self._index.check()
+        self._passing.check()
+        for slot in self.slots:
+            is_busy = slot.id in self._busy
+            assert is_busy == (not slot.is_idle), f"a slot is busy exactly while it is not idle: {slot}"
+            assert (slot.leased_by is None) == slot.is_idle, f"a leased slot has an owner: {slot}"
+            held = self._busy[slot.id].will_hold if is_busy else slot.content.tokens
+            assert (slot.id in self._index) == bool(held), f"a slot is indexed by what it holds: {slot}"
+            if held:
+                assert self._residents.tokens(slot.id) == held, f"the index holds what the slot holds: {slot}"
+            if slot.state is State.FREE:
+                assert slot.content == NOTHING, f"a free slot holds nothing: {slot}"
+            if slot.content.snapshot is not None:
+                assert slot.content.snapshot in self._snapshots, f"a slot's snapshot exists: {slot}"
+            is_trunk = slot.content.snapshot is not None and self._is_trunk(slot.content.snapshot)
+            assert not (is_trunk and slot.content.is_dirty), f"no conversation is that of a trunk: {slot}"
+        self.library.check()

@@ -1,0 +1,33 @@
+"""How many requests llama-server may have at a time, where it chooses their slots by itself."""
+
+from __future__ import annotations
+
+from llamaslot.backend.slot_table import Pool
+from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.slots import Slot
+
+_UNBOUNDED = 1 << 20
+
+
+class UnassistedPool(Pool):
+    """A slot of this pool is the right to send one request. It says nothing about what the slot of that number does in
+    llama-server. ``n_slots`` None: llama-server does not tell how many it has, and no request waits."""
+
+    is_assisted = False
+
+    def __init__(self, backend: str, n_slots: int | None, n_ctx: int, *, rules: Rules, rates: Rates) -> None:
+        super().__init__(backend, n_slots or 0, n_ctx, rules=rules, rates=rates)
+        self._is_bounded = n_slots is not None
+
+    @property
+    def n_idle(self) -> int:
+        return super().n_idle if self._is_bounded else _UNBOUNDED
+
+    def any_idle(self) -> Slot | None:
+        """A slot that is free; None while all are in use."""
+        idle = next((slot for slot in self.slots if slot.is_idle), None)
+        if idle is None and not self._is_bounded:
+            idle = Slot(self.backend, len(self.slots))
+            self.slots.append(idle)
+        return idle

@@ -1,0 +1,90 @@
+"""Saves dirty slots while nobody is waiting, so that neither an eviction nor a crash finds them unsaved."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+
+from llamaslot.backend.executor import Steps
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.save import NOT_SAVED
+from llamaslot.errors import LlamaslotError
+from llamaslot.fleet.dispatcher import Scheduler
+from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.slots import Slot, State
+from llamaslot.store import Snapshot
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 0.5
+
+
+class Writeback:
+    """One task per backend. It leases a slot only while no client wants anything, for as long as its save takes."""
+
+    def __init__(self, scheduler: Scheduler, steps: Steps, idle_save_s: float) -> None:
+        self._scheduler, self._steps, self._idle_save_s = scheduler, steps, idle_save_s
+        self._serial = itertools.count(1)
+        # What could not be saved is not tried again until it has changed.
+        self._failed: dict[Slot, bytes] = {}
+
+    async def run(self) -> None:
+        """Runs until cancelled; a save under way is then carried out."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            if self._scheduler.idle_s >= self._idle_save_s:
+                slot = self._next()
+                if slot is not None and (lease := self._lease(slot)) is not None:
+                    lease.must_give_way = self._is_somebody_here
+                    await self._save(lease)
+
+    async def save_all(self) -> int:
+        """Save every idle slot that is worth it; how many there were. For a clean stop."""
+        pool, n_saved = self._scheduler.pool, 0
+        for _ in pool.slots if pool is not None else ():  # each once, whether it could be saved or not
+            slot = self._next()
+            if slot is None or (lease := self._lease(slot)) is None:
+                break
+            n_saved += await self._save(lease) is not None
+        return n_saved
+
+    def _lease(self, slot: Slot) -> Lease | None:
+        job = Job(f"writeback-{next(self._serial)}", slot.content.tokens)
+        return self._scheduler.try_lease(slot, job)
+
+    async def _save(self, lease: Lease) -> Snapshot | None:
+        """None when it failed: then not again until the slot holds something else."""
+        assert lease.slot is not None
+        with lease:
+            slot, before = lease.slot, lease.slot.content.tokens
+            try:
+                snapshot = await self._steps.save_now(lease)
+            except LlamaslotError as error:
+                log.warning(NOT_SAVED, lease.job.id, slot.name, error)
+                snapshot = None
+            gave_way = snapshot is None and lease.must_give_way()
+        if snapshot is None and not gave_way:
+            self._failed[slot] = before
+        else:
+            self._failed.pop(slot, None)
+        return snapshot
+
+    def _is_somebody_here(self) -> bool:
+        """A client has come while room was made: his stream, or his wait, must not stand still for a save."""
+        return self._scheduler.idle_s == 0
+
+    def _next(self) -> Slot | None:
+        """The slot that would cost most to lose."""
+        pool = self._scheduler.pool
+        if pool is None:
+            return None
+        self._failed = {slot: tokens for slot, tokens in self._failed.items() if slot in pool.slots}
+        worth = [
+            slot
+            for slot in pool.slots
+            if slot.state is State.HOT
+            and self._failed.get(slot) != slot.content.tokens
+            and pool.is_worth_saving(slot)
+        ]
+        return max(worth, key=lambda slot: slot.content.n_tokens, default=None)

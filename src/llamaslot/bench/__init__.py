@@ -1,1 +1,0 @@
-"""Measurements that anybody can repeat: each module runs as ``python -m llamaslot.bench.<name>``."""

@@ -1,0 +1,251 @@
+"""The prefix index of the snapshots: what was added lately in a radix tree, the rest in a generation, if there is one.
+
+It answers as one ``PrefixIndex`` would; what has equally many tokens and shares equally many may come in another
+order. A new generation is made elsewhere, for that takes seconds:
+
+1. ``is_due`` says that it is time. ``seal`` hands out what it is made from. What is added from then on goes into a
+   new overlay; the sealed one changes no more, so that it can be read at leisure; what is dropped is noted.
+2. ``adopt`` takes the generation that was made, drops what was noted, and forgets the sealed overlay.
+   Or ``unseal``: none could be made, and all is as if nothing had been tried.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterator
+from itertools import chain, islice
+from typing import NamedTuple, Protocol
+
+from llamaslot.cache.disk_index import Frozen
+from llamaslot.cache.ids import WIDTH
+from llamaslot.cache.prefix_index import PrefixIndex, Shared
+
+NEW_MIN = 1_000  # as many additions, or a tenth of the generation: below, the radix tree alone is as good
+NEW_SHARE = 0.1
+GONE_MIN = 200  # a fifth of the smallest generation
+GONE_SHARE = 0.2
+
+
+class Layer(Protocol):
+    """What the composite needs of its parts."""
+
+    def __contains__(self, holder: object) -> bool: ...
+    def __len__(self) -> int: ...
+    def holders(self) -> Collection[str]: ...
+    def tokens(self, holder: str) -> bytes: ...
+    def drop(self, holder: str) -> None: ...
+    def match(self, query: bytes, limit: int | None = None) -> list[Shared[str]]: ...
+    def hits(self, query: bytes) -> Iterator[Shared[str]]: ...
+    def longest_full_prefix(self, query: bytes, exclude: Collection[str] = ()) -> Shared[str] | None: ...
+    def check(self) -> None: ...
+
+
+class Sealed:
+    """An overlay that somebody reads: what is dropped from it is only left out of the answers."""
+
+    def __init__(self, index: PrefixIndex[str]) -> None:
+        self.index = index
+        self.gone: set[str] = set()
+
+    def __contains__(self, holder: object) -> bool:
+        return holder in self.index and holder not in self.gone
+
+    def __len__(self) -> int:
+        return len(self.index) - len(self.gone)
+
+    def holders(self) -> Collection[str]:
+        return self.index.holders() - self.gone
+
+    def tokens(self, holder: str) -> bytes:
+        if holder in self.gone:
+            raise KeyError(holder)
+        return self.index.tokens(holder)
+
+    def drop(self, holder: str) -> None:
+        if holder in self.index:
+            self.gone.add(holder)
+
+    def match(self, query: bytes, limit: int | None = None) -> list[Shared[str]]:
+        return list(islice(self.hits(query), None if limit is None else max(limit, 0)))
+
+    def hits(self, query: bytes) -> Iterator[Shared[str]]:
+        return (hit for hit in self.index.hits(query) if hit.holder not in self.gone)
+
+    def longest_full_prefix(self, query: bytes, exclude: Collection[str] = ()) -> Shared[str] | None:
+        return self.index.longest_full_prefix(query, {*self.gone, *exclude} if exclude else self.gone)
+
+    def check(self) -> None:
+        self.index.check()
+        assert self.gone <= self.index.holders(), "what is dropped from the sealed overlay was in it"
+
+
+class Sowing(NamedTuple):
+    """What a new generation is made from: the old one without ``gone``, and an overlay that changes no more."""
+
+    added: PrefixIndex[str]
+    gone: tuple[str, ...]
+
+
+class Layered:
+    """Several indexes that answer as one ``PrefixIndex`` would. Each holder is in one of them."""
+
+    def _layers(self) -> list[Layer]:
+        raise NotImplementedError
+
+    def __contains__(self, holder: object) -> bool:
+        return any(holder in layer for layer in self._layers())
+
+    def __len__(self) -> int:
+        return sum(map(len, self._layers()))
+
+    def holders(self) -> set[str]:
+        return set().union(*(layer.holders() for layer in self._layers()))
+
+    def tokens(self, holder: str) -> bytes:
+        """The sequence of ``holder``. Raises KeyError for an unknown one."""
+        for layer in self._layers():
+            if holder in layer:
+                return layer.tokens(holder)
+        raise KeyError(holder)
+
+    def match(self, query: bytes, limit: int | None = None) -> list[Shared[str]]:
+        """As ``PrefixIndex.match``."""
+        layers = self._layers()
+        if len(layers) == 1:
+            return layers[0].match(query, limit)
+        if limit is None:
+            return sorted(chain.from_iterable(layer.match(query) for layer in layers), key=_order)
+        return list(islice(self.hits(query), max(limit, 0)))
+
+    def hits(self, query: bytes) -> Iterator[Shared[str]]:
+        """As ``PrefixIndex.hits``."""
+        layers = self._layers()
+        if len(layers) == 1:
+            return layers[0].hits(query)
+        return heapq.merge(*(layer.hits(query) for layer in layers), key=_order)
+
+    def cover(self, tokens: bytes, exclude: Collection[str] = ()) -> int:
+        """As ``PrefixIndex.cover``."""
+        firsts = (
+            next((hit.n_shared for hit in layer.hits(tokens) if hit.holder not in exclude), 0)
+            for layer in self._layers()
+        )
+        return max(firsts)
+
+    def longest_full_prefix(self, query: bytes, exclude: Collection[str] = ()) -> Shared[str] | None:
+        """As ``PrefixIndex.longest_full_prefix``."""
+        found = [layer.longest_full_prefix(query, exclude) for layer in self._layers()]
+        return max((hit for hit in found if hit is not None), key=lambda hit: hit.n_tokens, default=None)
+
+    def check(self) -> None:
+        """Raise AssertionError with the name of the first invariant that does not hold."""
+        for layer in self._layers():
+            layer.check()
+        assert len(self.holders()) == len(self), "each holder is in one layer"
+
+
+class Joined(Layered):
+    """What is in any of ``layers``. It is read through this, and changed in the layers themselves."""
+
+    def __init__(self, *layers: Layer) -> None:
+        self.layers = layers
+
+    def __repr__(self) -> str:
+        return f"<Joined {self.layers}>"
+
+    def _layers(self) -> list[Layer]:
+        return [layer for layer in self.layers if len(layer)] or [self.layers[0]]
+
+
+class SnapshotIndex(Layered):
+    """Snapshots by their tokens. Not thread-safe: it belongs to the event loop."""
+
+    def __init__(self, base: Frozen | None = None) -> None:
+        self.base = base
+        self._overlay: PrefixIndex[str] = PrefixIndex()
+        self._sealed: Sealed | None = None
+        self._noted: set[str] = set()  # dropped from the base or the sealed overlay since ``seal``
+        self._n_sown = 0  # what the next generation should have
+        self._n_stay = 0  # in the overlay because the last generation could not take them
+
+    def __repr__(self) -> str:
+        sealed = f", {len(self._sealed)} sealed" if self._sealed else ""
+        return f"<SnapshotIndex {len(self._overlay)} new{sealed}, base {self.base}>"
+
+    def _layers(self) -> list[Layer]:
+        layers: list[Layer] = [self._overlay]
+        if self._sealed is not None:
+            layers.append(self._sealed)
+        if self.base is not None:
+            layers.append(self.base)
+        return layers
+
+    def insert(self, holder: str, tokens: bytes) -> None:
+        """As ``PrefixIndex.insert``."""
+        if len(tokens) % WIDTH == 0:
+            self.drop(holder)
+        self._overlay.insert(holder, tokens)
+
+    def drop(self, holder: str) -> None:
+        """``holder`` has nothing any more. Idempotent."""
+        for layer in self._layers():
+            if holder in layer:
+                layer.drop(holder)
+                if self._sealed is not None and layer is not self._overlay:
+                    self._noted.add(holder)
+
+    # -- generations -----------------------------------------------------------------------------------------------
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for a new generation."""
+        if self._sealed is not None:
+            return False
+        n_new, n_all, n_gone = len(self._overlay) - self._n_stay, 0, 0  # fewer than new if some of these went
+        if self.base is not None:
+            n_gone = len(self.base.gone)
+            n_all = len(self.base) + n_gone
+        return n_new > max(NEW_MIN, NEW_SHARE * n_all) or n_gone > max(GONE_MIN, GONE_SHARE * n_all)
+
+    def seal(self) -> Sowing:
+        """Begin a generation. ``adopt`` or ``unseal`` must follow."""
+        assert self._sealed is None, "one generation at a time"
+        self._n_sown = len(self)
+        self._sealed, self._overlay = Sealed(self._overlay), PrefixIndex()
+        return Sowing(self._sealed.index, tuple(self.base.gone) if self.base is not None else ())
+
+    def adopt(self, base: Frozen) -> None:
+        """``base`` was made from what ``seal`` gave. What it could not take stays in the overlay."""
+        assert self._sealed is not None, "a generation was begun"
+        stay: list[tuple[str, bytes]] = []
+        if len(base) != self._n_sown:
+            for layer in self._layers()[1:]:
+                stay += [(holder, layer.tokens(holder)) for holder in layer.holders() if holder not in base]
+        for holder in self._noted:
+            base.drop(holder)
+        for holder, tokens in stay:
+            self._overlay.insert(holder, tokens)
+        self._n_stay = len(stay)
+        self.base, self._sealed = base, None
+        self._noted.clear()
+
+    def unseal(self) -> None:
+        """No generation was made. Idempotent."""
+        if self._sealed is None:
+            return
+        index = self._sealed.index
+        for holder in self._sealed.gone:
+            index.drop(holder)
+        for holder in self._overlay.holders():
+            index.insert(holder, self._overlay.tokens(holder))
+        self._overlay, self._sealed = index, None
+        self._noted.clear()
+
+    def check(self) -> None:
+        """Raise AssertionError with the name of the first invariant that does not hold."""
+        super().check()
+        assert not (self._noted and self._sealed is None), "notes are taken while a generation is made"
+
+
+def _order(hit: Shared[str]) -> tuple[int, int]:
+    return -hit.n_shared, hit.n_tokens

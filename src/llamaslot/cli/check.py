@@ -1,0 +1,245 @@
+"""``serve --check``: the configuration, and whether the user that will serve can use what it names.
+
+Root may read and write everything, so a check by root finds nothing that is closed to the service's user. ``--as USER``
+checks in a process of that user; without it owners and modes tell what nobody but root can use.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llamaslot.config.faults import read_yaml
+from llamaslot.config.load import Config
+from llamaslot.errors import ConfigError
+from llamaslot.store.directory import HITS_NAME, LOCK_NAME
+from llamaslot.store.quota import beyond_disk
+from llamaslot.store.scan import list_own, size_bytes
+
+_ROOTS_META_DIR = "/var/lib/llamaslot"  # of the unit: what StateDirectory= makes
+_SHARED = (
+    "docs/install.md has the commands: a group for both processes, directories with mode 2770, umask 0007"
+)
+_WORDS = {os.R_OK: "read", os.W_OK: "write", os.X_OK: "enter"}
+
+
+@dataclass(slots=True)
+class Checked:
+    """``faults`` keep it from serving, or from serving as it should; ``notes`` are worth knowing."""
+
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def check(path: Path) -> Checked:
+    """All that can be found out as the user of this process. Raises ConfigError with the faults of the file itself, and
+    what can be seen of its directories all the same."""
+    try:
+        config = Config.load(path)
+    except ConfigError as error:
+        raise ConfigError(error.source, [*error.faults, *_unusable_as_written(path)]) from None
+    checked = Checked(list(_unusable(config)))
+    directory = config.backend.slot_save_path
+    if directory is not None and directory.is_dir() and os.access(directory, os.R_OK | os.X_OK):
+        store = config.store
+        n_held = sum(size_bytes(directory, id_) for id_ in list_own(directory).suffixes)
+        note = beyond_disk(store.quota, store.min_free, directory, n_held)
+        checked.notes += [note] if note else []
+    if os.geteuid() == 0:
+        checked.notes += _only_for_root(path, config)
+        checked.notes.append(
+            "checked as root, who may use everything: --as USER checks as the user that will serve (llamaslot, in"
+            " docs/llamaslot.service)"
+        )
+    return checked
+
+
+# -- as this user --------------------------------------------------------------------------------------------------
+
+
+def _unusable(config: Config) -> Iterator[str]:
+    """What this user cannot use. Files that are only read were read with the configuration."""
+    backend, meta_dir = config.backend, config.store.meta_dir
+    made = [("store.meta_dir", meta_dir)]  # at the start
+    if backend.slot_save_path is not None:
+        key = "backends[0].slot_save_path"
+        if backend.managed is not None:
+            made.append((key, backend.slot_save_path))
+        elif fault := _closed(backend.slot_save_path, os.R_OK | os.W_OK | os.X_OK):
+            yield f"{key}: {fault}"
+        else:
+            yield from _closed_within(key, backend.slot_save_path, ("ls-", LOCK_NAME, HITS_NAME))
+    for key, path in made:
+        above = next((at for at in (path, *path.parents) if os.path.lexists(at)), path)
+        if fault := _closed(above, os.W_OK | os.X_OK | (os.R_OK if above == path else 0)):
+            is_made = "" if above == path else f"{path} is made at the start, and "
+            yield f"{key}: {is_made}{fault}"
+        elif above == path:
+            yield from _closed_within(key, path, (f"{backend.name}.",))
+    if backend.managed is not None and backend.managed.command is None:
+        model = Path(backend.managed.model)
+        if model.is_absolute() and (fault := _closed(model, os.R_OK)):
+            yield f"backends[0].managed.model: {fault}"
+
+
+def _unusable_as_written(path: Path) -> Iterator[str]:
+    """Of a file that has faults, a key that cannot be read for one: whether the directory that it names can be used."""
+    try:
+        backend = read_yaml(path)["backends"][0]
+        named = backend["slot_save_path"] if "url" in backend else None  # of a managed one it is made
+    except (ConfigError, LookupError, TypeError):
+        return
+    if isinstance(named, str) and named:
+        directory = path.absolute().parent / os.path.expanduser(named)
+        if fault := _closed(directory, os.R_OK | os.W_OK | os.X_OK):
+            yield f"backends[0].slot_save_path: {fault}"
+
+
+def _closed(path: Path, need: int) -> str | None:
+    """Why this user cannot use ``path`` as it ``need``s to; None when it can."""
+    if not path.exists():
+        if any(not os.access(above, os.X_OK) for above in path.parents if above.exists()):
+            return f"{_user()} cannot reach {path}: it may not enter a directory above it. {_SHARED}"
+        return f"there is no {path}: make it, or mount it here. {_SHARED}"
+    if need & os.W_OK and not path.is_dir():
+        return f"{path} is not a directory"
+    if os.access(path, need):
+        return None
+    missing = [word for bit, word in _WORDS.items() if need & bit and not os.access(path, bit)]
+    return f"{_user()} may not {' and '.join(missing)} {path} ({_owner(path)}). {_SHARED}"
+
+
+def _closed_within(key: str, directory: Path, prefixes: tuple[str, ...]) -> Iterator[str]:
+    """Files of llamaslot's that somebody else has left there: root, who has tried it once, for one."""
+    closed = [
+        Path(entry.path)
+        for entry in os.scandir(directory)
+        if entry.name.startswith(prefixes)
+        and entry.is_file()
+        and not os.access(entry.path, os.R_OK | (0 if entry.name.startswith("ls-") else os.W_OK))
+    ]
+    if closed:
+        first = min(closed)
+        more = f" and {len(closed) - 1} more files" if len(closed) > 1 else ""
+        yield f"{key}: {_user()} may not use {first}{more} ({_owner(first)}): give them to it, or remove them"
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return f"user {os.geteuid()}"
+
+
+def _owner(path: Path) -> str:
+    status = path.stat()
+    try:
+        user = pwd.getpwuid(status.st_uid).pw_name
+    except KeyError:
+        user = str(status.st_uid)
+    try:
+        group = grp.getgrgid(status.st_gid).gr_name
+    except KeyError:
+        group = str(status.st_gid)
+    return f"it belongs to {user}:{group}, mode {stat.S_IMODE(status.st_mode):o}"
+
+
+# -- what owners and modes tell root -------------------------------------------------------------------------------
+
+
+def _only_for_root(path: Path, config: Config) -> Iterator[str]:
+    """What nobody but root can use, whoever the service's user is."""
+    auth, tls, backend = config.auth, config.listen.tls, config.backend
+    read = {
+        "the configuration": path.absolute(),
+        "auth.keys_file": auth.keys_file,
+        "auth.admin_key_file": auth.admin_key_file,
+        "backends[0].api_key_file": backend.api_key_file,
+        "listen.tls.cert": tls.cert if tls is not None else None,
+        "listen.tls.key": tls.key if tls is not None else None,
+        **{f"prewarm[{i}]": file for i, file in enumerate(config.prewarm)},
+    }
+    for key, file in read.items():
+        if file is not None and _is_roots_alone(file, os.R_OK):
+            yield f"{key}: only root can read {file} ({_owner(file)})"
+    written = {"store.meta_dir": config.store.meta_dir, "backends[0].slot_save_path": backend.slot_save_path}
+    for key, directory in written.items():
+        if directory is not None and directory.exists() and _is_roots_alone(directory, os.W_OK):
+            yield f"{key}: only root can write to {directory} ({_owner(directory)})"
+    if _is_roots_alone(python := Path(sys.executable).resolve(), os.X_OK):
+        yield _no_python("only root can run", python)
+
+
+def _no_python(who_cannot: str, python: Path) -> str:
+    return (
+        f"{who_cannot} {python}, the Python of this llamaslot: make its venv with one outside of a home directory"
+        " (apt install python3-venv; /usr/bin/python3 -m venv --clear /opt/llamaslot)"
+    )
+
+
+def _is_roots_alone(path: Path, need: int) -> bool:
+    """Whether the modes of ``path`` and of what is above it leave nobody but root a way to it."""
+    wanted = [(path, need), *((above, os.X_OK) for above in path.absolute().parents)]
+    return not all(_is_open(at, bit) for at, bit in wanted)
+
+
+def _is_open(path: Path, bit: int) -> bool:
+    """To somebody other than root: whoever is in no group, in a group, or owns it."""
+    status = path.stat()
+    of_group = bit << 3 if status.st_gid != 0 else 0
+    of_owner = bit << 6 if status.st_uid != 0 else 0
+    return bool(status.st_mode & (bit | of_group | of_owner))
+
+
+# -- as another user -----------------------------------------------------------------------------------------------
+
+
+def check_as(path: Path, who: str) -> tuple[int, str]:
+    """The exit code of ``serve --check`` run by ``who`` (``USER`` or ``USER:GROUP``), and all that it says.
+
+    It has that user's groups and home, and what the unit gives it: /var/lib/llamaslot as its state directory, unless
+    $STATE_DIRECTORY names another. Raises ConfigError when there is no such user, or it cannot run llamaslot at all.
+    """
+    name, _, group = who.partition(":")
+    try:
+        user = pwd.getpwnam(name)
+        gid = grp.getgrnam(group).gr_gid if group else user.pw_gid
+    except KeyError:
+        raise ConfigError("--as", [f"there is no user or group {who!r} on this machine"]) from None
+    if os.geteuid() not in (0, user.pw_uid):
+        raise ConfigError("--as", [f"only root can check as {name}: sudo, or run it as {name} without --as"])
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "SUDO_"))
+    }
+    environment |= {"HOME": user.pw_dir, "USER": name, "LOGNAME": name}
+    environment.setdefault("STATE_DIRECTORY", _ROOTS_META_DIR)
+    is_other = os.geteuid() != user.pw_uid
+    python = Path(sys.executable)
+    try:
+        done = subprocess.run(
+            [python, "-m", "llamaslot", "serve", "--check", "--config", path.absolute()],
+            user=user.pw_uid if is_other else None,
+            group=gid if is_other else None,
+            extra_groups=os.getgrouplist(name, gid) if is_other else None,
+            cwd="/",
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        raise ConfigError(f"as {name}", [_no_python(f"{name} cannot run", python.resolve())]) from None
+    said = done.stdout + done.stderr
+    if done.returncode not in (0, 2):  # Python itself, or what it should import, is closed to that user
+        raise ConfigError(
+            f"as {name}", [f"llamaslot cannot be run by {name}: {(said.splitlines() or ['?'])[-1]}"]
+        )
+    return done.returncode, said

@@ -1,0 +1,114 @@
+"""Which snapshots may go: what a configuration and what was learned say about a directory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from llamaslot.config.load import Config
+from llamaslot.llama.identity import Identity
+from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.eviction import ByValue, Returns, Standing
+from llamaslot.store.directory import DirectoryUnusable
+from llamaslot.store.entries import Shelf
+from llamaslot.store.inventory import Item
+from llamaslot.store.quota import Limits
+from llamaslot.store.sidecar import Snapshot, readable
+
+_OURS, _OTHERS = "served last", "another"
+
+
+@dataclass(frozen=True, slots=True)
+class Doomed:
+    item: Item
+    why: str
+
+    @property
+    def row(self) -> tuple[str, str, str]:
+        return self.item.id, readable(self.item.size_bytes), self.why
+
+
+@dataclass(frozen=True, slots=True)
+class Shop:
+    """A directory with its limits, and what llamaslot has learned there. ``model`` is the one that was served last,
+    None when it has not met one yet."""
+
+    directory: Path
+    limits: Limits
+    now: float
+    model: Identity | None
+    rates: Rates
+    returns: Returns
+
+    @classmethod
+    def of(cls, config: Config, now: float) -> Shop:
+        """Raises DirectoryUnusable when the configuration names no directory. Blocking."""
+        backend, store = config.backend, config.store
+        if backend.slot_save_path is None:
+            raise DirectoryUnusable("backends[0].slot_save_path is not set: nothing is kept on disk")
+        rates = Rates.from_json(_read(store.meta_dir / f"{backend.name}.rates.json"))
+        returns = Returns.from_json(_read(store.meta_dir / f"{backend.name}.returns.json"))
+        limits = Limits(store.quota, store.max_files, store.min_free)
+        return cls(backend.slot_save_path, limits, now, Identity.from_text(rates.model), rates, returns)
+
+    def is_ours(self, item: Item) -> bool:
+        """Whether the model that was served last can use it; true as well while none is known."""
+        if item.noted is None or self.model is None:
+            return True
+        other = Identity.from_text(item.noted.fingerprint)
+        return other is not None and self.model.is_same(other)
+
+    def saves_s(self, standing: Standing) -> float:
+        """What it saves each time, without a look at what others hold."""
+        return self.rates.prefill.seconds(0, standing.n_tokens) - self.rates.restore.seconds(
+            standing.size_bytes
+        )
+
+
+def too_much(shop: Shop, items: list[Item]) -> list[Doomed]:
+    """Those worth least, as far as there is more than the configuration allows: bytes, files, or too little free."""
+    order = ByValue(shop.returns)
+    order.saves_s = shop.saves_s
+    shelf = Shelf(order)
+    shelf.fingerprint = _OURS if shop.model is not None else None
+    for item in items:
+        noted = item.noted
+        assert noted is not None, "what is whole has a sidecar"
+        snapshot = Snapshot(
+            id=item.id,
+            n_tokens=noted.n_tokens,
+            digest="",
+            size_bytes=item.size_bytes,
+            fingerprint=_OURS if shop.is_ours(item) else _OTHERS,
+            created_at=noted.created_at,
+            checkpoints=noted.checkpoints,
+            source=noted.source,
+            kind=noted.kind,
+            is_pinned=noted.is_pinned,
+            space=noted.space,
+        )
+        n_hits, is_branched = item.hits
+        shelf.add(snapshot, shop.now, last_used=item.last_used, n_hits=n_hits, is_branched=is_branched)
+    size_bytes = sum(item.size_bytes for item in items)
+    found = os.statvfs(shop.directory)
+    short = {
+        "store.quota": size_bytes - shop.limits.quota_bytes,
+        "store.min_free": shop.limits.min_free_bytes - found.f_bavail * found.f_frsize,
+    }
+    n_short = len(items) - shop.limits.max_files
+    over = [key for key, n in (*short.items(), ("store.max_files", n_short)) if n > 0]
+    why = f"worth least: {' and '.join(over)}"
+    by_id = {item.id: item for item in items}
+    victims = shelf.victims(max(short.values()), n_short, (), shop.now)
+    return [Doomed(by_id[victim.id], why) for victim in victims]
+
+
+def _read(file: Path) -> Any:
+    try:
+        return orjson.loads(file.read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return None

@@ -1,0 +1,132 @@
+"""Faults that no setting has by itself. Reads raw data of any shape: what is wrong with that is found elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationInfo
+
+from llamaslot.config.faults import Loc
+from llamaslot.config.values import LOOPBACK, anchored
+from llamaslot.errors import LlamaslotError
+from llamaslot.llama.managed.process import EMBEDDED_MODEL, smollm2_path
+
+
+def wrong_together(raw: Any, info: ValidationInfo) -> Iterator[tuple[Loc, str]]:
+    """Faults that no value has by itself. Reads raw data of any shape: what is wrong with that is found elsewhere."""
+    if not isinstance(raw, dict):
+        return
+    yield from _wrong_doors(raw)
+    if not isinstance(backends := raw.get("backends"), list | tuple):
+        return
+    if not backends:
+        yield ("backends",), "is empty: one backend is needed, with url or managed"
+    if len(backends) > 1:
+        yield ("backends",), f"one backend for now, not {len(backends)}"
+    listen = raw.get("listen")
+    own_port = listen.get("port", 8081) if isinstance(listen, dict) else 8081
+    for i, backend in enumerate(backends):
+        if isinstance(backend, dict):
+            if raw.get("prewarm") and not backend.get("managed") and backend.get("slot_save_path") is None:
+                yield (
+                    ("prewarm",),
+                    f"needs backends[{i}].slot_save_path: what is computed ahead is kept there",
+                )
+            for key, message in _wrong_in_backend(backend, own_port, info):
+                yield ("backends", i, *key), message
+
+
+def _wrong_doors(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
+    """Whoever can reach the port can use the model, unless there are keys."""
+    listen, auth = (
+        section if isinstance(section := raw.get(name), dict) else {} for name in ("listen", "auth")
+    )
+    if auth.get("admin_key") is not None and auth.get("admin_key_file") is not None:
+        yield (
+            ("auth", "admin_key_file"),
+            "not together with admin_key; the file keeps the key out of this one",
+        )
+    host = listen.get("host", "127.0.0.1")
+    # As pydantic reads what is true; what is neither is a fault of its own.
+    is_anonymous = str(auth.get("allow_anonymous", "")).lower() in ("true", "1", "1.0", "on", "yes", "y", "t")
+    if not isinstance(host, str) or not host or auth.get("keys_file") is not None or is_anonymous:
+        return
+    try:
+        if not _is_loopback(host):
+            yield (
+                ("listen", "host"),
+                f"{host} can be reached from other machines, and no key is required: make keys with 'llamaslot keys "
+                "add NAME' and set auth.keys_file to their file, or set auth.allow_anonymous: true",
+            )
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not a host name"
+        yield ("listen", "host"), f"{host} is not known: {why}"
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether all addresses of a host are this machine's own. Raises OSError and UnicodeError for no host."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return all(ipaddress.ip_address(str(address[0])).is_loopback for *_, address in found)
+
+
+def _wrong_in_backend(
+    backend: dict[str, Any], own_port: object, info: ValidationInfo
+) -> Iterator[tuple[Loc, str]]:
+    url, managed = backend.get("url"), backend.get("managed")
+    if url is not None and managed is not None:
+        yield (
+            ("managed",),
+            "not together with url: llamaslot starts a llama-server (managed) or finds one (url)",
+        )
+    if url is None and managed is None:
+        yield (), "needs url (where a llama-server runs) or managed (how to run one)"
+    if backend.get("api_key") is not None and backend.get("api_key_file") is not None:
+        yield ("api_key_file",), "not together with api_key; the file keeps the key out of this one"
+    if isinstance(url, str) and url.rstrip("/").endswith(tuple(f"//{host}:{own_port}" for host in LOOPBACK)):
+        yield (
+            ("url",),
+            f"is llamaslot's own address: llama-server needs another port than listen.port {own_port}",
+        )
+    if isinstance(managed, dict):
+        for key, message in _wrong_in_managed(managed, own_port, info):
+            yield ("managed", key), message
+
+
+def _wrong_in_managed(
+    managed: dict[str, Any], own_port: object, info: ValidationInfo
+) -> Iterator[tuple[str, str]]:
+    if managed.get("port") is not None and managed["port"] == own_port:
+        yield "port", "is listen.port too; without it a free one is taken"
+    command, model = managed.get("command"), managed.get("model")
+    if command is None:
+        if importlib.util.find_spec("xllamacpp") is None:
+            yield (
+                "command",
+                "is not set, and the embedded engine is not installed: pip install 'llamaslot[embedded]'",
+            )
+        # With a command the model may lie where only that command sees it (a container).
+        if (
+            isinstance(model, str)
+            and model not in ("", EMBEDDED_MODEL)
+            and not anchored(Path(model), info).is_file()
+        ):
+            yield "model", f"there is no such file: {anchored(Path(model), info)}"
+    elif (program := _first_word(command)) and shutil.which(program) is None:
+        yield "command", f"there is no program {program} (in PATH, if it has no slash)"
+    if model == EMBEDDED_MODEL:
+        try:
+            smollm2_path()
+        except LlamaslotError as error:
+            yield "model", str(error)
+
+
+def _first_word(command: object) -> str | None:
+    """The program in a command of either form; None where the command has a fault of its own."""
+    words = command.split() if isinstance(command, str) else command
+    return words[0] if isinstance(words, list) and words and isinstance(words[0], str) else None

@@ -1,0 +1,129 @@
+"""config.yaml: the settings as one frozen model, and every fault at once with its path in the file.
+
+Settings are composed here; a room that has settings of its own keeps its model beside the code that uses it.
+Relative paths in the file start at the file's own directory. docs/configuration.md describes each key.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails
+
+from llamaslot.config.cross_checks import wrong_together
+from llamaslot.config.faults import fault_lines, read_yaml
+from llamaslot.config.sections import (
+    AuthConfig,
+    BackendConfig,
+    CacheConfig,
+    ListenConfig,
+    LogConfig,
+    PassthroughConfig,
+    PrefillConfig,
+    QueueConfig,
+    RoutingConfig,
+    ShutdownConfig,
+    StoreConfig,
+    StreamConfig,
+    TimeoutsConfig,
+    default_meta_dir,
+)
+from llamaslot.config.values import GUARDED_ROUTES, FilePath, Section, chat_file, parse_size
+from llamaslot.errors import ConfigError
+from llamaslot.formats.rewrite import RewriteRule, distinct, in_force, is_ready, ready
+
+_NOTHING: dict[str, Any] = {
+    "prewarm": (),
+    "rewrite": (),
+    "rewrite_off": (),
+}  # lists, where all others are mappings
+
+
+class Config(Section):
+    """The whole file. ``backends`` has exactly one entry; several are for a later version."""
+
+    listen: ListenConfig = ListenConfig()
+    backends: tuple[BackendConfig, ...]
+    store: StoreConfig = Field(default_factory=StoreConfig)
+    routing: RoutingConfig = RoutingConfig()
+    cache: CacheConfig = CacheConfig()
+    prefill: PrefillConfig = PrefillConfig()
+    queue: QueueConfig = QueueConfig()
+    timeouts: TimeoutsConfig = TimeoutsConfig()
+    stream: StreamConfig = StreamConfig()
+    passthrough: PassthroughConfig = PassthroughConfig()
+    auth: AuthConfig = AuthConfig()
+    shutdown: ShutdownConfig = ShutdownConfig()
+    log: LogConfig = LogConfig()
+    prewarm: tuple[Annotated[FilePath, AfterValidator(chat_file)], ...] = ()
+    rewrite: Annotated[
+        tuple[Annotated[RewriteRule, BeforeValidator(ready)], ...], AfterValidator(distinct)
+    ] = ()
+    rewrite_off: tuple[Annotated[str, AfterValidator(is_ready)], ...] = ()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Config:
+        """Read and check the file. Raises ConfigError with all faults that it has."""
+        path = Path(path)
+        raw = read_yaml(path)
+        try:
+            return cls.model_validate(raw, context={"directory": path.resolve().parent})
+        except ValidationError as error:
+            raise ConfigError(str(path), fault_lines(error, cls)) from None
+
+    @property
+    def backend(self) -> BackendConfig:
+        return self.backends[0]
+
+    @property
+    def rules(self) -> tuple[RewriteRule, ...]:
+        """All rules for system prompts, the ready ones included."""
+        return in_force(self.rewrite, self.rewrite_off)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _whole(cls, raw: Any, handler: ModelWrapValidatorHandler[Config], info: ValidationInfo) -> Config:
+        """What is wrong together is reported beside what is wrong by itself, not only once the latter is mended."""
+        if isinstance(raw, dict):  # a section whose keys are all commented out is None in YAML
+            raw = {
+                key: _NOTHING.get(key, {}) if value is None and key != "backends" else value
+                for key, value in raw.items()
+            }
+        faults = [
+            InitErrorDetails(type="value_error", loc=loc, input=None, ctx={"error": ValueError(message)})
+            for loc, message in wrong_together(raw, info)
+        ]
+        try:
+            config = handler(raw)
+        except ValidationError as error:
+            alone = [
+                InitErrorDetails(type=e["type"], loc=e["loc"], input=e["input"], ctx=e.get("ctx", {}))
+                for e in error.errors(include_url=False)
+            ]
+            raise ValidationError.from_exception_data(cls.__name__, alone + faults) from None
+        if faults:
+            raise ValidationError.from_exception_data(cls.__name__, faults)
+        return config
+
+    @model_validator(mode="after")
+    def _slot_files_of_a_managed_server(self) -> Config:
+        """Nobody need say where a server of our own saves: ``<store.meta_dir>/kv``."""
+        backend = self.backends[0]
+        if backend.managed is not None and backend.slot_save_path is None:
+            backend = backend.model_copy(update={"slot_save_path": self.store.meta_dir / "kv"})
+            # Frozen for everybody else, not while it is made.
+            object.__setattr__(self, "backends", (backend,))
+        return self
+
+
+__all__ = ["GUARDED_ROUTES", "Config", "default_meta_dir", "parse_size"]

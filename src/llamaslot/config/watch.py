@@ -1,0 +1,41 @@
+"""Whether files that are read while llamaslot runs have changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from llamaslot.file_id import Mark
+
+CHECK_S = 1.0
+
+
+class Watch:
+    """Of a few files, looked at when somebody asks, once a second at most. Links are followed."""
+
+    def __init__(
+        self, *paths: Path, clock: Callable[[], float], known: tuple[Mark | None, ...] | None = None
+    ) -> None:
+        """``known``: the marks of what was read already; else what is there now counts as that."""
+        self._paths, self._clock = paths, clock
+        self.known = self._look() if known is None else known
+        self._looked = clock()
+
+    def has_changed(self) -> bool:
+        """Whether another state is there than at the last look; that is then the known one."""
+        if self._clock() - self._looked < CHECK_S:
+            return False
+        self._looked = self._clock()
+        before, self.known = self.known, self._look()
+        return self.known != before
+
+    def _look(self) -> tuple[Mark | None, ...]:
+        return tuple(_mark_of(path) for path in self._paths)
+
+
+def _mark_of(path: Path) -> Mark | None:
+    """None where it cannot be looked at."""
+    try:
+        return Mark.of(path.stat())
+    except OSError:
+        return None

@@ -1,0 +1,1 @@
+"""Who is next, and where: the queue and the dispatcher over all slots."""

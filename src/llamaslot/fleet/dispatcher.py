@@ -1,0 +1,448 @@
+"""Who gets which slot, and when: the queue, the leases, and turns in which llama-server chooses slots by itself.
+
+Everything here runs on the event loop without awaiting between looking and leasing. What is decided is decided by
+``scheduling.placement``; what is done in a slot is done by whoever holds its lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+
+from llamaslot.backend.lease import Lease, Preempted
+from llamaslot.backend.slot_table import Pool
+from llamaslot.backend.unassisted_slots import UnassistedPool
+from llamaslot.errors import BackendDown, BackendRestarted, QueueFull
+from llamaslot.fleet.preemption import choose
+from llamaslot.fleet.prefix_sharing import Patience, ask_for_trunk, prefix_due_s
+from llamaslot.fleet.queue import Charge, Queue, QueueLimits, Waiting, answer_s, estimate
+from llamaslot.observe.journal import Journal, Note
+from llamaslot.scheduling.placement import Rules, is_long, place
+from llamaslot.scheduling.plan import Plan, Source, Wait
+from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.slots import Slot, State
+from llamaslot.tasks import Bell
+
+log = logging.getLogger(__name__)
+
+MIN_LOOK_AGAIN_S = 0.25
+_MOST_BEHIND = 8  # so many are looked at, for what they may share; with 250 that would take a second
+
+
+@dataclass(slots=True)
+class _Look:
+    """One look at all who wait."""
+
+    # Counted again only when a slot has been given away: 250 who wait for 64 slots are 16,000 looks otherwise.
+    n_idle: int
+    # Slots that requests wait for, and for how long they need them.
+    reserved: dict[int, float] = field(default_factory=dict)
+    again_s: list[float] = field(default_factory=list)  # in how long to look again, though nothing happens
+    n_behind: int = 0  # that leave the last idle slot to others
+    is_short: bool = False  # somebody earlier waits for any slot at all
+    is_spared: bool = False  # somebody may not have one that is idle
+
+    def waits(self, decision: Wait, look_in_s: float, answer_s: float) -> None:
+        """A request does, and is to be looked at again then. ``answer_s``: what its answer will take."""
+        if decision.slot is not None:
+            steps_s = decision.place.cost.steps_s if decision.place is not None else 0.0
+            self.reserved[decision.slot] = self.reserved.get(decision.slot, 0.0) + steps_s + answer_s
+        if decision.for_s is None:
+            self.is_short = True
+        else:
+            self.again_s.append(max(look_in_s, 0.0))
+
+
+class Scheduler:
+    """Leases the slots of one backend, to users in turn."""
+
+    def __init__(self, rules: Rules, limits: QueueLimits, now: Callable[[], float]) -> None:
+        self.rules, self.now = rules, now
+        self.queue = Queue(limits)
+        self.journal = Journal()
+        self.pool: Pool | None = None
+        self.leases: dict[Lease, None] = {}  # in their order, which decides between makers of equal use
+        self.on_drain: Callable[[Lease], None] = lambda lease: None
+        self.on_prefix_wait: Callable[[float], None] = lambda seconds: None
+        self.pin: Callable[[str], AbstractContextManager[object]] = lambda snapshot: nullcontext()
+        self._down: BackendDown | None = None  # told to whoever asks
+        self._turn: Job | None = None  # the one exclusive job that is under way
+        self._is_gate_shut = False  # nobody else may take a first step
+        self._is_turn_waiting = False  # for others to be through
+        self._n_changes = 0
+        self.bell = Bell()  # rings when anything has changed
+        self._look_again: asyncio.TimerHandle | None = None
+        self._used_at = now()
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self.queue)
+
+    def position(self, job: Job) -> int:
+        """1 for the job that is next; 0 for one that waits no longer."""
+        return next((i for i, waiting in enumerate(self.queue.ordered(), 1) if waiting.job is job), 0)
+
+    @property
+    def idle_s(self) -> float:
+        """For how long nobody has wanted anything."""
+        is_wanted = len(self.queue) or any(not lease.is_own for lease in self.leases)
+        return 0.0 if is_wanted else self.now() - self._used_at
+
+    def note(self, job: Job) -> Note:
+        """A place in the journal for what becomes of ``job``."""
+        return Note(self.journal, job, self.now)
+
+    def is_wanted_besides(self, job: Job) -> bool:
+        """Whether anybody but ``job`` wants something now."""
+        leased = (lease.job for lease in self.leases if not lease.is_own)
+        return any(other is not job for other in (*leased, *(waiting.job for waiting in self.queue)))
+
+    # -- life of the pool ----------------------------------------------------------------------------------------
+
+    def attach(self, pool: Pool) -> None:
+        self.pool, self._down = pool, None
+        self.dispatch()
+
+    def detach(self, error: BackendDown | None = None) -> None:
+        """The slots are gone. With ``error`` all who ask are told; without they wait for the next pool."""
+        if self.pool is not None:
+            self.pool.is_current = False
+        self.pool, self._down = None, error
+        if error is not None:
+            for waiting in self.queue:
+                if not waiting.granted.done():
+                    waiting.granted.set_exception(error)
+
+    # -- leasing -------------------------------------------------------------------------------------------------
+
+    async def lease(self, job: Job, *, is_back: bool = False, preempted: Preempted | None = None) -> Lease:
+        """Wait for a slot. Raises QueueFull and TooManyRequests (limits in number and time) and BackendDown.
+        ``is_back``: it had one before, and is the first in the queue. ``preempted``: it gave one up for another user,
+        and is the first of its own.
+
+        Cancelling is safe: the job leaves the queue, no slot is held.
+        """
+        if self._down is not None:
+            raise type(self._down)(str(self._down))  # a new one: each raise adds its frames to an exception
+        granted = asyncio.get_running_loop().create_future()
+        cost_s, is_side = estimate(self.pool, job, self.rules)
+        waiting = Waiting(job, granted, self.note(job), self.now(), cost_s, is_side, is_back)
+        if preempted is not None:
+            waiting.came_at, waiting.n_preempted = preempted.came_at, preempted.n_times
+            waiting.is_side = False  # little is left of it, but it must not pass whom it made room for
+        self.queue.add(waiting, self.now())
+        was_admitted = False
+        try:
+            self.dispatch(is_arrival=True)
+            if not waiting.granted.done():
+                self.queue.make_room(waiting)
+            was_admitted = True
+            self.queue.admitted(waiting, self.now())
+            async with asyncio.timeout(self.queue.limits.max_wait_s):
+                return await waiting.granted
+        except BaseException as error:
+            if waiting.granted.done() and not waiting.granted.cancelled() and not waiting.granted.exception():
+                waiting.granted.result().release()  # granted and cancelled in the same breath
+            if isinstance(error, TimeoutError):
+                raise QueueFull(
+                    f"no slot became free within {self.queue.limits.max_wait_s:g} s; try again later",
+                    self.queue.limits.retry_after_s,
+                ) from None
+            raise
+        finally:
+            waiting.granted.cancel()
+            waiting.note.ended()
+            if waiting in self.queue:
+                self.queue.remove(waiting)
+                # What it had reserved is free for others; of one that was sent away at once nobody has taken note.
+                self.dispatch(is_arrival=not was_admitted)
+
+    def wanted(self) -> set[str]:
+        """The snapshots that those who wait would go on from: the last that should be evicted now.
+
+        Looked up once for each, and again when it is gone, for a newer one has replaced it as a rule.
+        """
+        if self.pool is None:
+            return set()
+        for waiting in self.queue:
+            if waiting.wants is None or not self.pool.has_snapshot(waiting.wants):
+                waiting.wants = self.pool.wanted(waiting.job)
+        return {waiting.wants for waiting in self.queue if waiting.wants}
+
+    def try_lease(self, slot: Slot, job: Job) -> Lease | None:
+        """Lease an idle slot for work of our own (a save, a probe), if nobody is waiting for one."""
+        if self.pool is None or self._is_gate_shut or len(self.queue) or not slot.is_idle:
+            return None
+        return self._grant(slot, job)
+
+    def lease_rival(self, slot: Slot, lease: Lease) -> Lease | None:
+        """Lease an idle slot to make way for the job of ``lease``. Also while a turn keeps others from a first step: it
+        waits for that job, too."""
+        if self.pool is not lease.pool or not slot.is_idle:
+            return None
+        return self._grant(slot, Job(f"{lease.job.id} clears its way", slot.content.tokens))
+
+    def lease_idle(self, job: Job, n: int | None = None) -> list[Lease]:
+        """Lease the ``n`` lowest idle slots, or all of them, for the job whose turn it is. Raises BackendRestarted."""
+        assert self._turn is job, "only the job whose turn it is"
+        if self.pool is None:
+            raise BackendRestarted
+        idle = [slot for slot in self.pool.slots if slot.is_idle][:n]
+        return [self._grant(slot, job) for slot in idle]
+
+    def _grant(self, slot: Slot, job: Job) -> Lease:
+        assert self.pool is not None
+        lease = Lease(self, self.pool, slot, job, None)
+        self.leases[lease] = None
+        return lease
+
+    def dispatch(self, *, is_arrival: bool = False) -> None:
+        """Give slots to those who wait, as they are next. Called whenever something has changed.
+
+        ``is_arrival``: that is only one more who waits. Others that wait for something in particular are not looked at
+        again then: of 250 who wait for the same prefix that took 15 s.
+        """
+        if not is_arrival:
+            self._n_changes += 1
+        # From here to the end nothing awaits: what was looked at is what is leased.
+        if self._look_again is not None:
+            self._look_again.cancel()
+            self._look_again = None
+        look = _Look(self.pool.n_idle if self.pool is not None else 0)
+        ordered = self.queue.ordered()
+        for waiting in ordered:
+            if self.pool is None or self._is_gate_shut:
+                break
+            if not (waiting.granted.done() or (waiting.job.is_exclusive and self._turn is not None)):
+                self._serve(self.pool, waiting, look)
+        if look.is_spared and look.n_idle:
+            spared_s = self.queue.look_again_s(self.now())
+            look.again_s += [spared_s] if spared_s is not None else []
+        if look.again_s:
+            self._look_again = asyncio.get_running_loop().call_later(min(look.again_s), self.dispatch)
+        if self.pool is not None:
+            is_closed = self._is_gate_shut or self._is_turn_waiting
+            choose(self.pool, self.leases, [] if is_closed else ordered, self.queue, self.now())
+        self.bell.ring()  # last: who has just got a slot may come before a prefill
+
+    def _serve(self, pool: Pool, waiting: Waiting, look: _Look) -> None:
+        """Give it a slot, or note what it waits for."""
+        job, now = waiting.job, self.now()
+        if not self.queue.may_run(waiting, max(len(pool.slots), look.n_idle), look.n_idle, now):
+            look.is_spared = True
+            return
+        if isinstance(pool, UnassistedPool):
+            self._let_through(pool, waiting, look)
+            return
+        if job.is_placed_by_server:
+            if not look.is_short:
+                self._turn = job
+                self._give(waiting, Lease.turn(self, pool, job))
+            return
+        if not look.n_idle:
+            look.is_short = True  # no need to look closer: with 250 waiting that took a second for each burst
+            return
+        if look.n_idle == 1 and self._is_still_behind(pool, waiting, look):
+            self._leaves_slot(waiting, look)
+            return
+        waiting.behind = None
+        decision = self._decision(pool, waiting, dict(look.reserved))
+        if isinstance(decision, Wait):
+            waiting.note.waits(decision, prefix_due_s(pool, decision, now))
+            look.waits(decision, waiting.look_at - now, answer_s(pool, job))
+            return
+        if self._is_turn_waiting and is_long(decision, pool.long_s):
+            return  # somebody waits for the long ones under way to be through: none is begun
+        if look.n_idle == 1 and (ahead := self._ahead_of(pool, waiting, decision)) is not None:
+            waiting.behind = ahead
+            self._leaves_slot(waiting, look)
+            return
+        self._place(pool, waiting, decision, look)
+
+    def _let_through(self, pool: UnassistedPool, waiting: Waiting, look: _Look) -> None:
+        """llama-server chooses the slot: all that counts is how many requests are there."""
+        if (slot := pool.any_idle()) is None:
+            look.is_short = True
+        else:
+            self._place(pool, waiting, Plan(slot.id, (), Source.SERVER, 0), look)
+
+    def _ahead_of(self, pool: Pool, waiting: Waiting, plan: Plan) -> Lease | None:
+        """Another request of its user, with a prompt that is no longer, that has a slot and waits there for its turn.
+
+        One long prompt is computed at a time, so the last idle slot would be of no use to a second one that waits. It
+        stays in the queue until the other one's turn has come, and leaves the slot to whoever needs little.
+        """
+        if not is_long(plan, pool.long_s) or waiting.had_a_place or self.now() >= self._late_at(waiting):
+            return None
+        seconds, job = pool.rates.prefill.seconds, waiting.job
+        own_s = seconds(plan.n_reused, job.n_tokens) + pool.rates.interruption.seconds
+        for lease in self.leases:
+            if lease.is_in_line and lease.pool is pool and lease.job.user == job.user:
+                assert lease.plan is not None, "only what a client has asked for"
+                if seconds(lease.plan.n_reused, lease.job.n_tokens) <= own_s:
+                    return lease
+        return None
+
+    def _is_still_behind(self, pool: Pool, waiting: Waiting, look: _Look) -> bool:
+        """Whether nothing has changed for it, or so many are behind that it need not be looked at."""
+        if waiting.had_a_place or self.now() >= self._late_at(waiting):
+            return False
+        prompt_s = waiting.cost_s - answer_s(pool, waiting.job)
+        return waiting.is_behind or (look.n_behind >= _MOST_BEHIND and prompt_s > pool.long_s)
+
+    def _leaves_slot(self, waiting: Waiting, look: _Look) -> None:
+        look.n_behind += 1
+        if (late_at := self._late_at(waiting)) < math.inf:
+            look.again_s.append(max(late_at - self.now(), MIN_LOOK_AGAIN_S))
+
+    def _late_at(self, waiting: Waiting) -> float:
+        """From when on it takes any slot: no shorter prompt is computed before its own then."""
+        max_wait_s = self.queue.limits.max_wait_s or math.inf
+        return waiting.came_at + min(self.rules.sharing.max_passed_s, max_wait_s / 2)
+
+    def _place(self, pool: Pool, waiting: Waiting, plan: Plan, look: _Look) -> None:
+        try:
+            lease = Lease(self, pool, pool.slots[plan.slot], waiting.job, plan)
+        except KeyError:  # a snapshot that the catalog has given up unnoticed
+            assert plan.snapshot is not None
+            pool.drop_snapshot(plan.snapshot)
+            look.again_s.append(0.0)
+            return
+        if waiting.patience is not None:
+            self.on_prefix_wait(self.now() - waiting.patience.since)
+        lease.note = waiting.note
+        lease.came_at, lease.n_preempted = waiting.came_at, waiting.n_preempted
+        lease.note.placed(plan)
+        if waiting.job.is_exclusive:
+            self._turn = waiting.job
+        self.leases[lease] = None
+        self._give(waiting, lease)
+        self._n_changes += 1
+        look.n_idle = pool.n_idle
+
+    def _decision(self, pool: Pool, waiting: Waiting, reserved: Mapping[int, float]) -> Plan | Wait:
+        """The last one, while nothing but arrivals has happened since; else a new one."""
+        now = self.now()
+        if waiting.wait is not None and waiting.n_seen == self._n_changes and now < waiting.look_at:
+            return waiting.wait
+        decision = self._decide(pool, waiting, reserved)
+        waiting.n_seen, waiting.wait = self._n_changes, None
+        if isinstance(decision, Wait):
+            waiting.wait = decision
+            waiting.look_at = now + max(decision.for_s or math.inf, MIN_LOOK_AGAIN_S)
+        return decision
+
+    def _decide(self, pool: Pool, waiting: Waiting, reserved: Mapping[int, float]) -> Plan | Wait:
+        """Where to, or what to wait for. Whoever is just computing what the job begins with is asked to keep it."""
+        job, now = waiting.job, self.now()
+        makers = [lease for lease in self.leases if lease.pool is pool and lease.is_long]
+        is_patient = waiting.patience is None or waiting.patience.lasts(pool, job, now)
+        view = pool.view(job, now, reserved, is_patient=is_patient)
+        if is_patient and ask_for_trunk(pool, job, view, makers, now):
+            view = pool.view(job, now, reserved)
+        decision = place(job, view, self.rules)
+        if isinstance(decision, Wait) and waiting.patience is None:
+            at_last = waiting.came_at + (self.queue.limits.max_wait_s or math.inf) / 2
+            waiting.patience = Patience.of(pool, decision, makers, now, at_last)
+        return decision
+
+    def _give(self, waiting: Waiting, lease: Lease) -> None:
+        steps_s = lease.plan.cost.steps_s if lease.plan is not None else 0.0
+        lease.charge = self.queue.granted(waiting, steps_s + answer_s(self.pool, lease.job), self.now())
+        waiting.granted.set_result(lease)
+
+    def released(self, lease: Lease) -> None:
+        """Called by the lease itself, once its slot is given back or drains."""
+        self.leases.pop(lease, None)
+        if not lease.is_own:
+            self._used_at = self.now()
+        self.paid(lease.charge)
+        self.end_turn(lease)
+        self.dispatch()
+
+    def paid(self, charge: Charge | None) -> None:
+        """The slots that a user had are nobody's any more. Whoever calls this dispatches."""
+        if charge is not None:
+            self.queue.released(charge, self.now())
+
+    # -- turns ---------------------------------------------------------------------------------------------------
+
+    def end_turn(self, lease: Lease) -> None:
+        """The job is through with what only it may do. Idempotent."""
+        if self._turn is lease.job and (lease.plan is not None or lease.slot is None):
+            self._turn, self._is_gate_shut, self._is_turn_waiting = None, False, False
+            self.dispatch()
+
+    def has_turn(self, lease: Lease) -> bool:
+        return self._turn is lease.job
+
+    def is_turn_waiting(self, lease: Lease) -> bool:
+        """Whether somebody else's request for which llama-server chooses slots waits for others to be through."""
+        return self._is_turn_waiting and self._turn is not lease.job
+
+    def is_prefilling(self, lease: Lease) -> bool:
+        """Whether a long prefill of somebody else's is under way or waits for its turn."""
+        if self.pool is not lease.pool:
+            return False  # there is nothing to wait for any more
+        return any(other.is_long for other in self.leases if other.pool is self.pool and other is not lease)
+
+    def wait_for_turn(self, lease: Lease) -> None:
+        """From now on long prefills make room for the job whose turn it is, and none is begun."""
+        assert self._turn is lease.job, "only the job whose turn it is"
+        if not self._is_turn_waiting:
+            self._is_turn_waiting = True
+            self.bell.ring()
+
+    def shut_gate(self, lease: Lease) -> None:
+        """From now on nobody else takes a first step."""
+        assert self._turn is lease.job, "only the job whose turn it is"
+        self._is_gate_shut = True
+
+    def open_gate(self, lease: Lease) -> None:
+        """Others go on, as before ``wait_for_turn``; the job still waits."""
+        assert self._turn is lease.job, "only the job whose turn it is"
+        self._is_gate_shut = self._is_turn_waiting = False
+        self.dispatch()
+
+    def has_waited(self, lease: Lease) -> None:
+        """A job that has no slot of its own has had none while it waited: its user is not charged for that."""
+        if lease.slot is None and lease.charge is not None:
+            lease.charge = replace(lease.charge, at=self.now())
+
+    def is_foreign_at_work(self, lease: Lease) -> bool:
+        """Whether a slot is at work on what the job must not go on from, if llama-server may choose that slot."""
+        pool, job = lease.pool, lease.job
+        if self.pool is not pool or not job.is_placed_by_server:
+            return False
+        return any(not slot.is_idle and pool.is_foreign(slot, job) for slot in pool.slots)
+
+    # -- invariants ----------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise AssertionError naming the invariant that does not hold."""
+        if self.pool is None:
+            return
+        self.pool.check()
+        current = [lease for lease in self.leases if lease.pool is self.pool and lease.slot is not None]
+        slots = [lease.slot for lease in current]
+        assert len(slots) == len(set(map(id, slots))), "a slot has one lease"
+        for lease in current:
+            assert lease.slot is not None
+            assert lease.slot.state is State.LEASED, f"a lease holds a leased slot: {lease}"
+        leased = sum(slot.state is State.LEASED for slot in self.pool.slots)
+        assert leased == len(slots), "a leased slot has a lease"
+        assert not self._is_gate_shut or self._turn is not None, "only a turn closes the gate"
+        self.queue.check()
+        served = [waiting for waiting in self.queue if _is_served(waiting.granted)]
+        assert not served, f"whoever was served has left the queue: {served}"
+
+
+def _is_served(granted: asyncio.Future[Lease]) -> bool:
+    """Cancelled and refused ones leave the queue by themselves, a moment later."""
+    return granted.done() and not granted.cancelled() and granted.exception() is None

@@ -1,0 +1,64 @@
+"""Who gives a slot up, while its prompt is computed, for a user that waits and has fewer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from llamaslot.backend.lease import Lease, Phase
+from llamaslot.backend.slot_table import DRAIN_S, Pool
+from llamaslot.fleet.queue import Queue, Waiting, answer_s
+from llamaslot.scheduling.preemption import Claim, Stoppable, chosen
+
+MOST_TIMES = 2  # that one request gives its slot up
+
+
+def choose(pool: Pool, leases: Iterable[Lease], ordered: Iterable[Waiting], queue: Queue, now: float) -> None:
+    """Tell those whose slots are wanted, and those who were told before and may go on after all.
+
+    ``ordered``: all who wait, as they are next. Nothing is told to whoever cannot stop now. The caller rings the bell.
+    """
+    held = [lease for lease in leases if lease.pool is pool and lease.slot is not None]
+    stoppable = [lease for lease in held if _may_stop(lease, now)]
+    stops = set[Lease]()
+    if stoppable and not pool.n_idle:
+        claims = [
+            Claim(waiting.job.user.id, queue.deficit_s(waiting.job.user.id))
+            for waiting in ordered
+            if waiting.job.user.id  # not for llamaslot itself
+            and waiting.wants_any(now)
+            and queue.may_run(waiting, len(pool.slots), 0, now)
+        ]
+        prompts = [_stoppable(lease, queue, now) for lease in stoppable]
+        waits_s = [left_s(lease, now) for lease in held]
+        waits_s += [DRAIN_S] * (len(pool.slots) - len(held))  # those of clients that have left
+        stops = {stoppable[i] for i in chosen(claims, prompts, queue.n_held, waits_s)}
+    for lease in held:
+        lease.is_preempted = lease in stops
+
+
+def _may_stop(lease: Lease, now: float) -> bool:
+    """Not if that has happened to it often, nor if it came long ago: it is to be served at last."""
+    is_late = now - lease.came_at >= lease.pool.rules.sharing.max_passed_s
+    return lease.can_stop and lease.n_preempted < MOST_TIMES and not (is_late or lease.is_released)
+
+
+def left_s(lease: Lease, now: float) -> float:
+    """Until its slot is given back, by estimate: the rest of its prompt, if that is not through, and of its answer."""
+    n = min(lease.n_done, lease.job.n_tokens)
+    prompt_s = 0.0 if lease.is_talking else lease.pool.rates.prefill.seconds(n, lease.job.n_tokens)
+    running_s = now - lease.sent_at if lease.is_talking else 0.0
+    return prompt_s + answer_s(lease.pool, lease.job, running_s)
+
+
+def _stoppable(lease: Lease, queue: Queue, now: float) -> Stoppable:
+    user, n, rates = lease.job.user.id, lease.n_done, lease.pool.rates
+    assert lease.plan is not None, "only what a client has asked for"
+    loss_s = rates.prefill.seconds(min(lease.plan.n_reused, n), n)
+    if lease.pool.can_save and not lease.job.is_cold:
+        loss_s = min(loss_s, rates.save_s(n) + rates.restore_s(n))
+    if lease.restored is not None:
+        loss_s += rates.restore_s(lease.plan.n_reused)
+    if lease.phase is Phase.WORKING:
+        loss_s += rates.interruption.seconds
+    is_chosen = lease.is_preempted
+    return Stoppable(user, queue.deficit_s(user), loss_s, left_s(lease, now), is_chosen=is_chosen)

@@ -1,0 +1,88 @@
+"""Requests that begin alike: one computes what they share, the others wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.slot_table import Pool
+from llamaslot.cache.reuse import TRUNK, checkpoints_after
+from llamaslot.cache.shared_prefix import MIN_TOKENS
+from llamaslot.scheduling.placement import PoolView
+from llamaslot.scheduling.plan import Wait
+from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.slots import IDLE
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a job waits for a prefix that somebody else computes: as long as it would have taken by itself, behind
+    him, who would have been ahead of it in any case, for he has less left to compute.
+
+    ``n_made`` of ``n_trunk`` tokens were there at ``since``; by itself it would have begun with ``n_own``. In tokens
+    and not in seconds, for how fast they are computed is learned meanwhile. ``at_last``: later it is nobody's to wait
+    for, for whoever waits in the queue for too long is sent away.
+    """
+
+    since: float
+    n_made: int
+    n_trunk: int
+    n_own: int
+    at_last: float
+
+    def lasts(self, pool: Pool, job: Job, now: float) -> bool:
+        seconds = pool.rates.prefill.seconds
+        both_s = seconds(self.n_made, self.n_trunk) + seconds(self.n_own, job.n_tokens)
+        return now < min(self.since + both_s, self.at_last)
+
+    @classmethod
+    def of(
+        cls, pool: Pool, wait: Wait, makers: Iterable[Lease], now: float, at_last: float
+    ) -> Patience | None:
+        """None when the job waits for something else."""
+        trunk = pool.trunk_to_come(wait.place.snapshot) if wait.place is not None else None
+        if trunk is None:
+            return None
+        n_made = max((maker.n_done for maker in makers if maker.slot_id == trunk.slot), default=0)
+        n_own = wait.instead.n_reused if wait.instead is not None else 0
+        return cls(now, n_made, trunk.content.n_tokens, n_own, at_last)
+
+
+def ask_for_trunk(pool: Pool, job: Job, view: PoolView, makers: Iterable[Lease], now: float) -> bool:
+    """Have one of ``makers``, whose long prefills are under way, keep what ``job`` begins with, if that is worth it.
+
+    Worth it is what costs more to compute than to save and restore, of what cannot be had otherwise. A maker that has
+    passed the end of it already can still keep it where the model can go back to any token.
+    """
+    if job.is_cold or not pool.can_save:
+        return False
+    n_shared = {slot.id: slot.n_shared for slot in view.slots}
+    idle = (slot.n_usable for slot in view.slots if slot.state in IDLE)
+    n_had = max([0, *idle, *(snapshot.n_usable for snapshot in view.snapshots)])
+    best: tuple[int, Lease] | None = None
+    for maker in makers:
+        n = min(n_shared[maker.slot_id], maker.job.n_tokens - 1, job.n_tokens - 1)
+        is_ahead = pool.recall.is_rewindable or n > maker.n_done
+        can_keep = is_ahead and maker.can_keep and not (maker.job.is_cold or maker.job.is_prewarm)
+        if can_keep and n >= MIN_TOKENS and (best is None or n > best[0]):
+            best = n, maker
+    if best is None:
+        return False
+    n, maker = best
+    checkpoints = pool.recall.in_file(checkpoints_after((), 0, [n]))
+    n_usable = pool.recall.usable(TRUNK, n, n, checkpoints, job.n_tokens)
+    n_written = max(n, maker.n_done)
+    cost_s = pool.rates.save_s(n_written) + pool.rates.restore_s(n_written)
+    if pool.rates.prefill.seconds(n_had, n_usable) <= cost_s:
+        return False
+    due_s = pool.rates.prefill.seconds(maker.n_done, n)
+    pool.expect_trunk(maker.job, n, maker.slot_id, now + due_s)
+    maker.scheduler.bell.ring()
+    return True
+
+
+def prefix_due_s(pool: Pool, wait: Wait, now: float) -> float | None:
+    """In how many seconds a prefix that somebody computes, and that is waited for, can be had; None for other waits."""
+    trunk = pool.trunk_to_come(wait.place.snapshot) if wait.place is not None else None
+    return max(trunk.until - now, 0.0) + (wait.for_s or 0.0) if trunk is not None else None

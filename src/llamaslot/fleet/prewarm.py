@@ -1,0 +1,182 @@
+"""Trunks that the operator asks for: computed while nobody wants anything, and kept for good.
+
+Each chat body of ``prewarm`` is rendered as the model at hand renders it, and cut where conversations with the same
+system part and tools go on, each its own way. Where a snapshot ends there already, from an earlier run or made by a
+conversation, that one is pinned and nothing is computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llamaslot.backend.executor import Steps
+from llamaslot.backend.lease import PlanAgain, no_report
+from llamaslot.backend.slot_table import Pool
+from llamaslot.cache.content import Kind
+from llamaslot.cache.ids import head
+from llamaslot.cache.shared_prefix import MIN_TOKENS
+from llamaslot.errors import BackendDown, LlamaslotError, SlotWedged
+from llamaslot.fleet.dispatcher import Scheduler
+from llamaslot.scheduling.plan import Keep
+from llamaslot.scheduling.request import Job
+from llamaslot.store import Catalog, Snapshot
+from llamaslot.tasks import TaskOwner
+from llamaslot.tokens.tokenizer import Prompts
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 0.5
+_GIVE_WAY_S = 0.1  # so long a client may have to wait until the slot begins to drain
+_ATTEMPTS = 3  # that failed by themselves; giving way to a client is none
+
+Bodies = Sequence[tuple[str, Mapping[str, Any]]]
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """A trunk: the first ``n_tokens`` of ``tokens``."""
+
+    name: str
+    tokens: bytes
+    n_tokens: int
+    n_failed: int = 0
+
+    @property
+    def trunk(self) -> bytes:
+        return head(self.tokens, self.n_tokens)
+
+
+class Prewarm:
+    """One task per backend. ``bodies`` are chat bodies and what to call them in the log."""
+
+    def __init__(
+        self,
+        bodies: Bodies,
+        scheduler: Scheduler,
+        steps: Steps,
+        prompts: Prompts,
+        catalog: Catalog,
+        tasks: TaskOwner,
+        idle_s: float,
+    ) -> None:
+        self._bodies, self._scheduler, self._steps = bodies, scheduler, steps
+        self._prompts, self._catalog, self._tasks, self._idle_s = prompts, catalog, tasks, idle_s
+        self._pool: Pool | None = None  # the one that ``_left`` is about
+        self._left: list[_Wanted] = []
+
+    async def run(self) -> None:
+        """Runs until cancelled; a save under way is then carried out."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            if self._scheduler.idle_s >= self._idle_s:
+                await self.look()
+
+    async def look(self) -> None:
+        """Do one thing that is left to do, if any. Cancelling is safe."""
+        pool = self._scheduler.pool
+        if pool is None or not pool.can_save:
+            return
+        try:
+            if pool is not self._pool:
+                wanted = await self._all_wanted()
+                await self._unpin_others(pool, wanted)
+                self._pool, self._left = pool, [one for one in wanted if one is not None]
+            elif self._left:
+                await self._warm(pool, self._left[0])
+        except LlamaslotError as error:
+            log.debug("prewarm: %s", error)  # the server is gone; there will be another pool
+
+    # -- what is wanted ------------------------------------------------------------------------------------------
+
+    async def _all_wanted(self) -> list[_Wanted | None]:
+        """What each body asks for, None where that cannot be known. Raises BackendDown."""
+        return [await self._wanted(name, body) for name, body in self._bodies]
+
+    async def _wanted(self, name: str, body: Mapping[str, Any]) -> _Wanted | None:
+        try:
+            prompt, n_tokens = await self._prompts.opening(body)
+        except BackendDown:
+            raise
+        except LlamaslotError as error:
+            log.warning("prewarm: %s cannot be rendered: %s", name, error)
+            return None
+        return _Wanted(name, prompt.tokens, n_tokens)
+
+    async def _unpin_others(self, pool: Pool, wanted: Sequence[_Wanted | None]) -> None:
+        """What an earlier configuration asked for may go again when room is needed."""
+        if None in wanted:
+            return  # it may be one of these
+        for snapshot in pool.pinned():
+            if not any(
+                one is not None and pool.library.snapshot_at(one.trunk, pool.rules.public) == snapshot
+                for one in wanted
+            ):
+                await self._mark(pool, snapshot, is_pinned=False)
+                log.info("prewarm: snapshot %s is no longer configured and may be evicted", snapshot.id)
+
+    async def _mark(self, pool: Pool, snapshot: Snapshot, *, is_pinned: bool) -> None:
+        with contextlib.suppress(KeyError):  # it has just gone
+            pool.marked(await self._catalog.mark(snapshot.id, Kind.TRUNK, is_pinned=is_pinned))
+
+    # -- one of them ---------------------------------------------------------------------------------------------
+
+    async def _warm(self, pool: Pool, one: _Wanted) -> None:
+        if (there := pool.library.snapshot_at(one.trunk, pool.rules.public)) is not None:
+            if not there.is_pinned:
+                await self._mark(pool, there, is_pinned=True)
+            log.info("prewarm: %s is on disk: %d tokens, %s", one.name, one.n_tokens, there.id)
+            self._left.remove(one)
+        elif one.n_tokens < MIN_TOKENS:
+            log.warning(
+                "prewarm: %s has only %d tokens: computing them is faster than reading",
+                one.name,
+                one.n_tokens,
+            )
+            self._left.remove(one)
+        elif one.n_failed == _ATTEMPTS:
+            log.warning("prewarm: %s could not be saved in %d attempts", one.name, _ATTEMPTS)
+            self._left.remove(one)
+        else:
+            await self._compute(one)
+
+    async def _compute(self, one: _Wanted) -> None:
+        """Compute and save it, until that is done or somebody wants something: what was computed stays in its slot, and
+        the next attempt goes on from there."""
+        job = Job(
+            f"prewarm {one.name}",
+            one.tokens,
+            n_system=one.n_tokens,
+            is_prewarm=True,
+            space=self._scheduler.rules.public,
+        )
+        working = self._tasks.spawn(self._compute_in_a_slot(job), job.id)
+        has_given_way = False
+        try:
+            while not working.done():
+                await asyncio.wait({working}, timeout=_GIVE_WAY_S)
+                if self._scheduler.is_wanted_besides(job) and not working.done():
+                    has_given_way = working.cancel()
+        finally:
+            working.cancel()
+            await asyncio.wait({working})
+        if not has_given_way and self._scheduler.pool is self._pool:
+            one.n_failed += 1
+
+    async def _compute_in_a_slot(self, job: Job) -> None:
+        try:
+            with await self._scheduler.lease(job) as lease:
+                assert lease.plan is not None
+                kept = [i for i, step in enumerate(lease.plan.steps, 1) if isinstance(step, Keep)]
+                if kept:
+                    lease.plan = replace(lease.plan, steps=lease.plan.steps[: kept[0]])
+                    await self._steps.prepare(lease, no_report)
+        except SlotWedged as error:
+            self._steps.metrics.wedged.inc()
+            log.warning("%s: %s", job.id, error)
+        except (LlamaslotError, PlanAgain) as error:
+            log.debug("%s: %s", job.id, error)

@@ -1,0 +1,352 @@
+"""Those who wait for a slot, in the order in which they are next, and what each user has and may have."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from llamaslot.backend.slot_table import Pool
+from llamaslot.errors import QueueFull, TooManyRequests
+from llamaslot.fleet.prefix_sharing import Patience
+from llamaslot.observe.journal import Note
+from llamaslot.scheduling.fairness import Ask, Booked, Fairness, Pauses, Shares, may_take_another
+from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.plan import Wait
+from llamaslot.scheduling.request import Job, User
+
+if TYPE_CHECKING:
+    from llamaslot.backend.lease import Lease
+
+_REMEMBER_S = 60.0  # what a user has had too much
+
+_FORGET_AT_ONCE = 8  # users, each time that somebody comes or goes
+
+_SHORT_ANSWER = 64  # tokens: a title, a label
+
+_LITTLE = 0.1  # of what a usual answer takes, so that it holds nobody up
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """``max_wait_s``: None for as long as it takes."""
+
+    max_waiting: int = 256
+    max_wait_s: float | None = 600.0
+    fairness: Fairness = field(default_factory=Fairness)
+
+    @property
+    def retry_after_s(self) -> float:
+        return min(max(1.0, (self.max_wait_s or 300.0) / 10), 30.0)
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """``cost_s``: how long the job will have a slot, as far as can be told."""
+
+    job: Job
+    granted: asyncio.Future[Lease]
+    note: Note
+    came_at: float
+    cost_s: float
+    is_side: bool = False
+    is_back: bool = False  # it had a place before, and is first
+    n_preempted: int = 0  # how often it gave its slot up for another user: it is the first of its own
+    passed_s: float = 0.0
+    passed_by: dict[str, float] = field(default_factory=dict)  # of that, by whose
+    wants: str | None = None  # the snapshot that it would go on from
+    patience: Patience | None = None  # with somebody who computes what it begins with
+    behind: Lease | None = None  # whose turn comes first: until then it leaves the last idle slot to others
+    wait: Wait | None = None  # the last decision, which holds while nothing but arrivals has happened
+    n_seen: int = -1  # changes that it has seen
+    look_at: float = 0.0  # when that has to be thought over in any case
+    pause_s: float | None = None  # for how long its user was away before
+
+    @property
+    def n_slots(self) -> int:
+        return 1 + self.job.n_children
+
+    @property
+    def had_a_place(self) -> bool:
+        return self.is_back or self.n_preempted > 0
+
+    @property
+    def is_behind(self) -> bool:
+        return self.behind is not None and self.behind.is_in_line
+
+    def wants_any(self, now: float) -> bool:
+        """Whether any slot would do: it waits for none that llama-server chooses, nor for something in particular, nor
+        for another one's turn."""
+        is_particular = self.wait is not None and self.wait.for_s is not None and now < self.look_at
+        return not (self.granted.done() or self.job.is_placed_by_server or is_particular or self.is_behind)
+
+    @property
+    def ask(self) -> Ask:
+        return Ask(self.job.user.id, self.cost_s, self.is_side, self.passed_s, self.passed_by)
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePosition:
+    """``queued 2``, with the place that the request has at the moment when it is read."""
+
+    position: Callable[[], int]
+
+    def __str__(self) -> str:
+        return f"queued {self.position()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What a user has got ``n_slots`` for since ``at``."""
+
+    booked: Booked
+    n_slots: int
+    at: float
+
+
+@dataclass(slots=True)
+class _Moment:
+    """Who is here, looked at once for all that wait.
+
+    ``answers``: whether a user may have another slot, when so many are idle.
+    """
+
+    n_here: int
+    pauses_s: list[float]
+    answers: dict[tuple[str, int], bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class UserStanding:
+    """A user, for the status."""
+
+    id: str
+    n_running: int
+    n_waiting: int
+    deficit_s: float
+
+
+class Queue:
+    """In the order of their coming; ``ordered`` is that in which they are next."""
+
+    def __init__(self, limits: QueueLimits) -> None:
+        self.limits = limits
+        self._waiting: list[Waiting] = []
+        self._shares = Shares()
+        # By user, without those that have none: with 250 waiting, counting them at each look takes a second.
+        self._n_waiting: Counter[str] = Counter()
+        self._n_running: Counter[str] = Counter()
+        # Of each user the last request, or the end of its last answer, oldest first.
+        self._seen_at: dict[str, float] = {}
+        self._pauses = Pauses()
+        self._moment: _Moment | None = None  # until anything changes
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(self._waiting)
+
+    def ordered(self) -> list[Waiting]:
+        """Those that have had a place before come first."""
+        back = [waiting for waiting in self._waiting if waiting.is_back]
+        rest = [waiting for waiting in self._waiting if not waiting.is_back] if back else self._waiting
+        order = self._shares.order([waiting.ask for waiting in rest], self.limits.fairness.max_passed_s)
+        return back + [rest[i] for i in order]
+
+    # -- coming and going ----------------------------------------------------------------------------------------
+
+    def add(self, waiting: Waiting, now: float) -> None:
+        user = waiting.job.user.id
+        if user in self._seen_at and user not in self._present:
+            waiting.pause_s = now - self._seen_at[user]
+        self._waiting.insert(0 if waiting.had_a_place else len(self._waiting), waiting)
+        self._n_waiting[user] += 1
+        self._moment = None
+
+    def admitted(self, waiting: Waiting, now: float) -> None:
+        """It was not sent away at once: its user is here."""
+        user = waiting.job.user.id
+        if waiting.pause_s is not None:
+            self._pauses.observe(user, waiting.pause_s)
+        self._saw(user, now)
+
+    def remove(self, waiting: Waiting) -> None:
+        self._waiting.remove(waiting)
+        _less(self._n_waiting, waiting.job.user.id)
+        self._moment = None
+
+    def _saw(self, user: str, now: float) -> None:
+        """Whoever was not here for long is forgotten."""
+        if not user:
+            return  # llamaslot itself
+        self._seen_at.pop(user, None)
+        self._seen_at[user] = now
+        for other, at in list(itertools.islice(self._seen_at.items(), _FORGET_AT_ONCE)):
+            if now - at <= _REMEMBER_S:
+                break
+            del self._seen_at[other]
+            if other in self._present:
+                self._seen_at[other] = now
+            else:
+                self._pauses.forget(other)
+
+    def make_room(self, newcomer: Waiting) -> None:
+        """Raises TooManyRequests for one too many of the same user, QueueFull for one too many of all.
+
+        Where another user has more waiting than the newcomer's, the last one of that user is sent away instead.
+        """
+        if newcomer.had_a_place:
+            return
+        user, n_waiting = newcomer.job.user, self._n_waiting
+        n_max = self._max_waiting(user)
+        if n_max is not None and n_waiting[user.id] > n_max:
+            raise TooManyRequests(
+                f"{n_max} of your requests are waiting for a slot already; try again later",
+                self.limits.retry_after_s,
+            )
+        if len(self._waiting) <= self.limits.max_waiting:
+            return
+        error = QueueFull(
+            f"{len(self._waiting) - 1} requests are waiting for a slot already; try again later",
+            self.limits.retry_after_s,
+        )
+        most, n_most = n_waiting.most_common(1)[0]
+        victims = [
+            w for w in self._waiting if w.job.user.id == most and not (w.had_a_place or w.granted.done())
+        ]
+        if n_most <= n_waiting[user.id] or not victims:
+            raise error
+        victims[-1].granted.set_exception(error)
+
+    def _max_waiting(self, user: User) -> int | None:
+        return self.limits.fairness.max_waiting if user.max_waiting is None else user.max_waiting
+
+    def _max_running(self, user: User) -> int | None:
+        return self.limits.fairness.max_running if user.max_running is None else user.max_running
+
+    # -- slots ---------------------------------------------------------------------------------------------------
+
+    def may_run(self, waiting: Waiting, n_slots: int, n_idle: int, now: float) -> bool:
+        """Whether ``waiting`` may have one of the ``n_idle`` slots now, if it wants one."""
+        user = waiting.job.user
+        n_held, n_max = self._n_running[user.id], self._max_running(user)
+        if n_max is not None and n_held and n_held + waiting.n_slots > n_max:
+            return False
+        if n_held == 0 or n_idle == 0:
+            return True
+        here = self._who_is_here(now)
+        key = (user.id, n_idle)
+        if key not in here.answers:  # one answer for all that a user waits for: their costs are much alike
+            here.answers[key] = may_take_another(
+                n_held, n_slots, n_idle, here.n_here, here.pauses_s, waiting.cost_s
+            )
+        return here.answers[key]
+
+    @property
+    def n_held(self) -> Mapping[str, int]:
+        """Slots of each user that has any."""
+        return self._n_running
+
+    def deficit_s(self, user: str) -> float:
+        """What ``user`` has received less than its share."""
+        return self._shares.deficit_s(user)
+
+    def _who_is_here(self, now: float) -> _Moment:
+        if self._moment is None:
+            here, present = self._here(now), self._present
+            pauses_s = [self._pauses.usual_s(other) for other in here if other not in present]
+            self._moment = _Moment(len(here), pauses_s)
+        return self._moment
+
+    def look_again_s(self, now: float) -> float | None:
+        """In how many seconds somebody who was here lately is not expected back any more."""
+        self._moment = None  # at the latest then it is another moment
+        spare_s = self.limits.fairness.spare_s
+        left = (at + spare_s - now for user, at in self._seen_at.items() if user not in self._n_running)
+        return min((seconds for seconds in left if seconds > 0), default=None)
+
+    @property
+    def _present(self) -> set[str]:
+        """Who waits, or has a slot."""
+        return self._n_waiting.keys() | self._n_running.keys()
+
+    def _here(self, now: float) -> set[str]:
+        """Who waits, or has a slot, or is expected back."""
+        spare_s = self.limits.fairness.spare_s
+        return self._present | {user for user, at in self._seen_at.items() if now - at < spare_s}
+
+    def granted(self, waiting: Waiting, cost_s: float, now: float) -> Charge | None:
+        """It has got its slots, for about ``cost_s``, and leaves the queue. What llamaslot does itself costs nobody."""
+        self.remove(waiting)
+        user = waiting.job.user.id
+        if waiting.is_side:
+            for other in self._waiting:
+                if not other.is_side and other.came_at <= waiting.came_at:
+                    other.passed_s += cost_s
+                    other.passed_by[user] = other.passed_by.get(user, 0.0) + cost_s
+        if not user:
+            return None
+        idle = self._here(now) - self._n_waiting.keys()
+        booked = self._shares.granted(user, cost_s * waiting.n_slots, _users(self._n_waiting), _users(idle))
+        self._n_running[user] += waiting.n_slots
+        return Charge(booked, waiting.n_slots, now)
+
+    def released(self, charge: Charge, now: float) -> None:
+        """The slots are back: what the estimate was wrong by is made up for."""
+        user = charge.booked.user
+        _less(self._n_running, user, charge.n_slots)
+        self._shares.took(charge.booked, (now - charge.at) * charge.n_slots)
+        self._saw(user, now)
+        self._moment = None
+        self._shares.keep(self._here(now), self._seen_at.keys())
+
+    def standings(self, now: float) -> list[UserStanding]:
+        """Everybody who was here in the last minute."""
+        lately = {user for user, at in self._seen_at.items() if now - at <= _REMEMBER_S}
+        return [
+            UserStanding(id_, self._n_running[id_], self._n_waiting[id_], self._shares.deficit_s(id_))
+            for id_ in sorted(_users(lately | self._present))
+        ]
+
+    def check(self) -> None:
+        """Raise AssertionError naming the invariant that does not hold."""
+        assert all(n > 0 for n in self._n_running.values()), "nobody gives back more than it had"
+        counted = Counter(waiting.job.user.id for waiting in self._waiting)
+        assert self._n_waiting == counted, "who waits is counted"
+        assert sorted(map(id, self.ordered())) == sorted(map(id, self._waiting)), "an order leaves nobody out"
+
+
+def _less(counts: Counter[str], user: str, n: int = 1) -> None:
+    counts[user] -= n
+    if not counts[user]:
+        del counts[user]
+
+
+def _users(ids: Iterable[str]) -> set[str]:
+    """Without llamaslot itself, which has no name."""
+    return {id_ for id_ in ids if id_}
+
+
+def answer_s(pool: Pool | None, job: Job, running_s: float = 0.0) -> float:
+    """How long its answer takes, in seconds, from when it has been ``running_s``. 0 without a pool: then nothing is
+    known of rates."""
+    if pool is None:
+        return 0.0
+    return pool.rates.answer.seconds_left(running_s, job.max_tokens)
+
+
+def estimate(pool: Pool | None, job: Job, rules: Rules) -> tuple[float, bool]:
+    """For how long it will have a slot, in seconds, and whether it is a side request: a small prompt, or a short answer
+    to one of which little is missing."""
+    if pool is None:
+        prefill_s = little_s = 0.0
+    else:
+        prefill_s = pool.missing_s(job)
+        little_s = max(pool.long_s, _LITTLE * pool.rates.answer.seconds_left(0.0))
+    is_small = 0 < job.n_tokens < rules.small_prompt_tokens
+    is_short = job.max_tokens is not None and job.max_tokens <= _SHORT_ANSWER
+    return prefill_s + answer_s(pool, job), is_small or (is_short and prefill_s <= little_s)

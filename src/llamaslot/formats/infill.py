@@ -1,0 +1,271 @@
+"""A body of ``/infill`` -> its exact tokens.
+
+llama-server makes them of the tokens of its parts, in an order and within limits that depend on the model and on its
+flags: which tokens mark prefix, suffix and middle, whether there are ones for a repository and its files, whether the
+suffix comes first (``--spm-infill``), a quarter of ``--batch-size``, which limits the suffix, and three of which limit
+the prefix, and what ``--ctx-size``, ``--batch-size`` and ``--predict`` leave for other files. It tells none of these:
+``learn`` finds them out from two short answers, which repeat their prompt as text, and from two refusals of prompts
+that are too long, which tell how many tokens those had.
+
+Source: llama.cpp, tools/server/server-common.cpp, ``format_prompt_infill``; seen running on xllamacpp 2026.10.11549,
+against which tests/real/test_infill.py holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from llamaslot.cache.ids import WIDTH, count, head, pack, unpack
+from llamaslot.errors import OpaquePrompt, Reason
+
+_REPOSITORY, _FILE, _UNNAMED = "myproject\n", "filename\n", "tmp"
+_SNIPPET = "\n\n--- snippet ---\n\n"  # in front of each chunk, where the model has no token for that
+_WORD = "a\n"  # two tokens, as tokenizers go
+_LONG_PREFIX = 16_384  # tokens: three quarters of any usual --batch-size
+_CACHE_BYTES = 8 << 20
+_MAX_PARTS = 512  # each is a question to the server; editors send some dozens
+
+
+class InfillServer(Protocol):
+    """Routes of llama-server. ``ask`` sends a body: status and JSON of the answer; ``refusal`` does not wait for one
+    that is none."""
+
+    async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes: ...
+
+    async def detokenize(self, tokens: bytes) -> str: ...
+
+    async def ask(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]: ...
+
+    async def refusal(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one llama-server puts the parts together. Tokens are packed; those that the model lacks are empty.
+
+    ``repository``: with the name behind it. ``quarter``: of ``--batch-size``, in tokens. ``room``: of other files, in
+    tokens.
+    """
+
+    prefix: bytes
+    suffix: bytes
+    middle: bytes
+    bos: bytes
+    repository: bytes
+    file: bytes
+    is_suffix_first: bool
+    quarter: int
+    room: int
+
+
+class Infill:
+    """Bodies as one llama-server reads them. Chunks of other files, which editors send again and again, are remembered
+    as tokens."""
+
+    def __init__(self, server: InfillServer, layout: Layout) -> None:
+        self._server, self.layout = server, layout
+        self._known: dict[tuple[str, str], bytes] = {}
+        self._n_bytes = 0
+
+    async def tokens(self, body: Mapping[str, Any], whose: str = "") -> bytes:
+        """The prompt of ``body``. ``whose``: chunks are found again by the same only, for that can be measured.
+
+        Raises OpaquePrompt for what llama-server refuses: its own answer says it best.
+        """
+        prefix = await self._text_or_mixed(body.get("input_prefix"))
+        suffix = await self._text_or_mixed(body.get("input_suffix"))
+        begun = body.get("prompt")
+        prompt = await self._plain(begun, parse_special=True) if isinstance(begun, str) else b""
+        return self._put(await self.extra(body.get("input_extra"), whose), prefix, suffix, prompt)
+
+    def _put(self, extra: bytes, prefix: bytes, suffix: bytes, prompt: bytes) -> bytes:
+        layout = self.layout
+        n_suffix = max(0, layout.quarter - (2 + count(prompt)))
+        before = layout.prefix + _last(prefix, 3 * layout.quarter) + prompt
+        after = layout.suffix + head(suffix, n_suffix)
+        whole = (after, before) if layout.is_suffix_first else (before, after)
+        return b"".join((_last(extra, layout.room), layout.bos, *whole, layout.middle))
+
+    async def extra(self, chunks: Any, whose: str) -> bytes:
+        """What comes of other files. Raises OpaquePrompt."""
+        layout = self.layout
+        parts = [layout.repository]
+        if chunks is not None and not isinstance(chunks, list):
+            raise OpaquePrompt("'input_extra' is no list")
+        if len(chunks or ()) > _MAX_PARTS:
+            raise OpaquePrompt("too many chunks")
+        for chunk in chunks or ():
+            if not isinstance(chunk, Mapping):
+                raise OpaquePrompt("a chunk that is no object")
+            text, name = chunk.get("text"), chunk.get("filename", _UNNAMED)
+            if not isinstance(text, str) or not isinstance(name, str):
+                raise OpaquePrompt("a chunk without a text, or with a name that is none")
+            mark = await self._remembered(f"{name}\n" if layout.file else _SNIPPET, whose)
+            parts += [layout.file, mark, await self._remembered(text, whose)]
+        if layout.file:
+            parts += [layout.file, await self._remembered(_FILE, whose)]
+        return b"".join(parts)
+
+    async def _text_or_mixed(self, given: Any) -> bytes:
+        """Special tokens in it are text. Of a list strings and ids, each for itself."""
+        parts = []
+        is_long = isinstance(given, list) and len(given) > _MAX_PARTS
+        if is_long and any(isinstance(part, str) for part in given):
+            raise OpaquePrompt("too many parts")
+        for part in given if isinstance(given, list) else [given]:
+            if isinstance(part, str):
+                parts.append(await self._plain(part))
+            elif isinstance(given, list) and type(part) is int and abs(part) < 2**31:
+                parts.append(pack([part]))
+            else:
+                raise OpaquePrompt("'input_prefix' and 'input_suffix' are texts, or lists of texts and ids")
+        return b"".join(parts)
+
+    async def _remembered(self, text: str, whose: str) -> bytes:
+        key = (whose, text)
+        if (tokens := self._known.pop(key, None)) is None:
+            tokens = await self._plain(text)
+            if self._known.pop(key, None) is None:  # somebody may have asked for the same meanwhile
+                self._n_bytes += len(text) + len(tokens)
+        self._known[key] = tokens  # the last one used last
+        while self._n_bytes > _CACHE_BYTES and len(self._known) > 1:
+            oldest = next(iter(self._known))
+            self._n_bytes -= len(oldest[1]) + len(self._known.pop(oldest))
+        return tokens
+
+    async def _plain(self, text: str, *, parse_special: bool = False) -> bytes:
+        if not text:
+            return b""
+        return await self._server.tokenize(text, add_special=False, parse_special=parse_special)
+
+
+def _last(tokens: bytes, n: int) -> bytes:
+    return tokens[max(0, len(tokens) - n * WIDTH) :]
+
+
+async def learn(server: InfillServer, slot: int, n_ctx: int) -> Layout:
+    """How ``server`` puts the parts together, tried out in ``slot``, which holds a few tokens of nobody's then.
+
+    Raises OpaquePrompt where it does so in a way that is not known here. Canceling is safe.
+    """
+    learning = _Learning(server, slot, n_ctx)
+    for layout in await learning.candidates():
+        if await learning.fits(layout):
+            return await learning.with_limits(layout)
+    raise _unknown("its prompts are built in an unknown way")
+
+
+class _Learning:
+    """What is asked of ``server`` in ``slot`` to find out its layout, and what the answers tell of it."""
+
+    def __init__(self, server: InfillServer, slot: int, n_ctx: int) -> None:
+        self._server, self._n_ctx = server, n_ctx
+        self._ours = {"id_slot": slot, "n_predict": 0, "cache_prompt": False}
+        self._n_empty = 0  # tokens of a prompt of nothing
+
+    async def candidates(self) -> list[Layout]:
+        """From the prompt of nothing: marks of repository and file with their names, BOS, prefix, suffix, middle."""
+        text, n = await self._prompt({"input_prefix": "", "input_suffix": ""})
+        self._n_empty = n
+        repository, text = await self._marked(text, _REPOSITORY)
+        file, text = await self._marked(text, _FILE)
+        ids = unpack(await self._server.tokenize(text, add_special=False))
+        if len(ids) not in (3, 4) or count(repository) + count(file) + len(ids) != n:
+            raise _unknown("the prompt that it repeats has other tokens than it counts")
+        *bos, one, two, three = ids
+        return [
+            Layout(
+                prefix=pack([first]),
+                suffix=pack([second]),
+                middle=pack([three]),
+                bos=pack(bos),
+                repository=repository,
+                file=head(file, 1),
+                is_suffix_first=is_suffix_first,
+                quarter=self._n_ctx,
+                room=self._n_ctx,
+            )
+            for is_suffix_first, first, second in ((False, one, two), (True, two, one))
+        ]
+
+    async def _marked(self, text: str, name: str) -> tuple[bytes, str]:
+        """The tokens of a mark with ``name`` behind it, if ``text`` begins so; and what is behind that.
+
+        The mark alone is tokenized: a text in which a name stands has other tokens than the name for itself, where the
+        model puts a space in front of each piece.
+        """
+        tokens = await self._plain(name)
+        before, found, behind = text.partition(await self._server.detokenize(tokens))
+        if not found:
+            return b"", text
+        mark = await self._server.tokenize(before, add_special=False)
+        if count(mark) != 1:
+            raise _unknown("its prompts begin with unknown tokens")
+        return mark + tokens, behind
+
+    async def fits(self, layout: Layout) -> bool:
+        """Whether a body that has everything is put together so."""
+        body = {
+            "input_prefix": "prefix",
+            "input_suffix": "suffix",
+            "prompt": "begun",
+            "input_extra": [{"text": "one", "filename": "of it"}, {"text": "other"}],
+        }
+        text, n = await self._prompt(body)
+        tokens = await Infill(self._server, layout).tokens(body)
+        return count(tokens) == n and await self._server.detokenize(tokens) == text
+
+    async def with_limits(self, layout: Layout) -> Layout:
+        """``layout`` with the limits: from what is left of a prefix, and of another file, in prompts that are too long
+        for the slot."""
+        n_prefix = count(await self._plain(_WORD * (_LONG_PREFIX // 2)))
+        n_left = await self._n_refused(input_prefix=_WORD * (_LONG_PREFIX // 2)) - self._n_empty
+        if not 0 < n_left < n_prefix or n_left % 3:
+            raise _unknown("its --batch-size is larger than any that was tried")
+        others = [{"text": self._too_long}]
+        of_all = Infill(self._server, layout)
+        n_extra, n_nothing = [count(await of_all.extra(chunks, "")) for chunks in (others, [])]
+        n_taken = await self._n_refused(input_extra=others) - (self._n_empty - n_nothing)
+        if not n_nothing <= n_taken <= n_extra:
+            raise _unknown("its limit for other files is unknown")
+        return replace(layout, quarter=n_left // 3, room=n_taken)
+
+    @property
+    def _too_long(self) -> str:
+        return _WORD * (self._n_ctx // 2 + 2)
+
+    async def _n_refused(self, **parts: Any) -> int:
+        """How many tokens a prompt has with ``parts`` and a line begun that alone is too long for the slot; without
+        that line."""
+        n_begun = count(await self._server.tokenize(self._too_long, add_special=False))
+        # Old builds cut what is too long and compute the rest; that must not go on for longer than a batch.
+        body = {"input_prefix": "", "input_suffix": "", "prompt": self._too_long, "stream": True, **parts}
+        status, answer = await self._server.refusal(
+            "/infill", {**body, **self._ours, "return_progress": True}
+        )
+        error = answer.get("error") if isinstance(answer, dict) else None
+        n_total = error.get("n_prompt_tokens") if isinstance(error, dict) else None
+        if n_begun < self._n_ctx or status != 400 or not isinstance(n_total, int):
+            raise _unknown("it does not tell how long a prompt was")
+        return n_total - n_begun
+
+    async def _plain(self, text: str) -> bytes:
+        return await self._server.tokenize(text, add_special=False, parse_special=False)
+
+    async def _prompt(self, body: dict[str, Any]) -> tuple[str, int]:
+        status, answer = await self._ask(body)
+        if status != 200 or not isinstance(answer, dict):
+            raise _unknown(f"it was answered {status}")
+        text, n = answer.get("prompt"), answer.get("tokens_evaluated")
+        if not isinstance(text, str) or not isinstance(n, int):
+            raise _unknown("its answer does not repeat the prompt")
+        return text, n
+
+    async def _ask(self, body: dict[str, Any]) -> tuple[int, Any]:
+        return await self._server.ask("/infill", {**body, **self._ours})
+
+
+def _unknown(why: str) -> OpaquePrompt:
+    return OpaquePrompt(f"/infill of this llama-server is not known: {why}", Reason.INFILL)

@@ -1,0 +1,190 @@
+"""A body of ``/v1/messages`` (Anthropic; Claude Code) -> the chat body that llama-server makes of it.
+
+llama-server converts such a body into one of ``/v1/chat/completions`` and renders that. What is built here renders, by
+``POST /apply-template``, to the very same prompt; tests/real/test_conversions.py holds it against the real server.
+
+Source: llama.cpp, tools/server/server-chat.cpp, ``server_chat_convert_anthropic_to_oai``; seen running on xllamacpp
+2026.10.11549. The conversion keeps a few fields and drops all others, ``id_slot``, ``cache_prompt``, ``lora`` and ``n``
+among them, so none of these is in the chat body either. Nor is what does not change the rendering: sampling,
+``stop_sequences``, ``metadata``, and ``thinking``, whose budget only limits what is sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llamaslot.errors import OpaquePrompt, Reason
+
+_HEADER = b"x-anthropic-billing-header:"
+_STAMP = b"cch="
+_STAMP_BYTES = 5
+
+#: Blocks that llama-server leaves out. It leaves out every type that it does not know, documents for one; but what has
+#: a text may be rendered by the next build.
+_LEFT_OUT = {"redacted_thinking"}
+_LEFT_OUT_OF_RESULTS = {"tool_reference"}
+
+_IMAGE = {"type": "image_url"}
+_CHOICES = {"auto": "auto", "any": "required", "tool": "required"}  # "none" is dropped: the model may call
+
+
+def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The chat body whose rendering is the prompt of ``body``.
+
+    An image is one there too, but only its place: such a chat is rendered up to there. Raises OpaquePrompt for what is
+    not known to render alike: documents, unknown blocks, and bodies that llama-server refuses (its own answer to those
+    says it best).
+    """
+    messages: list[Any] = [{"role": "system", "content": text} for text in _system(body.get("system"))]
+    given = body.get("messages")
+    if not isinstance(given, list):
+        raise OpaquePrompt("'messages' is no list")
+    for message in given:
+        messages += _messages(message)
+    chat: dict[str, Any] = {"messages": messages}
+    tools = body.get("tools")
+    if isinstance(tools, list):
+        chat["tools"] = [_tool(tool) for tool in tools]
+    choice = body.get("tool_choice")
+    if isinstance(choice, Mapping) and (kind := _CHOICES.get(_text(choice, "type"))):
+        chat["tool_choice"] = kind
+    if "chat_template_kwargs" in body:
+        chat["chat_template_kwargs"] = body["chat_template_kwargs"]
+    return chat
+
+
+def _system(system: Any) -> Iterator[str]:
+    """The content of the system message, one or none: the texts of the blocks joined by nothing."""
+    if system is None:
+        return
+    blocks = [{"type": "text", "text": system}] if isinstance(system, str) else system
+    if not isinstance(blocks, list) or not all(_type(block) == "text" for block in blocks):
+        raise OpaquePrompt("'system' is neither a string nor a list of texts")
+    yield "".join(_without_stamp(_text(block, "text")) for block in blocks)
+
+
+def _without_stamp(text: str) -> str:
+    """The text with the stamp of Claude Code's attribution made the same for all requests, as llama-server does it.
+
+    ``x-anthropic-billing-header: cc_version=…; cch=a5145;`` would have another ``cch`` each time, and no prompt would
+    begin like another: five bytes between ``cch=`` and ``;`` become ``fffff``. Only where a text begins with the
+    header, and only the first ``cch=`` in it. (``normalize_anthropic_billing_header``, pull 21793)
+    """
+    raw = text.encode()
+    if not raw.startswith(_HEADER):
+        return text
+    found = raw.find(_STAMP, len(_HEADER))
+    begin, end = found + len(_STAMP), found + len(_STAMP) + _STAMP_BYTES
+    if found < 0 or raw[end : end + 1] != b";":
+        return text
+    return (raw[:begin] + b"f" * _STAMP_BYTES + raw[end:]).decode()
+
+
+def _messages(message: Any) -> Iterator[Any]:
+    """What one message becomes: itself, or its blocks as a message and, behind it, one more for each tool result.
+
+    That order holds also where the results come first, as Claude Code sends them: its reminders move in front.
+    """
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise OpaquePrompt("a message without a role")
+    if "content" not in message and message["role"] == "assistant":
+        return
+    content = message.get("content")
+    if isinstance(content, str):
+        yield message
+        return
+    if not isinstance(content, list):
+        raise OpaquePrompt("a message whose content is neither a string nor a list")
+    texts, calls, results, reasoning = list[Any](), list[Any](), list[Any](), ""
+    for block in content:
+        match _type(block):
+            case "text":
+                _text(block, "text")
+                texts.append(block)
+            case "thinking":
+                reasoning += _text(block, "thinking")
+            case "image" if _is_shown(block):
+                texts.append(_IMAGE)
+            case "tool_use":
+                calls.append(_call(block))
+            case "tool_result":
+                results.append(_result(block))
+            case other if other not in _LEFT_OUT:
+                raise OpaquePrompt(f"a block of type {other!r}", _reason(other))
+    if texts or calls or reasoning:
+        made: dict[str, Any] = {"role": message["role"], "content": texts or ""}
+        if calls:
+            made["tool_calls"] = calls
+        if reasoning:
+            made["reasoning_content"] = reasoning
+        yield made
+    yield from results
+
+
+def _call(block: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with its arguments as the object that they are: llama-server writes them out, in a chat as here.
+
+    Templates that show the arguments as text show that writing, ``1e+15`` for one, which no other writer reproduces.
+    (common/chat.cpp takes an object since March 2026, see issue 20198; before, a string only.)
+    """
+    arguments = block.get("input")
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise OpaquePrompt("a tool_use block whose input is no object")
+    function = {"name": _text(block, "name"), "arguments": {} if arguments is None else arguments}
+    return {"id": _text(block, "id"), "type": "function", "function": function}
+
+
+def _result(block: Mapping[str, Any]) -> dict[str, Any]:
+    """A message of role ``tool``: texts joined by nothing; ``is_error`` is dropped."""
+    content = block.get("content")
+    if isinstance(content, list):
+        images = list[Any]()
+        for at, part in enumerate(content):
+            if (type_ := _type(part)) == "image" and _is_shown(part):
+                images, content = [_IMAGE], content[:at]
+                break  # nothing behind it is looked at
+            if type_ != "text" and type_ not in _LEFT_OUT_OF_RESULTS:
+                raise OpaquePrompt(f"a tool result with a block of type {type_!r}", _reason(type_))
+        content = "".join(_text(part, "text") for part in content if part["type"] == "text")
+        if images:
+            content = [{"type": "text", "text": content}, *images]
+    elif content is not None and not isinstance(content, str):
+        raise OpaquePrompt("a tool result whose content is neither a string nor a list")
+    return {"role": "tool", "tool_call_id": _text(block, "tool_use_id"), "content": content or ""}
+
+
+def _tool(tool: Any) -> dict[str, Any]:
+    """A function. Anthropic's own tools (``web_search_…``), which have a name only, become one without parameters."""
+    if not isinstance(tool, Mapping):
+        raise OpaquePrompt("a tool that is no object")
+    function = {
+        "name": _text(tool, "name"),
+        "description": _text(tool, "description"),
+        "parameters": tool.get("input_schema", {}),
+    }
+    return {"type": "function", "function": function}
+
+
+def _is_shown(image: Mapping[str, Any]) -> bool:
+    """Whether llama-server shows it; it leaves out one from elsewhere, a file's for one."""
+    source = image.get("source")
+    return isinstance(source, Mapping) and source.get("type") in ("base64", "url")
+
+
+def _reason(unknown: str) -> Reason:
+    return Reason.MEDIA if unknown == "image" else Reason.SHAPE
+
+
+def _type(block: Any) -> str:
+    if not isinstance(block, Mapping):
+        raise OpaquePrompt("a block that is no object")
+    return _text(block, "type")
+
+
+def _text(block: Mapping[str, Any], name: str) -> str:
+    """A field that is a string; one that is missing or null is the empty one."""
+    value = block.get(name)
+    if value is not None and not isinstance(value, str):
+        raise OpaquePrompt(f"{name!r} is no string")
+    return value or ""

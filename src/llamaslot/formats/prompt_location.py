@@ -1,0 +1,154 @@
+"""Which part of a request's body a place in its rendered prompt comes from.
+
+Templates put the texts of a body into the prompt as they are, but for blanks at their ends: so the texts are looked for
+there, one after the other. Good enough to tell somebody where to look; nothing is decided by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llamaslot.formats.rewrite import system_texts
+from llamaslot.llama.routes import Format
+
+#: ``prompt``: the request has no messages.
+Where = Literal["system", "tools", "message", "prompt"]
+
+_EDGE = 200  # characters of a text that are enough to find where it begins and ends
+_HEADER = 40  # characters that a template puts in front of a message
+_LEADING = ("system", "developer")
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """``message``: its index in ``messages`` (or ``input``) as the client sent them; None for what is in none of them.
+    ``is_last_turn``: no answer of the model follows it."""
+
+    where: Where
+    message: int | None = None
+    role: str | None = None
+    is_last_turn: bool = False
+
+    def __str__(self) -> str:
+        if self.message is None:
+            return self.where
+        told = f"message {self.message} ({self.role})"
+        return told if self.where == "message" else f"{self.where}: {told}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    begin: int
+    end: int
+    whereabouts: Whereabouts
+
+
+def whereabouts(text: str, offset: int, body: Mapping[str, Any], kind: Format) -> Whereabouts:
+    """What the character at ``offset`` of the rendered ``text`` belongs to. What stands in front of a message, its
+    role for one, belongs to it."""
+    if kind in ("openai-completion", "native-completion"):
+        return Whereabouts("prompt")
+    messages = _messages(body, kind)
+    spans = list(_spans(text, messages))
+    first = spans[0].begin if spans else len(text)
+    ahead = [*_system_spans(text[:first], body, kind, messages), *_tools_span(text[:first], body)]
+    # Text of the template's own, a date for one, is taken for the system prompt's.
+    is_ahead = offset <= max((span.end for span in ahead), default=first - _HEADER)
+    if is_ahead or not spans:
+        inside = [span for span in ahead if span.begin <= offset <= span.end]
+        below = [span for span in ahead if span.end < offset]
+        nearest = inside[:1] or sorted(below, key=lambda span: span.end)[-1:]
+        return nearest[0].whereabouts if nearest else Whereabouts("system")
+    return next((span for span in spans if offset <= span.end), spans[-1]).whereabouts
+
+
+def _messages(body: Mapping[str, Any], kind: Format) -> list[Any]:
+    given = body.get("input" if kind == "responses" else "messages")
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    return given if isinstance(given, list) else []
+
+
+def _n_leading(messages: list[Any]) -> int:
+    """How many messages the system prompt is."""
+    n = 0
+    while n < len(messages) and _role(messages[n]) in _LEADING:
+        n += 1
+    return n
+
+
+def _role(message: Any) -> str:
+    """Items of ``input`` that are no messages have a type: ``function_call``."""
+    if not isinstance(message, Mapping):
+        return "?"
+    return str(message.get("role") or message.get("type") or "?")
+
+
+def _spans(text: str, messages: list[Any]) -> Iterator[_Span]:
+    """The messages behind the system prompt, as far as they are found, in their order."""
+    at = 0
+    roles = [_role(message) for message in messages]
+    last_answer = max(
+        (i for i, role in enumerate(roles) if role in ("assistant", "function_call")), default=-1
+    )
+    for i in range(_n_leading(messages), len(messages)):
+        found = [span for its in _texts(messages[i]) if (span := _look(text, its, at)) is not None]
+        if found:
+            begin, end = min(begin for begin, _ in found), max(end for _, end in found)
+            yield _Span(begin, end, Whereabouts("message", i, roles[i], is_last_turn=i > last_answer))
+            at = end
+
+
+def _texts(message: Any) -> Iterator[str]:
+    """What of a message stands in a prompt as it is: texts, names of tools that are called, what those have said."""
+    if isinstance(message, str):
+        yield message
+    elif isinstance(message, list):
+        for part in message:
+            yield from _texts(part)
+    elif isinstance(message, Mapping):
+        for key in ("reasoning_content", "thinking", "text", "content", "output", "name"):
+            yield from _texts(message.get(key))
+        for call in calls if isinstance(calls := message.get("tool_calls"), list) else ():
+            if isinstance(call, Mapping) and isinstance(function := call.get("function"), Mapping):
+                yield from _texts(function.get("name"))
+
+
+def _look(text: str, wanted: str, at: int) -> tuple[int, int] | None:
+    wanted = wanted.strip()
+    begin = text.find(wanted[:_EDGE], at) if wanted else -1
+    if begin < 0:
+        return None
+    if text.startswith(wanted, begin):
+        return begin, begin + len(wanted)
+    end = text.find(wanted[-_EDGE:], begin)  # something in between was rendered otherwise
+    return begin, end + len(wanted[-_EDGE:]) if end >= 0 else begin + _EDGE
+
+
+def _system_spans(text: str, body: Mapping[str, Any], kind: Format, messages: list[Any]) -> Iterator[_Span]:
+    if kind != "chat":
+        for holder, key in system_texts({**body, "messages": None, "input": None}, kind):
+            if (span := _look(text, holder[key], 0)) is not None:
+                yield _Span(*span, Whereabouts("system"))
+    for i in range(_n_leading(messages)):
+        for its in _texts(messages[i]):
+            if (span := _look(text, its, 0)) is not None:
+                yield _Span(*span, Whereabouts("system", i, _role(messages[i])))
+
+
+def _tools_span(text: str, body: Mapping[str, Any]) -> Iterator[_Span]:
+    """From the first tool to the last that are found by what they are described as, or by their names in quotes."""
+    tools = body.get("tools")
+    found: list[tuple[int, int]] = []
+    for tool in tools if isinstance(tools, list) else ():
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping):
+            continue
+        for its in (f'"{function.get("name")}"', function.get("description")):
+            span = _look(text, its, 0) if isinstance(its, str) else None
+            found += [span] if span is not None else []
+    if found:
+        begin, end = min(begin for begin, _ in found), max(end for _, end in found)
+        yield _Span(max(begin - _EDGE, 0), min(end + _EDGE, len(text)), Whereabouts("tools"))

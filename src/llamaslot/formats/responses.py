@@ -1,0 +1,165 @@
+"""A body of ``/v1/responses`` (OpenAI) -> the chat body that llama-server makes of it.
+
+llama-server converts such a body into one of ``/v1/chat/completions`` and renders that. What is built here renders, by
+``POST /apply-template``, to the very same prompt; tests/real/test_conversions.py holds it against the real server.
+
+Source: llama.cpp, tools/server/server-chat.cpp, ``server_chat_convert_responses_to_chatcmpl``; seen running on
+xllamacpp 2026.10.11549. The conversion replaces ``input``, ``instructions``, ``tools``, ``reasoning`` and
+``max_output_tokens`` and keeps all other fields: ``id_slot``, ``cache_prompt``, ``return_progress``, ``lora``, ``n``,
+``response_format``, ``chat_template_kwargs`` mean what they mean in a chat, and are in the chat body too. What OpenAI
+calls ``text`` (its ``format``), ``conversation``, ``prompt`` or ``truncation`` is kept and has no effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llamaslot.errors import OpaquePrompt
+
+_REPLACED = {"input", "instructions", "messages", "tools", "reasoning", "max_output_tokens"}
+
+
+def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The chat body whose rendering is the prompt of ``body``.
+
+    An image is one there too, but only its place: such a chat is rendered up to there. Raises OpaquePrompt for what is
+    not known to render alike, and bodies that llama-server refuses (its own answer to those says it best), such as
+    ``previous_response_id``, files, refusals, and unknown items.
+    """
+    if body.get("previous_response_id"):
+        raise OpaquePrompt("'previous_response_id' is not supported by llama-server")
+    chat = {name: value for name, value in body.items() if name not in _REPLACED}
+    chat["messages"] = [*_system(body), *_messages(body.get("input"))]
+    if "tools" in body and (tools := list(_tools(body["tools"]))):
+        chat["tools"] = tools
+    reasoning = body.get("reasoning")
+    if isinstance(reasoning, Mapping) and "effort" in reasoning:
+        chat["reasoning_effort"] = reasoning["effort"]
+    if "max_output_tokens" in body:
+        chat["max_tokens"] = body["max_output_tokens"]
+    return chat
+
+
+def _system(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The system message. ``"instructions": null`` makes an empty one, which templates show."""
+    if "instructions" in body:
+        instructions = body["instructions"]
+        if instructions is not None and not isinstance(instructions, str):
+            raise OpaquePrompt("'instructions' is no string")
+        yield {"role": "system", "content": instructions or ""}
+
+
+def _messages(given: Any) -> list[dict[str, Any]]:
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    if not isinstance(given, list):
+        raise OpaquePrompt("'input' is neither a string nor a list")
+    messages: list[dict[str, Any]] = []
+    for item in given:
+        if not isinstance(item, Mapping):
+            raise OpaquePrompt("an item that is no object")
+        _add(messages, item)
+    return messages
+
+
+def _add(messages: list[dict[str, Any]], item: Mapping[str, Any]) -> None:
+    """Append what the item becomes. What the assistant did in one turn are several items, and one message."""
+    match item.get("type"), item.get("role"):
+        case "message" | None, "user" | "system" | "developer":
+            messages.append(_message(item, _parts(item.get("content"), "input_text", "input_image")))
+        case "message", "assistant":  # without the type, as OpenAI takes it too, llama-server answers 400
+            content = item.get("content")
+            parts = [] if content is None else _parts(content, "output_text", "input_text")
+            if _is_assistants(messages):
+                messages[-1]["content"] = [*(messages[-1].get("content") or []), *parts]
+            else:
+                messages.append(_message(item, parts))
+        case "function_call", _:
+            function = {"arguments": _text(item, "arguments"), "name": _text(item, "name")}
+            call = {"function": function, "id": _text(item, "call_id"), "type": "function"}
+            if not _is_assistants(messages):
+                messages.append({"role": "assistant"})
+            messages[-1]["tool_calls"] = [*(messages[-1].get("tool_calls") or []), call]
+        case "function_call_output", _:
+            messages.append(
+                {
+                    "content": _output(item.get("output")),
+                    "role": "tool",
+                    "tool_call_id": _text(item, "call_id"),
+                }
+            )
+        case "reasoning", _:
+            if not _is_assistants(messages):
+                messages.append({"role": "assistant", "content": []})
+            messages[-1]["reasoning_content"] = _reasoning(item)
+        case type_, role:
+            raise OpaquePrompt(f"an item of type {type_!r} and role {role!r}")
+
+
+def _is_assistants(messages: list[dict[str, Any]]) -> bool:
+    """Whether the last message is the assistant's: what comes next from the assistant goes into it."""
+    return bool(messages) and messages[-1]["role"] == "assistant"
+
+
+def _message(item: Mapping[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The item with its other fields, which templates do not get to see today."""
+    return {name: value for name, value in item.items() if name not in ("type", "status")} | {
+        "content": parts
+    }
+
+
+def _parts(content: Any, *types: str) -> list[dict[str, Any]]:
+    """The content of a message as parts of a chat, from a string or from parts of these types."""
+    if isinstance(content, str):
+        return [{"text": content, "type": "text"}]
+    return [
+        {"type": "image_url"} if part["type"] == "input_image" else {"text": part["text"], "type": "text"}
+        for part in _checked(content, *types)
+    ]
+
+
+def _output(output: Any) -> Any:
+    """What a tool has answered: a string, or parts that keep their other fields."""
+    if isinstance(output, str):
+        return output
+    return [{**part, "type": "text"} for part in _checked(output, "input_text")]
+
+
+def _checked(parts: Any, *types: str) -> list[Mapping[str, Any]]:
+    if not isinstance(parts, list):
+        raise OpaquePrompt("a content that is neither a string nor a list")
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") not in types:
+            raise OpaquePrompt(f"a part of the content that is not {' or '.join(types)}")
+        _text(part, "image_url" if part["type"] == "input_image" else "text")
+    return parts
+
+
+def _reasoning(item: Mapping[str, Any]) -> str:
+    """The first text of a reasoning. One that was encrypted or summed up only is a 400 of llama-server's."""
+    content = item.get("content")
+    if not isinstance(item.get("summary"), list) or not isinstance(content, list) or not content:
+        raise OpaquePrompt("a reasoning without its text")
+    if not isinstance(content[0], Mapping):
+        raise OpaquePrompt("a reasoning whose first part is no object")
+    return _text(content[0], "text")
+
+
+def _tools(tools: Any) -> Iterator[dict[str, Any]]:
+    """The functions among the tools. Those of other types (``web_search``, ``custom``) are left out."""
+    if not isinstance(tools, list):
+        raise OpaquePrompt("'tools' is no list")
+    for tool in tools:
+        if not isinstance(tool, Mapping):
+            raise OpaquePrompt("a tool that is no object")
+        if tool.get("type") == "function":
+            function = {name: value for name, value in tool.items() if name != "type"}
+            yield {"type": "function", "function": {**function, "strict": tool.get("strict", True)}}
+
+
+def _text(item: Mapping[str, Any], name: str) -> str:
+    value = item.get(name)
+    if not isinstance(value, str):
+        raise OpaquePrompt(f"{name!r} is no string")
+    return value

@@ -1,0 +1,344 @@
+"""The web application: which request goes where, and how llamaslot itself starts and stops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import re
+import signal
+from collections.abc import AsyncIterator
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from llamaslot import __version__
+from llamaslot.backend.backend import Backend
+from llamaslot.config.load import Config
+from llamaslot.config.values import read_chat_file
+from llamaslot.errors import (
+    BadRequest,
+    ClientGone,
+    ConfigError,
+    Forbidden,
+    LlamaslotError,
+    NotImplementedHere,
+)
+from llamaslot.fleet.queue import QueueLimits
+from llamaslot.formats.rewrite import Rewriting
+from llamaslot.http.admin import Status
+from llamaslot.http.auth import USER, Doors, is_own_page
+from llamaslot.http.client_stream import MISTAKE, StreamRules, error_instead, error_response, name_itself
+from llamaslot.http.completion import Completions
+from llamaslot.http.connections import Connection, Connections, Patience, raise_file_limit
+from llamaslot.http.cors import Cors
+from llamaslot.http.deadlines import Timeouts
+from llamaslot.http.passthrough import Passthrough
+from llamaslot.http.request_body import Uploads, close_behind, hold_back, speaks_http
+from llamaslot.http.rewriting import SystemPrompts, tell_rewrote
+from llamaslot.http.tls import Certificate
+from llamaslot.http.unassisted import Unassisted
+from llamaslot.llama.client import LlamaServer
+from llamaslot.llama.managed.process import ManagedServer
+from llamaslot.llama.routes import Route, classify
+from llamaslot.observe.metrics import Metrics
+from llamaslot.scheduling.fairness import Fairness
+from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.prefill_policy import Sharing
+from llamaslot.store.quota import beyond_disk
+from llamaslot.tasks import TaskOwner
+
+log = logging.getLogger(__name__)
+
+_QUOTED = re.compile(r":? (?:bytearray\()?b['\"].*")
+_BACKLOG = 1024  # connections that the kernel has made and nobody has accepted yet
+_NO_METHODS = ("CONNECT", "TRACE")
+CLIENT_GONE = 499  # in metrics only: nginx's number for a client that has closed its connection
+
+
+class _Everything(web.DynamicResource):
+    """What aiohttp's own patterns leave out too: a line feed in a path, ``*``, the address of ``CONNECT``. Else aiohttp
+    would answer by itself, without a look at keys."""
+
+    def _match(self, path: str) -> dict[str, str]:
+        return {}
+
+
+class App:
+    """llamaslot as one object: the backend and the routes in front of it."""
+
+    def __init__(self, config: Config, backend: Backend) -> None:
+        self.config, self.backend = config, backend
+        timeouts = Timeouts(config.timeouts.first_token_s, config.timeouts.total_s)
+        rules = StreamRules(config.stream.keepalive_s, config.stream.comments, timeouts)
+        uploads = Uploads(config.listen.max_body, config.listen.read_timeout_s)
+        prompts = SystemPrompts(config.rules, backend.metrics)
+        unassisted = Unassisted(backend, rules)
+        self._passthrough = Passthrough(backend, uploads, timeouts, prompts, unassisted)
+        backend.divergences.tells_texts = config.log.prompts
+        self._completions = Completions(backend, rules, uploads, self._passthrough, unassisted, prompts)
+        self._status = Status(backend, prompts)
+        self._doors, self._cors = Doors(config.auth), Cors(config.listen.cors)
+
+    def application(self) -> web.Application:
+        app = web.Application()
+        everything = _Everything("/{path}")
+        everything.add_route("*", self.handle, expect_handler=hold_back)
+        app.router.register_resource(everything)
+        app.on_response_prepare.append(name_itself)
+        app.on_response_prepare.append(self._cors.allow)
+        app.on_response_prepare.append(tell_rewrote)
+        app.on_response_prepare.append(close_behind)
+        return app
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Every request comes through here and is counted. Raises CancelledError only."""
+        connection = request.protocol
+        if isinstance(connection, Connection):
+            connection.serving(True)
+        route = classify(request.method, request.raw_path, self.config.passthrough.allow)
+        metrics, status = self.backend.metrics, CLIENT_GONE
+        try:
+            response = await self._answer(request, route)
+            status = response.status
+        except asyncio.CancelledError:
+            metrics.clients_left.inc()  # aiohttp cancels the handler of a client that has closed its connection
+            raise
+        except ClientGone:
+            metrics.clients_left.inc()
+            return web.Response(status=CLIENT_GONE)  # nobody reads it
+        finally:
+            metrics.requests.labels(route.kind, str(status)).inc()
+            if isinstance(connection, Connection):
+                connection.serving(False)
+        return response
+
+    async def _answer(self, request: web.Request, route: Route) -> web.StreamResponse:
+        """Whatever goes wrong is an OpenAI-shaped error, never a traceback. Raises ClientGone."""
+        try:
+            if not speaks_http(request):
+                raise BadRequest("this port takes HTTP/1.1 and HTTP/1.0 only")
+            if (answer := self._cors.preflight(request)) is not None:
+                return answer
+            request[USER] = self._doors.admit(request)
+            return await self._dispatch(request, route)
+        except ClientGone:
+            raise
+        except LlamaslotError as error:
+            return error_instead(request, error)
+        except web.HTTPException as error:
+            wrapped = BadRequest(error.reason)
+            wrapped.status = error.status
+            return error_response(wrapped)
+        except Exception:
+            log.exception("%s %s: internal error; please report it", request.method, request.path)
+            return error_response(LlamaslotError(MISTAKE))
+
+    async def _dispatch(self, request: web.Request, route: Route) -> web.StreamResponse:
+        if is_own_page(request):
+            return await self._status.handle(request)
+        if request.method in _NO_METHODS or request.raw_path == "*":
+            raise NotImplementedHere(
+                f"{request.method} {request.raw_path} is not served: llamaslot is no proxy for other servers"
+            )
+        match route.kind:
+            case "own":
+                return self._status.health()
+            case "forbidden" | "gated":
+                raise Forbidden(route.refusal)
+            case "completion":
+                return await self._completions.handle(request, route)
+            case "exclusive":
+                return await self._passthrough.in_turn(request, route)
+            case "passthrough" if route.format is not None:
+                return await self._passthrough.count(request, route)
+            case "passthrough":
+                return await self._passthrough.forward(request, route)
+
+
+def make_backend(config: Config, url: str) -> Backend:
+    """The backend that the configuration describes; ``url`` of a managed one is known once it is started."""
+    settings = config.backend
+    return Backend(
+        settings.name,
+        LlamaServer(url, settings.resolve_api_key(), config.timeouts.watchdog_s, name=settings.name),
+        rules=_rules(config),
+        limits=_limits(config),
+        metrics=Metrics(),
+        meta_dir=config.store.meta_dir,
+        idle_save_s=config.store.idle_save_s,
+        slot_save_path=settings.slot_save_path,
+        quota_bytes=config.store.quota,
+        prewarm=_chat_bodies(config),
+        max_files=config.store.max_files,
+        min_free_bytes=config.store.min_free,
+    )
+
+
+def _limits(config: Config) -> QueueLimits:
+    queue = config.queue
+    fairness = Fairness(
+        queue.user_max_running, queue.user_max_waiting, queue.side_max_passed_s, queue.spare_s
+    )
+    return QueueLimits(queue.max_waiting, queue.max_wait_s, fairness)
+
+
+def _rules(config: Config) -> Rules:
+    routing, prefill = config.routing, config.prefill
+    sharing = Sharing(prefill.decode_share, prefill.stretch_s, prefill.max_passed_s, prefill.max_held_s)
+    return Rules(
+        routing.similarity_min,
+        routing.small_prompt_tokens,
+        prefill.own_above_s,
+        sharing,
+        is_isolated=config.cache.isolation == "per_user",
+    )
+
+
+def _chat_bodies(config: Config) -> list[tuple[str, dict[str, Any]]]:
+    """What ``prewarm`` names, rewritten as requests are. Raises ConfigError when a file, readable a moment ago, is not
+    any more."""
+    try:
+        bodies = [(path.name, read_chat_file(path)) for path in config.prewarm]
+    except ValueError as error:
+        raise ConfigError("prewarm", [str(error)]) from error
+    rewriting = Rewriting(config.rules)
+    for _, body in bodies:
+        rewriting.apply(body, "chat")
+    return bodies
+
+
+async def serve(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT. Raises LlamaslotError when the store cannot be used, OSError for the port."""
+    tasks = TaskOwner()
+    raise_file_limit()
+    await asyncio.to_thread(_make_directories, config)
+    managed = _managed(config)
+    url = managed.url if managed is not None else config.backend.url
+    assert url is not None
+    backend = make_backend(config, url)
+    await backend.open()
+    if (catalog := backend.catalog) is not None:
+        store = config.store
+        limits = store.quota, store.min_free, catalog.directory, catalog.size_bytes
+        if (note := await asyncio.to_thread(beyond_disk, *limits)) is not None:
+            log.warning("%s", note)
+    stop, save_s = asyncio.Event(), 0.0
+    try:
+        async with listening(config, backend) as listener:
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, stop.set)
+            if managed is not None:
+                tasks.spawn(managed.run(), "managed llama-server")
+            backend.start()
+            _greet(config, listener)
+            gc.collect()
+            gc.freeze()  # a full collection over a large index takes 150 ms; after this it has little to look at
+            await stop.wait()
+            log.info("stopping")
+        save_s = config.shutdown.save_s
+    finally:
+        await backend.close(save_s)
+        await tasks.close()  # a managed server is ended last: its slots have been saved
+
+
+@contextlib.asynccontextmanager
+async def listening(config: Config, backend: Backend) -> AsyncIterator[asyncio.Server]:
+    """Listen for clients. At the end running answers get ``shutdown.drain_s`` to end. Raises OSError for the port."""
+    runner = web.AppRunner(
+        App(config, backend).application(),
+        handler_cancellation=True,  # a client that leaves must be noticed while nothing is being written to it
+        shutdown_timeout=config.shutdown.drain_s,
+    )
+    logging.getLogger("aiohttp.server").addFilter(_in_one_line)
+    try:
+        await runner.setup()
+        listener = await _listen(config, runner)
+        try:
+            yield listener
+        finally:
+            listener.close()
+    finally:
+        await runner.cleanup()
+
+
+async def _listen(config: Config, runner: web.AppRunner) -> asyncio.Server:
+    """As aiohttp's ``TCPSite`` does, with connections of llamaslot's own. Raises OSError for the port."""
+    assert runner.server is not None, "set up"
+    listen = config.listen
+    connections = Connections(runner.server, Patience(listen.read_timeout_s), listen.max_connections)
+    context = Certificate(listen.tls).context if listen.tls is not None else None
+    return await asyncio.get_running_loop().create_server(
+        connections, listen.host, listen.port, backlog=_BACKLOG, ssl=context
+    )
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """aiohttp writes a traceback for each client that speaks no HTTP, or packs its body badly: a line will do."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError | web.RequestPayloadError):
+        # It quotes what it could not read, which may be a key or a part of a prompt.
+        said = _QUOTED.sub("", " ".join(str(error).split()))
+        record.msg, record.args = "%s: %s", (record.getMessage(), said)
+        record.exc_info, record.levelno, record.levelname = None, logging.INFO, "INFO"
+    return True
+
+
+def _managed(config: Config) -> ManagedServer | None:
+    settings = config.backend
+    if settings.managed is None:
+        return None
+    assert settings.slot_save_path is not None, "the configuration gives a managed server its directory"
+    return ManagedServer(
+        settings.managed,
+        name=settings.name,
+        slot_save_path=settings.slot_save_path,
+        log_path=config.store.meta_dir / f"{settings.name}.log",
+        port=settings.managed.port,
+        api_key=settings.resolve_api_key(),
+    )
+
+
+def _make_directories(config: Config) -> None:
+    paths = [config.store.meta_dir]
+    if config.backend.managed is not None and config.backend.slot_save_path is not None:
+        paths.append(config.backend.slot_save_path)
+    for path in paths:
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise LlamaslotError(f"cannot make the directory {path}: {error.strerror}") from error
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _greet(config: Config, listener: asyncio.Server) -> None:
+    """Say where it listens: the addresses that the kernel has, and one to try from this machine."""
+    bound = sorted({socket.getsockname()[:2] for socket in listener.sockets})
+    scheme = "https" if config.listen.tls is not None else "http"
+    every = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    base = f"{scheme}://{_address(every.get(bound[0][0], bound[0][0]), bound[0][1])}"
+    is_open = any(host in every for host, _ in bound)
+    has_keys = config.auth.keys_file is not None
+    which, header = (
+        ("with a key of yours", " -H 'Authorization: Bearer …'") if has_keys else ("any API key", "")
+    )
+    log.info(
+        "llamaslot %s listens on %s%s; from this machine: %s/v1", __version__,
+        " and ".join(_address(*address) for address in bound),
+        ", every address of this machine" if is_open else "", base,
+    )  # fmt: skip
+    print(  # noqa: T201
+        f"\nPoint any OpenAI client at {base}/v1 ({which}), or try:\n\n"
+        f"  curl -N {base}/v1/chat/completions -H 'Content-Type: application/json'{header} \\\n"
+        """    -d '{"stream": true, "messages": [{"role": "user", "content": "Name three colours."}]}'\n""",
+        flush=True,
+    )
+
+
+__all__ = ["App", "listening", "make_backend", "serve"]

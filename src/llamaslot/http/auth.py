@@ -1,0 +1,204 @@
+"""Who may come in, and as whom: from the headers of a request to its user.
+
+Open without a key is what llama-server leaves open with ``--api-key``: health, the files of its web UI, and OPTIONS.
+llamaslot's own pages have keys of their own.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from aiohttp import web
+
+from llamaslot.config.keys import Key, digest_of, read_keys
+from llamaslot.config.sections import AuthConfig
+from llamaslot.config.watch import Watch
+from llamaslot.errors import BadRequest, ConfigError, Forbidden, Unauthorized
+from llamaslot.llama.routes import server_path
+from llamaslot.scheduling.request import NOBODY, User
+
+log = logging.getLogger(__name__)
+
+_HEALTH = ("/health", "/v1/health")
+
+# Their names change with each build: /, /index.html, /sw.js, /favicon.ico, /_app/immutable/bundle.CheKa0wg.js. No route
+# of llama-server's API has a dot in it.
+_WEB_UI = re.compile(
+    r"/(?:[\w-]+\.(?:html|js|css|json|webmanifest|ico|svg|png)|_app/(?:[\w-][\w.-]*/)*[\w-][\w.-]*)?",
+    re.ASCII,
+)
+
+_USER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
+
+
+class Keyring:
+    """The keys that are in force: those of the file, read again when it has changed.
+
+    Looking costs some microseconds, once a second at most, so that a removed key works for no longer; reading some
+    milliseconds for a thousand keys, on the event loop. What can not be read changes nothing: the keys read last stay
+    in force, and the log says so once.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        """Raises ConfigError."""
+        self._path = path
+        keys, mark = read_keys(path)
+        self._watch = Watch(path, clock=clock, known=(mark,))
+        self._take(keys)
+        log.info("keys: %d in %s", len(keys), path)
+
+    def _take(self, keys: tuple[Key, ...]) -> None:
+        self._users = tuple((key.digest, key.user) for key in keys)
+
+    def find(self, key: str) -> User | None:
+        """Whose key it is. Takes as long for a right one as for a wrong one, wherever it stands in the file."""
+        self._look()
+        digest, found = digest_of(key), None
+        for known, user in self._users:
+            if hmac.compare_digest(known, digest):
+                found = user
+        return found
+
+    def _look(self) -> None:
+        if not self._watch.has_changed():
+            return
+        try:
+            keys, mark = read_keys(self._path)
+        except ConfigError as error:
+            faults = "; ".join(error.faults)
+            log.error("keys: %s: %s; the keys read before stay in force", self._path, faults)
+            return
+        self._watch.known = (mark,)  # of what was read: the file may be another one by now
+        self._take(keys)
+        log.info("keys: %s has changed, %d keys are in force", self._path, len(keys))
+
+
+class Doors:
+    """What ``auth`` in the configuration says of a request."""
+
+    def __init__(self, settings: AuthConfig) -> None:
+        """Raises ConfigError when a file, readable a moment ago, is not any more."""
+        self._keyring = Keyring(settings.keys_file) if settings.keys_file is not None else None
+        admin_key = settings.resolve_admin_key()
+        self._admin_digest = digest_of(admin_key) if admin_key is not None else None
+        self._lets_anybody_in = settings.allow_anonymous or self._keyring is None
+
+    def admit(self, request: web.Request) -> User:
+        """Whose request it is. Raises Unauthorized, Forbidden, and BadRequest for a name that is none.
+
+        Where nobody needs a key, one that is sent all the same (most clients must send some) means nothing; where keys
+        are in use, a wrong one is never taken for none.
+        """
+        key = key_of(request.headers)
+        if is_own_page(request):
+            return self._admit_admin(request, key)
+        if self._keyring is None:
+            return nobody_known(request)
+        if key is not None and (user := self._keyring.find(key)) is not None:
+            return user
+        if is_open(request) or (key is None and self._lets_anybody_in):
+            return nobody_known(request)
+        raise _unauthorized(key)
+
+    def _admit_admin(self, request: web.Request, key: str | None) -> User:
+        user = self._keyring.find(key) if self._keyring is not None and key is not None else None
+        if user is not None and user.is_admin:
+            return user
+        if key is not None and self._is_admin_key(key):
+            return replace(nobody_known(request), is_admin=True)
+        if user is not None:
+            raise Forbidden(
+                "llamaslot's own pages are for its operators: use auth.admin_key_file of its configuration, "
+                "or a key made with: llamaslot keys add NAME --admin"
+            )
+        if self._admin_digest is not None or self._keyring is not None:
+            raise _unauthorized(key)
+        if not _is_loopback(request.remote):
+            raise Forbidden(
+                "without a key llamaslot's own pages are for its own machine: set auth.admin_key_file"
+            )
+        return replace(nobody_known(request), is_admin=True)
+
+    def _is_admin_key(self, key: str) -> bool:
+        return self._admin_digest is not None and hmac.compare_digest(self._admin_digest, digest_of(key))
+
+
+def is_own_page(request: web.Request) -> bool:
+    """Whether it is for ``/llamaslot/…``, in whatever spelling."""
+    return request.path.partition("/")[2].partition("/")[0] == "llamaslot"
+
+
+def is_open(request: web.Request) -> bool:
+    """Whether llama-server answers it without a key."""
+    if request.method == "OPTIONS":
+        return True
+    if request.method not in ("GET", "HEAD"):
+        return False
+    path = server_path(request.raw_path)
+    return path in _HEALTH or _WEB_UI.fullmatch(path) is not None
+
+
+def key_of(headers: Mapping[str, str]) -> str | None:
+    """The key that was sent, as llama-server looks for it: ``Authorization``, with or without ``Bearer``, else
+    ``x-api-key``; and as Azure's clients send it. Another scheme (``Basic``, of a proxy in between) is no key of ours.
+    """
+    words = headers.get("Authorization", "").split()
+    if len(words) == 2 and words[0].lower() == "bearer":
+        return words[1]
+    if len(words) == 1 and words[0].lower() != "bearer":
+        return words[0]
+    return headers.get("x-api-key", "").strip() or headers.get("api-key", "").strip() or None
+
+
+def nobody_known(request: web.Request) -> User:
+    """Who sends no key: whom ``x-llamaslot-user`` names, else an address. Raises BadRequest for a name that is none."""
+    name = request.headers.get("x-llamaslot-user", "").strip()
+    if not name:
+        return User(f"at:{_address(request.remote)}")
+    if not _USER_NAME.fullmatch(name):
+        raise BadRequest(
+            "x-llamaslot-user should be 1 to 64 letters, digits, '.', '_', '@', '+' and '-', "
+            "the first a letter or digit"
+        )
+    return User(f"named:{name}")
+
+
+def _address(remote: str | None) -> str:
+    """An IPv4 address is the same over IPv6."""
+    try:
+        address = ipaddress.ip_address(remote or "")
+    except ValueError:
+        return remote or "unknown"
+    mapped = getattr(address, "ipv4_mapped", None)
+    return str(mapped or address)
+
+
+def _is_loopback(remote: str | None) -> bool:
+    try:
+        return ipaddress.ip_address(_address(remote)).is_loopback
+    except ValueError:
+        return False
+
+
+def _unauthorized(key: str | None) -> Unauthorized:
+    """In llama-server's words, and what to do if none was sent."""
+    if key is not None:
+        return Unauthorized("Invalid API Key")
+    return Unauthorized(
+        "Invalid API Key: none was sent; send yours as 'Authorization: Bearer …' or 'x-api-key: …'"
+    )
+
+
+USER = web.RequestKey("user", User)
+
+
+def user_of(request: web.Request) -> User:
+    user: User = request.get(USER, NOBODY)
+    return user

@@ -1,0 +1,243 @@
+"""The client's side of one exchange: its headers, its comments while it waits, its errors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+from multidict import CIMultiDict
+
+from llamaslot.backend.lease import Prefilling
+from llamaslot.errors import ClientGone, LlamaslotError, NotAllowed, Unauthorized, UpstreamError
+from llamaslot.formats.error_events import ErrorEvents
+from llamaslot.http.deadlines import Timeouts
+from llamaslot.llama.routes import classify
+from llamaslot.llama.sse import comment
+from llamaslot.tasks import TaskOwner
+
+log = logging.getLogger(__name__)
+
+MISTAKE = "internal error in llamaslot; its log has the traceback"
+NAME = {"Server": "llamaslot"}  # and no more: versions are nobody's business
+_HAS_BEGUN = web.RequestKey("has_begun", bool)
+SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRules:
+    """What every exchange keeps to: comments each ``keepalive_s`` while a stream waits, unless there are none, and its
+    timeouts."""
+
+    keepalive_s: float = 10.0
+    has_comments: bool = True
+    timeouts: Timeouts = field(default_factory=Timeouts)
+
+
+@dataclass(slots=True)
+class Downstream:
+    """One answer. ``headers`` may be added to until something is sent; what comes later is said as a comment.
+
+    ``progress`` makes an event of how far a prompt is, for a client that has asked for that.
+    """
+
+    request: web.Request
+    rules: StreamRules
+    is_streaming: bool
+    headers: dict[str, str] = field(default_factory=dict)
+    progress: Callable[[Prefilling], bytes] | None = None
+    state: object = "tokenizing"
+    response: web.StreamResponse | None = None
+    told: dict[str, Any] = field(default_factory=dict)  # what later parts of the answer must agree with
+    errors: ErrorEvents = field(init=False)
+    _has_moved: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.errors = errors_of(self.request, self.headers.get("x-request-id", ""))
+
+    def say(self, state: object) -> None:
+        """What the next comment will tell, as ``str(state)`` at that moment."""
+        self.state = state
+        if isinstance(state, Prefilling) and self.progress is not None:
+            self._has_moved.set()
+
+    def note(self, state: object) -> None:
+        """For the next comment only. No progress event is made: llama-server's own are relayed meanwhile."""
+        self.state = state
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether headers have been sent: then a failure can only be an event."""
+        return self.response is not None
+
+    def add_headers(self, headers: Mapping[str, str]) -> bytes:
+        """Headers for the answer; the comments that stand for them where the headers have gone already."""
+        if not self.has_begun:
+            self.headers.update(headers)
+            return b""
+        if not self.rules.has_comments:
+            return b""
+        return b"".join(comment(f"{name}: {value}") for name, value in headers.items())
+
+    async def begin(self, status: int = 200, headers: Mapping[str, str] | None = None) -> web.StreamResponse:
+        """Send the headers, once."""
+        if self.response is None:
+            told = CIMultiDict(headers or {})
+            told.update(self.headers)
+            self.response = web.StreamResponse(status=status, headers=told)
+            await begin(self.response, self.request)
+        return self.response
+
+    async def write(self, data: bytes) -> None:
+        """Raises ClientGone."""
+        if data:
+            await send(await self.begin(headers=SSE_HEADERS), data)
+
+    @contextlib.asynccontextmanager
+    async def waiting(self, tasks: TaskOwner) -> AsyncIterator[None]:
+        """While the block waits, a streaming client gets its headers and a comment every ``keepalive_s``."""
+        if not (self.is_streaming and (self.rules.has_comments or self.progress is not None)):
+            yield
+            return
+        ticker = tasks.spawn(self._tick(), "comments")
+        try:
+            yield
+        finally:
+            ticker.cancel()
+            # Not ``await ticker``: its cancellation would look like the client's leaving.
+            await asyncio.wait({ticker})
+
+    async def _tick(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self.rules.keepalive_s):
+                    await self._has_moved.wait()
+            except TimeoutError:
+                said = comment(str(self.state)) if self.rules.has_comments else b""
+            else:
+                self._has_moved.clear()
+                said = self._progress()
+            try:
+                await self.write(said)
+            except ClientGone:
+                return  # the server sees that too, and cancels the handler
+
+    def _progress(self) -> bytes:
+        """The progress event for the state; nothing if the state is no prefill any more."""
+        state = self.state
+        return self.progress(state) if self.progress is not None and isinstance(state, Prefilling) else b""
+
+    async def fail(self, error: LlamaslotError) -> web.StreamResponse:
+        """End the exchange with an error: a status while that is possible, else an event."""
+        if not self.has_begun:
+            if (relayed := await end_relayed(self.request, error)) is not None:
+                return relayed
+            return error_instead(self.request, error, self.headers)
+        await self.write(self.errors.event(error.inner))
+        return await self.end()
+
+    async def end(self) -> web.StreamResponse:
+        response = await self.begin()
+        with _translated():
+            await response.write_eof()
+        return response
+
+
+@dataclass(slots=True)
+class Relayed:
+    """A stream of llama-server's own events, as far as it has been sent. ``is_whole``: it stands at the end of one."""
+
+    response: web.StreamResponse
+    errors: ErrorEvents
+    is_whole: bool = True
+    is_over: bool = False
+
+    def begins(self, request: web.Request) -> None:
+        """From now on ``end_relayed`` can end it."""
+        request[_RELAYED] = self
+
+
+_RELAYED = web.RequestKey("relayed", Relayed)
+
+
+async def end_relayed(request: web.Request, error: LlamaslotError) -> web.StreamResponse | None:
+    """End the stream that is relayed to this client with an error, unless it is over already. None where there is none,
+    or only half of an event was sent. Raises ClientGone."""
+    relayed: Relayed | None = request.get(_RELAYED)
+    if relayed is None or not (relayed.is_whole or relayed.is_over):
+        return None
+    if not relayed.is_over:
+        relayed.is_over = True
+        await send(relayed.response, relayed.errors.event(error.inner))
+    with _translated():
+        await relayed.response.write_eof()
+    return relayed.response
+
+
+async def name_itself(request: web.Request, response: web.StreamResponse) -> None:
+    """Signal ``on_response_prepare``: say who answers, in place of aiohttp's and Python's versions."""
+    response.headers.update(NAME)
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """aiohttp's error for a client that has gone is one of its *client* errors too: left alone it would look like the
+    upstream connection's."""
+    try:
+        yield
+    except ConnectionError as error:
+        raise ClientGone from error
+
+
+async def begin(response: web.StreamResponse, request: web.Request) -> None:
+    """Send the headers. Raises ClientGone."""
+    request[_HAS_BEGUN] = True
+    with _translated():
+        await response.prepare(request)
+
+
+async def send(response: web.StreamResponse, data: bytes) -> None:
+    """Raises ClientGone."""
+    with _translated():
+        await response.write(data)
+
+
+def cut(request: web.Request) -> None:
+    """Close the connection with the answer half sent, so that the client knows."""
+    if request.transport is not None:
+        request.transport.abort()
+
+
+def error_instead(
+    request: web.Request, error: LlamaslotError, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    """The answer to a request that has failed. Where half of another has been sent raises ClientGone, its connection
+    closed: half an answer must not look like a whole one."""
+    if request.get(_HAS_BEGUN):
+        cut(request)
+        raise ClientGone from error
+    return error_response(error, headers)
+
+
+def errors_of(request: web.Request, id_: str) -> ErrorEvents:
+    """Makes errors in a stream, for the clients of that route."""
+    return ErrorEvents(classify(request.method, request.raw_path).format, id_)
+
+
+def error_response(error: LlamaslotError, headers: Mapping[str, str] | None = None) -> web.Response:
+    """``{"error": {"message", "type", "code"}}``; llama-server's own body where the error is its own."""
+    headers = dict(headers or {})
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    if isinstance(error, NotAllowed):
+        headers["Allow"] = "GET, HEAD"
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, UpstreamError):
+        headers["Content-Type"] = error.content_type
+        return web.Response(status=error.status, body=error.payload, headers=headers)
+    return web.json_response(error.body(), status=error.status, headers=headers)

@@ -1,0 +1,395 @@
+"""From the request that is sent to llama-server to the end of its answer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from llamaslot.backend.backend import Backend
+from llamaslot.backend.exclusive import Turn
+from llamaslot.backend.lease import Lease, PlanAgain, Prefilling, SlotWanted
+from llamaslot.backend.slot_content import is_far_off
+from llamaslot.cache.content import NOTHING, Content
+from llamaslot.errors import JSON_TYPE, Reason, UpstreamError
+from llamaslot.formats.progress import message_start
+from llamaslot.formats.stream_to_json import Assembly, Doubt, can_assemble, streamed
+from llamaslot.http.client_request import Asked
+from llamaslot.http.client_stream import SSE_HEADERS, Downstream
+from llamaslot.http.headers import to_client
+from llamaslot.http.parse import CONVERTED, Wanted
+from llamaslot.http.stream_reader import Reading
+from llamaslot.llama.client import content_type_of
+from llamaslot.llama.sse import Earlier
+from llamaslot.scheduling.plan import Source
+
+log = logging.getLogger(__name__)
+
+_FEW_TOKENS = 8  # at the end of the text before a medium that may tokenize differently in context
+
+
+class InOnePiece(PlanAgain):
+    """The answer is in doubt, put together from a stream: ask for it once more, as the client did."""
+
+
+class Answering:
+    """One request in its slot: ``begin`` up to its first token, then ``finish``."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        down: Downstream,
+        asked: Asked,
+        want: Wanted,
+        lease: Lease,
+        here: Earlier | None,
+        before: Earlier | None,
+        turn: Turn | None,
+        *,
+        in_one_piece: bool = False,
+    ) -> None:
+        """``here``: what was computed ahead in this slot; ``before``: what was done for it at other places.
+        ``in_one_piece``: llama-server is to put the answer together.
+        """
+        self.backend, self.down, self.asked, self.want = backend, down, asked, want
+        self.lease, self.here, self.turn = lease, here, turn
+        self.earlier = self._in_all(here, before)  # what the client is told
+        may_assemble = not (asked.is_streaming or in_one_piece) and backend.streams_are_known
+        self.is_assembled = may_assemble and can_assemble(asked.body, asked.kind)
+        self.first_byte_s: float | None = None
+        self._is_reuse_told = False
+        self._first: list[bytes] | None = None
+
+    def _in_all(self, here: Earlier | None, before: Earlier | None) -> Earlier | None:
+        if before is None:
+            in_all = here
+        else:  # without a prefill here: what it finds of its own work was not reused
+            n = self.lease.n_expected
+            in_all = before.then(here if here is not None else Earlier(n, n, 0.0))
+        n_answers = 1 + self.want.job.n_children
+        return replace(in_all, n_answers=n_answers) if in_all is not None else None
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether llama-server is asked for a stream, so that the first token is seen to come."""
+        return self.asked.is_streaming or self.is_assembled
+
+    async def begin(self, stack: contextlib.AsyncExitStack, *, may_replan: bool) -> None:
+        """Send it, and read what comes up to the first token, while the client is told how far its prompt is.
+
+        Raises UpstreamError for what llama-server answers instead of an answer. With ``may_replan`` raises PlanAgain
+        when the slot does not hold what was expected: then the server is idle again, and next to nothing was computed.
+        Raises Preempted when the slot is wanted for another user, as long as nothing was told of its answer.
+        """
+        sent = await stack.enter_async_context(contextlib.AsyncExitStack())
+        self._upstream = await self._send(sent, self._body())
+        self._reading = Reading(
+            self._upstream,
+            self.earlier,
+            self.down.errors,
+            n_answers=self.want.n_prompts * (1 + self.want.job.n_children),
+            wants_progress=self.asked.wants_progress,
+            assembly=Assembly(self.asked.body, self.asked.kind) if self.is_assembled else None,
+            start=self._message_start() if self.asked.kind == "messages" else b"",
+        )
+        if not self._has_events:
+            return
+        reading, is_looked_at = self._reading, False
+        may_stop = self._is_one_prompt and not self.want.is_head  # its slot's content is known at any time
+        while (events := await self._next_or_stop(sent, can_stop=is_looked_at and may_stop)) is not None:
+            if reading.has_token or reading.is_over or reading.has_failed:
+                self.lease.talks()
+                self._first = events
+                return
+            if reading.n_found is not None:
+                if may_replan and not is_looked_at and self._is_misplaced(reading.n_found):
+                    raise PlanAgain(await self._stopped(sent, reading.n_found, is_misplaced=True))
+                if not is_looked_at:
+                    self._holds_prompt()
+                    await self._tell_reuse()
+                is_looked_at = True
+                self.lease.n_done = reading.n_processed
+                n_reused = self.earlier.n_reused if self.earlier is not None else reading.n_found
+                self.down.note(Prefilling(reading.n_processed, self.want.job.n_tokens, n_reused, 0.0))
+            may_stop = may_stop and not events  # told twice, the beginning of an answer confuses its client
+            if events:  # of progress, to who has asked for it
+                await self._tell_reuse(at_last=True)
+                await self.down.begin(headers=to_client(self._upstream, SSE_HEADERS))
+            await self.down.write(b"".join(events))
+
+    async def _next_or_stop(self, sent: contextlib.AsyncExitStack, *, can_stop: bool) -> list[bytes] | None:
+        """As ``_next``; with ``can_stop`` raises Preempted instead, when the slot is wanted for another user."""
+        if not can_stop:
+            self.lease.can_stop = False
+            return await self._next()
+        try:
+            return await self.lease.unless_preempted(self._next())
+        except SlotWanted:
+            pass
+        assert self._reading.n_found is not None, "only what has begun can be stopped"
+        done = await self._stopped(sent, self._reading.n_found, is_misplaced=False)
+        self.lease.yield_slot(done)
+        raise PlanAgain(done)  # nobody wants the slot any more; but it has stopped
+
+    async def _stopped(self, sent: contextlib.AsyncExitStack, n_found: int, *, is_misplaced: bool) -> Earlier:
+        """Close the request, of which ``n_found`` tokens were reused; what was done for the job in this slot."""
+        await sent.aclose()
+        await self.backend.steps.stopped(self.lease, n_found, is_misplaced=is_misplaced)
+        n_done = self.lease.content.n_tokens if self.lease.content is not None else 0
+        own = Earlier(min(n_found, n_done), n_done, self.backend.now() - self.lease.sent_at)
+        return own if self.here is None else self.here.then(own)
+
+    async def _next(self) -> list[bytes] | None:
+        """As ``Reading.next``. After an error nobody knows what the slot holds."""
+        try:
+            return await self._reading.next()
+        except UpstreamError:
+            self.lease.done(None)
+            raise
+
+    @property
+    def n_reused(self) -> int | None:
+        """Tokens of the prompt that were not computed for it, by what llama-server has told so far; None before."""
+        if (n_found := self._reading.n_reused) is None:
+            return None
+        n_found = min(n_found, self.want.prompts[0].n_tokens) if self.want.is_head else n_found
+        return n_found if self.earlier is None else min(self.earlier.n_reused, n_found)
+
+    @property
+    def source(self) -> Source:
+        """Where what was reused comes from."""
+        assert self.lease.plan is not None
+        return self.lease.plan.source if self._n_reused_or_expected else Source.COLD
+
+    @property
+    def _n_reused_or_expected(self) -> int:
+        if (n_reused := self.n_reused) is not None:
+            return n_reused
+        return self.earlier.n_reused if self.earlier is not None else self.lease.n_expected
+
+    async def _tell_reuse(self, *, at_last: bool = False) -> None:
+        """Say what was reused once llama-server has, in headers, or in a stream's comments where these have gone.
+
+        ``at_last``: events follow. If nothing is known by then it is said what is expected, by that name.
+        """
+        if self._is_reuse_told or not (at_last or self.n_reused is not None):
+            return
+        self._is_reuse_told = True
+        if self.n_reused is None:
+            told = {"x-llamaslot-expected-tokens": str(self._n_reused_or_expected)}
+        else:
+            told = {"x-llamaslot-source": self.source.value, "x-llamaslot-reused-tokens": str(self.n_reused)}
+        await self.down.write(self.down.add_headers(told))
+
+    def _message_start(self) -> bytes:
+        n_reused = self.earlier.n_reused if self.earlier is not None else self.lease.n_expected
+        return message_start(self.asked.id, self.asked.body, self.want.job.n_tokens, n_reused)
+
+    def _body(self) -> dict[str, Any]:
+        """What llama-server is asked. As a stream with progress it tells at once what it reuses, and notices within a
+        batch that nobody is there any more."""
+        if self.is_assembled:
+            return streamed(self.asked.body, self.asked.kind)
+        if self.asked.is_streaming and self.asked.may_set("return_progress"):
+            return {**self.asked.body, "return_progress": True}
+        return self.asked.body
+
+    async def _send(self, stack: contextlib.AsyncExitStack, body: dict[str, Any]) -> aiohttp.ClientResponse:
+        """Raises UpstreamError."""
+        lease = self.lease
+        # For a job that may use nothing cached, what is in the slot after a prefill of its own is its own work.
+        # What nobody knows may have been computed with somebody's LoRA scales.
+        may_reuse = self.here is not None or not (lease.job.is_cold or lease.content is None)
+        body = {**body, "id_slot": lease.slot_id}
+        if self.asked.may_set("cache_prompt"):
+            body["cache_prompt"] = may_reuse
+        lease.sent()
+        upstream = await stack.enter_async_context(self.asked.post(body))
+        lease.started()
+        if upstream.status == 200:
+            return upstream
+        payload = await upstream.read()
+        await self.backend.steps.refused(lease, upstream.status)
+        raise UpstreamError(upstream.status, payload, content_type_of(upstream))
+
+    @property
+    def _has_events(self) -> bool:
+        return self._upstream.content_type == "text/event-stream"
+
+    @property
+    def _is_one_prompt(self) -> bool:
+        return len(self.want.prompts) == 1 and not self.want.job.n_children
+
+    def _is_misplaced(self, n_found: int) -> bool:
+        """Whether the slot holds much less of the one prompt than was expected."""
+        if not self._is_one_prompt:
+            return False
+        n_expected = self.here.n_tokens if self.here is not None else self.lease.n_expected
+        return is_far_off(self.lease, n_expected, n_found)
+
+    # -- the answer ----------------------------------------------------------------------------------------------
+
+    async def finish(self) -> web.StreamResponse:
+        """The rest of the answer, and what it teaches. The slot is given back before the client can read its end."""
+        self._holds_prompt()
+        if self._has_events and not self.is_assembled:
+            await self._relay()
+            self._settle()
+            self._log()
+            return await self.down.end()
+        payload = await self._assemble() if self._has_events else await self._reading.whole()
+        self.first_byte_s = time.monotonic() - self.asked.started
+        self._is_reuse_told = False  # an answer in one piece is through, and nothing of it has been sent
+        await self._tell_reuse(at_last=True)
+        self._settle()
+        self._log()
+        headers = to_client(self._upstream, self.down.headers)
+        if self.is_assembled:
+            headers["Content-Type"] = JSON_TYPE
+        return web.Response(status=200, body=payload, headers=headers)
+
+    def _holds_prompt(self) -> None:
+        before = self.lease.content or NOTHING
+        holds = replace(before, tokens=self.want.left_in_slot, is_exact=False, is_dirty=True, has_media=False)
+        self.lease.begun(self._with_media(holds, before) if self.want.is_head else holds)
+
+    @staticmethod
+    def _with_media(holds: Content, before: Content) -> Content:
+        """What a slot holds of a prompt with media: its tokens up to the first one, and nobody knows how much more.
+
+        It is not saved, so it is not waiting to be. Checkpoints were made where something was computed ahead, not where
+        the known part ends.
+        """
+        return replace(
+            holds,
+            is_exact=False,
+            is_dirty=False,
+            checkpoints=before.checkpoints,
+            snapshot=None,
+            n_more=0,
+            has_media=True,
+        )
+
+    async def _relay(self) -> None:
+        """Events as they come, each byte as it was but for the numbers that ``earlier`` puts right.
+
+        llama-server releases the slot before it sends the last event: so it is given back before the client, who may
+        ask again or hang up at once, can read that event.
+        """
+        headers = to_client(self._upstream, SSE_HEADERS)
+        events = self._first
+        while events is not None:
+            if self.first_byte_s is None:
+                self.first_byte_s = time.monotonic() - self.asked.started
+                await self._tell_reuse(at_last=True)
+                await self.down.begin(headers=headers)
+            if self._reading.is_over:
+                if self.turn is not None:
+                    await self.turn.settle()
+                self._settle()
+            await self.down.write(b"".join(events))
+            events = await self._next()
+        await self.down.write(self._reading.rest)
+
+    async def _assemble(self) -> bytes:
+        """The answer that llama-server would have given in one piece. Raises InOnePiece where that is in doubt, and
+        UpstreamError."""
+        reading, events = self._reading, self._first
+        assert reading.assembly is not None
+        while events is not None and not reading.is_over:
+            events = await self._next()
+        if (doubt := reading.assembly.doubt) is None:
+            return reading.assembled()
+        log.info(
+            "%s: repeating the request without streaming: the stream it is assembled from is %s",
+            self.asked.id,
+            doubt.value,
+        )
+        if doubt is Doubt.UNKNOWN:
+            self.backend.streams_are_known = False
+        self._settle()
+        raise InOnePiece(self._done_here())
+
+    def _done_here(self) -> Earlier | None:
+        """What was computed of the prompt in this slot, the job's own request included."""
+        timings = self._reading.timings or {}
+        if "cache_n" not in timings:
+            return self.here
+        n_found, seconds = int(timings["cache_n"]), float(timings["prompt_ms"]) / 1000
+        own = Earlier(n_found, n_found + int(timings["prompt_n"]), seconds)
+        return own if self.here is None else self.here.then(own)
+
+    def _settle(self) -> None:
+        """Note what the slot holds now, and give it back. Idempotent."""
+        if self.lease.is_released:
+            return
+        want, timings = self.want, self._reading.timings
+        n_found = self._reading.n_reused
+        if self._reading.has_failed:
+            self.lease.done(None)
+            self.lease.release()
+            return
+        n_answer = int(timings.get("predicted_n", 0)) if timings else self._reading.n_predicted
+        n_answer = n_answer if len(want.prompts) == 1 and not want.is_head else 0
+        if want.is_head:
+            self._check_head(n_found)
+            n_found = min(n_found, want.prompts[0].n_tokens) if n_found is not None else None
+        before = self.lease.content or NOTHING
+        self.backend.steps.settle(self.lease, n_found, self.here, want.left_in_slot, n_answer)
+        if want.is_head and self.lease.content is not None:
+            self.lease.content = self._with_media(self.lease.content, before)
+        self.lease.release()
+        if len(want.prompts) != 1 or want.is_head:
+            return
+        if timings and n_found is not None:
+            self._learn(timings, n_found)
+        elif self._reading.n_prompt is not None:
+            self._confirm(self._reading.n_prompt)
+
+    def _check_head(self, n_found: int | None) -> None:
+        """What was computed ahead of a medium must have been found, all but what the end of a text may cost."""
+        if self.here is not None and n_found is not None and n_found < self.here.n_tokens - _FEW_TOKENS:
+            self.backend.unrecognized.count(self.asked.kind, Reason.TEMPLATE)
+
+    def _learn(self, timings: dict[str, Any], n_found: int) -> None:
+        rates, n_total = self.backend.rates, n_found + int(timings["prompt_n"])
+        self._confirm(n_total)
+        if self.here is None and n_total - n_found > 1:
+            rates.prefill.observe(n_found, n_total, float(timings["prompt_ms"]) / 1000)
+        if n_predicted := int(timings.get("predicted_n", 0)):
+            rates.answer.observe(n_predicted, float(timings["predicted_ms"]) / 1000)
+
+    def _confirm(self, n_total: int) -> None:
+        """llama-server has counted ``n_total`` tokens in the prompt. Where these are others than were thought, and that
+        is no matter of cuts, bodies of this shape are no more taken for known."""
+        backend, kind, prompt = self.backend, self.asked.kind, self.want.prompts[0]
+        if backend.prompts.confirm(prompt, n_total):
+            return
+        backend.unrecognized.count(kind, Reason.MISCOUNTED)
+        if kind == "infill":
+            backend.infills.miscounted()
+        elif kind in CONVERTED and prompt.whole:
+            backend.shapes.learn(self.asked.body, is_right=False)
+
+    def _log(self) -> None:
+        """One line per answer: where it ran, what was reused, and how long the client waited."""
+        first_s, earlier, timings = self.first_byte_s or 0.0, self.earlier, self._reading.timings
+        self.backend.metrics.first_byte_s.observe(first_s)
+        n_computed = earlier.n_tokens - earlier.n_reused if earlier is not None else 0
+        if timings is not None:
+            n_computed += int(timings.get("prompt_n", 0))
+        elif earlier is not None:
+            n_computed += self.lease.job.n_tokens - earlier.n_tokens
+        log.info(
+            "%s: answered for %s in slot %s (%s): %d of %d prompt tokens computed%s, first byte after %.2f s, complete"
+            " after %.2f s",
+            self.asked.id, self.lease.job.user.id, self.lease.slot_name, self.source.value,
+            n_computed, self.lease.job.n_tokens,
+            f", {earlier.seconds:.2f} s of it ahead" if earlier is not None else "",
+            first_s, time.monotonic() - self.asked.started,
+        )  # fmt: skip

@@ -1,0 +1,250 @@
+"""Connections of clients: what each may hold and how long its request may take, answers to what is no HTTP, and the
+limit of files.
+
+Half-closed: a client that shuts down its sending side has left, for a client that is gone looks the same until it is
+written to, and its slot should not wait for that. aiohttp closes such a connection, and cancels the handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import orjson
+from aiohttp import StreamReader, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import RawRequestMessage, StreamWriter
+from aiohttp.http_exceptions import (
+    BadHttpMethod,
+    BadStatusLine,
+    HttpProcessingError,
+    LineTooLong,
+)
+from multidict import CIMultiDict
+
+from llamaslot.errors import BadRequest, LlamaslotError, QueueFull, TooSlow
+from llamaslot.http.client_stream import MISTAKE, NAME, error_response
+
+log = logging.getLogger(__name__)
+
+_MakeRequest = Callable[
+    [RawRequestMessage, StreamReader, web.RequestHandler, AbstractStreamWriter, "asyncio.Task[None]"],
+    web.BaseRequest,
+]
+
+#: More than that in a transport's own buffer, and whoever writes waits.
+WRITE_BYTES = 1 << 15
+_UNSENT_BYTES = 1 << 16  # asked of the kernel, for what a client does not take yet
+_FEW_FILES = 4096
+_RESERVED_FILES = 2048  # for connections to llama-server, snapshots, the index
+# TCP_USER_TIMEOUT is in ms: for what was sent, or waits for a full window. The others in s: while nothing is sent.
+_SILENCE = {"TCP_USER_TIMEOUT": 60_000, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+_OPTIONS = {**_SILENCE, "TCP_NOTSENT_LOWAT": _UNSENT_BYTES}
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """With one client: ``read_s`` for a header, once it has begun; ``idle_s`` between two requests."""
+
+    read_s: float
+    idle_s: float = 75.0
+
+
+class TooManyConnections(QueueFull):
+    """No more are let in."""
+
+
+class Connections:
+    """Makes a connection for each client; at most ``n_max`` of them, or as many as this process may have files for."""
+
+    def __init__(self, server: web.Server, patience: Patience, n_max: int | None) -> None:
+        self._server, self._patience = server, patience
+        server.request_factory = partial(_with_own_version, server.request_factory)
+        self._n_max = n_max if n_max is not None else _n_for_clients()
+        self._open: set[Connection] = set()
+        self._is_full = False
+
+    def __call__(self) -> Connection:
+        return Connection(self, self._server, self._patience)
+
+    def enter(self, connection: Connection) -> bool:
+        if len(self._open) >= self._n_max:
+            if not self._is_full:
+                log.warning(
+                    "%d connections are open (listen.max_connections): no more are accepted", self._n_max
+                )
+            self._is_full = True
+            return False
+        self._open.add(connection)
+        return True
+
+    def leave(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        self._is_full = self._is_full and len(self._open) > 0.9 * self._n_max
+
+
+class _Writer(StreamWriter):
+    """Says HTTP/1.1 to everybody, as llama-server and RFC 9110 (section 2.5) do: aiohttp repeats the client's version,
+    also where it is one that it does not speak, and says 1.0 to what it cannot read."""
+
+    async def write_headers(self, status_line: str, headers: CIMultiDict[str]) -> None:
+        await super().write_headers("HTTP/1.1 " + status_line.partition(" ")[2], headers)
+
+
+def _with_own_version(
+    make: _MakeRequest,
+    message: RawRequestMessage,
+    payload: StreamReader,
+    protocol: web.RequestHandler,
+    writer: AbstractStreamWriter,
+    task: asyncio.Task[None],
+) -> web.BaseRequest:
+    """aiohttp's request, with a writer of our own."""
+    own = _Writer(protocol, asyncio.get_running_loop())
+    return make(message, payload, protocol, own, task)
+
+
+def _n_for_clients() -> int:
+    """Half of the files: a running request takes one more, to llama-server."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1_000_000 if limit < 0 else max(limit - _RESERVED_FILES, limit // 2)
+
+
+class Connection(web.RequestHandler):
+    """One connection of a client."""
+
+    __slots__ = ("_all", "_has_served", "_header_timer", "_is_serving", "_patience")
+
+    def __init__(self, every: Connections, server: web.Server, patience: Patience) -> None:
+        loop = asyncio.get_running_loop()
+        super().__init__(
+            server,
+            loop=loop,
+            keepalive_timeout=patience.idle_s,
+            access_log=None,  # type: ignore[arg-type]
+            auto_decompress=False,  # ``http.decompress`` does it
+        )
+        self._all, self._patience = every, patience
+        self._is_serving = self._has_served = False
+        self._header_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert self.transport is not None
+        self.transport.set_write_buffer_limits(high=WRITE_BYTES)
+        set_options(self.transport)
+        if not self._all.enter(self):
+            error = TooManyConnections(
+                "there are as many connections as there may be (listen.max_connections)", 5
+            )
+            self._say_and_close("503 Service Unavailable", error, "Retry-After: 5\r\n")
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._all.leave(self)
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        # What comes behind an answer may be the rest of its request's body, which nobody wants: aiohttp waits for that
+        # by itself, and not for long. Before the first one it may be here sooner than the task that waits for it.
+        is_header = self._waiter is not None or not self._has_served
+        if is_header and not self._is_serving and self._header_timer is None:
+            self._header_timer = self._loop.call_later(self._patience.read_s, self._is_too_slow)
+        super().data_received(data)
+
+    def serving(self, is_serving: bool) -> None:
+        """Told when a request's header is there, and when its answer is made."""
+        self._is_serving, self._has_served = is_serving, True
+        self._stop_timer()
+
+    def _stop_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _is_too_slow(self) -> None:
+        self._header_timer = None
+        if self.transport is None or self._is_serving:
+            return
+        log.info(
+            "a client sent no complete request header within %g s: connection closed", self._patience.read_s
+        )
+        self._say_and_close(
+            "408 Request Timeout", TooSlow("the header of the request has not come to its end in time")
+        )
+
+    def _say_and_close(self, status: str, error: LlamaslotError, more: str = "") -> None:
+        """An answer to who has asked nothing yet."""
+        assert self.transport is not None
+        body = orjson.dumps(error.body())
+        head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n{more}"
+        self.transport.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        self.force_close()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """As aiohttp, which logs it, raises ConnectionError where half an answer is sent, and closes the connection;
+        but told in the shape of every other error."""
+        super().handle_error(request, status, exc, message)
+        response = error_response(_wording(exc) if status < 500 else LlamaslotError(MISTAKE), NAME)
+        response.force_close()
+        response.headers["Connection"] = "close"
+        return response
+
+
+class _TooLong(BadRequest):
+    status = 431
+
+
+def _wording(error: BaseException | None) -> LlamaslotError:
+    """What is wrong with a request that aiohttp cannot read, without what was in it."""
+    said = error.message if isinstance(error, HttpProcessingError) else ""
+    if isinstance(error, LineTooLong):
+        return _TooLong("the request's address or one of its headers is longer than 8190 bytes")
+    if said.startswith("Too many headers"):
+        return _TooLong("the request has more than 128 headers")
+    if isinstance(error, BadHttpMethod | BadStatusLine):
+        hint = ", but TLS: this port takes http:// only" if "HTTPS" in said else ""
+        return BadRequest(f"this is no HTTP request{hint}")
+    return BadRequest(f"the request is not valid HTTP: {said.partition(':')[0].partition(chr(10))[0]}")
+
+
+def set_options(transport: asyncio.BaseTransport) -> None:
+    """Let the kernel close the connection of a client that has gone without saying so (a laptop asleep, a network that
+    is gone) or takes nothing of its answer any more, and keep little for one that is slow. Else it would keep its slot
+    for two hours, or for ever.
+
+    The options are Linux'; elsewhere the defaults hold.
+    """
+    sock = transport.get_extra_info("socket")
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    with contextlib.suppress(OSError):  # closed already
+        for name, value in _OPTIONS.items():
+            if (option := getattr(socket, name, None)) is not None:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def raise_file_limit() -> None:
+    """Let this process have as many files and connections as it may."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # A hard limit of none at all is in some containers more than the kernel allows.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    now = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if 0 <= now < _FEW_FILES:
+        log.warning(
+            "this process may open %d files only: each client takes one, each running request two; raise LimitNOFILE"
+            " (systemd) or ulimit -n", now,
+        )  # fmt: skip

@@ -1,0 +1,240 @@
+"""From a completion's body to the job that wants a slot."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import orjson
+
+from llamaslot.backend.backend import Backend
+from llamaslot.backend.connect import Met
+from llamaslot.backend.lease import Lease
+from llamaslot.cache.ids import common, head
+from llamaslot.cache.reuse import Memory
+from llamaslot.errors import BadRequest, OpaquePrompt, PromptTooLong, Reason, UpstreamError
+from llamaslot.formats import messages, responses
+from llamaslot.llama.dry_run import DryRun, dry_run
+from llamaslot.llama.routes import Format
+from llamaslot.scheduling.plan import Keep, PrefillTo, Source
+from llamaslot.scheduling.request import Job, User
+from llamaslot.tokens import media
+from llamaslot.tokens.tokenizer import NoPrompt, Prompt, listed
+
+ATTEMPTS = 3  # a server that restarts between two steps of a job: the job is placed again on the new one
+GIVEN_UP = "llama-server restarts again and again; see its log"
+# The slots of the others would wait for the first to be through with its prompt, which it never begins: they are lost
+# until llama-server is restarted (seen running on xllamacpp 2026.10.11549).
+_NO_COPIES = "an empty prompt has one answer: ask for it without n, or with a prompt"
+_serial = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A job and what is needed to speak about it. ``prompts`` is empty for a prompt that cannot be known: ``unknown``
+    says why. ``is_head``: they are only what comes before the first medium.
+    """
+
+    job: Job
+    prompts: tuple[Prompt, ...]
+    dry_run: Callable[[], DryRun]
+    # llama-server has an error of its own for it: more answers than slots, for one.
+    is_beyond_server: bool = False
+    unknown: Reason | None = None
+    is_head: bool = False
+    n_prompts: int = 1  # also of those that are not known
+
+    @property
+    def left_in_slot(self) -> bytes:
+        """Tokens that the slot surely begins with at the end.
+
+        Several prompts run one after another, but not always in their order: one that a request of llama-server's own
+        choice gets ahead of is put back behind the next.
+        """
+        tokens = [prompt.tokens for prompt in self.prompts] or [b""]
+        return head(tokens[0], min(common(tokens[0], other) for other in tokens))
+
+
+_PLAIN_ID = re.compile(r"[!-~]{1,128}")
+
+
+def request_id(headers: Mapping[str, str]) -> str:
+    """The client's ``X-Request-Id`` if it is fit for logs, headers and sidecars, else a new one."""
+    given = headers.get("X-Request-Id", "")
+    return given if _PLAIN_ID.fullmatch(given) else f"req-{next(_serial)}-{secrets.token_hex(3)}"
+
+
+def lora_of(body: Mapping[str, Any]) -> str:
+    """The LoRA scales that a body sets, as JSON, alike for bodies that surely mean the same; "" when it sets none.
+
+    Adapters that are not named get the scale 0, but an empty list is as good as none on some builds (seen running on
+    xllamacpp 2026.10.11549). What is malformed is left to llama-server's 400.
+    (tools/server/server-common.cpp: parse_lora_request)
+    """
+    lora = body.get("lora")
+    if lora is None:
+        return ""
+    scales: dict[int, float] = {}
+    for entry in lora if isinstance(lora, list) else [lora]:
+        id_, scale = (entry.get("id"), entry.get("scale", 0)) if isinstance(entry, dict) else (None, None)
+        if type(id_) is not int or not isinstance(scale, int | float) or isinstance(scale, bool):
+            return orjson.dumps(lora, option=orjson.OPT_SORT_KEYS).decode()
+        scales[id_] = float(scale)
+    return orjson.dumps([{"id": id_, "scale": scales[id_]} for id_ in sorted(scales)]).decode()
+
+
+_PLAIN: tuple[Format, ...] = ("openai-completion", "native-completion")
+#: llama-server makes a chat of these; so does llamaslot, and may be wrong.
+CONVERTED: tuple[Format, ...] = ("messages", "responses")
+
+
+async def wanted(
+    id_: str, body: Mapping[str, Any], kind: Format, backend: Backend, met: Met, user: User
+) -> Wanted:
+    """The job for ``body``. Raises BadRequest, PromptTooLong, and llama-server's own error for a body it refuses."""
+    pool, unknown = met.pool, None
+    try:
+        said = await _said(body, kind, backend, met, pool.rules.space(user).user)
+        if said.is_head and kind == "messages":
+            # llama-server chooses the slot, by the share of a prompt of unknown length.
+            unknown = Reason.MEDIA
+    except OpaquePrompt as error:
+        said, unknown = _Said(None, ()), error.reason
+    for prompt in said.prompts:
+        if prompt.n_tokens >= pool.n_ctx:
+            raise PromptTooLong(prompt.n_tokens, pool.n_ctx)
+    heard = body if said.chat is None else said.chat  # what llama-server takes note of
+    n = 1 if kind == "messages" else n_per_prompt(heard)  # of which the server gives one, whatever was asked
+    if n > 1 and not all(prompt.n_tokens for prompt in said.prompts):
+        raise BadRequest(_NO_COPIES)
+    n_system, boundaries = 0, tuple[int, ...]()
+    if said.chat is not None and said.prompts:
+        if pool.memory is Memory.DENSE:
+            n_system = await backend.prompts.system_end(said.chat, said.prompts[0])
+        else:
+            n_system, boundaries = await backend.prompts.boundaries(said.chat, said.prompts[0])
+    job = Job(
+        id=id_,
+        tokens=said.prompts[0].tokens if said.prompts else b"",
+        boundaries=boundaries,
+        n_system=n_system,
+        is_cold=heard.get("cache_prompt") is False,
+        user=user,
+        space=pool.rules.space(user, lora_of(heard)),
+        max_tokens=max_tokens(body),
+        n_children=n - 1,
+        is_steered=kind == "messages",
+    )
+    is_beyond_server = said.is_refused or n > len(pool.slots)
+    n_prompts = len(said.prompts) or (len(listed(body.get("prompt"))) if kind in _PLAIN else 1)
+    ids = next((prompt.tokens for prompt in said.prompts if prompt.text is None), None)
+    run = partial(dry_run, body, kind, said.chat, tokens=ids if kind in _PLAIN else None, n=n)
+    return Wanted(job, said.prompts, run, is_beyond_server, unknown, said.is_head, n_prompts)
+
+
+class _Said(NamedTuple):
+    """What is known of a body: the chat that it is or becomes, None for a plain prompt; its prompts, or with
+    ``is_head`` what they begin with. ``is_refused``: it has media, and llama-server takes none."""
+
+    chat: Mapping[str, Any] | None
+    prompts: tuple[Prompt, ...]
+    is_head: bool = False
+    is_refused: bool = False
+
+
+async def _said(body: Mapping[str, Any], kind: Format, backend: Backend, met: Met, whose: str) -> _Said:
+    """Raises OpaquePrompt where the tokens are not known, and UpstreamError for what the template refuses: of a body
+    that was converted nobody knows whether llama-server would refuse it too, so it is served without its tokens."""
+    if kind == "infill":
+        return _Said(None, (await backend.infills.prompt(body, met, whose),))
+    is_right = backend.shapes.known(body) if kind in CONVERTED else None
+    if is_right is False:
+        raise OpaquePrompt("the server has counted other tokens in such a body", Reason.MISCOUNTED)
+    chat = _chat_body(body, kind)
+    if chat is None:
+        return await _plain(body, backend, met, whose)
+    needed = {media.KINDS[part] for part in media.kinds(chat)}
+    try:
+        if not needed:
+            prompt = await backend.prompts.chat(chat, whose)
+            # llama-server chooses the slot by what it makes of the body: had it another prompt, any slot could be it.
+            is_checked = kind != "messages" or is_right or await backend.shapes.check(body, prompt.n_tokens)
+            if not is_checked:
+                raise OpaquePrompt("the server counts other tokens in such a body", Reason.MISCOUNTED)
+            return _Said(chat, (prompt,))
+        if met.props.modalities is not None and not all(map(met.props.modalities.get, needed)):
+            return _Said(chat, (), is_refused=True)
+        cut, prompt = await backend.prompts.before_medium(chat, whose)
+        return _Said(cut, _short(prompt, met), is_head=True)
+    except UpstreamError as error:
+        if chat is body and not needed:
+            raise
+        raise OpaquePrompt(str(error), Reason.TEMPLATE) from error
+
+
+async def _plain(body: Mapping[str, Any], backend: Backend, met: Met, whose: str) -> _Said:
+    if "prompt" not in body:
+        raise NoPrompt("'prompt' is required")
+    prompt = body["prompt"]
+    if (text := media.before_marker(prompt, met.props.boot_id)) is None:
+        return _Said(None, tuple(await backend.prompts.completion(prompt, whose)))
+    if met.props.modalities is not None and not any(met.props.modalities.values()):
+        return _Said(None, (), is_refused=True)
+    prompts = await backend.prompts.completion(text, whose)
+    return _Said(None, _short(prompts[0], met), is_head=True)
+
+
+def _short(prompt: Prompt, met: Met) -> tuple[Prompt, ...]:
+    """What comes before a medium; if that alone is too long llama-server says so, who knows how long the whole is."""
+    if prompt.n_tokens >= met.pool.n_ctx:
+        raise OpaquePrompt("it is too long", Reason.MEDIA)
+    return (prompt,)
+
+
+def _chat_body(body: Mapping[str, Any], kind: Format) -> Mapping[str, Any] | None:
+    """The chat that a body is, or that llama-server makes of it; None for a plain prompt. Raises OpaquePrompt where
+    that is not known."""
+    match kind:
+        case "chat":
+            return body
+        case "messages":
+            return messages.chat_body(body)
+        case "responses":
+            return responses.chat_body(body)
+        case _:
+            return None
+
+
+def keep_what_follows(lease: Lease) -> None:
+    """Of a job whose prompt has media: where its slot holds all that is known of it, perhaps its media are there too.
+    So nothing is computed ahead, which would cut the slot back to that."""
+    content, plan = lease.content, lease.plan
+    if content is None or plan is None or plan.source is not Source.RESIDENT or content.is_exact:
+        return
+    if common(content.tokens, lease.job.tokens) >= lease.job.n_tokens - 1:
+        steps = tuple(step for step in plan.steps if not isinstance(step, PrefillTo | Keep))
+        lease.plan = replace(plan, steps=steps)
+
+
+def max_tokens(body: Mapping[str, Any]) -> int | None:
+    """How long its answer may be at most, by any of the names that the routes have for that. For estimates."""
+    names = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
+    values = [body[name] for name in names if type(body.get(name)) is int and body[name] >= 0]
+    return min(values, default=None)
+
+
+def n_per_prompt(body: Mapping[str, Any]) -> int:
+    """``n`` (OpenAI) or ``n_cmpl`` (native), read as an int32 as llama-server reads it: 2.9 is 2, 2**32 + 1 is 1. What
+    is no number or too small it refuses by itself, with whatever slot it is given."""
+    numbers = [1]
+    for value in (body.get("n"), body.get("n_cmpl")):
+        if isinstance(value, float) and abs(value) < 2**31:
+            numbers.append(int(value))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            numbers.append((value + 2**31) % 2**32 - 2**31)
+    return max(numbers)

@@ -1,0 +1,82 @@
+"""Several prompts in one request: asked for one after the other, each where it is best placed, and told as one answer.
+
+llama-server makes a task of each, and would compute all but the first in one go. Seen running: the answer to the list
+is that of its first prompt with the choices of all of them, in the native format a list of answers; in a stream all
+events have one ``id``, and ``index`` counts on over the prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from llamaslot.errors import LlamaslotError
+from llamaslot.http.client_stream import SSE_HEADERS, Downstream
+from llamaslot.llama.sse import EventSplitter, data_of, event_of, n_commented
+
+
+class Part(Downstream):
+    """The side of the client for one prompt of several: ``whole`` is that of all, ``first`` the index of its answer."""
+
+    def __init__(self, whole: Downstream, first: int, *, is_last: bool) -> None:
+        super().__init__(whole.request, whole.rules, whole.is_streaming, whole.headers)
+        self._whole, self._first, self._is_last = whole, first, is_last
+        self._splitter = EventSplitter()
+        self.has_failed = False
+        self.response = whole.response
+
+    async def begin(self, status: int = 200, headers: Mapping[str, str] | None = None) -> web.StreamResponse:
+        self.response = await self._whole.begin(status, headers)
+        return self.response
+
+    async def write(self, data: bytes) -> None:
+        """Comments as they are; events with the index and the id that they have in the whole."""
+        n = n_commented(data) if not self._splitter.rest else 0
+        events = [data[:n], *map(self._told, self._splitter.feed(data[n:]))]
+        told = [event for event in events if event]
+        if told:
+            await self.begin(headers=SSE_HEADERS)
+            await self._whole.write(b"".join(told))
+
+    async def fail(self, error: LlamaslotError) -> web.StreamResponse:
+        return await self._whole.fail(error)
+
+    async def end(self) -> web.StreamResponse:
+        return await self._whole.end() if self._is_last else await self.begin()
+
+    def _told(self, event: bytes) -> bytes:
+        event = event[n_commented(event) :]
+        if event.startswith(b"data: [DONE]"):
+            return event if self._is_last else b""
+        payload = data_of(event)
+        if not isinstance(payload, dict) or "error" in payload:
+            self.has_failed = self.has_failed or isinstance(payload, dict)
+            return event
+        shift(payload, self._first)
+        if "id" in payload:
+            payload["id"] = self._whole.told.setdefault("id", payload["id"])
+        return event_of(payload)
+
+
+def shift(answer: dict[str, Any], first: int) -> None:
+    """Number the answers in ``answer`` from ``first`` on, in place."""
+    for part in [answer, *answer.get("choices", ())]:
+        if isinstance(part.get("index"), int):
+            part["index"] += first
+
+
+def joined(parts: list[bytes], n_each: int) -> bytes:
+    """The answer to a list of prompts from the answers to each, ``n_each`` of them for one prompt."""
+    answers: list[dict[str, Any]] = []
+    for number, payload in enumerate(parts):
+        answer = orjson.loads(payload)
+        for one in answer if isinstance(answer, list) else [answer]:
+            shift(one, number * n_each)
+            answers.append(one)
+    if "choices" not in answers[0]:
+        return orjson.dumps(answers)
+    choices = [choice for answer in answers for choice in answer["choices"]]
+    return orjson.dumps({**answers[0], "choices": choices})

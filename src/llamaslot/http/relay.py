@@ -1,0 +1,116 @@
+"""An answer of llama-server's on its way out, as it comes.
+
+It is read as fast as its client takes it. What lies about of it is a window of the kernel's, aiohttp's read buffer (32
+KiB, and what came last), a piece of 16 KiB, an event that is not whole yet (as long as it is no larger than 32 KiB),
+and what the transport to the client has not sent yet, some 100 KiB.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import aiohttp
+from aiohttp import web
+
+from llamaslot.errors import BackendDown, ClientGone
+from llamaslot.formats.error_events import ErrorEvents, translated_all
+from llamaslot.http.client_stream import Relayed, begin, cut, end_relayed, errors_of, send
+from llamaslot.http.headers import to_client
+from llamaslot.llama.client import next_piece
+from llamaslot.llama.sse import n_whole, without_empty_events
+
+log = logging.getLogger(__name__)
+
+_HELD_BYTES = 1 << 15  # of half an event
+_LAST_EVENT = b'"message_stop"'  # of /v1/messages; inside a text the quotes would be escaped
+
+
+async def relay(
+    request: web.Request,
+    upstream: aiohttp.ClientResponse,
+    told: dict[str, str],
+    ended: Callable[[], Awaitable[None]] | None = None,
+    begun: Callable[[], None] = lambda: None,
+) -> web.StreamResponse:
+    """The answer. ``begun`` is called with the first of a stream. Raises BackendDown, ClientGone.
+
+    A stream of events is sent in whole ones: should it break off, or be broken off, ``end_relayed`` can say so in one.
+
+    ``ended`` is called when llama-server is through with its slot, before the client can read that: a client may hang
+    up at once after it, and that must not look as if it had left the slot at work.
+    """
+    headers = to_client(upstream, told)
+    response = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=headers)
+    if upstream.content_length is not None and upstream.status not in (204, 304):
+        response.content_length = upstream.content_length
+    is_stream = upstream.content_type == "text/event-stream"
+    errors = errors_of(request, told.get("x-request-id", ""))
+    pieces = _events(upstream, errors, begun, ended) if is_stream else _last_one_late(upstream, ended)
+    relayed = Relayed(response, errors)
+    try:
+        async for piece in pieces:
+            if not response.prepared:
+                await begin(response, request)
+                if is_stream and response.content_length is None:
+                    relayed.begins(request)
+            relayed.is_whole = not piece or n_whole(piece) == len(piece)
+            await send(response, piece)
+    except BackendDown as error:
+        if not response.prepared:
+            raise
+        log.warning(
+            "%s %s: llama-server closed the connection in the middle of an answer",
+            request.method,
+            request.path,
+        )
+        if await end_relayed(request, error) is None:
+            cut(request)  # half an answer must not look like a whole one
+            raise ClientGone from error
+    if not response.prepared:
+        await begin(response, request)
+    relayed.is_over = True
+    return response
+
+
+async def _events(
+    upstream: aiohttp.ClientResponse,
+    errors: ErrorEvents,
+    begun: Callable[[], None],
+    ended: Callable[[], Awaitable[None]] | None,
+) -> AsyncIterator[bytes]:
+    """Whole events; an event larger than ``_HELD_BYTES`` goes out in pieces."""
+    yield b""  # the headers may go before any event
+    before = held = b""
+    is_whole = True  # what was sent ends with an event
+    while piece := await next_piece(upstream):
+        begun()
+        if ended is not None and _LAST_EVENT in before + piece:
+            await ended()
+        before = piece[1 - len(_LAST_EVENT) :]
+        held += piece
+        n_of_events = n_whole(held)
+        n = n_of_events or (len(held) if len(held) > _HELD_BYTES else 0)
+        if n:
+            told = held[:n]
+            yield translated_all(errors, without_empty_events(told)) if is_whole and n_of_events else told
+            held, is_whole = held[n:], n_of_events > 0
+    if ended is not None:
+        await ended()
+    if held:
+        yield held
+
+
+async def _last_one_late(
+    upstream: aiohttp.ClientResponse, ended: Callable[[], Awaitable[None]] | None
+) -> AsyncIterator[bytes]:
+    """Each piece when the next is there, so that the last is known to be the last."""
+    held = b""
+    while piece := await next_piece(upstream):
+        if held:
+            yield held
+        held = piece
+    if ended is not None:
+        await ended()
+    if held:
+        yield held

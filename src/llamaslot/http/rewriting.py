@@ -1,0 +1,62 @@
+"""Applies the rules of ``rewrite`` to bodies, and tells which of them did something: a header, a metric, the status."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from aiohttp import web
+
+from llamaslot.formats.rewrite import LIMIT_S, RewriteRule, Rewriting
+from llamaslot.llama.routes import Format
+from llamaslot.observe.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+_REWROTE = web.RequestKey("rewrote", list[str])
+
+
+class SystemPrompts:
+    """What is done to the system prompts of all requests."""
+
+    def __init__(self, rules: Sequence[RewriteRule], metrics: Metrics) -> None:
+        self._rewriting, self._metrics = Rewriting(tuple(rules)), metrics
+        self._told: set[str] = set()
+
+    def rewrite(self, request: web.Request, body: dict[str, Any], kind: Format | None) -> bool:
+        """Change ``body`` in place, before anything else sees it; whether that has changed anything."""
+        if kind is None or not self._rewriting.rewriters:
+            return False
+        fired, given_up = self._rewriting.apply(body, kind)
+        for name in fired:
+            self._metrics.rewrites.labels(name).inc()
+        for name in given_up:
+            if name not in self._told:
+                self._told.add(name)
+                log.warning(
+                    "rewrite: rule %s took more than %g ms for a system prompt and is skipped then; a simpler pattern"
+                    " or a smaller max_chars helps",
+                    name, LIMIT_S * 1000,
+                )  # fmt: skip
+        if fired:
+            request[_REWROTE] = fired
+        return bool(fired)
+
+    def report(self) -> list[dict[str, Any]]:
+        """For the status: each rule, in its order, and what it has done since the start."""
+        return [
+            {"name": rewriter.rule.name, "n_fired": rewriter.n_fired, "n_given_up": rewriter.n_given_up}
+            for rewriter in self._rewriting.rewriters
+        ]
+
+
+def rewrote(request: web.Request) -> list[str]:
+    """The rules that have changed the body of this request."""
+    return list(request.get(_REWROTE, ()))
+
+
+async def tell_rewrote(request: web.Request, response: web.StreamResponse) -> None:
+    """Signal ``on_response_prepare``: whatever the answer is, an error too, it is one to the body as it was changed."""
+    if names := rewrote(request):
+        response.headers["x-llamaslot-rewrote"] = ",".join(names)

@@ -1,0 +1,184 @@
+"""What llama-server answers to one request, event by event: what is passed on, and what is noted in passing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import aiohttp
+import orjson
+
+from llamaslot.formats.error_events import ErrorEvents, is_error
+from llamaslot.formats.stream_to_json import Assembly
+from llamaslot.llama.client import next_piece
+from llamaslot.llama.sse import (
+    Earlier,
+    EventSplitter,
+    data_of,
+    event_of,
+    index_of,
+    usages,
+    without_empty_events,
+)
+
+_NOTED = (b'"timings"', b'"error"', b'"prompt_progress"', b'"usage"')
+_LAST = (b"data: [DONE]", b"event: message_stop", b"event: response.completed", b"event: error")
+_CREATED, _IN_PROGRESS = b"event: response.created", b"event: response.in_progress"
+_BEFORE_TOKENS = (_CREATED, _IN_PROGRESS)
+
+
+class Reading:
+    """One answer. ``timings`` of its first prompt; ``n_found``: what was reused of that, by its first progress event.
+
+    ``is_over``: its last event has come; in the native format that is the last of ``n_answers`` that end.
+    ``has_token``: its first token has. Events of progress are only passed on to who ``wants_progress``. With an
+    ``assembly`` nothing is passed on: all of it is in there. ``start`` is what an Anthropic stream begins with:
+    llama-server leaves it out where the first token is half a character (seen running), and clients fail.
+    """
+
+    def __init__(
+        self,
+        upstream: aiohttp.ClientResponse,
+        earlier: Earlier | None,
+        errors: ErrorEvents,
+        *,
+        n_answers: int = 1,
+        wants_progress: bool = False,
+        assembly: Assembly | None = None,
+        start: bytes = b"",
+    ) -> None:
+        self.timings: dict[str, Any] | None = None
+        self.n_found: int | None = None
+        self.n_cached: int | None = None  # reused, by ``usage``: all that some formats tell
+        self.n_prompt: int | None = None  # tokens of the prompt, by the ``usage`` of agents' routes
+        self.n_predicted = 0
+        self.n_processed = 0  # tokens of the prompt, by the last event of progress
+        self.has_failed = False
+        self.is_over = False
+        self.has_token = False
+        self.assembly = assembly
+        self._upstream, self._earlier, self._wants_progress = upstream, earlier, wants_progress
+        self._errors = errors
+        self._n_left, self._start = n_answers, start
+        self._created, self._is_in_progress = b"", False
+        self._splitter = EventSplitter()
+
+    async def next(self) -> list[bytes] | None:
+        """What is to be passed on of the next events, perhaps nothing; None at the end.
+
+        Raises BackendDown when the connection breaks, and UpstreamError for an error in what is assembled.
+        """
+        chunk = await next_piece(self._upstream)
+        if not chunk:
+            return None
+        return [passed for event in self._splitter.feed(chunk) if (passed := self._event(event))]
+
+    @property
+    def n_reused(self) -> int | None:
+        """Tokens of its first prompt that llama-server has found, by the surest that it has told so far."""
+        told = (self.timings or {}).get("cache_n"), self.n_found, self.n_cached
+        return next((int(n) for n in told if n is not None), None)
+
+    @property
+    def rest(self) -> bytes:
+        """What came after the last whole event."""
+        return b"" if self.assembly is not None else self._created + self._splitter.rest
+
+    async def whole(self) -> bytes:
+        """The answer in one piece, its numbers put right."""
+        payload = await self._upstream.read()
+        try:
+            answer = orjson.loads(payload)
+        except orjson.JSONDecodeError:
+            return payload
+        return orjson.dumps(answer) if self._answer(answer) else payload
+
+    def assembled(self) -> bytes:
+        """The same of what was assembled. Raises Incomplete."""
+        assert self.assembly is not None
+        answer = self.assembly.answer()
+        self._answer(answer)
+        return orjson.dumps(answer)
+
+    def _answer(self, answer: Any) -> bool:
+        changed = False
+        for part in answer if isinstance(answer, list) else [answer]:
+            self._note(part)
+            if self._earlier is not None and isinstance(part, dict):
+                changed = self._earlier.correct(part) or changed
+        return changed
+
+    def _event(self, event: bytes) -> bytes:
+        payload: Any = None
+        if event.startswith(_LAST):
+            self.is_over = True
+            self.has_failed = self.has_failed or event.startswith(b"event: error")
+        if self.assembly is not None or any(mark in event for mark in _NOTED):
+            payload = data_of(event)
+            self._note(payload)
+        is_progress = isinstance(payload, dict) and "prompt_progress" in payload
+        is_token = b"data:" in event[:64] and not event.startswith(_BEFORE_TOKENS)
+        self.has_token = self.has_token or (is_token and not is_progress)
+        if self.assembly is not None:
+            if isinstance(payload, dict):
+                self.assembly.feed(payload)
+            return b""
+        if event.startswith(_CREATED):  # told with what follows: at another place there would be a second one
+            created, self._created, self._is_in_progress = self._created, event, False
+            return created
+        if is_progress and not self._wants_progress:
+            if not (_has_text(payload) or self._is_first_in_progress(event)):
+                return b""
+            event = event_of(_without_progress(payload), event)
+        start, self._start = self._start, b""
+        if event.startswith((b"event: message_start", b"event: error")):
+            start = b""
+        created, self._created = self._created, b""
+        for told in (created, start, event):
+            if told:
+                self._errors.saw(told)
+        if self.has_failed and is_error(event):
+            return created + start + self._errors.translated(event)
+        if event.startswith(b":"):
+            return created + start + without_empty_events(event)
+        return created + start + (self._earlier.correct_event(event) if self._earlier is not None else event)
+
+    def _is_first_in_progress(self, event: bytes) -> bool:
+        """``response.in_progress`` is told once where nobody has asked for progress, and then once for each batch."""
+        is_first = event.startswith(_IN_PROGRESS) and not self._is_in_progress
+        self._is_in_progress = self._is_in_progress or is_first
+        return is_first
+
+    def _note(self, payload: Any) -> None:
+        if not isinstance(payload, dict):
+            return
+        timings = payload.get("timings")
+        if isinstance(timings, dict) and not index_of(payload):
+            self.timings = dict(timings)
+        for usage in usages(payload):
+            details = usage.get("input_tokens_details") or usage.get("prompt_tokens_details") or {}
+            cached = usage.get("cache_read_input_tokens", details.get("cached_tokens"))
+            self.n_cached = cached if self.n_cached is None else self.n_cached
+            if self.n_prompt is None and cached is not None and "input_tokens" in usage:
+                is_all = "input_tokens_details" in usage  # Anthropic's are those that were computed
+                self.n_prompt = int(usage["input_tokens"]) + (0 if is_all else int(cached))
+            self.n_predicted = int(usage.get("output_tokens", usage.get("completion_tokens", 0)))
+        progress = payload.get("prompt_progress")
+        if isinstance(progress, dict):
+            self.n_processed = int(progress["processed"])
+            self.n_found = int(progress["cache"]) if self.n_found is None else self.n_found
+        self.has_failed = self.has_failed or "error" in payload
+        if payload.get("stop") is True:
+            self._n_left -= 1
+            self.is_over = self._n_left <= 0
+
+
+def _has_text(payload: dict[str, Any]) -> bool:
+    """What a template begins the answer with, or what a client has begun it with, comes with an event of progress (seen
+    running: ``reasoning_format: none``, and a last message of the assistant's with ``echo``)."""
+    choices = payload.get("choices") or [{}]
+    delta = choices[0].get("delta") or {}
+    return any(delta.get(name) for name in ("content", "reasoning_content", "tool_calls"))
+
+
+def _without_progress(payload: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in payload.items() if name != "prompt_progress"}

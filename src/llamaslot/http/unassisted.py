@@ -1,0 +1,156 @@
+"""Requests for which llama-server chooses the slot, while llamaslot stands aside: keys, queue and relay, no more.
+
+The body goes on as it is (but for the rules of ``rewrite``), and the answer comes back as it is. What the answer tells
+of its prompt is noted in the journal and the metrics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from llamaslot.backend.backend import Backend
+from llamaslot.backend.lease import Lease
+from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, UpstreamError
+from llamaslot.fleet.queue import QueuePosition
+from llamaslot.http.auth import user_of
+from llamaslot.http.client_stream import SSE_HEADERS, Downstream, StreamRules
+from llamaslot.http.deadlines import Deadlines
+from llamaslot.http.headers import to_client, to_server
+from llamaslot.http.parse import max_tokens, n_per_prompt, request_id
+from llamaslot.http.relay import relay
+from llamaslot.http.rewriting import rewrote
+from llamaslot.http.stream_reader import Reading
+from llamaslot.llama.client import content_type_of
+from llamaslot.llama.routes import Format, Route, origin_form
+from llamaslot.scheduling.plan import Source
+from llamaslot.scheduling.request import Job
+from llamaslot.tokens.tokenizer import listed
+
+log = logging.getLogger(__name__)
+
+ASSIST_OFF = {"x-llamaslot-assist": "off"}
+
+
+class Unassisted:
+    """Serves any route that takes a slot: completions by ``relay``, all others by ``serve``."""
+
+    def __init__(self, backend: Backend, rules: StreamRules) -> None:
+        self._backend, self._rules = backend, rules
+
+    async def serve(self, request: web.Request, route: Route, raw: bytes) -> web.StreamResponse:
+        """``raw``: the request's body. Cancelling (the client has gone) closes the connection to llama-server, and the
+        next request may be sent.
+
+        Raises BackendRestarted where llamaslot does not stand aside any more, and ClientGone.
+        """
+        down = Downstream(request, self._rules, False, {"x-request-id": request_id(request.headers)})
+        # Nobody knows when it begins.
+        deadlines = Deadlines(replace(self._rules.timeouts, first_token_s=None))
+        try:
+            async with deadlines.kept():
+                return await self.relay(down, deadlines, route.format, raw, {})
+        except BackendDown as error:
+            self._backend.doubt()
+            return await down.fail(error)
+        except BackendRestarted:  # raised before anything was sent
+            raise
+        except LlamaslotError as error:
+            return await down.fail(error)
+
+    async def relay(
+        self,
+        down: Downstream,
+        deadlines: Deadlines,
+        kind: Format | None,
+        raw: bytes,
+        body: Mapping[str, Any],
+    ) -> web.StreamResponse:
+        """Wait until llama-server has a slot for it, send it, and pass the answer on.
+
+        Raises LlamaslotError: BackendRestarted, before it was sent, where llamaslot does not stand aside any more.
+        Cancelling (the client has gone) closes the connection to llama-server, and the next request may be sent.
+        """
+        began, request = time.monotonic(), down.request
+        job = Job(down.headers["x-request-id"], user=user_of(request), max_tokens=max_tokens(body))
+        await down.write(down.add_headers(ASSIST_OFF))
+        async with contextlib.AsyncExitStack() as stack:
+            async with down.waiting(self._backend.tasks):
+                down.say(QueuePosition(partial(self._backend.scheduler.position, job)))
+                lease = stack.enter_context(await self._lease(job, down))
+                self._backend.metrics.queue_s.observe(time.monotonic() - began)
+                lease.note.rewrote(rewrote(request))
+                down.say("waiting for llama-server")
+                if not down.is_streaming:
+                    deadlines.answering()  # in one piece: nobody knows when it begins
+                upstream = await stack.enter_async_context(
+                    self._backend.api.request(
+                        request.method,
+                        origin_form(request.raw_path),
+                        data=raw,
+                        headers=to_server(request, content_type="application/json" if kind else None),
+                        is_relayed=True,
+                    )
+                )
+                if upstream.status >= 400:
+                    raise UpstreamError(upstream.status, await upstream.read(), content_type_of(upstream))
+            if kind is None:
+                return await relay(request, upstream, down.headers)
+            reading = Reading(
+                upstream,
+                None,
+                down.errors,
+                n_answers=len(listed(body.get("prompt"))) * n_per_prompt(body),
+                wants_progress=True,
+            )
+            if upstream.content_type != "text/event-stream":
+                payload = await reading.whole()
+                self._note(lease, kind, reading, began)
+                return web.Response(
+                    status=upstream.status, body=payload, headers=to_client(upstream, down.headers)
+                )
+            await self._relay(down, deadlines, upstream, reading)
+            self._note(lease, kind, reading, began)
+            return await down.end()
+
+    async def _lease(self, job: Job, down: Downstream) -> Lease:
+        """The right to send it. Raises BackendDown, QueueFull, BackendRestarted."""
+        lease = await self._backend.scheduler.lease(job)
+        if lease.pool.is_assisted:  # the server was exchanged while it waited
+            lease.release()
+            for name in ASSIST_OFF:
+                down.headers.pop(name, None)
+            raise BackendRestarted
+        return lease
+
+    async def _relay(
+        self, down: Downstream, deadlines: Deadlines, upstream: aiohttp.ClientResponse, reading: Reading
+    ) -> None:
+        await down.begin(upstream.status, to_client(upstream, {**down.headers, **SSE_HEADERS}))
+        while (events := await reading.next()) is not None:
+            if reading.has_token or reading.is_over:
+                deadlines.answering()
+            await down.write(b"".join(events))
+        await down.write(reading.rest)
+
+    def _note(self, lease: Lease, kind: Format, reading: Reading, began: float) -> None:
+        """What llama-server tells of the prompt, in journal, metrics and log."""
+        n_reused, n_prompt = reading.n_reused, reading.n_prompt
+        if n_reused is not None and (timings := reading.timings) is not None and "cache_n" in timings:
+            n_prompt = n_reused + int(timings["prompt_n"])
+        if n_reused is not None and n_prompt is not None:
+            self._backend.metrics.reused(Source.SERVER.value, n_reused, n_prompt)
+            lease.note.found(n_prompt, n_reused)
+        log.info(
+            "%s: answered for %s by llama-server alone (%s, assist off): %s of %s prompt tokens reused, complete after"
+            " %.2f s",
+            lease.job.id, lease.job.user.id, kind, n_reused, n_prompt, time.monotonic() - began,
+        )  # fmt: skip

@@ -1,0 +1,134 @@
+"""llama-server's own words for what it refuses, asked for before anything is done for the request."""
+
+from __future__ import annotations
+
+import logging
+
+import orjson
+from aiohttp import web
+
+from llamaslot.backend.backend import Backend
+from llamaslot.backend.lease import Lease, PlanAgain
+from llamaslot.backend.slot_content import until_idle
+from llamaslot.cache.content import NOTHING
+from llamaslot.errors import BackendDown, BadRequest, LlamaslotError, Reason, UpstreamError
+from llamaslot.http.client_request import Asked
+from llamaslot.http.headers import to_server
+from llamaslot.http.parse import Wanted
+from llamaslot.llama.client import IS_NOT_OFFERED, QUICK_S, content_type_of
+from llamaslot.llama.dry_run import Verdict
+from llamaslot.llama.routes import Format, origin_form
+
+log = logging.getLogger(__name__)
+
+_COUNTS: dict[Format, str] = {
+    "responses": "/v1/responses/input_tokens",
+    "messages": "/v1/messages/count_tokens",
+}
+_REFUSED = "llama-server does not take the fields of this request"
+_PATIENCE_S = 5.0  # it needs no slot to say no
+
+
+async def in_its_words(
+    backend: Backend, request: web.Request, raw: bytes, error: BadRequest
+) -> LlamaslotError:
+    """What llama-server says to a body with which nothing can be begun.
+
+    ``error`` where it says nothing: while it is down. Should it begin something after all, in a slot that nobody has
+    leased, then that ends here, and llama-server is met again, to see what the slots hold.
+    """
+    try:
+        async with backend.api.request(
+            "POST",
+            origin_form(request.raw_path),
+            data=raw,
+            headers=to_server(request),
+            timeout_s=_PATIENCE_S,
+        ) as upstream:
+            if upstream.status >= 400:
+                return UpstreamError(upstream.status, await upstream.read(), content_type_of(upstream))
+        log.warning(
+            "%s: llama-server accepted a body that llamaslot takes for invalid; reconnecting", request.path
+        )
+        backend.changed("a slot was used without a lease")
+    except BackendDown:
+        pass
+    return error
+
+
+async def check(backend: Backend, request: web.Request, asked: Asked, want: Wanted, lease: Lease) -> None:
+    """Find out, before anything is saved, emptied, restored or computed for a request, whether llama-server will refuse
+    it. A request for which nothing is done but to send it is not looked at: its own answer comes as soon.
+
+    Raises UpstreamError with llama-server's answer to the request itself, and PlanAgain where it has taken it after
+    all: then the slot is idle, and it is not asked again about such requests. Raises BackendDown and
+    BackendRestarted. Cancelling is safe.
+    """
+    plan, job, pool = lease.plan, lease.job, lease.pool
+    assert plan is not None
+    is_steered_past = job.is_steered and bool(pool.rivals(job, lease.slot_id))
+    if not (plan.steps or job.n_children or is_steered_past):
+        return
+    worth_s = (
+        plan.cost.save_s + plan.cost.restore_s + backend.rates.prefill.seconds(plan.n_reused, job.n_tokens)
+    )
+    lora = lease.content.space.lora if lease.content is not None else ""
+    run = want.dry_run()
+    verdict = await backend.dry_runs.ask(run, lease.slot_id, n_ctx=pool.n_ctx, lora=lora, worth_s=worth_s)
+    lease.still_holds()
+    if verdict in (Verdict.TAKEN, Verdict.UNSURE):
+        return
+    if verdict is Verdict.REFUSED:
+        backend.metrics.refused.inc()
+        if asked.kind == "messages":  # they go to no slot of ours: what refuses them needs none
+            raise await in_its_words(backend, request, orjson.dumps(asked.body), BadRequest(_REFUSED))
+        if (refusal := await _answer_to(backend, asked, lease)) is not None:
+            raise refusal
+    log.warning(
+        "%s: llama-server accepted what it refused in a dry run; the request is placed again", asked.id
+    )
+    backend.dry_runs.take(run)
+    await _stopped(backend, lease)
+    raise PlanAgain(None)
+
+
+async def check_body(backend: Backend, request: web.Request, asked: Asked, want: Wanted) -> None:
+    """Find out, before a request waits for a slot, whether llama-server refuses it without one: for a field of it, or
+    because it can make no prompt of the body. The latter only where its tokens could not be found out here; to count
+    those of an agent's body it makes the chat. Raises its answer to the request itself, and BackendDown."""
+    is_refused = await backend.dry_runs.is_unreadable(want.dry_run())
+    if not is_refused and want.unknown in (Reason.SHAPE, Reason.TEMPLATE, Reason.MISCOUNTED):
+        count_route = _COUNTS.get(asked.kind)
+        if count_route is not None:
+            status, _ = await backend.api.ask(count_route, asked.body, QUICK_S)
+            is_refused = status >= 400 and status not in IS_NOT_OFFERED
+        elif asked.kind == "infill":
+            is_refused = await backend.dry_runs.is_malformed("/infill", asked.body)
+    if is_refused:
+        backend.metrics.refused.inc()
+        raise await in_its_words(backend, request, orjson.dumps(asked.body), BadRequest(_REFUSED))
+
+
+async def _answer_to(backend: Backend, asked: Asked, lease: Lease) -> UpstreamError | None:
+    """What llama-server says to the request itself, in its slot; None where it begins to answer."""
+    may_reuse = lease.content is not None and lease.job.may_use(lease.content)
+    body = {**asked.body, "id_slot": lease.slot_id}
+    if asked.may_set("cache_prompt"):
+        body["cache_prompt"] = may_reuse and not lease.job.is_cold
+    if asked.may_set("stream"):  # so that it tells at once if it begins
+        body["stream"] = True
+        if asked.may_set("return_progress"):
+            body["return_progress"] = True
+    lease.sent()
+    async with asked.post(body) as upstream:
+        if upstream.status < 400:
+            return None
+        error = UpstreamError(upstream.status, await upstream.read(), content_type_of(upstream))
+    await backend.steps.refused(lease, error.status)
+    return error
+
+
+async def _stopped(backend: Backend, lease: Lease) -> None:
+    """It runs in the slot, and nobody waits for it any more; what it leaves there nobody needs."""
+    await until_idle(backend.api, lease, NOTHING, backend.now)
+    lease.done(None)

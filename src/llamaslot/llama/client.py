@@ -1,0 +1,478 @@
+"""llama-server's HTTP routes, typed. aiohttp's client errors are translated here and nowhere else.
+
+Questions, which may be asked twice, go over connections that are kept (``keep_alive``). Every other request gets a
+fresh one: llama-server closes a kept one after 5 idle seconds, and right after any response that took longer, without
+saying so; a client that takes such a connection from its pool fails within a millisecond.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import io
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import aiohttp
+import orjson
+from multidict import CIMultiDict
+from yarl import URL
+
+from llamaslot.cache.ids import count, pack, unpack
+from llamaslot.errors import (
+    JSON_TYPE,
+    BackendDown,
+    NotUnderstood,
+    SlotActionFailed,
+    SlotWedged,
+    UpstreamError,
+)
+from llamaslot.llama.keep_alive import Answer, KeepAlivePool, NotConnected
+from llamaslot.llama.sse import EventSplitter, data_of
+
+P = ParamSpec("P")
+
+T = TypeVar("T")
+
+BROKEN_OFF = "llama-server closed the connection in the middle of the answer"
+
+QUICK_S = 60.0  # /slots and /tokenize wait for the batch that is running, several seconds on a slow machine
+
+_PIECE_BYTES = 1 << 20
+
+RELAYED_BYTES = 1 << 14  # of a piece of an answer that is relayed
+
+_READ_BYTES = 1 << 18
+
+# Asked of the kernel, which takes twice that, for what an answer is ahead of its reader.
+_WINDOW_BYTES = 1 << 15
+
+ACTION_S = 900.0  # a save of many GiB to a slow disk
+
+
+@dataclass(frozen=True, slots=True)
+class Props:
+    """``GET /props``, what llamaslot needs of it. ``n_ctx`` is the context of one slot, in tokens.
+
+    ``n_slots`` is None where the answer is not that of a llama-server with one model: router mode, another server.
+    """
+
+    n_slots: int | None
+    n_ctx: int
+    model_path: str
+    boot_id: str  # media_marker: random for each process of llama-server, so it tells a restart
+    modalities: Mapping[str, bool] | None = None  # of media that it takes; None where the build does not tell
+    is_sleeping: bool = False  # its model is unloaded (--sleep-idle-seconds), and its slots are empty
+
+
+@dataclass(frozen=True, slots=True)
+class SlotInfo:
+    """One entry of ``GET /slots``. ``n_tokens`` is None until the slot has run a task, 0 after it was cleared."""
+
+    id: int
+    is_processing: bool
+    n_tokens: int | None
+    id_task: int | None
+
+
+_REFUSED = (
+    "refuses the connection (is it up, with this --port? By themselves builds take 8080, newer ones 9931)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotAction:
+    """The answer to a save or restore: tokens, bytes and the server's own milliseconds as seconds."""
+
+    n_tokens: int
+    n_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One ``prompt_progress`` event: of ``total`` tokens ``cache`` were reused and ``processed`` are there."""
+
+    total: int
+    cache: int
+    processed: int
+    seconds: float
+
+
+def _as_known(call: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """An answer that is not as llama-server gives it is an error of ours too: whoever watches a server must not end
+    because something else (a proxy's page, another build) has answered on its port."""
+
+    @functools.wraps(call)
+    async def translated(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await call(*args, **kwargs)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise NotUnderstood(
+                f"{call.__name__}: what answers is no llama-server as llamaslot knows it: {error!r}"
+            ) from error
+
+    return translated
+
+
+class LlamaServer:
+    """A client of one llama-server. All coroutines may be cancelled: the connection is closed.
+
+    Cancelling a slot action does not undo it: llama-server carries it out anyway.
+    """
+
+    def __init__(
+        self, url: str, api_key: str | None = None, watchdog_s: float | None = None, *, name: str = ""
+    ) -> None:
+        """``watchdog_s``: when a stream of which nothing comes is given up; None for never. ``name``: the
+        backend's, for log lines; the URL where none is given."""
+        self.url, self.watchdog_s = url.rstrip("/"), watchdog_s
+        self.name = name or self.url
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session: aiohttp.ClientSession | None = None
+        self._kept = KeepAlivePool.of(self.url, api_key)
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(force_close=True, limit=0, socket_factory=_narrow_socket),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
+                skip_auto_headers=("Accept-Encoding", "User-Agent"),
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        return self._session
+
+    async def close(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    @contextlib.asynccontextmanager
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        data: bytes | AsyncIterator[bytes] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+        is_watched: bool = False,
+        is_relayed: bool = False,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """One request, its response open. ``path`` is sent as it is, query included.
+
+        ``is_relayed``: the answer is read by ``next_piece`` as fast as somebody else takes it, so that little of it may
+        lie about here.
+
+        Raises BackendDown when llama-server cannot be reached or drops the connection, also while the body of the
+        block reads the response, and SlotWedged when one that ``is_watched`` falls silent.
+        """
+        silence_s = self.watchdog_s if is_watched else None
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=5.0, sock_read=silence_s)
+        merged = CIMultiDict(headers or {})
+        merged.update(self._headers)  # our key, not the client's
+        try:
+            async with self._open().request(
+                method,
+                URL(self.url + path, encoded=True),
+                # aiohttp warns of bytes over 1 MiB, for it writes them in one piece.
+                data=io.BytesIO(data) if isinstance(data, bytes) and len(data) > _PIECE_BYTES else data,
+                headers=merged,
+                timeout=timeout,
+                allow_redirects=False,
+                read_bufsize=RELAYED_BYTES if is_relayed else _READ_BYTES,
+            ) as response:
+                yield response
+        except aiohttp.SocketTimeoutError as error:
+            raise SlotWedged(
+                f"llama-server at {self.url} has sent nothing for {silence_s:g} s; its slot is given up"
+            ) from error
+        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+            raise self._is_down(error) from error
+
+    def _is_down(self, error: BaseException) -> BackendDown:
+        return BackendDown(f"llama-server at {self.url} {_why(error)}; try again in a moment")
+
+    async def _question(self, method: str, path: str, body: Any = None, timeout_s: float = QUICK_S) -> Answer:
+        """What may be asked twice, on a kept connection where that can be. Raises BackendDown."""
+        data = None if body is None else orjson.dumps(body)
+        if self._kept is not None:
+            try:
+                return await self._kept.ask(method, path, data, timeout_s)
+            except NotConnected:
+                pass  # aiohttp tries each address of the host once more, and tells why none will do
+            except (ConnectionError, TimeoutError) as error:
+                raise self._is_down(error) from error
+        headers = None if data is None else {"Content-Type": "application/json"}
+        async with self.request(method, path, data=data, headers=headers, timeout_s=timeout_s) as response:
+            return Answer(response.status, content_type_of(response), await response.read())
+
+    async def _ask_json(self, method: str, path: str, body: Any = None, timeout_s: float = QUICK_S) -> Any:
+        """The JSON that answers a question. Raises UpstreamError for an error, BackendDown."""
+        status, content_type, payload = await self._question(method, path, body, timeout_s)
+        if status != 200:
+            raise UpstreamError(status, payload, content_type or JSON_TYPE)
+        return orjson.loads(payload)
+
+    async def _json(self, method: str, path: str, body: Any, timeout_s: float) -> Any:
+        """The JSON that answers what must be sent once only. Raises UpstreamError for an error, BackendDown."""
+        headers, data = {"Content-Type": "application/json"}, orjson.dumps(body)
+        async with self.request(method, path, data=data, headers=headers, timeout_s=timeout_s) as response:
+            payload = await response.read()
+            if response.status != 200:
+                raise UpstreamError(response.status, payload, content_type_of(response))
+        return orjson.loads(payload)
+
+    async def why_unhealthy(self) -> str | None:
+        """What ``GET /health``, which is open without an API key, shows of a server that does not serve, as the end of
+        a sentence; None of one that serves. Never raises.
+
+        Another kind of server, which has no such route (404), serves too.
+        """
+        try:
+            status = (await self._question("GET", "/health", timeout_s=5.0)).status
+            is_serving = status < 500 or status == 501
+            return None if is_serving else f"answers {status} to /health"  # 503 while it loads its model
+        except BackendDown as error:
+            return _why(error.__cause__ or error)
+
+    @_as_known
+    async def props(self) -> Props:
+        """Raises UpstreamError where the server does not tell: 503 while it loads, 401 for a wrong key."""
+        raw = await self._ask_json("GET", "/props", timeout_s=10.0)
+        settings = raw.get("default_generation_settings") or {}
+        return Props(
+            n_slots=int(raw["total_slots"]) if "total_slots" in raw else None,
+            n_ctx=int(settings.get("n_ctx") or raw.get("n_ctx", 0)),
+            model_path=str(raw.get("model_path", "")),
+            boot_id=str(raw.get("media_marker", "")),
+            modalities=raw.get("modalities"),
+            is_sleeping=raw.get("is_sleeping") is True,
+        )
+
+    async def model_info(self) -> dict[str, Any]:
+        """The first entry of ``GET /v1/models``: id and ``meta`` (n_params, size, n_vocab, …)."""
+        raw = await self._ask_json("GET", "/v1/models")
+        entries = raw.get("data") or [{}]
+        return dict(entries[0])
+
+    @_as_known
+    async def slots(self) -> list[SlotInfo]:
+        """``GET /slots``. Each call renews the second after which llama-server looks for clients that have left:
+        ask at most every 1.25 s while one is expected to leave."""
+        return [
+            SlotInfo(
+                id=int(raw["id"]),
+                is_processing=bool(raw["is_processing"]),
+                n_tokens=raw.get("n_prompt_tokens"),
+                id_task=raw.get("id_task"),
+            )
+            for raw in await self._ask_json("GET", "/slots")
+        ]
+
+    @_as_known
+    async def lora_adapters(self) -> list[Any]:
+        """``GET /lora-adapters``: id, path and scale of each; empty where there are none, or no such route."""
+        try:
+            return list(await self._ask_json("GET", "/lora-adapters"))
+        except UpstreamError:
+            return []
+
+    @_as_known
+    async def apply_template(self, body: Mapping[str, Any]) -> str:
+        """The prompt that a chat body becomes. Raises UpstreamError with llama-server's own 4xx."""
+        return str((await self._ask_json("POST", "/apply-template", body))["prompt"])
+
+    @_as_known
+    async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:
+        body = {"content": content, "add_special": add_special, "parse_special": parse_special}
+        return pack((await self._ask_json("POST", "/tokenize", body))["tokens"])
+
+    @_as_known
+    async def detokenize(self, tokens: bytes) -> str:
+        """The text of ``tokens``, special tokens and all. Half a character at an end becomes U+FFFD."""
+        return str((await self._ask_json("POST", "/detokenize", {"tokens": unpack(tokens)}))["content"])
+
+    async def ask(
+        self, path: str, body: Mapping[str, Any], timeout_s: float | None = None
+    ) -> tuple[int, Any]:
+        """``POST`` any route: status and JSON, None for what is none. Raises BackendDown only."""
+        return await self._ask(path, body, timeout_s=timeout_s)
+
+    async def refusal(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+        """As ``ask``, of a body that should be refused: if it is not, nobody waits for its answer. With
+        ``return_progress`` llama-server notices that within a batch."""
+        return await self._ask(path, body, only_refusals=True)
+
+    async def _ask(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        only_refusals: bool = False,
+        timeout_s: float | None = None,
+    ) -> tuple[int, Any]:
+        headers, data = {"Content-Type": "application/json"}, orjson.dumps(body)
+        async with self.request("POST", path, data=data, headers=headers, timeout_s=timeout_s) as response:
+            if only_refusals and response.status < 400:
+                return response.status, None
+            try:
+                return response.status, orjson.loads(await response.read())
+            except orjson.JSONDecodeError:
+                return response.status, None
+
+    async def _slot_action(self, slot: int, action: str, body: dict[str, str]) -> dict[str, Any]:
+        try:
+            answer = await self._json("POST", f"/slots/{slot}?action={action}", body, timeout_s=ACTION_S)
+        except UpstreamError as error:
+            raise SlotActionFailed(f"{action} of slot {slot} failed: {error}", error.status) from error
+        return dict(answer)
+
+    @_as_known
+    async def save(self, slot: int, filename: str) -> SlotAction:
+        """Write the slot to ``filename`` in ``--slot-save-path``. Raises SlotActionFailed (501 without that flag)."""
+        raw = await self._slot_action(slot, "save", {"filename": filename})
+        seconds = float(raw.get("timings", {}).get("save_ms", 0.0)) / 1000
+        return SlotAction(int(raw["n_saved"]), int(raw["n_written"]), seconds)
+
+    @_as_known
+    async def restore(self, slot: int, filename: str) -> SlotAction:
+        """Read ``filename`` into the slot, which must have been erased. A failed restore leaves it empty."""
+        raw = await self._slot_action(slot, "restore", {"filename": filename})
+        seconds = float(raw.get("timings", {}).get("restore_ms", 0.0)) / 1000
+        return SlotAction(int(raw["n_restored"]), int(raw["n_read"]), seconds)
+
+    async def erase(self, slot: int) -> None:
+        await self._slot_action(slot, "erase", {})
+
+    async def prefill(self, slot: int, tokens: bytes, lora: str = "") -> AsyncGenerator[Progress]:
+        """Compute the KV cache of exactly ``tokens`` in ``slot``; one Progress per batch. ``lora``: scales, as JSON.
+
+        ``n_predict`` 0 and ``return_progress`` make it a step that stops by itself, tells what was reused before
+        anything is computed, and ends within one batch when it is closed: what was computed stays in the slot.
+        """
+        body: dict[str, Any] = {
+            "prompt": unpack(tokens),
+            "n_predict": 0,
+            "id_slot": slot,
+            "cache_prompt": True,
+            "stream": True,
+            "return_progress": True,
+        }
+        if lora:
+            body["lora"] = orjson.Fragment(lora)
+        splitter = EventSplitter()
+        headers = {"Content-Type": "application/json"}
+        data = orjson.dumps(body)
+        async with self.request(
+            "POST", "/completion", data=data, headers=headers, is_watched=True
+        ) as response:
+            if response.status != 200:
+                raise UpstreamError(response.status, await response.read(), content_type_of(response))
+            is_complete = False
+            async for chunk in response.content.iter_any():
+                for event in splitter.feed(chunk):
+                    payload = data_of(event)
+                    if not isinstance(payload, dict):
+                        continue
+                    if "error" in payload:
+                        raise UpstreamError(int(payload["error"].get("code", 500)), orjson.dumps(payload))
+                    if progress := payload.get("prompt_progress"):
+                        yield Progress(
+                            int(progress["total"]),
+                            int(progress["cache"]),
+                            int(progress["processed"]),
+                            float(progress["time_ms"]) / 1000,
+                        )
+                    is_complete = is_complete or bool(payload.get("stop"))
+            if not is_complete:
+                raise BackendDown(
+                    f"llama-server at {self.url} ended a prefill of {count(tokens)} tokens early"
+                )
+
+    @_as_known
+    async def top_logprobs(self, slot: int, tokens: bytes, n_probs: int) -> dict[int, float]:
+        """Log-probabilities of the ``n_probs`` likeliest tokens after ``tokens``, computed afresh in ``slot``."""
+        body = {
+            "prompt": unpack(tokens),
+            "n_predict": 1,
+            "n_probs": n_probs,
+            "id_slot": slot,
+            "cache_prompt": False,
+            "temperature": 0.0,
+        }
+        raw = await self._json("POST", "/completion", body, timeout_s=ACTION_S)
+        entries = raw["completion_probabilities"][0]["top_logprobs"]
+        return {int(entry["id"]): float(entry["logprob"]) for entry in entries}
+
+
+def _narrow_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """One of which the kernel takes little of an answer that nobody reads, and so the loop little at a time: uvloop
+    takes up to 256 kB of what is there.
+
+    Before it connects: Linux drops what is on its way when the window of a connection shrinks, and large answers stood
+    still for minutes.
+    """
+    family, kind, protocol, *_ = address
+    sock = socket.socket(family, kind, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WINDOW_BYTES)
+    return sock
+
+
+async def next_piece(response: aiohttp.ClientResponse) -> bytes:
+    """What has come of an answer, at most ``RELAYED_BYTES``; nothing at its end. Raises BackendDown where it breaks."""
+    try:
+        return await response.content.read(RELAYED_BYTES)
+    except aiohttp.SocketTimeoutError:
+        raise  # whoever has sent the request knows what that means
+    except (aiohttp.ClientError, RuntimeError) as error:  # the latter is aiohttp's "Connection closed."
+        raise BackendDown(BROKEN_OFF) from error
+
+
+def content_type_of(response: aiohttp.ClientResponse) -> str:
+    """As llama-server said it, character set included."""
+    return response.headers.get("Content-Type", "application/json")
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return _REFUSED if error.os_error.errno == errno.ECONNREFUSED else "does not answer"
+    if isinstance(error, TimeoutError):
+        return "did not answer in time"
+    return "closed the connection"
+
+
+#: No such route in this build; or none for this model (embeddings, rerank, /infill, audio), seen running.
+IS_NOT_OFFERED = (404, 501)
+
+
+class Offered:
+    """Routes of one run of the server. An empty body tells: those that are there answer 400, and take no slot."""
+
+    def __init__(self, server: LlamaServer) -> None:
+        self._server = server
+        self._known: dict[str, bool] = {}
+
+    def forget(self) -> None:
+        """The server was restarted, perhaps with another model."""
+        self._known = {}
+
+    async def has(self, path: str) -> bool:
+        """Whether the route that takes ``path`` answers with more than that it is not there. Raises BackendDown, also
+        when no answer comes: to say what it lacks it needs no slot.
+
+        Asked once. While that is not sure (the server is loading) the answer is yes.
+        """
+        known = self._known
+        if (found := known.get(path)) is None:
+            status, _ = await self._server.ask(path, {}, QUICK_S)
+            found = status not in IS_NOT_OFFERED
+            if status < 500 or not found:
+                known[path] = found
+        return found

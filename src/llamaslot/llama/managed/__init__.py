@@ -1,0 +1,1 @@
+"""A llama-server that llamaslot starts itself."""

@@ -1,0 +1,370 @@
+"""A llama-server that llamaslot starts, watches and ends: the embedded engine, or a command of the user's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from llamaslot.errors import LlamaslotError
+from llamaslot.tasks import TaskOwner
+
+log = logging.getLogger(__name__)
+
+EMBEDDED_MODEL = "smollm2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MIN_CONTEXT = 256  # tokens per slot; llama.cpp rounds a context up to a multiple of it
+
+STOP_S = 15.0  # from SIGTERM to SIGKILL: longer than the guard's own grace
+HELP_S = 30.0  # `--help` of a CUDA build initializes the GPU first
+LOG_BYTES = 20 * 1024**2
+
+
+class Backoff(NamedTuple):
+    """Seconds between a death and the next start: doubled each time, from the first again after a while of service."""
+
+    first_s: float = 1.0
+    most_s: float = 60.0
+    served_s: float = 60.0
+
+    def delay_s(self, n_deaths: int) -> float:
+        """After the ``n_deaths``-th death in a row, counted from 1."""
+        return float(min(self.most_s, self.first_s * 2 ** min(n_deaths - 1, 30)))
+
+
+BACKOFF = Backoff()
+
+
+def _number(value: object) -> object:
+    """YAML's ``on`` and ``yes`` are True, which Python would take for the number 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"should be a number, not {'on' if value else 'off'}")
+    return value
+
+
+Number = Annotated[int, BeforeValidator(_number)]
+
+
+class ManagedConfig(BaseModel):
+    """``backends[].managed``: which model, run how. ``context`` is for all slots together, as llama-server's ``-c``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    model: Annotated[str, Field(min_length=1)]
+    command: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    slots: Annotated[Number, Field(ge=1)] = 4
+    context: Annotated[Number, Field(ge=1)] = 16384
+    args: tuple[str, ...] = ()
+    port: Annotated[Number, Field(ge=1, le=65535)] | None = None
+
+    @field_validator("args")
+    @classmethod
+    def _ours(cls, args: tuple[str, ...]) -> tuple[str, ...]:
+        for flags, key in ((("--port",), "managed.port"), (("-m", "--model"), "managed.model")):
+            if taken := _named(args) & {*flags}:
+                raise ValueError(f"{min(taken)} is said by {key}, not in args")
+        return args
+
+    @model_validator(mode="after")
+    def _enough(self) -> ManagedConfig:
+        if self.context < MIN_CONTEXT * self.slots:
+            raise ValueError(
+                f"context is for all slots together: {self.context} for {self.slots} slots is too little,"
+                f" at least {MIN_CONTEXT * self.slots}"
+            )
+        return self
+
+
+def smollm2_path() -> Path:
+    """The GGUF of the small chat model. LlamaslotError, saying what to run, where it has not been fetched."""
+    named = os.environ.get("LLAMASLOT_SMOLLM2")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = Path(named) if named else cache / "llamaslot" / SMOLLM2_FILE
+    if not path.is_file():
+        raise LlamaslotError(f"model {EMBEDDED_MODEL}: there is no {path}; run `make smollm2` to fetch it")
+    return path
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Flag(NamedTuple):
+    """One flag of llama-server: the name that we use, its other names and opposites, and its value if it takes one."""
+
+    name: str
+    other: tuple[str, ...] = ()
+    value: str | None = None
+
+    @property
+    def names(self) -> set[str]:
+        return {self.name, *self.other}
+
+    def words(self) -> tuple[str, ...]:
+        return (self.name,) if self.value is None else (self.name, self.value)
+
+
+def _named(args: Sequence[str]) -> set[str]:
+    """The flags among ``args``, without their values."""
+    return {word.split("=", 1)[0] for word in args if word.startswith("-")}
+
+
+def needed_flags(config: ManagedConfig, model: str, port: int, slot_save_path: Path) -> list[Flag]:
+    """What every llama-server understands and no server can do without here."""
+    return [
+        Flag("-m", ("--model",), model),
+        Flag("--host", (), "127.0.0.1"),
+        Flag("--port", (), str(port)),
+        Flag("-np", ("--parallel",), str(config.slots)),
+        Flag("-c", ("--ctx-size",), str(config.context)),
+        Flag("--slot-save-path", (), str(slot_save_path)),
+    ]
+
+
+def recommended_flags(args: Sequence[str]) -> list[Flag]:
+    """What makes a llama-server good behind llamaslot, each where it knows it.
+
+    A batch of 512 keeps the gaps in other users' streams short while a prompt is computed; whoever sets one of the two
+    batch sizes in ``args`` keeps both as they are, for they depend on each other.
+    """
+    flags = [
+        Flag("--no-kv-unified", ("--kv-unified", "-kvu", "-no-kvu")),  # else any task clears the idle slots
+        Flag("--cache-ram", ("-cram",), "0"),  # snapshots do that job; it copies states on the main loop
+        Flag("--no-cache-idle-slots", ("--cache-idle-slots",)),
+        Flag("--metrics"),
+        Flag("--jinja", ("--no-jinja",)),
+    ]
+    batch = [Flag("-b", ("--batch-size",), "512"), Flag("-ub", ("--ubatch-size",), "512")]
+    return flags if _named(args) & (batch[0].names | batch[1].names) else [*flags, *batch]
+
+
+def command_line(config: ManagedConfig, needed: Sequence[Flag], known: Collection[str] | None) -> list[str]:
+    """The arguments: needed flags, those recommended ones that are ``known`` (None: all), the user's last; his win."""
+    recommended = [f for f in recommended_flags(config.args) if known is None or f.name in known]
+    said = _named(config.args)
+    ours = [flag for flag in (*needed, *recommended) if not flag.names & said]
+    return [*(word for flag in ours for word in flag.words()), *config.args]
+
+
+class ManagedServer:
+    """Runs one llama-server on a port of loopback and starts it again when it dies.
+
+    ``run`` is the whole life of it. ``port`` None: ``config.port``, or a free one, chosen now and kept over restarts.
+    ``log_path`` gets what the server writes; at a start a log above 20 MB becomes ``<log_path>.1``. ``api_key`` travels
+    in the environment (LLAMA_API_KEY), where other users do not see it. ``sleep`` and ``now`` are for tests.
+
+    Raises LlamaslotError when ``model: smollm2`` has not been fetched.
+    """
+
+    def __init__(
+        self,
+        config: ManagedConfig,
+        *,
+        name: str,
+        slot_save_path: Path,
+        log_path: Path,
+        port: int | None = None,
+        api_key: str | None = None,
+        backoff: Backoff = BACKOFF,
+        stop_s: float = STOP_S,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config, self.name = config, name
+        self.slot_save_path, self.log_path = slot_save_path, log_path
+        self.model = str(smollm2_path()) if config.model == EMBEDDED_MODEL else config.model
+        self.port = port or config.port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.n_starts = 0
+        self.pid: int | None = None  # the embedded server's, or that of the guard of a command
+        self._api_key, self._backoff, self._stop_s = api_key, backoff, stop_s
+        self._sleep, self._now = sleep, now
+
+    def __repr__(self) -> str:
+        state = f"pid {self.pid}" if self.pid else "not running"
+        return f"<ManagedServer {self.name} {self.url} {state}, started {self.n_starts} times>"
+
+    async def run(self) -> None:
+        """Start it, and again with backoff whenever it ends, until cancelled.
+
+        Cancelling ends the server: SIGTERM, then SIGKILL after ``stop_s``; a second cancellation kills it at once. A
+        server that cannot be started at all is retried too: what it lacks (a file, memory, the port) may come.
+        """
+        n_deaths = 0
+        while True:
+            started = self._now()
+            try:
+                how = await self._once()
+            except OSError as error:
+                how = f"could not be started: {error}"
+            lasted_s = self._now() - started
+            n_deaths = 1 if lasted_s >= self._backoff.served_s else n_deaths + 1
+            delay_s = self._backoff.delay_s(n_deaths)
+            log.error(
+                "%s: llama-server %s after %.0f s; its last words: %s (%s); it is started again in %.0f s",
+                *(self.name, how, lasted_s, await asyncio.to_thread(_last_line, self.log_path)),
+                *(self.log_path, delay_s),
+            )
+            await self._sleep(delay_s)
+
+    async def _once(self) -> str:
+        """One life of the server. How it ended, in words. OSError if it cannot be started."""
+        command = await self._command()
+        begin = partial(_open_log, self.log_path, self.slot_save_path, shlex.join(command))
+        async with _Child(command, self._environment(), begin, self._stop_s) as process:
+            self.n_starts += 1
+            self.pid = process.pid
+            log.info("%s: llama-server starts on %s (pid %d)", self.name, self.url, process.pid)
+            try:
+                return _in_words(await process.wait())
+            finally:
+                self.pid = None
+
+    async def _command(self) -> list[str]:
+        needed = needed_flags(self.config, self.model, self.port, self.slot_save_path)
+        if self.config.command is None:
+            arguments = command_line(self.config, needed, None)
+            return [sys.executable, "-m", "llamaslot.llama.managed.embedded", *arguments]
+        known = await self._known_flags(self.config.command)
+        unknown = [
+            flag.name for flag in (*needed, *recommended_flags(self.config.args)) if flag.name not in known
+        ]
+        if unknown:
+            log.warning(
+                "%s: `%s --help` does not know %s: recommended flags are left out, needed ones are passed all the same",
+                *(self.name, shlex.join(self.config.command), " ".join(unknown)),
+            )
+        arguments = command_line(self.config, needed, known)
+        return [sys.executable, "-m", "llamaslot.llama.managed.supervisor", *self.config.command, *arguments]
+
+    async def _known_flags(self, command: Sequence[str]) -> set[str]:
+        """The flags that ``command --help`` names; none if it says nothing within ``HELP_S``. Asked at each start."""
+        guarded = [sys.executable, "-m", "llamaslot.llama.managed.supervisor", *command, "--help"]
+        async with _Child(guarded, self._environment(), lambda: asyncio.subprocess.PIPE, 0.0) as process:
+            assert process.stdout is not None
+            try:
+                async with asyncio.timeout(HELP_S):
+                    text = (await process.stdout.read()).decode(errors="replace")
+            except TimeoutError:
+                return set()
+        return set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", text))
+
+    def _environment(self) -> dict[str, str]:
+        """Ours, but for the key: one that is only in our environment would make the server refuse us."""
+        environment = {name: value for name, value in os.environ.items() if name != "LLAMA_API_KEY"}
+        return environment | ({"LLAMA_API_KEY": self._api_key} if self._api_key else {})
+
+
+class _Child:
+    """A child process in a group of its own that ends with the block, on every path. OSError if it cannot be started.
+
+    ``output`` is called in a thread and gives what takes its output: PIPE, or a descriptor, which is closed here. Its
+    standard input is a pipe from here: the embedded server and the guard end at its end, also when llamaslot is killed.
+    """
+
+    def __init__(
+        self, command: Sequence[str], environment: dict[str, str], output: Callable[[], int], stop_s: float
+    ) -> None:
+        self._command, self._environment, self._output, self._stop_s = command, environment, output, stop_s
+        self._tasks = TaskOwner()
+
+    async def __aenter__(self) -> asyncio.subprocess.Process:
+        start = self._tasks.spawn(self._start(), f"start {self._command[2]}")
+        is_cancelled = False
+        while not start.done():
+            # A start half-way cannot be undone: see it through, then end what was started.
+            try:
+                await asyncio.wait({start})
+            except asyncio.CancelledError:
+                is_cancelled = True
+        if isinstance(process := start.result(), OSError):
+            raise process
+        self._process = process
+        if is_cancelled:
+            await self.__aexit__()
+            raise asyncio.CancelledError
+        return process
+
+    async def _start(self) -> asyncio.subprocess.Process | OSError:
+        output = -1
+        try:
+            output = await asyncio.to_thread(self._output)
+            return await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=output,
+                stderr=asyncio.subprocess.STDOUT,
+                env=self._environment,
+                start_new_session=True,  # a Ctrl-C in the terminal must not reach it before its slots are saved
+            )
+        except OSError as error:
+            return error
+        finally:
+            if output >= 0:
+                os.close(output)
+
+    async def __aexit__(self, *_: object) -> None:
+        process = self._process
+        try:
+            if process.returncode is None and self._stop_s:
+                process.terminate()  # this process alone, for the guard passes it on
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._stop_s):
+                        await process.wait()
+        finally:
+            # Also when it has ended by itself: a shell script may have left the real server behind, with the port.
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if process.stdin is not None:
+                process.stdin.close()
+        await process.wait()
+
+
+def _open_log(path: Path, slot_save_path: Path, command: str) -> int:
+    """A descriptor that appends to ``path``, after a line that says what is started. Rotates; makes directories."""
+    for directory in (path.parent, slot_save_path):
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):
+        if path.stat().st_size > LOG_BYTES:
+            path.replace(path.with_name(path.name + ".1"))
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    os.write(descriptor, f"\n=== {time.strftime('%Y-%m-%d %H:%M:%S')} llamaslot starts: {command}\n".encode())
+    return descriptor
+
+
+def _last_line(path: Path) -> str:
+    """The last line that says anything, at most 300 characters; "nothing" if there is none."""
+    return next(_lines_backwards(path), "nothing")[:300]
+
+
+def _lines_backwards(path: Path) -> Iterator[str]:
+    with suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+        lines = file.read().decode(errors="replace").splitlines()
+        yield from (line.strip() for line in reversed(lines) if line.strip())
+
+
+def _in_words(code: int) -> str:
+    """What an exit code of asyncio's says: negative is minus the signal's number."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    with suppress(ValueError):
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"was killed by signal {-code}"

@@ -1,0 +1,91 @@
+"""``python -m llamaslot.llama.managed.supervisor command [argument …]``: runs a command that ends when llamaslot does.
+
+A llama-server that outlives a killed llamaslot would keep the GPU's memory and the port, and the next one could not
+start. The guard's standard input is a pipe from llamaslot. At its end (llamaslot has closed it, or died of whatever)
+the guard sends SIGTERM to its process group and, ``GRACE_S`` later, SIGKILL. It leads a process group of its own, in
+which the command runs too, so that a shell script or a ``docker run`` around llama-server ends as well. SIGTERM
+to the guard itself is passed on to the group, once: llama-server takes a second one for "at once". It ends as the
+command ended: with the same exit code or by the same signal; 127 when there is no such command.
+
+This is not a ``preexec_fn`` in llamaslot, because code between fork and exec can deadlock beside threads.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from llamaslot.llama.managed.embedded import die_with_parent
+
+GRACE_S = 10.0
+UMASK = 0o077  # slot files are transcripts in all but name
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and end as it ends. Never returns."""
+    command = sys.argv[1:] if argv is None else list(argv)
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, _pass_on)
+    try:
+        # The guard has one thread, so that preexec_fn is safe here.
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, umask=UMASK, preexec_fn=_before_exec)
+    except OSError as error:
+        os.write(2, f"llamaslot guard: cannot run {command[0]}: {error.strerror}\n".encode())
+        os._exit(127)
+    ended = os.pidfd_open(process.pid)
+    if not _wait(ended, None):
+        _pass_on()
+        if not _wait(ended, GRACE_S, input_too=False):
+            os.killpg(0, signal.SIGKILL)
+    _end_as(process.wait())
+
+
+def _before_exec() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_parent()
+
+
+def _pass_on(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the guard is in the group too
+    os.killpg(0, signal.SIGTERM)
+
+
+def _wait(ended: int, timeout_s: float | None, *, input_too: bool = True) -> bool:
+    """True when the command has ended; False at the end of standard input or after ``timeout_s``."""
+    poll = select.poll()
+    poll.register(ended, select.POLLIN)
+    if input_too:
+        poll.register(0, select.POLLIN)
+    while True:
+        ready = dict(poll.poll(None if timeout_s is None else timeout_s * 1000))
+        if ended in ready:
+            return True
+        if not ready or not _read():
+            return False
+
+
+def _read() -> bytes:
+    try:
+        return os.read(0, 4096)
+    except OSError:
+        return b""
+
+
+def _end_as(code: int) -> NoReturn:
+    """End with the exit ``code`` of subprocess: negative is minus the signal's number."""
+    if code < 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has left its core already
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code if code >= 0 else 128 - code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""How long answers are, and how long one that has begun will still take."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any
+
+from llamaslot.scheduling.json_numbers import counts, positive, within
+
+
+class AnswerLength:
+    """How long an answer that is being decoded will still take, at the usual speed.
+
+    Lengths are widely spread: the longer one has run already, the longer it will still run (one that has outlived all
+    others may be one that does not stop at all). What is expected is the mean of what was left of those of the last
+    ``KEPT`` answers that got as far, and of ``PRIOR`` more that had a usual length, or half of what has passed.
+    """
+
+    GAIN = 0.1
+    LEAST = 0.25  # of the usual length is always left
+    KEPT = 64
+    PRIOR = 2
+    LENGTHS = 1.0, 1e7  # tokens
+    SPEEDS = 1e-2, 1e5  # tokens/s
+
+    def __init__(self, n_tokens: float = 300.0, tokens_per_s: float = 30.0) -> None:
+        self.n_tokens, self.tokens_per_s = n_tokens, tokens_per_s
+        self.n_samples = 0
+        self._last: deque[int] = deque(maxlen=self.KEPT)
+
+    def __repr__(self) -> str:
+        return f"<AnswerLength {self.n_tokens:.0f} tok at {self.tokens_per_s:.1f} tok/s>"
+
+    def observe(self, n_tokens: int, seconds: float) -> None:
+        """An answer of ``n_tokens`` was decoded in ``seconds``; a short one says nothing about the speed."""
+        if n_tokens <= 0 or not 0 <= seconds < math.inf:
+            return
+        self.n_samples += 1
+        gain = max(self.GAIN, 1 / (self.n_samples + 1))
+        self.n_tokens += gain * (min(n_tokens, 5 * self.n_tokens) - self.n_tokens)
+        self._last.append(min(n_tokens, int(self.LENGTHS[1])))
+        if n_tokens >= 8 and seconds > 1e-4 * n_tokens:
+            clip = max(math.log(3), math.log(100) / self.n_samples)
+            off = min(max(math.log(n_tokens / seconds / self.tokens_per_s), -clip), clip)
+            self.tokens_per_s = within(self.tokens_per_s * math.exp(gain * off), self.SPEEDS)
+
+    def seconds_left(self, running_s: float, max_tokens: int | None = None) -> float:
+        """Seconds until an answer ends that has been decoded for ``running_s``. ``max_tokens``: it ends there."""
+        n_done = max(running_s, 0.0) * self.tokens_per_s
+        left = [n_tokens - n_done for n_tokens in self._last if n_tokens > n_done]
+        usual = max(self.n_tokens - n_done, self.n_tokens * self.LEAST, n_done / 2)
+        n_left = (sum(left) + self.PRIOR * usual) / (len(left) + self.PRIOR)
+        if max_tokens is not None:
+            n_left = min(n_left, max(max_tokens - n_done, 0.0))
+        return n_left / self.tokens_per_s
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "n_tokens": self.n_tokens,
+            "tokens_per_s": self.tokens_per_s,
+            "n_samples": self.n_samples,
+            "last": list(self._last),
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> AnswerLength:
+        """What ``to_json`` gave; the prior if ``data`` is anything else."""
+        length = cls()
+        values = positive(data, ("n_tokens", "tokens_per_s", "n_samples"))
+        if values is not None:
+            length.n_tokens = within(values[0], cls.LENGTHS)
+            length.tokens_per_s = within(values[1], cls.SPEEDS)
+            length.n_samples = int(values[2])
+            length._last.extend(min(n, int(cls.LENGTHS[1])) for n in counts(data, "last"))
+        return length

@@ -1,0 +1,386 @@
+"""Rates learned from one backend: what prefill, save, restore and the end of an answer will take, and file
+sizes.
+
+Pure: durations come in as arguments, estimates go out. Every estimate is finite, never negative, and grows
+with the size of the work. Samples come from a server that also works for others, so one that took ten times
+as long as usual says something about the others; it must not move an estimate far. Estimates decide where a
+request goes, never whether its answer is right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from statistics import median_low
+from typing import Any
+
+from llamaslot.cache.reuse import Predictions
+from llamaslot.scheduling.answer_length import AnswerLength
+from llamaslot.scheduling.json_numbers import positive, rows, within
+
+_GUESSED_BYTES_PER_TOKEN = 100_000
+
+
+class PrefillRate:
+    """Seconds per token as ``a + b * depth``: attention looks at all tokens before, so it grows with depth.
+
+    One rate for all depths is wrong up to 7 times (4,700 tokens/s at a depth of 1,200, 640 over the first
+    12,000). A stretch ``[start, end)`` then takes ``a + b * (start + end) / 2`` for each of its tokens: a
+    line, fitted by least squares of the relative error. The latest samples of each doubling of depth are
+    kept: many short follow-ups do not push out the one deep prefill that says what depth costs.
+    """
+
+    PRIOR_S = 1 / 1000  # per token, before the first sample
+    MIN_TOKENS = 32  # fewer are computed as slowly as by decode, and say nothing about a long prefill
+    KEPT = 12  # samples for each doubling of depth
+
+    def __init__(self) -> None:
+        self._samples: dict[int, deque[_Stretch]] = {}
+        self._n_observed = 0
+        self._fitted: tuple[float, float] | None = self.PRIOR_S, 0.0
+
+    def __repr__(self) -> str:
+        if not self.known:
+            return "<PrefillRate unknown>"
+        a, b = self._fit()
+        return f"<PrefillRate {a * 1e6:.1f} us/tok + {b * 1e9:.2f} us/tok per 1000 depth>"
+
+    @property
+    def known(self) -> bool:
+        """Whether there was a sample yet."""
+        return bool(self._samples)
+
+    def observe(self, start: int, end: int, seconds: float) -> None:
+        """Tokens ``[start, end)`` were computed in one stretch in ``seconds``.
+
+        Too few tokens, or no time at all (a buffered event), are ignored.
+        """
+        n = end - start
+        if start < 0 or n < self.MIN_TOKENS or end >= 2**31 or not 1e-7 * n < seconds < 1e6:
+            return
+        self._n_observed += 1
+        stretch = _Stretch(start, end, seconds, self._n_observed)
+        bucket = (start + end).bit_length()
+        self._samples.setdefault(bucket, deque(maxlen=self.KEPT)).append(stretch)
+        self._fitted = None
+
+    def seconds(self, start: int, end: int) -> float:
+        """What tokens ``[start, end)`` will take: the rate summed up over their depths. 0 for none."""
+        if end <= start:
+            return 0.0
+        a, b = self._fit()
+        return a * (end - start) + b * (end - start) * (start + end) / 2
+
+    def reached(self, start: int, seconds: float) -> int:
+        """How far tokens from ``start`` on are computed after ``seconds``: the inverse of ``seconds``."""
+        a, b = self._fit()
+        if b * seconds < 1e-9 * a * a:  # no slope to speak of: its square root would be noise
+            return start + int(seconds / a)
+        depth = math.sqrt((a + b * start) ** 2 + 2 * b * seconds) - a
+        return int(depth / b)
+
+    def _fit(self) -> tuple[float, float]:
+        if self._fitted is None:
+            self._fitted = self._line()
+        return self._fitted
+
+    def _line(self) -> tuple[float, float]:
+        """``a`` and ``b`` of the samples, both >= 0."""
+        w0 = w1 = w2 = y0 = y1 = 0.0
+        for samples in self._samples.values():
+            usual = median_low(sample.per_token_s for sample in samples)
+            for sample in samples:
+                x, y = sample.depth, sample.per_token_s
+                # Across one doubling of depth the true rate differs by two at most, so twice off the median
+                # is a stall. Left out and not clipped: one in ten clipped at twice would still be 10 % too
+                # slow.
+                if not usual / 2 <= y <= usual * 2:
+                    continue
+                fresh = max(0.99 ** (self._n_observed - sample.serial), 0.1)
+                weight = min(sample.end - sample.start, 512) * fresh / usual**2
+                w0 += weight
+                w1 += weight * x
+                w2 += weight * x * x
+                y0 += weight * y
+                y1 += weight * x * y
+        spread = w0 * w2 - w1 * w1
+        if len(self._samples) == 1 or spread <= 1e-9 * w0 * w2:
+            return y0 / w0, 0.0  # all at about one depth: noise would be taken for a slope
+        a, b = (w2 * y0 - w1 * y1) / spread, (w0 * y1 - w1 * y0) / spread
+        if b < 0:
+            return y0 / w0, 0.0
+        return (a, b) if a >= 0 else (0.0, y1 / w2)
+
+    def to_json(self) -> dict[str, Any]:
+        """The samples that are kept, oldest first."""
+        kept = sorted((s for samples in self._samples.values() for s in samples), key=lambda s: s.serial)
+        return {"stretches": [[s.start, s.end, s.seconds, s.serial] for s in kept]}
+
+    @classmethod
+    def from_json(cls, data: object) -> PrefillRate:
+        """What ``to_json`` gave, learned again; anything else in ``data`` is ignored."""
+        rate = cls()
+        for row in rows(data, "stretches", 4):
+            rate._n_observed = max(int(row[3]) - 1, rate._n_observed)  # keeps how old they are
+            rate.observe(int(row[0]), int(row[1]), float(row[2]))
+        return rate
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    start: int
+    end: int
+    seconds: float
+    serial: int
+
+    @property
+    def depth(self) -> float:
+        return (self.start + self.end) / 2
+
+    @property
+    def per_token_s(self) -> float:
+        return self.seconds / (self.end - self.start)
+
+
+class TransferRate:
+    """Save or restore: seconds = latency + bytes / rate.
+
+    A sample moves both by its ratio to the estimate, each as far as it makes up the estimate: a file of 2 GB
+    says nothing about the latency, a file of 100 kB nothing about the disk. Ratios are averaged as logarithms
+    and clipped: a save that waited for others' batch (0.3 to 0.8 s where 5 ms are usual) counts as three
+    times too slow.
+    """
+
+    GAIN = 0.2
+    CLIP = math.log(3)
+    SPEEDS = 1e4, 1e12  # bytes/s
+    LATENCIES = 1e-5, 60.0
+
+    def __init__(self, latency_s: float = 0.005, bytes_per_s: float = 1e9) -> None:
+        self.latency_s, self.bytes_per_s = latency_s, bytes_per_s
+        self.n_samples = 0
+
+    def __repr__(self) -> str:
+        return f"<TransferRate {self.latency_s * 1000:.1f} ms + {self.bytes_per_s / 1e6:.0f} MB/s>"
+
+    def observe(self, size_bytes: int, seconds: float) -> None:
+        """``size_bytes`` were written or read in ``seconds``. Nothing written or no time is ignored."""
+        if size_bytes <= 0 or not 1e-6 < seconds < math.inf:
+            return
+        self.n_samples += 1
+        gain = max(self.GAIN, 1 / (self.n_samples + 1))
+        clip = max(self.CLIP, math.log(100) / self.n_samples)  # the prior may be far off
+        expected = self.seconds(size_bytes)
+        off = min(max(math.log(seconds / expected), -clip), clip)
+        moved = size_bytes / self.bytes_per_s / expected  # the part of the time that is not latency
+        self.bytes_per_s = within(self.bytes_per_s * math.exp(-gain * moved * off), self.SPEEDS)
+        self.latency_s = within(self.latency_s * math.exp(gain * (1 - moved) * off), self.LATENCIES)
+
+    def seconds(self, size_bytes: int) -> float:
+        """What ``size_bytes`` will take; the latency alone for none."""
+        return self.latency_s + max(size_bytes, 0) / self.bytes_per_s
+
+    def to_json(self) -> dict[str, Any]:
+        return {"latency_s": self.latency_s, "bytes_per_s": self.bytes_per_s, "n_samples": self.n_samples}
+
+    @classmethod
+    def from_json(cls, data: object) -> TransferRate:
+        """What ``to_json`` gave; the prior if ``data`` is anything else."""
+        rate = cls()
+        values = positive(data, ("latency_s", "bytes_per_s", "n_samples"))
+        if values is not None:
+            rate.latency_s = within(values[0], cls.LATENCIES)
+            rate.bytes_per_s = within(values[1], cls.SPEEDS)
+            rate.n_samples = int(values[2])
+        return rate
+
+
+class SnapshotSize:
+    """The size of a slot file: constant + bytes per token * tokens, from the files that are there.
+
+    A line by least squares, in whole numbers and fractions so that it goes exactly through points that lie on
+    one (a dense model's do), lifted until no known file is above it (others: checkpoints, attention windows).
+    """
+
+    KEPT = 32
+
+    def __init__(self) -> None:
+        self._points: deque[tuple[int, int]] = deque(maxlen=self.KEPT)
+        self._line: tuple[Fraction, Fraction] | None = None  # constant and bytes per token
+
+    def __repr__(self) -> str:
+        if not self._points:
+            return "<SnapshotSize unknown>"
+        constant, per_token = self._fit()
+        return f"<SnapshotSize {float(constant) / 1024:.1f} KiB + {float(per_token):.0f} B/tok>"
+
+    def observe(self, n_tokens: int, size_bytes: int) -> None:
+        """A file of ``n_tokens`` tokens has ``size_bytes``. Empty ones are ignored."""
+        if n_tokens <= 0 or size_bytes <= 0:
+            return
+        if (n_tokens, size_bytes) in self._points:
+            self._points.remove((n_tokens, size_bytes))
+        self._points.append((n_tokens, size_bytes))
+        self._line = None
+
+    def bytes(self, n_tokens: int) -> int | None:
+        """What a file of ``n_tokens`` will have at most; None before the first file is known.
+
+        From files of one length only: in proportion to it, and 5 % more, for what of it is constant is
+        unknown.
+        """
+        if not self._points:
+            return None
+        constant, per_token = self._fit()
+        return max(math.ceil(constant + per_token * max(n_tokens, 0)), 1)
+
+    def _fit(self) -> tuple[Fraction, Fraction]:
+        if self._line is None:
+            self._line = self._lifted()
+        return self._line
+
+    def _lifted(self) -> tuple[Fraction, Fraction]:
+        points = self._points
+        k, sx, sy = len(points), sum(n for n, _ in points), sum(size for _, size in points)
+        sxx, sxy = sum(n * n for n, _ in points), sum(n * size for n, size in points)
+        if len({n for n, _ in points}) == 1:
+            n, largest = points[0][0], max(size for _, size in points)
+            return Fraction(0), Fraction(largest * 21, n * 20)
+        per_token = Fraction(k * sxy - sx * sy, k * sxx - sx * sx)
+        constant = (sy - per_token * sx) / k
+        if constant < 0:
+            constant, per_token = Fraction(0), Fraction(sxy, sxx)
+        per_token = max(per_token, Fraction(0))
+        return constant + max(size - constant - per_token * n for n, size in points), per_token
+
+    def to_json(self) -> dict[str, Any]:
+        return {"files": [list(point) for point in self._points]}
+
+    @classmethod
+    def from_json(cls, data: object) -> SnapshotSize:
+        """What ``to_json`` gave, learned again; anything else in ``data`` is ignored."""
+        size = cls()
+        for row in rows(data, "files", 2):
+            size.observe(int(row[0]), int(row[1]))
+        return size
+
+
+class Delay:
+    """What something costs each time, in seconds, whatever its size."""
+
+    GAIN = 0.2
+    LIMITS = 1e-4, 10.0
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.seconds * 1000:.0f} ms>"
+
+    def observe(self, seconds: float) -> None:
+        """It has taken ``seconds``. What took ten times as long as usual counts as three times."""
+        if 0 <= seconds < math.inf:
+            clipped = min(max(seconds, self.seconds / 3), self.seconds * 3)
+            self.seconds = within(self.seconds + self.GAIN * (clipped - self.seconds), self.LIMITS)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def take_over(self, data: object) -> None:
+        """What ``to_json`` gave; anything else changes nothing."""
+        values = positive(data, ("seconds",))
+        if values is not None:
+            self.seconds = within(values[0], self.LIMITS)
+
+
+class Interruption(Delay):
+    """What it costs to stop a prefill and go on with it later: the batch that has to end before the slot is idle, or
+    between two stretches the request that is sent again with all its tokens."""
+
+    def __init__(self, seconds: float = 0.1) -> None:
+        super().__init__(seconds)
+
+
+class SaveDelay(Delay):
+    """What a request whose slot is saved first waits beside the save itself: the batch that is running for others, the
+    questions to llama-server, the files. Beside three answers of a small model 20 ms, where the save took 3."""
+
+    def __init__(self, seconds: float = 0.005) -> None:
+        super().__init__(seconds)
+
+
+class Overhead(Delay):
+    """What one request more costs an idle llama-server, beside what it computes, in seconds."""
+
+    def __init__(self, seconds: float = 0.01) -> None:
+        super().__init__(seconds)
+
+
+@dataclass(slots=True)
+class Rates:
+    """All that is learned of one backend with one model."""
+
+    prefill: PrefillRate = field(default_factory=PrefillRate)
+    save: TransferRate = field(default_factory=TransferRate)
+    restore: TransferRate = field(default_factory=TransferRate)
+    size: SnapshotSize = field(default_factory=SnapshotSize)
+    answer: AnswerLength = field(default_factory=AnswerLength)
+    predictions: Predictions = field(default_factory=Predictions)
+    interruption: Interruption = field(default_factory=Interruption)
+    save_delay: SaveDelay = field(default_factory=SaveDelay)
+    request: Overhead = field(default_factory=Overhead)
+    model: str = ""  # the fingerprint of the model that taught all this
+
+    def forget(self) -> None:
+        """Start again from the priors, in place: everybody who holds these rates forgets with them."""
+        self.take_over(Rates())
+
+    def take_over(self, other: Rates) -> None:
+        for part in fields(self):
+            setattr(self, part.name, getattr(other, part.name))
+
+    def size_bytes(self, n_tokens: int) -> int:
+        """The expected size of a snapshot of ``n_tokens``; before the first file that of a model of about 8B."""
+        known = self.size.bytes(n_tokens)
+        return known if known is not None else n_tokens * _GUESSED_BYTES_PER_TOKEN
+
+    def save_s(self, n_tokens: int) -> float:
+        return self.save.seconds(self.size_bytes(n_tokens))
+
+    def restore_s(self, n_tokens: int) -> float:
+        return self.restore.seconds(self.size_bytes(n_tokens))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "prefill": self.prefill.to_json(),
+            "save": self.save.to_json(),
+            "restore": self.restore.to_json(),
+            "size": self.size.to_json(),
+            "answer": self.answer.to_json(),
+            "predictions": self.predictions.to_json(),
+            "interruption": self.interruption.to_json(),
+            "save_delay": self.save_delay.to_json(),
+            "request": self.request.to_json(),
+            "model": self.model,
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> Rates:
+        """What ``to_json`` gave. What is missing or spoilt starts from its prior, and is soon learned again."""
+        parts = data if isinstance(data, Mapping) else {}
+        rates = cls(
+            prefill=PrefillRate.from_json(parts.get("prefill")),
+            save=TransferRate.from_json(parts.get("save")),
+            restore=TransferRate.from_json(parts.get("restore")),
+            size=SnapshotSize.from_json(parts.get("size")),
+            answer=AnswerLength.from_json(parts.get("answer")),
+            predictions=Predictions.from_json(parts.get("predictions")),
+            model=str(parts.get("model", "")),
+        )
+        rates.interruption.take_over(parts.get("interruption"))
+        rates.save_delay.take_over(parts.get("save_delay"))
+        rates.request.take_over(parts.get("request"))
+        return rates

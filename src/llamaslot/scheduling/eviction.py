@@ -1,0 +1,371 @@
+"""What a snapshot is worth: the seconds it saves, times how often it is likely to be asked for, per byte.
+
+Pure: times come in as arguments, in seconds of any one clock. How likely something comes back is learned from what did,
+by what it is (``Habit``) and by how long ago it was used, as in LHD (Beckmann, Chen, Cidon: "LHD: improving cache hit
+rate by maximizing hit density", NSDI 2018).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Protocol, TypeGuard
+
+from llamaslot.cache.content import Kind
+
+N_BUCKETS = 52  # of ages: the last begins after half a year
+N_LENGTHS = 26  # of contexts: the last begins at 370,000 tokens
+_EDGES = [2.0 ** (b / 2) - 1.0 for b in range(N_BUCKETS + 1)]
+_WIDTHS = [end - start for start, end in pairwise(_EDGES)]
+_LEAST_S = 1e-6  # what a token saves at least: what saves nothing still goes in some order
+
+
+class Habit(enum.StrEnum):
+    """Snapshots that come back alike. New ones may be added: what was learned of the others stays valid."""
+
+    FRESH = "fresh"  # a conversation that nobody has come back to yet
+    RETURNING = "returning"  # one that somebody has
+    BRANCHED = "branched"  # left behind: its conversation goes on from an earlier point
+    TRUNK = "trunk"  # what several conversations begin with
+
+
+@dataclass(slots=True)
+class Standing:
+    """What is known of one snapshot apart from its tokens. ``counted_until``: its time up to here was learned from."""
+
+    id: str
+    n_tokens: int
+    size_bytes: int
+    kind: Kind
+    last_used: float
+    counted_until: float
+    n_hits: int = 0
+    is_branched: bool = False
+
+    @property
+    def habit(self) -> Habit:
+        if self.kind is Kind.TRUNK:
+            return Habit.TRUNK
+        if self.is_branched:
+            return Habit.BRANCHED
+        return Habit.RETURNING if self.n_hits else Habit.FRESH
+
+
+def bucket_of(age_s: float) -> int:
+    """Two for each doubling: ages 0 to 0.4 s are bucket 0, to 1 s bucket 1, to 1.8 s bucket 2, to 3 s bucket 3."""
+    return min(int(2.0 * math.log2(max(age_s, 0.0) + 1.0)), N_BUCKETS - 1)
+
+
+def length_of(n_tokens: int) -> int:
+    """Two buckets for each doubling as well, from 64 tokens on."""
+    return min(int(2.0 * math.log2(max(n_tokens, 64) / 64)), N_LENGTHS - 1)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Of one habit, by bucket: how often something came back at that age, and for how long it could have.
+
+    Those seconds are of contexts of a usual length: one that comes back half as often as those has half the time.
+    """
+
+    hits: list[float] = field(default_factory=lambda: [0.0] * N_BUCKETS)
+    seconds: list[float] = field(default_factory=lambda: [0.0] * N_BUCKETS)
+    n_events: float = 0.0
+
+    def fade(self) -> None:
+        self.hits = [hits / 2 for hits in self.hits]
+        self.seconds = [seconds / 2 for seconds in self.seconds]
+        self.n_events /= 2
+
+
+@dataclass(slots=True)
+class _Lengths:
+    """By length of the context: how often it came back, and how often it would have if length did not matter."""
+
+    hits: list[float] = field(default_factory=lambda: [0.0] * N_LENGTHS)
+    expected: list[float] = field(default_factory=lambda: [0.0] * N_LENGTHS)
+
+    def factors(self, few: float) -> list[float]:
+        """How much more often than all together each came back."""
+        usual = (sum(self.hits) + few) / (sum(self.expected) + few)
+        return [(n + few) / (m * usual + few) for n, m in zip(self.hits, self.expected, strict=True)]
+
+    def fade(self) -> None:
+        self.hits = [hits / 2 for hits in self.hits]
+        self.expected = [expected / 2 for expected in self.expected]
+
+
+class Returns:
+    """How often snapshots come back, in hits per second: by habit and by age since their last use, times a factor for
+    the length of the context (a single question, or a conversation that is about to reach its end, seldom does).
+
+    Little data does not mislead: the rate of a bucket starts from the shape of ``PRIORS``, scaled to what was seen of
+    all habits, then to what was seen of this one, and each level weighs as much as a few hits. Old data fades: what
+    was seen before the last ``MEMORY`` to twice as many events of a habit counts half, and so on.
+    """
+
+    MEMORY = 3_000
+    _FEW = 2.0  # hits that a guess is worth
+    _OFTEN = 16  # events after which what was derived is derived again
+
+    #: Hits per second at age t are ``p / (t + s)``: (p, s). Most who come back do within minutes.
+    PRIORS: Mapping[Habit, tuple[float, float]] = {
+        Habit.FRESH: (0.5, 60.0),
+        Habit.RETURNING: (0.8, 60.0),
+        Habit.BRANCHED: (0.05, 60.0),
+        Habit.TRUNK: (3.0, 300.0),
+    }
+
+    def __init__(self) -> None:
+        self._tallies = {habit: _Tally() for habit in Habit}
+        self._lengths = _Lengths()
+        self._derive()
+        self._n_new = 0
+        self._seconds_new = self._seconds = 0.0
+
+    def __repr__(self) -> str:
+        seen = ", ".join(f"{habit} {sum(tally.hits):.0f}" for habit, tally in self._tallies.items())
+        return f"<Returns hits: {seen}>"
+
+    # -- learning ------------------------------------------------------------------------------------------------
+
+    def hit(self, habit: Habit, age_s: float, n_tokens: int) -> None:
+        """A snapshot was asked for, this long after its last use."""
+        self._tallies[habit].hits[bucket_of(age_s)] += 1.0
+        self._lengths.hits[length_of(n_tokens)] += 1.0
+        self._event(habit)
+
+    def gone(self, habit: Habit) -> None:
+        """One will not come back any more: evicted, superseded, lost."""
+        self._event(habit)
+
+    def waited(self, habit: Habit, from_s: float, to_s: float, n_tokens: int) -> None:
+        """One could have been asked for between these ages, and was not before their end."""
+        start, end = max(from_s, 0.0), to_s
+        if not start < end < math.inf:
+            return
+        seconds, rates = self._tallies[habit].seconds, self._derived[habit].rates
+        self._seconds_new += end - start
+        n_expected, factor = 0.0, self.factor(n_tokens)
+        for at in range(bucket_of(start), N_BUCKETS):
+            edge = _EDGES[at + 1] if at + 1 < N_BUCKETS else math.inf
+            part = min(end, edge) - start
+            if part > 0:
+                seconds[at] += part * factor
+                n_expected += part * rates[at]
+            if end <= edge:
+                break
+            start = edge
+        self._lengths.expected[length_of(n_tokens)] += n_expected
+
+    def _event(self, habit: Habit) -> None:
+        self._n_new += 1
+        tally = self._tallies[habit]
+        tally.n_events += 1
+        if tally.n_events >= 2 * self.MEMORY:
+            tally.fade()
+        if sum(self._lengths.hits) >= 2 * self.MEMORY:
+            self._lengths.fade()
+
+    # -- what follows --------------------------------------------------------------------------------------------
+
+    def rate(self, habit: Habit, age_s: float) -> float:
+        """Hits per second at this age, of contexts of any length."""
+        return self._now()[habit].rates[bucket_of(age_s)]
+
+    def density(self, habit: Habit, age_s: float, n_tokens: int) -> float:
+        """Hits per second of keeping something of this age, for as long as that is best.
+
+        Not the rate at this age: after a coffee break few come back at once, but many within the hour, and for those it
+        is worth waiting (the Gittins index of the rates). It is never below the rate.
+        """
+        densities = self._now()[habit].densities
+        x = 2.0 * math.log2(max(age_s, 0.0) + 1.0)
+        at = min(int(x), N_BUCKETS - 1)
+        part = min(x - at, 1.0)
+        return (densities[at] + part * (densities[at + 1] - densities[at])) * self.factor(n_tokens)
+
+    def factor(self, n_tokens: int) -> float:
+        """How much more often than others contexts of this length come back."""
+        return self._factors[length_of(n_tokens)]
+
+    def _now(self) -> dict[Habit, _Derived]:
+        if self._n_new >= self._OFTEN or self._seconds_new > 0.1 * self._seconds + 60.0:
+            self._derive()
+            self._seconds += self._seconds_new
+            self._n_new, self._seconds_new = 0, 0.0
+        return self._derived
+
+    def _derive(self) -> None:
+        n_hits = sum(sum(tally.hits) for tally in self._tallies.values())
+        n_expected = sum(self._n_expected(habit) for habit in Habit)
+        # How much more often than priors say all come back.
+        scale = (n_hits + self._FEW) / (n_expected + self._FEW)
+        self._derived = {habit: _Derived(self._rates(habit, scale)) for habit in Habit}
+        self._factors = self._lengths.factors(self._FEW)
+
+    def _n_expected(self, habit: Habit) -> float:
+        seconds = self._tallies[habit].seconds
+        return sum(s * prior for s, prior in zip(seconds, _PRIOR_RATES[habit], strict=True))
+
+    def _rates(self, habit: Habit, scale: float) -> list[float]:
+        tally, few = self._tallies[habit], self._FEW
+        scale = (sum(tally.hits) + few) / (self._n_expected(habit) + few / scale)
+        return [
+            (hits + few) / (seconds + few / (scale * prior))
+            for hits, seconds, prior in zip(tally.hits, tally.seconds, _PRIOR_RATES[habit], strict=True)
+        ]
+
+    # -- kept ----------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        habits = {
+            habit.value: {"hits": tally.hits, "seconds": tally.seconds, "n_events": tally.n_events}
+            for habit, tally in self._tallies.items()
+        }
+        return {
+            "habits": habits,
+            "lengths": {"hits": self._lengths.hits, "expected": self._lengths.expected},
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> Returns:
+        """What ``to_json`` gave. A part that is missing or spoilt starts from its prior."""
+        returns = cls()
+        for habit, tally in returns._tallies.items():
+            kept = _part(_part(data, "habits"), habit.value)
+            hits, seconds, n_events = kept.get("hits"), kept.get("seconds"), [kept.get("n_events")]
+            if _are_counts(hits) and _are_counts(seconds) and _are_counts(n_events, 1):
+                tally.hits, tally.seconds = [float(n) for n in hits], [float(s) for s in seconds]
+                tally.n_events = float(n_events[0])
+        kept = _part(data, "lengths")
+        hits, expected = kept.get("hits"), kept.get("expected")
+        if _are_counts(hits, N_LENGTHS) and _are_counts(expected, N_LENGTHS):
+            returns._lengths = _Lengths([float(n) for n in hits], [float(n) for n in expected])
+        returns._derive()
+        return returns
+
+
+class _Derived:
+    """Of one habit, by bucket. ``densities`` are as seen from the beginning of each, and of what follows the last."""
+
+    __slots__ = ("densities", "rates")
+
+    def __init__(self, rates: list[float]) -> None:
+        self.rates, self.densities = rates, _best_densities(rates)
+
+
+def _part(data: object, key: str) -> Mapping[str, Any]:
+    part = data.get(key) if isinstance(data, Mapping) else None
+    return part if isinstance(part, Mapping) else {}
+
+
+def _prior_rates(p: float, s: float) -> list[float]:
+    """The mean rate over each bucket: hits that are expected in it, per second."""
+    return [p * math.log((_EDGES[b + 1] + s) / (_EDGES[b] + s)) / _WIDTHS[b] for b in range(N_BUCKETS)]
+
+
+_PRIOR_RATES = {habit: _prior_rates(p, s) for habit, (p, s) in Returns.PRIORS.items()}
+
+
+def _best_densities(rates: list[float]) -> list[float]:
+    """For each bucket, as seen from its beginning: the most hits per second over any number of buckets from there on.
+
+    A hit ends the waiting: after it the snapshot is a new one.
+    """
+    best: list[float] = []
+    # Stretches of falling density: hits, seconds, what is left after it.
+    ahead: list[tuple[float, float, float]] = []
+    for rate, width in zip(reversed(rates), reversed(_WIDTHS), strict=True):
+        hits = -math.expm1(-rate * width)
+        seconds, left = hits / rate, 1.0 - hits
+        while ahead and ahead[-1][0] * seconds > hits * ahead[-1][1]:  # going on as far as that is better
+            more_hits, more_seconds, more_left = ahead.pop()
+            hits, seconds, left = hits + left * more_hits, seconds + left * more_seconds, left * more_left
+        ahead.append((hits, seconds, left))
+        best.append(hits / seconds)
+    return [*reversed(best), rates[-1]]
+
+
+def _are_counts(values: Any, n: int = N_BUCKETS) -> TypeGuard[list[float]]:
+    return (
+        isinstance(values, list)
+        and len(values) == n
+        and all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < 1e300 for v in values)
+    )
+
+
+# -- who goes first ------------------------------------------------------------------------------------------------
+
+
+class Order(Protocol):
+    """Which snapshot goes first when room is needed, and what it learns from what happens to them."""
+
+    def rank(self, standing: Standing, now: float) -> float:
+        """The smallest goes first."""
+
+    def worth(self, standing: Standing, now: float, saves_s: float | None = None) -> float:
+        """What keeping it gives, to be compared with the sum of others'. ``saves_s`` is given for one that is not there
+        yet."""
+
+    def hit(self, standing: Standing, now: float) -> None:
+        """It is asked for; ``standing`` is as before."""
+
+    def passed(self, standing: Standing, now: float) -> None:
+        """Time has passed since ``counted_until``, and nothing has happened to it."""
+
+    def gone(self, standing: Standing, now: float) -> None:
+        """It will not come back."""
+
+
+class ByUse:
+    """Least recently used goes first: what others do, to compare with. Nothing is learned."""
+
+    def rank(self, standing: Standing, now: float) -> float:
+        return standing.last_used
+
+    def worth(self, standing: Standing, now: float, saves_s: float | None = None) -> float:
+        return math.inf if saves_s is not None else 0.0  # whatever is new is kept
+
+    def hit(self, standing: Standing, now: float) -> None: ...
+
+    def passed(self, standing: Standing, now: float) -> None: ...
+
+    def gone(self, standing: Standing, now: float) -> None: ...
+
+
+class ByValue:
+    """What is worth least for each byte goes first.
+
+    ``saves_s`` says how many seconds a snapshot saves when it is asked for, against what would have to be done without
+    it; whoever knows speeds and what other snapshots hold sets it.
+    """
+
+    def __init__(self, returns: Returns | None = None) -> None:
+        self.returns = Returns() if returns is None else returns
+        self.saves_s: Callable[[Standing], float] = lambda standing: standing.n_tokens / 1000
+
+    def rank(self, standing: Standing, now: float) -> float:
+        return self.worth(standing, now) / max(standing.size_bytes, 1)
+
+    def worth(self, standing: Standing, now: float, saves_s: float | None = None) -> float:
+        """Seconds saved per second of keeping it."""
+        saves_s = self.saves_s(standing) if saves_s is None else saves_s
+        saves_s = max(saves_s, _LEAST_S * standing.n_tokens)
+        return saves_s * self.returns.density(standing.habit, now - standing.last_used, standing.n_tokens)
+
+    def hit(self, standing: Standing, now: float) -> None:
+        self.passed(standing, now)
+        self.returns.hit(standing.habit, now - standing.last_used, standing.n_tokens)
+
+    def passed(self, standing: Standing, now: float) -> None:
+        used = standing.last_used
+        self.returns.waited(standing.habit, standing.counted_until - used, now - used, standing.n_tokens)
+        standing.counted_until = max(now, standing.counted_until)
+
+    def gone(self, standing: Standing, now: float) -> None:
+        self.passed(standing, now)
+        self.returns.gone(standing.habit)

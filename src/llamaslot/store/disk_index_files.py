@@ -1,0 +1,311 @@
+"""A generation of the prefix index in files: how they are written, and how they are opened and proved.
+
+In a directory of its own: ``<id>.trie`` (marisa), ``<id>.columns`` (int32, one after the other), ``<id>.names`` (a line
+for each holder) and ``manifest.json``, which names the generation that is valid. It is written as ``<id>.manifest``
+when all else has reached the disk, and renamed when the generation has been opened and proved. A file is never written
+again under the same name: it may be mapped. marisa believes what it maps (of 35,791 keys 10,357 were left after a
+flipped byte, without an error), so every file is proved by its checksum first.
+
+The files hold the tokens of conversations, like the slot files, and those of dropped snapshots until the next
+generation: nobody else may read them.
+
+``python -m llamaslot.store.disk_index_files <directory> <id>`` makes the generation ``<id>`` from the one that is valid
+and ``<id>.input``. marisa holds the GIL while it builds (a second at 24 million tokens): not in the proxy's own
+process.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import secrets
+import struct
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import marisa_trie  # type: ignore[import-not-found]  # compiled, without stubs
+import orjson
+from xxhash import xxh3_128, xxh3_128_hexdigest
+
+from llamaslot.cache.disk_index import Columns, Frozen, freeze, is_freezable
+from llamaslot.cache.ids import WIDTH
+from llamaslot.cache.prefix_index import Branch, PrefixIndex
+from llamaslot.errors import LlamaslotError
+
+VERSION = 1
+MANIFEST = "manifest.json"
+TRIE, COLUMNS, NAMES, INPUT, DRAFT = ".trie", ".columns", ".names", ".input", ".manifest"
+_OURS = re.compile(r"(gen-[0-9a-f]{16})(\.trie|\.columns|\.names|\.input|\.manifest)")
+_BRANCH = struct.Struct("<III")  # tokens above, bytes of the edge, holders
+_LENGTH = struct.Struct("<I")
+
+
+class GenerationUnusable(LlamaslotError):
+    """The generation on disk is not whole, not ours, or not of this format. What it says is never used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """An opened one. ``size_bytes`` of its files together; ``namespace`` is what its sequences are valid for."""
+
+    id: str
+    namespace: str
+    index: Frozen
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a generation is made from, beside the branches that were added: the one before it, without ``gone``."""
+
+    namespace: str
+    base: str | None
+    gone: tuple[str, ...]
+
+
+def new_id() -> str:
+    """A name that nobody else has: ``gen-`` and 16 hexadecimal digits."""
+    return "gen-" + secrets.token_hex(8)
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def open_generation(
+    directory: Path, is_wanted: Callable[[str], bool], manifest_name: str = MANIFEST
+) -> Generation | None:
+    """The valid generation, mapped; None if there never was one. Blocking: reads all of it once, 20 ms for 44 MiB.
+
+    ``is_wanted`` is asked about its namespace: another one's is not used. Raises GenerationUnusable.
+    """
+    try:
+        manifest = _read_manifest(directory / manifest_name)
+        if manifest is None:
+            return None
+        namespace = manifest["namespace"]
+        if not is_wanted(namespace):
+            raise GenerationUnusable("it is of another model")
+        id_, counts = manifest["id"], manifest["counts"]
+        for name, proof in manifest["files"].items():
+            if _proof(directory / name) != proof:
+                raise GenerationUnusable(f"{name} is not what was written")
+        trie = marisa_trie.BinaryTrie()
+        # Not ``map``: that keeps no reference to what it maps, and asking it later is a segmentation fault.
+        trie.mmap(str(directory / (id_ + TRIE)))
+        columns = _map_columns(directory / (id_ + COLUMNS), counts)
+        names = (directory / (id_ + NAMES)).read_text("utf-8").splitlines()
+        if len(names) != len(columns.end) or len(trie) != len(columns.point):
+            raise GenerationUnusable(f"the files of {id_} do not belong together")
+        size = sum(size for size, _ in manifest["files"].values())
+        return Generation(id_, namespace, Frozen(trie, columns, names), size)
+    except OSError as error:
+        raise GenerationUnusable(f"cannot be read: {error.strerror or error}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise GenerationUnusable(f"not of this format: {error!r}") from error
+
+
+def accept(directory: Path, id_: str, namespace: str) -> Generation:
+    """Open a generation that was just written, and make it the valid one. Blocking; raises as ``open_generation``."""
+    made = open_generation(directory, namespace.__eq__, id_ + DRAFT)
+    if made is None or made.id != id_:
+        raise GenerationUnusable(f"{id_} was not written")
+    try:
+        os.rename(directory / (id_ + DRAFT), directory / MANIFEST)
+        _sync(directory)
+    except OSError as error:
+        raise GenerationUnusable(f"{MANIFEST} cannot be written: {error.strerror or error}") from error
+    return made
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    sealed = orjson.loads(data)
+    manifest: dict[str, Any] = sealed["manifest"]
+    if sealed["checksum"] != _checksum(manifest):
+        raise GenerationUnusable(f"{path.name} is not what was written")
+    if manifest["version"] != VERSION or manifest["byteorder"] != sys.byteorder:
+        raise GenerationUnusable(f"{path.name} is of another version or another kind of machine")
+    return manifest
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return xxh3_128_hexdigest(orjson.dumps(manifest, option=orjson.OPT_SORT_KEYS))
+
+
+def _proof(path: Path) -> list[int | str]:
+    """Size and checksum of a file."""
+    hashed, size = xxh3_128(), 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            hashed.update(block)
+            size += len(block)
+    return [size, hashed.hexdigest()]
+
+
+def _map_columns(path: Path, counts: list[int]) -> Columns:
+    with open(path, "rb") as file:
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).cast("i")
+    if len(mapped) != sum(counts):
+        raise GenerationUnusable(f"{path.name} has {len(mapped)} numbers in place of {sum(counts)}")
+    columns, at = [], 0
+    for n in counts:
+        columns.append(mapped[at : at + n])
+        at += n
+    return Columns(*columns)
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_generation(directory: Path, id_: str, namespace: str, index: Frozen) -> None:
+    """Write the files, bring them to the disk, then name them in a manifest that is not valid yet.
+
+    Blocking; raises OSError.
+    """
+    numbers = [column if isinstance(column, array) else array("i", column) for column in index.columns]
+    lines = "".join(f"{name}\n" for name in index.names)
+    contents = {
+        id_ + TRIE: [index.trie.tobytes()],
+        id_ + COLUMNS: [column.tobytes() for column in numbers],
+        id_ + NAMES: [lines.encode()],
+    }
+    files = {}
+    for name, content in contents.items():
+        write(directory / name, content)
+        files[name] = _proof(directory / name)
+    manifest = {
+        "version": VERSION,
+        "byteorder": sys.byteorder,
+        "id": id_,
+        "namespace": namespace,
+        "counts": [len(column) for column in numbers],
+        "files": files,
+    }
+    write(directory / (id_ + DRAFT), [orjson.dumps({"checksum": _checksum(manifest), "manifest": manifest})])
+    _sync(directory)  # the names of the data are there before the manifest's
+
+
+def write(path: Path, content: Iterable[bytes]) -> None:
+    """A new file, synced. Raises OSError, also if it exists."""
+    with create(path) as file:
+        file.writelines(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file that only we may read. Raises OSError."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sweep(directory: Path, id_: str | None) -> None:
+    """Remove every file of ours that is not of generation ``id_``. Blocking; what cannot go stays.
+
+    One that is mapped lives on until it is let go.
+    """
+    with suppress(OSError):
+        for path in list(directory.iterdir()):
+            ours = _OURS.fullmatch(path.name)
+            if ours and (ours[1] != id_ or ours[2] in (INPUT, DRAFT)):
+                with suppress(OSError):
+                    path.unlink()
+
+
+# -- making ----------------------------------------------------------------------------------------------------------
+
+
+def encode_recipe(recipe: Recipe) -> bytes:
+    """The beginning of an input."""
+    fields = {"version": VERSION, "namespace": recipe.namespace, "base": recipe.base, "gone": recipe.gone}
+    data = orjson.dumps(fields)
+    return _LENGTH.pack(len(data)) + data
+
+
+def encode_branch(branch: Branch[str]) -> list[bytes]:
+    """A branch as it is read again by ``sequences``; in pieces, so that the edge is not copied."""
+    pieces = [_BRANCH.pack(branch.n_above, len(branch.edge), len(branch.holders))]
+    for holder in branch.holders:
+        name = holder.encode()
+        pieces += (_LENGTH.pack(len(name)), name)
+    pieces.append(branch.edge)
+    return pieces
+
+
+def _read(file: BinaryIO, n: int) -> bytes:
+    data = file.read(n)
+    if len(data) != n:
+        raise GenerationUnusable("the input ends too soon")
+    return data
+
+
+def decode_recipe(file: BinaryIO) -> Recipe:
+    """What ``encode_recipe`` wrote."""
+    fields = orjson.loads(_read(file, *_LENGTH.unpack(_read(file, _LENGTH.size))))
+    if fields["version"] != VERSION:
+        raise GenerationUnusable(f"the input is of version {fields['version']}")
+    return Recipe(fields["namespace"], fields["base"], tuple(fields["gone"]))
+
+
+def sequences(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """Each holder in the branches that follow, and its tokens."""
+    path = b""
+    while head := file.read(_BRANCH.size):
+        n_above, n_edge, n_holders = _BRANCH.unpack(head)
+        holders = [_read(file, *_LENGTH.unpack(_read(file, _LENGTH.size))).decode() for _ in range(n_holders)]
+        path = path[: n_above * WIDTH] + _read(file, n_edge)
+        for holder in holders:
+            yield holder, path
+
+
+def grow(directory: Path, id_: str) -> None:
+    """Make the generation ``id_`` from its input and the one before, and write it.
+
+    What cannot be frozen is left out: sequences with media, names of more than one line. Raises GenerationUnusable,
+    OSError, and ValueError for a collision of hashes.
+    """
+    index: PrefixIndex[str] = PrefixIndex()
+    with open(directory / (id_ + INPUT), "rb") as file:
+        recipe = decode_recipe(file)
+        if recipe.base is not None:
+            base = open_generation(directory, recipe.namespace.__eq__)
+            if base is None or base.id != recipe.base:
+                raise GenerationUnusable(f"{recipe.base} is no longer there")
+            for holder in recipe.gone:
+                base.index.drop(holder)
+            for holder, tokens in base.index.sequences():
+                index.insert(holder, tokens)
+        for holder, tokens in sequences(file):
+            if holder.splitlines() == [holder] and is_freezable(tokens):
+                index.insert(holder, tokens)
+    write_generation(directory, id_, recipe.namespace, freeze(index))
+
+
+def main() -> int:
+    os.nice(10)  # users' tokens first
+    try:
+        grow(Path(sys.argv[1]), sys.argv[2])
+    except (LlamaslotError, OSError, ValueError, MemoryError) as error:
+        sys.stderr.write(f"{error!r}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""New generations of the prefix index, made beside the event loop and taken over in it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from llamaslot.cache.disk_index import Frozen
+from llamaslot.cache.layered_index import NEW_MIN, SnapshotIndex, Sowing
+from llamaslot.errors import LlamaslotError
+from llamaslot.store import disk_index_files
+from llamaslot.store.disk_index_files import Generation, GenerationUnusable, Recipe
+from llamaslot.store.sidecar import readable
+from llamaslot.tasks import TaskOwner
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+P = ParamSpec("P")
+_AT_ONCE = 64  # branches prepared while the thread that writes them holds the GIL: 0.1 ms
+
+
+class Renewal:
+    """The generations in ``directory``, which is made if need be and is nobody else's.
+
+    ``namespace`` is what token sequences are valid for, such as a model's fingerprint. One whose words differ and that
+    ``is_same`` is kept in the words that it has. One event loop owns it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        namespace: str,
+        tasks: TaskOwner,
+        is_same: Callable[[str], bool] | None = None,
+        on_made: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """``on_made`` is awaited after each generation, in the task that made it."""
+        self._directory, self._namespace, self._tasks = directory, namespace, tasks
+        self._on_made = on_made
+        self._is_same = is_same or namespace.__eq__
+        self._current: str | None = None
+        self._running: asyncio.Task[bool] | None = None
+        self._is_ended = False
+        self._failed_at: int | None = None  # how many holders there were
+
+    async def open(self) -> Frozen | None:
+        """The generation on disk, or None: there is none, or, as one log line says, it cannot be used.
+
+        Canceling is safe.
+        """
+        try:
+            found = await asyncio.to_thread(self._open)
+        except GenerationUnusable as error:
+            log.warning("index: the disk index in %s is not used: %s", self._directory, error)
+            found = None
+        if found is None:
+            return None
+        self._current, self._namespace = found.id, found.namespace
+        return found.index
+
+    def _open(self) -> Generation | None:
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise GenerationUnusable(f"cannot be made: {error.strerror or error}") from error
+        found = disk_index_files.open_generation(self._directory, self._is_same)
+        disk_index_files.sweep(self._directory, found.id if found else None)  # what a crash left
+        return found
+
+    def consider(self, index: SnapshotIndex) -> None:
+        """Begin a new generation of ``index`` if it is due and none is being made. To be called after its changes."""
+        if self._running is not None or self._is_ended or not index.is_due:
+            return
+        if self._failed_at is not None and abs(len(index) - self._failed_at) < NEW_MIN:
+            return  # whatever was the matter will not have changed
+        self._running = self._tasks.spawn(self.renew(index), "renew the index")
+        self._running.add_done_callback(self._ended)
+
+    def _ended(self, _: asyncio.Task[bool]) -> None:
+        self._running = None
+
+    async def end(self) -> None:
+        """Begin none any more, and end what is being made. Canceling is safe: it ends all the same."""
+        self._is_ended = True
+        if (running := self._running) is not None:
+            running.cancel()
+            await asyncio.wait([running])
+
+    async def renew(self, index: SnapshotIndex) -> bool:
+        """Make a new generation of ``index``. False, with a log line, if none could be made.
+
+        Canceling is safe: the index is as if it had not been tried.
+        """
+        started, id_ = time.monotonic(), disk_index_files.new_id()
+        base = self._current if index.base is not None else None
+        sowing = index.seal()
+        try:
+            recipe = Recipe(self._namespace, base, sowing.gone)
+            _, is_cancelled = await _to_its_end(_write_input, self._directory, id_, recipe, sowing)
+            if not is_cancelled:
+                await self._grow(id_)
+                made, is_cancelled = await _to_its_end(
+                    disk_index_files.accept, self._directory, id_, self._namespace
+                )
+                index.adopt(made.index)  # also when cancelled: it is the valid one on disk now
+                self._current, self._failed_at = id_, None
+            if is_cancelled:
+                raise asyncio.CancelledError
+        except (LlamaslotError, OSError) as error:
+            self._failed_at = len(index)
+            log.warning("index: cannot write the disk index: %s", error)
+            return False
+        finally:
+            index.unseal()
+            await asyncio.to_thread(disk_index_files.sweep, self._directory, self._current)
+        log.info(
+            "index: %d snapshots written to the disk index (%s) in %.1f s",
+            *(len(made.index), readable(made.size_bytes), time.monotonic() - started),
+        )
+        if self._on_made is not None:
+            await self._on_made()
+        return True
+
+    async def _grow(self, id_: str) -> None:
+        """Run the process that makes it. Raises GenerationUnusable with its last words. Ends it when cancelled."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "llamaslot.store.disk_index_files", str(self._directory), id_),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            _, said = await process.communicate()
+        finally:
+            if process.returncode is None:
+                with suppress(ProcessLookupError):
+                    process.kill()
+                await asyncio.shield(process.wait())
+        if process.returncode != 0:
+            lines = said.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
+            raise GenerationUnusable(lines[-1])
+
+
+def _write_input(directory: Path, id_: str, recipe: Recipe, sowing: Sowing) -> None:
+    """Blocking; raises OSError. The sealed overlay does not change, so that a thread may read it.
+
+    In small portions: each write lets go of the GIL.
+    """
+    with disk_index_files.create(directory / (id_ + disk_index_files.INPUT)) as file:
+        file.write(disk_index_files.encode_recipe(recipe))
+        branches = sowing.added.branches()
+        while some := list(islice(branches, _AT_ONCE)):
+            file.writelines(piece for branch in some for piece in disk_index_files.encode_branch(branch))
+            file.flush()
+
+
+async def _to_its_end(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, bool]:
+    """Run it in a thread until it has ended, whoever cancels; the result, and whether somebody did.
+
+    Raises what it raised, or CancelledError if it failed and was cancelled.
+    """
+    running = asyncio.get_running_loop().run_in_executor(None, partial(function, *args, **kwargs))
+    is_cancelled = False
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError:
+            is_cancelled = True
+    if is_cancelled and (error := running.exception()) is not None:
+        raise asyncio.CancelledError from error
+    return running.result(), is_cancelled

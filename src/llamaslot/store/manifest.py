@@ -1,0 +1,161 @@
+"""What all sidecars say, in one file outside of the directory: a start with ten thousand snapshots need not open them.
+
+It is a copy and never the truth. An entry is believed only while both files of its snapshot are the ones that it was
+written for, by inode, size and times of change; all else is read as if there were no register. So a register that is
+old, or that a power cut has brought back, costs a look at some files and makes no snapshot appear. Only what is
+known to be on the disk is entered: a sidecar that still names a boot of the machine is read at each start.
+
+One line with version and checksum, then JSON. Written under another name, synced, renamed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+from xxhash import xxh3_128_hexdigest
+
+from llamaslot.cache.content import Kind
+from llamaslot.file_id import Mark
+from llamaslot.store.sidecar import JSON, KV, Snapshot
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+_HEAD = "llamaslot sidecars"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A snapshot that is on the disk for good, and its two files as they were then."""
+
+    snapshot: Snapshot
+    kv: Mark
+    json: Mark
+
+    def last_used(self, directory: Path) -> float | None:
+        """When it was last used, in seconds since the epoch; None unless both files are as they were. Blocking."""
+        try:
+            kv = os.lstat(directory / (self.snapshot.id + KV))
+            json = os.lstat(directory / (self.snapshot.id + JSON))
+        except OSError:
+            return None
+        return json.st_mtime if (Mark.of(kv), Mark.of(json)) == (self.kv, self.json) else None
+
+
+class Register:
+    """The file ``path`` about the snapshots in ``directory``. Without a path nothing is read or written.
+
+    ``marks`` are of .kv files when their headers were read; ``durable`` are the ids that are known to be on the disk.
+    """
+
+    def __init__(self, path: Path | None, directory: Path) -> None:
+        self.path, self._directory = path, directory
+        self.marks: dict[str, Mark] = {}
+        self.durable: set[str] = set()
+        self._writing = threading.Lock()
+
+    async def read(self) -> dict[str, Entry]:
+        """Entries by id. None of them, with a line in the log, if the file cannot be used. Canceling is safe."""
+        return await asyncio.to_thread(self._read)
+
+    def _read(self) -> dict[str, Entry]:
+        if self.path is None:
+            return {}
+        try:
+            return _decode(self.path.read_bytes())
+        except FileNotFoundError:
+            log.info("snapshots: there is no %s: reading all files", self.path)
+        except OSError as error:
+            log.warning("snapshots: cannot use %s: %s; reading all files", self.path, error.strerror or error)
+        except _Unusable as error:
+            log.warning("snapshots: cannot use %s: %s; reading all files", self.path, error)
+        return {}
+
+    async def write(self, snapshots: Mapping[str, Snapshot], last_used: Mapping[str, float]) -> None:
+        """Enter what is durable, and as it was left. That the file cannot be written is a line in the log.
+
+        Canceling is safe: the file is written to its end all the same.
+        """
+        self.durable &= snapshots.keys()
+        self.marks = {id_: mark for id_, mark in self.marks.items() if id_ in snapshots}
+        if self.path is not None:
+            known = [(snapshots[id_], self.marks[id_], last_used[id_]) for id_ in self.durable]
+            await asyncio.to_thread(self._write, self.path, known)
+
+    def _write(self, path: Path, known: list[tuple[Snapshot, Mark, float]]) -> None:
+        new = path.with_name(path.name + ".new")
+        try:
+            with self._writing:  # the thread of one that was canceled may still be at it
+                data = _encode(self._entries(known))
+                with open(
+                    os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb"
+                ) as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.rename(new, path)
+        except OSError as error:
+            log.warning("snapshots: cannot write %s: %s", path, error.strerror or error)
+
+    def _entries(self, known: list[tuple[Snapshot, Mark, float]]) -> list[Entry]:
+        """Of a .kv file the mark is that of when it was read: if it is another one now, it will not fit. A sidecar is
+        left out that has another date than we gave it: somebody else has changed it."""
+        entries = []
+        for snapshot, mark, last_used in known:
+            with suppress(OSError):  # dropped meanwhile
+                json = os.lstat(self._directory / (snapshot.id + JSON))
+                if json.st_mtime == last_used:
+                    entries.append(Entry(snapshot, mark, Mark.of(json)))
+        return entries
+
+
+class _Unusable(Exception):
+    """Why what the file says is not believed."""
+
+
+def _encode(entries: list[Entry]) -> bytes:
+    fingerprints = list(dict.fromkeys(entry.snapshot.fingerprint for entry in entries))
+    number = {fingerprint: n for n, fingerprint in enumerate(fingerprints)}
+    rows = []
+    for entry in entries:
+        fields = {name: getattr(entry.snapshot, name) for name in _FIELDS}
+        fields["fingerprint"] = number[entry.snapshot.fingerprint]
+        rows.append([fields, [*entry.kv], [*entry.json]])
+    body = orjson.dumps({"fingerprints": fingerprints, "snapshots": rows})
+    return f"{_HEAD} {VERSION} {xxh3_128_hexdigest(body)}\n".encode() + body
+
+
+def _decode(data: bytes) -> dict[str, Entry]:
+    """Raises _Unusable for what ``_encode`` has not made."""
+    head, _, body = data.partition(b"\n")
+    if head != f"{_HEAD} {VERSION} {xxh3_128_hexdigest(body)}".encode():
+        raise _Unusable("it is damaged, or of another version")
+    try:
+        content = orjson.loads(body)
+        entries = {}
+        for fields, kv, json in content["snapshots"]:
+            entry = Entry(_snapshot(fields, content["fingerprints"]), Mark(*kv), Mark(*json))
+            entries[entry.snapshot.id] = entry
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _Unusable(f"not of this format: {error!r}") from None
+    return entries
+
+
+def _snapshot(fields: dict[str, Any], fingerprints: list[str]) -> Snapshot:
+    fields["fingerprint"] = fingerprints[fields["fingerprint"]]
+    fields["checkpoints"] = tuple(fields["checkpoints"])
+    fields["kind"] = Kind(fields["kind"])
+    return Snapshot(**fields)
+
+
+_FIELDS = [field.name for field in dataclasses.fields(Snapshot)]

@@ -1,0 +1,160 @@
+"""The snapshots that the model at hand can use, found by their tokens.
+
+A pool ends with its llama-server process; what is on disk does not. So the index of it belongs to the backend, is
+handed to each new pool of the same model, and outlives llamaslot as a generation in files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from llamaslot.cache.content import Content
+from llamaslot.cache.ids import count
+from llamaslot.cache.layered_index import SnapshotIndex
+from llamaslot.cache.namespaces import SHARED, InSpaces, Space, mark
+from llamaslot.cache.shared_prefix import NEAR_TOKENS
+from llamaslot.errors import SnapshotInvalid
+from llamaslot.llama.identity import Identity
+from llamaslot.store import Catalog, Snapshot, WithTokens
+from llamaslot.store.disk_index_rebuild import Renewal
+from llamaslot.store.overlap import Covers
+from llamaslot.tasks import TaskOwner
+
+_AT_ONCE = 4  # snapshots of a whole directory that are compared with others, at each change
+
+
+def content_of(snapshot: WithTokens) -> Content:
+    """What a slot holds that has just been saved as ``snapshot``, or restored from it."""
+    space = Space.of_text(snapshot.space)
+    return Content(snapshot.tokens, True, False, snapshot.checkpoints, snapshot.id, space=space)
+
+
+class Library:
+    """The snapshots of one model, and their index. ``on_change`` is called after each change."""
+
+    def __init__(
+        self, index: SnapshotIndex | None = None, on_change: Callable[[SnapshotIndex], None] | None = None
+    ) -> None:
+        self.index = SnapshotIndex() if index is None else index
+        self.snapshots: dict[str, Snapshot] = {}
+        self.in_spaces = InSpaces(self.index, self.space_of)
+        self.covers = Covers(self.in_spaces, self.snapshots)
+        self._on_change = on_change
+
+    def __repr__(self) -> str:
+        return f"<Library {len(self.snapshots)} snapshots, {self.index!r}>"
+
+    def space_of(self, snapshot_id: str) -> Space:
+        """Raises KeyError for an unknown one."""
+        return Space.of_text(self.snapshots[snapshot_id].space)
+
+    def snapshot_of(self, tokens: bytes) -> WithTokens | None:
+        """The snapshot that holds exactly ``tokens``, of those that all share."""
+        hit = self.in_spaces.longest_full_prefix(tokens, (SHARED,))
+        if hit is None or hit.n_tokens != count(tokens):
+            return None
+        return self.snapshots[hit.holder].with_tokens(tokens)
+
+    def snapshot_at(self, tokens: bytes, space: Space) -> Snapshot | None:
+        """The snapshot that ends where ``tokens`` do, or a little before."""
+        hit = self.in_spaces.longest_full_prefix(tokens, (space,))
+        is_near = hit is not None and hit.n_tokens >= count(tokens) - NEAR_TOKENS
+        return self.snapshots.get(hit.holder) if hit is not None and is_near else None
+
+    def add(self, snapshot: WithTokens) -> None:
+        """Idempotent."""
+        self.put(snapshot.listed, snapshot.tokens)
+        self.changed()
+
+    def put(self, snapshot: Snapshot, tokens: bytes | None = None) -> None:
+        """One of many: ``changed`` must follow, so that no generation is made of the first few of them.
+
+        Without ``tokens`` if the index has it.
+        """
+        self.snapshots[snapshot.id] = snapshot
+        if snapshot.id not in self.index:
+            assert tokens is not None, "what is not in the index comes with its tokens"
+            self.index.insert(snapshot.id, mark(self.space_of(snapshot.id)) + tokens)
+            self.covers.added(snapshot.id, tokens)
+        else:
+            self.covers.put(snapshot.id)
+
+    def drop(self, snapshot_id: str) -> None:
+        """Idempotent."""
+        self.remove(snapshot_id)
+        self.changed()
+
+    def remove(self, snapshot_id: str) -> None:
+        """One of many: ``changed`` must follow. Idempotent."""
+        tokens = self.in_spaces.tokens(snapshot_id) if snapshot_id in self.snapshots else b""
+        snapshot = self.snapshots.pop(snapshot_id, None)
+        self.index.drop(snapshot_id)
+        if snapshot is not None:
+            self.covers.dropped(snapshot, tokens)
+
+    def changed(self) -> None:
+        self.covers.look_at_some(_AT_ONCE)
+        if self._on_change is not None:
+            self._on_change(self.index)
+
+    def check(self) -> None:
+        """Raise AssertionError naming the invariant that does not hold."""
+        self.index.check()
+        self.covers.check()
+        assert self.index.holders() == self.snapshots.keys(), "snapshots are indexed"
+
+
+class Libraries:
+    """The library of the model that one backend runs now. Its generations are in ``directory``."""
+
+    def __init__(self, catalog: Catalog, directory: Path, tasks: TaskOwner) -> None:
+        self._catalog, self._directory, self._tasks = catalog, directory, tasks
+        self.current: Library | None = None
+        self._identity: Identity | None = None
+        self._renewal: Renewal | None = None
+
+    async def of(self, identity: Identity, is_usable: Callable[[Snapshot], bool]) -> Library:
+        """The library of this model, with what ``is_usable`` of the catalog: the same one as before if it is the same
+        model. Canceling is safe: the next one goes on where this one ended.
+        """
+        if self.current is None or self._identity is None or not identity.is_same(self._identity):
+            await self._open(identity)
+        assert self.current is not None
+        library = self.current
+        # Whatever goes from here on is dropped from this library too, and what comes is added by whoever saved it.
+        found = {id_: snapshot for id_, snapshot in self._catalog.snapshots.items() if is_usable(snapshot)}
+        for id_ in library.index.holders() - found.keys():
+            library.remove(id_)
+        for id_ in library.index.holders() & found.keys():
+            library.put(found.pop(id_))
+        for id_ in found:
+            try:
+                read = await self._catalog.verify(id_)
+            except SnapshotInvalid:  # broken and dropped, or we ran short of open files: not offered then
+                continue
+            if id_ in self._catalog.snapshots:  # not yet gone
+                library.put(read.listed, read.tokens)
+        library.changed()
+        return library
+
+    async def _open(self, identity: Identity) -> None:
+        """Another model than before, or the first: begin with the generation that is on disk, if it is of this one."""
+
+        def is_same(namespace: str) -> bool:
+            other = Identity.from_text(namespace)
+            return other is not None and identity.is_same(other)
+
+        self.current = None
+        if self._renewal is not None:
+            await self._renewal.end()  # both would write to the same directory
+        renewal = Renewal(
+            self._directory, identity.to_text(), self._tasks, is_same, self._catalog.write_register
+        )
+        index = SnapshotIndex(await renewal.open())
+        self.current, self._identity, self._renewal = Library(index, renewal.consider), identity, renewal
+
+    def drop(self, snapshot_id: str) -> None:
+        """The snapshot is gone. Idempotent."""
+        if self.current is not None:
+            self.current.drop(snapshot_id)

@@ -1,0 +1,117 @@
+"""How much of each snapshot others hold too: what would not have to be computed if it were gone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import islice
+
+from llamaslot.cache.content import Kind
+from llamaslot.cache.namespaces import InSpaces, Space
+from llamaslot.cache.reuse import Memory, usable
+from llamaslot.store import Snapshot
+
+# Others that are looked at, on models that go on from few points: the longest common prefixes first.
+_NEAR = 8
+
+
+class Covers:
+    """The covers of the ``snapshots`` that are in ``index``. What was found out is kept until a change near it.
+
+    One that comes or goes changes only what its nearest neighbour shares with others: where two snapshots share as much
+    with it, they share that with each other too. Only trunks matter to many, on models that go on from few points.
+    """
+
+    def __init__(self, index: InSpaces[str], snapshots: Mapping[str, Snapshot]) -> None:
+        self._index, self._snapshots = index, snapshots
+        self._memory = Memory.DENSE
+        self._found: dict[str, int] = {}
+        self._unknown: dict[str, None] = {}  # those that nobody has looked at yet, first come first
+
+    @property
+    def memory(self) -> Memory:
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: Memory) -> None:
+        if memory is not self._memory:
+            self._memory = memory
+            self._unknown |= dict.fromkeys(self._found)
+            self._found.clear()
+
+    def n_tokens(self, id_: str) -> int:
+        """Tokens from the beginning that need not be computed without it, as far as is known: 0 until ``look_at_some``
+        has come to it.
+
+        Of a trunk only what shorter snapshots hold as a whole: what goes further is larger, and goes before it.
+        """
+        return self._found.get(id_, 0)
+
+    def look_at_some(self, n: int) -> None:
+        """Find out about ``n`` that are not known yet. With a large index each takes up to a millisecond."""
+        for id_ in list(islice(self._unknown, n)):
+            self._look_at(id_)
+
+    def put(self, id_: str) -> None:
+        """It is in the index: one of many, to be looked at later."""
+        if id_ not in self._found:
+            self._unknown[id_] = None
+
+    def added(self, id_: str, tokens: bytes) -> None:
+        """It is in the index now."""
+        self._look_at(id_, tokens)
+        self._look_around(self._snapshots[id_], tokens, self._snapshots[id_].n_tokens)
+
+    def dropped(self, snapshot: Snapshot, tokens: bytes) -> None:
+        """It is no longer in the index."""
+        self._unknown.pop(snapshot.id, None)
+        self._look_around(snapshot, tokens, self._found.pop(snapshot.id, 0))
+
+    def _look_around(self, snapshot: Snapshot, tokens: bytes, n_instead: int) -> None:
+        """``n_instead``: what those have now, at least, that begin with a trunk which has come or gone."""
+        spaces = (Space.of_text(snapshot.space),)
+        for hit in self._index.match(tokens, spaces, 2):
+            if hit.holder in self._found and hit.holder != snapshot.id:
+                self._look_at(hit.holder)
+        if snapshot.kind is not Kind.TRUNK:
+            return
+        trunks = [id_ for id_ in self._found if self._snapshots[id_].kind is Kind.TRUNK]
+        for id_ in (id_ for id_ in trunks if self._snapshots[id_].space == snapshot.space):
+            self._look_at(id_)
+        if self._memory is Memory.DENSE:
+            return
+        n = snapshot.n_tokens
+        for hit in self._index.match(tokens, spaces):
+            if hit.n_shared < n:
+                break
+            other = self._snapshots.get(hit.holder)
+            is_leaf = other is not None and other.kind is not Kind.TRUNK
+            if is_leaf and self._found.get(hit.holder, n + 1) <= n:
+                self._found[hit.holder] = n_instead
+
+    def _look_at(self, id_: str, tokens: bytes | None = None) -> None:
+        self._unknown.pop(id_, None)
+        if (snapshot := self._snapshots.get(id_)) is not None:
+            self._found[id_] = self._find(snapshot, self._index.tokens(id_) if tokens is None else tokens)
+
+    def _find(self, snapshot: Snapshot, tokens: bytes) -> int:
+        spaces = (Space.of_text(snapshot.space),)
+        if self._memory is Memory.DENSE and snapshot.kind is not Kind.TRUNK:
+            nearest = self._index.match(tokens, spaces, 2)
+            return max((hit.n_shared for hit in nearest if hit.holder != snapshot.id), default=0)
+        whole = self._index.longest_full_prefix(tokens, spaces, exclude={snapshot.id})
+        n_best = whole.n_tokens if whole is not None else 0
+        if snapshot.kind is Kind.TRUNK:
+            return n_best
+        for hit in self._index.match(tokens, spaces, _NEAR):
+            other = self._snapshots.get(hit.holder)
+            if other is not None and hit.holder != snapshot.id:
+                n = usable(self._memory, hit.n_shared, hit.n_tokens, other.checkpoints, snapshot.n_tokens + 1)
+                n_best = max(n_best, n)
+        return n_best
+
+    def check(self) -> None:
+        """Raise AssertionError naming the invariant that does not hold."""
+        assert not self._found.keys() & self._unknown.keys(), "what is known is not looked for"
+        assert self._found.keys() | self._unknown.keys() == self._snapshots.keys(), (
+            "covers are of all snapshots"
+        )

@@ -1,0 +1,87 @@
+"""Where the first medium of a chat stands: what comes before it is known token by token.
+
+The tokens of an image are made inside llama-server, and ``/apply-template`` would fetch the images that a body links
+to: so a body is never rendered with one. What is rendered is the body up to its first medium, with a word in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llamaslot.errors import OpaquePrompt, Reason
+
+#: Parts of a message that are media, and what of ``modalities`` in ``/props`` says that the server takes them. Others
+#: are a 400 of llama-server's (tools/server/server-common.cpp, ``oaicompat_chat_params_parse``).
+KINDS = {"image_url": "vision", "input_audio": "audio", "video_url": "video"}
+
+OLD_MARKER = "<__media__>"
+
+#: Stands where the medium was. No template knows it, and where it is found again the prompt before it ends.
+PLACE = "llamaslot-puts-no-medium-here"
+
+
+def has_media(body: Mapping[str, Any]) -> bool:
+    """Whether any message of a chat has a part that is not text. Kinds that nobody knows count too."""
+    return next(_media(body), None) is not None
+
+
+def kinds(body: Mapping[str, Any]) -> set[str]:
+    """Which of ``KINDS`` a chat has. Raises OpaquePrompt for a part that is neither of these nor a text."""
+    found = {str(part.get("type")) for _, _, part in _media(body)}
+    if unknown := found - KINDS.keys():
+        raise OpaquePrompt(f"parts of type {', '.join(sorted(unknown))}")
+    return found
+
+
+def up_to_medium(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A chat with media, without all that comes from its first one on; ``PLACE`` stands there."""
+    number, at, _ = next(_media(body))
+    message = body["messages"][number]
+    content = [*message["content"][:at], {"type": "text", "text": PLACE}]
+    # What says to go on writing the last message cannot stand: that message is another.
+    fields = {name: value for name, value in body.items() if name != "continue_final_message"}
+    return {**fields, "messages": [*body["messages"][:number], {**message, "content": content}]}
+
+
+def text_before(rendered: str, body: Mapping[str, Any]) -> str:
+    """What a chat that was cut by ``up_to_medium`` shows before the medium. Raises OpaquePrompt where that is nothing.
+
+    Templates that know no parts are given texts joined by a line break, and a medium without one before it: that break
+    is not part of it.
+    """
+    text, found, _ = rendered.partition(PLACE)
+    if not found:
+        raise OpaquePrompt("the template does not show where a medium stands", Reason.TEMPLATE)
+    before = body["messages"][-1]["content"][:-1]
+    last = before[-1].get("text") if before and isinstance(before[-1], Mapping) else None
+    if isinstance(last, str) and text.endswith(last + "\n"):
+        text = text[:-1]
+    if not text:
+        raise OpaquePrompt("nothing comes before the first medium", Reason.MEDIA)
+    return text
+
+
+def before_marker(prompt: Any, marker: str) -> str | None:
+    """Of a prompt of a completion with ``multimodal_data``: its text before the first medium. None for others.
+
+    ``marker``: ``media_marker`` of ``/props``; builds that tell none have a fixed one. Raises OpaquePrompt where it is
+    not found.
+    """
+    if not isinstance(prompt, Mapping) or "multimodal_data" not in prompt:
+        return None
+    text = prompt.get("prompt_string")
+    at = text.find(marker or OLD_MARKER) if isinstance(text, str) else -1
+    if at <= 0:
+        raise OpaquePrompt("no text comes before the first medium", Reason.MEDIA)
+    return str(text)[:at]
+
+
+def _media(body: Mapping[str, Any]) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
+    """Each part that is not text: the number of its message, its own there, and itself."""
+    messages = body.get("messages")
+    for number, message in enumerate(messages if isinstance(messages, list) else ()):
+        parts = message.get("content") if isinstance(message, Mapping) else None
+        for at, part in enumerate(parts if isinstance(parts, list) else ()):
+            if isinstance(part, Mapping) and part.get("type") != "text":
+                yield number, at, part

@@ -1,0 +1,290 @@
+"""What all sidecars say, in one file: a start opens only what has changed since, and believes nothing beyond that."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from llamaslot.cache.content import Kind
+from llamaslot.store import Snapshot, header, manifest, sidecar
+from tests.support.opens import OPENS
+from tests.support.snapshots import Shelter, opened, slot_file, some_tokens
+
+N = 10  # snapshots
+
+
+@pytest.fixture
+async def shelter(tmp_path: Path) -> AsyncIterator[Shelter]:
+    """With ten snapshots of all sorts, some used since."""
+    directory = tmp_path / "kv"
+    directory.mkdir()
+    async with opened(directory) as shelter:
+        shelter.quota_bytes = 1 << 30
+        await shelter.reopen()
+        for n in range(N):
+            special = {"kind": Kind.TRUNK, "is_pinned": True} if n == 3 else {}
+            await shelter.save(some_tokens(40, n), checkpoints=(n,), fingerprint=f"model-{n % 2}", **special)
+        for id_ in list(shelter.catalog.snapshots)[::3]:
+            shelter.catalog.touch(id_)
+        await shelter.catalog.settle()
+        yield shelter
+
+
+async def reopened(shelter: Shelter) -> tuple[dict[str, Snapshot], list[str]]:
+    """What a killed llamaslot's successor finds, with the register as it is; and which files it has opened."""
+    shelter.catalog.close()
+    shelter.catalog = shelter._catalog()
+    with OPENS.noted() as seen:
+        await shelter.open()
+    return dict(shelter.catalog.snapshots), seen
+
+
+def moved(path: Path, content: bytes) -> None:
+    """Another file of that name."""
+    new = path.with_name("new")
+    new.write_bytes(content)
+    new.rename(path)
+
+
+async def test_a_start_opens_no_file_that_is_as_it_was(shelter: Shelter) -> None:
+    """All that the sidecars say, and the dates of use, are in the register."""
+    before = dict(shelter.catalog.snapshots)
+    used = {id_: shelter.catalog.last_used(id_) for id_ in before}
+    await shelter.catalog.write_register()
+    found, seen = await reopened(shelter)
+    assert seen == []
+    assert found == before
+    assert {id_: shelter.catalog.last_used(id_) for id_ in before} == used
+    for id_ in found:
+        assert (await shelter.catalog.verify(id_)).listed == before[id_]
+    shelter.catalog.check()
+
+
+async def test_ten_thousand_snapshots_are_not_opened(tmp_path: Path) -> None:
+    """They are listed and looked at, and the directory is opened."""
+    shelter = Shelter(tmp_path / "kv", 1 << 30)
+    shelter.directory.mkdir()
+    shelter.max_files = 10_001
+    await shelter.reopen()
+    one = await shelter.save(some_tokens(4), 100)
+    await shelter.catalog.settle()
+    listed = {one.id: one.listed}
+    for n in range(10_000):
+        id_ = f"ls-{n:016x}"
+        listed[id_] = replace(one.listed, id=id_)
+        for suffix in (".kv", ".json"):  # as good as files of their own, and made in no time
+            os.link(shelter.directory / f"{one.id}{suffix}", shelter.directory / f"{id_}{suffix}")
+    mark = manifest.Mark.of(os.lstat(shelter.directory / one.file_name))
+    writer = manifest.Register(shelter.register, shelter.directory)
+    writer.marks, writer.durable = dict.fromkeys(listed, mark), set(listed)
+    await writer.write(listed, dict.fromkeys(listed, shelter.catalog.last_used(one.id)))
+    found, seen = await reopened(shelter)
+    assert found == listed
+    assert seen == []
+    shelter.catalog.close()
+
+
+async def test_what_came_and_went_since_is_noticed(shelter: Shelter) -> None:
+    """A pair that is gone, one that is new, half a pair, and one that was used."""
+    await shelter.catalog.write_register()
+    gone, half, used, *_ = before = dict(shelter.catalog.snapshots)
+    new = await shelter.save(some_tokens(40, 77))
+    shelter.catalog.touch(used)
+    dated = shelter.catalog.last_used(used)
+    await shelter.catalog.settle()
+    for name in (f"{gone}.kv", f"{gone}.json", f"{half}.json"):
+        (shelter.directory / name).unlink()
+    found, seen = await reopened(shelter)
+    assert found == {id_: one for id_, one in before.items() if id_ not in (gone, half)} | {
+        new.id: new.listed
+    }
+    assert seen == sorted(f"{id_}{suffix}" for id_ in (new.id, used) for suffix in (".json", ".kv"))
+    assert shelter.catalog.last_used(used) == dated
+    assert await shelter.settled() == shelter.whole()
+    shelter.catalog.check()
+
+
+@pytest.mark.parametrize("change", ["longer", "other tokens", "other file", "not ours", "in its place"])
+async def test_a_slot_file_that_has_changed_is_read(shelter: Shelter, change: str) -> None:
+    """Broken ones are removed; one that holds something else is listed as what it is."""
+    await shelter.catalog.write_register()
+    id_, *others = shelter.catalog.snapshots
+    path, other = shelter.directory / f"{id_}.kv", some_tokens(40, 99)
+    match change:
+        case "longer":
+            path.write_bytes(path.read_bytes() + b"x")
+        case "other tokens":
+            path.write_bytes(slot_file(other, 1_000))
+        case "other file":
+            moved(path, slot_file(other, 1_000))
+        case "not ours":
+            moved(path, bytes(1_000))
+        case "in its place":  # with the date of the one before it, as a backup does
+            dated = path.stat()
+            path.write_bytes(slot_file(other, 1_000))
+            os.utime(path, ns=(dated.st_atime_ns, dated.st_mtime_ns))
+    found, seen = await reopened(shelter)
+    assert seen == [f"{id_}.json", f"{id_}.kv"]
+    assert found.keys() - {id_} == set(others)
+    if change in ("longer", "not ours"):
+        assert id_ not in found
+    else:
+        assert (await shelter.catalog.verify(id_)).tokens == other
+
+
+async def test_a_sidecar_that_has_changed_is_read(shelter: Shelter) -> None:
+    """What it says now counts."""
+    await shelter.catalog.write_register()
+    id_ = next(iter(shelter.catalog.snapshots))
+    shelter.sidecar(id_, source="somebody")
+    found, seen = await reopened(shelter)
+    assert seen == [f"{id_}.json", f"{id_}.kv"]
+    assert found[id_].source == "somebody"
+
+
+async def test_what_somebody_else_changed_is_not_entered(shelter: Shelter) -> None:
+    """A file that is not as it was when it was read, at the time when the register is written."""
+    a, b, c, *_ = shelter.catalog.snapshots
+    moved(shelter.directory / f"{a}.kv", slot_file(some_tokens(40, 99), 1_000))
+    shelter.sidecar(b, source="somebody")
+    (shelter.directory / f"{c}.kv").unlink()
+    found, seen = await reopened(await _registered(shelter))
+    assert seen == sorted(f"{id_}{suffix}" for id_ in (a, b) for suffix in (".json", ".kv"))
+    assert found[b].source == "somebody"
+    assert c not in found
+    assert (await shelter.catalog.verify(a)).tokens == some_tokens(40, 99)
+
+
+async def _registered(shelter: Shelter) -> Shelter:
+    await shelter.catalog.write_register()
+    return shelter
+
+
+async def test_only_what_is_on_the_disk_is_entered(shelter: Shelter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose data is still on its way is read at each start, and not believed after a power cut."""
+    before = set(shelter.catalog.snapshots)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", mock.Mock(side_effect=OSError(28, "No space left on device")))
+        unsynced = await shelter.save(some_tokens(40, 50))
+        await shelter.catalog.settle()
+        found, seen = await reopened(await _registered(shelter))
+        assert set(found) == {*before, unsynced.id}
+        assert sorted(seen) == [f"{unsynced.id}.json", f"{unsynced.id}.kv"]
+        await shelter.catalog.settle()
+        await shelter.catalog.write_register()
+    monkeypatch.setattr(sidecar, "boot_id", lambda: "another boot")
+    found, _ = await reopened(shelter)
+    assert set(found) == before
+
+
+async def test_a_register_from_before_a_power_cut_makes_nothing_appear(
+    shelter: Shelter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that a snapshot is on the disk, but its sidecar on the disk is still the one that does not."""
+    draft = await shelter.catalog.reserve(1_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", mock.Mock(side_effect=OSError(28, "No space left on device")))
+        snapshot = await shelter.commit(draft, some_tokens(40, 50), shelter.write(draft, some_tokens(40, 50)))
+        await shelter.catalog.settle()
+    path = shelter.directory / f"{snapshot.id}.json"
+    first = path.with_name("first")
+    os.link(path, first)  # what the disk has
+    shelter.sidecar(snapshot.id)
+    moved(path, json.dumps(json.loads(path.read_bytes()) | {"boot": None}).encode())
+    used = shelter.catalog.last_used(snapshot.id)
+    os.utime(path, (used, used))
+    shelter.catalog._register.durable.add(snapshot.id)
+    await shelter.catalog.write_register()
+    first.rename(path)
+    monkeypatch.setattr(sidecar, "boot_id", lambda: "another boot")
+    found, seen = await reopened(shelter)
+    assert snapshot.id not in found
+    assert seen == [f"{snapshot.id}.json"]
+    assert await shelter.settled() == shelter.whole()
+
+
+async def test_every_flipped_byte_is_noticed(shelter: Shelter, caplog: pytest.LogCaptureFixture) -> None:
+    """A line in the log; all files are read, and nothing is different."""
+    before = dict(shelter.catalog.snapshots)
+    await shelter.catalog.write_register()
+    whole, rng = shelter.register.read_bytes(), random.Random(3)
+    for at in {0, 20, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(20))}:
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << rng.randrange(8)
+        shelter.register.write_bytes(flipped)
+        caplog.clear()
+        found, seen = await reopened(shelter)
+        assert found == before
+        assert len(seen) == 2 * N
+        assert len([record for record in caplog.records if "cannot use" in record.message]) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "there is no"),
+        (b"", "it is damaged, or of another version"),
+        (b"somebody's\nfile", "it is damaged, or of another version"),
+        (b'{"snapshots": 7}', "not of this format: TypeError"),
+        (b'{"fingerprints": [], "snapshots": [[{}, [], []]]}', "not of this format: KeyError"),
+        (b"[]", "not of this format: TypeError"),
+        (b"{", "not of this format: JSONDecodeError"),
+    ],
+)
+async def test_a_register_that_cannot_be_used_is_done_without(
+    shelter: Shelter, caplog: pytest.LogCaptureFixture, content: bytes | None, said: str
+) -> None:
+    """Also one with a right checksum of wrong content: of a version that forgot to change its number."""
+    before = dict(shelter.catalog.snapshots)
+    shelter.register.unlink()
+    if content is not None:
+        if content[:1] in (b"{", b"["):
+            content = f"llamaslot sidecars 1 {manifest.xxh3_128_hexdigest(content)}\n".encode() + content
+        shelter.register.write_bytes(content)
+    with caplog.at_level(logging.INFO, "llamaslot.store"):
+        found, seen = await reopened(shelter)
+    assert found == before
+    assert len(seen) == 2 * N
+    assert said in caplog.text
+
+
+async def test_a_register_that_cannot_be_written_costs_nothing(
+    shelter: Shelter, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line in the log; the old one is still good."""
+    await shelter.catalog.write_register()
+    before = shelter.register.read_bytes()
+    with mock.patch.object(os, "fsync", side_effect=OSError(28, "No space left on device")):
+        await shelter.catalog.write_register()
+    assert ": No space left on device" in caplog.text
+    assert shelter.register.read_bytes() == before
+    assert (await reopened(shelter))[1] == []
+
+
+async def test_nobody_else_reads_it(shelter: Shelter) -> None:
+    """It says who has talked to the model, and when."""
+    old = os.umask(0)
+    try:
+        await shelter.catalog.write_register()
+    finally:
+        os.umask(old)
+    assert shelter.register.stat().st_mode & 0o077 == 0
+
+
+async def test_a_snapshot_exchanged_after_the_start_is_not_restored(shelter: Shelter) -> None:
+    """Its tokens were not read at the start, but a digest of them is known."""
+    await shelter.catalog.write_register()
+    found, _ = await reopened(shelter)
+    id_ = next(iter(found))
+    (shelter.directory / f"{id_}.kv").write_bytes(slot_file(some_tokens(40, 99), 1_000))
+    with pytest.raises(header.SnapshotInvalid, match="other tokens"):
+        await shelter.catalog.verify(id_)
+    assert id_ not in shelter.catalog.snapshots

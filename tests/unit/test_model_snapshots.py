@@ -1,0 +1,176 @@
+"""Which snapshots of the catalog a model finds, whatever goes and comes while it is met."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from llamaslot.cache import layered_index as due
+from llamaslot.cache.ids import pack
+from llamaslot.errors import SnapshotInvalid
+from llamaslot.llama.identity import Identity
+from llamaslot.store import Catalog, WithTokens
+from llamaslot.store.model_snapshots import Libraries
+from llamaslot.tasks import TaskOwner
+
+PROBS = dict.fromkeys(range(8), -1.0)
+MODEL, OTHER = Identity({"n_vocab": 9}, PROBS), Identity({"n_vocab": 7}, PROBS)
+DRIFTED = Identity({"n_vocab": 9}, dict.fromkeys(range(8), -1.015))  # another build, the same model
+
+
+class World:
+    """A catalog of ``n`` snapshots of MODEL, and the libraries over it."""
+
+    def __init__(self, directory: Path, n: int) -> None:
+        self.snapshots = {f"ls-{i}": snapshot(f"ls-{i}", i) for i in range(n)}
+        self.n_read = self.n_registered = 0
+        self.directory, self.tasks = directory, TaskOwner()
+        self.libraries = self.start()
+
+    def start(self) -> Libraries:
+        """What llamaslot has after a start."""
+        catalog = cast(
+            Catalog,
+            SimpleNamespace(snapshots=self.snapshots, verify=self.verify, write_register=self.register),
+        )
+        self.libraries = Libraries(catalog, self.directory / "gpu0.index", self.tasks)
+        return self.libraries
+
+    async def meet(self, identity: Identity = MODEL) -> set[str]:
+        """What is offered to the model."""
+        library = await self.libraries.of(identity, lambda found: found.fingerprint == "model")
+        library.check()
+        assert library is self.libraries.current
+        return set(library.snapshots)
+
+    async def register(self) -> None:
+        """Called after each generation."""
+        self.n_registered += 1
+
+    async def verify(self, id_: str) -> WithTokens:
+        """As the catalog does: the header is read."""
+        self.n_read += 1
+        if (found := self.snapshots.get(id_)) is None:
+            raise SnapshotInvalid("gone")
+        await asyncio.sleep(0)  # it may go while it is read
+        return found
+
+    def drop(self, id_: str) -> None:
+        del self.snapshots[id_]
+        self.libraries.drop(id_)
+
+    async def made(self) -> None:
+        """Wait for the generation that is being made."""
+        await self.tasks.drain()
+        library = self.libraries.current
+        assert library is not None
+        assert library.index.base is not None
+
+
+def snapshot(id_: str, seed: int, fingerprint: str = "model") -> WithTokens:
+    tokens = pack([*range(200), seed, *range(100)])
+    fields = {"size_bytes": 1000, "created_at": float(seed), "checkpoints": (), "source": "test"}
+    return WithTokens.of(tokens, id=id_, fingerprint=fingerprint, **fields)
+
+
+@pytest.fixture
+async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    monkeypatch.setattr(due, "NEW_MIN", 100)
+    world = World(tmp_path, 200)
+    yield world
+    await world.tasks.close()
+
+
+async def test_one_generation_is_made_of_all_that_was_found(world: World) -> None:
+    """Not one of the first few hundred and then another."""
+    assert await world.meet() == world.snapshots.keys()
+    await world.made()
+    library = world.libraries.current
+    assert library is not None
+    assert library.index.base is not None
+    assert library.index.base.holders() == world.snapshots.keys()
+    assert world.n_registered == 1
+
+
+async def test_after_a_start_the_generation_has_the_tokens(world: World) -> None:
+    """What went and came meanwhile is noticed; of the rest no file is read."""
+    await world.meet()
+    await world.made()
+    del world.snapshots["ls-0"]
+    world.snapshots["ls-new"] = snapshot("ls-new", 999)
+    world.start()
+    world.n_read = 0
+    assert await world.meet() == world.snapshots.keys()
+    assert world.n_read == 1
+    library = world.libraries.current
+    assert library is not None
+    assert library.index.base is not None
+    assert library.index.base.holders() == world.snapshots.keys() - {"ls-new"}
+    for id_, found in world.snapshots.items():
+        assert library.index.tokens(id_) == found.tokens
+
+
+async def test_the_same_model_finds_the_same_library(world: World) -> None:
+    """Also in the words of another build, and its generation too."""
+    await world.meet()
+    await world.made()
+    before = world.libraries.current
+    await world.meet(DRIFTED)
+    assert world.libraries.current is before
+    world.start()
+    await world.meet(DRIFTED)
+    assert world.libraries.current is not None
+    assert world.libraries.current.index.base is not None
+
+
+async def test_another_model_ends_what_is_being_made(world: World) -> None:
+    """Two would write to one directory. What the old one's leases still save is nothing to the new one."""
+    await world.meet()
+    old = world.libraries.current
+    assert old is not None
+    await asyncio.sleep(0)
+    assert len(world.tasks) == 1
+    world.snapshots = {"ls-b": snapshot("ls-b", 5)}
+    world.libraries._catalog.snapshots = world.snapshots  # type: ignore[misc]
+    assert await world.meet(OTHER) == {"ls-b"}
+    assert not len(world.tasks)
+    for i in range(200):
+        old.add(snapshot(f"ls-late-{i}", i))
+    assert not len(world.tasks)
+    assert set(world.libraries.current.snapshots) == {"ls-b"}  # type: ignore[union-attr]
+
+
+async def test_what_goes_while_the_library_is_filled_is_not_in_it(world: World) -> None:
+    """At every look at the event loop one is evicted."""
+    world.start()
+    meeting = world.tasks.spawn(world.meet(), "meeting")
+    while world.libraries.current is None and not meeting.done():  # noqa: ASYNC110  # a thread is at it
+        await asyncio.sleep(0)
+    gone = []
+    while not meeting.done():
+        gone.append(list(world.snapshots)[len(gone) % 7])
+        world.drop(gone[-1])
+        await asyncio.sleep(0)
+    assert await meeting == world.snapshots.keys()
+    assert gone
+
+
+async def test_a_meeting_that_is_cancelled_anywhere_is_made_good_by_the_next(world: World) -> None:
+    """The server has restarted in the middle of it."""
+    await world.meet()
+    await world.made()
+    for n_awaits in range(40):
+        world.start()
+        meeting = world.tasks.spawn(world.meet(), "meeting")
+        while n_awaits >= 20 and not (world.libraries.current or meeting.done()):  # noqa: ASYNC110  # a thread
+            await asyncio.sleep(0)
+        for _ in range(n_awaits % 20):
+            await asyncio.sleep(0)
+        meeting.cancel()
+        await asyncio.wait([meeting])
+        assert await world.meet() == world.snapshots.keys()

@@ -1,0 +1,102 @@
+"""What is computed in one space is found from no other."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamaslot.cache.disk_index import is_freezable
+from llamaslot.cache.ids import count, head, pack
+from llamaslot.cache.namespaces import PUBLIC, SHARED, InSpaces, Space, mark
+from llamaslot.cache.prefix_index import PrefixIndex
+
+ANNA, BERT = Space("key:anna"), Space("key:bert")
+SCALED = Space("", '[{"id":0,"scale":0.5}]')
+
+
+def index_of(**held: tuple[Space, bytes]) -> InSpaces[str]:
+    index: PrefixIndex[str] = PrefixIndex()
+    for holder, (space, tokens) in held.items():
+        index.insert(holder, mark(space) + tokens)
+    return InSpaces(index, lambda holder: held[holder][0])
+
+
+@pytest.mark.parametrize(
+    "space", [SHARED, ANNA, SCALED, PUBLIC, Space("key:anna", SCALED.lora), Space("named:a b")]
+)
+def test_a_space_is_told_in_a_word_and_back(space: Space) -> None:
+    """As a sidecar has it."""
+    assert Space.of_text(space.text) == space
+
+
+def test_everybodys_sequences_stand_in_an_index_as_they_are() -> None:
+    """What was on disk before there were spaces is found as ever."""
+    assert mark(SHARED) == b""
+
+
+def test_a_mark_is_ids_that_no_vocabulary_has_and_every_index_can_hold() -> None:
+    """Generations hold characters."""
+    ids = memoryview(mark(ANNA)).cast("i").tolist()
+    assert len(ids) == 4
+    assert all(0x100000 <= id_ < 0x110000 for id_ in ids)
+    assert is_freezable(mark(ANNA) + pack([1, 2]))
+
+
+def test_only_what_is_of_the_same_space_is_found() -> None:
+    """And in each as if there were no others."""
+    tokens = pack(range(100))
+    index = index_of(
+        shared=(SHARED, tokens),
+        anna=(ANNA, tokens),
+        bert=(BERT, tokens),
+        scaled=(SCALED, tokens),
+        public=(PUBLIC, tokens),
+    )
+    for space, holder in ((SHARED, "shared"), (ANNA, "anna"), (BERT, "bert"), (SCALED, "scaled")):
+        assert index.match(tokens, (space,)) == [(holder, 100, 100)]
+        assert index.cover(tokens, space) == 100
+        assert index.cover(tokens, space, exclude=[holder]) == 0
+        assert index.longest_full_prefix(tokens, (space,)) == (holder, 100, 100)
+        assert index.longest_full_prefix(tokens, (space,), exclude=[holder]) is None
+        assert index.tokens(holder) == tokens
+    assert {hit.holder for hit in index.match(tokens, (ANNA, PUBLIC))} == {"anna", "public"}
+    assert index.match(tokens, (Space("key:carl"),)) == []
+    assert index.match(b"", (ANNA,)) == []
+
+
+def test_of_two_spaces_the_longer_prefix_comes_first() -> None:
+    """An isolated user goes on from his own, or from what the operator has computed, whichever is more."""
+    tokens = pack(range(100))
+    index = index_of(
+        own=(ANNA, head(tokens, 60)), public=(PUBLIC, head(tokens, 80)), far=(PUBLIC, head(tokens, 20))
+    )
+    assert [hit.holder for hit in index.match(tokens, (ANNA, PUBLIC))] == ["public", "own", "far"]
+    assert [hit.holder for hit in index.match(tokens, (ANNA, PUBLIC), 2)] == ["public", "own"]
+    whole = index.longest_full_prefix(tokens, (ANNA, PUBLIC))
+    assert whole == ("public", 80, 80)
+
+
+@given(st.integers(0, 10**9))
+def test_in_each_space_the_answers_are_those_of_an_index_of_its_own(seed: int) -> None:
+    """Random sequences that share much, in random spaces."""
+    rng = random.Random(seed)
+    spaces = [SHARED, ANNA, BERT, SCALED]
+    held = {
+        f"h{i}": (rng.choice(spaces), pack([rng.randrange(2) for _ in range(rng.randrange(1, 12))]))
+        for i in range(20)
+    }
+    index = index_of(**held)
+    for space in spaces:
+        alone: PrefixIndex[str] = PrefixIndex()
+        for holder, (where, tokens) in held.items():
+            if where == space:
+                alone.insert(holder, tokens)
+        query = pack([rng.randrange(2) for _ in range(rng.randrange(1, 12))])
+        assert sorted(index.match(query, (space,))) == sorted(alone.match(query))
+        assert index.cover(query, space) == alone.cover(query)
+        ours, theirs = index.longest_full_prefix(query, (space,)), alone.longest_full_prefix(query)
+        assert (ours and ours.n_tokens) == (theirs and theirs.n_tokens)
+        assert count(query) >= index.cover(query, space)

@@ -1,0 +1,654 @@
+"""Placement, read like transcripts: what the pool holds goes in, the plan comes out.
+
+Costs in these tests: a millisecond per token computed, 10 ms to restore, unless they say otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamaslot.cache.ids import pack
+from llamaslot.scheduling.placement import (
+    PoolView,
+    Rules,
+    SlotView,
+    SnapshotView,
+    is_similar,
+    place,
+    prefill_steps,
+    prefill_stops,
+    weight,
+)
+from llamaslot.scheduling.plan import Cost, Erase, Keep, Place, Plan, PrefillTo, Restore, Save, Source, Wait
+from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.slots import State
+
+RULES = Rules(similarity_min=0.85, small_prompt_tokens=1024, own_above_s=1.0)
+FREE, HOT, LEASED, DRAINING, SUSPECT = State.FREE, State.HOT, State.LEASED, State.DRAINING, State.SUSPECT
+
+
+def job(n_tokens: int, **more: object) -> Job:
+    return Job("job", pack(range(n_tokens)), **more)  # type: ignore[arg-type]
+
+
+def free(slot: int, used_at: float = 0.0) -> SlotView:
+    return SlotView(slot, FREE, used_at=used_at)
+
+
+def hot(slot: int, n_tokens: int = 5000, *, shared: int = 0, **more: object) -> SlotView:
+    """A slot of somebody's: unsaved and worth it, unless told otherwise."""
+    told: dict[str, object] = {
+        "save_s": 0.1,
+        "is_worth_saving": True,
+        "regret_s": 0.5,
+        "n_usable": shared,
+    } | more
+    return SlotView(slot, HOT, n_tokens, shared, **told)  # type: ignore[arg-type]
+
+
+def saved(slot: int, n_tokens: int = 5000, *, shared: int = 0, **more: object) -> SlotView:
+    """A slot whose content is on disk: losing it costs its restore only."""
+    return hot(
+        slot, n_tokens, shared=shared, **({"save_s": 0.0, "is_worth_saving": False, "regret_s": 0.1} | more)
+    )
+
+
+def busy(slot: int, n_tokens: int, *, shared: int, wait_s: float, state: State = LEASED) -> SlotView:
+    return SlotView(slot, state, n_tokens, shared, shared, wait_s=wait_s)
+
+
+def view(*slots: SlotView, snapshots: tuple[SnapshotView, ...] = (), **more: object) -> PoolView:
+    return PoolView(slots, snapshots, **more)  # type: ignore[arg-type]
+
+
+def plan_of(decision: Plan | Wait) -> Plan:
+    assert isinstance(decision, Plan), decision
+    return decision
+
+
+# -- which slot ----------------------------------------------------------------------------------------------------
+
+
+def test_a_similar_hot_slot_is_taken_before_a_free_one() -> None:
+    """The next turn of a conversation goes to the slot that holds it, with nothing to do before it runs."""
+    plan = plan_of(place(job(5200), view(free(0), hot(1, 5000, shared=5000)), RULES))
+    assert (plan.slot, plan.source, plan.n_reused, plan.steps) == (1, Source.RESIDENT, 5000, ())
+
+
+def test_a_similar_slot_is_not_saved_before_it_is_gone_on_from() -> None:
+    """Nearly all that it holds survives: the part that does not is no reason to write it all."""
+    plan = plan_of(place(job(5200), view(hot(0, 5000, shared=4800)), RULES))
+    assert plan.steps == ()
+
+
+def test_a_free_slot_is_taken_before_a_stranger_is_displaced() -> None:
+    """Nothing is lost, so nothing else is cheaper."""
+    plan = plan_of(place(job(3000), view(hot(0), free(1), saved(2)), RULES))
+    assert (plan.slot, plan.source, plan.n_reused) == (1, Source.COLD, 0)
+
+
+def test_a_free_slot_is_taken_before_a_slot_that_shares_little() -> None:
+    """What everybody shares (the same system prompt) is no reason to take somebody's slot when that costs more."""
+    shares = hot(0, 20_000, shared=300, regret_s=10.0)
+    assert plan_of(place(job(5000), view(shares, free(1)), RULES)).slot == 1
+
+
+def test_the_shared_part_of_a_victim_is_used() -> None:
+    """A slot that must be taken anyway is taken with what it shares."""
+    plan = plan_of(place(job(5000), view(hot(0), hot(1, 20_000, shared=2000)), RULES))
+    assert (plan.slot, plan.source, plan.n_reused) == (1, Source.RESIDENT, 2000)
+    assert plan.steps[0] == Save(1)
+
+
+def test_the_victim_is_the_one_whose_loss_costs_least() -> None:
+    """One that is on disk already goes before one that would have to be saved."""
+    assert plan_of(place(job(3000), view(hot(0), saved(1), hot(2)), RULES)).slot == 1
+
+
+def test_a_victim_that_is_worth_it_is_saved_first() -> None:
+    """Saved, before anything else is done to the slot."""
+    plan = plan_of(place(job(500), view(hot(0)), RULES))
+    assert plan.steps == (Save(0),)
+
+
+def test_a_victim_that_is_not_worth_it_is_overwritten() -> None:
+    """Saving it would take longer than computing it again."""
+    plan = plan_of(place(job(500), view(hot(0, is_worth_saving=False, save_s=0.0)), RULES))
+    assert plan.steps == ()
+
+
+def test_ties_go_to_the_slot_used_longest_ago() -> None:
+    """Among equals, and costs within a millisecond are equal."""
+    slots = [saved(0, used_at=30.0), saved(1, used_at=10.0, regret_s=0.1002), saved(2, used_at=20.0)]
+    assert plan_of(place(job(3000), view(*slots), RULES)).slot == 1
+
+
+def test_free_slots_tie_as_well() -> None:
+    """The one that was left longest ago."""
+    assert plan_of(place(job(3000), view(free(0, 9.0), free(1, 3.0), free(2, 5.0)), RULES)).slot == 1
+
+
+def test_similarity_is_the_part_of_the_slot_that_survives() -> None:
+    """Not the part of the prompt that is shared: a long prompt may go on from a short context."""
+    assert is_similar(hot(0, 100, shared=100), RULES)
+    assert is_similar(hot(0, 1000, shared=850), RULES)
+    assert not is_similar(hot(0, 1000, shared=849), RULES)
+    assert not is_similar(free(0), RULES)
+
+
+def test_an_empty_prompt_goes_anywhere_that_costs_nothing() -> None:
+    """A body that llamaslot cannot read still gets a slot."""
+    plan = plan_of(place(Job("opaque"), view(hot(0), free(1)), RULES))
+    assert (plan.slot, plan.steps, plan.n_reused) == (1, (), 0)
+
+
+# -- waiting -------------------------------------------------------------------------------------------------------
+
+
+def test_a_busy_slot_is_waited_for_when_that_is_cheaper() -> None:
+    """20,000 tokens would take 20 s to compute; the slot that holds them is back in 3."""
+    own = busy(1, 20_000, shared=20_000, wait_s=3.0)
+    assert place(job(20_100), view(free(0), own), RULES) == Wait(slot=1, for_s=3.0)
+
+
+def test_a_busy_slot_is_not_waited_for_when_computing_is_faster() -> None:
+    """1,000 tokens are computed in a second."""
+    own = busy(1, 1000, shared=1000, wait_s=3.0)
+    assert plan_of(place(job(1100), view(free(0), own), RULES)).slot == 0
+
+
+def test_a_busy_slot_is_not_waited_for_when_a_snapshot_is_faster() -> None:
+    """What it holds is on disk as well, and another slot is free."""
+    own = busy(1, 20_000, shared=20_000, wait_s=3.0)
+    plan = plan_of(place(job(20_100), view(free(0), own, snapshots=(SnapshotView("s", 20_000, 0.2),)), RULES))
+    assert (plan.slot, plan.source) == (0, Source.SNAPSHOT)
+
+
+def test_a_busy_stranger_is_never_waited_for() -> None:
+    """Any slot will do: no slot in particular is reserved, and there is no time at which to look again."""
+    strangers = busy(0, 5000, shared=0, wait_s=1.0), busy(1, 5000, shared=100, wait_s=1.0)
+    assert place(job(3000), view(*strangers), RULES) == Wait(slot=None, for_s=None)
+
+
+def test_an_overdue_slot_is_still_waited_for() -> None:
+    """The estimate has run out, the slot is not back: look again soon."""
+    decision = place(job(20_100), view(free(0), busy(1, 20_000, shared=20_000, wait_s=0.0)), RULES)
+    assert isinstance(decision, Wait)
+    assert decision.slot == 1
+    assert decision.for_s is not None
+    assert decision.for_s > 0
+
+
+def test_a_draining_slot_is_waited_for_like_a_busy_one() -> None:
+    """Who leaves and asks again at once finds what was computed for him."""
+    own = busy(1, 20_000, shared=20_000, wait_s=1.0, state=DRAINING)
+    assert place(job(20_100), view(free(0), own), RULES) == Wait(slot=1, for_s=1.0)
+
+
+def test_a_reserved_slot_is_left_alone() -> None:
+    """Somebody earlier waits for slot 0; the next one takes the other, although it costs more."""
+    slots = saved(0), hot(1)
+    assert plan_of(place(job(3000), view(*slots), RULES)).slot == 0
+    assert plan_of(place(job(3000), view(*slots, reserved={0: 1.0}), RULES)).slot == 1
+
+
+def test_a_reservation_blocks_nobody_else() -> None:
+    """Only the slot that is waited for is out of reach."""
+    decision = place(job(3000), view(free(0), busy(1, 9000, shared=0, wait_s=9.0), reserved={1: 1.0}), RULES)
+    assert plan_of(decision).slot == 0
+
+
+def test_a_leaving_snapshot_is_waited_for() -> None:
+    """It is being written: after the commit it is restored. No slot is reserved meanwhile."""
+    leaving = SnapshotView("leaving-0", 20_000, restore_s=0.2, wait_s=0.5)
+    assert place(job(20_100), view(free(0), snapshots=(leaving,)), RULES) == Wait(slot=None, for_s=0.5)
+
+
+def test_a_leaving_snapshot_is_not_waited_for_when_computing_is_faster() -> None:
+    """Half a second of waiting against a tenth of computing."""
+    leaving = SnapshotView("leaving-0", 80, restore_s=0.2, wait_s=0.5)
+    assert plan_of(place(job(100), view(free(0), snapshots=(leaving,)), RULES)).source is Source.COLD
+
+
+# -- snapshots -----------------------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_is_restored_into_an_erased_slot() -> None:
+    """Erase first, always: with a draft model a restore into what is left breaks every request."""
+    plan = plan_of(place(job(5100), view(free(0), snapshots=(SnapshotView("s", 5000, 0.01),)), RULES))
+    assert plan.steps == (Erase(0), Restore(0, "s"))
+    assert (plan.source, plan.snapshot, plan.n_reused) == (Source.SNAPSHOT, "s", 5000)
+
+
+def test_the_victim_is_saved_before_it_is_erased() -> None:
+    """The order of the steps is the order of this sentence: saved, erased, restored."""
+    plan = plan_of(place(job(5100), view(hot(0), snapshots=(SnapshotView("s", 5000, 0.01),)), RULES))
+    assert plan.steps == (Save(0), Erase(0), Restore(0, "s"))
+
+
+def test_the_longer_snapshot_wins_when_what_it_adds_is_worth_its_bytes() -> None:
+    """1,000 tokens more for 50 ms more."""
+    snapshots = SnapshotView("short", 4000, 0.05), SnapshotView("long", 5000, 0.1)
+    assert plan_of(place(job(5100), view(free(0), snapshots=snapshots), RULES)).snapshot == "long"
+
+
+def test_a_snapshot_is_not_restored_when_computing_is_faster() -> None:
+    """100 tokens are computed in 0.1 s; the slow disk takes a second."""
+    plan = plan_of(place(job(200), view(free(0), snapshots=(SnapshotView("s", 100, 1.0),)), RULES))
+    assert (plan.source, plan.steps) == (Source.COLD, ())
+
+
+def test_what_is_resident_wins_over_the_same_on_disk() -> None:
+    """A restore costs time, going on costs none."""
+    decision = place(
+        job(5100), view(free(0), hot(1, 5000, shared=5000), snapshots=(SnapshotView("s", 5000, 0.01),)), RULES
+    )
+    assert plan_of(decision).source is Source.RESIDENT
+
+
+# -- small prompts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", [free(1), hot(1, 500, regret_s=9.0), hot(1, 5000, regret_s=0.0)], ids=repr)
+def test_a_small_prompt_does_not_displace_a_hot_slot(other: SlotView) -> None:
+    """Not even a cheap one, while there is a slot that is free, small, or nobody's loss."""
+    cheap = saved(0, 5000, shared=60, regret_s=0.001, n_usable=60)
+    assert plan_of(place(job(100), view(cheap, other), RULES)).slot == 1
+
+
+def test_a_small_prompt_displaces_when_there_is_no_other_choice() -> None:
+    """All slots are hot: the one whose loss costs least, saved first."""
+    plan = plan_of(place(job(100), view(hot(0), hot(1, regret_s=0.2)), RULES))
+    assert (plan.slot, plan.steps) == (1, (Save(1),))
+
+
+def test_a_small_prompt_goes_on_in_its_own_slot() -> None:
+    """A short conversation of its own is a match, no loss."""
+    assert plan_of(place(job(100), view(free(0), hot(1, 90, shared=90)), RULES)).slot == 1
+
+
+def test_a_small_prompt_does_not_wait_behind_seven_others_while_three_slots_are_idle() -> None:
+    """One answer takes 0.2 s: behind one of them is cheaper than a context that is lost (0.3 s), behind two is not."""
+    alike = busy(0, 300, shared=280, wait_s=0.2)
+    others = (
+        hot(1, save_s=0.1, regret_s=0.2),
+        hot(2, save_s=0.2, regret_s=0.2),
+        hot(3, save_s=0.2, regret_s=0.2),
+    )
+    assert place(job(300), view(alike, *others), RULES) == Wait(slot=0, for_s=0.2)
+    decision = place(job(300), view(alike, *others, reserved={0: 0.7}), RULES)
+    assert (plan_of(decision).slot, plan_of(decision).steps) == (1, (Save(1),))
+
+
+def test_a_small_prompt_does_not_wait_at_any_price_where_a_context_costs_next_to_nothing() -> None:
+    """It is on disk, and back in 10 ms: that is less than the rest of an answer."""
+    alike = busy(0, 300, shared=280, wait_s=0.5)
+    assert plan_of(place(job(300), view(alike, saved(1, regret_s=0.01)), RULES)).slot == 1
+
+
+def test_a_small_prompt_waits_where_a_context_costs_more_than_that() -> None:
+    """It would have to be saved first, which takes longer than those who are ahead."""
+    alike = busy(0, 300, shared=280, wait_s=0.2)
+    dear = hot(1, save_s=3.0, regret_s=1.0)
+    assert place(job(300), view(alike, dear, reserved={0: 0.6}), RULES) == Wait(
+        slot=0, for_s=pytest.approx(0.8)
+    )
+
+
+def test_who_waits_for_a_reserved_slot_counts_those_who_are_ahead() -> None:
+    """Also a large prompt, and also where the slot itself is idle already: its own is behind another's."""
+    own = hot(0, 20_000, shared=20_000)
+    assert place(job(20_100), view(own, free(1), reserved={0: 3.0}), RULES) == Wait(slot=0, for_s=3.0)
+    assert plan_of(place(job(20_100), view(own, free(1), reserved={0: 25.0}), RULES)).slot == 1
+
+
+def test_a_large_prompt_takes_the_cheapest_whatever_it_holds() -> None:
+    """The rule is for small prompts only."""
+    cheap, dear = saved(0, 5000, regret_s=0.001), hot(1, 500, regret_s=9.0)
+    assert plan_of(place(job(2000), view(cheap, dear), RULES)).slot == 0
+
+
+# -- what must not be reused ---------------------------------------------------------------------------------------
+
+
+def test_nothing_cached_is_used_when_that_is_asked_for() -> None:
+    """Neither the slot that holds the prompt nor its snapshot: the slot whose loss costs least, erased."""
+    pool = view(hot(0, 5000, shared=5000), saved(1), snapshots=(SnapshotView("s", 5000, 0.01),))
+    plan = plan_of(place(job(500, is_cold=True), pool, RULES))
+    assert (plan.slot, plan.source, plan.n_reused, plan.snapshot) == (1, Source.COLD, 0, None)
+    assert plan.steps == (Erase(1),)
+
+
+def test_a_slot_that_would_have_matched_is_saved_before_it_is_erased() -> None:
+    """Its owner's context is lost all the same."""
+    plan = plan_of(place(job(500, is_cold=True), view(hot(0, 5000, shared=500)), RULES))
+    assert plan.steps == (Save(0), Erase(0))
+
+
+def test_a_busy_slot_is_never_waited_for_by_one_that_uses_nothing() -> None:
+    """What it holds would not be used."""
+    own = busy(1, 20_000, shared=20_000, wait_s=0.1)
+    assert plan_of(place(job(20_100, is_cold=True), view(free(0), own), RULES)).slot == 0
+
+
+def test_a_slot_of_another_space_is_saved_and_emptied_first() -> None:
+    """llama-server compares tokens by itself, and knows no spaces."""
+    foreign = replace(hot(0, 5000), is_foreign=True)
+    plan = plan_of(place(job(5000), view(foreign), RULES))
+    assert plan.steps == (Save(0), Erase(0), PrefillTo(0, 4999))
+    assert (plan.source, plan.n_reused) == (Source.COLD, 0)
+
+
+def test_without_slot_actions_nothing_is_computed_ahead_in_a_slot_of_another_space() -> None:
+    """The job's own request then computes everything itself."""
+    foreign = replace(hot(0, 5000), is_foreign=True)
+    assert plan_of(place(job(5000), view(foreign, can_erase=False), RULES)).steps == (Save(0),)
+
+
+def test_a_cold_prompt_is_computed_ahead_in_an_erased_slot() -> None:
+    """What is found there afterwards is its own work."""
+    plan = plan_of(place(job(5000, is_cold=True), view(hot(0)), RULES))
+    assert plan.steps == (Save(0), Erase(0), PrefillTo(0, 4999))
+
+
+def test_without_slot_actions_a_cold_prompt_computes_everything_itself() -> None:
+    """Nothing can be erased, so a prefill would find what must not be used."""
+    plan = plan_of(place(job(5000, is_cold=True), view(free(0), can_erase=False), RULES))
+    assert plan.steps == ()
+
+
+def test_a_suspect_slot_is_erased_before_its_use() -> None:
+    """Nobody knows what is in it, so nothing is expected of it."""
+    plan = plan_of(place(job(500), view(SlotView(0, SUSPECT)), RULES))
+    assert (plan.steps, plan.source, plan.n_reused) == ((Erase(0),), Source.COLD, 0)
+
+
+# -- prefill -------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_prefill_stops_at_the_last_token_but_one() -> None:
+    """The last one is left to the client's own request."""
+    assert plan_of(place(job(5000), view(free(0)), RULES)).steps == (PrefillTo(0, 4999),)
+
+
+def test_a_short_prefill_is_left_to_the_request() -> None:
+    """A second, by what is known of the speed, is not worth a step of its own."""
+    assert plan_of(place(job(1000), view(free(0)), RULES)).steps == ()
+
+
+def test_only_what_is_new_counts() -> None:
+    """50,000 tokens of which 49,800 are there."""
+    assert plan_of(place(job(50_000), view(hot(0, 49_800, shared=49_800)), RULES)).steps == ()
+
+
+def test_a_prefill_after_a_restore_goes_on_from_it() -> None:
+    """The snapshot has half of the prompt."""
+    plan = plan_of(place(job(9000), view(free(0), snapshots=(SnapshotView("s", 4500, 0.01),)), RULES))
+    assert plan.steps == (Erase(0), Restore(0, "s"), PrefillTo(0, 8999))
+
+
+def test_what_is_long_is_what_takes_much_longer_than_a_request_costs() -> None:
+    """On a fast server a tenth of a second may be worth it, and nowhere does anybody wait behind more than a second."""
+    by_cost = replace(RULES, own_above_s=None)
+    fast = view(prefill_s=lambda start, end: (end - start) / 10_000, request_s=0.004)
+    assert prefill_stops(job(900), 0, fast, by_cost) == [899]
+    assert prefill_stops(job(700), 0, fast, by_cost) == []
+    assert prefill_stops(job(1100), 0, view(request_s=3.0), by_cost) == [1099]
+
+
+def test_a_boundary_is_a_stop_where_that_costs_less_than_what_it_saves() -> None:
+    """Each is a request of 4 ms more; what a next prompt that parts there would have to compute again takes 10 ms, or
+    200."""
+    fast = view(prefill_s=lambda start, end: (end - start) / 10_000, request_s=0.004)
+    cut = job(9000, boundaries=(100, 7500, 8900))
+    assert prefill_stops(cut, 0, fast, replace(RULES, own_above_s=None)) == [7500, 8900]
+
+
+def test_boundaries_are_stops_on_the_way() -> None:
+    """Those that lie ahead, in their order; one that is reused already, or the end itself, is none."""
+    cut = job(9000, boundaries=(1000, 4000, 7000, 8999))
+    assert prefill_stops(cut, 0, view(), RULES) == [1000, 4000, 7000, 8999]
+    assert prefill_stops(cut, 2000, view(), RULES) == [4000, 7000, 8999]
+    assert prefill_stops(cut, 4000, view(), RULES) == [7000, 8999]
+    assert prefill_stops(cut, 8500, view(), RULES) == []
+
+
+@given(
+    n=st.integers(0, 20_000),
+    n_reused=st.integers(0, 20_000),
+    boundaries=st.lists(st.integers(0, 20_000), max_size=4, unique=True).map(sorted),
+    request_s=st.sampled_from([0.0, 0.002, 0.02, 0.2]),
+    own_above_s=st.sampled_from([None, 0.0, 1.0]),
+    is_steered=st.booleans(),
+)
+def test_stops_ascend_between_what_is_there_and_the_end(
+    n: int,
+    n_reused: int,
+    boundaries: list[int],
+    request_s: float,
+    own_above_s: float | None,
+    is_steered: bool,
+) -> None:
+    """Whatever the boundaries: each stop computes something, more than a request costs, and after the last one there is
+    no long prefill left."""
+    rules, seen = replace(RULES, own_above_s=own_above_s), view(request_s=request_s)
+    n_reused = min(n_reused, n)
+    stops = prefill_stops(job(n, boundaries=tuple(boundaries), is_steered=is_steered), n_reused, seen, rules)
+    assert stops == sorted(set(stops))
+    assert all((n_reused < stop or is_steered) and stop < n for stop in stops)
+    pieces = [seen.prefill_s(begin, end) for begin, end in pairwise([n_reused, *stops])]
+    if not is_steered and own_above_s is None:
+        assert all(piece_s >= 20 * request_s or piece_s > 1 for piece_s in pieces)
+    elif not is_steered:
+        assert all(piece_s >= min(20 * request_s, 1) for piece_s in pieces[:-1])
+    at_last = stops[-1] if stops else n_reused
+    assert at_last >= n - 1 or seen.prefill_s(at_last, n - 1) <= rules.long_s(request_s)
+    assert not (is_steered and stops) or at_last == n - 1
+
+
+def test_what_everybody_begins_with_makes_no_match() -> None:
+    """10,000 tokens of system prompt are most of what the slot holds, and still it is somebody else's: saved first."""
+    other = hot(0, 11_000, shared=10_000, is_other=True)
+    plan = plan_of(place(job(12_000), view(other), RULES))
+    assert (plan.n_reused, plan.steps[0]) == (10_000, Save(0))
+    assert (
+        plan_of(
+            place(job(12_000), view(other, free(1), snapshots=(SnapshotView("trunk", 10_000, 0.1),)), RULES)
+        ).slot
+        == 1
+    )
+
+
+def test_a_busy_slot_that_only_begins_alike_is_not_waited_for() -> None:
+    """What it will hold is somebody else's."""
+    begins_alike = replace(busy(1, 11_000, shared=10_000, wait_s=0.5), is_other=True)
+    assert plan_of(place(job(12_000), view(free(0), begins_alike), RULES)).slot == 0
+
+
+# -- trunks --------------------------------------------------------------------------------------------------------
+
+
+def test_a_trunk_is_kept_on_the_way() -> None:
+    """Computed up to where it ends, saved, and gone on from: nothing is computed twice."""
+    plan = plan_of(place(job(12_000), view(free(0), trunks=(10_000,)), RULES))
+    assert plan.steps == (PrefillTo(0, 10_000), Keep(0, 10_000), PrefillTo(0, 11_999))
+
+
+def test_a_trunk_is_a_stop_that_boundaries_share() -> None:
+    """The end of the system part is both: one stop."""
+    cut = job(12_500, boundaries=(10_000, 11_000), n_system=10_000)
+    plan = plan_of(place(cut, view(free(0), trunks=(10_000,), is_rewindable=False), RULES))
+    stops = PrefillTo(0, 11_000), PrefillTo(0, 12_499)
+    assert plan.steps == (PrefillTo(0, 10_000), Keep(0, 10_000), *stops)
+
+
+def test_a_short_prefill_stops_for_a_trunk_all_the_same() -> None:
+    """It is 400 tokens from there to the end, which the request itself computes."""
+    plan = plan_of(place(job(800), view(free(0), trunks=(400,)), RULES))
+    assert plan.steps == (PrefillTo(0, 400), Keep(0, 400))
+
+
+def test_a_trunk_is_made_of_what_is_restored() -> None:
+    """Another conversation's snapshot has it, and more: it is cut back to where the two part."""
+    there = SnapshotView("other", 10_000, 0.01)
+    plan = plan_of(place(job(10_500), view(free(0), snapshots=(there,), trunks=(10_000,)), RULES))
+    assert plan.steps == (Erase(0), Restore(0, "other"), PrefillTo(0, 10_000), Keep(0, 10_000))
+
+
+def test_a_conversation_that_has_passed_its_trunk_makes_none() -> None:
+    """What it has would be computed again."""
+    assert (
+        plan_of(place(job(12_100), view(hot(0, 12_000, shared=12_000), trunks=(10_000,)), RULES)).steps == ()
+    )
+
+
+def test_a_trunk_ends_a_few_tokens_later_rather_than_have_them_computed_again() -> None:
+    """Both questions begin with the same word. On a model that cannot cut it, such a trunk would be of no use."""
+    there = SnapshotView("other", 10_003, 0.01)
+    cuts = view(free(0), snapshots=(there,), trunks=(10_000,))
+    assert plan_of(place(job(10_500), cuts, RULES)).steps[2:] == (PrefillTo(0, 10_003), Keep(0, 10_003))
+    does_not = view(free(0), snapshots=(there,), trunks=(10_000,), is_rewindable=False)
+    assert plan_of(place(job(10_500), does_not, RULES)).steps[2:] == ()
+
+
+def test_one_that_uses_nothing_cached_leaves_no_trunk() -> None:
+    """It was computed for one who trusts nothing."""
+    plan = plan_of(place(job(12_000, is_cold=True), view(free(0), trunks=(10_000,)), RULES))
+    assert not any(isinstance(step, Keep) for step in plan.steps)
+
+
+def test_a_trunk_that_is_just_being_made_is_waited_for() -> None:
+    """Two new conversations at once: the second restores what the first computes."""
+    coming = SnapshotView("leaving-0", 10_000, restore_s=0.2, wait_s=8.0)
+    decision = place(job(12_000), view(free(0), snapshots=(coming,)), RULES)
+    assert isinstance(decision, Wait)
+    assert (decision.slot, decision.for_s) == (None, 8.0)
+
+
+@given(
+    n=st.integers(2, 20_000),
+    n_reused=st.integers(0, 20_000),
+    trunks=st.lists(st.integers(1, 20_000), max_size=3, unique=True).map(sorted),
+    is_rewindable=st.booleans(),
+)
+def test_every_trunk_is_kept_right_after_it_was_computed(
+    n: int, n_reused: int, trunks: list[int], is_rewindable: bool
+) -> None:
+    """And where it cannot be cut, it ends exactly where it should."""
+    seen = view(free(0), trunks=tuple(trunks), is_rewindable=is_rewindable)
+    n_reused = min(n_reused, n - 1)
+    steps = list(prefill_steps(job(n), 0, n_reused, seen, RULES))
+    for before, step in zip([None, *steps], steps, strict=False):
+        if isinstance(step, Keep):
+            assert before == PrefillTo(0, step.n_tokens)
+            assert is_rewindable or step.n_tokens in trunks
+    stops = [step.n_tokens for step in steps if isinstance(step, PrefillTo)]
+    assert stops == sorted(set(stops))
+    assert all(n_reused <= stop < n for stop in stops)
+
+
+def test_weight_halves_after_half_an_hour() -> None:
+    """A context that nobody has used for long is a smaller loss, and never none."""
+    assert weight(0) == 1
+    assert weight(-5) == 1
+    assert weight(1800) == pytest.approx(0.5)
+    assert 0 < weight(10**6) < 0.01
+
+
+# -- all of it -----------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def slot_views(draw: st.DrawFn, slot: int) -> SlotView:
+    state = draw(st.sampled_from(list(State)))
+    n_tokens = 0 if state in (FREE, SUSPECT) else draw(st.integers(1, 30_000))
+    shared = draw(st.integers(0, n_tokens))
+    is_worth = state is HOT and draw(st.booleans())
+    return SlotView(
+        slot,
+        state,
+        n_tokens,
+        shared,
+        shared,
+        save_s=0.1 if is_worth else 0.0,
+        is_worth_saving=is_worth,
+        regret_s=draw(st.floats(0, 30)) if state is HOT else 0.0,
+        wait_s=0.0 if state in (FREE, HOT, SUSPECT) else draw(st.floats(0, 60)),
+        used_at=draw(st.floats(0, 1e6)),
+    )
+
+
+@given(data=st.data())
+def test_every_decision_can_be_carried_out(data: st.DataObject) -> None:
+    """A plan is for an idle slot that nobody waits for, saves before it erases and erases before it restores; whoever
+    waits does so because nothing is idle or because it is cheaper."""
+    slots = tuple(data.draw(slot_views(i)) for i in range(data.draw(st.integers(1, 4))))
+    reserved = dict.fromkeys(data.draw(st.sets(st.integers(0, len(slots) - 1))), 1.0)
+    snapshots = tuple(
+        SnapshotView(f"s{i}", data.draw(st.integers(64, 30_000)), 0.2, data.draw(st.sampled_from([0.0, 0.4])))
+        for i in range(data.draw(st.integers(0, 2)))
+    )
+    one = job(
+        data.draw(st.integers(0, 30_000)),
+        is_cold=data.draw(st.booleans()),
+    )
+    pool = PoolView(slots, snapshots, reserved=reserved)
+    decision = place(one, pool, RULES)
+    takeable = {slot.id for slot in slots if slot.state in (FREE, HOT, SUSPECT)} - reserved.keys()
+    if isinstance(decision, Wait):
+        assert decision.for_s is None or decision.for_s > 0
+        assert decision.slot is None or decision.slot not in takeable
+        assert decision.for_s is not None or not takeable, "nobody waits for any slot while one can be taken"
+        return
+    assert decision.slot in takeable
+    kinds = [type(step) for step in decision.steps]
+    order = [kind for kind in (Save, Erase, Restore) if kind in kinds]
+    assert kinds == order + [PrefillTo] * (len(kinds) - len(order))
+    assert Restore not in kinds or Erase in kinds
+    assert all(step.slot == decision.slot for step in decision.steps)
+    if one.is_cold:
+        assert decision.n_reused == 0
+        assert Erase in kinds
+    if slots[decision.slot].is_worth_saving and Erase in kinds:
+        assert Save in kinds, "what is worth it is saved before it is erased"
+
+
+# -- why -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_carries_the_terms_of_its_cost() -> None:
+    """Each in seconds; what they are the sum of is what was compared."""
+    on_disk = SnapshotView("ls-1", 19_900, restore_s=0.25)
+    plan = plan_of(place(job(20_100), view(hot(0), hot(1, regret_s=0.75), snapshots=(on_disk,)), RULES))
+    assert (plan.slot, plan.snapshot) == (0, "ls-1")
+    assert plan.cost == Cost(save_s=0.1, regret_s=0.5, restore_s=0.25, prefill_s=0.2)
+    assert plan.cost.steps_s == pytest.approx(0.55)
+
+
+def test_the_next_best_is_the_cheapest_other_slot() -> None:
+    """With the terms of its own cost."""
+    plan = plan_of(place(job(5200), view(hot(0, shared=5000), hot(1, 9000), free(2)), RULES))
+    assert plan.slot == 0
+    assert plan.cost == Cost(prefill_s=0.2)
+    assert plan.next_best == Place(2, Source.COLD, 0, Cost(prefill_s=5.2))
+
+
+def test_with_one_slot_the_next_best_is_another_source() -> None:
+    """There is no other slot to compare with."""
+    on_disk = SnapshotView("ls-1", 4900, restore_s=0.25)
+    plan = plan_of(place(job(5000), view(free(0), snapshots=(on_disk,)), RULES))
+    assert plan.next_best == Place(0, Source.COLD, 0, Cost(prefill_s=5.0))
+
+
+def test_a_wait_carries_what_it_is_cheaper_than() -> None:
+    """What is waited for, and the cheapest that could be had at once."""
+    own = busy(1, 20_000, shared=20_000, wait_s=3.0)
+    wait = place(job(20_100), view(free(0), own), RULES)
+    assert isinstance(wait, Wait)
+    assert wait.place == Place(1, Source.RESIDENT, 20_000, Cost(wait_s=3.0, prefill_s=0.1))
+    assert wait.instead == Place(0, Source.COLD, 0, Cost(prefill_s=20.1))

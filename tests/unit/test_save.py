@@ -1,0 +1,232 @@
+"""When saves are made: what is worth one, one at a time, and none in the way of somebody."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+
+import pytest
+
+from bench.virtual import VirtualLoop
+from llamaslot.cache.content import Content
+from llamaslot.cache.namespaces import Space
+from llamaslot.cache.reuse import Memory
+from llamaslot.errors import SlotWedged
+from llamaslot.llama.client import Progress
+from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.save_policy import Unsaved, is_worth
+from llamaslot.scheduling.slots import Event, State
+from tests.support.house import House, tokens_of
+from tests.support.stub import Op, StubServer
+
+
+def test_what_costs_less_to_compute_than_to_save_is_not_saved() -> None:
+    """The disk has all but a few tokens of it."""
+    assert is_worth(Unsaved(lacking_s=1.1, save_s=1.0))
+    assert not is_worth(Unsaved(lacking_s=0.9, save_s=1.0))
+
+
+SECONDS = {"save": 2.0, "restore": 2.0, "answer": 0.5}
+
+
+@pytest.fixture
+def house() -> Iterator[House]:
+    """Three slots, and a disk so slow that whoever comes meets a save. Computing is believed to be dearer still."""
+    house = House(VirtualLoop(), StubServer(3, pace=lambda op: SECONDS.get(op.kind, 0.01), token_s=1.0))
+    house.server.action_s = SECONDS["save"]
+    house.rates.prefill.observe(0, 1000, 1000.0)
+    yield house
+    house.close()
+
+
+def fill(house: House, n: int = 3) -> None:
+    for i in range(n):
+        house.start(house.ask(Job(f"first {i}", tokens_of(10_000 * i, 400))), "first")
+    house.finish()
+
+
+def watch(house: House) -> list[int]:
+    """How many saves and restores were under way at once, at each time that one was asked for."""
+    seen: list[int] = []
+    pace = house.server.pace
+
+    def counted(op: Op) -> float | None:
+        if op.kind in ("save", "restore"):
+            seen.append(sum(other.kind in ("save", "restore") for other in house.server.pending))
+        return pace(op)
+
+    house.server.pace = counted
+    return seen
+
+
+def test_one_save_or_restore_at_a_time(house: House) -> None:
+    """Each stops every stream of this server; the journal tells who waited for whom."""
+    fill(house)
+    seen = watch(house)
+    for i in range(3):
+        house.start(house.ask(Job(f"next {i}", tokens_of(50_000 + 10_000 * i, 400))), "next")
+    house.finish()
+    for i in range(3):
+        house.start(house.ask(Job(f"back {i}", tokens_of(10_000 * i, 500))), "back")
+    house.finish()
+    assert len(seen) > 6
+    assert set(seen) == {1}
+    waits = [act.waited_s for one in house.scheduler.journal.latest() for act in one.acts]
+    assert max(waits) > 0.5
+    house.check_nothing_is_left()
+
+
+def test_who_leaves_while_waiting_to_save_holds_nothing_up(house: House) -> None:
+    """His save is carried out in its turn, and everybody else is served."""
+    fill(house)
+    clients = [
+        house.start(house.ask(Job(f"next {i}", tokens_of(50_000 + 10_000 * i, 400))), "next")
+        for i in range(3)
+    ]
+    house.loop.pass_time(0.5)
+    clients[1].cancel()
+    house.loop.pass_time(0.5)
+    clients[0].cancel()
+    house.finish()
+    assert clients[2].exception() is None
+    house.check_nothing_is_left()
+
+
+def test_a_save_ahead_of_need_gives_way(house: House) -> None:
+    """Somebody comes while room is made for it: his answer must not stand still. It is tried again when he is gone."""
+    fill(house, 2)
+    house.server.pace = lambda op: 5.0 if op.kind == "reserve" else SECONDS.get(op.kind, 0.01)
+    writeback = house.loop.create_task(house.writeback.run())
+    house.loop.pass_time(4.0)
+    assert any(op.kind == "reserve" for op in house.server.pending)
+    house.server.pace = lambda op: 60.0 if op.kind == "answer" else 0.01
+    client = house.start(house.ask(Job("client", tokens_of(90_000, 20))), "client")
+    house.loop.pass_time(8.0)
+    assert not client.done()
+    assert house.catalog.snapshots == {}
+    house.loop.pass_time(80.0)
+    assert client.done()
+    assert len(house.catalog.snapshots) == 2
+    writeback.cancel()
+    house.loop.run_until_complete(asyncio.gather(writeback, return_exceptions=True))
+    house.check_nothing_is_left()
+
+
+def test_a_long_answer_is_worth_its_save(house: House) -> None:
+    """The disk has the prompt, and computing the answer again as a part of the next one takes longer than saving."""
+    pool = house.scheduler.pool
+    assert pool is not None
+    fill(house)
+    house.loop.run_until_complete(house.writeback.save_all())
+    slot = pool.slots[0]
+    assert not pool.is_worth_saving(slot)
+    for n_more, is_worth_it in ((0, False), (2000, True)):
+        pool.take(slot, Job("again"), house.loop.time(), has_answer=True)
+        content = Content(slot.content.tokens, False, True, (), slot.content.snapshot, n_more)
+        pool.give_back(slot, Event.KEEP, content, house.loop.time())
+        assert pool.is_worth_saving(slot) is is_worth_it
+
+
+def test_a_slot_goes_back_to_the_end_of_its_prompt_where_files_keep_no_checkpoints(house: House) -> None:
+    """The answer comes back tokenized anew, and an exact end is all that a recurrent model could go on from."""
+    assert house.scheduler.pool is not None
+    recall = house.scheduler.pool.recall
+    recall.memory, recall.keeps_checkpoints = Memory.RECURRENT, False
+    for i in range(3):
+        house.start(house.ask(Job(f"first {i}", tokens_of(10_000 * i, 400)), tokens_of(5000, 20)), "first")
+    house.finish()
+    house.start(house.writeback.save_all(), "writeback")
+    house.finish()
+    saved = sorted(snapshot.tokens for snapshot in house.catalog.snapshots.values())
+    assert saved == sorted(tokens_of(10_000 * i, 400) for i in range(3))
+    assert all(slot.content.is_exact for slot in house.scheduler.pool.slots)
+    house.check_nothing_is_left()
+
+
+def test_what_has_media_behind_it_is_never_written(house: House) -> None:
+    """Nobody could say what its file holds."""
+    pool = house.scheduler.pool
+    assert pool is not None
+    fill(house, 1)
+    [slot] = [slot for slot in pool.slots if slot.content.tokens]
+    pool.take(slot, Job("an image"), house.loop.time(), has_answer=True)
+    content = Content(slot.content.tokens, is_exact=False, is_dirty=True, has_media=True)
+    pool.give_back(slot, Event.KEEP, content, house.loop.time())
+    house.loop.run_until_complete(house.writeback.save_all())
+    assert house.catalog.snapshots == {}
+    assert house.server.files == {}
+    assert not slot.content.is_dirty, "and nobody tries again"
+
+
+def test_it_goes_back_with_the_lora_scales_of_what_it_holds(house: House) -> None:
+    """With others the server would compute the whole prompt again, and the file would be of nobody's."""
+    assert house.scheduler.pool is not None
+    recall = house.scheduler.pool.recall
+    recall.memory, recall.keeps_checkpoints = Memory.RECURRENT, False
+    scaled, real, sent = Space(lora='[{"id":0,"scale":0.5}]'), house.server.prefill, list[str]()
+
+    def prefill(slot_id: int, tokens: bytes, lora: str = "") -> AsyncGenerator[Progress]:
+        sent.append(lora)
+        return real(slot_id, tokens, lora)
+
+    house.start(house.ask(Job("first", tokens_of(0, 400), space=scaled), tokens_of(5000, 20)), "first")
+    house.finish()
+    house.server.prefill = prefill  # type: ignore[method-assign]
+    house.start(house.writeback.save_all(), "writeback")
+    house.finish()
+    assert sent == [scaled.lora]
+    assert [snapshot.space for snapshot in house.catalog.snapshots.values()] == [scaled.text]
+    house.check_nothing_is_left()
+
+
+WEDGED = ("batch", "notice")
+
+
+def wedge(house: House) -> None:
+    """llama-server says nothing more of what it computes, and goes on with it until the test serves ``notice``."""
+    house.loop.pass_time(1.0)
+    [batch] = house.server.pending
+    assert batch.kind == "batch"
+    house.server.fail(batch, SlotWedged("nothing was told"))
+    house.loop.settle()
+    assert [op.kind for op in house.server.pending] == ["notice"]
+
+
+@pytest.mark.parametrize("asks", [False, True], ids=["ahead of need", "for somebody"])
+def test_a_slot_that_falls_silent_while_it_goes_back_drains(asks: bool) -> None:
+    """llama-server may be at work in it still. It is counted: by whoever serves the request that it was saved for, and
+    whose client is told."""
+    house = House(VirtualLoop(), StubServer(1, pace=lambda op: None if op.kind in WEDGED else 0.01))
+    house.rates.prefill.observe(0, 1000, 1000.0)
+    pool = house.scheduler.pool
+    assert pool is not None
+    pool.recall.memory, pool.recall.keeps_checkpoints = Memory.RECURRENT, False
+    house.start(house.ask(Job("first", tokens_of(0, 400)), tokens_of(5000, 20)), "first")
+    house.finish()
+    if asks:
+        client = house.start(house.ask(Job("next", tokens_of(50_000, 400))), "next")
+    else:
+        client = house.start(house.writeback.save_all(), "writeback")
+    wedge(house)
+    assert client.done()
+    assert isinstance(client.exception(), SlotWedged) is asks
+    assert [slot.state for slot in pool.slots] == [State.DRAINING]
+    assert f"wedged_total {float(not asks)}" in house.metrics.exposition().decode()
+    house.finish()
+    assert [slot.state for slot in pool.slots] == [State.SUSPECT]
+    house.check_nothing_is_left()
+    house.close()
+
+
+def test_it_does_not_where_they_keep_them(house: House) -> None:
+    """There the answer is in the file, for whoever sends it back as it was."""
+    assert house.scheduler.pool is not None
+    recall = house.scheduler.pool.recall
+    recall.memory, recall.keeps_checkpoints = Memory.RECURRENT, True
+    house.start(house.ask(Job("first", tokens_of(0, 400)), tokens_of(5000, 20)), "first")
+    house.finish()
+    house.start(house.writeback.save_all(), "writeback")
+    house.finish()
+    [snapshot] = house.catalog.snapshots.values()
+    assert snapshot.tokens == tokens_of(0, 400) + tokens_of(5000, 20)
+    house.check_nothing_is_left()

@@ -1,0 +1,133 @@
+"""An answer of llama-server, event by event."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import aiohttp
+import pytest
+
+from llamaslot.formats.error_events import ErrorEvents
+from llamaslot.http.stream_reader import Reading
+from llamaslot.llama.sse import Earlier, event_of
+
+USAGE = {"cache_read_input_tokens": 9, "input_tokens": 1}
+START = event_of({"type": "message_start", "message": {"usage": USAGE}}, b"event: message_start\n")
+DELTA = b'event: content_block_delta\ndata: {"type":"content_block_delta","delta":{"text":"a"}}\n\n'
+STOP = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+MADE_UP = b"event: message_start\ndata: {}\n\n"
+PROGRESS = {"total": 10, "cache": 4, "processed": 8, "time_ms": 3}
+
+
+class Upstream:
+    """As much of a response as Reading needs: chunks, one for each question."""
+
+    def __init__(self, *chunks: bytes) -> None:
+        self.content, self._chunks = self, list(chunks)
+
+    async def read(self, n: int) -> bytes:
+        return self._chunks.pop(0) if self._chunks else b""
+
+
+def reading(*chunks: bytes, earlier: Earlier | None = None, **more: Any) -> Reading:
+    return Reading(cast(aiohttp.ClientResponse, Upstream(*chunks)), earlier, ErrorEvents(None, ""), **more)
+
+
+async def passed(it: Reading) -> bytes:
+    events = b""
+    while (some := await it.next()) is not None:
+        events += b"".join(some)
+    return events
+
+
+async def test_a_message_that_begins_without_its_start_gets_one() -> None:
+    """Where the first token is half a character llama-server leaves it out, and clients fail."""
+    assert await passed(reading(DELTA, STOP, start=MADE_UP)) == MADE_UP + DELTA + STOP
+    assert await passed(reading(START, DELTA, STOP, start=MADE_UP)) == START + DELTA + STOP
+
+
+async def test_an_error_needs_no_start() -> None:
+    """It is all that comes."""
+    error = b'event: error\ndata: {"code":500,"message":"no"}\n\n'
+    it = reading(error, start=MADE_UP)
+    assert await passed(it) == error
+    assert it.has_failed
+    assert it.is_over
+
+
+async def test_progress_is_for_those_who_have_asked_for_it() -> None:
+    """It is noted in any case."""
+    event = event_of({"choices": [{"index": 0, "delta": {"role": "assistant"}}], "prompt_progress": PROGRESS})
+    it = reading(event)
+    assert await passed(it) == b""
+    assert (it.n_found, it.n_processed, it.has_token) == (4, 8, False)
+    assert await passed(reading(event, wants_progress=True)) == event
+
+
+async def test_text_that_comes_with_progress_is_passed_on() -> None:
+    """What the template begins the answer with."""
+    delta = {"choices": [{"index": 0, "delta": {"content": "<think>"}}]}
+    assert await passed(reading(event_of({**delta, "prompt_progress": PROGRESS}))) == event_of(delta)
+
+
+async def test_a_response_is_said_to_be_in_progress_once() -> None:
+    """Also to who has not asked for progress; the others read it after each batch."""
+    created = event_of({"type": "response.created"}, b"event: response.created\n")
+    plain = event_of({"type": "response.in_progress"}, b"event: response.in_progress\n")
+    told = event_of({"type": "response.in_progress", "prompt_progress": PROGRESS}, plain)
+    assert await passed(reading(created, told, told)) == created + plain
+    assert await passed(reading(created + told + told, wants_progress=True)) == created + told + told
+
+
+async def test_each_of_several_responses_is_said_to_be_in_progress() -> None:
+    """With ``n`` llama-server begins again for each."""
+    created = event_of({"type": "response.created"}, b"event: response.created\n")
+    plain = event_of({"type": "response.in_progress"}, b"event: response.in_progress\n")
+    told = event_of({"type": "response.in_progress", "prompt_progress": PROGRESS}, plain)
+    assert await passed(reading(created, told, told, created, told)) == (created + plain) * 2
+    assert await passed(reading(created, created, told)) == created * 2 + plain
+
+
+async def test_a_response_is_not_created_before_its_place_is_known() -> None:
+    """The first event of progress tells whether it is asked for again elsewhere, where it is created once more."""
+    it = reading(event_of({"type": "response.created"}, b"event: response.created\n"))
+    assert await it.next() == []
+
+
+@pytest.mark.parametrize(
+    "last",
+    [b"data: [DONE]\n\n", STOP, event_of({"content": "", "stop": True, "timings": {}}),
+     b'event: response.completed\ndata: {"type":"response.completed"}\n\n'],
+)  # fmt: skip
+async def test_the_last_event_is_known_in_every_format(last: bytes) -> None:
+    """The slot is given back before the client can read it."""
+    it = reading(event_of({"content": "a"}), last)
+    await it.next()
+    assert not it.is_over
+    await it.next()
+    assert it.is_over
+
+
+async def test_the_first_token_of_a_response_is_not_its_announcement() -> None:
+    """``response.created`` comes before anything is computed."""
+    it = reading(
+        b'event: response.created\ndata: {"type":"response.created"}\n\n',
+        b'event: response.output_item.added\ndata: {"type":"response.output_item.added"}\n\n',
+    )
+    await it.next()
+    assert not it.has_token
+    await it.next()
+    assert it.has_token
+
+
+async def test_usage_is_put_right_in_every_format() -> None:
+    """Of ten tokens nine were there when llama-server was asked, four when the client asked."""
+    earlier = Earlier(4, 9, 1.0)
+    assert b'"cache_read_input_tokens":4,"input_tokens":6' in await passed(reading(START, earlier=earlier))
+    usage = {"input_tokens": 10, "input_tokens_details": {"cached_tokens": 9}}
+    completed = event_of({"response": {"usage": usage}}, b"event: response.completed\n")
+    it = reading(completed, earlier=earlier)
+    told = await passed(it)
+    assert told.startswith(b"event: response.completed\ndata: ")
+    assert b'"cached_tokens":4' in told
+    assert it.n_cached == 9, "what llama-server itself has found"
