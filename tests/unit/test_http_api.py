@@ -8,7 +8,7 @@ import re
 from llamaslot import errors
 from llamaslot.http.openapi import PATHS
 from llamaslot.llama.routes import ROUTES, Kind
-from tests.unit.test_docs import SOURCE, in_code, page, rows, section
+from tests.unit.test_docs import GAP, SOURCE, in_code, messages, page, rows, section
 
 PAGE = page("docs/http-api.md")
 WHAT: dict[Kind, str] = {
@@ -71,3 +71,14 @@ def test_every_status_and_type_of_an_error_is_listed() -> None:
         (str(kind.status), f"`{kind.type}`") for kind in kinds if issubclass(kind, errors.LlamaslotError)
     }
     assert known <= {(row[0], row[1]) for row in rows(section(PAGE, "Errors"))}
+
+
+def test_the_comments_to_waiting_streams_are_said() -> None:
+    """Each that the page shows, with any numbers in it."""
+    shown = [
+        text[2:]
+        for text in in_code(PAGE.partition("### Comments")[2].partition("## ")[0])
+        if text[:2] == ": "
+    ]
+    assert shown
+    assert [text for text in shown if re.sub(r"\d+", GAP, text) not in messages()] == []
