@@ -334,6 +334,22 @@ def test_the_table_of_transitions_is_the_codes() -> None:
     assert told == {(state.name, event.name, after.name) for (state, event), after in NEXT.items()}
 
 
+def test_every_module_is_in_the_table() -> None:
+    """docs/how-it-works.md has a line for each module, and none for one that is not there."""
+    told = [in_code(row[0])[0] for row in rows(section(page("docs/how-it-works.md"), "Modules"))]
+    packages = {"__init__.py", "__main__.py"}
+    modules = {str(file.relative_to(SOURCE)) for file in SOURCE.rglob("*.py") if file.name not in packages}
+    assert sorted(told) == sorted(modules)
+
+
+def test_the_map_of_changes_names_modules() -> None:
+    """The table *I want to change* of docs/how-it-works.md leads to files that are there."""
+    table = rows(section(page("docs/how-it-works.md"), "I want to change …"))
+    named = {name for row in table for name in in_code(row[1]) if "/" in name or name.endswith(".py")}
+    assert named
+    assert {name for name in named if not (SOURCE / name).exists()} == set()
+
+
 def spawned() -> Iterator[str]:
     """The names of the tasks that the source starts, as far as they are written there."""
     for module in sorted(SOURCE.rglob("*.py")):
