@@ -77,7 +77,7 @@ def test_the_comments_to_waiting_streams_are_said() -> None:
     """Each that the page shows, with any numbers in it."""
     shown = [
         text[2:]
-        for text in in_code(PAGE.partition("### Comments")[2].partition("## ")[0])
+        for text in in_code(" ".join(PAGE.partition("### Comments")[2].partition("## ")[0].split()))
         if text[:2] == ": "
     ]
     assert shown
