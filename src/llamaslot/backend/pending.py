@@ -30,6 +30,7 @@ class Passing:
         self.index: PrefixIndex[str] = PrefixIndex()
         self._entries: dict[str, Leaving] = {}
         self._serial = itertools.count()
+        self.n_changes = 0
 
     def __len__(self) -> int:
         """Only tests ask."""
@@ -55,6 +56,7 @@ class Passing:
         name = "leaving" if slot is None else "prefix"
         entry = Leaving(f"{name}-{next(self._serial)}", content, until, slot)
         self._entries[entry.holder] = entry
+        self.n_changes += 1
         self.index.insert(entry.holder, mark(content.space) + content.tokens)
         return entry
 
@@ -62,6 +64,7 @@ class Passing:
         """It is a snapshot now, or nothing. Idempotent."""
         if self._entries.pop(entry.holder, None) is not None:
             self.index.drop(entry.holder)
+            self.n_changes += 1
 
     def trunks_of(self, slot: int) -> list[Leaving]:
         """The trunks that are to come from ``slot``."""

@@ -169,6 +169,14 @@ class PrefixIndex(Generic[H]):
         """
         return next((hit.n_shared for hit in self.hits(tokens) if hit.holder not in exclude), 0)
 
+    def shared_with_others(self, holder: H) -> int:
+        """``cover`` of what ``holder`` has by all others, without a look at any token: above its end there is a node
+        only where another one ends or goes its own way. Raises KeyError for an unknown one."""
+        node = self._ends[holder]
+        if len(node.holders) > 1 or node.children or node.parent is None:
+            return node.n_tokens
+        return node.parent.n_tokens
+
     def hits(self, query: bytes) -> Iterator[Shared[H]]:
         """The same as ``match`` without a limit, one by one. The index must not change meanwhile."""
         for n_shared, node, siblings, seen in self._levels(query):

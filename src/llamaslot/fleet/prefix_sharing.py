@@ -57,12 +57,11 @@ def ask_for_trunk(pool: Pool, job: Job, view: PoolView, makers: Iterable[Lease],
     """
     if job.is_cold or not pool.can_save:
         return False
-    n_shared = {slot.id: slot.n_shared for slot in view.slots}
     idle = (slot.n_usable for slot in view.slots if slot.state in IDLE)
     n_had = max([0, *idle, *(snapshot.n_usable for snapshot in view.snapshots)])
     best: tuple[int, Lease] | None = None
     for maker in makers:
-        n = min(n_shared[maker.slot_id], maker.job.n_tokens - 1, job.n_tokens - 1)
+        n = min(view.shared.get(maker.slot_id, 0), maker.job.n_tokens - 1, job.n_tokens - 1)
         is_ahead = pool.recall.is_rewindable or n > maker.n_done
         can_keep = is_ahead and maker.can_keep and not (maker.job.is_cold or maker.job.is_prewarm)
         if can_keep and n >= MIN_TOKENS and (best is None or n > best[0]):

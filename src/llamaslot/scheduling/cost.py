@@ -22,6 +22,8 @@ from llamaslot.scheduling.answer_length import AnswerLength
 from llamaslot.scheduling.json_numbers import positive, rows, within
 
 _GUESSED_BYTES_PER_TOKEN = 100_000
+_STEPS = 33  # of a factor of e, so that one step is 3 %
+_DEEP = 10_000  # tokens at which a slope shows
 
 
 class PrefillRate:
@@ -73,6 +75,11 @@ class PrefillRate:
             return 0.0
         a, b = self._fit()
         return a * (end - start) + b * (end - start) * (start + end) / 2
+
+    def per_token_s(self, depth: int) -> float:
+        """What one token takes behind ``depth`` others."""
+        a, b = self._fit()
+        return a + b * depth
 
     def reached(self, start: int, seconds: float) -> int:
         """How far tokens from ``start`` on are computed after ``seconds``: the inverse of ``seconds``."""
@@ -210,6 +217,7 @@ class SnapshotSize:
     def __init__(self) -> None:
         self._points: deque[tuple[int, int]] = deque(maxlen=self.KEPT)
         self._line: tuple[Fraction, Fraction] | None = None  # constant and bytes per token
+        self._in_whole: tuple[int, int, int] | None = None
 
     def __repr__(self) -> str:
         if not self._points:
@@ -224,7 +232,7 @@ class SnapshotSize:
         if (n_tokens, size_bytes) in self._points:
             self._points.remove((n_tokens, size_bytes))
         self._points.append((n_tokens, size_bytes))
-        self._line = None
+        self._line = self._in_whole = None
 
     def bytes(self, n_tokens: int) -> int | None:
         """What a file of ``n_tokens`` will have at most; None before the first file is known.
@@ -234,13 +242,22 @@ class SnapshotSize:
         """
         if not self._points:
             return None
-        constant, per_token = self._fit()
-        return max(math.ceil(constant + per_token * max(n_tokens, 0)), 1)
+        constant, per_token, denominator = self._whole()
+        return max(-(-(constant + per_token * max(n_tokens, 0)) // denominator), 1)
 
     def _fit(self) -> tuple[Fraction, Fraction]:
         if self._line is None:
             self._line = self._lifted()
         return self._line
+
+    def _whole(self) -> tuple[int, int, int]:
+        """The line in whole numbers: constant and bytes per token, and what both are to be divided by. Fractions took
+        10 us for each size, and a placement asks for that of every slot."""
+        if self._in_whole is None:
+            constant, per_token = self._fit()
+            denominator = math.lcm(constant.denominator, per_token.denominator)
+            self._in_whole = int(constant * denominator), int(per_token * denominator), denominator
+        return self._in_whole
 
     def _lifted(self) -> tuple[Fraction, Fraction]:
         points = self._points
@@ -341,6 +358,19 @@ class Rates:
     def take_over(self, other: Rates) -> None:
         for part in fields(self):
             setattr(self, part.name, getattr(other, part.name))
+
+    def about(self) -> tuple[int, ...]:
+        """Speeds and sizes in steps of 3 %: while that stays the same, what was worked out with them is near enough."""
+        a, b = self.prefill.per_token_s(0), self.prefill.per_token_s(_DEEP)
+        known = (
+            a,
+            b,
+            *(part for rate in (self.save, self.restore) for part in (rate.latency_s, rate.bytes_per_s)),
+        )
+        sizes = self.size_bytes(0), self.size_bytes(_DEEP)
+        return tuple(
+            round(math.log(x) * _STEPS) if x > 0 else 0 for x in (*known, *sizes, self.save_delay.seconds)
+        )
 
     def size_bytes(self, n_tokens: int) -> int:
         """The expected size of a snapshot of ``n_tokens``; before the first file that of a model of about 8B."""

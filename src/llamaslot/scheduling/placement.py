@@ -5,10 +5,12 @@ Pure: a view of the pool goes in, a plan comes out. Every cost is in seconds, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from llamaslot.cache.namespaces import PUBLIC, SHARED, Space
+from llamaslot.cache.prefix_index import Shared
 from llamaslot.scheduling.plan import (
     Cost,
     Erase,
@@ -79,7 +81,8 @@ class PoolView:
 
     ``trunks``: token counts of the job's prompt at which a trunk is worth making; ``is_rewindable``: the model can go
     back to any token. ``can_erase``: slot actions work. Without them what must not be shared rests on ``cache_prompt``
-    false alone. ``request_s``: what one request more costs, beside what it computes.
+    false alone. ``request_s``: what one request more costs, beside what it computes. ``shared``: for each slot that has
+    any tokens in common with the prompt, how many; also for those that are left out of ``slots``.
     """
 
     slots: tuple[SlotView, ...]
@@ -90,6 +93,7 @@ class PoolView:
     trunks: tuple[int, ...] = ()
     is_rewindable: bool = True
     request_s: float = 0.0
+    shared: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,10 +196,42 @@ def is_similar(slot: SlotView, rules: Rules) -> bool:
     return not slot.is_other and slot.n_tokens > 0 and slot.n_shared >= rules.similarity_min * slot.n_tokens
 
 
-def is_other(slot: SlotView, n_alike: int) -> bool:
+def is_other(slot: SlotView | Shared[int], n_alike: int) -> bool:
     """Whether it is another conversation, of which several begin with the same ``n_alike`` tokens."""
     only_begins_alike = slot.n_shared <= n_alike + _FEW_TOKENS
     return n_alike > 0 and only_begins_alike and slot.n_tokens > slot.n_shared + _FEW_TOKENS
+
+
+class Stranger(NamedTuple):
+    """An idle slot that a job would not go on from for what it holds. ``loss_s``: what taking it costs others;
+    ``n_shared``: how much of it is of use to the job all the same; ``is_loss``: it is a large context, for somebody."""
+
+    slot: int
+    loss_s: float
+    used_at: float
+    n_shared: int
+    is_loss: bool
+
+
+def worth_a_look(strangers: Collection[Stranger]) -> set[int]:
+    """The slots of ``strangers`` that ``place`` may choose: another one costs no less and shares no more than two of
+    them. Among 256 slots these are three or four as a rule, and looking at each one closely takes 20 us.
+
+    For the model that can go back to any token: what is shared can be used.
+    """
+    found = set[int]()
+    for is_loss in (False, True):
+        best = second = -1  # tokens shared by those that cost less
+        alike = (stranger for stranger in strangers if stranger.is_loss is is_loss)
+        for stranger in sorted(alike, key=_cheapest_first):
+            if stranger.n_shared > second:
+                found.add(stranger.slot)
+                best, second = max(best, stranger.n_shared), min(best, stranger.n_shared)
+    return found
+
+
+def _cheapest_first(stranger: Stranger) -> tuple[int, float]:
+    return round(stranger.loss_s / _TIE_S), stranger.used_at
 
 
 def is_long(plan: Plan, long_s: float) -> bool:

@@ -41,6 +41,7 @@ class Library:
         self.in_spaces = InSpaces(self.index, self.space_of)
         self.covers = Covers(self.in_spaces, self.snapshots)
         self._on_change = on_change
+        self.n_changes = 0  # of what is in the index
 
     def __repr__(self) -> str:
         return f"<Library {len(self.snapshots)} snapshots, {self.index!r}>"
@@ -76,6 +77,7 @@ class Library:
         if snapshot.id not in self.index:
             assert tokens is not None, "what is not in the index comes with its tokens"
             self.index.insert(snapshot.id, mark(self.space_of(snapshot.id)) + tokens)
+            self.n_changes += 1
             self.covers.added(snapshot.id, tokens)
         else:
             self.covers.put(snapshot.id)
@@ -90,6 +92,7 @@ class Library:
         tokens = self.in_spaces.tokens(snapshot_id) if snapshot_id in self.snapshots else b""
         snapshot = self.snapshots.pop(snapshot_id, None)
         self.index.drop(snapshot_id)
+        self.n_changes += 1
         if snapshot is not None:
             self.covers.dropped(snapshot, tokens)
 

@@ -1,0 +1,119 @@
+"""Of many slots only a few are looked at, and the choice is the same as if all were."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from llamaslot.backend import slot_table as pool_module
+from llamaslot.backend.slot_table import Pool
+from llamaslot.cache.content import Content
+from llamaslot.cache.ids import pack
+from llamaslot.cache.namespaces import Space
+from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.placement import Rules, place
+from llamaslot.scheduling.plan import Plan, Wait
+from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.slots import Event
+from llamaslot.store import WithTokens
+
+N_SLOTS = 40
+SPACES = (Space(), Space("anna"))
+
+
+def tokens(rng: random.Random, stems: list[list[int]]) -> list[int]:
+    """A conversation: some part of a common stem, then its own."""
+    stem = rng.choice(stems)
+    own = [rng.randrange(50_000) for _ in range(rng.choice([0, 10, 80, 700, 3000]))]
+    return stem[: rng.choice([0, 5, 40, len(stem)])] + own
+
+
+def filled(rng: random.Random, stems: list[list[int]]) -> Pool:
+    """Slots that are free, hold something, or are at work; some of it is on disk."""
+    pool = Pool("gpu0", N_SLOTS, 20_000, rules=Rules(), rates=Rates())
+    pool.can_save = pool.can_erase = True
+    for _ in range(8):
+        n = rng.randrange(500, 4000)
+        pool.rates.prefill.observe(0, n, n / 2000 * rng.uniform(0.9, 1.1))
+    for slot in rng.sample(pool.slots, N_SLOTS - rng.randrange(4)):
+        if not slot.is_idle:
+            continue
+        held, space = pack(tokens(rng, stems)), rng.choice(SPACES)
+        snapshot = None
+        if held and rng.random() < 0.3 and space == Space():
+            snapshot = f"s{slot.id}"
+            pool.add_snapshot(
+                WithTokens.of(
+                    held,
+                    id=snapshot,
+                    size_bytes=len(held) * 10,
+                    fingerprint="m",
+                    created_at=0.0,
+                    checkpoints=(),
+                    source="r",
+                    space="",
+                )
+            )
+        content = Content(held, is_dirty=snapshot is None, snapshot=snapshot, space=space)
+        now = rng.uniform(0, 3000)
+        pool.take(slot, Job("fill", held, space=space), now, has_answer=False)
+        pool.give_back(slot, Event.KEEP, content, now)
+        if rng.random() < 0.3:
+            job = Job(f"busy{slot.id}", pack(tokens(rng, stems)), space=space)
+            plan = place(job, pool.view(job, 3000.0, {}), pool.rules)
+            if isinstance(plan, Plan):
+                pool.take(pool.slots[plan.slot], job, 3000.0, plan, has_answer=True)
+    return pool
+
+
+def cost(decision: Plan | Wait) -> tuple[bool, float]:
+    place = decision.place if isinstance(decision, Wait) else decision
+    assert place is not None
+    return isinstance(decision, Wait), place.cost.total_s
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_choice_is_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the millisecond, within which the slot used longest ago is taken."""
+    rng = random.Random(seed)
+    stems = [[rng.randrange(50_000) for _ in range(rng.choice([20, 300, 2000]))] for _ in range(3)]
+    pool = filled(rng, stems)
+    pool.check()
+    for _ in range(10):
+        job = Job(
+            "asks",
+            pack(tokens(rng, stems) or [1]),
+            n_system=rng.choice([0, 5, 300]),
+            space=rng.choice(SPACES),
+            is_cold=rng.random() < 0.1,
+        )
+        reserved = dict.fromkeys(rng.sample(range(N_SLOTS), 3), 1.0)
+        few = pool.view(job, 3001.0, reserved)
+        monkeypatch.setattr(pool_module, "_FEW_SLOTS", N_SLOTS)
+        every = pool.view(job, 3001.0, reserved)
+        monkeypatch.undo()
+        assert len(few.slots) < len(every.slots)
+        assert (few.snapshots, few.trunks) == (every.snapshots, every.trunks)
+        assert set(few.slots) <= set(every.slots)
+        chosen, best = (place(job, view, pool.rules) for view in (few, every))
+        assert cost(chosen)[0] is cost(best)[0]
+        assert cost(chosen)[1] == pytest.approx(cost(best)[1], abs=0.0021)
+        if isinstance(chosen, Plan) and isinstance(best, Plan):
+            assert chosen.source is best.source
+            assert (chosen.next_best is None) == (best.next_best is None)
+
+
+def test_what_others_hold_of_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known from the tree alone what a search finds."""
+    for seed in range(20):
+        rng = random.Random(seed)
+        pool = filled(rng, [[rng.randrange(9) for _ in range(30)] for _ in range(3)])
+        for slot in pool.slots:
+            if not slot.is_idle or not slot.content.tokens:
+                continue
+            others = {other.id for other in pool.slots if other is slot or not other.is_idle}
+            found = pool._residents.cover(slot.content.tokens, slot.content.space, exclude=others)
+            on_disk = pool._offers.on_disk(slot.content.tokens, slot.content.space)
+            assert pool.covered(slot) == max(found, on_disk)
+            assert pool.on_disk(slot) == on_disk
