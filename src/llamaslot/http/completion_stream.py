@@ -390,6 +390,6 @@ class Answering:
             " after %.2f s",
             self.asked.id, self.lease.job.user.id, self.lease.slot_name, self.source.value,
             n_computed, self.lease.job.n_tokens,
-            f", {earlier.seconds:.2f} s of it ahead" if earlier is not None else "",
+            f" ({earlier.seconds:.2f} s of it before the request itself)" if earlier is not None else "",
             first_s, time.monotonic() - self.asked.started,
         )  # fmt: skip
