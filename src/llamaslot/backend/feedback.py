@@ -84,7 +84,7 @@ class Settling:
 
     def _retire(self, snapshot: Snapshot, n_expected: int, n_reused: int) -> None:
         log.warning(
-            "snapshot %s gave twice less than it holds (%d of %d tokens) and is dropped",
+            "snapshot %s twice gave less than half of what was expected (%d of %d tokens) and is dropped",
             snapshot.id, n_reused, n_expected,
         )  # fmt: skip
         self.metrics.retired.inc()

@@ -21,7 +21,7 @@ _WHY = {
     Reason.MISCOUNTED: "llama-server counted other tokens in it; please report the model",
 }
 
-_COSTS = "a %s request is served without known tokens and its context is not found again: %s"
+_COSTS = "the prompt of a %s request could not be tokenized, so its context is not found again: %s"
 
 
 class Metrics:
