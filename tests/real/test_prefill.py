@@ -93,6 +93,21 @@ async def test_interruptions_leave_no_checkpoints(
     assert pieces[1].n_bytes <= 1.2 * pieces[0].n_bytes
 
 
+async def test_a_dense_prompt_that_is_alone_goes_on_from_the_batch_where_it_was_interrupted(
+    tmp_path: Path, figure: Figure
+) -> None:
+    """For short requests. Nothing is computed twice."""
+    settings = {**PREFILLS_ITSELF, "prefill": {**PREFILLS_ITSELF["prefill"], "stretch_s": 1.0}}
+    options = {**SMALL, "settings": settings, "slots": 2, "context": 12_288}
+    async with Stack(models.dense(tmp_path), tmp_path, **options) as stack:
+        pieces = await prefill_in_pieces(stack, n_prompt=12_000, n_interruptions=5)
+        n_stopped = (await stack.own_metrics())["llamaslot_prefill_interruptions_total"]
+    figure(f"{pieces}, interrupted {n_stopped:.0f} times")
+    assert pieces.n_short >= 2
+    assert n_stopped >= 1
+    assert pieces.n_computed <= pieces.n_prompt + 100
+
+
 @pytest.mark.parametrize(
     ("kind", "is_saved", "n_question"),
     [("dense", True, 60), ("recurrent", True, 3000), ("dense", False, 60)],
