@@ -49,7 +49,7 @@ class Shelter:
         self.directory, self.quota_bytes, self.order = directory, quota_bytes, order
         self.max_files, self.min_free_bytes = 10_000, 0
         self.register = directory.with_name(directory.name + ".sidecars")
-        self.time = 1_000_000.0
+        self.time, self.seconds_per_look = 1_000_000.0, 1.0
         self.dropped: list[str] = []
         self.has_dropped = asyncio.Event()
         self.catalog = self._catalog()
@@ -72,7 +72,7 @@ class Shelter:
 
     def tick(self) -> float:
         """Each look at the clock is a second later, so that nothing is used at the same time."""
-        self.time += 1.0
+        self.time += self.seconds_per_look
         return self.time
 
     async def open(self) -> Catalog:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaslot.store import Draft, QuotaExceeded
+from llamaslot.store import Draft, QuotaExceeded, sidecar
 from tests.support.snapshots import Shelter, opened, refuse, some_tokens
 
 TOKENS = some_tokens(40)
@@ -329,6 +329,18 @@ async def test_fewer_files_at_the_next_start(tmp_path: Path) -> None:
     shelter.max_files = 2
     await shelter.reopen()
     assert set(shelter.catalog.snapshots) == {saved[3].id, saved[4].id}
+    await closed(shelter)
+
+
+async def test_opening_compares_ranks_of_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the files takes time, in the order of their names: what is read first is not worth more for that."""
+    ids = iter(f"ls-{n:016x}" for n in (1, 3, 2))
+    monkeypatch.setattr(sidecar, "new_id", lambda: next(ids))
+    shelter = await limited(tmp_path)
+    saved = [await shelter.save(some_tokens(40, seed), 100) for seed in range(3)]
+    shelter.max_files, shelter.seconds_per_look = 2, 100.0
+    await shelter.reopen()
+    assert set(shelter.catalog.snapshots) == {saved[1].id, saved[2].id}
     await closed(shelter)
 
 

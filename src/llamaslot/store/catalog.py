@@ -144,15 +144,16 @@ class Catalog:
             found = await scan.scan(self.directory, await self._register.read())
         except OSError as error:
             raise DirectoryUnusable(f"{self.directory} cannot be read: {error.strerror or error}") from error
+        now = self._now()  # one for all: a rank tells nothing beside that of another moment
         for snapshot in found.snapshots:
-            self._list(snapshot, found.last_used[snapshot.id], hits.get(snapshot.id, NEVER))
+            self._list(snapshot, found.last_used[snapshot.id], now, hits.get(snapshot.id, NEVER))
         self._register.marks, self._register.durable = found.marks, found.durable
         for id_, size in found.leftovers.items():
             self._room.leave(id_, size)
         for fault in found.faults:
             log.warning("snapshots: %s", fault)
         await self._room.look()
-        over = self._shelf.victims(*self._room.short(), (), self._now())
+        over = self._shelf.victims(*self._room.short(), (), now)
         for victim in over:
             self._take(victim.id)
         while self._room.removing:
@@ -280,7 +281,7 @@ class Catalog:
         self._room.n_commits += 1
         del self._drafts[noted.id]
         self._room.granted -= held.size_bytes
-        self._list(snapshot.listed, noted.created_at - held.idle_s)
+        self._list(snapshot.listed, noted.created_at - held.idle_s, self._now())
         self._upkeep.sync(noted)
         return snapshot
 
@@ -390,9 +391,9 @@ class Catalog:
 
     # -- in one breath --------------------------------------------------------------------------------------------
 
-    def _list(self, snapshot: Snapshot, last_used: float, hits: Hits = NEVER) -> None:
+    def _list(self, snapshot: Snapshot, last_used: float, now: float, hits: Hits = NEVER) -> None:
         n_hits, is_branched = hits
-        self._shelf.add(snapshot, self._now(), last_used=last_used, n_hits=n_hits, is_branched=is_branched)
+        self._shelf.add(snapshot, now, last_used=last_used, n_hits=n_hits, is_branched=is_branched)
         self._room.committed += snapshot.size_bytes
 
     def _take(self, id_: str) -> Snapshot:
