@@ -20,8 +20,10 @@ from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.prefill_policy import Sharing
 
-SMALL = Recipe(n_users=8, day_s=1200.0, arrival_s=60.0, burst_each=4, p_pause=0.0, usual_answer_s=30.0)
+SMALL = Recipe(n_users=6, day_s=700.0, arrival_s=60.0, burst_each=4, p_pause=0.0, usual_answer_s=30.0)
 FEW_SLOTS = 2
+
+pytestmark = pytest.mark.xdist_group("simulator")  # each run is made once
 FAST = Hardware().times(4)  # fewer stretches of half a second
 
 
