@@ -20,6 +20,7 @@ from llamaslot.store import disk_index_files, disk_index_rebuild
 from llamaslot.store.disk_index_files import MANIFEST, GenerationUnusable, open_generation
 from llamaslot.store.disk_index_rebuild import Renewal
 from llamaslot.tasks import TaskOwner
+from tests.support.generations import grow_in_a_thread
 
 
 def sequences(n: int, seed: int = 1) -> dict[str, bytes]:
@@ -59,6 +60,18 @@ async def tasks() -> TaskOwner:
     return TaskOwner()
 
 
+@pytest.fixture(autouse=True)
+def grown(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread, but for the tests that are about the process."""
+    if "own_process" not in request.fixturenames:
+        grow_in_a_thread(monkeypatch)
+
+
+@pytest.fixture
+def own_process() -> None:
+    """For ``usefixtures``: generations are grown as in the program."""
+
+
 async def made(directory: Path, held: dict[str, bytes], tasks: TaskOwner) -> tuple[Renewal, SnapshotIndex]:
     """A generation of ``held`` on disk, and who made it."""
     maker = Renewal(directory, "model a", tasks)
@@ -67,6 +80,7 @@ async def made(directory: Path, held: dict[str, bytes], tasks: TaskOwner) -> tup
     return maker, index
 
 
+@pytest.mark.usefixtures("own_process")
 async def test_a_generation_outlives_the_process(tmp_path: Path, tasks: TaskOwner) -> None:
     """What was held is there after a restart, mapped, and no snapshot is read."""
     held = sequences(40)
@@ -80,6 +94,7 @@ async def test_a_generation_outlives_the_process(tmp_path: Path, tasks: TaskOwne
     assert isinstance(again.base.columns.point, memoryview)
 
 
+@pytest.mark.usefixtures("own_process")
 async def test_a_second_generation_is_made_of_the_first(tmp_path: Path, tasks: TaskOwner) -> None:
     """Without what was dropped, with what was added; the files of the first one go."""
     held = sequences(40)
@@ -203,6 +218,7 @@ async def test_no_generation_is_no_fault(
     assert (caplog.records, left.exists(), foreign.exists()) == ([], False, True)
 
 
+@pytest.mark.usefixtures("own_process")
 @pytest.mark.parametrize("where", ["create", "the process", "accept"])
 async def test_a_failure_changes_nothing(
     where: str, tmp_path: Path, tasks: TaskOwner, caplog: pytest.LogCaptureFixture
@@ -247,6 +263,7 @@ async def test_without_the_old_generation_on_disk_all_goes_on(
     assert await Renewal(tmp_path, "model a", tasks).open() is None
 
 
+@pytest.mark.usefixtures("own_process")
 async def test_cancelling_at_every_await(tmp_path: Path, tasks: TaskOwner) -> None:
     """Wherever it is cancelled, the index is whole, and what is on disk is a generation that can be opened."""
     held = sequences(5)

@@ -17,6 +17,7 @@ from llamaslot.llama.identity import Identity
 from llamaslot.store import Catalog, WithTokens
 from llamaslot.store.model_snapshots import Libraries
 from llamaslot.tasks import TaskOwner
+from tests.support.generations import grow_in_a_thread
 
 PROBS = dict.fromkeys(range(8), -1.0)
 MODEL, OTHER = Identity({"n_vocab": 9}, PROBS), Identity({"n_vocab": 7}, PROBS)
@@ -81,6 +82,7 @@ def snapshot(id_: str, seed: int, fingerprint: str = "model") -> WithTokens:
 @pytest.fixture
 async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     monkeypatch.setattr(due, "NEW_MIN", 100)
+    grow_in_a_thread(monkeypatch)
     world = World(tmp_path, 200)
     yield world
     await world.tasks.close()

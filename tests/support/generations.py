@@ -1,0 +1,19 @@
+"""Generations of the index on disk, grown without a process: that takes 0.4 s to begin, each time."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from llamaslot.store import generation
+from llamaslot.store.renewal import Renewal
+
+
+def grow_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on a thread does what the process would, from the same input to the same files."""
+
+    async def grow(self: Renewal, id_: str) -> None:
+        await asyncio.to_thread(generation.grow, self._directory, id_)
+
+    monkeypatch.setattr(Renewal, "_grow", grow)
