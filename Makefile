@@ -1,8 +1,8 @@
 # Two commands on a fresh machine with python3 and make:
 #   make serve    a llama.cpp with a small chat model behind llamaslot on http://127.0.0.1:8081/v1
 #   make test     everything that is checked before a change goes in; .ci/run is the same
-# Others: make lint, make types, make soak (long tests), make fuzz (FUZZ_BODIES=1000 for less), make bench-index,
-#   make bench-simulator, make smollm2 (the model alone), make clean.
+# Others: make lint, make types, make pytest, make soak (long tests), make fuzz (FUZZ_BODIES=1000 for less),
+#   make bench-index, make bench-simulator, make smollm2 (the model alone), make clean.
 
 PYTHON ?= python3
 CONFIG ?= config.yaml
@@ -14,14 +14,21 @@ CODEX_VERSION := 0.171.0
 CODEX := $(CACHE)/codex-$(CODEX_VERSION)
 MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: serve test lint types soak fuzz bench bench-index bench-simulator smollm2 clean
+.PHONY: serve test lint types pytest soak fuzz bench bench-index bench-simulator smollm2 clean
 .DELETE_ON_ERROR:
+
+# llamaslot is started hundreds of times by its tests, and compiling its own modules is a third of what a start takes.
+unexport PYTHONDONTWRITEBYTECODE
 
 serve: $(VENV)/.embedded $(MODEL)
 	exec $(BIN)/llamaslot serve --config $(CONFIG)
 
-# What waits runs two at a time; what needs the real llama.cpp comes last, one at a time (tests/conftest.py).
-test: lint types
+# mypy takes one core for half a minute: the first tests run beside it.
+test: lint
+	@$(MAKE) --no-print-directory --jobs 2 types pytest
+
+# Two at a time; what measures time comes last, and nothing runs beside it (tests/conftest.py).
+pytest: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 lint: $(VENV)/.dev

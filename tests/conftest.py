@@ -7,9 +7,20 @@ import pytest
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those on the real llama.cpp come last, and on one worker: nothing else runs beside them, llama-server has the
-    machine to itself."""
-    items.sort(key=lambda item: item.get_closest_marker("real") is not None)
+    """First those on the real llama.cpp, each file on one worker, so that its servers are started once. Then all
+    others, one by one, on whichever worker is free. Last what is marked ``alone``: on one worker, with nothing beside.
+    """
+    items.sort(key=_part)
     for item in items:
-        if item.get_closest_marker("real") is not None:
-            item.add_marker(pytest.mark.xdist_group("real"))
+        if item.get_closest_marker("alone") is not None:
+            item.add_marker(pytest.mark.xdist_group("alone"))
+        elif item.get_closest_marker("real") is not None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def _part(item: pytest.Item) -> int:
+    if item.get_closest_marker("alone") is not None:
+        return 3
+    if item.get_closest_marker("real") is not None:
+        return 0
+    return 1 if item.get_closest_marker("xdist_group") is not None else 2

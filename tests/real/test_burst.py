@@ -10,7 +10,7 @@ import pytest
 from tests.support import burst, models
 from tests.support.stack import Stack
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.alone]
 
 
 async def test_small_requests_at_once_use_more_than_one_slot_and_lose_nothing(tmp_path: Path) -> None:

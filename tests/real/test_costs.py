@@ -22,6 +22,7 @@ from tests.support.users import Client, Reply, words
 pytestmark = pytest.mark.real
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("kind", "speed", "place"),
     [("dense", "2x128", "system"), ("swa", "2x64", "user"), ("recurrent", "2x128", "user")],

@@ -18,7 +18,7 @@ from tests.support import models
 from tests.support.fake import FakeServer
 from tests.support.real import RealServer
 
-pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.real, pytest.mark.alone, pytest.mark.asyncio(loop_scope="module")]
 
 Server = FakeServer | RealServer
 BATCH = 256

@@ -137,6 +137,7 @@ async def test_the_quota_holds_while_slots_with_long_answers_are_saved(
     assert result.most_bytes > result.quota_bytes / 2
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("stage", ["prefill", "prefill, not streaming"])
 async def test_a_client_that_leaves_a_prefill_frees_its_slot(
     tmp_path: Path, figure: Figure, stage: Stage
@@ -161,6 +162,7 @@ async def test_a_client_that_leaves_the_queue_costs_nothing(tmp_path: Path, figu
     assert result.n_computed <= 0
 
 
+@pytest.mark.alone
 async def test_a_client_that_leaves_mid_stream_frees_its_slot(tmp_path: Path, figure: Figure) -> None:
     """Nothing is generated for it two seconds later."""
     stage: Stage = "mid-stream"
@@ -213,6 +215,7 @@ async def test_requests_that_take_several_slots_cost_nobody_his_context(
     assert result.ratio >= 0.99
 
 
+@pytest.mark.alone
 async def test_a_user_alone_finds_his_context_at_once(tmp_path: Path, figure: Figure) -> None:
     """Each follow-up computes only what is new. The times are shown; what they must be is for ``make soak``."""
     model = models.dense(tmp_path)

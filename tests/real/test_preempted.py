@@ -16,7 +16,7 @@ from tests.support.speeds import Kind, Speed, model_of
 from tests.support.stack import Stack
 from tests.support.users import Client, Event, User, rendered, symbols
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.alone]
 
 N_ANSWER = 150
 

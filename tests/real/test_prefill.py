@@ -33,6 +33,7 @@ def model_of(kind: str, directory: Path) -> Path:
     return {"swa": models.swa, "recurrent": models.recurrent}[kind](directory)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("oldest", [0, N_SLOTS - 1])
 async def test_follow_ups_are_answered_before_a_strangers_long_prompt(
     tmp_path: Path, figure: Figure, oldest: int
@@ -47,6 +48,7 @@ async def test_follow_ups_are_answered_before_a_strangers_long_prompt(
     assert result.n_before == N_SLOTS - 1
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("kind", "place"),
     # A recurrent model of this size computes all of it before waiting would pay: tests/soak has a larger one.
@@ -62,6 +64,7 @@ async def test_what_new_conversations_have_in_common_is_computed_once(
     assert result.share <= 1.1
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("kind", "n_prompt", "n_slots"), [("dense", 5000, 3), ("swa", 8000, 1), ("recurrent", 20_000, 1)]
 )
@@ -151,6 +154,7 @@ async def test_answers_beside_others_are_those_of_an_idle_server(
     assert result.differ == ()
 
 
+@pytest.mark.alone
 async def test_an_answer_that_nobody_waits_for_gives_up_its_slot(tmp_path: Path, figure: Figure) -> None:
     """A client that does not stream leaves while its answer is decoded beside a stream: a newcomer has its slot
     before all of it could have been decoded."""

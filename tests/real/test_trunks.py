@@ -27,6 +27,7 @@ async def test_a_new_conversation_reuses_a_system_prompt_that_another_one_comput
     assert min(opening.share for opening in openings) >= 0.98
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["recurrent", "swa"])
 async def test_conversations_that_begin_together_compute_their_system_prompt_once(
     tmp_path: Path, figure: Figure, kind: str

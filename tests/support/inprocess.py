@@ -16,7 +16,6 @@ import contextlib
 import io
 import json
 import random
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from tests.support import models
 from tests.support.answers import Answer
 from tests.support.fake import FakeServer
 from tests.support.fake_model import FakeModel, pack
+from tests.support.real import free_port
 
 CHAT, TEXT, NATIVE = "/v1/chat/completions", "/v1/completions", "/completion"
 PATIENCE_S = 10.0
@@ -50,22 +50,6 @@ QUIET: Settings = {
 def of_kind(kind: str, directory: Path) -> dict[str, Any]:
     """What makes a fake of this kind. With a sliding window there is a file that tells how long that is."""
     return {"kind": kind, **({"model": FakeModel(path=str(models.swa(directory)))} if kind == "swa" else {})}
-
-
-_taken: set[int] = set()
-
-
-def quiet_port() -> int:
-    """A free port below those that Linux gives to outgoing connections: none of the test's own clients can take it
-    before it is listened on, and no two of a test are the same."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        if port in _taken:
-            continue
-        _taken.add(port)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def letters(seed: int, n: int) -> str:
@@ -293,7 +277,7 @@ def configured(directory: Path, url: str, save_dir: Path | None, settings: Setti
             sections[name] = values
     backend |= sections.pop("backend", {})
     sections["store"]["meta_dir"] = str(directory / "meta")
-    sections.setdefault("listen", {})["port"] = quiet_port()
+    sections.setdefault("listen", {})["port"] = free_port()
     (directory / "meta").mkdir(parents=True, exist_ok=True)
     return Config.model_validate({"backends": [backend], **sections}, context={"directory": directory})
 
@@ -316,7 +300,7 @@ async def served(
     save_dir = directory / "kv"
     save_dir.mkdir(parents=True, exist_ok=True)
     options = {"slots": 2, "context": 8192, "gone_s": 0.05, **fake}
-    server = FakeServer(save_dir if has_save_path else None, port=quiet_port(), **options)
+    server = FakeServer(save_dir if has_save_path else None, port=free_port(), **options)
     config = configured(directory, answers_at or server.url, save_dir, settings or {})
     async with _session() as session:
         it = Served(fake=server, config=config, session=session, save_dir=save_dir)

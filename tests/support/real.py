@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import random
 import socket
 import sys
 import tempfile
@@ -18,12 +20,20 @@ import aiohttp
 START_TIMEOUT_S = 60.0
 
 
+_taken: set[int] = set()
+
+
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of 127.0.0.1 below those that Linux gives to outgoing connections: no client, of this test or of another,
+    can take it before it is listened on, and no two of a test are the same."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        if port in _taken:
+            continue
+        _taken.add(port)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class RealServer:
