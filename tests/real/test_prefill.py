@@ -16,7 +16,7 @@ from tests.support.prefilling import N_SLOTS, PREFILLS_ITSELF, abandon, compare_
 from tests.support.real import RealServer
 from tests.support.resuming import UNSEEN, leave_and_return, prefill_in_pieces, restart_unseen
 from tests.support.stack import Stack
-from tests.support.together import Place, answer_beside_others, begin_together
+from tests.support.together import answer_beside_others, begin_together
 
 pytestmark = pytest.mark.real
 
@@ -49,17 +49,10 @@ async def test_follow_ups_are_answered_before_a_strangers_long_prompt(
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize(
-    ("kind", "place"),
-    # A recurrent model of this size computes all of it before waiting would pay: tests/soak has a larger one.
-    [("dense", "completions"), ("dense", "user"), ("swa", "system")],
-)
-async def test_what_new_conversations_have_in_common_is_computed_once(
-    tmp_path: Path, figure: Figure, kind: str, place: Place
-) -> None:
-    """Four at once, in a system message, a user message or a plain prompt."""
-    async with Stack(model_of(kind, tmp_path), tmp_path, context=5000, **SMALL) as stack:
-        result = await begin_together(stack, place, n_common=3000, n_own=200)
+async def test_what_new_conversations_have_in_common_is_computed_once(tmp_path: Path, figure: Figure) -> None:
+    """Four at once, in a plain prompt (in messages, and on other kinds of models: tests/real/test_costs.py)."""
+    async with Stack(model_of("dense", tmp_path), tmp_path, context=5000, **SMALL) as stack:
+        result = await begin_together(stack, "completions", n_common=3000, n_own=200)
     figure(result)
     assert result.share <= 1.1
 

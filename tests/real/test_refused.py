@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+import pytest_asyncio
 
 from tests.support import models
 from tests.support.figures import Figure
@@ -17,7 +19,7 @@ from tests.support.real import RealServer
 from tests.support.stack import Stack
 from tests.support.users import words
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module")]
 
 CHAT, TEXT, NATIVE, INFILL = "/v1/chat/completions", "/v1/completions", "/completion", "/infill"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
@@ -93,6 +95,22 @@ def bodies(rng: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
         yield path, {**good[path], "stream": number % 2 == 1, **fault}
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def dense(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
+    """What a test's ``fill`` puts into its slots is all that it knows of them."""
+    directory = tmp_path_factory.mktemp("refused")
+    async with started(models.infill(directory), directory) as stack:
+        yield stack
+
+
+def started(model: Path, directory: Path) -> Stack:
+    return Stack(model, directory, slots=N_SLOTS, context=8192, settings=SETTINGS)
+
+
+async def n_saves(stack: Stack) -> float:
+    return (await stack.own_metrics())["llamaslot_saves_total"]
+
+
 async def post(url: str, path: str, body: dict[str, Any]) -> tuple[int, str]:
     async with aiohttp.ClientSession() as session, session.post(url + path, json=body) as response:
         return response.status, await response.text()
@@ -114,11 +132,15 @@ async def held(server: RealServer) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["dense", "recurrent"])
-async def test_what_is_refused_is_not_computed(tmp_path: Path, figure: Figure, kind: str) -> None:
+async def test_what_is_refused_is_not_computed(
+    tmp_path: Path, dense: Stack, figure: Figure, kind: str
+) -> None:
     """On all routes, streaming or not: status and text are llama-server's own, and the slots keep what they hold."""
     rng = random.Random(5)
-    model = models.infill(tmp_path) if kind == "dense" else models.recurrent(tmp_path)
-    async with Stack(model, tmp_path, slots=N_SLOTS, context=8192, settings=SETTINGS) as stack:
+    async with AsyncExitStack() as stacks:
+        stack = dense
+        if kind == "recurrent":
+            stack = await stacks.enter_async_context(started(models.recurrent(tmp_path), tmp_path))
         await post(
             stack.url, INFILL, {"input_prefix": "a", "input_suffix": "b", "n_predict": 1}
         )  # learns its layout
@@ -234,41 +256,36 @@ CUT = '{"a": '
 
 
 @pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
-async def test_what_reached_no_slot_discredits_none(tmp_path: Path, path: str) -> None:
+async def test_what_reached_no_slot_discredits_none(dense: Stack, path: str) -> None:
     """llama-server answers some mistakes of clients with 500, before any slot: then no slot is saved or given up."""
-    rng = random.Random(6)
-    async with Stack(
-        models.dense(tmp_path), tmp_path, slots=N_SLOTS, context=8192, settings=SETTINGS
-    ) as stack:
-        await fill(stack, rng)
-        before = (await stack.status())["slots"]
-        question = {"role": "user", "content": words(rng, N_HELD)}
-        call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": CUT}
-        result = {"type": "function_call_output", "call_id": "c", "output": "x"}
-        bad: dict[str, Any] = {
-            RESPONSES: {"input": [question, call, result]},
-            MESSAGES: {"messages": [question, {"content": "no role"}], "max_tokens": 4},
-        }
-        direct = await post(stack.server.url, path, bad[path])
-        assert direct[0] == 500
-        assert await post(stack.url, path, bad[path]) == direct
-        after = (await stack.status())["slots"]
-        assert [(slot["state"], slot["n_tokens"]) for slot in after] == [("HOT", N_HELD)] * N_SLOTS
-        assert [slot["n_tokens"] for slot in before] == [N_HELD] * N_SLOTS
-        assert (await stack.own_metrics())["llamaslot_saves_total"] == 0
+    stack, rng = dense, random.Random(path)
+    await fill(stack, rng)
+    before, n_before = (await stack.status())["slots"], await n_saves(stack)
+    question = {"role": "user", "content": words(rng, N_HELD)}
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": CUT}
+    result = {"type": "function_call_output", "call_id": "c", "output": "x"}
+    bad: dict[str, Any] = {
+        RESPONSES: {"input": [question, call, result]},
+        MESSAGES: {"messages": [question, {"content": "no role"}], "max_tokens": 4},
+    }
+    direct = await post(stack.server.url, path, bad[path])
+    assert direct[0] == 500
+    assert await post(stack.url, path, bad[path]) == direct
+    after = (await stack.status())["slots"]
+    assert [(slot["state"], slot["n_tokens"]) for slot in after] == [("HOT", N_HELD)] * N_SLOTS
+    assert [slot["n_tokens"] for slot in before] == [N_HELD] * N_SLOTS
+    assert await n_saves(stack) == n_before
 
 
-async def test_of_a_request_with_several_answers_nothing_is_lost(tmp_path: Path) -> None:
+async def test_of_a_request_with_several_answers_nothing_is_lost(dense: Stack) -> None:
     """``n`` > 1 of a short prompt takes the slots of others, and gives them back as they were when it is refused."""
-    rng = random.Random(7)
-    async with Stack(
-        models.dense(tmp_path), tmp_path, slots=N_SLOTS, context=8192, settings=SETTINGS
-    ) as stack:
-        await fill(stack, rng)
-        body = {"prompt": "short", "n": 2, "n_predict": 4, "grammar": BROKEN}
-        direct = await post(stack.server.url, NATIVE, body)
-        assert direct[0] == 400
-        assert await post(stack.url, NATIVE, body) == direct
-        after = (await stack.status())["slots"]
-        assert [(slot["state"], slot["n_tokens"]) for slot in after] == [("HOT", N_HELD)] * N_SLOTS
-        assert (await stack.own_metrics())["llamaslot_saves_total"] == 0
+    stack, rng = dense, random.Random(7)
+    await fill(stack, rng)
+    n_before = await n_saves(stack)
+    body = {"prompt": "short", "n": 2, "n_predict": 4, "grammar": BROKEN}
+    direct = await post(stack.server.url, NATIVE, body)
+    assert direct[0] == 400
+    assert await post(stack.url, NATIVE, body) == direct
+    after = (await stack.status())["slots"]
+    assert [(slot["state"], slot["n_tokens"]) for slot in after] == [("HOT", N_HELD)] * N_SLOTS
+    assert await n_saves(stack) == n_before

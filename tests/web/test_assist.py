@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llamaslot.backend import connect
 from llamaslot.backend.backend import Health
 from llamaslot.backend.probes import Probes
 from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, right, served, spawn
@@ -265,8 +266,11 @@ async def test_a_server_that_is_exchanged_is_served_as_it_is(tmp_path: Path, is_
         assert bool(touched(it, since)) is is_unified_first
 
 
-async def test_while_all_slots_are_at_work_for_others_requests_are_served(tmp_path: Path) -> None:
+async def test_while_all_slots_are_at_work_for_others_requests_are_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At the start: they are queued by llama-server, and llamaslot helps as soon as a slot is idle."""
+    monkeypatch.setattr(connect, "_SETTLE_POLL_S", 0.01)
     async with served(tmp_path, wait=False, slots=1) as it:
         await it.fake.start()
         it.fake.hold()
