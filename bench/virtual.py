@@ -32,17 +32,23 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self.run_until_complete(main)
 
     def settle(self, rounds: int = 30) -> None:
-        """Let all that is ready run; time does not pass."""
-        self.run_until_complete(_spin(rounds))
+        """Let all that is ready run, and what that makes ready, for so many rounds at most; time does not pass."""
+        self.run_until_complete(self._spin(rounds))
 
     def pass_time(self, seconds: float) -> None:
         """Let ``seconds`` pass, with all that happens in them."""
         self.run_until_complete(asyncio.sleep(seconds))
 
+    async def _spin(self, rounds: int) -> None:
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+            if not self._is_anything_ready():
+                return
 
-async def _spin(rounds: int) -> None:
-    for _ in range(rounds):
-        await asyncio.sleep(0)
+    def _is_anything_ready(self) -> bool:
+        """Beside the one that asks, which runs now."""
+        timers: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
+        return bool(self._ready) or bool(timers and timers[0].when() <= self.time())  # type: ignore[attr-defined]
 
 
 class _Jumper(selectors.BaseSelector):
@@ -53,7 +59,8 @@ class _Jumper(selectors.BaseSelector):
         self._real = selectors.DefaultSelector()
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        events = self._real.select(0)
+        # The loop's own pipe, which only threads and signals write to, is always there; asking takes as long as a step.
+        events = self._real.select(0) if len(self._real.get_map()) > 1 else []
         if events or timeout == 0:
             return events
         if timeout is None:

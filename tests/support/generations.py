@@ -6,14 +6,14 @@ import asyncio
 
 import pytest
 
-from llamaslot.store import generation
-from llamaslot.store.renewal import Renewal
+from llamaslot.store import disk_index_files
+from llamaslot.store.disk_index_rebuild import Renewal
 
 
 def grow_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on a thread does what the process would, from the same input to the same files."""
 
     async def grow(self: Renewal, id_: str) -> None:
-        await asyncio.to_thread(generation.grow, self._directory, id_)
+        await asyncio.to_thread(disk_index_files.grow, self._directory, id_)
 
     monkeypatch.setattr(Renewal, "_grow", grow)
