@@ -78,12 +78,13 @@ class Proxy:
         self.rates, self.metrics, self.tasks = Rates(), Metrics(), TaskOwner()
         rules = rules or Rules()
         self.scheduler = Scheduler(rules, PATIENT, loop.time)
-        self.scheduler.pin = disk.pin
+        self.leases = self.scheduler.add("simulated")
+        self.leases.pin = disk.pin
         self.scheduler.on_prefix_wait = self.metrics.prefix_wait_s.observe
         api, catalog = cast(LlamaServer, server), cast(Catalog, disk)
         self.steps = Steps(api, catalog, self.rates, self.metrics, self.tasks, loop.time)
         self.steps.fingerprint, self.steps.boot_id = FINGERPRINT, "simulated"
-        self.writeback = Writeback(self.scheduler, self.steps, IDLE_SAVE_S)
+        self.writeback = Writeback(self.leases, self.steps, IDLE_SAVE_S)
         self.pool = Pool("simulated", server.n_slots, N_CTX, rules=rules, rates=self.rates)
         self.pool.can_save = self.pool.can_erase = True
         self._loop = loop

@@ -78,13 +78,14 @@ class House:
         self.catalog = StubCatalog(server, room, on_drop=self._dropped)
         self.rates, self.metrics, self.tasks = Rates(), Metrics(), TaskOwner()
         self.scheduler = Scheduler(rules, limits or QueueLimits(), loop.time)
+        self.leases = self.scheduler.add("stub")
         api, catalog = cast(LlamaServer, server), cast(Catalog, self.catalog)
         self.steps = Steps(api, catalog, self.rates, self.metrics, self.tasks, loop.time)
-        self.turns = Turns(api, self.scheduler, self.steps, self.tasks)
-        self.writeback = Writeback(self.scheduler, self.steps, 2.0)
-        self.drains = Drains(api, self.scheduler, loop.time)
-        self.scheduler.on_drain = self.drains.add
-        self.scheduler.pin = self.catalog.pin
+        self.turns = Turns(api, self.leases, self.steps, self.tasks)
+        self.writeback = Writeback(self.leases, self.steps, 2.0)
+        self.drains = Drains(api, self.leases, loop.time)
+        self.leases.on_drain = self.drains.add
+        self.leases.pin = self.catalog.pin
         self.steps.fingerprint = MODEL
         self.saved_tokens = b""  # what ``keep_one_on_disk`` has put there
         self.clients: dict[asyncio.Task[Any], str] = {}
@@ -143,7 +144,7 @@ class House:
         ):  # what was on its way to the new process is not there before it is met
             if op.kind == "send":
                 self.server.fail(op, BackendDown("gone"))
-        self.scheduler.detach(BackendDown("gone") if is_down else None)
+        self.scheduler.detach("stub", BackendDown("gone") if is_down else None)
 
     def _dropped(self, snapshot: Snapshot) -> None:
         if self.scheduler.pool is not None:
@@ -166,7 +167,7 @@ class House:
 
     def _guard_landing(self, slot_id: int) -> None:
         """A slot whose answer has just ended may be hit; one whose holder is between two steps must not."""
-        pool, turn = self.scheduler.pool, self.scheduler._turn
+        pool, turn = self.scheduler.pool, self.leases.turn
         if self.is_unnoticed or pool is None:
             return
         holders = [lease for lease in self.scheduler.leases if lease.slot is pool.slots[slot_id]]
@@ -230,7 +231,7 @@ class House:
                 continue
             if not content.is_dirty:
                 assert content.snapshot in self.catalog.snapshots, f"what is not dirty is on disk: {slot}"
-            if not self.is_unnoticed and not self.scheduler._is_gate_shut:
+            if not self.is_unnoticed and not self.leases.is_gate_shut:
                 truth = self.server.slots_[slot.id]
                 assert not truth.is_working, f"a slot that is idle for us is idle for the server: {slot}"
                 if truth.is_lost:
@@ -278,13 +279,13 @@ class House:
         )
         assert not scheduler.leases, f"no lease: {scheduler.leases}"
         assert not scheduler.n_waiting, "nobody in the queue"
-        assert scheduler._turn is None, "no turn"
-        assert not scheduler._is_gate_shut, "the gate is open"
+        assert self.leases.turn is None, "no turn"
+        assert not self.leases.is_gate_shut, "the gate is open"
         assert not len(self.tasks), f"no task: {self.tasks._tasks}"
         assert not self.steps.prefills._longs, "no prefill"
         assert self.steps.prefills._current is None, "no stretch"
-        assert not scheduler.bell._waiting, "nobody listens"
-        assert not scheduler.bell._calls, "nobody is called"
+        assert not self.leases.bell._waiting, "nobody listens"
+        assert not self.leases.bell._calls, "nobody is called"
         assert not self.catalog.drafts, "no draft"
         assert not +self.catalog.pins, f"no pin: {self.catalog.pins}"
         assert not self.catalog.condemned, "no file of a snapshot that is gone"

@@ -149,7 +149,7 @@ def test_a_prefill_of_another_pool_is_not_waited_for(house: House) -> None:
     house.loop.settle()
     new = house.start(house.ask(Job("new", tokens_of(7000, 500))), "new")
     house.loop.settle()
-    house.scheduler.detach()
+    house.scheduler.detach("stub")
     house.loop.run(house.meet())
     house.loop.pass_time(2.0)
     assert isinstance(outcome(turn), BackendRestarted)

@@ -202,7 +202,7 @@ async def test_while_waiting_for_its_turn(tmp_path: Path) -> None:
     """One who wants several slots waits until nobody is between two steps; leaving opens the gate again."""
     async with served(tmp_path, slots=2) as it, it.busy():
         leaver = spawn(it.ask(ONE, n_cmpl=2))
-        await it.until(lambda: it.backend.scheduler._is_gate_shut)
+        await it.until(lambda: it.backend.leases.is_gate_shut)
         async with it.asking(TWO) as behind:
             await it.until(lambda: it.backend.scheduler.n_waiting == 1)
             await leave(leaver)

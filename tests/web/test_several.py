@@ -252,7 +252,7 @@ async def test_several_of_them_at_once(tmp_path: Path) -> None:
 async def test_as_many_answers_as_slots(tmp_path: Path) -> None:
     """All of them are waited for, then taken."""
     async with served(tmp_path, slots=3) as it, it.busy(2), it.asking(letters(1, 200), n_cmpl=3) as asked:
-        await it.until(lambda: it.backend.scheduler._is_gate_shut)
+        await it.until(lambda: it.backend.leases.is_gate_shut)
         it.fake.go()
         answer = await asked
     assert [part["index"] for part in answer.json] == [0, 1, 2]
@@ -280,7 +280,7 @@ async def test_a_restart_while_waiting_for_its_turn(tmp_path: Path, path: str, b
     """It is placed again on the new process."""
     async with served(tmp_path, slots=2) as it, it.busy():
         asked = spawn(it.post(path, body))
-        await it.until(lambda: it.backend.scheduler._is_gate_shut)
+        await it.until(lambda: it.backend.leases.is_gate_shut)
         await it.fake.restart()
         assert (await asked).status == 200
 
@@ -289,7 +289,7 @@ async def test_a_restart_that_is_noticed_before_a_request_is_sent(tmp_path: Path
     """The leased slot is one of a process that is gone: nothing is sent, and the job is placed again."""
     async with served(tmp_path, slots=2) as it, it.busy():
         asked = [spawn(it.ask("hi", n_cmpl=2)), spawn(it.post("/v1/messages", OPAQUE["/v1/messages"]))]
-        await it.until(lambda: it.backend.scheduler._is_gate_shut)
+        await it.until(lambda: it.backend.leases.is_gate_shut)
         assert it.backend.met is not None
         it.backend.lost(it.backend.met)
         it.fake.go()

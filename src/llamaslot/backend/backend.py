@@ -20,12 +20,12 @@ from llamaslot.backend.connect import Handshake, Met
 from llamaslot.backend.drain import Drains
 from llamaslot.backend.exclusive import Turns
 from llamaslot.backend.executor import Steps
-from llamaslot.backend.infill_prompts import Infills
 from llamaslot.backend.slot_table import Pool
 from llamaslot.backend.writeback import Writeback
 from llamaslot.cache.content import NOTHING
 from llamaslot.errors import BackendDown, LlamaslotError
 from llamaslot.fleet.dispatcher import Scheduler
+from llamaslot.fleet.infill_prompts import Infills
 from llamaslot.fleet.prewarm import Bodies, Prewarm
 from llamaslot.fleet.queue import QueueLimits
 from llamaslot.llama.client import LlamaServer, Offered, Props
@@ -107,24 +107,25 @@ class Backend:
         self.rates = Rates()
         self.prompts = Prompts(api)
         self.scheduler = Scheduler(rules, limits, now)
+        self.leases = self.scheduler.add(name)
         self.steps = Steps(api, self.catalog, self.rates, metrics, self.tasks, now)
         self.infills = Infills(api, self.scheduler, self.steps)
         self.offered, self.shapes = Offered(api), Shapes(api.ask)
         self.dry_runs = DryRuns(api)
         self.unrecognized = Unrecognized(metrics)
-        self.turns = Turns(api, self.scheduler, self.steps, self.tasks)
-        self.writeback = Writeback(self.scheduler, self.steps, idle_save_s)
+        self.turns = Turns(api, self.leases, self.steps, self.tasks)
+        self.writeback = Writeback(self.leases, self.steps, idle_save_s)
         self.prewarm = (
             Prewarm(prewarm, self.scheduler, self.steps, self.prompts, self.catalog, self.tasks, idle_save_s)
             if self.catalog is not None
             else None
         )
         self.divergences = Divergences(api, metrics, self.tasks)
-        self.drains = Drains(api, self.scheduler, now)
-        self.scheduler.on_drain = self.drains.add
+        self.drains = Drains(api, self.leases, now)
+        self.leases.on_drain = self.drains.add
         self.scheduler.on_prefix_wait = metrics.prefix_wait_s.observe
         if self.catalog is not None:
-            self.scheduler.pin = self.catalog.pin
+            self.leases.pin = self.catalog.pin
         self.health = Health.DOWN
         self._look_again_at = -math.inf
         self._n_retries = 0  # in a row, of finding out what the server can do
@@ -350,7 +351,7 @@ class Backend:
     def _forget(self, health: Health) -> None:
         self.met = None
         self._set(health)
-        self.scheduler.detach(self._is_down() if health is Health.DOWN else None)
+        self.scheduler.detach(self.name, self._is_down() if health is Health.DOWN else None)
 
     def _is_down(self) -> BackendDown:
         why = f"llama-server at {self.api.url} {self._why_down}"

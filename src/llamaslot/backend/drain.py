@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from llamaslot.backend.lease import Lease
+from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import Pool
 from llamaslot.cache.content import Content
 from llamaslot.errors import LlamaslotError
-from llamaslot.fleet.dispatcher import Scheduler
-from llamaslot.fleet.queue import Charge
 from llamaslot.llama.client import LlamaServer, SlotInfo
+from llamaslot.scheduling.fairness import Charge
 from llamaslot.scheduling.slots import Event, Slot, State
 
 log = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ class _Draining:
 class Drains:
     """The one poller of a backend's ``/slots``. ``add`` is synchronous; ``run`` is a task of the backend."""
 
-    def __init__(self, api: LlamaServer, scheduler: Scheduler, now: Callable[[], float]) -> None:
-        self._api, self._scheduler, self._now = api, scheduler, now
+    def __init__(self, api: LlamaServer, leases: Leases, now: Callable[[], float]) -> None:
+        self._api, self._leases, self._now = api, leases, now
         self._draining: list[_Draining] = []
         self._added = asyncio.Event()
         self.on_failure: Callable[[], None] = lambda: None
@@ -71,7 +71,7 @@ class Drains:
             if gone := [entry for entry in self._draining if not entry.pool.is_current]:
                 for entry in gone:
                     self._ended(entry)
-                self._scheduler.dispatch()
+                self._leases.dispatch()
             if not self._draining:
                 self._added.clear()
                 await self._added.wait()
@@ -95,18 +95,18 @@ class Drains:
                 elif asked_at >= entry.not_before:  # what arrives later is no news of this slot
                     self._ended(entry)
                     self._settle(entry, info)
-                    self._scheduler.dispatch()
+                    self._leases.dispatch()
 
     def _ended(self, entry: _Draining) -> None:
         self._draining.remove(entry)
-        self._scheduler.paid(entry.charge)
+        self._leases.paid(entry.charge)
 
     def _at_work(self, entry: _Draining, info: SlotInfo) -> None:
         """What was sent has arrived: a turn need not wait for it any more, however long it goes on."""
         if entry.id_task is None and entry.pool.is_current:
             entry.id_task = info.id_task
             entry.pool.seen_at_work(entry.slot)
-            self._scheduler.dispatch()
+            self._leases.dispatch()
 
     def _settle(self, entry: _Draining, info: SlotInfo) -> None:
         """The server is through with the slot: it holds the first ``n_tokens`` of what was sent to it."""

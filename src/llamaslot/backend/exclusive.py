@@ -15,12 +15,12 @@ from collections.abc import AsyncIterator
 
 from llamaslot.backend.executor import Steps
 from llamaslot.backend.lease import Lease, Phase, PlanAgain, Report
+from llamaslot.backend.leases import Leases
 from llamaslot.backend.save import NOT_SAVED
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import common
 from llamaslot.cache.namespaces import SHARED
 from llamaslot.errors import BackendRestarted, LlamaslotError, SlotNotEmptied, UpstreamError
-from llamaslot.fleet.dispatcher import Scheduler
 from llamaslot.llama.client import LlamaServer, SlotInfo
 from llamaslot.llama.sse import Earlier
 from llamaslot.scheduling.request import Job
@@ -93,9 +93,9 @@ class Turn:
         Those are also the slots of others whose answers have ended since the request was sent: lease them before
         anybody else can.
         """
-        scheduler = self._lease.scheduler
-        if scheduler.pool is self._lease.pool and scheduler.has_turn(self._lease):
-            self._others += scheduler.lease_idle(self._lease.job)
+        leases = self._lease.scheduler
+        if leases.table is self._lease.pool and leases.has_turn(self._lease):
+            self._others += leases.lease_idle(self._lease.job)
         by_id = {info.id: info for info in infos}
         held = [lease for lease in self._others if not lease.is_released]
         return [(lease, by_id[lease.slot_id]) for lease in held if lease.slot_id in by_id]
@@ -149,8 +149,8 @@ class Turn:
 class Turns:
     """Takes turns on one backend."""
 
-    def __init__(self, api: LlamaServer, scheduler: Scheduler, steps: Steps, tasks: TaskOwner) -> None:
-        self._api, self._scheduler, self._steps, self._tasks = api, scheduler, steps, tasks
+    def __init__(self, api: LlamaServer, leases: Leases, steps: Steps, tasks: TaskOwner) -> None:
+        self._api, self._leases, self._steps, self._tasks = api, leases, steps, tasks
         self._clearing: dict[Lease, None] = {}  # in their order
 
     @contextlib.asynccontextmanager
@@ -168,17 +168,17 @@ class Turns:
             try:
                 await self._until_quiet(lease)
             finally:
-                self._scheduler.has_waited(lease)
-            if self._scheduler.pool is not lease.pool:
+                self._leases.has_waited(lease)
+            if self._leases.table is not lease.pool:
                 raise BackendRestarted
-            fresh = self._scheduler.lease_idle(lease.job, lease.job.n_children or None)
+            fresh = self._leases.lease_idle(lease.job, lease.job.n_children or None)
             while fresh:
                 others += fresh
                 for other in fresh:
                     await self._save_if_worth(other)
                     if lease.job.is_placed_by_server and not _may_land_in(other, lease.job):
                         await self._empty(other, lease.job)
-                fresh = self._scheduler.lease_idle(lease.job)  # those whose answers have ended meanwhile
+                fresh = self._leases.lease_idle(lease.job)  # those whose answers have ended meanwhile
             before = {info.id: info for info in await self._api.slots()}
             lease.still_holds()  # what is sent now would land in slots that the new pool takes for idle
             turn = Turn(self._api, lease, others, before, left)
@@ -197,7 +197,7 @@ class Turns:
             else:
                 for other in others:
                     other.release()
-            self._scheduler.end_turn(lease)
+            self._leases.end_turn(lease)
 
     async def _until_quiet(self, lease: Lease) -> None:
         """Wait until nobody is between two steps and nothing foreign is at work, and shut the gate.
@@ -206,38 +206,38 @@ class Turns:
         can go on meanwhile. But among many there may be no moment without: then it is shut for a while, each time for
         longer, and open for as long in between.
         """
-        scheduler, shut_s = self._scheduler, _SHUT_S
+        leases, shut_s = self._leases, _SHUT_S
         while True:
             await self._until_likely(lease, max(_PATIENCE_S, shut_s))
-            scheduler.wait_for_turn(lease)
-            scheduler.shut_gate(lease)
+            leases.wait_for_turn(lease)
+            leases.shut_gate(lease)
             if await self._is_quiet_within(lease, shut_s):
                 return
-            scheduler.open_gate(lease)
+            leases.open_gate(lease)
             shut_s *= 2
 
     async def _until_likely(self, lease: Lease, patience_s: float) -> None:
         """Wait for what takes long while others go on: foreign answers, and long prefills, which make room."""
-        scheduler = self._scheduler
-        until = scheduler.now() + patience_s
-        while scheduler.now() < until:
+        leases = self._leases
+        until = leases.now() + patience_s
+        while leases.now() < until:
             if not self._takes_long(lease):
-                scheduler.wait_for_turn(lease)
-                if not scheduler.is_prefilling(lease):
+                leases.wait_for_turn(lease)
+                if not leases.is_prefilling(lease):
                     return
-            await scheduler.bell.heard(_CONFIRM_EVERY_S)
+            await leases.bell.heard(_CONFIRM_EVERY_S)
 
     async def _is_quiet_within(self, lease: Lease, shut_s: float) -> bool:
         """False when an answer takes so long. Steps are waited for to their end."""
-        scheduler = self._scheduler
-        asked_at = scheduler.now()
+        leases = self._leases
+        asked_at = leases.now()
         until = asked_at + shut_s
-        while not _is_quiet(scheduler, lease):
-            if scheduler.now() >= until and self._takes_long(lease):
+        while not _is_quiet(leases, lease):
+            if leases.now() >= until and self._takes_long(lease):
                 return False
-            await scheduler.bell.heard(_CONFIRM_EVERY_S)
-            if scheduler.now() >= asked_at + _CONFIRM_EVERY_S:
-                asked_at = scheduler.now()
+            await leases.bell.heard(_CONFIRM_EVERY_S)
+            if leases.now() >= asked_at + _CONFIRM_EVERY_S:
+                asked_at = leases.now()
                 await self._confirm_running()
         return True
 
@@ -245,7 +245,7 @@ class Turns:
         """Whether an answer must end before ``lease`` can have its turn: what is foreign to it, or to somebody who has
         to wait for that before he is at work."""
         is_waited_for = any(not other.is_released for other in self._clearing)
-        return is_waited_for or self._scheduler.is_foreign_at_work(lease)
+        return is_waited_for or self._leases.is_foreign_at_work(lease)
 
     async def clear_the_way(self, lease: Lease, here: Earlier | None) -> None:
         """Wait until llama-server, asked for the job's prompt, will choose the slot of ``lease`` among those that are
@@ -269,25 +269,23 @@ class Turns:
                     return
                 if (first := self._first(lease, {slot.id for slot in rivals})) is not None:
                     lease.release()
-                    while first in self._clearing or (
-                        not first.is_released and self._scheduler.has_turn(first)
-                    ):
-                        await self._scheduler.bell.heard(_CONFIRM_EVERY_S)
+                    while first in self._clearing or (not first.is_released and self._leases.has_turn(first)):
+                        await self._leases.bell.heard(_CONFIRM_EVERY_S)
                     raise PlanAgain(here)
                 for slot in rivals:
-                    if (rival := self._scheduler.lease_rival(slot, lease)) is not None:
+                    if (rival := self._leases.lease_rival(slot, lease)) is not None:
                         with rival:
                             await self._save_if_worth(rival)
                             if not await self._empty(rival, lease.job):
                                 return
                         break
                 else:
-                    await self._scheduler.bell.heard(_CONFIRM_EVERY_S)
+                    await self._leases.bell.heard(_CONFIRM_EVERY_S)
                 lease.still_holds()
         finally:
             del self._clearing[lease]
             lease.is_clearing = False
-            self._scheduler.bell.ring()
+            self._leases.bell.ring()
 
     def _rivals(self, lease: Lease) -> list[Slot]:
         """The slots that share as much. One that is at work for sure on what the job may use is none: llama-server
@@ -295,7 +293,7 @@ class Turns:
         pool, job = lease.pool, lease.job
         at_work = {
             other.slot.id
-            for other in self._scheduler.leases
+            for other in self._leases.leases
             if other.slot is not None and other.is_started and other.phase is Phase.WORKING
         }
         rivals = pool.rivals(job, lease.slot_id)
@@ -304,7 +302,7 @@ class Turns:
     def _first(self, lease: Lease, rivals: set[int]) -> Lease | None:
         """Whoever waits for ``lease`` with a slot that it waits for, and goes before it."""
         earlier = itertools.takewhile(lambda other: other is not lease, self._clearing)
-        turns = (other for other in self._scheduler.leases if self._scheduler.has_turn(other))
+        turns = (other for other in self._leases.leases if self._leases.has_turn(other))
         every = itertools.chain(earlier, turns)
         return next(
             (o for o in every if o.slot is not None and o.slot.id in rivals and not o.is_released), None
@@ -330,7 +328,7 @@ class Turns:
     async def _confirm_running(self) -> None:
         """Non-streaming answers send no headers before their end: ask the server whether they have begun."""
         waiting = [
-            lease for lease in self._scheduler.leases if lease.phase is Phase.WORKING and not lease.is_started
+            lease for lease in self._leases.leases if lease.phase is Phase.WORKING and not lease.is_started
         ]
         if not any(lease.is_answering for lease in waiting):
             return
@@ -358,16 +356,16 @@ def _is_prepared(lease: Lease) -> bool:
     return SHARED in job.reads and (lease.slot is None or job.may_use(lease.slot.content))
 
 
-def _is_quiet(scheduler: Scheduler, lease: Lease) -> bool:
+def _is_quiet(leases: Leases, lease: Lease) -> bool:
     """Whether every slot is either idle and nobody's, or the turn's own, or at work for sure: on what the job may go on
     from, if llama-server may choose that slot, for its answer may end at any moment."""
     pool, job = lease.pool, lease.job
-    if scheduler.pool is not pool:
+    if leases.table is not pool:
         return True  # there is nothing to wait for any more
-    others = [other for other in scheduler.leases if other.pool is pool and other.job is not job]
+    others = [other for other in leases.leases if other.pool is pool and other.job is not job]
     # Its children's slots are at work with it.
     started = {id(other.job) for other in others if other.is_started}
-    if scheduler.is_foreign_at_work(lease) or any(id(other.job) not in started for other in others):
+    if leases.is_foreign_at_work(lease) or any(id(other.job) not in started for other in others):
         return False
     return not pool.is_anything_on_its_way and pool.n_idle >= max(
         job.n_children, int(job.is_placed_by_server)

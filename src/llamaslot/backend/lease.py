@@ -24,9 +24,9 @@ from llamaslot.scheduling.request import Job
 from llamaslot.scheduling.slots import Event, Slot, State
 
 if TYPE_CHECKING:
+    from llamaslot.backend.leases import Leases
     from llamaslot.backend.slot_table import Pool
-    from llamaslot.fleet.dispatcher import Scheduler
-    from llamaslot.fleet.queue import Charge
+    from llamaslot.scheduling.fairness import Charge
     from llamaslot.store import Snapshot
 
 
@@ -75,9 +75,7 @@ class Lease:
     ``content`` is what the slot holds as far as its holder knows at this moment; None when that is unknown.
     """
 
-    def __init__(
-        self, scheduler: Scheduler, pool: Pool, slot: Slot | None, job: Job, plan: Plan | None
-    ) -> None:
+    def __init__(self, scheduler: Leases, pool: Pool, slot: Slot | None, job: Job, plan: Plan | None) -> None:
         """Raises KeyError, and takes nothing, when the plan's snapshot is gone."""
         self.scheduler, self.pool, self.slot, self.job, self.plan = scheduler, pool, slot, job, plan
         self.content: Content | None = slot.content if slot is not None else NOTHING
@@ -122,13 +120,6 @@ class Lease:
             self.held.enter_context(scheduler.pin(plan.snapshot))  # first: it is what may fail
         if slot is not None:
             self.leaving = pool.take(slot, job, scheduler.now(), plan, has_answer=plan is not None)
-
-    @classmethod
-    def turn(cls, scheduler: Scheduler, pool: Pool, job: Job) -> Lease:
-        """The turn of a job for which llama-server will choose the slot: no slot yet."""
-        lease = cls(scheduler, pool, None, job, None)
-        scheduler.leases[lease] = None
-        return lease
 
     def __repr__(self) -> str:
         return f"<Lease {self.slot!r} {self.phase.value} {self.job!r}>"

@@ -180,7 +180,7 @@ class Saving:
             lease.pool.add_snapshot(snapshot)
             if kind is Kind.LEAF and (left := left_behind(lease.pool, snapshot)) is not None:
                 self.catalog.branched(left)
-            current = lease.scheduler.pool
+            current = lease.scheduler.table
             if current not in (None, lease.pool) and self.fingerprint == fingerprint:
                 current.add_snapshot(snapshot)  # the server has restarted since, and can read it as well
         return snapshot

@@ -8,9 +8,9 @@ import logging
 
 from llamaslot.backend.executor import Steps
 from llamaslot.backend.lease import Lease
+from llamaslot.backend.leases import Leases
 from llamaslot.backend.save import NOT_SAVED
 from llamaslot.errors import LlamaslotError
-from llamaslot.fleet.dispatcher import Scheduler
 from llamaslot.scheduling.request import Job
 from llamaslot.scheduling.slots import Slot, State
 from llamaslot.store import Snapshot
@@ -23,8 +23,8 @@ _LOOK_EVERY_S = 0.5
 class Writeback:
     """One task per backend. It leases a slot only while no client wants anything, for as long as its save takes."""
 
-    def __init__(self, scheduler: Scheduler, steps: Steps, idle_save_s: float) -> None:
-        self._scheduler, self._steps, self._idle_save_s = scheduler, steps, idle_save_s
+    def __init__(self, leases: Leases, steps: Steps, idle_save_s: float) -> None:
+        self._leases, self._steps, self._idle_save_s = leases, steps, idle_save_s
         self._serial = itertools.count(1)
         # What could not be saved is not tried again until it has changed.
         self._failed: dict[Slot, bytes] = {}
@@ -33,7 +33,7 @@ class Writeback:
         """Runs until cancelled; a save under way is then carried out."""
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            if self._scheduler.idle_s >= self._idle_save_s:
+            if self._leases.idle_s >= self._idle_save_s:
                 slot = self._next()
                 if slot is not None and (lease := self._lease(slot)) is not None:
                     lease.must_give_way = self._is_somebody_here
@@ -41,7 +41,7 @@ class Writeback:
 
     async def save_all(self) -> int:
         """Save every idle slot that is worth it; how many there were. For a clean stop."""
-        pool, n_saved = self._scheduler.pool, 0
+        pool, n_saved = self._leases.table, 0
         for _ in pool.slots if pool is not None else ():  # each once, whether it could be saved or not
             slot = self._next()
             if slot is None or (lease := self._lease(slot)) is None:
@@ -51,7 +51,7 @@ class Writeback:
 
     def _lease(self, slot: Slot) -> Lease | None:
         job = Job(f"writeback-{next(self._serial)}", slot.content.tokens)
-        return self._scheduler.try_lease(slot, job)
+        return self._leases.try_lease(slot, job)
 
     async def _save(self, lease: Lease) -> Snapshot | None:
         """None when it failed: then not again until the slot holds something else."""
@@ -72,11 +72,11 @@ class Writeback:
 
     def _is_somebody_here(self) -> bool:
         """A client has come while room was made: his stream, or his wait, must not stand still for a save."""
-        return self._scheduler.idle_s == 0
+        return self._leases.idle_s == 0
 
     def _next(self) -> Slot | None:
         """The slot that would cost most to lose."""
-        pool = self._scheduler.pool
+        pool = self._leases.table
         if pool is None:
             return None
         self._failed = {slot: tokens for slot, tokens in self._failed.items() if slot in pool.slots}

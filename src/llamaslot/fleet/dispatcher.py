@@ -10,13 +10,13 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from llamaslot.backend.lease import Lease, Preempted
+from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import Pool
 from llamaslot.backend.unassisted_slots import UnassistedPool
-from llamaslot.errors import BackendDown, BackendRestarted, QueueFull
+from llamaslot.errors import BackendDown, QueueFull
 from llamaslot.fleet.preemption import choose
 from llamaslot.fleet.prefix_sharing import Patience, ask_for_trunk, prefix_due_s
 from llamaslot.fleet.queue import Charge, Queue, QueueLimits, Waiting, answer_s, estimate
@@ -24,8 +24,6 @@ from llamaslot.observe.journal import Journal, Note
 from llamaslot.scheduling.placement import Rules, is_long, place
 from llamaslot.scheduling.plan import Plan, Source, Wait
 from llamaslot.scheduling.request import Job
-from llamaslot.scheduling.slots import Slot, State
-from llamaslot.tasks import Bell
 
 log = logging.getLogger(__name__)
 
@@ -58,27 +56,32 @@ class _Look:
 
 
 class Scheduler:
-    """Leases the slots of one backend, to users in turn."""
+    """Gives the slots of a pool's backends away, to users in turn."""
 
     def __init__(self, rules: Rules, limits: QueueLimits, now: Callable[[], float]) -> None:
         self.rules, self.now = rules, now
         self.queue = Queue(limits)
         self.journal = Journal()
-        self.pool: Pool | None = None
-        self.leases: dict[Lease, None] = {}  # in their order, which decides between makers of equal use
-        self.on_drain: Callable[[Lease], None] = lambda lease: None
+        self.backends: dict[str, Leases] = {}
         self.on_prefix_wait: Callable[[float], None] = lambda seconds: None
-        self.pin: Callable[[str], AbstractContextManager[object]] = lambda snapshot: nullcontext()
         self._down: BackendDown | None = None  # told to whoever asks
-        self._turn: Job | None = None  # the one exclusive job that is under way
-        self._is_gate_shut = False  # nobody else may take a first step
-        self._is_turn_waiting = False  # for others to be through
         self._n_changes = 0
-        self.bell = Bell()  # rings when anything has changed
         self._look_again: asyncio.TimerHandle | None = None
-        self._used_at = now()
 
     # -- questions -----------------------------------------------------------------------------------------------
+
+    @property
+    def _sole(self) -> Leases:
+        return next(iter(self.backends.values()))
+
+    @property
+    def pool(self) -> Pool | None:
+        return self._sole.table
+
+    @property
+    def leases(self) -> list[Lease]:
+        """Of all backends."""
+        return [lease for leases in self.backends.values() for lease in leases.leases]
 
     @property
     def n_waiting(self) -> int:
@@ -90,9 +93,8 @@ class Scheduler:
 
     @property
     def idle_s(self) -> float:
-        """For how long nobody has wanted anything."""
-        is_wanted = len(self.queue) or any(not lease.is_own for lease in self.leases)
-        return 0.0 if is_wanted else self.now() - self._used_at
+        """For how many seconds no client has wanted anything."""
+        return min(leases.idle_s for leases in self.backends.values())
 
     def note(self, job: Job) -> Note:
         """A place in the journal for what becomes of ``job``."""
@@ -103,17 +105,22 @@ class Scheduler:
         leased = (lease.job for lease in self.leases if not lease.is_own)
         return any(other is not job for other in (*leased, *(waiting.job for waiting in self.queue)))
 
-    # -- life of the pool ----------------------------------------------------------------------------------------
+    # -- the backends --------------------------------------------------------------------------------------------
 
-    def attach(self, pool: Pool) -> None:
-        self.pool, self._down = pool, None
-        self.dispatch()
+    def add(self, backend: str) -> Leases:
+        """A backend of that name has joined the pool; what its slots are leased by."""
+        self.backends[backend] = Leases(backend, self, self.now)
+        return self.backends[backend]
 
-    def detach(self, error: BackendDown | None = None) -> None:
-        """The slots are gone. With ``error`` all who ask are told; without they wait for the next pool."""
-        if self.pool is not None:
-            self.pool.is_current = False
-        self.pool, self._down = None, error
+    def attach(self, table: Pool) -> None:
+        """The backend that ``table`` names is up, with these slots."""
+        self._down = None
+        self.backends[table.backend].attach(table)
+
+    def detach(self, backend: str, error: BackendDown | None = None) -> None:
+        """The slots of ``backend`` are gone. With ``error`` all who ask are told; without they wait."""
+        self.backends[backend].detach()
+        self._down = error
         if error is not None:
             for waiting in self.queue:
                 if not waiting.granted.done():
@@ -175,33 +182,6 @@ class Scheduler:
                 waiting.wants = self.pool.wanted(waiting.job)
         return {waiting.wants for waiting in self.queue if waiting.wants}
 
-    def try_lease(self, slot: Slot, job: Job) -> Lease | None:
-        """Lease an idle slot for work of our own (a save, a probe), if nobody is waiting for one."""
-        if self.pool is None or self._is_gate_shut or len(self.queue) or not slot.is_idle:
-            return None
-        return self._grant(slot, job)
-
-    def lease_rival(self, slot: Slot, lease: Lease) -> Lease | None:
-        """Lease an idle slot to make way for the job of ``lease``. Also while a turn keeps others from a first step: it
-        waits for that job, too."""
-        if self.pool is not lease.pool or not slot.is_idle:
-            return None
-        return self._grant(slot, Job(f"{lease.job.id} clears its way", slot.content.tokens))
-
-    def lease_idle(self, job: Job, n: int | None = None) -> list[Lease]:
-        """Lease the ``n`` lowest idle slots, or all of them, for the job whose turn it is. Raises BackendRestarted."""
-        assert self._turn is job, "only the job whose turn it is"
-        if self.pool is None:
-            raise BackendRestarted
-        idle = [slot for slot in self.pool.slots if slot.is_idle][:n]
-        return [self._grant(slot, job) for slot in idle]
-
-    def _grant(self, slot: Slot, job: Job) -> Lease:
-        assert self.pool is not None
-        lease = Lease(self, self.pool, slot, job, None)
-        self.leases[lease] = None
-        return lease
-
     def dispatch(self, *, is_arrival: bool = False) -> None:
         """Give slots to those who wait, as they are next. Called whenever something has changed.
 
@@ -214,24 +194,25 @@ class Scheduler:
         if self._look_again is not None:
             self._look_again.cancel()
             self._look_again = None
+        leases = self._sole
         look = _Look(self.pool.n_idle if self.pool is not None else 0)
         ordered = self.queue.ordered()
         for waiting in ordered:
-            if self.pool is None or self._is_gate_shut:
+            if self.pool is None or not leases.is_open:
                 break
-            if not (waiting.granted.done() or (waiting.job.is_exclusive and self._turn is not None)):
-                self._serve(self.pool, waiting, look)
+            if not (waiting.granted.done() or (waiting.job.is_exclusive and leases.turn is not None)):
+                self._serve(leases, self.pool, waiting, look)
         if look.is_spared and look.n_idle:
             spared_s = self.queue.look_again_s(self.now())
             look.again_s += [spared_s] if spared_s is not None else []
         if look.again_s:
             self._look_again = asyncio.get_running_loop().call_later(min(look.again_s), self.dispatch)
         if self.pool is not None:
-            is_closed = self._is_gate_shut or self._is_turn_waiting
+            is_closed = leases.is_gate_shut or leases.is_turn_wanted
             choose(self.pool, self.leases, [] if is_closed else ordered, self.queue, self.now())
-        self.bell.ring()  # last: who has just got a slot may come before a prefill
+        leases.bell.ring()  # last: who has just got a slot may come before a prefill
 
-    def _serve(self, pool: Pool, waiting: Waiting, look: _Look) -> None:
+    def _serve(self, leases: Leases, pool: Pool, waiting: Waiting, look: _Look) -> None:
         """Give it a slot, or note what it waits for."""
         job, now = waiting.job, self.now()
         if not self.queue.may_run(waiting, max(len(pool.slots), look.n_idle), look.n_idle, now):
@@ -242,8 +223,7 @@ class Scheduler:
             return
         if job.is_placed_by_server:
             if not look.is_short:
-                self._turn = job
-                self._give(waiting, Lease.turn(self, pool, job))
+                self._give(waiting, leases.grant(None, job))
             return
         if not look.n_idle:
             look.is_short = True  # no need to look closer: with 250 waiting that took a second for each burst
@@ -257,7 +237,7 @@ class Scheduler:
             waiting.note.waits(decision, prefix_due_s(pool, decision, now))
             look.waits(decision, waiting.look_at - now, answer_s(pool, job))
             return
-        if self._is_turn_waiting and is_long(decision, pool.long_s):
+        if leases.is_turn_wanted and is_long(decision, pool.long_s):
             return  # somebody waits for the long ones under way to be through: none is begun
         if look.n_idle == 1 and (ahead := self._ahead_of(pool, waiting, decision)) is not None:
             waiting.behind = ahead
@@ -308,7 +288,7 @@ class Scheduler:
 
     def _place(self, pool: Pool, waiting: Waiting, plan: Plan, look: _Look) -> None:
         try:
-            lease = Lease(self, pool, pool.slots[plan.slot], waiting.job, plan)
+            lease = self._sole.grant(pool.slots[plan.slot], waiting.job, plan)
         except KeyError:  # a snapshot that the catalog has given up unnoticed
             assert plan.snapshot is not None
             pool.drop_snapshot(plan.snapshot)
@@ -319,9 +299,6 @@ class Scheduler:
         lease.note = waiting.note
         lease.came_at, lease.n_preempted = waiting.came_at, waiting.n_preempted
         lease.note.placed(plan)
-        if waiting.job.is_exclusive:
-            self._turn = waiting.job
-        self.leases[lease] = None
         self._give(waiting, lease)
         self._n_changes += 1
         look.n_idle = pool.n_idle
@@ -357,87 +334,17 @@ class Scheduler:
         lease.charge = self.queue.granted(waiting, steps_s + answer_s(self.pool, lease.job), self.now())
         waiting.granted.set_result(lease)
 
-    def released(self, lease: Lease) -> None:
-        """Called by the lease itself, once its slot is given back or drains."""
-        self.leases.pop(lease, None)
-        if not lease.is_own:
-            self._used_at = self.now()
-        self.paid(lease.charge)
-        self.end_turn(lease)
-        self.dispatch()
-
     def paid(self, charge: Charge | None) -> None:
         """The slots that a user had are nobody's any more. Whoever calls this dispatches."""
         if charge is not None:
             self.queue.released(charge, self.now())
 
-    # -- turns ---------------------------------------------------------------------------------------------------
-
-    def end_turn(self, lease: Lease) -> None:
-        """The job is through with what only it may do. Idempotent."""
-        if self._turn is lease.job and (lease.plan is not None or lease.slot is None):
-            self._turn, self._is_gate_shut, self._is_turn_waiting = None, False, False
-            self.dispatch()
-
-    def has_turn(self, lease: Lease) -> bool:
-        return self._turn is lease.job
-
-    def is_turn_waiting(self, lease: Lease) -> bool:
-        """Whether somebody else's request for which llama-server chooses slots waits for others to be through."""
-        return self._is_turn_waiting and self._turn is not lease.job
-
-    def is_prefilling(self, lease: Lease) -> bool:
-        """Whether a long prefill of somebody else's is under way or waits for its turn."""
-        if self.pool is not lease.pool:
-            return False  # there is nothing to wait for any more
-        return any(other.is_long for other in self.leases if other.pool is self.pool and other is not lease)
-
-    def wait_for_turn(self, lease: Lease) -> None:
-        """From now on long prefills make room for the job whose turn it is, and none is begun."""
-        assert self._turn is lease.job, "only the job whose turn it is"
-        if not self._is_turn_waiting:
-            self._is_turn_waiting = True
-            self.bell.ring()
-
-    def shut_gate(self, lease: Lease) -> None:
-        """From now on nobody else takes a first step."""
-        assert self._turn is lease.job, "only the job whose turn it is"
-        self._is_gate_shut = True
-
-    def open_gate(self, lease: Lease) -> None:
-        """Others go on, as before ``wait_for_turn``; the job still waits."""
-        assert self._turn is lease.job, "only the job whose turn it is"
-        self._is_gate_shut = self._is_turn_waiting = False
-        self.dispatch()
-
-    def has_waited(self, lease: Lease) -> None:
-        """A job that has no slot of its own has had none while it waited: its user is not charged for that."""
-        if lease.slot is None and lease.charge is not None:
-            lease.charge = replace(lease.charge, at=self.now())
-
-    def is_foreign_at_work(self, lease: Lease) -> bool:
-        """Whether a slot is at work on what the job must not go on from, if llama-server may choose that slot."""
-        pool, job = lease.pool, lease.job
-        if self.pool is not pool or not job.is_placed_by_server:
-            return False
-        return any(not slot.is_idle and pool.is_foreign(slot, job) for slot in pool.slots)
-
     # -- invariants ----------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Raise AssertionError naming the invariant that does not hold."""
-        if self.pool is None:
-            return
-        self.pool.check()
-        current = [lease for lease in self.leases if lease.pool is self.pool and lease.slot is not None]
-        slots = [lease.slot for lease in current]
-        assert len(slots) == len(set(map(id, slots))), "a slot has one lease"
-        for lease in current:
-            assert lease.slot is not None
-            assert lease.slot.state is State.LEASED, f"a lease holds a leased slot: {lease}"
-        leased = sum(slot.state is State.LEASED for slot in self.pool.slots)
-        assert leased == len(slots), "a leased slot has a lease"
-        assert not self._is_gate_shut or self._turn is not None, "only a turn closes the gate"
+        for leases in self.backends.values():
+            leases.check()
         self.queue.check()
         served = [waiting for waiting in self.queue if _is_served(waiting.granted)]
         assert not served, f"whoever was served has left the queue: {served}"

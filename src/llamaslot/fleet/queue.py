@@ -7,19 +7,16 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from llamaslot.backend.lease import Lease
 from llamaslot.backend.slot_table import Pool
 from llamaslot.errors import QueueFull, TooManyRequests
 from llamaslot.fleet.prefix_sharing import Patience
 from llamaslot.observe.journal import Note
-from llamaslot.scheduling.fairness import Ask, Booked, Fairness, Pauses, Shares, may_take_another
+from llamaslot.scheduling.fairness import Ask, Charge, Fairness, Pauses, Shares, may_take_another
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import Wait
 from llamaslot.scheduling.request import Job, User
-
-if TYPE_CHECKING:
-    from llamaslot.backend.lease import Lease
 
 _REMEMBER_S = 60.0  # what a user has had too much
 
@@ -96,15 +93,6 @@ class QueuePosition:
 
     def __str__(self) -> str:
         return f"queued {self.position()}"
-
-
-@dataclass(frozen=True, slots=True)
-class Charge:
-    """What a user has got ``n_slots`` for since ``at``."""
-
-    booked: Booked
-    n_slots: int
-    at: float
 
 
 @dataclass(slots=True)

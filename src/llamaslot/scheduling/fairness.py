@@ -59,6 +59,15 @@ class Booked:
     changes_s: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What a user has got ``n_slots`` for since ``at``."""
+
+    booked: Booked
+    n_slots: int
+    at: float
+
+
 class Shares:
     """What each user has received less than its share, in seconds of a slot: nothing, for one that is not known."""
 
