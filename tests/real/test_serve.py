@@ -85,8 +85,8 @@ async def test_the_tokens_are_those_that_the_server_uses(tmp_path: Path, kind: s
                 timings = answer.timings
                 assert timings["cache_n"] + timings["prompt_n"] == n_prompt
                 await it.at_rest()
-                assert it.backend.scheduler.pool is not None
-                believed = it.backend.scheduler.pool.slots[answer.slot].content.tokens
+                assert it.backend.leases.table is not None
+                believed = it.backend.leases.table.slots[answer.slot].content.tokens
                 tokens = await held(it, real, answer.slot)
                 assert tokens[: len(believed)] == believed
                 assert count(believed) == n_prompt

@@ -147,12 +147,12 @@ class House:
         self.scheduler.detach("stub", BackendDown("gone") if is_down else None)
 
     def _dropped(self, snapshot: Snapshot) -> None:
-        if self.scheduler.pool is not None:
-            self.scheduler.pool.drop_snapshot(snapshot.id)
+        if self.leases.table is not None:
+            self.leases.table.drop_snapshot(snapshot.id)
 
     def _guard(self, slot_id: int) -> None:
         """Called by the stub for whatever is sent to a slot."""
-        pool = self.scheduler.pool
+        pool = self.leases.table
         if self.is_unnoticed or pool is None:
             return
         if pool.slots[slot_id].state is not State.LEASED:
@@ -167,7 +167,7 @@ class House:
 
     def _guard_landing(self, slot_id: int) -> None:
         """A slot whose answer has just ended may be hit; one whose holder is between two steps must not."""
-        pool, turn = self.scheduler.pool, self.leases.turn
+        pool, turn = self.leases.table, self.leases.turn
         if self.is_unnoticed or pool is None:
             return
         holders = [lease for lease in self.scheduler.leases if lease.slot is pool.slots[slot_id]]
@@ -205,10 +205,10 @@ class House:
     async def keep_one_on_disk(self) -> None:
         """A context that is on disk only: saved, then overwritten by another in the same slot."""
         await self.writeback.save_all()
-        assert self.scheduler.pool is not None
-        slot = min(self.scheduler.pool.slots, key=lambda slot: slot.used_at)
+        assert self.leases.table is not None
+        slot = min(self.leases.table.slots, key=lambda slot: slot.used_at)
         self.saved_tokens = slot.content.tokens
-        n = len(self.scheduler.pool.slots)
+        n = len(self.leases.table.slots)
         await asyncio.gather(
             *(self.ask(Job(f"over {i}", pack(range(90_000 + 1000 * i, 90_600 + 1000 * i)))) for i in range(n))
         )
@@ -221,7 +221,7 @@ class House:
         assert not self.server.violations, self.server.violations
         self.scheduler.check()
         self._check_prefills()
-        pool = self.scheduler.pool
+        pool = self.leases.table
         if pool is None:
             return
         pool.check()
@@ -244,7 +244,7 @@ class House:
 
     def _check_prefills(self) -> None:
         prefills = self.steps.prefills
-        longs = [long for long in prefills._longs if long.lease.pool is self.scheduler.pool]
+        longs = [long for long in prefills._longs if long.lease.pool is self.leases.table]
         assert all(long.lease in self.scheduler.leases for long in longs), "who prefills holds a slot"
         assert all(long.lease.is_long for long in longs), "who prefills is known to do so"
         current = prefills._current
@@ -269,11 +269,11 @@ class House:
             self.loop.pass_time(0.7)
 
     def _slots(self) -> list[Any]:
-        return self.scheduler.pool.slots if self.scheduler.pool else []
+        return self.leases.table.slots if self.leases.table else []
 
     def check_nothing_is_left(self) -> None:
         """Raise AssertionError naming what somebody has not given back."""
-        scheduler, pool = self.scheduler, self.scheduler.pool
+        scheduler, pool = self.scheduler, self.leases.table
         assert not self.clients, (
             f"nobody waits for ever: {list(self.clients.values())}, {self.server.pending}"
         )

@@ -127,7 +127,7 @@ class Front:
             raise AssertionError(f"never: {self.readout()}") from None
 
     def readout(self) -> str:
-        pool = self.backend.scheduler.pool
+        pool = self.backend.leases.table
         return str(pool.slots if pool else self.backend.health)
 
     async def at_rest(self) -> None:
@@ -135,7 +135,8 @@ class Front:
 
         def rests() -> bool:
             scheduler = self.backend.scheduler
-            slots = scheduler.pool.slots if scheduler.pool else []
+            table = self.backend.leases.table
+            slots = table.slots if table else []
             return not (scheduler.n_waiting or scheduler.leases) and all(slot.is_idle for slot in slots)
 
         await self.until(rests)

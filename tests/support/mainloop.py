@@ -110,8 +110,8 @@ class Paced(House):
 
     @property
     def pool(self) -> Pool:
-        assert self.scheduler.pool is not None
-        return self.scheduler.pool
+        assert self.leases.table is not None
+        return self.leases.table
 
     @property
     def now(self) -> float:

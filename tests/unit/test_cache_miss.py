@@ -107,7 +107,7 @@ def test_pieces_are_really_there() -> None:
 def test_many_newer_contexts_of_others_do_not_hide_ones_own() -> None:
     """The turn before shares nothing when its header has moved: it is found among the last of its own space."""
     house = House(VirtualLoop(), StubServer(1))
-    pool, mine = house.scheduler.pool, Space("key:anna")
+    pool, mine = house.leases.table, Space("key:anna")
     assert pool is not None
 
     def snapshot(id_: str, ids: list[int], space: Space) -> WithTokens:

@@ -108,7 +108,7 @@ def test_who_waits_for_one_slot_blocks_nobody_else(house: House) -> None:
     assert house.scheduler.n_waiting == 1
     house.start(house.ask(Job("stranger", tokens_of(9000, 90))), "stranger")
     house.loop.settle()
-    pool = house.scheduler.pool
+    pool = house.leases.table
     assert pool is not None
     assert sorted(slot.leased_by or "" for slot in pool.slots) == ["first", "stranger"]
     house.finish()

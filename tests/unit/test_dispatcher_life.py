@@ -45,8 +45,8 @@ class Life(RuleBasedStateMachine):
         """What the model is, and what llamaslot takes it for; whether users share what they have computed."""
         self.is_isolated = is_isolated
         self.house.memory = self.server.memory = memory
-        assert self.house.scheduler.pool is not None
-        self.house.scheduler.pool.memory = memory
+        assert self.house.leases.table is not None
+        self.house.leases.table.memory = memory
 
     def fresh(self, n: int) -> bytes:
         return pack([next(self.serial) for _ in range(n)])
@@ -179,12 +179,12 @@ class Life(RuleBasedStateMachine):
     def restart(self) -> None:
         self.house.restart()
 
-    @precondition(lambda self: self.house.is_unnoticed and self.house.scheduler.pool is not None)
+    @precondition(lambda self: self.house.is_unnoticed and self.house.leases.table is not None)
     @rule(is_down=st.booleans())
     def notice(self, is_down: bool) -> None:
         self.house.notice(is_down=is_down)
 
-    @precondition(lambda self: self.house.scheduler.pool is None)
+    @precondition(lambda self: self.house.leases.table is None)
     @rule()
     def meet(self) -> None:
         self.loop.run(self.house.meet())
@@ -217,7 +217,7 @@ class Life(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            if self.house.is_unnoticed or self.house.scheduler.pool is None:
+            if self.house.is_unnoticed or self.house.leases.table is None:
                 self.house.notice(is_down=False)
                 self.loop.run(self.house.meet())
             self.house.finish()

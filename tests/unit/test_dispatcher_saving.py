@@ -50,7 +50,7 @@ class Team:
 
     def owners(self) -> list[int]:
         """Those whose contexts are being saved right now."""
-        pool, kinds = self.house.scheduler.pool, ("reserve", "save", "commit")
+        pool, kinds = self.house.leases.table, ("reserve", "save", "commit")
         assert pool is not None
         if not any(op.kind in kinds for op in self.house.server.pending):
             return []

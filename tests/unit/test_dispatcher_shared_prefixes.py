@@ -35,8 +35,8 @@ def house_of(memory: Memory, n_slots: int = 3, room: int = 1000) -> House:
 
 
 def pool_of(house: House) -> Pool:
-    assert house.scheduler.pool is not None
-    return house.scheduler.pool
+    assert house.leases.table is not None
+    return house.leases.table
 
 
 def trunks(house: House) -> list[Snapshot]:

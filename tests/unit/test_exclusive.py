@@ -130,10 +130,10 @@ def test_who_waits_for_an_owner_s_slot_in_a_turn_is_not_kept_waiting(house: Hous
             house.server.serve(op)
         house.loop.pass_time(0.3)
     assert not two.done()
-    assert house.scheduler.pool is not None
-    assert all(slot.leased_by == "two" for slot in house.scheduler.pool.slots)
-    assert house.scheduler.pool.view(Job("owner", own), 0.0, {}).slots[0].n_shared == 0
-    assert len(house.scheduler.pool.library.snapshots) == 1
+    assert house.leases.table is not None
+    assert all(slot.leased_by == "two" for slot in house.leases.table.slots)
+    assert house.leases.table.view(Job("owner", own), 0.0, {}).slots[0].n_shared == 0
+    assert len(house.leases.table.library.snapshots) == 1
     house.finish()
     house.check_nothing_is_left()
 
@@ -230,10 +230,10 @@ def steered(house: House, job: Job) -> asyncio.Task[Any]:
 
 def test_nothing_is_sent_where_another_user_is_in_the_way_and_nothing_can_be_emptied(house: House) -> None:
     """llama-server would go on from what is his."""
-    assert house.scheduler.pool is not None
+    assert house.leases.table is not None
     house.start(house.ask(Job("anna's", tokens_of(9000, 500), space=ANNA)), "anna's")
     house.finish()
-    house.scheduler.pool.can_save = house.scheduler.pool.can_erase = False
+    house.leases.table.can_save = house.leases.table.can_erase = False
     client = steered(house, Job("bert's", tokens_of(9000, 499), space=BERT, is_steered=True))
     house.finish()
     assert isinstance(outcome(client), SlotNotEmptied)

@@ -23,8 +23,8 @@ fresh = itertools.count(100_000, 1000)
 def house() -> Iterator[House]:
     """One slot, and a server that serves at once."""
     house = House(VirtualLoop(), StubServer(1, pace=lambda op: 0.01))
-    assert house.scheduler.pool is not None
-    house.scheduler.pool.is_memory_sure = True
+    assert house.leases.table is not None
+    house.leases.table.is_memory_sure = True
     yield house
     house.close()
 
@@ -51,7 +51,7 @@ def parted(first: int) -> bytes:
 
 def displace(house: House) -> None:
     """Another context in the slot, one that nobody knows. What was there is not saved, and so replaces nothing."""
-    pool = house.scheduler.pool
+    pool = house.leases.table
     assert pool is not None
     pool.can_save = False
     ask(house, tokens_of(next(fresh), 600))
@@ -110,7 +110,7 @@ def test_files_without_checkpoints_show_at_the_second_restore(
 ) -> None:
     """Where it could not be tried when the server was met: no fault of the snapshot. With a sliding window nothing is
     saved or restored from then on."""
-    pool = house.scheduler.pool
+    pool = house.leases.table
     assert pool is not None
     snapshot = on_disk_only(house)
     pool.memory = memory
@@ -132,7 +132,7 @@ def test_files_without_checkpoints_show_at_the_second_restore(
 
 def test_files_with_checkpoints_show_at_the_first_restore(house: House) -> None:
     """The restored slot went back to one."""
-    pool = house.scheduler.pool
+    pool = house.leases.table
     assert pool is not None
     on_disk_only(house)
     pool.memory = Memory.RECURRENT

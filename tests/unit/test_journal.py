@@ -11,11 +11,12 @@ import pytest
 from bench.virtual import VirtualLoop
 from llamaslot.observe.journal import KEPT, Act, Decision, Journal, Option, Waited, explain
 from llamaslot.scheduling.request import Job, User
+from llamaslot.scheduling.slots import SlotKey
 from tests.support.house import House, tokens_of
 from tests.support.stub import Op, StubServer
 
-ON_DISK = Option(2, "snapshot", 30_811, "ls-1", {"restore": 0.6, "prefill": 0.3})
-RESIDENT = Option(0, "resident", 900, None, {"regret": 2.0, "prefill": 10.4})
+ON_DISK = Option(SlotKey("gpu0", 2), "snapshot", 30_811, "ls-1", {"restore": 0.6, "prefill": 0.3})
+RESIDENT = Option(SlotKey("gpu0", 0), "resident", 900, None, {"regret": 2.0, "prefill": 10.4})
 
 
 @pytest.fixture
@@ -42,28 +43,28 @@ def decisions(house: House) -> list[Decision]:
 
 def test_a_place_is_explained_from_its_numbers() -> None:
     """Where, from what, the terms of its cost, and what else there was."""
-    decision = Decision("req-12", 0.0, 31_200, ON_DISK, RESIDENT, slot=2)
+    decision = Decision("req-12", 0.0, 31_200, ON_DISK, RESIDENT, slot=SlotKey("gpu0", 2))
     assert explain(decision) == (
-        "req-12 31,200 tok -> slot 2 from snapshot ls-1: 30,811 reused; cost 0.9 s = restore 0.6 + prefill 0.3;"
-        " next best slot 0 resident 12.4 s"
+        "req-12 31,200 tok -> slot gpu0/2 from snapshot ls-1: 30,811 reused; cost 0.9 s = restore 0.6 + prefill 0.3;"
+        " next best slot gpu0/0 resident 12.4 s"
     )
 
 
 def test_a_wait_is_explained_by_what_it_saves() -> None:
     """For which slot, how long, and what a place that can be had at once would cost."""
-    busy = Option(1, "resident", 30_000, None, {"wait": 3.0, "prefill": 0.3})
-    wait = Waited(busy, Option(0, "cold", 0, None, {"save": 0.25, "prefill": 12.0}), 3.0)
+    busy = Option(SlotKey("gpu0", 1), "resident", 30_000, None, {"wait": 3.0, "prefill": 0.3})
+    wait = Waited(busy, Option(SlotKey("gpu0", 0), "cold", 0, None, {"save": 0.25, "prefill": 12.0}), 3.0)
     assert explain(Decision("req-3", 0.0, 31_200, waits=[wait])) == (
-        "req-3 31,200 tok waits for slot 1 resident: 30,000 reused; cost 3.3 s = wait 3.0 + prefill 0.3;"
-        " at once it is slot 0 cold 12.2 s = save 0.25 + prefill 12.0"
+        "req-3 31,200 tok waits for slot gpu0/1 resident: 30,000 reused; cost 3.3 s = wait 3.0 + prefill 0.3;"
+        " at once it is slot gpu0/0 cold 12.2 s = save 0.25 + prefill 12.0"
     )
 
 
 def test_a_save_of_our_own_is_explained() -> None:
     """What was written, how large it is and how long it took."""
     act = Act("save", 0.4, True, 9000, 312_000_000, "ls-7", waited_s=0.1)
-    assert explain(Decision("writeback-3", 0.0, 9000, slot=1, acts=[act])) == (
-        "writeback-3 9,000 tok in slot 1: save ls-7, 312.0 MB in 0.4 s after waiting 0.1 s"
+    assert explain(Decision("writeback-3", 0.0, 9000, slot=SlotKey("gpu0", 1), acts=[act])) == (
+        "writeback-3 9,000 tok in slot gpu0/1: save ls-7, 312.0 MB in 0.4 s after waiting 0.1 s"
     )
 
 

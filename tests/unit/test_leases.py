@@ -72,8 +72,8 @@ def test_a_save_goes_on_when_its_client_has_left(house: House) -> None:
     house.loop.settle()
     client.cancel()
     house.loop.settle()
-    assert house.scheduler.pool is not None
-    assert [slot.state for slot in house.scheduler.pool.slots].count(State.LEASED) == 1
+    assert house.leases.table is not None
+    assert [slot.state for slot in house.leases.table.slots].count(State.LEASED) == 1
     house.finish()
     assert len(house.catalog.snapshots) == 1
     house.check_nothing_is_left()
@@ -93,8 +93,8 @@ def test_a_save_that_outlives_its_server_is_the_next_one_s(house: House) -> None
     house.notice(is_down=False)
     house.loop.run(house.meet())
     house.finish()
-    assert house.scheduler.pool is not None
-    assert len(house.scheduler.pool.library.snapshots) == 1
+    assert house.leases.table is not None
+    assert len(house.leases.table.library.snapshots) == 1
     house.check_nothing_is_left()
 
 
@@ -126,8 +126,8 @@ def test_a_failed_restore_is_no_news_of_the_model(house: House) -> None:
     house.server.fail(house.server.pending[0], SlotActionFailed("no"))
     house.finish()
     assert outcome_of(client) == 0
-    assert house.scheduler.pool is not None
-    assert house.scheduler.pool.memory is Memory.DENSE
+    assert house.leases.table is not None
+    assert house.leases.table.memory is Memory.DENSE
     assert house.metrics.beliefs_wrong._value.get() == 0
     house.check_nothing_is_left()
 
@@ -155,7 +155,7 @@ def test_what_was_computed_with_lora_scales_is_gone_on_from_with_the_same_ones_o
     house.loop.settle()
     leaves.cancel()
     house.finish()
-    pool = house.scheduler.pool
+    pool = house.leases.table
     assert pool is not None
     own = house.start(house.ask(Job("own", tokens, space=scaled)), "own")
     house.finish()

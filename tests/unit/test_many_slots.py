@@ -61,7 +61,7 @@ def filled(rng: random.Random, stems: list[list[int]]) -> Pool:
         pool.give_back(slot, Event.KEEP, content, now)
         if rng.random() < 0.3:
             job = Job(f"busy{slot.id}", pack(tokens(rng, stems)), space=space)
-            plan = place(job, pool.view(job, 3000.0, {}), pool.rules)
+            plan = place(job, [pool.view(job, 3000.0, {})], pool.rules)
             if isinstance(plan, Plan):
                 pool.take(pool.slots[plan.slot], job, 3000.0, plan, has_answer=True)
     return pool
@@ -96,7 +96,7 @@ def test_the_choice_is_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> N
         assert len(few.slots) < len(every.slots)
         assert (few.snapshots, few.trunks) == (every.snapshots, every.trunks)
         assert set(few.slots) <= set(every.slots)
-        chosen, best = (place(job, view, pool.rules) for view in (few, every))
+        chosen, best = (place(job, [view], pool.rules) for view in (few, every))
         assert cost(chosen)[0] is cost(best)[0]
         assert cost(chosen)[1] == pytest.approx(cost(best)[1], abs=0.0021)
         if isinstance(chosen, Plan) and isinstance(best, Plan):

@@ -14,19 +14,21 @@ from hypothesis import strategies as st
 
 from llamaslot.cache.ids import pack
 from llamaslot.scheduling.placement import (
-    PoolView,
+    BackendView,
     Rules,
     SlotView,
     SnapshotView,
     is_similar,
-    place,
     prefill_steps,
     prefill_stops,
     weight,
 )
+from llamaslot.scheduling.placement import (
+    place as place_over,
+)
 from llamaslot.scheduling.plan import Cost, Erase, Keep, Place, Plan, PrefillTo, Restore, Save, Source, Wait
 from llamaslot.scheduling.request import Job
-from llamaslot.scheduling.slots import State
+from llamaslot.scheduling.slots import SlotKey, State
 
 RULES = Rules(similarity_min=0.85, small_prompt_tokens=1024, own_above_s=1.0)
 FREE, HOT, LEASED, DRAINING, SUSPECT = State.FREE, State.HOT, State.LEASED, State.DRAINING, State.SUSPECT
@@ -36,8 +38,17 @@ def job(n_tokens: int, **more: object) -> Job:
     return Job("job", pack(range(n_tokens)), **more)  # type: ignore[arg-type]
 
 
+def key(slot: int, backend: str = "gpu0") -> SlotKey:
+    return SlotKey(backend, slot)
+
+
+def place(job: Job, view: BackendView, rules: Rules) -> Plan | Wait:
+    """With one backend."""
+    return place_over(job, [view], rules)
+
+
 def free(slot: int, used_at: float = 0.0) -> SlotView:
-    return SlotView(slot, FREE, used_at=used_at)
+    return SlotView(key(slot), FREE, used_at=used_at)
 
 
 def hot(slot: int, n_tokens: int = 5000, *, shared: int = 0, **more: object) -> SlotView:
@@ -48,7 +59,7 @@ def hot(slot: int, n_tokens: int = 5000, *, shared: int = 0, **more: object) -> 
         "regret_s": 0.5,
         "n_usable": shared,
     } | more
-    return SlotView(slot, HOT, n_tokens, shared, **told)  # type: ignore[arg-type]
+    return SlotView(key(slot), HOT, n_tokens, shared, **told)  # type: ignore[arg-type]
 
 
 def saved(slot: int, n_tokens: int = 5000, *, shared: int = 0, **more: object) -> SlotView:
@@ -59,11 +70,11 @@ def saved(slot: int, n_tokens: int = 5000, *, shared: int = 0, **more: object) -
 
 
 def busy(slot: int, n_tokens: int, *, shared: int, wait_s: float, state: State = LEASED) -> SlotView:
-    return SlotView(slot, state, n_tokens, shared, shared, wait_s=wait_s)
+    return SlotView(key(slot), state, n_tokens, shared, shared, wait_s=wait_s)
 
 
-def view(*slots: SlotView, snapshots: tuple[SnapshotView, ...] = (), **more: object) -> PoolView:
-    return PoolView(slots, snapshots, **more)  # type: ignore[arg-type]
+def view(*slots: SlotView, snapshots: tuple[SnapshotView, ...] = (), **more: object) -> BackendView:
+    return BackendView(slots, snapshots, **more)  # type: ignore[arg-type]
 
 
 def plan_of(decision: Plan | Wait) -> Plan:
@@ -77,7 +88,7 @@ def plan_of(decision: Plan | Wait) -> Plan:
 def test_a_similar_hot_slot_is_taken_before_a_free_one() -> None:
     """The next turn of a conversation goes to the slot that holds it, with nothing to do before it runs."""
     plan = plan_of(place(job(5200), view(free(0), hot(1, 5000, shared=5000)), RULES))
-    assert (plan.slot, plan.source, plan.n_reused, plan.steps) == (1, Source.RESIDENT, 5000, ())
+    assert (plan.slot.id, plan.source, plan.n_reused, plan.steps) == (1, Source.RESIDENT, 5000, ())
 
 
 def test_a_similar_slot_is_not_saved_before_it_is_gone_on_from() -> None:
@@ -89,31 +100,31 @@ def test_a_similar_slot_is_not_saved_before_it_is_gone_on_from() -> None:
 def test_a_free_slot_is_taken_before_a_stranger_is_displaced() -> None:
     """Nothing is lost, so nothing else is cheaper."""
     plan = plan_of(place(job(3000), view(hot(0), free(1), saved(2)), RULES))
-    assert (plan.slot, plan.source, plan.n_reused) == (1, Source.COLD, 0)
+    assert (plan.slot.id, plan.source, plan.n_reused) == (1, Source.COLD, 0)
 
 
 def test_a_free_slot_is_taken_before_a_slot_that_shares_little() -> None:
     """What everybody shares (the same system prompt) is no reason to take somebody's slot when that costs more."""
     shares = hot(0, 20_000, shared=300, regret_s=10.0)
-    assert plan_of(place(job(5000), view(shares, free(1)), RULES)).slot == 1
+    assert plan_of(place(job(5000), view(shares, free(1)), RULES)).slot.id == 1
 
 
 def test_the_shared_part_of_a_victim_is_used() -> None:
     """A slot that must be taken anyway is taken with what it shares."""
     plan = plan_of(place(job(5000), view(hot(0), hot(1, 20_000, shared=2000)), RULES))
-    assert (plan.slot, plan.source, plan.n_reused) == (1, Source.RESIDENT, 2000)
-    assert plan.steps[0] == Save(1)
+    assert (plan.slot.id, plan.source, plan.n_reused) == (1, Source.RESIDENT, 2000)
+    assert plan.steps[0] == Save(key(1))
 
 
 def test_the_victim_is_the_one_whose_loss_costs_least() -> None:
     """One that is on disk already goes before one that would have to be saved."""
-    assert plan_of(place(job(3000), view(hot(0), saved(1), hot(2)), RULES)).slot == 1
+    assert plan_of(place(job(3000), view(hot(0), saved(1), hot(2)), RULES)).slot.id == 1
 
 
 def test_a_victim_that_is_worth_it_is_saved_first() -> None:
     """Saved, before anything else is done to the slot."""
     plan = plan_of(place(job(500), view(hot(0)), RULES))
-    assert plan.steps == (Save(0),)
+    assert plan.steps == (Save(key(0)),)
 
 
 def test_a_victim_that_is_not_worth_it_is_overwritten() -> None:
@@ -125,12 +136,12 @@ def test_a_victim_that_is_not_worth_it_is_overwritten() -> None:
 def test_ties_go_to_the_slot_used_longest_ago() -> None:
     """Among equals, and costs within a millisecond are equal."""
     slots = [saved(0, used_at=30.0), saved(1, used_at=10.0, regret_s=0.1002), saved(2, used_at=20.0)]
-    assert plan_of(place(job(3000), view(*slots), RULES)).slot == 1
+    assert plan_of(place(job(3000), view(*slots), RULES)).slot.id == 1
 
 
 def test_free_slots_tie_as_well() -> None:
     """The one that was left longest ago."""
-    assert plan_of(place(job(3000), view(free(0, 9.0), free(1, 3.0), free(2, 5.0)), RULES)).slot == 1
+    assert plan_of(place(job(3000), view(free(0, 9.0), free(1, 3.0), free(2, 5.0)), RULES)).slot.id == 1
 
 
 def test_similarity_is_the_part_of_the_slot_that_survives() -> None:
@@ -144,7 +155,7 @@ def test_similarity_is_the_part_of_the_slot_that_survives() -> None:
 def test_an_empty_prompt_goes_anywhere_that_costs_nothing() -> None:
     """A body that llamaslot cannot read still gets a slot."""
     plan = plan_of(place(Job("opaque"), view(hot(0), free(1)), RULES))
-    assert (plan.slot, plan.steps, plan.n_reused) == (1, (), 0)
+    assert (plan.slot.id, plan.steps, plan.n_reused) == (1, (), 0)
 
 
 # -- waiting -------------------------------------------------------------------------------------------------------
@@ -153,20 +164,20 @@ def test_an_empty_prompt_goes_anywhere_that_costs_nothing() -> None:
 def test_a_busy_slot_is_waited_for_when_that_is_cheaper() -> None:
     """20,000 tokens would take 20 s to compute; the slot that holds them is back in 3."""
     own = busy(1, 20_000, shared=20_000, wait_s=3.0)
-    assert place(job(20_100), view(free(0), own), RULES) == Wait(slot=1, for_s=3.0)
+    assert place(job(20_100), view(free(0), own), RULES) == Wait(slot=key(1), for_s=3.0)
 
 
 def test_a_busy_slot_is_not_waited_for_when_computing_is_faster() -> None:
     """1,000 tokens are computed in a second."""
     own = busy(1, 1000, shared=1000, wait_s=3.0)
-    assert plan_of(place(job(1100), view(free(0), own), RULES)).slot == 0
+    assert plan_of(place(job(1100), view(free(0), own), RULES)).slot.id == 0
 
 
 def test_a_busy_slot_is_not_waited_for_when_a_snapshot_is_faster() -> None:
     """What it holds is on disk as well, and another slot is free."""
     own = busy(1, 20_000, shared=20_000, wait_s=3.0)
     plan = plan_of(place(job(20_100), view(free(0), own, snapshots=(SnapshotView("s", 20_000, 0.2),)), RULES))
-    assert (plan.slot, plan.source) == (0, Source.SNAPSHOT)
+    assert (plan.slot.id, plan.source) == (0, Source.SNAPSHOT)
 
 
 def test_a_busy_stranger_is_never_waited_for() -> None:
@@ -187,20 +198,22 @@ def test_an_overdue_slot_is_still_waited_for() -> None:
 def test_a_draining_slot_is_waited_for_like_a_busy_one() -> None:
     """Who leaves and asks again at once finds what was computed for him."""
     own = busy(1, 20_000, shared=20_000, wait_s=1.0, state=DRAINING)
-    assert place(job(20_100), view(free(0), own), RULES) == Wait(slot=1, for_s=1.0)
+    assert place(job(20_100), view(free(0), own), RULES) == Wait(slot=key(1), for_s=1.0)
 
 
 def test_a_reserved_slot_is_left_alone() -> None:
     """Somebody earlier waits for slot 0; the next one takes the other, although it costs more."""
     slots = saved(0), hot(1)
-    assert plan_of(place(job(3000), view(*slots), RULES)).slot == 0
-    assert plan_of(place(job(3000), view(*slots, reserved={0: 1.0}), RULES)).slot == 1
+    assert plan_of(place(job(3000), view(*slots), RULES)).slot.id == 0
+    assert plan_of(place(job(3000), view(*slots, reserved={key(0): 1.0}), RULES)).slot.id == 1
 
 
 def test_a_reservation_blocks_nobody_else() -> None:
     """Only the slot that is waited for is out of reach."""
-    decision = place(job(3000), view(free(0), busy(1, 9000, shared=0, wait_s=9.0), reserved={1: 1.0}), RULES)
-    assert plan_of(decision).slot == 0
+    decision = place(
+        job(3000), view(free(0), busy(1, 9000, shared=0, wait_s=9.0), reserved={key(1): 1.0}), RULES
+    )
+    assert plan_of(decision).slot.id == 0
 
 
 def test_a_leaving_snapshot_is_waited_for() -> None:
@@ -221,14 +234,14 @@ def test_a_leaving_snapshot_is_not_waited_for_when_computing_is_faster() -> None
 def test_a_snapshot_is_restored_into_an_erased_slot() -> None:
     """Erase first, always: with a draft model a restore into what is left breaks every request."""
     plan = plan_of(place(job(5100), view(free(0), snapshots=(SnapshotView("s", 5000, 0.01),)), RULES))
-    assert plan.steps == (Erase(0), Restore(0, "s"))
+    assert plan.steps == (Erase(key(0)), Restore(key(0), "s"))
     assert (plan.source, plan.snapshot, plan.n_reused) == (Source.SNAPSHOT, "s", 5000)
 
 
 def test_the_victim_is_saved_before_it_is_erased() -> None:
     """The order of the steps is the order of this sentence: saved, erased, restored."""
     plan = plan_of(place(job(5100), view(hot(0), snapshots=(SnapshotView("s", 5000, 0.01),)), RULES))
-    assert plan.steps == (Save(0), Erase(0), Restore(0, "s"))
+    assert plan.steps == (Save(key(0)), Erase(key(0)), Restore(key(0), "s"))
 
 
 def test_the_longer_snapshot_wins_when_what_it_adds_is_worth_its_bytes() -> None:
@@ -258,18 +271,18 @@ def test_what_is_resident_wins_over_the_same_on_disk() -> None:
 def test_a_small_prompt_does_not_displace_a_hot_slot(other: SlotView) -> None:
     """Not even a cheap one, while there is a slot that is free, small, or nobody's loss."""
     cheap = saved(0, 5000, shared=60, regret_s=0.001, n_usable=60)
-    assert plan_of(place(job(100), view(cheap, other), RULES)).slot == 1
+    assert plan_of(place(job(100), view(cheap, other), RULES)).slot.id == 1
 
 
 def test_a_small_prompt_displaces_when_there_is_no_other_choice() -> None:
     """All slots are hot: the one whose loss costs least, saved first."""
     plan = plan_of(place(job(100), view(hot(0), hot(1, regret_s=0.2)), RULES))
-    assert (plan.slot, plan.steps) == (1, (Save(1),))
+    assert (plan.slot.id, plan.steps) == (1, (Save(key(1)),))
 
 
 def test_a_small_prompt_goes_on_in_its_own_slot() -> None:
     """A short conversation of its own is a match, no loss."""
-    assert plan_of(place(job(100), view(free(0), hot(1, 90, shared=90)), RULES)).slot == 1
+    assert plan_of(place(job(100), view(free(0), hot(1, 90, shared=90)), RULES)).slot.id == 1
 
 
 def test_a_small_prompt_does_not_wait_behind_seven_others_while_three_slots_are_idle() -> None:
@@ -280,22 +293,22 @@ def test_a_small_prompt_does_not_wait_behind_seven_others_while_three_slots_are_
         hot(2, save_s=0.2, regret_s=0.2),
         hot(3, save_s=0.2, regret_s=0.2),
     )
-    assert place(job(300), view(alike, *others), RULES) == Wait(slot=0, for_s=0.2)
-    decision = place(job(300), view(alike, *others, reserved={0: 0.7}), RULES)
-    assert (plan_of(decision).slot, plan_of(decision).steps) == (1, (Save(1),))
+    assert place(job(300), view(alike, *others), RULES) == Wait(slot=key(0), for_s=0.2)
+    decision = place(job(300), view(alike, *others, reserved={key(0): 0.7}), RULES)
+    assert (plan_of(decision).slot, plan_of(decision).steps) == (1, (Save(key(1)),))
 
 
 def test_a_small_prompt_does_not_wait_at_any_price_where_a_context_costs_next_to_nothing() -> None:
     """It is on disk, and back in 10 ms: that is less than the rest of an answer."""
     alike = busy(0, 300, shared=280, wait_s=0.5)
-    assert plan_of(place(job(300), view(alike, saved(1, regret_s=0.01)), RULES)).slot == 1
+    assert plan_of(place(job(300), view(alike, saved(1, regret_s=0.01)), RULES)).slot.id == 1
 
 
 def test_a_small_prompt_waits_where_a_context_costs_more_than_that() -> None:
     """It would have to be saved first, which takes longer than those who are ahead."""
     alike = busy(0, 300, shared=280, wait_s=0.2)
     dear = hot(1, save_s=3.0, regret_s=1.0)
-    assert place(job(300), view(alike, dear, reserved={0: 0.6}), RULES) == Wait(
+    assert place(job(300), view(alike, dear, reserved={key(0): 0.6}), RULES) == Wait(
         slot=0, for_s=pytest.approx(0.8)
     )
 
@@ -303,14 +316,16 @@ def test_a_small_prompt_waits_where_a_context_costs_more_than_that() -> None:
 def test_who_waits_for_a_reserved_slot_counts_those_who_are_ahead() -> None:
     """Also a large prompt, and also where the slot itself is idle already: its own is behind another's."""
     own = hot(0, 20_000, shared=20_000)
-    assert place(job(20_100), view(own, free(1), reserved={0: 3.0}), RULES) == Wait(slot=0, for_s=3.0)
-    assert plan_of(place(job(20_100), view(own, free(1), reserved={0: 25.0}), RULES)).slot == 1
+    assert place(job(20_100), view(own, free(1), reserved={key(0): 3.0}), RULES) == Wait(
+        slot=key(0), for_s=3.0
+    )
+    assert plan_of(place(job(20_100), view(own, free(1), reserved={key(0): 25.0}), RULES)).slot.id == 1
 
 
 def test_a_large_prompt_takes_the_cheapest_whatever_it_holds() -> None:
     """The rule is for small prompts only."""
     cheap, dear = saved(0, 5000, regret_s=0.001), hot(1, 500, regret_s=9.0)
-    assert plan_of(place(job(2000), view(cheap, dear), RULES)).slot == 0
+    assert plan_of(place(job(2000), view(cheap, dear), RULES)).slot.id == 0
 
 
 # -- what must not be reused ---------------------------------------------------------------------------------------
@@ -320,40 +335,40 @@ def test_nothing_cached_is_used_when_that_is_asked_for() -> None:
     """Neither the slot that holds the prompt nor its snapshot: the slot whose loss costs least, erased."""
     pool = view(hot(0, 5000, shared=5000), saved(1), snapshots=(SnapshotView("s", 5000, 0.01),))
     plan = plan_of(place(job(500, is_cold=True), pool, RULES))
-    assert (plan.slot, plan.source, plan.n_reused, plan.snapshot) == (1, Source.COLD, 0, None)
-    assert plan.steps == (Erase(1),)
+    assert (plan.slot.id, plan.source, plan.n_reused, plan.snapshot) == (1, Source.COLD, 0, None)
+    assert plan.steps == (Erase(key(1)),)
 
 
 def test_a_slot_that_would_have_matched_is_saved_before_it_is_erased() -> None:
     """Its owner's context is lost all the same."""
     plan = plan_of(place(job(500, is_cold=True), view(hot(0, 5000, shared=500)), RULES))
-    assert plan.steps == (Save(0), Erase(0))
+    assert plan.steps == (Save(key(0)), Erase(key(0)))
 
 
 def test_a_busy_slot_is_never_waited_for_by_one_that_uses_nothing() -> None:
     """What it holds would not be used."""
     own = busy(1, 20_000, shared=20_000, wait_s=0.1)
-    assert plan_of(place(job(20_100, is_cold=True), view(free(0), own), RULES)).slot == 0
+    assert plan_of(place(job(20_100, is_cold=True), view(free(0), own), RULES)).slot.id == 0
 
 
 def test_a_slot_of_another_space_is_saved_and_emptied_first() -> None:
     """llama-server compares tokens by itself, and knows no spaces."""
     foreign = replace(hot(0, 5000), is_foreign=True)
     plan = plan_of(place(job(5000), view(foreign), RULES))
-    assert plan.steps == (Save(0), Erase(0), PrefillTo(0, 4999))
+    assert plan.steps == (Save(key(0)), Erase(key(0)), PrefillTo(key(0), 4999))
     assert (plan.source, plan.n_reused) == (Source.COLD, 0)
 
 
 def test_without_slot_actions_nothing_is_computed_ahead_in_a_slot_of_another_space() -> None:
     """The job's own request then computes everything itself."""
     foreign = replace(hot(0, 5000), is_foreign=True)
-    assert plan_of(place(job(5000), view(foreign, can_erase=False), RULES)).steps == (Save(0),)
+    assert plan_of(place(job(5000), view(foreign, can_erase=False), RULES)).steps == (Save(key(0)),)
 
 
 def test_a_cold_prompt_is_computed_ahead_in_an_erased_slot() -> None:
     """What is found there afterwards is its own work."""
     plan = plan_of(place(job(5000, is_cold=True), view(hot(0)), RULES))
-    assert plan.steps == (Save(0), Erase(0), PrefillTo(0, 4999))
+    assert plan.steps == (Save(key(0)), Erase(key(0)), PrefillTo(key(0), 4999))
 
 
 def test_without_slot_actions_a_cold_prompt_computes_everything_itself() -> None:
@@ -364,8 +379,8 @@ def test_without_slot_actions_a_cold_prompt_computes_everything_itself() -> None
 
 def test_a_suspect_slot_is_erased_before_its_use() -> None:
     """Nobody knows what is in it, so nothing is expected of it."""
-    plan = plan_of(place(job(500), view(SlotView(0, SUSPECT)), RULES))
-    assert (plan.steps, plan.source, plan.n_reused) == ((Erase(0),), Source.COLD, 0)
+    plan = plan_of(place(job(500), view(SlotView(key(0), SUSPECT)), RULES))
+    assert (plan.steps, plan.source, plan.n_reused) == ((Erase(key(0)),), Source.COLD, 0)
 
 
 # -- prefill -------------------------------------------------------------------------------------------------------
@@ -373,7 +388,7 @@ def test_a_suspect_slot_is_erased_before_its_use() -> None:
 
 def test_a_long_prefill_stops_at_the_last_token_but_one() -> None:
     """The last one is left to the client's own request."""
-    assert plan_of(place(job(5000), view(free(0)), RULES)).steps == (PrefillTo(0, 4999),)
+    assert plan_of(place(job(5000), view(free(0)), RULES)).steps == (PrefillTo(key(0), 4999),)
 
 
 def test_a_short_prefill_is_left_to_the_request() -> None:
@@ -389,7 +404,7 @@ def test_only_what_is_new_counts() -> None:
 def test_a_prefill_after_a_restore_goes_on_from_it() -> None:
     """The snapshot has half of the prompt."""
     plan = plan_of(place(job(9000), view(free(0), snapshots=(SnapshotView("s", 4500, 0.01),)), RULES))
-    assert plan.steps == (Erase(0), Restore(0, "s"), PrefillTo(0, 8999))
+    assert plan.steps == (Erase(key(0)), Restore(key(0), "s"), PrefillTo(key(0), 8999))
 
 
 def test_what_is_long_is_what_takes_much_longer_than_a_request_costs() -> None:
@@ -455,7 +470,7 @@ def test_what_everybody_begins_with_makes_no_match() -> None:
     """10,000 tokens of system prompt are most of what the slot holds, and still it is somebody else's: saved first."""
     other = hot(0, 11_000, shared=10_000, is_other=True)
     plan = plan_of(place(job(12_000), view(other), RULES))
-    assert (plan.n_reused, plan.steps[0]) == (10_000, Save(0))
+    assert (plan.n_reused, plan.steps[0]) == (10_000, Save(key(0)))
     assert (
         plan_of(
             place(job(12_000), view(other, free(1), snapshots=(SnapshotView("trunk", 10_000, 0.1),)), RULES)
@@ -467,7 +482,7 @@ def test_what_everybody_begins_with_makes_no_match() -> None:
 def test_a_busy_slot_that_only_begins_alike_is_not_waited_for() -> None:
     """What it will hold is somebody else's."""
     begins_alike = replace(busy(1, 11_000, shared=10_000, wait_s=0.5), is_other=True)
-    assert plan_of(place(job(12_000), view(free(0), begins_alike), RULES)).slot == 0
+    assert plan_of(place(job(12_000), view(free(0), begins_alike), RULES)).slot.id == 0
 
 
 # -- trunks --------------------------------------------------------------------------------------------------------
@@ -476,28 +491,33 @@ def test_a_busy_slot_that_only_begins_alike_is_not_waited_for() -> None:
 def test_a_trunk_is_kept_on_the_way() -> None:
     """Computed up to where it ends, saved, and gone on from: nothing is computed twice."""
     plan = plan_of(place(job(12_000), view(free(0), trunks=(10_000,)), RULES))
-    assert plan.steps == (PrefillTo(0, 10_000), Keep(0, 10_000), PrefillTo(0, 11_999))
+    assert plan.steps == (PrefillTo(key(0), 10_000), Keep(key(0), 10_000), PrefillTo(key(0), 11_999))
 
 
 def test_a_trunk_is_a_stop_that_boundaries_share() -> None:
     """The end of the system part is both: one stop."""
     cut = job(12_500, boundaries=(10_000, 11_000), n_system=10_000)
     plan = plan_of(place(cut, view(free(0), trunks=(10_000,), is_rewindable=False), RULES))
-    stops = PrefillTo(0, 11_000), PrefillTo(0, 12_499)
-    assert plan.steps == (PrefillTo(0, 10_000), Keep(0, 10_000), *stops)
+    stops = PrefillTo(key(0), 11_000), PrefillTo(key(0), 12_499)
+    assert plan.steps == (PrefillTo(key(0), 10_000), Keep(key(0), 10_000), *stops)
 
 
 def test_a_short_prefill_stops_for_a_trunk_all_the_same() -> None:
     """It is 400 tokens from there to the end, which the request itself computes."""
     plan = plan_of(place(job(800), view(free(0), trunks=(400,)), RULES))
-    assert plan.steps == (PrefillTo(0, 400), Keep(0, 400))
+    assert plan.steps == (PrefillTo(key(0), 400), Keep(key(0), 400))
 
 
 def test_a_trunk_is_made_of_what_is_restored() -> None:
     """Another conversation's snapshot has it, and more: it is cut back to where the two part."""
     there = SnapshotView("other", 10_000, 0.01)
     plan = plan_of(place(job(10_500), view(free(0), snapshots=(there,), trunks=(10_000,)), RULES))
-    assert plan.steps == (Erase(0), Restore(0, "other"), PrefillTo(0, 10_000), Keep(0, 10_000))
+    assert plan.steps == (
+        Erase(key(0)),
+        Restore(key(0), "other"),
+        PrefillTo(key(0), 10_000),
+        Keep(key(0), 10_000),
+    )
 
 
 def test_a_conversation_that_has_passed_its_trunk_makes_none() -> None:
@@ -511,7 +531,10 @@ def test_a_trunk_ends_a_few_tokens_later_rather_than_have_them_computed_again() 
     """Both questions begin with the same word. On a model that cannot cut it, such a trunk would be of no use."""
     there = SnapshotView("other", 10_003, 0.01)
     cuts = view(free(0), snapshots=(there,), trunks=(10_000,))
-    assert plan_of(place(job(10_500), cuts, RULES)).steps[2:] == (PrefillTo(0, 10_003), Keep(0, 10_003))
+    assert plan_of(place(job(10_500), cuts, RULES)).steps[2:] == (
+        PrefillTo(key(0), 10_003),
+        Keep(key(0), 10_003),
+    )
     does_not = view(free(0), snapshots=(there,), trunks=(10_000,), is_rewindable=False)
     assert plan_of(place(job(10_500), does_not, RULES)).steps[2:] == ()
 
@@ -545,7 +568,7 @@ def test_every_trunk_is_kept_right_after_it_was_computed(
     steps = list(prefill_steps(job(n), 0, n_reused, seen, RULES))
     for before, step in zip([None, *steps], steps, strict=False):
         if isinstance(step, Keep):
-            assert before == PrefillTo(0, step.n_tokens)
+            assert before == PrefillTo(key(0), step.n_tokens)
             assert is_rewindable or step.n_tokens in trunks
     stops = [step.n_tokens for step in steps if isinstance(step, PrefillTo)]
     assert stops == sorted(set(stops))
@@ -570,7 +593,7 @@ def slot_views(draw: st.DrawFn, slot: int) -> SlotView:
     shared = draw(st.integers(0, n_tokens))
     is_worth = state is HOT and draw(st.booleans())
     return SlotView(
-        slot,
+        key(slot),
         state,
         n_tokens,
         shared,
@@ -588,7 +611,7 @@ def test_every_decision_can_be_carried_out(data: st.DataObject) -> None:
     """A plan is for an idle slot that nobody waits for, saves before it erases and erases before it restores; whoever
     waits does so because nothing is idle or because it is cheaper."""
     slots = tuple(data.draw(slot_views(i)) for i in range(data.draw(st.integers(1, 4))))
-    reserved = dict.fromkeys(data.draw(st.sets(st.integers(0, len(slots) - 1))), 1.0)
+    reserved = {key(slot): 1.0 for slot in data.draw(st.sets(st.integers(0, len(slots) - 1)))}
     snapshots = tuple(
         SnapshotView(f"s{i}", data.draw(st.integers(64, 30_000)), 0.2, data.draw(st.sampled_from([0.0, 0.4])))
         for i in range(data.draw(st.integers(0, 2)))
@@ -597,9 +620,9 @@ def test_every_decision_can_be_carried_out(data: st.DataObject) -> None:
         data.draw(st.integers(0, 30_000)),
         is_cold=data.draw(st.booleans()),
     )
-    pool = PoolView(slots, snapshots, reserved=reserved)
+    pool = BackendView(slots, snapshots, reserved=reserved)
     decision = place(one, pool, RULES)
-    takeable = {slot.id for slot in slots if slot.state in (FREE, HOT, SUSPECT)} - reserved.keys()
+    takeable = {slot.key for slot in slots if slot.state in (FREE, HOT, SUSPECT)} - reserved.keys()
     if isinstance(decision, Wait):
         assert decision.for_s is None or decision.for_s > 0
         assert decision.slot is None or decision.slot not in takeable
@@ -614,8 +637,61 @@ def test_every_decision_can_be_carried_out(data: st.DataObject) -> None:
     if one.is_cold:
         assert decision.n_reused == 0
         assert Erase in kinds
-    if slots[decision.slot].is_worth_saving and Erase in kinds:
+    if slots[decision.slot.id].is_worth_saving and Erase in kinds:
         assert Save in kinds, "what is worth it is saved before it is erased"
+
+
+# -- over two backends ---------------------------------------------------------------------------------------------
+
+
+def on(backend: str, *slots: SlotView, ms_per_token: float = 1.0, **more: object) -> BackendView:
+    """``slots`` are those of ``backend``, which computes a token in so many milliseconds."""
+    own = tuple(replace(slot, key=key(slot.key.id, backend)) for slot in slots)
+    rate = {"prefill_s": lambda start, end: (end - start) * ms_per_token / 1000}
+    return BackendView(own, **(rate | more))  # type: ignore[arg-type]
+
+
+def test_a_request_goes_to_the_backend_that_holds_its_prefix() -> None:
+    """Also where the other one has a free slot."""
+    views = [on("a", free(0), free(1)), on("b", free(0), hot(1, 5000, shared=5000))]
+    plan = plan_of(place_over(job(5200), views, RULES))
+    assert (plan.slot, plan.source, plan.n_reused) == (key(1, "b"), Source.RESIDENT, 5000)
+    assert plan.next_best is not None
+    assert plan.next_best.slot.backend == "a"
+
+
+@pytest.mark.parametrize(("wait_s", "backend"), [(3.0, "b"), (30.0, "a")])
+def test_a_request_spills_over_where_waiting_costs_more_than_computing(wait_s: float, backend: str) -> None:
+    """20,000 tokens take 20 s on an idle slot of the other backend."""
+    views = [on("a", free(0)), on("b", busy(0, 20_000, shared=20_000, wait_s=wait_s))]
+    decision = place_over(job(20_100), views, RULES)
+    assert decision.slot == key(0, backend)
+    assert isinstance(decision, Wait) == (backend == "b")
+
+
+def test_each_backends_own_rates_count() -> None:
+    """The faster one computes a new prompt; a snapshot is restored where that is quick."""
+    slow, fast = on("slow", free(0), ms_per_token=4.0), on("fast", free(0))
+    assert plan_of(place_over(job(5000), [slow, fast], RULES)).slot.backend == "fast"
+    near = (SnapshotView("s", 4900, restore_s=0.1),)
+    far = (SnapshotView("s", 4900, restore_s=9.0),)
+    slow = on("slow", free(0), ms_per_token=4.0, snapshots=near)
+    plan = plan_of(place_over(job(5000), [slow, on("fast", free(0), snapshots=far)], RULES))
+    assert (plan.slot.backend, plan.snapshot) == ("slow", "s")
+    assert {step.slot for step in plan.steps} == {key(0, "slow")}
+    assert plan.cost == Cost(restore_s=0.1, prefill_s=0.4)
+
+
+def test_a_slot_that_is_waited_for_is_reserved_on_its_own_backend_only() -> None:
+    """Slots of two backends have the same numbers."""
+    held = {key(0, "a"): 5.0}
+    views = [on("a", free(0), reserved=held), on("b", free(0), reserved=held)]
+    assert plan_of(place_over(job(500), views, RULES)).slot == key(0, "b")
+
+
+def test_without_any_backend_a_request_waits() -> None:
+    """For any slot."""
+    assert place_over(job(500), [], RULES) == Wait()
 
 
 # -- why -----------------------------------------------------------------------------------------------------------
@@ -625,7 +701,7 @@ def test_a_plan_carries_the_terms_of_its_cost() -> None:
     """Each in seconds; what they are the sum of is what was compared."""
     on_disk = SnapshotView("ls-1", 19_900, restore_s=0.25)
     plan = plan_of(place(job(20_100), view(hot(0), hot(1, regret_s=0.75), snapshots=(on_disk,)), RULES))
-    assert (plan.slot, plan.snapshot) == (0, "ls-1")
+    assert (plan.slot.id, plan.snapshot) == (0, "ls-1")
     assert plan.cost == Cost(save_s=0.1, regret_s=0.5, restore_s=0.25, prefill_s=0.2)
     assert plan.cost.steps_s == pytest.approx(0.55)
 
@@ -633,16 +709,16 @@ def test_a_plan_carries_the_terms_of_its_cost() -> None:
 def test_the_next_best_is_the_cheapest_other_slot() -> None:
     """With the terms of its own cost."""
     plan = plan_of(place(job(5200), view(hot(0, shared=5000), hot(1, 9000), free(2)), RULES))
-    assert plan.slot == 0
+    assert plan.slot.id == 0
     assert plan.cost == Cost(prefill_s=0.2)
-    assert plan.next_best == Place(2, Source.COLD, 0, Cost(prefill_s=5.2))
+    assert plan.next_best == Place(key(2), Source.COLD, 0, Cost(prefill_s=5.2))
 
 
 def test_with_one_slot_the_next_best_is_another_source() -> None:
     """There is no other slot to compare with."""
     on_disk = SnapshotView("ls-1", 4900, restore_s=0.25)
     plan = plan_of(place(job(5000), view(free(0), snapshots=(on_disk,)), RULES))
-    assert plan.next_best == Place(0, Source.COLD, 0, Cost(prefill_s=5.0))
+    assert plan.next_best == Place(key(0), Source.COLD, 0, Cost(prefill_s=5.0))
 
 
 def test_a_wait_carries_what_it_is_cheaper_than() -> None:
@@ -650,5 +726,5 @@ def test_a_wait_carries_what_it_is_cheaper_than() -> None:
     own = busy(1, 20_000, shared=20_000, wait_s=3.0)
     wait = place(job(20_100), view(free(0), own), RULES)
     assert isinstance(wait, Wait)
-    assert wait.place == Place(1, Source.RESIDENT, 20_000, Cost(wait_s=3.0, prefill_s=0.1))
-    assert wait.instead == Place(0, Source.COLD, 0, Cost(prefill_s=20.1))
+    assert wait.place == Place(key(1), Source.RESIDENT, 20_000, Cost(wait_s=3.0, prefill_s=0.1))
+    assert wait.instead == Place(key(0), Source.COLD, 0, Cost(prefill_s=20.1))

@@ -44,8 +44,8 @@ AGENT, OTHER = body(1), body(50_000)
 def house(request: pytest.FixtureRequest) -> Iterator[House]:
     house = House(VirtualLoop(), StubServer(2, pace=lambda op: 0.01))
     house.memory = request.param
-    assert house.scheduler.pool is not None
-    house.scheduler.pool.memory = house.memory
+    assert house.leases.table is not None
+    house.leases.table.memory = house.memory
     yield house
     house.finish()
     house.check_nothing_is_left()
@@ -103,8 +103,8 @@ def test_one_that_is_on_disk_is_not_computed_again(house: House) -> None:
 def test_one_that_a_conversation_has_made_is_pinned(house: House) -> None:
     """Nothing is computed for it."""
     house.memory = Memory.RECURRENT
-    assert house.scheduler.pool is not None
-    house.scheduler.pool.memory = house.memory
+    assert house.leases.table is not None
+    house.leases.table.memory = house.memory
     house.loop.run(house.ask(Job("first", tokens_of(1, N) + tokens_of(9000, 300), n_system=N)))
     n_computed = house.server.n_computed
     run(house, prewarm(house, AGENT))
@@ -175,8 +175,8 @@ def test_a_slot_that_falls_silent_is_counted_and_drains(house: House) -> None:
     house.server.fail(batch, SlotWedged("nothing was told"))
     house.loop.settle()
     assert "wedged_total 1.0" in house.metrics.exposition().decode()
-    assert house.scheduler.pool is not None
-    assert State.DRAINING in {slot.state for slot in house.scheduler.pool.slots}
+    assert house.leases.table is not None
+    assert State.DRAINING in {slot.state for slot in house.leases.table.slots}
     house.server.pace = lambda op: 0.01
     [notice] = house.server.pending
     house.server.serve(notice)

@@ -114,7 +114,7 @@ def test_a_save_ahead_of_need_gives_way(house: House) -> None:
 
 def test_a_long_answer_is_worth_its_save(house: House) -> None:
     """The disk has the prompt, and computing the answer again as a part of the next one takes longer than saving."""
-    pool = house.scheduler.pool
+    pool = house.leases.table
     assert pool is not None
     fill(house)
     house.loop.run_until_complete(house.writeback.save_all())
@@ -129,8 +129,8 @@ def test_a_long_answer_is_worth_its_save(house: House) -> None:
 
 def test_a_slot_goes_back_to_the_end_of_its_prompt_where_files_keep_no_checkpoints(house: House) -> None:
     """The answer comes back tokenized anew, and an exact end is all that a recurrent model could go on from."""
-    assert house.scheduler.pool is not None
-    recall = house.scheduler.pool.recall
+    assert house.leases.table is not None
+    recall = house.leases.table.recall
     recall.memory, recall.keeps_checkpoints = Memory.RECURRENT, False
     for i in range(3):
         house.start(house.ask(Job(f"first {i}", tokens_of(10_000 * i, 400)), tokens_of(5000, 20)), "first")
@@ -139,13 +139,13 @@ def test_a_slot_goes_back_to_the_end_of_its_prompt_where_files_keep_no_checkpoin
     house.finish()
     saved = sorted(snapshot.tokens for snapshot in house.catalog.snapshots.values())
     assert saved == sorted(tokens_of(10_000 * i, 400) for i in range(3))
-    assert all(slot.content.is_exact for slot in house.scheduler.pool.slots)
+    assert all(slot.content.is_exact for slot in house.leases.table.slots)
     house.check_nothing_is_left()
 
 
 def test_what_has_media_behind_it_is_never_written(house: House) -> None:
     """Nobody could say what its file holds."""
-    pool = house.scheduler.pool
+    pool = house.leases.table
     assert pool is not None
     fill(house, 1)
     [slot] = [slot for slot in pool.slots if slot.content.tokens]
@@ -160,8 +160,8 @@ def test_what_has_media_behind_it_is_never_written(house: House) -> None:
 
 def test_it_goes_back_with_the_lora_scales_of_what_it_holds(house: House) -> None:
     """With others the server would compute the whole prompt again, and the file would be of nobody's."""
-    assert house.scheduler.pool is not None
-    recall = house.scheduler.pool.recall
+    assert house.leases.table is not None
+    recall = house.leases.table.recall
     recall.memory, recall.keeps_checkpoints = Memory.RECURRENT, False
     scaled, real, sent = Space(lora='[{"id":0,"scale":0.5}]'), house.server.prefill, list[str]()
 
@@ -198,7 +198,7 @@ def test_a_slot_that_falls_silent_while_it_goes_back_drains(asks: bool) -> None:
     whose client is told."""
     house = House(VirtualLoop(), StubServer(1, pace=lambda op: None if op.kind in WEDGED else 0.01))
     house.rates.prefill.observe(0, 1000, 1000.0)
-    pool = house.scheduler.pool
+    pool = house.leases.table
     assert pool is not None
     pool.recall.memory, pool.recall.keeps_checkpoints = Memory.RECURRENT, False
     house.start(house.ask(Job("first", tokens_of(0, 400)), tokens_of(5000, 20)), "first")
@@ -220,8 +220,8 @@ def test_a_slot_that_falls_silent_while_it_goes_back_drains(asks: bool) -> None:
 
 def test_it_does_not_where_they_keep_them(house: House) -> None:
     """There the answer is in the file, for whoever sends it back as it was."""
-    assert house.scheduler.pool is not None
-    recall = house.scheduler.pool.recall
+    assert house.leases.table is not None
+    recall = house.leases.table.recall
     recall.memory, recall.keeps_checkpoints = Memory.RECURRENT, True
     house.start(house.ask(Job("first", tokens_of(0, 400)), tokens_of(5000, 20)), "first")
     house.finish()

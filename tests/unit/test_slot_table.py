@@ -17,12 +17,12 @@ from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules, place
 from llamaslot.scheduling.plan import Cost, Plan, Save, Source, Wait
 from llamaslot.scheduling.request import Job
-from llamaslot.scheduling.slots import Event, Slot, State
+from llamaslot.scheduling.slots import Event, Slot, SlotKey, State
 from llamaslot.store import WithTokens
 from llamaslot.store.model_snapshots import Library
 
 A, B = pack(range(1000, 3000)), pack(range(5000, 7000))
-NOBODY: dict[int, float] = {}
+NOBODY: dict[SlotKey, float] = {}
 
 
 def make(n_slots: int = 2, *, can_save: bool = True, memory: Memory = Memory.DENSE) -> Pool:
@@ -51,8 +51,12 @@ def hold(pool: Pool, slot: int, tokens: bytes, now: float = 0.0, **more: object)
     return taken
 
 
+def key(slot: int) -> SlotKey:
+    return SlotKey("gpu0", slot)
+
+
 def plan(slot: int, *steps: Save) -> Plan:
-    return Plan(slot, steps, Source.COLD, 0, cost=Cost(prefill_s=2.0))
+    return Plan(key(slot), steps, Source.COLD, 0, cost=Cost(prefill_s=2.0))
 
 
 # -- leases --------------------------------------------------------------------------------------------------------
@@ -85,10 +89,10 @@ def test_a_slot_leased_for_a_save_still_holds_what_is_saved() -> None:
     slot = hold(pool, 0, A)
     pool.take(slot, Job("writeback", A), 10.0, has_answer=False)
     decision = place(
-        Job("owner", A + pack([1])), pool.view(Job("owner", A + pack([1])), 10.0, NOBODY), pool.rules
+        Job("owner", A + pack([1])), [pool.view(Job("owner", A + pack([1])), 10.0, NOBODY)], pool.rules
     )
     assert isinstance(decision, Wait)
-    assert decision.slot == 0
+    assert decision.slot == key(0)
 
 
 def test_a_slot_that_will_hold_what_nobody_knows_is_not_waited_for() -> None:
@@ -147,14 +151,14 @@ def test_what_a_plan_saves_is_leaving_in_the_same_breath() -> None:
     """Neither resident nor on disk: its owner, asking now, waits for the commit and reserves no slot."""
     pool = make()
     slot = hold(pool, 0, A)
-    leaving = pool.take(slot, Job("b", B), 10.0, plan(0, Save(0)), has_answer=True)
+    leaving = pool.take(slot, Job("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
     pool.check()
     assert leaving is not None
     owner = Job("owner", A + pack([1]))
     seen = pool.view(owner, 10.0, NOBODY)
     assert [view.n_usable for view in seen.snapshots] == [2000]
     assert seen.snapshots[0].wait_s > 0
-    decision = place(owner, seen, pool.rules)
+    decision = place(owner, [seen], pool.rules)
     assert isinstance(decision, Wait)
     assert decision.slot is None
 
@@ -163,7 +167,7 @@ def test_a_save_that_takes_longer_is_still_waited_for() -> None:
     """It is on its way as long as nobody says otherwise."""
     pool = make()
     slot = hold(pool, 0, A)
-    pool.take(slot, Job("b", B), 10.0, plan(0, Save(0)), has_answer=True)
+    pool.take(slot, Job("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
     assert pool.view(Job("owner", A), 99.0, NOBODY).snapshots[0].wait_s > 0
 
 
@@ -171,7 +175,7 @@ def test_what_has_left_is_not_waited_for() -> None:
     """The save has ended, well or not. Said twice, it has ended once."""
     pool = make()
     slot = hold(pool, 0, A)
-    leaving = pool.take(slot, Job("b", B), 10.0, plan(0, Save(0)), has_answer=True)
+    leaving = pool.take(slot, Job("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
     assert leaving is not None
     pool.left(leaving)
     pool.left(leaving)
@@ -185,7 +189,7 @@ def test_what_is_leaving_is_in_no_generation_and_not_in_the_next_pool() -> None:
     pool.offer(library)
     pool.add_snapshot(snapshot("s", B))
     slot = hold(pool, 0, A)
-    leaving = pool.take(slot, Job("next", B), 1.0, plan(0, Save(0)), has_answer=True)
+    leaving = pool.take(slot, Job("next", B), 1.0, plan(0, Save(key(0))), has_answer=True)
     after.offer(library)
     assert leaving is not None
     assert library.index.holders() == {"s"}
@@ -409,12 +413,12 @@ def test_a_slot_that_has_just_answered_is_gone_on_from_by_its_follow_up() -> Non
     pool.add_snapshot(snapshot("older", older))
     hold(pool, 0, A[: 4 * 1460], n_more=45)
     follow_up = Job("follow-up", A[: 4 * 1520])
-    plan = place(follow_up, pool.view(follow_up, 1.0, NOBODY), pool.rules)
+    plan = place(follow_up, [pool.view(follow_up, 1.0, NOBODY)], pool.rules)
     assert isinstance(plan, Plan)
-    assert (plan.slot, plan.source, plan.n_reused) == (0, Source.RESIDENT, 1505)
+    assert (plan.slot, plan.source, plan.n_reused) == (key(0), Source.RESIDENT, 1505)
     for _ in range(3):
         pool.recall.predictions.answered(45, 0)  # the template drops it
-    plan = place(follow_up, pool.view(follow_up, 1.0, NOBODY), pool.rules)
+    plan = place(follow_up, [pool.view(follow_up, 1.0, NOBODY)], pool.rules)
     assert isinstance(plan, Plan)
     assert (plan.source, plan.snapshot) == (Source.SNAPSHOT, "older")
 

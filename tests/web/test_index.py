@@ -116,11 +116,11 @@ async def test_a_generation_writes_down_the_sidecars_too(tmp_path: Path) -> None
 async def test_a_restart_of_llama_server_keeps_the_index(tmp_path: Path) -> None:
     """The pool is a new one, the library the same; what was leaving a slot of the old process is in neither."""
     async with filled(tmp_path) as it:
-        before, pool = library(it), it.backend.scheduler.pool
+        before, pool = library(it), it.backend.leases.table
         await it.fake.restart()
         answer = await it.ask(TEXTS[0] + "more")
         assert answer.source == "snapshot"
-        assert it.backend.scheduler.pool is not pool
+        assert it.backend.leases.table is not pool
         assert library(it) is before
         library(it).check()
 

@@ -134,8 +134,8 @@ async def test_a_build_that_leaves_checkpoints_of_others(
 async def test_whether_files_keep_checkpoints_is_found_out(tmp_path: Path, kind: str, are_kept: bool) -> None:
     """When the server is met, by trying."""
     async with served(tmp_path, slots=1, kind=kind, **{**OLD, "checkpoints_in_file": are_kept}) as it:
-        assert it.backend.scheduler.pool is not None
-        assert it.backend.scheduler.pool.recall.keeps_checkpoints is are_kept
+        assert it.backend.leases.table is not None
+        assert it.backend.leases.table.recall.keeps_checkpoints is are_kept
 
 
 async def test_one_slot_is_enough(tmp_path: Path) -> None:

@@ -117,10 +117,10 @@ async def test_a_slot_with_media_is_not_saved(tmp_path: Path) -> None:
     """Neither before it is overwritten nor at the end; nor is it predicted to hold more than its text."""
     async with served(tmp_path, slots=1, **SEEING) as it:
         await it.post(CHAT, said(CHAT, TEXT))
-        assert it.backend.scheduler.pool is not None
-        assert not it.backend.scheduler.pool.slots[0].content.is_dirty, "nothing waits to be saved"
+        assert it.backend.leases.table is not None
+        assert not it.backend.leases.table.slots[0].content.is_dirty, "nothing waits to be saved"
         assert await saved(it) == []
-        content = it.backend.scheduler.pool.slots[0].content
+        content = it.backend.leases.table.slots[0].content
         assert (content.has_media, content.is_exact, content.n_more) == (True, False, 0)
         n_text = content.n_tokens
         assert 700 < n_text < 740
@@ -149,8 +149,8 @@ async def test_who_leaves_leaves_its_text(tmp_path: Path) -> None:
         await leave(leaver)
         it.fake.go()
         await it.at_rest()
-        assert it.backend.scheduler.pool is not None
-        content = it.backend.scheduler.pool.slots[0].content
+        assert it.backend.leases.table is not None
+        content = it.backend.leases.table.slots[0].content
         assert (content.has_media, content.n_more) == (True, 0), "tokens of the image are no answer's"
         assert await saved(it) == []
         again = await it.chat(TEXT + "more")
@@ -165,9 +165,9 @@ async def test_messages_with_images_take_a_turn(tmp_path: Path) -> None:
             assert (await it.post(MESSAGES, said(MESSAGES, TEXT))).status == 200
         (task,) = it.fake.sent(MESSAGES)[-1].tasks
         assert task.n_cache > 700
-        assert it.backend.scheduler.pool is not None
+        assert it.backend.leases.table is not None
         assert task.landed is not None
-        assert it.backend.scheduler.pool.slots[task.landed].content.has_media
+        assert it.backend.leases.table.slots[task.landed].content.has_media
         assert await it.count('unrecognized_total{kind="messages",reason="media"}') == 2
 
 

@@ -71,7 +71,7 @@ async def test_a_wrong_field_is_refused_while_all_slots_are_at_work(
 
 
 def contents(it: Served) -> list[tuple[State, int]]:
-    pool = it.backend.scheduler.pool
+    pool = it.backend.leases.table
     assert pool is not None
     return [(slot.state, slot.content.n_tokens) for slot in pool.slots]
 

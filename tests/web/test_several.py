@@ -151,7 +151,7 @@ async def test_who_reads_the_end_and_hangs_up_leaves_nothing_at_work(
     async with served(tmp_path, slots=4) as it:
         await fill(it)
         assert (await it.post(path if path in OPAQUE else NATIVE, body)).status == 200
-        slots = it.backend.scheduler.pool.slots if it.backend.scheduler.pool else []
+        slots = it.backend.leases.table.slots if it.backend.leases.table else []
         assert all(slot.is_idle for slot in slots), slots
         n_kept = sum(slot.content.n_tokens >= 700 for slot in slots)
         assert n_kept >= (1 if path == "three answers" else 3), slots

@@ -184,7 +184,7 @@ class Backend:
 
     def _forget_if_asleep(self, props: Props) -> None:
         """A server that sleeps has unloaded its model: what its idle slots held is gone (seen running)."""
-        pool = self.scheduler.pool
+        pool = self.leases.table
         if props.is_sleeping and pool is not None and (filled := pool.filled()):
             log.info(
                 "%s: llama-server has unloaded its model (--sleep-idle-seconds): its slots are empty",
@@ -368,12 +368,12 @@ class Backend:
     def _dropped(self, snapshot: Snapshot) -> None:
         if self.libraries is not None:
             self.libraries.drop(snapshot.id)
-        if self.scheduler.pool is not None:
-            self.scheduler.pool.drop_snapshot(snapshot.id)
+        if self.leases.table is not None:
+            self.leases.table.drop_snapshot(snapshot.id)
 
     def _saves_s(self, standing: Standing) -> float:
-        if self.scheduler.pool is not None:
-            return self.scheduler.pool.saves_s(standing)
+        if self.leases.table is not None:
+            return self.leases.table.saves_s(standing)
         whole_s = self.rates.prefill.seconds(0, standing.n_tokens)
         return whole_s - self.rates.restore.seconds(standing.size_bytes)
 

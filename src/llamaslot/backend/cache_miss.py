@@ -238,6 +238,6 @@ def _n_behind_checkpoint(lease: Lease, holder: Holder) -> int:
     plan = lease.plan
     if plan is None or lease.pool.recall.is_rewindable:
         return 0
-    if holder.name not in (f"slot {plan.slot}", f"snapshot {plan.snapshot}"):
+    if holder.name not in (f"slot {plan.slot.id}", f"snapshot {plan.snapshot}"):
         return 0  # it was placed elsewhere for other reasons
     return max(holder.n_shared - plan.n_reused, 0)

@@ -110,7 +110,7 @@ class Steps:
             view = lease.pool.view(lease.job, self.now(), {})
             trunks = tuple(step.n_tokens for step in prefills if isinstance(step, Keep))
             view = replace(view, trunks=trunks)  # those that others count on, and no more
-            prefills = list(prefill_steps(lease.job, lease.slot_id, n_reused, view, lease.pool.rules))
+            prefills = list(prefill_steps(lease.job, plan.slot, n_reused, view, lease.pool.rules))
         stops = [step.n_tokens for step in prefills if isinstance(step, PrefillTo)]
         if not stops:
             lease.is_long = False
@@ -209,7 +209,7 @@ class Steps:
         except (LlamaslotError, KeyError, OSError) as error:
             log.warning("%s: snapshot %s was not restored: %s", lease.job.id, snapshot_id, error)
             lease.pool.drop_snapshot(snapshot_id)  # not offered again to this server; the file stays
-            lease.note.acted(lease.slot_id, Act("restore", 0.0, is_done=False, snapshot=snapshot_id))
+            lease.note.acted(lease.slot_key, Act("restore", 0.0, is_done=False, snapshot=snapshot_id))
             return False
         seconds = self.now() - started
         lease.content = None  # it is there; until it is known to be whole, and where, it is nobody's
@@ -222,7 +222,7 @@ class Steps:
             "restore", seconds, is_done=is_whole, n_tokens=result.n_tokens, size_bytes=snapshot.size_bytes,
             snapshot=snapshot.id, waited_s=started - asked_at,
         )  # fmt: skip
-        lease.note.acted(lease.slot_id, act)
+        lease.note.acted(lease.slot_key, act)
         if not is_whole:
             log.warning(
                 "%s: snapshot %s was restored in part (%d of %d tokens)",

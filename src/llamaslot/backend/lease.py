@@ -21,7 +21,7 @@ from llamaslot.llama.sse import Earlier
 from llamaslot.scheduling.placement import is_long
 from llamaslot.scheduling.plan import Plan
 from llamaslot.scheduling.request import Job
-from llamaslot.scheduling.slots import Event, Slot, State
+from llamaslot.scheduling.slots import Event, Slot, SlotKey, State
 
 if TYPE_CHECKING:
     from llamaslot.backend.leases import Leases
@@ -157,8 +157,12 @@ class Lease:
 
     @property
     def slot_id(self) -> int:
+        return self.slot_key.id
+
+    @property
+    def slot_key(self) -> SlotKey:
         assert self.slot is not None, "a turn has no slot of its own"
-        return self.slot.id
+        return self.slot.key
 
     @property
     def slot_name(self) -> str:

@@ -389,7 +389,7 @@ class Prefills:
         is_done = long.has_begun and long.at >= long.last
         self.metrics.prefilled(long.n_stopped, long.waited_s, long.paused_s)
         long.lease.note.acted(
-            long.lease.slot_id,
+            long.lease.slot_key,
             Act(
                 "prefill",
                 long.seconds,

@@ -173,7 +173,7 @@ class Saving:
             _step(kind), seconds, is_done=True, n_tokens=result.n_tokens, size_bytes=snapshot.size_bytes,
             snapshot=snapshot.id, waited_s=waited_s,
         )  # fmt: skip
-        lease.note.acted(lease.slot_id, act)
+        lease.note.acted(lease.slot_key, act)
         if kind is Kind.TRUNK:
             log.info("%s: shared-prefix snapshot of %d tokens saved: %s", lease.job.id, n_held, snapshot.id)
         if snapshot.id in self.catalog.snapshots:
@@ -251,7 +251,7 @@ def _planned(lease: Lease) -> set[str]:
 
 
 def _not_saved(lease: Lease, kind: Kind, error: Exception, seconds: float = 0.0) -> None:
-    lease.note.acted(lease.slot_id, Act(_step(kind), seconds, is_done=False))
+    lease.note.acted(lease.slot_key, Act(_step(kind), seconds, is_done=False))
     if kind is Kind.TRUNK:
         log.warning("%s: shared prefix in slot %s was not saved: %s", lease.job.id, lease.slot_name, error)
     else:

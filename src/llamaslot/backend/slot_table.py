@@ -23,11 +23,19 @@ from llamaslot.cache.shared_prefix import MIN_TOKENS
 from llamaslot.scheduling.answer_length import AnswerLength
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.eviction import Standing
-from llamaslot.scheduling.placement import PoolView, Rules, SlotView, Stranger, is_other, weight, worth_a_look
+from llamaslot.scheduling.placement import (
+    BackendView,
+    Rules,
+    SlotView,
+    Stranger,
+    is_other,
+    weight,
+    worth_a_look,
+)
 from llamaslot.scheduling.plan import Keep, Plan, Save
 from llamaslot.scheduling.request import Job
 from llamaslot.scheduling.save_policy import Unsaved, is_worth
-from llamaslot.scheduling.slots import Event, Slot, State
+from llamaslot.scheduling.slots import Event, Slot, SlotKey, State
 from llamaslot.store import Snapshot, WithTokens
 from llamaslot.store.model_snapshots import Library
 
@@ -113,9 +121,9 @@ class Pool:
         return self.rules.long_s(self.rates.request.seconds)
 
     def view(
-        self, job: Job, now: float, reserved: Mapping[int, float], *, is_patient: bool = True
-    ) -> PoolView:
-        """The pool as ``job`` sees it; without patience nothing that is still to be computed. Changes nothing.
+        self, job: Job, now: float, reserved: Mapping[SlotKey, float], *, is_patient: bool = True
+    ) -> BackendView:
+        """The backend as ``job`` sees it; without patience nothing that is still to be computed. Changes nothing.
 
         Where there are many slots those are left out that ``place`` would not choose in any case.
         """
@@ -132,7 +140,7 @@ class Pool:
         looked_at = self._looked_at(hits, shared, now, reserved)
         slots = [self._slot_view(slot, shared.get(slot.id, 0), job, now) for slot in looked_at]
         begin_so = any(hit.n_shared >= job.n_system and is_other(hit, job.n_system) for hit in hits)
-        return PoolView(
+        return BackendView(
             slots=tuple(replace(slot, is_other=True) if is_other(slot, n_alike) else slot for slot in slots),
             snapshots=tuple(self._offers.views(found, job.n_tokens, now)),
             prefill_s=self.rates.prefill.seconds,
@@ -149,7 +157,7 @@ class Pool:
         hits: list[Shared[int]],
         shared: Mapping[int, int],
         now: float,
-        reserved: Mapping[int, float],
+        reserved: Mapping[SlotKey, float],
     ) -> Collection[Slot]:
         """All slots, or of many those that come into question: where the prompt may go on, and of the others the least
         loss."""
@@ -160,7 +168,7 @@ class Pool:
         about, small = self.rates.about(), self.rules.small_prompt_tokens
         strangers = list[Stranger]()
         for slot in self.slots:
-            if slot.id not in near and slot.id not in self._busy and slot.id not in reserved:
+            if slot.id not in near and slot.id not in self._busy and slot.key not in reserved:
                 worth = self._worth(slot, about)
                 loss_s = worth.save_s + worth.regret_s * weight(now - slot.used_at)
                 is_loss = worth.regret_s > 0 and worth.n_tokens >= small
@@ -194,7 +202,7 @@ class Pool:
             delay_s = self.rates.save_delay.seconds
             is_worth = self.is_worth_saving(slot, delay_s)
             return SlotView(
-                id=slot.id,
+                key=slot.key,
                 state=slot.state,
                 n_tokens=content.n_tokens,
                 n_shared=n_shared,
@@ -210,7 +218,7 @@ class Pool:
         # Its own prompt's checkpoints are not there yet; what is said of a busy slot is an estimate anyway.
         n_usable = min(n_shared, job.n_tokens - 1) if job.n_tokens else 0
         return SlotView(
-            id=slot.id,
+            key=slot.key,
             state=slot.state,
             n_tokens=n_held,
             n_shared=n_shared,
@@ -406,7 +414,7 @@ class Pool:
         for step in plan.steps:
             if isinstance(step, Keep):
                 due_s = self.rates.prefill.seconds(plan.n_reused, step.n_tokens)
-                self.expect_trunk(job, step.n_tokens, step.slot, now + due_s)
+                self.expect_trunk(job, step.n_tokens, step.slot.id, now + due_s)
 
     def expect_trunk(self, job: Job, n_tokens: int, slot: int, due_at: float) -> None:
         """``job``, which prefills in ``slot``, will keep a trunk of its first ``n_tokens``, at about ``due_at``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llamaslot.backend.lease import Lease, Preempted
@@ -19,11 +19,13 @@ from llamaslot.backend.unassisted_slots import UnassistedPool
 from llamaslot.errors import BackendDown, QueueFull
 from llamaslot.fleet.preemption import choose
 from llamaslot.fleet.prefix_sharing import Patience, ask_for_trunk, prefix_due_s
-from llamaslot.fleet.queue import Charge, Queue, QueueLimits, Waiting, answer_s, estimate
+from llamaslot.fleet.queue import Queue, QueueLimits, Waiting, answer_s, estimate
 from llamaslot.observe.journal import Journal, Note
+from llamaslot.scheduling.fairness import Charge
 from llamaslot.scheduling.placement import Rules, is_long, place
-from llamaslot.scheduling.plan import Plan, Source, Wait
+from llamaslot.scheduling.plan import Place, Plan, Source, Wait
 from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.slots import SlotKey
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class _Look:
     # Counted again only when a slot has been given away: 250 who wait for 64 slots are 16,000 looks otherwise.
     n_idle: int
     # Slots that requests wait for, and for how long they need them.
-    reserved: dict[int, float] = field(default_factory=dict)
+    reserved: dict[SlotKey, float] = field(default_factory=dict)
     again_s: list[float] = field(default_factory=list)  # in how long to look again, though nothing happens
     n_behind: int = 0  # that leave the last idle slot to others
     is_short: bool = False  # somebody earlier waits for any slot at all
@@ -64,19 +66,16 @@ class Scheduler:
         self.journal = Journal()
         self.backends: dict[str, Leases] = {}
         self.on_prefix_wait: Callable[[float], None] = lambda seconds: None
-        self._down: BackendDown | None = None  # told to whoever asks
+        self._down: dict[str, BackendDown] = {}  # by backend; told when all are down
         self._n_changes = 0
         self._look_again: asyncio.TimerHandle | None = None
 
     # -- questions -----------------------------------------------------------------------------------------------
 
     @property
-    def _sole(self) -> Leases:
-        return next(iter(self.backends.values()))
-
-    @property
-    def pool(self) -> Pool | None:
-        return self._sole.table
+    def tables(self) -> list[Pool]:
+        """The slots of the backends that are up."""
+        return _tables(self.backends.values())
 
     @property
     def leases(self) -> list[Lease]:
@@ -94,7 +93,7 @@ class Scheduler:
     @property
     def idle_s(self) -> float:
         """For how many seconds no client has wanted anything."""
-        return min(leases.idle_s for leases in self.backends.values())
+        return min((leases.idle_s for leases in self.backends.values()), default=0.0)
 
     def note(self, job: Job) -> Note:
         """A place in the journal for what becomes of ``job``."""
@@ -114,14 +113,18 @@ class Scheduler:
 
     def attach(self, table: Pool) -> None:
         """The backend that ``table`` names is up, with these slots."""
-        self._down = None
+        self._down.pop(table.backend, None)
         self.backends[table.backend].attach(table)
 
     def detach(self, backend: str, error: BackendDown | None = None) -> None:
-        """The slots of ``backend`` are gone. With ``error`` all who ask are told; without they wait."""
+        """The slots of ``backend`` are gone. Requests wait for its next ones, or for those of others; with ``error`` it
+        is down, and where all are, that is what the requests in the queue and new ones are told."""
         self.backends[backend].detach()
-        self._down = error
-        if error is not None:
+        if error is None:
+            self._down.pop(backend, None)
+            return
+        self._down[backend] = error
+        if len(self._down) == len(self.backends):
             for waiting in self.queue:
                 if not waiting.granted.done():
                     waiting.granted.set_exception(error)
@@ -135,10 +138,11 @@ class Scheduler:
 
         Cancelling is safe: the job leaves the queue, no slot is held.
         """
-        if self._down is not None:
-            raise type(self._down)(str(self._down))  # a new one: each raise adds its frames to an exception
+        if self._down and len(self._down) == len(self.backends):
+            error = next(iter(self._down.values()))
+            raise type(error)(str(error))  # a new one: each raise adds its frames to an exception
         granted = asyncio.get_running_loop().create_future()
-        cost_s, is_side = estimate(self.pool, job, self.rules)
+        cost_s, is_side = estimate(self.tables, job, self.rules)
         waiting = Waiting(job, granted, self.note(job), self.now(), cost_s, is_side, is_back)
         if preempted is not None:
             waiting.came_at, waiting.n_preempted = preempted.came_at, preempted.n_times
@@ -175,11 +179,12 @@ class Scheduler:
 
         Looked up once for each, and again when it is gone, for a newer one has replaced it as a rule.
         """
-        if self.pool is None:
+        table = next(iter(self.tables), None)  # the snapshots are those of all
+        if table is None:
             return set()
         for waiting in self.queue:
-            if waiting.wants is None or not self.pool.has_snapshot(waiting.wants):
-                waiting.wants = self.pool.wanted(waiting.job)
+            if waiting.wants is None or not table.has_snapshot(waiting.wants):
+                waiting.wants = table.wanted(waiting.job)
         return {waiting.wants for waiting in self.queue if waiting.wants}
 
     def dispatch(self, *, is_arrival: bool = False) -> None:
@@ -194,63 +199,78 @@ class Scheduler:
         if self._look_again is not None:
             self._look_again.cancel()
             self._look_again = None
-        leases = self._sole
-        look = _Look(self.pool.n_idle if self.pool is not None else 0)
+        open_ = self._open()
+        look = _Look(_n_idle(open_))
         ordered = self.queue.ordered()
-        for waiting in ordered:
-            if self.pool is None or not leases.is_open:
-                break
-            if not (waiting.granted.done() or (waiting.job.is_exclusive and leases.turn is not None)):
-                self._serve(leases, self.pool, waiting, look)
+        for waiting in ordered if open_ else ():
+            # At most one exclusive job at a time on each backend.
+            here = [its for its in open_ if its.turn is None] if waiting.job.is_exclusive else open_
+            if here and not waiting.granted.done():
+                self._serve(here, waiting, look)
         if look.is_spared and look.n_idle:
             spared_s = self.queue.look_again_s(self.now())
             look.again_s += [spared_s] if spared_s is not None else []
         if look.again_s:
             self._look_again = asyncio.get_running_loop().call_later(min(look.again_s), self.dispatch)
-        if self.pool is not None:
-            is_closed = leases.is_gate_shut or leases.is_turn_wanted
-            choose(self.pool, self.leases, [] if is_closed else ordered, self.queue, self.now())
-        leases.bell.ring()  # last: who has just got a slot may come before a prefill
+        choose(self.backends.values(), ordered, self.queue, self.now())
+        for leases in self.backends.values():
+            leases.bell.ring()  # last: a request that has just got a slot may come before a prefill
 
-    def _serve(self, leases: Leases, pool: Pool, waiting: Waiting, look: _Look) -> None:
-        """Give it a slot, or note what it waits for."""
-        job, now = waiting.job, self.now()
-        if not self.queue.may_run(waiting, max(len(pool.slots), look.n_idle), look.n_idle, now):
+    def _open(self) -> list[Leases]:
+        """The backends that take a request now. Those on which llamaslot does not choose slots only where there are no
+        others."""
+        attached = [leases for leases in self.backends.values() if leases.table is not None]
+        assisted = [leases for leases in attached if leases.table is not None and leases.table.is_assisted]
+        return [leases for leases in assisted or attached if leases.is_open]
+
+    def _serve(self, here: list[Leases], waiting: Waiting, look: _Look) -> None:
+        """Give it a slot of one of ``here``, or note what it waits for."""
+        job, now, tables = waiting.job, self.now(), _tables(here)
+        n_slots = sum(len(table.slots) for table in self.tables)
+        if not self.queue.may_run(waiting, max(n_slots, look.n_idle), look.n_idle, now):
             look.is_spared = True
             return
-        if isinstance(pool, UnassistedPool):
-            self._let_through(pool, waiting, look)
+        if not tables[0].is_assisted:
+            self._let_through(tables, waiting, look)
             return
         if job.is_placed_by_server:
             if not look.is_short:
-                self._give(waiting, leases.grant(None, job))
+                self._give(waiting, max(here, key=lambda leases: _n_idle([leases])).grant(None, job))
             return
         if not look.n_idle:
             look.is_short = True  # no need to look closer: with 250 waiting that took a second for each burst
             return
-        if look.n_idle == 1 and self._is_still_behind(pool, waiting, look):
+        if look.n_idle == 1 and self._is_still_behind(tables[0], waiting, look):
             self._leaves_slot(waiting, look)
             return
         waiting.behind = None
-        decision = self._decision(pool, waiting, dict(look.reserved))
+        decision = self._decision(tables, waiting, dict(look.reserved))
         if isinstance(decision, Wait):
-            waiting.note.waits(decision, prefix_due_s(pool, decision, now))
-            look.waits(decision, waiting.look_at - now, answer_s(pool, job))
+            its = self._table_of(decision.place) or tables[0]
+            waiting.note.waits(decision, prefix_due_s(its, decision, now))
+            look.waits(decision, waiting.look_at - now, answer_s(its, job))
             return
-        if leases.is_turn_wanted and is_long(decision, pool.long_s):
-            return  # somebody waits for the long ones under way to be through: none is begun
-        if look.n_idle == 1 and (ahead := self._ahead_of(pool, waiting, decision)) is not None:
+        leases = self.backends[decision.slot.backend]
+        table = self._table_of(decision)
+        assert table is not None, "what was placed is up"
+        if leases.is_turn_wanted and is_long(decision, table.long_s):
+            return  # another request waits for the long ones under way to be through: none is begun
+        if look.n_idle == 1 and (ahead := self._ahead_of(table, waiting, decision)) is not None:
             waiting.behind = ahead
             self._leaves_slot(waiting, look)
             return
-        self._place(pool, waiting, decision, look)
+        self._place(table, waiting, decision, look)
 
-    def _let_through(self, pool: UnassistedPool, waiting: Waiting, look: _Look) -> None:
+    def _table_of(self, place: Place | Plan | None) -> Pool | None:
+        return self.backends[place.slot.backend].table if place is not None else None
+
+    def _let_through(self, tables: Sequence[Pool], waiting: Waiting, look: _Look) -> None:
         """llama-server chooses the slot: all that counts is how many requests are there."""
-        if (slot := pool.any_idle()) is None:
-            look.is_short = True
-        else:
-            self._place(pool, waiting, Plan(slot.id, (), Source.SERVER, 0), look)
+        for table in sorted(tables, key=lambda table: -table.n_idle):
+            if isinstance(table, UnassistedPool) and (slot := table.any_idle()) is not None:
+                self._place(table, waiting, Plan(slot.key, (), Source.SERVER, 0), look)
+                return
+        look.is_short = True
 
     def _ahead_of(self, pool: Pool, waiting: Waiting, plan: Plan) -> Lease | None:
         """Another request of its user, with a prompt that is no longer, that has a slot and waits there for its turn.
@@ -288,7 +308,7 @@ class Scheduler:
 
     def _place(self, pool: Pool, waiting: Waiting, plan: Plan, look: _Look) -> None:
         try:
-            lease = self._sole.grant(pool.slots[plan.slot], waiting.job, plan)
+            lease = self.backends[plan.slot.backend].grant(pool.slots[plan.slot.id], waiting.job, plan)
         except KeyError:  # a snapshot that the catalog has given up unnoticed
             assert plan.snapshot is not None
             pool.drop_snapshot(plan.snapshot)
@@ -301,37 +321,43 @@ class Scheduler:
         lease.note.placed(plan)
         self._give(waiting, lease)
         self._n_changes += 1
-        look.n_idle = pool.n_idle
+        look.n_idle = _n_idle(self._open())
 
-    def _decision(self, pool: Pool, waiting: Waiting, reserved: Mapping[int, float]) -> Plan | Wait:
+    def _decision(
+        self, tables: Sequence[Pool], waiting: Waiting, reserved: Mapping[SlotKey, float]
+    ) -> Plan | Wait:
         """The last one, while nothing but arrivals has happened since; else a new one."""
         now = self.now()
         if waiting.wait is not None and waiting.n_seen == self._n_changes and now < waiting.look_at:
             return waiting.wait
-        decision = self._decide(pool, waiting, reserved)
+        decision = self._decide(tables, waiting, reserved)
         waiting.n_seen, waiting.wait = self._n_changes, None
         if isinstance(decision, Wait):
             waiting.wait = decision
             waiting.look_at = now + max(decision.for_s or math.inf, MIN_LOOK_AGAIN_S)
         return decision
 
-    def _decide(self, pool: Pool, waiting: Waiting, reserved: Mapping[int, float]) -> Plan | Wait:
-        """Where to, or what to wait for. Whoever is just computing what the job begins with is asked to keep it."""
+    def _decide(
+        self, tables: Sequence[Pool], waiting: Waiting, reserved: Mapping[SlotKey, float]
+    ) -> Plan | Wait:
+        """Where to, or what to wait for. One that computes what the job begins with is asked to keep it."""
         job, now = waiting.job, self.now()
-        makers = [lease for lease in self.leases if lease.pool is pool and lease.is_long]
-        is_patient = waiting.patience is None or waiting.patience.lasts(pool, job, now)
-        view = pool.view(job, now, reserved, is_patient=is_patient)
-        if is_patient and ask_for_trunk(pool, job, view, makers, now):
-            view = pool.view(job, now, reserved)
-        decision = place(job, view, self.rules)
-        if isinstance(decision, Wait) and waiting.patience is None:
+        makers = [lease for lease in self.leases if lease.pool in tables and lease.is_long]
+        is_patient = waiting.patience is None or waiting.patience.lasts(job, now)
+        views = {its.backend: its.view(job, now, reserved, is_patient=is_patient) for its in tables}
+        if is_patient and ask_for_trunk(job, views, makers, now):
+            views = {its.backend: its.view(job, now, reserved) for its in tables}
+        decision = place(job, views.values(), self.rules)
+        if isinstance(decision, Wait) and waiting.patience is None and decision.place is not None:
             at_last = waiting.came_at + (self.queue.limits.max_wait_s or math.inf) / 2
-            waiting.patience = Patience.of(pool, decision, makers, now, at_last)
+            table = self._table_of(decision.place)
+            assert table is not None, "what is waited for is up"
+            waiting.patience = Patience.of(table, decision, makers, now, at_last)
         return decision
 
     def _give(self, waiting: Waiting, lease: Lease) -> None:
         steps_s = lease.plan.cost.steps_s if lease.plan is not None else 0.0
-        lease.charge = self.queue.granted(waiting, steps_s + answer_s(self.pool, lease.job), self.now())
+        lease.charge = self.queue.granted(waiting, steps_s + answer_s(lease.pool, lease.job), self.now())
         waiting.granted.set_result(lease)
 
     def paid(self, charge: Charge | None) -> None:
@@ -353,3 +379,11 @@ class Scheduler:
 def _is_served(granted: asyncio.Future[Lease]) -> bool:
     """Cancelled and refused ones leave the queue by themselves, a moment later."""
     return granted.done() and not granted.cancelled() and granted.exception() is None
+
+
+def _tables(backends: Iterable[Leases]) -> list[Pool]:
+    return [leases.table for leases in backends if leases.table is not None]
+
+
+def _n_idle(backends: Iterable[Leases]) -> int:
+    return sum(table.n_idle for table in _tables(backends))

@@ -5,32 +5,40 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from llamaslot.backend.lease import Lease, Phase
-from llamaslot.backend.slot_table import DRAIN_S, Pool
+from llamaslot.backend.leases import Leases
+from llamaslot.backend.slot_table import DRAIN_S
 from llamaslot.fleet.queue import Queue, Waiting, answer_s
 from llamaslot.scheduling.preemption import Claim, Stoppable, chosen
 
 MOST_TIMES = 2  # that one request gives its slot up
 
 
-def choose(pool: Pool, leases: Iterable[Lease], ordered: Iterable[Waiting], queue: Queue, now: float) -> None:
+def choose(backends: Iterable[Leases], ordered: Iterable[Waiting], queue: Queue, now: float) -> None:
     """Tell those whose slots are wanted, and those who were told before and may go on after all.
 
-    ``ordered``: all who wait, as they are next. Nothing is told to whoever cannot stop now. The caller rings the bell.
+    ``ordered``: all who wait, as they are next. Nothing is told to whoever cannot stop now, nor where no job may take a
+    first step afterwards. The caller rings the bells.
     """
-    held = [lease for lease in leases if lease.pool is pool and lease.slot is not None]
-    stoppable = [lease for lease in held if _may_stop(lease, now)]
+    here = [leases for leases in backends if leases.table is not None]
+    tables = [leases.table for leases in here if leases.table is not None]
+    n_slots = sum(len(table.slots) for table in tables)
+    held = [
+        its for leases in here for its in leases.leases if its.pool is leases.table and its.slot is not None
+    ]
+    closed = [leases for leases in here if leases.is_gate_shut or leases.is_turn_wanted]
+    stoppable = [lease for lease in held if _may_stop(lease, now) and lease.scheduler not in closed]
     stops = set[Lease]()
-    if stoppable and not pool.n_idle:
+    if stoppable and not any(table.n_idle for table in tables):
         claims = [
             Claim(waiting.job.user.id, queue.deficit_s(waiting.job.user.id))
             for waiting in ordered
             if waiting.job.user.id  # not for llamaslot itself
             and waiting.wants_any(now)
-            and queue.may_run(waiting, len(pool.slots), 0, now)
+            and queue.may_run(waiting, n_slots, 0, now)
         ]
         prompts = [_stoppable(lease, queue, now) for lease in stoppable]
         waits_s = [left_s(lease, now) for lease in held]
-        waits_s += [DRAIN_S] * (len(pool.slots) - len(held))  # those of clients that have left
+        waits_s += [DRAIN_S] * (n_slots - len(held))  # those of clients that have left
         stops = {stoppable[i] for i in chosen(claims, prompts, queue.n_held, waits_s)}
     for lease in held:
         lease.is_preempted = lease in stops

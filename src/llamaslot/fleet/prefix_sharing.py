@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.slot_table import Pool
 from llamaslot.cache.reuse import TRUNK, checkpoints_after
 from llamaslot.cache.shared_prefix import MIN_TOKENS
-from llamaslot.scheduling.placement import PoolView
+from llamaslot.scheduling.placement import BackendView
 from llamaslot.scheduling.plan import Wait
 from llamaslot.scheduling.request import Job
 from llamaslot.scheduling.slots import IDLE
@@ -25,14 +25,17 @@ class Patience:
     for, for whoever waits in the queue for too long is sent away.
     """
 
+    table: Pool
     since: float
     n_made: int
     n_trunk: int
     n_own: int
     at_last: float
 
-    def lasts(self, pool: Pool, job: Job, now: float) -> bool:
-        seconds = pool.rates.prefill.seconds
+    def lasts(self, job: Job, now: float) -> bool:
+        if not self.table.is_current:
+            return False
+        seconds = self.table.rates.prefill.seconds
         both_s = seconds(self.n_made, self.n_trunk) + seconds(self.n_own, job.n_tokens)
         return now < min(self.since + both_s, self.at_last)
 
@@ -44,39 +47,44 @@ class Patience:
         trunk = pool.trunk_to_come(wait.place.snapshot) if wait.place is not None else None
         if trunk is None:
             return None
-        n_made = max((maker.n_done for maker in makers if maker.slot_id == trunk.slot), default=0)
+        here = (maker for maker in makers if maker.pool is pool and maker.slot_id == trunk.slot)
+        n_made = max((maker.n_done for maker in here), default=0)
         n_own = wait.instead.n_reused if wait.instead is not None else 0
-        return cls(now, n_made, trunk.content.n_tokens, n_own, at_last)
+        return cls(pool, now, n_made, trunk.content.n_tokens, n_own, at_last)
 
 
-def ask_for_trunk(pool: Pool, job: Job, view: PoolView, makers: Iterable[Lease], now: float) -> bool:
+def ask_for_trunk(job: Job, views: Mapping[str, BackendView], makers: Iterable[Lease], now: float) -> bool:
     """Have one of ``makers``, whose long prefills are under way, keep what ``job`` begins with, if that is worth it.
+    ``views`` are those of all backends, by name.
 
     Worth it is what costs more to compute than to save and restore, of what cannot be had otherwise. A maker that has
     passed the end of it already can still keep it where the model can go back to any token.
     """
-    if job.is_cold or not pool.can_save:
+    if job.is_cold:
         return False
-    idle = (slot.n_usable for slot in view.slots if slot.state in IDLE)
-    n_had = max([0, *idle, *(snapshot.n_usable for snapshot in view.snapshots)])
+    every = views.values()
+    idle = (slot.n_usable for view in every for slot in view.slots if slot.state in IDLE)
+    n_had = max([0, *idle, *(snapshot.n_usable for view in every for snapshot in view.snapshots)])
     best: tuple[int, Lease] | None = None
     for maker in makers:
-        n = min(view.shared.get(maker.slot_id, 0), maker.job.n_tokens - 1, job.n_tokens - 1)
-        is_ahead = pool.recall.is_rewindable or n > maker.n_done
-        can_keep = is_ahead and maker.can_keep and not (maker.job.is_cold or maker.job.is_prewarm)
-        if can_keep and n >= MIN_TOKENS and (best is None or n > best[0]):
+        n_shared = views[maker.pool.backend].shared.get(maker.slot_id, 0)
+        n = min(n_shared, maker.job.n_tokens - 1, job.n_tokens - 1)
+        is_ahead = maker.pool.recall.is_rewindable or n > maker.n_done
+        may_keep = maker.pool.can_save and maker.can_keep and not (maker.job.is_cold or maker.job.is_prewarm)
+        if is_ahead and may_keep and n >= MIN_TOKENS and (best is None or n > best[0]):
             best = n, maker
     if best is None:
         return False
     n, maker = best
-    checkpoints = pool.recall.in_file(checkpoints_after((), 0, [n]))
-    n_usable = pool.recall.usable(TRUNK, n, n, checkpoints, job.n_tokens)
+    table = maker.pool
+    checkpoints = table.recall.in_file(checkpoints_after((), 0, [n]))
+    n_usable = table.recall.usable(TRUNK, n, n, checkpoints, job.n_tokens)
     n_written = max(n, maker.n_done)
-    cost_s = pool.rates.save_s(n_written) + pool.rates.restore_s(n_written)
-    if pool.rates.prefill.seconds(n_had, n_usable) <= cost_s:
+    cost_s = table.rates.save_s(n_written) + table.rates.restore_s(n_written)
+    if table.rates.prefill.seconds(n_had, n_usable) <= cost_s:
         return False
-    due_s = pool.rates.prefill.seconds(maker.n_done, n)
-    pool.expect_trunk(maker.job, n, maker.slot_id, now + due_s)
+    due_s = table.rates.prefill.seconds(maker.n_done, n)
+    table.expect_trunk(maker.job, n, maker.slot_id, now + due_s)
     maker.scheduler.bell.ring()
     return True
 

@@ -69,6 +69,10 @@ class Prewarm:
         self._pool: Pool | None = None  # the one that ``_left`` is about
         self._left: list[_Wanted] = []
 
+    @property
+    def _table(self) -> Pool | None:
+        return next(iter(self._scheduler.tables), None)
+
     async def run(self) -> None:
         """Runs until cancelled; a save under way is then carried out."""
         while True:
@@ -78,7 +82,7 @@ class Prewarm:
 
     async def look(self) -> None:
         """Do one thing that is left to do, if any. Cancelling is safe."""
-        pool = self._scheduler.pool
+        pool = self._table
         if pool is None or not pool.can_save:
             return
         try:
@@ -164,7 +168,7 @@ class Prewarm:
         finally:
             working.cancel()
             await asyncio.wait({working})
-        if not has_given_way and self._scheduler.pool is self._pool:
+        if not has_given_way and self._table is self._pool:
             one.n_failed += 1
 
     async def _compute_in_a_slot(self, job: Job) -> None:

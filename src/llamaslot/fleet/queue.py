@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llamaslot.backend.lease import Lease
@@ -319,22 +319,20 @@ def _users(ids: Iterable[str]) -> set[str]:
     return {id_ for id_ in ids if id_}
 
 
-def answer_s(pool: Pool | None, job: Job, running_s: float = 0.0) -> float:
-    """How long its answer takes, in seconds, from when it has been ``running_s``. 0 without a pool: then nothing is
-    known of rates."""
-    if pool is None:
-        return 0.0
-    return pool.rates.answer.seconds_left(running_s, job.max_tokens)
+def answer_s(table: Pool, job: Job, running_s: float = 0.0) -> float:
+    """How long its answer takes there, in seconds, from when it has been ``running_s``."""
+    return table.rates.answer.seconds_left(running_s, job.max_tokens)
 
 
-def estimate(pool: Pool | None, job: Job, rules: Rules) -> tuple[float, bool]:
-    """For how long it will have a slot, in seconds, and whether it is a side request: a small prompt, or a short answer
-    to one of which little is missing."""
-    if pool is None:
-        prefill_s = little_s = 0.0
-    else:
-        prefill_s = pool.missing_s(job)
-        little_s = max(pool.long_s, _LITTLE * pool.rates.answer.seconds_left(0.0))
+def estimate(tables: Sequence[Pool], job: Job, rules: Rules) -> tuple[float, bool]:
+    """For how many seconds it will have a slot, on the backend where least of it is missing, and whether it is a side
+    request: a small prompt, or a short answer to one of which little is missing. Without ``tables`` nothing is known of
+    rates."""
+    prefill_s = little_s = its_answer_s = 0.0
+    if tables:
+        table = min(tables, key=lambda table: table.missing_s(job)) if len(tables) > 1 else tables[0]
+        prefill_s, its_answer_s = table.missing_s(job), answer_s(table, job)
+        little_s = max(table.long_s, _LITTLE * table.rates.answer.seconds_left(0.0))
     is_small = 0 < job.n_tokens < rules.small_prompt_tokens
     is_short = job.max_tokens is not None and job.max_tokens <= _SHORT_ANSWER
-    return prefill_s + answer_s(pool, job), is_small or (is_short and prefill_s <= little_s)
+    return prefill_s + its_answer_s, is_small or (is_short and prefill_s <= little_s)

@@ -49,7 +49,7 @@ class Status:
 
     def status(self) -> dict[str, Any]:
         """Slots, snapshots and the queue as they are now. Token contents are never shown."""
-        backend, pool = self._backend, self._backend.scheduler.pool
+        backend, pool = self._backend, self._backend.leases.table
         catalog = backend.catalog
         return {
             "version": __version__,
@@ -123,8 +123,6 @@ class Status:
     def _metrics(self) -> web.Response:
         metrics, backend = self._backend.metrics, self._backend
         metrics.n_waiting.set(backend.scheduler.n_waiting)
-        metrics.n_snapshots.set(
-            len(backend.scheduler.pool.library.snapshots) if backend.scheduler.pool else 0
-        )
+        metrics.n_snapshots.set(len(backend.leases.table.library.snapshots) if backend.leases.table else 0)
         metrics.bytes_stored.set(backend.catalog.size_bytes if backend.catalog else 0)
         return web.Response(body=metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4"})

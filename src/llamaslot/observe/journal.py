@@ -15,6 +15,7 @@ from typing import Any
 
 from llamaslot.scheduling.plan import Place, Plan, Source, Wait
 from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.slots import SlotKey
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ KEPT = 1000
 class Option:
     """A place that was looked at. ``terms``: estimated seconds by what they are spent on, those that are 0 left out."""
 
-    slot: int
+    slot: SlotKey
     source: str
     n_reused: int
     snapshot: str | None
@@ -36,7 +37,8 @@ class Option:
         return sum(self.terms.values())
 
     def to_json(self) -> dict[str, Any]:
-        return {"cost_s": self.cost_s, **dataclasses.asdict(self)}
+        told = {"cost_s": self.cost_s, **dataclasses.asdict(self)}
+        return {**told, "backend": self.slot.backend, "slot": self.slot.id}
 
 
 @dataclass(slots=True)
@@ -84,7 +86,7 @@ class Decision:
     n_tokens: int
     chosen: Option | None = None
     next_best: Option | None = None
-    slot: int | None = None
+    slot: SlotKey | None = None
     queued_s: float = 0.0
     n_expected: int | None = None
     n_reused: int | None = None
@@ -110,7 +112,8 @@ class Decision:
             "at": self.at,
             "n_tokens": self.n_tokens,
             "user": self.user,
-            "slot": self.slot,
+            "backend": self.slot.backend if self.slot is not None else None,
+            "slot": self.slot.id if self.slot is not None else None,
             "chosen": self.chosen.to_json() if self.chosen else None,
             "next_best": self.next_best.to_json() if self.next_best else None,
             "queued_s": self.queued_s,
@@ -239,7 +242,7 @@ class Note:
         decision = self._begun()
         decision.n_tokens, decision.n_reused = n_prompt, n_reused
 
-    def acted(self, slot: int, act: Act) -> None:
+    def acted(self, slot: SlotKey, act: Act) -> None:
         """A step was taken. One without a plan (a save of llamaslot's own) is a decision of its own."""
         decision = self._begun()
         is_own = decision.chosen is None

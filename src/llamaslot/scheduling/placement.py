@@ -1,11 +1,11 @@
 """Where a job should run: the place that costs least, for this user and for everybody after.
 
-Pure: a view of the pool goes in, a plan comes out. Every cost is in seconds, and costs are only ever compared.
+Pure: views of the backends go in, a plan comes out. Every cost is in seconds, and costs are only ever compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from llamaslot.scheduling.plan import (
 )
 from llamaslot.scheduling.prefill_policy import Sharing
 from llamaslot.scheduling.request import Job, User
-from llamaslot.scheduling.slots import State
+from llamaslot.scheduling.slots import SlotKey, State
 
 PrefillSeconds = Callable[[int, int], float]
 _FEW_TOKENS = 64  # a boundary so near to what is there already is not worth a step of its own
@@ -50,7 +50,7 @@ class SlotView:
     for it. ``wait_s``: until it is idle.
     """
 
-    id: int
+    key: SlotKey
     state: State
     n_tokens: int = 0
     n_shared: int = 0
@@ -75,9 +75,9 @@ class SnapshotView:
 
 
 @dataclass(frozen=True, slots=True)
-class PoolView:
-    """Everything that ``place`` looks at. ``reserved``: slots that jobs before this one wait for, and for how many
-    seconds those will have them.
+class BackendView:
+    """One backend as one job sees it: its slots, the snapshots that it can restore, and what work costs there.
+    ``reserved``: slots that jobs before this one wait for, and for how many seconds those will have them.
 
     ``trunks``: token counts of the job's prompt at which a trunk is worth making; ``is_rewindable``: the model can go
     back to any token. ``can_erase``: slot actions work. Without them what must not be shared rests on ``cache_prompt``
@@ -88,7 +88,7 @@ class PoolView:
     slots: tuple[SlotView, ...]
     snapshots: tuple[SnapshotView, ...] = ()
     prefill_s: PrefillSeconds = field(default=lambda start, end: (end - start) / 1000)
-    reserved: Mapping[int, float] = field(default_factory=dict)
+    reserved: Mapping[SlotKey, float] = field(default_factory=dict)
     can_erase: bool = True
     trunks: tuple[int, ...] = ()
     is_rewindable: bool = True
@@ -126,6 +126,7 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
+    view: BackendView
     slot: SlotView
     source: Source
     n_reused: int
@@ -136,14 +137,15 @@ class _Choice:
     snapshot: SnapshotView | None = None
 
 
-def place(job: Job, view: PoolView, rules: Rules) -> Plan | Wait:
-    """The cheapest place for ``job``, or what to wait for.
+def place(job: Job, views: Iterable[BackendView], rules: Rules) -> Plan | Wait:
+    """The cheapest place for ``job`` among all slots of all backends, or what to wait for. Each backend's own rates
+    count.
 
     An idle slot is taken at once, unless waiting (for a busy slot that holds most of the prompt, behind those who wait
     for it already, or for a snapshot that is just being written) and then computing the rest is cheaper. Of the idle
     slots a small prompt takes one whose loss costs nobody a large context, if there is any.
     """
-    choices = list(_choices(job, view, rules))
+    choices = [choice for view in views for choice in _choices(job, view, rules)]
     if not choices:
         return Wait()
     best = min(choices, key=_sort_key)
@@ -153,31 +155,31 @@ def place(job: Job, view: PoolView, rules: Rules) -> Plan | Wait:
         choices = [choice for choice in choices if choice.wait_s == 0]
         key = _no_loss_first
         best = min(choices, key=key)
-    chosen = _place(best, job, view)
+    chosen = _place(best, job)
     if best.wait_s > 0:
-        is_busy = best.slot.state not in _TAKEABLE or best.slot.id in view.reserved
+        is_busy = best.slot.state not in _TAKEABLE or best.slot.key in best.view.reserved
         instead = min((other for other in choices if other.wait_s == 0), key=key, default=None)
         return Wait(
-            best.slot.id if is_busy else None,
+            best.slot.key if is_busy else None,
             best.wait_s,
             chosen,
-            _place(instead, job, view) if instead else None,
+            _place(instead, job) if instead else None,
         )
     others = [other for other in choices if other.slot is not best.slot]
     others = others or [other for other in choices if other.source is not best.source]
     second = min(others, key=key, default=None)
     return Plan(
-        slot=best.slot.id,
-        steps=tuple(_steps(job, best, view, rules)),
+        slot=best.slot.key,
+        steps=tuple(_steps(job, best, rules)),
         source=best.source,
         n_reused=best.n_reused,
         cost=chosen.cost,
         snapshot=chosen.snapshot,
-        next_best=_place(second, job, view) if second else None,
+        next_best=_place(second, job) if second else None,
     )
 
 
-def _place(choice: _Choice, job: Job, view: PoolView) -> Place:
+def _place(choice: _Choice, job: Job) -> Place:
     """The terms that ``choice.cost_s`` is the sum of. Not kept with each choice: a burst of jobs makes thousands."""
     slot, snapshot = choice.slot, choice.snapshot
     cost = Cost(
@@ -185,9 +187,9 @@ def _place(choice: _Choice, job: Job, view: PoolView) -> Place:
         save_s=0.0 if choice.is_match else slot.save_s,
         regret_s=0.0 if choice.is_match else slot.regret_s,
         restore_s=snapshot.restore_s if snapshot else 0.0,
-        prefill_s=view.prefill_s(choice.n_reused, job.n_tokens),
+        prefill_s=choice.view.prefill_s(choice.n_reused, job.n_tokens),
     )
-    return Place(slot.id, choice.source, choice.n_reused, cost, snapshot.id if snapshot else None)
+    return Place(slot.key, choice.source, choice.n_reused, cost, snapshot.id if snapshot else None)
 
 
 def is_similar(slot: SlotView, rules: Rules) -> bool:
@@ -247,35 +249,46 @@ def weight(idle_s: float) -> float:
 _TAKEABLE = (State.FREE, State.HOT, State.SUSPECT)
 
 
-def _choices(job: Job, view: PoolView, rules: Rules) -> Iterator[_Choice]:
+def _choices(job: Job, view: BackendView, rules: Rules) -> Iterator[_Choice]:
     n = job.n_tokens
     for slot in view.slots:
-        is_takeable = slot.state in _TAKEABLE and slot.id not in view.reserved
+        is_takeable = slot.state in _TAKEABLE and slot.key not in view.reserved
         is_match = is_similar(slot, rules) and slot.n_usable > 0 and not job.is_cold
         if not is_takeable:
             if is_match:
                 rest_s = view.prefill_s(slot.n_usable, n)
                 # Whoever gets it first is asked to keep what both begin with, as soon as it computes that.
                 is_shared = rest_s > rules.long_s(view.request_s)
-                behind_s = 0.0 if is_shared else view.reserved.get(slot.id, 0.0)
+                behind_s = 0.0 if is_shared else view.reserved.get(slot.key, 0.0)
                 wait = max(slot.wait_s + behind_s, _TIE_S)
                 cost = wait + rest_s
-                yield _Choice(slot, Source.RESIDENT, slot.n_usable, cost, wait, is_loss=False, is_match=True)
+                yield _Choice(
+                    view, slot, Source.RESIDENT, slot.n_usable, cost, wait, is_loss=False, is_match=True
+                )
             continue
         if is_match:
             rest_s = view.prefill_s(slot.n_usable, n)
-            yield _Choice(slot, Source.RESIDENT, slot.n_usable, rest_s, 0.0, is_loss=False, is_match=True)
+            yield _Choice(
+                view, slot, Source.RESIDENT, slot.n_usable, rest_s, 0.0, is_loss=False, is_match=True
+            )
         loss_s = slot.save_s + slot.regret_s
         is_loss = slot.regret_s > 0 and slot.n_tokens >= rules.small_prompt_tokens
         kept = 0 if job.is_cold or slot.is_foreign or slot.state is State.SUSPECT else slot.n_usable
         source = Source.RESIDENT if kept else Source.COLD
-        yield _Choice(slot, source, kept, loss_s + view.prefill_s(kept, n), 0.0, is_loss)
+        yield _Choice(view, slot, source, kept, loss_s + view.prefill_s(kept, n), 0.0, is_loss)
         if job.is_cold:
             continue
         for snapshot in view.snapshots:
             cost = loss_s + snapshot.wait_s + snapshot.restore_s + view.prefill_s(snapshot.n_usable, n)
             yield _Choice(
-                slot, Source.SNAPSHOT, snapshot.n_usable, cost, snapshot.wait_s, is_loss, snapshot=snapshot
+                view,
+                slot,
+                Source.SNAPSHOT,
+                snapshot.n_usable,
+                cost,
+                snapshot.wait_s,
+                is_loss,
+                snapshot=snapshot,
             )
 
 
@@ -289,22 +302,22 @@ def _no_loss_first(choice: _Choice) -> tuple[bool, int, float]:
     return choice.is_loss, *_sort_key(choice)
 
 
-def _steps(job: Job, choice: _Choice, view: PoolView, rules: Rules) -> Iterator[Step]:
-    slot = choice.slot
+def _steps(job: Job, choice: _Choice, rules: Rules) -> Iterator[Step]:
+    slot, view = choice.slot, choice.view
     is_kept = choice.source is Source.RESIDENT and is_similar(slot, rules)
     if slot.is_worth_saving and not is_kept:
-        yield Save(slot.id)
+        yield Save(slot.key)
     if choice.snapshot is not None:
-        yield Erase(slot.id)
-        yield Restore(slot.id, choice.snapshot.id)
+        yield Erase(slot.key)
+        yield Restore(slot.key, choice.snapshot.id)
     elif view.can_erase and (slot.state is State.SUSPECT or job.is_cold or slot.is_foreign):
-        yield Erase(slot.id)
+        yield Erase(slot.key)
     if view.can_erase or not (job.is_cold or slot.is_foreign):
-        yield from prefill_steps(job, slot.id, choice.n_reused, view, rules)
+        yield from prefill_steps(job, slot.key, choice.n_reused, view, rules)
 
 
 def prefill_steps(
-    job: Job, slot: int, n_reused: int, view: PoolView, rules: Rules
+    job: Job, slot: SlotKey, n_reused: int, view: BackendView, rules: Rules
 ) -> Iterator[PrefillTo | Keep]:
     """What is computed ahead of the job's own request, and what of it is kept as a trunk on the way.
 
@@ -321,7 +334,7 @@ def prefill_steps(
             yield Keep(slot, stop)
 
 
-def prefill_stops(job: Job, n_reused: int, view: PoolView, rules: Rules) -> list[int]:
+def prefill_stops(job: Job, n_reused: int, view: BackendView, rules: Rules) -> list[int]:
     """Where to stop on the way: the job's boundaries, then the last token but one. Empty for a short prefill.
 
     Each stop is a request more. So a boundary is one if computing again what lies between it and the stop before, which

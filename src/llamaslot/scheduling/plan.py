@@ -5,22 +5,24 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from llamaslot.scheduling.slots import SlotKey
+
 
 @dataclass(frozen=True, slots=True)
 class Save:
     """Write what the slot holds to disk before it is overwritten."""
 
-    slot: int
+    slot: SlotKey
 
 
 @dataclass(frozen=True, slots=True)
 class Erase:
-    slot: int
+    slot: SlotKey
 
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    slot: int
+    slot: SlotKey
     snapshot: str
 
 
@@ -28,7 +30,7 @@ class Restore:
 class PrefillTo:
     """Compute the first ``n_tokens`` of the job's tokens in the slot, and stop."""
 
-    slot: int
+    slot: SlotKey
     n_tokens: int
 
 
@@ -36,7 +38,7 @@ class PrefillTo:
 class Keep:
     """Save what the slot holds now, exactly the first ``n_tokens`` of the job's tokens, as a trunk, and go on."""
 
-    slot: int
+    slot: SlotKey
     n_tokens: int
 
 
@@ -78,7 +80,7 @@ class Cost:
 class Place:
     """Where a job could run: a slot, and what its prompt would go on from there."""
 
-    slot: int
+    slot: SlotKey
     source: Source
     n_reused: int
     cost: Cost = Cost()
@@ -92,7 +94,7 @@ class Plan:
     ``next_best``: the cheapest place in any other slot, or from another source where there is but one slot.
     """
 
-    slot: int
+    slot: SlotKey
     steps: tuple[Step, ...]
     source: Source
     n_reused: int
@@ -109,7 +111,7 @@ class Wait:
     ``place`` is what is waited for, and ``instead`` the cheapest of those that could be had at once.
     """
 
-    slot: int | None = None
+    slot: SlotKey | None = None
     for_s: float | None = None
     place: Place | None = field(default=None, compare=False)
     instead: Place | None = field(default=None, compare=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llamaslot.cache.content import NOTHING, Content
 
@@ -45,6 +46,16 @@ class IllegalTransition(Exception):
     """A slot was told to do what its state does not allow: a bug in llamaslot."""
 
 
+class SlotKey(NamedTuple):
+    """Names a slot among those of all backends. ``id``: its number in its own llama-server."""
+
+    backend: str
+    id: int
+
+    def __str__(self) -> str:
+        return f"{self.backend}/{self.id}"
+
+
 @dataclass(slots=True, eq=False)
 class Slot:
     """One slot of one backend. Only the engine changes it, and only through ``become``."""
@@ -68,9 +79,13 @@ class Slot:
             self.content = content
 
     @property
+    def key(self) -> SlotKey:
+        return SlotKey(self.backend, self.id)
+
+    @property
     def name(self) -> str:
         """As log lines name it: ``<backend>/<number>``."""
-        return f"{self.backend}/{self.id}"
+        return str(self.key)
 
     @property
     def is_idle(self) -> bool:
@@ -80,4 +95,4 @@ class Slot:
     def __repr__(self) -> str:
         dirty = " dirty" if self.content.is_dirty else ""
         by = f" by {self.leased_by}" if self.leased_by else ""
-        return f"<Slot {self.name} {self.state.value} {self.content.n_tokens} tok{dirty}{by}>"
+        return f"<Slot {self.key} {self.state.value} {self.content.n_tokens} tok{dirty}{by}>"
