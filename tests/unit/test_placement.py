@@ -190,7 +190,7 @@ def test_an_overdue_slot_is_still_waited_for() -> None:
     """The estimate has run out, the slot is not back: look again soon."""
     decision = place(job(20_100), view(free(0), busy(1, 20_000, shared=20_000, wait_s=0.0)), RULES)
     assert isinstance(decision, Wait)
-    assert decision.slot == 1
+    assert decision.slot == key(1)
     assert decision.for_s is not None
     assert decision.for_s > 0
 
@@ -295,7 +295,7 @@ def test_a_small_prompt_does_not_wait_behind_seven_others_while_three_slots_are_
     )
     assert place(job(300), view(alike, *others), RULES) == Wait(slot=key(0), for_s=0.2)
     decision = place(job(300), view(alike, *others, reserved={key(0): 0.7}), RULES)
-    assert (plan_of(decision).slot, plan_of(decision).steps) == (1, (Save(key(1)),))
+    assert (plan_of(decision).slot.id, plan_of(decision).steps) == (1, (Save(key(1)),))
 
 
 def test_a_small_prompt_does_not_wait_at_any_price_where_a_context_costs_next_to_nothing() -> None:
@@ -309,7 +309,7 @@ def test_a_small_prompt_waits_where_a_context_costs_more_than_that() -> None:
     alike = busy(0, 300, shared=280, wait_s=0.2)
     dear = hot(1, save_s=3.0, regret_s=1.0)
     assert place(job(300), view(alike, dear, reserved={key(0): 0.6}), RULES) == Wait(
-        slot=0, for_s=pytest.approx(0.8)
+        slot=key(0), for_s=pytest.approx(0.8)
     )
 
 
@@ -474,7 +474,7 @@ def test_what_everybody_begins_with_makes_no_match() -> None:
     assert (
         plan_of(
             place(job(12_000), view(other, free(1), snapshots=(SnapshotView("trunk", 10_000, 0.1),)), RULES)
-        ).slot
+        ).slot.id
         == 1
     )
 
@@ -565,7 +565,7 @@ def test_every_trunk_is_kept_right_after_it_was_computed(
     """And where it cannot be cut, it ends exactly where it should."""
     seen = view(free(0), trunks=tuple(trunks), is_rewindable=is_rewindable)
     n_reused = min(n_reused, n - 1)
-    steps = list(prefill_steps(job(n), 0, n_reused, seen, RULES))
+    steps = list(prefill_steps(job(n), key(0), n_reused, seen, RULES))
     for before, step in zip([None, *steps], steps, strict=False):
         if isinstance(step, Keep):
             assert before == PrefillTo(key(0), step.n_tokens)
