@@ -81,6 +81,7 @@ _STATUS = _object(
     rewrite=_list_of(_object(name=_TEXT, n_fired=_COUNT, n_given_up=_COUNT)),
 )
 _OPTION = _object(
+    backend=_TEXT,
     slot={"type": "integer"},
     source=_TEXT,
     n_reused=_COUNT,
@@ -93,6 +94,7 @@ _DECISION = _object(
     at=_SECONDS,
     n_tokens=_COUNT,
     user=_TEXT,
+    backend=_or_null(_TEXT),
     slot=_or_null(_COUNT),
     chosen=_or_null(_OPTION),
     next_best=_or_null(_OPTION),
