@@ -63,7 +63,7 @@ def filled(rng: random.Random, stems: list[list[int]]) -> Pool:
             job = Job(f"busy{slot.id}", pack(tokens(rng, stems)), space=space)
             plan = place(job, [pool.view(job, 3000.0, {})], pool.rules)
             if isinstance(plan, Plan):
-                pool.take(pool.slots[plan.slot], job, 3000.0, plan, has_answer=True)
+                pool.take(pool.slots[plan.slot.id], job, 3000.0, plan, has_answer=True)
     return pool
 
 
@@ -88,7 +88,7 @@ def test_the_choice_is_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> N
             space=rng.choice(SPACES),
             is_cold=rng.random() < 0.1,
         )
-        reserved = dict.fromkeys(rng.sample(range(N_SLOTS), 3), 1.0)
+        reserved = {pool.slots[slot].key: 1.0 for slot in rng.sample(range(N_SLOTS), 3)}
         few = pool.view(job, 3001.0, reserved)
         monkeypatch.setattr(pool_module, "_FEW_SLOTS", N_SLOTS)
         every = pool.view(job, 3001.0, reserved)
