@@ -1,4 +1,4 @@
-"""Faults that no setting has by itself. Reads raw data of any shape: what is wrong with that is found elsewhere."""
+"""Faults that only show in several settings together: two keys that exclude each other, a host that needs keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from llamaslot.llama.managed.process import EMBEDDED_MODEL, smollm2_path
 
 
 def wrong_together(raw: Any, info: ValidationInfo) -> Iterator[tuple[Loc, str]]:
-    """Faults that no value has by itself. Reads raw data of any shape: what is wrong with that is found elsewhere."""
+    """The location and text of each fault that needs more than one value to see.
+
+    ``raw`` is what YAML gave, of any shape: wrong types are passed over here, and reported by the models.
+    """
     if not isinstance(raw, dict):
         return
     yield from _wrong_doors(raw)
@@ -43,7 +46,7 @@ def wrong_together(raw: Any, info: ValidationInfo) -> Iterator[tuple[Loc, str]]:
 
 
 def _wrong_doors(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
-    """Whoever can reach the port can use the model, unless there are keys."""
+    """A host that other machines can reach needs keys, or a setting that says it needs none."""
     listen, auth = (
         section if isinstance(section := raw.get(name), dict) else {} for name in ("listen", "auth")
     )

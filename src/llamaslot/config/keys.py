@@ -2,7 +2,7 @@
 
 A key is 256 random bits, so its SHA-256 is all that is kept: there is nothing to guess, and neither a salt (no two keys
 are alike, and no table of so many can be made) nor a slow hash (for passwords, which people choose) would add anything.
-The key itself is seen once, by whoever makes it.
+The key itself is shown once, when it is made.
 """
 
 from __future__ import annotations
@@ -128,9 +128,9 @@ def _parsed(path: Path, raw: bytes) -> tuple[Key, ...]:
 
 @contextlib.contextmanager
 def editing(path: Path) -> Iterator[list[Key]]:
-    """The entries, to be changed in the block; written at its end, unless it raises. Nobody else edits meanwhile.
+    """The entries, to be changed in the block; written at its end, unless it raises. A lock keeps other editors out.
 
-    The file is replaced as a whole, so whoever reads it finds the old one or the new one. A link stays a link. A new
+    The file is replaced as a whole: a reader finds the old one or the new one. A link stays a link. A new
     file has mode 0600; one that is there keeps its owner and group, and its mode but for what it lets others do. A
     missing or empty file has no keys. Raises ConfigError.
     """

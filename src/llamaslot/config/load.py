@@ -117,11 +117,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _slot_files_of_a_managed_server(self) -> Config:
-        """Nobody need say where a server of our own saves: ``<store.meta_dir>/kv``."""
+        """The default for a managed server: ``<store.meta_dir>/kv``."""
         backend = self.backends[0]
         if backend.managed is not None and backend.slot_save_path is None:
             backend = backend.model_copy(update={"slot_save_path": self.store.meta_dir / "kv"})
-            # Frozen for everybody else, not while it is made.
+            # The model is frozen once it is made, not before.
             object.__setattr__(self, "backends", (backend,))
         return self
 

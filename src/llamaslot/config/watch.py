@@ -11,7 +11,7 @@ CHECK_S = 1.0
 
 
 class Watch:
-    """Of a few files, looked at when somebody asks, once a second at most. Links are followed."""
+    """Tells whether any of a few files has changed; looks when asked, once a second at most. Follows links."""
 
     def __init__(
         self, *paths: Path, clock: Callable[[], float], known: tuple[Mark | None, ...] | None = None
