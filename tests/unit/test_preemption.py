@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from llamaslot.cache.reuse import Memory
@@ -83,6 +83,7 @@ def test_who_has_a_slot_takes_no_other_from_whoever_is_owed_more() -> None:
     assert chosen([Claim("busy", -10.0)], owed, {"owed": 4}, [5.0] * 4), "but it gets a first one"
 
 
+@example(claims=["a", "c"], prompts=[("a", 0.0), ("b", 0.0)], n_held={"a": 1, "b": 3})
 @given(
     claims=st.lists(st.sampled_from("abc"), max_size=6),
     prompts=st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 3)), max_size=6),

@@ -49,12 +49,14 @@ def chosen(
     has its slot as soon without: the k-th claim gets the slot that is free at k-th.
     """
     n_each, left, result = dict(n_held), set(range(len(prompts))), list[int]()
+    n_kept = dict(n_held)  # without what is taken here: no user takes a slot and gives up its last one for another
     for claim, idle_in_s in zip(claims, sorted(waits_s), strict=False):
         n_own = n_each.get(claim.user, 0)
         may_stop = [
             i
             for i in left
             if n_each.get(prompts[i].user, 0) >= n_own + 2
+            and n_kept.get(prompts[i].user, 0) > 1
             and (n_own == 0 or prompts[i].deficit_s <= claim.deficit_s)
         ]
         if not may_stop:
@@ -65,6 +67,7 @@ def chosen(
             left.remove(best)
             result.append(best)
             n_each[prompts[best].user] -= 1
+            n_kept[prompts[best].user] -= 1
     return result
 
 
