@@ -69,6 +69,19 @@ def test_version() -> None:
     assert (result.exit_code, result.output) == (0, f"llamaslot {llamaslot.__version__}\n")
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["serve", "--help"]], ids=" ".join)
+def test_help_imports_little(words: list[str]) -> None:
+    """So that it is there at once: neither the configuration nor the web."""
+    code = (
+        "import sys; from llamaslot import cli\n"
+        f"try: cli.main({words!r})\n"
+        "finally: sys.exit(', '.join({'pydantic', 'aiohttp', 'asyncio', 'orjson', 'regex'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (1, "\n"), ran.stderr
+    assert ran.stdout.startswith(("Usage: ", "llamaslot ", "-c, "))
+
+
 def test_check_of_a_good_file(config_path: Path) -> None:
     """Says so, and does not serve."""
     result = CliRunner().invoke(cli.main, ["serve", "--check", "--config", str(config_path)])

@@ -133,7 +133,11 @@ def commands() -> Iterator[tuple[str, click.Command]]:
     for name, command in cli.main.commands.items():
         yield name, command
         if isinstance(command, click.Group):
-            yield from ((f"{name} {its}", below) for its, below in command.commands.items())
+            context = click.Context(command)
+            for its in command.list_commands(context):
+                below = command.get_command(context, its)
+                assert below is not None
+                yield f"{name} {its}", below
 
 
 def options(command: click.Command) -> set[str]:
