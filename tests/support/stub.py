@@ -27,7 +27,7 @@ from llamaslot.errors import (
     SnapshotInvalid,
     UpstreamError,
 )
-from llamaslot.llama.client import Progress, Props, SlotAction, SlotInfo
+from llamaslot.llama.replies import Progress, Props, SlotAction, SlotInfo
 from llamaslot.scheduling.request import Job
 from llamaslot.store import Draft, QuotaExceeded, Snapshot, WithTokens
 

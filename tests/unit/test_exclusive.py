@@ -12,7 +12,7 @@ from bench.virtual import VirtualLoop
 from llamaslot.cache.namespaces import Space
 from llamaslot.errors import BackendRestarted, SlotNotEmptied
 from llamaslot.fleet.queue import QueueLimits
-from llamaslot.llama.client import SlotInfo
+from llamaslot.llama.replies import SlotInfo
 from llamaslot.scheduling.fairness import Fairness
 from llamaslot.scheduling.request import Job, User
 from tests.support.house import House, outcome, tokens_of

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from llamaslot.backend import slot_table as pool_module
+from llamaslot.backend import slot_worth
 from llamaslot.backend.slot_table import Pool
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import pack
@@ -90,7 +90,7 @@ def test_the_choice_is_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> N
         )
         reserved = {pool.slots[slot].key: 1.0 for slot in rng.sample(range(N_SLOTS), 3)}
         few = pool.view(job, 3001.0, reserved)
-        monkeypatch.setattr(pool_module, "_FEW_SLOTS", N_SLOTS)
+        monkeypatch.setattr(slot_worth, "_FEW_SLOTS", N_SLOTS)
         every = pool.view(job, 3001.0, reserved)
         monkeypatch.undo()
         assert len(few.slots) < len(every.slots)
@@ -115,5 +115,5 @@ def test_what_others_hold_of_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
             others = {other.id for other in pool.slots if other is slot or not other.is_idle}
             found = pool._residents.cover(slot.content.tokens, slot.content.space, exclude=others)
             on_disk = pool._offers.on_disk(slot.content.tokens, slot.content.space)
-            assert pool.covered(slot) == max(found, on_disk)
-            assert pool.on_disk(slot) == on_disk
+            assert pool.worth.covered(slot) == max(found, on_disk)
+            assert pool.worth.on_disk(slot) == on_disk

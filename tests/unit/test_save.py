@@ -12,7 +12,7 @@ from llamaslot.cache.content import Content
 from llamaslot.cache.namespaces import Space
 from llamaslot.cache.reuse import Memory
 from llamaslot.errors import SlotWedged
-from llamaslot.llama.client import Progress
+from llamaslot.llama.replies import Progress
 from llamaslot.scheduling.request import Job
 from llamaslot.scheduling.save_policy import Unsaved, is_worth
 from llamaslot.scheduling.slots import Event, State
@@ -119,12 +119,12 @@ def test_a_long_answer_is_worth_its_save(house: House) -> None:
     fill(house)
     house.loop.run_until_complete(house.writeback.save_all())
     slot = pool.slots[0]
-    assert not pool.is_worth_saving(slot)
+    assert not pool.worth.is_worth_saving(slot)
     for n_more, is_worth_it in ((0, False), (2000, True)):
         pool.take(slot, Job("again"), house.loop.time(), has_answer=True)
         content = Content(slot.content.tokens, False, True, (), slot.content.snapshot, n_more)
         pool.give_back(slot, Event.KEEP, content, house.loop.time())
-        assert pool.is_worth_saving(slot) is is_worth_it
+        assert pool.worth.is_worth_saving(slot) is is_worth_it
 
 
 def test_a_slot_goes_back_to_the_end_of_its_prompt_where_files_keep_no_checkpoints(house: House) -> None:

@@ -19,7 +19,7 @@ from bench.simulator.trace import Request, Text, Trace, Turn
 from bench.simulator.users import Asked, Served
 from bench.virtual import VirtualLoop
 from llamaslot.cache.ids import count
-from llamaslot.llama.client import Progress
+from llamaslot.llama.replies import Progress
 from llamaslot.scheduling.placement import Rules
 from llamaslot.store.entries import Shelf
 

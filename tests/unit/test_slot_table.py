@@ -300,8 +300,8 @@ def test_trunks_and_pinned_snapshots_are_never_superseded(special: dict[str, Any
 def test_a_save_is_worth_it_when_computing_takes_longer() -> None:
     """2 s of computing against 5 ms of saving; for 40 tokens it is not looked at."""
     pool = make()
-    assert pool.is_worth_saving(hold(pool, 0, A))
-    assert not pool.is_worth_saving(hold(pool, 1, head(B, 40)))
+    assert pool.worth.is_worth_saving(hold(pool, 0, A))
+    assert not pool.worth.is_worth_saving(hold(pool, 1, head(B, 40)))
 
 
 def test_what_is_saved_or_cannot_be_is_not_worth_saving() -> None:
@@ -309,22 +309,22 @@ def test_what_is_saved_or_cannot_be_is_not_worth_saving() -> None:
     pool = make()
     slot = hold(pool, 0, A)
     pool.add_snapshot(snapshot("longer", A + B))
-    assert not pool.is_worth_saving(slot)
+    assert not pool.worth.is_worth_saving(slot)
     pool.drop_snapshot("longer")
-    assert pool.is_worth_saving(slot)
+    assert pool.worth.is_worth_saving(slot)
     pool.can_save = False
-    assert not pool.is_worth_saving(slot)
+    assert not pool.worth.is_worth_saving(slot)
     pool.can_save = True
     pool.add_snapshot(snapshot("s", B))
-    assert not pool.is_worth_saving(hold(pool, 1, B, is_dirty=False, snapshot="s"))
+    assert not pool.worth.is_worth_saving(hold(pool, 1, B, is_dirty=False, snapshot="s"))
 
 
 def test_a_few_tokens_more_than_the_snapshot_are_not_worth_a_save() -> None:
     """Only what nobody else holds counts."""
     pool = make()
     pool.add_snapshot(snapshot("s", A))
-    assert not pool.is_worth_saving(hold(pool, 0, A + pack([1, 2, 3])))
-    assert pool.is_worth_saving(hold(pool, 1, A + B))
+    assert not pool.worth.is_worth_saving(hold(pool, 0, A + pack([1, 2, 3])))
+    assert pool.worth.is_worth_saving(hold(pool, 1, A + B))
 
 
 @pytest.mark.parametrize("memory", [Memory.SWA, Memory.RECURRENT])
@@ -332,18 +332,18 @@ def test_a_model_that_cannot_rewind_is_not_helped_by_half_a_snapshot(memory: Mem
     """A longer or shorter one of the same conversation cannot be gone back to."""
     pool = make(memory=memory)
     pool.add_snapshot(snapshot("s", A))
-    assert pool.is_worth_saving(hold(pool, 0, A + pack(range(64))))
+    assert pool.worth.is_worth_saving(hold(pool, 0, A + pack(range(64))))
 
 
 def test_regret_is_what_the_owner_would_pay() -> None:
     """Everything again when nobody else has it; a restore when it is on disk; nothing for nothing."""
     pool = make()
     slot = hold(pool, 0, A)
-    assert pool.regret_s(slot, is_saved=False) == pytest.approx(2.0)
-    assert pool.regret_s(slot, is_saved=True) == pytest.approx(pool.rates.restore_s(2000))
+    assert pool.worth.regret_s(slot, is_saved=False) == pytest.approx(2.0)
+    assert pool.worth.regret_s(slot, is_saved=True) == pytest.approx(pool.rates.restore_s(2000))
     pool.add_snapshot(snapshot("s", A))
-    assert pool.regret_s(slot, is_saved=False) == pytest.approx(pool.rates.restore_s(2000))
-    assert pool.regret_s(pool.slots[1], is_saved=False) == 0
+    assert pool.worth.regret_s(slot, is_saved=False) == pytest.approx(pool.rates.restore_s(2000))
+    assert pool.worth.regret_s(pool.slots[1], is_saved=False) == 0
 
 
 def test_regret_counts_only_what_would_be_lost() -> None:
@@ -351,7 +351,7 @@ def test_regret_counts_only_what_would_be_lost() -> None:
     pool = make(can_save=False)
     slot = hold(pool, 0, A)
     hold(pool, 1, head(A, 1500) + B)
-    assert pool.regret_s(slot, is_saved=False) == pytest.approx(0.5)
+    assert pool.worth.regret_s(slot, is_saved=False) == pytest.approx(0.5)
 
 
 def test_regret_fades() -> None:

@@ -28,8 +28,9 @@ from llamaslot.fleet.dispatcher import Scheduler
 from llamaslot.fleet.infill_prompts import Infills
 from llamaslot.fleet.prewarm import Bodies, Prewarm
 from llamaslot.fleet.queue import QueueLimits
-from llamaslot.llama.client import LlamaServer, Offered, Props
+from llamaslot.llama.client import LlamaServer, Offered
 from llamaslot.llama.dry_run import DryRuns
+from llamaslot.llama.replies import Props
 from llamaslot.observe.metrics import Metrics, Unrecognized
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.eviction import ByValue, Returns, Standing

@@ -39,8 +39,9 @@ from llamaslot.errors import (
     SnapshotInvalid,
     UpstreamError,
 )
-from llamaslot.llama.client import LlamaServer, Props, SlotAction, SlotInfo
+from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.identity import Identity
+from llamaslot.llama.replies import Props, SlotAction, SlotInfo
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Job

@@ -21,7 +21,8 @@ from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import common
 from llamaslot.cache.namespaces import SHARED
 from llamaslot.errors import BackendRestarted, LlamaslotError, SlotNotEmptied, UpstreamError
-from llamaslot.llama.client import LlamaServer, SlotInfo
+from llamaslot.llama.client import LlamaServer
+from llamaslot.llama.replies import SlotInfo
 from llamaslot.llama.sse import Earlier
 from llamaslot.scheduling.request import Job
 from llamaslot.scheduling.slots import Slot
@@ -319,7 +320,7 @@ class Turns:
         return False
 
     async def _save_if_worth(self, lease: Lease) -> None:
-        if lease.slot is not None and lease.pool.is_worth_saving(lease.slot):
+        if lease.slot is not None and lease.pool.worth.is_worth_saving(lease.slot):
             try:
                 await self._steps.save_now(lease)
             except LlamaslotError as error:

@@ -24,7 +24,8 @@ from llamaslot.cache.content import NOTHING
 from llamaslot.cache.ids import head
 from llamaslot.cache.reuse import Memory
 from llamaslot.errors import UpstreamError
-from llamaslot.llama.client import LlamaServer, Progress
+from llamaslot.llama.client import LlamaServer
+from llamaslot.llama.replies import Progress
 from llamaslot.llama.sse import Earlier
 from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import Metrics

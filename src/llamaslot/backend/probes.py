@@ -13,9 +13,10 @@ from typing import Any
 from llamaslot.cache.ids import count, head, unpack
 from llamaslot.cache.reuse import Memory
 from llamaslot.errors import SlotActionFailed, SnapshotInvalid, UpstreamError
-from llamaslot.llama.client import ACTION_S, LlamaServer, Props
+from llamaslot.llama.client import ACTION_S, LlamaServer
 from llamaslot.llama.gguf import architecture
 from llamaslot.llama.identity import N_PROBS, Identity, gguf_mark, probe_tokens, told
+from llamaslot.llama.replies import Props
 from llamaslot.scheduling.cost import Rates
 from llamaslot.store import Catalog, Draft, NotShared, QuotaExceeded, prove_shared
 

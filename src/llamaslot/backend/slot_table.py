@@ -6,18 +6,18 @@ restart there is a new one, and what the old one's leases still do to their slot
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 from llamaslot.backend.assist import LostSlots
-from llamaslot.backend.candidates import MIN_WORTH_TOKENS, N_COVERING, Offers
+from llamaslot.backend.candidates import Offers
 from llamaslot.backend.pending import Leaving, Passing
+from llamaslot.backend.slot_worth import SlotWorth
 from llamaslot.cache.content import NOTHING, Content, Kind
 from llamaslot.cache.ids import common, count, head
 from llamaslot.cache.namespaces import InSpaces, Space, mark
-from llamaslot.cache.prefix_index import PrefixIndex, Shared
+from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.cache.reuse import Memory, Recall, checkpoints_after
 from llamaslot.cache.shared_prefix import MIN_TOKENS
 from llamaslot.scheduling.answer_length import AnswerLength
@@ -27,14 +27,11 @@ from llamaslot.scheduling.placement import (
     BackendView,
     Rules,
     SlotView,
-    Stranger,
     is_other,
     weight,
-    worth_a_look,
 )
 from llamaslot.scheduling.plan import Keep, Plan, Save
 from llamaslot.scheduling.request import Job
-from llamaslot.scheduling.save_policy import Unsaved, is_worth
 from llamaslot.scheduling.slots import Event, Slot, SlotKey, State
 from llamaslot.store import Snapshot, WithTokens
 from llamaslot.store.model_snapshots import Library
@@ -61,20 +58,6 @@ class Busy:
         return wait_s
 
 
-_FEW_SLOTS = 8  # are all looked at
-# What the worth of a slot follows from: what it holds, what others have of that, speeds, and whether slots are saved.
-_Worn = tuple[Content, int, int, tuple[int, ...], bool]
-
-
-class _Worth(NamedTuple):
-    """``regret_s`` for a slot that was used just now."""
-
-    n_tokens: int
-    is_worth_saving: bool
-    save_s: float
-    regret_s: float
-
-
 class Pool:
     """Slots and snapshots of one llama-server process. Not thread-safe: the event loop only."""
 
@@ -82,7 +65,7 @@ class Pool:
 
     def __init__(self, backend: str, n_slots: int, n_ctx: int, *, rules: Rules, rates: Rates) -> None:
         self.backend, self.n_ctx, self.rules, self.rates = backend, n_ctx, rules, rates
-        self.can_save, self.can_erase = False, False
+        self.can_erase = False
         self.recall = Recall(predictions=rates.predictions)
         self.is_memory_sure = False  # the GGUF says so too: a short probe does not leave a sliding window
         self.slots = [Slot(backend, i) for i in range(n_slots)]
@@ -91,9 +74,7 @@ class Pool:
         self.n_batch = 0  # tokens of a prompt that the server computes at once, once that has been seen
         self._index: PrefixIndex[int] = PrefixIndex()
         self._residents = InSpaces(self._index, self._space_of)
-        self._idle: PrefixIndex[int] = PrefixIndex()  # the same of the slots that are idle, and no others
-        self._on_disk: dict[int, tuple[Content, tuple[int, int], int]] = {}
-        self._worths: dict[int, tuple[_Worn, _Worth]] = {}
+        self.worth = SlotWorth(self.slots, rules, rates, self.recall)
         self._passing = Passing()
         self.offer(Library())
         self._busy: dict[int, Busy] = {}
@@ -103,7 +84,16 @@ class Pool:
         self._snapshots, self._snapshot_index = library.snapshots, library.in_spaces
         self.library = library
         self._offers = Offers(library, self._passing, self.rates, self.recall)
-        self._on_disk.clear()
+        self.worth.offer(library, self._passing, self._offers)
+
+    @property
+    def can_save(self) -> bool:
+        """Whether slots are saved and restored."""
+        return self.worth.can_save
+
+    @can_save.setter
+    def can_save(self, can_save: bool) -> None:
+        self.worth.can_save = can_save
 
     @property
     def memory(self) -> Memory:
@@ -137,7 +127,7 @@ class Pool:
         ]
         branch = self._offers.branch(residents, found)
         n_alike = max(branch, job.n_system, self._offers.trunk(found))
-        looked_at = self._looked_at(hits, shared, now, reserved)
+        looked_at = self.worth.looked_at(hits, now, reserved)
         slots = [self._slot_view(slot, shared.get(slot.id, 0), job, now) for slot in looked_at]
         begin_so = any(hit.n_shared >= job.n_system and is_other(hit, job.n_system) for hit in hits)
         return BackendView(
@@ -152,55 +142,12 @@ class Pool:
             shared=shared,
         )
 
-    def _looked_at(
-        self,
-        hits: list[Shared[int]],
-        shared: Mapping[int, int],
-        now: float,
-        reserved: Mapping[SlotKey, float],
-    ) -> Collection[Slot]:
-        """All slots, or of many those that come into question: where the prompt may go on, and of the others the least
-        loss."""
-        if len(self.slots) <= _FEW_SLOTS or not self.recall.is_rewindable:
-            return self.slots
-        near = {hit.holder for hit in hits if hit.n_shared >= self._similar(hit.n_tokens)}
-        near |= {hit.holder for hit in hits[:1]}
-        about, small = self.rates.about(), self.rules.small_prompt_tokens
-        strangers = list[Stranger]()
-        for slot in self.slots:
-            if slot.id not in near and slot.id not in self._busy and slot.key not in reserved:
-                worth = self._worth(slot, about)
-                loss_s = worth.save_s + worth.regret_s * weight(now - slot.used_at)
-                is_loss = worth.regret_s > 0 and worth.n_tokens >= small
-                n_shared = shared.get(slot.id, 0)
-                strangers.append(Stranger(slot.id, loss_s, slot.used_at, n_shared, is_loss))
-        return [self.slots[slot] for slot in sorted(near | worth_a_look(strangers))]
-
-    def _similar(self, n_tokens: int) -> float:
-        """So much of what a slot with ``n_tokens`` holds must be of use to a prompt that it goes on there."""
-        return self.rules.similarity_min * n_tokens
-
-    def _worth(self, slot: Slot, about: tuple[int, ...]) -> _Worth:
-        """What an idle slot holds is worth, when somebody has just used it. ``about``: speeds and sizes; as long as
-        these and what others hold of it stay the same, so does this."""
-        content, n_covered = slot.content, self.covered(slot)
-        worn = content, n_covered, self.can_save and self.on_disk(slot), about, self.can_save
-        known = self._worths.get(slot.id)
-        if known is not None and known[0][0] is content and known[0][1:] == worn[1:]:
-            return known[1]
-        delay_s = self.rates.save_delay.seconds
-        is_worth = self.is_worth_saving(slot, delay_s)
-        save_s = self.save_s(content) + delay_s if is_worth else 0.0
-        worth = _Worth(content.n_tokens, is_worth, save_s, self.regret_s(slot, is_worth))
-        self._worths[slot.id] = worn, worth
-        return worth
-
     def _slot_view(self, slot: Slot, n_shared: int, job: Job, now: float) -> SlotView:
         content = slot.content
         if slot.is_idle:
             n_usable = self.recall.likely_of_slot(content, n_shared, job.n_tokens)
             delay_s = self.rates.save_delay.seconds
-            is_worth = self.is_worth_saving(slot, delay_s)
+            is_worth = self.worth.is_worth_saving(slot, delay_s)
             return SlotView(
                 key=slot.key,
                 state=slot.state,
@@ -209,7 +156,7 @@ class Pool:
                 n_usable=n_usable,
                 save_s=self.save_s(content) + delay_s if is_worth else 0.0,
                 is_worth_saving=is_worth,
-                regret_s=self.regret_s(slot, is_worth) * weight(now - slot.used_at),
+                regret_s=self.worth.regret_s(slot, is_worth) * weight(now - slot.used_at),
                 used_at=slot.used_at,
                 is_foreign=not job.may_use(content),
             )
@@ -236,56 +183,6 @@ class Pool:
 
     def save_s(self, content: Content) -> float:
         return self.rates.save_s(content.n_held)
-
-    def covered(self, slot: Slot) -> int:
-        """How much of what the slot holds can be had elsewhere: from another idle slot, or from a snapshot."""
-        tokens, space = slot.content.tokens, slot.content.space
-        on_disk = self.on_disk(slot) if self.can_save else 0
-        if self.memory is Memory.DENSE:
-            if slot.id in self._idle:
-                n_covered = self._idle.shared_with_others(slot.id) - count(mark(space))
-            else:
-                n_covered = self._idle.cover(mark(space) + tokens) - count(mark(space)) if tokens else 0
-            return max(n_covered, on_disk)
-        hits = [hit for hit in self._residents.match(tokens, (space,), N_COVERING) if hit.holder != slot.id]
-        idle = [
-            (hit.n_shared, self.slots[hit.holder].content) for hit in hits if self.slots[hit.holder].is_idle
-        ]
-        n_prompt = slot.content.n_tokens + 1
-        return max([on_disk, *(self.recall.of_slot(other, n, n_prompt) for n, other in idle)])
-
-    def on_disk(self, slot: Slot) -> int:
-        """How much of what the slot holds need not be computed again, thanks to a snapshot."""
-        content, n_changes = slot.content, (self.library.n_changes, self._passing.n_changes)
-        known = self._on_disk.get(slot.id)
-        if known is not None and known[0] is content and known[1] == n_changes and self.recall.is_rewindable:
-            return known[2]
-        n_tokens = self._offers.on_disk(content.tokens, content.space)
-        self._on_disk[slot.id] = content, n_changes, n_tokens
-        return n_tokens
-
-    def is_worth_saving(self, slot: Slot, delay_s: float = 0.0) -> bool:
-        """Whether it pays to write what this slot holds to disk, the answer included if that goes into the file.
-        ``delay_s``: what a request that waits for that pays beside it."""
-        content = slot.content
-        if not (self.can_save and content.is_dirty) or content.n_tokens < MIN_WORTH_TOKENS:
-            return False
-        n_covered = self.on_disk(slot)
-        n_saved = content.n_tokens if self.recall.is_rewound else content.n_held
-        lacking_s = self.rates.prefill.seconds(n_covered, n_saved)
-        return is_worth(Unsaved(lacking_s, self.rates.save_s(n_saved) + delay_s))
-
-    def regret_s(self, slot: Slot, is_saved: bool) -> float:
-        """What the owner of the slot's content pays when he comes back and finds it gone, in seconds."""
-        n = slot.content.n_tokens
-        if n == 0:
-            return 0.0
-        n_covered = self.covered(slot)
-        recompute_s = self.rates.prefill.seconds(min(n_covered, n), n)
-        if is_saved or (self.can_save and n_covered >= n):
-            whole_s = self.rates.prefill.seconds(0, n)
-            return min(self.rates.restore_s(n), whole_s)
-        return recompute_s
 
     def saves_s(self, standing: Standing) -> float:
         """What a snapshot saves each time that it is asked for: what is computed without it, by way of what others
@@ -402,7 +299,7 @@ class Pool:
         will_hold, space = (job.tokens, job.space) if plan is not None else (old.tokens, old.space)
         self._busy[slot.id] = Busy(now + steps_s, has_answer, will_hold, space, job.max_tokens)
         self._note(slot, will_hold, space)
-        self._idle.drop(slot.id)
+        self.worth.lost(slot)
         return leaving
 
     def left(self, leaving: Leaving) -> None:
@@ -482,8 +379,8 @@ class Pool:
             slot.leased_by = None
             slot.used_at = now
         self._note(slot, slot.content.tokens, slot.content.space)
-        if slot.is_idle and slot.content.tokens:
-            self._idle.insert(slot.id, mark(slot.content.space) + slot.content.tokens)
+        if slot.is_idle:
+            self.worth.holds(slot)
 
     def _note(self, slot: Slot, tokens: bytes, space: Space) -> None:
         if tokens:
@@ -500,7 +397,7 @@ class Pool:
     def check(self) -> None:
         """Raise AssertionError naming the invariant that does not hold."""
         self._index.check()
-        self._idle.check()
+        self.worth.check()
         self._passing.check()
         for slot in self.slots:
             is_busy = slot.id in self._busy
@@ -510,9 +407,6 @@ class Pool:
             assert (slot.id in self._index) == bool(held), f"a slot is indexed by what it holds: {slot}"
             if held:
                 assert self._residents.tokens(slot.id) == held, f"the index holds what the slot holds: {slot}"
-            assert (slot.id in self._idle) == bool(held and slot.is_idle), f"idle slots are known: {slot}"
-            if slot.id in self._idle:
-                assert self._idle.tokens(slot.id) == self._index.tokens(slot.id), f"by what they hold: {slot}"
             if slot.state is State.FREE:
                 assert slot.content == NOTHING, f"a free slot holds nothing: {slot}"
             if slot.content.snapshot is not None:

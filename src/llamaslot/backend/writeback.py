@@ -85,6 +85,6 @@ class Writeback:
             for slot in pool.slots
             if slot.state is State.HOT
             and self._failed.get(slot) != slot.content.tokens
-            and pool.is_worth_saving(slot)
+            and pool.worth.is_worth_saving(slot)
         ]
         return max(worth, key=lambda slot: slot.content.n_tokens, default=None)

@@ -105,7 +105,7 @@ class Status:
                 "state": slot.state.value,
                 "n_tokens": slot.content.n_tokens,
                 "is_dirty": slot.content.is_dirty,
-                "is_worth_saving": pool.is_worth_saving(slot),
+                "is_worth_saving": pool.worth.is_worth_saving(slot),
                 "prefill": prefills.get(slot.id),
                 "user": users.get(slot.id),
             }

@@ -13,7 +13,6 @@ import functools
 import io
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import aiohttp
@@ -31,6 +30,7 @@ from llamaslot.errors import (
     UpstreamError,
 )
 from llamaslot.llama.keep_alive import Answer, KeepAlivePool, NotConnected
+from llamaslot.llama.replies import Progress, Props, SlotAction, SlotInfo
 from llamaslot.llama.sse import EventSplitter, data_of
 
 P = ParamSpec("P")
@@ -53,53 +53,9 @@ _WINDOW_BYTES = 1 << 15
 ACTION_S = 900.0  # a save of many GiB to a slow disk
 
 
-@dataclass(frozen=True, slots=True)
-class Props:
-    """``GET /props``, what llamaslot needs of it. ``n_ctx`` is the context of one slot, in tokens.
-
-    ``n_slots`` is None where the answer is not that of a llama-server with one model: router mode, another server.
-    """
-
-    n_slots: int | None
-    n_ctx: int
-    model_path: str
-    boot_id: str  # media_marker: random for each process of llama-server, so it tells a restart
-    modalities: Mapping[str, bool] | None = None  # of media that it takes; None where the build does not tell
-    is_sleeping: bool = False  # its model is unloaded (--sleep-idle-seconds), and its slots are empty
-
-
-@dataclass(frozen=True, slots=True)
-class SlotInfo:
-    """One entry of ``GET /slots``. ``n_tokens`` is None until the slot has run a task, 0 after it was cleared."""
-
-    id: int
-    is_processing: bool
-    n_tokens: int | None
-    id_task: int | None
-
-
 _REFUSED = (
     "refuses the connection (is it up, with this --port? By themselves builds take 8080, newer ones 9931)"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class SlotAction:
-    """The answer to a save or restore: tokens, bytes and the server's own milliseconds as seconds."""
-
-    n_tokens: int
-    n_bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """One ``prompt_progress`` event: of ``total`` tokens ``cache`` were reused and ``processed`` are there."""
-
-    total: int
-    cache: int
-    processed: int
-    seconds: float
 
 
 def _as_known(call: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:

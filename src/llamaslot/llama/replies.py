@@ -1,0 +1,50 @@
+"""What llama-server tells, as far as llamaslot needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Props:
+    """``GET /props``, what llamaslot needs of it. ``n_ctx`` is the context of one slot, in tokens.
+
+    ``n_slots`` is None where the answer is not that of a llama-server with one model: router mode, another server.
+    """
+
+    n_slots: int | None
+    n_ctx: int
+    model_path: str
+    boot_id: str  # media_marker: random for each process of llama-server, so it tells a restart
+    modalities: Mapping[str, bool] | None = None  # of media that it takes; None where the build does not tell
+    is_sleeping: bool = False  # its model is unloaded (--sleep-idle-seconds), and its slots are empty
+
+
+@dataclass(frozen=True, slots=True)
+class SlotInfo:
+    """One entry of ``GET /slots``. ``n_tokens`` is None until the slot has run a task, 0 after it was cleared."""
+
+    id: int
+    is_processing: bool
+    n_tokens: int | None
+    id_task: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SlotAction:
+    """The answer to a save or restore: tokens, bytes and the server's own milliseconds as seconds."""
+
+    n_tokens: int
+    n_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One ``prompt_progress`` event: of ``total`` tokens ``cache`` were reused and ``processed`` are there."""
+
+    total: int
+    cache: int
+    processed: int
+    seconds: float
