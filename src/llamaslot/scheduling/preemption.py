@@ -49,7 +49,9 @@ def chosen(
     has its slot as soon without: the k-th claim gets the slot that is free at k-th.
     """
     n_each, left, result = dict(n_held), set(range(len(prompts))), list[int]()
-    n_kept = dict(n_held)  # without what is taken here: no user takes a slot and gives up its last one for another
+    n_kept = dict(
+        n_held
+    )  # without what is taken here: no user takes a slot and gives up its last one for another
     for claim, idle_in_s in zip(claims, sorted(waits_s), strict=False):
         n_own = n_each.get(claim.user, 0)
         may_stop = [
