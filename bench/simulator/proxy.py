@@ -13,7 +13,9 @@ from bench.simulator.machine import Machine, Streamed
 from bench.simulator.server import N_CTX, Answer, SimulatedServer
 from bench.simulator.users import LONG_S, Asked
 from llamaslot.backend.executor import Steps
-from llamaslot.backend.lease import Lease, PlanAgain
+from llamaslot.backend.feedback import Told
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.lease_states import PlanAgain
 from llamaslot.backend.slot_content import is_far_off
 from llamaslot.backend.slot_table import Pool
 from llamaslot.backend.writeback import Writeback
@@ -82,7 +84,7 @@ class Proxy:
         self.leases.pin = disk.pin
         self.scheduler.on_prefix_wait = self.metrics.prefix_wait_s.observe
         api, catalog = cast(LlamaServer, server), cast(Catalog, disk)
-        self.steps = Steps(api, catalog, self.rates, self.metrics, self.tasks, loop.time)
+        self.steps = Steps(api, catalog, self.rates, self.metrics, self.tasks, self.leases)
         self.steps.fingerprint, self.steps.boot_id = FINGERPRINT, "simulated"
         self.writeback = Writeback(self.leases, self.steps, IDLE_SAVE_S)
         self.pool = Pool("simulated", server.n_slots, N_CTX, rules=rules, rates=self.rates)
@@ -129,18 +131,18 @@ class Proxy:
             if self.server.hardware.prefill_s(lease.plan.n_reused, job.n_tokens) > LONG_S:
                 until_first.enter_context(self.beside)
             here = await self.steps.prepare(lease, _say_nothing, may_replan=may_replan)
-            told = here
+            done = here
             if before is not None:  # without a prefill here: what it finds of its own work was not reused
-                told = before.then(here or Earlier(lease.n_expected, lease.n_expected, 0.0))
+                done = before.then(here or Earlier(lease.forecast.n_expected, lease.forecast.n_expected, 0.0))
             answered = await self._answer(asked, lease, here, until_first, may_replan=may_replan)
-            served.n_reused = min(told.n_reused, answered.n_cache) if told is not None else answered.n_cache
+            served.n_reused = min(done.n_reused, answered.n_cache) if done is not None else answered.n_cache
             served.answer_s = answered.predicted_s
-            n_answer = count(asked.answer)
-            self.steps.settle(lease, answered.n_cache, here, job.tokens, n_answer)
+            n_computed, n_answer = answered.n_prompt - answered.n_cache, count(asked.answer)
+            told = Told(answered.n_cache, None, n_computed, answered.prompt_s, n_answer, answered.predicted_s)
+            self.steps.settle(lease, told, here, job.tokens)
             if self.saves_each:
                 self.tasks.spawn(self._save(lease), f"{job.id} is saved")
                 stack.pop_all()
-        self._learn(answered, here, n_answer)
 
     async def _answer(
         self,
@@ -153,31 +155,26 @@ class Proxy:
     ) -> Answer:
         """The client's own request. Raises PlanAgain when the slot does not hold what was expected."""
         is_cold = here is None and lease.content is None
-        lease.sent()
+        lease.begin_request()
         async with self.server.run(
             lease.slot_id, asked.prompt, asked.answer, asked.origin, is_cold=is_cold
         ) as answered:
-            lease.started()
-            n_expected = here.n_tokens if here is not None else lease.n_expected
+            lease.mark_processing()
+            n_expected = here.n_tokens if here is not None else lease.forecast.n_expected
             is_misplaced = is_far_off(lease, n_expected, answered.n_cache)
             if not (may_replan and is_misplaced):
                 before = lease.content or NOTHING
-                lease.begun(replace(before, tokens=asked.prompt, is_exact=False, is_dirty=True))
+                lease.confirm(replace(before, tokens=asked.prompt, is_exact=False, is_dirty=True))
                 await self.server.first(answered)
                 asked.served.ttft_s = self._loop.time() - asked.sent_at
                 until_first.close()
-                lease.talks()
+                lease.mark_decoding()
                 await self.server.finish(answered)
                 return answered
         await self.steps.stopped(lease, answered.n_cache)
         n_done = lease.content.n_tokens if lease.content is not None else 0
         own = Earlier(min(answered.n_cache, n_done), n_done, 0.0)
         raise PlanAgain(own if here is None else here.then(own))
-
-    def _learn(self, answered: Answer, here: Earlier | None, n_answer: int) -> None:
-        if here is None and answered.n_prompt - answered.n_cache > 1:
-            self.rates.prefill.observe(answered.n_cache, answered.n_prompt, answered.prompt_s)
-        self.rates.answer.observe(n_answer, answered.predicted_s)
 
     async def _save(self, lease: Lease) -> None:
         with lease:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from llamaslot.backend.lease_states import OWN_REQUEST
 from llamaslot.cache.ids import count
 from llamaslot.store import read_slot_file
 from tests.support import models
@@ -310,12 +311,12 @@ async def test_clients_leave_at_every_stage(tmp_path: Path) -> None:
         assert await computed(real) - before < 9000
 
         waiting = spawn(it.ask(letters(6, 12_000)))
-        await it.until(lambda: any(lease.is_begun for lease in it.backend.scheduler.leases))
+        await it.until(lambda: any(lease.is_confirmed for lease in it.backend.scheduler.leases))
         await leave(waiting)
         await is_right()
 
         whole = spawn(it.ask("short", n=3000))
-        await it.until(lambda: any(lease.is_answering for lease in it.backend.scheduler.leases))
+        await it.until(lambda: any(lease.state in OWN_REQUEST for lease in it.backend.scheduler.leases))
         await leave(whole)
         await is_right()
         assert await it.count("clients_left_total") == 5

@@ -12,7 +12,10 @@ from bench.virtual import VirtualLoop
 from llamaslot.backend.drain import Drains
 from llamaslot.backend.exclusive import Turn, Turns
 from llamaslot.backend.executor import Steps
-from llamaslot.backend.lease import Lease, Phase, PlanAgain, Preempted
+from llamaslot.backend.feedback import Told
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.lease_states import PlanAgain, Preempted
+from llamaslot.backend.lease_states import State as LeaseState
 from llamaslot.backend.slot_content import is_far_off
 from llamaslot.backend.slot_table import Pool
 from llamaslot.backend.writeback import Writeback
@@ -80,7 +83,7 @@ class House:
         self.scheduler = Scheduler(rules, limits or QueueLimits(), loop.time)
         self.leases = self.scheduler.add("stub")
         api, catalog = cast(LlamaServer, server), cast(Catalog, self.catalog)
-        self.steps = Steps(api, catalog, self.rates, self.metrics, self.tasks, loop.time)
+        self.steps = Steps(api, catalog, self.rates, self.metrics, self.tasks, self.leases)
         self.turns = Turns(api, self.leases, self.steps, self.tasks)
         self.writeback = Writeback(self.leases, self.steps, 2.0)
         self.drains = Drains(api, self.leases, loop.time)
@@ -162,7 +165,8 @@ class House:
         """Whose prompt is computed in a slot; None for what is only made ready to be saved."""
         leases = self.scheduler.leases
         mine = [lease for lease in leases if lease.slot is not None and lease.slot_id == slot_id]
-        clients = [lease for lease in mine if lease.plan is not None and lease.phase is not Phase.ACTING]
+        acting = (LeaseState.ACTING, LeaseState.RELEASE_PENDING)
+        clients = [lease for lease in mine if lease.plan is not None and lease.state not in acting]
         return clients[0].job if clients and not self.is_unnoticed else None
 
     def _guard_landing(self, slot_id: int) -> None:
@@ -171,7 +175,7 @@ class House:
         if self.is_unnoticed or pool is None:
             return
         holders = [lease for lease in self.scheduler.leases if lease.slot is pool.slots[slot_id]]
-        if any(lease.job is not turn and not lease.is_started for lease in holders):
+        if any(lease.job is not turn and not lease.is_running for lease in holders):
             self.server.violation(f"a stranger landed in {pool.slots[slot_id]!r}")
 
     # -- clients -------------------------------------------------------------------------------------------------
@@ -249,7 +253,7 @@ class House:
         assert all(long.lease.is_long for long in longs), "who prefills is known to do so"
         current = prefills._current
         assert current is None or current in prefills._longs, "what is computed is somebody's"
-        working = [long for long in longs if long.lease.phase is Phase.WORKING]
+        working = [long for long in longs if long.lease.is_at_work]
         assert len(working) <= 1, f"one long prefill at a time: {working}"
         assert all(long.limit is None or long is current for long in longs), "only a stretch is interrupted"
         for long in longs:
@@ -345,14 +349,14 @@ class _Asking:
 
     async def _answer(self, lease: Lease, turn: Turn | None, *, may_replan: bool) -> int:
         house, job, earlier = self.house, self.job, self.earlier
-        n_expected = earlier.n_tokens if earlier is not None else lease.n_expected
+        n_expected = earlier.n_tokens if earlier is not None else lease.forecast.n_expected
 
         def look_at(n_found: int) -> None:
             if may_replan and is_far_off(lease, n_expected, n_found):
                 raise _Misplaced(n_found)
 
         is_cold = earlier is None and (job.is_cold or lease.content is None)
-        lease.sent()
+        lease.begin_request()
         async with house.server.run(
             lease.slot_id,
             job.tokens,
@@ -361,15 +365,15 @@ class _Asking:
             is_cold=is_cold,
             on_found=look_at,
         ) as upstream:
-            lease.started()
-            lease.talks()
+            lease.mark_processing()
+            lease.mark_decoding()
             house.first_s[job.id] = house.loop.time() - self.asked_at
             before = lease.content or NOTHING
-            lease.begun(replace(before, tokens=job.tokens, is_exact=False, is_dirty=True))
+            lease.confirm(replace(before, tokens=job.tokens, is_exact=False, is_dirty=True))
             await upstream.rest()
         if turn is not None:
             await turn.settle()
-        house.steps.settle(lease, upstream.n_cache, earlier, job.tokens)
+        house.steps.settle(lease, Told(upstream.n_cache), earlier, job.tokens)
         lease.release()
         return earlier.n_reused if earlier is not None else upstream.n_cache
 

@@ -12,7 +12,7 @@ import pytest
 from bench.virtual import VirtualLoop
 from llamaslot.backend.lease import Lease
 from llamaslot.cache.reuse import Memory
-from llamaslot.scheduling.request import Job, User
+from llamaslot.scheduling.request import Job, Placement, User
 from llamaslot.scheduling.slots import State
 from tests.support.cancelled import CancelledAt
 from tests.support.house import House, tokens_of
@@ -65,7 +65,7 @@ async def takes_unpinned(house: House, cut: Cut) -> None:
                 pass
             await turn.settle()
 
-    with await house.scheduler.lease(Job("a", is_placed_by_server=True)) as lease:
+    with await house.scheduler.lease(Job("a", placement=Placement.SERVER_CHOSEN)) as lease:
         await cut(turn(lease))
 
 

@@ -19,7 +19,7 @@ from llamaslot.errors import (
     SlotActionFailed,
     UpstreamError,
 )
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Job, Placement
 from tests.support.house import House
 from tests.support.stub import Op, StubServer
 
@@ -127,7 +127,9 @@ class Life(RuleBasedStateMachine):
     @rule(user=st.integers(0, N_USERS - 1), whose=st.none() | st.integers(0, N_USERS - 1))
     def ask_unpinned(self, user: int, whose: int | None) -> None:
         """With a prompt that is somebody's: the server finds it wherever it is."""
-        job = Job(f"unpinned at {next(self.serial)}", is_placed_by_server=True, space=self.space(user))
+        job = Job(
+            f"unpinned at {next(self.serial)}", placement=Placement.SERVER_CHOSEN, space=self.space(user)
+        )
         tokens = self.contexts[whose] + self.fresh(3) if whose is not None else self.fresh(70)
         self.house.start(self.house.ask_unpinned(job, tokens), job.id)
 

@@ -14,7 +14,7 @@ from llamaslot.errors import BackendRestarted, SlotNotEmptied
 from llamaslot.fleet.queue import QueueLimits
 from llamaslot.llama.replies import SlotInfo
 from llamaslot.scheduling.fairness import Fairness
-from llamaslot.scheduling.request import Job, User
+from llamaslot.scheduling.request import Job, Placement, User
 from tests.support.house import House, outcome, tokens_of
 from tests.support.stub import StubServer
 
@@ -42,7 +42,9 @@ def answering(house: House, job: Job) -> asyncio.Task[Any]:
 def test_a_turn_does_not_wait_for_an_answer_that_was_left_behind(house: House) -> None:
     """It goes on to its end in a slot of its own; everybody is served meanwhile."""
     answering(house, Job("leaves", tokens_of(1, 90))).cancel()
-    turn = house.start(house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(5000, 70)), "turn")
+    turn = house.start(
+        house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
+    )
     house.loop.pass_time(2.0)
     for _ in range(4):
         for op in house.server.pending[:]:
@@ -57,7 +59,9 @@ def test_a_turn_does_not_wait_for_an_answer_that_was_left_behind(house: House) -
 
 def test_nobody_takes_a_first_step_during_a_turn(house: House) -> None:
     """Not before the server was seen to work on it."""
-    turn = house.start(house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(5000, 70)), "turn")
+    turn = house.start(
+        house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
+    )
     house.loop.settle()
     later = house.start(house.ask(Job("later", tokens_of(1, 90))), "later")
     house.loop.settle()
@@ -77,7 +81,9 @@ def test_a_turn_waits_for_who_is_between_two_steps(house: House) -> None:
     """A slot that is leased but idle is one that a stranger could land in."""
     stepping = house.start(house.ask(Job("stepping", tokens_of(1, 500))), "stepping")
     house.loop.settle()
-    house.start(house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(5000, 70)), "turn")
+    house.start(
+        house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
+    )
     house.loop.settle()
     assert [op.kind for op in house.server.pending] == ["send"], "the prefill of the other one, and no more"
     while not stepping.done():
@@ -93,7 +99,9 @@ def test_contexts_in_the_way_of_a_turn_are_saved_first(house: House) -> None:
     for i in (0, 1):
         house.start(house.ask(Job(f"first {i}", own[i])), "first")
     house.finish()
-    house.start(house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(5000, 70)), "turn")
+    house.start(
+        house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
+    )
     house.start(house.ask(Job("two", tokens_of(100, 90), n_children=1)), "two")
     house.finish()
     before = house.server.n_computed
@@ -145,7 +153,9 @@ def test_a_prefill_of_another_pool_is_not_waited_for(house: House) -> None:
     """
     old = [house.start(house.ask(Job(f"old {i}", tokens_of(9000 * i, 500))), "old") for i in (1, 2)]
     house.loop.settle()
-    turn = house.start(house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(5000, 70)), "turn")
+    turn = house.start(
+        house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
+    )
     house.loop.settle()
     new = house.start(house.ask(Job("new", tokens_of(7000, 500))), "new")
     house.loop.settle()
@@ -172,7 +182,9 @@ def test_a_turn_that_was_prepared_on_a_server_that_is_gone_sends_nothing(house: 
         return infos
 
     house.server.slots = slots  # type: ignore[method-assign]
-    turn = house.start(house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(5000, 70)), "turn")
+    turn = house.start(
+        house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
+    )
     house.loop.settle()
     assert house.server.pending == []
     assert isinstance(outcome(turn), BackendRestarted)
@@ -185,7 +197,9 @@ def test_a_turn_finds_nothing_of_another_user_wherever_it_lands(house: House) ->
     house.start(house.ask(Job("anna's", own, space=ANNA)), "anna's")
     house.finish()
     house.server.lands = lambda _: house.slots["anna's"]
-    house.start(house.ask_unpinned(Job("bert's", is_placed_by_server=True, space=BERT), own), "bert's")
+    house.start(
+        house.ask_unpinned(Job("bert's", placement=Placement.SERVER_CHOSEN, space=BERT), own), "bert's"
+    )
     house.finish()
     assert house.server.n_computed == 2 * 500
     assert [snapshot.tokens for snapshot in house.catalog.snapshots.values()] == [own]
@@ -198,7 +212,7 @@ def test_a_turn_of_the_same_user_goes_on_from_what_is_there(house: House) -> Non
     house.start(house.ask(Job("anna's", own, space=ANNA)), "anna's")
     house.finish()
     house.server.lands = lambda _: house.slots["anna's"]
-    house.start(house.ask_unpinned(Job("again", is_placed_by_server=True, space=ANNA), own), "again")
+    house.start(house.ask_unpinned(Job("again", placement=Placement.SERVER_CHOSEN, space=ANNA), own), "again")
     house.finish()
     assert house.server.n_computed == 500 + 1
     house.check_nothing_is_left()
@@ -207,7 +221,7 @@ def test_a_turn_of_the_same_user_goes_on_from_what_is_there(house: House) -> Non
 def test_a_turn_waits_for_the_answer_of_another_user(house: House) -> None:
     """It may end at any moment, and then llama-server could choose the slot with what is his in it."""
     theirs = answering(house, Job("anna's", tokens_of(1, 90), space=ANNA))
-    own = Job("bert's", is_placed_by_server=True, space=BERT)
+    own = Job("bert's", placement=Placement.SERVER_CHOSEN, space=BERT)
     turn = house.start(house.ask_unpinned(own, tokens_of(5000, 70)), "bert's")
     house.loop.pass_time(3.0)
     assert [op.kind for op in house.server.pending] == ["answer"]
@@ -234,7 +248,7 @@ def test_nothing_is_sent_where_another_user_is_in_the_way_and_nothing_can_be_emp
     house.start(house.ask(Job("anna's", tokens_of(9000, 500), space=ANNA)), "anna's")
     house.finish()
     house.leases.table.can_save = house.leases.table.can_erase = False
-    client = steered(house, Job("bert's", tokens_of(9000, 499), space=BERT, is_steered=True))
+    client = steered(house, Job("bert's", tokens_of(9000, 499), space=BERT, placement=Placement.STEERED))
     house.finish()
     assert isinstance(outcome(client), SlotNotEmptied)
     house.check_nothing_is_left()
@@ -248,7 +262,7 @@ def test_an_answer_that_another_user_has_guessed_is_not_found(
     prompt, answer = tokens_of(9000, 500), tokens_of(20_000, 60)
     house.start(house.ask(Job("anna's", prompt, space=ANNA), answer), "anna's")
     house.finish()
-    steered(house, Job("guess", prompt + answer[:-4], space=user, is_steered=True))
+    steered(house, Job("guess", prompt + answer[:-4], space=user, placement=Placement.STEERED))
     house.finish()
     held = house.server.slots_[house.slots["anna's"]].tokens
     assert (held[: len(prompt)] == prompt) == is_left
@@ -259,7 +273,9 @@ def test_the_answer_that_another_user_gets_is_not_found_either(house: House) -> 
     """Before who guesses it is sent it is through, and saved."""
     prompt = tokens_of(9000, 500)
     theirs = answering(house, Job("anna's", prompt, space=ANNA))
-    guess = steered(house, Job("bert's", prompt + tokens_of(20_000, 30), space=BERT, is_steered=True))
+    guess = steered(
+        house, Job("bert's", prompt + tokens_of(20_000, 30), space=BERT, placement=Placement.STEERED)
+    )
     for _ in range(100):
         house.loop.settle()
         for op in [op for op in house.server.pending if op.kind != "answer"]:
@@ -282,10 +298,10 @@ def talking(house: House, name: str, seconds: float) -> asyncio.Task[Any]:
     async def ask() -> None:
         with await house.scheduler.lease(job) as lease:
             house.slots[name] = lease.slot_id
-            lease.sent()
-            lease.started()
+            lease.begin_request()
+            lease.mark_processing()
             await asyncio.sleep(seconds)
-            lease.done(lease.content)
+            lease.finish(lease.content)
 
     return house.start(ask(), name)
 
@@ -305,7 +321,8 @@ def test_others_go_on_while_a_turn_waits_for_the_answer_of_another_user(isolated
     anna = talking(house, "anna", 600.0)
     house.loop.settle()
     turn = house.start(
-        house.ask_unpinned(Job("turn", is_placed_by_server=True, space=BERT), tokens_of(5000, 70)), "turn"
+        house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN, space=BERT), tokens_of(5000, 70)),
+        "turn",
     )
     waited_s: list[float] = []
     while not anna.done():
@@ -329,7 +346,8 @@ def test_a_turn_comes_though_there_is_always_somebody_else_at_work(isolated: Hou
     talking(house, "anna 0", 8.0)
     house.loop.settle()
     turn = house.start(
-        house.ask_unpinned(Job("turn", is_placed_by_server=True, space=BERT), tokens_of(5000, 70)), "turn"
+        house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN, space=BERT), tokens_of(5000, 70)),
+        "turn",
     )
     for n in range(1, 20):
         house.loop.pass_time(5.0)
@@ -345,7 +363,7 @@ def test_nobody_is_charged_for_waiting_for_a_turn(isolated: House) -> None:
     house, bert = isolated, User("key:bert")
     talking(house, "anna", 50.0)
     house.loop.settle()
-    job = Job("turn", is_placed_by_server=True, user=bert, space=BERT)
+    job = Job("turn", placement=Placement.SERVER_CHOSEN, user=bert, space=BERT)
     turn = house.start(house.ask_unpinned(job, tokens_of(5000, 70)), "turn")
     house.loop.settle()
     had_s: list[float] = []

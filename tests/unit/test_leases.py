@@ -35,7 +35,7 @@ def test_a_lease_of_the_old_process_sends_nothing_to_the_new_one(house: House) -
     async def slow(told: asyncio.Event) -> None:
         with await house.scheduler.lease(Job("a", tokens_of(1, 90))) as lease:
             await told.wait()
-            lease.sent()
+            lease.begin_request()
 
     told = asyncio.Event()
     client = house.start(slow(told), "a")
@@ -169,7 +169,7 @@ def test_what_was_computed_with_lora_scales_is_gone_on_from_with_the_same_ones_o
 def test_a_suspect_slot_that_was_not_used_stays_suspect(house: House) -> None:
     """Its holder left before it could be erased."""
     first = house.loop.run(house.scheduler.lease(Job("a", tokens_of(1, 90))))
-    first.done(None)
+    first.finish(None)
     first.release()
     assert first.slot is not None
     assert first.slot.state is State.SUSPECT
@@ -186,10 +186,10 @@ def test_until_the_server_has_begun_only_what_both_share_is_believed(house: Hous
     house.start(house.ask(Job("a", own)), "a")
     house.finish()
     lease = house.loop.run(house.scheduler.lease(Job("b", own[: 4 * 450] + tokens_of(9000, 50))))
-    lease.sent()
+    lease.begin_request()
     assert lease.content is not None
     assert lease.content.n_tokens == 450
-    lease.done(lease.content)
+    lease.finish(lease.content)
     lease.release()
     house.check_nothing_is_left()
 

@@ -27,7 +27,7 @@ from llamaslot.scheduling.placement import (
     place as place_over,
 )
 from llamaslot.scheduling.plan import Cost, Erase, Keep, Place, Plan, PrefillTo, Restore, Save, Source, Wait
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Job, Placement
 from llamaslot.scheduling.slots import SlotKey, State
 
 RULES = Rules(similarity_min=0.85, small_prompt_tokens=1024, own_above_s=1.0)
@@ -453,7 +453,8 @@ def test_stops_ascend_between_what_is_there_and_the_end(
     no long prefill left."""
     rules, seen = replace(RULES, own_above_s=own_above_s), view(request_s=request_s)
     n_reused = min(n_reused, n)
-    stops = prefill_stops(job(n, boundaries=tuple(boundaries), is_steered=is_steered), n_reused, seen, rules)
+    placement = Placement.STEERED if is_steered else Placement.PINNED
+    stops = prefill_stops(job(n, boundaries=tuple(boundaries), placement=placement), n_reused, seen, rules)
     assert stops == sorted(set(stops))
     assert all((n_reused < stop or is_steered) and stop < n for stop in stops)
     pieces = [seen.prefill_s(begin, end) for begin, end in pairwise([n_reused, *stops])]

@@ -12,7 +12,7 @@ import pytest
 
 from llamaslot.cache.reuse import Memory
 from llamaslot.scheduling.prefill_policy import Sharing
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Job, Placement
 from tests.support.cancelled import CancelledAt
 from tests.support.house import tokens_of
 from tests.support.mainloop import Paced, long, short
@@ -79,7 +79,7 @@ def makes_room(house: Paced) -> Asks:
     """For a request that chooses its slot, and comes back."""
     house.server.batch = 4096
     house.pool.rules = replace(house.pool.rules, sharing=Sharing(stretch_s=4.0))
-    asks = house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(70_000, 70))
+    asks = house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(70_000, 70))
     house.start(later(0.5, asks), "turn")
     return house.ask(long("leaves", 16_000, 1))
 

@@ -12,7 +12,7 @@ from llamaslot.cache.ids import common
 from llamaslot.cache.reuse import Memory
 from llamaslot.errors import BackendRestarted
 from llamaslot.fleet.queue import QueueLimits
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Job, Placement
 from tests.support.house import outcome, tokens_of
 from tests.support.mainloop import BATCH, BATCH_S, STRETCH_S, Paced, long, short, talk
 
@@ -223,7 +223,7 @@ def test_a_long_prefill_makes_room_after_a_while(memory: Memory, kind: str, wher
         client = house.come(job)
         house.until(1.0)
         if kind == "unpinned":
-            asks = house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(1, 70))
+            asks = house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(1, 70))
         else:
             asks = house.ask(Job("turn", tokens_of(1, 70), n_children=1))
         turn = house.start(asks, "turn")
@@ -263,7 +263,7 @@ def test_one_that_is_nearly_through_makes_no_room(memory: Memory) -> None:
         client = house.come(long("stranger", 9500))
         house.until(1.0)
         turn = house.start(
-            house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(1, 70)), "turn"
+            house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(1, 70)), "turn"
         )
         house.until(9.0)
         assert not turn.done()
@@ -279,7 +279,7 @@ def test_a_shut_gate_keeps_nobody_from_making_room() -> None:
         clients = [house.come(long(f"stranger {i}", 40_000, i)) for i in range(8)]
         house.until(1.0)
         turn = house.start(
-            house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(1, 70)), "turn"
+            house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(1, 70)), "turn"
         )
         house.wait(turn)
         assert 60.0 < house.now - house.began < 8 * 8.0 + 8 * 4.0 + 1.0
@@ -295,7 +295,7 @@ def test_whoever_made_room_is_the_next(memory: Memory) -> None:
         client = house.come(long("stranger", 12_000))
         house.until(1.0)
         turn = house.start(
-            house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(1, 70)), "turn"
+            house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(1, 70)), "turn"
         )
         late = house.come(long("late", 600, 5))
         house.wait(turn, client, late)
@@ -312,7 +312,7 @@ def test_while_it_makes_room_the_queue_may_be_full(memory: Memory) -> None:
         client = house.come(long("stranger", 12_000))
         house.until(1.0)
         turn = house.start(
-            house.ask_unpinned(Job("turn", is_placed_by_server=True), tokens_of(1, 70)), "turn"
+            house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(1, 70)), "turn"
         )
         house.until(2.0)
         late = house.come(long("late", 600, 5))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llamaslot.backend.lease import PlanAgain
+from llamaslot.backend.lease_states import PlanAgain
 from llamaslot.cache.ids import count, head
 from llamaslot.cache.reuse import Memory
 from llamaslot.scheduling.request import Job

@@ -18,7 +18,7 @@ from llamaslot.fleet.queue import QueueLimits
 from llamaslot.http.app import make_backend
 from llamaslot.scheduling.fairness import Fairness
 from llamaslot.scheduling.placement import Rules
-from llamaslot.scheduling.request import NOBODY, Job, User
+from llamaslot.scheduling.request import NOBODY, Job, Placement, User
 from tests.support.house import House, outcome, tokens_of
 from tests.support.inprocess import configured
 from tests.support.stub import StubServer
@@ -270,7 +270,7 @@ def test_a_user_at_its_limit_gets_no_turn_either(desk: Desk) -> None:
     """Also while no slot is idle, when a turn would need none of its own."""
     desk.come(GREEDY)
     desk.come(ANNA), desk.come(BERT), desk.come(User("key:carl"))
-    (turn,) = desk.come(GREEDY, is_placed_by_server=True)
+    (turn,) = desk.come(GREEDY, placement=Placement.SERVER_CHOSEN)
     assert turn not in desk.held
     desk.end(GREEDY)
     assert turn in desk.held

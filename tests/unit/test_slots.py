@@ -9,7 +9,7 @@ import pytest
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import pack
 from llamaslot.cache.namespaces import PUBLIC, Space
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Job, Placement
 from llamaslot.scheduling.slots import IDLE, NEXT, Event, IllegalTransition, Slot, State
 
 HELD = Content(pack([1, 2, 3]), is_dirty=True)
@@ -87,7 +87,7 @@ def test_the_readout_of_a_slot() -> None:
 
 def test_who_needs_a_turn() -> None:
     """Whoever makes llama-server choose slots by itself."""
-    assert Job("a", is_placed_by_server=True).is_exclusive
+    assert Job("a", placement=Placement.SERVER_CHOSEN).is_exclusive
     assert Job("a", n_children=2).is_exclusive
     assert not Job("a", is_cold=True).is_exclusive
 

@@ -101,7 +101,7 @@ async def test_others_go_on_while_somebody_waits_for_another_users_answer(tmp_pa
         turns, scheduler = it.backend.turns, it.backend.scheduler
         it.fake.hold()
         clients = [spawn(it.post(MESSAGES, body, **{"x-llamaslot-user": "anna"}))]
-        while not any(lease.is_started for lease in scheduler.leases):
+        while not any(lease.is_running for lease in scheduler.leases):
             await it.fake.step()
         clients.append(spawn(it.post(MESSAGES, body, **{"x-llamaslot-user": "bert"})))
         while not turns._clearing:

@@ -33,7 +33,7 @@ async def test_the_same_prompt_while_it_is_answered_already(tmp_path: Path) -> N
     async with served(tmp_path, OWN_STEPS, slots=2, batch=100, context=8000) as it:
         text = letters(1, 300)
         long = spawn(it.post(MESSAGES, said(text, stream=True) | {"max_tokens": 4000}))
-        await it.until(lambda: any(lease.is_started for lease in it.backend.scheduler.leases))
+        await it.until(lambda: any(lease.is_running for lease in it.backend.scheduler.leases))
         it.fake.hold()
         again = spawn(it.post(MESSAGES, said(text)))
         for _ in range(100):

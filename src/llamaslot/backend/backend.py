@@ -20,6 +20,7 @@ from llamaslot.backend.connect import Handshake, Met
 from llamaslot.backend.drain import Drains
 from llamaslot.backend.exclusive import Turns
 from llamaslot.backend.executor import Steps
+from llamaslot.backend.feedback import TokenCounts
 from llamaslot.backend.slot_table import Pool
 from llamaslot.backend.writeback import Writeback
 from llamaslot.cache.content import NOTHING
@@ -109,11 +110,12 @@ class Backend:
         self.prompts = Prompts(api)
         self.scheduler = Scheduler(rules, limits, now)
         self.leases = self.scheduler.add(name)
-        self.steps = Steps(api, self.catalog, self.rates, metrics, self.tasks, now)
+        self.steps = Steps(api, self.catalog, self.rates, metrics, self.tasks, self.leases)
         self.infills = Infills(api, self.scheduler, self.steps)
         self.offered, self.shapes = Offered(api), Shapes(api.ask)
         self.dry_runs = DryRuns(api)
         self.unrecognized = Unrecognized(metrics)
+        self.token_counts = TokenCounts(self.prompts, self.shapes, self.unrecognized, self.infills.miscounted)
         self.turns = Turns(api, self.leases, self.steps, self.tasks)
         self.writeback = Writeback(self.leases, self.steps, idle_save_s)
         self.prewarm = (

@@ -51,12 +51,12 @@ class Drains:
         self._added = asyncio.Event()
         self.on_failure: Callable[[], None] = lambda: None
 
-    def add(self, lease: Lease) -> None:
+    def add(self, lease: Lease, charge: Charge | None) -> None:
+        """Of a lease that has left llama-server at work. ``charge``: to its user, until the slot is idle."""
         assert lease.slot is not None
         delay = FIRST_POLL_S
-        if not lease.is_begun:
+        if not lease.is_confirmed:
             delay += lease.job.n_tokens * UNCONFIRMED_S_PER_TOKEN
-        charge, lease.charge = lease.charge, None
         self.add_slot(lease.pool, lease.slot, lease.slot.content, delay, charge)
 
     def add_slot(

@@ -14,8 +14,10 @@ import logging
 from collections.abc import AsyncIterator
 
 from llamaslot.backend.executor import Steps
-from llamaslot.backend.lease import Lease, Phase, PlanAgain, Report
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.lease_states import PlanAgain, State
 from llamaslot.backend.leases import Leases
+from llamaslot.backend.long_prompt import Report
 from llamaslot.backend.save import NOT_SAVED
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import common
@@ -24,7 +26,7 @@ from llamaslot.errors import BackendRestarted, LlamaslotError, SlotNotEmptied, U
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.replies import SlotInfo
 from llamaslot.llama.sse import Earlier
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Job, Placement
 from llamaslot.scheduling.slots import Slot
 from llamaslot.tasks import TaskOwner
 
@@ -53,12 +55,14 @@ class Turn:
     def __init__(
         self,
         api: LlamaServer,
+        leases: Leases,
         lease: Lease,
         others: list[Lease],
         before: dict[int, SlotInfo],
         left: Content | None,
     ) -> None:
-        self._api, self._lease, self._others, self._before = api, lease, others, before
+        self._api, self._leases = api, leases
+        self._lease, self._others, self._before = lease, others, before
         self._left = left
         self._settled = False
 
@@ -80,12 +84,11 @@ class Turn:
             return False
         for lease, info in others:
             if info.is_processing:
-                self._is_working_in(lease)
-                lease.started()
+                lease.land(is_confirmed=True)
             elif self._is_untouched(info):
                 lease.release()
-        self._lease.started()
-        self._lease.scheduler.end_turn(self._lease)
+        self._lease.mark_processing()
+        self._leases.end_turn(self._lease)
         return True
 
     def _look_up(self, infos: list[SlotInfo]) -> list[tuple[Lease, SlotInfo]]:
@@ -94,19 +97,12 @@ class Turn:
         Those are also the slots of others whose answers have ended since the request was sent: lease them before
         anybody else can.
         """
-        leases = self._lease.scheduler
+        leases = self._leases
         if leases.table is self._lease.pool and leases.has_turn(self._lease):
             self._others += leases.lease_idle(self._lease.job)
         by_id = {info.id: info for info in infos}
         held = [lease for lease in self._others if not lease.is_released]
         return [(lease, by_id[lease.slot_id]) for lease in held if lease.slot_id in by_id]
-
-    @staticmethod
-    def _is_working_in(lease: Lease) -> None:
-        """What was in the slot is gone, and nobody knows what is there now."""
-        lease.phase, lease.content = Phase.WORKING, NOTHING
-        if lease.slot is not None:
-            lease.pool.expect_nothing(lease.slot, lease.job.space)
 
     async def settle(self) -> None:
         """The request has ended: see what is left in the slots, and give them back."""
@@ -121,13 +117,13 @@ class Turn:
         taken = [info for _, info in held if not info.is_processing and not self._is_untouched(info)]
         for lease, info in held:
             if info.is_processing:
-                self._is_working_in(lease)
+                lease.land(is_confirmed=True)
             elif self._is_untouched(info):
-                lease.done(lease.content)
+                lease.finish(lease.content)
             else:
-                lease.done(NOTHING if not info.n_tokens else self._left if len(taken) == 1 else None)
+                lease.finish(NOTHING if not info.n_tokens else self._left if len(taken) == 1 else None)
             lease.release()
-        self._lease.scheduler.end_turn(self._lease)
+        self._leases.end_turn(self._lease)
 
     def abort(self) -> None:
         """The client has gone, perhaps before it began: every slot drains until the server has said what it holds."""
@@ -136,8 +132,8 @@ class Turn:
         self._settled = True
         self._look_up([])
         for lease in self._others:
-            if lease.phase is Phase.READY and not lease.is_released:
-                self._is_working_in(lease)
+            if lease.state is State.PREPARING:
+                lease.land(is_confirmed=False)
             lease.release()
 
     def _is_untouched(self, info: SlotInfo) -> bool:
@@ -165,6 +161,7 @@ class Turns:
         report("waiting for its turn")
         others: list[Lease] = []
         turn: Turn | None = None
+        lease.begin_wait()
         try:
             try:
                 await self._until_quiet(lease)
@@ -177,12 +174,15 @@ class Turns:
                 others += fresh
                 for other in fresh:
                     await self._save_if_worth(other)
-                    if lease.job.is_placed_by_server and not _may_land_in(other, lease.job):
+                    if lease.job.placement is Placement.SERVER_CHOSEN and not _may_land_in(other, lease.job):
                         await self._empty(other, lease.job)
                 fresh = self._leases.lease_idle(lease.job)  # those whose answers have ended meanwhile
             before = {info.id: info for info in await self._api.slots()}
-            lease.still_holds()  # what is sent now would land in slots that the new pool takes for idle
-            turn = Turn(self._api, lease, others, before, left)
+            lease.check_current()  # what is sent now would land in slots that the new pool takes for idle
+            lease.end_wait()
+            if lease.slot is None:
+                lease.begin_request()
+            turn = Turn(self._api, self._leases, lease, others, before, left)
             watcher = self._tasks.spawn(turn.watch_landing(), f"{lease.job.id} lands")
             try:
                 yield turn
@@ -261,7 +261,7 @@ class Turns:
         if not _is_prepared(lease):
             raise SlotNotEmptied(_NOT_PREPARED)
         self._clearing[lease] = None
-        lease.is_clearing = True
+        lease.begin_wait()
         try:
             while rivals := self._rivals(lease):
                 if not lease.pool.can_erase:  # nor later: whoever is in the way stays there
@@ -282,10 +282,10 @@ class Turns:
                         break
                 else:
                     await self._leases.bell.heard(_CONFIRM_EVERY_S)
-                lease.still_holds()
+                lease.check_current()
         finally:
             del self._clearing[lease]
-            lease.is_clearing = False
+            lease.end_wait()
             self._leases.bell.ring()
 
     def _rivals(self, lease: Lease) -> list[Slot]:
@@ -293,9 +293,7 @@ class Turns:
         passes it by, and if its answer ends just then, landing there costs time at most."""
         pool, job = lease.pool, lease.job
         at_work = {
-            other.slot.id
-            for other in self._leases.leases
-            if other.slot is not None and other.is_started and other.phase is Phase.WORKING
+            other.slot.id for other in self._leases.leases if other.slot is not None and other.is_running
         }
         rivals = pool.rivals(job, lease.slot_id)
         return [slot for slot in rivals if slot.id not in at_work or pool.is_foreign(slot, job)]
@@ -314,7 +312,7 @@ class Turns:
         job's to use, raises SlotNotEmptied: nothing may be sent. False where it may: that costs time at most."""
         if other.pool.can_erase and await self._steps.erase_now(other):
             return True
-        other.still_holds()
+        other.check_current()
         if other.slot is None or other.pool.is_foreign(other.slot, job):
             raise SlotNotEmptied(_NOT_EMPTIED)
         return False
@@ -329,17 +327,17 @@ class Turns:
     async def _confirm_running(self) -> None:
         """Non-streaming answers send no headers before their end: ask the server whether they have begun."""
         waiting = [
-            lease for lease in self._leases.leases if lease.phase is Phase.WORKING and not lease.is_started
+            lease for lease in self._leases.leases if lease.state is State.SENT and lease.slot is not None
         ]
-        if not any(lease.is_answering for lease in waiting):
+        if not waiting:
             return
         try:
             busy = {info.id for info in await self._api.slots() if info.is_processing}
         except LlamaslotError:
             return
         for lease in waiting:
-            if lease.is_answering and lease.slot is not None and lease.slot_id in busy:
-                lease.started()
+            if lease.state is State.SENT and lease.slot_id in busy:
+                lease.mark_processing()
 
 
 def _may_land_in(lease: Lease, job: Job) -> bool:
@@ -365,9 +363,9 @@ def _is_quiet(leases: Leases, lease: Lease) -> bool:
         return True  # there is nothing to wait for any more
     others = [other for other in leases.leases if other.pool is pool and other.job is not job]
     # Its children's slots are at work with it.
-    started = {id(other.job) for other in others if other.is_started}
+    started = {id(other.job) for other in others if other.is_running}
     if leases.is_foreign_at_work(lease) or any(id(other.job) not in started for other in others):
         return False
     return not pool.is_anything_on_its_way and pool.n_idle >= max(
-        job.n_children, int(job.is_placed_by_server)
+        job.n_children, int(job.placement is Placement.SERVER_CHOSEN)
     )

@@ -10,14 +10,16 @@ from typing import Any, TypeVar, assert_never
 
 from llamaslot.backend import snapshot_usage
 from llamaslot.backend.candidates import source_of
-from llamaslot.backend.feedback import Settling
-from llamaslot.backend.lease import Lease, Report
+from llamaslot.backend.feedback import Feedback, Told
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.leases import Leases
+from llamaslot.backend.long_prompt import Report
 from llamaslot.backend.prefill import Prefills
-from llamaslot.backend.save import Saving
-from llamaslot.backend.slot_content import is_untouched, note_misplaced, prefilled, until_idle
+from llamaslot.backend.save import Saving, never
+from llamaslot.backend.slot_content import is_untouched, prefilled, until_idle
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import common
-from llamaslot.cache.reuse import goes_on_behind, usable
+from llamaslot.cache.reuse import ReuseForecast, goes_on_behind, usable
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.sse import Earlier
@@ -44,13 +46,14 @@ class Steps:
         rates: Rates,
         metrics: Metrics,
         tasks: TaskOwner,
-        now: Callable[[], float],
+        leases: Leases,
     ) -> None:
         self.api, self.catalog, self.rates = api, catalog, rates
-        self.metrics, self.tasks, self.now = metrics, tasks, now
-        self.saving = Saving(api, catalog, rates, metrics, tasks, now)
-        self.prefills = Prefills(api, rates, metrics, now)
-        self.settling = Settling(catalog, metrics, tasks)
+        self.metrics, self.tasks, self.now = metrics, tasks, leases.now
+        self._leases = leases
+        self.saving = Saving(api, catalog, rates, metrics, tasks, leases)
+        self.feedback = Feedback(catalog, rates, metrics, tasks, leases.now)
+        self.prefills = Prefills(api, rates, metrics, leases, self.feedback)
         self.boot_id = ""
 
     @property
@@ -73,14 +76,15 @@ class Steps:
         drains.
         """
         assert lease.plan is not None
-        lease.can_stop = can_stop and not lease.job.is_exclusive
+        if can_stop and not lease.job.is_exclusive:
+            lease.allow_preemption()
         earlier = await self._prepare(lease, lease.plan, report, may_replan)
-        lease.yield_slot(earlier)
-        lease.can_stop = False
+        lease.raise_if_preempted(earlier)
+        lease.forbid_preemption()
         # Whoever waits for a trunk that was not made looks again. After a failure when the slot is given back, and not
         # before: what is in it by then is what they may go on from.
         if lease.pool.expect_no_trunk(lease.slot_id):
-            lease.scheduler.dispatch()
+            self._leases.dispatch()
         return earlier
 
     async def _prepare(self, lease: Lease, plan: Plan, report: Report, may_replan: bool) -> Earlier | None:
@@ -90,7 +94,7 @@ class Steps:
                 case PrefillTo() | Keep():
                     prefills.append(step)
                 case Save() | Erase() | Restore():
-                    lease.yield_slot(None)
+                    lease.raise_if_preempted(None)
                     report(_SAYS[type(step)])
                     if not await self._carry_out(lease, self._act(lease, step)):
                         self.metrics.steps_failed.labels(type(step).__name__.lower()).inc()
@@ -99,13 +103,12 @@ class Steps:
         if self.catalog is not None:
             snapshot_usage.came_back(self.catalog, lease)
         if lease.content is not None and not lease.job.may_use(lease.content):
-            lease.content = None  # it could not be emptied
+            lease.set_content(None)  # it could not be emptied
         if lease.content is None or (lease.job.is_cold and lease.content != NOTHING):
-            lease.is_long = False
-            lease.leaves_line()
+            lease.plan_prefill(is_long=False)
             return None  # what the slot holds must not be used: the job's own request computes everything
-        self._expect(lease)
-        lease.is_going_back, n_reused = lease.n_expected < lease.content.n_tokens, lease.n_likely
+        lease.set_forecast(self._forecast(lease, lease.content))
+        n_reused = lease.forecast.n_likely
         if n_reused != plan.n_reused:
             view = lease.pool.view(lease.job, self.now(), {})
             trunks = tuple(step.n_tokens for step in prefills if isinstance(step, Keep))
@@ -113,30 +116,34 @@ class Steps:
             prefills = list(prefill_steps(lease.job, plan.slot, n_reused, view, lease.pool.rules))
         stops = [step.n_tokens for step in prefills if isinstance(step, PrefillTo)]
         if not stops:
-            lease.is_long = False
-            lease.leaves_line()
+            lease.plan_prefill(is_long=False)
             return None
-        lease.is_long = self.rates.prefill.seconds(n_reused, stops[-1]) > lease.pool.long_s
+        prefill_s = self.rates.prefill.seconds(n_reused, stops[-1])
+        lease.plan_prefill(is_long=prefill_s > lease.pool.long_s)
         return await self.prefills.run(lease, stops, report, self._keep, may_replan=may_replan)
 
     @staticmethod
-    def _expect(lease: Lease) -> None:
-        """What will be reused of what the slot holds when the steps are through: what was planned, unless one of them
-        has failed."""
-        content, job, recall = lease.content, lease.job, lease.pool.recall
-        assert content is not None
+    def _forecast(lease: Lease, content: Content) -> ReuseForecast:
+        """What will be reused of what the slot holds now, after its save, erase and restore: what was planned, unless
+        one of them has failed."""
+        job, recall = lease.job, lease.pool.recall
         n_shared, n_held = common(content.tokens, job.tokens), content.n_tokens if content.is_exact else None
-        lease.n_usable = usable(recall.memory, n_shared, n_held, content.checkpoints, job.n_tokens)
-        if goes_on_behind(content, n_shared, job.n_tokens):
-            lease.n_whole, lease.n_answer = content.n_held, content.n_more
+        n_usable = usable(recall.memory, n_shared, n_held, content.checkpoints, job.n_tokens)
+        is_behind = goes_on_behind(content, n_shared, job.n_tokens)
         if lease.restored is not None:
-            lease.n_expected = recall.predictions.correct(
-                recall.memory, source_of(lease.restored), lease.n_usable
-            )
-            lease.n_likely = lease.n_expected
+            n_expected = recall.predictions.correct(recall.memory, source_of(lease.restored), n_usable)
+            n_likely = n_expected
         else:
-            lease.n_expected = recall.of_slot(content, n_shared, job.n_tokens)
-            lease.n_likely = recall.likely_of_slot(content, n_shared, job.n_tokens)
+            n_expected = recall.of_slot(content, n_shared, job.n_tokens)
+            n_likely = recall.likely_of_slot(content, n_shared, job.n_tokens)
+        return ReuseForecast(
+            n_usable,
+            n_expected,
+            n_likely,
+            n_whole=content.n_held if is_behind else None,
+            n_answer=content.n_more if is_behind else 0,
+            is_rewind=n_expected < content.n_tokens,
+        )
 
     async def _keep(self, lease: Lease, n_tokens: int) -> None:
         if not await self._carry_out(lease, self.saving.keep(lease, n_tokens)):
@@ -145,12 +152,12 @@ class Steps:
     async def _carry_out(self, lease: Lease, action: Coroutine[Any, Any, T]) -> T:
         """Run an action that cannot be undone: it goes on when the client leaves, and its result is noted."""
         try:
-            lease.acting()
+            lease.begin_action()
         except BackendRestarted:
             action.close()
             raise
         task = self.tasks.spawn(_outcome(action), f"{lease.job.id} acts on slot {lease.slot_id}")
-        task.add_done_callback(lambda _: lease.acted())
+        task.add_done_callback(lambda _: lease.end_action())
         outcome = await asyncio.shield(task)
         if isinstance(outcome, LlamaslotError):
             raise outcome
@@ -170,21 +177,22 @@ class Steps:
 
     # -- save ----------------------------------------------------------------------------------------------------
 
-    async def save_now(self, lease: Lease) -> Snapshot | None:
-        """Save a slot leased for just that. Cancelling is safe: the save is carried out."""
-        return await self._carry_out(lease, self.saving.save(lease))
+    async def save_now(self, lease: Lease, must_give_way: Callable[[], bool] = never) -> Snapshot | None:
+        """Save a slot leased for just that. ``must_give_way``: as ``Saving.save`` asks it. Cancelling is safe: the save
+        is carried out."""
+        return await self._carry_out(lease, self.saving.save(lease, must_give_way))
 
     # -- erase and restore ---------------------------------------------------------------------------------------
 
     async def erase(self, lease: Lease) -> bool:
         try:
-            lease.still_holds()
+            lease.check_current()
             await self.api.erase(lease.slot_id)
         except LlamaslotError as error:
             log.warning("%s: slot %s was not erased: %s", lease.job.id, lease.slot_name, error)
-            lease.content = None
+            lease.set_content(None)
             return False
-        lease.content = NOTHING
+        lease.set_content(NOTHING)
         return True
 
     async def erase_now(self, lease: Lease) -> bool:
@@ -201,10 +209,10 @@ class Steps:
             asked_at = self.now()
             async with self.saving.in_turn(lease, self.rates.restore.seconds(snapshot.size_bytes)):
                 started = self.now()
-                lease.still_holds()  # reading its header has taken a while
+                lease.check_current()  # reading its header has taken a while
                 result = await self.api.restore(lease.slot_id, f"{snapshot.id}.kv")
         except (BackendDown, BackendRestarted):
-            lease.content = None
+            lease.set_content(None)
             raise
         except (LlamaslotError, KeyError, OSError) as error:
             log.warning("%s: snapshot %s was not restored: %s", lease.job.id, snapshot_id, error)
@@ -212,7 +220,7 @@ class Steps:
             lease.note.acted(lease.slot_key, Act("restore", 0.0, is_done=False, snapshot=snapshot_id))
             return False
         seconds = self.now() - started
-        lease.content = None  # it is there; until it is known to be whole, and where, it is nobody's
+        lease.set_content(None)  # it is there; until it is known to be whole, and where, it is nobody's
         if (await self.api.props()).boot_id != self.boot_id:
             raise BackendRestarted
         self.rates.restore.observe(snapshot.size_bytes, result.seconds or seconds)
@@ -230,7 +238,7 @@ class Steps:
             )  # fmt: skip
             return False
         checkpoints = lease.pool.recall.in_file(snapshot.checkpoints)
-        lease.content, lease.restored = replace(content_of(snapshot), checkpoints=checkpoints), snapshot
+        lease.set_restored(snapshot, replace(content_of(snapshot), checkpoints=checkpoints))
         self.catalog.touch(snapshot.id)
         return True
 
@@ -239,35 +247,24 @@ class Steps:
         held before. At the door (4xx) that is sure. A 500 may be one of the door too (it calls some mistakes of clients
         so) or come from the slot: llama-server tells how much is in there."""
         is_sure = status < 500 or await is_untouched(self.api, lease, lease.before)
-        lease.done(lease.before if is_sure else None)
+        lease.finish(lease.before if is_sure else None)
 
     async def stopped(self, lease: Lease, n_found: int, *, is_misplaced: bool = True) -> None:
         """The job's own request was given up before its first token, having found ``n_found`` tokens: wait until the
         server is idle, and note what it has got to. ``is_misplaced``: that is why."""
         content = prefilled(lease.content or Content(space=lease.job.space), lease.job.tokens, n_found)
-        lease.done(await until_idle(self.api, lease, content, self.now))
+        lease.finish(await until_idle(self.api, lease, content, self.now))
         if is_misplaced:
-            note_misplaced(lease, n_found, self.metrics)
+            self.feedback.misplaced(lease, n_found)
 
-    # -- settling ------------------------------------------------------------------------------------------------
-
-    def settle(
-        self, lease: Lease, n_found: int | None, earlier: Earlier | None, left: bytes, n_answer: int = 0
-    ) -> None:
-        """The job has run to its end: note what the slot holds now, and whether what was believed of it was true.
-
-        ``n_found``: ``cache_n`` of the job's own request; None when the server did not tell. ``left``: the
-        tokens of the prompt that ran last. ``n_answer``: tokens of its answer, 0 when the server did not tell.
-        """
-        assert lease.plan is not None
-        n_reused = earlier.n_reused if earlier is not None else n_found
+    def settle(self, lease: Lease, told: Told, earlier: Earlier | None, left: bytes) -> None:
+        """The request was answered: learn from that, and note what the slot holds now. ``earlier``: what was computed
+        ahead of it here. ``left``: the tokens of the prompt that ran last; empty where they are not known."""
         before = lease.content or Content(space=lease.job.space)
-        if n_reused is not None and lease.job.tokens:
-            self.settling.learn(lease, n_reused)
-        found = n_found if n_found is not None else 0
-        after = prefilled(before, left, found) if left else None
-        n_more = max(n_answer - 1, 0)  # the last token is sampled and sent, but never computed
-        lease.done(replace(after, is_exact=False, n_more=n_more) if after is not None else None)
+        self.feedback.answered(lease, told, earlier)
+        after = prefilled(before, left, told.n_found or 0) if left else None
+        n_more = max(told.n_predicted - 1, 0)  # the last token is sampled and sent, but never computed
+        lease.finish(replace(after, is_exact=False, n_more=n_more) if after is not None else None)
 
 
 async def _outcome(action: Coroutine[Any, Any, T]) -> T | LlamaslotError:

@@ -1,64 +1,126 @@
-"""What the end of an answer teaches: what was reused against what was predicted, and what follows from that."""
+"""What an answer teaches: how much was reused against the forecast, how fast llama-server is, and whether its count of
+the prompt's tokens is the same as ours. All learning from an answer is here."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from llamaslot.backend.candidates import MIN_WORTH_TOKENS, source_of
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.probes import NO_CHECKPOINTS, WORTHLESS
 from llamaslot.cache.reuse import RESIDENT, Memory, Strikes, has_failed
-from llamaslot.observe.metrics import Metrics
+from llamaslot.errors import Reason
+from llamaslot.llama.routes import Format
+from llamaslot.llama.sse import Earlier
+from llamaslot.observe.metrics import Metrics, Unrecognized
+from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.plan import Source
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
+from llamaslot.tokens.conversion_checks import Shapes
+from llamaslot.tokens.tokenizer import Prompt, Prompts
 
 log = logging.getLogger(__name__)
 
+CONVERTED: tuple[Format, ...] = (
+    "messages",
+    "responses",
+)  # whose bodies llamaslot makes a chat of, as the server does
+_SLACK_TOKENS = 8  # at the end of the text before a medium, which may tokenize differently in context
 
-class Settling:
-    """The lessons of one backend."""
 
-    def __init__(self, catalog: Catalog | None, metrics: Metrics, tasks: TaskOwner) -> None:
-        self.catalog, self.metrics, self.tasks = catalog, metrics, tasks
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What llama-server has told at the end of an answer to one request; None or 0 where it has not.
+
+    ``n_found``: tokens of the prompt that it found in the slot. ``n_prompt``: tokens of the whole prompt, by its count.
+    ``n_computed`` of them took ``prompt_s`` seconds, and ``n_predicted`` tokens of answer ``predicted_s``.
+    """
+
+    n_found: int | None
+    n_prompt: int | None = None
+    n_computed: int = 0
+    prompt_s: float = 0.0
+    n_predicted: int = 0
+    predicted_s: float | None = None
+
+
+class Feedback:
+    """What the answers of one backend teach."""
+
+    def __init__(
+        self,
+        catalog: Catalog | None,
+        rates: Rates,
+        metrics: Metrics,
+        tasks: TaskOwner,
+        now: Callable[[], float],
+    ) -> None:
+        self.catalog, self.rates = catalog, rates
+        self.metrics, self.tasks, self._now = metrics, tasks, now
         self._strikes = Strikes()
 
-    def learn(self, lease: Lease, n_reused: int) -> None:
-        """Of ``lease.n_expected`` tokens ``n_reused`` were reused."""
+    def answered(self, lease: Lease, told: Told, earlier: Earlier | None) -> None:
+        """The request of ``lease`` was answered. ``earlier``: what was computed ahead of it in this slot."""
+        n_reused = earlier.n_reused if earlier is not None else told.n_found
+        if n_reused is not None and lease.job.tokens:
+            self._compare(lease, n_reused)
+        if earlier is None and told.n_found is not None and told.n_computed > 1:
+            n_prompt = told.n_found + told.n_computed
+            self.rates.prefill.observe(told.n_found, n_prompt, told.prompt_s)
+        if told.n_predicted and told.predicted_s is not None:
+            self.rates.answer.observe(told.n_predicted, told.predicted_s)
+
+    def misplaced(self, lease: Lease, n_found: int) -> None:
+        """The slot of ``lease`` held only ``n_found`` tokens of its prompt: so few that it gets another place."""
+        self.metrics.replanned.inc()
+        if lease.restored is None:
+            lease.pool.lost_slots.note(self._now())
+        log.info(
+            "%s: slot %s holds %d tokens of the prompt instead of %d; choosing another place",
+            lease.job.id, lease.slot_name, n_found, lease.forecast.n_expected,
+        )  # fmt: skip
+
+    def _compare(self, lease: Lease, n_reused: int) -> None:
+        """``n_reused`` tokens of the prompt were reused: compare that with its forecast."""
         assert lease.plan is not None
+        forecast = lease.forecast
         source = lease.plan.source if n_reused else Source.COLD
         self.metrics.reused(source.value, n_reused, lease.job.n_tokens)
-        self.metrics.tokens_expected.labels(lease.plan.source.value).inc(lease.n_expected)
-        lease.note.reused(lease.n_expected, n_reused)
+        self.metrics.tokens_expected.labels(lease.plan.source.value).inc(forecast.n_expected)
+        lease.note.reused(forecast.n_expected, n_reused)
         restored = lease.restored
         kind = source_of(restored) if restored is not None else RESIDENT
-        lease.pool.recall.predictions.observe(lease.pool.memory, kind, lease.n_usable, n_reused)
-        if lease.n_whole is not None:
-            n_answer = lease.n_answer
-            lease.pool.recall.predictions.answered(n_answer, n_reused - (lease.n_whole - n_answer))
-        if n_reused < lease.n_expected:
+        lease.pool.recall.predictions.observe(lease.pool.memory, kind, forecast.n_usable, n_reused)
+        if forecast.n_whole is not None:
+            n_answer = forecast.n_answer
+            lease.pool.recall.predictions.answered(n_answer, n_reused - (forecast.n_whole - n_answer))
+        if n_reused < forecast.n_expected:
             self._was_wrong(lease, n_reused)
         if restored is None or self._learn_checkpoints(lease, restored, n_reused):
             return
-        if self._strikes.note(restored.id, lease.n_expected, n_reused):
-            self._retire(restored, lease.n_expected, n_reused)
+        if self._strikes.note(restored.id, forecast.n_expected, n_reused):
+            self._retire(restored, forecast.n_expected, n_reused)
 
     def _was_wrong(self, lease: Lease, n_reused: int) -> None:
-        plan, pool = lease.plan, lease.pool
+        plan, pool, forecast = lease.plan, lease.pool, lease.forecast
         assert plan is not None
         self.metrics.beliefs_wrong.inc()
         log.info(
             "%s: slot %s gave %d tokens instead of the %d expected",
-            lease.job.id, lease.slot_name, n_reused, lease.n_expected,
+            lease.job.id, lease.slot_name, n_reused, lease.forecast.n_expected,
         )  # fmt: skip
-        is_resident = lease.restored is None and lease.n_expected >= MIN_WORTH_TOKENS
-        if is_resident and n_reused < lease.n_expected / 2:
-            pool.lost_slots.note(lease.scheduler.now())
+        is_resident = lease.restored is None and forecast.n_expected >= MIN_WORTH_TOKENS
+        if is_resident and n_reused < forecast.n_expected / 2:
+            pool.lost_slots.note(self._now())
         # Nothing at all of something that had only to be gone on from: it was lost, whatever the model.
-        is_lost = lease.is_going_back and n_reused == 0 and lease.n_expected >= MIN_WORTH_TOKENS
+        is_lost = forecast.is_rewind and n_reused == 0 and forecast.n_expected >= MIN_WORTH_TOKENS
         if not is_lost or pool.memory is not Memory.DENSE or pool.is_memory_sure:
             return
-        if self._strikes.note("memory", lease.n_expected, n_reused):  # once may be a stranger in the slot
+        if self._strikes.note("memory", forecast.n_expected, n_reused):  # once may be a stranger in the slot
             log.warning(
                 "%s: this model cannot rewind to any token (SWA or recurrent): only its checkpoints are counted on",
                 pool.backend,
@@ -68,15 +130,15 @@ class Settling:
     def _learn_checkpoints(self, lease: Lease, restored: Snapshot, n_reused: int) -> bool:
         """From the first restored snapshots that had to be gone back in: whether files have their checkpoints. True
         when that they have not is why this one failed, or may be."""
-        pool = lease.pool
-        is_end = lease.n_usable >= restored.n_tokens
+        pool, forecast = lease.pool, lease.forecast
+        is_end = forecast.n_usable >= restored.n_tokens
         is_known = pool.memory is Memory.DENSE or pool.recall.keeps_checkpoints is not None
-        if is_known or is_end or not lease.n_usable:
+        if is_known or is_end or not forecast.n_usable:
             return False
-        if not has_failed(lease.n_usable, n_reused):
+        if not has_failed(forecast.n_usable, n_reused):
             pool.recall.keeps_checkpoints = True
             return False
-        if self._strikes.note("files", lease.n_usable, n_reused):
+        if self._strikes.note("files", forecast.n_usable, n_reused):
             pool.recall.keeps_checkpoints = False
             pool.can_save = pool.can_save and pool.memory is not Memory.SWA
             log.warning("%s: %s", pool.backend, NO_CHECKPOINTS if pool.can_save else WORTHLESS)
@@ -90,3 +152,34 @@ class Settling:
         self.metrics.retired.inc()
         assert self.catalog is not None
         self.tasks.spawn(self.catalog.drop(snapshot.id), f"retire {snapshot.id}")
+
+
+class TokenCounts:
+    """Compares how many tokens llama-server counts in a prompt with how many llamaslot has. Where they differ, and that
+    is no matter of where the text was cut, other bodies like that are not taken for known any more."""
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        shapes: Shapes,
+        unrecognized: Unrecognized,
+        on_miscounted_infill: Callable[[], None],
+    ) -> None:
+        self._prompts, self._shapes, self._unrecognized = prompts, shapes, unrecognized
+        self._on_miscounted_infill = on_miscounted_infill
+
+    def compare(self, kind: Format, body: Mapping[str, Any], prompt: Prompt, n_told: int) -> None:
+        """llama-server has counted ``n_told`` tokens in ``prompt``, made of a ``body`` of the format ``kind``."""
+        if self._prompts.confirm(prompt, n_told):
+            return
+        self._unrecognized.count(kind, Reason.MISCOUNTED)
+        if kind == "infill":
+            self._on_miscounted_infill()
+        elif kind in CONVERTED and prompt.whole:
+            self._shapes.learn(body, is_right=False)
+
+    def compare_head(self, kind: Format, n_ahead: int, n_found: int) -> None:
+        """Of ``n_ahead`` tokens, computed ahead of a medium, llama-server has found ``n_found``. It must find all, but
+        for what the end of a text may cost."""
+        if n_found < n_ahead - _SLACK_TOKENS:
+            self._unrecognized.count(kind, Reason.TEMPLATE)

@@ -1,34 +1,47 @@
-"""A lease: the right of one job to send things to one slot, and what is known of the slot meanwhile.
+"""A lease: the right of one request to one slot, as a table of states.
 
-``PlanAgain`` ends it where the job wants another place; ``Prefilling`` tells how far the job's prompt is.
+It changes only by its own methods. It knows what it was given: a slot and the table that this belongs to, a clock, a
+record in the journal. Its ``Owner`` is told when it changes and when it ends.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
-import math
 from collections.abc import Callable, Coroutine
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
+from typing import Any, Literal, Protocol, TypeVar
 
+from llamaslot.backend.lease_states import (
+    AT_WORK,
+    ENDED,
+    NEVER_FIRST,
+    NEXT,
+    OWN_REQUEST,
+    RUNNING,
+    STOPPED,
+    Event,
+    LongPrefill,
+    Preempted,
+    Preemption,
+    State,
+    Stopped,
+)
+from llamaslot.backend.slot_table import Pool
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import common
+from llamaslot.cache.reuse import NO_REUSE, ReuseForecast
 from llamaslot.cache.shared_prefix import NEAR_TOKENS
 from llamaslot.errors import BackendRestarted, SlotWedged
 from llamaslot.llama.sse import Earlier
+from llamaslot.observe.journal import Note
 from llamaslot.scheduling.placement import is_long
-from llamaslot.scheduling.plan import Plan
+from llamaslot.scheduling.plan import Plan, Step
 from llamaslot.scheduling.request import Job
-from llamaslot.scheduling.slots import Event, Slot, SlotKey, State
-
-if TYPE_CHECKING:
-    from llamaslot.backend.leases import Leases
-    from llamaslot.backend.slot_table import Pool
-    from llamaslot.scheduling.fairness import Charge
-    from llamaslot.store import Snapshot
-
+from llamaslot.scheduling.slots import Event as SlotEvent
+from llamaslot.scheduling.slots import IllegalTransition, Slot, SlotKey
+from llamaslot.scheduling.slots import State as SlotState
+from llamaslot.store import Snapshot
 
 T = TypeVar("T")
 
@@ -36,93 +49,74 @@ T = TypeVar("T")
 _LITTLE_S = 2.0
 
 
-class PlanAgain(Exception):
-    """The place of a job is not what it was taken for, or is needed for something else: ask for a place again.
+class Owner(Protocol):
+    """Who gives leases. Called synchronously; must not await, nor change the lease."""
 
-    No LlamaslotError, for nobody is told: what the slot holds is known, and what was computed stays in it.
-    ``earlier``: what was done for the job so far.
-    """
+    def on_change(self, lease: Lease) -> None:
+        """Other requests may have to give way to it now, or need not any more."""
 
-    def __init__(self, earlier: Earlier | None) -> None:
-        super().__init__("the job wants another place")
-        self.earlier = earlier
+    def on_look_again(self, lease: Lease) -> None:
+        """A decision that was made because of it does not hold any more: look at those who wait again, soon."""
 
-
-class Preempted(PlanAgain):
-    """Its slot is for a user that has fewer: the job goes back into the queue, where it stood at ``came_at``.
-
-    ``n_times``: how often that has happened to it.
-    """
-
-    def __init__(self, earlier: Earlier | None, came_at: float, n_times: int) -> None:
-        super().__init__(earlier)
-        self.came_at, self.n_times = came_at, n_times
-
-
-class SlotWanted(Exception):
-    """What was done in a slot has been stopped, for another user."""
-
-
-class Phase(enum.Enum):
-    READY = "ready"  # the server does nothing in the slot
-    ACTING = "acting"  # a save, erase or restore is carried out, whoever leaves
-    WORKING = "working"  # a prefill or an answer: closing its connection ends it, some time later
+    def on_end(self, lease: Lease) -> None:
+        """It has ended: its slot is given back (RELEASED), or llama-server may be at work in it (DRAINING)."""
 
 
 class Lease:
-    """Made by the scheduler only. ``release`` is synchronous and idempotent, and safe in every phase.
+    """``release`` is synchronous, idempotent, and allowed in every state; ``with`` calls it.
 
-    ``content`` is what the slot holds as far as its holder knows at this moment; None when that is unknown.
+    ``plan`` is None for work of llamaslot's own, and where llama-server chooses the slot; ``slot`` is None where it has
+    not done so yet. ``content``: what the slot holds as far as the lease's holder knows; None when that is unknown.
+    ``before``: what it held when the request itself was sent. ``restored``: the snapshot that was read into the slot.
+    ``n_done``: tokens of its prompt that are there, as far as known. ``sent_at``: when the request itself was sent.
+    ``came_at``, ``n_preempted``: since when it waits for an answer, and how often it gave a slot up.
     """
 
-    def __init__(self, scheduler: Leases, pool: Pool, slot: Slot | None, job: Job, plan: Plan | None) -> None:
-        """Raises KeyError, and takes nothing, when the plan's snapshot is gone."""
-        self.scheduler, self.pool, self.slot, self.job, self.plan = scheduler, pool, slot, job, plan
-        self.content: Content | None = slot.content if slot is not None else NOTHING
-        if slot is not None and slot.state is State.SUSPECT:
-            self.content = None
-        self.before = self.content  # what it held when the job's own request was sent
-        self.phase = Phase.READY
-        self.is_begun = False  # the server has begun with what was sent last
-        self.is_answering = False  # the job's own request has been sent
-        self.is_started = False
-        self.is_talking = False  # the first token of its answer has come
-        self.is_released = False
-        self.is_clearing = False  # it waits until llama-server would choose its slot
-        # Whether a long prefill comes before its own request, to be computed in turn with those of others.
-        self.is_long = plan is not None and is_long(plan, pool.long_s)
-        self._has_left_line = False  # its first turn has come, or it needs none
-        # Whoever computes its prompt looks at ``is_preempted``, and gives the slot up when that is set.
-        self.can_stop = False
-        self.is_preempted = False
-        self.came_at, self.n_preempted = scheduler.now(), 0  # of its job; the scheduler knows better
-        self.can_keep = True  # a trunk on the way; until one could not be saved
-        self.charge: Charge | None = None  # to its user, for what the queue has given away
-        self.sent_at = 0.0  # when the job's own request was
-        self.acting_at = 0.0  # when its last action began
-        self.is_left_at_work = False  # that has ended, but what it had the server compute perhaps has not
-        # Tokens of its prompt that are there, while that is computed; as far as that is known.
+    def __init__(
+        self,
+        owner: Owner,
+        pool: Pool,
+        slot: Slot | None,
+        job: Job,
+        plan: Plan | None,
+        *,
+        now: Callable[[], float],
+        note: Note,
+        pin: AbstractContextManager[object] | None = None,
+        came_at: float | None = None,
+        n_preempted: int = 0,
+    ) -> None:
+        """``pin``: keeps the plan's snapshot; it is left when the slot is given back. What that raises (KeyError: the
+        snapshot is gone) is passed on, and nothing is taken."""
+        self._owner, self._now = owner, now
+        self.pool, self.slot, self.job, self.note = pool, slot, job, note
+        self.came_at = now() if came_at is None else came_at
+        self.n_preempted = n_preempted
+        self.plan = plan
+        is_unknown = slot is not None and slot.state is SlotState.SUSPECT
+        self.content = None if is_unknown else slot.content if slot is not None else NOTHING
+        self.before = self.content
+        self.state = State.PREPARING
+        self._is_confirmed = False  # llama-server has begun with what was sent last
+        self._is_left_at_work = False  # an action has ended, but what it had computed for it perhaps has not
+        is_first = plan is not None and is_long(plan, pool.long_s)
+        self._long_prefill = LongPrefill.WAITING if is_first else LongPrefill.NONE
+        self._preemption = Preemption.FORBIDDEN
+        self._stop: Callable[[], None] | None = None  # what is to be stopped when it is preempted
+        self.can_keep = True
+        self.sent_at = self._acting_at = 0.0
         self.n_done = plan.n_reused if plan is not None else 0
-        self.restored: Snapshot | None = None  # what its steps have read into the slot
-        # Tokens of the prompt, set by Steps when the slot actions are through:
-        self.n_usable = 0  # reusable by the kind of model
-        self.n_whole: int | None = None  # reusable if the old answer comes back token for token
-        self.n_answer = 0  # of these, the tokens of that answer
-        self.n_expected = 0  # reusable as this server has behaved so far
-        self.n_likely = 0  # the same with what is likely to come back of an answer
-        self.is_going_back = False  # the slot holds more than n_expected, which is dropped
-        self.note = scheduler.note(job)  # in the journal
-        # Asked just before a save: whether somebody has come for whom the server should be free.
-        self.must_give_way: Callable[[], bool] = lambda: False
-        self.held = ExitStack()  # what else is given back with the slot: the pin of a snapshot
-        self.leaving = None
-        if plan is not None and plan.snapshot is not None:
-            self.held.enter_context(scheduler.pin(plan.snapshot))  # first: it is what may fail
+        self.restored: Snapshot | None = None
+        self.forecast = NO_REUSE
+        self._held = ExitStack()
+        self._held.enter_context(pin or nullcontext())  # first: it is what may fail
+        # What its plan saves first, found by others until the snapshot is there.
+        self._leaving = None
         if slot is not None:
-            self.leaving = pool.take(slot, job, scheduler.now(), plan, has_answer=plan is not None)
+            self._leaving = pool.take(slot, job, now(), plan, has_answer=plan is not None)
 
     def __repr__(self) -> str:
-        return f"<Lease {self.slot!r} {self.phase.value} {self.job!r}>"
+        return f"<Lease {self.slot!r} {self.state.value} {self.job!r}>"
 
     def __enter__(self) -> Lease:
         return self
@@ -132,28 +126,14 @@ class Lease:
             self.content = None
         self.release()
 
-    @property
-    def is_own(self) -> bool:
-        """Whether it serves llamaslot itself (a save, a probe) and no client."""
-        return self.plan is None and self.slot is not None and not self.job.is_exclusive
+    def _become(self, event: Event) -> None:
+        """Go through one line of the table. Raises IllegalTransition naming state and event."""
+        try:
+            self.state = NEXT[self.state, event]
+        except KeyError:
+            raise IllegalTransition(f"{self!r} cannot {event.value}") from None
 
-    @property
-    def comes_first(self) -> bool:
-        """Whether its first token is only a little work away: nobody's long prefill may stand in its way.
-
-        One that waits until all others are at work does not hold them up by that, and one whose answer does not begin
-        for a while is not that little. Of a long one only its slot actions: each would wait for a batch of another's.
-        """
-        if self.is_talking or self.is_released or self.is_clearing:
-            return False
-        is_sent = self.is_answering or self.is_started
-        is_acting = self.phase is Phase.ACTING and self.plan is not None
-        since = self.acting_at if is_acting else self.sent_at if is_sent else math.inf
-        if self.scheduler.now() - since > max(2 * self.pool.long_s, _LITTLE_S):
-            return False
-        if is_acting or self.is_long:
-            return is_acting
-        return is_sent if self.job.is_exclusive else self.plan is not None
+    # -- questions -----------------------------------------------------------------------------------------------
 
     @property
     def slot_id(self) -> int:
@@ -161,166 +141,311 @@ class Lease:
 
     @property
     def slot_key(self) -> SlotKey:
-        assert self.slot is not None, "a turn has no slot of its own"
+        assert self.slot is not None, "it has no slot of its own"
         return self.slot.key
 
     @property
     def slot_name(self) -> str:
         """Of its slot, as log lines name it: ``<backend>/<number>``."""
-        assert self.slot is not None, "a turn has no slot of its own"
+        assert self.slot is not None, "it has no slot of its own"
         return self.slot.name
 
-    # -- phases --------------------------------------------------------------------------------------------------
+    @property
+    def is_released(self) -> bool:
+        """Whether ``release`` was called, although the slot may not be given back yet."""
+        return self.state in ENDED
 
-    def still_holds(self) -> None:
-        """Raises BackendRestarted when the slot is one of a process that is gone: the number may be another's now."""
-        if not self.pool.is_current:
-            raise BackendRestarted
+    @property
+    def is_at_work(self) -> bool:
+        """Whether llama-server may be at work in its slot. Closing the connection ends that, some time later."""
+        return self.slot is not None and (self.state in AT_WORK or self._is_left_at_work)
 
-    def acting(self) -> None:
-        """A save, erase or restore begins. Raises BackendRestarted."""
-        self.still_holds()
-        self.phase, self.acting_at, self.is_left_at_work = Phase.ACTING, self.scheduler.now(), False
-        self.scheduler.bell.ring()
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether llama-server has begun with what was sent last."""
+        return self._is_confirmed
 
-    def acted(self) -> None:
-        """The save, erase or restore has ended. If the client has left meanwhile, the slot goes back now."""
-        self.phase = Phase.WORKING if self.is_left_at_work else Phase.READY
-        if self.is_released:
-            self._give_back()
+    @property
+    def is_running(self) -> bool:
+        """Whether llama-server has begun with the request itself: it is no longer between two steps."""
+        return self.state in RUNNING
 
-    def working(self) -> None:
-        """A prefill or the job itself is being sent.
+    @property
+    def is_decoding(self) -> bool:
+        return self.state is State.DECODING
 
-        Until the server confirms that it has begun, only what old and new tokens have in common is sure.
-        Raises BackendRestarted.
-        """
-        self.still_holds()
-        self.phase, self.is_begun = Phase.WORKING, False
-        if self.content is not None:
-            is_ours = self.job.may_use(self.content)
-            n = common(self.content.tokens, self.job.tokens) if is_ours else 0
-            if n < self.content.n_tokens:
-                # What only begins alike is another conversation: its snapshot is none of this one.
-                is_other = n <= self.job.n_system + NEAR_TOKENS < self.content.n_tokens
-                snapshot = None if is_other else self.content.snapshot
-                self.content = replace(self.content.head(n), is_dirty=True, snapshot=snapshot)
-            self.content = replace(self.content, space=self.job.space)
+    @property
+    def is_own(self) -> bool:
+        """Whether it serves llamaslot itself (a save, a probe) and no client."""
+        return self.plan is None and self.slot is not None and not self.job.is_exclusive
 
-    def sent(self) -> None:
-        """The job's own request is being sent."""
-        self.before = self.content
-        self.working()
-        self.is_answering, self.sent_at = True, self.scheduler.now()
-
-    def begun(self, content: Content) -> None:
-        """The server works: what the slot holds is at most ``content``."""
-        self.content, self.is_begun = replace(content, space=self.job.space), True
-
-    def started(self) -> None:
-        """The job itself runs in the slot: it is no longer between two steps."""
-        if not (self.is_answering or self.is_started):
-            self.sent_at = self.scheduler.now()  # by llama-server's choice, in a turn
-        self.is_started = True
-        if self.slot is not None:
-            self.pool.answering(self.slot, self.scheduler.now())
-
-    def talks(self) -> None:
-        """The first token of the answer has come. Idempotent."""
-        if not self.is_talking:
-            self.is_talking = True
-            self.goes_on()
-            self.scheduler.bell.ring()
-
-    def goes_on(self) -> None:
-        """It cannot be stopped any more: if it should have been, another one may be."""
-        self.can_stop = False
-        if self.is_preempted:
-            self.is_preempted = False
-            self.scheduler.dispatch()
-
-    async def unless_preempted(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of ``work``. When the slot is wanted for another user cancels it, and raises SlotWanted."""
-        loop, limit = asyncio.get_running_loop(), asyncio.timeout(None)
-
-        def look() -> None:
-            if self.is_preempted and not limit.expired():
-                limit.reschedule(loop.time())
-
-        self.can_stop = True
-        try:
-            async with limit:
-                with self.scheduler.bell.calling(look):
-                    look()
-                    return await work
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise SlotWanted from None
+    @property
+    def is_long(self) -> bool:
+        """Whether a long prefill comes before its request, to be computed in turn with those of others."""
+        return self._long_prefill is not LongPrefill.NONE
 
     @property
     def is_in_line(self) -> bool:
         """Whether its long prefill waits for its first turn."""
-        return self.is_long and not (self._has_left_line or self.is_released)
+        return self._long_prefill is LongPrefill.WAITING and not self.is_released
 
-    def leaves_line(self) -> None:
-        """It waits for its first turn no longer: another long one may have a slot to wait in. Idempotent."""
-        if not self._has_left_line:
-            self._has_left_line = True
-            if self.scheduler.n_waiting:  # not at once: whoever calls this is about to send it
-                asyncio.get_running_loop().call_soon(self.scheduler.dispatch)
+    @property
+    def can_stop(self) -> bool:
+        """Whether its slot can be had for another user's request."""
+        return self._preemption is not Preemption.FORBIDDEN
 
-    def yield_slot(self, earlier: Earlier | None) -> None:
-        """Raises Preempted when the slot is wanted for another user. Nothing may be at work in it."""
+    @property
+    def is_preempted(self) -> bool:
+        """Whether its slot shall be had for another user's request."""
+        return self._preemption is Preemption.REQUESTED
+
+    @property
+    def comes_first(self) -> bool:
+        """True while its first token is only a short time away, so that long prefills must yield to it.
+
+        False once it waits for an exclusive section, and once its answer has not begun for a while. Of a request with
+        a long prefill only the slot actions count: each would wait for a batch of another prefill.
+        """
+        if self.state in NEVER_FIRST:
+            return False
+        is_sent = self.state in OWN_REQUEST
+        is_acting = self.state is State.ACTING and self.plan is not None
+        if is_acting or is_sent:
+            since = self._acting_at if is_acting else self.sent_at
+            if self._now() - since > max(2 * self.pool.long_s, _LITTLE_S):
+                return False
+        if is_acting or self.is_long:
+            return is_acting
+        return is_sent if self.job.is_exclusive else self.plan is not None
+
+    def check_current(self) -> None:
+        """Raises BackendRestarted when the slot is one of a process that is gone: the number is another slot's now."""
+        if not self.pool.is_current:
+            raise BackendRestarted
+
+    # -- what the slot holds -------------------------------------------------------------------------------------
+
+    def set_content(self, content: Content | None) -> None:
+        """It was found out what the slot holds; None: that nobody knows it."""
+        self.content = content
+
+    def set_restored(self, snapshot: Snapshot, content: Content) -> None:
+        """``snapshot`` was read into the slot, which holds ``content`` since."""
+        self.restored, self.content = snapshot, content
+
+    def clear_restored(self) -> None:
+        """If less is reused than expected now, that is no fault of the snapshot that was restored."""
+        self.restored = None
+
+    def set_forecast(self, forecast: ReuseForecast) -> None:
+        """Its slot actions are over: that much is expected to be reused."""
+        self.forecast = forecast
+
+    def end_pending_save(self) -> None:
+        """The save that its plan began with has ended, well or not. Idempotent."""
+        if self._leaving is not None:
+            self.pool.left(self._leaving)
+
+    def stop_keeping(self) -> None:
+        """A trunk on its way could not be saved: it is asked for no other."""
+        self.can_keep = False
+
+    def set_progress(self, n_done: int) -> None:
+        """``n_done`` tokens of its prompt are there."""
+        self.n_done = n_done
+
+    def replace_steps(self, steps: tuple[Step, ...]) -> None:
+        """Take these steps instead of those of its plan, none of which was taken yet."""
+        assert self.plan is not None, "it has a plan"
+        self.plan = replace(self.plan, steps=steps)
+
+    # -- slot actions and prefills -------------------------------------------------------------------------------
+
+    def begin_action(self) -> None:
+        """A save, erase or restore begins. Raises BackendRestarted."""
+        self.check_current()
+        self._become(Event.ACT)
+        self._acting_at, self._is_left_at_work = self._now(), False
+        self._owner.on_change(self)
+
+    def end_action(self) -> None:
+        """The save, erase or restore has ended. If it was released meanwhile, the slot is given back now."""
+        if self.state is State.RELEASE_PENDING:
+            self._give_back()
+        else:
+            self._become(Event.ACTED)
+
+    def lose_track(self) -> None:
+        """While it acts: llama-server may be at work in the slot after the action, and nobody knows what it holds."""
+        self.content, self._is_left_at_work = None, True
+
+    def plan_prefill(self, *, is_long: bool) -> None:
+        """Its slot actions are over: what is to be computed ahead of its request is long, or not."""
+        if not is_long:
+            self._leave_line(LongPrefill.NONE)
+        elif self._long_prefill is LongPrefill.NONE:
+            self._long_prefill = LongPrefill.WAITING
+
+    def take_prefill_turn(self) -> None:
+        """Its long prefill has its first turn, or another one: another long one may have a slot to wait in."""
+        self._leave_line(LongPrefill.RUNNING)
+
+    def end_prefill(self) -> None:
+        """No more is computed ahead of its request."""
+        self._leave_line(LongPrefill.NONE)
+
+    def _leave_line(self, after: LongPrefill) -> None:
+        was_waiting, self._long_prefill = self._long_prefill is LongPrefill.WAITING, after
+        if was_waiting:
+            self._owner.on_look_again(self)
+
+    def begin_prefill(self) -> None:
+        """A part of its prompt is being sent. Raises BackendRestarted."""
+        self.check_current()
+        self._become(Event.PREFILL)
+        self._cuts_back()
+
+    # -- the request itself --------------------------------------------------------------------------------------
+
+    def begin_wait(self) -> None:
+        """It waits until llama-server can choose only the right slots for it."""
+        self._become(Event.WAIT)
+
+    def end_wait(self) -> None:
+        """It waits no longer. Without effect where it was released meanwhile."""
+        if not self.is_released:
+            self._become(Event.ADMIT)
+
+    def begin_request(self) -> None:
+        """The request itself is being sent. Raises BackendRestarted."""
+        self.check_current()
+        self.before = self.content
+        self._become(Event.SEND)
+        self.sent_at = self._now()
+        if self.slot is not None:
+            self._cuts_back()
+
+    def _cuts_back(self) -> None:
+        """Until the server confirms that it has begun, only what old and new tokens have in common is sure."""
+        self._is_confirmed = False
+        if self.content is None:
+            return
+        is_ours = self.job.may_use(self.content)
+        n = common(self.content.tokens, self.job.tokens) if is_ours else 0
+        content = self.content
+        if n < content.n_tokens:
+            # What only begins alike is another conversation: its snapshot is none of this one.
+            is_other = n <= self.job.n_system + NEAR_TOKENS < content.n_tokens
+            snapshot = None if is_other else content.snapshot
+            content = replace(content.head(n), is_dirty=True, snapshot=snapshot)
+        self.content = replace(content, space=self.job.space)
+
+    def land(self, *, is_confirmed: bool) -> None:
+        """llama-server has chosen its slot for a request (``is_confirmed``), or may have: what it holds is unknown."""
+        if self.state is State.PREPARING:
+            self._become(Event.SEND)
+            self.sent_at, self._is_confirmed = self._now(), False
+        self.content = NOTHING
+        if self.slot is not None:
+            self.pool.expect_nothing(self.slot, self.job.space)
+        if is_confirmed:
+            self.mark_processing()
+
+    def mark_processing(self) -> None:
+        """llama-server has begun with the request itself. Without effect where that was known, or it has ended."""
+        if self.state is State.SENT:
+            self._become(Event.CONFIRM)
+            self._is_confirmed = True
+            if self.slot is not None:
+                self.pool.answering(self.slot, self._now())
+
+    def confirm(self, content: Content) -> None:
+        """llama-server has begun with what was sent: the slot holds at most ``content``."""
+        self.content, self._is_confirmed = replace(content, space=self.job.space), True
+        self.mark_processing()
+
+    def mark_decoding(self) -> None:
+        """The first token of the answer has come. Idempotent."""
+        if self.state is not State.DECODING:
+            self._become(Event.TOKEN)
+            self.forbid_preemption()
+            self._owner.on_change(self)
+
+    def finish(self, content: Content | None) -> None:
+        """llama-server is through with what was sent, and the slot holds ``content``."""
+        self._become(Event.PREFILLED if self.state is State.PREFILLING else Event.SETTLE)
+        self.content, self._is_left_at_work = content, False
+
+    # -- preemption ----------------------------------------------------------------------------------------------
+
+    def allow_preemption(self) -> None:
+        if self._preemption is Preemption.FORBIDDEN:
+            self._preemption = Preemption.ALLOWED
+
+    def forbid_preemption(self) -> None:
+        """It cannot be stopped any more: if it should have been, another one may be."""
+        was_preempted, self._preemption = self.is_preempted, Preemption.FORBIDDEN
+        if was_preempted:
+            self._owner.on_look_again(self)
+
+    def preempt(self, *, is_wanted: bool) -> None:
+        """Its slot shall be had for another user's request, or (``is_wanted`` false) may be kept after all. Without
+        effect while it cannot stop."""
+        if self._preemption is not Preemption.FORBIDDEN:
+            self._preemption = Preemption.REQUESTED if is_wanted else Preemption.ALLOWED
+            if is_wanted and self._stop is not None:
+                self._stop()
+
+    async def unless_preempted(self, work: Coroutine[Any, Any, T]) -> T | Literal[Stopped.STOPPED]:
+        """The result of ``work``. When it is preempted meanwhile, ``work`` is cancelled and STOPPED returned. Canceling
+        this cancels ``work``."""
+        loop, limit = asyncio.get_running_loop(), asyncio.timeout(None)
+
+        def stop() -> None:
+            if not limit.expired():
+                limit.reschedule(loop.time())
+
+        self.allow_preemption()
+        try:
+            async with limit:
+                self._stop = stop
+                if self.is_preempted:
+                    stop()
+                return await work
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            return STOPPED
+        finally:
+            self._stop = None
+
+    def raise_if_preempted(self, earlier: Earlier | None) -> None:
+        """Raises Preempted when its slot is wanted for another user. Nothing may be at work in it."""
         if self.is_preempted:
             raise Preempted(earlier, self.came_at, self.n_preempted + 1)
-
-    def done(self, content: Content | None) -> None:
-        """The server is through, and the slot holds ``content``."""
-        self.phase, self.content = Phase.READY, content
 
     # -- the end -------------------------------------------------------------------------------------------------
 
     def release(self) -> None:
+        """Give the slot back: now, or when the action under way has ended, or when llama-server is through with what
+        it was left at work on. Idempotent."""
         if self.is_released:
             return
-        self.is_released = True
-        if self.phase is not Phase.ACTING:
+        if self.state is State.ACTING:
+            self._become(Event.RELEASE)
+        else:
             self._give_back()
 
     def _give_back(self) -> None:
-        self.held.close()
+        self._become(Event.LEAVE if self.is_at_work else Event.GIVE_BACK)
+        self._held.close()
         if self.slot is not None:
-            if self.leaving is not None:
-                self.pool.left(self.leaving)
-            now = self.scheduler.now()
-            if self.phase is Phase.WORKING:
-                self.pool.give_back(self.slot, Event.LEAVE, self.content or NOTHING, now)
-                self.scheduler.leases.pop(self, None)
-                self.scheduler.on_drain(self)
+            self.end_pending_save()
+            if self.state is State.DRAINING:
+                event, content = SlotEvent.LEAVE, self.content or NOTHING
             elif self.content is None:
-                self.pool.give_back(self.slot, Event.FAIL, NOTHING, now)
+                event, content = SlotEvent.FAIL, NOTHING
             else:
-                self.pool.give_back(self.slot, Event.KEEP, self.content, now)
-        self.scheduler.released(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Prefilling:
-    """How far a prompt of ``n_tokens`` is: ``n_done`` tokens are there, of which ``n_reused`` were before, after
-    ``seconds`` of computing."""
-
-    n_done: int
-    n_tokens: int
-    n_reused: int
-    seconds: float
-
-    def __str__(self) -> str:
-        return f"prefill {self.n_done} of {self.n_tokens}"
-
-
-Report = Callable[[object], None]  # what happens now: a text, or what has one
-
-
-def no_report(_: object) -> None:
-    """Where nobody asks what happens."""
+                event, content = SlotEvent.KEEP, self.content
+            self.pool.give_back(self.slot, event, content, self._now())
+        self._owner.on_end(self)

@@ -6,18 +6,20 @@ All of it is bookkeeping without an await. Who gets a slot next is decided by th
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Protocol
 
 from llamaslot.backend.lease import Lease
+from llamaslot.backend.lease_states import State as LeaseState
 from llamaslot.backend.slot_table import Pool
 from llamaslot.errors import BackendRestarted
 from llamaslot.observe.journal import Note
 from llamaslot.scheduling.fairness import Charge
 from llamaslot.scheduling.plan import Plan
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Job, Placement
 from llamaslot.scheduling.slots import Slot, State
 from llamaslot.tasks import Bell
 
@@ -55,7 +57,8 @@ class Leases:
         self.table: Pool | None = None
         self.leases: dict[Lease, None] = {}  # in their order, which decides between makers of equal use
         self.bell = Bell()  # rings when anything has changed
-        self.on_drain: Callable[[Lease], None] = lambda lease: None
+        self._charges: dict[Lease, Charge] = {}  # to users, while they have slots
+        self.on_drain: Callable[[Lease, Charge | None], None] = lambda lease, charge: None
         self.pin: Callable[[str], AbstractContextManager[object]] = lambda snapshot: nullcontext()
         self.turn: Job | None = None  # the one exclusive job that is under way
         self.is_gate_shut = False  # no other job may take a first step
@@ -109,11 +112,24 @@ class Leases:
 
     # -- leasing -------------------------------------------------------------------------------------------------
 
-    def grant(self, slot: Slot | None, job: Job, plan: Plan | None = None) -> Lease:
-        """Lease ``slot``; None for the turn of a job for which llama-server will choose the slot. Raises KeyError, and
-        takes nothing, when the plan's snapshot is gone."""
+    def grant(
+        self,
+        slot: Slot | None,
+        job: Job,
+        plan: Plan | None = None,
+        *,
+        note: Note | None = None,
+        came_at: float | None = None,
+        n_preempted: int = 0,
+    ) -> Lease:
+        """Lease ``slot``; None for the turn of a job for which llama-server will choose the slot. ``note``: its record
+        in the journal, else a new one. Raises KeyError, and takes nothing, when the plan's snapshot is gone."""
         assert self.table is not None, "only what is attached has slots"
-        lease = Lease(self, self.table, slot, job, plan)
+        pin = self.pin(plan.snapshot) if plan is not None and plan.snapshot is not None else None
+        lease = Lease(
+            self, self.table, slot, job, plan,
+            now=self.now, note=note or self.note(job), pin=pin, came_at=came_at, n_preempted=n_preempted,
+        )  # fmt: skip
         if job.is_exclusive and (plan is not None or slot is None):
             self.turn = job
         self.leases[lease] = None
@@ -140,12 +156,29 @@ class Leases:
         idle = [slot for slot in self.table.slots if slot.is_idle][:n]
         return [self.grant(slot, job) for slot in idle]
 
-    def released(self, lease: Lease) -> None:
-        """Called by the lease itself, once its slot is given back or drains."""
+    def charge(self, lease: Lease, charge: Charge | None) -> None:
+        """Its user pays for it until it ends, or until its slot has drained."""
+        if charge is not None:
+            self._charges[lease] = charge
+
+    # -- told by a lease, as its ``Owner`` -----------------------------------------------------------------------
+
+    def on_change(self, lease: Lease) -> None:
+        self.bell.ring()
+
+    def on_look_again(self, lease: Lease) -> None:
+        if self.n_waiting:  # not at once: it may be about to send something
+            asyncio.get_running_loop().call_soon(self.dispatch)
+
+    def on_end(self, lease: Lease) -> None:
         self.leases.pop(lease, None)
+        charge = self._charges.pop(lease, None)
+        if lease.state is LeaseState.DRAINING:
+            self.on_drain(lease, charge)
+        else:
+            self.paid(charge)
         if not lease.is_own:
             self._used_at = self.now()
-        self.paid(lease.charge)
         self.end_turn(lease)
         self.dispatch()
 
@@ -190,13 +223,13 @@ class Leases:
 
     def has_waited(self, lease: Lease) -> None:
         """A job that has no slot of its own has had none while it waited: its user is not charged for that."""
-        if lease.slot is None and lease.charge is not None:
-            lease.charge = replace(lease.charge, at=self.now())
+        if lease.slot is None and lease in self._charges:
+            self._charges[lease] = replace(self._charges[lease], at=self.now())
 
     def is_foreign_at_work(self, lease: Lease) -> bool:
         """Whether a slot is at work on what the job must not go on from, if llama-server may choose that slot."""
         table, job = lease.pool, lease.job
-        if self.table is not table or not job.is_placed_by_server:
+        if self.table is not table or job.placement is not Placement.SERVER_CHOSEN:
             return False
         return any(not slot.is_idle and table.is_foreign(slot, job) for slot in table.slots)
 

@@ -1,13 +1,34 @@
-"""A long prompt that is computed ahead of its own request: how far it is, and what that has taken."""
+"""A prompt that is computed ahead of its request: how far it is, what that has taken, and who is told."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llamaslot.backend.lease import Lease, Report
+from llamaslot.backend.lease import Lease
 from llamaslot.llama.sse import Earlier
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilling:
+    """How far a prompt of ``n_tokens`` is: ``n_done`` tokens are there, of which ``n_reused`` were before, after
+    ``seconds`` of computing."""
+
+    n_done: int
+    n_tokens: int
+    n_reused: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"prefill {self.n_done} of {self.n_tokens}"
+
+
+Report = Callable[[object], None]  # what happens now: a text, or what has one
+
+
+def no_report(_: object) -> None:
+    """Where nobody asks what happens."""
 
 
 @dataclass(slots=True, eq=False)

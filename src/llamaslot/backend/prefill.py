@@ -17,9 +17,12 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from llamaslot.backend.lease import Lease, PlanAgain, Prefilling, Report
-from llamaslot.backend.long_prompt import LongPrompt
-from llamaslot.backend.slot_content import is_far_off, is_untouched, note_misplaced, prefilled, until_idle
+from llamaslot.backend.feedback import Feedback
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.lease_states import PlanAgain
+from llamaslot.backend.leases import Leases
+from llamaslot.backend.long_prompt import LongPrompt, Prefilling, Report
+from llamaslot.backend.slot_content import is_far_off, is_untouched, prefilled, until_idle
 from llamaslot.cache.content import NOTHING
 from llamaslot.cache.ids import head
 from llamaslot.cache.reuse import Memory
@@ -32,6 +35,7 @@ from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.prefill_policy import GRAIN, Pending, Sharing, next_up, pause_s, stretch_end
 from llamaslot.scheduling.server_time import ServerTime
+from llamaslot.tasks import Bell
 
 KeepTrunk = Callable[[Lease, int], Awaitable[None]]
 log = logging.getLogger(__name__)
@@ -56,13 +60,21 @@ class Prefills:
     api: LlamaServer
     rates: Rates
     metrics: Metrics
-    now: Callable[[], float]
+    leases: Leases
+    feedback: Feedback
     _longs: list[LongPrompt] = field(default_factory=list)
     _current: LongPrompt | None = None  # whose stretch is computed now
     _last: LongPrompt | None = None  # whose was computed last
     _stopped_at: float = float("-inf")
     _pause_s: float = 0.0  # that the last stretch owes to streams
     _time: ServerTime = field(default_factory=ServerTime)
+
+    @property
+    def _bell(self) -> Bell:
+        return self.leases.bell
+
+    def now(self) -> float:
+        return self.leases.now()
 
     async def run(
         self, lease: Lease, stops: Sequence[int], report: Report, keep: KeepTrunk, *, may_replan: bool = False
@@ -78,24 +90,22 @@ class Prefills:
         recall = lease.pool.recall
         n_window = (recall.window or 0) if recall.memory is Memory.SWA else 0
         long = LongPrompt(
-            lease, stops, report, may_replan, lease.n_likely, self.now(), no_stop_before=n_window + 1
+            lease, stops, report, may_replan, lease.forecast.n_likely, self.now(), no_stop_before=n_window + 1
         )
-        lease.n_done = long.at
+        lease.set_progress(long.at)
         if lease.is_long:
-            self._time.keep({other.job.user.id for other in lease.scheduler.leases})
+            self._time.keep({other.job.user.id for other in self.leases.leases})
             self._longs.append(long)
-            lease.scheduler.bell.ring()  # its slot actions are over
-        else:
-            lease.leaves_line()
+            self._bell.ring()  # its slot actions are over
         try:
             while True:
-                lease.yield_slot(long.so_far)
+                lease.raise_if_preempted(long.so_far)
                 if long.has_begun and self._is_trunk_due(long):
                     report("saving")
                     long.is_keeping = True
                     await keep(lease, long.at)
                     long.is_keeping = False
-                    lease.scheduler.bell.ring()
+                    self._bell.ring()
                 elif long.has_begun and long.at >= long.last:
                     break
                 else:
@@ -107,8 +117,8 @@ class Prefills:
         finally:
             if lease.is_long:
                 self._longs.remove(long)
-            lease.is_long = False
-            lease.scheduler.bell.ring()
+            lease.end_prefill()
+            self._bell.ring()
             self._note(long)
         return long.earlier
 
@@ -123,16 +133,16 @@ class Prefills:
             if why is not _Why.STREAMS and not long.has_begun:
                 long.report(f"waiting to prefill {lease.job.n_tokens} tokens")
             since, first = self.now(), self._first(long) if why is _Why.FIRST else []
-            await lease.scheduler.bell.heard(seconds)
+            await self._bell.heard(seconds)
             self._time.took(first, self.now() - since, self._users_waiting())
-            lease.yield_slot(long.so_far)
+            lease.raise_if_preempted(long.so_far)
             long.paused_s += self.now() - since if why is _Why.STREAMS else 0.0
-            lease.still_holds()
+            lease.check_current()
             if seconds is not None and self._next() is not long:
-                lease.scheduler.bell.ring()  # while it waited somebody has come ahead, whom nothing wakes
+                self._bell.ring()  # while it waited somebody has come ahead, whom nothing wakes
         # From here to the stretch nothing awaits.
         self._current = long
-        lease.leaves_line()
+        lease.take_prefill_turn()
         long.is_by_right = self._is_somebody_first(long)
         long.waited_s += self.now() - began
 
@@ -173,7 +183,7 @@ class Prefills:
         return Pending(left_s, max(now - long.came_at - computed_s, 0.0), long.came_at)
 
     def _others(self, long: LongPrompt) -> list[Lease]:
-        leases = long.lease.scheduler.leases
+        leases = self.leases.leases
         return [lease for lease in leases if lease.pool is long.lease.pool and lease is not long.lease]
 
     def _is_somebody_first(self, long: LongPrompt) -> bool:
@@ -187,19 +197,19 @@ class Prefills:
 
     def _users_waiting(self) -> set[str]:
         """Of long prompts, and of those who need little."""
-        leases = self._longs[0].lease.scheduler.leases if self._longs else ()
+        leases = self.leases.leases if self._longs else ()
         return {long.user for long in self._longs} | {
             lease.job.user.id for lease in leases if lease.comes_first
         }
 
     def _n_streams(self, long: LongPrompt) -> int:
-        return sum(lease.is_talking for lease in self._others(long))
+        return sum(lease.is_decoding for lease in self._others(long))
 
     def _make_room(self, long: LongPrompt) -> None:
         """Raises PlanAgain when a request for which llama-server chooses slots has waited long enough."""
         left_s = self.rates.prefill.seconds(long.at, long.last)
         is_long_enough = long.seconds >= _SURELY_S and left_s > _sharing(long).max_held_s
-        if is_long_enough and long.lease.scheduler.is_turn_waiting(long.lease):
+        if is_long_enough and self.leases.is_turn_waiting(long.lease):
             raise PlanAgain(long.earlier)
 
     # -- a stretch -----------------------------------------------------------------------------------------------
@@ -209,20 +219,21 @@ class Prefills:
 
         Raises PlanAgain as ``run`` does.
         """
-        lease, bell = long.lease, long.lease.scheduler.bell
+        lease = long.lease
         before = lease.content
         try:
             long.is_cut = self._is_cut(long)
             long.end = self._end_of(long)
-            long.since, lease.n_done = self.now(), long.at
-            lease.working()
-            with bell.calling(self._reconsider):
+            long.since = self.now()
+            lease.set_progress(long.at)
+            lease.begin_prefill()
+            with self._bell.calling(self._reconsider):
                 is_misplaced = await self._compute(long)
         except UpstreamError as error:
             log.warning("%s: prefill in slot %s failed: %s", lease.job.id, lease.slot_name, error)
-            is_kept = not lease.is_begun and await is_untouched(self.api, lease, before)
-            lease.done(before if is_kept else None)
-            lease.restored = None  # no fault of the snapshot
+            is_kept = not lease.is_confirmed and await is_untouched(self.api, lease, before)
+            lease.finish(before if is_kept else None)
+            lease.clear_restored()
             return False
         finally:
             took_s = self.now() - long.since
@@ -241,7 +252,7 @@ class Prefills:
             long.counted_s += took_s
         self._stopped_at = self.now()
         self._pause_s = pause_s(took_s, self._n_streams(long), _sharing(long).decode_share)
-        long.lease.scheduler.bell.ring()
+        self._bell.ring()
 
     def _is_cut(self, long: LongPrompt) -> bool:
         """Whether the stretch is to end by itself after a while. Else it goes all the way unless it is interrupted:
@@ -249,7 +260,7 @@ class Prefills:
         lease = long.lease
         if not (lease.is_long and lease.pool.recall.is_rewindable):
             return False
-        if lease.scheduler.n_waiting or self._others(long):
+        if self.leases.n_waiting or self._others(long):
             return True
         n_batch, end = lease.pool.n_batch, long.target
         batches_s = 2 * self.rates.prefill.seconds(max(end - n_batch, 0), end)
@@ -260,8 +271,10 @@ class Prefills:
         if not long.is_cut:
             return long.target
         rate, begin = self.rates.prefill, long.at
-        if not long.has_begun and long.lease.n_whole is not None:
-            begin = max(begin, long.lease.n_whole)  # what ends in the answer that the slot holds cuts it off
+        if not long.has_begun and long.lease.forecast.n_whole is not None:
+            begin = max(
+                begin, long.lease.forecast.n_whole
+            )  # what ends in the answer that the slot holds cuts it off
         reached = rate.reached(begin, _sharing(long).stretch_s) if rate.known else begin + GRAIN
         return stretch_end(begin, long.target, reached)
 
@@ -281,8 +294,8 @@ class Prefills:
                 async for event in events:
                     if last is None:
                         n_found = event.cache
-                        lease.begun(replace(prefilled(before, tokens, n_found), is_exact=False))
-                        is_far = not long.has_begun and is_far_off(lease, lease.n_expected, n_found)
+                        lease.confirm(replace(prefilled(before, tokens, n_found), is_exact=False))
+                        is_far = not long.has_begun and is_far_off(lease, lease.forecast.n_expected, n_found)
                         is_misplaced = is_far and long.may_replan
                         if long.has_begun and n_found < long.at - _FEW:
                             long.no_stop_before = 2 * long.at
@@ -291,7 +304,8 @@ class Prefills:
                             break
                     else:
                         self._learn(long, last, event)
-                    last, lease.n_done = event, event.processed
+                    last = event
+                    lease.set_progress(event.processed)
                     long.report(self._progress(long, n_found, event))
                     long.limit = limit
                     self._reconsider()
@@ -310,12 +324,13 @@ class Prefills:
                 self.rates.interruption.observe(more_s)
             if not self._others(long):  # it has waited for nobody's batch
                 self.rates.request.observe(more_s)
-        lease.done(content)
+        lease.finish(content)
         if not long.has_begun:
             long.has_begun, long.n_reused = True, n_found
-        long.at = lease.n_done = content.n_tokens
+        long.at = content.n_tokens
+        lease.set_progress(long.at)
         if is_misplaced:
-            note_misplaced(lease, n_found, self.metrics)
+            self.feedback.misplaced(lease, n_found)
         return is_misplaced
 
     def _learn(self, long: LongPrompt, last: Progress, event: Progress) -> None:
@@ -356,7 +371,7 @@ class Prefills:
         if self._next() is not long or self._is_trunk_ahead(long):
             return max(now, soonest)
         if (
-            long.lease.scheduler.is_turn_waiting(long.lease)
+            self.leases.is_turn_waiting(long.lease)
             and self.rates.prefill.seconds(n_done, long.last) > sharing.max_held_s
         ):
             return max(long.since + max(_SURELY_S - long.seconds, 0.0), soonest)
@@ -379,7 +394,7 @@ class Prefills:
         due = [at for at in pool.trunks_to_come(lease.slot_id) if at <= long.at]
         if due and not pool.recall.is_rewindable and due[-1] < long.at:
             pool.expect_no_trunk(lease.slot_id, long.at)
-            lease.scheduler.dispatch()
+            self.leases.dispatch()
             return False
         return bool(due)
 

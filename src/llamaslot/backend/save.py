@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 from llamaslot.backend.lease import Lease
+from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_content import prefilled
 from llamaslot.backend.snapshot_usage import left_behind, supersedes
 from llamaslot.cache.content import Content, Kind
@@ -30,6 +31,11 @@ NOT_SAVED = "%s: slot %s was not saved: %s"  # request, slot, reason
 _NEAR_TOKENS = 64  # a checkpoint so near to the end is worth going back to
 
 
+def never() -> bool:
+    """Of a save that gives way to nothing."""
+    return False
+
+
 class Saving:
     """The saves of one backend. ``fingerprint`` is that of the model that is running now."""
 
@@ -40,10 +46,11 @@ class Saving:
         rates: Rates,
         metrics: Metrics,
         tasks: TaskOwner,
-        now: Callable[[], float],
+        leases: Leases,
     ) -> None:
         self.api, self.catalog, self.rates = api, catalog, rates
-        self.metrics, self.tasks, self.now = metrics, tasks, now
+        self.metrics, self.tasks, self.now = metrics, tasks, leases.now
+        self._leases = leases
         self.fingerprint = ""
         self._lock = asyncio.Lock()
 
@@ -52,42 +59,42 @@ class Saving:
         """For a save or a restore of about ``seconds``. Each stops every stream of this llama-server, so there is one
         at a time, which then waits for a batch of its own. While no answer is decoded, those that take less than that
         wait do not take turns: all that are due are done between the same two batches."""
-        is_decoding = any(other.is_talking for other in lease.scheduler.leases if other is not lease)
+        is_decoding = any(other.is_decoding for other in self._leases.leases if other is not lease)
         if is_decoding or seconds > self.rates.save_delay.seconds:
             async with self._lock:
                 yield
         else:
             yield
 
-    async def save(self, lease: Lease) -> Snapshot | None:
+    async def save(self, lease: Lease, must_give_way: Callable[[], bool] = never) -> Snapshot | None:
         """Write what the slot holds to a snapshot, verified and committed. None when that failed: the slot keeps it.
+        ``must_give_way`` is asked just before the file is written: True leaves that undone.
 
         Raises SlotWedged where it had to go back first, and nothing came of that.
         """
         if self.catalog is None or lease.content is None:
             return None
         if lease.content.has_media:  # llama-server may write it, but nobody could say what the file holds
-            lease.content = replace(lease.content, is_dirty=False, snapshot=None)
+            lease.set_content(replace(lease.content, is_dirty=False, snapshot=None))
             return None
         if not await self._has_gone_back(lease, lease.content, Kind.LEAF):
-            if lease.leaving is not None:
-                lease.pool.left(lease.leaving)
-            lease.scheduler.dispatch()
+            lease.end_pending_save()
+            self._leases.dispatch()
             return None
         content, keep = lease.content, _planned(lease)
         if lease.is_own:  # else slots that are all hot would evict each other in turn, for ever
             keep = lease.pool.backing(besides=lease.slot)
-        snapshot = await self._write(lease, content, await self._n_held(lease, content), keep, Kind.LEAF)
+        n_held = await self._n_held(lease, content)
+        snapshot = await self._write(lease, content, n_held, keep, Kind.LEAF, must_give_way)
         # From here to the end nothing awaits: leaving becomes a snapshot in one breath.
-        if lease.leaving is not None:
-            lease.pool.left(lease.leaving)
+        lease.end_pending_save()
         if snapshot is not None:
             old = lease.pool.snapshot(content.snapshot) if content.snapshot else None
-            lease.content = replace(content_of(snapshot), checkpoints=content.checkpoints)
+            lease.set_content(replace(content_of(snapshot), checkpoints=content.checkpoints))
             if old is not None and supersedes(snapshot, old, lease.pool.rules.similarity_min):
                 self.catalog.inherit(snapshot.id, old.id)
                 self.tasks.spawn(self.catalog.drop(old.id), f"drop superseded {old.id}")
-        lease.scheduler.dispatch()
+        self._leases.dispatch()
         return snapshot
 
     async def keep(self, lease: Lease, n_tokens: int) -> bool:
@@ -106,12 +113,19 @@ class Saving:
             is_kept = snapshot is not None
             return is_kept
         finally:  # in the same breath in which it has become a snapshot
-            lease.can_keep = lease.can_keep and is_kept
+            if not is_kept:
+                lease.stop_keeping()
             lease.pool.expect_no_trunk(lease.slot_id, n_tokens)
-            lease.scheduler.dispatch()
+            self._leases.dispatch()
 
     async def _write(
-        self, lease: Lease, content: Content, n_held: int, keep: set[str], kind: Kind
+        self,
+        lease: Lease,
+        content: Content,
+        n_held: int,
+        keep: set[str],
+        kind: Kind,
+        must_give_way: Callable[[], bool] = never,
     ) -> WithTokens | None:
         """Make room, save, verify, commit, and offer it. None when that failed, which is said in the log.
 
@@ -121,7 +135,7 @@ class Saving:
         began = self.now()
         try:
             size_bytes = self.rates.size_bytes(n_held)
-            draft = await self.catalog.reserve(size_bytes, keep=keep, spare=lease.scheduler.wanted())
+            draft = await self.catalog.reserve(size_bytes, keep=keep, spare=self._leases.wanted())
         except (QuotaExceeded, SnapshotInvalid) as error:
             _not_saved(lease, kind, error)
             return None
@@ -132,8 +146,8 @@ class Saving:
         try:
             async with self.in_turn(lease, self.rates.save.seconds(size_bytes)):
                 started = self.now()
-                lease.still_holds()  # making room has taken a while
-                if lease.must_give_way():
+                lease.check_current()  # making room has taken a while
+                if must_give_way():
                     await self.catalog.abandon(draft)
                     return None
                 result = await self.api.save(lease.slot_id, draft.part_name)
@@ -158,7 +172,7 @@ class Saving:
         except (LlamaslotError, OSError) as error:
             await self.catalog.abandon(draft)
             if isinstance(error, OtherConversation):
-                lease.content = None  # a full disk, by contrast, says nothing about the slot
+                lease.set_content(None)  # a full disk, by contrast, says nothing about the slot
             _not_saved(lease, kind, error, self.now() - started)
             return None
         # The server's own time: what a save waits for (the batch that runs for others) a prefill would wait for too.
@@ -180,7 +194,7 @@ class Saving:
             lease.pool.add_snapshot(snapshot)
             if kind is Kind.LEAF and (left := left_behind(lease.pool, snapshot)) is not None:
                 self.catalog.branched(left)
-            current = lease.scheduler.table
+            current = self._leases.table
             if current not in (None, lease.pool) and self.fingerprint == fingerprint:
                 current.add_snapshot(snapshot)  # the server has restarted since, and can read it as well
         return snapshot
@@ -206,7 +220,7 @@ class Saving:
             try:
                 await self._rewind(lease, content)
             except LlamaslotError as error:
-                lease.content, lease.is_left_at_work = None, True
+                lease.lose_track()
                 _not_saved(lease, kind, error)
                 if not isinstance(error, SlotWedged):
                     return False
@@ -218,7 +232,7 @@ class Saving:
 
     async def _rewind(self, lease: Lease, content: Content) -> None:
         """Go back to the end of the slot's prompt. Raises LlamaslotError: then nobody knows what the slot holds."""
-        lease.still_holds()
+        lease.check_current()
         n_reused = 0
         async with contextlib.aclosing(
             self.api.prefill(lease.slot_id, content.tokens, content.space.lora)
@@ -227,7 +241,7 @@ class Saving:
                 n_reused = event.cache
         after = prefilled(content, content.tokens, n_reused)
         # So few tokens before the end the checkpoint is made where they begin (seen running).
-        lease.content = replace(after, checkpoints=(*after.checkpoints, n_reused))
+        lease.set_content(replace(after, checkpoints=(*after.checkpoints, n_reused)))
 
     async def _n_held(self, lease: Lease, content: Content) -> int:
         """What the file will hold: room is made before it is written, for the answer's tokens too."""

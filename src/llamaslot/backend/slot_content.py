@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,9 +12,6 @@ from llamaslot.cache.ids import common, count
 from llamaslot.cache.reuse import checkpoints_after
 from llamaslot.errors import BackendDown, LlamaslotError, UpstreamError
 from llamaslot.llama.client import LlamaServer
-from llamaslot.observe.metrics import Metrics
-
-log = logging.getLogger(__name__)
 
 _IDLE_POLL_S = 0.02  # llama-server answers between two batches, so it is asked about once for each
 _FEW_TOKENS = 64  # slack: builds reuse up to this many tokens less than computed
@@ -39,7 +35,7 @@ async def until_idle(api: LlamaServer, lease: Lease, content: Content, now: Call
             infos = {info.id: info for info in await api.slots()}
         except UpstreamError as error:  # no refusal of the prefill: the slot may still be at work
             raise BackendDown(f"llama-server does not answer /slots: {error}") from error
-        lease.still_holds()
+        lease.check_current()
         if (info := infos.get(lease.slot_id)) is None or not info.is_processing:
             break
         await asyncio.sleep(_IDLE_POLL_S)
@@ -73,14 +69,3 @@ def is_far_off(lease: Lease, n_expected: int, n_found: int) -> bool:
     pool = lease.pool
     lost_s = pool.rates.prefill.seconds(n_found, n_expected)
     return n_expected - n_found > _FEW_TOKENS and lost_s > max(pool.long_s, pool.rates.interruption.seconds)
-
-
-def note_misplaced(lease: Lease, n_found: int, metrics: Metrics) -> None:
-    """The slot of ``lease`` turned out to hold so much less that its job gets another place."""
-    metrics.replanned.inc()
-    if lease.restored is None:
-        lease.pool.lost_slots.note(lease.scheduler.now())
-    log.info(
-        "%s: slot %s holds %d tokens of the prompt instead of %d; choosing another place",
-        lease.job.id, lease.slot_name, n_found, lease.n_expected,
-    )  # fmt: skip

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections.abc import Callable
 
 from llamaslot.backend.executor import Steps
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
-from llamaslot.backend.save import NOT_SAVED
+from llamaslot.backend.save import NOT_SAVED, never
 from llamaslot.errors import LlamaslotError
 from llamaslot.scheduling.request import Job
 from llamaslot.scheduling.slots import Slot, State
@@ -36,8 +37,7 @@ class Writeback:
             if self._leases.idle_s >= self._idle_save_s:
                 slot = self._next()
                 if slot is not None and (lease := self._lease(slot)) is not None:
-                    lease.must_give_way = self._is_somebody_here
-                    await self._save(lease)
+                    await self._save(lease, self._is_somebody_here)
 
     async def save_all(self) -> int:
         """Save every idle slot that is worth it; how many there were. For a clean stop."""
@@ -53,17 +53,17 @@ class Writeback:
         job = Job(f"writeback-{next(self._serial)}", slot.content.tokens)
         return self._leases.try_lease(slot, job)
 
-    async def _save(self, lease: Lease) -> Snapshot | None:
+    async def _save(self, lease: Lease, must_give_way: Callable[[], bool] = never) -> Snapshot | None:
         """None when it failed: then not again until the slot holds something else."""
         assert lease.slot is not None
         with lease:
             slot, before = lease.slot, lease.slot.content.tokens
             try:
-                snapshot = await self._steps.save_now(lease)
+                snapshot = await self._steps.save_now(lease, must_give_way)
             except LlamaslotError as error:
                 log.warning(NOT_SAVED, lease.job.id, slot.name, error)
                 snapshot = None
-            gave_way = snapshot is None and lease.must_give_way()
+            gave_way = snapshot is None and must_give_way()
         if snapshot is None and not gave_way:
             self._failed[slot] = before
         else:

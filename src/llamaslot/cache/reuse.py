@@ -170,6 +170,27 @@ def _samples(data: object) -> Iterator[tuple[Memory, str, int]]:
                 yield known[memory], source, short
 
 
+@dataclass(frozen=True, slots=True)
+class ReuseForecast:
+    """How many tokens of a prompt are expected to be reused, said before the prompt is sent. All numbers are tokens.
+
+    ``n_usable``: what this kind of model can reuse of what the slot holds. ``n_expected``: that, as this build has
+    behaved so far; less is a misprediction. ``n_likely``: ``n_expected`` and what is likely to come back of the last
+    answer. ``n_whole``: what is reused if the last answer comes back token for token, ``n_answer`` of which are that
+    answer; None where the prompt does not go on behind an answer. ``is_rewind``: the slot holds more than
+    ``n_expected``, and is cut back.
+    """
+
+    n_usable: int = 0
+    n_expected: int = 0
+    n_likely: int = 0
+    n_whole: int | None = None
+    n_answer: int = 0
+    is_rewind: bool = False
+
+
+NO_REUSE = ReuseForecast()
+
 RESIDENT, SNAPSHOT, TRUNK = "resident", "snapshot", "trunk"  # sources, as far as their predictions differ
 
 

@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llamaslot.backend.lease import Lease, Preempted
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.lease_states import Preempted
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import Pool
 from llamaslot.backend.unassisted_slots import UnassistedPool
@@ -24,7 +25,7 @@ from llamaslot.observe.journal import Journal, Note
 from llamaslot.scheduling.fairness import Charge
 from llamaslot.scheduling.placement import Rules, is_long, place
 from llamaslot.scheduling.plan import Place, Plan, Source, Wait
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Job, Placement
 from llamaslot.scheduling.slots import SlotKey
 
 log = logging.getLogger(__name__)
@@ -233,7 +234,7 @@ class Scheduler:
         if not tables[0].is_assisted:
             self._let_through(tables, waiting, look)
             return
-        if job.is_placed_by_server:
+        if job.placement is Placement.SERVER_CHOSEN:
             if not look.is_short:
                 self._give(waiting, max(here, key=lambda leases: _n_idle([leases])).grant(None, job))
             return
@@ -308,7 +309,14 @@ class Scheduler:
 
     def _place(self, pool: Pool, waiting: Waiting, plan: Plan, look: _Look) -> None:
         try:
-            lease = self.backends[plan.slot.backend].grant(pool.slots[plan.slot.id], waiting.job, plan)
+            lease = self.backends[plan.slot.backend].grant(
+                pool.slots[plan.slot.id],
+                waiting.job,
+                plan,
+                note=waiting.note,
+                came_at=waiting.came_at,
+                n_preempted=waiting.n_preempted,
+            )
         except KeyError:  # a snapshot that the catalog has given up unnoticed
             assert plan.snapshot is not None
             pool.drop_snapshot(plan.snapshot)
@@ -316,8 +324,6 @@ class Scheduler:
             return
         if waiting.patience is not None:
             self.on_prefix_wait(self.now() - waiting.patience.since)
-        lease.note = waiting.note
-        lease.came_at, lease.n_preempted = waiting.came_at, waiting.n_preempted
         lease.note.placed(plan)
         self._give(waiting, lease)
         self._n_changes += 1
@@ -357,7 +363,8 @@ class Scheduler:
 
     def _give(self, waiting: Waiting, lease: Lease) -> None:
         steps_s = lease.plan.cost.steps_s if lease.plan is not None else 0.0
-        lease.charge = self.queue.granted(waiting, steps_s + answer_s(lease.pool, lease.job), self.now())
+        charge = self.queue.granted(waiting, steps_s + answer_s(lease.pool, lease.job), self.now())
+        self.backends[lease.pool.backend].charge(lease, charge)
         waiting.granted.set_result(lease)
 
     def paid(self, charge: Charge | None) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from llamaslot.backend.connect import Met
 from llamaslot.backend.executor import Steps
-from llamaslot.backend.lease import Lease, no_report
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.long_prompt import no_report
 from llamaslot.backend.slot_content import until_idle
 from llamaslot.cache.content import NOTHING
 from llamaslot.errors import OpaquePrompt, Reason
@@ -62,7 +63,7 @@ class Infills:
             if lease.pool is not met.pool:
                 raise OpaquePrompt("llama-server has restarted", Reason.INFILL)  # and may be learned anew
             await self._steps.prepare(lease, no_report)
-            lease.sent()
+            lease.begin_request()
             try:
                 async with asyncio.timeout(_LEARNING_S):
                     known = await self._tried_out(lease, met)
@@ -76,7 +77,7 @@ class Infills:
                 )  # fmt: skip
                 # The slot drains: llama-server may be at work in it.
                 return OpaquePrompt("it took too long", Reason.INFILL)
-            lease.done(None)
+            lease.finish(None)
             return known
 
     async def _tried_out(self, lease: Lease, met: Met) -> Infill | OpaquePrompt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from llamaslot.backend.lease import Lease, Phase
+from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import DRAIN_S
 from llamaslot.fleet.queue import Queue, Waiting, answer_s
@@ -25,8 +25,8 @@ def choose(backends: Iterable[Leases], ordered: Iterable[Waiting], queue: Queue,
     held = [
         its for leases in here for its in leases.leases if its.pool is leases.table and its.slot is not None
     ]
-    closed = [leases for leases in here if leases.is_gate_shut or leases.is_turn_wanted]
-    stoppable = [lease for lease in held if _may_stop(lease, now) and lease.scheduler not in closed]
+    closed = [leases.backend for leases in here if leases.is_gate_shut or leases.is_turn_wanted]
+    stoppable = [lease for lease in held if _may_stop(lease, now) and lease.pool.backend not in closed]
     stops = set[Lease]()
     if stoppable and not any(table.n_idle for table in tables):
         claims = [
@@ -41,7 +41,7 @@ def choose(backends: Iterable[Leases], ordered: Iterable[Waiting], queue: Queue,
         waits_s += [DRAIN_S] * (n_slots - len(held))  # those of clients that have left
         stops = {stoppable[i] for i in chosen(claims, prompts, queue.n_held, waits_s)}
     for lease in held:
-        lease.is_preempted = lease in stops
+        lease.preempt(is_wanted=lease in stops)
 
 
 def _may_stop(lease: Lease, now: float) -> bool:
@@ -53,8 +53,8 @@ def _may_stop(lease: Lease, now: float) -> bool:
 def left_s(lease: Lease, now: float) -> float:
     """Until its slot is given back, by estimate: the rest of its prompt, if that is not through, and of its answer."""
     n = min(lease.n_done, lease.job.n_tokens)
-    prompt_s = 0.0 if lease.is_talking else lease.pool.rates.prefill.seconds(n, lease.job.n_tokens)
-    running_s = now - lease.sent_at if lease.is_talking else 0.0
+    prompt_s = 0.0 if lease.is_decoding else lease.pool.rates.prefill.seconds(n, lease.job.n_tokens)
+    running_s = now - lease.sent_at if lease.is_decoding else 0.0
     return prompt_s + answer_s(lease.pool, lease.job, running_s)
 
 
@@ -66,7 +66,7 @@ def _stoppable(lease: Lease, queue: Queue, now: float) -> Stoppable:
         loss_s = min(loss_s, rates.save_s(n) + rates.restore_s(n))
     if lease.restored is not None:
         loss_s += rates.restore_s(lease.plan.n_reused)
-    if lease.phase is Phase.WORKING:
+    if lease.is_at_work:
         loss_s += rates.interruption.seconds
     is_chosen = lease.is_preempted
     return Stoppable(user, queue.deficit_s(user), loss_s, left_s(lease, now), is_chosen=is_chosen)

@@ -85,7 +85,6 @@ def ask_for_trunk(job: Job, views: Mapping[str, BackendView], makers: Iterable[L
         return False
     due_s = table.rates.prefill.seconds(maker.n_done, n)
     table.expect_trunk(maker.job, n, maker.slot_id, now + due_s)
-    maker.scheduler.bell.ring()
     return True
 
 

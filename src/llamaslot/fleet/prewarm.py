@@ -11,11 +11,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from llamaslot.backend.executor import Steps
-from llamaslot.backend.lease import PlanAgain, no_report
+from llamaslot.backend.lease_states import PlanAgain
+from llamaslot.backend.long_prompt import no_report
 from llamaslot.backend.slot_table import Pool
 from llamaslot.cache.content import Kind
 from llamaslot.cache.ids import head
@@ -177,7 +178,7 @@ class Prewarm:
                 assert lease.plan is not None
                 kept = [i for i, step in enumerate(lease.plan.steps, 1) if isinstance(step, Keep)]
                 if kept:
-                    lease.plan = replace(lease.plan, steps=lease.plan.steps[: kept[0]])
+                    lease.replace_steps(lease.plan.steps[: kept[0]])
                     await self._steps.prepare(lease, no_report)
         except SlotWedged as error:
             self._steps.metrics.wedged.inc()

@@ -16,7 +16,7 @@ from llamaslot.observe.journal import Note
 from llamaslot.scheduling.fairness import Ask, Charge, Fairness, Pauses, Shares, may_take_another
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import Wait
-from llamaslot.scheduling.request import Job, User
+from llamaslot.scheduling.request import Job, Placement, User
 
 _REMEMBER_S = 60.0  # what a user has had too much
 
@@ -78,7 +78,12 @@ class Waiting:
         """Whether any slot would do: it waits for none that llama-server chooses, nor for something in particular, nor
         for another one's turn."""
         is_particular = self.wait is not None and self.wait.for_s is not None and now < self.look_at
-        return not (self.granted.done() or self.job.is_placed_by_server or is_particular or self.is_behind)
+        return not (
+            self.granted.done()
+            or self.job.placement is Placement.SERVER_CHOSEN
+            or is_particular
+            or self.is_behind
+        )
 
     @property
     def ask(self) -> Ask:

@@ -12,7 +12,7 @@ from typing import Any
 from aiohttp import web
 from multidict import CIMultiDict
 
-from llamaslot.backend.lease import Prefilling
+from llamaslot.backend.long_prompt import Prefilling
 from llamaslot.errors import ClientGone, LlamaslotError, NotAllowed, Unauthorized, UpstreamError
 from llamaslot.formats.error_events import ErrorEvents
 from llamaslot.http.deadlines import Timeouts

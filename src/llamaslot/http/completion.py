@@ -18,7 +18,9 @@ from aiohttp import web
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.connect import Met
 from llamaslot.backend.exclusive import Turn
-from llamaslot.backend.lease import Lease, PlanAgain, Preempted, Prefilling, no_report
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.lease_states import PlanAgain, Preempted
+from llamaslot.backend.long_prompt import Prefilling, no_report
 from llamaslot.errors import (
     BackendDown,
     BackendRestarted,
@@ -45,7 +47,7 @@ from llamaslot.http.unassisted import Unassisted
 from llamaslot.http.upstream_errors import check, check_body, in_its_words
 from llamaslot.llama.routes import Format, Route, origin_form
 from llamaslot.llama.sse import Earlier
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Job, Placement
 from llamaslot.tokens.tokenizer import NoPrompt
 
 log = logging.getLogger(__name__)
@@ -152,7 +154,7 @@ class _Exchange:
                     self.backend, self.request, orjson.dumps(self.body), BadRequest(_BEYOND)
                 )
             await check_body(self.backend, self.request, self.asked, want)
-            if want.job.is_steered and (not want.prompts or want.is_head):
+            if want.job.placement is Placement.STEERED and (not want.prompts or want.is_head):
                 if want.is_head:
                     await self._prepare_head(want, met)
                 self.deadlines.answering()  # nobody reads the answer closely enough to tell when it begins
@@ -168,7 +170,7 @@ class _Exchange:
     async def _prepare_head(self, want: Wanted, met: Met) -> None:
         """Have what comes before the first medium in a slot, if it takes long: restored, or computed in turn with what
         others want. llama-server, which will choose the slot, finds it there. Cancelling gives the slot back."""
-        job = replace(want.job, is_steered=False)
+        job = replace(want.job, placement=Placement.PINNED)
         if self.backend.rates.prefill.seconds(0, job.n_tokens) <= met.pool.long_s:
             return
         with await self.backend.scheduler.lease(job) as lease:
@@ -316,7 +318,7 @@ class _Exchange:
                 turn: Turn | None = None
                 if job.n_children:
                     turn = await stack.enter_async_context(self.backend.turns.take(lease, self.down.say))
-                if job.is_steered:
+                if job.placement is Placement.STEERED:
                     self.down.say("waiting for its turn")
                     await self.backend.turns.clear_the_way(lease, here)
                 self.down.say("waiting for llama-server")

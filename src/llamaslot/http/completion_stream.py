@@ -13,24 +13,25 @@ from aiohttp import web
 
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.exclusive import Turn
-from llamaslot.backend.lease import Lease, PlanAgain, Prefilling, SlotWanted
+from llamaslot.backend.feedback import Told
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.lease_states import STOPPED, PlanAgain
+from llamaslot.backend.long_prompt import Prefilling
 from llamaslot.backend.slot_content import is_far_off
 from llamaslot.cache.content import NOTHING, Content
-from llamaslot.errors import JSON_TYPE, Reason, UpstreamError
+from llamaslot.errors import JSON_TYPE, UpstreamError
 from llamaslot.formats.progress import message_start
 from llamaslot.formats.stream_to_json import Assembly, Doubt, can_assemble, streamed
 from llamaslot.http.client_request import Asked
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream
 from llamaslot.http.headers import to_client
-from llamaslot.http.parse import CONVERTED, Wanted
+from llamaslot.http.parse import Wanted
 from llamaslot.http.stream_reader import Reading
 from llamaslot.llama.client import content_type_of
 from llamaslot.llama.sse import Earlier
 from llamaslot.scheduling.plan import Source
 
 log = logging.getLogger(__name__)
-
-_FEW_TOKENS = 8  # at the end of the text before a medium that may tokenize differently in context
 
 
 class InOnePiece(PlanAgain):
@@ -69,7 +70,7 @@ class Answering:
         if before is None:
             in_all = here
         else:  # without a prefill here: what it finds of its own work was not reused
-            n = self.lease.n_expected
+            n = self.lease.forecast.n_expected
             in_all = before.then(here if here is not None else Earlier(n, n, 0.0))
         n_answers = 1 + self.want.job.n_children
         return replace(in_all, n_answers=n_answers) if in_all is not None else None
@@ -103,7 +104,7 @@ class Answering:
         may_stop = self._is_one_prompt and not self.want.is_head  # its slot's content is known at any time
         while (events := await self._next_or_stop(sent, can_stop=is_looked_at and may_stop)) is not None:
             if reading.has_token or reading.is_over or reading.has_failed:
-                self.lease.talks()
+                self.lease.mark_decoding()
                 self._first = events
                 return
             if reading.n_found is not None:
@@ -113,7 +114,7 @@ class Answering:
                     self._holds_prompt()
                     await self._tell_reuse()
                 is_looked_at = True
-                self.lease.n_done = reading.n_processed
+                self.lease.set_progress(reading.n_processed)
                 n_reused = self.earlier.n_reused if self.earlier is not None else reading.n_found
                 self.down.note(Prefilling(reading.n_processed, self.want.job.n_tokens, n_reused, 0.0))
             may_stop = may_stop and not events  # told twice, the beginning of an answer confuses its client
@@ -125,15 +126,13 @@ class Answering:
     async def _next_or_stop(self, sent: contextlib.AsyncExitStack, *, can_stop: bool) -> list[bytes] | None:
         """As ``_next``; with ``can_stop`` raises Preempted instead, when the slot is wanted for another user."""
         if not can_stop:
-            self.lease.can_stop = False
+            self.lease.forbid_preemption()
             return await self._next()
-        try:
-            return await self.lease.unless_preempted(self._next())
-        except SlotWanted:
-            pass
+        if (events := await self.lease.unless_preempted(self._next())) is not STOPPED:
+            return events
         assert self._reading.n_found is not None, "only what has begun can be stopped"
         done = await self._stopped(sent, self._reading.n_found, is_misplaced=False)
-        self.lease.yield_slot(done)
+        self.lease.raise_if_preempted(done)
         raise PlanAgain(done)  # nobody wants the slot any more; but it has stopped
 
     async def _stopped(self, sent: contextlib.AsyncExitStack, n_found: int, *, is_misplaced: bool) -> Earlier:
@@ -149,7 +148,7 @@ class Answering:
         try:
             return await self._reading.next()
         except UpstreamError:
-            self.lease.done(None)
+            self.lease.finish(None)
             raise
 
     @property
@@ -170,7 +169,7 @@ class Answering:
     def _n_reused_or_expected(self) -> int:
         if (n_reused := self.n_reused) is not None:
             return n_reused
-        return self.earlier.n_reused if self.earlier is not None else self.lease.n_expected
+        return self.earlier.n_reused if self.earlier is not None else self.lease.forecast.n_expected
 
     async def _tell_reuse(self, *, at_last: bool = False) -> None:
         """Say what was reused once llama-server has, in headers, or in a stream's comments where these have gone.
@@ -187,7 +186,7 @@ class Answering:
         await self.down.write(self.down.add_headers(told))
 
     def _message_start(self) -> bytes:
-        n_reused = self.earlier.n_reused if self.earlier is not None else self.lease.n_expected
+        n_reused = self.earlier.n_reused if self.earlier is not None else self.lease.forecast.n_expected
         return message_start(self.asked.id, self.asked.body, self.want.job.n_tokens, n_reused)
 
     def _body(self) -> dict[str, Any]:
@@ -208,9 +207,9 @@ class Answering:
         body = {**body, "id_slot": lease.slot_id}
         if self.asked.may_set("cache_prompt"):
             body["cache_prompt"] = may_reuse
-        lease.sent()
+        lease.begin_request()
         upstream = await stack.enter_async_context(self.asked.post(body))
-        lease.started()
+        lease.mark_processing()
         if upstream.status == 200:
             return upstream
         payload = await upstream.read()
@@ -229,7 +228,7 @@ class Answering:
         """Whether the slot holds much less of the one prompt than was expected."""
         if not self._is_one_prompt:
             return False
-        n_expected = self.here.n_tokens if self.here is not None else self.lease.n_expected
+        n_expected = self.here.n_tokens if self.here is not None else self.lease.forecast.n_expected
         return is_far_off(self.lease, n_expected, n_found)
 
     # -- the answer ----------------------------------------------------------------------------------------------
@@ -256,7 +255,7 @@ class Answering:
     def _holds_prompt(self) -> None:
         before = self.lease.content or NOTHING
         holds = replace(before, tokens=self.want.left_in_slot, is_exact=False, is_dirty=True, has_media=False)
-        self.lease.begun(self._with_media(holds, before) if self.want.is_head else holds)
+        self.lease.confirm(self._with_media(holds, before) if self.want.is_head else holds)
 
     @staticmethod
     def _with_media(holds: Content, before: Content) -> Content:
@@ -328,53 +327,44 @@ class Answering:
         """Note what the slot holds now, and give it back. Idempotent."""
         if self.lease.is_released:
             return
-        want, timings = self.want, self._reading.timings
-        n_found = self._reading.n_reused
+        want, n_found = self.want, self._reading.n_reused
         if self._reading.has_failed:
-            self.lease.done(None)
+            self.lease.finish(None)
             self.lease.release()
             return
-        n_answer = int(timings.get("predicted_n", 0)) if timings else self._reading.n_predicted
-        n_answer = n_answer if len(want.prompts) == 1 and not want.is_head else 0
-        if want.is_head:
-            self._check_head(n_found)
-            n_found = min(n_found, want.prompts[0].n_tokens) if n_found is not None else None
-        before = self.lease.content or NOTHING
-        self.backend.steps.settle(self.lease, n_found, self.here, want.left_in_slot, n_answer)
+        told, before = self._told(n_found), self.lease.content or NOTHING
+        if want.is_head and self.here is not None and n_found is not None:
+            self.backend.token_counts.compare_head(self.asked.kind, self.here.n_tokens, n_found)
+        self.backend.steps.settle(self.lease, told, self.here, want.left_in_slot)
         if want.is_head and self.lease.content is not None:
-            self.lease.content = self._with_media(self.lease.content, before)
+            self.lease.set_content(self._with_media(self.lease.content, before))
         self.lease.release()
+        if told.n_prompt is not None:
+            prompt = want.prompts[0]
+            self.backend.token_counts.compare(self.asked.kind, self.asked.body, prompt, told.n_prompt)
+
+    def _told(self, n_found: int | None) -> Told:
+        """What is to be learned from; of several prompts, or one that is known up to a medium only, no more than what
+        was found in the slot."""
+        want, reading, timings = self.want, self._reading, self._reading.timings
+        if want.is_head and n_found is not None:
+            n_found = min(n_found, want.prompts[0].n_tokens)
         if len(want.prompts) != 1 or want.is_head:
-            return
-        if timings and n_found is not None:
-            self._learn(timings, n_found)
-        elif self._reading.n_prompt is not None:
-            self._confirm(self._reading.n_prompt)
-
-    def _check_head(self, n_found: int | None) -> None:
-        """What was computed ahead of a medium must have been found, all but what the end of a text may cost."""
-        if self.here is not None and n_found is not None and n_found < self.here.n_tokens - _FEW_TOKENS:
-            self.backend.unrecognized.count(self.asked.kind, Reason.TEMPLATE)
-
-    def _learn(self, timings: dict[str, Any], n_found: int) -> None:
-        rates, n_total = self.backend.rates, n_found + int(timings["prompt_n"])
-        self._confirm(n_total)
-        if self.here is None and n_total - n_found > 1:
-            rates.prefill.observe(n_found, n_total, float(timings["prompt_ms"]) / 1000)
-        if n_predicted := int(timings.get("predicted_n", 0)):
-            rates.answer.observe(n_predicted, float(timings["predicted_ms"]) / 1000)
-
-    def _confirm(self, n_total: int) -> None:
-        """llama-server has counted ``n_total`` tokens in the prompt. Where these are others than were thought, and that
-        is no matter of cuts, bodies of this shape are no more taken for known."""
-        backend, kind, prompt = self.backend, self.asked.kind, self.want.prompts[0]
-        if backend.prompts.confirm(prompt, n_total):
-            return
-        backend.unrecognized.count(kind, Reason.MISCOUNTED)
-        if kind == "infill":
-            backend.infills.miscounted()
-        elif kind in CONVERTED and prompt.whole:
-            backend.shapes.learn(self.asked.body, is_right=False)
+            return Told(n_found)
+        if not timings:
+            return Told(n_found, reading.n_prompt, n_predicted=reading.n_predicted)
+        n_predicted = int(timings.get("predicted_n", 0))
+        if n_found is None:
+            return Told(None, reading.n_prompt, n_predicted=n_predicted)
+        n_computed = int(timings["prompt_n"])
+        return Told(
+            n_found,
+            n_found + n_computed,
+            n_computed,
+            float(timings["prompt_ms"]) / 1000,
+            n_predicted,
+            float(timings["predicted_ms"]) / 1000 if n_predicted else None,
+        )
 
     def _log(self) -> None:
         """One line per answer: where it ran, what was reused, and how long the client waited."""

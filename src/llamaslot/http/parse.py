@@ -6,7 +6,7 @@ import itertools
 import re
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import orjson
 
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.connect import Met
+from llamaslot.backend.feedback import CONVERTED
 from llamaslot.backend.lease import Lease
 from llamaslot.cache.ids import common, head
 from llamaslot.cache.reuse import Memory
@@ -22,7 +23,7 @@ from llamaslot.formats import messages, responses
 from llamaslot.llama.dry_run import DryRun, dry_run
 from llamaslot.llama.routes import Format
 from llamaslot.scheduling.plan import Keep, PrefillTo, Source
-from llamaslot.scheduling.request import Job, User
+from llamaslot.scheduling.request import Job, Placement, User
 from llamaslot.tokens import media
 from llamaslot.tokens.tokenizer import NoPrompt, Prompt, listed
 
@@ -89,8 +90,6 @@ def lora_of(body: Mapping[str, Any]) -> str:
 
 
 _PLAIN: tuple[Format, ...] = ("openai-completion", "native-completion")
-#: llama-server makes a chat of these; so does llamaslot, and may be wrong.
-CONVERTED: tuple[Format, ...] = ("messages", "responses")
 
 
 async def wanted(
@@ -128,7 +127,7 @@ async def wanted(
         space=pool.rules.space(user, lora_of(heard)),
         max_tokens=max_tokens(body),
         n_children=n - 1,
-        is_steered=kind == "messages",
+        placement=Placement.STEERED if kind == "messages" else Placement.PINNED,
     )
     is_beyond_server = said.is_refused or n > len(pool.slots)
     n_prompts = len(said.prompts) or (len(listed(body.get("prompt"))) if kind in _PLAIN else 1)
@@ -218,7 +217,7 @@ def keep_what_follows(lease: Lease) -> None:
         return
     if common(content.tokens, lease.job.tokens) >= lease.job.n_tokens - 1:
         steps = tuple(step for step in plan.steps if not isinstance(step, PrefillTo | Keep))
-        lease.plan = replace(plan, steps=steps)
+        lease.replace_steps(steps)
 
 
 def max_tokens(body: Mapping[str, Any]) -> int | None:

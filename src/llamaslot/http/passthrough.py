@@ -13,7 +13,8 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from llamaslot.backend.backend import Backend
-from llamaslot.backend.lease import Lease, no_report
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.long_prompt import no_report
 from llamaslot.cache.content import Content
 from llamaslot.errors import BackendDown, BackendRestarted, BadRequest, DeadlinePassed
 from llamaslot.http.auth import user_of
@@ -27,7 +28,7 @@ from llamaslot.http.request_body import Upload, Uploads
 from llamaslot.http.rewriting import SystemPrompts
 from llamaslot.http.unassisted import Unassisted
 from llamaslot.llama.routes import Route, origin_form
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Job, Placement
 
 _CHANGES_MODEL = ("/lora-adapters", "/models")
 
@@ -124,7 +125,7 @@ class Passthrough:
         self, request: web.Request, raw: bytes, id_: str, head: bytes, *, is_watched: bool
     ) -> web.StreamResponse:
         user = user_of(request)
-        job = Job(id_, is_placed_by_server=True, user=user, space=self._backend.rules.space(user))
+        job = Job(id_, placement=Placement.SERVER_CHOSEN, user=user, space=self._backend.rules.space(user))
         left = Content(head, is_exact=False, space=job.space, has_media=True) if head else None
         with await self._backend.scheduler.lease(job) as lease:
             if not lease.pool.is_assisted:
@@ -136,7 +137,7 @@ class Passthrough:
                 watchdog.kept(self._backend.tasks),
                 self._upstream(request, raw, to_server(request)) as upstream,
             ):
-                return await relay(request, upstream, {"x-request-id": id_}, turn.settle, lease.talks)
+                return await relay(request, upstream, {"x-request-id": id_}, turn.settle, lease.mark_decoding)
 
     async def _how_far(self, lease: Lease) -> object:
         """What is in the slots in which llama-server works for the job of ``lease``; None while it waits for one."""

@@ -8,7 +8,8 @@ import orjson
 from aiohttp import web
 
 from llamaslot.backend.backend import Backend
-from llamaslot.backend.lease import Lease, PlanAgain
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.lease_states import PlanAgain
 from llamaslot.backend.slot_content import until_idle
 from llamaslot.cache.content import NOTHING
 from llamaslot.errors import BackendDown, BadRequest, LlamaslotError, Reason, UpstreamError
@@ -18,6 +19,7 @@ from llamaslot.http.parse import Wanted
 from llamaslot.llama.client import IS_NOT_OFFERED, QUICK_S, content_type_of
 from llamaslot.llama.dry_run import Verdict
 from llamaslot.llama.routes import Format, origin_form
+from llamaslot.scheduling.request import Placement
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ async def check(backend: Backend, request: web.Request, asked: Asked, want: Want
     """
     plan, job, pool = lease.plan, lease.job, lease.pool
     assert plan is not None
-    is_steered_past = job.is_steered and bool(pool.rivals(job, lease.slot_id))
+    is_steered_past = job.placement is Placement.STEERED and bool(pool.rivals(job, lease.slot_id))
     if not (plan.steps or job.n_children or is_steered_past):
         return
     worth_s = (
@@ -75,7 +77,7 @@ async def check(backend: Backend, request: web.Request, asked: Asked, want: Want
     lora = lease.content.space.lora if lease.content is not None else ""
     run = want.dry_run()
     verdict = await backend.dry_runs.ask(run, lease.slot_id, n_ctx=pool.n_ctx, lora=lora, worth_s=worth_s)
-    lease.still_holds()
+    lease.check_current()
     if verdict in (Verdict.TAKEN, Verdict.UNSURE):
         return
     if verdict is Verdict.REFUSED:
@@ -119,7 +121,7 @@ async def _answer_to(backend: Backend, asked: Asked, lease: Lease) -> UpstreamEr
         body["stream"] = True
         if asked.may_set("return_progress"):
             body["return_progress"] = True
-    lease.sent()
+    lease.begin_request()
     async with asked.post(body) as upstream:
         if upstream.status < 400:
             return None
@@ -131,4 +133,4 @@ async def _answer_to(backend: Backend, asked: Asked, lease: Lease) -> UpstreamEr
 async def _stopped(backend: Backend, lease: Lease) -> None:
     """It runs in the slot, and nobody waits for it any more; what it leaves there nobody needs."""
     await until_idle(backend.api, lease, NOTHING, backend.now)
-    lease.done(None)
+    lease.finish(None)

@@ -25,7 +25,7 @@ from llamaslot.scheduling.plan import (
     Wait,
 )
 from llamaslot.scheduling.prefill_policy import Sharing
-from llamaslot.scheduling.request import Job, User
+from llamaslot.scheduling.request import Job, Placement, User
 from llamaslot.scheduling.slots import SlotKey, State
 
 PrefillSeconds = Callable[[int, int], float]
@@ -343,14 +343,14 @@ def prefill_stops(job: Job, n_reused: int, view: BackendView, rules: Rules) -> l
     recurrent model its last checkpoint. A job that is steered needs a slot that shares all but that one.
     """
     last, long_s = job.n_tokens - 1, rules.long_s(view.request_s)
-    if last <= 0 or not (job.is_steered or view.prefill_s(n_reused, last) > long_s):
+    if last <= 0 or not (job.placement is Placement.STEERED or view.prefill_s(n_reused, last) > long_s):
         return []
     stops, begin, worth_s = list[int](), n_reused, _worth_s(view.request_s)
     for at in job.boundaries:
         if begin + _FEW_TOKENS <= at < last and view.prefill_s(begin, at) > worth_s:
             stops.append(at)
             begin = at
-    is_end = job.is_steered or not stops or view.prefill_s(begin, last) > long_s
+    is_end = job.placement is Placement.STEERED or not stops or view.prefill_s(begin, last) > long_s
     return [*stops, last] if is_end else stops
 
 

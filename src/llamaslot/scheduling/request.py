@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from llamaslot.cache.content import Content
@@ -26,6 +27,14 @@ class User:
 NOBODY = User("")  # llamaslot itself
 
 
+class Placement(enum.Enum):
+    """Who decides in which slot a request runs."""
+
+    PINNED = "pinned"  # llamaslot: the request names its slot
+    STEERED = "steered"  # llama-server, which takes the slot that was prepared, for it shares most
+    SERVER_CHOSEN = "server chosen"  # llama-server, and llamaslot does not know which it will be
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One request that wants a slot. ``tokens`` is empty when they are not known (a body llamaslot cannot read).
@@ -34,9 +43,7 @@ class Job:
     system part and tools, with which other conversations begin too; 0 when that is not known.
     ``is_cold``: nothing cached may be used (``cache_prompt`` false). ``user``: who asks. ``space``: what it computes is
     found from there only. ``max_tokens``: of its answer, where it says so.
-    ``n_children``: further slots that llama-server takes for ``n`` > 1.
-    ``is_placed_by_server``: llama-server chooses the slot, whichever that is. ``is_steered``: it chooses the slot, and
-    that is the one that was prepared, for it shares most.
+    ``n_children``: further slots that llama-server takes for ``n`` > 1, of its own choice.
     ``is_prewarm``: it is here to make the trunk of ``n_system`` tokens, which is kept for good.
     """
 
@@ -46,8 +53,7 @@ class Job:
     n_system: int = 0
     is_cold: bool = False
     n_children: int = 0
-    is_placed_by_server: bool = False
-    is_steered: bool = False
+    placement: Placement = Placement.PINNED
     is_prewarm: bool = False
     user: User = NOBODY
     max_tokens: int | None = None
@@ -70,8 +76,8 @@ class Job:
 
     @property
     def is_exclusive(self) -> bool:
-        """Whether llama-server will choose slots by itself, so that nobody may be between two steps."""
-        return self.is_placed_by_server or self.n_children > 0
+        """Whether llama-server will choose any idle slots, so that no other request may be between two steps."""
+        return self.placement is Placement.SERVER_CHOSEN or self.n_children > 0
 
     def __repr__(self) -> str:
         return f"<Job {self.id} {self.n_tokens} tok>"
