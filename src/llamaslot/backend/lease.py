@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -109,7 +109,8 @@ class Lease:
         self.restored: Snapshot | None = None
         self.forecast = NO_REUSE
         self._held = ExitStack()
-        self._held.enter_context(pin or nullcontext())  # first: it is what may fail
+        if pin is not None:
+            self._held.enter_context(pin)  # first: it is what may fail
         # What its plan saves first, found by others until the snapshot is there.
         self._leaving = None
         if slot is not None:
@@ -147,8 +148,7 @@ class Lease:
     @property
     def slot_name(self) -> str:
         """Of its slot, as log lines name it: ``<backend>/<number>``."""
-        assert self.slot is not None, "it has no slot of its own"
-        return self.slot.name
+        return str(self.slot_key)
 
     @property
     def is_released(self) -> bool:
@@ -282,7 +282,7 @@ class Lease:
     def plan_prefill(self, *, is_long: bool) -> None:
         """Its slot actions are over: what is to be computed ahead of its request is long, or not."""
         if not is_long:
-            self._leave_line(LongPrefill.NONE)
+            self.end_prefill()
         elif self._long_prefill is LongPrefill.NONE:
             self._long_prefill = LongPrefill.WAITING
 
@@ -295,8 +295,8 @@ class Lease:
         self._leave_line(LongPrefill.NONE)
 
     def _leave_line(self, after: LongPrefill) -> None:
-        was_waiting, self._long_prefill = self._long_prefill is LongPrefill.WAITING, after
-        if was_waiting:
+        before, self._long_prefill = self._long_prefill, after
+        if before is LongPrefill.WAITING:
             self._owner.on_look_again(self)
 
     def begin_prefill(self) -> None:
@@ -400,17 +400,12 @@ class Lease:
         """The result of ``work``. When it is preempted meanwhile, ``work`` is cancelled and STOPPED returned. Canceling
         this cancels ``work``."""
         loop, limit = asyncio.get_running_loop(), asyncio.timeout(None)
-
-        def stop() -> None:
-            if not limit.expired():
-                limit.reschedule(loop.time())
-
         self.allow_preemption()
         try:
             async with limit:
-                self._stop = stop
+                self._stop = lambda: None if limit.expired() else limit.reschedule(loop.time())
                 if self.is_preempted:
-                    stop()
+                    self._stop()
                 return await work
         except TimeoutError:
             if not limit.expired():
