@@ -117,6 +117,12 @@ def test_the_glossary_is_short_and_sorted() -> None:
     assert terms() == sorted(terms(), key=str.lower)
 
 
+def test_every_term_is_linked_from_a_page() -> None:
+    """No reader finds a term that no page links to."""
+    linked = {term for where in PAGES if where != GLOSSARY for term in glossary_links(where)}
+    assert anchors(GLOSSARY.read_text()) - linked == {"glossary"}
+
+
 @pytest.mark.parametrize("where", [page for page in PAGES if page != GLOSSARY], ids=name_of)
 def test_a_page_links_each_term_once(where: Path) -> None:
     """Where it is first used."""
