@@ -97,6 +97,18 @@ def test_every_page_is_reached_from_the_readme() -> None:
     assert set(PAGES) <= reached
 
 
+# --- length
+
+
+def test_the_pages_stay_short() -> None:
+    """The README is read in four minutes. What is added to the other pages takes the place of something else."""
+    words = {
+        name_of(where): len(where.read_text().split()) for where in PAGES if where.name != "CHANGELOG.md"
+    }
+    assert words["README.md"] <= 1100
+    assert sum(words.values()) <= 26_500
+
+
 # --- the glossary
 
 GLOSSARY = REPOSITORY / "docs/glossary.md"
