@@ -11,7 +11,18 @@ import pytest
 
 from tests.support.answers import Answer
 from tests.support.fake_model import FakeModel
-from tests.support.inprocess import CHAT, NATIVE, Served, Settings, letters, of_kind, right, served, spawn
+from tests.support.inprocess import (
+    CHAT,
+    NATIVE,
+    Served,
+    Settings,
+    letters,
+    line_with,
+    of_kind,
+    right,
+    served,
+    spawn,
+)
 
 MESSAGES = "/v1/messages"
 PER_USER: Settings = {"cache": {"isolation": "per_user"}}
@@ -50,6 +61,19 @@ async def test_not_even_where_both_must_use_the_same_slot(tmp_path: Path) -> Non
         anna = await ask_as(it, "anna", text + " and more")
         assert (anna.source, reused(anna)) == ("snapshot", 600)
         assert len(it.files()) == 2
+
+
+async def test_a_slot_that_is_only_erased_is_told_as_that(tmp_path: Path) -> None:
+    """``: clearing slot``, for nothing is restored into it."""
+    settings = {**PER_USER, "stream": {"keepalive_s": 0.02}}
+    async with served(tmp_path, settings, slots=1) as it:
+        await ask_as(it, "anna", letters(1, 600))
+        hang = it.fake.faults.hang("erase")
+        asked = {"json": {"prompt": letters(2, 600), "n_predict": 4, "stream": True}}
+        async with it.session.post(it.url + NATIVE, headers={"x-llamaslot-user": "bert"}, **asked) as stream:
+            await line_with(stream, ": clearing slot")
+            hang.release()
+            await line_with(stream, '"stop":true')
 
 
 @pytest.mark.parametrize("backend", [{}, {"slot_save_path": None}], ids=["to save in", "to no end"])

@@ -23,6 +23,7 @@ from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import common
 from llamaslot.cache.namespaces import SHARED
 from llamaslot.errors import BackendRestarted, LlamaslotError, SlotNotEmptied, UpstreamError
+from llamaslot.formats.comments import Comment
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.replies import SlotInfo
 from llamaslot.llama.sse import Earlier
@@ -158,7 +159,7 @@ class Turns:
         far as that is known. Cancelling is safe: what is leased is given back. Raises BackendRestarted, and
         SlotNotEmptied as ``_empty`` does.
         """
-        report("waiting for its turn")
+        report(Comment.WAITING_FOR_TURN)
         others: list[Lease] = []
         turn: Turn | None = None
         lease.begin_wait()

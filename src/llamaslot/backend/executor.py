@@ -21,6 +21,7 @@ from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import common
 from llamaslot.cache.reuse import ReuseForecast, goes_on_behind, usable
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError
+from llamaslot.formats.comments import Comment
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.sse import Earlier
 from llamaslot.observe.journal import Act
@@ -89,13 +90,14 @@ class Steps:
 
     async def _prepare(self, lease: Lease, plan: Plan, report: Report, may_replan: bool) -> Earlier | None:
         prefills: list[PrefillTo | Keep] = []
+        restored = {step.slot for step in plan.steps if isinstance(step, Restore)}
         for step in plan.steps:
             match step:
                 case PrefillTo() | Keep():
                     prefills.append(step)
                 case Save() | Erase() | Restore():
                     lease.raise_if_preempted(None)
-                    report(_SAYS[type(step)])
+                    report(_comment(step, is_restored=step.slot in restored))
                     if not await self._carry_out(lease, self._act(lease, step)):
                         self.metrics.steps_failed.labels(type(step).__name__.lower()).inc()
                 case _:
@@ -276,4 +278,8 @@ async def _outcome(action: Coroutine[Any, Any, T]) -> T | LlamaslotError:
         return error
 
 
-_SAYS: dict[type[Save | Erase | Restore], str] = {Save: "saving", Erase: "restoring", Restore: "restoring"}
+def _comment(step: Save | Erase | Restore, *, is_restored: bool) -> Comment:
+    """What the client is told of a step. ``is_restored``: the plan restores a snapshot into the slot of this step."""
+    if isinstance(step, Save):
+        return Comment.SAVING
+    return Comment.RESTORING if is_restored else Comment.CLEARING

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llamaslot.backend.lease import Lease
+from llamaslot.formats.comments import Comment
 from llamaslot.llama.sse import Earlier
 
 
@@ -21,7 +22,7 @@ class Prefilling:
     seconds: float
 
     def __str__(self) -> str:
-        return f"prefill {self.n_done} of {self.n_tokens}"
+        return Comment.PREFILL.format(n_done=self.n_done, n_tokens=self.n_tokens)
 
 
 Report = Callable[[object], None]  # what happens now: a text, or what has one

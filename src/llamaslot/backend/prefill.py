@@ -27,6 +27,7 @@ from llamaslot.cache.content import NOTHING
 from llamaslot.cache.ids import head
 from llamaslot.cache.reuse import Memory
 from llamaslot.errors import UpstreamError
+from llamaslot.formats.comments import Comment
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.replies import Progress
 from llamaslot.llama.sse import Earlier
@@ -101,7 +102,7 @@ class Prefills:
             while True:
                 lease.raise_if_preempted(long.so_far)
                 if long.has_begun and self._is_trunk_due(long):
-                    report("saving")
+                    report(Comment.SAVING)
                     long.is_keeping = True
                     await keep(lease, long.at)
                     long.is_keeping = False
@@ -131,7 +132,7 @@ class Prefills:
         while (waits := self._waits(long)) is not None:
             why, seconds = waits
             if why is not _Why.STREAMS and not long.has_begun:
-                long.report(f"waiting to prefill {lease.job.n_tokens} tokens")
+                long.report(Comment.WAITING_TO_PREFILL.format(n_tokens=lease.job.n_tokens))
             since, first = self.now(), self._first(long) if why is _Why.FIRST else []
             await self._bell.heard(seconds)
             self._time.took(first, self.now() - since, self._users_waiting())

@@ -12,6 +12,7 @@ from llamaslot.backend.lease import Lease
 from llamaslot.backend.slot_table import Pool
 from llamaslot.errors import QueueFull, TooManyRequests
 from llamaslot.fleet.prefix_sharing import Patience
+from llamaslot.formats.comments import Comment
 from llamaslot.observe.journal import Note
 from llamaslot.scheduling.fairness import Ask, Charge, Fairness, Pauses, Shares, may_take_another
 from llamaslot.scheduling.placement import Rules
@@ -97,7 +98,7 @@ class QueuePosition:
     position: Callable[[], int]
 
     def __str__(self) -> str:
-        return f"queued {self.position()}"
+        return Comment.QUEUED.format(position=self.position())
 
 
 @dataclass(slots=True)

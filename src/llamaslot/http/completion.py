@@ -30,6 +30,7 @@ from llamaslot.errors import (
     SlotWedged,
 )
 from llamaslot.fleet.queue import QueuePosition
+from llamaslot.formats.comments import Comment
 from llamaslot.formats.progress import TELLS_PROGRESS, progress_event
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_request import Asked
@@ -319,9 +320,9 @@ class _Exchange:
                 if job.n_children:
                     turn = await stack.enter_async_context(self.backend.turns.take(lease, self.down.say))
                 if job.placement is Placement.STEERED:
-                    self.down.say("waiting for its turn")
+                    self.down.say(Comment.WAITING_FOR_TURN)
                     await self.backend.turns.clear_the_way(lease, here)
-                self.down.say("waiting for llama-server")
+                self.down.say(Comment.WAITING_FOR_SERVER)
                 answering = Answering(
                     self.backend, self.down, self.asked, want, lease, here, before, turn,
                     in_one_piece=self.in_one_piece,

@@ -21,6 +21,7 @@ from llamaslot.backend.backend import Backend
 from llamaslot.backend.lease import Lease
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, UpstreamError
 from llamaslot.fleet.queue import QueuePosition
+from llamaslot.formats.comments import Comment
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream, StreamRules
 from llamaslot.http.deadlines import Deadlines
@@ -88,7 +89,7 @@ class Unassisted:
                 lease = stack.enter_context(await self._lease(job, down))
                 self._backend.metrics.queue_s.observe(time.monotonic() - began)
                 lease.note.rewrote(rewrote(request))
-                down.say("waiting for llama-server")
+                down.say(Comment.WAITING_FOR_SERVER)
                 if not down.is_streaming:
                     deadlines.answering()  # in one piece: nobody knows when it begins
                 upstream = await stack.enter_async_context(
