@@ -13,6 +13,7 @@ import click
 import pytest
 
 from llamaslot import cli
+from llamaslot.backend.lease_states import NEXT as LEASE_NEXT
 from llamaslot.config.load import Config
 from llamaslot.http.admin import Status
 from llamaslot.http.app import make_backend
@@ -365,6 +366,13 @@ def test_the_table_of_transitions_is_the_codes() -> None:
         if len(row) == 4
     }
     assert told == {(state.name, event.name, after.name) for (state, event), after in NEXT.items()}
+
+
+def test_the_states_of_a_lease_are_the_codes() -> None:
+    """docs/how-it-works.md shows where each leads to."""
+    table = rows(section(page("docs/how-it-works.md"), "Leases"))
+    told = {(in_code(row[0])[0], name) for row in table for name in in_code(row[2])}
+    assert told == {(state.name, after.name) for (state, _), after in LEASE_NEXT.items()}
 
 
 def test_every_module_is_in_the_table() -> None:
