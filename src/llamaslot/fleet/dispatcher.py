@@ -203,7 +203,10 @@ class Scheduler:
         open_ = self._open()
         look = _Look(_n_idle(open_))
         ordered = self.queue.ordered()
+        is_assisted = any(leases.table is not None and leases.table.is_assisted for leases in open_)
         for waiting in ordered if open_ else ():
+            if is_assisted and look.is_short and not look.n_idle:
+                break  # none gets anything behind one that waits for any slot at all
             # At most one exclusive job at a time on each backend.
             here = [its for its in open_ if its.turn is None] if waiting.job.is_exclusive else open_
             if here and not waiting.granted.done():

@@ -62,6 +62,7 @@ class Waiting:
     n_seen: int = -1  # changes that it has seen
     look_at: float = 0.0  # when that has to be thought over in any case
     pause_s: float | None = None  # for how long its user was away before
+    _ask: Ask | None = None  # until that changes
 
     @property
     def n_slots(self) -> int:
@@ -88,7 +89,16 @@ class Waiting:
 
     @property
     def ask(self) -> Ask:
-        return Ask(self.job.user.id, self.cost_s, self.is_side, self.passed_s, self.passed_by)
+        """As fairness sees it: put together once, for all who wait are put in order at each look."""
+        if self._ask is None:
+            self._ask = Ask(self.job.user.id, self.cost_s, self.is_side, self.passed_s, self.passed_by)
+        return self._ask
+
+    def passed(self, user: str, seconds: float) -> None:
+        """A side request of ``user`` that came later has got a slot for ``seconds``."""
+        self.passed_s += seconds
+        self.passed_by[user] = self.passed_by.get(user, 0.0) + seconds
+        self._ask = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,8 +290,7 @@ class Queue:
         if waiting.is_side:
             for other in self._waiting:
                 if not other.is_side and other.came_at <= waiting.came_at:
-                    other.passed_s += cost_s
-                    other.passed_by[user] = other.passed_by.get(user, 0.0) + cost_s
+                    other.passed(user, cost_s)
         if not user:
             return None
         idle = self._here(now) - self._n_waiting.keys()
