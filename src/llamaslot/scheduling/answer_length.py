@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import deque
+from itertools import accumulate
 from typing import Any
 
 from llamaslot.scheduling.json_numbers import counts, positive, within
@@ -28,6 +30,8 @@ class AnswerLength:
         self.n_tokens, self.tokens_per_s = n_tokens, tokens_per_s
         self.n_samples = 0
         self._last: deque[int] = deque(maxlen=self.KEPT)
+        # The same in ascending order, and for each the sum of it and all longer ones; until another is observed.
+        self._ranked: tuple[list[int], list[int]] | None = None
 
     def __repr__(self) -> str:
         return f"<AnswerLength {self.n_tokens:.0f} tok at {self.tokens_per_s:.1f} tok/s>"
@@ -40,6 +44,7 @@ class AnswerLength:
         gain = max(self.GAIN, 1 / (self.n_samples + 1))
         self.n_tokens += gain * (min(n_tokens, 5 * self.n_tokens) - self.n_tokens)
         self._last.append(min(n_tokens, int(self.LENGTHS[1])))
+        self._ranked = None
         if n_tokens >= 8 and seconds > 1e-4 * n_tokens:
             clip = max(math.log(3), math.log(100) / self.n_samples)
             off = min(max(math.log(n_tokens / seconds / self.tokens_per_s), -clip), clip)
@@ -48,9 +53,14 @@ class AnswerLength:
     def seconds_left(self, running_s: float, max_tokens: int | None = None) -> float:
         """Seconds until an answer ends that has been decoded for ``running_s``. ``max_tokens``: it ends there."""
         n_done = max(running_s, 0.0) * self.tokens_per_s
-        left = [n_tokens - n_done for n_tokens in self._last if n_tokens > n_done]
+        if self._ranked is None:
+            ranked = sorted(self._last)
+            self._ranked = ranked, list(accumulate(reversed(ranked)))[::-1]
+        ranked, sums = self._ranked
+        n_longer = len(ranked) - bisect_right(ranked, n_done)
+        left = sums[-n_longer] - n_longer * n_done if n_longer else 0.0
         usual = max(self.n_tokens - n_done, self.n_tokens * self.LEAST, n_done / 2)
-        n_left = (sum(left) + self.PRIOR * usual) / (len(left) + self.PRIOR)
+        n_left = (left + self.PRIOR * usual) / (n_longer + self.PRIOR)
         if max_tokens is not None:
             n_left = min(n_left, max(max_tokens - n_done, 0.0))
         return n_left / self.tokens_per_s
