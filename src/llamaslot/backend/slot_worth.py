@@ -77,7 +77,7 @@ class SlotWorth:
         about, small = self.rates.about(), self.rules.small_prompt_tokens
         strangers = list[Stranger]()
         for slot in self.slots:
-            if slot.is_idle and slot.id not in near and slot.key not in reserved:
+            if slot.is_idle and slot.id not in near and not (reserved and slot.key in reserved):
                 worth = self._worth(slot, about)
                 loss_s = worth.save_s + worth.regret_s * weight(now - slot.used_at)
                 is_loss = worth.regret_s > 0 and worth.n_tokens >= small

@@ -124,8 +124,9 @@ class Rules:
         return PUBLIC if self.is_isolated else SHARED
 
 
-@dataclass(frozen=True, slots=True)
-class _Choice:
+class _Choice(NamedTuple):
+    """A tuple, made in a quarter of the time: each placement makes dozens."""
+
     view: BackendView
     slot: SlotView
     source: Source
