@@ -258,20 +258,24 @@ class _Exchange:
     async def _serve(self, want: Wanted, met: Met) -> web.StreamResponse:
         """Until a place was what it was taken for."""
         before: Earlier | None = None
-        n_before, last, preempted = 0, None, None
+        last: PlanAgain | InOnePiece | None = None
+        n_before, preempted = 0, None
         while True:
             try:
-                return await self._serve_at_a_place(want, met, before, n_before, last, preempted)
+                answer = await self._serve_at_a_place(want, met, before, n_before, last, preempted)
             except PlanAgain as again:
-                self.in_one_piece = self.in_one_piece or isinstance(again, InOnePiece)
-                later = again.earlier
-                before = before.then(later) if before is not None and later is not None else later or before
                 last = again
-                if isinstance(again, Preempted):
-                    preempted = again
-                    self._told_to_stop(want.job, again)
-                else:
-                    n_before += 1
+            else:
+                if not isinstance(answer, InOnePiece):
+                    return answer
+                self.in_one_piece, last = True, answer
+            later = last.earlier
+            before = before.then(later) if before is not None and later is not None else later or before
+            if isinstance(last, Preempted):
+                preempted = last
+                self._told_to_stop(want.job, last)
+            else:
+                n_before += 1
 
     def _told_to_stop(self, job: Job, preempted: Preempted) -> None:
         self.backend.metrics.preempted.inc()
@@ -287,9 +291,9 @@ class _Exchange:
         met: Met,
         before: Earlier | None,
         n_before: int,
-        last: PlanAgain | None,
+        last: PlanAgain | InOnePiece | None,
         preempted: Preempted | None,
-    ) -> web.StreamResponse:
+    ) -> web.StreamResponse | InOnePiece:
         """``before``: what was done for the job at the places that it had, of which ``n_before`` were not what they
         were taken for; ``last``: why it lost the last one; ``preempted``: when it last gave one up for another user.
         Raises PlanAgain.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
@@ -34,8 +34,12 @@ from llamaslot.scheduling.plan import Source
 log = logging.getLogger(__name__)
 
 
-class InOnePiece(PlanAgain):
-    """The answer is in doubt, put together from a stream: ask for it once more, as the client did."""
+@dataclass(frozen=True, slots=True)
+class InOnePiece:
+    """Instead of an answer that was put together from a stream, and is in doubt: ask for it once more, as the client
+    did. ``earlier``: what was computed of the prompt in this slot."""
+
+    earlier: Earlier | None
 
 
 class Answering:
@@ -233,7 +237,7 @@ class Answering:
 
     # -- the answer ----------------------------------------------------------------------------------------------
 
-    async def finish(self) -> web.StreamResponse:
+    async def finish(self) -> web.StreamResponse | InOnePiece:
         """The rest of the answer, and what it teaches. The slot is given back before the client can read its end."""
         self._holds_prompt()
         if self._has_events and not self.is_assembled:
@@ -242,6 +246,8 @@ class Answering:
             self._log()
             return await self.down.end()
         payload = await self._assemble() if self._has_events else await self._reading.whole()
+        if isinstance(payload, InOnePiece):
+            return payload
         self.first_byte_s = time.monotonic() - self.asked.started
         self._is_reuse_told = False  # an answer in one piece is through, and nothing of it has been sent
         await self._tell_reuse(at_last=True)
@@ -295,9 +301,8 @@ class Answering:
             events = await self._next()
         await self.down.write(self._reading.rest)
 
-    async def _assemble(self) -> bytes:
-        """The answer that llama-server would have given in one piece. Raises InOnePiece where that is in doubt, and
-        UpstreamError."""
+    async def _assemble(self) -> bytes | InOnePiece:
+        """The answer that llama-server would have given in one piece. Raises UpstreamError."""
         reading, events = self._reading, self._first
         assert reading.assembly is not None
         while events is not None and not reading.is_over:
@@ -312,7 +317,7 @@ class Answering:
         if doubt is Doubt.UNKNOWN:
             self.backend.streams_are_known = False
         self._settle()
-        raise InOnePiece(self._done_here())
+        return InOnePiece(self._done_here())
 
     def _done_here(self) -> Earlier | None:
         """What was computed of the prompt in this slot, the job's own request included."""
