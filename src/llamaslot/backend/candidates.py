@@ -79,7 +79,7 @@ class Offers:
         return views[:1] + sorted(views[1:], key=lambda view: -view.n_usable)[:N_CANDIDATES]
 
     def _wait_s(self, leaving: Leaving, now: float) -> float:
-        """What waiting for it costs. Nobody could compute a trunk sooner than the one who is at it, or next in turn,
+        """What waiting for it costs. No request could compute a trunk sooner than the one at it, or next in turn,
         for there is one prefill at a time: so only saving it counts."""
         if leaving.slot is not None:
             return self._rates.save_s(leaving.content.n_tokens)
@@ -100,7 +100,7 @@ class Offers:
     def on_disk(self, tokens: bytes, space: Space) -> int:
         """How much of ``tokens`` need not be computed again, thanks to a snapshot.
 
-        A trunk that is still to be computed is none: whoever computes it may leave.
+        A trunk that is still to be computed does not count: the request that computes it may leave.
         """
         to_come = self._passing.trunks
         if self._recall.is_rewindable:

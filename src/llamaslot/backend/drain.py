@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 FIRST_POLL_S = 0.2
 # llama-server looks for clients that have left after a full second without any result, and each answer to GET /slots
 # is a result: polled every 0.3 s the poll itself kept an abandoned answer alive for 11.5 s.
-# At 1.25 s a whole second without a poll fits in between, and who has left in time is seen to be gone within 2 s.
+# At 1.25 s a whole second without a poll fits in between, and a client that has left is seen to be gone within 2 s.
 POLL_S = 1.25
 # A request whose start was not confirmed may still be on its way through the server's HTTP thread, which tokenizes it
 # (7 ms per 1,000 tokens on a slow machine) before the slot shows anything.
@@ -39,7 +39,7 @@ class _Draining:
     content: Content
     not_before: float
     id_task: int | None = None  # of what is at work in it, once that was seen
-    charge: Charge | None = None  # to whoever has left it at work
+    charge: Charge | None = None  # to the user whose request was left at work
 
 
 class Drains:
@@ -124,6 +124,6 @@ class Drains:
             # Not more than what was sent: a prefill that has stopped on the way, and nothing follows.
             is_exact, n_more = n <= content.n_tokens, max(n - content.n_tokens, 0)
             if content.has_media:
-                n_more = 0  # media are counted too, and nobody goes on behind them by their number
+                n_more = 0  # media are counted too, and no prompt resumes behind them by their number
             content = replace(content.head(n), is_exact=is_exact, n_more=n_more)
         entry.pool.give_back(entry.slot, event, content, self._now())

@@ -1,7 +1,7 @@
 """Turns: requests for which llama-server chooses slots by itself.
 
 ``n`` > 1 takes the lowest idle slots for its children and clears them at the end; a route that cannot be pinned lands
-in any idle slot. So before such a request is sent nobody else may be between two steps, and every slot that it may
+in any idle slot. So before such a request is sent no other may be between two steps, and every slot that it may
 take is leased, and saved if that is worth it. Once it is under way, the slots that it did not take are given back.
 """
 
@@ -33,10 +33,12 @@ from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 
-_CONFIRM_EVERY_S = 1.5  # as for draining slots: asking more often keeps those who have left alive
-# With long prefills, and foreign answers: with the gate shut everybody would wait for the last one.
+_CONFIRM_EVERY_S = (
+    1.5  # as for draining slots: asking more often keeps requests of clients that have left alive
+)
+# With long prefills, and foreign answers: with the gate shut every request would wait for the last one.
 _PATIENCE_S = 60.0
-_SHUT_S = 15.0  # so long everybody does wait for foreign answers, the first time
+_SHUT_S = 15.0  # for so long every request does wait for foreign answers, the first time
 _LANDING_POLLS_S = (0.05, 0.2, 0.5, 1.5)
 
 _NOT_EMPTIED = (
@@ -96,7 +98,7 @@ class Turn:
         """What the server says of the slots that it may have taken.
 
         Those are also the slots of others whose answers have ended since the request was sent: lease them before
-        anybody else can.
+        another request can.
         """
         leases = self._leases
         if leases.table is self._lease.pool and leases.has_turn(self._lease):
@@ -153,7 +155,7 @@ class Turns:
 
     @contextlib.asynccontextmanager
     async def take(self, lease: Lease, report: Report, left: Content | None = None) -> AsyncIterator[Turn]:
-        """Wait until nobody is between two steps, then lease and save what the request may take.
+        """Wait until no other request is between two steps, then lease and save what the request may take.
 
         ``lease`` is the parent's (``n`` > 1) or one without a slot. ``left``: what its one slot holds at its end, as
         far as that is known. Cancelling is safe: what is leased is given back. Raises BackendRestarted, and
@@ -202,9 +204,9 @@ class Turns:
             self._leases.end_turn(lease)
 
     async def _until_quiet(self, lease: Lease) -> None:
-        """Wait until nobody is between two steps and nothing foreign is at work, and shut the gate.
+        """Wait until no other request is between two steps and nothing foreign is at work, and shut the gate.
 
-        While something foreign is at work, or waited for by somebody between two steps, the gate stays open, for others
+        While something foreign is at work, or a request between two steps waits for it, the gate stays open, for others
         can go on meanwhile. But among many there may be no moment without: then it is shut for a while, each time for
         longer, and open for as long in between.
         """
@@ -244,8 +246,8 @@ class Turns:
         return True
 
     def _takes_long(self, lease: Lease) -> bool:
-        """Whether an answer must end before ``lease`` can have its turn: what is foreign to it, or to somebody who has
-        to wait for that before he is at work."""
+        """Whether an answer must end before ``lease`` can have its turn: a foreign one, or one that is foreign to
+        a request that waits for its end."""
         is_waited_for = any(not other.is_released for other in self._clearing)
         return is_waited_for or self._leases.is_foreign_at_work(lease)
 
@@ -265,7 +267,7 @@ class Turns:
         lease.begin_wait()
         try:
             while rivals := self._rivals(lease):
-                if not lease.pool.can_erase:  # nor later: whoever is in the way stays there
+                if not lease.pool.can_erase:  # nor later: what is in the way stays there
                     if any(lease.pool.is_foreign(slot, lease.job) for slot in rivals):
                         raise SlotNotEmptied(_NOT_EMPTIED)
                     return
@@ -290,8 +292,9 @@ class Turns:
             self._leases.bell.ring()
 
     def _rivals(self, lease: Lease) -> list[Slot]:
-        """The slots that share as much. One that is at work for sure on what the job may use is none: llama-server
-        passes it by, and if its answer ends just then, landing there costs time at most."""
+        """The other slots that llama-server could choose: their common prefix is as long as ours. A slot that runs a
+        request for sure, on content that the job may use, does not count: llama-server skips busy slots, and if that
+        request ends just then, landing there costs time at most."""
         pool, job = lease.pool, lease.job
         at_work = {
             other.slot.id for other in self._leases.leases if other.slot is not None and other.is_running
@@ -300,7 +303,7 @@ class Turns:
         return [slot for slot in rivals if slot.id not in at_work or pool.is_foreign(slot, job)]
 
     def _first(self, lease: Lease, rivals: set[int]) -> Lease | None:
-        """Whoever waits for ``lease`` with a slot that it waits for, and goes before it."""
+        """A lease that waits for ``lease``, has a slot that this one waits for, and goes before it."""
         earlier = itertools.takewhile(lambda other: other is not lease, self._clearing)
         turns = (other for other in self._leases.leases if self._leases.has_turn(other))
         every = itertools.chain(earlier, turns)
@@ -357,8 +360,8 @@ def _is_prepared(lease: Lease) -> bool:
 
 
 def _is_quiet(leases: Leases, lease: Lease) -> bool:
-    """Whether every slot is either idle and nobody's, or the turn's own, or at work for sure: on what the job may go on
-    from, if llama-server may choose that slot, for its answer may end at any moment."""
+    """Whether every slot is one of these: idle and not leased; the turn's own; running another request for sure. If
+    llama-server may choose the slot of such a request when it ends, the job must be allowed to use what it holds."""
     pool, job = lease.pool, lease.job
     if leases.table is not pool:
         return True  # there is nothing to wait for any more

@@ -69,12 +69,11 @@ class Steps:
     async def prepare(
         self, lease: Lease, report: Report, *, may_replan: bool = False, can_stop: bool = False
     ) -> Earlier | None:
-        """Perform the plan. What was reused and computed on the way is returned when there was a prefill.
+        """Perform the plan's steps. Returns what a prefill reused and computed; None where there was none.
 
-        Raises BackendDown and BackendRestarted, PlanAgain as ``Prefills.run`` does, and with ``can_stop`` Preempted
-        between two steps, when the slot is wanted for another user. Cancelling is safe: a save,
-        erase or restore under way is carried out and the slot given back after it; a prefill is closed and its slot
-        drains.
+        Raises BackendDown, BackendRestarted, and PlanAgain as ``Prefills.run`` does. With ``can_stop`` raises Preempted
+        between two steps when the slot is wanted for another user. Canceling is safe: a save, erase or restore under
+        way is carried out and the slot given back after it; a prefill is closed and its slot drains.
         """
         assert lease.plan is not None
         if can_stop and not lease.job.is_exclusive:
@@ -82,8 +81,8 @@ class Steps:
         earlier = await self._prepare(lease, lease.plan, report, may_replan)
         lease.raise_if_preempted(earlier)
         lease.forbid_preemption()
-        # Whoever waits for a trunk that was not made looks again. After a failure when the slot is given back, and not
-        # before: what is in it by then is what they may go on from.
+        # If a trunk was not saved, requests waiting for it are placed again. After a failure that happens when the slot
+        # is given back, and not before: they may resume from what it holds by then.
         if lease.pool.expect_no_trunk(lease.slot_id):
             self._leases.dispatch()
         return earlier
@@ -105,7 +104,7 @@ class Steps:
         if self.catalog is not None:
             snapshot_usage.came_back(self.catalog, lease)
         if lease.content is not None and not lease.job.may_use(lease.content):
-            lease.set_content(None)  # it could not be emptied
+            lease.set_content(None)  # the erase has failed
         if lease.content is None or (lease.job.is_cold and lease.content != NOTHING):
             lease.plan_prefill(is_long=False)
             return None  # what the slot holds must not be used: the job's own request computes everything
@@ -126,8 +125,8 @@ class Steps:
 
     @staticmethod
     def _forecast(lease: Lease, content: Content) -> ReuseForecast:
-        """What will be reused of what the slot holds now, after its save, erase and restore: what was planned, unless
-        one of them has failed."""
+        """How much of what the slot holds now will be reused. Made after save, erase and restore: it equals the plan's
+        figure unless one of them has failed."""
         job, recall = lease.job, lease.pool.recall
         n_shared, n_held = common(content.tokens, job.tokens), content.n_tokens if content.is_exact else None
         n_usable = usable(recall.memory, n_shared, n_held, content.checkpoints, job.n_tokens)
@@ -152,7 +151,7 @@ class Steps:
             self.metrics.steps_failed.labels("keep").inc()
 
     async def _carry_out(self, lease: Lease, action: Coroutine[Any, Any, T]) -> T:
-        """Run an action that cannot be undone: it goes on when the client leaves, and its result is noted."""
+        """Run a slot action to its end, also when the client leaves. Raises what the action raises."""
         try:
             lease.begin_action()
         except BackendRestarted:
@@ -166,7 +165,7 @@ class Steps:
         return outcome
 
     async def _act(self, lease: Lease, step: Save | Erase | Restore) -> bool:
-        """True when the step did what it should. Expected failures are logged here; BackendDown is raised."""
+        """True if the step succeeded. Expected failures are logged; BackendDown and BackendRestarted are raised."""
         match step:
             case Save():
                 return await self.saving.save(lease) is not None
@@ -222,7 +221,7 @@ class Steps:
             lease.note.acted(lease.slot_key, Act("restore", 0.0, is_done=False, snapshot=snapshot_id))
             return False
         seconds = self.now() - started
-        lease.set_content(None)  # it is there; until it is known to be whole, and where, it is nobody's
+        lease.set_content(None)  # unknown until the restore is known to be whole, and of this process
         if (await self.api.props()).boot_id != self.boot_id:
             raise BackendRestarted
         self.rates.restore.observe(snapshot.size_bytes, result.seconds or seconds)
@@ -270,8 +269,8 @@ class Steps:
 
 
 async def _outcome(action: Coroutine[Any, Any, T]) -> T | LlamaslotError:
-    """What the action returns, or the error of ours that it raises: nobody may be left to hear of it, and then it is no
-    death of a task."""
+    """The action's result, or the LlamaslotError that it raises. Returned, because the client may have left: raised, it
+    would be reported as a task that died."""
     try:
         return await action
     except LlamaslotError as error:

@@ -50,13 +50,13 @@ _LITTLE_S = 2.0
 
 
 class Owner(Protocol):
-    """Who gives leases. Called synchronously; must not await, nor change the lease."""
+    """What gives leases, and is told about them. Synchronous: it must not await, nor change the lease."""
 
     def on_change(self, lease: Lease) -> None:
         """Other requests may have to give way to it now, or need not any more."""
 
     def on_look_again(self, lease: Lease) -> None:
-        """A decision that was made because of it does not hold any more: look at those who wait again, soon."""
+        """A placement that depended on it may be different now: look at the waiting requests again, soon."""
 
     def on_end(self, lease: Lease) -> None:
         """It has ended: its slot is given back (RELEASED), or llama-server may be at work in it (DRAINING)."""
@@ -226,7 +226,7 @@ class Lease:
     # -- what the slot holds -------------------------------------------------------------------------------------
 
     def set_content(self, content: Content | None) -> None:
-        """It was found out what the slot holds; None: that nobody knows it."""
+        """Record what the slot holds; None for unknown content."""
         self.content = content
 
     def set_restored(self, snapshot: Snapshot, content: Content) -> None:
@@ -276,7 +276,7 @@ class Lease:
             self._become(Event.ACTED)
 
     def lose_track(self) -> None:
-        """While it acts: llama-server may be at work in the slot after the action, and nobody knows what it holds."""
+        """While acting: what the slot holds is unknown, and llama-server may still work in it after the action."""
         self.content, self._is_left_at_work = None, True
 
     def plan_prefill(self, *, is_long: bool) -> None:

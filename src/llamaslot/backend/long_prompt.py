@@ -1,4 +1,4 @@
-"""A prompt that is computed ahead of its request: how far it is, what that has taken, and who is told."""
+"""A prompt that is computed ahead of its request: how far it is, and what that has taken."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Report = Callable[[object], None]  # what happens now: a text, or what has one
 
 
 def no_report(_: object) -> None:
-    """Where nobody asks what happens."""
+    """A ``Report`` that ignores what happens."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +55,7 @@ class LongPrompt:
     seconds: float = 0.0  # of computing
     counted_s: float = 0.0  # of these, while other users waited
     is_keeping: bool = False  # has a trunk saved, and waits for no turn
-    n_stopped: int = 0  # interruptions for somebody else
+    n_stopped: int = 0  # interruptions for other requests
     paused_s: float = 0.0  # of which for streams
     waited_s: float = 0.0  # for its turn, in all
 

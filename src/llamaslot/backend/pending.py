@@ -1,4 +1,4 @@
-"""What is between a slot and the disk: found like a snapshot by those who look for it, and waited for."""
+"""Saves under way, and saves that a running prefill has promised. Lookups find them like snapshots, and may wait."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Passing:
 
     @property
     def trunks(self) -> list[str]:
-        """The holders of trunks to come: nothing of them is computed yet, and whoever computes them may leave."""
+        """The holders of trunks to come: nothing is computed yet, and the request that computes them may leave."""
         return [entry.holder for entry in self._entries.values() if entry.slot is not None]
 
     def add(self, content: Content, until: float, slot: int | None = None) -> Leaving:

@@ -1,11 +1,12 @@
-"""Long prompts, computed ahead of their own requests: one at a time, in stretches, with everybody else in between.
+"""Long prompts, computed ahead of their own requests: one at a time, in stretches, with other requests in between.
 
-llama-server fills its batches by slot number and gives a prompt all that it has until it is through. So what takes long
-is never left to it: ``Prefills`` sends it in stretches, and holds the next one back for whoever needs little, for the
-share of those that decode, and for a prefill that is ahead by now (``scheduling.prefill_policy`` decides). A model that
-can go back to any token is sent pieces of the prompt. On others each end of a prompt would leave checkpoints, in memory
-and in the slot file: there it is sent as a whole, and interrupted. So is a prompt that is alone on the server, where a
-batch is over soon: each piece costs a request, and there is no request that it would let through.
+llama-server fills its batches by slot number and gives a prompt all that it has until it is through. So a long prompt
+is never sent whole: ``Prefills`` sends it in stretches, and holds the next one back for requests whose first token is
+near, for the share of running streams, and for a prefill that is ahead by now (``scheduling.prefill_policy`` decides).
+A model that can rewind to any token is sent pieces of the prompt. On others each end of a prompt would leave
+checkpoints, in memory and in the slot file: there it is sent as a whole, and interrupted. So is a prompt that is alone
+on the server, where a batch is over soon: each piece costs a request, and there is no request that it would let
+through.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ KeepTrunk = Callable[[Lease, int], Awaitable[None]]
 log = logging.getLogger(__name__)
 
 _FEW = 64  # a progress event for fewer tokens says little about speed
-_LOOK_AGAIN_S = 0.5  # a request whose answer does not begin ceases to be first, and nobody tells
+_LOOK_AGAIN_S = 0.5  # a request whose answer does not begin ceases to come first, without a notification
 _SURELY_S = 8.0  # of computing, before a prefill makes room for a request that chooses its slots
 
 
@@ -50,7 +51,7 @@ class _Why(enum.Enum):
     """What a prefill waits for."""
 
     OTHER_PREFILL = "another prefill"
-    FIRST = "somebody who needs little"
+    FIRST = "a request whose first token is near"
     STREAMS = "the share of those that decode"
 
 
@@ -140,7 +141,7 @@ class Prefills:
             long.paused_s += self.now() - since if why is _Why.STREAMS else 0.0
             lease.check_current()
             if seconds is not None and self._next() is not long:
-                self._bell.ring()  # while it waited somebody has come ahead, whom nothing wakes
+                self._bell.ring()  # another prefill has come ahead meanwhile, and waits to be woken
         # From here to the stretch nothing awaits.
         self._current = long
         lease.take_prefill_turn()
@@ -191,13 +192,13 @@ class Prefills:
         return bool(self._first(long))
 
     def _first(self, long: LongPrompt) -> list[str]:
-        """The users of those who need little and may hold it back."""
+        """The users whose requests come first and may hold ``long`` back."""
         may, grace_s = self._time.may_hold_back, _sharing(long).stretch_s
         first = (lease.job.user.id for lease in self._others(long) if lease.comes_first)
         return sorted({user for user in first if may(user, long.user, grace_s)})
 
     def _users_waiting(self) -> set[str]:
-        """Of long prompts, and of those who need little."""
+        """The users of long prompts, and of requests that come first."""
         leases = self.leases.leases if self._longs else ()
         return {long.user for long in self._longs} | {
             lease.job.user.id for lease in leases if lease.comes_first
@@ -247,7 +248,7 @@ class Prefills:
         return True
 
     def _ended(self, long: LongPrompt, took_s: float) -> None:
-        """The stretch of ``long`` is over: somebody else may be next."""
+        """The stretch of ``long`` is over: another prefill may be next."""
         long.limit, self._current, self._last = None, None, long
         if self._time.took([long.user], took_s, self._users_waiting()):
             long.counted_s += took_s
@@ -323,7 +324,7 @@ class Prefills:
             more_s = self.now() - long.since - last.seconds  # what sending it in one more piece has cost
             if lease.pool.recall.is_rewindable:
                 self.rates.interruption.observe(more_s)
-            if not self._others(long):  # it has waited for nobody's batch
+            if not self._others(long):  # no batch of another request was in between
                 self.rates.request.observe(more_s)
         lease.finish(content)
         if not long.has_begun:

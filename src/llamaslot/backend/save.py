@@ -1,4 +1,4 @@
-"""Saves what a slot holds: room, the file, its verification, its commit, and who is told."""
+"""Saves a slot to a snapshot: makes room, has the file written, verifies and commits it, offers it to placements."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Saving:
         """
         if self.catalog is None or lease.content is None:
             return None
-        if lease.content.has_media:  # llama-server may write it, but nobody could say what the file holds
+        if lease.content.has_media:  # llama-server may write it, but what the file holds would be unknown
             lease.set_content(replace(lease.content, is_dirty=False, snapshot=None))
             return None
         if not await self._has_gone_back(lease, lease.content, Kind.LEAF):
@@ -214,8 +214,9 @@ class Saving:
         return recall.memory is Memory.SWA and content.is_exact and not is_near
 
     async def _has_gone_back(self, lease: Lease, content: Content, kind: Kind) -> bool:
-        """Go back where that must be; False when that has failed: nobody knows what the slot holds then, and it drains
-        once it is given back, for llama-server may be at work in it. Raises SlotWedged when it has told nothing."""
+        """Rewind the slot where the file would be of no use otherwise. False if that has failed: what the slot holds is
+        unknown then, and it drains once it is given back, for llama-server may be at work in it. Raises SlotWedged if
+        llama-server sent nothing."""
         if self._must_go_back(lease.pool.recall, content):
             try:
                 await self._rewind(lease, content)
@@ -224,14 +225,14 @@ class Saving:
                 _not_saved(lease, kind, error)
                 if not isinstance(error, SlotWedged):
                     return False
-                # With a plan, whoever asked for the slot counts it, as it is told to the client.
+                # With a plan, it is counted where the client is told.
                 if lease.plan is None:
                     self.metrics.wedged.inc()
                 raise
         return True
 
     async def _rewind(self, lease: Lease, content: Content) -> None:
-        """Go back to the end of the slot's prompt. Raises LlamaslotError: then nobody knows what the slot holds."""
+        """Rewind the slot to the end of its prompt. Raises LlamaslotError: then what the slot holds is unknown."""
         lease.check_current()
         n_reused = 0
         async with contextlib.aclosing(

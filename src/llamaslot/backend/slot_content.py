@@ -1,4 +1,4 @@
-"""What a slot holds after something was computed in it, or was stopped on the way; and when that is not as believed."""
+"""What a slot holds after a prompt was computed in it or stopped on the way, and whether that is less than expected."""
 
 from __future__ import annotations
 

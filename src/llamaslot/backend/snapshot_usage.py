@@ -1,4 +1,4 @@
-"""Tells the catalog which snapshots somebody has come back to, and which were left behind."""
+"""Tells the catalog which snapshots were used again, and which were abandoned after an edit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def came_back(catalog: Catalog, lease: Lease) -> None:
 def left_behind(pool: Pool, new: WithTokens) -> str | None:
     """The snapshot of the same conversation from which ``new`` parts well before its end, to go on alone.
 
-    Somebody has edited an earlier message, as a rule. Many conversations begin alike, so only what the new one shares
+    As a rule an earlier message was edited. Many conversations begin alike, so only what the new one shares
     with this one, and with no other, tells that it is the same. Not before it is saved: until then the other one is all
     that it can be restored from.
     """
