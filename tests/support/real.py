@@ -25,9 +25,11 @@ _taken: set[int] = set()
 
 def free_port() -> int:
     """A port of 127.0.0.1 below those that Linux gives to outgoing connections: no client, of this test or of another,
-    can take it before it is listened on, and no two of a test are the same."""
+    can take it before it is listened on. No two of a run are the same: workers share them out."""
+    n_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    first = 20_000 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
+        port = random.SystemRandom().randrange(first, 32_000, n_workers)
         if port in _taken:
             continue
         _taken.add(port)
