@@ -13,15 +13,15 @@ import pytest
 import pytest_asyncio
 
 from llamaslot.errors import UpstreamError
-from llamaslot.formats.stream_to_json import Assembly, Doubt, can_assemble, streamed
-from llamaslot.llama.routes import Format
+from llamaslot.formats.registry import FORMATS
+from llamaslot.formats.stream_to_json import Assembly, Doubt
 from llamaslot.llama.sse import EventSplitter, data_of
 from tests.support import models
 from tests.support.real import RealServer
 
 pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module")]
 
-PATHS: dict[Format, str] = {
+PATHS: dict[str, str] = {
     "chat": "/v1/chat/completions",
     "openai-completion": "/v1/completions",
     "native-completion": "/completion",
@@ -195,7 +195,7 @@ NATIVE: list[tuple[str, dict[str, Any], str]] = [
 
 
 class Case(NamedTuple):
-    kind: Format
+    kind: str
     body: dict[str, Any]
     shows: str
 
@@ -231,23 +231,24 @@ def started(directory: Path, draft: Path | None = None) -> RealServer:
     )
 
 
-async def ask(server: RealServer, kind: Format, body: Any) -> tuple[int, bytes]:
+async def ask(server: RealServer, kind: str, body: Any) -> tuple[int, bytes]:
     """Status and body; any status is an answer."""
     async with aiohttp.request("POST", server.url + PATHS[kind], json=body) as answer:
         return answer.status, await answer.read()
 
 
-async def events(server: RealServer, kind: Format, body: Any) -> list[Any]:
+async def events(server: RealServer, kind: str, body: Any) -> list[Any]:
     """The events of a stream, None for ``[DONE]``."""
     status, payload = await ask(server, kind, body)
     assert status == 200, payload
     return [data_of(event) for event in EventSplitter().feed(payload)]
 
 
-async def assembled(server: RealServer, kind: Format, body: Any) -> Assembly:
+async def assembled(server: RealServer, kind: str, body: Any) -> Assembly:
     """Raises UpstreamError for an error event."""
-    assembly = Assembly(body, kind)
-    for event in await events(server, kind, streamed(body, kind)):
+    assembly = FORMATS[kind].assembly(body)
+    assert assembly is not None
+    for event in await events(server, kind, FORMATS[kind].streamed(body)):
         if event is not None:
             assembly.feed(event)
     return assembly
@@ -274,7 +275,7 @@ def comparable(value: Any) -> Any:
 async def test_the_assembled_answer_is_the_servers_own(server: RealServer, case: Case) -> None:
     """Every field of the JSON, for each thing that a body can ask and that ``can_assemble`` lets through."""
     kind, body, shows = case
-    assert can_assemble(body, kind)
+    assert FORMATS[kind].can_assemble(body)
     await ask(server, kind, body)  # so that both find the same in the slots
     status, plain = await ask(server, kind, body)
     assert status == 200, plain
@@ -287,7 +288,7 @@ async def test_the_assembled_answer_is_the_servers_own(server: RealServer, case:
 # -- inexact -----------------------------------------------------------------------------------------------------
 
 BEGINS_STOP: Any = {"grammar": 'root ::= "abcdefgh"', "stop": ["cdX"], "max_tokens": 4}
-DOUBTED: list[tuple[Format, dict[str, Any], Doubt]] = [
+DOUBTED: list[tuple[str, dict[str, Any], Doubt]] = [
     ("chat", {"messages": HELLO, **BEGINS_STOP}, Doubt.HELD_BACK),
     ("chat", {"messages": HELLO, **BEGINS_STOP, "stop": ["abcdX"]}, Doubt.HELD_BACK),
     ("openai-completion", {"prompt": "Hello", **BEGINS_STOP}, Doubt.HELD_BACK),
@@ -304,11 +305,11 @@ DOUBTED: list[tuple[Format, dict[str, Any], Doubt]] = [
 
 @pytest.mark.parametrize(("kind", "body", "doubt"), DOUBTED)
 async def test_an_answer_with_something_missing_is_doubted(
-    server: RealServer, kind: Format, body: dict[str, Any], doubt: Doubt
+    server: RealServer, kind: str, body: dict[str, Any], doubt: Doubt
 ) -> None:
     """What the stream did not tell can be seen to be missing, and it does make a difference."""
     body = {"temperature": 0, "cache_prompt": False, **body}
-    assert can_assemble(body, kind)
+    assert FORMATS[kind].can_assemble(body)
     status, plain = await ask(server, kind, body)
     assert status == 200
     assembly = await assembled(server, kind, body)
@@ -331,7 +332,7 @@ async def test_a_chat_that_ends_in_half_a_character_loses_just_that(server: Real
     assert n_halves
 
 
-REFUSED: list[tuple[Format, dict[str, Any]]] = [
+REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("chat", {"messages": HELLO, "grammar": 'root ::= "ab"', "logprobs": True, "top_logprobs": 1}),
     ("chat", {"messages": HELLO, "n_probs": 1}),
     ("chat", {"messages": HELLO, "tools": [WEATHER], "logprobs": True}),  # 400 with a stream only
@@ -352,15 +353,15 @@ REFUSED: list[tuple[Format, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("kind", "body"), REFUSED)
 async def test_what_is_refused_would_have_been_wrong(
-    server: RealServer, kind: Format, body: dict[str, Any]
+    server: RealServer, kind: str, body: dict[str, Any]
 ) -> None:
     """Another answer, or an error that only one of the two gives."""
     body = {"temperature": 0, "cache_prompt": False, "max_tokens": 12, **body}
-    assert not can_assemble(body, kind)
+    assert not FORMATS[kind].can_assemble(body)
     status, plain = await ask(server, kind, body)
     if status == 400:
-        assert (await ask(server, kind, streamed(body, kind)))[0] == 200
-    elif (await ask(server, kind, streamed(body, kind)))[0] == 200:
+        assert (await ask(server, kind, FORMATS[kind].streamed(body)))[0] == 200
+    elif (await ask(server, kind, FORMATS[kind].streamed(body)))[0] == 200:
         assembly = await assembled(server, kind, body)
         assert comparable(assembly.answer()) != comparable(orjson.loads(plain))
 
@@ -371,7 +372,7 @@ async def test_many_random_requests_are_exact_or_doubted(server: RealServer) -> 
     for _ in range(140):
         kind = chance.choice(list(PATHS))
         body = random_body(chance, kind)
-        assert can_assemble(body, kind)
+        assert FORMATS[kind].can_assemble(body)
         status, plain = await ask(server, kind, body)
         if status != 200:  # the parser of calls can make nothing of it
             with pytest.raises(UpstreamError) as told:
@@ -387,7 +388,7 @@ async def test_many_random_requests_are_exact_or_doubted(server: RealServer) -> 
     assert n_exact > 80
 
 
-def random_body(chance: random.Random, kind: Format) -> dict[str, Any]:
+def random_body(chance: random.Random, kind: str) -> dict[str, Any]:
     body: dict[str, Any] = {"cache_prompt": False, "temperature": chance.choice([0, 1])}
     body |= {"seed": chance.randrange(1000), "max_tokens": chance.randrange(30)}
     if chance.random() < 0.4:
@@ -488,26 +489,26 @@ async def test_an_error_event_is_the_error_that_there_is_without_a_stream(server
     ],
 )
 async def test_what_the_server_refuses_it_refuses_alike(
-    server: RealServer, kind: Format, more: dict[str, Any]
+    server: RealServer, kind: str, more: dict[str, Any]
 ) -> None:
     """The same status and the same body, as an ordinary answer, for the request with and without a stream."""
     body = {"max_tokens": 2, **more}
-    assert can_assemble(body, kind)
+    assert FORMATS[kind].can_assemble(body)
     plain = await ask(server, kind, body)
     assert plain[0] == 400
-    assert await ask(server, kind, streamed(body, kind)) == plain
+    assert await ask(server, kind, FORMATS[kind].streamed(body)) == plain
 
 
 # -- what the events are -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", PATHS)
-async def test_a_stream_begins_with_its_progress(server: RealServer, kind: Format) -> None:
+async def test_a_stream_begins_with_its_progress(server: RealServer, kind: str) -> None:
     """One event before anything is computed and one when all is, also for a prompt of which one token is computed."""
     body: dict[str, Any] = {"id_slot": 0, "max_tokens": 2}
     body |= {"messages": HELLO} if kind == "chat" else {"prompt": "Hello"}
     for _ in range(2):
-        told = await events(server, kind, streamed(body, kind))
+        told = await events(server, kind, FORMATS[kind].streamed(body))
     n = told[0]["prompt_progress"]["total"]
     progress = [event["prompt_progress"] for event in told if event and "prompt_progress" in event]
     assert [(step["total"], step["cache"], step["processed"]) for step in progress] == [
@@ -521,7 +522,7 @@ async def test_a_stream_begins_with_its_progress(server: RealServer, kind: Forma
 
 async def test_the_totals_of_a_chat_come_after_its_end(server: RealServer) -> None:
     """With ``include_usage`` an event of their own, without choices; it has the timings too."""
-    told = await events(server, "chat", streamed({"messages": HELLO, "max_tokens": 2}, "chat"))
+    told = await events(server, "chat", FORMATS["chat"].streamed({"messages": HELLO, "max_tokens": 2}))
     *_, end, totals, done = told
     assert end["choices"][0] == {"finish_reason": "length", "index": 0, "delta": {}}
     assert totals["choices"] == []

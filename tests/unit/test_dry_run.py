@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from llamaslot.cache.ids import pack
-from llamaslot.llama.dry_run import DryRun, DryRuns, Verdict, dry_run
+from llamaslot.formats.registry import FORMATS
+from llamaslot.llama.dry_run import DryRun, DryRuns, Verdict
 
 N_CTX, SLOT = 1000, 2
 LONG = {"error": {"type": "exceed_context_size_error"}}
@@ -59,7 +60,7 @@ class Server:
 def of(fields: Mapping[str, Any], kind: Any = "native-completion", **more: Any) -> DryRun:
     chat = {**TEXT, **fields} if kind == "chat" else None
     body = chat or {"prompt": "hello", **fields}
-    return dry_run(body, kind, chat, tokens=more.get("tokens"), n=more.get("n", 1))
+    return FORMATS[kind].dry_run(body, chat, tokens=more.get("tokens"), n=more.get("n", 1))
 
 
 async def verdict(runs: DryRuns, run: DryRun, lora: str = "", worth_s: float = 10.0) -> Verdict:
@@ -264,7 +265,7 @@ async def test_agents_are_asked_about_as_the_chats_that_they_become(kind: Any) -
         "max_tokens": 5,
     }
     given = chat if kind == "messages" else {**chat, "temperature": "hot"}
-    await verdict(DryRuns(server), dry_run(body, kind, given, tokens=None, n=1))
+    await verdict(DryRuns(server), FORMATS[kind].dry_run(body, given, tokens=None, n=1))
     path, sent = server.asked[0]
     assert (path, sent["tools"], sent["temperature"]) == ("/v1/chat/completions", [HEAVY], "hot")
     if kind == "messages":

@@ -15,7 +15,8 @@ from llamaslot.errors import (
     TooManyRequests,
     UpstreamError,
 )
-from llamaslot.formats.error_events import ErrorEvents, translated_all
+from llamaslot.formats.error_events import translated_all
+from llamaslot.formats.registry import FORMATS
 from llamaslot.llama.sse import event_of, n_commented, without_empty_events
 
 TOO_LONG = PromptTooLong(9000, 8192)
@@ -26,7 +27,7 @@ BUSY, MANY, DOWN = QueueFull("wait", 5), TooManyRequests("yours", 5), BackendDow
 
 def told(kind: Any, error: LlamaslotError) -> dict[str, Any]:
     name, _, data = (
-        ErrorEvents(kind, "req-1").event(error.inner).decode().removesuffix("\n\n").rpartition("data: ")
+        FORMATS[kind].errors("req-1").event(error.inner).decode().removesuffix("\n\n").rpartition("data: ")
     )
     payload: dict[str, Any] = orjson.loads(data)
     assert name == (f"event: {payload['type']}\n" if "type" in payload else "")
@@ -79,7 +80,7 @@ def test_others_are_told_as_llama_server_does_it(kind: Any) -> None:
 
 def test_a_failed_response_goes_on_from_what_the_client_was_told() -> None:
     """Its id, and the next number where the events have numbers."""
-    errors = ErrorEvents("responses", "req-1")
+    errors = FORMATS["responses"].errors("req-1")
     created = {"type": "response.created", "response": {"id": "resp_x", "model": "m"}, "sequence_number": 0}
     errors.saw(event_of(created, b"event: response.created\n"))
     errors.saw(event_of({"type": "response.output_text.delta", "sequence_number": 6}))
@@ -111,13 +112,13 @@ def test_a_failed_response_goes_on_from_what_the_client_was_told() -> None:
 def test_llama_servers_own_errors_are_put_into_these_words(kind: Any, event: bytes, name: bytes) -> None:
     """Wherever they stand among other events."""
     other = b'event: other\ndata: {"text":"error"}\n\n'
-    said = translated_all(ErrorEvents(kind, ""), other + event + other)
+    said = translated_all(FORMATS[kind].errors(""), other + event + other)
     assert said.startswith(other + name)
     assert said.endswith(b"\n\n" + other)
     payload = orjson.loads(said.removeprefix(other).removesuffix(other).partition(b"data: ")[2])
     assert payload["error"]["message"] == "no"
     assert payload["type"] in ("error", "response.failed")
-    assert translated_all(ErrorEvents("chat", ""), event) == event
+    assert translated_all(FORMATS["chat"].errors(""), event) == event
 
 
 def test_comments_that_stand_alone_lose_their_blank_line() -> None:

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from llamaslot.formats import messages, responses
 from llamaslot.formats.prompt_location import whereabouts
-from llamaslot.llama.routes import Format
+from llamaslot.formats.registry import FORMATS
 from tests.support.fake_model import FakeModel
 
 MODEL = FakeModel()
@@ -28,11 +27,12 @@ CHAT: list[dict[str, Any]] = [
 ]
 
 
-def at(wanted: str, body: dict[str, Any], kind: Format = "chat") -> str:
+def at(wanted: str, body: dict[str, Any], kind: str = "chat") -> str:
     """What the first place where ``wanted`` stands in the prompt is said to belong to."""
-    convert = {"messages": messages.chat_body, "responses": responses.chat_body}.get(kind, dict)
-    text = MODEL.render(convert(body))
-    return str(whereabouts(text, text.index(wanted), body, kind))
+    chat = FORMATS[kind].chat_body(body)
+    assert chat is not None
+    text = MODEL.render(chat)
+    return str(whereabouts(text, text.index(wanted), body, FORMATS[kind]))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_messages_of_anthropic_are_counted_as_they_were_sent(wanted: str, where:
             {"role": "user", "content": [result]},
         ],
     }
-    assert at(wanted, body, "messages") == where
+    assert at(wanted, body, FORMATS["messages"]) == where
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_what_the_template_says_first_is_the_system_prompts() -> None:
     text = "<|im_start|>system\nYou are a model. Today is Thursday, and it rains.<|im_end|>\n" + MODEL.render(
         body
     )
-    assert str(whereabouts(text, text.index("Thursday"), body, "chat")) == "system"
-    assert str(whereabouts(text, text.index("What"), body, "chat")) == "message 0 (user)"
+    assert str(whereabouts(text, text.index("Thursday"), body, FORMATS["chat"])) == "system"
+    assert str(whereabouts(text, text.index("What"), body, FORMATS["chat"])) == "message 0 (user)"
 
 
 def test_the_last_turn_is_what_no_answer_follows() -> None:
@@ -122,7 +122,8 @@ def test_the_last_turn_is_what_no_answer_follows() -> None:
     body = {"messages": CHAT}
     text = MODEL.render(body)
     found = {
-        wanted: whereabouts(text, text.index(wanted), body, "chat") for wanted in ("What", "It is", "Shorter")
+        wanted: whereabouts(text, text.index(wanted), body, FORMATS["chat"])
+        for wanted in ("What", "It is", "Shorter")
     }
     assert [where.is_last_turn for where in found.values()] == [False, False, True]
 
@@ -132,5 +133,5 @@ def test_the_last_turn_is_what_no_answer_follows() -> None:
 )
 def test_a_body_of_any_shape_has_an_answer(body: dict[str, Any]) -> None:
     """Nothing is decided by it, and nothing may fail by it."""
-    assert str(whereabouts(json.dumps(body), 1, body, "chat")) == "system"
-    assert str(whereabouts("x" * 100, 50, body, "native-completion")) == "prompt"
+    assert str(whereabouts(json.dumps(body), 1, body, FORMATS["chat"])) == "system"
+    assert str(whereabouts("x" * 100, 50, body, FORMATS["native-completion"])) == "prompt"

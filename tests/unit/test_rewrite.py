@@ -11,8 +11,8 @@ import pytest
 
 from llamaslot.config.load import Config
 from llamaslot.errors import ConfigError
+from llamaslot.formats.registry import FORMATS
 from llamaslot.formats.rewrite import READY, Rewriter, RewriteRule, Rewriting
-from llamaslot.llama.routes import Format
 
 CLAUDE = Rewriter(READY["claude-code-attribution"])
 DATE = RewriteRule(name="date", pattern=r"\d{4}-\d\d-\d\d", replace="today")
@@ -49,7 +49,7 @@ def test_what_is_no_attribution_is_left_alone(text: str) -> None:
 # -- which texts ---------------------------------------------------------------------------------------------------
 
 PART = {"type": "text", "text": MOVES, "cache_control": {"type": "ephemeral"}}
-SYSTEMS: list[tuple[Format, dict[str, Any], int]] = [
+SYSTEMS: list[tuple[str, dict[str, Any], int]] = [
     ("chat", {"messages": [{"role": "system", "content": MOVES}]}, 1),
     ("chat", {"messages": [{"role": "developer", "content": [PART, PART]}]}, 2),
     ("chat", {"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": MOVES}]}, 1),
@@ -61,15 +61,15 @@ SYSTEMS: list[tuple[Format, dict[str, Any], int]] = [
 
 
 @pytest.mark.parametrize(("kind", "body", "n"), SYSTEMS)
-def test_every_text_of_the_system_prompt_is_rewritten(kind: Format, body: dict[str, Any], n: int) -> None:
+def test_every_text_of_the_system_prompt_is_rewritten(kind: str, body: dict[str, Any], n: int) -> None:
     """Wherever the format has it, and nothing else of the body changes."""
     made = copy.deepcopy(body)
-    assert Rewriting((DATE,)).apply(made, kind) == (["date"], [])
+    assert Rewriting((DATE,)).apply(made, FORMATS[kind]) == (["date"], [])
     assert str(made).count("It is today.") == n
     assert str(made).replace("It is today.", MOVES) == str(body)
 
 
-OTHERS: list[tuple[Format, dict[str, Any]]] = [
+OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("chat", {"messages": [{"role": "user", "content": MOVES}, {"role": "assistant", "content": MOVES}]}),
     ("chat", {"messages": [{"role": "tool", "content": MOVES}], "tools": [{"description": MOVES}]}),
     ("messages", {"messages": [{"role": "user", "content": [PART]}]}),
@@ -85,18 +85,18 @@ OTHERS: list[tuple[Format, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "body"), OTHERS)
-def test_no_other_text_is_looked_at(kind: Format, body: dict[str, Any]) -> None:
+def test_no_other_text_is_looked_at(kind: str, body: dict[str, Any]) -> None:
     """Questions, answers, tools, plain prompts, and bodies of a shape that llama-server will refuse."""
     made = copy.deepcopy(body)
-    assert Rewriting((DATE,)).apply(made, kind) == ([], [])
+    assert Rewriting((DATE,)).apply(made, FORMATS[kind]) == ([], [])
     assert made == body
 
 
 def test_a_rule_is_for_the_formats_that_it_names() -> None:
     """Others pass."""
     rewriting = Rewriting((DATE.model_copy(update={"formats": ("messages",)}),))
-    assert rewriting.apply({"messages": [{"role": "system", "content": MOVES}]}, "chat") == ([], [])
-    assert rewriting.apply({"system": MOVES}, "messages") == (["date"], [])
+    assert rewriting.apply({"messages": [{"role": "system", "content": MOVES}]}, FORMATS["chat"]) == ([], [])
+    assert rewriting.apply({"system": MOVES}, FORMATS["messages"]) == (["date"], [])
 
 
 # -- what a rule does ----------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_rules_see_what_those_before_have_left() -> None:
         RewriteRule(name="last", pattern="two", replace="four"),
     )
     rewriting, body = Rewriting(rules), {"system": "one one"}
-    assert rewriting.apply(body, "messages") == (["first", "last"], [])
+    assert rewriting.apply(body, FORMATS["messages"]) == (["first", "last"], [])
     assert body == {"system": "four four"}
     assert [rewriter.n_fired for rewriter in rewriting.rewriters] == [1, 0, 0, 1]
 
@@ -145,7 +145,7 @@ def test_a_pattern_that_does_not_end_is_given_up() -> None:
     body = {
         "messages": [{"role": "system", "content": "a" * 4000 + "b"}, {"role": "system", "content": MOVES}]
     }
-    assert rewriting.apply(body, "chat") == (["date"], ["endless"])
+    assert rewriting.apply(body, FORMATS["chat"]) == (["date"], ["endless"])
     assert body["messages"][0]["content"] == "a" * 4000 + "b"
     assert rewriting.rewriters[0].n_given_up == 1
 
@@ -189,7 +189,7 @@ def test_a_ready_rule_leaves_other_bodies_alone() -> None:
     """Nothing is written anew for it: most clients send no such line."""
     body = {"system": [{"type": "text", "text": "You are Claude Code. x-anthropic-billing-header: cch=0a1;"}]}
     before = copy.deepcopy(body)
-    assert Rewriting(tuple(READY.values())).apply(body, "messages") == ([], [])
+    assert Rewriting(tuple(READY.values())).apply(body, FORMATS["messages"]) == ([], [])
     assert body == before
 
 

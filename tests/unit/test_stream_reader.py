@@ -30,7 +30,7 @@ class Upstream:
 
 
 def reading(*chunks: bytes, earlier: Earlier | None = None, **more: Any) -> Reading:
-    return Reading(cast(aiohttp.ClientResponse, Upstream(*chunks)), earlier, ErrorEvents(None, ""), **more)
+    return Reading(cast(aiohttp.ClientResponse, Upstream(*chunks)), earlier, ErrorEvents(""), **more)
 
 
 async def passed(it: Reading) -> bytes:

@@ -8,8 +8,8 @@ import orjson
 import pytest
 
 from llamaslot.errors import UpstreamError
-from llamaslot.formats.stream_to_json import Assembly, Doubt, Incomplete, can_assemble, streamed
-from llamaslot.llama.routes import Format
+from llamaslot.formats.registry import FORMATS
+from llamaslot.formats.stream_to_json import Assembly, Doubt, Incomplete
 
 CHAT: Any = {"messages": [{"role": "user", "content": "Hello"}]}
 HEAD: Any = {"created": 5, "id": "chatcmpl-1", "model": "m", "system_fingerprint": "b1"}
@@ -41,8 +41,9 @@ def native_end(n: int, stop_type: str = "limit", *, index: int = 0) -> dict[str,
     return event | {"generation_settings": {"seed": 1, "stream": True}, "timings": TIMINGS}
 
 
-def fed(kind: Format, *events: dict[str, Any], **body: Any) -> Assembly:
-    assembly = Assembly((CHAT if kind == "chat" else {"prompt": "Hello"}) | body, kind)
+def fed(kind: str, *events: dict[str, Any], **body: Any) -> Assembly:
+    assembly = FORMATS[kind].assembly((CHAT if kind == "chat" else {"prompt": "Hello"}) | body)
+    assert assembly is not None
     for event in events:
         assembly.feed(event)
     return assembly
@@ -64,9 +65,9 @@ def fed(kind: Format, *events: dict[str, Any], **body: Any) -> Assembly:
         ("native-completion", {"prompt": "Hello", "n_cmpl": 2, "timings_per_token": True}),
     ],
 )
-def test_what_the_stream_tells_in_full_may_be_assembled(kind: Format, body: dict[str, Any]) -> None:
+def test_what_the_stream_tells_in_full_may_be_assembled(kind: str, body: dict[str, Any]) -> None:
     """Nulls are absent fields, and switches that are off change nothing."""
-    assert can_assemble(body, kind)
+    assert FORMATS[kind].can_assemble(body)
 
 
 @pytest.mark.parametrize(
@@ -93,11 +94,11 @@ def test_what_the_stream_tells_in_full_may_be_assembled(kind: Format, body: dict
     ids=lambda more: orjson.dumps(more).decode(),
 )
 @pytest.mark.parametrize("kind", ["chat", "openai-completion", "native-completion"])
-def test_whatever_else_a_body_asks_passes_through(kind: Format, more: dict[str, Any]) -> None:
+def test_whatever_else_a_body_asks_passes_through(kind: str, more: dict[str, Any]) -> None:
     """What the stream lacks, what it changes, what is checked only without or only with it, and the unknown."""
     base: dict[str, Any] = CHAT if kind == "chat" else {"prompt": "Hello"}
-    assert can_assemble(base, kind)
-    assert not can_assemble({**base, **more}, kind)
+    assert FORMATS[kind].can_assemble(base)
+    assert not FORMATS[kind].can_assemble({**base, **more})
 
 
 @pytest.mark.parametrize(
@@ -116,33 +117,37 @@ def test_whatever_else_a_body_asks_passes_through(kind: Format, more: dict[str, 
 )
 def test_odd_chats_pass_through(body: dict[str, Any]) -> None:
     """Media, reasoning that a stream has elsewhere, and fields of the wrong kind."""
-    assert not can_assemble(body, "chat")
+    assert not FORMATS["chat"].can_assemble(body)
 
 
 @pytest.mark.parametrize(
     "prompt", [None, 5, [], [[]], [1.5], [True, 1], {"prompt_string": "x"}, ["a", {}], [["a"]]]
 )
 @pytest.mark.parametrize("kind", ["openai-completion", "native-completion"])
-def test_odd_prompts_pass_through(kind: Format, prompt: Any) -> None:
+def test_odd_prompts_pass_through(kind: str, prompt: Any) -> None:
     """How many answers there would be is not certain, or they are media."""
-    assert not can_assemble({"prompt": prompt}, kind)
+    assert not FORMATS[kind].can_assemble({"prompt": prompt})
 
 
 @pytest.mark.parametrize("fields", ["content", [1], [""], ["a/"], ["a//b"]])
 def test_odd_fields_pass_through(fields: Any) -> None:
     """Where llama.cpp's way to split at slashes could be another than Python's."""
-    assert not can_assemble({"prompt": "x", "response_fields": fields}, "native-completion")
+    assert not FORMATS["native-completion"].can_assemble({"prompt": "x", "response_fields": fields})
 
 
 def test_the_streamed_body_asks_for_all_that_is_needed() -> None:
     """Beside what the client said, which stays as it is."""
     body = CHAT | {"max_tokens": 5, "stream": False}
     told = {"return_progress": True, "stream_options": {"include_usage": True}, "timings_per_token": True}
-    assert streamed(body, "chat") == {**body, "stream": True, "echo": True, **told}
+    assert FORMATS["chat"].streamed(body) == {**body, "stream": True, "echo": True, **told}
     assert body["stream"] is False
-    assert streamed({"prompt": "x"}, "openai-completion") == {"prompt": "x", "stream": True, **told}
+    assert FORMATS["openai-completion"].streamed({"prompt": "x"}) == {"prompt": "x", "stream": True, **told}
     chosen = {"prompt": "x", "response_fields": ["content"]}
-    assert streamed(chosen, "native-completion") == {"prompt": "x", "stream": True, "return_progress": True}
+    assert FORMATS["native-completion"].streamed(chosen) == {
+        "prompt": "x",
+        "stream": True,
+        "return_progress": True,
+    }
 
 
 # -- answers -----------------------------------------------------------------------------------------------------

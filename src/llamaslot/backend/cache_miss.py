@@ -18,9 +18,9 @@ from llamaslot.cache.content import Content
 from llamaslot.cache.ids import WIDTH, common, count, head
 from llamaslot.cache.prompt_diff import ENOUGH, LOST_MIN, Parting, can_lose, parting
 from llamaslot.errors import LlamaslotError
+from llamaslot.formats.base import Format
 from llamaslot.formats.prompt_location import Whereabouts, whereabouts
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.routes import Format
 from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.request import Job
 from llamaslot.tasks import TaskOwner
@@ -86,7 +86,7 @@ class Divergences:
         self.tells_texts = False
         self._n_under_way = 0
 
-    def look(self, lease: Lease, prompt: Prompt, body: Mapping[str, Any], kind: Format) -> None:
+    def look(self, lease: Lease, prompt: Prompt, body: Mapping[str, Any], format_: Format) -> None:
         """The request has its slot, and nothing was done there yet. Returns at once; what is found goes into the
         journal, the log and the metrics."""
         job, plan = lease.job, lease.plan
@@ -97,19 +97,19 @@ class Divergences:
         self._n_under_way += 1
         # Its own slot's too: it changes with the end of the lease.
         contents = [slot.content for slot in lease.pool.slots]
-        self._tasks.spawn(self._look(lease, contents, prompt, body, kind), f"{job.id} diverges")
+        self._tasks.spawn(self._look(lease, contents, prompt, body, format_), f"{job.id} diverges")
 
     async def _look(
-        self, lease: Lease, contents: list[Content], prompt: Prompt, body: Mapping[str, Any], kind: Format
+        self, lease: Lease, contents: list[Content], prompt: Prompt, body: Mapping[str, Any], format_: Format
     ) -> None:
         """Cancelling is safe: nothing is told."""
         try:
             with contextlib.suppress(LlamaslotError):  # llama-server has gone: there is nobody to ask
                 held = await holders(lease, contents)
                 if (found := await asyncio.to_thread(_worst, lease.job, held)) is not None:
-                    await self._tell_changed(lease, *found, prompt, body, kind)
+                    await self._tell_changed(lease, *found, prompt, body, format_)
                 elif (left := _left_behind(lease, held)) is not None:
-                    await self._tell_left(lease, left, prompt, body, kind)
+                    await self._tell_left(lease, left, prompt, body, format_)
         finally:
             self._n_under_way -= 1
 
@@ -120,10 +120,10 @@ class Divergences:
         parted: Parting,
         prompt: Prompt,
         body: Mapping[str, Any],
-        kind: Format,
+        format_: Format,
     ) -> None:
         """The same text stands on both sides of the difference."""
-        where, texts = await self._where(prompt, parted.at, body, kind), await self._texts(lease, holder)
+        where, texts = await self._where(prompt, parted.at, body, format_), await self._texts(lease, holder)
         self._metrics.divergences.labels(where.where).inc()
         log.info(
             "%s: cache miss: the prompt differs at token %d, in %s, from the %d tokens of %s; %d equal tokens after"
@@ -133,7 +133,7 @@ class Divergences:
         _note(lease, "changed", holder, parted.n_lost, where, texts)
 
     async def _tell_left(
-        self, lease: Lease, holder: Holder, prompt: Prompt, body: Mapping[str, Any], kind: Format
+        self, lease: Lease, holder: Holder, prompt: Prompt, body: Mapping[str, Any], format_: Format
     ) -> None:
         """It goes on otherwise than what was there: because somebody went back, or at the last answer already, which
         costs much where the model can only go back to a checkpoint."""
@@ -141,7 +141,7 @@ class Divergences:
         has_left_much = can_lose(job.n_tokens, at, holder.n_tokens) and at < ENOUGH * job.n_tokens
         if n_lost < LOST_MIN and not has_left_much:
             return
-        where = await self._where(prompt, at, body, kind)
+        where = await self._where(prompt, at, body, format_)
         has_gone_back = where.is_last_turn and holder.n_tokens - at > LOST_MIN
         if n_lost < LOST_MIN and not has_gone_back:
             return  # another conversation that begins alike
@@ -160,10 +160,10 @@ class Divergences:
             )  # fmt: skip
         _note(lease, "went back" if has_gone_back else "checkpoint", holder, n_lost, where, texts)
 
-    async def _where(self, prompt: Prompt, at: int, body: Mapping[str, Any], kind: Format) -> Whereabouts:
+    async def _where(self, prompt: Prompt, at: int, body: Mapping[str, Any], format_: Format) -> Whereabouts:
         if prompt.text is None:  # a list of ids
             return Whereabouts("prompt")
-        return whereabouts(prompt.text, await self._offset(prompt.text, prompt.tokens, at), body, kind)
+        return whereabouts(prompt.text, await self._offset(prompt.text, prompt.tokens, at), body, format_)
 
     async def _offset(self, text: str, tokens: bytes, at: int) -> int:
         """The character at which token ``at`` begins, from the shorter side."""

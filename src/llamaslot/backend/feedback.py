@@ -13,7 +13,7 @@ from llamaslot.backend.lease import Lease
 from llamaslot.backend.probes import NO_CHECKPOINTS, WORTHLESS
 from llamaslot.cache.reuse import RESIDENT, Memory, Strikes, has_failed
 from llamaslot.errors import Reason
-from llamaslot.llama.routes import Format
+from llamaslot.formats.base import Format, PromptKind
 from llamaslot.llama.sse import Earlier
 from llamaslot.observe.metrics import Metrics, Unrecognized
 from llamaslot.scheduling.cost import Rates
@@ -25,10 +25,6 @@ from llamaslot.tokens.tokenizer import Prompt, Prompts
 
 log = logging.getLogger(__name__)
 
-CONVERTED: tuple[Format, ...] = (
-    "messages",
-    "responses",
-)  # whose bodies llamaslot makes a chat of, as the server does
 _SLACK_TOKENS = 8  # at the end of the text before a medium, which may tokenize differently in context
 
 
@@ -168,18 +164,18 @@ class TokenCounts:
         self._prompts, self._shapes, self._unrecognized = prompts, shapes, unrecognized
         self._on_miscounted_infill = on_miscounted_infill
 
-    def compare(self, kind: Format, body: Mapping[str, Any], prompt: Prompt, n_told: int) -> None:
-        """llama-server has counted ``n_told`` tokens in ``prompt``, made of a ``body`` of the format ``kind``."""
+    def compare(self, format_: Format, body: Mapping[str, Any], prompt: Prompt, n_told: int) -> None:
+        """llama-server has counted ``n_told`` tokens in ``prompt``, made of a ``body`` of that format."""
         if self._prompts.confirm(prompt, n_told):
             return
-        self._unrecognized.count(kind, Reason.MISCOUNTED)
-        if kind == "infill":
+        self._unrecognized.count(format_.name, Reason.MISCOUNTED)
+        if format_.prompt_kind is PromptKind.INFILL:
             self._on_miscounted_infill()
-        elif kind in CONVERTED and prompt.whole:
+        elif format_.prompt_kind is PromptKind.CONVERTED and prompt.whole:
             self._shapes.learn(body, is_right=False)
 
-    def compare_head(self, kind: Format, n_ahead: int, n_found: int) -> None:
+    def compare_head(self, format_: Format, n_ahead: int, n_found: int) -> None:
         """Of ``n_ahead`` tokens, computed ahead of a medium, llama-server has found ``n_found``. It must find all, but
         for what the end of a text may cost."""
         if n_found < n_ahead - _SLACK_TOKENS:
-            self._unrecognized.count(kind, Reason.TEMPLATE)
+            self._unrecognized.count(format_.name, Reason.TEMPLATE)

@@ -19,6 +19,9 @@ from typing import Any, Protocol
 
 from llamaslot.cache.ids import WIDTH, count, head, pack, unpack
 from llamaslot.errors import OpaquePrompt, Reason
+from llamaslot.formats.base import Format, PromptKind
+from llamaslot.formats.native import NativeAssembly, native_progress, native_streamed, response_fields
+from llamaslot.formats.stream_to_json import HARMLESS, Assembly, has_only, n_answers, without_nulls
 
 _REPOSITORY, _FILE, _UNNAMED = "myproject\n", "filename\n", "tmp"
 _SNIPPET = "\n\n--- snippet ---\n\n"  # in front of each chunk, where the model has no token for that
@@ -26,6 +29,31 @@ _WORD = "a\n"  # two tokens, as tokenizers go
 _LONG_PREFIX = 16_384  # tokens: three quarters of any usual --batch-size
 _CACHE_BYTES = 8 << 20
 _MAX_PARTS = 512  # each is a question to the server; editors send some dozens
+_FIELDS = HARMLESS | {"input_prefix", "input_suffix", "input_extra", "prompt", "response_fields"}
+
+
+class InfillFormat(Format):
+    """Answers are those of the native format."""
+
+    name = "infill"
+    prompt_kind = PromptKind.INFILL
+    whole_dry_run_path = "/infill"
+    has_progress_events = True
+
+    def progress_event(self, id_: str, model: str, progress: Mapping[str, int]) -> bytes:
+        return native_progress(progress)
+
+    def can_assemble(self, body: Mapping[str, Any]) -> bool:
+        given = without_nulls(body)
+        n, paths = n_answers(given), response_fields(given)
+        return n is not None and paths is not None and has_only(given, _FIELDS)
+
+    def streamed(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        return native_streamed(body)
+
+    def assembly(self, body: Mapping[str, Any]) -> Assembly:
+        given = without_nulls(body)
+        return NativeAssembly(n_answers(given) or 1, response_fields(given))
 
 
 class InfillServer(Protocol):

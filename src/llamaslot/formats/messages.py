@@ -15,6 +15,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llamaslot.errors import OpaquePrompt, Reason
+from llamaslot.formats.base import Format, PromptKind
+from llamaslot.formats.error_events import ErrorEvents
+from llamaslot.llama.dry_run import DryRun, dry_run
+from llamaslot.llama.sse import event_of
 
 _HEADER = b"x-anthropic-billing-header:"
 _STAMP = b"cch="
@@ -27,6 +31,79 @@ _LEFT_OUT_OF_RESULTS = {"tool_reference"}
 
 _IMAGE = {"type": "image_url"}
 _CHOICES = {"auto": "auto", "any": "required", "tool": "required"}  # "none" is dropped: the model may call
+
+#: What its conversion keeps beside the chat, and under which names: the rest of a body never gets to the samplers.
+_KEPT = {
+    "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_tokens": "max_tokens",
+    "stop_sequences": "stop",
+}  # fmt: skip
+_ERROR_TYPES = {
+    "invalid_request_error", "authentication_error", "permission_error", "not_found_error", "rate_limit_error",
+    "timeout_error", "api_error", "overloaded_error",
+}  # fmt: skip
+
+
+class MessagesFormat(Format):
+    """llama-server converts it, and chooses the slot itself."""
+
+    name = "messages"
+    prompt_kind = PromptKind.CONVERTED
+    honours_id_slot = False
+    messages_key = "messages"
+    system_key = "system"
+    count_path = "/v1/messages/count_tokens"
+
+    def chat_body(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        return chat_body(body)
+
+    def n_answers(self, body: Mapping[str, Any]) -> int:
+        """llama-server gives one, whatever was asked."""
+        return 1
+
+    def dry_run(
+        self, body: Mapping[str, Any], chat: Mapping[str, Any] | None, *, tokens: bytes | None, n: int
+    ) -> DryRun:
+        kept = {ours: body[theirs] for theirs, ours in _KEPT.items() if theirs in body}
+        return dry_run(kept | dict(chat or {}), is_chat=chat is not None, tokens=tokens, n=n)
+
+    def stream_start(self, id_: str, body: Mapping[str, Any], n_total: int, n_reused: int) -> bytes:
+        """Shaped as llama-server's, which leaves it out where the first token is half a character (seen running); then
+        clients fail."""
+        usage = {"cache_read_input_tokens": n_reused, "input_tokens": n_total - n_reused, "output_tokens": 0}
+        message = {
+            "id": f"chatcmpl-{id_}",
+            "type": "message",
+            "role": "assistant",
+            "content": [],
+            "model": body.get("model", ""),
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": usage,
+        }
+        return event_of({"type": "message_start", "message": message}, b"event: message_start\n")
+
+    def errors(self, id_: str) -> ErrorEvents:
+        return MessagesErrors(id_)
+
+
+class MessagesErrors(ErrorEvents):
+    """Anthropic's libraries look at ``event: error`` only, and read ``error.type`` and ``error.message`` in it;
+    llama-server leaves that envelope out."""
+
+    is_translated = True
+
+    def event(self, error: Mapping[str, Any]) -> bytes:
+        said = {**error, "type": _error_type(error)}
+        return event_of({"type": "error", "error": said}, b"event: error\n")
+
+
+def _error_type(error: Mapping[str, Any]) -> str:
+    type_, status = error.get("type"), error.get("code")
+    if type_ in _ERROR_TYPES:
+        return str(type_)
+    if type_ == "unavailable_error":
+        return "overloaded_error"
+    return "invalid_request_error" if isinstance(status, int) and 400 <= status < 500 else "api_error"
 
 
 def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llamaslot.formats.rewrite import system_texts
-from llamaslot.llama.routes import Format
+from llamaslot.formats.base import Format
 
 #: ``prompt``: the request has no messages.
 Where = Literal["system", "tools", "message", "prompt"]
@@ -45,15 +44,15 @@ class _Span:
     whereabouts: Whereabouts
 
 
-def whereabouts(text: str, offset: int, body: Mapping[str, Any], kind: Format) -> Whereabouts:
+def whereabouts(text: str, offset: int, body: Mapping[str, Any], format_: Format) -> Whereabouts:
     """What the character at ``offset`` of the rendered ``text`` belongs to. What stands in front of a message, its
     role for one, belongs to it."""
-    if kind in ("openai-completion", "native-completion"):
+    messages = format_.messages(body)
+    if messages is None:
         return Whereabouts("prompt")
-    messages = _messages(body, kind)
     spans = list(_spans(text, messages))
     first = spans[0].begin if spans else len(text)
-    ahead = [*_system_spans(text[:first], body, kind, messages), *_tools_span(text[:first], body)]
+    ahead = [*_system_spans(text[:first], body, format_, messages), *_tools_span(text[:first], body)]
     # Text of the template's own, a date for one, is taken for the system prompt's.
     is_ahead = offset <= max((span.end for span in ahead), default=first - _HEADER)
     if is_ahead or not spans:
@@ -62,13 +61,6 @@ def whereabouts(text: str, offset: int, body: Mapping[str, Any], kind: Format) -
         nearest = inside[:1] or sorted(below, key=lambda span: span.end)[-1:]
         return nearest[0].whereabouts if nearest else Whereabouts("system")
     return next((span for span in spans if offset <= span.end), spans[-1]).whereabouts
-
-
-def _messages(body: Mapping[str, Any], kind: Format) -> list[Any]:
-    given = body.get("input" if kind == "responses" else "messages")
-    if isinstance(given, str):
-        return [{"role": "user", "content": given}]
-    return given if isinstance(given, list) else []
 
 
 def _n_leading(messages: list[Any]) -> int:
@@ -127,11 +119,13 @@ def _look(text: str, wanted: str, at: int) -> tuple[int, int] | None:
     return begin, end + len(wanted[-_EDGE:]) if end >= 0 else begin + _EDGE
 
 
-def _system_spans(text: str, body: Mapping[str, Any], kind: Format, messages: list[Any]) -> Iterator[_Span]:
-    if kind != "chat":
-        for holder, key in system_texts({**body, "messages": None, "input": None}, kind):
-            if (span := _look(text, holder[key], 0)) is not None:
-                yield _Span(*span, Whereabouts("system"))
+def _system_spans(
+    text: str, body: Mapping[str, Any], format_: Format, messages: list[Any]
+) -> Iterator[_Span]:
+    beside = {name: value for name, value in body.items() if name != format_.messages_key}
+    for holder, key in format_.system_texts(beside):
+        if (span := _look(text, holder[key], 0)) is not None:
+            yield _Span(*span, Whereabouts("system"))
     for i in range(_n_leading(messages)):
         for its in _texts(messages[i]):
             if (span := _look(text, its, 0)) is not None:

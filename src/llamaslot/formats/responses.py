@@ -12,12 +12,77 @@ calls ``text`` (its ``format``), ``conversation``, ``prompt`` or ``truncation`` 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llamaslot.errors import OpaquePrompt
+from llamaslot.formats.base import Format, PromptKind
+from llamaslot.formats.error_events import ErrorEvents
+from llamaslot.llama.sse import data_of, event_of
 
 _REPLACED = {"input", "instructions", "messages", "tools", "reasoning", "max_output_tokens"}
+_CREATED = b"event: response.created"
+
+
+class ResponsesFormat(Format):
+    """llama-server converts it, and keeps the fields that place it."""
+
+    name = "responses"
+    prompt_kind = PromptKind.CONVERTED
+    messages_key = "input"
+    system_key = "instructions"
+    count_path = "/v1/responses/input_tokens"
+
+    def chat_body(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        return chat_body(body)
+
+    def errors(self, id_: str) -> ErrorEvents:
+        return ResponsesErrors(id_)
+
+
+class ResponsesErrors(ErrorEvents):
+    """Codex passes over events whose ``type`` it does not know, says "stream closed before response.completed" and asks
+    five times more. It wants ``response.failed``, with ``code`` a string: ``context_length_exceeded`` and
+    ``invalid_prompt`` are final, ``server_error`` and ``rate_limit_exceeded`` are tried again; all but the first show
+    the message. OpenAI's libraries do not raise on it, and an answer that breaks off would look like a short one: for
+    them ``error`` stands at the root too. Vercel's wants a ``sequence_number``."""
+
+    is_translated = True
+
+    def __init__(self, id_: str) -> None:
+        super().__init__(id_)
+        self._created = self._last = b""
+
+    def saw(self, event: bytes) -> None:
+        self._last = event
+        if event.startswith(_CREATED):
+            self._created = event
+
+    def event(self, error: Mapping[str, Any]) -> bytes:
+        created, last = data_of(self._created), data_of(self._last)
+        begun = created["response"] if isinstance(created, dict) else {"id": f"resp_{self.id}", "output": []}
+        n_last = last.get("sequence_number") if isinstance(last, dict) else None
+        code = {"code": _error_code(error), "message": error["message"]}
+        response = {
+            "object": "response",
+            "created_at": int(time.time()),
+            **begun,
+            "status": "failed",
+            "error": code,
+        }
+        number = n_last + 1 if isinstance(n_last, int) else 0
+        failed = {"type": "response.failed", "sequence_number": number, "response": response, "error": error}
+        return event_of(failed, b"event: response.failed\n")
+
+
+def _error_code(error: Mapping[str, Any]) -> str:
+    if error.get("type") == "exceed_context_size_error":
+        return "context_length_exceeded"
+    status = error.get("code")
+    if not isinstance(status, int) or not 400 <= status < 500:
+        return "server_error"
+    return "rate_limit_exceeded" if status == 429 else "invalid_prompt"
 
 
 def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import regex
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from llamaslot.llama.routes import Format
+from llamaslot.formats.base import Format
+from llamaslot.formats.registry import FORMATS
 
 LIMIT_S = 0.05  # of computing, per rule and request
 MAX_CHARS = 4096
 
-_SYSTEM = ("system", "developer")
-
-#: The formats that have a system prompt.
-Spoken = Literal["chat", "responses", "messages"]
-SPOKEN: tuple[Spoken, ...] = get_args(Spoken)
+#: The names of the formats that have a system prompt.
+SPOKEN = tuple(name for name, each in FORMATS.items() if each.messages_key or each.system_key)
+if TYPE_CHECKING:
+    Spoken = str
+else:
+    Spoken = Literal[SPOKEN]
 
 
 class RewriteRule(BaseModel):
@@ -164,14 +166,14 @@ class Rewriting:
     def __init__(self, rules: tuple[RewriteRule, ...] = ()) -> None:
         self.rewriters = [Rewriter(rule) for rule in rules]
 
-    def apply(self, body: MutableMapping[str, Any], kind: Format) -> tuple[list[str], list[str]]:
+    def apply(self, body: MutableMapping[str, Any], format_: Format) -> tuple[list[str], list[str]]:
         """Change ``body`` in place. The names of the rules that have changed something, and of those given up."""
         fired, given_up = list[str](), list[str]()
         for rewriter in self.rewriters:
-            if kind not in rewriter.rule.formats:
+            if format_.name not in rewriter.rule.formats:
                 continue
             has_fired, began = False, time.perf_counter()
-            for holder, key in system_texts(body, kind):
+            for holder, key in format_.system_texts(body):
                 try:
                     left_s = began + LIMIT_S - time.perf_counter()
                     if left_s <= 0:
@@ -187,39 +189,3 @@ class Rewriting:
                 rewriter.n_fired += 1
                 fired.append(rewriter.rule.name)
         return fired, given_up
-
-
-def system_texts(body: Mapping[str, Any], kind: Format) -> Iterator[tuple[Any, Any]]:
-    """The texts of the system prompt, each as what holds it and the key under which it stands there.
-
-    Messages of role ``system`` or ``developer`` wherever they stand, ``system`` and ``instructions``. A body of another
-    shape has none of those: llama-server's own 400 says it best.
-    """
-    match kind:
-        case "chat":
-            yield from _of_messages(body.get("messages"))
-        case "messages":
-            yield from _of(body, "system")
-            yield from _of_messages(body.get("messages"))
-        case "responses":
-            yield from _of(body, "instructions")
-            yield from _of_messages(body.get("input"))
-        case "openai-completion" | "native-completion" | "infill":
-            return
-
-
-def _of_messages(messages: Any) -> Iterator[tuple[Any, Any]]:
-    for message in messages if isinstance(messages, list) else ():
-        if isinstance(message, Mapping) and message.get("role") in _SYSTEM:
-            yield from _of(message, "content")
-
-
-def _of(holder: Any, key: str) -> Iterator[tuple[Any, Any]]:
-    """A text, or the parts that have one."""
-    match holder.get(key):
-        case str():
-            yield holder, key
-        case list() as parts:
-            for part in parts:
-                if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-                    yield part, "text"

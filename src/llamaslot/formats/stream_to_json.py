@@ -1,10 +1,11 @@
 """The JSON answer that llama-server would have sent, put together from the events of its stream.
 
 Why: that a client has left is noticed when a write to it fails, and to one that does not stream nothing is written. So
-its request is sent on as a stream (``streamed``), and its answer is made of the events (``Assembly``): field by field
-what ``"stream": false`` gives. tests/real/test_assemble.py holds the one against the other on the real server.
+its request is sent on as a stream (``Format.streamed``), and its answer is made of the events (``Assembly``): field by
+field what ``"stream": false`` gives. Each format has its own of both; here is what they share.
+tests/real/test_assemble.py holds the one against the other on the real server.
 
-What a stream cannot give is known from the body as a rule; then ``can_assemble`` says no:
+What a stream cannot give is known from the body as a rule; then ``Format.can_assemble`` says no:
 
 - ``logprobs``, ``n_probs``: entries are lost with tokens that have no event of their own (in chat the end, and tags of
   reasoning and of calls) and with drafted ones, and the answer leaves out those of a stop word's tokens, which only the
@@ -25,13 +26,13 @@ send_partial_response, send_final_response), server-schema.cpp (the fields of a 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import orjson
 
 from llamaslot.errors import LlamaslotError, UpstreamError
-from llamaslot.llama.routes import Format
 
 
 class Doubt(enum.StrEnum):
@@ -57,7 +58,7 @@ class Incomplete(LlamaslotError):
 
 # fmt: off
 #: Fields that decide what is said, not how it is told.
-_HARMLESS = {
+HARMLESS = {
     "model", "id_slot", "cache_prompt", "seed", "n_predict", "max_tokens", "max_completion_tokens", "n", "n_cmpl",
     "stop", "ignore_eos", "logit_bias", "grammar", "json_schema", "lora", "n_keep", "n_discard", "n_cache_reuse",
     "t_max_predict_ms", "samplers", "temperature", "dynatemp_range", "dynatemp_exponent", "top_k", "top_p", "min_p",
@@ -67,70 +68,45 @@ _HARMLESS = {
     "sse_ping_interval",
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",  # of OpenAI, no use here
 }
-_KNOWN: dict[Format, set[str]] = {
-    "chat": _HARMLESS | {
-        "messages", "tools", "tool_choice", "parallel_tool_calls", "response_format", "reasoning_format",
-        "reasoning_effort", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
-    },
-    "openai-completion": _HARMLESS | {"prompt"},
-    "native-completion": _HARMLESS | {"prompt", "response_fields"},
-    "infill": _HARMLESS | {"input_prefix", "input_suffix", "input_extra", "prompt", "response_fields"},
-}
-_NATIVE = ("native-completion", "infill")
-#: Without effect when they are off. ``streamed`` may set them, so a value of another type must not go unnoticed.
+#: Without effect when they are off. A streamed body may set them, so a value of another type must not go unnoticed.
 _OFF = {"stream", "verbose", "echo", "return_tokens", "post_sampling_probs", "logprobs", "n_probs", "n_indent"}
 _OFF_AT_0 = {"logprobs", "n_probs", "n_indent"}
 # fmt: on
 
 
-def can_assemble(body: Mapping[str, Any], kind: Format) -> bool:
-    """Whether the answer to ``body``, whose client does not stream, can be had from a stream, but for a ``Doubt``.
-
-    A server that was started with ``--reasoning-format deepseek-legacy`` cannot be told from here: its chat must not be
-    assembled. ``generation_settings`` of any native answer tells it, /props does not (ran).
-    """
-    given = _given(body)
-    if kind not in _KNOWN or _n_answers(given, kind) is None or _paths(given) is None:
-        return False
-    if kind == "chat" and not _is_plain_chat(given):
-        return False
-    return all(_is_fit(kind, name, value) for name, value in given.items())
+def without_nulls(body: Mapping[str, Any]) -> dict[str, Any]:
+    """``body`` without nulls, which are absent fields (server-schema.cpp, has_value)."""
+    return {name: value for name, value in body.items() if value is not None}
 
 
-def _is_fit(kind: Format, name: str, value: Any) -> bool:
+def has_only(given: Mapping[str, Any], known: set[str]) -> bool:
+    """Whether a body has no other fields than ``known``, and those that have no effect with their value."""
+    return all(_is_fit(name, value, known) for name, value in given.items())
+
+
+def _is_fit(name: str, value: Any, known: set[str]) -> bool:
     if name in ("timings_per_token", "return_progress"):
         return isinstance(value, bool)
     if name in _OFF:
         return value is False or (type(value) is int and value == 0 and name in _OFF_AT_0)
-    return name in _KNOWN[kind]
+    return name in known
 
 
-def _given(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Without nulls, which are absent fields (server-schema.cpp, has_value)."""
-    return {name: value for name, value in body.items() if value is not None}
-
-
-def _is_plain_chat(given: Mapping[str, Any]) -> bool:
-    """Text only, and its reasoning in the same place with and without a stream."""
-    messages = given.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return False
-    contents = [message.get("content") for message in messages]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    is_text = all(isinstance(part, dict) and part.get("type") == "text" for part in parts)
-    return is_text and given.get("reasoning_format", "auto") in ("none", "auto", "deepseek")
-
-
-def _n_answers(given: Mapping[str, Any], kind: Format) -> int | None:
-    """How many answers there will be: ``n`` for each prompt. None where that is not certain."""
+def n_answers(given: Mapping[str, Any]) -> int | None:
+    """How many answers one prompt gets. None where that is not certain."""
     counts = [given[name] for name in ("n", "n_cmpl") if name in given] or [1]
     if len(counts) > 1 or type(counts[0]) is not int or not 1 <= counts[0] < 2**31:
         return None
-    prompt = given.get("prompt")
-    if kind in ("chat", "infill") or _is_prompt(prompt):
-        return counts[0]
+    return counts[0]
+
+
+def n_answers_to_prompts(given: Mapping[str, Any]) -> int | None:
+    """The same of all prompts in ``prompt``."""
+    n, prompt = n_answers(given), given.get("prompt")
+    if n is None or _is_prompt(prompt):
+        return n
     if isinstance(prompt, list) and prompt and all(map(_is_prompt, prompt)):
-        return counts[0] * len(prompt)
+        return n * len(prompt)
     return None
 
 
@@ -142,31 +118,22 @@ def _is_prompt(prompt: Any) -> bool:
     return isinstance(prompt, str)
 
 
-def _paths(given: Mapping[str, Any]) -> list[str] | None:
-    """``response_fields``, as names with slashes between them; None if they are anything else."""
-    paths = given.get("response_fields", [])
-    if isinstance(paths, list) and all(isinstance(path, str) and all(path.split("/")) for path in paths):
-        return paths
-    return None
+def streamed_with_progress(body: Mapping[str, Any]) -> dict[str, Any]:
+    """``body`` as a stream that tells the progress of its prompt."""
+    return {**body, "stream": True, "return_progress": True}
 
 
-def streamed(body: Mapping[str, Any], kind: Format) -> dict[str, Any]:
-    """The body that asks for the same answer as a stream. Only where ``can_assemble``."""
-    body = {**body, "stream": True, "return_progress": True}
-    if kind in _NATIVE:
-        body.pop("response_fields", None)  # the last event would have these only
-        return body
-    # With timings each event says how many tokens there are by now, by which Doubt.HELD_BACK is found.
-    body |= {"stream_options": {"include_usage": True}, "timings_per_token": True}
-    if kind == "chat":
-        body["echo"] = True  # else the stream leaves out the assistant's message that it goes on with
-    return body
+def streamed_with_usage(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of an OpenAI format, whose streams have no usage unless it is asked for. With timings each event says
+    how many tokens there are by now, by which Doubt.HELD_BACK is found."""
+    told = {"stream_options": {"include_usage": True}, "timings_per_token": True}
+    return streamed_with_progress(body) | told
 
 
 # -- the answer --------------------------------------------------------------------------------------------------
 
 
-class _Part:
+class PartialAnswer:
     """One of the answers, as far as it has come."""
 
     def __init__(self) -> None:
@@ -184,24 +151,20 @@ class _Part:
         if says_something:
             self.n_said = n_tokens
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether it ended at its limit."""
+        return self.finish_reason in ("length", "limit")
 
-class Assembly:
-    """The answer to ``body``, the client's own and not the streamed one. Feed it each event's JSON, but ``[DONE]``."""
 
-    def __init__(self, body: Mapping[str, Any], kind: Format) -> None:
-        given = _given(body)
-        self._n_answers, self._paths = _n_answers(given, kind) or 1, _paths(given)
-        self._kind = kind
-        self._parts: dict[int, _Part] = {}
-        self._ended: list[_Part] = []
+class Assembly(ABC):
+    """The ``n_answers`` answers to one body. Feed it each event's JSON, but ``[DONE]``."""
+
+    def __init__(self, n_answers: int) -> None:
+        self._n_answers = n_answers
+        self._parts: dict[int, PartialAnswer] = {}
+        self._ended: list[PartialAnswer] = []
         self._is_known = True
-        feeds: dict[Format, Callable[[dict[str, Any]], None]] = {
-            "chat": self._feed_chat,
-            "openai-completion": self._feed_text,
-            "native-completion": self._feed_native,
-            "infill": self._feed_native,
-        }
-        self._feed = feeds[kind]
 
     def feed(self, payload: dict[str, Any]) -> None:
         """Take in one event, also one of progress: a chat's text before the first token comes with that.
@@ -214,7 +177,7 @@ class Assembly:
             status = code if isinstance(code, int) and 400 <= code < 600 else 500
             raise UpstreamError(status, orjson.dumps({"error": error}))
         try:
-            self._feed(payload)
+            self._take(payload)
         except (AttributeError, LookupError, TypeError):
             self._is_known = False
 
@@ -236,140 +199,51 @@ class Assembly:
         Raises Incomplete.
         """
         self._check()
-        parts = sorted(self._parts.items())
-        if self._kind in _NATIVE:
-            answers = [self._native(part) for _, part in parts]
-            return answers if len(answers) > 1 else answers[0]
-        choice = _chat_choice if self._kind == "chat" else _text_choice
-        # With several answers the totals are those of the first one.
-        return {**parts[0][1].totals, "choices": [choice(index, part) for index, part in parts]}
+        return self._whole(sorted(self._parts.items()))
 
     def _check(self) -> None:
         if not self.is_complete:
             n_ended, n = len(self._ended), self._n_answers
             raise Incomplete(f"llama-server broke off its stream after {n_ended} of {n} answers; ask again")
 
-    def _doubt_about(self, part: _Part) -> Doubt | None:
-        is_chat, is_cut = self._kind == "chat", part.finish_reason in ("length", "limit")
-        # Chat has no events for what its parser takes out, the end among it: there only a cut one can be told.
-        if (is_cut and part.n_said < part.n_tokens) or (not is_chat and part.n_told < part.n_tokens):
-            return Doubt.HELD_BACK
-        if is_chat and not (part.text or part.reasoning or part.calls):
-            # One token that was the end, or the stop word: then the raw text is empty too.
-            return None if part.finish_reason == "stop" and part.n_tokens == 1 else Doubt.UNPARSED
-        return None
+    @abstractmethod
+    def _take(self, payload: dict[str, Any]) -> None:
+        """Take in one event that is no error. Raises AttributeError, LookupError or TypeError for an unknown one."""
 
-    def _part(self, index: int) -> _Part:
-        return self._parts.setdefault(index, _Part())
+    @abstractmethod
+    def _whole(self, parts: list[tuple[int, PartialAnswer]]) -> Any:
+        """The JSON value, from all answers with their indexes."""
+
+    def _doubt_about(self, part: PartialAnswer) -> Doubt | None:
+        is_end_missing = part.n_told < part.n_tokens or (part.is_cut and part.n_said < part.n_tokens)
+        return Doubt.HELD_BACK if is_end_missing else None
+
+    def _part(self, index: int) -> PartialAnswer:
+        return self._parts.setdefault(index, PartialAnswer())
 
     def _know(self, names: Iterable[str], known: set[str]) -> None:
         self._is_known = self._is_known and known.issuperset(names)
 
-    def _end(self, part: _Part, finish_reason: str) -> None:
+    def _end(self, part: PartialAnswer, finish_reason: str) -> None:
         part.finish_reason = finish_reason
         self._ended.append(part)
 
-    def _feed_chat(self, payload: dict[str, Any]) -> None:
-        """A token's deltas, one event each, the last of them with ``timings``; then the finish reason; then the totals.
 
-        The totals have no index, but follow their finish reason at once (to_json_oaicompat_chat_stream).
-        """
+class OpenAIAssembly(Assembly):
+    """Answers as ``choices``."""
+
+    def _know_event(self, payload: dict[str, Any]) -> None:
         self._know(payload, _OPENAI_EVENT)
-        if not payload["choices"]:
-            part, name = self._ended[-1], payload["object"].removesuffix(".chunk")
-            part.n_tokens = payload["usage"]["completion_tokens"]
-            part.totals = {**payload, "object": name}
-            return
-        choice = payload["choices"][0]
-        part, delta = self._part(choice["index"]), choice["delta"]
-        self._know(choice, {"finish_reason", "index", "delta"})
-        self._know(delta, _SAID | {"role"})
-        part.text += delta.get("content") or ""
-        part.reasoning += delta.get("reasoning_content") or ""
-        for piece in delta.get("tool_calls", ()):
-            self._feed_call(part.calls, piece)
-        if choice["finish_reason"] is not None:
-            self._end(part, choice["finish_reason"])
-        elif "timings" in payload:
-            # The first token has an event with the role, whatever became of the token.
-            part.tell(payload["timings"]["predicted_n"], any(delta.get(name) for name in _SAID))
 
-    def _feed_call(self, calls: list[dict[str, Any]], piece: dict[str, Any]) -> None:
-        """The first piece of a call has its id and its name, further ones add to the arguments."""
-        index, function = piece["index"], piece["function"]
-        self._know(piece, {"index", "id", "type", "function"})
-        if index == len(calls):
-            calls.append({"type": "function", "function": {"name": "", "arguments": ""}, "id": piece["id"]})
-        whole = calls[index]["function"]
-        for name, text in function.items():
-            whole[name] += text
+    def _whole(self, parts: list[tuple[int, PartialAnswer]]) -> Any:
+        """With several answers the totals are those of the first one."""
+        return {**parts[0][1].totals, "choices": [self._choice(index, part) for index, part in parts]}
 
-    def _feed_text(self, payload: dict[str, Any]) -> None:
-        """An event for each token, also for one that adds nothing; the last has the finish reason and the totals."""
-        self._know(payload, _OPENAI_EVENT)
-        choice = payload["choices"][0]
-        part = self._part(choice["index"])
-        self._know(choice, {"text", "index", "logprobs", "finish_reason"})
-        part.text += choice["text"]
-        if choice["finish_reason"] is not None:
-            part.totals, part.n_tokens = payload, payload["usage"]["completion_tokens"]
-            self._end(part, choice["finish_reason"])
-        else:
-            part.tell(payload["timings"]["predicted_n"], bool(choice["text"]))
-
-    def _feed_native(self, payload: dict[str, Any]) -> None:
-        """An event for each token, also for one that adds nothing; the last is the answer but for the text."""
-        part = self._part(payload["index"])
-        part.text += payload["content"]
-        if payload["stop"]:
-            settings = {**payload["generation_settings"], "stream": False}
-            part.totals = {**payload, "generation_settings": settings}
-            part.n_tokens = payload["tokens_predicted"]
-            self._end(part, payload["stop_type"])
-        else:
-            self._know(payload, _NATIVE_EVENT)
-            part.tell(payload["tokens_predicted"], bool(payload["content"]))
-
-    def _native(self, part: _Part) -> dict[str, Any]:
-        whole = {**part.totals, "content": part.text}
-        return _chosen(whole, self._paths) if self._paths else whole
+    @abstractmethod
+    def _choice(self, index: int, part: PartialAnswer) -> dict[str, Any]:
+        """One answer as the client reads it."""
 
 
-# fmt: off
 _OPENAI_EVENT = {
     "choices", "created", "model", "system_fingerprint", "object", "usage", "id", "timings", "prompt_progress",
-}
-_SAID = {"content", "reasoning_content", "tool_calls"}
-_NATIVE_EVENT = {
-    "index", "content", "tokens", "stop", "id_slot", "tokens_predicted", "tokens_evaluated", "timings",
-    "prompt_progress",
-}
-# fmt: on
-
-
-def _chat_choice(index: int, part: _Part) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": part.text}
-    if part.reasoning:
-        message["reasoning_content"] = part.reasoning
-    if part.calls:
-        message["tool_calls"] = part.calls
-    return {"finish_reason": part.finish_reason, "index": index, "message": message}
-
-
-def _text_choice(index: int, part: _Part) -> dict[str, Any]:
-    return {"text": part.text, "index": index, "logprobs": None, "finish_reason": part.finish_reason}
-
-
-def _chosen(whole: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
-    """A slash goes into an object; what is not there is left out (server-common.cpp, json_get_nested_values)."""
-    result: dict[str, Any] = {}
-    for path in paths:
-        value: Any = whole
-        for name in path.split("/"):
-            value = value.get(name, _MISSING) if isinstance(value, dict) else _MISSING
-        if value is not _MISSING:
-            result[path] = value
-    return result
-
-
-_MISSING: Any = object()
+}  # fmt: skip

@@ -27,6 +27,7 @@ from llamaslot.errors import (
     NotImplementedHere,
 )
 from llamaslot.fleet.queue import QueueLimits
+from llamaslot.formats.registry import CHAT
 from llamaslot.formats.rewrite import Rewriting
 from llamaslot.http.admin import Status
 from llamaslot.http.auth import USER, Doors, is_own_page
@@ -206,7 +207,7 @@ def _chat_bodies(config: Config) -> list[tuple[str, dict[str, Any]]]:
         raise ConfigError("prewarm", [str(error)]) from error
     rewriting = Rewriting(config.rules)
     for _, body in bodies:
-        rewriting.apply(body, "chat")
+        rewriting.apply(body, CHAT)
     return bodies
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-from llamaslot.llama.routes import Format
+from llamaslot.formats.base import Format
 
 Post = Callable[[dict[str, Any]], contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]]
 
@@ -20,7 +20,7 @@ class Asked:
 
     id: str
     body: dict[str, Any]
-    kind: Format
+    format: Format
     post: Post
     started: float
 

@@ -15,6 +15,7 @@ from multidict import CIMultiDict
 from llamaslot.backend.long_prompt import Prefilling
 from llamaslot.errors import ClientGone, LlamaslotError, NotAllowed, Unauthorized, UpstreamError
 from llamaslot.formats.error_events import ErrorEvents
+from llamaslot.formats.registry import format_named
 from llamaslot.http.deadlines import Timeouts
 from llamaslot.llama.routes import classify
 from llamaslot.llama.sse import comment
@@ -225,7 +226,8 @@ def error_instead(
 
 def errors_of(request: web.Request, id_: str) -> ErrorEvents:
     """Makes errors in a stream, for the clients of that route."""
-    return ErrorEvents(classify(request.method, request.raw_path).format, id_)
+    format_ = format_named(classify(request.method, request.raw_path).format)
+    return format_.errors(id_) if format_ is not None else ErrorEvents(id_)
 
 
 def error_response(error: LlamaslotError, headers: Mapping[str, str] | None = None) -> web.Response:

@@ -30,8 +30,9 @@ from llamaslot.errors import (
     SlotWedged,
 )
 from llamaslot.fleet.queue import QueuePosition
+from llamaslot.formats.base import Format
 from llamaslot.formats.comments import Comment
-from llamaslot.formats.progress import TELLS_PROGRESS, progress_event
+from llamaslot.formats.registry import FORMATS, format_named
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_request import Asked
 from llamaslot.http.client_stream import MISTAKE, Downstream, StreamRules
@@ -46,7 +47,7 @@ from llamaslot.http.request_body import Uploads
 from llamaslot.http.rewriting import SystemPrompts, rewrote
 from llamaslot.http.unassisted import Unassisted
 from llamaslot.http.upstream_errors import check, check_body, in_its_words
-from llamaslot.llama.routes import Format, Route, origin_form
+from llamaslot.llama.routes import Route, origin_form
 from llamaslot.llama.sse import Earlier
 from llamaslot.scheduling.request import Job, Placement
 from llamaslot.tokens.tokenizer import NoPrompt
@@ -79,7 +80,7 @@ class Completions:
             body = parse_object(raw)
         except NoObject as error:
             raise await in_its_words(self._backend, request, raw, error) from error
-        if self._prompts.rewrite(request, body, route.format):
+        if self._prompts.rewrite(request, body, format_named(route.format)):
             raw = orjson.dumps(body)
         if route.may_be_missing and not await self._passthrough.is_offered(route):
             return await self._passthrough.unprepared(request, raw)
@@ -186,7 +187,7 @@ class _Exchange:
     def _counted(self, want: Wanted, response: web.StreamResponse) -> web.StreamResponse:
         """What was served without its tokens; what llama-server has refused anyway does not count."""
         if want.unknown is not None and response.status < 400:
-            self.backend.unrecognized.count(self._format, want.unknown)
+            self.backend.unrecognized.count(self._format.name, want.unknown)
         return response
 
     async def _met_and_wanted(self) -> tuple[Met, Wanted | None]:
@@ -214,7 +215,7 @@ class _Exchange:
     @property
     def _format(self) -> Format:
         assert self.route.format is not None, "only completions have a format"
-        return self.route.format
+        return FORMATS[self.route.format]
 
     # -- several prompts -----------------------------------------------------------------------------------------
 
@@ -300,7 +301,7 @@ class _Exchange:
         """
         job, scheduler, may_replan = want.job, self.backend.scheduler, n_before < _REPLANS
         queued = time.monotonic()
-        if self.asked.wants_progress and self._format in TELLS_PROGRESS:
+        if self.asked.wants_progress and self._format.has_progress_events:
             self.down.progress = partial(self._progress, met, before)
         async with contextlib.AsyncExitStack() as stack:
             async with self.down.waiting(self.backend.tasks):
@@ -342,15 +343,13 @@ class _Exchange:
         """An event of progress for a prefill of llamaslot's own, to a client that has asked for them."""
         so_far = Earlier(state.n_reused, state.n_done, state.seconds)
         so_far = so_far if before is None else before.then(so_far)
-        return progress_event(
-            self._format,
-            self.id,
-            met.model_name,
-            n_total=state.n_tokens,
-            n_reused=so_far.n_reused,
-            n_done=so_far.n_tokens,
-            seconds=so_far.seconds,
-        )
+        progress = {
+            "total": state.n_tokens,
+            "cache": so_far.n_reused,
+            "processed": so_far.n_tokens,
+            "time_ms": round(so_far.seconds * 1000),
+        }
+        return self._format.progress_event(self.id, met.model_name, progress)
 
     def _post(self, body: dict[str, Any]) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
         return self.backend.api.request(

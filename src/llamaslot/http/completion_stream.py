@@ -20,8 +20,7 @@ from llamaslot.backend.long_prompt import Prefilling
 from llamaslot.backend.slot_content import is_far_off
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.errors import JSON_TYPE, UpstreamError
-from llamaslot.formats.progress import message_start
-from llamaslot.formats.stream_to_json import Assembly, Doubt, can_assemble, streamed
+from llamaslot.formats.stream_to_json import Doubt
 from llamaslot.http.client_request import Asked
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream
 from llamaslot.http.headers import to_client
@@ -65,7 +64,7 @@ class Answering:
         self.lease, self.here, self.turn = lease, here, turn
         self.earlier = self._in_all(here, before)  # what the client is told
         may_assemble = not (asked.is_streaming or in_one_piece) and backend.streams_are_known
-        self.is_assembled = may_assemble and can_assemble(asked.body, asked.kind)
+        self.is_assembled = may_assemble and asked.format.can_assemble(asked.body)
         self.first_byte_s: float | None = None
         self._is_reuse_told = False
         self._first: list[bytes] | None = None
@@ -99,8 +98,8 @@ class Answering:
             self.down.errors,
             n_answers=self.want.n_prompts * (1 + self.want.job.n_children),
             wants_progress=self.asked.wants_progress,
-            assembly=Assembly(self.asked.body, self.asked.kind) if self.is_assembled else None,
-            start=self._message_start() if self.asked.kind == "messages" else b"",
+            assembly=self.asked.format.assembly(self.asked.body) if self.is_assembled else None,
+            start=self._stream_start(),
         )
         if not self._has_events:
             return
@@ -189,15 +188,17 @@ class Answering:
             told = {"x-llamaslot-source": self.source.value, "x-llamaslot-reused-tokens": str(self.n_reused)}
         await self.down.write(self.down.add_headers(told))
 
-    def _message_start(self) -> bytes:
+    def _stream_start(self) -> bytes:
         n_reused = self.earlier.n_reused if self.earlier is not None else self.lease.forecast.n_expected
-        return message_start(self.asked.id, self.asked.body, self.want.job.n_tokens, n_reused)
+        return self.asked.format.stream_start(
+            self.asked.id, self.asked.body, self.want.job.n_tokens, n_reused
+        )
 
     def _body(self) -> dict[str, Any]:
         """What llama-server is asked. As a stream with progress it tells at once what it reuses, and notices within a
         batch that nobody is there any more."""
         if self.is_assembled:
-            return streamed(self.asked.body, self.asked.kind)
+            return self.asked.format.streamed(self.asked.body)
         if self.asked.is_streaming and self.asked.may_set("return_progress"):
             return {**self.asked.body, "return_progress": True}
         return self.asked.body
@@ -339,14 +340,14 @@ class Answering:
             return
         told, before = self._told(n_found), self.lease.content or NOTHING
         if want.is_head and self.here is not None and n_found is not None:
-            self.backend.token_counts.compare_head(self.asked.kind, self.here.n_tokens, n_found)
+            self.backend.token_counts.compare_head(self.asked.format, self.here.n_tokens, n_found)
         self.backend.steps.settle(self.lease, told, self.here, want.left_in_slot)
         if want.is_head and self.lease.content is not None:
             self.lease.set_content(self._with_media(self.lease.content, before))
         self.lease.release()
         if told.n_prompt is not None:
             prompt = want.prompts[0]
-            self.backend.token_counts.compare(self.asked.kind, self.asked.body, prompt, told.n_prompt)
+            self.backend.token_counts.compare(self.asked.format, self.asked.body, prompt, told.n_prompt)
 
     def _told(self, n_found: int | None) -> Told:
         """What is to be learned from; of several prompts, or one that is known up to a medium only, no more than what

@@ -14,18 +14,16 @@ import orjson
 
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.connect import Met
-from llamaslot.backend.feedback import CONVERTED
 from llamaslot.backend.lease import Lease
 from llamaslot.cache.ids import common, head
 from llamaslot.cache.reuse import Memory
 from llamaslot.errors import BadRequest, OpaquePrompt, PromptTooLong, Reason, UpstreamError
-from llamaslot.formats import messages, responses
-from llamaslot.llama.dry_run import DryRun, dry_run
-from llamaslot.llama.routes import Format
+from llamaslot.formats.base import Format, PromptKind
+from llamaslot.llama.dry_run import DryRun
 from llamaslot.scheduling.plan import Keep, PrefillTo, Source
 from llamaslot.scheduling.request import Job, Placement, User
 from llamaslot.tokens import media
-from llamaslot.tokens.tokenizer import NoPrompt, Prompt, listed
+from llamaslot.tokens.tokenizer import NoPrompt, Prompt
 
 ATTEMPTS = 3  # a server that restarts between two steps of a job: the job is placed again on the new one
 GIVEN_UP = "llama-server restarts again and again; see its log"
@@ -89,17 +87,14 @@ def lora_of(body: Mapping[str, Any]) -> str:
     return orjson.dumps([{"id": id_, "scale": scales[id_]} for id_ in sorted(scales)]).decode()
 
 
-_PLAIN: tuple[Format, ...] = ("openai-completion", "native-completion")
-
-
 async def wanted(
-    id_: str, body: Mapping[str, Any], kind: Format, backend: Backend, met: Met, user: User
+    id_: str, body: Mapping[str, Any], format_: Format, backend: Backend, met: Met, user: User
 ) -> Wanted:
     """The job for ``body``. Raises BadRequest, PromptTooLong, and llama-server's own error for a body it refuses."""
     pool, unknown = met.pool, None
     try:
-        said = await _said(body, kind, backend, met, pool.rules.space(user).user)
-        if said.is_head and kind == "messages":
+        said = await _said(body, format_, backend, met, pool.rules.space(user).user)
+        if said.is_head and not format_.honours_id_slot:
             # llama-server chooses the slot, by the share of a prompt of unknown length.
             unknown = Reason.MEDIA
     except OpaquePrompt as error:
@@ -108,7 +103,7 @@ async def wanted(
         if prompt.n_tokens >= pool.n_ctx:
             raise PromptTooLong(prompt.n_tokens, pool.n_ctx)
     heard = body if said.chat is None else said.chat  # what llama-server takes note of
-    n = 1 if kind == "messages" else n_per_prompt(heard)  # of which the server gives one, whatever was asked
+    n = format_.n_answers(body)
     if n > 1 and not all(prompt.n_tokens for prompt in said.prompts):
         raise BadRequest(_NO_COPIES)
     n_system, boundaries = 0, tuple[int, ...]()
@@ -127,12 +122,13 @@ async def wanted(
         space=pool.rules.space(user, lora_of(heard)),
         max_tokens=max_tokens(body),
         n_children=n - 1,
-        placement=Placement.STEERED if kind == "messages" else Placement.PINNED,
+        placement=Placement.PINNED if format_.honours_id_slot else Placement.STEERED,
     )
     is_beyond_server = said.is_refused or n > len(pool.slots)
-    n_prompts = len(said.prompts) or (len(listed(body.get("prompt"))) if kind in _PLAIN else 1)
-    ids = next((prompt.tokens for prompt in said.prompts if prompt.text is None), None)
-    run = partial(dry_run, body, kind, said.chat, tokens=ids if kind in _PLAIN else None, n=n)
+    n_prompts = len(said.prompts) or format_.n_prompts(body)
+    is_plain = format_.prompt_kind is PromptKind.PLAIN
+    ids = next((prompt.tokens for prompt in said.prompts if is_plain and prompt.text is None), None)
+    run = partial(format_.dry_run, body, said.chat, tokens=ids, n=n)
     return Wanted(job, said.prompts, run, is_beyond_server, unknown, said.is_head, n_prompts)
 
 
@@ -146,15 +142,16 @@ class _Said(NamedTuple):
     is_refused: bool = False
 
 
-async def _said(body: Mapping[str, Any], kind: Format, backend: Backend, met: Met, whose: str) -> _Said:
+async def _said(body: Mapping[str, Any], format_: Format, backend: Backend, met: Met, whose: str) -> _Said:
     """Raises OpaquePrompt where the tokens are not known, and UpstreamError for what the template refuses: of a body
     that was converted nobody knows whether llama-server would refuse it too, so it is served without its tokens."""
-    if kind == "infill":
+    if format_.prompt_kind is PromptKind.INFILL:
         return _Said(None, (await backend.infills.prompt(body, met, whose),))
-    is_right = backend.shapes.known(body) if kind in CONVERTED else None
+    is_converted = format_.prompt_kind is PromptKind.CONVERTED
+    is_right = backend.shapes.known(body) if is_converted else None
     if is_right is False:
         raise OpaquePrompt("the server has counted other tokens in such a body", Reason.MISCOUNTED)
-    chat = _chat_body(body, kind)
+    chat = format_.chat_body(body)
     if chat is None:
         return await _plain(body, backend, met, whose)
     needed = {media.KINDS[part] for part in media.kinds(chat)}
@@ -162,7 +159,9 @@ async def _said(body: Mapping[str, Any], kind: Format, backend: Backend, met: Me
         if not needed:
             prompt = await backend.prompts.chat(chat, whose)
             # llama-server chooses the slot by what it makes of the body: had it another prompt, any slot could be it.
-            is_checked = kind != "messages" or is_right or await backend.shapes.check(body, prompt.n_tokens)
+            is_checked = (
+                format_.honours_id_slot or is_right or await backend.shapes.check(body, prompt.n_tokens)
+            )
             if not is_checked:
                 raise OpaquePrompt("the server counts other tokens in such a body", Reason.MISCOUNTED)
             return _Said(chat, (prompt,))
@@ -195,20 +194,6 @@ def _short(prompt: Prompt, met: Met) -> tuple[Prompt, ...]:
     return (prompt,)
 
 
-def _chat_body(body: Mapping[str, Any], kind: Format) -> Mapping[str, Any] | None:
-    """The chat that a body is, or that llama-server makes of it; None for a plain prompt. Raises OpaquePrompt where
-    that is not known."""
-    match kind:
-        case "chat":
-            return body
-        case "messages":
-            return messages.chat_body(body)
-        case "responses":
-            return responses.chat_body(body)
-        case _:
-            return None
-
-
 def keep_what_follows(lease: Lease) -> None:
     """Of a job whose prompt has media: where its slot holds all that is known of it, perhaps its media are there too.
     So nothing is computed ahead, which would cut the slot back to that."""
@@ -225,15 +210,3 @@ def max_tokens(body: Mapping[str, Any]) -> int | None:
     names = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
     values = [body[name] for name in names if type(body.get(name)) is int and body[name] >= 0]
     return min(values, default=None)
-
-
-def n_per_prompt(body: Mapping[str, Any]) -> int:
-    """``n`` (OpenAI) or ``n_cmpl`` (native), read as an int32 as llama-server reads it: 2.9 is 2, 2**32 + 1 is 1. What
-    is no number or too small it refuses by itself, with whatever slot it is given."""
-    numbers = [1]
-    for value in (body.get("n"), body.get("n_cmpl")):
-        if isinstance(value, float) and abs(value) < 2**31:
-            numbers.append(int(value))
-        elif isinstance(value, int) and not isinstance(value, bool):
-            numbers.append((value + 2**31) % 2**32 - 2**31)
-    return max(numbers)

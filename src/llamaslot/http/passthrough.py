@@ -17,6 +17,7 @@ from llamaslot.backend.lease import Lease
 from llamaslot.backend.long_prompt import no_report
 from llamaslot.cache.content import Content
 from llamaslot.errors import BackendDown, BackendRestarted, BadRequest, DeadlinePassed
+from llamaslot.formats.registry import format_named
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import end_relayed
 from llamaslot.http.deadlines import Deadlines, Timeouts, Watchdog
@@ -69,7 +70,7 @@ class Passthrough:
         raw = await self._uploads.whole(request)
         with contextlib.suppress(BadRequest):
             body = parse_object(raw)
-            if self._prompts.rewrite(request, body, route.format):
+            if self._prompts.rewrite(request, body, format_named(route.format)):
                 raw = orjson.dumps(body)
         return await self.unprepared(request, raw)
 

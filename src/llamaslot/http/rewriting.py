@@ -8,8 +8,8 @@ from typing import Any
 
 from aiohttp import web
 
+from llamaslot.formats.base import Format
 from llamaslot.formats.rewrite import LIMIT_S, RewriteRule, Rewriting
-from llamaslot.llama.routes import Format
 from llamaslot.observe.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -24,11 +24,11 @@ class SystemPrompts:
         self._rewriting, self._metrics = Rewriting(tuple(rules)), metrics
         self._told: set[str] = set()
 
-    def rewrite(self, request: web.Request, body: dict[str, Any], kind: Format | None) -> bool:
+    def rewrite(self, request: web.Request, body: dict[str, Any], format_: Format | None) -> bool:
         """Change ``body`` in place, before anything else sees it; whether that has changed anything."""
-        if kind is None or not self._rewriting.rewriters:
+        if format_ is None or not self._rewriting.rewriters:
             return False
-        fired, given_up = self._rewriting.apply(body, kind)
+        fired, given_up = self._rewriting.apply(body, format_)
         for name in fired:
             self._metrics.rewrites.labels(name).inc()
         for name in given_up:

@@ -21,20 +21,21 @@ from llamaslot.backend.backend import Backend
 from llamaslot.backend.lease import Lease
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, UpstreamError
 from llamaslot.fleet.queue import QueuePosition
+from llamaslot.formats.base import Format
 from llamaslot.formats.comments import Comment
+from llamaslot.formats.registry import format_named
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream, StreamRules
 from llamaslot.http.deadlines import Deadlines
 from llamaslot.http.headers import to_client, to_server
-from llamaslot.http.parse import max_tokens, n_per_prompt, request_id
+from llamaslot.http.parse import max_tokens, request_id
 from llamaslot.http.relay import relay
 from llamaslot.http.rewriting import rewrote
 from llamaslot.http.stream_reader import Reading
 from llamaslot.llama.client import content_type_of
-from llamaslot.llama.routes import Format, Route, origin_form
+from llamaslot.llama.routes import Route, origin_form
 from llamaslot.scheduling.plan import Source
 from llamaslot.scheduling.request import Job
-from llamaslot.tokens.tokenizer import listed
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class Unassisted:
         deadlines = Deadlines(replace(self._rules.timeouts, first_token_s=None))
         try:
             async with deadlines.kept():
-                return await self.relay(down, deadlines, route.format, raw, {})
+                return await self.relay(down, deadlines, format_named(route.format), raw, {})
         except BackendDown as error:
             self._backend.doubt()
             return await down.fail(error)
@@ -71,7 +72,7 @@ class Unassisted:
         self,
         down: Downstream,
         deadlines: Deadlines,
-        kind: Format | None,
+        format_: Format | None,
         raw: bytes,
         body: Mapping[str, Any],
     ) -> web.StreamResponse:
@@ -97,29 +98,29 @@ class Unassisted:
                         request.method,
                         origin_form(request.raw_path),
                         data=raw,
-                        headers=to_server(request, content_type="application/json" if kind else None),
+                        headers=to_server(request, content_type="application/json" if format_ else None),
                         is_relayed=True,
                     )
                 )
                 if upstream.status >= 400:
                     raise UpstreamError(upstream.status, await upstream.read(), content_type_of(upstream))
-            if kind is None:
+            if format_ is None:
                 return await relay(request, upstream, down.headers)
             reading = Reading(
                 upstream,
                 None,
                 down.errors,
-                n_answers=len(listed(body.get("prompt"))) * n_per_prompt(body),
+                n_answers=format_.n_prompts(body) * format_.n_answers(body),
                 wants_progress=True,
             )
             if upstream.content_type != "text/event-stream":
                 payload = await reading.whole()
-                self._note(lease, kind, reading, began)
+                self._note(lease, format_, reading, began)
                 return web.Response(
                     status=upstream.status, body=payload, headers=to_client(upstream, down.headers)
                 )
             await self._relay(down, deadlines, upstream, reading)
-            self._note(lease, kind, reading, began)
+            self._note(lease, format_, reading, began)
             return await down.end()
 
     async def _lease(self, job: Job, down: Downstream) -> Lease:
@@ -142,7 +143,7 @@ class Unassisted:
             await down.write(b"".join(events))
         await down.write(reading.rest)
 
-    def _note(self, lease: Lease, kind: Format, reading: Reading, began: float) -> None:
+    def _note(self, lease: Lease, format_: Format, reading: Reading, began: float) -> None:
         """What llama-server tells of the prompt, in journal, metrics and log."""
         n_reused, n_prompt = reading.n_reused, reading.n_prompt
         if n_reused is not None and (timings := reading.timings) is not None and "cache_n" in timings:
@@ -153,5 +154,5 @@ class Unassisted:
         log.info(
             "%s: answered for %s by llama-server alone (%s, assist off): %s of %s prompt tokens reused, complete after"
             " %.2f s",
-            lease.job.id, lease.job.user.id, kind, n_reused, n_prompt, time.monotonic() - began,
+            lease.job.id, lease.job.user.id, format_.name, n_reused, n_prompt, time.monotonic() - began,
         )  # fmt: skip

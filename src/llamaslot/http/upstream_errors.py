@@ -18,15 +18,11 @@ from llamaslot.http.headers import to_server
 from llamaslot.http.parse import Wanted
 from llamaslot.llama.client import IS_NOT_OFFERED, QUICK_S, content_type_of
 from llamaslot.llama.dry_run import Verdict
-from llamaslot.llama.routes import Format, origin_form
+from llamaslot.llama.routes import origin_form
 from llamaslot.scheduling.request import Placement
 
 log = logging.getLogger(__name__)
 
-_COUNTS: dict[Format, str] = {
-    "responses": "/v1/responses/input_tokens",
-    "messages": "/v1/messages/count_tokens",
-}
 _REFUSED = "llama-server does not take the fields of this request"
 _PATIENCE_S = 5.0  # it needs no slot to say no
 
@@ -82,7 +78,7 @@ async def check(backend: Backend, request: web.Request, asked: Asked, want: Want
         return
     if verdict is Verdict.REFUSED:
         backend.metrics.refused.inc()
-        if asked.kind == "messages":  # they go to no slot of ours: what refuses them needs none
+        if not asked.format.honours_id_slot:  # they go to no slot of ours: what refuses them needs none
             raise await in_its_words(backend, request, orjson.dumps(asked.body), BadRequest(_REFUSED))
         if (refusal := await _answer_to(backend, asked, lease)) is not None:
             raise refusal
@@ -100,12 +96,11 @@ async def check_body(backend: Backend, request: web.Request, asked: Asked, want:
     those of an agent's body it makes the chat. Raises its answer to the request itself, and BackendDown."""
     is_refused = await backend.dry_runs.is_unreadable(want.dry_run())
     if not is_refused and want.unknown in (Reason.SHAPE, Reason.TEMPLATE, Reason.MISCOUNTED):
-        count_route = _COUNTS.get(asked.kind)
-        if count_route is not None:
-            status, _ = await backend.api.ask(count_route, asked.body, QUICK_S)
+        if (path := asked.format.count_path) is not None:
+            status, _ = await backend.api.ask(path, asked.body, QUICK_S)
             is_refused = status >= 400 and status not in IS_NOT_OFFERED
-        elif asked.kind == "infill":
-            is_refused = await backend.dry_runs.is_malformed("/infill", asked.body)
+        elif (path := asked.format.whole_dry_run_path) is not None:
+            is_refused = await backend.dry_runs.is_malformed(path, asked.body)
     if is_refused:
         backend.metrics.refused.inc()
         raise await in_its_words(backend, request, orjson.dumps(asked.body), BadRequest(_REFUSED))

@@ -29,7 +29,6 @@ import orjson
 from llamaslot.cache.ids import count, unpack
 from llamaslot.errors import UpstreamError
 from llamaslot.llama.client import QUICK_S
-from llamaslot.llama.routes import Format
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +44,6 @@ _CHATS = (
     "chat_template_kwargs",
 )
 _PROMPTS = ("prompt", "input", "input_prefix", "input_suffix", "input_extra", "messages")
-#: What is kept of a body of /v1/messages: the rest of it never gets to the samplers.
-_OF_MESSAGES = {
-    "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_tokens": "max_tokens",
-    "stop_sequences": "stop",
-}  # fmt: skip
 #: No field of llama-server's, and often another value in each request.
 _UNREAD = (
     "user",
@@ -124,15 +118,12 @@ class DryRun:
 
 
 def dry_run(
-    body: Mapping[str, Any], kind: Format, chat: Mapping[str, Any] | None, *, tokens: bytes | None, n: int
+    fields: Mapping[str, Any], *, is_chat: bool, tokens: bytes | None, n: int, path: str = _COMPLETION
 ) -> DryRun:
-    """``chat``: the chat that the body is or becomes, None for a plain prompt. ``tokens`` of a prompt that was sent as
-    ids. ``n`` answers, of which a dry run asks for one: the others would take slots."""
-    if kind == "messages":
-        given = {ours: body[theirs] for theirs, ours in _OF_MESSAGES.items() if theirs in body}
-        given |= {name: value for name, value in (chat or {}).items() if name in _CHATS}
-    else:
-        given = dict(body if chat is None else chat)
+    """``fields``: of a body, as they get to the samplers; with ``is_chat`` those of the chat that it is or becomes.
+    ``tokens`` of a prompt that was sent as ids. ``n`` answers, of which a dry run asks for one: the others would take
+    slots. ``path`` takes these fields with a prompt."""
+    given = dict(fields)
     for name in _UNREAD:
         given.pop(name, None)
     for name in ("n", "n_cmpl") if n > 1 else ():
@@ -141,14 +132,9 @@ def dry_run(
         # Set here; what is no switch is sent, to be refused.
         if isinstance(given.get(name), bool | None):
             given.pop(name, None)
-    dropped = _PROMPTS if chat is None else (*_CHATS, *_PROMPTS)
-    fields = {name: value for name, value in given.items() if name not in dropped}
-    return DryRun(
-        "/v1/completions" if kind == "openai-completion" else _COMPLETION,
-        fields,
-        _with_grammar(given) if chat is not None else None,
-        tokens or b"",
-    )
+    dropped = (*_CHATS, *_PROMPTS) if is_chat else _PROMPTS
+    kept = {name: value for name, value in given.items() if name not in dropped}
+    return DryRun(path, kept, _with_grammar(given) if is_chat else None, tokens or b"")
 
 
 def _with_grammar(chat: dict[str, Any]) -> dict[str, Any] | None:

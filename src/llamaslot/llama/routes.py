@@ -20,10 +20,6 @@ from typing import Literal, get_args
 #: gated        403 unless ``passthrough.allow`` names its gate: it changes the server or reaches out from it
 Kind = Literal["completion", "exclusive", "passthrough", "own", "forbidden", "gated"]
 
-#: How a completion's body names its prompt, and what its answer looks like. A passthrough route that has one counts
-#: the tokens of such a body.
-Format = Literal["chat", "openai-completion", "native-completion", "infill", "responses", "messages"]
-
 #: What ``passthrough.allow`` may name.
 Gate = Literal["POST /props", "/lora-adapters", "/models", "/tools", "/cors-proxy"]
 KNOWN_GATES: tuple[Gate, ...] = get_args(Gate)
@@ -34,15 +30,16 @@ class Route:
     """One line of the table, or an unknown path (``is_known`` False, always ``passthrough``).
 
     ``path`` is as llama-server registers it, for instance ``/slots/:id``. ``honours_id_slot``: an ``id_slot`` in the
-    body's root decides which slot it takes; where False, llama-server chooses among the idle ones. ``may_be_missing``:
-    not every build or model has it, and it is not worth preparing a slot for a 404 or 501. Only tests read
-    ``honours_id_slot`` and ``is_known``.
+    body's root decides which slot it takes; where False, llama-server chooses among the idle ones. ``format``: the name
+    of the client API whose bodies a completion takes (``formats/``); a passthrough route that has one counts the tokens
+    of such a body. ``may_be_missing``: not every build or model has it, and it is not worth preparing a slot for a 404
+    or 501. Only tests read ``honours_id_slot`` and ``is_known``.
     """
 
     method: str  # "GET" answers HEAD too; "*" is any
     path: str
     kind: Kind
-    format: Format | None = None
+    format: str | None = None
     honours_id_slot: bool = False
     gate: str | None = None
     is_known: bool = True
@@ -62,7 +59,7 @@ class Route:
 
 
 def _completion(
-    path: str, its_format: Format, honours_id_slot: bool = True, may_be_missing: bool = False
+    path: str, its_format: str, honours_id_slot: bool = True, may_be_missing: bool = False
 ) -> Route:
     return Route(
         "POST", path, "completion", its_format, honours_id_slot=honours_id_slot, may_be_missing=may_be_missing

@@ -7,7 +7,6 @@ import logging
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from llamaslot.errors import Reason
-from llamaslot.llama.routes import Format
 
 log = logging.getLogger(__name__)
 
@@ -164,9 +163,9 @@ class Unrecognized:
         self._metrics = metrics
         self._told: set[Reason] = set()
 
-    def count(self, kind: Format, reason: Reason) -> None:
-        """One more of the route's format ``kind`` was served so."""
-        self._metrics.unrecognized.labels(kind, reason.value).inc()
+    def count(self, format_: str, reason: Reason) -> None:
+        """One more of ``format_``, a format's name, was served so."""
+        self._metrics.unrecognized.labels(format_, reason.value).inc()
         if reason not in self._told:
             self._told.add(reason)
-            log.warning(_COSTS, kind, _WHY[reason])
+            log.warning(_COSTS, format_, _WHY[reason])

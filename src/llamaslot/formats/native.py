@@ -1,0 +1,122 @@
+"""llama-server's own ``/completion``, also ``/completions``: a plain prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from llamaslot.formats.base import Format, PromptKind
+from llamaslot.formats.stream_to_json import (
+    HARMLESS,
+    Assembly,
+    PartialAnswer,
+    has_only,
+    n_answers_to_prompts,
+    streamed_with_progress,
+    without_nulls,
+)
+from llamaslot.llama.sse import event_of
+from llamaslot.tokens.tokenizer import listed
+
+_FIELDS = HARMLESS | {"prompt", "response_fields"}
+_EVENT = {
+    "index", "content", "tokens", "stop", "id_slot", "tokens_predicted", "tokens_evaluated", "timings",
+    "prompt_progress",
+}  # fmt: skip
+_MISSING: Any = object()
+
+
+class NativeFormat(Format):
+    """A text, ids, or a list of prompts; several answers are a list."""
+
+    name = "native-completion"
+    prompt_kind = PromptKind.PLAIN
+    has_progress_events = True
+
+    def n_prompts(self, body: Mapping[str, Any]) -> int:
+        return len(listed(body.get("prompt")))
+
+    def progress_event(self, id_: str, model: str, progress: Mapping[str, int]) -> bytes:
+        return native_progress(progress)
+
+    def can_assemble(self, body: Mapping[str, Any]) -> bool:
+        given = without_nulls(body)
+        n, paths = n_answers_to_prompts(given), response_fields(given)
+        return n is not None and paths is not None and has_only(given, _FIELDS)
+
+    def streamed(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        return native_streamed(body)
+
+    def assembly(self, body: Mapping[str, Any]) -> Assembly:
+        given = without_nulls(body)
+        return NativeAssembly(n_answers_to_prompts(given) or 1, response_fields(given))
+
+
+def native_progress(progress: Mapping[str, int]) -> bytes:
+    """An event of progress; seen running on xllamacpp 2026.10.11549."""
+    return event_of(
+        {
+            "index": 0,
+            "content": "",
+            "tokens": [0],
+            "stop": False,
+            "id_slot": -1,
+            "tokens_predicted": 0,
+            "tokens_evaluated": progress["total"],
+            "prompt_progress": progress,
+        }
+    )
+
+
+def native_streamed(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Without ``response_fields``: the last event would have these only."""
+    return {name: value for name, value in streamed_with_progress(body).items() if name != "response_fields"}
+
+
+def response_fields(given: Mapping[str, Any]) -> list[str] | None:
+    """The names that it asks for, with slashes between them; None if they are anything else."""
+    paths = given.get("response_fields", [])
+    if isinstance(paths, list) and all(isinstance(path, str) and all(path.split("/")) for path in paths):
+        return paths
+    return None
+
+
+class NativeAssembly(Assembly):
+    """The answer to a native body. ``paths``: its ``response_fields``."""
+
+    def __init__(self, n_answers: int, paths: list[str] | None) -> None:
+        super().__init__(n_answers)
+        self._paths = paths
+
+    def _take(self, payload: dict[str, Any]) -> None:
+        """An event for each token, also for one that adds nothing; the last is the answer but for the text."""
+        part = self._part(payload["index"])
+        part.text += payload["content"]
+        if payload["stop"]:
+            settings = {**payload["generation_settings"], "stream": False}
+            part.totals = {**payload, "generation_settings": settings}
+            part.n_tokens = payload["tokens_predicted"]
+            self._end(part, payload["stop_type"])
+        else:
+            self._know(payload, _EVENT)
+            part.tell(payload["tokens_predicted"], bool(payload["content"]))
+
+    def _whole(self, parts: list[tuple[int, PartialAnswer]]) -> Any:
+        answers = [self._one(part) for _, part in parts]
+        return answers if len(answers) > 1 else answers[0]
+
+    def _one(self, part: PartialAnswer) -> dict[str, Any]:
+        whole = {**part.totals, "content": part.text}
+        return _chosen(whole, self._paths) if self._paths else whole
+
+
+def _chosen(whole: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """A slash goes into an object; what is not there is left out (server-common.cpp, json_get_nested_values)."""
+    result: dict[str, Any] = {}
+    for path in paths:
+        value: Any = whole
+        for name in path.split("/"):
+            value = value.get(name, _MISSING) if isinstance(value, dict) else _MISSING
+        if value is not _MISSING:
+            result[path] = value
+    return result
