@@ -81,7 +81,7 @@ def test_messages_of_anthropic_are_counted_as_they_were_sent(wanted: str, where:
             {"role": "user", "content": [result]},
         ],
     }
-    assert at(wanted, body, FORMATS["messages"]) == where
+    assert at(wanted, body, "messages") == where
 
 
 @pytest.mark.parametrize(
