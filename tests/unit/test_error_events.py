@@ -15,7 +15,7 @@ from llamaslot.errors import (
     TooManyRequests,
     UpstreamError,
 )
-from llamaslot.formats.error_events import translated_all
+from llamaslot.formats.error_events import ErrorEvents, translated_all
 from llamaslot.formats.registry import FORMATS
 from llamaslot.llama.sse import event_of, n_commented, without_empty_events
 
@@ -26,9 +26,8 @@ BUSY, MANY, DOWN = QueueFull("wait", 5), TooManyRequests("yours", 5), BackendDow
 
 
 def told(kind: Any, error: LlamaslotError) -> dict[str, Any]:
-    name, _, data = (
-        FORMATS[kind].errors("req-1").event(error.inner).decode().removesuffix("\n\n").rpartition("data: ")
-    )
+    errors = FORMATS[kind].errors("req-1") if kind else ErrorEvents("req-1")
+    name, _, data = errors.event(error.inner).decode().removesuffix("\n\n").rpartition("data: ")
     payload: dict[str, Any] = orjson.loads(data)
     assert name == (f"event: {payload['type']}\n" if "type" in payload else "")
     return payload
