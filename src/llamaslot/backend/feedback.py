@@ -1,5 +1,5 @@
-"""What an answer teaches: how much was reused against the forecast, how fast llama-server is, and whether its count of
-the prompt's tokens is the same as ours. All learning from an answer is here."""
+"""What answers and prefills teach: how much was reused against the forecast, how fast llama-server is, and whether its
+count of a prompt's tokens is the same as ours."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 from llamaslot.backend.candidates import MIN_WORTH_TOKENS, source_of
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.probes import NO_CHECKPOINTS, WORTHLESS
+from llamaslot.backend.slot_table import Pool
 from llamaslot.cache.reuse import RESIDENT, Memory, Strikes, has_failed
 from llamaslot.errors import Reason
 from llamaslot.formats.base import Format, PromptKind
+from llamaslot.llama.replies import Progress
 from llamaslot.llama.sse import Earlier
 from llamaslot.observe.metrics import Metrics, Unrecognized
 from llamaslot.scheduling.cost import Rates
@@ -25,6 +27,7 @@ from llamaslot.tokens.tokenizer import Prompt, Prompts
 
 log = logging.getLogger(__name__)
 
+_FEW_TOKENS = 64  # a progress event for fewer says little about speed
 _SLACK_TOKENS = 8  # at the end of the text before a medium, which may tokenize differently in context
 
 
@@ -45,7 +48,7 @@ class Told:
 
 
 class Feedback:
-    """What the answers of one backend teach."""
+    """What the answers and prefills of one backend teach. Saves, restores and waits are timed where they are done."""
 
     def __init__(
         self,
@@ -69,6 +72,22 @@ class Feedback:
             self.rates.prefill.observe(told.n_found, n_prompt, told.prompt_s)
         if told.n_predicted and told.predicted_s is not None:
             self.rates.answer.observe(told.n_predicted, told.predicted_s)
+
+    def progressed(self, pool: Pool, last: Progress, event: Progress, end: int) -> None:
+        """A prefill of llamaslot's own, up to ``end`` tokens, has come from ``last`` to ``event``."""
+        n_tokens = event.processed - last.processed
+        if n_tokens >= _FEW_TOKENS:
+            self.rates.prefill.observe(last.processed, event.processed, event.seconds - last.seconds)
+        if event.processed < end:  # not the rest of it, but as many as the server takes
+            pool.n_batch = max(pool.n_batch, n_tokens)
+
+    def piece_ended(self, pool: Pool, more_s: float, *, is_alone: bool) -> None:
+        """Sending a piece of a prompt has taken ``more_s`` seconds beside its computing. ``is_alone``: no batch of
+        another request was in between."""
+        if pool.recall.is_rewindable:
+            self.rates.interruption.observe(more_s)
+        if is_alone:
+            self.rates.request.observe(more_s)
 
     def misplaced(self, lease: Lease, n_found: int) -> None:
         """The slot of ``lease`` held only ``n_found`` tokens of its prompt: so few that it gets another place."""

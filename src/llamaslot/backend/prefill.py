@@ -42,7 +42,7 @@ from llamaslot.tasks import Bell
 KeepTrunk = Callable[[Lease, int], Awaitable[None]]
 log = logging.getLogger(__name__)
 
-_FEW = 64  # a progress event for fewer tokens says little about speed
+_FEW = 64  # tokens that a slot may lack of a stretch before its interruption is taken for lost work
 _LOOK_AGAIN_S = 0.5  # a request whose answer does not begin ceases to come first, without a notification
 _SURELY_S = 8.0  # of computing, before a prefill makes room for a request that chooses its slots
 
@@ -305,7 +305,7 @@ class Prefills:
                         if is_misplaced:
                             break
                     else:
-                        self._learn(long, last, event)
+                        self.feedback.progressed(lease.pool, last, event, long.end)
                     last = event
                     lease.set_progress(event.processed)
                     long.report(self._progress(long, n_found, event))
@@ -321,11 +321,8 @@ class Prefills:
         if not is_over:
             content = await until_idle(self.api, lease, content, self.now)
         elif last is not None:
-            more_s = self.now() - long.since - last.seconds  # what sending it in one more piece has cost
-            if lease.pool.recall.is_rewindable:
-                self.rates.interruption.observe(more_s)
-            if not self._others(long):  # no batch of another request was in between
-                self.rates.request.observe(more_s)
+            more_s = self.now() - long.since - last.seconds
+            self.feedback.piece_ended(lease.pool, more_s, is_alone=not self._others(long))
         lease.finish(content)
         if not long.has_begun:
             long.has_begun, long.n_reused = True, n_found
@@ -334,13 +331,6 @@ class Prefills:
         if is_misplaced:
             self.feedback.misplaced(lease, n_found)
         return is_misplaced
-
-    def _learn(self, long: LongPrompt, last: Progress, event: Progress) -> None:
-        n_tokens, pool = event.processed - last.processed, long.lease.pool
-        if n_tokens >= _FEW:
-            self.rates.prefill.observe(last.processed, event.processed, event.seconds - last.seconds)
-        if event.processed < long.end:  # not the rest of it, but as many as the server takes
-            pool.n_batch = max(pool.n_batch, n_tokens)
 
     def _progress(self, long: LongPrompt, n_found: int, event: Progress) -> Prefilling:
         n_reused = long.n_reused if long.has_begun else n_found
