@@ -303,7 +303,7 @@ class Lease:
         """A part of its prompt is being sent. Raises BackendRestarted."""
         self.check_current()
         self._become(Event.PREFILL)
-        self._cuts_back()
+        self._cut_back()
 
     # -- the request itself --------------------------------------------------------------------------------------
 
@@ -323,9 +323,9 @@ class Lease:
         self._become(Event.SEND)
         self.sent_at = self._now()
         if self.slot is not None:
-            self._cuts_back()
+            self._cut_back()
 
-    def _cuts_back(self) -> None:
+    def _cut_back(self) -> None:
         """Until the server confirms that it has begun, only what old and new tokens have in common is sure."""
         self._is_confirmed = False
         if self.content is None:
