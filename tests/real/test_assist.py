@@ -42,7 +42,7 @@ async def test_contexts_are_found_again_as_directly(tmp_path: Path, flags: Flags
     """6 users on 4 slots in front of a server whose own memory works: llamaslot stands aside, and all is reused."""
     async with front(models.dense(tmp_path), tmp_path, flags, alone=False, context=8192) as stack:
         result = await run(stack, **SIZES)
-        assist = (await stack.status())["backend"]["assist"]
+        assist = (await stack.status())["backends"][0]["assist"]
     assert assist["is_on"] is False
     assert result.tally.n_errors == 0
     assert result.tally.ratio >= 0.98
@@ -66,7 +66,7 @@ async def test_an_exchange_of_flags_is_noticed(tmp_path: Path, is_default_first:
             stack.server.model, stack.server.save_dir, context=8192, port=stack.server.port, extra=flags[1]
         )
         try:
-            assert (await stack.status())["backend"]["assist"]["is_on"] is not is_default_first
+            assert (await stack.status())["backends"][0]["assist"]["is_on"] is not is_default_first
             await stack.server.stop()
             await other.start()
             await _connected(stack, is_on=is_default_first)
@@ -85,14 +85,14 @@ async def test_two_slots_of_which_one_is_filled_show_it_too(tmp_path: Path) -> N
         await stack.server.post("/completion", {"prompt": "a " * 300, "n_predict": 1})
         await stack.llamaslot.stop()
         await stack.llamaslot.start()
-        assert (await stack.status())["backend"]["assist"]["is_on"] is False
+        assert (await stack.status())["backends"][0]["assist"]["is_on"] is False
 
 
 async def _connected(stack: Stack, *, is_on: bool) -> None:
     """Wait until llamaslot has noticed the other server."""
     deadline = time.monotonic() + 30
     while True:
-        assist = (await stack.status())["backend"]["assist"]
+        assist = (await stack.status())["backends"][0]["assist"]
         if assist is not None and assist["is_on"] is is_on:
             return
         assert time.monotonic() < deadline, assist

@@ -22,7 +22,7 @@ async def test_lora_scales_set_for_everybody_end_what_the_slots_held(tmp_path: P
     ):
         prompt = {"prompt": "a context of some length " * 40, "max_tokens": 4}
         await client.post("/v1/completions", prompt)
-        held = [slot["n_tokens"] for slot in (await stack.status())["slots"]]
+        held = [slot["n_tokens"] for slot in (await stack.status())["backends"][0]["slots"]]
         assert max(held) > 900
         async with client.session.post(stack.url + "/lora-adapters", json=[]) as response:
             assert response.status == 200

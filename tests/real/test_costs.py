@@ -86,6 +86,9 @@ async def until_saved(stack: Stack, n_tokens: int) -> None:
     async with asyncio.timeout(30):
         while True:
             status = await stack.status()
-            if any(slot["n_tokens"] >= n_tokens and not slot["is_dirty"] for slot in status["slots"]):
+            if any(
+                slot["n_tokens"] >= n_tokens and not slot["is_dirty"]
+                for slot in status["backends"][0]["slots"]
+            ):
                 return
             await asyncio.sleep(0.1)

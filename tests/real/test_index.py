@@ -29,16 +29,16 @@ async def test_a_context_that_the_generation_finds_is_restored(
     ):
         for text in TEXTS:
             await it.ask(text)
-        assert it.backend.libraries is not None
-        libraries = it.backend.libraries
+        assert it.pool.libraries is not None
+        libraries = it.pool.libraries
         await it.until(lambda: libraries.current is not None and libraries.current.index.base is not None)
         await it.stop()
         await server.restart()
         with OPENS.noted() as opened:
             await it.start()
-        assert it.backend.libraries is not None
-        assert it.backend.libraries.current is not None
-        base = it.backend.libraries.current.index.base
+        assert it.pool.libraries is not None
+        assert it.pool.libraries.current is not None
+        base = it.pool.libraries.current.index.base
         assert base is not None
         found = set(base.holders())
         assert len(found) >= 3

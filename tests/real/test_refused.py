@@ -260,7 +260,7 @@ async def test_what_reached_no_slot_discredits_none(dense: Stack, path: str) -> 
     """llama-server answers some mistakes of clients with 500, before any slot: then no slot is saved or given up."""
     stack, rng = dense, random.Random(path)
     await fill(stack, rng)
-    before, n_before = (await stack.status())["slots"], await n_saves(stack)
+    before, n_before = (await stack.status())["backends"][0]["slots"], await n_saves(stack)
     question = {"role": "user", "content": words(rng, N_HELD)}
     call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": CUT}
     result = {"type": "function_call_output", "call_id": "c", "output": "x"}
@@ -271,7 +271,7 @@ async def test_what_reached_no_slot_discredits_none(dense: Stack, path: str) -> 
     direct = await post(stack.server.url, path, bad[path])
     assert direct[0] == 500
     assert await post(stack.url, path, bad[path]) == direct
-    after = (await stack.status())["slots"]
+    after = (await stack.status())["backends"][0]["slots"]
     assert [(slot["state"], slot["n_tokens"]) for slot in after] == [("HOT", N_HELD)] * N_SLOTS
     assert [slot["n_tokens"] for slot in before] == [N_HELD] * N_SLOTS
     assert await n_saves(stack) == n_before
@@ -286,6 +286,6 @@ async def test_of_a_request_with_several_answers_nothing_is_lost(dense: Stack) -
     direct = await post(stack.server.url, NATIVE, body)
     assert direct[0] == 400
     assert await post(stack.url, NATIVE, body) == direct
-    after = (await stack.status())["slots"]
+    after = (await stack.status())["backends"][0]["slots"]
     assert [(slot["state"], slot["n_tokens"]) for slot in after] == [("HOT", N_HELD)] * N_SLOTS
     assert await n_saves(stack) == n_before

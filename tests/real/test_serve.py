@@ -92,7 +92,8 @@ async def test_the_tokens_are_those_that_the_server_uses(tmp_path: Path, kind: s
                 assert tokens[: len(believed)] == believed
                 assert count(believed) == n_prompt
                 assert count(tokens) == n_prompt + timings["predicted_n"] - 1
-        assert it.backend.prompts.n_miscounted == 0
+        assert it.pool.context is not None
+        assert it.pool.context.tokenizer.n_miscounted == 0
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "with a draft model"])
@@ -300,7 +301,7 @@ async def test_clients_leave_at_every_stage(tmp_path: Path) -> None:
         async with it.streaming(ONE, n=3000) as talking:  # the only slot
             await line_with(talking, "data:")
             queued = spawn(it.ask(ONE))
-            await it.until(lambda: it.backend.scheduler.n_waiting == 1)
+            await it.until(lambda: it.pool.scheduler.n_waiting == 1)
             await leave(queued)
         await is_right()
 
@@ -311,12 +312,12 @@ async def test_clients_leave_at_every_stage(tmp_path: Path) -> None:
         assert await computed(real) - before < 9000
 
         waiting = spawn(it.ask(letters(6, 12_000)))
-        await it.until(lambda: any(lease.is_confirmed for lease in it.backend.scheduler.leases))
+        await it.until(lambda: any(lease.is_confirmed for lease in it.pool.scheduler.leases))
         await leave(waiting)
         await is_right()
 
         whole = spawn(it.ask("short", n=3000))
-        await it.until(lambda: any(lease.state in OWN_REQUEST for lease in it.backend.scheduler.leases))
+        await it.until(lambda: any(lease.state in OWN_REQUEST for lease in it.pool.scheduler.leases))
         await leave(whole)
         await is_right()
         assert await it.count("clients_left_total") == 5
@@ -364,7 +365,7 @@ async def test_waiting_clients_hear_of_it(tmp_path: Path) -> None:
         async with it.streaming("x", n=100_000) as talking:
             await line_with(talking, "data:")
             waiting = spawn(it.ask(ONE, stream=True, n=3))
-            await it.until(lambda: it.backend.scheduler.n_waiting == 1)
+            await it.until(lambda: it.pool.scheduler.n_waiting == 1)
             many = iter(range(20))
             await it.until(lambda: next(many, None) is None)  # a few times keepalive_s
         answer = await waiting

@@ -195,7 +195,9 @@ async def rest(stack: Stack) -> None:
     """Until all that clients have left behind is over."""
     while True:
         status = await stack.status()
-        if not status["queue"] and all(slot["state"] in ("FREE", "HOT") for slot in status["slots"]):
+        if not status["queue"] and all(
+            slot["state"] in ("FREE", "HOT") for slot in status["backends"][0]["slots"]
+        ):
             return
         await asyncio.sleep(0.2)
 

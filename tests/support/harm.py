@@ -60,6 +60,8 @@ async def compare(model: Path, directory: Path, flags: Flags, n_pairs: int, **si
                 runs[alone] = await run(stack, **sizes)
                 if not alone:
                     status = await stack.status()
-                    assert status["backend"]["assist"]["is_on"] is flags.is_assisted, status["backend"]
+                    assert status["backends"][0]["assist"]["is_on"] is flags.is_assisted, status["backends"][
+                        0
+                    ]
         pairs.append(Pair(through=runs[False], alone=runs[True]))
     return pairs

@@ -25,7 +25,9 @@ import aiohttp
 
 from llamaslot.backend.backend import Backend, Health
 from llamaslot.config.load import Config
-from llamaslot.http.app import listening, make_backend
+from llamaslot.fleet.pool import Pool
+from llamaslot.fleet.registry import Registry
+from llamaslot.http.app import listening
 from tests.support import models
 from tests.support.answers import Answer
 from tests.support.fake import FakeServer
@@ -86,22 +88,30 @@ class Front:
     config: Config
     session: aiohttp.ClientSession
     save_dir: Path
-    backend: Backend = field(init=False)
+    registry: Registry = field(init=False)
     _running: contextlib.AsyncExitStack = field(init=False, default_factory=contextlib.AsyncExitStack)
 
     @property
     def url(self) -> str:
         return f"http://{self.config.listen.host}:{self.config.listen.port}"
 
+    @property
+    def pool(self) -> Pool:
+        return self.registry.pools[0]
+
+    @property
+    def backend(self) -> Backend:
+        return next(self.registry.backends)
+
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def start(self, *, wait: bool = True) -> None:
         assert self.config.backend.url is not None
-        self.backend = make_backend(self.config, self.config.backend.url)
-        await self.backend.open()
+        self.registry = Registry.of(self.config, self.config.backend.url)
+        await self.registry.open()
         self._running.push_async_callback(self._close)
-        await self._running.enter_async_context(listening(self.config, self.backend))
-        self.backend.start()
+        await self._running.enter_async_context(listening(self.config, self.registry))
+        self.registry.start()
         if wait:
             await self.until(lambda: self.backend.health is Health.UP)
 
@@ -110,7 +120,7 @@ class Front:
         await self._running.aclose()
 
     async def _close(self) -> None:
-        await self.backend.close(self.config.shutdown.save_s)
+        await self.registry.close(self.config.shutdown.save_s)
 
     async def restart(self) -> None:
         """End llamaslot and start another one."""
@@ -134,7 +144,7 @@ class Front:
         """Wait until every slot is given back and nobody waits."""
 
         def rests() -> bool:
-            scheduler = self.backend.scheduler
+            scheduler = self.pool.scheduler
             table = self.backend.leases.table
             slots = table.slots if table else []
             return not (scheduler.n_waiting or scheduler.leases) and all(slot.is_idle for slot in slots)
@@ -222,9 +232,9 @@ class Front:
 
     def check(self) -> None:
         """Raise AssertionError when something is left."""
-        self.backend.scheduler.check()
+        self.pool.scheduler.check()
         parts = [(part.name, part.stat()) for part in self.save_dir.glob("*.part")]
-        assert not parts, f"no half-written file: {parts}, {self.backend.scheduler.journal.latest(5)}"
+        assert not parts, f"no half-written file: {parts}, {self.pool.scheduler.journal.latest(5)}"
 
 
 @dataclass(kw_only=True)

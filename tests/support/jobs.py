@@ -116,7 +116,7 @@ async def quiet(stack: Stack, seconds: float | None) -> None:
     async with asyncio.timeout(ALL_SAVED_S):
         while True:
             status = await stack.status()
-            if not any(slot["is_worth_saving"] for slot in status["slots"]):
+            if not any(slot["is_worth_saving"] for slot in status["backends"][0]["slots"]):
                 return
             await asyncio.sleep(0.1)
 

@@ -120,7 +120,7 @@ async def leave_and_return(
 async def drained(stack: Stack) -> None:
     """Wait until llamaslot has seen that what was left is over; it is asked, and not llama-server. Before that a model
     that computes the whole prompt in half a second had better do so than wait for the slot."""
-    while any(slot["state"] == "DRAINING" for slot in (await stack.status())["slots"]):  # noqa: ASYNC110
+    while any(slot["state"] == "DRAINING" for slot in (await stack.status())["backends"][0]["slots"]):  # noqa: ASYNC110
         await asyncio.sleep(0.05)
 
 

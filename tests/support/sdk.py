@@ -41,13 +41,17 @@ async def until(stack: Stack, condition: Callable[[dict[str, Any]], bool]) -> No
 
 async def at_work(stack: Stack) -> None:
     """Wait until some slot is at work."""
-    await until(stack, lambda status: any(slot["state"] not in _AT_REST for slot in status["slots"]))
+    await until(
+        stack, lambda status: any(slot["state"] not in _AT_REST for slot in status["backends"][0]["slots"])
+    )
 
 
 async def at_rest(stack: Stack) -> None:
     """Wait until every slot is given back and nobody waits."""
 
     def rests(status: dict[str, Any]) -> bool:
-        return not status["queue"] and all(slot["state"] in _AT_REST for slot in status["slots"])
+        return not status["queue"] and all(
+            slot["state"] in _AT_REST for slot in status["backends"][0]["slots"]
+        )
 
     await until(stack, rests)

@@ -15,8 +15,8 @@ import pytest
 from llamaslot import cli
 from llamaslot.backend.lease_states import NEXT as LEASE_NEXT
 from llamaslot.config.load import Config
+from llamaslot.fleet.registry import Registry
 from llamaslot.http.admin import Status
-from llamaslot.http.app import make_backend
 from llamaslot.llama.managed.process import recommended_flags
 from llamaslot.observe.journal import Decision
 from llamaslot.observe.metrics import Metrics
@@ -222,7 +222,7 @@ async def test_every_field_of_the_status_is_documented(tmp_path: Path) -> None:
     """Those of the whole, and those of the backend."""
     path = tmp_path / "config.yaml"
     path.write_text(f"backends: [{{url: 'http://127.0.0.1:9'}}]\nstore: {{meta_dir: '{tmp_path}'}}")
-    status: dict[str, Any] = Status(make_backend(Config.load(path), "http://127.0.0.1:9")).status()
+    status: dict[str, Any] = Status(Registry.of(Config.load(path), "http://127.0.0.1:9")).status()
     fields = {
         *(f"backend.{field}" for field in status.pop("backend")),
         *status,

@@ -6,40 +6,40 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.backend.backend import Backend
-from llamaslot.fleet.queue import QueueLimits
+from llamaslot.fleet.pool import Directory, Pool, PoolSettings
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.eviction import Habit, Returns
-from llamaslot.scheduling.placement import Rules
+from llamaslot.store.snapshot_store import SnapshotStore
 
 
-def make(meta_dir: Path) -> Backend:
-    return Backend(
-        "gpu0",
-        LlamaServer("http://127.0.0.1:9"),
-        rules=Rules(),
-        limits=QueueLimits(),
-        metrics=Metrics(),
-        meta_dir=meta_dir,
-        idle_save_s=2.0,
-        slot_save_path=None,
-        quota_bytes=0,
-    )
+def make(meta_dir: Path) -> Pool:
+    """Of one backend, which is not up."""
+    directory = Directory(meta_dir / "kv", quota_bytes=1 << 30)
+    directory.path.mkdir(exist_ok=True)
+    pool = Pool(PoolSettings("gpu0", meta_dir, 2.0, directory=directory), Metrics())
+    pool.add("gpu0", LlamaServer("http://127.0.0.1:9"))
+    return pool
+
+
+def store_of(pool: Pool) -> SnapshotStore:
+    assert pool.store is not None
+    return pool.store
 
 
 async def test_how_likely_contexts_come_back_is_kept(tmp_path: Path) -> None:
     """Beside the rates, from one run to the next; both are what the next one goes on with."""
     first = make(tmp_path)
     await first.open()
-    first.order.returns.hit(Habit.TRUNK, 100.0, 5_000)
-    first.rates.prefill.observe(0, 1_000, 4.0)
+    store_of(first).returns.hit(Habit.TRUNK, 100.0, 5_000)
+    first.backends["gpu0"].rates.prefill.observe(0, 1_000, 4.0)
+    learned = store_of(first).returns.to_json()
     await first.close(0)
     assert (tmp_path / "gpu0.returns.json").exists()
     second = make(tmp_path)
     await second.open()
-    assert second.order.returns.to_json() == first.order.returns.to_json()
-    assert second.rates.prefill.seconds(0, 1_000) == pytest.approx(4.0)
+    assert store_of(second).returns.to_json() == learned
+    assert second.backends["gpu0"].rates.prefill.seconds(0, 1_000) == pytest.approx(4.0)
     await second.close(0)
 
 
@@ -47,7 +47,7 @@ async def test_a_spoilt_file_is_no_reason_not_to_start(tmp_path: Path) -> None:
     """It is learned anew."""
     (tmp_path / "gpu0.returns.json").write_bytes(b"\xff{")
     (tmp_path / "gpu0.rates.json").write_text("[1, 2]")
-    backend = make(tmp_path)
-    await backend.open()
-    assert backend.order.returns.to_json() == Returns().to_json()
-    await backend.close(0)
+    pool = make(tmp_path)
+    await pool.open()
+    assert store_of(pool).returns.to_json() == Returns().to_json()
+    await pool.close(0)

@@ -55,7 +55,7 @@ def house(request: pytest.FixtureRequest) -> Iterator[House]:
 def prewarm(house: House, *bodies: dict[str, Any]) -> Prewarm:
     named: Bodies = [(f"body {i}", body) for i, body in enumerate(bodies)]
     catalog, prompts = cast(Catalog, house.catalog), cast(Prompts, Rendered())
-    return Prewarm(named, house.scheduler, house.steps, prompts, catalog, house.tasks, 2.0)
+    return Prewarm(named, house.scheduler, lambda _: house.steps, lambda: prompts, catalog, house.tasks, 2.0)
 
 
 def run(house: House, warm: Prewarm, seconds: float = 60.0) -> None:

@@ -15,7 +15,7 @@ import pytest
 from bench.virtual import VirtualLoop
 from llamaslot.errors import QueueFull, TooManyRequests
 from llamaslot.fleet.queue import QueueLimits
-from llamaslot.http.app import make_backend
+from llamaslot.fleet.registry import Registry
 from llamaslot.scheduling.fairness import Fairness
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import NOBODY, Job, Placement, User
@@ -344,9 +344,9 @@ def test_each_limit_of_the_configuration_is_in_its_place(tmp_path: Path) -> None
     queue = {"max_waiting": 1, "max_wait_s": 2, "user_max_waiting": 3, "user_max_running": 4}
     settings = {"queue": {**queue, "side_max_passed_s": 5, "spare_s": 6}}
     url = "http://127.0.0.1:9"
-    backend = make_backend(configured(tmp_path, url, None, settings), url)
+    registry = Registry.of(configured(tmp_path, url, None, settings), url)
     fairness = Fairness(max_running=4, max_waiting=3, max_passed_s=5.0, spare_s=6.0)
-    assert backend.scheduler.queue.limits == QueueLimits(1, 2.0, fairness)
+    assert registry.pool_for().scheduler.queue.limits == QueueLimits(1, 2.0, fairness)
 
 
 def test_what_everybody_has_is_told(desk: Desk) -> None:

@@ -45,7 +45,7 @@ NO_COMPLETIONS = {
 
 
 async def assist(it: Served) -> dict[str, Any]:
-    return dict((await it.get("/llamaslot/status")).json["backend"]["assist"])
+    return dict((await it.get("/llamaslot/status")).json["backends"][0]["assist"])
 
 
 def touched(it: Served, since: int) -> list[Any]:
@@ -73,7 +73,7 @@ async def test_where_idle_slots_are_emptied_no_request_names_a_slot(
         assert said["is_on"] is False
         assert "--no-kv-unified" in said["remedy"]
         assert "-np 2" in said["remedy"]
-        assert status["slots"] == []
+        assert status["backends"][0]["slots"] == []
         assert await it.count("assist") == 0
         assert it.files() == []
     lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]

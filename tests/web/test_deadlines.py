@@ -51,7 +51,7 @@ async def test_an_answer_that_has_begun_may_go_on(tmp_path: Path) -> None:
             await stepping
             later = it.backend.now() + 0.6
             await it.until(lambda: it.backend.now() > later)
-            assert it.backend.scheduler.leases
+            assert it.pool.scheduler.leases
             it.fake.go()
             text = await answer.content.read()
         assert b'"stop":true' in text

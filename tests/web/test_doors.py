@@ -85,7 +85,7 @@ async def test_the_status_tells_whom_a_slot_works_for(tmp_path: Path) -> None:
     async with served(tmp_path) as it, it.busy():
         status = (await it.get(PAGE)).json
         it.fake.go()
-    assert {slot["user"] for slot in status["slots"]} == {"at:127.0.0.1", None}
+    assert {slot["user"] for slot in status["backends"][0]["slots"]} == {"at:127.0.0.1", None}
 
 
 async def test_no_log_line_holds_a_key_or_a_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -28,9 +28,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def library(it: Served) -> Library:
-    assert it.backend.libraries is not None
-    assert it.backend.libraries.current is not None
-    return it.backend.libraries.current
+    assert it.pool.libraries is not None
+    assert it.pool.libraries.current is not None
+    return it.pool.libraries.current
 
 
 def tokens_of(it: Served, text: str) -> bytes:
@@ -146,8 +146,8 @@ async def test_what_is_evicted_is_not_found_any_more(tmp_path: Path) -> None:
     """Not in this pool, and not in the generation after a restart."""
     async with filled(tmp_path) as it:
         for file in it.files():
-            assert it.backend.catalog is not None
-            await it.backend.catalog.drop(file.stem)
+            assert it.pool.store is not None
+            await it.pool.store.catalog.drop(file.stem)
         assert len(library(it).index) == 0
         await restarted(it)
         library(it).check()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llamaslot.fleet.infill_prompts import Infills
 from tests.support.fake_model import FakeModel
 from tests.support.inprocess import NATIVE, letters, served, spawn
 
@@ -101,7 +102,7 @@ async def test_a_slot_that_falls_silent_while_it_is_found_out_holds_nobody_up(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is given up, and all who wait are served without their tokens; after a while it is tried again."""
-    monkeypatch.setattr("llamaslot.backend.infill_prompts._LEARNING_S", 0.1)
+    monkeypatch.setattr("llamaslot.fleet.infill_prompts._LEARNING_S", 0.1)
     async with served(tmp_path, slots=2) as it:
         it.fake.hold()
         asked = [spawn(it.post(INFILL, at(n))) for n in (600, 605)]
@@ -113,7 +114,10 @@ async def test_a_slot_that_falls_silent_while_it_is_found_out_holds_nobody_up(
         assert await it.count("wedged_total") == 1
         assert await it.count('unrecognized_total{kind="infill",reason="infill"}') == 2
         assert (await it.post(INFILL, at(610))).n_reused == 0
-        it.backend.infills._known_until = it.backend.now()
+        context = it.pool.context
+        assert context is not None
+        assert isinstance(context.infill, Infills)
+        context.infill._known_until = it.backend.now()
         n_reused = [(await it.post(INFILL, at(n))).n_reused for n in (610, 615)]
         assert n_reused == [0, 611]
 

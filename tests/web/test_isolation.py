@@ -122,7 +122,7 @@ async def test_others_go_on_while_somebody_waits_for_another_users_answer(tmp_pa
     body = {"messages": [{"role": "user", "content": letters(1, 300)}], "max_tokens": 4000, "stream": True}
     several = {"prompt": "y", "n_predict": 1, "n_cmpl": 2}
     async with served(tmp_path, PER_USER, slots=6) as it:
-        turns, scheduler = it.backend.turns, it.backend.scheduler
+        turns, scheduler = it.backend.turns, it.pool.scheduler
         it.fake.hold()
         clients = [spawn(it.post(MESSAGES, body, **{"x-llamaslot-user": "anna"}))]
         while not any(lease.is_running for lease in scheduler.leases):

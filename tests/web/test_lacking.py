@@ -42,7 +42,7 @@ async def test_without_a_slot_save_path(
         status = (await it.get("/llamaslot/status")).json
     assert sum("--slot-save-path DIR" in line for line in warnings(caplog)) == 1
     assert len(warnings(caplog)) == 1
-    assert any("--slot-save-path" in line for line in status["backend"]["warnings"])
+    assert any("--slot-save-path" in line for line in status["backends"][0]["warnings"])
 
 
 async def test_without_the_directory_in_the_configuration(

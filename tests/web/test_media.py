@@ -229,7 +229,7 @@ async def test_a_list_of_prompts_with_media_keeps_its_slot_to_the_last(tmp_path:
             async for line in response.content:
                 if b'"stop":true' in line.replace(b" ", b""):
                     n_ends += 1
-                    n_leases.append(len(it.backend.scheduler.leases))
+                    n_leases.append(len(it.pool.scheduler.leases))
         assert n_ends == 2
         assert n_leases[0] >= 1
 

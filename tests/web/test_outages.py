@@ -98,7 +98,7 @@ async def test_those_who_wait_are_told_when_the_server_ends(tmp_path: Path) -> N
     """Nobody waits for what may never come."""
     async with served(tmp_path, slots=1) as it, it.busy() as (first,):
         async with it.asking(ONE) as waiting:
-            await it.until(lambda: it.backend.scheduler.n_waiting == 1)
+            await it.until(lambda: it.pool.scheduler.n_waiting == 1)
             await it.fake.kill()
             assert (await first).status == 503
             assert (await waiting).status == 503
@@ -268,7 +268,7 @@ async def test_what_was_saved_survives_a_restart(tmp_path: Path) -> None:
 async def test_those_who_wait_are_served_by_the_new_process(tmp_path: Path) -> None:
     """The one under way is told; the queue is not."""
     async with served(tmp_path, slots=1) as it, it.busy() as (first,), it.asking(ONE) as waiting:
-        await it.until(lambda: it.backend.scheduler.n_waiting == 1)
+        await it.until(lambda: it.pool.scheduler.n_waiting == 1)
         await it.fake.restart()
         assert (await first).status == 503
         assert (await waiting).text == right(it.fake, ONE)

@@ -101,10 +101,10 @@ async def test_llamaslot_tells_of_itself(tmp_path: Path) -> None:
         slot = (await it.ask(letters(1, 800))).slot
         status = (await it.get("/llamaslot/status")).json
         missing = await it.get("/llamaslot/nothing")
-    assert status["backend"]["health"] == "up"
-    assert status["backend"]["model"] == it.fake.model.path
-    assert status["backend"]["n_ctx"] == 8192
-    told = dict(status["slots"][slot])
+    assert status["backends"][0]["health"] == "up"
+    assert status["backends"][0]["model"] == it.fake.model.path
+    assert status["backends"][0]["n_ctx"] == 8192
+    told = dict(status["backends"][0]["slots"][slot])
     assert told.pop("is_worth_saving") in (True, False), "that depends on how fast this machine is"
     assert told == {
         "id": slot,
@@ -126,7 +126,7 @@ async def test_llamaslot_tells_of_itself_while_the_server_chooses_a_slot(tmp_pat
     async with served(tmp_path, slots=1) as it:
         it.fake.hold()
         turn = spawn(it.post("/v1/messages", unread))
-        await it.until(lambda: any(lease.slot is None for lease in it.backend.scheduler.leases))
+        await it.until(lambda: any(lease.slot is None for lease in it.pool.scheduler.leases))
         answer = await it.get("/llamaslot/status")
         it.fake.go()
         await turn

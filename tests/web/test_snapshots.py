@@ -196,10 +196,10 @@ async def test_owners_who_ask_while_their_context_is_saved(tmp_path: Path) -> No
         hang = it.fake.faults.hang("save")
         async with it.asking(THREE) as newcomer:
             await hang.reached.wait()
-            victim = next(lease.slot_id for lease in it.backend.scheduler.leases)
+            victim = next(lease.slot_id for lease in it.pool.scheduler.leases)
             owner = ONE if it.fake.slots[victim].tokens.startswith(pack(it.fake.model.tokenize(ONE))) else TWO
             async with it.asking(owner + "more") as again:
-                await it.until(lambda: it.backend.scheduler.n_waiting == 1)
+                await it.until(lambda: it.pool.scheduler.n_waiting == 1)
                 hang.release()
                 assert (await newcomer).text == right(it.fake, THREE)
                 answer = await again

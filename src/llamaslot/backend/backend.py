@@ -6,43 +6,34 @@ import asyncio
 import enum
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import aiofiles
-import orjson
+from typing import Protocol
 
 from llamaslot.backend.cache_miss import Divergences
 from llamaslot.backend.connect import Handshake, Met
 from llamaslot.backend.drain import Drains
 from llamaslot.backend.exclusive import Turns
 from llamaslot.backend.executor import Steps
-from llamaslot.backend.feedback import TokenCounts
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import Pool
 from llamaslot.backend.writeback import Writeback
 from llamaslot.cache.content import NOTHING
 from llamaslot.errors import BackendDown, LlamaslotError
-from llamaslot.fleet.dispatcher import Scheduler
-from llamaslot.fleet.infill_prompts import Infills
-from llamaslot.fleet.prewarm import Bodies, Prewarm
-from llamaslot.fleet.queue import QueueLimits
 from llamaslot.llama.client import LlamaServer, Offered
 from llamaslot.llama.dry_run import DryRuns
 from llamaslot.llama.replies import Props
-from llamaslot.observe.metrics import Metrics, Unrecognized
+from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.eviction import ByValue, Returns, Standing
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Job
 from llamaslot.scheduling.slots import Event
-from llamaslot.store import Catalog, Snapshot
+from llamaslot.store import Catalog
+from llamaslot.store.learned import LearnedFile
 from llamaslot.store.model_snapshots import Libraries
 from llamaslot.tasks import TaskOwner
-from llamaslot.tokens.conversion_checks import Shapes
-from llamaslot.tokens.tokenizer import Prompts
 
 log = logging.getLogger(__name__)
 
@@ -60,75 +51,52 @@ class Health(enum.Enum):
     UP = "up"
 
 
+class Members(Protocol):
+    """The pool that a backend is in: what it is told."""
+
+    def connected(self, backend: Backend, met: Met) -> None:
+        """llama-server is up. Its slots may be given away from now on."""
+        ...
+
+    def disconnected(self, backend: Backend, error: BackendDown | None) -> None:
+        """Its slots are gone; with ``error`` it is down, without it is being connected to again."""
+        ...
+
+
 class Backend:
-    """Owns all that concerns one llama-server: its slots, snapshots, rates, and the tasks that look after them."""
+    """One llama-server over its whole life: its slots, its learned rates, and the tasks that look after them."""
 
     def __init__(
         self,
         name: str,
         api: LlamaServer,
+        leases: Leases,
+        members: Members,
         *,
         rules: Rules,
-        limits: QueueLimits,
         metrics: Metrics,
-        meta_dir: Path,
+        rates_file: Path,
         idle_save_s: float,
-        slot_save_path: Path | None,
-        quota_bytes: int,
-        prewarm: Bodies = (),
-        max_files: int = 10_000,
-        min_free_bytes: int = 0,
+        catalog: Catalog | None,
+        libraries: Libraries | None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.name, self.api, self.metrics, self.now = name, api, metrics, now
-        self.rules = rules
+        """``libraries`` go with ``catalog``: both or none."""
+        self.name, self.api, self.leases, self.metrics, self.now = name, api, leases, metrics, now
+        self._members, self._rules = members, rules
+        self._catalog, self._libraries = catalog, libraries
         self.tasks = TaskOwner()
-        self.order = ByValue()
-        self.order.saves_s = self._saves_s
-        self.catalog = (
-            Catalog(
-                slot_save_path,
-                quota_bytes,
-                max_files=max_files,
-                min_free_bytes=min_free_bytes,
-                now=time.time,
-                on_drop=self._dropped,
-                order=self.order,
-                register=meta_dir / f"{name}.sidecars",
-            )
-            if slot_save_path
-            else None
-        )
-        self.libraries = (
-            Libraries(self.catalog, meta_dir / f"{name}.index", self.tasks) if self.catalog else None
-        )
-        self._rates_file, self._returns_file = (
-            meta_dir / f"{name}.{what}.json" for what in ("rates", "returns")
-        )
-        self._writing = threading.Lock()
+        self._rates_file = LearnedFile(name, rates_file)
         self.rates = Rates()
-        self.prompts = Prompts(api)
-        self.scheduler = Scheduler(rules, limits, now)
-        self.leases = self.scheduler.add(name)
-        self.steps = Steps(api, self.catalog, self.rates, metrics, self.tasks, self.leases)
-        self.infills = Infills(api, self.scheduler, self.steps)
-        self.offered, self.shapes = Offered(api), Shapes(api.ask)
-        self.dry_runs = DryRuns(api)
-        self.unrecognized = Unrecognized(metrics)
-        self.token_counts = TokenCounts(self.prompts, self.shapes, self.unrecognized, self.infills.miscounted)
-        self.turns = Turns(api, self.leases, self.steps, self.tasks)
-        self.writeback = Writeback(self.leases, self.steps, idle_save_s)
-        self.prewarm = (
-            Prewarm(prewarm, self.scheduler, self.steps, self.prompts, self.catalog, self.tasks, idle_save_s)
-            if self.catalog is not None
-            else None
-        )
+        self.steps = Steps(api, catalog, self.rates, metrics, self.tasks, leases)
+        self.offered, self.dry_runs = Offered(api), DryRuns(api)
+        self.turns = Turns(api, leases, self.steps, self.tasks)
+        self.writeback = Writeback(leases, self.steps, idle_save_s)
         self.divergences = Divergences(api, metrics, self.tasks)
-        self.drains = Drains(api, self.leases, now)
-        self.leases.on_drain = self.drains.add
-        self.scheduler.on_prefix_wait = metrics.prefix_wait_s.observe
-        if self.catalog is not None:
-            self.leases.pin = self.catalog.pin
+        self.drains = Drains(api, leases, now)
+        leases.on_drain = self.drains.add
+        if catalog is not None:
+            leases.pin = catalog.pin
         self.health = Health.DOWN
         self._look_again_at = -math.inf
         self._n_retries = 0  # in a row, of finding out what the server can do
@@ -158,7 +126,7 @@ class Backend:
             if props.boot_id == met.props.boot_id:
                 self._forget_if_asleep(props)
                 return met
-            self.lost(met)
+            self.lost(met.pool)
         if self.health is Health.DOWN:
             raise self._is_down()
         try:
@@ -170,9 +138,10 @@ class Backend:
             raise self._is_down()
         return self.met
 
-    def lost(self, met: Met) -> None:
-        """The server is another process than ``met``: forget its slots, and meet it again. Jobs in the queue wait."""
-        if self.met is met:
+    def lost(self, table: Pool) -> None:
+        """The server is another process than the one that ``table`` describes: forget its slots, and meet it again.
+        Jobs in the queue wait."""
+        if self.met is not None and self.met.pool is table:
             log.warning("%s: llama-server has restarted: its slots are empty", self.name)
             self.metrics.restarts.inc()
             self._forget(Health.CONNECTING)
@@ -196,7 +165,7 @@ class Backend:
             for slot in filled:
                 pool.take(slot, Job("sleep"), self.now(), has_answer=False)
                 pool.give_back(slot, Event.EMPTY, NOTHING, self.now())
-            self.scheduler.dispatch()
+            self.leases.dispatch()
 
     def _slots_were_lost(self) -> None:
         """Find out again what llama-server does with its slots, not more than once in a while."""
@@ -208,14 +177,20 @@ class Backend:
         """Something went wrong with the server: look at once whether it is still there."""
         self._doubt.set()
 
+    async def how_far(self, lease: Lease) -> object:
+        """What is in the slots in which llama-server works for the job of ``lease``; None while it waits for one."""
+        taken = {its.slot_id for its in self.leases.leases if its.job is lease.job and its.slot is not None}
+        infos = [info for info in await self.api.slots() if info.id in taken and info.is_processing]
+        return infos or None
+
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Open the store. Raises LlamaslotError with what to do when it cannot be used."""
-        await self._load_learned()
-        if self.catalog is not None:
-            await self.catalog.open()
-            for snapshot in self.catalog.snapshots.values():
+        """Read what was learned; the catalog is open. Canceling is safe."""
+        if (rates := await self._rates_file.read()) is not None:
+            self.rates.take_over(Rates.from_json(rates))
+        if self._catalog is not None:
+            for snapshot in self._catalog.snapshots.values():
                 self.rates.size.observe(snapshot.n_tokens, snapshot.size_bytes)
 
     def start(self) -> None:
@@ -223,11 +198,9 @@ class Backend:
         self.tasks.spawn(self._live(), f"{self.name}: life")
         self.tasks.spawn(self.drains.run(), f"{self.name}: drains")
         self.tasks.spawn(self.writeback.run(), f"{self.name}: writeback")
-        if self.prewarm is not None:
-            self.tasks.spawn(self.prewarm.run(), f"{self.name}: prewarm")
 
-    async def close(self, save_s: float) -> None:
-        """Save dirty slots, for at most ``save_s`` seconds, and end all tasks."""
+    async def save_all(self, save_s: float) -> None:
+        """Save dirty slots, for at most ``save_s`` seconds. Canceling is safe."""
         if self.health is Health.UP and save_s > 0:
             try:
                 async with asyncio.timeout(save_s):
@@ -235,13 +208,16 @@ class Backend:
                 log.info("%s: %d slots saved before stopping", self.name, n_saved)
             except TimeoutError:
                 log.warning("%s: not every slot was saved within shutdown.save_s (%g s)", self.name, save_s)
+
+    async def close(self) -> None:
+        """End all tasks, and keep what was learned."""
         await self.tasks.close()
         await self._store_learned()
-        if self.catalog is not None:
-            await self.catalog.settle()
-            await self.catalog.write_register()
-            self.catalog.close()
         await self.api.close()
+
+    async def _store_learned(self) -> None:
+        """Canceling is safe: the file is written to its end all the same."""
+        await self._rates_file.write(self.rates.to_json())
 
     async def _live(self) -> None:
         """Meet the server, watch it until it is gone, and again."""
@@ -270,7 +246,7 @@ class Backend:
 
     async def _connect(self, *, is_retry: bool) -> Met:
         """Find out what the server is, and what it can do. Raises BackendDown."""
-        handshake = Handshake(self.name, self.api, self.catalog, self.libraries, self.rates, self.rules)
+        handshake = Handshake(self.name, self.api, self._catalog, self._libraries, self.rates, self._rules)
         try:
             return await handshake.run(self.now(), is_retry=is_retry)
         except BackendDown:
@@ -298,14 +274,14 @@ class Backend:
             met.pool.take(slot, Job("left over"), self.now(), has_answer=False)
             met.pool.give_back(slot, Event.LEAVE, NOTHING, self.now())
             self.drains.add_slot(met.pool, slot, NOTHING)
-        if self.catalog is not None and met.pool.can_save:  # some went while the server was met
-            met.pool.agree(self.catalog.snapshots)
-        for known in (self.prompts, self.infills, self.offered, self.shapes, self.dry_runs):
+        if self._catalog is not None and met.pool.can_save:  # some went while the server was met
+            met.pool.agree(self._catalog.snapshots)
+        for known in (self.offered, self.dry_runs):
             known.forget()
         met.pool.lost_slots.on_many = self._slots_were_lost
         self._set(Health.UP)
         self.metrics.assist.set(met.is_assisted)
-        self.scheduler.attach(met.pool)
+        self._members.connected(self, met)
         if met.aside is not None:
             log.warning("%s: %s", self.name, met.aside)
             return
@@ -334,7 +310,7 @@ class Backend:
                 self._forget(Health.DOWN)
                 return
             if (props.boot_id, props.n_slots) != (met.props.boot_id, met.props.n_slots):
-                self.lost(met)
+                self.lost(met.pool)
                 continue
             self._forget_if_asleep(props)
             is_due = met.aside is not None and met.aside.may_end and self.now() >= retry_at
@@ -354,7 +330,7 @@ class Backend:
     def _forget(self, health: Health) -> None:
         self.met = None
         self._set(health)
-        self.scheduler.detach(self.name, self._is_down() if health is Health.DOWN else None)
+        self._members.disconnected(self, self._is_down() if health is Health.DOWN else None)
 
     def _is_down(self) -> BackendDown:
         why = f"llama-server at {self.api.url} {self._why_down}"
@@ -367,48 +343,3 @@ class Backend:
             self._met_or_down.clear()
         else:
             self._met_or_down.set()
-
-    def _dropped(self, snapshot: Snapshot) -> None:
-        if self.libraries is not None:
-            self.libraries.drop(snapshot.id)
-        if self.leases.table is not None:
-            self.leases.table.drop_snapshot(snapshot.id)
-
-    def _saves_s(self, standing: Standing) -> float:
-        if self.leases.table is not None:
-            return self.leases.table.saves_s(standing)
-        whole_s = self.rates.prefill.seconds(0, standing.n_tokens)
-        return whole_s - self.rates.restore.seconds(standing.size_bytes)
-
-    # -- what was learned ----------------------------------------------------------------------------------------
-
-    async def _load_learned(self) -> None:
-        if (rates := await _read(self._rates_file)) is not None:
-            self.rates.take_over(Rates.from_json(rates))
-        self.order.returns = Returns.from_json(await _read(self._returns_file))
-
-    async def _store_learned(self) -> None:
-        """Cancelling is safe: the files are written to their end all the same."""
-        learned = {self._rates_file: self.rates.to_json(), self._returns_file: self.order.returns.to_json()}
-        for file, data in learned.items():
-            try:
-                await asyncio.to_thread(self._write, file, orjson.dumps(data))
-            except OSError as error:
-                log.warning(
-                    "%s: cannot write %s (learned rates): %s", self.name, file, error.strerror or error
-                )
-
-    def _write(self, file: Path, data: bytes) -> None:
-        partial = file.with_suffix(".tmp")
-        with self._writing:  # the thread of one that was cancelled may still be at it
-            partial.write_bytes(data)
-            partial.replace(file)
-
-
-async def _read(file: Path) -> Any:
-    """What is in a file of ours; None when there is none that can be read."""
-    try:
-        async with aiofiles.open(file, "rb") as opened:
-            return orjson.loads(await opened.read())
-    except (OSError, orjson.JSONDecodeError):
-        return None

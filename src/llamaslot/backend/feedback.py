@@ -1,34 +1,28 @@
-"""What answers and prefills teach: how much was reused against the forecast, how fast llama-server is, and whether its
-count of a prompt's tokens is the same as ours."""
+"""What answers and prefills teach of a backend: how much was reused against the forecast, and how fast llama-server is.
+What its count of a prompt's tokens teaches is in ``fleet.model_context``."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from llamaslot.backend.candidates import MIN_WORTH_TOKENS, source_of
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.probes import NO_CHECKPOINTS, WORTHLESS
 from llamaslot.backend.slot_table import Pool
 from llamaslot.cache.reuse import RESIDENT, Memory, Strikes, has_failed
-from llamaslot.errors import Reason
-from llamaslot.formats.base import Format, PromptKind
 from llamaslot.llama.replies import Progress
 from llamaslot.llama.sse import Earlier
-from llamaslot.observe.metrics import Metrics, Unrecognized
+from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.plan import Source
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
-from llamaslot.tokens.conversion_checks import Shapes
-from llamaslot.tokens.tokenizer import Prompt, Prompts
 
 log = logging.getLogger(__name__)
 
 _FEW_TOKENS = 64  # a progress event for fewer says little about speed
-_SLACK_TOKENS = 8  # at the end of the text before a medium, which may tokenize differently in context
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,34 +161,3 @@ class Feedback:
         self.metrics.retired.inc()
         assert self.catalog is not None
         self.tasks.spawn(self.catalog.drop(snapshot.id), f"retire {snapshot.id}")
-
-
-class TokenCounts:
-    """Compares how many tokens llama-server counts in a prompt with how many llamaslot has. Where they differ, and that
-    is no matter of where the text was cut, other bodies like that are not taken for known any more."""
-
-    def __init__(
-        self,
-        prompts: Prompts,
-        shapes: Shapes,
-        unrecognized: Unrecognized,
-        on_miscounted_infill: Callable[[], None],
-    ) -> None:
-        self._prompts, self._shapes, self._unrecognized = prompts, shapes, unrecognized
-        self._on_miscounted_infill = on_miscounted_infill
-
-    def compare(self, format_: Format, body: Mapping[str, Any], prompt: Prompt, n_told: int) -> None:
-        """llama-server has counted ``n_told`` tokens in ``prompt``, made of a ``body`` of that format."""
-        if self._prompts.confirm(prompt, n_told):
-            return
-        self._unrecognized.count(format_.name, Reason.MISCOUNTED)
-        if format_.prompt_kind is PromptKind.INFILL:
-            self._on_miscounted_infill()
-        elif format_.prompt_kind is PromptKind.CONVERTED and prompt.whole:
-            self._shapes.learn(body, is_right=False)
-
-    def compare_head(self, format_: Format, n_ahead: int, n_found: int) -> None:
-        """Of ``n_ahead`` tokens, computed ahead of a medium, llama-server has found ``n_found``. It must find all, but
-        for what the end of a text may cost."""
-        if n_found < n_ahead - _SLACK_TOKENS:
-            self._unrecognized.count(format_.name, Reason.TEMPLATE)

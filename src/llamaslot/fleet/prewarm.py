@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llamaslot.backend.executor import Steps
+from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import PlanAgain
 from llamaslot.backend.long_prompt import no_report
 from llamaslot.backend.slot_table import Pool
@@ -53,20 +54,21 @@ class _Wanted:
 
 
 class Prewarm:
-    """One task per backend. ``bodies`` are chat bodies and what to call them in the log."""
+    """One task per pool. ``bodies`` are chat bodies and what to call them in the log; ``tokenizer`` is that of the
+    model that is served now, ``steps_of`` what performs steps on the backend of a lease."""
 
     def __init__(
         self,
         bodies: Bodies,
         scheduler: Scheduler,
-        steps: Steps,
-        prompts: Prompts,
+        steps_of: Callable[[Lease], Steps],
+        tokenizer: Callable[[], Prompts],
         catalog: Catalog,
         tasks: TaskOwner,
         idle_s: float,
     ) -> None:
-        self._bodies, self._scheduler, self._steps = bodies, scheduler, steps
-        self._prompts, self._catalog, self._tasks, self._idle_s = prompts, catalog, tasks, idle_s
+        self._bodies, self._scheduler, self._steps_of = bodies, scheduler, steps_of
+        self._tokenizer, self._catalog, self._tasks, self._idle_s = tokenizer, catalog, tasks, idle_s
         self._pool: Pool | None = None  # the one that ``_left`` is about
         self._left: list[_Wanted] = []
 
@@ -104,7 +106,7 @@ class Prewarm:
 
     async def _wanted(self, name: str, body: Mapping[str, Any]) -> _Wanted | None:
         try:
-            prompt, n_tokens = await self._prompts.opening(body)
+            prompt, n_tokens = await self._tokenizer().opening(body)
         except BackendDown:
             raise
         except LlamaslotError as error:
@@ -173,15 +175,18 @@ class Prewarm:
             one.n_failed += 1
 
     async def _compute_in_a_slot(self, job: Job) -> None:
+        steps: Steps | None = None
         try:
             with await self._scheduler.lease(job) as lease:
+                steps = self._steps_of(lease)
                 assert lease.plan is not None
                 kept = [i for i, step in enumerate(lease.plan.steps, 1) if isinstance(step, Keep)]
                 if kept:
                     lease.replace_steps(lease.plan.steps[: kept[0]])
-                    await self._steps.prepare(lease, no_report)
+                    await steps.prepare(lease, no_report)
         except SlotWedged as error:
-            self._steps.metrics.wedged.inc()
+            if steps is not None:
+                steps.metrics.wedged.inc()
             log.warning("%s: %s", job.id, error)
         except (LlamaslotError, PlanAgain) as error:
             log.debug("%s: %s", job.id, error)

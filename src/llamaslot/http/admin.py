@@ -8,8 +8,10 @@ from aiohttp import web
 
 from llamaslot import __version__
 from llamaslot.backend.backend import Backend, Health
+from llamaslot.backend.connect import Met
 from llamaslot.backend.slot_table import Pool
 from llamaslot.errors import BadRequest, NotAllowed, NotFound
+from llamaslot.fleet.registry import Registry
 from llamaslot.http.openapi import DESCRIPTION, PATHS
 from llamaslot.http.rewriting import SystemPrompts
 from llamaslot.observe.journal import KEPT
@@ -18,11 +20,11 @@ _DIGITS = 9  # of a number that is read; Python reads no more than 4,300
 
 
 class Status:
-    """The pages of one backend. ``prompts``: the rules for system prompts, whose doings are told too."""
+    """The pages of all backends. ``prompts``: the rules for system prompts, whose doings are told too."""
 
-    def __init__(self, backend: Backend, prompts: SystemPrompts | None = None) -> None:
-        self._backend = backend
-        self._prompts = prompts or SystemPrompts((), backend.metrics)
+    def __init__(self, registry: Registry, prompts: SystemPrompts | None = None) -> None:
+        self._registry = registry
+        self._prompts = prompts or SystemPrompts((), registry.metrics)
 
     async def handle(self, request: web.Request) -> web.Response:
         """Raises NotFound, NotAllowed, and BadRequest."""
@@ -42,33 +44,26 @@ class Status:
                 raise NotFound(f"there is no {request.path}; there are {own}")
 
     def health(self) -> web.Response:
-        """200 while the backend serves, else 503."""
-        if self._backend.health is Health.UP:
+        """200 while any backend serves, else 503."""
+        states = {backend.health for backend in self._registry.backends}
+        if Health.UP in states:
             return web.json_response({"status": "ok"})
-        return web.json_response({"status": self._backend.health.value}, status=503)
+        health = Health.CONNECTING if Health.CONNECTING in states else Health.DOWN
+        return web.json_response({"status": health.value}, status=503)
 
     def status(self) -> dict[str, Any]:
-        """Slots, snapshots and the queue as they are now. Token contents are never shown."""
-        backend, pool = self._backend, self._backend.leases.table
-        catalog = backend.catalog
+        """Backends, snapshots and the queue as they are now. Token contents are never shown."""
+        pools = self._registry.pools
+        stores = [pool.store for pool in pools if pool.store is not None]
         return {
             "version": __version__,
-            "backend": {
-                "name": backend.name,
-                "health": backend.health.value,
-                "model": backend.met.model_name if backend.met else None,
-                "n_ctx": pool.n_ctx if pool else None,
-                "memory": pool.memory.value if pool else None,
-                "warnings": list(backend.met.warnings) if backend.met else [],
-                "assist": self._assist(),
-            },
-            "slots": self._slots(pool) if pool and pool.is_assisted else [],
+            "backends": [_status_of(backend) for backend in self._registry.backends],
             "snapshots": {
-                "n": len(pool.library.snapshots) if pool else 0,
-                "size_bytes": catalog.size_bytes if catalog else 0,
-                "quota_bytes": catalog.quota_bytes if catalog else 0,
+                "n": sum(pool.n_snapshots for pool in pools),
+                "size_bytes": sum(store.catalog.size_bytes for store in stores),
+                "quota_bytes": sum(store.catalog.quota_bytes for store in stores),
             },
-            "queue": backend.scheduler.n_waiting,
+            "queue": sum(pool.scheduler.n_waiting for pool in pools),
             "users": [
                 {
                     "id": user.id,
@@ -76,53 +71,71 @@ class Status:
                     "waiting": user.n_waiting,
                     "deficit_s": round(user.deficit_s, 3),
                 }
-                for user in backend.scheduler.queue.standings(backend.scheduler.now())
+                for pool in pools
+                for user in pool.scheduler.queue.standings(pool.scheduler.now())
             ],
             "rewrite": self._prompts.report(),
         }
-
-    def _assist(self) -> dict[str, Any] | None:
-        """Whether llamaslot chooses slots, and if not, why and what would change that; None while it is not known."""
-        if (met := self._backend.met) is None:
-            return None
-        if met.aside is None:
-            return {"is_on": True, "why": None, "remedy": None}
-        return {"is_on": False, "why": met.aside.why, "remedy": met.aside.remedy}
-
-    def _slots(self, pool: Pool) -> list[dict[str, Any]]:
-        # Those with a slot: a turn has none until llama-server has chosen.
-        every = self._backend.scheduler.leases
-        leases = [lease for lease in every if lease.pool is pool and lease.slot is not None]
-        prefills = {
-            lease.slot_id: {"n_done": lease.n_done, "n_tokens": lease.job.n_tokens}
-            for lease in leases
-            if lease.is_long
-        }
-        users = {lease.slot_id: lease.job.user.id or None for lease in leases}
-        return [
-            {
-                "id": slot.id,
-                "state": slot.state.value,
-                "n_tokens": slot.content.n_tokens,
-                "is_dirty": slot.content.is_dirty,
-                "is_worth_saving": pool.worth.is_worth_saving(slot),
-                "prefill": prefills.get(slot.id),
-                "user": users.get(slot.id),
-            }
-            for slot in pool.slots
-        ]
 
     def journal(self, n: str) -> dict[str, Any]:
         """The last ``n`` decisions, the newest first. Raises BadRequest when ``n`` is no number."""
         if not (n.isascii() and n.isdigit()):
             raise BadRequest(f"n={n}: how many decisions of the last {KEPT}")
         n_wanted = min(int(n[-_DIGITS:]), KEPT) if len(n.lstrip("0")) <= _DIGITS else KEPT
-        latest = self._backend.scheduler.journal.latest(n_wanted)
+        every = (
+            decision for pool in self._registry.pools for decision in pool.scheduler.journal.latest(n_wanted)
+        )
+        latest = sorted(every, key=lambda decision: -decision.at)[:n_wanted]
         return {"decisions": [decision.to_json() for decision in latest]}
 
     def _metrics(self) -> web.Response:
-        metrics, backend = self._backend.metrics, self._backend
-        metrics.n_waiting.set(backend.scheduler.n_waiting)
-        metrics.n_snapshots.set(len(backend.leases.table.library.snapshots) if backend.leases.table else 0)
-        metrics.bytes_stored.set(backend.catalog.size_bytes if backend.catalog else 0)
+        metrics, pools = self._registry.metrics, self._registry.pools
+        stores = [pool.store for pool in pools if pool.store is not None]
+        metrics.n_waiting.set(sum(pool.scheduler.n_waiting for pool in pools))
+        metrics.n_snapshots.set(sum(pool.n_snapshots for pool in pools))
+        metrics.bytes_stored.set(sum(store.catalog.size_bytes for store in stores))
         return web.Response(body=metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+
+def _status_of(backend: Backend) -> dict[str, Any]:
+    met, table = backend.met, backend.leases.table
+    return {
+        "name": backend.name,
+        "health": backend.health.value,
+        "model": met.model_name if met else None,
+        "n_ctx": table.n_ctx if table else None,
+        "memory": table.memory.value if table else None,
+        "warnings": list(met.warnings) if met else [],
+        "assist": _assist(met) if met else None,
+        "slots": _slots(backend, table) if table and table.is_assisted else [],
+    }
+
+
+def _assist(met: Met) -> dict[str, Any]:
+    """Whether llamaslot chooses slots, and if not, why and what would change that."""
+    if met.aside is None:
+        return {"is_on": True, "why": None, "remedy": None}
+    return {"is_on": False, "why": met.aside.why, "remedy": met.aside.remedy}
+
+
+def _slots(backend: Backend, table: Pool) -> list[dict[str, Any]]:
+    # Those with a slot: a turn has none until llama-server has chosen.
+    leases = [lease for lease in backend.leases.leases if lease.pool is table and lease.slot is not None]
+    prefills = {
+        lease.slot_id: {"n_done": lease.n_done, "n_tokens": lease.job.n_tokens}
+        for lease in leases
+        if lease.is_long
+    }
+    users = {lease.slot_id: lease.job.user.id or None for lease in leases}
+    return [
+        {
+            "id": slot.id,
+            "state": slot.state.value,
+            "n_tokens": slot.content.n_tokens,
+            "is_dirty": slot.content.is_dirty,
+            "is_worth_saving": table.worth.is_worth_saving(slot),
+            "prefill": prefills.get(slot.id),
+            "user": users.get(slot.id),
+        }
+        for slot in table.slots
+    ]

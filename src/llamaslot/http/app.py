@@ -9,26 +9,20 @@ import logging
 import re
 import signal
 from collections.abc import AsyncIterator
-from typing import Any
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from llamaslot import __version__
-from llamaslot.backend.backend import Backend
 from llamaslot.config.load import Config
-from llamaslot.config.values import read_chat_file
 from llamaslot.errors import (
     BadRequest,
     ClientGone,
-    ConfigError,
     Forbidden,
     LlamaslotError,
     NotImplementedHere,
 )
-from llamaslot.fleet.queue import QueueLimits
-from llamaslot.formats.registry import CHAT
-from llamaslot.formats.rewrite import Rewriting
+from llamaslot.fleet.registry import Registry
 from llamaslot.http.admin import Status
 from llamaslot.http.auth import USER, Doors, is_own_page
 from llamaslot.http.client_stream import MISTAKE, StreamRules, error_instead, error_response, name_itself
@@ -41,13 +35,8 @@ from llamaslot.http.request_body import Uploads, close_behind, hold_back, speaks
 from llamaslot.http.rewriting import SystemPrompts, tell_rewrote
 from llamaslot.http.tls import Certificate
 from llamaslot.http.unassisted import Unassisted
-from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.managed.process import ManagedServer
 from llamaslot.llama.routes import Route, classify
-from llamaslot.observe.metrics import Metrics
-from llamaslot.scheduling.fairness import Fairness
-from llamaslot.scheduling.placement import Rules
-from llamaslot.scheduling.prefill_policy import Sharing
 from llamaslot.store.quota import beyond_disk
 from llamaslot.tasks import TaskOwner
 
@@ -68,19 +57,18 @@ class _Everything(web.DynamicResource):
 
 
 class App:
-    """llamaslot as one object: the backend and the routes in front of it."""
+    """llamaslot as one object: the backends and the routes in front of them."""
 
-    def __init__(self, config: Config, backend: Backend) -> None:
-        self.config, self.backend = config, backend
+    def __init__(self, config: Config, registry: Registry) -> None:
+        self.config, self._metrics = config, registry.metrics
         timeouts = Timeouts(config.timeouts.first_token_s, config.timeouts.total_s)
         rules = StreamRules(config.stream.keepalive_s, config.stream.comments, timeouts)
         uploads = Uploads(config.listen.max_body, config.listen.read_timeout_s)
-        prompts = SystemPrompts(config.rules, backend.metrics)
-        unassisted = Unassisted(backend, rules)
-        self._passthrough = Passthrough(backend, uploads, timeouts, prompts, unassisted)
-        backend.divergences.tells_texts = config.log.prompts
-        self._completions = Completions(backend, rules, uploads, self._passthrough, unassisted, prompts)
-        self._status = Status(backend, prompts)
+        prompts = SystemPrompts(config.rules, registry.metrics)
+        unassisted = Unassisted(rules)
+        self._passthrough = Passthrough(registry, uploads, timeouts, prompts, unassisted)
+        self._completions = Completions(registry, rules, uploads, self._passthrough, unassisted, prompts)
+        self._status = Status(registry, prompts)
         self._doors, self._cors = Doors(config.auth), Cors(config.listen.cors)
 
     def application(self) -> web.Application:
@@ -100,7 +88,7 @@ class App:
         if isinstance(connection, Connection):
             connection.serving(True)
         route = classify(request.method, request.raw_path, self.config.passthrough.allow)
-        metrics, status = self.backend.metrics, CLIENT_GONE
+        metrics, status = self._metrics, CLIENT_GONE
         try:
             response = await self._answer(request, route)
             status = response.status
@@ -159,58 +147,6 @@ class App:
                 return await self._passthrough.forward(request, route)
 
 
-def make_backend(config: Config, url: str) -> Backend:
-    """The backend that the configuration describes; ``url`` of a managed one is known once it is started."""
-    settings = config.backend
-    return Backend(
-        settings.name,
-        LlamaServer(url, settings.resolve_api_key(), config.timeouts.watchdog_s, name=settings.name),
-        rules=_rules(config),
-        limits=_limits(config),
-        metrics=Metrics(),
-        meta_dir=config.store.meta_dir,
-        idle_save_s=config.store.idle_save_s,
-        slot_save_path=settings.slot_save_path,
-        quota_bytes=config.store.quota,
-        prewarm=_chat_bodies(config),
-        max_files=config.store.max_files,
-        min_free_bytes=config.store.min_free,
-    )
-
-
-def _limits(config: Config) -> QueueLimits:
-    queue = config.queue
-    fairness = Fairness(
-        queue.user_max_running, queue.user_max_waiting, queue.side_max_passed_s, queue.spare_s
-    )
-    return QueueLimits(queue.max_waiting, queue.max_wait_s, fairness)
-
-
-def _rules(config: Config) -> Rules:
-    routing, prefill = config.routing, config.prefill
-    sharing = Sharing(prefill.decode_share, prefill.stretch_s, prefill.max_passed_s, prefill.max_held_s)
-    return Rules(
-        routing.similarity_min,
-        routing.small_prompt_tokens,
-        prefill.own_above_s,
-        sharing,
-        is_isolated=config.cache.isolation == "per_user",
-    )
-
-
-def _chat_bodies(config: Config) -> list[tuple[str, dict[str, Any]]]:
-    """What ``prewarm`` names, rewritten as requests are. Raises ConfigError when a file, readable a moment ago, is not
-    any more."""
-    try:
-        bodies = [(path.name, read_chat_file(path)) for path in config.prewarm]
-    except ValueError as error:
-        raise ConfigError("prewarm", [str(error)]) from error
-    rewriting = Rewriting(config.rules)
-    for _, body in bodies:
-        rewriting.apply(body, CHAT)
-    return bodies
-
-
 async def serve(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Raises LlamaslotError when the store cannot be used, OSError for the port."""
     tasks = TaskOwner()
@@ -219,22 +155,24 @@ async def serve(config: Config) -> None:
     managed = _managed(config)
     url = managed.url if managed is not None else config.backend.url
     assert url is not None
-    backend = make_backend(config, url)
-    await backend.open()
-    if (catalog := backend.catalog) is not None:
-        store = config.store
+    registry = Registry.of(config, url)
+    await registry.open()
+    for pool in registry.pools:
+        if pool.store is None:
+            continue
+        store, catalog = config.store, pool.store.catalog
         limits = store.quota, store.min_free, catalog.directory, catalog.size_bytes
         if (note := await asyncio.to_thread(beyond_disk, *limits)) is not None:
             log.warning("%s", note)
     stop, save_s = asyncio.Event(), 0.0
     try:
-        async with listening(config, backend) as listener:
+        async with listening(config, registry) as listener:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, stop.set)
             if managed is not None:
                 tasks.spawn(managed.run(), "managed llama-server")
-            backend.start()
+            registry.start()
             _greet(config, listener)
             gc.collect()
             gc.freeze()  # a full collection over a large index takes 150 ms; after this it has little to look at
@@ -242,15 +180,15 @@ async def serve(config: Config) -> None:
             log.info("stopping")
         save_s = config.shutdown.save_s
     finally:
-        await backend.close(save_s)
+        await registry.close(save_s)
         await tasks.close()  # a managed server is ended last: its slots have been saved
 
 
 @contextlib.asynccontextmanager
-async def listening(config: Config, backend: Backend) -> AsyncIterator[asyncio.Server]:
+async def listening(config: Config, registry: Registry) -> AsyncIterator[asyncio.Server]:
     """Listen for clients. At the end running answers get ``shutdown.drain_s`` to end. Raises OSError for the port."""
     runner = web.AppRunner(
-        App(config, backend).application(),
+        App(config, registry).application(),
         handler_cancellation=True,  # a client that leaves must be noticed while nothing is being written to it
         shutdown_timeout=config.shutdown.drain_s,
     )
@@ -342,4 +280,4 @@ def _greet(config: Config, listener: asyncio.Server) -> None:
     )
 
 
-__all__ = ["App", "listening", "make_backend", "serve"]
+__all__ = ["App", "listening", "serve"]

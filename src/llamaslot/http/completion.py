@@ -16,7 +16,6 @@ import orjson
 from aiohttp import web
 
 from llamaslot.backend.backend import Backend
-from llamaslot.backend.connect import Met
 from llamaslot.backend.exclusive import Turn
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import PlanAgain, Preempted
@@ -29,7 +28,10 @@ from llamaslot.errors import (
     LlamaslotError,
     SlotWedged,
 )
+from llamaslot.fleet.model_context import ModelContext
+from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.queue import QueuePosition
+from llamaslot.fleet.registry import Registry
 from llamaslot.formats.base import Format
 from llamaslot.formats.comments import Comment
 from llamaslot.formats.registry import FORMATS, format_named
@@ -63,14 +65,14 @@ class Completions:
 
     def __init__(
         self,
-        backend: Backend,
+        registry: Registry,
         rules: StreamRules,
         uploads: Uploads,
         passthrough: Passthrough,
         unassisted: Unassisted,
         prompts: SystemPrompts,
     ) -> None:
-        self._backend, self._rules, self._uploads = backend, rules, uploads
+        self._registry, self._rules, self._uploads = registry, rules, uploads
         self._passthrough, self._unassisted, self._prompts = passthrough, unassisted, prompts
 
     async def handle(self, request: web.Request, route: Route) -> web.StreamResponse:
@@ -79,15 +81,15 @@ class Completions:
         try:
             body = parse_object(raw)
         except NoObject as error:
-            raise await in_its_words(self._backend, request, raw, error) from error
+            backend = self._registry.pool_for().any_backend()
+            raise await in_its_words(backend, request, raw, error) from error
+        pool = self._registry.pool_for(body.get("model"))
         if self._prompts.rewrite(request, body, format_named(route.format)):
             raw = orjson.dumps(body)
-        if route.may_be_missing and not await self._passthrough.is_offered(route):
-            return await self._passthrough.unprepared(request, raw)
-        unrecognized = partial(self._passthrough.in_turn, request, route, raw)
-        exchange = _Exchange(
-            self._backend, self._rules, request, route, raw, body, unrecognized, self._unassisted
-        )
+        if route.may_be_missing and not await self._passthrough.is_offered(pool, route):
+            return await self._passthrough.unprepared(pool, request, raw)
+        unrecognized = partial(self._passthrough.in_turn, request, route, raw, pool=pool)
+        exchange = _Exchange(pool, self._rules, request, route, raw, body, unrecognized, self._unassisted)
         return await exchange.run()
 
 
@@ -96,7 +98,7 @@ class _Exchange:
 
     def __init__(
         self,
-        backend: Backend,
+        pool: Pool,
         rules: StreamRules,
         request: web.Request,
         route: Route,
@@ -113,7 +115,8 @@ class _Exchange:
         """
         self.unrecognized, self.unassisted, self.raw = unrecognized, unassisted, raw
         self.in_one_piece = False  # the answer cannot be put together from a stream
-        self.backend, self.request, self.route, self.body = backend, request, route, body
+        self.pool, self.request, self.route, self.body = pool, request, route, body
+        self.lease: Lease | None = None  # the last one: its backend is what has failed, where one has
         self.id: str = whole.id if whole is not None else request_id(request.headers)
         self.asked = Asked(self.id, body, self._format, self._post, time.monotonic())
         self.down = Downstream(request, rules, self.asked.is_streaming, {"x-request-id": self.id})
@@ -144,11 +147,11 @@ class _Exchange:
 
     async def _run(self) -> web.StreamResponse:
         for _ in range(ATTEMPTS):
-            met, want = await self._met_and_wanted()
-            if want is None:
+            context, want = await self._context_and_wanted()
+            if context is None or want is None:
                 with contextlib.suppress(BackendRestarted):  # it does not stand aside any more
                     return await self.unassisted.relay(
-                        self.down, self.deadlines, self._format, self.raw, self.body
+                        self.pool, self.down, self.deadlines, self._format, self.raw, self.body
                     )
                 continue
             if want.is_beyond_server:
@@ -158,25 +161,32 @@ class _Exchange:
             await check_body(self.backend, self.request, self.asked, want)
             if want.job.placement is Placement.STEERED and (not want.prompts or want.is_head):
                 if want.is_head:
-                    await self._prepare_head(want, met)
+                    await self._prepare_head(want, context)
                 self.deadlines.answering()  # nobody reads the answer closely enough to tell when it begins
                 return self._counted(want, await self.unrecognized(head=want.left_in_slot))
-            if len(want.prompts) > 1 and self._is_long(want, met):
+            if len(want.prompts) > 1 and self._is_long(want):
                 return await self._serve_each(want)
             try:
-                return self._counted(want, await self._serve(want, met))
+                return self._counted(want, await self._serve(want, context))
             except BackendRestarted:
-                self.backend.lost(met)
+                if self.lease is not None:
+                    self.backend.lost(self.lease.pool)
         raise BackendDown(GIVEN_UP)
 
-    async def _prepare_head(self, want: Wanted, met: Met) -> None:
+    @property
+    def backend(self) -> Backend:
+        """Where its last lease was; any before it had one."""
+        return self.pool.backend_of(self.lease) if self.lease is not None else self.pool.any_backend()
+
+    async def _prepare_head(self, want: Wanted, context: ModelContext) -> None:
         """Have what comes before the first medium in a slot, if it takes long: restored, or computed in turn with what
         others want. llama-server, which will choose the slot, finds it there. Cancelling gives the slot back."""
         job = replace(want.job, placement=Placement.PINNED)
-        if self.backend.rates.prefill.seconds(0, job.n_tokens) <= met.pool.long_s:
+        if not self.pool.takes_long(job.n_tokens):
             return
-        with await self.backend.scheduler.lease(job) as lease:
-            if lease.pool is not met.pool:
+        with await self.pool.lease(job) as lease:
+            self.lease = lease
+            if self.pool.context is not context:
                 return  # the slots of another process are as good as none
             keep_what_follows(lease)
             # The slot was needed for somebody else, or is another process's: what is there stays there.
@@ -187,30 +197,31 @@ class _Exchange:
     def _counted(self, want: Wanted, response: web.StreamResponse) -> web.StreamResponse:
         """What was served without its tokens; what llama-server has refused anyway does not count."""
         if want.unknown is not None and response.status < 400:
-            self.backend.unrecognized.count(self._format.name, want.unknown)
+            self.pool.unrecognized.count(self._format.name, want.unknown)
         return response
 
-    async def _met_and_wanted(self) -> tuple[Met, Wanted | None]:
-        """The server, known to be the one that was met, and the job; None for it where llamaslot stands aside.
+    async def _context_and_wanted(self) -> tuple[ModelContext, Wanted] | tuple[None, None]:
+        """The model, served by processes that are known to be there, and the job; None for both where llamaslot stands
+        aside.
 
         Both are asked for at once: together they are most of what llamaslot adds to a follow-up. What was tokenized by
         a server that turns out to be another one is done again.
         """
-        if (met := self.backend.met) is not None and met.is_assisted:
+        if (context := self.pool.context) is not None:
             try:
                 async with asyncio.TaskGroup() as group:
-                    checked = group.create_task(self.backend.ready())
-                    want = group.create_task(self._wanted(met))
-                if checked.result() is met:
-                    return met, want.result()
+                    checked = group.create_task(self.pool.ready())
+                    want = group.create_task(self._wanted(context))
+                if checked.result() is context:
+                    return context, want.result()
             except ExceptionGroup as errors:
-                if self.backend.met is met:
+                if self.pool.context is context:
                     raise errors.exceptions[0] from None
-        met = await self.backend.ready()
-        return met, await self._wanted(met) if met.is_assisted else None
+        context = await self.pool.ready()
+        return (context, await self._wanted(context)) if context is not None else (None, None)
 
-    async def _wanted(self, met: Met) -> Wanted:
-        return await wanted(self.id, self.body, self._format, self.backend, met, user_of(self.request))
+    async def _wanted(self, context: ModelContext) -> Wanted:
+        return await wanted(self.id, self.body, self._format, context, user_of(self.request))
 
     @property
     def _format(self) -> Format:
@@ -219,10 +230,9 @@ class _Exchange:
 
     # -- several prompts -----------------------------------------------------------------------------------------
 
-    def _is_long(self, want: Wanted, met: Met) -> bool:
+    def _is_long(self, want: Wanted) -> bool:
         """Whether any prompt but the first, which has the slot to itself, would take long to compute."""
-        longest = max(prompt.n_tokens for prompt in want.prompts[1:])
-        return self.backend.rates.prefill.seconds(0, longest) > met.pool.long_s
+        return self.pool.takes_long(max(prompt.n_tokens for prompt in want.prompts[1:]))
 
     async def _serve_each(self, want: Wanted) -> web.StreamResponse:
         """One prompt after the other, each as a request of its own. Raises LlamaslotError: the first ends it all."""
@@ -232,7 +242,7 @@ class _Exchange:
         for number, prompt in enumerate(prompts):
             body = {**self.body, "prompt": prompt}
             one = _Exchange(
-                self.backend,
+                self.pool,
                 self.down.rules,
                 self.request,
                 self.route,
@@ -256,14 +266,14 @@ class _Exchange:
 
     # -- a slot --------------------------------------------------------------------------------------------------
 
-    async def _serve(self, want: Wanted, met: Met) -> web.StreamResponse:
+    async def _serve(self, want: Wanted, context: ModelContext) -> web.StreamResponse:
         """Until a place was what it was taken for."""
         before: Earlier | None = None
         last: PlanAgain | InOnePiece | None = None
         n_before, preempted = 0, None
         while True:
             try:
-                answer = await self._serve_at_a_place(want, met, before, n_before, last, preempted)
+                answer = await self._serve_at_a_place(want, context, before, n_before, last, preempted)
             except PlanAgain as again:
                 last = again
             else:
@@ -289,7 +299,7 @@ class _Exchange:
     async def _serve_at_a_place(
         self,
         want: Wanted,
-        met: Met,
+        context: ModelContext,
         before: Earlier | None,
         n_before: int,
         last: PlanAgain | InOnePiece | None,
@@ -299,37 +309,36 @@ class _Exchange:
         were taken for; ``last``: why it lost the last one; ``preempted``: when it last gave one up for another user.
         Raises PlanAgain.
         """
-        job, scheduler, may_replan = want.job, self.backend.scheduler, n_before < _REPLANS
+        job, may_replan = want.job, n_before < _REPLANS
         queued = time.monotonic()
         if self.asked.wants_progress and self._format.has_progress_events:
-            self.down.progress = partial(self._progress, met, before)
+            self.down.progress = partial(self._progress, context, before)
         async with contextlib.AsyncExitStack() as stack:
-            async with self.down.waiting(self.backend.tasks):
-                self.down.say(QueuePosition(partial(scheduler.position, job)))
+            async with self.down.waiting(self.pool.tasks):
+                self.down.say(QueuePosition(partial(self.pool.position, job)))
                 is_back = last is not None and last is not preempted
-                lease = stack.enter_context(await scheduler.lease(job, is_back=is_back, preempted=preempted))
-                if lease.pool is not met.pool:
+                lease = stack.enter_context(await self.pool.lease(job, is_back=is_back, preempted=preempted))
+                self.lease, backend = lease, self.pool.backend_of(lease)
+                if self.pool.context is not context:
                     raise BackendRestarted  # and may have another model now
-                self.backend.metrics.queue_s.observe(time.monotonic() - queued)
+                self.pool.metrics.queue_s.observe(time.monotonic() - queued)
                 lease.note.rewrote(rewrote(self.request))
                 if last is None and want.prompts:
-                    self.backend.divergences.look(lease, want.prompts[0], self.body, self._format)
+                    backend.divergences.look(lease, want.prompts[0], self.body, self._format)
                 if want.is_head:
                     keep_what_follows(lease)
                 if last is None:
-                    await check(self.backend, self.request, self.asked, want, lease)
-                here = await self.backend.steps.prepare(
-                    lease, self.down.say, may_replan=may_replan, can_stop=True
-                )
+                    await check(backend, self.request, self.asked, want, lease)
+                here = await backend.steps.prepare(lease, self.down.say, may_replan=may_replan, can_stop=True)
                 turn: Turn | None = None
                 if job.n_children:
-                    turn = await stack.enter_async_context(self.backend.turns.take(lease, self.down.say))
+                    turn = await stack.enter_async_context(backend.turns.take(lease, self.down.say))
                 if job.placement is Placement.STEERED:
                     self.down.say(Comment.WAITING_FOR_TURN)
-                    await self.backend.turns.clear_the_way(lease, here)
+                    await backend.turns.clear_the_way(lease, here)
                 self.down.say(Comment.WAITING_FOR_SERVER)
                 answering = Answering(
-                    self.backend, self.down, self.asked, want, lease, here, before, turn,
+                    self.pool, backend, context, self.down, self.asked, want, lease, here, before, turn,
                     in_one_piece=self.in_one_piece,
                 )  # fmt: skip
                 await self.down.write(self.down.add_headers(_about(lease, want)))
@@ -339,7 +348,7 @@ class _Exchange:
             self.deadlines.answering()
             return await answering.finish()
 
-    def _progress(self, met: Met, before: Earlier | None, state: Prefilling) -> bytes:
+    def _progress(self, context: ModelContext, before: Earlier | None, state: Prefilling) -> bytes:
         """An event of progress for a prefill of llamaslot's own, to a client that has asked for them."""
         so_far = Earlier(state.n_reused, state.n_done, state.seconds)
         so_far = so_far if before is None else before.then(so_far)
@@ -349,7 +358,7 @@ class _Exchange:
             "processed": so_far.n_tokens,
             "time_ms": round(so_far.seconds * 1000),
         }
-        return self._format.progress_event(self.id, met.model_name, progress)
+        return self._format.progress_event(self.id, context.name, progress)
 
     def _post(self, body: dict[str, Any]) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
         return self.backend.api.request(

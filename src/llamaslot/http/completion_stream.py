@@ -20,6 +20,8 @@ from llamaslot.backend.long_prompt import Prefilling
 from llamaslot.backend.slot_content import is_far_off
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.errors import JSON_TYPE, UpstreamError
+from llamaslot.fleet.model_context import ModelContext
+from llamaslot.fleet.pool import Pool
 from llamaslot.formats.stream_to_json import Doubt
 from llamaslot.http.client_request import Asked
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream
@@ -46,7 +48,9 @@ class Answering:
 
     def __init__(
         self,
+        pool: Pool,
         backend: Backend,
+        context: ModelContext,
         down: Downstream,
         asked: Asked,
         want: Wanted,
@@ -60,7 +64,8 @@ class Answering:
         """``here``: what was computed ahead in this slot; ``before``: what was done for it at other places.
         ``in_one_piece``: llama-server is to put the answer together.
         """
-        self.backend, self.down, self.asked, self.want = backend, down, asked, want
+        self.pool, self.backend, self.context = pool, backend, context
+        self.down, self.asked, self.want = down, asked, want
         self.lease, self.here, self.turn = lease, here, turn
         self.earlier = self._in_all(here, before)  # what the client is told
         may_assemble = not (asked.is_streaming or in_one_piece) and backend.streams_are_known
@@ -340,14 +345,14 @@ class Answering:
             return
         told, before = self._told(n_found), self.lease.content or NOTHING
         if want.is_head and self.here is not None and n_found is not None:
-            self.backend.token_counts.compare_head(self.asked.format, self.here.n_tokens, n_found)
+            self.context.compare_head(self.asked.format, self.here.n_tokens, n_found)
         self.backend.steps.settle(self.lease, told, self.here, want.left_in_slot)
         if want.is_head and self.lease.content is not None:
             self.lease.set_content(self._with_media(self.lease.content, before))
         self.lease.release()
         if told.n_prompt is not None:
             prompt = want.prompts[0]
-            self.backend.token_counts.compare(self.asked.format, self.asked.body, prompt, told.n_prompt)
+            self.context.compare(self.asked.format, self.asked.body, prompt, told.n_prompt)
 
     def _told(self, n_found: int | None) -> Told:
         """What is to be learned from; of several prompts, or one that is known up to a medium only, no more than what

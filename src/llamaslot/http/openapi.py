@@ -55,24 +55,26 @@ _ERROR = _json(
 _HEALTH = _object(status=_TEXT)
 _STATUS = _object(
     version=_TEXT,
-    backend=_object(
-        name=_TEXT,
-        health=_TEXT,
-        model=_or_null(_TEXT),
-        n_ctx=_or_null(_COUNT),
-        memory=_or_null(_TEXT),
-        warnings=_list_of(_TEXT),
-        assist=_or_null(_object(is_on=_YES, why=_or_null(_TEXT), remedy=_or_null(_TEXT))),
-    ),
-    slots=_list_of(
+    backends=_list_of(
         _object(
-            id=_COUNT,
-            state=_TEXT,
-            n_tokens=_COUNT,
-            is_dirty=_YES,
-            is_worth_saving=_YES,
-            prefill=_or_null(_object(n_done=_COUNT, n_tokens=_COUNT)),
-            user=_or_null(_TEXT),
+            name=_TEXT,
+            health=_TEXT,
+            model=_or_null(_TEXT),
+            n_ctx=_or_null(_COUNT),
+            memory=_or_null(_TEXT),
+            warnings=_list_of(_TEXT),
+            assist=_or_null(_object(is_on=_YES, why=_or_null(_TEXT), remedy=_or_null(_TEXT))),
+            slots=_list_of(
+                _object(
+                    id=_COUNT,
+                    state=_TEXT,
+                    n_tokens=_COUNT,
+                    is_dirty=_YES,
+                    is_worth_saving=_YES,
+                    prefill=_or_null(_object(n_done=_COUNT, n_tokens=_COUNT)),
+                    user=_or_null(_TEXT),
+                )
+            ),
         )
     ),
     snapshots=_object(n=_COUNT, size_bytes=_COUNT, quota_bytes=_COUNT),

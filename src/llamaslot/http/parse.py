@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from llamaslot.backend.backend import Backend
-from llamaslot.backend.connect import Met
 from llamaslot.backend.lease import Lease
 from llamaslot.cache.ids import common, head
 from llamaslot.cache.reuse import Memory
 from llamaslot.errors import BadRequest, OpaquePrompt, PromptTooLong, Reason, UpstreamError
+from llamaslot.fleet.model_context import ModelContext
 from llamaslot.formats.base import Format, PromptKind
 from llamaslot.llama.dry_run import DryRun
 from llamaslot.scheduling.plan import Keep, PrefillTo, Source
@@ -88,30 +87,30 @@ def lora_of(body: Mapping[str, Any]) -> str:
 
 
 async def wanted(
-    id_: str, body: Mapping[str, Any], format_: Format, backend: Backend, met: Met, user: User
+    id_: str, body: Mapping[str, Any], format_: Format, context: ModelContext, user: User
 ) -> Wanted:
     """The job for ``body``. Raises BadRequest, PromptTooLong, and llama-server's own error for a body it refuses."""
-    pool, unknown = met.pool, None
+    unknown = None
     try:
-        said = await _said(body, format_, backend, met, pool.rules.space(user).user)
+        said = await _said(body, format_, context, context.space(user).user)
         if said.is_head and not format_.honours_id_slot:
             # llama-server chooses the slot, by the share of a prompt of unknown length.
             unknown = Reason.MEDIA
     except OpaquePrompt as error:
         said, unknown = _Said(None, ()), error.reason
     for prompt in said.prompts:
-        if prompt.n_tokens >= pool.n_ctx:
-            raise PromptTooLong(prompt.n_tokens, pool.n_ctx)
+        if prompt.n_tokens >= context.n_ctx:
+            raise PromptTooLong(prompt.n_tokens, context.n_ctx)
     heard = body if said.chat is None else said.chat  # what llama-server takes note of
     n = format_.n_answers(body)
     if n > 1 and not all(prompt.n_tokens for prompt in said.prompts):
         raise BadRequest(_NO_COPIES)
     n_system, boundaries = 0, tuple[int, ...]()
     if said.chat is not None and said.prompts:
-        if pool.memory is Memory.DENSE:
-            n_system = await backend.prompts.system_end(said.chat, said.prompts[0])
+        if context.memory is Memory.DENSE:
+            n_system = await context.tokenizer.system_end(said.chat, said.prompts[0])
         else:
-            n_system, boundaries = await backend.prompts.boundaries(said.chat, said.prompts[0])
+            n_system, boundaries = await context.tokenizer.boundaries(said.chat, said.prompts[0])
     job = Job(
         id=id_,
         tokens=said.prompts[0].tokens if said.prompts else b"",
@@ -119,12 +118,12 @@ async def wanted(
         n_system=n_system,
         is_cold=heard.get("cache_prompt") is False,
         user=user,
-        space=pool.rules.space(user, lora_of(heard)),
+        space=context.space(user, lora_of(heard)),
         max_tokens=max_tokens(body),
         n_children=n - 1,
         placement=Placement.PINNED if format_.honours_id_slot else Placement.STEERED,
     )
-    is_beyond_server = said.is_refused or n > len(pool.slots)
+    is_beyond_server = said.is_refused or n > context.n_slots
     n_prompts = len(said.prompts) or format_.n_prompts(body)
     is_plain = format_.prompt_kind is PromptKind.PLAIN
     ids = next((prompt.tokens for prompt in said.prompts if is_plain and prompt.text is None), None)
@@ -142,54 +141,54 @@ class _Said(NamedTuple):
     is_refused: bool = False
 
 
-async def _said(body: Mapping[str, Any], format_: Format, backend: Backend, met: Met, whose: str) -> _Said:
+async def _said(body: Mapping[str, Any], format_: Format, context: ModelContext, whose: str) -> _Said:
     """Raises OpaquePrompt where the tokens are not known, and UpstreamError for what the template refuses: of a body
     that was converted nobody knows whether llama-server would refuse it too, so it is served without its tokens."""
     if format_.prompt_kind is PromptKind.INFILL:
-        return _Said(None, (await backend.infills.prompt(body, met, whose),))
+        return _Said(None, (await context.infill.prompt(body, whose),))
     is_converted = format_.prompt_kind is PromptKind.CONVERTED
-    is_right = backend.shapes.known(body) if is_converted else None
+    is_right = context.conversions.known(body) if is_converted else None
     if is_right is False:
         raise OpaquePrompt("the server has counted other tokens in such a body", Reason.MISCOUNTED)
     chat = format_.chat_body(body)
     if chat is None:
-        return await _plain(body, backend, met, whose)
+        return await _plain(body, context, whose)
     needed = {media.KINDS[part] for part in media.kinds(chat)}
     try:
         if not needed:
-            prompt = await backend.prompts.chat(chat, whose)
+            prompt = await context.tokenizer.chat(chat, whose)
             # llama-server chooses the slot by what it makes of the body: had it another prompt, any slot could be it.
             is_checked = (
-                format_.honours_id_slot or is_right or await backend.shapes.check(body, prompt.n_tokens)
+                format_.honours_id_slot or is_right or await context.conversions.check(body, prompt.n_tokens)
             )
             if not is_checked:
                 raise OpaquePrompt("the server counts other tokens in such a body", Reason.MISCOUNTED)
             return _Said(chat, (prompt,))
-        if met.props.modalities is not None and not all(map(met.props.modalities.get, needed)):
+        if not context.reads_media(needed):
             return _Said(chat, (), is_refused=True)
-        cut, prompt = await backend.prompts.before_medium(chat, whose)
-        return _Said(cut, _short(prompt, met), is_head=True)
+        cut, prompt = await context.tokenizer.before_medium(chat, whose)
+        return _Said(cut, _short(prompt, context), is_head=True)
     except UpstreamError as error:
         if chat is body and not needed:
             raise
         raise OpaquePrompt(str(error), Reason.TEMPLATE) from error
 
 
-async def _plain(body: Mapping[str, Any], backend: Backend, met: Met, whose: str) -> _Said:
+async def _plain(body: Mapping[str, Any], context: ModelContext, whose: str) -> _Said:
     if "prompt" not in body:
         raise NoPrompt("'prompt' is required")
     prompt = body["prompt"]
-    if (text := media.before_marker(prompt, met.props.boot_id)) is None:
-        return _Said(None, tuple(await backend.prompts.completion(prompt, whose)))
-    if met.props.modalities is not None and not any(met.props.modalities.values()):
+    if (text := media.before_marker(prompt, context.media_marker)) is None:
+        return _Said(None, tuple(await context.tokenizer.completion(prompt, whose)))
+    if context.modalities is not None and not any(context.modalities.values()):
         return _Said(None, (), is_refused=True)
-    prompts = await backend.prompts.completion(text, whose)
-    return _Said(None, _short(prompts[0], met), is_head=True)
+    prompts = await context.tokenizer.completion(text, whose)
+    return _Said(None, _short(prompts[0], context), is_head=True)
 
 
-def _short(prompt: Prompt, met: Met) -> tuple[Prompt, ...]:
+def _short(prompt: Prompt, context: ModelContext) -> tuple[Prompt, ...]:
     """What comes before a medium; if that alone is too long llama-server says so, who knows how long the whole is."""
-    if prompt.n_tokens >= met.pool.n_ctx:
+    if prompt.n_tokens >= context.n_ctx:
         raise OpaquePrompt("it is too long", Reason.MEDIA)
     return (prompt,)
 

@@ -13,10 +13,11 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from llamaslot.backend.backend import Backend
-from llamaslot.backend.lease import Lease
 from llamaslot.backend.long_prompt import no_report
 from llamaslot.cache.content import Content
 from llamaslot.errors import BackendDown, BackendRestarted, BadRequest, DeadlinePassed
+from llamaslot.fleet.pool import Pool
+from llamaslot.fleet.registry import Registry
 from llamaslot.formats.registry import format_named
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import end_relayed
@@ -39,13 +40,13 @@ class Passthrough:
 
     def __init__(
         self,
-        backend: Backend,
+        registry: Registry,
         uploads: Uploads,
         timeouts: Timeouts,
         prompts: SystemPrompts,
         unassisted: Unassisted,
     ) -> None:
-        self._backend, self._uploads, self._timeouts = backend, uploads, timeouts
+        self._registry, self._uploads, self._timeouts = registry, uploads, timeouts
         self._prompts, self._unassisted = prompts, unassisted
 
     async def forward(self, request: web.Request, route: Route) -> web.StreamResponse:
@@ -56,10 +57,11 @@ class Passthrough:
         """
         upload = Upload(self._uploads, request)
         data = upload.pieces() if request.body_exists else None
+        backend = self._registry.pool_for().any_backend()
         try:
-            async with self._upstream(request, data, to_server(request)) as upstream:
+            async with self._upstream(backend, request, data, to_server(request)) as upstream:
                 if route.gate in _CHANGES_MODEL and request.method == "POST" and upstream.status < 400:
-                    self._backend.changed(f"{route.gate} was called")
+                    backend.changed(f"{route.gate} was called")
                 return await relay(request, upstream, {})
         except BackendDown as error:
             raise upload.failure or error from None
@@ -72,21 +74,27 @@ class Passthrough:
             body = parse_object(raw)
             if self._prompts.rewrite(request, body, format_named(route.format)):
                 raw = orjson.dumps(body)
-        return await self.unprepared(request, raw)
+        return await self.unprepared(self._registry.pool_for(), request, raw)
 
-    async def is_offered(self, route: Route) -> bool:
+    async def is_offered(self, pool: Pool, route: Route) -> bool:
         """Whether llama-server has this route for its model; where llamaslot stands aside it is not asked, and refuses
         the request itself. Raises BackendDown."""
-        met = await self._backend.ready()
-        return not met.is_assisted or await self._backend.offered.has(route.path)
+        context = await pool.ready()
+        return context is None or await pool.any_backend().offered.has(route.path)
 
-    async def unprepared(self, request: web.Request, raw: bytes) -> web.StreamResponse:
+    async def unprepared(self, pool: Pool, request: web.Request, raw: bytes) -> web.StreamResponse:
         """A request that takes no slot, for it is a question, or llama-server refuses it. ``raw``: its body."""
-        async with self._upstream(request, raw, to_server(request)) as upstream:
+        async with self._upstream(pool.any_backend(), request, raw, to_server(request)) as upstream:
             return await relay(request, upstream, {})
 
     async def in_turn(
-        self, request: web.Request, route: Route, raw: bytes | None = None, head: bytes = b""
+        self,
+        request: web.Request,
+        route: Route,
+        raw: bytes | None = None,
+        head: bytes = b"",
+        *,
+        pool: Pool | None = None,
     ) -> web.StreamResponse:
         """A request that takes slots of llama-server's choice: while nobody else is between two steps. Cancelling gives
         the slots back when the server is through with them. ``raw``: its body, if that was read before.
@@ -94,71 +102,65 @@ class Passthrough:
         """
         if raw is None:
             raw = await self._uploads.whole(request)
-        while not (await self._backend.ready()).is_assisted:
+        pool = pool or self._registry.pool_for()
+        while await pool.ready() is None:
             with contextlib.suppress(BackendRestarted):
-                return await self._unassisted.serve(request, route, raw)
-        if route.may_be_missing and not await self._backend.offered.has(route.path):
-            return await self.unprepared(request, raw)
+                return await self._unassisted.serve(pool, request, route, raw)
+        if route.may_be_missing and not await pool.any_backend().offered.has(route.path):
+            return await self.unprepared(pool, request, raw)
         # Of embeddings and the like /slots does not tell how far they are.
         is_watched = route.format is not None
         try:
             # Nobody reads these answers closely enough to tell when they begin.
             async with Deadlines(replace(self._timeouts, first_token_s=None)).kept():
-                return await self._in_turns(request, raw, head, is_watched=is_watched)
+                return await self._in_turns(pool, request, raw, head, is_watched=is_watched)
         except DeadlinePassed as error:
             if (relayed := await end_relayed(request, error)) is None:
                 raise
             return relayed
 
     async def _in_turns(
-        self, request: web.Request, raw: bytes, head: bytes, *, is_watched: bool
+        self, pool: Pool, request: web.Request, raw: bytes, head: bytes, *, is_watched: bool
     ) -> web.StreamResponse:
         id_ = request_id(request.headers)
         for _ in range(ATTEMPTS):
-            met = await self._backend.ready()
-            try:
-                return await self._in_turn(request, raw, id_, head, is_watched=is_watched)
-            except BackendRestarted:  # raised before anything was sent
-                self._backend.lost(met)
+            await pool.ready()
+            with contextlib.suppress(BackendRestarted):  # raised before anything was sent
+                return await self._in_turn(pool, request, raw, id_, head, is_watched=is_watched)
         raise BackendDown(GIVEN_UP)
 
     async def _in_turn(
-        self, request: web.Request, raw: bytes, id_: str, head: bytes, *, is_watched: bool
+        self, pool: Pool, request: web.Request, raw: bytes, id_: str, head: bytes, *, is_watched: bool
     ) -> web.StreamResponse:
         user = user_of(request)
-        job = Job(id_, placement=Placement.SERVER_CHOSEN, user=user, space=self._backend.rules.space(user))
+        job = Job(id_, placement=Placement.SERVER_CHOSEN, user=user, space=pool.space(user))
         left = Content(head, is_exact=False, space=job.space, has_media=True) if head else None
-        with await self._backend.scheduler.lease(job) as lease:
+        with await pool.lease(job) as lease:
             if not lease.pool.is_assisted:
                 raise BackendRestarted
-            silence_s = self._backend.api.watchdog_s if is_watched else None
-            watchdog = Watchdog(silence_s, partial(self._how_far, lease))
+            backend = pool.backend_of(lease)
+            silence_s = backend.api.watchdog_s if is_watched else None
+            watchdog = Watchdog(silence_s, partial(backend.how_far, lease))
             async with (
-                self._backend.turns.take(lease, no_report, left) as turn,
-                watchdog.kept(self._backend.tasks),
-                self._upstream(request, raw, to_server(request)) as upstream,
+                backend.turns.take(lease, no_report, left) as turn,
+                watchdog.kept(pool.tasks),
+                self._upstream(backend, request, raw, to_server(request)) as upstream,
             ):
                 return await relay(request, upstream, {"x-request-id": id_}, turn.settle, lease.mark_decoding)
-
-    async def _how_far(self, lease: Lease) -> object:
-        """What is in the slots in which llama-server works for the job of ``lease``; None while it waits for one."""
-        leases = self._backend.scheduler.leases
-        taken = {its.slot_id for its in leases if its.job is lease.job and its.slot is not None}
-        infos = [info for info in await self._backend.api.slots() if info.id in taken and info.is_processing]
-        return infos or None
 
     @contextlib.asynccontextmanager
     async def _upstream(
         self,
+        backend: Backend,
         request: web.Request,
         data: bytes | AsyncIterator[bytes] | None,
         headers: CIMultiDict[str],
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         try:
-            async with self._backend.api.request(
+            async with backend.api.request(
                 request.method, origin_form(request.raw_path), data=data, headers=headers, is_relayed=True
             ) as upstream:
                 yield upstream
         except BackendDown:
-            self._backend.doubt()
+            backend.doubt()
             raise

@@ -20,6 +20,7 @@ from aiohttp import web
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.lease import Lease
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, UpstreamError
+from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.queue import QueuePosition
 from llamaslot.formats.base import Format
 from llamaslot.formats.comments import Comment
@@ -45,10 +46,10 @@ ASSIST_OFF = {"x-llamaslot-assist": "off"}
 class Unassisted:
     """Serves any route that takes a slot: completions by ``relay``, all others by ``serve``."""
 
-    def __init__(self, backend: Backend, rules: StreamRules) -> None:
-        self._backend, self._rules = backend, rules
+    def __init__(self, rules: StreamRules) -> None:
+        self._rules = rules
 
-    async def serve(self, request: web.Request, route: Route, raw: bytes) -> web.StreamResponse:
+    async def serve(self, pool: Pool, request: web.Request, route: Route, raw: bytes) -> web.StreamResponse:
         """``raw``: the request's body. Cancelling (the client has gone) closes the connection to llama-server, and the
         next request may be sent.
 
@@ -59,9 +60,9 @@ class Unassisted:
         deadlines = Deadlines(replace(self._rules.timeouts, first_token_s=None))
         try:
             async with deadlines.kept():
-                return await self.relay(down, deadlines, format_named(route.format), raw, {})
+                return await self.relay(pool, down, deadlines, format_named(route.format), raw, {})
         except BackendDown as error:
-            self._backend.doubt()
+            pool.doubt()
             return await down.fail(error)
         except BackendRestarted:  # raised before anything was sent
             raise
@@ -70,6 +71,7 @@ class Unassisted:
 
     async def relay(
         self,
+        pool: Pool,
         down: Downstream,
         deadlines: Deadlines,
         format_: Format | None,
@@ -85,16 +87,17 @@ class Unassisted:
         job = Job(down.headers["x-request-id"], user=user_of(request), max_tokens=max_tokens(body))
         await down.write(down.add_headers(ASSIST_OFF))
         async with contextlib.AsyncExitStack() as stack:
-            async with down.waiting(self._backend.tasks):
-                down.say(QueuePosition(partial(self._backend.scheduler.position, job)))
-                lease = stack.enter_context(await self._lease(job, down))
-                self._backend.metrics.queue_s.observe(time.monotonic() - began)
+            async with down.waiting(pool.tasks):
+                down.say(QueuePosition(partial(pool.position, job)))
+                lease = stack.enter_context(await self._lease(pool, job, down))
+                backend = pool.backend_of(lease)
+                pool.metrics.queue_s.observe(time.monotonic() - began)
                 lease.note.rewrote(rewrote(request))
                 down.say(Comment.WAITING_FOR_SERVER)
                 if not down.is_streaming:
                     deadlines.answering()  # in one piece: nobody knows when it begins
                 upstream = await stack.enter_async_context(
-                    self._backend.api.request(
+                    backend.api.request(
                         request.method,
                         origin_form(request.raw_path),
                         data=raw,
@@ -115,17 +118,17 @@ class Unassisted:
             )
             if upstream.content_type != "text/event-stream":
                 payload = await reading.whole()
-                self._note(lease, format_, reading, began)
+                self._note(backend, lease, format_, reading, began)
                 return web.Response(
                     status=upstream.status, body=payload, headers=to_client(upstream, down.headers)
                 )
             await self._relay(down, deadlines, upstream, reading)
-            self._note(lease, format_, reading, began)
+            self._note(backend, lease, format_, reading, began)
             return await down.end()
 
-    async def _lease(self, job: Job, down: Downstream) -> Lease:
+    async def _lease(self, pool: Pool, job: Job, down: Downstream) -> Lease:
         """The right to send it. Raises BackendDown, QueueFull, BackendRestarted."""
-        lease = await self._backend.scheduler.lease(job)
+        lease = await pool.lease(job)
         if lease.pool.is_assisted:  # the server was exchanged while it waited
             lease.release()
             for name in ASSIST_OFF:
@@ -143,13 +146,13 @@ class Unassisted:
             await down.write(b"".join(events))
         await down.write(reading.rest)
 
-    def _note(self, lease: Lease, format_: Format, reading: Reading, began: float) -> None:
+    def _note(self, backend: Backend, lease: Lease, format_: Format, reading: Reading, began: float) -> None:
         """What llama-server tells of the prompt, in journal, metrics and log."""
         n_reused, n_prompt = reading.n_reused, reading.n_prompt
         if n_reused is not None and (timings := reading.timings) is not None and "cache_n" in timings:
             n_prompt = n_reused + int(timings["prompt_n"])
         if n_reused is not None and n_prompt is not None:
-            self._backend.metrics.reused(Source.SERVER.value, n_reused, n_prompt)
+            backend.metrics.reused(Source.SERVER.value, n_reused, n_prompt)
             lease.note.found(n_prompt, n_reused)
         log.info(
             "%s: answered for %s by llama-server alone (%s, assist off): %s of %s prompt tokens reused, complete after"

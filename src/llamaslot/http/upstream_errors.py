@@ -67,9 +67,7 @@ async def check(backend: Backend, request: web.Request, asked: Asked, want: Want
     is_steered_past = job.placement is Placement.STEERED and bool(pool.rivals(job, lease.slot_id))
     if not (plan.steps or job.n_children or is_steered_past):
         return
-    worth_s = (
-        plan.cost.save_s + plan.cost.restore_s + backend.rates.prefill.seconds(plan.n_reused, job.n_tokens)
-    )
+    worth_s = plan.cost.save_s + plan.cost.restore_s + pool.rates.prefill.seconds(plan.n_reused, job.n_tokens)
     lora = lease.content.space.lora if lease.content is not None else ""
     run = want.dry_run()
     verdict = await backend.dry_runs.ask(run, lease.slot_id, n_ctx=pool.n_ctx, lora=lora, worth_s=worth_s)

@@ -1,0 +1,244 @@
+"""The backends that serve the same model, and what they share: the model, the users and the snapshots."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llamaslot.backend.backend import Backend, Health
+from llamaslot.backend.connect import Met
+from llamaslot.backend.executor import Steps
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.lease_states import Preempted
+from llamaslot.cache.namespaces import Space
+from llamaslot.errors import BackendDown
+from llamaslot.fleet.dispatcher import Scheduler
+from llamaslot.fleet.infill_prompts import Infills
+from llamaslot.fleet.model_context import ModelContext
+from llamaslot.fleet.prewarm import Bodies, Prewarm
+from llamaslot.fleet.queue import QueueLimits
+from llamaslot.llama.client import LlamaServer
+from llamaslot.observe.metrics import Metrics, Unrecognized
+from llamaslot.scheduling.eviction import Standing
+from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.request import Job, User
+from llamaslot.store import Snapshot
+from llamaslot.store.model_snapshots import Libraries
+from llamaslot.store.snapshot_store import SnapshotStore
+from llamaslot.tasks import TaskOwner
+from llamaslot.tokens.conversion_checks import Shapes
+from llamaslot.tokens.tokenizer import Prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """Where snapshots are, and how many may be there."""
+
+    path: Path
+    quota_bytes: int
+    max_files: int = 10_000
+    min_free_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """What the configuration says of a pool. ``name`` is that of its files in ``meta_dir``; ``directory``: None without
+    snapshots. ``prewarm``: chat bodies of which the beginning is kept on disk."""
+
+    name: str
+    meta_dir: Path
+    idle_save_s: float
+    rules: Rules = field(default_factory=Rules)
+    limits: QueueLimits = field(default_factory=QueueLimits)
+    directory: Directory | None = None
+    prewarm: Bodies = ()
+
+
+class Pool:
+    """One model, its backends, and the requests that wait for a slot of any of them."""
+
+    def __init__(
+        self, settings: PoolSettings, metrics: Metrics, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._settings, self.metrics, self._now = settings, metrics, now
+        self.unrecognized = Unrecognized(metrics)
+        self.tasks = TaskOwner()
+        self.backends: dict[str, Backend] = {}
+        self.context: ModelContext | None = (
+            None  # None while no backend is up on which llamaslot chooses slots
+        )
+        self.scheduler = Scheduler(settings.rules, settings.limits, now)
+        self.scheduler.on_prefix_wait = metrics.prefix_wait_s.observe
+        self.store = self._store(settings.directory) if settings.directory is not None else None
+        self.libraries: Libraries | None = None
+        self._prewarm: Prewarm | None = None
+        if self.store is not None:
+            catalog = self.store.catalog
+            self.libraries = Libraries(catalog, self.store.index_directory, self.tasks)
+            self._prewarm = Prewarm(
+                settings.prewarm, self.scheduler, self._steps_of, self._tokenizer, catalog, self.tasks,
+                settings.idle_save_s,
+            )  # fmt: skip
+
+    def _store(self, directory: Directory) -> SnapshotStore:
+        return SnapshotStore(
+            directory.path,
+            self._settings.meta_dir,
+            self._settings.name,
+            quota_bytes=directory.quota_bytes,
+            max_files=directory.max_files,
+            min_free_bytes=directory.min_free_bytes,
+            on_drop=self._dropped,
+            saves_s=self._saves_s,
+        )
+
+    def add(self, name: str, api: LlamaServer) -> Backend:
+        """A llama-server that serves the model of this pool. It is connected to from ``start`` on."""
+        self.backends[name] = Backend(
+            name,
+            api,
+            self.scheduler.add(name),
+            self,
+            rules=self._settings.rules,
+            metrics=self.metrics,
+            rates_file=self._settings.meta_dir / f"{name}.rates.json",
+            idle_save_s=self._settings.idle_save_s,
+            catalog=self.store.catalog if self.store is not None else None,
+            libraries=self.libraries,
+            now=self._now,
+        )
+        return self.backends[name]
+
+    # -- for requests --------------------------------------------------------------------------------------------
+
+    async def ready(self) -> ModelContext | None:
+        """The model as it is served now, by processes that are known to be there; None where llamaslot leaves the
+        choice of slots to llama-server. Raises BackendDown at once when every backend is down. Canceling is safe."""
+        backends = list(self.backends.values())
+        if len(backends) == 1:
+            await backends[0].ready()
+            return self.context
+        found = await asyncio.gather(*(its.ready() for its in backends), return_exceptions=True)
+        errors = [error for error in found if isinstance(error, BaseException)]
+        others = [error for error in errors if not isinstance(error, BackendDown)]
+        if others or len(errors) == len(found):
+            raise (others or errors)[0]
+        return self.context
+
+    async def lease(self, job: Job, *, is_back: bool = False, preempted: Preempted | None = None) -> Lease:
+        """As ``Scheduler.lease``."""
+        return await self.scheduler.lease(job, is_back=is_back, preempted=preempted)
+
+    def position(self, job: Job) -> int:
+        """1 for the job that is next; 0 for one that waits no longer."""
+        return self.scheduler.position(job)
+
+    def takes_long(self, n_tokens: int) -> bool:
+        """Whether a prompt of so many tokens is computed ahead of its request, in turn with those of others."""
+        tables = self.scheduler.tables
+        return any(table.rates.prefill.seconds(0, n_tokens) > table.long_s for table in tables)
+
+    def backend_of(self, lease: Lease) -> Backend:
+        return self.backends[lease.pool.backend]
+
+    def any_backend(self) -> Backend:
+        """For a request that takes no slot: one that is up, if any is."""
+        backends = self.backends.values()
+        return next((its for its in backends if its.health is Health.UP), next(iter(backends)))
+
+    def doubt(self) -> None:
+        """Something went wrong: look at once whether each llama-server is still there."""
+        for backend in self.backends.values():
+            backend.doubt()
+
+    def space(self, user: User) -> Space:
+        """Where a request of ``user`` computes."""
+        return self._settings.rules.space(user)
+
+    @property
+    def n_snapshots(self) -> int:
+        """Snapshots that can be used with the present model."""
+        return max((len(table.library.snapshots) for table in self.scheduler.tables), default=0)
+
+    # -- the backends tell ---------------------------------------------------------------------------------------
+
+    def connected(self, backend: Backend, met: Met) -> None:
+        if met.is_assisted and self.context is None:
+            self.context = self._context(backend, met)
+        self.scheduler.attach(met.pool)
+        if self.store is not None:
+            self.tasks.spawn(self.store.store_learned(), f"{self._settings.name}: keep what was learned")
+
+    def disconnected(self, backend: Backend, error: BackendDown | None) -> None:
+        self.scheduler.detach(backend.name, error)
+        if not any(table.is_assisted for table in self.scheduler.tables):
+            self.context = None
+
+    def _context(self, backend: Backend, met: Met) -> ModelContext:
+        context: ModelContext | None = None
+        infill = Infills(self.scheduler, self._steps_of, met.props.n_ctx, lambda: self.context is context)
+        context = ModelContext(
+            met.model_name,
+            met.pool.n_ctx,
+            len(met.pool.slots),
+            self._settings.rules,
+            met.pool.recall,
+            Prompts(backend.api),
+            Shapes(backend.api.ask),
+            infill,
+            self.unrecognized,
+            media_marker=met.props.boot_id,
+            modalities=met.props.modalities,
+        )
+        return context
+
+    def _steps_of(self, lease: Lease) -> Steps:
+        return self.backend_of(lease).steps
+
+    def _tokenizer(self) -> Prompts:
+        assert self.context is not None, "there are slots whose content is known"
+        return self.context.tokenizer
+
+    # -- snapshots -----------------------------------------------------------------------------------------------
+
+    def _dropped(self, snapshot: Snapshot) -> None:
+        if self.libraries is not None:
+            self.libraries.drop(snapshot.id)
+        for table in self.scheduler.tables:
+            table.drop_snapshot(snapshot.id)
+
+    def _saves_s(self, standing: Standing) -> float:
+        """By the rates of the backend that has been there longest: those of all are much alike."""
+        for table in self.scheduler.tables:
+            return table.saves_s(standing)
+        rates = next(iter(self.backends.values())).rates
+        whole_s = rates.prefill.seconds(0, standing.n_tokens)
+        return whole_s - rates.restore.seconds(standing.size_bytes)
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Open the store. Raises LlamaslotError with what to do when it cannot be used."""
+        if self.store is not None:
+            await self.store.open()
+        for backend in self.backends.values():
+            await backend.open()
+
+    def start(self) -> None:
+        for backend in self.backends.values():
+            backend.start()
+        if self._prewarm is not None:
+            self.tasks.spawn(self._prewarm.run(), f"{self._settings.name}: prewarm")
+
+    async def close(self, save_s: float) -> None:
+        """Save dirty slots, for at most ``save_s`` seconds, and end all tasks."""
+        for backend in self.backends.values():
+            await backend.save_all(save_s)
+        await self.tasks.close()
+        for backend in self.backends.values():
+            await backend.close()
+        if self.store is not None:
+            await self.store.close()

@@ -1,0 +1,68 @@
+"""One directory of snapshots as long as llamaslot runs: its catalog, and how often contexts were seen to come back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from llamaslot.scheduling.eviction import ByValue, Returns, Standing
+from llamaslot.store.catalog import Catalog
+from llamaslot.store.learned import LearnedFile
+from llamaslot.store.sidecar import Snapshot
+
+
+class SnapshotStore:
+    """``name`` is that of its files in ``meta_dir``.
+
+    ``on_drop`` is called for a snapshot that is gone; ``saves_s`` tells how many seconds one saves each time
+    that it is restored.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        meta_dir: Path,
+        name: str,
+        *,
+        quota_bytes: int,
+        max_files: int = 10_000,
+        min_free_bytes: int = 0,
+        on_drop: Callable[[Snapshot], None],
+        saves_s: Callable[[Standing], float],
+    ) -> None:
+        self._order = ByValue()
+        self._order.saves_s = saves_s
+        self.catalog = Catalog(
+            directory,
+            quota_bytes,
+            max_files=max_files,
+            min_free_bytes=min_free_bytes,
+            now=time.time,
+            on_drop=on_drop,
+            order=self._order,
+            register=meta_dir / f"{name}.sidecars",
+        )
+        self.index_directory = meta_dir / f"{name}.index"
+        self._returns = LearnedFile(name, meta_dir / f"{name}.returns.json")
+
+    @property
+    def returns(self) -> Returns:
+        """How often contexts come back."""
+        return self._order.returns
+
+    async def open(self) -> None:
+        """Raises LlamaslotError with what to do when the directory cannot be used."""
+        self._order.returns = Returns.from_json(await self._returns.read())
+        await self.catalog.open()
+
+    async def store_learned(self) -> None:
+        """Canceling is safe: the file is written to its end all the same."""
+        await self._returns.write(self.returns.to_json())
+
+    async def close(self) -> None:
+        """Nothing may use it any more."""
+        await self.store_learned()
+        await self.catalog.settle()
+        await self.catalog.write_register()
+        self.catalog.close()
