@@ -77,12 +77,13 @@ class Proxy:
     ) -> None:
         self.server, self.disk, self.saves_each = server, disk, saves_each
         self.beside = Beside(server.machine)
-        self.rates, self.metrics, self.tasks = Rates(), Metrics(), TaskOwner()
+        self._metrics = Metrics()
+        self.rates, self.metrics, self.tasks = Rates(), self._metrics.of_backend("simulated"), TaskOwner()
         rules = rules or Rules()
         self.scheduler = Scheduler(rules, PATIENT, loop.time)
         self.leases = self.scheduler.add("simulated")
         self.leases.pin = disk.pin
-        self.scheduler.on_prefix_wait = self.metrics.prefix_wait_s.observe
+        self.scheduler.on_prefix_wait = self._metrics.prefix_wait_s.observe
         api, catalog = cast(LlamaServer, server), cast(Catalog, disk)
         self.steps = Steps(api, catalog, self.rates, self.metrics, self.tasks, self.leases)
         self.steps.fingerprint, self.steps.boot_id = FINGERPRINT, "simulated"
@@ -92,6 +93,11 @@ class Proxy:
         self._loop = loop
         self._meet()
         self.scheduler.attach(self.pool)
+
+    def sample(self, name: str) -> float:
+        """A metric of the backend, 0 where nothing was counted."""
+        found = self._metrics.registry.get_sample_value(f"llamaslot_{name}", {"backend": "simulated"})
+        return found or 0.0
 
     def _meet(self) -> None:
         """What the handshake learns: how large files are, from two small ones."""

@@ -132,9 +132,8 @@ class _Run:
         found = Prefills(counts.n_prefills, counts.n_closed)
         if isinstance(self.served_by, Proxy):
             by, step_s = self.served_by, self.setting.hardware.step_s
-            sample = by.metrics.registry.get_sample_value
-            found.waited_s = sample("llamaslot_prefill_wait_seconds_sum") or 0.0
-            found.paused_s = sample("llamaslot_prefill_pause_seconds_total") or 0.0
+            found.waited_s = by.sample("prefill_wait_seconds_sum")
+            found.paused_s = by.sample("prefill_pause_seconds_total")
             found.stream_share = (
                 by.beside.n_tokens * step_s / by.beside.seconds if by.beside.seconds else None
             )

@@ -25,7 +25,7 @@ from tests.support.real import RealServer
 pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module")]
 
 #: What llamaslot adds to answers; docs/http-api.md says what each tells.
-ADDED = {"x-request-id", "x-llamaslot-slot", "x-llamaslot-source", "x-llamaslot-reused-tokens",
+ADDED = {"x-request-id", "x-llamaslot-backend", "x-llamaslot-slot", "x-llamaslot-source", "x-llamaslot-reused-tokens",
          "x-llamaslot-prompt-tokens", "cache-control", "x-accel-buffering"}  # fmt: skip
 
 

@@ -79,7 +79,7 @@ class House:
     ) -> None:
         self.loop, self.server, self.rules = loop, server, rules
         self.catalog = StubCatalog(server, room, on_drop=self._dropped)
-        self.rates, self.metrics, self.tasks = Rates(), Metrics(), TaskOwner()
+        self.rates, self.metrics, self.tasks = Rates(), Metrics().of_backend("stub"), TaskOwner()
         self.scheduler = Scheduler(rules, limits or QueueLimits(), loop.time)
         self.leases = self.scheduler.add("stub")
         api, catalog = cast(LlamaServer, server), cast(Catalog, self.catalog)

@@ -33,6 +33,7 @@ from tests.support.answers import Answer
 from tests.support.fake import FakeServer
 from tests.support.fake_model import FakeModel, pack
 from tests.support.real import free_port
+from tests.support.stack import without_backend
 
 CHAT, TEXT, NATIVE = "/v1/chat/completions", "/v1/completions", "/completion"
 PATIENCE_S = 10.0
@@ -217,10 +218,10 @@ class Front:
     # -- questions -----------------------------------------------------------------------------------------------
 
     async def metrics(self) -> dict[str, float]:
-        """llamaslot's own samples, by name with labels."""
+        """llamaslot's own samples, by name with labels, without that of the only backend."""
         lines = (await self.get("/llamaslot/metrics")).raw.decode().splitlines()
         pairs = (line.rpartition(" ") for line in lines if line and line[0] != "#")
-        return {name: float(value) for name, _, value in pairs}
+        return {without_backend(name): float(value) for name, _, value in pairs}
 
     async def count(self, name: str) -> float:
         """One of llamaslot's own counters, 0 where it has not been counted yet."""

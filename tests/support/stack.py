@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 import sysconfig
@@ -225,20 +226,25 @@ class Stack:
             return dict(await response.json())
 
     async def own_metrics(self) -> dict[str, float]:
-        """``/llamaslot/metrics``: every sample by its full name with labels."""
+        """``/llamaslot/metrics``: every sample by its name with labels, without that of the only backend."""
         async with (
             aiohttp.ClientSession() as session,
             session.get(self.llamaslot.url + "/llamaslot/metrics") as response,
         ):
             lines = (await response.text()).splitlines()
         return {
-            name: float(value)
+            without_backend(name): float(value)
             for name, _, value in (line.rpartition(" ") for line in lines if line and line[0] != "#")
         }
 
     def stored_bytes(self) -> int:
         """All snapshot files in the slot directory, finished or being written."""
         return sum(size_of(path) for path in self.server.save_dir.iterdir() if path.suffix != ".json")
+
+
+def without_backend(sample: str) -> str:
+    """The name of a sample without the label ``backend``, which is the same in all where there is one."""
+    return re.sub(r'backend="[^"]*",?', "", sample).replace("{}", "")
 
 
 def size_of(path: Path) -> int:

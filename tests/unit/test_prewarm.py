@@ -174,7 +174,7 @@ def test_a_slot_that_falls_silent_is_counted_and_drains(house: House) -> None:
     [batch] = house.server.pending
     house.server.fail(batch, SlotWedged("nothing was told"))
     house.loop.settle()
-    assert "wedged_total 1.0" in house.metrics.exposition().decode()
+    assert house.metrics.wedged._value.get() == 1
     assert house.leases.table is not None
     assert State.DRAINING in {slot.state for slot in house.leases.table.slots}
     house.server.pace = lambda op: 0.01

@@ -186,3 +186,17 @@ async def test_a_mistake_of_llamaslots_is_no_traceback(
     assert b"ZeroDivision" not in whole.raw + streamed.raw
     assert "ZeroDivisionError" in caplog.text
     caplog.clear()
+
+
+async def test_what_concerns_a_backend_names_it(tmp_path: Path) -> None:
+    """The answer by a header, also one whose slot llama-server chose; metrics by a label, the journal by a field."""
+    async with served(tmp_path) as it:
+        answers = [await it.ask(letters(1, 300)), await it.post("/v1/embeddings", {"input": "one"})]
+        assert [answer.headers["x-llamaslot-backend"] for answer in answers] == ["gpu0", "gpu0"]
+        samples = (await it.get("/llamaslot/metrics")).raw.decode()
+        assert 'llamaslot_placed_total{backend="gpu0",source="cold"} 1.0' in samples
+        assert 'llamaslot_backend_up{backend="gpu0"} 1.0' in samples
+        assert "llamaslot_queue_seconds_count 1.0" in samples
+        decision = (await it.get("/llamaslot/journal")).json["decisions"][0]
+    assert (decision["backend"], decision["chosen"]["backend"]) == ("gpu0", "gpu0")
+    assert f"slot gpu0/{decision['slot']} cold" in decision["text"]

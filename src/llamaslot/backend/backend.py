@@ -25,7 +25,7 @@ from llamaslot.errors import BackendDown, LlamaslotError
 from llamaslot.llama.client import LlamaServer, Offered
 from llamaslot.llama.dry_run import DryRuns
 from llamaslot.llama.replies import Props
-from llamaslot.observe.metrics import Metrics
+from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Job
@@ -74,7 +74,7 @@ class Backend:
         members: Members,
         *,
         rules: Rules,
-        metrics: Metrics,
+        metrics: BackendMetrics,
         rates_file: Path,
         idle_save_s: float,
         catalog: Catalog | None,

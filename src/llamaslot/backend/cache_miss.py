@@ -21,7 +21,7 @@ from llamaslot.errors import LlamaslotError
 from llamaslot.formats.base import Format
 from llamaslot.formats.prompt_location import Whereabouts, whereabouts
 from llamaslot.llama.client import LlamaServer
-from llamaslot.observe.metrics import Metrics
+from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.request import Job
 from llamaslot.tasks import TaskOwner
 from llamaslot.tokens.tokenizer import Prompt
@@ -81,7 +81,7 @@ class Divergences:
     """Where the requests of one backend part from what was computed before. ``tells_texts``: the journal may show what
     stands there."""
 
-    def __init__(self, api: LlamaServer, metrics: Metrics, tasks: TaskOwner) -> None:
+    def __init__(self, api: LlamaServer, metrics: BackendMetrics, tasks: TaskOwner) -> None:
         self._api, self._metrics, self._tasks = api, metrics, tasks
         self.tells_texts = False
         self._n_under_way = 0

@@ -25,7 +25,7 @@ from llamaslot.formats.comments import Comment
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.sse import Earlier
 from llamaslot.observe.journal import Act
-from llamaslot.observe.metrics import Metrics
+from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import prefill_steps
 from llamaslot.scheduling.plan import Erase, Keep, Plan, PrefillTo, Restore, Save
@@ -45,7 +45,7 @@ class Steps:
         api: LlamaServer,
         catalog: Catalog | None,
         rates: Rates,
-        metrics: Metrics,
+        metrics: BackendMetrics,
         tasks: TaskOwner,
         leases: Leases,
     ) -> None:

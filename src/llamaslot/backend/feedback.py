@@ -14,7 +14,7 @@ from llamaslot.backend.slot_table import Pool
 from llamaslot.cache.reuse import RESIDENT, Memory, Strikes, has_failed
 from llamaslot.llama.replies import Progress
 from llamaslot.llama.sse import Earlier
-from llamaslot.observe.metrics import Metrics
+from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.plan import Source
 from llamaslot.store import Catalog, Snapshot
@@ -48,7 +48,7 @@ class Feedback:
         self,
         catalog: Catalog | None,
         rates: Rates,
-        metrics: Metrics,
+        metrics: BackendMetrics,
         tasks: TaskOwner,
         now: Callable[[], float],
     ) -> None:

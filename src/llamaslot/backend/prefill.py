@@ -33,7 +33,7 @@ from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.replies import Progress
 from llamaslot.llama.sse import Earlier
 from llamaslot.observe.journal import Act
-from llamaslot.observe.metrics import Metrics
+from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.prefill_policy import GRAIN, Pending, Sharing, next_up, pause_s, stretch_end
 from llamaslot.scheduling.server_time import ServerTime
@@ -61,7 +61,7 @@ class Prefills:
 
     api: LlamaServer
     rates: Rates
-    metrics: Metrics
+    metrics: BackendMetrics
     leases: Leases
     feedback: Feedback
     _longs: list[LongPrompt] = field(default_factory=list)

@@ -18,7 +18,7 @@ from llamaslot.cache.reuse import Memory, Recall
 from llamaslot.errors import LlamaslotError, OtherConversation, SlotWedged, SnapshotInvalid
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.journal import Act
-from llamaslot.observe.metrics import Metrics
+from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.store import Catalog, QuotaExceeded, Snapshot, WithTokens
 from llamaslot.store.model_snapshots import content_of
@@ -44,7 +44,7 @@ class Saving:
         api: LlamaServer,
         catalog: Catalog | None,
         rates: Rates,
-        metrics: Metrics,
+        metrics: BackendMetrics,
         tasks: TaskOwner,
         leases: Leases,
     ) -> None:

@@ -103,7 +103,7 @@ class Pool:
             self.scheduler.add(name),
             self,
             rules=self._settings.rules,
-            metrics=self.metrics,
+            metrics=self.metrics.of_backend(name),
             rates_file=self._settings.meta_dir / f"{name}.rates.json",
             idle_save_s=self._settings.idle_save_s,
             catalog=self.store.catalog if self.store is not None else None,

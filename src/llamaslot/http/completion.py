@@ -40,7 +40,7 @@ from llamaslot.http.client_request import Asked
 from llamaslot.http.client_stream import MISTAKE, Downstream, StreamRules
 from llamaslot.http.completion_stream import Answering, InOnePiece
 from llamaslot.http.deadlines import Deadlines
-from llamaslot.http.headers import to_server
+from llamaslot.http.headers import BACKEND, to_server
 from llamaslot.http.json_body import NoObject, parse_object
 from llamaslot.http.parse import ATTEMPTS, GIVEN_UP, Wanted, keep_what_follows, request_id, wanted
 from llamaslot.http.passthrough import Passthrough
@@ -374,6 +374,7 @@ class _Exchange:
 def _about(lease: Lease, want: Wanted) -> dict[str, str]:
     """What is known before llama-server has seen the request. What is reused it tells itself (``Answering``)."""
     return {
+        BACKEND: lease.slot_key.backend,
         "x-llamaslot-slot": str(lease.slot_id),
         "x-llamaslot-prompt-tokens": str(want.job.n_tokens),
     }

@@ -8,6 +8,9 @@ import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
 
+#: Which backend has answered.
+BACKEND = "x-llamaslot-backend"
+
 # https://www.rfc-editor.org/rfc/rfc9110#section-7.6.1
 _HOP_BY_HOP = {
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",

@@ -22,7 +22,7 @@ from llamaslot.formats.registry import format_named
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import end_relayed
 from llamaslot.http.deadlines import Deadlines, Timeouts, Watchdog
-from llamaslot.http.headers import to_server
+from llamaslot.http.headers import BACKEND, to_server
 from llamaslot.http.json_body import parse_object
 from llamaslot.http.parse import ATTEMPTS, GIVEN_UP, request_id
 from llamaslot.http.relay import relay
@@ -139,6 +139,7 @@ class Passthrough:
             if not lease.pool.is_assisted:
                 raise BackendRestarted
             backend = pool.backend_of(lease)
+            headers = {"x-request-id": id_, BACKEND: backend.name}
             silence_s = backend.api.watchdog_s if is_watched else None
             watchdog = Watchdog(silence_s, partial(backend.how_far, lease))
             async with (
@@ -146,7 +147,7 @@ class Passthrough:
                 watchdog.kept(pool.tasks),
                 self._upstream(backend, request, raw, to_server(request)) as upstream,
             ):
-                return await relay(request, upstream, {"x-request-id": id_}, turn.settle, lease.mark_decoding)
+                return await relay(request, upstream, headers, turn.settle, lease.mark_decoding)
 
     @contextlib.asynccontextmanager
     async def _upstream(

@@ -28,7 +28,7 @@ from llamaslot.formats.registry import format_named
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream, StreamRules
 from llamaslot.http.deadlines import Deadlines
-from llamaslot.http.headers import to_client, to_server
+from llamaslot.http.headers import BACKEND, to_client, to_server
 from llamaslot.http.parse import max_tokens, request_id
 from llamaslot.http.relay import relay
 from llamaslot.http.rewriting import rewrote
@@ -91,6 +91,7 @@ class Unassisted:
                 down.say(QueuePosition(partial(pool.position, job)))
                 lease = stack.enter_context(await self._lease(pool, job, down))
                 backend = pool.backend_of(lease)
+                await down.write(down.add_headers({BACKEND: backend.name}))
                 pool.metrics.queue_s.observe(time.monotonic() - began)
                 lease.note.rewrote(rewrote(request))
                 down.say(Comment.WAITING_FOR_SERVER)

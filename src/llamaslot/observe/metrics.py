@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from llamaslot.errors import Reason
 
 log = logging.getLogger(__name__)
+T = TypeVar("T", Counter, Gauge, Histogram)
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
@@ -24,64 +27,122 @@ _COSTS = "the prompt of a %s request could not be tokenized, so its context is n
 
 
 class Metrics:
-    """Counters and histograms by name; ``n_…`` gauges are set when they are read."""
+    """Counters and histograms by name, of all backends together; ``n_…`` gauges are set when they are read.
+
+    What concerns one backend is counted in ``of_backend``, with the label ``backend``.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"llamaslot_{name}", text, labels, registry=self.registry)
-
-        def histogram(name: str, text: str) -> Histogram:
-            return Histogram(f"llamaslot_{name}", text, buckets=_SECONDS, registry=self.registry)
-
-        self.requests = counter(
+        self._families: dict[str, Any] = {}
+        self.requests = self.counter(
             "requests",
             "HTTP requests answered, by kind of route and status; 499: the client left",
             "kind",
             "status",
         )
-        self.unrecognized = counter(
+        self.unrecognized = self.counter(
             "unrecognized",
             "Completions whose prompt could not be tokenized, so that their context is not found again",
             "kind",
             "reason",
         )
+        self.clients_left = self.counter("clients_left", "Clients that left before their answer was complete")
+        self.queue_s = self.histogram(
+            "queue_seconds", "Seconds that a completion waited in the queue for its slot"
+        )
+        self.prefix_wait_s = self.histogram(
+            "prefix_wait_seconds",
+            "Seconds that a completion waited for a prefix that another request was computing",
+        )
+        self.rewrites = self.counter(
+            "rewrites", "Requests whose system prompt a rewrite rule changed", "rule"
+        )
+        self.n_waiting = self.gauge("waiting", "Requests waiting for a slot now")
+        self.n_snapshots = self.gauge("snapshots", "Snapshots that can be used with the present model")
+        self.bytes_stored = self.gauge("stored_bytes", "Bytes of snapshots on disk or reserved")
+
+    def counter(self, name: str, text: str, *labels: str) -> Counter:
+        return self._family(Counter, name, text, labels)
+
+    def gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return self._family(Gauge, name, text, labels)
+
+    def histogram(self, name: str, text: str, *labels: str) -> Histogram:
+        return self._family(Histogram, name, text, labels, buckets=_SECONDS)
+
+    def _family(self, kind: type[T], name: str, text: str, labels: Sequence[str], **more: Any) -> T:
+        """The one of this name: made by the first backend that counts it."""
+        if name not in self._families:
+            self._families[name] = kind(f"llamaslot_{name}", text, labels, registry=self.registry, **more)
+        family: T = self._families[name]
+        return family
+
+    def of_backend(self, name: str) -> BackendMetrics:
+        return BackendMetrics(self, name)
+
+    def exposition(self) -> bytes:
+        """All of it in the Prometheus text format."""
+        return generate_latest(self.registry)
+
+
+class CounterBy:
+    """A counter of one backend with one more label."""
+
+    def __init__(self, family: Counter, backend: str) -> None:
+        self._family, self._backend = family, backend
+
+    def labels(self, value: str) -> Counter:
+        return self._family.labels(self._backend, value)
+
+
+class BackendMetrics:
+    """Counters and histograms of one backend."""
+
+    def __init__(self, metrics: Metrics, backend: str) -> None:
+        def counter(name: str, text: str) -> Counter:
+            return metrics.counter(name, text, "backend").labels(backend)
+
+        def counter_by(label: str, name: str, text: str) -> CounterBy:
+            return CounterBy(metrics.counter(name, text, "backend", label), backend)
+
+        def histogram(name: str, text: str) -> Histogram:
+            return metrics.histogram(name, text, "backend").labels(backend)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return metrics.gauge(name, text, "backend").labels(backend)
+
         self.refused = counter(
             "refused", "Completions that llama-server refused in a dry run, before any slot was changed"
         )
-        self.placed = counter(
-            "placed", "Completions answered, by where their reused prefix came from", "source"
+        self.placed = counter_by(
+            "source", "placed", "Completions answered, by where their reused prefix came from"
         )
         self.tokens_prompt = counter("prompt_tokens", "Prompt tokens of completions answered")
-        self.tokens_reused = counter(
-            "reused_tokens", "Prompt tokens that llama-server reused, by where they came from", "source"
+        self.tokens_reused = counter_by(
+            "source", "reused_tokens", "Prompt tokens that llama-server reused, by where they came from"
         )
-        self.tokens_expected = counter(
-            "expected_tokens", "Prompt tokens that llamaslot expected llama-server to reuse", "source"
+        self.tokens_expected = counter_by(
+            "source", "expected_tokens", "Prompt tokens that llamaslot expected llama-server to reuse"
         )
         self.retired = counter(
             "snapshots_retired",
             "Snapshots dropped because restoring them twice gave less than half of the expected tokens",
         )
         self.beliefs_wrong = counter("beliefs_wrong", "Completions that reused fewer tokens than expected")
-        self.steps_failed = counter(
+        self.steps_failed = counter_by(
+            "step",
             "steps_failed",
             "Steps before a completion that failed; the completion was answered all the same",
-            "step",
         )
         self.saves = counter("saves", "Slots saved to disk")
         self.bytes_saved = counter("saved_bytes", "Bytes written to snapshots")
         self.restores = counter("restores", "Snapshots restored into slots")
         self.bytes_restored = counter("restored_bytes", "Bytes read from snapshots")
         self.restarts = counter("backend_restarts", "Times that llama-server was found to be another process")
-        self.clients_left = counter("clients_left", "Clients that left before their answer was complete")
         self.save_s = histogram("save_seconds", "Seconds of one save, waiting for llama-server included")
         self.restore_s = histogram(
             "restore_seconds", "Seconds of one restore, waiting for llama-server included"
-        )
-        self.queue_s = histogram(
-            "queue_seconds", "Seconds that a completion waited in the queue for its slot"
         )
         self.first_byte_s = histogram(
             "first_byte_seconds", "Seconds from the arrival of a completion to the first byte of its answer"
@@ -105,31 +166,15 @@ class Metrics:
             "prefill_pause_seconds",
             "Seconds that long prefills paused so that running streams got their share (prefill.decode_share)",
         )
-        self.prefix_wait_s = histogram(
-            "prefix_wait_seconds",
-            "Seconds that a completion waited for a prefix that another request was computing",
-        )
-        self.rewrites = counter("rewrites", "Requests whose system prompt a rewrite rule changed", "rule")
-        self.divergences = counter(
+        self.divergences = counter_by(
+            "where",
             "divergences",
             "Requests that recomputed 1,024 tokens or more because of a difference in front of them",
-            "where",
         )
-        self.n_waiting = Gauge("llamaslot_waiting", "Requests waiting for a slot now", registry=self.registry)
-        self.n_snapshots = Gauge(
-            "llamaslot_snapshots", "Snapshots that can be used with the present model", registry=self.registry
+        self.assist = gauge(
+            "assist", "1 while llamaslot chooses slots, 0 while it leaves that to llama-server"
         )
-        self.bytes_stored = Gauge(
-            "llamaslot_stored_bytes", "Bytes of snapshots on disk or reserved", registry=self.registry
-        )
-        self.assist = Gauge(
-            "llamaslot_assist",
-            "1 while llamaslot chooses slots, 0 while it leaves that to llama-server",
-            registry=self.registry,
-        )
-        self.is_up = Gauge(
-            "llamaslot_backend_up", "1 while requests are served by this backend", registry=self.registry
-        )
+        self.is_up = gauge("backend_up", "1 while requests are served by this backend")
 
     def saved(self, size_bytes: int, seconds: float) -> None:
         self.saves.inc()
@@ -151,13 +196,9 @@ class Metrics:
         self.prefill_wait_s.observe(waited_s)
         self.prefill_pause_s.inc(paused_s)
 
-    def exposition(self) -> bytes:
-        """All of it in the Prometheus text format."""
-        return generate_latest(self.registry)
-
 
 class Unrecognized:
-    """The count of one backend's requests that were served so, and which reasons have been told."""
+    """The count of a pool's requests that were served so, and which reasons have been told."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
