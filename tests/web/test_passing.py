@@ -130,7 +130,7 @@ async def test_llamaslot_tells_of_itself_while_the_server_chooses_a_slot(tmp_pat
         answer = await it.get("/llamaslot/status")
         it.fake.go()
         await turn
-    assert (answer.status, len(answer.json["slots"])) == (200, 1)
+    assert (answer.status, len(answer.json["backends"][0]["slots"])) == (200, 1)
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/health"])
@@ -191,6 +191,7 @@ async def test_a_mistake_of_llamaslots_is_no_traceback(
 async def test_what_concerns_a_backend_names_it(tmp_path: Path) -> None:
     """The answer by a header, also one whose slot llama-server chose; metrics by a label, the journal by a field."""
     async with served(tmp_path) as it:
+        it.fake.overrides = {"/v1/embeddings": (200, {"data": []})}
         answers = [await it.ask(letters(1, 300)), await it.post("/v1/embeddings", {"input": "one"})]
         assert [answer.headers["x-llamaslot-backend"] for answer in answers] == ["gpu0", "gpu0"]
         samples = (await it.get("/llamaslot/metrics")).raw.decode()
