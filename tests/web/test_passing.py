@@ -198,6 +198,6 @@ async def test_what_concerns_a_backend_names_it(tmp_path: Path) -> None:
         assert 'llamaslot_placed_total{backend="gpu0",source="cold"} 1.0' in samples
         assert 'llamaslot_backend_up{backend="gpu0"} 1.0' in samples
         assert "llamaslot_queue_seconds_count 1.0" in samples
-        decision = (await it.get("/llamaslot/journal")).json["decisions"][0]
+        decision = (await it.get("/llamaslot/journal")).json["decisions"][-1]
     assert (decision["backend"], decision["chosen"]["backend"]) == ("gpu0", "gpu0")
     assert f"slot gpu0/{decision['slot']} cold" in decision["text"]
