@@ -17,7 +17,7 @@ from llamaslot.fleet.queue import QueueLimits
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import Source
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Job, Placement
 from llamaslot.scheduling.slots import Event, SlotKey
 from tests.support.inprocess import spawn
 
@@ -115,16 +115,16 @@ async def test_there_is_one_queue() -> None:
 async def test_each_backend_has_an_exclusive_section_of_its_own() -> None:
     """A request for which llama-server chooses the slot closes one backend; others are placed on the other one."""
     two = Two(slots=2)
-    first = await two.lease("first", is_placed_by_server=True)
+    first = await two.lease("first", placement=Placement.SERVER_CHOSEN)
     section = two.scheduler.backends[first.pool.backend]
     section.wait_for_turn(first)
     section.shut_gate(first)
     other = "b" if first.pool.backend == "a" else "a"
     placed = await two.lease("placed", OWN)
     assert placed.slot_key.backend == other
-    second = await two.lease("second", is_placed_by_server=True)
+    second = await two.lease("second", placement=Placement.SERVER_CHOSEN)
     assert second.pool.backend == other
-    third = spawn(two.lease("third", is_placed_by_server=True))
+    third = spawn(two.lease("third", placement=Placement.SERVER_CHOSEN))
     assert not await settled(third)
     two.end(first)
     assert (await third).pool is first.pool
