@@ -133,7 +133,9 @@ async def test_nobody_gets_more_than_three_places(tmp_path: Path, more: str) -> 
         it.fake.pace.prompt_token_s = 0.0001
         it.fake.faults.lose_slots(4)
         answer = await it.ask(ONE + more, stream=True)
-        assert not it.fake.faults.take_loss(), "all of them were used up: its prompt is sent whole when it is alone"
+        assert not it.fake.faults.take_loss(), (
+            "all of them were used up: its prompt is sent whole when it is alone"
+        )
         assert await it.count("replanned_total") == 2
     assert answer.text == right(it.fake, ONE + more)
 
