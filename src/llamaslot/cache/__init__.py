@@ -1,1 +1,3 @@
-"""Who shares how long a prefix, and what of it can be used. Pure: no await, no clock, no path, no socket."""
+"""Prefix indexes, and how much of a common prefix a slot or snapshot can reuse. Pure: no await, clock, path or
+socket.
+"""

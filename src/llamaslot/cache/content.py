@@ -10,7 +10,7 @@ from llamaslot.cache.namespaces import SHARED, Space
 
 
 class Kind(enum.StrEnum):
-    """What a snapshot is cut for."""
+    """Why a snapshot is saved."""
 
     LEAF = "leaf"  # a conversation, as far as it has gone
     TRUNK = "trunk"  # exactly what several conversations begin with
@@ -18,13 +18,14 @@ class Kind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a slot holds, as far as it is known.
+    """The known content of a slot.
 
-    ``tokens`` is a prefix of the truth: the tokens of an answer are not known until a save tells them.
-    ``is_exact`` says that nothing follows; else ``n_more`` tokens do, 0 when not even their number is known.
-    ``checkpoints``: token counts to which a model that cannot rewind can go back. ``snapshot``: the snapshot of the
-    same conversation, if any; ``is_dirty``: the slot holds more than it. ``space``: where all this was computed.
-    ``has_media``: what follows the tokens begins with a medium, so it is never saved.
+    ``tokens``: the known prefix of what the slot holds; the tokens of an answer are unknown until a save reads them
+    back. ``is_exact``: nothing follows ``tokens``. Otherwise ``n_more`` tokens follow, 0 if their number is unknown.
+    ``checkpoints``: token counts to which a model that cannot rewind freely can return. ``snapshot``: the snapshot of
+    the same conversation, if there is one. ``is_dirty``: the slot holds more than that snapshot. ``space``: the
+    namespace in which the content was computed. ``has_media``: a medium (image, audio) follows ``tokens``; such
+    content is never saved.
     """
 
     tokens: bytes = b""
@@ -42,15 +43,15 @@ class Content:
 
     @property
     def n_held(self) -> int:
-        """What a save would write, in tokens."""
+        """The number of tokens that a save would write."""
         return self.n_tokens + self.n_more
 
     def may_hold(self, n_tokens: int) -> bool:
-        """Whether there may be so many, the unknown ones included."""
+        """Whether the slot may hold ``n_tokens`` tokens, unknown ones included."""
         return self.n_held >= n_tokens or not (self.is_exact or self.n_more)
 
     def head(self, n_tokens: int) -> Content:
-        """What is left when only the first ``n_tokens`` are sure: whatever follows them is unknown."""
+        """The content after truncation to the first ``n_tokens``; what follows them is unknown."""
         kept = tuple(at for at in self.checkpoints if at <= n_tokens)
         return replace(self, tokens=head(self.tokens, n_tokens), checkpoints=kept, is_exact=False, n_more=0)
 

@@ -1,18 +1,19 @@
-"""A generation: what a prefix index held at some time, in a form that is mapped from disk and never changes.
+"""A read-only prefix index, mapped from disk. It holds the state of a ``PrefixIndex`` at one moment (a *generation*).
 
-The tokens are the keys of a marisa trie, in chunks of 128: the hash of all token bytes before the chunk, then the
-chunk as UTF-8, one character for each token. About two bytes for each unique token, shared by all processes and not
-Python's to collect. "Are the first n chunks there" is true up to some n and false beyond it, so a lookup gallops and
-bisects: 10 to 20 probes, however much there is. (marisa cannot tell how far a key would have matched.)
+The tokens are the keys of a marisa trie, in chunks of 128. A key is the hash of all token bytes before the chunk,
+then the chunk as UTF-8, one character for each token. This takes about two bytes for each unique token, is shared by
+all processes and costs Python's garbage collector nothing. "Are the first n chunks present" is true up to some n and
+false beyond it, so a lookup gallops and bisects: 10 to 20 probes, whatever the size. (marisa cannot tell how far a
+key would have matched.)
 
-How sequences hang together is in columns of int32, which is the radix tree of ``prefix`` without its tokens: points
-where sequences end or part, in an order in which everything below a point is one range of entries. An entry is one
-holder. To drop one is to forget its length in a tree of minima over the entries; a range whose minimum is infinite is
-dead, whichever of its chunks the trie still has. So no live counts need to be kept along the path of each sequence,
-and the shortest holders of a range are found without looking at the others.
+The radix tree of ``prefix_index``, without its tokens, is in columns of int32. A point is where a sequence ends or
+sequences diverge. Points are ordered so that all entries below a point are one contiguous range. An entry is one
+holder. Dropping a holder sets its length to infinity in a tree of minima over the entries. A range with an infinite
+minimum is empty, even if the trie still has its chunks. So no live counts are kept along the path of a sequence, and
+the shortest holders of a range are found without reading the others.
 
-A collision of hashes can only report too long a prefix: whoever restores compares tokens. Two sequences that cannot
-be told apart because of one are found out when the generation is made.
+A hash collision can only report a prefix that is too long, and a restore compares tokens. Two sequences that a
+collision makes equal are detected when the generation is made.
 """
 
 from __future__ import annotations
@@ -32,34 +33,36 @@ from llamaslot.cache.prefix_index import PrefixIndex, Shared
 CHUNK = 128  # tokens of a key, fewer where a sequence ends
 _BYTES = CHUNK * WIDTH
 _HASH = 8  # bytes
-_DROPPED = 2**31 - 1  # in place of the length of an entry: longer than any
+_DROPPED = 2**31 - 1  # stands for the length of a dropped entry: greater than any length
 _ROOT = 0
 
 Column = Sequence[int]  # of int32: an array, or a memoryview of a mapped file
 
 
 class Columns(NamedTuple):
-    """``-1`` is none. Everything below a point is entries ``first`` to ``past``, its own ones at the front."""
+    """``-1`` means none. The entries at or below a point are ``first`` to ``past``, those that end at the point
+    first.
+    """
 
-    point: Column  # of each key of the trie: the first point at or beyond the end of its chunk
-    before: Column  # of each key: the key of the chunk before
-    n_tokens: Column  # of each point: from the root to here
-    above: Column  # of each point: the one that it hangs on, which has a smaller number
+    point: Column  # for each key of the trie: the first point at or beyond the end of its chunk
+    before: Column  # for each key: the key of the chunk before
+    n_tokens: Column  # for each point: tokens from the root
+    above: Column  # for each point: its parent, which has a smaller number
     first: Column
     past: Column
-    key: Column  # of each point where an entry ends: the key of its last chunk
-    end: Column  # of each entry: its point
+    key: Column  # for each point where an entry ends: the key of its last chunk
+    end: Column  # for each entry: its point
 
 
 def is_freezable(tokens: bytes) -> bool:
-    """Whether a generation can have this sequence: ids from 0 to 0x10FFFF, which are all that models have."""
+    """Whether a generation can store this sequence: all ids are from 0 to 0x10FFFF (no known vocabulary has others)."""
     return len(_text(tokens)) * WIDTH == len(tokens)
 
 
 def _text(tokens: bytes) -> str:
-    """The tokens as characters, up to the first that is none (media is -1).
+    """The tokens as characters, up to the first id that is not a character (media is -1).
 
-    ``surrogatepass``: the ids 55,296 to 57,343 are as good as others. Decoding is 30 times faster than ``chr``.
+    ``surrogatepass`` allows the ids 55,296 to 57,343. Decoding is 30 times faster than ``chr``.
     """
     try:
         return tokens.decode("utf-32-le", "surrogatepass")
@@ -68,9 +71,10 @@ def _text(tokens: bytes) -> str:
 
 
 def _utf8(text: str) -> bytes:
-    """No token's bytes begin with those of another, so that whole tokens are compared. Without NUL, as in Java.
+    """Modified UTF-8, as in Java: NUL is two bytes.
 
-    marisa marks each byte of what has NUL in it: an eighth more.
+    No token's bytes begin with those of another, so only whole tokens match. marisa needs an eighth more space if a
+    key has a NUL byte.
     """
     return text.encode("utf-8", "surrogatepass").replace(b"\0", b"\xc0\x80")
 
@@ -82,14 +86,14 @@ def _tokens(utf8: bytes) -> bytes:
 
 
 def _key(hashed: xxh3_64, text: str) -> bytes:
-    """The key of a chunk, or the beginning of one, behind what was hashed."""
+    """The key of a chunk, or of the beginning of one; ``hashed`` is the hash of what precedes it."""
     return hashed.digest().replace(b"\0", b"\1") + _utf8(text)
 
 
 class Frozen:
-    """A generation, without what was dropped since. Not thread-safe: it belongs to the event loop.
+    """One generation, less the holders dropped since it was made. Not thread-safe: it belongs to the event loop.
 
-    ``trie`` and ``columns`` are only read; what is dropped is remembered here and nowhere else.
+    ``trie`` and ``columns`` are only read; drops are kept in memory only.
     """
 
     def __init__(self, trie: marisa_trie.BinaryTrie, columns: Columns, names: Sequence[str]) -> None:
@@ -122,7 +126,7 @@ class Frozen:
         return self._entries.keys()
 
     def drop(self, holder: str) -> None:
-        """``holder`` has nothing any more. Idempotent."""
+        """Remove ``holder``. Idempotent."""
         if (entry := self._entries.pop(holder, None)) is None:
             return
         self.gone.add(holder)
@@ -136,15 +140,15 @@ class Frozen:
             shortest[i] = smaller
 
     def tokens(self, holder: str) -> bytes:
-        """The sequence of ``holder``, put together from its chunks. Raises KeyError for an unknown one."""
+        """The sequence of ``holder``, joined from its chunks. Raises KeyError for an unknown one."""
         return self._path(self._entries[holder], b"", 0)
 
     def n_tokens(self, holder: str) -> int:
-        """How many tokens ``holder`` has. Raises KeyError for an unknown one."""
+        """The number of tokens of ``holder``. Raises KeyError for an unknown one."""
         return self.columns.n_tokens[self.columns.end[self._entries[holder]]]
 
     def sequences(self) -> Iterator[tuple[str, bytes]]:
-        """Each holder and its tokens. What a sequence shares with the one before is not read again."""
+        """Each holder and its tokens. The prefix that a sequence shares with the previous one is not read again."""
         previous, tokens, columns = -1, b"", self.columns
         for entry, holder in enumerate(self.names):
             if holder not in self._entries:
@@ -203,12 +207,14 @@ class Frozen:
         return None
 
     def _descend(self, query: bytes) -> tuple[int, int]:
-        """The first point at or beyond where ``query`` leaves all sequences, and the tokens up to there.
+        """The first point at or beyond the place where ``query`` diverges from all sequences, and the tokens up to
+        that place.
 
-        Dropped ones are among them: they share what they share, and their points have no entries.
+        Dropped sequences count too; their points have no entries.
         """
         view = memoryview(query)
-        # The first ``low`` chunks are there, ``high`` are not; ``key`` and ``hashed`` are of the first ``low``.
+        # The first ``low`` chunks are present, ``high`` chunks are not; ``key`` and ``hashed`` belong to the first
+        # ``low``.
         low, high, step, key, hashed = 0, len(query) // _BYTES + 1, 1, -1, xxh3_64()
         while high - low > 1:
             at = min(low + step, high - 1) if step else (low + high) // 2
@@ -217,7 +223,7 @@ class Frozen:
             hash_at.update(view[low * _BYTES : start])
             chunk = query[start : start + _BYTES]
             text = _text(chunk)
-            # One cut short by media would be taken for the shorter chunk of a sequence that ends there.
+            # A chunk cut short by media would match the shorter last chunk of another sequence.
             found = self.trie.get(_key(hash_at, text), -1) if len(text) == CHUNK else -1
             if found < 0:
                 high, step = at, 0
@@ -234,9 +240,9 @@ class Frozen:
         return point, n_shared
 
     def _in_chunk(self, hashed: xxh3_64, text: str, key: int) -> tuple[int, int]:
-        """How many tokens of ``text`` some chunk behind ``hashed`` begins with, and its key; ``key`` for none.
+        """How many tokens of ``text`` a chunk after ``hashed`` begins with, and its key; ``key`` if there is none.
 
-        A probe ends on a whole token: with one byte more of it a sibling that begins with that byte would answer.
+        A probe ends on a whole token: one byte more would match a sibling that begins with that byte.
         """
         low, high = 0, len(text) + 1
         while high - low > 1:
@@ -249,7 +255,7 @@ class Frozen:
         return low, key
 
     def _shortest_of(self, first: int, past: int, skip: int, to: int) -> Iterator[tuple[int, int]]:
-        """The entries ``first`` to ``past`` without ``skip`` to ``to``, and their lengths, shortest first."""
+        """The entries ``first`` to ``past``, without ``skip`` to ``to``, and their lengths, shortest first."""
         shortest, n_leaves = self._shortest, self._n_leaves
         if skip == to:
             heap = [(shortest[i], i) for i in self._cut(first, past)]
@@ -268,7 +274,7 @@ class Frozen:
                 heapq.heappush(heap, (shortest[2 * i + 1], 2 * i + 1))
 
     def _cut(self, first: int, past: int) -> Iterator[int]:
-        """The range as few places in the tree of minima."""
+        """The range, as the smallest number of nodes of the tree of minima."""
         low, high = self._n_leaves + first, self._n_leaves + past
         while low < high:
             if low & 1:
@@ -310,9 +316,10 @@ class Frozen:
 
 
 def freeze(index: PrefixIndex[str]) -> Frozen:
-    """A generation of all that ``index`` holds. It holds the GIL for as long as that takes: not beside an event loop.
+    """Make a generation of all sequences in ``index``. Holds the GIL throughout: do not run it in the event loop's
+    process.
 
-    Raises ValueError for a sequence that is not freezable, and for a collision of hashes.
+    Raises ValueError for a sequence that ``is_freezable`` refuses, and for a hash collision.
     """
     keys: list[bytes] = []
     point_of, before, end, names = array("i"), array("i"), array("i"), list[str]()
@@ -356,7 +363,7 @@ def freeze(index: PrefixIndex[str]) -> Frozen:
     if len(trie) != len(keys):
         raise ValueError(f"{len(keys) - len(trie)} chunks of different sequences have the same hash")
     ids = [trie.key_id(key) for key in keys]
-    by_id_point, by_id_before = array("i", ids), array("i", ids)  # for their length
+    by_id_point, by_id_before = array("i", ids), array("i", ids)  # sorted by length below
     for made, id_ in enumerate(ids):
         by_id_point[id_] = point_of[made]
         by_id_before[id_] = ids[before[made]] if before[made] >= 0 else -1

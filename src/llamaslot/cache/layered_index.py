@@ -1,12 +1,12 @@
-"""The prefix index of the snapshots: what was added lately in a radix tree, the rest in a generation, if there is one.
+"""The prefix index of the snapshots: recent additions in a radix tree, the rest in a read-only generation on disk.
 
-It answers as one ``PrefixIndex`` would; what has equally many tokens and shares equally many may come in another
-order. A new generation is made elsewhere, for that takes seconds:
+It answers like one ``PrefixIndex``; only the order of hits with equal length and equal share may differ. A new
+generation takes seconds, so it is made elsewhere:
 
-1. ``is_due`` says that it is time. ``seal`` hands out what it is made from. What is added from then on goes into a
-   new overlay; the sealed one changes no more, so that it can be read at leisure; what is dropped is noted.
-2. ``adopt`` takes the generation that was made, drops what was noted, and forgets the sealed overlay.
-   Or ``unseal``: none could be made, and all is as if nothing had been tried.
+1. ``is_due`` says that it is time. ``seal`` returns the input of the new generation. Later additions go into a new
+   overlay. The sealed overlay no longer changes, so it can be read meanwhile; drops from it are recorded.
+2. ``adopt`` takes the finished generation, applies the recorded drops and discards the sealed overlay.
+   If none could be made, ``unseal`` restores the state before ``seal``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from llamaslot.cache.disk_index import Frozen
 from llamaslot.cache.ids import WIDTH
 from llamaslot.cache.prefix_index import PrefixIndex, Shared
 
-NEW_MIN = 1_000  # as many additions, or a tenth of the generation: below, the radix tree alone is as good
+NEW_MIN = 1_000  # with fewer additions (or less than a tenth of the generation) the radix tree alone is as fast
 NEW_SHARE = 0.1
 GONE_MIN = 200  # a fifth of the smallest generation
 GONE_SHARE = 0.2
 
 
 class Layer(Protocol):
-    """What the composite needs of its parts."""
+    """What ``Layered`` needs of each layer."""
 
     def __contains__(self, holder: object) -> bool: ...
     def __len__(self) -> int: ...
@@ -41,7 +41,7 @@ class Layer(Protocol):
 
 
 class Sealed:
-    """An overlay that somebody reads: what is dropped from it is only left out of the answers."""
+    """An overlay that another thread may read: drops from it are recorded beside it and left out of the answers."""
 
     def __init__(self, index: PrefixIndex[str]) -> None:
         self.index = index
@@ -80,14 +80,14 @@ class Sealed:
 
 
 class Sowing(NamedTuple):
-    """What a new generation is made from: the old one without ``gone``, and an overlay that changes no more."""
+    """The input of a new generation: the old one without ``gone``, and an overlay that no longer changes."""
 
     added: PrefixIndex[str]
     gone: tuple[str, ...]
 
 
 class Layered:
-    """Several indexes that answer as one ``PrefixIndex`` would. Each holder is in one of them."""
+    """Several indexes that answer as one ``PrefixIndex``. Each holder is in exactly one of them."""
 
     def _layers(self) -> list[Layer]:
         raise NotImplementedError
@@ -145,7 +145,7 @@ class Layered:
 
 
 class Joined(Layered):
-    """What is in any of ``layers``. It is read through this, and changed in the layers themselves."""
+    """A read-only union of ``layers``. Change the layers themselves."""
 
     def __init__(self, *layers: Layer) -> None:
         self.layers = layers
@@ -158,15 +158,15 @@ class Joined(Layered):
 
 
 class SnapshotIndex(Layered):
-    """Snapshots by their tokens. Not thread-safe: it belongs to the event loop."""
+    """Snapshot ids by their tokens. Not thread-safe: it belongs to the event loop."""
 
     def __init__(self, base: Frozen | None = None) -> None:
         self.base = base
         self._overlay: PrefixIndex[str] = PrefixIndex()
         self._sealed: Sealed | None = None
         self._noted: set[str] = set()  # dropped from the base or the sealed overlay since ``seal``
-        self._n_sown = 0  # what the next generation should have
-        self._n_stay = 0  # in the overlay because the last generation could not take them
+        self._n_sown = 0  # the number of holders the next generation should have
+        self._n_stay = 0  # holders that stay in the overlay because the last generation could not store them
 
     def __repr__(self) -> str:
         sealed = f", {len(self._sealed)} sealed" if self._sealed else ""
@@ -187,7 +187,7 @@ class SnapshotIndex(Layered):
         self._overlay.insert(holder, tokens)
 
     def drop(self, holder: str) -> None:
-        """``holder`` has nothing any more. Idempotent."""
+        """Remove ``holder``. Idempotent."""
         for layer in self._layers():
             if holder in layer:
                 layer.drop(holder)
@@ -201,21 +201,21 @@ class SnapshotIndex(Layered):
         """Whether it is time for a new generation."""
         if self._sealed is not None:
             return False
-        n_new, n_all, n_gone = len(self._overlay) - self._n_stay, 0, 0  # fewer than new if some of these went
+        n_new, n_all, n_gone = len(self._overlay) - self._n_stay, 0, 0  # at most as many as are new
         if self.base is not None:
             n_gone = len(self.base.gone)
             n_all = len(self.base) + n_gone
         return n_new > max(NEW_MIN, NEW_SHARE * n_all) or n_gone > max(GONE_MIN, GONE_SHARE * n_all)
 
     def seal(self) -> Sowing:
-        """Begin a generation. ``adopt`` or ``unseal`` must follow."""
+        """Begin a generation and return its input. ``adopt`` or ``unseal`` must follow."""
         assert self._sealed is None, "one generation at a time"
         self._n_sown = len(self)
         self._sealed, self._overlay = Sealed(self._overlay), PrefixIndex()
         return Sowing(self._sealed.index, tuple(self.base.gone) if self.base is not None else ())
 
     def adopt(self, base: Frozen) -> None:
-        """``base`` was made from what ``seal`` gave. What it could not take stays in the overlay."""
+        """Use ``base``, made from the result of ``seal``. Sequences that it could not store stay in the overlay."""
         assert self._sealed is not None, "a generation was begun"
         stay: list[tuple[str, bytes]] = []
         if len(base) != self._n_sown:
@@ -230,7 +230,7 @@ class SnapshotIndex(Layered):
         self._noted.clear()
 
     def unseal(self) -> None:
-        """No generation was made. Idempotent."""
+        """Cancel a generation that was not made. Idempotent."""
         if self._sealed is None:
             return
         index = self._sealed.index

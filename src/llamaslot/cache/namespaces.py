@@ -1,8 +1,8 @@
-"""Spaces: what is computed in one of them is found, and so used or timed, from no other.
+"""Namespaces: content computed in one of them is never found from another, so it can neither be used nor timed.
 
-A space is a user's where users are isolated, and one of its own for each setting of LoRA scales. All of them are in the
-same prefix indexes: each sequence stands there behind a mark, a few ids that no vocabulary has, so that sequences of
-two spaces have nothing in common.
+Each user has a namespace where users are isolated, and so has each setting of LoRA scales. All namespaces share the
+same prefix indexes: each sequence is stored behind a mark, a few ids that no vocabulary has. So sequences of two
+namespaces have no common prefix.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from llamaslot.cache.ids import WIDTH, pack
 from llamaslot.cache.prefix_index import Shared
 
 H = TypeVar("H")
-_N_MARK = 4  # ids of 15 bits each: 60 bits of a hash tell spaces apart
-_FIRST_ID = 0x100000  # vocabularies end long before; the characters of a frozen index end at 0x10FFFF
+_N_MARK = 4  # ids of 15 bits each: a hash of 60 bits distinguishes namespaces
+_FIRST_ID = 0x100000  # greater than the ids of any vocabulary; the characters of the disk index end at 0x10FFFF
 
 
 class Space(NamedTuple):
-    """``user``: whose it is, "" where users share everything. ``lora``: the scales that a request has set, in
-    llama-server's own words (JSON); "" for those that the server was started with."""
+    """``user``: the owner, "" where users share everything. ``lora``: the LoRA scales set by the request, as
+    llama-server writes them (JSON); "" for the scales of the server's command line.
+    """
 
     user: str = ""
     lora: str = ""
 
     @property
     def text(self) -> str:
-        """For a sidecar: "" for what everybody shares. No header, and so no name, has a line feed in it."""
+        """The form stored in a sidecar; "" for the shared namespace. A header, and so a user name, has no line feed."""
         return f"{self.user}\n{self.lora}" if self.lora else self.user
 
     @classmethod
@@ -40,13 +41,13 @@ class Space(NamedTuple):
 
 
 SHARED = Space()
-#: What the operator has computed ahead, where users are isolated: theirs to go on from, and nobody's to add to.
+#: Content prewarmed by the operator, where users are isolated: every user may resume from it, no user may add to it.
 PUBLIC = Space("public")
 
 
 @functools.lru_cache(maxsize=1024)
 def mark(space: Space) -> bytes:
-    """What a sequence of ``space`` begins with in an index."""
+    """The ids in front of each sequence of ``space`` in an index."""
     if space == SHARED:
         return b""
     bits = int.from_bytes(blake2b(space.text.encode(), digest_size=8).digest())
@@ -54,7 +55,7 @@ def mark(space: Space) -> bytes:
 
 
 class Index(Protocol[H]):
-    """What is needed of an index; ``PrefixIndex`` and ``SnapshotIndex`` are such, and what joins several."""
+    """The interface of an index; ``PrefixIndex``, ``SnapshotIndex`` and ``Joined`` have it."""
 
     def tokens(self, holder: H) -> bytes: ...
     def match(self, query: bytes, limit: int | None = None) -> list[Shared[H]]: ...
@@ -63,7 +64,9 @@ class Index(Protocol[H]):
 
 
 class InSpaces(Generic[H]):
-    """An index as it is seen from spaces. Whatever is inserted into ``index`` stands behind the mark of its own."""
+    """A view of an index, restricted to namespaces. Sequences in ``index`` must stand behind the marks of their
+    namespaces.
+    """
 
     def __init__(self, index: Index[H], space_of: Callable[[H], Space]) -> None:
         """``space_of`` raises KeyError for an unknown holder."""
@@ -91,7 +94,7 @@ class InSpaces(Generic[H]):
         n = len(marked) // WIDTH
         for hit in self.index.hits(marked + query):
             if hit.n_shared <= n:
-                return  # another space, whose mark may begin alike
+                return  # another namespace, whose mark has the same first ids
             yield Shared(hit.holder, hit.n_shared - n, hit.n_tokens - n)
 
     def cover(self, tokens: bytes, space: Space, exclude: Collection[H] = ()) -> int:

@@ -1,9 +1,8 @@
-"""Who shares how long a prefix with a prompt: a radix tree over token sequences.
+"""A radix tree over token sequences: which holders share how long a prefix with a prompt.
 
-Edges are ``bytes`` of int32 tokens. A lookup walks the prompt once, at memcmp speed, and then reads the
-holders off on the way back up: it costs the length of the prompt and the branch points on its path, whoever
-else is in the tree. A path of 5,000 branch points costs 4 ms: do not keep sequences that end less than 64
-tokens apart on one path.
+Edges are ``bytes`` of int32 tokens. A lookup walks the prompt once, at memcmp speed, and collects the holders on the
+way back up. It costs the length of the prompt plus the branch points on its path, independent of the rest of the
+tree. A path of 5,000 branch points costs 4 ms: do not keep sequences that end less than 64 tokens apart on one path.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ _RANK = attrgetter("rank")
 
 
 class Shared(NamedTuple, Generic[H]):
-    """What one holder has in common with a query.
+    """What a holder shares with a query.
 
-    A named tuple and not a frozen dataclass: with 256 slots, making these is most of a match, and a tuple is
-    made in half the time.
+    A named tuple, not a frozen dataclass: with 256 slots, making these is most of a match, and a tuple takes half the
+    time.
     """
 
     holder: H
@@ -35,7 +34,9 @@ class Shared(NamedTuple, Generic[H]):
 
 
 class Branch(NamedTuple, Generic[H]):
-    """A point where a sequence ends or sequences part: ``edge`` leads to it, from ``n_above`` tokens below the root."""
+    """A point where a sequence ends or sequences diverge. ``edge`` leads to it from ``n_above`` tokens below the
+    root.
+    """
 
     n_above: int
     edge: bytes
@@ -43,11 +44,11 @@ class Branch(NamedTuple, Generic[H]):
 
 
 class _Node(Generic[H]):
-    """One point of the tree where a sequence ends or sequences part.
+    """A point of the tree where a sequence ends or sequences diverge.
 
-    ``rank`` is that of the first holder at or below this node, and a holder's is the number of its tokens and
-    then the age of its node: shorter sequences first, then older ones. ``order`` has the children by rank: the
-    first few holders of a point where 10,000 sequences part are found without looking at the others.
+    A holder's rank is the number of its tokens, then the age of its node: shorter sequences first, then older ones.
+    The ``rank`` of a node is that of the first holder at or below it. ``order`` has the children by rank, so the
+    first few holders of a point where 10,000 sequences diverge are found without reading the others.
     """
 
     __slots__ = ("children", "edge", "holders", "n_tokens", "order", "parent", "rank", "serial")
@@ -64,7 +65,7 @@ class _Node(Generic[H]):
 
     @property
     def own_rank(self) -> int:
-        return self.n_tokens << 48 | self.serial  # one integer sorts in two thirds of the time of a pair
+        return self.n_tokens << 48 | self.serial  # sorting one integer takes two thirds of the time of a pair
 
     def __repr__(self) -> str:
         return f"<Node {self.n_tokens} tok, {len(self.holders)} holders, {len(self.children)} children>"
@@ -97,7 +98,7 @@ class PrefixIndex(Generic[H]):
         return self._ends.keys()
 
     def tokens(self, holder: H) -> bytes:
-        """The sequence of ``holder``, put together from the edges. Raises KeyError for an unknown one."""
+        """The sequence of ``holder``, joined from the edges. Raises KeyError for an unknown one."""
         node: _Node[H] | None = self._ends[holder]
         edges = []
         while node is not None:
@@ -106,9 +107,9 @@ class PrefixIndex(Generic[H]):
         return b"".join(reversed(edges))
 
     def insert(self, holder: H, tokens: bytes) -> None:
-        """``holder`` has ``tokens`` now, in place of what it had.
+        """Set the sequence of ``holder`` to ``tokens``, replacing the previous one.
 
-        Raises ValueError, and changes nothing, when the bytes do not end on a whole token.
+        Raises ValueError, and changes nothing, if the bytes do not end on a whole token.
         """
         if len(tokens) % tok.WIDTH:
             raise ValueError(f"{len(tokens)} bytes are not whole tokens of {tok.WIDTH} bytes")
@@ -127,7 +128,7 @@ class PrefixIndex(Generic[H]):
         self._rerank(node)
 
     def drop(self, holder: H) -> None:
-        """``holder`` has nothing any more. Idempotent."""
+        """Remove ``holder``. Idempotent."""
         node = self._ends.pop(holder, None)
         if node is None:
             return
@@ -143,11 +144,11 @@ class PrefixIndex(Generic[H]):
             self._merge(node)
 
     def match(self, query: bytes, limit: int | None = None) -> list[Shared[H]]:
-        """Every holder with at least one token in common with ``query``, at most ``limit`` of them.
+        """The holders with at least one token in common with ``query``, at most ``limit`` of them.
 
-        Most shared first; at equal share those that end exactly there (they are whole prefixes of the query),
-        then the shorter ones; what is still equal stays in an order that does not depend on ``limit``. With a
-        limit only the path and what leads to the first ``limit`` holders is visited.
+        Longest common prefix first; at equal length first the holders that end there (whole prefixes of the query),
+        then the shorter ones. The order of further ties does not depend on ``limit``. With a limit, only the path and
+        what leads to the first ``limit`` holders is visited.
         """
         if limit is not None and limit < len(self._ends):
             return list(islice(self.hits(query), max(limit, 0)))
@@ -163,22 +164,23 @@ class PrefixIndex(Generic[H]):
         return found
 
     def cover(self, tokens: bytes, exclude: Collection[H] = ()) -> int:
-        """The longest prefix of ``tokens`` that some holder not in ``exclude`` shares, in tokens.
+        """The length in tokens of the longest prefix of ``tokens`` that a holder outside ``exclude`` shares.
 
-        What a slot holds beyond that is lost to everybody when the slot is overwritten.
+        Overwriting a slot loses only what it holds beyond that.
         """
         return next((hit.n_shared for hit in self.hits(tokens) if hit.holder not in exclude), 0)
 
     def shared_with_others(self, holder: H) -> int:
-        """``cover`` of what ``holder`` has by all others, without a look at any token: above its end there is a node
-        only where another one ends or goes its own way. Raises KeyError for an unknown one."""
+        """``cover`` of the sequence of ``holder`` by all other holders, without reading tokens: above its end there
+        is a node only where another sequence ends or diverges. Raises KeyError for an unknown holder.
+        """
         node = self._ends[holder]
         if len(node.holders) > 1 or node.children or node.parent is None:
             return node.n_tokens
         return node.parent.n_tokens
 
     def hits(self, query: bytes) -> Iterator[Shared[H]]:
-        """The same as ``match`` without a limit, one by one. The index must not change meanwhile."""
+        """``match`` without a limit, as an iterator. The index must not change meanwhile."""
         for n_shared, node, siblings, seen in self._levels(query):
             if node is not None:
                 for holder in node.holders:
@@ -188,9 +190,10 @@ class PrefixIndex(Generic[H]):
                     yield Shared(holder, n_shared, below.n_tokens)
 
     def longest_full_prefix(self, query: bytes, exclude: Collection[H] = ()) -> Shared[H] | None:
-        """The longest holder not in ``exclude`` all of whose tokens ``query`` begins with; None if there is none.
+        """The longest holder outside ``exclude`` whose whole sequence is a prefix of ``query``; None if there is
+        none.
 
-        What a state that cannot be cut is good for: recurrent models and sliding windows. One without tokens is none.
+        For states that cannot be truncated: recurrent models and sliding windows. Empty sequences do not count.
         """
         node, _, _ = self._descend(query)
         while node.parent is not None:
@@ -201,7 +204,7 @@ class PrefixIndex(Generic[H]):
         return None
 
     def branches(self) -> Iterator[Branch[H]]:
-        """The whole tree, each point before what is below it, the root first. It must not change meanwhile."""
+        """The whole tree in pre-order, the root first. The index must not change meanwhile."""
         stack = [self._root]
         while stack:
             node = stack.pop()
@@ -209,7 +212,7 @@ class PrefixIndex(Generic[H]):
             stack += reversed(node.order)
 
     def _descend(self, query: bytes) -> tuple[_Node[H], _Node[H] | None, int]:
-        """The last node that matches as a whole; the child inside whose edge the match ends; tokens."""
+        """Returns (last node that matches as a whole, child in whose edge the match ends or None, matched tokens)."""
         node, position = self._root, 0
         while child := node.children.get(query[position : position + tok.WIDTH]):
             if not query.startswith(child.edge, position):
@@ -218,10 +221,10 @@ class PrefixIndex(Generic[H]):
         return node, None, node.n_tokens
 
     def _levels(self, query: bytes) -> Iterator[tuple[int, _Node[H] | None, list[_Node[H]], _Node[H] | None]]:
-        """From the deepest matching point up to the last one before the root.
+        """The points of the match, from the deepest up to the last one before the root.
 
-        Each as ``(n_shared, the node that ends there, the subtrees that share exactly that, the one among
-        these that has been listed before)``.
+        Each as ``(n_shared, the node that ends there, the subtrees that share exactly that, the one of these subtrees
+        that has been listed already)``.
         """
         node, inside, n_shared = self._descend(query)
         if inside is not None:
@@ -240,7 +243,7 @@ class PrefixIndex(Generic[H]):
         return leaf
 
     def _split(self, lower: _Node[H], n: int) -> _Node[H]:
-        """Put a node behind the first ``n`` tokens of the edge of ``lower``; it has the same rank."""
+        """Insert a node after the first ``n`` tokens of the edge of ``lower``; it gets the same rank."""
         parent, cut = _parent(lower), n * tok.WIDTH
         upper = _Node(lower.edge[:cut], parent, parent.n_tokens + n, next(self._serials))
         upper.rank = lower.rank
@@ -252,9 +255,9 @@ class PrefixIndex(Generic[H]):
         return upper
 
     def _merge(self, upper: _Node[H]) -> None:
-        """Take away a node without holders that has one child.
+        """Remove a node that has no holders and one child.
 
-        The child object stays, so that its own children, perhaps thousands, need no new parent.
+        The child object stays, so its own children, perhaps thousands, keep their parent.
         """
         parent, lower = _parent(upper), upper.order[0]
         parent.order[self._position(upper)] = lower
@@ -262,7 +265,7 @@ class PrefixIndex(Generic[H]):
         lower.edge, lower.parent = upper.edge + lower.edge, parent
 
     def _rerank(self, node: _Node[H]) -> None:
-        """Pass a change of the first holder at or below ``node`` up to where it makes no difference."""
+        """Propagate a change of the first holder at or below ``node`` upwards, as far as it changes anything."""
         while node.parent is not None:
             rank = node.own_rank if node.holders else node.order[0].rank
             if rank == node.rank:
@@ -275,7 +278,7 @@ class PrefixIndex(Generic[H]):
 
     @staticmethod
     def _position(node: _Node[H]) -> int:
-        """Where ``node`` stands among its siblings; no two have the same rank."""
+        """The index of ``node`` among its siblings; ranks are unique."""
         return bisect_left(_parent(node).order, node.rank, key=_RANK)
 
     def check(self) -> None:
@@ -313,7 +316,7 @@ def _parent(node: _Node[H]) -> _Node[H]:
 
 
 def _all_below(siblings: list[_Node[H]], seen: _Node[H] | None) -> list[_Node[H]]:
-    """The nodes with holders in these subtrees except ``seen``, in the order of their ranks."""
+    """The nodes with holders in these subtrees, without ``seen``, by rank."""
     found, stack = [], [node for node in siblings if node is not seen]
     while stack:
         node = stack.pop()
@@ -326,7 +329,7 @@ def _all_below(siblings: list[_Node[H]], seen: _Node[H] | None) -> list[_Node[H]
 
 
 def _first_below(siblings: list[_Node[H]], seen: _Node[H] | None) -> Iterator[_Node[H]]:
-    """The same one by one: a heap of the next sibling of each list that has been reached."""
+    """The same as an iterator: a heap holds the next sibling of each list reached so far."""
     heap: list[tuple[int, list[_Node[H]], int]] = []
 
     def reach(siblings: list[_Node[H]], i: int) -> None:

@@ -1,8 +1,8 @@
-"""Where a prompt parts from what is held, and whether much of what was computed there is lost by it.
+"""Where a prompt diverges from a cached sequence, and whether that makes llama-server recompute much known text.
 
-Two conversations part sooner or later; that costs nobody anything. What costs is a difference with the same text on
-both sides of it: a date in the system prompt, an id, tools in another order, an old message that was shortened. So a
-difference is judged by what stands behind it.
+A divergence between two conversations is normal and costs nothing. A divergence with the same text on both sides of
+it is expensive: a date in the system prompt, an id, tools in another order, an old message that was shortened. So
+this module compares what follows the divergence.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ from dataclasses import dataclass
 
 from llamaslot.cache.ids import WIDTH, common, count
 
-#: Fewer tokens than that, computed again, are not worth a word.
+#: Fewer recomputed tokens than this are not reported.
 LOST_MIN = 1024
-#: So much of a prompt found again is enough, whatever the rest is.
+#: If this share of a prompt is reused, nothing is reported.
 ENOUGH = 0.9
 
-_WINDOW = 24  # tokens in a row that are no accident
-_MOST_PROBES = 1000  # of 0.05 ms each in a context of 60,000 tokens
-_SAME_CONVERSATION = 0.7  # of what both have behind the difference
-_SAME_SYSTEM = 0.5  # of the system part behind it: tools in another order count too
+_WINDOW = 24  # a common run of so many tokens is not chance
+_MOST_PROBES = 1000  # 0.05 ms each in a context of 60,000 tokens
+_SAME_CONVERSATION = 0.7  # share of the text after the divergence that must be common
+_SAME_SYSTEM = 0.5  # the same for the system part: tools in another order count too
 
 
 @dataclass(frozen=True, slots=True)
 class Parting:
-    """``at``: the tokens that a prompt shares with a holder of ``n_held``. ``n_lost``: tokens of the prompt that stand
-    in the holder too, behind the difference, and that nobody holds as a prefix."""
+    """``at``: tokens that the prompt shares with a holder of ``n_held`` tokens. ``n_lost``: tokens of the prompt
+    after the divergence that the holder contains too, but no cached prefix covers.
+    """
 
     at: int
     n_held: int
@@ -33,16 +34,16 @@ class Parting:
 
 
 def can_lose(n_prompt: int, n_shared: int, n_held: int) -> bool:
-    """Whether both go on behind what they share for long enough to look closer."""
+    """Whether both sequences continue after the common prefix for long enough to justify a closer look."""
     return min(n_prompt, n_held) - n_shared > LOST_MIN
 
 
 def parting(tokens: bytes, held: bytes, n_best: int, n_system: int) -> Parting | None:
-    """How ``tokens`` part from ``held``, if that is the same conversation or the same system part with a difference
-    in it, and ``LOST_MIN`` tokens or more are lost by that.
+    """Compare ``tokens`` with ``held``. Returns the divergence if both are the same conversation, or have the same
+    system part, and at least ``LOST_MIN`` tokens are recomputed because of it; else None.
 
-    ``n_best``: tokens of the longest prefix that anybody holds. ``n_system``: of system part and tools, 0 when unknown.
-    Takes 1 ms as a rule, with 60,000 tokens on each side, and 50 ms where much is alike in many short pieces.
+    ``n_best``: tokens of the longest cached prefix of any holder. ``n_system``: tokens of the system part and tools,
+    0 if unknown. Takes 1 ms as a rule with 60,000 tokens on each side, 50 ms if many short pieces are common.
     """
     n = common(tokens, held)
     if not can_lose(count(tokens), n, count(held)):
@@ -58,8 +59,8 @@ def parting(tokens: bytes, held: bytes, n_best: int, n_system: int) -> Parting |
 
 
 def alike(tokens: bytes, held: bytes, n: int) -> list[tuple[int, int]]:
-    """What of ``tokens`` behind the first ``n`` stands somewhere behind the first ``n`` of ``held``: pieces from the
-    left to the right, as [begin, end) in ``tokens``. In whatever order they stand there; short ones are passed over.
+    """The pieces of ``tokens`` after the first ``n`` that ``held`` contains anywhere after its first ``n``. Returns
+    ranges [begin, end) in ``tokens``, ascending, whatever their order in ``held``; short pieces are skipped.
     """
     behind = held[n * WIDTH :]
     runs: list[tuple[int, int]] = []
@@ -75,7 +76,7 @@ def alike(tokens: bytes, held: bytes, n: int) -> list[tuple[int, int]]:
             if (where := _find(behind, window)) >= 0:
                 break
             step += step // 2 + 4
-        # What was looked at before has no window in common, but the piece may begin between that and here.
+        # The windows before this one are not common, but the common piece may begin before this window.
         while begin > at and where > 0 and _at(tokens, begin - 1) == _at(behind, where - 1):
             begin, where = begin - 1, where - 1
         end = begin + common(tokens, behind[where * WIDTH :], begin)
@@ -85,7 +86,7 @@ def alike(tokens: bytes, held: bytes, n: int) -> list[tuple[int, int]]:
 
 
 def _find(tokens: bytes, window: bytes) -> int:
-    """The index of the first token of ``window`` in ``tokens``; -1 when it does not stand there."""
+    """The index of the first token of ``window`` in ``tokens``; -1 if it is not there."""
     where = tokens.find(window)
     while where > 0 and where % WIDTH:
         where = tokens.find(window, where + 1)

@@ -1,4 +1,4 @@
-"""Where a trunk may end: at a point from which several conversations go on, each its own way."""
+"""Where a shared-prefix snapshot may end: at a point after which several conversations differ."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from collections.abc import Callable, Iterable
 
 from llamaslot.cache.ids import common, count
 
-MIN_TOKENS = 256  # fewer are computed about as fast as they are read
-NEAR_TOKENS = 64  # a snapshot that ends so near is as good
+MIN_TOKENS = 256  # fewer are computed about as fast as they are restored
+NEAR_TOKENS = 64  # a snapshot that ends within this distance serves as well
 
 
 def branch(others: Iterable[tuple[int, Callable[[], bytes]]]) -> int:
-    """How many tokens a prompt shares with two other conversations, 0 if that is not worth a trunk.
+    """How many tokens a prompt shares with two other conversations; 0 if a shared-prefix snapshot is not worth it
+    there.
 
-    ``others``: for each who shares something with the prompt, how much, and a function that gives all of its tokens.
-    Only who goes on otherwise than the prompt counts: its own conversation so far does not. Holders that go on together
-    where the prompt has left them are one conversation: a slot and its snapshot, for one. What the prompt shares with
-    one other conversation may be chance, such as the first word of both questions; what it shares with two is what all
-    of them begin with.
+    ``others``: for each holder with a common prefix, its length in tokens, and a function that returns all tokens of
+    the holder. The prompt's own conversation (a holder that is a prefix of the prompt) does not count. Holders that
+    agree with each other after they diverge from the prompt count as one conversation, for example a slot and its
+    snapshot. A prefix shared with one other conversation may be chance, such as the same first word of two questions;
+    with two it is a common beginning.
     """
     first: bytes | None = None
     for n_shared, tokens in sorted(others, key=lambda other: -other[0]):
