@@ -1,1 +1,1 @@
-"""What to do, where and when. Pure: no await, no clock, no path, no socket; time and rates come in as arguments."""
+"""What to do, where and when. Pure: no await, clock, path or socket; times and rates come in as arguments."""

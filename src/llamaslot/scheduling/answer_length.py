@@ -1,4 +1,4 @@
-"""How long answers are, and how long one that has begun will still take."""
+"""Predicts the length of answers, and the time that a running answer will still take."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from llamaslot.scheduling.json_numbers import counts, positive, within
 
 
 class AnswerLength:
-    """How long an answer that is being decoded will still take, at the usual speed.
+    """Predicts the remaining seconds of an answer that is being decoded.
 
-    Lengths are widely spread: the longer one has run already, the longer it will still run (one that has outlived all
-    others may be one that does not stop at all). What is expected is the mean of what was left of those of the last
-    ``KEPT`` answers that got as far, and of ``PRIOR`` more that had a usual length, or half of what has passed.
+    Lengths vary widely, and the longer an answer has run, the longer it will still run (one longer than all others may
+    never stop). The estimate is a mean: of the remainders of those of the last ``KEPT`` answers that were longer than
+    this one is now, and of ``PRIOR`` more samples. Such a sample is what is left of the usual length, but at least half
+    of what has been generated already.
     """
 
     GAIN = 0.1
-    LEAST = 0.25  # of the usual length is always left
+    LEAST = 0.25  # of the usual length always remains
     KEPT = 64
     PRIOR = 2
     LENGTHS = 1.0, 1e7  # tokens
@@ -30,14 +31,14 @@ class AnswerLength:
         self.n_tokens, self.tokens_per_s = n_tokens, tokens_per_s
         self.n_samples = 0
         self._last: deque[int] = deque(maxlen=self.KEPT)
-        # The same in ascending order, and for each the sum of it and all longer ones; until another is observed.
+        # The same lengths, ascending, and for each the sum of it and all longer ones. None after a new sample.
         self._ranked: tuple[list[int], list[int]] | None = None
 
     def __repr__(self) -> str:
         return f"<AnswerLength {self.n_tokens:.0f} tok at {self.tokens_per_s:.1f} tok/s>"
 
     def observe(self, n_tokens: int, seconds: float) -> None:
-        """An answer of ``n_tokens`` was decoded in ``seconds``; a short one says nothing about the speed."""
+        """Record an answer of ``n_tokens`` decoded in ``seconds``. A short one does not change the speed."""
         if n_tokens <= 0 or not 0 <= seconds < math.inf:
             return
         self.n_samples += 1
@@ -51,7 +52,7 @@ class AnswerLength:
             self.tokens_per_s = within(self.tokens_per_s * math.exp(gain * off), self.SPEEDS)
 
     def seconds_left(self, running_s: float, max_tokens: int | None = None) -> float:
-        """Seconds until an answer ends that has been decoded for ``running_s``. ``max_tokens``: it ends there."""
+        """Seconds until an answer ends that has been decoded for ``running_s``. ``max_tokens``: its upper bound."""
         n_done = max(running_s, 0.0) * self.tokens_per_s
         if self._ranked is None:
             ranked = sorted(self._last)
@@ -75,7 +76,7 @@ class AnswerLength:
 
     @classmethod
     def from_json(cls, data: object) -> AnswerLength:
-        """What ``to_json`` gave; the prior if ``data`` is anything else."""
+        """Read the result of ``to_json``; the prior if ``data`` is anything else."""
         length = cls()
         values = positive(data, ("n_tokens", "tokens_per_s", "n_samples"))
         if values is not None:

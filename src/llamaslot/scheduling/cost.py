@@ -1,10 +1,9 @@
-"""Rates learned from one backend: what prefill, save, restore and the end of an answer will take, and file
-sizes.
+"""Rates learned from one backend: how long prefill, save, restore and answers take, and how large files are.
 
-Pure: durations come in as arguments, estimates go out. Every estimate is finite, never negative, and grows
-with the size of the work. Samples come from a server that also works for others, so one that took ten times
-as long as usual says something about the others; it must not move an estimate far. Estimates decide where a
-request goes, never whether its answer is right.
+Pure: durations come in as arguments, estimates go out. Every estimate is finite, never negative, and grows with the
+size of the work. The server also works for other requests while a sample is taken, so a sample ten times as long as
+usual is no fact about this work and must not move an estimate far. Estimates decide where a request runs, never
+whether its answer is right.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from llamaslot.scheduling.json_numbers import positive, rows, within
 
 _GUESSED_BYTES_PER_TOKEN = 100_000
 _STEPS = 33  # of a factor of e, so that one step is 3 %
-_DEEP = 10_000  # tokens at which a slope shows
+_DEEP = 10_000  # tokens; the slope is visible at this depth
 
 
 class PrefillRate:
-    """Seconds per token as ``a + b * depth``: attention looks at all tokens before, so it grows with depth.
+    """Seconds per token as ``a + b * depth``: attention reads all tokens before, so the time grows with depth.
 
-    One rate for all depths is wrong up to 7 times (4,700 tokens/s at a depth of 1,200, 640 over the first
-    12,000). A stretch ``[start, end)`` then takes ``a + b * (start + end) / 2`` for each of its tokens: a
-    line, fitted by least squares of the relative error. The latest samples of each doubling of depth are
-    kept: many short follow-ups do not push out the one deep prefill that says what depth costs.
+    One rate for all depths is wrong up to 7 times (4,700 tokens/s at a depth of 1,200, 640 over the first 12,000). A
+    range ``[start, end)`` takes ``a + b * (start + end) / 2`` for each of its tokens. The line is fitted by least
+    squares of the relative error. The latest samples of each doubling of depth are kept, so many short follow-ups do
+    not displace the one deep prefill that shows the effect of depth.
     """
 
     PRIOR_S = 1 / 1000  # per token, before the first sample
@@ -52,11 +51,11 @@ class PrefillRate:
 
     @property
     def known(self) -> bool:
-        """Whether there was a sample yet."""
+        """Whether there is a sample yet."""
         return bool(self._samples)
 
     def observe(self, start: int, end: int, seconds: float) -> None:
-        """Tokens ``[start, end)`` were computed in one stretch in ``seconds``.
+        """Record that tokens ``[start, end)`` were computed without a pause in ``seconds``.
 
         Too few tokens, or no time at all (a buffered event), are ignored.
         """
@@ -70,21 +69,21 @@ class PrefillRate:
         self._fitted = None
 
     def seconds(self, start: int, end: int) -> float:
-        """What tokens ``[start, end)`` will take: the rate summed up over their depths. 0 for none."""
+        """Seconds for tokens ``[start, end)``: the rate summed over their depths. 0 for an empty range."""
         if end <= start:
             return 0.0
         a, b = self._fit()
         return a * (end - start) + b * (end - start) * (start + end) / 2
 
     def per_token_s(self, depth: int) -> float:
-        """What one token takes behind ``depth`` others."""
+        """Seconds for one token at ``depth``."""
         a, b = self._fit()
         return a + b * depth
 
     def reached(self, start: int, seconds: float) -> int:
-        """How far tokens from ``start`` on are computed after ``seconds``: the inverse of ``seconds``."""
+        """The token that a prefill from ``start`` on reaches after ``seconds``: the inverse of ``seconds``."""
         a, b = self._fit()
-        if b * seconds < 1e-9 * a * a:  # no slope to speak of: its square root would be noise
+        if b * seconds < 1e-9 * a * a:  # a negligible slope: its square root would be noise
             return start + int(seconds / a)
         depth = math.sqrt((a + b * start) ** 2 + 2 * b * seconds) - a
         return int(depth / b)
@@ -101,9 +100,9 @@ class PrefillRate:
             usual = median_low(sample.per_token_s for sample in samples)
             for sample in samples:
                 x, y = sample.depth, sample.per_token_s
-                # Across one doubling of depth the true rate differs by two at most, so twice off the median
-                # is a stall. Left out and not clipped: one in ten clipped at twice would still be 10 % too
-                # slow.
+                # Across one doubling of depth the true rate differs by two at most, so more than twice the median is
+                # a stall. Such samples are dropped, not clipped: one in ten clipped at twice would still make the
+                # estimate 10 % too slow.
                 if not usual / 2 <= y <= usual * 2:
                     continue
                 fresh = max(0.99 ** (self._n_observed - sample.serial), 0.1)
@@ -115,23 +114,23 @@ class PrefillRate:
                 y1 += weight * x * y
         spread = w0 * w2 - w1 * w1
         if len(self._samples) == 1 or spread <= 1e-9 * w0 * w2:
-            return y0 / w0, 0.0  # all at about one depth: noise would be taken for a slope
+            return y0 / w0, 0.0  # all at about one depth: noise would look like a slope
         a, b = (w2 * y0 - w1 * y1) / spread, (w0 * y1 - w1 * y0) / spread
         if b < 0:
             return y0 / w0, 0.0
         return (a, b) if a >= 0 else (0.0, y1 / w2)
 
     def to_json(self) -> dict[str, Any]:
-        """The samples that are kept, oldest first."""
+        """The samples, oldest first."""
         kept = sorted((s for samples in self._samples.values() for s in samples), key=lambda s: s.serial)
         return {"stretches": [[s.start, s.end, s.seconds, s.serial] for s in kept]}
 
     @classmethod
     def from_json(cls, data: object) -> PrefillRate:
-        """What ``to_json`` gave, learned again; anything else in ``data`` is ignored."""
+        """Read the result of ``to_json``; invalid parts of ``data`` are ignored."""
         rate = cls()
         for row in rows(data, "stretches", 4):
-            rate._n_observed = max(int(row[3]) - 1, rate._n_observed)  # keeps how old they are
+            rate._n_observed = max(int(row[3]) - 1, rate._n_observed)  # preserves the age of the samples
             rate.observe(int(row[0]), int(row[1]), float(row[2]))
         return rate
 
@@ -155,9 +154,9 @@ class _Stretch:
 class TransferRate:
     """Save or restore: seconds = latency + bytes / rate.
 
-    A sample moves both by its ratio to the estimate, each as far as it makes up the estimate: a file of 2 GB
-    says nothing about the latency, a file of 100 kB nothing about the disk. Ratios are averaged as logarithms
-    and clipped: a save that waited for others' batch (0.3 to 0.8 s where 5 ms are usual) counts as three
+    A sample changes both by its ratio to the estimate, each in proportion to its part of the estimate: a file of 2 GB
+    says nothing about the latency, a file of 100 kB nothing about the disk. Ratios are averaged as logarithms and
+    clipped: a save that waited for a batch of other requests (0.3 to 0.8 s where 5 ms are usual) counts as three
     times too slow.
     """
 
@@ -174,20 +173,20 @@ class TransferRate:
         return f"<TransferRate {self.latency_s * 1000:.1f} ms + {self.bytes_per_s / 1e6:.0f} MB/s>"
 
     def observe(self, size_bytes: int, seconds: float) -> None:
-        """``size_bytes`` were written or read in ``seconds``. Nothing written or no time is ignored."""
+        """Record that ``size_bytes`` were written or read in ``seconds``. 0 bytes or 0 seconds are ignored."""
         if size_bytes <= 0 or not 1e-6 < seconds < math.inf:
             return
         self.n_samples += 1
         gain = max(self.GAIN, 1 / (self.n_samples + 1))
-        clip = max(self.CLIP, math.log(100) / self.n_samples)  # the prior may be far off
+        clip = max(self.CLIP, math.log(100) / self.n_samples)  # the prior may be far from the truth
         expected = self.seconds(size_bytes)
         off = min(max(math.log(seconds / expected), -clip), clip)
-        moved = size_bytes / self.bytes_per_s / expected  # the part of the time that is not latency
+        moved = size_bytes / self.bytes_per_s / expected  # the share of the time that is not latency
         self.bytes_per_s = within(self.bytes_per_s * math.exp(-gain * moved * off), self.SPEEDS)
         self.latency_s = within(self.latency_s * math.exp(gain * (1 - moved) * off), self.LATENCIES)
 
     def seconds(self, size_bytes: int) -> float:
-        """What ``size_bytes`` will take; the latency alone for none."""
+        """Seconds for ``size_bytes``; the latency alone for 0."""
         return self.latency_s + max(size_bytes, 0) / self.bytes_per_s
 
     def to_json(self) -> dict[str, Any]:
@@ -195,7 +194,7 @@ class TransferRate:
 
     @classmethod
     def from_json(cls, data: object) -> TransferRate:
-        """What ``to_json`` gave; the prior if ``data`` is anything else."""
+        """Read the result of ``to_json``; the prior if ``data`` is anything else."""
         rate = cls()
         values = positive(data, ("latency_s", "bytes_per_s", "n_samples"))
         if values is not None:
@@ -206,10 +205,10 @@ class TransferRate:
 
 
 class SnapshotSize:
-    """The size of a slot file: constant + bytes per token * tokens, from the files that are there.
+    """The size of a slot file: constant + bytes per token * tokens, learned from existing files.
 
-    A line by least squares, in whole numbers and fractions so that it goes exactly through points that lie on
-    one (a dense model's do), lifted until no known file is above it (others: checkpoints, attention windows).
+    A line by least squares, in integers and fractions, so it goes exactly through points that lie on a line (as for a
+    dense model), then raised until no known file is above it (others: checkpoints, attention windows).
     """
 
     KEPT = 32
@@ -226,7 +225,7 @@ class SnapshotSize:
         return f"<SnapshotSize {float(constant) / 1024:.1f} KiB + {float(per_token):.0f} B/tok>"
 
     def observe(self, n_tokens: int, size_bytes: int) -> None:
-        """A file of ``n_tokens`` tokens has ``size_bytes``. Empty ones are ignored."""
+        """Record that a file of ``n_tokens`` tokens has ``size_bytes``. Empty files are ignored."""
         if n_tokens <= 0 or size_bytes <= 0:
             return
         if (n_tokens, size_bytes) in self._points:
@@ -235,10 +234,9 @@ class SnapshotSize:
         self._line = self._in_whole = None
 
     def bytes(self, n_tokens: int) -> int | None:
-        """What a file of ``n_tokens`` will have at most; None before the first file is known.
+        """The size of a file of ``n_tokens``, as an upper bound; None before the first file is known.
 
-        From files of one length only: in proportion to it, and 5 % more, for what of it is constant is
-        unknown.
+        If all known files have one length: in proportion to it, plus 5 %, because the constant part is unknown.
         """
         if not self._points:
             return None
@@ -251,8 +249,9 @@ class SnapshotSize:
         return self._line
 
     def _whole(self) -> tuple[int, int, int]:
-        """The line in whole numbers: constant and bytes per token, and what both are to be divided by. Fractions took
-        10 us for each size, and a placement asks for that of every slot."""
+        """The line in integers: constant, bytes per token, and the denominator of both. With fractions each size took 10
+        us, and a placement needs one for every slot.
+        """
         if self._in_whole is None:
             constant, per_token = self._fit()
             denominator = math.lcm(constant.denominator, per_token.denominator)
@@ -278,7 +277,7 @@ class SnapshotSize:
 
     @classmethod
     def from_json(cls, data: object) -> SnapshotSize:
-        """What ``to_json`` gave, learned again; anything else in ``data`` is ignored."""
+        """Read the result of ``to_json``; invalid parts of ``data`` are ignored."""
         size = cls()
         for row in rows(data, "files", 2):
             size.observe(int(row[0]), int(row[1]))
@@ -286,7 +285,7 @@ class SnapshotSize:
 
 
 class Delay:
-    """What something costs each time, in seconds, whatever its size."""
+    """The seconds that an operation takes each time, whatever its size."""
 
     GAIN = 0.2
     LIMITS = 1e-4, 10.0
@@ -298,7 +297,7 @@ class Delay:
         return f"<{type(self).__name__} {self.seconds * 1000:.0f} ms>"
 
     def observe(self, seconds: float) -> None:
-        """It has taken ``seconds``. What took ten times as long as usual counts as three times."""
+        """Record one sample. A sample ten times the estimate counts as three times."""
         if 0 <= seconds < math.inf:
             clipped = min(max(seconds, self.seconds / 3), self.seconds * 3)
             self.seconds = within(self.seconds + self.GAIN * (clipped - self.seconds), self.LIMITS)
@@ -307,30 +306,33 @@ class Delay:
         return {"seconds": self.seconds}
 
     def take_over(self, data: object) -> None:
-        """What ``to_json`` gave; anything else changes nothing."""
+        """Read the result of ``to_json``; anything else changes nothing."""
         values = positive(data, ("seconds",))
         if values is not None:
             self.seconds = within(values[0], self.LIMITS)
 
 
 class Interruption(Delay):
-    """What it costs to stop a prefill and go on with it later: the batch that has to end before the slot is idle, or
-    between two stretches the request that is sent again with all its tokens."""
+    """The seconds lost by stopping a prefill and resuming it later: the batch that must end before the slot is idle,
+    or, between two chunks, the request sent again with all its tokens.
+    """
 
     def __init__(self, seconds: float = 0.1) -> None:
         super().__init__(seconds)
 
 
 class SaveDelay(Delay):
-    """What a request whose slot is saved first waits beside the save itself: the batch that is running for others, the
-    questions to llama-server, the files. Beside three answers of a small model 20 ms, where the save took 3."""
+    """The seconds that a request waits for a save of its slot, apart from the save itself: the batch running for
+    other requests, the calls of llama-server, the files. Measured beside three answers of a small model: 20 ms, where
+    the save took 3.
+    """
 
     def __init__(self, seconds: float = 0.005) -> None:
         super().__init__(seconds)
 
 
 class Overhead(Delay):
-    """What one request more costs an idle llama-server, beside what it computes, in seconds."""
+    """The seconds that one more request costs an idle llama-server, apart from its computation."""
 
     def __init__(self, seconds: float = 0.01) -> None:
         super().__init__(seconds)
@@ -338,7 +340,7 @@ class Overhead(Delay):
 
 @dataclass(slots=True)
 class Rates:
-    """All that is learned of one backend with one model."""
+    """All rates learned of one backend with one model."""
 
     prefill: PrefillRate = field(default_factory=PrefillRate)
     save: TransferRate = field(default_factory=TransferRate)
@@ -349,10 +351,10 @@ class Rates:
     interruption: Interruption = field(default_factory=Interruption)
     save_delay: SaveDelay = field(default_factory=SaveDelay)
     request: Overhead = field(default_factory=Overhead)
-    model: str = ""  # the fingerprint of the model that taught all this
+    model: str = ""  # fingerprint of the model that the rates belong to
 
     def forget(self) -> None:
-        """Start again from the priors, in place: everybody who holds these rates forgets with them."""
+        """Reset to the priors, in place: all references to this object see it."""
         self.take_over(Rates())
 
     def take_over(self, other: Rates) -> None:
@@ -360,7 +362,9 @@ class Rates:
             setattr(self, part.name, getattr(other, part.name))
 
     def about(self) -> tuple[int, ...]:
-        """Speeds and sizes in steps of 3 %: while that stays the same, what was worked out with them is near enough."""
+        """Speeds and sizes in steps of 3 %: while these are equal, results computed from them are still accurate
+        enough.
+        """
         a, b = self.prefill.per_token_s(0), self.prefill.per_token_s(_DEEP)
         known = (
             a,
@@ -373,7 +377,9 @@ class Rates:
         )
 
     def size_bytes(self, n_tokens: int) -> int:
-        """The expected size of a snapshot of ``n_tokens``; before the first file that of a model of about 8B."""
+        """The expected size in bytes of a snapshot of ``n_tokens``; before the first file that of a model of about
+        8B.
+        """
         known = self.size.bytes(n_tokens)
         return known if known is not None else n_tokens * _GUESSED_BYTES_PER_TOKEN
 
@@ -399,7 +405,7 @@ class Rates:
 
     @classmethod
     def from_json(cls, data: object) -> Rates:
-        """What ``to_json`` gave. What is missing or spoilt starts from its prior, and is soon learned again."""
+        """Read the result of ``to_json``. A missing or invalid part starts from its prior."""
         parts = data if isinstance(data, Mapping) else {}
         rates = cls(
             prefill=PrefillRate.from_json(parts.get("prefill")),

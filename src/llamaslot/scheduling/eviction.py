@@ -1,8 +1,9 @@
-"""What a snapshot is worth: the seconds it saves, times how often it is likely to be asked for, per byte.
+"""The value of a snapshot: the seconds it saves, times its expected hit rate, per byte. The lowest value is evicted
+first.
 
-Pure: times come in as arguments, in seconds of any one clock. How likely something comes back is learned from what did,
-by what it is (``Habit``) and by how long ago it was used, as in LHD (Beckmann, Chen, Cidon: "LHD: improving cache hit
-rate by maximizing hit density", NSDI 2018).
+Pure: times come in as arguments, in seconds of any one clock. The hit rate is learned by kind of snapshot (``Habit``)
+and by age since the last use, as in LHD (Beckmann, Chen, Cidon: "LHD: improving cache hit rate by maximizing hit
+density", NSDI 2018).
 """
 
 from __future__ import annotations
@@ -20,21 +21,22 @@ N_BUCKETS = 52  # of ages: the last begins after half a year
 N_LENGTHS = 26  # of contexts: the last begins at 370,000 tokens
 _EDGES = [2.0 ** (b / 2) - 1.0 for b in range(N_BUCKETS + 1)]
 _WIDTHS = [end - start for start, end in pairwise(_EDGES)]
-_LEAST_S = 1e-6  # what a token saves at least: what saves nothing still goes in some order
+_LEAST_S = 1e-6  # minimum saved by a token, so that snapshots that save nothing are ordered too
 
 
 class Habit(enum.StrEnum):
-    """Snapshots that come back alike. New ones may be added: what was learned of the others stays valid."""
+    """Classes of snapshots with a similar hit rate. Classes may be added: what was learned of the others stays valid.
+    """
 
-    FRESH = "fresh"  # a conversation that nobody has come back to yet
-    RETURNING = "returning"  # one that somebody has
-    BRANCHED = "branched"  # left behind: its conversation goes on from an earlier point
-    TRUNK = "trunk"  # what several conversations begin with
+    FRESH = "fresh"  # a conversation without a hit so far
+    RETURNING = "returning"  # a conversation with at least one hit
+    BRANCHED = "branched"  # abandoned: its conversation went on from an earlier point
+    TRUNK = "trunk"  # the common beginning of several conversations
 
 
 @dataclass(slots=True)
 class Standing:
-    """What is known of one snapshot apart from its tokens. ``counted_until``: its time up to here was learned from."""
+    """Usage of one snapshot. ``counted_until``: its lifetime up to here has been learned from."""
 
     id: str
     n_tokens: int
@@ -55,20 +57,22 @@ class Standing:
 
 
 def bucket_of(age_s: float) -> int:
-    """Two for each doubling: ages 0 to 0.4 s are bucket 0, to 1 s bucket 1, to 1.8 s bucket 2, to 3 s bucket 3."""
+    """The bucket of an age, two for each doubling: 0 to 0.4 s is bucket 0, to 1 s bucket 1, to 1.8 s bucket 2, to 3 s
+    bucket 3.
+    """
     return min(int(2.0 * math.log2(max(age_s, 0.0) + 1.0)), N_BUCKETS - 1)
 
 
 def length_of(n_tokens: int) -> int:
-    """Two buckets for each doubling as well, from 64 tokens on."""
+    """The bucket of a length in tokens: two for each doubling, from 64 tokens on."""
     return min(int(2.0 * math.log2(max(n_tokens, 64) / 64)), N_LENGTHS - 1)
 
 
 @dataclass(slots=True)
 class _Tally:
-    """Of one habit, by bucket: how often something came back at that age, and for how long it could have.
+    """Of one class, by bucket of age: the number of hits, and the seconds during which hits were possible.
 
-    Those seconds are of contexts of a usual length: one that comes back half as often as those has half the time.
+    The seconds are scaled to contexts of usual length: a length that is hit half as often counts half the time.
     """
 
     hits: list[float] = field(default_factory=lambda: [0.0] * N_BUCKETS)
@@ -83,13 +87,13 @@ class _Tally:
 
 @dataclass(slots=True)
 class _Lengths:
-    """By length of the context: how often it came back, and how often it would have if length did not matter."""
+    """By bucket of length: the number of hits, and the number that would be expected if length did not matter."""
 
     hits: list[float] = field(default_factory=lambda: [0.0] * N_LENGTHS)
     expected: list[float] = field(default_factory=lambda: [0.0] * N_LENGTHS)
 
     def factors(self, few: float) -> list[float]:
-        """How much more often than all together each came back."""
+        """For each length, its hit rate relative to the mean."""
         usual = (sum(self.hits) + few) / (sum(self.expected) + few)
         return [(n + few) / (m * usual + few) for n, m in zip(self.hits, self.expected, strict=True)]
 
@@ -99,19 +103,19 @@ class _Lengths:
 
 
 class Returns:
-    """How often snapshots come back, in hits per second: by habit and by age since their last use, times a factor for
-    the length of the context (a single question, or a conversation that is about to reach its end, seldom does).
+    """The hit rate of snapshots in hits per second, by class and age since the last use, times a factor for the
+    length of the context (a single question, or a conversation near its end, is seldom hit).
 
-    Little data does not mislead: the rate of a bucket starts from the shape of ``PRIORS``, scaled to what was seen of
-    all habits, then to what was seen of this one, and each level weighs as much as a few hits. Old data fades: what
-    was seen before the last ``MEMORY`` to twice as many events of a habit counts half, and so on.
+    Robust with little data: the rate of a bucket starts from the shape of ``PRIORS``, scaled to all hits seen, then
+    to the hits of this class; each level weighs as much as a few hits. Old data fades: the events of a class before
+    its last ``MEMORY`` to twice as many count half, and so on.
     """
 
     MEMORY = 3_000
-    _FEW = 2.0  # hits that a guess is worth
-    _OFTEN = 16  # events after which what was derived is derived again
+    _FEW = 2.0  # hits; the weight of a prior
+    _OFTEN = 16  # events after which the derived rates are computed again
 
-    #: Hits per second at age t are ``p / (t + s)``: (p, s). Most who come back do within minutes.
+    #: Hits per second at age t are ``p / (t + s)``: (p, s). Most hits come within minutes.
     PRIORS: Mapping[Habit, tuple[float, float]] = {
         Habit.FRESH: (0.5, 60.0),
         Habit.RETURNING: (0.8, 60.0),
@@ -133,17 +137,17 @@ class Returns:
     # -- learning ------------------------------------------------------------------------------------------------
 
     def hit(self, habit: Habit, age_s: float, n_tokens: int) -> None:
-        """A snapshot was asked for, this long after its last use."""
+        """Record a hit, ``age_s`` after the last use."""
         self._tallies[habit].hits[bucket_of(age_s)] += 1.0
         self._lengths.hits[length_of(n_tokens)] += 1.0
         self._event(habit)
 
     def gone(self, habit: Habit) -> None:
-        """One will not come back any more: evicted, superseded, lost."""
+        """Record that a snapshot can no longer be hit: evicted, superseded, lost."""
         self._event(habit)
 
     def waited(self, habit: Habit, from_s: float, to_s: float, n_tokens: int) -> None:
-        """One could have been asked for between these ages, and was not before their end."""
+        """Record that a snapshot had no hit between these ages."""
         start, end = max(from_s, 0.0), to_s
         if not start < end < math.inf:
             return
@@ -173,14 +177,14 @@ class Returns:
     # -- what follows --------------------------------------------------------------------------------------------
 
     def rate(self, habit: Habit, age_s: float) -> float:
-        """Hits per second at this age, of contexts of any length."""
+        """Hits per second at this age, for contexts of any length."""
         return self._now()[habit].rates[bucket_of(age_s)]
 
     def density(self, habit: Habit, age_s: float, n_tokens: int) -> float:
-        """Hits per second of keeping something of this age, for as long as that is best.
+        """Expected hits per second if something of this age is kept for the best possible time.
 
-        Not the rate at this age: after a coffee break few come back at once, but many within the hour, and for those it
-        is worth waiting (the Gittins index of the rates). It is never below the rate.
+        This is more than the rate at this age where a later rate is higher: after a coffee break few users return at
+        once, but many within the hour (the Gittins index of the rates). It is never below the rate.
         """
         densities = self._now()[habit].densities
         x = 2.0 * math.log2(max(age_s, 0.0) + 1.0)
@@ -189,7 +193,7 @@ class Returns:
         return (densities[at] + part * (densities[at + 1] - densities[at])) * self.factor(n_tokens)
 
     def factor(self, n_tokens: int) -> float:
-        """How much more often than others contexts of this length come back."""
+        """The hit rate of contexts of this length relative to the mean."""
         return self._factors[length_of(n_tokens)]
 
     def _now(self) -> dict[Habit, _Derived]:
@@ -202,7 +206,7 @@ class Returns:
     def _derive(self) -> None:
         n_hits = sum(sum(tally.hits) for tally in self._tallies.values())
         n_expected = sum(self._n_expected(habit) for habit in Habit)
-        # How much more often than priors say all come back.
+        # The rate of all hits relative to the priors.
         scale = (n_hits + self._FEW) / (n_expected + self._FEW)
         self._derived = {habit: _Derived(self._rates(habit, scale)) for habit in Habit}
         self._factors = self._lengths.factors(self._FEW)
@@ -233,7 +237,7 @@ class Returns:
 
     @classmethod
     def from_json(cls, data: object) -> Returns:
-        """What ``to_json`` gave. A part that is missing or spoilt starts from its prior."""
+        """Read the result of ``to_json``. A missing or invalid part starts from its prior."""
         returns = cls()
         for habit, tally in returns._tallies.items():
             kept = _part(_part(data, "habits"), habit.value)
@@ -250,7 +254,7 @@ class Returns:
 
 
 class _Derived:
-    """Of one habit, by bucket. ``densities`` are as seen from the beginning of each, and of what follows the last."""
+    """Of one class, by bucket. ``densities``: seen from the beginning of each bucket, and one more after the last."""
 
     __slots__ = ("densities", "rates")
 
@@ -264,7 +268,7 @@ def _part(data: object, key: str) -> Mapping[str, Any]:
 
 
 def _prior_rates(p: float, s: float) -> list[float]:
-    """The mean rate over each bucket: hits that are expected in it, per second."""
+    """The mean rate over each bucket: expected hits per second."""
     return [p * math.log((_EDGES[b + 1] + s) / (_EDGES[b] + s)) / _WIDTHS[b] for b in range(N_BUCKETS)]
 
 
@@ -272,17 +276,17 @@ _PRIOR_RATES = {habit: _prior_rates(p, s) for habit, (p, s) in Returns.PRIORS.it
 
 
 def _best_densities(rates: list[float]) -> list[float]:
-    """For each bucket, as seen from its beginning: the most hits per second over any number of buckets from there on.
+    """For each bucket: the maximum of hits per second over any number of buckets from its beginning on.
 
-    A hit ends the waiting: after it the snapshot is a new one.
+    A hit ends the count: after it the snapshot has a new age.
     """
     best: list[float] = []
-    # Stretches of falling density: hits, seconds, what is left after it.
+    # Ranges of falling density: hits, seconds, the share that remains after it.
     ahead: list[tuple[float, float, float]] = []
     for rate, width in zip(reversed(rates), reversed(_WIDTHS), strict=True):
         hits = -math.expm1(-rate * width)
         seconds, left = hits / rate, 1.0 - hits
-        while ahead and ahead[-1][0] * seconds > hits * ahead[-1][1]:  # going on as far as that is better
+        while ahead and ahead[-1][0] * seconds > hits * ahead[-1][1]:  # extend the range while that is better
             more_hits, more_seconds, more_left = ahead.pop()
             hits, seconds, left = hits + left * more_hits, seconds + left * more_seconds, left * more_left
         ahead.append((hits, seconds, left))
@@ -302,33 +306,34 @@ def _are_counts(values: Any, n: int = N_BUCKETS) -> TypeGuard[list[float]]:
 
 
 class Order(Protocol):
-    """Which snapshot goes first when room is needed, and what it learns from what happens to them."""
+    """The order of eviction, and what it learns from hits and evictions."""
 
     def rank(self, standing: Standing, now: float) -> float:
-        """The smallest goes first."""
+        """The snapshot with the smallest rank is evicted first."""
 
     def worth(self, standing: Standing, now: float, saves_s: float | None = None) -> float:
-        """What keeping it gives, to be compared with the sum of others'. ``saves_s`` is given for one that is not there
-        yet."""
+        """The value of a snapshot, comparable with sums of other values. Pass ``saves_s`` (seconds saved by each hit)
+        for a snapshot that does not exist yet.
+        """
 
     def hit(self, standing: Standing, now: float) -> None:
-        """It is asked for; ``standing`` is as before."""
+        """Record a hit; ``standing`` is the state before it."""
 
     def passed(self, standing: Standing, now: float) -> None:
-        """Time has passed since ``counted_until``, and nothing has happened to it."""
+        """Record that the snapshot had no hit since ``counted_until``."""
 
     def gone(self, standing: Standing, now: float) -> None:
-        """It will not come back."""
+        """Record that it can no longer be hit."""
 
 
 class ByUse:
-    """Least recently used goes first: what others do, to compare with. Nothing is learned."""
+    """Least recently used first: the usual policy, for comparison. Learns nothing."""
 
     def rank(self, standing: Standing, now: float) -> float:
         return standing.last_used
 
     def worth(self, standing: Standing, now: float, saves_s: float | None = None) -> float:
-        return math.inf if saves_s is not None else 0.0  # whatever is new is kept
+        return math.inf if saves_s is not None else 0.0  # a new snapshot is always kept
 
     def hit(self, standing: Standing, now: float) -> None: ...
 
@@ -338,10 +343,10 @@ class ByUse:
 
 
 class ByValue:
-    """What is worth least for each byte goes first.
+    """The smallest value per byte first.
 
-    ``saves_s`` says how many seconds a snapshot saves when it is asked for, against what would have to be done without
-    it; whoever knows speeds and what other snapshots hold sets it.
+    ``saves_s``: the seconds that a snapshot saves at each hit, compared with the best alternative. The caller sets
+    it, because it knows speeds and the other snapshots.
     """
 
     def __init__(self, returns: Returns | None = None) -> None:

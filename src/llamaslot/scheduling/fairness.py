@@ -1,10 +1,10 @@
-"""Whose turn it is when slots are short: deficit round robin over users, in estimated seconds of a slot.
+"""Which user is served next when slots are short: deficit round robin over users, in estimated seconds of a slot.
 
-What a slot is given away for is owed in equal parts to all who are here: that is their *deficit*, what they have
-received less than their share. Next is the user with the largest one; among equals, who was served longest ago. So a
-user with twenty requests gets a slot as often as one with a single question, and one with long prompts less often than
-one with short ones. Who does not wait is owed one request's time at most: whoever works while others read does not
-wait for hours of theirs afterwards.
+When a slot is granted, its time is owed in equal parts to all users that are present. A user's *deficit* is what it
+has received less than its share. The user with the largest deficit is next; among equals, the one served longest ago.
+So a user with twenty requests gets a slot as often as one with a single question, and one with long prompts less
+often than one with short ones. A user that does not wait is owed one request's time at most, so it cannot claim hours
+after a pause.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 _AT_ONCE_S = 1e-3
-# Of a deficit, and of what is owed: an estimate may be far off, and nobody pays for that for ever.
+# The limit of a deficit, and of what is owed: an estimate may be wrong, and its effect must end.
 _LIMIT_S = 300.0
-_HARDLY_ANYBODY = 0.02  # of one user: no slot is kept for so little
+_HARDLY_ANYBODY = 0.02  # expected number of returning users; below it no slot is held free
 
 
 @dataclass(frozen=True, slots=True)
 class Fairness:
     """The settings; see ``queue`` in the configuration. ``None`` is no limit.
 
-    ``max_running``, ``max_waiting``: of one user, unless the key says otherwise. ``max_passed_s``: for how long side
-    requests may pass somebody who has come before them. ``spare_s``: how long after its last request a user is expected
-    back, so that others leave a slot alone.
+    ``max_running``, ``max_waiting``: per user, unless its key sets others. ``max_passed_s``: for how long side
+    requests may overtake a request that came before them. ``spare_s``: how long after its last request a user is
+    expected back, so that other users leave a slot free.
     """
 
     max_running: int | None = None
@@ -38,9 +38,10 @@ class Fairness:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request that waits. ``cost_s``: how long it will have a slot, as far as can be told. ``is_side``: it needs next
-    to nothing (a title, a summary). ``passed_s``: for how long side requests that came later have passed it;
-    ``passed_by``: of that, by those of each user."""
+    """A waiting request. ``cost_s``: estimated seconds in a slot. ``is_side``: it needs very little (a title, a
+    summary). ``passed_s``: for how long later side requests have overtaken it; ``passed_by``: the same for each user
+    of such requests.
+    """
 
     user: str
     cost_s: float
@@ -51,7 +52,8 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Booked:
-    """What a slot that ``user`` has got has changed of each one's deficit. ``waiting``, ``idle``: who was here."""
+    """The changes of deficits made by a slot granted to ``user``. ``waiting``, ``idle``: the users that were present.
+    """
 
     user: str
     waiting: frozenset[str]
@@ -61,7 +63,7 @@ class Booked:
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """What a user has got ``n_slots`` for since ``at``."""
+    """The time of a user's ``n_slots`` since ``at``."""
 
     booked: Booked
     n_slots: int
@@ -69,24 +71,24 @@ class Charge:
 
 
 class Shares:
-    """What each user has received less than its share, in seconds of a slot: nothing, for one that is not known."""
+    """For each user, what it has received less than its share, in seconds of a slot; 0 for an unknown user."""
 
     def __init__(self) -> None:
         self._deficits: dict[str, float] = {}
-        self._served: dict[str, int] = {}  # the serial number of the last slot that it got
+        self._served: dict[str, int] = {}  # serial number of its last slot
         self._n_served = 0
 
     def deficit_s(self, user: str) -> float:
         return self._deficits.get(user, 0.0)
 
     def order(self, asks: Sequence[Ask], max_passed_s: float) -> list[int]:
-        """Positions in ``asks`` (first come first) in the order in which they are next."""
+        """Indices of ``asks`` (oldest first) in the order in which they are served."""
         is_one = len({ask.user for ask in asks}) <= 1
         fair = list(range(len(asks))) if is_one else self._fair(asks)
         return _sides_first(asks, fair, max_passed_s)
 
     def _fair(self, asks: Sequence[Ask]) -> list[int]:
-        """As if each got its slot in turn."""
+        """The order if each request got its slot in turn, without priority for side requests."""
         queues: dict[str, deque[int]] = {}
         for i, ask in enumerate(asks):
             queues.setdefault(ask.user, deque()).append(i)
@@ -108,15 +110,15 @@ class Shares:
         return order
 
     def granted(self, user: str, cost_s: float, waiting: Collection[str], idle: Collection[str]) -> Booked:
-        """``user`` has got a slot for about ``cost_s``, of which all who are here have a part: ``waiting`` for a slot,
-        or ``idle``, with one or none."""
+        """Book a slot of about ``cost_s`` for ``user``. The time is owed to all users that are present: those
+        ``waiting`` for a slot, and those ``idle`` with one slot or none.
+        """
         self._n_served += 1
         self._served[user] = self._n_served
         return self._book(user, cost_s, frozenset(waiting), frozenset(idle))
 
     def took(self, booked: Booked, seconds: float) -> None:
-        """It had it for so long. What was booked for the estimate is taken back; those who are still known get their
-        part of the truth."""
+        """Replace the estimate in ``booked`` by the actual ``seconds``, for the users that are still known."""
         known = self._deficits.keys()
         for other, change_s in booked.changes_s.items():
             if other in known:
@@ -135,8 +137,9 @@ class Shares:
         return Booked(user, waiting, idle, changes_s)
 
     def keep(self, present: Collection[str], remembered: Collection[str]) -> None:
-        """Only who is ``present`` (waits, or has a slot) is owed anything; what others have had too much is remembered
-        of ``remembered`` alone."""
+        """Forget users that are not ``present`` (waiting, or with a slot). Of the others only a negative deficit is
+        remembered, if they are in ``remembered``.
+        """
         for user in [user for user in self._deficits if user not in present]:
             if user in remembered and self._deficits[user] < 0:
                 continue
@@ -145,10 +148,11 @@ class Shares:
 
 
 def _sides_first(asks: Sequence[Ask], order: Sequence[int], max_passed_s: float) -> list[int]:
-    """Side requests go ahead of all that have not been passed for long enough, by those of one user for its equal part
-    of that."""
+    """Move side requests ahead of requests that have not been overtaken for too long. The side requests of one user
+    may use an equal part of that time.
+    """
     result: list[int] = []
-    fronts = {ask.user: 0 for ask in asks if ask.is_side}  # for each user what is before it stays there
+    fronts = {ask.user: 0 for ask in asks if ask.is_side}  # per user: the requests before this index keep their place
     each_s = max_passed_s / max(len({ask.user for ask in asks}), 1)
     for i in order:
         ask = asks[i]
@@ -169,12 +173,12 @@ def _sides_first(asks: Sequence[Ask], order: Sequence[int], max_passed_s: float)
 def may_take_another(
     n_held: int, n_slots: int, n_idle: int, n_users: int, pauses_s: Sequence[float], cost_s: float
 ) -> bool:
-    """Whether a user that holds ``n_held`` of ``n_slots`` may have one of the ``n_idle`` ones for about ``cost_s``.
+    """Whether a user with ``n_held`` of ``n_slots`` may take one of the ``n_idle`` slots for about ``cost_s``.
 
-    ``n_users`` were here lately. Those of them who hold none and wait for none may come back at any moment, and would
-    have to wait for somebody's whole answer: ``pauses_s`` is how long each of them stays away as a rule. So who has
-    more than an equal share leaves as many slots alone as are likely to be asked for meanwhile, and one unless it is
-    through with it so soon (a title) that hardly anybody can be back before.
+    ``n_users`` were present lately. Those without a slot and without a waiting request may return at any moment, and
+    would have to wait for a whole answer; ``pauses_s`` has the usual pause of each. So a user with more than an equal
+    share leaves as many slots free as are likely to be needed in ``cost_s``. It leaves at least one, unless its
+    request is so short (a title) that a return before its end is unlikely.
     """
     if n_held == 0 or not pauses_s or (n_held + 1) * n_users <= n_slots:
         return True
@@ -183,16 +187,18 @@ def may_take_another(
 
 
 def returns(pauses_s: Iterable[float], seconds: float) -> float:
-    """How many of those who have just gone, and stay away for ``pauses_s`` on average, are back after ``seconds``: as
-    if each came back at any moment with equal chances."""
+    """The expected number of users that return within ``seconds``, if each has just left and its mean pause is in
+    ``pauses_s`` (a constant probability per second).
+    """
     return sum(-math.expm1(-seconds / pause_s) for pause_s in pauses_s)
 
 
 class Pauses:
-    """How long each user stays away between an answer and the next request, as a rule: a mean of logarithms, for most
-    pauses of an agent are short and some are of its user, who reads."""
+    """The usual pause of each user between an answer and its next request: a mean of logarithms, because most pauses
+    of an agent are short and some are those of a human reader.
+    """
 
-    UNKNOWN_S = 60.0  # one who was here once may as well not come back for long
+    UNKNOWN_S = 60.0  # a user seen once may stay away for long
     _GAIN = 0.3
 
     def __init__(self) -> None:

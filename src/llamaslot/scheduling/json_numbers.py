@@ -1,4 +1,4 @@
-"""Reads back what was learned and kept as JSON: what is spoilt is passed over."""
+"""Reads learned numbers back from JSON; invalid ones are skipped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _is_number(value: Any) -> bool:
 
 
 def rows(data: object, key: str, width: int) -> Iterable[list[Any]]:
-    """The rows of ``width`` finite numbers in the list ``data[key]``."""
+    """The rows in the list ``data[key]`` that consist of ``width`` finite numbers."""
     rows = data.get(key) if isinstance(data, Mapping) else None
     for row in rows if isinstance(rows, list) else []:
         if isinstance(row, list) and len(row) == width and all(map(_is_number, row)):
@@ -23,14 +23,14 @@ def rows(data: object, key: str, width: int) -> Iterable[list[Any]]:
 
 
 def positive(data: object, keys: tuple[str, ...]) -> list[float] | None:
-    """The values of ``keys`` if all of them are finite numbers above zero."""
+    """The values of ``keys`` if all are finite and above zero; else None."""
     values: list[Any] = [data.get(key) for key in keys] if isinstance(data, Mapping) else []
     numbers = [float(value) for value in values if _is_number(value) and value > 0]
     return numbers if len(numbers) == len(keys) else None
 
 
 def counts(data: object, key: str) -> list[int]:
-    """The whole numbers above zero in the list ``data[key]``."""
+    """The integers above zero in the list ``data[key]``."""
     values = data.get(key) if isinstance(data, Mapping) else None
     numbers = values if isinstance(values, list) else []
     return [int(value) for value in numbers if _is_number(value) and value >= 1]

@@ -1,6 +1,6 @@
-"""Where a job should run: the place that costs least, for this user and for everybody after.
+"""Where a job runs: the place with the smallest cost, for this user and for later requests of all users.
 
-Pure: views of the backends go in, a plan comes out. Every cost is in seconds, and costs are only ever compared.
+Pure: views of the backends go in, a plan comes out. Every cost is in seconds, and costs are only compared.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from llamaslot.scheduling.request import Job, Placement, User
 from llamaslot.scheduling.slots import SlotKey, State
 
 PrefillSeconds = Callable[[int, int], float]
-_FEW_TOKENS = 64  # a boundary so near to what is there already is not worth a step of its own
-_TIE_S = 0.001  # costs closer than this are equal: then the slot used longest ago
-# Of the time that a prompt takes to compute, what a request of its own may cost: a request that is alone pays that for
-# nothing, and one that is not saves others, or its next turn, much more.
+_FEW_TOKENS = 64  # a boundary this near to existing content gets no step of its own
+_TIE_S = 0.001  # smaller differences of cost are ties; then the least recently used slot is taken
+# The cost of an extra request, as a share of the prefill time, must be below this. An extra request is a loss if the
+# server is otherwise idle. It saves other requests, or the next turn, much more if it is not.
 _PRICE = 0.05
-# Whatever a request costs, nobody waits behind more than this of somebody else's prompt.
+# Whatever an extra request costs, no request waits behind more than this of another request's prompt.
 _LONG_AT_LAST_S = 1.0
-_FORGET_S = 1800.0  # after half an hour unused a context is half as likely to be asked for again
+_FORGET_S = 1800.0  # after half an hour without use the chance of a hit is halved
 
 
 @dataclass(frozen=True, slots=True)
 class SlotView:
-    """A slot as one job sees it.
+    """A slot as one job sees it. All token counts concern the job's prompt.
 
-    ``n_shared``: tokens in common; ``n_usable``: of those, what need not be computed; ``n_tokens``: what it holds (for
-    a leased slot: what it will hold). ``is_other``: another conversation, which only begins as several do.
-    ``is_foreign``: computed in a space that the job may not go on from, so the slot is emptied first. ``save_s``: what
-    saving it costs, 0 when that is not worth it or not needed. ``regret_s``: what its loss costs the one who comes back
-    for it. ``wait_s``: until it is idle.
+    ``n_shared``: common tokens; ``n_usable``: those that need not be computed; ``n_tokens``: all tokens in the slot
+    (for a leased slot: that it will hold). ``is_other``: another conversation with the same beginning.
+    ``is_foreign``: computed in a namespace that the job may not read, so the slot is erased first. ``save_s``:
+    seconds to save it, 0 if that is not worth it or not needed. ``regret_s``: seconds that its loss costs the user
+    that returns to it. ``wait_s``: until it is idle.
     """
 
     key: SlotKey
@@ -66,7 +66,7 @@ class SlotView:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotView:
-    """A snapshot as one job sees it. ``wait_s``: until it is committed, for one that is just being written."""
+    """A snapshot as one job sees it. ``wait_s``: until it is committed, if it is still being written."""
 
     id: str
     n_usable: int
@@ -77,12 +77,12 @@ class SnapshotView:
 @dataclass(frozen=True, slots=True)
 class BackendView:
     """One backend as one job sees it: its slots, the snapshots that it can restore, and what work costs there.
-    ``reserved``: slots that jobs before this one wait for, and for how many seconds those will have them.
 
-    ``trunks``: token counts of the job's prompt at which a trunk is worth making; ``is_rewindable``: the model can go
-    back to any token. ``can_erase``: slot actions work. Without them what must not be shared rests on ``cache_prompt``
-    false alone. ``request_s``: what one request more costs, beside what it computes. ``shared``: for each slot that has
-    any tokens in common with the prompt, how many; also for those that are left out of ``slots``.
+    ``reserved``: slots that earlier jobs wait for, and for how many seconds those jobs will use them. ``trunks``:
+    token counts of the prompt at which a shared-prefix snapshot is worth it; ``is_rewindable``: the model can rewind
+    to any token. ``can_erase``: slot actions work; otherwise isolation depends on ``cache_prompt`` false alone.
+    ``request_s``: seconds that one more request costs, apart from its computation. ``shared``: for each slot with
+    common tokens, their number; also for slots that are not in ``slots``.
     """
 
     slots: tuple[SlotView, ...]
@@ -98,34 +98,35 @@ class BackendView:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The settings that placement obeys; see ``routing``, ``prefill`` and ``cache`` in the configuration.
+    """The settings of placement; see ``routing``, ``prefill`` and ``cache`` in the configuration.
 
-    ``own_above_s``: None to decide by costs what is computed ahead of a request.
+    ``own_above_s``: prompts that take longer are computed ahead of the request; None: decided by costs.
     """
 
     similarity_min: float = 0.85
     small_prompt_tokens: int = 1024
     own_above_s: float | None = None
     sharing: Sharing = field(default_factory=Sharing)
-    is_isolated: bool = False  # nobody goes on from what somebody else has computed
+    is_isolated: bool = False  # no user may read what another user has computed
 
     def space(self, user: User, lora: str = "") -> Space:
-        """Where a request of ``user`` computes. ``lora``: the scales that it sets."""
+        """The namespace of a request of ``user`` with the LoRA scales ``lora``."""
         return Space(user.id if self.is_isolated else "", lora)
 
     def long_s(self, request_s: float) -> float:
-        """What takes longer to compute is worth a request of its own, which costs ``request_s``: then it can be shared
-        while it is computed, interrupted, and held back for others."""
+        """The prefill time above which a request of its own (which costs ``request_s``) is worth it: then the work
+        can be shared while it is computed, interrupted, and postponed for others.
+        """
         return _worth_s(request_s) if self.own_above_s is None else self.own_above_s
 
     @property
     def public(self) -> Space:
-        """Where the operator computes what all may go on from."""
+        """The namespaces that all users may read, computed by the operator."""
         return PUBLIC if self.is_isolated else SHARED
 
 
 class _Choice(NamedTuple):
-    """A tuple, made in a quarter of the time: each placement makes dozens."""
+    """A named tuple, which is made in a quarter of the time: each placement makes dozens."""
 
     view: BackendView
     slot: SlotView
@@ -133,18 +134,23 @@ class _Choice(NamedTuple):
     n_reused: int
     cost_s: float
     wait_s: float
-    is_loss: bool  # what the slot holds is lost to its owner, or must be restored for him
-    is_match: bool = False  # the slot is gone on from: nothing is lost
+    is_loss: bool  # what the slot holds is lost to its owner, or must be restored for it
+    is_match: bool = False  # the job resumes from the slot's content: nothing is lost
     snapshot: SnapshotView | None = None
 
 
 def place(job: Job, views: Iterable[BackendView], rules: Rules) -> Plan | Wait:
-    """The cheapest place for ``job`` among all slots of all backends, or what to wait for. Each backend's own rates
-    count.
+    """The cheapest place for ``job`` among all slots of all backends, or what to wait for. Each backend has its own
+    rates.
 
-    An idle slot is taken at once, unless waiting (for a busy slot that holds most of the prompt, behind those who wait
-    for it already, or for a snapshot that is just being written) and then computing the rest is cheaper. Of the idle
-    slots a small prompt takes one whose loss costs nobody a large context, if there is any.
+    There are two cases:
+
+    1. An idle slot is taken at once.
+    2. The job waits, if waiting and then computing the rest is cheaper: for a busy slot that holds most of the prompt
+       (after
+       the jobs that already wait for it), or for a snapshot that is being written.
+
+    Of the idle slots a small prompt takes one whose loss costs no user a large context, if there is one.
     """
     choices = [choice for view in views for choice in _choices(job, view, rules)]
     if not choices:
@@ -152,7 +158,7 @@ def place(job: Job, views: Iterable[BackendView], rules: Rules) -> Plan | Wait:
     best = min(choices, key=_sort_key)
     key: Callable[[_Choice], tuple[float, ...]] = _sort_key
     if job.n_tokens < rules.small_prompt_tokens and best.wait_s == 0:
-        # Only among places that can be had at once: what waiting for another one costs is in the sum above.
+        # Only among places that are available now: the cost of waiting for another one is in the sum above.
         choices = [choice for choice in choices if choice.wait_s == 0]
         key = _no_loss_first
         best = min(choices, key=key)
@@ -181,7 +187,7 @@ def place(job: Job, views: Iterable[BackendView], rules: Rules) -> Plan | Wait:
 
 
 def _place(choice: _Choice, job: Job) -> Place:
-    """The terms that ``choice.cost_s`` is the sum of. Not kept with each choice: a burst of jobs makes thousands."""
+    """The terms of ``choice.cost_s``. Not stored in each choice: a burst of jobs makes thousands."""
     slot, snapshot = choice.slot, choice.snapshot
     cost = Cost(
         wait_s=choice.wait_s,
@@ -194,20 +200,22 @@ def _place(choice: _Choice, job: Job) -> Place:
 
 
 def is_similar(slot: SlotView, rules: Rules) -> bool:
-    """Whether so much of what the slot holds survives that taking it is no loss: never of another conversation, however
-    long the system prompt is that both begin with."""
+    """Whether so much of the slot's content survives that taking it loses nothing. Never true of another
+    conversation, however long the common system prompt is.
+    """
     return not slot.is_other and slot.n_tokens > 0 and slot.n_shared >= rules.similarity_min * slot.n_tokens
 
 
 def is_other(slot: SlotView | Shared[int], n_alike: int) -> bool:
-    """Whether it is another conversation, of which several begin with the same ``n_alike`` tokens."""
+    """Whether it is another conversation, if several begin with the same ``n_alike`` tokens."""
     only_begins_alike = slot.n_shared <= n_alike + _FEW_TOKENS
     return n_alike > 0 and only_begins_alike and slot.n_tokens > slot.n_shared + _FEW_TOKENS
 
 
 class Stranger(NamedTuple):
-    """An idle slot that a job would not go on from for what it holds. ``loss_s``: what taking it costs others;
-    ``n_shared``: how much of it is of use to the job all the same; ``is_loss``: it is a large context, for somebody."""
+    """An idle slot whose content the job would not resume from. ``loss_s``: seconds that taking it costs others;
+    ``n_shared``: tokens of it that the job can use all the same; ``is_loss``: it holds a large context of some user.
+    """
 
     slot: int
     loss_s: float
@@ -217,10 +225,10 @@ class Stranger(NamedTuple):
 
 
 def worth_a_look(strangers: Collection[Stranger]) -> set[int]:
-    """The slots of ``strangers`` that ``place`` may choose: another one costs no less and shares no more than two of
-    them. Among 256 slots these are three or four as a rule, and looking at each one closely takes 20 us.
+    """The slots of ``strangers`` that ``place`` may choose. Any other slot costs no less and shares no more than two
+    of these. Among 256 slots these are three or four as a rule, and a close look at each takes 20 us.
 
-    For the model that can go back to any token: what is shared can be used.
+    Only for a model that can rewind to any token, where shared tokens can be reused.
     """
     found = set[int]()
     for is_loss in (False, True):
@@ -238,12 +246,12 @@ def _cheapest_first(stranger: Stranger) -> tuple[int, float]:
 
 
 def is_long(plan: Plan, long_s: float) -> bool:
-    """Whether computing what is ahead of the job's own request takes so long that others get their turn meanwhile."""
+    """Whether the prefill ahead of the job's own request takes so long that other requests must be served meanwhile."""
     return plan.cost.prefill_s > long_s and any(isinstance(step, PrefillTo) for step in plan.steps)
 
 
 def weight(idle_s: float) -> float:
-    """How likely a context is asked for again, from 1 downwards, by how long nobody has used it."""
+    """The likelihood of another hit, from 1 downwards, by the seconds since the last use."""
     return _FORGET_S / (_FORGET_S + max(idle_s, 0.0))
 
 
@@ -258,7 +266,7 @@ def _choices(job: Job, view: BackendView, rules: Rules) -> Iterator[_Choice]:
         if not is_takeable:
             if is_match:
                 rest_s = view.prefill_s(slot.n_usable, n)
-                # Whoever gets it first is asked to keep what both begin with, as soon as it computes that.
+                # The first of them is asked to save the common beginning as soon as that is computed.
                 is_shared = rest_s > rules.long_s(view.request_s)
                 behind_s = 0.0 if is_shared else view.reserved.get(slot.key, 0.0)
                 wait = max(slot.wait_s + behind_s, _TIE_S)
@@ -294,12 +302,12 @@ def _choices(job: Job, view: BackendView, rules: Rules) -> Iterator[_Choice]:
 
 
 def _sort_key(choice: _Choice) -> tuple[int, float]:
-    """The cheapest comes first; then the slot used longest ago."""
+    """The cheapest first; among ties the least recently used slot."""
     return round(choice.cost_s / _TIE_S), choice.slot.used_at
 
 
 def _no_loss_first(choice: _Choice) -> tuple[bool, int, float]:
-    """Whatever costs nobody a large context comes before all that does."""
+    """Choices that cost no user a large context come first."""
     return choice.is_loss, *_sort_key(choice)
 
 
@@ -320,11 +328,11 @@ def _steps(job: Job, choice: _Choice, rules: Rules) -> Iterator[Step]:
 def prefill_steps(
     job: Job, slot: SlotKey, n_reused: int, view: BackendView, rules: Rules
 ) -> Iterator[PrefillTo | Keep]:
-    """What is computed ahead of the job's own request, and what of it is kept as a trunk on the way.
+    """The prefill ahead of the job's own request, and the shared-prefix snapshots saved on the way.
 
-    A trunk is made by the job that computes the tokens around its end, so that none is computed for it alone: one that
-    has more of the prompt already passes it by. Where the model can go back to any token a few more do not matter: the
-    trunk then ends with them.
+    A shared-prefix snapshot is made by a job that computes the tokens around its end, so no tokens are computed for
+    it alone. A job that already has more of the prompt does not make it. Where the model can rewind to any token, a
+    few more tokens do not matter, and the snapshot ends with them.
     """
     slack = _FEW_TOKENS if view.is_rewindable else 0
     last = job.n_tokens - 1
@@ -336,12 +344,12 @@ def prefill_steps(
 
 
 def prefill_stops(job: Job, n_reused: int, view: BackendView, rules: Rules) -> list[int]:
-    """Where to stop on the way: the job's boundaries, then the last token but one. Empty for a short prefill.
+    """Where the prefill stops: the job's boundaries, then the last token but one. Empty for a short prefill.
 
-    Each stop is a request more. So a boundary is one if computing again what lies between it and the stop before, which
-    a next prompt that parts there would have to, takes much longer than that; and the end is none if what is left is
-    short. The last token is left to the client's own request, which always computes one; stopping at n instead costs a
-    recurrent model its last checkpoint. A job that is steered needs a slot that shares all but that one.
+    Each stop is one more request. So a boundary is a stop only if recomputing the tokens since the previous stop, for
+    a later prompt that diverges there, takes much longer than a request. The end is no stop if the rest is short. The
+    last token is left to the client's own request, which always computes one; stopping at n instead would cost a
+    recurrent model its last checkpoint. A steered job needs a slot that shares all tokens but that one.
     """
     last, long_s = job.n_tokens - 1, rules.long_s(view.request_s)
     if last <= 0 or not (job.placement is Placement.STEERED or view.prefill_s(n_reused, last) > long_s):
@@ -356,5 +364,5 @@ def prefill_stops(job: Job, n_reused: int, view: BackendView, rules: Rules) -> l
 
 
 def _worth_s(request_s: float) -> float:
-    """What has to be at stake, in seconds, for a request that costs ``request_s``."""
+    """The seconds that must be at stake to justify a request that costs ``request_s``."""
     return min(request_s / _PRICE, _LONG_AT_LAST_S)

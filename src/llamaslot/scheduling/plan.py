@@ -1,4 +1,4 @@
-"""What is decided for a request: the steps of a plan, its cost, or what it waits for."""
+"""The decision for a request: the steps of a plan and its cost, or what the request waits for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Restore:
 
 @dataclass(frozen=True, slots=True)
 class PrefillTo:
-    """Compute the first ``n_tokens`` of the job's tokens in the slot, and stop."""
+    """Compute the first ``n_tokens`` of the job's tokens in the slot, then stop."""
 
     slot: SlotKey
     n_tokens: int
@@ -36,7 +36,9 @@ class PrefillTo:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Save what the slot holds now, exactly the first ``n_tokens`` of the job's tokens, as a trunk, and go on."""
+    """Save the slot, which holds exactly the first ``n_tokens`` of the job's tokens, as a shared-prefix snapshot;
+    then go on.
+    """
 
     slot: SlotKey
     n_tokens: int
@@ -46,19 +48,20 @@ Step = Save | Erase | Restore | PrefillTo | Keep
 
 
 class Source(enum.Enum):
-    """Where the reused part of a prompt comes from, as ``x-llamaslot-source`` says it."""
+    """Where the reused part of a prompt comes from, as reported in ``x-llamaslot-source``."""
 
     RESIDENT = "resident"
     SNAPSHOT = "snapshot"
     COLD = "cold"
-    # llama-server has chosen the slot, and does not tell whether it held it or its RAM cache.
+    # llama-server has chosen the slot, and does not tell whether the slot or its RAM cache had the tokens.
     SERVER = "server"
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a place costs, in seconds: ``wait_s`` until it can be had, ``save_s`` and ``regret_s`` for what is lost
-    there, ``restore_s`` and ``prefill_s`` until the first token of the job's answer."""
+    """The cost of a place in seconds: ``wait_s`` until it is available, ``save_s`` and ``regret_s`` for the content
+    lost there, ``restore_s`` and ``prefill_s`` until the first token of the answer.
+    """
 
     wait_s: float = 0.0
     save_s: float = 0.0
@@ -72,13 +75,13 @@ class Cost:
 
     @property
     def steps_s(self) -> float:
-        """Until the answer begins, once the slot is leased."""
+        """Seconds from the lease of the slot to the beginning of the answer."""
         return self.save_s + self.restore_s + self.prefill_s
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a job could run: a slot, and what its prompt would go on from there."""
+    """Where a job could run: a slot, and the content that its prompt would resume from there."""
 
     slot: SlotKey
     source: Source
@@ -89,9 +92,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a job will do: the slot, the steps before its own request, and what is expected to be reused.
+    """The decision for a job: the slot, the steps before its own request, and the expected reuse.
 
-    ``next_best``: the cheapest place in any other slot, or from another source where there is but one slot.
+    ``next_best``: the cheapest place in any other slot; if there is only one slot, from another source.
     """
 
     slot: SlotKey
@@ -105,10 +108,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Nothing yet. With ``slot``: for that one only, which later jobs then leave alone. ``for_s``: until a look
-    again is worth it.
+    """No place yet. ``slot``: the job waits for this slot only, and later jobs leave it alone. ``for_s``: seconds
+    until the next decision.
 
-    ``place`` is what is waited for, and ``instead`` the cheapest of those that could be had at once.
+    ``place`` is what the job waits for; ``instead`` is the cheapest place available now.
     """
 
     slot: SlotKey | None = None

@@ -1,8 +1,8 @@
-"""Which prompts under way give their slots up for users who wait and have fewer.
+"""Which running prefills give up their slots for waiting requests of users with fewer slots.
 
-Pure. A prompt that is being computed can stop at any time and go on later, in this slot or another: what is there stays
-there. An answer that has begun is never stopped. So a user that took all slots while it was alone is to others, from
-their first request on, as if it had only its share.
+Pure. A prefill can stop at any time and resume later, in this slot or another: the tokens computed so far stay there.
+An answer that has begun is never stopped. So a user that took all slots while it was alone gives up those above its
+share as soon as other users send requests.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Stoppable:
-    """A prompt that is computed in a slot, or waits there for its turn.
+    """A prompt that is being computed in a slot, or waits in its slot for its turn.
 
-    ``loss_s``: what stopping it costs: what is computed must be saved and restored, or computed again. ``left_s``:
-    until its slot would be free anyway, its answer included. ``is_chosen``: it has been told to stop already.
+    ``loss_s``: seconds lost by stopping it: the computed tokens must be saved and restored, or computed again.
+    ``left_s``: seconds until its slot would be free anyway, its answer included. ``is_chosen``: it has been told to
+    stop already.
     """
 
     user: str
@@ -40,18 +41,18 @@ def chosen(
     n_held: Mapping[str, int],
     waits_s: Collection[float],
 ) -> list[int]:
-    """Indices of the ``prompts`` to stop, one for each of the first ``claims``, which are in the order in which they
-    are served.
+    """Indices of the ``prompts`` to stop, one for each of the first ``claims``. ``claims`` are in the order of
+    service.
 
-    ``n_held``: slots of each user; ``waits_s``: of every slot, until it would be free anyway. Whoever gives up a slot
-    has as many as the other afterwards, or more: so that no two users take the same slot from each other. One that has
-    slots already takes another only from those who are owed no more than itself. No prompt is stopped for a claim that
-    has its slot as soon without: the k-th claim gets the slot that is free at k-th.
+    ``n_held``: slots of each user; ``waits_s``: for every slot, seconds until it would be free anyway. A user that
+    gives up a slot has at least as many afterwards as the other, so two users never take the same slot from each
+    other. A user with slots takes another one only from users that are owed no more than itself. No prompt is stopped
+    for a claim that gets a slot as soon without it: the k-th claim gets the k-th slot that becomes free.
     """
     n_each, left, result = dict(n_held), set(range(len(prompts))), list[int]()
     n_kept = dict(
         n_held
-    )  # without what is taken here: no user takes a slot and gives up its last one for another
+    )  # without the slots taken here: no user takes a slot while it gives up its last one
     for claim, idle_in_s in zip(claims, sorted(waits_s), strict=False):
         n_own = n_each.get(claim.user, 0)
         may_stop = [
@@ -62,7 +63,7 @@ def chosen(
             and (n_own == 0 or prompts[i].deficit_s <= claim.deficit_s)
         ]
         if not may_stop:
-            break  # whoever comes behind it in the queue does not get ahead of it
+            break  # the claims behind it must not overtake it
         best = min(may_stop, key=lambda i: _key(prompts[i], i))
         n_each[claim.user] = n_own + 1
         if prompts[best].loss_s < idle_in_s:
@@ -74,6 +75,7 @@ def chosen(
 
 
 def _key(prompt: Stoppable, number: int) -> tuple[bool, float, float, int]:
-    """Who stops first: who was told so already, who loses least by it, who would have had its slot longest, and who has
-    got it last."""
+    """The order of stopping: first a prompt told so already, then the smallest loss, the longest remaining time, the
+    latest one.
+    """
     return not prompt.is_chosen, prompt.loss_s, -prompt.left_s, -number

@@ -1,7 +1,7 @@
-"""Whose long prompt is computed now, how far at a stretch, and what of the time belongs to others.
+"""Which long prefill is computed now, for how long, and how much time belongs to other requests.
 
-Pure: what is under way comes in as numbers, decisions come out. A backend computes one long prefill at a time, in
-stretches; between two of them everybody else gets what is theirs, and another prefill may be next.
+Pure: numbers come in, decisions go out. A backend computes one long prefill at a time, in chunks. Between two chunks
+running streams and small requests get their share, and another prefill may be next.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """The settings that long prefills obey; see ``prefill`` in the configuration.
+    """The settings of long prefills; see ``prefill`` in the configuration.
 
-    ``decode_share``: of the time, what belongs to streams while some decode. ``stretch_s``: how long a prefill goes on
-    before it looks whether somebody else is next. ``max_passed_s``: after so long nobody who comes later is computed
-    before it. ``max_held_s``: so long at a time it is held back by requests that need little.
+    ``decode_share``: share of the time that belongs to streams while any decode. ``stretch_s``: seconds of a chunk,
+    after which another prefill may be next. ``max_passed_s``: a prefill that has waited this long is not overtaken by
+    later ones. ``max_held_s``: the longest time at once for which small requests postpone it.
     """
 
     decode_share: float = 0.1
@@ -27,10 +27,10 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A long prefill that is under way or waits for its turn.
+    """A long prefill that is running or waits for its turn.
 
-    ``left_s``: to where somebody can go on from it. ``waited_s``: for how long it was not computed since it came, at
-    ``came_at``.
+    ``left_s``: seconds to the next point from which a request can resume. ``waited_s``: seconds since ``came_at`` in
+    which it was not computed.
     """
 
     left_s: float
@@ -39,23 +39,22 @@ class Pending:
 
 
 def rank(pending: Pending, max_passed_s: float) -> tuple[float, float]:
-    """Least first: the shortest remaining work, which counts for less the longer it has waited, and for nothing after
-    ``max_passed_s``. Then whoever came first is first, and none that comes later gets ahead of him.
+    """The smallest is next: the shortest remaining work, which counts for less the longer it has waited, and for
+    nothing after ``max_passed_s``. Then the oldest is next, and no later one overtakes it.
     """
     patience = 1 - pending.waited_s / max_passed_s if max_passed_s > 0 else 0.0
     return pending.left_s * max(patience, 0.0), pending.came_at
 
 
 def next_up(pendings: Sequence[Pending], current: int | None, switch_s: float, max_passed_s: float) -> int:
-    """The index of the prefill to compute next. ``current`` goes on unless another is ahead by more than the
+    """The index of the prefill to compute next. ``current`` goes on unless another one is ahead by more than an
     interruption costs (``switch_s``), or has waited for too long.
 
-    Being ahead by what it has waited is not enough for that: of two with more left than ``max_passed_s`` the one that
-    waits gains on the one that is computed, and each would be interrupted for the other again and again (300 times for
-    two of five minutes). So one that is interrupted gets ahead of that other one only when it is overdue.
+    The credit for waiting alone does not interrupt. Otherwise, of two prefills with more left than ``max_passed_s``,
+    the waiting one would gain on the running one, and they would interrupt each other again and again (300 times for
+    two of five minutes). So an interrupted prefill overtakes the other one only when it is overdue.
 
-    A prefill that has waited for ``max_passed_s`` waits for those that came before it and for the rest of the current
-    one, and for no other.
+    A prefill that has waited for ``max_passed_s`` waits only for older ones and for the rest of the current one.
     """
     ranks = [rank(pending, max_passed_s) for pending in pendings]
     everybody = range(len(pendings))
@@ -71,16 +70,16 @@ def next_up(pendings: Sequence[Pending], current: int | None, switch_s: float, m
 
 
 def pause_s(computed_s: float, n_streams: int, decode_share: float) -> float:
-    """How long to pause after ``computed_s`` of a prefill, beside which each of ``n_streams`` got next to nothing."""
+    """Seconds to pause after ``computed_s`` of a prefill, during which each of ``n_streams`` got almost no tokens."""
     if n_streams == 0:
         return 0.0
     return computed_s * decode_share / (1 - decode_share)
 
 
 def stretch_end(start: int, stop: int, reached: int) -> int:
-    """Where a stretch from ``start`` on ends whose time is up at about ``reached``; ``stop`` ends it in any case.
+    """The end of a chunk from ``start`` on that should last until about ``reached``; at most ``stop``.
 
-    In whole pieces of ``GRAIN`` tokens, so that a server computes full batches, and with no crumb left before the stop.
+    A multiple of ``GRAIN`` tokens, so that the server computes full batches, without a small rest before ``stop``.
     """
     n = max((reached - start) // GRAIN, 1) * GRAIN
     return stop if start + n + GRAIN // 2 >= stop else start + n

@@ -1,7 +1,7 @@
-"""Who is least among many whose ranks change all the time, without a look at each of them.
+"""The smallest of many holders whose ranks change all the time, without computing all ranks at each query.
 
-Pure. A heap of the ranks as they were when last looked at. Whoever asks looks again at some before, in turn, so that no
-rank is older than the last few questions; with at most ``AT_ONCE`` holders all ranks are as of now.
+Pure. A heap of ranks as last computed. Each query first recomputes a few of them in turn, so no rank is older than
+the last few queries; with at most ``AT_ONCE`` holders all ranks are current.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ Rank = tuple[Any, ...]
 
 
 class Ranking:
-    """Holders in the order of ``rank(holder)``, which must be defined for all that were ``put`` and not dropped."""
+    """Holders by ``rank(holder)``, which must be defined for every holder that was ``put`` and not dropped."""
 
     AT_ONCE = 128
 
     def __init__(self, rank: Callable[[str], Rank]) -> None:
         self._rank = rank
         self._ranks: dict[str, Rank] = {}
-        self._heap: list[tuple[Rank, str]] = []  # also has ranks that are no longer true
+        self._heap: list[tuple[Rank, str]] = []  # contains outdated ranks too
         self._turn: Iterator[str] = iter(())
 
     def __len__(self) -> int:
         return len(self._ranks)
 
     def put(self, holder: str) -> None:
-        """New, or changed so that its rank should be looked at now."""
+        """Add ``holder``, or recompute its rank now."""
         rank = self._rank(holder)
         if self._ranks.get(holder) != rank:
             self._ranks[holder] = rank
@@ -37,11 +37,11 @@ class Ranking:
                 self._rebuild()
 
     def drop(self, holder: str) -> None:
-        """Idempotent."""
+        """Remove ``holder``. Idempotent."""
         self._ranks.pop(holder, None)
 
     def turn(self, n: int = AT_ONCE) -> list[str]:
-        """The next ``n`` whose turn it is to be looked at again: ``put`` does that."""
+        """The next ``n`` holders whose ranks are due; ``put`` recomputes each."""
         found: list[str] = []
         n = min(n, len(self._ranks))
         while len(found) < n:
@@ -53,12 +53,14 @@ class Ranking:
         return found
 
     def look_at_all(self) -> None:
-        """Every rank has changed at once. Takes its time."""
+        """Recompute all ranks, which takes time: after a change that affects all of them."""
         self._ranks = {holder: self._rank(holder) for holder in self._ranks}
         self._rebuild()
 
     def least_first(self) -> Generator[str, None, None]:
-        """All holders by rank; each is looked at again before it is given. Nothing may change while it is read."""
+        """All holders by rank; each rank is recomputed before its holder is returned. Nothing may change during the
+        iteration.
+        """
         looked: list[tuple[Rank, str]] = []
         seen: set[str] = set()
         grown: set[str] = set()
@@ -68,7 +70,7 @@ class Ranking:
                 if holder in seen or self._ranks.get(holder) != rank:
                     continue
                 now = self._ranks[holder] = self._rank(holder)
-                # Not its turn yet. When all ranks have grown at once, their old order has to do.
+                # Not yet the smallest. If all ranks have grown at once, their old order is used.
                 if now > rank and holder not in grown and len(grown) < self.AT_ONCE:
                     grown.add(holder)
                     heapq.heappush(self._heap, (now, holder))

@@ -1,4 +1,4 @@
-"""A request that wants a slot, and the user who asks."""
+"""A request that needs a slot, and its user."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from llamaslot.cache.namespaces import PUBLIC, SHARED, Space
 class User:
     """``id``: ``key:<name>`` of an API key, else ``named:<x-llamaslot-user>``, else ``at:<address>``.
 
-    ``max_running``, ``max_waiting``: requests in slots and in the queue; None where the configuration decides.
-    ``is_admin``: llamaslot's own pages are open to it.
+    ``max_running``, ``max_waiting``: limits of requests in slots and in the queue; None: as configured. ``is_admin``:
+    it may use llamaslot's own endpoints.
     """
 
     id: str
@@ -28,23 +28,23 @@ NOBODY = User("")  # llamaslot itself
 
 
 class Placement(enum.Enum):
-    """Who decides in which slot a request runs."""
+    """Which side decides in which slot a request runs."""
 
     PINNED = "pinned"  # llamaslot: the request names its slot
-    STEERED = "steered"  # llama-server, which takes the slot that was prepared, for it shares most
-    SERVER_CHOSEN = "server chosen"  # llama-server, and llamaslot does not know which it will be
+    STEERED = "steered"  # llama-server, which takes the slot that llamaslot has prepared, because it shares most tokens
+    SERVER_CHOSEN = "server chosen"  # llama-server; llamaslot does not know which one it will be
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request that wants a slot. ``tokens`` is empty when they are not known (a body llamaslot cannot read).
+    """One request that needs a slot. ``tokens`` is empty if they are unknown (llamaslot cannot read the body).
 
-    ``boundaries``: token counts at which a prefill should stop on models that need checkpoints. ``n_system``: tokens of
-    system part and tools, with which other conversations begin too; 0 when that is not known.
-    ``is_cold``: nothing cached may be used (``cache_prompt`` false). ``user``: who asks. ``space``: what it computes is
-    found from there only. ``max_tokens``: of its answer, where it says so.
-    ``n_children``: further slots that llama-server takes for ``n`` > 1, of its own choice.
-    ``is_prewarm``: it is here to make the trunk of ``n_system`` tokens, which is kept for good.
+    ``boundaries``: token counts at which a prefill should stop on models that need checkpoints. ``n_system``: tokens
+    of the system part and tools, with which other conversations begin too; 0 if unknown. ``is_cold``: nothing cached
+    may be used (``cache_prompt`` false). ``user``: the user that sent it. ``space``: the namespace of what it
+    computes. ``max_tokens``: the limit of its answer, if the request has one. ``n_children``: further slots that
+    llama-server chooses for ``n`` > 1. ``is_prewarm``: it only makes the shared-prefix snapshot of ``n_system``
+    tokens, which is never evicted.
     """
 
     id: str
@@ -65,18 +65,18 @@ class Job:
 
     @property
     def reads(self) -> tuple[Space, ...]:
-        """The spaces of which it may go on: its own, and what the operator has computed for all users."""
+        """The namespaces that it may resume from: its own, and the operator's for all users."""
         is_a_users = self.space.user and not self.space.lora and self.space != PUBLIC
         return (self.space, PUBLIC) if is_a_users else (self.space,)
 
     def may_use(self, content: Content) -> bool:
-        """Whether it may go on from there; else the slot is emptied first. Of nothing at all anybody may."""
+        """Whether it may resume from ``content``; otherwise the slot is erased first. Always true for empty content."""
         is_nothing = content.is_exact and not content.tokens
         return is_nothing or content.space in self.reads
 
     @property
     def is_exclusive(self) -> bool:
-        """Whether llama-server will choose any idle slots, so that no other request may be between two steps."""
+        """Whether llama-server will choose any idle slots, so that no other request may run between two steps."""
         return self.placement is Placement.SERVER_CHOSEN or self.n_children > 0
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""A slot, and its life as a table of transitions."""
+"""A slot, and its states as a table of transitions."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from llamaslot.cache.content import NOTHING, Content
 
 
 class State(enum.Enum):
-    FREE = "FREE"  # nothing worth keeping in it
-    HOT = "HOT"  # its tokens are known and kept for someone
+    FREE = "FREE"  # holds nothing worth keeping
+    HOT = "HOT"  # its tokens are known and kept for reuse
     LEASED = "LEASED"  # one request, save or probe owns it
-    DRAINING = "DRAINING"  # its client has gone, the server may still be working in it
-    SUSPECT = "SUSPECT"  # contents unknown: erased before its next use
+    DRAINING = "DRAINING"  # its client has gone; the server may still be computing in it
+    SUSPECT = "SUSPECT"  # content unknown: erased before its next use
 
 
 class Event(enum.Enum):
-    LEASE = "lease"  # taken by a job
-    KEEP = "keep"  # given back, holding known tokens
-    EMPTY = "empty"  # given back, holding nothing
-    LEAVE = "leave"  # the client has gone while the server may be working
+    LEASE = "lease"  # taken by a request
+    KEEP = "keep"  # returned, with known tokens
+    EMPTY = "empty"  # returned empty
+    LEAVE = "leave"  # the client has gone while the server may be computing
     FAIL = "fail"  # a step failed half-way
 
 
@@ -43,11 +43,11 @@ IDLE = frozenset({State.FREE, State.HOT, State.SUSPECT})
 
 
 class IllegalTransition(Exception):
-    """A slot was told to do what its state does not allow: a bug in llamaslot."""
+    """An event that the table does not allow in this state: a bug in llamaslot."""
 
 
 class SlotKey(NamedTuple):
-    """Names a slot among those of all backends. ``id``: its number in its own llama-server."""
+    """Identifies a slot among those of all backends. ``id``: its number in its llama-server."""
 
     backend: str
     id: int
@@ -58,7 +58,7 @@ class SlotKey(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One slot of one backend. Only the engine changes it, and only through ``become``."""
+    """One slot of one backend. Only the backend changes it, and only through ``become``."""
 
     backend: str
     id: int
@@ -68,7 +68,7 @@ class Slot:
     leased_by: str | None = None
 
     def become(self, event: Event, content: Content | None = None) -> None:
-        """Go through one line of the table. Raises IllegalTransition naming state and event."""
+        """Apply one transition of the table. Raises IllegalTransition naming state and event."""
         try:
             self.state = NEXT[self.state, event]
         except KeyError:
@@ -84,7 +84,7 @@ class Slot:
 
     @property
     def name(self) -> str:
-        """As log lines name it: ``<backend>/<number>``."""
+        """The name in log lines: ``<backend>/<number>``."""
         return str(self.key)
 
     @property
