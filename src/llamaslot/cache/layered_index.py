@@ -20,7 +20,7 @@ from llamaslot.cache.disk_index import Frozen
 from llamaslot.cache.ids import WIDTH
 from llamaslot.cache.prefix_index import PrefixIndex, Shared
 
-NEW_MIN = 1_000  # with fewer additions (or less than a tenth of the generation) the radix tree alone is as fast
+NEW_MIN = 1_000  # additions, and at least NEW_SHARE of the generation; below that a new one does not pay
 NEW_SHARE = 0.1
 GONE_MIN = 200  # a fifth of the smallest generation
 GONE_SHARE = 0.2

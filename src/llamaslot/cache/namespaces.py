@@ -18,7 +18,7 @@ from llamaslot.cache.prefix_index import Shared
 
 H = TypeVar("H")
 _N_MARK = 4  # ids of 15 bits each: a hash of 60 bits distinguishes namespaces
-_FIRST_ID = 0x100000  # greater than the ids of any vocabulary; the characters of the disk index end at 0x10FFFF
+_FIRST_ID = 0x100000  # above the ids of any vocabulary; disk index ids end at 0x10FFFF
 
 
 class Space(NamedTuple):

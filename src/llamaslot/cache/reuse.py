@@ -90,7 +90,7 @@ class Predictions:
     KEPT = 16
     LEAST = 3  # samples before anything is corrected
     MOST = 64
-    SURE = 8  # after one answer that did not come back unchanged, so many must before that is counted on again
+    SURE = 8  # unchanged answers in a row, after which another one is expected
 
     def __init__(self) -> None:
         self._short: dict[tuple[Memory, str], deque[int]] = {}
@@ -270,8 +270,7 @@ def has_failed(n_predicted: int, n_reused: int) -> bool:
 
 
 class Strikes:
-    """Counts failures of snapshots: the first may be an accident (the slot held something else), a second one is not.
-    """
+    """Counts failures of snapshots: the first may be an accident (the slot held something else), a second one is not."""
 
     OUT = 2
 

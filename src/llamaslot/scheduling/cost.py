@@ -249,8 +249,8 @@ class SnapshotSize:
         return self._line
 
     def _whole(self) -> tuple[int, int, int]:
-        """The line in integers: constant, bytes per token, and the denominator of both. With fractions each size took 10
-        us, and a placement needs one for every slot.
+        """The line in integers: constant, bytes per token, and the denominator of both. With fractions each size took
+        10 us, and a placement needs one for every slot.
         """
         if self._in_whole is None:
             constant, per_token = self._fit()

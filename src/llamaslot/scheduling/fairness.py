@@ -52,8 +52,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Booked:
-    """The changes of deficits made by a slot granted to ``user``. ``waiting``, ``idle``: the users that were present.
-    """
+    """The changes of deficits made by a slot granted to ``user``. ``waiting``, ``idle``: the users that were present."""
 
     user: str
     waiting: frozenset[str]
@@ -152,7 +151,7 @@ def _sides_first(asks: Sequence[Ask], order: Sequence[int], max_passed_s: float)
     may use an equal part of that time.
     """
     result: list[int] = []
-    fronts = {ask.user: 0 for ask in asks if ask.is_side}  # per user: the requests before this index keep their place
+    fronts = {ask.user: 0 for ask in asks if ask.is_side}  # by user: where its next side request goes
     each_s = max_passed_s / max(len({ask.user for ask in asks}), 1)
     for i in order:
         ask = asks[i]

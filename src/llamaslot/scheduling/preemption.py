@@ -50,9 +50,7 @@ def chosen(
     for a claim that gets a slot as soon without it: the k-th claim gets the k-th slot that becomes free.
     """
     n_each, left, result = dict(n_held), set(range(len(prompts))), list[int]()
-    n_kept = dict(
-        n_held
-    )  # without the slots taken here: no user takes a slot while it gives up its last one
+    n_kept = dict(n_held)  # less the slots taken here: no user takes a slot while it gives up its last one
     for claim, idle_in_s in zip(claims, sorted(waits_s), strict=False):
         n_own = n_each.get(claim.user, 0)
         may_stop = [

@@ -1,8 +1,8 @@
-"""The snapshots in one directory: quota before each write, commit by rename, repair at each opening.
+"""The snapshots in one directory: a quota before each write, a commit by rename, a repair at each opening.
 
-One event loop owns a catalog. Between looking at the accounts and changing them nothing is awaited; what takes room
-is accounted for before it is on disk, and what gives room only after it is gone from there. Everything that changes
-files runs in a task of the catalog, so that a caller who is cancelled leaves no account behind that is not true.
+One event loop owns a catalog. There is no await between reading the accounts and changing them. Space is booked
+before it is used on disk, and released only after it is free on disk. All changes of files run in tasks of the
+catalog, so a cancelled caller never leaves a wrong account.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 
-# Our own shortage, not the file's fault: a snapshot is not given up for it.
+# llamaslot itself lacks a resource. The file is not at fault, so its snapshot is not dropped.
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR}
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Room for one snapshot: llama-server saves as ``part_name``, then ``commit`` or ``abandon``."""
+    """Reserved space for one snapshot: llama-server saves as ``part_name``, then call ``commit`` or ``abandon``."""
 
     id: str
     part_name: str
@@ -50,7 +50,9 @@ class Draft:
 
 @dataclass(slots=True)
 class Held:
-    """The account of a draft: bytes taken for it, what must stay, and its commit once that has begun."""
+    """The account of a draft: its bytes, the snapshots protected from its eviction, and its commit once that has
+    begun.
+    """
 
     size_bytes: int
     keep: frozenset[str]
@@ -59,11 +61,11 @@ class Held:
 
 
 class Catalog:
-    """What is on disk. ``fingerprint`` is the one that is valid now: snapshots of another are evicted first, then as
-    ``order`` says, by their value if it is not given.
+    """The snapshots on disk. ``fingerprint`` is that of the current model: snapshots of other models are evicted
+    first, then by ``order`` (default: by value).
 
-    ``on_drop`` is called, in the event loop, at the moment when a snapshot leaves ``snapshots`` for whatever reason;
-    its file may still be there for a moment. It is not called for what ``open`` removes.
+    ``on_drop`` is called in the event loop at the moment when a snapshot leaves ``snapshots``, for any reason; its
+    file may still exist for a moment. It is not called for what ``open`` removes.
     """
 
     def __init__(
@@ -110,29 +112,29 @@ class Catalog:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes on disk or promised: snapshots, drafts, and what is still being removed or cannot be."""
+        """Bytes on disk or reserved: snapshots, drafts, and files that are being removed or cannot be removed."""
         return self._room.size_bytes
 
     def last_used(self, id: str) -> float:  # noqa: A002
-        """When the snapshot was last used, in seconds of ``now``. Raises KeyError."""
+        """The time of the last use, in seconds of ``now``. Raises KeyError."""
         return self._shelf.standings[id].last_used
 
     def n_hits(self, id: str) -> int:  # noqa: A002
-        """How often the snapshot was asked for, restarts included. Raises KeyError."""
+        """The number of hits, also from before a restart. Raises KeyError."""
         return self._shelf.standings[id].n_hits
 
     async def open(self) -> list[Snapshot]:
-        """Lock, scan, repair, enforce the quota; the snapshots that are whole.
+        """Lock the directory, scan it, repair it, enforce the quota. Returns the valid snapshots.
 
-        Raises DirectoryUnusable when another llamaslot works here or the directory cannot be used. Canceling is safe:
-        the lock is given back, and the next opening repairs.
+        Raises DirectoryUnusable if another llamaslot uses the directory or it cannot be used. Canceling is safe: the
+        lock is released, and the next opening repairs.
         """
         locking = asyncio.get_running_loop().run_in_executor(None, self._lock.acquire)
         try:
             await asyncio.shield(locking)
             return await self._open()
         except BaseException:
-            while not locking.done():  # canceled while the thread is still at it: its lock would stay
+            while not locking.done():  # cancelled while the thread still locks: wait, or the lock would stay
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([locking])
             self._lock.release()
@@ -144,7 +146,7 @@ class Catalog:
             found = await scan.scan(self.directory, await self._register.read())
         except OSError as error:
             raise DirectoryUnusable(f"{self.directory} cannot be read: {error.strerror or error}") from error
-        now = self._now()  # one for all: a rank tells nothing beside that of another moment
+        now = self._now()  # one time for all: ranks of different times are not comparable
         for snapshot in found.snapshots:
             self._list(snapshot, found.last_used[snapshot.id], now, hits.get(snapshot.id, NEVER))
         self._register.marks, self._register.durable = found.marks, found.durable
@@ -159,7 +161,7 @@ class Catalog:
         while self._room.removing:
             await self._room.next_removal()
         for id_ in self.snapshots.keys() - found.durable:
-            self._upkeep.sync(Noted.of(self.snapshots[id_]))  # llamaslot was killed before it came to that
+            self._upkeep.sync(Noted.of(self.snapshots[id_]))  # llamaslot was killed before this was done
         log.info(
             "snapshots: %d in %s, %s of %s used; removed %d unfinished and %d broken, evicted %d, ignored %d files"
             " of others",
@@ -174,11 +176,13 @@ class Catalog:
             await self._tasks.drain()
 
     async def write_register(self) -> None:
-        """Write down what is on disk now, so that the next ``open`` need not open each file. Canceling is safe."""
+        """Write the manifest, so the next ``open`` need not open each file. Canceling is safe."""
         await self._register.write(self.snapshots, {id_: self.last_used(id_) for id_ in self.snapshots})
 
     def close(self) -> None:
-        """Give the lock back. Idempotent. What ``settle`` would have waited for may be lost, never more."""
+        """Release the lock. Idempotent. Without ``settle`` before, unfinished removals, commits and times of use may
+        be lost.
+        """
         self._lock.release()
 
     # -- room -----------------------------------------------------------------------------------------------------
@@ -186,13 +190,11 @@ class Catalog:
     async def reserve(
         self, size_bytes: int, keep: Collection[str] = (), spare: Collection[str] = ()
     ) -> Draft:
-        """Make room for ``size_bytes``, evicting what is neither pinned nor in ``keep``, and promise it.
+        """Reserve ``size_bytes``, evicting snapshots that are neither pinned nor in ``keep``.
 
-        What is in ``spare`` goes only if there is nothing else.
-
-        When this returns, what had to go is gone from the disk. Raises QuotaExceeded, and evicts nothing, if
-        there is not enough that may go. Canceling is safe: the room is given back, evictions that have begun are
-        finished.
+        Those in ``spare`` are evicted only if there are no others. When this returns, the evicted files are gone from
+        the disk. Raises QuotaExceeded, and evicts nothing, if not enough may be evicted. Canceling is safe: the space
+        is released, evictions that have begun are completed.
         """
         kept, spared = frozenset(keep), frozenset(keep) | frozenset(spare)
         self._shelf.tend(self._now())
@@ -200,19 +202,19 @@ class Catalog:
         await self._room.make(
             size_bytes, lambda short: self._evict(short, spared) or self._evict(short, kept)
         )
-        # No await since the room was found.
+        # No await since the space was found.
         id_ = sidecar.new_id()
         self._drafts[id_] = Held(size_bytes, kept)
         self._room.granted += size_bytes
         return Draft(id_, id_ + PART, size_bytes)
 
     def would_gain(self, prospect: Prospect, keep: Collection[str] = ()) -> float:
-        """What saving it now would gain: see ``Shelf.would_gain``. Changes nothing."""
+        """The value gained by a save now: see ``Shelf.would_gain``. Changes nothing."""
         short = self._room.short(prospect.size_bytes, 1)
         return self._shelf.would_gain(prospect, short, keep, self._now())
 
     def _evict(self, short: Short, keep: Collection[str]) -> bool:
-        """Give up at least what is ``short``, or nothing."""
+        """Evict at least what is ``short``, or nothing."""
         victims = self._shelf.victims(*short, keep, self._now())
         if not short.is_met_by(victims):
             return False
@@ -237,13 +239,13 @@ class Catalog:
         space: str = "",
         idle_s: float = 0.0,
     ) -> WithTokens:
-        """Make the saved part file a snapshot if it is what it should be.
+        """Make the saved part file a snapshot, if its content is as expected.
 
-        ``n_saved`` (tokens) and ``n_written`` (bytes) are llama-server's answer to the save;
-        ``tokens_expected`` is how its tokens must begin; ``idle_s`` is for how long nobody has used them. Raises
-        SnapshotInvalid, or QuotaExceeded when the file is larger than was reserved and nothing can go for it; in both
-        cases the file is removed and the draft ended. When canceled the commit is carried out all the same;
-        ``abandon`` then waits for it and changes nothing.
+        ``n_saved`` (tokens) and ``n_written`` (bytes) are llama-server's answer to the save. ``tokens_expected``: the
+        tokens that it must begin with. ``idle_s``: seconds since their last use. Raises SnapshotInvalid; raises
+        QuotaExceeded if the file is larger than reserved and nothing can be evicted for the rest. In both cases the
+        file is removed and the draft ended. If cancelled, the commit is completed all the same; ``abandon`` then
+        waits for it and changes nothing.
         """
         held = self._drafts.get(draft.id)
         if held is None or held.commit is not None:
@@ -269,7 +271,9 @@ class Catalog:
         return outcome
 
     async def _commit(self, held: Held, noted: Noted, tokens_expected: bytes) -> WithTokens | LlamaslotError:
-        """The commit, in a task of its own: errors of ours are its result, so that nobody reports them as a death."""
+        """The commit, in its own task. llamaslot's errors are its result, so they are not reported as the death of a
+        task.
+        """
         try:
             snapshot = await self._accept(held, noted, tokens_expected)
         except Exception as error:
@@ -277,7 +281,7 @@ class Catalog:
             if isinstance(error, LlamaslotError):
                 return error
             raise
-        # No await from here on: what was granted is committed.
+        # No await from here on: a granted commit is carried out.
         self._room.n_commits += 1
         del self._drafts[noted.id]
         self._room.granted -= held.size_bytes
@@ -289,7 +293,7 @@ class Catalog:
         part = self.directory / (noted.id + PART)
         file = await read_slot_file(part)
         if (extra := file.size_bytes - held.size_bytes) > 0:
-            # It is on disk already, so it is accounted for first; the quota is broken for as long as evicting takes.
+            # The file is on disk already, so it is booked first; the quota is exceeded until the eviction is done.
             self._room.granted += extra
             held.size_bytes += extra
             await self._room.make(0, lambda short: self._evict(short, held.keep))
@@ -303,20 +307,21 @@ class Catalog:
             self._register.marks[noted.id] = await asyncio.to_thread(self._publish, part, noted)
         except OSError as error:
             raise SnapshotInvalid(f"{snapshot.id}: cannot be written: {error.strerror or error}") from error
-        # Smaller than was reserved: the rest is free again.
+        # Smaller than reserved: release the rest.
         self._room.granted -= held.size_bytes - file.size_bytes
         held.size_bytes = file.size_bytes
         return snapshot
 
     def _publish(self, part: Path, noted: Noted) -> Mark:
-        """The data first, then its name: without the sidecar, written last, the .kv file does not exist for a scan."""
+        """Rename the data first. Without the sidecar, which is written last, a scan ignores the .kv file."""
         os.rename(part, kv := self.directory / (noted.id + KV))
         sidecar.write(self.directory, noted, noted.created_at)
         return Mark.of(os.lstat(kv))
 
     async def abandon(self, draft: Draft) -> None:
-        """Remove the part file and give the room back. Idempotent, and without effect on a draft that is committed.
-        Canceling is safe: the file is removed all the same."""
+        """Remove the part file and release the space. Idempotent; no effect on a committed draft. Canceling is safe:
+        the file is removed all the same.
+        """
         held = self._drafts.get(draft.id)
         if held is not None and held.commit is not None:
             await asyncio.shield(held.commit)
@@ -332,7 +337,7 @@ class Catalog:
     # -- one snapshot ---------------------------------------------------------------------------------------------
 
     def pin(self, id: str) -> Pin:  # noqa: A002
-        """Keep the snapshot's file for as long as the context lasts. Raises KeyError, here and now, if it is gone."""
+        """Keep the snapshot's file until the context exits. Raises KeyError immediately if the snapshot is gone."""
         return Pin(self._shelf.pin(id), self._unpin)
 
     def _unpin(self, id_: str) -> None:
@@ -340,32 +345,33 @@ class Catalog:
             self._remove(condemned)
 
     def touch(self, id: str) -> None:  # noqa: A002
-        """A hit: asked for now. One that is gone is passed over. Noted on disk a moment later, several at once."""
+        """Record a hit now. An unknown id is ignored. Written to disk a moment later, several at once."""
         if id in self.snapshots:
             self._shelf.hit(id, self._now())
             self._upkeep.date(id)
 
     def branched(self, id: str) -> None:  # noqa: A002
-        """Its conversation goes on from an earlier point: hardly wanted again. One that is gone is passed over."""
+        """Record that its conversation went on from an earlier point, so a hit is unlikely. An unknown id is ignored."""
         if id in self.snapshots and not self._shelf.standings[id].is_branched:
             self._shelf.branch(id, self._now())
             self._upkeep.date(id)
 
     def inherit(self, id: str, from_id: str) -> None:  # noqa: A002
-        """The one goes further in the conversation of the other: it has been asked for as often, if both are there."""
+        """Give ``id`` the hits of ``from_id``, whose conversation it continues. An unknown id is ignored."""
         if id in self.snapshots and from_id in self.snapshots:
             self._shelf.inherit(id, from_id, self._now())
             self._upkeep.date(id)
 
     async def mark(self, id: str, kind: Kind, *, is_pinned: bool) -> Snapshot:  # noqa: A002
-        """Keep it for something else than before, at once and then on disk. Raises KeyError. Canceling is safe."""
+        """Change its kind and its pin, at once in memory and then on disk. Raises KeyError. Canceling is safe."""
         with self.pin(id):
             return await self._upkeep.mark(self._shelf.mark(id, kind, is_pinned))
 
     async def verify(self, id: str) -> WithTokens:  # noqa: A002
-        """The snapshot, if its file is there, of the size noted, and with its tokens in the header, which are read.
+        """Check that its file exists, has the recorded size, and has its tokens in the header. Returns it with the
+        tokens.
 
-        Raises SnapshotInvalid otherwise; the snapshot is then dropped, unless only we ran short of something (open
+        Raises SnapshotInvalid otherwise. The snapshot is then dropped, unless llamaslot only lacked a resource (open
         files, memory). Canceling is safe.
         """
         try:
@@ -383,13 +389,15 @@ class Catalog:
                 raise
 
     async def drop(self, id: str) -> None:  # noqa: A002
-        """No longer listed at once, and removed; the file of a pinned one at the last unpin. Idempotent.
-        Canceling is safe: the file is removed all the same."""
+        """Unlist the snapshot at once, and remove its file, if it is pinned at the last unpin. Idempotent. Canceling
+        is safe: the file is removed all the same.
+        """
         if id in self.snapshots:
             self._drop(id)
         await self._room.removed(id)
 
-    # -- in one breath --------------------------------------------------------------------------------------------
+    # -- without an await
+    # --------------------------------------------------------------------------------------------
 
     def _list(self, snapshot: Snapshot, last_used: float, now: float, hits: Hits = NEVER) -> None:
         n_hits, is_branched = hits
@@ -397,7 +405,7 @@ class Catalog:
         self._room.committed += snapshot.size_bytes
 
     def _take(self, id_: str) -> Snapshot:
-        """From listed to leaving, or to condemned: nobody can choose, pin or restore it any more."""
+        """Move it from listed to leaving, or to condemned: it can no longer be chosen, pinned or restored."""
         snapshot = self.snapshots[id_]
         if self._shelf.take(id_, self._now()):
             self._remove(snapshot)
@@ -411,7 +419,7 @@ class Catalog:
         self._room.remove(snapshot.id, snapshot.size_bytes)
 
     def check(self) -> None:
-        """Raises AssertionError naming the account that is not the sum of its parts."""
+        """Raises AssertionError with the name of the account that is not the sum of its parts."""
         self._shelf.check()
         on_disk = (*self._shelf.snapshots.values(), *self._shelf.condemned.values())
         self._room.check(

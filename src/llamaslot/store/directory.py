@@ -1,4 +1,6 @@
-"""The directory that llama-server and llamaslot share: one llamaslot at a time, and proof that it is the same one."""
+"""The directory that llama-server and llamaslot share: a lock against other llamaslots, and a check that it is
+shared.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +27,17 @@ _GROUP = (
 
 
 class DirectoryUnusable(LlamaslotError):
-    """The directory for snapshots is missing, taken by another llamaslot, or closed to us."""
+    """The snapshot directory is missing, locked by another llamaslot, or not accessible."""
 
 
 class NotShared(LlamaslotError):
-    """What llama-server saves does not arrive in our directory, or is not ours to read, rename and unlink."""
+    """Files that llama-server saves do not arrive in our directory, or llamaslot may not read, rename or unlink them."""
 
 
 class DirectoryLock:
     """An flock on ``.llamaslot.lock``: two llamaslots in one directory would delete each other's files.
 
-    The lock goes with the process, however that ends; the file stays.
+    The kernel releases it when the process ends; the file stays.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -43,7 +45,9 @@ class DirectoryLock:
         self._fd: int | None = None
 
     def acquire(self) -> None:
-        """Take the lock without waiting. Blocking file work. Raises DirectoryUnusable, which says who has it."""
+        """Take the lock without waiting. Blocking file access. Raises DirectoryUnusable, which names the holder's
+        pid.
+        """
         directory = self._path.parent
         try:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o660)
@@ -66,27 +70,27 @@ class DirectoryLock:
                 f"{directory} is in use by another llamaslot (pid {holder}): stop it, or give each its own directory"
             ) from None
         self._fd = fd
-        # A full disk: the lock holds all the same, only its message is poorer.
+        # On a full disk the lock works all the same; only the holder's pid is missing.
         with contextlib.suppress(OSError):
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
-        """Give the lock back. Idempotent."""
+        """Release the lock. Idempotent."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
 
 
 async def prove_shared(directory: Path, save: Callable[[str], Awaitable[None]]) -> None:
-    """Prove that llama-server's ``--slot-save-path`` is ``directory`` and that its files are ours to handle.
+    """Check that llama-server's ``--slot-save-path`` is ``directory`` and that llamaslot can handle its files.
 
-    ``save(name)`` makes llama-server save an idle slot under that name. The file must then appear here, be a slot
-    file that we can read, and let itself be renamed and unlinked. Nothing is left behind where we can unlink; after
-    a crash in between the next scan removes it, because the probe has a name of ours.
+    ``save(name)`` makes llama-server save an idle slot under that name. The file must then appear here, be a readable
+    slot file, and be renamed and unlinked. Nothing is left behind if unlinking works; after a crash in between the
+    next scan removes the probe by its name.
 
-    Raises NotShared or DirectoryUnusable with the fix, SnapshotInvalid when the server writes a format that we do
-    not know, and whatever ``save`` raises. Canceling is safe.
+    Raises NotShared or DirectoryUnusable with the fix, SnapshotInvalid if the server writes an unknown format, and
+    whatever ``save`` raises. Canceling is safe.
     """
     probe, moved = (directory / (new_id() + PROBE) for _ in range(2))
     fix = _GROUP.format(directory=directory)
@@ -112,7 +116,7 @@ async def prove_shared(directory: Path, save: Callable[[str], Awaitable[None]]) 
 
 
 def _explain(error: SnapshotInvalid, probe: Path, fix: str) -> None:
-    """Raise NotShared for a probe that is not there or that we may not read; a strange format is left to the caller."""
+    """Raise NotShared for a probe that is missing or not readable. A strange format is left to the caller."""
     cause = error.__cause__
     if isinstance(cause, FileNotFoundError):
         raise NotShared(

@@ -1,17 +1,18 @@
-"""A generation of the prefix index in files: how they are written, and how they are opened and proved.
+"""The files of one generation of the prefix index: writing, opening and verification.
 
-In a directory of its own: ``<id>.trie`` (marisa), ``<id>.columns`` (int32, one after the other), ``<id>.names`` (a line
-for each holder) and ``manifest.json``, which names the generation that is valid. It is written as ``<id>.manifest``
-when all else has reached the disk, and renamed when the generation has been opened and proved. A file is never written
-again under the same name: it may be mapped. marisa believes what it maps (of 35,791 keys 10,357 were left after a
-flipped byte, without an error), so every file is proved by its checksum first.
+They are in a directory of their own: ``<id>.trie`` (marisa), ``<id>.columns`` (int32, one after the other),
+``<id>.names`` (a line for each holder) and ``manifest.json``, which names the valid generation. The manifest is
+written as ``<id>.manifest`` when all other files are on disk, and renamed when the generation has been opened and
+verified. A file is never rewritten under the same name: it may be mapped. marisa does not validate what it maps
+(after one flipped byte 10,357 of 35,791 keys were left, without an error), so the checksum of every file is verified
+first.
 
-The files hold the tokens of conversations, like the slot files, and those of dropped snapshots until the next
-generation: nobody else may read them.
+The files hold tokens of conversations, as slot files do, and those of dropped snapshots until the next generation:
+only llamaslot's user may read them.
 
-``python -m llamaslot.store.disk_index_files <directory> <id>`` makes the generation ``<id>`` from the one that is valid
-and ``<id>.input``. marisa holds the GIL while it builds (a second at 24 million tokens): not in the proxy's own
-process.
+``python -m llamaslot.store.disk_index_files <directory> <id>`` makes the generation ``<id>`` from the valid one and
+from ``<id>.input``. marisa holds the GIL while it builds (a second at 24 million tokens), so this must not run in the
+proxy's process.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ _LENGTH = struct.Struct("<I")
 
 
 class GenerationUnusable(LlamaslotError):
-    """The generation on disk is not whole, not ours, or not of this format. What it says is never used."""
+    """The generation on disk is incomplete, not ours, or of another format. Its content is never used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """An opened one. ``size_bytes`` of its files together; ``namespace`` is what its sequences are valid for."""
+    """An opened generation. ``size_bytes``: of its files together. ``namespace``: what its sequences are valid for."""
 
     id: str
     namespace: str
@@ -62,7 +63,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a generation is made from, beside the branches that were added: the one before it, without ``gone``."""
+    """The input of a generation, apart from the added branches: the previous generation, without ``gone``."""
 
     namespace: str
     base: str | None
@@ -70,7 +71,7 @@ class Recipe:
 
 
 def new_id() -> str:
-    """A name that nobody else has: ``gen-`` and 16 hexadecimal digits."""
+    """A unique name: ``gen-`` and 16 hexadecimal digits."""
     return "gen-" + secrets.token_hex(8)
 
 
@@ -82,7 +83,7 @@ def open_generation(
 ) -> Generation | None:
     """The valid generation, mapped; None if there never was one. Blocking: reads all of it once, 20 ms for 44 MiB.
 
-    ``is_wanted`` is asked about its namespace: another one's is not used. Raises GenerationUnusable.
+    ``is_wanted(namespace)`` tells whether to use it. Raises GenerationUnusable.
     """
     try:
         manifest = _read_manifest(directory / manifest_name)
@@ -96,7 +97,7 @@ def open_generation(
             if _proof(directory / name) != proof:
                 raise GenerationUnusable(f"{name} is not what was written")
         trie = marisa_trie.BinaryTrie()
-        # Not ``map``: that keeps no reference to what it maps, and asking it later is a segmentation fault.
+        # Not ``map``: it keeps no reference to what it maps, and a later query is a segmentation fault.
         trie.mmap(str(directory / (id_ + TRIE)))
         columns = _map_columns(directory / (id_ + COLUMNS), counts)
         names = (directory / (id_ + NAMES)).read_text("utf-8").splitlines()
@@ -111,7 +112,7 @@ def open_generation(
 
 
 def accept(directory: Path, id_: str, namespace: str) -> Generation:
-    """Open a generation that was just written, and make it the valid one. Blocking; raises as ``open_generation``."""
+    """Open a newly written generation and make it the valid one. Blocking; raises as ``open_generation``."""
     made = open_generation(directory, namespace.__eq__, id_ + DRAFT)
     if made is None or made.id != id_:
         raise GenerationUnusable(f"{id_} was not written")
@@ -167,7 +168,7 @@ def _map_columns(path: Path, counts: list[int]) -> Columns:
 
 
 def write_generation(directory: Path, id_: str, namespace: str, index: Frozen) -> None:
-    """Write the files, bring them to the disk, then name them in a manifest that is not valid yet.
+    """Write the files, sync them, then write a manifest that is not valid yet.
 
     Blocking; raises OSError.
     """
@@ -191,11 +192,11 @@ def write_generation(directory: Path, id_: str, namespace: str, index: Frozen) -
         "files": files,
     }
     write(directory / (id_ + DRAFT), [orjson.dumps({"checksum": _checksum(manifest), "manifest": manifest})])
-    _sync(directory)  # the names of the data are there before the manifest's
+    _sync(directory)  # the names of the data files must be on disk before the manifest's
 
 
 def write(path: Path, content: Iterable[bytes]) -> None:
-    """A new file, synced. Raises OSError, also if it exists."""
+    """Write a new file and sync it. Raises OSError, also if it exists."""
     with create(path) as file:
         file.writelines(content)
         file.flush()
@@ -203,7 +204,7 @@ def write(path: Path, content: Iterable[bytes]) -> None:
 
 
 def create(path: Path) -> BinaryIO:
-    """A new file that only we may read. Raises OSError."""
+    """Create a file that only our user may read. Raises OSError, also if it exists."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
 
 
@@ -216,9 +217,10 @@ def _sync(directory: Path) -> None:
 
 
 def sweep(directory: Path, id_: str | None) -> None:
-    """Remove every file of ours that is not of generation ``id_``. Blocking; what cannot go stays.
+    """Remove every file of ours that does not belong to generation ``id_``. Blocking; files that cannot be removed
+    stay.
 
-    One that is mapped lives on until it is let go.
+    A mapped file stays readable until it is unmapped.
     """
     with suppress(OSError):
         for path in list(directory.iterdir()):
@@ -232,14 +234,14 @@ def sweep(directory: Path, id_: str | None) -> None:
 
 
 def encode_recipe(recipe: Recipe) -> bytes:
-    """The beginning of an input."""
+    """The header of an input."""
     fields = {"version": VERSION, "namespace": recipe.namespace, "base": recipe.base, "gone": recipe.gone}
     data = orjson.dumps(fields)
     return _LENGTH.pack(len(data)) + data
 
 
 def encode_branch(branch: Branch[str]) -> list[bytes]:
-    """A branch as it is read again by ``sequences``; in pieces, so that the edge is not copied."""
+    """A branch as ``sequences`` reads it; in pieces, so that the edge is not copied."""
     pieces = [_BRANCH.pack(branch.n_above, len(branch.edge), len(branch.holders))]
     for holder in branch.holders:
         name = holder.encode()
@@ -256,7 +258,7 @@ def _read(file: BinaryIO, n: int) -> bytes:
 
 
 def decode_recipe(file: BinaryIO) -> Recipe:
-    """What ``encode_recipe`` wrote."""
+    """Read what ``encode_recipe`` wrote."""
     fields = orjson.loads(_read(file, *_LENGTH.unpack(_read(file, _LENGTH.size))))
     if fields["version"] != VERSION:
         raise GenerationUnusable(f"the input is of version {fields['version']}")
@@ -275,10 +277,10 @@ def sequences(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
 
 
 def grow(directory: Path, id_: str) -> None:
-    """Make the generation ``id_`` from its input and the one before, and write it.
+    """Make the generation ``id_`` from its input and the previous generation, and write it.
 
-    What cannot be frozen is left out: sequences with media, names of more than one line. Raises GenerationUnusable,
-    OSError, and ValueError for a collision of hashes.
+    Sequences with media and names of more than one line are left out. Raises GenerationUnusable, OSError, and
+    ValueError for a hash collision.
     """
     index: PrefixIndex[str] = PrefixIndex()
     with open(directory / (id_ + INPUT), "rb") as file:
@@ -298,7 +300,7 @@ def grow(directory: Path, id_: str) -> None:
 
 
 def main() -> int:
-    os.nice(10)  # users' tokens first
+    os.nice(10)  # requests of users have priority
     try:
         grow(Path(sys.argv[1]), sys.argv[2])
     except (LlamaslotError, OSError, ValueError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""New generations of the prefix index, made beside the event loop and taken over in it."""
+"""Makes new generations of the prefix index in a separate process, and adopts them in the event loop."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 P = ParamSpec("P")
-_AT_ONCE = 64  # branches prepared while the thread that writes them holds the GIL: 0.1 ms
+_AT_ONCE = 64  # branches prepared while the writing thread holds the GIL: 0.1 ms
 
 
 class Renewal:
-    """The generations in ``directory``, which is made if need be and is nobody else's.
+    """The generations in ``directory``, which is created if needed and used for nothing else.
 
-    ``namespace`` is what token sequences are valid for, such as a model's fingerprint. One whose words differ and that
-    ``is_same`` is kept in the words that it has. One event loop owns it.
+    ``namespace``: what the token sequences are valid for, such as a model's fingerprint. If the generation on disk
+    has a namespace with other text for which ``is_same`` is true, that text is kept. One event loop owns it.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class Renewal:
         self._current: str | None = None
         self._running: asyncio.Task[bool] | None = None
         self._is_ended = False
-        self._failed_at: int | None = None  # how many holders there were
+        self._failed_at: int | None = None  # number of holders at the last failure
 
     async def open(self) -> Frozen | None:
-        """The generation on disk, or None: there is none, or, as one log line says, it cannot be used.
+        """The generation on disk. None if there is none, or if it cannot be used, which is logged.
 
         Canceling is safe.
         """
@@ -72,15 +72,17 @@ class Renewal:
         except OSError as error:
             raise GenerationUnusable(f"cannot be made: {error.strerror or error}") from error
         found = disk_index_files.open_generation(self._directory, self._is_same)
-        disk_index_files.sweep(self._directory, found.id if found else None)  # what a crash left
+        disk_index_files.sweep(self._directory, found.id if found else None)  # files left by a crash
         return found
 
     def consider(self, index: SnapshotIndex) -> None:
-        """Begin a new generation of ``index`` if it is due and none is being made. To be called after its changes."""
+        """Begin a new generation of ``index`` if it is due and none is being made. Call this after each change of
+        ``index``.
+        """
         if self._running is not None or self._is_ended or not index.is_due:
             return
         if self._failed_at is not None and abs(len(index) - self._failed_at) < NEW_MIN:
-            return  # whatever was the matter will not have changed
+            return  # the cause of the failure has probably not changed
         self._running = self._tasks.spawn(self.renew(index), "renew the index")
         self._running.add_done_callback(self._ended)
 
@@ -88,16 +90,16 @@ class Renewal:
         self._running = None
 
     async def end(self) -> None:
-        """Begin none any more, and end what is being made. Canceling is safe: it ends all the same."""
+        """Begin no more generations, and end the one being made. Canceling is safe: it ends all the same."""
         self._is_ended = True
         if (running := self._running) is not None:
             running.cancel()
             await asyncio.wait([running])
 
     async def renew(self, index: SnapshotIndex) -> bool:
-        """Make a new generation of ``index``. False, with a log line, if none could be made.
+        """Make a new generation of ``index``. False, with a log line, if that failed.
 
-        Canceling is safe: the index is as if it had not been tried.
+        Canceling is safe: the index is then unchanged.
         """
         started, id_ = time.monotonic(), disk_index_files.new_id()
         base = self._current if index.base is not None else None
@@ -130,7 +132,9 @@ class Renewal:
         return True
 
     async def _grow(self, id_: str) -> None:
-        """Run the process that makes it. Raises GenerationUnusable with its last words. Ends it when cancelled."""
+        """Run the process that makes the generation. Raises GenerationUnusable with its last line of output. Kills it
+        if cancelled.
+        """
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "llamaslot.store.disk_index_files", str(self._directory), id_),
             stdin=asyncio.subprocess.DEVNULL,
@@ -150,9 +154,9 @@ class Renewal:
 
 
 def _write_input(directory: Path, id_: str, recipe: Recipe, sowing: Sowing) -> None:
-    """Blocking; raises OSError. The sealed overlay does not change, so that a thread may read it.
+    """Write the input of a generation. Blocking; raises OSError.
 
-    In small portions: each write lets go of the GIL.
+    The sealed overlay does not change, so a thread may read it. Each write releases the GIL, so portions are small.
     """
     with disk_index_files.create(directory / (id_ + disk_index_files.INPUT)) as file:
         file.write(disk_index_files.encode_recipe(recipe))
@@ -163,9 +167,10 @@ def _write_input(directory: Path, id_: str, recipe: Recipe, sowing: Sowing) -> N
 
 
 async def _to_its_end(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, bool]:
-    """Run it in a thread until it has ended, whoever cancels; the result, and whether somebody did.
+    """Run ``function`` in a thread to its end, even if this is cancelled. Returns its result and whether it was
+    cancelled.
 
-    Raises what it raised, or CancelledError if it failed and was cancelled.
+    Raises what ``function`` raised, or CancelledError if it failed and was cancelled.
     """
     running = asyncio.get_running_loop().run_in_executor(None, partial(function, *args, **kwargs))
     is_cancelled = False

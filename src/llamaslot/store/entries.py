@@ -1,4 +1,4 @@
-"""What is listed: snapshots in memory, when they were used, who holds them, and who goes first. No files, no awaits.
+"""The snapshots in memory: usage, pins, and the order of eviction. No files, no awaits.
 
 Times come in as arguments, in seconds of any one clock.
 """
@@ -20,9 +20,10 @@ from llamaslot.store.sidecar import Snapshot
 
 
 class Pin(AbstractContextManager[Snapshot]):
-    """Keeps a snapshot's file, from its making (nothing may come between the look and the pin) until it is left.
+    """Keeps a snapshot's file until the context exits. It takes effect when it is made: no await may come between the
+    lookup and the pin.
 
-    Leaving is idempotent. One that is forgotten holds for as long as the process lives: the collector unpins nothing.
+    Exit is idempotent. A pin that is never exited lasts as long as the process: garbage collection does not unpin.
     """
 
     def __init__(self, snapshot: Snapshot, release: Callable[[str], None]) -> None:
@@ -40,9 +41,9 @@ class Pin(AbstractContextManager[Snapshot]):
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
-    """A snapshot that might be saved. ``saves_s``: what it would save each time that it is asked for, against what
-    there is on disk already; ``idle_s``: since its last use; ``after``: the snapshot that its conversation goes on
-    from."""
+    """A snapshot that might be saved. ``saves_s``: seconds saved by each hit, compared with what is on disk already;
+    ``idle_s``: seconds since its last use; ``after``: id of the previous snapshot of its conversation.
+    """
 
     n_tokens: int
     size_bytes: int
@@ -55,8 +56,8 @@ class Prospect:
 class Shelf:
     """``snapshots`` can be found, pinned and restored; ``condemned`` ones are dropped but still pinned.
 
-    ``standings`` has when and how often each was used, by id of what is listed. ``order`` says who goes first, and
-    learns from what comes back: only from snapshots of ``fingerprint``, the one that is valid now, once it is known.
+    ``standings``: usage by id of listed snapshots. ``order`` decides who is evicted first and learns from hits; only
+    from snapshots of ``fingerprint``, the current model, once that is known.
     """
 
     def __init__(self, order: Order | None = None) -> None:
@@ -70,7 +71,7 @@ class Shelf:
         self._now = 0.0
 
     def __len__(self) -> int:
-        """Files: also of what is condemned."""
+        """The number of files, condemned ones included."""
         return len(self.snapshots) + len(self.condemned)
 
     @property
@@ -92,7 +93,7 @@ class Shelf:
         n_hits: int = 0,
         is_branched: bool = False,
     ) -> None:
-        """List it. ``last_used`` is now if it is not given; what came before ``now`` is not learned from."""
+        """List it. ``last_used`` defaults to ``now``; nothing is learned from the time before ``now``."""
         self._now = now
         used = now if last_used is None else last_used
         self.snapshots[snapshot.id] = snapshot
@@ -102,7 +103,7 @@ class Shelf:
         self._ranking.put(snapshot.id)
 
     def hit(self, id_: str, now: float) -> None:
-        """Asked for now. Raises KeyError for what is not listed."""
+        """Record a hit now. Raises KeyError for an unlisted id."""
         standing = self.standings[id_]
         if self._is_valid(id_):
             self.order.hit(standing, now)
@@ -112,7 +113,7 @@ class Shelf:
         self._look_again(id_, now)
 
     def branch(self, id_: str, now: float) -> None:
-        """Its conversation goes on without it, from an earlier point. Raises KeyError for what is not listed."""
+        """Record that its conversation went on without it, from an earlier point. Raises KeyError for an unlisted id."""
         standing = self.standings[id_]
         if self._is_valid(id_):
             self.order.passed(standing, now)
@@ -120,12 +121,12 @@ class Shelf:
         self._look_again(id_, now)
 
     def inherit(self, id_: str, from_id: str, now: float) -> None:
-        """One goes further in the same conversation as the other: how often that came back is known of both."""
+        """Give ``id_`` the hits of ``from_id``, whose conversation it continues."""
         self.standings[id_].n_hits += self.standings[from_id].n_hits
         self._look_again(id_, now)
 
     def take(self, id_: str, now: float) -> bool:
-        """No longer listed. True if its files may go at once; False if a pin holds them until ``unpin`` says so."""
+        """Unlist it. True if its files may be removed now; False if a pin holds them until ``unpin`` returns it."""
         if self._is_valid(id_):
             self.order.gone(self.standings[id_], now)
         snapshot = self.snapshots.pop(id_)
@@ -137,44 +138,46 @@ class Shelf:
         return True
 
     def mark(self, id_: str, kind: Kind, is_pinned: bool) -> Snapshot:
-        """It is kept for something else. Raises KeyError for what is not listed."""
+        """Change its kind and pin. Raises KeyError for an unlisted id."""
         self.snapshots[id_] = replace(self.snapshots[id_], kind=kind, is_pinned=is_pinned)
         self.standings[id_].kind = kind
         self._ranking.put(id_)
         return self.snapshots[id_]
 
     def pin(self, id_: str) -> Snapshot:
-        """Raises KeyError for what is not listed."""
+        """Count a pin. Raises KeyError for an unlisted id."""
         snapshot = self.snapshots[id_]
         self._pins[id_] += 1
         return snapshot
 
     def unpin(self, id_: str) -> Snapshot | None:
-        """The snapshot whose files may go now, if this was the last pin of a condemned one."""
+        """Release a pin. Returns the snapshot if this was the last pin of a condemned one: its files may be removed
+        now.
+        """
         self._pins[id_] -= 1
         if self._pins[id_]:
             return None
         del self._pins[id_]
         return self.condemned.pop(id_, None)
 
-    # -- who goes ------------------------------------------------------------------------------------------------
+    # -- eviction  ------------------------------------------------------------------------------------------------
 
     def tend(self, now: float) -> None:
-        """Learn from the time that has passed, and look at some ranks again. Called before each choice."""
+        """Learn from the time that has passed, and recompute some ranks. Called before each choice."""
         self._now = now
         due = self._ranking.turn()
         for id_ in due:
             if self._is_valid(id_):
                 self.order.passed(self.standings[id_], now)
-        # Only when all is learned: else the first would be ranked by other rates than the last.
+        # Only after all learning: else the first rank would use other rates than the last.
         for id_ in due:
             self._ranking.put(id_)
 
     def victims(self, short_bytes: int, n_short: int, keep: Collection[str], now: float) -> list[Snapshot]:
-        """Who goes for ``short_bytes`` bytes and ``n_short`` files; together they may have less, and nobody goes who
-        is not needed. Neither ``keep`` nor what is held.
+        """The snapshots to evict for ``short_bytes`` bytes and ``n_short`` files; fewer if there are not enough. None
+        that is not needed, none in ``keep``, none that is held.
 
-        A pin in its sidecar holds a snapshot as long as it is of use: not once another model is served.
+        The pin in its sidecar protects a snapshot only while its model is served.
         """
         self._now = now
         victims: list[Snapshot] = []
@@ -191,7 +194,7 @@ class Shelf:
                 n_over += 1
                 if over_bytes >= 0 and n_over >= 0:
                     break
-        for snapshot in reversed(victims[:-1]):  # what comes later may have made it needless
+        for snapshot in reversed(victims[:-1]):  # a later victim may have made this one unnecessary
             if snapshot.size_bytes <= over_bytes and n_over > 0:
                 victims.remove(snapshot)
                 over_bytes -= snapshot.size_bytes
@@ -199,7 +202,7 @@ class Shelf:
         return victims
 
     def loss(self, victims: Collection[Snapshot], now: float) -> float:
-        """What would be lost with them, as ``order`` counts it; those of another model are no loss."""
+        """The value lost by evicting them, as ``order`` counts it. Snapshots of another model have no value."""
         lost = (
             self.order.worth(self.standings[victim.id], now)
             for victim in victims
@@ -208,9 +211,10 @@ class Shelf:
         return math.fsum(lost)
 
     def would_gain(self, prospect: Prospect, short: Short, keep: Collection[str], now: float) -> float:
-        """The worth of what would be saved, less that of all that would be evicted for it: seconds saved per second.
+        """The value of what would be saved, less the value of what would be evicted for it, in seconds saved per
+        second.
 
-        Below 0 it is better not saved; minus infinity when there would be no room even so. Changes nothing.
+        Below 0 it should not be saved; minus infinity if there would not be enough space. Changes nothing.
         """
         victims = self.victims(*short, keep, now)
         if not short.is_met_by(victims):
@@ -230,7 +234,9 @@ class Shelf:
         return self.fingerprint is not None and self.snapshots[id_].fingerprint == self.fingerprint
 
     def _rank(self, id_: str) -> Rank:
-        """Smallest goes first: what another fingerprint made, then as ``order`` says, then what was used first."""
+        """The smallest is evicted first: snapshots of another fingerprint, then by ``order``, then the least recently
+        used.
+        """
         standing = self.standings[id_]
         return self._is_valid(id_), self.order.rank(standing, self._now), standing.last_used, id_
 
@@ -239,11 +245,11 @@ class Shelf:
         self._ranking.put(id_)
 
     def known(self) -> set[str]:
-        """The ids whose files are accounted for here."""
+        """The ids whose files are booked here."""
         return self.snapshots.keys() | self.condemned.keys()
 
     def check(self) -> None:
-        """Raises AssertionError naming the invariant."""
+        """Raises AssertionError with the name of the invariant that does not hold."""
         assert self.standings.keys() == self.snapshots.keys(), "standings and snapshots differ"
         assert len(self._ranking) == len(self.snapshots), "not everything is ranked"
         assert self.condemned.keys() <= self._pins.keys(), "condemned without a pin"

@@ -1,13 +1,13 @@
-"""Reads the token list out of a slot file that llama-server wrote, and nothing of the gigabyte behind it.
+"""Reads the token list from the header of a slot file of llama-server, without reading the state after it.
 
 Layout, all little-endian 32-bit words (``llama_state_seq_save_file`` and ``server_tokens::serialize`` of llama.cpp):
 
     magic 0x67677371 | version | n_words | n_words words | KV state, checkpoints
 
 The words of a current server are ``-1, 1, n_tokens, tokens..., n_media, first token of each media chunk..., media
-chunks``; builds from before that wrote the bare tokens. A media token is -1 in the list. A file has no length and no
-checksum of its own: a full disk leaves a truncated file whose header claims all tokens, so the size that the server
-reported (``n_written``) must be kept beside it and compared.
+chunks``; older builds wrote the bare tokens. A media token is -1 in the list. A file has no length and no checksum of
+its own: a full disk leaves a truncated file whose header claims all tokens. So the size that the server reported
+(``n_written``) must be stored beside it and compared.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 from llamaslot.errors import SnapshotInvalid
 
 MAGIC = 0x67677371  # "qsgg" as it lies in the file
-VERSIONS = range(2, 5)  # the header did not change among these; a server restores only its own version
-# 64 MiB of ids: far above any context, and a bound on what a damaged count makes us read.
+VERSIONS = range(2, 5)  # the header is the same in these versions; a server restores only its own version
+# 64 MiB of ids: far above any context; limits what a damaged count makes us read.
 MAX_TOKENS = 1 << 24
 
 _START = struct.Struct("<III")  # magic, version, n_words
@@ -34,10 +34,10 @@ _NULL = b"\xff\xff\xff\xff"  # LLAMA_TOKEN_NULL, -1
 
 @dataclass(frozen=True, slots=True)
 class SlotFile:
-    """What the header of a slot file says.
+    """The header of a slot file.
 
-    ``tokens`` are bytes of little-endian int32 and end before the first media token; ``n_tokens`` counts all of them.
-    ``size_bytes`` is the size of the whole file as it is.
+    ``tokens``: little-endian int32 bytes, up to the first media token; ``n_tokens`` counts all tokens.
+    ``size_bytes``: the actual size of the whole file.
     """
 
     tokens: bytes
@@ -47,13 +47,13 @@ class SlotFile:
 
 
 async def read_slot_file(path: Path) -> SlotFile:
-    """Read the header of the slot file ``path``: 12 + 4 * (n_tokens + 4) bytes of it at most.
+    """Read the header of the slot file ``path``: at most 12 + 4 * (n_tokens + 4) bytes.
 
-    Raises SnapshotInvalid, with what is wrong in one line, for a file that is missing, unreadable (``__cause__`` is
-    the OSError), too short, or no slot file of a version that we know. Canceling is safe.
+    Raises SnapshotInvalid, with the reason in one line, for a file that is missing, unreadable (``__cause__`` is the
+    OSError), too short, or not a slot file of a known version. Canceling is safe.
     """
-    # One trip to a thread that opens, reads and closes: file by file through aiofiles it took 1.7 times as long, and a
-    # reader canceled in between left the file open.
+    # One call of a thread that opens, reads and closes: aiofiles took 1.7 times as long, and a reader cancelled in
+    # between left the file open.
     return await asyncio.to_thread(_read, path)
 
 
@@ -90,7 +90,7 @@ def _read(path: Path) -> SlotFile:
 
 
 def _n_words(name: str, start: bytes, size_bytes: int) -> int:
-    """The length of the packed list, in words, checked against the size of the file."""
+    """The length of the packed list in words, checked against the size of the file."""
     if len(start) < _START.size:
         raise SnapshotInvalid(f"{name}: {size_bytes} bytes are too few for a slot file")
     magic, version, n_words = _START.unpack_from(start)
@@ -105,7 +105,7 @@ def _n_words(name: str, start: bytes, size_bytes: int) -> int:
 
 
 def _n_tokens(name: str, start: bytes, n_words: int) -> tuple[int, bool]:
-    """How many tokens follow, and whether they are in the packed form."""
+    """The number of tokens that follow, and whether they are in the packed form."""
     is_packed = n_words > 0 and start.startswith(_NULL, _START.size)
     n_tokens = n_words
     if is_packed:
@@ -124,7 +124,7 @@ def _n_tokens(name: str, start: bytes, n_words: int) -> tuple[int, bool]:
 
 
 def _before_media(tokens: bytes) -> bytes:
-    """The tokens before the first that is -1. ``find`` is memchr-fast; a hit between two tokens is no hit."""
+    """The tokens before the first -1. ``find`` is as fast as memchr; a hit that is not on a whole token is skipped."""
     at = tokens.find(_NULL)
     while at >= 0 and at % _WORD:
         at = tokens.find(_NULL, at + 1)

@@ -1,7 +1,7 @@
-"""How often each snapshot was asked for, in one file beside them, so that a restart does not forget it.
+"""The number of hits of each snapshot, in one file beside the snapshots, so that it survives a restart.
 
-A line of JSON for each change, ``[id, n_hits, is_branched]``, appended and never synced: a hit costs one
-small write, and what a power cut takes is a few counts. The last line of an id counts; others are passed over.
+One line of JSON for each change, ``[id, n_hits, is_branched]``, appended and never synced. A hit costs one small
+write; a power cut loses a few counts. The last line of an id counts; the others are ignored.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from llamaslot.store.directory import HITS_NAME
 log = logging.getLogger(__name__)
 
 _MODE = 0o660
-_SPARE_LINES = 1_000  # more than this many lines that say nothing any more, and the file is written anew
+_SPARE_LINES = 1_000  # the file is rewritten when it has more outdated lines than this
 
 
 class Hits(NamedTuple):
-    """Of one snapshot. ``is_branched``: its conversation went on from an earlier point, and nobody came back since."""
+    """Of one snapshot. ``is_branched``: its conversation went on from an earlier point, and there was no hit since."""
 
     n_hits: int = 0
     is_branched: bool = False
@@ -33,15 +33,16 @@ NEVER = Hits()
 
 
 class HitLog:
-    """The file of one directory. Everything blocks on the disk, is called by one thread at a time, and never raises:
-    counts only help to choose what goes first."""
+    """The file of one directory. All methods block on the disk, must be called by one thread at a time, and never
+    raise: the counts only improve the order of eviction.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / HITS_NAME
         self._n_lines = 0
 
     def load(self) -> dict[str, Hits]:
-        """By id, also of snapshots that are gone."""
+        """The hits by id, also of snapshots that are gone."""
         found: dict[str, Hits] = {}
         try:
             lines = self._path.read_bytes().splitlines()
@@ -55,11 +56,11 @@ class HitLog:
         return found
 
     def is_long(self, n_listed: int) -> bool:
-        """Whether so many lines say nothing any more that the file should be written anew."""
+        """Whether the file has so many outdated lines that it should be rewritten."""
         return self._n_lines > 2 * n_listed + _SPARE_LINES
 
     def append(self, changed: Mapping[str, Hits]) -> None:
-        """What has changed since the last call."""
+        """Append the changes since the last call."""
         try:
             self._write(self._path, os.O_APPEND, changed)
         except OSError as error:
@@ -67,7 +68,7 @@ class HitLog:
         self._n_lines += len(changed)
 
     def rewrite(self, listed: Mapping[str, Hits]) -> None:
-        """Only what is listed."""
+        """Write the file anew with listed ids only."""
         new = self._path.with_name(HITS_NAME + ".new")
         try:
             self._write(new, os.O_TRUNC, listed)
@@ -79,7 +80,7 @@ class HitLog:
     def _write(self, path: Path, how: int, hits: Mapping[str, Hits]) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | how, _MODE)
         with os.fdopen(fd, "wb") as file:
-            # A line that was cut off must not spoil the first of ours: an empty one is passed over.
+            # A truncated last line must not corrupt ours, so an empty line comes first; readers skip it.
             file.write(b"\n" + b"".join(orjson.dumps([id_, *found]) + b"\n" for id_, found in hits.items()))
 
 

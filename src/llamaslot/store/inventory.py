@@ -1,6 +1,6 @@
-"""What lies in a snapshot directory, for people: read without a lock, while llamaslot may be at work in it.
+"""The content of a snapshot directory, for people. Read without a lock, also while llamaslot uses the directory.
 
-Nothing here changes a file. What a running llamaslot is just writing looks unfinished.
+Nothing here changes a file. A snapshot that a running llamaslot is writing looks unfinished.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from llamaslot.store.header import read_slot_file
 from llamaslot.store.hits import NEVER, HitLog, Hits
 from llamaslot.store.sidecar import JSON, KV, Noted
 
-_AT_ONCE = 8  # headers that are read at the same time
+_AT_ONCE = 8  # headers read at the same time
 
 
 class State(enum.StrEnum):
     WHOLE = "whole"
-    UNFINISHED = "unfinished"  # what a crash has left, or what is being written
+    UNFINISHED = "unfinished"  # left by a crash, or being written
     BROKEN = "broken"
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """The files of one id. ``noted`` is what its sidecar says, None where that cannot be read; ``last_used`` is in
-    seconds since the epoch; ``why`` says what is wrong with it."""
+    """The files of one id. ``noted``: its sidecar, None if that cannot be read; ``last_used``: seconds since the
+    epoch; ``why``: its fault.
+    """
 
     id: str
     size_bytes: int
@@ -45,7 +46,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Stock:
-    """By id, and how many files there are besides that are not ours."""
+    """Items by id, and the number of other files."""
 
     items: dict[str, Item]
     n_foreign: int
@@ -93,7 +94,7 @@ def _item(directory: Path, id_: str, suffixes: set[str], hits: Hits) -> Item:
 
 
 def _broken(item: Item, error: SnapshotInvalid) -> Item:
-    """In our list the name of the file says nothing new."""
+    """In our list the file name in the error is redundant."""
     why = re.sub(rf"^{item.id}(\.kv|\.json)?: ", "", str(error))
     return replace(item, state=State.BROKEN, why=why)
 
@@ -108,7 +109,7 @@ def _dated(directory: Path, id_: str, suffixes: set[str]) -> float:
 
 
 async def read_headers(directory: Path, items: Iterable[Item]) -> list[Item]:
-    """The same; those are broken whose file is not what the sidecar was written for. Canceling is safe."""
+    """The items, with those marked broken whose file does not match the sidecar. Canceling is safe."""
     gate = asyncio.Semaphore(_AT_ONCE)
 
     async def read(item: Item) -> Item:

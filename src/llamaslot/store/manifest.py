@@ -1,9 +1,10 @@
-"""What all sidecars say, in one file outside of the directory: a start with ten thousand snapshots need not open them.
+"""A copy of all sidecars in one file outside of the directory, so that a start with ten thousand snapshots opens one
+file.
 
-It is a copy and never the truth. An entry is believed only while both files of its snapshot are the ones that it was
-written for, by inode, size and times of change; all else is read as if there were no register. So a register that is
-old, or that a power cut has brought back, costs a look at some files and makes no snapshot appear. Only what is
-known to be on the disk is entered: a sidecar that still names a boot of the machine is read at each start.
+It is never the truth. An entry is used only if both files of its snapshot still have the recorded inode, size and
+times of change; all others are read as if there were no manifest. So an outdated manifest (or one that a power cut
+brought back) costs some file accesses, but never makes a snapshot appear. Only snapshots known to be on disk are
+entered: a sidecar that still names a boot of the machine is read at each start.
 
 One line with version and checksum, then JSON. Written under another name, synced, renamed.
 """
@@ -36,14 +37,14 @@ _HEAD = "llamaslot sidecars"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A snapshot that is on the disk for good, and its two files as they were then."""
+    """A snapshot that is durably on disk, and the identity of its two files at that time."""
 
     snapshot: Snapshot
     kv: Mark
     json: Mark
 
     def last_used(self, directory: Path) -> float | None:
-        """When it was last used, in seconds since the epoch; None unless both files are as they were. Blocking."""
+        """The time of its last use, in seconds since the epoch; None unless both files are unchanged. Blocking."""
         try:
             kv = os.lstat(directory / (self.snapshot.id + KV))
             json = os.lstat(directory / (self.snapshot.id + JSON))
@@ -55,7 +56,7 @@ class Entry:
 class Register:
     """The file ``path`` about the snapshots in ``directory``. Without a path nothing is read or written.
 
-    ``marks`` are of .kv files when their headers were read; ``durable`` are the ids that are known to be on the disk.
+    ``marks``: identities of the .kv files when their headers were read; ``durable``: ids known to be on disk.
     """
 
     def __init__(self, path: Path | None, directory: Path) -> None:
@@ -65,7 +66,7 @@ class Register:
         self._writing = threading.Lock()
 
     async def read(self) -> dict[str, Entry]:
-        """Entries by id. None of them, with a line in the log, if the file cannot be used. Canceling is safe."""
+        """Entries by id; none, with a log line, if the file cannot be used. Canceling is safe."""
         return await asyncio.to_thread(self._read)
 
     def _read(self) -> dict[str, Entry]:
@@ -82,7 +83,7 @@ class Register:
         return {}
 
     async def write(self, snapshots: Mapping[str, Snapshot], last_used: Mapping[str, float]) -> None:
-        """Enter what is durable, and as it was left. That the file cannot be written is a line in the log.
+        """Write the durable snapshots and their times of use. A failure is logged.
 
         Canceling is safe: the file is written to its end all the same.
         """
@@ -95,7 +96,7 @@ class Register:
     def _write(self, path: Path, known: list[tuple[Snapshot, Mark, float]]) -> None:
         new = path.with_name(path.name + ".new")
         try:
-            with self._writing:  # the thread of one that was canceled may still be at it
+            with self._writing:  # the thread of a cancelled call may still be writing
                 data = _encode(self._entries(known))
                 with open(
                     os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb"
@@ -108,8 +109,9 @@ class Register:
             log.warning("snapshots: cannot write %s: %s", path, error.strerror or error)
 
     def _entries(self, known: list[tuple[Snapshot, Mark, float]]) -> list[Entry]:
-        """Of a .kv file the mark is that of when it was read: if it is another one now, it will not fit. A sidecar is
-        left out that has another date than we gave it: somebody else has changed it."""
+        """The mark of a .kv file is that of when it was read: if the file has changed since, it will not match. A
+        sidecar whose date is not the one we set is left out: another program has changed it.
+        """
         entries = []
         for snapshot, mark, last_used in known:
             with suppress(OSError):  # dropped meanwhile
@@ -120,7 +122,7 @@ class Register:
 
 
 class _Unusable(Exception):
-    """Why what the file says is not believed."""
+    """Why the content of the file is not used."""
 
 
 def _encode(entries: list[Entry]) -> bytes:
@@ -136,7 +138,7 @@ def _encode(entries: list[Entry]) -> bytes:
 
 
 def _decode(data: bytes) -> dict[str, Entry]:
-    """Raises _Unusable for what ``_encode`` has not made."""
+    """Raises _Unusable unless ``_encode`` has made ``data``."""
     head, _, body = data.partition(b"\n")
     if head != f"{_HEAD} {VERSION} {xxh3_128_hexdigest(body)}".encode():
         raise _Unusable("it is damaged, or of another version")

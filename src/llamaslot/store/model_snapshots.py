@@ -1,7 +1,7 @@
-"""The snapshots that the model at hand can use, found by their tokens.
+"""The snapshots that the current model can use, found by their tokens.
 
-A pool ends with its llama-server process; what is on disk does not. So the index of it belongs to the backend, is
-handed to each new pool of the same model, and outlives llamaslot as a generation in files.
+A slot table ends with its llama-server process; snapshots on disk do not. So their index belongs to the backend, is
+passed to each new slot table of the same model, and survives a restart of llamaslot as files.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from llamaslot.store.disk_index_rebuild import Renewal
 from llamaslot.store.overlap import Covers
 from llamaslot.tasks import TaskOwner
 
-_AT_ONCE = 4  # snapshots of a whole directory that are compared with others, at each change
+_AT_ONCE = 4  # snapshots of a whole directory that are compared with others, per change
 
 
 def content_of(snapshot: WithTokens) -> Content:
-    """What a slot holds that has just been saved as ``snapshot``, or restored from it."""
+    """The content of a slot that was just saved as ``snapshot``, or restored from it."""
     space = Space.of_text(snapshot.space)
     return Content(snapshot.tokens, True, False, snapshot.checkpoints, snapshot.id, space=space)
 
@@ -41,37 +41,37 @@ class Library:
         self.in_spaces = InSpaces(self.index, self.space_of)
         self.covers = Covers(self.in_spaces, self.snapshots)
         self._on_change = on_change
-        self.n_changes = 0  # of what is in the index
+        self.n_changes = 0  # changes of the index so far
 
     def __repr__(self) -> str:
         return f"<Library {len(self.snapshots)} snapshots, {self.index!r}>"
 
     def space_of(self, snapshot_id: str) -> Space:
-        """Raises KeyError for an unknown one."""
+        """Raises KeyError for an unknown id."""
         return Space.of_text(self.snapshots[snapshot_id].space)
 
     def snapshot_of(self, tokens: bytes) -> WithTokens | None:
-        """The snapshot that holds exactly ``tokens``, of those that all share."""
+        """The snapshot that holds exactly ``tokens``, in the shared namespace."""
         hit = self.in_spaces.longest_full_prefix(tokens, (SHARED,))
         if hit is None or hit.n_tokens != count(tokens):
             return None
         return self.snapshots[hit.holder].with_tokens(tokens)
 
     def snapshot_at(self, tokens: bytes, space: Space) -> Snapshot | None:
-        """The snapshot that ends where ``tokens`` do, or a little before."""
+        """The snapshot that ends where ``tokens`` end, or a little before."""
         hit = self.in_spaces.longest_full_prefix(tokens, (space,))
         is_near = hit is not None and hit.n_tokens >= count(tokens) - NEAR_TOKENS
         return self.snapshots.get(hit.holder) if hit is not None and is_near else None
 
     def add(self, snapshot: WithTokens) -> None:
-        """Idempotent."""
+        """Add one snapshot. Idempotent."""
         self.put(snapshot.listed, snapshot.tokens)
         self.changed()
 
     def put(self, snapshot: Snapshot, tokens: bytes | None = None) -> None:
-        """One of many: ``changed`` must follow, so that no generation is made of the first few of them.
+        """Add one of many: ``changed`` must follow, so that no generation is made of the first few only.
 
-        Without ``tokens`` if the index has it.
+        ``tokens`` may be left out if the index has the snapshot already.
         """
         self.snapshots[snapshot.id] = snapshot
         if snapshot.id not in self.index:
@@ -83,12 +83,12 @@ class Library:
             self.covers.put(snapshot.id)
 
     def drop(self, snapshot_id: str) -> None:
-        """Idempotent."""
+        """Remove one snapshot. Idempotent."""
         self.remove(snapshot_id)
         self.changed()
 
     def remove(self, snapshot_id: str) -> None:
-        """One of many: ``changed`` must follow. Idempotent."""
+        """Remove one of many: ``changed`` must follow. Idempotent."""
         tokens = self.in_spaces.tokens(snapshot_id) if snapshot_id in self.snapshots else b""
         snapshot = self.snapshots.pop(snapshot_id, None)
         self.index.drop(snapshot_id)
@@ -118,14 +118,14 @@ class Libraries:
         self._renewal: Renewal | None = None
 
     async def of(self, identity: Identity, is_usable: Callable[[Snapshot], bool]) -> Library:
-        """The library of this model, with what ``is_usable`` of the catalog: the same one as before if it is the same
-        model. Canceling is safe: the next one goes on where this one ended.
+        """The library of this model, with the snapshots of the catalog that ``is_usable`` accepts. If the model is
+        the same as before, the library is too. Canceling is safe: the next call goes on where this one ended.
         """
         if self.current is None or self._identity is None or not identity.is_same(self._identity):
             await self._open(identity)
         assert self.current is not None
         library = self.current
-        # Whatever goes from here on is dropped from this library too, and what comes is added by whoever saved it.
+        # From here on, drops reach this library too, and each save adds its snapshot.
         found = {id_: snapshot for id_, snapshot in self._catalog.snapshots.items() if is_usable(snapshot)}
         for id_ in library.index.holders() - found.keys():
             library.remove(id_)
@@ -134,7 +134,7 @@ class Libraries:
         for id_ in found:
             try:
                 read = await self._catalog.verify(id_)
-            except SnapshotInvalid:  # broken and dropped, or we ran short of open files: not offered then
+            except SnapshotInvalid:  # broken and dropped, or we lacked open files: not offered then
                 continue
             if id_ in self._catalog.snapshots:  # not yet gone
                 library.put(read.listed, read.tokens)
@@ -142,7 +142,7 @@ class Libraries:
         return library
 
     async def _open(self, identity: Identity) -> None:
-        """Another model than before, or the first: begin with the generation that is on disk, if it is of this one."""
+        """The first model, or another one than before: start with the generation on disk, if it is of this model."""
 
         def is_same(namespace: str) -> bool:
             other = Identity.from_text(namespace)
@@ -158,6 +158,6 @@ class Libraries:
         self.current, self._identity, self._renewal = Library(index, renewal.consider), identity, renewal
 
     def drop(self, snapshot_id: str) -> None:
-        """The snapshot is gone. Idempotent."""
+        """Remove the dropped snapshot. Idempotent."""
         if self.current is not None:
             self.current.drop(snapshot_id)

@@ -1,4 +1,4 @@
-"""How much of each snapshot others hold too: what would not have to be computed if it were gone."""
+"""For each snapshot: how many of its tokens other snapshots also cover. Evicting it costs only the rest."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from llamaslot.cache.namespaces import InSpaces, Space
 from llamaslot.cache.reuse import Memory, usable
 from llamaslot.store import Snapshot
 
-# Others that are looked at, on models that go on from few points: the longest common prefixes first.
+# Number of other snapshots compared, on models that resume only from few points: the longest common prefixes first.
 _NEAR = 8
 
 
 class Covers:
-    """The covers of the ``snapshots`` that are in ``index``. What was found out is kept until a change near it.
+    """The covered tokens of the ``snapshots`` in ``index``. A result is kept until a snapshot near it is added or
+    dropped.
 
-    One that comes or goes changes only what its nearest neighbour shares with others: where two snapshots share as much
-    with it, they share that with each other too. Only trunks matter to many, on models that go on from few points.
+    An added or dropped snapshot changes only the result of its nearest neighbour: two snapshots that share as much
+    with it share that with each other too. Only a shared-prefix snapshot affects many, on models that resume only
+    from few points.
     """
 
     def __init__(self, index: InSpaces[str], snapshots: Mapping[str, Snapshot]) -> None:
         self._index, self._snapshots = index, snapshots
         self._memory = Memory.DENSE
         self._found: dict[str, int] = {}
-        self._unknown: dict[str, None] = {}  # those that nobody has looked at yet, first come first
+        self._unknown: dict[str, None] = {}  # not yet computed, oldest first
 
     @property
     def memory(self) -> Memory:
@@ -39,35 +41,37 @@ class Covers:
             self._found.clear()
 
     def n_tokens(self, id_: str) -> int:
-        """Tokens from the beginning that need not be computed without it, as far as is known: 0 until ``look_at_some``
-        has come to it.
+        """Tokens from its beginning that other snapshots cover; 0 until ``look_at_some`` has computed it.
 
-        Of a trunk only what shorter snapshots hold as a whole: what goes further is larger, and goes before it.
+        For a shared-prefix snapshot only whole shorter snapshots count: a longer one is larger, and is evicted before
+        it.
         """
         return self._found.get(id_, 0)
 
     def look_at_some(self, n: int) -> None:
-        """Find out about ``n`` that are not known yet. With a large index each takes up to a millisecond."""
+        """Compute the result of ``n`` snapshots that have none yet. With a large index each takes up to a
+        millisecond.
+        """
         for id_ in list(islice(self._unknown, n)):
             self._look_at(id_)
 
     def put(self, id_: str) -> None:
-        """It is in the index: one of many, to be looked at later."""
+        """A snapshot was added to the index, as one of many: computed later."""
         if id_ not in self._found:
             self._unknown[id_] = None
 
     def added(self, id_: str, tokens: bytes) -> None:
-        """It is in the index now."""
+        """A snapshot was added to the index."""
         self._look_at(id_, tokens)
         self._look_around(self._snapshots[id_], tokens, self._snapshots[id_].n_tokens)
 
     def dropped(self, snapshot: Snapshot, tokens: bytes) -> None:
-        """It is no longer in the index."""
+        """A snapshot was dropped from the index."""
         self._unknown.pop(snapshot.id, None)
         self._look_around(snapshot, tokens, self._found.pop(snapshot.id, 0))
 
     def _look_around(self, snapshot: Snapshot, tokens: bytes, n_instead: int) -> None:
-        """``n_instead``: what those have now, at least, that begin with a trunk which has come or gone."""
+        """``n_instead``: a lower bound of the result of those that begin with an added or dropped shared prefix."""
         spaces = (Space.of_text(snapshot.space),)
         for hit in self._index.match(tokens, spaces, 2):
             if hit.holder in self._found and hit.holder != snapshot.id:

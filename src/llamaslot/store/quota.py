@@ -1,7 +1,7 @@
-"""The accounts of a quota, and the removal that gives room back.
+"""The accounts of a quota, and the removal of files.
 
-What takes room is accounted for before it is on disk, and what gives room only after it is gone from there. Nothing is
-awaited between looking at the accounts and changing them, so on one event loop they need no lock.
+Space is booked before it is used on disk, and released only after it is free on disk. There is no await between
+reading the accounts and changing them, so on one event loop they need no lock.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 
 class QuotaExceeded(LlamaslotError):
-    """There is no room for a snapshot, and nothing that may be evicted for it."""
+    """There is no space for a snapshot, and nothing may be evicted for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``quota_bytes`` and ``max_files`` are for what is ours; ``min_free_bytes`` of the disk are left to others."""
+    """``quota_bytes`` and ``max_files`` limit our files; ``min_free_bytes`` of the disk stay free for other programs."""
 
     quota_bytes: int
     max_files: int = 10_000
@@ -37,8 +37,9 @@ class Limits:
 
 
 def beyond_disk(quota_bytes: int, min_free_bytes: int, directory: Path, held_bytes: int) -> str | None:
-    """What to say where the disk ends before the quota does, None where it does not. ``held_bytes``: what snapshots
-    take already. Blocking file work."""
+    """A warning if the disk is full before the quota is reached, else None. ``held_bytes``: bytes of the present
+    snapshots. Blocking file access.
+    """
     found = os.statvfs(directory)
     free_bytes = found.f_bavail * found.f_frsize
     can_have = held_bytes + max(free_bytes - min_free_bytes, 0)
@@ -52,7 +53,7 @@ def beyond_disk(quota_bytes: int, min_free_bytes: int, directory: Path, held_byt
 
 
 class Short(NamedTuple):
-    """What has to be evicted; below 0 that much is left."""
+    """What must be evicted; a negative number is still free."""
 
     size_bytes: int
     n_files: int
@@ -63,12 +64,12 @@ class Short(NamedTuple):
 
 
 class Room:
-    """How many bytes of a directory are taken, by what, and how many files.
+    """The bytes and files of a directory, by account.
 
-    ``committed`` are snapshots, ``granted`` are drafts, ``leaving`` is being unlinked, ``left`` are leftovers: ours, no
-    snapshots, but not to be removed, so they count until they are. On disk is never more than the sum of these four.
-    ``waiting`` are reservations for whose bytes a removal must end first; nothing of them is on disk. ``n_held()`` is
-    the number of snapshots and drafts.
+    ``committed``: snapshots. ``granted``: drafts. ``leaving``: files being unlinked. ``left``: leftovers, files of
+    ours that are no snapshots but cannot be removed, so they count until they are. The disk never holds more than the
+    sum of these four. ``waiting``: reservations that wait for a removal; nothing of them is on disk. ``n_held()``:
+    number of snapshots and drafts.
     """
 
     def __init__(self, directory: Path, limits: Limits, n_held: Callable[[], int], tasks: TaskOwner) -> None:
@@ -79,23 +80,23 @@ class Room:
         self.leftovers: dict[str, int] = {}
         self.n_commits = 0  # since the start
         self._n_waiting = 0
-        self._free: int | None = None  # bytes of the file system, when last asked for
+        self._free: int | None = None  # free bytes of the file system at the last query
 
     @property
     def size_bytes(self) -> int:
-        """Bytes on disk or promised."""
+        """Bytes on disk or reserved."""
         return self.committed + self.granted + self.leaving + self.left
 
     @property
     def n_files(self) -> int:
-        """Files on disk or promised, sidecars not counted."""
+        """Files on disk or reserved, sidecars not counted."""
         return self._n_held() + len(self.removing) + len(self.leftovers)
 
     def short(self, size_bytes: int = 0, n_files: int = 0) -> Short:
-        """What has to be evicted for all who wait for room, and for so much more.
+        """What must be evicted for all reservations that wait, and for ``size_bytes`` and ``n_files`` more.
 
-        What is leaving counts as gone here, and what others wait for as taken: each reservation evicts only for what is
-        short when all removals have succeeded, so that no two of them evict for the same bytes.
+        Files being removed count as gone, and waiting reservations as taken. So each reservation evicts only what is
+        missing after all removals have succeeded, and no two evict for the same bytes.
         """
         wanted = self.waiting + size_bytes
         short = self.committed + self.granted + self.left + wanted - self.limits.quota_bytes
@@ -103,30 +104,30 @@ class Room:
         return Short(max(short, self._short_of_free(wanted, self.leaving)), n_short)
 
     def _short_of_free(self, wanted: int, coming: int) -> int:
-        """What is missing on the file system for drafts, which may be half-written, and for ``wanted`` bytes."""
+        """Bytes missing on the file system for drafts, which may be half-written, and for ``wanted`` bytes."""
         if self._free is None:
             return -sys.maxsize
         return self.limits.min_free_bytes + self.granted + wanted - self._free - coming
 
     async def look(self) -> None:
-        """Ask how much is free on the file system, if that matters."""
+        """Query the free space of the file system, if there is a limit on it."""
         n_before = -1
         while self.limits.min_free_bytes and n_before != self.n_commits:
-            # What is committed meanwhile may be missing in the answer, and is no draft now.
+            # The result may lack what is committed meanwhile, which is no draft any more.
             n_before = self.n_commits
             try:
                 found = await asyncio.to_thread(os.statvfs, self.directory)
             except OSError:
-                self._free = None  # then the write says what is wrong
+                self._free = None  # then the write reports the fault
             else:
                 self._free = found.f_bavail * found.f_frsize
 
     async def make(self, size_bytes: int, evict: Callable[[Short], bool]) -> None:
-        """Wait until one more file of ``size_bytes`` fits; the caller must take it without an await in between.
+        """Wait until one more file of ``size_bytes`` fits. The caller must book it without an await in between.
 
-        With 0 bytes it is for no file but for one that has grown, and is on disk already. ``evict(short)`` gives up at
-        least so much at once, or nothing and says False. Raises QuotaExceeded. Canceling is safe: removals that have
-        begun are finished.
+        With 0 bytes: for a file that has grown and is on disk already. ``evict(short)`` evicts at least ``short`` at
+        once, or nothing and returns False. Raises QuotaExceeded. Canceling is safe: removals that have begun are
+        completed.
         """
         n_files = min(size_bytes, 1)
         self.waiting += size_bytes
@@ -181,20 +182,20 @@ class Room:
         return task
 
     async def _unlink(self, id_: str, size_bytes: int) -> None:
-        n_left = size_bytes  # as long as nothing else is known
+        n_left = size_bytes  # until more is known
         try:
             n_left, error = await asyncio.to_thread(scan.remove, self.directory, id_)
             if error is not None:
                 log.warning("snapshots: %s cannot be removed: %s", id_, error.strerror or error)
         finally:
-            # On every path: whoever waits for this removal looks here for what became of it.
+            # On every path: waiters for this removal read the result here.
             del self.removing[id_]
             self.leaving -= size_bytes
             if n_left:
                 self.leave(id_, n_left)
 
     def known(self) -> set[str]:
-        """The ids whose files are accounted for here."""
+        """The ids whose files are booked here."""
         return self.removing.keys() | self.leftovers.keys()
 
     async def removed(self, id_: str) -> None:
@@ -203,11 +204,11 @@ class Room:
             await asyncio.shield(removal[1])
 
     async def next_removal(self) -> None:
-        """Wait until one of the removals under way has ended. Canceling is safe."""
+        """Wait until one of the running removals has ended. Canceling is safe."""
         await asyncio.wait([task for _, task in self.removing.values()], return_when=asyncio.FIRST_COMPLETED)
 
     def leave(self, id_: str, size_bytes: int) -> None:
-        """Account for files that could not be removed."""
+        """Book files that could not be removed."""
         self.leftovers[id_] = size_bytes
         self.left += size_bytes
 
@@ -217,7 +218,7 @@ class Room:
         return size_bytes
 
     def check(self, committed: int, granted: int) -> None:
-        """Raises AssertionError naming the account that is not the sum of its parts."""
+        """Raises AssertionError with the name of the account that is not the sum of its parts."""
         assert self.committed == committed, "committed is not what is listed and condemned"
         assert self.granted == granted, "granted is not the drafts"
         assert self.leaving == sum(size for size, _ in self.removing.values()), (

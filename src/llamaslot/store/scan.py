@@ -1,8 +1,8 @@
-"""What lies in the snapshot directory: opening the store is a scan that repairs.
+"""Scans the snapshot directory. Opening the store is a scan that repairs.
 
-Ours is a regular file by its name, ``ls-<16 hex>`` with a suffix of ours; everything else is foreign and never touched.
-Of ours, only a .kv file with a sidecar that agrees with it is a snapshot. All else is what a crash left: it is removed,
-or, where that is impossible, counted as a leftover so that the quota is true.
+A file is ours if it is a regular file named ``ls-<16 hex>`` with one of our suffixes; all others are never touched.
+Of ours, only a .kv file with a matching sidecar is a snapshot. All else was left by a crash: it is removed or, if
+that is impossible, counted as a leftover, so that the quota stays true.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from llamaslot.store.header import SlotFile, read_slot_file
 from llamaslot.store.manifest import Entry
 from llamaslot.store.sidecar import JSON, KV, NEW, PART, PROBE, Noted, Snapshot, WithTokens
 
-SUFFIXES = (PART, KV, PROBE, NEW, JSON)  # the order of removal: what takes room first, the sidecar last
+SUFFIXES = (PART, KV, PROBE, NEW, JSON)  # the order of removal: the largest first, the sidecar last
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Our files in the directory: their suffixes by id. And how many foreign entries there are."""
+    """Our files in the directory: suffixes by id. And the number of foreign entries."""
 
     suffixes: dict[str, set[str]]
     n_foreign: int
@@ -47,8 +47,9 @@ class Listing:
 
 @dataclass(slots=True)
 class Found:
-    """The result of a scan. ``last_used`` in seconds since the epoch, by id; ``leftovers`` in bytes, by id; ``marks``
-    of the .kv files that were read; ``durable`` are those whose data is known to be on the disk."""
+    """The result of a scan. ``last_used``: seconds since the epoch, by id; ``leftovers``: bytes, by id; ``marks``: of
+    the .kv files that were read; ``durable``: ids whose data is known to be on disk.
+    """
 
     snapshots: list[Snapshot] = field(default_factory=list)
     last_used: dict[str, float] = field(default_factory=dict)
@@ -61,7 +62,7 @@ class Found:
 
 
 def list_own(directory: Path) -> Listing:
-    """Our files by name and kind, without a look at each. Blocking; raises OSError for an unreadable directory."""
+    """Our files by name and type, without a stat of each. Blocking; raises OSError for an unreadable directory."""
     suffixes: dict[str, set[str]] = {}
     n_foreign, has_lock = 0, False
     with os.scandir(directory) as entries:
@@ -73,26 +74,26 @@ def list_own(directory: Path) -> Listing:
             elif (own := sidecar.own_name(entry.name)) is not None and entry.is_file(follow_symlinks=False):
                 suffixes.setdefault(own[0], set()).add(own[1])
             else:
-                # Also a directory or a symbolic link with such a name: somebody's joke, not our file.
+                # A directory or symbolic link with such a name is not ours.
                 n_foreign += 1
     return Listing(suffixes, n_foreign, has_lock)
 
 
 def size_bytes(directory: Path, id_: str) -> int:
-    """What counts for the quota of an id: its .kv and .part. Blocking."""
+    """The bytes of an id that count for the quota: its .kv and .part. Blocking."""
     return sum(_size(directory / (id_ + suffix)) for suffix in (KV, PART))
 
 
 def missing(directory: Path, ids: set[str]) -> set[str]:
-    """Those of the ids that have no .kv file. Blocking."""
+    """The ids that have no .kv file. Blocking."""
     return {id_ for id_ in ids if not os.path.lexists(directory / (id_ + KV))}
 
 
 def remove(directory: Path, id_: str) -> tuple[int, OSError | None]:
-    """Unlink every file of the id. Blocking, never raises for what the file system refuses.
+    """Unlink every file of the id. Blocking; errors of the file system are returned, not raised.
 
-    Returns the bytes of .kv and .part that are still there, and the first error. The .kv goes first: it is what takes
-    room, and a sidecar without its file is removed by the next scan.
+    Returns the bytes of .kv and .part that are still there, and the first error. The .kv goes first: it is the
+    largest, and a sidecar without its file is removed by the next scan.
     """
     n_left, first = 0, None
     for suffix in SUFFIXES:
@@ -127,7 +128,7 @@ def agree(noted: Noted, file: SlotFile) -> None:
 
 
 async def agree_still(directory: Path, snapshot: Snapshot) -> WithTokens:
-    """Its tokens, from the header. Raises SnapshotInvalid unless the file is still the one that was listed."""
+    """The tokens from its header. Raises SnapshotInvalid unless the file is still the one that was listed."""
     file = await read_slot_file(directory / snapshot.file_name)
     if file.size_bytes != snapshot.size_bytes:
         raise SnapshotInvalid(
@@ -139,10 +140,10 @@ async def agree_still(directory: Path, snapshot: Snapshot) -> WithTokens:
 
 
 async def scan(directory: Path, known: Mapping[str, Entry]) -> Found:
-    """Read what is there and remove what is ours but no snapshot. Raises OSError if the directory cannot be read.
+    """Read the directory and remove our files that are no snapshot. Raises OSError if the directory cannot be read.
 
-    What is as it was when it became ``known`` is not opened. Canceling is safe: what is left is repaired by the next
-    scan.
+    A snapshot whose files are unchanged since they became ``known`` is not opened. Canceling is safe: the next scan
+    repairs the rest.
     """
     listing, unchanged = await asyncio.to_thread(_look, directory, known)
     found = Found(n_foreign=listing.n_foreign)
@@ -152,7 +153,7 @@ async def scan(directory: Path, known: Mapping[str, Entry]) -> Found:
             if not {KV, JSON} <= suffixes:
                 await _discard(directory, id_, found)
                 continue
-            # A whole snapshot with something beside it: only that goes.
+            # A valid snapshot with extra files: only those are removed.
             await asyncio.to_thread(
                 _unlink_quietly, *(directory / (id_ + rest) for rest in suffixes - {KV, JSON})
             )
@@ -169,7 +170,7 @@ async def scan(directory: Path, known: Mapping[str, Entry]) -> Found:
         except SnapshotInvalid as error:
             found.faults.append(str(error))
             if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
-                # Not broken as far as we know, only out of our reach: removed when its room is needed.
+                # Not known to be broken, only unreadable: removed when its space is needed.
                 found.leftovers[id_] = await asyncio.to_thread(size_bytes, directory, id_)
             else:
                 await _discard(directory, id_, found)
@@ -183,7 +184,7 @@ async def scan(directory: Path, known: Mapping[str, Entry]) -> Found:
 
 
 def _look(directory: Path, known: Mapping[str, Entry]) -> tuple[Listing, dict[str, float]]:
-    """What lies there; when each was used that is as it was when it became known. Blocking; raises OSError."""
+    """The files; and for each unchanged known snapshot the time of its last use. Blocking; raises OSError."""
     listing = list_own(directory)
     pairs = (id_ for id_, suffixes in listing.suffixes.items() if id_ in known and suffixes >= {KV, JSON})
     looked = {id_: known[id_].last_used(directory) for id_ in pairs}
@@ -191,7 +192,7 @@ def _look(directory: Path, known: Mapping[str, Entry]) -> tuple[Listing, dict[st
 
 
 async def _load(directory: Path, id_: str) -> tuple[Snapshot, float, Mark, bool]:
-    """The snapshot, when it was last used, the mark of its .kv file, and whether that is known to be on the disk."""
+    """The snapshot, its last use, the mark of its .kv file, and whether its data is known to be on disk."""
     path = directory / (id_ + JSON)
     try:
         data, dated, mark = await asyncio.to_thread(

@@ -1,13 +1,13 @@
-"""The nouns of the store, what its files are called, and the sidecar that makes a slot file a snapshot.
+"""The types and file names of the store, and the sidecar that makes a slot file a snapshot.
 
-A snapshot is ``<id>.kv``, written by llama-server, and ``<id>.json``, written by us when everything else is done: a
-file without its sidecar does not exist. Sidecars hold no tokens (those are in the header of the .kv file), so that no
-second copy of a conversation lies about. The modification time of a sidecar is when its snapshot was last used.
+A snapshot is ``<id>.kv``, written by llama-server, and ``<id>.json``, written by us after everything else: a file
+without its sidecar is ignored. Sidecars hold no tokens (those are in the header of the .kv file), so there is no
+second copy of a conversation. The modification time of a sidecar is the time of the last use.
 
-A .kv file of a gigabyte is renamed before the kernel has brought it to the disk. A killed process loses nothing by
-that; a power cut could leave zeros behind a good header, and those would be restored as somebody's context. So a
-sidecar first carries the id of this boot and is written again without it once the data is synced; one of another boot
-is not believed.
+A .kv file of a gigabyte is renamed before the kernel has written it to disk. A killed process loses nothing by that;
+a power cut could leave zeros behind a valid header, which would be restored as the context of a user. So a sidecar
+first carries the id of this boot, and is rewritten without it once the data is synced. One of another boot is not
+used.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from llamaslot.cache.content import Kind
 from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
 
-VERSION = 2  # written where a space is given: who knows only version 1 must not take it for everybody's
+VERSION = 2  # written if there is a space: a reader of version 1 must not take the snapshot for a shared one
 _VERSIONS = (1, VERSION)
 KV, JSON, PART, NEW, PROBE = ".kv", ".json", ".part", ".json.new", ".probe"
 _OURS = re.compile(r"(ls-[0-9a-f]{16})(\.kv|\.json|\.part|\.json\.new|\.probe)")
-_MODE = 0o660  # llama-server and llamaslot may be two users of one group; the umask narrows it
+_MODE = 0o660  # llama-server and llamaslot may be two users of one group; the umask restricts it
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Snapshot:
-    """A saved slot that is whole, as it is listed: its tokens are in the file's header, and in the index.
+    """A complete saved slot, as it is listed: its tokens are in the file's header and in the index.
 
-    ``digest`` tells these tokens from others; ``created_at`` is in seconds since the epoch; ``checkpoints`` are the
-    token counts to which a model that cannot rewind can return; ``source`` says what it was saved for. ``is_pinned``:
-    somebody wants it there before it is asked for, so it neither makes room for others nor is superseded. ``space``:
-    who may go on from it (``cache.namespaces``), "" for all.
+    ``digest``: a hash of the tokens; ``created_at``: seconds since the epoch; ``checkpoints``: token counts to which
+    a model that cannot rewind can return; ``source``: what it was saved for. ``is_pinned``: it must be there before
+    it is requested (prewarmed), so it is neither evicted nor superseded. ``space``: the namespace that may resume
+    from it (``cache.namespaces``), "" for all.
     """
 
     id: str
@@ -59,12 +59,12 @@ class Snapshot:
     space: str = ""
 
     def with_tokens(self, tokens: bytes) -> WithTokens:
-        """``tokens`` must be its own."""
+        """Add its ``tokens``, which must be its own."""
         return WithTokens(**{**_fields(self), "tokens": tokens})
 
     @property
     def file_name(self) -> str:
-        """The name to give to llama-server's restore."""
+        """The file name for llama-server's restore."""
         return self.id + KV
 
     def __repr__(self) -> str:
@@ -75,21 +75,21 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class WithTokens(Snapshot):
-    """A snapshot of which somebody has just looked up the ``tokens``: bytes of little-endian int32.
+    """A snapshot with its ``tokens``: little-endian int32 bytes.
 
-    Not to be kept: ten thousand contexts are more than the index of them, and than memory.
+    Do not store these: ten thousand contexts are more than the index of them, and more than fits into memory.
     """
 
     tokens: bytes = b""
 
     @classmethod
     def of(cls, tokens: bytes, **fields: Any) -> WithTokens:
-        """One that holds ``tokens``; ``fields`` are the others of a snapshot."""
+        """A snapshot that holds ``tokens``; ``fields`` are its other fields."""
         return cls(tokens=tokens, n_tokens=len(tokens) // WIDTH, digest=digest_of(tokens), **fields)
 
     @property
     def listed(self) -> Snapshot:
-        """The same without them."""
+        """The same without tokens."""
         fields = _fields(self)
         del fields["tokens"]
         return Snapshot(**fields)
@@ -100,13 +100,13 @@ def _fields(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def digest_of(tokens: bytes) -> str:
-    """32 hexadecimal digits that tell these tokens from others."""
+    """A hash of the tokens: 32 hexadecimal digits."""
     return xxh3_128_hexdigest(tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Noted:
-    """What a sidecar says: a snapshot without what its tokens are."""
+    """The content of a sidecar: a snapshot without the digest of its tokens."""
 
     id: str
     n_tokens: int
@@ -115,14 +115,14 @@ class Noted:
     created_at: float
     checkpoints: tuple[int, ...]
     source: str
-    boot: str | None  # of the machine, until the .kv file is known to be on the disk
+    boot: str | None  # boot of the machine, until the .kv file is known to be on disk
     kind: Kind = Kind.LEAF
     is_pinned: bool = False
     space: str = ""
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Noted:
-        """Of one that was found at the start, in this boot, and may not be on the disk yet."""
+        """The sidecar of a snapshot that was saved in this boot and may not be on disk yet."""
         names = {field.name for field in dataclasses.fields(cls)} - {"boot"}
         return cls(**{name: getattr(snapshot, name) for name in names}, boot=boot_id())
 
@@ -143,12 +143,12 @@ class Noted:
 
 
 def new_id() -> str:
-    """A name that nobody else has: ``ls-`` and 16 hexadecimal digits."""
+    """A unique name: ``ls-`` and 16 hexadecimal digits."""
     return "ls-" + secrets.token_hex(8)
 
 
 def own_name(name: str) -> tuple[str, str] | None:
-    """The id and the suffix of a file that is ours by its name; None for a foreign one."""
+    """The id and suffix of a file that is ours by its name; None for other files."""
     match = _OURS.fullmatch(name)
     return (match[1], match[2]) if match else None
 
@@ -164,7 +164,7 @@ def readable(size_bytes: int) -> str:
 
 
 def parse(name: str, data: bytes) -> Noted:
-    """A sidecar's content. Raises SnapshotInvalid for anything but a whole one of a version that we know."""
+    """Parse a sidecar. Raises SnapshotInvalid for any fault or an unknown version."""
     try:
         fields = orjson.loads(data)
     except orjson.JSONDecodeError as error:
@@ -183,7 +183,7 @@ def parse(name: str, data: bytes) -> Noted:
         checkpoints=tuple(checkpoints),
         source=_field(name, fields, "source", str),
         boot=_field(name, fields, "boot", str, type(None)),
-        # These came later: a sidecar without them is of a plain conversation.
+        # Later fields: a sidecar without them is of a plain conversation.
         kind=_kind(name, _field(name, {"kind": Kind.LEAF.value, **fields}, "kind", str)),
         is_pinned=_field(name, {"is_pinned": False, **fields}, "is_pinned", bool),
         space=_field(name, {"space": "", **fields}, "space", str),
@@ -208,7 +208,7 @@ def _field(name: str, fields: dict[str, Any], key: str, *types: type) -> Any:
 
 @functools.cache
 def boot_id() -> str:
-    """The kernel's id of this boot, the same inside containers; "" where there is none, which then never changes."""
+    """The kernel's id of this boot, the same inside containers; "" if there is none, which then never changes."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -216,9 +216,9 @@ def boot_id() -> str:
 
 
 def write(directory: Path, noted: Noted, last_used: float) -> None:
-    """Write the sidecar: under another name, synced, dated, then renamed. Blocking; raises OSError.
+    """Write the sidecar under another name, sync it, set its date, rename it. Blocking; raises OSError.
 
-    The directory is not synced: after a power cut a name that was lost is a snapshot that does not exist.
+    The directory is not synced: a name lost in a power cut is a snapshot that does not exist.
     """
     fields = {"version": VERSION if noted.space else 1, **dataclasses.asdict(noted)}
     content = orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
@@ -232,7 +232,7 @@ def write(directory: Path, noted: Noted, last_used: float) -> None:
 
 
 def make_durable(directory: Path, noted: Noted, last_used: float) -> None:
-    """Bring the .kv file to the disk and say so in the sidecar. Blocking, for seconds; raises OSError."""
+    """Sync the .kv file and record that in the sidecar. Blocking, for seconds; raises OSError."""
     fd = os.open(directory / (noted.id + KV), os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fdatasync(fd)
@@ -242,8 +242,9 @@ def make_durable(directory: Path, noted: Noted, last_used: float) -> None:
 
 
 def mark(directory: Path, snapshot: Snapshot) -> None:
-    """Write into the sidecar what the snapshot is kept for, and leave the rest. Blocking; raises OSError and
-    SnapshotInvalid."""
+    """Write kind and pin of the snapshot into its sidecar; leave the rest. Blocking; raises OSError and
+    SnapshotInvalid.
+    """
     path = directory / (snapshot.id + JSON)
     noted = parse(path.name, path.read_bytes())
     noted = dataclasses.replace(noted, kind=snapshot.kind, is_pinned=snapshot.is_pinned)
@@ -251,7 +252,7 @@ def mark(directory: Path, snapshot: Snapshot) -> None:
 
 
 def date(directory: Path, last_used: dict[str, float]) -> None:
-    """Note when snapshots were last used, by id. Blocking; one that is gone or not ours to date is passed over."""
+    """Write the times of last use, by id. Blocking; a snapshot that is gone or not ours to date is skipped."""
     for id_, at in last_used.items():
         with contextlib.suppress(OSError):
             os.utime(directory / (id_ + JSON), (at, at))

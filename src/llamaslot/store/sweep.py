@@ -1,4 +1,4 @@
-"""Brings the accounts in line with the disk while llamaslot runs: what vanished, and what nobody knows."""
+"""Compares the accounts with the disk while llamaslot runs: finds vanished files and unknown ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ log = logging.getLogger(__name__)
 
 
 class Sweep:
-    """Of one directory. ``drafts`` are the ids under way; ``drop(id)`` is told of what vanished."""
+    """The sweep of one directory. ``drafts``: ids being written; ``drop(id)`` is called for a snapshot whose file
+    vanished.
+    """
 
     def __init__(
         self, directory: Path, shelf: Shelf, room: Room, drafts: Collection[str], drop: Callable[[str], None]
@@ -25,10 +27,10 @@ class Sweep:
         self._drafts, self._drop = drafts, drop
 
     async def run(self) -> None:
-        """What vanished is dropped, what nobody knows is removed. Canceling is safe.
+        """Drop snapshots whose file vanished, and remove unknown files. Canceling is safe.
 
-        llama-server carries out a save whose client has gone: its part file can appear after an ``abandon``, or after
-        our own restart. A pair of .kv and .json that we do not know is left for the next opening.
+        llama-server completes a save even if its client has gone: its part file can appear after an ``abandon``, or
+        after our own restart. An unknown pair of .kv and .json is left for the next opening.
         """
         before = set(self._shelf.snapshots)
         try:
@@ -37,17 +39,17 @@ class Sweep:
             log.warning("snapshots: %s cannot be read: %s", self._directory, error.strerror or error)
             return
         if not listing.has_lock:
-            # Not the directory that we locked (unmounted, moved away): no reason to forget or remove anything.
+            # Not the directory that we locked (unmounted, moved): forget and remove nothing.
             log.warning(
                 "snapshots: %s is not the directory it was: its lock file is missing", self._directory
             )
             return
-        # Asked again one by one: a listing that misses a name must not cost the file.
+        # Checked again one by one: a listing that misses a name must not cost the file.
         missing = await asyncio.to_thread(scan.missing, self._directory, before - listing.holders(KV))
         for id_ in missing & self._shelf.snapshots.keys():
             log.warning("snapshot dropped: %s: its file has vanished", id_)
             self._drop(id_)
-        # An id is new before its file is: what was listed and is unknown is nobody's, or gone by now.
+        # An id is known before its file exists. So a listed file with an unknown id is an orphan, or gone by now.
         for id_ in listing.unfinished() - self._known():
             size_bytes = await asyncio.to_thread(scan.size_bytes, self._directory, id_)
             if id_ not in self._known():  # not yet found by another sweep

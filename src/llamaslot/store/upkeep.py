@@ -1,4 +1,4 @@
-"""What is written about a snapshot after the fact: when it was used and how often, and that its data is on the disk."""
+"""Updates sidecars later: the time of the last use, the number of hits, and that the data is on disk."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 
 class Upkeep:
-    """Background tasks on the sidecars of what is on ``shelf``; ``lost(id)`` is told of data that the disk lost.
+    """Background tasks on the sidecars of what is on ``shelf``; ``lost(id)`` is called if the disk lost the data.
 
-    ``hits`` is the file of hits: only one thread at a time writes to it.
+    ``hits`` is the file of hits: only one thread at a time may write to it.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class Upkeep:
         self._directory, self._shelf, self._register = directory, shelf, register
         self._tasks, self._lost = tasks, lost
         self.hits = HitLog(directory)
-        self._undated: dict[str, float] = {}  # used, and no thread is under way to note it
+        self._undated: dict[str, float] = {}  # used, and no thread is writing that yet
         self._is_dating = False
         self._syncing = asyncio.Lock()
 
     def date(self, id_: str) -> None:
-        """Note on disk, soon, when the snapshot was last used. Several at once are one trip to a thread."""
+        """Write the time of the last use soon. Several at once are one call of a thread."""
         self._undated[id_] = self._shelf.standings[id_].last_used
         if not self._is_dating:
             self._is_dating = True
@@ -66,16 +66,16 @@ class Upkeep:
         return {id_: Hits(of.n_hits, of.is_branched) for id_, of in known.items() if of is not None}
 
     def sync(self, noted: Noted) -> None:
-        """Bring a committed snapshot's data to the disk, in the background, then say so in its sidecar."""
+        """Sync a committed snapshot's data in the background, then record that in its sidecar."""
         self._tasks.spawn(self._sync(noted), f"sync {noted.id}")
 
     async def mark(self, snapshot: Snapshot) -> Snapshot:
-        """Say in its sidecar what the snapshot is kept for now. Canceling is safe: it is written all the same."""
+        """Write kind and pin into its sidecar. Canceling is safe: it is written all the same."""
         await asyncio.shield(self._tasks.spawn(self._mark(snapshot), f"mark {snapshot.id}"))
         return snapshot
 
     async def _mark(self, snapshot: Snapshot) -> None:
-        async with self._syncing:  # which writes the same sidecar
+        async with self._syncing:  # syncing writes the same sidecar
             try:
                 await asyncio.to_thread(sidecar.mark, self._directory, snapshot)
             except (OSError, SnapshotInvalid) as error:
@@ -83,7 +83,7 @@ class Upkeep:
 
     async def _sync(self, noted: Noted) -> None:
         dated = noted.created_at
-        async with self._syncing:  # one at a time: llama-server's next save wants the disk too
+        async with self._syncing:  # one at a time: llama-server's next save needs the disk too
             if noted.id not in self._shelf.snapshots:
                 return
             snapshot = self._shelf.snapshots[noted.id]
@@ -96,9 +96,9 @@ class Upkeep:
                 if noted.id in self._shelf.snapshots:
                     log.warning("snapshots: %s cannot be synced: %s", noted.id, error.strerror or error)
                     if error.errno == errno.EIO:
-                        self._lost(noted.id)  # the kernel says it once; a second sync would succeed
+                        self._lost(noted.id)  # the kernel reports the error once; a second sync would succeed
         if noted.id not in self._shelf.known():
-            # Dropped meanwhile: the sidecar may have been written after it was removed.
+            # Dropped meanwhile: the sidecar may have been written after its removal.
             await asyncio.to_thread(scan.remove, self._directory, noted.id)
         elif (standing := self._shelf.standings.get(noted.id)) is not None and standing.last_used != dated:
             self.date(noted.id)

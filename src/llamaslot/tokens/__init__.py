@@ -1,1 +1,1 @@
-"""From a body to the exact tokens that llama-server will use for it."""
+"""From a request body to the exact tokens that llama-server will use for it."""

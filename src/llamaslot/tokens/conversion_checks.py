@@ -1,11 +1,11 @@
-"""Of what kinds of things a body is made: by that it is known for which ones a conversion is right."""
+"""The shape of a request body. For each shape it is recorded whether our conversion yields the server's token count."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-#: What is a client's own, names included: arguments of calls, and what describes them.
+#: Fields with names and values of the client's own: arguments of calls, and their descriptions.
 _OWN = {"input_schema", "parameters", "metadata", "chat_template_kwargs", "arguments"}
 _MAX_SHAPES = 1024
 _COUNT = "/v1/messages/count_tokens"
@@ -20,7 +20,8 @@ def shape_of(body: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
         if isinstance(part, list):
             left += part
         elif isinstance(part, Mapping):
-            # What is no name is looked through below, and may be large: written out at each level it takes for ever.
+            # Values that are no names are visited below and may be large: formatting them at each level takes far too
+            # long.
             names = [part.get("type"), part.get("role")]
             kind = " ".join(name[:64] if isinstance(name, str) else "" for name in names)
             for name, value in part.items():
@@ -31,9 +32,9 @@ def shape_of(body: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
 
 
 class Shapes:
-    """What is known of the conversion of bodies by their shapes, until ``forget``.
+    """Whether the conversion of bodies is right, by shape, until ``forget``.
 
-    ``ask`` posts to llama-server and gives status and JSON.
+    ``ask`` posts to llama-server and returns status and JSON.
     """
 
     def __init__(self, ask: Callable[[str, Mapping[str, Any]], Awaitable[tuple[int, Any]]]) -> None:
@@ -41,25 +42,25 @@ class Shapes:
         self._is_right: dict[frozenset[tuple[str, str]], bool] = {}
 
     def forget(self) -> None:
-        """The server was restarted, perhaps as another build."""
+        """Forget everything: the server was restarted, perhaps as another build."""
         self._is_right = {}
 
     def learn(self, body: Mapping[str, Any], *, is_right: bool) -> None:
-        """The server has counted as many tokens as the conversion gives, or others. Once wrong is wrong."""
+        """Record whether the server counted as many tokens as the conversion gives. One wrong count is final."""
         shape = shape_of(body)
         self._is_right[shape] = self._is_right.pop(shape, True) and is_right
         if len(self._is_right) > _MAX_SHAPES:
             del self._is_right[next(iter(self._is_right))]
 
     def known(self, body: Mapping[str, Any]) -> bool | None:
-        """Whether the conversion of such a body is right; None while that is not known."""
+        """Whether the conversion of such a body is right; None if that is unknown."""
         return self._is_right.get(shape_of(body)) if self._is_right else None
 
     async def check(self, body: Mapping[str, Any], n_tokens: int) -> bool:
-        """Whether the server counts ``n_tokens`` in a body of /v1/messages of a shape that is not ``known``.
+        """Whether the server counts ``n_tokens`` in a body of /v1/messages whose shape is not ``known``.
 
-        One that it does not count is refused by it as a rule, and asked about again. A build without this route is
-        taken at its word when it answers. Raises BackendDown.
+        False if it refuses the body (as a rule it would refuse the request too); such a shape is checked again next
+        time. True on a build without this route: the count in the answer decides later. Raises BackendDown.
         """
         status, counted = await self._ask(_COUNT, body)
         if status == 404:

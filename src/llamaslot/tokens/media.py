@@ -1,7 +1,7 @@
-"""Where the first medium of a chat stands: what comes before it is known token by token.
+"""Finds the first medium of a chat; the text before it is known token by token.
 
 The tokens of an image are made inside llama-server, and ``/apply-template`` would fetch the images that a body links
-to: so a body is never rendered with one. What is rendered is the body up to its first medium, with a word in its place.
+to. So a body is never rendered with media: it is rendered up to its first medium, with a placeholder in its place.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Any
 
 from llamaslot.errors import OpaquePrompt, Reason
 
-#: Parts of a message that are media, and what of ``modalities`` in ``/props`` says that the server takes them. Others
-#: are a 400 of llama-server's (tools/server/server-common.cpp, ``oaicompat_chat_params_parse``).
+#: Parts of a message that are media, and what of ``modalities`` in ``/props`` says that the server takes them.
+#: llama-server answers others with 400 (tools/server/server-common.cpp, ``oaicompat_chat_params_parse``).
 KINDS = {"image_url": "vision", "input_audio": "audio", "video_url": "video"}
 
 OLD_MARKER = "<__media__>"
 
-#: Stands where the medium was. No template knows it, and where it is found again the prompt before it ends.
+#: The placeholder of the medium. No template contains it; the prompt before the medium ends where it is found.
 PLACE = "llamaslot-puts-no-medium-here"
 
 
 def has_media(body: Mapping[str, Any]) -> bool:
-    """Whether any message of a chat has a part that is not text. Kinds that nobody knows count too."""
+    """Whether any message of a chat has a part that is not text, unknown kinds included."""
     return next(_media(body), None) is not None
 
 
@@ -35,20 +35,21 @@ def kinds(body: Mapping[str, Any]) -> set[str]:
 
 
 def up_to_medium(body: Mapping[str, Any]) -> dict[str, Any]:
-    """A chat with media, without all that comes from its first one on; ``PLACE`` stands there."""
+    """A chat with media, cut at its first medium; ``PLACE`` stands there."""
     number, at, _ = next(_media(body))
     message = body["messages"][number]
     content = [*message["content"][:at], {"type": "text", "text": PLACE}]
-    # What says to go on writing the last message cannot stand: that message is another.
+    # The option to continue the last message cannot stay: the last message is another one now.
     fields = {name: value for name, value in body.items() if name != "continue_final_message"}
     return {**fields, "messages": [*body["messages"][:number], {**message, "content": content}]}
 
 
 def text_before(rendered: str, body: Mapping[str, Any]) -> str:
-    """What a chat that was cut by ``up_to_medium`` shows before the medium. Raises OpaquePrompt where that is nothing.
+    """The rendered text before the medium of a chat that was cut by ``up_to_medium``. Raises OpaquePrompt if it is
+    empty.
 
-    Templates that know no parts are given texts joined by a line break, and a medium without one before it: that break
-    is not part of it.
+    A template without support for parts gets texts joined by a line break, and a medium without one before it: so
+    that break does not belong to the text.
     """
     text, found, _ = rendered.partition(PLACE)
     if not found:
@@ -63,10 +64,10 @@ def text_before(rendered: str, body: Mapping[str, Any]) -> str:
 
 
 def before_marker(prompt: Any, marker: str) -> str | None:
-    """Of a prompt of a completion with ``multimodal_data``: its text before the first medium. None for others.
+    """The text before the first medium of a completion's prompt with ``multimodal_data``; None for other prompts.
 
-    ``marker``: ``media_marker`` of ``/props``; builds that tell none have a fixed one. Raises OpaquePrompt where it is
-    not found.
+    ``marker``: ``media_marker`` of ``/props``; builds without it have a fixed one. Raises OpaquePrompt if it is not
+    found.
     """
     if not isinstance(prompt, Mapping) or "multimodal_data" not in prompt:
         return None
@@ -78,7 +79,7 @@ def before_marker(prompt: Any, marker: str) -> str | None:
 
 
 def _media(body: Mapping[str, Any]) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
-    """Each part that is not text: the number of its message, its own there, and itself."""
+    """Each part that is not text: the index of its message, its index there, and the part."""
     messages = body.get("messages")
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
         parts = message.get("content") if isinstance(message, Mapping) else None

@@ -1,8 +1,8 @@
-"""Texts already tokenized, kept in pieces between special tokens; what texts have in common is kept once.
+"""A cache of tokenized texts, in pieces between special tokens; common beginnings are stored once.
 
-A tree for each of those who must not know of each other: a node is a piece of text that begins with a special token (or
-the text's start) and is followed by another, and its tokens. A path from the root is the beginning of a text. Pieces
-are found by comparing them as strings, in a dict: no hash of ours has to be believed.
+There is a tree for each namespace of users. A node is a piece of text that begins with a special token (or at the
+start of the text) and is followed by another one, and its tokens. A path from the root is the beginning of a text.
+Pieces are compared as strings, in a dict, so no hash has to be trusted.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from llamaslot.cache.ids import WIDTH, count
 from llamaslot.tokens.special_tokens import Mark
 
-# Characters; a cut nearer to the one before is worth less than its node: 256 characters are ~0.5 ms.
+# Characters. A cut nearer to the previous one saves less than its node costs: 256 characters are ~0.5 ms.
 SPACING = 256
 _OVERHEAD = 400  # bytes of a node besides its text and its tokens, roughly
 
 
 class _Piece:
-    """``key``: the characters from this piece's special token to the end of the next one, which is the next piece's."""
+    """``key``: the characters from this piece's special token to the end of the next one, which belongs to the next
+    piece.
+    """
 
     __slots__ = ("children", "key", "parent", "tokens")
 
@@ -50,12 +52,12 @@ class Known:
 
 
 class Pieces:
-    """At most ``limit_bytes`` of texts and tokens; the ends of texts used longest ago go first."""
+    """At most ``limit_bytes`` of texts and tokens; the ends of the least recently used texts are dropped first."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._roots: dict[str, _Piece] = {}
-        # Least recently used first. A piece is touched before its parent, so that the first is always a leaf.
+        # Least recently used first. A piece is touched before its parent, so the first is always a leaf.
         self._recent: OrderedDict[_Piece, None] = OrderedDict()
         self.size_bytes = 0
 
@@ -80,7 +82,7 @@ class Pieces:
     def keep(
         self, text: str, cuts: Sequence[Mark], ends: Sequence[int], tokens: bytes, whose: str = ""
     ) -> None:
-        """Remember the text up to its last cut as most recently used; ``ends[i]`` tokens lie before ``cuts[i]``."""
+        """Store the text up to its last cut as most recently used; ``ends[i]`` tokens lie before ``cuts[i]``."""
         if not cuts:
             return
         piece, begin, first = self._roots.setdefault(whose, _Piece(whose, b"", None)), 0, 0
@@ -110,7 +112,7 @@ class Pieces:
         self.size_bytes -= leaf.size_bytes
 
     def check(self) -> None:
-        """Raises AssertionError naming the invariant that does not hold."""
+        """Raises AssertionError with the name of the invariant that does not hold."""
         found: list[_Piece] = []
         rest = list(self._roots.values())
         while rest:
@@ -130,10 +132,10 @@ class Pieces:
 
 
 def spaced(marks: Iterable[Mark]) -> list[Mark]:
-    """The marks worth cutting at: the first at least SPACING from the start, then each at least that from the last.
+    """The marks worth cutting at: each at least SPACING characters after the start or the previous one.
 
-    Decided from left to right, so texts that begin alike have the same cuts there, and a text from one of its cuts on
-    has the same cuts as the whole.
+    Decided from left to right, so texts with a common beginning have the same cuts there, and a text from one of its
+    cuts on has the same cuts as the whole.
     """
     chosen: list[Mark] = []
     last = 0

@@ -1,4 +1,4 @@
-"""Request body -> the exact tokens that llama-server will use for it."""
+"""Converts a request body to the exact tokens that llama-server will use for it."""
 
 from __future__ import annotations
 
@@ -25,27 +25,28 @@ _BAD_PROMPT = (
     '"prompt" must be a string, a list of tokens, an object with a "prompt_string", or a list of these'
 )
 
-#: What of a body, apart from its messages, templates show. Another field that one shows makes a prompt part earlier.
+#: The fields of a body, apart from its messages, that templates show. If a template shows another field, prompts only
+#: diverge earlier than necessary.
 _SHOWN = (
     "tools", "tool_choice", "response_format", "json_schema", "chat_template_kwargs", "reasoning_effort",
     "add_generation_prompt", "continue_final_message",
 )  # fmt: skip
 
-_MAX_TEXTS = 1024  # of one list: each is a question to the server, asked one after the other
+_MAX_TEXTS = 1024  # of one list: each is one request to the server, sent one after the other
 
 _HEADER_TOKENS = 16  # in front of an answer: a role, perhaps the beginning of its reasoning
 
-# Of these, what stands behind the question in any case: <|im_start|>, assistant, a line break.
+# The part of these that always follows the question: <|im_start|>, assistant, a line break.
 _HEADER_END_TOKENS = 3
 
 
 def listed(prompt: Any) -> list[Any]:
-    """The prompts that ``body["prompt"]`` is: a list with an id in it is one."""
+    """The prompts in ``body["prompt"]``: a list with an id in it is one prompt."""
     return prompt if isinstance(prompt, list) and int not in set(map(type, prompt)) else [prompt]
 
 
 def n_texts(prompt: Any) -> int:
-    """Those to be tokenized for one prompt, or for a list of them."""
+    """The number of texts to tokenize for one prompt, or for a list of them."""
     if isinstance(prompt, Mapping):
         prompt = prompt.get("prompt_string")
     if isinstance(prompt, list) and not set(map(type, prompt)) <= {int}:
@@ -54,11 +55,11 @@ def n_texts(prompt: Any) -> int:
 
 
 class NoPrompt(BadRequest):
-    """What llama-server takes for no prompt."""
+    """llama-server does not accept this as a prompt."""
 
 
 class PromptServer(Protocol):
-    """What prompts are made with: two routes of llama-server, which raise UpstreamError for its error answers."""
+    """The two routes of llama-server that make prompts. They raise UpstreamError for its error answers."""
 
     async def apply_template(self, body: Mapping[str, Any]) -> str:
         """``POST /apply-template`` with the whole chat body -> the rendered text."""
@@ -71,13 +72,13 @@ class PromptServer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The tokens of one prompt (packed int32) and the text that they come from, None for lists of ids."""
+    """The tokens of one prompt (packed int32) and their text, None for lists of ids."""
 
     tokens: bytes
     text: str | None = None
-    whole: bool = True  # tokenized in one piece, so not a matter of cuts
-    n_restarts: int = field(default=0, compare=False)  # of the server before it was tokenized
-    whose: str = field(default="", compare=False)  # among whose texts this one was looked for
+    whole: bool = True  # tokenized in one piece, so no cut can be wrong
+    n_restarts: int = field(default=0, compare=False)  # restarts of the server before it was tokenized
+    whose: str = field(default="", compare=False)  # the namespace of the texts it was compared with
 
     @property
     def n_tokens(self) -> int:
@@ -90,7 +91,7 @@ class Prompt:
 class Boundaries(NamedTuple):
     """Where a prompt is worth cutting, in tokens: ``stops`` ascending, each in (0, n_tokens).
 
-    ``n_system``: the end of system part and tools, one of the stops; 0 when there is none.
+    ``n_system``: the end of the system part and tools, one of the stops; 0 if there is none.
     """
 
     n_system: int
@@ -99,23 +100,23 @@ class Boundaries(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """A text, the special tokens in it, those worth cutting at, and how far its tokens are known already."""
+    """A text, its special tokens, those worth cutting at, and the tokens known already."""
 
     whose: str
     specials: Specials
-    n_version: int  # of the special tokens that were known
+    n_version: int  # of the known special tokens
     marks: list[Mark]
     cuts: list[Mark]
     known: Known
 
     @property
     def begin(self) -> int:
-        """The character from which on the tokens are not known."""
+        """The first character whose tokens are not known."""
         return self.cuts[self.known.n_cuts - 1].start if self.known.n_cuts else 0
 
 
 class _Model:
-    """What is known of the tokenizer of one run of the server. Thrown away as a whole when that ends."""
+    """What is known of the tokenizer of one run of the server. Discarded as a whole when that ends."""
 
     def __init__(self, server: PromptServer, cache_bytes: int, *, is_whole: bool = False) -> None:
         self.specials = SpecialsOfEach(server)
@@ -134,15 +135,14 @@ class _Model:
 class Prompts:
     """Tokens of chat bodies and of completion prompts, as llama-server makes them.
 
-    A text is tokenized from the last special token on that it has in common with an earlier text, as far as special
-    tokens are known (``specials``) and texts remembered (``pieces``, at most ``cache_bytes``): so the 7 ms per 1,000
-    tokens that tokenizing costs the server are paid for what is new. Three things keep that from giving wrong tokens:
-    special tokens must come in the same order in text and tokens, each is tried out before it is first used as a cut,
-    and the server's own count of each prompt is compared (``confirm``). ``whose``: only texts of the same one are made
-    use of, also to learn special tokens, so that nobody can tell by the time what others have asked; "" where that is
-    no secret.
+    A text is tokenized only from the last special token that it shares with an earlier text. This needs known special
+    tokens (``specials``) and remembered texts (``pieces``, at most ``cache_bytes``). So the 7 ms per 1,000 tokens
+    that tokenizing costs the server are paid only for new text. Three checks prevent wrong tokens: special tokens
+    must come in the same order in text and tokens; each is verified before its first use as a cut; and the server's
+    own count of each prompt is compared (``confirm``). ``whose``: the namespace of texts and special tokens that may
+    be reused, so that response times reveal nothing about other users; "" for the shared one.
 
-    Canceling any of its coroutines is safe: they change nothing but what is remembered.
+    Canceling any of its coroutines is safe: they change nothing but the caches.
     """
 
     def __init__(self, server: PromptServer, *, cache_bytes: int = 128 << 20) -> None:
@@ -153,32 +153,33 @@ class Prompts:
         self.n_restarts = 0
 
     def forget(self) -> None:
-        """The server was restarted, perhaps with another model: nothing is known any more."""
+        """Forget everything: the server was restarted, perhaps with another model."""
         self.n_restarts += 1
         self._model = _Model(self._server, self._cache_bytes)
         self._is_told = False
 
     async def chat(self, body: Mapping[str, Any], whose: str = "") -> Prompt:
-        """The tokens of a chat body. Raises OpaquePrompt for media, UpstreamError when the template refuses it."""
+        """The tokens of a chat body. Raises OpaquePrompt for media, UpstreamError if the template refuses it."""
         if has_media(body):
             raise OpaquePrompt("the messages hold media", Reason.MEDIA)
         text = await self._server.apply_template(body)
         return await self._of_text(text, whose)
 
     async def before_medium(self, body: Mapping[str, Any], whose: str = "") -> tuple[dict[str, Any], Prompt]:
-        """Of a chat with media: what is left of it up to its first one, and the tokens of that. llama-server tokenizes
-        the text before a medium for itself. Raises OpaquePrompt, UpstreamError when the template refuses it."""
+        """For a chat with media: the body up to its first medium, and its tokens. llama-server tokenizes the text
+        before a medium separately. Raises OpaquePrompt, UpstreamError if the template refuses it.
+        """
         cut = up_to_medium(body)
         return cut, await self._of_text(text_before(await self._server.apply_template(cut), cut), whose)
 
     async def completion(self, prompt: Any, whose: str = "") -> list[Prompt]:
         """The prompts of ``body["prompt"]`` of a completion, read as llama-server reads it.
 
-        A string; a list of ids; a mixed list of strings and ids (one prompt); or a list of those (several). An
-        object with a ``prompt_string`` counts as that string. Raises NoPrompt for anything else, OpaquePrompt
-        for ``multimodal_data``, and BadRequest for more texts than would be asked about in a few seconds. Ids outside
-        of the vocabulary are left to the server, whose 400 says it best.
-        (tools/server/server-common.cpp: tokenize_input_prompts, tokenize_input_subprompt, tokenize_mixed)
+        A string; a list of ids; a mixed list of strings and ids (one prompt); or a list of those (several). An object
+        with a ``prompt_string`` counts as that string. Raises NoPrompt for anything else, OpaquePrompt for
+        ``multimodal_data``, and BadRequest for more texts than can be tokenized in a few seconds. Ids outside of the
+        vocabulary are left to the server, whose 400 explains it best. (tools/server/server-common.cpp:
+        tokenize_input_prompts, tokenize_input_subprompt, tokenize_mixed)
         """
         if prompt == []:
             raise NoPrompt('"prompt" must not be empty')
@@ -204,7 +205,7 @@ class Prompts:
         raise NoPrompt(_BAD_PROMPT)
 
     async def _mixed(self, elements: list[Any]) -> Prompt:
-        """Strings are tokenized one by one; only one that stands first gets BOS (and EOS) as far as the model wants.
+        """Strings are tokenized one by one; only the first element gets BOS (and EOS), if the model wants them.
 
         Anything else is read as an int32, as the server's JSON library converts it: true is 1, 2.7 is 2.
         """
@@ -219,7 +220,7 @@ class Prompts:
         return Prompt(b"".join(parts))
 
     async def _of_text(self, text: str, whose: str) -> Prompt:
-        """The tokens of a text with whatever the model wants in front of it."""
+        """The tokens of a text, with BOS if the model wants it."""
         while True:
             model = self._model
             prompt = await self._tokenize(model, text, whose)
@@ -244,7 +245,7 @@ class Prompts:
         return Prompt(tokens, text, whole=not known.n_cuts, n_restarts=self.n_restarts, whose=whose)
 
     async def _tail(self, specials: Specials, text: str, cut: Mark) -> bytes | None:
-        """The tokens from the cut on, or None when it turns out that this special token is none to cut at."""
+        """The tokens from the cut on; None if this special token turns out to change them."""
         if cut.id in specials.proved or await specials.prove(text, cut):
             specials.proved.add(cut.id)
             tail = await self._server.tokenize(text[cut.start :], add_special=False)
@@ -258,9 +259,9 @@ class Prompts:
         return None
 
     async def _remember(self, model: _Model, text: str, tokens: bytes, split: _Split) -> None:
-        """Keep the text and its tokens for the texts that go on from it; learn special tokens from what is new in it.
+        """Store the text and its tokens for texts that continue it; learn special tokens from the new part.
 
-        Failures to learn are no failures of the request: its tokens are there.
+        A failure to learn does not fail the request: its tokens are there.
         """
         with contextlib.suppress(LlamaslotError):
             await split.specials.learn(text[split.begin :])
@@ -277,9 +278,9 @@ class Prompts:
     def confirm(self, prompt: Prompt, n_server: int) -> bool:
         """Whether the server counted as many tokens in the prompt as we did.
 
-        When not, and the prompt was tokenized in pieces, everything is tokenized whole until ``forget``. Counted in
-        ``n_miscounted``, which only tests read; the first is logged. (The server compares tokens itself: no answer was
-        wrong.)
+        If not, and the prompt was tokenized in pieces, all texts are tokenized as a whole until ``forget``. Counted
+        in ``n_miscounted``, which only tests read; the first is logged. (The server compares tokens itself, so no
+        answer was wrong.)
         """
         if n_server == prompt.n_tokens:
             return True
@@ -299,17 +300,22 @@ class Prompts:
         return False
 
     def check(self) -> int:
-        """How many pieces of text are remembered. Raises AssertionError naming the invariant that does not hold."""
+        """The number of stored pieces. Raises AssertionError with the name of the invariant that does not hold."""
         self._model.pieces.check()
         return len(self._model.pieces)
 
     async def boundaries(self, body: Mapping[str, Any], prompt: Prompt) -> Boundaries:
         """Where the prompt of a chat body is worth cutting.
 
-        Each is what the prompt has in common with the prompt of a variant of its body: the end of system part and
-        tools; the end of the last user message with the role header of the answer. The latter as the next turn will
-        have it, and also as this one has it when the template makes more than a header of the difference (it may
-        move the tools to the last user message). A variant that the template refuses gives no boundary.
+        Each boundary is the common prefix with the prompt of a variant of the body:
+
+        1. The end of the system part and tools.
+        2. The end of the last user message with the role header of the answer, as the next turn will have it.
+        3. The same as this turn has it, if the template makes more than a header of the difference (it may move the
+           tools to the
+           last user message).
+
+        A variant that the template refuses gives no boundary.
         """
         n_system, *found = await together(self.system_end(body, prompt), *self._question_ends(body, prompt))
         if len(found) == 2 and 0 < found[1] - found[0] <= _HEADER_TOKENS and found[0]:
@@ -318,7 +324,7 @@ class Prompts:
         return Boundaries(n_system if n_system in stops else 0, stops)
 
     def _question_ends(self, body: Mapping[str, Any], prompt: Prompt) -> list[Coroutine[Any, Any, int]]:
-        """Questions for the end of the last user message: as the next turn has it, and as this one has it."""
+        """Requests for the end of the last user message: as the next turn has it, and as this one has it."""
         variants = variants_of(body)[1:]
         if not variants:
             return []
@@ -338,10 +344,12 @@ class Prompts:
     async def _question_end(
         self, variant: Mapping[str, Any], prompt: Prompt, made_from: bytes, tail_from: bytes | None
     ) -> int:
-        """What the prompt shares with that of the variant: asked once for each question, however many tools are called
-        to answer it. Behind a question that stands at the end templates write the same few tokens each time:
-        ``tail_from`` is what those follow from, and once they are known such a prompt costs no question at all. The end
-        of the header in front of them must be the same, too: a prompt that has nothing behind it ends so."""
+        """The tokens that the prompt shares with that of the variant: requested once for each question, however many
+        tools are called to answer it.
+
+        After a final question templates always write the same few tokens. ``tail_from`` is what these depend on. Once
+        they are known, such a prompt costs no request; the header that ends the prompt must end with the same tokens.
+        """
         model, n = self._model, 0
         if tail_from is not None and (tail := model.tails.find(tail_from)) is not None:
             n = prompt.n_tokens - count(tail) + _HEADER_END_TOKENS if prompt.tokens.endswith(tail) else 0
@@ -356,9 +364,9 @@ class Prompts:
         return n
 
     async def system_end(self, body: Mapping[str, Any], prompt: Prompt) -> int:
-        """The end of system part and tools in the prompt of a chat body, in tokens; 0 when it has neither.
+        """The end of the system part and tools in the prompt of a chat body, in tokens; 0 if it has neither.
 
-        What begins as an earlier body did costs no question: the tokens of the last few are remembered.
+        A body with the same beginning as an earlier one costs no request: the tokens of the last few are remembered.
         """
         messages = body.get("messages")
         variants = variants_of(body) if isinstance(messages, list) else []
@@ -373,16 +381,17 @@ class Prompts:
         return common(tokens, prompt.tokens)
 
     async def opening(self, body: Mapping[str, Any]) -> tuple[Prompt, int]:
-        """A prompt that begins as all conversations with this system part and these tools do, and for how many tokens.
+        """A prompt that begins like all conversations with this system part and these tools, and the length of that
+        beginning.
 
-        Without either the whole of ``body`` is what they begin with. Raises OpaquePrompt for media, UpstreamError when
-        the template refuses it.
+        Without either, it is the whole of ``body``. Raises OpaquePrompt for media, UpstreamError if the template
+        refuses it.
         """
         prompt, other = await together(*(self.chat(variant) for variant in openings(body)))
         return prompt, common(prompt.tokens, other.tokens)
 
     async def _shared(self, variant: Mapping[str, Any], prompt: Prompt) -> int:
-        """The tokens that the prompt has in common with that of the variant, 0 when the template refuses it."""
+        """The tokens that the prompt shares with that of the variant, 0 if the template refuses it."""
         try:
             text = await self._server.apply_template(variant)
         except UpstreamError:
@@ -395,7 +404,7 @@ def _key(made_from: list[Any]) -> bytes:
 
 
 def _pack_wrapping(ids: list[int]) -> bytes:
-    """Ids as int32; what does not fit wraps around, as the server's conversion does (and then names it invalid)."""
+    """Ids as int32; those out of range wrap around, as in the server's conversion (which then calls them invalid)."""
     try:
         return pack(ids)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Other bodies, rendered to find out what their prompts have in common with that of the body itself."""
+"""Variants of a body. What their prompts have in common with the body's prompt shows where its parts end."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 def variants_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Bodies whose prompts share with the body's the system part; all up to the answer, as a turn of the past, and as
-    the one that is being written (none of these two without a user message).
+    """Bodies whose prompts share a part with the body's prompt: the system part; everything up to the answer, with
+    the answer as a past turn; the same, with the answer being written (the last two only with a user message).
 
-    The answer as a turn of the past has no reasoning, as most templates render it, and the next turn will have it so.
-    One that is being written may begin with <think>, or be refused ("prefill is incompatible with enable_thinking").
+    As a past turn the answer has no reasoning, as most templates render it; the next turn will have it so. An answer
+    being written may begin with <think>, or be refused ("prefill is incompatible with enable_thinking").
     """
     messages = body.get("messages")
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
@@ -24,13 +24,13 @@ def variants_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
         n_user = len(roles) - roles[::-1].index("user")
         answered = [*messages[:n_user], {"role": "assistant", "content": _other(messages[n_user:])}]
         variants += [[*answered, {"role": "user", "content": "x"}], answered]
-    # What says to go on writing the last message cannot stand: that message is another.
+    # The option to continue the last message cannot stay: the last message is another one now.
     fields = {name: value for name, value in body.items() if name != "continue_final_message"}
     return [{**fields, "messages": variant} for variant in variants]
 
 
 def openings(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Two conversations that begin with what ``body`` is an example of."""
+    """Two different conversations with the system part and tools of ``body``."""
     messages = body["messages"]
     roles = [message.get("role") for message in messages]
     n_system = next((i for i, role in enumerate(roles) if role not in ("system", "developer")), len(roles))
@@ -46,7 +46,7 @@ def openings(body: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _other(messages: list[Any]) -> str:
-    """One character that the first of the messages does not begin with, so that no part of it seems common."""
+    """One character that the first message does not begin with, so that no part of it seems common."""
     content = messages[0].get("content") if messages else None
     if isinstance(content, list):
         content = content[0].get("text") if content and isinstance(content[0], Mapping) else None
