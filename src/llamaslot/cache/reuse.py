@@ -270,7 +270,9 @@ def has_failed(n_predicted: int, n_reused: int) -> bool:
 
 
 class Strikes:
-    """Counts failures of snapshots: the first may be an accident (the slot held something else), a second one is not."""
+    """Counts failures of snapshots: the first may be an accident (the slot held something else), a second one
+    is not.
+    """
 
     OUT = 2
 

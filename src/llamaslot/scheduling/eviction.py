@@ -25,7 +25,9 @@ _LEAST_S = 1e-6  # minimum saved by a token, so that snapshots that save nothing
 
 
 class Habit(enum.StrEnum):
-    """Classes of snapshots with a similar hit rate. Classes may be added: what was learned of the others stays valid."""
+    """Classes of snapshots with a similar hit rate. Classes may be added: what was learned of the others stays
+    valid.
+    """
 
     FRESH = "fresh"  # a conversation without a hit so far
     RETURNING = "returning"  # a conversation with at least one hit

@@ -52,7 +52,9 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Booked:
-    """The changes of deficits made by a slot granted to ``user``. ``waiting``, ``idle``: the users that were present."""
+    """The changes of deficits made by a slot granted to ``user``. ``waiting``, ``idle``: the users that were
+    present.
+    """
 
     user: str
     waiting: frozenset[str]

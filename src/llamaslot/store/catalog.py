@@ -351,7 +351,9 @@ class Catalog:
             self._upkeep.date(id)
 
     def branched(self, id: str) -> None:  # noqa: A002
-        """Record that its conversation went on from an earlier point, so a hit is unlikely. An unknown id is ignored."""
+        """Record that its conversation went on from an earlier point, so a hit is unlikely. An unknown id is
+        ignored.
+        """
         if id in self.snapshots and not self._shelf.standings[id].is_branched:
             self._shelf.branch(id, self._now())
             self._upkeep.date(id)

@@ -31,7 +31,9 @@ class DirectoryUnusable(LlamaslotError):
 
 
 class NotShared(LlamaslotError):
-    """Files that llama-server saves do not arrive in our directory, or llamaslot may not read, rename or unlink them."""
+    """Files that llama-server saves do not arrive in our directory, or llamaslot may not read, rename or
+    unlink them.
+    """
 
 
 class DirectoryLock:

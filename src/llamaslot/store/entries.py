@@ -113,7 +113,9 @@ class Shelf:
         self._look_again(id_, now)
 
     def branch(self, id_: str, now: float) -> None:
-        """Record that its conversation went on without it, from an earlier point. Raises KeyError for an unlisted id."""
+        """Record that its conversation went on without it, from an earlier point. Raises KeyError for an
+        unlisted id.
+        """
         standing = self.standings[id_]
         if self._is_valid(id_):
             self.order.passed(standing, now)

@@ -29,7 +29,9 @@ class QuotaExceeded(LlamaslotError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``quota_bytes`` and ``max_files`` limit our files; ``min_free_bytes`` of the disk stay free for other programs."""
+    """``quota_bytes`` and ``max_files`` limit our files; ``min_free_bytes`` of the disk stay free for other
+    programs.
+    """
 
     quota_bytes: int
     max_files: int = 10_000
