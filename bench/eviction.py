@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import quantiles
 
-from llamaslot.backend.slot_table import Pool
-from llamaslot.cache.content import Kind
+from llamaslot.backend.slot_table import SlotTable
+from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import pack
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.eviction import ByValue
 from llamaslot.scheduling.placement import Rules
 from llamaslot.store import WithTokens
-from llamaslot.store.entries import Shelf
+from llamaslot.store.entries import SnapshotTable
 
 MODEL = "model"
 BYTES_PER_TOKEN = 56_000
@@ -52,7 +52,7 @@ def snapshots(rng: random.Random) -> Iterator[WithTokens]:
     for serial in range(1_000_000):
         tokens = rng.choice(agents) + pack(rng.choices(range(100_000), k=rng.randrange(100, 2 * N_OWN)))
         size_bytes = len(tokens) // 4 * BYTES_PER_TOKEN
-        kind = Kind.TRUNK if serial % 500 == 0 else Kind.LEAF
+        kind = SnapshotKind.TRUNK if serial % 500 == 0 else SnapshotKind.LEAF
         yield WithTokens.of(
             tokens,
             id=f"ls-{serial:016x}",
@@ -68,9 +68,9 @@ def snapshots(rng: random.Random) -> Iterator[WithTokens]:
 def measure(n_snapshots: int, n_saves: int = 500, seed: int = 1) -> Cost:
     """A full disk with this many, and then so many saves."""
     rng = random.Random(seed)
-    order, pool = ByValue(), Pool("bench", 1, 1 << 20, rules=Rules(), rates=Rates())
+    order, pool = ByValue(), SlotTable("bench", 1, 1 << 20, rules=Rules(), rates=Rates())
     order.saves_s = pool.saves_s
-    shelf, coming, now = Shelf(order), snapshots(rng), 0.0
+    shelf, coming, now = SnapshotTable(order), snapshots(rng), 0.0
     shelf.fingerprint = MODEL
     for _ in range(n_snapshots):
         snapshot = next(coming)

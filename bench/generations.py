@@ -17,10 +17,10 @@ from typing import Any
 
 from bench import index as bench
 from bench.index import BEST, SHORT, Row, Traffic, timed, us
-from llamaslot.cache.disk_index import Frozen
+from llamaslot.cache.disk_index import DiskIndex
 from llamaslot.cache.ids import pack, unpack
-from llamaslot.cache.layered_index import SnapshotIndex
-from llamaslot.store.disk_index_rebuild import Renewal
+from llamaslot.cache.layered_index import LayeredIndex
+from llamaslot.store.disk_index_rebuild import DiskIndexRebuild
 from llamaslot.tasks import TaskOwner
 
 TICK_S = 0.001
@@ -31,8 +31,8 @@ IDLE_S = 1.5  # before and after
 class Composite:
     """An index, nine tenths of which are a generation; what it was filled with, as far as that is kept."""
 
-    index: SnapshotIndex
-    base: Frozen
+    index: LayeredIndex
+    base: DiskIndex
     stored: list[bytes]
     size_bytes: int  # of the generation's files
     idle: list[float]  # seconds that the event loop was late, before and after
@@ -43,8 +43,8 @@ class Composite:
 async def filled(directory: Path, snapshots: Iterator[bytes], n_entries: int, keep_each: int) -> Composite:
     """Insert nine tenths, make a generation of them, insert the rest."""
     names, stored = counter(), list[bytes]()
-    renewal = Renewal(directory, "bench", TaskOwner())
-    index = SnapshotIndex(await renewal.open())
+    renewal = DiskIndexRebuild(directory, "bench", TaskOwner())
+    index = LayeredIndex(await renewal.open())
 
     def insert(n: int) -> None:
         for tokens in islice(snapshots, n):
@@ -95,17 +95,17 @@ def wait_p99(lags: list[float]) -> float:
 
     A loop that stands still for a second is late once. So a moment counts, and not a tick.
     """
-    spare_s = 0.01 * (sum(lags) + len(lags) * TICK_S)
+    return_grace_s = 0.01 * (sum(lags) + len(lags) * TICK_S)
     longest = sorted(lags, reverse=True)
     total = 0.0
     for n, (lag, shorter) in enumerate(pairwise([*longest, 0.0]), 1):
         total += lag  # of the n longest: all moments at which more than ``shorter`` is left are total - n * shorter
-        if total - n * shorter > spare_s:
-            return (total - spare_s) / n
+        if total - n * shorter > return_grace_s:
+            return (total - return_grace_s) / n
     return 0.0
 
 
-def n_unique(base: Frozen) -> int:
+def n_unique(base: DiskIndex) -> int:
     """Tokens of a generation, each shared prefix once."""
     n_tokens, above = base.columns.n_tokens, base.columns.above
     return sum(n_tokens[point] - n_tokens[above[point]] for point in range(1, len(n_tokens)))
@@ -152,7 +152,7 @@ def sizes(many: Composite) -> Iterator[Row]:
     n_tokens, base = n_unique(many.base), many.base
     gc.collect()
     tracemalloc.start()
-    again = Frozen(base.trie, base.columns, [name + " " for name in base.names])
+    again = DiskIndex(base.trie, base.columns, [name + " " for name in base.names])
     in_memory, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     on_disk, beside = many.size_bytes / 2**20, in_memory / 2**20

@@ -18,13 +18,13 @@ from bench.simulator.result import Result, table
 from bench.simulator.run import LEFT, Policy, Setting, simulate
 from bench.simulator.trace import Trace
 from llamaslot.scheduling.placement import Rules
-from llamaslot.scheduling.prefill_policy import Sharing
+from llamaslot.scheduling.prefill_policy import PrefillSharing
 
 QUARTER = 0.25  # of all contexts: what ``--disk 1`` means
 
 
 SHARED, LEFT_ALONE = "shared", "left"
-SWEPT = ("own_above_s", *(setting.name for setting in fields(Sharing)))
+SWEPT = ("chunk_threshold_s", *(setting.name for setting in fields(PrefillSharing)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def _recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
     return scaled(options.scale, recipe), name if options.scale == 1 else f"{name} x {options.scale}"
 
 
-def _prefills(options: argparse.Namespace) -> Iterator[tuple[str, Rules]]:
+def _chunked_prefill(options: argparse.Namespace) -> Iterator[tuple[str, Rules]]:
     """The rules for long prompts that are compared, by their names."""
     for name in options.prefill:
         yield name, Rules() if name == SHARED else LEFT
@@ -66,8 +66,12 @@ def _prefills(options: argparse.Namespace) -> Iterator[tuple[str, Rules]]:
         setting, *values = options.sweep
         for value in map(float, values):
             changed = {setting: value}
-            is_own = setting == "own_above_s"
-            rules = Rules(own_above_s=value) if is_own else Rules(sharing=replace(Sharing(), **changed))
+            is_own = setting == "chunk_threshold_s"
+            rules = (
+                Rules(chunk_threshold_s=value)
+                if is_own
+                else Rules(sharing=replace(PrefillSharing(), **changed))
+            )
             yield f"{setting} {value:g}", rules
 
 
@@ -91,7 +95,7 @@ def _tasks(options: argparse.Namespace) -> list[_Task]:
         for seed in ([0] if options.trace else options.seeds)
         for disk in options.disk
         for policy in options.policies
-        for prefill, rules in ([("-", Rules())] if policy is Policy.ORIGINAL else _prefills(options))
+        for prefill, rules in ([("-", Rules())] if policy is Policy.ORIGINAL else _chunked_prefill(options))
     ]
 
 
@@ -148,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _trace(*_recipe(options), options.seeds[0]).write(options.write)
         return 0
     tasks = _tasks(options)
-    with ProcessPoolExecutor(options.jobs) as pool:
+    with ProcessPoolExecutor(options.requests) as pool:
         results = list(pool.map(_perform, tasks))
     sys.stdout.write(table(results))
     if options.json:

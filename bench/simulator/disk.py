@@ -10,12 +10,12 @@ from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 
 from bench.simulator.server import Origin, SimulatedServer
-from llamaslot.cache.content import Kind
+from llamaslot.cache.content import SnapshotKind
 from llamaslot.errors import OtherConversation, SnapshotInvalid
-from llamaslot.scheduling.eviction import ByUse, ByValue, Standing
-from llamaslot.store import Draft, QuotaExceeded, Snapshot, WithTokens
-from llamaslot.store.entries import Pin, Prospect, Shelf
-from llamaslot.store.quota import Short
+from llamaslot.scheduling.eviction import ByUse, ByValue, SnapshotStats
+from llamaslot.store import QuotaExceeded, Reservation, Snapshot, WithTokens
+from llamaslot.store.entries import Pin, Prospect, SnapshotTable
+from llamaslot.store.quota import Deficit
 
 FINGERPRINT = "simulated"
 UNLIMITED = 1 << 60
@@ -30,7 +30,7 @@ class Disk:
     def __init__(
         self,
         server: SimulatedServer,
-        shelf: Shelf,
+        shelf: SnapshotTable,
         quota_bytes: int,
         *,
         now: Callable[[], float],
@@ -54,7 +54,7 @@ class Disk:
 
     async def reserve(
         self, size_bytes: int, keep: Collection[str] = (), spare: Collection[str] = ()
-    ) -> Draft:
+    ) -> Reservation:
         """Raises QuotaExceeded, and evicts nothing, if there is not enough that may go.
 
         ``spare`` is a part of llamaslot's order, and does not count in others.
@@ -69,7 +69,7 @@ class Disk:
         id_ = f"ls-{self._serial:016x}"  # not random: ids break ties
         self._drafts[id_] = size_bytes, frozenset(keep)
         self._take(size_bytes)
-        return Draft(id_, f"{id_}.part", size_bytes)
+        return Reservation(id_, f"{id_}.part", size_bytes)
 
     def _make_room(self, size_bytes: int, keep: frozenset[str]) -> None:
         short = self.size_bytes + size_bytes - self.quota_bytes
@@ -82,7 +82,7 @@ class Disk:
 
     async def commit(
         self,
-        draft: Draft,
+        draft: Reservation,
         *,
         tokens_expected: bytes,
         n_saved: int,
@@ -90,7 +90,7 @@ class Disk:
         fingerprint: str,
         checkpoints: tuple[int, ...],
         source: str,
-        kind: Kind = Kind.LEAF,
+        kind: SnapshotKind = SnapshotKind.LEAF,
         is_pinned: bool = False,
         space: str = "",
         idle_s: float = 0.0,
@@ -118,12 +118,12 @@ class Disk:
             is_pinned=is_pinned,
             space=space,
         )
-        if file.origin is not None and kind is Kind.LEAF:  # a trunk is nobody's
+        if file.origin is not None and kind is SnapshotKind.LEAF:  # a trunk is nobody's
             self.origins[draft.id] = file.origin
         self._shelf.add(snapshot.listed, now, last_used=now - idle_s)
         return snapshot
 
-    async def abandon(self, draft: Draft) -> None:
+    async def abandon(self, draft: Reservation) -> None:
         if (held := self._drafts.pop(draft.id, None)) is not None:
             self._take(-held[0])
             self._server.files.pop(draft.part_name, None)
@@ -133,8 +133,8 @@ class Disk:
         return Pin(self._shelf.pin(id), self._unpin)
 
     def _unpin(self, id_: str) -> None:
-        if (condemned := self._shelf.unpin(id_)) is not None:
-            self._remove(condemned)
+        if (pending_delete := self._shelf.unpin(id_)) is not None:
+            self._remove(pending_delete)
 
     def touch(self, id: str) -> None:  # noqa: A002
         if id in self.snapshots:
@@ -150,7 +150,7 @@ class Disk:
 
     def would_gain(self, prospect: Prospect, keep: Collection[str] = ()) -> float:
         short = self.size_bytes + prospect.size_bytes - self.quota_bytes
-        return self._shelf.would_gain(prospect, Short(short, 0), keep, self._now())
+        return self._shelf.would_gain(prospect, Deficit(short, 0), keep, self._now())
 
     async def verify(self, id: str) -> WithTokens:  # noqa: A002
         """Raises SnapshotInvalid if it is gone."""
@@ -180,7 +180,7 @@ class Disk:
     def check(self) -> None:
         """Raise AssertionError naming the account that is not the sum of its parts."""
         self._shelf.check()
-        listed = (*self._shelf.snapshots.values(), *self._shelf.condemned.values())
+        listed = (*self._shelf.snapshots.values(), *self._shelf.pending_delete.values())
         drafts = sum(size for size, _ in self._drafts.values())
         assert self.size_bytes == drafts + sum(snapshot.size_bytes for snapshot in listed), "size_bytes"
         files = {name.removesuffix(".kv") for name in self._server.files if name.endswith(".kv")}
@@ -194,15 +194,15 @@ class AtRandom(ByUse):
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
-    def rank(self, standing: Standing, now: float) -> float:
+    def rank(self, standing: SnapshotStats, now: float) -> float:
         return random.Random(f"{self._seed} {standing.id} {now}").random()
 
 
 class Foreseen(ByUse):
     """What is worth least goes first, by ``value``: per byte, and it knows the future."""
 
-    def __init__(self, value: Callable[[Standing], float]) -> None:
+    def __init__(self, value: Callable[[SnapshotStats], float]) -> None:
         self._value = value
 
-    def rank(self, standing: Standing, now: float) -> float:
+    def rank(self, standing: SnapshotStats, now: float) -> float:
         return self._value(standing)

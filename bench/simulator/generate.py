@@ -18,7 +18,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from bench.simulator.trace import Request, Text, Trace, Turn
+from bench.simulator.trace import Text, Trace, TraceRequest, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def generate(seed: int, recipe: Recipe | None = None, name: str = "default") -> 
     """The trace of that seed; the same one each time."""
     recipe = recipe or Recipe()
     agents = Agents.draw(random.Random(f"{seed} agents"), recipe)
-    requests: list[Request] = []
+    requests: list[TraceRequest] = []
     for user in range(recipe.n_users):
         requests += _User(seed, user, recipe, agents).requests()
     trace = Trace(name, seed, tuple(requests))
@@ -138,7 +138,7 @@ class _User:
         self._clock_s = 0.0
         self._at: int = 0
 
-    def requests(self) -> Iterator[Request]:
+    def requests(self) -> Iterator[TraceRequest]:
         rng, recipe = self.rng, self.recipe
         is_burst = recipe.burst_each > 0 and self.user % recipe.burst_each == recipe.burst_each - 1
         n_live = recipe.n_burst if is_burst else rng.randint(*recipe.n_live)
@@ -166,7 +166,7 @@ class _User:
         ids = itertools.islice(self._serial, recipe.n_together)
         return [_Conversation(id_, system, n_turns, is_short=True) for id_ in ids]
 
-    def _turn_together(self, talk: _Conversation, round_: int, think_s: float) -> Request:
+    def _turn_together(self, talk: _Conversation, round_: int, think_s: float) -> TraceRequest:
         request = self._turn(talk, round_, think_s)
         assert request is not None, "so few turns always fit"
         return request
@@ -176,13 +176,13 @@ class _User:
             self._at = self.rng.randrange(n_live)
         return self._at
 
-    def _request(self, live: list[_Conversation], i: int, round_: int, think_s: float) -> Request:
+    def _request(self, live: list[_Conversation], i: int, round_: int, think_s: float) -> TraceRequest:
         rng, recipe = self.rng, self.recipe
         if rng.random() < recipe.p_side:
             texts = (self._text(recipe.n_side),)
             answer = self._text(rng.randint(*recipe.side_answer))
             id_ = next(self._serial)
-            return Request(self.user, round_, think_s, id_, Turn.SIDE, 0, texts, answer)
+            return TraceRequest(self.user, round_, think_s, id_, Turn.SIDE, 0, texts, answer)
         request = self._turn(live[i], round_, think_s)
         if request is None:  # it is over: another one in its place
             live[i] = self._conversation()
@@ -190,7 +190,7 @@ class _User:
             assert request is not None, "a first turn always fits"
         return request
 
-    def _turn(self, talk: _Conversation, round_: int, think_s: float) -> Request | None:
+    def _turn(self, talk: _Conversation, round_: int, think_s: float) -> TraceRequest | None:
         """The next turn; None when the conversation has come to its end."""
         rng, recipe = self.rng, self.recipe
         if talk.n_turns_left == 0:
@@ -215,7 +215,7 @@ class _User:
         talk.messages.append(at)
         talk.n_held, talk.n_last_answer = n_prompt + answer.n, answer.n
         talk.n_turns_left -= 1
-        return Request(self.user, round_, think_s, talk.id, kind, keep, add, answer)
+        return TraceRequest(self.user, round_, think_s, talk.id, kind, keep, add, answer)
 
     def _reworded(self, talk: _Conversation) -> tuple[int, tuple[Text, ...]]:
         """What is kept of prompt and answer, and what the rest of the answer has become."""

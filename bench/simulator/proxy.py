@@ -11,24 +11,24 @@ from typing import cast
 from bench.simulator.disk import FINGERPRINT, Disk
 from bench.simulator.machine import Machine, Streamed
 from bench.simulator.server import N_CTX, Answer, SimulatedServer
-from bench.simulator.users import LONG_S, Asked
-from llamaslot.backend.executor import Steps
+from bench.simulator.users import LONG_S, ClientRequest
+from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.feedback import Told
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.lease_states import PlanAgain
+from llamaslot.backend.lease_states import RetryPlacement
 from llamaslot.backend.slot_content import is_far_off
-from llamaslot.backend.slot_table import Pool
+from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.writeback import Writeback
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import count
-from llamaslot.fleet.dispatcher import Scheduler
+from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.fleet.queue import QueueLimits
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.sse import Earlier
+from llamaslot.llama.sse import PrefillStats
 from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
 
@@ -80,19 +80,19 @@ class Proxy:
         self._metrics = Metrics()
         self.rates, self.metrics, self.tasks = Rates(), self._metrics.of_backend("simulated"), TaskOwner()
         rules = rules or Rules()
-        self.scheduler = Scheduler(rules, PATIENT, loop.time)
-        self.leases = self.scheduler.add("simulated")
+        self.dispatcher = Dispatcher(rules, PATIENT, loop.time)
+        self.leases = self.dispatcher.add("simulated")
         self.leases.pin = disk.pin
-        self.scheduler.on_prefix_wait = self._metrics.prefix_wait_s.observe
+        self.dispatcher.on_prefix_wait = self._metrics.prefix_wait_s.observe
         api, catalog = cast(LlamaServer, server), cast(Catalog, disk)
-        self.steps = Steps(api, catalog, self.rates, self.metrics, self.tasks, self.leases)
-        self.steps.fingerprint, self.steps.boot_id = FINGERPRINT, "simulated"
-        self.writeback = Writeback(self.leases, self.steps, IDLE_SAVE_S)
-        self.pool = Pool("simulated", server.n_slots, N_CTX, rules=rules, rates=self.rates)
+        self.executor = PlanExecutor(api, catalog, self.rates, self.metrics, self.tasks, self.leases)
+        self.executor.fingerprint, self.executor.boot_id = FINGERPRINT, "simulated"
+        self.writeback = Writeback(self.leases, self.executor, IDLE_SAVE_S)
+        self.pool = SlotTable("simulated", server.n_slots, N_CTX, rules=rules, rates=self.rates)
         self.pool.can_save = self.pool.can_erase = True
         self._loop = loop
         self._meet()
-        self.scheduler.attach(self.pool)
+        self.dispatcher.attach(self.pool)
 
     def sample(self, name: str) -> float:
         """A metric of the backend, 0 where nothing was counted."""
@@ -113,57 +113,63 @@ class Proxy:
 
     # -- a request: web.completions and web.answering ------------------------------------------------------------
 
-    async def ask(self, asked: Asked) -> None:
+    async def ask(self, asked: ClientRequest) -> None:
         """One request, until a place was what it was taken for."""
-        job = Job(f"{asked.origin.conversation}.{asked.origin.index}", asked.prompt, n_system=asked.n_system)
-        before: Earlier | None = None
+        request = Request(
+            f"{asked.origin.conversation}.{asked.origin.index}", asked.prompt, n_system=asked.n_system
+        )
+        before: PrefillStats | None = None
         for n in itertools.count():
             try:
-                await self._ask_at_a_place(asked, job, before, n)
+                await self._ask_at_a_place(asked, request, before, n)
                 break
-            except PlanAgain as again:
-                later = again.earlier
+            except RetryPlacement as again:
+                later = again.prefill_stats
                 before = before.then(later) if before is not None and later is not None else later or before
 
-    async def _ask_at_a_place(self, asked: Asked, job: Job, before: Earlier | None, n_before: int) -> None:
+    async def _ask_at_a_place(
+        self, asked: ClientRequest, request: Request, before: PrefillStats | None, n_before: int
+    ) -> None:
         """``before``: what was done for it at the ``n_before`` places that it had. Raises PlanAgain."""
         served, may_replan = asked.served, n_before < REPLANS
         with contextlib.ExitStack() as stack:
-            lease = stack.enter_context(await self.scheduler.lease(job, is_back=n_before > 0))
+            lease = stack.enter_context(await self.dispatcher.lease(request, is_back=n_before > 0))
             if not n_before:
                 served.queued_s = self._loop.time() - asked.sent_at
             until_first = stack.enter_context(contextlib.ExitStack())
             assert lease.plan is not None
-            if self.server.hardware.prefill_s(lease.plan.n_reused, job.n_tokens) > LONG_S:
+            if self.server.hardware.prefill_s(lease.plan.n_reused, request.n_tokens) > LONG_S:
                 until_first.enter_context(self.beside)
-            here = await self.steps.prepare(lease, _say_nothing, may_replan=may_replan)
+            here = await self.executor.prepare(lease, _say_nothing, may_replan=may_replan)
             done = here
             if before is not None:  # without a prefill here: what it finds of its own work was not reused
-                done = before.then(here or Earlier(lease.forecast.n_expected, lease.forecast.n_expected, 0.0))
+                done = before.then(
+                    here or PrefillStats(lease.forecast.n_expected, lease.forecast.n_expected, 0.0)
+                )
             answered = await self._answer(asked, lease, here, until_first, may_replan=may_replan)
             served.n_reused = min(done.n_reused, answered.n_cache) if done is not None else answered.n_cache
             served.answer_s = answered.predicted_s
             n_computed, n_answer = answered.n_prompt - answered.n_cache, count(asked.answer)
             told = Told(answered.n_cache, None, n_computed, answered.prompt_s, n_answer, answered.predicted_s)
-            self.steps.settle(lease, told, here, job.tokens)
+            self.executor.settle(lease, told, here, request.tokens)
             if self.saves_each:
-                self.tasks.spawn(self._save(lease), f"{job.id} is saved")
+                self.tasks.spawn(self._save(lease), f"{request.id} is saved")
                 stack.pop_all()
 
     async def _answer(
         self,
-        asked: Asked,
+        asked: ClientRequest,
         lease: Lease,
-        here: Earlier | None,
+        here: PrefillStats | None,
         until_first: contextlib.ExitStack,
         *,
         may_replan: bool,
     ) -> Answer:
         """The client's own request. Raises PlanAgain when the slot does not hold what was expected."""
-        is_cold = here is None and lease.content is None
+        no_cache = here is None and lease.content is None
         lease.begin_request()
         async with self.server.run(
-            lease.slot_id, asked.prompt, asked.answer, asked.origin, is_cold=is_cold
+            lease.slot_id, asked.prompt, asked.answer, asked.origin, no_cache=no_cache
         ) as answered:
             lease.mark_processing()
             n_expected = here.n_tokens if here is not None else lease.forecast.n_expected
@@ -177,14 +183,14 @@ class Proxy:
                 lease.mark_decoding()
                 await self.server.finish(answered)
                 return answered
-        await self.steps.stopped(lease, answered.n_cache)
+        await self.executor.stopped(lease, answered.n_cache)
         n_done = lease.content.n_tokens if lease.content is not None else 0
-        own = Earlier(min(answered.n_cache, n_done), n_done, 0.0)
-        raise PlanAgain(own if here is None else here.then(own))
+        own = PrefillStats(min(answered.n_cache, n_done), n_done, 0.0)
+        raise RetryPlacement(own if here is None else here.then(own))
 
     async def _save(self, lease: Lease) -> None:
         with lease:
-            await self.steps.save_now(lease)
+            await self.executor.save_now(lease)
 
     async def close(self) -> None:
         while len(self.tasks):
@@ -192,10 +198,10 @@ class Proxy:
 
     def check(self) -> None:
         """Raise AssertionError naming what does not hold when nobody asks any more."""
-        self.scheduler.check()
+        self.dispatcher.check()
         self.disk.check()
-        assert not self.scheduler.leases, f"no lease: {self.scheduler.leases}"
-        assert not self.scheduler.n_waiting, "nobody waits"
+        assert not self.dispatcher.leases, f"no lease: {self.dispatcher.leases}"
+        assert not self.dispatcher.n_waiting, "nobody waits"
         assert not len(self.tasks), "no task"
         for slot in self.pool.slots:
             content: Content = slot.content

@@ -55,7 +55,7 @@ class Spread:
 
 
 @dataclass(slots=True)
-class Prefills:
+class ChunkedPrefill:
     """What llamaslot computed ahead of clients' own requests: ``n`` requests for that, ``n_closed`` of them on the way.
 
     ``waited_s`` for others, of which ``paused_s`` for streams. ``stream_share``: of its full speed, what a stream had
@@ -90,7 +90,7 @@ class Result:
     queued: Spread
     little: Spread
     slowed: Spread
-    prefills: Prefills
+    prefills: ChunkedPrefill
     stream_share: float
     slow_stream: float
     gap_longest_s: float
@@ -122,7 +122,7 @@ def measured(
     server: SimulatedServer,
     disk: Disk,
     took_s: float,
-    prefills: Prefills,
+    prefills: ChunkedPrefill,
 ) -> Result:
     """Raises AssertionError when tokens have got lost: each one of a prompt is either reused or computed."""
     counts, stalls, streamed = server.counts, server.machine.stalls, server.machine.streamed

@@ -11,14 +11,14 @@ from bench.simulator.baseline import Original
 from bench.simulator.disk import UNLIMITED, AtRandom, Disk, Foreseen
 from bench.simulator.machine import Hardware
 from bench.simulator.proxy import Proxy
-from bench.simulator.result import Label, Prefills, Result, measured
+from bench.simulator.result import ChunkedPrefill, Label, Result, measured
 from bench.simulator.server import SimulatedServer
 from bench.simulator.trace import Trace
 from bench.simulator.users import Foresight, Users
 from bench.virtual import VirtualLoop
-from llamaslot.scheduling.eviction import ByUse, ByValue, Order, Standing
+from llamaslot.scheduling.eviction import ByUse, ByValue, Order, SnapshotStats
 from llamaslot.scheduling.placement import Rules
-from llamaslot.store.entries import Shelf
+from llamaslot.store.entries import SnapshotTable
 from llamaslot.tasks import TaskOwner
 
 
@@ -52,7 +52,7 @@ class Setting:
         return int(self.disk * trace.n_final * self.hardware.bytes_per_token)
 
 
-LEFT = replace(Rules(), own_above_s=math.inf)
+LEFT = replace(Rules(), chunk_threshold_s=math.inf)
 """All prefill is left to llama-server, and nobody gives way to anybody."""
 
 
@@ -80,7 +80,7 @@ class _Run:
         order = self._order()
         self.disk = Disk(
             self.server,
-            Shelf(order),
+            SnapshotTable(order),
             setting.quota_bytes(trace),
             now=loop.time,
             on_drop=lambda snapshot: self.served_by.dropped(snapshot),
@@ -105,7 +105,7 @@ class _Run:
             case Policy.CLAIRVOYANT:
                 return Foreseen(self._value)
 
-    def _value(self, snapshot: Standing) -> float:
+    def _value(self, snapshot: SnapshotStats) -> float:
         """Seconds that its next use saves, per byte and second until then."""
         origin = self.disk.origins.get(snapshot.id)
         if origin is None:
@@ -125,11 +125,11 @@ class _Run:
         self.served_by.check()
         setting = self.setting
         label = Label(self.trace.name, self.trace.seed, setting.policy.value, setting.disk, setting.prefill)
-        return measured(label, users.served, self.server, self.disk, took_s, self._prefills())
+        return measured(label, users.served, self.server, self.disk, took_s, self._chunked_prefill())
 
-    def _prefills(self) -> Prefills:
+    def _chunked_prefill(self) -> ChunkedPrefill:
         counts = self.server.counts
-        found = Prefills(counts.n_prefills, counts.n_closed)
+        found = ChunkedPrefill(counts.n_prefills, counts.n_closed)
         if isinstance(self.served_by, Proxy):
             by, step_s = self.served_by, self.setting.hardware.step_s
             found.waited_s = by.sample("prefill_wait_seconds_sum")

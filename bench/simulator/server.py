@@ -109,12 +109,12 @@ class SimulatedServer:
 
     @contextlib.asynccontextmanager
     async def run(
-        self, slot_id: int, tokens: bytes, answer: bytes, origin: Origin, *, is_cold: bool = False
+        self, slot_id: int, tokens: bytes, answer: bytes, origin: Origin, *, no_cache: bool = False
     ) -> AsyncIterator[Answer]:
         """A client's own request: entered when it begins, with what is reused; then ``first`` and ``finish``."""
         self.on_begun(origin)
         slot = self._slots[slot_id]
-        if is_cold:
+        if no_cache:
             slot.tokens = b""
         async with self._sent(slot_id, tokens, answer, self.hardware.text_s) as (work, n_cache):
             await self.machine.until(work, 0)

@@ -42,7 +42,7 @@ class Text(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class TraceRequest:
     """One request of a script; see the module for ``keep``, ``add`` and ``think_s``."""
 
     user: int
@@ -82,20 +82,20 @@ class Trace:
 
     name: str
     seed: int
-    requests: tuple[Request, ...]
+    requests: tuple[TraceRequest, ...]
 
     @functools.cached_property
-    def rounds(self) -> dict[int, list[list[Request]]]:
+    def rounds(self) -> dict[int, list[list[TraceRequest]]]:
         """For each user his rounds in their order."""
-        users: dict[int, dict[int, list[Request]]] = {}
+        users: dict[int, dict[int, list[TraceRequest]]] = {}
         for request in self.requests:
             users.setdefault(request.user, {}).setdefault(request.round, []).append(request)
         return {user: [rounds[i] for i in sorted(rounds)] for user, rounds in sorted(users.items())}
 
     @functools.cached_property
-    def conversations(self) -> dict[int, list[Request]]:
+    def conversations(self) -> dict[int, list[TraceRequest]]:
         """For each conversation its requests in their order."""
-        found: dict[int, list[Request]] = {}
+        found: dict[int, list[TraceRequest]] = {}
         for rounds in self.rounds.values():
             for request in (request for requests in rounds for request in requests):
                 found.setdefault(request.conversation, []).append(request)
@@ -138,10 +138,10 @@ class Trace:
         return trace
 
 
-def _requests(lines: Iterable[dict[str, Any]]) -> Iterator[Request]:
+def _requests(lines: Iterable[dict[str, Any]]) -> Iterator[TraceRequest]:
     for line in lines:
         add = tuple(Text(*text) for text in line.pop("add"))
-        yield Request(kind=Turn(line.pop("kind")), add=add, answer=Text(*line.pop("answer")), **line)
+        yield TraceRequest(kind=Turn(line.pop("kind")), add=add, answer=Text(*line.pop("answer")), **line)
 
 
 def _text(seed: int, key: int, n: int) -> bytes:

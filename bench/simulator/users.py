@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from bench.simulator.machine import Hardware
 from bench.simulator.server import Origin
-from bench.simulator.trace import Request, Text, Trace
+from bench.simulator.trace import Text, Trace, TraceRequest
 from llamaslot.cache.ids import head
 
 LONG_S = 1.0  # what takes longer to compute is a long prompt, whoever computes it
@@ -23,7 +23,7 @@ class Served:
     until its last; ``answer_s`` from the first one to the last.
     """
 
-    request: Request
+    request: TraceRequest
     n_known: int
     n_reused: int = 0
     ttft_s: float = 0.0
@@ -42,7 +42,7 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ClientRequest:
     """A request with its tokens, ``n_system`` of them system part and tools. ``served`` is to be filled in."""
 
     served: Served
@@ -63,7 +63,7 @@ class Known:
         # By the texts before it and the key of a text.
         self._longest: dict[tuple[tuple[Text, ...], int], int] = {}
 
-    def share(self, request: Request) -> int:
+    def share(self, request: TraceRequest) -> int:
         """Tokens of the prompt that are known, one at least is not; from now on all of it is."""
         return min(request.keep or self._begun(request.add), request.n_prompt - 1)
 
@@ -117,7 +117,7 @@ class Foresight:
         return max(due - self._now(), 1.0), n
 
 
-def _usual_s(request: Request, hardware: Hardware) -> float:
+def _usual_s(request: TraceRequest, hardware: Hardware) -> float:
     n_new = request.n_prompt - request.keep
     prefill_s = hardware.prefill_s(request.n_prompt - n_new, request.n_prompt)
     return prefill_s + request.answer.n / hardware.decode_tokens_per_s
@@ -130,7 +130,7 @@ class Users:
         self,
         trace: Trace,
         loop: asyncio.AbstractEventLoop,
-        ask: Callable[[Asked], Awaitable[None]],
+        ask: Callable[[ClientRequest], Awaitable[None]],
         foresight: Foresight,
     ) -> None:
         self.served: list[Served] = []
@@ -150,7 +150,7 @@ class Users:
             for user, rounds in self._trace.rounds.items():
                 group.create_task(self._live(rounds), name=f"user {user}")
 
-    async def _live(self, rounds: list[list[Request]]) -> None:
+    async def _live(self, rounds: list[list[TraceRequest]]) -> None:
         for requests in rounds:
             first = requests[0]
             self._foresight.will_ask(first.user, first.round, self._loop.time() + first.think_s)
@@ -162,7 +162,7 @@ class Users:
                 for request in requests:
                     group.create_task(self._send(request), name=f"user {first.user} asks")
 
-    async def _send(self, request: Request) -> None:
+    async def _send(self, request: TraceRequest) -> None:
         trace, conversation = self._trace, request.conversation
         before = head(self._held.pop(conversation, b""), request.keep)
         prompt = b"".join((before, *map(trace.text, request.add)))
@@ -174,5 +174,5 @@ class Users:
         self.served.append(served)
         sent_at = self._loop.time()
         n_system = trace.n_system(conversation)
-        await self._ask(Asked(served, prompt, n_system, answer, self._index[id(request)], sent_at))
+        await self._ask(ClientRequest(served, prompt, n_system, answer, self._index[id(request)], sent_at))
         served.all_s = self._loop.time() - sent_at

@@ -181,7 +181,7 @@ class OtherConversation(SnapshotInvalid):
 
 
 class BackendRestarted(LlamaslotError):
-    """llama-server is another process than the one that the slot was leased on: the job is placed again."""
+    """llama-server is another process than the one that the slot was leased on: the request is placed again."""
 
     status = 503
     type = "unavailable_error"
@@ -239,7 +239,7 @@ class Reason(enum.StrEnum):
     MISCOUNTED = "miscounted"
 
 
-class OpaquePrompt(LlamaslotError):
+class PromptNotTokenizable(LlamaslotError):
     """The tokens of a prompt are made inside llama-server and cannot be known outside.
 
     Not a fault of the request: whoever catches it runs the request without knowing its tokens. ``str`` may have words

@@ -6,7 +6,7 @@ import os
 from typing import NamedTuple
 
 
-class Mark(NamedTuple):
+class FileId(NamedTuple):
     """Tells a file from what another one of that name was, or this one before somebody changed it or gave it away."""
 
     inode: int
@@ -15,5 +15,5 @@ class Mark(NamedTuple):
     changed_ns: int
 
     @classmethod
-    def of(cls, found: os.stat_result) -> Mark:
+    def of(cls, found: os.stat_result) -> FileId:
         return cls(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)

@@ -13,14 +13,14 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Bell:
+class ChangeEvent:
     """Wakes all who wait for it, each time that something has changed."""
 
     def __init__(self) -> None:
         self._waiting: dict[asyncio.Future[None], None] = {}  # in their order
         self._calls: list[Callable[[], None]] = []
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         for future in self._waiting:
             if not future.done():
                 future.set_result(None)
@@ -28,7 +28,7 @@ class Bell:
             call()
 
     @contextlib.contextmanager
-    def calling(self, call: Callable[[], None]) -> Iterator[None]:
+    def subscribed(self, call: Callable[[], None]) -> Iterator[None]:
         """While the block lasts ``call`` is called each time it rings."""
         self._calls.append(call)
         try:
@@ -36,7 +36,7 @@ class Bell:
         finally:
             self._calls.remove(call)
 
-    async def heard(self, timeout_s: float | None = None) -> None:
+    async def wait(self, timeout_s: float | None = None) -> None:
         """Wait until it rings or ``timeout_s`` are over. Always lets others run. Cancelling is safe."""
         future = asyncio.get_running_loop().create_future()
         self._waiting[future] = None

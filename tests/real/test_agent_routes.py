@@ -102,7 +102,7 @@ def told(text: str, slot: int) -> Reply:
 async def test_follow_ups_find_their_context(tmp_path: Path, figure: Figure, path: str, kind: str) -> None:
     """8 agents on 4 slots, streaming or not: what a follow-up shares with the turn before is hardly computed again."""
     rng = random.Random(1)
-    settings = {"prefill": {"own_above_s": 0.2}}
+    settings = {"prefill": {"chunk_threshold_s": 0.2}}
     async with Stack(
         getattr(models, kind)(tmp_path), tmp_path, batch=512, ubatch=512, settings=settings
     ) as stack:

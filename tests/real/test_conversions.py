@@ -12,12 +12,12 @@ import pytest
 import pytest_asyncio
 
 from llamaslot.cache.ids import head, unpack
-from llamaslot.errors import OpaquePrompt
+from llamaslot.errors import PromptNotTokenizable
 from llamaslot.formats import messages, responses
 from llamaslot.llama.client import LlamaServer
 from llamaslot.store.header import read_slot_file
 from llamaslot.tokens import media
-from llamaslot.tokens.tokenizer import Prompt, Prompts
+from llamaslot.tokens.tokenizer import Prompt, Tokenizer
 from tests.support import models
 from tests.support.real import RealServer
 
@@ -313,7 +313,7 @@ class Real:
     """A real server with one slot, its client, and prompts made with it."""
 
     def __init__(self, server: RealServer, api: LlamaServer) -> None:
-        self.server, self.api, self.prompts = server, api, Prompts(api)
+        self.server, self.api, self.prompts = server, api, Tokenizer(api)
 
     async def messages(self, body: Mapping[str, Any]) -> Prompt:
         """The prompt of a body of /v1/messages, which the server is seen to use."""
@@ -496,7 +496,7 @@ async def test_what_is_refused_here_llama_server_refuses(
     path: str, convert: Callable[[Mapping[str, Any]], Any], body: dict[str, Any], status: int, real: Real
 ) -> None:
     """Errors of /v1/messages have the form of OpenAI's too. (Documents and unknown blocks it leaves out.)"""
-    with pytest.raises(OpaquePrompt):
+    with pytest.raises(PromptNotTokenizable):
         convert(body)
     answered, error = await ask(real, path, body)
     assert answered == status

@@ -43,13 +43,13 @@ async def running(
 @pytest_asyncio.fixture(loop_scope="module")
 async def server(running: Server) -> Server:
     """With empty idle slots."""
-    await until_idle(running)
+    await wait_until_idle(running)
     for slot in range(4):
         await running.post(f"/slots/{slot}?action=erase", {})
     return running
 
 
-async def until_idle(server: Server) -> None:
+async def wait_until_idle(server: Server) -> None:
     while any(slot["is_processing"] for slot in await server.slots()):
         await asyncio.sleep(1.2)
 

@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from llamaslot.llama.routes import KNOWN_GATES, ROUTES, Kind, Route, classify
+from llamaslot.llama.routes import KNOWN_GATES, ROUTES, Route, RouteKind, classify
 from tests.support import models
 from tests.support.client_shapes import SHAPES
 from tests.support.http_api import TABLE, UNKNOWN, Ask, Told, tell
@@ -73,7 +73,7 @@ def key_of(route: Route) -> str:
     return f"{route.method} {route.path}"
 
 
-def of_kind(*kinds: Kind) -> pytest.MarkDecorator:
+def of_kind(*kinds: RouteKind) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("route", [r for r in ROUTES if r.kind in kinds], ids=key_of)
 
 

@@ -20,7 +20,9 @@ from tests.support.real import RealServer
 pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module")]
 
 DOCS = Path(__file__).parents[2] / "docs" / "http-api.md"
-ON_PURPOSE = {name: brief for shapes in DIFFERENT.values() for name, brief in shapes.items()}
+ON_PURPOSE = {
+    name: brief for conversion_checks in DIFFERENT.values() for name, brief in conversion_checks.items()
+}
 
 Ports = tuple[int, int]
 

@@ -99,7 +99,7 @@ async def test_what_another_user_has_just_sent_is_computed_whole_and_ones_own_is
 async def test_answers_with_lora_scales_are_those_of_a_server_that_holds_nothing(tmp_path: Path) -> None:
     """Whatever was computed before in the slots, and with which scales: long prompts that are computed ahead too."""
     scaled = [{"id": 0, "scale": 0.25}]
-    settings = {"prefill": {"own_above_s": 0.05}}
+    settings = {"prefill": {"chunk_threshold_s": 0.05}}
     texts = [words(random.Random(seed), 1500) for seed in (1, 2)]
     variants: list[dict[str, Any]] = [{}, {"lora": scaled}, {"lora": [{"id": 0, "scale": 0}]}, {"lora": []}]
     bodies = [

@@ -19,7 +19,7 @@ from tests.support.stack import Stack
 pytestmark = pytest.mark.real
 
 PREFILLS_ITSELF: dict[str, Any] = {
-    "prefill": {"own_above_s": 0.001}
+    "prefill": {"chunk_threshold_s": 0.001}
 }  # also what these models compute in no time
 
 

@@ -48,7 +48,7 @@ ASKED = [
 
 async def test_each_is_refused_in_llama_servers_words(tmp_path: Path) -> None:
     """Before any slot is taken, also for a prompt that would be computed ahead."""
-    settings = {"prefill": {"own_above_s": 0}}
+    settings = {"prefill": {"chunk_threshold_s": 0}}
     async with (
         RealServer(models.dense(tmp_path), tmp_path / "kv", slots=2, context=2048) as real,
         fronted(tmp_path, real.url, real.save_dir, settings) as it,
@@ -109,7 +109,7 @@ async def test_it_goes_on_from_the_text_before_an_image(tmp_path: Path, kind: st
     """The answer is the server's own, the text is computed ahead, and a turn that has the same image computes neither
     again. No slot with an image is saved."""
     flags = ("--mmproj", str(models.eyes(tmp_path)))
-    settings = {"prefill": {"own_above_s": 0}}
+    settings = {"prefill": {"chunk_threshold_s": 0}}
     model = getattr(models, kind)(tmp_path)
     async with RealServer(model, tmp_path / "kv", slots=2, context=4096, extra=flags) as real:
         async with aiohttp.request("GET", real.url + "/props") as props:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llamaslot.backend.probes import Files, Probes
-from llamaslot.cache.reuse import Memory
+from llamaslot.cache.reuse import CacheKind
 from llamaslot.llama.client import LlamaServer
 from llamaslot.scheduling.cost import Rates
 from llamaslot.store import Catalog
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.real
 async def test_slot_files_keep_checkpoints(tmp_path: Path, kind: str) -> None:
     """Those of a build of October 2026 do, whatever the window; nothing is left of the probe."""
     model = {"swa": models.swa, "recurrent": models.recurrent}[kind](tmp_path)
-    memory = {"swa": Memory.SWA, "recurrent": Memory.RECURRENT}[kind]
+    memory = {"swa": CacheKind.SWA, "recurrent": CacheKind.RECURRENT}[kind]
     async with RealServer(model, tmp_path / "kv", slots=1) as server:
         catalog = Catalog(tmp_path / "kv", 1 << 30, now=time.time, on_drop=lambda _: None)
         await catalog.open()

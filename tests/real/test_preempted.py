@@ -22,7 +22,7 @@ N_ANSWER = 150
 
 
 @pytest.mark.parametrize(
-    ("kind", "speed", "own_above_s"),
+    ("kind", "speed", "chunk_threshold_s"),
     [
         ("dense", "2x128", 0.001),
         ("dense", "2x128", 3600),  # by its own request
@@ -31,11 +31,11 @@ N_ANSWER = 150
     ],
 )
 async def test_a_newcomer_waits_for_no_answer_of_whoever_has_all_slots(
-    tmp_path: Path, figure: Figure, kind: Kind, speed: Speed, own_above_s: float
+    tmp_path: Path, figure: Figure, kind: Kind, speed: Speed, chunk_threshold_s: float
 ) -> None:
     """Four prompts of 3,000 tokens, in two slots. The newcomer is through before any of their answers; those whose
     prompts stopped for it are answered whole, and next to nothing of them is computed twice."""
-    settings = {"prefill": {"own_above_s": own_above_s}, "stream": {"keepalive_s": 0.1}}
+    settings = {"prefill": {"chunk_threshold_s": chunk_threshold_s}, "stream": {"keepalive_s": 0.1}}
     done, rng, begun = list[str](), random.Random(1), asyncio.Event()
 
     async def note(event: Event) -> None:

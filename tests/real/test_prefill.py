@@ -40,7 +40,7 @@ async def test_follow_ups_are_answered_before_a_strangers_long_prompt(
 ) -> None:
     """Whichever of four conversations it displaces: three others are through before its first token."""
     # Stretches of which the long prompt has many, however fast the machine is.
-    settings = {**PREFILLS_ITSELF, "prefill": {**PREFILLS_ITSELF["prefill"], "stretch_s": 0.05}}
+    settings = {**PREFILLS_ITSELF, "prefill": {**PREFILLS_ITSELF["prefill"], "chunk_s": 0.05}}
     options = {**SMALL, "settings": settings}
     async with Stack(model_of("dense", tmp_path), tmp_path, context=7000, **options) as stack:
         result = await rush(stack, oldest=oldest, n_long=6000, n_context=400, after_s=0.1)
@@ -93,7 +93,7 @@ async def test_a_dense_prompt_that_is_alone_goes_on_from_the_batch_where_it_was_
     tmp_path: Path, figure: Figure
 ) -> None:
     """For short requests. Nothing is computed twice."""
-    settings = {**PREFILLS_ITSELF, "prefill": {**PREFILLS_ITSELF["prefill"], "stretch_s": 1.0}}
+    settings = {**PREFILLS_ITSELF, "prefill": {**PREFILLS_ITSELF["prefill"], "chunk_s": 1.0}}
     options = {**SMALL, "settings": settings, "slots": 2, "context": 12_288}
     async with Stack(models.dense(tmp_path), tmp_path, **options) as stack:
         pieces = await prefill_in_pieces(stack, n_prompt=12_000, n_interruptions=5)

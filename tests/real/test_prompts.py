@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from llamaslot.cache.ids import head, unpack
-from llamaslot.errors import BadRequest, OpaquePrompt, UpstreamError
+from llamaslot.errors import BadRequest, PromptNotTokenizable, UpstreamError
 from llamaslot.llama.client import LlamaServer
 from llamaslot.store.header import read_slot_file
-from llamaslot.tokens.tokenizer import NoPrompt, Prompt, Prompts
+from llamaslot.tokens.tokenizer import NoPrompt, Prompt, Tokenizer
 from tests.support import models
 from tests.support.real import RealServer
 from tests.support.vocabularies import sentencepiece
@@ -41,7 +41,7 @@ class Real:
     """One real server with one slot, its client, and prompts made with it."""
 
     def __init__(self, server: RealServer, api: LlamaServer) -> None:
-        self.server, self.api, self.prompts = server, api, Prompts(api)
+        self.server, self.api, self.prompts = server, api, Tokenizer(api)
 
     async def agrees(self, path: str, body: dict[str, Any], prompt: Prompt) -> bool:
         """Run the body in slot 0: the server counts as many tokens, and the saved slot begins with just these."""
@@ -252,6 +252,6 @@ async def test_what_is_no_prompt_to_llamaslot_is_none_to_the_server(tmp_path: Pa
                 n_refused += 1
                 status, _ = await it.api.ask("/completion", {"prompt": prompt, "n_predict": 1})
                 assert status >= 400, prompt
-            except (UpstreamError, OpaquePrompt):
+            except (UpstreamError, PromptNotTokenizable):
                 pass  # sent with a slot
     assert n_refused > 200

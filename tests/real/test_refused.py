@@ -25,7 +25,7 @@ CHAT, TEXT, NATIVE, INFILL = "/v1/chat/completions", "/v1/completions", "/comple
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 N_SLOTS, N_PROMPT, N_HELD, MOST = 3, 6000, 1500, 64
 #: From there on it is computed by llamaslot, as it is for 1 s on larger models.
-SETTINGS = {"prefill": {"own_above_s": 0.1}, "store": {"idle_save_s": 3600}}
+SETTINGS = {"prefill": {"chunk_threshold_s": 0.1}, "store": {"idle_save_s": 3600}}
 
 BROKEN = "root ::= ("
 #: Its grammar is one that llama-server cannot parse: more repetitions than it takes.
@@ -233,7 +233,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
 async def test_what_is_taken_is_not_held_up(tmp_path: Path) -> None:
     """Of nothing that llama-server takes it is believed that it does not, and all of it is served."""
     rng = random.Random(8)
-    settings = {"prefill": {"own_above_s": 0}, "store": {"idle_save_s": 3600}}
+    settings = {"prefill": {"chunk_threshold_s": 0}, "store": {"idle_save_s": 3600}}
     async with Stack(
         models.dense(tmp_path), tmp_path, slots=N_SLOTS, context=4096, settings=settings
     ) as stack:

@@ -15,7 +15,8 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from llamaslot.llama.client import LlamaServer, Offered
+from llamaslot.llama.client import LlamaServer
+from llamaslot.llama.route_availability import RouteAvailability
 from llamaslot.llama.routes import ROUTES, Route, classify
 from tests.support import models
 from tests.support.inprocess import fronted
@@ -220,8 +221,8 @@ async def test_an_empty_body_tells_whether_a_route_is_there(
             (plain.url, set[str]()),
         ):
             api, before = LlamaServer(url), await ask(url, "GET", "/slots")
-            offered = Offered(api)
-            found = {r.path for r in ROUTES if r.may_be_missing and await offered.has(r.path)}
+            route_availability = RouteAvailability(api)
+            found = {r.path for r in ROUTES if r.may_be_missing and await route_availability.has(r.path)}
             assert found == there
             assert await ask(url, "GET", "/slots") == before
             await api.close()

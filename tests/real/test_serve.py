@@ -24,7 +24,7 @@ from tests.support.real import RealServer
 __all__ = ["nothing_left"]
 pytestmark = pytest.mark.real
 
-OWN_STEPS = {"prefill": {"own_above_s": 0}}
+OWN_STEPS = {"prefill": {"chunk_threshold_s": 0}}
 KINDS = {"dense": models.dense, "swa": models.swa, "recurrent": models.recurrent}
 ONE, TWO = letters(1, 2500), letters(2, 2500)
 
@@ -203,14 +203,14 @@ async def test_numbers_of_answers_are_read_as_the_server_reads_them(tmp_path: Pa
     """As an int32: some large ones are small, and need no more slots than there are."""
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "temperature": 0}
     async with serving(tmp_path, slots=2, context=512) as (it, real):
-        met = it.backend.met
+        session = it.backend.session
         for n in (2.9, 2**32 + 1, 2**32 + 2, 2**32, 2**32 + 3, 2**31, 2**53, 1e30, -3):
             answer = await it.post(CHAT, {**body, "n": n})
             direct = await it.post(CHAT, {**body, "n": n}, to=real.url)
             assert answer.status == direct.status, n
             assert answer.json.get("error") == direct.json.get("error"), n
             assert len(answer.json.get("choices", ())) == len(direct.json.get("choices", ())), n
-        assert it.backend.met is met, "nothing ran where nobody had a slot"
+        assert it.backend.session is session, "nothing ran where nobody had a slot"
 
 
 @pytest.mark.parametrize("path", [NATIVE, TEXT, CHAT])
@@ -289,7 +289,7 @@ async def leave(task: asyncio.Task[Any]) -> None:
 async def test_clients_leave_at_every_stage(tmp_path: Path) -> None:
     """In the queue, in a prefill, before the first token, mid-stream and without streaming: the slot comes back each
     time, and the next answer is the one asked cold."""
-    slow = {"prefill": {"own_above_s": 0.05}, "stream": {"keepalive_s": 0.02}}
+    slow = {"prefill": {"chunk_threshold_s": 0.05}, "stream": {"keepalive_s": 0.02}}
     async with serving(tmp_path, slow, batch=256, ubatch=256, context=16_384) as (it, real):
         cold = await it.ask(TWO, n=6, cache_prompt=False)
 
@@ -301,7 +301,7 @@ async def test_clients_leave_at_every_stage(tmp_path: Path) -> None:
         async with it.streaming(ONE, n=3000) as talking:  # the only slot
             await line_with(talking, "data:")
             queued = spawn(it.ask(ONE))
-            await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+            await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
             await leave(queued)
         await is_right()
 
@@ -312,12 +312,12 @@ async def test_clients_leave_at_every_stage(tmp_path: Path) -> None:
         assert await computed(real) - before < 9000
 
         waiting = spawn(it.ask(letters(6, 12_000)))
-        await it.until(lambda: any(lease.is_confirmed for lease in it.pool.scheduler.leases))
+        await it.until(lambda: any(lease.is_confirmed for lease in it.pool.dispatcher.leases))
         await leave(waiting)
         await is_right()
 
         whole = spawn(it.ask("short", n=3000))
-        await it.until(lambda: any(lease.state in OWN_REQUEST for lease in it.pool.scheduler.leases))
+        await it.until(lambda: any(lease.state in OWN_REQUEST for lease in it.pool.dispatcher.leases))
         await leave(whole)
         await is_right()
         assert await it.count("clients_left_total") == 5
@@ -360,12 +360,12 @@ async def test_a_server_without_a_save_path_is_said_once(
 
 async def test_waiting_clients_hear_of_it(tmp_path: Path) -> None:
     """Queue and prefill, on the real server's own progress; then the answer with the numbers of the whole request."""
-    soon = {"prefill": {"own_above_s": 0}, "stream": {"keepalive_s": 0.02}}
+    soon = {"prefill": {"chunk_threshold_s": 0}, "stream": {"keepalive_s": 0.02}}
     async with serving(tmp_path, soon, batch=256, ubatch=256) as (it, _):
         async with it.streaming("x", n=100_000) as talking:
             await line_with(talking, "data:")
             waiting = spawn(it.ask(ONE, stream=True, n=3))
-            await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+            await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
             many = iter(range(20))
             await it.until(lambda: next(many, None) is None)  # a few times keepalive_s
         answer = await waiting

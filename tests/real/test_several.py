@@ -17,7 +17,7 @@ from tests.support.users import words
 
 pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module")]
 
-OWN_STEPS = {"prefill": {"own_above_s": 0}, "stream": {"comments": False}}
+OWN_STEPS = {"prefill": {"chunk_threshold_s": 0}, "stream": {"comments": False}}
 TIMES = {"id", "created", "timings", "id_slot", "system_fingerprint", "usage"}
 
 

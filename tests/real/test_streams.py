@@ -16,7 +16,7 @@ from tests.web.test_streams import INFILL, MESSAGES, RESPONSES, body_of
 
 pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module")]
 
-BUSY = {"stream": {"keepalive_s": 0.003}, "prefill": {"own_above_s": 0}}
+BUSY = {"stream": {"keepalive_s": 0.003}, "prefill": {"chunk_threshold_s": 0}}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

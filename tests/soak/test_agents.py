@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.real, pytest.mark.timeout(3600)]
 
 N_SLOTS = 3
 PREFILLS_ITSELF: dict[str, Any] = {
-    "prefill": {"own_above_s": 0.001}
+    "prefill": {"chunk_threshold_s": 0.001}
 }  # also what these models compute in no time
 
 

@@ -80,7 +80,7 @@ async def test_comments_and_their_answer(tmp_path: Path) -> None:
     """It passes over comments, in the queue and before the answer."""
     async with served(tmp_path, SOON, slots=1, context=1 << 17) as it, it.busy():
         task = spawn(ask(it, tmp_path / "home"))
-        await it.until(lambda: it.pool.scheduler.n_waiting == 1, PATIENCE_S)
+        await it.until(lambda: it.pool.dispatcher.n_waiting == 1, PATIENCE_S)
         it.fake.go()
         told = await task
     assert len(told.answers) == 1

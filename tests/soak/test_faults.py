@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 
 N_REQUESTS, N_AT_ONCE, N_USERS = 500, 8, 14
 SETTINGS = {
-    "prefill": {"own_above_s": 0.02, "stretch_s": 0.05},
+    "prefill": {"chunk_threshold_s": 0.02, "chunk_s": 0.05},
     "store": {"idle_save_s": 0.05, "quota": "100KiB"},
     "timeouts": {"watchdog_s": 20},
     "stream": {"keepalive_s": 0.05},

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 
 N_BODIES = int(os.environ.get("FUZZ_BODIES", "100000"))
 SEED = int(os.environ.get("FUZZ_SEED") or time.time())
-SETTINGS = {"prefill": {"own_above_s": 0.05}, "routing": {"small_prompt_tokens": 20}}
+SETTINGS = {"prefill": {"chunk_threshold_s": 0.05}, "routing": {"small_prompt_tokens": 20}}
 
 
 async def test_bodies_in_front_of_the_fake(tmp_path: Path, figure: Figure) -> None:

@@ -21,7 +21,7 @@ from tests.support.prefilling import (
     stream_beside,
 )
 from tests.support.real import RealServer
-from tests.support.resuming import UNSEEN, Pieces, leave_and_return, prefill_in_pieces, restart_unseen
+from tests.support.resuming import UNSEEN, TokenizeCache, leave_and_return, prefill_in_pieces, restart_unseen
 from tests.support.stack import Stack
 from tests.support.together import PLACES, Place, answer_beside_others, begin_together
 
@@ -130,7 +130,7 @@ async def test_interruptions_leave_no_checkpoints(tmp_path: Path, figure: Figure
     of a prefill in one piece."""
     options = {"slots": 2, "context": 32_768, "settings": PREFILLS_ITSELF, **BATCH}
 
-    async def run(n_interruptions: int, *, is_alone: bool = False) -> Pieces:
+    async def run(n_interruptions: int, *, is_alone: bool = False) -> TokenizeCache:
         where = tmp_path / f"{n_interruptions}-{is_alone}"
         async with Stack(model_of(kind, tmp_path), where, alone=is_alone, **options) as stack:
             return await prefill_in_pieces(stack, n_prompt=30_000, n_interruptions=n_interruptions)

@@ -74,7 +74,7 @@ def test_long_prompts_in_stretches_let_others_pass() -> None:
         )
         assert shared.little.mean < 0.6 * left.little.mean
         assert shared.little.p99 < 0.5 * left.little.p99
-        assert (shared.prefills.stream_share or 0.0) > 2.5 * (left.prefills.stream_share or 1.0)
+        assert (shared.chunked_prefill.stream_share or 0.0) > 2.5 * (left.chunked_prefill.stream_share or 1.0)
         assert shared.took_s < 1.02 * left.took_s
     means = [sum(_mean(together(rules, seed)) for seed in (1, 2, 3)) for rules in (Rules(), LEFT)]
     assert means[0] < means[1]

@@ -311,7 +311,7 @@ async def fuzz(
                             "POST", fuzzed.path, data=fuzzed.data, headers=fuzzed.headers
                         )
                 except TimeoutError:
-                    leases = [(lease, lease.state) for lease in front.pool.scheduler.leases]
+                    leases = [(lease, lease.state) for lease in front.pool.dispatcher.leases]
                     what = [
                         f"no answer in {LIMIT_S} s",
                         front.readout(),

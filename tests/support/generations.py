@@ -7,13 +7,13 @@ import asyncio
 import pytest
 
 from llamaslot.store import disk_index_files
-from llamaslot.store.disk_index_rebuild import Renewal
+from llamaslot.store.disk_index_rebuild import DiskIndexRebuild
 
 
 def grow_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on a thread does what the process would, from the same input to the same files."""
 
-    async def grow(self: Renewal, id_: str) -> None:
+    async def grow(self: DiskIndexRebuild, id_: str) -> None:
         await asyncio.to_thread(disk_index_files.grow, self._directory, id_)
 
-    monkeypatch.setattr(Renewal, "_grow", grow)
+    monkeypatch.setattr(DiskIndexRebuild, "_grow", grow)

@@ -9,27 +9,27 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from bench.virtual import VirtualLoop
-from llamaslot.backend.drain import Drains
-from llamaslot.backend.exclusive import Turn, Turns
-from llamaslot.backend.executor import Steps
+from llamaslot.backend.drain import SlotDrainer
+from llamaslot.backend.exclusive import ExclusiveSection, UnpinnedRequest
+from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.feedback import Told
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.lease_states import PlanAgain, Preempted
+from llamaslot.backend.lease_states import Preempted, RetryPlacement
 from llamaslot.backend.lease_states import State as LeaseState
 from llamaslot.backend.slot_content import is_far_off
-from llamaslot.backend.slot_table import Pool
+from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.writeback import Writeback
 from llamaslot.cache.content import NOTHING
 from llamaslot.cache.ids import pack
 from llamaslot.errors import BackendDown, LlamaslotError
-from llamaslot.fleet.dispatcher import Scheduler
+from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.fleet.queue import QueueLimits
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.sse import Earlier
+from llamaslot.llama.sse import PrefillStats
 from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Event, State
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
@@ -53,7 +53,7 @@ def outcome_of(task: asyncio.Task[Any]) -> Any:
     return task.result()
 
 
-RULES = Rules(similarity_min=0.85, small_prompt_tokens=50, own_above_s=0.2)
+RULES = Rules(similarity_min=0.85, small_prompt_tokens=50, chunk_threshold_s=0.2)
 REPLANS = 2  # as in ``http.completion``
 
 
@@ -80,16 +80,16 @@ class House:
         self.loop, self.server, self.rules = loop, server, rules
         self.catalog = StubCatalog(server, room, on_drop=self._dropped)
         self.rates, self.metrics, self.tasks = Rates(), Metrics().of_backend("stub"), TaskOwner()
-        self.scheduler = Scheduler(rules, limits or QueueLimits(), loop.time)
-        self.leases = self.scheduler.add("stub")
+        self.dispatcher = Dispatcher(rules, limits or QueueLimits(), loop.time)
+        self.leases = self.dispatcher.add("stub")
         api, catalog = cast(LlamaServer, server), cast(Catalog, self.catalog)
-        self.steps = Steps(api, catalog, self.rates, self.metrics, self.tasks, self.leases)
-        self.turns = Turns(api, self.leases, self.steps, self.tasks)
-        self.writeback = Writeback(self.leases, self.steps, 2.0)
-        self.drains = Drains(api, self.leases, loop.time)
-        self.leases.on_drain = self.drains.add
+        self.executor = PlanExecutor(api, catalog, self.rates, self.metrics, self.tasks, self.leases)
+        self.exclusive = ExclusiveSection(api, self.leases, self.executor, self.tasks)
+        self.writeback = Writeback(self.leases, self.executor, 2.0)
+        self.drainer = SlotDrainer(api, self.leases, loop.time)
+        self.leases.on_drain = self.drainer.add
         self.leases.pin = self.catalog.pin
-        self.steps.fingerprint = MODEL
+        self.executor.fingerprint = MODEL
         self.saved_tokens = b""  # what ``keep_one_on_disk`` has put there
         self.clients: dict[asyncio.Task[Any], str] = {}
         self.first_s: dict[str, float] = {}  # from each job's question to the first token of its answer
@@ -103,7 +103,7 @@ class House:
         self._log = _Collector(self.faults)
         logging.getLogger("llamaslot.tasks").addHandler(self._log)
         loop.set_exception_handler(lambda _, context: self.faults.append(repr(context)))
-        self._poller = loop.create_task(self.drains.run(), name="drains")
+        self._poller = loop.create_task(self.drainer.run(), name="drains")
         loop.run_until_complete(self.meet())
 
     def close(self) -> None:
@@ -119,21 +119,21 @@ class House:
     async def meet(self) -> None:
         """What the handshake does: an idle slot is emptied, one at work drains; snapshots are offered."""
         n = len(self.server.slots_)
-        pool = Pool("stub", n, 10_000, rules=self.rules, rates=self.rates)
+        pool = SlotTable("stub", n, 10_000, rules=self.rules, rates=self.rates)
         pool.can_save = pool.can_erase = True
-        pool.memory, pool.recall.window = self.memory, self.server.window
-        self.steps.boot_id = (await self.server.props()).boot_id
+        pool.memory, pool.rewind_model.window = self.memory, self.server.window
+        self.executor.boot_id = (await self.server.props()).boot_id
         for snapshot in self.catalog.snapshots.values():
             pool.add_snapshot(snapshot)
         for slot, real in zip(pool.slots, self.server.slots_, strict=True):
             if real.is_working:
-                pool.take(slot, Job("left over"), self.loop.time(), has_answer=False)
+                pool.take(slot, Request("left over"), self.loop.time(), has_answer=False)
                 pool.give_back(slot, Event.LEAVE, NOTHING, self.loop.time())
-                self.drains.add_slot(pool, slot, NOTHING)
+                self.drainer.add_slot(pool, slot, NOTHING)
             else:
                 real.tokens = b""
         self.is_unnoticed = False
-        self.scheduler.attach(pool)
+        self.dispatcher.attach(pool)
 
     def restart(self) -> None:
         """The server is another process; nobody knows yet."""
@@ -147,7 +147,7 @@ class House:
         ):  # what was on its way to the new process is not there before it is met
             if op.kind == "send":
                 self.server.fail(op, BackendDown("gone"))
-        self.scheduler.detach("stub", BackendDown("gone") if is_down else None)
+        self.dispatcher.detach("stub", BackendDown("gone") if is_down else None)
 
     def _dropped(self, snapshot: Snapshot) -> None:
         if self.leases.table is not None:
@@ -161,21 +161,21 @@ class House:
         if pool.slots[slot_id].state is not State.LEASED:
             self.server.violation(f"something was sent to {pool.slots[slot_id]!r}")
 
-    def _asker(self, slot_id: int) -> Job | None:
+    def _asker(self, slot_id: int) -> Request | None:
         """Whose prompt is computed in a slot; None for what is only made ready to be saved."""
-        leases = self.scheduler.leases
+        leases = self.dispatcher.leases
         mine = [lease for lease in leases if lease.slot is not None and lease.slot_id == slot_id]
         acting = (LeaseState.ACTING, LeaseState.RELEASE_PENDING)
         clients = [lease for lease in mine if lease.plan is not None and lease.state not in acting]
-        return clients[0].job if clients and not self.is_unnoticed else None
+        return clients[0].request if clients and not self.is_unnoticed else None
 
     def _guard_landing(self, slot_id: int) -> None:
         """A slot whose answer has just ended may be hit; one whose holder is between two steps must not."""
         pool, turn = self.leases.table, self.leases.turn
         if self.is_unnoticed or pool is None:
             return
-        holders = [lease for lease in self.scheduler.leases if lease.slot is pool.slots[slot_id]]
-        if any(lease.job is not turn and not lease.is_running for lease in holders):
+        holders = [lease for lease in self.dispatcher.leases if lease.slot is pool.slots[slot_id]]
+        if any(lease.request is not turn and not lease.is_running for lease in holders):
             self.server.violation(f"a stranger landed in {pool.slots[slot_id]!r}")
 
     # -- clients -------------------------------------------------------------------------------------------------
@@ -194,14 +194,14 @@ class House:
         if error is not None and not isinstance(error, LlamaslotError):
             self.faults.append(f"{task.get_name()}: {error!r}")
 
-    async def ask(self, job: Job, answer: bytes = b"") -> int:
+    async def ask(self, job: Request, answer: bytes = b"") -> int:
         """One request as ``web`` serves it; the tokens that were reused for it."""
         return await _Asking(self, job, answer, self.loop.time()).run()
 
-    async def ask_unpinned(self, job: Job, tokens: bytes) -> None:
+    async def ask_unpinned(self, job: Request, tokens: bytes) -> None:
         """A request whose slot the server chooses, as ``web`` serves it."""
-        with await self.scheduler.lease(job) as lease:
-            async with self.turns.take(lease, _say_nothing) as turn:
+        with await self.dispatcher.lease(job) as lease:
+            async with self.exclusive.take(lease, _say_nothing) as turn:
                 async with self.server.run_unpinned(tokens, job):
                     pass
                 await turn.settle()
@@ -214,7 +214,10 @@ class House:
         self.saved_tokens = slot.content.tokens
         n = len(self.leases.table.slots)
         await asyncio.gather(
-            *(self.ask(Job(f"over {i}", pack(range(90_000 + 1000 * i, 90_600 + 1000 * i)))) for i in range(n))
+            *(
+                self.ask(Request(f"over {i}", pack(range(90_000 + 1000 * i, 90_600 + 1000 * i))))
+                for i in range(n)
+            )
         )
 
     # -- invariants ----------------------------------------------------------------------------------------------
@@ -223,7 +226,7 @@ class House:
         """Raise AssertionError naming what does not hold."""
         assert not self.faults, self.faults
         assert not self.server.violations, self.server.violations
-        self.scheduler.check()
+        self.dispatcher.check()
         self._check_prefills()
         pool = self.leases.table
         if pool is None:
@@ -247,17 +250,19 @@ class House:
                     assert truth.tokens == content.tokens, f"nothing follows what is known exactly: {slot}"
 
     def _check_prefills(self) -> None:
-        prefills = self.steps.prefills
-        longs = [long for long in prefills._longs if long.lease.pool is self.leases.table]
-        assert all(long.lease in self.scheduler.leases for long in longs), "who prefills holds a slot"
+        chunked_prefill = self.executor.chunked_prefill
+        longs = [long for long in chunked_prefill._longs if long.lease.pool is self.leases.table]
+        assert all(long.lease in self.dispatcher.leases for long in longs), "who prefills holds a slot"
         assert all(long.lease.is_long for long in longs), "who prefills is known to do so"
-        current = prefills._current
-        assert current is None or current in prefills._longs, "what is computed is somebody's"
+        current = chunked_prefill._current
+        assert current is None or current in chunked_prefill._longs, "what is computed is somebody's"
         working = [long for long in longs if long.lease.is_at_work]
         assert len(working) <= 1, f"one long prefill at a time: {working}"
         assert all(long.limit is None or long is current for long in longs), "only a stretch is interrupted"
         for long in longs:
-            assert long.lease.job.n_tokens >= long.last >= long.at >= 0, f"it is within its prompt: {long}"
+            assert long.lease.request.n_tokens >= long.last >= long.at >= 0, (
+                f"it is within its prompt: {long}"
+            )
 
     def finish(self) -> None:
         """Let all who are here get to their end."""
@@ -277,25 +282,25 @@ class House:
 
     def check_nothing_is_left(self) -> None:
         """Raise AssertionError naming what somebody has not given back."""
-        scheduler, pool = self.scheduler, self.leases.table
+        dispatcher, pool = self.dispatcher, self.leases.table
         assert not self.clients, (
             f"nobody waits for ever: {list(self.clients.values())}, {self.server.pending}"
         )
-        assert not scheduler.leases, f"no lease: {scheduler.leases}"
-        assert not scheduler.n_waiting, "nobody in the queue"
+        assert not dispatcher.leases, f"no lease: {dispatcher.leases}"
+        assert not dispatcher.n_waiting, "nobody in the queue"
         assert self.leases.turn is None, "no turn"
         assert not self.leases.is_gate_shut, "the gate is open"
         assert not len(self.tasks), f"no task: {self.tasks._tasks}"
-        assert not self.steps.prefills._longs, "no prefill"
-        assert self.steps.prefills._current is None, "no stretch"
-        assert not self.leases.bell._waiting, "nobody listens"
-        assert not self.leases.bell._calls, "nobody is called"
+        assert not self.executor.chunked_prefill._longs, "no prefill"
+        assert self.executor.chunked_prefill._current is None, "no stretch"
+        assert not self.leases.changes._waiting, "nobody listens"
+        assert not self.leases.changes._calls, "nobody is called"
         assert not self.catalog.drafts, "no draft"
         assert not +self.catalog.pins, f"no pin: {self.catalog.pins}"
-        assert not self.catalog.condemned, "no file of a snapshot that is gone"
+        assert not self.catalog.pending_delete, "no file of a snapshot that is gone"
         assert not [name for name in self.server.files if name.endswith(".part")], "no part file"
         assert pool is not None
-        assert not len(pool._passing), "nothing is leaving"
+        assert not len(pool._pending), "nothing is leaving"
         assert not pool._busy, "no slot is busy"
         assert all(slot.is_idle for slot in pool.slots), f"every slot is idle: {pool.slots}"
         assert not any(slot.is_working for slot in self.server.slots_), "the server rests"
@@ -307,62 +312,62 @@ class _Asking:
     """One request, until a place was what it was taken for."""
 
     house: House
-    job: Job
+    request: Request
     answer: bytes
     asked_at: float
-    earlier: Earlier | None = None
+    prefill_stats: PrefillStats | None = None
 
     async def run(self) -> int:
-        before: Earlier | None = None
+        before: PrefillStats | None = None
         n, last, preempted = 0, None, None
         while True:
             is_back = last is not None and last is not preempted
             try:
-                with await self.house.scheduler.lease(
-                    self.job, is_back=is_back, preempted=preempted
+                with await self.house.dispatcher.lease(
+                    self.request, is_back=is_back, preempted=preempted
                 ) as lease:
-                    self.house.slots[self.job.id] = lease.slot_id
+                    self.house.slots[self.request.id] = lease.slot_id
                     return await self._at(lease, before, may_replan=n < REPLANS)
-            except PlanAgain as again:
-                later, last = again.earlier, again
+            except RetryPlacement as again:
+                later, last = again.prefill_stats, again
                 before = before.then(later) if before is not None and later is not None else later or before
                 if isinstance(again, Preempted):
                     preempted = again
-                    self.house.preempted.append(self.job.id)
+                    self.house.preempted.append(self.request.id)
                 else:
                     n += 1
 
-    async def _at(self, lease: Lease, before: Earlier | None, *, may_replan: bool) -> int:
-        steps, turns = self.house.steps, self.house.turns
-        earlier = await steps.prepare(lease, _say_nothing, may_replan=may_replan, can_stop=True)
-        if earlier is not None and before is not None:
-            earlier = before.then(earlier)
-        self.earlier = earlier
-        if self.job.n_children:
+    async def _at(self, lease: Lease, before: PrefillStats | None, *, may_replan: bool) -> int:
+        steps, turns = self.house.executor, self.house.exclusive
+        prefill_stats = await steps.prepare(lease, _say_nothing, may_replan=may_replan, can_stop=True)
+        if prefill_stats is not None and before is not None:
+            prefill_stats = before.then(prefill_stats)
+        self.prefill_stats = prefill_stats
+        if self.request.n_children:
             async with turns.take(lease, _say_nothing) as turn:
                 return await self._answer(lease, turn, may_replan=False)
         try:
             return await self._answer(lease, None, may_replan=may_replan)
         except _Misplaced as error:
             await steps.stopped(lease, error.n_found)
-            raise PlanAgain(None) from None
+            raise RetryPlacement(None) from None
 
-    async def _answer(self, lease: Lease, turn: Turn | None, *, may_replan: bool) -> int:
-        house, job, earlier = self.house, self.job, self.earlier
-        n_expected = earlier.n_tokens if earlier is not None else lease.forecast.n_expected
+    async def _answer(self, lease: Lease, turn: UnpinnedRequest | None, *, may_replan: bool) -> int:
+        house, job, prefill_stats = self.house, self.request, self.prefill_stats
+        n_expected = prefill_stats.n_tokens if prefill_stats is not None else lease.forecast.n_expected
 
         def look_at(n_found: int) -> None:
             if may_replan and is_far_off(lease, n_expected, n_found):
                 raise _Misplaced(n_found)
 
-        is_cold = earlier is None and (job.is_cold or lease.content is None)
+        no_cache = prefill_stats is None and (job.no_cache or lease.content is None)
         lease.begin_request()
         async with house.server.run(
             lease.slot_id,
             job.tokens,
             self.answer,
             n_children=job.n_children,
-            is_cold=is_cold,
+            no_cache=no_cache,
             on_found=look_at,
         ) as upstream:
             lease.mark_processing()
@@ -373,9 +378,9 @@ class _Asking:
             await upstream.rest()
         if turn is not None:
             await turn.settle()
-        house.steps.settle(lease, Told(upstream.n_cache), earlier, job.tokens)
+        house.executor.settle(lease, Told(upstream.n_cache), prefill_stats, job.tokens)
         lease.release()
-        return earlier.n_reused if earlier is not None else upstream.n_cache
+        return prefill_stats.n_reused if prefill_stats is not None else upstream.n_cache
 
 
 def _say_nothing(_: object) -> None:

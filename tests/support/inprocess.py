@@ -25,7 +25,7 @@ import aiohttp
 
 from llamaslot.backend.backend import Backend, Health
 from llamaslot.config.load import Config
-from llamaslot.fleet.pool import Pool
+from llamaslot.fleet.pool import SlotTable
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.app import listening
 from tests.support import models
@@ -44,7 +44,7 @@ Settings = Mapping[str, Any]
 QUIET: Settings = {
     "store": {"idle_save_s": 3600, "quota": "1GiB"},
     "stream": {"keepalive_s": 3600},
-    "prefill": {"own_above_s": 3600},
+    "prefill": {"chunk_threshold_s": 3600},
     "routing": {"small_prompt_tokens": 100},
     "shutdown": {"save_s": 5, "drain_s": 2},
 }
@@ -97,7 +97,7 @@ class Front:
         return f"http://{self.config.listen.host}:{self.config.listen.port}"
 
     @property
-    def pool(self) -> Pool:
+    def pool(self) -> SlotTable:
         return self.registry.pools[0]
 
     @property
@@ -145,10 +145,10 @@ class Front:
         """Wait until every slot is given back and nobody waits."""
 
         def rests() -> bool:
-            scheduler = self.pool.scheduler
+            dispatcher = self.pool.dispatcher
             table = self.backend.leases.table
             slots = table.slots if table else []
-            return not (scheduler.n_waiting or scheduler.leases) and all(slot.is_idle for slot in slots)
+            return not (dispatcher.n_waiting or dispatcher.leases) and all(slot.is_idle for slot in slots)
 
         await self.until(rests)
 
@@ -233,9 +233,9 @@ class Front:
 
     def check(self) -> None:
         """Raise AssertionError when something is left."""
-        self.pool.scheduler.check()
+        self.pool.dispatcher.check()
         parts = [(part.name, part.stat()) for part in self.save_dir.glob("*.part")]
-        assert not parts, f"no half-written file: {parts}, {self.pool.scheduler.journal.latest(5)}"
+        assert not parts, f"no half-written file: {parts}, {self.pool.dispatcher.journal.latest(5)}"
 
 
 @dataclass(kw_only=True)

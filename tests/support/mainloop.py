@@ -10,18 +10,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.virtual import VirtualLoop
-from llamaslot.backend.slot_table import Pool
-from llamaslot.cache.reuse import Memory
+from llamaslot.backend.slot_table import SlotTable
+from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import BackendDown, UpstreamError
-from llamaslot.scheduling.prefill_policy import Sharing
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.prefill_policy import PrefillSharing
+from llamaslot.scheduling.request import Request
 from tests.support.house import RULES, House, tokens_of
 from tests.support.stub import Op, StubServer
 
 TOKEN_S, BATCH = 0.001, 128
 BATCH_S = TOKEN_S * BATCH
 ACTION_S, DISK_S, SEND_S = 0.01, 0.005, 0.001
-STRETCH_S = Sharing().stretch_s
+STRETCH_S = PrefillSharing().chunk_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Paced(House):
 
     def __init__(
         self,
-        memory: Memory = Memory.DENSE,
+        memory: CacheKind = CacheKind.DENSE,
         n_slots: int = 3,
         *,
         batch: int = BATCH,
@@ -106,10 +106,10 @@ class Paced(House):
         loop, server = VirtualLoop(), StubServer(n_slots, batch=batch, token_s=TOKEN_S, memory=memory)
         self.main = MainLoop(loop, server, answer_s)
         self.asked_at: dict[str, float] = {}
-        super().__init__(loop, server, room=room, rules=replace(RULES, sharing=Sharing(**sharing)))
+        super().__init__(loop, server, room=room, rules=replace(RULES, sharing=PrefillSharing(**sharing)))
 
     @property
-    def pool(self) -> Pool:
+    def pool(self) -> SlotTable:
         assert self.leases.table is not None
         return self.leases.table
 
@@ -117,7 +117,7 @@ class Paced(House):
     def now(self) -> float:
         return self.loop.time()
 
-    def come(self, job: Job, answer: bytes = b"") -> asyncio.Task[Any]:
+    def come(self, job: Request, answer: bytes = b"") -> asyncio.Task[Any]:
         """A client that asks now."""
         self.asked_at[job.id] = self.now
         return self.start(self.ask(job, answer), job.id)
@@ -183,16 +183,16 @@ async def _gather(clients: tuple[asyncio.Task[Any], ...]) -> None:
     await asyncio.gather(*clients)
 
 
-def talk(i: int, n_more: int = 0) -> Job:
+def talk(i: int, n_more: int = 0) -> Request:
     """Conversation ``i`` of 600 tokens, and a follow-up of it that is ``n_more`` tokens longer."""
-    return Job(f"talk {i} + {n_more}", tokens_of(10_000_000 + 100_000 * i, 600 + n_more))
+    return Request(f"talk {i} + {n_more}", tokens_of(10_000_000 + 100_000 * i, 600 + n_more))
 
 
-def long(name: str, n: int, at: int = 1, **more: Any) -> Job:
+def long(name: str, n: int, at: int = 1, **more: Any) -> Request:
     """A long prompt that shares nothing with those elsewhere."""
-    return Job(name, tokens_of(20_000_000 + 1_000_000 * at, n), **more)
+    return Request(name, tokens_of(20_000_000 + 1_000_000 * at, n), **more)
 
 
-def short(name: str, at: int = 1, n: int = 100) -> Job:
+def short(name: str, at: int = 1, n: int = 100) -> Request:
     """A prompt that is computed at once."""
-    return Job(name, tokens_of(90_000_000 + 1000 * at, n))
+    return Request(name, tokens_of(90_000_000 + 1000 * at, n))

@@ -29,7 +29,7 @@ N_ANSWER = 20  # tokens of a follow-up's answer
 TELLS_OFTEN: dict[str, Any] = {"stream": {"keepalive_s": 0.2}}
 PREFILLS_ITSELF: dict[str, Any] = {  # also what small models compute in no time
     **TELLS_OFTEN,
-    "prefill": {"own_above_s": 0.001},
+    "prefill": {"chunk_threshold_s": 0.001},
 }
 
 

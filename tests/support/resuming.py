@@ -140,7 +140,7 @@ async def prefilled(stack: Stack, asked: asyncio.Task[Any], n_tokens: float) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class Pieces:
+class TokenizeCache:
     """A prefill between which others' short requests were served, and what its slot is as a file."""
 
     n_prompt: int
@@ -158,7 +158,7 @@ class Pieces:
 
 async def prefill_in_pieces(
     stack: Stack, *, n_prompt: int = 14_000, n_interruptions: int = 5, seed: int = 1
-) -> Pieces:
+) -> TokenizeCache:
     """Somebody asks something short each time that another part of a long prompt is computed. Afterwards, when nothing
     runs, llama-server itself saves the slot."""
     rng = random.Random(seed)
@@ -176,7 +176,7 @@ async def prefill_in_pieces(
                 n_short += not long.done()
         reply, took = long.result()
         n_computed = await meter.total() - N_SHORT * n_interruptions
-    return Pieces(reply.n_prompt, n_short, round(n_computed), took, await size_of_largest(stack))
+    return TokenizeCache(reply.n_prompt, n_short, round(n_computed), took, await size_of_largest(stack))
 
 
 async def size_of_largest(stack: Stack) -> int:
@@ -226,7 +226,7 @@ async def restart_unseen(
         await turn(user, front)
         if is_saved:
             await quiet(stack, None)
-        n_met = met(stack)
+        n_met = session(stack)
         os.kill(stack.llamaslot.pid, signal.SIGSTOP)
         try:
             await stack.server.kill()
@@ -234,7 +234,7 @@ async def restart_unseen(
         finally:
             os.kill(stack.llamaslot.pid, signal.SIGCONT)
         await asyncio.sleep(WATCH_S)
-        was_noticed = met(stack) > n_met
+        was_noticed = session(stack) > n_met
         await meter.resume()
         prompt = ids(rendered(user.messages))
         held = [tokens for _, tokens in snapshot_files(stack.server.save_dir)]
@@ -248,6 +248,6 @@ async def turn(user: User, client: Client) -> None:
     assert not reply.error, reply.error
 
 
-def met(stack: Stack) -> int:
+def session(stack: Stack) -> int:
     """How often llamaslot has met its llama-server so far: a restart that it notices makes it one more."""
     return stack.llamaslot.log.count(" slots of ")

@@ -15,7 +15,7 @@ import pytest
 
 from llamaslot.cache.ids import pack
 from llamaslot.scheduling.eviction import ByValue, Order
-from llamaslot.store import Catalog, Draft, Snapshot, WithTokens
+from llamaslot.store import Catalog, Reservation, Snapshot, WithTokens
 from llamaslot.store.sidecar import KV, PART, own_name
 
 MAGIC = 0x67677371
@@ -89,7 +89,7 @@ class Shelter:
         self.catalog, self.dropped = self._catalog(), []
         return await self.open()
 
-    def write(self, draft: Draft, tokens: bytes, size_bytes: int | None = None) -> int:
+    def write(self, draft: Reservation, tokens: bytes, size_bytes: int | None = None) -> int:
         """Save as llama-server does; the size in bytes."""
         data = slot_file(tokens, draft.size_bytes if size_bytes is None else size_bytes)
         (self.directory / draft.part_name).write_bytes(data)
@@ -109,7 +109,7 @@ class Shelter:
             path.write_text(json.dumps(fields))
         return fields
 
-    async def commit(self, draft: Draft, tokens: bytes, n_written: int, **changes: Any) -> WithTokens:
+    async def commit(self, draft: Reservation, tokens: bytes, n_written: int, **changes: Any) -> WithTokens:
         answer: dict[str, Any] = {
             "tokens_expected": tokens,
             "n_saved": len(tokens) // 4,

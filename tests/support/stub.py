@@ -16,10 +16,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection,
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
-from llamaslot.cache.content import Kind
+from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import common, count, head
-from llamaslot.cache.namespaces import SHARED, Space
-from llamaslot.cache.reuse import CHECKPOINT_BACK, Memory
+from llamaslot.cache.namespaces import SHARED, Namespace
+from llamaslot.cache.reuse import CHECKPOINT_BACK, CacheKind
 from llamaslot.errors import (
     BackendDown,
     OtherConversation,
@@ -28,8 +28,8 @@ from llamaslot.errors import (
     UpstreamError,
 )
 from llamaslot.llama.replies import Progress, Props, SlotAction, SlotInfo
-from llamaslot.scheduling.request import Job
-from llamaslot.store import Draft, QuotaExceeded, Snapshot, WithTokens
+from llamaslot.scheduling.request import Request
+from llamaslot.store import QuotaExceeded, Reservation, Snapshot, WithTokens
 
 BYTES_PER_TOKEN = 1000
 MODEL = "model"
@@ -61,7 +61,7 @@ class StubSlot:
     checkpoints: tuple[int, ...] = ()
     is_restored: bool = False  # and has computed nothing since: a sliding window has none of it yet
     is_lost: bool = False  # emptied behind everybody's back; nothing has begun in it since
-    space: Space = SHARED  # where what it holds was computed
+    space: Namespace = SHARED  # where what it holds was computed
     is_mixed: bool = False  # work of an earlier process of llamaslot, or of a stranger
 
 
@@ -77,7 +77,7 @@ class StubServer:
         batch: int = 128,
         pace: Callable[[Op], float | None] | None = None,
         token_s: float = 0.001,
-        memory: Memory = Memory.DENSE,
+        memory: CacheKind = CacheKind.DENSE,
     ) -> None:
         self.memory, self.window = memory, 64  # tokens of a sliding one
         self.token_s = token_s  # what the server says that a prompt token took it
@@ -91,10 +91,10 @@ class StubServer:
         self.sent: list[tuple[int, int]] = []  # prefills: to which slot, and of how many tokens
         self.guard: Callable[[int], None] = lambda slot: None  # called for what is sent to a slot
         self.guard_landing: Callable[[int], None] = lambda slot: None  # and where the server itself chose it
-        self.asker: Callable[[int], Job | None] = lambda slot: (
+        self.asker: Callable[[int], Request | None] = lambda slot: (
             None
         )  # who computes in a slot, if that is known
-        self.spaces: dict[str, Space] = {}  # of what is in a file
+        self.spaces: dict[str, Namespace] = {}  # of what is in a file
         self.lands: Callable[[list[int]], int] = lambda idle: idle[0]
         self.n_computed = 0
         self.is_down = False
@@ -186,9 +186,9 @@ class StubServer:
     def _usable(self, slot: StubSlot, tokens: bytes) -> int:
         """What need not be computed again of what the slot holds. One token always is."""
         limit, n_held = min(common(slot.tokens, tokens), count(tokens) - 1), count(slot.tokens)
-        if self.memory is Memory.DENSE:
+        if self.memory is CacheKind.DENSE:
             return limit
-        if self.memory is Memory.RECURRENT:
+        if self.memory is CacheKind.RECURRENT:
             is_there, back = n_held <= limit, 0
         else:  # from near the end of what was computed in the slot, once that fills the window
             is_there, back = self.window < n_held <= limit + NEAR and not slot.is_restored, 1
@@ -196,7 +196,7 @@ class StubServer:
             return limit
         return max((at - back for at in slot.checkpoints if back < at <= limit), default=0)
 
-    async def _compute(self, slot: StubSlot, tokens: bytes, by: Job | None) -> AsyncGenerator[Progress]:
+    async def _compute(self, slot: StubSlot, tokens: bytes, by: Request | None) -> AsyncGenerator[Progress]:
         n, n_cache = count(tokens), self._usable(slot, tokens)
         if by is not None:
             if n_cache and slot.space not in by.reads:
@@ -246,7 +246,7 @@ class StubServer:
         answer: bytes,
         *,
         n_children: int = 0,
-        is_cold: bool = False,
+        no_cache: bool = False,
         on_found: Callable[[int], None] = lambda n: None,
     ) -> AsyncIterator[Answer]:
         """A client's own request: entered when the answer begins; ``Answer.rest`` waits for its end. ``on_found`` is
@@ -254,7 +254,7 @@ class StubServer:
         self.guard(slot_id)
         await self.op("send", slot_id)
         by = self.asker(slot_id)
-        async with self._run(slot_id, tokens, answer, by, n_children, is_cold, on_found) as answered:
+        async with self._run(slot_id, tokens, answer, by, n_children, no_cache, on_found) as answered:
             yield answered
 
     @contextlib.asynccontextmanager
@@ -263,9 +263,9 @@ class StubServer:
         slot_id: int,
         tokens: bytes,
         answer: bytes,
-        by: Job | None,
+        by: Request | None,
         n_children: int = 0,
-        is_cold: bool = False,
+        no_cache: bool = False,
         on_found: Callable[[int], None] = lambda n: None,
     ) -> AsyncIterator[Answer]:
         boot = self.n_boots
@@ -276,7 +276,7 @@ class StubServer:
         for child in children:
             self.guard_landing(child.id)
             child.is_working, child.n_used = True, child.n_used + 1
-        if is_cold:
+        if no_cache:
             slot.tokens = b""
         cache: int | None = None
         try:
@@ -306,7 +306,7 @@ class StubServer:
         _rest(slot)
 
     @contextlib.asynccontextmanager
-    async def run_unpinned(self, tokens: bytes, by: Job | None = None) -> AsyncIterator[None]:
+    async def run_unpinned(self, tokens: bytes, by: Request | None = None) -> AsyncIterator[None]:
         """A request for which the server chooses the slot itself."""
         await self.op("send", None)
         idle = [slot.id for slot in self.slots_ if not slot.is_working]
@@ -398,7 +398,8 @@ class Answer:
 
 @dataclass
 class StubCatalog:
-    """A catalog in memory with room for ``room`` snapshots; ``Catalog``'s surface as far as ``Steps`` uses it."""
+    """A catalog in memory with room for ``room`` snapshots; ``Catalog``'s surface as far as ``PlanExecutor`` uses
+    it."""
 
     server: StubServer
     room: int = 1000
@@ -406,13 +407,13 @@ class StubCatalog:
     snapshots: dict[str, WithTokens] = field(default_factory=dict)
     pins: Counter[str] = field(default_factory=Counter)
     drafts: set[str] = field(default_factory=set)
-    condemned: set[str] = field(default_factory=set)
+    pending_delete: set[str] = field(default_factory=set)
     fingerprint: str = MODEL
     _serial: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     async def reserve(
         self, size_bytes: int, keep: Collection[str] = (), spare: Collection[str] = ()
-    ) -> Draft:
+    ) -> Reservation:
         await self.server.op("reserve", None)
         while len(self.snapshots) + len(self.drafts) >= self.room:
             may_go = [id_ for id_ in self.snapshots if self._may_go(id_, keep)]
@@ -422,14 +423,14 @@ class StubCatalog:
             self.discard(victim)
         id_ = f"ls-{next(self._serial)}"
         self.drafts.add(id_)
-        return Draft(id_, f"{id_}.part", size_bytes)
+        return Reservation(id_, f"{id_}.part", size_bytes)
 
     def _may_go(self, id_: str, keep: Collection[str]) -> bool:
         return not self.pins[id_] and id_ not in keep and not self.snapshots[id_].is_pinned
 
     async def commit(
         self,
-        draft: Draft,
+        draft: Reservation,
         *,
         tokens_expected: bytes,
         n_saved: int,
@@ -437,7 +438,7 @@ class StubCatalog:
         fingerprint: str,
         checkpoints: tuple[int, ...],
         source: str,
-        kind: Kind = Kind.LEAF,
+        kind: SnapshotKind = SnapshotKind.LEAF,
         is_pinned: bool = False,
         space: str = "",
         idle_s: float = 0.0,
@@ -466,7 +467,7 @@ class StubCatalog:
         self.snapshots[draft.id] = snapshot
         return snapshot
 
-    async def abandon(self, draft: Draft) -> None:
+    async def abandon(self, draft: Reservation) -> None:
         self.drafts.discard(draft.id)
         self.server.files.pop(draft.part_name, None)
         await asyncio.sleep(0)
@@ -482,8 +483,8 @@ class StubCatalog:
             yield snapshot
         finally:
             self.pins[snapshot.id] -= 1
-            if not self.pins[snapshot.id] and snapshot.id in self.condemned:
-                self.condemned.remove(snapshot.id)
+            if not self.pins[snapshot.id] and snapshot.id in self.pending_delete:
+                self.pending_delete.remove(snapshot.id)
                 self.server.files.pop(f"{snapshot.id}.kv", None)
 
     def touch(self, id: str) -> None:  # noqa: A002
@@ -494,7 +495,7 @@ class StubCatalog:
 
     def inherit(self, id: str, from_id: str) -> None: ...  # noqa: A002
 
-    async def mark(self, id: str, kind: Kind, *, is_pinned: bool) -> Snapshot:  # noqa: A002
+    async def mark(self, id: str, kind: SnapshotKind, *, is_pinned: bool) -> Snapshot:  # noqa: A002
         self.snapshots[id] = replace(self.snapshots[id], kind=kind, is_pinned=is_pinned)
         await asyncio.sleep(0)
         return self.snapshots[id]
@@ -514,7 +515,7 @@ class StubCatalog:
         """Out of the list at once; the file of a pinned one stays until it is unpinned."""
         snapshot = self.snapshots.pop(id_)
         if self.pins[id_]:
-            self.condemned.add(id_)
+            self.pending_delete.add(id_)
         else:
             self.server.files.pop(f"{id_}.kv", None)
         self.on_drop(snapshot)

@@ -13,7 +13,7 @@ from aiohttp.test_utils import make_mocked_request
 
 from llamaslot.config.sections import AuthConfig
 from llamaslot.errors import BadRequest, Forbidden, Unauthorized
-from llamaslot.http.auth import Doors, Keyring
+from llamaslot.http.auth import Authenticator, Keyring
 from llamaslot.scheduling.request import User
 from tests.support.keys import KeyFile
 
@@ -42,8 +42,8 @@ def request(
     return make_mocked_request(method, path, headers=named).clone(remote=remote or "")
 
 
-def doors(file: KeyFile | None = None, **settings: Any) -> Doors:
-    return Doors(AuthConfig.model_validate({"keys_file": file.path if file else None, **settings}))
+def authenticator(file: KeyFile | None = None, **settings: Any) -> Authenticator:
+    return Authenticator(AuthConfig.model_validate({"keys_file": file.path if file else None, **settings}))
 
 
 # --- whose a request is
@@ -66,12 +66,14 @@ def doors(file: KeyFile | None = None, **settings: Any) -> Doors:
 def test_a_user_is_its_key(file: KeyFile, headers: dict[str, str], name: str) -> None:
     """Wherever the SDKs put it; with a key, nothing else that a client says of itself counts."""
     named = {header: value.format(**file.keys) for header, value in headers.items()}
-    assert doors(file).admit(request(**named)) == User(f"key:{name}")
+    assert authenticator(file).authenticate(request(**named)) == User(f"key:{name}")
 
 
 def test_limits_come_with_the_key(file: KeyFile) -> None:
     """As the file has them."""
-    assert doors(file).admit(request(x_api_key=file.keys["eve"])) == User("key:eve", 2, 0, True)
+    assert authenticator(file).authenticate(request(x_api_key=file.keys["eve"])) == User(
+        "key:eve", 2, 0, True
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_without_a_right_key_nobody_comes_in(file: KeyFile, headers: dict[str, s
     """Of two keys the first counts, as at llama-server."""
     named = {header: value.format(**file.keys) for header, value in headers.items()}
     with pytest.raises(Unauthorized, match="Invalid API Key"):
-        doors(file).admit(request(**named))
+        authenticator(file).authenticate(request(**named))
 
 
 @pytest.mark.parametrize("name", ["ada", "eve", None])
@@ -98,7 +100,7 @@ def test_how_long_it_takes_tells_nothing_of_keys(
     file: KeyFile, monkeypatch: pytest.MonkeyPatch, name: str | None
 ) -> None:
     """A key is compared with every one that there is, whether and wherever it is found, and to its end."""
-    its, compared, real = doors(file, admin_key=ADMIN_KEY), list[str](), hmac.compare_digest
+    its, compared, real = authenticator(file, admin_key=ADMIN_KEY), list[str](), hmac.compare_digest
 
     def compare(one: str, other: str) -> bool:
         compared.append(one)
@@ -108,26 +110,26 @@ def test_how_long_it_takes_tells_nothing_of_keys(
     key = file.keys[name] if name is not None else "wrong"
     if name is None:
         with pytest.raises(Unauthorized):
-            its.admit(request(x_api_key=key))
+            its.authenticate(request(x_api_key=key))
     else:
-        assert its.admit(request(x_api_key=key)).id == f"key:{name}"
+        assert its.authenticate(request(x_api_key=key)).id == f"key:{name}"
     assert len(set(compared)) == len(compared) == len(file.keys)
-    assert its.admit(request("/llamaslot/status", x_api_key=ADMIN_KEY)).is_admin
+    assert its.authenticate(request("/llamaslot/status", x_api_key=ADMIN_KEY)).is_admin
     assert len(compared) == 2 * len(file.keys) + 1
 
 
 def test_anonymous_clients_beside_keys(file: KeyFile) -> None:
     """Who has no key comes in if the operator wants that; a wrong key is never taken for none."""
-    its = doors(file, allow_anonymous=True)
-    assert its.admit(request()) == User("at:10.0.0.7")
-    assert its.admit(request(x_api_key=file.keys["ada"])).id == "key:ada"
+    its = authenticator(file, allow_anonymous=True)
+    assert its.authenticate(request()) == User("at:10.0.0.7")
+    assert its.authenticate(request(x_api_key=file.keys["ada"])).id == "key:ada"
     with pytest.raises(Unauthorized):
-        its.admit(request(x_api_key="wrong"))
+        its.authenticate(request(x_api_key="wrong"))
 
 
 def test_without_keys_any_key_is_as_good_as_none() -> None:
     """Most clients must send some."""
-    assert doors().admit(request(authorization="Bearer anything")) == User("at:10.0.0.7")
+    assert authenticator().authenticate(request(authorization="Bearer anything")) == User("at:10.0.0.7")
 
 
 @pytest.mark.parametrize(
@@ -136,15 +138,18 @@ def test_without_keys_any_key_is_as_good_as_none() -> None:
 )
 def test_without_a_name_a_user_is_an_address(remote: str, id_: str) -> None:
     """The same over IPv6."""
-    assert doors().admit(request(remote=remote)).id == id_
+    assert authenticator().authenticate(request(remote=remote)).id == id_
 
 
 def test_a_user_may_be_named() -> None:
     """By a program that asks for several people; a name that is none is said to be so."""
-    assert doors().admit(request(x_llamaslot_user="ada@lab.example")).id == "named:ada@lab.example"
+    assert (
+        authenticator().authenticate(request(x_llamaslot_user="ada@lab.example")).id
+        == "named:ada@lab.example"
+    )
     for name in ("a b", "-", "x" * 65, "\u00e4", "key:ada"):
         with pytest.raises(BadRequest, match="x-llamaslot-user should be"):
-            doors().admit(request(x_llamaslot_user=name))
+            authenticator().authenticate(request(x_llamaslot_user=name))
 
 
 # --- what is open
@@ -159,9 +164,9 @@ def test_what_llama_server_leaves_open_is_open(file: KeyFile, path: str) -> None
     """Health and the files of the web UI, to read; a wrong key does not matter there."""
     for headers in ({}, {"x-api-key": "wrong"}):
         for method in ("GET", "HEAD"):
-            assert doors(file).admit(request(path, method, **headers)).id == "at:10.0.0.7"
+            assert authenticator(file).authenticate(request(path, method, **headers)).id == "at:10.0.0.7"
     with pytest.raises(Unauthorized):
-        doors(file).admit(request(path, "POST"))
+        authenticator(file).authenticate(request(path, "POST"))
 
 
 @pytest.mark.parametrize(
@@ -172,14 +177,14 @@ def test_what_llama_server_leaves_open_is_open(file: KeyFile, path: str) -> None
 def test_all_else_needs_a_key(file: KeyFile, path: str) -> None:
     """Under whatever spelling."""
     with pytest.raises(Unauthorized):
-        doors(file).admit(request(path))
+        authenticator(file).authenticate(request(path))
 
 
 def test_options_is_open(file: KeyFile) -> None:
     """A browser asks it without a key; but not of llamaslot's own pages."""
-    assert doors(file).admit(request("/v1/chat/completions", "OPTIONS"))
+    assert authenticator(file).authenticate(request("/v1/chat/completions", "OPTIONS"))
     with pytest.raises(Unauthorized):
-        doors(file).admit(request("/llamaslot/status", "OPTIONS"))
+        authenticator(file).authenticate(request("/llamaslot/status", "OPTIONS"))
 
 
 # --- llamaslot's own pages
@@ -189,38 +194,38 @@ PAGE = "/llamaslot/status"
 
 def test_own_pages_are_for_admins(file: KeyFile) -> None:
     """Other keys are told what to do."""
-    its = doors(file, allow_anonymous=True)
-    assert its.admit(request(PAGE, x_api_key=file.keys["eve"])).id == "key:eve"
+    its = authenticator(file, allow_anonymous=True)
+    assert its.authenticate(request(PAGE, x_api_key=file.keys["eve"])).id == "key:eve"
     with pytest.raises(Forbidden, match="llamaslot keys add NAME --admin"):
-        its.admit(request(PAGE, x_api_key=file.keys["ada"]))
+        its.authenticate(request(PAGE, x_api_key=file.keys["ada"]))
     for headers in ({}, {"x-api-key": "wrong"}):
         with pytest.raises(Unauthorized):
-            its.admit(request("/%6clamaslot/status", remote="127.0.0.1", **headers))
+            its.authenticate(request("/%6clamaslot/status", remote="127.0.0.1", **headers))
 
 
 @pytest.mark.parametrize("has_keys", [False, True])
 def test_the_admin_key_opens_own_pages_only(file: KeyFile, tmp_path: Path, has_keys: bool) -> None:
     """It may come from a file."""
     (tmp_path / "admin").write_text(ADMIN_KEY + "\n")
-    its = doors(file if has_keys else None, admin_key_file=tmp_path / "admin")
-    assert its.admit(request(PAGE, authorization=f"Bearer {ADMIN_KEY}")).is_admin
+    its = authenticator(file if has_keys else None, admin_key_file=tmp_path / "admin")
+    assert its.authenticate(request(PAGE, authorization=f"Bearer {ADMIN_KEY}")).is_admin
     for headers in ({}, {"x-api-key": ADMIN_KEY + "x"}):
         with pytest.raises(Unauthorized):
-            its.admit(request(PAGE, remote="127.0.0.1", **headers))
+            its.authenticate(request(PAGE, remote="127.0.0.1", **headers))
     if has_keys:
         with pytest.raises(Unauthorized):
-            its.admit(request(authorization=f"Bearer {ADMIN_KEY}"))
+            its.authenticate(request(authorization=f"Bearer {ADMIN_KEY}"))
         with pytest.raises(Forbidden):
-            its.admit(request(PAGE, x_api_key=file.keys["ada"]))
+            its.authenticate(request(PAGE, x_api_key=file.keys["ada"]))
 
 
 def test_without_any_key_own_pages_are_for_this_machine() -> None:
     """Others are told what to do."""
-    its = doors(allow_anonymous=True)
+    its = authenticator(allow_anonymous=True)
     for remote in ("127.0.0.1", "::1", "::ffff:127.0.0.1"):
-        assert its.admit(request(PAGE, remote=remote)).is_admin
+        assert its.authenticate(request(PAGE, remote=remote)).is_admin
     with pytest.raises(Forbidden, match=r"auth\.admin_key_file"):
-        its.admit(request(PAGE))
+        its.authenticate(request(PAGE))
 
 
 # --- changes while it runs

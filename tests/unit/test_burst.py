@@ -11,9 +11,9 @@ import pytest
 
 from bench.virtual import VirtualLoop
 from llamaslot.cache.ids import pack
-from llamaslot.cache.reuse import Memory
+from llamaslot.cache.reuse import CacheKind
 from llamaslot.fleet.queue import QueueLimits
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from tests.support.house import RULES, House, tokens_of
 from tests.support.mainloop import Paced, long, short
 from tests.support.stub import Op, StubServer
@@ -45,7 +45,7 @@ def fill(house: House) -> list[bytes]:
     contexts = [tokens_of(10_000 * i, N_CONTEXT) for i in range(1, N_SLOTS + 1)]
 
     async def all_of_them() -> None:
-        await asyncio.gather(*(house.ask(Job(f"owner {i}", own)) for i, own in enumerate(contexts)))
+        await asyncio.gather(*(house.ask(Request(f"owner {i}", own)) for i, own in enumerate(contexts)))
 
     house.loop.run(all_of_them())
     return contexts
@@ -56,7 +56,8 @@ def burst_s(house: House, n_requests: int = 8) -> float:
     began = house.loop.time()
     alike = tokens_of(90_000, N_ALIKE)
     jobs = [
-        Job(f"title {i}", alike + pack(range(95_000 + 100 * i, 95_020 + 100 * i))) for i in range(n_requests)
+        Request(f"title {i}", alike + pack(range(95_000 + 100 * i, 95_020 + 100 * i)))
+        for i in range(n_requests)
     ]
 
     async def all_of_them() -> None:
@@ -72,7 +73,7 @@ def come_back(house: House, contexts: list[bytes]) -> int:
 
     async def all_of_them() -> None:
         for i, own in enumerate(contexts):
-            await house.ask(Job(f"owner {i} again", own + pack(range(99_000, 99_010))))
+            await house.ask(Request(f"owner {i} again", own + pack(range(99_000, 99_010))))
 
     house.loop.run(all_of_them())
     return house.server.n_computed - before
@@ -126,11 +127,11 @@ def test_saves_are_done_together_unless_an_answer_is_decoded(house: House, is_de
     house.server.pace = paced
 
     async def all_of_them() -> None:
-        talks = house.start(house.ask(Job("talks", contexts[0] + tokens_of(95_000, 9))), "talks")
+        talks = house.start(house.ask(Request("talks", contexts[0] + tokens_of(95_000, 9))), "talks")
         if not is_decoding:
             await talks
         await asyncio.sleep(0.1)
-        strangers = (Job(f"stranger {i}", tokens_of(60_000 + 5000 * i, 2000)) for i in range(2))
+        strangers = (Request(f"stranger {i}", tokens_of(60_000 + 5000 * i, 2000)) for i in range(2))
         await asyncio.gather(talks, *(house.ask(job) for job in strangers))
 
     house.loop.run(all_of_them())
@@ -147,14 +148,14 @@ async def _turns(house: Paced, agent: int, n_context: int = 8000, n_turns: int =
     for turn in range(n_turns):
         n_prompt = n_context + 360 * turn
         tokens = tokens_of(1_000_000 * (agent + 1), n_prompt + 60)
-        job = Job(f"agent {agent}, {turn}", tokens[: 4 * n_prompt], max_tokens=60)
+        job = Request(f"agent {agent}, {turn}", tokens[: 4 * n_prompt], max_tokens=60)
         await house.ask(job, tokens[4 * n_prompt :])
         first_s.append(house.first_s[job.id])
     return first_s
 
 
-@pytest.mark.parametrize("memory", list(Memory))
-def test_follow_ups_of_a_crowd_find_a_slot(memory: Memory) -> None:
+@pytest.mark.parametrize("memory", list(CacheKind))
+def test_follow_ups_of_a_crowd_find_a_slot(memory: CacheKind) -> None:
     """Six agents of one user begin at once on four slots. Whoever has its first answer goes on: its next question needs
     a fraction of a second, and does not wait for the long prompts of the others, which wait in slots."""
     with Paced(memory, 4) as house:
@@ -176,7 +177,7 @@ def test_a_long_prompt_leaves_the_last_idle_slot_while_another_waits_in_one() ->
         house.begin()
         clients = [house.come(long(f"long {i}", 4000, i)) for i in range(3)]
         house.until(1.0)
-        assert house.scheduler.n_waiting == 1
+        assert house.dispatcher.n_waiting == 1
         little = short("little")
         house.wait(house.come(little))
         assert house.first_s[little.id] < 1.5, "a stretch, and its own"
@@ -193,21 +194,21 @@ def test_a_shorter_prompt_takes_the_last_idle_slot() -> None:
         house.until(1.0)
         clients.append(house.come(long("shorter", 2000, 3)))
         house.until(1.1)
-        assert house.scheduler.n_waiting == 0
+        assert house.dispatcher.n_waiting == 0
         house.wait(*clients)
         assert house.first_s["shorter"] < house.first_s["long 1"]
 
 
 def test_whoever_was_passed_for_long_takes_any_slot() -> None:
     """Shorter ones that come after it are not computed before it any more."""
-    with Paced(n_slots=3, max_passed_s=3.0) as house:
+    with Paced(n_slots=3, starvation_s=3.0) as house:
         house.talk(3)
         house.begin()
         clients = [house.come(long(f"long {i}", 8000, i)) for i in range(3)]
         house.until(2.9)
-        assert house.scheduler.n_waiting == 1
+        assert house.dispatcher.n_waiting == 1
         house.until(3.5)
-        assert house.scheduler.n_waiting == 0
+        assert house.dispatcher.n_waiting == 0
         house.wait(*clients)
 
 
@@ -220,6 +221,6 @@ def test_those_that_begin_alike_share_it_while_they_wait_for_the_last_slot() -> 
             tokens_of(1_000_000 * (i % 4 + 1), 4000) + tokens_of(30_000_000 + 1000 * i, 100)
             for i in range(12)
         ]
-        clients = [house.come(Job(f"{i}", prompt)) for i, prompt in enumerate(prompts)]
+        clients = [house.come(Request(f"{i}", prompt)) for i, prompt in enumerate(prompts)]
         house.wait(*clients)
         assert house.server.n_computed <= (5 * 4000 + 12 * 100) * 1.02  # 25,200 when all took slots at once

@@ -9,9 +9,9 @@ import pytest
 from bench.virtual import VirtualLoop
 from llamaslot.backend import cache_miss
 from llamaslot.cache.ids import pack
-from llamaslot.cache.namespaces import Space
+from llamaslot.cache.namespaces import Namespace
 from llamaslot.cache.prompt_diff import LOST_MIN, Parting, alike, parting
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.store import WithTokens
 from tests.support.house import House
 from tests.support.stub import StubServer
@@ -107,10 +107,10 @@ def test_pieces_are_really_there() -> None:
 def test_many_newer_contexts_of_others_do_not_hide_ones_own() -> None:
     """The turn before shares nothing when its header has moved: it is found among the last of its own space."""
     house = House(VirtualLoop(), StubServer(1))
-    pool, mine = house.leases.table, Space("key:anna")
+    pool, mine = house.leases.table, Namespace("key:anna")
     assert pool is not None
 
-    def snapshot(id_: str, ids: list[int], space: Space) -> WithTokens:
+    def snapshot(id_: str, ids: list[int], space: Namespace) -> WithTokens:
         return WithTokens.of(
             pack(ids), id=id_, fingerprint="model", created_at=0.0, source="test", checkpoints=(), size_bytes=1,
             space=space.text,
@@ -119,10 +119,10 @@ def test_many_newer_contexts_of_others_do_not_hide_ones_own() -> None:
     tokens = [7, *some(2, LOST_MIN)]
     pool.add_snapshot(snapshot("mine", tokens, mine))
     for i in range(cache_miss._N_SNAPSHOTS):
-        pool.add_snapshot(snapshot(f"of bert {i}", [8, i, *YOURS[:LOST_MIN]], Space("key:bert")))
+        pool.add_snapshot(snapshot(f"of bert {i}", [8, i, *YOURS[:LOST_MIN]], Namespace("key:bert")))
 
     async def found() -> list[cache_miss.Holder]:
-        with await house.scheduler.lease(Job("next", pack([9, *tokens[1:]]), space=mine)) as lease:
+        with await house.dispatcher.lease(Request("next", pack([9, *tokens[1:]]), space=mine)) as lease:
             return await cache_miss.holders(lease, [])
 
     assert [holder.name for holder in house.loop.run_until_complete(found())] == ["snapshot mine"]

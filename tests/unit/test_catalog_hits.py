@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.cache.content import Kind
+from llamaslot.cache.content import SnapshotKind
 from llamaslot.store import Prospect, QuotaExceeded
 from llamaslot.store.hits import HitLog, Hits
 from tests.support.snapshots import Shelter, opened, refuse, some_tokens
@@ -151,12 +151,12 @@ async def test_what_a_save_would_gain(shelter: Shelter) -> None:
 
 async def test_kind_and_pin_survive_a_restart(shelter: Shelter) -> None:
     """They are in the sidecar."""
-    trunk = await shelter.save(TOKENS, kind=Kind.TRUNK, is_pinned=True)
+    trunk = await shelter.save(TOKENS, kind=SnapshotKind.TRUNK, is_pinned=True)
     leaf = await shelter.save(some_tokens(40, 1))
     assert repr(trunk) == f"<Snapshot {trunk.id} 40 tok 1000 B victim trunk pinned>"
     catalog = await shelter.reopen()
     assert catalog.snapshots == {trunk.id: trunk.listed, leaf.id: leaf.listed}
-    assert (leaf.kind, leaf.is_pinned) == (Kind.LEAF, False)
+    assert (leaf.kind, leaf.is_pinned) == (SnapshotKind.LEAF, False)
 
 
 async def test_an_older_sidecar_is_of_a_plain_conversation(shelter: Shelter) -> None:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaslot.store import Draft, QuotaExceeded, sidecar
+from llamaslot.store import QuotaExceeded, Reservation, sidecar
 from tests.support.snapshots import Shelter, opened, refuse, some_tokens
 
 TOKENS = some_tokens(40)
@@ -248,7 +248,7 @@ async def test_all_at_once(shelter: Shelter) -> None:
         nonlocal n_refused
         for turn in range(5):
             try:
-                draft: Draft = await shelter.catalog.reserve(2_500)
+                draft: Reservation = await shelter.catalog.reserve(2_500)
             except QuotaExceeded:
                 n_refused += 1
                 continue

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.scheduling.eviction import ByUse
-from llamaslot.store import Draft, QuotaExceeded, Snapshot
+from llamaslot.store import QuotaExceeded, Reservation, Snapshot
 from tests.support.snapshots import Shelter, some_tokens
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Known:
 class CatalogMachine(RuleBasedStateMachine):
     """The oracle keeps plain lists and adds everything up anew each time."""
 
-    drafts: Bundle[Draft] = Bundle("drafts")
+    drafts: Bundle[Reservation] = Bundle("drafts")
     saved: Bundle[str] = Bundle("saved")
 
     def __init__(self) -> None:
@@ -144,7 +144,7 @@ class CatalogMachine(RuleBasedStateMachine):
         fingerprint=FINGERPRINTS,
         grows=st.sampled_from([-200, 0, 0, 700]),
     )
-    def commit(self, draft: Draft, fingerprint: str, grows: int) -> Any:
+    def commit(self, draft: Reservation, fingerprint: str, grows: int) -> Any:
         self.n_saved += 1
         if draft.id not in self.promised:  # reopened meanwhile
             with pytest.raises(SnapshotInvalid):
@@ -168,7 +168,7 @@ class CatalogMachine(RuleBasedStateMachine):
         return snapshot.id
 
     @rule(draft=consumes(drafts), lie=st.sampled_from(["missing", "short", "other", "tokens"]))
-    def commit_of_something_else(self, draft: Draft, lie: str) -> None:
+    def commit_of_something_else(self, draft: Reservation, lie: str) -> None:
         tokens = some_tokens(10, self.n_saved)
         if draft.id not in self.promised:
             return
@@ -184,7 +184,7 @@ class CatalogMachine(RuleBasedStateMachine):
         del self.promised[draft.id]
 
     @rule(draft=consumes(drafts), is_written=st.booleans())
-    def abandon(self, draft: Draft, is_written: bool) -> None:
+    def abandon(self, draft: Reservation, is_written: bool) -> None:
         if is_written and draft.id in self.promised:
             self.shelter.write(draft, some_tokens(10))
         self.run(self.shelter.catalog.abandon(draft))

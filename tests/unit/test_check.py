@@ -23,7 +23,7 @@ from llamaslot.store.quota import beyond_disk
 SOURCE = Path(__file__).parents[2] / "src"
 IS_ROOT = os.geteuid() == 0
 for_root = pytest.mark.skipif(not IS_ROOT, reason="only root can check as another user")
-NOBODY = "nobody"
+SYSTEM_USER = "nobody"
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def box() -> Iterator[Path]:
 def give(*paths: Path) -> None:
     """To the user that will serve."""
     for path in paths:
-        os.chown(path, pwd.getpwnam(NOBODY).pw_uid, -1)
+        os.chown(path, pwd.getpwnam(SYSTEM_USER).pw_uid, -1)
 
 
 def run(box: Path, *flags: str) -> Result:
@@ -64,7 +64,7 @@ def python(monkeypatch: pytest.MonkeyPatch) -> None:
     found, packages = Path("/usr/bin/python3"), sysconfig.get_path("purelib")
     monkeypatch.setenv("PYTHONPATH", f"{SOURCE}:{packages}")
     tried = "import llamaslot.cli" if IS_ROOT else "raise SystemExit(1)"
-    as_nobody = {"user": NOBODY, "group": "nogroup", "extra_groups": []} if IS_ROOT else {}
+    as_nobody = {"user": SYSTEM_USER, "group": "nogroup", "extra_groups": []} if IS_ROOT else {}
     done = subprocess.run([found, "-c", tried], capture_output=True, check=False, cwd="/", **as_nobody)  # type: ignore[call-overload]
     if done.returncode:
         pytest.skip("no Python here that another user can run with these packages")
@@ -76,7 +76,7 @@ def test_as_the_user_that_serves(box: Path, python: None) -> None:
     """What root can read and write, and that user cannot, is a fault; mended, there is none."""
     give(box / "meta")
     assert (run(box).exit_code, run(box).stdout) == (0, f"{box / 'config.yaml'}: no faults\n")
-    result = run(box, "--as", NOBODY)
+    result = run(box, "--as", SYSTEM_USER)
     assert (result.exit_code, result.stdout) == (2, "")
     told = f"backends[0].slot_save_path: nobody may not read and write and enter {box / 'kv'} (it belongs to root:root"
     assert f"as nobody: {box / 'config.yaml'}: 2 faults" in result.stderr
@@ -84,10 +84,10 @@ def test_as_the_user_that_serves(box: Path, python: None) -> None:
     assert told in result.stderr
 
     give(box / "keys.json")
-    assert told in run(box, "--as", NOBODY).stderr
+    assert told in run(box, "--as", SYSTEM_USER).stderr
 
     give(box / "kv")
-    result = run(box, "--as", NOBODY)
+    result = run(box, "--as", SYSTEM_USER)
     assert (result.exit_code, result.stdout) == (0, f"as nobody: {box / 'config.yaml'}: no faults\n")
 
 
@@ -98,7 +98,7 @@ def test_what_root_has_left_behind(box: Path, python: None) -> None:
     (box / "meta" / "llama.rates.json").touch(0o600)
     (box / "meta" / "other.txt").touch(0o600)
     give(box / "keys.json", box / "kv", box / "meta")
-    result = run(box, "--as", f"{NOBODY}:nogroup")
+    result = run(box, "--as", f"{SYSTEM_USER}:nogroup")
     assert result.exit_code == 2
     assert f"slot_save_path: nobody may not use {box / 'kv' / '.llamaslot.lock'}" in result.stderr
     assert f"store.meta_dir: nobody may not use {box / 'meta' / 'llama.rates.json'} (it" in result.stderr
@@ -127,7 +127,7 @@ def test_a_python_that_the_user_cannot_run(box: Path, monkeypatch: pytest.Monkey
     shutil.copyfile("/bin/sh", closed)
     closed.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(closed))
-    result = run(box, "--as", NOBODY)
+    result = run(box, "--as", SYSTEM_USER)
     assert result.exit_code == 2
     assert f"nobody cannot run {closed}, the Python of this llamaslot: make its venv with" in result.stderr
     assert f"only root can run {closed}" in " ".join(check(box / "config.yaml").notes)
@@ -147,7 +147,9 @@ def test_a_directory_that_is_missing(box: Path) -> None:
 def test_who_may_be_checked_as(box: Path) -> None:
     """A user of this machine, by root; and only --check does that."""
     assert "there is no user or group 'nosuchuser'" in run(box, "--as", "nosuchuser").stderr
-    result = CliRunner().invoke(cli.main, ["serve", "--as", NOBODY, "--config", str(box / "config.yaml")])
+    result = CliRunner().invoke(
+        cli.main, ["serve", "--as", SYSTEM_USER, "--config", str(box / "config.yaml")]
+    )
     assert (result.exit_code, "--as goes with --check" in result.stderr) == (2, True)
 
 

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from llamaslot import cli
-from llamaslot.cache.content import Kind
+from llamaslot.cache.content import SnapshotKind
 from llamaslot.cli.format import several, span, table
 from llamaslot.llama.identity import Identity
 from llamaslot.scheduling.cost import Rates
@@ -50,7 +50,9 @@ class Shop(Shelter):
     async def fill(self) -> None:
         """A pinned trunk; a leaf that was asked for twice; one of another model; one that was left behind."""
         await self.open()
-        trunk = await self.save(some_tokens(400, 0), 4_000, fingerprint=OURS, kind=Kind.TRUNK, is_pinned=True)
+        trunk = await self.save(
+            some_tokens(400, 0), 4_000, fingerprint=OURS, kind=SnapshotKind.TRUNK, is_pinned=True
+        )
         leaf = await self.save(some_tokens(1_500, 1), 9_000, fingerprint=OURS)
         other = await self.save(some_tokens(300, 2), 3_000, fingerprint=OTHERS)
         left = await self.save(some_tokens(600, 3), 5_000, fingerprint=OURS)

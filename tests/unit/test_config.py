@@ -91,7 +91,7 @@ def test_only_a_backend_is_needed(load: Load) -> None:
     assert (config.store.quota, config.store.idle_save_s) == (20 * 1024**3, 2.0)
     assert (config.store.max_files, config.store.min_free) == (10_000, 1024**3)
     assert (config.routing.similarity_min, config.routing.small_prompt_tokens) == (0.85, 1024)
-    assert config.prefill.own_above_s is None
+    assert config.prefill.chunk_threshold_s is None
     assert (config.queue.max_waiting, config.queue.max_wait_s) == (256, 600.0)
     assert (config.stream.keepalive_s, config.stream.comments) == (10.0, True)
     assert config.passthrough.allow == ()

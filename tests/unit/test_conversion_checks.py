@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.tokens.conversion_checks import Shapes, shape_of
+from llamaslot.tokens.conversion_checks import ConversionChecks, shape_of
 
 
 def asked(*parts: Any, **more: Any) -> dict[str, Any]:
@@ -32,13 +32,13 @@ def test_what_is_said_makes_no_difference() -> None:
 
 def test_kinds_of_parts_and_fields_do() -> None:
     """Each for itself."""
-    shapes = [
+    conversion_checks = [
         asked(text("a")),
         asked(text("a"), CALL),
         asked({**text("a"), "cache_control": {}}),
         asked(text("a"), system="x"),
     ]
-    assert len({shape_of(body) for body in shapes}) == len(shapes)
+    assert len({shape_of(body) for body in conversion_checks}) == len(conversion_checks)
     assert shape_of({"input": [{"role": "user", "content": "x"}]}) != shape_of({"input": "x"})
 
 
@@ -51,10 +51,10 @@ def test_a_type_that_is_no_name_is_looked_at_once() -> None:
     assert shape_of(body) == {(" ", "type"), (" ", "a")}
 
 
-async def check(shapes: Shapes, body: dict[str, Any], n_tokens: int) -> bool:
+async def check(conversion_checks: ConversionChecks, body: dict[str, Any], n_tokens: int) -> bool:
     """As for a request: the server is asked about what is not known."""
-    known = shapes.known(body)
-    return await shapes.check(body, n_tokens) if known is None else known
+    known = conversion_checks.known(body)
+    return await conversion_checks.check(body, n_tokens) if known is None else known
 
 
 class Counter:
@@ -74,42 +74,45 @@ class Counter:
 async def test_the_server_is_asked_once_for_each_shape() -> None:
     """Until it is another one."""
     counter = Counter()
-    shapes = Shapes(counter.ask)
-    assert await check(shapes, asked(text("a")), 10)
-    assert await check(shapes, asked(text("b"), text("c")), 10)
+    conversion_checks = ConversionChecks(counter.ask)
+    assert await check(conversion_checks, asked(text("a")), 10)
+    assert await check(conversion_checks, asked(text("b"), text("c")), 10)
     assert counter.n_asked == 1
-    assert not await check(shapes, asked(text("b"), CALL), 11)
-    assert not await check(shapes, asked(text("c"), CALL), 10)
-    assert (shapes.known(asked(CALL, text("d"))), shapes.known(asked(text("d")))) == (False, True)
+    assert not await check(conversion_checks, asked(text("b"), CALL), 11)
+    assert not await check(conversion_checks, asked(text("c"), CALL), 10)
+    assert (conversion_checks.known(asked(CALL, text("d"))), conversion_checks.known(asked(text("d")))) == (
+        False,
+        True,
+    )
     assert counter.n_asked == 2
-    shapes.forget()
-    assert await check(shapes, asked(text("b"), CALL), 10)
+    conversion_checks.forget()
+    assert await check(conversion_checks, asked(text("b"), CALL), 10)
 
 
 async def test_what_the_server_does_not_count_is_not_known() -> None:
     """It refuses the body, as it will when it is asked to answer; only a build without the route says nothing by it."""
     counter = Counter()
-    shapes, body = Shapes(counter.ask), asked(text("a"))
+    conversion_checks, body = ConversionChecks(counter.ask), asked(text("a"))
     for status in (400, 500):
         counter.status = status
-        assert not await check(shapes, body, 10)
+        assert not await check(conversion_checks, body, 10)
     counter.status = 404
-    assert await check(shapes, body, 10)
-    assert shapes.known(body) is not False
+    assert await check(conversion_checks, body, 10)
+    assert conversion_checks.known(body) is not False
     assert counter.n_asked == 3
 
 
 def test_wrong_ones_are_known_until_the_server_is_another() -> None:
     """The last 1,024 shapes; once wrong is wrong."""
-    shapes = Shapes(Counter().ask)
-    assert shapes.known(asked(text("a"))) is not False
-    shapes.learn(asked(text("a")), is_right=False)
-    shapes.learn(asked(text("a")), is_right=True)
-    assert shapes.known(asked(text("b"))) is False
-    assert shapes.known(asked(text("b"), CALL)) is not False
+    conversion_checks = ConversionChecks(Counter().ask)
+    assert conversion_checks.known(asked(text("a"))) is not False
+    conversion_checks.learn(asked(text("a")), is_right=False)
+    conversion_checks.learn(asked(text("a")), is_right=True)
+    assert conversion_checks.known(asked(text("b"))) is False
+    assert conversion_checks.known(asked(text("b"), CALL)) is not False
     for n in range(1024):
-        shapes.learn({f"field {n}": 1}, is_right=False)
-    assert shapes.known(asked(text("a"))) is not False
-    assert shapes.known({"field 0": 2}) is False
-    shapes.forget()
-    assert shapes.known({"field 0": 2}) is not False
+        conversion_checks.learn({f"field {n}": 1}, is_right=False)
+    assert conversion_checks.known(asked(text("a"))) is not False
+    assert conversion_checks.known({"field 0": 2}) is False
+    conversion_checks.forget()
+    assert conversion_checks.known({"field 0": 2}) is not False

@@ -264,11 +264,11 @@ def test_answer_is_never_negative(samples: list[tuple[int, float]], a: float, b:
     st.lists(st.tuples(st.integers(1, 60_000), st.integers(1, 2**36), st.floats(1e-3, 1e3)), max_size=40),
 )
 def test_rates_survive_a_restart(
-    prefills: list[tuple[int, int, float]], files: list[tuple[int, int, float]]
+    chunked_prefill: list[tuple[int, int, float]], files: list[tuple[int, int, float]]
 ) -> None:
     """Written as JSON and read back, every estimate is the same."""
     rates = Rates()
-    for start, n, seconds in prefills:
+    for start, n, seconds in chunked_prefill:
         rates.prefill.observe(start, start + n, seconds)
     for n, size_bytes, seconds in files:
         rates.size.observe(n, size_bytes)

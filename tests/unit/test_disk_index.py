@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaslot.cache import disk_index
-from llamaslot.cache.disk_index import CHUNK, Frozen, freeze, is_freezable
+from llamaslot.cache.disk_index import CHUNK, DiskIndex, freeze, is_freezable
 from llamaslot.cache.ids import common, count, pack
 from llamaslot.cache.prefix_index import PrefixIndex, Shared
 
@@ -30,7 +30,7 @@ IDS = st.one_of(
 )
 
 
-def generation(**sequences: list[int]) -> Frozen:
+def generation(**sequences: list[int]) -> DiskIndex:
     index: PrefixIndex[str] = PrefixIndex()
     for holder, ids in sequences.items():
         index.insert(holder, pack(ids))
@@ -234,8 +234,8 @@ def test_dropping_is_idempotent_and_unknown_holders_are_key_errors() -> None:
         base.tokens("a")
 
 
-def spoiled(column: str, at: int, value: int) -> Callable[[Frozen], None]:
-    def spoil(base: Frozen) -> None:
+def spoiled(column: str, at: int, value: int) -> Callable[[DiskIndex], None]:
+    def spoil(base: DiskIndex) -> None:
         getattr(base.columns, column)[at] = value
 
     return spoil
@@ -262,7 +262,7 @@ def spoiled(column: str, at: int, value: int) -> Callable[[Frozen], None]:
         ("a sequence ends at its point", lambda base: spoiled("key", 2, base.columns.key[1])(base)),
     ],
 )
-def test_check_names_the_broken_invariant(invariant_name: str, spoil: Callable[[Frozen], object]) -> None:
+def test_check_names_the_broken_invariant(invariant_name: str, spoil: Callable[[DiskIndex], object]) -> None:
     """Each invariant that ``check`` knows is one that it can miss."""
     base = generation(a=[1, 2], b=[1, 2, 3, 4], c=[8] * 200)
     spoil(base)

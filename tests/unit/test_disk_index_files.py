@@ -15,10 +15,10 @@ import pytest
 
 from llamaslot.cache import layered_index
 from llamaslot.cache.ids import pack
-from llamaslot.cache.layered_index import SnapshotIndex
+from llamaslot.cache.layered_index import LayeredIndex
 from llamaslot.store import disk_index_files, disk_index_rebuild
 from llamaslot.store.disk_index_files import MANIFEST, GenerationUnusable, open_generation
-from llamaslot.store.disk_index_rebuild import Renewal
+from llamaslot.store.disk_index_rebuild import DiskIndexRebuild
 from llamaslot.tasks import TaskOwner
 from tests.support.generations import grow_in_a_thread
 
@@ -34,14 +34,14 @@ def sequences(n: int, seed: int = 1) -> dict[str, bytes]:
     return held | {f"ls-{seed}-twin": held[f"ls-{seed}-0"], f"ls-{seed}-empty": b""}
 
 
-def filled(held: dict[str, bytes], index: SnapshotIndex | None = None) -> SnapshotIndex:
-    index = SnapshotIndex() if index is None else index
+def filled(held: dict[str, bytes], index: LayeredIndex | None = None) -> LayeredIndex:
+    index = LayeredIndex() if index is None else index
     for holder, tokens in held.items():
         index.insert(holder, tokens)
     return index
 
 
-def content(index: SnapshotIndex) -> dict[str, bytes]:
+def content(index: LayeredIndex) -> dict[str, bytes]:
     return {holder: index.tokens(holder) for holder in index.holders()}
 
 
@@ -72,10 +72,12 @@ def own_process() -> None:
     """For ``usefixtures``: generations are grown as in the program."""
 
 
-async def made(directory: Path, held: dict[str, bytes], tasks: TaskOwner) -> tuple[Renewal, SnapshotIndex]:
+async def made(
+    directory: Path, held: dict[str, bytes], tasks: TaskOwner
+) -> tuple[DiskIndexRebuild, LayeredIndex]:
     """A generation of ``held`` on disk, and who made it."""
-    maker = Renewal(directory, "model a", tasks)
-    index = SnapshotIndex(await maker.open())
+    maker = DiskIndexRebuild(directory, "model a", tasks)
+    index = LayeredIndex(await maker.open())
     assert await maker.renew(filled(held, index))
     return maker, index
 
@@ -85,7 +87,7 @@ async def test_a_generation_outlives_the_process(tmp_path: Path, tasks: TaskOwne
     """What was held is there after a restart, mapped, and no snapshot is read."""
     held = sequences(40)
     _, index = await made(tmp_path / "index", held, tasks)
-    again = SnapshotIndex(await Renewal(tmp_path / "index", "model a", tasks).open())
+    again = LayeredIndex(await DiskIndexRebuild(tmp_path / "index", "model a", tasks).open())
     for one in (index, again):
         one.check()
         assert content(one) == held
@@ -113,7 +115,7 @@ async def test_a_second_generation_is_made_of_the_first(tmp_path: Path, tasks: T
     assert set(files(tmp_path).values()) & first == {tmp_path / MANIFEST}
     assert old is not None
     assert old.match(held["ls-1-1"], 1)  # what is mapped lives on
-    assert content(SnapshotIndex(await Renewal(tmp_path, "model a", tasks).open())) == held
+    assert content(LayeredIndex(await DiskIndexRebuild(tmp_path, "model a", tasks).open())) == held
 
 
 async def test_changes_while_a_generation_is_made_are_not_lost(tmp_path: Path, tasks: TaskOwner) -> None:
@@ -165,7 +167,7 @@ async def test_every_flipped_byte_is_noticed(tmp_path: Path, tasks: TaskOwner) -
         path.write_bytes(whole)
     found = open_generation(tmp_path, "model a".__eq__)
     assert found is not None
-    assert content(SnapshotIndex(found.index)) == held
+    assert content(LayeredIndex(found.index)) == held
 
 
 @pytest.mark.parametrize("suffix", [".trie", ".columns", ".names"])
@@ -182,13 +184,13 @@ async def test_what_is_not_whole_is_not_used(
     if damage != "missing":
         path.write_bytes({"cut": whole[:-1], "empty": b"", "longer": whole + b"\n"}[damage])
     caplog.clear()
-    maker = Renewal(tmp_path, "model a", tasks)
+    maker = DiskIndexRebuild(tmp_path, "model a", tasks)
     assert await maker.open() is None
     assert [record.message.split(":")[0] for record in caplog.records] == ["index"]
     index = filled(held)
     assert await maker.renew(index)
     assert files(tmp_path).keys() == WHOLE
-    assert content(SnapshotIndex(await Renewal(tmp_path, "model a", tasks).open())) == held
+    assert content(LayeredIndex(await DiskIndexRebuild(tmp_path, "model a", tasks).open())) == held
 
 
 @pytest.mark.parametrize(
@@ -214,7 +216,7 @@ async def test_no_generation_is_no_fault(
     left, foreign = tmp_path / (disk_index_files.new_id() + ".input"), tmp_path / "notes.trie"
     left.touch()
     foreign.touch()
-    assert await Renewal(tmp_path, "model a", tasks).open() is None
+    assert await DiskIndexRebuild(tmp_path, "model a", tasks).open() is None
     assert (caplog.records, left.exists(), foreign.exists()) == ([], False, True)
 
 
@@ -244,7 +246,7 @@ async def test_a_failure_changes_nothing(
     assert content(index) == held
     assert files(tmp_path).keys() == WHOLE
     assert await maker.renew(index)
-    assert content(SnapshotIndex(await Renewal(tmp_path, "model a", tasks).open())) == held
+    assert content(LayeredIndex(await DiskIndexRebuild(tmp_path, "model a", tasks).open())) == held
 
 
 async def test_without_the_old_generation_on_disk_all_goes_on(
@@ -260,7 +262,7 @@ async def test_without_the_old_generation_on_disk_all_goes_on(
     assert not await maker.renew(index)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert content(index) == held | {"more": pack([1])}
-    assert await Renewal(tmp_path, "model a", tasks).open() is None
+    assert await DiskIndexRebuild(tmp_path, "model a", tasks).open() is None
 
 
 @pytest.mark.usefixtures("own_process")
@@ -303,8 +305,8 @@ async def test_begins_when_it_is_due_and_only_once(
 ) -> None:
     """``consider`` is called after each change; one generation is made at a time."""
     monkeypatch.setattr(layered_index, "NEW_MIN", 10)
-    maker = Renewal(tmp_path, "model a", tasks)
-    index = SnapshotIndex(await maker.open())
+    maker = DiskIndexRebuild(tmp_path, "model a", tasks)
+    index = LayeredIndex(await maker.open())
     held = sequences(30)
     for holder, tokens in held.items():
         index.insert(holder, tokens)
@@ -325,7 +327,7 @@ async def test_does_not_try_again_at_once(
     """After a failure it waits until there are a thousand more."""
     monkeypatch.setattr(layered_index, "NEW_MIN", 3)
     monkeypatch.setattr(disk_index_rebuild, "NEW_MIN", 5)
-    maker = Renewal(tmp_path / "gone", "model a", tasks)
+    maker = DiskIndexRebuild(tmp_path / "gone", "model a", tasks)
     index = filled(sequences(5))
     maker.consider(index)
     await tasks.drain()  # the directory is not there

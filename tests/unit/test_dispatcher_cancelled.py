@@ -11,8 +11,8 @@ import pytest
 
 from bench.virtual import VirtualLoop
 from llamaslot.backend.lease import Lease
-from llamaslot.cache.reuse import Memory
-from llamaslot.scheduling.request import Job, Placement, User
+from llamaslot.cache.reuse import CacheKind
+from llamaslot.scheduling.request import Placement, Request, User
 from llamaslot.scheduling.slots import State
 from tests.support.cancelled import CancelledAt
 from tests.support.house import House, tokens_of
@@ -24,7 +24,7 @@ Cut = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
 def furnished(n_slots: int = 2) -> House:
     """Every slot is hot with an unsaved context of 600 tokens; each op takes 10 ms."""
     house = House(VirtualLoop(), StubServer(n_slots, pace=lambda op: 0.01))
-    jobs = [Job(f"first {i}", tokens_of(10_000 * (i + 1), 600)) for i in range(n_slots)]
+    jobs = [Request(f"first {i}", tokens_of(10_000 * (i + 1), 600)) for i in range(n_slots)]
     house.loop.run(_all([house.ask(job) for job in jobs]))
     assert all(slot.state is State.HOT for slot in house.leases.table.slots)  # type: ignore[union-attr]
     return house
@@ -36,42 +36,42 @@ async def _all(asked: list[Coroutine[Any, Any, Any]]) -> None:
 
 async def leases(house: House, cut: Cut) -> None:
     """Queued behind two others, then granted."""
-    with await cut(house.scheduler.lease(Job("a", tokens_of(1, 300)))):
+    with await cut(house.dispatcher.lease(Request("a", tokens_of(1, 300)))):
         pass
 
 
 async def prepares(house: House, cut: Cut) -> None:
     """Saves the victim, erases, restores, and computes the rest."""
-    with await house.scheduler.lease(Job("a", house.saved_tokens + tokens_of(1, 500))) as lease:
+    with await house.dispatcher.lease(Request("a", house.saved_tokens + tokens_of(1, 500))) as lease:
         assert [type(step).__name__ for step in lease.plan.steps] == ["Save", "Erase", "Restore", "PrefillTo"]  # type: ignore[union-attr]
-        await cut(house.steps.prepare(lease, lambda _: None))
+        await cut(house.executor.prepare(lease, lambda _: None))
 
 
 async def keeps_a_trunk(house: House, cut: Cut) -> None:
     """Computes what others will begin with, saves it, and computes the rest: on a model that cannot go back."""
-    house.leases.table.memory = Memory.RECURRENT  # type: ignore[union-attr]
-    with await house.scheduler.lease(Job("a", tokens_of(1, 900), n_system=500)) as lease:
+    house.leases.table.memory = CacheKind.RECURRENT  # type: ignore[union-attr]
+    with await house.dispatcher.lease(Request("a", tokens_of(1, 900), n_system=500)) as lease:
         names = [type(step).__name__ for step in lease.plan.steps]  # type: ignore[union-attr]
         assert names[-3:] == ["PrefillTo", "Keep", "PrefillTo"]
-        await cut(house.steps.prepare(lease, lambda _: None))
+        await cut(house.executor.prepare(lease, lambda _: None))
 
 
 async def takes_unpinned(house: House, cut: Cut) -> None:
     """Waits until nobody is between two steps, saves all slots, sends, settles."""
 
     async def turn(lease: Lease) -> None:
-        async with house.turns.take(lease, lambda _: None) as turn:
+        async with house.exclusive.take(lease, lambda _: None) as turn:
             async with house.server.run_unpinned(tokens_of(1, 300)):
                 pass
             await turn.settle()
 
-    with await house.scheduler.lease(Job("a", placement=Placement.SERVER_CHOSEN)) as lease:
+    with await house.dispatcher.lease(Request("a", placement=Placement.SERVER_CHOSEN)) as lease:
         await cut(turn(lease))
 
 
 async def takes_two(house: House, cut: Cut) -> None:
     """The same for n = 2, from its lease to its end."""
-    await cut(house.ask(Job("a", tokens_of(1, 300), n_children=1)))
+    await cut(house.ask(Request("a", tokens_of(1, 300), n_children=1)))
 
 
 async def writes_back(house: House, cut: Cut) -> None:
@@ -81,7 +81,7 @@ async def writes_back(house: House, cut: Cut) -> None:
 
 def come(house: House) -> None:
     for i in range(2):
-        job = Job(f"other {i}", tokens_of(50_000 + 5000 * i, 500), user=User(f"other {i}"))
+        job = Request(f"other {i}", tokens_of(50_000 + 5000 * i, 500), user=User(f"other {i}"))
         house.start(house.ask(job), job.id)
     house.loop.settle()
 

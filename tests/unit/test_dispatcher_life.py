@@ -11,15 +11,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from bench.virtual import VirtualLoop
 from llamaslot.cache.ids import count, pack
-from llamaslot.cache.namespaces import Space
-from llamaslot.cache.reuse import Memory
+from llamaslot.cache.namespaces import Namespace
+from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import (
     BackendDown,
     LlamaslotError,
     SlotActionFailed,
     UpstreamError,
 )
-from llamaslot.scheduling.request import Job, Placement
+from llamaslot.scheduling.request import Placement, Request
 from tests.support.house import House
 from tests.support.stub import Op, StubServer
 
@@ -40,8 +40,8 @@ class Life(RuleBasedStateMachine):
         self.is_isolated = False
         self.contexts = [SYSTEM + self.fresh(120) for _ in range(N_USERS)]
 
-    @initialize(memory=st.sampled_from(list(Memory)), is_isolated=st.booleans())
-    def remember(self, memory: Memory, is_isolated: bool) -> None:
+    @initialize(memory=st.sampled_from(list(CacheKind)), is_isolated=st.booleans())
+    def remember(self, memory: CacheKind, is_isolated: bool) -> None:
         """What the model is, and what llamaslot takes it for; whether users share what they have computed."""
         self.is_isolated = is_isolated
         self.house.memory = self.server.memory = memory
@@ -51,8 +51,8 @@ class Life(RuleBasedStateMachine):
     def fresh(self, n: int) -> bytes:
         return pack([next(self.serial) for _ in range(n)])
 
-    def space(self, user: int, lora: str = "") -> Space:
-        return Space(f"key:{user}" if self.is_isolated else "", lora)
+    def space(self, user: int, lora: str = "") -> Namespace:
+        return Namespace(f"key:{user}" if self.is_isolated else "", lora)
 
     def pick(self, data: st.DataObject, n: int, what: str) -> int:
         return data.draw(st.integers(0, n - 1), label=what)
@@ -68,7 +68,7 @@ class Life(RuleBasedStateMachine):
         context = self.contexts[user]
         tokens, answer = context + self.fresh(n_new), self.fresh(n_answer)
         self.contexts[user] = tokens + answer if len(tokens) < 4 * 1500 else SYSTEM + self.fresh(120)
-        job = Job(
+        job = Request(
             f"user {user} at {next(self.serial)}",
             tokens,
             boundaries=(300, count(context)),
@@ -90,7 +90,7 @@ class Life(RuleBasedStateMachine):
         for user in range(n):
             self.contexts[user] = tokens = alike + self.fresh(200)
             boundaries = (n_alike,) if is_told else ()
-            job = Job(
+            job = Request(
                 f"user {user} together at {next(self.serial)}",
                 tokens,
                 boundaries=boundaries,
@@ -99,12 +99,12 @@ class Life(RuleBasedStateMachine):
             )
             self.house.start(self.house.ask(job), job.id)
 
-    @precondition(lambda self: self.house.steps.prefills._longs)
+    @precondition(lambda self: self.house.executor.chunked_prefill._longs)
     @rule(data=st.data(), is_settled=st.booleans())
     def come_back(self, data: st.DataObject, is_settled: bool) -> None:
         """A client leaves in the middle of its prefill, and asks the same again."""
-        longs = self.house.steps.prefills._longs
-        job = longs[self.pick(data, len(longs), "who leaves and comes back")].lease.job
+        longs = self.house.executor.chunked_prefill._longs
+        job = longs[self.pick(data, len(longs), "who leaves and comes back")].lease.request
         for client in [client for client, name in self.house.clients.items() if name == job.id]:
             client.cancel()
         if is_settled:
@@ -115,10 +115,10 @@ class Life(RuleBasedStateMachine):
     @rule(kind=st.sampled_from(["cold", "scaled", "small", "two", "three"]), user=st.integers(0, N_USERS - 1))
     def ask_specially(self, kind: str, user: int) -> None:
         tokens = SYSTEM[:40] + self.fresh(5) if kind == "small" else self.contexts[user] + self.fresh(3)
-        job = Job(
+        job = Request(
             f"{kind} at {next(self.serial)}",
             tokens,
-            is_cold=kind == "cold",
+            no_cache=kind == "cold",
             space=self.space(user, SCALES if kind == "scaled" else ""),
             n_children={"two": 1, "three": 2}.get(kind, 0),
         )
@@ -127,7 +127,7 @@ class Life(RuleBasedStateMachine):
     @rule(user=st.integers(0, N_USERS - 1), whose=st.none() | st.integers(0, N_USERS - 1))
     def ask_unpinned(self, user: int, whose: int | None) -> None:
         """With a prompt that is somebody's: the server finds it wherever it is."""
-        job = Job(
+        job = Request(
             f"unpinned at {next(self.serial)}", placement=Placement.SERVER_CHOSEN, space=self.space(user)
         )
         tokens = self.contexts[whose] + self.fresh(3) if whose is not None else self.fresh(70)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bench.virtual import VirtualLoop
 from llamaslot.cache.ids import count, pack
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from tests.support.house import House, tokens_of
 from tests.support.stub import StubServer
 
@@ -43,7 +43,7 @@ class Team:
         answer = self.fresh(self.rng.randrange(20))
         self.n_new += count(tokens) - self.n_known[user]
         self.n_turns += 1
-        await self.house.ask(Job(f"user {user} at {count(tokens)}", tokens), answer)
+        await self.house.ask(Request(f"user {user} at {count(tokens)}", tokens), answer)
         self.contexts[user] = tokens + answer
         self.n_known[user] = count(self.contexts[user])
         self.asking.remove(user)
@@ -54,9 +54,9 @@ class Team:
         assert pool is not None
         if not any(op.kind in kinds for op in self.house.server.pending):
             return []
-        held = [content.tokens for content in pool._passing.contents()]
+        held = [content.tokens for content in pool._pending.contents()]
         held += [
-            lease.content.tokens for lease in self.house.scheduler.leases if lease.is_own and lease.content
+            lease.content.tokens for lease in self.house.dispatcher.leases if lease.is_own and lease.content
         ]
         return [
             user for user, context in self.contexts.items() if any(context.startswith(one) for one in held)
@@ -107,12 +107,12 @@ def test_what_somebody_in_the_queue_will_ask_for_is_not_evicted_for_one_before_h
     house = House(VirtualLoop(), server, room=2)
     contexts = {name: tokens_of(1000 * i, 300) for i, name in enumerate(("old", "newer", "victim"), 1)}
     for tokens in contexts.values():  # each is saved when the next one takes the slot
-        house.loop.run_until_complete(house.ask(Job("first turn", tokens)))
+        house.loop.run_until_complete(house.ask(Request("first turn", tokens)))
     n_computed = server.n_computed
-    house.start(house.ask(Job("blocks", contexts["victim"] + tokens_of(9000, 40))), "blocks")
+    house.start(house.ask(Request("blocks", contexts["victim"] + tokens_of(9000, 40))), "blocks")
     house.loop.settle()
-    stranger = Job("stranger", tokens_of(5000, 300))
-    back = Job("back", contexts["old"] + tokens_of(6000, 40))
+    stranger = Request("stranger", tokens_of(5000, 300))
+    back = Request("back", contexts["old"] + tokens_of(6000, 40))
     for job in (stranger, back):
         house.start(house.ask(job), job.id)
         house.loop.settle()

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import pytest
 
 from bench.virtual import VirtualLoop
-from llamaslot.backend.slot_table import Pool
-from llamaslot.cache.content import Kind
+from llamaslot.backend.slot_table import SlotTable
+from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import head
-from llamaslot.cache.reuse import Memory
+from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import SlotActionFailed
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import State
 from llamaslot.store import Snapshot
 from tests.support.house import House, tokens_of
@@ -23,27 +23,27 @@ N = 1000
 SYSTEM = tokens_of(1, N)
 
 
-def opening(user: int, n_own: int = 300) -> Job:
+def opening(user: int, n_own: int = 300) -> Request:
     """The first turn of a conversation: the system prompt, and a question of its own."""
-    return Job(f"user {user}", SYSTEM + tokens_of(10_000 * user, n_own), n_system=N)
+    return Request(f"user {user}", SYSTEM + tokens_of(10_000 * user, n_own), n_system=N)
 
 
-def house_of(memory: Memory, n_slots: int = 3, room: int = 1000) -> House:
+def house_of(memory: CacheKind, n_slots: int = 3, room: int = 1000) -> House:
     house = House(VirtualLoop(), StubServer(n_slots, pace=lambda op: 0.01), room=room)
     house.memory = pool_of(house).memory = memory
     return house
 
 
-def pool_of(house: House) -> Pool:
+def pool_of(house: House) -> SlotTable:
     assert house.leases.table is not None
     return house.leases.table
 
 
 def trunks(house: House) -> list[Snapshot]:
-    return [snapshot for snapshot in house.catalog.snapshots.values() if snapshot.kind is Kind.TRUNK]
+    return [snapshot for snapshot in house.catalog.snapshots.values() if snapshot.kind is SnapshotKind.TRUNK]
 
 
-@pytest.fixture(params=[Memory.RECURRENT, Memory.SWA])
+@pytest.fixture(params=[CacheKind.RECURRENT, CacheKind.SWA])
 def house(request: pytest.FixtureRequest) -> Iterator[House]:
     """Of a model that cannot go back; everything takes 10 ms."""
     house = house_of(request.param)
@@ -168,10 +168,10 @@ def test_what_shares_more_does_not_hide_it(house: House) -> None:
     for user in range(1, 21):
         job = opening(user)
         text = job.tokens + tokens_of(900_000 + 1000 * user, 300)
-        house.loop.run(house.ask(Job(job.id, SYSTEM + tokens_of(5, 40) + text[4 * N :], n_system=N)))
+        house.loop.run(house.ask(Request(job.id, SYSTEM + tokens_of(5, 40) + text[4 * N :], n_system=N)))
         house.loop.run(house.writeback.save_all())
     pool_of(house).memory = house.memory  # nothing was learned that would help
-    asks = Job("new", SYSTEM + tokens_of(5, 40) + tokens_of(700_000, 300), n_system=N)
+    asks = Request("new", SYSTEM + tokens_of(5, 40) + tokens_of(700_000, 300), n_system=N)
     assert house.loop.run(house.ask(asks)) >= N - 5
 
 
@@ -180,16 +180,16 @@ def test_what_shares_more_does_not_hide_it(house: House) -> None:
 
 @pytest.fixture
 def dense() -> Iterator[House]:
-    house = house_of(Memory.DENSE, n_slots=4)
+    house = house_of(CacheKind.DENSE, n_slots=4)
     yield house
     house.finish()
     house.check_nothing_is_left()
     house.close()
 
 
-def plain(user: int, n_own: int = 600) -> Job:
+def plain(user: int, n_own: int = 600) -> Request:
     """Nobody has said where the system part ends."""
-    return Job(f"user {user}", SYSTEM + tokens_of(10_000 * user, n_own))
+    return Request(f"user {user}", SYSTEM + tokens_of(10_000 * user, n_own))
 
 
 def test_the_third_conversation_cuts_the_trunk(dense: House) -> None:
@@ -251,7 +251,7 @@ def test_the_second_conversation_leaves_the_first_one_its_slot(dense: House) -> 
 
 def test_a_slot_that_is_taken_for_another_conversation_is_none_of_the_old_one() -> None:
     """With a single slot: what the first has on disk is not superseded by the second, which is longer."""
-    house = house_of(Memory.DENSE, n_slots=1)
+    house = house_of(CacheKind.DENSE, n_slots=1)
     for user, n_own in ((1, 120), (2, 300)):
         house.loop.run(house.ask(opening(user, n_own)))
         house.loop.run(house.writeback.save_all())
@@ -263,13 +263,13 @@ def test_small_ones_are_not_worth_it(dense: House) -> None:
     """A hundred tokens are computed again."""
     for user in (1, 2, 3, 4):
         job = plain(user)
-        dense.loop.run(dense.ask(Job(job.id, head(SYSTEM, 100) + job.tokens[4 * N :])))
+        dense.loop.run(dense.ask(Request(job.id, head(SYSTEM, 100) + job.tokens[4 * N :])))
     assert trunks(dense) == []
 
 
 def test_one_that_costs_more_to_write_than_to_compute_is_not_made() -> None:
     """A slow disk."""
-    house = house_of(Memory.RECURRENT)
+    house = house_of(CacheKind.RECURRENT)
     house.rates.save.bytes_per_s = 1e6
     house.loop.run(house.ask(opening(1)))
     assert trunks(house) == []

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaslot.cache.content import Kind
-from llamaslot.scheduling.eviction import ByUse, ByValue, Habit
+from llamaslot.cache.content import SnapshotKind
+from llamaslot.scheduling.eviction import ByUse, ByValue, ReuseClass
 from llamaslot.store import Prospect, Snapshot
-from llamaslot.store.entries import Shelf
-from llamaslot.store.quota import Short
+from llamaslot.store.entries import SnapshotTable
+from llamaslot.store.quota import Deficit
 
 OURS, OTHERS = "model-a", "model-b"
 
@@ -24,9 +24,9 @@ def snapshot(id_: str, size_bytes: int = 1_000, n_tokens: int = 10, **more: Any)
     return Snapshot(id_, n_tokens, "", size_bytes, created_at=0.0, checkpoints=(), source="t", **fields)
 
 
-def shelf_of(*snapshots: Snapshot, order: ByValue | ByUse | None = None) -> Shelf:
+def shelf_of(*snapshots: Snapshot, order: ByValue | ByUse | None = None) -> SnapshotTable:
     """Each was used ten seconds after the one before, the first at 0."""
-    shelf = Shelf(order)
+    shelf = SnapshotTable(order)
     shelf.fingerprint = OURS
     for at, each in enumerate(snapshots):
         shelf.add(each, 10.0 * at)
@@ -55,7 +55,7 @@ def test_what_was_left_behind_goes_until_somebody_comes_back() -> None:
     shelf.branch("edited", 20.0)
     assert ids(shelf.victims(1, 0, (), 30.0)) == ["edited"]
     shelf.hit("edited", 40.0)
-    assert shelf.standings["edited"].habit is Habit.RETURNING
+    assert shelf.standings["edited"].habit is ReuseClass.RETURNING
     assert ids(shelf.victims(1, 0, (), 50.0)) == ["old"]
 
 
@@ -106,7 +106,7 @@ def test_the_order_is_that_of_a_plain_sort(seed: int, n: int) -> None:
     shelf = shelf_of(order=order)
     for serial in range(n):
         now += rng.expovariate(1 / 100)
-        kind = rng.choice([Kind.LEAF, Kind.LEAF, Kind.TRUNK])
+        kind = rng.choice([SnapshotKind.LEAF, SnapshotKind.LEAF, SnapshotKind.TRUNK])
         of = rng.choice([OURS, OURS, OTHERS])
         shelf.add(
             snapshot(str(serial), rng.randrange(1, 10**6), rng.randrange(1, 500), kind=kind, fingerprint=of),
@@ -179,14 +179,14 @@ def test_a_kind_that_never_comes_back_makes_room_for_others() -> None:
     shelf = shelf_of(order=order)
     for serial in range(300):
         now += 60.0
-        shelf.add(snapshot(f"trunk-{serial}", kind=Kind.TRUNK), now)
+        shelf.add(snapshot(f"trunk-{serial}", kind=SnapshotKind.TRUNK), now)
         shelf.add(snapshot(f"leaf-{serial}"), now)
         shelf.hit(f"leaf-{serial}", now + 30.0)
         shelf.take(f"leaf-{serial}", now + 31.0)
         if serial >= 5:
             shelf.take(f"trunk-{serial - 5}", now + 50.0)
     shelf.add(snapshot("leaf", n_tokens=9), now)
-    shelf.add(snapshot("trunk", kind=Kind.TRUNK), now + 60.0)
+    shelf.add(snapshot("trunk", kind=SnapshotKind.TRUNK), now + 60.0)
     assert ids(shelf.victims(1, 0, {f"trunk-{serial}" for serial in range(300)}, now + 100.0)) == ["trunk"]
 
 
@@ -198,24 +198,24 @@ def test_a_save_that_costs_nobody_anything_gains() -> None:
     shelf = shelf_of(snapshot("other", fingerprint=OTHERS))
     wanted = Prospect(1_000, 1_000, saves_s=1.0)
     assert (
-        shelf.would_gain(wanted, Short(-1, 0), (), 60.0)
-        == shelf.would_gain(wanted, Short(500, 0), (), 60.0)
+        shelf.would_gain(wanted, Deficit(-1, 0), (), 60.0)
+        == shelf.would_gain(wanted, Deficit(500, 0), (), 60.0)
         > 0
     )
 
 
 def test_a_save_that_costs_more_than_it_saves_does_not_gain() -> None:
     """A trunk that everybody needs would go for an answer that is computed again in no time."""
-    shelf = shelf_of(snapshot("trunk", n_tokens=500, kind=Kind.TRUNK))
-    assert shelf.would_gain(Prospect(1_000, 1_000, saves_s=0.01), Short(500, 0), (), 60.0) < 0
-    assert shelf.would_gain(Prospect(1_000, 1_000, saves_s=100.0), Short(500, 0), (), 60.0) > 0
+    shelf = shelf_of(snapshot("trunk", n_tokens=500, kind=SnapshotKind.TRUNK))
+    assert shelf.would_gain(Prospect(1_000, 1_000, saves_s=0.01), Deficit(500, 0), (), 60.0) < 0
+    assert shelf.would_gain(Prospect(1_000, 1_000, saves_s=100.0), Deficit(500, 0), (), 60.0) > 0
 
 
 def test_a_save_without_room_is_refused_by_any_count() -> None:
     """Nothing may go for it."""
     shelf = shelf_of(snapshot("a"))
-    assert shelf.would_gain(Prospect(1_000, 1_000, saves_s=9.0), Short(500, 0), {"a"}, 60.0) == -math.inf
-    assert shelf.would_gain(Prospect(1_000, 1_000, saves_s=9.0), Short(2_000, 0), (), 60.0) == -math.inf
+    assert shelf.would_gain(Prospect(1_000, 1_000, saves_s=9.0), Deficit(500, 0), {"a"}, 60.0) == -math.inf
+    assert shelf.would_gain(Prospect(1_000, 1_000, saves_s=9.0), Deficit(2_000, 0), (), 60.0) == -math.inf
 
 
 def test_what_was_left_alone_for_long_gains_less() -> None:
@@ -226,6 +226,6 @@ def test_what_was_left_alone_for_long_gains_less() -> None:
     idle = Prospect(1_000, 1_000, 1.0, idle_s=3_600.0)
     often = Prospect(1_000, 1_000, 1.0, after="before")
     new = Prospect(1_000, 1_000, 1.0)
-    gains = [shelf.would_gain(each, Short(-1, 0), (), 60.0) for each in (idle, new, often)]
+    gains = [shelf.would_gain(each, Deficit(-1, 0), (), 60.0) for each in (idle, new, often)]
     assert gains == sorted(gains)
     assert gains[0] < gains[1] < gains[2]

@@ -12,33 +12,38 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaslot.cache.content import Kind
+from llamaslot.cache.content import SnapshotKind
 from llamaslot.scheduling.eviction import (
     N_BUCKETS,
     ByUse,
     ByValue,
-    Habit,
+    HitRateModel,
     Order,
-    Returns,
-    Standing,
+    ReuseClass,
+    SnapshotStats,
     bucket_of,
 )
 
-HABITS = list(Habit)
+HABITS = list(ReuseClass)
 
 
-def standing(id_: str = "a", n_tokens: int = 10_000, used: float = 0.0, **more: Any) -> Standing:
-    fields: dict[str, Any] = {"size_bytes": n_tokens * 100, "kind": Kind.LEAF, "counted_until": used, **more}
-    return Standing(id_, n_tokens, last_used=used, **fields)
+def standing(id_: str = "a", n_tokens: int = 10_000, used: float = 0.0, **more: Any) -> SnapshotStats:
+    fields: dict[str, Any] = {
+        "size_bytes": n_tokens * 100,
+        "kind": SnapshotKind.LEAF,
+        "counted_until": used,
+        **more,
+    }
+    return SnapshotStats(id_, n_tokens, last_used=used, **fields)
 
 
-def first(order: Order, now: float, *standings: Standing) -> list[str]:
+def first(order: Order, now: float, *standings: SnapshotStats) -> list[str]:
     """Their ids, in the order in which they go."""
     return [each.id for each in sorted(standings, key=lambda each: order.rank(each, now))]
 
 
 def lived(
-    returns: Returns, habit: Habit, rng: random.Random, rate: float, n: int, n_tokens: int = 10_000
+    returns: HitRateModel, habit: ReuseClass, rng: random.Random, rate: float, n: int, n_tokens: int = 10_000
 ) -> None:
     """``n`` snapshots of a habit that come back at a constant rate per second, or are evicted after an hour."""
     for _ in range(n):
@@ -55,85 +60,87 @@ def lived(
 
 def test_without_data_the_priors_hold() -> None:
     """What was used a moment ago comes back sooner than what was not; a trunk is likelier than what was left behind."""
-    returns = Returns()
+    returns = HitRateModel()
     for habit in HABITS:
         densities = [returns.density(habit, age, 10_000) for age in (0, 60, 600, 6_000, 60_000)]
         assert densities == sorted(densities, reverse=True)
         assert densities[0] > 10 * densities[-1] > 0
     at_an_hour = {habit: returns.density(habit, 3600.0, 10_000) for habit in HABITS}
-    assert at_an_hour[Habit.TRUNK] > at_an_hour[Habit.RETURNING] > at_an_hour[Habit.FRESH]
-    assert at_an_hour[Habit.FRESH] > 5 * at_an_hour[Habit.BRANCHED]
+    assert at_an_hour[ReuseClass.TRUNK] > at_an_hour[ReuseClass.RETURNING] > at_an_hour[ReuseClass.FRESH]
+    assert at_an_hour[ReuseClass.FRESH] > 5 * at_an_hour[ReuseClass.BRANCHED]
 
 
 @pytest.mark.parametrize("rate", [1e-2, 1e-3, 1e-4])
 def test_a_rate_is_learned(rate: float) -> None:
     """From a thousand lives, wherever there was much to see of it."""
-    returns = Returns()
-    lived(returns, Habit.FRESH, random.Random(1), rate, 1_000)
+    returns = HitRateModel()
+    lived(returns, ReuseClass.FRESH, random.Random(1), rate, 1_000)
     for age in (30.0, 100.0):
-        assert returns.rate(Habit.FRESH, age) == pytest.approx(rate, rel=1.0)
-        assert returns.density(Habit.FRESH, age, 10_000) >= returns.rate(Habit.FRESH, age) / 2
+        assert returns.rate(ReuseClass.FRESH, age) == pytest.approx(rate, rel=1.0)
+        assert returns.density(ReuseClass.FRESH, age, 10_000) >= returns.rate(ReuseClass.FRESH, age) / 2
 
 
 def test_a_kind_that_never_returns_sinks() -> None:
     """Below what is left behind is believed of others, whatever was believed of it before."""
-    returns, rng = Returns(), random.Random(1)
-    before = returns.density(Habit.FRESH, 60.0, 10_000)
+    returns, rng = HitRateModel(), random.Random(1)
+    before = returns.density(ReuseClass.FRESH, 60.0, 10_000)
     for _ in range(20):
-        lived(returns, Habit.FRESH, rng, 0.0, 10)
-        lived(returns, Habit.RETURNING, rng, 1e-3, 10)
-    assert returns.density(Habit.FRESH, 60.0, 10_000) < before / 50
-    assert returns.density(Habit.RETURNING, 60.0, 10_000) > 1e-4
+        lived(returns, ReuseClass.FRESH, rng, 0.0, 10)
+        lived(returns, ReuseClass.RETURNING, rng, 1e-3, 10)
+    assert returns.density(ReuseClass.FRESH, 60.0, 10_000) < before / 50
+    assert returns.density(ReuseClass.RETURNING, 60.0, 10_000) > 1e-4
 
 
 def test_a_few_events_do_not_mislead() -> None:
     """One that came back does not make all of its age worth keeping, nor do three that did not."""
-    returns = Returns()
-    before = returns.density(Habit.FRESH, 600.0, 10_000)
-    returns.waited(Habit.FRESH, 0.0, 600.0, 10_000)
-    returns.hit(Habit.FRESH, 600.0, 10_000)
-    assert before / 4 < returns.density(Habit.FRESH, 600.0, 10_000) < 4 * before
+    returns = HitRateModel()
+    before = returns.density(ReuseClass.FRESH, 600.0, 10_000)
+    returns.waited(ReuseClass.FRESH, 0.0, 600.0, 10_000)
+    returns.hit(ReuseClass.FRESH, 600.0, 10_000)
+    assert before / 4 < returns.density(ReuseClass.FRESH, 600.0, 10_000) < 4 * before
     for _ in range(3):
-        returns.waited(Habit.FRESH, 0.0, 600.0, 10_000)
-        returns.gone(Habit.FRESH)
-    assert before / 4 < returns.density(Habit.FRESH, 600.0, 10_000) < 4 * before
+        returns.waited(ReuseClass.FRESH, 0.0, 600.0, 10_000)
+        returns.gone(ReuseClass.FRESH)
+    assert before / 4 < returns.density(ReuseClass.FRESH, 600.0, 10_000) < 4 * before
 
 
 def test_what_is_learned_of_all_helps_those_of_whom_little_is_known() -> None:
     """Where nobody comes back within minutes, a habit that was not seen yet is believed to be as slow."""
-    returns = Returns()
-    before = returns.density(Habit.TRUNK, 60.0, 10_000)
-    lived(returns, Habit.RETURNING, random.Random(1), 1e-5, 1_000)
-    assert returns.density(Habit.TRUNK, 60.0, 10_000) < before / 3
+    returns = HitRateModel()
+    before = returns.density(ReuseClass.TRUNK, 60.0, 10_000)
+    lived(returns, ReuseClass.RETURNING, random.Random(1), 1e-5, 1_000)
+    assert returns.density(ReuseClass.TRUNK, 60.0, 10_000) < before / 3
 
 
 def test_old_lives_fade() -> None:
     """Users whose ways change are known anew after some thousand events."""
-    returns, rng = Returns(), random.Random(1)
-    lived(returns, Habit.FRESH, rng, 1e-2, 10_000)
-    quick = returns.rate(Habit.FRESH, 100.0)
-    lived(returns, Habit.FRESH, rng, 1e-4, 20_000)
-    assert returns.rate(Habit.FRESH, 100.0) < quick / 30
+    returns, rng = HitRateModel(), random.Random(1)
+    lived(returns, ReuseClass.FRESH, rng, 1e-2, 10_000)
+    quick = returns.rate(ReuseClass.FRESH, 100.0)
+    lived(returns, ReuseClass.FRESH, rng, 1e-4, 20_000)
+    assert returns.rate(ReuseClass.FRESH, 100.0) < quick / 30
 
 
 def test_a_pause_is_worth_waiting_for() -> None:
     """Nobody comes back in the middle of a break, but everybody after it: until then the value does not fall."""
-    returns = Returns()
+    returns = HitRateModel()
     for _ in range(500):
-        returns.waited(Habit.RETURNING, 0.0, 3_000.0, 10_000)
-        returns.hit(Habit.RETURNING, 3_000.0, 10_000)
-    assert returns.rate(Habit.RETURNING, 600.0) < 2e-5
-    assert returns.density(Habit.RETURNING, 600.0, 10_000) > 1e-4
-    assert returns.density(Habit.RETURNING, 2_500.0, 10_000) > returns.density(Habit.RETURNING, 600.0, 10_000)
+        returns.waited(ReuseClass.RETURNING, 0.0, 3_000.0, 10_000)
+        returns.hit(ReuseClass.RETURNING, 3_000.0, 10_000)
+    assert returns.rate(ReuseClass.RETURNING, 600.0) < 2e-5
+    assert returns.density(ReuseClass.RETURNING, 600.0, 10_000) > 1e-4
+    assert returns.density(ReuseClass.RETURNING, 2_500.0, 10_000) > returns.density(
+        ReuseClass.RETURNING, 600.0, 10_000
+    )
 
 
 def test_lengths_that_never_return_sink_alone() -> None:
     """Single questions do not come back, and do not make conversations of the same habit look dead."""
-    returns, rng = Returns(), random.Random(1)
+    returns, rng = HitRateModel(), random.Random(1)
     for _ in range(50):
-        lived(returns, Habit.FRESH, rng, 0.0, 20, n_tokens=300)
-        lived(returns, Habit.FRESH, rng, 1e-3, 10, n_tokens=10_000)
-    short, long = (returns.density(Habit.FRESH, 60.0, n) for n in (300, 10_000))
+        lived(returns, ReuseClass.FRESH, rng, 0.0, 20, n_tokens=300)
+        lived(returns, ReuseClass.FRESH, rng, 1e-3, 10, n_tokens=10_000)
+    short, long = (returns.density(ReuseClass.FRESH, 60.0, n) for n in (300, 10_000))
     assert short < long / 20
     assert long == pytest.approx(1e-3, rel=0.7)
 
@@ -142,11 +149,11 @@ def test_lengths_that_never_return_sink_alone() -> None:
 def test_time_is_neither_lost_nor_made(one: float, other: float) -> None:
     """However a life is cut into pieces, all of it is counted, in the buckets of its ages."""
     start, end = sorted((one, other))
-    whole, parts = Returns(), Returns()
-    whole.waited(Habit.FRESH, start, end, 64)
+    whole, parts = HitRateModel(), HitRateModel()
+    whole.waited(ReuseClass.FRESH, start, end, 64)
     cuts = [start, (start + end) / 2, end]
     for a, b in pairwise(cuts):
-        parts.waited(Habit.FRESH, a, b, 64)
+        parts.waited(ReuseClass.FRESH, a, b, 64)
     seconds = whole.to_json()["habits"]["fresh"]["seconds"]
     assert math.fsum(seconds) == pytest.approx(end - start)
     held = [b for b, s in enumerate(seconds) if s > 1e-9 * (end - start)]
@@ -155,9 +162,9 @@ def test_time_is_neither_lost_nor_made(one: float, other: float) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(HABITS), st.floats(0, 1e8), st.integers(1, 10**6), st.booleans())))
-def test_densities_are_finite_and_above_zero(lives: list[tuple[Habit, float, int, bool]]) -> None:
+def test_densities_are_finite_and_above_zero(lives: list[tuple[ReuseClass, float, int, bool]]) -> None:
     """Whatever happened, and at any age."""
-    returns = Returns()
+    returns = HitRateModel()
     for habit, age, n_tokens, is_hit in lives:
         returns.waited(habit, 0.0, age, n_tokens)
         if is_hit:
@@ -172,12 +179,12 @@ def test_densities_are_finite_and_above_zero(lives: list[tuple[Habit, float, int
 
 def test_what_was_learned_is_kept() -> None:
     """Through JSON, exactly."""
-    returns = Returns()
-    lived(returns, Habit.FRESH, random.Random(1), 1e-3, 100)
-    lived(returns, Habit.TRUNK, random.Random(2), 1e-2, 100, n_tokens=500)
-    kept = Returns.from_json(orjson.loads(orjson.dumps(returns.to_json())))
+    returns = HitRateModel()
+    lived(returns, ReuseClass.FRESH, random.Random(1), 1e-3, 100)
+    lived(returns, ReuseClass.TRUNK, random.Random(2), 1e-2, 100, n_tokens=500)
+    kept = HitRateModel.from_json(orjson.loads(orjson.dumps(returns.to_json())))
     assert kept.to_json() == returns.to_json()
-    assert kept.rate(Habit.TRUNK, 50.0) == pytest.approx(returns.rate(Habit.TRUNK, 50.0), rel=0.2)
+    assert kept.rate(ReuseClass.TRUNK, 50.0) == pytest.approx(returns.rate(ReuseClass.TRUNK, 50.0), rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -194,18 +201,18 @@ def test_what_was_learned_is_kept() -> None:
 )
 def test_a_spoilt_file_teaches_nothing(data: object) -> None:
     """Then it is the priors again."""
-    assert Returns.from_json(data).to_json() == Returns().to_json()
+    assert HitRateModel.from_json(data).to_json() == HitRateModel().to_json()
 
 
 def test_a_habit_that_was_not_known_yet_starts_from_its_prior() -> None:
     """New habits may come: what was learned of the others stays."""
-    returns = Returns()
-    lived(returns, Habit.FRESH, random.Random(1), 1e-3, 100)
+    returns = HitRateModel()
+    lived(returns, ReuseClass.FRESH, random.Random(1), 1e-3, 100)
     data = returns.to_json()
     del data["habits"]["trunk"]
-    kept = Returns.from_json(data).to_json()
+    kept = HitRateModel.from_json(data).to_json()
     assert kept["habits"]["fresh"] == returns.to_json()["habits"]["fresh"]
-    assert kept["habits"]["trunk"] == Returns().to_json()["habits"]["trunk"]
+    assert kept["habits"]["trunk"] == HitRateModel().to_json()["habits"]["trunk"]
 
 
 # -- who goes first ------------------------------------------------------------------------------------------------
@@ -213,10 +220,10 @@ def test_a_habit_that_was_not_known_yet_starts_from_its_prior() -> None:
 
 def test_habits() -> None:
     """A trunk is one whatever happens; what was left behind is, until somebody comes back."""
-    assert standing().habit is Habit.FRESH
-    assert standing(n_hits=1).habit is Habit.RETURNING
-    assert standing(n_hits=1, is_branched=True).habit is Habit.BRANCHED
-    assert standing(kind=Kind.TRUNK, is_branched=True, n_hits=9).habit is Habit.TRUNK
+    assert standing().habit is ReuseClass.FRESH
+    assert standing(n_hits=1).habit is ReuseClass.RETURNING
+    assert standing(n_hits=1, is_branched=True).habit is ReuseClass.BRANCHED
+    assert standing(kind=SnapshotKind.TRUNK, is_branched=True, n_hits=9).habit is ReuseClass.TRUNK
 
 
 def test_of_two_alike_the_older_goes_first() -> None:
@@ -235,7 +242,11 @@ def test_a_trunk_stays_longest() -> None:
     """A conversation that nobody has come back to goes first, then one that somebody has."""
     order = ByValue()
     leaf, back = standing("leaf"), standing("back", n_hits=1)
-    assert first(order, 600.0, standing("trunk", kind=Kind.TRUNK), back, leaf) == ["leaf", "back", "trunk"]
+    assert first(order, 600.0, standing("trunk", kind=SnapshotKind.TRUNK), back, leaf) == [
+        "leaf",
+        "back",
+        "trunk",
+    ]
 
 
 def test_what_saves_less_for_its_bytes_goes_first() -> None:
@@ -269,6 +280,6 @@ def test_an_order_learns_from_what_happens() -> None:
 def test_by_use_is_least_recently_used() -> None:
     """The baseline: nothing else matters, and whatever is new is kept."""
     order = ByUse()
-    old_trunk = standing("trunk", used=1.0, kind=Kind.TRUNK, n_hits=100)
+    old_trunk = standing("trunk", used=1.0, kind=SnapshotKind.TRUNK, n_hits=100)
     assert first(order, 9.0, standing("new", used=2.0, is_branched=True), old_trunk) == ["trunk", "new"]
     assert order.worth(standing(), 9.0, saves_s=0.0) > order.worth(old_trunk, 9.0)

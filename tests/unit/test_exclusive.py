@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from bench.virtual import VirtualLoop
-from llamaslot.cache.namespaces import Space
+from llamaslot.cache.namespaces import Namespace
 from llamaslot.errors import BackendRestarted, SlotNotEmptied
 from llamaslot.fleet.queue import QueueLimits
 from llamaslot.llama.replies import SlotInfo
 from llamaslot.scheduling.fairness import Fairness
-from llamaslot.scheduling.request import Job, Placement, User
+from llamaslot.scheduling.request import Placement, Request, User
 from tests.support.house import House, outcome, tokens_of
 from tests.support.stub import StubServer
 
-ANNA, BERT = Space("key:anna"), Space("key:bert")
+ANNA, BERT = Namespace("key:anna"), Namespace("key:bert")
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def house() -> Iterator[House]:
     house.close()
 
 
-def answering(house: House, job: Job) -> asyncio.Task[Any]:
+def answering(house: House, job: Request) -> asyncio.Task[Any]:
     """A client of ``job`` whose answer has begun."""
     client = house.start(house.ask(job), job.id)
     while not any(op.kind == "answer" for op in house.server.pending):
@@ -41,9 +41,9 @@ def answering(house: House, job: Job) -> asyncio.Task[Any]:
 
 def test_a_turn_does_not_wait_for_an_answer_that_was_left_behind(house: House) -> None:
     """It goes on to its end in a slot of its own; everybody is served meanwhile."""
-    answering(house, Job("leaves", tokens_of(1, 90))).cancel()
+    answering(house, Request("leaves", tokens_of(1, 90))).cancel()
     turn = house.start(
-        house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
+        house.ask_unpinned(Request("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
     )
     house.loop.pass_time(2.0)
     for _ in range(4):
@@ -60,16 +60,16 @@ def test_a_turn_does_not_wait_for_an_answer_that_was_left_behind(house: House) -
 def test_nobody_takes_a_first_step_during_a_turn(house: House) -> None:
     """Not before the server was seen to work on it."""
     turn = house.start(
-        house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
+        house.ask_unpinned(Request("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
     )
     house.loop.settle()
-    later = house.start(house.ask(Job("later", tokens_of(1, 90))), "later")
+    later = house.start(house.ask(Request("later", tokens_of(1, 90))), "later")
     house.loop.settle()
     assert [op.kind for op in house.server.pending] == ["send"]
-    assert house.scheduler.n_waiting == 1
+    assert house.dispatcher.n_waiting == 1
     house.server.serve(house.server.pending[0])
     house.loop.pass_time(1.0)
-    assert house.scheduler.n_waiting == 0, "the gate opens when it has landed, not when it ends"
+    assert house.dispatcher.n_waiting == 0, "the gate opens when it has landed, not when it ends"
     assert not turn.done()
     house.finish()
     assert outcome(turn) is None
@@ -79,10 +79,10 @@ def test_nobody_takes_a_first_step_during_a_turn(house: House) -> None:
 
 def test_a_turn_waits_for_who_is_between_two_steps(house: House) -> None:
     """A slot that is leased but idle is one that a stranger could land in."""
-    stepping = house.start(house.ask(Job("stepping", tokens_of(1, 500))), "stepping")
+    stepping = house.start(house.ask(Request("stepping", tokens_of(1, 500))), "stepping")
     house.loop.settle()
     house.start(
-        house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
+        house.ask_unpinned(Request("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
     )
     house.loop.settle()
     assert [op.kind for op in house.server.pending] == ["send"], "the prefill of the other one, and no more"
@@ -97,16 +97,16 @@ def test_contexts_in_the_way_of_a_turn_are_saved_first(house: House) -> None:
     """Whatever it overwrites is found again."""
     own = [tokens_of(9000 * i, 500) for i in (1, 2)]
     for i in (0, 1):
-        house.start(house.ask(Job(f"first {i}", own[i])), "first")
+        house.start(house.ask(Request(f"first {i}", own[i])), "first")
     house.finish()
     house.start(
-        house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
+        house.ask_unpinned(Request("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
     )
-    house.start(house.ask(Job("two", tokens_of(100, 90), n_children=1)), "two")
+    house.start(house.ask(Request("two", tokens_of(100, 90), n_children=1)), "two")
     house.finish()
     before = house.server.n_computed
     for i in (0, 1):
-        house.start(house.ask(Job(f"next {i}", own[i] + tokens_of(1, 2))), "next")
+        house.start(house.ask(Request(f"next {i}", own[i] + tokens_of(1, 2))), "next")
     house.finish()
     assert house.server.n_computed - before <= 2 * 3
     house.check_nothing_is_left()
@@ -114,8 +114,8 @@ def test_contexts_in_the_way_of_a_turn_are_saved_first(house: House) -> None:
 
 def test_n_waits_for_as_many_idle_slots_as_it_needs(house: House) -> None:
     """llama-server would let it wait inside, and everybody behind it."""
-    first = answering(house, Job("answering", tokens_of(1, 90)))
-    two = house.start(house.ask(Job("two", tokens_of(5000, 90), n_children=1)), "two")
+    first = answering(house, Request("answering", tokens_of(1, 90)))
+    two = house.start(house.ask(Request("two", tokens_of(5000, 90), n_children=1)), "two")
     house.loop.pass_time(3.0)
     assert not any(op.slot == 0 and op.kind == "send" for op in house.server.pending)
     house.finish()
@@ -130,9 +130,9 @@ def test_n_waits_for_as_many_idle_slots_as_it_needs(house: House) -> None:
 def test_who_waits_for_an_owner_s_slot_in_a_turn_is_not_kept_waiting(house: House) -> None:
     """A slot that became a child's will not hold the context again: its owner takes it from the disk."""
     own = tokens_of(9000, 500)
-    house.start(house.ask(Job("first", own)), "first")
+    house.start(house.ask(Request("first", own)), "first")
     house.finish()
-    two = house.start(house.ask(Job("two", tokens_of(100, 90), n_children=1)), "two")
+    two = house.start(house.ask(Request("two", tokens_of(100, 90), n_children=1)), "two")
     for _ in range(20):
         for op in [op for op in house.server.pending if op.kind != "answer"]:
             house.server.serve(op)
@@ -140,8 +140,8 @@ def test_who_waits_for_an_owner_s_slot_in_a_turn_is_not_kept_waiting(house: Hous
     assert not two.done()
     assert house.leases.table is not None
     assert all(slot.leased_by == "two" for slot in house.leases.table.slots)
-    assert house.leases.table.view(Job("owner", own), 0.0, {}).slots[0].n_shared == 0
-    assert len(house.leases.table.library.snapshots) == 1
+    assert house.leases.table.view(Request("owner", own), 0.0, {}).slots[0].n_shared == 0
+    assert len(house.leases.table.model_snapshots.snapshots) == 1
     house.finish()
     house.check_nothing_is_left()
 
@@ -151,15 +151,15 @@ def test_a_prefill_of_another_pool_is_not_waited_for(house: House) -> None:
 
     Asking for that again and again, without letting the loop go on, kept a whole service still.
     """
-    old = [house.start(house.ask(Job(f"old {i}", tokens_of(9000 * i, 500))), "old") for i in (1, 2)]
+    old = [house.start(house.ask(Request(f"old {i}", tokens_of(9000 * i, 500))), "old") for i in (1, 2)]
     house.loop.settle()
     turn = house.start(
-        house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
+        house.ask_unpinned(Request("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
     )
     house.loop.settle()
-    new = house.start(house.ask(Job("new", tokens_of(7000, 500))), "new")
+    new = house.start(house.ask(Request("new", tokens_of(7000, 500))), "new")
     house.loop.settle()
-    house.scheduler.detach("stub")
+    house.dispatcher.detach("stub")
     house.loop.run(house.meet())
     house.loop.pass_time(2.0)
     assert isinstance(outcome(turn), BackendRestarted)
@@ -183,7 +183,7 @@ def test_a_turn_that_was_prepared_on_a_server_that_is_gone_sends_nothing(house: 
 
     house.server.slots = slots  # type: ignore[method-assign]
     turn = house.start(
-        house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
+        house.ask_unpinned(Request("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
     )
     house.loop.settle()
     assert house.server.pending == []
@@ -194,11 +194,11 @@ def test_a_turn_that_was_prepared_on_a_server_that_is_gone_sends_nothing(house: 
 def test_a_turn_finds_nothing_of_another_user_wherever_it_lands(house: House) -> None:
     """What idle slots hold of his is saved, and they are emptied first."""
     own = tokens_of(9000, 500)
-    house.start(house.ask(Job("anna's", own, space=ANNA)), "anna's")
+    house.start(house.ask(Request("anna's", own, space=ANNA)), "anna's")
     house.finish()
     house.server.lands = lambda _: house.slots["anna's"]
     house.start(
-        house.ask_unpinned(Job("bert's", placement=Placement.SERVER_CHOSEN, space=BERT), own), "bert's"
+        house.ask_unpinned(Request("bert's", placement=Placement.SERVER_CHOSEN, space=BERT), own), "bert's"
     )
     house.finish()
     assert house.server.n_computed == 2 * 500
@@ -209,10 +209,12 @@ def test_a_turn_finds_nothing_of_another_user_wherever_it_lands(house: House) ->
 def test_a_turn_of_the_same_user_goes_on_from_what_is_there(house: House) -> None:
     """What is his own is left in its slot."""
     own = tokens_of(9000, 500)
-    house.start(house.ask(Job("anna's", own, space=ANNA)), "anna's")
+    house.start(house.ask(Request("anna's", own, space=ANNA)), "anna's")
     house.finish()
     house.server.lands = lambda _: house.slots["anna's"]
-    house.start(house.ask_unpinned(Job("again", placement=Placement.SERVER_CHOSEN, space=ANNA), own), "again")
+    house.start(
+        house.ask_unpinned(Request("again", placement=Placement.SERVER_CHOSEN, space=ANNA), own), "again"
+    )
     house.finish()
     assert house.server.n_computed == 500 + 1
     house.check_nothing_is_left()
@@ -220,8 +222,8 @@ def test_a_turn_of_the_same_user_goes_on_from_what_is_there(house: House) -> Non
 
 def test_a_turn_waits_for_the_answer_of_another_user(house: House) -> None:
     """It may end at any moment, and then llama-server could choose the slot with what is his in it."""
-    theirs = answering(house, Job("anna's", tokens_of(1, 90), space=ANNA))
-    own = Job("bert's", placement=Placement.SERVER_CHOSEN, space=BERT)
+    theirs = answering(house, Request("anna's", tokens_of(1, 90), space=ANNA))
+    own = Request("bert's", placement=Placement.SERVER_CHOSEN, space=BERT)
     turn = house.start(house.ask_unpinned(own, tokens_of(5000, 70)), "bert's")
     house.loop.pass_time(3.0)
     assert [op.kind for op in house.server.pending] == ["answer"]
@@ -231,13 +233,13 @@ def test_a_turn_waits_for_the_answer_of_another_user(house: House) -> None:
     house.check_nothing_is_left()
 
 
-def steered(house: House, job: Job) -> asyncio.Task[Any]:
+def steered(house: House, job: Request) -> asyncio.Task[Any]:
     """A client of ``job``, whose prompt was computed but for one token, up to where it would be sent."""
 
     async def ask() -> None:
-        with await house.scheduler.lease(job) as lease:
-            here = await house.steps.prepare(lease, lambda _: None)
-            await house.turns.clear_the_way(lease, here)
+        with await house.dispatcher.lease(job) as lease:
+            here = await house.executor.prepare(lease, lambda _: None)
+            await house.exclusive.evict_competitors(lease, here)
 
     return house.start(ask(), job.id)
 
@@ -245,10 +247,10 @@ def steered(house: House, job: Job) -> asyncio.Task[Any]:
 def test_nothing_is_sent_where_another_user_is_in_the_way_and_nothing_can_be_emptied(house: House) -> None:
     """llama-server would go on from what is his."""
     assert house.leases.table is not None
-    house.start(house.ask(Job("anna's", tokens_of(9000, 500), space=ANNA)), "anna's")
+    house.start(house.ask(Request("anna's", tokens_of(9000, 500), space=ANNA)), "anna's")
     house.finish()
     house.leases.table.can_save = house.leases.table.can_erase = False
-    client = steered(house, Job("bert's", tokens_of(9000, 499), space=BERT, placement=Placement.STEERED))
+    client = steered(house, Request("bert's", tokens_of(9000, 499), space=BERT, placement=Placement.STEERED))
     house.finish()
     assert isinstance(outcome(client), SlotNotEmptied)
     house.check_nothing_is_left()
@@ -256,13 +258,13 @@ def test_nothing_is_sent_where_another_user_is_in_the_way_and_nothing_can_be_emp
 
 @pytest.mark.parametrize(("user", "is_left"), [(BERT, False), (ANNA, True)], ids=["another's", "his own"])
 def test_an_answer_that_another_user_has_guessed_is_not_found(
-    house: House, user: Space, is_left: bool
+    house: House, user: Namespace, is_left: bool
 ) -> None:
     """Nobody knows the tokens of what a slot was answered: they may be those of the prompt that goes on with them."""
     prompt, answer = tokens_of(9000, 500), tokens_of(20_000, 60)
-    house.start(house.ask(Job("anna's", prompt, space=ANNA), answer), "anna's")
+    house.start(house.ask(Request("anna's", prompt, space=ANNA), answer), "anna's")
     house.finish()
-    steered(house, Job("guess", prompt + answer[:-4], space=user, placement=Placement.STEERED))
+    steered(house, Request("guess", prompt + answer[:-4], space=user, placement=Placement.STEERED))
     house.finish()
     held = house.server.slots_[house.slots["anna's"]].tokens
     assert (held[: len(prompt)] == prompt) == is_left
@@ -272,9 +274,9 @@ def test_an_answer_that_another_user_has_guessed_is_not_found(
 def test_the_answer_that_another_user_gets_is_not_found_either(house: House) -> None:
     """Before who guesses it is sent it is through, and saved."""
     prompt = tokens_of(9000, 500)
-    theirs = answering(house, Job("anna's", prompt, space=ANNA))
+    theirs = answering(house, Request("anna's", prompt, space=ANNA))
     guess = steered(
-        house, Job("bert's", prompt + tokens_of(20_000, 30), space=BERT, placement=Placement.STEERED)
+        house, Request("bert's", prompt + tokens_of(20_000, 30), space=BERT, placement=Placement.STEERED)
     )
     for _ in range(100):
         house.loop.settle()
@@ -292,11 +294,11 @@ def test_the_answer_that_another_user_gets_is_not_found_either(house: House) -> 
 def talking(house: House, name: str, seconds: float) -> asyncio.Task[Any]:
     """A client of the user of that name, whose answer begins at once and takes so long."""
     user = User(f"key:{name}")
-    job = Job(name, tokens_of(10_000 * (len(house.slots) + 1), 60), user=user, space=Space(user.id))
+    job = Request(name, tokens_of(10_000 * (len(house.slots) + 1), 60), user=user, space=Namespace(user.id))
     house.slots[name] = -1
 
     async def ask() -> None:
-        with await house.scheduler.lease(job) as lease:
+        with await house.dispatcher.lease(job) as lease:
             house.slots[name] = lease.slot_id
             lease.begin_request()
             lease.mark_processing()
@@ -310,7 +312,7 @@ def talking(house: House, name: str, seconds: float) -> asyncio.Task[Any]:
 def isolated() -> Iterator[House]:
     """Three slots, for which requests wait as long as it takes. Nothing that is asked of the server takes time."""
     server = StubServer(3, pace=lambda _: 0.0)
-    house = House(VirtualLoop(), server, limits=QueueLimits(fairness=Fairness(spare_s=0.0)))
+    house = House(VirtualLoop(), server, limits=QueueLimits(fairness=Fairness(return_grace_s=0.0)))
     yield house
     house.close()
 
@@ -321,7 +323,9 @@ def test_others_go_on_while_a_turn_waits_for_the_answer_of_another_user(isolated
     anna = talking(house, "anna", 600.0)
     house.loop.settle()
     turn = house.start(
-        house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN, space=BERT), tokens_of(5000, 70)),
+        house.ask_unpinned(
+            Request("turn", placement=Placement.SERVER_CHOSEN, space=BERT), tokens_of(5000, 70)
+        ),
         "turn",
     )
     waited_s: list[float] = []
@@ -346,7 +350,9 @@ def test_a_turn_comes_though_there_is_always_somebody_else_at_work(isolated: Hou
     talking(house, "anna 0", 8.0)
     house.loop.settle()
     turn = house.start(
-        house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN, space=BERT), tokens_of(5000, 70)),
+        house.ask_unpinned(
+            Request("turn", placement=Placement.SERVER_CHOSEN, space=BERT), tokens_of(5000, 70)
+        ),
         "turn",
     )
     for n in range(1, 20):
@@ -363,18 +369,18 @@ def test_nobody_is_charged_for_waiting_for_a_turn(isolated: House) -> None:
     house, bert = isolated, User("key:bert")
     talking(house, "anna", 50.0)
     house.loop.settle()
-    job = Job("turn", placement=Placement.SERVER_CHOSEN, user=bert, space=BERT)
+    job = Request("turn", placement=Placement.SERVER_CHOSEN, user=bert, space=BERT)
     turn = house.start(house.ask_unpinned(job, tokens_of(5000, 70)), "turn")
     house.loop.settle()
     had_s: list[float] = []
-    took = house.scheduler.queue._shares.took
+    took = house.dispatcher.queue._shares.took
 
     def noted(booked: Any, seconds: float) -> None:
         if booked.user == bert.id:
             had_s.append(seconds)
         took(booked, seconds)
 
-    house.scheduler.queue._shares.took = noted  # type: ignore[method-assign]
+    house.dispatcher.queue._shares.took = noted  # type: ignore[method-assign]
     house.loop.pass_time(60.0)
     assert outcome(turn) is None
     assert had_s

@@ -15,9 +15,9 @@ from llamaslot.scheduling.fairness import Ask, Pauses, Shares, may_take_another,
 LONG = 1e9
 
 
-def users(asks: list[Ask], shares: Shares | None = None, max_passed_s: float = LONG) -> list[str]:
+def users(asks: list[Ask], shares: Shares | None = None, max_overtake_s: float = LONG) -> list[str]:
     """Whose requests are next, in their order."""
-    order = (shares or Shares()).order(asks, max_passed_s)
+    order = (shares or Shares()).order(asks, max_overtake_s)
     assert sorted(order) == list(range(len(asks)))
     return [asks[i].user for i in order]
 
@@ -31,10 +31,10 @@ def serve(shares: Shares, asks: list[Ask]) -> Ask:
 
 def test_side_requests_of_one_user_pass_others_for_its_part_only() -> None:
     """Of three users: a third of what somebody may be passed for. Those of another one still do."""
-    passed = Ask("new", 10.0, passed_s=4.0, passed_by={"greedy": 4.0})
+    passed = Ask("new", 10.0, overtaken_s=4.0, passed_by={"greedy": 4.0})
     greedy, other = [Ask("greedy", 0.5, is_side=True)] * 3, [Ask("other", 0.5, is_side=True)]
-    assert users([passed, *greedy, *other], max_passed_s=15.0).index("new") == 4
-    assert users([passed, *greedy, *other], max_passed_s=10.0)[:2] == ["other", "new"]
+    assert users([passed, *greedy, *other], max_overtake_s=15.0).index("new") == 4
+    assert users([passed, *greedy, *other], max_overtake_s=10.0)[:2] == ["other", "new"]
 
 
 def test_of_one_user_whoever_comes_first_is_served_first() -> None:
@@ -138,8 +138,8 @@ def test_side_requests_go_first() -> None:
 def test_nobody_is_passed_by_side_requests_for_ever() -> None:
     """Who was passed for long enough stands, and so do those before."""
     asks = [
-        Ask("a", 30.0, passed_s=2.0),
-        Ask("b", 30.0, passed_s=10.0),
+        Ask("a", 30.0, overtaken_s=2.0),
+        Ask("b", 30.0, overtaken_s=10.0),
         Ask("c", 30.0),
         Ask("d", 1.0, is_side=True),
     ]

@@ -10,8 +10,8 @@ import pytest
 
 from bench.virtual import VirtualLoop
 from llamaslot.cache.ids import count
-from llamaslot.cache.reuse import Memory
-from llamaslot.scheduling.request import Job
+from llamaslot.cache.reuse import CacheKind
+from llamaslot.scheduling.request import Request
 from tests.support.house import House, tokens_of
 from tests.support.stub import StubServer
 
@@ -30,7 +30,7 @@ def house() -> Iterator[House]:
 
 
 def ask(house: House, tokens: bytes, name: str = "job") -> int:
-    client = house.start(house.ask(Job(name, tokens)), name)
+    client = house.start(house.ask(Request(name, tokens)), name)
     house.finish()
     reused: int = client.result()
     return reused
@@ -104,9 +104,9 @@ def test_what_the_prompts_do_not_share_is_no_failure(house: House) -> None:
     assert snapshot in house.catalog.snapshots
 
 
-@pytest.mark.parametrize(("memory", "is_of_use"), [(Memory.RECURRENT, True), (Memory.SWA, False)])
+@pytest.mark.parametrize(("memory", "is_of_use"), [(CacheKind.RECURRENT, True), (CacheKind.SWA, False)])
 def test_files_without_checkpoints_show_at_the_second_restore(
-    house: House, caplog: pytest.LogCaptureFixture, memory: Memory, is_of_use: bool
+    house: House, caplog: pytest.LogCaptureFixture, memory: CacheKind, is_of_use: bool
 ) -> None:
     """Where it could not be tried when the server was met: no fault of the snapshot. With a sliding window nothing is
     saved or restored from then on."""
@@ -119,14 +119,14 @@ def test_files_without_checkpoints_show_at_the_second_restore(
     assert kept.checkpoints
     spoil(house, snapshot)
     assert ask(house, ended(90_000)) == 0
-    assert pool.recall.keeps_checkpoints is None
+    assert pool.rewind_model.keeps_checkpoints is None
     displace(house)
     assert ask(house, ended(80_000)) == 0
-    assert pool.recall.keeps_checkpoints is False
+    assert pool.rewind_model.keeps_checkpoints is False
     assert snapshot in house.catalog.snapshots
     assert pool.can_save is is_of_use
-    assert pool.recall.is_rewound is is_of_use
-    assert pool.recall.in_file(kept.checkpoints) == ()
+    assert pool.rewind_model.is_rewound is is_of_use
+    assert pool.rewind_model.in_file(kept.checkpoints) == ()
     assert any("no checkpoints" in record.getMessage() for record in caplog.records)
 
 
@@ -135,6 +135,6 @@ def test_files_with_checkpoints_show_at_the_first_restore(house: House) -> None:
     pool = house.leases.table
     assert pool is not None
     on_disk_only(house)
-    pool.memory = Memory.RECURRENT
+    pool.memory = CacheKind.RECURRENT
     assert ask(house, ended(90_000)) > 0
-    assert pool.recall.keeps_checkpoints is True
+    assert pool.rewind_model.keeps_checkpoints is True

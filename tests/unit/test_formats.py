@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.errors import OpaquePrompt
+from llamaslot.errors import PromptNotTokenizable
 from llamaslot.formats.base import Format, PromptKind
 from llamaslot.formats.error_events import ErrorEvents
 from llamaslot.formats.registry import FORMATS
@@ -33,7 +33,7 @@ class Questions(Format):
 
     def chat_body(self, body: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(body.get("question"), str):
-            raise OpaquePrompt("a question that is no text")
+            raise PromptNotTokenizable("a question that is no text")
         return chat_of(body)
 
     def errors(self, id_: str) -> ErrorEvents:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llamaslot.cache.reuse import Memory
+from llamaslot.cache.reuse import CacheKind
 from llamaslot.llama.gguf import Architecture, architecture
 from tests.support import models
 
@@ -49,13 +49,13 @@ async def read(tmp_path: Path, data: bytes) -> Architecture | None:
 @pytest.mark.parametrize(
     ("make", "memory", "window"),
     [
-        (models.dense, Memory.DENSE, 0),
-        (models.swa, Memory.SWA, models.SLIDING_WINDOW),
-        (models.recurrent, Memory.RECURRENT, 0),
+        (models.dense, CacheKind.DENSE, 0),
+        (models.swa, CacheKind.SWA, models.SLIDING_WINDOW),
+        (models.recurrent, CacheKind.RECURRENT, 0),
     ],
 )
 async def test_generated_models_are_recognized(
-    tmp_path: Path, make: object, memory: Memory, window: int
+    tmp_path: Path, make: object, memory: CacheKind, window: int
 ) -> None:
     """Written by the gguf package, as everybody's are."""
     assert callable(make)
@@ -67,16 +67,16 @@ async def test_generated_models_are_recognized(
 @pytest.mark.parametrize(
     ("key", "memory", "window"),
     [
-        ("llama.attention.sliding_window", Memory.SWA, 512),
-        ("mamba.ssm.state_size", Memory.RECURRENT, 0),
-        ("rwkv6.wkv.head_size", Memory.RECURRENT, 0),
-        ("lfm2.shortconv.l_cache", Memory.RECURRENT, 0),
-        ("llama.context_length", Memory.DENSE, 0),
+        ("llama.attention.sliding_window", CacheKind.SWA, 512),
+        ("mamba.ssm.state_size", CacheKind.RECURRENT, 0),
+        ("rwkv6.wkv.head_size", CacheKind.RECURRENT, 0),
+        ("lfm2.shortconv.l_cache", CacheKind.RECURRENT, 0),
+        ("llama.context_length", CacheKind.DENSE, 0),
     ],
 )
 @pytest.mark.parametrize("version", [2, 3])
 async def test_keys_tell_how_it_remembers(
-    tmp_path: Path, key: str, memory: Memory, window: int, version: int
+    tmp_path: Path, key: str, memory: CacheKind, window: int, version: int
 ) -> None:
     """Wherever they stand among others, arrays included."""
     data = header(TOKENS, NAME, SCORES, NESTED, u32(key, 512), version=version)
@@ -86,7 +86,7 @@ async def test_keys_tell_how_it_remembers(
 async def test_a_window_of_zero_is_none(tmp_path: Path) -> None:
     """Some converters write it all the same."""
     found = await read(tmp_path, header(NAME, u32("llama.attention.sliding_window", 0)))
-    assert found == Architecture("llama", Memory.DENSE)
+    assert found == Architecture("llama", CacheKind.DENSE)
 
 
 @pytest.mark.parametrize(

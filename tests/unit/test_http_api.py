@@ -8,11 +8,11 @@ import re
 from llamaslot import errors
 from llamaslot.formats.comments import Comment
 from llamaslot.http.openapi import PATHS
-from llamaslot.llama.routes import ROUTES, Kind
+from llamaslot.llama.routes import ROUTES, RouteKind
 from tests.unit.test_docs import GAP, SOURCE, in_code, page, rows, section
 
 PAGE = page("docs/http-api.md")
-WHAT: dict[Kind, str] = {
+WHAT: dict[RouteKind, str] = {
     "completion": "completion", "exclusive": "exclusive", "passthrough": "passed through", "own": "own",
     "forbidden": "refused", "gated": "refused",
 }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llamaslot.cache.ids import pack, unpack
-from llamaslot.errors import OpaquePrompt, Reason
+from llamaslot.errors import PromptNotTokenizable, Reason
 from llamaslot.formats.infill import Infill, learn
 
 MARKS = {"<P>": 1, "<S>": 2, "<M>": 3}
@@ -97,6 +97,6 @@ async def test_chunks_that_several_ask_for_at_once_are_counted_once(monkeypatch:
 )
 async def test_an_order_that_is_not_known_is_said_to_be_so(order: str) -> None:
     """Whatever else is right about it: such bodies are served without their tokens."""
-    with pytest.raises(OpaquePrompt) as caught:
+    with pytest.raises(PromptNotTokenizable) as caught:
         await learn(Server(order), 0, N_CTX)
     assert caught.value.reason is Reason.INFILL

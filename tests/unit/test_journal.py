@@ -10,7 +10,7 @@ import pytest
 
 from bench.virtual import VirtualLoop
 from llamaslot.observe.journal import KEPT, Act, Decision, Journal, Option, Waited, explain
-from llamaslot.scheduling.request import Job, User
+from llamaslot.scheduling.request import Request, User
 from llamaslot.scheduling.slots import SlotKey
 from tests.support.house import House, tokens_of
 from tests.support.stub import Op, StubServer
@@ -35,7 +35,7 @@ def house() -> Iterator[House]:
 
 def decisions(house: House) -> list[Decision]:
     """The oldest first."""
-    return list(house.scheduler.journal.latest())[::-1]
+    return list(house.dispatcher.journal.latest())[::-1]
 
 
 # -- one line ------------------------------------------------------------------------------------------------------
@@ -82,9 +82,9 @@ def test_only_the_last_decisions_are_kept() -> None:
 
 def test_what_was_expected_and_what_was_reused_are_noted(house: House) -> None:
     """With the place that was chosen, and the one that was not."""
-    house.start(house.ask(Job("first", tokens_of(0, 600))), "first")
+    house.start(house.ask(Request("first", tokens_of(0, 600))), "first")
     house.finish()
-    house.start(house.ask(Job("second", tokens_of(0, 700), user=User("key:anna"))), "second")
+    house.start(house.ask(Request("second", tokens_of(0, 700), user=User("key:anna"))), "second")
     house.finish()
     first, second = decisions(house)
     assert (first.user, second.user) == ("", "key:anna")
@@ -100,7 +100,7 @@ def test_what_was_expected_and_what_was_reused_are_noted(house: House) -> None:
 def test_a_wait_is_noted_with_its_reason_and_its_length(house: House) -> None:
     """Two askers of one context: the second waits for the slot of the first, and its wait is one entry."""
     for name in ("first", "second"):
-        house.start(house.ask(Job(name, tokens_of(0, 600))), name)
+        house.start(house.ask(Request(name, tokens_of(0, 600))), name)
         house.loop.pass_time(1.0)
     house.finish()
     second = decisions(house)[1]
@@ -115,9 +115,9 @@ def test_a_wait_is_noted_with_its_reason_and_its_length(house: House) -> None:
 
 def test_a_wait_that_was_given_up_has_an_end(house: House) -> None:
     """Its client has gone: nobody waits any more."""
-    house.start(house.ask(Job("first", tokens_of(0, 600))), "first")
+    house.start(house.ask(Request("first", tokens_of(0, 600))), "first")
     house.loop.pass_time(1.0)
-    gone = house.start(house.ask(Job("gone", tokens_of(0, 600))), "gone")
+    gone = house.start(house.ask(Request("gone", tokens_of(0, 600))), "gone")
     house.loop.settle()
     gone.cancel()
     house.finish()
@@ -128,10 +128,10 @@ def test_a_wait_that_was_given_up_has_an_end(house: House) -> None:
 
 def test_saves_and_restores_are_noted(house: House) -> None:
     """A save of our own is an entry, one for a request stands in the request's."""
-    house.start(house.ask(Job("mine", tokens_of(0, 600))), "mine")
+    house.start(house.ask(Request("mine", tokens_of(0, 600))), "mine")
     house.finish()
     house.loop.run_until_complete(house.keep_one_on_disk())
-    house.start(house.ask(Job("again", tokens_of(0, 700))), "again")
+    house.start(house.ask(Request("again", tokens_of(0, 700))), "again")
     house.finish()
     acts = {decision.id: decision.acts for decision in decisions(house)}
     (saved,), again = acts["writeback-1"], acts["again"]
@@ -143,7 +143,7 @@ def test_saves_and_restores_are_noted(house: House) -> None:
 def test_a_save_that_failed_is_noted_as_such(house: House) -> None:
     """It took place, and brought nothing."""
     house.catalog.room = 0
-    house.start(house.ask(Job("mine", tokens_of(0, 600))), "mine")
+    house.start(house.ask(Request("mine", tokens_of(0, 600))), "mine")
     house.finish()
     house.loop.run_until_complete(house.writeback.save_all())
     (act,) = decisions(house)[-1].acts
@@ -153,14 +153,14 @@ def test_a_save_that_failed_is_noted_as_such(house: House) -> None:
 def test_each_decision_is_one_line_at_debug(house: House, caplog: pytest.LogCaptureFixture) -> None:
     """The line that explains it."""
     caplog.set_level(logging.DEBUG, "llamaslot.observe.journal")
-    house.start(house.ask(Job("first", tokens_of(0, 600))), "first")
+    house.start(house.ask(Request("first", tokens_of(0, 600))), "first")
     house.finish()
     assert [record.getMessage() for record in caplog.records] == [explain(decisions(house)[0])]
 
 
 def test_what_is_noted_is_json(house: House) -> None:
     """All that is served, with its explanation."""
-    house.start(house.ask(Job("first", tokens_of(0, 600))), "first")
+    house.start(house.ask(Request("first", tokens_of(0, 600))), "first")
     house.finish()
     (decision,) = decisions(house)
     told = json.loads(json.dumps(decision.to_json()))

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llamaslot.cache import layered_index
-from llamaslot.cache.disk_index import Frozen, freeze, is_freezable
+from llamaslot.cache.disk_index import DiskIndex, freeze, is_freezable
 from llamaslot.cache.ids import common, count, pack
-from llamaslot.cache.layered_index import SnapshotIndex, Sowing
+from llamaslot.cache.layered_index import LayeredIndex, Sowing
 from llamaslot.cache.prefix_index import PrefixIndex, Shared
 
 IDS = st.one_of(
@@ -21,11 +21,11 @@ IDS = st.one_of(
 HOLDERS = st.integers(0, 15).map("ls-{}".format)
 
 
-def grow(base: Frozen | None, sowing: Sowing) -> Frozen:
+def grow(base: DiskIndex | None, sowing: Sowing) -> DiskIndex:
     """What the process that makes a generation does, without its files."""
     index: PrefixIndex[str] = PrefixIndex()
     if base is not None:
-        fresh = Frozen(base.trie, base.columns, base.names)  # as it is on disk: nothing is dropped there
+        fresh = DiskIndex(base.trie, base.columns, base.names)  # as it is on disk: nothing is dropped there
         for holder in sowing.gone:
             fresh.drop(holder)
         for holder, tokens in fresh.sequences():
@@ -41,9 +41,9 @@ class AgainstOneByOne(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.index, self.plain = SnapshotIndex(), SnapshotIndex()
+        self.index, self.plain = LayeredIndex(), LayeredIndex()
         self.oracle: dict[str, bytes] = {}
-        self.made: Frozen | None = None
+        self.made: DiskIndex | None = None
         self.is_sealed = False
 
     @rule(holder=HOLDERS, ids=IDS)
@@ -110,8 +110,8 @@ TestAgainstOneByOne = AgainstOneByOne.TestCase
 TestAgainstOneByOne.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
-def filled(n: int, first: int = 0) -> SnapshotIndex:
-    index = SnapshotIndex()
+def filled(n: int, first: int = 0) -> LayeredIndex:
+    index = LayeredIndex()
     for i in range(first, first + n):
         index.insert(f"ls-{i}", pack([1, i]))
     return index
@@ -150,7 +150,7 @@ def test_a_generation_is_due_when_a_fifth_has_gone(monkeypatch: pytest.MonkeyPat
 def test_what_no_generation_takes_makes_none_due(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences with media stay in the overlay, and no second generation is made because of them."""
     monkeypatch.setattr(layered_index, "NEW_MIN", 3)
-    index = SnapshotIndex()
+    index = LayeredIndex()
     for i in range(5):
         index.insert(f"ls-{i}", pack([i, -1]))
     assert index.is_due

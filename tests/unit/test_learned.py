@@ -6,23 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.fleet.pool import Directory, Pool, PoolSettings
+from llamaslot.fleet.pool import Directory, PoolSettings, SlotTable
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.metrics import Metrics
-from llamaslot.scheduling.eviction import Habit, Returns
+from llamaslot.scheduling.eviction import HitRateModel, ReuseClass
 from llamaslot.store.snapshot_store import SnapshotStore
 
 
-def make(meta_dir: Path) -> Pool:
+def make(meta_dir: Path) -> SlotTable:
     """Of one backend, which is not up."""
     directory = Directory(meta_dir / "kv", quota_bytes=1 << 30)
     directory.path.mkdir(exist_ok=True)
-    pool = Pool(PoolSettings("gpu0", meta_dir, 2.0, directory=directory), Metrics())
+    pool = SlotTable(PoolSettings("gpu0", meta_dir, 2.0, directory=directory), Metrics())
     pool.add("gpu0", LlamaServer("http://127.0.0.1:9"))
     return pool
 
 
-def store_of(pool: Pool) -> SnapshotStore:
+def store_of(pool: SlotTable) -> SnapshotStore:
     assert pool.store is not None
     return pool.store
 
@@ -31,7 +31,7 @@ async def test_how_likely_contexts_come_back_is_kept(tmp_path: Path) -> None:
     """Beside the rates, from one run to the next; both are what the next one goes on with."""
     first = make(tmp_path)
     await first.open()
-    store_of(first).returns.hit(Habit.TRUNK, 100.0, 5_000)
+    store_of(first).returns.hit(ReuseClass.TRUNK, 100.0, 5_000)
     first.backends["gpu0"].rates.prefill.observe(0, 1_000, 4.0)
     learned = store_of(first).returns.to_json()
     await first.close(0)
@@ -49,5 +49,5 @@ async def test_a_spoilt_file_is_no_reason_not_to_start(tmp_path: Path) -> None:
     (tmp_path / "gpu0.rates.json").write_text("[1, 2]")
     pool = make(tmp_path)
     await pool.open()
-    assert store_of(pool).returns.to_json() == Returns().to_json()
+    assert store_of(pool).returns.to_json() == HitRateModel().to_json()
     await pool.close(0)

@@ -12,15 +12,15 @@ import pytest
 
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import ENDED, NEXT, STOPPED, Event, Preempted, State
-from llamaslot.backend.slot_table import Pool
+from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import pack
 from llamaslot.errors import BackendRestarted
-from llamaslot.observe.journal import Journal, Note
+from llamaslot.observe.journal import DecisionRecorder, Journal
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import Cost, Plan, PrefillTo, Source
-from llamaslot.scheduling.request import Job, Placement
+from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.slots import IllegalTransition
 from llamaslot.scheduling.slots import State as SlotState
 from tests.support.inprocess import spawn
@@ -85,11 +85,11 @@ class Desk:
     """One slot that is leased, with what its lease needs."""
 
     def __init__(self, *, prefill_s: float = 0.0, has_slot: bool = True) -> None:
-        self.pool = Pool("stub", 1, 10_000, rules=Rules(own_above_s=0.2), rates=Rates())
+        self.pool = SlotTable("stub", 1, 10_000, rules=Rules(chunk_threshold_s=0.2), rates=Rates())
         self.owner, self.now = Owner(), 0.0
         steps = (PrefillTo(0, 999),) if prefill_s else ()
         plan = Plan(0, steps, Source.COLD, 0, Cost(prefill_s=prefill_s)) if has_slot else None
-        job = Job("a", TOKENS, placement=Placement.PINNED if has_slot else Placement.SERVER_CHOSEN)
+        job = Request("a", TOKENS, placement=Placement.PINNED if has_slot else Placement.SERVER_CHOSEN)
         self.lease = Lease(
             self.owner,
             self.pool,
@@ -97,7 +97,7 @@ class Desk:
             job,
             plan,
             now=lambda: self.now,
-            note=Note(Journal(), job, lambda: self.now),
+            recorder=DecisionRecorder(Journal(), job, lambda: self.now),
         )
 
     @property
@@ -294,7 +294,7 @@ def test_a_slot_that_llama_server_may_have_chosen_drains() -> None:
 def test_who_needs_little_comes_first_until_its_first_token(state: State) -> None:
     """And not while it waits until all others are at work."""
     is_first = state not in (State.WAITING_EXCLUSIVE, State.DECODING, State.SETTLED, *ENDED)
-    assert in_state(state).lease.comes_first is is_first
+    assert in_state(state).lease.is_latency_sensitive is is_first
 
 
 @pytest.mark.parametrize("state", [State.ACTING, State.SENT])
@@ -302,18 +302,18 @@ def test_what_does_not_begin_for_long_comes_first_no_more(state: State) -> None:
     """It is not that little."""
     desk = in_state(state)
     desk.now = 1.9
-    assert desk.lease.comes_first
+    assert desk.lease.is_latency_sensitive
     desk.now = 2.1
-    assert not desk.lease.comes_first
+    assert not desk.lease.is_latency_sensitive
 
 
 def test_a_long_prefill_is_in_line_until_its_first_turn() -> None:
     """Then others are looked at again, once; its slot actions come first, the prefill does not."""
     desk = Desk(prefill_s=5.0)
     lease = desk.lease
-    assert (lease.is_long, lease.is_in_line, lease.comes_first) == (True, True, False)
+    assert (lease.is_long, lease.is_in_line, lease.is_latency_sensitive) == (True, True, False)
     lease.begin_action()
-    assert lease.comes_first
+    assert lease.is_latency_sensitive
     lease.end_action()
     lease.plan_prefill(is_long=True)
     assert desk.owner.told == ["change"]
@@ -406,10 +406,10 @@ def test_writing_is_noticed() -> None:
     """In each of its forms."""
     tree = ast.parse(
         "def f(it: Lease | None, x):\n it.plan = 1\n x.lease.n_done += 1\n self._lease.state, y = 1, 2\n"
-        " del x.other.note\n x.note = it.plan\n x.lease.unknown = 1"
+        " del x.other.recorder\n x.recorder = it.plan\n x.lease.unknown = 1"
     )
     found = sorted(text.split(",")[0] for text in written(tree))
-    assert found == ["_lease.state", "it.plan", "lease.n_done", "other.note"]
+    assert found == ["_lease.state", "it.plan", "lease.n_done", "other.recorder"]
 
 
 @pytest.mark.parametrize(

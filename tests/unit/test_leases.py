@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import pytest
 
 from bench.virtual import VirtualLoop
-from llamaslot.cache.namespaces import Space
-from llamaslot.cache.reuse import Memory
+from llamaslot.cache.namespaces import Namespace
+from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import (
     BackendRestarted,
     SlotActionFailed,
 )
 from llamaslot.fleet.queue import QueueLimits
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import State
 from tests.support.house import House, outcome, outcome_of, tokens_of
 from tests.support.stub import StubServer
@@ -33,7 +33,7 @@ def test_a_lease_of_the_old_process_sends_nothing_to_the_new_one(house: House) -
     """Its slot number is somebody else's now."""
 
     async def slow(told: asyncio.Event) -> None:
-        with await house.scheduler.lease(Job("a", tokens_of(1, 90))) as lease:
+        with await house.dispatcher.lease(Request("a", tokens_of(1, 90))) as lease:
             await told.wait()
             lease.begin_request()
 
@@ -51,9 +51,9 @@ def test_a_lease_of_the_old_process_sends_nothing_to_the_new_one(house: House) -
 
 def test_a_lease_is_released_once(house: House) -> None:
     """However often that is said; the next holder keeps the slot."""
-    first = house.loop.run(house.scheduler.lease(Job("a", tokens_of(1, 90))))
+    first = house.loop.run(house.dispatcher.lease(Request("a", tokens_of(1, 90))))
     first.release()
-    others = [house.loop.run(house.scheduler.lease(Job(f"{i}", tokens_of(500 * i, 90)))) for i in (1, 2)]
+    others = [house.loop.run(house.dispatcher.lease(Request(f"{i}", tokens_of(500 * i, 90)))) for i in (1, 2)]
     assert first.slot in [other.slot for other in others]
     first.release()
     house.check()
@@ -66,7 +66,7 @@ def test_a_lease_is_released_once(house: House) -> None:
 
 def test_a_save_goes_on_when_its_client_has_left(house: House) -> None:
     """The slot comes back after it, and its content is on disk."""
-    house.start(house.ask(Job("a", tokens_of(1, 500))), "a")
+    house.start(house.ask(Request("a", tokens_of(1, 500))), "a")
     house.finish()
     client = house.start(house.writeback.save_all(), "writeback")
     house.loop.settle()
@@ -81,7 +81,7 @@ def test_a_save_goes_on_when_its_client_has_left(house: House) -> None:
 
 def test_a_save_that_outlives_its_server_is_the_next_one_s(house: House) -> None:
     """The file is whole: the commit that ends after the restart offers it to the new process."""
-    house.start(house.ask(Job("a", tokens_of(1, 500))), "a")
+    house.start(house.ask(Request("a", tokens_of(1, 500))), "a")
     house.finish()
     house.start(house.writeback.save_all(), "writeback")
     for _ in range(2):  # reserved, saved
@@ -94,14 +94,14 @@ def test_a_save_that_outlives_its_server_is_the_next_one_s(house: House) -> None
     house.loop.run(house.meet())
     house.finish()
     assert house.leases.table is not None
-    assert len(house.leases.table.library.snapshots) == 1
+    assert len(house.leases.table.model_snapshots.snapshots) == 1
     house.check_nothing_is_left()
 
 
 def test_one_failed_save_does_not_keep_the_others_from_being_saved(house: House) -> None:
     """At a clean stop."""
     for i in (1, 2):
-        house.start(house.ask(Job(f"{i}", tokens_of(9000 * i, 500))), f"{i}")
+        house.start(house.ask(Request(f"{i}", tokens_of(9000 * i, 500))), f"{i}")
     house.finish()
     stop = house.start(house.writeback.save_all(), "stop")
     house.loop.settle()
@@ -118,7 +118,7 @@ def test_a_failed_restore_is_no_news_of_the_model(house: House) -> None:
     """The request computes what was not restored, and nobody concludes that the model cannot go back."""
     house.loop.run(_auto(house))
     own = house.saved_tokens
-    client = house.start(house.ask(Job("owner", own + tokens_of(1, 5))), "owner")
+    client = house.start(house.ask(Request("owner", own + tokens_of(1, 5))), "owner")
     while not any(op.kind == "restore" for op in house.server.pending):
         house.loop.settle()
         house.server.serve(house.server.pending[0])
@@ -127,8 +127,8 @@ def test_a_failed_restore_is_no_news_of_the_model(house: House) -> None:
     house.finish()
     assert outcome_of(client) == 0
     assert house.leases.table is not None
-    assert house.leases.table.memory is Memory.DENSE
-    assert house.metrics.beliefs_wrong._value.get() == 0
+    assert house.leases.table.memory is CacheKind.DENSE
+    assert house.metrics.reuse_mispredictions._value.get() == 0
     house.check_nothing_is_left()
 
 
@@ -136,18 +136,18 @@ async def _auto(house: House) -> None:
     """Two hot contexts, one of them on disk only; what was asked is served at once."""
     house.server.pace = lambda op: 0.01
     for i in (1, 2):
-        await house.ask(Job(f"first {i}", tokens_of(20_000 * i, 600)))
+        await house.ask(Request(f"first {i}", tokens_of(20_000 * i, 600)))
     await house.keep_one_on_disk()
     house.server.pace = lambda op: None
 
 
 def test_what_was_computed_with_lora_scales_is_gone_on_from_with_the_same_ones_only(house: House) -> None:
     """It is erased before another use, also after a client that left in the middle."""
-    scaled = Space(lora='[{"id":0,"scale":0.5}]')
+    scaled = Namespace(lora='[{"id":0,"scale":0.5}]')
     tokens = tokens_of(1, 90)
-    house.start(house.ask(Job("whole", tokens, space=scaled)), "whole")
+    house.start(house.ask(Request("whole", tokens, space=scaled)), "whole")
     house.finish()
-    leaves = house.start(house.ask(Job("leaves", tokens, space=scaled)), "leaves")
+    leaves = house.start(house.ask(Request("leaves", tokens, space=scaled)), "leaves")
     for _ in range(3):
         house.loop.settle()
         for op in list(house.server.pending):
@@ -157,10 +157,10 @@ def test_what_was_computed_with_lora_scales_is_gone_on_from_with_the_same_ones_o
     house.finish()
     pool = house.leases.table
     assert pool is not None
-    own = house.start(house.ask(Job("own", tokens, space=scaled)), "own")
+    own = house.start(house.ask(Request("own", tokens, space=scaled)), "own")
     house.finish()
     assert outcome_of(own) == 89
-    client = house.start(house.ask(Job("next", tokens)), "next")
+    client = house.start(house.ask(Request("next", tokens)), "next")
     house.finish()
     assert outcome_of(client) == 0
     house.check_nothing_is_left()
@@ -168,12 +168,12 @@ def test_what_was_computed_with_lora_scales_is_gone_on_from_with_the_same_ones_o
 
 def test_a_suspect_slot_that_was_not_used_stays_suspect(house: House) -> None:
     """Its holder left before it could be erased."""
-    first = house.loop.run(house.scheduler.lease(Job("a", tokens_of(1, 90))))
+    first = house.loop.run(house.dispatcher.lease(Request("a", tokens_of(1, 90))))
     first.finish(None)
     first.release()
     assert first.slot is not None
     assert first.slot.state is State.SUSPECT
-    both = [house.loop.run(house.scheduler.lease(Job(f"{i}", tokens_of(500 * i, 90)))) for i in (1, 2)]
+    both = [house.loop.run(house.dispatcher.lease(Request(f"{i}", tokens_of(500 * i, 90)))) for i in (1, 2)]
     for lease in both:
         lease.release()
     assert first.slot.state is State.SUSPECT
@@ -183,9 +183,9 @@ def test_a_suspect_slot_that_was_not_used_stays_suspect(house: House) -> None:
 def test_until_the_server_has_begun_only_what_both_share_is_believed(house: House) -> None:
     """It may have cut the old context back already, and nobody knows."""
     own = tokens_of(1, 500)
-    house.start(house.ask(Job("a", own)), "a")
+    house.start(house.ask(Request("a", own)), "a")
     house.finish()
-    lease = house.loop.run(house.scheduler.lease(Job("b", own[: 4 * 450] + tokens_of(9000, 50))))
+    lease = house.loop.run(house.dispatcher.lease(Request("b", own[: 4 * 450] + tokens_of(9000, 50))))
     lease.begin_request()
     assert lease.content is not None
     assert lease.content.n_tokens == 450
@@ -199,19 +199,19 @@ def test_the_owner_is_served_as_soon_as_his_context_is_on_disk(house: House) -> 
     house.server.token_s = 1.0
     own = tokens_of(9000, 500)
     for i, tokens in enumerate((own, tokens_of(20_000, 500))):
-        house.start(house.ask(Job(f"first {i}", tokens)), "first")
+        house.start(house.ask(Request(f"first {i}", tokens)), "first")
         house.finish()
-    house.start(house.ask(Job("other", tokens_of(30_000, 500))), "other")
+    house.start(house.ask(Request("other", tokens_of(30_000, 500))), "other")
     house.loop.settle()
-    owner = Job("owner", own + tokens_of(1, 5))
+    owner = Request("owner", own + tokens_of(1, 5))
     house.start(house.ask(owner), "owner")
     house.loop.settle()
-    assert house.scheduler.position(owner) == 1
+    assert house.dispatcher.position(owner) == 1
     for kind in ("reserve", "save", "commit"):
         assert [op.kind for op in house.server.pending] == [kind]
-        assert house.scheduler.position(owner) == 1
+        assert house.dispatcher.position(owner) == 1
         house.server.serve(house.server.pending[0])
         house.loop.settle()
-    assert house.scheduler.position(owner) == 0
+    assert house.dispatcher.position(owner) == 0
     house.finish()
     house.check_nothing_is_left()

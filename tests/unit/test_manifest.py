@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from llamaslot.cache.content import Kind
+from llamaslot.cache.content import SnapshotKind
 from llamaslot.store import Snapshot, header, manifest, sidecar
 from tests.support.opens import OPENS
 from tests.support.snapshots import Shelter, opened, slot_file, some_tokens
@@ -30,7 +30,7 @@ async def shelter(tmp_path: Path) -> AsyncIterator[Shelter]:
         shelter.quota_bytes = 1 << 30
         await shelter.reopen()
         for n in range(N):
-            special = {"kind": Kind.TRUNK, "is_pinned": True} if n == 3 else {}
+            special = {"kind": SnapshotKind.TRUNK, "is_pinned": True} if n == 3 else {}
             await shelter.save(some_tokens(40, n), checkpoints=(n,), fingerprint=f"model-{n % 2}", **special)
         for id_ in list(shelter.catalog.snapshots)[::3]:
             shelter.catalog.touch(id_)
@@ -82,8 +82,8 @@ async def test_two_thousand_snapshots_are_not_opened(tmp_path: Path) -> None:
         listed[id_] = replace(one.listed, id=id_)
         for suffix in (".kv", ".json"):  # as good as files of their own, and made in no time
             os.link(shelter.directory / f"{one.id}{suffix}", shelter.directory / f"{id_}{suffix}")
-    mark = manifest.Mark.of(os.lstat(shelter.directory / one.file_name))
-    writer = manifest.Register(shelter.register, shelter.directory)
+    mark = manifest.FileId.of(os.lstat(shelter.directory / one.file_name))
+    writer = manifest.Manifest(shelter.register, shelter.directory)
     writer.marks, writer.durable = dict.fromkeys(listed, mark), set(listed)
     await writer.write(listed, dict.fromkeys(listed, shelter.catalog.last_used(one.id)))
     found, seen = await reopened(shelter)

@@ -7,19 +7,19 @@ import random
 import pytest
 
 from llamaslot.backend import slot_worth
-from llamaslot.backend.slot_table import Pool
+from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import pack
-from llamaslot.cache.namespaces import Space
+from llamaslot.cache.namespaces import Namespace
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules, place
 from llamaslot.scheduling.plan import Plan, Wait
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Event
 from llamaslot.store import WithTokens
 
 N_SLOTS = 40
-SPACES = (Space(), Space("anna"))
+SPACES = (Namespace(), Namespace("anna"))
 
 
 def tokens(rng: random.Random, stems: list[list[int]]) -> list[int]:
@@ -29,9 +29,9 @@ def tokens(rng: random.Random, stems: list[list[int]]) -> list[int]:
     return stem[: rng.choice([0, 5, 40, len(stem)])] + own
 
 
-def filled(rng: random.Random, stems: list[list[int]]) -> Pool:
+def filled(rng: random.Random, stems: list[list[int]]) -> SlotTable:
     """Slots that are free, hold something, or are at work; some of it is on disk."""
-    pool = Pool("gpu0", N_SLOTS, 20_000, rules=Rules(), rates=Rates())
+    pool = SlotTable("gpu0", N_SLOTS, 20_000, rules=Rules(), rates=Rates())
     pool.can_save = pool.can_erase = True
     for _ in range(8):
         n = rng.randrange(500, 4000)
@@ -41,7 +41,7 @@ def filled(rng: random.Random, stems: list[list[int]]) -> Pool:
             continue
         held, space = pack(tokens(rng, stems)), rng.choice(SPACES)
         snapshot = None
-        if held and rng.random() < 0.3 and space == Space():
+        if held and rng.random() < 0.3 and space == Namespace():
             snapshot = f"s{slot.id}"
             pool.add_snapshot(
                 WithTokens.of(
@@ -57,10 +57,10 @@ def filled(rng: random.Random, stems: list[list[int]]) -> Pool:
             )
         content = Content(held, is_dirty=snapshot is None, snapshot=snapshot, space=space)
         now = rng.uniform(0, 3000)
-        pool.take(slot, Job("fill", held, space=space), now, has_answer=False)
+        pool.take(slot, Request("fill", held, space=space), now, has_answer=False)
         pool.give_back(slot, Event.KEEP, content, now)
         if rng.random() < 0.3:
-            job = Job(f"busy{slot.id}", pack(tokens(rng, stems)), space=space)
+            job = Request(f"busy{slot.id}", pack(tokens(rng, stems)), space=space)
             plan = place(job, [pool.view(job, 3000.0, {})], pool.rules)
             if isinstance(plan, Plan):
                 pool.take(pool.slots[plan.slot.id], job, 3000.0, plan, has_answer=True)
@@ -81,12 +81,12 @@ def test_the_choice_is_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> N
     pool = filled(rng, stems)
     pool.check()
     for _ in range(10):
-        job = Job(
+        job = Request(
             "asks",
             pack(tokens(rng, stems) or [1]),
             n_system=rng.choice([0, 5, 300]),
             space=rng.choice(SPACES),
-            is_cold=rng.random() < 0.1,
+            no_cache=rng.random() < 0.1,
         )
         reserved = {pool.slots[slot].key: 1.0 for slot in rng.sample(range(N_SLOTS), 3)}
         few = pool.view(job, 3001.0, reserved)
@@ -114,6 +114,6 @@ def test_what_others_hold_of_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
                 continue
             others = {other.id for other in pool.slots if other is slot or not other.is_idle}
             found = pool._residents.cover(slot.content.tokens, slot.content.space, exclude=others)
-            on_disk = pool._offers.on_disk(slot.content.tokens, slot.content.space)
+            on_disk = pool._candidates.on_disk(slot.content.tokens, slot.content.space)
             assert pool.worth.covered(slot) == max(found, on_disk)
             assert pool.worth.on_disk(slot) == on_disk

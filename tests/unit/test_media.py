@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.errors import OpaquePrompt, Reason
+from llamaslot.errors import PromptNotTokenizable, Reason
 from llamaslot.tokens import media
 from llamaslot.tokens.media import PLACE
 
@@ -42,7 +42,7 @@ def test_what_media_a_chat_has(messages: Any, kinds: set[str]) -> None:
 
 def test_parts_that_nobody_knows() -> None:
     """llama-server's 400 says it best."""
-    with pytest.raises(OpaquePrompt, match="file"):
+    with pytest.raises(PromptNotTokenizable, match="file"):
         media.kinds({"messages": [user({"type": "file"})]})
 
 
@@ -84,7 +84,7 @@ def test_a_part_before_the_medium_that_is_no_object() -> None:
 @pytest.mark.parametrize(("rendered", "why"), [("<user></user>", Reason.TEMPLATE), (PLACE, Reason.MEDIA)])
 def test_nothing_that_could_be_told(rendered: str, why: Reason) -> None:
     """The template leaves it out, or the medium comes first of all."""
-    with pytest.raises(OpaquePrompt) as error:
+    with pytest.raises(PromptNotTokenizable) as error:
         media.text_before(rendered, {"messages": [user(text(PLACE))]})
     assert error.value.reason is why
 
@@ -113,5 +113,5 @@ def test_a_build_that_tells_no_marker() -> None:
 @pytest.mark.parametrize("said", ["<m>b", "b", 5])
 def test_no_text_before_a_marker(said: Any) -> None:
     """Nothing could be told of it."""
-    with pytest.raises(OpaquePrompt):
+    with pytest.raises(PromptNotTokenizable):
         media.before_marker({"prompt_string": said, "multimodal_data": ["x"]}, "<m>")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.errors import OpaquePrompt
+from llamaslot.errors import PromptNotTokenizable
 from llamaslot.formats.messages import chat_body
 
 HI = {"role": "user", "content": "hi"}
@@ -226,5 +226,5 @@ def test_fields_that_change_no_prompt(fields: dict[str, Any]) -> None:
 )
 def test_what_is_not_known_to_render_alike(body: dict[str, Any], why: str) -> None:
     """Says what it was."""
-    with pytest.raises(OpaquePrompt, match=why):
+    with pytest.raises(PromptNotTokenizable, match=why):
         chat_body(body)

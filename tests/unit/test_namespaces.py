@@ -10,26 +10,26 @@ from hypothesis import strategies as st
 
 from llamaslot.cache.disk_index import is_freezable
 from llamaslot.cache.ids import count, head, pack
-from llamaslot.cache.namespaces import PUBLIC, SHARED, InSpaces, Space, mark
+from llamaslot.cache.namespaces import PUBLIC, SHARED, InNamespaces, Namespace, mark
 from llamaslot.cache.prefix_index import PrefixIndex
 
-ANNA, BERT = Space("key:anna"), Space("key:bert")
-SCALED = Space("", '[{"id":0,"scale":0.5}]')
+ANNA, BERT = Namespace("key:anna"), Namespace("key:bert")
+SCALED = Namespace("", '[{"id":0,"scale":0.5}]')
 
 
-def index_of(**held: tuple[Space, bytes]) -> InSpaces[str]:
+def index_of(**held: tuple[Namespace, bytes]) -> InNamespaces[str]:
     index: PrefixIndex[str] = PrefixIndex()
     for holder, (space, tokens) in held.items():
         index.insert(holder, mark(space) + tokens)
-    return InSpaces(index, lambda holder: held[holder][0])
+    return InNamespaces(index, lambda holder: held[holder][0])
 
 
 @pytest.mark.parametrize(
-    "space", [SHARED, ANNA, SCALED, PUBLIC, Space("key:anna", SCALED.lora), Space("named:a b")]
+    "space", [SHARED, ANNA, SCALED, PUBLIC, Namespace("key:anna", SCALED.lora), Namespace("named:a b")]
 )
-def test_a_space_is_told_in_a_word_and_back(space: Space) -> None:
+def test_a_space_is_told_in_a_word_and_back(space: Namespace) -> None:
     """As a sidecar has it."""
-    assert Space.of_text(space.text) == space
+    assert Namespace.of_text(space.text) == space
 
 
 def test_everybodys_sequences_stand_in_an_index_as_they_are() -> None:
@@ -63,7 +63,7 @@ def test_only_what_is_of_the_same_space_is_found() -> None:
         assert index.longest_full_prefix(tokens, (space,), exclude=[holder]) is None
         assert index.tokens(holder) == tokens
     assert {hit.holder for hit in index.match(tokens, (ANNA, PUBLIC))} == {"anna", "public"}
-    assert index.match(tokens, (Space("key:carl"),)) == []
+    assert index.match(tokens, (Namespace("key:carl"),)) == []
     assert index.match(b"", (ANNA,)) == []
 
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaslot.cache.content import Kind
+from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import head, pack
-from llamaslot.cache.reuse import Memory
+from llamaslot.cache.reuse import CacheKind
 from llamaslot.store import WithTokens
-from llamaslot.store.model_snapshots import Library
-from llamaslot.store.overlap import Covers
+from llamaslot.store.model_snapshots import ModelSnapshots
+from llamaslot.store.overlap import PrefixOverlap
 
 A, B, C = pack(range(1000, 2000)), pack(range(3000, 4000)), pack(range(5000, 6000))
 
@@ -24,9 +24,9 @@ def snapshot(id_: str, tokens: bytes, **more: Any) -> WithTokens:
     return WithTokens.of(tokens, id=id_, fingerprint="model", created_at=0.0, source="test", **fields)
 
 
-def library_of(*snapshots: WithTokens, memory: Memory = Memory.DENSE) -> Library:
-    library = Library()
-    library.covers.memory = memory
+def library_of(*snapshots: WithTokens, memory: CacheKind = CacheKind.DENSE) -> ModelSnapshots:
+    library = ModelSnapshots()
+    library.overlap.memory = memory
     for each in snapshots:
         library.add(each)
     return library
@@ -35,73 +35,73 @@ def library_of(*snapshots: WithTokens, memory: Memory = Memory.DENSE) -> Library
 def test_a_leaf_is_covered_by_what_others_share_with_it() -> None:
     """On a dense model any of them will do, up to where they part."""
     library = library_of(snapshot("a", A + B), snapshot("b", A + C), snapshot("c", C))
-    assert [library.covers.n_tokens(id_) for id_ in "abc"] == [1000, 1000, 0]
+    assert [library.overlap.n_tokens(id_) for id_ in "abc"] == [1000, 1000, 0]
 
 
 def test_what_goes_further_covers_all() -> None:
     """The same conversation, saved later, and its own beginning."""
     library = library_of(snapshot("a", A), snapshot("ab", A + B))
-    assert [library.covers.n_tokens(id_) for id_ in ("a", "ab")] == [1000, 1000]
+    assert [library.overlap.n_tokens(id_) for id_ in ("a", "ab")] == [1000, 1000]
 
 
 def test_the_last_of_its_kind_is_covered_no_more() -> None:
     """When the other one is gone, what both began with is only here."""
     library = library_of(snapshot("a", A + B), snapshot("b", A + C))
-    assert library.covers.n_tokens("b") == 1000
+    assert library.overlap.n_tokens("b") == 1000
     library.drop("a")
-    assert library.covers.n_tokens("b") == 0
+    assert library.overlap.n_tokens("b") == 0
     library.add(snapshot("d", head(A, 500)))
-    assert library.covers.n_tokens("b") == 500
+    assert library.overlap.n_tokens("b") == 500
 
 
 def test_a_trunk_is_covered_by_shorter_snapshots_only() -> None:
     """Each conversation on it holds its tokens too, but is larger and goes sooner."""
     library = library_of(
-        snapshot("trunk", A, kind=Kind.TRUNK),
+        snapshot("trunk", A, kind=SnapshotKind.TRUNK),
         snapshot("leaf", A + B),
-        snapshot("short", head(A, 300), kind=Kind.TRUNK),
+        snapshot("short", head(A, 300), kind=SnapshotKind.TRUNK),
     )
-    assert [library.covers.n_tokens(id_) for id_ in ("trunk", "leaf", "short")] == [300, 1000, 0]
+    assert [library.overlap.n_tokens(id_) for id_ in ("trunk", "leaf", "short")] == [300, 1000, 0]
 
 
-@pytest.mark.parametrize("memory", [Memory.SWA, Memory.RECURRENT])
-def test_where_a_model_cannot_go_back_only_exact_ends_and_checkpoints_cover(memory: Memory) -> None:
+@pytest.mark.parametrize("memory", [CacheKind.SWA, CacheKind.RECURRENT])
+def test_where_a_model_cannot_go_back_only_exact_ends_and_checkpoints_cover(memory: CacheKind) -> None:
     """Two conversations that begin alike do not help each other; their trunk helps both."""
     library = library_of(snapshot("a", A + B), snapshot("b", A + C), memory=memory)
-    assert library.covers.n_tokens("a") == 0
-    library.add(snapshot("trunk", A, kind=Kind.TRUNK))
-    assert [library.covers.n_tokens(id_) for id_ in "ab"] == [1000, 1000]
+    assert library.overlap.n_tokens("a") == 0
+    library.add(snapshot("trunk", A, kind=SnapshotKind.TRUNK))
+    assert [library.overlap.n_tokens(id_) for id_ in "ab"] == [1000, 1000]
     library.drop("trunk")
-    assert [library.covers.n_tokens(id_) for id_ in "ab"] == [0, 0]
+    assert [library.overlap.n_tokens(id_) for id_ in "ab"] == [0, 0]
     library.add(snapshot("c", A + A, checkpoints=(800,)))
-    assert 790 <= library.covers.n_tokens("c") + 800 <= 801
-    library.covers.memory = Memory.DENSE
-    assert library.covers.n_tokens("a") == 0, "not looked at yet"
-    library.covers.look_at_some(3)
-    assert library.covers.n_tokens("a") == 1000
+    assert 790 <= library.overlap.n_tokens("c") + 800 <= 801
+    library.overlap.memory = CacheKind.DENSE
+    assert library.overlap.n_tokens("a") == 0, "not looked at yet"
+    library.overlap.look_at_some(3)
+    assert library.overlap.n_tokens("a") == 1000
 
 
 def test_a_trunk_that_comes_or_goes_is_looked_at_in_its_own_space_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Those of other users share nothing with it, and there may be hundreds."""
-    library, looked_at, real = library_of(), list[str](), Covers._look_at
+    library, looked_at, real = library_of(), list[str](), PrefixOverlap._look_at
     for user in range(20):
-        library.add(snapshot(f"of {user}", A, kind=Kind.TRUNK, space=f"key:{user}"))
+        library.add(snapshot(f"of {user}", A, kind=SnapshotKind.TRUNK, space=f"key:{user}"))
 
-    def look_at(self: Covers, id_: str, tokens: bytes | None = None) -> None:
+    def look_at(self: PrefixOverlap, id_: str, tokens: bytes | None = None) -> None:
         looked_at.append(id_)
         real(self, id_, tokens)
 
-    monkeypatch.setattr(Covers, "_look_at", look_at)
-    library.add(snapshot("new", head(A, 300), kind=Kind.TRUNK, space="key:7"))
+    monkeypatch.setattr(PrefixOverlap, "_look_at", look_at)
+    library.add(snapshot("new", head(A, 300), kind=SnapshotKind.TRUNK, space="key:7"))
     library.drop("new")
     assert set(looked_at) == {"new", "of 7"}
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 10**9), st.sampled_from([Memory.DENSE, Memory.RECURRENT]))
-def test_what_is_kept_is_what_would_be_found_anew(seed: int, memory: Memory) -> None:
+@given(st.integers(0, 10**9), st.sampled_from([CacheKind.DENSE, CacheKind.RECURRENT]))
+def test_what_is_kept_is_what_would_be_found_anew(seed: int, memory: CacheKind) -> None:
     """Snapshots come and go at random, all sharing with each other; nothing that is believed is out of date.
 
     On models that go on from few points only trunks and exact ends are looked at here: checkpoints are an estimate.
@@ -115,16 +115,16 @@ def test_what_is_kept_is_what_would_be_found_anew(seed: int, memory: Memory) -> 
         elif rng.random() < 0.15:
             tokens = rng.choice(trunks)
             if not any(library.index.tokens(id_) == tokens for id_ in library.snapshots):
-                library.add(snapshot(f"t{serial}", tokens, kind=Kind.TRUNK))
+                library.add(snapshot(f"t{serial}", tokens, kind=SnapshotKind.TRUNK))
         else:
             tokens = rng.choice(trunks) + pack([rng.randrange(2) for _ in range(rng.randrange(9))])
             # Its last token is its own: leaves of which one is the beginning of another are superseded.
             library.add(snapshot(f"l{serial}", tokens + pack([100 + serial])))
-        anew = Covers(library.in_spaces, library.snapshots)
+        anew = PrefixOverlap(library.in_spaces, library.snapshots)
         anew.memory = memory
         for id_ in library.snapshots:
             anew.put(id_)
         anew.look_at_some(100)
         for id_, each in library.snapshots.items():
-            assert library.covers.n_tokens(id_) == anew.n_tokens(id_), each
+            assert library.overlap.n_tokens(id_) == anew.n_tokens(id_), each
         library.check()

@@ -26,23 +26,34 @@ from llamaslot.scheduling.placement import (
 from llamaslot.scheduling.placement import (
     place as place_over,
 )
-from llamaslot.scheduling.plan import Cost, Erase, Keep, Place, Plan, PrefillTo, Restore, Save, Source, Wait
-from llamaslot.scheduling.request import Job, Placement
+from llamaslot.scheduling.plan import (
+    Cost,
+    Erase,
+    Place,
+    Plan,
+    PrefillTo,
+    Restore,
+    Save,
+    SaveSharedPrefix,
+    Source,
+    Wait,
+)
+from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.slots import SlotKey, State
 
-RULES = Rules(similarity_min=0.85, small_prompt_tokens=1024, own_above_s=1.0)
+RULES = Rules(similarity_min=0.85, small_prompt_tokens=1024, chunk_threshold_s=1.0)
 FREE, HOT, LEASED, DRAINING, SUSPECT = State.FREE, State.HOT, State.LEASED, State.DRAINING, State.SUSPECT
 
 
-def job(n_tokens: int, **more: object) -> Job:
-    return Job("job", pack(range(n_tokens)), **more)  # type: ignore[arg-type]
+def job(n_tokens: int, **more: object) -> Request:
+    return Request("job", pack(range(n_tokens)), **more)  # type: ignore[arg-type]
 
 
 def key(slot: int, backend: str = "gpu0") -> SlotKey:
     return SlotKey(backend, slot)
 
 
-def place(job: Job, view: BackendView, rules: Rules) -> Plan | Wait:
+def place(job: Request, view: BackendView, rules: Rules) -> Plan | Wait:
     """With one backend."""
     return place_over(job, [view], rules)
 
@@ -56,7 +67,7 @@ def hot(slot: int, n_tokens: int = 5000, *, shared: int = 0, **more: object) -> 
     told: dict[str, object] = {
         "save_s": 0.1,
         "is_worth_saving": True,
-        "regret_s": 0.5,
+        "eviction_cost_s": 0.5,
         "n_usable": shared,
     } | more
     return SlotView(key(slot), HOT, n_tokens, shared, **told)  # type: ignore[arg-type]
@@ -65,7 +76,10 @@ def hot(slot: int, n_tokens: int = 5000, *, shared: int = 0, **more: object) -> 
 def saved(slot: int, n_tokens: int = 5000, *, shared: int = 0, **more: object) -> SlotView:
     """A slot whose content is on disk: losing it costs its restore only."""
     return hot(
-        slot, n_tokens, shared=shared, **({"save_s": 0.0, "is_worth_saving": False, "regret_s": 0.1} | more)
+        slot,
+        n_tokens,
+        shared=shared,
+        **({"save_s": 0.0, "is_worth_saving": False, "eviction_cost_s": 0.1} | more),
     )
 
 
@@ -105,7 +119,7 @@ def test_a_free_slot_is_taken_before_a_stranger_is_displaced() -> None:
 
 def test_a_free_slot_is_taken_before_a_slot_that_shares_little() -> None:
     """What everybody shares (the same system prompt) is no reason to take somebody's slot when that costs more."""
-    shares = hot(0, 20_000, shared=300, regret_s=10.0)
+    shares = hot(0, 20_000, shared=300, eviction_cost_s=10.0)
     assert plan_of(place(job(5000), view(shares, free(1)), RULES)).slot.id == 1
 
 
@@ -135,7 +149,7 @@ def test_a_victim_that_is_not_worth_it_is_overwritten() -> None:
 
 def test_ties_go_to_the_slot_used_longest_ago() -> None:
     """Among equals, and costs within a millisecond are equal."""
-    slots = [saved(0, used_at=30.0), saved(1, used_at=10.0, regret_s=0.1002), saved(2, used_at=20.0)]
+    slots = [saved(0, used_at=30.0), saved(1, used_at=10.0, eviction_cost_s=0.1002), saved(2, used_at=20.0)]
     assert plan_of(place(job(3000), view(*slots), RULES)).slot.id == 1
 
 
@@ -154,7 +168,7 @@ def test_similarity_is_the_part_of_the_slot_that_survives() -> None:
 
 def test_an_empty_prompt_goes_anywhere_that_costs_nothing() -> None:
     """A body that llamaslot cannot read still gets a slot."""
-    plan = plan_of(place(Job("opaque"), view(hot(0), free(1)), RULES))
+    plan = plan_of(place(Request("opaque"), view(hot(0), free(1)), RULES))
     assert (plan.slot.id, plan.steps, plan.n_reused) == (1, (), 0)
 
 
@@ -267,16 +281,18 @@ def test_what_is_resident_wins_over_the_same_on_disk() -> None:
 # -- small prompts -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("other", [free(1), hot(1, 500, regret_s=9.0), hot(1, 5000, regret_s=0.0)], ids=repr)
+@pytest.mark.parametrize(
+    "other", [free(1), hot(1, 500, eviction_cost_s=9.0), hot(1, 5000, eviction_cost_s=0.0)], ids=repr
+)
 def test_a_small_prompt_does_not_displace_a_hot_slot(other: SlotView) -> None:
     """Not even a cheap one, while there is a slot that is free, small, or nobody's loss."""
-    cheap = saved(0, 5000, shared=60, regret_s=0.001, n_usable=60)
+    cheap = saved(0, 5000, shared=60, eviction_cost_s=0.001, n_usable=60)
     assert plan_of(place(job(100), view(cheap, other), RULES)).slot.id == 1
 
 
 def test_a_small_prompt_displaces_when_there_is_no_other_choice() -> None:
     """All slots are hot: the one whose loss costs least, saved first."""
-    plan = plan_of(place(job(100), view(hot(0), hot(1, regret_s=0.2)), RULES))
+    plan = plan_of(place(job(100), view(hot(0), hot(1, eviction_cost_s=0.2)), RULES))
     assert (plan.slot.id, plan.steps) == (1, (Save(key(1)),))
 
 
@@ -289,9 +305,9 @@ def test_a_small_prompt_does_not_wait_behind_seven_others_while_three_slots_are_
     """One answer takes 0.2 s: behind one of them is cheaper than a context that is lost (0.3 s), behind two is not."""
     alike = busy(0, 300, shared=280, wait_s=0.2)
     others = (
-        hot(1, save_s=0.1, regret_s=0.2),
-        hot(2, save_s=0.2, regret_s=0.2),
-        hot(3, save_s=0.2, regret_s=0.2),
+        hot(1, save_s=0.1, eviction_cost_s=0.2),
+        hot(2, save_s=0.2, eviction_cost_s=0.2),
+        hot(3, save_s=0.2, eviction_cost_s=0.2),
     )
     assert place(job(300), view(alike, *others), RULES) == Wait(slot=key(0), for_s=0.2)
     decision = place(job(300), view(alike, *others, reserved={key(0): 0.7}), RULES)
@@ -301,13 +317,13 @@ def test_a_small_prompt_does_not_wait_behind_seven_others_while_three_slots_are_
 def test_a_small_prompt_does_not_wait_at_any_price_where_a_context_costs_next_to_nothing() -> None:
     """It is on disk, and back in 10 ms: that is less than the rest of an answer."""
     alike = busy(0, 300, shared=280, wait_s=0.5)
-    assert plan_of(place(job(300), view(alike, saved(1, regret_s=0.01)), RULES)).slot.id == 1
+    assert plan_of(place(job(300), view(alike, saved(1, eviction_cost_s=0.01)), RULES)).slot.id == 1
 
 
 def test_a_small_prompt_waits_where_a_context_costs_more_than_that() -> None:
     """It would have to be saved first, which takes longer than those who are ahead."""
     alike = busy(0, 300, shared=280, wait_s=0.2)
-    dear = hot(1, save_s=3.0, regret_s=1.0)
+    dear = hot(1, save_s=3.0, eviction_cost_s=1.0)
     assert place(job(300), view(alike, dear, reserved={key(0): 0.6}), RULES) == Wait(
         slot=key(0), for_s=pytest.approx(0.8)
     )
@@ -324,7 +340,7 @@ def test_who_waits_for_a_reserved_slot_counts_those_who_are_ahead() -> None:
 
 def test_a_large_prompt_takes_the_cheapest_whatever_it_holds() -> None:
     """The rule is for small prompts only."""
-    cheap, dear = saved(0, 5000, regret_s=0.001), hot(1, 500, regret_s=9.0)
+    cheap, dear = saved(0, 5000, eviction_cost_s=0.001), hot(1, 500, eviction_cost_s=9.0)
     assert plan_of(place(job(2000), view(cheap, dear), RULES)).slot.id == 0
 
 
@@ -334,26 +350,26 @@ def test_a_large_prompt_takes_the_cheapest_whatever_it_holds() -> None:
 def test_nothing_cached_is_used_when_that_is_asked_for() -> None:
     """Neither the slot that holds the prompt nor its snapshot: the slot whose loss costs least, erased."""
     pool = view(hot(0, 5000, shared=5000), saved(1), snapshots=(SnapshotView("s", 5000, 0.01),))
-    plan = plan_of(place(job(500, is_cold=True), pool, RULES))
+    plan = plan_of(place(job(500, no_cache=True), pool, RULES))
     assert (plan.slot.id, plan.source, plan.n_reused, plan.snapshot) == (1, Source.COLD, 0, None)
     assert plan.steps == (Erase(key(1)),)
 
 
 def test_a_slot_that_would_have_matched_is_saved_before_it_is_erased() -> None:
     """Its owner's context is lost all the same."""
-    plan = plan_of(place(job(500, is_cold=True), view(hot(0, 5000, shared=500)), RULES))
+    plan = plan_of(place(job(500, no_cache=True), view(hot(0, 5000, shared=500)), RULES))
     assert plan.steps == (Save(key(0)), Erase(key(0)))
 
 
 def test_a_busy_slot_is_never_waited_for_by_one_that_uses_nothing() -> None:
     """What it holds would not be used."""
     own = busy(1, 20_000, shared=20_000, wait_s=0.1)
-    assert plan_of(place(job(20_100, is_cold=True), view(free(0), own), RULES)).slot.id == 0
+    assert plan_of(place(job(20_100, no_cache=True), view(free(0), own), RULES)).slot.id == 0
 
 
 def test_a_slot_of_another_space_is_saved_and_emptied_first() -> None:
     """llama-server compares tokens by itself, and knows no spaces."""
-    foreign = replace(hot(0, 5000), is_foreign=True)
+    foreign = replace(hot(0, 5000), is_other_namespace=True)
     plan = plan_of(place(job(5000), view(foreign), RULES))
     assert plan.steps == (Save(key(0)), Erase(key(0)), PrefillTo(key(0), 4999))
     assert (plan.source, plan.n_reused) == (Source.COLD, 0)
@@ -361,19 +377,19 @@ def test_a_slot_of_another_space_is_saved_and_emptied_first() -> None:
 
 def test_without_slot_actions_nothing_is_computed_ahead_in_a_slot_of_another_space() -> None:
     """The job's own request then computes everything itself."""
-    foreign = replace(hot(0, 5000), is_foreign=True)
+    foreign = replace(hot(0, 5000), is_other_namespace=True)
     assert plan_of(place(job(5000), view(foreign, can_erase=False), RULES)).steps == (Save(key(0)),)
 
 
 def test_a_cold_prompt_is_computed_ahead_in_an_erased_slot() -> None:
     """What is found there afterwards is its own work."""
-    plan = plan_of(place(job(5000, is_cold=True), view(hot(0)), RULES))
+    plan = plan_of(place(job(5000, no_cache=True), view(hot(0)), RULES))
     assert plan.steps == (Save(key(0)), Erase(key(0)), PrefillTo(key(0), 4999))
 
 
 def test_without_slot_actions_a_cold_prompt_computes_everything_itself() -> None:
     """Nothing can be erased, so a prefill would find what must not be used."""
-    plan = plan_of(place(job(5000, is_cold=True), view(free(0), can_erase=False), RULES))
+    plan = plan_of(place(job(5000, no_cache=True), view(free(0), can_erase=False), RULES))
     assert plan.steps == ()
 
 
@@ -409,7 +425,7 @@ def test_a_prefill_after_a_restore_goes_on_from_it() -> None:
 
 def test_what_is_long_is_what_takes_much_longer_than_a_request_costs() -> None:
     """On a fast server a tenth of a second may be worth it, and nowhere does anybody wait behind more than a second."""
-    by_cost = replace(RULES, own_above_s=None)
+    by_cost = replace(RULES, chunk_threshold_s=None)
     fast = view(prefill_s=lambda start, end: (end - start) / 10_000, request_s=0.004)
     assert prefill_stops(job(900), 0, fast, by_cost) == [899]
     assert prefill_stops(job(700), 0, fast, by_cost) == []
@@ -421,7 +437,7 @@ def test_a_boundary_is_a_stop_where_that_costs_less_than_what_it_saves() -> None
     200."""
     fast = view(prefill_s=lambda start, end: (end - start) / 10_000, request_s=0.004)
     cut = job(9000, boundaries=(100, 7500, 8900))
-    assert prefill_stops(cut, 0, fast, replace(RULES, own_above_s=None)) == [7500, 8900]
+    assert prefill_stops(cut, 0, fast, replace(RULES, chunk_threshold_s=None)) == [7500, 8900]
 
 
 def test_boundaries_are_stops_on_the_way() -> None:
@@ -438,7 +454,7 @@ def test_boundaries_are_stops_on_the_way() -> None:
     n_reused=st.integers(0, 20_000),
     boundaries=st.lists(st.integers(0, 20_000), max_size=4, unique=True).map(sorted),
     request_s=st.sampled_from([0.0, 0.002, 0.02, 0.2]),
-    own_above_s=st.sampled_from([None, 0.0, 1.0]),
+    chunk_threshold_s=st.sampled_from([None, 0.0, 1.0]),
     is_steered=st.booleans(),
 )
 def test_stops_ascend_between_what_is_there_and_the_end(
@@ -446,19 +462,19 @@ def test_stops_ascend_between_what_is_there_and_the_end(
     n_reused: int,
     boundaries: list[int],
     request_s: float,
-    own_above_s: float | None,
+    chunk_threshold_s: float | None,
     is_steered: bool,
 ) -> None:
     """Whatever the boundaries: each stop computes something, more than a request costs, and after the last one there is
     no long prefill left."""
-    rules, seen = replace(RULES, own_above_s=own_above_s), view(request_s=request_s)
+    rules, seen = replace(RULES, chunk_threshold_s=chunk_threshold_s), view(request_s=request_s)
     n_reused = min(n_reused, n)
     placement = Placement.STEERED if is_steered else Placement.PINNED
     stops = prefill_stops(job(n, boundaries=tuple(boundaries), placement=placement), n_reused, seen, rules)
     assert stops == sorted(set(stops))
     assert all((n_reused < stop or is_steered) and stop < n for stop in stops)
     pieces = [seen.prefill_s(begin, end) for begin, end in pairwise([n_reused, *stops])]
-    if not is_steered and own_above_s is None:
+    if not is_steered and chunk_threshold_s is None:
         assert all(piece_s >= 20 * request_s or piece_s > 1 for piece_s in pieces)
     elif not is_steered:
         assert all(piece_s >= min(20 * request_s, 1) for piece_s in pieces[:-1])
@@ -469,7 +485,7 @@ def test_stops_ascend_between_what_is_there_and_the_end(
 
 def test_what_everybody_begins_with_makes_no_match() -> None:
     """10,000 tokens of system prompt are most of what the slot holds, and still it is somebody else's: saved first."""
-    other = hot(0, 11_000, shared=10_000, is_other=True)
+    other = hot(0, 11_000, shared=10_000, is_other_conversation=True)
     plan = plan_of(place(job(12_000), view(other), RULES))
     assert (plan.n_reused, plan.steps[0]) == (10_000, Save(key(0)))
     assert (
@@ -482,7 +498,7 @@ def test_what_everybody_begins_with_makes_no_match() -> None:
 
 def test_a_busy_slot_that_only_begins_alike_is_not_waited_for() -> None:
     """What it will hold is somebody else's."""
-    begins_alike = replace(busy(1, 11_000, shared=10_000, wait_s=0.5), is_other=True)
+    begins_alike = replace(busy(1, 11_000, shared=10_000, wait_s=0.5), is_other_conversation=True)
     assert plan_of(place(job(12_000), view(free(0), begins_alike), RULES)).slot.id == 0
 
 
@@ -492,7 +508,11 @@ def test_a_busy_slot_that_only_begins_alike_is_not_waited_for() -> None:
 def test_a_trunk_is_kept_on_the_way() -> None:
     """Computed up to where it ends, saved, and gone on from: nothing is computed twice."""
     plan = plan_of(place(job(12_000), view(free(0), trunks=(10_000,)), RULES))
-    assert plan.steps == (PrefillTo(key(0), 10_000), Keep(key(0), 10_000), PrefillTo(key(0), 11_999))
+    assert plan.steps == (
+        PrefillTo(key(0), 10_000),
+        SaveSharedPrefix(key(0), 10_000),
+        PrefillTo(key(0), 11_999),
+    )
 
 
 def test_a_trunk_is_a_stop_that_boundaries_share() -> None:
@@ -500,13 +520,13 @@ def test_a_trunk_is_a_stop_that_boundaries_share() -> None:
     cut = job(12_500, boundaries=(10_000, 11_000), n_system=10_000)
     plan = plan_of(place(cut, view(free(0), trunks=(10_000,), is_rewindable=False), RULES))
     stops = PrefillTo(key(0), 11_000), PrefillTo(key(0), 12_499)
-    assert plan.steps == (PrefillTo(key(0), 10_000), Keep(key(0), 10_000), *stops)
+    assert plan.steps == (PrefillTo(key(0), 10_000), SaveSharedPrefix(key(0), 10_000), *stops)
 
 
 def test_a_short_prefill_stops_for_a_trunk_all_the_same() -> None:
     """It is 400 tokens from there to the end, which the request itself computes."""
     plan = plan_of(place(job(800), view(free(0), trunks=(400,)), RULES))
-    assert plan.steps == (PrefillTo(key(0), 400), Keep(key(0), 400))
+    assert plan.steps == (PrefillTo(key(0), 400), SaveSharedPrefix(key(0), 400))
 
 
 def test_a_trunk_is_made_of_what_is_restored() -> None:
@@ -517,7 +537,7 @@ def test_a_trunk_is_made_of_what_is_restored() -> None:
         Erase(key(0)),
         Restore(key(0), "other"),
         PrefillTo(key(0), 10_000),
-        Keep(key(0), 10_000),
+        SaveSharedPrefix(key(0), 10_000),
     )
 
 
@@ -534,7 +554,7 @@ def test_a_trunk_ends_a_few_tokens_later_rather_than_have_them_computed_again() 
     cuts = view(free(0), snapshots=(there,), trunks=(10_000,))
     assert plan_of(place(job(10_500), cuts, RULES)).steps[2:] == (
         PrefillTo(key(0), 10_003),
-        Keep(key(0), 10_003),
+        SaveSharedPrefix(key(0), 10_003),
     )
     does_not = view(free(0), snapshots=(there,), trunks=(10_000,), is_rewindable=False)
     assert plan_of(place(job(10_500), does_not, RULES)).steps[2:] == ()
@@ -542,8 +562,8 @@ def test_a_trunk_ends_a_few_tokens_later_rather_than_have_them_computed_again() 
 
 def test_one_that_uses_nothing_cached_leaves_no_trunk() -> None:
     """It was computed for one who trusts nothing."""
-    plan = plan_of(place(job(12_000, is_cold=True), view(free(0), trunks=(10_000,)), RULES))
-    assert not any(isinstance(step, Keep) for step in plan.steps)
+    plan = plan_of(place(job(12_000, no_cache=True), view(free(0), trunks=(10_000,)), RULES))
+    assert not any(isinstance(step, SaveSharedPrefix) for step in plan.steps)
 
 
 def test_a_trunk_that_is_just_being_made_is_waited_for() -> None:
@@ -568,7 +588,7 @@ def test_every_trunk_is_kept_right_after_it_was_computed(
     n_reused = min(n_reused, n - 1)
     steps = list(prefill_steps(job(n), key(0), n_reused, seen, RULES))
     for before, step in zip([None, *steps], steps, strict=False):
-        if isinstance(step, Keep):
+        if isinstance(step, SaveSharedPrefix):
             assert before == PrefillTo(key(0), step.n_tokens)
             assert is_rewindable or step.n_tokens in trunks
     stops = [step.n_tokens for step in steps if isinstance(step, PrefillTo)]
@@ -601,7 +621,7 @@ def slot_views(draw: st.DrawFn, slot: int) -> SlotView:
         shared,
         save_s=0.1 if is_worth else 0.0,
         is_worth_saving=is_worth,
-        regret_s=draw(st.floats(0, 30)) if state is HOT else 0.0,
+        eviction_cost_s=draw(st.floats(0, 30)) if state is HOT else 0.0,
         wait_s=0.0 if state in (FREE, HOT, SUSPECT) else draw(st.floats(0, 60)),
         used_at=draw(st.floats(0, 1e6)),
     )
@@ -619,7 +639,7 @@ def test_every_decision_can_be_carried_out(data: st.DataObject) -> None:
     )
     one = job(
         data.draw(st.integers(0, 30_000)),
-        is_cold=data.draw(st.booleans()),
+        no_cache=data.draw(st.booleans()),
     )
     pool = BackendView(slots, snapshots, reserved=reserved)
     decision = place(one, pool, RULES)
@@ -635,7 +655,7 @@ def test_every_decision_can_be_carried_out(data: st.DataObject) -> None:
     assert kinds == order + [PrefillTo] * (len(kinds) - len(order))
     assert Restore not in kinds or Erase in kinds
     assert all(step.slot == decision.slot for step in decision.steps)
-    if one.is_cold:
+    if one.no_cache:
         assert decision.n_reused == 0
         assert Erase in kinds
     if slots[decision.slot.id].is_worth_saving and Erase in kinds:
@@ -701,9 +721,11 @@ def test_without_any_backend_a_request_waits() -> None:
 def test_a_plan_carries_the_terms_of_its_cost() -> None:
     """Each in seconds; what they are the sum of is what was compared."""
     on_disk = SnapshotView("ls-1", 19_900, restore_s=0.25)
-    plan = plan_of(place(job(20_100), view(hot(0), hot(1, regret_s=0.75), snapshots=(on_disk,)), RULES))
+    plan = plan_of(
+        place(job(20_100), view(hot(0), hot(1, eviction_cost_s=0.75), snapshots=(on_disk,)), RULES)
+    )
     assert (plan.slot.id, plan.snapshot) == (0, "ls-1")
-    assert plan.cost == Cost(save_s=0.1, regret_s=0.5, restore_s=0.25, prefill_s=0.2)
+    assert plan.cost == Cost(save_s=0.1, eviction_cost_s=0.5, restore_s=0.25, prefill_s=0.2)
     assert plan.cost.steps_s == pytest.approx(0.55)
 
 

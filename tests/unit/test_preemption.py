@@ -12,13 +12,13 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from llamaslot.cache.reuse import Memory
+from llamaslot.cache.reuse import CacheKind
 from llamaslot.scheduling.preemption import Claim, Stoppable, chosen
-from llamaslot.scheduling.request import Job, User
+from llamaslot.scheduling.request import Request, User
 from tests.support.house import outcome_of, tokens_of
 from tests.support.mainloop import Paced, talk
 
-EVERY = pytest.mark.parametrize("memory", list(Memory))
+EVERY = pytest.mark.parametrize("memory", list(CacheKind))
 GREEDY = User("key:greedy")
 N_PROMPT = 1200  # 1.2 s of computing
 
@@ -27,8 +27,8 @@ def modest(i: int) -> User:
     return User(f"key:modest-{i}")
 
 
-def asks(user: User, number: int, n: int = N_PROMPT) -> Job:
-    return Job(f"{user.id} {number}", tokens_of(1_000_000 + 10_000 * number, n), user=user, max_tokens=60)
+def asks(user: User, number: int, n: int = N_PROMPT) -> Request:
+    return Request(f"{user.id} {number}", tokens_of(1_000_000 + 10_000 * number, n), user=user, max_tokens=60)
 
 
 # -- which prompts stop ------------------------------------------------------------------------------------------------
@@ -128,15 +128,15 @@ async def asks_on(
 @pytest.mark.parametrize(
     ("memory", "token_s", "answer_s"),
     [
-        (Memory.DENSE, 0.0002, 0.3),
-        (Memory.DENSE, 0.0005, 0.8),
-        (Memory.DENSE, 0.001, 2.0),
-        (Memory.SWA, 0.0005, 0.8),
-        (Memory.RECURRENT, 0.001, 2.0),
+        (CacheKind.DENSE, 0.0002, 0.3),
+        (CacheKind.DENSE, 0.0005, 0.8),
+        (CacheKind.DENSE, 0.001, 2.0),
+        (CacheKind.SWA, 0.0005, 0.8),
+        (CacheKind.RECURRENT, 0.001, 2.0),
     ],
 )
 def test_five_users_wait_beside_twenty_streams_as_beside_one(
-    memory: Memory, token_s: float, answer_s: float
+    memory: CacheKind, token_s: float, answer_s: float
 ) -> None:
     """With two requests each, when the greedy one has had all four slots for three seconds, or a little more."""
     ratios = []
@@ -163,7 +163,7 @@ def test_five_users_wait_beside_twenty_streams_as_beside_one(
 
 
 @EVERY
-def test_what_was_computed_is_found_again(memory: Memory) -> None:
+def test_what_was_computed_is_found_again(memory: CacheKind) -> None:
     """The prompt goes on from where it was: in its slot, or from the disk."""
     with Paced(memory, 2, answer_s=30.0) as house:
         house.main.answers_s = {}
@@ -181,7 +181,7 @@ def test_what_was_computed_is_found_again(memory: Memory) -> None:
 
 def test_an_answer_is_never_stopped() -> None:
     """Its user has all slots, and another one waits for the first that ends."""
-    with Paced(Memory.DENSE, 2, answer_s=5.0) as house:
+    with Paced(CacheKind.DENSE, 2, answer_s=5.0) as house:
         house.begin()
         clients = [house.come(asks(GREEDY, i, 150)) for i in range(2)]
         house.until(1.0)
@@ -194,12 +194,12 @@ def test_an_answer_is_never_stopped() -> None:
 
 def test_nobody_stops_for_a_request_of_its_own_user() -> None:
     """Nor for llamaslot itself, nor for somebody with as many slots."""
-    with Paced(Memory.DENSE, 2, answer_s=5.0) as house:
+    with Paced(CacheKind.DENSE, 2, answer_s=5.0) as house:
         clients = greedy_first(house, 6, 1.0)
         house.until(4.0)
         assert house.preempted == []
         house.wait(*clients)
-    with Paced(Memory.DENSE, 2, answer_s=5.0) as house:
+    with Paced(CacheKind.DENSE, 2, answer_s=5.0) as house:
         house.begin()
         clients = [house.come(asks(modest(i), i)) for i in range(3)]
         house.until(1.0)
@@ -209,7 +209,7 @@ def test_nobody_stops_for_a_request_of_its_own_user() -> None:
 
 def test_one_that_is_wanted_no_longer_goes_on() -> None:
     """The client that waited has left before the stretch was over."""
-    with Paced(Memory.DENSE, 2, answer_s=5.0) as house:
+    with Paced(CacheKind.DENSE, 2, answer_s=5.0) as house:
         clients = greedy_first(house, 2, 0.3)
         newcomer = house.come(asks(modest(1), 3))
         house.loop.pass_time(0.001)
@@ -220,23 +220,23 @@ def test_one_that_is_wanted_no_longer_goes_on() -> None:
 
 def test_what_a_user_has_had_is_charged_once() -> None:
     """A slot that it gave up is paid for as long as it had it, and no longer."""
-    with Paced(Memory.DENSE, 2, answer_s=1.0) as house:
+    with Paced(CacheKind.DENSE, 2, answer_s=1.0) as house:
         clients = greedy_first(house, 2, 0.4)
         newcomer = house.come(asks(modest(1), 3, 300))
         house.wait(*clients, newcomer)
         assert house.preempted
-        deficits = {one.id: one.deficit_s for one in house.scheduler.queue.standings(house.now)}
+        deficits = {one.id: one.deficit_s for one in house.dispatcher.queue.standings(house.now)}
         assert abs(deficits[GREEDY.id]) < 5.0, "two slots for five seconds, of which half was its own"
 
 
 @settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 @given(
-    memory=st.sampled_from(list(Memory)),
+    memory=st.sampled_from(list(CacheKind)),
     comers=st.lists(
         st.tuples(st.floats(0, 1.5), st.integers(0, 3), st.integers(50, 2500)), min_size=5, max_size=25
     ),
 )
-def test_everybody_is_served_at_last(memory: Memory, comers: list[tuple[float, int, int]]) -> None:
+def test_everybody_is_served_at_last(memory: CacheKind, comers: list[tuple[float, int, int]]) -> None:
     """However many come and whoever they are; no request gives its slot up more than twice, and no work is lost but
     for what a sliding window needs again."""
     with Paced(memory, 3, answer_s=0.7) as house:
@@ -265,7 +265,7 @@ async def asks_short(house: Paced, user: User, at: int, seconds: float) -> None:
 
 
 @EVERY
-def test_many_short_requests_of_one_user_take_no_more_than_its_part(memory: Memory) -> None:
+def test_many_short_requests_of_one_user_take_no_more_than_its_part(memory: CacheKind) -> None:
     """Three streams without a gap hold another user's long prompt back for as long as that has been computed; those of
     its own user go before it as ever."""
     took_s = {}
@@ -295,7 +295,7 @@ def test_many_short_requests_of_one_user_take_no_more_than_its_part(memory: Memo
 
 def test_whoever_has_had_the_server_is_behind_another_users_prompt() -> None:
     """Five prompts of one user, and one of another that is a little longer: it is second, not sixth."""
-    with Paced(Memory.DENSE, 8) as house:
+    with Paced(CacheKind.DENSE, 8) as house:
         house.begin()
         clients = [house.come(asks(GREEDY, i, 1900)) for i in range(5)]
         house.until(0.1)
@@ -307,7 +307,7 @@ def test_whoever_has_had_the_server_is_behind_another_users_prompt() -> None:
 
 def test_of_many_users_each_the_shortest_is_first_all_the_same() -> None:
     """Their prompts are not computed in slices, which would let all of them wait for the last."""
-    with Paced(Memory.DENSE, 8) as house:
+    with Paced(CacheKind.DENSE, 8) as house:
         house.begin()
         jobs = [asks(modest(i), i, 2000 + 300 * i) for i in range(5)]
         house.wait(*(house.come(job) for job in jobs))

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from llamaslot.cache.reuse import Memory
-from llamaslot.scheduling.prefill_policy import Sharing
-from llamaslot.scheduling.request import Job, Placement
+from llamaslot.cache.reuse import CacheKind
+from llamaslot.scheduling.prefill_policy import PrefillSharing
+from llamaslot.scheduling.request import Placement, Request
 from tests.support.cancelled import CancelledAt
 from tests.support.house import tokens_of
 from tests.support.mainloop import Paced, long, short
@@ -55,31 +55,33 @@ def beside_short_ones(house: Paced) -> Asks:
 
 def makes_a_trunk(house: Paced) -> Asks:
     """Is asked on the way to keep what another begins with."""
-    house.start(later(0.1, house.ask(Job("begins alike", COMMON + tokens_of(50_000, 300)))), "begins alike")
-    return house.ask(Job("leaves", COMMON + tokens_of(60_000, 600)))
+    house.start(
+        later(0.1, house.ask(Request("begins alike", COMMON + tokens_of(50_000, 300)))), "begins alike"
+    )
+    return house.ask(Request("leaves", COMMON + tokens_of(60_000, 600)))
 
 
 def waits_for_a_trunk(house: Paced) -> Asks:
     """Of somebody who makes it."""
-    house.come(Job("maker", COMMON + tokens_of(50_000, 300)))
+    house.come(Request("maker", COMMON + tokens_of(50_000, 300)))
     house.loop.settle()
-    return house.ask(Job("leaves", COMMON + tokens_of(60_000, 300)))
+    return house.ask(Request("leaves", COMMON + tokens_of(60_000, 300)))
 
 
 def is_misplaced(house: Paced) -> Asks:
     """Finds its slot empty, and is restored in another attempt."""
-    house.loop.run(house.ask(Job("first", COMMON + tokens_of(60_000, 300))))
+    house.loop.run(house.ask(Request("first", COMMON + tokens_of(60_000, 300))))
     house.loop.run(house.writeback.save_all())
     house.server.slots_[0].tokens = b""
     house.server.slots_[0].checkpoints = ()
-    return house.ask(Job("leaves", COMMON + tokens_of(60_000, 600)))
+    return house.ask(Request("leaves", COMMON + tokens_of(60_000, 600)))
 
 
 def makes_room(house: Paced) -> Asks:
     """For a request that chooses its slot, and comes back."""
     house.server.batch = 4096
-    house.pool.rules = replace(house.pool.rules, sharing=Sharing(stretch_s=4.0))
-    asks = house.ask_unpinned(Job("turn", placement=Placement.SERVER_CHOSEN), tokens_of(70_000, 70))
+    house.pool.rules = replace(house.pool.rules, sharing=PrefillSharing(chunk_s=4.0))
+    asks = house.ask_unpinned(Request("turn", placement=Placement.SERVER_CHOSEN), tokens_of(70_000, 70))
     house.start(later(0.5, asks), "turn")
     return house.ask(long("leaves", 16_000, 1))
 
@@ -89,14 +91,14 @@ SCENES += [waits_for_a_trunk, is_misplaced, makes_room]
 
 
 @pytest.mark.parametrize("is_late", [False, True], ids=["while it waits", "as it is woken"])
-@pytest.mark.parametrize("memory", list(Memory))
+@pytest.mark.parametrize("memory", list(CacheKind))
 @pytest.mark.parametrize("scene", SCENES)
 def test_cancelled_at_every_await_nothing_leaks(
-    scene: Callable[[Paced], Asks], memory: Memory, is_late: bool
+    scene: Callable[[Paced], Asks], memory: CacheKind, is_late: bool
 ) -> None:
     """Whenever the client leaves, its slot comes back, holding what is believed of it, and everybody else is served."""
     for at in itertools.count():
-        with Paced(memory, 3, answer_s=0.01, decode_share=0.5, max_held_s=0.4) as house:
+        with Paced(memory, 3, answer_s=0.01, decode_share=0.5, max_yield_s=0.4) as house:
             cut: CancelledAt[Any] = CancelledAt(scene(house), at, is_late=is_late)
             client = house.start(_await(cut), "the one who leaves")
             others = [one for one in house.clients if one is not client]

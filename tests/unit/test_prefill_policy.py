@@ -12,7 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llamaslot.scheduling.cost import Interruption, Overhead, PrefillRate, Rates
-from llamaslot.scheduling.prefill_policy import GRAIN, Pending, Sharing, next_up, pause_s, rank, stretch_end
+from llamaslot.scheduling.prefill_policy import (
+    GRAIN,
+    Pending,
+    PrefillSharing,
+    chunk_end,
+    next_up,
+    pause_s,
+    rank,
+)
 
 MAX_S, SWITCH_S, STRETCH_S = 120.0, 0.1, 0.5
 
@@ -21,8 +29,8 @@ def of(left_s: float, *, waited: float = 0.0, came: float = 0.0) -> Pending:
     return Pending(left_s, waited, came)
 
 
-def first(*pendings: Pending, current: int | None = None, max_passed_s: float = MAX_S) -> int:
-    return next_up(pendings, current, SWITCH_S, max_passed_s)
+def first(*pendings: Pending, current: int | None = None, starvation_s: float = MAX_S) -> int:
+    return next_up(pendings, current, SWITCH_S, starvation_s)
 
 
 # -- who is next -------------------------------------------------------------------------------------------------------
@@ -49,9 +57,9 @@ def test_who_has_waited_long_enough_is_first() -> None:
 
 
 def test_without_patience_they_are_computed_as_they_come() -> None:
-    """``max_passed_s`` 0: nobody passes anybody."""
-    assert first(of(1, came=2), of(1000, came=1), max_passed_s=0) == 1
-    assert first(of(1, came=2), of(1000, came=1), current=1, max_passed_s=0) == 1
+    """``starvation_s`` 0: nobody passes anybody."""
+    assert first(of(1, came=2), of(1000, came=1), starvation_s=0) == 1
+    assert first(of(1, came=2), of(1000, came=1), current=1, starvation_s=0) == 1
 
 
 def test_the_current_one_goes_on_unless_the_switch_pays() -> None:
@@ -116,7 +124,7 @@ class Prefill:
     overdue_at: float = math.inf
     ended_at: float = math.inf
     passed_by: list[int] = field(default_factory=list)  # after it was overdue
-    passed_s: float = 0.0  # what they took
+    overtaken_s: float = 0.0  # what they took
 
     @property
     def left_s(self) -> float:
@@ -131,45 +139,47 @@ class Server:
     """Computes what ``next_up`` says, a stretch at a time. ``interruptions``: who was, for whom, and by how much he had
     more left; inf for somebody who was overdue."""
 
-    prefills: list[Prefill]
-    max_passed_s: float
+    chunked_prefill: list[Prefill]
+    starvation_s: float
     switch_s: float
     interruptions: list[tuple[int, int, float]] = field(default_factory=list)
     current_at_overdue: dict[int, int | None] = field(default_factory=dict)
 
     def run(self) -> None:
         now, last = 0.0, None
-        while waiting := [i for i, one in enumerate(self.prefills) if one.ended_at == math.inf]:
-            here = [i for i in waiting if self.prefills[i].came_at <= now]
+        while waiting := [i for i, one in enumerate(self.chunked_prefill) if one.ended_at == math.inf]:
+            here = [i for i in waiting if self.chunked_prefill[i].came_at <= now]
             if not here:
-                now = min(self.prefills[i].came_at for i in waiting)
+                now = min(self.chunked_prefill[i].came_at for i in waiting)
                 continue
             pendings = [self._pending(i, now) for i in here]
             current = here.index(last) if last in here else None
-            at = here[next_up(pendings, current, self.switch_s, self.max_passed_s)]
+            at = here[next_up(pendings, current, self.switch_s, self.starvation_s)]
             if last in here and at != last:
                 now += self._interrupt(last, at, now)
             now, last = self._compute(at, here, now), at
 
     def _pending(self, i: int, now: float) -> Pending:
-        one = self.prefills[i]
+        one = self.chunked_prefill[i]
         return Pending(one.left_s, one.waited_s(now), one.came_at)
 
     def _interrupt(self, old: int, new: int, now: float) -> float:
-        is_overdue = self.prefills[new].waited_s(now) >= self.max_passed_s
-        more_s = math.inf if is_overdue else self.prefills[old].left_s - self.prefills[new].left_s
+        is_overdue = self.chunked_prefill[new].waited_s(now) >= self.starvation_s
+        more_s = (
+            math.inf if is_overdue else self.chunked_prefill[old].left_s - self.chunked_prefill[new].left_s
+        )
         self.interruptions.append((old, new, more_s))
         return self.switch_s
 
     def _compute(self, at: int, here: list[int], now: float) -> float:
-        one = self.prefills[at]
+        one = self.chunked_prefill[at]
         took_s = min(STRETCH_S, one.left_s)
         for i in here:
-            other = self.prefills[i]
+            other = self.chunked_prefill[i]
             if i != at and now >= other.overdue_at:
                 other.passed_by.append(at)
-                other.passed_s += took_s
-            if i != at and other.overdue_at == math.inf and other.waited_s(now + took_s) >= self.max_passed_s:
+                other.overtaken_s += took_s
+            if i != at and other.overdue_at == math.inf and other.waited_s(now + took_s) >= self.starvation_s:
                 other.overdue_at = now + took_s
                 self.current_at_overdue[i] = at
         one.done_s = one.work_s if took_s == one.left_s else one.done_s + took_s
@@ -188,38 +198,40 @@ ARRIVALS = st.lists(
 @settings(deadline=None, max_examples=70, suppress_health_check=list(HealthCheck))
 @given(ARRIVALS, st.sampled_from([0.0, 10.0, 60.0, MAX_S]), st.sampled_from([0.001, 0.1, 1.0]))
 def test_nobody_waits_for_ever(
-    arrivals: list[tuple[float, float]], max_passed_s: float, switch_s: float
+    arrivals: list[tuple[float, float]], starvation_s: float, switch_s: float
 ) -> None:
-    """A prefill that has waited for ``max_passed_s`` waits for those that came before it, for the rest of the one that
+    """A prefill that has waited for ``starvation_s`` waits for those that came before it, for the rest of the one that
     is computed just then, and for no other. In all no longer than that, and the switches between them."""
-    prefills = [Prefill(came, work) for came, work in arrivals]
-    server = Server(prefills, max_passed_s, switch_s)
+    chunked_prefill = [Prefill(came, work) for came, work in arrivals]
+    server = Server(chunked_prefill, starvation_s, switch_s)
     server.run()
-    for i, one in enumerate(prefills):
+    for i, one in enumerate(chunked_prefill):
         current = server.current_at_overdue.get(i)
         for by in set(one.passed_by):
-            assert prefills[by].came_at <= one.came_at or by == current, "nobody who came later gets ahead"
+            assert chunked_prefill[by].came_at <= one.came_at or by == current, (
+                "nobody who came later gets ahead"
+            )
         before_s = sum(
-            other.work_s for other in prefills if other.came_at <= one.came_at and other is not one
+            other.work_s for other in chunked_prefill if other.came_at <= one.came_at and other is not one
         )
-        rest_s = prefills[current].work_s if current is not None else 0.0
+        rest_s = chunked_prefill[current].work_s if current is not None else 0.0
         switches_s = switch_s * (len(server.interruptions) + 1)
         waited_s = one.ended_at - one.came_at - one.work_s
-        assert waited_s <= max_passed_s + before_s + rest_s + STRETCH_S + switches_s + 1e-6
+        assert waited_s <= starvation_s + before_s + rest_s + STRETCH_S + switches_s + 1e-6
 
 
 @settings(deadline=None, max_examples=70, suppress_health_check=list(HealthCheck))
 @given(ARRIVALS, st.sampled_from([10.0, 60.0, MAX_S]), st.sampled_from([0.001, 0.1, 1.0]))
 def test_nobody_is_interrupted_for_nothing(
-    arrivals: list[tuple[float, float]], max_passed_s: float, switch_s: float
+    arrivals: list[tuple[float, float]], starvation_s: float, switch_s: float
 ) -> None:
     """Whoever is interrupted has more left than the other one, by more than the interruption costs, or the other one
     has waited too long. So it happens once or twice to each, however long they take."""
-    prefills = [Prefill(came, work) for came, work in arrivals]
-    server = Server(prefills, max_passed_s, switch_s)
+    chunked_prefill = [Prefill(came, work) for came, work in arrivals]
+    server = Server(chunked_prefill, starvation_s, switch_s)
     server.run()
     assert all(more_s > switch_s for _, _, more_s in server.interruptions)
-    assert len(server.interruptions) <= 2 * len(prefills)
+    assert len(server.interruptions) <= 2 * len(chunked_prefill)
 
 
 def test_alone_they_are_through_as_soon_as_they_can_be() -> None:
@@ -238,7 +250,7 @@ def test_alone_they_are_through_as_soon_as_they_can_be() -> None:
 @given(st.integers(0, 100_000), st.integers(1, 20_000), st.integers(-10, 30_000))
 def test_a_stretch_is_whole_pieces_and_leaves_no_crumb(start: int, n: int, n_reached: int) -> None:
     """At least one, no more than fit in its time, but for the last few tokens: those belong to it."""
-    stop, end = start + n, stretch_end(start, start + n, start + n_reached)
+    stop, end = start + n, chunk_end(start, start + n, start + n_reached)
     assert start < end <= stop
     assert end == stop or ((end - start) % GRAIN == 0 and stop - end > GRAIN // 2)
     assert end - start <= max(n_reached, GRAIN) + GRAIN // 2
@@ -246,7 +258,7 @@ def test_a_stretch_is_whole_pieces_and_leaves_no_crumb(start: int, n: int, n_rea
 
 def test_a_stretch_that_has_nothing_to_compute_is_sent_all_the_same() -> None:
     """What is there is looked at: one token is always computed."""
-    assert stretch_end(5000, 5000, 5600) == 5000
+    assert chunk_end(5000, 5000, 5600) == 5000
 
 
 @given(st.floats(0, 100), st.integers(1, 5), st.floats(0, 0.9))
@@ -259,8 +271,8 @@ def test_streams_get_their_share_of_the_time(computed_s: float, n_streams: int, 
 
 def test_the_usual_settings() -> None:
     """A tenth of the time for streams: a pause of 56 ms after half a second."""
-    usual = Sharing()
-    assert pause_s(usual.stretch_s, 1, usual.decode_share) == pytest.approx(0.0556, abs=1e-4)
+    usual = PrefillSharing()
+    assert pause_s(usual.chunk_s, 1, usual.decode_share) == pytest.approx(0.0556, abs=1e-4)
 
 
 # -- what is learned ---------------------------------------------------------------------------------------------------

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-from llamaslot.backend.lease_states import PlanAgain
+from llamaslot.backend.lease_states import RetryPlacement
 from llamaslot.cache.ids import count, head
-from llamaslot.cache.reuse import Memory
-from llamaslot.scheduling.request import Job
+from llamaslot.cache.reuse import CacheKind
+from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import State
 from tests.support.house import REPLANS, tokens_of
 from tests.support.mainloop import BATCH, BATCH_S, STRETCH_S, Paced, long, short, talk
 from tests.support.stub import StubSlot
 
-EVERY = pytest.mark.parametrize("memory", list(Memory))
+EVERY = pytest.mark.parametrize("memory", list(CacheKind))
 N = 3000
 CONTEXT = tokens_of(1, N)
 FOLLOW_UPS = pytest.mark.parametrize("n_new", [50, 700], ids=["short", "long"])
 
 
-def follow_up(n_new: int) -> Job:
-    return Job("follow-up", CONTEXT + tokens_of(500_000, n_new))
+def follow_up(n_new: int) -> Request:
+    return Request("follow-up", CONTEXT + tokens_of(500_000, n_new))
 
 
-def emptied(memory: Memory, *, is_saved: bool) -> Paced:
+def emptied(memory: CacheKind, *, is_saved: bool) -> Paced:
     """A context of 3,000 tokens that is believed to be in slot 0, and is not."""
     house = Paced(memory, 2)
-    house.loop.run(house.ask(Job("first", CONTEXT)))
+    house.loop.run(house.ask(Request("first", CONTEXT)))
     if is_saved:
         house.loop.run(house.writeback.save_all())
     assert house.pool.slots[0].content.tokens == CONTEXT
@@ -44,7 +44,7 @@ def empty(slot: StubSlot) -> None:
 
 @EVERY
 @FOLLOW_UPS
-def test_a_context_that_is_gone_is_restored(memory: Memory, n_new: int) -> None:
+def test_a_context_that_is_gone_is_restored(memory: CacheKind, n_new: int) -> None:
     """It is on disk. That its slot is empty is seen before more than two batches are computed for nothing."""
     with emptied(memory, is_saved=True) as house:
         job = follow_up(n_new)
@@ -61,7 +61,7 @@ def test_a_context_that_is_gone_is_restored(memory: Memory, n_new: int) -> None:
 
 @EVERY
 @FOLLOW_UPS
-def test_without_a_snapshot_it_is_computed_once(memory: Memory, n_new: int) -> None:
+def test_without_a_snapshot_it_is_computed_once(memory: CacheKind, n_new: int) -> None:
     """The second attempt goes on from the batch or two that the first has computed."""
     with emptied(memory, is_saved=False) as house:
         job = follow_up(n_new)
@@ -73,7 +73,7 @@ def test_without_a_snapshot_it_is_computed_once(memory: Memory, n_new: int) -> N
 
 @EVERY
 @FOLLOW_UPS
-def test_a_server_that_keeps_nothing_is_not_asked_for_ever(memory: Memory, n_new: int) -> None:
+def test_a_server_that_keeps_nothing_is_not_asked_for_ever(memory: CacheKind, n_new: int) -> None:
     """It loses what is in a slot each time that something begins in it: after two attempts that is how it is."""
     with emptied(memory, is_saved=True) as house:
         loses(house, REPLANS)
@@ -81,7 +81,7 @@ def test_a_server_that_keeps_nothing_is_not_asked_for_ever(memory: Memory, n_new
         house.wait(house.come(job))
         assert house.metrics.replanned._value.get() == REPLANS
         assert house.server.n_computed <= REPLANS * 2 * BATCH + N + n_new + 10
-        if memory is not Memory.DENSE and n_new == 700:
+        if memory is not CacheKind.DENSE and n_new == 700:
             sent = [n for _, n in house.server.sent if n == N + n_new - 1]
             assert len(sent) == REPLANS + 1, "the last attempt is not stopped for that"
 
@@ -102,7 +102,7 @@ def loses(house: Paced, n_times: int) -> None:
 
 
 @EVERY
-def test_what_is_computed_again_gives_way_as_well(memory: Memory) -> None:
+def test_what_is_computed_again_gives_way_as_well(memory: CacheKind) -> None:
     """How much of it is there is what was found. By what was expected it would be through at once."""
     with emptied(memory, is_saved=True) as house:
         loses(house, REPLANS)
@@ -113,13 +113,13 @@ def test_what_is_computed_again_gives_way_as_well(memory: Memory) -> None:
         asks = short("short")
         house.wait(house.come(asks))
         assert not client.done()
-        waits_s = 2 * STRETCH_S + BATCH_S if memory is Memory.DENSE else BATCH_S
+        waits_s = 2 * STRETCH_S + BATCH_S if memory is CacheKind.DENSE else BATCH_S
         assert house.first_s[asks.id] < waits_s + 0.1 + 0.03
         house.wait(client)
 
 
 @EVERY
-def test_a_little_that_is_missing_is_computed(memory: Memory) -> None:
+def test_a_little_that_is_missing_is_computed(memory: CacheKind) -> None:
     """To look for another place costs more than that."""
     with emptied(memory, is_saved=True) as house:
         house.server.slots_[0].tokens = head(CONTEXT, N - 60)
@@ -131,28 +131,28 @@ def test_a_little_that_is_missing_is_computed(memory: Memory) -> None:
 
 
 @EVERY
-def test_what_the_first_attempt_has_cost_is_told(memory: Memory) -> None:
+def test_what_the_first_attempt_has_cost_is_told(memory: CacheKind) -> None:
     """The client reads what its whole request took."""
     with emptied(memory, is_saved=True) as house:
 
-        async def attempt() -> PlanAgain:
-            with await house.scheduler.lease(follow_up(700)) as lease:
-                with pytest.raises(PlanAgain) as again:
-                    await house.steps.prepare(lease, lambda _: None, may_replan=True)
+        async def attempt() -> RetryPlacement:
+            with await house.dispatcher.lease(follow_up(700)) as lease:
+                with pytest.raises(RetryPlacement) as again:
+                    await house.executor.prepare(lease, lambda _: None, may_replan=True)
                 assert lease.content is not None
                 assert lease.content.is_exact
                 assert lease.content.n_tokens == house.server.n_computed
             return again.value
 
-        earlier = house.loop.run(attempt()).earlier
-        assert earlier is not None
-        assert earlier.n_reused == 0
-        assert 0 < earlier.n_tokens <= 2 * BATCH
-        assert earlier.seconds >= BATCH_S
+        prefill_stats = house.loop.run(attempt()).prefill_stats
+        assert prefill_stats is not None
+        assert prefill_stats.n_reused == 0
+        assert 0 < prefill_stats.n_tokens <= 2 * BATCH
+        assert prefill_stats.seconds >= BATCH_S
 
 
 @EVERY
-def test_a_slot_that_is_emptied_while_it_waits_for_its_turn(memory: Memory) -> None:
+def test_a_slot_that_is_emptied_while_it_waits_for_its_turn(memory: CacheKind) -> None:
     """Half of a long prompt is computed when a shorter one passes, and gone when it goes on: what is left of it is
     computed again, and nothing that is not there is believed to be there."""
     with Paced(memory, 2) as house:
@@ -176,8 +176,8 @@ def test_a_slot_that_is_emptied_while_it_waits_for_its_turn(memory: Memory) -> N
 
 def test_a_window_that_is_not_full_is_not_interrupted() -> None:
     """Nothing of it could be gone on from."""
-    with Paced(Memory.SWA, 2) as house:
-        house.server.window = house.pool.recall.window = 1000
+    with Paced(CacheKind.SWA, 2) as house:
+        house.server.window = house.pool.rewind_model.window = 1000
         house.begin()
         client, asks = house.come(long("stranger", 4000)), short("short")
         house.until(0.3)
@@ -190,8 +190,8 @@ def test_a_window_that_is_not_full_is_not_interrupted() -> None:
 def test_one_that_loses_all_when_it_is_interrupted_is_interrupted_less() -> None:
     """Nobody knows how long its window is. Short requests come all the time: it gets to its end all the same, and what
     is computed again for that is no more than once or twice as much."""
-    with Paced(Memory.SWA, 2, answer_s=0.01) as house:
-        house.server.window, house.pool.recall.window = 3000, None
+    with Paced(CacheKind.SWA, 2, answer_s=0.01) as house:
+        house.server.window, house.pool.rewind_model.window = 3000, None
         house.begin()
         client, n_asked = house.come(long("stranger", 4000)), 0
         while not client.done():
@@ -206,7 +206,7 @@ def test_one_that_loses_all_when_it_is_interrupted_is_interrupted_less() -> None
 
 
 @EVERY
-def test_who_leaves_in_a_prefill_goes_on_from_there(memory: Memory) -> None:
+def test_who_leaves_in_a_prefill_goes_on_from_there(memory: CacheKind) -> None:
     """What was computed stays in the slot, its exact end known once the server is through with its batch."""
     with Paced(memory, 2) as house:
         house.begin()
@@ -219,14 +219,14 @@ def test_who_leaves_in_a_prefill_goes_on_from_there(memory: Memory) -> None:
         n_done = slot.content.n_tokens
         assert slot.content.is_exact
         assert 2400 <= n_done == house.server.n_computed <= 2800
-        again = Job("again", job.tokens + tokens_of(1, 10))
+        again = Request("again", job.tokens + tokens_of(1, 10))
         assert house.loop.run(house.ask(again)) == n_done
         assert house.server.n_computed == 6010
 
 
 @EVERY
 @pytest.mark.parametrize("is_saved_by", ["writeback", "somebody who needs the slot"])
-def test_what_was_stopped_on_the_way_can_be_saved(memory: Memory, is_saved_by: str) -> None:
+def test_what_was_stopped_on_the_way_can_be_saved(memory: CacheKind, is_saved_by: str) -> None:
     """And gone on from, restored. A sliding window goes back by one token before: without a checkpoint near its end
     nothing of the file could be used. The others are saved as they are."""
     with Paced(memory, 1) as house:
@@ -240,20 +240,20 @@ def test_what_was_stopped_on_the_way_can_be_saved(memory: Memory, is_saved_by: s
             content = house.pool.slots[0].content
             assert content.is_exact
             assert not content.is_dirty
-            if memory is Memory.SWA:
+            if memory is CacheKind.SWA:
                 assert content.checkpoints[-1] == n_done - 1 == house.server.slots_[0].checkpoints[-1]
         house.wait(house.come(long("other", 600, 5)))
         went_back = house.server.sent[n_sent : n_sent + 1] == [(0, n_done)]
-        assert went_back == (memory is Memory.SWA)
+        assert went_back == (memory is CacheKind.SWA)
         house.server.n_computed = 0
-        again = Job("again", job.tokens + tokens_of(1, 10))
+        again = Request("again", job.tokens + tokens_of(1, 10))
         assert house.loop.run(house.ask(again)) >= n_done - 2
         assert house.server.n_computed <= 6010 - n_done + 3
 
 
 def test_a_sliding_window_does_not_go_back_where_a_checkpoint_is_near() -> None:
     """A prompt that was computed to its end has left one."""
-    with Paced(Memory.SWA, 2) as house:
+    with Paced(CacheKind.SWA, 2) as house:
         house.talk()
         house.begin()
         assert house.loop.run(house.writeback.save_all()) == 1
@@ -262,7 +262,7 @@ def test_a_sliding_window_does_not_go_back_where_a_checkpoint_is_near() -> None:
 
 def test_a_sliding_window_that_cannot_go_back_is_not_saved() -> None:
     """Nobody knows then what its slot holds, and nobody believes anything."""
-    with Paced(Memory.SWA, 2) as house:
+    with Paced(CacheKind.SWA, 2) as house:
         house.begin()
         house.leave_after(house.come(long("stranger", 6000)), 2.5)
         save = house.start(house.writeback.save_all(), "writeback")
@@ -276,7 +276,7 @@ def test_a_sliding_window_that_cannot_go_back_is_not_saved() -> None:
 
 
 @EVERY
-def test_short_ones_are_looked_at_as_well(memory: Memory) -> None:
+def test_short_ones_are_looked_at_as_well(memory: CacheKind) -> None:
     """A follow-up that is computed by its own request finds its slot empty: it is stopped after a batch or two."""
     with Paced(memory, 2) as house:
         house.talk(2)

@@ -9,20 +9,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llamaslot.cache.ids import head
-from llamaslot.cache.reuse import Memory
-from llamaslot.scheduling.request import Job
+from llamaslot.cache.reuse import CacheKind
+from llamaslot.scheduling.request import Request
 from tests.support.mainloop import ACTION_S, BATCH_S, DISK_S, STRETCH_S, Paced, long, short, talk
 
-EVERY = pytest.mark.parametrize("memory", list(Memory))
+EVERY = pytest.mark.parametrize("memory", list(CacheKind))
 POLL_S = 0.03  # until a server that has become idle is seen to be so, and what is sent arrives
 
 
-def waits_s(memory: Memory) -> float:
+def waits_s(memory: CacheKind) -> float:
     """How long somebody else's prefill may stand in the way of a request that needs little."""
-    return (STRETCH_S if memory is Memory.DENSE else BATCH_S) + POLL_S
+    return (STRETCH_S if memory is CacheKind.DENSE else BATCH_S) + POLL_S
 
 
-def beside(memory: Memory, *, is_low: bool, **more: float) -> Paced:
+def beside(memory: CacheKind, *, is_low: bool, **more: float) -> Paced:
     """A conversation in one of two slots, and room for a long prompt in the other: in the higher one, or the lower."""
     house = Paced(memory, 2, **more)  # type: ignore[arg-type]
     if not is_low:
@@ -39,7 +39,7 @@ def beside(memory: Memory, *, is_low: bool, **more: float) -> Paced:
 
 @EVERY
 @pytest.mark.parametrize("is_low", [True, False], ids=["in the lower slot", "in the higher slot"])
-def test_a_short_request_waits_for_no_more_than_a_stretch(memory: Memory, is_low: bool) -> None:
+def test_a_short_request_waits_for_no_more_than_a_stretch(memory: CacheKind, is_low: bool) -> None:
     """Of a model that can go back to any token; of others for no more than a batch. llama-server alone would compute
     the long prompt first wherever that has the lower slot. And the long one goes on from where it was."""
     with beside(memory, is_low=is_low) as house:
@@ -57,14 +57,14 @@ def test_a_short_request_waits_for_no_more_than_a_stretch(memory: Memory, is_low
         assert house.slots[stranger.id] == (1 if is_low else 0)
         assert house.server.n_computed == 8000 + n_asked, "nothing was computed twice"
         n_stopped = house.metrics.interruptions._value.get()
-        assert memory is Memory.DENSE or n_stopped >= 8, "where it is not cut it is interrupted"
+        assert memory is CacheKind.DENSE or n_stopped >= 8, "where it is not cut it is interrupted"
         assert house.first_s[stranger.id] < 8 + 8 * (waits_s(memory) + 0.1), (
             "nor was it kept waiting without need"
         )
 
 
 @EVERY
-def test_so_do_the_steps_of_a_short_request(memory: Memory) -> None:
+def test_so_do_the_steps_of_a_short_request(memory: CacheKind) -> None:
     """Saving what is in its way, erasing and restoring: no batch of the long prompt in between."""
     with Paced(memory, 2) as house:
         house.talk(2)
@@ -91,7 +91,7 @@ def test_so_do_the_steps_of_a_short_request(memory: Memory) -> None:
 
 
 @EVERY
-def test_a_short_request_that_comes_while_the_long_one_waits_is_first_too(memory: Memory) -> None:
+def test_a_short_request_that_comes_while_the_long_one_waits_is_first_too(memory: CacheKind) -> None:
     """Several at once: none of them waits for more than the first stretch and the others."""
     with Paced(memory, 4) as house:
         house.begin()
@@ -106,7 +106,7 @@ def test_a_short_request_that_comes_while_the_long_one_waits_is_first_too(memory
 
 
 @EVERY
-def test_a_long_prompt_that_comes_behind_a_short_one_waits_for_it(memory: Memory) -> None:
+def test_a_long_prompt_that_comes_behind_a_short_one_waits_for_it(memory: CacheKind) -> None:
     """It has not been held back yet, however long ago anybody has prefilled; its slot is the lower one."""
     with beside(memory, is_low=False) as house:
         house.until(10.0)
@@ -118,7 +118,7 @@ def test_a_long_prompt_that_comes_behind_a_short_one_waits_for_it(memory: Memory
 
 
 @EVERY
-def test_nobody_is_first_any_more_once_its_answer_has_begun(memory: Memory) -> None:
+def test_nobody_is_first_any_more_once_its_answer_has_begun(memory: CacheKind) -> None:
     """It streams for a minute: meanwhile the long prompt is computed, but for the share of the stream."""
     with Paced(memory, 2, answer_s=60.0) as house:
         house.begin()
@@ -132,13 +132,13 @@ def test_nobody_is_first_any_more_once_its_answer_has_begun(memory: Memory) -> N
 
 
 @EVERY
-def test_one_whose_answer_does_not_begin_is_first_for_a_while_only(memory: Memory) -> None:
+def test_one_whose_answer_does_not_begin_is_first_for_a_while_only(memory: CacheKind) -> None:
     """It may use nothing cached, and has more to compute than it looked: after a second the long prompt goes on."""
-    with Paced(memory, 2, max_held_s=100.0) as house:
+    with Paced(memory, 2, max_yield_s=100.0) as house:
         house.begin()
         client = house.come(long("stranger", 6000, 1))
         house.until(0.5)
-        cold = long("cold", 6000, 2, is_cold=True)
+        cold = long("cold", 6000, 2, no_cache=True)
         house.pool.can_erase = False  # so it computes everything itself
         house.come(cold)
         house.until(1.5)
@@ -161,8 +161,8 @@ async def asks_again_and_again(house: Paced, i: int, seconds: float) -> None:
 
 
 @EVERY
-def test_a_long_prompt_gets_a_stretch_every_while(memory: Memory) -> None:
-    """Three users leave no gap between their requests: after ``max_held_s`` it goes on by right, for a stretch."""
+def test_a_long_prompt_gets_a_stretch_every_while(memory: CacheKind) -> None:
+    """Three users leave no gap between their requests: after ``max_yield_s`` it goes on by right, for a stretch."""
     with Paced(memory, 4, answer_s=0.001) as house:
         filler = house.come(short("filler", n=60))
         house.until_leased(filler)
@@ -175,7 +175,7 @@ def test_a_long_prompt_gets_a_stretch_every_while(memory: Memory) -> None:
         slot = house.slots[stranger.id]
         assert slot == 0, "else the server itself would compute the others first, whatever it is sent"
         began = [work.began for work in house.main.of(slot)]
-        gaps = [later - earlier for earlier, later in pairwise([house.began, *began])]
+        gaps = [later - prefill_stats for prefill_stats, later in pairwise([house.began, *began])]
         assert max(gaps) <= 2.0 + 2 * BATCH_S + STRETCH_S
         assert sum(gap > 1.0 for gap in gaps) >= 4, "it was held back"
         assert house.first_s[stranger.id] < 3000 / 256 * 3.0
@@ -183,7 +183,7 @@ def test_a_long_prompt_gets_a_stretch_every_while(memory: Memory) -> None:
 
 
 @EVERY
-def test_a_prompt_that_is_hardly_long_is_not_held_back_for_long(memory: Memory) -> None:
+def test_a_prompt_that_is_hardly_long_is_not_held_back_for_long(memory: CacheKind) -> None:
     """Three users leave no gap between their requests: it waits as long as it takes itself, and not for two seconds."""
     with Paced(memory, 4, answer_s=0.001) as house:
         filler = house.come(short("filler", n=60))
@@ -201,12 +201,12 @@ def test_a_prompt_that_is_hardly_long_is_not_held_back_for_long(memory: Memory) 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 @given(
-    memory=st.sampled_from(list(Memory)),
+    memory=st.sampled_from(list(CacheKind)),
     shorts=st.lists(st.tuples(st.floats(0, 1.5), st.integers(2, 190), st.booleans()), max_size=25),
     n=st.integers(500, 5000),
 )
 def test_whoever_comes_the_long_one_ends(
-    memory: Memory, shorts: list[tuple[float, int, bool]], n: int
+    memory: CacheKind, shorts: list[tuple[float, int, bool]], n: int
 ) -> None:
     """Short requests at random: each is served soon, the long prompt in bounded time, and nothing is computed twice."""
     with Paced(memory, 4, answer_s=0.05) as house:
@@ -232,7 +232,7 @@ def test_whoever_comes_the_long_one_ends(
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 
-def with_stream(memory: Memory, **sharing: float) -> Paced:
+def with_stream(memory: CacheKind, **sharing: float) -> Paced:
     """Somebody streams for ever."""
     house = Paced(memory, 2, **sharing)
     house.main.answers_s[0] = 1000.0
@@ -244,7 +244,7 @@ def with_stream(memory: Memory, **sharing: float) -> Paced:
 
 @EVERY
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
-def test_streams_get_their_share(memory: Memory, share: float) -> None:
+def test_streams_get_their_share(memory: CacheKind, share: float) -> None:
     """Of all the time that the prefill takes, in pauses after each stretch; so much is told in the metrics."""
     with with_stream(memory, decode_share=share) as house:
         stranger = long("stranger", 6000)
@@ -253,7 +253,7 @@ def test_streams_get_their_share(memory: Memory, share: float) -> None:
         took_s = works[-1].ended - works[0].began
         idle_s = took_s - sum(work.seconds for work in works)
         assert idle_s / took_s == pytest.approx(share, abs=0.02)
-        gaps_s = [later.began - earlier.ended for earlier, later in pairwise(works)]
+        gaps_s = [later.began - prefill_stats.ended for prefill_stats, later in pairwise(works)]
         assert sum(gap_s > share * 0.2 for gap_s in gaps_s) >= 9, (
             "often: a stream must not stand still for long"
         )
@@ -264,7 +264,7 @@ def test_streams_get_their_share(memory: Memory, share: float) -> None:
 
 
 @EVERY
-def test_with_nobody_decoding_there_are_no_pauses(memory: Memory) -> None:
+def test_with_nobody_decoding_there_are_no_pauses(memory: CacheKind) -> None:
     """All of the time is the prefill's."""
     with Paced(memory, 2) as house:
         house.begin()
@@ -275,7 +275,7 @@ def test_with_nobody_decoding_there_are_no_pauses(memory: Memory) -> None:
 
 
 @EVERY
-def test_when_the_last_stream_ends_the_pause_does(memory: Memory) -> None:
+def test_when_the_last_stream_ends_the_pause_does(memory: CacheKind) -> None:
     """At once, and there is no other."""
     with with_stream(memory, decode_share=0.9) as house:
         client = house.come(long("stranger", 6000))
@@ -286,17 +286,17 @@ def test_when_the_last_stream_ends_the_pause_does(memory: Memory) -> None:
         house.wait(client)
         works = house.main.of(1, since=left_at)
         assert works[0].began - left_at < POLL_S
-        assert max(later.began - earlier.ended for earlier, later in pairwise(works)) < POLL_S
+        assert max(later.began - prefill_stats.ended for prefill_stats, later in pairwise(works)) < POLL_S
 
 
 @EVERY
-def test_a_share_of_nothing_pauses_never(memory: Memory) -> None:
+def test_a_share_of_nothing_pauses_never(memory: CacheKind) -> None:
     """``decode_share`` 0: streams get what the server gives them by itself, and no prefill is stopped for them."""
     with with_stream(memory, decode_share=0.0) as house:
         stranger = long("stranger", 6000)
         house.wait(house.come(stranger))
         assert house.first_s[stranger.id] == pytest.approx(6.0, abs=0.15)
-        if memory is not Memory.DENSE:
+        if memory is not CacheKind.DENSE:
             assert house.server.sent == [(1, 5999)]
 
 
@@ -306,7 +306,7 @@ def test_a_share_of_nothing_pauses_never(memory: Memory) -> None:
 def test_of_a_dense_model_a_prompt_is_sent_in_pieces() -> None:
     """Beside others. Each takes about as long as a stretch, so that nobody has to be waited for; each goes on from the
     last."""
-    with Paced(Memory.DENSE, 2, answer_s=30.0, decode_share=0.0) as house:
+    with Paced(CacheKind.DENSE, 2, answer_s=30.0, decode_share=0.0) as house:
         house.begin()
         streams = house.come(short("streams", n=20))
         house.until(0.1)
@@ -315,7 +315,9 @@ def test_of_a_dense_model_a_prompt_is_sent_in_pieces() -> None:
         ends = [n for slot, n in house.server.sent if slot == house.slots[stranger.id]]
         assert ends == sorted(ends)
         assert ends[-1] == 5999
-        assert all(later - earlier <= STRETCH_S * 1000 + 128 for earlier, later in pairwise([0, *ends]))
+        assert all(
+            later - prefill_stats <= STRETCH_S * 1000 + 128 for prefill_stats, later in pairwise([0, *ends])
+        )
         assert house.server.n_computed == 6020
         house.wait(streams)
 
@@ -324,7 +326,7 @@ def test_of_a_dense_model_a_prompt_is_sent_in_pieces() -> None:
 def test_alone_it_is_sent_as_a_whole_where_batches_are_short(batch: int, is_cut: bool) -> None:
     """As soon as it is known how many tokens the server computes at once, and if two such batches, for which a request
     that comes meanwhile might have to wait, take no longer than a stretch."""
-    with Paced(Memory.DENSE, 2, batch=batch) as house:
+    with Paced(CacheKind.DENSE, 2, batch=batch) as house:
         house.begin()
         house.wait(house.come(long("stranger", 6000)), house.come(short("first", n=20)))
         house.server.sent.clear()
@@ -336,13 +338,13 @@ def test_alone_it_is_sent_as_a_whole_where_batches_are_short(batch: int, is_cut:
 @pytest.mark.parametrize("n_alike", [0, 1500, 2900])
 def test_whoever_comes_while_a_whole_one_is_computed_waits_for_two_batches_at_most(n_alike: int) -> None:
     """One that needs little; one that begins with what was computed before; and with what is being computed."""
-    with Paced(Memory.DENSE, 3, answer_s=0.001) as house:
+    with Paced(CacheKind.DENSE, 3, answer_s=0.001) as house:
         house.wait(house.come(long("first", 6000, at=2)))
         house.begin()
         stranger = long("stranger", 6000)
         client = house.come(stranger)
         house.until(2.0)
-        other = Job("other", head(stranger.tokens, n_alike) + short("own").tokens)
+        other = Request("other", head(stranger.tokens, n_alike) + short("own").tokens)
         house.wait(house.come(other))
         # What is alike is computed by the stranger, and its snapshot saved and restored.
         still_s = max(n_alike / 1000 - 2.0, 0.0) + (5 * (ACTION_S + DISK_S) if n_alike else 0.0)
@@ -353,8 +355,8 @@ def test_whoever_comes_while_a_whole_one_is_computed_waits_for_two_batches_at_mo
         assert house.metrics.interruptions._value.get() == 1
 
 
-@pytest.mark.parametrize("memory", [Memory.SWA, Memory.RECURRENT])
-def test_on_others_it_is_sent_as_a_whole_and_interrupted(memory: Memory) -> None:
+@pytest.mark.parametrize("memory", [CacheKind.SWA, CacheKind.RECURRENT])
+def test_on_others_it_is_sent_as_a_whole_and_interrupted(memory: CacheKind) -> None:
     """Each end of a prompt would leave checkpoints: it ends where the job has a boundary, and at the last token but
     one. It is sent once, and once more for each interruption."""
     with Paced(memory, 2, answer_s=0.001) as house:
@@ -376,18 +378,18 @@ def test_on_others_it_is_sent_as_a_whole_and_interrupted(memory: Memory) -> None
 def test_what_a_piece_costs_is_learned() -> None:
     """To send the prompt once more: a few milliseconds. And how fast the server is, from each piece: they take about
     as long as a stretch soon."""
-    with Paced(Memory.DENSE, 2, batch=4096) as house:  # too large to be sent whole
+    with Paced(CacheKind.DENSE, 2, batch=4096) as house:  # too large to be sent whole
         house.server.token_s = 0.0001
         house.begin()
         house.wait(house.come(long("stranger", 60_000)))
         assert house.rates.prefill.seconds(0, 1000) == pytest.approx(0.1, rel=0.05)
         assert house.rates.interruption.seconds < 0.02
         ends = [n for _, n in house.server.sent]
-        assert all(4500 < later - earlier <= 5200 for earlier, later in pairwise(ends[1:-1]))
+        assert all(4500 < later - prefill_stats <= 5200 for prefill_stats, later in pairwise(ends[1:-1]))
 
 
-@pytest.mark.parametrize("memory", [Memory.SWA, Memory.RECURRENT])
-def test_what_an_interruption_costs_is_learned(memory: Memory) -> None:
+@pytest.mark.parametrize("memory", [CacheKind.SWA, CacheKind.RECURRENT])
+def test_what_an_interruption_costs_is_learned(memory: CacheKind) -> None:
     """The rest of the batch that is computed just then."""
     with Paced(memory, 2, batch=1024, answer_s=0.001) as house:
         house.begin()
@@ -402,7 +404,7 @@ def test_what_an_interruption_costs_is_learned(memory: Memory) -> None:
 
 def test_one_that_is_nearly_through_is_not_interrupted() -> None:
     """Once it was, it would be idle no sooner than at its end."""
-    with Paced(Memory.RECURRENT, 2) as house:
+    with Paced(CacheKind.RECURRENT, 2) as house:
         house.begin()
         client = house.come(long("stranger", 2000))
         house.until(1.97)

@@ -7,37 +7,37 @@ from typing import Any
 
 import pytest
 
-from llamaslot.cache.content import Kind
-from llamaslot.cache.namespaces import Space
-from llamaslot.cache.reuse import Memory
+from llamaslot.cache.content import SnapshotKind
+from llamaslot.cache.namespaces import Namespace
+from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import SlotActionFailed
 from llamaslot.fleet.queue import QueueLimits
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.store import Snapshot
 from tests.support.house import outcome, tokens_of
 from tests.support.mainloop import BATCH, Paced, long
 from tests.support.stub import Op
 
 N, OWN = 2000, 500
-EVERY = pytest.mark.parametrize("memory", list(Memory))
-OTHERS = pytest.mark.parametrize("memory", [Memory.SWA, Memory.RECURRENT])
+EVERY = pytest.mark.parametrize("memory", list(CacheKind))
+OTHERS = pytest.mark.parametrize("memory", [CacheKind.SWA, CacheKind.RECURRENT])
 AGAIN = 8  # tokens that a restored trunk has to compute again, at most
 
 
-def opening(user: int, n_own: int = OWN, *, is_told: bool = False, n: int = N, **more: Any) -> Job:
+def opening(user: int, n_own: int = OWN, *, is_told: bool = False, n: int = N, **more: Any) -> Request:
     """The first turn of a conversation. ``is_told``: it is known where its system part ends."""
     more |= {"n_system": n, "boundaries": (n,)} if is_told else {}
-    return Job(f"user {user}", tokens_of(1, n) + tokens_of(100_000 * user, n_own), **more)
+    return Request(f"user {user}", tokens_of(1, n) + tokens_of(100_000 * user, n_own), **more)
 
 
-def house_of(memory: Memory, n_slots: int = 4) -> Paced:
+def house_of(memory: CacheKind, n_slots: int = 4) -> Paced:
     house = Paced(memory, n_slots, answer_s=0.001)
     house.begin()
     return house
 
 
 def trunks(house: Paced) -> list[Snapshot]:
-    return [snapshot for snapshot in house.catalog.snapshots.values() if snapshot.kind is Kind.TRUNK]
+    return [snapshot for snapshot in house.catalog.snapshots.values() if snapshot.kind is SnapshotKind.TRUNK]
 
 
 def served(house: Paced, clients: list[asyncio.Task[Any]]) -> list[int]:
@@ -52,7 +52,7 @@ def served(house: Paced, clients: list[asyncio.Task[Any]]) -> list[int]:
 @EVERY
 @pytest.mark.parametrize("is_told", [False, True], ids=["unknown", "known"])
 @pytest.mark.parametrize("apart_s", [0.0, 0.6], ids=["at once", "one by one"])
-def test_what_several_begin_with_is_computed_once(memory: Memory, is_told: bool, apart_s: float) -> None:
+def test_what_several_begin_with_is_computed_once(memory: CacheKind, is_told: bool, apart_s: float) -> None:
     """Whether or not anybody has said where it ends: where they part is seen by comparing them."""
     with house_of(memory) as house:
         clients = []
@@ -69,11 +69,11 @@ def test_what_several_begin_with_is_computed_once(memory: Memory, is_told: bool,
 
 
 @EVERY
-def test_those_who_wait_are_served_as_soon_as_it_is_there(memory: Memory) -> None:
+def test_those_who_wait_are_served_as_soon_as_it_is_there(memory: CacheKind) -> None:
     """The one who computes it has more of its own than the other: it is passed."""
     with house_of(memory) as house:
         waited: list[float] = []
-        house.scheduler.on_prefix_wait = waited.append
+        house.dispatcher.on_prefix_wait = waited.append
         clients = [house.come(opening(1, 5000)), house.come(opening(2, 600))]
         house.wait(*clients)
         assert house.first_s["user 2"] <= 2.0 + 0.6 + 0.5
@@ -82,7 +82,7 @@ def test_those_who_wait_are_served_as_soon_as_it_is_there(memory: Memory) -> Non
 
 
 @EVERY
-def test_a_prefix_that_somebody_waits_for_is_what_is_left_of_it(memory: Memory) -> None:
+def test_a_prefix_that_somebody_waits_for_is_what_is_left_of_it(memory: CacheKind) -> None:
     """Of a prompt that goes on for long behind it: nobody with more than that gets ahead. Behind it somebody does."""
     with house_of(memory) as house:
         clients = [house.come(opening(1, 9000)), house.come(opening(2, 400))]
@@ -94,11 +94,11 @@ def test_a_prefix_that_somebody_waits_for_is_what_is_left_of_it(memory: Memory) 
 
 
 @EVERY
-def test_two_groups_share_what_each_of_them_has(memory: Memory) -> None:
+def test_two_groups_share_what_each_of_them_has(memory: CacheKind) -> None:
     """All begin with the same 1,000 tokens, two of them with the same 2,000."""
     with house_of(memory) as house:
-        near = [Job(f"near {i}", opening(1).tokens + tokens_of(1_000_000 * i, OWN)) for i in (1, 2)]
-        far = Job("far", tokens_of(1, N // 2) + tokens_of(7_000_000, OWN))
+        near = [Request(f"near {i}", opening(1).tokens + tokens_of(1_000_000 * i, OWN)) for i in (1, 2)]
+        far = Request("far", tokens_of(1, N // 2) + tokens_of(7_000_000, OWN))
         served(house, [house.come(job) for job in (near[0], far, near[1])])
         assert house.server.n_computed <= N + OWN + 2 * OWN + OWN + 3 * AGAIN
 
@@ -108,7 +108,7 @@ def test_two_groups_share_what_each_of_them_has(memory: Memory) -> None:
 
 def test_what_was_passed_is_kept_where_it_can_be_cut() -> None:
     """A dense model's snapshot of more than what is shared is as good."""
-    with house_of(Memory.DENSE) as house:
+    with house_of(CacheKind.DENSE) as house:
         clients = [house.come(opening(1, 3000))]
         house.until(2.6)
         clients.append(house.come(opening(2)))
@@ -119,14 +119,14 @@ def test_what_was_passed_is_kept_where_it_can_be_cut() -> None:
 
 
 @OTHERS
-def test_what_was_passed_elsewhere_is_computed_by_himself(memory: Memory) -> None:
+def test_what_was_passed_elsewhere_is_computed_by_himself(memory: CacheKind) -> None:
     """At once: he waits for nothing that cannot come."""
     with house_of(memory) as house:
         clients = [house.come(opening(1, 9000))]
         house.until(2.6)
         clients.append(house.come(opening(2)))
         house.loop.settle()
-        assert house.scheduler.n_waiting == 0
+        assert house.dispatcher.n_waiting == 0
         assert served(house, clients) == [0, 0]
         assert trunks(house) == []
         assert house.server.n_computed == N + 9000 + N + OWN
@@ -134,7 +134,7 @@ def test_what_was_passed_elsewhere_is_computed_by_himself(memory: Memory) -> Non
 
 
 @OTHERS
-def test_so_it_is_where_the_batch_under_way_passes_it(memory: Memory) -> None:
+def test_so_it_is_where_the_batch_under_way_passes_it(memory: CacheKind) -> None:
     """The batch that ends it could not be stopped any more: whoever waited for it is told at once."""
     with house_of(memory) as house:
         house.rates.save.latency_s = 1.0  # after which he would look again by himself
@@ -142,16 +142,16 @@ def test_so_it_is_where_the_batch_under_way_passes_it(memory: Memory) -> None:
         house.until(1.95)  # 1,920 tokens are there, the next batch ends with 2,048
         clients.append(house.come(opening(2)))
         house.loop.settle()
-        assert house.scheduler.n_waiting == 1
+        assert house.dispatcher.n_waiting == 1
         house.until(2.2)
-        assert house.scheduler.n_waiting == 0
+        assert house.dispatcher.n_waiting == 0
         assert served(house, clients) == [0, 0]
         assert trunks(house) == []
         assert house.first_s["user 2"] <= 2.5 + 0.5
 
 
 @OTHERS
-def test_one_that_ends_with_a_batch_is_kept_and_of_use(memory: Memory) -> None:
+def test_one_that_ends_with_a_batch_is_kept_and_of_use(memory: CacheKind) -> None:
     """The prefill is stopped just there. A sliding window has no checkpoint then, without which nothing of the file
     could be used: it goes back by one token first."""
     with house_of(memory) as house:
@@ -166,7 +166,7 @@ def test_one_that_ends_with_a_batch_is_kept_and_of_use(memory: Memory) -> None:
 
 
 @OTHERS
-def test_nobody_asks_for_what_its_maker_has_already(memory: Memory) -> None:
+def test_nobody_asks_for_what_its_maker_has_already(memory: CacheKind) -> None:
     """A long follow-up of a conversation waits for its turn: it goes on from the end of what is in its slot, and passes
     no other point on the way."""
     with house_of(memory) as house:
@@ -174,47 +174,47 @@ def test_nobody_asks_for_what_its_maker_has_already(memory: Memory) -> None:
         house.begin()
         house.come(long("another", 1200))
         house.until(0.1)
-        follows = Job("follows", opening(1, 1000).tokens + tokens_of(900_000, 3000))
+        follows = Request("follows", opening(1, 1000).tokens + tokens_of(900_000, 3000))
         clients = [house.come(follows)]
         house.until(0.2)
         clients.append(house.come(opening(2)))
         house.loop.settle()
-        assert house.scheduler.n_waiting == 0
+        assert house.dispatcher.n_waiting == 0
         assert served(house, clients) == [N + 1000, 0]
         assert trunks(house) == []
 
 
 @EVERY
-def test_where_saving_costs_more_than_computing_each_computes_his_own(memory: Memory) -> None:
+def test_where_saving_costs_more_than_computing_each_computes_his_own(memory: CacheKind) -> None:
     """A slow disk."""
     with house_of(memory) as house:
         house.rates.save.bytes_per_s = house.rates.restore.bytes_per_s = 1e6
         clients = [house.come(opening(user)) for user in (1, 2)]
         house.loop.settle()
-        assert house.scheduler.n_waiting == 0
+        assert house.dispatcher.n_waiting == 0
         assert served(house, clients) == [0, 0]
         assert trunks(house) == []
 
 
 @EVERY
-@pytest.mark.parametrize("more", [{"is_cold": True}, {"space": Space("anna")}], ids=["cold", "isolated"])
+@pytest.mark.parametrize("more", [{"no_cache": True}, {"space": Namespace("anna")}], ids=["cold", "isolated"])
 @pytest.mark.parametrize("who", [1, 2])
 def test_nothing_is_shared_with_a_job_that_may_use_nothing_cached(
-    memory: Memory, more: dict[str, Any], who: int
+    memory: CacheKind, more: dict[str, Any], who: int
 ) -> None:
     """Neither what it computes nor what others do."""
     with house_of(memory) as house:
         jobs = [opening(user, **(more if user == who else {})) for user in (1, 2)]
         clients = [house.come(job) for job in jobs]
         house.loop.settle()
-        assert house.scheduler.n_waiting == 0
+        assert house.dispatcher.n_waiting == 0
         assert served(house, clients) == [0, 0]
         assert trunks(house) == []
         assert house.server.n_computed == 2 * (N + OWN)
 
 
 @EVERY
-def test_follow_ups_of_conversations_that_begin_alike_share_nothing(memory: Memory) -> None:
+def test_follow_ups_of_conversations_that_begin_alike_share_nothing(memory: CacheKind) -> None:
     """Each has what it goes on from in its own slot."""
     with house_of(memory) as house:
         firsts, latency_s = [opening(user) for user in (1, 2)], house.rates.save.latency_s
@@ -224,10 +224,10 @@ def test_follow_ups_of_conversations_that_begin_alike_share_nothing(memory: Memo
         assert {slot.content.tokens for slot in house.pool.slots} >= {job.tokens for job in firsts}
         house.rates.save.latency_s = latency_s
         house.begin()
-        jobs = [Job(f"{job.id} again", job.tokens + tokens_of(5_000_000, 800)) for job in firsts]
+        jobs = [Request(f"{job.id} again", job.tokens + tokens_of(5_000_000, 800)) for job in firsts]
         clients = [house.come(job) for job in jobs]
         house.loop.settle()
-        assert house.scheduler.n_waiting == 0
+        assert house.dispatcher.n_waiting == 0
         assert served(house, clients) == [N + OWN] * 2
         assert house.server.n_computed == 2 * 800
         assert trunks(house) == []
@@ -240,7 +240,7 @@ def test_follow_ups_of_conversations_that_begin_alike_share_nothing(memory: Memo
 @pytest.mark.parametrize("is_told", [False, True], ids=["unknown", "known"])
 @pytest.mark.parametrize("after_s", [0.05, 1.0, 1.9, 2.3])
 def test_when_the_maker_leaves_the_next_goes_on_from_there(
-    memory: Memory, is_told: bool, after_s: float
+    memory: CacheKind, is_told: bool, after_s: float
 ) -> None:
     """From what is in its slot, or from the trunk if that was made in time."""
     with house_of(memory) as house:
@@ -255,7 +255,7 @@ def test_when_the_maker_leaves_the_next_goes_on_from_there(
 
 
 @EVERY
-def test_when_the_maker_leaves_while_it_is_saved_it_is_there_all_the_same(memory: Memory) -> None:
+def test_when_the_maker_leaves_while_it_is_saved_it_is_there_all_the_same(memory: CacheKind) -> None:
     """A save is carried out, whoever leaves."""
     with house_of(memory) as house:
         first = house.come(opening(1, 3000))
@@ -269,7 +269,7 @@ def test_when_the_maker_leaves_while_it_is_saved_it_is_there_all_the_same(memory
 
 
 @EVERY
-def test_a_trunk_that_cannot_be_saved_costs_nobody_his_answer(memory: Memory) -> None:
+def test_a_trunk_that_cannot_be_saved_costs_nobody_his_answer(memory: CacheKind) -> None:
     """Whoever waited for it computes it himself, and its maker is not asked again."""
     with house_of(memory) as house:
         clients = [house.come(opening(1, 3000)), house.come(opening(2))]
@@ -277,7 +277,7 @@ def test_a_trunk_that_cannot_be_saved_costs_nobody_his_answer(memory: Memory) ->
         house.wait(*clients)
         assert [outcome(client) for client in clients] == [None, None]
         assert house.first_s["user 2"] <= 2.0 + 2.5 + 0.6
-        keeps = [act for one in house.scheduler.journal.latest() for act in one.acts if act.step == "keep"]
+        keeps = [act for one in house.dispatcher.journal.latest() for act in one.acts if act.step == "keep"]
         assert [act.is_done for act in keeps] == [False]
 
 
@@ -301,7 +301,7 @@ def fails(house: Paced, kind: str, n: int) -> None:
 
 @EVERY
 @pytest.mark.parametrize("stalls", ["reserve", "commit"])
-def test_who_has_waited_long_enough_computes_it_himself(memory: Memory, stalls: str) -> None:
+def test_who_has_waited_long_enough_computes_it_himself(memory: CacheKind, stalls: str) -> None:
     """So long as the other one and he himself would have taken, one after the other: here room is made on a disk that
     hangs. Whoever waits for that disk does not hold up those who compute."""
     with house_of(memory) as house:
@@ -309,7 +309,7 @@ def test_who_has_waited_long_enough_computes_it_himself(memory: Memory, stalls: 
         pace = house.server.pace
         house.server.pace = lambda op: 100.0 if op.kind == stalls else pace(op)
         house.until(1.9)
-        assert house.scheduler.n_waiting == 1
+        assert house.dispatcher.n_waiting == 1
         house.wait(clients[1])
         assert clients[1].result() == 0
         assert house.first_s["user 2"] == pytest.approx(2.0 + 2.5 + 2.5, abs=1.2)
@@ -317,20 +317,20 @@ def test_who_has_waited_long_enough_computes_it_himself(memory: Memory, stalls: 
 
 
 @EVERY
-def test_nobody_is_sent_away_for_having_waited_for_another(memory: Memory) -> None:
+def test_nobody_is_sent_away_for_having_waited_for_another(memory: CacheKind) -> None:
     """There is a slot for him: before he would have waited in the queue for too long he takes it."""
     with house_of(memory) as house:
-        house.scheduler.queue.limits = QueueLimits(max_wait_s=5.0)
+        house.dispatcher.queue.limits = QueueLimits(max_wait_s=5.0)
         clients = [house.come(opening(user, n=12_000)) for user in (1, 2)]
         house.until(2.4)
-        assert house.scheduler.n_waiting == 1
+        assert house.dispatcher.n_waiting == 1
         house.until(4.9)
-        assert house.scheduler.n_waiting == 0
+        assert house.dispatcher.n_waiting == 0
         assert served(house, clients) == [0, 0]
 
 
 @EVERY
-def test_what_is_computed_meanwhile_does_not_use_patience_up(memory: Memory) -> None:
+def test_what_is_computed_meanwhile_does_not_use_patience_up(memory: CacheKind) -> None:
     """A shared prefix that takes its time, for it is long, is waited for to its end."""
     with house_of(memory) as house:
         clients = [house.come(opening(user, n=12_000)) for user in (1, 2)]

@@ -9,14 +9,14 @@ from typing import Any, cast
 import pytest
 
 from bench.virtual import VirtualLoop
-from llamaslot.cache.content import Kind
-from llamaslot.cache.reuse import Memory
+from llamaslot.cache.content import SnapshotKind
+from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import SlotActionFailed, SlotWedged, UpstreamError
 from llamaslot.fleet.prewarm import Bodies, Prewarm
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import State
 from llamaslot.store import Catalog, Snapshot
-from llamaslot.tokens.tokenizer import Prompt, Prompts
+from llamaslot.tokens.tokenizer import Prompt, Tokenizer
 from tests.support.house import House, tokens_of
 from tests.support.stub import StubServer
 
@@ -40,7 +40,7 @@ def body(first: int, n: int = N) -> dict[str, Any]:
 AGENT, OTHER = body(1), body(50_000)
 
 
-@pytest.fixture(params=list(Memory))
+@pytest.fixture(params=list(CacheKind))
 def house(request: pytest.FixtureRequest) -> Iterator[House]:
     house = House(VirtualLoop(), StubServer(2, pace=lambda op: 0.01))
     house.memory = request.param
@@ -54,8 +54,10 @@ def house(request: pytest.FixtureRequest) -> Iterator[House]:
 
 def prewarm(house: House, *bodies: dict[str, Any]) -> Prewarm:
     named: Bodies = [(f"body {i}", body) for i, body in enumerate(bodies)]
-    catalog, prompts = cast(Catalog, house.catalog), cast(Prompts, Rendered())
-    return Prewarm(named, house.scheduler, lambda _: house.steps, lambda: prompts, catalog, house.tasks, 2.0)
+    catalog, prompts = cast(Catalog, house.catalog), cast(Tokenizer, Rendered())
+    return Prewarm(
+        named, house.dispatcher, lambda _: house.executor, lambda: prompts, catalog, house.tasks, 2.0
+    )
 
 
 def run(house: House, warm: Prewarm, seconds: float = 60.0) -> None:
@@ -77,14 +79,14 @@ def test_each_body_is_computed_once_and_kept(house: House) -> None:
         tokens_of(1, N),
         tokens_of(50_000, N),
     ]
-    assert {snapshot.kind for snapshot in pinned(house)} == {Kind.TRUNK}
+    assert {snapshot.kind for snapshot in pinned(house)} == {SnapshotKind.TRUNK}
     assert house.server.n_computed == 2 * N
 
 
 def test_a_conversation_finds_it(house: House) -> None:
     """The first one already."""
     run(house, prewarm(house, AGENT))
-    asks = Job("first", tokens_of(1, N) + tokens_of(9000, 300), n_system=N)
+    asks = Request("first", tokens_of(1, N) + tokens_of(9000, 300), n_system=N)
     assert house.loop.run(house.ask(asks)) >= N - 5
 
 
@@ -102,10 +104,10 @@ def test_one_that_is_on_disk_is_not_computed_again(house: House) -> None:
 
 def test_one_that_a_conversation_has_made_is_pinned(house: House) -> None:
     """Nothing is computed for it."""
-    house.memory = Memory.RECURRENT
+    house.memory = CacheKind.RECURRENT
     assert house.leases.table is not None
     house.leases.table.memory = house.memory
-    house.loop.run(house.ask(Job("first", tokens_of(1, N) + tokens_of(9000, 300), n_system=N)))
+    house.loop.run(house.ask(Request("first", tokens_of(1, N) + tokens_of(9000, 300), n_system=N)))
     n_computed = house.server.n_computed
     run(house, prewarm(house, AGENT))
     assert house.server.n_computed == n_computed
@@ -142,7 +144,7 @@ def test_it_gives_way_to_a_client(house: House) -> None:
     house.loop.pass_time(4.0)
     n_before = house.server.n_computed
     assert 0 < n_before < N
-    client = house.start(house.ask(Job("client", tokens_of(90_000, 100))), "client")
+    client = house.start(house.ask(Request("client", tokens_of(90_000, 100))), "client")
     house.loop.pass_time(3.0)
     assert client.done()
     house.loop.pass_time(60.0)
@@ -190,7 +192,7 @@ def test_it_waits_while_somebody_wants_something(house: House) -> None:
     """Two seconds of quiet come first."""
     task = house.loop.create_task(prewarm(house, AGENT).run(), name="prewarm")
     for i in range(10):
-        house.loop.run(house.ask(Job(f"client {i}", tokens_of(90_000 + 1000 * i, 70))))
+        house.loop.run(house.ask(Request(f"client {i}", tokens_of(90_000 + 1000 * i, 70))))
         house.loop.pass_time(1.0)
     assert pinned(house) == []
     assert house.server.n_computed <= 10 * 70

@@ -18,7 +18,7 @@ from llamaslot.fleet.queue import QueueLimits
 from llamaslot.fleet.registry import Registry
 from llamaslot.scheduling.fairness import Fairness
 from llamaslot.scheduling.placement import Rules
-from llamaslot.scheduling.request import NOBODY, Job, Placement, User
+from llamaslot.scheduling.request import SYSTEM_USER, Placement, Request, User
 from tests.support.house import House, outcome, tokens_of
 from tests.support.inprocess import configured
 from tests.support.stub import StubServer
@@ -31,7 +31,7 @@ class Desk:
     """Leases, taken and given back by hand: whose are they, and whose is the next?"""
 
     def __init__(self, **fairness: Any) -> None:
-        limits = QueueLimits(max_waiting=8, fairness=Fairness(**{"spare_s": 0.0, **fairness}))
+        limits = QueueLimits(max_waiting=8, fairness=Fairness(**{"return_grace_s": 0.0, **fairness}))
         rules = Rules(small_prompt_tokens=100)
         self.house = House(VirtualLoop(), StubServer(N_SLOTS), limits=limits, rules=rules)
         self.held: dict[asyncio.Task[None], tuple[str, asyncio.Event]] = {}
@@ -43,13 +43,13 @@ class Desk:
         tasks = []
         for _ in range(n):
             self._n += 1
-            job = Job(f"{user.id} {self._n}", tokens_of(10_000 * self._n, n_tokens), user=user, **more)
+            job = Request(f"{user.id} {self._n}", tokens_of(10_000 * self._n, n_tokens), user=user, **more)
             tasks.append(self.house.start(self._hold(job), job.id))
             self.house.loop.settle()
         return tasks
 
-    async def _hold(self, job: Job) -> None:
-        with await self.house.scheduler.lease(job):
+    async def _hold(self, job: Request) -> None:
+        with await self.house.dispatcher.lease(job):
             go, task = asyncio.Event(), asyncio.current_task()
             assert task is not None
             self.order.append(job.user.id)
@@ -64,7 +64,9 @@ class Desk:
             self.house.loop.settle()
 
     def deficits(self) -> dict[str, float]:
-        return {one.id: one.deficit_s for one in self.house.scheduler.queue.standings(self.house.loop.time())}
+        return {
+            one.id: one.deficit_s for one in self.house.dispatcher.queue.standings(self.house.loop.time())
+        }
 
     def holds(self, user: User) -> int:
         return sum(whose == user.id for whose, _ in self.held.values())
@@ -75,7 +77,7 @@ class Desk:
                 go.set()
             self.house.loop.settle()
         self.house.check_nothing_is_left()
-        assert self.house.scheduler.queue._n_running == {}
+        assert self.house.dispatcher.queue._n_running == {}
         self.house.close()
 
 
@@ -118,7 +120,7 @@ def test_so_does_who_wants_a_short_answer_to_what_is_there_already(
     assert (summary in desk.held) is is_first
 
 
-@with_(max_passed_s=0.0)
+@with_(max_overtake_s=0.0)
 def test_nobody_is_passed_where_that_is_switched_off(desk: Desk) -> None:
     """They come in their order."""
     desk.come(GREEDY, 6)
@@ -194,7 +196,7 @@ def test_of_a_full_queue_the_one_who_has_most_in_it_loses_the_last(desk: Desk) -
     assert not any(task.done() for task in greedy[:-1])
 
 
-@with_(spare_s=10.0)
+@with_(return_grace_s=10.0)
 def test_one_slot_is_left_to_a_user_who_was_here_a_moment_ago(desk: Desk) -> None:
     """Until he is not expected back any more."""
     desk.come(ANNA)
@@ -210,7 +212,7 @@ def test_one_slot_is_left_to_a_user_who_was_here_a_moment_ago(desk: Desk) -> Non
     assert desk.holds(GREEDY) == 4
 
 
-@with_(spare_s=10.0)
+@with_(return_grace_s=10.0)
 def test_slots_are_left_to_all_who_always_come_back_at_once(desk: Desk) -> None:
     """As many as are likely to be asked for before the answer of whoever has one already is through."""
     for _ in range(20):
@@ -236,7 +238,7 @@ def test_what_a_slot_was_given_away_for_is_what_it_took(desk: Desk) -> None:
     assert desk.deficits() == pytest.approx({"key:greedy": -50.0, "key:anna": 0.0})
 
 
-@with_(spare_s=10.0)
+@with_(return_grace_s=10.0)
 def test_who_is_expected_back_has_a_share_too(desk: Desk) -> None:
     """He waits for nothing only because he is just reading an answer."""
     desk.come(ANNA)
@@ -280,11 +282,11 @@ def test_a_user_at_its_limit_gets_no_turn_either(desk: Desk) -> None:
 def test_who_leaves_keeps_the_slot_until_it_is_idle(desk: Desk) -> None:
     """It computes for him; afterwards his next request has its turn."""
     house = desk.house
-    leaver = house.start(house.ask(Job("leaves", tokens_of(5000, 200), user=GREEDY)), "leaves")
+    leaver = house.start(house.ask(Request("leaves", tokens_of(5000, 200), user=GREEDY)), "leaves")
     house.loop.settle()
     leaver.cancel()
     house.loop.settle()
-    assert house.scheduler.queue._n_running["key:greedy"] == 1
+    assert house.dispatcher.queue._n_running["key:greedy"] == 1
     (again,) = desk.come(GREEDY)
     assert again not in desk.held
     house.loop.pass_time(30.0)
@@ -292,7 +294,7 @@ def test_who_leaves_keeps_the_slot_until_it_is_idle(desk: Desk) -> None:
     assert again in desk.held
 
 
-@with_(spare_s=10.0)
+@with_(return_grace_s=10.0)
 def test_who_was_here_once_is_hardly_expected_back(desk: Desk) -> None:
     """Eight users with a question each, then somebody with an agent: one slot is left alone, not all."""
     for n in range(8):
@@ -302,11 +304,11 @@ def test_who_was_here_once_is_hardly_expected_back(desk: Desk) -> None:
     assert desk.holds(GREEDY) == 3
 
 
-@with_(spare_s=10.0)
+@with_(return_grace_s=10.0)
 def test_llamaslot_itself_is_no_user(desk: Desk) -> None:
     """No slot is left to it, and nobody owes it anything."""
-    desk.come(NOBODY)
-    desk.end(NOBODY)
+    desk.come(SYSTEM_USER)
+    desk.end(SYSTEM_USER)
     desk.come(GREEDY, 6)
     assert desk.holds(GREEDY) == 4
     assert set(desk.deficits()) == {"key:greedy"}
@@ -317,11 +319,11 @@ def test_who_is_sent_away_at_once_disturbs_nobody(desk: Desk) -> None:
     desk.come(GREEDY, N_SLOTS)
     for n in range(8):
         desk.come(User(f"key:{n}"))
-    n_changes = desk.house.scheduler._n_changes
+    n_changes = desk.house.dispatcher._n_changes
     for n in range(20):
         (late,) = desk.come(User(f"key:late{n}"))
         assert isinstance(outcome(late), QueueFull)
-    assert desk.house.scheduler._n_changes == n_changes
+    assert desk.house.dispatcher._n_changes == n_changes
     assert not [user for user in desk.deficits() if "late" in user]
 
 
@@ -336,17 +338,17 @@ def test_users_are_forgotten(desk: Desk) -> None:
     for _ in range(4):
         desk.come(ANNA)
         desk.end(ANNA)
-    assert desk.house.scheduler.queue._seen_at.keys() == {"key:anna"}
+    assert desk.house.dispatcher.queue._seen_at.keys() == {"key:anna"}
 
 
 def test_each_limit_of_the_configuration_is_in_its_place(tmp_path: Path) -> None:
     """Numbers that are all different."""
     queue = {"max_waiting": 1, "max_wait_s": 2, "user_max_waiting": 3, "user_max_running": 4}
-    settings = {"queue": {**queue, "side_max_passed_s": 5, "spare_s": 6}}
+    settings = {"queue": {**queue, "small_request_max_overtake_s": 5, "return_grace_s": 6}}
     url = "http://127.0.0.1:9"
     registry = Registry.of(configured(tmp_path, url, None, settings), url)
-    fairness = Fairness(max_running=4, max_waiting=3, max_passed_s=5.0, spare_s=6.0)
-    assert registry.pool_for().scheduler.queue.limits == QueueLimits(1, 2.0, fairness)
+    fairness = Fairness(max_running=4, max_waiting=3, max_overtake_s=5.0, return_grace_s=6.0)
+    assert registry.pool_for().dispatcher.queue.limits == QueueLimits(1, 2.0, fairness)
 
 
 def test_what_everybody_has_is_told(desk: Desk) -> None:
@@ -356,18 +358,18 @@ def test_what_everybody_has_is_told(desk: Desk) -> None:
     desk.end(GREEDY)
     standings = {
         one.id: (one.n_running, one.n_waiting)
-        for one in desk.house.scheduler.queue.standings(desk.house.loop.time())
+        for one in desk.house.dispatcher.queue.standings(desk.house.loop.time())
     }
     assert standings == {"key:greedy": (3, 2), "key:anna": (1, 0)}
 
 
-def waits_s(n_greedy: int, think_s: float, spare_s: float = 10.0) -> dict[str, float]:
+def waits_s(n_greedy: int, think_s: float, return_grace_s: float = 10.0) -> dict[str, float]:
     """Median seconds that each of five users waits for a slot, with one request each after the other, beside a greedy
     one with ``n_greedy`` at a time. Answers take a second; slots are four."""
     house = House(
         VirtualLoop(),
         StubServer(N_SLOTS),
-        limits=QueueLimits(fairness=Fairness(spare_s=spare_s)),
+        limits=QueueLimits(fairness=Fairness(return_grace_s=return_grace_s)),
         rules=Rules(small_prompt_tokens=100),
     )
     rng, waited, loop = random.Random(1), dict[str, list[float]](), house.loop
@@ -375,8 +377,8 @@ def waits_s(n_greedy: int, think_s: float, spare_s: float = 10.0) -> dict[str, f
 
     async def one(user: User) -> float:
         asked_at, n = loop.time(), next(serial)
-        job = Job(f"{user.id} {n}", tokens_of(1000 * n, 200), user=user)
-        with await house.scheduler.lease(job):
+        job = Request(f"{user.id} {n}", tokens_of(1000 * n, 200), user=user)
+        with await house.dispatcher.lease(job):
             waited_s = loop.time() - asked_at
             await asyncio.sleep(rng.uniform(0.7, 1.3))
         return waited_s

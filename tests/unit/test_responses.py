@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.errors import OpaquePrompt
+from llamaslot.errors import PromptNotTokenizable
 from llamaslot.formats.responses import chat_body
 
 HI = {"role": "user", "content": [{"text": "hi", "type": "text"}]}
@@ -216,5 +216,5 @@ def test_all_other_fields_are_kept() -> None:
 )
 def test_what_is_not_known_to_render_alike(body: dict[str, Any], why: str) -> None:
     """Says what it was."""
-    with pytest.raises(OpaquePrompt, match=why):
+    with pytest.raises(PromptNotTokenizable, match=why):
         chat_body(body)

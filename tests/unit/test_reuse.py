@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import pack
-from llamaslot.cache.reuse import Memory, Predictions, Recall, Strikes, checkpoints_after, usable
+from llamaslot.cache.reuse import CacheKind, Predictions, RewindModel, Strikes, checkpoints_after, usable
 
-DENSE, SWA, RECURRENT = Memory.DENSE, Memory.SWA, Memory.RECURRENT
-KINDS = st.sampled_from(list(Memory))
+DENSE, SWA, RECURRENT = CacheKind.DENSE, CacheKind.SWA, CacheKind.RECURRENT
+KINDS = st.sampled_from(list(CacheKind))
 COUNTS = st.integers(0, 10_000)
 
 
@@ -22,8 +22,8 @@ def test_dense_goes_back_to_any_token() -> None:
     assert usable(DENSE, 4970, 5700, (), 6000) == 4970
 
 
-@pytest.mark.parametrize("kind", list(Memory))
-def test_one_token_is_always_computed(kind: Memory) -> None:
+@pytest.mark.parametrize("kind", list(CacheKind))
+def test_one_token_is_always_computed(kind: CacheKind) -> None:
     """The same prompt once more: its last token gives the first of the answer."""
     assert usable(kind, 5000, 5000, (4996,), 5000) <= 4999
     assert usable(DENSE, 5000, 5000, (), 5000) == 4999
@@ -55,7 +55,7 @@ def test_a_window_needs_one_token_more() -> None:
 
 @given(kind=KINDS, shared=COUNTS, held=COUNTS | st.none(), at=st.lists(COUNTS), n=COUNTS)
 def test_never_more_than_is_shared(
-    kind: Memory, shared: int, held: int | None, at: list[int], n: int
+    kind: CacheKind, shared: int, held: int | None, at: list[int], n: int
 ) -> None:
     """Nor less than nothing, nor the whole prompt; and a dense model is never worse off."""
     if held is not None:
@@ -96,7 +96,7 @@ def test_checkpoints_ascend(kept: list[int], reused: int, stops: list[int]) -> N
 # -- what this build does ------------------------------------------------------------------------------------------
 
 
-def seen(*pairs: tuple[int, int], memory: Memory = DENSE, source: str = "resident") -> Predictions:
+def seen(*pairs: tuple[int, int], memory: CacheKind = DENSE, source: str = "resident") -> Predictions:
     predictions = Predictions()
     for n_usable, n_reused in pairs:
         predictions.observe(memory, source, n_usable, n_reused)
@@ -181,35 +181,35 @@ def test_two_failures_are_out() -> None:
     assert strikes.note("a", 5000, 100)
 
 
-def recall(memory: Memory) -> Recall:
-    return Recall(memory)
+def rewind_model(memory: CacheKind) -> RewindModel:
+    return RewindModel(memory)
 
 
 ANSWERED = Content(pack(range(5000)), is_exact=False, checkpoints=(4996,), n_more=700)
 
 
 @pytest.mark.parametrize("memory", [SWA, RECURRENT])
-def test_an_answer_is_expected_to_come_back(memory: Memory) -> None:
+def test_an_answer_is_expected_to_come_back(memory: CacheKind) -> None:
     """Its tokens are not known, but the next prompt goes on behind it: from the exact end of the slot."""
-    assert recall(memory).of_slot(ANSWERED, 5000, 6000) == 5700
+    assert rewind_model(memory).of_slot(ANSWERED, 5000, 6000) == 5700
 
 
 @pytest.mark.parametrize("memory", [SWA, RECURRENT])
-def test_a_prompt_that_parts_earlier_goes_back(memory: Memory) -> None:
+def test_a_prompt_that_parts_earlier_goes_back(memory: CacheKind) -> None:
     """Or one that is too short to hold the answer: to the last checkpoint."""
-    assert recall(memory).of_slot(ANSWERED, 4999, 6000) in (4995, 4996)
-    assert recall(memory).of_slot(ANSWERED, 5000, 5700) in (4995, 4996)
+    assert rewind_model(memory).of_slot(ANSWERED, 4999, 6000) in (4995, 4996)
+    assert rewind_model(memory).of_slot(ANSWERED, 5000, 5700) in (4995, 4996)
 
 
 def test_dense_models_promise_no_answer() -> None:
     """They use as much of it as comes back, so that nothing is lost by promising less."""
-    assert recall(DENSE).of_slot(ANSWERED, 5000, 6000) == 5000
+    assert rewind_model(DENSE).of_slot(ANSWERED, 5000, 6000) == 5000
 
 
 def test_an_answer_is_likely_to_come_back_as_far_as_answers_did() -> None:
     """For the choice of a place: all of it at first, then the usual share, the same after a restart. Nothing of it
     where the prompt is too short for it or parts before it."""
-    known = recall(DENSE)
+    known = rewind_model(DENSE)
     assert known.likely_of_slot(ANSWERED, 5000, 6000) == 5700
     assert known.likely_of_slot(ANSWERED, 5000, 5700) == 5000
     assert known.likely_of_slot(ANSWERED, 4999, 6000) == 4999
@@ -221,9 +221,9 @@ def test_an_answer_is_likely_to_come_back_as_far_as_answers_did() -> None:
 
 
 @pytest.mark.parametrize("memory", [SWA, RECURRENT])
-def test_models_that_cannot_go_back_find_a_whole_answer_or_none(memory: Memory) -> None:
+def test_models_that_cannot_go_back_find_a_whole_answer_or_none(memory: CacheKind) -> None:
     """What is likely is what is counted on."""
-    known = recall(memory)
+    known = rewind_model(memory)
     assert known.likely_of_slot(ANSWERED, 5000, 6000) == known.of_slot(ANSWERED, 5000, 6000) == 5700
     known.predictions.answered(700, 350)
     assert known.likely_of_slot(ANSWERED, 5000, 6000) == known.of_slot(ANSWERED, 5000, 6000) < 5000
@@ -237,7 +237,7 @@ def test_spoilt_shares_of_answers_are_ignored(returned: object) -> None:
 
 def test_an_answer_that_did_not_come_back_is_not_counted_on_for_a_while() -> None:
     """Some template drops a part of it: until eight in a row have come back."""
-    known = recall(RECURRENT)
+    known = rewind_model(RECURRENT)
     known.predictions.answered(300, 0)
     for _ in range(8):
         assert known.of_slot(ANSWERED, 5000, 6000) == 4996

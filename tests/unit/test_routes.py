@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from llamaslot.config.load import GUARDED_ROUTES
-from llamaslot.llama.routes import KNOWN_GATES, ROUTES, Kind, Route, classify, origin_form, server_path
+from llamaslot.llama.routes import KNOWN_GATES, ROUTES, Route, RouteKind, classify, origin_form, server_path
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_the_table_is_consistent() -> None:
     """Each line is there once; formats are the completions', gates the gated ones', and only slot takers are pinned."""
     assert len({(route.method, route.path) for route in ROUTES}) == len(ROUTES)
     for route in ROUTES:
-        assert route.kind in get_args(Kind)
+        assert route.kind in get_args(RouteKind)
         counts = route.path.endswith("_tokens")
         assert (route.format is not None) == (route.kind == "completion" or counts)
         assert (route.gate is not None) == (route.kind == "gated")

@@ -9,11 +9,11 @@ import pytest
 
 from bench.virtual import VirtualLoop
 from llamaslot.cache.content import Content
-from llamaslot.cache.namespaces import Space
-from llamaslot.cache.reuse import Memory
+from llamaslot.cache.namespaces import Namespace
+from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import SlotWedged
 from llamaslot.llama.replies import Progress
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.save_policy import Unsaved, is_worth
 from llamaslot.scheduling.slots import Event, State
 from tests.support.house import House, tokens_of
@@ -41,7 +41,7 @@ def house() -> Iterator[House]:
 
 def fill(house: House, n: int = 3) -> None:
     for i in range(n):
-        house.start(house.ask(Job(f"first {i}", tokens_of(10_000 * i, 400))), "first")
+        house.start(house.ask(Request(f"first {i}", tokens_of(10_000 * i, 400))), "first")
     house.finish()
 
 
@@ -64,14 +64,14 @@ def test_one_save_or_restore_at_a_time(house: House) -> None:
     fill(house)
     seen = watch(house)
     for i in range(3):
-        house.start(house.ask(Job(f"next {i}", tokens_of(50_000 + 10_000 * i, 400))), "next")
+        house.start(house.ask(Request(f"next {i}", tokens_of(50_000 + 10_000 * i, 400))), "next")
     house.finish()
     for i in range(3):
-        house.start(house.ask(Job(f"back {i}", tokens_of(10_000 * i, 500))), "back")
+        house.start(house.ask(Request(f"back {i}", tokens_of(10_000 * i, 500))), "back")
     house.finish()
     assert len(seen) > 6
     assert set(seen) == {1}
-    waits = [act.waited_s for one in house.scheduler.journal.latest() for act in one.acts]
+    waits = [act.waited_s for one in house.dispatcher.journal.latest() for act in one.acts]
     assert max(waits) > 0.5
     house.check_nothing_is_left()
 
@@ -80,7 +80,7 @@ def test_who_leaves_while_waiting_to_save_holds_nothing_up(house: House) -> None
     """His save is carried out in its turn, and everybody else is served."""
     fill(house)
     clients = [
-        house.start(house.ask(Job(f"next {i}", tokens_of(50_000 + 10_000 * i, 400))), "next")
+        house.start(house.ask(Request(f"next {i}", tokens_of(50_000 + 10_000 * i, 400))), "next")
         for i in range(3)
     ]
     house.loop.pass_time(0.5)
@@ -100,7 +100,7 @@ def test_a_save_ahead_of_need_gives_way(house: House) -> None:
     house.loop.pass_time(4.0)
     assert any(op.kind == "reserve" for op in house.server.pending)
     house.server.pace = lambda op: 60.0 if op.kind == "answer" else 0.01
-    client = house.start(house.ask(Job("client", tokens_of(90_000, 20))), "client")
+    client = house.start(house.ask(Request("client", tokens_of(90_000, 20))), "client")
     house.loop.pass_time(8.0)
     assert not client.done()
     assert house.catalog.snapshots == {}
@@ -121,7 +121,7 @@ def test_a_long_answer_is_worth_its_save(house: House) -> None:
     slot = pool.slots[0]
     assert not pool.worth.is_worth_saving(slot)
     for n_more, is_worth_it in ((0, False), (2000, True)):
-        pool.take(slot, Job("again"), house.loop.time(), has_answer=True)
+        pool.take(slot, Request("again"), house.loop.time(), has_answer=True)
         content = Content(slot.content.tokens, False, True, (), slot.content.snapshot, n_more)
         pool.give_back(slot, Event.KEEP, content, house.loop.time())
         assert pool.worth.is_worth_saving(slot) is is_worth_it
@@ -130,10 +130,12 @@ def test_a_long_answer_is_worth_its_save(house: House) -> None:
 def test_a_slot_goes_back_to_the_end_of_its_prompt_where_files_keep_no_checkpoints(house: House) -> None:
     """The answer comes back tokenized anew, and an exact end is all that a recurrent model could go on from."""
     assert house.leases.table is not None
-    recall = house.leases.table.recall
-    recall.memory, recall.keeps_checkpoints = Memory.RECURRENT, False
+    rewind_model = house.leases.table.rewind_model
+    rewind_model.memory, rewind_model.keeps_checkpoints = CacheKind.RECURRENT, False
     for i in range(3):
-        house.start(house.ask(Job(f"first {i}", tokens_of(10_000 * i, 400)), tokens_of(5000, 20)), "first")
+        house.start(
+            house.ask(Request(f"first {i}", tokens_of(10_000 * i, 400)), tokens_of(5000, 20)), "first"
+        )
     house.finish()
     house.start(house.writeback.save_all(), "writeback")
     house.finish()
@@ -149,7 +151,7 @@ def test_what_has_media_behind_it_is_never_written(house: House) -> None:
     assert pool is not None
     fill(house, 1)
     [slot] = [slot for slot in pool.slots if slot.content.tokens]
-    pool.take(slot, Job("an image"), house.loop.time(), has_answer=True)
+    pool.take(slot, Request("an image"), house.loop.time(), has_answer=True)
     content = Content(slot.content.tokens, is_exact=False, is_dirty=True, has_media=True)
     pool.give_back(slot, Event.KEEP, content, house.loop.time())
     house.loop.run_until_complete(house.writeback.save_all())
@@ -161,15 +163,15 @@ def test_what_has_media_behind_it_is_never_written(house: House) -> None:
 def test_it_goes_back_with_the_lora_scales_of_what_it_holds(house: House) -> None:
     """With others the server would compute the whole prompt again, and the file would be of nobody's."""
     assert house.leases.table is not None
-    recall = house.leases.table.recall
-    recall.memory, recall.keeps_checkpoints = Memory.RECURRENT, False
-    scaled, real, sent = Space(lora='[{"id":0,"scale":0.5}]'), house.server.prefill, list[str]()
+    rewind_model = house.leases.table.rewind_model
+    rewind_model.memory, rewind_model.keeps_checkpoints = CacheKind.RECURRENT, False
+    scaled, real, sent = Namespace(lora='[{"id":0,"scale":0.5}]'), house.server.prefill, list[str]()
 
     def prefill(slot_id: int, tokens: bytes, lora: str = "") -> AsyncGenerator[Progress]:
         sent.append(lora)
         return real(slot_id, tokens, lora)
 
-    house.start(house.ask(Job("first", tokens_of(0, 400), space=scaled), tokens_of(5000, 20)), "first")
+    house.start(house.ask(Request("first", tokens_of(0, 400), space=scaled), tokens_of(5000, 20)), "first")
     house.finish()
     house.server.prefill = prefill  # type: ignore[method-assign]
     house.start(house.writeback.save_all(), "writeback")
@@ -200,11 +202,11 @@ def test_a_slot_that_falls_silent_while_it_goes_back_drains(asks: bool) -> None:
     house.rates.prefill.observe(0, 1000, 1000.0)
     pool = house.leases.table
     assert pool is not None
-    pool.recall.memory, pool.recall.keeps_checkpoints = Memory.RECURRENT, False
-    house.start(house.ask(Job("first", tokens_of(0, 400)), tokens_of(5000, 20)), "first")
+    pool.rewind_model.memory, pool.rewind_model.keeps_checkpoints = CacheKind.RECURRENT, False
+    house.start(house.ask(Request("first", tokens_of(0, 400)), tokens_of(5000, 20)), "first")
     house.finish()
     if asks:
-        client = house.start(house.ask(Job("next", tokens_of(50_000, 400))), "next")
+        client = house.start(house.ask(Request("next", tokens_of(50_000, 400))), "next")
     else:
         client = house.start(house.writeback.save_all(), "writeback")
     wedge(house)
@@ -221,9 +223,9 @@ def test_a_slot_that_falls_silent_while_it_goes_back_drains(asks: bool) -> None:
 def test_it_does_not_where_they_keep_them(house: House) -> None:
     """There the answer is in the file, for whoever sends it back as it was."""
     assert house.leases.table is not None
-    recall = house.leases.table.recall
-    recall.memory, recall.keeps_checkpoints = Memory.RECURRENT, True
-    house.start(house.ask(Job("first", tokens_of(0, 400)), tokens_of(5000, 20)), "first")
+    rewind_model = house.leases.table.rewind_model
+    rewind_model.memory, rewind_model.keeps_checkpoints = CacheKind.RECURRENT, True
+    house.start(house.ask(Request("first", tokens_of(0, 400)), tokens_of(5000, 20)), "first")
     house.finish()
     house.start(house.writeback.save_all(), "writeback")
     house.finish()

@@ -15,13 +15,13 @@ from bench.simulator.machine import Hardware
 from bench.simulator.proxy import Proxy
 from bench.simulator.run import LEFT
 from bench.simulator.server import Origin, SimulatedServer
-from bench.simulator.trace import Request, Text, Trace, Turn
-from bench.simulator.users import Asked, Served
+from bench.simulator.trace import Text, Trace, TraceRequest, Turn
+from bench.simulator.users import ClientRequest, Served
 from bench.virtual import VirtualLoop
 from llamaslot.cache.ids import count
 from llamaslot.llama.replies import Progress
 from llamaslot.scheduling.placement import Rules
-from llamaslot.store.entries import Shelf
+from llamaslot.store.entries import SnapshotTable
 
 # A batch takes half a second at any depth; to send a request takes 0.1 s and no more for a longer one.
 FLAT = Hardware(
@@ -141,7 +141,7 @@ class Stage:
         self.loop, self.server = loop, SimulatedServer(loop, n_slots, hardware)
         self.disk = Disk(
             self.server,
-            Shelf(),
+            SnapshotTable(),
             UNLIMITED,
             now=loop.time,
             on_drop=lambda snapshot: self.proxy.dropped(snapshot),
@@ -151,9 +151,9 @@ class Stage:
     async def ask(self, prompt: bytes, n_answer: int = 5, after_s: float = 0.0, key: int = 0) -> Served:
         await asyncio.sleep(after_s)
         add = (Text(1000 + key, count(prompt)),)
-        request = Request(0, 0, 0.0, key, Turn.FIRST, 0, add, Text(2000 + key, n_answer))
+        request = TraceRequest(0, 0, 0.0, key, Turn.FIRST, 0, add, Text(2000 + key, n_answer))
         served = Served(request, 0)
-        asked = Asked(served, prompt, 0, text(2000 + key, n_answer), Origin(key, 0), self.loop.time())
+        asked = ClientRequest(served, prompt, 0, text(2000 + key, n_answer), Origin(key, 0), self.loop.time())
         await self.proxy.ask(asked)
         return served
 

@@ -10,7 +10,7 @@ from statistics import mean, median
 import pytest
 
 from bench.simulator.generate import Agents, Recipe, crew, generate, scaled
-from bench.simulator.trace import Request, Trace, Turn
+from bench.simulator.trace import Trace, TraceRequest, Turn
 
 
 @functools.cache
@@ -18,7 +18,7 @@ def trace(seed: int = 1) -> Trace:
     return generate(seed)
 
 
-def talks() -> list[list[Request]]:
+def talks() -> list[list[TraceRequest]]:
     """Conversations without side requests, of three seeds."""
     return [
         requests

@@ -14,11 +14,11 @@ from bench.simulator.generate import Recipe, generate
 from bench.simulator.machine import Hardware
 from bench.simulator.result import Result
 from bench.simulator.run import LEFT, Policy, Setting, simulate
-from bench.simulator.trace import Request, Text, Trace, Turn
+from bench.simulator.trace import Text, Trace, TraceRequest, Turn
 from llamaslot.cache.ids import count, head
 from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.scheduling.placement import Rules
-from llamaslot.scheduling.prefill_policy import Sharing
+from llamaslot.scheduling.prefill_policy import PrefillSharing
 
 SMALL = Recipe(n_users=6, day_s=700.0, arrival_s=60.0, burst_each=4, p_pause=0.0, usual_answer_s=30.0)
 FEW_SLOTS = 2
@@ -116,7 +116,7 @@ def _rounded(trace: Trace) -> Trace:
 
 def test_a_trace_that_keeps_what_is_not_there_is_refused() -> None:
     """A file from elsewhere may have faults; a run on it would be about nothing."""
-    request = Request(0, 0, 0.0, 7, Turn.FOLLOW_UP, 10, (Text(1, 5),), Text(2, 5))
+    request = TraceRequest(0, 0, 0.0, 7, Turn.FOLLOW_UP, 10, (Text(1, 5),), Text(2, 5))
     with pytest.raises(ValueError, match="conversation 7"):
         Trace("broken", 1, (request,)).check()
 
@@ -145,17 +145,17 @@ def test_the_command_prints_a_table_and_writes_figures(
 def test_the_command_compares_rules_for_long_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     """With and without them, and several values of one setting."""
     crew = ["--users", "3", "--hours", "0.1", "--together", "0.1", "--policies", "llamaslot"]
-    assert main([*crew, "--prefill", "shared", "left", "--sweep", "stretch_s", "0.25", "2"]) == 0
+    assert main([*crew, "--prefill", "shared", "left", "--sweep", "chunk_s", "0.25", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "3 users, 0.1 h, 0.1 together, seed 1" in lines[0]
-    assert [line[12:30].strip() for line in lines[2:6]] == ["shared", "left", "stretch_s 0.25", "stretch_s 2"]
+    assert [line[12:30].strip() for line in lines[2:6]] == ["shared", "left", "chunk_s 0.25", "chunk_s 2"]
 
 
 def test_a_setting_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is run."""
     with pytest.raises(SystemExit):
         main(["--sweep", "patience_s", "1"])
-    assert "one of own_above_s, decode_share" in capsys.readouterr().err
+    assert "one of chunk_threshold_s, decode_share" in capsys.readouterr().err
 
 
 @functools.cache
@@ -169,8 +169,8 @@ def with_rules(rules: Rules) -> Result:
 
 def beside(result: Result) -> float:
     """Of its full speed, what a stream had beside long prompts."""
-    assert result.prefills.stream_share is not None
-    return result.prefills.stream_share
+    assert result.chunked_prefill.stream_share is not None
+    return result.chunked_prefill.stream_share
 
 
 def test_with_the_scheduler_what_needs_little_waits_less() -> None:
@@ -184,6 +184,6 @@ def test_with_the_scheduler_what_needs_little_waits_less() -> None:
 
 def test_the_share_of_streams_is_what_the_setting_says_and_a_token_per_batch() -> None:
     """More of it, more for them."""
-    shares = [beside(with_rules(Rules(sharing=Sharing(decode_share=share)))) for share in (0.1, 0.4)]
+    shares = [beside(with_rules(Rules(sharing=PrefillSharing(decode_share=share)))) for share in (0.1, 0.4)]
     assert shares[0] >= 0.1
     assert shares[1] >= 0.4

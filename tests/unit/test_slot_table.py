@@ -7,30 +7,30 @@ from typing import Any
 
 import pytest
 
-from llamaslot.backend.slot_table import Pool
+from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.snapshot_usage import supersedes
-from llamaslot.cache.content import NOTHING, Content, Kind
+from llamaslot.cache.content import NOTHING, Content, SnapshotKind
 from llamaslot.cache.ids import head, pack
-from llamaslot.cache.namespaces import SHARED, Space
-from llamaslot.cache.reuse import Memory
+from llamaslot.cache.namespaces import SHARED, Namespace
+from llamaslot.cache.reuse import CacheKind
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules, place
 from llamaslot.scheduling.plan import Cost, Plan, Save, Source, Wait
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Event, Slot, SlotKey, State
 from llamaslot.store import WithTokens
-from llamaslot.store.model_snapshots import Library
+from llamaslot.store.model_snapshots import ModelSnapshots
 
 A, B = pack(range(1000, 3000)), pack(range(5000, 7000))
-NOBODY: dict[SlotKey, float] = {}
+SYSTEM_USER: dict[SlotKey, float] = {}
 
 
-def make(n_slots: int = 2, *, can_save: bool = True, memory: Memory = Memory.DENSE) -> Pool:
+def make(n_slots: int = 2, *, can_save: bool = True, memory: CacheKind = CacheKind.DENSE) -> SlotTable:
     """A millisecond per token; 100 bytes per token, so that a file costs its 5 ms and next to nothing more."""
     rates = Rates()
     for n in (1000, 2000):
         rates.size.observe(n, n * 100)
-    pool = Pool("gpu0", n_slots, 16_384, rules=Rules(), rates=rates)
+    pool = SlotTable("gpu0", n_slots, 16_384, rules=Rules(), rates=rates)
     pool.can_save = pool.can_erase = can_save
     pool.memory = memory
     return pool
@@ -41,11 +41,11 @@ def snapshot(id_: str, tokens: bytes, checkpoints: tuple[int, ...] = (), **more:
     return WithTokens.of(tokens, id=id_, size_bytes=len(tokens) * 25, **fields, **more)
 
 
-def hold(pool: Pool, slot: int, tokens: bytes, now: float = 0.0, **more: object) -> Slot:
+def hold(pool: SlotTable, slot: int, tokens: bytes, now: float = 0.0, **more: object) -> Slot:
     """The slot after somebody's answer."""
     content = Content(tokens, is_exact=False, is_dirty=True)
     taken = pool.slots[slot]
-    pool.take(taken, Job("before", tokens), now, has_answer=True)
+    pool.take(taken, Request("before", tokens), now, has_answer=True)
     pool.give_back(taken, Event.KEEP, replace(content, **more), now)  # type: ignore[arg-type]
     pool.check()
     return taken
@@ -65,31 +65,33 @@ def plan(slot: int, *steps: Save) -> Plan:
 def test_a_leased_slot_counts_as_holding_what_its_job_will_leave() -> None:
     """So that a second request of the same conversation waits for it instead of computing everything twice."""
     pool = make()
-    pool.take(pool.slots[0], Job("a", A), 10.0, plan(0), has_answer=True)
+    pool.take(pool.slots[0], Request("a", A), 10.0, plan(0), has_answer=True)
     pool.check()
-    seen = pool.view(Job("b", A + pack([1])), 10.0, NOBODY).slots[0]
+    seen = pool.view(Request("b", A + pack([1])), 10.0, SYSTEM_USER).slots[0]
     assert (seen.state, seen.n_tokens, seen.n_shared, seen.n_usable) == (State.LEASED, 2000, 2000, 2000)
 
 
 def test_a_leased_slot_is_expected_back_after_its_steps_and_an_answer() -> None:
     """2 s of steps, and then as long as answers usually take; less of it is left as time passes."""
     pool = make()
-    pool.take(pool.slots[0], Job("a", A), 10.0, plan(0), has_answer=True)
+    pool.take(pool.slots[0], Request("a", A), 10.0, plan(0), has_answer=True)
     answer_s = pool.rates.answer.seconds_left(0)
-    asks = Job("b", A)
-    assert pool.view(asks, 10.0, NOBODY).slots[0].wait_s == pytest.approx(2 + answer_s)
+    asks = Request("b", A)
+    assert pool.view(asks, 10.0, SYSTEM_USER).slots[0].wait_s == pytest.approx(2 + answer_s)
     pool.answering(pool.slots[0], 11.0)
-    assert pool.view(asks, 11.0, NOBODY).slots[0].wait_s == pytest.approx(answer_s)
-    assert pool.view(asks, 14.0, NOBODY).slots[0].wait_s == pytest.approx(answer_s - 3)
+    assert pool.view(asks, 11.0, SYSTEM_USER).slots[0].wait_s == pytest.approx(answer_s)
+    assert pool.view(asks, 14.0, SYSTEM_USER).slots[0].wait_s == pytest.approx(answer_s - 3)
 
 
 def test_a_slot_leased_for_a_save_still_holds_what_is_saved() -> None:
     """Its owner, asking at that moment, waits for the few milliseconds that it takes."""
     pool = make()
     slot = hold(pool, 0, A)
-    pool.take(slot, Job("writeback", A), 10.0, has_answer=False)
+    pool.take(slot, Request("writeback", A), 10.0, has_answer=False)
     decision = place(
-        Job("owner", A + pack([1])), [pool.view(Job("owner", A + pack([1])), 10.0, NOBODY)], pool.rules
+        Request("owner", A + pack([1])),
+        [pool.view(Request("owner", A + pack([1])), 10.0, SYSTEM_USER)],
+        pool.rules,
     )
     assert isinstance(decision, Wait)
     assert decision.slot == key(0)
@@ -99,10 +101,10 @@ def test_a_slot_that_will_hold_what_nobody_knows_is_not_waited_for() -> None:
     """A stranger landed in it: the conversation that was there is gone."""
     pool = make()
     slot = hold(pool, 0, A)
-    pool.take(slot, Job("turn"), 10.0, has_answer=False)
+    pool.take(slot, Request("turn"), 10.0, has_answer=False)
     pool.expect_nothing(slot, SHARED)
     pool.check()
-    assert pool.view(Job("owner", A), 10.0, NOBODY).slots[0].n_shared == 0
+    assert pool.view(Request("owner", A), 10.0, SYSTEM_USER).slots[0].n_shared == 0
 
 
 def test_what_is_kept_is_found() -> None:
@@ -110,7 +112,7 @@ def test_what_is_kept_is_found() -> None:
     pool = make()
     slot = hold(pool, 0, A, now=7.0)
     assert (slot.state, slot.leased_by, slot.used_at) == (State.HOT, None, 7.0)
-    assert pool.view(Job("next", A + B), 8.0, NOBODY).slots[0].n_usable == 2000
+    assert pool.view(Request("next", A + B), 8.0, SYSTEM_USER).slots[0].n_usable == 2000
 
 
 def test_keeping_nothing_is_being_free() -> None:
@@ -123,22 +125,22 @@ def test_a_draining_slot_is_busy_until_the_server_is_idle() -> None:
     """Its client has gone; it goes through DRAINING to HOT and can then be leased."""
     pool = make()
     slot = pool.slots[0]
-    pool.take(slot, Job("gone", A), 1.0, plan(0), has_answer=True)
+    pool.take(slot, Request("gone", A), 1.0, plan(0), has_answer=True)
     pool.give_back(slot, Event.LEAVE, Content(A, is_exact=False, is_dirty=True), 2.0)
     pool.check()
-    seen = pool.view(Job("back", A), 2.0, NOBODY).slots[0]
+    seen = pool.view(Request("back", A), 2.0, SYSTEM_USER).slots[0]
     assert (seen.state, seen.n_shared) == (State.DRAINING, 2000)
     assert seen.wait_s > 0
     pool.give_back(slot, Event.KEEP, Content(head(A, 512), is_exact=False, is_dirty=True), 3.0)
     pool.check()
-    assert pool.view(Job("back", A), 3.0, NOBODY).slots[0].n_usable == 512
+    assert pool.view(Request("back", A), 3.0, SYSTEM_USER).slots[0].n_usable == 512
 
 
 def test_a_suspect_slot_is_believed_to_hold_nothing() -> None:
     """A step failed half-way."""
     pool = make()
     slot = pool.slots[0]
-    pool.take(slot, Job("a", A), 1.0, plan(0), has_answer=True)
+    pool.take(slot, Request("a", A), 1.0, plan(0), has_answer=True)
     pool.give_back(slot, Event.FAIL, Content(A), 2.0)
     pool.check()
     assert (slot.state, slot.content) == (State.SUSPECT, NOTHING)
@@ -151,11 +153,11 @@ def test_what_a_plan_saves_is_leaving_in_the_same_breath() -> None:
     """Neither resident nor on disk: its owner, asking now, waits for the commit and reserves no slot."""
     pool = make()
     slot = hold(pool, 0, A)
-    leaving = pool.take(slot, Job("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
+    leaving = pool.take(slot, Request("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
     pool.check()
     assert leaving is not None
-    owner = Job("owner", A + pack([1]))
-    seen = pool.view(owner, 10.0, NOBODY)
+    owner = Request("owner", A + pack([1]))
+    seen = pool.view(owner, 10.0, SYSTEM_USER)
     assert [view.n_usable for view in seen.snapshots] == [2000]
     assert seen.snapshots[0].wait_s > 0
     decision = place(owner, [seen], pool.rules)
@@ -167,35 +169,35 @@ def test_a_save_that_takes_longer_is_still_waited_for() -> None:
     """It is on its way as long as nobody says otherwise."""
     pool = make()
     slot = hold(pool, 0, A)
-    pool.take(slot, Job("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
-    assert pool.view(Job("owner", A), 99.0, NOBODY).snapshots[0].wait_s > 0
+    pool.take(slot, Request("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
+    assert pool.view(Request("owner", A), 99.0, SYSTEM_USER).snapshots[0].wait_s > 0
 
 
 def test_what_has_left_is_not_waited_for() -> None:
     """The save has ended, well or not. Said twice, it has ended once."""
     pool = make()
     slot = hold(pool, 0, A)
-    leaving = pool.take(slot, Job("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
+    leaving = pool.take(slot, Request("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
     assert leaving is not None
     pool.left(leaving)
     pool.left(leaving)
     pool.check()
-    assert pool.view(Job("owner", A), 10.0, NOBODY).snapshots == ()
+    assert pool.view(Request("owner", A), 10.0, SYSTEM_USER).snapshots == ()
 
 
 def test_what_is_leaving_is_in_no_generation_and_not_in_the_next_pool() -> None:
     """It concerns this process only; the snapshots are shared with the pool after a restart."""
-    library, pool, after = Library(), make(), make()
+    library, pool, after = ModelSnapshots(), make(), make()
     pool.offer(library)
     pool.add_snapshot(snapshot("s", B))
     slot = hold(pool, 0, A)
-    leaving = pool.take(slot, Job("next", B), 1.0, plan(0, Save(key(0))), has_answer=True)
+    leaving = pool.take(slot, Request("next", B), 1.0, plan(0, Save(key(0))), has_answer=True)
     after.offer(library)
     assert leaving is not None
     assert library.index.holders() == {"s"}
-    assert [view.id for view in pool.view(Job("a", A), 1.0, NOBODY).snapshots] == [leaving.holder]
-    assert not after.view(Job("a", A), 1.0, NOBODY).snapshots
-    assert [view.id for view in after.view(Job("b", B), 1.0, NOBODY).snapshots] == ["s"]
+    assert [view.id for view in pool.view(Request("a", A), 1.0, SYSTEM_USER).snapshots] == [leaving.holder]
+    assert not after.view(Request("a", A), 1.0, SYSTEM_USER).snapshots
+    assert [view.id for view in after.view(Request("b", B), 1.0, SYSTEM_USER).snapshots] == ["s"]
     for one in (pool, after):
         one.check()
 
@@ -203,7 +205,7 @@ def test_what_is_leaving_is_in_no_generation_and_not_in_the_next_pool() -> None:
 def test_without_a_save_nothing_is_leaving() -> None:
     """What is not saved is lost: nobody waits for it."""
     pool = make()
-    assert pool.take(hold(pool, 0, A), Job("b", B), 10.0, plan(0), has_answer=True) is None
+    assert pool.take(hold(pool, 0, A), Request("b", B), 10.0, plan(0), has_answer=True) is None
 
 
 # -- snapshots -----------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def test_snapshots_are_offered_by_what_they_share() -> None:
     for id_, tokens in ("half", head(A, 1000)), ("whole", A), ("other", B), ("few", head(A, 20) + B):
         pool.add_snapshot(snapshot(id_, tokens))
     pool.check()
-    seen = pool.view(Job("owner", A + pack([1])), 0.0, NOBODY).snapshots
+    seen = pool.view(Request("owner", A + pack([1])), 0.0, SYSTEM_USER).snapshots
     assert [(view.id, view.n_usable) for view in seen] == [("whole", 2000), ("half", 1000)]
 
 
@@ -223,9 +225,9 @@ def test_who_uses_nothing_is_offered_nothing() -> None:
     """Nor is anybody while slot files cannot be used."""
     pool = make()
     pool.add_snapshot(snapshot("s", A))
-    assert pool.view(Job("a", A, is_cold=True), 0.0, NOBODY).snapshots == ()
+    assert pool.view(Request("a", A, no_cache=True), 0.0, SYSTEM_USER).snapshots == ()
     pool.can_save = False
-    assert pool.view(Job("a", A), 0.0, NOBODY).snapshots == ()
+    assert pool.view(Request("a", A), 0.0, SYSTEM_USER).snapshots == ()
 
 
 def test_a_slot_whose_snapshot_is_dropped_is_dirty_again() -> None:
@@ -246,7 +248,7 @@ def test_a_snapshot_dropped_while_its_slot_is_leased_is_not_believed_in() -> Non
     pool.add_snapshot(snapshot("s", A))
     slot = hold(pool, 0, A, is_dirty=False, snapshot="s")
     believed = slot.content
-    pool.take(slot, Job("again", A), 1.0, has_answer=True)
+    pool.take(slot, Request("again", A), 1.0, has_answer=True)
     pool.drop_snapshot("s")
     pool.give_back(slot, Event.KEEP, believed, 2.0)
     pool.check()
@@ -258,11 +260,11 @@ def test_the_snapshot_of_exactly_these_tokens() -> None:
     """Not of a beginning of them, and not of more."""
     pool = make()
     pool.add_snapshot(snapshot("s", A))
-    found = pool.library.snapshot_of(A)
+    found = pool.model_snapshots.snapshot_of(A)
     assert found is not None
     assert found.id == "s"
-    assert pool.library.snapshot_of(head(A, 1999)) is None
-    assert pool.library.snapshot_of(A + B) is None
+    assert pool.model_snapshots.snapshot_of(head(A, 1999)) is None
+    assert pool.model_snapshots.snapshot_of(A + B) is None
 
 
 def test_agreeing_with_the_catalog() -> None:
@@ -288,7 +290,7 @@ def test_a_newer_snapshot_of_the_conversation_supersedes() -> None:
     assert not supersedes(snapshot("new", B), old, 0.85)
 
 
-@pytest.mark.parametrize("special", [{"kind": Kind.TRUNK}, {"is_pinned": True}])
+@pytest.mark.parametrize("special", [{"kind": SnapshotKind.TRUNK}, {"is_pinned": True}])
 def test_trunks_and_pinned_snapshots_are_never_superseded(special: dict[str, Any]) -> None:
     """They are there for conversations that have not begun."""
     assert not supersedes(snapshot("new", A + B), snapshot("old", A, **special), 0.85)
@@ -327,8 +329,8 @@ def test_a_few_tokens_more_than_the_snapshot_are_not_worth_a_save() -> None:
     assert pool.worth.is_worth_saving(hold(pool, 1, A + B))
 
 
-@pytest.mark.parametrize("memory", [Memory.SWA, Memory.RECURRENT])
-def test_a_model_that_cannot_rewind_is_not_helped_by_half_a_snapshot(memory: Memory) -> None:
+@pytest.mark.parametrize("memory", [CacheKind.SWA, CacheKind.RECURRENT])
+def test_a_model_that_cannot_rewind_is_not_helped_by_half_a_snapshot(memory: CacheKind) -> None:
     """A longer or shorter one of the same conversation cannot be gone back to."""
     pool = make(memory=memory)
     pool.add_snapshot(snapshot("s", A))
@@ -339,11 +341,11 @@ def test_regret_is_what_the_owner_would_pay() -> None:
     """Everything again when nobody else has it; a restore when it is on disk; nothing for nothing."""
     pool = make()
     slot = hold(pool, 0, A)
-    assert pool.worth.regret_s(slot, is_saved=False) == pytest.approx(2.0)
-    assert pool.worth.regret_s(slot, is_saved=True) == pytest.approx(pool.rates.restore_s(2000))
+    assert pool.worth.eviction_cost_s(slot, is_saved=False) == pytest.approx(2.0)
+    assert pool.worth.eviction_cost_s(slot, is_saved=True) == pytest.approx(pool.rates.restore_s(2000))
     pool.add_snapshot(snapshot("s", A))
-    assert pool.worth.regret_s(slot, is_saved=False) == pytest.approx(pool.rates.restore_s(2000))
-    assert pool.worth.regret_s(pool.slots[1], is_saved=False) == 0
+    assert pool.worth.eviction_cost_s(slot, is_saved=False) == pytest.approx(pool.rates.restore_s(2000))
+    assert pool.worth.eviction_cost_s(pool.slots[1], is_saved=False) == 0
 
 
 def test_regret_counts_only_what_would_be_lost() -> None:
@@ -351,15 +353,17 @@ def test_regret_counts_only_what_would_be_lost() -> None:
     pool = make(can_save=False)
     slot = hold(pool, 0, A)
     hold(pool, 1, head(A, 1500) + B)
-    assert pool.worth.regret_s(slot, is_saved=False) == pytest.approx(0.5)
+    assert pool.worth.eviction_cost_s(slot, is_saved=False) == pytest.approx(0.5)
 
 
 def test_regret_fades() -> None:
     """A context that nobody has used for half an hour is half the loss."""
     pool = make(can_save=False)
     hold(pool, 0, A, now=0.0)
-    fresh = pool.view(Job("b", B), 0.0, NOBODY).slots[0].regret_s
-    assert pool.view(Job("b", B), 1800.0, NOBODY).slots[0].regret_s == pytest.approx(fresh / 2)
+    fresh = pool.view(Request("b", B), 0.0, SYSTEM_USER).slots[0].eviction_cost_s
+    assert pool.view(Request("b", B), 1800.0, SYSTEM_USER).slots[0].eviction_cost_s == pytest.approx(
+        fresh / 2
+    )
 
 
 def test_looking_changes_nothing() -> None:
@@ -367,9 +371,9 @@ def test_looking_changes_nothing() -> None:
     pool = make()
     hold(pool, 0, A)
     pool.add_snapshot(snapshot("s", B))
-    job = Job("b", A + B)
-    assert pool.view(job, 5.0, NOBODY).slots == pool.view(job, 5.0, NOBODY).slots
-    assert pool.view(job, 5.0, NOBODY).snapshots == pool.view(job, 5.0, NOBODY).snapshots
+    job = Request("b", A + B)
+    assert pool.view(job, 5.0, SYSTEM_USER).slots == pool.view(job, 5.0, SYSTEM_USER).slots
+    assert pool.view(job, 5.0, SYSTEM_USER).snapshots == pool.view(job, 5.0, SYSTEM_USER).snapshots
     pool.check()
 
 
@@ -380,7 +384,7 @@ def test_looking_changes_nothing() -> None:
         (lambda pool: setattr(pool.slots[1], "leased_by", None), "a leased slot has an owner"),
         (lambda pool: pool._index.drop(0), "a slot is indexed by what it holds"),
         (lambda pool: pool._index.insert(0, B), "the index holds what the slot holds"),
-        (lambda pool: pool.library.index.insert("nobody", B), "snapshots are indexed"),
+        (lambda pool: pool.model_snapshots.index.insert("nobody", B), "snapshots are indexed"),
         (lambda pool: pool._snapshots.pop("s"), "a slot's snapshot exists"),
     ],
 )  # fmt: skip
@@ -389,7 +393,7 @@ def test_a_broken_pool_is_noticed(spoil: object, name: str) -> None:
     pool = make()
     pool.add_snapshot(snapshot("s", A))
     hold(pool, 0, A, is_dirty=False, snapshot="s")
-    pool.take(pool.slots[1], Job("b", B), 1.0, has_answer=True)
+    pool.take(pool.slots[1], Request("b", B), 1.0, has_answer=True)
     pool.check()
     spoil(pool)  # type: ignore[operator]
     with pytest.raises(AssertionError, match=name):
@@ -398,11 +402,14 @@ def test_a_broken_pool_is_noticed(spoil: object, name: str) -> None:
 
 def test_a_slot_of_another_user_is_foreign() -> None:
     """Nothing of it is found, and it is emptied before it is used."""
-    pool, anna, bert = make(), Space("key:anna"), Space("key:bert")
+    pool, anna, bert = make(), Namespace("key:anna"), Namespace("key:bert")
     hold(pool, 0, A, space=anna)
-    seen = {space: pool.view(Job("asks", A + B, space=space), 0.0, NOBODY).slots[0] for space in (anna, bert)}
-    assert (seen[anna].is_foreign, seen[anna].n_shared) == (False, 2000)
-    assert (seen[bert].is_foreign, seen[bert].n_shared) == (True, 0)
+    seen = {
+        space: pool.view(Request("asks", A + B, space=space), 0.0, SYSTEM_USER).slots[0]
+        for space in (anna, bert)
+    }
+    assert (seen[anna].is_other_namespace, seen[anna].n_shared) == (False, 2000)
+    assert (seen[bert].is_other_namespace, seen[bert].n_shared) == (True, 0)
 
 
 def test_a_slot_that_has_just_answered_is_gone_on_from_by_its_follow_up() -> None:
@@ -412,13 +419,13 @@ def test_a_slot_that_has_just_answered_is_gone_on_from_by_its_follow_up() -> Non
     older = A[: 4 * 1500] + B[: 4 * 40]
     pool.add_snapshot(snapshot("older", older))
     hold(pool, 0, A[: 4 * 1460], n_more=45)
-    follow_up = Job("follow-up", A[: 4 * 1520])
-    plan = place(follow_up, [pool.view(follow_up, 1.0, NOBODY)], pool.rules)
+    follow_up = Request("follow-up", A[: 4 * 1520])
+    plan = place(follow_up, [pool.view(follow_up, 1.0, SYSTEM_USER)], pool.rules)
     assert isinstance(plan, Plan)
     assert (plan.slot, plan.source, plan.n_reused) == (key(0), Source.RESIDENT, 1505)
     for _ in range(3):
-        pool.recall.predictions.answered(45, 0)  # the template drops it
-    plan = place(follow_up, [pool.view(follow_up, 1.0, NOBODY)], pool.rules)
+        pool.rewind_model.predictions.answered(45, 0)  # the template drops it
+    plan = place(follow_up, [pool.view(follow_up, 1.0, SYSTEM_USER)], pool.rules)
     assert isinstance(plan, Plan)
     assert (plan.source, plan.snapshot) == (Source.SNAPSHOT, "older")
 
@@ -429,5 +436,5 @@ def test_what_is_long_follows_what_a_request_costs() -> None:
     for _ in range(50):
         pool.rates.request.observe(0.003)
     assert pool.long_s == pytest.approx(0.06, rel=0.01)
-    view = pool.view(Job("new", A), 0.0, NOBODY)
+    view = pool.view(Request("new", A), 0.0, SYSTEM_USER)
     assert view.request_s == pytest.approx(0.003, rel=0.01)

@@ -8,8 +8,8 @@ import pytest
 
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import pack
-from llamaslot.cache.namespaces import PUBLIC, Space
-from llamaslot.scheduling.request import Job, Placement
+from llamaslot.cache.namespaces import PUBLIC, Namespace
+from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.slots import IDLE, NEXT, Event, IllegalTransition, Slot, State
 
 HELD = Content(pack([1, 2, 3]), is_dirty=True)
@@ -87,26 +87,26 @@ def test_the_readout_of_a_slot() -> None:
 
 def test_who_needs_a_turn() -> None:
     """Whoever makes llama-server choose slots by itself."""
-    assert Job("a", placement=Placement.SERVER_CHOSEN).is_exclusive
-    assert Job("a", n_children=2).is_exclusive
-    assert not Job("a", is_cold=True).is_exclusive
+    assert Request("a", placement=Placement.SERVER_CHOSEN).is_exclusive
+    assert Request("a", n_children=2).is_exclusive
+    assert not Request("a", no_cache=True).is_exclusive
 
 
 def test_who_may_go_on_from_what() -> None:
     """From one's own space, and an isolated user from what the operator has computed; of nothing at all everybody."""
     tokens = pack([1, 2])
     shared, public = Content(tokens), Content(tokens, space=PUBLIC)
-    anna, scaled = Content(tokens, space=Space("anna")), Content(tokens, space=Space("", "[]"))
+    anna, scaled = Content(tokens, space=Namespace("anna")), Content(tokens, space=Namespace("", "[]"))
     for job, usable in (
-        (Job("everybody's"), [shared]),
-        (Job("anna's", space=Space("anna")), [public, anna]),
-        (Job("with LoRA scales", space=Space("", "[]")), [scaled]),
-        (Job("anna's, with LoRA scales", space=Space("anna", "[]")), []),
-        (Job("the operator's", space=PUBLIC), [public]),
+        (Request("everybody's"), [shared]),
+        (Request("anna's", space=Namespace("anna")), [public, anna]),
+        (Request("with LoRA scales", space=Namespace("", "[]")), [scaled]),
+        (Request("anna's, with LoRA scales", space=Namespace("anna", "[]")), []),
+        (Request("the operator's", space=PUBLIC), [public]),
     ):
         assert [held for held in (shared, public, anna, scaled) if job.may_use(held)] == usable
         assert job.may_use(NOTHING)
-        assert not job.may_use(Content(is_exact=False, space=Space("bertha")))
+        assert not job.may_use(Content(is_exact=False, space=Namespace("bertha")))
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from bench.virtual import VirtualLoop
-from llamaslot.backend.slot_table import Pool
-from llamaslot.backend.snapshot_usage import left_behind
-from llamaslot.cache.content import Kind
+from llamaslot.backend.slot_table import SlotTable
+from llamaslot.backend.snapshot_usage import abandoned_by
+from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import head, pack
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.store import WithTokens
 from tests.support.house import House, tokens_of
 from tests.support.stub import StubServer
@@ -29,10 +29,10 @@ def snapshot(id_: str, tokens: bytes, **more: Any) -> WithTokens:
 
 def left(new: WithTokens, *there: WithTokens) -> str | None:
     """What ``new`` leaves behind of what is there."""
-    pool = Pool("gpu0", 1, 16_384, rules=Rules(similarity_min=0.85), rates=Rates())
+    pool = SlotTable("gpu0", 1, 16_384, rules=Rules(similarity_min=0.85), rates=Rates())
     for each in (*there, new):
         pool.add_snapshot(each)
-    return left_behind(pool, new)
+    return abandoned_by(pool, new)
 
 
 # -- left behind ---------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def test_an_edited_message_leaves_the_old_branch_behind() -> None:
 
 def test_a_trunk_tells_what_all_begin_with() -> None:
     """With nobody else there the trunk says how far the system part goes."""
-    trunk, old = snapshot("trunk", SYSTEM, kind=Kind.TRUNK), snapshot("old", SYSTEM + MINE)
+    trunk, old = snapshot("trunk", SYSTEM, kind=SnapshotKind.TRUNK), snapshot("old", SYSTEM + MINE)
     assert left(snapshot("new", SYSTEM + head(MINE, 2_000) + EDITED), trunk, old) == "old"
     assert left(snapshot("new", SYSTEM + EDITED), trunk, old) is None
 
@@ -83,7 +83,7 @@ def test_going_on_in_a_slot_is_a_hit_of_the_snapshot_behind_it(monkeypatch: pyte
     try:
 
         def ask(tokens: bytes) -> None:
-            house.start(house.ask(Job("turn", tokens)), "turn")
+            house.start(house.ask(Request("turn", tokens)), "turn")
             house.finish()
 
         ask(mine)
@@ -107,7 +107,7 @@ def test_what_supersedes_inherits_the_hits(monkeypatch: pytest.MonkeyPatch) -> N
     mine = tokens_of(1_000, 500)
     try:
         for tokens in (mine, mine + tokens_of(2_000, 400)):
-            house.start(house.ask(Job("turn", tokens)), "turn")
+            house.start(house.ask(Request("turn", tokens)), "turn")
             house.finish()
             before = list(house.catalog.snapshots)
             house.start(house.writeback.save_all(), "writeback")

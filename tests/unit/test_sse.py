@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaslot.llama.sse import Earlier, EventSplitter, comment, data_of, event_of, index_of, n_whole
+from llamaslot.llama.sse import EventSplitter, PrefillStats, comment, data_of, event_of, index_of, n_whole
 
 EVENTS = [
     b'data: {"content":"a"}\n\n',
@@ -113,7 +113,7 @@ def test_a_comment_is_an_event_without_data() -> None:
     assert data_of(comment("queued 2")) is None
 
 
-EARLIER = Earlier(n_reused=100, n_tokens=999, seconds=2.0)
+EARLIER = PrefillStats(n_reused=100, n_tokens=999, seconds=2.0)
 
 
 def timings(cache: int, n: int, ms: float = 10.0) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def test_timings_tell_the_whole_request() -> None:
 def test_the_number_of_prompt_tokens_never_changes(reused: int, cache: int, n: int, seconds: float) -> None:
     """Only what is counted as reused and what as computed; never more reused than the server itself said."""
     payload = {"timings": timings(cache, n)}
-    Earlier(reused, cache, seconds).correct(payload)
+    PrefillStats(reused, cache, seconds).correct(payload)
     numbers = payload["timings"]
     assert numbers["cache_n"] + numbers["prompt_n"] == cache + n
     assert numbers["cache_n"] == min(reused, cache)
@@ -187,11 +187,11 @@ def test_events_without_numbers_keep_their_bytes(event: bytes) -> None:
 
 def test_answers_to_further_prompts_are_left_alone() -> None:
     """The work before was for the first prompt: its ``n`` answers go on from it, the others have done theirs."""
-    earlier = Earlier(100, 999, 2.0, n_answers=2)
+    prefill_stats = PrefillStats(100, 999, 2.0, n_answers=2)
     for index, is_corrected in enumerate([True, True, False]):
         for payload in ({"index": index, "timings": timings(999, 1)},
                         {"choices": [{"index": index}], "timings": timings(999, 1)}):  # fmt: skip
-            assert earlier.correct(payload) is is_corrected
+            assert prefill_stats.correct(payload) is is_corrected
             assert (payload["timings"]["prompt_n"] == 900) is is_corrected  # type: ignore[index, call-overload]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from llamaslot.formats.error_events import ErrorEvents
 from llamaslot.http.stream_reader import Reading
-from llamaslot.llama.sse import Earlier, event_of
+from llamaslot.llama.sse import PrefillStats, event_of
 
 USAGE = {"cache_read_input_tokens": 9, "input_tokens": 1}
 START = event_of({"type": "message_start", "message": {"usage": USAGE}}, b"event: message_start\n")
@@ -29,8 +29,8 @@ class Upstream:
         return self._chunks.pop(0) if self._chunks else b""
 
 
-def reading(*chunks: bytes, earlier: Earlier | None = None, **more: Any) -> Reading:
-    return Reading(cast(aiohttp.ClientResponse, Upstream(*chunks)), earlier, ErrorEvents(""), **more)
+def reading(*chunks: bytes, prefill_stats: PrefillStats | None = None, **more: Any) -> Reading:
+    return Reading(cast(aiohttp.ClientResponse, Upstream(*chunks)), prefill_stats, ErrorEvents(""), **more)
 
 
 async def passed(it: Reading) -> bytes:
@@ -122,11 +122,13 @@ async def test_the_first_token_of_a_response_is_not_its_announcement() -> None:
 
 async def test_usage_is_put_right_in_every_format() -> None:
     """Of ten tokens nine were there when llama-server was asked, four when the client asked."""
-    earlier = Earlier(4, 9, 1.0)
-    assert b'"cache_read_input_tokens":4,"input_tokens":6' in await passed(reading(START, earlier=earlier))
+    prefill_stats = PrefillStats(4, 9, 1.0)
+    assert b'"cache_read_input_tokens":4,"input_tokens":6' in await passed(
+        reading(START, prefill_stats=prefill_stats)
+    )
     usage = {"input_tokens": 10, "input_tokens_details": {"cached_tokens": 9}}
     completed = event_of({"response": {"usage": usage}}, b"event: response.completed\n")
-    it = reading(completed, earlier=earlier)
+    it = reading(completed, prefill_stats=prefill_stats)
     told = await passed(it)
     assert told.startswith(b"event: response.completed\ndata: ")
     assert b'"cached_tokens":4' in told

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaslot.cache.ids import count, pack, unpack
-from llamaslot.errors import BadRequest, OpaquePrompt, UpstreamError
+from llamaslot.errors import BadRequest, PromptNotTokenizable, UpstreamError
 from llamaslot.tokens import tokenize_cache as pieces_module
-from llamaslot.tokens.special_tokens import Mark, Specials, SpecialsOfEach
-from llamaslot.tokens.system_prompt_cache import Systems
-from llamaslot.tokens.tokenize_cache import Pieces, spaced
-from llamaslot.tokens.tokenizer import Prompt, Prompts
+from llamaslot.tokens.special_tokens import SpecialTokens, SpecialTokensOfEach, TokenSpan
+from llamaslot.tokens.system_prompt_cache import SystemPromptCache
+from llamaslot.tokens.tokenize_cache import TokenizeCache, spaced
+from llamaslot.tokens.tokenizer import Prompt, Tokenizer
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "</s>", "[INST]")
 BOS, EOS = 1, 2  # BOS is what </s> is, EOS is in no text
@@ -101,7 +101,7 @@ def turns(*contents: str, system: str | None = None) -> dict[str, Any]:
 LONG = "the quick brown fox jumps over a lazy dog. " * 10
 
 
-async def follow_up(prompts: Prompts, n_turns: int = 3) -> list[Prompt]:
+async def follow_up(prompts: Tokenizer, n_turns: int = 3) -> list[Prompt]:
     """A conversation of so many user turns; the prompts of each."""
     contents = [f"{LONG}{i}" for i in range(2 * n_turns - 1)]
     return [await prompts.chat(turns(*contents[: 2 * i + 1])) for i in range(n_turns)]
@@ -113,7 +113,7 @@ async def follow_up(prompts: Prompts, n_turns: int = 3) -> list[Prompt]:
 async def test_a_follow_up_turn_tokenizes_what_is_new() -> None:
     """Sent is the last answer with the role header before it, from the end of the message before that on."""
     server = Server()
-    prompts = Prompts(server)
+    prompts = Tokenizer(server)
     await follow_up(prompts, 3)
     server.requests.clear()
     contents = [f"{LONG}{i}" for i in range(7)]
@@ -130,7 +130,7 @@ async def test_a_follow_up_turn_tokenizes_what_is_new() -> None:
 async def test_an_answer_that_came_back_changed_is_tokenized_again() -> None:
     """What is common with an earlier text ends inside of a message: it is cut before that message."""
     server = Server()
-    prompts = Prompts(server)
+    prompts = Tokenizer(server)
     await follow_up(prompts, 3)
     prompt = await prompts.chat(turns(f"{LONG}0", f"{LONG}!", f"{LONG}2", f"{LONG}3", f"{LONG}4"))
     assert prompt.tokens == server.tokens(str(prompt.text))
@@ -157,7 +157,7 @@ def test_tokens_in_pieces_are_the_tokens_of_the_whole(
 
     async def grow() -> None:
         server = Server(**kind)
-        prompts = Prompts(server, cache_bytes=cache_bytes)
+        prompts = Tokenizer(server, cache_bytes=cache_bytes)
         grown: list[list[str]] = [[]]
         for parent, content in steps:
             contents = [*grown[parent % len(grown)], content]
@@ -175,7 +175,7 @@ def test_tokens_in_pieces_are_the_tokens_of_the_whole(
 async def test_what_a_special_token_does_to_its_neighbours_does_not_matter(kind: dict[str, bool]) -> None:
     """Spaces that are stripped around special tokens, and BOS in front: such prompts are still cut."""
     server = Server(**kind)
-    prompts = Prompts(server)
+    prompts = Tokenizer(server)
     for content in (f"  {LONG}  ", f"{LONG}  </s>  x  "):
         bodies = [turns(content), turns(content, content, content)]
         answers = [await prompts.chat(body) for body in bodies]
@@ -192,7 +192,7 @@ async def test_a_tokenizer_that_cannot_be_cut_is_found_out_before_the_first_cut(
     """A tokenizer with a memory, or EOS behind everything: tokens stay right, and the log says so once per token."""
     server = Server(**kind)
     with caplog.at_level(logging.WARNING):
-        answers = await follow_up(Prompts(server), 5)
+        answers = await follow_up(Tokenizer(server), 5)
     assert [prompt.tokens for prompt in answers] == [server.tokens(str(prompt.text)) for prompt in answers]
     assert all(prompt.whole for prompt in answers)
     assert len(caplog.records) == len({record.getMessage() for record in caplog.records}) > 0
@@ -201,7 +201,7 @@ async def test_a_tokenizer_that_cannot_be_cut_is_found_out_before_the_first_cut(
 async def test_a_dropped_special_token_is_not_learned_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also not when so many candidates were judged that all of them are judged anew."""
     monkeypatch.setattr("llamaslot.tokens.special_tokens._JUDGED_MAX", 1)
-    specials = Specials(Server())
+    specials = SpecialTokens(Server())
     await specials.learn("<|im_start|> <|im_end|> </s>")
     assert specials.drop("</s>")
     assert not specials.drop("</s>")
@@ -216,7 +216,7 @@ async def test_nobody_can_tell_which_special_tokens_others_use(word: str) -> Non
     for all where texts are no secret."""
     server = Server()
     server.specials = (*SPECIALS, "<|zebra|>")
-    prompts = Prompts(server)
+    prompts = Tokenizer(server)
 
     async def n_asked(whose: str, word: str) -> list[int]:
         found = []
@@ -236,7 +236,7 @@ async def test_nobody_can_tell_which_special_tokens_others_use(word: str) -> Non
 async def test_special_tokens_of_the_users_seen_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also that there are none; of others they are learned again."""
     monkeypatch.setattr("llamaslot.tokens.special_tokens._USERS_MAX", 2)
-    each = SpecialsOfEach(Server())
+    each = SpecialTokensOfEach(Server())
     anna, bert = each.of("anna"), each.of("bert")
     assert each.of("anna") is anna
     each.of("carl")
@@ -248,7 +248,7 @@ async def test_markup_costs_few_requests() -> None:
     """A page with hundreds of different tags is judged in one pair of requests, and only once."""
     server = Server()
     page = "".join(f"<tag{i}>text</tag{i}>" for i in range(120)) + LONG
-    prompts = Prompts(server)
+    prompts = Tokenizer(server)
     await prompts.chat(turns(page))
     assert len(server.requests) <= 1 + 2 * 2 + 2  # the text, two likely ones, the rest
     server.requests.clear()
@@ -260,11 +260,11 @@ async def test_special_tokens_are_found_among_many_that_are_none() -> None:
     """One among tags is found by halving the group."""
     server = Server()
     server.specials = ("<turn_17x>",)
-    specials = Specials(server)
+    specials = SpecialTokens(server)
     await specials.learn(" ".join(f"<{i}b> <{i}a>" for i in range(100)) + "<turn_17x>")
     assert repr(specials) == "<Specials <turn_17x>>"
     server.specials = ("<57b>",)
-    specials = Specials(server)
+    specials = SpecialTokens(server)
     await specials.learn(" ".join(f"<{i}b> <{i}a>" for i in range(100)))
     assert repr(specials) == "<Specials <57b>>"
 
@@ -273,7 +273,7 @@ async def test_what_only_contains_a_special_token_is_none() -> None:
     """It has other tokens when special tokens are read, but not one."""
     server = Server()
     server.specials = ("|im_",)
-    specials = Specials(server)
+    specials = SpecialTokens(server)
     await specials.learn("<|im_start|> <|im_end|>")
     assert len(specials) == 0
 
@@ -281,10 +281,10 @@ async def test_what_only_contains_a_special_token_is_none() -> None:
 async def test_special_tokens_in_another_order_locate_nothing() -> None:
     """Text and tokens must agree on every one of them, but for BOS in front."""
     server = Server()
-    specials = Specials(server)
+    specials = SpecialTokens(server)
     await specials.learn("<|im_start|> <|im_end|>")
     start, end = server.ids["<|im_start|>"], server.ids["<|im_end|>"]
-    marks = [Mark(0, 12, start), Mark(20, 30, end)]
+    marks = [TokenSpan(0, 12, start), TokenSpan(20, 30, end)]
     assert specials.locate(marks, pack([start, 3, end]), may_add=True) == [0, 2]
     assert specials.locate(marks, pack([end, 3, start]), may_add=True) is None
     assert specials.locate(marks, pack([start, 3]), may_add=True) is None
@@ -296,7 +296,7 @@ async def test_special_tokens_in_another_order_locate_nothing() -> None:
 async def test_a_server_exchanged_unnoticed_is_not_cut_at_the_old_ones_special_tokens() -> None:
     """What was proved does not hold any more: the first token of the tail shows it."""
     server = Server()
-    prompts = Prompts(server)
+    prompts = Tokenizer(server)
     await follow_up(prompts, 3)
     server.specials = ()
     server.ids = {}
@@ -309,10 +309,10 @@ async def test_the_longest_special_token_is_found() -> None:
     """One that begins like another is that one and not the shorter."""
     server = Server()
     server.specials = ("]~!b", "]~!b[")
-    specials = Specials(server)
+    specials = SpecialTokens(server)
     await specials.learn("]~!b system ]~!b[")
     short, long = server.ids["]~!b"], server.ids["]~!b["]
-    assert specials.find("x]~!b[ ]~!b") == [Mark(1, 6, long), Mark(7, 11, short)]
+    assert specials.find("x]~!b[ ]~!b") == [TokenSpan(1, 6, long), TokenSpan(7, 11, short)]
 
 
 async def test_failing_to_learn_fails_no_request() -> None:
@@ -324,7 +324,7 @@ async def test_failing_to_learn_fails_no_request() -> None:
             return await super().tokenize(content, add_special=add_special, parse_special=parse_special)
 
     server = Flaky()
-    answers = await follow_up(Prompts(server), 2)
+    answers = await follow_up(Tokenizer(server), 2)
     assert [prompt.tokens for prompt in answers] == [server.tokens(str(prompt.text)) for prompt in answers]
 
 
@@ -333,17 +333,17 @@ async def test_errors_of_the_server_pass_through() -> None:
     server = Server()
     server.fails = UpstreamError(503, b"loading")
     with pytest.raises(UpstreamError, match="loading"):
-        await Prompts(server).chat(turns("x"))
+        await Tokenizer(server).chat(turns("x"))
     server.refuses = True
     with pytest.raises(UpstreamError, match="no"):
-        await Prompts(server).chat(turns("x"))
+        await Tokenizer(server).chat(turns("x"))
 
 
 async def test_canceling_is_safe_at_every_await() -> None:
     """Cut off after any number of steps, the next one who asks gets the right tokens."""
     for n_steps in range(40):
         server = Server()
-        prompts = Prompts(server)
+        prompts = Tokenizer(server)
         task = asyncio.get_running_loop().create_task(follow_up(prompts))
         for _ in range(n_steps):
             await asyncio.sleep(0)
@@ -359,7 +359,7 @@ async def test_canceling_is_safe_at_every_await() -> None:
 async def test_conversations_at_the_same_time_do_not_disturb_each_other() -> None:
     """Special tokens that one of them learns while another is being tokenized are no harm."""
     server = Server()
-    prompts = Prompts(server)
+    prompts = Tokenizer(server)
 
     async def converse(name: str) -> None:
         contents: list[str] = []
@@ -375,7 +375,7 @@ async def test_conversations_at_the_same_time_do_not_disturb_each_other() -> Non
 async def test_a_restart_in_the_middle_of_a_prompt_begins_it_anew() -> None:
     """No prompt is half one model's tokens and half another's."""
     server = Server()
-    prompts = Prompts(server)
+    prompts = Tokenizer(server)
     await follow_up(prompts, 3)
     server.gate = asyncio.Event()
     server.requests.clear()
@@ -398,12 +398,12 @@ async def test_a_restart_in_the_middle_of_a_prompt_begins_it_anew() -> None:
 
 def test_the_least_recently_used_text_goes_first() -> None:
     """The limit holds after each text; what was used last stays; what two have in common stays with either."""
-    pieces = Pieces(limit_bytes=6_000)
+    pieces = TokenizeCache(limit_bytes=6_000)
     mark = "<|x|>"
 
-    def keep(name: str) -> tuple[str, list[Mark]]:
+    def keep(name: str) -> tuple[str, list[TokenSpan]]:
         text = f"{'common ' * 40}{mark}{name * 300}{mark}{name * 300}{mark}"
-        cuts = spaced([Mark(m.start(), m.end(), 7) for m in re.finditer(re.escape(mark), text)])
+        cuts = spaced([TokenSpan(m.start(), m.end(), 7) for m in re.finditer(re.escape(mark), text)])
         pieces.keep(text, cuts, [10, 20, 30], pack(range(30)))
         pieces.check()
         return text, cuts
@@ -419,7 +419,7 @@ def test_the_least_recently_used_text_goes_first() -> None:
 async def test_a_text_of_special_tokens_only_is_kept_in_few_pieces() -> None:
     """300 kB of them: no more than one piece for each SPACING characters."""
     server = Server()
-    prompts = Prompts(server)
+    prompts = Tokenizer(server)
     text = "</s>" * 75_000
     await prompts.completion(text)
     assert (await prompts.completion(text))[0].tokens == server.tokens(text)
@@ -434,7 +434,7 @@ async def test_a_miscount_ends_the_cutting_until_the_server_restarts(
 ) -> None:
     """From then on prompts are tokenized whole; it is said once, and each is counted."""
     server = Server()
-    prompts = Prompts(server)
+    prompts = Tokenizer(server)
     *_, last = await follow_up(prompts)
     assert prompts.confirm(last, last.n_tokens)
     with caplog.at_level(logging.WARNING):
@@ -449,7 +449,7 @@ async def test_a_miscount_ends_the_cutting_until_the_server_restarts(
 
 async def test_a_miscount_from_before_a_restart_says_nothing_about_the_new_server() -> None:
     """Its answer may come late; the new server's prompts are cut all the same."""
-    prompts = Prompts(Server())
+    prompts = Tokenizer(Server())
     *_, last = await follow_up(prompts)
     prompts.forget()
     assert not prompts.confirm(last, last.n_tokens - 1)
@@ -482,7 +482,7 @@ async def test_completion_prompts_are_read_as_llama_server_reads_them(
 ) -> None:
     """Strings, ids, both mixed, and lists of those; BOS only where a string stands first."""
     server = Server(bos=True)
-    got = [unpack(each.tokens) for each in await Prompts(server).completion(prompt)]
+    got = [unpack(each.tokens) for each in await Tokenizer(server).completion(prompt)]
     assert got == [[server.ids[x] if isinstance(x, str) else x for x in each] for each in expected]
 
 
@@ -507,7 +507,7 @@ async def test_completion_prompts_are_read_as_llama_server_reads_them(
 async def test_what_is_no_completion_prompt_is_a_bad_request(prompt: Any) -> None:
     """Nothing but strings, integers and lists of them."""
     with pytest.raises(BadRequest, match="prompt"):
-        await Prompts(Server()).completion(prompt)
+        await Tokenizer(Server()).completion(prompt)
 
 
 @pytest.mark.parametrize("prompt", [["x"] * 1025, ["x", 5] * 1025, [["x", 1], {"prompt_string": "y"}] * 513])
@@ -515,20 +515,20 @@ async def test_more_texts_than_the_server_can_be_asked_about_are_refused(prompt:
     """At once, and not after a thousand questions. Ids need none, however many there are."""
     server = Server()
     with pytest.raises(BadRequest, match=r"texts: send at most 1024 in one request"):
-        await Prompts(server).completion(prompt)
+        await Tokenizer(server).completion(prompt)
     assert server.requests == []
-    assert len(await Prompts(server).completion(["x"] * 1024)) == 1024
-    assert len(await Prompts(server).completion([[5, 6]] * 3000)) == 3000
+    assert len(await Tokenizer(server).completion(["x"] * 1024)) == 1024
+    assert len(await Tokenizer(server).completion([[5, 6]] * 3000)) == 3000
 
 
 async def test_prompts_with_media_are_opaque() -> None:
     """They are not even rendered: llama-server would load their images a second time."""
     server = Server()
-    with pytest.raises(OpaquePrompt):
-        await Prompts(server).completion({"prompt_string": "x", "multimodal_data": ["AA=="]})
+    with pytest.raises(PromptNotTokenizable):
+        await Tokenizer(server).completion({"prompt_string": "x", "multimodal_data": ["AA=="]})
     parts = [{"type": "text", "text": "what is this?"}, {"type": "image_url", "image_url": {"url": "data:"}}]
-    with pytest.raises(OpaquePrompt):
-        await Prompts(server).chat({"messages": [{"role": "user", "content": parts}]})
+    with pytest.raises(PromptNotTokenizable):
+        await Tokenizer(server).chat({"messages": [{"role": "user", "content": parts}]})
     assert server.bodies == []
 
 
@@ -537,7 +537,7 @@ async def test_prompts_with_media_are_opaque() -> None:
 
 async def texts_of_boundaries(server: Server, body: dict[str, Any]) -> list[str]:
     """The text up to each boundary, which has to be one of whole tokens."""
-    prompts = Prompts(server)
+    prompts = Tokenizer(server)
     prompt = await prompts.chat(body)
     text = str(prompt.text)
     found = (await prompts.boundaries(body, prompt)).stops
@@ -607,7 +607,7 @@ async def test_tools_that_stand_before_the_last_user_message_give_two_boundaries
 async def test_the_end_of_a_question_is_asked_for_once() -> None:
     """However many tools are called to answer it."""
     server = Server()
-    prompts, messages = Prompts(server), turns("one", "two", "x-rays?", system="Be kind.")["messages"]
+    prompts, messages = Tokenizer(server), turns("one", "two", "x-rays?", system="Be kind.")["messages"]
     for number in range(4):
         messages += [{"role": "assistant", "content": "I look."}, {"role": "tool", "content": f"{number}"}]
         prompt = await prompts.chat({"messages": messages})
@@ -628,7 +628,7 @@ async def test_what_stands_behind_a_question_is_asked_for_once() -> None:
             return f"{text}<think>\n" if is_asked else text
 
     server = Thinking()
-    prompts = Prompts(server)
+    prompts = Tokenizer(server)
     for number, question in enumerate(("why?", "x-rays?", "xenon?")):
         body = turns(question, system="Be kind.")
         prompt = await prompts.chat(body)
@@ -653,7 +653,7 @@ async def test_what_stands_behind_a_question_is_asked_for_once() -> None:
 async def test_the_end_of_the_system_part_is_asked_for_once() -> None:
     """Whatever the conversation: the next one with the same system part and tools costs no further question."""
     server = Server()
-    prompts = Prompts(server)
+    prompts = Tokenizer(server)
     ends = []
     for question in ("why?", "x-rays?", "xenon?"):
         body = {
@@ -672,7 +672,7 @@ async def test_the_end_of_the_system_part_is_asked_for_once() -> None:
 async def test_other_tools_are_another_system_part() -> None:
     """Its end lies elsewhere."""
     server = Server()
-    prompts = Prompts(server)
+    prompts = Tokenizer(server)
     ends = set()
     for tools in (["hammer"], ["hammer", "a much longer tongs"]):
         body = {**turns("why?", system="Be kind."), "tools": tools}
@@ -683,7 +683,7 @@ async def test_other_tools_are_another_system_part() -> None:
 async def test_the_end_of_the_system_part_is_remembered_for_each_user() -> None:
     """By the time that it takes one could tell what another has asked."""
     server = Server()
-    prompts, body, n_asked = Prompts(server), turns("why?", system="Be kind."), list[int]()
+    prompts, body, n_asked = Tokenizer(server), turns("why?", system="Be kind."), list[int]()
     for user in ("anna", "anna", "bert"):
         prompt = await prompts.chat(body, user)
         n_before = len(server.bodies)
@@ -695,7 +695,7 @@ async def test_the_end_of_the_system_part_is_remembered_for_each_user() -> None:
 async def test_the_ends_of_a_hundred_users_system_parts_are_remembered() -> None:
     """Each has an entry of its own: else nobody of so many would find his again."""
     server = Server()
-    prompts, body = Prompts(server), turns("why?", system="Be kind.")
+    prompts, body = Tokenizer(server), turns("why?", system="Be kind.")
     for _ in range(2):
         server.bodies.clear()
         for i in range(100):
@@ -705,7 +705,7 @@ async def test_the_ends_of_a_hundred_users_system_parts_are_remembered() -> None
 
 def test_system_parts_take_so_many_bytes_at_most() -> None:
     """Those used last stay; one that two have asked for at once is counted once."""
-    systems = Systems(limit_bytes=10_000)
+    systems = SystemPromptCache(limit_bytes=10_000)
     for i in range(20):
         systems.keep(b"made of %d" % i, bytes(1000))
         systems.keep(b"made of %d" % i, bytes(1000))
@@ -717,7 +717,7 @@ def test_system_parts_take_so_many_bytes_at_most() -> None:
 async def test_without_a_system_part_nothing_is_asked() -> None:
     """The role of the first message is all that such prompts have in common."""
     server = Server()
-    prompts = Prompts(server)
+    prompts = Tokenizer(server)
     prompt = await prompts.chat(turns("why?"))
     n_asked = len(server.bodies)
     assert await prompts.system_end(turns("why?"), prompt) == 0
@@ -726,7 +726,7 @@ async def test_without_a_system_part_nothing_is_asked() -> None:
 
 async def text_of_opening(body: dict[str, Any], server: Server | None = None) -> str:
     server = server or Server()
-    prompt, n_tokens = await Prompts(server).opening(body)
+    prompt, n_tokens = await Tokenizer(server).opening(body)
     text = str(prompt.text)
     ends = {count(server.tokens(text[:end])): end for end in range(len(text) + 1)}
     return text[: ends[n_tokens]]
@@ -749,7 +749,7 @@ async def test_without_a_system_part_the_whole_conversation_is_the_opening() -> 
 async def test_a_template_that_refuses_the_variants_gives_no_boundaries() -> None:
     """Nothing fails: the prompt is only cut at fewer places."""
     server = Server()
-    prompts = Prompts(server)
+    prompts = Tokenizer(server)
     body = turns("why?", "because", "really?")
     prompt = await prompts.chat(body)
     server.refuses = True

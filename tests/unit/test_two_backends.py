@@ -8,16 +8,16 @@ from dataclasses import replace
 import pytest
 
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.slot_table import Pool
+from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import pack
 from llamaslot.errors import BackendDown
-from llamaslot.fleet.dispatcher import Scheduler
+from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.fleet.queue import QueueLimits
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import Source
-from llamaslot.scheduling.request import Job, Placement
+from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.slots import Event, SlotKey
 from tests.support.inprocess import spawn
 
@@ -30,29 +30,29 @@ class Two:
 
     def __init__(self, *, slots: int = 1, seconds_per_1000: dict[str, float] | None = None) -> None:
         self.now = 0.0
-        self.scheduler = Scheduler(RULES, QueueLimits(), lambda: self.now)
-        self.tables: dict[str, Pool] = {}
+        self.dispatcher = Dispatcher(RULES, QueueLimits(), lambda: self.now)
+        self.tables: dict[str, SlotTable] = {}
         for name in ("a", "b"):
             rates = Rates()
             rates.prefill.observe(0, 1000, (seconds_per_1000 or {}).get(name, 1.0))
-            self.tables[name] = Pool(name, slots, 16_384, rules=RULES, rates=rates)
-            self.scheduler.add(name)
-            self.scheduler.attach(self.tables[name])
+            self.tables[name] = SlotTable(name, slots, 16_384, rules=RULES, rates=rates)
+            self.dispatcher.add(name)
+            self.dispatcher.attach(self.tables[name])
 
     def holds(self, backend: str, tokens: bytes, slot: int = 0) -> None:
         """A slot of ``backend`` holds a conversation."""
         table = self.tables[backend]
-        table.take(table.slots[slot], Job("before", tokens), self.now, has_answer=True)
+        table.take(table.slots[slot], Request("before", tokens), self.now, has_answer=True)
         table.give_back(
             table.slots[slot], Event.KEEP, Content(tokens, is_exact=False, is_dirty=True), self.now
         )
 
     async def lease(self, name: str, tokens: bytes = b"", **more: object) -> Lease:
-        return await self.scheduler.lease(replace(Job(name, tokens), **more))  # type: ignore[arg-type]
+        return await self.dispatcher.lease(replace(Request(name, tokens), **more))  # type: ignore[arg-type]
 
     def end(self, lease: Lease) -> None:
         lease.release()
-        self.scheduler.check()
+        self.dispatcher.check()
 
 
 async def settled(task: asyncio.Task[Lease]) -> bool:
@@ -75,7 +75,7 @@ async def test_a_follow_up_goes_to_the_backend_that_holds_its_prefix() -> None:
         2000,
     )
     assert lease.pool is two.tables["b"]
-    assert two.scheduler.leases == [lease]
+    assert two.dispatcher.leases == [lease]
     two.end(lease)
 
 
@@ -105,7 +105,7 @@ async def test_there_is_one_queue() -> None:
     assert {a.slot_key.backend, b.slot_key.backend} == {"a", "b"}
     third = spawn(two.lease("third", pack(range(90_000, 90_500))))
     assert not await settled(third)
-    assert two.scheduler.n_waiting == 1
+    assert two.dispatcher.n_waiting == 1
     two.end(b)
     assert (await third).slot_key == b.slot_key
     two.end(a)
@@ -116,9 +116,9 @@ async def test_each_backend_has_an_exclusive_section_of_its_own() -> None:
     """A request for which llama-server chooses the slot closes one backend; others are placed on the other one."""
     two = Two(slots=2)
     first = await two.lease("first", placement=Placement.SERVER_CHOSEN)
-    section = two.scheduler.backends[first.pool.backend]
-    section.wait_for_turn(first)
-    section.shut_gate(first)
+    section = two.dispatcher.backends[first.pool.backend]
+    section.wait_for_exclusive(first)
+    section.pause_admission(first)
     other = "b" if first.pool.backend == "a" else "a"
     placed = await two.lease("placed", OWN)
     assert placed.slot_key.backend == other
@@ -136,18 +136,18 @@ async def test_a_backend_that_is_down_is_not_waited_for() -> None:
     """Requests are told when none is left."""
     two = Two()
     two.holds("b", OWN)
-    two.scheduler.detach("b", BackendDown("gone"))
+    two.dispatcher.detach("b", BackendDown("gone"))
     lease = await two.lease("follow-up", OWN + pack([1]))
     assert (lease.slot_key.backend, lease.plan and lease.plan.n_reused) == ("a", 0)
     waits = spawn(two.lease("waits", pack(range(500))))
     assert not await settled(waits)
-    two.scheduler.detach("a", BackendDown("gone too"))
+    two.dispatcher.detach("a", BackendDown("gone too"))
     with pytest.raises(BackendDown):
         await waits
     with pytest.raises(BackendDown):
         await two.lease("late", OWN)
     lease.release()
-    two.scheduler.attach(Pool("b", 1, 16_384, rules=RULES, rates=Rates()))
+    two.dispatcher.attach(SlotTable("b", 1, 16_384, rules=RULES, rates=Rates()))
     lease = await two.lease("again", OWN)
     assert lease.slot_key.backend == "b"
     two.end(lease)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 
 from llamaslot.errors import Reason
-from llamaslot.observe.metrics import Metrics, Unrecognized
+from llamaslot.observe.metrics import Metrics, UntokenizedRequests
 
 
 def test_each_is_counted_and_each_reason_said_once(caplog: pytest.LogCaptureFixture) -> None:
     """With what it costs, and what to do."""
     metrics = Metrics()
-    unrecognized = Unrecognized(metrics)
+    untokenized = UntokenizedRequests(metrics)
     for kind in ("chat", "messages", "chat"):
         for reason in Reason:
-            unrecognized.count(kind, reason)  # type: ignore[arg-type]
+            untokenized.count(kind, reason)  # type: ignore[arg-type]
     text = metrics.exposition().decode()
     for reason in Reason:
-        assert f'llamaslot_unrecognized_total{{kind="chat",reason="{reason.value}"}} 2.0' in text
+        assert f'llamaslot_untokenized_total{{kind="chat",reason="{reason.value}"}} 2.0' in text
     assert len(caplog.messages) == len(Reason)
     assert all("its context is not found again" in line for line in caplog.messages)

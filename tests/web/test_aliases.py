@@ -51,7 +51,7 @@ async def test_what_one_name_has_computed_is_found_under_the_other(
 
 async def test_a_route_of_another_build_is_that_builds_404(tmp_path: Path) -> None:
     """Nothing is rendered, saved or computed for it. It is asked for once, and once more after a restart."""
-    async with served(tmp_path, {"prefill": {"own_above_s": 0}}, slots=1) as it:
+    async with served(tmp_path, {"prefill": {"chunk_threshold_s": 0}}, slots=1) as it:
         kept = await it.ask(SAID)
         n_before = len(it.fake.sent(NATIVE))
         for _ in range(2):

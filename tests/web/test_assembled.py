@@ -12,7 +12,7 @@ from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, right, 
 
 ROUTES = [CHAT, TEXT, NATIVE]
 ONE, TWO = letters(1, 300), letters(2, 300)
-OWN_STEPS = {"prefill": {"own_above_s": 0}}
+OWN_STEPS = {"prefill": {"chunk_threshold_s": 0}}
 
 
 def asked(path: str, text: Any = ONE, n: int = 8, **more: Any) -> dict[str, Any]:

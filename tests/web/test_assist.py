@@ -256,9 +256,9 @@ async def test_a_server_that_is_exchanged_is_served_as_it_is(tmp_path: Path, is_
         assert (await it.ask(ONE)).text == right(it.fake, ONE)
         assert (await assist(it))["is_on"] is not is_unified_first
         it.fake.shape = replace(it.fake.shape, unified=not is_unified_first)
-        before = it.backend.met
+        before = it.backend.session
         await it.fake.restart()
-        await it.until(lambda: it.backend.met not in (None, before) and it.backend.health is Health.UP)
+        await it.until(lambda: it.backend.session not in (None, before) and it.backend.health is Health.UP)
         since = len(it.fake.requests)
         for text in (ONE, TWO, ONE + "more"):
             assert (await it.ask(text)).text == right(it.fake, text)
@@ -283,7 +283,7 @@ async def test_while_all_slots_are_at_work_for_others_requests_are_served(
             it.fake.go()
             assert (await mine).text == right(it.fake, ONE)
         assert (await other).status == 200
-        await it.until(lambda: it.backend.met is not None and it.backend.met.is_assisted)
+        await it.until(lambda: it.backend.session is not None and it.backend.session.is_assisted)
         assert (await it.ask(ONE)).headers["x-llamaslot-slot"] == "0"
         # Of the one beside other clients, which llamaslot cannot keep out.
         it.fake.violations.remove("completion while slots are busy")
@@ -299,7 +299,7 @@ async def test_a_server_that_is_silent_while_it_is_connected_to_is_looked_at_aga
         await it.start()
         assert "sent nothing for 0.15 s" in (await assist(it))["why"]
         it.fake.go()
-        await it.until(lambda: it.backend.met is not None and it.backend.met.is_assisted)
+        await it.until(lambda: it.backend.session is not None and it.backend.session.is_assisted)
         assert (await it.ask(ONE)).text == right(it.fake, ONE)
     assert "Traceback" not in caplog.text
 
@@ -307,14 +307,14 @@ async def test_a_server_that_is_silent_while_it_is_connected_to_is_looked_at_aga
 async def test_slots_that_keep_losing_their_contexts_are_looked_at_again(tmp_path: Path) -> None:
     """A server that was exchanged unseen (its mark is the same): what it does now is found out."""
     async with served(tmp_path, slots=3) as it:
-        first = it.backend.met
+        first = it.backend.session
         it.fake.engine.shape = replace(it.fake.shape, unified=True)
         texts = [ONE, TWO, THREE]
         for n in (0, 1, 2, 0, 1, 2, 0, 1, 2):
             answer = await it.ask(texts[n])
             assert answer.text == right(it.fake, texts[n])
             texts[n] += answer.text + "more"
-        await it.until(lambda: it.backend.met not in (None, first))
+        await it.until(lambda: it.backend.session not in (None, first))
         assert (await assist(it))["is_on"] is False
 
 
@@ -352,15 +352,15 @@ async def test_a_stream_that_waits_outlives_the_end_of_standing_aside(tmp_path: 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_of_a_list_of_prompts_each_is_answered_once(tmp_path: Path, stream: bool) -> None:
     """Also if llamaslot begins to stand aside between two: what is left is asked for, and not the whole list."""
-    async with served(tmp_path, {"prefill": {"own_above_s": 0}}) as it:
-        settle = it.backend.steps.settle
+    async with served(tmp_path, {"prefill": {"chunk_threshold_s": 0}}) as it:
+        settle = it.backend.executor.settle
 
         def settled(*of: Any) -> None:
             settle(*of)
             it.fake.engine.shape = replace(it.fake.shape, unified=True)
             it.backend.changed("its flags are others")
 
-        it.backend.steps.settle = settled  # type: ignore[method-assign]
+        it.backend.executor.settle = settled  # type: ignore[method-assign]
         answer = await it.ask([ONE, TWO, THREE], path=TEXT, stream=stream)
         assert (await assist(it))["is_on"] is False
         choices = answer.json["choices"] if not stream else [e["choices"][0] for e in answer.events if e]
@@ -379,5 +379,5 @@ async def test_a_passing_fault_while_connecting_is_looked_at_again(tmp_path: Pat
         await it.start()
         assert "a passing fault" in (await assist(it))["why"]
         assert (await it.ask(ONE)).text == right(it.fake, ONE)
-        await it.until(lambda: it.backend.met is not None and it.backend.met.is_assisted)
+        await it.until(lambda: it.backend.session is not None and it.backend.session.is_assisted)
         assert (await it.ask(ONE)).text == right(it.fake, ONE)

@@ -152,4 +152,4 @@ async def test_a_whole_answer_of_a_turn_comes_in_pieces(
         asked = spawn(it.post("/v1/messages", body))
         got = await asked
         assert len(got.raw) == (2 << 20) + 3
-        assert not it.pool.scheduler.leases
+        assert not it.pool.dispatcher.leases

@@ -76,7 +76,7 @@ async def test_comments_disturb_nobody(tmp_path: Path, path: str) -> None:
         n_events, many = len(await read(it, path)), itertools.count()
         async with it.busy():
             reader = spawn(read(it, path))
-            await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+            await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
             await it.until(lambda: next(many) > 10)  # several times keepalive_s
             it.fake.go()
             assert len(await reader) == n_events

@@ -51,7 +51,7 @@ async def test_an_answer_that_has_begun_may_go_on(tmp_path: Path) -> None:
             await stepping
             later = it.backend.now() + 0.6
             await it.until(lambda: it.backend.now() > later)
-            assert it.pool.scheduler.leases
+            assert it.pool.dispatcher.leases
             it.fake.go()
             text = await answer.content.read()
         assert b'"stop":true' in text
@@ -79,8 +79,8 @@ async def test_of_an_answer_in_one_piece_nobody_knows_when_it_begins(tmp_path: P
 async def test_nor_does_it_where_llamaslot_stands_aside(tmp_path: Path) -> None:
     """There every answer that is no stream comes in one piece. The wait for a slot is limited all the same."""
     async with served(tmp_path, limits(first_token_s=0.2), slots=2, step_s=0.02, unified=True) as it:
-        assert it.backend.met is not None
-        assert not it.backend.met.is_assisted
+        assert it.backend.session is not None
+        assert not it.backend.session.is_assisted
         answer = await it.ask(letters(1, 50), n=20)
         assert (answer.status, answer.timings["predicted_n"]) == (200, 20)
         async with it.busy(2):
@@ -118,7 +118,7 @@ async def test_a_slot_in_which_nothing_happens_is_given_up_and_emptied(tmp_path:
 
 async def test_a_prefill_of_llamaslots_own_is_watched_too(tmp_path: Path) -> None:
     """The slot that it is computed in is the one that is given up."""
-    settings = {**limits(watchdog_s=0.15), "prefill": {"own_above_s": 0}}
+    settings = {**limits(watchdog_s=0.15), "prefill": {"chunk_threshold_s": 0}}
     async with served(tmp_path, settings, slots=1) as it:
         it.fake.hold()
         wedged = await it.ask(letters(1, 300))

@@ -10,7 +10,7 @@ from tests.support.inprocess import served
 
 N_BODIES = int(os.environ.get("FUZZ_BODIES", "300"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
-SETTINGS = {"prefill": {"own_above_s": 0.05}, "routing": {"small_prompt_tokens": 20}}
+SETTINGS = {"prefill": {"chunk_threshold_s": 0.05}, "routing": {"small_prompt_tokens": 20}}
 
 
 async def test_bodies_that_nobody_would_send(tmp_path: Path) -> None:

@@ -392,7 +392,7 @@ async def test_a_body_that_does_not_end(tmp_path: Path, path: str) -> None:
         head, raw = await client.answer()
         assert head.startswith("HTTP/1.1 408")
         assert "listen.read_timeout_s" in error_of(raw)["message"]
-        assert not it.pool.scheduler.leases
+        assert not it.pool.dispatcher.leases
         client.writer.close()
 
 
@@ -444,7 +444,7 @@ async def test_a_connection_goes_on_after_an_answer(tmp_path: Path) -> None:
     async with served(tmp_path, {"listen": {"read_timeout_s": 0.1}}, slots=1) as it, wire(it) as client:
         async with it.busy():
             await client.send(request("POST", NATIVE, BODY, JSON))
-            await it.until(lambda: it.pool.scheduler.n_waiting)
+            await it.until(lambda: it.pool.dispatcher.n_waiting)
             await asyncio.sleep(0.3)
             it.fake.go()
             assert (await client.answer())[0].startswith("HTTP/1.1 200")
@@ -468,9 +468,9 @@ async def test_a_half_closed_connection_has_left(tmp_path: Path) -> None:
     """Nobody can tell it from one that is gone: its place in the queue is free."""
     async with served(tmp_path, slots=1) as it, it.busy(), wire(it) as client:
         await client.send(request("POST", NATIVE, BODY, JSON))
-        await it.until(lambda: it.pool.scheduler.n_waiting)
+        await it.until(lambda: it.pool.dispatcher.n_waiting)
         client.writer.write_eof()
-        await it.until(lambda: not it.pool.scheduler.n_waiting)
+        await it.until(lambda: not it.pool.dispatcher.n_waiting)
         it.fake.go()
 
 

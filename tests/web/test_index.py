@@ -13,7 +13,7 @@ import pytest
 from llamaslot.backend.backend import Health
 from llamaslot.cache import layered_index
 from llamaslot.cache.ids import pack
-from llamaslot.store.model_snapshots import Library
+from llamaslot.store.model_snapshots import ModelSnapshots
 from tests.support.fake import FakeModel
 from tests.support.inprocess import Served, letters, right, served
 from tests.support.opens import OPENS
@@ -27,7 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layered_index, "NEW_MIN", 2)
 
 
-def library(it: Served) -> Library:
+def library(it: Served) -> ModelSnapshots:
     assert it.pool.libraries is not None
     assert it.pool.libraries.current is not None
     return it.pool.libraries.current

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.fleet.infill_prompts import Infills
+from llamaslot.fleet.infill_prompts import InfillPrompts
 from tests.support.fake_model import FakeModel
 from tests.support.inprocess import NATIVE, letters, served, spawn
 
@@ -116,7 +116,7 @@ async def test_a_slot_that_falls_silent_while_it_is_found_out_holds_nobody_up(
         assert (await it.post(INFILL, at(610))).n_reused == 0
         context = it.pool.context
         assert context is not None
-        assert isinstance(context.infill, Infills)
+        assert isinstance(context.infill, InfillPrompts)
         context.infill._known_until = it.backend.now()
         n_reused = [(await it.post(INFILL, at(n))).n_reused for n in (610, 615)]
         assert n_reused == [0, 611]
@@ -129,7 +129,7 @@ async def test_whether_there_is_such_a_route_is_not_waited_for_without_end(
     async with served(tmp_path) as it:
         hang = it.fake.faults.hang(INFILL)
         with monkeypatch.context() as patch:
-            patch.setattr("llamaslot.llama.client.QUICK_S", 0.05)
+            patch.setattr("llamaslot.llama.route_availability.QUICK_S", 0.05)
             answer = await it.post(INFILL, at(600))
         assert (answer.status, answer.error["type"]) == (503, "unavailable_error")
         hang.release()
@@ -161,7 +161,7 @@ async def test_more_parts_than_anybody_sends(tmp_path: Path, more: Any) -> None:
 
 async def test_a_long_one_gives_way_to_others(tmp_path: Path) -> None:
     """What is long of it is computed ahead, as of any prompt."""
-    async with served(tmp_path, {"prefill": {"own_above_s": 0.01}}) as it:
+    async with served(tmp_path, {"prefill": {"chunk_threshold_s": 0.01}}) as it:
         await it.ask(letters(3, 100))
         it.fake.pace.prompt_token_s = 1e-4
         assert (await it.post(INFILL, at(600))).status == 200

@@ -122,15 +122,15 @@ async def test_others_go_on_while_somebody_waits_for_another_users_answer(tmp_pa
     body = {"messages": [{"role": "user", "content": letters(1, 300)}], "max_tokens": 4000, "stream": True}
     several = {"prompt": "y", "n_predict": 1, "n_cmpl": 2}
     async with served(tmp_path, PER_USER, slots=6) as it:
-        turns, scheduler = it.backend.turns, it.pool.scheduler
+        turns, dispatcher = it.backend.exclusive, it.pool.dispatcher
         it.fake.hold()
         clients = [spawn(it.post(MESSAGES, body, **{"x-llamaslot-user": "anna"}))]
-        while not any(lease.is_running for lease in scheduler.leases):
+        while not any(lease.is_running for lease in dispatcher.leases):
             await it.fake.step()
         clients.append(spawn(it.post(MESSAGES, body, **{"x-llamaslot-user": "bert"})))
         while not turns._clearing:
             await it.fake.step()
-        assert not any(lease.comes_first for lease in turns._clearing), (
+        assert not any(lease.is_latency_sensitive for lease in turns._clearing), (
             "nobody's prefill is held up for so long"
         )
         clients.append(spawn(it.post(NATIVE, several, **{"x-llamaslot-user": "carl"})))
@@ -162,7 +162,7 @@ async def test_what_is_on_disk_is_not_found_by_others_either(tmp_path: Path) -> 
 
 async def test_nobody_waits_for_what_another_user_computes(tmp_path: Path) -> None:
     """Two new conversations that begin alike, at once: each computes its own."""
-    settings = {**PER_USER, "prefill": {"own_above_s": 0}}
+    settings = {**PER_USER, "prefill": {"chunk_threshold_s": 0}}
     text = letters(1, 2000)
     async with served(tmp_path, settings, slots=2) as it:
         both = await asyncio.gather(
@@ -174,7 +174,7 @@ async def test_nobody_waits_for_what_another_user_computes(tmp_path: Path) -> No
 
 async def test_what_one_computes_oneself_is_waited_for(tmp_path: Path) -> None:
     """Two new conversations of the same user: what they begin with is computed once, and found on its way."""
-    settings = {**PER_USER, "prefill": {"own_above_s": 0}}
+    settings = {**PER_USER, "prefill": {"chunk_threshold_s": 0}}
     text = letters(1, 2000)
     async with served(tmp_path, settings, slots=2) as it:
         it.backend.rates.prefill.observe(0, 2000, 20.0)  # so dear that waiting is cheaper

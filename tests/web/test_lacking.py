@@ -13,7 +13,7 @@ from tests.support.fake_model import pack
 from tests.support.inprocess import NATIVE, letters, right, served, spawn
 
 ONE, TWO, THREE = (letters(n, 800) for n in (1, 2, 3))
-OWN_STEPS = {"prefill": {"own_above_s": 0}}
+OWN_STEPS = {"prefill": {"chunk_threshold_s": 0}}
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -85,7 +85,7 @@ async def test_an_old_build_with_a_sliding_window(tmp_path: Path, caplog: pytest
         for text in (ONE, TWO, ONE + "more", TWO + "more"):
             assert (await it.ask(text)).text == right(it.fake, text)
         assert it.files() == []
-        (warning,) = it.backend.met.warnings if it.backend.met else ()
+        (warning,) = it.backend.session.warnings if it.backend.session else ()
     (line,) = warnings(caplog)
     assert warning in line
     assert "--swa-full" in line
@@ -135,7 +135,7 @@ async def test_whether_files_keep_checkpoints_is_found_out(tmp_path: Path, kind:
     """When the server is met, by trying."""
     async with served(tmp_path, slots=1, kind=kind, **{**OLD, "checkpoints_in_file": are_kept}) as it:
         assert it.backend.leases.table is not None
-        assert it.backend.leases.table.recall.keeps_checkpoints is are_kept
+        assert it.backend.leases.table.rewind_model.keeps_checkpoints is are_kept
 
 
 async def test_one_slot_is_enough(tmp_path: Path) -> None:

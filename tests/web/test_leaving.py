@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.inprocess import CHAT, NATIVE, PATIENCE_S, Served, letters, line_with, right, served, spawn
 
-OWN_STEPS = {"prefill": {"own_above_s": 0}}
+OWN_STEPS = {"prefill": {"chunk_threshold_s": 0}}
 ONE, TWO, THREE = (letters(n, 800) for n in (1, 2, 3))
 
 
@@ -34,11 +34,11 @@ async def test_in_the_queue(tmp_path: Path, stream: bool) -> None:
     """llama-server never hears of it; who is behind moves up."""
     async with served(tmp_path, slots=1) as it, it.busy():
         leaver = spawn(it.ask(ONE, stream=stream))
-        await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+        await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
         async with it.asking(TWO) as behind:
-            await it.until(lambda: it.pool.scheduler.n_waiting == 2)
+            await it.until(lambda: it.pool.dispatcher.n_waiting == 2)
             await leave(leaver)
-            await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+            await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
             it.fake.go()
             assert (await behind).text == right(it.fake, TWO)
         assert all(seen.body["prompt"] != ONE for seen in it.fake.sent(NATIVE))
@@ -55,7 +55,7 @@ async def test_whoever_has_left_a_server_that_is_another_now_may_come_again(
 
         async def late() -> Any:
             infos = await slots()
-            if backend.drains._draining:
+            if backend.drainer._draining:
                 is_asked.set()
                 await may_go_on.wait()
             return infos
@@ -69,7 +69,7 @@ async def test_whoever_has_left_a_server_that_is_another_now_may_come_again(
         backend.changed("/lora-adapters was called")
         await it.until(lambda: backend.leases.table not in (None, pool))
         async with it.asking(TWO) as again:
-            await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+            await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
             may_go_on.set()
             async with asyncio.timeout(PATIENCE_S):
                 assert (await again).text == right(it.fake, TWO)
@@ -87,7 +87,7 @@ async def test_during_a_slot_action(tmp_path: Path, action: str, stream: bool) -
         await hang.reached.wait()
         await leave(leaver)
         async with it.asking(THREE) as waiting:
-            await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+            await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
             hang.release()
             assert (await waiting).text == right(it.fake, THREE)
         assert len(it.files()) >= 2
@@ -104,9 +104,9 @@ async def test_while_waiting_to_prefill(tmp_path: Path, stream: bool) -> None:
         async with it.asking(ONE) as first:
             await it.fake.wait_for(lambda f: any(slot.is_processing for slot in f.slots))
             leaver = spawn(it.ask(TWO, stream=stream))
-            await it.until(lambda: len(it.pool.scheduler.leases) == 2)
+            await it.until(lambda: len(it.pool.dispatcher.leases) == 2)
             await leave(leaver)
-            await it.until(lambda: len(it.pool.scheduler.leases) == 1)
+            await it.until(lambda: len(it.pool.dispatcher.leases) == 1)
             it.fake.go()
             assert (await first).text == right(it.fake, ONE)
         await right_again(it)
@@ -138,7 +138,7 @@ async def test_before_the_server_has_begun(tmp_path: Path) -> None:
         await it.fake.wait_for(lambda f: f.slots[0].is_processing)
         await leave(leaver)
         async with it.asking(TWO) as waiting:
-            await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+            await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
             assert it.fake.slots[0].is_processing
             it.fake.go()
             assert (await waiting).text == right(it.fake, TWO)
@@ -204,9 +204,9 @@ async def test_while_waiting_for_its_turn(tmp_path: Path) -> None:
         leaver = spawn(it.ask(ONE, n_cmpl=2))
         await it.until(lambda: it.backend.leases.is_gate_shut)
         async with it.asking(TWO) as behind:
-            await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+            await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
             await leave(leaver)
-            await it.until(lambda: it.pool.scheduler.n_waiting == 0)
+            await it.until(lambda: it.pool.dispatcher.n_waiting == 0)
             it.fake.go()
             assert (await behind).text == right(it.fake, TWO)
         await right_again(it)

@@ -21,7 +21,7 @@ IMAGES = {
     MESSAGES: {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1:9/a.png"}},
 }
 MARKER = "<__media_told__>"  # as /props tells it
-AHEAD = {"prefill": {"own_above_s": 0}}
+AHEAD = {"prefill": {"chunk_threshold_s": 0}}
 SEEING = {"model": FakeModel(takes_media=True)}
 
 
@@ -229,7 +229,7 @@ async def test_a_list_of_prompts_with_media_keeps_its_slot_to_the_last(tmp_path:
             async for line in response.content:
                 if b'"stop":true' in line.replace(b" ", b""):
                     n_ends += 1
-                    n_leases.append(len(it.pool.scheduler.leases))
+                    n_leases.append(len(it.pool.dispatcher.leases))
         assert n_ends == 2
         assert n_leases[0] >= 1
 
@@ -239,7 +239,7 @@ async def test_other_slots_before_the_text_ahead_of_an_image_is_computed(
 ) -> None:
     """Of a server that is another one by then: the request is served all the same."""
     async with served(tmp_path, AHEAD, slots=2, **SEEING) as it:
-        steps, n_prepared = it.backend.steps, itertools.count()
+        steps, n_prepared = it.backend.executor, itertools.count()
         prepare = steps.prepare
 
         async def late(*given: Any, **more: Any) -> Any:

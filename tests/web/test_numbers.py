@@ -11,7 +11,7 @@ import pytest
 from tests.support.answers import Answer, without_progress
 from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, served
 
-OWN_STEPS = {"prefill": {"own_above_s": 0}}
+OWN_STEPS = {"prefill": {"chunk_threshold_s": 0}}
 BASE, MORE = letters(1, 600), letters(2, 300)
 
 

@@ -14,7 +14,7 @@ from tests.support.answers import without_progress
 from tests.support.fake import FakeModel
 from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, line_with, right, served, spawn
 
-OWN_STEPS = {"prefill": {"own_above_s": 0}}
+OWN_STEPS = {"prefill": {"chunk_threshold_s": 0}}
 SOON = {"stream": {"keepalive_s": 0.02}}
 ONE, TWO = letters(1, 800), letters(2, 800)
 
@@ -98,7 +98,7 @@ async def test_those_who_wait_are_told_when_the_server_ends(tmp_path: Path) -> N
     """Nobody waits for what may never come."""
     async with served(tmp_path, slots=1) as it, it.busy() as (first,):
         async with it.asking(ONE) as waiting:
-            await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+            await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
             await it.fake.kill()
             assert (await first).status == 503
             assert (await waiting).status == 503
@@ -268,28 +268,28 @@ async def test_what_was_saved_survives_a_restart(tmp_path: Path) -> None:
 async def test_those_who_wait_are_served_by_the_new_process(tmp_path: Path) -> None:
     """The one under way is told; the queue is not."""
     async with served(tmp_path, slots=1) as it, it.busy() as (first,), it.asking(ONE) as waiting:
-        await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+        await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
         await it.fake.restart()
         assert (await first).status == 503
         assert (await waiting).text == right(it.fake, ONE)
 
 
-@pytest.mark.parametrize("own_above_s", [0, 3600])
+@pytest.mark.parametrize("chunk_threshold_s", [0, 3600])
 async def test_a_restart_between_restore_and_run_gives_the_right_answer(
-    tmp_path: Path, own_above_s: float, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, chunk_threshold_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The slot that was restored is another process's now: nothing wrong is used, and the next one is right too."""
-    async with served(tmp_path, {"prefill": {"own_above_s": own_above_s}}, slots=1) as it:
+    async with served(tmp_path, {"prefill": {"chunk_threshold_s": chunk_threshold_s}}, slots=1) as it:
         await it.ask(ONE)
         await it.ask(TWO)
-        restore = it.backend.steps._restore
+        restore = it.backend.executor._restore
 
         async def then_restart(*arguments: Any) -> bool:
             is_restored = await restore(*arguments)
             await it.fake.restart()
             return is_restored
 
-        monkeypatch.setattr(it.backend.steps, "_restore", then_restart)
+        monkeypatch.setattr(it.backend.executor, "_restore", then_restart)
         answer = await it.ask(ONE + "more")
         monkeypatch.undo()
         assert answer.text == right(it.fake, ONE + "more")

@@ -126,7 +126,7 @@ async def test_llamaslot_tells_of_itself_while_the_server_chooses_a_slot(tmp_pat
     async with served(tmp_path, slots=1) as it:
         it.fake.hold()
         turn = spawn(it.post("/v1/messages", unread))
-        await it.until(lambda: any(lease.slot is None for lease in it.pool.scheduler.leases))
+        await it.until(lambda: any(lease.slot is None for lease in it.pool.dispatcher.leases))
         answer = await it.get("/llamaslot/status")
         it.fake.go()
         await turn
@@ -174,7 +174,7 @@ async def test_a_mistake_of_llamaslots_is_no_traceback(
         def broken(*_: object) -> None:
             raise ZeroDivisionError("a bug")
 
-        monkeypatch.setattr(it.backend.steps, "settle", broken)
+        monkeypatch.setattr(it.backend.executor, "settle", broken)
         whole = await it.ask("hello")
         streamed = await it.ask("hello", stream=True)
         monkeypatch.undo()

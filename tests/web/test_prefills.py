@@ -22,7 +22,7 @@ from tests.support.inprocess import (
     spawn,
 )
 
-OWN_STEPS = {"prefill": {"own_above_s": 0}}
+OWN_STEPS = {"prefill": {"chunk_threshold_s": 0}}
 SILENT = {"stream": {"keepalive_s": 0.01, "comments": False}, **OWN_STEPS}
 SOON = {"stream": {"keepalive_s": 0.01}}
 BASE, MORE, LONG = letters(1, 600), letters(2, 400), letters(9, 6000)
@@ -117,10 +117,10 @@ async def test_progress_comes_through_where_comments_are_switched_off(tmp_path: 
 
 
 @pytest.mark.parametrize("path", ROUTES)
-@pytest.mark.parametrize("own_above_s", [0, 3600])
-async def test_others_are_told_in_comments(tmp_path: Path, path: str, own_above_s: float) -> None:
+@pytest.mark.parametrize("chunk_threshold_s", [0, 3600])
+async def test_others_are_told_in_comments(tmp_path: Path, path: str, chunk_threshold_s: float) -> None:
     """Who has not asked for progress gets none of its events, whoever computes the prompt; the comments tell it."""
-    settings = {**SOON, "prefill": {"own_above_s": own_above_s}}
+    settings = {**SOON, "prefill": {"chunk_threshold_s": chunk_threshold_s}}
     async with served(tmp_path, settings, batch=100) as it:
         it.fake.hold()
         asked: dict[str, Any] = {"messages": [{"role": "user", "content": BASE}]} if path == CHAT else {}
@@ -147,12 +147,12 @@ async def test_an_answer_in_one_piece_has_no_progress(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["dense", "swa", "recurrent"])
 @pytest.mark.parametrize("slot", [0, 1])
-@pytest.mark.parametrize("own_above_s", [0, 0.02])
+@pytest.mark.parametrize("chunk_threshold_s", [0, 0.02])
 async def test_a_short_request_gets_its_first_token_before_a_long_one_is_through(
-    tmp_path: Path, kind: str, slot: int, own_above_s: float
+    tmp_path: Path, kind: str, slot: int, chunk_threshold_s: float
 ) -> None:
     """In whichever slot it lands, and whether or not it has a step of its own; the long one goes on where it was."""
-    settings = {"prefill": {"own_above_s": own_above_s, "stretch_s": 0.05}}
+    settings = {"prefill": {"chunk_threshold_s": chunk_threshold_s, "chunk_s": 0.05}}
     async with served(tmp_path, settings, batch=256, ubatch=128, **of_kind(kind, tmp_path)) as it:
         if slot == 0:  # the other one is taken by a context that the long prompt leaves alone
             assert (await it.ask(letters(2, 500))).slot == 0
@@ -175,7 +175,7 @@ async def test_a_short_request_gets_its_first_token_before_a_long_one_is_through
 
 async def test_a_stream_goes_on_beside_a_long_prefill(tmp_path: Path) -> None:
     """Between two stretches it gets its share of the time, in which no batch of the prompt slows it down."""
-    settings = {"prefill": {"own_above_s": 0, "stretch_s": 0.1, "decode_share": 0.7}}
+    settings = {"prefill": {"chunk_threshold_s": 0, "chunk_s": 0.1, "decode_share": 0.7}}
     short = letters(2, 50)
     async with served(tmp_path, settings, batch=256) as it, it.asking(short, stream=True, n=1000) as stream:
         await it.fake.wait_for(lambda f: any(slot.task and slot.task.generated for slot in f.slots))
@@ -195,7 +195,7 @@ async def test_who_leaves_a_prefill_and_asks_again_goes_on_where_it_was(
     tmp_path: Path, kind: str, stream: bool
 ) -> None:
     """Nothing is computed twice but the batch that was under way."""
-    settings = {"prefill": {"own_above_s": 0, "stretch_s": 0.05}}
+    settings = {"prefill": {"chunk_threshold_s": 0, "chunk_s": 0.05}}
     async with served(tmp_path, settings, slots=1, batch=256, ubatch=128, **of_kind(kind, tmp_path)) as it:
         await left_half_way(it, stream=stream)
         answer = await it.ask(LONG, stream=stream)
@@ -210,7 +210,7 @@ async def test_it_does_so_also_when_its_only_slot_was_used_meanwhile(
     tmp_path: Path, kind: str, stream: bool
 ) -> None:
     """What was computed is saved before somebody else's question takes the slot, and comes back from disk."""
-    settings = {"prefill": {"own_above_s": 0, "stretch_s": 0.05}}
+    settings = {"prefill": {"chunk_threshold_s": 0, "chunk_s": 0.05}}
     async with served(tmp_path, settings, slots=1, batch=256, ubatch=128, **of_kind(kind, tmp_path)) as it:
         await left_half_way(it, stream=stream)
         short = await it.ask(letters(3, 200), stream=stream)
@@ -230,7 +230,7 @@ async def left_half_way(it: Served, **more: Any) -> None:
 
 async def test_a_sliding_window_is_not_interrupted_before_it_is_full(tmp_path: Path) -> None:
     """llama-server can go on from there only when there is more than a window: of less it uses nothing."""
-    settings = {"prefill": {"own_above_s": 0.02, "stretch_s": 0.05}}
+    settings = {"prefill": {"chunk_threshold_s": 0.02, "chunk_s": 0.05}}
     async with served(tmp_path, settings, batch=128, ubatch=128, **of_kind("swa", tmp_path)) as it:
         it.fake.pace.prompt_token_s = 0.0001
         async with it.asking(LONG, stream=True) as long:

@@ -15,7 +15,7 @@ async def test_one_too_many_is_told_when_to_come_again(tmp_path: Path, stream: b
     """503 with Retry-After at once; those who wait already are served."""
     short, text = {"queue": {"max_waiting": 1}}, letters(1, 200)
     async with served(tmp_path, short, slots=1) as it, it.busy(), it.asking(text) as waiting:
-        await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+        await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
         refused = await it.ask(letters(2, 200), stream=stream)
         it.fake.go()
         assert (await waiting).text == right(it.fake, text)
@@ -42,7 +42,7 @@ async def test_the_first_to_come_is_the_first_served(tmp_path: Path) -> None:
         asked = []
         for n, text in enumerate(texts, 1):
             asked.append(spawn(it.ask(text)))
-            await it.until(lambda n=n: it.pool.scheduler.n_waiting == n)
+            await it.until(lambda n=n: it.pool.dispatcher.n_waiting == n)
         it.fake.go()
         answers = await asyncio.gather(*asked)
         sent = [seen.body["prompt"] for seen in it.fake.sent(NATIVE) if seen.body["prompt"] in texts]
@@ -69,7 +69,7 @@ async def test_a_context_waits_for_its_busy_slot_when_that_is_cheaper(tmp_path: 
         async with it.asking(text + "a", n=8) as first:
             await it.fake.wait_for(lambda f: any(slot.is_processing for slot in f.slots))
             async with it.asking(text + "b", n=8) as second:
-                await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+                await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
                 async with it.asking(letters(2, 200)) as third:  # it reserves that slot only
                     await it.fake.wait_for(lambda f: all(slot.is_processing for slot in f.slots))
                     it.fake.go()

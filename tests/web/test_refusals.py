@@ -103,7 +103,7 @@ async def test_a_500_of_a_slot_discredits_it(tmp_path: Path, is_stream: bool) ->
 
 async def test_a_refused_prefill_leaves_the_slot_as_it_is(tmp_path: Path) -> None:
     """The request itself goes on from there."""
-    async with served(tmp_path, {"prefill": {"own_above_s": 0}}) as it:
+    async with served(tmp_path, {"prefill": {"chunk_threshold_s": 0}}) as it:
         await it.ask(BASE)
         it.fake.faults.fail("/completion")
         answer = await it.ask(BASE + MORE, path=TEXT)
@@ -137,7 +137,7 @@ async def test_what_is_taken_after_all_is_served(
     async def wrong(*_: Any, **__: Any) -> Verdict:
         return verdict
 
-    async with served(tmp_path, {"prefill": {"own_above_s": 0}}) as it:
+    async with served(tmp_path, {"prefill": {"chunk_threshold_s": 0}}) as it:
         await it.ask(letters(1, 500))
         monkeypatch.setattr(it.backend.dry_runs, "ask", wrong)
         ask = it.chat if path == CHAT else it.ask

@@ -42,12 +42,12 @@ async def test_a_stream_with_progress_is_what_the_server_sent(tmp_path: Path, pa
 
 
 @pytest.mark.parametrize("path", ROUTES)
-@pytest.mark.parametrize("own_above_s", [0, 3600])
+@pytest.mark.parametrize("chunk_threshold_s", [0, 3600])
 async def test_an_answer_in_one_piece_is_what_the_server_says_without_a_stream(
-    tmp_path: Path, path: str, own_above_s: float
+    tmp_path: Path, path: str, chunk_threshold_s: float
 ) -> None:
     """It was asked for as a stream, and has every field that the server gives when it is asked directly."""
-    async with served(tmp_path, {"prefill": {"own_above_s": own_above_s}}) as it:
+    async with served(tmp_path, {"prefill": {"chunk_threshold_s": chunk_threshold_s}}) as it:
         body = asked(path, letters(1, 300))
         answer = await it.post(path, body)
         assert it.fake.sent(path)[-1].body["stream"] is True

@@ -19,7 +19,7 @@ ONE, TWO, LONG = letters(1, 3000), letters(2, 300), letters(9, 6000)
 BATCH = 256
 #: What goes on after ``ONE``: a little, which its own request computes, and so much that it is computed ahead.
 MORE = [pytest.param("more", id="short"), pytest.param(letters(3, 500), id="long")]
-OWN_STEPS = {"prefill": {"own_above_s": 0.05, "stretch_s": 0.05}}
+OWN_STEPS = {"prefill": {"chunk_threshold_s": 0.05, "chunk_s": 0.05}}
 SAVED = {**OWN_STEPS, "store": {"idle_save_s": 0.01}}
 
 
@@ -128,7 +128,7 @@ async def test_nothing_of_it_is_in_the_answer(tmp_path: Path, more: str, setting
 @pytest.mark.parametrize("more", MORE)
 async def test_nobody_gets_more_than_three_places(tmp_path: Path, more: str) -> None:
     """Whatever is there at the third is taken, also when that is nothing."""
-    async with served(tmp_path, {"prefill": {"own_above_s": 0.01}}, batch=BATCH) as it:
+    async with served(tmp_path, {"prefill": {"chunk_threshold_s": 0.01}}, batch=BATCH) as it:
         await it.ask(ONE)
         it.fake.pace.prompt_token_s = 0.0001
         it.fake.faults.lose_slots(4)
@@ -142,7 +142,7 @@ async def test_nobody_gets_more_than_three_places(tmp_path: Path, more: str) -> 
 
 async def test_a_small_loss_is_computed_where_it_is(tmp_path: Path) -> None:
     """Another place would cost more than that."""
-    async with served(tmp_path, {"prefill": {"own_above_s": 0.1}}, batch=BATCH) as it:
+    async with served(tmp_path, {"prefill": {"chunk_threshold_s": 0.1}}, batch=BATCH) as it:
         slot = (await it.ask(TWO)).slot
         await it.fake.post(f"/slots/{slot}?action=erase", {})
         answer = await it.ask(TWO + "more", stream=True)
@@ -212,7 +212,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "_SURELY_S", 0.0)
 
 
-ROOM = {"prefill": {"own_above_s": 0, "stretch_s": 0.05, "max_held_s": 0.01}}
+ROOM = {"prefill": {"chunk_threshold_s": 0, "chunk_s": 0.05, "max_yield_s": 0.01}}
 DOCUMENT = [{"role": "user", "content": [{"type": "text", "text": letters(50, 200)}, {"type": "document"}]}]
 
 

@@ -105,13 +105,13 @@ async def test_messages_have_one_answer_whatever_is_asked(tmp_path: Path, call: 
     use = {"type": "tool_use", "id": "t1", "name": "read", "input": call}
     messages = [USER, {"role": "assistant", "content": [use]}, USER]
     async with served(tmp_path) as it:
-        met = it.backend.met
+        session = it.backend.session
         for n in (3, 2**32):
             answer = await it.post(
                 "/v1/messages", {"messages": messages, "max_tokens": 2, "n": n, "n_cmpl": n}
             )
             assert answer.status == 200
-        assert it.backend.met is met
+        assert it.backend.session is session
 
 
 @pytest.mark.parametrize("prompt", ["", ["x", ""]])
@@ -133,13 +133,13 @@ async def test_what_llama_server_accepts_against_expectation_ends_at_once(
 
     async with served(tmp_path) as it:
         assert (await it.ask(letters(1, 300))).status == 200
-        met = it.backend.met
+        session = it.backend.session
         with monkeypatch.context() as patch:
             patch.setattr("llamaslot.http.parse._plain", refuse)
             answer = await it.post(NATIVE, {"prompt": letters(2, 300), "stream": True, "n_predict": 500})
         assert (answer.status, answer.error["message"]) == (400, "no prompt")
         assert (await it.ask(letters(1, 300))).status == 200
-        assert it.backend.met is not met
+        assert it.backend.session is not session
     assert "accepted a body that llamaslot takes for invalid" in caplog.text
 
 
@@ -192,10 +192,12 @@ async def test_the_clients_choice_of_a_slot_is_ignored(tmp_path: Path) -> None:
         assert {seen.slot for seen in it.fake.sent(NATIVE)[-5:]} == {first.slot}
 
 
-@pytest.mark.parametrize("own_above_s", [0, 3600])
-async def test_nothing_cached_is_used_where_the_client_forbids_it(tmp_path: Path, own_above_s: float) -> None:
+@pytest.mark.parametrize("chunk_threshold_s", [0, 3600])
+async def test_nothing_cached_is_used_where_the_client_forbids_it(
+    tmp_path: Path, chunk_threshold_s: float
+) -> None:
     """``cache_prompt`` false: everything is computed, in the slot whose loss costs least."""
-    async with served(tmp_path, {"prefill": {"own_above_s": own_above_s}}) as it:
+    async with served(tmp_path, {"prefill": {"chunk_threshold_s": chunk_threshold_s}}) as it:
         kept = await it.ask(letters(1, 1000))
         answer = await it.ask(letters(1, 1000), cache_prompt=False)
         assert answer.timings["cache_n"] == 0

@@ -11,7 +11,7 @@ import pytest
 from tests.support.inprocess import NATIVE, letters, served, spawn
 
 MESSAGES = "/v1/messages"
-OWN_STEPS = {"prefill": {"own_above_s": 0}}
+OWN_STEPS = {"prefill": {"chunk_threshold_s": 0}}
 
 
 def said(text: str, **more: Any) -> dict[str, Any]:
@@ -33,7 +33,7 @@ async def test_the_same_prompt_while_it_is_answered_already(tmp_path: Path) -> N
     async with served(tmp_path, OWN_STEPS, slots=2, batch=100, context=8000) as it:
         text = letters(1, 300)
         long = spawn(it.post(MESSAGES, said(text, stream=True) | {"max_tokens": 4000}))
-        await it.until(lambda: any(lease.is_running for lease in it.pool.scheduler.leases))
+        await it.until(lambda: any(lease.is_running for lease in it.pool.dispatcher.leases))
         it.fake.hold()
         again = spawn(it.post(MESSAGES, said(text)))
         for _ in range(100):
@@ -62,7 +62,7 @@ async def test_a_slot_nobody_knows_while_somebody_waits_for_his_turn(tmp_path: P
                 it.post("/infill", {"input_prefix": "x", "input_suffix": "", "n_predict": 1})
             )
             third = group.create_task(it.post(NATIVE, {"prompt": "y", "n_predict": 1, "n_cmpl": 2}))
-            await it.until(lambda: it.pool.scheduler.n_waiting > 0 or len(it.pool.scheduler.leases) > 1)
+            await it.until(lambda: it.pool.dispatcher.n_waiting > 0 or len(it.pool.dispatcher.leases) > 1)
             it.fake.go()
     assert [task.result().status for task in (first, second, third)] == [200] * 3
 

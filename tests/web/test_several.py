@@ -22,7 +22,7 @@ from tests.support.inprocess import (
 )
 
 USERS = [letters(n, 700) for n in range(4)]
-OWN_STEPS = {"prefill": {"own_above_s": 0}}
+OWN_STEPS = {"prefill": {"chunk_threshold_s": 0}}
 #: Of a document nobody knows what it is rendered to, but for llama-server.
 OPAQUE: dict[str, dict[str, Any]] = {
     "/v1/messages": {
@@ -172,7 +172,7 @@ async def test_who_hangs_up_at_the_last_event_leaves_nothing_at_work(
     async with served(tmp_path, slots=4) as it:
         await fill(it)
         drained: list[Any] = []
-        monkeypatch.setattr(it.backend.drains, "add_slot", lambda *draining: drained.append(draining))
+        monkeypatch.setattr(it.backend.drainer, "add_slot", lambda *draining: drained.append(draining))
         async with it.session.post(it.url + path, json={**body, "stream": True}) as stream:
             await line_with(stream, last)
         await it.at_rest()
@@ -290,7 +290,7 @@ async def test_a_restart_that_is_noticed_before_a_request_is_sent(tmp_path: Path
     async with served(tmp_path, slots=2) as it, it.busy():
         asked = [spawn(it.ask("hi", n_cmpl=2)), spawn(it.post("/v1/messages", OPAQUE["/v1/messages"]))]
         await it.until(lambda: it.backend.leases.is_gate_shut)
-        assert it.backend.met is not None
-        it.backend.lost(it.backend.met)
+        assert it.backend.session is not None
+        it.backend.lost(it.backend.session)
         it.fake.go()
         assert [(await one).status for one in asked] == [200, 200]

@@ -196,10 +196,10 @@ async def test_owners_who_ask_while_their_context_is_saved(tmp_path: Path) -> No
         hang = it.fake.faults.hang("save")
         async with it.asking(THREE) as newcomer:
             await hang.reached.wait()
-            victim = next(lease.slot_id for lease in it.pool.scheduler.leases)
+            victim = next(lease.slot_id for lease in it.pool.dispatcher.leases)
             owner = ONE if it.fake.slots[victim].tokens.startswith(pack(it.fake.model.tokenize(ONE))) else TWO
             async with it.asking(owner + "more") as again:
-                await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+                await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
                 hang.release()
                 assert (await newcomer).text == right(it.fake, THREE)
                 answer = await again
@@ -208,12 +208,12 @@ async def test_owners_who_ask_while_their_context_is_saved(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["swa", "recurrent"])
-@pytest.mark.parametrize("own_above_s", [0, 3600])
+@pytest.mark.parametrize("chunk_threshold_s", [0, 3600])
 async def test_models_that_cannot_go_back_are_answered_rightly(
-    tmp_path: Path, kind: str, own_above_s: float
+    tmp_path: Path, kind: str, chunk_threshold_s: float
 ) -> None:
     """Conversations that grow, part, and come back from disk."""
-    settings = {"prefill": {"own_above_s": own_above_s}}
+    settings = {"prefill": {"chunk_threshold_s": chunk_threshold_s}}
     async with served(tmp_path, settings, slots=1, kind=kind, batch=512, ubatch=128) as it:
         first = await it.ask(ONE)
         longer = ONE + first.text + " and? "

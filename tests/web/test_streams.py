@@ -18,7 +18,7 @@ from tests.support.strict import Event, strict
 MESSAGES, RESPONSES, INFILL = "/v1/messages", "/v1/responses", "/infill"
 PATHS = [CHAT, TEXT, NATIVE, INFILL, RESPONSES, MESSAGES]
 SOON = {"stream": {"keepalive_s": 0.005}}
-OWN_STEPS = {**SOON, "prefill": {"own_above_s": 0}}
+OWN_STEPS = {**SOON, "prefill": {"chunk_threshold_s": 0}}
 LAST = {
     CHAT: "[DONE]", TEXT: "[DONE]", NATIVE: '"stop":true', INFILL: '"stop":true', RESPONSES: "response.completed",
     MESSAGES: "message_stop",
@@ -61,7 +61,7 @@ async def test_what_a_client_hears_while_it_waits_is_no_event(tmp_path: Path, pa
     """In the queue, and when headers have gone before its place was known: comments, each before some event."""
     async with served(tmp_path, SOON, slots=1) as it, busy(it, path):
         reader = spawn(it.post(path, body_of(path, letters(2, 300))))
-        await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+        await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
         await asyncio.sleep(0.03)  # some times keepalive_s
         it.fake.go()
         answer = await reader
@@ -101,7 +101,7 @@ async def test_a_list_of_prompts(tmp_path: Path) -> None:
     prompts = [letters(1, 300), letters(2, 300)]
     async with served(tmp_path, OWN_STEPS, slots=1, batch=100) as it, it.busy():
         reader = spawn(it.post(TEXT, body_of(TEXT, "", prompt=prompts)))
-        await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+        await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
         await asyncio.sleep(0.03)
         it.fake.go()
         events = check(await reader, TEXT)
@@ -122,7 +122,7 @@ async def test_an_error_is_an_event_that_the_clients_of_its_route_know(
     settings = {**SOON, "queue": {"max_wait_s": 0.05}} if kind == "waits" else SOON
     async with served(tmp_path, settings, slots=1) as it, busy(it, path):
         reader = spawn(it.post(path, body_of(path, letters(2, 300))))
-        await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+        await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
         await asyncio.sleep(0.02)
         if kind == "fails":
             for _ in range(1 + (path == MESSAGES)):  # whose slot is made ready by a request without an answer

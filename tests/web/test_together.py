@@ -12,7 +12,7 @@ from tests.support.answers import Answer
 from tests.support.inprocess import CHAT, TEXT, Served, letters, of_kind, right, served, spawn
 
 COMMON, OWN = letters(9, 3000), [letters(100 + n, 100) for n in range(4)]
-SETTINGS = {"prefill": {"own_above_s": 0.02, "stretch_s": 0.05}}
+SETTINGS = {"prefill": {"chunk_threshold_s": 0.02, "chunk_s": 0.05}}
 #: Beyond a sliding window of 512 with the first batch: what is interrupted within it is lost.
 FAKE: dict[str, Any] = {"slots": 4, "batch": 768, "ubatch": 256}
 BATCH = 768

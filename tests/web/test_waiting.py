@@ -14,7 +14,7 @@ from tests.support.answers import Answer, without_progress
 from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, line_with, right, served, spawn
 
 SOON = {"stream": {"keepalive_s": 0.02}}
-OWN_STEPS = {**SOON, "prefill": {"own_above_s": 0}}
+OWN_STEPS = {**SOON, "prefill": {"chunk_threshold_s": 0}}
 
 
 async def test_the_queue_tells_its_places(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ async def test_comments_can_be_switched_off(tmp_path: Path) -> None:
         it.busy() as (first,),
         it.asking(text, stream=True) as second,
     ):
-        await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+        await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
         many = itertools.count()
         await it.until(lambda: next(many) > 10)  # several times keepalive_s
         it.fake.go()
@@ -163,7 +163,7 @@ async def test_comments_can_be_switched_off(tmp_path: Path) -> None:
 async def test_answers_in_one_piece_wait_without_a_word(tmp_path: Path) -> None:
     """JSON has no comments."""
     async with served(tmp_path, SOON, slots=1) as it, it.busy(), it.asking(letters(2, 200)) as second:
-        await it.until(lambda: it.pool.scheduler.n_waiting == 1)
+        await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
         it.fake.go()
         answer = await second
     assert answer.text == right(it.fake, letters(2, 200))

@@ -11,24 +11,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from llamaslot.backend.cache_miss import Divergences
-from llamaslot.backend.connect import Handshake, Met
-from llamaslot.backend.drain import Drains
-from llamaslot.backend.exclusive import Turns
-from llamaslot.backend.executor import Steps
+from llamaslot.backend.cache_miss import CacheMisses
+from llamaslot.backend.connect import Handshake, ServerSession
+from llamaslot.backend.drain import SlotDrainer
+from llamaslot.backend.exclusive import ExclusiveSection
+from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
-from llamaslot.backend.slot_table import Pool
+from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.writeback import Writeback
 from llamaslot.cache.content import NOTHING
 from llamaslot.errors import BackendDown, LlamaslotError
-from llamaslot.llama.client import LlamaServer, Offered
+from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.dry_run import DryRuns
 from llamaslot.llama.replies import Props
+from llamaslot.llama.route_availability import RouteAvailability
 from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Event
 from llamaslot.store import Catalog
 from llamaslot.store.learned import LearnedFile
@@ -54,7 +55,7 @@ class Health(enum.Enum):
 class Members(Protocol):
     """The pool that a backend is in: what it is told."""
 
-    def connected(self, backend: Backend, met: Met) -> None:
+    def connected(self, backend: Backend, session: ServerSession) -> None:
         """llama-server is up. Its slots may be given away from now on."""
         ...
 
@@ -88,20 +89,20 @@ class Backend:
         self.tasks = TaskOwner()
         self._rates_file = LearnedFile(name, rates_file)
         self.rates = Rates()
-        self.steps = Steps(api, catalog, self.rates, metrics, self.tasks, leases)
-        self.offered, self.dry_runs = Offered(api), DryRuns(api)
-        self.turns = Turns(api, leases, self.steps, self.tasks)
-        self.writeback = Writeback(leases, self.steps, idle_save_s)
-        self.divergences = Divergences(api, metrics, self.tasks)
-        self.drains = Drains(api, leases, now)
-        leases.on_drain = self.drains.add
+        self.executor = PlanExecutor(api, catalog, self.rates, metrics, self.tasks, leases)
+        self.route_availability, self.dry_runs = RouteAvailability(api), DryRuns(api)
+        self.exclusive = ExclusiveSection(api, leases, self.executor, self.tasks)
+        self.writeback = Writeback(leases, self.executor, idle_save_s)
+        self.cache_misses = CacheMisses(api, metrics, self.tasks)
+        self.drainer = SlotDrainer(api, leases, now)
+        leases.on_drain = self.drainer.add
         if catalog is not None:
             leases.pin = catalog.pin
         self.health = Health.DOWN
         self._look_again_at = -math.inf
         self._n_retries = 0  # in a row, of finding out what the server can do
         self.streams_are_known = True  # answers can be put together from the events of a stream
-        self.met: Met | None = None
+        self.session: ServerSession | None = None
         self._why_down = "has not answered yet"
         self._doubt = asyncio.Event()
         self._met_or_down = asyncio.Event()  # set unless a meeting is under way
@@ -109,24 +110,24 @@ class Backend:
 
     # -- for requests --------------------------------------------------------------------------------------------
 
-    async def ready(self) -> Met:
+    async def ready(self) -> ServerSession:
         """The server as it is now, known to be the same process as before. Raises BackendDown at once when it is down.
 
         ``/props`` carries a mark that is random for each process, so a restart is noticed before anything is planned.
         Cancelling is safe.
         """
-        while (met := self.met) is not None:
-            if not met.is_assisted:
-                return met  # nothing is believed of its slots, so nothing has to be checked
+        while (session := self.session) is not None:
+            if not session.is_assisted:
+                return session  # nothing is believed of its slots, so nothing has to be checked
             try:
                 props = await self.api.props()
             except BackendDown:
                 self._doubt.set()
                 raise
-            if props.boot_id == met.props.boot_id:
+            if props.boot_id == session.props.boot_id:
                 self._forget_if_asleep(props)
-                return met
-            self.lost(met.pool)
+                return session
+            self.lost(session.pool)
         if self.health is Health.DOWN:
             raise self._is_down()
         try:
@@ -134,14 +135,14 @@ class Backend:
                 await self._met_or_down.wait()
         except TimeoutError:
             raise BackendDown(f"llama-server at {self.api.url} has restarted and is not ready yet") from None
-        if self.met is None:  # down, perhaps after it was up for a moment
+        if self.session is None:  # down, perhaps after it was up for a moment
             raise self._is_down()
-        return self.met
+        return self.session
 
-    def lost(self, table: Pool) -> None:
+    def lost(self, table: SlotTable) -> None:
         """The server is another process than the one that ``table`` describes: forget its slots, and meet it again.
-        Jobs in the queue wait."""
-        if self.met is not None and self.met.pool is table:
+        Requests in the queue wait."""
+        if self.session is not None and self.session.pool is table:
             log.warning("%s: llama-server has restarted: its slots are empty", self.name)
             self.metrics.restarts.inc()
             self._forget(Health.CONNECTING)
@@ -149,7 +150,7 @@ class Backend:
 
     def changed(self, why: str) -> None:
         """The process is the same, but nothing that was computed before is valid any more."""
-        if self.met is not None:
+        if self.session is not None:
             log.info("%s: %s; reconnecting to llama-server", self.name, why)
             self._forget(Health.CONNECTING)
         self._doubt.set()
@@ -163,7 +164,7 @@ class Backend:
                 self.name,
             )
             for slot in filled:
-                pool.take(slot, Job("sleep"), self.now(), has_answer=False)
+                pool.take(slot, Request("sleep"), self.now(), has_answer=False)
                 pool.give_back(slot, Event.EMPTY, NOTHING, self.now())
             self.leases.dispatch()
 
@@ -178,8 +179,11 @@ class Backend:
         self._doubt.set()
 
     async def how_far(self, lease: Lease) -> object:
-        """What is in the slots in which llama-server works for the job of ``lease``; None while it waits for one."""
-        taken = {its.slot_id for its in self.leases.leases if its.job is lease.job and its.slot is not None}
+        """What is in the slots in which llama-server works for the request of ``lease``; None while it waits for
+        one."""
+        taken = {
+            its.slot_id for its in self.leases.leases if its.request is lease.request and its.slot is not None
+        }
         infos = [info for info in await self.api.slots() if info.id in taken and info.is_processing]
         return infos or None
 
@@ -194,9 +198,9 @@ class Backend:
                 self.rates.size.observe(snapshot.n_tokens, snapshot.size_bytes)
 
     def start(self) -> None:
-        self.drains.on_failure = self.doubt
+        self.drainer.on_failure = self.doubt
         self.tasks.spawn(self._live(), f"{self.name}: life")
-        self.tasks.spawn(self.drains.run(), f"{self.name}: drains")
+        self.tasks.spawn(self.drainer.run(), f"{self.name}: drains")
         self.tasks.spawn(self.writeback.run(), f"{self.name}: writeback")
 
     async def save_all(self, save_s: float) -> None:
@@ -228,7 +232,7 @@ class Backend:
             if self.health is Health.DOWN:
                 self._set(Health.CONNECTING)
             try:
-                met = await self._connect(is_retry=is_retry)
+                session = await self._connect(is_retry=is_retry)
             except BackendDown as error:
                 if str(error) != complaint:
                     log.warning("%s: %s", self.name, error)
@@ -238,13 +242,13 @@ class Backend:
                 await asyncio.sleep(1.0)
                 continue
             complaint = ""
-            self._serve(met)
+            self._serve(session)
             await self._store_learned()
-            await self._until_gone(met)
-            is_retry = met.aside is not None and met.aside.may_end
+            await self._until_gone(session)
+            is_retry = session.aside is not None and session.aside.may_end
             self._n_retries = self._n_retries + 1 if is_retry else 0
 
-    async def _connect(self, *, is_retry: bool) -> Met:
+    async def _connect(self, *, is_retry: bool) -> ServerSession:
         """Find out what the server is, and what it can do. Raises BackendDown."""
         handshake = Handshake(self.name, self.api, self._catalog, self._libraries, self.rates, self._rules)
         try:
@@ -267,31 +271,31 @@ class Backend:
                 log.info("%s: waiting for llama-server at %s, which %s", self.name, self.api.url, why)
             await asyncio.sleep(pause_s or _HEALTH_POLL_S[-1])
 
-    def _serve(self, met: Met) -> None:
-        self.met, self.streams_are_known = met, True
-        self.steps.fingerprint, self.steps.boot_id = met.fingerprint, met.props.boot_id
-        for slot in met.found_busy:
-            met.pool.take(slot, Job("left over"), self.now(), has_answer=False)
-            met.pool.give_back(slot, Event.LEAVE, NOTHING, self.now())
-            self.drains.add_slot(met.pool, slot, NOTHING)
-        if self._catalog is not None and met.pool.can_save:  # some went while the server was met
-            met.pool.agree(self._catalog.snapshots)
-        for known in (self.offered, self.dry_runs):
+    def _serve(self, session: ServerSession) -> None:
+        self.session, self.streams_are_known = session, True
+        self.executor.fingerprint, self.executor.boot_id = session.fingerprint, session.props.boot_id
+        for slot in session.found_busy:
+            session.pool.take(slot, Request("left over"), self.now(), has_answer=False)
+            session.pool.give_back(slot, Event.LEAVE, NOTHING, self.now())
+            self.drainer.add_slot(session.pool, slot, NOTHING)
+        if self._catalog is not None and session.pool.can_save:  # some went while the server was met
+            session.pool.agree(self._catalog.snapshots)
+        for known in (self.route_availability, self.dry_runs):
             known.forget()
-        met.pool.lost_slots.on_many = self._slots_were_lost
+        session.pool.lost_slots.on_many = self._slots_were_lost
         self._set(Health.UP)
-        self.metrics.assist.set(met.is_assisted)
-        self._members.connected(self, met)
-        if met.aside is not None:
-            log.warning("%s: %s", self.name, met.aside)
+        self.metrics.assist.set(session.is_assisted)
+        self._members.connected(self, session)
+        if session.aside is not None:
+            log.warning("%s: %s", self.name, session.aside)
             return
         log.info(
             "%s: connected to llama-server: %s with %d slots of %d tokens, %s; %d snapshots can be used",
-            self.name, met.model_name, len(met.pool.slots), met.pool.n_ctx, met.pool.memory.value,
-            len(met.pool.library.snapshots),
+            self.name, session.model_name, len(session.pool.slots), session.pool.n_ctx, session.pool.memory.value,
+            len(session.pool.model_snapshots.snapshots),
         )  # fmt: skip
 
-    async def _until_gone(self, met: Met) -> None:
+    async def _until_gone(self, session: ServerSession) -> None:
         retry_at = self.now() + min(_RETRY_S * 2**self._n_retries, _RETRY_AT_LAST_S)
         while self.health is Health.UP:
             try:
@@ -309,15 +313,15 @@ class Backend:
                 log.warning("%s: llama-server does not answer; requests get 503 until it does", self.name)
                 self._forget(Health.DOWN)
                 return
-            if (props.boot_id, props.n_slots) != (met.props.boot_id, met.props.n_slots):
-                self.lost(met.pool)
+            if (props.boot_id, props.n_slots) != (session.props.boot_id, session.props.n_slots):
+                self.lost(session.pool)
                 continue
             self._forget_if_asleep(props)
-            is_due = met.aside is not None and met.aside.may_end and self.now() >= retry_at
-            if is_due and await self._is_any_idle(met.pool):
+            is_due = session.aside is not None and session.aside.may_end and self.now() >= retry_at
+            if is_due and await self._is_any_idle(session.pool):
                 self.changed("a slot is idle now")
 
-    async def _is_any_idle(self, pool: Pool) -> bool:
+    async def _is_any_idle(self, pool: SlotTable) -> bool:
         """Whether llama-server has an idle slot, with all that was sent to it at work in others."""
         try:
             infos = await self.api.slots()
@@ -328,7 +332,7 @@ class Backend:
         return n_sent <= n_at_work and any(not info.is_processing for info in infos)
 
     def _forget(self, health: Health) -> None:
-        self.met = None
+        self.session = None
         self._set(health)
         self._members.disconnected(self, self._is_down() if health is Health.DOWN else None)
 

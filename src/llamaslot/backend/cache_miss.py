@@ -22,7 +22,7 @@ from llamaslot.formats.base import Format
 from llamaslot.formats.prompt_location import Whereabouts, whereabouts
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.metrics import BackendMetrics
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.tasks import TaskOwner
 from llamaslot.tokens.tokenizer import Prompt
 
@@ -51,33 +51,33 @@ class Holder:
 
 
 async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
-    """What the job of ``lease`` may go on from, or might if it began like that: of its own spaces only.
+    """What the request of ``lease`` may go on from, or might if it began like that: of its own spaces only.
 
     ``contents``: of the slots, in their order, as they were when the lease was given. Of the snapshots the one that
     shares most, the nearest in length, and the last that came: the turn before is one of these as a rule. Cancelling is
     safe.
     """
-    job, index = lease.job, lease.pool.library.in_spaces
+    request, index = lease.request, lease.pool.model_snapshots.in_spaces
     found = [
-        Holder(f"slot {i}", content.tokens, common(content.tokens, job.tokens))
+        Holder(f"slot {i}", content.tokens, common(content.tokens, request.tokens))
         for i, content in enumerate(contents)
-        if content.tokens and job.may_use(content)
+        if content.tokens and request.may_use(content)
     ]
-    hits = index.match(job.tokens, job.reads, _N_SNAPSHOTS)
-    nearest = sorted(hits, key=lambda hit: abs(hit.n_tokens - job.n_tokens))[:_N_OF_A_KIND]
-    spaces = {space.text for space in job.reads}
-    usable = (its for its in reversed(lease.pool.library.snapshots.values()) if its.space in spaces)
+    hits = index.match(request.tokens, request.reads, _N_SNAPSHOTS)
+    nearest = sorted(hits, key=lambda hit: abs(hit.n_tokens - request.n_tokens))[:_N_OF_A_KIND]
+    spaces = {space.text for space in request.reads}
+    usable = (its for its in reversed(lease.pool.model_snapshots.snapshots.values()) if its.space in spaces)
     long = (its for its in islice(usable, _N_SNAPSHOTS) if its.n_tokens > LOST_MIN)
     ids = [*(hit.holder for hit in (*hits[:1], *nearest)), *(its.id for its in islice(long, _N_OF_A_KIND))]
     for id_ in dict.fromkeys(ids):
         await asyncio.sleep(0)  # a millisecond for the tokens of each: others first
         with contextlib.suppress(KeyError):  # dropped meanwhile
             tokens = index.tokens(id_)
-            found.append(Holder(f"snapshot {id_}", tokens, common(tokens, job.tokens)))
+            found.append(Holder(f"snapshot {id_}", tokens, common(tokens, request.tokens)))
     return found
 
 
-class Divergences:
+class CacheMisses:
     """Where the requests of one backend part from what was computed before. ``tells_texts``: the journal may show what
     stands there."""
 
@@ -89,15 +89,15 @@ class Divergences:
     def look(self, lease: Lease, prompt: Prompt, body: Mapping[str, Any], format_: Format) -> None:
         """The request has its slot, and nothing was done there yet. Returns at once; what is found goes into the
         journal, the log and the metrics."""
-        job, plan = lease.job, lease.plan
-        if plan is None or job.is_cold or self._n_under_way >= _AT_ONCE:
+        request, plan = lease.request, lease.plan
+        if plan is None or request.no_cache or self._n_under_way >= _AT_ONCE:
             return
-        if job.n_tokens - plan.n_reused < LOST_MIN or plan.n_reused >= ENOUGH * job.n_tokens:
+        if request.n_tokens - plan.n_reused < LOST_MIN or plan.n_reused >= ENOUGH * request.n_tokens:
             return
         self._n_under_way += 1
         # Its own slot's too: it changes with the end of the lease.
         contents = [slot.content for slot in lease.pool.slots]
-        self._tasks.spawn(self._look(lease, contents, prompt, body, format_), f"{job.id} diverges")
+        self._tasks.spawn(self._look(lease, contents, prompt, body, format_), f"{request.id} diverges")
 
     async def _look(
         self, lease: Lease, contents: list[Content], prompt: Prompt, body: Mapping[str, Any], format_: Format
@@ -106,7 +106,7 @@ class Divergences:
         try:
             with contextlib.suppress(LlamaslotError):  # llama-server has gone: there is nobody to ask
                 held = await holders(lease, contents)
-                if (found := await asyncio.to_thread(_worst, lease.job, held)) is not None:
+                if (found := await asyncio.to_thread(_worst, lease.request, held)) is not None:
                     await self._tell_changed(lease, *found, prompt, body, format_)
                 elif (left := _left_behind(lease, held)) is not None:
                     await self._tell_left(lease, left, prompt, body, format_)
@@ -124,11 +124,11 @@ class Divergences:
     ) -> None:
         """The same text stands on both sides of the difference."""
         where, texts = await self._where(prompt, parted.at, body, format_), await self._texts(lease, holder)
-        self._metrics.divergences.labels(where.where).inc()
+        self._metrics.cache_misses.labels(where.where).inc()
         log.info(
             "%s: cache miss: the prompt differs at token %d, in %s, from the %d tokens of %s; %d equal tokens after"
             " that are computed again%s",
-            lease.job.id, parted.at, where, parted.n_held, holder.name, parted.n_lost, _quoted(texts),
+            lease.request.id, parted.at, where, parted.n_held, holder.name, parted.n_lost, _quoted(texts),
         )  # fmt: skip
         _note(lease, "changed", holder, parted.n_lost, where, texts)
 
@@ -137,8 +137,8 @@ class Divergences:
     ) -> None:
         """It goes on otherwise than what was there: because somebody went back, or at the last answer already, which
         costs much where the model can only go back to a checkpoint."""
-        job, at, n_lost = lease.job, holder.n_shared, _n_behind_checkpoint(lease, holder)
-        has_left_much = can_lose(job.n_tokens, at, holder.n_tokens) and at < ENOUGH * job.n_tokens
+        request, at, n_lost = lease.request, holder.n_shared, _n_behind_checkpoint(lease, holder)
+        has_left_much = can_lose(request.n_tokens, at, holder.n_tokens) and at < ENOUGH * request.n_tokens
         if n_lost < LOST_MIN and not has_left_much:
             return
         where = await self._where(prompt, at, body, format_)
@@ -150,13 +150,13 @@ class Divergences:
             log.info(
                 "%s: the conversation goes back to %s: it differs at token %d from the %d of %s; %d tokens before that"
                 " are computed again%s",
-                job.id, where, at, holder.n_tokens, holder.name, n_lost, _quoted(texts),
+                request.id, where, at, holder.n_tokens, holder.name, n_lost, _quoted(texts),
             )  # fmt: skip
         else:
             log.info(
                 "%s: cache miss: the prompt differs at token %d, in %s, from the %d tokens of %s; this model rewinds to"
                 " checkpoints only, so %d tokens before that are computed again%s",
-                job.id, at, where, holder.n_tokens, holder.name, n_lost, _quoted(texts),
+                request.id, at, where, holder.n_tokens, holder.name, n_lost, _quoted(texts),
             )  # fmt: skip
         _note(lease, "went back" if has_gone_back else "checkpoint", holder, n_lost, where, texts)
 
@@ -177,9 +177,9 @@ class Divergences:
         """What stands before the place, and behind it now and in what is held; None where nobody may see that."""
         if not self.tells_texts:
             return None
-        at, tokens = holder.n_shared, lease.job.tokens
+        at, tokens = holder.n_shared, lease.request.tokens
         begin, end = max(at - _EXCERPT_TOKENS, 0), at + _EXCERPT_TOKENS
-        before, now, earlier = [
+        before, now, prefill_stats = [
             await self._api.detokenize(piece)
             for piece in (
                 tokens[begin * WIDTH : at * WIDTH],
@@ -187,7 +187,7 @@ class Divergences:
                 holder.tokens[at * WIDTH : end * WIDTH],
             )
         ]
-        return {"before": before[-_EXCERPT:], "now": now[:_EXCERPT], "earlier": earlier[:_EXCERPT]}
+        return {"before": before[-_EXCERPT:], "now": now[:_EXCERPT], "earlier": prefill_stats[:_EXCERPT]}
 
 
 def _quoted(texts: dict[str, str] | None) -> str:
@@ -207,20 +207,20 @@ def _note(
         "n_held": holder.n_tokens,
         "n_lost": n_lost,
     }
-    lease.note.diverged({**told, "text": texts} if texts else told)
+    lease.recorder.diverged({**told, "text": texts} if texts else told)
 
 
-def _worst(job: Job, held: list[Holder]) -> tuple[Holder, Parting] | None:
+def _worst(request: Request, held: list[Holder]) -> tuple[Holder, Parting] | None:
     """The holder that would have brought most, if it had begun as the prompt does."""
     n_best = max((holder.n_shared for holder in held), default=0)
-    if n_best >= ENOUGH * job.n_tokens:
+    if n_best >= ENOUGH * request.n_tokens:
         return None
-    close = [holder for holder in held if can_lose(job.n_tokens, holder.n_shared, holder.n_tokens)]
-    close.sort(key=lambda holder: abs(holder.n_tokens - job.n_tokens))
+    close = [holder for holder in held if can_lose(request.n_tokens, holder.n_shared, holder.n_tokens)]
+    close.sort(key=lambda holder: abs(holder.n_tokens - request.n_tokens))
     found = [
         (holder, parted)
         for holder in close[:_N_HOLDERS]
-        if (parted := parting(job.tokens, holder.tokens, n_best, job.n_system)) is not None
+        if (parted := parting(request.tokens, holder.tokens, n_best, request.n_system)) is not None
     ]
     return max(found, key=lambda pair: pair[1].n_lost, default=None)
 
@@ -228,15 +228,15 @@ def _worst(job: Job, held: list[Holder]) -> tuple[Holder, Parting] | None:
 def _left_behind(lease: Lease, held: list[Holder]) -> Holder | None:
     """The holder that shares most, if that is more than what all conversations begin with, and both go on otherwise."""
     best = max(held, key=lambda holder: holder.n_shared, default=None)
-    if best is None or best.n_shared in (best.n_tokens, lease.job.n_tokens):
+    if best is None or best.n_shared in (best.n_tokens, lease.request.n_tokens):
         return None
-    return best if best.n_shared >= lease.job.n_system + _NEAR_TOKENS else None
+    return best if best.n_shared >= lease.request.n_system + _NEAR_TOKENS else None
 
 
 def _n_behind_checkpoint(lease: Lease, holder: Holder) -> int:
-    """Tokens that the place of the job shares with it, and that this model cannot go back to."""
+    """Tokens that the place of the request shares with it, and that this model cannot go back to."""
     plan = lease.plan
-    if plan is None or lease.pool.recall.is_rewindable:
+    if plan is None or lease.pool.rewind_model.is_rewindable:
         return 0
     if holder.name not in (f"slot {plan.slot.id}", f"snapshot {plan.snapshot}"):
         return 0  # it was placed elsewhere for other reasons

@@ -1,23 +1,23 @@
-"""The snapshots that a job may go on from: those of the library, and those on their way to the disk."""
+"""The snapshots that a request may go on from: those of the library, and those on their way to the disk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 
-from llamaslot.backend.pending import Leaving, Passing
+from llamaslot.backend.pending import PendingSave, PendingSnapshots
 from llamaslot.cache import shared_prefix
-from llamaslot.cache.content import Kind
+from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import count, head
 from llamaslot.cache.layered_index import Joined
-from llamaslot.cache.namespaces import InSpaces, Space
+from llamaslot.cache.namespaces import InNamespaces, Namespace
 from llamaslot.cache.prefix_index import Shared
-from llamaslot.cache.reuse import SNAPSHOT, TRUNK, Recall
+from llamaslot.cache.reuse import SNAPSHOT, TRUNK, RewindModel
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import SnapshotView
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.store import Snapshot
-from llamaslot.store.model_snapshots import Library
+from llamaslot.store.model_snapshots import ModelSnapshots
 
 N_CANDIDATES = 16  # snapshots that a placement looks at, the longest common prefixes first
 N_COVERING = 4  # holders that are asked whether they make up for the loss of a slot
@@ -26,40 +26,53 @@ MIN_WORTH_TOKENS = 64  # snapshots closer together than this make the index slow
 
 def source_of(snapshot: Snapshot) -> str:
     """By what its predictions are told apart from those of others."""
-    return TRUNK if snapshot.kind is Kind.TRUNK else SNAPSHOT
+    return TRUNK if snapshot.kind is SnapshotKind.TRUNK else SNAPSHOT
 
 
-class Offers:
-    """What can be used of a snapshot depends on how the model remembers: ``recall``."""
+class SnapshotCandidates:
+    """What can be used of a snapshot depends on how the model remembers: ``rewind_model``."""
 
-    def __init__(self, library: Library, passing: Passing, rates: Rates, recall: Recall) -> None:
-        self._snapshots, self._passing, self._rates, self._recall = library.snapshots, passing, rates, recall
+    def __init__(
+        self, library: ModelSnapshots, passing: PendingSnapshots, rates: Rates, rewind_model: RewindModel
+    ) -> None:
+        self._snapshots, self._pending, self._rates, self._rewind_model = (
+            library.snapshots,
+            passing,
+            rates,
+            rewind_model,
+        )
         self._library = library
-        self._index = InSpaces(Joined(library.index, passing.index), self._space_of)
+        self._index = InNamespaces(Joined(library.index, passing.index), self._space_of)
 
-    def _space_of(self, holder: str) -> Space:
-        is_passing = self._passing.get(holder) is not None
-        return self._passing.space_of(holder) if is_passing else self._library.space_of(holder)
+    def _space_of(self, holder: str) -> Namespace:
+        is_passing = self._pending.get(holder) is not None
+        return self._pending.space_of(holder) if is_passing else self._library.space_of(holder)
 
-    def found(self, job: Job) -> list[Shared[str]]:
-        """The snapshots that share most with ``job``, and first of all the longest that it begins with as a whole: that
-        one is the cheapest to restore, and it is not among the others where many share a few tokens more."""
-        if job.is_cold or not job.tokens:
+    def found(self, request: Request) -> list[Shared[str]]:
+        """The snapshots that share most with ``request``, and first of all the longest that it begins with as a whole:
+        that one is the cheapest to restore, and it is not among the others where many share a few tokens more."""
+        if request.no_cache or not request.tokens:
             return []
         # Where a checkpoint decides, the one that shares most is not the one of which most can be used.
         return self._candidates(
-            job.tokens, job.reads, N_CANDIDATES if self._recall.is_rewindable else 4 * N_CANDIDATES
+            request.tokens,
+            request.reads,
+            N_CANDIDATES if self._rewind_model.is_rewindable else 4 * N_CANDIDATES,
         )
 
-    def _candidates(self, tokens: bytes, spaces: Collection[Space], n: int) -> list[Shared[str]]:
+    def _candidates(self, tokens: bytes, spaces: Collection[Namespace], n: int) -> list[Shared[str]]:
         found = self._index.match(tokens, spaces, n)
         whole = self._index.longest_full_prefix(tokens, spaces)
         return found if whole is None else [whole, *(hit for hit in found if hit != whole)]
 
-    def wanted(self, job: Job) -> str | None:
-        """The snapshot that ``job`` would go on from if it got a slot now, if that needs most of it."""
-        found = [] if job.is_cold or not job.tokens else self._candidates(job.tokens, job.reads, 2)
-        best = max(self.views(found, job.n_tokens, 0.0), key=lambda view: view.n_usable, default=None)
+    def best_snapshot(self, request: Request) -> str | None:
+        """The snapshot that ``request`` would go on from if it got a slot now, if that needs most of it."""
+        found = (
+            []
+            if request.no_cache or not request.tokens
+            else self._candidates(request.tokens, request.reads, 2)
+        )
+        best = max(self.views(found, request.n_tokens, 0.0), key=lambda view: view.n_usable, default=None)
         snapshot = self._snapshots.get(best.id) if best is not None else None
         is_needed = best is not None and snapshot is not None and 2 * best.n_usable >= snapshot.n_tokens
         return snapshot.id if snapshot is not None and is_needed else None
@@ -70,7 +83,7 @@ class Offers:
         for hit in found:
             n_usable = self._usable(hit, n_prompt)
             if n_usable >= MIN_WORTH_TOKENS:
-                if (leaving := self._passing.get(hit.holder)) is not None:
+                if (leaving := self._pending.get(hit.holder)) is not None:
                     wait_s, restore_s = self._wait_s(leaving, now), self._rates.restore_s(hit.n_tokens)
                 else:
                     wait_s = 0.0
@@ -78,7 +91,7 @@ class Offers:
                 views.append(SnapshotView(hit.holder, n_usable, restore_s, wait_s))
         return views[:1] + sorted(views[1:], key=lambda view: -view.n_usable)[:N_CANDIDATES]
 
-    def _wait_s(self, leaving: Leaving, now: float) -> float:
+    def _wait_s(self, leaving: PendingSave, now: float) -> float:
         """What waiting for it costs. No request could compute a trunk sooner than the one at it, or next in turn,
         for there is one prefill at a time: so only saving it counts."""
         if leaving.slot is not None:
@@ -87,23 +100,25 @@ class Offers:
 
     def _usable(self, hit: Shared[str], n_prompt: int) -> int:
         """Tokens of a prompt of ``n_prompt`` that need not be computed after that snapshot was restored."""
-        if (leaving := self._passing.get(hit.holder)) is not None:
-            is_end_known = leaving.content.is_exact or self._recall.is_rewound
+        if (leaving := self._pending.get(hit.holder)) is not None:
+            is_end_known = leaving.content.is_exact or self._rewind_model.is_rewound
             n_held = hit.n_tokens if is_end_known else None
             source = SNAPSHOT if leaving.slot is None else TRUNK
             checkpoints = leaving.content.checkpoints
         else:
             snapshot = self._snapshots[hit.holder]
             checkpoints, n_held, source = snapshot.checkpoints, hit.n_tokens, source_of(snapshot)
-        return self._recall.usable(source, hit.n_shared, n_held, self._recall.in_file(checkpoints), n_prompt)
+        return self._rewind_model.usable(
+            source, hit.n_shared, n_held, self._rewind_model.in_file(checkpoints), n_prompt
+        )
 
-    def on_disk(self, tokens: bytes, space: Space) -> int:
+    def on_disk(self, tokens: bytes, space: Namespace) -> int:
         """How much of ``tokens`` need not be computed again, thanks to a snapshot.
 
         A trunk that is still to be computed does not count: the request that computes it may leave.
         """
-        to_come = self._passing.trunks
-        if self._recall.is_rewindable:
+        to_come = self._pending.trunks
+        if self._rewind_model.is_rewindable:
             return self._index.cover(tokens, space, exclude=to_come)
         hits = (hit for hit in self._candidates(tokens, (space,), N_COVERING) if hit.holder not in to_come)
         return max((self._usable(hit, count(tokens) + 1) for hit in hits), default=0)
@@ -115,19 +130,19 @@ class Offers:
         on_disk = ((hit.n_shared, partial(self._index.tokens, hit.holder)) for hit in found)
         return shared_prefix.branch([*residents, *on_disk])
 
-    def trunks(self, job: Job, branch: int, is_second: bool) -> tuple[int, ...]:
-        """Where in its prompt ``job`` should make a trunk: where two other conversations part from it, and at the end
-        of the system part, if that is known: at first sight on models that cannot cut another snapshot to it, else
+    def trunks(self, request: Request, branch: int, is_second: bool) -> tuple[int, ...]:
+        """Where in its prompt ``request`` should make a trunk: where two other conversations part from it, and at the
+        end of the system part, if that is known: at first sight on models that cannot cut another snapshot to it, else
         when another conversation begins so (``is_second``: in a slot)."""
-        if job.is_cold:
+        if request.no_cache:
             return ()
-        if is_second or abs(branch - job.n_system) <= shared_prefix.NEAR_TOKENS:
-            ends = {job.n_system}
-        elif self._recall.is_rewindable and not job.is_prewarm:
+        if is_second or abs(branch - request.n_system) <= shared_prefix.NEAR_TOKENS:
+            ends = {request.n_system}
+        elif self._rewind_model.is_rewindable and not request.is_prewarm:
             ends = {branch}
         else:
-            ends = {branch, job.n_system}
-        return tuple(sorted(end for end in ends if self._is_worth_trunk(job, end)))
+            ends = {branch, request.n_system}
+        return tuple(sorted(end for end in ends if self._is_worth_trunk(request, end)))
 
     def trunk(self, found: Iterable[Shared[str]]) -> int:
         """The longest trunk that a prompt begins with, there or still to come, in tokens."""
@@ -135,22 +150,22 @@ class Offers:
         return max((hit.n_tokens for hit in whole if self._is_trunk(hit.holder)), default=0)
 
     def _is_trunk(self, holder: str) -> bool:
-        if (leaving := self._passing.get(holder)) is not None:
+        if (leaving := self._pending.get(holder)) is not None:
             return leaving.slot is not None
-        return self._snapshots[holder].kind is Kind.TRUNK
+        return self._snapshots[holder].kind is SnapshotKind.TRUNK
 
-    def _is_worth_trunk(self, job: Job, at: int) -> bool:
+    def _is_worth_trunk(self, request: Request, at: int) -> bool:
         """Whether no snapshot ends there, or will, and computing so much again costs more than saving and restoring it.
 
         One that ends a little later is as good only where it can be cut. One that is to be pinned was asked for, and
         must end there.
         """
-        if not shared_prefix.MIN_TOKENS <= at < job.n_tokens:
+        if not shared_prefix.MIN_TOKENS <= at < request.n_tokens:
             return False
-        can_be_cut = self._recall.is_rewindable and not job.is_prewarm
+        can_be_cut = self._rewind_model.is_rewindable and not request.is_prewarm
         upto = at + shared_prefix.NEAR_TOKENS if can_be_cut else at
-        there = self._index.longest_full_prefix(head(job.tokens, upto), job.reads)
+        there = self._index.longest_full_prefix(head(request.tokens, upto), request.reads)
         if there is not None and there.n_tokens >= at - shared_prefix.NEAR_TOKENS:
             return False
         cost_s = self._rates.save_s(at) + self._rates.restore_s(at)
-        return job.is_prewarm or self._rates.prefill.seconds(0, at) > cost_s
+        return request.is_prewarm or self._rates.prefill.seconds(0, at) > cost_s

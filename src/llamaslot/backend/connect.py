@@ -26,10 +26,10 @@ from llamaslot.backend.assist import (
     wrong_key,
 )
 from llamaslot.backend.probes import Probes
-from llamaslot.backend.slot_table import Pool
-from llamaslot.backend.unassisted_slots import UnassistedPool
+from llamaslot.backend.slot_table import SlotTable
+from llamaslot.backend.unassisted_slots import UnassistedSlots
 from llamaslot.cache.content import NOTHING
-from llamaslot.cache.reuse import Memory
+from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import (
     LlamaslotError,
     NotReady,
@@ -44,9 +44,9 @@ from llamaslot.llama.identity import Identity
 from llamaslot.llama.replies import Props, SlotAction, SlotInfo
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Event, Slot
-from llamaslot.store import Catalog, Draft, QuotaExceeded, WithTokens, read_slot_file
+from llamaslot.store import Catalog, QuotaExceeded, Reservation, WithTokens, read_slot_file
 from llamaslot.store.model_snapshots import Libraries, content_of
 
 log = logging.getLogger(__name__)
@@ -65,10 +65,10 @@ _NO_ISOLATION = (
 
 
 @dataclass(frozen=True, slots=True)
-class Met:
+class ServerSession:
     """The result: a pool that describes the server as it is now, and who the model is."""
 
-    pool: Pool
+    pool: SlotTable
     props: Props
     model_name: str
     fingerprint: str
@@ -103,7 +103,7 @@ class Handshake:
         # Drafts that are not committed at the end are given back, however it ends.
         self._drafts = contextlib.AsyncExitStack()
 
-    async def run(self, now: float, *, is_retry: bool = False) -> Met:
+    async def run(self, now: float, *, is_retry: bool = False) -> ServerSession:
         """``is_retry``: there was no slot to be probed before, and one is idle now: do not wait for the others."""
         async with self._drafts:
             props = None
@@ -119,19 +119,19 @@ class Handshake:
             except SlotWedged as error:
                 return self._stand_aside(silent(error), props)
 
-    def give_up(self, error: Exception) -> Met:
+    def give_up(self, error: Exception) -> ServerSession:
         """What to go on with after a mistake of llamaslot's own. Raises NotReady under isolation."""
         return self._stand_aside(mistake(error), None)
 
-    def _stand_aside(self, reason: StandingAside, props: Props | None, model_name: str = "") -> Met:
+    def _stand_aside(self, reason: StandingAside, props: Props | None, model_name: str = "") -> ServerSession:
         """Without slots that can be counted on: what the server says of itself. Raises NotReady under isolation."""
         if self.rules.is_isolated:
             raise NotReady(_NO_ISOLATION_ASIDE % reason.why)
         props = props or Props(None, 0, "", "")
-        pool = UnassistedPool(self.name, props.n_slots, props.n_ctx, rules=self.rules, rates=self.rates)
-        return Met(pool, props, model_name, "", aside=reason)
+        pool = UnassistedSlots(self.name, props.n_slots, props.n_ctx, rules=self.rules, rates=self.rates)
+        return ServerSession(pool, props, model_name, "", aside=reason)
 
-    async def _meet(self, props: Props, n_slots: int, now: float, is_retry: bool) -> Met:
+    async def _meet(self, props: Props, n_slots: int, now: float, is_retry: bool) -> ServerSession:
         model = await self.api.model_info()
         model_name = str(model.get("id", ""))
         try:
@@ -143,7 +143,7 @@ class Handshake:
         idle = sorted((info for info in infos if not info.is_processing), key=lambda info: info.n_tokens or 0)
         if not idle:
             return self._stand_aside(all_at_work(), props, model_name)
-        pool = Pool(self.name, len(infos), props.n_ctx, rules=self.rules, rates=self.rates)
+        pool = SlotTable(self.name, len(infos), props.n_ctx, rules=self.rules, rates=self.rates)
         first, others = idle[0], idle[1:]
         if first.n_tokens and not await self.probes.has_room(first.n_tokens):
             # The quota cannot take what it holds, so neither can a probe save it. What is left a probe overwrites.
@@ -160,7 +160,7 @@ class Handshake:
         written = await self._written(first) if first.n_tokens and can_adopt else None
         pool.memory = await self.probes.memory(first.id, props)
         pool.is_memory_sure = self.probes.is_memory_sure
-        pool.recall.window = self.probes.window
+        pool.rewind_model.window = self.probes.window
         identity = await self.probes.identity(first.id, props, model, lora)
         fingerprint = identity.to_text()
         empty = next((info.id for info in others if not info.n_tokens), None)
@@ -170,13 +170,13 @@ class Handshake:
             return self._stand_aside(clears_idle_slots(n_slots), props, model_name)
         pool.can_save, pool.can_erase = can_save, self.probes.can_erase
         self._forget_rates_of_others(identity)
-        pool.recall.predictions = self.rates.predictions
+        pool.rewind_model.predictions = self.rates.predictions
         if self.catalog is not None and can_save:
             fingerprint = await self._admit(pool, identity)
             await self.probes.size(first.id)
-            if pool.memory is not Memory.DENSE:
+            if pool.memory is not CacheKind.DENSE:
                 files = await self.probes.checkpoints(first.id)
-                pool.recall.keeps_checkpoints = files.keep_checkpoints
+                pool.rewind_model.keeps_checkpoints = files.keep_checkpoints
                 if files.memory is not None and not pool.is_memory_sure:
                     pool.memory = files.memory
                 pool.can_save = can_save = files.are_usable
@@ -197,7 +197,7 @@ class Handshake:
             log.warning("%s: %s", self.name, warning)
         busy = tuple(pool.slots[info.id] for info in infos if info.is_processing)
         warnings = tuple(self.probes.warnings)
-        return Met(pool, props, model_name, fingerprint, busy, warnings)
+        return ServerSession(pool, props, model_name, fingerprint, busy, warnings)
 
     async def _were_emptied(self, others: list[SlotInfo]) -> bool:
         """Whether idle slots have lost what they held to the probes of another one: with two slots that is all that
@@ -214,12 +214,12 @@ class Handshake:
             infos = await self.api.slots()
         return infos
 
-    async def _empty(self, pool: Pool, slot: int, now: float, *, is_shared: bool) -> None:
+    async def _empty(self, pool: SlotTable, slot: int, now: float, *, is_shared: bool) -> None:
         """What cannot be emptied holds what nobody knows. Without slot actions what all may use (``is_shared``) is left
         as it is: llama-server compares tokens by itself."""
         if not await self._erased(slot) and (self.probes.can_erase or not is_shared):
             log.warning("%s: slot %d could not be erased; its content is not used", self.name, slot)
-            pool.take(pool.slots[slot], Job("adoption"), now, has_answer=False)
+            pool.take(pool.slots[slot], Request("adoption"), now, has_answer=False)
             pool.give_back(pool.slots[slot], Event.FAIL, NOTHING, now)
 
     async def _erased(self, slot: int) -> bool:
@@ -232,7 +232,7 @@ class Handshake:
 
     # -- adoption ------------------------------------------------------------------------------------------------
 
-    async def _written(self, info: SlotInfo) -> tuple[Draft, SlotAction] | None:
+    async def _written(self, info: SlotInfo) -> tuple[Reservation, SlotAction] | None:
         """Save a slot whose contents are unknown; None when that failed."""
         assert self.catalog is not None
         draft = None
@@ -249,14 +249,14 @@ class Handshake:
         return draft, saved
 
     async def _commit(
-        self, pool: Pool, written: tuple[Draft, SlotAction], fingerprint: str
+        self, pool: SlotTable, written: tuple[Reservation, SlotAction], fingerprint: str
     ) -> WithTokens | None:
         """Accept what the file's header says that the slot held; a snapshot that holds just that is not kept twice."""
         assert self.catalog is not None
         draft, saved = written
         try:
             file = await read_slot_file(self.catalog.directory / draft.part_name)
-            if (same := pool.library.snapshot_of(file.tokens)) is not None:
+            if (same := pool.model_snapshots.snapshot_of(file.tokens)) is not None:
                 await self.catalog.abandon(draft)
                 return same
             snapshot = await self.catalog.commit(
@@ -275,22 +275,22 @@ class Handshake:
         pool.add_snapshot(snapshot)
         return snapshot
 
-    def _guessed_checkpoints(self, pool: Pool, n_tokens: int) -> tuple[int, ...]:
+    def _guessed_checkpoints(self, pool: SlotTable, n_tokens: int) -> tuple[int, ...]:
         """Where an adopted context has its last checkpoint: near the end of its last prompt, and nobody knows how long
         the answer behind that is. Guessed too early it costs a little, too late it shows at the first use."""
-        if pool.memory is Memory.DENSE:
+        if pool.memory is CacheKind.DENSE:
             return ()
         n_answer = min(int(2 * self.rates.answer.n_tokens), n_tokens // 2)
         return (n_tokens - n_answer,)
 
-    async def _adopt(self, pool: Pool, info: SlotInfo, fingerprint: str, now: float) -> bool:
+    async def _adopt(self, pool: SlotTable, info: SlotInfo, fingerprint: str, now: float) -> bool:
         """Learn what a slot holds by saving it. False when it cannot be saved."""
         written = await self._written(info)
         snapshot = await self._commit(pool, written, fingerprint) if written is not None else None
         if snapshot is None:
             return False
         slot = pool.slots[info.id]
-        pool.take(slot, Job("adoption"), now, has_answer=False)
+        pool.take(slot, Request("adoption"), now, has_answer=False)
         pool.give_back(slot, Event.KEEP, content_of(snapshot), now)
         log.info("%s: slot %d adopted with %d tokens", self.name, slot.id, snapshot.n_tokens)
         return True
@@ -302,7 +302,7 @@ class Handshake:
             self.rates.forget()
             self.rates.model = current.to_text()
 
-    async def _admit(self, pool: Pool, current: Identity) -> str:
+    async def _admit(self, pool: SlotTable, current: Identity) -> str:
         """Offer the snapshots of this very model; its fingerprint, in the words in which the newest of them has it."""
         assert self.catalog is not None
         assert self.libraries is not None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
-from llamaslot.backend.slot_table import Pool
+from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import Content
 from llamaslot.errors import LlamaslotError
 from llamaslot.llama.client import LlamaServer
@@ -34,7 +34,7 @@ class _Draining:
     """A slot that was given back with llama-server perhaps at work in it. ``content``: the most that it may hold;
     ``not_before``: found idle before that, it may not have begun yet."""
 
-    pool: Pool
+    pool: SlotTable
     slot: Slot
     content: Content
     not_before: float
@@ -42,7 +42,7 @@ class _Draining:
     charge: Charge | None = None  # to the user whose request was left at work
 
 
-class Drains:
+class SlotDrainer:
     """The one poller of a backend's ``/slots``. ``add`` is synchronous; ``run`` is a task of the backend."""
 
     def __init__(self, api: LlamaServer, leases: Leases, now: Callable[[], float]) -> None:
@@ -56,11 +56,16 @@ class Drains:
         assert lease.slot is not None
         delay = FIRST_POLL_S
         if not lease.is_confirmed:
-            delay += lease.job.n_tokens * UNCONFIRMED_S_PER_TOKEN
+            delay += lease.request.n_tokens * UNCONFIRMED_S_PER_TOKEN
         self.add_slot(lease.pool, lease.slot, lease.slot.content, delay, charge)
 
     def add_slot(
-        self, pool: Pool, slot: Slot, content: Content, delay_s: float = 0.0, charge: Charge | None = None
+        self,
+        pool: SlotTable,
+        slot: Slot,
+        content: Content,
+        delay_s: float = 0.0,
+        charge: Charge | None = None,
     ) -> None:
         self._draining.append(_Draining(pool, slot, content, self._now() + delay_s, charge=charge))
         self._added.set()

@@ -13,9 +13,9 @@ import itertools
 import logging
 from collections.abc import AsyncIterator
 
-from llamaslot.backend.executor import Steps
+from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.lease_states import PlanAgain, State
+from llamaslot.backend.lease_states import RetryPlacement, State
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.long_prompt import Report
 from llamaslot.backend.save import NOT_SAVED
@@ -26,8 +26,8 @@ from llamaslot.errors import BackendRestarted, LlamaslotError, SlotNotEmptied, U
 from llamaslot.formats.comments import Comment
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.replies import SlotInfo
-from llamaslot.llama.sse import Earlier
-from llamaslot.scheduling.request import Job, Placement
+from llamaslot.llama.sse import PrefillStats
+from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.slots import Slot
 from llamaslot.tasks import TaskOwner
 
@@ -37,7 +37,7 @@ _CONFIRM_EVERY_S = (
     1.5  # as for draining slots: asking more often keeps requests of clients that have left alive
 )
 # With long prefills, and foreign answers: with the gate shut every request would wait for the last one.
-_PATIENCE_S = 60.0
+_TIMEOUT_S = 60.0
 _SHUT_S = 15.0  # for so long every request does wait for foreign answers, the first time
 _LANDING_POLLS_S = (0.05, 0.2, 0.5, 1.5)
 
@@ -52,7 +52,7 @@ _NOT_PREPARED = (
 )
 
 
-class Turn:
+class UnpinnedRequest:
     """The slots that one request for which llama-server chooses slots may take; ``settle`` sorts out which it took."""
 
     def __init__(
@@ -83,7 +83,7 @@ class Turn:
     def has_landed(self, infos: list[SlotInfo]) -> bool:
         """Whether the server works on it: then slots that it has not touched are given back, and the gate opens."""
         others = self._look_up(infos)
-        if sum(info.is_processing for _, info in others) < (self._lease.job.n_children or 1):
+        if sum(info.is_processing for _, info in others) < (self._lease.request.n_children or 1):
             return False
         for lease, info in others:
             if info.is_processing:
@@ -91,7 +91,7 @@ class Turn:
             elif self._is_untouched(info):
                 lease.release()
         self._lease.mark_processing()
-        self._leases.end_turn(self._lease)
+        self._leases.end_exclusive(self._lease)
         return True
 
     def _look_up(self, infos: list[SlotInfo]) -> list[tuple[Lease, SlotInfo]]:
@@ -101,8 +101,8 @@ class Turn:
         another request can.
         """
         leases = self._leases
-        if leases.table is self._lease.pool and leases.has_turn(self._lease):
-            self._others += leases.lease_idle(self._lease.job)
+        if leases.table is self._lease.pool and leases.has_exclusive(self._lease):
+            self._others += leases.lease_idle(self._lease.request)
         by_id = {info.id: info for info in infos}
         held = [lease for lease in self._others if not lease.is_released]
         return [(lease, by_id[lease.slot_id]) for lease in held if lease.slot_id in by_id]
@@ -126,7 +126,7 @@ class Turn:
             else:
                 lease.finish(NOTHING if not info.n_tokens else self._left if len(taken) == 1 else None)
             lease.release()
-        self._leases.end_turn(self._lease)
+        self._leases.end_exclusive(self._lease)
 
     def abort(self) -> None:
         """The client has gone, perhaps before it began: every slot drains until the server has said what it holds."""
@@ -146,15 +146,17 @@ class Turn:
         return before.is_processing or before.n_tokens == info.n_tokens
 
 
-class Turns:
+class ExclusiveSection:
     """Takes turns on one backend."""
 
-    def __init__(self, api: LlamaServer, leases: Leases, steps: Steps, tasks: TaskOwner) -> None:
-        self._api, self._leases, self._steps, self._tasks = api, leases, steps, tasks
+    def __init__(self, api: LlamaServer, leases: Leases, steps: PlanExecutor, tasks: TaskOwner) -> None:
+        self._api, self._leases, self._executor, self._tasks = api, leases, steps, tasks
         self._clearing: dict[Lease, None] = {}  # in their order
 
     @contextlib.asynccontextmanager
-    async def take(self, lease: Lease, report: Report, left: Content | None = None) -> AsyncIterator[Turn]:
+    async def take(
+        self, lease: Lease, report: Report, left: Content | None = None
+    ) -> AsyncIterator[UnpinnedRequest]:
         """Wait until no other request is between two steps, then lease and save what the request may take.
 
         ``lease`` is the parent's (``n`` > 1) or one without a slot. ``left``: what its one slot holds at its end, as
@@ -163,7 +165,7 @@ class Turns:
         """
         report(Comment.WAITING_FOR_TURN)
         others: list[Lease] = []
-        turn: Turn | None = None
+        turn: UnpinnedRequest | None = None
         lease.begin_wait()
         try:
             try:
@@ -172,21 +174,23 @@ class Turns:
                 self._leases.has_waited(lease)
             if self._leases.table is not lease.pool:
                 raise BackendRestarted
-            fresh = self._leases.lease_idle(lease.job, lease.job.n_children or None)
+            fresh = self._leases.lease_idle(lease.request, lease.request.n_children or None)
             while fresh:
                 others += fresh
                 for other in fresh:
                     await self._save_if_worth(other)
-                    if lease.job.placement is Placement.SERVER_CHOSEN and not _may_land_in(other, lease.job):
-                        await self._empty(other, lease.job)
-                fresh = self._leases.lease_idle(lease.job)  # those whose answers have ended meanwhile
+                    if lease.request.placement is Placement.SERVER_CHOSEN and not _may_land_in(
+                        other, lease.request
+                    ):
+                        await self._empty(other, lease.request)
+                fresh = self._leases.lease_idle(lease.request)  # those whose answers have ended meanwhile
             before = {info.id: info for info in await self._api.slots()}
             lease.check_current()  # what is sent now would land in slots that the new pool takes for idle
             lease.end_wait()
             if lease.slot is None:
                 lease.begin_request()
-            turn = Turn(self._api, self._leases, lease, others, before, left)
-            watcher = self._tasks.spawn(turn.watch_landing(), f"{lease.job.id} lands")
+            turn = UnpinnedRequest(self._api, self._leases, lease, others, before, left)
+            watcher = self._tasks.spawn(turn.watch_landing(), f"{lease.request.id} lands")
             try:
                 yield turn
             except UpstreamError:
@@ -201,7 +205,7 @@ class Turns:
             else:
                 for other in others:
                     other.release()
-            self._leases.end_turn(lease)
+            self._leases.end_exclusive(lease)
 
     async def _until_quiet(self, lease: Lease) -> None:
         """Wait until no other request is between two steps and nothing foreign is at work, and shut the gate.
@@ -212,12 +216,12 @@ class Turns:
         """
         leases, shut_s = self._leases, _SHUT_S
         while True:
-            await self._until_likely(lease, max(_PATIENCE_S, shut_s))
-            leases.wait_for_turn(lease)
-            leases.shut_gate(lease)
+            await self._until_likely(lease, max(_TIMEOUT_S, shut_s))
+            leases.wait_for_exclusive(lease)
+            leases.pause_admission(lease)
             if await self._is_quiet_within(lease, shut_s):
                 return
-            leases.open_gate(lease)
+            leases.resume_admission(lease)
             shut_s *= 2
 
     async def _until_likely(self, lease: Lease, patience_s: float) -> None:
@@ -226,10 +230,10 @@ class Turns:
         until = leases.now() + patience_s
         while leases.now() < until:
             if not self._takes_long(lease):
-                leases.wait_for_turn(lease)
+                leases.wait_for_exclusive(lease)
                 if not leases.is_prefilling(lease):
                     return
-            await leases.bell.heard(_CONFIRM_EVERY_S)
+            await leases.changes.wait(_CONFIRM_EVERY_S)
 
     async def _is_quiet_within(self, lease: Lease, shut_s: float) -> bool:
         """False when an answer takes so long. Steps are waited for to their end."""
@@ -239,7 +243,7 @@ class Turns:
         while not _is_quiet(leases, lease):
             if leases.now() >= until and self._takes_long(lease):
                 return False
-            await leases.bell.heard(_CONFIRM_EVERY_S)
+            await leases.changes.wait(_CONFIRM_EVERY_S)
             if leases.now() >= asked_at + _CONFIRM_EVERY_S:
                 asked_at = leases.now()
                 await self._confirm_running()
@@ -249,13 +253,13 @@ class Turns:
         """Whether an answer must end before ``lease`` can have its turn: a foreign one, or one that is foreign to
         a request that waits for its end."""
         is_waited_for = any(not other.is_released for other in self._clearing)
-        return is_waited_for or self._leases.is_foreign_at_work(lease)
+        return is_waited_for or self._leases.is_other_namespace_at_work(lease)
 
-    async def clear_the_way(self, lease: Lease, here: Earlier | None) -> None:
-        """Wait until llama-server, asked for the job's prompt, will choose the slot of ``lease`` among those that are
-        idle: the one with the longest common prefix. Others that share as much are saved, if that is worth it, and
-        emptied; one between two steps is waited for. Where it cannot be emptied, and holds what the job may use, the
-        job is sent all the same: landing there costs time. Cancelling is safe.
+    async def evict_competitors(self, lease: Lease, here: PrefillStats | None) -> None:
+        """Wait until llama-server, asked for the request's prompt, will choose the slot of ``lease`` among those that
+        are idle: the one with the longest common prefix. Others that share as much are saved, if that is worth it, and
+        emptied; one between two steps is waited for. Where it cannot be emptied, and holds what the request may use,
+        the request is sent all the same: landing there costs time. Cancelling is safe.
 
         Raises PlanAgain with ``here`` where two would wait for each other: the slot was given up, and what it was in
         the way of is through. Raises BackendRestarted, and SlotNotEmptied as ``_empty`` does, or where the prompt is
@@ -266,67 +270,74 @@ class Turns:
         self._clearing[lease] = None
         lease.begin_wait()
         try:
-            while rivals := self._rivals(lease):
+            while competing_slots := self._rivals(lease):
                 if not lease.pool.can_erase:  # nor later: what is in the way stays there
-                    if any(lease.pool.is_foreign(slot, lease.job) for slot in rivals):
+                    if any(lease.pool.is_other_namespace(slot, lease.request) for slot in competing_slots):
                         raise SlotNotEmptied(_NOT_EMPTIED)
                     return
-                if (first := self._first(lease, {slot.id for slot in rivals})) is not None:
+                if (first := self._first(lease, {slot.id for slot in competing_slots})) is not None:
                     lease.release()
-                    while first in self._clearing or (not first.is_released and self._leases.has_turn(first)):
-                        await self._leases.bell.heard(_CONFIRM_EVERY_S)
-                    raise PlanAgain(here)
-                for slot in rivals:
-                    if (rival := self._leases.lease_rival(slot, lease)) is not None:
+                    while first in self._clearing or (
+                        not first.is_released and self._leases.has_exclusive(first)
+                    ):
+                        await self._leases.changes.wait(_CONFIRM_EVERY_S)
+                    raise RetryPlacement(here)
+                for slot in competing_slots:
+                    if (rival := self._leases.lease_competitor(slot, lease)) is not None:
                         with rival:
                             await self._save_if_worth(rival)
-                            if not await self._empty(rival, lease.job):
+                            if not await self._empty(rival, lease.request):
                                 return
                         break
                 else:
-                    await self._leases.bell.heard(_CONFIRM_EVERY_S)
+                    await self._leases.changes.wait(_CONFIRM_EVERY_S)
                 lease.check_current()
         finally:
             del self._clearing[lease]
             lease.end_wait()
-            self._leases.bell.ring()
+            self._leases.changes.notify()
 
     def _rivals(self, lease: Lease) -> list[Slot]:
         """The other slots that llama-server could choose: their common prefix is as long as ours. A slot that runs a
-        request for sure, on content that the job may use, does not count: llama-server skips busy slots, and if that
-        request ends just then, landing there costs time at most."""
-        pool, job = lease.pool, lease.job
+        request for sure, on content that the request may use, does not count: llama-server skips busy slots, and if
+        that request ends just then, landing there costs time at most."""
+        pool, request = lease.pool, lease.request
         at_work = {
             other.slot.id for other in self._leases.leases if other.slot is not None and other.is_running
         }
-        rivals = pool.rivals(job, lease.slot_id)
-        return [slot for slot in rivals if slot.id not in at_work or pool.is_foreign(slot, job)]
+        competing_slots = pool.competing_slots(request, lease.slot_id)
+        return [
+            slot
+            for slot in competing_slots
+            if slot.id not in at_work or pool.is_other_namespace(slot, request)
+        ]
 
-    def _first(self, lease: Lease, rivals: set[int]) -> Lease | None:
+    def _first(self, lease: Lease, competing_slots: set[int]) -> Lease | None:
         """A lease that waits for ``lease``, has a slot that this one waits for, and goes before it."""
-        earlier = itertools.takewhile(lambda other: other is not lease, self._clearing)
-        turns = (other for other in self._leases.leases if self._leases.has_turn(other))
-        every = itertools.chain(earlier, turns)
+        prefill_stats = itertools.takewhile(lambda other: other is not lease, self._clearing)
+        turns = (other for other in self._leases.leases if self._leases.has_exclusive(other))
+        every = itertools.chain(prefill_stats, turns)
         return next(
-            (o for o in every if o.slot is not None and o.slot.id in rivals and not o.is_released), None
+            (o for o in every if o.slot is not None and o.slot.id in competing_slots and not o.is_released),
+            None,
         )
 
-    async def _empty(self, other: Lease, job: Job) -> bool:
-        """Empty a slot that llama-server may choose for ``job``. Where that fails, and what may be in it is not the
-        job's to use, raises SlotNotEmptied: nothing may be sent. False where it may: that costs time at most."""
-        if other.pool.can_erase and await self._steps.erase_now(other):
+    async def _empty(self, other: Lease, request: Request) -> bool:
+        """Empty a slot that llama-server may choose for ``request``. Where that fails, and what may be in it is not the
+        request's to use, raises SlotNotEmptied: nothing may be sent. False where it may: that costs time at most."""
+        if other.pool.can_erase and await self._executor.erase_now(other):
             return True
         other.check_current()
-        if other.slot is None or other.pool.is_foreign(other.slot, job):
+        if other.slot is None or other.pool.is_other_namespace(other.slot, request):
             raise SlotNotEmptied(_NOT_EMPTIED)
         return False
 
     async def _save_if_worth(self, lease: Lease) -> None:
         if lease.slot is not None and lease.pool.worth.is_worth_saving(lease.slot):
             try:
-                await self._steps.save_now(lease)
+                await self._executor.save_now(lease)
             except LlamaslotError as error:
-                log.warning(NOT_SAVED, lease.job.id, lease.slot_name, error)
+                log.warning(NOT_SAVED, lease.request.id, lease.slot_name, error)
 
     async def _confirm_running(self) -> None:
         """Non-streaming answers send no headers before their end: ask the server whether they have begun."""
@@ -344,32 +355,38 @@ class Turns:
                 lease.mark_processing()
 
 
-def _may_land_in(lease: Lease, job: Job) -> bool:
-    """Whether ``job`` may use what the slot of ``lease`` holds, as llama-server would where it has the choice."""
-    return lease.content is not None and job.may_use(lease.content)
+def _may_land_in(lease: Lease, request: Request) -> bool:
+    """Whether ``request`` may use what the slot of ``lease`` holds, as llama-server would where it has the choice."""
+    return lease.content is not None and request.may_use(lease.content)
 
 
 def _is_prepared(lease: Lease) -> bool:
-    """Whether llama-server, which chooses the slot that shares most, finds all but one token of the job in this one.
-    What was computed ahead may have been refused; where users share, and nothing else was there, that costs time."""
-    job, content = lease.job, lease.content
-    n_needed = job.n_tokens - 1
-    if content is not None and job.may_use(content) and common(content.tokens, job.tokens) >= n_needed:
+    """Whether llama-server, which chooses the slot that shares most, finds all but one token of the request in this
+    one. What was computed ahead may have been refused; where users share, and nothing else was there, that costs
+    time."""
+    request, content = lease.request, lease.content
+    n_needed = request.n_tokens - 1
+    if (
+        content is not None
+        and request.may_use(content)
+        and common(content.tokens, request.tokens) >= n_needed
+    ):
         return True
-    return SHARED in job.reads and (lease.slot is None or job.may_use(lease.slot.content))
+    return SHARED in request.reads and (lease.slot is None or request.may_use(lease.slot.content))
 
 
 def _is_quiet(leases: Leases, lease: Lease) -> bool:
     """Whether every slot is one of these: idle and not leased; the turn's own; running another request for sure. If
-    llama-server may choose the slot of such a request when it ends, the job must be allowed to use what it holds."""
-    pool, job = lease.pool, lease.job
+    llama-server may choose the slot of such a request when it ends, the request must be allowed to use what it
+    holds."""
+    pool, request = lease.pool, lease.request
     if leases.table is not pool:
         return True  # there is nothing to wait for any more
-    others = [other for other in leases.leases if other.pool is pool and other.job is not job]
+    others = [other for other in leases.leases if other.pool is pool and other.request is not request]
     # Its children's slots are at work with it.
-    started = {id(other.job) for other in others if other.is_running}
-    if leases.is_foreign_at_work(lease) or any(id(other.job) not in started for other in others):
+    started = {id(other.request) for other in others if other.is_running}
+    if leases.is_other_namespace_at_work(lease) or any(id(other.request) not in started for other in others):
         return False
     return not pool.is_anything_on_its_way and pool.n_idle >= max(
-        job.n_children, int(job.placement is Placement.SERVER_CHOSEN)
+        request.n_children, int(request.placement is Placement.SERVER_CHOSEN)
     )

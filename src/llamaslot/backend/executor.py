@@ -1,4 +1,5 @@
-"""Performs the steps of a plan in a leased slot. A step that fails degrades to the next best, never fails the job."""
+"""Performs the steps of a plan in a leased slot. A step that fails degrades to the next best, never fails the
+request."""
 
 from __future__ import annotations
 
@@ -14,21 +15,21 @@ from llamaslot.backend.feedback import Feedback, Told
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.long_prompt import Report
-from llamaslot.backend.prefill import Prefills
+from llamaslot.backend.prefill import ChunkedPrefill
 from llamaslot.backend.save import Saving, never
-from llamaslot.backend.slot_content import is_untouched, prefilled, until_idle
+from llamaslot.backend.slot_content import is_untouched, prefilled, wait_until_idle
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import common
 from llamaslot.cache.reuse import ReuseForecast, goes_on_behind, usable
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError
 from llamaslot.formats.comments import Comment
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.sse import Earlier
+from llamaslot.llama.sse import PrefillStats
 from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import prefill_steps
-from llamaslot.scheduling.plan import Erase, Keep, Plan, PrefillTo, Restore, Save
+from llamaslot.scheduling.plan import Erase, Plan, PrefillTo, Restore, Save, SaveSharedPrefix
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.store.model_snapshots import content_of
 from llamaslot.tasks import TaskOwner
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Steps:
+class PlanExecutor:
     """The steps of one backend."""
 
     def __init__(
@@ -54,7 +55,7 @@ class Steps:
         self._leases = leases
         self.saving = Saving(api, catalog, rates, metrics, tasks, leases)
         self.feedback = Feedback(catalog, rates, metrics, tasks, leases.now)
-        self.prefills = Prefills(api, rates, metrics, leases, self.feedback)
+        self.chunked_prefill = ChunkedPrefill(api, rates, metrics, leases, self.feedback)
         self.boot_id = ""
 
     @property
@@ -68,32 +69,34 @@ class Steps:
 
     async def prepare(
         self, lease: Lease, report: Report, *, may_replan: bool = False, can_stop: bool = False
-    ) -> Earlier | None:
+    ) -> PrefillStats | None:
         """Perform the plan's steps. Returns what a prefill reused and computed; None where there was none.
 
-        Raises BackendDown, BackendRestarted, and PlanAgain as ``Prefills.run`` does. With ``can_stop`` raises Preempted
-        between two steps when the slot is wanted for another user. Canceling is safe: a save, erase or restore under
-        way is carried out and the slot given back after it; a prefill is closed and its slot drains.
+        Raises BackendDown, BackendRestarted, and PlanAgain as ``ChunkedPrefill.run`` does. With ``can_stop`` raises
+        Preempted between two steps when the slot is wanted for another user. Canceling is safe: a save, erase or
+        restore under way is carried out and the slot given back after it; a prefill is closed and its slot drains.
         """
         assert lease.plan is not None
-        if can_stop and not lease.job.is_exclusive:
+        if can_stop and not lease.request.is_exclusive:
             lease.allow_preemption()
-        earlier = await self._prepare(lease, lease.plan, report, may_replan)
-        lease.raise_if_preempted(earlier)
+        prefill_stats = await self._prepare(lease, lease.plan, report, may_replan)
+        lease.raise_if_preempted(prefill_stats)
         lease.forbid_preemption()
         # If a trunk was not saved, requests waiting for it are placed again. After a failure that happens when the slot
         # is given back, and not before: they may resume from what it holds by then.
         if lease.pool.expect_no_trunk(lease.slot_id):
             self._leases.dispatch()
-        return earlier
+        return prefill_stats
 
-    async def _prepare(self, lease: Lease, plan: Plan, report: Report, may_replan: bool) -> Earlier | None:
-        prefills: list[PrefillTo | Keep] = []
+    async def _prepare(
+        self, lease: Lease, plan: Plan, report: Report, may_replan: bool
+    ) -> PrefillStats | None:
+        chunked_prefill: list[PrefillTo | SaveSharedPrefix] = []
         restored = {step.slot for step in plan.steps if isinstance(step, Restore)}
         for step in plan.steps:
             match step:
-                case PrefillTo() | Keep():
-                    prefills.append(step)
+                case PrefillTo() | SaveSharedPrefix():
+                    chunked_prefill.append(step)
                 case Save() | Erase() | Restore():
                     lease.raise_if_preempted(None)
                     report(_comment(step, is_restored=step.slot in restored))
@@ -102,41 +105,46 @@ class Steps:
                 case _:
                     assert_never(step)
         if self.catalog is not None:
-            snapshot_usage.came_back(self.catalog, lease)
-        if lease.content is not None and not lease.job.may_use(lease.content):
+            snapshot_usage.record_hit(self.catalog, lease)
+        if lease.content is not None and not lease.request.may_use(lease.content):
             lease.set_content(None)  # the erase has failed
-        if lease.content is None or (lease.job.is_cold and lease.content != NOTHING):
+        if lease.content is None or (lease.request.no_cache and lease.content != NOTHING):
             lease.plan_prefill(is_long=False)
-            return None  # what the slot holds must not be used: the job's own request computes everything
+            return None  # what the slot holds must not be used: the request's own request computes everything
         lease.set_forecast(self._forecast(lease, lease.content))
         n_reused = lease.forecast.n_likely
         if n_reused != plan.n_reused:
-            view = lease.pool.view(lease.job, self.now(), {})
-            trunks = tuple(step.n_tokens for step in prefills if isinstance(step, Keep))
+            view = lease.pool.view(lease.request, self.now(), {})
+            trunks = tuple(step.n_tokens for step in chunked_prefill if isinstance(step, SaveSharedPrefix))
             view = replace(view, trunks=trunks)  # those that others count on, and no more
-            prefills = list(prefill_steps(lease.job, plan.slot, n_reused, view, lease.pool.rules))
-        stops = [step.n_tokens for step in prefills if isinstance(step, PrefillTo)]
+            chunked_prefill = list(prefill_steps(lease.request, plan.slot, n_reused, view, lease.pool.rules))
+        stops = [step.n_tokens for step in chunked_prefill if isinstance(step, PrefillTo)]
         if not stops:
             lease.plan_prefill(is_long=False)
             return None
         prefill_s = self.rates.prefill.seconds(n_reused, stops[-1])
         lease.plan_prefill(is_long=prefill_s > lease.pool.long_s)
-        return await self.prefills.run(lease, stops, report, self._keep, may_replan=may_replan)
+        return await self.chunked_prefill.run(lease, stops, report, self._keep, may_replan=may_replan)
 
     @staticmethod
     def _forecast(lease: Lease, content: Content) -> ReuseForecast:
         """How much of what the slot holds now will be reused. Made after save, erase and restore: it equals the plan's
         figure unless one of them has failed."""
-        job, recall = lease.job, lease.pool.recall
-        n_shared, n_held = common(content.tokens, job.tokens), content.n_tokens if content.is_exact else None
-        n_usable = usable(recall.memory, n_shared, n_held, content.checkpoints, job.n_tokens)
-        is_behind = goes_on_behind(content, n_shared, job.n_tokens)
+        request, rewind_model = lease.request, lease.pool.rewind_model
+        n_shared, n_held = (
+            common(content.tokens, request.tokens),
+            content.n_tokens if content.is_exact else None,
+        )
+        n_usable = usable(rewind_model.memory, n_shared, n_held, content.checkpoints, request.n_tokens)
+        is_behind = goes_on_behind(content, n_shared, request.n_tokens)
         if lease.restored is not None:
-            n_expected = recall.predictions.correct(recall.memory, source_of(lease.restored), n_usable)
+            n_expected = rewind_model.predictions.correct(
+                rewind_model.memory, source_of(lease.restored), n_usable
+            )
             n_likely = n_expected
         else:
-            n_expected = recall.of_slot(content, n_shared, job.n_tokens)
-            n_likely = recall.likely_of_slot(content, n_shared, job.n_tokens)
+            n_expected = rewind_model.of_slot(content, n_shared, request.n_tokens)
+            n_likely = rewind_model.likely_of_slot(content, n_shared, request.n_tokens)
         return ReuseForecast(
             n_usable,
             n_expected,
@@ -157,7 +165,7 @@ class Steps:
         except BackendRestarted:
             action.close()
             raise
-        task = self.tasks.spawn(_outcome(action), f"{lease.job.id} acts on slot {lease.slot_id}")
+        task = self.tasks.spawn(_outcome(action), f"{lease.request.id} acts on slot {lease.slot_id}")
         task.add_done_callback(lambda _: lease.end_action())
         outcome = await asyncio.shield(task)
         if isinstance(outcome, LlamaslotError):
@@ -190,7 +198,7 @@ class Steps:
             lease.check_current()
             await self.api.erase(lease.slot_id)
         except LlamaslotError as error:
-            log.warning("%s: slot %s was not erased: %s", lease.job.id, lease.slot_name, error)
+            log.warning("%s: slot %s was not erased: %s", lease.request.id, lease.slot_name, error)
             lease.set_content(None)
             return False
         lease.set_content(NOTHING)
@@ -216,9 +224,11 @@ class Steps:
             lease.set_content(None)
             raise
         except (LlamaslotError, KeyError, OSError) as error:
-            log.warning("%s: snapshot %s was not restored: %s", lease.job.id, snapshot_id, error)
+            log.warning("%s: snapshot %s was not restored: %s", lease.request.id, snapshot_id, error)
             lease.pool.drop_snapshot(snapshot_id)  # not offered again to this server; the file stays
-            lease.note.acted(lease.slot_key, Act("restore", 0.0, is_done=False, snapshot=snapshot_id))
+            lease.recorder.record_step(
+                lease.slot_key, Act("restore", 0.0, is_done=False, snapshot=snapshot_id)
+            )
             return False
         seconds = self.now() - started
         lease.set_content(None)  # unknown until the restore is known to be whole, and of this process
@@ -231,38 +241,40 @@ class Steps:
             "restore", seconds, is_done=is_whole, n_tokens=result.n_tokens, size_bytes=snapshot.size_bytes,
             snapshot=snapshot.id, waited_s=started - asked_at,
         )  # fmt: skip
-        lease.note.acted(lease.slot_key, act)
+        lease.recorder.record_step(lease.slot_key, act)
         if not is_whole:
             log.warning(
                 "%s: snapshot %s was restored in part (%d of %d tokens)",
-                lease.job.id, snapshot_id, result.n_tokens, snapshot.n_tokens,
+                lease.request.id, snapshot_id, result.n_tokens, snapshot.n_tokens,
             )  # fmt: skip
             return False
-        checkpoints = lease.pool.recall.in_file(snapshot.checkpoints)
+        checkpoints = lease.pool.rewind_model.in_file(snapshot.checkpoints)
         lease.set_restored(snapshot, replace(content_of(snapshot), checkpoints=checkpoints))
         self.catalog.touch(snapshot.id)
         return True
 
     async def refused(self, lease: Lease, status: int) -> None:
-        """llama-server has answered the job's own request with an error instead of an answer: the slot holds what it
-        held before. At the door (4xx) that is sure. A 500 may be one of the door too (it calls some mistakes of clients
-        so) or come from the slot: llama-server tells how much is in there."""
+        """llama-server has answered the request's own request with an error instead of an answer: the slot holds what
+        it held before. At the door (4xx) that is sure. A 500 may be one of the door too (it calls some mistakes of
+        clients so) or come from the slot: llama-server tells how much is in there."""
         is_sure = status < 500 or await is_untouched(self.api, lease, lease.before)
         lease.finish(lease.before if is_sure else None)
 
     async def stopped(self, lease: Lease, n_found: int, *, is_misplaced: bool = True) -> None:
-        """The job's own request was given up before its first token, having found ``n_found`` tokens: wait until the
-        server is idle, and note what it has got to. ``is_misplaced``: that is why."""
-        content = prefilled(lease.content or Content(space=lease.job.space), lease.job.tokens, n_found)
-        lease.finish(await until_idle(self.api, lease, content, self.now))
+        """The request's own request was given up before its first token, having found ``n_found`` tokens: wait until
+        the server is idle, and note what it has got to. ``is_misplaced``: that is why."""
+        content = prefilled(
+            lease.content or Content(space=lease.request.space), lease.request.tokens, n_found
+        )
+        lease.finish(await wait_until_idle(self.api, lease, content, self.now))
         if is_misplaced:
             self.feedback.misplaced(lease, n_found)
 
-    def settle(self, lease: Lease, told: Told, earlier: Earlier | None, left: bytes) -> None:
-        """The request was answered: learn from that, and note what the slot holds now. ``earlier``: what was computed
-        ahead of it here. ``left``: the tokens of the prompt that ran last; empty where they are not known."""
-        before = lease.content or Content(space=lease.job.space)
-        self.feedback.answered(lease, told, earlier)
+    def settle(self, lease: Lease, told: Told, prefill_stats: PrefillStats | None, left: bytes) -> None:
+        """The request was answered: learn from that, and note what the slot holds now. ``prefill_stats``: what was
+        computed ahead of it here. ``left``: the tokens of the prompt that ran last; empty where they are not known."""
+        before = lease.content or Content(space=lease.request.space)
+        self.feedback.answered(lease, told, prefill_stats)
         after = prefilled(before, left, told.n_found or 0) if left else None
         n_more = max(told.n_predicted - 1, 0)  # the last token is sampled and sent, but never computed
         lease.finish(replace(after, is_exact=False, n_more=n_more) if after is not None else None)

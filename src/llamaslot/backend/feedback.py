@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from llamaslot.backend.candidates import MIN_WORTH_TOKENS, source_of
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.probes import NO_CHECKPOINTS, WORTHLESS
-from llamaslot.backend.slot_table import Pool
-from llamaslot.cache.reuse import RESIDENT, Memory, Strikes, has_failed
+from llamaslot.backend.slot_table import SlotTable
+from llamaslot.cache.reuse import RESIDENT, CacheKind, Strikes, has_failed
 from llamaslot.llama.replies import Progress
-from llamaslot.llama.sse import Earlier
+from llamaslot.llama.sse import PrefillStats
 from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.plan import Source
@@ -56,18 +56,18 @@ class Feedback:
         self.metrics, self.tasks, self._now = metrics, tasks, now
         self._strikes = Strikes()
 
-    def answered(self, lease: Lease, told: Told, earlier: Earlier | None) -> None:
-        """The request of ``lease`` was answered. ``earlier``: what was computed ahead of it in this slot."""
-        n_reused = earlier.n_reused if earlier is not None else told.n_found
-        if n_reused is not None and lease.job.tokens:
+    def answered(self, lease: Lease, told: Told, prefill_stats: PrefillStats | None) -> None:
+        """The request of ``lease`` was answered. ``prefill_stats``: what was computed ahead of it in this slot."""
+        n_reused = prefill_stats.n_reused if prefill_stats is not None else told.n_found
+        if n_reused is not None and lease.request.tokens:
             self._compare(lease, n_reused)
-        if earlier is None and told.n_found is not None and told.n_computed > 1:
+        if prefill_stats is None and told.n_found is not None and told.n_computed > 1:
             n_prompt = told.n_found + told.n_computed
             self.rates.prefill.observe(told.n_found, n_prompt, told.prompt_s)
         if told.n_predicted and told.predicted_s is not None:
             self.rates.answer.observe(told.n_predicted, told.predicted_s)
 
-    def progressed(self, pool: Pool, last: Progress, event: Progress, end: int) -> None:
+    def progressed(self, pool: SlotTable, last: Progress, event: Progress, end: int) -> None:
         """A prefill of llamaslot's own, up to ``end`` tokens, has come from ``last`` to ``event``."""
         n_tokens = event.processed - last.processed
         if n_tokens >= _FEW_TOKENS:
@@ -75,10 +75,10 @@ class Feedback:
         if event.processed < end:  # not the rest of it, but as many as the server takes
             pool.n_batch = max(pool.n_batch, n_tokens)
 
-    def piece_ended(self, pool: Pool, more_s: float, *, is_alone: bool) -> None:
+    def piece_ended(self, pool: SlotTable, more_s: float, *, is_alone: bool) -> None:
         """Sending a piece of a prompt has taken ``more_s`` seconds beside its computing. ``is_alone``: no batch of
         another request was in between."""
-        if pool.recall.is_rewindable:
+        if pool.rewind_model.is_rewindable:
             self.rates.interruption.observe(more_s)
         if is_alone:
             self.rates.request.observe(more_s)
@@ -90,7 +90,7 @@ class Feedback:
             lease.pool.lost_slots.note(self._now())
         log.info(
             "%s: slot %s holds %d tokens of the prompt instead of %d; choosing another place",
-            lease.job.id, lease.slot_name, n_found, lease.forecast.n_expected,
+            lease.request.id, lease.slot_name, n_found, lease.forecast.n_expected,
         )  # fmt: skip
 
     def _compare(self, lease: Lease, n_reused: int) -> None:
@@ -98,15 +98,15 @@ class Feedback:
         assert lease.plan is not None
         forecast = lease.forecast
         source = lease.plan.source if n_reused else Source.COLD
-        self.metrics.reused(source.value, n_reused, lease.job.n_tokens)
+        self.metrics.reused(source.value, n_reused, lease.request.n_tokens)
         self.metrics.tokens_expected.labels(lease.plan.source.value).inc(forecast.n_expected)
-        lease.note.reused(forecast.n_expected, n_reused)
+        lease.recorder.reused(forecast.n_expected, n_reused)
         restored = lease.restored
         kind = source_of(restored) if restored is not None else RESIDENT
-        lease.pool.recall.predictions.observe(lease.pool.memory, kind, forecast.n_usable, n_reused)
+        lease.pool.rewind_model.predictions.observe(lease.pool.memory, kind, forecast.n_usable, n_reused)
         if forecast.n_whole is not None:
             n_answer = forecast.n_answer
-            lease.pool.recall.predictions.answered(n_answer, n_reused - (forecast.n_whole - n_answer))
+            lease.pool.rewind_model.predictions.answered(n_answer, n_reused - (forecast.n_whole - n_answer))
         if n_reused < forecast.n_expected:
             self._was_wrong(lease, n_reused)
         if restored is None or self._learn_checkpoints(lease, restored, n_reused):
@@ -117,39 +117,39 @@ class Feedback:
     def _was_wrong(self, lease: Lease, n_reused: int) -> None:
         plan, pool, forecast = lease.plan, lease.pool, lease.forecast
         assert plan is not None
-        self.metrics.beliefs_wrong.inc()
+        self.metrics.reuse_mispredictions.inc()
         log.info(
             "%s: slot %s gave %d tokens instead of the %d expected",
-            lease.job.id, lease.slot_name, n_reused, lease.forecast.n_expected,
+            lease.request.id, lease.slot_name, n_reused, lease.forecast.n_expected,
         )  # fmt: skip
         is_resident = lease.restored is None and forecast.n_expected >= MIN_WORTH_TOKENS
         if is_resident and n_reused < forecast.n_expected / 2:
             pool.lost_slots.note(self._now())
         # Nothing at all of something that had only to be gone on from: it was lost, whatever the model.
         is_lost = forecast.is_rewind and n_reused == 0 and forecast.n_expected >= MIN_WORTH_TOKENS
-        if not is_lost or pool.memory is not Memory.DENSE or pool.is_memory_sure:
+        if not is_lost or pool.memory is not CacheKind.DENSE or pool.is_memory_sure:
             return
         if self._strikes.note("memory", forecast.n_expected, n_reused):  # once may be a stranger in the slot
             log.warning(
                 "%s: this model cannot rewind to any token (SWA or recurrent): only its checkpoints are counted on",
                 pool.backend,
             )
-            pool.memory = Memory.SWA
+            pool.memory = CacheKind.SWA
 
     def _learn_checkpoints(self, lease: Lease, restored: Snapshot, n_reused: int) -> bool:
         """From the first restored snapshots that had to be gone back in: whether files have their checkpoints. True
         when that they have not is why this one failed, or may be."""
         pool, forecast = lease.pool, lease.forecast
         is_end = forecast.n_usable >= restored.n_tokens
-        is_known = pool.memory is Memory.DENSE or pool.recall.keeps_checkpoints is not None
+        is_known = pool.memory is CacheKind.DENSE or pool.rewind_model.keeps_checkpoints is not None
         if is_known or is_end or not forecast.n_usable:
             return False
         if not has_failed(forecast.n_usable, n_reused):
-            pool.recall.keeps_checkpoints = True
+            pool.rewind_model.keeps_checkpoints = True
             return False
         if self._strikes.note("files", forecast.n_usable, n_reused):
-            pool.recall.keeps_checkpoints = False
-            pool.can_save = pool.can_save and pool.memory is not Memory.SWA
+            pool.rewind_model.keeps_checkpoints = False
+            pool.can_save = pool.can_save and pool.memory is not CacheKind.SWA
             log.warning("%s: %s", pool.backend, NO_CHECKPOINTS if pool.can_save else WORTHLESS)
         return True
 

@@ -27,17 +27,17 @@ from llamaslot.backend.lease_states import (
     State,
     Stopped,
 )
-from llamaslot.backend.slot_table import Pool
+from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import common
 from llamaslot.cache.reuse import NO_REUSE, ReuseForecast
 from llamaslot.cache.shared_prefix import NEAR_TOKENS
 from llamaslot.errors import BackendRestarted, SlotWedged
-from llamaslot.llama.sse import Earlier
-from llamaslot.observe.journal import Note
+from llamaslot.llama.sse import PrefillStats
+from llamaslot.observe.journal import DecisionRecorder
 from llamaslot.scheduling.placement import is_long
 from llamaslot.scheduling.plan import Plan, Step
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Event as SlotEvent
 from llamaslot.scheduling.slots import IllegalTransition, Slot, SlotKey
 from llamaslot.scheduling.slots import State as SlotState
@@ -75,13 +75,13 @@ class Lease:
     def __init__(
         self,
         owner: Owner,
-        pool: Pool,
+        pool: SlotTable,
         slot: Slot | None,
-        job: Job,
+        request: Request,
         plan: Plan | None,
         *,
         now: Callable[[], float],
-        note: Note,
+        recorder: DecisionRecorder,
         pin: AbstractContextManager[object] | None = None,
         came_at: float | None = None,
         n_preempted: int = 0,
@@ -89,7 +89,7 @@ class Lease:
         """``pin``: keeps the plan's snapshot; it is left when the slot is given back. What that raises (KeyError: the
         snapshot is gone) is passed on, and nothing is taken."""
         self._owner, self._now = owner, now
-        self.pool, self.slot, self.job, self.note = pool, slot, job, note
+        self.pool, self.slot, self.request, self.recorder = pool, slot, request, recorder
         self.came_at = now() if came_at is None else came_at
         self.n_preempted = n_preempted
         self.plan = plan
@@ -114,10 +114,10 @@ class Lease:
         # What its plan saves first, found by others until the snapshot is there.
         self._leaving = None
         if slot is not None:
-            self._leaving = pool.take(slot, job, now(), plan, has_answer=plan is not None)
+            self._leaving = pool.take(slot, request, now(), plan, has_answer=plan is not None)
 
     def __repr__(self) -> str:
-        return f"<Lease {self.slot!r} {self.state.value} {self.job!r}>"
+        return f"<Lease {self.slot!r} {self.state.value} {self.request!r}>"
 
     def __enter__(self) -> Lease:
         return self
@@ -177,7 +177,7 @@ class Lease:
     @property
     def is_own(self) -> bool:
         """Whether it serves llamaslot itself (a save, a probe) and no client."""
-        return self.plan is None and self.slot is not None and not self.job.is_exclusive
+        return self.plan is None and self.slot is not None and not self.request.is_exclusive
 
     @property
     def is_long(self) -> bool:
@@ -200,7 +200,7 @@ class Lease:
         return self._preemption is Preemption.REQUESTED
 
     @property
-    def comes_first(self) -> bool:
+    def is_latency_sensitive(self) -> bool:
         """True while its first token is only a short time away, so that long prefills must yield to it.
 
         False once it waits for an exclusive section, and once its answer has not begun for a while. Of a request with
@@ -216,7 +216,7 @@ class Lease:
                 return False
         if is_acting or self.is_long:
             return is_acting
-        return is_sent if self.job.is_exclusive else self.plan is not None
+        return is_sent if self.request.is_exclusive else self.plan is not None
 
     def check_current(self) -> None:
         """Raises BackendRestarted when the slot is one of a process that is gone: the number is another slot's now."""
@@ -330,15 +330,15 @@ class Lease:
         self._is_confirmed = False
         if self.content is None:
             return
-        is_ours = self.job.may_use(self.content)
-        n = common(self.content.tokens, self.job.tokens) if is_ours else 0
+        is_ours = self.request.may_use(self.content)
+        n = common(self.content.tokens, self.request.tokens) if is_ours else 0
         content = self.content
         if n < content.n_tokens:
             # What only begins alike is another conversation: its snapshot is none of this one.
-            is_other = n <= self.job.n_system + NEAR_TOKENS < content.n_tokens
-            snapshot = None if is_other else content.snapshot
+            is_other_conversation = n <= self.request.n_system + NEAR_TOKENS < content.n_tokens
+            snapshot = None if is_other_conversation else content.snapshot
             content = replace(content.head(n), is_dirty=True, snapshot=snapshot)
-        self.content = replace(content, space=self.job.space)
+        self.content = replace(content, space=self.request.space)
 
     def land(self, *, is_confirmed: bool) -> None:
         """llama-server has chosen its slot for a request (``is_confirmed``), or may have: what it holds is unknown."""
@@ -347,7 +347,7 @@ class Lease:
             self.sent_at, self._is_confirmed = self._now(), False
         self.content = NOTHING
         if self.slot is not None:
-            self.pool.expect_nothing(self.slot, self.job.space)
+            self.pool.expect_nothing(self.slot, self.request.space)
         if is_confirmed:
             self.mark_processing()
 
@@ -361,7 +361,7 @@ class Lease:
 
     def confirm(self, content: Content) -> None:
         """llama-server has begun with what was sent: the slot holds at most ``content``."""
-        self.content, self._is_confirmed = replace(content, space=self.job.space), True
+        self.content, self._is_confirmed = replace(content, space=self.request.space), True
         self.mark_processing()
 
     def mark_decoding(self) -> None:
@@ -414,10 +414,10 @@ class Lease:
         finally:
             self._stop = None
 
-    def raise_if_preempted(self, earlier: Earlier | None) -> None:
+    def raise_if_preempted(self, prefill_stats: PrefillStats | None) -> None:
         """Raises Preempted when its slot is wanted for another user. Nothing may be at work in it."""
         if self.is_preempted:
-            raise Preempted(earlier, self.came_at, self.n_preempted + 1)
+            raise Preempted(prefill_stats, self.came_at, self.n_preempted + 1)
 
     # -- the end -------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import Literal
 
-from llamaslot.llama.sse import Earlier
+from llamaslot.llama.sse import PrefillStats
 
 
 class State(enum.Enum):
@@ -102,25 +102,25 @@ class Stopped(enum.Enum):
 STOPPED: Literal[Stopped.STOPPED] = Stopped.STOPPED
 
 
-class PlanAgain(Exception):
+class RetryPlacement(Exception):
     """The request needs another place: its slot is not what it was taken for, or is needed for something else.
 
-    What the slot holds is known, and what was computed stays in it. ``earlier``: what was done for the request so far.
-    An exception, for it ends the steps of a plan at any depth, through the context managers that give back what they
-    hold; as a result it would pass four callers that can do nothing with it. No LlamaslotError: no client is told.
+    What the slot holds is known, and what was computed stays in it. ``prefill_stats``: what was done for the request so
+    far. An exception, for it ends the steps of a plan at any depth, through the context managers that give back what
+    they hold; as a result it would pass four callers that can do nothing with it. No LlamaslotError: no client is told.
     """
 
-    def __init__(self, earlier: Earlier | None) -> None:
+    def __init__(self, prefill_stats: PrefillStats | None) -> None:
         super().__init__("the request needs another place")
-        self.earlier = earlier
+        self.prefill_stats = prefill_stats
 
 
-class Preempted(PlanAgain):
+class Preempted(RetryPlacement):
     """Its slot is for a user that has fewer: the request is queued again, where it stood at ``came_at``.
 
-    ``n_times``: how often that has happened to it. An exception as ``PlanAgain`` is, from the same depths.
+    ``n_times``: how often that has happened to it. An exception as ``RetryPlacement`` is, from the same depths.
     """
 
-    def __init__(self, earlier: Earlier | None, came_at: float, n_times: int) -> None:
-        super().__init__(earlier)
+    def __init__(self, prefill_stats: PrefillStats | None, came_at: float, n_times: int) -> None:
+        super().__init__(prefill_stats)
         self.came_at, self.n_times = came_at, n_times

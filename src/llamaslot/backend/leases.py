@@ -14,14 +14,14 @@ from typing import Protocol
 
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import State as LeaseState
-from llamaslot.backend.slot_table import Pool
+from llamaslot.backend.slot_table import SlotTable
 from llamaslot.errors import BackendRestarted
-from llamaslot.observe.journal import Note
+from llamaslot.observe.journal import DecisionRecorder
 from llamaslot.scheduling.fairness import Charge
 from llamaslot.scheduling.plan import Plan
-from llamaslot.scheduling.request import Job, Placement
+from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.slots import Slot, State
-from llamaslot.tasks import Bell
+from llamaslot.tasks import ChangeEvent
 
 
 class Admission(Protocol):
@@ -36,12 +36,12 @@ class Admission(Protocol):
         """Something has changed: give slots to those that wait."""
         ...
 
-    def wanted(self) -> set[str]:
+    def snapshots_in_demand(self) -> set[str]:
         """The snapshots that requests in the queue would go on from."""
         ...
 
-    def note(self, job: Job) -> Note:
-        """A place in the journal for what becomes of ``job``."""
+    def recorder(self, request: Request) -> DecisionRecorder:
+        """A place in the journal for what becomes of ``request``."""
         ...
 
     def paid(self, charge: Charge | None) -> None:
@@ -54,15 +54,15 @@ class Leases:
 
     def __init__(self, backend: str, admission: Admission, now: Callable[[], float]) -> None:
         self.backend, self.admission, self.now = backend, admission, now
-        self.table: Pool | None = None
+        self.table: SlotTable | None = None
         self.leases: dict[Lease, None] = {}  # in their order, which decides between makers of equal use
-        self.bell = Bell()  # rings when anything has changed
+        self.changes = ChangeEvent()  # rings when anything has changed
         self._charges: dict[Lease, Charge] = {}  # to users, while they have slots
         self.on_drain: Callable[[Lease, Charge | None], None] = lambda lease, charge: None
         self.pin: Callable[[str], AbstractContextManager[object]] = lambda snapshot: nullcontext()
-        self.turn: Job | None = None  # the one exclusive job that is under way
-        self.is_gate_shut = False  # no other job may take a first step
-        self.is_turn_wanted = False  # the exclusive job waits for others to be through
+        self.turn: Request | None = None  # the one exclusive request that is under way
+        self.is_gate_shut = False  # no other request may take a first step
+        self.is_turn_wanted = False  # the exclusive request waits for others to be through
         self._used_at = now()
 
     def __repr__(self) -> str:
@@ -82,24 +82,24 @@ class Leases:
 
     @property
     def is_open(self) -> bool:
-        """Whether a job may take its first step here."""
+        """Whether a request may take its first step here."""
         return self.table is not None and not self.is_gate_shut
 
     def dispatch(self) -> None:
         self.admission.dispatch()
 
-    def wanted(self) -> set[str]:
-        return self.admission.wanted()
+    def snapshots_in_demand(self) -> set[str]:
+        return self.admission.snapshots_in_demand()
 
-    def note(self, job: Job) -> Note:
-        return self.admission.note(job)
+    def recorder(self, request: Request) -> DecisionRecorder:
+        return self.admission.recorder(request)
 
     def paid(self, charge: Charge | None) -> None:
         self.admission.paid(charge)
 
     # -- life of the table ---------------------------------------------------------------------------------------
 
-    def attach(self, table: Pool) -> None:
+    def attach(self, table: SlotTable) -> None:
         """llama-server is up, with these slots."""
         self.table = table
         self.dispatch()
@@ -115,46 +115,48 @@ class Leases:
     def grant(
         self,
         slot: Slot | None,
-        job: Job,
+        request: Request,
         plan: Plan | None = None,
         *,
-        note: Note | None = None,
+        recorder: DecisionRecorder | None = None,
         came_at: float | None = None,
         n_preempted: int = 0,
     ) -> Lease:
-        """Lease ``slot``; None for the turn of a job for which llama-server will choose the slot. ``note``: its record
-        in the journal, else a new one. Raises KeyError, and takes nothing, when the plan's snapshot is gone."""
+        """Lease ``slot``; None for the turn of a request for which llama-server will choose the slot. ``recorder``: its
+        record in the journal, else a new one. Raises KeyError, and takes nothing, when the plan's snapshot is gone."""
         assert self.table is not None, "only what is attached has slots"
         pin = self.pin(plan.snapshot) if plan is not None and plan.snapshot is not None else None
         lease = Lease(
-            self, self.table, slot, job, plan,
-            now=self.now, note=note or self.note(job), pin=pin, came_at=came_at, n_preempted=n_preempted,
+            self, self.table, slot, request, plan,
+            now=self.now, recorder=recorder or self.recorder(request), pin=pin,
+            came_at=came_at, n_preempted=n_preempted,
         )  # fmt: skip
-        if job.is_exclusive and (plan is not None or slot is None):
-            self.turn = job
+        if request.is_exclusive and (plan is not None or slot is None):
+            self.turn = request
         self.leases[lease] = None
         return lease
 
-    def try_lease(self, slot: Slot, job: Job) -> Lease | None:
+    def try_lease(self, slot: Slot, request: Request) -> Lease | None:
         """Lease an idle slot for work of our own (a save, a probe), if no request is waiting for one."""
         if not self.is_open or self.n_waiting or not slot.is_idle:
             return None
-        return self.grant(slot, job)
+        return self.grant(slot, request)
 
-    def lease_rival(self, slot: Slot, lease: Lease) -> Lease | None:
-        """Lease an idle slot to make way for the job of ``lease``. Also while a turn keeps others from a first step: it
-        waits for that job, too."""
+    def lease_competitor(self, slot: Slot, lease: Lease) -> Lease | None:
+        """Lease an idle slot to make way for the request of ``lease``. Also while a turn keeps others from a first
+        step: it waits for that request, too."""
         if self.table is not lease.pool or not slot.is_idle:
             return None
-        return self.grant(slot, Job(f"{lease.job.id} clears its way", slot.content.tokens))
+        return self.grant(slot, Request(f"{lease.request.id} clears its way", slot.content.tokens))
 
-    def lease_idle(self, job: Job, n: int | None = None) -> list[Lease]:
-        """Lease the ``n`` lowest idle slots, or all of them, for the job whose turn it is. Raises BackendRestarted."""
-        assert self.turn is job, "only the job whose turn it is"
+    def lease_idle(self, request: Request, n: int | None = None) -> list[Lease]:
+        """Lease the ``n`` lowest idle slots, or all of them, for the request whose turn it is. Raises
+        BackendRestarted."""
+        assert self.turn is request, "only the job whose turn it is"
         if self.table is None:
             raise BackendRestarted
         idle = [slot for slot in self.table.slots if slot.is_idle][:n]
-        return [self.grant(slot, job) for slot in idle]
+        return [self.grant(slot, request) for slot in idle]
 
     def charge(self, lease: Lease, charge: Charge | None) -> None:
         """Its user pays for it until it ends, or until its slot has drained."""
@@ -164,7 +166,7 @@ class Leases:
     # -- told by a lease, as its ``Owner`` -----------------------------------------------------------------------
 
     def on_change(self, lease: Lease) -> None:
-        self.bell.ring()
+        self.changes.notify()
 
     def on_look_again(self, lease: Lease) -> None:
         if self.n_waiting:  # not at once: it may be about to send something
@@ -179,23 +181,23 @@ class Leases:
             self.paid(charge)
         if not lease.is_own:
             self._used_at = self.now()
-        self.end_turn(lease)
+        self.end_exclusive(lease)
         self.dispatch()
 
     # -- the exclusive section -----------------------------------------------------------------------------------
 
-    def end_turn(self, lease: Lease) -> None:
-        """The job is through with what only it may do. Idempotent."""
-        if self.turn is lease.job and (lease.plan is not None or lease.slot is None):
+    def end_exclusive(self, lease: Lease) -> None:
+        """The request is through with what only it may do. Idempotent."""
+        if self.turn is lease.request and (lease.plan is not None or lease.slot is None):
             self.turn, self.is_gate_shut, self.is_turn_wanted = None, False, False
             self.dispatch()
 
-    def has_turn(self, lease: Lease) -> bool:
-        return self.turn is lease.job
+    def has_exclusive(self, lease: Lease) -> bool:
+        return self.turn is lease.request
 
-    def is_turn_waiting(self, lease: Lease) -> bool:
+    def is_exclusive_waiting(self, lease: Lease) -> bool:
         """Whether another request for which llama-server chooses slots waits for others to be through."""
-        return self.is_turn_wanted and self.turn is not lease.job
+        return self.is_turn_wanted and self.turn is not lease.request
 
     def is_prefilling(self, lease: Lease) -> bool:
         """Whether a long prefill of another request is under way or waits for its turn."""
@@ -203,35 +205,35 @@ class Leases:
             return False  # there is nothing to wait for any more
         return any(other.is_long for other in self.leases if other.pool is self.table and other is not lease)
 
-    def wait_for_turn(self, lease: Lease) -> None:
-        """From now on long prefills make room for the job whose turn it is, and none is begun."""
-        assert self.turn is lease.job, "only the job whose turn it is"
+    def wait_for_exclusive(self, lease: Lease) -> None:
+        """From now on long prefills make room for the request whose turn it is, and none is begun."""
+        assert self.turn is lease.request, "only the job whose turn it is"
         if not self.is_turn_wanted:
             self.is_turn_wanted = True
-            self.bell.ring()
+            self.changes.notify()
 
-    def shut_gate(self, lease: Lease) -> None:
-        """From now on no other job takes a first step."""
-        assert self.turn is lease.job, "only the job whose turn it is"
+    def pause_admission(self, lease: Lease) -> None:
+        """From now on no other request takes a first step."""
+        assert self.turn is lease.request, "only the job whose turn it is"
         self.is_gate_shut = True
 
-    def open_gate(self, lease: Lease) -> None:
-        """Others go on, as before ``wait_for_turn``; the job still waits."""
-        assert self.turn is lease.job, "only the job whose turn it is"
+    def resume_admission(self, lease: Lease) -> None:
+        """Others go on, as before ``wait_for_exclusive``; the request still waits."""
+        assert self.turn is lease.request, "only the job whose turn it is"
         self.is_gate_shut = self.is_turn_wanted = False
         self.dispatch()
 
     def has_waited(self, lease: Lease) -> None:
-        """A job that has no slot of its own has had none while it waited: its user is not charged for that."""
+        """A request that has no slot of its own has had none while it waited: its user is not charged for that."""
         if lease.slot is None and lease in self._charges:
             self._charges[lease] = replace(self._charges[lease], at=self.now())
 
-    def is_foreign_at_work(self, lease: Lease) -> bool:
-        """Whether a slot is at work on what the job must not go on from, if llama-server may choose that slot."""
-        table, job = lease.pool, lease.job
-        if self.table is not table or job.placement is not Placement.SERVER_CHOSEN:
+    def is_other_namespace_at_work(self, lease: Lease) -> bool:
+        """Whether a slot is at work on what the request must not go on from, if llama-server may choose that slot."""
+        table, request = lease.pool, lease.request
+        if self.table is not table or request.placement is not Placement.SERVER_CHOSEN:
             return False
-        return any(not slot.is_idle and table.is_foreign(slot, job) for slot in table.slots)
+        return any(not slot.is_idle and table.is_other_namespace(slot, request) for slot in table.slots)
 
     # -- invariants ----------------------------------------------------------------------------------------------
 

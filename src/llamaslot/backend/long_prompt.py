@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llamaslot.backend.lease import Lease
 from llamaslot.formats.comments import Comment
-from llamaslot.llama.sse import Earlier
+from llamaslot.llama.sse import PrefillStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +61,19 @@ class LongPrompt:
 
     @property
     def user(self) -> str:
-        return self.lease.job.user.id
+        return self.lease.request.user.id
 
     @property
     def last(self) -> int:
         return self.stops[-1]
 
     @property
-    def earlier(self) -> Earlier:
-        return Earlier(self.n_reused, self.at, self.seconds)
+    def prefill_stats(self) -> PrefillStats:
+        return PrefillStats(self.n_reused, self.at, self.seconds)
 
     @property
-    def so_far(self) -> Earlier | None:
-        return self.earlier if self.has_begun else None
+    def so_far(self) -> PrefillStats | None:
+        return self.prefill_stats if self.has_begun else None
 
     @property
     def target(self) -> int:

@@ -6,15 +6,15 @@ import itertools
 from dataclasses import dataclass
 
 from llamaslot.cache.content import Content
-from llamaslot.cache.namespaces import Space, mark
+from llamaslot.cache.namespaces import Namespace, mark
 from llamaslot.cache.prefix_index import PrefixIndex
 
 
 @dataclass(frozen=True, slots=True)
-class Leaving:
+class PendingSave:
     """Content on its way from a slot to the disk: neither resident nor a snapshot until the save is committed.
 
-    ``slot``: where it is still to be computed before it is saved, of a trunk that a job will make on its way.
+    ``slot``: where it is still to be computed before it is saved, of a trunk that a request will make on its way.
     """
 
     holder: str
@@ -23,12 +23,12 @@ class Leaving:
     slot: int | None = None
 
 
-class Passing:
+class PendingSnapshots:
     """All that is leaving, or will be. ``index`` has the tokens of each by its holder, behind the mark of its space."""
 
     def __init__(self) -> None:
         self.index: PrefixIndex[str] = PrefixIndex()
-        self._entries: dict[str, Leaving] = {}
+        self._entries: dict[str, PendingSave] = {}
         self._serial = itertools.count()
         self.n_changes = 0
 
@@ -36,10 +36,10 @@ class Passing:
         """Only tests ask."""
         return len(self._entries)
 
-    def get(self, holder: str) -> Leaving | None:
+    def get(self, holder: str) -> PendingSave | None:
         return self._entries.get(holder)
 
-    def space_of(self, holder: str) -> Space:
+    def space_of(self, holder: str) -> Namespace:
         """Raises KeyError for an unknown one."""
         return self._entries[holder].content.space
 
@@ -52,21 +52,21 @@ class Passing:
         """The holders of trunks to come: nothing is computed yet, and the request that computes them may leave."""
         return [entry.holder for entry in self._entries.values() if entry.slot is not None]
 
-    def add(self, content: Content, until: float, slot: int | None = None) -> Leaving:
+    def add(self, content: Content, until: float, slot: int | None = None) -> PendingSave:
         name = "leaving" if slot is None else "prefix"
-        entry = Leaving(f"{name}-{next(self._serial)}", content, until, slot)
+        entry = PendingSave(f"{name}-{next(self._serial)}", content, until, slot)
         self._entries[entry.holder] = entry
         self.n_changes += 1
         self.index.insert(entry.holder, mark(content.space) + content.tokens)
         return entry
 
-    def end(self, entry: Leaving) -> None:
+    def end(self, entry: PendingSave) -> None:
         """It is a snapshot now, or nothing. Idempotent."""
         if self._entries.pop(entry.holder, None) is not None:
             self.index.drop(entry.holder)
             self.n_changes += 1
 
-    def trunks_of(self, slot: int) -> list[Leaving]:
+    def trunks_of(self, slot: int) -> list[PendingSave]:
         """The trunks that are to come from ``slot``."""
         return [entry for entry in self._entries.values() if entry.slot == slot]
 

@@ -1,9 +1,9 @@
 """Long prompts, computed ahead of their own requests: one at a time, in stretches, with other requests in between.
 
 llama-server fills its batches by slot number and gives a prompt all that it has until it is through. So a long prompt
-is never sent whole: ``Prefills`` sends it in stretches, and holds the next one back for requests whose first token is
-near, for the share of running streams, and for a prefill that is ahead by now (``scheduling.prefill_policy`` decides).
-A model that can rewind to any token is sent pieces of the prompt. On others each end of a prompt would leave
+is never sent whole: ``ChunkedPrefill`` sends it in stretches, and holds the next one back for requests whose first
+token is near, for the share of running streams, and for a prefill that is ahead by now (``scheduling.prefill_policy``
+decides). A model that can rewind to any token is sent pieces of the prompt. On others each end of a prompt would leave
 checkpoints, in memory and in the slot file: there it is sent as a whole, and interrupted. So is a prompt that is alone
 on the server, where a batch is over soon: each piece costs a request, and there is no request that it would let
 through.
@@ -20,24 +20,24 @@ from dataclasses import dataclass, field, replace
 
 from llamaslot.backend.feedback import Feedback
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.lease_states import PlanAgain
+from llamaslot.backend.lease_states import RetryPlacement
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.long_prompt import LongPrompt, Prefilling, Report
-from llamaslot.backend.slot_content import is_far_off, is_untouched, prefilled, until_idle
+from llamaslot.backend.slot_content import is_far_off, is_untouched, prefilled, wait_until_idle
 from llamaslot.cache.content import NOTHING
 from llamaslot.cache.ids import head
-from llamaslot.cache.reuse import Memory
+from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import UpstreamError
 from llamaslot.formats.comments import Comment
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.replies import Progress
-from llamaslot.llama.sse import Earlier
+from llamaslot.llama.sse import PrefillStats
 from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.prefill_policy import GRAIN, Pending, Sharing, next_up, pause_s, stretch_end
+from llamaslot.scheduling.prefill_policy import GRAIN, Pending, PrefillSharing, chunk_end, next_up, pause_s
 from llamaslot.scheduling.server_time import ServerTime
-from llamaslot.tasks import Bell
+from llamaslot.tasks import ChangeEvent
 
 KeepTrunk = Callable[[Lease, int], Awaitable[None]]
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class _Why(enum.Enum):
 
 
 @dataclass(slots=True)
-class Prefills:
+class ChunkedPrefill:
     """The long prefills of one backend."""
 
     api: LlamaServer
@@ -72,33 +72,33 @@ class Prefills:
     _time: ServerTime = field(default_factory=ServerTime)
 
     @property
-    def _bell(self) -> Bell:
-        return self.leases.bell
+    def _changes(self) -> ChangeEvent:
+        return self.leases.changes
 
     def now(self) -> float:
         return self.leases.now()
 
     async def run(
         self, lease: Lease, stops: Sequence[int], report: Report, keep: KeepTrunk, *, may_replan: bool = False
-    ) -> Earlier | None:
+    ) -> PrefillStats | None:
         """Compute the prompt up to the last of ``stops``, by way of the others, and ``keep`` the trunks that are to
-        come from it. None when llama-server refused it: the job's own request will show why.
+        come from it. None when llama-server refused it: the request's own request will show why.
 
         With ``may_replan`` raises PlanAgain when the slot holds much less than was expected of it: its content is known
         then, and hardly anything was computed. The same when a request waits for which llama-server chooses slots.
         Raises Preempted between two stretches.
         Raises BackendDown and BackendRestarted. Cancelling is safe: the stretch is closed and its slot drains.
         """
-        recall = lease.pool.recall
-        n_window = (recall.window or 0) if recall.memory is Memory.SWA else 0
+        rewind_model = lease.pool.rewind_model
+        n_window = (rewind_model.window or 0) if rewind_model.memory is CacheKind.SWA else 0
         long = LongPrompt(
             lease, stops, report, may_replan, lease.forecast.n_likely, self.now(), no_stop_before=n_window + 1
         )
         lease.set_progress(long.at)
         if lease.is_long:
-            self._time.keep({other.job.user.id for other in self.leases.leases})
+            self._time.keep({other.request.user.id for other in self.leases.leases})
             self._longs.append(long)
-            self._bell.ring()  # its slot actions are over
+            self._changes.notify()  # its slot actions are over
         try:
             while True:
                 lease.raise_if_preempted(long.so_far)
@@ -107,7 +107,7 @@ class Prefills:
                     long.is_keeping = True
                     await keep(lease, long.at)
                     long.is_keeping = False
-                    self._bell.ring()
+                    self._changes.notify()
                 elif long.has_begun and long.at >= long.last:
                     break
                 else:
@@ -120,9 +120,9 @@ class Prefills:
             if lease.is_long:
                 self._longs.remove(long)
             lease.end_prefill()
-            self._bell.ring()
+            self._changes.notify()
             self._note(long)
-        return long.earlier
+        return long.prefill_stats
 
     # -- whose turn it is ----------------------------------------------------------------------------------------
 
@@ -133,15 +133,15 @@ class Prefills:
         while (waits := self._waits(long)) is not None:
             why, seconds = waits
             if why is not _Why.STREAMS and not long.has_begun:
-                long.report(Comment.WAITING_TO_PREFILL.format(n_tokens=lease.job.n_tokens))
+                long.report(Comment.WAITING_TO_PREFILL.format(n_tokens=lease.request.n_tokens))
             since, first = self.now(), self._first(long) if why is _Why.FIRST else []
-            await self._bell.heard(seconds)
+            await self._changes.wait(seconds)
             self._time.took(first, self.now() - since, self._users_waiting())
             lease.raise_if_preempted(long.so_far)
             long.paused_s += self.now() - since if why is _Why.STREAMS else 0.0
             lease.check_current()
             if seconds is not None and self._next() is not long:
-                self._bell.ring()  # another prefill has come ahead meanwhile, and waits to be woken
+                self._changes.notify()  # another prefill has come ahead meanwhile, and waits to be woken
         # From here to the stretch nothing awaits.
         self._current = long
         lease.take_prefill_turn()
@@ -155,7 +155,7 @@ class Prefills:
         now, sharing = self.now(), _sharing(long)
         # No longer than it takes itself, so that one of a tenth of a second is not held back for two.
         whole_s = long.seconds + self.rates.prefill.seconds(long.at, long.last)
-        held_s = max(self._stopped_at, long.came_at) + min(sharing.max_held_s, whole_s) - now
+        held_s = max(self._stopped_at, long.came_at) + min(sharing.max_yield_s, whole_s) - now
         if held_s > 0 and self._is_somebody_first(long):
             return _Why.FIRST, min(held_s, _LOOK_AGAIN_S)
         pause_s = self._stopped_at + self._pause_s - now
@@ -175,7 +175,7 @@ class Prefills:
             replace(one, left_s=one.left_s + max(owed_s) - own_s)
             for one, own_s in zip(pendings, owed_s, strict=True)
         ]
-        return longs[next_up(pendings, current, self.rates.interruption.seconds, sharing.max_passed_s)]
+        return longs[next_up(pendings, current, self.rates.interruption.seconds, sharing.starvation_s)]
 
     def _pending(self, long: LongPrompt, now: float) -> Pending:
         """What is left counts to where others go on from it, if any wait for that."""
@@ -193,15 +193,15 @@ class Prefills:
 
     def _first(self, long: LongPrompt) -> list[str]:
         """The users whose requests come first and may hold ``long`` back."""
-        may, grace_s = self._time.may_hold_back, _sharing(long).stretch_s
-        first = (lease.job.user.id for lease in self._others(long) if lease.comes_first)
+        may, grace_s = self._time.may_hold_back, _sharing(long).chunk_s
+        first = (lease.request.user.id for lease in self._others(long) if lease.is_latency_sensitive)
         return sorted({user for user in first if may(user, long.user, grace_s)})
 
     def _users_waiting(self) -> set[str]:
         """The users of long prompts, and of requests that come first."""
         leases = self.leases.leases if self._longs else ()
         return {long.user for long in self._longs} | {
-            lease.job.user.id for lease in leases if lease.comes_first
+            lease.request.user.id for lease in leases if lease.is_latency_sensitive
         }
 
     def _n_streams(self, long: LongPrompt) -> int:
@@ -210,9 +210,9 @@ class Prefills:
     def _make_room(self, long: LongPrompt) -> None:
         """Raises PlanAgain when a request for which llama-server chooses slots has waited long enough."""
         left_s = self.rates.prefill.seconds(long.at, long.last)
-        is_long_enough = long.seconds >= _SURELY_S and left_s > _sharing(long).max_held_s
-        if is_long_enough and self.leases.is_turn_waiting(long.lease):
-            raise PlanAgain(long.earlier)
+        is_long_enough = long.seconds >= _SURELY_S and left_s > _sharing(long).max_yield_s
+        if is_long_enough and self.leases.is_exclusive_waiting(long.lease):
+            raise RetryPlacement(long.prefill_stats)
 
     # -- a stretch -----------------------------------------------------------------------------------------------
 
@@ -229,10 +229,10 @@ class Prefills:
             long.since = self.now()
             lease.set_progress(long.at)
             lease.begin_prefill()
-            with self._bell.calling(self._reconsider):
+            with self._changes.subscribed(self._reconsider):
                 is_misplaced = await self._compute(long)
         except UpstreamError as error:
-            log.warning("%s: prefill in slot %s failed: %s", lease.job.id, lease.slot_name, error)
+            log.warning("%s: prefill in slot %s failed: %s", lease.request.id, lease.slot_name, error)
             is_kept = not lease.is_confirmed and await is_untouched(self.api, lease, before)
             lease.finish(before if is_kept else None)
             lease.clear_restored()
@@ -244,7 +244,7 @@ class Prefills:
                 self._ended(long, took_s)
         lease.pool.is_ready_in(lease.slot_id, self.rates.prefill.seconds(long.at, long.last), self.now())
         if is_misplaced:
-            raise PlanAgain(long.earlier)
+            raise RetryPlacement(long.prefill_stats)
         return True
 
     def _ended(self, long: LongPrompt, took_s: float) -> None:
@@ -254,19 +254,19 @@ class Prefills:
             long.counted_s += took_s
         self._stopped_at = self.now()
         self._pause_s = pause_s(took_s, self._n_streams(long), _sharing(long).decode_share)
-        self._bell.ring()
+        self._changes.notify()
 
     def _is_cut(self, long: LongPrompt) -> bool:
         """Whether the stretch is to end by itself after a while. Else it goes all the way unless it is interrupted:
         that takes up to two batches, so both must fit into the time of a stretch for a request that comes meanwhile."""
         lease = long.lease
-        if not (lease.is_long and lease.pool.recall.is_rewindable):
+        if not (lease.is_long and lease.pool.rewind_model.is_rewindable):
             return False
         if self.leases.n_waiting or self._others(long):
             return True
         n_batch, end = lease.pool.n_batch, long.target
         batches_s = 2 * self.rates.prefill.seconds(max(end - n_batch, 0), end)
-        return not n_batch or batches_s > _sharing(long).stretch_s
+        return not n_batch or batches_s > _sharing(long).chunk_s
 
     def _end_of(self, long: LongPrompt) -> int:
         """How far the stretch is sent."""
@@ -277,21 +277,23 @@ class Prefills:
             begin = max(
                 begin, long.lease.forecast.n_whole
             )  # what ends in the answer that the slot holds cuts it off
-        reached = rate.reached(begin, _sharing(long).stretch_s) if rate.known else begin + GRAIN
-        return stretch_end(begin, long.target, reached)
+        reached = rate.reached(begin, _sharing(long).chunk_s) if rate.known else begin + GRAIN
+        return chunk_end(begin, long.target, reached)
 
     async def _compute(self, long: LongPrompt) -> bool:
         """The stretch itself. What the slot holds at its end is known, however it ends. True when it has ended because
         that is much less than was expected."""
         lease = long.lease
-        tokens, before = head(lease.job.tokens, long.end), lease.content or NOTHING
+        tokens, before = head(lease.request.tokens, long.end), lease.content or NOTHING
         last: Progress | None = None
         n_found, is_over, is_misplaced = 0, False, False
         limit = asyncio.timeout(None)
         try:
             async with (
                 limit,
-                contextlib.aclosing(self.api.prefill(lease.slot_id, tokens, lease.job.space.lora)) as events,
+                contextlib.aclosing(
+                    self.api.prefill(lease.slot_id, tokens, lease.request.space.lora)
+                ) as events,
             ):
                 async for event in events:
                     if last is None:
@@ -319,7 +321,7 @@ class Prefills:
             long.n_stopped += 1
         content = prefilled(before, tokens, n_found)
         if not is_over:
-            content = await until_idle(self.api, lease, content, self.now)
+            content = await wait_until_idle(self.api, lease, content, self.now)
         elif last is not None:
             more_s = self.now() - long.since - last.seconds
             self.feedback.piece_ended(lease.pool, more_s, is_alone=not self._others(long))
@@ -334,7 +336,9 @@ class Prefills:
 
     def _progress(self, long: LongPrompt, n_found: int, event: Progress) -> Prefilling:
         n_reused = long.n_reused if long.has_begun else n_found
-        return Prefilling(event.processed, long.lease.job.n_tokens, n_reused, long.seconds + event.seconds)
+        return Prefilling(
+            event.processed, long.lease.request.n_tokens, n_reused, long.seconds + event.seconds
+        )
 
     # -- giving way ----------------------------------------------------------------------------------------------
 
@@ -352,10 +356,8 @@ class Prefills:
         is_nearly_through = self.rates.prefill.seconds(n_done, long.end) <= self.rates.interruption.seconds
         if is_nearly_through or n_done < long.no_stop_before:
             return None
-        soonest = long.since + (
-            2 * sharing.stretch_s if long.is_cut else 0.0
-        )  # one that is cut ends by itself
-        by_right = long.since + sharing.stretch_s if long.is_by_right else soonest
+        soonest = long.since + (2 * sharing.chunk_s if long.is_cut else 0.0)  # one that is cut ends by itself
+        by_right = long.since + sharing.chunk_s if long.is_by_right else soonest
         if long.lease.is_preempted:
             return max(now, soonest)
         if self._is_somebody_first(long):
@@ -363,12 +365,12 @@ class Prefills:
         if self._next() is not long or self._is_trunk_ahead(long):
             return max(now, soonest)
         if (
-            self.leases.is_turn_waiting(long.lease)
-            and self.rates.prefill.seconds(n_done, long.last) > sharing.max_held_s
+            self.leases.is_exclusive_waiting(long.lease)
+            and self.rates.prefill.seconds(n_done, long.last) > sharing.max_yield_s
         ):
             return max(long.since + max(_SURELY_S - long.seconds, 0.0), soonest)
         if self._n_streams(long) and sharing.decode_share > 0:
-            return max(long.since + sharing.stretch_s, soonest)
+            return max(long.since + sharing.chunk_s, soonest)
         return None
 
     def _is_trunk_ahead(self, long: LongPrompt) -> bool:
@@ -376,7 +378,7 @@ class Prefills:
         only be kept where it can be cut back."""
         if long.is_cut or long.target >= long.end:
             return False
-        return long.lease.n_done < long.target or long.lease.pool.recall.is_rewindable
+        return long.lease.n_done < long.target or long.lease.pool.rewind_model.is_rewindable
 
     # -- trunks --------------------------------------------------------------------------------------------------
 
@@ -384,7 +386,7 @@ class Prefills:
         """Whether others wait for what is there now. What was passed can only be kept where it can be cut back."""
         lease, pool = long.lease, long.lease.pool
         due = [at for at in pool.trunks_to_come(lease.slot_id) if at <= long.at]
-        if due and not pool.recall.is_rewindable and due[-1] < long.at:
+        if due and not pool.rewind_model.is_rewindable and due[-1] < long.at:
             pool.expect_no_trunk(lease.slot_id, long.at)
             self.leases.dispatch()
             return False
@@ -396,7 +398,7 @@ class Prefills:
         n_computed = max(long.at - long.n_reused, 0) if long.has_begun else 0
         is_done = long.has_begun and long.at >= long.last
         self.metrics.prefilled(long.n_stopped, long.waited_s, long.paused_s)
-        long.lease.note.acted(
+        long.lease.recorder.record_step(
             long.lease.slot_key,
             Act(
                 "prefill",
@@ -410,5 +412,5 @@ class Prefills:
         )
 
 
-def _sharing(long: LongPrompt) -> Sharing:
+def _sharing(long: LongPrompt) -> PrefillSharing:
     return long.lease.pool.rules.sharing

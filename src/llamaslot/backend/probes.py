@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from llamaslot.cache.ids import count, head, unpack
-from llamaslot.cache.reuse import Memory
+from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import SlotActionFailed, SnapshotInvalid, UpstreamError
 from llamaslot.llama.client import ACTION_S, LlamaServer
 from llamaslot.llama.gguf import architecture
 from llamaslot.llama.identity import N_PROBS, Identity, gguf_mark, probe_tokens, told
 from llamaslot.llama.replies import Props
 from llamaslot.scheduling.cost import Rates
-from llamaslot.store import Catalog, Draft, NotShared, QuotaExceeded, prove_shared
+from llamaslot.store import Catalog, NotShared, QuotaExceeded, Reservation, prove_shared
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Files:
     """
 
     keep_checkpoints: bool | None = None
-    memory: Memory | None = None
+    memory: CacheKind | None = None
     are_usable: bool = True
 
 
@@ -125,7 +125,7 @@ class Probes:
         except SlotActionFailed:
             self.can_erase = False
 
-    async def _room(self, size_bytes: int) -> Draft | None:
+    async def _room(self, size_bytes: int) -> Reservation | None:
         assert self.catalog is not None
         with contextlib.suppress(QuotaExceeded, SnapshotInvalid):
             return await self.catalog.reserve(size_bytes)
@@ -152,13 +152,13 @@ class Probes:
             finally:
                 await self.catalog.abandon(room)
 
-    async def memory(self, slot: int, props: Props) -> Memory:
+    async def memory(self, slot: int, props: Props) -> CacheKind:
         """How the model remembers: its GGUF says so where it can be read, and going back in the slot proves it."""
         known = await architecture(Path(props.model_path)) if props.model_path else None
         self.is_memory_sure, self.window = known is not None, known.window if known is not None else None
         window = known.window if known is not None else 0
         n_tokens = window + 256 if window else _MORE
-        memory = known.memory if known is not None else Memory.DENSE
+        memory = known.memory if known is not None else CacheKind.DENSE
         if n_tokens > min(_MAX_WINDOW, props.n_ctx // 2):
             return memory
         tokens = await self._fill(slot, n_tokens)
@@ -169,9 +169,9 @@ class Probes:
                 n_reused = event.cache
                 break
         if n_reused >= n_back - 1:
-            return Memory.DENSE  # also SWA with --swa-full
-        memory = Memory.SWA if memory is Memory.SWA else Memory.RECURRENT
-        hint = "; --swa-full mends it where memory allows" if memory is Memory.SWA else ""
+            return CacheKind.DENSE  # also SWA with --swa-full
+        memory = CacheKind.SWA if memory is CacheKind.SWA else CacheKind.RECURRENT
+        hint = "; --swa-full mends it where memory allows" if memory is CacheKind.SWA else ""
         log.info(NO_REWIND, self.api.name, memory.value, hint)
         return memory
 
@@ -205,7 +205,7 @@ class Probes:
             return Files()
         finally:
             await self.catalog.abandon(room)
-        memory = Memory.RECURRENT if is_end_enough else Memory.SWA
+        memory = CacheKind.RECURRENT if is_end_enough else CacheKind.SWA
         if not is_kept and not is_end_enough:
             return self._useless(WORTHLESS)
         if not is_kept:

@@ -11,10 +11,10 @@ from dataclasses import replace
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_content import prefilled
-from llamaslot.backend.snapshot_usage import left_behind, supersedes
-from llamaslot.cache.content import Content, Kind
+from llamaslot.backend.snapshot_usage import abandoned_by, supersedes
+from llamaslot.cache.content import Content, SnapshotKind
 from llamaslot.cache.ids import head
-from llamaslot.cache.reuse import Memory, Recall
+from llamaslot.cache.reuse import CacheKind, RewindModel
 from llamaslot.errors import LlamaslotError, OtherConversation, SlotWedged, SnapshotInvalid
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.journal import Act
@@ -77,7 +77,7 @@ class Saving:
         if lease.content.has_media:  # llama-server may write it, but what the file holds would be unknown
             lease.set_content(replace(lease.content, is_dirty=False, snapshot=None))
             return None
-        if not await self._has_gone_back(lease, lease.content, Kind.LEAF):
+        if not await self._has_gone_back(lease, lease.content, SnapshotKind.LEAF):
             lease.end_pending_save()
             self._leases.dispatch()
             return None
@@ -85,7 +85,7 @@ class Saving:
         if lease.is_own:  # else slots that are all hot would evict each other in turn, for ever
             keep = lease.pool.backing(besides=lease.slot)
         n_held = await self._n_held(lease, content)
-        snapshot = await self._write(lease, content, n_held, keep, Kind.LEAF, must_give_way)
+        snapshot = await self._write(lease, content, n_held, keep, SnapshotKind.LEAF, must_give_way)
         # From here to the end nothing awaits: leaving becomes a snapshot in one breath.
         lease.end_pending_save()
         if snapshot is not None:
@@ -98,18 +98,22 @@ class Saving:
         return snapshot
 
     async def keep(self, lease: Lease, n_tokens: int) -> bool:
-        """Write what the slot holds, the first ``n_tokens`` of its job and no more, to a trunk. False when that failed.
-        Raises SlotWedged as ``save`` does.
+        """Write what the slot holds, the first ``n_tokens`` of its request and no more, to a trunk. False when that
+        failed. Raises SlotWedged as ``save`` does.
 
         The slot goes on from there: what it holds is no more and no less unsaved than before.
         """
         content, is_kept = lease.content, False
         try:
-            if self.catalog is None or content is None or content.tokens != head(lease.job.tokens, n_tokens):
+            if (
+                self.catalog is None
+                or content is None
+                or content.tokens != head(lease.request.tokens, n_tokens)
+            ):
                 return False  # the prefill has failed
-            if not await self._has_gone_back(lease, content, Kind.TRUNK) or lease.content is None:
+            if not await self._has_gone_back(lease, content, SnapshotKind.TRUNK) or lease.content is None:
                 return False
-            snapshot = await self._write(lease, lease.content, n_tokens, _planned(lease), Kind.TRUNK)
+            snapshot = await self._write(lease, lease.content, n_tokens, _planned(lease), SnapshotKind.TRUNK)
             is_kept = snapshot is not None
             return is_kept
         finally:  # in the same breath in which it has become a snapshot
@@ -124,7 +128,7 @@ class Saving:
         content: Content,
         n_held: int,
         keep: set[str],
-        kind: Kind,
+        kind: SnapshotKind,
         must_give_way: Callable[[], bool] = never,
     ) -> WithTokens | None:
         """Make room, save, verify, commit, and offer it. None when that failed, which is said in the log.
@@ -135,12 +139,14 @@ class Saving:
         began = self.now()
         try:
             size_bytes = self.rates.size_bytes(n_held)
-            draft = await self.catalog.reserve(size_bytes, keep=keep, spare=self._leases.wanted())
+            draft = await self.catalog.reserve(
+                size_bytes, keep=keep, spare=self._leases.snapshots_in_demand()
+            )
         except (QuotaExceeded, SnapshotInvalid) as error:
             _not_saved(lease, kind, error)
             return None
         asked_at = started = self.now()
-        used_at = lease.slot.used_at if lease.slot is not None and kind is Kind.LEAF else started
+        used_at = lease.slot.used_at if lease.slot is not None and kind is SnapshotKind.LEAF else started
         idle_s = max(started - used_at, 0.0)
         fingerprint = self.fingerprint  # of the model that computed it: the rest takes a while
         try:
@@ -154,7 +160,7 @@ class Saving:
                 seconds = self.now() - started
             if result.n_tokens == 0:
                 lease.pool.lost_slots.note(self.now())
-            if kind is Kind.TRUNK and result.n_tokens != n_held:
+            if kind is SnapshotKind.TRUNK and result.n_tokens != n_held:
                 raise OtherConversation(f"{result.n_tokens} tokens were saved instead of {n_held}")
             snapshot = await self.catalog.commit(
                 draft,
@@ -162,10 +168,10 @@ class Saving:
                 n_saved=result.n_tokens,
                 n_written=result.n_bytes,
                 fingerprint=fingerprint,
-                checkpoints=lease.pool.recall.in_file(content.checkpoints),
-                source=lease.job.id,
+                checkpoints=lease.pool.rewind_model.in_file(content.checkpoints),
+                source=lease.request.id,
                 kind=kind,
-                is_pinned=kind is Kind.TRUNK and lease.job.is_prewarm,
+                is_pinned=kind is SnapshotKind.TRUNK and lease.request.is_prewarm,
                 space=content.space.text,
                 idle_s=idle_s,
             )
@@ -178,7 +184,7 @@ class Saving:
         # The server's own time: what a save waits for (the batch that runs for others) a prefill would wait for too.
         save_s, waited_s = result.seconds or seconds, started - asked_at
         self.rates.save.observe(snapshot.size_bytes, save_s)
-        if lease.plan is not None and kind is Kind.LEAF:
+        if lease.plan is not None and kind is SnapshotKind.LEAF:
             # Without what it has waited for other saves: those are few where this says that they cost much.
             self.rates.save_delay.observe(max(self.now() - began - waited_s - save_s, 0.0))
         self.rates.size.observe(result.n_tokens, snapshot.size_bytes)
@@ -187,12 +193,14 @@ class Saving:
             _step(kind), seconds, is_done=True, n_tokens=result.n_tokens, size_bytes=snapshot.size_bytes,
             snapshot=snapshot.id, waited_s=waited_s,
         )  # fmt: skip
-        lease.note.acted(lease.slot_key, act)
-        if kind is Kind.TRUNK:
-            log.info("%s: shared-prefix snapshot of %d tokens saved: %s", lease.job.id, n_held, snapshot.id)
+        lease.recorder.record_step(lease.slot_key, act)
+        if kind is SnapshotKind.TRUNK:
+            log.info(
+                "%s: shared-prefix snapshot of %d tokens saved: %s", lease.request.id, n_held, snapshot.id
+            )
         if snapshot.id in self.catalog.snapshots:
             lease.pool.add_snapshot(snapshot)
-            if kind is Kind.LEAF and (left := left_behind(lease.pool, snapshot)) is not None:
+            if kind is SnapshotKind.LEAF and (left := abandoned_by(lease.pool, snapshot)) is not None:
                 self.catalog.branched(left)
             current = self._leases.table
             if current not in (None, lease.pool) and self.fingerprint == fingerprint:
@@ -200,7 +208,7 @@ class Saving:
         return snapshot
 
     @staticmethod
-    def _must_go_back(recall: Recall, content: Content) -> bool:
+    def _must_go_back(rewind_model: RewindModel, content: Content) -> bool:
         """Whether the slot has to go back to the end of its prompt first, for its file to be of any use.
 
         Of a build that keeps no checkpoints in it, because the answer behind it comes back tokenized anew. It costs the
@@ -209,15 +217,15 @@ class Saving:
         any the file restores nothing (2,560 tokens: 0 reused; gone back by one token: 2,559).
         """
         is_near = content.n_tokens - max(content.checkpoints, default=0) <= _NEAR_TOKENS
-        if recall.is_rewound:
+        if rewind_model.is_rewound:
             return is_near and not content.is_exact
-        return recall.memory is Memory.SWA and content.is_exact and not is_near
+        return rewind_model.memory is CacheKind.SWA and content.is_exact and not is_near
 
-    async def _has_gone_back(self, lease: Lease, content: Content, kind: Kind) -> bool:
+    async def _has_gone_back(self, lease: Lease, content: Content, kind: SnapshotKind) -> bool:
         """Rewind the slot where the file would be of no use otherwise. False if that has failed: what the slot holds is
         unknown then, and it drains once it is given back, for llama-server may be at work in it. Raises SlotWedged if
         llama-server sent nothing."""
-        if self._must_go_back(lease.pool.recall, content):
+        if self._must_go_back(lease.pool.rewind_model, content):
             try:
                 await self._rewind(lease, content)
             except LlamaslotError as error:
@@ -255,9 +263,9 @@ class Saving:
         return max(content.n_tokens, *(info.n_tokens or 0 for info in infos if info.id == lease.slot_id))
 
 
-def _step(kind: Kind) -> str:
+def _step(kind: SnapshotKind) -> str:
     """What the journal calls it."""
-    return "keep" if kind is Kind.TRUNK else "save"
+    return "keep" if kind is SnapshotKind.TRUNK else "save"
 
 
 def _planned(lease: Lease) -> set[str]:
@@ -265,9 +273,11 @@ def _planned(lease: Lease) -> set[str]:
     return {lease.plan.snapshot} if lease.plan is not None and lease.plan.snapshot else set()
 
 
-def _not_saved(lease: Lease, kind: Kind, error: Exception, seconds: float = 0.0) -> None:
-    lease.note.acted(lease.slot_key, Act(_step(kind), seconds, is_done=False))
-    if kind is Kind.TRUNK:
-        log.warning("%s: shared prefix in slot %s was not saved: %s", lease.job.id, lease.slot_name, error)
+def _not_saved(lease: Lease, kind: SnapshotKind, error: Exception, seconds: float = 0.0) -> None:
+    lease.recorder.record_step(lease.slot_key, Act(_step(kind), seconds, is_done=False))
+    if kind is SnapshotKind.TRUNK:
+        log.warning(
+            "%s: shared prefix in slot %s was not saved: %s", lease.request.id, lease.slot_name, error
+        )
     else:
-        log.warning(NOT_SAVED, lease.job.id, lease.slot_name, error)
+        log.warning(NOT_SAVED, lease.request.id, lease.slot_name, error)

@@ -23,7 +23,9 @@ def prefilled(before: Content, tokens: bytes, n_reused: int) -> Content:
     return Content(tokens, True, True, checkpoints, before.snapshot, space=before.space)
 
 
-async def until_idle(api: LlamaServer, lease: Lease, content: Content, now: Callable[[], float]) -> Content:
+async def wait_until_idle(
+    api: LlamaServer, lease: Lease, content: Content, now: Callable[[], float]
+) -> Content:
     """What is there of ``content`` when the server is idle, after a connection was closed on the way.
 
     The server cannot write its event for the batch that is running, and that ends the work: to ask for ``/slots`` does
@@ -59,8 +61,8 @@ async def is_untouched(api: LlamaServer, lease: Lease, before: Content | None) -
     n_now = info.n_tokens or 0
     if before.is_exact or before.n_more:
         return n_now == before.n_held
-    n_kept = common(before.tokens, lease.job.tokens)  # of what is sure, whatever was done
-    return n_now >= before.n_tokens and (n_kept == before.n_tokens or n_now > lease.job.n_tokens)
+    n_kept = common(before.tokens, lease.request.tokens)  # of what is sure, whatever was done
+    return n_now >= before.n_tokens and (n_kept == before.n_tokens or n_now > lease.request.n_tokens)
 
 
 def is_far_off(lease: Lease, n_expected: int, n_found: int) -> bool:

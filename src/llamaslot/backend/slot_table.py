@@ -11,43 +11,43 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from llamaslot.backend.assist import LostSlots
-from llamaslot.backend.candidates import Offers
-from llamaslot.backend.pending import Leaving, Passing
+from llamaslot.backend.candidates import SnapshotCandidates
+from llamaslot.backend.pending import PendingSave, PendingSnapshots
 from llamaslot.backend.slot_worth import SlotWorth
-from llamaslot.cache.content import NOTHING, Content, Kind
+from llamaslot.cache.content import NOTHING, Content, SnapshotKind
 from llamaslot.cache.ids import common, count, head
-from llamaslot.cache.namespaces import InSpaces, Space, mark
+from llamaslot.cache.namespaces import InNamespaces, Namespace, mark
 from llamaslot.cache.prefix_index import PrefixIndex
-from llamaslot.cache.reuse import Memory, Recall, checkpoints_after
+from llamaslot.cache.reuse import CacheKind, RewindModel, checkpoints_after
 from llamaslot.cache.shared_prefix import MIN_TOKENS
 from llamaslot.scheduling.answer_length import AnswerLength
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.eviction import Standing
+from llamaslot.scheduling.eviction import SnapshotStats
 from llamaslot.scheduling.placement import (
     BackendView,
     Rules,
     SlotView,
-    is_other,
+    is_other_conversation,
     weight,
 )
-from llamaslot.scheduling.plan import Keep, Plan, Save
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.plan import Plan, Save, SaveSharedPrefix
+from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Event, Slot, SlotKey, State
 from llamaslot.store import Snapshot, WithTokens
-from llamaslot.store.model_snapshots import Library
+from llamaslot.store.model_snapshots import ModelSnapshots
 
 DRAIN_S = 0.4  # what it usually takes until the server has noticed that a client has gone
 
 
 @dataclass(slots=True)
-class Busy:
+class SlotForecast:
     """``ready_at``: when its steps are through and an answer begins, if any, of ``max_tokens`` at most if that
     is known. ``will_hold`` is computed in ``space``."""
 
     ready_at: float
     has_answer: bool
     will_hold: bytes
-    space: Space
+    space: Namespace
     max_tokens: int | None = None
     is_at_work: bool = False  # it drains, and the server was seen to work in it
 
@@ -58,7 +58,7 @@ class Busy:
         return wait_s
 
 
-class Pool:
+class SlotTable:
     """Slots and snapshots of one llama-server process. Not thread-safe: the event loop only."""
 
     is_assisted = True  # llamaslot chooses slots
@@ -66,25 +66,25 @@ class Pool:
     def __init__(self, backend: str, n_slots: int, n_ctx: int, *, rules: Rules, rates: Rates) -> None:
         self.backend, self.n_ctx, self.rules, self.rates = backend, n_ctx, rules, rates
         self.can_erase = False
-        self.recall = Recall(predictions=rates.predictions)
+        self.rewind_model = RewindModel(predictions=rates.predictions)
         self.is_memory_sure = False  # the GGUF says so too: a short probe does not leave a sliding window
         self.slots = [Slot(backend, i) for i in range(n_slots)]
         self.is_current = True
         self.lost_slots = LostSlots()
         self.n_batch = 0  # tokens of a prompt that the server computes at once, once that has been seen
         self._index: PrefixIndex[int] = PrefixIndex()
-        self._residents = InSpaces(self._index, self._space_of)
-        self.worth = SlotWorth(self.slots, rules, rates, self.recall)
-        self._passing = Passing()
-        self.offer(Library())
-        self._busy: dict[int, Busy] = {}
+        self._residents = InNamespaces(self._index, self._space_of)
+        self.worth = SlotWorth(self.slots, rules, rates, self.rewind_model)
+        self._pending = PendingSnapshots()
+        self.offer(ModelSnapshots())
+        self._busy: dict[int, SlotForecast] = {}
 
-    def offer(self, library: Library) -> None:
+    def offer(self, library: ModelSnapshots) -> None:
         """From now on the snapshots in ``library`` are found; it is shared with the pools before and after this one."""
         self._snapshots, self._snapshot_index = library.snapshots, library.in_spaces
-        self.library = library
-        self._offers = Offers(library, self._passing, self.rates, self.recall)
-        self.worth.offer(library, self._passing, self._offers)
+        self.model_snapshots = library
+        self._candidates = SnapshotCandidates(library, self._pending, self.rates, self.rewind_model)
+        self.worth.offer(library, self._pending, self._candidates)
 
     @property
     def can_save(self) -> bool:
@@ -96,12 +96,12 @@ class Pool:
         self.worth.can_save = can_save
 
     @property
-    def memory(self) -> Memory:
-        return self.recall.memory
+    def memory(self) -> CacheKind:
+        return self.rewind_model.memory
 
     @memory.setter
-    def memory(self, memory: Memory) -> None:
-        self.recall.memory = memory
+    def memory(self, memory: CacheKind) -> None:
+        self.rewind_model.memory = memory
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -111,41 +111,46 @@ class Pool:
         return self.rules.long_s(self.rates.request.seconds)
 
     def view(
-        self, job: Job, now: float, reserved: Mapping[SlotKey, float], *, is_patient: bool = True
+        self, request: Request, now: float, reserved: Mapping[SlotKey, float], *, is_patient: bool = True
     ) -> BackendView:
-        """The backend as ``job`` sees it; without patience nothing that is still to be computed. Changes nothing.
+        """The backend as ``request`` sees it; without patience nothing that is still to be computed. Changes nothing.
 
         Where there are many slots those are left out that ``place`` would not choose in any case.
         """
-        hits = self._residents.match(job.tokens, job.reads)
+        hits = self._residents.match(request.tokens, request.reads)
         shared = {hit.holder: hit.n_shared for hit in hits}
-        found = self._offers.found(job) if self.can_save else []
+        found = self._candidates.found(request) if self.can_save else []
         if not is_patient:
             found = [hit for hit in found if self.trunk_to_come(hit.holder) is None]
         residents = [
             (n, partial(self._residents.tokens, slot)) for slot, n in shared.items() if n >= MIN_TOKENS
         ]
-        branch = self._offers.branch(residents, found)
-        n_alike = max(branch, job.n_system, self._offers.trunk(found))
+        branch = self._candidates.branch(residents, found)
+        n_alike = max(branch, request.n_system, self._candidates.trunk(found))
         looked_at = self.worth.looked_at(hits, now, reserved)
-        slots = [self._slot_view(slot, shared.get(slot.id, 0), job, now) for slot in looked_at]
-        begin_so = any(hit.n_shared >= job.n_system and is_other(hit, job.n_system) for hit in hits)
+        slots = [self._slot_view(slot, shared.get(slot.id, 0), request, now) for slot in looked_at]
+        begin_so = any(
+            hit.n_shared >= request.n_system and is_other_conversation(hit, request.n_system) for hit in hits
+        )
         return BackendView(
-            slots=tuple(replace(slot, is_other=True) if is_other(slot, n_alike) else slot for slot in slots),
-            snapshots=tuple(self._offers.views(found, job.n_tokens, now)),
+            slots=tuple(
+                replace(slot, is_other_conversation=True) if is_other_conversation(slot, n_alike) else slot
+                for slot in slots
+            ),
+            snapshots=tuple(self._candidates.views(found, request.n_tokens, now)),
             prefill_s=self.rates.prefill.seconds,
             reserved=reserved,
             can_erase=self.can_erase,
-            trunks=self._offers.trunks(job, branch, is_second=begin_so) if self.can_save else (),
-            is_rewindable=self.recall.is_rewindable,
+            trunks=self._candidates.trunks(request, branch, is_second=begin_so) if self.can_save else (),
+            is_rewindable=self.rewind_model.is_rewindable,
             request_s=self.rates.request.seconds,
             shared=shared,
         )
 
-    def _slot_view(self, slot: Slot, n_shared: int, job: Job, now: float) -> SlotView:
+    def _slot_view(self, slot: Slot, n_shared: int, request: Request, now: float) -> SlotView:
         content = slot.content
         if slot.is_idle:
-            n_usable = self.recall.likely_of_slot(content, n_shared, job.n_tokens)
+            n_usable = self.rewind_model.likely_of_slot(content, n_shared, request.n_tokens)
             delay_s = self.rates.save_delay.seconds
             is_worth = self.worth.is_worth_saving(slot, delay_s)
             return SlotView(
@@ -156,14 +161,14 @@ class Pool:
                 n_usable=n_usable,
                 save_s=self.save_s(content) + delay_s if is_worth else 0.0,
                 is_worth_saving=is_worth,
-                regret_s=self.worth.regret_s(slot, is_worth) * weight(now - slot.used_at),
+                eviction_cost_s=self.worth.eviction_cost_s(slot, is_worth) * weight(now - slot.used_at),
                 used_at=slot.used_at,
-                is_foreign=not job.may_use(content),
+                is_other_namespace=not request.may_use(content),
             )
         busy = self._busy[slot.id]
         n_held = count(busy.will_hold)
         # Its own prompt's checkpoints are not there yet; what is said of a busy slot is an estimate anyway.
-        n_usable = min(n_shared, job.n_tokens - 1) if job.n_tokens else 0
+        n_usable = min(n_shared, request.n_tokens - 1) if request.n_tokens else 0
         return SlotView(
             key=slot.key,
             state=slot.state,
@@ -174,23 +179,27 @@ class Pool:
             used_at=slot.used_at,
         )
 
-    def missing_s(self, job: Job) -> float:
-        """What the job's prompt will take to compute, from wherever it shares most. An estimate."""
-        held = self._residents.match(job.tokens, job.reads, 1) if not job.is_cold else []
+    def missing_s(self, request: Request) -> float:
+        """What the request's prompt will take to compute, from wherever it shares most. An estimate."""
+        held = self._residents.match(request.tokens, request.reads, 1) if not request.no_cache else []
         n_held = held[0].n_shared if held else 0
-        n_saved = self._offers.on_disk(job.tokens, job.space) if self.can_save and not job.is_cold else 0
-        return self.rates.prefill.seconds(min(max(n_held, n_saved), job.n_tokens), job.n_tokens)
+        n_saved = (
+            self._candidates.on_disk(request.tokens, request.space)
+            if self.can_save and not request.no_cache
+            else 0
+        )
+        return self.rates.prefill.seconds(min(max(n_held, n_saved), request.n_tokens), request.n_tokens)
 
     def save_s(self, content: Content) -> float:
         return self.rates.save_s(content.n_held)
 
-    def saves_s(self, standing: Standing) -> float:
+    def saves_s(self, standing: SnapshotStats) -> float:
         """What a snapshot saves each time that it is asked for: what is computed without it, by way of what others
         hold, against its restore. 0 when it saves nothing."""
         n, n_covered, prefill_s = standing.n_tokens, 0, self.rates.prefill.seconds
         if standing.id in self._snapshots:
-            self.library.covers.memory = self.memory
-            n_covered = self.library.covers.n_tokens(standing.id)
+            self.model_snapshots.overlap.memory = self.memory
+            n_covered = self.model_snapshots.overlap.n_tokens(standing.id)
         without_s, restore_s = prefill_s(0, n), self.rates.restore.seconds
         if n_covered:
             without_s = min(
@@ -202,11 +211,11 @@ class Pool:
 
     def add_snapshot(self, snapshot: WithTokens) -> None:
         """Idempotent."""
-        self.library.add(snapshot)
+        self.model_snapshots.add(snapshot)
 
     def drop_snapshot(self, snapshot_id: str) -> None:
         """Idempotent. A slot that came from it is the only holder now: what it holds is dirty again."""
-        self.library.drop(snapshot_id)
+        self.model_snapshots.drop(snapshot_id)
         for slot in self.slots:
             if slot.content.snapshot == snapshot_id:
                 slot.content = replace(slot.content, snapshot=None, is_dirty=True)
@@ -226,28 +235,30 @@ class Pool:
     def has_snapshot(self, snapshot_id: str) -> bool:
         return snapshot_id in self._snapshots
 
-    def rivals(self, job: Job, own: int) -> list[Slot]:
-        """The slots that llama-server, which knows no spaces, may choose for ``job`` instead of its own, which has all
-        but one token of it."""
-        n = max(job.n_tokens - 1, 1)
-        return [slot for slot in self.slots if slot.id != own and self._may_hold(slot, job, n)]
+    def competing_slots(self, request: Request, own: int) -> list[Slot]:
+        """The slots that llama-server, which knows no spaces, may choose for ``request`` instead of its own, which has
+        all but one token of it."""
+        n = max(request.n_tokens - 1, 1)
+        return [slot for slot in self.slots if slot.id != own and self._may_hold(slot, request, n)]
 
-    def _may_hold(self, slot: Slot, job: Job, n: int) -> bool:
-        """Whether it has the first ``n`` tokens of ``job``, or will have, as far as known; of another space, or may."""
+    def _may_hold(self, slot: Slot, request: Request, n: int) -> bool:
+        """Whether it has the first ``n`` tokens of ``request``, or will have, as far as known; of another space, or
+        may."""
         busy = self._busy.get(slot.id)
         known = busy.will_hold if busy else slot.content.tokens
-        n_shared = common(known, job.tokens)
+        n_shared = common(known, request.tokens)
         if slot.state is State.SUSPECT or n_shared >= n:
             return True
         may_go_on = n_shared == count(known) and (busy is not None or slot.content.may_hold(n))
-        return may_go_on and self.is_foreign(slot, job)
+        return may_go_on and self.is_other_namespace(slot, request)
 
-    def is_foreign(self, slot: Slot, job: Job) -> bool:
-        """Whether ``job`` must not use what is in the slot, or will be. If nobody knows, it may where users share."""
-        return self._space_of(slot.id) not in job.reads
+    def is_other_namespace(self, slot: Slot, request: Request) -> bool:
+        """Whether ``request`` must not use what is in the slot, or will be. If nobody knows, it may where users
+        share."""
+        return self._space_of(slot.id) not in request.reads
 
-    def wanted(self, job: Job) -> str | None:
-        return self._offers.wanted(job) if self.can_save else None
+    def best_snapshot(self, request: Request) -> str | None:
+        return self._candidates.best_snapshot(request) if self.can_save else None
 
     def pinned(self) -> list[Snapshot]:
         return [snapshot for snapshot in self._snapshots.values() if snapshot.is_pinned]
@@ -262,7 +273,7 @@ class Pool:
 
     def _is_trunk(self, snapshot_id: str) -> bool:
         snapshot = self._snapshots.get(snapshot_id)
-        return snapshot is not None and snapshot.kind is Kind.TRUNK
+        return snapshot is not None and snapshot.kind is SnapshotKind.TRUNK
 
     def backing(self, besides: Slot | None) -> set[str]:
         """The snapshots of what slots hold now: when one of them goes, its slot is dirty again."""
@@ -280,9 +291,9 @@ class Pool:
     # -- leases --------------------------------------------------------------------------------------------------
 
     def take(
-        self, slot: Slot, job: Job, now: float, plan: Plan | None = None, *, has_answer: bool
-    ) -> Leaving | None:
-        """Lease ``slot`` to ``job``: from now on it counts as holding what the job will leave in it.
+        self, slot: Slot, request: Request, now: float, plan: Plan | None = None, *, has_answer: bool
+    ) -> PendingSave | None:
+        """Lease ``slot`` to ``request``: from now on it counts as holding what the request will leave in it.
 
         Content that the plan saves first becomes *leaving* in the same breath, so that its owner, asking meanwhile,
         waits for the commit instead of computing it again.
@@ -291,49 +302,49 @@ class Pool:
         steps_s = plan.cost.steps_s if plan else self.save_s(old)
         leaving = None
         if plan is not None and any(isinstance(step, Save) for step in plan.steps):
-            leaving = self._passing.add(old, now + self.save_s(old))
+            leaving = self._pending.add(old, now + self.save_s(old))
         if plan is not None:
-            self._expect_trunks(job, plan, now)
+            self._expect_trunks(request, plan, now)
         slot.become(Event.LEASE)
-        slot.leased_by = job.id
-        will_hold, space = (job.tokens, job.space) if plan is not None else (old.tokens, old.space)
-        self._busy[slot.id] = Busy(now + steps_s, has_answer, will_hold, space, job.max_tokens)
+        slot.leased_by = request.id
+        will_hold, space = (request.tokens, request.space) if plan is not None else (old.tokens, old.space)
+        self._busy[slot.id] = SlotForecast(now + steps_s, has_answer, will_hold, space, request.max_tokens)
         self._note(slot, will_hold, space)
         self.worth.lost(slot)
         return leaving
 
-    def left(self, leaving: Leaving) -> None:
+    def left(self, leaving: PendingSave) -> None:
         """The save of ``leaving`` has ended, well or not. Idempotent."""
-        self._passing.end(leaving)
+        self._pending.end(leaving)
 
-    def _expect_trunks(self, job: Job, plan: Plan, now: float) -> None:
-        """From now on others who begin like ``job`` find the trunks that it will make, and may wait for them."""
+    def _expect_trunks(self, request: Request, plan: Plan, now: float) -> None:
+        """From now on others who begin like ``request`` find the trunks that it will make, and may wait for them."""
         for step in plan.steps:
-            if isinstance(step, Keep):
+            if isinstance(step, SaveSharedPrefix):
                 due_s = self.rates.prefill.seconds(plan.n_reused, step.n_tokens)
-                self.expect_trunk(job, step.n_tokens, step.slot.id, now + due_s)
+                self.expect_trunk(request, step.n_tokens, step.slot.id, now + due_s)
 
-    def expect_trunk(self, job: Job, n_tokens: int, slot: int, due_at: float) -> None:
-        """``job``, which prefills in ``slot``, will keep a trunk of its first ``n_tokens``, at about ``due_at``."""
+    def expect_trunk(self, request: Request, n_tokens: int, slot: int, due_at: float) -> None:
+        """``request``, which prefills in ``slot``, will keep a trunk of its first ``n_tokens``, at about ``due_at``."""
         checkpoints = checkpoints_after((), 0, [n_tokens])
-        trunk = Content(head(job.tokens, n_tokens), checkpoints=checkpoints, space=job.space)
-        self._passing.add(trunk, due_at, slot)
+        trunk = Content(head(request.tokens, n_tokens), checkpoints=checkpoints, space=request.space)
+        self._pending.add(trunk, due_at, slot)
 
     def expect_no_trunk(self, slot: int, upto: int | None = None) -> bool:
         """The trunks of up to ``upto`` tokens (None: any) that were to come from ``slot`` are there, or will not come;
         whether one was expected. Idempotent."""
-        ended = [end for end in self._passing.trunks_of(slot) if upto is None or end.content.n_tokens <= upto]
+        ended = [end for end in self._pending.trunks_of(slot) if upto is None or end.content.n_tokens <= upto]
         for trunk in ended:
-            self._passing.end(trunk)
+            self._pending.end(trunk)
         return bool(ended)
 
     def trunks_to_come(self, slot: int) -> list[int]:
         """Where whoever prefills in ``slot`` is to keep a trunk, in tokens, ascending."""
-        return sorted(trunk.content.n_tokens for trunk in self._passing.trunks_of(slot))
+        return sorted(trunk.content.n_tokens for trunk in self._pending.trunks_of(slot))
 
-    def trunk_to_come(self, holder: str | None) -> Leaving | None:
+    def trunk_to_come(self, holder: str | None) -> PendingSave | None:
         """The trunk of that name, if it is still to be computed."""
-        entry = self._passing.get(holder) if holder is not None else None
+        entry = self._pending.get(holder) if holder is not None else None
         return entry if entry is not None and entry.slot is not None else None
 
     def answering(self, slot: Slot, now: float) -> None:
@@ -356,7 +367,7 @@ class Pool:
         """Whether something sent for a client that has gone may still begin in a slot."""
         return any(s.state is State.DRAINING and not self._busy[s.id].is_at_work for s in self.slots)
 
-    def expect_nothing(self, slot: Slot, space: Space) -> None:
+    def expect_nothing(self, slot: Slot, space: Namespace) -> None:
         """A leased slot will hold what nobody knows, computed in ``space``: it is no use to wait for it."""
         if (busy := self._busy.get(slot.id)) is not None:
             busy.will_hold, busy.space = b"", space
@@ -373,7 +384,7 @@ class Pool:
             content = replace(content, snapshot=None)  # a conversation of its own goes on from it
         slot.become(event, content)
         if event is Event.LEAVE:
-            self._busy[slot.id] = Busy(now, False, content.tokens, content.space)
+            self._busy[slot.id] = SlotForecast(now, False, content.tokens, content.space)
         else:
             self._busy.pop(slot.id, None)
             slot.leased_by = None
@@ -382,13 +393,13 @@ class Pool:
         if slot.is_idle:
             self.worth.holds(slot)
 
-    def _note(self, slot: Slot, tokens: bytes, space: Space) -> None:
+    def _note(self, slot: Slot, tokens: bytes, space: Namespace) -> None:
         if tokens:
             self._index.insert(slot.id, mark(space) + tokens)
         else:
             self._index.drop(slot.id)
 
-    def _space_of(self, slot: int) -> Space:
+    def _space_of(self, slot: int) -> Namespace:
         busy = self._busy.get(slot)
         return self.slots[slot].content.space if busy is None else busy.space
 
@@ -398,7 +409,7 @@ class Pool:
         """Raise AssertionError naming the invariant that does not hold."""
         self._index.check()
         self.worth.check()
-        self._passing.check()
+        self._pending.check()
         for slot in self.slots:
             is_busy = slot.id in self._busy
             assert is_busy == (not slot.is_idle), f"a slot is busy exactly while it is not idle: {slot}"
@@ -413,4 +424,4 @@ class Pool:
                 assert slot.content.snapshot in self._snapshots, f"a slot's snapshot exists: {slot}"
             is_trunk = slot.content.snapshot is not None and self._is_trunk(slot.content.snapshot)
             assert not (is_trunk and slot.content.is_dirty), f"no conversation is that of a trunk: {slot}"
-        self.library.check()
+        self.model_snapshots.check()

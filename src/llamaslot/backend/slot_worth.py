@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from llamaslot.backend.candidates import MIN_WORTH_TOKENS, N_COVERING, Offers
-from llamaslot.backend.pending import Passing
+from llamaslot.backend.candidates import MIN_WORTH_TOKENS, N_COVERING, SnapshotCandidates
+from llamaslot.backend.pending import PendingSnapshots
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import count
-from llamaslot.cache.namespaces import InSpaces, mark
+from llamaslot.cache.namespaces import InNamespaces, mark
 from llamaslot.cache.prefix_index import PrefixIndex, Shared
-from llamaslot.cache.reuse import Recall
+from llamaslot.cache.reuse import RewindModel
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules, Stranger, weight, worth_a_look
 from llamaslot.scheduling.save_policy import Unsaved, is_worth
 from llamaslot.scheduling.slots import Slot, SlotKey
-from llamaslot.store.model_snapshots import Library
+from llamaslot.store.model_snapshots import ModelSnapshots
 
 _FEW_SLOTS = 8  # are all looked at
 # What the worth of a slot follows from: what it holds, what others have of that, speeds, and whether slots are saved.
@@ -24,30 +24,30 @@ _Worn = tuple[Content, int, int, tuple[int, ...], bool]
 
 
 class _Worth(NamedTuple):
-    """``regret_s`` for a slot that was used just now."""
+    """``eviction_cost_s`` for a slot that was used just now."""
 
     n_tokens: int
     is_worth_saving: bool
     save_s: float
-    regret_s: float
+    eviction_cost_s: float
 
 
 class SlotWorth:
     """The idle slots of one pool. ``can_save``: slots are saved and restored."""
 
-    def __init__(self, slots: list[Slot], rules: Rules, rates: Rates, recall: Recall) -> None:
-        self.slots, self.rules, self.rates, self.recall = slots, rules, rates, recall
+    def __init__(self, slots: list[Slot], rules: Rules, rates: Rates, rewind_model: RewindModel) -> None:
+        self.slots, self.rules, self.rates, self.rewind_model = slots, rules, rates, rewind_model
         self.can_save = False
         self._index: PrefixIndex[int] = (
             PrefixIndex()
         )  # by what they hold; those that are at work are not in it
-        self._idle = InSpaces(self._index, lambda slot: slots[slot].content.space)
+        self._idle = InNamespaces(self._index, lambda slot: slots[slot].content.space)
         self._on_disk: dict[int, tuple[Content, tuple[int, int], int]] = {}
         self._worths: dict[int, tuple[_Worn, _Worth]] = {}
 
-    def offer(self, library: Library, pending: Passing, offers: Offers) -> None:
+    def offer(self, library: ModelSnapshots, pending: PendingSnapshots, offers: SnapshotCandidates) -> None:
         """From now on the snapshots in ``library`` are found."""
-        self.library, self._pending, self._offers = library, pending, offers
+        self.model_snapshots, self._pending, self._candidates = library, pending, offers
         self._on_disk.clear()
 
     def holds(self, slot: Slot) -> None:
@@ -69,7 +69,7 @@ class SlotWorth:
     ) -> Collection[Slot]:
         """All slots, or of many those that come into question: where the prompt may go on, and of the others the least
         loss."""
-        if len(self.slots) <= _FEW_SLOTS or not self.recall.is_rewindable:
+        if len(self.slots) <= _FEW_SLOTS or not self.rewind_model.is_rewindable:
             return self.slots
         shared = {hit.holder: hit.n_shared for hit in hits}
         near = {hit.holder for hit in hits if hit.n_shared >= self._similar(hit.n_tokens)}
@@ -79,8 +79,8 @@ class SlotWorth:
         for slot in self.slots:
             if slot.is_idle and slot.id not in near and not (reserved and slot.key in reserved):
                 worth = self._worth(slot, about)
-                loss_s = worth.save_s + worth.regret_s * weight(now - slot.used_at)
-                is_loss = worth.regret_s > 0 and worth.n_tokens >= small
+                loss_s = worth.save_s + worth.eviction_cost_s * weight(now - slot.used_at)
+                is_loss = worth.eviction_cost_s > 0 and worth.n_tokens >= small
                 n_shared = shared.get(slot.id, 0)
                 strangers.append(Stranger(slot.id, loss_s, slot.used_at, n_shared, is_loss))
         return [self.slots[slot] for slot in sorted(near | worth_a_look(strangers))]
@@ -100,7 +100,7 @@ class SlotWorth:
         delay_s = self.rates.save_delay.seconds
         is_worth = self.is_worth_saving(slot, delay_s)
         save_s = self.rates.save_s(content.n_held) + delay_s if is_worth else 0.0
-        worth = _Worth(content.n_tokens, is_worth, save_s, self.regret_s(slot, is_worth))
+        worth = _Worth(content.n_tokens, is_worth, save_s, self.eviction_cost_s(slot, is_worth))
         self._worths[slot.id] = worn, worth
         return worth
 
@@ -108,7 +108,7 @@ class SlotWorth:
         """How much of what the slot holds can be had elsewhere: from another idle slot, or from a snapshot."""
         tokens, space = slot.content.tokens, slot.content.space
         on_disk = self.on_disk(slot) if self.can_save else 0
-        if self.recall.is_rewindable:
+        if self.rewind_model.is_rewindable:
             if slot.id in self._index:
                 n_covered = self._index.shared_with_others(slot.id) - count(mark(space))
             else:
@@ -116,16 +116,23 @@ class SlotWorth:
             return max(n_covered, on_disk)
         hits = [hit for hit in self._idle.match(tokens, (space,), N_COVERING) if hit.holder != slot.id]
         n_prompt = slot.content.n_tokens + 1
-        found = (self.recall.of_slot(self.slots[hit.holder].content, hit.n_shared, n_prompt) for hit in hits)
+        found = (
+            self.rewind_model.of_slot(self.slots[hit.holder].content, hit.n_shared, n_prompt) for hit in hits
+        )
         return max([on_disk, *found])
 
     def on_disk(self, slot: Slot) -> int:
         """How much of what the slot holds need not be computed again, thanks to a snapshot."""
-        content, n_changes = slot.content, (self.library.n_changes, self._pending.n_changes)
+        content, n_changes = slot.content, (self.model_snapshots.n_changes, self._pending.n_changes)
         known = self._on_disk.get(slot.id)
-        if known is not None and known[0] is content and known[1] == n_changes and self.recall.is_rewindable:
+        if (
+            known is not None
+            and known[0] is content
+            and known[1] == n_changes
+            and self.rewind_model.is_rewindable
+        ):
             return known[2]
-        n_tokens = self._offers.on_disk(content.tokens, content.space)
+        n_tokens = self._candidates.on_disk(content.tokens, content.space)
         self._on_disk[slot.id] = content, n_changes, n_tokens
         return n_tokens
 
@@ -136,11 +143,11 @@ class SlotWorth:
         if not (self.can_save and content.is_dirty) or content.n_tokens < MIN_WORTH_TOKENS:
             return False
         n_covered = self.on_disk(slot)
-        n_saved = content.n_tokens if self.recall.is_rewound else content.n_held
+        n_saved = content.n_tokens if self.rewind_model.is_rewound else content.n_held
         lacking_s = self.rates.prefill.seconds(n_covered, n_saved)
         return is_worth(Unsaved(lacking_s, self.rates.save_s(n_saved) + delay_s))
 
-    def regret_s(self, slot: Slot, is_saved: bool) -> float:
+    def eviction_cost_s(self, slot: Slot, is_saved: bool) -> float:
         """What the owner of the slot's content pays when he comes back and finds it gone, in seconds."""
         n = slot.content.n_tokens
         if n == 0:

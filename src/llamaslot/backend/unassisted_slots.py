@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llamaslot.backend.slot_table import Pool
+from llamaslot.backend.slot_table import SlotTable
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.slots import Slot
@@ -10,7 +10,7 @@ from llamaslot.scheduling.slots import Slot
 _UNBOUNDED = 1 << 20
 
 
-class UnassistedPool(Pool):
+class UnassistedSlots(SlotTable):
     """A slot of this pool is the right to send one request. It says nothing about what the slot of that number does in
     llama-server. ``n_slots`` None: llama-server does not tell how many it has, and no request waits."""
 

@@ -7,12 +7,12 @@ import itertools
 import logging
 from collections.abc import Callable
 
-from llamaslot.backend.executor import Steps
+from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.save import NOT_SAVED, never
 from llamaslot.errors import LlamaslotError
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Slot, State
 from llamaslot.store import Snapshot
 
@@ -24,8 +24,8 @@ _LOOK_EVERY_S = 0.5
 class Writeback:
     """One task per backend. It leases a slot only while no client wants anything, for as long as its save takes."""
 
-    def __init__(self, leases: Leases, steps: Steps, idle_save_s: float) -> None:
-        self._leases, self._steps, self._idle_save_s = leases, steps, idle_save_s
+    def __init__(self, leases: Leases, executor: PlanExecutor, idle_save_s: float) -> None:
+        self._leases, self._executor, self._idle_save_s = leases, executor, idle_save_s
         self._serial = itertools.count(1)
         # What could not be saved is not tried again until it has changed.
         self._failed: dict[Slot, bytes] = {}
@@ -50,8 +50,8 @@ class Writeback:
         return n_saved
 
     def _lease(self, slot: Slot) -> Lease | None:
-        job = Job(f"writeback-{next(self._serial)}", slot.content.tokens)
-        return self._leases.try_lease(slot, job)
+        request = Request(f"writeback-{next(self._serial)}", slot.content.tokens)
+        return self._leases.try_lease(slot, request)
 
     async def _save(self, lease: Lease, must_give_way: Callable[[], bool] = never) -> Snapshot | None:
         """None when it failed: then not again until the slot holds something else."""
@@ -59,9 +59,9 @@ class Writeback:
         with lease:
             slot, before = lease.slot, lease.slot.content.tokens
             try:
-                snapshot = await self._steps.save_now(lease, must_give_way)
+                snapshot = await self._executor.save_now(lease, must_give_way)
             except LlamaslotError as error:
-                log.warning(NOT_SAVED, lease.job.id, slot.name, error)
+                log.warning(NOT_SAVED, lease.request.id, slot.name, error)
                 snapshot = None
             gave_way = snapshot is None and must_give_way()
         if snapshot is None and not gave_way:

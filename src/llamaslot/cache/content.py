@@ -6,10 +6,10 @@ import enum
 from dataclasses import dataclass, replace
 
 from llamaslot.cache.ids import count, head
-from llamaslot.cache.namespaces import SHARED, Space
+from llamaslot.cache.namespaces import SHARED, Namespace
 
 
-class Kind(enum.StrEnum):
+class SnapshotKind(enum.StrEnum):
     """Why a snapshot is saved."""
 
     LEAF = "leaf"  # a conversation, as far as it has gone
@@ -34,7 +34,7 @@ class Content:
     checkpoints: tuple[int, ...] = ()
     snapshot: str | None = None
     n_more: int = 0
-    space: Space = SHARED
+    space: Namespace = SHARED
     has_media: bool = False
 
     @property

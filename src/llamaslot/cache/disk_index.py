@@ -90,7 +90,7 @@ def _key(hashed: xxh3_64, text: str) -> bytes:
     return hashed.digest().replace(b"\0", b"\1") + _utf8(text)
 
 
-class Frozen:
+class DiskIndex:
     """One generation, less the holders dropped since it was made. Not thread-safe: it belongs to the event loop.
 
     ``trie`` and ``columns`` are only read; drops are kept in memory only.
@@ -315,7 +315,7 @@ class Frozen:
             assert point == columns.end[self._entries[holder]], f"a sequence ends at its point: {holder}"
 
 
-def freeze(index: PrefixIndex[str]) -> Frozen:
+def freeze(index: PrefixIndex[str]) -> DiskIndex:
     """Make a generation of all sequences in ``index``. Holds the GIL throughout: do not run it in the event loop's
     process.
 
@@ -368,4 +368,6 @@ def freeze(index: PrefixIndex[str]) -> Frozen:
         by_id_point[id_] = point_of[made]
         by_id_before[id_] = ids[before[made]] if before[made] >= 0 else -1
     key_of = array("i", (ids[made] if made >= 0 else -1 for made in key_of))
-    return Frozen(trie, Columns(by_id_point, by_id_before, n_tokens, above, first, past, key_of, end), names)
+    return DiskIndex(
+        trie, Columns(by_id_point, by_id_before, n_tokens, above, first, past, key_of, end), names
+    )

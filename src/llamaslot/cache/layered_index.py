@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from itertools import chain, islice
 from typing import NamedTuple, Protocol
 
-from llamaslot.cache.disk_index import Frozen
+from llamaslot.cache.disk_index import DiskIndex
 from llamaslot.cache.ids import WIDTH
 from llamaslot.cache.prefix_index import PrefixIndex, Shared
 
@@ -157,10 +157,10 @@ class Joined(Layered):
         return [layer for layer in self.layers if len(layer)] or [self.layers[0]]
 
 
-class SnapshotIndex(Layered):
+class LayeredIndex(Layered):
     """Snapshot ids by their tokens. Not thread-safe: it belongs to the event loop."""
 
-    def __init__(self, base: Frozen | None = None) -> None:
+    def __init__(self, base: DiskIndex | None = None) -> None:
         self.base = base
         self._overlay: PrefixIndex[str] = PrefixIndex()
         self._sealed: Sealed | None = None
@@ -214,7 +214,7 @@ class SnapshotIndex(Layered):
         self._sealed, self._overlay = Sealed(self._overlay), PrefixIndex()
         return Sowing(self._sealed.index, tuple(self.base.gone) if self.base is not None else ())
 
-    def adopt(self, base: Frozen) -> None:
+    def adopt(self, base: DiskIndex) -> None:
         """Use ``base``, made from the result of ``seal``. Sequences that it could not store stay in the overlay."""
         assert self._sealed is not None, "a generation was begun"
         stay: list[tuple[str, bytes]] = []

@@ -21,7 +21,7 @@ _N_MARK = 4  # ids of 15 bits each: a hash of 60 bits distinguishes namespaces
 _FIRST_ID = 0x100000  # above the ids of any vocabulary; disk index ids end at 0x10FFFF
 
 
-class Space(NamedTuple):
+class Namespace(NamedTuple):
     """``user``: the owner, "" where users share everything. ``lora``: the LoRA scales set by the request, as
     llama-server writes them (JSON); "" for the scales of the server's command line.
     """
@@ -35,18 +35,18 @@ class Space(NamedTuple):
         return f"{self.user}\n{self.lora}" if self.lora else self.user
 
     @classmethod
-    def of_text(cls, text: str) -> Space:
+    def of_text(cls, text: str) -> Namespace:
         user, _, lora = text.partition("\n")
         return cls(user, lora)
 
 
-SHARED = Space()
+SHARED = Namespace()
 #: Content prewarmed by the operator, where users are isolated: every user may resume from it, no user may add to it.
-PUBLIC = Space("public")
+PUBLIC = Namespace("public")
 
 
 @functools.lru_cache(maxsize=1024)
-def mark(space: Space) -> bytes:
+def mark(space: Namespace) -> bytes:
     """The ids in front of each sequence of ``space`` in an index."""
     if space == SHARED:
         return b""
@@ -55,7 +55,7 @@ def mark(space: Space) -> bytes:
 
 
 class Index(Protocol[H]):
-    """The interface of an index; ``PrefixIndex``, ``SnapshotIndex`` and ``Joined`` have it."""
+    """The interface of an index; ``PrefixIndex``, ``LayeredIndex`` and ``Joined`` have it."""
 
     def tokens(self, holder: H) -> bytes: ...
     def match(self, query: bytes, limit: int | None = None) -> list[Shared[H]]: ...
@@ -63,12 +63,12 @@ class Index(Protocol[H]):
     def longest_full_prefix(self, query: bytes, exclude: Collection[H] = ()) -> Shared[H] | None: ...
 
 
-class InSpaces(Generic[H]):
+class InNamespaces(Generic[H]):
     """A view of an index, restricted to namespaces. Sequences in ``index`` must stand behind the marks of their
     namespaces.
     """
 
-    def __init__(self, index: Index[H], space_of: Callable[[H], Space]) -> None:
+    def __init__(self, index: Index[H], space_of: Callable[[H], Namespace]) -> None:
         """``space_of`` raises KeyError for an unknown holder."""
         self.index, self._space_of = index, space_of
 
@@ -76,7 +76,7 @@ class InSpaces(Generic[H]):
         """Raises KeyError for an unknown holder."""
         return self.index.tokens(holder)[len(mark(self._space_of(holder))) :]
 
-    def match(self, query: bytes, spaces: Collection[Space], limit: int | None = None) -> list[Shared[H]]:
+    def match(self, query: bytes, spaces: Collection[Namespace], limit: int | None = None) -> list[Shared[H]]:
         """As ``PrefixIndex.match``, in any of ``spaces``."""
         if not query:
             return []
@@ -85,7 +85,7 @@ class InSpaces(Generic[H]):
             return found[0]
         return sorted((hit for hits in found for hit in hits), key=_order)[:limit]
 
-    def _match(self, query: bytes, space: Space, limit: int | None) -> list[Shared[H]]:
+    def _match(self, query: bytes, space: Namespace, limit: int | None) -> list[Shared[H]]:
         if not (marked := mark(space)):
             return self.index.match(query, limit)
         return list(islice(self._hits(marked, query), limit))
@@ -97,13 +97,13 @@ class InSpaces(Generic[H]):
                 return  # another namespace, whose mark has the same first ids
             yield Shared(hit.holder, hit.n_shared - n, hit.n_tokens - n)
 
-    def cover(self, tokens: bytes, space: Space, exclude: Collection[H] = ()) -> int:
+    def cover(self, tokens: bytes, space: Namespace, exclude: Collection[H] = ()) -> int:
         """As ``PrefixIndex.cover``."""
         hits = self._hits(mark(space), tokens) if tokens else iter(())
         return next((hit.n_shared for hit in hits if hit.holder not in exclude), 0)
 
     def longest_full_prefix(
-        self, query: bytes, spaces: Collection[Space], exclude: Collection[H] = ()
+        self, query: bytes, spaces: Collection[Namespace], exclude: Collection[H] = ()
     ) -> Shared[H] | None:
         """As ``PrefixIndex.longest_full_prefix``, in any of ``spaces``."""
         best: Shared[H] | None = None

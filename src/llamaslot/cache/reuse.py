@@ -22,7 +22,7 @@ _SWA_BACK = 1
 _MOST_WINDOW = 8192  # no known model has a longer one
 
 
-class Memory(enum.Enum):
+class CacheKind(enum.Enum):
     """Where a model can rewind to.
 
     DENSE: any token. RECURRENT: only the exact end of what it holds, or a checkpoint. SWA (sliding window): a
@@ -35,7 +35,7 @@ class Memory(enum.Enum):
 
 
 def usable(
-    memory: Memory,
+    memory: CacheKind,
     n_shared: int,
     n_held: int | None,
     checkpoints: Iterable[int],
@@ -49,10 +49,10 @@ def usable(
     limit = min(n_shared, n_prompt - 1)
     if limit <= 0:
         return 0
-    if memory is Memory.DENSE:
+    if memory is CacheKind.DENSE:
         return limit
     # The exact end is not reliable: tokens that the window needs may be gone.
-    if memory is Memory.SWA:
+    if memory is CacheKind.SWA:
         return max((at - _SWA_BACK for at in checkpoints if _SWA_BACK < at <= limit), default=0)
     if n_held is not None and n_held <= limit:
         return n_held
@@ -93,18 +93,18 @@ class Predictions:
     SURE = 8  # unchanged answers in a row, after which another one is expected
 
     def __init__(self) -> None:
-        self._short: dict[tuple[Memory, str], deque[int]] = {}
-        self._back: dict[tuple[Memory, str], int] = {}
+        self._short: dict[tuple[CacheKind, str], deque[int]] = {}
+        self._back: dict[tuple[CacheKind, str], int] = {}
         self._n_whole = self.SURE  # answers in a row that came back unchanged
         # The share of each of the last answers that came back.
         self._returned: deque[float] = deque(maxlen=self.KEPT)
-        self.tallies: dict[tuple[Memory, str], Tally] = {}
+        self.tallies: dict[tuple[CacheKind, str], Tally] = {}
 
-    def correct(self, memory: Memory, source: str, n_usable: int) -> int:
+    def correct(self, memory: CacheKind, source: str, n_usable: int) -> int:
         """``n_usable`` from ``usable``, less the usual shortfall of this build."""
         return max(n_usable - self._back.get((memory, source), 0), 0)
 
-    def observe(self, memory: Memory, source: str, n_usable: int, n_reused: int) -> None:
+    def observe(self, memory: CacheKind, source: str, n_usable: int, n_reused: int) -> None:
         """Record that ``n_reused`` of ``n_usable`` (uncorrected) tokens were reused."""
         if n_usable <= 0:
             return
@@ -165,8 +165,8 @@ class Predictions:
         return predictions
 
 
-def _samples(data: object) -> Iterator[tuple[Memory, str, int]]:
-    known = {memory.value: memory for memory in Memory}
+def _samples(data: object) -> Iterator[tuple[CacheKind, str, int]]:
+    known = {memory.value: memory for memory in CacheKind}
     for key, last in data.items() if isinstance(data, Mapping) else ():
         memory, _, source = str(key).partition(" ")
         for short in last if isinstance(last, list) and memory in known else ():
@@ -200,27 +200,27 @@ RESIDENT, SNAPSHOT, TRUNK = "resident", "snapshot", "trunk"  # sources whose pre
 
 
 @dataclass(slots=True)
-class Recall:
+class RewindModel:
     """What is known of one server and its model: where it can rewind, and what a slot file preserves.
 
     ``keeps_checkpoints``: slot files contain the checkpoints of their slots; None: unknown, assumed true.
     """
 
-    memory: Memory = Memory.DENSE
+    memory: CacheKind = CacheKind.DENSE
     window: int | None = None  # tokens of a sliding window; None if no model file tells
     keeps_checkpoints: bool | None = None
     predictions: Predictions = field(default_factory=Predictions)
 
     @property
     def is_rewindable(self) -> bool:
-        return self.memory is Memory.DENSE
+        return self.memory is CacheKind.DENSE
 
     @property
     def is_rewound(self) -> bool:
         """Whether a slot is rewound to the end of its prompt before it is saved. If slot files have no checkpoints, a
         file must end exactly where the next turn still agrees with it.
         """
-        return self.memory is Memory.RECURRENT and self.keeps_checkpoints is False
+        return self.memory is CacheKind.RECURRENT and self.keeps_checkpoints is False
 
     def in_file(self, checkpoints: tuple[int, ...]) -> tuple[int, ...]:
         """Those of a slot's checkpoints that its file contains."""
@@ -244,7 +244,7 @@ class Recall:
         # This holds for a sliding window too, while the slot contains more than the window (measured: 2,560 of 6,000,
         # window 512).
         window = _MOST_WINDOW if self.window is None else self.window
-        least = window if self.memory is Memory.SWA else 0
+        least = window if self.memory is CacheKind.SWA else 0
         if n_held is not None and least < n_held <= n_shared and n_held < n_prompt:
             return n_held
         return self.usable(RESIDENT, n_shared, n_held, content.checkpoints, n_prompt)

@@ -12,9 +12,9 @@ import orjson
 from llamaslot.config.load import Config
 from llamaslot.llama.identity import Identity
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.eviction import ByValue, Returns, Standing
+from llamaslot.scheduling.eviction import ByValue, HitRateModel, SnapshotStats
 from llamaslot.store.directory import DirectoryUnusable
-from llamaslot.store.entries import Shelf
+from llamaslot.store.entries import SnapshotTable
 from llamaslot.store.inventory import Item
 from llamaslot.store.quota import Limits
 from llamaslot.store.sidecar import Snapshot, readable
@@ -42,7 +42,7 @@ class Shop:
     now: float
     model: Identity | None
     rates: Rates
-    returns: Returns
+    returns: HitRateModel
 
     @classmethod
     def of(cls, config: Config, now: float) -> Shop:
@@ -51,7 +51,7 @@ class Shop:
         if backend.slot_save_path is None:
             raise DirectoryUnusable("backends[0].slot_save_path is not set: nothing is kept on disk")
         rates = Rates.from_json(_read(store.meta_dir / f"{backend.name}.rates.json"))
-        returns = Returns.from_json(_read(store.meta_dir / f"{backend.name}.returns.json"))
+        returns = HitRateModel.from_json(_read(store.meta_dir / f"{backend.name}.returns.json"))
         limits = Limits(store.quota, store.max_files, store.min_free)
         return cls(backend.slot_save_path, limits, now, Identity.from_text(rates.model), rates, returns)
 
@@ -62,7 +62,7 @@ class Shop:
         other = Identity.from_text(item.noted.fingerprint)
         return other is not None and self.model.is_same(other)
 
-    def saves_s(self, standing: Standing) -> float:
+    def saves_s(self, standing: SnapshotStats) -> float:
         """What it saves each time, without a look at what others hold."""
         return self.rates.prefill.seconds(0, standing.n_tokens) - self.rates.restore.seconds(
             standing.size_bytes
@@ -73,7 +73,7 @@ def too_much(shop: Shop, items: list[Item]) -> list[Doomed]:
     """Those worth least, as far as there is more than the configuration allows: bytes, files, or too little free."""
     order = ByValue(shop.returns)
     order.saves_s = shop.saves_s
-    shelf = Shelf(order)
+    shelf = SnapshotTable(order)
     shelf.fingerprint = _OURS if shop.model is not None else None
     for item in items:
         noted = item.noted

@@ -25,7 +25,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from llamaslot.config.faults import fault_lines
 from llamaslot.config.values import Count, Section
 from llamaslot.errors import ConfigError
-from llamaslot.file_id import Mark
+from llamaslot.file_id import FileId
 from llamaslot.scheduling.request import User
 
 PREFIX = "sk-llamaslot-"
@@ -77,7 +77,7 @@ def digest_of(key: str) -> str:
     return "sha256:" + hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def read_keys(path: Path) -> tuple[tuple[Key, ...], Mark]:
+def read_keys(path: Path) -> tuple[tuple[Key, ...], FileId]:
     """The entries, and the mark of the very file that they are from. Raises ConfigError with all its faults."""
     try:
         raw, mark = _read(path)
@@ -92,7 +92,7 @@ def read_keys(path: Path) -> tuple[tuple[Key, ...], Mark]:
     return _parsed(path, raw), mark
 
 
-def _read(path: Path) -> tuple[bytes, Mark]:
+def _read(path: Path) -> tuple[bytes, FileId]:
     # A pipe must not be waited for: O_NONBLOCK, which files ignore.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())
@@ -102,7 +102,7 @@ def _read(path: Path) -> tuple[bytes, Mark]:
             raise ConfigError(str(path), [f"every user may write to it, and so add keys: chmod 600 {path}"])
         if status.st_size > _MAX_BYTES:
             raise ConfigError(str(path), [f"is not a file of keys: it has {status.st_size:,} bytes"])
-        return file.read(_MAX_BYTES), Mark.of(status)
+        return file.read(_MAX_BYTES), FileId.of(status)
 
 
 def _parsed(path: Path, raw: bytes) -> tuple[Key, ...]:

@@ -153,11 +153,11 @@ class CacheConfig(Section):
 
 
 class PrefillConfig(Section):
-    own_above_s: Seconds | None = None
+    chunk_threshold_s: Seconds | None = None
     decode_share: Annotated[float, BeforeValidator(number), Field(ge=0, le=0.9)] = 0.1
-    stretch_s: Annotated[Seconds, Field(gt=0)] = 0.5
-    max_held_s: Seconds = 2.0
-    max_passed_s: Seconds = 120.0
+    chunk_s: Annotated[Seconds, Field(gt=0)] = 0.5
+    max_yield_s: Seconds = 2.0
+    starvation_s: Seconds = 120.0
 
 
 class QueueConfig(Section):
@@ -165,8 +165,8 @@ class QueueConfig(Section):
     max_wait_s: Annotated[Seconds, Field(gt=0)] | None = 600.0
     user_max_waiting: Annotated[Count, Field(gt=0)] | None = None
     user_max_running: Annotated[Count, Field(gt=0)] | None = None
-    side_max_passed_s: Seconds = 10.0
-    spare_s: Seconds = 10.0
+    small_request_max_overtake_s: Seconds = 10.0
+    return_grace_s: Seconds = 10.0
 
 
 class TimeoutsConfig(Section):

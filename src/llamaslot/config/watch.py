@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from llamaslot.file_id import Mark
+from llamaslot.file_id import FileId
 
 CHECK_S = 1.0
 
@@ -14,7 +14,7 @@ class Watch:
     """Tells whether any of a few files has changed; looks when asked, once a second at most. Follows links."""
 
     def __init__(
-        self, *paths: Path, clock: Callable[[], float], known: tuple[Mark | None, ...] | None = None
+        self, *paths: Path, clock: Callable[[], float], known: tuple[FileId | None, ...] | None = None
     ) -> None:
         """``known``: the marks of what was read already; else what is there now counts as that."""
         self._paths, self._clock = paths, clock
@@ -29,13 +29,13 @@ class Watch:
         before, self.known = self.known, self._look()
         return self.known != before
 
-    def _look(self) -> tuple[Mark | None, ...]:
-        return tuple(_mark_of(path) for path in self._paths)
+    def _look(self) -> tuple[FileId | None, ...]:
+        return tuple(_file_id(path) for path in self._paths)
 
 
-def _mark_of(path: Path) -> Mark | None:
+def _file_id(path: Path) -> FileId | None:
     """None where it cannot be looked at."""
     try:
-        return Mark.of(path.stat())
+        return FileId.of(path.stat())
     except OSError:
         return None

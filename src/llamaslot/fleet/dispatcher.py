@@ -15,17 +15,17 @@ from dataclasses import dataclass, field
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import Preempted
 from llamaslot.backend.leases import Leases
-from llamaslot.backend.slot_table import Pool
-from llamaslot.backend.unassisted_slots import UnassistedPool
+from llamaslot.backend.slot_table import SlotTable
+from llamaslot.backend.unassisted_slots import UnassistedSlots
 from llamaslot.errors import BackendDown, QueueFull
 from llamaslot.fleet.preemption import choose
-from llamaslot.fleet.prefix_sharing import Patience, ask_for_trunk, prefix_due_s
+from llamaslot.fleet.prefix_sharing import PrefixWait, ask_for_trunk, prefix_due_s
 from llamaslot.fleet.queue import Queue, QueueLimits, Waiting, answer_s, estimate
-from llamaslot.observe.journal import Journal, Note
+from llamaslot.observe.journal import DecisionRecorder, Journal
 from llamaslot.scheduling.fairness import Charge
 from llamaslot.scheduling.placement import Rules, is_long, place
 from llamaslot.scheduling.plan import Place, Plan, Source, Wait
-from llamaslot.scheduling.request import Job, Placement
+from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.slots import SlotKey
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class _Look:
             self.again_s.append(max(look_in_s, 0.0))
 
 
-class Scheduler:
+class Dispatcher:
     """Gives the slots of a pool's backends away, to users in turn."""
 
     def __init__(self, rules: Rules, limits: QueueLimits, now: Callable[[], float]) -> None:
@@ -74,7 +74,7 @@ class Scheduler:
     # -- questions -----------------------------------------------------------------------------------------------
 
     @property
-    def tables(self) -> list[Pool]:
+    def tables(self) -> list[SlotTable]:
         """The slots of the backends that are up."""
         return _tables(self.backends.values())
 
@@ -87,23 +87,23 @@ class Scheduler:
     def n_waiting(self) -> int:
         return len(self.queue)
 
-    def position(self, job: Job) -> int:
-        """1 for the job that is next; 0 for one that waits no longer."""
-        return next((i for i, waiting in enumerate(self.queue.ordered(), 1) if waiting.job is job), 0)
+    def position(self, request: Request) -> int:
+        """1 for the request that is next; 0 for one that waits no longer."""
+        return next((i for i, waiting in enumerate(self.queue.ordered(), 1) if waiting.request is request), 0)
 
     @property
     def idle_s(self) -> float:
         """For how many seconds no client has wanted anything."""
         return min((leases.idle_s for leases in self.backends.values()), default=0.0)
 
-    def note(self, job: Job) -> Note:
-        """A place in the journal for what becomes of ``job``."""
-        return Note(self.journal, job, self.now)
+    def recorder(self, request: Request) -> DecisionRecorder:
+        """A place in the journal for what becomes of ``request``."""
+        return DecisionRecorder(self.journal, request, self.now)
 
-    def is_wanted_besides(self, job: Job) -> bool:
-        """Whether anybody but ``job`` wants something now."""
-        leased = (lease.job for lease in self.leases if not lease.is_own)
-        return any(other is not job for other in (*leased, *(waiting.job for waiting in self.queue)))
+    def is_wanted_besides(self, request: Request) -> bool:
+        """Whether anybody but ``request`` wants something now."""
+        leased = (lease.request for lease in self.leases if not lease.is_own)
+        return any(other is not request for other in (*leased, *(waiting.request for waiting in self.queue)))
 
     # -- the backends --------------------------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ class Scheduler:
         self.backends[backend] = Leases(backend, self, self.now)
         return self.backends[backend]
 
-    def attach(self, table: Pool) -> None:
+    def attach(self, table: SlotTable) -> None:
         """The backend that ``table`` names is up, with these slots."""
         self._down.pop(table.backend, None)
         self.backends[table.backend].attach(table)
@@ -132,19 +132,21 @@ class Scheduler:
 
     # -- leasing -------------------------------------------------------------------------------------------------
 
-    async def lease(self, job: Job, *, is_back: bool = False, preempted: Preempted | None = None) -> Lease:
+    async def lease(
+        self, request: Request, *, is_back: bool = False, preempted: Preempted | None = None
+    ) -> Lease:
         """Wait for a slot. Raises QueueFull and TooManyRequests (limits in number and time) and BackendDown.
         ``is_back``: it had one before, and is the first in the queue. ``preempted``: it gave one up for another user,
         and is the first of its own.
 
-        Cancelling is safe: the job leaves the queue, no slot is held.
+        Cancelling is safe: the request leaves the queue, no slot is held.
         """
         if self._down and len(self._down) == len(self.backends):
             error = next(iter(self._down.values()))
             raise type(error)(str(error))  # a new one: each raise adds its frames to an exception
         granted = asyncio.get_running_loop().create_future()
-        cost_s, is_side = estimate(self.tables, job, self.rules)
-        waiting = Waiting(job, granted, self.note(job), self.now(), cost_s, is_side, is_back)
+        cost_s, is_side = estimate(self.tables, request, self.rules)
+        waiting = Waiting(request, granted, self.recorder(request), self.now(), cost_s, is_side, is_back)
         if preempted is not None:
             waiting.came_at, waiting.n_preempted = preempted.came_at, preempted.n_times
             waiting.is_side = False  # little is left of it, but it must not pass whom it made room for
@@ -169,13 +171,13 @@ class Scheduler:
             raise
         finally:
             waiting.granted.cancel()
-            waiting.note.ended()
+            waiting.recorder.ended()
             if waiting in self.queue:
                 self.queue.remove(waiting)
                 # What it had reserved is free for others; of one that was sent away at once nobody has taken note.
                 self.dispatch(is_arrival=not was_admitted)
 
-    def wanted(self) -> set[str]:
+    def snapshots_in_demand(self) -> set[str]:
         """The snapshots that those who wait would go on from: the last that should be evicted now.
 
         Looked up once for each, and again when it is gone, for a newer one has replaced it as a rule.
@@ -185,7 +187,7 @@ class Scheduler:
             return set()
         for waiting in self.queue:
             if waiting.wants is None or not table.has_snapshot(waiting.wants):
-                waiting.wants = table.wanted(waiting.job)
+                waiting.wants = table.best_snapshot(waiting.request)
         return {waiting.wants for waiting in self.queue if waiting.wants}
 
     def dispatch(self, *, is_arrival: bool = False) -> None:
@@ -207,8 +209,8 @@ class Scheduler:
         for waiting in ordered if open_ else ():
             if is_assisted and look.is_short and not look.n_idle:
                 break  # none gets anything behind one that waits for any slot at all
-            # At most one exclusive job at a time on each backend.
-            here = [its for its in open_ if its.turn is None] if waiting.job.is_exclusive else open_
+            # At most one exclusive request at a time on each backend.
+            here = [its for its in open_ if its.turn is None] if waiting.request.is_exclusive else open_
             if here and not waiting.granted.done():
                 self._serve(here, waiting, look)
         if look.is_spared and look.n_idle:
@@ -218,7 +220,7 @@ class Scheduler:
             self._look_again = asyncio.get_running_loop().call_later(min(look.again_s), self.dispatch)
         choose(self.backends.values(), ordered, self.queue, self.now())
         for leases in self.backends.values():
-            leases.bell.ring()  # last: a request that has just got a slot may come before a prefill
+            leases.changes.notify()  # last: a request that has just got a slot may come before a prefill
 
     def _open(self) -> list[Leases]:
         """The backends that take a request now. Those on which llamaslot does not choose slots only where there are no
@@ -229,7 +231,7 @@ class Scheduler:
 
     def _serve(self, here: list[Leases], waiting: Waiting, look: _Look) -> None:
         """Give it a slot of one of ``here``, or note what it waits for."""
-        job, now, tables = waiting.job, self.now(), _tables(here)
+        request, now, tables = waiting.request, self.now(), _tables(here)
         n_slots = sum(len(table.slots) for table in self.tables)
         if not self.queue.may_run(waiting, max(n_slots, look.n_idle), look.n_idle, now):
             look.is_spared = True
@@ -237,9 +239,9 @@ class Scheduler:
         if not tables[0].is_assisted:
             self._let_through(tables, waiting, look)
             return
-        if job.placement is Placement.SERVER_CHOSEN:
+        if request.placement is Placement.SERVER_CHOSEN:
             if not look.is_short:
-                self._give(waiting, max(here, key=lambda leases: _n_idle([leases])).grant(None, job))
+                self._give(waiting, max(here, key=lambda leases: _n_idle([leases])).grant(None, request))
             return
         if not look.n_idle:
             look.is_short = True  # no need to look closer: with 250 waiting that took a second for each burst
@@ -251,8 +253,8 @@ class Scheduler:
         decision = self._decision(tables, waiting, dict(look.reserved))
         if isinstance(decision, Wait):
             its = self._table_of(decision.place) or tables[0]
-            waiting.note.waits(decision, prefix_due_s(its, decision, now))
-            look.waits(decision, waiting.look_at - now, answer_s(its, job))
+            waiting.recorder.record_wait(decision, prefix_due_s(its, decision, now))
+            look.waits(decision, waiting.look_at - now, answer_s(its, request))
             return
         leases = self.backends[decision.slot.backend]
         table = self._table_of(decision)
@@ -265,18 +267,18 @@ class Scheduler:
             return
         self._place(table, waiting, decision, look)
 
-    def _table_of(self, place: Place | Plan | None) -> Pool | None:
+    def _table_of(self, place: Place | Plan | None) -> SlotTable | None:
         return self.backends[place.slot.backend].table if place is not None else None
 
-    def _let_through(self, tables: Sequence[Pool], waiting: Waiting, look: _Look) -> None:
+    def _let_through(self, tables: Sequence[SlotTable], waiting: Waiting, look: _Look) -> None:
         """llama-server chooses the slot: all that counts is how many requests are there."""
         for table in sorted(tables, key=lambda table: -table.n_idle):
-            if isinstance(table, UnassistedPool) and (slot := table.any_idle()) is not None:
+            if isinstance(table, UnassistedSlots) and (slot := table.any_idle()) is not None:
                 self._place(table, waiting, Plan(slot.key, (), Source.SERVER, 0), look)
                 return
         look.is_short = True
 
-    def _ahead_of(self, pool: Pool, waiting: Waiting, plan: Plan) -> Lease | None:
+    def _ahead_of(self, pool: SlotTable, waiting: Waiting, plan: Plan) -> Lease | None:
         """Another request of its user, with a prompt that is no longer, that has a slot and waits there for its turn.
 
         One long prompt is computed at a time, so the last idle slot would be of no use to a second one that waits. It
@@ -284,20 +286,20 @@ class Scheduler:
         """
         if not is_long(plan, pool.long_s) or waiting.had_a_place or self.now() >= self._late_at(waiting):
             return None
-        seconds, job = pool.rates.prefill.seconds, waiting.job
-        own_s = seconds(plan.n_reused, job.n_tokens) + pool.rates.interruption.seconds
+        seconds, request = pool.rates.prefill.seconds, waiting.request
+        own_s = seconds(plan.n_reused, request.n_tokens) + pool.rates.interruption.seconds
         for lease in self.leases:
-            if lease.is_in_line and lease.pool is pool and lease.job.user == job.user:
+            if lease.is_in_line and lease.pool is pool and lease.request.user == request.user:
                 assert lease.plan is not None, "only what a client has asked for"
-                if seconds(lease.plan.n_reused, lease.job.n_tokens) <= own_s:
+                if seconds(lease.plan.n_reused, lease.request.n_tokens) <= own_s:
                     return lease
         return None
 
-    def _is_still_behind(self, pool: Pool, waiting: Waiting, look: _Look) -> bool:
+    def _is_still_behind(self, pool: SlotTable, waiting: Waiting, look: _Look) -> bool:
         """Whether nothing has changed for it, or so many are behind that it need not be looked at."""
         if waiting.had_a_place or self.now() >= self._late_at(waiting):
             return False
-        prompt_s = waiting.cost_s - answer_s(pool, waiting.job)
+        prompt_s = waiting.cost_s - answer_s(pool, waiting.request)
         return waiting.is_behind or (look.n_behind >= _MOST_BEHIND and prompt_s > pool.long_s)
 
     def _leaves_slot(self, waiting: Waiting, look: _Look) -> None:
@@ -308,15 +310,15 @@ class Scheduler:
     def _late_at(self, waiting: Waiting) -> float:
         """From when on it takes any slot: no shorter prompt is computed before its own then."""
         max_wait_s = self.queue.limits.max_wait_s or math.inf
-        return waiting.came_at + min(self.rules.sharing.max_passed_s, max_wait_s / 2)
+        return waiting.came_at + min(self.rules.sharing.starvation_s, max_wait_s / 2)
 
-    def _place(self, pool: Pool, waiting: Waiting, plan: Plan, look: _Look) -> None:
+    def _place(self, pool: SlotTable, waiting: Waiting, plan: Plan, look: _Look) -> None:
         try:
             lease = self.backends[plan.slot.backend].grant(
                 pool.slots[plan.slot.id],
-                waiting.job,
+                waiting.request,
                 plan,
-                note=waiting.note,
+                recorder=waiting.recorder,
                 came_at=waiting.came_at,
                 n_preempted=waiting.n_preempted,
             )
@@ -325,15 +327,15 @@ class Scheduler:
             pool.drop_snapshot(plan.snapshot)
             look.again_s.append(0.0)
             return
-        if waiting.patience is not None:
-            self.on_prefix_wait(self.now() - waiting.patience.since)
-        lease.note.placed(plan)
+        if waiting.prefix_wait is not None:
+            self.on_prefix_wait(self.now() - waiting.prefix_wait.since)
+        lease.recorder.record_plan(plan)
         self._give(waiting, lease)
         self._n_changes += 1
         look.n_idle = _n_idle(self._open())
 
     def _decision(
-        self, tables: Sequence[Pool], waiting: Waiting, reserved: Mapping[SlotKey, float]
+        self, tables: Sequence[SlotTable], waiting: Waiting, reserved: Mapping[SlotKey, float]
     ) -> Plan | Wait:
         """The last one, while nothing but arrivals has happened since; else a new one."""
         now = self.now()
@@ -347,26 +349,26 @@ class Scheduler:
         return decision
 
     def _decide(
-        self, tables: Sequence[Pool], waiting: Waiting, reserved: Mapping[SlotKey, float]
+        self, tables: Sequence[SlotTable], waiting: Waiting, reserved: Mapping[SlotKey, float]
     ) -> Plan | Wait:
-        """Where to, or what to wait for. One that computes what the job begins with is asked to keep it."""
-        job, now = waiting.job, self.now()
+        """Where to, or what to wait for. One that computes what the request begins with is asked to keep it."""
+        request, now = waiting.request, self.now()
         makers = [lease for lease in self.leases if lease.pool in tables and lease.is_long]
-        is_patient = waiting.patience is None or waiting.patience.lasts(job, now)
-        views = {its.backend: its.view(job, now, reserved, is_patient=is_patient) for its in tables}
-        if is_patient and ask_for_trunk(job, views, makers, now):
-            views = {its.backend: its.view(job, now, reserved) for its in tables}
-        decision = place(job, views.values(), self.rules)
-        if isinstance(decision, Wait) and waiting.patience is None and decision.place is not None:
+        is_patient = waiting.prefix_wait is None or waiting.prefix_wait.lasts(request, now)
+        views = {its.backend: its.view(request, now, reserved, is_patient=is_patient) for its in tables}
+        if is_patient and ask_for_trunk(request, views, makers, now):
+            views = {its.backend: its.view(request, now, reserved) for its in tables}
+        decision = place(request, views.values(), self.rules)
+        if isinstance(decision, Wait) and waiting.prefix_wait is None and decision.place is not None:
             at_last = waiting.came_at + (self.queue.limits.max_wait_s or math.inf) / 2
             table = self._table_of(decision.place)
             assert table is not None, "what is waited for is up"
-            waiting.patience = Patience.of(table, decision, makers, now, at_last)
+            waiting.prefix_wait = PrefixWait.of(table, decision, makers, now, at_last)
         return decision
 
     def _give(self, waiting: Waiting, lease: Lease) -> None:
         steps_s = lease.plan.cost.steps_s if lease.plan is not None else 0.0
-        charge = self.queue.granted(waiting, steps_s + answer_s(lease.pool, lease.job), self.now())
+        charge = self.queue.granted(waiting, steps_s + answer_s(lease.pool, lease.request), self.now())
         self.backends[lease.pool.backend].charge(lease, charge)
         waiting.granted.set_result(lease)
 
@@ -391,7 +393,7 @@ def _is_served(granted: asyncio.Future[Lease]) -> bool:
     return granted.done() and not granted.cancelled() and granted.exception() is None
 
 
-def _tables(backends: Iterable[Leases]) -> list[Pool]:
+def _tables(backends: Iterable[Leases]) -> list[SlotTable]:
     return [leases.table for leases in backends if leases.table is not None]
 
 

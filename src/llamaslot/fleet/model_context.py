@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from llamaslot.cache.namespaces import Space
-from llamaslot.cache.reuse import Memory, Recall
+from llamaslot.cache.namespaces import Namespace
+from llamaslot.cache.reuse import CacheKind, RewindModel
 from llamaslot.errors import Reason
 from llamaslot.formats.base import Format, PromptKind
-from llamaslot.observe.metrics import Unrecognized
+from llamaslot.observe.metrics import UntokenizedRequests
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import User
-from llamaslot.tokens.conversion_checks import Shapes
-from llamaslot.tokens.tokenizer import Prompt, Prompts
+from llamaslot.tokens.conversion_checks import ConversionChecks
+from llamaslot.tokens.tokenizer import Prompt, Tokenizer
 
 _SLACK_TOKENS = 8  # at the end of the text before a medium, which may tokenize differently in context
 
@@ -36,20 +36,20 @@ class ModelContext:
     """One model, as long as any llama-server of the pool runs it. A new one is made for a new process, which may have
     another model or other flags; what was tokenized with the old one is tokenized again.
 
-    ``n_ctx``: of one slot, in tokens. ``n_slots``: of one backend; more answers to one prompt are refused. ``recall``:
-    what a prompt can go back to. ``media_marker`` stands for a medium in a plain prompt. ``modalities``: what media the
-    model reads; None where llama-server does not tell.
+    ``n_ctx``: of one slot, in tokens. ``n_slots``: of one backend; more answers to one prompt are refused.
+    ``rewind_model``: what a prompt can go back to. ``media_marker`` stands for a medium in a plain prompt.
+    ``modalities``: what media the model reads; None where llama-server does not tell.
     """
 
     name: str
     n_ctx: int
     n_slots: int
     rules: Rules
-    recall: Recall
-    tokenizer: Prompts
-    conversions: Shapes
+    rewind_model: RewindModel
+    tokenizer: Tokenizer
+    conversions: ConversionChecks
     infill: InfillPrompts
-    unrecognized: Unrecognized
+    untokenized: UntokenizedRequests
     media_marker: str = ""
     modalities: Mapping[str, bool] | None = None
 
@@ -57,10 +57,10 @@ class ModelContext:
         return f"<ModelContext {self.name} {self.memory.value} {self.n_ctx} tok>"
 
     @property
-    def memory(self) -> Memory:
-        return self.recall.memory
+    def memory(self) -> CacheKind:
+        return self.rewind_model.memory
 
-    def space(self, user: User, lora: str = "") -> Space:
+    def space(self, user: User, lora: str = "") -> Namespace:
         """Where a request of ``user`` computes. ``lora``: the scales that it sets."""
         return self.rules.space(user, lora)
 
@@ -74,7 +74,7 @@ class ModelContext:
         any more."""
         if self.tokenizer.confirm(prompt, n_told):
             return
-        self.unrecognized.count(format_.name, Reason.MISCOUNTED)
+        self.untokenized.count(format_.name, Reason.MISCOUNTED)
         if format_.prompt_kind is PromptKind.INFILL:
             self.infill.miscounted()
         elif format_.prompt_kind is PromptKind.CONVERTED and prompt.whole:
@@ -84,4 +84,4 @@ class ModelContext:
         """Of ``n_ahead`` tokens, computed ahead of a medium, llama-server has found ``n_found``. It must find all, but
         for what the end of a text may cost."""
         if n_found < n_ahead - _SLACK_TOKENS:
-            self.unrecognized.count(format_.name, Reason.TEMPLATE)
+            self.untokenized.count(format_.name, Reason.TEMPLATE)

@@ -9,28 +9,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamaslot.backend.backend import Backend, Health
-from llamaslot.backend.connect import Met
-from llamaslot.backend.executor import Steps
+from llamaslot.backend.connect import ServerSession
+from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import Preempted
-from llamaslot.cache.namespaces import Space
+from llamaslot.cache.namespaces import Namespace
 from llamaslot.errors import BackendDown
-from llamaslot.fleet.dispatcher import Scheduler
-from llamaslot.fleet.infill_prompts import Infills
+from llamaslot.fleet.dispatcher import Dispatcher
+from llamaslot.fleet.infill_prompts import InfillPrompts
 from llamaslot.fleet.model_context import ModelContext
 from llamaslot.fleet.prewarm import Bodies, Prewarm
 from llamaslot.fleet.queue import QueueLimits
 from llamaslot.llama.client import LlamaServer
-from llamaslot.observe.metrics import Metrics, Unrecognized
-from llamaslot.scheduling.eviction import Standing
+from llamaslot.observe.metrics import Metrics, UntokenizedRequests
+from llamaslot.scheduling.eviction import SnapshotStats
 from llamaslot.scheduling.placement import Rules
-from llamaslot.scheduling.request import Job, User
+from llamaslot.scheduling.request import Request, User
 from llamaslot.store import Snapshot
 from llamaslot.store.model_snapshots import Libraries
 from llamaslot.store.snapshot_store import SnapshotStore
 from llamaslot.tasks import TaskOwner
-from llamaslot.tokens.conversion_checks import Shapes
-from llamaslot.tokens.tokenizer import Prompts
+from llamaslot.tokens.conversion_checks import ConversionChecks
+from llamaslot.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +57,21 @@ class PoolSettings:
     prewarm: Bodies = ()
 
 
-class Pool:
+class SlotTable:
     """One model, its backends, and the requests that wait for a slot of any of them."""
 
     def __init__(
         self, settings: PoolSettings, metrics: Metrics, now: Callable[[], float] = time.monotonic
     ) -> None:
         self._settings, self.metrics, self._now = settings, metrics, now
-        self.unrecognized = Unrecognized(metrics)
+        self.untokenized = UntokenizedRequests(metrics)
         self.tasks = TaskOwner()
         self.backends: dict[str, Backend] = {}
         self.context: ModelContext | None = (
             None  # None while no backend is up on which llamaslot chooses slots
         )
-        self.scheduler = Scheduler(settings.rules, settings.limits, now)
-        self.scheduler.on_prefix_wait = metrics.prefix_wait_s.observe
+        self.dispatcher = Dispatcher(settings.rules, settings.limits, now)
+        self.dispatcher.on_prefix_wait = metrics.prefix_wait_s.observe
         self.store = self._store(settings.directory) if settings.directory is not None else None
         self.libraries: Libraries | None = None
         self._prewarm: Prewarm | None = None
@@ -79,7 +79,7 @@ class Pool:
             catalog = self.store.catalog
             self.libraries = Libraries(catalog, self.store.index_directory, self.tasks)
             self._prewarm = Prewarm(
-                settings.prewarm, self.scheduler, self._steps_of, self._tokenizer, catalog, self.tasks,
+                settings.prewarm, self.dispatcher, self._executor_of, self._tokenizer, catalog, self.tasks,
                 settings.idle_save_s,
             )  # fmt: skip
 
@@ -100,7 +100,7 @@ class Pool:
         self.backends[name] = Backend(
             name,
             api,
-            self.scheduler.add(name),
+            self.dispatcher.add(name),
             self,
             rules=self._settings.rules,
             metrics=self.metrics.of_backend(name),
@@ -128,17 +128,19 @@ class Pool:
             raise (others or errors)[0]
         return self.context
 
-    async def lease(self, job: Job, *, is_back: bool = False, preempted: Preempted | None = None) -> Lease:
-        """As ``Scheduler.lease``."""
-        return await self.scheduler.lease(job, is_back=is_back, preempted=preempted)
+    async def lease(
+        self, request: Request, *, is_back: bool = False, preempted: Preempted | None = None
+    ) -> Lease:
+        """As ``Dispatcher.lease``."""
+        return await self.dispatcher.lease(request, is_back=is_back, preempted=preempted)
 
-    def position(self, job: Job) -> int:
-        """1 for the job that is next; 0 for one that waits no longer."""
-        return self.scheduler.position(job)
+    def position(self, request: Request) -> int:
+        """1 for the request that is next; 0 for one that waits no longer."""
+        return self.dispatcher.position(request)
 
     def takes_long(self, n_tokens: int) -> bool:
         """Whether a prompt of so many tokens is computed ahead of its request, in turn with those of others."""
-        tables = self.scheduler.tables
+        tables = self.dispatcher.tables
         return any(table.rates.prefill.seconds(0, n_tokens) > table.long_s for table in tables)
 
     def backend_of(self, lease: Lease) -> Backend:
@@ -154,51 +156,53 @@ class Pool:
         for backend in self.backends.values():
             backend.doubt()
 
-    def space(self, user: User) -> Space:
+    def space(self, user: User) -> Namespace:
         """Where a request of ``user`` computes."""
         return self._settings.rules.space(user)
 
     @property
     def n_snapshots(self) -> int:
         """Snapshots that can be used with the present model."""
-        return max((len(table.library.snapshots) for table in self.scheduler.tables), default=0)
+        return max((len(table.model_snapshots.snapshots) for table in self.dispatcher.tables), default=0)
 
     # -- the backends tell ---------------------------------------------------------------------------------------
 
-    def connected(self, backend: Backend, met: Met) -> None:
-        if met.is_assisted and self.context is None:
-            self.context = self._context(backend, met)
-        self.scheduler.attach(met.pool)
+    def connected(self, backend: Backend, session: ServerSession) -> None:
+        if session.is_assisted and self.context is None:
+            self.context = self._context(backend, session)
+        self.dispatcher.attach(session.pool)
         if self.store is not None:
             self.tasks.spawn(self.store.store_learned(), f"{self._settings.name}: keep what was learned")
 
     def disconnected(self, backend: Backend, error: BackendDown | None) -> None:
-        self.scheduler.detach(backend.name, error)
-        if not any(table.is_assisted for table in self.scheduler.tables):
+        self.dispatcher.detach(backend.name, error)
+        if not any(table.is_assisted for table in self.dispatcher.tables):
             self.context = None
 
-    def _context(self, backend: Backend, met: Met) -> ModelContext:
+    def _context(self, backend: Backend, session: ServerSession) -> ModelContext:
         context: ModelContext | None = None
-        infill = Infills(self.scheduler, self._steps_of, met.props.n_ctx, lambda: self.context is context)
+        infill = InfillPrompts(
+            self.dispatcher, self._executor_of, session.props.n_ctx, lambda: self.context is context
+        )
         context = ModelContext(
-            met.model_name,
-            met.pool.n_ctx,
-            len(met.pool.slots),
+            session.model_name,
+            session.pool.n_ctx,
+            len(session.pool.slots),
             self._settings.rules,
-            met.pool.recall,
-            Prompts(backend.api),
-            Shapes(backend.api.ask),
+            session.pool.rewind_model,
+            Tokenizer(backend.api),
+            ConversionChecks(backend.api.ask),
             infill,
-            self.unrecognized,
-            media_marker=met.props.boot_id,
-            modalities=met.props.modalities,
+            self.untokenized,
+            media_marker=session.props.boot_id,
+            modalities=session.props.modalities,
         )
         return context
 
-    def _steps_of(self, lease: Lease) -> Steps:
-        return self.backend_of(lease).steps
+    def _executor_of(self, lease: Lease) -> PlanExecutor:
+        return self.backend_of(lease).executor
 
-    def _tokenizer(self) -> Prompts:
+    def _tokenizer(self) -> Tokenizer:
         assert self.context is not None, "there are slots whose content is known"
         return self.context.tokenizer
 
@@ -207,12 +211,12 @@ class Pool:
     def _dropped(self, snapshot: Snapshot) -> None:
         if self.libraries is not None:
             self.libraries.drop(snapshot.id)
-        for table in self.scheduler.tables:
+        for table in self.dispatcher.tables:
             table.drop_snapshot(snapshot.id)
 
-    def _saves_s(self, standing: Standing) -> float:
+    def _saves_s(self, standing: SnapshotStats) -> float:
         """By the rates of the backend that has been there longest: those of all are much alike."""
-        for table in self.scheduler.tables:
+        for table in self.dispatcher.tables:
             return table.saves_s(standing)
         rates = next(iter(self.backends.values())).rates
         whole_s = rates.prefill.seconds(0, standing.n_tokens)

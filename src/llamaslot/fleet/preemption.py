@@ -16,8 +16,8 @@ MOST_TIMES = 2  # that one request gives its slot up
 def choose(backends: Iterable[Leases], ordered: Iterable[Waiting], queue: Queue, now: float) -> None:
     """Tell those whose slots are wanted, and those who were told before and may go on after all.
 
-    ``ordered``: all who wait, as they are next. Nothing is told to whoever cannot stop now, nor where no job may take a
-    first step afterwards. The caller rings the bells.
+    ``ordered``: all who wait, as they are next. Nothing is told to whoever cannot stop now, nor where no request may
+    take a first step afterwards. The caller rings the bells.
     """
     here = [leases for leases in backends if leases.table is not None]
     tables = [leases.table for leases in here if leases.table is not None]
@@ -30,9 +30,9 @@ def choose(backends: Iterable[Leases], ordered: Iterable[Waiting], queue: Queue,
     stops = set[Lease]()
     if stoppable and not any(table.n_idle for table in tables):
         claims = [
-            Claim(waiting.job.user.id, queue.deficit_s(waiting.job.user.id))
+            Claim(waiting.request.user.id, queue.deficit_s(waiting.request.user.id))
             for waiting in ordered
-            if waiting.job.user.id  # not for llamaslot itself
+            if waiting.request.user.id  # not for llamaslot itself
             and waiting.wants_any(now)
             and queue.may_run(waiting, n_slots, 0, now)
         ]
@@ -46,23 +46,23 @@ def choose(backends: Iterable[Leases], ordered: Iterable[Waiting], queue: Queue,
 
 def _may_stop(lease: Lease, now: float) -> bool:
     """Not if that has happened to it often, nor if it came long ago: it is to be served at last."""
-    is_late = now - lease.came_at >= lease.pool.rules.sharing.max_passed_s
+    is_late = now - lease.came_at >= lease.pool.rules.sharing.starvation_s
     return lease.can_stop and lease.n_preempted < MOST_TIMES and not (is_late or lease.is_released)
 
 
 def left_s(lease: Lease, now: float) -> float:
     """Until its slot is given back, by estimate: the rest of its prompt, if that is not through, and of its answer."""
-    n = min(lease.n_done, lease.job.n_tokens)
-    prompt_s = 0.0 if lease.is_decoding else lease.pool.rates.prefill.seconds(n, lease.job.n_tokens)
+    n = min(lease.n_done, lease.request.n_tokens)
+    prompt_s = 0.0 if lease.is_decoding else lease.pool.rates.prefill.seconds(n, lease.request.n_tokens)
     running_s = now - lease.sent_at if lease.is_decoding else 0.0
-    return prompt_s + answer_s(lease.pool, lease.job, running_s)
+    return prompt_s + answer_s(lease.pool, lease.request, running_s)
 
 
 def _stoppable(lease: Lease, queue: Queue, now: float) -> Stoppable:
-    user, n, rates = lease.job.user.id, lease.n_done, lease.pool.rates
+    user, n, rates = lease.request.user.id, lease.n_done, lease.pool.rates
     assert lease.plan is not None, "only what a client has asked for"
     loss_s = rates.prefill.seconds(min(lease.plan.n_reused, n), n)
-    if lease.pool.can_save and not lease.job.is_cold:
+    if lease.pool.can_save and not lease.request.no_cache:
         loss_s = min(loss_s, rates.save_s(n) + rates.restore_s(n))
     if lease.restored is not None:
         loss_s += rates.restore_s(lease.plan.n_reused)

@@ -6,44 +6,44 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.slot_table import Pool
+from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.reuse import TRUNK, checkpoints_after
 from llamaslot.cache.shared_prefix import MIN_TOKENS
 from llamaslot.scheduling.placement import BackendView
 from llamaslot.scheduling.plan import Wait
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import IDLE
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
-    """How long a job waits for a prefix that somebody else computes: as long as it would have taken by itself, behind
-    him, who would have been ahead of it in any case, for he has less left to compute.
+class PrefixWait:
+    """How long a request waits for a prefix that somebody else computes: as long as it would have taken by itself,
+    behind him, who would have been ahead of it in any case, for he has less left to compute.
 
     ``n_made`` of ``n_trunk`` tokens were there at ``since``; by itself it would have begun with ``n_own``. In tokens
     and not in seconds, for how fast they are computed is learned meanwhile. ``at_last``: later it is nobody's to wait
     for, for whoever waits in the queue for too long is sent away.
     """
 
-    table: Pool
+    table: SlotTable
     since: float
     n_made: int
     n_trunk: int
     n_own: int
     at_last: float
 
-    def lasts(self, job: Job, now: float) -> bool:
+    def lasts(self, request: Request, now: float) -> bool:
         if not self.table.is_current:
             return False
         seconds = self.table.rates.prefill.seconds
-        both_s = seconds(self.n_made, self.n_trunk) + seconds(self.n_own, job.n_tokens)
+        both_s = seconds(self.n_made, self.n_trunk) + seconds(self.n_own, request.n_tokens)
         return now < min(self.since + both_s, self.at_last)
 
     @classmethod
     def of(
-        cls, pool: Pool, wait: Wait, makers: Iterable[Lease], now: float, at_last: float
-    ) -> Patience | None:
-        """None when the job waits for something else."""
+        cls, pool: SlotTable, wait: Wait, makers: Iterable[Lease], now: float, at_last: float
+    ) -> PrefixWait | None:
+        """None when the request waits for something else."""
         trunk = pool.trunk_to_come(wait.place.snapshot) if wait.place is not None else None
         if trunk is None:
             return None
@@ -53,14 +53,16 @@ class Patience:
         return cls(pool, now, n_made, trunk.content.n_tokens, n_own, at_last)
 
 
-def ask_for_trunk(job: Job, views: Mapping[str, BackendView], makers: Iterable[Lease], now: float) -> bool:
-    """Have one of ``makers``, whose long prefills are under way, keep what ``job`` begins with, if that is worth it.
-    ``views`` are those of all backends, by name.
+def ask_for_trunk(
+    request: Request, views: Mapping[str, BackendView], makers: Iterable[Lease], now: float
+) -> bool:
+    """Have one of ``makers``, whose long prefills are under way, keep what ``request`` begins with, if that is worth
+    it. ``views`` are those of all backends, by name.
 
     Worth it is what costs more to compute than to save and restore, of what cannot be had otherwise. A maker that has
     passed the end of it already can still keep it where the model can go back to any token.
     """
-    if job.is_cold:
+    if request.no_cache:
         return False
     every = views.values()
     idle = (slot.n_usable for view in every for slot in view.slots if slot.state in IDLE)
@@ -68,27 +70,31 @@ def ask_for_trunk(job: Job, views: Mapping[str, BackendView], makers: Iterable[L
     best: tuple[int, Lease] | None = None
     for maker in makers:
         n_shared = views[maker.pool.backend].shared.get(maker.slot_id, 0)
-        n = min(n_shared, maker.job.n_tokens - 1, job.n_tokens - 1)
-        is_ahead = maker.pool.recall.is_rewindable or n > maker.n_done
-        may_keep = maker.pool.can_save and maker.can_keep and not (maker.job.is_cold or maker.job.is_prewarm)
+        n = min(n_shared, maker.request.n_tokens - 1, request.n_tokens - 1)
+        is_ahead = maker.pool.rewind_model.is_rewindable or n > maker.n_done
+        may_keep = (
+            maker.pool.can_save
+            and maker.can_keep
+            and not (maker.request.no_cache or maker.request.is_prewarm)
+        )
         if is_ahead and may_keep and n >= MIN_TOKENS and (best is None or n > best[0]):
             best = n, maker
     if best is None:
         return False
     n, maker = best
     table = maker.pool
-    checkpoints = table.recall.in_file(checkpoints_after((), 0, [n]))
-    n_usable = table.recall.usable(TRUNK, n, n, checkpoints, job.n_tokens)
+    checkpoints = table.rewind_model.in_file(checkpoints_after((), 0, [n]))
+    n_usable = table.rewind_model.usable(TRUNK, n, n, checkpoints, request.n_tokens)
     n_written = max(n, maker.n_done)
     cost_s = table.rates.save_s(n_written) + table.rates.restore_s(n_written)
     if table.rates.prefill.seconds(n_had, n_usable) <= cost_s:
         return False
     due_s = table.rates.prefill.seconds(maker.n_done, n)
-    table.expect_trunk(maker.job, n, maker.slot_id, now + due_s)
+    table.expect_trunk(maker.request, n, maker.slot_id, now + due_s)
     return True
 
 
-def prefix_due_s(pool: Pool, wait: Wait, now: float) -> float | None:
+def prefix_due_s(pool: SlotTable, wait: Wait, now: float) -> float | None:
     """In how many seconds a prefix that somebody computes, and that is waited for, can be had; None for other waits."""
     trunk = pool.trunk_to_come(wait.place.snapshot) if wait.place is not None else None
     return max(trunk.until - now, 0.0) + (wait.for_s or 0.0) if trunk is not None else None

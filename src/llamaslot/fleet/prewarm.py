@@ -14,21 +14,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llamaslot.backend.executor import Steps
+from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.lease_states import PlanAgain
+from llamaslot.backend.lease_states import RetryPlacement
 from llamaslot.backend.long_prompt import no_report
-from llamaslot.backend.slot_table import Pool
-from llamaslot.cache.content import Kind
+from llamaslot.backend.slot_table import SlotTable
+from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import head
 from llamaslot.cache.shared_prefix import MIN_TOKENS
 from llamaslot.errors import BackendDown, LlamaslotError, SlotWedged
-from llamaslot.fleet.dispatcher import Scheduler
-from llamaslot.scheduling.plan import Keep
-from llamaslot.scheduling.request import Job
+from llamaslot.fleet.dispatcher import Dispatcher
+from llamaslot.scheduling.plan import SaveSharedPrefix
+from llamaslot.scheduling.request import Request
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
-from llamaslot.tokens.tokenizer import Prompts
+from llamaslot.tokens.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ Bodies = Sequence[tuple[str, Mapping[str, Any]]]
 
 
 @dataclass(slots=True)
-class _Wanted:
+class PrewarmTarget:
     """A trunk: the first ``n_tokens`` of ``tokens``."""
 
     name: str
@@ -55,32 +55,32 @@ class _Wanted:
 
 class Prewarm:
     """One task per pool. ``bodies`` are chat bodies and what to call them in the log; ``tokenizer`` is that of the
-    model that is served now, ``steps_of`` what performs steps on the backend of a lease."""
+    model that is served now, ``executor_of`` what performs steps on the backend of a lease."""
 
     def __init__(
         self,
         bodies: Bodies,
-        scheduler: Scheduler,
-        steps_of: Callable[[Lease], Steps],
-        tokenizer: Callable[[], Prompts],
+        dispatcher: Dispatcher,
+        executor_of: Callable[[Lease], PlanExecutor],
+        tokenizer: Callable[[], Tokenizer],
         catalog: Catalog,
         tasks: TaskOwner,
         idle_s: float,
     ) -> None:
-        self._bodies, self._scheduler, self._steps_of = bodies, scheduler, steps_of
+        self._bodies, self._dispatcher, self._executor_of = bodies, dispatcher, executor_of
         self._tokenizer, self._catalog, self._tasks, self._idle_s = tokenizer, catalog, tasks, idle_s
-        self._pool: Pool | None = None  # the one that ``_left`` is about
-        self._left: list[_Wanted] = []
+        self._pool: SlotTable | None = None  # the one that ``_left`` is about
+        self._left: list[PrewarmTarget] = []
 
     @property
-    def _table(self) -> Pool | None:
-        return next(iter(self._scheduler.tables), None)
+    def _table(self) -> SlotTable | None:
+        return next(iter(self._dispatcher.tables), None)
 
     async def run(self) -> None:
         """Runs until cancelled; a save under way is then carried out."""
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            if self._scheduler.idle_s >= self._idle_s:
+            if self._dispatcher.idle_s >= self._idle_s:
                 await self.look()
 
     async def look(self) -> None:
@@ -100,11 +100,11 @@ class Prewarm:
 
     # -- what is wanted ------------------------------------------------------------------------------------------
 
-    async def _all_wanted(self) -> list[_Wanted | None]:
+    async def _all_wanted(self) -> list[PrewarmTarget | None]:
         """What each body asks for, None where that cannot be known. Raises BackendDown."""
         return [await self._wanted(name, body) for name, body in self._bodies]
 
-    async def _wanted(self, name: str, body: Mapping[str, Any]) -> _Wanted | None:
+    async def _wanted(self, name: str, body: Mapping[str, Any]) -> PrewarmTarget | None:
         try:
             prompt, n_tokens = await self._tokenizer().opening(body)
         except BackendDown:
@@ -112,28 +112,28 @@ class Prewarm:
         except LlamaslotError as error:
             log.warning("prewarm: %s cannot be rendered: %s", name, error)
             return None
-        return _Wanted(name, prompt.tokens, n_tokens)
+        return PrewarmTarget(name, prompt.tokens, n_tokens)
 
-    async def _unpin_others(self, pool: Pool, wanted: Sequence[_Wanted | None]) -> None:
+    async def _unpin_others(self, pool: SlotTable, wanted: Sequence[PrewarmTarget | None]) -> None:
         """What an earlier configuration asked for may go again when room is needed."""
         if None in wanted:
             return  # it may be one of these
         for snapshot in pool.pinned():
             if not any(
-                one is not None and pool.library.snapshot_at(one.trunk, pool.rules.public) == snapshot
+                one is not None and pool.model_snapshots.snapshot_at(one.trunk, pool.rules.public) == snapshot
                 for one in wanted
             ):
                 await self._mark(pool, snapshot, is_pinned=False)
                 log.info("prewarm: snapshot %s is no longer configured and may be evicted", snapshot.id)
 
-    async def _mark(self, pool: Pool, snapshot: Snapshot, *, is_pinned: bool) -> None:
+    async def _mark(self, pool: SlotTable, snapshot: Snapshot, *, is_pinned: bool) -> None:
         with contextlib.suppress(KeyError):  # it has just gone
-            pool.marked(await self._catalog.mark(snapshot.id, Kind.TRUNK, is_pinned=is_pinned))
+            pool.marked(await self._catalog.mark(snapshot.id, SnapshotKind.TRUNK, is_pinned=is_pinned))
 
     # -- one of them ---------------------------------------------------------------------------------------------
 
-    async def _warm(self, pool: Pool, one: _Wanted) -> None:
-        if (there := pool.library.snapshot_at(one.trunk, pool.rules.public)) is not None:
+    async def _warm(self, pool: SlotTable, one: PrewarmTarget) -> None:
+        if (there := pool.model_snapshots.snapshot_at(one.trunk, pool.rules.public)) is not None:
             if not there.is_pinned:
                 await self._mark(pool, there, is_pinned=True)
             log.info("prewarm: %s is on disk: %d tokens, %s", one.name, one.n_tokens, there.id)
@@ -151,22 +151,22 @@ class Prewarm:
         else:
             await self._compute(one)
 
-    async def _compute(self, one: _Wanted) -> None:
+    async def _compute(self, one: PrewarmTarget) -> None:
         """Compute and save it, until that is done or somebody wants something: what was computed stays in its slot, and
         the next attempt goes on from there."""
-        job = Job(
+        request = Request(
             f"prewarm {one.name}",
             one.tokens,
             n_system=one.n_tokens,
             is_prewarm=True,
-            space=self._scheduler.rules.public,
+            space=self._dispatcher.rules.public,
         )
-        working = self._tasks.spawn(self._compute_in_a_slot(job), job.id)
+        working = self._tasks.spawn(self._compute_in_a_slot(request), request.id)
         has_given_way = False
         try:
             while not working.done():
                 await asyncio.wait({working}, timeout=_GIVE_WAY_S)
-                if self._scheduler.is_wanted_besides(job) and not working.done():
+                if self._dispatcher.is_wanted_besides(request) and not working.done():
                     has_given_way = working.cancel()
         finally:
             working.cancel()
@@ -174,19 +174,19 @@ class Prewarm:
         if not has_given_way and self._table is self._pool:
             one.n_failed += 1
 
-    async def _compute_in_a_slot(self, job: Job) -> None:
-        steps: Steps | None = None
+    async def _compute_in_a_slot(self, request: Request) -> None:
+        executor: PlanExecutor | None = None
         try:
-            with await self._scheduler.lease(job) as lease:
-                steps = self._steps_of(lease)
+            with await self._dispatcher.lease(request) as lease:
+                executor = self._executor_of(lease)
                 assert lease.plan is not None
-                kept = [i for i, step in enumerate(lease.plan.steps, 1) if isinstance(step, Keep)]
+                kept = [i for i, step in enumerate(lease.plan.steps, 1) if isinstance(step, SaveSharedPrefix)]
                 if kept:
                     lease.replace_steps(lease.plan.steps[: kept[0]])
-                    await steps.prepare(lease, no_report)
+                    await executor.prepare(lease, no_report)
         except SlotWedged as error:
-            if steps is not None:
-                steps.metrics.wedged.inc()
-            log.warning("%s: %s", job.id, error)
-        except (LlamaslotError, PlanAgain) as error:
-            log.debug("%s: %s", job.id, error)
+            if executor is not None:
+                executor.metrics.wedged.inc()
+            log.warning("%s: %s", request.id, error)
+        except (LlamaslotError, RetryPlacement) as error:
+            log.debug("%s: %s", request.id, error)

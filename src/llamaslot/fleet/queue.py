@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.slot_table import Pool
+from llamaslot.backend.slot_table import SlotTable
 from llamaslot.errors import QueueFull, TooManyRequests
-from llamaslot.fleet.prefix_sharing import Patience
+from llamaslot.fleet.prefix_sharing import PrefixWait
 from llamaslot.formats.comments import Comment
-from llamaslot.observe.journal import Note
+from llamaslot.observe.journal import DecisionRecorder
 from llamaslot.scheduling.fairness import Ask, Charge, Fairness, Pauses, Shares, may_take_another
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import Wait
-from llamaslot.scheduling.request import Job, Placement, User
+from llamaslot.scheduling.request import Placement, Request, User
 
 _REMEMBER_S = 60.0  # what a user has had too much
 
@@ -43,20 +43,20 @@ class QueueLimits:
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """``cost_s``: how long the job will have a slot, as far as can be told."""
+    """``cost_s``: how long the request will have a slot, as far as can be told."""
 
-    job: Job
+    request: Request
     granted: asyncio.Future[Lease]
-    note: Note
+    recorder: DecisionRecorder
     came_at: float
     cost_s: float
     is_side: bool = False
     is_back: bool = False  # it had a place before, and is first
     n_preempted: int = 0  # how often it gave its slot up for another user: it is the first of its own
-    passed_s: float = 0.0
+    overtaken_s: float = 0.0
     passed_by: dict[str, float] = field(default_factory=dict)  # of that, by whose
     wants: str | None = None  # the snapshot that it would go on from
-    patience: Patience | None = None  # with somebody who computes what it begins with
+    prefix_wait: PrefixWait | None = None  # with somebody who computes what it begins with
     behind: Lease | None = None  # whose turn comes first: until then it leaves the last idle slot to others
     wait: Wait | None = None  # the last decision, which holds while nothing but arrivals has happened
     n_seen: int = -1  # changes that it has seen
@@ -66,7 +66,7 @@ class Waiting:
 
     @property
     def n_slots(self) -> int:
-        return 1 + self.job.n_children
+        return 1 + self.request.n_children
 
     @property
     def had_a_place(self) -> bool:
@@ -82,7 +82,7 @@ class Waiting:
         is_particular = self.wait is not None and self.wait.for_s is not None and now < self.look_at
         return not (
             self.granted.done()
-            or self.job.placement is Placement.SERVER_CHOSEN
+            or self.request.placement is Placement.SERVER_CHOSEN
             or is_particular
             or self.is_behind
         )
@@ -91,12 +91,12 @@ class Waiting:
     def ask(self) -> Ask:
         """As fairness sees it: put together once, for all who wait are put in order at each look."""
         if self._ask is None:
-            self._ask = Ask(self.job.user.id, self.cost_s, self.is_side, self.passed_s, self.passed_by)
+            self._ask = Ask(self.request.user.id, self.cost_s, self.is_side, self.overtaken_s, self.passed_by)
         return self._ask
 
     def passed(self, user: str, seconds: float) -> None:
         """A side request of ``user`` that came later has got a slot for ``seconds``."""
-        self.passed_s += seconds
+        self.overtaken_s += seconds
         self.passed_by[user] = self.passed_by.get(user, 0.0) + seconds
         self._ask = None
 
@@ -158,13 +158,13 @@ class Queue:
         """Those that have had a place before come first."""
         back = [waiting for waiting in self._waiting if waiting.is_back]
         rest = [waiting for waiting in self._waiting if not waiting.is_back] if back else self._waiting
-        order = self._shares.order([waiting.ask for waiting in rest], self.limits.fairness.max_passed_s)
+        order = self._shares.order([waiting.ask for waiting in rest], self.limits.fairness.max_overtake_s)
         return back + [rest[i] for i in order]
 
     # -- coming and going ----------------------------------------------------------------------------------------
 
     def add(self, waiting: Waiting, now: float) -> None:
-        user = waiting.job.user.id
+        user = waiting.request.user.id
         if user in self._seen_at and user not in self._present:
             waiting.pause_s = now - self._seen_at[user]
         self._waiting.insert(0 if waiting.had_a_place else len(self._waiting), waiting)
@@ -173,14 +173,14 @@ class Queue:
 
     def admitted(self, waiting: Waiting, now: float) -> None:
         """It was not sent away at once: its user is here."""
-        user = waiting.job.user.id
+        user = waiting.request.user.id
         if waiting.pause_s is not None:
             self._pauses.observe(user, waiting.pause_s)
         self._saw(user, now)
 
     def remove(self, waiting: Waiting) -> None:
         self._waiting.remove(waiting)
-        _less(self._n_waiting, waiting.job.user.id)
+        _less(self._n_waiting, waiting.request.user.id)
         self._moment = None
 
     def _saw(self, user: str, now: float) -> None:
@@ -205,7 +205,7 @@ class Queue:
         """
         if newcomer.had_a_place:
             return
-        user, n_waiting = newcomer.job.user, self._n_waiting
+        user, n_waiting = newcomer.request.user, self._n_waiting
         n_max = self._max_waiting(user)
         if n_max is not None and n_waiting[user.id] > n_max:
             raise TooManyRequests(
@@ -220,7 +220,7 @@ class Queue:
         )
         most, n_most = n_waiting.most_common(1)[0]
         victims = [
-            w for w in self._waiting if w.job.user.id == most and not (w.had_a_place or w.granted.done())
+            w for w in self._waiting if w.request.user.id == most and not (w.had_a_place or w.granted.done())
         ]
         if n_most <= n_waiting[user.id] or not victims:
             raise error
@@ -236,7 +236,7 @@ class Queue:
 
     def may_run(self, waiting: Waiting, n_slots: int, n_idle: int, now: float) -> bool:
         """Whether ``waiting`` may have one of the ``n_idle`` slots now, if it wants one."""
-        user = waiting.job.user
+        user = waiting.request.user
         n_held, n_max = self._n_running[user.id], self._max_running(user)
         if n_max is not None and n_held and n_held + waiting.n_slots > n_max:
             return False
@@ -269,8 +269,10 @@ class Queue:
     def look_again_s(self, now: float) -> float | None:
         """In how many seconds somebody who was here lately is not expected back any more."""
         self._moment = None  # at the latest then it is another moment
-        spare_s = self.limits.fairness.spare_s
-        left = (at + spare_s - now for user, at in self._seen_at.items() if user not in self._n_running)
+        return_grace_s = self.limits.fairness.return_grace_s
+        left = (
+            at + return_grace_s - now for user, at in self._seen_at.items() if user not in self._n_running
+        )
         return min((seconds for seconds in left if seconds > 0), default=None)
 
     @property
@@ -280,13 +282,13 @@ class Queue:
 
     def _here(self, now: float) -> set[str]:
         """Who waits, or has a slot, or is expected back."""
-        spare_s = self.limits.fairness.spare_s
-        return self._present | {user for user, at in self._seen_at.items() if now - at < spare_s}
+        return_grace_s = self.limits.fairness.return_grace_s
+        return self._present | {user for user, at in self._seen_at.items() if now - at < return_grace_s}
 
     def granted(self, waiting: Waiting, cost_s: float, now: float) -> Charge | None:
         """It has got its slots, for about ``cost_s``, and leaves the queue. What llamaslot does itself costs nobody."""
         self.remove(waiting)
-        user = waiting.job.user.id
+        user = waiting.request.user.id
         if waiting.is_side:
             for other in self._waiting:
                 if not other.is_side and other.came_at <= waiting.came_at:
@@ -318,7 +320,7 @@ class Queue:
     def check(self) -> None:
         """Raise AssertionError naming the invariant that does not hold."""
         assert all(n > 0 for n in self._n_running.values()), "nobody gives back more than it had"
-        counted = Counter(waiting.job.user.id for waiting in self._waiting)
+        counted = Counter(waiting.request.user.id for waiting in self._waiting)
         assert self._n_waiting == counted, "who waits is counted"
         assert sorted(map(id, self.ordered())) == sorted(map(id, self._waiting)), "an order leaves nobody out"
 
@@ -334,20 +336,20 @@ def _users(ids: Iterable[str]) -> set[str]:
     return {id_ for id_ in ids if id_}
 
 
-def answer_s(table: Pool, job: Job, running_s: float = 0.0) -> float:
+def answer_s(table: SlotTable, request: Request, running_s: float = 0.0) -> float:
     """How long its answer takes there, in seconds, from when it has been ``running_s``."""
-    return table.rates.answer.seconds_left(running_s, job.max_tokens)
+    return table.rates.answer.seconds_left(running_s, request.max_tokens)
 
 
-def estimate(tables: Sequence[Pool], job: Job, rules: Rules) -> tuple[float, bool]:
+def estimate(tables: Sequence[SlotTable], request: Request, rules: Rules) -> tuple[float, bool]:
     """For how many seconds it will have a slot, on the backend where least of it is missing, and whether it is a side
     request: a small prompt, or a short answer to one of which little is missing. Without ``tables`` nothing is known of
     rates."""
     prefill_s = little_s = its_answer_s = 0.0
     if tables:
-        table = min(tables, key=lambda table: table.missing_s(job)) if len(tables) > 1 else tables[0]
-        prefill_s, its_answer_s = table.missing_s(job), answer_s(table, job)
+        table = min(tables, key=lambda table: table.missing_s(request)) if len(tables) > 1 else tables[0]
+        prefill_s, its_answer_s = table.missing_s(request), answer_s(table, request)
         little_s = max(table.long_s, _LITTLE * table.rates.answer.seconds_left(0.0))
-    is_small = 0 < job.n_tokens < rules.small_prompt_tokens
-    is_short = job.max_tokens is not None and job.max_tokens <= _SHORT_ANSWER
+    is_small = 0 < request.n_tokens < rules.small_prompt_tokens
+    is_short = request.max_tokens is not None and request.max_tokens <= _SHORT_ANSWER
     return prefill_s + its_answer_s, is_small or (is_short and prefill_s <= little_s)

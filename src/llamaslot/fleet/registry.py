@@ -9,7 +9,7 @@ from llamaslot.backend.backend import Backend
 from llamaslot.config.load import Config
 from llamaslot.config.values import read_chat_file
 from llamaslot.errors import ConfigError
-from llamaslot.fleet.pool import Directory, Pool, PoolSettings
+from llamaslot.fleet.pool import Directory, PoolSettings, SlotTable
 from llamaslot.fleet.queue import QueueLimits
 from llamaslot.formats.registry import CHAT
 from llamaslot.formats.rewrite import Rewriting
@@ -17,13 +17,13 @@ from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.fairness import Fairness
 from llamaslot.scheduling.placement import Rules
-from llamaslot.scheduling.prefill_policy import Sharing
+from llamaslot.scheduling.prefill_policy import PrefillSharing
 
 
 class Registry:
     """Today one pool of one backend: the configuration takes no more."""
 
-    def __init__(self, metrics: Metrics, pools: list[Pool]) -> None:
+    def __init__(self, metrics: Metrics, pools: list[SlotTable]) -> None:
         self.metrics, self.pools = metrics, pools
 
     @classmethod
@@ -31,17 +31,17 @@ class Registry:
         """``url``: of the configured backend; that of a managed one is known once it is started. Raises ConfigError
         when a file that the configuration names, readable a moment ago, is not any more."""
         metrics, settings = Metrics(), config.backend
-        pool = Pool(_pool_settings(config), metrics)
+        pool = SlotTable(_pool_settings(config), metrics)
         api = LlamaServer(url, settings.resolve_api_key(), config.timeouts.watchdog_s, name=settings.name)
         backend = pool.add(settings.name, api)
-        backend.divergences.tells_texts = config.log.prompts
+        backend.cache_misses.tells_texts = config.log.prompts
         return cls(metrics, [pool])
 
     @property
     def backends(self) -> Iterator[Backend]:
         return (backend for pool in self.pools for backend in pool.backends.values())
 
-    def pool_for(self, model: object = None) -> Pool:
+    def pool_for(self, model: object = None) -> SlotTable:
         """The pool that serves ``model``, as a request names it. With one pool any name will do, as it does for
         llama-server."""
         return self.pools[0]
@@ -81,18 +81,21 @@ def _pool_settings(config: Config) -> PoolSettings:
 def _limits(config: Config) -> QueueLimits:
     queue = config.queue
     fairness = Fairness(
-        queue.user_max_running, queue.user_max_waiting, queue.side_max_passed_s, queue.spare_s
+        queue.user_max_running,
+        queue.user_max_waiting,
+        queue.small_request_max_overtake_s,
+        queue.return_grace_s,
     )
     return QueueLimits(queue.max_waiting, queue.max_wait_s, fairness)
 
 
 def _rules(config: Config) -> Rules:
     routing, prefill = config.routing, config.prefill
-    sharing = Sharing(prefill.decode_share, prefill.stretch_s, prefill.max_passed_s, prefill.max_held_s)
+    sharing = PrefillSharing(prefill.decode_share, prefill.chunk_s, prefill.starvation_s, prefill.max_yield_s)
     return Rules(
         routing.similarity_min,
         routing.small_prompt_tokens,
-        prefill.own_above_s,
+        prefill.chunk_threshold_s,
         sharing,
         is_isolated=config.cache.isolation == "per_user",
     )

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from llamaslot.cache.ids import WIDTH, count, head, pack, unpack
-from llamaslot.errors import OpaquePrompt, Reason
+from llamaslot.errors import PromptNotTokenizable, Reason
 from llamaslot.formats.base import Format, PromptKind
 from llamaslot.formats.native import NativeAssembly, native_progress, native_streamed, response_fields
 from llamaslot.formats.stream_to_json import HARMLESS, Assembly, has_only, n_answers, without_nulls
@@ -121,15 +121,15 @@ class Infill:
         layout = self.layout
         parts = [layout.repository]
         if chunks is not None and not isinstance(chunks, list):
-            raise OpaquePrompt("'input_extra' is no list")
+            raise PromptNotTokenizable("'input_extra' is no list")
         if len(chunks or ()) > _MAX_PARTS:
-            raise OpaquePrompt("too many chunks")
+            raise PromptNotTokenizable("too many chunks")
         for chunk in chunks or ():
             if not isinstance(chunk, Mapping):
-                raise OpaquePrompt("a chunk that is no object")
+                raise PromptNotTokenizable("a chunk that is no object")
             text, name = chunk.get("text"), chunk.get("filename", _UNNAMED)
             if not isinstance(text, str) or not isinstance(name, str):
-                raise OpaquePrompt("a chunk without a text, or with a name that is none")
+                raise PromptNotTokenizable("a chunk without a text, or with a name that is none")
             mark = await self._remembered(f"{name}\n" if layout.file else _SNIPPET, whose)
             parts += [layout.file, mark, await self._remembered(text, whose)]
         if layout.file:
@@ -141,14 +141,16 @@ class Infill:
         parts = []
         is_long = isinstance(given, list) and len(given) > _MAX_PARTS
         if is_long and any(isinstance(part, str) for part in given):
-            raise OpaquePrompt("too many parts")
+            raise PromptNotTokenizable("too many parts")
         for part in given if isinstance(given, list) else [given]:
             if isinstance(part, str):
                 parts.append(await self._plain(part))
             elif isinstance(given, list) and type(part) is int and abs(part) < 2**31:
                 parts.append(pack([part]))
             else:
-                raise OpaquePrompt("'input_prefix' and 'input_suffix' are texts, or lists of texts and ids")
+                raise PromptNotTokenizable(
+                    "'input_prefix' and 'input_suffix' are texts, or lists of texts and ids"
+                )
         return b"".join(parts)
 
     async def _remembered(self, text: str, whose: str) -> bytes:
@@ -295,5 +297,5 @@ class _Learning:
         return await self._server.ask("/infill", {**body, **self._ours})
 
 
-def _unknown(why: str) -> OpaquePrompt:
-    return OpaquePrompt(f"/infill of this llama-server is not known: {why}", Reason.INFILL)
+def _unknown(why: str) -> PromptNotTokenizable:
+    return PromptNotTokenizable(f"/infill of this llama-server is not known: {why}", Reason.INFILL)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llamaslot.errors import OpaquePrompt, Reason
+from llamaslot.errors import PromptNotTokenizable, Reason
 from llamaslot.formats.base import Format, PromptKind
 from llamaslot.formats.error_events import ErrorEvents
 from llamaslot.llama.dry_run import DryRun, dry_run
@@ -116,7 +116,7 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
     messages: list[Any] = [{"role": "system", "content": text} for text in _system(body.get("system"))]
     given = body.get("messages")
     if not isinstance(given, list):
-        raise OpaquePrompt("'messages' is no list")
+        raise PromptNotTokenizable("'messages' is no list")
     for message in given:
         messages += _messages(message)
     chat: dict[str, Any] = {"messages": messages}
@@ -137,7 +137,7 @@ def _system(system: Any) -> Iterator[str]:
         return
     blocks = [{"type": "text", "text": system}] if isinstance(system, str) else system
     if not isinstance(blocks, list) or not all(_type(block) == "text" for block in blocks):
-        raise OpaquePrompt("'system' is neither a string nor a list of texts")
+        raise PromptNotTokenizable("'system' is neither a string nor a list of texts")
     yield "".join(_without_stamp(_text(block, "text")) for block in blocks)
 
 
@@ -164,7 +164,7 @@ def _messages(message: Any) -> Iterator[Any]:
     That order holds also where the results come first, as Claude Code sends them: its reminders move in front.
     """
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise OpaquePrompt("a message without a role")
+        raise PromptNotTokenizable("a message without a role")
     if "content" not in message and message["role"] == "assistant":
         return
     content = message.get("content")
@@ -172,7 +172,7 @@ def _messages(message: Any) -> Iterator[Any]:
         yield message
         return
     if not isinstance(content, list):
-        raise OpaquePrompt("a message whose content is neither a string nor a list")
+        raise PromptNotTokenizable("a message whose content is neither a string nor a list")
     texts, calls, results, reasoning = list[Any](), list[Any](), list[Any](), ""
     for block in content:
         match _type(block):
@@ -188,7 +188,7 @@ def _messages(message: Any) -> Iterator[Any]:
             case "tool_result":
                 results.append(_result(block))
             case other if other not in _LEFT_OUT:
-                raise OpaquePrompt(f"a block of type {other!r}", _reason(other))
+                raise PromptNotTokenizable(f"a block of type {other!r}", _reason(other))
     if texts or calls or reasoning:
         made: dict[str, Any] = {"role": message["role"], "content": texts or ""}
         if calls:
@@ -207,7 +207,7 @@ def _call(block: Mapping[str, Any]) -> dict[str, Any]:
     """
     arguments = block.get("input")
     if arguments is not None and not isinstance(arguments, Mapping):
-        raise OpaquePrompt("a tool_use block whose input is no object")
+        raise PromptNotTokenizable("a tool_use block whose input is no object")
     function = {"name": _text(block, "name"), "arguments": {} if arguments is None else arguments}
     return {"id": _text(block, "id"), "type": "function", "function": function}
 
@@ -222,19 +222,19 @@ def _result(block: Mapping[str, Any]) -> dict[str, Any]:
                 images, content = [_IMAGE], content[:at]
                 break  # nothing behind it is looked at
             if type_ != "text" and type_ not in _LEFT_OUT_OF_RESULTS:
-                raise OpaquePrompt(f"a tool result with a block of type {type_!r}", _reason(type_))
+                raise PromptNotTokenizable(f"a tool result with a block of type {type_!r}", _reason(type_))
         content = "".join(_text(part, "text") for part in content if part["type"] == "text")
         if images:
             content = [{"type": "text", "text": content}, *images]
     elif content is not None and not isinstance(content, str):
-        raise OpaquePrompt("a tool result whose content is neither a string nor a list")
+        raise PromptNotTokenizable("a tool result whose content is neither a string nor a list")
     return {"role": "tool", "tool_call_id": _text(block, "tool_use_id"), "content": content or ""}
 
 
 def _tool(tool: Any) -> dict[str, Any]:
     """A function. Anthropic's own tools (``web_search_…``), which have a name only, become one without parameters."""
     if not isinstance(tool, Mapping):
-        raise OpaquePrompt("a tool that is no object")
+        raise PromptNotTokenizable("a tool that is no object")
     function = {
         "name": _text(tool, "name"),
         "description": _text(tool, "description"),
@@ -255,7 +255,7 @@ def _reason(unknown: str) -> Reason:
 
 def _type(block: Any) -> str:
     if not isinstance(block, Mapping):
-        raise OpaquePrompt("a block that is no object")
+        raise PromptNotTokenizable("a block that is no object")
     return _text(block, "type")
 
 
@@ -263,5 +263,5 @@ def _text(block: Mapping[str, Any], name: str) -> str:
     """A field that is a string; one that is missing or null is the empty one."""
     value = block.get(name)
     if value is not None and not isinstance(value, str):
-        raise OpaquePrompt(f"{name!r} is no string")
+        raise PromptNotTokenizable(f"{name!r} is no string")
     return value or ""

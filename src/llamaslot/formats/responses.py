@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llamaslot.errors import OpaquePrompt
+from llamaslot.errors import PromptNotTokenizable
 from llamaslot.formats.base import Format, PromptKind
 from llamaslot.formats.error_events import ErrorEvents
 from llamaslot.llama.sse import data_of, event_of
@@ -93,7 +93,7 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
     ``previous_response_id``, files, refusals, and unknown items.
     """
     if body.get("previous_response_id"):
-        raise OpaquePrompt("'previous_response_id' is not supported by llama-server")
+        raise PromptNotTokenizable("'previous_response_id' is not supported by llama-server")
     chat = {name: value for name, value in body.items() if name not in _REPLACED}
     chat["messages"] = [*_system(body), *_messages(body.get("input"))]
     if "tools" in body and (tools := list(_tools(body["tools"]))):
@@ -111,7 +111,7 @@ def _system(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if "instructions" in body:
         instructions = body["instructions"]
         if instructions is not None and not isinstance(instructions, str):
-            raise OpaquePrompt("'instructions' is no string")
+            raise PromptNotTokenizable("'instructions' is no string")
         yield {"role": "system", "content": instructions or ""}
 
 
@@ -119,11 +119,11 @@ def _messages(given: Any) -> list[dict[str, Any]]:
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     if not isinstance(given, list):
-        raise OpaquePrompt("'input' is neither a string nor a list")
+        raise PromptNotTokenizable("'input' is neither a string nor a list")
     messages: list[dict[str, Any]] = []
     for item in given:
         if not isinstance(item, Mapping):
-            raise OpaquePrompt("an item that is no object")
+            raise PromptNotTokenizable("an item that is no object")
         _add(messages, item)
     return messages
 
@@ -159,7 +159,7 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any]) -> None:
                 messages.append({"role": "assistant", "content": []})
             messages[-1]["reasoning_content"] = _reasoning(item)
         case type_, role:
-            raise OpaquePrompt(f"an item of type {type_!r} and role {role!r}")
+            raise PromptNotTokenizable(f"an item of type {type_!r} and role {role!r}")
 
 
 def _is_assistants(messages: list[dict[str, Any]]) -> bool:
@@ -193,10 +193,10 @@ def _output(output: Any) -> Any:
 
 def _checked(parts: Any, *types: str) -> list[Mapping[str, Any]]:
     if not isinstance(parts, list):
-        raise OpaquePrompt("a content that is neither a string nor a list")
+        raise PromptNotTokenizable("a content that is neither a string nor a list")
     for part in parts:
         if not isinstance(part, Mapping) or part.get("type") not in types:
-            raise OpaquePrompt(f"a part of the content that is not {' or '.join(types)}")
+            raise PromptNotTokenizable(f"a part of the content that is not {' or '.join(types)}")
         _text(part, "image_url" if part["type"] == "input_image" else "text")
     return parts
 
@@ -205,19 +205,19 @@ def _reasoning(item: Mapping[str, Any]) -> str:
     """The first text of a reasoning. One that was encrypted or summed up only is a 400 of llama-server's."""
     content = item.get("content")
     if not isinstance(item.get("summary"), list) or not isinstance(content, list) or not content:
-        raise OpaquePrompt("a reasoning without its text")
+        raise PromptNotTokenizable("a reasoning without its text")
     if not isinstance(content[0], Mapping):
-        raise OpaquePrompt("a reasoning whose first part is no object")
+        raise PromptNotTokenizable("a reasoning whose first part is no object")
     return _text(content[0], "text")
 
 
 def _tools(tools: Any) -> Iterator[dict[str, Any]]:
     """The functions among the tools. Those of other types (``web_search``, ``custom``) are left out."""
     if not isinstance(tools, list):
-        raise OpaquePrompt("'tools' is no list")
+        raise PromptNotTokenizable("'tools' is no list")
     for tool in tools:
         if not isinstance(tool, Mapping):
-            raise OpaquePrompt("a tool that is no object")
+            raise PromptNotTokenizable("a tool that is no object")
         if tool.get("type") == "function":
             function = {name: value for name, value in tool.items() if name != "type"}
             yield {"type": "function", "function": {**function, "strict": tool.get("strict", True)}}
@@ -226,5 +226,5 @@ def _tools(tools: Any) -> Iterator[dict[str, Any]]:
 def _text(item: Mapping[str, Any], name: str) -> str:
     value = item.get(name)
     if not isinstance(value, str):
-        raise OpaquePrompt(f"{name!r} is no string")
+        raise PromptNotTokenizable(f"{name!r} is no string")
     return value

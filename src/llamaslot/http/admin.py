@@ -8,8 +8,8 @@ from aiohttp import web
 
 from llamaslot import __version__
 from llamaslot.backend.backend import Backend, Health
-from llamaslot.backend.connect import Met
-from llamaslot.backend.slot_table import Pool
+from llamaslot.backend.connect import ServerSession
+from llamaslot.backend.slot_table import SlotTable
 from llamaslot.errors import BadRequest, NotAllowed, NotFound
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.openapi import DESCRIPTION, PATHS
@@ -63,7 +63,7 @@ class Status:
                 "size_bytes": sum(store.catalog.size_bytes for store in stores),
                 "quota_bytes": sum(store.catalog.quota_bytes for store in stores),
             },
-            "queue": sum(pool.scheduler.n_waiting for pool in pools),
+            "queue": sum(pool.dispatcher.n_waiting for pool in pools),
             "users": [
                 {
                     "id": user.id,
@@ -72,7 +72,7 @@ class Status:
                     "deficit_s": round(user.deficit_s, 3),
                 }
                 for pool in pools
-                for user in pool.scheduler.queue.standings(pool.scheduler.now())
+                for user in pool.dispatcher.queue.standings(pool.dispatcher.now())
             ],
             "rewrite": self._prompts.report(),
         }
@@ -83,7 +83,7 @@ class Status:
             raise BadRequest(f"n={n}: how many decisions of the last {KEPT}")
         n_wanted = min(int(n[-_DIGITS:]), KEPT) if len(n.lstrip("0")) <= _DIGITS else KEPT
         every = (
-            decision for pool in self._registry.pools for decision in pool.scheduler.journal.latest(n_wanted)
+            decision for pool in self._registry.pools for decision in pool.dispatcher.journal.latest(n_wanted)
         )
         latest = sorted(every, key=lambda decision: -decision.at)[:n_wanted]
         return {"decisions": [decision.to_json() for decision in latest]}
@@ -91,42 +91,42 @@ class Status:
     def _metrics(self) -> web.Response:
         metrics, pools = self._registry.metrics, self._registry.pools
         stores = [pool.store for pool in pools if pool.store is not None]
-        metrics.n_waiting.set(sum(pool.scheduler.n_waiting for pool in pools))
+        metrics.n_waiting.set(sum(pool.dispatcher.n_waiting for pool in pools))
         metrics.n_snapshots.set(sum(pool.n_snapshots for pool in pools))
         metrics.bytes_stored.set(sum(store.catalog.size_bytes for store in stores))
         return web.Response(body=metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4"})
 
 
 def _status_of(backend: Backend) -> dict[str, Any]:
-    met, table = backend.met, backend.leases.table
+    session, table = backend.session, backend.leases.table
     return {
         "name": backend.name,
         "health": backend.health.value,
-        "model": met.model_name if met else None,
+        "model": session.model_name if session else None,
         "n_ctx": table.n_ctx if table else None,
         "memory": table.memory.value if table else None,
-        "warnings": list(met.warnings) if met else [],
-        "assist": _assist(met) if met else None,
+        "warnings": list(session.warnings) if session else [],
+        "assist": _assist(session) if session else None,
         "slots": _slots(backend, table) if table and table.is_assisted else [],
     }
 
 
-def _assist(met: Met) -> dict[str, Any]:
+def _assist(session: ServerSession) -> dict[str, Any]:
     """Whether llamaslot chooses slots, and if not, why and what would change that."""
-    if met.aside is None:
+    if session.aside is None:
         return {"is_on": True, "why": None, "remedy": None}
-    return {"is_on": False, "why": met.aside.why, "remedy": met.aside.remedy}
+    return {"is_on": False, "why": session.aside.why, "remedy": session.aside.remedy}
 
 
-def _slots(backend: Backend, table: Pool) -> list[dict[str, Any]]:
+def _slots(backend: Backend, table: SlotTable) -> list[dict[str, Any]]:
     # Those with a slot: a turn has none until llama-server has chosen.
     leases = [lease for lease in backend.leases.leases if lease.pool is table and lease.slot is not None]
-    prefills = {
-        lease.slot_id: {"n_done": lease.n_done, "n_tokens": lease.job.n_tokens}
+    chunked_prefill = {
+        lease.slot_id: {"n_done": lease.n_done, "n_tokens": lease.request.n_tokens}
         for lease in leases
         if lease.is_long
     }
-    users = {lease.slot_id: lease.job.user.id or None for lease in leases}
+    users = {lease.slot_id: lease.request.user.id or None for lease in leases}
     return [
         {
             "id": slot.id,
@@ -134,7 +134,7 @@ def _slots(backend: Backend, table: Pool) -> list[dict[str, Any]]:
             "n_tokens": slot.content.n_tokens,
             "is_dirty": slot.content.is_dirty,
             "is_worth_saving": table.worth.is_worth_saving(slot),
-            "prefill": prefills.get(slot.id),
+            "prefill": chunked_prefill.get(slot.id),
             "user": users.get(slot.id),
         }
         for slot in table.slots

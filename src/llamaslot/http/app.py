@@ -24,10 +24,10 @@ from llamaslot.errors import (
 )
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.admin import Status
-from llamaslot.http.auth import USER, Doors, is_own_page
+from llamaslot.http.auth import USER, Authenticator, is_own_page
 from llamaslot.http.client_stream import MISTAKE, StreamRules, error_instead, error_response, name_itself
 from llamaslot.http.completion import Completions
-from llamaslot.http.connections import Connection, Connections, Patience, raise_file_limit
+from llamaslot.http.connections import ClientTimeouts, Connection, Connections, raise_file_limit
 from llamaslot.http.cors import Cors
 from llamaslot.http.deadlines import Timeouts
 from llamaslot.http.passthrough import Passthrough
@@ -69,7 +69,7 @@ class App:
         self._passthrough = Passthrough(registry, uploads, timeouts, prompts, unassisted)
         self._completions = Completions(registry, rules, uploads, self._passthrough, unassisted, prompts)
         self._status = Status(registry, prompts)
-        self._doors, self._cors = Doors(config.auth), Cors(config.listen.cors)
+        self._authenticator, self._cors = Authenticator(config.auth), Cors(config.listen.cors)
 
     def application(self) -> web.Application:
         app = web.Application()
@@ -111,7 +111,7 @@ class App:
                 raise BadRequest("this port takes HTTP/1.1 and HTTP/1.0 only")
             if (answer := self._cors.preflight(request)) is not None:
                 return answer
-            request[USER] = self._doors.admit(request)
+            request[USER] = self._authenticator.authenticate(request)
             return await self._dispatch(request, route)
         except ClientGone:
             raise
@@ -208,7 +208,7 @@ async def _listen(config: Config, runner: web.AppRunner) -> asyncio.Server:
     """As aiohttp's ``TCPSite`` does, with connections of llamaslot's own. Raises OSError for the port."""
     assert runner.server is not None, "set up"
     listen = config.listen
-    connections = Connections(runner.server, Patience(listen.read_timeout_s), listen.max_connections)
+    connections = Connections(runner.server, ClientTimeouts(listen.read_timeout_s), listen.max_connections)
     context = Certificate(listen.tls).context if listen.tls is not None else None
     return await asyncio.get_running_loop().create_server(
         connections, listen.host, listen.port, backlog=_BACKLOG, ssl=context

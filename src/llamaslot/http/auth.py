@@ -22,7 +22,7 @@ from llamaslot.config.sections import AuthConfig
 from llamaslot.config.watch import Watch
 from llamaslot.errors import BadRequest, ConfigError, Forbidden, Unauthorized
 from llamaslot.llama.routes import server_path
-from llamaslot.scheduling.request import NOBODY, User
+from llamaslot.scheduling.request import SYSTEM_USER, User
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Keyring:
         log.info("keys: %s has changed, %d keys are in force", self._path, len(keys))
 
 
-class Doors:
+class Authenticator:
     """What ``auth`` in the configuration says of a request."""
 
     def __init__(self, settings: AuthConfig) -> None:
@@ -90,7 +90,7 @@ class Doors:
         self._admin_digest = digest_of(admin_key) if admin_key is not None else None
         self._lets_anybody_in = settings.allow_anonymous or self._keyring is None
 
-    def admit(self, request: web.Request) -> User:
+    def authenticate(self, request: web.Request) -> User:
         """Whose request it is. Raises Unauthorized, Forbidden, and BadRequest for a name that is none.
 
         Where nobody needs a key, one that is sent all the same (most clients must send some) means nothing; where keys
@@ -200,5 +200,5 @@ USER = web.RequestKey("user", User)
 
 
 def user_of(request: web.Request) -> User:
-    user: User = request.get(USER, NOBODY)
+    user: User = request.get(USER, SYSTEM_USER)
     return user

@@ -15,7 +15,7 @@ Post = Callable[[dict[str, Any]], contextlib.AbstractAsyncContextManager[aiohttp
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ClientRequest:
     """What a client has asked for. ``post`` sends a body to the same route of llama-server."""
 
     id: str

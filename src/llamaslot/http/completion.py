@@ -16,9 +16,9 @@ import orjson
 from aiohttp import web
 
 from llamaslot.backend.backend import Backend
-from llamaslot.backend.exclusive import Turn
+from llamaslot.backend.exclusive import UnpinnedRequest
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.lease_states import PlanAgain, Preempted
+from llamaslot.backend.lease_states import Preempted, RetryPlacement
 from llamaslot.backend.long_prompt import Prefilling, no_report
 from llamaslot.errors import (
     BackendDown,
@@ -29,20 +29,27 @@ from llamaslot.errors import (
     SlotWedged,
 )
 from llamaslot.fleet.model_context import ModelContext
-from llamaslot.fleet.pool import Pool
+from llamaslot.fleet.pool import SlotTable
 from llamaslot.fleet.queue import QueuePosition
 from llamaslot.fleet.registry import Registry
 from llamaslot.formats.base import Format
 from llamaslot.formats.comments import Comment
 from llamaslot.formats.registry import FORMATS, format_named
 from llamaslot.http.auth import user_of
-from llamaslot.http.client_request import Asked
+from llamaslot.http.client_request import ClientRequest
 from llamaslot.http.client_stream import MISTAKE, Downstream, StreamRules
-from llamaslot.http.completion_stream import Answering, InOnePiece
+from llamaslot.http.completion_stream import Answering, RetryNonStreamed
 from llamaslot.http.deadlines import Deadlines
 from llamaslot.http.headers import BACKEND, to_server
 from llamaslot.http.json_body import NoObject, parse_object
-from llamaslot.http.parse import ATTEMPTS, GIVEN_UP, Wanted, keep_what_follows, request_id, wanted
+from llamaslot.http.parse import (
+    ATTEMPTS,
+    GIVEN_UP,
+    ParsedRequest,
+    keep_what_follows,
+    parse_request,
+    request_id,
+)
 from llamaslot.http.passthrough import Passthrough
 from llamaslot.http.prompt_list import Part, joined
 from llamaslot.http.request_body import Uploads
@@ -50,8 +57,8 @@ from llamaslot.http.rewriting import SystemPrompts, rewrote
 from llamaslot.http.unassisted import Unassisted
 from llamaslot.http.upstream_errors import check, check_body, in_its_words
 from llamaslot.llama.routes import Route, origin_form
-from llamaslot.llama.sse import Earlier
-from llamaslot.scheduling.request import Job, Placement
+from llamaslot.llama.sse import PrefillStats
+from llamaslot.scheduling.request import Placement, Request
 from llamaslot.tokens.tokenizer import NoPrompt
 
 log = logging.getLogger(__name__)
@@ -88,8 +95,8 @@ class Completions:
             raw = orjson.dumps(body)
         if route.may_be_missing and not await self._passthrough.is_offered(pool, route):
             return await self._passthrough.unprepared(pool, request, raw)
-        unrecognized = partial(self._passthrough.in_turn, request, route, raw, pool=pool)
-        exchange = _Exchange(pool, self._rules, request, route, raw, body, unrecognized, self._unassisted)
+        untokenized = partial(self._passthrough.in_turn, request, route, raw, pool=pool)
+        exchange = _Exchange(pool, self._rules, request, route, raw, body, untokenized, self._unassisted)
         return await exchange.run()
 
 
@@ -98,28 +105,28 @@ class _Exchange:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: SlotTable,
         rules: StreamRules,
         request: web.Request,
         route: Route,
         raw: bytes,
         body: dict[str, Any],
-        unrecognized: Callable[..., Awaitable[web.StreamResponse]],
+        untokenized: Callable[..., Awaitable[web.StreamResponse]],
         unassisted: Unassisted,
         whole: _Exchange | None = None,
     ) -> None:
         """``raw``: the bytes that ``body`` was read from.
-        ``unrecognized`` serves the request without knowing its tokens, in whatever slot llama-server chooses, and
+        ``untokenized`` serves the request without knowing its tokens, in whatever slot llama-server chooses, and
         ``unassisted`` where llamaslot stands aside.
         ``whole``: of a prompt in a list, the exchange for all of them.
         """
-        self.unrecognized, self.unassisted, self.raw = unrecognized, unassisted, raw
+        self.untokenized, self.unassisted, self.raw = untokenized, unassisted, raw
         self.in_one_piece = False  # the answer cannot be put together from a stream
         self.pool, self.request, self.route, self.body = pool, request, route, body
         self.lease: Lease | None = None  # the last one: its backend is what has failed, where one has
         self.id: str = whole.id if whole is not None else request_id(request.headers)
-        self.asked = Asked(self.id, body, self._format, self._post, time.monotonic())
-        self.down = Downstream(request, rules, self.asked.is_streaming, {"x-request-id": self.id})
+        self.client_request = ClientRequest(self.id, body, self._format, self._post, time.monotonic())
+        self.down = Downstream(request, rules, self.client_request.is_streaming, {"x-request-id": self.id})
         self.deadlines: Deadlines = whole.deadlines if whole is not None else Deadlines(rules.timeouts)
 
     async def run(self) -> web.StreamResponse:
@@ -147,27 +154,27 @@ class _Exchange:
 
     async def _run(self) -> web.StreamResponse:
         for _ in range(ATTEMPTS):
-            context, want = await self._context_and_wanted()
-            if context is None or want is None:
+            context, parsed = await self._context_and_wanted()
+            if context is None or parsed is None:
                 with contextlib.suppress(BackendRestarted):  # it does not stand aside any more
                     return await self.unassisted.relay(
                         self.pool, self.down, self.deadlines, self._format, self.raw, self.body
                     )
                 continue
-            if want.is_beyond_server:
+            if parsed.is_beyond_server:
                 raise await in_its_words(
                     self.backend, self.request, orjson.dumps(self.body), BadRequest(_BEYOND)
                 )
-            await check_body(self.backend, self.request, self.asked, want)
-            if want.job.placement is Placement.STEERED and (not want.prompts or want.is_head):
-                if want.is_head:
-                    await self._prepare_head(want, context)
+            await check_body(self.backend, self.request, self.client_request, parsed)
+            if parsed.request.placement is Placement.STEERED and (not parsed.prompts or parsed.is_head):
+                if parsed.is_head:
+                    await self._prepare_head(parsed, context)
                 self.deadlines.answering()  # nobody reads the answer closely enough to tell when it begins
-                return self._counted(want, await self.unrecognized(head=want.left_in_slot))
-            if len(want.prompts) > 1 and self._is_long(want):
-                return await self._serve_each(want)
+                return self._counted(parsed, await self.untokenized(head=parsed.left_in_slot))
+            if len(parsed.prompts) > 1 and self._is_long(parsed):
+                return await self._serve_each(parsed)
             try:
-                return self._counted(want, await self._serve(want, context))
+                return self._counted(parsed, await self._serve(parsed, context))
             except BackendRestarted:
                 if self.lease is not None:
                     self.backend.lost(self.lease.pool)
@@ -178,10 +185,10 @@ class _Exchange:
         """Where its last lease was; any before it had one."""
         return self.pool.backend_of(self.lease) if self.lease is not None else self.pool.any_backend()
 
-    async def _prepare_head(self, want: Wanted, context: ModelContext) -> None:
+    async def _prepare_head(self, parsed: ParsedRequest, context: ModelContext) -> None:
         """Have what comes before the first medium in a slot, if it takes long: restored, or computed in turn with what
         others want. llama-server, which will choose the slot, finds it there. Cancelling gives the slot back."""
-        job = replace(want.job, placement=Placement.PINNED)
+        job = replace(parsed.request, placement=Placement.PINNED)
         if not self.pool.takes_long(job.n_tokens):
             return
         with await self.pool.lease(job) as lease:
@@ -190,19 +197,19 @@ class _Exchange:
                 return  # the slots of another process are as good as none
             keep_what_follows(lease)
             # The slot was needed for somebody else, or is another process's: what is there stays there.
-            with contextlib.suppress(PlanAgain, BackendRestarted):
-                await check(self.backend, self.request, self.asked, want, lease)
-                await self.backend.steps.prepare(lease, no_report)
+            with contextlib.suppress(RetryPlacement, BackendRestarted):
+                await check(self.backend, self.request, self.client_request, parsed, lease)
+                await self.backend.executor.prepare(lease, no_report)
 
-    def _counted(self, want: Wanted, response: web.StreamResponse) -> web.StreamResponse:
+    def _counted(self, parsed: ParsedRequest, response: web.StreamResponse) -> web.StreamResponse:
         """What was served without its tokens; what llama-server has refused anyway does not count."""
-        if want.unknown is not None and response.status < 400:
-            self.pool.unrecognized.count(self._format.name, want.unknown)
+        if parsed.unknown is not None and response.status < 400:
+            self.pool.untokenized.count(self._format.name, parsed.unknown)
         return response
 
-    async def _context_and_wanted(self) -> tuple[ModelContext, Wanted] | tuple[None, None]:
-        """The model, served by processes that are known to be there, and the job; None for both where llamaslot stands
-        aside.
+    async def _context_and_wanted(self) -> tuple[ModelContext, ParsedRequest] | tuple[None, None]:
+        """The model, served by processes that are known to be there, and the request; None for both where llamaslot
+        stands aside.
 
         Both are asked for at once: together they are most of what llamaslot adds to a follow-up. What was tokenized by
         a server that turns out to be another one is done again.
@@ -211,17 +218,17 @@ class _Exchange:
             try:
                 async with asyncio.TaskGroup() as group:
                     checked = group.create_task(self.pool.ready())
-                    want = group.create_task(self._wanted(context))
+                    parsed = group.create_task(self._wanted(context))
                 if checked.result() is context:
-                    return context, want.result()
+                    return context, parsed.result()
             except ExceptionGroup as errors:
                 if self.pool.context is context:
                     raise errors.exceptions[0] from None
         context = await self.pool.ready()
         return (context, await self._wanted(context)) if context is not None else (None, None)
 
-    async def _wanted(self, context: ModelContext) -> Wanted:
-        return await wanted(self.id, self.body, self._format, context, user_of(self.request))
+    async def _wanted(self, context: ModelContext) -> ParsedRequest:
+        return await parse_request(self.id, self.body, self._format, context, user_of(self.request))
 
     @property
     def _format(self) -> Format:
@@ -230,13 +237,13 @@ class _Exchange:
 
     # -- several prompts -----------------------------------------------------------------------------------------
 
-    def _is_long(self, want: Wanted) -> bool:
+    def _is_long(self, parsed: ParsedRequest) -> bool:
         """Whether any prompt but the first, which has the slot to itself, would take long to compute."""
-        return self.pool.takes_long(max(prompt.n_tokens for prompt in want.prompts[1:]))
+        return self.pool.takes_long(max(prompt.n_tokens for prompt in parsed.prompts[1:]))
 
-    async def _serve_each(self, want: Wanted) -> web.StreamResponse:
+    async def _serve_each(self, parsed: ParsedRequest) -> web.StreamResponse:
         """One prompt after the other, each as a request of its own. Raises LlamaslotError: the first ends it all."""
-        n_each, parts = 1 + want.job.n_children, []
+        n_each, parts = 1 + parsed.request.n_children, []
         prompts = self.body["prompt"]
         response: web.StreamResponse | None = None
         for number, prompt in enumerate(prompts):
@@ -248,7 +255,7 @@ class _Exchange:
                 self.route,
                 orjson.dumps(body),
                 body,
-                self.unrecognized,
+                self.untokenized,
                 self.unassisted,
                 self,
             )
@@ -266,31 +273,31 @@ class _Exchange:
 
     # -- a slot --------------------------------------------------------------------------------------------------
 
-    async def _serve(self, want: Wanted, context: ModelContext) -> web.StreamResponse:
+    async def _serve(self, parsed: ParsedRequest, context: ModelContext) -> web.StreamResponse:
         """Until a place was what it was taken for."""
-        before: Earlier | None = None
-        last: PlanAgain | InOnePiece | None = None
+        before: PrefillStats | None = None
+        last: RetryPlacement | RetryNonStreamed | None = None
         n_before, preempted = 0, None
         while True:
             try:
-                answer = await self._serve_at_a_place(want, context, before, n_before, last, preempted)
-            except PlanAgain as again:
+                answer = await self._serve_at_a_place(parsed, context, before, n_before, last, preempted)
+            except RetryPlacement as again:
                 last = again
             else:
-                if not isinstance(answer, InOnePiece):
+                if not isinstance(answer, RetryNonStreamed):
                     return answer
                 self.in_one_piece, last = True, answer
-            later = last.earlier
+            later = last.prefill_stats
             before = before.then(later) if before is not None and later is not None else later or before
             if isinstance(last, Preempted):
                 preempted = last
-                self._told_to_stop(want.job, last)
+                self._told_to_stop(parsed.request, last)
             else:
                 n_before += 1
 
-    def _told_to_stop(self, job: Job, preempted: Preempted) -> None:
+    def _told_to_stop(self, job: Request, preempted: Preempted) -> None:
         self.backend.metrics.preempted.inc()
-        n_done = preempted.earlier.n_tokens if preempted.earlier is not None else 0
+        n_done = preempted.prefill_stats.n_tokens if preempted.prefill_stats is not None else 0
         log.info(
             "%s: its slot goes to a user with fewer slots; queued again with %d of %d tokens computed",
             self.id, n_done, job.n_tokens,
@@ -298,20 +305,20 @@ class _Exchange:
 
     async def _serve_at_a_place(
         self,
-        want: Wanted,
+        parsed: ParsedRequest,
         context: ModelContext,
-        before: Earlier | None,
+        before: PrefillStats | None,
         n_before: int,
-        last: PlanAgain | InOnePiece | None,
+        last: RetryPlacement | RetryNonStreamed | None,
         preempted: Preempted | None,
-    ) -> web.StreamResponse | InOnePiece:
-        """``before``: what was done for the job at the places that it had, of which ``n_before`` were not what they
+    ) -> web.StreamResponse | RetryNonStreamed:
+        """``before``: what was done for the request at the places that it had, of which ``n_before`` were not what they
         were taken for; ``last``: why it lost the last one; ``preempted``: when it last gave one up for another user.
         Raises PlanAgain.
         """
-        job, may_replan = want.job, n_before < _REPLANS
+        job, may_replan = parsed.request, n_before < _REPLANS
         queued = time.monotonic()
-        if self.asked.wants_progress and self._format.has_progress_events:
+        if self.client_request.wants_progress and self._format.has_progress_events:
             self.down.progress = partial(self._progress, context, before)
         async with contextlib.AsyncExitStack() as stack:
             async with self.down.waiting(self.pool.tasks):
@@ -322,35 +329,37 @@ class _Exchange:
                 if self.pool.context is not context:
                     raise BackendRestarted  # and may have another model now
                 self.pool.metrics.queue_s.observe(time.monotonic() - queued)
-                lease.note.rewrote(rewrote(self.request))
-                if last is None and want.prompts:
-                    backend.divergences.look(lease, want.prompts[0], self.body, self._format)
-                if want.is_head:
+                lease.recorder.rewrote(rewrote(self.request))
+                if last is None and parsed.prompts:
+                    backend.cache_misses.look(lease, parsed.prompts[0], self.body, self._format)
+                if parsed.is_head:
                     keep_what_follows(lease)
                 if last is None:
-                    await check(backend, self.request, self.asked, want, lease)
-                here = await backend.steps.prepare(lease, self.down.say, may_replan=may_replan, can_stop=True)
-                turn: Turn | None = None
+                    await check(backend, self.request, self.client_request, parsed, lease)
+                here = await backend.executor.prepare(
+                    lease, self.down.say, may_replan=may_replan, can_stop=True
+                )
+                turn: UnpinnedRequest | None = None
                 if job.n_children:
-                    turn = await stack.enter_async_context(backend.turns.take(lease, self.down.say))
+                    turn = await stack.enter_async_context(backend.exclusive.take(lease, self.down.say))
                 if job.placement is Placement.STEERED:
                     self.down.say(Comment.WAITING_FOR_TURN)
-                    await backend.turns.clear_the_way(lease, here)
+                    await backend.exclusive.evict_competitors(lease, here)
                 self.down.say(Comment.WAITING_FOR_SERVER)
                 answering = Answering(
-                    self.pool, backend, context, self.down, self.asked, want, lease, here, before, turn,
+                    self.pool, backend, context, self.down, self.client_request, parsed, lease, here, before, turn,
                     in_one_piece=self.in_one_piece,
                 )  # fmt: skip
-                await self.down.write(self.down.add_headers(_about(lease, want)))
+                await self.down.write(self.down.add_headers(_about(lease, parsed)))
                 if not answering.is_streamed:
                     self.deadlines.answering()
                 await answering.begin(stack, may_replan=may_replan)
             self.deadlines.answering()
             return await answering.finish()
 
-    def _progress(self, context: ModelContext, before: Earlier | None, state: Prefilling) -> bytes:
+    def _progress(self, context: ModelContext, before: PrefillStats | None, state: Prefilling) -> bytes:
         """An event of progress for a prefill of llamaslot's own, to a client that has asked for them."""
-        so_far = Earlier(state.n_reused, state.n_done, state.seconds)
+        so_far = PrefillStats(state.n_reused, state.n_done, state.seconds)
         so_far = so_far if before is None else before.then(so_far)
         progress = {
             "total": state.n_tokens,
@@ -371,10 +380,10 @@ class _Exchange:
         )
 
 
-def _about(lease: Lease, want: Wanted) -> dict[str, str]:
+def _about(lease: Lease, parsed: ParsedRequest) -> dict[str, str]:
     """What is known before llama-server has seen the request. What is reused it tells itself (``Answering``)."""
     return {
         BACKEND: lease.slot_key.backend,
         "x-llamaslot-slot": str(lease.slot_id),
-        "x-llamaslot-prompt-tokens": str(want.job.n_tokens),
+        "x-llamaslot-prompt-tokens": str(parsed.request.n_tokens),
     }

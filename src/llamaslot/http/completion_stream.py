@@ -12,35 +12,35 @@ import aiohttp
 from aiohttp import web
 
 from llamaslot.backend.backend import Backend
-from llamaslot.backend.exclusive import Turn
+from llamaslot.backend.exclusive import UnpinnedRequest
 from llamaslot.backend.feedback import Told
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.lease_states import STOPPED, PlanAgain
+from llamaslot.backend.lease_states import STOPPED, RetryPlacement
 from llamaslot.backend.long_prompt import Prefilling
 from llamaslot.backend.slot_content import is_far_off
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.errors import JSON_TYPE, UpstreamError
 from llamaslot.fleet.model_context import ModelContext
-from llamaslot.fleet.pool import Pool
+from llamaslot.fleet.pool import SlotTable
 from llamaslot.formats.stream_to_json import Doubt
-from llamaslot.http.client_request import Asked
+from llamaslot.http.client_request import ClientRequest
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream
 from llamaslot.http.headers import to_client
-from llamaslot.http.parse import Wanted
+from llamaslot.http.parse import ParsedRequest
 from llamaslot.http.stream_reader import Reading
 from llamaslot.llama.client import content_type_of
-from llamaslot.llama.sse import Earlier
+from llamaslot.llama.sse import PrefillStats
 from llamaslot.scheduling.plan import Source
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class InOnePiece:
+class RetryNonStreamed:
     """Instead of an answer that was put together from a stream, and is in doubt: ask for it once more, as the client
-    did. ``earlier``: what was computed of the prompt in this slot."""
+    did. ``prefill_stats``: what was computed of the prompt in this slot."""
 
-    earlier: Earlier | None
+    prefill_stats: PrefillStats | None
 
 
 class Answering:
@@ -48,16 +48,16 @@ class Answering:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: SlotTable,
         backend: Backend,
         context: ModelContext,
         down: Downstream,
-        asked: Asked,
-        want: Wanted,
+        client_request: ClientRequest,
+        parsed: ParsedRequest,
         lease: Lease,
-        here: Earlier | None,
-        before: Earlier | None,
-        turn: Turn | None,
+        here: PrefillStats | None,
+        before: PrefillStats | None,
+        turn: UnpinnedRequest | None,
         *,
         in_one_piece: bool = False,
     ) -> None:
@@ -65,28 +65,28 @@ class Answering:
         ``in_one_piece``: llama-server is to put the answer together.
         """
         self.pool, self.backend, self.context = pool, backend, context
-        self.down, self.asked, self.want = down, asked, want
+        self.down, self.client_request, self.parsed = down, client_request, parsed
         self.lease, self.here, self.turn = lease, here, turn
-        self.earlier = self._in_all(here, before)  # what the client is told
-        may_assemble = not (asked.is_streaming or in_one_piece) and backend.streams_are_known
-        self.is_assembled = may_assemble and asked.format.can_assemble(asked.body)
+        self.prefill_stats = self._in_all(here, before)  # what the client is told
+        may_assemble = not (client_request.is_streaming or in_one_piece) and backend.streams_are_known
+        self.is_assembled = may_assemble and client_request.format.can_assemble(client_request.body)
         self.first_byte_s: float | None = None
         self._is_reuse_told = False
         self._first: list[bytes] | None = None
 
-    def _in_all(self, here: Earlier | None, before: Earlier | None) -> Earlier | None:
+    def _in_all(self, here: PrefillStats | None, before: PrefillStats | None) -> PrefillStats | None:
         if before is None:
             in_all = here
         else:  # without a prefill here: what it finds of its own work was not reused
             n = self.lease.forecast.n_expected
-            in_all = before.then(here if here is not None else Earlier(n, n, 0.0))
-        n_answers = 1 + self.want.job.n_children
+            in_all = before.then(here if here is not None else PrefillStats(n, n, 0.0))
+        n_answers = 1 + self.parsed.request.n_children
         return replace(in_all, n_answers=n_answers) if in_all is not None else None
 
     @property
     def is_streamed(self) -> bool:
         """Whether llama-server is asked for a stream, so that the first token is seen to come."""
-        return self.asked.is_streaming or self.is_assembled
+        return self.client_request.is_streaming or self.is_assembled
 
     async def begin(self, stack: contextlib.AsyncExitStack, *, may_replan: bool) -> None:
         """Send it, and read what comes up to the first token, while the client is told how far its prompt is.
@@ -99,17 +99,19 @@ class Answering:
         self._upstream = await self._send(sent, self._body())
         self._reading = Reading(
             self._upstream,
-            self.earlier,
+            self.prefill_stats,
             self.down.errors,
-            n_answers=self.want.n_prompts * (1 + self.want.job.n_children),
-            wants_progress=self.asked.wants_progress,
-            assembly=self.asked.format.assembly(self.asked.body) if self.is_assembled else None,
+            n_answers=self.parsed.n_prompts * (1 + self.parsed.request.n_children),
+            wants_progress=self.client_request.wants_progress,
+            assembly=self.client_request.format.assembly(self.client_request.body)
+            if self.is_assembled
+            else None,
             start=self._stream_start(),
         )
         if not self._has_events:
             return
         reading, is_looked_at = self._reading, False
-        may_stop = self._is_one_prompt and not self.want.is_head  # its slot's content is known at any time
+        may_stop = self._is_one_prompt and not self.parsed.is_head  # its slot's content is known at any time
         while (events := await self._next_or_stop(sent, can_stop=is_looked_at and may_stop)) is not None:
             if reading.has_token or reading.is_over or reading.has_failed:
                 self.lease.mark_decoding()
@@ -117,14 +119,14 @@ class Answering:
                 return
             if reading.n_found is not None:
                 if may_replan and not is_looked_at and self._is_misplaced(reading.n_found):
-                    raise PlanAgain(await self._stopped(sent, reading.n_found, is_misplaced=True))
+                    raise RetryPlacement(await self._stopped(sent, reading.n_found, is_misplaced=True))
                 if not is_looked_at:
                     self._holds_prompt()
                     await self._tell_reuse()
                 is_looked_at = True
                 self.lease.set_progress(reading.n_processed)
-                n_reused = self.earlier.n_reused if self.earlier is not None else reading.n_found
-                self.down.note(Prefilling(reading.n_processed, self.want.job.n_tokens, n_reused, 0.0))
+                n_reused = self.prefill_stats.n_reused if self.prefill_stats is not None else reading.n_found
+                self.down.note(Prefilling(reading.n_processed, self.parsed.request.n_tokens, n_reused, 0.0))
             may_stop = may_stop and not events  # told twice, the beginning of an answer confuses its client
             if events:  # of progress, to who has asked for it
                 await self._tell_reuse(at_last=True)
@@ -141,14 +143,16 @@ class Answering:
         assert self._reading.n_found is not None, "only what has begun can be stopped"
         done = await self._stopped(sent, self._reading.n_found, is_misplaced=False)
         self.lease.raise_if_preempted(done)
-        raise PlanAgain(done)  # nobody wants the slot any more; but it has stopped
+        raise RetryPlacement(done)  # nobody wants the slot any more; but it has stopped
 
-    async def _stopped(self, sent: contextlib.AsyncExitStack, n_found: int, *, is_misplaced: bool) -> Earlier:
-        """Close the request, of which ``n_found`` tokens were reused; what was done for the job in this slot."""
+    async def _stopped(
+        self, sent: contextlib.AsyncExitStack, n_found: int, *, is_misplaced: bool
+    ) -> PrefillStats:
+        """Close the request, of which ``n_found`` tokens were reused; what was done for the request in this slot."""
         await sent.aclose()
-        await self.backend.steps.stopped(self.lease, n_found, is_misplaced=is_misplaced)
+        await self.backend.executor.stopped(self.lease, n_found, is_misplaced=is_misplaced)
         n_done = self.lease.content.n_tokens if self.lease.content is not None else 0
-        own = Earlier(min(n_found, n_done), n_done, self.backend.now() - self.lease.sent_at)
+        own = PrefillStats(min(n_found, n_done), n_done, self.backend.now() - self.lease.sent_at)
         return own if self.here is None else self.here.then(own)
 
     async def _next(self) -> list[bytes] | None:
@@ -164,8 +168,8 @@ class Answering:
         """Tokens of the prompt that were not computed for it, by what llama-server has told so far; None before."""
         if (n_found := self._reading.n_reused) is None:
             return None
-        n_found = min(n_found, self.want.prompts[0].n_tokens) if self.want.is_head else n_found
-        return n_found if self.earlier is None else min(self.earlier.n_reused, n_found)
+        n_found = min(n_found, self.parsed.prompts[0].n_tokens) if self.parsed.is_head else n_found
+        return n_found if self.prefill_stats is None else min(self.prefill_stats.n_reused, n_found)
 
     @property
     def source(self) -> Source:
@@ -177,7 +181,9 @@ class Answering:
     def _n_reused_or_expected(self) -> int:
         if (n_reused := self.n_reused) is not None:
             return n_reused
-        return self.earlier.n_reused if self.earlier is not None else self.lease.forecast.n_expected
+        return (
+            self.prefill_stats.n_reused if self.prefill_stats is not None else self.lease.forecast.n_expected
+        )
 
     async def _tell_reuse(self, *, at_last: bool = False) -> None:
         """Say what was reused once llama-server has, in headers, or in a stream's comments where these have gone.
@@ -194,36 +200,38 @@ class Answering:
         await self.down.write(self.down.add_headers(told))
 
     def _stream_start(self) -> bytes:
-        n_reused = self.earlier.n_reused if self.earlier is not None else self.lease.forecast.n_expected
-        return self.asked.format.stream_start(
-            self.asked.id, self.asked.body, self.want.job.n_tokens, n_reused
+        n_reused = (
+            self.prefill_stats.n_reused if self.prefill_stats is not None else self.lease.forecast.n_expected
+        )
+        return self.client_request.format.stream_start(
+            self.client_request.id, self.client_request.body, self.parsed.request.n_tokens, n_reused
         )
 
     def _body(self) -> dict[str, Any]:
         """What llama-server is asked. As a stream with progress it tells at once what it reuses, and notices within a
         batch that nobody is there any more."""
         if self.is_assembled:
-            return self.asked.format.streamed(self.asked.body)
-        if self.asked.is_streaming and self.asked.may_set("return_progress"):
-            return {**self.asked.body, "return_progress": True}
-        return self.asked.body
+            return self.client_request.format.streamed(self.client_request.body)
+        if self.client_request.is_streaming and self.client_request.may_set("return_progress"):
+            return {**self.client_request.body, "return_progress": True}
+        return self.client_request.body
 
     async def _send(self, stack: contextlib.AsyncExitStack, body: dict[str, Any]) -> aiohttp.ClientResponse:
         """Raises UpstreamError."""
         lease = self.lease
-        # For a job that may use nothing cached, what is in the slot after a prefill of its own is its own work.
+        # For a request that may use nothing cached, what is in the slot after a prefill of its own is its own work.
         # What nobody knows may have been computed with somebody's LoRA scales.
-        may_reuse = self.here is not None or not (lease.job.is_cold or lease.content is None)
+        may_reuse = self.here is not None or not (lease.request.no_cache or lease.content is None)
         body = {**body, "id_slot": lease.slot_id}
-        if self.asked.may_set("cache_prompt"):
+        if self.client_request.may_set("cache_prompt"):
             body["cache_prompt"] = may_reuse
         lease.begin_request()
-        upstream = await stack.enter_async_context(self.asked.post(body))
+        upstream = await stack.enter_async_context(self.client_request.post(body))
         lease.mark_processing()
         if upstream.status == 200:
             return upstream
         payload = await upstream.read()
-        await self.backend.steps.refused(lease, upstream.status)
+        await self.backend.executor.refused(lease, upstream.status)
         raise UpstreamError(upstream.status, payload, content_type_of(upstream))
 
     @property
@@ -232,7 +240,7 @@ class Answering:
 
     @property
     def _is_one_prompt(self) -> bool:
-        return len(self.want.prompts) == 1 and not self.want.job.n_children
+        return len(self.parsed.prompts) == 1 and not self.parsed.request.n_children
 
     def _is_misplaced(self, n_found: int) -> bool:
         """Whether the slot holds much less of the one prompt than was expected."""
@@ -243,7 +251,7 @@ class Answering:
 
     # -- the answer ----------------------------------------------------------------------------------------------
 
-    async def finish(self) -> web.StreamResponse | InOnePiece:
+    async def finish(self) -> web.StreamResponse | RetryNonStreamed:
         """The rest of the answer, and what it teaches. The slot is given back before the client can read its end."""
         self._holds_prompt()
         if self._has_events and not self.is_assembled:
@@ -252,9 +260,9 @@ class Answering:
             self._log()
             return await self.down.end()
         payload = await self._assemble() if self._has_events else await self._reading.whole()
-        if isinstance(payload, InOnePiece):
+        if isinstance(payload, RetryNonStreamed):
             return payload
-        self.first_byte_s = time.monotonic() - self.asked.started
+        self.first_byte_s = time.monotonic() - self.client_request.started
         self._is_reuse_told = False  # an answer in one piece is through, and nothing of it has been sent
         await self._tell_reuse(at_last=True)
         self._settle()
@@ -266,8 +274,10 @@ class Answering:
 
     def _holds_prompt(self) -> None:
         before = self.lease.content or NOTHING
-        holds = replace(before, tokens=self.want.left_in_slot, is_exact=False, is_dirty=True, has_media=False)
-        self.lease.confirm(self._with_media(holds, before) if self.want.is_head else holds)
+        holds = replace(
+            before, tokens=self.parsed.left_in_slot, is_exact=False, is_dirty=True, has_media=False
+        )
+        self.lease.confirm(self._with_media(holds, before) if self.parsed.is_head else holds)
 
     @staticmethod
     def _with_media(holds: Content, before: Content) -> Content:
@@ -287,7 +297,7 @@ class Answering:
         )
 
     async def _relay(self) -> None:
-        """Events as they come, each byte as it was but for the numbers that ``earlier`` puts right.
+        """Events as they come, each byte as it was but for the numbers that ``prefill_stats`` puts right.
 
         llama-server releases the slot before it sends the last event: so it is given back before the client, who may
         ask again or hang up at once, can read that event.
@@ -296,7 +306,7 @@ class Answering:
         events = self._first
         while events is not None:
             if self.first_byte_s is None:
-                self.first_byte_s = time.monotonic() - self.asked.started
+                self.first_byte_s = time.monotonic() - self.client_request.started
                 await self._tell_reuse(at_last=True)
                 await self.down.begin(headers=headers)
             if self._reading.is_over:
@@ -307,7 +317,7 @@ class Answering:
             events = await self._next()
         await self.down.write(self._reading.rest)
 
-    async def _assemble(self) -> bytes | InOnePiece:
+    async def _assemble(self) -> bytes | RetryNonStreamed:
         """The answer that llama-server would have given in one piece. Raises UpstreamError."""
         reading, events = self._reading, self._first
         assert reading.assembly is not None
@@ -317,50 +327,50 @@ class Answering:
             return reading.assembled()
         log.info(
             "%s: repeating the request without streaming: the stream it is assembled from is %s",
-            self.asked.id,
+            self.client_request.id,
             doubt.value,
         )
         if doubt is Doubt.UNKNOWN:
             self.backend.streams_are_known = False
         self._settle()
-        return InOnePiece(self._done_here())
+        return RetryNonStreamed(self._done_here())
 
-    def _done_here(self) -> Earlier | None:
-        """What was computed of the prompt in this slot, the job's own request included."""
+    def _done_here(self) -> PrefillStats | None:
+        """What was computed of the prompt in this slot, the request's own request included."""
         timings = self._reading.timings or {}
         if "cache_n" not in timings:
             return self.here
         n_found, seconds = int(timings["cache_n"]), float(timings["prompt_ms"]) / 1000
-        own = Earlier(n_found, n_found + int(timings["prompt_n"]), seconds)
+        own = PrefillStats(n_found, n_found + int(timings["prompt_n"]), seconds)
         return own if self.here is None else self.here.then(own)
 
     def _settle(self) -> None:
         """Note what the slot holds now, and give it back. Idempotent."""
         if self.lease.is_released:
             return
-        want, n_found = self.want, self._reading.n_reused
+        parsed, n_found = self.parsed, self._reading.n_reused
         if self._reading.has_failed:
             self.lease.finish(None)
             self.lease.release()
             return
         told, before = self._told(n_found), self.lease.content or NOTHING
-        if want.is_head and self.here is not None and n_found is not None:
-            self.context.compare_head(self.asked.format, self.here.n_tokens, n_found)
-        self.backend.steps.settle(self.lease, told, self.here, want.left_in_slot)
-        if want.is_head and self.lease.content is not None:
+        if parsed.is_head and self.here is not None and n_found is not None:
+            self.context.compare_head(self.client_request.format, self.here.n_tokens, n_found)
+        self.backend.executor.settle(self.lease, told, self.here, parsed.left_in_slot)
+        if parsed.is_head and self.lease.content is not None:
             self.lease.set_content(self._with_media(self.lease.content, before))
         self.lease.release()
         if told.n_prompt is not None:
-            prompt = want.prompts[0]
-            self.context.compare(self.asked.format, self.asked.body, prompt, told.n_prompt)
+            prompt = parsed.prompts[0]
+            self.context.compare(self.client_request.format, self.client_request.body, prompt, told.n_prompt)
 
     def _told(self, n_found: int | None) -> Told:
         """What is to be learned from; of several prompts, or one that is known up to a medium only, no more than what
         was found in the slot."""
-        want, reading, timings = self.want, self._reading, self._reading.timings
-        if want.is_head and n_found is not None:
-            n_found = min(n_found, want.prompts[0].n_tokens)
-        if len(want.prompts) != 1 or want.is_head:
+        parsed, reading, timings = self.parsed, self._reading, self._reading.timings
+        if parsed.is_head and n_found is not None:
+            n_found = min(n_found, parsed.prompts[0].n_tokens)
+        if len(parsed.prompts) != 1 or parsed.is_head:
             return Told(n_found)
         if not timings:
             return Told(n_found, reading.n_prompt, n_predicted=reading.n_predicted)
@@ -379,18 +389,18 @@ class Answering:
 
     def _log(self) -> None:
         """One line per answer: where it ran, what was reused, and how long the client waited."""
-        first_s, earlier, timings = self.first_byte_s or 0.0, self.earlier, self._reading.timings
+        first_s, prefill_stats, timings = self.first_byte_s or 0.0, self.prefill_stats, self._reading.timings
         self.backend.metrics.first_byte_s.observe(first_s)
-        n_computed = earlier.n_tokens - earlier.n_reused if earlier is not None else 0
+        n_computed = prefill_stats.n_tokens - prefill_stats.n_reused if prefill_stats is not None else 0
         if timings is not None:
             n_computed += int(timings.get("prompt_n", 0))
-        elif earlier is not None:
-            n_computed += self.lease.job.n_tokens - earlier.n_tokens
+        elif prefill_stats is not None:
+            n_computed += self.lease.request.n_tokens - prefill_stats.n_tokens
         log.info(
             "%s: answered for %s in slot %s (%s): %d of %d prompt tokens computed%s, first byte after %.2f s, complete"
             " after %.2f s",
-            self.asked.id, self.lease.job.user.id, self.lease.slot_name, self.source.value,
-            n_computed, self.lease.job.n_tokens,
-            f" ({earlier.seconds:.2f} s of it before the request itself)" if earlier is not None else "",
-            first_s, time.monotonic() - self.asked.started,
+            self.client_request.id, self.lease.request.user.id, self.lease.slot_name, self.source.value,
+            n_computed, self.lease.request.n_tokens,
+            f" ({prefill_stats.seconds:.2f} s of it before the request itself)" if prefill_stats is not None else "",
+            first_s, time.monotonic() - self.client_request.started,
         )  # fmt: skip

@@ -49,7 +49,7 @@ _OPTIONS = {**_SILENCE, "TCP_NOTSENT_LOWAT": _UNSENT_BYTES}
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class ClientTimeouts:
     """With one client: ``read_s`` for a header, once it has begun; ``idle_s`` between two requests."""
 
     read_s: float
@@ -63,7 +63,7 @@ class TooManyConnections(QueueFull):
 class Connections:
     """Makes a connection for each client; at most ``n_max`` of them, or as many as this process may have files for."""
 
-    def __init__(self, server: web.Server, patience: Patience, n_max: int | None) -> None:
+    def __init__(self, server: web.Server, patience: ClientTimeouts, n_max: int | None) -> None:
         self._server, self._patience = server, patience
         server.request_factory = partial(_with_own_version, server.request_factory)
         self._n_max = n_max if n_max is not None else _n_for_clients()
@@ -121,7 +121,7 @@ class Connection(web.RequestHandler):
 
     __slots__ = ("_all", "_has_served", "_header_timer", "_is_serving", "_patience")
 
-    def __init__(self, every: Connections, server: web.Server, patience: Patience) -> None:
+    def __init__(self, every: Connections, server: web.Server, patience: ClientTimeouts) -> None:
         loop = asyncio.get_running_loop()
         super().__init__(
             server,

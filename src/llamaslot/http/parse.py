@@ -1,4 +1,4 @@
-"""From a completion's body to the job that wants a slot."""
+"""From a completion's body to the request that wants a slot."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ import orjson
 
 from llamaslot.backend.lease import Lease
 from llamaslot.cache.ids import common, head
-from llamaslot.cache.reuse import Memory
-from llamaslot.errors import BadRequest, OpaquePrompt, PromptTooLong, Reason, UpstreamError
+from llamaslot.cache.reuse import CacheKind
+from llamaslot.errors import BadRequest, PromptNotTokenizable, PromptTooLong, Reason, UpstreamError
 from llamaslot.fleet.model_context import ModelContext
 from llamaslot.formats.base import Format, PromptKind
 from llamaslot.llama.dry_run import DryRun
-from llamaslot.scheduling.plan import Keep, PrefillTo, Source
-from llamaslot.scheduling.request import Job, Placement, User
+from llamaslot.scheduling.plan import PrefillTo, SaveSharedPrefix, Source
+from llamaslot.scheduling.request import Placement, Request, User
 from llamaslot.tokens import media
 from llamaslot.tokens.tokenizer import NoPrompt, Prompt
 
-ATTEMPTS = 3  # a server that restarts between two steps of a job: the job is placed again on the new one
+ATTEMPTS = (
+    3  # a server that restarts between two steps of a request: the request is placed again on the new one
+)
 GIVEN_UP = "llama-server restarts again and again; see its log"
 # The slots of the others would wait for the first to be through with its prompt, which it never begins: they are lost
 # until llama-server is restarted (seen running on xllamacpp 2026.10.11549).
@@ -33,12 +35,12 @@ _serial = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """A job and what is needed to speak about it. ``prompts`` is empty for a prompt that cannot be known: ``unknown``
-    says why. ``is_head``: they are only what comes before the first medium.
+class ParsedRequest:
+    """A request and what is needed to speak about it. ``prompts`` is empty for a prompt that cannot be known:
+    ``unknown`` says why. ``is_head``: they are only what comes before the first medium.
     """
 
-    job: Job
+    request: Request
     prompts: tuple[Prompt, ...]
     dry_run: Callable[[], DryRun]
     # llama-server has an error of its own for it: more answers than slots, for one.
@@ -86,17 +88,18 @@ def lora_of(body: Mapping[str, Any]) -> str:
     return orjson.dumps([{"id": id_, "scale": scales[id_]} for id_ in sorted(scales)]).decode()
 
 
-async def wanted(
+async def parse_request(
     id_: str, body: Mapping[str, Any], format_: Format, context: ModelContext, user: User
-) -> Wanted:
-    """The job for ``body``. Raises BadRequest, PromptTooLong, and llama-server's own error for a body it refuses."""
+) -> ParsedRequest:
+    """The request for ``body``. Raises BadRequest, PromptTooLong, and llama-server's own error for a body it
+    refuses."""
     unknown = None
     try:
         said = await _said(body, format_, context, context.space(user).user)
         if said.is_head and not format_.honours_id_slot:
             # llama-server chooses the slot, by the share of a prompt of unknown length.
             unknown = Reason.MEDIA
-    except OpaquePrompt as error:
+    except PromptNotTokenizable as error:
         said, unknown = _Said(None, ()), error.reason
     for prompt in said.prompts:
         if prompt.n_tokens >= context.n_ctx:
@@ -107,16 +110,16 @@ async def wanted(
         raise BadRequest(_NO_COPIES)
     n_system, boundaries = 0, tuple[int, ...]()
     if said.chat is not None and said.prompts:
-        if context.memory is Memory.DENSE:
+        if context.memory is CacheKind.DENSE:
             n_system = await context.tokenizer.system_end(said.chat, said.prompts[0])
         else:
             n_system, boundaries = await context.tokenizer.boundaries(said.chat, said.prompts[0])
-    job = Job(
+    job = Request(
         id=id_,
         tokens=said.prompts[0].tokens if said.prompts else b"",
         boundaries=boundaries,
         n_system=n_system,
-        is_cold=heard.get("cache_prompt") is False,
+        no_cache=heard.get("cache_prompt") is False,
         user=user,
         space=context.space(user, lora_of(heard)),
         max_tokens=max_tokens(body),
@@ -128,7 +131,7 @@ async def wanted(
     is_plain = format_.prompt_kind is PromptKind.PLAIN
     ids = next((prompt.tokens for prompt in said.prompts if is_plain and prompt.text is None), None)
     run = partial(format_.dry_run, body, said.chat, tokens=ids, n=n)
-    return Wanted(job, said.prompts, run, is_beyond_server, unknown, said.is_head, n_prompts)
+    return ParsedRequest(job, said.prompts, run, is_beyond_server, unknown, said.is_head, n_prompts)
 
 
 class _Said(NamedTuple):
@@ -149,7 +152,7 @@ async def _said(body: Mapping[str, Any], format_: Format, context: ModelContext,
     is_converted = format_.prompt_kind is PromptKind.CONVERTED
     is_right = context.conversions.known(body) if is_converted else None
     if is_right is False:
-        raise OpaquePrompt("the server has counted other tokens in such a body", Reason.MISCOUNTED)
+        raise PromptNotTokenizable("the server has counted other tokens in such a body", Reason.MISCOUNTED)
     chat = format_.chat_body(body)
     if chat is None:
         return await _plain(body, context, whose)
@@ -162,7 +165,7 @@ async def _said(body: Mapping[str, Any], format_: Format, context: ModelContext,
                 format_.honours_id_slot or is_right or await context.conversions.check(body, prompt.n_tokens)
             )
             if not is_checked:
-                raise OpaquePrompt("the server counts other tokens in such a body", Reason.MISCOUNTED)
+                raise PromptNotTokenizable("the server counts other tokens in such a body", Reason.MISCOUNTED)
             return _Said(chat, (prompt,))
         if not context.reads_media(needed):
             return _Said(chat, (), is_refused=True)
@@ -171,7 +174,7 @@ async def _said(body: Mapping[str, Any], format_: Format, context: ModelContext,
     except UpstreamError as error:
         if chat is body and not needed:
             raise
-        raise OpaquePrompt(str(error), Reason.TEMPLATE) from error
+        raise PromptNotTokenizable(str(error), Reason.TEMPLATE) from error
 
 
 async def _plain(body: Mapping[str, Any], context: ModelContext, whose: str) -> _Said:
@@ -189,18 +192,18 @@ async def _plain(body: Mapping[str, Any], context: ModelContext, whose: str) -> 
 def _short(prompt: Prompt, context: ModelContext) -> tuple[Prompt, ...]:
     """What comes before a medium; if that alone is too long llama-server says so, who knows how long the whole is."""
     if prompt.n_tokens >= context.n_ctx:
-        raise OpaquePrompt("it is too long", Reason.MEDIA)
+        raise PromptNotTokenizable("it is too long", Reason.MEDIA)
     return (prompt,)
 
 
 def keep_what_follows(lease: Lease) -> None:
-    """Of a job whose prompt has media: where its slot holds all that is known of it, perhaps its media are there too.
-    So nothing is computed ahead, which would cut the slot back to that."""
+    """Of a request whose prompt has media: where its slot holds all that is known of it, perhaps its media are there
+    too. So nothing is computed ahead, which would cut the slot back to that."""
     content, plan = lease.content, lease.plan
     if content is None or plan is None or plan.source is not Source.RESIDENT or content.is_exact:
         return
-    if common(content.tokens, lease.job.tokens) >= lease.job.n_tokens - 1:
-        steps = tuple(step for step in plan.steps if not isinstance(step, PrefillTo | Keep))
+    if common(content.tokens, lease.request.tokens) >= lease.request.n_tokens - 1:
+        steps = tuple(step for step in plan.steps if not isinstance(step, PrefillTo | SaveSharedPrefix))
         lease.replace_steps(steps)
 
 

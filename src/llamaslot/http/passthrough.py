@@ -16,7 +16,7 @@ from llamaslot.backend.backend import Backend
 from llamaslot.backend.long_prompt import no_report
 from llamaslot.cache.content import Content
 from llamaslot.errors import BackendDown, BackendRestarted, BadRequest, DeadlinePassed
-from llamaslot.fleet.pool import Pool
+from llamaslot.fleet.pool import SlotTable
 from llamaslot.fleet.registry import Registry
 from llamaslot.formats.registry import format_named
 from llamaslot.http.auth import user_of
@@ -30,7 +30,7 @@ from llamaslot.http.request_body import Upload, Uploads
 from llamaslot.http.rewriting import SystemPrompts
 from llamaslot.http.unassisted import Unassisted
 from llamaslot.llama.routes import Route, origin_form
-from llamaslot.scheduling.request import Job, Placement
+from llamaslot.scheduling.request import Placement, Request
 
 _CHANGES_MODEL = ("/lora-adapters", "/models")
 
@@ -76,13 +76,13 @@ class Passthrough:
                 raw = orjson.dumps(body)
         return await self.unprepared(self._registry.pool_for(), request, raw)
 
-    async def is_offered(self, pool: Pool, route: Route) -> bool:
+    async def is_offered(self, pool: SlotTable, route: Route) -> bool:
         """Whether llama-server has this route for its model; where llamaslot stands aside it is not asked, and refuses
         the request itself. Raises BackendDown."""
         context = await pool.ready()
-        return context is None or await pool.any_backend().offered.has(route.path)
+        return context is None or await pool.any_backend().route_availability.has(route.path)
 
-    async def unprepared(self, pool: Pool, request: web.Request, raw: bytes) -> web.StreamResponse:
+    async def unprepared(self, pool: SlotTable, request: web.Request, raw: bytes) -> web.StreamResponse:
         """A request that takes no slot, for it is a question, or llama-server refuses it. ``raw``: its body."""
         async with self._upstream(pool.any_backend(), request, raw, to_server(request)) as upstream:
             return await relay(request, upstream, {})
@@ -94,7 +94,7 @@ class Passthrough:
         raw: bytes | None = None,
         head: bytes = b"",
         *,
-        pool: Pool | None = None,
+        pool: SlotTable | None = None,
     ) -> web.StreamResponse:
         """A request that takes slots of llama-server's choice: while nobody else is between two steps. Cancelling gives
         the slots back when the server is through with them. ``raw``: its body, if that was read before.
@@ -106,7 +106,7 @@ class Passthrough:
         while await pool.ready() is None:
             with contextlib.suppress(BackendRestarted):
                 return await self._unassisted.serve(pool, request, route, raw)
-        if route.may_be_missing and not await pool.any_backend().offered.has(route.path):
+        if route.may_be_missing and not await pool.any_backend().route_availability.has(route.path):
             return await self.unprepared(pool, request, raw)
         # Of embeddings and the like /slots does not tell how far they are.
         is_watched = route.format is not None
@@ -120,7 +120,7 @@ class Passthrough:
             return relayed
 
     async def _in_turns(
-        self, pool: Pool, request: web.Request, raw: bytes, head: bytes, *, is_watched: bool
+        self, pool: SlotTable, request: web.Request, raw: bytes, head: bytes, *, is_watched: bool
     ) -> web.StreamResponse:
         id_ = request_id(request.headers)
         for _ in range(ATTEMPTS):
@@ -130,10 +130,10 @@ class Passthrough:
         raise BackendDown(GIVEN_UP)
 
     async def _in_turn(
-        self, pool: Pool, request: web.Request, raw: bytes, id_: str, head: bytes, *, is_watched: bool
+        self, pool: SlotTable, request: web.Request, raw: bytes, id_: str, head: bytes, *, is_watched: bool
     ) -> web.StreamResponse:
         user = user_of(request)
-        job = Job(id_, placement=Placement.SERVER_CHOSEN, user=user, space=pool.space(user))
+        job = Request(id_, placement=Placement.SERVER_CHOSEN, user=user, space=pool.space(user))
         left = Content(head, is_exact=False, space=job.space, has_media=True) if head else None
         with await pool.lease(job) as lease:
             if not lease.pool.is_assisted:
@@ -143,7 +143,7 @@ class Passthrough:
             silence_s = backend.api.watchdog_s if is_watched else None
             watchdog = Watchdog(silence_s, partial(backend.how_far, lease))
             async with (
-                backend.turns.take(lease, no_report, left) as turn,
+                backend.exclusive.take(lease, no_report, left) as turn,
                 watchdog.kept(pool.tasks),
                 self._upstream(backend, request, raw, to_server(request)) as upstream,
             ):

@@ -11,8 +11,8 @@ from llamaslot.formats.error_events import ErrorEvents, is_error
 from llamaslot.formats.stream_to_json import Assembly
 from llamaslot.llama.client import next_piece
 from llamaslot.llama.sse import (
-    Earlier,
     EventSplitter,
+    PrefillStats,
     data_of,
     event_of,
     index_of,
@@ -38,7 +38,7 @@ class Reading:
     def __init__(
         self,
         upstream: aiohttp.ClientResponse,
-        earlier: Earlier | None,
+        prefill_stats: PrefillStats | None,
         errors: ErrorEvents,
         *,
         n_answers: int = 1,
@@ -56,7 +56,7 @@ class Reading:
         self.is_over = False
         self.has_token = False
         self.assembly = assembly
-        self._upstream, self._earlier, self._wants_progress = upstream, earlier, wants_progress
+        self._upstream, self._earlier, self._wants_progress = upstream, prefill_stats, wants_progress
         self._errors = errors
         self._n_left, self._start = n_answers, start
         self._created, self._is_in_progress = b"", False

@@ -20,7 +20,7 @@ from aiohttp import web
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.lease import Lease
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, UpstreamError
-from llamaslot.fleet.pool import Pool
+from llamaslot.fleet.pool import SlotTable
 from llamaslot.fleet.queue import QueuePosition
 from llamaslot.formats.base import Format
 from llamaslot.formats.comments import Comment
@@ -36,7 +36,7 @@ from llamaslot.http.stream_reader import Reading
 from llamaslot.llama.client import content_type_of
 from llamaslot.llama.routes import Route, origin_form
 from llamaslot.scheduling.plan import Source
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,9 @@ class Unassisted:
     def __init__(self, rules: StreamRules) -> None:
         self._rules = rules
 
-    async def serve(self, pool: Pool, request: web.Request, route: Route, raw: bytes) -> web.StreamResponse:
+    async def serve(
+        self, pool: SlotTable, request: web.Request, route: Route, raw: bytes
+    ) -> web.StreamResponse:
         """``raw``: the request's body. Cancelling (the client has gone) closes the connection to llama-server, and the
         next request may be sent.
 
@@ -71,7 +73,7 @@ class Unassisted:
 
     async def relay(
         self,
-        pool: Pool,
+        pool: SlotTable,
         down: Downstream,
         deadlines: Deadlines,
         format_: Format | None,
@@ -84,7 +86,7 @@ class Unassisted:
         Cancelling (the client has gone) closes the connection to llama-server, and the next request may be sent.
         """
         began, request = time.monotonic(), down.request
-        job = Job(down.headers["x-request-id"], user=user_of(request), max_tokens=max_tokens(body))
+        job = Request(down.headers["x-request-id"], user=user_of(request), max_tokens=max_tokens(body))
         await down.write(down.add_headers(ASSIST_OFF))
         async with contextlib.AsyncExitStack() as stack:
             async with down.waiting(pool.tasks):
@@ -93,7 +95,7 @@ class Unassisted:
                 backend = pool.backend_of(lease)
                 await down.write(down.add_headers({BACKEND: backend.name}))
                 pool.metrics.queue_s.observe(time.monotonic() - began)
-                lease.note.rewrote(rewrote(request))
+                lease.recorder.rewrote(rewrote(request))
                 down.say(Comment.WAITING_FOR_SERVER)
                 if not down.is_streaming:
                     deadlines.answering()  # in one piece: nobody knows when it begins
@@ -127,7 +129,7 @@ class Unassisted:
             self._note(backend, lease, format_, reading, began)
             return await down.end()
 
-    async def _lease(self, pool: Pool, job: Job, down: Downstream) -> Lease:
+    async def _lease(self, pool: SlotTable, job: Request, down: Downstream) -> Lease:
         """The right to send it. Raises BackendDown, QueueFull, BackendRestarted."""
         lease = await pool.lease(job)
         if lease.pool.is_assisted:  # the server was exchanged while it waited
@@ -154,9 +156,9 @@ class Unassisted:
             n_prompt = n_reused + int(timings["prompt_n"])
         if n_reused is not None and n_prompt is not None:
             backend.metrics.reused(Source.SERVER.value, n_reused, n_prompt)
-            lease.note.found(n_prompt, n_reused)
+            lease.recorder.found(n_prompt, n_reused)
         log.info(
             "%s: answered for %s by llama-server alone (%s, assist off): %s of %s prompt tokens reused, complete after"
             " %.2f s",
-            lease.job.id, lease.job.user.id, format_.name, n_reused, n_prompt, time.monotonic() - began,
+            lease.request.id, lease.request.user.id, format_.name, n_reused, n_prompt, time.monotonic() - began,
         )  # fmt: skip

@@ -9,22 +9,23 @@ from aiohttp import web
 
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.lease_states import PlanAgain
-from llamaslot.backend.slot_content import until_idle
+from llamaslot.backend.lease_states import RetryPlacement
+from llamaslot.backend.slot_content import wait_until_idle
 from llamaslot.cache.content import NOTHING
 from llamaslot.errors import BackendDown, BadRequest, LlamaslotError, Reason, UpstreamError
-from llamaslot.http.client_request import Asked
+from llamaslot.http.client_request import ClientRequest
 from llamaslot.http.headers import to_server
-from llamaslot.http.parse import Wanted
-from llamaslot.llama.client import IS_NOT_OFFERED, QUICK_S, content_type_of
+from llamaslot.http.parse import ParsedRequest
+from llamaslot.llama.client import QUICK_S, content_type_of
 from llamaslot.llama.dry_run import Verdict
+from llamaslot.llama.route_availability import IS_NOT_OFFERED
 from llamaslot.llama.routes import origin_form
 from llamaslot.scheduling.request import Placement
 
 log = logging.getLogger(__name__)
 
 _REFUSED = "llama-server does not take the fields of this request"
-_PATIENCE_S = 5.0  # it needs no slot to say no
+_TIMEOUT_S = 5.0  # it needs no slot to say no
 
 
 async def in_its_words(
@@ -41,7 +42,7 @@ async def in_its_words(
             origin_form(request.raw_path),
             data=raw,
             headers=to_server(request),
-            timeout_s=_PATIENCE_S,
+            timeout_s=_TIMEOUT_S,
         ) as upstream:
             if upstream.status >= 400:
                 return UpstreamError(upstream.status, await upstream.read(), content_type_of(upstream))
@@ -54,7 +55,9 @@ async def in_its_words(
     return error
 
 
-async def check(backend: Backend, request: web.Request, asked: Asked, want: Wanted, lease: Lease) -> None:
+async def check(
+    backend: Backend, request: web.Request, client_request: ClientRequest, parsed: ParsedRequest, lease: Lease
+) -> None:
     """Find out, before anything is saved, emptied, restored or computed for a request, whether llama-server will refuse
     it. A request for which nothing is done but to send it is not looked at: its own answer comes as soon.
 
@@ -62,68 +65,75 @@ async def check(backend: Backend, request: web.Request, asked: Asked, want: Want
     all: then the slot is idle, and it is not asked again about such requests. Raises BackendDown and
     BackendRestarted. Cancelling is safe.
     """
-    plan, job, pool = lease.plan, lease.job, lease.pool
+    plan, job, pool = lease.plan, lease.request, lease.pool
     assert plan is not None
-    is_steered_past = job.placement is Placement.STEERED and bool(pool.rivals(job, lease.slot_id))
+    is_steered_past = job.placement is Placement.STEERED and bool(pool.competing_slots(job, lease.slot_id))
     if not (plan.steps or job.n_children or is_steered_past):
         return
     worth_s = plan.cost.save_s + plan.cost.restore_s + pool.rates.prefill.seconds(plan.n_reused, job.n_tokens)
     lora = lease.content.space.lora if lease.content is not None else ""
-    run = want.dry_run()
+    run = parsed.dry_run()
     verdict = await backend.dry_runs.ask(run, lease.slot_id, n_ctx=pool.n_ctx, lora=lora, worth_s=worth_s)
     lease.check_current()
     if verdict in (Verdict.TAKEN, Verdict.UNSURE):
         return
     if verdict is Verdict.REFUSED:
         backend.metrics.refused.inc()
-        if not asked.format.honours_id_slot:  # they go to no slot of ours: what refuses them needs none
-            raise await in_its_words(backend, request, orjson.dumps(asked.body), BadRequest(_REFUSED))
-        if (refusal := await _answer_to(backend, asked, lease)) is not None:
+        if (
+            not client_request.format.honours_id_slot
+        ):  # they go to no slot of ours: what refuses them needs none
+            raise await in_its_words(
+                backend, request, orjson.dumps(client_request.body), BadRequest(_REFUSED)
+            )
+        if (refusal := await _answer_to(backend, client_request, lease)) is not None:
             raise refusal
     log.warning(
-        "%s: llama-server accepted what it refused in a dry run; the request is placed again", asked.id
+        "%s: llama-server accepted what it refused in a dry run; the request is placed again",
+        client_request.id,
     )
     backend.dry_runs.take(run)
     await _stopped(backend, lease)
-    raise PlanAgain(None)
+    raise RetryPlacement(None)
 
 
-async def check_body(backend: Backend, request: web.Request, asked: Asked, want: Wanted) -> None:
+async def check_body(
+    backend: Backend, request: web.Request, client_request: ClientRequest, parsed: ParsedRequest
+) -> None:
     """Find out, before a request waits for a slot, whether llama-server refuses it without one: for a field of it, or
     because it can make no prompt of the body. The latter only where its tokens could not be found out here; to count
     those of an agent's body it makes the chat. Raises its answer to the request itself, and BackendDown."""
-    is_refused = await backend.dry_runs.is_unreadable(want.dry_run())
-    if not is_refused and want.unknown in (Reason.SHAPE, Reason.TEMPLATE, Reason.MISCOUNTED):
-        if (path := asked.format.count_path) is not None:
-            status, _ = await backend.api.ask(path, asked.body, QUICK_S)
+    is_refused = await backend.dry_runs.is_unreadable(parsed.dry_run())
+    if not is_refused and parsed.unknown in (Reason.SHAPE, Reason.TEMPLATE, Reason.MISCOUNTED):
+        if (path := client_request.format.count_path) is not None:
+            status, _ = await backend.api.ask(path, client_request.body, QUICK_S)
             is_refused = status >= 400 and status not in IS_NOT_OFFERED
-        elif (path := asked.format.whole_dry_run_path) is not None:
-            is_refused = await backend.dry_runs.is_malformed(path, asked.body)
+        elif (path := client_request.format.whole_dry_run_path) is not None:
+            is_refused = await backend.dry_runs.is_malformed(path, client_request.body)
     if is_refused:
         backend.metrics.refused.inc()
-        raise await in_its_words(backend, request, orjson.dumps(asked.body), BadRequest(_REFUSED))
+        raise await in_its_words(backend, request, orjson.dumps(client_request.body), BadRequest(_REFUSED))
 
 
-async def _answer_to(backend: Backend, asked: Asked, lease: Lease) -> UpstreamError | None:
+async def _answer_to(backend: Backend, client_request: ClientRequest, lease: Lease) -> UpstreamError | None:
     """What llama-server says to the request itself, in its slot; None where it begins to answer."""
-    may_reuse = lease.content is not None and lease.job.may_use(lease.content)
-    body = {**asked.body, "id_slot": lease.slot_id}
-    if asked.may_set("cache_prompt"):
-        body["cache_prompt"] = may_reuse and not lease.job.is_cold
-    if asked.may_set("stream"):  # so that it tells at once if it begins
+    may_reuse = lease.content is not None and lease.request.may_use(lease.content)
+    body = {**client_request.body, "id_slot": lease.slot_id}
+    if client_request.may_set("cache_prompt"):
+        body["cache_prompt"] = may_reuse and not lease.request.no_cache
+    if client_request.may_set("stream"):  # so that it tells at once if it begins
         body["stream"] = True
-        if asked.may_set("return_progress"):
+        if client_request.may_set("return_progress"):
             body["return_progress"] = True
     lease.begin_request()
-    async with asked.post(body) as upstream:
+    async with client_request.post(body) as upstream:
         if upstream.status < 400:
             return None
         error = UpstreamError(upstream.status, await upstream.read(), content_type_of(upstream))
-    await backend.steps.refused(lease, error.status)
+    await backend.executor.refused(lease, error.status)
     return error
 
 
 async def _stopped(backend: Backend, lease: Lease) -> None:
     """It runs in the slot, and nobody waits for it any more; what it leaves there nobody needs."""
-    await until_idle(backend.api, lease, NOTHING, backend.now)
+    await wait_until_idle(backend.api, lease, NOTHING, backend.now)
     lease.finish(None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from llamaslot.cache.reuse import Memory
+from llamaslot.cache.reuse import CacheKind
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
@@ -22,7 +22,7 @@ class Architecture:
     """``window``: tokens of the sliding window, 0 without one."""
 
     name: str
-    memory: Memory
+    memory: CacheKind
     window: int = 0
 
 
@@ -55,7 +55,7 @@ def _parse(file: BinaryIO) -> Architecture | None:
             window = value
         elif ".ssm." in key or ".wkv." in key or key.endswith(".shortconv.l_cache"):
             is_recurrent = True
-    memory = Memory.RECURRENT if is_recurrent else Memory.SWA if window else Memory.DENSE
+    memory = CacheKind.RECURRENT if is_recurrent else CacheKind.SWA if window else CacheKind.DENSE
     return Architecture(name, memory, window) if name else None
 
 

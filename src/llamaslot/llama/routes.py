@@ -18,7 +18,7 @@ from typing import Literal, get_args
 #: own          llamaslot answers it itself
 #: forbidden    403: it would change slots behind llamaslot's back
 #: gated        403 unless ``passthrough.allow`` names its gate: it changes the server or reaches out from it
-Kind = Literal["completion", "exclusive", "passthrough", "own", "forbidden", "gated"]
+RouteKind = Literal["completion", "exclusive", "passthrough", "own", "forbidden", "gated"]
 
 #: What ``passthrough.allow`` may name.
 Gate = Literal["POST /props", "/lora-adapters", "/models", "/tools", "/cors-proxy"]
@@ -38,7 +38,7 @@ class Route:
 
     method: str  # "GET" answers HEAD too; "*" is any
     path: str
-    kind: Kind
+    kind: RouteKind
     format: str | None = None
     honours_id_slot: bool = False
     gate: str | None = None

@@ -97,7 +97,7 @@ def without_empty_events(events: bytes) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Earlier:
+class PrefillStats:
     """Work done for a request before llama-server saw it: of ``n_tokens`` that are there now ``n_reused`` were reused,
     and the rest took ``seconds``.
 
@@ -110,11 +110,11 @@ class Earlier:
     seconds: float
     n_answers: int = 1
 
-    def then(self, later: Earlier) -> Earlier:
+    def then(self, later: PrefillStats) -> PrefillStats:
         """This, and what was done after it for the same request: what it left there itself was not reused."""
         is_own = self.n_reused <= later.n_reused <= self.n_tokens
         n_reused = self.n_reused if is_own else later.n_reused
-        return Earlier(n_reused, later.n_tokens, self.seconds + later.seconds, later.n_answers)
+        return PrefillStats(n_reused, later.n_tokens, self.seconds + later.seconds, later.n_answers)
 
     def correct(self, payload: dict[str, Any]) -> bool:
         """Put the numbers of one JSON answer or event right, in place. True when something was changed."""

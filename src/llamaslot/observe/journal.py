@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any
 
 from llamaslot.scheduling.plan import Place, Plan, Source, Wait
-from llamaslot.scheduling.request import Job
+from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotKey
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Option:
 
 @dataclass(slots=True)
 class Waited:
-    """A time in which a job waited for something cheaper than what could be had at once.
+    """A time in which a request waited for something cheaper than what could be had at once.
 
     ``expected_s`` by estimate; ``seconds`` in truth, None until it is over.
     """
@@ -199,15 +199,15 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.1f}" if seconds >= 1 else f"{seconds:.2g}"
 
 
-class Note:
-    """What becomes of one job. Without a decision yet nothing is in the journal: nobody has looked for a place."""
+class DecisionRecorder:
+    """What becomes of one request. Without a decision yet nothing is in the journal: nobody has looked for a place."""
 
-    def __init__(self, journal: Journal, job: Job, now: Callable[[], float]) -> None:
-        self._journal, self._job, self._now = journal, job, now
+    def __init__(self, journal: Journal, request: Request, now: Callable[[], float]) -> None:
+        self._journal, self._job, self._now = journal, request, now
         self._since = self._waits_since = now()
         self.decision: Decision | None = None
 
-    def waits(self, wait: Wait, expected_s: float | None = None) -> None:
+    def record_wait(self, wait: Wait, expected_s: float | None = None) -> None:
         """It waits for something in particular. The same again changes nothing. ``expected_s``: where that is more
         than what the waiting counts for (a prefix that nobody could compute sooner).
         """
@@ -224,7 +224,7 @@ class Note:
         decision.waits.append(Waited(what, instead, wait.for_s if expected_s is None else expected_s))
         _say(decision)
 
-    def placed(self, plan: Plan) -> None:
+    def record_plan(self, plan: Plan) -> None:
         decision = self._begun()
         self.ended()
         decision.queued_s = self._now() - self._since
@@ -242,7 +242,7 @@ class Note:
         decision = self._begun()
         decision.n_tokens, decision.n_reused = n_prompt, n_reused
 
-    def acted(self, slot: SlotKey, act: Act) -> None:
+    def record_step(self, slot: SlotKey, act: Act) -> None:
         """A step was taken. One without a plan (a save of llamaslot's own) is a decision of its own."""
         decision = self._begun()
         is_own = decision.chosen is None
@@ -284,7 +284,7 @@ def _option(place: Place) -> Option:
     terms = {
         "wait": cost.wait_s,
         "save": cost.save_s,
-        "regret": cost.regret_s,
+        "regret": cost.eviction_cost_s,
         "restore": cost.restore_s,
         "prefill": cost.prefill_s,
     }

@@ -41,8 +41,8 @@ class Metrics:
             "kind",
             "status",
         )
-        self.unrecognized = self.counter(
-            "unrecognized",
+        self.untokenized = self.counter(
+            "untokenized",
             "Completions whose prompt could not be tokenized, so that their context is not found again",
             "kind",
             "reason",
@@ -129,7 +129,9 @@ class BackendMetrics:
             "snapshots_retired",
             "Snapshots dropped because restoring them twice gave less than half of the expected tokens",
         )
-        self.beliefs_wrong = counter("beliefs_wrong", "Completions that reused fewer tokens than expected")
+        self.reuse_mispredictions = counter(
+            "reuse_mispredictions", "Completions that reused fewer tokens than expected"
+        )
         self.steps_failed = counter_by(
             "step",
             "steps_failed",
@@ -166,9 +168,9 @@ class BackendMetrics:
             "prefill_pause_seconds",
             "Seconds that long prefills paused so that running streams got their share (prefill.decode_share)",
         )
-        self.divergences = counter_by(
+        self.cache_misses = counter_by(
             "where",
-            "divergences",
+            "cache_misses",
             "Requests that recomputed 1,024 tokens or more because of a difference in front of them",
         )
         self.assist = gauge(
@@ -197,7 +199,7 @@ class BackendMetrics:
         self.prefill_pause_s.inc(paused_s)
 
 
-class Unrecognized:
+class UntokenizedRequests:
     """The count of a pool's requests that were served so, and which reasons have been told."""
 
     def __init__(self, metrics: Metrics) -> None:
@@ -206,7 +208,7 @@ class Unrecognized:
 
     def count(self, format_: str, reason: Reason) -> None:
         """One more of ``format_``, a format's name, was served so."""
-        self._metrics.unrecognized.labels(format_, reason.value).inc()
+        self._metrics.untokenized.labels(format_, reason.value).inc()
         if reason not in self._told:
             self._told.add(reason)
             log.warning(_COSTS, format_, _WHY[reason])

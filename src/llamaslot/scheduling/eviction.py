@@ -1,9 +1,9 @@
 """The value of a snapshot: the seconds it saves, times its expected hit rate, per byte. The lowest value is evicted
 first.
 
-Pure: times come in as arguments, in seconds of any one clock. The hit rate is learned by kind of snapshot (``Habit``)
-and by age since the last use, as in LHD (Beckmann, Chen, Cidon: "LHD: improving cache hit rate by maximizing hit
-density", NSDI 2018).
+Pure: times come in as arguments, in seconds of any one clock. The hit rate is learned by kind of snapshot
+(``ReuseClass``) and by age since the last use, as in LHD (Beckmann, Chen, Cidon: "LHD: improving cache hit rate by
+maximizing hit density", NSDI 2018).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol, TypeGuard
 
-from llamaslot.cache.content import Kind
+from llamaslot.cache.content import SnapshotKind
 
 N_BUCKETS = 52  # of ages: the last begins after half a year
 N_LENGTHS = 26  # of contexts: the last begins at 370,000 tokens
@@ -24,7 +24,7 @@ _WIDTHS = [end - start for start, end in pairwise(_EDGES)]
 _LEAST_S = 1e-6  # minimum saved by a token, so that snapshots that save nothing are ordered too
 
 
-class Habit(enum.StrEnum):
+class ReuseClass(enum.StrEnum):
     """Classes of snapshots with a similar hit rate. Classes may be added: what was learned of the others stays
     valid.
     """
@@ -36,25 +36,25 @@ class Habit(enum.StrEnum):
 
 
 @dataclass(slots=True)
-class Standing:
+class SnapshotStats:
     """Usage of one snapshot. ``counted_until``: its lifetime up to here has been learned from."""
 
     id: str
     n_tokens: int
     size_bytes: int
-    kind: Kind
+    kind: SnapshotKind
     last_used: float
     counted_until: float
     n_hits: int = 0
     is_branched: bool = False
 
     @property
-    def habit(self) -> Habit:
-        if self.kind is Kind.TRUNK:
-            return Habit.TRUNK
+    def habit(self) -> ReuseClass:
+        if self.kind is SnapshotKind.TRUNK:
+            return ReuseClass.TRUNK
         if self.is_branched:
-            return Habit.BRANCHED
-        return Habit.RETURNING if self.n_hits else Habit.FRESH
+            return ReuseClass.BRANCHED
+        return ReuseClass.RETURNING if self.n_hits else ReuseClass.FRESH
 
 
 def bucket_of(age_s: float) -> int:
@@ -103,7 +103,7 @@ class _Lengths:
         self.expected = [expected / 2 for expected in self.expected]
 
 
-class Returns:
+class HitRateModel:
     """The hit rate of snapshots in hits per second, by class and age since the last use, times a factor for the
     length of the context (a single question, or a conversation near its end, is seldom hit).
 
@@ -117,15 +117,15 @@ class Returns:
     _OFTEN = 16  # events after which the derived rates are computed again
 
     #: Hits per second at age t are ``p / (t + s)``: (p, s). Most hits come within minutes.
-    PRIORS: Mapping[Habit, tuple[float, float]] = {
-        Habit.FRESH: (0.5, 60.0),
-        Habit.RETURNING: (0.8, 60.0),
-        Habit.BRANCHED: (0.05, 60.0),
-        Habit.TRUNK: (3.0, 300.0),
+    PRIORS: Mapping[ReuseClass, tuple[float, float]] = {
+        ReuseClass.FRESH: (0.5, 60.0),
+        ReuseClass.RETURNING: (0.8, 60.0),
+        ReuseClass.BRANCHED: (0.05, 60.0),
+        ReuseClass.TRUNK: (3.0, 300.0),
     }
 
     def __init__(self) -> None:
-        self._tallies = {habit: _Tally() for habit in Habit}
+        self._tallies = {habit: _Tally() for habit in ReuseClass}
         self._lengths = _Lengths()
         self._derive()
         self._n_new = 0
@@ -137,17 +137,17 @@ class Returns:
 
     # -- learning ------------------------------------------------------------------------------------------------
 
-    def hit(self, habit: Habit, age_s: float, n_tokens: int) -> None:
+    def hit(self, habit: ReuseClass, age_s: float, n_tokens: int) -> None:
         """Record a hit, ``age_s`` after the last use."""
         self._tallies[habit].hits[bucket_of(age_s)] += 1.0
         self._lengths.hits[length_of(n_tokens)] += 1.0
         self._event(habit)
 
-    def gone(self, habit: Habit) -> None:
+    def gone(self, habit: ReuseClass) -> None:
         """Record that a snapshot can no longer be hit: evicted, superseded, lost."""
         self._event(habit)
 
-    def waited(self, habit: Habit, from_s: float, to_s: float, n_tokens: int) -> None:
+    def waited(self, habit: ReuseClass, from_s: float, to_s: float, n_tokens: int) -> None:
         """Record that a snapshot had no hit between these ages."""
         start, end = max(from_s, 0.0), to_s
         if not start < end < math.inf:
@@ -166,7 +166,7 @@ class Returns:
             start = edge
         self._lengths.expected[length_of(n_tokens)] += n_expected
 
-    def _event(self, habit: Habit) -> None:
+    def _event(self, habit: ReuseClass) -> None:
         self._n_new += 1
         tally = self._tallies[habit]
         tally.n_events += 1
@@ -177,11 +177,11 @@ class Returns:
 
     # -- what follows --------------------------------------------------------------------------------------------
 
-    def rate(self, habit: Habit, age_s: float) -> float:
+    def rate(self, habit: ReuseClass, age_s: float) -> float:
         """Hits per second at this age, for contexts of any length."""
         return self._now()[habit].rates[bucket_of(age_s)]
 
-    def density(self, habit: Habit, age_s: float, n_tokens: int) -> float:
+    def density(self, habit: ReuseClass, age_s: float, n_tokens: int) -> float:
         """Expected hits per second if something of this age is kept for the best possible time.
 
         This is more than the rate at this age where a later rate is higher: after a coffee break few users return at
@@ -197,7 +197,7 @@ class Returns:
         """The hit rate of contexts of this length relative to the mean."""
         return self._factors[length_of(n_tokens)]
 
-    def _now(self) -> dict[Habit, _Derived]:
+    def _now(self) -> dict[ReuseClass, _Derived]:
         if self._n_new >= self._OFTEN or self._seconds_new > 0.1 * self._seconds + 60.0:
             self._derive()
             self._seconds += self._seconds_new
@@ -206,17 +206,17 @@ class Returns:
 
     def _derive(self) -> None:
         n_hits = sum(sum(tally.hits) for tally in self._tallies.values())
-        n_expected = sum(self._n_expected(habit) for habit in Habit)
+        n_expected = sum(self._n_expected(habit) for habit in ReuseClass)
         # The rate of all hits relative to the priors.
         scale = (n_hits + self._FEW) / (n_expected + self._FEW)
-        self._derived = {habit: _Derived(self._rates(habit, scale)) for habit in Habit}
+        self._derived = {habit: _Derived(self._rates(habit, scale)) for habit in ReuseClass}
         self._factors = self._lengths.factors(self._FEW)
 
-    def _n_expected(self, habit: Habit) -> float:
+    def _n_expected(self, habit: ReuseClass) -> float:
         seconds = self._tallies[habit].seconds
         return sum(s * prior for s, prior in zip(seconds, _PRIOR_RATES[habit], strict=True))
 
-    def _rates(self, habit: Habit, scale: float) -> list[float]:
+    def _rates(self, habit: ReuseClass, scale: float) -> list[float]:
         tally, few = self._tallies[habit], self._FEW
         scale = (sum(tally.hits) + few) / (self._n_expected(habit) + few / scale)
         return [
@@ -237,7 +237,7 @@ class Returns:
         }
 
     @classmethod
-    def from_json(cls, data: object) -> Returns:
+    def from_json(cls, data: object) -> HitRateModel:
         """Read the result of ``to_json``. A missing or invalid part starts from its prior."""
         returns = cls()
         for habit, tally in returns._tallies.items():
@@ -273,7 +273,7 @@ def _prior_rates(p: float, s: float) -> list[float]:
     return [p * math.log((_EDGES[b + 1] + s) / (_EDGES[b] + s)) / _WIDTHS[b] for b in range(N_BUCKETS)]
 
 
-_PRIOR_RATES = {habit: _prior_rates(p, s) for habit, (p, s) in Returns.PRIORS.items()}
+_PRIOR_RATES = {habit: _prior_rates(p, s) for habit, (p, s) in HitRateModel.PRIORS.items()}
 
 
 def _best_densities(rates: list[float]) -> list[float]:
@@ -309,38 +309,38 @@ def _are_counts(values: Any, n: int = N_BUCKETS) -> TypeGuard[list[float]]:
 class Order(Protocol):
     """The order of eviction, and what it learns from hits and evictions."""
 
-    def rank(self, standing: Standing, now: float) -> float:
+    def rank(self, standing: SnapshotStats, now: float) -> float:
         """The snapshot with the smallest rank is evicted first."""
 
-    def worth(self, standing: Standing, now: float, saves_s: float | None = None) -> float:
+    def worth(self, standing: SnapshotStats, now: float, saves_s: float | None = None) -> float:
         """The value of a snapshot, comparable with sums of other values. Pass ``saves_s`` (seconds saved by each hit)
         for a snapshot that does not exist yet.
         """
 
-    def hit(self, standing: Standing, now: float) -> None:
+    def hit(self, standing: SnapshotStats, now: float) -> None:
         """Record a hit; ``standing`` is the state before it."""
 
-    def passed(self, standing: Standing, now: float) -> None:
+    def passed(self, standing: SnapshotStats, now: float) -> None:
         """Record that the snapshot had no hit since ``counted_until``."""
 
-    def gone(self, standing: Standing, now: float) -> None:
+    def gone(self, standing: SnapshotStats, now: float) -> None:
         """Record that it can no longer be hit."""
 
 
 class ByUse:
     """Least recently used first: the usual policy, for comparison. Learns nothing."""
 
-    def rank(self, standing: Standing, now: float) -> float:
+    def rank(self, standing: SnapshotStats, now: float) -> float:
         return standing.last_used
 
-    def worth(self, standing: Standing, now: float, saves_s: float | None = None) -> float:
+    def worth(self, standing: SnapshotStats, now: float, saves_s: float | None = None) -> float:
         return math.inf if saves_s is not None else 0.0  # a new snapshot is always kept
 
-    def hit(self, standing: Standing, now: float) -> None: ...
+    def hit(self, standing: SnapshotStats, now: float) -> None: ...
 
-    def passed(self, standing: Standing, now: float) -> None: ...
+    def passed(self, standing: SnapshotStats, now: float) -> None: ...
 
-    def gone(self, standing: Standing, now: float) -> None: ...
+    def gone(self, standing: SnapshotStats, now: float) -> None: ...
 
 
 class ByValue:
@@ -350,28 +350,28 @@ class ByValue:
     it, because it knows speeds and the other snapshots.
     """
 
-    def __init__(self, returns: Returns | None = None) -> None:
-        self.returns = Returns() if returns is None else returns
-        self.saves_s: Callable[[Standing], float] = lambda standing: standing.n_tokens / 1000
+    def __init__(self, returns: HitRateModel | None = None) -> None:
+        self.returns = HitRateModel() if returns is None else returns
+        self.saves_s: Callable[[SnapshotStats], float] = lambda standing: standing.n_tokens / 1000
 
-    def rank(self, standing: Standing, now: float) -> float:
+    def rank(self, standing: SnapshotStats, now: float) -> float:
         return self.worth(standing, now) / max(standing.size_bytes, 1)
 
-    def worth(self, standing: Standing, now: float, saves_s: float | None = None) -> float:
+    def worth(self, standing: SnapshotStats, now: float, saves_s: float | None = None) -> float:
         """Seconds saved per second of keeping it."""
         saves_s = self.saves_s(standing) if saves_s is None else saves_s
         saves_s = max(saves_s, _LEAST_S * standing.n_tokens)
         return saves_s * self.returns.density(standing.habit, now - standing.last_used, standing.n_tokens)
 
-    def hit(self, standing: Standing, now: float) -> None:
+    def hit(self, standing: SnapshotStats, now: float) -> None:
         self.passed(standing, now)
         self.returns.hit(standing.habit, now - standing.last_used, standing.n_tokens)
 
-    def passed(self, standing: Standing, now: float) -> None:
+    def passed(self, standing: SnapshotStats, now: float) -> None:
         used = standing.last_used
         self.returns.waited(standing.habit, standing.counted_until - used, now - used, standing.n_tokens)
         standing.counted_until = max(now, standing.counted_until)
 
-    def gone(self, standing: Standing, now: float) -> None:
+    def gone(self, standing: SnapshotStats, now: float) -> None:
         self.passed(standing, now)
         self.returns.gone(standing.habit)

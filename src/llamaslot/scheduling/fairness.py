@@ -25,28 +25,28 @@ _HARDLY_ANYBODY = 0.02  # expected number of returning users; below it no slot i
 class Fairness:
     """The settings; see ``queue`` in the configuration. ``None`` is no limit.
 
-    ``max_running``, ``max_waiting``: per user, unless its key sets others. ``max_passed_s``: for how long side
-    requests may overtake a request that came before them. ``spare_s``: how long after its last request a user is
+    ``max_running``, ``max_waiting``: per user, unless its key sets others. ``max_overtake_s``: for how long side
+    requests may overtake a request that came before them. ``return_grace_s``: how long after its last request a user is
     expected back, so that other users leave a slot free.
     """
 
     max_running: int | None = None
     max_waiting: int | None = None
-    max_passed_s: float = 10.0
-    spare_s: float = 10.0
+    max_overtake_s: float = 10.0
+    return_grace_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
     """A waiting request. ``cost_s``: estimated seconds in a slot. ``is_side``: it needs very little (a title, a
-    summary). ``passed_s``: for how long later side requests have overtaken it; ``passed_by``: the same for each user
+    summary). ``overtaken_s``: for how long later side requests have overtaken it; ``passed_by``: the same for each user
     of such requests.
     """
 
     user: str
     cost_s: float
     is_side: bool = False
-    passed_s: float = 0.0
+    overtaken_s: float = 0.0
     passed_by: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -82,11 +82,11 @@ class Shares:
     def deficit_s(self, user: str) -> float:
         return self._deficits.get(user, 0.0)
 
-    def order(self, asks: Sequence[Ask], max_passed_s: float) -> list[int]:
+    def order(self, asks: Sequence[Ask], max_overtake_s: float) -> list[int]:
         """Indices of ``asks`` (oldest first) in the order in which they are served."""
         is_one = len({ask.user for ask in asks}) <= 1
         fair = list(range(len(asks))) if is_one else self._fair(asks)
-        return _sides_first(asks, fair, max_passed_s)
+        return _sides_first(asks, fair, max_overtake_s)
 
     def _fair(self, asks: Sequence[Ask]) -> list[int]:
         """The order if each request got its slot in turn, without priority for side requests."""
@@ -148,13 +148,13 @@ class Shares:
             self._served.pop(user, None)
 
 
-def _sides_first(asks: Sequence[Ask], order: Sequence[int], max_passed_s: float) -> list[int]:
+def _sides_first(asks: Sequence[Ask], order: Sequence[int], max_overtake_s: float) -> list[int]:
     """Move side requests ahead of requests that have not been overtaken for too long. The side requests of one user
     may use an equal part of that time.
     """
     result: list[int] = []
     fronts = {ask.user: 0 for ask in asks if ask.is_side}  # by user: where its next side request goes
-    each_s = max_passed_s / max(len({ask.user for ask in asks}), 1)
+    each_s = max_overtake_s / max(len({ask.user for ask in asks}), 1)
     for i in order:
         ask = asks[i]
         if ask.is_side:
@@ -166,7 +166,7 @@ def _sides_first(asks: Sequence[Ask], order: Sequence[int], max_passed_s: float)
             result.append(i)
             for user in fronts:
                 is_enough = user != ask.user and ask.passed_by.get(user, 0.0) >= each_s
-                if is_enough or ask.passed_s >= max_passed_s:
+                if is_enough or ask.overtaken_s >= max_overtake_s:
                     fronts[user] = len(result)
     return result
 

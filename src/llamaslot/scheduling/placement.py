@@ -1,4 +1,4 @@
-"""Where a job runs: the place with the smallest cost, for this user and for later requests of all users.
+"""Where a request runs: the place with the smallest cost, for this user and for later requests of all users.
 
 Pure: views of the backends go in, a plan comes out. Every cost is in seconds, and costs are only compared.
 """
@@ -9,23 +9,23 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from llamaslot.cache.namespaces import PUBLIC, SHARED, Space
+from llamaslot.cache.namespaces import PUBLIC, SHARED, Namespace
 from llamaslot.cache.prefix_index import Shared
 from llamaslot.scheduling.plan import (
     Cost,
     Erase,
-    Keep,
     Place,
     Plan,
     PrefillTo,
     Restore,
     Save,
+    SaveSharedPrefix,
     Source,
     Step,
     Wait,
 )
-from llamaslot.scheduling.prefill_policy import Sharing
-from llamaslot.scheduling.request import Job, Placement, User
+from llamaslot.scheduling.prefill_policy import PrefillSharing
+from llamaslot.scheduling.request import Placement, Request, User
 from llamaslot.scheduling.slots import SlotKey, State
 
 PrefillSeconds = Callable[[int, int], float]
@@ -41,13 +41,13 @@ _FORGET_S = 1800.0  # after half an hour without use the chance of a hit is halv
 
 @dataclass(frozen=True, slots=True)
 class SlotView:
-    """A slot as one job sees it. All token counts concern the job's prompt.
+    """A slot as one request sees it. All token counts concern the request's prompt.
 
     ``n_shared``: common tokens; ``n_usable``: those that need not be computed; ``n_tokens``: all tokens in the slot
     (for a leased slot: that it will hold). ``is_other``: another conversation with the same beginning.
-    ``is_foreign``: computed in a namespace that the job may not read, so the slot is erased first. ``save_s``:
-    seconds to save it, 0 if that is not worth it or not needed. ``regret_s``: seconds that its loss costs the user
-    that returns to it. ``wait_s``: until it is idle.
+    ``is_other_namespace``: computed in a namespace that the request may not read, so the slot is erased first.
+    ``save_s``: seconds to save it, 0 if that is not worth it or not needed. ``eviction_cost_s``: seconds that its loss
+    costs the user that returns to it. ``wait_s``: until it is idle.
     """
 
     key: SlotKey
@@ -57,16 +57,16 @@ class SlotView:
     n_usable: int = 0
     save_s: float = 0.0
     is_worth_saving: bool = False
-    regret_s: float = 0.0
+    eviction_cost_s: float = 0.0
     wait_s: float = 0.0
     used_at: float = 0.0
-    is_other: bool = False
-    is_foreign: bool = False
+    is_other_conversation: bool = False
+    is_other_namespace: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotView:
-    """A snapshot as one job sees it. ``wait_s``: until it is committed, if it is still being written."""
+    """A snapshot as one request sees it. ``wait_s``: until it is committed, if it is still being written."""
 
     id: str
     n_usable: int
@@ -76,13 +76,13 @@ class SnapshotView:
 
 @dataclass(frozen=True, slots=True)
 class BackendView:
-    """One backend as one job sees it: its slots, the snapshots that it can restore, and what work costs there.
+    """One backend as one request sees it: its slots, the snapshots that it can restore, and what work costs there.
 
-    ``reserved``: slots that earlier jobs wait for, and for how many seconds those jobs will use them. ``trunks``:
-    token counts of the prompt at which a shared-prefix snapshot is worth it; ``is_rewindable``: the model can rewind
-    to any token. ``can_erase``: slot actions work; otherwise isolation depends on ``cache_prompt`` false alone.
-    ``request_s``: seconds that one more request costs, apart from its computation. ``shared``: for each slot with
-    common tokens, their number; also for slots that are not in ``slots``.
+    ``reserved``: slots that earlier requests wait for, and for how many seconds those requests will use them.
+    ``trunks``: token counts of the prompt at which a shared-prefix snapshot is worth it; ``is_rewindable``: the model
+    can rewind to any token. ``can_erase``: slot actions work; otherwise isolation depends on ``cache_prompt`` false
+    alone. ``request_s``: seconds that one more request costs, apart from its computation. ``shared``: for each slot
+    with common tokens, their number; also for slots that are not in ``slots``.
     """
 
     slots: tuple[SlotView, ...]
@@ -100,27 +100,27 @@ class BackendView:
 class Rules:
     """The settings of placement; see ``routing``, ``prefill`` and ``cache`` in the configuration.
 
-    ``own_above_s``: prompts that take longer are computed ahead of the request; None: decided by costs.
+    ``chunk_threshold_s``: prompts that take longer are computed ahead of the request; None: decided by costs.
     """
 
     similarity_min: float = 0.85
     small_prompt_tokens: int = 1024
-    own_above_s: float | None = None
-    sharing: Sharing = field(default_factory=Sharing)
+    chunk_threshold_s: float | None = None
+    sharing: PrefillSharing = field(default_factory=PrefillSharing)
     is_isolated: bool = False  # no user may read what another user has computed
 
-    def space(self, user: User, lora: str = "") -> Space:
+    def space(self, user: User, lora: str = "") -> Namespace:
         """The namespace of a request of ``user`` with the LoRA scales ``lora``."""
-        return Space(user.id if self.is_isolated else "", lora)
+        return Namespace(user.id if self.is_isolated else "", lora)
 
     def long_s(self, request_s: float) -> float:
         """The prefill time above which a request of its own (which costs ``request_s``) is worth it: then the work
         can be shared while it is computed, interrupted, and postponed for others.
         """
-        return _worth_s(request_s) if self.own_above_s is None else self.own_above_s
+        return _worth_s(request_s) if self.chunk_threshold_s is None else self.chunk_threshold_s
 
     @property
-    def public(self) -> Space:
+    def public(self) -> Namespace:
         """The namespaces that all users may read, computed by the operator."""
         return PUBLIC if self.is_isolated else SHARED
 
@@ -135,34 +135,35 @@ class _Choice(NamedTuple):
     cost_s: float
     wait_s: float
     is_loss: bool  # what the slot holds is lost to its owner, or must be restored for it
-    is_match: bool = False  # the job resumes from the slot's content: nothing is lost
+    is_match: bool = False  # the request resumes from the slot's content: nothing is lost
     snapshot: SnapshotView | None = None
 
 
-def place(job: Job, views: Iterable[BackendView], rules: Rules) -> Plan | Wait:
-    """The cheapest place for ``job`` among all slots of all backends, or what to wait for. Each backend has its own
+def place(request: Request, views: Iterable[BackendView], rules: Rules) -> Plan | Wait:
+    """The cheapest place for ``request`` among all slots of all backends, or what to wait for. Each backend has its own
     rates.
 
     There are two cases:
 
     1. An idle slot is taken at once.
-    2. The job waits, if waiting and then computing the rest is cheaper: for a busy slot that holds most of the prompt
+    2. The request waits, if waiting and then computing the rest is cheaper: for a busy slot that holds most of the
+    prompt
        (after
-       the jobs that already wait for it), or for a snapshot that is being written.
+       the requests that already wait for it), or for a snapshot that is being written.
 
     Of the idle slots a small prompt takes one whose loss costs no user a large context, if there is one.
     """
-    choices = [choice for view in views for choice in _choices(job, view, rules)]
+    choices = [choice for view in views for choice in _choices(request, view, rules)]
     if not choices:
         return Wait()
     best = min(choices, key=_sort_key)
     key: Callable[[_Choice], tuple[float, ...]] = _sort_key
-    if job.n_tokens < rules.small_prompt_tokens and best.wait_s == 0:
+    if request.n_tokens < rules.small_prompt_tokens and best.wait_s == 0:
         # Only among places that are available now: the cost of waiting for another one is in the sum above.
         choices = [choice for choice in choices if choice.wait_s == 0]
         key = _no_loss_first
         best = min(choices, key=key)
-    chosen = _place(best, job)
+    chosen = _place(best, request)
     if best.wait_s > 0:
         is_busy = best.slot.state not in _TAKEABLE or best.slot.key in best.view.reserved
         instead = min((other for other in choices if other.wait_s == 0), key=key, default=None)
@@ -170,31 +171,31 @@ def place(job: Job, views: Iterable[BackendView], rules: Rules) -> Plan | Wait:
             best.slot.key if is_busy else None,
             best.wait_s,
             chosen,
-            _place(instead, job) if instead else None,
+            _place(instead, request) if instead else None,
         )
     others = [other for other in choices if other.slot is not best.slot]
     others = others or [other for other in choices if other.source is not best.source]
     second = min(others, key=key, default=None)
     return Plan(
         slot=best.slot.key,
-        steps=tuple(_steps(job, best, rules)),
+        steps=tuple(_steps(request, best, rules)),
         source=best.source,
         n_reused=best.n_reused,
         cost=chosen.cost,
         snapshot=chosen.snapshot,
-        next_best=_place(second, job) if second else None,
+        next_best=_place(second, request) if second else None,
     )
 
 
-def _place(choice: _Choice, job: Job) -> Place:
-    """The terms of ``choice.cost_s``. Not stored in each choice: a burst of jobs makes thousands."""
+def _place(choice: _Choice, request: Request) -> Place:
+    """The terms of ``choice.cost_s``. Not stored in each choice: a burst of requests makes thousands."""
     slot, snapshot = choice.slot, choice.snapshot
     cost = Cost(
         wait_s=choice.wait_s,
         save_s=0.0 if choice.is_match else slot.save_s,
-        regret_s=0.0 if choice.is_match else slot.regret_s,
+        eviction_cost_s=0.0 if choice.is_match else slot.eviction_cost_s,
         restore_s=snapshot.restore_s if snapshot else 0.0,
-        prefill_s=choice.view.prefill_s(choice.n_reused, job.n_tokens),
+        prefill_s=choice.view.prefill_s(choice.n_reused, request.n_tokens),
     )
     return Place(slot.key, choice.source, choice.n_reused, cost, snapshot.id if snapshot else None)
 
@@ -203,18 +204,23 @@ def is_similar(slot: SlotView, rules: Rules) -> bool:
     """Whether so much of the slot's content survives that taking it loses nothing. Never true of another
     conversation, however long the common system prompt is.
     """
-    return not slot.is_other and slot.n_tokens > 0 and slot.n_shared >= rules.similarity_min * slot.n_tokens
+    return (
+        not slot.is_other_conversation
+        and slot.n_tokens > 0
+        and slot.n_shared >= rules.similarity_min * slot.n_tokens
+    )
 
 
-def is_other(slot: SlotView | Shared[int], n_alike: int) -> bool:
+def is_other_conversation(slot: SlotView | Shared[int], n_alike: int) -> bool:
     """Whether it is another conversation, if several begin with the same ``n_alike`` tokens."""
     only_begins_alike = slot.n_shared <= n_alike + _FEW_TOKENS
     return n_alike > 0 and only_begins_alike and slot.n_tokens > slot.n_shared + _FEW_TOKENS
 
 
 class Stranger(NamedTuple):
-    """An idle slot whose content the job would not resume from. ``loss_s``: seconds that taking it costs others;
-    ``n_shared``: tokens of it that the job can use all the same; ``is_loss``: it holds a large context of some user.
+    """An idle slot whose content the request would not resume from. ``loss_s``: seconds that taking it costs others;
+    ``n_shared``: tokens of it that the request can use all the same; ``is_loss``: it holds a large context of some
+    user.
     """
 
     slot: int
@@ -246,7 +252,8 @@ def _cheapest_first(stranger: Stranger) -> tuple[int, float]:
 
 
 def is_long(plan: Plan, long_s: float) -> bool:
-    """Whether the prefill ahead of the job's own request takes so long that other requests must be served meanwhile."""
+    """Whether the prefill ahead of the request's own request takes so long that other requests must be served
+    meanwhile."""
     return plan.cost.prefill_s > long_s and any(isinstance(step, PrefillTo) for step in plan.steps)
 
 
@@ -258,11 +265,11 @@ def weight(idle_s: float) -> float:
 _TAKEABLE = (State.FREE, State.HOT, State.SUSPECT)
 
 
-def _choices(job: Job, view: BackendView, rules: Rules) -> Iterator[_Choice]:
-    n = job.n_tokens
+def _choices(request: Request, view: BackendView, rules: Rules) -> Iterator[_Choice]:
+    n = request.n_tokens
     for slot in view.slots:
         is_takeable = slot.state in _TAKEABLE and slot.key not in view.reserved
-        is_match = is_similar(slot, rules) and slot.n_usable > 0 and not job.is_cold
+        is_match = is_similar(slot, rules) and slot.n_usable > 0 and not request.no_cache
         if not is_takeable:
             if is_match:
                 rest_s = view.prefill_s(slot.n_usable, n)
@@ -280,12 +287,14 @@ def _choices(job: Job, view: BackendView, rules: Rules) -> Iterator[_Choice]:
             yield _Choice(
                 view, slot, Source.RESIDENT, slot.n_usable, rest_s, 0.0, is_loss=False, is_match=True
             )
-        loss_s = slot.save_s + slot.regret_s
-        is_loss = slot.regret_s > 0 and slot.n_tokens >= rules.small_prompt_tokens
-        kept = 0 if job.is_cold or slot.is_foreign or slot.state is State.SUSPECT else slot.n_usable
+        loss_s = slot.save_s + slot.eviction_cost_s
+        is_loss = slot.eviction_cost_s > 0 and slot.n_tokens >= rules.small_prompt_tokens
+        kept = (
+            0 if request.no_cache or slot.is_other_namespace or slot.state is State.SUSPECT else slot.n_usable
+        )
         source = Source.RESIDENT if kept else Source.COLD
         yield _Choice(view, slot, source, kept, loss_s + view.prefill_s(kept, n), 0.0, is_loss)
-        if job.is_cold:
+        if request.no_cache:
             continue
         for snapshot in view.snapshots:
             cost = loss_s + snapshot.wait_s + snapshot.restore_s + view.prefill_s(snapshot.n_usable, n)
@@ -311,7 +320,7 @@ def _no_loss_first(choice: _Choice) -> tuple[bool, int, float]:
     return choice.is_loss, *_sort_key(choice)
 
 
-def _steps(job: Job, choice: _Choice, rules: Rules) -> Iterator[Step]:
+def _steps(request: Request, choice: _Choice, rules: Rules) -> Iterator[Step]:
     slot, view = choice.slot, choice.view
     is_kept = choice.source is Source.RESIDENT and is_similar(slot, rules)
     if slot.is_worth_saving and not is_kept:
@@ -319,47 +328,49 @@ def _steps(job: Job, choice: _Choice, rules: Rules) -> Iterator[Step]:
     if choice.snapshot is not None:
         yield Erase(slot.key)
         yield Restore(slot.key, choice.snapshot.id)
-    elif view.can_erase and (slot.state is State.SUSPECT or job.is_cold or slot.is_foreign):
+    elif view.can_erase and (slot.state is State.SUSPECT or request.no_cache or slot.is_other_namespace):
         yield Erase(slot.key)
-    if view.can_erase or not (job.is_cold or slot.is_foreign):
-        yield from prefill_steps(job, slot.key, choice.n_reused, view, rules)
+    if view.can_erase or not (request.no_cache or slot.is_other_namespace):
+        yield from prefill_steps(request, slot.key, choice.n_reused, view, rules)
 
 
 def prefill_steps(
-    job: Job, slot: SlotKey, n_reused: int, view: BackendView, rules: Rules
-) -> Iterator[PrefillTo | Keep]:
-    """The prefill ahead of the job's own request, and the shared-prefix snapshots saved on the way.
+    request: Request, slot: SlotKey, n_reused: int, view: BackendView, rules: Rules
+) -> Iterator[PrefillTo | SaveSharedPrefix]:
+    """The prefill ahead of the request's own request, and the shared-prefix snapshots saved on the way.
 
-    A shared-prefix snapshot is made by a job that computes the tokens around its end, so no tokens are computed for
-    it alone. A job that already has more of the prompt does not make it. Where the model can rewind to any token, a
+    A shared-prefix snapshot is made by a request that computes the tokens around its end, so no tokens are computed for
+    it alone. A request that already has more of the prompt does not make it. Where the model can rewind to any token, a
     few more tokens do not matter, and the snapshot ends with them.
     """
     slack = _FEW_TOKENS if view.is_rewindable else 0
-    last = job.n_tokens - 1
-    keeps = {max(at, n_reused) for at in view.trunks if n_reused - slack <= at < last and not job.is_cold}
-    for stop in sorted({*prefill_stops(job, n_reused, view, rules), *keeps}):
+    last = request.n_tokens - 1
+    keeps = {
+        max(at, n_reused) for at in view.trunks if n_reused - slack <= at < last and not request.no_cache
+    }
+    for stop in sorted({*prefill_stops(request, n_reused, view, rules), *keeps}):
         yield PrefillTo(slot, stop)
         if stop in keeps:
-            yield Keep(slot, stop)
+            yield SaveSharedPrefix(slot, stop)
 
 
-def prefill_stops(job: Job, n_reused: int, view: BackendView, rules: Rules) -> list[int]:
-    """Where the prefill stops: the job's boundaries, then the last token but one. Empty for a short prefill.
+def prefill_stops(request: Request, n_reused: int, view: BackendView, rules: Rules) -> list[int]:
+    """Where the prefill stops: the request's boundaries, then the last token but one. Empty for a short prefill.
 
     Each stop is one more request. So a boundary is a stop only if recomputing the tokens since the previous stop, for
     a later prompt that diverges there, takes much longer than a request. The end is no stop if the rest is short. The
     last token is left to the client's own request, which always computes one; stopping at n instead would cost a
-    recurrent model its last checkpoint. A steered job needs a slot that shares all tokens but that one.
+    recurrent model its last checkpoint. A steered request needs a slot that shares all tokens but that one.
     """
-    last, long_s = job.n_tokens - 1, rules.long_s(view.request_s)
-    if last <= 0 or not (job.placement is Placement.STEERED or view.prefill_s(n_reused, last) > long_s):
+    last, long_s = request.n_tokens - 1, rules.long_s(view.request_s)
+    if last <= 0 or not (request.placement is Placement.STEERED or view.prefill_s(n_reused, last) > long_s):
         return []
     stops, begin, worth_s = list[int](), n_reused, _worth_s(view.request_s)
-    for at in job.boundaries:
+    for at in request.boundaries:
         if begin + _FEW_TOKENS <= at < last and view.prefill_s(begin, at) > worth_s:
             stops.append(at)
             begin = at
-    is_end = job.placement is Placement.STEERED or not stops or view.prefill_s(begin, last) > long_s
+    is_end = request.placement is Placement.STEERED or not stops or view.prefill_s(begin, last) > long_s
     return [*stops, last] if is_end else stops
 
 

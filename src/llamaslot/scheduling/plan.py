@@ -28,15 +28,15 @@ class Restore:
 
 @dataclass(frozen=True, slots=True)
 class PrefillTo:
-    """Compute the first ``n_tokens`` of the job's tokens in the slot, then stop."""
+    """Compute the first ``n_tokens`` of the request's tokens in the slot, then stop."""
 
     slot: SlotKey
     n_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
-    """Save the slot, which holds exactly the first ``n_tokens`` of the job's tokens, as a shared-prefix snapshot;
+class SaveSharedPrefix:
+    """Save the slot, which holds exactly the first ``n_tokens`` of the request's tokens, as a shared-prefix snapshot;
     then go on.
     """
 
@@ -44,7 +44,7 @@ class Keep:
     n_tokens: int
 
 
-Step = Save | Erase | Restore | PrefillTo | Keep
+Step = Save | Erase | Restore | PrefillTo | SaveSharedPrefix
 
 
 class Source(enum.Enum):
@@ -59,19 +59,19 @@ class Source(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The cost of a place in seconds: ``wait_s`` until it is available, ``save_s`` and ``regret_s`` for the content
-    lost there, ``restore_s`` and ``prefill_s`` until the first token of the answer.
+    """The cost of a place in seconds: ``wait_s`` until it is available, ``save_s`` and ``eviction_cost_s`` for the
+    content lost there, ``restore_s`` and ``prefill_s`` until the first token of the answer.
     """
 
     wait_s: float = 0.0
     save_s: float = 0.0
-    regret_s: float = 0.0
+    eviction_cost_s: float = 0.0
     restore_s: float = 0.0
     prefill_s: float = 0.0
 
     @property
     def total_s(self) -> float:
-        return self.wait_s + self.regret_s + self.steps_s
+        return self.wait_s + self.eviction_cost_s + self.steps_s
 
     @property
     def steps_s(self) -> float:
@@ -81,7 +81,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a job could run: a slot, and the content that its prompt would resume from there."""
+    """Where a request could run: a slot, and the content that its prompt would resume from there."""
 
     slot: SlotKey
     source: Source
@@ -92,7 +92,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The decision for a job: the slot, the steps before its own request, and the expected reuse.
+    """The decision for a request: the slot, the steps before its own request, and the expected reuse.
 
     ``next_best``: the cheapest place in any other slot; if there is only one slot, from another source.
     """
@@ -108,10 +108,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """No place yet. ``slot``: the job waits for this slot only, and later jobs leave it alone. ``for_s``: seconds
-    until the next decision.
+    """No place yet. ``slot``: the request waits for this slot only, and later requests leave it alone. ``for_s``:
+    seconds until the next decision.
 
-    ``place`` is what the job waits for; ``instead`` is the cheapest place available now.
+    ``place`` is what the request waits for; ``instead`` is the cheapest place available now.
     """
 
     slot: SlotKey | None = None

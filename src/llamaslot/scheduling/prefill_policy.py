@@ -11,18 +11,18 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Sharing:
+class PrefillSharing:
     """The settings of long prefills; see ``prefill`` in the configuration.
 
-    ``decode_share``: share of the time that belongs to streams while any decode. ``stretch_s``: seconds of a chunk,
-    after which another prefill may be next. ``max_passed_s``: a prefill that has waited this long is not overtaken by
-    later ones. ``max_held_s``: the longest time at once for which small requests postpone it.
+    ``decode_share``: share of the time that belongs to streams while any decode. ``chunk_s``: seconds of a chunk,
+    after which another prefill may be next. ``starvation_s``: a prefill that has waited this long is not overtaken by
+    later ones. ``max_yield_s``: the longest time at once for which small requests postpone it.
     """
 
     decode_share: float = 0.1
-    stretch_s: float = 0.5
-    max_passed_s: float = 120.0
-    max_held_s: float = 2.0
+    chunk_s: float = 0.5
+    starvation_s: float = 120.0
+    max_yield_s: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +38,25 @@ class Pending:
     came_at: float
 
 
-def rank(pending: Pending, max_passed_s: float) -> tuple[float, float]:
+def rank(pending: Pending, starvation_s: float) -> tuple[float, float]:
     """The smallest is next: the shortest remaining work, which counts for less the longer it has waited, and for
-    nothing after ``max_passed_s``. Then the oldest is next, and no later one overtakes it.
+    nothing after ``starvation_s``. Then the oldest is next, and no later one overtakes it.
     """
-    patience = 1 - pending.waited_s / max_passed_s if max_passed_s > 0 else 0.0
+    patience = 1 - pending.waited_s / starvation_s if starvation_s > 0 else 0.0
     return pending.left_s * max(patience, 0.0), pending.came_at
 
 
-def next_up(pendings: Sequence[Pending], current: int | None, switch_s: float, max_passed_s: float) -> int:
+def next_up(pendings: Sequence[Pending], current: int | None, switch_s: float, starvation_s: float) -> int:
     """The index of the prefill to compute next. ``current`` goes on unless another one is ahead by more than an
     interruption costs (``switch_s``), or has waited for too long.
 
-    The credit for waiting alone does not interrupt. Otherwise, of two prefills with more left than ``max_passed_s``,
+    The credit for waiting alone does not interrupt. Otherwise, of two prefills with more left than ``starvation_s``,
     the waiting one would gain on the running one, and they would interrupt each other again and again (300 times for
     two of five minutes). So an interrupted prefill overtakes the other one only when it is overdue.
 
-    A prefill that has waited for ``max_passed_s`` waits only for older ones and for the rest of the current one.
+    A prefill that has waited for ``starvation_s`` waits only for older ones and for the rest of the current one.
     """
-    ranks = [rank(pending, max_passed_s) for pending in pendings]
+    ranks = [rank(pending, starvation_s) for pending in pendings]
     everybody = range(len(pendings))
     if current is None:
         return min(everybody, key=ranks.__getitem__)
@@ -76,7 +76,7 @@ def pause_s(computed_s: float, n_streams: int, decode_share: float) -> float:
     return computed_s * decode_share / (1 - decode_share)
 
 
-def stretch_end(start: int, stop: int, reached: int) -> int:
+def chunk_end(start: int, stop: int, reached: int) -> int:
     """The end of a chunk from ``start`` on that should last until about ``reached``; at most ``stop``.
 
     A multiple of ``GRAIN`` tokens, so that the server computes full batches, without a small rest before ``stop``.

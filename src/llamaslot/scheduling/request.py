@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import count
-from llamaslot.cache.namespaces import PUBLIC, SHARED, Space
+from llamaslot.cache.namespaces import PUBLIC, SHARED, Namespace
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class User:
     is_admin: bool = False
 
 
-NOBODY = User("")  # llamaslot itself
+SYSTEM_USER = User("")  # llamaslot itself
 
 
 class Placement(enum.Enum):
@@ -36,11 +36,11 @@ class Placement(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Request:
     """One request that needs a slot. ``tokens`` is empty if they are unknown (llamaslot cannot read the body).
 
     ``boundaries``: token counts at which a prefill should stop on models that need checkpoints. ``n_system``: tokens
-    of the system part and tools, with which other conversations begin too; 0 if unknown. ``is_cold``: nothing cached
+    of the system part and tools, with which other conversations begin too; 0 if unknown. ``no_cache``: nothing cached
     may be used (``cache_prompt`` false). ``user``: the user that sent it. ``space``: the namespace of what it
     computes. ``max_tokens``: the limit of its answer, if the request has one. ``n_children``: further slots that
     llama-server chooses for ``n`` > 1. ``is_prewarm``: it only makes the shared-prefix snapshot of ``n_system``
@@ -51,20 +51,20 @@ class Job:
     tokens: bytes = b""
     boundaries: tuple[int, ...] = ()
     n_system: int = 0
-    is_cold: bool = False
+    no_cache: bool = False
     n_children: int = 0
     placement: Placement = Placement.PINNED
     is_prewarm: bool = False
-    user: User = NOBODY
+    user: User = SYSTEM_USER
     max_tokens: int | None = None
-    space: Space = SHARED
+    space: Namespace = SHARED
 
     @property
     def n_tokens(self) -> int:
         return count(self.tokens)
 
     @property
-    def reads(self) -> tuple[Space, ...]:
+    def reads(self) -> tuple[Namespace, ...]:
         """The namespaces that it may resume from: its own, and the operator's for all users."""
         is_a_users = self.space.user and not self.space.lora and self.space != PUBLIC
         return (self.space, PUBLIC) if is_a_users else (self.space,)

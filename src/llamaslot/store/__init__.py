@@ -1,6 +1,6 @@
 """Snapshots on disk."""
 
-from llamaslot.store.catalog import Catalog, Draft
+from llamaslot.store.catalog import Catalog, Reservation
 from llamaslot.store.directory import DirectoryUnusable, NotShared, prove_shared
 from llamaslot.store.entries import Prospect
 from llamaslot.store.header import SlotFile, read_slot_file
@@ -10,10 +10,10 @@ from llamaslot.store.sidecar import Snapshot, WithTokens
 __all__ = [
     "Catalog",
     "DirectoryUnusable",
-    "Draft",
     "NotShared",
     "Prospect",
     "QuotaExceeded",
+    "Reservation",
     "SlotFile",
     "Snapshot",
     "WithTokens",

@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from llamaslot.cache.content import Kind
+from llamaslot.cache.content import SnapshotKind
 from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
-from llamaslot.file_id import Mark
+from llamaslot.file_id import FileId
 from llamaslot.scheduling.eviction import Order
 from llamaslot.store import scan, sidecar
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
-from llamaslot.store.entries import Pin, Prospect, Shelf
+from llamaslot.store.entries import Pin, Prospect, SnapshotTable
 from llamaslot.store.header import read_slot_file
 from llamaslot.store.hits import NEVER, Hits
-from llamaslot.store.manifest import Register
-from llamaslot.store.quota import Limits, Room, Short
+from llamaslot.store.manifest import Manifest
+from llamaslot.store.quota import Deficit, Limits, Quota
 from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens, readable
 from llamaslot.store.sweep import Sweep
 from llamaslot.store.upkeep import Upkeep
@@ -40,7 +40,7 @@ _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINT
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class Reservation:
     """Reserved space for one snapshot: llama-server saves as ``part_name``, then call ``commit`` or ``abandon``."""
 
     id: str
@@ -49,7 +49,7 @@ class Draft:
 
 
 @dataclass(slots=True)
-class Held:
+class ReservationState:
     """The account of a draft: its bytes, the snapshots protected from its eviction, and its commit once that has
     begun.
     """
@@ -85,15 +85,15 @@ class Catalog:
         self._now, self._on_drop = now, on_drop
         self._lock = DirectoryLock(directory)
         self._tasks = TaskOwner()
-        self._shelf = Shelf(order)
-        self._room = Room(
+        self._shelf = SnapshotTable(order)
+        self._room = Quota(
             directory,
             Limits(quota_bytes, max_files, min_free_bytes),
             lambda: len(self._shelf) + len(self._drafts),
             self._tasks,
         )
-        self._register = Register(register, directory)
-        self._drafts: dict[str, Held] = {}
+        self._register = Manifest(register, directory)
+        self._drafts: dict[str, ReservationState] = {}
         self._upkeep = Upkeep(directory, self._shelf, self._register, self._tasks, self._drop)
         self._sweep = Sweep(directory, self._shelf, self._room, self._drafts.keys(), self._drop)
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._shelf.snapshots)
@@ -189,7 +189,7 @@ class Catalog:
 
     async def reserve(
         self, size_bytes: int, keep: Collection[str] = (), spare: Collection[str] = ()
-    ) -> Draft:
+    ) -> Reservation:
         """Reserve ``size_bytes``, evicting snapshots that are neither pinned nor in ``keep``.
 
         Those in ``spare`` are evicted only if there are no others. When this returns, the evicted files are gone from
@@ -204,16 +204,16 @@ class Catalog:
         )
         # No await since the space was found.
         id_ = sidecar.new_id()
-        self._drafts[id_] = Held(size_bytes, kept)
+        self._drafts[id_] = ReservationState(size_bytes, kept)
         self._room.granted += size_bytes
-        return Draft(id_, id_ + PART, size_bytes)
+        return Reservation(id_, id_ + PART, size_bytes)
 
     def would_gain(self, prospect: Prospect, keep: Collection[str] = ()) -> float:
-        """The value gained by a save now: see ``Shelf.would_gain``. Changes nothing."""
+        """The value gained by a save now: see ``SnapshotTable.would_gain``. Changes nothing."""
         short = self._room.short(prospect.size_bytes, 1)
         return self._shelf.would_gain(prospect, short, keep, self._now())
 
-    def _evict(self, short: Short, keep: Collection[str]) -> bool:
+    def _evict(self, short: Deficit, keep: Collection[str]) -> bool:
         """Evict at least what is ``short``, or nothing."""
         victims = self._shelf.victims(*short, keep, self._now())
         if not short.is_met_by(victims):
@@ -226,7 +226,7 @@ class Catalog:
 
     async def commit(
         self,
-        draft: Draft,
+        draft: Reservation,
         *,
         tokens_expected: bytes,
         n_saved: int,
@@ -234,7 +234,7 @@ class Catalog:
         fingerprint: str,
         checkpoints: tuple[int, ...],
         source: str,
-        kind: Kind = Kind.LEAF,
+        kind: SnapshotKind = SnapshotKind.LEAF,
         is_pinned: bool = False,
         space: str = "",
         idle_s: float = 0.0,
@@ -270,7 +270,9 @@ class Catalog:
             raise outcome
         return outcome
 
-    async def _commit(self, held: Held, noted: Noted, tokens_expected: bytes) -> WithTokens | LlamaslotError:
+    async def _commit(
+        self, held: ReservationState, noted: Noted, tokens_expected: bytes
+    ) -> WithTokens | LlamaslotError:
         """The commit, in its own task. llamaslot's errors are its result, so they are not reported as the death of a
         task.
         """
@@ -289,7 +291,7 @@ class Catalog:
         self._upkeep.sync(noted)
         return snapshot
 
-    async def _accept(self, held: Held, noted: Noted, tokens_expected: bytes) -> WithTokens:
+    async def _accept(self, held: ReservationState, noted: Noted, tokens_expected: bytes) -> WithTokens:
         part = self.directory / (noted.id + PART)
         file = await read_slot_file(part)
         if (extra := file.size_bytes - held.size_bytes) > 0:
@@ -312,13 +314,13 @@ class Catalog:
         held.size_bytes = file.size_bytes
         return snapshot
 
-    def _publish(self, part: Path, noted: Noted) -> Mark:
+    def _publish(self, part: Path, noted: Noted) -> FileId:
         """Rename the data first. Without the sidecar, which is written last, a scan ignores the .kv file."""
         os.rename(part, kv := self.directory / (noted.id + KV))
         sidecar.write(self.directory, noted, noted.created_at)
-        return Mark.of(os.lstat(kv))
+        return FileId.of(os.lstat(kv))
 
-    async def abandon(self, draft: Draft) -> None:
+    async def abandon(self, draft: Reservation) -> None:
         """Remove the part file and release the space. Idempotent; no effect on a committed draft. Canceling is safe:
         the file is removed all the same.
         """
@@ -341,8 +343,8 @@ class Catalog:
         return Pin(self._shelf.pin(id), self._unpin)
 
     def _unpin(self, id_: str) -> None:
-        if (condemned := self._shelf.unpin(id_)) is not None:
-            self._remove(condemned)
+        if (pending_delete := self._shelf.unpin(id_)) is not None:
+            self._remove(pending_delete)
 
     def touch(self, id: str) -> None:  # noqa: A002
         """Record a hit now. An unknown id is ignored. Written to disk a moment later, several at once."""
@@ -364,7 +366,7 @@ class Catalog:
             self._shelf.inherit(id, from_id, self._now())
             self._upkeep.date(id)
 
-    async def mark(self, id: str, kind: Kind, *, is_pinned: bool) -> Snapshot:  # noqa: A002
+    async def mark(self, id: str, kind: SnapshotKind, *, is_pinned: bool) -> Snapshot:  # noqa: A002
         """Change its kind and its pin, at once in memory and then on disk. Raises KeyError. Canceling is safe."""
         with self.pin(id):
             return await self._upkeep.mark(self._shelf.mark(id, kind, is_pinned))
@@ -423,7 +425,7 @@ class Catalog:
     def check(self) -> None:
         """Raises AssertionError with the name of the account that is not the sum of its parts."""
         self._shelf.check()
-        on_disk = (*self._shelf.snapshots.values(), *self._shelf.condemned.values())
+        on_disk = (*self._shelf.snapshots.values(), *self._shelf.pending_delete.values())
         self._room.check(
             committed=sum(snapshot.size_bytes for snapshot in on_disk),
             granted=sum(held.size_bytes for held in self._drafts.values()),

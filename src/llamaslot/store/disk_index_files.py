@@ -34,7 +34,7 @@ import marisa_trie  # type: ignore[import-not-found]  # compiled, without stubs
 import orjson
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
-from llamaslot.cache.disk_index import Columns, Frozen, freeze, is_freezable
+from llamaslot.cache.disk_index import Columns, DiskIndex, freeze, is_freezable
 from llamaslot.cache.ids import WIDTH
 from llamaslot.cache.prefix_index import Branch, PrefixIndex
 from llamaslot.errors import LlamaslotError
@@ -57,7 +57,7 @@ class Generation:
 
     id: str
     namespace: str
-    index: Frozen
+    index: DiskIndex
     size_bytes: int
 
 
@@ -104,7 +104,7 @@ def open_generation(
         if len(names) != len(columns.end) or len(trie) != len(columns.point):
             raise GenerationUnusable(f"the files of {id_} do not belong together")
         size = sum(size for size, _ in manifest["files"].values())
-        return Generation(id_, namespace, Frozen(trie, columns, names), size)
+        return Generation(id_, namespace, DiskIndex(trie, columns, names), size)
     except OSError as error:
         raise GenerationUnusable(f"cannot be read: {error.strerror or error}") from error
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -167,7 +167,7 @@ def _map_columns(path: Path, counts: list[int]) -> Columns:
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_generation(directory: Path, id_: str, namespace: str, index: Frozen) -> None:
+def write_generation(directory: Path, id_: str, namespace: str, index: DiskIndex) -> None:
     """Write the files, sync them, then write a manifest that is not valid yet.
 
     Blocking; raises OSError.

@@ -13,8 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from llamaslot.cache.disk_index import Frozen
-from llamaslot.cache.layered_index import NEW_MIN, SnapshotIndex, Sowing
+from llamaslot.cache.disk_index import DiskIndex
+from llamaslot.cache.layered_index import NEW_MIN, LayeredIndex, Sowing
 from llamaslot.errors import LlamaslotError
 from llamaslot.store import disk_index_files
 from llamaslot.store.disk_index_files import Generation, GenerationUnusable, Recipe
@@ -27,7 +27,7 @@ P = ParamSpec("P")
 _AT_ONCE = 64  # branches prepared while the writing thread holds the GIL: 0.1 ms
 
 
-class Renewal:
+class DiskIndexRebuild:
     """The generations in ``directory``, which is created if needed and used for nothing else.
 
     ``namespace``: what the token sequences are valid for, such as a model's fingerprint. If the generation on disk
@@ -51,7 +51,7 @@ class Renewal:
         self._is_ended = False
         self._failed_at: int | None = None  # number of holders at the last failure
 
-    async def open(self) -> Frozen | None:
+    async def open(self) -> DiskIndex | None:
         """The generation on disk. None if there is none, or if it cannot be used, which is logged.
 
         Canceling is safe.
@@ -75,7 +75,7 @@ class Renewal:
         disk_index_files.sweep(self._directory, found.id if found else None)  # files left by a crash
         return found
 
-    def consider(self, index: SnapshotIndex) -> None:
+    def consider(self, index: LayeredIndex) -> None:
         """Begin a new generation of ``index`` if it is due and none is being made. Call this after each change of
         ``index``.
         """
@@ -96,7 +96,7 @@ class Renewal:
             running.cancel()
             await asyncio.wait([running])
 
-    async def renew(self, index: SnapshotIndex) -> bool:
+    async def renew(self, index: LayeredIndex) -> bool:
         """Make a new generation of ``index``. False, with a log line, if that failed.
 
         Canceling is safe: the index is then unchanged.

@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
-from llamaslot.cache.content import Kind
-from llamaslot.scheduling.eviction import ByValue, Order, Standing
+from llamaslot.cache.content import SnapshotKind
+from llamaslot.scheduling.eviction import ByValue, Order, SnapshotStats
 from llamaslot.scheduling.priority_heap import Rank, Ranking
-from llamaslot.store.quota import Short
+from llamaslot.store.quota import Deficit
 from llamaslot.store.sidecar import Snapshot
 
 
@@ -48,13 +48,13 @@ class Prospect:
     n_tokens: int
     size_bytes: int
     saves_s: float
-    kind: Kind = Kind.LEAF
+    kind: SnapshotKind = SnapshotKind.LEAF
     idle_s: float = 0.0
     after: str | None = None
 
 
-class Shelf:
-    """``snapshots`` can be found, pinned and restored; ``condemned`` ones are dropped but still pinned.
+class SnapshotTable:
+    """``snapshots`` can be found, pinned and restored; ``pending_delete`` ones are dropped but still pinned.
 
     ``standings``: usage by id of listed snapshots. ``order`` decides who is evicted first and learns from hits; only
     from snapshots of ``fingerprint``, the current model, once that is known.
@@ -63,8 +63,8 @@ class Shelf:
     def __init__(self, order: Order | None = None) -> None:
         self.order: Order = ByValue() if order is None else order
         self.snapshots: dict[str, Snapshot] = {}
-        self.standings: dict[str, Standing] = {}
-        self.condemned: dict[str, Snapshot] = {}
+        self.standings: dict[str, SnapshotStats] = {}
+        self.pending_delete: dict[str, Snapshot] = {}
         self._fingerprint: str | None = None
         self._pins: Counter[str] = Counter()
         self._ranking = Ranking(self._rank)
@@ -72,7 +72,7 @@ class Shelf:
 
     def __len__(self) -> int:
         """The number of files, condemned ones included."""
-        return len(self.snapshots) + len(self.condemned)
+        return len(self.snapshots) + len(self.pending_delete)
 
     @property
     def fingerprint(self) -> str | None:
@@ -97,7 +97,7 @@ class Shelf:
         self._now = now
         used = now if last_used is None else last_used
         self.snapshots[snapshot.id] = snapshot
-        self.standings[snapshot.id] = Standing(
+        self.standings[snapshot.id] = SnapshotStats(
             snapshot.id, snapshot.n_tokens, snapshot.size_bytes, snapshot.kind, used, now, n_hits, is_branched
         )
         self._ranking.put(snapshot.id)
@@ -135,11 +135,11 @@ class Shelf:
         del self.standings[id_]
         self._ranking.drop(id_)
         if self._pins[id_]:
-            self.condemned[id_] = snapshot
+            self.pending_delete[id_] = snapshot
             return False
         return True
 
-    def mark(self, id_: str, kind: Kind, is_pinned: bool) -> Snapshot:
+    def mark(self, id_: str, kind: SnapshotKind, is_pinned: bool) -> Snapshot:
         """Change its kind and pin. Raises KeyError for an unlisted id."""
         self.snapshots[id_] = replace(self.snapshots[id_], kind=kind, is_pinned=is_pinned)
         self.standings[id_].kind = kind
@@ -160,7 +160,7 @@ class Shelf:
         if self._pins[id_]:
             return None
         del self._pins[id_]
-        return self.condemned.pop(id_, None)
+        return self.pending_delete.pop(id_, None)
 
     # -- eviction  ------------------------------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class Shelf:
         )
         return math.fsum(lost)
 
-    def would_gain(self, prospect: Prospect, short: Short, keep: Collection[str], now: float) -> float:
+    def would_gain(self, prospect: Prospect, short: Deficit, keep: Collection[str], now: float) -> float:
         """The value of what would be saved, less the value of what would be evicted for it, in seconds saved per
         second.
 
@@ -223,14 +223,14 @@ class Shelf:
             return -math.inf
         before = self.standings.get(prospect.after or "")
         n_hits = before.n_hits if before is not None else 0
-        standing = Standing(
+        standing = SnapshotStats(
             "", prospect.n_tokens, prospect.size_bytes, prospect.kind, now - prospect.idle_s, now, n_hits
         )
         return self.order.worth(standing, now, prospect.saves_s) - self.loss(victims, now)
 
     def _is_held(self, snapshot: Snapshot) -> bool:
-        is_other = self.fingerprint is not None and snapshot.fingerprint != self.fingerprint
-        return snapshot.id in self._pins or (snapshot.is_pinned and not is_other)
+        is_other_conversation = self.fingerprint is not None and snapshot.fingerprint != self.fingerprint
+        return snapshot.id in self._pins or (snapshot.is_pinned and not is_other_conversation)
 
     def _is_valid(self, id_: str) -> bool:
         return self.fingerprint is not None and self.snapshots[id_].fingerprint == self.fingerprint
@@ -248,12 +248,12 @@ class Shelf:
 
     def known(self) -> set[str]:
         """The ids whose files are booked here."""
-        return self.snapshots.keys() | self.condemned.keys()
+        return self.snapshots.keys() | self.pending_delete.keys()
 
     def check(self) -> None:
         """Raises AssertionError with the name of the invariant that does not hold."""
         assert self.standings.keys() == self.snapshots.keys(), "standings and snapshots differ"
         assert len(self._ranking) == len(self.snapshots), "not everything is ranked"
-        assert self.condemned.keys() <= self._pins.keys(), "condemned without a pin"
-        assert not self.snapshots.keys() & self.condemned.keys(), "listed and condemned"
+        assert self.pending_delete.keys() <= self._pins.keys(), "condemned without a pin"
+        assert not self.snapshots.keys() & self.pending_delete.keys(), "listed and condemned"
         assert all(n > 0 for n in self._pins.values()), "pins that hold nothing"

@@ -25,8 +25,8 @@ from typing import Any
 import orjson
 from xxhash import xxh3_128_hexdigest
 
-from llamaslot.cache.content import Kind
-from llamaslot.file_id import Mark
+from llamaslot.cache.content import SnapshotKind
+from llamaslot.file_id import FileId
 from llamaslot.store.sidecar import JSON, KV, Snapshot
 
 log = logging.getLogger(__name__)
@@ -40,8 +40,8 @@ class Entry:
     """A snapshot that is durably on disk, and the identity of its two files at that time."""
 
     snapshot: Snapshot
-    kv: Mark
-    json: Mark
+    kv: FileId
+    json: FileId
 
     def last_used(self, directory: Path) -> float | None:
         """The time of its last use, in seconds since the epoch; None unless both files are unchanged. Blocking."""
@@ -50,10 +50,10 @@ class Entry:
             json = os.lstat(directory / (self.snapshot.id + JSON))
         except OSError:
             return None
-        return json.st_mtime if (Mark.of(kv), Mark.of(json)) == (self.kv, self.json) else None
+        return json.st_mtime if (FileId.of(kv), FileId.of(json)) == (self.kv, self.json) else None
 
 
-class Register:
+class Manifest:
     """The file ``path`` about the snapshots in ``directory``. Without a path nothing is read or written.
 
     ``marks``: identities of the .kv files when their headers were read; ``durable``: ids known to be on disk.
@@ -61,7 +61,7 @@ class Register:
 
     def __init__(self, path: Path | None, directory: Path) -> None:
         self.path, self._directory = path, directory
-        self.marks: dict[str, Mark] = {}
+        self.marks: dict[str, FileId] = {}
         self.durable: set[str] = set()
         self._writing = threading.Lock()
 
@@ -93,7 +93,7 @@ class Register:
             known = [(snapshots[id_], self.marks[id_], last_used[id_]) for id_ in self.durable]
             await asyncio.to_thread(self._write, self.path, known)
 
-    def _write(self, path: Path, known: list[tuple[Snapshot, Mark, float]]) -> None:
+    def _write(self, path: Path, known: list[tuple[Snapshot, FileId, float]]) -> None:
         new = path.with_name(path.name + ".new")
         try:
             with self._writing:  # the thread of a cancelled call may still be writing
@@ -108,7 +108,7 @@ class Register:
         except OSError as error:
             log.warning("snapshots: cannot write %s: %s", path, error.strerror or error)
 
-    def _entries(self, known: list[tuple[Snapshot, Mark, float]]) -> list[Entry]:
+    def _entries(self, known: list[tuple[Snapshot, FileId, float]]) -> list[Entry]:
         """The mark of a .kv file is that of when it was read: if the file has changed since, it will not match. A
         sidecar whose date is not the one we set is left out: another program has changed it.
         """
@@ -117,7 +117,7 @@ class Register:
             with suppress(OSError):  # dropped meanwhile
                 json = os.lstat(self._directory / (snapshot.id + JSON))
                 if json.st_mtime == last_used:
-                    entries.append(Entry(snapshot, mark, Mark.of(json)))
+                    entries.append(Entry(snapshot, mark, FileId.of(json)))
         return entries
 
 
@@ -146,7 +146,7 @@ def _decode(data: bytes) -> dict[str, Entry]:
         content = orjson.loads(body)
         entries = {}
         for fields, kv, json in content["snapshots"]:
-            entry = Entry(_snapshot(fields, content["fingerprints"]), Mark(*kv), Mark(*json))
+            entry = Entry(_snapshot(fields, content["fingerprints"]), FileId(*kv), FileId(*json))
             entries[entry.snapshot.id] = entry
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _Unusable(f"not of this format: {error!r}") from None
@@ -156,7 +156,7 @@ def _decode(data: bytes) -> dict[str, Entry]:
 def _snapshot(fields: dict[str, Any], fingerprints: list[str]) -> Snapshot:
     fields["fingerprint"] = fingerprints[fields["fingerprint"]]
     fields["checkpoints"] = tuple(fields["checkpoints"])
-    fields["kind"] = Kind(fields["kind"])
+    fields["kind"] = SnapshotKind(fields["kind"])
     return Snapshot(**fields)
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import count
-from llamaslot.cache.layered_index import SnapshotIndex
-from llamaslot.cache.namespaces import SHARED, InSpaces, Space, mark
+from llamaslot.cache.layered_index import LayeredIndex
+from llamaslot.cache.namespaces import SHARED, InNamespaces, Namespace, mark
 from llamaslot.cache.shared_prefix import NEAR_TOKENS
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.llama.identity import Identity
 from llamaslot.store import Catalog, Snapshot, WithTokens
-from llamaslot.store.disk_index_rebuild import Renewal
-from llamaslot.store.overlap import Covers
+from llamaslot.store.disk_index_rebuild import DiskIndexRebuild
+from llamaslot.store.overlap import PrefixOverlap
 from llamaslot.tasks import TaskOwner
 
 _AT_ONCE = 4  # snapshots of a whole directory that are compared with others, per change
@@ -26,29 +26,29 @@ _AT_ONCE = 4  # snapshots of a whole directory that are compared with others, pe
 
 def content_of(snapshot: WithTokens) -> Content:
     """The content of a slot that was just saved as ``snapshot``, or restored from it."""
-    space = Space.of_text(snapshot.space)
+    space = Namespace.of_text(snapshot.space)
     return Content(snapshot.tokens, True, False, snapshot.checkpoints, snapshot.id, space=space)
 
 
-class Library:
+class ModelSnapshots:
     """The snapshots of one model, and their index. ``on_change`` is called after each change."""
 
     def __init__(
-        self, index: SnapshotIndex | None = None, on_change: Callable[[SnapshotIndex], None] | None = None
+        self, index: LayeredIndex | None = None, on_change: Callable[[LayeredIndex], None] | None = None
     ) -> None:
-        self.index = SnapshotIndex() if index is None else index
+        self.index = LayeredIndex() if index is None else index
         self.snapshots: dict[str, Snapshot] = {}
-        self.in_spaces = InSpaces(self.index, self.space_of)
-        self.covers = Covers(self.in_spaces, self.snapshots)
+        self.in_spaces = InNamespaces(self.index, self.space_of)
+        self.overlap = PrefixOverlap(self.in_spaces, self.snapshots)
         self._on_change = on_change
         self.n_changes = 0  # changes of the index so far
 
     def __repr__(self) -> str:
         return f"<Library {len(self.snapshots)} snapshots, {self.index!r}>"
 
-    def space_of(self, snapshot_id: str) -> Space:
+    def space_of(self, snapshot_id: str) -> Namespace:
         """Raises KeyError for an unknown id."""
-        return Space.of_text(self.snapshots[snapshot_id].space)
+        return Namespace.of_text(self.snapshots[snapshot_id].space)
 
     def snapshot_of(self, tokens: bytes) -> WithTokens | None:
         """The snapshot that holds exactly ``tokens``, in the shared namespace."""
@@ -57,7 +57,7 @@ class Library:
             return None
         return self.snapshots[hit.holder].with_tokens(tokens)
 
-    def snapshot_at(self, tokens: bytes, space: Space) -> Snapshot | None:
+    def snapshot_at(self, tokens: bytes, space: Namespace) -> Snapshot | None:
         """The snapshot that ends where ``tokens`` end, or a little before."""
         hit = self.in_spaces.longest_full_prefix(tokens, (space,))
         is_near = hit is not None and hit.n_tokens >= count(tokens) - NEAR_TOKENS
@@ -78,9 +78,9 @@ class Library:
             assert tokens is not None, "what is not in the index comes with its tokens"
             self.index.insert(snapshot.id, mark(self.space_of(snapshot.id)) + tokens)
             self.n_changes += 1
-            self.covers.added(snapshot.id, tokens)
+            self.overlap.added(snapshot.id, tokens)
         else:
-            self.covers.put(snapshot.id)
+            self.overlap.put(snapshot.id)
 
     def drop(self, snapshot_id: str) -> None:
         """Remove one snapshot. Idempotent."""
@@ -94,17 +94,17 @@ class Library:
         self.index.drop(snapshot_id)
         self.n_changes += 1
         if snapshot is not None:
-            self.covers.dropped(snapshot, tokens)
+            self.overlap.dropped(snapshot, tokens)
 
     def changed(self) -> None:
-        self.covers.look_at_some(_AT_ONCE)
+        self.overlap.look_at_some(_AT_ONCE)
         if self._on_change is not None:
             self._on_change(self.index)
 
     def check(self) -> None:
         """Raise AssertionError naming the invariant that does not hold."""
         self.index.check()
-        self.covers.check()
+        self.overlap.check()
         assert self.index.holders() == self.snapshots.keys(), "snapshots are indexed"
 
 
@@ -113,11 +113,11 @@ class Libraries:
 
     def __init__(self, catalog: Catalog, directory: Path, tasks: TaskOwner) -> None:
         self._catalog, self._directory, self._tasks = catalog, directory, tasks
-        self.current: Library | None = None
+        self.current: ModelSnapshots | None = None
         self._identity: Identity | None = None
-        self._renewal: Renewal | None = None
+        self._renewal: DiskIndexRebuild | None = None
 
-    async def of(self, identity: Identity, is_usable: Callable[[Snapshot], bool]) -> Library:
+    async def of(self, identity: Identity, is_usable: Callable[[Snapshot], bool]) -> ModelSnapshots:
         """The library of this model, with the snapshots of the catalog that ``is_usable`` accepts. If the model is
         the same as before, the library is too. Canceling is safe: the next call goes on where this one ended.
         """
@@ -151,11 +151,15 @@ class Libraries:
         self.current = None
         if self._renewal is not None:
             await self._renewal.end()  # both would write to the same directory
-        renewal = Renewal(
+        renewal = DiskIndexRebuild(
             self._directory, identity.to_text(), self._tasks, is_same, self._catalog.write_register
         )
-        index = SnapshotIndex(await renewal.open())
-        self.current, self._identity, self._renewal = Library(index, renewal.consider), identity, renewal
+        index = LayeredIndex(await renewal.open())
+        self.current, self._identity, self._renewal = (
+            ModelSnapshots(index, renewal.consider),
+            identity,
+            renewal,
+        )
 
     def drop(self, snapshot_id: str) -> None:
         """Remove the dropped snapshot. Idempotent."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import islice
 
-from llamaslot.cache.content import Kind
-from llamaslot.cache.namespaces import InSpaces, Space
-from llamaslot.cache.reuse import Memory, usable
+from llamaslot.cache.content import SnapshotKind
+from llamaslot.cache.namespaces import InNamespaces, Namespace
+from llamaslot.cache.reuse import CacheKind, usable
 from llamaslot.store import Snapshot
 
 # Number of other snapshots compared, on models that resume only from few points: the longest common prefixes first.
-_NEAR = 8
+_N_NEAREST = 8
 
 
-class Covers:
+class PrefixOverlap:
     """The covered tokens of the ``snapshots`` in ``index``. A result is kept until a snapshot near it is added or
     dropped.
 
@@ -23,18 +23,18 @@ class Covers:
     from few points.
     """
 
-    def __init__(self, index: InSpaces[str], snapshots: Mapping[str, Snapshot]) -> None:
+    def __init__(self, index: InNamespaces[str], snapshots: Mapping[str, Snapshot]) -> None:
         self._index, self._snapshots = index, snapshots
-        self._memory = Memory.DENSE
+        self._memory = CacheKind.DENSE
         self._found: dict[str, int] = {}
         self._unknown: dict[str, None] = {}  # not yet computed, oldest first
 
     @property
-    def memory(self) -> Memory:
+    def memory(self) -> CacheKind:
         return self._memory
 
     @memory.setter
-    def memory(self, memory: Memory) -> None:
+    def memory(self, memory: CacheKind) -> None:
         if memory is not self._memory:
             self._memory = memory
             self._unknown |= dict.fromkeys(self._found)
@@ -72,23 +72,23 @@ class Covers:
 
     def _look_around(self, snapshot: Snapshot, tokens: bytes, n_instead: int) -> None:
         """``n_instead``: a lower bound of the result of those that begin with an added or dropped shared prefix."""
-        spaces = (Space.of_text(snapshot.space),)
+        spaces = (Namespace.of_text(snapshot.space),)
         for hit in self._index.match(tokens, spaces, 2):
             if hit.holder in self._found and hit.holder != snapshot.id:
                 self._look_at(hit.holder)
-        if snapshot.kind is not Kind.TRUNK:
+        if snapshot.kind is not SnapshotKind.TRUNK:
             return
-        trunks = [id_ for id_ in self._found if self._snapshots[id_].kind is Kind.TRUNK]
+        trunks = [id_ for id_ in self._found if self._snapshots[id_].kind is SnapshotKind.TRUNK]
         for id_ in (id_ for id_ in trunks if self._snapshots[id_].space == snapshot.space):
             self._look_at(id_)
-        if self._memory is Memory.DENSE:
+        if self._memory is CacheKind.DENSE:
             return
         n = snapshot.n_tokens
         for hit in self._index.match(tokens, spaces):
             if hit.n_shared < n:
                 break
             other = self._snapshots.get(hit.holder)
-            is_leaf = other is not None and other.kind is not Kind.TRUNK
+            is_leaf = other is not None and other.kind is not SnapshotKind.TRUNK
             if is_leaf and self._found.get(hit.holder, n + 1) <= n:
                 self._found[hit.holder] = n_instead
 
@@ -98,15 +98,15 @@ class Covers:
             self._found[id_] = self._find(snapshot, self._index.tokens(id_) if tokens is None else tokens)
 
     def _find(self, snapshot: Snapshot, tokens: bytes) -> int:
-        spaces = (Space.of_text(snapshot.space),)
-        if self._memory is Memory.DENSE and snapshot.kind is not Kind.TRUNK:
+        spaces = (Namespace.of_text(snapshot.space),)
+        if self._memory is CacheKind.DENSE and snapshot.kind is not SnapshotKind.TRUNK:
             nearest = self._index.match(tokens, spaces, 2)
             return max((hit.n_shared for hit in nearest if hit.holder != snapshot.id), default=0)
         whole = self._index.longest_full_prefix(tokens, spaces, exclude={snapshot.id})
         n_best = whole.n_tokens if whole is not None else 0
-        if snapshot.kind is Kind.TRUNK:
+        if snapshot.kind is SnapshotKind.TRUNK:
             return n_best
-        for hit in self._index.match(tokens, spaces, _NEAR):
+        for hit in self._index.match(tokens, spaces, _N_NEAREST):
             other = self._snapshots.get(hit.holder)
             if other is not None and hit.holder != snapshot.id:
                 n = usable(self._memory, hit.n_shared, hit.n_tokens, other.checkpoints, snapshot.n_tokens + 1)

@@ -54,7 +54,7 @@ def beyond_disk(quota_bytes: int, min_free_bytes: int, directory: Path, held_byt
     )
 
 
-class Short(NamedTuple):
+class Deficit(NamedTuple):
     """What must be evicted; a negative number is still free."""
 
     size_bytes: int
@@ -65,7 +65,7 @@ class Short(NamedTuple):
         return enough and len(victims) >= self.n_files
 
 
-class Room:
+class Quota:
     """The bytes and files of a directory, by account.
 
     ``committed``: snapshots. ``granted``: drafts. ``leaving``: files being unlinked. ``left``: leftovers, files of
@@ -94,7 +94,7 @@ class Room:
         """Files on disk or reserved, sidecars not counted."""
         return self._n_held() + len(self.removing) + len(self.leftovers)
 
-    def short(self, size_bytes: int = 0, n_files: int = 0) -> Short:
+    def short(self, size_bytes: int = 0, n_files: int = 0) -> Deficit:
         """What must be evicted for all reservations that wait, and for ``size_bytes`` and ``n_files`` more.
 
         Files being removed count as gone, and waiting reservations as taken. So each reservation evicts only what is
@@ -103,7 +103,7 @@ class Room:
         wanted = self.waiting + size_bytes
         short = self.committed + self.granted + self.left + wanted - self.limits.quota_bytes
         n_short = self._n_held() + len(self.leftovers) + self._n_waiting + n_files - self.limits.max_files
-        return Short(max(short, self._short_of_free(wanted, self.leaving)), n_short)
+        return Deficit(max(short, self._short_of_free(wanted, self.leaving)), n_short)
 
     def _short_of_free(self, wanted: int, coming: int) -> int:
         """Bytes missing on the file system for drafts, which may be half-written, and for ``wanted`` bytes."""
@@ -124,7 +124,7 @@ class Room:
             else:
                 self._free = found.f_bavail * found.f_frsize
 
-    async def make(self, size_bytes: int, evict: Callable[[Short], bool]) -> None:
+    async def make(self, size_bytes: int, evict: Callable[[Deficit], bool]) -> None:
         """Wait until one more file of ``size_bytes`` fits. The caller must book it without an await in between.
 
         With 0 bytes: for a file that has grown and is on disk already. ``evict(short)`` evicts at least ``short`` at

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamaslot.errors import SnapshotInvalid
-from llamaslot.file_id import Mark
+from llamaslot.file_id import FileId
 from llamaslot.store import sidecar
 from llamaslot.store.directory import HITS_NAME, LOCK_NAME
 from llamaslot.store.header import SlotFile, read_slot_file
@@ -55,7 +55,7 @@ class Found:
     last_used: dict[str, float] = field(default_factory=dict)
     leftovers: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
-    marks: dict[str, Mark] = field(default_factory=dict)
+    marks: dict[str, FileId] = field(default_factory=dict)
     durable: set[str] = field(default_factory=set)
     n_unfinished: int = 0
     n_foreign: int = 0
@@ -191,12 +191,12 @@ def _look(directory: Path, known: Mapping[str, Entry]) -> tuple[Listing, dict[st
     return listing, {id_: last_used for id_, last_used in looked.items() if last_used is not None}
 
 
-async def _load(directory: Path, id_: str) -> tuple[Snapshot, float, Mark, bool]:
+async def _load(directory: Path, id_: str) -> tuple[Snapshot, float, FileId, bool]:
     """The snapshot, its last use, the mark of its .kv file, and whether its data is known to be on disk."""
     path = directory / (id_ + JSON)
     try:
         data, dated, mark = await asyncio.to_thread(
-            lambda: (path.read_bytes(), path.stat().st_mtime, Mark.of(os.lstat(directory / (id_ + KV))))
+            lambda: (path.read_bytes(), path.stat().st_mtime, FileId.of(os.lstat(directory / (id_ + KV))))
         )
     except OSError as error:
         raise SnapshotInvalid(f"{path.name}: cannot be read: {error.strerror or error}") from error

@@ -25,7 +25,7 @@ from typing import Any
 import orjson
 from xxhash import xxh3_128_hexdigest
 
-from llamaslot.cache.content import Kind
+from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
 
@@ -54,7 +54,7 @@ class Snapshot:
     created_at: float
     checkpoints: tuple[int, ...]
     source: str
-    kind: Kind = Kind.LEAF
+    kind: SnapshotKind = SnapshotKind.LEAF
     is_pinned: bool = False
     space: str = ""
 
@@ -68,7 +68,7 @@ class Snapshot:
         return self.id + KV
 
     def __repr__(self) -> str:
-        kind = "" if self.kind is Kind.LEAF else f" {self.kind}"
+        kind = "" if self.kind is SnapshotKind.LEAF else f" {self.kind}"
         kind += " pinned" if self.is_pinned else ""
         return f"<Snapshot {self.id} {self.n_tokens} tok {readable(self.size_bytes)} {self.source}{kind}>"
 
@@ -116,7 +116,7 @@ class Noted:
     checkpoints: tuple[int, ...]
     source: str
     boot: str | None  # boot of the machine, until the .kv file is known to be on disk
-    kind: Kind = Kind.LEAF
+    kind: SnapshotKind = SnapshotKind.LEAF
     is_pinned: bool = False
     space: str = ""
 
@@ -184,7 +184,7 @@ def parse(name: str, data: bytes) -> Noted:
         source=_field(name, fields, "source", str),
         boot=_field(name, fields, "boot", str, type(None)),
         # Later fields: a sidecar without them is of a plain conversation.
-        kind=_kind(name, _field(name, {"kind": Kind.LEAF.value, **fields}, "kind", str)),
+        kind=_kind(name, _field(name, {"kind": SnapshotKind.LEAF.value, **fields}, "kind", str)),
         is_pinned=_field(name, {"is_pinned": False, **fields}, "is_pinned", bool),
         space=_field(name, {"space": "", **fields}, "space", str),
     )
@@ -193,9 +193,9 @@ def parse(name: str, data: bytes) -> Noted:
     return noted
 
 
-def _kind(name: str, value: str) -> Kind:
+def _kind(name: str, value: str) -> SnapshotKind:
     try:
-        return Kind(value)
+        return SnapshotKind(value)
     except ValueError:
         raise SnapshotInvalid(f"{name}: {value!r} is no kind of snapshot") from None
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from llamaslot.scheduling.eviction import ByValue, Returns, Standing
+from llamaslot.scheduling.eviction import ByValue, HitRateModel, SnapshotStats
 from llamaslot.store.catalog import Catalog
 from llamaslot.store.learned import LearnedFile
 from llamaslot.store.sidecar import Snapshot
@@ -29,7 +29,7 @@ class SnapshotStore:
         max_files: int = 10_000,
         min_free_bytes: int = 0,
         on_drop: Callable[[Snapshot], None],
-        saves_s: Callable[[Standing], float],
+        saves_s: Callable[[SnapshotStats], float],
     ) -> None:
         self._order = ByValue()
         self._order.saves_s = saves_s
@@ -47,13 +47,13 @@ class SnapshotStore:
         self._returns = LearnedFile(name, meta_dir / f"{name}.returns.json")
 
     @property
-    def returns(self) -> Returns:
+    def returns(self) -> HitRateModel:
         """How often contexts come back."""
         return self._order.returns
 
     async def open(self) -> None:
         """Raises LlamaslotError with what to do when the directory cannot be used."""
-        self._order.returns = Returns.from_json(await self._returns.read())
+        self._order.returns = HitRateModel.from_json(await self._returns.read())
         await self.catalog.open()
 
     async def store_learned(self) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from llamaslot.store import scan
-from llamaslot.store.entries import Shelf
-from llamaslot.store.quota import Room
+from llamaslot.store.entries import SnapshotTable
+from llamaslot.store.quota import Quota
 from llamaslot.store.sidecar import KV
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,12 @@ class Sweep:
     """
 
     def __init__(
-        self, directory: Path, shelf: Shelf, room: Room, drafts: Collection[str], drop: Callable[[str], None]
+        self,
+        directory: Path,
+        shelf: SnapshotTable,
+        room: Quota,
+        drafts: Collection[str],
+        drop: Callable[[str], None],
     ) -> None:
         self._directory, self._shelf, self._room = directory, shelf, room
         self._drafts, self._drop = drafts, drop

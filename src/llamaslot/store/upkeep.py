@@ -11,9 +11,9 @@ from pathlib import Path
 
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import scan, sidecar
-from llamaslot.store.entries import Shelf
+from llamaslot.store.entries import SnapshotTable
 from llamaslot.store.hits import HitLog, Hits
-from llamaslot.store.manifest import Register
+from llamaslot.store.manifest import Manifest
 from llamaslot.store.sidecar import Noted, Snapshot
 from llamaslot.tasks import TaskOwner
 
@@ -29,8 +29,8 @@ class Upkeep:
     def __init__(
         self,
         directory: Path,
-        shelf: Shelf,
-        register: Register,
+        shelf: SnapshotTable,
+        register: Manifest,
         tasks: TaskOwner,
         lost: Callable[[str], None],
     ) -> None:

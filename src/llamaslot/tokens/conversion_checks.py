@@ -31,7 +31,7 @@ def shape_of(body: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
     return frozenset(found)
 
 
-class Shapes:
+class ConversionChecks:
     """Whether the conversion of bodies is right, by shape, until ``forget``.
 
     ``ask`` posts to llama-server and returns status and JSON.

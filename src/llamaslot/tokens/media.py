@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llamaslot.errors import OpaquePrompt, Reason
+from llamaslot.errors import PromptNotTokenizable, Reason
 
 #: Parts of a message that are media, and what of ``modalities`` in ``/props`` says that the server takes them.
 #: llama-server answers others with 400 (tools/server/server-common.cpp, ``oaicompat_chat_params_parse``).
@@ -30,7 +30,7 @@ def kinds(body: Mapping[str, Any]) -> set[str]:
     """Which of ``KINDS`` a chat has. Raises OpaquePrompt for a part that is neither of these nor a text."""
     found = {str(part.get("type")) for _, _, part in _media(body)}
     if unknown := found - KINDS.keys():
-        raise OpaquePrompt(f"parts of type {', '.join(sorted(unknown))}")
+        raise PromptNotTokenizable(f"parts of type {', '.join(sorted(unknown))}")
     return found
 
 
@@ -53,13 +53,13 @@ def text_before(rendered: str, body: Mapping[str, Any]) -> str:
     """
     text, found, _ = rendered.partition(PLACE)
     if not found:
-        raise OpaquePrompt("the template does not show where a medium stands", Reason.TEMPLATE)
+        raise PromptNotTokenizable("the template does not show where a medium stands", Reason.TEMPLATE)
     before = body["messages"][-1]["content"][:-1]
     last = before[-1].get("text") if before and isinstance(before[-1], Mapping) else None
     if isinstance(last, str) and text.endswith(last + "\n"):
         text = text[:-1]
     if not text:
-        raise OpaquePrompt("nothing comes before the first medium", Reason.MEDIA)
+        raise PromptNotTokenizable("nothing comes before the first medium", Reason.MEDIA)
     return text
 
 
@@ -74,7 +74,7 @@ def before_marker(prompt: Any, marker: str) -> str | None:
     text = prompt.get("prompt_string")
     at = text.find(marker or OLD_MARKER) if isinstance(text, str) else -1
     if at <= 0:
-        raise OpaquePrompt("no text comes before the first medium", Reason.MEDIA)
+        raise PromptNotTokenizable("no text comes before the first medium", Reason.MEDIA)
     return str(text)[:at]
 
 

@@ -8,7 +8,7 @@ _LIMIT_BYTES = 32 << 20  # entries of 60 kB as a rule: five hundred users with a
 _OVERHEAD = 200  # bytes of an entry besides its tokens, roughly
 
 
-class Systems:
+class SystemPromptCache:
     """A least-recently-used cache. Keys are stored as hashes: a wrong hit would only cut a prompt elsewhere."""
 
     def __init__(self, limit_bytes: int = _LIMIT_BYTES) -> None:

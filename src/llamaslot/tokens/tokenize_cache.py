@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from llamaslot.cache.ids import WIDTH, count
-from llamaslot.tokens.special_tokens import Mark
+from llamaslot.tokens.special_tokens import TokenSpan
 
 # Characters. A cut nearer to the previous one saves less than its node costs: 256 characters are ~0.5 ms.
 SPACING = 256
@@ -51,7 +51,7 @@ class Known:
         return len(self.ends)
 
 
-class Pieces:
+class TokenizeCache:
     """At most ``limit_bytes`` of texts and tokens; the ends of the least recently used texts are dropped first."""
 
     def __init__(self, limit_bytes: int) -> None:
@@ -64,7 +64,7 @@ class Pieces:
     def __len__(self) -> int:
         return len(self._recent)
 
-    def find(self, text: str, cuts: Sequence[Mark], whose: str = "") -> Known:
+    def find(self, text: str, cuts: Sequence[TokenSpan], whose: str = "") -> Known:
         """The longest known beginning of the text that ends at one of the cuts. Changes nothing."""
         piece, begin, n_tokens = self._roots.get(whose, _NO_PIECE), 0, 0
         tokens: list[bytes] = []
@@ -80,7 +80,7 @@ class Pieces:
         return Known(b"".join(tokens), tuple(ends))
 
     def keep(
-        self, text: str, cuts: Sequence[Mark], ends: Sequence[int], tokens: bytes, whose: str = ""
+        self, text: str, cuts: Sequence[TokenSpan], ends: Sequence[int], tokens: bytes, whose: str = ""
     ) -> None:
         """Store the text up to its last cut as most recently used; ``ends[i]`` tokens lie before ``cuts[i]``."""
         if not cuts:
@@ -131,13 +131,13 @@ class Pieces:
         )
 
 
-def spaced(marks: Iterable[Mark]) -> list[Mark]:
+def spaced(marks: Iterable[TokenSpan]) -> list[TokenSpan]:
     """The marks worth cutting at: each at least SPACING characters after the start or the previous one.
 
     Decided from left to right, so texts with a common beginning have the same cuts there, and a text from one of its
     cuts on has the same cuts as the whole.
     """
-    chosen: list[Mark] = []
+    chosen: list[TokenSpan] = []
     last = 0
     for mark in marks:
         if mark.start - last >= SPACING:

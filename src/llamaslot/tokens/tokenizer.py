@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, Protocol
 import orjson
 
 from llamaslot.cache.ids import WIDTH, common, count, head, pack
-from llamaslot.errors import BadRequest, LlamaslotError, OpaquePrompt, Reason, UpstreamError
+from llamaslot.errors import BadRequest, LlamaslotError, PromptNotTokenizable, Reason, UpstreamError
 from llamaslot.tokens.media import has_media, text_before, up_to_medium
-from llamaslot.tokens.special_tokens import Mark, Specials, SpecialsOfEach, together
-from llamaslot.tokens.system_prompt_cache import Systems
-from llamaslot.tokens.tokenize_cache import Known, Pieces, spaced
+from llamaslot.tokens.special_tokens import SpecialTokens, SpecialTokensOfEach, TokenSpan, gather
+from llamaslot.tokens.system_prompt_cache import SystemPromptCache
+from llamaslot.tokens.tokenize_cache import Known, TokenizeCache, spaced
 from llamaslot.tokens.variants import openings, variants_of
 
 log = logging.getLogger(__name__)
@@ -103,10 +103,10 @@ class _Split:
     """A text, its special tokens, those worth cutting at, and the tokens known already."""
 
     whose: str
-    specials: Specials
+    specials: SpecialTokens
     n_version: int  # of the known special tokens
-    marks: list[Mark]
-    cuts: list[Mark]
+    marks: list[TokenSpan]
+    cuts: list[TokenSpan]
     known: Known
 
     @property
@@ -119,10 +119,10 @@ class _Model:
     """What is known of the tokenizer of one run of the server. Discarded as a whole when that ends."""
 
     def __init__(self, server: PromptServer, cache_bytes: int, *, is_whole: bool = False) -> None:
-        self.specials = SpecialsOfEach(server)
-        self.pieces = Pieces(cache_bytes)
-        self.systems = Systems()
-        self.questions, self.tails = Systems(), Systems()  # see Prompts._question_end
+        self.specials = SpecialTokensOfEach(server)
+        self.pieces = TokenizeCache(cache_bytes)
+        self.systems = SystemPromptCache()
+        self.questions, self.tails = SystemPromptCache(), SystemPromptCache()  # see Prompts._question_end
         self.is_whole = is_whole  # a cut has given wrong tokens: no more cuts
 
     def split(self, text: str, whose: str) -> _Split:
@@ -132,7 +132,7 @@ class _Model:
         return _Split(whose, specials, specials.n_version, marks, cuts, self.pieces.find(text, cuts, whose))
 
 
-class Prompts:
+class Tokenizer:
     """Tokens of chat bodies and of completion prompts, as llama-server makes them.
 
     A text is tokenized only from the last special token that it shares with an earlier text. This needs known special
@@ -161,7 +161,7 @@ class Prompts:
     async def chat(self, body: Mapping[str, Any], whose: str = "") -> Prompt:
         """The tokens of a chat body. Raises OpaquePrompt for media, UpstreamError if the template refuses it."""
         if has_media(body):
-            raise OpaquePrompt("the messages hold media", Reason.MEDIA)
+            raise PromptNotTokenizable("the messages hold media", Reason.MEDIA)
         text = await self._server.apply_template(body)
         return await self._of_text(text, whose)
 
@@ -190,7 +190,7 @@ class Prompts:
     async def _one(self, prompt: Any, whose: str) -> Prompt:
         if isinstance(prompt, Mapping) and "prompt_string" in prompt:
             if "multimodal_data" in prompt:
-                raise OpaquePrompt("the prompt holds media", Reason.MEDIA)
+                raise PromptNotTokenizable("the prompt holds media", Reason.MEDIA)
             prompt = prompt["prompt_string"]
             if isinstance(prompt, list):
                 return await self._mixed(prompt)
@@ -244,7 +244,7 @@ class Prompts:
         await self._remember(model, text, tokens, split)
         return Prompt(tokens, text, whole=not known.n_cuts, n_restarts=self.n_restarts, whose=whose)
 
-    async def _tail(self, specials: Specials, text: str, cut: Mark) -> bytes | None:
+    async def _tail(self, specials: SpecialTokens, text: str, cut: TokenSpan) -> bytes | None:
         """The tokens from the cut on; None if this special token turns out to change them."""
         if cut.id in specials.proved or await specials.prove(text, cut):
             specials.proved.add(cut.id)
@@ -317,7 +317,7 @@ class Prompts:
 
         A variant that the template refuses gives no boundary.
         """
-        n_system, *found = await together(self.system_end(body, prompt), *self._question_ends(body, prompt))
+        n_system, *found = await gather(self.system_end(body, prompt), *self._question_ends(body, prompt))
         if len(found) == 2 and 0 < found[1] - found[0] <= _HEADER_TOKENS and found[0]:
             del found[1]
         stops = tuple(sorted({n for n in (n_system, *found) if 0 < n < prompt.n_tokens}))
@@ -387,7 +387,7 @@ class Prompts:
         Without either, it is the whole of ``body``. Raises OpaquePrompt for media, UpstreamError if the template
         refuses it.
         """
-        prompt, other = await together(*(self.chat(variant) for variant in openings(body)))
+        prompt, other = await gather(*(self.chat(variant) for variant in openings(body)))
         return prompt, common(prompt.tokens, other.tokens)
 
     async def _shared(self, variant: Mapping[str, Any], prompt: Prompt) -> int:

@@ -146,7 +146,7 @@ def recommended_flags(args: Sequence[str]) -> list[Flag]:
     """
     flags = [
         Flag("--no-kv-unified", ("--kv-unified", "-kvu", "-no-kvu")),  # else any task clears the idle slots
-        Flag("--cache-ram", ("-cram",), "0"),  # snapshots do that job; it copies states on the main loop
+        Flag("--cache-ram", ("-cram",), "0"),  # snapshots do that request; it copies states on the main loop
         Flag("--no-cache-idle-slots", ("--cache-idle-slots",)),
         Flag("--metrics"),
         Flag("--jinja", ("--no-jinja",)),
