@@ -63,7 +63,7 @@ async def test_each_is_refused_in_llama_servers_words(tmp_path: Path) -> None:
                 assert answer.status in (400, 500)
         assert [(slot["id"], slot.get("n_prompt_tokens")) for slot in await real.slots()] == held
         assert (await it.ask(letters(3, 300) + "more")).n_reused == 300
-        assert "unrecognized_total{" not in str(await it.metrics())
+        assert "untokenized_total{" not in str(await it.metrics())
 
 
 def png(red: int, green: int, blue: int) -> str:
@@ -123,7 +123,7 @@ async def test_it_goes_on_from_the_text_before_an_image(tmp_path: Path, kind: st
             answers = [await it.post(path, body | {"temperature": 0}) for body in asked]
             assert [said(path, answer.json) for answer in answers] == [said(path, one) for one in direct]
             assert 'reason="template"' not in str(await it.metrics())
-            assert await it.count("beliefs_wrong_total") == 0
+            assert await it.count("reuse_mispredictions_total") == 0
             if path in (CHAT, NATIVE):
                 reused = [answer.timings["cache_n"] for answer in answers]
                 assert reused[0] == 0

@@ -65,5 +65,5 @@ async def test_a_sleep_empties_the_slots_and_is_not_a_disappointment(tmp_path: P
         await asleep(server)
         answer = await it.ask(text)
         assert answer.timings["cache_n"] == 0
-        assert await it.count("beliefs_wrong_total") == 0
+        assert await it.count("reuse_mispredictions_total") == 0
         assert await it.count("backend_restarts_total") == 0

@@ -52,7 +52,7 @@ async def keeps_a_trunk(house: House, cut: Cut) -> None:
     house.leases.table.memory = CacheKind.RECURRENT  # type: ignore[union-attr]
     with await house.dispatcher.lease(Request("a", tokens_of(1, 900), n_system=500)) as lease:
         names = [type(step).__name__ for step in lease.plan.steps]  # type: ignore[union-attr]
-        assert names[-3:] == ["PrefillTo", "Keep", "PrefillTo"]
+        assert names[-3:] == ["PrefillTo", "SaveSharedPrefix", "PrefillTo"]
         await cut(house.executor.prepare(lease, lambda _: None))
 
 

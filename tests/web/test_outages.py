@@ -250,7 +250,7 @@ async def test_a_restart_between_requests_is_noticed(tmp_path: Path) -> None:
         assert answer.source == "cold"
         assert answer.n_reused == 0
         assert await it.count("backend_restarts_total") == 1
-        assert await it.count("beliefs_wrong_total") == 0
+        assert await it.count("reuse_mispredictions_total") == 0
 
 
 async def test_what_was_saved_survives_a_restart(tmp_path: Path) -> None:

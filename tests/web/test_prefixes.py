@@ -167,7 +167,7 @@ async def test_a_header_that_moves_is_told(
     async with served(tmp_path, **FAKE) as it:
         one, two = (body(path, f"It is {day}. {SYSTEM}", turns(QUESTION)) for day in ("Monday", "Tuesday"))
         found = await diverged(it, one, two, path)
-        assert await it.count('divergences_total{where="system"}') == 1
+        assert await it.count('cache_misses_total{where="system"}') == 1
     assert (found["why"], found["where"], found["holder"]) == ("changed", "system", "slot 0")
     assert found["message"] == (0 if path == CHAT else None)
     assert found["at"] < 100
@@ -236,7 +236,7 @@ async def test_going_back_is_told_as_such(tmp_path: Path) -> None:
         found = await diverged(it, one, two)
         metrics = await it.metrics()
     assert (found["why"], found["message"], found["role"], found["n_lost"]) == ("went back", 3, "user", 0)
-    assert not any("divergences_total" in name for name in metrics)
+    assert not any("cache_misses_total" in name for name in metrics)
 
 
 async def test_tools_in_another_order_are_told(tmp_path: Path) -> None:

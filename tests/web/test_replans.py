@@ -148,7 +148,7 @@ async def test_a_small_loss_is_computed_where_it_is(tmp_path: Path) -> None:
         answer = await it.ask(TWO + "more", stream=True)
         assert it.fake.sent(NATIVE)[-1].tasks[0].n_computed == 304
         assert await it.count("replanned_total") == 0
-        assert await it.count("beliefs_wrong_total") == 1
+        assert await it.count("reuse_mispredictions_total") == 1
     assert (answer.slot, answer.text) == (slot, right(it.fake, TWO + "more"))
 
 
@@ -265,4 +265,4 @@ async def test_what_came_back_behind_the_room_that_was_made_was_as_believed(
     """Slot and snapshot have kept their word: neither is held against them."""
     async with served(tmp_path, ROOM, slots=slots, batch=BATCH) as it, made_room(it) as asked:
         assert (await asked).status == 200
-        assert await it.count("beliefs_wrong_total") == 0
+        assert await it.count("reuse_mispredictions_total") == 0

@@ -185,7 +185,7 @@ async def test_a_belief_that_proved_wrong_is_counted(tmp_path: Path) -> None:
         answer = await it.ask(ONE + "more")
         assert answer.text == right(it.fake, ONE + "more")
         assert answer.timings["cache_n"] == 0
-        assert await it.count("beliefs_wrong_total") == 1
+        assert await it.count("reuse_mispredictions_total") == 1
 
 
 async def test_owners_who_ask_while_their_context_is_saved(tmp_path: Path) -> None:
