@@ -166,6 +166,9 @@ class PlanExecutor:
             action.close()
             raise
         task = self.tasks.spawn(_outcome(action), f"{lease.request.id} acts on slot {lease.slot_id}")
+        task.add_done_callback(
+            lambda _: action.close()
+        )  # one that was cancelled before it began is never awaited
         task.add_done_callback(lambda _: lease.end_action())
         outcome = await asyncio.shield(task)
         if isinstance(outcome, LlamaslotError):
