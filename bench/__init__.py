@@ -1,1 +1,1 @@
-"""Measurements that anybody can repeat: each module runs as ``python -m bench.<name>``."""
+"""Reproducible measurements: each module runs as ``python -m bench.<name>``."""

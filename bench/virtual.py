@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Stuck(AssertionError):
-    """Everybody waits, and neither a timer nor a socket will ever wake anybody."""
+    """All tasks wait, and neither a timer nor a socket will ever wake one."""
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):

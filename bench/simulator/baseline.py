@@ -127,10 +127,10 @@ class Original:
             await self.tasks.drain()
 
     def check(self) -> None:
-        """Raise AssertionError naming what does not hold when nobody asks any more."""
+        """Raise AssertionError with the name of the invariant that does not hold after the last request."""
         self.disk.check()
         assert not any(slot.is_busy for slot in self._slots), "no slot is busy"
-        assert not self._waiting, "nobody waits"
+        assert not self._waiting, "no request waits"
 
 
 def _is_match(n_shared: int, n_held: int) -> bool:

@@ -118,7 +118,7 @@ class Disk:
             is_pinned=is_pinned,
             space=space,
         )
-        if file.origin is not None and kind is SnapshotKind.LEAF:  # a trunk is nobody's
+        if file.origin is not None and kind is SnapshotKind.LEAF:  # a shared prefix has no owner
             self.origins[draft.id] = file.origin
         self._shelf.add(snapshot.listed, now, last_used=now - idle_s)
         return snapshot

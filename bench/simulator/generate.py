@@ -1,10 +1,10 @@
-"""The default trace: a team of people with agents, over a working day. Seeded; each user has his own random numbers.
+"""The default trace: a team of people with agents, over a working day. Seeded; each user has its own random numbers.
 
-Chosen here: the spread (sigma) of what is lognormal is 0.8 for the first message, 0.7 for later ones, 1.0 for thinking;
-answers are lognormal with a median of 250; in two turns of three a user goes on in the same conversation; half of the
-answers come back re-tokenized. Sixty users ask more of four slots than these can give at once, so there is a queue
-most of the time, and a script takes that into account: written for people who wait for nothing it would not end with
-the day.
+Chosen here: the spread (sigma) of what is lognormal is 0.8 for the first message, 0.7 for later ones, 1.0 for
+thinking; answers are lognormal with a median of 250; in two turns of three a user goes on in the same conversation;
+half of the answers come back re-tokenized. Sixty users ask more of four slots than these can give at once, so there
+is a queue most of the time, and a script takes that into account: written for people who wait for nothing it would
+not end with the day.
 
 None of the default trace's conversations begin together on purpose. With ``p_together`` some do, as those of an agent
 that starts several others: at once, with the same system prompt and short tasks; they go on in step for a few turns.
@@ -128,7 +128,7 @@ class _Conversation:
 
 
 class _User:
-    """One user's script. Keys of texts and conversations are his own: a million for each user."""
+    """One user's script. Keys of texts and conversations are its own: a million for each user."""
 
     def __init__(self, seed: int, user: int, recipe: Recipe, agents: Agents) -> None:
         self.user, self.recipe, self.agents = user, recipe, agents

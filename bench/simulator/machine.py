@@ -1,4 +1,5 @@
-"""The main loop of a llama-server, step by step, as far as anybody could tell: what it does next, and when that ends.
+"""The main loop of a llama-server, step by step, as far as an observer could tell: what it does next, and when that
+ends.
 
 As on the real one: between two steps it carries out what was asked of it, slot actions and questions in their order,
 and takes up what was sent. A step is one token for each answer and a batch of prompt tokens, those of the lowest slot
@@ -133,8 +134,9 @@ class _Task:
 
 @dataclass(slots=True)
 class _Leap:
-    """``n_steps`` of the same kind from ``started_at`` on, or one ``action``. ``parts``: how many prompt tokens of whom
-    are in each step; of one alone in each of several, or of whoever there is in a single one."""
+    """``n_steps`` of the same kind from ``started_at`` on, or one ``action``. ``parts``: how many prompt tokens of
+    whom are in each step; of one alone in each of several, or of all there are in a single one.
+    """
 
     started_at: float
     n_steps: int
@@ -165,7 +167,7 @@ class Machine:
     # -- what is asked of it -------------------------------------------------------------------------------------
 
     async def act(self, seconds: float) -> None:
-        """A slot action: after the step that is running, and those before it. Carried out whoever leaves."""
+        """A slot action: after the step that is running, and those before it. Completed even if its client leaves."""
         done = self._loop.create_future()
         self._tasks.append(_Task(seconds, done))
         self._came()
@@ -245,7 +247,7 @@ class Machine:
             work, n = parts[0]
             is_full = n == self.hardware.batch and self._took(work.at, n) > self.hardware.step_s
             upto = min(work.goal, work.end)
-            # Full batches of one prompt, up to where somebody wants to know of it; the last one is another leap.
+            # Full batches of one prompt, up to where a waiter is to be told; the last one is another leap.
             n_steps = (
                 min(n_steps, (work.end - work.at) // n, math.ceil((upto - work.at) / n)) if is_full else 1
             )

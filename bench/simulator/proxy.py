@@ -197,11 +197,11 @@ class Proxy:
             await self.tasks.drain()
 
     def check(self) -> None:
-        """Raise AssertionError naming what does not hold when nobody asks any more."""
+        """Raise AssertionError with the name of the invariant that does not hold after the last request."""
         self.dispatcher.check()
         self.disk.check()
         assert not self.dispatcher.leases, f"no lease: {self.dispatcher.leases}"
-        assert not self.dispatcher.n_waiting, "nobody waits"
+        assert not self.dispatcher.n_waiting, "no request waits"
         assert not len(self.tasks), "no task"
         for slot in self.pool.slots:
             content: Content = slot.content

@@ -56,10 +56,11 @@ class Spread:
 
 @dataclass(slots=True)
 class ChunkedPrefill:
-    """What llamaslot computed ahead of clients' own requests: ``n`` requests for that, ``n_closed`` of them on the way.
+    """What llamaslot computed ahead of clients' own requests: ``n`` requests for that, ``n_closed`` of them on the
+    way.
 
     ``waited_s`` for others, of which ``paused_s`` for streams. ``stream_share``: of its full speed, what a stream had
-    while there were long prompts; None where nobody knows of these.
+    while there were long prompts; None if these are unknown.
     """
 
     n: int = 0

@@ -53,7 +53,7 @@ class Setting:
 
 
 LEFT = replace(Rules(), chunk_threshold_s=math.inf)
-"""All prefill is left to llama-server, and nobody gives way to anybody."""
+"""All prefill is left to llama-server, and no request yields to another."""
 
 
 def simulate(trace: Trace, setting: Setting) -> Result:

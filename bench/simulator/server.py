@@ -89,7 +89,7 @@ class SimulatedServer:
         return self._slots[slot_id].tokens
 
     def lose(self, slot_id: int) -> None:
-        """Nobody is told that the slot holds nothing any more: a restart that cannot be seen."""
+        """The slot is emptied without notice, like a restart that cannot be seen."""
         self._slots[slot_id].tokens = b""
 
     # -- requests ------------------------------------------------------------------------------------------------

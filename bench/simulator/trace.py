@@ -5,9 +5,10 @@ A trace file is JSON lines. The first is ``{"seed": 1, "name": "..."}``, each ot
     {"user": 3, "round": 7, "think_s": 25.1, "conversation": 12, "kind": "follow-up",
      "keep": 12400, "add": [[88, 120], [89, 700]], "answer": [90, 350]}
 
-``keep`` tokens of what the conversation has had so far (its last prompt and the answer to it) are the beginning of the
-prompt; behind them come the texts of ``add``, each a key and how many of its first tokens. Requests of one user and
-round are sent at once, ``think_s`` after the last answer of his round before (in his first round: after the start).
+``keep`` tokens of what the conversation has had so far (its last prompt and the answer to it) are the beginning of
+the prompt; behind them come the texts of ``add``, each a key and how many of its first tokens. Requests of one user
+and round are sent at once, ``think_s`` after the last answer of its previous round (in its first round: after the
+start).
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Trace:
 
     @functools.cached_property
     def rounds(self) -> dict[int, list[list[TraceRequest]]]:
-        """For each user his rounds in their order."""
+        """For each user its rounds in order."""
         users: dict[int, dict[int, list[TraceRequest]]] = {}
         for request in self.requests:
             users.setdefault(request.user, {}).setdefault(request.round, []).append(request)

@@ -1,4 +1,4 @@
-"""The users: each goes through his script, and thinks after the end of an answer. What will be asked next, and when."""
+"""The users: each goes through its script, and thinks after the end of an answer. What is requested next, and when."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.simulator.server import Origin
 from bench.simulator.trace import Text, Trace, TraceRequest
 from llamaslot.cache.ids import head
 
-LONG_S = 1.0  # what takes longer to compute is a long prompt, whoever computes it
+LONG_S = 1.0  # a prompt that takes longer to compute is a long one
 
 
 @dataclass(slots=True)
@@ -54,7 +54,7 @@ class ClientRequest:
 
 
 class Known:
-    """What an unlimited cache would have: everything that anybody has asked before.
+    """What an unlimited cache would have: the text of all earlier requests.
 
     A conversation's own prefix is in its script; what first turns share are the texts that they begin with.
     """
@@ -84,14 +84,14 @@ class Foresight:
     def __init__(self, trace: Trace, hardware: Hardware, now: Callable[[], float]) -> None:
         self._now = now
         self._requests = trace.conversations
-        self._due: dict[tuple[int, int], float] = {}  # user and round: seconds in his script
+        self._due: dict[tuple[int, int], float] = {}  # user and round: seconds in its script
         for user, rounds in trace.rounds.items():
             clock_s = 0.0
             for requests in rounds:
                 clock_s += requests[0].think_s
                 self._due[user, requests[0].round] = clock_s
                 clock_s += max(_usual_s(request, hardware) for request in requests)
-        self._late_s: dict[int, float] = {}  # by user: how far he is behind his script
+        self._late_s: dict[int, float] = {}  # by user: how far it is behind its script
         self._n_begun: dict[int, int] = {}
 
     def will_ask(self, user: int, round_: int, at: float) -> None:
@@ -124,7 +124,7 @@ def _usual_s(request: TraceRequest, hardware: Hardware) -> float:
 
 
 class Users:
-    """All users of a trace; ``run`` returns when each has come to the end of his script."""
+    """All users of a trace; ``run`` returns when each has come to the end of its script."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""The few errors of llamaslot. Each carries its HTTP status, its OpenAI error type, and what to do next.
+"""The errors of llamaslot. Each has an HTTP status, an OpenAI error type, and a message that says what to do next.
 
-Exceptions of other libraries (aiohttp's client, the operating system's) are translated into these at the edge,
-in ``llama/`` and ``store/``, and nowhere else.
+Exceptions of other libraries (aiohttp's client, the operating system's) are translated into these in ``llama/`` and
+``store/``, and nowhere else.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class LlamaslotError(Exception):
-    """Base of all. ``str(error)`` is the message that a client or an operator sees."""
+    """The base class. ``str(error)`` is the message for the client or operator."""
 
     status = 500
     type = "server_error"
@@ -25,7 +25,7 @@ class LlamaslotError(Exception):
 
     @property
     def inner(self) -> dict[str, Any]:
-        """What a client reads as ``error``: message, type and code."""
+        """The ``error`` object of the body: message, type and code."""
         return dict(self.body()["error"])
 
 
@@ -52,39 +52,39 @@ class BodyTooLarge(BadRequest):
 
 
 class Unauthorized(LlamaslotError):
-    """A key is missing or wrong; worded and typed as llama-server does it."""
+    """A key is missing or wrong; text and type as in llama-server."""
 
     status = 401
     type = "authentication_error"
 
 
 class TooSlow(BadRequest):
-    """The request has not come to its end in time."""
+    """The request was not completely received in time."""
 
     status = 408
 
 
 class Unpackable(BadRequest):
-    """A body that is packed in a way that nobody here can unpack, or badly."""
+    """The body has an unsupported content encoding, or is corrupt."""
 
     status = 415
 
 
 class NotImplementedHere(BadRequest):
-    """A method that a proxy in front of one server has no use for."""
+    """A method that llamaslot does not support."""
 
     status = 501
 
 
 class Forbidden(LlamaslotError):
-    """A route that llamaslot keeps to itself, or that the operator has not allowed."""
+    """A route that only llamaslot may use, or that the operator has not allowed."""
 
     status = 403
     type = "permission_error"
 
 
 class QueueFull(LlamaslotError):
-    """Too many requests wait already, or this one has waited for too long."""
+    """Too many requests are waiting already, or this one has waited for too long."""
 
     status = 503
     type = "unavailable_error"
@@ -95,21 +95,21 @@ class QueueFull(LlamaslotError):
 
 
 class TooManyRequests(QueueFull):
-    """Too many of the same user are waiting already."""
+    """Too many requests of the same user are waiting already."""
 
     status = 429
     type = "rate_limit_error"
 
 
 class DeadlinePassed(LlamaslotError):
-    """The request has not got its first token, or the end of its answer, within the time that the operator gives it."""
+    """The request did not get its first token, or the end of its answer, within the configured time."""
 
     status = 504
     type = "timeout_error"
 
 
 class SlotWedged(LlamaslotError):
-    """llama-server has told nothing for too long of what it should compute. What its slot holds is unknown."""
+    """llama-server has reported no progress for too long. The content of its slot is unknown."""
 
     status = 504
     type = "timeout_error"
@@ -128,14 +128,14 @@ class NotReady(BackendDown):
 
 
 class NotUnderstood(BackendDown):
-    """Something answers, and not as llama-server does: another build, a router, a proxy's page."""
+    """A server answers, but not like llama-server: another build, a router, a proxy's page."""
 
 
-JSON_TYPE = "application/json; charset=utf-8"  # as llama-server says it
+JSON_TYPE = "application/json; charset=utf-8"  # as sent by llama-server
 
 
 class UpstreamError(LlamaslotError):
-    """llama-server answered with an error: its own status and its own body are what the client gets."""
+    """llama-server answered with an error. Its status and body are passed on to the client."""
 
     def __init__(self, status: int, payload: bytes, content_type: str = JSON_TYPE) -> None:
         text = payload.decode("utf-8", "replace")
@@ -144,7 +144,7 @@ class UpstreamError(LlamaslotError):
 
     @property
     def inner(self) -> dict[str, Any]:
-        """llama-server's own."""
+        """The ``error`` object of llama-server."""
         try:
             error = json.loads(self.payload)["error"]
         except (ValueError, KeyError, TypeError):
@@ -157,7 +157,7 @@ class UpstreamError(LlamaslotError):
 
 
 class SlotActionFailed(LlamaslotError):
-    """A save, erase or restore of a slot did not do what it should have done. ``status_upstream``: llama-server's."""
+    """A save, erase or restore of a slot failed. ``status_upstream``: llama-server's status."""
 
     def __init__(self, message: str, status_upstream: int = 0) -> None:
         super().__init__(message)
@@ -165,7 +165,7 @@ class SlotActionFailed(LlamaslotError):
 
 
 class SlotNotEmptied(LlamaslotError):
-    """llama-server might choose a slot with what the request must not go on from, so nothing was sent."""
+    """llama-server might choose a slot whose content the request must not use, so nothing was sent."""
 
     status = 503
     type = "unavailable_error"
@@ -173,11 +173,11 @@ class SlotNotEmptied(LlamaslotError):
 
 
 class SnapshotInvalid(LlamaslotError):
-    """A slot file is missing, truncated, foreign, or does not hold what its sidecar says."""
+    """A slot file is missing, truncated, foreign, or does not match its sidecar."""
 
 
 class OtherConversation(SnapshotInvalid):
-    """A slot file is whole, but does not hold what the slot was believed to hold: the belief is wrong."""
+    """A slot file is valid, but holds other tokens than llamaslot assumed: the assumption is wrong."""
 
 
 class BackendRestarted(LlamaslotError):
@@ -192,7 +192,7 @@ class BackendRestarted(LlamaslotError):
 
 
 class PromptTooLong(BadRequest):
-    """The prompt does not fit into a slot; worded and typed as llama-server does it."""
+    """The prompt does not fit into a slot; text and type as in llama-server."""
 
     type = "exceed_context_size_error"
 
@@ -209,31 +209,33 @@ class PromptTooLong(BadRequest):
 
 
 class NotFound(BadRequest):
-    """There is no such path of llamaslot's own."""
+    """llamaslot has no such page of its own."""
 
     status = 404
 
 
 class NotAllowed(BadRequest):
-    """A page of llamaslot's own that cannot be written to."""
+    """A page of llamaslot's own that does not accept this method."""
 
     status = 405
 
 
 class ClientGone(Exception):
-    """The client has closed its connection: nobody is left to answer. No LlamaslotError, for nothing went wrong."""
+    """The client has closed its connection, so there is no answer to send. Not a LlamaslotError, because it is no
+    fault.
+    """
 
 
 class Reason(enum.StrEnum):
     """Why the tokens of a prompt are not known."""
 
-    #: The body has a field or a part that is not known to be rendered in one way.
+    #: The body has a field or a part whose rendering is not known for sure.
     SHAPE = "shape"
-    #: The template refuses what the body was converted to, or shows it otherwise than was thought.
+    #: The template refuses the converted body, or renders it in an unexpected way.
     TEMPLATE = "template"
     #: Images, audio, video: their tokens are made inside llama-server, and no text comes before the first of them.
     MEDIA = "media"
-    #: How this llama-server puts the parts of /infill together could not be found out.
+    #: It is unknown how this llama-server combines the parts of /infill.
     INFILL = "infill"
     #: The server has counted other tokens in such a prompt.
     MISCOUNTED = "miscounted"
@@ -242,8 +244,8 @@ class Reason(enum.StrEnum):
 class PromptNotTokenizable(LlamaslotError):
     """The tokens of a prompt are made inside llama-server and cannot be known outside.
 
-    Not a fault of the request: whoever catches it runs the request without knowing its tokens. ``str`` may have words
-    of the request in it; ``reason`` has none.
+    This is no fault of the request: catch it and run the request without known tokens. ``str`` may contain words of
+    the request; ``reason`` does not.
     """
 
     def __init__(self, message: str, reason: Reason = Reason.SHAPE) -> None:

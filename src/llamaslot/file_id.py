@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 
 class FileId(NamedTuple):
-    """Tells a file from what another one of that name was, or this one before somebody changed it or gave it away."""
+    """Identifies the content of a file: it differs if the file was replaced, written to, or changed in owner or
+    mode.
+    """
 
     inode: int
     size_bytes: int

@@ -1,5 +1,4 @@
-"""Every task has an owner: ``spawn`` keeps a reference, names the task and reports its death. And how they wake each
-other."""
+"""Owned tasks and a change signal. ``spawn`` keeps a reference to a task, names it, and reports its death."""
 
 from __future__ import annotations
 
@@ -14,10 +13,10 @@ T = TypeVar("T")
 
 
 class ChangeEvent:
-    """Wakes all who wait for it, each time that something has changed."""
+    """Wakes all waiters whenever something has changed."""
 
     def __init__(self) -> None:
-        self._waiting: dict[asyncio.Future[None], None] = {}  # in their order
+        self._waiting: dict[asyncio.Future[None], None] = {}  # in the order of their calls
         self._calls: list[Callable[[], None]] = []
 
     def notify(self) -> None:
@@ -29,7 +28,7 @@ class ChangeEvent:
 
     @contextlib.contextmanager
     def subscribed(self, call: Callable[[], None]) -> Iterator[None]:
-        """While the block lasts ``call`` is called each time it rings."""
+        """Inside the block ``call`` is called at each ring."""
         self._calls.append(call)
         try:
             yield
@@ -37,7 +36,7 @@ class ChangeEvent:
             self._calls.remove(call)
 
     async def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until it rings or ``timeout_s`` are over. Always lets others run. Cancelling is safe."""
+        """Wait until it rings or ``timeout_s`` have passed. Always yields to other tasks. Cancelling is safe."""
         future = asyncio.get_running_loop().create_future()
         self._waiting[future] = None
         try:
@@ -52,8 +51,8 @@ class ChangeEvent:
 class TaskOwner:
     """A set of running tasks that end with their owner.
 
-    ``spawn`` starts one; ``close`` cancels what still runs and waits for it. A task that dies of an exception that
-    nobody awaits is reported in the log with its name, never lost.
+    ``spawn`` starts one; ``close`` cancels those that still run and waits for them. If a task that is not awaited
+    dies of an exception, that is logged with its name.
     """
 
     def __init__(self) -> None:

@@ -1,1 +1,1 @@
-"""One llama-server process: all that is here ends with it."""
+"""The state of one llama-server process: connection, slots, leases and steps. All of it ends with the process."""

@@ -1,10 +1,10 @@
-"""When llamaslot leaves the choice of slots to llama-server, why, and what would change that.
+"""When llamaslot leaves the choice of slots to llama-server, why, and how to change that.
 
 With *assist* on, llamaslot places each request in a slot, saves, restores and prefills. That helps as long as slots
-keep what they hold, or slot files can be written. Where neither is so, a request that names its slot finds less than
-one that does not: llama-server asks its RAM cache (``--cache-ram``) only for a slot that it chooses by itself (seen
-running on xllamacpp 2026.10.11549: 8 users on 4 slots with default flags reuse 1.00 directly, 0.06 to 0.10 where
-requests name their slots). Then llamaslot *stands aside*: requests are passed on as they are, and no slot is saved,
+keep their content or slot files can be written. If neither is possible, a request that names its slot finds less than
+one that does not: llama-server searches its RAM cache (``--cache-ram``) only for a slot that it chooses by itself
+(measured on xllamacpp 2026.10.11549: 8 users on 4 slots with default flags reuse 1.00 directly, 0.06 to 0.10 where
+requests name their slots). Then llamaslot *stands aside*: requests are passed on unchanged, and no slot is saved,
 erased or overwritten.
 """
 
@@ -23,14 +23,14 @@ _BRINGS = (
     " requests"
 )
 _PASSES = "Its log may tell why. llamaslot looks again when a slot is idle"
-_MANY_LOST = 3  # one may be a child of ``n`` > 1 that has ended late, or somebody else's request
+_MANY_LOST = 3  # one may be a late child of ``n`` > 1, or a request of another client
 _LOST_WITHIN_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class StandingAside:
     """``why``: what was found out about llama-server. ``remedy``: the command or setting that switches assist on, and
-    what that brings. ``may_end``: it is only so at the moment; look again when a slot is idle.
+    its effect. ``may_end``: the cause may be temporary; check again when a slot is idle.
     """
 
     why: str
@@ -42,8 +42,8 @@ class StandingAside:
 
 
 class LostSlots:
-    """Notices when slots lose what they hold although llamaslot has not touched them: llama-server has other flags than
-    when it was connected to, or its unified KV cache is full. Then ``on_many`` is called: what it does is tried again.
+    """Detects that slots lose their content although llamaslot has not touched them: llama-server has other flags
+    than when it was connected to, or its unified KV cache is full. Then ``on_many`` is called, to probe it again.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class LostSlots:
         self.on_many: Callable[[], None] = lambda: None
 
     def note(self, now: float) -> None:
-        """A slot held next to nothing of what it should have held."""
+        """Record that a slot held almost nothing of what it should have held."""
         self._lost_at.append(now)
         if len(self._lost_at) == _MANY_LOST and now - self._lost_at[0] <= _LOST_WITHIN_S:
             self._lost_at.clear()
@@ -70,7 +70,7 @@ def clears_idle_slots(n_slots: int) -> StandingAside:
 
 
 def has_better_memory(n_slots: int, lacking: str) -> StandingAside:
-    """``lacking``: why no slot file can be used."""
+    """``lacking``: why slot files cannot be used."""
     return StandingAside(
         f"llama-server has a RAM cache, and llamaslot has no slot files to use instead ({lacking})",
         _remedy(n_slots),
@@ -109,7 +109,7 @@ def wrong_key(answer: str) -> StandingAside:
 def all_at_work() -> StandingAside:
     return StandingAside(
         "all slots of llama-server are at work for other clients",
-        "llamaslot looks again when one is idle; nobody else should use the same llama-server",
+        "llamaslot looks again when one is idle; no other client should use the same llama-server",
         may_end=True,
     )
 

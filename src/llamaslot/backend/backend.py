@@ -1,4 +1,4 @@
-"""One llama-server over its whole life: met, served, lost, met again."""
+"""One llama-server over its whole life: connected, served, lost, connected again."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 
-_HEALTH_POLL_S = (0.1, 0.2, 0.3, 0.5, 1.0)  # then the last for ever
+_HEALTH_POLL_S = (0.1, 0.2, 0.3, 0.5, 1.0)  # the last one repeats
 _WATCH_S = 2.0
-# To find out what it can do, where that has failed: each pause twice the last.
+# Pauses between attempts to probe the server after a failure: each twice the last.
 _RETRY_S, _RETRY_AT_LAST_S = 1.0, 60.0
-_LOOK_AGAIN_S = 600.0  # after slots have lost what they held
-_CONNECT_WAIT_S = 120.0  # how long a request waits for a server that has just been seen to restart
+_LOOK_AGAIN_S = 600.0  # after slots have lost their content
+_CONNECT_WAIT_S = 120.0  # how long a request waits for a server that has just restarted
 
 
 class Health(enum.Enum):
@@ -53,19 +53,19 @@ class Health(enum.Enum):
 
 
 class Members(Protocol):
-    """The pool that a backend is in: what it is told."""
+    """What a backend reports to the pool that it belongs to."""
 
     def connected(self, backend: Backend, session: ServerSession) -> None:
-        """llama-server is up. Its slots may be given away from now on."""
+        """llama-server is up. Its slots may be leased from now on."""
         ...
 
     def disconnected(self, backend: Backend, error: BackendDown | None) -> None:
-        """Its slots are gone; with ``error`` it is down, without it is being connected to again."""
+        """Its slots are gone. With ``error`` it is down; without it, it is being connected to again."""
         ...
 
 
 class Backend:
-    """One llama-server over its whole life: its slots, its learned rates, and the tasks that look after them."""
+    """One llama-server over its whole life: its slots, its learned rates, and its tasks."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Backend:
         libraries: Libraries | None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``libraries`` go with ``catalog``: both or none."""
+        """``libraries`` and ``catalog``: both or none."""
         self.name, self.api, self.leases, self.metrics, self.now = name, api, leases, metrics, now
         self._members, self._rules = members, rules
         self._catalog, self._libraries = catalog, libraries
@@ -100,25 +100,26 @@ class Backend:
             leases.pin = catalog.pin
         self.health = Health.DOWN
         self._look_again_at = -math.inf
-        self._n_retries = 0  # in a row, of finding out what the server can do
-        self.streams_are_known = True  # answers can be put together from the events of a stream
+        self._n_retries = 0  # consecutive attempts to probe the server
+        self.streams_are_known = True  # whether answers can be assembled from the events of a stream
         self.session: ServerSession | None = None
         self._why_down = "has not answered yet"
         self._doubt = asyncio.Event()
-        self._met_or_down = asyncio.Event()  # set unless a meeting is under way
+        self._met_or_down = asyncio.Event()  # set unless it is being connected to
         self._met_or_down.set()
 
     # -- for requests --------------------------------------------------------------------------------------------
 
     async def ready(self) -> ServerSession:
-        """The server as it is now, known to be the same process as before. Raises BackendDown at once when it is down.
+        """The connected server, checked to be the same process as before. Raises BackendDown immediately if it is
+        down.
 
-        ``/props`` carries a mark that is random for each process, so a restart is noticed before anything is planned.
+        ``/props`` has a mark that is random for each process, so a restart is noticed before anything is planned.
         Cancelling is safe.
         """
         while (session := self.session) is not None:
             if not session.is_assisted:
-                return session  # nothing is believed of its slots, so nothing has to be checked
+                return session  # nothing is assumed about its slots, so there is nothing to check
             try:
                 props = await self.api.props()
             except BackendDown:
@@ -140,8 +141,9 @@ class Backend:
         return self.session
 
     def lost(self, table: SlotTable) -> None:
-        """The server is another process than the one that ``table`` describes: forget its slots, and meet it again.
-        Requests in the queue wait."""
+        """The server is another process than the one that ``table`` describes: forget its slots, and connect again.
+        Queued requests wait.
+        """
         if self.session is not None and self.session.pool is table:
             log.warning("%s: llama-server has restarted: its slots are empty", self.name)
             self.metrics.restarts.inc()
@@ -149,14 +151,14 @@ class Backend:
         self._doubt.set()
 
     def changed(self, why: str) -> None:
-        """The process is the same, but nothing that was computed before is valid any more."""
+        """The process is the same, but nothing computed before is valid any more."""
         if self.session is not None:
             log.info("%s: %s; reconnecting to llama-server", self.name, why)
             self._forget(Health.CONNECTING)
         self._doubt.set()
 
     def _forget_if_asleep(self, props: Props) -> None:
-        """A server that sleeps has unloaded its model: what its idle slots held is gone (seen running)."""
+        """A sleeping server has unloaded its model: the content of its idle slots is gone (measured)."""
         pool = self.leases.table
         if props.is_sleeping and pool is not None and (filled := pool.filled()):
             log.info(
@@ -169,18 +171,19 @@ class Backend:
             self.leases.dispatch()
 
     def _slots_were_lost(self) -> None:
-        """Find out again what llama-server does with its slots, not more than once in a while."""
+        """Probe again what llama-server does with its slots, with a minimum pause in between."""
         if self.now() >= self._look_again_at:
             self._look_again_at = self.now() + _LOOK_AGAIN_S
             self.changed("slots have lost their contexts three times in ten minutes")
 
     def doubt(self) -> None:
-        """Something went wrong with the server: look at once whether it is still there."""
+        """A request to the server failed: check immediately whether it is still there."""
         self._doubt.set()
 
     async def how_far(self, lease: Lease) -> object:
-        """What is in the slots in which llama-server works for the request of ``lease``; None while it waits for
-        one."""
+        """The progress of the slots in which llama-server works for the request of ``lease``; None while the request
+        waits for one.
+        """
         taken = {
             its.slot_id for its in self.leases.leases if its.request is lease.request and its.slot is not None
         }
@@ -190,7 +193,7 @@ class Backend:
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Read what was learned; the catalog is open. Canceling is safe."""
+        """Load what was learned; the catalog must be open. Canceling is safe."""
         if (rates := await self._rates_file.read()) is not None:
             self.rates.take_over(Rates.from_json(rates))
         if self._catalog is not None:
@@ -214,17 +217,17 @@ class Backend:
                 log.warning("%s: not every slot was saved within shutdown.save_s (%g s)", self.name, save_s)
 
     async def close(self) -> None:
-        """End all tasks, and keep what was learned."""
+        """End all tasks, and store what was learned."""
         await self.tasks.close()
         await self._store_learned()
         await self.api.close()
 
     async def _store_learned(self) -> None:
-        """Canceling is safe: the file is written to its end all the same."""
+        """Store what was learned. Canceling is safe: the file is written to its end all the same."""
         await self._rates_file.write(self.rates.to_json())
 
     async def _live(self) -> None:
-        """Meet the server, watch it until it is gone, and again."""
+        """Connect to the server, watch it until it is gone, and repeat."""
         complaint = ""
         is_retry = False
         while True:
@@ -249,13 +252,13 @@ class Backend:
             self._n_retries = self._n_retries + 1 if is_retry else 0
 
     async def _connect(self, *, is_retry: bool) -> ServerSession:
-        """Find out what the server is, and what it can do. Raises BackendDown."""
+        """Identify the server and probe its abilities. Raises BackendDown."""
         handshake = Handshake(self.name, self.api, self._catalog, self._libraries, self.rates, self._rules)
         try:
             return await handshake.run(self.now(), is_retry=is_retry)
         except BackendDown:
             raise
-        except Exception as error:  # a mistake of llamaslot's own must not keep requests from being answered
+        except Exception as error:  # a bug in llamaslot must not prevent answers
             log.exception("%s: llamaslot failed while connecting; it stands aside", self.name)
             return handshake.give_up(error)
 
@@ -278,7 +281,7 @@ class Backend:
             session.pool.take(slot, Request("left over"), self.now(), has_answer=False)
             session.pool.give_back(slot, Event.LEAVE, NOTHING, self.now())
             self.drainer.add_slot(session.pool, slot, NOTHING)
-        if self._catalog is not None and session.pool.can_save:  # some went while the server was met
+        if self._catalog is not None and session.pool.can_save:  # some were dropped while connecting
             session.pool.agree(self._catalog.snapshots)
         for known in (self.route_availability, self.dry_runs):
             known.forget()
@@ -322,7 +325,7 @@ class Backend:
                 self.changed("a slot is idle now")
 
     async def _is_any_idle(self, pool: SlotTable) -> bool:
-        """Whether llama-server has an idle slot, with all that was sent to it at work in others."""
+        """Whether llama-server has an idle slot while all requests sent to it run in others."""
         try:
             infos = await self.api.slots()
         except LlamaslotError:

@@ -1,6 +1,6 @@
-"""Tells why a long context was not found again: where a prompt parts from the one that it goes on from.
+"""Explains cache misses: where a long prompt diverges from the cached prompt that it could have continued.
 
-Looked at beside the request, once it has its slot, and only where much has to be computed although much is held.
+Runs beside the request, once it has its slot, and only if much must be computed although much is cached.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from llamaslot.tokens.tokenizer import Prompt
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 8  # more are not looked at: whoever has so many at once has the others to learn from
+_AT_ONCE = 8  # further requests are not examined: the first ones show the cause
 _N_HOLDERS = 16  # that are compared closely
-_N_SNAPSHOTS = 256  # of its spaces, that share most, or came last, are looked over
-_N_OF_A_KIND = 5  # and so many of each taken
-_NEAR_TOKENS = 64  # of a first message: the same in many conversations
+_N_SNAPSHOTS = 256  # considered: those of its namespaces that share most, or came last
+_N_OF_A_KIND = 5  # taken of each kind
+_NEAR_TOKENS = 64  # of a first message: many conversations share so much
 _EXCERPT = 80  # characters on each side
-_EXCERPT_TOKENS = 80  # of a character each, at least
+_EXCERPT_TOKENS = 80  # of at least one character each
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Something that was computed before: ``name`` as in ``slot 2``."""
+    """A slot or snapshot with cached tokens; ``name`` as in ``slot 2``."""
 
     name: str
     tokens: bytes
@@ -51,11 +51,11 @@ class Holder:
 
 
 async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
-    """What the request of ``lease`` may go on from, or might if it began like that: of its own spaces only.
+    """The slots and snapshots that the request of ``lease`` may resume from, or might if its prompt began like them;
+    only of its own namespaces.
 
-    ``contents``: of the slots, in their order, as they were when the lease was given. Of the snapshots the one that
-    shares most, the nearest in length, and the last that came: the turn before is one of these as a rule. Cancelling is
-    safe.
+    ``contents``: of the slots, in order, when the lease was given. Of the snapshots: those that share most, the
+    nearest in length, and the most recent; the previous turn is usually one of these. Cancelling is safe.
     """
     request, index = lease.request, lease.pool.model_snapshots.in_spaces
     found = [
@@ -70,7 +70,7 @@ async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
     long = (its for its in islice(usable, _N_SNAPSHOTS) if its.n_tokens > LOST_MIN)
     ids = [*(hit.holder for hit in (*hits[:1], *nearest)), *(its.id for its in islice(long, _N_OF_A_KIND))]
     for id_ in dict.fromkeys(ids):
-        await asyncio.sleep(0)  # a millisecond for the tokens of each: others first
+        await asyncio.sleep(0)  # a millisecond for the tokens of each: let others run first
         with contextlib.suppress(KeyError):  # dropped meanwhile
             tokens = index.tokens(id_)
             found.append(Holder(f"snapshot {id_}", tokens, common(tokens, request.tokens)))
@@ -78,8 +78,9 @@ async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
 
 
 class CacheMisses:
-    """Where the requests of one backend part from what was computed before. ``tells_texts``: the journal may show what
-    stands there."""
+    """Where the requests of one backend diverge from cached prompts. ``tells_texts``: the journal may show the
+    differing text.
+    """
 
     def __init__(self, api: LlamaServer, metrics: BackendMetrics, tasks: TaskOwner) -> None:
         self._api, self._metrics, self._tasks = api, metrics, tasks
@@ -87,24 +88,25 @@ class CacheMisses:
         self._n_under_way = 0
 
     def look(self, lease: Lease, prompt: Prompt, body: Mapping[str, Any], format_: Format) -> None:
-        """The request has its slot, and nothing was done there yet. Returns at once; what is found goes into the
-        journal, the log and the metrics."""
+        """Start the examination; the request has its slot, and nothing was done there yet. Returns at once. The
+        result goes to the journal, the log and the metrics.
+        """
         request, plan = lease.request, lease.plan
         if plan is None or request.no_cache or self._n_under_way >= _AT_ONCE:
             return
         if request.n_tokens - plan.n_reused < LOST_MIN or plan.n_reused >= ENOUGH * request.n_tokens:
             return
         self._n_under_way += 1
-        # Its own slot's too: it changes with the end of the lease.
+        # Including its own slot, whose content changes when the lease ends.
         contents = [slot.content for slot in lease.pool.slots]
         self._tasks.spawn(self._look(lease, contents, prompt, body, format_), f"{request.id} diverges")
 
     async def _look(
         self, lease: Lease, contents: list[Content], prompt: Prompt, body: Mapping[str, Any], format_: Format
     ) -> None:
-        """Cancelling is safe: nothing is told."""
+        """Cancelling is safe: nothing is reported."""
         try:
-            with contextlib.suppress(LlamaslotError):  # llama-server has gone: there is nobody to ask
+            with contextlib.suppress(LlamaslotError):  # llama-server has gone: no texts are known
                 held = await holders(lease, contents)
                 if (found := await asyncio.to_thread(_worst, lease.request, held)) is not None:
                     await self._tell_changed(lease, *found, prompt, body, format_)
@@ -122,7 +124,7 @@ class CacheMisses:
         body: Mapping[str, Any],
         format_: Format,
     ) -> None:
-        """The same text stands on both sides of the difference."""
+        """Report a difference with the same text on both sides of it."""
         where, texts = await self._where(prompt, parted.at, body, format_), await self._texts(lease, holder)
         self._metrics.cache_misses.labels(where.where).inc()
         log.info(
@@ -135,8 +137,9 @@ class CacheMisses:
     async def _tell_left(
         self, lease: Lease, holder: Holder, prompt: Prompt, body: Mapping[str, Any], format_: Format
     ) -> None:
-        """It goes on otherwise than what was there: because somebody went back, or at the last answer already, which
-        costs much where the model can only go back to a checkpoint."""
+        """Report a prompt that continues otherwise than the cached one: a user went back in the conversation, or the
+        prompt differs in the last answer already. That is expensive if the model can only rewind to a checkpoint.
+        """
         request, at, n_lost = lease.request, holder.n_shared, _n_behind_checkpoint(lease, holder)
         has_left_much = can_lose(request.n_tokens, at, holder.n_tokens) and at < ENOUGH * request.n_tokens
         if n_lost < LOST_MIN and not has_left_much:
@@ -144,7 +147,7 @@ class CacheMisses:
         where = await self._where(prompt, at, body, format_)
         has_gone_back = where.is_last_turn and holder.n_tokens - at > LOST_MIN
         if n_lost < LOST_MIN and not has_gone_back:
-            return  # another conversation that begins alike
+            return  # another conversation with the same beginning
         texts = await self._texts(lease, holder)
         if has_gone_back:
             log.info(
@@ -166,15 +169,17 @@ class CacheMisses:
         return whereabouts(prompt.text, await self._offset(prompt.text, prompt.tokens, at), body, format_)
 
     async def _offset(self, text: str, tokens: bytes, at: int) -> int:
-        """The character at which token ``at`` begins, from the shorter side."""
+        """The character at which token ``at`` begins, computed from the shorter side."""
         if at > count(tokens) // 2:
             return max(len(text) - len(await self._api.detokenize(tokens[at * WIDTH :])), 0)
         before = await self._api.detokenize(head(tokens, at))
-        bos = before.find(text[:16]) if text else 0  # in no text, but a token
+        bos = before.find(text[:16]) if text else 0  # BOS is a token, but in no text
         return min(len(before) - max(bos, 0), len(text))
 
     async def _texts(self, lease: Lease, holder: Holder) -> dict[str, str] | None:
-        """What stands before the place, and behind it now and in what is held; None where nobody may see that."""
+        """The text before the difference, and after it now and in the cached prompt; None if the journal may not show
+        it.
+        """
         if not self.tells_texts:
             return None
         at, tokens = holder.n_shared, lease.request.tokens
@@ -211,7 +216,7 @@ def _note(
 
 
 def _worst(request: Request, held: list[Holder]) -> tuple[Holder, Parting] | None:
-    """The holder that would have brought most, if it had begun as the prompt does."""
+    """The holder with the largest loss: it would be reused most if it began like the prompt."""
     n_best = max((holder.n_shared for holder in held), default=0)
     if n_best >= ENOUGH * request.n_tokens:
         return None
@@ -226,7 +231,9 @@ def _worst(request: Request, held: list[Holder]) -> tuple[Holder, Parting] | Non
 
 
 def _left_behind(lease: Lease, held: list[Holder]) -> Holder | None:
-    """The holder that shares most, if that is more than what all conversations begin with, and both go on otherwise."""
+    """The holder that shares most, if that is more than the common beginning of all conversations, and both continue
+    differently.
+    """
     best = max(held, key=lambda holder: holder.n_shared, default=None)
     if best is None or best.n_shared in (best.n_tokens, lease.request.n_tokens):
         return None
@@ -234,7 +241,7 @@ def _left_behind(lease: Lease, held: list[Holder]) -> Holder | None:
 
 
 def _n_behind_checkpoint(lease: Lease, holder: Holder) -> int:
-    """Tokens that the place of the request shares with it, and that this model cannot go back to."""
+    """Tokens of the common prefix that this model cannot rewind to."""
     plan = lease.plan
     if plan is None or lease.pool.rewind_model.is_rewindable:
         return 0

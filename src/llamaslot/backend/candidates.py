@@ -1,4 +1,4 @@
-"""The snapshots that a request may go on from: those of the library, and those on their way to the disk."""
+"""The snapshots that a request may resume from: those on disk, and those being saved."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from llamaslot.scheduling.request import Request
 from llamaslot.store import Snapshot
 from llamaslot.store.model_snapshots import ModelSnapshots
 
-N_CANDIDATES = 16  # snapshots that a placement looks at, the longest common prefixes first
-N_COVERING = 4  # holders that are asked whether they make up for the loss of a slot
-MIN_WORTH_TOKENS = 64  # snapshots closer together than this make the index slow and save nothing
+N_CANDIDATES = 16  # snapshots considered by a placement, the longest common prefixes first
+N_COVERING = 4  # holders checked for covering the content of a slot
+MIN_WORTH_TOKENS = 64  # snapshots closer together make the index slow and save nothing
 
 
 def source_of(snapshot: Snapshot) -> str:
-    """By what its predictions are told apart from those of others."""
+    """The source by which its predictions are distinguished."""
     return TRUNK if snapshot.kind is SnapshotKind.TRUNK else SNAPSHOT
 
 
 class SnapshotCandidates:
-    """What can be used of a snapshot depends on how the model remembers: ``rewind_model``."""
+    """Finds snapshots that a request may resume from. ``rewind_model`` tells how much of each the model can reuse."""
 
     def __init__(
         self, library: ModelSnapshots, passing: PendingSnapshots, rates: Rates, rewind_model: RewindModel
@@ -49,11 +49,13 @@ class SnapshotCandidates:
         return self._pending.space_of(holder) if is_passing else self._library.space_of(holder)
 
     def found(self, request: Request) -> list[Shared[str]]:
-        """The snapshots that share most with ``request``, and first of all the longest that it begins with as a whole:
-        that one is the cheapest to restore, and it is not among the others where many share a few tokens more."""
+        """The snapshots with the longest common prefix with ``request``. First comes the longest one that is a whole
+        prefix of the request: it is the cheapest to restore, and may be missing in the others if many share a few
+        tokens more.
+        """
         if request.no_cache or not request.tokens:
             return []
-        # Where a checkpoint decides, the one that shares most is not the one of which most can be used.
+        # Where reuse depends on a checkpoint, the longest common prefix is not always the most useful.
         return self._candidates(
             request.tokens,
             request.reads,
@@ -66,7 +68,8 @@ class SnapshotCandidates:
         return found if whole is None else [whole, *(hit for hit in found if hit != whole)]
 
     def best_snapshot(self, request: Request) -> str | None:
-        """The snapshot that ``request`` would go on from if it got a slot now, if that needs most of it."""
+        """The snapshot that ``request`` would resume from if it got a slot now, if the request needs most of that
+        snapshot."""
         found = (
             []
             if request.no_cache or not request.tokens
@@ -78,7 +81,7 @@ class SnapshotCandidates:
         return snapshot.id if snapshot is not None and is_needed else None
 
     def views(self, found: Iterable[Shared[str]], n_prompt: int, now: float) -> list[SnapshotView]:
-        """What is worth restoring of them for a prompt of ``n_prompt`` tokens."""
+        """Those of ``found`` that are worth restoring for a prompt of ``n_prompt`` tokens."""
         views = []
         for hit in found:
             n_usable = self._usable(hit, n_prompt)
@@ -92,14 +95,16 @@ class SnapshotCandidates:
         return views[:1] + sorted(views[1:], key=lambda view: -view.n_usable)[:N_CANDIDATES]
 
     def _wait_s(self, leaving: PendingSave, now: float) -> float:
-        """What waiting for it costs. No request could compute a trunk sooner than the one at it, or next in turn,
-        for there is one prefill at a time: so only saving it counts."""
+        """The cost of waiting for it in seconds. For a shared prefix that is still being computed only the save
+        counts: there is one prefill at a time, so no request could compute it sooner than the request that does so now,
+        or next.
+        """
         if leaving.slot is not None:
             return self._rates.save_s(leaving.content.n_tokens)
         return max(leaving.until - now, 0.001)
 
     def _usable(self, hit: Shared[str], n_prompt: int) -> int:
-        """Tokens of a prompt of ``n_prompt`` that need not be computed after that snapshot was restored."""
+        """Tokens of a prompt of ``n_prompt`` that need not be computed after that snapshot is restored."""
         if (leaving := self._pending.get(hit.holder)) is not None:
             is_end_known = leaving.content.is_exact or self._rewind_model.is_rewound
             n_held = hit.n_tokens if is_end_known else None
@@ -113,9 +118,9 @@ class SnapshotCandidates:
         )
 
     def on_disk(self, tokens: bytes, space: Namespace) -> int:
-        """How much of ``tokens`` need not be computed again, thanks to a snapshot.
+        """The number of tokens of ``tokens`` that a snapshot makes reusable.
 
-        A trunk that is still to be computed does not count: the request that computes it may leave.
+        A shared prefix that is still to be computed does not count: the request that computes it may leave.
         """
         to_come = self._pending.trunks
         if self._rewind_model.is_rewindable:
@@ -126,14 +131,19 @@ class SnapshotCandidates:
     def branch(
         self, residents: Iterable[tuple[int, Callable[[], bytes]]], found: Iterable[Shared[str]]
     ) -> int:
-        """Where two other conversations part from a prompt. ``residents``: as ``trunks.branch`` wants them."""
+        """Where two other conversations diverge from a prompt, in tokens. ``residents``: as in
+        ``shared_prefix.branch``.
+        """
         on_disk = ((hit.n_shared, partial(self._index.tokens, hit.holder)) for hit in found)
         return shared_prefix.branch([*residents, *on_disk])
 
     def trunks(self, request: Request, branch: int, is_second: bool) -> tuple[int, ...]:
-        """Where in its prompt ``request`` should make a trunk: where two other conversations part from it, and at the
-        end of the system part, if that is known: at first sight on models that cannot cut another snapshot to it, else
-        when another conversation begins so (``is_second``: in a slot)."""
+        """Token counts at which ``request`` should make a shared-prefix snapshot:
+
+        1. where two other conversations diverge from its prompt;
+        2. at the end of the system part, if that is known: immediately on models that cannot truncate another
+           snapshot to it, else when another conversation has the same beginning (``is_second``: in a slot).
+        """
         if request.no_cache:
             return ()
         if is_second or abs(branch - request.n_system) <= shared_prefix.NEAR_TOKENS:
@@ -145,7 +155,7 @@ class SnapshotCandidates:
         return tuple(sorted(end for end in ends if self._is_worth_trunk(request, end)))
 
     def trunk(self, found: Iterable[Shared[str]]) -> int:
-        """The longest trunk that a prompt begins with, there or still to come, in tokens."""
+        """The longest shared prefix that a prompt begins with, saved or still to come, in tokens."""
         whole = (hit for hit in found if hit.n_shared == hit.n_tokens)
         return max((hit.n_tokens for hit in whole if self._is_trunk(hit.holder)), default=0)
 
@@ -155,10 +165,10 @@ class SnapshotCandidates:
         return self._snapshots[holder].kind is SnapshotKind.TRUNK
 
     def _is_worth_trunk(self, request: Request, at: int) -> bool:
-        """Whether no snapshot ends there, or will, and computing so much again costs more than saving and restoring it.
+        """Whether no snapshot ends there, or will, and recomputing that much costs more than saving and restoring it.
 
-        One that ends a little later is as good only where it can be cut. One that is to be pinned was asked for, and
-        must end there.
+        A snapshot that ends a little later serves as well only if it can be truncated. One that is to be pinned was
+        requested, and must end there.
         """
         if not shared_prefix.MIN_TOKENS <= at < request.n_tokens:
             return False

@@ -1,8 +1,7 @@
-"""What happens whenever a llama-server is met anew: who is it, what can it do, what do its slots hold.
+"""Connects to a llama-server: identifies its model, probes its abilities, and adopts the content of its slots.
 
-Slots that hold something were filled by an earlier run of llamaslot: they are saved, and the file's header tells their
-tokens. The probes need a slot of their own; when all of them hold something, the one with the fewest tokens is saved
-and emptied for it.
+Slots that are not empty were filled by an earlier run of llamaslot: they are saved, and the file's header shows their
+tokens. The probes need an empty slot; if there is none, the slot with the fewest tokens is saved and erased for them.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ from llamaslot.store.model_snapshots import Libraries, content_of
 log = logging.getLogger(__name__)
 
 _SETTLE_POLL_S = 1.5
-_SETTLE_POLLS = 4  # slots at work for clients of a llamaslot that died get this long to become idle
+_SETTLE_POLLS = 4  # how long slots used by clients of a crashed llamaslot may take to become idle
 
 _NO_ISOLATION_ASIDE = (
     "cache.isolation is per_user, and llamaslot cannot keep it with this llama-server: %s. Mend that, or set"
@@ -66,7 +65,7 @@ _NO_ISOLATION = (
 
 @dataclass(frozen=True, slots=True)
 class ServerSession:
-    """The result: a pool that describes the server as it is now, and who the model is."""
+    """The result: the slots of the server as it is now, and its model."""
 
     pool: SlotTable
     props: Props
@@ -74,7 +73,7 @@ class ServerSession:
     fingerprint: str
     found_busy: tuple[Slot, ...] = ()
     warnings: tuple[str, ...] = ()
-    # With it llama-server chooses slots, and the pool only counts requests.
+    # If set, llama-server chooses slots, and the slot table only counts requests.
     aside: StandingAside | None = None
 
     @property
@@ -83,8 +82,8 @@ class ServerSession:
 
 
 class Handshake:
-    """One meeting. Raises BackendDown, and NotReady while the model loads or where isolation cannot be kept.
-    Canceling is safe, the next one starts over.
+    """One connection attempt. Raises BackendDown, and NotReady while the model loads or if isolation is impossible.
+    Canceling is safe: the next attempt starts over.
     """
 
     def __init__(
@@ -96,15 +95,15 @@ class Handshake:
         rates: Rates,
         rules: Rules,
     ) -> None:
-        """``libraries`` go with ``catalog``: both or none."""
+        """``libraries`` and ``catalog``: both or none."""
         self.name, self.api, self.catalog, self.rates, self.rules = name, api, catalog, rates, rules
         self.libraries = libraries
         self.probes = Probes(api, catalog, rates)
-        # Drafts that are not committed at the end are given back, however it ends.
+        # Drafts that are not committed at the end are abandoned on every path.
         self._drafts = contextlib.AsyncExitStack()
 
     async def run(self, now: float, *, is_retry: bool = False) -> ServerSession:
-        """``is_retry``: there was no slot to be probed before, and one is idle now: do not wait for the others."""
+        """``is_retry``: there was no slot for the probes before, and one is idle now: do not wait for the others."""
         async with self._drafts:
             props = None
             try:
@@ -120,11 +119,11 @@ class Handshake:
                 return self._stand_aside(silent(error), props)
 
     def give_up(self, error: Exception) -> ServerSession:
-        """What to go on with after a mistake of llamaslot's own. Raises NotReady under isolation."""
+        """The result after a bug in llamaslot prevented the connection. Raises NotReady under isolation."""
         return self._stand_aside(mistake(error), None)
 
     def _stand_aside(self, reason: StandingAside, props: Props | None, model_name: str = "") -> ServerSession:
-        """Without slots that can be counted on: what the server says of itself. Raises NotReady under isolation."""
+        """The result without usable slots: only what the server reports. Raises NotReady under isolation."""
         if self.rules.is_isolated:
             raise NotReady(_NO_ISOLATION_ASIDE % reason.why)
         props = props or Props(None, 0, "", "")
@@ -146,7 +145,7 @@ class Handshake:
         pool = SlotTable(self.name, len(infos), props.n_ctx, rules=self.rules, rates=self.rates)
         first, others = idle[0], idle[1:]
         if first.n_tokens and not await self.probes.has_room(first.n_tokens):
-            # The quota cannot take what it holds, so neither can a probe save it. What is left a probe overwrites.
+            # The quota has no space for its content, so a probe cannot save either. A probe would overwrite the rest.
             await self._erased(first.id)
             first = replace(first, n_tokens=0)
         can_save = await self.probes.can_save(first.id, first.n_tokens or 0)
@@ -155,7 +154,7 @@ class Handshake:
         if not can_save and await self.probes.has_ram_cache():
             return self._stand_aside(has_better_memory(n_slots, self.probes.warnings[-1]), props, model_name)
         lora = await self.api.lora_adapters()
-        # With which scales a context was computed, or whose it is, is written nowhere.
+        # Which LoRA scales and which user a context belongs to is recorded nowhere.
         can_adopt = can_save and not (lora or self.rules.is_isolated)
         written = await self._written(first) if first.n_tokens and can_adopt else None
         pool.memory = await self.probes.memory(first.id, props)
@@ -200,8 +199,9 @@ class Handshake:
         return ServerSession(pool, props, model_name, fingerprint, busy, warnings)
 
     async def _were_emptied(self, others: list[SlotInfo]) -> bool:
-        """Whether idle slots have lost what they held to the probes of another one: with two slots that is all that
-        shows a unified KV cache, for none is left that is empty."""
+        """Whether probes of another slot have emptied idle slots. With two slots this is the only sign of a unified
+        KV cache, because no empty slot is left.
+        """
         held = {info.id for info in others if info.n_tokens}
         return bool(held) and any(info.id in held and not info.n_tokens for info in await self.api.slots())
 
@@ -215,8 +215,9 @@ class Handshake:
         return infos
 
     async def _empty(self, pool: SlotTable, slot: int, now: float, *, is_shared: bool) -> None:
-        """What cannot be emptied holds what nobody knows. Without slot actions what all may use (``is_shared``) is left
-        as it is: llama-server compares tokens by itself."""
+        """Erase a slot of unknown content. If that fails, its content stays unknown. Without slot actions, content in
+        the shared namespace (``is_shared``) is left: llama-server compares tokens by itself.
+        """
         if not await self._erased(slot) and (self.probes.can_erase or not is_shared):
             log.warning("%s: slot %d could not be erased; its content is not used", self.name, slot)
             pool.take(pool.slots[slot], Request("adoption"), now, has_answer=False)
@@ -233,12 +234,12 @@ class Handshake:
     # -- adoption ------------------------------------------------------------------------------------------------
 
     async def _written(self, info: SlotInfo) -> tuple[Reservation, SlotAction] | None:
-        """Save a slot whose contents are unknown; None when that failed."""
+        """Save a slot of unknown content; None if that failed."""
         assert self.catalog is not None
         draft = None
         try:
             draft = await self.catalog.reserve(self.rates.size_bytes(info.n_tokens or 0))
-            self._drafts.push_async_callback(self.catalog.abandon, draft)  # no effect on a committed one
+            self._drafts.push_async_callback(self.catalog.abandon, draft)  # no effect on a committed draft
             saved = await self.api.save(info.id, draft.part_name)
         except (QuotaExceeded, SnapshotInvalid, SlotActionFailed) as error:
             log.info("%s: slot %d is not adopted, its context is lost: %s", self.name, info.id, error)
@@ -251,7 +252,9 @@ class Handshake:
     async def _commit(
         self, pool: SlotTable, written: tuple[Reservation, SlotAction], fingerprint: str
     ) -> WithTokens | None:
-        """Accept what the file's header says that the slot held; a snapshot that holds just that is not kept twice."""
+        """Commit the snapshot with the tokens of the file's header; if there is a snapshot with the same tokens, use
+        that one.
+        """
         assert self.catalog is not None
         draft, saved = written
         try:
@@ -276,15 +279,16 @@ class Handshake:
         return snapshot
 
     def _guessed_checkpoints(self, pool: SlotTable, n_tokens: int) -> tuple[int, ...]:
-        """Where an adopted context has its last checkpoint: near the end of its last prompt, and nobody knows how long
-        the answer behind that is. Guessed too early it costs a little, too late it shows at the first use."""
+        """The last checkpoint of an adopted context: near the end of its last prompt, whose position is unknown,
+        because an answer follows. A guess too early costs a little; a guess too late is detected at the first use.
+        """
         if pool.memory is CacheKind.DENSE:
             return ()
         n_answer = min(int(2 * self.rates.answer.n_tokens), n_tokens // 2)
         return (n_tokens - n_answer,)
 
     async def _adopt(self, pool: SlotTable, info: SlotInfo, fingerprint: str, now: float) -> bool:
-        """Learn what a slot holds by saving it. False when it cannot be saved."""
+        """Learn the content of a slot by saving it. False if it cannot be saved."""
         written = await self._written(info)
         snapshot = await self._commit(pool, written, fingerprint) if written is not None else None
         if snapshot is None:
@@ -296,14 +300,16 @@ class Handshake:
         return True
 
     def _forget_rates_of_others(self, current: Identity) -> None:
-        """Speed and sizes were learned with one model; of another they say nothing."""
+        """Forget rates that were learned with another model."""
         known = Identity.from_text(self.rates.model)
         if known is None or not current.is_same(known):
             self.rates.forget()
             self.rates.model = current.to_text()
 
     async def _admit(self, pool: SlotTable, current: Identity) -> str:
-        """Offer the snapshots of this very model; its fingerprint, in the words in which the newest of them has it."""
+        """Add the snapshots of this model to the index. Returns the model's fingerprint, as the newest of them has
+        it.
+        """
         assert self.catalog is not None
         assert self.libraries is not None
         snapshots = sorted(self.catalog.snapshots.values(), key=lambda snapshot: snapshot.created_at)

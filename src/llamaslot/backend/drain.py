@@ -1,4 +1,4 @@
-"""Slots whose client has gone: given back when the server says that they are idle."""
+"""Slots whose client has gone: returned when the server reports that they are idle."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ from llamaslot.scheduling.slots import Event, Slot, State
 log = logging.getLogger(__name__)
 
 FIRST_POLL_S = 0.2
-# llama-server looks for clients that have left after a full second without any result, and each answer to GET /slots
-# is a result: polled every 0.3 s the poll itself kept an abandoned answer alive for 11.5 s.
-# At 1.25 s a whole second without a poll fits in between, and a client that has left is seen to be gone within 2 s.
+# llama-server checks for clients that have left after a full second without any result, and each answer to GET /slots
+# is a result: polled every 0.3 s, the poll itself kept an abandoned answer alive for 11.5 s. At 1.25 s there is a
+# whole second without a poll, and a client that has left is detected within 2 s.
 POLL_S = 1.25
-# A request whose start was not confirmed may still be on its way through the server's HTTP thread, which tokenizes it
-# (7 ms per 1,000 tokens on a slow machine) before the slot shows anything.
+# A request whose start was not confirmed may still be in the server's HTTP thread, which tokenizes it (7 ms per 1,000
+# tokens on a slow machine) before the slot shows anything.
 UNCONFIRMED_S_PER_TOKEN = 2e-5
 
 
 @dataclass(slots=True, eq=False)
 class _Draining:
-    """A slot that was given back with llama-server perhaps at work in it. ``content``: the most that it may hold;
-    ``not_before``: found idle before that, it may not have begun yet."""
+    """A slot that was released while llama-server may work in it. ``content``: the most that it may hold.
+    ``not_before``: if found idle before that time, its request may not have begun yet.
+    """
 
     pool: SlotTable
     slot: Slot
     content: Content
     not_before: float
-    id_task: int | None = None  # of what is at work in it, once that was seen
-    charge: Charge | None = None  # to the user whose request was left at work
+    id_task: int | None = None  # of the task that runs in it, once that was seen
+    charge: Charge | None = None  # to the user whose request was left running
 
 
 class SlotDrainer:
-    """The one poller of a backend's ``/slots``. ``add`` is synchronous; ``run`` is a task of the backend."""
+    """The only poller of a backend's ``/slots``. ``add`` is synchronous; ``run`` is a task of the backend."""
 
     def __init__(self, api: LlamaServer, leases: Leases, now: Callable[[], float]) -> None:
         self._api, self._leases, self._now = api, leases, now
@@ -52,7 +53,9 @@ class SlotDrainer:
         self.on_failure: Callable[[], None] = lambda: None
 
     def add(self, lease: Lease, charge: Charge | None) -> None:
-        """Of a lease that has left llama-server at work. ``charge``: to its user, until the slot is idle."""
+        """Add the slot of a lease that has left llama-server at work. ``charge``: to its user, until the slot is
+        idle.
+        """
         assert lease.slot is not None
         delay = FIRST_POLL_S
         if not lease.is_confirmed:
@@ -71,7 +74,7 @@ class SlotDrainer:
         self._added.set()
 
     async def run(self) -> None:
-        """Poll while anything drains. Runs until cancelled."""
+        """Poll while there are draining slots. Runs until cancelled."""
         polled_at = -POLL_S
         while True:
             if gone := [entry for entry in self._draining if not entry.pool.is_current]:
@@ -98,7 +101,7 @@ class SlotDrainer:
                     continue
                 if info.is_processing:
                     self._at_work(entry, info)
-                elif asked_at >= entry.not_before:  # what arrives later is no news of this slot
+                elif asked_at >= entry.not_before:  # else it may arrive later
                     self._ended(entry)
                     self._settle(entry, info)
                     self._leases.dispatch()
@@ -108,14 +111,14 @@ class SlotDrainer:
         self._leases.paid(entry.charge)
 
     def _at_work(self, entry: _Draining, info: SlotInfo) -> None:
-        """What was sent has arrived: a turn need not wait for it any more, however long it goes on."""
+        """The request has arrived in its slot, so an exclusive section need not wait for it, however long it runs."""
         if entry.id_task is None and entry.pool.is_current:
             entry.id_task = info.id_task
             entry.pool.seen_at_work(entry.slot)
             self._leases.dispatch()
 
     def _settle(self, entry: _Draining, info: SlotInfo) -> None:
-        """The server is through with the slot: it holds the first ``n_tokens`` of what was sent to it."""
+        """The server is done with the slot: it holds the first ``n_tokens`` of what was sent to it."""
         if not entry.pool.is_current or entry.slot.state is not State.DRAINING:
             return
         n = info.n_tokens or 0
@@ -123,12 +126,12 @@ class SlotDrainer:
         if n == 0:
             event = Event.EMPTY
         elif content.n_tokens == 0 or (entry.id_task is not None and (info.id_task or 0) > entry.id_task):
-            event = Event.FAIL  # with a higher id_task: llama-server put another request there since
+            event = Event.FAIL  # a higher id_task: llama-server has run another request there since
         else:
             event = Event.KEEP
-            # Not more than what was sent: a prefill that has stopped on the way, and nothing follows.
+            # No more than was sent: a prefill that stopped early, and nothing follows.
             is_exact, n_more = n <= content.n_tokens, max(n - content.n_tokens, 0)
             if content.has_media:
-                n_more = 0  # media are counted too, and no prompt resumes behind them by their number
+                n_more = 0  # media are counted too, so this number says nothing about where a prompt resumes
             content = replace(content.head(n), is_exact=is_exact, n_more=n_more)
         entry.pool.give_back(entry.slot, event, content, self._now())

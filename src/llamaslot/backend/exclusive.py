@@ -1,8 +1,8 @@
-"""Turns: requests for which llama-server chooses slots by itself.
+"""The exclusive section: for requests whose slots llama-server chooses by itself.
 
-``n`` > 1 takes the lowest idle slots for its children and clears them at the end; a route that cannot be pinned lands
-in any idle slot. So before such a request is sent no other may be between two steps, and every slot that it may
-take is leased, and saved if that is worth it. Once it is under way, the slots that it did not take are given back.
+``n`` > 1 takes the lowest idle slots for its children and clears them at the end; a route that cannot be pinned runs
+in any idle slot. So before such a request is sent, no other may be between two steps, and every slot that it may take
+is leased, and saved if that is worth it. Once it runs, the slots that it did not take are released.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 _CONFIRM_EVERY_S = (
-    1.5  # as for draining slots: asking more often keeps requests of clients that have left alive
+    1.5  # as for draining slots: more frequent polls  keeps requests of clients that have left alive
 )
-# With long prefills, and foreign answers: with the gate shut every request would wait for the last one.
+# How long it waits for long prefills and foreign answers with the gate open: while the gate is shut, every request
+# would wait for the last one.
 _TIMEOUT_S = 60.0
-_SHUT_S = 15.0  # for so long every request does wait for foreign answers, the first time
+_SHUT_S = 15.0  # how long all requests wait for foreign answers, the first time
 _LANDING_POLLS_S = (0.05, 0.2, 0.5, 1.5)
 
 _NOT_EMPTIED = (
@@ -53,7 +54,7 @@ _NOT_PREPARED = (
 
 
 class UnpinnedRequest:
-    """The slots that one request for which llama-server chooses slots may take; ``settle`` sorts out which it took."""
+    """The slots that a request without a pinned slot may take; ``settle`` finds out which it took."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class UnpinnedRequest:
         self._settled = False
 
     async def watch_landing(self) -> None:
-        """Wait until the server works on the request, then let the others go on. Cancelling is safe."""
+        """Wait until the server works on the request, then let other requests go on. Cancelling is safe."""
         for wait_s in itertools.chain(_LANDING_POLLS_S, itertools.repeat(_CONFIRM_EVERY_S)):
             await asyncio.sleep(wait_s)
             try:
@@ -81,7 +82,7 @@ class UnpinnedRequest:
                 return
 
     def has_landed(self, infos: list[SlotInfo]) -> bool:
-        """Whether the server works on it: then slots that it has not touched are given back, and the gate opens."""
+        """Whether the server works on it. If so, slots that it did not take are released, and the gate opens."""
         others = self._look_up(infos)
         if sum(info.is_processing for _, info in others) < (self._lease.request.n_children or 1):
             return False
@@ -95,10 +96,10 @@ class UnpinnedRequest:
         return True
 
     def _look_up(self, infos: list[SlotInfo]) -> list[tuple[Lease, SlotInfo]]:
-        """What the server says of the slots that it may have taken.
+        """What the server reports of the slots that it may have taken.
 
-        Those are also the slots of others whose answers have ended since the request was sent: lease them before
-        another request can.
+        These include slots of other requests that have ended since the request was sent: lease those before another
+        request can.
         """
         leases = self._leases
         if leases.table is self._lease.pool and leases.has_exclusive(self._lease):
@@ -108,14 +109,14 @@ class UnpinnedRequest:
         return [(lease, by_id[lease.slot_id]) for lease in held if lease.slot_id in by_id]
 
     async def settle(self) -> None:
-        """The request has ended: see what is left in the slots, and give them back."""
+        """The request has ended: find out what is in its slots, and release them."""
         if self._settled:
             return
         try:
             infos = await self._api.slots()
         except LlamaslotError:
-            return  # nothing is known: as if aborted
-        self._settled = True  # not before the await: cancelled there, ``abort`` gives the slots back
+            return  # nothing is known: treat as aborted
+        self._settled = True  # set before the await: if cancelled there, ``abort`` releases the slots
         held = self._look_up(infos)
         taken = [info for _, info in held if not info.is_processing and not self._is_untouched(info)]
         for lease, info in held:
@@ -129,7 +130,9 @@ class UnpinnedRequest:
         self._leases.end_exclusive(self._lease)
 
     def abort(self) -> None:
-        """The client has gone, perhaps before it began: every slot drains until the server has said what it holds."""
+        """The client has gone, perhaps before the request began: every slot drains until the server has reported its
+        content.
+        """
         if self._settled:
             return
         self._settled = True
@@ -142,26 +145,26 @@ class UnpinnedRequest:
     def _is_untouched(self, info: SlotInfo) -> bool:
         before = self._before.get(info.id)
         if before is None or info.is_processing or (info.id_task or 0) > (before.id_task or 0):
-            return False  # task ids grow
+            return False  # task ids are ascending
         return before.is_processing or before.n_tokens == info.n_tokens
 
 
 class ExclusiveSection:
-    """Takes turns on one backend."""
+    """Runs exclusive sections on one backend."""
 
     def __init__(self, api: LlamaServer, leases: Leases, steps: PlanExecutor, tasks: TaskOwner) -> None:
         self._api, self._leases, self._executor, self._tasks = api, leases, steps, tasks
-        self._clearing: dict[Lease, None] = {}  # in their order
+        self._clearing: dict[Lease, None] = {}  # in the order of their calls
 
     @contextlib.asynccontextmanager
     async def take(
         self, lease: Lease, report: Report, left: Content | None = None
     ) -> AsyncIterator[UnpinnedRequest]:
-        """Wait until no other request is between two steps, then lease and save what the request may take.
+        """Wait until no other request is between two steps, then lease and save the slots that the request may take.
 
-        ``lease`` is the parent's (``n`` > 1) or one without a slot. ``left``: what its one slot holds at its end, as
-        far as that is known. Cancelling is safe: what is leased is given back. Raises BackendRestarted, and
-        SlotNotEmptied as ``_empty`` does.
+        ``lease``: of the parent (``n`` > 1), or one without a slot. ``left``: the content of its one slot at its end,
+        as far as known. Cancelling is safe: all leases are released. Raises BackendRestarted, and SlotNotEmptied as
+        ``_empty`` does.
         """
         report(Comment.WAITING_FOR_TURN)
         others: list[Lease] = []
@@ -183,9 +186,9 @@ class ExclusiveSection:
                         other, lease.request
                     ):
                         await self._empty(other, lease.request)
-                fresh = self._leases.lease_idle(lease.request)  # those whose answers have ended meanwhile
+                fresh = self._leases.lease_idle(lease.request)  # slots whose answers have ended meanwhile
             before = {info.id: info for info in await self._api.slots()}
-            lease.check_current()  # what is sent now would land in slots that the new pool takes for idle
+            lease.check_current()  # a request sent now would run in slots that the new table considers idle
             lease.end_wait()
             if lease.slot is None:
                 lease.begin_request()
@@ -194,7 +197,7 @@ class ExclusiveSection:
             try:
                 yield turn
             except UpstreamError:
-                await turn.settle()  # refused: llama-server tells which slots it has touched, if any
+                await turn.settle()  # refused: llama-server reports which slots it has used, if any
                 raise
             finally:
                 watcher.cancel()
@@ -208,10 +211,10 @@ class ExclusiveSection:
             self._leases.end_exclusive(lease)
 
     async def _until_quiet(self, lease: Lease) -> None:
-        """Wait until no other request is between two steps and nothing foreign is at work, and shut the gate.
+        """Wait until no other request is between two steps and no foreign request runs, then shut the gate.
 
-        While something foreign is at work, or a request between two steps waits for it, the gate stays open, for others
-        can go on meanwhile. But among many there may be no moment without: then it is shut for a while, each time for
+        While a foreign request runs, or a request between two steps waits for it, the gate stays open, so that others
+        can go on. With many requests such a moment may never come. Then the gate is shut for a while, each time for
         longer, and open for as long in between.
         """
         leases, shut_s = self._leases, _SHUT_S
@@ -225,7 +228,7 @@ class ExclusiveSection:
             shut_s *= 2
 
     async def _until_likely(self, lease: Lease, patience_s: float) -> None:
-        """Wait for what takes long while others go on: foreign answers, and long prefills, which make room."""
+        """Wait, with the gate open, for what takes long: foreign answers, and long prefills, which make room."""
         leases = self._leases
         until = leases.now() + patience_s
         while leases.now() < until:
@@ -236,7 +239,7 @@ class ExclusiveSection:
             await leases.changes.wait(_CONFIRM_EVERY_S)
 
     async def _is_quiet_within(self, lease: Lease, shut_s: float) -> bool:
-        """False when an answer takes so long. Steps are waited for to their end."""
+        """False if an answer takes longer than ``shut_s``. Steps are awaited to their end."""
         leases = self._leases
         asked_at = leases.now()
         until = asked_at + shut_s
@@ -250,20 +253,21 @@ class ExclusiveSection:
         return True
 
     def _takes_long(self, lease: Lease) -> bool:
-        """Whether an answer must end before ``lease`` can have its turn: a foreign one, or one that is foreign to
-        a request that waits for its end."""
+        """Whether an answer must end before the section of ``lease`` can begin: a foreign one, or one that is foreign
+        to a request that waits for its end.
+        """
         is_waited_for = any(not other.is_released for other in self._clearing)
         return is_waited_for or self._leases.is_other_namespace_at_work(lease)
 
     async def evict_competitors(self, lease: Lease, here: PrefillStats | None) -> None:
-        """Wait until llama-server, asked for the request's prompt, will choose the slot of ``lease`` among those that
-        are idle: the one with the longest common prefix. Others that share as much are saved, if that is worth it, and
-        emptied; one between two steps is waited for. Where it cannot be emptied, and holds what the request may use,
-        the request is sent all the same: landing there costs time. Cancelling is safe.
+        """Wait until llama-server, given the request's prompt, will choose the slot of ``lease`` among the idle ones:
+        the slot with the longest common prefix. Other slots that share as much are saved, if that is worth it, and
+        erased; one between two steps is awaited. If one cannot be erased and the request may use its content, the
+        request is sent all the same: landing there only costs time. Cancelling is safe.
 
-        Raises PlanAgain with ``here`` where two would wait for each other: the slot was given up, and what it was in
-        the way of is through. Raises BackendRestarted, and SlotNotEmptied as ``_empty`` does, or where the prompt is
-        not in the slot of ``lease``, for then any slot may share more.
+        Raises PlanAgain with ``here`` if two requests would wait for each other; then the slot was released, and the
+        other request has finished. Raises BackendRestarted. Raises SlotNotEmptied as ``_empty`` does, or if the
+        prompt is not in the slot of ``lease``, because then any slot may share more.
         """
         if not _is_prepared(lease):
             raise SlotNotEmptied(_NOT_PREPARED)
@@ -271,7 +275,7 @@ class ExclusiveSection:
         lease.begin_wait()
         try:
             while competing_slots := self._rivals(lease):
-                if not lease.pool.can_erase:  # nor later: what is in the way stays there
+                if not lease.pool.can_erase:  # nor later: the other content stays there
                     if any(lease.pool.is_other_namespace(slot, lease.request) for slot in competing_slots):
                         raise SlotNotEmptied(_NOT_EMPTIED)
                     return
@@ -298,9 +302,10 @@ class ExclusiveSection:
             self._leases.changes.notify()
 
     def _rivals(self, lease: Lease) -> list[Slot]:
-        """The other slots that llama-server could choose: their common prefix is as long as ours. A slot that runs a
-        request for sure, on content that the request may use, does not count: llama-server skips busy slots, and if
-        that request ends just then, landing there costs time at most."""
+        """The other slots that llama-server could choose: their common prefix is as long as ours. A slot that surely
+        runs a request, with content that the request may use, does not count: llama-server skips busy slots, and if
+        that request ends just then, landing there only costs time.
+        """
         pool, request = lease.pool, lease.request
         at_work = {
             other.slot.id for other in self._leases.leases if other.slot is not None and other.is_running
@@ -313,7 +318,7 @@ class ExclusiveSection:
         ]
 
     def _first(self, lease: Lease, competing_slots: set[int]) -> Lease | None:
-        """A lease that waits for ``lease``, has a slot that this one waits for, and goes before it."""
+        """A lease that waits for ``lease``, has a slot that this one waits for, and has precedence."""
         prefill_stats = itertools.takewhile(lambda other: other is not lease, self._clearing)
         turns = (other for other in self._leases.leases if self._leases.has_exclusive(other))
         every = itertools.chain(prefill_stats, turns)
@@ -323,8 +328,9 @@ class ExclusiveSection:
         )
 
     async def _empty(self, other: Lease, request: Request) -> bool:
-        """Empty a slot that llama-server may choose for ``request``. Where that fails, and what may be in it is not the
-        request's to use, raises SlotNotEmptied: nothing may be sent. False where it may: that costs time at most."""
+        """Erase a slot that llama-server may choose for ``request``. If that fails: returns False if the request may
+        use its content, which only costs time; else raises SlotNotEmptied, and nothing may be sent.
+        """
         if other.pool.can_erase and await self._executor.erase_now(other):
             return True
         other.check_current()
@@ -356,14 +362,15 @@ class ExclusiveSection:
 
 
 def _may_land_in(lease: Lease, request: Request) -> bool:
-    """Whether ``request`` may use what the slot of ``lease`` holds, as llama-server would where it has the choice."""
+    """Whether ``request`` may use the content of the slot of ``lease``, if llama-server chooses that slot."""
     return lease.content is not None and request.may_use(lease.content)
 
 
 def _is_prepared(lease: Lease) -> bool:
-    """Whether llama-server, which chooses the slot that shares most, finds all but one token of the request in this
-    one. What was computed ahead may have been refused; where users share, and nothing else was there, that costs
-    time."""
+    """Whether the slot has all but one token of the request, so that llama-server, which takes the longest common
+    prefix, chooses it. The prefill may have been refused; in a shared namespace, with nothing else there, that only
+    costs time.
+    """
     request, content = lease.request, lease.content
     n_needed = request.n_tokens - 1
     if (
@@ -376,14 +383,15 @@ def _is_prepared(lease: Lease) -> bool:
 
 
 def _is_quiet(leases: Leases, lease: Lease) -> bool:
-    """Whether every slot is one of these: idle and not leased; the turn's own; running another request for sure. If
-    llama-server may choose the slot of such a request when it ends, the request must be allowed to use what it
-    holds."""
+    """Whether every slot is one of these: idle and not leased; leased by this section; surely running another
+    request. If llama-server may choose the slot of such a request when it ends, the request must be allowed to use its
+    content.
+    """
     pool, request = lease.pool, lease.request
     if leases.table is not pool:
         return True  # there is nothing to wait for any more
     others = [other for other in leases.leases if other.pool is pool and other.request is not request]
-    # Its children's slots are at work with it.
+    # The slots of its children run with it.
     started = {id(other.request) for other in others if other.is_running}
     if leases.is_other_namespace_at_work(lease) or any(id(other.request) not in started for other in others):
         return False

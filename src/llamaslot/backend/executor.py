@@ -1,5 +1,6 @@
-"""Performs the steps of a plan in a leased slot. A step that fails degrades to the next best, never fails the
-request."""
+"""Performs the steps of a plan in a leased slot. A failed step falls back to the next best one and never fails the
+request.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ T = TypeVar("T")
 
 
 class PlanExecutor:
-    """The steps of one backend."""
+    """Performs steps on one backend."""
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class PlanExecutor:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model that is running now."""
+        """Fingerprint of the model that runs now."""
         return self.saving.fingerprint
 
     @fingerprint.setter
@@ -70,7 +71,7 @@ class PlanExecutor:
     async def prepare(
         self, lease: Lease, report: Report, *, may_replan: bool = False, can_stop: bool = False
     ) -> PrefillStats | None:
-        """Perform the plan's steps. Returns what a prefill reused and computed; None where there was none.
+        """Perform the plan's steps. Returns what a prefill reused and computed; None without a prefill.
 
         Raises BackendDown, BackendRestarted, and PlanAgain as ``ChunkedPrefill.run`` does. With ``can_stop`` raises
         Preempted between two steps when the slot is wanted for another user. Canceling is safe: a save, erase or
@@ -82,8 +83,8 @@ class PlanExecutor:
         prefill_stats = await self._prepare(lease, lease.plan, report, may_replan)
         lease.raise_if_preempted(prefill_stats)
         lease.forbid_preemption()
-        # If a trunk was not saved, requests waiting for it are placed again. After a failure that happens when the slot
-        # is given back, and not before: they may resume from what it holds by then.
+        # If a shared prefix was not saved, requests waiting for it are placed again. After a failure that happens
+        # when the slot is released, not before: they may resume from what it holds by then.
         if lease.pool.expect_no_trunk(lease.slot_id):
             self._leases.dispatch()
         return prefill_stats
@@ -110,13 +111,13 @@ class PlanExecutor:
             lease.set_content(None)  # the erase has failed
         if lease.content is None or (lease.request.no_cache and lease.content != NOTHING):
             lease.plan_prefill(is_long=False)
-            return None  # what the slot holds must not be used: the request's own request computes everything
+            return None  # the slot's content must not be used: the request's own request computes everything
         lease.set_forecast(self._forecast(lease, lease.content))
         n_reused = lease.forecast.n_likely
         if n_reused != plan.n_reused:
             view = lease.pool.view(lease.request, self.now(), {})
             trunks = tuple(step.n_tokens for step in chunked_prefill if isinstance(step, SaveSharedPrefix))
-            view = replace(view, trunks=trunks)  # those that others count on, and no more
+            view = replace(view, trunks=trunks)  # only those that other requests wait for
             chunked_prefill = list(prefill_steps(lease.request, plan.slot, n_reused, view, lease.pool.rules))
         stops = [step.n_tokens for step in chunked_prefill if isinstance(step, PrefillTo)]
         if not stops:
@@ -128,8 +129,9 @@ class PlanExecutor:
 
     @staticmethod
     def _forecast(lease: Lease, content: Content) -> ReuseForecast:
-        """How much of what the slot holds now will be reused. Made after save, erase and restore: it equals the plan's
-        figure unless one of them has failed."""
+        """The expected reuse of the slot's present content. Made after save, erase and restore: it equals the plan's
+        figure unless one of them has failed.
+        """
         request, rewind_model = lease.request, lease.pool.rewind_model
         n_shared, n_held = (
             common(content.tokens, request.tokens),
@@ -159,7 +161,7 @@ class PlanExecutor:
             self.metrics.steps_failed.labels("keep").inc()
 
     async def _carry_out(self, lease: Lease, action: Coroutine[Any, Any, T]) -> T:
-        """Run a slot action to its end, also when the client leaves. Raises what the action raises."""
+        """Run a slot action to its end, also if the client leaves. Raises what the action raises."""
         try:
             lease.begin_action()
         except BackendRestarted:
@@ -190,8 +192,9 @@ class PlanExecutor:
     # -- save ----------------------------------------------------------------------------------------------------
 
     async def save_now(self, lease: Lease, must_give_way: Callable[[], bool] = never) -> Snapshot | None:
-        """Save a slot leased for just that. ``must_give_way``: as ``Saving.save`` asks it. Cancelling is safe: the save
-        is carried out."""
+        """Save a slot leased only for that. ``must_give_way``: as in ``Saving.save``. Cancelling is safe: the save is
+        completed.
+        """
         return await self._carry_out(lease, self.saving.save(lease, must_give_way))
 
     # -- erase and restore ---------------------------------------------------------------------------------------
@@ -208,14 +211,14 @@ class PlanExecutor:
         return True
 
     async def erase_now(self, lease: Lease) -> bool:
-        """Empty a slot leased for just that. Cancelling is safe: it is carried out."""
+        """Erase a slot leased only for that. Cancelling is safe: the erase is completed."""
         return await self._carry_out(lease, self.erase(lease))
 
     async def _restore(self, lease: Lease, snapshot_id: str) -> bool:
-        """Read a snapshot into the slot, which the step before has erased."""
+        """Restore a snapshot into the slot, which the previous step has erased."""
         assert self.catalog is not None
         if lease.content != NOTHING:
-            return False  # the erase failed: restoring into what is left is what must never happen
+            return False  # the erase failed: never restore into a slot that is not empty
         try:
             snapshot = await self.catalog.verify(snapshot_id)
             asked_at = self.now()
@@ -228,13 +231,13 @@ class PlanExecutor:
             raise
         except (LlamaslotError, KeyError, OSError) as error:
             log.warning("%s: snapshot %s was not restored: %s", lease.request.id, snapshot_id, error)
-            lease.pool.drop_snapshot(snapshot_id)  # not offered again to this server; the file stays
+            lease.pool.drop_snapshot(snapshot_id)  # not offered to this server again; the file stays
             lease.recorder.record_step(
                 lease.slot_key, Act("restore", 0.0, is_done=False, snapshot=snapshot_id)
             )
             return False
         seconds = self.now() - started
-        lease.set_content(None)  # unknown until the restore is known to be whole, and of this process
+        lease.set_content(None)  # unknown until the restore is verified, for this process
         if (await self.api.props()).boot_id != self.boot_id:
             raise BackendRestarted
         self.rates.restore.observe(snapshot.size_bytes, result.seconds or seconds)
@@ -257,15 +260,17 @@ class PlanExecutor:
         return True
 
     async def refused(self, lease: Lease, status: int) -> None:
-        """llama-server has answered the request's own request with an error instead of an answer: the slot holds what
-        it held before. At the door (4xx) that is sure. A 500 may be one of the door too (it calls some mistakes of
-        clients so) or come from the slot: llama-server tells how much is in there."""
+        """llama-server has refused the request's own request: the slot holds what it held before. After a 4xx that is
+        certain. A 500 may be a refusal too (llama-server uses it for some faults of clients) or a failure in the
+        slot: llama-server reports its number of tokens.
+        """
         is_sure = status < 500 or await is_untouched(self.api, lease, lease.before)
         lease.finish(lease.before if is_sure else None)
 
     async def stopped(self, lease: Lease, n_found: int, *, is_misplaced: bool = True) -> None:
-        """The request's own request was given up before its first token, having found ``n_found`` tokens: wait until
-        the server is idle, and note what it has got to. ``is_misplaced``: that is why."""
+        """The request's own request was cancelled before its first token, having found ``n_found`` tokens: wait until
+        the server is idle, and record what it has computed. ``is_misplaced``: that was the reason.
+        """
         content = prefilled(
             lease.content or Content(space=lease.request.space), lease.request.tokens, n_found
         )
@@ -274,8 +279,9 @@ class PlanExecutor:
             self.feedback.misplaced(lease, n_found)
 
     def settle(self, lease: Lease, told: Told, prefill_stats: PrefillStats | None, left: bytes) -> None:
-        """The request was answered: learn from that, and note what the slot holds now. ``prefill_stats``: what was
-        computed ahead of it here. ``left``: the tokens of the prompt that ran last; empty where they are not known."""
+        """The request was answered: learn from that, and record what the slot holds now. ``prefill_stats``: what was
+        computed ahead of it here. ``left``: the tokens of the prompt that ran last; empty if unknown.
+        """
         before = lease.content or Content(space=lease.request.space)
         self.feedback.answered(lease, told, prefill_stats)
         after = prefilled(before, left, told.n_found or 0) if left else None
@@ -284,8 +290,9 @@ class PlanExecutor:
 
 
 async def _outcome(action: Coroutine[Any, Any, T]) -> T | LlamaslotError:
-    """The action's result, or the LlamaslotError that it raises. Returned, because the client may have left: raised, it
-    would be reported as a task that died."""
+    """The action's result, or the LlamaslotError that it raises. The error is returned, because the client may have
+    left: if raised, it would be reported as the death of a task.
+    """
     try:
         return await action
     except LlamaslotError as error:
@@ -293,7 +300,9 @@ async def _outcome(action: Coroutine[Any, Any, T]) -> T | LlamaslotError:
 
 
 def _comment(step: Save | Erase | Restore, *, is_restored: bool) -> Comment:
-    """What the client is told of a step. ``is_restored``: the plan restores a snapshot into the slot of this step."""
+    """The comment that the client gets about a step. ``is_restored``: the plan restores a snapshot into the slot of
+    this step.
+    """
     if isinstance(step, Save):
         return Comment.SAVING
     return Comment.RESTORING if is_restored else Comment.CLEARING

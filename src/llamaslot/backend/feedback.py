@@ -1,5 +1,6 @@
-"""What answers and prefills teach of a backend: how much was reused against the forecast, and how fast llama-server is.
-What its count of a prompt's tokens teaches is in ``fleet.model_context``."""
+"""What is learned of a backend from answers and prefills: reuse compared with the forecast, and the speed of
+llama-server. What is learned from its count of prompt tokens is in ``fleet.model_context``.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +23,15 @@ from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 
-_FEW_TOKENS = 64  # a progress event for fewer says little about speed
+_FEW_TOKENS = 64  # a progress event for fewer tokens says little about speed
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What llama-server has told at the end of an answer to one request; None or 0 where it has not.
+    """What llama-server reported at the end of an answer to one request; None or 0 if it did not.
 
-    ``n_found``: tokens of the prompt that it found in the slot. ``n_prompt``: tokens of the whole prompt, by its count.
-    ``n_computed`` of them took ``prompt_s`` seconds, and ``n_predicted`` tokens of answer ``predicted_s``.
+    ``n_found``: tokens of the prompt that it found in the slot. ``n_prompt``: tokens of the whole prompt, by its
+    count. ``n_computed`` of them took ``prompt_s`` seconds, and ``n_predicted`` tokens of answer ``predicted_s``.
     """
 
     n_found: int | None
@@ -42,7 +43,7 @@ class Told:
 
 
 class Feedback:
-    """What the answers and prefills of one backend teach. Saves, restores and waits are timed where they are done."""
+    """Learns from the answers and prefills of one backend. Saves, restores and waits are timed where they are done."""
 
     def __init__(
         self,
@@ -57,7 +58,8 @@ class Feedback:
         self._strikes = Strikes()
 
     def answered(self, lease: Lease, told: Told, prefill_stats: PrefillStats | None) -> None:
-        """The request of ``lease`` was answered. ``prefill_stats``: what was computed ahead of it in this slot."""
+        """Record the answer to the request of ``lease``. ``prefill_stats``: what was computed ahead of it in this
+        slot."""
         n_reused = prefill_stats.n_reused if prefill_stats is not None else told.n_found
         if n_reused is not None and lease.request.tokens:
             self._compare(lease, n_reused)
@@ -68,23 +70,26 @@ class Feedback:
             self.rates.answer.observe(told.n_predicted, told.predicted_s)
 
     def progressed(self, pool: SlotTable, last: Progress, event: Progress, end: int) -> None:
-        """A prefill of llamaslot's own, up to ``end`` tokens, has come from ``last`` to ``event``."""
+        """Record the progress of a prefill of llamaslot's own, up to ``end`` tokens, from ``last`` to ``event``."""
         n_tokens = event.processed - last.processed
         if n_tokens >= _FEW_TOKENS:
             self.rates.prefill.observe(last.processed, event.processed, event.seconds - last.seconds)
-        if event.processed < end:  # not the rest of it, but as many as the server takes
+        if event.processed < end:  # a full batch, not the remainder
             pool.n_batch = max(pool.n_batch, n_tokens)
 
     def piece_ended(self, pool: SlotTable, more_s: float, *, is_alone: bool) -> None:
-        """Sending a piece of a prompt has taken ``more_s`` seconds beside its computing. ``is_alone``: no batch of
-        another request was in between."""
+        """Record that sending a piece of a prompt took ``more_s`` seconds in addition to its computation.
+        ``is_alone``: no batch of another request ran in between.
+        """
         if pool.rewind_model.is_rewindable:
             self.rates.interruption.observe(more_s)
         if is_alone:
             self.rates.request.observe(more_s)
 
     def misplaced(self, lease: Lease, n_found: int) -> None:
-        """The slot of ``lease`` held only ``n_found`` tokens of its prompt: so few that it gets another place."""
+        """Record that the slot of ``lease`` held only ``n_found`` tokens of its prompt: so few that the request is
+        placed again.
+        """
         self.metrics.replanned.inc()
         if lease.restored is None:
             lease.pool.lost_slots.note(self._now())
@@ -94,7 +99,7 @@ class Feedback:
         )  # fmt: skip
 
     def _compare(self, lease: Lease, n_reused: int) -> None:
-        """``n_reused`` tokens of the prompt were reused: compare that with its forecast."""
+        """Compare the ``n_reused`` tokens of the prompt with its forecast."""
         assert lease.plan is not None
         forecast = lease.forecast
         source = lease.plan.source if n_reused else Source.COLD
@@ -125,11 +130,11 @@ class Feedback:
         is_resident = lease.restored is None and forecast.n_expected >= MIN_WORTH_TOKENS
         if is_resident and n_reused < forecast.n_expected / 2:
             pool.lost_slots.note(self._now())
-        # Nothing at all of something that had only to be gone on from: it was lost, whatever the model.
+        # Nothing was reused of content that only had to be continued: it was lost, whatever the model.
         is_lost = forecast.is_rewind and n_reused == 0 and forecast.n_expected >= MIN_WORTH_TOKENS
         if not is_lost or pool.memory is not CacheKind.DENSE or pool.is_memory_sure:
             return
-        if self._strikes.note("memory", forecast.n_expected, n_reused):  # once may be a stranger in the slot
+        if self._strikes.note("memory", forecast.n_expected, n_reused):  # once may be an accident
             log.warning(
                 "%s: this model cannot rewind to any token (SWA or recurrent): only its checkpoints are counted on",
                 pool.backend,
@@ -137,8 +142,9 @@ class Feedback:
             pool.memory = CacheKind.SWA
 
     def _learn_checkpoints(self, lease: Lease, restored: Snapshot, n_reused: int) -> bool:
-        """From the first restored snapshots that had to be gone back in: whether files have their checkpoints. True
-        when that they have not is why this one failed, or may be."""
+        """Learn from the first restored snapshots that needed a rewind whether files contain checkpoints. True if
+        missing checkpoints (may) explain this failure.
+        """
         pool, forecast = lease.pool, lease.forecast
         is_end = forecast.n_usable >= restored.n_tokens
         is_known = pool.memory is CacheKind.DENSE or pool.rewind_model.keeps_checkpoints is not None

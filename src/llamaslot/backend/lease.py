@@ -1,7 +1,6 @@
 """A lease: the right of one request to one slot, as a table of states.
 
-It changes only by its own methods. It knows what it was given: a slot and the table that this belongs to, a clock, a
-record in the journal. Its ``Owner`` is told when it changes and when it ends.
+It changes only by its own methods, and tells its ``Owner`` when it changes and when it ends.
 """
 
 from __future__ import annotations
@@ -45,31 +44,31 @@ from llamaslot.store import Snapshot
 
 T = TypeVar("T")
 
-# Until its first token, of a request that needs little; longer where prefills are only long later.
+# # seconds to the first token of a small request; longer if only longer prefills count as long
 _LITTLE_S = 2.0
 
 
 class Owner(Protocol):
-    """What gives leases, and is told about them. Synchronous: it must not await, nor change the lease."""
+    """Grants leases and is notified by them. Synchronous: it must not await, nor change the lease."""
 
     def on_change(self, lease: Lease) -> None:
-        """Other requests may have to give way to it now, or need not any more."""
+        """Other requests may have to yield to it now, or no longer have to."""
 
     def on_look_again(self, lease: Lease) -> None:
-        """A placement that depended on it may be different now: look at the waiting requests again, soon."""
+        """A placement that depended on it may be different now: place the waiting requests again, soon."""
 
     def on_end(self, lease: Lease) -> None:
-        """It has ended: its slot is given back (RELEASED), or llama-server may be at work in it (DRAINING)."""
+        """It has ended: its slot is free (RELEASED), or llama-server may still work in it (DRAINING)."""
 
 
 class Lease:
     """``release`` is synchronous, idempotent, and allowed in every state; ``with`` calls it.
 
-    ``plan`` is None for work of llamaslot's own, and where llama-server chooses the slot; ``slot`` is None where it has
-    not done so yet. ``content``: what the slot holds as far as the lease's holder knows; None when that is unknown.
-    ``before``: what it held when the request itself was sent. ``restored``: the snapshot that was read into the slot.
-    ``n_done``: tokens of its prompt that are there, as far as known. ``sent_at``: when the request itself was sent.
-    ``came_at``, ``n_preempted``: since when it waits for an answer, and how often it gave a slot up.
+    ``plan`` is None for llamaslot's own work, and if llama-server chooses the slot; ``slot`` is None until
+    llama-server has done so. ``content``: what the slot holds, as far as known; None if unknown. ``before``: what it
+    held when the request itself was sent. ``restored``: the snapshot that was restored into the slot. ``n_done``:
+    tokens of its prompt that are present, as far as known. ``sent_at``: when the request itself was sent.
+    ``came_at``, ``n_preempted``: since when it waits for an answer, and how often it was preempted.
     """
 
     def __init__(
@@ -86,8 +85,9 @@ class Lease:
         came_at: float | None = None,
         n_preempted: int = 0,
     ) -> None:
-        """``pin``: keeps the plan's snapshot; it is left when the slot is given back. What that raises (KeyError: the
-        snapshot is gone) is passed on, and nothing is taken."""
+        """``pin``: protects the plan's snapshot; it is exited when the slot is released. What its entry raises
+        (KeyError: the snapshot is gone) is passed on, and nothing is leased.
+        """
         self._owner, self._now = owner, now
         self.pool, self.slot, self.request, self.recorder = pool, slot, request, recorder
         self.came_at = now() if came_at is None else came_at
@@ -98,11 +98,11 @@ class Lease:
         self.before = self.content
         self.state = State.PREPARING
         self._is_confirmed = False  # llama-server has begun with what was sent last
-        self._is_left_at_work = False  # an action has ended, but what it had computed for it perhaps has not
+        self._is_left_at_work = False  # an action has ended, but llama-server may still compute for it
         is_first = plan is not None and is_long(plan, pool.long_s)
         self._long_prefill = LongPrefill.WAITING if is_first else LongPrefill.NONE
         self._preemption = Preemption.FORBIDDEN
-        self._stop: Callable[[], None] | None = None  # what is to be stopped when it is preempted
+        self._stop: Callable[[], None] | None = None  # stops the present work on preemption
         self.can_keep = True
         self.sent_at = self._acting_at = 0.0
         self.n_done = plan.n_reused if plan is not None else 0
@@ -110,8 +110,8 @@ class Lease:
         self.forecast = NO_REUSE
         self._held = ExitStack()
         if pin is not None:
-            self._held.enter_context(pin)  # first: it is what may fail
-        # What its plan saves first, found by others until the snapshot is there.
+            self._held.enter_context(pin)  # first, because it may fail
+        # The content that its plan saves first; others find it until the snapshot is there.
         self._leaving = None
         if slot is not None:
             self._leaving = pool.take(slot, request, now(), plan, has_answer=plan is not None)
@@ -128,7 +128,7 @@ class Lease:
         self.release()
 
     def _become(self, event: Event) -> None:
-        """Go through one line of the table. Raises IllegalTransition naming state and event."""
+        """Apply one transition of the table. Raises IllegalTransition naming state and event."""
         try:
             self.state = NEXT[self.state, event]
         except KeyError:
@@ -147,17 +147,17 @@ class Lease:
 
     @property
     def slot_name(self) -> str:
-        """Of its slot, as log lines name it: ``<backend>/<number>``."""
+        """The name of its slot in log lines: ``<backend>/<number>``."""
         return str(self.slot_key)
 
     @property
     def is_released(self) -> bool:
-        """Whether ``release`` was called, although the slot may not be given back yet."""
+        """Whether ``release`` was called, even if the slot is not free yet."""
         return self.state in ENDED
 
     @property
     def is_at_work(self) -> bool:
-        """Whether llama-server may be at work in its slot. Closing the connection ends that, some time later."""
+        """Whether llama-server may be working in its slot. Closing the connection ends that, with a delay."""
         return self.slot is not None and (self.state in AT_WORK or self._is_left_at_work)
 
     @property
@@ -176,12 +176,12 @@ class Lease:
 
     @property
     def is_own(self) -> bool:
-        """Whether it serves llamaslot itself (a save, a probe) and no client."""
+        """Whether it is llamaslot's own work (a save, a probe) and not a client's."""
         return self.plan is None and self.slot is not None and not self.request.is_exclusive
 
     @property
     def is_long(self) -> bool:
-        """Whether a long prefill comes before its request, to be computed in turn with those of others."""
+        """Whether a long prefill precedes its request, computed in turn with those of other requests."""
         return self._long_prefill is not LongPrefill.NONE
 
     @property
@@ -191,12 +191,12 @@ class Lease:
 
     @property
     def can_stop(self) -> bool:
-        """Whether its slot can be had for another user's request."""
+        """Whether its slot can be taken for another user's request."""
         return self._preemption is not Preemption.FORBIDDEN
 
     @property
     def is_preempted(self) -> bool:
-        """Whether its slot shall be had for another user's request."""
+        """Whether its slot is to be taken for another user's request."""
         return self._preemption is Preemption.REQUESTED
 
     @property
@@ -219,7 +219,7 @@ class Lease:
         return is_sent if self.request.is_exclusive else self.plan is not None
 
     def check_current(self) -> None:
-        """Raises BackendRestarted when the slot is one of a process that is gone: the number is another slot's now."""
+        """Raises BackendRestarted if its llama-server process is gone: the number belongs to another slot now."""
         if not self.pool.is_current:
             raise BackendRestarted
 
@@ -230,32 +230,32 @@ class Lease:
         self.content = content
 
     def set_restored(self, snapshot: Snapshot, content: Content) -> None:
-        """``snapshot`` was read into the slot, which holds ``content`` since."""
+        """Record that ``snapshot`` was restored into the slot, which holds ``content`` since."""
         self.restored, self.content = snapshot, content
 
     def clear_restored(self) -> None:
-        """If less is reused than expected now, that is no fault of the snapshot that was restored."""
+        """From now on a shortfall of reuse is not the restored snapshot's fault."""
         self.restored = None
 
     def set_forecast(self, forecast: ReuseForecast) -> None:
-        """Its slot actions are over: that much is expected to be reused."""
+        """Record the expected reuse, after its slot actions."""
         self.forecast = forecast
 
     def end_pending_save(self) -> None:
-        """The save that its plan began with has ended, well or not. Idempotent."""
+        """The save at the beginning of its plan has ended, successful or not. Idempotent."""
         if self._leaving is not None:
             self.pool.left(self._leaving)
 
     def stop_keeping(self) -> None:
-        """A trunk on its way could not be saved: it is asked for no other."""
+        """A shared-prefix snapshot could not be saved: this request saves no more of them."""
         self.can_keep = False
 
     def set_progress(self, n_done: int) -> None:
-        """``n_done`` tokens of its prompt are there."""
+        """Record that ``n_done`` tokens of its prompt are present."""
         self.n_done = n_done
 
     def replace_steps(self, steps: tuple[Step, ...]) -> None:
-        """Take these steps instead of those of its plan, none of which was taken yet."""
+        """Replace the steps of its plan, none of which has begun."""
         assert self.plan is not None, "it has a plan"
         self.plan = replace(self.plan, steps=steps)
 
@@ -269,29 +269,29 @@ class Lease:
         self._owner.on_change(self)
 
     def end_action(self) -> None:
-        """The save, erase or restore has ended. If it was released meanwhile, the slot is given back now."""
+        """The save, erase or restore has ended. If the lease was released meanwhile, the slot is released now."""
         if self.state is State.RELEASE_PENDING:
             self._give_back()
         else:
             self._become(Event.ACTED)
 
     def lose_track(self) -> None:
-        """While acting: what the slot holds is unknown, and llama-server may still work in it after the action."""
+        """During an action: the slot's content is unknown now, and llama-server may work on after the action."""
         self.content, self._is_left_at_work = None, True
 
     def plan_prefill(self, *, is_long: bool) -> None:
-        """Its slot actions are over: what is to be computed ahead of its request is long, or not."""
+        """Its slot actions are over. ``is_long``: the prefill ahead of its request is long."""
         if not is_long:
             self.end_prefill()
         elif self._long_prefill is LongPrefill.NONE:
             self._long_prefill = LongPrefill.WAITING
 
     def take_prefill_turn(self) -> None:
-        """Its long prefill has its first turn, or another one: another long one may have a slot to wait in."""
+        """Its long prefill has its turn: after the first one another long prefill may get a slot to wait in."""
         self._leave_line(LongPrefill.RUNNING)
 
     def end_prefill(self) -> None:
-        """No more is computed ahead of its request."""
+        """The prefill ahead of its request is over."""
         self._leave_line(LongPrefill.NONE)
 
     def _leave_line(self, after: LongPrefill) -> None:
@@ -312,7 +312,7 @@ class Lease:
         self._become(Event.WAIT)
 
     def end_wait(self) -> None:
-        """It waits no longer. Without effect where it was released meanwhile."""
+        """It no longer waits. No effect if it was released meanwhile."""
         if not self.is_released:
             self._become(Event.ADMIT)
 
@@ -326,7 +326,7 @@ class Lease:
             self._cut_back()
 
     def _cut_back(self) -> None:
-        """Until the server confirms that it has begun, only what old and new tokens have in common is sure."""
+        """Until the server confirms that it has begun, only the common prefix of old and new tokens is certain."""
         self._is_confirmed = False
         if self.content is None:
             return
@@ -334,14 +334,14 @@ class Lease:
         n = common(self.content.tokens, self.request.tokens) if is_ours else 0
         content = self.content
         if n < content.n_tokens:
-            # What only begins alike is another conversation: its snapshot is none of this one.
+            # With only a common beginning it is another conversation, whose snapshot does not belong to this one.
             is_other_conversation = n <= self.request.n_system + NEAR_TOKENS < content.n_tokens
             snapshot = None if is_other_conversation else content.snapshot
             content = replace(content.head(n), is_dirty=True, snapshot=snapshot)
         self.content = replace(content, space=self.request.space)
 
     def land(self, *, is_confirmed: bool) -> None:
-        """llama-server has chosen its slot for a request (``is_confirmed``), or may have: what it holds is unknown."""
+        """llama-server has chosen its slot for a request (``is_confirmed``), or may have: its content is unknown."""
         if self.state is State.PREPARING:
             self._become(Event.SEND)
             self.sent_at, self._is_confirmed = self._now(), False
@@ -352,7 +352,7 @@ class Lease:
             self.mark_processing()
 
     def mark_processing(self) -> None:
-        """llama-server has begun with the request itself. Without effect where that was known, or it has ended."""
+        """llama-server has begun with the request itself. No effect if that was known, or after the end."""
         if self.state is State.SENT:
             self._become(Event.CONFIRM)
             self._is_confirmed = True
@@ -372,7 +372,7 @@ class Lease:
             self._owner.on_change(self)
 
     def finish(self, content: Content | None) -> None:
-        """llama-server is through with what was sent, and the slot holds ``content``."""
+        """llama-server is done with what was sent, and the slot holds ``content``."""
         self._become(Event.PREFILLED if self.state is State.PREFILLING else Event.SETTLE)
         self.content, self._is_left_at_work = content, False
 
@@ -383,22 +383,20 @@ class Lease:
             self._preemption = Preemption.ALLOWED
 
     def forbid_preemption(self) -> None:
-        """It cannot be stopped any more: if it should have been, another one may be."""
+        """It can no longer be stopped: if it was to be, another one may be chosen."""
         was_preempted, self._preemption = self.is_preempted, Preemption.FORBIDDEN
         if was_preempted:
             self._owner.on_look_again(self)
 
     def preempt(self, *, is_wanted: bool) -> None:
-        """Its slot shall be had for another user's request, or (``is_wanted`` false) may be kept after all. Without
-        effect while it cannot stop."""
+        """Request its slot for another user, or (``is_wanted`` false) withdraw that. No effect unless it can stop."""
         if self._preemption is not Preemption.FORBIDDEN:
             self._preemption = Preemption.REQUESTED if is_wanted else Preemption.ALLOWED
             if is_wanted and self._stop is not None:
                 self._stop()
 
     async def unless_preempted(self, work: Coroutine[Any, Any, T]) -> T | Literal[Stopped.STOPPED]:
-        """The result of ``work``. When it is preempted meanwhile, ``work`` is cancelled and STOPPED returned. Canceling
-        this cancels ``work``."""
+        """The result of ``work``; STOPPED, with ``work`` cancelled, on preemption. Canceling this cancels ``work``."""
         loop, limit = asyncio.get_running_loop(), asyncio.timeout(None)
         self.allow_preemption()
         try:
@@ -415,15 +413,16 @@ class Lease:
             self._stop = None
 
     def raise_if_preempted(self, prefill_stats: PrefillStats | None) -> None:
-        """Raises Preempted when its slot is wanted for another user. Nothing may be at work in it."""
+        """Raises Preempted if its slot is needed for another user. llama-server must not be working in it."""
         if self.is_preempted:
             raise Preempted(prefill_stats, self.came_at, self.n_preempted + 1)
 
     # -- the end -------------------------------------------------------------------------------------------------
 
     def release(self) -> None:
-        """Give the slot back: now, or when the action under way has ended, or when llama-server is through with what
-        it was left at work on. Idempotent."""
+        """Release the slot: immediately, or when the present action has ended, or when llama-server is done with the
+        work left in it. Idempotent.
+        """
         if self.is_released:
             return
         if self.state is State.ACTING:

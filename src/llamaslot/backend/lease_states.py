@@ -1,4 +1,4 @@
-"""The states of a lease, the events that lead from one to another, and how a holder gives a lease up."""
+"""The states of a lease, the events between them, and the exceptions by which a holder gives up a lease."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from llamaslot.llama.sse import PrefillStats
 
 
 class State(enum.Enum):
-    PREPARING = "preparing"  # before a step, or between two: nothing of it is under way in the slot
-    ACTING = "acting"  # a save, erase or restore is under way; it is carried out even if the client leaves
+    PREPARING = "preparing"  # before a step or between two: nothing of it runs in the slot
+    ACTING = "acting"  # a save, erase or restore is running; it is completed even if the client leaves
     PREFILLING = "prefilling"  # llamaslot computes a part of the prompt ahead of the request
     WAITING_EXCLUSIVE = "waiting exclusive"  # until llama-server can choose only the right slots for it
     SENT = "sent"  # the request itself is on its way; llama-server may not have begun
-    PROCESSING = "processing"  # llama-server computes its prompt, or an answer that comes in one piece
+    PROCESSING = "processing"  # llama-server computes its prompt, or a non-streamed answer
     DECODING = "decoding"  # the first token of its answer has come
-    SETTLED = "settled"  # llama-server is through with it
-    RELEASE_PENDING = "release pending"  # released while acting: the slot is given back when the action ends
-    DRAINING = "draining"  # released with llama-server perhaps at work: given back when that ends
+    SETTLED = "settled"  # llama-server is done with it
+    RELEASE_PENDING = "release pending"  # released during an action: the slot is free when the action ends
+    DRAINING = "draining"  # released while llama-server may be working: free when that ends
     RELEASED = "released"
 
 
@@ -43,7 +43,7 @@ NEXT: dict[tuple[State, Event], State] = {
     (State.PREPARING, Event.PREFILL): State.PREFILLING,
     (State.PREPARING, Event.WAIT): State.WAITING_EXCLUSIVE,
     (State.PREPARING, Event.SEND): State.SENT,
-    (State.PREPARING, Event.SETTLE): State.SETTLED,  # a slot that llama-server could choose, and has not
+    (State.PREPARING, Event.SETTLE): State.SETTLED,  # a slot that llama-server could have chosen, but did not
     (State.PREPARING, Event.GIVE_BACK): State.RELEASED,
     (State.PREPARING, Event.LEAVE): State.DRAINING,  # a save has failed while it rewound the slot
     (State.ACTING, Event.ACTED): State.PREPARING,
@@ -54,7 +54,7 @@ NEXT: dict[tuple[State, Event], State] = {
     (State.WAITING_EXCLUSIVE, Event.GIVE_BACK): State.RELEASED,
     (State.WAITING_EXCLUSIVE, Event.LEAVE): State.DRAINING,
     (State.SENT, Event.CONFIRM): State.PROCESSING,
-    (State.SENT, Event.TOKEN): State.DECODING,  # without a slot of its own it is seen to run only later
+    (State.SENT, Event.TOKEN): State.DECODING,  # without a slot of its own it is seen running only later
     (State.SENT, Event.SETTLE): State.SETTLED,  # refused
     (State.SENT, Event.GIVE_BACK): State.RELEASED,  # without a slot of its own
     (State.SENT, Event.LEAVE): State.DRAINING,
@@ -71,7 +71,7 @@ NEXT: dict[tuple[State, Event], State] = {
     (State.RELEASE_PENDING, Event.LEAVE): State.DRAINING,
 }
 
-# Tuples, for hashing an enum is a call in Python.
+# Tuples: hashing an enum is a call in Python.
 ENDED = (State.RELEASE_PENDING, State.DRAINING, State.RELEASED)
 RUNNING = (State.PROCESSING, State.DECODING)
 OWN_REQUEST = (State.SENT, *RUNNING)
@@ -80,7 +80,7 @@ NEVER_FIRST = (State.DECODING, State.WAITING_EXCLUSIVE, State.SETTLED, *ENDED)
 
 
 class LongPrefill(enum.Enum):
-    """A prefill ahead of the request that is so long that it is computed in turn with those of others."""
+    """A prefill ahead of the request that is so long that it is computed in turn with those of other requests."""
 
     NONE = "none"
     WAITING = "waiting"  # for its first turn
@@ -89,8 +89,8 @@ class LongPrefill(enum.Enum):
 
 class Preemption(enum.Enum):
     FORBIDDEN = "forbidden"
-    ALLOWED = "allowed"  # its slot can be had for another user's request
-    REQUESTED = "requested"  # and shall be: what computes its prompt stops
+    ALLOWED = "allowed"  # its slot can be taken for another user's request
+    REQUESTED = "requested"  # its slot is to be taken: the prefill stops
 
 
 class Stopped(enum.Enum):
@@ -103,11 +103,12 @@ STOPPED: Literal[Stopped.STOPPED] = Stopped.STOPPED
 
 
 class RetryPlacement(Exception):
-    """The request needs another place: its slot is not what it was taken for, or is needed for something else.
+    """The request needs another place: its slot is not as expected, or is needed for another purpose.
 
-    What the slot holds is known, and what was computed stays in it. ``prefill_stats``: what was done for the request so
-    far. An exception, for it ends the steps of a plan at any depth, through the context managers that give back what
-    they hold; as a result it would pass four callers that can do nothing with it. No LlamaslotError: no client is told.
+    The slot's content is known, and computed tokens stay in it. ``prefill_stats``: what was done for the request so
+    far. It is an exception because it ends the steps of a plan at any depth, through context managers that release what
+    they hold; as a result it would have to pass four callers that can do nothing with it. Not a LlamaslotError: no
+    client sees it.
     """
 
     def __init__(self, prefill_stats: PrefillStats | None) -> None:
@@ -116,9 +117,9 @@ class RetryPlacement(Exception):
 
 
 class Preempted(RetryPlacement):
-    """Its slot is for a user that has fewer: the request is queued again, where it stood at ``came_at``.
+    """Its slot is for a user that has fewer: the request returns to its place in the queue, by ``came_at``.
 
-    ``n_times``: how often that has happened to it. An exception as ``RetryPlacement`` is, from the same depths.
+    ``n_times``: how often it was preempted. An exception for the same reason as ``RetryPlacement``.
     """
 
     def __init__(self, prefill_stats: PrefillStats | None, came_at: float, n_times: int) -> None:

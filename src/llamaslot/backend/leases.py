@@ -1,7 +1,7 @@
-"""Who holds which slot of one backend, and the exclusive section: one request at a time for which llama-server chooses
-slots, while no other may be between two steps.
+"""The leases of one backend, and its exclusive section: one request at a time for which llama-server chooses slots,
+while no other may be between two steps.
 
-All of it is bookkeeping without an await. Who gets a slot next is decided by the pool that the backend is in.
+Bookkeeping only, without an await. The pool of backends decides which request gets a slot next.
 """
 
 from __future__ import annotations
@@ -25,44 +25,44 @@ from llamaslot.tasks import ChangeEvent
 
 
 class Admission(Protocol):
-    """What a backend asks of the pool that it is in, and tells it."""
+    """The interface of the pool that a backend belongs to."""
 
     @property
     def n_waiting(self) -> int:
-        """Requests in the queue."""
+        """The number of requests in the queue."""
         ...
 
     def dispatch(self) -> None:
-        """Something has changed: give slots to those that wait."""
+        """Something has changed: lease slots to waiting requests."""
         ...
 
     def snapshots_in_demand(self) -> set[str]:
-        """The snapshots that requests in the queue would go on from."""
+        """The snapshots that queued requests would resume from."""
         ...
 
     def recorder(self, request: Request) -> DecisionRecorder:
-        """A place in the journal for what becomes of ``request``."""
+        """The journal record of ``request``."""
         ...
 
     def paid(self, charge: Charge | None) -> None:
-        """The slots that a user had are free. The caller dispatches."""
+        """The slots charged to a user are free. The caller dispatches."""
         ...
 
 
 class Leases:
-    """The leases of one backend. ``table``: the slots of the llama-server process at hand, None without one."""
+    """The leases of one backend. ``table``: the slots of the connected llama-server process, None without one."""
 
     def __init__(self, backend: str, admission: Admission, now: Callable[[], float]) -> None:
         self.backend, self.admission, self.now = backend, admission, now
         self.table: SlotTable | None = None
-        self.leases: dict[Lease, None] = {}  # in their order, which decides between makers of equal use
+        self.leases: dict[Lease, None] = {}  # ordered: among equals the first one is chosen
         self.changes = ChangeEvent()  # rings when anything has changed
         self._charges: dict[Lease, Charge] = {}  # to users, while they have slots
         self.on_drain: Callable[[Lease, Charge | None], None] = lambda lease, charge: None
         self.pin: Callable[[str], AbstractContextManager[object]] = lambda snapshot: nullcontext()
-        self.turn: Request | None = None  # the one exclusive request that is under way
-        self.is_gate_shut = False  # no other request may take a first step
-        self.is_turn_wanted = False  # the exclusive request waits for others to be through
+        self.turn: Request | None = None  # the one exclusive request, if any
+        self.is_gate_shut = False  # no other request may begin its first step
+        self.is_turn_wanted = False  # the exclusive request waits for others to finish
         self._used_at = now()
 
     def __repr__(self) -> str:
@@ -76,13 +76,13 @@ class Leases:
 
     @property
     def idle_s(self) -> float:
-        """For how many seconds no client has wanted anything of this backend."""
+        """The seconds since a client last used this backend."""
         is_wanted = self.n_waiting or any(not lease.is_own for lease in self.leases)
         return 0.0 if is_wanted else self.now() - self._used_at
 
     @property
     def is_open(self) -> bool:
-        """Whether a request may take its first step here."""
+        """Whether a request may begin its first step here."""
         return self.table is not None and not self.is_gate_shut
 
     def dispatch(self) -> None:
@@ -122,8 +122,9 @@ class Leases:
         came_at: float | None = None,
         n_preempted: int = 0,
     ) -> Lease:
-        """Lease ``slot``; None for the turn of a request for which llama-server will choose the slot. ``recorder``: its
-        record in the journal, else a new one. Raises KeyError, and takes nothing, when the plan's snapshot is gone."""
+        """Lease ``slot``; None for an exclusive request whose slot llama-server will choose. ``recorder``: its journal
+        record, by default a new one. Raises KeyError, and leases nothing, if the plan's snapshot is gone.
+        """
         assert self.table is not None, "only what is attached has slots"
         pin = self.pin(plan.snapshot) if plan is not None and plan.snapshot is not None else None
         lease = Lease(
@@ -137,21 +138,21 @@ class Leases:
         return lease
 
     def try_lease(self, slot: Slot, request: Request) -> Lease | None:
-        """Lease an idle slot for work of our own (a save, a probe), if no request is waiting for one."""
+        """Lease an idle slot for work of our own (a save, a probe); None if a request waits for one."""
         if not self.is_open or self.n_waiting or not slot.is_idle:
             return None
         return self.grant(slot, request)
 
     def lease_competitor(self, slot: Slot, lease: Lease) -> Lease | None:
-        """Lease an idle slot to make way for the request of ``lease``. Also while a turn keeps others from a first
-        step: it waits for that request, too."""
+        """Lease an idle slot in order to erase it for the request of ``lease``. Also during an exclusive section, which
+        waits for that request too.
+        """
         if self.table is not lease.pool or not slot.is_idle:
             return None
         return self.grant(slot, Request(f"{lease.request.id} clears its way", slot.content.tokens))
 
     def lease_idle(self, request: Request, n: int | None = None) -> list[Lease]:
-        """Lease the ``n`` lowest idle slots, or all of them, for the request whose turn it is. Raises
-        BackendRestarted."""
+        """Lease the ``n`` lowest idle slots, or all, for the exclusive request. Raises BackendRestarted."""
         assert self.turn is request, "only the job whose turn it is"
         if self.table is None:
             raise BackendRestarted
@@ -159,11 +160,11 @@ class Leases:
         return [self.grant(slot, request) for slot in idle]
 
     def charge(self, lease: Lease, charge: Charge | None) -> None:
-        """Its user pays for it until it ends, or until its slot has drained."""
+        """Charge its user until it ends, or until its slot has drained."""
         if charge is not None:
             self._charges[lease] = charge
 
-    # -- told by a lease, as its ``Owner`` -----------------------------------------------------------------------
+    # -- called by a lease, as its ``Owner`` ---------------------------------------------------------------------
 
     def on_change(self, lease: Lease) -> None:
         self.changes.notify()
@@ -187,7 +188,7 @@ class Leases:
     # -- the exclusive section -----------------------------------------------------------------------------------
 
     def end_exclusive(self, lease: Lease) -> None:
-        """The request is through with what only it may do. Idempotent."""
+        """The exclusive section of the request is over. Idempotent."""
         if self.turn is lease.request and (lease.plan is not None or lease.slot is None):
             self.turn, self.is_gate_shut, self.is_turn_wanted = None, False, False
             self.dispatch()
@@ -196,40 +197,41 @@ class Leases:
         return self.turn is lease.request
 
     def is_exclusive_waiting(self, lease: Lease) -> bool:
-        """Whether another request for which llama-server chooses slots waits for others to be through."""
+        """Whether another exclusive request waits for other requests to finish."""
         return self.is_turn_wanted and self.turn is not lease.request
 
     def is_prefilling(self, lease: Lease) -> bool:
-        """Whether a long prefill of another request is under way or waits for its turn."""
+        """Whether a long prefill of another request runs or waits for its turn."""
         if self.table is not lease.pool:
             return False  # there is nothing to wait for any more
         return any(other.is_long for other in self.leases if other.pool is self.table and other is not lease)
 
     def wait_for_exclusive(self, lease: Lease) -> None:
-        """From now on long prefills make room for the request whose turn it is, and none is begun."""
+        """From now on long prefills make room for the exclusive request, and none begins."""
         assert self.turn is lease.request, "only the job whose turn it is"
         if not self.is_turn_wanted:
             self.is_turn_wanted = True
             self.changes.notify()
 
     def pause_admission(self, lease: Lease) -> None:
-        """From now on no other request takes a first step."""
+        """From now on no other request begins its first step."""
         assert self.turn is lease.request, "only the job whose turn it is"
         self.is_gate_shut = True
 
     def resume_admission(self, lease: Lease) -> None:
-        """Others go on, as before ``wait_for_exclusive``; the request still waits."""
+        """Others may go on, as before ``wait_for_exclusive``; the request still waits."""
         assert self.turn is lease.request, "only the job whose turn it is"
         self.is_gate_shut = self.is_turn_wanted = False
         self.dispatch()
 
     def has_waited(self, lease: Lease) -> None:
-        """A request that has no slot of its own has had none while it waited: its user is not charged for that."""
+        """While it waited, a request without a slot of its own used none: its user is not charged for that time."""
         if lease.slot is None and lease in self._charges:
             self._charges[lease] = replace(self._charges[lease], at=self.now())
 
     def is_other_namespace_at_work(self, lease: Lease) -> bool:
-        """Whether a slot is at work on what the request must not go on from, if llama-server may choose that slot."""
+        """Whether a slot that llama-server may choose for the request runs a request whose content the request must not
+        use."""
         table, request = lease.pool, lease.request
         if self.table is not table or request.placement is not Placement.SERVER_CHOSEN:
             return False

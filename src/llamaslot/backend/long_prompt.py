@@ -1,4 +1,4 @@
-"""A prompt that is computed ahead of its request: how far it is, and what that has taken."""
+"""The state of a prompt that is computed ahead of its request."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from llamaslot.llama.sse import PrefillStats
 
 @dataclass(frozen=True, slots=True)
 class Prefilling:
-    """How far a prompt of ``n_tokens`` is: ``n_done`` tokens are there, of which ``n_reused`` were before, after
-    ``seconds`` of computing."""
+    """The progress of a prompt of ``n_tokens``: ``n_done`` tokens are present, of which ``n_reused`` were before,
+    after ``seconds`` of computing.
+    """
 
     n_done: int
     n_tokens: int
@@ -25,17 +26,18 @@ class Prefilling:
         return Comment.PREFILL.format(n_done=self.n_done, n_tokens=self.n_tokens)
 
 
-Report = Callable[[object], None]  # what happens now: a text, or what has one
+Report = Callable[[object], None]  # the present activity: a text, or an object with one
 
 
 def no_report(_: object) -> None:
-    """A ``Report`` that ignores what happens."""
+    """A ``Report`` that ignores its argument."""
 
 
 @dataclass(slots=True, eq=False)
 class LongPrompt:
-    """A prefill that is under way. ``at``: tokens that are there; ``stops``: where to stop on the way, and at last.
-    ``report``: told what happens; ``may_replan``: it may be given up for a better place."""
+    """A prefill in progress. ``at``: tokens that are present; ``stops``: where to stop on the way, and finally.
+    ``report``: called on progress; ``may_replan``: it may be given up for a better place.
+    """
 
     lease: Lease
     stops: Sequence[int]
@@ -44,20 +46,20 @@ class LongPrompt:
     at: int
     came_at: float
     has_begun: bool = False
-    n_reused: int = 0  # found by the first stretch
-    end: int = 0  # of the stretch that is computed
-    is_cut: bool = False  # that stretch ends by itself after a while
-    limit: asyncio.Timeout | None = None  # of that stretch, once it may be interrupted
+    n_reused: int = 0  # found by the first chunk
+    end: int = 0  # of the present chunk
+    is_cut: bool = False  # that chunk is sent as a part of the prompt, so it ends by itself
+    limit: asyncio.Timeout | None = None  # of that chunk, once it may be interrupted
     since: float = 0.0  # its beginning
-    # Before that many tokens no interruption: a sliding window stopped before it is full keeps nothing.
+    # No interruption before that many tokens: a sliding window that is stopped before it is full keeps nothing.
     no_stop_before: int = 0
-    is_by_right: bool = False  # after it was held back for too long: not for a request that needs little
+    is_by_right: bool = False  # it has been postponed for too long: small requests no longer delay it
     seconds: float = 0.0  # of computing
-    counted_s: float = 0.0  # of these, while other users waited
-    is_keeping: bool = False  # has a trunk saved, and waits for no turn
+    counted_s: float = 0.0  # of these, seconds while other users waited
+    is_keeping: bool = False  # it is having a shared prefix saved, and does not wait for a turn
     n_stopped: int = 0  # interruptions for other requests
-    paused_s: float = 0.0  # of which for streams
-    waited_s: float = 0.0  # for its turn, in all
+    paused_s: float = 0.0  # seconds of these for running streams
+    waited_s: float = 0.0  # for its turn, in total
 
     @property
     def user(self) -> str:
@@ -77,7 +79,7 @@ class LongPrompt:
 
     @property
     def target(self) -> int:
-        """Where to stop next: a boundary of its own, or where others wait for a trunk."""
+        """The next stop: one of its own, or a shared prefix that other requests wait for."""
         stops = [*self.stops, *self.lease.pool.trunks_to_come(self.lease.slot_id)]
         return min(
             (at for at in stops if at > self.at or (at == self.at and not self.has_begun)), default=self.last

@@ -1,4 +1,6 @@
-"""Saves under way, and saves that a running prefill has promised. Lookups find them like snapshots, and may wait."""
+"""Saves that are running, and saves promised by a running prefill. Lookups find them like snapshots, and requests may
+wait for them.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ from llamaslot.cache.prefix_index import PrefixIndex
 
 @dataclass(frozen=True, slots=True)
 class PendingSave:
-    """Content on its way from a slot to the disk: neither resident nor a snapshot until the save is committed.
+    """Content being saved: neither in a slot nor a snapshot until the save is committed.
 
-    ``slot``: where it is still to be computed before it is saved, of a trunk that a request will make on its way.
+    ``slot``: for a shared prefix that is still to be computed, the slot of the request that computes it.
     """
 
     holder: str
@@ -24,7 +26,7 @@ class PendingSave:
 
 
 class PendingSnapshots:
-    """All that is leaving, or will be. ``index`` has the tokens of each by its holder, behind the mark of its space."""
+    """All pending saves. ``index`` has the tokens of each by its holder, behind the mark of its namespace."""
 
     def __init__(self) -> None:
         self.index: PrefixIndex[str] = PrefixIndex()
@@ -33,23 +35,23 @@ class PendingSnapshots:
         self.n_changes = 0
 
     def __len__(self) -> int:
-        """Only tests ask."""
+        """Only tests use it."""
         return len(self._entries)
 
     def get(self, holder: str) -> PendingSave | None:
         return self._entries.get(holder)
 
     def space_of(self, holder: str) -> Namespace:
-        """Raises KeyError for an unknown one."""
+        """Raises KeyError for an unknown holder."""
         return self._entries[holder].content.space
 
     def contents(self) -> list[Content]:
-        """What each has. Only tests ask."""
+        """The contents of all. Only tests use it."""
         return [entry.content for entry in self._entries.values()]
 
     @property
     def trunks(self) -> list[str]:
-        """The holders of trunks to come: nothing is computed yet, and the request that computes them may leave."""
+        """The holders of shared prefixes to come: not computed yet, and the request that computes them may leave."""
         return [entry.holder for entry in self._entries.values() if entry.slot is not None]
 
     def add(self, content: Content, until: float, slot: int | None = None) -> PendingSave:
@@ -61,13 +63,13 @@ class PendingSnapshots:
         return entry
 
     def end(self, entry: PendingSave) -> None:
-        """It is a snapshot now, or nothing. Idempotent."""
+        """It is a snapshot now, or has failed. Idempotent."""
         if self._entries.pop(entry.holder, None) is not None:
             self.index.drop(entry.holder)
             self.n_changes += 1
 
     def trunks_of(self, slot: int) -> list[PendingSave]:
-        """The trunks that are to come from ``slot``."""
+        """The shared prefixes to come from ``slot``."""
         return [entry for entry in self._entries.values() if entry.slot == slot]
 
     def check(self) -> None:

@@ -1,12 +1,13 @@
-"""Long prompts, computed ahead of their own requests: one at a time, in stretches, with other requests in between.
+"""Chunked prefill: long prompts are computed ahead of their requests, one at a time, with other requests between two
+chunks.
 
-llama-server fills its batches by slot number and gives a prompt all that it has until it is through. So a long prompt
-is never sent whole: ``ChunkedPrefill`` sends it in stretches, and holds the next one back for requests whose first
-token is near, for the share of running streams, and for a prefill that is ahead by now (``scheduling.prefill_policy``
-decides). A model that can rewind to any token is sent pieces of the prompt. On others each end of a prompt would leave
-checkpoints, in memory and in the slot file: there it is sent as a whole, and interrupted. So is a prompt that is alone
-on the server, where a batch is over soon: each piece costs a request, and there is no request that it would let
-through.
+llama-server fills its batches by slot number and gives a prompt all it has until that prompt is done. So a long
+prompt is never sent as a whole. ``ChunkedPrefill`` sends it in chunks, and postpones the next one for requests whose
+first token is near, for the share of running streams, and for a prefill that is ahead now
+(``scheduling.prefill_policy`` decides). To a model that can rewind to any token it sends pieces of the prompt. On
+others each end of a prompt would leave checkpoints, in memory and in the slot file: there the prompt is sent as a
+whole, and interrupted. So is a prompt that is alone on the server, if a batch is short: each piece costs a request, and
+there is no request that it would let through.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ from llamaslot.tasks import ChangeEvent
 KeepTrunk = Callable[[Lease, int], Awaitable[None]]
 log = logging.getLogger(__name__)
 
-_FEW = 64  # tokens that a slot may lack of a stretch before its interruption is taken for lost work
-_LOOK_AGAIN_S = 0.5  # a request whose answer does not begin ceases to come first, without a notification
-_SURELY_S = 8.0  # of computing, before a prefill makes room for a request that chooses its slots
+_FEW = 64  # if the slot lacks more tokens of a chunk, its interruption has lost work
+_LOOK_AGAIN_S = 0.5  # a request whose answer does not begin loses its priority, without a notification
+_SURELY_S = 8.0  # of computing, before a prefill makes room for an exclusive request
 
 
 class _Why(enum.Enum):
-    """What a prefill waits for."""
+    """Why a prefill waits."""
 
     OTHER_PREFILL = "another prefill"
     FIRST = "a request whose first token is near"
@@ -65,10 +66,10 @@ class ChunkedPrefill:
     leases: Leases
     feedback: Feedback
     _longs: list[LongPrompt] = field(default_factory=list)
-    _current: LongPrompt | None = None  # whose stretch is computed now
-    _last: LongPrompt | None = None  # whose was computed last
+    _current: LongPrompt | None = None  # whose chunk is running now
+    _last: LongPrompt | None = None  # whose chunk ran last
     _stopped_at: float = float("-inf")
-    _pause_s: float = 0.0  # that the last stretch owes to streams
+    _pause_s: float = 0.0  # still owed to streams for the last chunk
     _time: ServerTime = field(default_factory=ServerTime)
 
     @property
@@ -81,13 +82,13 @@ class ChunkedPrefill:
     async def run(
         self, lease: Lease, stops: Sequence[int], report: Report, keep: KeepTrunk, *, may_replan: bool = False
     ) -> PrefillStats | None:
-        """Compute the prompt up to the last of ``stops``, by way of the others, and ``keep`` the trunks that are to
-        come from it. None when llama-server refused it: the request's own request will show why.
+        """Compute the prompt up to the last of ``stops``, stopping at the others, and ``keep`` the shared prefixes
+        that are to come from it. None if llama-server refused it: the request's own request will show why.
 
-        With ``may_replan`` raises PlanAgain when the slot holds much less than was expected of it: its content is known
-        then, and hardly anything was computed. The same when a request waits for which llama-server chooses slots.
-        Raises Preempted between two stretches.
-        Raises BackendDown and BackendRestarted. Cancelling is safe: the stretch is closed and its slot drains.
+        Raises Preempted between two chunks, BackendDown and BackendRestarted. With ``may_replan`` raises PlanAgain if
+        the slot holds much less than expected: its content is known then, and almost nothing was computed. Raises
+        PlanAgain too if an exclusive request has waited long enough. Cancelling is safe: the chunk is closed and its
+        slot drains.
         """
         rewind_model = lease.pool.rewind_model
         n_window = (rewind_model.window or 0) if rewind_model.memory is CacheKind.SWA else 0
@@ -124,10 +125,10 @@ class ChunkedPrefill:
             self._note(long)
         return long.prefill_stats
 
-    # -- whose turn it is ----------------------------------------------------------------------------------------
+    # -- turns ---------------------------------------------------------------------------------------------------
 
     async def _until_next(self, long: LongPrompt) -> None:
-        """Wait until the next stretch is this one's."""
+        """Wait for the turn of this prefill."""
         lease, began = long.lease, self.now()
         long.is_by_right = False
         while (waits := self._waits(long)) is not None:
@@ -141,19 +142,19 @@ class ChunkedPrefill:
             long.paused_s += self.now() - since if why is _Why.STREAMS else 0.0
             lease.check_current()
             if seconds is not None and self._next() is not long:
-                self._changes.notify()  # another prefill has come ahead meanwhile, and waits to be woken
-        # From here to the stretch nothing awaits.
+                self._changes.notify()  # another prefill is ahead by now, and waits to be woken
+        # No await from here to the chunk.
         self._current = long
         lease.take_prefill_turn()
         long.is_by_right = self._is_somebody_first(long)
         long.waited_s += self.now() - began
 
     def _waits(self, long: LongPrompt) -> tuple[_Why, float | None] | None:
-        """Why, and for how long if nothing changes (None: until something does). None when ``long`` is next."""
+        """Why it waits, and for how many seconds at most (None: until a change). None if ``long`` is next."""
         if self._current is not None or self._next() is not long:
             return _Why.OTHER_PREFILL, None
         now, sharing = self.now(), _sharing(long)
-        # No longer than it takes itself, so that one of a tenth of a second is not held back for two.
+        # Not longer than its own time, so that a prefill of a tenth of a second is not postponed for two.
         whole_s = long.seconds + self.rates.prefill.seconds(long.at, long.last)
         held_s = max(self._stopped_at, long.came_at) + min(sharing.max_yield_s, whole_s) - now
         if held_s > 0 and self._is_somebody_first(long):
@@ -169,7 +170,7 @@ class ChunkedPrefill:
         last = self._current or self._last
         current = longs.index(last) if last in longs else None
         pendings, sharing = [self._pending(long, now) for long in longs], _sharing(longs[0])
-        # What a user has had more than others counts as work before it; of the prompt itself only what is left.
+        # What a user has received above its share counts as work before it; of the prompt only the rest counts.
         owed_s = [self._time.owed_s(long.user) + long.counted_s for long in longs]
         pendings = [
             replace(one, left_s=one.left_s + max(owed_s) - own_s)
@@ -178,7 +179,7 @@ class ChunkedPrefill:
         return longs[next_up(pendings, current, self.rates.interruption.seconds, sharing.starvation_s)]
 
     def _pending(self, long: LongPrompt, now: float) -> Pending:
-        """What is left counts to where others go on from it, if any wait for that."""
+        """The remaining work counts to the point where other requests can resume, if any wait for that."""
         shared = [at for at in long.lease.pool.trunks_to_come(long.lease.slot_id) if at > long.at]
         left_s = self.rates.prefill.seconds(long.lease.n_done, min([long.last, *shared]))
         computed_s = long.seconds + (now - long.since if long is self._current else 0.0)
@@ -192,13 +193,13 @@ class ChunkedPrefill:
         return bool(self._first(long))
 
     def _first(self, long: LongPrompt) -> list[str]:
-        """The users whose requests come first and may hold ``long`` back."""
+        """The users of small requests that may postpone ``long``."""
         may, grace_s = self._time.may_hold_back, _sharing(long).chunk_s
         first = (lease.request.user.id for lease in self._others(long) if lease.is_latency_sensitive)
         return sorted({user for user in first if may(user, long.user, grace_s)})
 
     def _users_waiting(self) -> set[str]:
-        """The users of long prompts, and of requests that come first."""
+        """The users of long prompts and of small requests."""
         leases = self.leases.leases if self._longs else ()
         return {long.user for long in self._longs} | {
             lease.request.user.id for lease in leases if lease.is_latency_sensitive
@@ -208,16 +209,16 @@ class ChunkedPrefill:
         return sum(lease.is_decoding for lease in self._others(long))
 
     def _make_room(self, long: LongPrompt) -> None:
-        """Raises PlanAgain when a request for which llama-server chooses slots has waited long enough."""
+        """Raises PlanAgain if an exclusive request has waited long enough."""
         left_s = self.rates.prefill.seconds(long.at, long.last)
         is_long_enough = long.seconds >= _SURELY_S and left_s > _sharing(long).max_yield_s
         if is_long_enough and self.leases.is_exclusive_waiting(long.lease):
             raise RetryPlacement(long.prefill_stats)
 
-    # -- a stretch -----------------------------------------------------------------------------------------------
+    # -- a chunk -------------------------------------------------------------------------------------------------
 
     async def _stretch(self, long: LongPrompt) -> bool:
-        """Compute on for a while; False when llama-server refused. ``long.at`` is where it has got to, then.
+        """Compute one chunk; False if llama-server refused it. ``long.at`` is then the number of tokens present.
 
         Raises PlanAgain as ``run`` does.
         """
@@ -248,7 +249,7 @@ class ChunkedPrefill:
         return True
 
     def _ended(self, long: LongPrompt, took_s: float) -> None:
-        """The stretch of ``long`` is over: another prefill may be next."""
+        """The chunk of ``long`` is over: another prefill may be next."""
         long.limit, self._current, self._last = None, None, long
         if self._time.took([long.user], took_s, self._users_waiting()):
             long.counted_s += took_s
@@ -257,8 +258,10 @@ class ChunkedPrefill:
         self._changes.notify()
 
     def _is_cut(self, long: LongPrompt) -> bool:
-        """Whether the stretch is to end by itself after a while. Else it goes all the way unless it is interrupted:
-        that takes up to two batches, so both must fit into the time of a stretch for a request that comes meanwhile."""
+        """Whether the chunk is sent as a part of the prompt, so that it ends by itself. Otherwise it runs until it is
+        interrupted. An interruption takes up to two batches, so both must fit into the time of a chunk for a request
+        that comes meanwhile.
+        """
         lease = long.lease
         if not (lease.is_long and lease.pool.rewind_model.is_rewindable):
             return False
@@ -269,20 +272,21 @@ class ChunkedPrefill:
         return not n_batch or batches_s > _sharing(long).chunk_s
 
     def _end_of(self, long: LongPrompt) -> int:
-        """How far the stretch is sent."""
+        """The token up to which the chunk is sent."""
         if not long.is_cut:
             return long.target
         rate, begin = self.rates.prefill, long.at
         if not long.has_begun and long.lease.forecast.n_whole is not None:
             begin = max(
                 begin, long.lease.forecast.n_whole
-            )  # what ends in the answer that the slot holds cuts it off
+            )  # an end within the answer that the slot holds would truncate that
         reached = rate.reached(begin, _sharing(long).chunk_s) if rate.known else begin + GRAIN
         return chunk_end(begin, long.target, reached)
 
     async def _compute(self, long: LongPrompt) -> bool:
-        """The stretch itself. What the slot holds at its end is known, however it ends. True when it has ended because
-        that is much less than was expected."""
+        """Run the chunk. The slot's content is known at its end, however it ends. True if it ended because the slot
+        had much less than expected.
+        """
         lease = long.lease
         tokens, before = head(lease.request.tokens, long.end), lease.content or NOTHING
         last: Progress | None = None
@@ -340,10 +344,10 @@ class ChunkedPrefill:
             event.processed, long.lease.request.n_tokens, n_reused, long.seconds + event.seconds
         )
 
-    # -- giving way ----------------------------------------------------------------------------------------------
+    # -- interruption --------------------------------------------------------------------------------------------
 
     def _reconsider(self) -> None:
-        """Something has changed: when must the stretch that is computed now be interrupted?"""
+        """Something has changed: compute when the present chunk must be interrupted."""
         long = self._current
         if long is not None and long.limit is not None and not long.limit.expired():
             loop = asyncio.get_running_loop()
@@ -351,12 +355,14 @@ class ChunkedPrefill:
             long.limit.reschedule(None if when is None else max(when - self.now(), 0.0) + loop.time())
 
     def _must_stop_at(self, long: LongPrompt) -> float | None:
-        """None for never, or not yet: interrupted it would be idle no sooner than it is through."""
+        """When to interrupt it; None: never, or not yet, because it would end as soon without."""
         sharing, now, n_done = _sharing(long), self.now(), long.lease.n_done
         is_nearly_through = self.rates.prefill.seconds(n_done, long.end) <= self.rates.interruption.seconds
         if is_nearly_through or n_done < long.no_stop_before:
             return None
-        soonest = long.since + (2 * sharing.chunk_s if long.is_cut else 0.0)  # one that is cut ends by itself
+        soonest = long.since + (
+            2 * sharing.chunk_s if long.is_cut else 0.0
+        )  # a chunk that ends by itself is not interrupted
         by_right = long.since + sharing.chunk_s if long.is_by_right else soonest
         if long.lease.is_preempted:
             return max(now, soonest)
@@ -374,8 +380,9 @@ class ChunkedPrefill:
         return None
 
     def _is_trunk_ahead(self, long: LongPrompt) -> bool:
-        """Whether others have come to wait for what is there before the stretch ends by itself. What was passed can
-        only be kept where it can be cut back."""
+        """Whether other requests wait for a prefix that is present before the chunk ends by itself. A prefix that was
+        passed can only be saved if the model can rewind to it.
+        """
         if long.is_cut or long.target >= long.end:
             return False
         return long.lease.n_done < long.target or long.lease.pool.rewind_model.is_rewindable
@@ -383,7 +390,9 @@ class ChunkedPrefill:
     # -- trunks --------------------------------------------------------------------------------------------------
 
     def _is_trunk_due(self, long: LongPrompt) -> bool:
-        """Whether others wait for what is there now. What was passed can only be kept where it can be cut back."""
+        """Whether other requests wait for what is present now. A prefix that was passed can only be saved if the
+        model can rewind to it.
+        """
         lease, pool = long.lease, long.lease.pool
         due = [at for at in pool.trunks_to_come(lease.slot_id) if at <= long.at]
         if due and not pool.rewind_model.is_rewindable and due[-1] < long.at:
@@ -392,7 +401,7 @@ class ChunkedPrefill:
             return False
         return bool(due)
 
-    # -- what is told --------------------------------------------------------------------------------------------
+    # -- journal -------------------------------------------------------------------------------------------------
 
     def _note(self, long: LongPrompt) -> None:
         n_computed = max(long.at - long.n_reused, 0) if long.has_begun else 0

@@ -1,4 +1,4 @@
-"""Finds out by trying what llama-server does not tell, in a slot that holds nothing worth keeping."""
+"""Probes llama-server for what it does not report, in a slot that holds nothing worth keeping."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llamaslot.store import Catalog, NotShared, QuotaExceeded, Reservation, prov
 
 log = logging.getLogger(__name__)
 
-_FEW, _MORE = 10, 50  # tokens of the two saves that tell the bytes per token
+_FEW, _MORE = 10, 50  # tokens of two saves, from which the bytes per token follow
 _RAM_PROBE = 64  # tokens of the context that is displaced
 _MAX_WINDOW = 8192  # a longer sliding window is not probed: it would take too long at each start
 
@@ -55,12 +55,12 @@ STALE = (
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What slot files of a model that cannot go back to any token are worth.
+    """Whether slot files of a model that cannot rewind to any token are useful.
 
-    ``keep_checkpoints``: those of the slot are in the file. ``memory``: what going on from a restored slot has shown.
-    Both None when that could not be tried. Not ``are_usable``: nothing of them can be used (a sliding window without
-    checkpoints), or nothing must be: b9713 leaves a slot its checkpoints when another conversation is restored into it,
-    goes on from that stranger's state, and answers wrongly (seen running).
+    ``keep_checkpoints``: files contain the slot's checkpoints. ``memory``: the kind shown by resuming from a restored
+    slot. Both None if that could not be probed. ``are_usable`` is False if nothing in them can be used (a sliding
+    window without checkpoints), or must be used: b9713 keeps a slot's checkpoints when another conversation is
+    restored into it, resumes from the other conversation's state, and answers wrongly (measured).
     """
 
     keep_checkpoints: bool | None = None
@@ -69,10 +69,10 @@ class Files:
 
 
 class Probes:
-    """Probes of one llama-server. ``warnings``: what defeats the purpose, each with what it costs and what mends it.
+    """Probes of one llama-server. ``warnings``: what prevents reuse, each with its cost and its remedy.
 
-    Every coroutine raises BackendDown, SlotWedged, UpstreamError and NotUnderstood. Canceling is safe: the slot is left
-    with a few dozen tokens of nobody's.
+    Every coroutine raises BackendDown, SlotWedged, UpstreamError and NotUnderstood. Canceling is safe: the slot is
+    left with a few dozen meaningless tokens.
     """
 
     def __init__(self, api: LlamaServer, catalog: Catalog | None, rates: Rates) -> None:
@@ -80,10 +80,10 @@ class Probes:
         self.warnings: list[str] = []
         self.can_erase = True
         self.is_memory_sure = False
-        self.window: int | None = None  # of a sliding window, in tokens; None where no file tells
+        self.window: int | None = None  # of a sliding window, in tokens; None if no model file tells
 
     async def has_room(self, n_tokens: int) -> bool:
-        """Whether the quota has room for a file of so many tokens, perhaps after evictions."""
+        """Whether the quota has space for a file of ``n_tokens``, perhaps after evictions."""
         if self.catalog is None:
             return False
         room = await self._room(self.rates.size_bytes(n_tokens))
@@ -92,7 +92,9 @@ class Probes:
         return room is not None
 
     async def can_save(self, slot: int, n_tokens: int) -> bool:
-        """Whether slot files can be used: proved with one that the server writes. ``n_tokens``: what the slot holds."""
+        """Whether slot files can be used: verified with one that the server writes. ``n_tokens``: what the slot
+        holds.
+        """
         if not n_tokens:
             await self._fill(slot, _FEW)
         if self.catalog is None:
@@ -132,9 +134,10 @@ class Probes:
         return None
 
     async def size(self, slot: int) -> None:
-        """Learn the bytes per token from two small saves: a guess would break the quota, or empty it.
+        """Learn the bytes per token from two small saves: a wrong guess would exceed the quota, or evict everything.
 
-        Needless where snapshots of this model tell it. Where there are none at all, nothing can be evicted for a probe.
+        Not needed if snapshots of this model show it. If there are no snapshots at all, nothing can be evicted for a
+        probe.
         """
         assert self.catalog is not None
         if self.rates.size.bytes(_MORE) is not None:
@@ -153,7 +156,7 @@ class Probes:
                 await self.catalog.abandon(room)
 
     async def memory(self, slot: int, props: Props) -> CacheKind:
-        """How the model remembers: its GGUF says so where it can be read, and going back in the slot proves it."""
+        """The kind of model: from its GGUF if that can be read, and verified by a rewind in the slot."""
         known = await architecture(Path(props.model_path)) if props.model_path else None
         self.is_memory_sure, self.window = known is not None, known.window if known is not None else None
         window = known.window if known is not None else 0
@@ -176,14 +179,14 @@ class Probes:
         return memory
 
     async def checkpoints(self, slot: int) -> Files:
-        """What a slot file of a model that cannot go back to any token is worth."""
+        """Whether a slot file of a model that cannot rewind to any token is useful."""
         assert self.catalog is not None
-        # They begin otherwise than what other probes have left.
+        # Their beginning differs from what other probes have left.
         mine, other = _tokens(102)[8:], _tokens(101)[4:]
         parted = head(mine, 98) + head(other, 2)
         await self._prefill(slot, mine)
         if not await self._prefill(slot, parted):
-            return Files()  # it makes none
+            return Files()  # it creates none
         room = await self._room(self.rates.size_bytes(count(parted)))
         if room is None:
             return Files()
@@ -196,7 +199,7 @@ class Probes:
         try:
             await self.api.save(slot, room.part_name)
             await self._prefill(slot, head(other, 20))  # now the slot has a checkpoint at 16, and no other
-            if await reused(head(mine, 20) + head(other, 2)):  # none of its own is so early
+            if await reused(head(mine, 20) + head(other, 2)):  # none of its own is this early
                 return self._useless(STALE)
             is_kept = await reused(mine) > 0
             is_end_enough = await reused(parted + head(other, 2)) == count(parted)
@@ -217,7 +220,7 @@ class Probes:
         return Files(False, are_usable=False)
 
     async def identity(self, slot: int, props: Props, model: Mapping[str, Any], lora: list[Any]) -> Identity:
-        """Who the model is. Leaves the probe's tokens in the slot."""
+        """The identity of the model. Leaves the probe's tokens in the slot."""
         tokens = probe_tokens(_n_vocab(model))
         behaviour = await self.api.top_logprobs(slot, tokens, N_PROBS)
         mark = await gguf_mark(Path(props.model_path)) if props.model_path else None
@@ -233,9 +236,9 @@ class Probes:
     async def has_ram_cache(self) -> bool:
         """Whether llama-server finds a context again that was displaced from its slot (``--cache-ram``).
 
-        Three small requests for which llama-server chooses the slot, as it would without llamaslot: what they displace
-        goes to the RAM cache, if there is one. The second keeps less than half of the first, so that the first is
-        copied there; the third goes on from the first (tools/server/server-context.cpp: get_available_slot).
+        Three small requests for which llama-server chooses the slot, as it would without llamaslot: what they
+        displace goes to the RAM cache, if there is one. The second keeps less than half of the first, so the first is
+        copied there; the third resumes from the first (tools/server/server-context.cpp: get_available_slot).
         """
         mine, other = _tokens(102)[8:], _tokens(101)[4:]
         first = head(mine, _RAM_PROBE)
@@ -244,21 +247,22 @@ class Probes:
         return await self._complete(first + head(other, 8)) >= _RAM_PROBE // 2
 
     async def _complete(self, tokens: bytes) -> int:
-        """Compute ``tokens`` in a slot of llama-server's choice; how many of them were reused."""
+        """Compute ``tokens`` in a slot of llama-server's choice. Returns the number of reused tokens."""
         body = {"prompt": unpack(tokens), "n_predict": 0, "cache_prompt": True}
         _, answer = await self.api.ask("/completion", body, ACTION_S)
         timings = answer.get("timings") if isinstance(answer, dict) else None
         return int(timings["cache_n"]) if timings else 0
 
     async def _fill(self, slot: int, n_tokens: int) -> bytes:
-        """Compute ``n_tokens`` tokens of no meaning, whatever the slot held."""
+        """Compute ``n_tokens`` meaningless tokens, whatever the slot held."""
         tokens = _tokens(n_tokens)
         await self._prefill(slot, tokens)
         return tokens
 
     async def _prefill(self, slot: int, tokens: bytes) -> int:
-        """Compute ``tokens``; how many of them were reused. How fast it goes, and what a request costs beside that, is
-        learned."""
+        """Compute ``tokens``. Returns the number of reused tokens. Learns the speed, and the cost of a request apart
+        from that.
+        """
         n_reused, took_s, now = 0, 0.0, asyncio.get_running_loop().time
         began = now()
         async with contextlib.aclosing(self.api.prefill(slot, tokens)) as events:
@@ -272,7 +276,7 @@ class Probes:
 
 
 def _tokens(n_tokens: int) -> bytes:
-    """So many tokens of no meaning."""
+    """``n_tokens`` meaningless tokens."""
     tokens = (probe_tokens(256) * (n_tokens // 50 + 1))[: n_tokens * 4]
     assert count(tokens) == n_tokens
     return tokens

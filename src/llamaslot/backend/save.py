@@ -1,4 +1,6 @@
-"""Saves a slot to a snapshot: makes room, has the file written, verifies and commits it, offers it to placements."""
+"""Saves a slot as a snapshot: reserves space, has llama-server write the file, verifies and commits it, adds it to
+the index.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +30,16 @@ log = logging.getLogger(__name__)
 
 NOT_SAVED = "%s: slot %s was not saved: %s"  # request, slot, reason
 
-_NEAR_TOKENS = 64  # a checkpoint so near to the end is worth going back to
+_NEAR_TOKENS = 64  # a checkpoint this near to the end is worth a rewind
 
 
 def never() -> bool:
-    """Of a save that gives way to nothing."""
+    """For a save that yields to nothing."""
     return False
 
 
 class Saving:
-    """The saves of one backend. ``fingerprint`` is that of the model that is running now."""
+    """The saves of one backend. ``fingerprint``: of the model that runs now."""
 
     def __init__(
         self,
@@ -56,9 +58,10 @@ class Saving:
 
     @contextlib.asynccontextmanager
     async def in_turn(self, lease: Lease, seconds: float) -> AsyncIterator[None]:
-        """For a save or a restore of about ``seconds``. Each stops every stream of this llama-server, so there is one
-        at a time, which then waits for a batch of its own. While no answer is decoded, those that take less than that
-        wait do not take turns: all that are due are done between the same two batches."""
+        """Run a save or restore of about ``seconds``. Each stops every stream of this llama-server, so there is one
+        at a time, followed by a wait for one batch. While no answer is being decoded, actions shorter than that wait
+        take no turns: all that are due run between the same two batches.
+        """
         is_decoding = any(other.is_decoding for other in self._leases.leases if other is not lease)
         if is_decoding or seconds > self.rates.save_delay.seconds:
             async with self._lock:
@@ -67,14 +70,14 @@ class Saving:
             yield
 
     async def save(self, lease: Lease, must_give_way: Callable[[], bool] = never) -> Snapshot | None:
-        """Write what the slot holds to a snapshot, verified and committed. None when that failed: the slot keeps it.
-        ``must_give_way`` is asked just before the file is written: True leaves that undone.
+        """Save the slot's content as a snapshot, verified and committed. None if that failed: the slot keeps its
+        content. ``must_give_way`` is called just before the file is written: True cancels the save.
 
-        Raises SlotWedged where it had to go back first, and nothing came of that.
+        Raises SlotWedged if the slot had to be rewound first, and llama-server sent nothing.
         """
         if self.catalog is None or lease.content is None:
             return None
-        if lease.content.has_media:  # llama-server may write it, but what the file holds would be unknown
+        if lease.content.has_media:  # llama-server may write it, but the content of the file would be unknown
             lease.set_content(replace(lease.content, is_dirty=False, snapshot=None))
             return None
         if not await self._has_gone_back(lease, lease.content, SnapshotKind.LEAF):
@@ -82,11 +85,11 @@ class Saving:
             self._leases.dispatch()
             return None
         content, keep = lease.content, _planned(lease)
-        if lease.is_own:  # else slots that are all hot would evict each other in turn, for ever
+        if lease.is_own:  # otherwise slots that are all hot would evict each other in turn, for ever
             keep = lease.pool.backing(besides=lease.slot)
         n_held = await self._n_held(lease, content)
         snapshot = await self._write(lease, content, n_held, keep, SnapshotKind.LEAF, must_give_way)
-        # From here to the end nothing awaits: leaving becomes a snapshot in one breath.
+        # No await from here to the end: the pending save becomes a snapshot at once.
         lease.end_pending_save()
         if snapshot is not None:
             old = lease.pool.snapshot(content.snapshot) if content.snapshot else None
@@ -98,10 +101,10 @@ class Saving:
         return snapshot
 
     async def keep(self, lease: Lease, n_tokens: int) -> bool:
-        """Write what the slot holds, the first ``n_tokens`` of its request and no more, to a trunk. False when that
-        failed. Raises SlotWedged as ``save`` does.
+        """Save the slot's content, exactly the first ``n_tokens`` of its request, as a shared-prefix snapshot. False if
+        that failed. Raises SlotWedged as ``save`` does.
 
-        The slot goes on from there: what it holds is no more and no less unsaved than before.
+        The slot continues from there: its unsaved content is the same as before.
         """
         content, is_kept = lease.content, False
         try:
@@ -116,7 +119,7 @@ class Saving:
             snapshot = await self._write(lease, lease.content, n_tokens, _planned(lease), SnapshotKind.TRUNK)
             is_kept = snapshot is not None
             return is_kept
-        finally:  # in the same breath in which it has become a snapshot
+        finally:  # without an await since it became a snapshot
             if not is_kept:
                 lease.stop_keeping()
             lease.pool.expect_no_trunk(lease.slot_id, n_tokens)
@@ -131,9 +134,9 @@ class Saving:
         kind: SnapshotKind,
         must_give_way: Callable[[], bool] = never,
     ) -> WithTokens | None:
-        """Make room, save, verify, commit, and offer it. None when that failed, which is said in the log.
+        """Reserve space, save, verify, commit, and add it to the index. None if that failed, which is logged.
 
-        Nothing awaits between the commit and the return.
+        There is no await between the commit and the return.
         """
         assert self.catalog is not None
         began = self.now()
@@ -152,7 +155,7 @@ class Saving:
         try:
             async with self.in_turn(lease, self.rates.save.seconds(size_bytes)):
                 started = self.now()
-                lease.check_current()  # making room has taken a while
+                lease.check_current()  # reserving has taken a while
                 if must_give_way():
                     await self.catalog.abandon(draft)
                     return None
@@ -181,11 +184,11 @@ class Saving:
                 lease.set_content(None)  # a full disk, by contrast, says nothing about the slot
             _not_saved(lease, kind, error, self.now() - started)
             return None
-        # The server's own time: what a save waits for (the batch that runs for others) a prefill would wait for too.
+        # The server's own time: what a save waits for (the batch of other requests) a prefill would wait for too.
         save_s, waited_s = result.seconds or seconds, started - asked_at
         self.rates.save.observe(snapshot.size_bytes, save_s)
         if lease.plan is not None and kind is SnapshotKind.LEAF:
-            # Without what it has waited for other saves: those are few where this says that they cost much.
+            # Without the wait for other saves: those are few if this delay makes them expensive.
             self.rates.save_delay.observe(max(self.now() - began - waited_s - save_s, 0.0))
         self.rates.size.observe(result.n_tokens, snapshot.size_bytes)
         self.metrics.saved(snapshot.size_bytes, seconds)
@@ -204,17 +207,18 @@ class Saving:
                 self.catalog.branched(left)
             current = self._leases.table
             if current not in (None, lease.pool) and self.fingerprint == fingerprint:
-                current.add_snapshot(snapshot)  # the server has restarted since, and can read it as well
+                current.add_snapshot(snapshot)  # the server has restarted since, and can read it too
         return snapshot
 
     @staticmethod
     def _must_go_back(rewind_model: RewindModel, content: Content) -> bool:
-        """Whether the slot has to go back to the end of its prompt first, for its file to be of any use.
+        """Whether the slot must be rewound to the end of its prompt first, or its file would be useless.
 
-        Of a build that keeps no checkpoints in it, because the answer behind it comes back tokenized anew. It costs the
-        few tokens since the slot's own last checkpoint; without one near the end it would cost the whole prompt, and is
-        left. With a sliding window, because a prefill that was stopped on the way has left no checkpoint, and without
-        any the file restores nothing (2,560 tokens: 0 reused; gone back by one token: 2,559).
+        1. The build keeps no checkpoints in files: then the next prompt has the answer tokenized differently. The
+           rewind costs the few tokens since the slot's last checkpoint; without one near the end it would cost the
+           whole prompt, and is not done.
+        2. With a sliding window, after a prefill that was stopped on the way: it has left no checkpoint, and without
+           one the file restores nothing (2,560 tokens: 0 reused; rewound by one token: 2,559).
         """
         is_near = content.n_tokens - max(content.checkpoints, default=0) <= _NEAR_TOKENS
         if rewind_model.is_rewound:
@@ -222,9 +226,10 @@ class Saving:
         return rewind_model.memory is CacheKind.SWA and content.is_exact and not is_near
 
     async def _has_gone_back(self, lease: Lease, content: Content, kind: SnapshotKind) -> bool:
-        """Rewind the slot where the file would be of no use otherwise. False if that has failed: what the slot holds is
-        unknown then, and it drains once it is given back, for llama-server may be at work in it. Raises SlotWedged if
-        llama-server sent nothing."""
+        """Rewind the slot if its file would be useless otherwise. False if that failed: then its content is unknown,
+        and it drains when released, because llama-server may be working in it. Raises SlotWedged if llama-server sent
+        nothing.
+        """
         if self._must_go_back(lease.pool.rewind_model, content):
             try:
                 await self._rewind(lease, content)
@@ -240,7 +245,7 @@ class Saving:
         return True
 
     async def _rewind(self, lease: Lease, content: Content) -> None:
-        """Rewind the slot to the end of its prompt. Raises LlamaslotError: then what the slot holds is unknown."""
+        """Rewind the slot to the end of its prompt. Raises LlamaslotError: then its content is unknown."""
         lease.check_current()
         n_reused = 0
         async with contextlib.aclosing(
@@ -249,11 +254,11 @@ class Saving:
             async for event in events:
                 n_reused = event.cache
         after = prefilled(content, content.tokens, n_reused)
-        # So few tokens before the end the checkpoint is made where they begin (seen running).
+        # If so few tokens are computed, the checkpoint is created at their beginning (measured).
         lease.set_content(replace(after, checkpoints=(*after.checkpoints, n_reused)))
 
     async def _n_held(self, lease: Lease, content: Content) -> int:
-        """What the file will hold: room is made before it is written, for the answer's tokens too."""
+        """The number of tokens in the file: space is reserved before it is written, for the answer's tokens too."""
         if content.is_exact or content.n_more:
             return content.n_held
         try:
@@ -264,12 +269,12 @@ class Saving:
 
 
 def _step(kind: SnapshotKind) -> str:
-    """What the journal calls it."""
+    """The name of the step in the journal."""
     return "keep" if kind is SnapshotKind.TRUNK else "save"
 
 
 def _planned(lease: Lease) -> set[str]:
-    """The snapshot that its own plan goes on from, which no room is made of."""
+    """The snapshot that its own plan resumes from, which must not be evicted."""
     return {lease.plan.snapshot} if lease.plan is not None and lease.plan.snapshot else set()
 
 

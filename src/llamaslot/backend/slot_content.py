@@ -1,4 +1,4 @@
-"""What a slot holds after a prompt was computed in it or stopped on the way, and whether that is less than expected."""
+"""What a slot holds after a prefill that was completed or stopped, and whether that is less than expected."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from llamaslot.cache.reuse import checkpoints_after
 from llamaslot.errors import BackendDown, LlamaslotError, UpstreamError
 from llamaslot.llama.client import LlamaServer
 
-_IDLE_POLL_S = 0.02  # llama-server answers between two batches, so it is asked about once for each
-_FEW_TOKENS = 64  # slack: builds reuse up to this many tokens less than computed
+_IDLE_POLL_S = 0.02  # llama-server answers between two batches, so it is polled about once for each
+_FEW_TOKENS = 64  # tolerance: builds reuse up to this many tokens less than computed
 
 
 def prefilled(before: Content, tokens: bytes, n_reused: int) -> Content:
-    """What a slot holds after ``tokens`` were computed on ``n_reused`` of what it held before."""
+    """The content of a slot after ``tokens`` were computed on ``n_reused`` of its tokens."""
     checkpoints = checkpoints_after(before.checkpoints, n_reused, [count(tokens)])
     return Content(tokens, True, True, checkpoints, before.snapshot, space=before.space)
 
@@ -26,16 +26,17 @@ def prefilled(before: Content, tokens: bytes, n_reused: int) -> Content:
 async def wait_until_idle(
     api: LlamaServer, lease: Lease, content: Content, now: Callable[[], float]
 ) -> Content:
-    """What is there of ``content`` when the server is idle, after a connection was closed on the way.
+    """The part of ``content`` that is present when the server is idle, after a connection was closed during a
+    prefill.
 
-    The server cannot write its event for the batch that is running, and that ends the work: to ask for ``/slots`` does
-    not keep it alive. How long it takes is learned. Raises BackendDown and BackendRestarted.
+    The server cannot write the event of the running batch, which ends the work; polling ``/slots`` does not keep it
+    alive. The time is learned. Raises BackendDown and BackendRestarted.
     """
     closed = now()
     while True:
         try:
             infos = {info.id: info for info in await api.slots()}
-        except UpstreamError as error:  # no refusal of the prefill: the slot may still be at work
+        except UpstreamError as error:  # not a refusal of the prefill: the slot may still be working
             raise BackendDown(f"llama-server does not answer /slots: {error}") from error
         lease.check_current()
         if (info := infos.get(lease.slot_id)) is None or not info.is_processing:
@@ -47,9 +48,9 @@ async def wait_until_idle(
 
 
 async def is_untouched(api: LlamaServer, lease: Lease, before: Content | None) -> bool:
-    """Whether the slot of ``lease``, which held ``before``, still does after llama-server has refused what was sent
-    there. It says how many tokens are in it. Those that a request would have left there are as many only where these
-    are the same ones, or by a rare chance, which costs time: llama-server compares tokens by itself.
+    """Whether the slot of ``lease`` still holds ``before`` after llama-server has refused a request to it. It reports
+    the number of tokens. A request would leave the same number only if its tokens are the same, or by a rare chance,
+    which only costs time: llama-server compares tokens by itself.
     """
     try:
         infos = {info.id: info for info in await api.slots()}
@@ -61,13 +62,14 @@ async def is_untouched(api: LlamaServer, lease: Lease, before: Content | None) -
     n_now = info.n_tokens or 0
     if before.is_exact or before.n_more:
         return n_now == before.n_held
-    n_kept = common(before.tokens, lease.request.tokens)  # of what is sure, whatever was done
+    n_kept = common(before.tokens, lease.request.tokens)  # of what is certain, in either case
     return n_now >= before.n_tokens and (n_kept == before.n_tokens or n_now > lease.request.n_tokens)
 
 
 def is_far_off(lease: Lease, n_expected: int, n_found: int) -> bool:
-    """Whether so much less is in the slot than was believed that it makes a long prefill of its own, and more than
-    stopping here and going somewhere else costs."""
+    """Whether the slot holds so much less than expected that the rest is a long prefill of its own, and costs more
+    than stopping here and taking another place.
+    """
     pool = lease.pool
     lost_s = pool.rates.prefill.seconds(n_found, n_expected)
     return n_expected - n_found > _FEW_TOKENS and lost_s > max(pool.long_s, pool.rates.interruption.seconds)

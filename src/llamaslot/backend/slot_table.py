@@ -1,7 +1,7 @@
-"""What one running llama-server holds: its slots, the two prefix indexes, and what losing any of it would cost.
+"""The content of one running llama-server: its slots, the two prefix indexes, and the cost of losing any of it.
 
-All of it is bookkeeping without an await. A pool lives as long as the llama-server process that it describes: after a
-restart there is a new one, and what the old one's leases still do to their slots has no effect any more.
+Bookkeeping only, without an await. A slot table lives as long as its llama-server process. After a restart there is a
+new one, and changes of old leases to their slots have no effect.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ from llamaslot.scheduling.slots import Event, Slot, SlotKey, State
 from llamaslot.store import Snapshot, WithTokens
 from llamaslot.store.model_snapshots import ModelSnapshots
 
-DRAIN_S = 0.4  # what it usually takes until the server has noticed that a client has gone
+DRAIN_S = 0.4  # usual time until the server notices that a client has gone
 
 
 @dataclass(slots=True)
 class SlotForecast:
-    """``ready_at``: when its steps are through and an answer begins, if any, of ``max_tokens`` at most if that
-    is known. ``will_hold`` is computed in ``space``."""
+    """When a leased slot will be free. ``ready_at``: when its steps are over and an answer begins, if any, of at most
+    ``max_tokens`` if known. ``will_hold``: its future content, computed in ``space``.
+    """
 
     ready_at: float
     has_answer: bool
     will_hold: bytes
     space: Namespace
     max_tokens: int | None = None
-    is_at_work: bool = False  # it drains, and the server was seen to work in it
+    is_at_work: bool = False  # it drains, and the server was seen working in it
 
     def wait_s(self, now: float, answers: AnswerLength, *, is_draining: bool) -> float:
         wait_s = max(self.ready_at - now, DRAIN_S if is_draining else 0.0)
@@ -67,11 +68,11 @@ class SlotTable:
         self.backend, self.n_ctx, self.rules, self.rates = backend, n_ctx, rules, rates
         self.can_erase = False
         self.rewind_model = RewindModel(predictions=rates.predictions)
-        self.is_memory_sure = False  # the GGUF says so too: a short probe does not leave a sliding window
+        self.is_memory_sure = False  # the GGUF says so too: a short probe does not exceed a sliding window
         self.slots = [Slot(backend, i) for i in range(n_slots)]
         self.is_current = True
         self.lost_slots = LostSlots()
-        self.n_batch = 0  # tokens of a prompt that the server computes at once, once that has been seen
+        self.n_batch = 0  # prompt tokens that the server computes at once; 0 until that was seen
         self._index: PrefixIndex[int] = PrefixIndex()
         self._residents = InNamespaces(self._index, self._space_of)
         self.worth = SlotWorth(self.slots, rules, rates, self.rewind_model)
@@ -80,7 +81,7 @@ class SlotTable:
         self._busy: dict[int, SlotForecast] = {}
 
     def offer(self, library: ModelSnapshots) -> None:
-        """From now on the snapshots in ``library`` are found; it is shared with the pools before and after this one."""
+        """Use the snapshots in ``library``, which is shared with the slot tables before and after this one."""
         self._snapshots, self._snapshot_index = library.snapshots, library.in_spaces
         self.model_snapshots = library
         self._candidates = SnapshotCandidates(library, self._pending, self.rates, self.rewind_model)
@@ -107,15 +108,16 @@ class SlotTable:
 
     @property
     def long_s(self) -> float:
-        """Prefills that take longer are computed ahead of their requests, in turn with those of others."""
+        """Prefills that take more seconds are computed ahead of their requests, in turn with those of others."""
         return self.rules.long_s(self.rates.request.seconds)
 
     def view(
         self, request: Request, now: float, reserved: Mapping[SlotKey, float], *, is_patient: bool = True
     ) -> BackendView:
-        """The backend as ``request`` sees it; without patience nothing that is still to be computed. Changes nothing.
+        """The backend as ``request`` sees it; if not ``is_patient``, without content that is still to be computed.
+        Changes nothing.
 
-        Where there are many slots those are left out that ``place`` would not choose in any case.
+        Of many slots those that ``place`` would never choose are left out.
         """
         hits = self._residents.match(request.tokens, request.reads)
         shared = {hit.holder: hit.n_shared for hit in hits}
@@ -167,7 +169,7 @@ class SlotTable:
             )
         busy = self._busy[slot.id]
         n_held = count(busy.will_hold)
-        # Its own prompt's checkpoints are not there yet; what is said of a busy slot is an estimate anyway.
+        # Checkpoints of its own prompt are not there yet; figures of a busy slot are estimates anyway.
         n_usable = min(n_shared, request.n_tokens - 1) if request.n_tokens else 0
         return SlotView(
             key=slot.key,
@@ -180,7 +182,7 @@ class SlotTable:
         )
 
     def missing_s(self, request: Request) -> float:
-        """What the request's prompt will take to compute, from wherever it shares most. An estimate."""
+        """The estimated prefill time of the request's prompt, from its longest cached prefix."""
         held = self._residents.match(request.tokens, request.reads, 1) if not request.no_cache else []
         n_held = held[0].n_shared if held else 0
         n_saved = (
@@ -194,8 +196,9 @@ class SlotTable:
         return self.rates.save_s(content.n_held)
 
     def saves_s(self, standing: SnapshotStats) -> float:
-        """What a snapshot saves each time that it is asked for: what is computed without it, by way of what others
-        hold, against its restore. 0 when it saves nothing."""
+        """The seconds that each hit of a snapshot saves: the prefill without it, helped by other snapshots, less its
+        restore. 0 if it saves nothing.
+        """
         n, n_covered, prefill_s = standing.n_tokens, 0, self.rates.prefill.seconds
         if standing.id in self._snapshots:
             self.model_snapshots.overlap.memory = self.memory
@@ -210,24 +213,24 @@ class SlotTable:
     # -- snapshots -----------------------------------------------------------------------------------------------
 
     def add_snapshot(self, snapshot: WithTokens) -> None:
-        """Idempotent."""
+        """Add a snapshot. Idempotent."""
         self.model_snapshots.add(snapshot)
 
     def drop_snapshot(self, snapshot_id: str) -> None:
-        """Idempotent. A slot that came from it is the only holder now: what it holds is dirty again."""
+        """Remove a snapshot. Idempotent. A slot that came from it is the only holder now, so it is dirty again."""
         self.model_snapshots.drop(snapshot_id)
         for slot in self.slots:
             if slot.content.snapshot == snapshot_id:
                 slot.content = replace(slot.content, snapshot=None, is_dirty=True)
 
     def agree(self, snapshots: Mapping[str, Snapshot]) -> None:
-        """Drop what is not among ``snapshots``, the ones that exist."""
+        """Drop all snapshots that are not among ``snapshots``, the existing ones."""
         held = {slot.content.snapshot for slot in self.slots if slot.content.snapshot is not None}
         for snapshot_id in (self._snapshots.keys() | held) - snapshots.keys():
             self.drop_snapshot(snapshot_id)
 
     def snapshot(self, snapshot_id: str) -> WithTokens | None:
-        """With its tokens as the index has them: a millisecond for 60,000."""
+        """The snapshot with its tokens from the index: a millisecond for 60,000."""
         if (snapshot := self._snapshots.get(snapshot_id)) is None:
             return None
         return snapshot.with_tokens(self._snapshot_index.tokens(snapshot_id))
@@ -236,14 +239,16 @@ class SlotTable:
         return snapshot_id in self._snapshots
 
     def competing_slots(self, request: Request, own: int) -> list[Slot]:
-        """The slots that llama-server, which knows no spaces, may choose for ``request`` instead of its own, which has
-        all but one token of it."""
+        """The slots that llama-server, which knows no namespaces, may choose for ``request`` instead of ``own``, which
+        has all but one token of the request.
+        """
         n = max(request.n_tokens - 1, 1)
         return [slot for slot in self.slots if slot.id != own and self._may_hold(slot, request, n)]
 
     def _may_hold(self, slot: Slot, request: Request, n: int) -> bool:
-        """Whether it has the first ``n`` tokens of ``request``, or will have, as far as known; of another space, or
-        may."""
+        """Whether the slot has, will have or may have the first ``n`` tokens of ``request``; true for another namespace
+        if that is possible.
+        """
         busy = self._busy.get(slot.id)
         known = busy.will_hold if busy else slot.content.tokens
         n_shared = common(known, request.tokens)
@@ -253,8 +258,9 @@ class SlotTable:
         return may_go_on and self.is_other_namespace(slot, request)
 
     def is_other_namespace(self, slot: Slot, request: Request) -> bool:
-        """Whether ``request`` must not use what is in the slot, or will be. If nobody knows, it may where users
-        share."""
+        """Whether ``request`` must not use the slot's present or future content. Unknown content may be used in the
+        shared namespace.
+        """
         return self._space_of(slot.id) not in request.reads
 
     def best_snapshot(self, request: Request) -> str | None:
@@ -264,7 +270,7 @@ class SlotTable:
         return [snapshot for snapshot in self._snapshots.values() if snapshot.is_pinned]
 
     def marked(self, snapshot: Snapshot) -> None:
-        """``snapshot`` is kept for something else than before; a conversation that has gone on from it is its own."""
+        """``snapshot`` has another kind now; a conversation that has continued it is a separate one."""
         if snapshot.id in self._snapshots:
             self._snapshots[snapshot.id] = snapshot
             for slot in self.slots:
@@ -276,7 +282,7 @@ class SlotTable:
         return snapshot is not None and snapshot.kind is SnapshotKind.TRUNK
 
     def backing(self, besides: Slot | None) -> set[str]:
-        """The snapshots of what slots hold now: when one of them goes, its slot is dirty again."""
+        """The snapshots of what slots hold now: if one of them is dropped, its slot is dirty again."""
         kept = (slot.content.snapshot for slot in self.slots if slot is not besides)
         return {snapshot for snapshot in kept if snapshot is not None}
 
@@ -285,7 +291,7 @@ class SlotTable:
         return len(self.slots) - len(self._busy)
 
     def filled(self) -> list[Slot]:
-        """The idle slots that hold something, or may."""
+        """The idle slots that are not empty, or may not be."""
         return [slot for slot in self.slots if slot.is_idle and slot.state is not State.FREE]
 
     # -- leases --------------------------------------------------------------------------------------------------
@@ -295,8 +301,8 @@ class SlotTable:
     ) -> PendingSave | None:
         """Lease ``slot`` to ``request``: from now on it counts as holding what the request will leave in it.
 
-        Content that the plan saves first becomes *leaving* in the same breath, so that its owner, asking meanwhile,
-        waits for the commit instead of computing it again.
+        Content that the plan saves first becomes pending at once, so a request for it waits for the commit instead of
+        computing it again.
         """
         old = slot.content
         steps_s = plan.cost.steps_s if plan else self.save_s(old)
@@ -314,74 +320,79 @@ class SlotTable:
         return leaving
 
     def left(self, leaving: PendingSave) -> None:
-        """The save of ``leaving`` has ended, well or not. Idempotent."""
+        """The save of ``leaving`` has ended, successful or not. Idempotent."""
         self._pending.end(leaving)
 
     def _expect_trunks(self, request: Request, plan: Plan, now: float) -> None:
-        """From now on others who begin like ``request`` find the trunks that it will make, and may wait for them."""
+        """From now on requests with the same beginning as ``request`` find the shared prefixes that it will make, and
+        may wait for them.
+        """
         for step in plan.steps:
             if isinstance(step, SaveSharedPrefix):
                 due_s = self.rates.prefill.seconds(plan.n_reused, step.n_tokens)
                 self.expect_trunk(request, step.n_tokens, step.slot.id, now + due_s)
 
     def expect_trunk(self, request: Request, n_tokens: int, slot: int, due_at: float) -> None:
-        """``request``, which prefills in ``slot``, will keep a trunk of its first ``n_tokens``, at about ``due_at``."""
+        """``request``, which prefills in ``slot``, will save a shared prefix of its first ``n_tokens``, at about
+        ``due_at``.
+        """
         checkpoints = checkpoints_after((), 0, [n_tokens])
         trunk = Content(head(request.tokens, n_tokens), checkpoints=checkpoints, space=request.space)
         self._pending.add(trunk, due_at, slot)
 
     def expect_no_trunk(self, slot: int, upto: int | None = None) -> bool:
-        """The trunks of up to ``upto`` tokens (None: any) that were to come from ``slot`` are there, or will not come;
-        whether one was expected. Idempotent."""
+        """The shared prefixes of up to ``upto`` tokens (None: any) expected from ``slot`` are saved, or will not
+        come. Returns whether one was expected. Idempotent.
+        """
         ended = [end for end in self._pending.trunks_of(slot) if upto is None or end.content.n_tokens <= upto]
         for trunk in ended:
             self._pending.end(trunk)
         return bool(ended)
 
     def trunks_to_come(self, slot: int) -> list[int]:
-        """Where whoever prefills in ``slot`` is to keep a trunk, in tokens, ascending."""
+        """Where the prefill in ``slot`` is to save a shared prefix, in tokens, ascending."""
         return sorted(trunk.content.n_tokens for trunk in self._pending.trunks_of(slot))
 
     def trunk_to_come(self, holder: str | None) -> PendingSave | None:
-        """The trunk of that name, if it is still to be computed."""
+        """The shared prefix of that name, if it is still to be computed."""
         entry = self._pending.get(holder) if holder is not None else None
         return entry if entry is not None and entry.slot is not None else None
 
     def answering(self, slot: Slot, now: float) -> None:
-        """The steps before the answer are through."""
+        """The steps before the answer are over."""
         if (busy := self._busy.get(slot.id)) is not None:
             busy.ready_at = now
 
     def is_ready_in(self, slot: int, seconds: float, now: float) -> None:
-        """The steps before the answer are expected to take so long yet."""
+        """The steps before the answer are expected to take ``seconds`` more."""
         if slot in self._busy:
             self._busy[slot].ready_at = now + seconds
 
     def seen_at_work(self, slot: Slot) -> None:
-        """What a client left behind in ``slot`` has arrived there: nothing of it is on its way any more."""
+        """The request that a client left behind in ``slot`` has arrived there: nothing of it is in transit any more."""
         if (busy := self._busy.get(slot.id)) is not None:
             busy.is_at_work = True
 
     @property
     def is_anything_on_its_way(self) -> bool:
-        """Whether something sent for a client that has gone may still begin in a slot."""
+        """Whether a request of a client that has gone may still begin in a slot."""
         return any(s.state is State.DRAINING and not self._busy[s.id].is_at_work for s in self.slots)
 
     def expect_nothing(self, slot: Slot, space: Namespace) -> None:
-        """A leased slot will hold what nobody knows, computed in ``space``: it is no use to wait for it."""
+        """A leased slot will hold unknown content, computed in ``space``: waiting for it is useless."""
         if (busy := self._busy.get(slot.id)) is not None:
             busy.will_hold, busy.space = b"", space
             self._note(slot, b"", busy.space)
 
     def give_back(self, slot: Slot, event: Event, content: Content, now: float) -> None:
-        """End a lease, or the draining after one, with what the slot now holds."""
+        """End a lease, or the draining after one, with the slot's present content."""
         self.expect_no_trunk(slot.id)
         if event is Event.KEEP and content.n_tokens == 0:
             event = Event.EMPTY
         if content.snapshot is not None and content.snapshot not in self._snapshots:
             content = replace(content, snapshot=None, is_dirty=True)  # dropped while the slot was leased
         elif content.snapshot is not None and content.is_dirty and self._is_trunk(content.snapshot):
-            content = replace(content, snapshot=None)  # a conversation of its own goes on from it
+            content = replace(content, snapshot=None)  # a separate conversation continues it
         slot.become(event, content)
         if event is Event.LEAVE:
             self._busy[slot.id] = SlotForecast(now, False, content.tokens, content.space)

@@ -1,4 +1,4 @@
-"""What idle slots hold is worth, so that a request takes the one whose loss costs least."""
+"""The value of the content of idle slots, so that a request takes the slot whose loss costs least."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from llamaslot.scheduling.save_policy import Unsaved, is_worth
 from llamaslot.scheduling.slots import Slot, SlotKey
 from llamaslot.store.model_snapshots import ModelSnapshots
 
-_FEW_SLOTS = 8  # are all looked at
-# What the worth of a slot follows from: what it holds, what others have of that, speeds, and whether slots are saved.
+_FEW_SLOTS = 8  # up to this number all are considered
+# The inputs of a slot's worth: its content, what others have of that, speeds, and whether slots are saved.
 _Worn = tuple[Content, int, int, tuple[int, ...], bool]
 
 
 class _Worth(NamedTuple):
-    """``eviction_cost_s`` for a slot that was used just now."""
+    """``eviction_cost_s``: for a slot that was used just now."""
 
     n_tokens: int
     is_worth_saving: bool
@@ -33,32 +33,30 @@ class _Worth(NamedTuple):
 
 
 class SlotWorth:
-    """The idle slots of one pool. ``can_save``: slots are saved and restored."""
+    """The idle slots of one slot table. ``can_save``: slots are saved and restored."""
 
     def __init__(self, slots: list[Slot], rules: Rules, rates: Rates, rewind_model: RewindModel) -> None:
         self.slots, self.rules, self.rates, self.rewind_model = slots, rules, rates, rewind_model
         self.can_save = False
-        self._index: PrefixIndex[int] = (
-            PrefixIndex()
-        )  # by what they hold; those that are at work are not in it
+        self._index: PrefixIndex[int] = PrefixIndex()  # by their tokens; busy ones are not in it
         self._idle = InNamespaces(self._index, lambda slot: slots[slot].content.space)
         self._on_disk: dict[int, tuple[Content, tuple[int, int], int]] = {}
         self._worths: dict[int, tuple[_Worn, _Worth]] = {}
 
     def offer(self, library: ModelSnapshots, pending: PendingSnapshots, offers: SnapshotCandidates) -> None:
-        """From now on the snapshots in ``library`` are found."""
+        """Use the snapshots in ``library``."""
         self.model_snapshots, self._pending, self._candidates = library, pending, offers
         self._on_disk.clear()
 
     def holds(self, slot: Slot) -> None:
-        """``slot`` is idle, with what it holds now."""
+        """``slot`` is idle, with its present content."""
         if slot.content.tokens:
             self._index.insert(slot.id, mark(slot.content.space) + slot.content.tokens)
         else:
             self._index.drop(slot.id)
 
     def lost(self, slot: Slot) -> None:
-        """``slot`` is idle no longer. Idempotent."""
+        """``slot`` is no longer idle. Idempotent."""
         self._index.drop(slot.id)
 
     def looked_at(
@@ -67,8 +65,9 @@ class SlotWorth:
         now: float,
         reserved: Mapping[SlotKey, float],
     ) -> Collection[Slot]:
-        """All slots, or of many those that come into question: where the prompt may go on, and of the others the least
-        loss."""
+        """The slots to consider: all, or of many those that the prompt may resume from, and of the others those of
+        least loss.
+        """
         if len(self.slots) <= _FEW_SLOTS or not self.rewind_model.is_rewindable:
             return self.slots
         shared = {hit.holder: hit.n_shared for hit in hits}
@@ -86,12 +85,13 @@ class SlotWorth:
         return [self.slots[slot] for slot in sorted(near | worth_a_look(strangers))]
 
     def _similar(self, n_tokens: int) -> float:
-        """So much of what a slot with ``n_tokens`` holds must be of use to a prompt that it goes on there."""
+        """The number of tokens that a prompt must reuse of a slot with ``n_tokens`` to resume there."""
         return self.rules.similarity_min * n_tokens
 
     def _worth(self, slot: Slot, about: tuple[int, ...]) -> _Worth:
-        """What an idle slot holds is worth, when somebody has just used it. ``about``: speeds and sizes; as long as
-        these and what others hold of it stay the same, so does this."""
+        """The worth of an idle slot's content directly after its use. ``about``: speeds and sizes; the result is
+        reused while these and the copies of the content elsewhere stay the same.
+        """
         content, n_covered = slot.content, self.covered(slot)
         worn = content, n_covered, self.can_save and self.on_disk(slot), about, self.can_save
         known = self._worths.get(slot.id)
@@ -105,7 +105,7 @@ class SlotWorth:
         return worth
 
     def covered(self, slot: Slot) -> int:
-        """How much of what the slot holds can be had elsewhere: from another idle slot, or from a snapshot."""
+        """The number of the slot's tokens that are also in another idle slot or a snapshot."""
         tokens, space = slot.content.tokens, slot.content.space
         on_disk = self.on_disk(slot) if self.can_save else 0
         if self.rewind_model.is_rewindable:
@@ -122,7 +122,7 @@ class SlotWorth:
         return max([on_disk, *found])
 
     def on_disk(self, slot: Slot) -> int:
-        """How much of what the slot holds need not be computed again, thanks to a snapshot."""
+        """The number of the slot's tokens that a snapshot makes reusable."""
         content, n_changes = slot.content, (self.model_snapshots.n_changes, self._pending.n_changes)
         known = self._on_disk.get(slot.id)
         if (
@@ -137,8 +137,9 @@ class SlotWorth:
         return n_tokens
 
     def is_worth_saving(self, slot: Slot, delay_s: float = 0.0) -> bool:
-        """Whether it pays to write what this slot holds to disk, the answer included if that goes into the file.
-        ``delay_s``: what a request that waits for that pays beside it."""
+        """Whether saving this slot's content is worth it, the answer included if that goes into the file.
+        ``delay_s``: the additional cost for a request that waits for the save.
+        """
         content = slot.content
         if not (self.can_save and content.is_dirty) or content.n_tokens < MIN_WORTH_TOKENS:
             return False
@@ -148,7 +149,7 @@ class SlotWorth:
         return is_worth(Unsaved(lacking_s, self.rates.save_s(n_saved) + delay_s))
 
     def eviction_cost_s(self, slot: Slot, is_saved: bool) -> float:
-        """What the owner of the slot's content pays when he comes back and finds it gone, in seconds."""
+        """The seconds that the owner of the slot's content loses if it is gone at its next request."""
         n = slot.content.n_tokens
         if n == 0:
             return 0.0

@@ -1,4 +1,4 @@
-"""Tells the catalog which snapshots were used again, and which were abandoned after an edit."""
+"""Tells the catalog which snapshots were hit, and which were abandoned after an edit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from llamaslot.cache.namespaces import Namespace
 from llamaslot.scheduling.plan import Source
 from llamaslot.store import Catalog, Snapshot, WithTokens
 
-_N_NEAREST = 8  # snapshots that one is compared with, the longest common prefixes first
+_N_NEAREST = 8  # snapshots compared with one, the longest common prefixes first
 
 
 def record_hit(catalog: Catalog, lease: Lease) -> None:
-    """A request has its slot: the snapshot that stands behind what it goes on from was asked for, although it needs no
-    restore. A restore is a hit of its own, when it has succeeded."""
+    """A request has its slot: record a hit of the snapshot of the content that it resumes from, although it needs no
+    restore. A restore is recorded as a hit when it has succeeded.
+    """
     plan, content, request = lease.plan, lease.content, lease.request
     if plan is None or content is None or content.snapshot is None or request.no_cache:
         return
@@ -28,11 +29,11 @@ def record_hit(catalog: Catalog, lease: Lease) -> None:
 
 
 def abandoned_by(pool: SlotTable, new: WithTokens) -> str | None:
-    """The snapshot of the same conversation from which ``new`` parts well before its end, to go on alone.
+    """The snapshot of the same conversation from which ``new`` diverges well before its end; None if there is none.
 
-    As a rule an earlier message was edited. Many conversations begin alike, so only what the new one shares
-    with this one, and with no other, tells that it is the same. Not before it is saved: until then the other one is all
-    that it can be restored from.
+    Usually an earlier message was edited. Many conversations have the same beginning, so only tokens that the new one
+    shares with this snapshot, and with no other, show that it is the same. Called after the save: until then it can
+    only be restored from the other one.
     """
     nearest: Snapshot | None = None
     n_parted = n_common = 0
@@ -46,7 +47,7 @@ def abandoned_by(pool: SlotTable, new: WithTokens) -> str | None:
         if snapshot.kind is not SnapshotKind.LEAF:
             n_common = max(n_common, hit.n_shared)
         elif hit.n_shared >= pool.rules.similarity_min * hit.n_tokens:
-            return None  # the new one goes on from there, or it is the same again
+            return None  # the new one continues it, or is the same again
         else:
             nearest, n_parted = snapshot, hit.n_shared
     is_own = 0 < n_common <= n_parted - MIN_WORTH_TOKENS
@@ -55,9 +56,10 @@ def abandoned_by(pool: SlotTable, new: WithTokens) -> str | None:
 
 
 def supersedes(new: WithTokens, old: WithTokens, similarity_min: float) -> bool:
-    """Whether ``new`` makes ``old``, from the same conversation, needless: never a trunk, nor one that is pinned.
+    """Whether ``new`` makes ``old``, of the same conversation, unnecessary: never a shared prefix, nor a pinned one.
 
-    Not a strict prefix only: the answer in ``old`` comes back re-tokenized, so the two part somewhere inside it.
+    Not only if ``old`` is a strict prefix: the answer in ``old`` comes back re-tokenized, so the two diverge
+    somewhere inside it.
     """
     if old.kind is not SnapshotKind.LEAF or old.is_pinned or new.n_tokens < old.n_tokens:
         return False

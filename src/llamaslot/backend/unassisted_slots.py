@@ -1,4 +1,4 @@
-"""How many requests llama-server may have at a time, where it chooses their slots by itself."""
+"""Limits the number of requests at llama-server if it chooses their slots by itself."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ _UNBOUNDED = 1 << 20
 
 
 class UnassistedSlots(SlotTable):
-    """A slot of this pool is the right to send one request. It says nothing about what the slot of that number does in
-    llama-server. ``n_slots`` None: llama-server does not tell how many it has, and no request waits."""
+    """A slot of this table is the right to send one request. It is unrelated to the slot of that number in
+    llama-server. ``n_slots`` None: llama-server does not report its number, and no request waits.
+    """
 
     is_assisted = False
 
@@ -25,7 +26,7 @@ class UnassistedSlots(SlotTable):
         return super().n_idle if self._is_bounded else _UNBOUNDED
 
     def any_idle(self) -> Slot | None:
-        """A slot that is free; None while all are in use."""
+        """A free slot; None while all are in use."""
         idle = next((slot for slot in self.slots if slot.is_idle), None)
         if idle is None and not self._is_bounded:
             idle = Slot(self.backend, len(self.slots))

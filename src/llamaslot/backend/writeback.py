@@ -1,4 +1,4 @@
-"""Saves dirty slots while nobody is waiting, so that neither an eviction nor a crash finds them unsaved."""
+"""Saves dirty slots while no request waits, so that an eviction or a crash does not lose them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _LOOK_EVERY_S = 0.5
 
 
 class Writeback:
-    """One task per backend. It leases a slot only while no client wants anything, for as long as its save takes."""
+    """One task per backend. It leases a slot only while no client needs the backend, for as long as its save takes."""
 
     def __init__(self, leases: Leases, executor: PlanExecutor, idle_save_s: float) -> None:
         self._leases, self._executor, self._idle_save_s = leases, executor, idle_save_s
         self._serial = itertools.count(1)
-        # What could not be saved is not tried again until it has changed.
+        # A slot that could not be saved is not tried again until its content has changed.
         self._failed: dict[Slot, bytes] = {}
 
     async def run(self) -> None:
-        """Runs until cancelled; a save under way is then carried out."""
+        """Runs until cancelled; a running save is then completed."""
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             if self._leases.idle_s >= self._idle_save_s:
@@ -40,7 +40,7 @@ class Writeback:
                     await self._save(lease, self._is_somebody_here)
 
     async def save_all(self) -> int:
-        """Save every idle slot that is worth it; how many there were. For a clean stop."""
+        """Save every idle slot that is worth it, for a clean stop. Returns their number."""
         pool, n_saved = self._leases.table, 0
         for _ in pool.slots if pool is not None else ():  # each once, whether it could be saved or not
             slot = self._next()
@@ -54,7 +54,7 @@ class Writeback:
         return self._leases.try_lease(slot, request)
 
     async def _save(self, lease: Lease, must_give_way: Callable[[], bool] = never) -> Snapshot | None:
-        """None when it failed: then not again until the slot holds something else."""
+        """Save the slot. None if that failed: then not again until its content has changed."""
         assert lease.slot is not None
         with lease:
             slot, before = lease.slot, lease.slot.content.tokens
@@ -71,11 +71,13 @@ class Writeback:
         return snapshot
 
     def _is_somebody_here(self) -> bool:
-        """A client has come while room was made: his stream, or his wait, must not stand still for a save."""
+        """A request has come while space was being reserved: it must not wait for this save, nor may its stream
+        pause.
+        """
         return self._leases.idle_s == 0
 
     def _next(self) -> Slot | None:
-        """The slot that would cost most to lose."""
+        """The slot whose loss would cost most."""
         pool = self._leases.table
         if pool is None:
             return None

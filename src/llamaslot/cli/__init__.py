@@ -1,7 +1,7 @@
-"""The command line: ``llamaslot serve --config config.yaml``, ``llamaslot snapshots`` for what is on disk, and
-``llamaslot keys`` for who may come in.
+"""The command line: ``llamaslot serve --config config.yaml``; ``llamaslot snapshots`` for the snapshots on disk;
+``llamaslot keys`` for the keys of clients.
 
-What an operator can mend is printed as a plain list and ends with exit code 2; a traceback means a fault of ours.
+Faults that an operator can fix are printed as a plain list, with exit code 2. A traceback means a bug in llamaslot.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ import click
 import llamaslot
 from llamaslot.errors import ConfigError, LlamaslotError
 
-# What takes long to import is imported where it is needed: ``--help`` took 0.8 s, and takes 0.1.
+# Slow imports are made where they are needed: ``--help`` took 0.8 s, and takes 0.1.
 if TYPE_CHECKING:
     from llamaslot.config.load import Config
 
 EXIT_FAULT = 2
 
-#: What the operating system says when `listen` cannot be had, and what mends it.
+#: Errors of the operating system for `listen`, and how to fix them.
 _BIND_FAULTS = {
     errno.EADDRINUSE: "is in use, perhaps by another llamaslot: stop that one or choose another port",
-    errno.EADDRNOTAVAIL: "is no address of this machine: 127.0.0.1 is for this machine alone, 0.0.0.0 for everybody",
+    errno.EADDRNOTAVAIL: "is no address of this machine: 127.0.0.1 is for this machine alone, 0.0.0.0 for all",
     errno.EACCES: "may not be used by this user: ports below 1024 belong to root",
 }
 
-#: Priorities of the journal (syslog's), which turns them back into levels.
+#: Priorities of the journal (syslog's); systemd shows them as levels.
 _JOURNAL_LEVELS = {
     logging.DEBUG: 7,
     logging.INFO: 6,
@@ -45,7 +45,7 @@ _JOURNAL_LEVELS = {
 
 
 class LateGroup(click.Group):
-    """A group of commands that is in a module of its own, by its own name; imported when its commands are asked for."""
+    """A group of commands in its own module of the same name, imported when one of its commands is used."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return self._group.list_commands(context)
@@ -97,7 +97,7 @@ def serve(path: Path, is_check: bool, who: str | None) -> None:
 
 
 def _check(path: Path, who: str | None) -> None:
-    """Raises ConfigError."""
+    """Check the configuration and print the result. Raises ConfigError."""
     from llamaslot.cli.check import check, check_as
 
     if who is not None:
@@ -130,7 +130,7 @@ def _run(config: Config) -> None:
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:
-    """The errors in a group of errors, which is what an ``asyncio.TaskGroup`` raises."""
+    """The single errors in an exception group, as raised by ``asyncio.TaskGroup``."""
     if isinstance(error, BaseExceptionGroup):
         for inner in error.exceptions:
             yield from _leaves(inner)
@@ -139,7 +139,7 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def _wording(error: BaseException, config: Config) -> str | None:
-    """One line for what an operator can mend, None for anything else."""
+    """One line for an error that an operator can fix, None for others."""
     listen = config.listen
     if isinstance(error, socket.gaierror):
         return f"listen.host: {listen.host}: {error.strerror}"
@@ -157,7 +157,7 @@ def _fail(lines: list[str]) -> None:
 
 
 class _JournalFormatter(logging.Formatter):
-    """The journal has its own clock; what it lacks is the level, which ``<4>`` at the start of a line tells it."""
+    """For the journal, which has its own clock. It takes the level from ``<4>`` at the start of a line."""
 
     def format(self, record: logging.LogRecord) -> str:
         level = _JOURNAL_LEVELS.get(record.levelno, 6)
@@ -165,7 +165,7 @@ class _JournalFormatter(logging.Formatter):
 
 
 def set_up_logging(level: str) -> None:
-    """One line per record on stderr, with the time unless systemd's journal is what reads it."""
+    """Log one line per record to stderr, with the time unless stderr goes to systemd's journal."""
     handler = logging.StreamHandler()
     if _is_journal():
         handler.setFormatter(_JournalFormatter("%(name)s: %(message)s"))
@@ -175,7 +175,9 @@ def set_up_logging(level: str) -> None:
 
 
 def _is_journal() -> bool:
-    """systemd names the device and inode of the stream; a terminal inside a service inherits the variable only."""
+    """Whether stderr goes to the journal. systemd names the device and inode of the stream; a terminal inside a
+    service inherits only the variable.
+    """
     try:
         stream = os.fstat(2)
     except OSError:

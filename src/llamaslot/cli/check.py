@@ -1,7 +1,7 @@
-"""``serve --check``: the configuration, and whether the user that will serve can use what it names.
+"""``serve --check``: checks the configuration, and whether the service's user can use the files that it names.
 
-Root may read and write everything, so a check by root finds nothing that is closed to the service's user. ``--as USER``
-checks in a process of that user; without it owners and modes tell what nobody but root can use.
+Root may read and write everything, so a check by root does not find what the service's user may not use. ``--as
+USER`` checks in a process of that user. Without it, owners and modes show what only root can use.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llamaslot.store.directory import HITS_NAME, LOCK_NAME
 from llamaslot.store.quota import beyond_disk
 from llamaslot.store.scan import list_own, size_bytes
 
-_ROOTS_META_DIR = "/var/lib/llamaslot"  # of the unit: what StateDirectory= makes
+_ROOTS_META_DIR = "/var/lib/llamaslot"  # of the systemd unit: made by StateDirectory=
 _SHARED = (
     "docs/install.md has the commands: a group for both processes, directories with mode 2770, umask 0007"
 )
@@ -32,15 +32,16 @@ _WORDS = {os.R_OK: "read", os.W_OK: "write", os.X_OK: "enter"}
 
 @dataclass(slots=True)
 class Checked:
-    """``faults`` keep it from serving, or from serving as it should; ``notes`` are worth knowing."""
+    """``faults`` prevent llamaslot from serving, or from serving correctly; ``notes`` are hints."""
 
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 def check(path: Path) -> Checked:
-    """All that can be found out as the user of this process. Raises ConfigError with the faults of the file itself, and
-    what can be seen of its directories all the same."""
+    """Check everything that the user of this process can check. Raises ConfigError with the faults of the file
+    itself, and those of its directories that can be found all the same.
+    """
     try:
         config = Config.load(path)
     except ConfigError as error:
@@ -61,11 +62,11 @@ def check(path: Path) -> Checked:
     return checked
 
 
-# -- as this user --------------------------------------------------------------------------------------------------
+# -- as this user ------------------------------------------------------------------------------------------------
 
 
 def _unusable(config: Config) -> Iterator[str]:
-    """What this user cannot use. Files that are only read were read with the configuration."""
+    """The directories that this user cannot use. Files that are only read were read with the configuration."""
     backend, meta_dir = config.backend, config.store.meta_dir
     made = [("store.meta_dir", meta_dir)]  # at the start
     if backend.slot_save_path is not None:
@@ -90,10 +91,12 @@ def _unusable(config: Config) -> Iterator[str]:
 
 
 def _unusable_as_written(path: Path) -> Iterator[str]:
-    """Of a file that has faults, a key that cannot be read for one: whether the directory that it names can be used."""
+    """If the file has faults (a key file that cannot be read, for example): whether the directory that it names is
+    usable.
+    """
     try:
         backend = read_yaml(path)["backends"][0]
-        named = backend["slot_save_path"] if "url" in backend else None  # of a managed one it is made
+        named = backend["slot_save_path"] if "url" in backend else None  # of a managed server it is created
     except (ConfigError, LookupError, TypeError):
         return
     if isinstance(named, str) and named:
@@ -103,7 +106,7 @@ def _unusable_as_written(path: Path) -> Iterator[str]:
 
 
 def _closed(path: Path, need: int) -> str | None:
-    """Why this user cannot use ``path`` as it ``need``s to; None when it can."""
+    """Why this user cannot use ``path`` as ``need`` says; None if it can."""
     if not path.exists():
         if any(not os.access(above, os.X_OK) for above in path.parents if above.exists()):
             return f"{_user()} cannot reach {path}: it may not enter a directory above it. {_SHARED}"
@@ -117,7 +120,9 @@ def _closed(path: Path, need: int) -> str | None:
 
 
 def _closed_within(key: str, directory: Path, prefixes: tuple[str, ...]) -> Iterator[str]:
-    """Files of llamaslot's that somebody else has left there: root, who has tried it once, for one."""
+    """Files of llamaslot that this user may not use: they belong to another user, for example to root after a first
+    try.
+    """
     closed = [
         Path(entry.path)
         for entry in os.scandir(directory)
@@ -151,11 +156,11 @@ def _owner(path: Path) -> str:
     return f"it belongs to {user}:{group}, mode {stat.S_IMODE(status.st_mode):o}"
 
 
-# -- what owners and modes tell root -------------------------------------------------------------------------------
+# -- for root, by owners and modes -------------------------------------------------------------------------------
 
 
 def _only_for_root(path: Path, config: Config) -> Iterator[str]:
-    """What nobody but root can use, whoever the service's user is."""
+    """What only root can use, independent of the service's user."""
     auth, tls, backend = config.auth, config.listen.tls, config.backend
     read = {
         "the configuration": path.absolute(),
@@ -185,27 +190,28 @@ def _no_python(who_cannot: str, python: Path) -> str:
 
 
 def _is_roots_alone(path: Path, need: int) -> bool:
-    """Whether the modes of ``path`` and of what is above it leave nobody but root a way to it."""
+    """Whether the modes of ``path`` and of the directories above it allow access to root only."""
     wanted = [(path, need), *((above, os.X_OK) for above in path.absolute().parents)]
     return not all(_is_open(at, bit) for at, bit in wanted)
 
 
 def _is_open(path: Path, bit: int) -> bool:
-    """To somebody other than root: whoever is in no group, in a group, or owns it."""
+    """Whether any user other than root has this access: as owner, group or other."""
     status = path.stat()
     of_group = bit << 3 if status.st_gid != 0 else 0
     of_owner = bit << 6 if status.st_uid != 0 else 0
     return bool(status.st_mode & (bit | of_group | of_owner))
 
 
-# -- as another user -----------------------------------------------------------------------------------------------
+# -- as another user ---------------------------------------------------------------------------------------------
 
 
 def check_as(path: Path, who: str) -> tuple[int, str]:
-    """The exit code of ``serve --check`` run by ``who`` (``USER`` or ``USER:GROUP``), and all that it says.
+    """Run ``serve --check`` as ``who`` (``USER`` or ``USER:GROUP``). Returns the exit code and the output.
 
-    It has that user's groups and home, and what the unit gives it: /var/lib/llamaslot as its state directory, unless
-    $STATE_DIRECTORY names another. Raises ConfigError when there is no such user, or it cannot run llamaslot at all.
+    It runs with that user's groups and home, and with what the unit sets: /var/lib/llamaslot as its state directory,
+    unless $STATE_DIRECTORY names another. Raises ConfigError if there is no such user, or if it cannot run llamaslot
+    at all.
     """
     name, _, group = who.partition(":")
     try:
@@ -238,7 +244,7 @@ def check_as(path: Path, who: str) -> tuple[int, str]:
     except OSError:
         raise ConfigError(f"as {name}", [_no_python(f"{name} cannot run", python.resolve())]) from None
     said = done.stdout + done.stderr
-    if done.returncode not in (0, 2):  # Python itself, or what it should import, is closed to that user
+    if done.returncode not in (0, 2):  # that user may not use Python itself, or a module that it imports
         raise ConfigError(
             f"as {name}", [f"llamaslot cannot be run by {name}: {(said.splitlines() or ['?'])[-1]}"]
         )

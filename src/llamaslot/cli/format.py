@@ -1,4 +1,4 @@
-"""Tables and spans of time for people at a terminal."""
+"""Formats tables, durations and numbers for a terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 def table(
     headings: Sequence[str], rows: Sequence[Sequence[str]], to_the_right: Collection[str] = ()
 ) -> list[str]:
-    """Lines with columns of equal width, two blanks apart; those named in ``to_the_right`` end together."""
+    """Lines with columns of equal width, two blanks apart. Columns named in ``to_the_right`` are right-aligned."""
     widths = [max(len(row[i]) for row in (headings, *rows)) for i in range(len(headings))]
     lines = []
     for row in (headings, *rows):

@@ -1,4 +1,4 @@
-"""Which snapshots may go: what a configuration and what was learned say about a directory."""
+"""Which snapshots of a directory exceed the configured limits, in the order of their value."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ class Doomed:
 
 @dataclass(frozen=True, slots=True)
 class Shop:
-    """A directory with its limits, and what llamaslot has learned there. ``model`` is the one that was served last,
-    None when it has not met one yet."""
+    """A directory, its limits, and what llamaslot has learned there. ``model``: the last served one, None if none was
+    served yet.
+    """
 
     directory: Path
     limits: Limits
@@ -46,7 +47,7 @@ class Shop:
 
     @classmethod
     def of(cls, config: Config, now: float) -> Shop:
-        """Raises DirectoryUnusable when the configuration names no directory. Blocking."""
+        """Raises DirectoryUnusable if the configuration names no directory. Blocking."""
         backend, store = config.backend, config.store
         if backend.slot_save_path is None:
             raise DirectoryUnusable("backends[0].slot_save_path is not set: nothing is kept on disk")
@@ -56,21 +57,21 @@ class Shop:
         return cls(backend.slot_save_path, limits, now, Identity.from_text(rates.model), rates, returns)
 
     def is_ours(self, item: Item) -> bool:
-        """Whether the model that was served last can use it; true as well while none is known."""
+        """Whether the last served model can use it; also true if no model is known."""
         if item.noted is None or self.model is None:
             return True
         other = Identity.from_text(item.noted.fingerprint)
         return other is not None and self.model.is_same(other)
 
     def saves_s(self, standing: SnapshotStats) -> float:
-        """What it saves each time, without a look at what others hold."""
+        """Seconds saved by each hit, without regard to other snapshots."""
         return self.rates.prefill.seconds(0, standing.n_tokens) - self.rates.restore.seconds(
             standing.size_bytes
         )
 
 
 def too_much(shop: Shop, items: list[Item]) -> list[Doomed]:
-    """Those worth least, as far as there is more than the configuration allows: bytes, files, or too little free."""
+    """The snapshots of least value that exceed the configured limits: bytes, files, or free space."""
     order = ByValue(shop.returns)
     order.saves_s = shop.saves_s
     shelf = SnapshotTable(order)

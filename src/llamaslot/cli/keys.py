@@ -1,4 +1,4 @@
-"""``llamaslot keys``: who may use llamaslot. It runs meanwhile, and takes note of each change within a second."""
+"""``llamaslot keys``: the keys of clients. A running llamaslot uses a change within a second."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _at_least_1, _at_least_0 = click.IntRange(min=1), click.IntRange(min=0)
 @_file
 @click.option("--max-running", type=_at_least_1, help="Requests of it that may be in slots at a time.")
 @click.option("--max-waiting", type=_at_least_0, help="Requests of it that may wait at a time.")
-@click.option("--admin", "is_admin", is_flag=True, help="It opens llamaslot's own pages too.")
+@click.option("--admin", "is_admin", is_flag=True, help="It may use llamaslot's own pages too.")
 @click.argument("name")
 def add(
     path: Path,
@@ -51,7 +51,7 @@ def add(
     is_admin: bool,
     name: str,
 ) -> None:
-    """Make a key for NAME. It is printed this once: what is kept tells only whether a key is the right one."""
+    """Make a key for NAME and print it once. The file stores only a hash of it."""
     with _faults():
         try:
             name_of_key(name)
@@ -80,7 +80,7 @@ def add(
 @_file
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 def rm(path: Path, file: Path | None, names: tuple[str, ...]) -> None:
-    """Take keys away. Within a second they open nothing any more; answers that run already go on."""
+    """Remove keys. They stop working within a second; running answers are completed."""
     with _faults():
         with editing(_place(path, file)) as entries:
             known = {entry.name for entry in entries}
@@ -94,7 +94,7 @@ def rm(path: Path, file: Path | None, names: tuple[str, ...]) -> None:
 @_config
 @_file
 def ls(path: Path, file: Path | None) -> None:
-    """List them: names and limits. The keys themselves are known to nobody but their owners."""
+    """List names and limits. The file does not contain the keys themselves."""
     with _faults():
         place = _place(path, file)
         entries, _ = read_keys(place)
@@ -117,7 +117,8 @@ def ls(path: Path, file: Path | None) -> None:
 
 
 def _place(path: Path, file: Path | None) -> Path:
-    """Where the keys are. Nothing else in the configuration matters: it may name a file that is made only now.
+    """The path of the file of keys. The rest of the configuration is not checked: it may name files that do not exist
+    yet.
 
     Raises ConfigError.
     """
@@ -137,7 +138,7 @@ def _note(line: str) -> None:
 
 @contextlib.contextmanager
 def _faults() -> Iterator[None]:
-    """What an operator can mend is said in plain words and ends with exit code 2."""
+    """Print a fault that an operator can fix, and exit with code 2."""
     try:
         yield
     except LlamaslotError as error:

@@ -1,6 +1,7 @@
-"""``llamaslot snapshots``: what is on disk, and what of it may go.
+"""``llamaslot snapshots``: list, check and remove the snapshots on disk.
 
-What only reads works while llamaslot runs; what removes takes its lock, and says whom to stop if that is taken.
+Commands that only read work while llamaslot runs. Commands that remove need its lock; if it is taken, they name the
+process to stop.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ _dry_run = click.option("--dry-run", is_flag=True, help="Only say what would be 
     help="What comes first.",
 )
 def ls(path: Path, is_json: bool, order: str) -> None:
-    """List them: the latest used first, or as --sort says."""
+    """List all snapshots, the most recently used first, or as --sort says."""
     with _faults():
         shop = _shop(path)
         stock = take_stock(shop.directory)
@@ -81,7 +82,7 @@ def ls(path: Path, is_json: bool, order: str) -> None:
 @_json
 @click.argument("name", metavar="ID")
 def show(path: Path, is_json: bool, name: str) -> None:
-    """All about one. The beginning of its ID is enough. What was said in it is not shown."""
+    """Show all about one snapshot, but not its text. The beginning of its ID is enough."""
     with _faults():
         shop = _shop(path)
         item = _chosen(shop, [name])[0]
@@ -106,7 +107,7 @@ def show(path: Path, is_json: bool, name: str) -> None:
 @_dry_run
 @click.argument("names", metavar="ID...", nargs=-1, required=True)
 def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
-    """Remove some, pinned or not. The beginnings of their IDs are enough."""
+    """Remove some snapshots, pinned or not. The beginnings of their IDs are enough."""
     with _faults():
         shop = _shop(path)
         with _locked(shop, dry_run):
@@ -117,9 +118,9 @@ def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
 @snapshots.command()
 @_config
 @_dry_run
-@click.option("--others", is_flag=True, help="Also those of other models than the one served last.")
+@click.option("--others", is_flag=True, help="Also remove those of models other than the last served one.")
 def gc(path: Path, dry_run: bool, others: bool) -> None:
-    """Remove what nobody can use: unfinished and broken files, and what is beyond the limits of the configuration."""
+    """Remove unfinished and broken files, and what exceeds the limits of the configuration."""
     with _faults():
         shop = _shop(path)
         if others and shop.model is None:
@@ -141,7 +142,7 @@ def gc(path: Path, dry_run: bool, others: bool) -> None:
 @click.option("--remove", "removes", is_flag=True, help="Remove what is broken.")
 @click.argument("names", metavar="[ID]...", nargs=-1)
 def verify(path: Path, dry_run: bool, removes: bool, names: Sequence[str]) -> None:
-    """Read the headers of all, or of some, and say which are broken. Exit code 1 if any is, and stays."""
+    """Read the headers of all snapshots, or of some, and list the broken ones. Exit code 1 if a broken one stays."""
     with _faults():
         shop = _shop(path)
         with _locked(shop, dry_run or not removes):
@@ -160,7 +161,7 @@ def verify(path: Path, dry_run: bool, removes: bool, names: Sequence[str]) -> No
         sys.exit(EXIT_BROKEN)
 
 
-# -- what is said ----------------------------------------------------------------------------------------------------
+# -- output ------------------------------------------------------------------------------------------------------
 
 
 def _row(item: Item, shop: Shop) -> tuple[str, ...]:
@@ -240,7 +241,7 @@ def _say_json(data: object) -> None:
     click.echo(orjson.dumps(data, option=orjson.OPT_INDENT_2).decode())
 
 
-# -- what is done ----------------------------------------------------------------------------------------------------
+# -- actions -----------------------------------------------------------------------------------------------------
 
 
 def _shop(path: Path) -> Shop:
@@ -248,7 +249,9 @@ def _shop(path: Path) -> Shop:
 
 
 def _chosen(shop: Shop, names: Sequence[str]) -> list[Item]:
-    """The snapshots whose ids begin so, with or without ``ls-``. Raises DirectoryUnusable for none, or for several."""
+    """The snapshots whose ids begin with ``names``, with or without ``ls-``. Raises DirectoryUnusable if a name has
+    no match or several.
+    """
     items = take_stock(shop.directory).items
     chosen = {}
     for name in names:
@@ -270,7 +273,7 @@ def _chosen(shop: Shop, names: Sequence[str]) -> list[Item]:
 
 @contextlib.contextmanager
 def _locked(shop: Shop, only_reads: bool) -> Iterator[None]:
-    """Nobody else works in the directory meanwhile, unless nothing will be changed. Raises DirectoryUnusable."""
+    """Hold the lock of the directory, unless nothing will be changed. Raises DirectoryUnusable."""
     if only_reads:
         yield
         return
@@ -305,7 +308,7 @@ def _remove(shop: Shop, doomed: list[Doomed], dry_run: bool) -> None:
 
 @contextlib.contextmanager
 def _faults() -> Iterator[None]:
-    """What an operator can mend is said in plain words and ends with exit code 2."""
+    """Print a fault that an operator can fix, and exit with code 2."""
     try:
         yield
     except (ConfigError, LlamaslotError) as error:

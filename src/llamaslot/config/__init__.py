@@ -1,1 +1,1 @@
-"""config.yaml: its sections, their values, and what is wrong with a file."""
+"""config.yaml: its sections, their values, and the faults of a file."""

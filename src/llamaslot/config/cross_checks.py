@@ -1,4 +1,4 @@
-"""Faults that only show in several settings together: two keys that exclude each other, a host that needs keys."""
+"""Faults that concern several settings together: two keys that exclude each other, a host that requires keys."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from llamaslot.llama.managed.process import EMBEDDED_MODEL, smollm2_path
 
 
 def wrong_together(raw: Any, info: ValidationInfo) -> Iterator[tuple[Loc, str]]:
-    """The location and text of each fault that needs more than one value to see.
+    """The location and text of each fault that concerns more than one value.
 
-    ``raw`` is what YAML gave, of any shape: wrong types are passed over here, and reported by the models.
+    ``raw``: the parsed YAML, of any shape. Wrong types are skipped here; the models report them.
     """
     if not isinstance(raw, dict):
         return
@@ -46,7 +46,7 @@ def wrong_together(raw: Any, info: ValidationInfo) -> Iterator[tuple[Loc, str]]:
 
 
 def _wrong_doors(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
-    """A host that other machines can reach needs keys, or a setting that says it needs none."""
+    """A host that other machines can reach requires keys, or a setting that says that none are needed."""
     listen, auth = (
         section if isinstance(section := raw.get(name), dict) else {} for name in ("listen", "auth")
     )
@@ -56,7 +56,8 @@ def _wrong_doors(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
             "not together with admin_key; the file keeps the key out of this one",
         )
     host = listen.get("host", "127.0.0.1")
-    # As pydantic reads what is true; what is neither is a fault of its own.
+    # The values that pydantic reads as true; a value that is neither true nor false is reported as a fault of its
+    # own.
     is_anonymous = str(auth.get("allow_anonymous", "")).lower() in ("true", "1", "1.0", "on", "yes", "y", "t")
     if not isinstance(host, str) or not host or auth.get("keys_file") is not None or is_anonymous:
         return
@@ -73,7 +74,7 @@ def _wrong_doors(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether all addresses of a host are this machine's own. Raises OSError and UnicodeError for no host."""
+    """Whether all addresses of a host belong to this machine. Raises OSError and UnicodeError for an unknown host."""
     found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return all(ipaddress.ip_address(str(address[0])).is_loopback for *_, address in found)
 
@@ -113,7 +114,7 @@ def _wrong_in_managed(
                 "command",
                 "is not set, and the embedded engine is not installed: pip install 'llamaslot[embedded]'",
             )
-        # With a command the model may lie where only that command sees it (a container).
+        # With a command, the model's path may exist only for that command (a container).
         if (
             isinstance(model, str)
             and model not in ("", EMBEDDED_MODEL)
@@ -130,6 +131,6 @@ def _wrong_in_managed(
 
 
 def _first_word(command: object) -> str | None:
-    """The program in a command of either form; None where the command has a fault of its own."""
+    """The program in a command of either form; None if the command has a fault of its own."""
     words = command.split() if isinstance(command, str) else command
     return words[0] if isinstance(words, list) and words and isinstance(words[0], str) else None

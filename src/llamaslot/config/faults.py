@@ -1,4 +1,4 @@
-"""What is wrong with a config file, in words: where it stands, what it should be, and what was probably meant."""
+"""Describes the faults of a config file: the path of the key, what is expected, and a probable correction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaslot.errors import ConfigError
 
 Loc = tuple[str | int, ...]
 
-#: Where the settings of the project that llamaslot grew out of live now.
+#: The new keys of settings of the predecessor project.
 RENAMED = {
     "LLAMA_SERVER_URL": "backends[0].url",
     "SLOTS_COUNT": "nothing: the number of slots is read from llama-server",
@@ -51,7 +51,7 @@ _WORDING = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what YAML would swallow: the same key twice in one mapping, of which only the last would count."""
+    """Refuses a key that occurs twice in one mapping; YAML would use only the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -66,7 +66,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """The file as plain data. Raises ConfigError where it cannot be read, or with the line at which it is not YAML."""
+    """The file as plain data. Raises ConfigError if it cannot be read, or with the line at which it is not YAML."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
@@ -86,7 +86,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def fault_lines(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One line per fault: its path in the file (``backends[0].url``), and what would be right."""
+    """One line per fault: its path in the file (``backends[0].url``), and what is expected."""
     return [
         f"{dotted(details['loc'])}: {_say(details, model)}" for details in error.errors(include_url=False)
     ]
@@ -99,7 +99,9 @@ def dotted(loc: Loc) -> str:
 
 
 def keys_of(model: type[BaseModel], above: str = "") -> Iterator[str]:
-    """Every key that a file may have, as a path: ``listen.port``, ``backends[0].managed.slots``; no sections."""
+    """Every key that a file may have, as a path: ``listen.port``, ``backends[0].managed.slots``; sections are left
+    out.
+    """
     for name, field in model.model_fields.items():
         inner = _inner(field.annotation)
         if inner is None:
@@ -122,7 +124,7 @@ def _say(details: ErrorDetails, model: type[BaseModel]) -> str:
     said = _WORDING[kind].format_map(context) if kind in _WORDING else details["msg"].removeprefix("Input ")
     if kind.startswith("float") and str(loc[-1]).endswith("_s"):
         said = "should be a number of seconds, such as 10"
-    if kind == "missing" or "key" in str(loc[-1]):  # a key is a secret: never repeated
+    if kind == "missing" or "key" in str(loc[-1]):  # a key is a secret: never repeat it
         return said
     if isinstance(given, str | int | float):
         said += f"; not {given!r}"
@@ -151,7 +153,7 @@ def _meant(word: str, known: list[str]) -> str:
 
 
 def _section(loc: Loc, model: type[BaseModel]) -> type[BaseModel]:
-    """The model of the section that a path leads to."""
+    """The model of the section at ``loc``."""
     for part in loc:
         if isinstance(part, str) and (inner := _inner(model.model_fields[part].annotation)):
             model = inner

@@ -1,8 +1,8 @@
-"""The file of keys (``auth.keys_file``): who may use llamaslot, and how much of it.
+"""The file of keys (``auth.keys_file``): the users of llamaslot and their limits.
 
-A key is 256 random bits, so its SHA-256 is all that is kept: there is nothing to guess, and neither a salt (no two keys
-are alike, and no table of so many can be made) nor a slow hash (for passwords, which people choose) would add anything.
-The key itself is shown once, when it is made.
+A key is 256 random bits, so it is enough to store its SHA-256. It cannot be guessed. A salt adds nothing, because no
+two keys are equal and no table of so many can exist; a slow hash is for passwords, which people choose. The key
+itself is shown once, when it is made.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from llamaslot.file_id import FileId
 from llamaslot.scheduling.request import User
 
 PREFIX = "sk-llamaslot-"
-_MAX_BYTES = 16 << 20  # some 80,000 keys; what is larger is another file
+_MAX_BYTES = 16 << 20  # some 80,000 keys; a larger file is not a file of keys
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _HINT = "llamaslot keys add NAME"
 
 
 def name_of_key(name: str) -> str:
-    """Raises ValueError."""
+    """Check a name. Raises ValueError."""
     if not _NAME.fullmatch(name):
         raise ValueError(
             "a name should be 1 to 63 letters, digits, '.', '_' and '-', the first a letter or digit"
@@ -69,7 +69,7 @@ class Keys(Section):
 
 
 def new_key() -> str:
-    """256 random bits, in letters that need no quotes anywhere."""
+    """A new key: 256 random bits, in letters that need no quotes anywhere."""
     return PREFIX + secrets.token_urlsafe(32)
 
 
@@ -78,7 +78,7 @@ def digest_of(key: str) -> str:
 
 
 def read_keys(path: Path) -> tuple[tuple[Key, ...], FileId]:
-    """The entries, and the mark of the very file that they are from. Raises ConfigError with all its faults."""
+    """The entries, and the mark of the file that was read. Raises ConfigError with all its faults."""
     try:
         raw, mark = _read(path)
     except FileNotFoundError:
@@ -93,7 +93,7 @@ def read_keys(path: Path) -> tuple[tuple[Key, ...], FileId]:
 
 
 def _read(path: Path) -> tuple[bytes, FileId]:
-    # A pipe must not be waited for: O_NONBLOCK, which files ignore.
+    # Reading must not block on a pipe: O_NONBLOCK, which regular files ignore.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -128,11 +128,12 @@ def _parsed(path: Path, raw: bytes) -> tuple[Key, ...]:
 
 @contextlib.contextmanager
 def editing(path: Path) -> Iterator[list[Key]]:
-    """The entries, to be changed in the block; written at its end, unless it raises. A lock keeps other editors out.
+    """The entries, to be changed in the block. They are written at its end, unless it raises. A lock keeps other
+    editors out.
 
-    The file is replaced as a whole: a reader finds the old one or the new one. A link stays a link. A new
-    file has mode 0600; one that is there keeps its owner and group, and its mode but for what it lets others do. A
-    missing or empty file has no keys. Raises ConfigError.
+    The file is replaced as a whole: a reader finds the old or the new one. A link stays a link. A new file has mode
+    0600; an existing one keeps its owner, group and mode, less permissions of others. A missing or empty file has no
+    keys. Raises ConfigError.
     """
     path = path.resolve()
     try:
@@ -160,7 +161,7 @@ def _written(keys: list[Key]) -> bytes:
 
 
 def _replace(path: Path, data: bytes, directory: int) -> None:
-    """Raises OSError."""
+    """Replace the file. Raises OSError."""
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     before = _status(path)
     with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
@@ -181,7 +182,7 @@ def _replace(path: Path, data: bytes, directory: int) -> None:
 
 
 def _give(file: int, path: Path, to: os.stat_result) -> None:
-    """Raises ConfigError."""
+    """Give the new file the old one's owner and group. Raises ConfigError."""
     try:
         os.fchown(file, to.st_uid, to.st_gid)
     except PermissionError:

@@ -1,7 +1,7 @@
-"""config.yaml: the settings as one frozen model, and every fault at once with its path in the file.
+"""config.yaml: the settings as one frozen model, and all faults at once with their paths in the file.
 
-Settings are composed here; a room that has settings of its own keeps its model beside the code that uses it.
-Relative paths in the file start at the file's own directory. docs/configuration.md describes each key.
+Settings are composed here; a module with settings of its own has its model beside the code that uses it. Relative
+paths in the file are relative to the file's directory. docs/configuration.md describes each key.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: str | Path) -> Config:
-        """Read and check the file. Raises ConfigError with all faults that it has."""
+        """Read and check the file. Raises ConfigError with all its faults."""
         path = Path(path)
         raw = read_yaml(path)
         try:
@@ -87,13 +87,13 @@ class Config(Section):
 
     @property
     def rules(self) -> tuple[RewriteRule, ...]:
-        """All rules for system prompts, the ready ones included."""
+        """All rules for system prompts, built-in ones included."""
         return in_force(self.rewrite, self.rewrite_off)
 
     @model_validator(mode="wrap")
     @classmethod
     def _whole(cls, raw: Any, handler: ModelWrapValidatorHandler[Config], info: ValidationInfo) -> Config:
-        """What is wrong together is reported beside what is wrong by itself, not only once the latter is mended."""
+        """Report faults of several settings together with the faults of single ones."""
         if isinstance(raw, dict):  # a section whose keys are all commented out is None in YAML
             raw = {
                 key: _NOTHING.get(key, {}) if value is None and key != "backends" else value

@@ -34,7 +34,7 @@ from llamaslot.llama.routes import Gate
 
 
 def _managed(value: object, info: ValidationInfo) -> object:
-    """``command`` and ``args`` may be one line, as typed in a shell, and have numbers in them; paths are anchored."""
+    """``command`` and ``args`` may be one line, as typed in a shell, and contain numbers; paths become absolute."""
     if not isinstance(value, dict):
         return value
     value = dict(value)
@@ -85,7 +85,7 @@ def _strong_secret(key: SecretStr) -> SecretStr:
 
 
 class AuthConfig(Section):
-    """Who may use llamaslot, and who may look at its own pages."""
+    """Who may use llamaslot, and who may use its own pages."""
 
     keys_file: Annotated[FilePath, AfterValidator(_keys_file)] | None = None
     allow_anonymous: bool = False
@@ -93,7 +93,7 @@ class AuthConfig(Section):
     admin_key_file: Annotated[FilePath, AfterValidator(_strong_key_file)] | None = None
 
     def resolve_admin_key(self) -> str | None:
-        """Raises ConfigError when the file, readable at the start, is not any more."""
+        """The admin key. Raises ConfigError if the file, readable at the start, is not readable any more."""
         return _resolved(self.admin_key, self.admin_key_file, "auth.admin_key_file")
 
 
@@ -109,7 +109,7 @@ def _resolved(key: SecretStr | None, path: Path | None, name: str) -> str | None
 
 
 class BackendConfig(Section):
-    """One llama-server: either where it runs (``url``) or how to run it (``managed``)."""
+    """One llama-server: its address (``url``) or how to run it (``managed``)."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "llama"
     url: Annotated[str, AfterValidator(server_url)] | None = None
@@ -119,15 +119,15 @@ class BackendConfig(Section):
     managed: Annotated[ManagedConfig, BeforeValidator(_managed)] | None = None
 
     def resolve_api_key(self) -> str | None:
-        """The key that llama-server wants, read from its file at each call; None where it wants none.
+        """The key that llama-server requires, read from its file at each call; None if it requires none.
 
-        Raises ConfigError when the file, readable at the start, is not any more.
+        Raises ConfigError if the file, readable at the start, is not readable any more.
         """
         return _resolved(self.api_key, self.api_key_file, "api_key_file")
 
 
 def default_meta_dir() -> Path:
-    """systemd's StateDirectory where there is one, else /var/lib/llamaslot for root, else the XDG state directory."""
+    """systemd's StateDirectory if there is one, else /var/lib/llamaslot for root, else the XDG state directory."""
     if given := os.environ.get("STATE_DIRECTORY"):
         return Path(given.split(":")[0])
     if os.geteuid() == 0:

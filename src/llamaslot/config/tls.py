@@ -1,4 +1,4 @@
-"""``listen.tls``: a certificate and its key, tried at the start and by ``--check``."""
+"""``listen.tls``: a certificate and its key, loaded at the start and by ``--check``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _readable(path: Path) -> Path:
 
 
 class TlsConfig(Section):
-    """Both in PEM; ``cert`` with those that it was signed with, itself first (certbot's ``fullchain.pem``)."""
+    """Both in PEM; ``cert`` also contains its issuers, itself first (certbot's ``fullchain.pem``)."""
 
     cert: Annotated[FilePath, AfterValidator(_readable)]
     key: Annotated[FilePath, AfterValidator(_readable)]
@@ -32,7 +32,7 @@ class TlsConfig(Section):
 
 
 def load_certificate(settings: TlsConfig) -> ssl.SSLContext:
-    """Raises ValueError that says which of the two is wrong."""
+    """Load both. Raises ValueError that says which of the two is wrong."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.set_alpn_protocols(["http/1.1"])
     is_encrypted = False

@@ -1,4 +1,4 @@
-"""What single settings may be: sizes, times, paths, addresses. Each fault says what would be right."""
+"""The values of single settings: sizes, times, paths, addresses. Each fault says what is expected."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 _UNITS |= {"KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1024**4}
 
-#: What `passthrough.allow` may name: routes that change llama-server or reach out from it.
+#: Routes that change llama-server or reach out from it; ``passthrough.allow`` may name them.
 GUARDED_ROUTES = KNOWN_GATES
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def parse_size(value: object) -> int:
-    """Bytes from ``64MiB``, ``1.5 GB`` or a plain whole number. Raises ValueError that says what would be right."""
+    """Bytes from ``64MiB``, ``1.5 GB`` or a plain integer. Raises ValueError that says what is expected."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     found = (
@@ -39,14 +39,14 @@ def parse_size(value: object) -> int:
 
 
 def number(value: object) -> object:
-    """YAML's ``on`` and ``yes`` are True, which Python would take for the number 1."""
+    """Refuse YAML's ``on`` and ``yes``: they are True, which Python would accept as the number 1."""
     if isinstance(value, bool):
         raise ValueError(f"should be a number, not {'on' if value else 'off'}")
     return value
 
 
 def anchored(path: Path, info: ValidationInfo) -> Path:
-    """``~`` expanded; a relative path starts at the directory of the config file."""
+    """The path with ``~`` expanded; a relative path is relative to the directory of the config file."""
     if str(path) == ".":
         raise ValueError("should be a path, and is empty")
     try:
@@ -58,7 +58,7 @@ def anchored(path: Path, info: ValidationInfo) -> Path:
 
 
 def server_url(url: str) -> str:
-    """``scheme://host:port[/prefix]`` without a slash at its end. Raises ValueError."""
+    """The URL as ``scheme://host:port[/prefix]``, without a slash at its end. Raises ValueError."""
     if "://" not in url:
         raise ValueError(f"should begin with http:// or https://; did you mean http://{url}?")
     try:
@@ -81,7 +81,7 @@ def server_url(url: str) -> str:
 
 
 def read_key(path: Path) -> str:
-    """The key in a file of one line. Raises ValueError that says what is wrong with the file."""
+    """The key in a file of one line. Raises ValueError with the fault of the file."""
     try:
         key = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -95,7 +95,7 @@ def read_key(path: Path) -> str:
 
 
 def strong_key(key: str) -> None:
-    """Raises ValueError for one that could be found by trying."""
+    """Raises ValueError for a key that could be found by trying."""
     if len(key) < 16 or not re.fullmatch(r"[!-~]+", key):
         raise ValueError(
             "should be at least 16 letters, digits and signs without blanks: openssl rand -hex 32"
@@ -103,7 +103,7 @@ def strong_key(key: str) -> None:
 
 
 def origin(text: str) -> str:
-    """``https://chat.example.org:8443``, as a browser names the page that asks, or ``*``. Raises ValueError."""
+    """An origin such as ``https://chat.example.org:8443``, as browsers send it, or ``*``. Raises ValueError."""
     if text != "*" and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@]+", text):
         raise ValueError(
             "should be '*' (any page), or an origin such as https://chat.example.org: scheme, host and port, "
@@ -142,7 +142,7 @@ class Section(BaseModel):
 
 
 def read_chat_file(path: Path) -> dict[str, Any]:
-    """The body. Raises ValueError that says what is wrong with the file."""
+    """The chat body in a file. Raises ValueError with the fault of the file."""
     try:
         body = orjson.loads(path.read_bytes())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Whether files that are read while llamaslot runs have changed since."""
+"""Detects changes of files that are read while llamaslot runs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ CHECK_S = 1.0
 
 
 class Watch:
-    """Tells whether any of a few files has changed; looks when asked, once a second at most. Follows links."""
+    """Tells whether any of a few files has changed; checks when called, at most once a second. Follows links."""
 
     def __init__(
         self, *paths: Path, clock: Callable[[], float], known: tuple[FileId | None, ...] | None = None
     ) -> None:
-        """``known``: the marks of what was read already; else what is there now counts as that."""
+        """``known``: the marks of the files as read before; by default those of the present files."""
         self._paths, self._clock = paths, clock
         self.known = self._look() if known is None else known
         self._looked = clock()
 
     def has_changed(self) -> bool:
-        """Whether another state is there than at the last look; that is then the known one."""
+        """Whether a file has changed since the last call; the new state is then the known one."""
         if self._clock() - self._looked < CHECK_S:
             return False
         self._looked = self._clock()
@@ -34,7 +34,7 @@ class Watch:
 
 
 def _file_id(path: Path) -> FileId | None:
-    """None where it cannot be looked at."""
+    """None if the file cannot be accessed."""
     try:
         return FileId.of(path.stat())
     except OSError:

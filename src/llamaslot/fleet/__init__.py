@@ -1,1 +1,1 @@
-"""Who is next, and where: the queue and the dispatcher over all slots."""
+"""The queue, and the dispatcher that leases the slots of all backends to requests."""

@@ -1,7 +1,8 @@
-"""Who gets which slot, and when: the queue, the leases, and turns in which llama-server chooses slots by itself.
+"""Which request gets which slot, and when: the queue, the leases, and exclusive sections in which llama-server
+chooses slots.
 
-Everything here runs on the event loop without awaiting between looking and leasing. What is decided is decided by
-``scheduling.placement``; what is done in a slot is done by whoever holds its lease.
+Everything here runs on the event loop, without an await between decision and lease. ``scheduling.placement`` decides;
+the holder of a lease acts in its slot.
 """
 
 from __future__ import annotations
@@ -31,24 +32,26 @@ from llamaslot.scheduling.slots import SlotKey
 log = logging.getLogger(__name__)
 
 MIN_LOOK_AGAIN_S = 0.25
-_MOST_BEHIND = 8  # so many are looked at, for what they may share; with 250 that would take a second
+_MOST_BEHIND = 8  # so many are compared for shared prefixes; 250 would take a second
 
 
 @dataclass(slots=True)
 class _Look:
-    """One look at all who wait."""
+    """One pass over all waiting requests."""
 
-    # Counted again only when a slot has been given away: 250 who wait for 64 slots are 16,000 looks otherwise.
+    # Counted again only after a slot was leased: otherwise 250 waiting for 64 slots are 16,000 checks.
     n_idle: int
-    # Slots that requests wait for, and for how long they need them.
+    # Slots that requests wait for, and for how many seconds they will use them.
     reserved: dict[SlotKey, float] = field(default_factory=dict)
-    again_s: list[float] = field(default_factory=list)  # in how long to look again, though nothing happens
-    n_behind: int = 0  # that leave the last idle slot to others
-    is_short: bool = False  # somebody earlier waits for any slot at all
-    is_spared: bool = False  # somebody may not have one that is idle
+    again_s: list[float] = field(default_factory=list)  # seconds until the next dispatch
+    n_behind: int = 0  # requests that leave the last idle slot to others
+    is_short: bool = False  # an earlier request waits for any slot at all
+    is_spared: bool = False  # an idle slot is denied to a request
 
     def waits(self, decision: Wait, look_in_s: float, answer_s: float) -> None:
-        """A request does, and is to be looked at again then. ``answer_s``: what its answer will take."""
+        """Record that a request waits, and dispatch again in ``look_in_s``. ``answer_s``: seconds that its answer
+        will take.
+        """
         if decision.slot is not None:
             steps_s = decision.place.cost.steps_s if decision.place is not None else 0.0
             self.reserved[decision.slot] = self.reserved.get(decision.slot, 0.0) + steps_s + answer_s
@@ -59,7 +62,7 @@ class _Look:
 
 
 class Dispatcher:
-    """Gives the slots of a pool's backends away, to users in turn."""
+    """Leases the slots of a pool's backends to users in turn."""
 
     def __init__(self, rules: Rules, limits: QueueLimits, now: Callable[[], float]) -> None:
         self.rules, self.now = rules, now
@@ -67,7 +70,7 @@ class Dispatcher:
         self.journal = Journal()
         self.backends: dict[str, Leases] = {}
         self.on_prefix_wait: Callable[[float], None] = lambda seconds: None
-        self._down: dict[str, BackendDown] = {}  # by backend; told when all are down
+        self._down: dict[str, BackendDown] = {}  # by backend; reported when all are down
         self._n_changes = 0
         self._look_again: asyncio.TimerHandle | None = None
 
@@ -75,12 +78,12 @@ class Dispatcher:
 
     @property
     def tables(self) -> list[SlotTable]:
-        """The slots of the backends that are up."""
+        """The slot tables of the backends that are up."""
         return _tables(self.backends.values())
 
     @property
     def leases(self) -> list[Lease]:
-        """Of all backends."""
+        """The leases of all backends."""
         return [lease for leases in self.backends.values() for lease in leases.leases]
 
     @property
@@ -88,38 +91,39 @@ class Dispatcher:
         return len(self.queue)
 
     def position(self, request: Request) -> int:
-        """1 for the request that is next; 0 for one that waits no longer."""
+        """1 for the request that is next; 0 if it no longer waits."""
         return next((i for i, waiting in enumerate(self.queue.ordered(), 1) if waiting.request is request), 0)
 
     @property
     def idle_s(self) -> float:
-        """For how many seconds no client has wanted anything."""
+        """The seconds since a client last used any backend."""
         return min((leases.idle_s for leases in self.backends.values()), default=0.0)
 
     def recorder(self, request: Request) -> DecisionRecorder:
-        """A place in the journal for what becomes of ``request``."""
+        """The journal record of ``request``."""
         return DecisionRecorder(self.journal, request, self.now)
 
     def is_wanted_besides(self, request: Request) -> bool:
-        """Whether anybody but ``request`` wants something now."""
+        """Whether any client request other than ``request`` is present."""
         leased = (lease.request for lease in self.leases if not lease.is_own)
         return any(other is not request for other in (*leased, *(waiting.request for waiting in self.queue)))
 
     # -- the backends --------------------------------------------------------------------------------------------
 
     def add(self, backend: str) -> Leases:
-        """A backend of that name has joined the pool; what its slots are leased by."""
+        """Add a backend of that name to the pool. Returns its leases."""
         self.backends[backend] = Leases(backend, self, self.now)
         return self.backends[backend]
 
     def attach(self, table: SlotTable) -> None:
-        """The backend that ``table`` names is up, with these slots."""
+        """The backend named in ``table`` is up, with these slots."""
         self._down.pop(table.backend, None)
         self.backends[table.backend].attach(table)
 
     def detach(self, backend: str, error: BackendDown | None = None) -> None:
-        """The slots of ``backend`` are gone. Requests wait for its next ones, or for those of others; with ``error`` it
-        is down, and where all are, that is what the requests in the queue and new ones are told."""
+        """The slots of ``backend`` are gone. Requests wait for its next ones, or for those of other backends. With
+        ``error`` it is down; if all are, queued and new requests get that error.
+        """
         self.backends[backend].detach()
         if error is None:
             self._down.pop(backend, None)
@@ -135,9 +139,9 @@ class Dispatcher:
     async def lease(
         self, request: Request, *, is_back: bool = False, preempted: Preempted | None = None
     ) -> Lease:
-        """Wait for a slot. Raises QueueFull and TooManyRequests (limits in number and time) and BackendDown.
-        ``is_back``: it had one before, and is the first in the queue. ``preempted``: it gave one up for another user,
-        and is the first of its own.
+        """Wait for a slot. Raises QueueFull and TooManyRequests (limits of number and time) and BackendDown.
+        ``is_back``: the request had a slot before, and is first in the queue. ``preempted``: it gave one up for
+        another user, and is first among its user's requests.
 
         Cancelling is safe: the request leaves the queue, no slot is held.
         """
@@ -149,7 +153,7 @@ class Dispatcher:
         waiting = Waiting(request, granted, self.recorder(request), self.now(), cost_s, is_side, is_back)
         if preempted is not None:
             waiting.came_at, waiting.n_preempted = preempted.came_at, preempted.n_times
-            waiting.is_side = False  # little is left of it, but it must not pass whom it made room for
+            waiting.is_side = False  # little is left, but it must not overtake the other
         self.queue.add(waiting, self.now())
         was_admitted = False
         try:
@@ -162,7 +166,7 @@ class Dispatcher:
                 return await waiting.granted
         except BaseException as error:
             if waiting.granted.done() and not waiting.granted.cancelled() and not waiting.granted.exception():
-                waiting.granted.result().release()  # granted and cancelled in the same breath
+                waiting.granted.result().release()  # granted and cancelled at the same moment
             if isinstance(error, TimeoutError):
                 raise QueueFull(
                     f"no slot became free within {self.queue.limits.max_wait_s:g} s; try again later",
@@ -174,15 +178,16 @@ class Dispatcher:
             waiting.recorder.ended()
             if waiting in self.queue:
                 self.queue.remove(waiting)
-                # What it had reserved is free for others; of one that was sent away at once nobody has taken note.
+                # Its reservation is free for others. If it was refused immediately, nothing has changed for others.
                 self.dispatch(is_arrival=not was_admitted)
 
     def snapshots_in_demand(self) -> set[str]:
-        """The snapshots that those who wait would go on from: the last that should be evicted now.
+        """The snapshots that queued requests would resume from: they should be evicted last.
 
-        Looked up once for each, and again when it is gone, for a newer one has replaced it as a rule.
+        Looked up once for each request, and again if its snapshot is gone, because usually a newer one has replaced
+        it.
         """
-        table = next(iter(self.tables), None)  # the snapshots are those of all
+        table = next(iter(self.tables), None)  # the snapshots are the same for all
         if table is None:
             return set()
         for waiting in self.queue:
@@ -191,14 +196,14 @@ class Dispatcher:
         return {waiting.wants for waiting in self.queue if waiting.wants}
 
     def dispatch(self, *, is_arrival: bool = False) -> None:
-        """Give slots to those who wait, as they are next. Called whenever something has changed.
+        """Lease slots to waiting requests, in order. Called after every change.
 
-        ``is_arrival``: that is only one more who waits. Others that wait for something in particular are not looked at
-        again then: of 250 who wait for the same prefix that took 15 s.
+        ``is_arrival``: the only change is one more waiting request. Then requests that wait for something specific
+        are not placed again: for 250 that wait for the same prefix that took 15 s.
         """
         if not is_arrival:
             self._n_changes += 1
-        # From here to the end nothing awaits: what was looked at is what is leased.
+        # No await from here to the end: slots are leased as they were seen.
         if self._look_again is not None:
             self._look_again.cancel()
             self._look_again = None
@@ -208,7 +213,7 @@ class Dispatcher:
         is_assisted = any(leases.table is not None and leases.table.is_assisted for leases in open_)
         for waiting in ordered if open_ else ():
             if is_assisted and look.is_short and not look.n_idle:
-                break  # none gets anything behind one that waits for any slot at all
+                break  # none behind a request that waits for any slot at all gets one
             # At most one exclusive request at a time on each backend.
             here = [its for its in open_ if its.turn is None] if waiting.request.is_exclusive else open_
             if here and not waiting.granted.done():
@@ -220,17 +225,18 @@ class Dispatcher:
             self._look_again = asyncio.get_running_loop().call_later(min(look.again_s), self.dispatch)
         choose(self.backends.values(), ordered, self.queue, self.now())
         for leases in self.backends.values():
-            leases.changes.notify()  # last: a request that has just got a slot may come before a prefill
+            leases.changes.notify()  # last: a request that has just got a slot may have priority over a prefill
 
     def _open(self) -> list[Leases]:
-        """The backends that take a request now. Those on which llamaslot does not choose slots only where there are no
-        others."""
+        """The backends that accept a request now. Those on which llamaslot does not choose slots only if there are no
+        others.
+        """
         attached = [leases for leases in self.backends.values() if leases.table is not None]
         assisted = [leases for leases in attached if leases.table is not None and leases.table.is_assisted]
         return [leases for leases in assisted or attached if leases.is_open]
 
     def _serve(self, here: list[Leases], waiting: Waiting, look: _Look) -> None:
-        """Give it a slot of one of ``here``, or note what it waits for."""
+        """Lease it a slot of one of ``here``, or record what it waits for."""
         request, now, tables = waiting.request, self.now(), _tables(here)
         n_slots = sum(len(table.slots) for table in self.tables)
         if not self.queue.may_run(waiting, max(n_slots, look.n_idle), look.n_idle, now):
@@ -244,7 +250,7 @@ class Dispatcher:
                 self._give(waiting, max(here, key=lambda leases: _n_idle([leases])).grant(None, request))
             return
         if not look.n_idle:
-            look.is_short = True  # no need to look closer: with 250 waiting that took a second for each burst
+            look.is_short = True  # no placement: with 250 waiting that took a second for each burst
             return
         if look.n_idle == 1 and self._is_still_behind(tables[0], waiting, look):
             self._leaves_slot(waiting, look)
@@ -260,7 +266,7 @@ class Dispatcher:
         table = self._table_of(decision)
         assert table is not None, "what was placed is up"
         if leases.is_turn_wanted and is_long(decision, table.long_s):
-            return  # another request waits for the long ones under way to be through: none is begun
+            return  # an exclusive request waits for the running long prefills: none may begin
         if look.n_idle == 1 and (ahead := self._ahead_of(table, waiting, decision)) is not None:
             waiting.behind = ahead
             self._leaves_slot(waiting, look)
@@ -271,7 +277,7 @@ class Dispatcher:
         return self.backends[place.slot.backend].table if place is not None else None
 
     def _let_through(self, tables: Sequence[SlotTable], waiting: Waiting, look: _Look) -> None:
-        """llama-server chooses the slot: all that counts is how many requests are there."""
+        """llama-server chooses the slot: only the number of requests counts."""
         for table in sorted(tables, key=lambda table: -table.n_idle):
             if isinstance(table, UnassistedSlots) and (slot := table.any_idle()) is not None:
                 self._place(table, waiting, Plan(slot.key, (), Source.SERVER, 0), look)
@@ -279,10 +285,10 @@ class Dispatcher:
         look.is_short = True
 
     def _ahead_of(self, pool: SlotTable, waiting: Waiting, plan: Plan) -> Lease | None:
-        """Another request of its user, with a prompt that is no longer, that has a slot and waits there for its turn.
+        """Another request of the same user, with a prompt that is no longer, that waits in a slot for its turn.
 
-        One long prompt is computed at a time, so the last idle slot would be of no use to a second one that waits. It
-        stays in the queue until the other one's turn has come, and leaves the slot to whoever needs little.
+        One long prompt is computed at a time, so the last idle slot would not help a second one. It stays in the
+        queue until the other one's turn has come, and leaves the slot to small requests.
         """
         if not is_long(plan, pool.long_s) or waiting.had_a_place or self.now() >= self._late_at(waiting):
             return None
@@ -296,7 +302,7 @@ class Dispatcher:
         return None
 
     def _is_still_behind(self, pool: SlotTable, waiting: Waiting, look: _Look) -> bool:
-        """Whether nothing has changed for it, or so many are behind that it need not be looked at."""
+        """Whether nothing has changed for it, or enough requests are behind already."""
         if waiting.had_a_place or self.now() >= self._late_at(waiting):
             return False
         prompt_s = waiting.cost_s - answer_s(pool, waiting.request)
@@ -308,7 +314,7 @@ class Dispatcher:
             look.again_s.append(max(late_at - self.now(), MIN_LOOK_AGAIN_S))
 
     def _late_at(self, waiting: Waiting) -> float:
-        """From when on it takes any slot: no shorter prompt is computed before its own then."""
+        """The time from which on it takes any slot: no shorter prompt is computed before its own then."""
         max_wait_s = self.queue.limits.max_wait_s or math.inf
         return waiting.came_at + min(self.rules.sharing.starvation_s, max_wait_s / 2)
 
@@ -322,7 +328,7 @@ class Dispatcher:
                 came_at=waiting.came_at,
                 n_preempted=waiting.n_preempted,
             )
-        except KeyError:  # a snapshot that the catalog has given up unnoticed
+        except KeyError:  # the catalog has dropped the snapshot meanwhile
             assert plan.snapshot is not None
             pool.drop_snapshot(plan.snapshot)
             look.again_s.append(0.0)
@@ -337,7 +343,7 @@ class Dispatcher:
     def _decision(
         self, tables: Sequence[SlotTable], waiting: Waiting, reserved: Mapping[SlotKey, float]
     ) -> Plan | Wait:
-        """The last one, while nothing but arrivals has happened since; else a new one."""
+        """The previous decision, if only arrivals have happened since; else a new one."""
         now = self.now()
         if waiting.wait is not None and waiting.n_seen == self._n_changes and now < waiting.look_at:
             return waiting.wait
@@ -351,7 +357,9 @@ class Dispatcher:
     def _decide(
         self, tables: Sequence[SlotTable], waiting: Waiting, reserved: Mapping[SlotKey, float]
     ) -> Plan | Wait:
-        """Where to, or what to wait for. One that computes what the request begins with is asked to keep it."""
+        """Where to run, or what to wait for. If another request computes its beginning, that one is asked to
+        save it.
+        """
         request, now = waiting.request, self.now()
         makers = [lease for lease in self.leases if lease.pool in tables and lease.is_long]
         is_patient = waiting.prefix_wait is None or waiting.prefix_wait.lasts(request, now)
@@ -373,7 +381,7 @@ class Dispatcher:
         waiting.granted.set_result(lease)
 
     def paid(self, charge: Charge | None) -> None:
-        """The slots that a user had are nobody's any more. Whoever calls this dispatches."""
+        """The slots charged to a user are free. The caller dispatches."""
         if charge is not None:
             self.queue.released(charge, self.now())
 
@@ -385,11 +393,11 @@ class Dispatcher:
             leases.check()
         self.queue.check()
         served = [waiting for waiting in self.queue if _is_served(waiting.granted)]
-        assert not served, f"whoever was served has left the queue: {served}"
+        assert not served, f"a served request has left the queue: {served}"
 
 
 def _is_served(granted: asyncio.Future[Lease]) -> bool:
-    """Cancelled and refused ones leave the queue by themselves, a moment later."""
+    """Cancelled and refused requests leave the queue by themselves, a moment later."""
     return granted.done() and not granted.cancelled() and granted.exception() is None
 
 

@@ -1,4 +1,4 @@
-"""What bodies of /infill become on the llama-server at hand: found out when the first one comes."""
+"""Converts bodies of /infill to prompts; the layout of the connected llama-server is probed at the first one."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from llamaslot.tokens.tokenizer import Prompt
 
 log = logging.getLogger(__name__)
 
-_LEARNING_S = 120.0  # some dozen questions, each of which waits for the batch that is running
-_AGAIN_S = 600.0  # after it took longer: so long /infill is served without knowing its tokens
+_LEARNING_S = 120.0  # some dozen requests, each of which waits for the running batch
+_AGAIN_S = 600.0  # after a timeout: /infill is served without known tokens for so long
 
 
 class InfillPrompts:
-    """The layout of /infill of one model, and the prompts that its bodies become. ``is_current`` tells whether it
-    is still served by a process that was there at the beginning."""
+    """The /infill layout of one model, and the prompts of its bodies. ``is_current`` tells whether a process that was
+    there at the beginning still serves the model.
+    """
 
     def __init__(
         self,
@@ -44,7 +45,9 @@ class InfillPrompts:
         self._known_until = math.inf
 
     def miscounted(self) -> None:
-        """The server has counted other tokens in a body than were thought: no more is known until it is met again."""
+        """The server has counted other tokens in a body than llamaslot: the layout is unknown until the next
+        connection.
+        """
         self._known = PromptNotTokenizable("/infill was not as it was thought to be", Reason.MISCOUNTED)
 
     async def prompt(self, body: Mapping[str, Any], whose: str) -> Prompt:
@@ -60,13 +63,14 @@ class InfillPrompts:
         return Prompt(await known.tokens(body, whose))
 
     async def _learned(self) -> Infill | PromptNotTokenizable:
-        """In a slot of its own: whatever it held is saved, if that is worth it. A slot in which it takes too long is
-        given up, and it is tried again later."""
+        """Probe the layout, in a slot of its own: its content is saved if that is worth it. If it takes too long, the
+        slot is released, and the probe is repeated later.
+        """
         with await self._dispatcher.lease(Request("infill: how is it put together")) as lease:
             if not self._is_current():
                 raise PromptNotTokenizable(
                     "llama-server has restarted", Reason.INFILL
-                )  # and may be learned anew
+                )  # and may be probed anew
             executor = self._executor_of(lease)
             await executor.prepare(lease, no_report)
             lease.begin_request()
@@ -81,7 +85,7 @@ class InfillPrompts:
                     "%s: probing /infill took more than %g s in slot %s; tried again in ten minutes",
                     lease.pool.backend, _LEARNING_S, lease.slot_name,
                 )  # fmt: skip
-                # The slot drains: llama-server may be at work in it.
+                # The slot drains: llama-server may be working in it.
                 return PromptNotTokenizable("it took too long", Reason.INFILL)
             lease.finish(None)
             return known

@@ -1,4 +1,6 @@
-"""What is known of the model that a pool serves: all that is needed to make a request of a body. No backend is."""
+"""What is known of the model that a pool serves: all that is needed to convert a body to a request. Independent of
+backends.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,11 @@ from llamaslot.scheduling.request import User
 from llamaslot.tokens.conversion_checks import ConversionChecks
 from llamaslot.tokens.tokenizer import Prompt, Tokenizer
 
-_SLACK_TOKENS = 8  # at the end of the text before a medium, which may tokenize differently in context
+_SLACK_TOKENS = 8  # at the end of the text before a medium, which may be tokenized differently in context
 
 
 class InfillPrompts(Protocol):
-    """The prompts that bodies of /infill become."""
+    """Converts bodies of /infill to prompts."""
 
     async def prompt(self, body: Mapping[str, Any], whose: str) -> Prompt:
         """The tokens of ``body``. Raises OpaquePrompt, BackendDown, BackendRestarted, QueueFull. Canceling is safe."""
@@ -33,12 +35,12 @@ class InfillPrompts(Protocol):
 
 @dataclass(slots=True, eq=False, repr=False)
 class ModelContext:
-    """One model, as long as any llama-server of the pool runs it. A new one is made for a new process, which may have
-    another model or other flags; what was tokenized with the old one is tokenized again.
+    """One model, as long as any llama-server of the pool runs it. A new process gets a new context, because it may
+    have another model or other flags; what was tokenized with the old one is tokenized again.
 
     ``n_ctx``: of one slot, in tokens. ``n_slots``: of one backend; more answers to one prompt are refused.
-    ``rewind_model``: what a prompt can go back to. ``media_marker`` stands for a medium in a plain prompt.
-    ``modalities``: what media the model reads; None where llama-server does not tell.
+    ``rewind_model``: where a prompt can be rewound to. ``media_marker``: the placeholder of a medium in a plain prompt.
+    ``modalities``: media that the model reads; None if llama-server does not report them.
     """
 
     name: str
@@ -61,17 +63,18 @@ class ModelContext:
         return self.rewind_model.memory
 
     def space(self, user: User, lora: str = "") -> Namespace:
-        """Where a request of ``user`` computes. ``lora``: the scales that it sets."""
+        """The namespace of a request of ``user`` with the LoRA scales ``lora``."""
         return self.rules.space(user, lora)
 
     def reads_media(self, kinds: set[str]) -> bool:
-        """Whether the model takes media of all these kinds (``vision``, ``audio``), as far as llama-server tells."""
+        """Whether the model reads media of all these kinds (``vision``, ``audio``), as far as llama-server reports."""
         return self.modalities is None or all(map(self.modalities.get, kinds))
 
     def compare(self, format_: Format, body: Mapping[str, Any], prompt: Prompt, n_told: int) -> None:
-        """llama-server has counted ``n_told`` tokens in ``prompt``, made of a ``body`` of that format. Where
-        llamaslot has others, and that is no matter of where the text was cut, bodies like that are not taken for known
-        any more."""
+        """Compare with ``n_told``, the tokens that llama-server counted in ``prompt``, made from a ``body`` of that
+        format. If llamaslot has another number, and the cuts of the text are not the reason, the tokens of similar
+        bodies count as unknown from now on.
+        """
         if self.tokenizer.confirm(prompt, n_told):
             return
         self.untokenized.count(format_.name, Reason.MISCOUNTED)
@@ -81,7 +84,8 @@ class ModelContext:
             self.conversions.learn(body, is_right=False)
 
     def compare_head(self, format_: Format, n_ahead: int, n_found: int) -> None:
-        """Of ``n_ahead`` tokens, computed ahead of a medium, llama-server has found ``n_found``. It must find all, but
-        for what the end of a text may cost."""
+        """Compare the ``n_ahead`` tokens that were computed ahead of a medium with the ``n_found`` that llama-server
+        found. It must find all, except for a few at the end of the text.
+        """
         if n_found < n_ahead - _SLACK_TOKENS:
             self.untokenized.count(format_.name, Reason.TEMPLATE)

@@ -35,7 +35,7 @@ from llamaslot.tokens.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """Where snapshots are, and how many may be there."""
+    """The snapshot directory and its limits."""
 
     path: Path
     quota_bytes: int
@@ -45,8 +45,9 @@ class Directory:
 
 @dataclass(frozen=True, slots=True)
 class PoolSettings:
-    """What the configuration says of a pool. ``name`` is that of its files in ``meta_dir``; ``directory``: None without
-    snapshots. ``prewarm``: chat bodies of which the beginning is kept on disk."""
+    """The configuration of a pool. ``name``: of its files in ``meta_dir``; ``directory``: None without snapshots.
+    ``prewarm``: chat bodies whose beginning is kept on disk.
+    """
 
     name: str
     meta_dir: Path
@@ -67,9 +68,7 @@ class SlotTable:
         self.untokenized = UntokenizedRequests(metrics)
         self.tasks = TaskOwner()
         self.backends: dict[str, Backend] = {}
-        self.context: ModelContext | None = (
-            None  # None while no backend is up on which llamaslot chooses slots
-        )
+        self.context: ModelContext | None = None  # while no backend on which llamaslot chooses slots is up
         self.dispatcher = Dispatcher(settings.rules, settings.limits, now)
         self.dispatcher.on_prefix_wait = metrics.prefix_wait_s.observe
         self.store = self._store(settings.directory) if settings.directory is not None else None
@@ -96,7 +95,7 @@ class SlotTable:
         )
 
     def add(self, name: str, api: LlamaServer) -> Backend:
-        """A llama-server that serves the model of this pool. It is connected to from ``start`` on."""
+        """Add a llama-server that serves the model of this pool. It is connected to after ``start``."""
         self.backends[name] = Backend(
             name,
             api,
@@ -115,8 +114,9 @@ class SlotTable:
     # -- for requests --------------------------------------------------------------------------------------------
 
     async def ready(self) -> ModelContext | None:
-        """The model as it is served now, by processes that are known to be there; None where llamaslot leaves the
-        choice of slots to llama-server. Raises BackendDown at once when every backend is down. Canceling is safe."""
+        """The model as it is served now, by processes that were checked to be alive; None if llama-server chooses
+        slots. Raises BackendDown immediately if every backend is down. Canceling is safe.
+        """
         backends = list(self.backends.values())
         if len(backends) == 1:
             await backends[0].ready()
@@ -135,11 +135,11 @@ class SlotTable:
         return await self.dispatcher.lease(request, is_back=is_back, preempted=preempted)
 
     def position(self, request: Request) -> int:
-        """1 for the request that is next; 0 for one that waits no longer."""
+        """1 for the request that is next; 0 if it no longer waits."""
         return self.dispatcher.position(request)
 
     def takes_long(self, n_tokens: int) -> bool:
-        """Whether a prompt of so many tokens is computed ahead of its request, in turn with those of others."""
+        """Whether a prompt of ``n_tokens`` is computed ahead of its request, in turn with those of other requests."""
         tables = self.dispatcher.tables
         return any(table.rates.prefill.seconds(0, n_tokens) > table.long_s for table in tables)
 
@@ -147,25 +147,25 @@ class SlotTable:
         return self.backends[lease.pool.backend]
 
     def any_backend(self) -> Backend:
-        """For a request that takes no slot: one that is up, if any is."""
+        """A backend for a request that takes no slot: one that is up, if there is one."""
         backends = self.backends.values()
         return next((its for its in backends if its.health is Health.UP), next(iter(backends)))
 
     def doubt(self) -> None:
-        """Something went wrong: look at once whether each llama-server is still there."""
+        """A request failed: check immediately whether each llama-server is still there."""
         for backend in self.backends.values():
             backend.doubt()
 
     def space(self, user: User) -> Namespace:
-        """Where a request of ``user`` computes."""
+        """The namespace of a request of ``user``."""
         return self._settings.rules.space(user)
 
     @property
     def n_snapshots(self) -> int:
-        """Snapshots that can be used with the present model."""
+        """The number of snapshots that the present model can use."""
         return max((len(table.model_snapshots.snapshots) for table in self.dispatcher.tables), default=0)
 
-    # -- the backends tell ---------------------------------------------------------------------------------------
+    # -- called by backends --------------------------------------------------------------------------------------
 
     def connected(self, backend: Backend, session: ServerSession) -> None:
         if session.is_assisted and self.context is None:
@@ -215,7 +215,7 @@ class SlotTable:
             table.drop_snapshot(snapshot.id)
 
     def _saves_s(self, standing: SnapshotStats) -> float:
-        """By the rates of the backend that has been there longest: those of all are much alike."""
+        """By the rates of the backend connected for the longest time: those of all are similar."""
         for table in self.dispatcher.tables:
             return table.saves_s(standing)
         rates = next(iter(self.backends.values())).rates
@@ -225,7 +225,7 @@ class SlotTable:
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Open the store. Raises LlamaslotError with what to do when it cannot be used."""
+        """Open the store. Raises LlamaslotError with the remedy if it cannot be used."""
         if self.store is not None:
             await self.store.open()
         for backend in self.backends.values():

@@ -1,4 +1,4 @@
-"""Who gives a slot up, while its prompt is computed, for a user that waits and has fewer."""
+"""Which prefills give up their slots for waiting users with fewer slots."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from llamaslot.backend.slot_table import DRAIN_S
 from llamaslot.fleet.queue import Queue, Waiting, answer_s
 from llamaslot.scheduling.preemption import Claim, Stoppable, chosen
 
-MOST_TIMES = 2  # that one request gives its slot up
+MOST_TIMES = 2  # preemptions per request
 
 
 def choose(backends: Iterable[Leases], ordered: Iterable[Waiting], queue: Queue, now: float) -> None:
-    """Tell those whose slots are wanted, and those who were told before and may go on after all.
+    """Tell the leases whose slots are needed, and those that were told before but may go on.
 
-    ``ordered``: all who wait, as they are next. Nothing is told to whoever cannot stop now, nor where no request may
-    take a first step afterwards. The caller rings the bells.
+    ``ordered``: all waiting requests, in order. Leases that cannot stop now are not told, nor those where no request
+    may begin afterwards. The caller notifies the waiters.
     """
     here = [leases for leases in backends if leases.table is not None]
     tables = [leases.table for leases in here if leases.table is not None]
@@ -38,20 +38,20 @@ def choose(backends: Iterable[Leases], ordered: Iterable[Waiting], queue: Queue,
         ]
         prompts = [_stoppable(lease, queue, now) for lease in stoppable]
         waits_s = [left_s(lease, now) for lease in held]
-        waits_s += [DRAIN_S] * (n_slots - len(held))  # those of clients that have left
+        waits_s += [DRAIN_S] * (n_slots - len(held))  # slots of clients that have left
         stops = {stoppable[i] for i in chosen(claims, prompts, queue.n_held, waits_s)}
     for lease in held:
         lease.preempt(is_wanted=lease in stops)
 
 
 def _may_stop(lease: Lease, now: float) -> bool:
-    """Not if that has happened to it often, nor if it came long ago: it is to be served at last."""
+    """Not if it was preempted often, nor if it came long ago: it is to be served at last."""
     is_late = now - lease.came_at >= lease.pool.rules.sharing.starvation_s
     return lease.can_stop and lease.n_preempted < MOST_TIMES and not (is_late or lease.is_released)
 
 
 def left_s(lease: Lease, now: float) -> float:
-    """Until its slot is given back, by estimate: the rest of its prompt, if that is not through, and of its answer."""
+    """Estimated seconds until its slot is free: the rest of its prefill, if there is any, and of its answer."""
     n = min(lease.n_done, lease.request.n_tokens)
     prompt_s = 0.0 if lease.is_decoding else lease.pool.rates.prefill.seconds(n, lease.request.n_tokens)
     running_s = now - lease.sent_at if lease.is_decoding else 0.0

@@ -1,4 +1,4 @@
-"""Requests that begin alike: one computes what they share, the others wait for it."""
+"""Requests with a common prefix: one computes it, the others wait for it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from llamaslot.scheduling.slots import IDLE
 
 @dataclass(frozen=True, slots=True)
 class PrefixWait:
-    """How long a request waits for a prefix that somebody else computes: as long as it would have taken by itself,
-    behind him, who would have been ahead of it in any case, for he has less left to compute.
+    """The time limit for waiting for another request's prefix. It is the remaining prefill of that request up to the
+    prefix, plus this request's own prefill of it: without sharing it would have waited for that request in any case,
+    because the request with less left is first.
 
-    ``n_made`` of ``n_trunk`` tokens were there at ``since``; by itself it would have begun with ``n_own``. In tokens
-    and not in seconds, for how fast they are computed is learned meanwhile. ``at_last``: later it is nobody's to wait
-    for, for whoever waits in the queue for too long is sent away.
+    ``n_made`` of ``n_trunk`` tokens were present at ``since``; alone, this request would have begun with ``n_own``. In
+    tokens, not in seconds, because the speed is learned meanwhile. ``at_last``: the latest time, because requests
+    that wait too long in the queue are refused.
     """
 
     table: SlotTable
@@ -43,7 +44,7 @@ class PrefixWait:
     def of(
         cls, pool: SlotTable, wait: Wait, makers: Iterable[Lease], now: float, at_last: float
     ) -> PrefixWait | None:
-        """None when the request waits for something else."""
+        """None if the request waits for something else."""
         trunk = pool.trunk_to_come(wait.place.snapshot) if wait.place is not None else None
         if trunk is None:
             return None
@@ -56,11 +57,11 @@ class PrefixWait:
 def ask_for_trunk(
     request: Request, views: Mapping[str, BackendView], makers: Iterable[Lease], now: float
 ) -> bool:
-    """Have one of ``makers``, whose long prefills are under way, keep what ``request`` begins with, if that is worth
-    it. ``views`` are those of all backends, by name.
+    """Ask one of ``makers``, which compute long prefills, to save the common prefix with ``request``, if that is worth
+    it. ``views``: of all backends, by name.
 
-    Worth it is what costs more to compute than to save and restore, of what cannot be had otherwise. A maker that has
-    passed the end of it already can still keep it where the model can go back to any token.
+    It is worth it if computing the prefix costs more than saving and restoring it, and it is not available otherwise.
+    A maker that has passed the end of the prefix can still save it if the model can rewind to any token.
     """
     if request.no_cache:
         return False
@@ -95,6 +96,8 @@ def ask_for_trunk(
 
 
 def prefix_due_s(pool: SlotTable, wait: Wait, now: float) -> float | None:
-    """In how many seconds a prefix that somebody computes, and that is waited for, can be had; None for other waits."""
+    """The seconds until a prefix that another request computes, and that is waited for, is available; None for other
+    waits.
+    """
     trunk = pool.trunk_to_come(wait.place.snapshot) if wait.place is not None else None
     return max(trunk.until - now, 0.0) + (wait.for_s or 0.0) if trunk is not None else None

@@ -1,8 +1,8 @@
-"""Trunks that the operator asks for: computed while nobody wants anything, and kept for good.
+"""Shared-prefix snapshots configured by the operator: computed while the server is idle, and never evicted.
 
-Each chat body of ``prewarm`` is rendered as the model at hand renders it, and cut where conversations with the same
-system part and tools go on, each its own way. Where a snapshot ends there already, from an earlier run or made by a
-conversation, that one is pinned and nothing is computed.
+Each chat body of ``prewarm`` is rendered by the present model, and cut where conversations with the same system part
+and tools diverge. If a snapshot already ends there, from an earlier run or made by a conversation, it is pinned and
+nothing is computed.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from llamaslot.tokens.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.5
-_GIVE_WAY_S = 0.1  # so long a client may have to wait until the slot begins to drain
-_ATTEMPTS = 3  # that failed by themselves; giving way to a client is none
+_GIVE_WAY_S = 0.1  # how long a client may have to wait until the slot begins to drain
+_ATTEMPTS = 3  # failures; stopping for a client is none
 
 Bodies = Sequence[tuple[str, Mapping[str, Any]]]
 
 
 @dataclass(slots=True)
 class PrewarmTarget:
-    """A trunk: the first ``n_tokens`` of ``tokens``."""
+    """A shared prefix: the first ``n_tokens`` of ``tokens``."""
 
     name: str
     tokens: bytes
@@ -54,8 +54,9 @@ class PrewarmTarget:
 
 
 class Prewarm:
-    """One task per pool. ``bodies`` are chat bodies and what to call them in the log; ``tokenizer`` is that of the
-    model that is served now, ``executor_of`` what performs steps on the backend of a lease."""
+    """One task per pool. ``bodies``: chat bodies, and their names for the log. ``tokenizer``: that of the present
+    model. ``executor_of``: performs steps on the backend of a lease.
+    """
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class Prewarm:
     ) -> None:
         self._bodies, self._dispatcher, self._executor_of = bodies, dispatcher, executor_of
         self._tokenizer, self._catalog, self._tasks, self._idle_s = tokenizer, catalog, tasks, idle_s
-        self._pool: SlotTable | None = None  # the one that ``_left`` is about
+        self._pool: SlotTable | None = None  # the slot table that ``_left`` belongs to
         self._left: list[PrewarmTarget] = []
 
     @property
@@ -77,14 +78,14 @@ class Prewarm:
         return next(iter(self._dispatcher.tables), None)
 
     async def run(self) -> None:
-        """Runs until cancelled; a save under way is then carried out."""
+        """Runs until cancelled; a running save is then completed."""
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             if self._dispatcher.idle_s >= self._idle_s:
                 await self.look()
 
     async def look(self) -> None:
-        """Do one thing that is left to do, if any. Cancelling is safe."""
+        """Do one of the remaining tasks, if there is any. Cancelling is safe."""
         pool = self._table
         if pool is None or not pool.can_save:
             return
@@ -96,12 +97,13 @@ class Prewarm:
             elif self._left:
                 await self._warm(pool, self._left[0])
         except LlamaslotError as error:
-            log.debug("prewarm: %s", error)  # the server is gone; there will be another pool
+            log.debug("prewarm: %s", error)  # the server is gone; there will be another slot table
 
-    # -- what is wanted ------------------------------------------------------------------------------------------
+    # -- configured prefixes -------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------
 
     async def _all_wanted(self) -> list[PrewarmTarget | None]:
-        """What each body asks for, None where that cannot be known. Raises BackendDown."""
+        """The prefix of each body, None if it is unknown. Raises BackendDown."""
         return [await self._wanted(name, body) for name, body in self._bodies]
 
     async def _wanted(self, name: str, body: Mapping[str, Any]) -> PrewarmTarget | None:
@@ -115,7 +117,7 @@ class Prewarm:
         return PrewarmTarget(name, prompt.tokens, n_tokens)
 
     async def _unpin_others(self, pool: SlotTable, wanted: Sequence[PrewarmTarget | None]) -> None:
-        """What an earlier configuration asked for may go again when room is needed."""
+        """Unpin snapshots of an earlier configuration, so that they may be evicted."""
         if None in wanted:
             return  # it may be one of these
         for snapshot in pool.pinned():
@@ -127,7 +129,7 @@ class Prewarm:
                 log.info("prewarm: snapshot %s is no longer configured and may be evicted", snapshot.id)
 
     async def _mark(self, pool: SlotTable, snapshot: Snapshot, *, is_pinned: bool) -> None:
-        with contextlib.suppress(KeyError):  # it has just gone
+        with contextlib.suppress(KeyError):  # it has just been dropped
             pool.marked(await self._catalog.mark(snapshot.id, SnapshotKind.TRUNK, is_pinned=is_pinned))
 
     # -- one of them ---------------------------------------------------------------------------------------------
@@ -152,8 +154,9 @@ class Prewarm:
             await self._compute(one)
 
     async def _compute(self, one: PrewarmTarget) -> None:
-        """Compute and save it, until that is done or somebody wants something: what was computed stays in its slot, and
-        the next attempt goes on from there."""
+        """Compute and save it, until that is done or a client sends a request. The computed tokens stay in the slot,
+        and the next attempt resumes from there.
+        """
         request = Request(
             f"prewarm {one.name}",
             one.tokens,

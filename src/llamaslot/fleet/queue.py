@@ -1,4 +1,4 @@
-"""Those who wait for a slot, in the order in which they are next, and what each user has and may have."""
+"""The requests that wait for a slot, their order, and the slots and limits of each user."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import Wait
 from llamaslot.scheduling.request import Placement, Request, User
 
-_REMEMBER_S = 60.0  # what a user has had too much
+_REMEMBER_S = 60.0  # how long a negative deficit is remembered
 
-_FORGET_AT_ONCE = 8  # users, each time that somebody comes or goes
+_FORGET_AT_ONCE = 8  # users, at each arrival or departure
 
 _SHORT_ANSWER = 64  # tokens: a title, a label
 
-_LITTLE = 0.1  # of what a usual answer takes, so that it holds nobody up
+_LITTLE = 0.1  # of a usual answer's time: so short that it delays no other request
 
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """``max_wait_s``: None for as long as it takes."""
+    """``max_wait_s``: None for no limit."""
 
     max_waiting: int = 256
     max_wait_s: float | None = 600.0
@@ -43,7 +43,7 @@ class QueueLimits:
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """``cost_s``: how long the request will have a slot, as far as can be told."""
+    """A waiting request. ``cost_s``: estimated seconds in a slot."""
 
     request: Request
     granted: asyncio.Future[Lease]
@@ -51,18 +51,18 @@ class Waiting:
     came_at: float
     cost_s: float
     is_side: bool = False
-    is_back: bool = False  # it had a place before, and is first
-    n_preempted: int = 0  # how often it gave its slot up for another user: it is the first of its own
+    is_back: bool = False  # it had a slot before, and is first
+    n_preempted: int = 0  # how often it gave its slot up for another user: it is first among its user's
     overtaken_s: float = 0.0
-    passed_by: dict[str, float] = field(default_factory=dict)  # of that, by whose
-    wants: str | None = None  # the snapshot that it would go on from
-    prefix_wait: PrefixWait | None = None  # with somebody who computes what it begins with
-    behind: Lease | None = None  # whose turn comes first: until then it leaves the last idle slot to others
-    wait: Wait | None = None  # the last decision, which holds while nothing but arrivals has happened
+    passed_by: dict[str, float] = field(default_factory=dict)  # the same for each user of such requests
+    wants: str | None = None  # the snapshot that it would resume from
+    prefix_wait: PrefixWait | None = None  # for a request that computes its prefix
+    behind: Lease | None = None  # until its turn this leaves the last idle slot to others
+    wait: Wait | None = None  # the last decision, valid while only arrivals happen
     n_seen: int = -1  # changes that it has seen
-    look_at: float = 0.0  # when that has to be thought over in any case
-    pause_s: float | None = None  # for how long its user was away before
-    _ask: Ask | None = None  # until that changes
+    look_at: float = 0.0  # when it must be decided again in any case
+    pause_s: float | None = None  # how long its user was away before
+    _ask: Ask | None = None  # until it changes
 
     @property
     def n_slots(self) -> int:
@@ -77,8 +77,9 @@ class Waiting:
         return self.behind is not None and self.behind.is_in_line
 
     def wants_any(self, now: float) -> bool:
-        """Whether any slot would do: it waits for none that llama-server chooses, nor for something in particular, nor
-        for another one's turn."""
+        """Whether any slot would do: it waits for no slot of llama-server's choice, for nothing specific, and for no
+        other request's turn.
+        """
         is_particular = self.wait is not None and self.wait.for_s is not None and now < self.look_at
         return not (
             self.granted.done()
@@ -89,13 +90,13 @@ class Waiting:
 
     @property
     def ask(self) -> Ask:
-        """As fairness sees it: put together once, for all who wait are put in order at each look."""
+        """Its input for fairness, made once: all waiting requests are sorted at each dispatch."""
         if self._ask is None:
             self._ask = Ask(self.request.user.id, self.cost_s, self.is_side, self.overtaken_s, self.passed_by)
         return self._ask
 
     def passed(self, user: str, seconds: float) -> None:
-        """A side request of ``user`` that came later has got a slot for ``seconds``."""
+        """A later side request of ``user`` has got a slot for ``seconds``."""
         self.overtaken_s += seconds
         self.passed_by[user] = self.passed_by.get(user, 0.0) + seconds
         self._ask = None
@@ -103,7 +104,7 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class QueuePosition:
-    """``queued 2``, with the place that the request has at the moment when it is read."""
+    """``queued 2``: the position of the request when it is formatted."""
 
     position: Callable[[], int]
 
@@ -113,9 +114,9 @@ class QueuePosition:
 
 @dataclass(slots=True)
 class _Moment:
-    """Who is here, looked at once for all that wait.
+    """A cached view of the present users, for one dispatch.
 
-    ``answers``: whether a user may have another slot, when so many are idle.
+    ``answers``: whether a user may have another slot, by the number of idle slots.
     """
 
     n_here: int
@@ -125,7 +126,7 @@ class _Moment:
 
 @dataclass(frozen=True, slots=True)
 class UserStanding:
-    """A user, for the status."""
+    """A user, for the status page."""
 
     id: str
     n_running: int
@@ -134,19 +135,19 @@ class UserStanding:
 
 
 class Queue:
-    """In the order of their coming; ``ordered`` is that in which they are next."""
+    """The waiting requests, oldest first; ``ordered`` has the order of service."""
 
     def __init__(self, limits: QueueLimits) -> None:
         self.limits = limits
         self._waiting: list[Waiting] = []
         self._shares = Shares()
-        # By user, without those that have none: with 250 waiting, counting them at each look takes a second.
+        # By user, without zeros: with 250 waiting, counting them at each dispatch takes a second.
         self._n_waiting: Counter[str] = Counter()
         self._n_running: Counter[str] = Counter()
-        # Of each user the last request, or the end of its last answer, oldest first.
+        # For each user the time of its last request or of the end of its last answer, oldest first.
         self._seen_at: dict[str, float] = {}
         self._pauses = Pauses()
-        self._moment: _Moment | None = None  # until anything changes
+        self._moment: _Moment | None = None  # until the next change
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -155,13 +156,14 @@ class Queue:
         return iter(self._waiting)
 
     def ordered(self) -> list[Waiting]:
-        """Those that have had a place before come first."""
+        """The order of service. Requests that had a slot before come first."""
         back = [waiting for waiting in self._waiting if waiting.is_back]
         rest = [waiting for waiting in self._waiting if not waiting.is_back] if back else self._waiting
         order = self._shares.order([waiting.ask for waiting in rest], self.limits.fairness.max_overtake_s)
         return back + [rest[i] for i in order]
 
-    # -- coming and going ----------------------------------------------------------------------------------------
+    # -- arrivals and departures ---------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------
 
     def add(self, waiting: Waiting, now: float) -> None:
         user = waiting.request.user.id
@@ -172,7 +174,7 @@ class Queue:
         self._moment = None
 
     def admitted(self, waiting: Waiting, now: float) -> None:
-        """It was not sent away at once: its user is here."""
+        """It was not refused immediately: its user is present."""
         user = waiting.request.user.id
         if waiting.pause_s is not None:
             self._pauses.observe(user, waiting.pause_s)
@@ -184,7 +186,7 @@ class Queue:
         self._moment = None
 
     def _saw(self, user: str, now: float) -> None:
-        """Whoever was not here for long is forgotten."""
+        """Forget users that were absent for long."""
         if not user:
             return  # llamaslot itself
         self._seen_at.pop(user, None)
@@ -199,9 +201,9 @@ class Queue:
                 self._pauses.forget(other)
 
     def make_room(self, newcomer: Waiting) -> None:
-        """Raises TooManyRequests for one too many of the same user, QueueFull for one too many of all.
+        """Raises TooManyRequests if its user has too many waiting requests, QueueFull if there are too many in all.
 
-        Where another user has more waiting than the newcomer's, the last one of that user is sent away instead.
+        If another user has more waiting than the newcomer's user, the last request of that user is refused instead.
         """
         if newcomer.had_a_place:
             return
@@ -235,7 +237,7 @@ class Queue:
     # -- slots ---------------------------------------------------------------------------------------------------
 
     def may_run(self, waiting: Waiting, n_slots: int, n_idle: int, now: float) -> bool:
-        """Whether ``waiting`` may have one of the ``n_idle`` slots now, if it wants one."""
+        """Whether ``waiting`` may have one of the ``n_idle`` slots now, if it needs one."""
         user = waiting.request.user
         n_held, n_max = self._n_running[user.id], self._max_running(user)
         if n_max is not None and n_held and n_held + waiting.n_slots > n_max:
@@ -244,7 +246,7 @@ class Queue:
             return True
         here = self._who_is_here(now)
         key = (user.id, n_idle)
-        if key not in here.answers:  # one answer for all that a user waits for: their costs are much alike
+        if key not in here.answers:  # one answer for all requests of a user: their costs are similar
             here.answers[key] = may_take_another(
                 n_held, n_slots, n_idle, here.n_here, here.pauses_s, waiting.cost_s
             )
@@ -252,7 +254,7 @@ class Queue:
 
     @property
     def n_held(self) -> Mapping[str, int]:
-        """Slots of each user that has any."""
+        """The slots of each user that has any."""
         return self._n_running
 
     def deficit_s(self, user: str) -> float:
@@ -267,8 +269,8 @@ class Queue:
         return self._moment
 
     def look_again_s(self, now: float) -> float | None:
-        """In how many seconds somebody who was here lately is not expected back any more."""
-        self._moment = None  # at the latest then it is another moment
+        """The seconds until a user that was here lately is not expected back any more."""
+        self._moment = None  # the cached view is valid until then at most
         return_grace_s = self.limits.fairness.return_grace_s
         left = (
             at + return_grace_s - now for user, at in self._seen_at.items() if user not in self._n_running
@@ -277,16 +279,18 @@ class Queue:
 
     @property
     def _present(self) -> set[str]:
-        """Who waits, or has a slot."""
+        """The users that wait or have a slot."""
         return self._n_waiting.keys() | self._n_running.keys()
 
     def _here(self, now: float) -> set[str]:
-        """Who waits, or has a slot, or is expected back."""
+        """The users that wait, have a slot, or are expected back."""
         return_grace_s = self.limits.fairness.return_grace_s
         return self._present | {user for user, at in self._seen_at.items() if now - at < return_grace_s}
 
     def granted(self, waiting: Waiting, cost_s: float, now: float) -> Charge | None:
-        """It has got its slots, for about ``cost_s``, and leaves the queue. What llamaslot does itself costs nobody."""
+        """It has got its slots, for about ``cost_s``, and leaves the queue. llamaslot's own work is charged to no
+        user.
+        """
         self.remove(waiting)
         user = waiting.request.user.id
         if waiting.is_side:
@@ -301,7 +305,7 @@ class Queue:
         return Charge(booked, waiting.n_slots, now)
 
     def released(self, charge: Charge, now: float) -> None:
-        """The slots are back: what the estimate was wrong by is made up for."""
+        """The slots are free: correct the error of the estimate."""
         user = charge.booked.user
         _less(self._n_running, user, charge.n_slots)
         self._shares.took(charge.booked, (now - charge.at) * charge.n_slots)
@@ -310,7 +314,7 @@ class Queue:
         self._shares.keep(self._here(now), self._seen_at.keys())
 
     def standings(self, now: float) -> list[UserStanding]:
-        """Everybody who was here in the last minute."""
+        """The users of the last minute."""
         lately = {user for user, at in self._seen_at.items() if now - at <= _REMEMBER_S}
         return [
             UserStanding(id_, self._n_running[id_], self._n_waiting[id_], self._shares.deficit_s(id_))
@@ -319,10 +323,12 @@ class Queue:
 
     def check(self) -> None:
         """Raise AssertionError naming the invariant that does not hold."""
-        assert all(n > 0 for n in self._n_running.values()), "nobody gives back more than it had"
+        assert all(n > 0 for n in self._n_running.values()), "no user gives back more than it had"
         counted = Counter(waiting.request.user.id for waiting in self._waiting)
         assert self._n_waiting == counted, "who waits is counted"
-        assert sorted(map(id, self.ordered())) == sorted(map(id, self._waiting)), "an order leaves nobody out"
+        assert sorted(map(id, self.ordered())) == sorted(map(id, self._waiting)), (
+            "an order leaves no request out"
+        )
 
 
 def _less(counts: Counter[str], user: str, n: int = 1) -> None:
@@ -332,19 +338,20 @@ def _less(counts: Counter[str], user: str, n: int = 1) -> None:
 
 
 def _users(ids: Iterable[str]) -> set[str]:
-    """Without llamaslot itself, which has no name."""
+    """The users without llamaslot itself, which has no name."""
     return {id_ for id_ in ids if id_}
 
 
 def answer_s(table: SlotTable, request: Request, running_s: float = 0.0) -> float:
-    """How long its answer takes there, in seconds, from when it has been ``running_s``."""
+    """The seconds that its answer will take there, if it has been running for ``running_s``."""
     return table.rates.answer.seconds_left(running_s, request.max_tokens)
 
 
 def estimate(tables: Sequence[SlotTable], request: Request, rules: Rules) -> tuple[float, bool]:
-    """For how many seconds it will have a slot, on the backend where least of it is missing, and whether it is a side
-    request: a small prompt, or a short answer to one of which little is missing. Without ``tables`` nothing is known of
-    rates."""
+    """For how many seconds it will have a slot, on the backend where the least of it is missing. And whether it is a
+    side request: a small prompt, or a short answer of a request whose prefill is short. Without ``tables`` no rates
+    are known.
+    """
     prefill_s = little_s = its_answer_s = 0.0
     if tables:
         table = min(tables, key=lambda table: table.missing_s(request)) if len(tables) > 1 else tables[0]

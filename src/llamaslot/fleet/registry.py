@@ -1,4 +1,4 @@
-"""All pools of this llamaslot, as the configuration describes them."""
+"""All pools of this llamaslot, as configured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llamaslot.scheduling.prefill_policy import PrefillSharing
 
 
 class Registry:
-    """Today one pool of one backend: the configuration takes no more."""
+    """One pool of one backend at present: the configuration allows no more."""
 
     def __init__(self, metrics: Metrics, pools: list[SlotTable]) -> None:
         self.metrics, self.pools = metrics, pools
@@ -29,7 +29,8 @@ class Registry:
     @classmethod
     def of(cls, config: Config, url: str) -> Registry:
         """``url``: of the configured backend; that of a managed one is known once it is started. Raises ConfigError
-        when a file that the configuration names, readable a moment ago, is not any more."""
+        if a configured file, readable a moment ago, is not readable any more.
+        """
         metrics, settings = Metrics(), config.backend
         pool = SlotTable(_pool_settings(config), metrics)
         api = LlamaServer(url, settings.resolve_api_key(), config.timeouts.watchdog_s, name=settings.name)
@@ -42,17 +43,18 @@ class Registry:
         return (backend for pool in self.pools for backend in pool.backends.values())
 
     def pool_for(self, model: object = None) -> SlotTable:
-        """The pool that serves ``model``, as a request names it. With one pool any name will do, as it does for
-        llama-server."""
+        """The pool that serves ``model``, as named in a request. With one pool any name is accepted, as in
+        llama-server.
+        """
         return self.pools[0]
 
     async def open(self) -> None:
-        """Raises LlamaslotError with what to do when a store cannot be used."""
+        """Open all stores. Raises LlamaslotError with the remedy if one cannot be used."""
         for pool in self.pools:
             await pool.open()
 
     def start(self) -> None:
-        """Connect to the backends from now on."""
+        """Start to connect to the backends."""
         for pool in self.pools:
             pool.start()
 
@@ -102,8 +104,9 @@ def _rules(config: Config) -> Rules:
 
 
 def _chat_bodies(config: Config) -> list[tuple[str, dict[str, Any]]]:
-    """What ``prewarm`` names, rewritten as requests are. Raises ConfigError when a file, readable a moment ago, is not
-    any more."""
+    """The bodies named in ``prewarm``, rewritten as requests are. Raises ConfigError if a file, readable a moment
+    ago, is not readable any more.
+    """
     try:
         bodies = [(path.name, read_chat_file(path)) for path in config.prewarm]
     except ValueError as error:

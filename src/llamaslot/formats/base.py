@@ -1,7 +1,7 @@
-"""What llamaslot has to know of a client API. Each has one file beside this one, and one line in ``registry``.
+"""What llamaslot needs to know of a client API. Each API has one file in this package, and one line in ``registry``.
 
-A new one: a file with a subclass of ``Format``, its line in ``registry``, and a line for each of its routes in
-``llama/routes``. Where a format does not say otherwise, what stands in ``Format`` holds for it.
+To add one: a file with a subclass of ``Format``, its line in ``registry``, and a line for each of its routes in
+``llama/routes``. The methods of ``Format`` are the defaults.
 """
 
 from __future__ import annotations
@@ -18,51 +18,54 @@ _SYSTEM = ("system", "developer")
 
 
 class PromptKind(enum.Enum):
-    """How the tokens of a body are made."""
+    """How a body is converted to tokens."""
 
-    #: The body is a chat: llama-server's template renders it, and refuses what is wrong with it.
+    #: The body is a chat: llama-server's template renders it, and refuses faults.
     CHAT = "chat"
-    #: llama-server makes a chat of the body; so does ``chat_body``, and may be wrong.
+    #: llama-server converts the body to a chat; so does ``chat_body``, which may be wrong.
     CONVERTED = "converted"
     #: The field ``prompt``: text, ids, or a list of these.
     PLAIN = "plain"
-    #: The parts of a file, put together by llama-server as the model wants them.
+    #: The parts of a file, which llama-server combines as the model requires.
     INFILL = "infill"
 
 
 class Format(Protocol):
-    """One client API: how its bodies become prompts, and what its answers and errors look like. Without state."""
+    """One client API: how its bodies become prompts, and the form of its answers and errors. Stateless."""
 
-    #: In routes, metrics, log lines and ``rewrite``.
+    #: The name in routes, metrics, log lines and ``rewrite``.
     name: str
     prompt_kind: PromptKind
     #: False: llama-server drops ``id_slot``, ``cache_prompt`` and ``n`` of its bodies, and chooses the slot itself.
     honours_id_slot: bool = True
-    #: The field with the messages, if there is one, and the one with a system prompt beside them.
+    #: The field with the messages, if there is one, and the one with a separate system prompt.
     messages_key: str | None = None
     system_key: str | None = None
-    #: The route that counts the tokens of such a body: it refuses a body of which llama-server makes no prompt.
+    #: The route that counts the tokens of such a body; it refuses a body that llama-server cannot convert to a
+    #: prompt.
     count_path: str | None = None
-    #: The route on which a dry run with the whole body finds what is malformed in its prompt.
+    #: The route on which a dry run with the whole body finds faults of its prompt.
     whole_dry_run_path: str | None = None
-    #: Whether its streams have events for the progress of a prompt; others are told of it in comments.
+    #: Whether its streams have events for the progress of a prompt; others report it in comments.
     has_progress_events: bool = False
 
     # -- the request ---------------------------------------------------------------------------------------------
 
     def chat_body(self, body: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The chat that ``body`` is, or that llama-server makes of it; None for a plain prompt. Raises OpaquePrompt
-        where that is not known."""
+        """The chat that ``body`` is, or that llama-server converts it to; None for a plain prompt. Raises
+        OpaquePrompt if that is unknown.
+        """
         return None
 
     def n_prompts(self, body: Mapping[str, Any]) -> int:
-        """How many prompts ``body`` has."""
+        """The number of prompts in ``body``."""
         return 1
 
     def n_answers(self, body: Mapping[str, Any]) -> int:
-        """How many answers each prompt gets: ``n`` (OpenAI) or ``n_cmpl`` (native), read as an int32 as llama-server
-        reads it: 2.9 is 2, 2**32 + 1 is 1. What is no number or too small it refuses by itself, with whatever slot it
-        is given."""
+        """The number of answers to each prompt: ``n`` (OpenAI) or ``n_cmpl`` (native), read as an int32 as
+        llama-server does: 2.9 is 2, 2**32 + 1 is 1. llama-server refuses values that are no number or too small, in
+        whatever slot.
+        """
         numbers = [1]
         for value in (body.get("n"), body.get("n_cmpl")):
             if isinstance(value, float) and abs(value) < 2**31:
@@ -72,7 +75,7 @@ class Format(Protocol):
         return max(numbers)
 
     def messages(self, body: Mapping[str, Any]) -> list[Any] | None:
-        """The messages as the client sent them, none for a body of another shape; None if the format has none."""
+        """The messages as the client sent them, empty for a body of another shape; None if the format has none."""
         if self.messages_key is None:
             return None
         given = body.get(self.messages_key)
@@ -81,10 +84,10 @@ class Format(Protocol):
         return given if isinstance(given, list) else []
 
     def system_texts(self, body: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
-        """The texts of the system prompt, each as what holds it and the key under which it stands there.
+        """The texts of the system prompt, each as the object that holds it and its key there.
 
-        Those of ``system_key``, and messages of role ``system`` or ``developer`` wherever they stand. A body of another
-        shape has none of those: llama-server's own 400 says it best.
+        Those of ``system_key``, and messages of role ``system`` or ``developer`` at any position. A body of another
+        shape has none: llama-server's own 400 explains it best.
         """
         if self.system_key is not None:
             yield from _texts(body, self.system_key)
@@ -95,44 +98,49 @@ class Format(Protocol):
     def dry_run(
         self, body: Mapping[str, Any], chat: Mapping[str, Any] | None, *, tokens: bytes | None, n: int
     ) -> DryRun:
-        """What llama-server may refuse of ``body``. ``chat``: the chat that it is or becomes, None for a plain prompt;
-        ``tokens`` of a prompt that was sent as ids; ``n`` answers to each prompt."""
+        """What llama-server may refuse of ``body``. ``chat``: the chat that it is or is converted to, None for a
+        plain prompt; ``tokens``: of a prompt that was sent as ids; ``n``: answers to each prompt.
+        """
         return dry_run(body if chat is None else chat, is_chat=chat is not None, tokens=tokens, n=n)
 
     # -- the answer ----------------------------------------------------------------------------------------------
 
     def progress_event(self, id_: str, model: str, progress: Mapping[str, int]) -> bytes:
-        """What a client that sets ``return_progress`` is sent after each batch of a prefill that llamaslot does, as
-        llama-server sends it. ``progress``: total, cache, processed (tokens) and time_ms; ``id_``: llamaslot's, for
-        llama-server has not seen the request yet. Only where ``has_progress_events``."""
+        """The event sent after each batch of llamaslot's own prefill to a client that sets ``return_progress``, in
+        llama-server's form. ``progress``: total, cache, processed (tokens) and time_ms; ``id_``: llamaslot's, because
+        llama-server has not received the request yet. Only if ``has_progress_events``.
+        """
         return b""
 
     def stream_start(self, id_: str, body: Mapping[str, Any], n_total: int, n_reused: int) -> bytes:
-        """The event that a stream must begin with, for a prompt of ``n_total`` tokens, where llama-server leaves it
-        out; nothing if its streams need none."""
+        """The event that a stream must begin with, for a prompt of ``n_total`` tokens, if llama-server omits it;
+        empty if none is needed.
+        """
         return b""
 
     def errors(self, id_: str) -> ErrorEvents:
-        """Makes the errors in one stream. ``id_``: of the request."""
+        """An encoder of errors for one stream. ``id_``: of the request."""
         return ErrorEvents(id_)
 
     def can_assemble(self, body: Mapping[str, Any]) -> bool:
-        """Whether the answer to ``body``, whose client does not stream, can be had from a stream, but for a
-        ``Doubt``."""
+        """Whether the answer to ``body``, whose client does not stream, can be assembled from a stream, unless there
+        is a ``Doubt``.
+        """
         return False
 
     def streamed(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The body that asks for the same answer as a stream. Only where ``can_assemble``."""
+        """The body that requests the same answer as a stream. Only if ``can_assemble``."""
         return streamed_with_progress(body)
 
     def assembly(self, body: Mapping[str, Any]) -> Assembly | None:
-        """Puts the answer to ``body``, the client's own and not the streamed one, together; None for a format whose
-        answers cannot be."""
+        """Assembles the answer to ``body`` (the client's own, not the streamed one); None for a format whose answers
+        cannot be assembled.
+        """
         return None
 
 
 def _texts(holder: Any, key: str) -> Iterator[tuple[Any, Any]]:
-    """A text, or the parts that have one."""
+    """A text, or the texts of its parts."""
     match holder.get(key):
         case str():
             yield holder, key

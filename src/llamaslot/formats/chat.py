@@ -1,4 +1,4 @@
-"""``/v1/chat/completions`` (OpenAI), and what builds before called ``/api/chat``."""
+"""``/v1/chat/completions`` (OpenAI), called ``/api/chat`` by older builds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llamaslot.formats.stream_to_json import (
 )
 from llamaslot.llama.sse import event_of
 
-#: Fields whose effect on a stream and on the answer in one piece is known.
+#: Fields whose effect on a stream and on a JSON answer is known.
 _FIELDS = HARMLESS | {
     "messages", "tools", "tool_choice", "parallel_tool_calls", "response_format", "reasoning_format",
     "reasoning_effort", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
@@ -37,11 +37,11 @@ class ChatFormat(Format):
     has_progress_events = True
 
     def chat_body(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The very body."""
+        """The body itself."""
         return body
 
     def progress_event(self, id_: str, model: str, progress: Mapping[str, int]) -> bytes:
-        """Seen running on xllamacpp 2026.10.11549."""
+        """As measured on xllamacpp 2026.10.11549."""
         delta = {"role": "assistant", "content": None}
         return event_of(
             {
@@ -55,13 +55,14 @@ class ChatFormat(Format):
         )
 
     def can_assemble(self, body: Mapping[str, Any]) -> bool:
-        """A server that was started with ``--reasoning-format deepseek-legacy`` cannot be told from here: its chat must
-        not be assembled. ``generation_settings`` of any native answer tells it, /props does not (ran)."""
+        """A server started with ``--reasoning-format deepseek-legacy`` cannot be detected here: its chats must not be
+        assembled. ``generation_settings`` of any native answer shows it, /props does not (measured).
+        """
         given = without_nulls(body)
         return n_answers(given) is not None and _is_plain(given) and has_only(given, _FIELDS)
 
     def streamed(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """With ``echo``: else the stream leaves out the assistant's message that it goes on with."""
+        """With ``echo``; otherwise the stream omits the assistant's message that it continues."""
         return streamed_with_usage(body) | {"echo": True}
 
     def assembly(self, body: Mapping[str, Any]) -> Assembly:
@@ -69,7 +70,7 @@ class ChatFormat(Format):
 
 
 def _is_plain(given: Mapping[str, Any]) -> bool:
-    """Text only, and its reasoning in the same place with and without a stream."""
+    """Text only, with the reasoning in the same place with and without a stream."""
     messages = given.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         return False
@@ -83,9 +84,10 @@ class ChatAssembly(OpenAIAssembly):
     """The answer to a chat."""
 
     def _take(self, payload: dict[str, Any]) -> None:
-        """A token's deltas, one event each, the last of them with ``timings``; then the finish reason; then the totals.
+        """A token's deltas, one event each, the last of them with ``timings``; then the finish reason; then the
+        totals.
 
-        The totals have no index, but follow their finish reason at once (to_json_oaicompat_chat_stream).
+        The totals have no index, but directly follow their finish reason (to_json_oaicompat_chat_stream).
         """
         self._know_event(payload)
         if not payload["choices"]:
@@ -104,11 +106,11 @@ class ChatAssembly(OpenAIAssembly):
         if choice["finish_reason"] is not None:
             self._end(part, choice["finish_reason"])
         elif "timings" in payload:
-            # The first token has an event with the role, whatever became of the token.
+            # The first token always has an event with the role.
             part.tell(payload["timings"]["predicted_n"], any(delta.get(name) for name in _SAID))
 
     def _take_call(self, calls: list[dict[str, Any]], piece: dict[str, Any]) -> None:
-        """The first piece of a call has its id and its name, further ones add to the arguments."""
+        """The first piece of a call has its id and its name, further pieces extend the arguments."""
         index, function = piece["index"], piece["function"]
         self._know(piece, {"index", "id", "type", "function"})
         if index == len(calls):
@@ -118,8 +120,9 @@ class ChatAssembly(OpenAIAssembly):
             whole[name] += text
 
     def _doubt_about(self, part: PartialAnswer) -> Doubt | None:
-        """There are no events for what the chat's parser takes out, the end among it: so what is held back can be told
-        of an answer that was cut only."""
+        """There are no events for what the chat's parser removes, the end among it: so held-back text can be detected
+        only in an answer that was cut off.
+        """
         if part.is_cut and part.n_said < part.n_tokens:
             return Doubt.HELD_BACK
         if not (part.text or part.reasoning or part.calls):

@@ -1,4 +1,4 @@
-"""What a waiting stream is told: the texts of all SSE comments that say what happens to its request."""
+"""The texts of all SSE comments that tell a waiting client what happens to its request."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import enum
 
 
 class Comment(enum.StrEnum):
-    """One text each; ``format`` fills in what stands in braces."""
+    """One text each; ``format`` fills in the parts in braces."""
 
     QUEUED = "queued {position}"  # 1 is the next request to get a slot
-    SAVING = "saving"  # what the slot holds, or a shared prefix
+    SAVING = "saving"  # the slot's content, or a shared prefix
     CLEARING = "clearing slot"  # an erase that no restore follows
-    RESTORING = "restoring"  # an erase and the restore behind it
+    RESTORING = "restoring"  # an erase and the restore after it
     WAITING_TO_PREFILL = "waiting to prefill {n_tokens} tokens"
     PREFILL = "prefill {n_done} of {n_tokens}"
     WAITING_FOR_TURN = "waiting for its turn"  # llama-server chooses the slot

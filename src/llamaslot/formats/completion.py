@@ -41,7 +41,7 @@ class CompletionFormat(Format):
         return dry_run(body, is_chat=False, tokens=tokens, n=n, path="/v1/completions")
 
     def progress_event(self, id_: str, model: str, progress: Mapping[str, int]) -> bytes:
-        """Seen running on xllamacpp 2026.10.11549."""
+        """As measured on xllamacpp 2026.10.11549."""
         return event_of(
             {
                 "created": int(time.time()),
@@ -68,7 +68,7 @@ class TextAssembly(OpenAIAssembly):
     """The answer to a plain prompt."""
 
     def _take(self, payload: dict[str, Any]) -> None:
-        """An event for each token, also for one that adds nothing; the last has the finish reason and the totals."""
+        """One event per token, also for a token without text; the last has the finish reason and the totals."""
         self._know_event(payload)
         choice = payload["choices"][0]
         part = self._part(choice["index"])

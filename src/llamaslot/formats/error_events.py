@@ -1,7 +1,7 @@
-"""An error in a stream that has begun, in the words that the clients of its format understand.
+"""An error in a stream that has begun, in a form that the clients of its format understand.
 
-A status cannot be sent any more. What the clients understand was looked up in them, and is tested with them: the files
-of the formats tell it. Here is what most of them do.
+A status can no longer be sent. The forms were taken from the clients' sources, and are tested with the clients: see
+the files of the formats. This is the most common one.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from llamaslot.llama.sse import EventSplitter, data_of, event_of
 
 
 class ErrorEvents:
-    """Makes the errors of one stream: ``data: {"error": {"message", "type", "code"}}``, as llama-server sends it
-    itself. OpenAI's libraries and Vercel's raise on an ``error`` at the root. ``id``: of the request."""
+    """Encodes the errors of one stream: ``data: {"error": {"message", "type", "code"}}``, as llama-server does.
+    OpenAI's libraries and Vercel's raise on an ``error`` at the root. ``id``: of the request.
+    """
 
-    #: Whether llama-server's own error events are said in the words of ``event`` too.
+    #: Whether llama-server's own error events are converted to the form of ``event`` too.
     is_translated = False
 
     def __init__(self, id_: str) -> None:
         self.id = id_
 
     def saw(self, event: bytes) -> None:
-        """The client is being told ``event``: a later error goes on from there."""
+        """The client receives ``event``: a later error continues from there."""
 
     def event(self, error: Mapping[str, Any]) -> bytes:
         """``error``: message, type and code, as in the body of an answer."""
         return event_of({"error": error})
 
     def translated(self, event: bytes) -> bytes:
-        """An error event of llama-server's; the very same bytes where its clients understand it."""
+        """An error event of llama-server in the form of this format; the same bytes if its clients understand it."""
         payload = data_of(event)
         if not self.is_translated or not isinstance(payload, dict):
             return event
@@ -48,5 +49,5 @@ def translated_all(errors: ErrorEvents, events: bytes) -> bytes:
 
 
 def is_error(event: bytes) -> bool:
-    """Whether this is llama-server's error: named so, or with nothing but that in it."""
+    """Whether this is llama-server's error: an event of that name, or one with nothing else in it."""
     return event.startswith((b"event: error", b'data: {"error":'))

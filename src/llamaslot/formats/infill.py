@@ -1,14 +1,14 @@
-"""A body of ``/infill`` -> its exact tokens.
+"""Converts a body of ``/infill`` to its exact tokens.
 
-llama-server makes them of the tokens of its parts, in an order and within limits that depend on the model and on its
-flags: which tokens mark prefix, suffix and middle, whether there are ones for a repository and its files, whether the
-suffix comes first (``--spm-infill``), a quarter of ``--batch-size``, which limits the suffix, and three of which limit
-the prefix, and what ``--ctx-size``, ``--batch-size`` and ``--predict`` leave for other files. It tells none of these:
-``learn`` finds them out from two short answers, which repeat their prompt as text, and from two refusals of prompts
-that are too long, which tell how many tokens those had.
+llama-server combines the tokens of its parts, in an order and within limits that depend on the model and on its
+flags: the tokens for prefix, suffix and middle; whether there are tokens for a repository and its files; whether the
+suffix comes first (``--spm-infill``); a quarter of ``--batch-size``, which limits the suffix, and three quarters,
+which limit the prefix; and the room that ``--ctx-size``, ``--batch-size`` and ``--predict`` leave for other files. It
+reports none of these. ``learn`` finds them out from two short answers, which repeat their prompt as text, and from
+two refusals of prompts that are too long, which report their number of tokens.
 
-Source: llama.cpp, tools/server/server-common.cpp, ``format_prompt_infill``; seen running on xllamacpp 2026.10.11549,
-against which tests/real/test_infill.py holds it.
+Source: llama.cpp, tools/server/server-common.cpp, ``format_prompt_infill``; measured on xllamacpp 2026.10.11549;
+tests/real/test_infill.py compares with it.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from llamaslot.formats.native import NativeAssembly, native_progress, native_str
 from llamaslot.formats.stream_to_json import HARMLESS, Assembly, has_only, n_answers, without_nulls
 
 _REPOSITORY, _FILE, _UNNAMED = "myproject\n", "filename\n", "tmp"
-_SNIPPET = "\n\n--- snippet ---\n\n"  # in front of each chunk, where the model has no token for that
-_WORD = "a\n"  # two tokens, as tokenizers go
+_SNIPPET = "\n\n--- snippet ---\n\n"  # before each chunk, if the model has no token for that
+_WORD = "a\n"  # two tokens with most tokenizers
 _LONG_PREFIX = 16_384  # tokens: three quarters of any usual --batch-size
 _CACHE_BYTES = 8 << 20
-_MAX_PARTS = 512  # each is a question to the server; editors send some dozens
+_MAX_PARTS = 512  # each is one request to the server; editors send some dozens
 _FIELDS = HARMLESS | {"input_prefix", "input_suffix", "input_extra", "prompt", "response_fields"}
 
 
 class InfillFormat(Format):
-    """Answers are those of the native format."""
+    """Its answers are those of the native format."""
 
     name = "infill"
     prompt_kind = PromptKind.INFILL
@@ -57,8 +57,9 @@ class InfillFormat(Format):
 
 
 class InfillServer(Protocol):
-    """Routes of llama-server. ``ask`` sends a body: status and JSON of the answer; ``refusal`` does not wait for one
-    that is none."""
+    """Routes of llama-server. ``ask`` sends a body and returns status and JSON; ``refusal`` does not await an answer
+    that is no refusal.
+    """
 
     async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes: ...
 
@@ -71,10 +72,9 @@ class InfillServer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How one llama-server puts the parts together. Tokens are packed; those that the model lacks are empty.
+    """How one llama-server combines the parts. Tokens are packed; those that the model lacks are empty.
 
-    ``repository``: with the name behind it. ``quarter``: of ``--batch-size``, in tokens. ``room``: of other files, in
-    tokens.
+    ``repository``: with its name. ``quarter``: of ``--batch-size``, in tokens. ``room``: of other files, in tokens.
     """
 
     prefix: bytes
@@ -89,8 +89,9 @@ class Layout:
 
 
 class Infill:
-    """Bodies as one llama-server reads them. Chunks of other files, which editors send again and again, are remembered
-    as tokens."""
+    """Converts bodies as one llama-server does. Chunks of other files, which editors send again and again, are cached
+    as tokens.
+    """
 
     def __init__(self, server: InfillServer, layout: Layout) -> None:
         self._server, self.layout = server, layout
@@ -98,9 +99,10 @@ class Infill:
         self._n_bytes = 0
 
     async def tokens(self, body: Mapping[str, Any], whose: str = "") -> bytes:
-        """The prompt of ``body``. ``whose``: chunks are found again by the same only, for that can be measured.
+        """The prompt of ``body``. ``whose``: the namespace in which chunks are found again, because a cache hit can
+        be measured.
 
-        Raises OpaquePrompt for what llama-server refuses: its own answer says it best.
+        Raises OpaquePrompt for bodies that llama-server refuses: its own answer explains it best.
         """
         prefix = await self._text_or_mixed(body.get("input_prefix"))
         suffix = await self._text_or_mixed(body.get("input_suffix"))
@@ -117,7 +119,7 @@ class Infill:
         return b"".join((_last(extra, layout.room), layout.bos, *whole, layout.middle))
 
     async def extra(self, chunks: Any, whose: str) -> bytes:
-        """What comes of other files. Raises OpaquePrompt."""
+        """The tokens of other files. Raises OpaquePrompt."""
         layout = self.layout
         parts = [layout.repository]
         if chunks is not None and not isinstance(chunks, list):
@@ -137,7 +139,9 @@ class Infill:
         return b"".join(parts)
 
     async def _text_or_mixed(self, given: Any) -> bytes:
-        """Special tokens in it are text. Of a list strings and ids, each for itself."""
+        """The tokens of a text, with special tokens read as text; or of a list of strings and ids, each converted
+        separately.
+        """
         parts = []
         is_long = isinstance(given, list) and len(given) > _MAX_PARTS
         if is_long and any(isinstance(part, str) for part in given):
@@ -157,9 +161,9 @@ class Infill:
         key = (whose, text)
         if (tokens := self._known.pop(key, None)) is None:
             tokens = await self._plain(text)
-            if self._known.pop(key, None) is None:  # somebody may have asked for the same meanwhile
+            if self._known.pop(key, None) is None:  # another request may have put the same meanwhile
                 self._n_bytes += len(text) + len(tokens)
-        self._known[key] = tokens  # the last one used last
+        self._known[key] = tokens  # the most recently used last
         while self._n_bytes > _CACHE_BYTES and len(self._known) > 1:
             oldest = next(iter(self._known))
             self._n_bytes -= len(oldest[1]) + len(self._known.pop(oldest))
@@ -176,9 +180,9 @@ def _last(tokens: bytes, n: int) -> bytes:
 
 
 async def learn(server: InfillServer, slot: int, n_ctx: int) -> Layout:
-    """How ``server`` puts the parts together, tried out in ``slot``, which holds a few tokens of nobody's then.
+    """Probe how ``server`` combines the parts, in ``slot``, which then holds a few meaningless tokens.
 
-    Raises OpaquePrompt where it does so in a way that is not known here. Canceling is safe.
+    Raises OpaquePrompt if the way is unknown. Canceling is safe.
     """
     learning = _Learning(server, slot, n_ctx)
     for layout in await learning.candidates():
@@ -188,15 +192,15 @@ async def learn(server: InfillServer, slot: int, n_ctx: int) -> Layout:
 
 
 class _Learning:
-    """What is asked of ``server`` in ``slot`` to find out its layout, and what the answers tell of it."""
+    """The probes of ``server`` in ``slot``, and what the answers show of its layout."""
 
     def __init__(self, server: InfillServer, slot: int, n_ctx: int) -> None:
         self._server, self._n_ctx = server, n_ctx
         self._ours = {"id_slot": slot, "n_predict": 0, "cache_prompt": False}
-        self._n_empty = 0  # tokens of a prompt of nothing
+        self._n_empty = 0  # tokens of an empty prompt
 
     async def candidates(self) -> list[Layout]:
-        """From the prompt of nothing: marks of repository and file with their names, BOS, prefix, suffix, middle."""
+        """From the empty prompt: tokens for repository and file with their names, BOS, prefix, suffix, middle."""
         text, n = await self._prompt({"input_prefix": "", "input_suffix": ""})
         self._n_empty = n
         repository, text = await self._marked(text, _REPOSITORY)
@@ -221,10 +225,10 @@ class _Learning:
         ]
 
     async def _marked(self, text: str, name: str) -> tuple[bytes, str]:
-        """The tokens of a mark with ``name`` behind it, if ``text`` begins so; and what is behind that.
+        """The tokens of a mark followed by ``name``, if ``text`` begins with them; and the rest of ``text``.
 
-        The mark alone is tokenized: a text in which a name stands has other tokens than the name for itself, where the
-        model puts a space in front of each piece.
+        The mark is tokenized alone, and the name too: if the model puts a space before each piece, both together have
+        other tokens.
         """
         tokens = await self._plain(name)
         before, found, behind = text.partition(await self._server.detokenize(tokens))
@@ -236,7 +240,7 @@ class _Learning:
         return mark + tokens, behind
 
     async def fits(self, layout: Layout) -> bool:
-        """Whether a body that has everything is put together so."""
+        """Whether a body with all parts is combined in this way."""
         body = {
             "input_prefix": "prefix",
             "input_suffix": "suffix",
@@ -248,8 +252,9 @@ class _Learning:
         return count(tokens) == n and await self._server.detokenize(tokens) == text
 
     async def with_limits(self, layout: Layout) -> Layout:
-        """``layout`` with the limits: from what is left of a prefix, and of another file, in prompts that are too long
-        for the slot."""
+        """``layout`` with the limits: from what remains of a prefix, and of another file, in prompts that are too
+        long for the slot.
+        """
         n_prefix = count(await self._plain(_WORD * (_LONG_PREFIX // 2)))
         n_left = await self._n_refused(input_prefix=_WORD * (_LONG_PREFIX // 2)) - self._n_empty
         if not 0 < n_left < n_prefix or n_left % 3:
@@ -267,10 +272,12 @@ class _Learning:
         return _WORD * (self._n_ctx // 2 + 2)
 
     async def _n_refused(self, **parts: Any) -> int:
-        """How many tokens a prompt has with ``parts`` and a line begun that alone is too long for the slot; without
-        that line."""
+        """The number of tokens of a prompt with ``parts`` and a line that alone is too long for the slot; without
+        that line.
+        """
         n_begun = count(await self._server.tokenize(self._too_long, add_special=False))
-        # Old builds cut what is too long and compute the rest; that must not go on for longer than a batch.
+        # Old builds truncate a prompt that is too long and compute the rest; that must not go on for longer than a
+        # batch.
         body = {"input_prefix": "", "input_suffix": "", "prompt": self._too_long, "stream": True, **parts}
         status, answer = await self._server.refusal(
             "/infill", {**body, **self._ours, "return_progress": True}

@@ -1,12 +1,12 @@
-"""A body of ``/v1/messages`` (Anthropic; Claude Code) -> the chat body that llama-server makes of it.
+"""Converts a body of ``/v1/messages`` (Anthropic; Claude Code) to the chat body that llama-server makes of it.
 
-llama-server converts such a body into one of ``/v1/chat/completions`` and renders that. What is built here renders, by
-``POST /apply-template``, to the very same prompt; tests/real/test_conversions.py holds it against the real server.
+llama-server converts such a body into one of ``/v1/chat/completions`` and renders that. The result here renders, by
+``POST /apply-template``, to the same prompt; tests/real/test_conversions.py compares it with the real server.
 
-Source: llama.cpp, tools/server/server-chat.cpp, ``server_chat_convert_anthropic_to_oai``; seen running on xllamacpp
-2026.10.11549. The conversion keeps a few fields and drops all others, ``id_slot``, ``cache_prompt``, ``lora`` and ``n``
-among them, so none of these is in the chat body either. Nor is what does not change the rendering: sampling,
-``stop_sequences``, ``metadata``, and ``thinking``, whose budget only limits what is sampled.
+Source: llama.cpp, tools/server/server-chat.cpp, ``server_chat_convert_anthropic_to_oai``; measured on xllamacpp
+2026.10.11549. The conversion keeps a few fields and drops all others, among them ``id_slot``, ``cache_prompt``,
+``lora`` and ``n``, so the chat body has none of these either. It also lacks fields without effect on the rendering:
+sampling, ``stop_sequences``, ``metadata``, and ``thinking``, whose budget only limits what is sampled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HEADER = b"x-anthropic-billing-header:"
 _STAMP = b"cch="
 _STAMP_BYTES = 5
 
-#: Blocks that llama-server leaves out. It leaves out every type that it does not know, documents for one; but what has
+#: Blocks that llama-server omits. It omits every type that it does not know, for example documents; but a block with
 #: a text may be rendered by the next build.
 _LEFT_OUT = {"redacted_thinking"}
 _LEFT_OUT_OF_RESULTS = {"tool_reference"}
@@ -32,7 +32,7 @@ _LEFT_OUT_OF_RESULTS = {"tool_reference"}
 _IMAGE = {"type": "image_url"}
 _CHOICES = {"auto": "auto", "any": "required", "tool": "required"}  # "none" is dropped: the model may call
 
-#: What its conversion keeps beside the chat, and under which names: the rest of a body never gets to the samplers.
+#: The fields that its conversion keeps beside the chat, and their names there: the others never reach the samplers.
 _KEPT = {
     "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_tokens": "max_tokens",
     "stop_sequences": "stop",
@@ -57,7 +57,7 @@ class MessagesFormat(Format):
         return chat_body(body)
 
     def n_answers(self, body: Mapping[str, Any]) -> int:
-        """llama-server gives one, whatever was asked."""
+        """llama-server gives one, whatever the body requests."""
         return 1
 
     def dry_run(
@@ -67,8 +67,9 @@ class MessagesFormat(Format):
         return dry_run(kept | dict(chat or {}), is_chat=chat is not None, tokens=tokens, n=n)
 
     def stream_start(self, id_: str, body: Mapping[str, Any], n_total: int, n_reused: int) -> bytes:
-        """Shaped as llama-server's, which leaves it out where the first token is half a character (seen running); then
-        clients fail."""
+        """In the form of llama-server's, which omits it if the first token is half a character (measured); then
+        clients fail.
+        """
         usage = {"cache_read_input_tokens": n_reused, "input_tokens": n_total - n_reused, "output_tokens": 0}
         message = {
             "id": f"chatcmpl-{id_}",
@@ -87,8 +88,9 @@ class MessagesFormat(Format):
 
 
 class MessagesErrors(ErrorEvents):
-    """Anthropic's libraries look at ``event: error`` only, and read ``error.type`` and ``error.message`` in it;
-    llama-server leaves that envelope out."""
+    """Anthropic's libraries read only ``event: error``, with ``error.type`` and ``error.message`` in it; llama-server
+    does not send that envelope.
+    """
 
     is_translated = True
 
@@ -109,9 +111,9 @@ def _error_type(error: Mapping[str, Any]) -> str:
 def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
     """The chat body whose rendering is the prompt of ``body``.
 
-    An image is one there too, but only its place: such a chat is rendered up to there. Raises OpaquePrompt for what is
-    not known to render alike: documents, unknown blocks, and bodies that llama-server refuses (its own answer to those
-    says it best).
+    An image stays an image, but only as a position: such a chat is rendered up to there. Raises OpaquePrompt for
+    parts whose rendering is not known to be equal: documents, unknown blocks, and bodies that llama-server refuses
+    (its own answer explains it best).
     """
     messages: list[Any] = [{"role": "system", "content": text} for text in _system(body.get("system"))]
     given = body.get("messages")
@@ -132,7 +134,7 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _system(system: Any) -> Iterator[str]:
-    """The content of the system message, one or none: the texts of the blocks joined by nothing."""
+    """The content of the system message, one or none: the texts of the blocks, concatenated."""
     if system is None:
         return
     blocks = [{"type": "text", "text": system}] if isinstance(system, str) else system
@@ -142,11 +144,11 @@ def _system(system: Any) -> Iterator[str]:
 
 
 def _without_stamp(text: str) -> str:
-    """The text with the stamp of Claude Code's attribution made the same for all requests, as llama-server does it.
+    """The text with Claude Code's attribution stamp made equal for all requests, as llama-server does it.
 
-    ``x-anthropic-billing-header: cc_version=…; cch=a5145;`` would have another ``cch`` each time, and no prompt would
-    begin like another: five bytes between ``cch=`` and ``;`` become ``fffff``. Only where a text begins with the
-    header, and only the first ``cch=`` in it. (``normalize_anthropic_billing_header``, pull 21793)
+    ``x-anthropic-billing-header: cc_version=…; cch=a5145;`` would have another ``cch`` each time, and no two prompts
+    would have a common prefix. So five bytes between ``cch=`` and ``;`` become ``fffff``. Only if a text begins with
+    the header, and only the first ``cch=`` in it. (``normalize_anthropic_billing_header``, pull 21793)
     """
     raw = text.encode()
     if not raw.startswith(_HEADER):
@@ -159,9 +161,10 @@ def _without_stamp(text: str) -> str:
 
 
 def _messages(message: Any) -> Iterator[Any]:
-    """What one message becomes: itself, or its blocks as a message and, behind it, one more for each tool result.
+    """The messages that one message becomes: itself, or its blocks as one message, followed by one for each tool
+    result.
 
-    That order holds also where the results come first, as Claude Code sends them: its reminders move in front.
+    The order is the same if the results come first, as Claude Code sends them: its reminders move in front.
     """
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise PromptNotTokenizable("a message without a role")
@@ -200,10 +203,10 @@ def _messages(message: Any) -> Iterator[Any]:
 
 
 def _call(block: Mapping[str, Any]) -> dict[str, Any]:
-    """A call with its arguments as the object that they are: llama-server writes them out, in a chat as here.
+    """A call with its arguments as an object: llama-server serializes them, in a chat as here.
 
-    Templates that show the arguments as text show that writing, ``1e+15`` for one, which no other writer reproduces.
-    (common/chat.cpp takes an object since March 2026, see issue 20198; before, a string only.)
+    Templates that show the arguments as text show that serialization, for example ``1e+15``, which no other writer
+    reproduces. (common/chat.cpp accepts an object since March 2026, see issue 20198; before, a string only.)
     """
     arguments = block.get("input")
     if arguments is not None and not isinstance(arguments, Mapping):
@@ -213,14 +216,14 @@ def _call(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _result(block: Mapping[str, Any]) -> dict[str, Any]:
-    """A message of role ``tool``: texts joined by nothing; ``is_error`` is dropped."""
+    """A message of role ``tool``: the texts, concatenated; ``is_error`` is dropped."""
     content = block.get("content")
     if isinstance(content, list):
         images = list[Any]()
         for at, part in enumerate(content):
             if (type_ := _type(part)) == "image" and _is_shown(part):
                 images, content = [_IMAGE], content[:at]
-                break  # nothing behind it is looked at
+                break  # nothing after it is read
             if type_ != "text" and type_ not in _LEFT_OUT_OF_RESULTS:
                 raise PromptNotTokenizable(f"a tool result with a block of type {type_!r}", _reason(type_))
         content = "".join(_text(part, "text") for part in content if part["type"] == "text")
@@ -232,7 +235,9 @@ def _result(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tool(tool: Any) -> dict[str, Any]:
-    """A function. Anthropic's own tools (``web_search_…``), which have a name only, become one without parameters."""
+    """A function. Anthropic's own tools (``web_search_…``), which have a name only, become functions without
+    parameters.
+    """
     if not isinstance(tool, Mapping):
         raise PromptNotTokenizable("a tool that is no object")
     function = {
@@ -244,7 +249,7 @@ def _tool(tool: Any) -> dict[str, Any]:
 
 
 def _is_shown(image: Mapping[str, Any]) -> bool:
-    """Whether llama-server shows it; it leaves out one from elsewhere, a file's for one."""
+    """Whether llama-server renders it; it omits images from other sources, for example a file."""
     source = image.get("source")
     return isinstance(source, Mapping) and source.get("type") in ("base64", "url")
 
@@ -260,7 +265,7 @@ def _type(block: Any) -> str:
 
 
 def _text(block: Mapping[str, Any], name: str) -> str:
-    """A field that is a string; one that is missing or null is the empty one."""
+    """A string field; missing or null is the empty string."""
     value = block.get(name)
     if value is not None and not isinstance(value, str):
         raise PromptNotTokenizable(f"{name!r} is no string")

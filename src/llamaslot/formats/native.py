@@ -53,7 +53,7 @@ class NativeFormat(Format):
 
 
 def native_progress(progress: Mapping[str, int]) -> bytes:
-    """An event of progress; seen running on xllamacpp 2026.10.11549."""
+    """A progress event; measured on xllamacpp 2026.10.11549."""
     return event_of(
         {
             "index": 0,
@@ -69,12 +69,12 @@ def native_progress(progress: Mapping[str, int]) -> bytes:
 
 
 def native_streamed(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Without ``response_fields``: the last event would have these only."""
+    """Without ``response_fields``: with them the last event would have only these."""
     return {name: value for name, value in streamed_with_progress(body).items() if name != "response_fields"}
 
 
 def response_fields(given: Mapping[str, Any]) -> list[str] | None:
-    """The names that it asks for, with slashes between them; None if they are anything else."""
+    """The requested names, with slashes as separators; None if they are anything else."""
     paths = given.get("response_fields", [])
     if isinstance(paths, list) and all(isinstance(path, str) and all(path.split("/")) for path in paths):
         return paths
@@ -89,7 +89,7 @@ class NativeAssembly(Assembly):
         self._paths = paths
 
     def _take(self, payload: dict[str, Any]) -> None:
-        """An event for each token, also for one that adds nothing; the last is the answer but for the text."""
+        """One event per token, also for a token without text; the last is the answer without the text."""
         part = self._part(payload["index"])
         part.text += payload["content"]
         if payload["stop"]:
@@ -111,7 +111,7 @@ class NativeAssembly(Assembly):
 
 
 def _chosen(whole: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
-    """A slash goes into an object; what is not there is left out (server-common.cpp, json_get_nested_values)."""
+    """A slash descends into an object; missing fields are left out (server-common.cpp, json_get_nested_values)."""
     result: dict[str, Any] = {}
     for path in paths:
         value: Any = whole

@@ -1,7 +1,7 @@
-"""Which part of a request's body a place in its rendered prompt comes from.
+"""Which part of a request's body a position in its rendered prompt comes from.
 
-Templates put the texts of a body into the prompt as they are, but for blanks at their ends: so the texts are looked for
-there, one after the other. Good enough to tell somebody where to look; nothing is decided by it.
+Templates copy the texts of a body into the prompt unchanged, except for blanks at their ends. So the texts are
+searched there, one after the other. This only helps a reader of the log; no decision depends on it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from llamaslot.formats.base import Format
 #: ``prompt``: the request has no messages.
 Where = Literal["system", "tools", "message", "prompt"]
 
-_EDGE = 200  # characters of a text that are enough to find where it begins and ends
-_HEADER = 40  # characters that a template puts in front of a message
+_EDGE = 200  # characters at each end of a text that are searched
+_HEADER = 40  # characters that a template puts before a message
 _LEADING = ("system", "developer")
 
 
 @dataclass(frozen=True, slots=True)
 class Whereabouts:
-    """``message``: its index in ``messages`` (or ``input``) as the client sent them; None for what is in none of them.
-    ``is_last_turn``: no answer of the model follows it."""
+    """``message``: its index in ``messages`` (or ``input``) as the client sent them; None if the position is in none
+    of them. ``is_last_turn``: no answer of the model follows it.
+    """
 
     where: Where
     message: int | None = None
@@ -45,15 +46,16 @@ class _Span:
 
 
 def whereabouts(text: str, offset: int, body: Mapping[str, Any], format_: Format) -> Whereabouts:
-    """What the character at ``offset`` of the rendered ``text`` belongs to. What stands in front of a message, its
-    role for one, belongs to it."""
+    """The part that contains the character at ``offset`` of the rendered ``text``. Text before a message, such as its
+    role, belongs to the message.
+    """
     messages = format_.messages(body)
     if messages is None:
         return Whereabouts("prompt")
     spans = list(_spans(text, messages))
     first = spans[0].begin if spans else len(text)
     ahead = [*_system_spans(text[:first], body, format_, messages), *_tools_span(text[:first], body)]
-    # Text of the template's own, a date for one, is taken for the system prompt's.
+    # The template's own text, for example a date, counts as system prompt.
     is_ahead = offset <= max((span.end for span in ahead), default=first - _HEADER)
     if is_ahead or not spans:
         inside = [span for span in ahead if span.begin <= offset <= span.end]
@@ -64,7 +66,7 @@ def whereabouts(text: str, offset: int, body: Mapping[str, Any], format_: Format
 
 
 def _n_leading(messages: list[Any]) -> int:
-    """How many messages the system prompt is."""
+    """The number of leading messages that form the system prompt."""
     n = 0
     while n < len(messages) and _role(messages[n]) in _LEADING:
         n += 1
@@ -79,7 +81,7 @@ def _role(message: Any) -> str:
 
 
 def _spans(text: str, messages: list[Any]) -> Iterator[_Span]:
-    """The messages behind the system prompt, as far as they are found, in their order."""
+    """The messages after the system prompt that are found, in order."""
     at = 0
     roles = [_role(message) for message in messages]
     last_answer = max(
@@ -94,7 +96,7 @@ def _spans(text: str, messages: list[Any]) -> Iterator[_Span]:
 
 
 def _texts(message: Any) -> Iterator[str]:
-    """What of a message stands in a prompt as it is: texts, names of tools that are called, what those have said."""
+    """The parts of a message that a prompt contains unchanged: texts, names of called tools, results of tools."""
     if isinstance(message, str):
         yield message
     elif isinstance(message, list):
@@ -115,7 +117,7 @@ def _look(text: str, wanted: str, at: int) -> tuple[int, int] | None:
         return None
     if text.startswith(wanted, begin):
         return begin, begin + len(wanted)
-    end = text.find(wanted[-_EDGE:], begin)  # something in between was rendered otherwise
+    end = text.find(wanted[-_EDGE:], begin)  # text in between was rendered differently
     return begin, end + len(wanted[-_EDGE:]) if end >= 0 else begin + _EDGE
 
 
@@ -133,7 +135,7 @@ def _system_spans(
 
 
 def _tools_span(text: str, body: Mapping[str, Any]) -> Iterator[_Span]:
-    """From the first tool to the last that are found by what they are described as, or by their names in quotes."""
+    """From the first to the last tool found, by its description or by its name in quotes."""
     tools = body.get("tools")
     found: list[tuple[int, int]] = []
     for tool in tools if isinstance(tools, list) else ():

@@ -1,4 +1,4 @@
-"""All client APIs that llamaslot knows the tokens of, by name."""
+"""All client APIs whose tokens llamaslot knows, by name."""
 
 from __future__ import annotations
 

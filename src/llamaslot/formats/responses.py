@@ -1,13 +1,13 @@
-"""A body of ``/v1/responses`` (OpenAI) -> the chat body that llama-server makes of it.
+"""Converts a body of ``/v1/responses`` (OpenAI) to the chat body that llama-server makes of it.
 
-llama-server converts such a body into one of ``/v1/chat/completions`` and renders that. What is built here renders, by
-``POST /apply-template``, to the very same prompt; tests/real/test_conversions.py holds it against the real server.
+llama-server converts such a body into one of ``/v1/chat/completions`` and renders that. The result here renders, by
+``POST /apply-template``, to the same prompt; tests/real/test_conversions.py compares it with the real server.
 
-Source: llama.cpp, tools/server/server-chat.cpp, ``server_chat_convert_responses_to_chatcmpl``; seen running on
-xllamacpp 2026.10.11549. The conversion replaces ``input``, ``instructions``, ``tools``, ``reasoning`` and
-``max_output_tokens`` and keeps all other fields: ``id_slot``, ``cache_prompt``, ``return_progress``, ``lora``, ``n``,
-``response_format``, ``chat_template_kwargs`` mean what they mean in a chat, and are in the chat body too. What OpenAI
-calls ``text`` (its ``format``), ``conversation``, ``prompt`` or ``truncation`` is kept and has no effect.
+Source: llama.cpp, tools/server/server-chat.cpp, ``server_chat_convert_responses_to_chatcmpl``; measured on xllamacpp
+2026.10.11549. The conversion replaces ``input``, ``instructions``, ``tools``, ``reasoning`` and ``max_output_tokens``
+and keeps all other fields: ``id_slot``, ``cache_prompt``, ``return_progress``, ``lora``, ``n``, ``response_format``,
+``chat_template_kwargs`` mean the same as in a chat, and are in the chat body too. OpenAI's ``text`` (its ``format``),
+``conversation``, ``prompt`` and ``truncation`` are kept and have no effect.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ class ResponsesFormat(Format):
 
 
 class ResponsesErrors(ErrorEvents):
-    """Codex passes over events whose ``type`` it does not know, says "stream closed before response.completed" and asks
-    five times more. It wants ``response.failed``, with ``code`` a string: ``context_length_exceeded`` and
-    ``invalid_prompt`` are final, ``server_error`` and ``rate_limit_exceeded`` are tried again; all but the first show
-    the message. OpenAI's libraries do not raise on it, and an answer that breaks off would look like a short one: for
-    them ``error`` stands at the root too. Vercel's wants a ``sequence_number``."""
+    """Codex ignores events whose ``type`` it does not know, reports "stream closed before response.completed" and
+    repeats the request five times. It needs ``response.failed``, with ``code`` a string: ``context_length_exceeded``
+    and ``invalid_prompt`` are final, ``server_error`` and ``rate_limit_exceeded`` are retried; all but the first show
+    the message. OpenAI's libraries do not raise on it, and an interrupted answer would look like a short one: for
+    them ``error`` is at the root too. Vercel's needs a ``sequence_number``.
+    """
 
     is_translated = True
 
@@ -88,9 +89,9 @@ def _error_code(error: Mapping[str, Any]) -> str:
 def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
     """The chat body whose rendering is the prompt of ``body``.
 
-    An image is one there too, but only its place: such a chat is rendered up to there. Raises OpaquePrompt for what is
-    not known to render alike, and bodies that llama-server refuses (its own answer to those says it best), such as
-    ``previous_response_id``, files, refusals, and unknown items.
+    An image stays an image, but only as a position: such a chat is rendered up to there. Raises OpaquePrompt for
+    parts whose rendering is not known to be equal, and for bodies that llama-server refuses (its own answer explains
+    it best), such as ``previous_response_id``, files, refusals, and unknown items.
     """
     if body.get("previous_response_id"):
         raise PromptNotTokenizable("'previous_response_id' is not supported by llama-server")
@@ -129,11 +130,11 @@ def _messages(given: Any) -> list[dict[str, Any]]:
 
 
 def _add(messages: list[dict[str, Any]], item: Mapping[str, Any]) -> None:
-    """Append what the item becomes. What the assistant did in one turn are several items, and one message."""
+    """Append the message of an item. Items of the assistant in one turn become one message."""
     match item.get("type"), item.get("role"):
         case "message" | None, "user" | "system" | "developer":
             messages.append(_message(item, _parts(item.get("content"), "input_text", "input_image")))
-        case "message", "assistant":  # without the type, as OpenAI takes it too, llama-server answers 400
+        case "message", "assistant":  # without the type, which OpenAI accepts, llama-server answers 400
             content = item.get("content")
             parts = [] if content is None else _parts(content, "output_text", "input_text")
             if _is_assistants(messages):
@@ -163,12 +164,12 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any]) -> None:
 
 
 def _is_assistants(messages: list[dict[str, Any]]) -> bool:
-    """Whether the last message is the assistant's: what comes next from the assistant goes into it."""
+    """Whether the last message is the assistant's: further items of the assistant are added to it."""
     return bool(messages) and messages[-1]["role"] == "assistant"
 
 
 def _message(item: Mapping[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The item with its other fields, which templates do not get to see today."""
+    """The item with its other fields, which templates do not receive today."""
     return {name: value for name, value in item.items() if name not in ("type", "status")} | {
         "content": parts
     }
@@ -185,7 +186,7 @@ def _parts(content: Any, *types: str) -> list[dict[str, Any]]:
 
 
 def _output(output: Any) -> Any:
-    """What a tool has answered: a string, or parts that keep their other fields."""
+    """The result of a tool: a string, or parts that keep their other fields."""
     if isinstance(output, str):
         return output
     return [{**part, "type": "text"} for part in _checked(output, "input_text")]
@@ -202,7 +203,7 @@ def _checked(parts: Any, *types: str) -> list[Mapping[str, Any]]:
 
 
 def _reasoning(item: Mapping[str, Any]) -> str:
-    """The first text of a reasoning. One that was encrypted or summed up only is a 400 of llama-server's."""
+    """The first text of a reasoning. llama-server answers 400 if it is only encrypted or summarized."""
     content = item.get("content")
     if not isinstance(item.get("summary"), list) or not isinstance(content, list) or not content:
         raise PromptNotTokenizable("a reasoning without its text")
@@ -212,7 +213,7 @@ def _reasoning(item: Mapping[str, Any]) -> str:
 
 
 def _tools(tools: Any) -> Iterator[dict[str, Any]]:
-    """The functions among the tools. Those of other types (``web_search``, ``custom``) are left out."""
+    """The functions among the tools. Tools of other types (``web_search``, ``custom``) are left out."""
     if not isinstance(tools, list):
         raise PromptNotTokenizable("'tools' is no list")
     for tool in tools:

@@ -1,8 +1,8 @@
-"""Rules that make what moves in a system prompt stand still, before it breaks the prefix of everything behind it.
+"""Rules that make changing parts of a system prompt constant, so that the prefix after them stays reusable.
 
-A system prompt stands first: a date, a random id or a checksum in it changes with each request or each day, and no
-token behind it is found again. A rule replaces what its pattern matches by the same text each time. Texts of users,
-answers and tools are never looked at.
+A system prompt comes first: a date, a random id or a checksum in it changes with each request or each day, and no
+token after it can be reused. A rule replaces each match of its pattern by a constant text. Texts of users, answers
+and tools are never changed.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ else:
 
 
 class RewriteRule(BaseModel):
-    """One entry of ``rewrite``. ``pattern`` is one of Python's ``re``; ``max_chars``: so much of the beginning of each
-    text is looked at."""
+    """One entry of ``rewrite``. ``pattern``: in the syntax of Python's ``re``; ``max_chars``: only so much of the
+    beginning of each text is searched.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -74,20 +75,21 @@ _BRACE = re.compile(r"(\\N\{|\\.)|\{(?!\d*,?\d*\})", re.DOTALL)
 
 
 def _compiled(pattern: str) -> regex.Pattern[str]:
-    """By ``regex``, which can be stopped. A brace that repeats nothing is a brace, as in ``re``: ``regex`` reads
-    ``{e}`` and the like as errors that there may be, and then anything matches."""
+    """Compiled by ``regex``, which can be stopped. A brace that repeats nothing is escaped, as in ``re``: ``regex``
+    reads ``{e}`` and the like as permitted errors, and then anything matches.
+    """
     return regex.compile(_BRACE.sub(lambda found: found[1] or r"\{", pattern))
 
 
-#: Rules that are in force unless ``rewrite_off`` names them. Each is for a text that is known to move, and is nothing
-#: that a model needs; where that text is not, the body stays as it is, byte for byte.
+#: Rules that are active unless ``rewrite_off`` names them. Each is for a text that is known to change and that no
+#: model needs. A body without that text stays unchanged, byte for byte.
 READY = {
     # Claude Code's first system block: ``x-anthropic-billing-header: cc_version=2.1.37.0d9; cc_entrypoint=cli;
-    # cch=fa690;``, since 2.1.197 at the latest without ``cch``, and with ``cc_is_subagent=true;`` in subagents (seen
-    # running). ``cch`` is another one for each request, the end of ``cc_version`` for each conversation and subagent.
-    # Newer builds of llama-server make the former stand still (``anthropic``), the latter none; what stands here
-    # afterwards they leave as it is.
-    # The fields are named one by one: where a client joins its blocks, text follows on the same line.
+    # cch=fa690;``, from 2.1.197 on (or earlier) without ``cch``, and with ``cc_is_subagent=true;`` in subagents
+    # (measured). ``cch`` changes with each request, the end of ``cc_version`` with each conversation and subagent.
+    # Newer builds of llama-server make ``cch`` constant (``formats/messages.py``); no build does that for
+    # ``cc_version``. They leave the text below unchanged. The fields are named one by one: where a client joins its
+    # blocks, text follows on the same line.
     "claude-code-attribution": RewriteRule(
         name="claude-code-attribution",
         pattern=r"\Ax-anthropic-billing-header:(?:[ \t]*[A-Za-z_][A-Za-z0-9_]*=[^;\s]*(?:;|(?=\s|\Z)))+",
@@ -97,7 +99,7 @@ READY = {
 
 
 def ready(value: object) -> object:
-    """A rule that is only named is one of ``READY``. Raises ValueError that names those."""
+    """A rule given only by name is taken from ``READY``. Raises ValueError with the known names."""
     if isinstance(value, str):
         if value not in READY:
             raise ValueError(f"{_unknown(value)}; a rule of your own has the keys name, pattern and replace")
@@ -106,7 +108,7 @@ def ready(value: object) -> object:
 
 
 def is_ready(name: str) -> str:
-    """Raises ValueError for what is no name of a ready rule."""
+    """Raises ValueError unless ``name`` is a name in ``READY``."""
     if name not in READY:
         raise ValueError(f"{_unknown(name)}; to turn off a rule of your own, remove it from rewrite")
     return name
@@ -117,14 +119,13 @@ def _unknown(name: str) -> str:
 
 
 def in_force(rules: Sequence[RewriteRule], off: Collection[str]) -> tuple[RewriteRule, ...]:
-    """``rules``, behind those of ``READY`` that are neither ``off`` nor named there: a rule of the same name takes the
-    place of a ready one."""
+    """``READY``, without rules that are ``off``, then ``rules``. A rule of the same name replaces a ready one."""
     named = {rule.name for rule in rules} | set(off)
     return (*(rule for name, rule in READY.items() if name not in named), *rules)
 
 
 def distinct(rules: tuple[RewriteRule, ...]) -> tuple[RewriteRule, ...]:
-    """Raises ValueError when two have the same name."""
+    """Raises ValueError if two rules have the same name."""
     names = [rule.name for rule in rules]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two rules are named {', '.join(twice)}")
@@ -133,8 +134,9 @@ def distinct(rules: tuple[RewriteRule, ...]) -> tuple[RewriteRule, ...]:
 
 @dataclass(slots=True)
 class Rewriter:
-    """One rule and what it has done since the start: requests that it has changed (``n_fired``), and those where it
-    was given up after ``LIMIT_S``."""
+    """One rule and its counters since the start: requests that it has changed (``n_fired``), and those where it was
+    stopped after ``LIMIT_S``.
+    """
 
     rule: RewriteRule
     n_fired: int = 0
@@ -147,7 +149,7 @@ class Rewriter:
     def rewrite(self, text: str, limit_s: float = LIMIT_S) -> str:
         """The text with every match replaced. Raises TimeoutError after ``limit_s`` of computing.
 
-        What ends where the part that is looked at ends may have been cut, and stays.
+        A match at the end of the searched part may be incomplete, and stays.
         """
         looked_at, rest = text[: self.rule.max_chars], text[self.rule.max_chars :]
 
@@ -161,13 +163,15 @@ class Rewriter:
 
 
 class Rewriting:
-    """All rules, in their order: each sees what the one before has left."""
+    """All rules, in order: each gets the result of the one before."""
 
     def __init__(self, rules: tuple[RewriteRule, ...] = ()) -> None:
         self.rewriters = [Rewriter(rule) for rule in rules]
 
     def apply(self, body: MutableMapping[str, Any], format_: Format) -> tuple[list[str], list[str]]:
-        """Change ``body`` in place. The names of the rules that have changed something, and of those given up."""
+        """Change ``body`` in place. Returns the names of the rules that have changed something, and of those that
+        were stopped.
+        """
         fired, given_up = list[str](), list[str]()
         for rewriter in self.rewriters:
             if format_.name not in rewriter.rule.formats:

@@ -1,23 +1,23 @@
-"""The JSON answer that llama-server would have sent, put together from the events of its stream.
+"""Assembles the JSON answer that llama-server would have sent, from the events of its stream.
 
-Why: that a client has left is noticed when a write to it fails, and to one that does not stream nothing is written. So
-its request is sent on as a stream (``Format.streamed``), and its answer is made of the events (``Assembly``): field by
-field what ``"stream": false`` gives. Each format has its own of both; here is what they share.
-tests/real/test_assemble.py holds the one against the other on the real server.
+Why: a client that has left is detected when a write to it fails, and nothing is written to a client that does not
+stream. So its request is sent on as a stream (``Format.streamed``), and its answer is assembled from the events
+(``Assembly``): field by field what ``"stream": false`` gives. Each format has its own of both; here is the shared
+part. tests/real/test_assemble.py compares the two on the real server.
 
-What a stream cannot give is known from the body as a rule; then ``Format.can_assemble`` says no:
+What a stream cannot give usually shows in the body; then ``Format.can_assemble`` is False:
 
-- ``logprobs``, ``n_probs``: entries are lost with tokens that have no event of their own (in chat the end, and tags of
-  reasoning and of calls) and with drafted ones, and the answer leaves out those of a stop word's tokens, which only the
+- ``logprobs``, ``n_probs``: entries are lost with tokens that have no event of their own (in chat the end, and tags
+  of reasoning and of calls) and with drafted ones, and the answer omits those of a stop word's tokens, which only the
   server can count. In chat with tools and a stream they are a 400.
 - ``return_tokens``: the first bytes of a character have no event, so their ids are lost.
-- ``n_indent``: the answer loses the end of its last line when that was streamed already.
+- ``n_indent``: the answer loses the end of its last line, which was streamed already.
 - ``verbose``: the raw text is in no event.
 - ``reasoning_format`` deepseek-legacy moves the reasoning in streams only (server-schema.cpp, reasoning_in_content).
-- ``stream_options`` is checked even where it has no use; images, and every field that the tests do not know.
+- ``stream_options`` is checked even where it has no use; images, and every field that the tests do not cover.
 
-What is known at the end only: see ``Doubt``. Nothing tells one thing: where the model itself ends a chat in
-the middle of a character, the bytes of that are missing (U+FFFD in the answer).
+What is known only at the end: see ``Doubt``. One case cannot be detected: if the model itself ends a chat in the
+middle of a character, the bytes of that are missing (U+FFFD in the answer).
 
 Sources: llama.cpp, tools/server/server-task.cpp (to_json_..., update_chat_msg), server-context.cpp (process_token,
 send_partial_response, send_final_response), server-schema.cpp (the fields of a body).
@@ -36,18 +36,18 @@ from llamaslot.errors import LlamaslotError, UpstreamError
 
 
 class Doubt(enum.StrEnum):
-    """Why the answer may not be the one that llama-server would have sent: ask again without a stream."""
+    """Why the answer may differ from the one that llama-server would have sent: repeat the request without a stream."""
 
-    #: Its end may be missing: a part of a character, or what could have become a stop word, is not streamed.
+    #: Its end may be missing: a part of a character, or a possible beginning of a stop word, is not streamed.
     HELD_BACK = "held back"
-    #: Where nothing is left of the text once it is parsed (``<think></think>``, blanks), the answer has the raw text.
+    #: If nothing is left of the text after parsing (``<think></think>``, blanks), the answer has the raw text.
     UNPARSED = "unparsed"
-    #: There is something in the events that is not known here. With this server it will be so every time.
+    #: The events contain something unknown. With this server that will always be so.
     UNKNOWN = "unknown"
 
 
 class Incomplete(LlamaslotError):
-    """The stream ended before all its answers had."""
+    """The stream ended before all its answers did."""
 
     status = 503
     type = "unavailable_error"
@@ -57,7 +57,7 @@ class Incomplete(LlamaslotError):
 # -- the request -------------------------------------------------------------------------------------------------
 
 # fmt: off
-#: Fields that decide what is said, not how it is told.
+#: Fields that determine the content of the answer, not its form.
 HARMLESS = {
     "model", "id_slot", "cache_prompt", "seed", "n_predict", "max_tokens", "max_completion_tokens", "n", "n_cmpl",
     "stop", "ignore_eos", "logit_bias", "grammar", "json_schema", "lora", "n_keep", "n_discard", "n_cache_reuse",
@@ -68,7 +68,7 @@ HARMLESS = {
     "sse_ping_interval",
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",  # of OpenAI, no use here
 }
-#: Without effect when they are off. A streamed body may set them, so a value of another type must not go unnoticed.
+#: Without effect if they are off. A streamed body may set them, so a value of another type must be noticed.
 _OFF = {"stream", "verbose", "echo", "return_tokens", "post_sampling_probs", "logprobs", "n_probs", "n_indent"}
 _OFF_AT_0 = {"logprobs", "n_probs", "n_indent"}
 # fmt: on
@@ -80,7 +80,7 @@ def without_nulls(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def has_only(given: Mapping[str, Any], known: set[str]) -> bool:
-    """Whether a body has no other fields than ``known``, and those that have no effect with their value."""
+    """Whether a body has only fields in ``known``, and others whose values have no effect."""
     return all(_is_fit(name, value, known) for name, value in given.items())
 
 
@@ -93,7 +93,7 @@ def _is_fit(name: str, value: Any, known: set[str]) -> bool:
 
 
 def n_answers(given: Mapping[str, Any]) -> int | None:
-    """How many answers one prompt gets. None where that is not certain."""
+    """The number of answers to one prompt; None if it is not certain."""
     counts = [given[name] for name in ("n", "n_cmpl") if name in given] or [1]
     if len(counts) > 1 or type(counts[0]) is not int or not 1 <= counts[0] < 2**31:
         return None
@@ -101,7 +101,7 @@ def n_answers(given: Mapping[str, Any]) -> int | None:
 
 
 def n_answers_to_prompts(given: Mapping[str, Any]) -> int | None:
-    """The same of all prompts in ``prompt``."""
+    """The number of answers to all prompts in ``prompt``."""
     n, prompt = n_answers(given), given.get("prompt")
     if n is None or _is_prompt(prompt):
         return n
@@ -111,7 +111,7 @@ def n_answers_to_prompts(given: Mapping[str, Any]) -> int | None:
 
 
 def _is_prompt(prompt: Any) -> bool:
-    """One prompt: a text, or a list with an id in it; other lists are of prompts (tokenize_input_prompts)."""
+    """One prompt: a text, or a list with an id in it; other lists are lists of prompts (tokenize_input_prompts)."""
     if isinstance(prompt, list):
         kinds = set(map(type, prompt))
         return int in kinds and kinds <= {int, str}
@@ -119,13 +119,14 @@ def _is_prompt(prompt: Any) -> bool:
 
 
 def streamed_with_progress(body: Mapping[str, Any]) -> dict[str, Any]:
-    """``body`` as a stream that tells the progress of its prompt."""
+    """``body`` as a stream that reports the progress of its prompt."""
     return {**body, "stream": True, "return_progress": True}
 
 
 def streamed_with_usage(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of an OpenAI format, whose streams have no usage unless it is asked for. With timings each event says
-    how many tokens there are by now, by which Doubt.HELD_BACK is found."""
+    """The same for an OpenAI format, whose streams have usage only on request. With timings each event has the number
+    of tokens so far, which reveals Doubt.HELD_BACK.
+    """
     told = {"stream_options": {"include_usage": True}, "timings_per_token": True}
     return streamed_with_progress(body) | told
 
@@ -134,17 +135,17 @@ def streamed_with_usage(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class PartialAnswer:
-    """One of the answers, as far as it has come."""
+    """One of the answers, as received so far."""
 
     def __init__(self) -> None:
         self.text = ""
         self.reasoning = ""
         self.calls: list[dict[str, Any]] = []
-        self.n_told = 0  # how many tokens there were at the last event for a token
-        self.n_said = 0  # the same for the last event that said something
+        self.n_told = 0  # number of tokens at the last event for a token
+        self.n_said = 0  # the same for the last event with content
         self.n_tokens = 0  # of the whole answer
         self.finish_reason: str | None = None
-        self.totals: dict[str, Any] = {}  # its last event, as the answer has it
+        self.totals: dict[str, Any] = {}  # its last event, in the form of the answer
 
     def tell(self, n_tokens: int, says_something: bool) -> None:
         self.n_told = n_tokens
@@ -158,7 +159,7 @@ class PartialAnswer:
 
 
 class Assembly(ABC):
-    """The ``n_answers`` answers to one body. Feed it each event's JSON, but ``[DONE]``."""
+    """The ``n_answers`` answers to one body. Feed it each event's JSON, except ``[DONE]``."""
 
     def __init__(self, n_answers: int) -> None:
         self._n_answers = n_answers
@@ -167,9 +168,9 @@ class Assembly(ABC):
         self._is_known = True
 
     def feed(self, payload: dict[str, Any]) -> None:
-        """Take in one event, also one of progress: a chat's text before the first token comes with that.
+        """Take one event, also a progress event: in a chat it contains text before the first token.
 
-        Raises UpstreamError for an error event, with the status and the body that the error has without a stream.
+        Raises UpstreamError for an error event, with the status and body that the error has without a stream.
         """
         if "error" in payload:
             error = payload["error"]
@@ -208,11 +209,11 @@ class Assembly(ABC):
 
     @abstractmethod
     def _take(self, payload: dict[str, Any]) -> None:
-        """Take in one event that is no error. Raises AttributeError, LookupError or TypeError for an unknown one."""
+        """Take one event that is no error. Raises AttributeError, LookupError or TypeError for an unknown one."""
 
     @abstractmethod
     def _whole(self, parts: list[tuple[int, PartialAnswer]]) -> Any:
-        """The JSON value, from all answers with their indexes."""
+        """The JSON value, from all answers with their indices."""
 
     def _doubt_about(self, part: PartialAnswer) -> Doubt | None:
         is_end_missing = part.n_told < part.n_tokens or (part.is_cut and part.n_said < part.n_tokens)

@@ -1,1 +1,1 @@
-"""The only room that knows aiohttp.web."""
+"""The HTTP server: the only package that uses aiohttp.web."""

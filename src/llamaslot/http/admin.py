@@ -1,4 +1,4 @@
-"""llamaslot about itself: ``/health``, and what is below ``/llamaslot/``: status, metrics, journal, OpenAPI."""
+"""llamaslot's own pages: ``/health``, and below ``/llamaslot/``: status, metrics, journal, OpenAPI."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from llamaslot.http.openapi import DESCRIPTION, PATHS
 from llamaslot.http.rewriting import SystemPrompts
 from llamaslot.observe.journal import KEPT
 
-_DIGITS = 9  # of a number that is read; Python reads no more than 4,300
+_DIGITS = 9  # of a number in a query; Python reads no more than 4,300
 
 
 class Status:
-    """The pages of all backends. ``prompts``: the rules for system prompts, whose doings are told too."""
+    """The pages about all backends. ``prompts``: the rules for system prompts, whose counters are reported too."""
 
     def __init__(self, registry: Registry, prompts: SystemPrompts | None = None) -> None:
         self._registry = registry
         self._prompts = prompts or SystemPrompts((), registry.metrics)
 
     async def handle(self, request: web.Request) -> web.Response:
-        """Raises NotFound, NotAllowed, and BadRequest."""
+        """Answer a request for one of the pages. Raises NotFound, NotAllowed, and BadRequest."""
         if request.path in PATHS and request.method not in ("GET", "HEAD"):
             raise NotAllowed(f"{request.path} can only be read: GET or HEAD, not {request.method}")
         match request.path:
@@ -52,7 +52,7 @@ class Status:
         return web.json_response({"status": health.value}, status=503)
 
     def status(self) -> dict[str, Any]:
-        """Backends, snapshots and the queue as they are now. Token contents are never shown."""
+        """Backends, snapshots and the queue at present. Token contents are never shown."""
         pools = self._registry.pools
         stores = [pool.store for pool in pools if pool.store is not None]
         return {
@@ -78,7 +78,7 @@ class Status:
         }
 
     def journal(self, n: str) -> dict[str, Any]:
-        """The last ``n`` decisions, the newest first. Raises BadRequest when ``n`` is no number."""
+        """The last ``n`` decisions, newest first. Raises BadRequest if ``n`` is no number."""
         if not (n.isascii() and n.isdigit()):
             raise BadRequest(f"n={n}: how many decisions of the last {KEPT}")
         n_wanted = min(int(n[-_DIGITS:]), KEPT) if len(n.lstrip("0")) <= _DIGITS else KEPT
@@ -112,14 +112,14 @@ def _status_of(backend: Backend) -> dict[str, Any]:
 
 
 def _assist(session: ServerSession) -> dict[str, Any]:
-    """Whether llamaslot chooses slots, and if not, why and what would change that."""
+    """Whether llamaslot chooses slots, and if not, why and how to change that."""
     if session.aside is None:
         return {"is_on": True, "why": None, "remedy": None}
     return {"is_on": False, "why": session.aside.why, "remedy": session.aside.remedy}
 
 
 def _slots(backend: Backend, table: SlotTable) -> list[dict[str, Any]]:
-    # Those with a slot: a turn has none until llama-server has chosen.
+    # Those with a slot: an exclusive request has none until llama-server has chosen.
     leases = [lease for lease in backend.leases.leases if lease.pool is table and lease.slot is not None]
     chunked_prefill = {
         lease.slot_id: {"n_done": lease.n_done, "n_tokens": lease.request.n_tokens}

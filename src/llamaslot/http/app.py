@@ -1,4 +1,4 @@
-"""The web application: which request goes where, and how llamaslot itself starts and stops."""
+"""The web application: dispatches requests to their handlers, and starts and stops llamaslot."""
 
 from __future__ import annotations
 
@@ -43,14 +43,15 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 _QUOTED = re.compile(r":? (?:bytearray\()?b['\"].*")
-_BACKLOG = 1024  # connections that the kernel has made and nobody has accepted yet
+_BACKLOG = 1024  # connections that the kernel has established and that are not accepted yet
 _NO_METHODS = ("CONNECT", "TRACE")
 CLIENT_GONE = 499  # in metrics only: nginx's number for a client that has closed its connection
 
 
 class _Everything(web.DynamicResource):
-    """What aiohttp's own patterns leave out too: a line feed in a path, ``*``, the address of ``CONNECT``. Else aiohttp
-    would answer by itself, without a look at keys."""
+    """Matches every path, also those that aiohttp's patterns leave out: a line feed in a path, ``*``, the address of
+    ``CONNECT``. aiohttp would answer these itself, without a check of keys.
+    """
 
     def _match(self, path: str) -> dict[str, str]:
         return {}
@@ -83,7 +84,7 @@ class App:
         return app
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Every request comes through here and is counted. Raises CancelledError only."""
+        """Handle and count a request; all requests come through here. Raises CancelledError only."""
         connection = request.protocol
         if isinstance(connection, Connection):
             connection.serving(True)
@@ -97,7 +98,7 @@ class App:
             raise
         except ClientGone:
             metrics.clients_left.inc()
-            return web.Response(status=CLIENT_GONE)  # nobody reads it
+            return web.Response(status=CLIENT_GONE)  # the client does not read it
         finally:
             metrics.requests.labels(route.kind, str(status)).inc()
             if isinstance(connection, Connection):
@@ -105,7 +106,7 @@ class App:
         return response
 
     async def _answer(self, request: web.Request, route: Route) -> web.StreamResponse:
-        """Whatever goes wrong is an OpenAI-shaped error, never a traceback. Raises ClientGone."""
+        """Answer a request. Every failure becomes an OpenAI-shaped error, never a traceback. Raises ClientGone."""
         try:
             if not speaks_http(request):
                 raise BadRequest("this port takes HTTP/1.1 and HTTP/1.0 only")
@@ -148,7 +149,7 @@ class App:
 
 
 async def serve(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT. Raises LlamaslotError when the store cannot be used, OSError for the port."""
+    """Serve until SIGTERM or SIGINT. Raises LlamaslotError if the store cannot be used, OSError for the port."""
     tasks = TaskOwner()
     raise_file_limit()
     await asyncio.to_thread(_make_directories, config)
@@ -175,7 +176,7 @@ async def serve(config: Config) -> None:
             registry.start()
             _greet(config, listener)
             gc.collect()
-            gc.freeze()  # a full collection over a large index takes 150 ms; after this it has little to look at
+            gc.freeze()  # a full collection over a large index takes 150 ms; afterwards it has little to visit
             await stop.wait()
             log.info("stopping")
         save_s = config.shutdown.save_s
@@ -186,10 +187,10 @@ async def serve(config: Config) -> None:
 
 @contextlib.asynccontextmanager
 async def listening(config: Config, registry: Registry) -> AsyncIterator[asyncio.Server]:
-    """Listen for clients. At the end running answers get ``shutdown.drain_s`` to end. Raises OSError for the port."""
+    """Listen for clients. At the end running answers get ``shutdown.drain_s`` seconds. Raises OSError for the port."""
     runner = web.AppRunner(
         App(config, registry).application(),
-        handler_cancellation=True,  # a client that leaves must be noticed while nothing is being written to it
+        handler_cancellation=True,  # detect that a client leaves while nothing is being written to it
         shutdown_timeout=config.shutdown.drain_s,
     )
     logging.getLogger("aiohttp.server").addFilter(_in_one_line)
@@ -205,7 +206,7 @@ async def listening(config: Config, registry: Registry) -> AsyncIterator[asyncio
 
 
 async def _listen(config: Config, runner: web.AppRunner) -> asyncio.Server:
-    """As aiohttp's ``TCPSite`` does, with connections of llamaslot's own. Raises OSError for the port."""
+    """As aiohttp's ``TCPSite``, with llamaslot's own connection class. Raises OSError for the port."""
     assert runner.server is not None, "set up"
     listen = config.listen
     connections = Connections(runner.server, ClientTimeouts(listen.read_timeout_s), listen.max_connections)
@@ -216,10 +217,10 @@ async def _listen(config: Config, runner: web.AppRunner) -> asyncio.Server:
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:
-    """aiohttp writes a traceback for each client that speaks no HTTP, or packs its body badly: a line will do."""
+    """Shorten aiohttp's traceback for a client that sends no valid HTTP, or a corrupt body, to one line."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, HttpProcessingError | web.RequestPayloadError):
-        # It quotes what it could not read, which may be a key or a part of a prompt.
+        # It quotes the invalid text, which may be a key or a part of a prompt.
         said = _QUOTED.sub("", " ".join(str(error).split()))
         record.msg, record.args = "%s: %s", (record.getMessage(), said)
         record.exc_info, record.levelno, record.levelname = None, logging.INFO, "INFO"
@@ -257,7 +258,7 @@ def _address(host: str, port: int) -> str:
 
 
 def _greet(config: Config, listener: asyncio.Server) -> None:
-    """Say where it listens: the addresses that the kernel has, and one to try from this machine."""
+    """Log where it listens: the addresses bound by the kernel, and one to try on this machine."""
     bound = sorted({socket.getsockname()[:2] for socket in listener.sockets})
     scheme = "https" if config.listen.tls is not None else "http"
     every = {"0.0.0.0": "127.0.0.1", "::": "::1"}

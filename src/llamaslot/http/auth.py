@@ -1,7 +1,7 @@
-"""Who may come in, and as whom: from the headers of a request to its user.
+"""Authentication: from the headers of a request to its user.
 
-Open without a key is what llama-server leaves open with ``--api-key``: health, the files of its web UI, and OPTIONS.
-llamaslot's own pages have keys of their own.
+As in llama-server with ``--api-key``, these need no key: health, the files of its web UI, and OPTIONS. llamaslot's
+own pages have keys of their own.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 _HEALTH = ("/health", "/v1/health")
 
-# Their names change with each build: /, /index.html, /sw.js, /favicon.ico, /_app/immutable/bundle.CheKa0wg.js. No route
-# of llama-server's API has a dot in it.
+# Names of the web UI's files, which change with each build: /, /index.html, /sw.js, /favicon.ico,
+# /_app/immutable/bundle.CheKa0wg.js. No route of llama-server's API has a dot in it.
 _WEB_UI = re.compile(
     r"/(?:[\w-]+\.(?:html|js|css|json|webmanifest|ico|svg|png)|_app/(?:[\w-][\w.-]*/)*[\w-][\w.-]*)?",
     re.ASCII,
@@ -39,11 +39,11 @@ _USER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
 
 
 class Keyring:
-    """The keys that are in force: those of the file, read again when it has changed.
+    """The valid keys, read from the file again when it has changed.
 
-    Looking costs some microseconds, once a second at most, so that a removed key works for no longer; reading some
-    milliseconds for a thousand keys, on the event loop. What can not be read changes nothing: the keys read last stay
-    in force, and the log says so once.
+    The check takes some microseconds, at most once a second, so a removed key works for no longer. Reading takes some
+    milliseconds for a thousand keys, on the event loop. If the file cannot be read, the last keys stay valid, and the
+    log says so once.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
@@ -58,7 +58,9 @@ class Keyring:
         self._users = tuple((key.digest, key.user) for key in keys)
 
     def find(self, key: str) -> User | None:
-        """Whose key it is. Takes as long for a right one as for a wrong one, wherever it stands in the file."""
+        """The user of a key, or None. Takes equally long for a valid and an invalid key, whatever its position in the
+        file.
+        """
         self._look()
         digest, found = digest_of(key), None
         for known, user in self._users:
@@ -75,26 +77,26 @@ class Keyring:
             faults = "; ".join(error.faults)
             log.error("keys: %s: %s; the keys read before stay in force", self._path, faults)
             return
-        self._watch.known = (mark,)  # of what was read: the file may be another one by now
+        self._watch.known = (mark,)  # of what was read: the file may have changed since
         self._take(keys)
         log.info("keys: %s has changed, %d keys are in force", self._path, len(keys))
 
 
 class Authenticator:
-    """What ``auth`` in the configuration says of a request."""
+    """Applies the ``auth`` section of the configuration to requests."""
 
     def __init__(self, settings: AuthConfig) -> None:
-        """Raises ConfigError when a file, readable a moment ago, is not any more."""
+        """Raises ConfigError if a file, readable a moment ago, is not readable any more."""
         self._keyring = Keyring(settings.keys_file) if settings.keys_file is not None else None
         admin_key = settings.resolve_admin_key()
         self._admin_digest = digest_of(admin_key) if admin_key is not None else None
         self._lets_anybody_in = settings.allow_anonymous or self._keyring is None
 
     def authenticate(self, request: web.Request) -> User:
-        """Whose request it is. Raises Unauthorized, Forbidden, and BadRequest for a name that is none.
+        """The user of a request. Raises Unauthorized, Forbidden, and BadRequest for an invalid user name.
 
-        Where nobody needs a key, one that is sent all the same (most clients must send some) means nothing; where keys
-        are in use, a wrong one is never taken for none.
+        If no keys are configured, a key that is sent is ignored (most clients must send one). If keys are in use, a
+        wrong one is always refused.
         """
         key = key_of(request.headers)
         if is_own_page(request):
@@ -131,7 +133,7 @@ class Authenticator:
 
 
 def is_own_page(request: web.Request) -> bool:
-    """Whether it is for ``/llamaslot/…``, in whatever spelling."""
+    """Whether it is for ``/llamaslot/…``, in any spelling."""
     return request.path.partition("/")[2].partition("/")[0] == "llamaslot"
 
 
@@ -146,8 +148,9 @@ def is_open(request: web.Request) -> bool:
 
 
 def key_of(headers: Mapping[str, str]) -> str | None:
-    """The key that was sent, as llama-server looks for it: ``Authorization``, with or without ``Bearer``, else
-    ``x-api-key``; and as Azure's clients send it. Another scheme (``Basic``, of a proxy in between) is no key of ours.
+    """The key in the headers, as llama-server reads it: ``Authorization``, with or without ``Bearer``, else
+    ``x-api-key``; also as Azure's clients send it. Another scheme (``Basic``, of a proxy in between) is not a key of
+    ours.
     """
     words = headers.get("Authorization", "").split()
     if len(words) == 2 and words[0].lower() == "bearer":
@@ -158,7 +161,9 @@ def key_of(headers: Mapping[str, str]) -> str | None:
 
 
 def nobody_known(request: web.Request) -> User:
-    """Who sends no key: whom ``x-llamaslot-user`` names, else an address. Raises BadRequest for a name that is none."""
+    """The user of a request without a key: from ``x-llamaslot-user``, else its address. Raises BadRequest for an
+    invalid name.
+    """
     name = request.headers.get("x-llamaslot-user", "").strip()
     if not name:
         return User(f"at:{_address(request.remote)}")
@@ -171,7 +176,7 @@ def nobody_known(request: web.Request) -> User:
 
 
 def _address(remote: str | None) -> str:
-    """An IPv4 address is the same over IPv6."""
+    """The address of a client; an IPv4 address is the same over IPv6."""
     try:
         address = ipaddress.ip_address(remote or "")
     except ValueError:
@@ -188,7 +193,7 @@ def _is_loopback(remote: str | None) -> bool:
 
 
 def _unauthorized(key: str | None) -> Unauthorized:
-    """In llama-server's words, and what to do if none was sent."""
+    """The error in llama-server's words, and what to do if no key was sent."""
     if key is not None:
         return Unauthorized("Invalid API Key")
     return Unauthorized(

@@ -1,4 +1,4 @@
-"""What a client has asked for, and how llama-server is asked."""
+"""A client's request, and the request that is sent to llama-server for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Post = Callable[[dict[str, Any]], contextlib.AbstractAsyncContextManager[aiohttp
 
 @dataclass(frozen=True, slots=True)
 class ClientRequest:
-    """What a client has asked for. ``post`` sends a body to the same route of llama-server."""
+    """A client's request. ``post`` sends a body to the same route of llama-server."""
 
     id: str
     body: dict[str, Any]
@@ -33,5 +33,5 @@ class ClientRequest:
         return self.is_streaming and self.body.get("return_progress") is True
 
     def may_set(self, name: str) -> bool:
-        """Whether a switch that llamaslot sets was left alone, or is one: what is neither llama-server refuses."""
+        """Whether llamaslot may set a boolean field: it is absent or a boolean. llama-server refuses other values."""
         return isinstance(self.body.get(name), bool | None)

@@ -24,15 +24,16 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 MISTAKE = "internal error in llamaslot; its log has the traceback"
-NAME = {"Server": "llamaslot"}  # and no more: versions are nobody's business
+NAME = {"Server": "llamaslot"}  # without versions
 _HAS_BEGUN = web.RequestKey("has_begun", bool)
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 @dataclass(frozen=True, slots=True)
 class StreamRules:
-    """What every exchange keeps to: comments each ``keepalive_s`` while a stream waits, unless there are none, and its
-    timeouts."""
+    """Settings of every exchange: the interval ``keepalive_s`` of comments while a stream waits (None: no comments),
+    and the timeouts.
+    """
 
     keepalive_s: float = 10.0
     has_comments: bool = True
@@ -41,9 +42,9 @@ class StreamRules:
 
 @dataclass(slots=True)
 class Downstream:
-    """One answer. ``headers`` may be added to until something is sent; what comes later is said as a comment.
+    """One answer. ``headers`` may be added until something is sent; later ones are sent as comments.
 
-    ``progress`` makes an event of how far a prompt is, for a client that has asked for that.
+    ``progress`` makes a progress event of a prompt, for a client that has requested that.
     """
 
     request: web.Request
@@ -53,7 +54,7 @@ class Downstream:
     progress: Callable[[Prefilling], bytes] | None = None
     state: object = "tokenizing"
     response: web.StreamResponse | None = None
-    told: dict[str, Any] = field(default_factory=dict)  # what later parts of the answer must agree with
+    told: dict[str, Any] = field(default_factory=dict)  # facts that later parts of the answer must agree with
     errors: ErrorEvents = field(init=False)
     _has_moved: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -61,13 +62,15 @@ class Downstream:
         self.errors = errors_of(self.request, self.headers.get("x-request-id", ""))
 
     def say(self, state: object) -> None:
-        """What the next comment will tell, as ``str(state)`` at that moment."""
+        """Set the text of the next comments: ``str(state)`` when the comment is sent."""
         self.state = state
         if isinstance(state, Prefilling) and self.progress is not None:
             self._has_moved.set()
 
     def note(self, state: object) -> None:
-        """For the next comment only. No progress event is made: llama-server's own are relayed meanwhile."""
+        """As ``say``, for the next comment only. No progress event is made: llama-server's own are relayed
+        meanwhile.
+        """
         self.state = state
 
     @property
@@ -76,7 +79,7 @@ class Downstream:
         return self.response is not None
 
     def add_headers(self, headers: Mapping[str, str]) -> bytes:
-        """Headers for the answer; the comments that stand for them where the headers have gone already."""
+        """Add headers to the answer. If the headers have been sent, returns the comments that replace them."""
         if not self.has_begun:
             self.headers.update(headers)
             return b""
@@ -94,13 +97,13 @@ class Downstream:
         return self.response
 
     async def write(self, data: bytes) -> None:
-        """Raises ClientGone."""
+        """Send bytes. Raises ClientGone."""
         if data:
             await send(await self.begin(headers=SSE_HEADERS), data)
 
     @contextlib.asynccontextmanager
     async def waiting(self, tasks: TaskOwner) -> AsyncIterator[None]:
-        """While the block waits, a streaming client gets its headers and a comment every ``keepalive_s``."""
+        """During the block a streaming client gets its headers and a comment every ``keepalive_s`` seconds."""
         if not (self.is_streaming and (self.rules.has_comments or self.progress is not None)):
             yield
             return
@@ -109,7 +112,7 @@ class Downstream:
             yield
         finally:
             ticker.cancel()
-            # Not ``await ticker``: its cancellation would look like the client's leaving.
+            # Not ``await ticker``: its cancellation would look like the client leaving.
             await asyncio.wait({ticker})
 
     async def _tick(self) -> None:
@@ -125,15 +128,15 @@ class Downstream:
             try:
                 await self.write(said)
             except ClientGone:
-                return  # the server sees that too, and cancels the handler
+                return  # the server notices too, and cancels the handler
 
     def _progress(self) -> bytes:
-        """The progress event for the state; nothing if the state is no prefill any more."""
+        """The progress event for the state; empty if the state is no longer a prefill."""
         state = self.state
         return self.progress(state) if self.progress is not None and isinstance(state, Prefilling) else b""
 
     async def fail(self, error: LlamaslotError) -> web.StreamResponse:
-        """End the exchange with an error: a status while that is possible, else an event."""
+        """End the exchange with an error: a status if that is possible, else an event."""
         if not self.has_begun:
             if (relayed := await end_relayed(self.request, error)) is not None:
                 return relayed
@@ -150,7 +153,9 @@ class Downstream:
 
 @dataclass(slots=True)
 class Relayed:
-    """A stream of llama-server's own events, as far as it has been sent. ``is_whole``: it stands at the end of one."""
+    """A stream of llama-server's own events, as far as it has been sent. ``is_whole``: it stands at the end of an
+    event.
+    """
 
     response: web.StreamResponse
     errors: ErrorEvents
@@ -166,8 +171,9 @@ _RELAYED = web.RequestKey("relayed", Relayed)
 
 
 async def end_relayed(request: web.Request, error: LlamaslotError) -> web.StreamResponse | None:
-    """End the stream that is relayed to this client with an error, unless it is over already. None where there is none,
-    or only half of an event was sent. Raises ClientGone."""
+    """End the stream that is relayed to this client with an error, unless it is over. None if there is none, or if
+    only half of an event was sent. Raises ClientGone.
+    """
     relayed: Relayed | None = request.get(_RELAYED)
     if relayed is None or not (relayed.is_whole or relayed.is_over):
         return None
@@ -180,14 +186,15 @@ async def end_relayed(request: web.Request, error: LlamaslotError) -> web.Stream
 
 
 async def name_itself(request: web.Request, response: web.StreamResponse) -> None:
-    """Signal ``on_response_prepare``: say who answers, in place of aiohttp's and Python's versions."""
+    """Signal ``on_response_prepare``: set the Server header, instead of aiohttp's and Python's versions."""
     response.headers.update(NAME)
 
 
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
-    """aiohttp's error for a client that has gone is one of its *client* errors too: left alone it would look like the
-    upstream connection's."""
+    """Translate aiohttp's error for a client that has gone: it is one of its *client* errors too, and would look like
+    that of the upstream connection.
+    """
     try:
         yield
     except ConnectionError as error:
@@ -202,13 +209,13 @@ async def begin(response: web.StreamResponse, request: web.Request) -> None:
 
 
 async def send(response: web.StreamResponse, data: bytes) -> None:
-    """Raises ClientGone."""
+    """Send bytes. Raises ClientGone."""
     with _translated():
         await response.write(data)
 
 
 def cut(request: web.Request) -> None:
-    """Close the connection with the answer half sent, so that the client knows."""
+    """Close the connection in the middle of an answer, so that the client detects that it is incomplete."""
     if request.transport is not None:
         request.transport.abort()
 
@@ -216,8 +223,9 @@ def cut(request: web.Request) -> None:
 def error_instead(
     request: web.Request, error: LlamaslotError, headers: Mapping[str, str] | None = None
 ) -> web.Response:
-    """The answer to a request that has failed. Where half of another has been sent raises ClientGone, its connection
-    closed: half an answer must not look like a whole one."""
+    """The error answer to a failed request. If half of another answer has been sent, closes the connection and raises
+    ClientGone: half an answer must not look like a whole one.
+    """
     if request.get(_HAS_BEGUN):
         cut(request)
         raise ClientGone from error
@@ -225,13 +233,13 @@ def error_instead(
 
 
 def errors_of(request: web.Request, id_: str) -> ErrorEvents:
-    """Makes errors in a stream, for the clients of that route."""
+    """An encoder of errors in a stream, in the form that the clients of that route understand."""
     format_ = format_named(classify(request.method, request.raw_path).format)
     return format_.errors(id_) if format_ is not None else ErrorEvents(id_)
 
 
 def error_response(error: LlamaslotError, headers: Mapping[str, str] | None = None) -> web.Response:
-    """``{"error": {"message", "type", "code"}}``; llama-server's own body where the error is its own."""
+    """``{"error": {"message", "type", "code"}}``; llama-server's own body if the error is its own."""
     headers = dict(headers or {})
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after_s)))

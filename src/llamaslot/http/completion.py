@@ -1,4 +1,4 @@
-"""The way of a completion: tokens, a slot, the steps of its plan, its own request, the relay of the answer."""
+"""Serves a completion: tokens, a slot, the steps of its plan, its own request, the relay of the answer."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ from llamaslot.tokens.tokenizer import NoPrompt
 log = logging.getLogger(__name__)
 
 _BEYOND = "llama-server has fewer slots than answers were asked for, or its model reads no such media"
-_REPLANS = 2  # for a slot that holds less than was believed
+_REPLANS = 2  # for a slot that holds less than expected
 
 
 class Completions:
@@ -83,7 +83,9 @@ class Completions:
         self._passthrough, self._unassisted, self._prompts = passthrough, unassisted, prompts
 
     async def handle(self, request: web.Request, route: Route) -> web.StreamResponse:
-        """Cancelling (the client has gone) gives the slot back, at once or when the server is through with it."""
+        """Serve a completion. Cancelling (the client has gone) releases the slot, immediately or when the server is
+        done with it.
+        """
         raw = await self._uploads.whole(request)
         try:
             body = parse_object(raw)
@@ -115,15 +117,14 @@ class _Exchange:
         unassisted: Unassisted,
         whole: _Exchange | None = None,
     ) -> None:
-        """``raw``: the bytes that ``body`` was read from.
-        ``untokenized`` serves the request without knowing its tokens, in whatever slot llama-server chooses, and
-        ``unassisted`` where llamaslot stands aside.
-        ``whole``: of a prompt in a list, the exchange for all of them.
+        """``raw``: the bytes of ``body``. ``untokenized`` serves the request without known tokens, in any slot that
+        llama-server chooses; ``unassisted`` serves it if assist is off. ``whole``: for a prompt in a list, the
+        exchange of the whole list.
         """
         self.untokenized, self.unassisted, self.raw = untokenized, unassisted, raw
-        self.in_one_piece = False  # the answer cannot be put together from a stream
+        self.in_one_piece = False  # the answer cannot be assembled from a stream
         self.pool, self.request, self.route, self.body = pool, request, route, body
-        self.lease: Lease | None = None  # the last one: its backend is what has failed, where one has
+        self.lease: Lease | None = None  # the last one; its backend is the one that failed, if any
         self.id: str = whole.id if whole is not None else request_id(request.headers)
         self.client_request = ClientRequest(self.id, body, self._format, self._post, time.monotonic())
         self.down = Downstream(request, rules, self.client_request.is_streaming, {"x-request-id": self.id})
@@ -156,7 +157,7 @@ class _Exchange:
         for _ in range(ATTEMPTS):
             context, parsed = await self._context_and_wanted()
             if context is None or parsed is None:
-                with contextlib.suppress(BackendRestarted):  # it does not stand aside any more
+                with contextlib.suppress(BackendRestarted):  # assist is on again
                     return await self.unassisted.relay(
                         self.pool, self.down, self.deadlines, self._format, self.raw, self.body
                     )
@@ -169,7 +170,7 @@ class _Exchange:
             if parsed.request.placement is Placement.STEERED and (not parsed.prompts or parsed.is_head):
                 if parsed.is_head:
                     await self._prepare_head(parsed, context)
-                self.deadlines.answering()  # nobody reads the answer closely enough to tell when it begins
+                self.deadlines.answering()  # the beginning of the answer is not detected
                 return self._counted(parsed, await self.untokenized(head=parsed.left_in_slot))
             if len(parsed.prompts) > 1 and self._is_long(parsed):
                 return await self._serve_each(parsed)
@@ -182,37 +183,38 @@ class _Exchange:
 
     @property
     def backend(self) -> Backend:
-        """Where its last lease was; any before it had one."""
+        """The backend of its last lease; any before the first lease."""
         return self.pool.backend_of(self.lease) if self.lease is not None else self.pool.any_backend()
 
     async def _prepare_head(self, parsed: ParsedRequest, context: ModelContext) -> None:
-        """Have what comes before the first medium in a slot, if it takes long: restored, or computed in turn with what
-        others want. llama-server, which will choose the slot, finds it there. Cancelling gives the slot back."""
+        """If the text before the first medium takes long to compute, have it in a slot: restored, or computed in turn
+        with other requests. llama-server, which will choose the slot, finds it there. Cancelling releases the slot.
+        """
         job = replace(parsed.request, placement=Placement.PINNED)
         if not self.pool.takes_long(job.n_tokens):
             return
         with await self.pool.lease(job) as lease:
             self.lease = lease
             if self.pool.context is not context:
-                return  # the slots of another process are as good as none
+                return  # slots of another process have not been restored
             keep_what_follows(lease)
-            # The slot was needed for somebody else, or is another process's: what is there stays there.
+            # The slot was needed for another request, or belongs to another process: the computed tokens stay there.
             with contextlib.suppress(RetryPlacement, BackendRestarted):
                 await check(self.backend, self.request, self.client_request, parsed, lease)
                 await self.backend.executor.prepare(lease, no_report)
 
     def _counted(self, parsed: ParsedRequest, response: web.StreamResponse) -> web.StreamResponse:
-        """What was served without its tokens; what llama-server has refused anyway does not count."""
+        """Count a request that was served without known tokens, unless llama-server has refused it."""
         if parsed.unknown is not None and response.status < 400:
             self.pool.untokenized.count(self._format.name, parsed.unknown)
         return response
 
     async def _context_and_wanted(self) -> tuple[ModelContext, ParsedRequest] | tuple[None, None]:
-        """The model, served by processes that are known to be there, and the request; None for both where llamaslot
-        stands aside.
+        """The model, served by processes that were checked to be alive, and the request; None for both if assist is
+        off.
 
-        Both are asked for at once: together they are most of what llamaslot adds to a follow-up. What was tokenized by
-        a server that turns out to be another one is done again.
+        Both are requested concurrently: together they are most of what llamaslot adds to a follow-up. If the server
+        turns out to be another one, the prompt is tokenized again.
         """
         if (context := self.pool.context) is not None:
             try:
@@ -238,11 +240,13 @@ class _Exchange:
     # -- several prompts -----------------------------------------------------------------------------------------
 
     def _is_long(self, parsed: ParsedRequest) -> bool:
-        """Whether any prompt but the first, which has the slot to itself, would take long to compute."""
+        """Whether any prompt but the first, which has the slot to itself, takes long to compute."""
         return self.pool.takes_long(max(prompt.n_tokens for prompt in parsed.prompts[1:]))
 
     async def _serve_each(self, parsed: ParsedRequest) -> web.StreamResponse:
-        """One prompt after the other, each as a request of its own. Raises LlamaslotError: the first ends it all."""
+        """Serve one prompt after the other, each as a separate request. Raises LlamaslotError; the first one ends
+        all.
+        """
         n_each, parts = 1 + parsed.request.n_children, []
         prompts = self.body["prompt"]
         response: web.StreamResponse | None = None
@@ -261,7 +265,7 @@ class _Exchange:
             )
             one.down = part = Part(self.down, number * n_each, is_last=number == len(prompts) - 1)
             response = await one._run()
-            if part.has_failed:  # llama-server's own error in the stream is the end of it
+            if part.has_failed:  # llama-server's own error in the stream ends it
                 return await self.down.end()
             if isinstance(response, web.Response) and isinstance(response.body, bytes):
                 parts.append(response.body)
@@ -274,7 +278,7 @@ class _Exchange:
     # -- a slot --------------------------------------------------------------------------------------------------
 
     async def _serve(self, parsed: ParsedRequest, context: ModelContext) -> web.StreamResponse:
-        """Until a place was what it was taken for."""
+        """Serve it, repeated until a place was as expected."""
         before: PrefillStats | None = None
         last: RetryPlacement | RetryNonStreamed | None = None
         n_before, preempted = 0, None
@@ -312,9 +316,8 @@ class _Exchange:
         last: RetryPlacement | RetryNonStreamed | None,
         preempted: Preempted | None,
     ) -> web.StreamResponse | RetryNonStreamed:
-        """``before``: what was done for the request at the places that it had, of which ``n_before`` were not what they
-        were taken for; ``last``: why it lost the last one; ``preempted``: when it last gave one up for another user.
-        Raises PlanAgain.
+        """Serve it at one place. ``before``: what was done for the request at earlier places, of which ``n_before``
+        were not as expected; ``last``: why it lost the last one; ``preempted``: the last preemption. Raises PlanAgain.
         """
         job, may_replan = parsed.request, n_before < _REPLANS
         queued = time.monotonic()
@@ -358,7 +361,7 @@ class _Exchange:
             return await answering.finish()
 
     def _progress(self, context: ModelContext, before: PrefillStats | None, state: Prefilling) -> bytes:
-        """An event of progress for a prefill of llamaslot's own, to a client that has asked for them."""
+        """A progress event for a prefill of llamaslot's own, if the client has requested that."""
         so_far = PrefillStats(state.n_reused, state.n_done, state.seconds)
         so_far = so_far if before is None else before.then(so_far)
         progress = {
@@ -381,7 +384,9 @@ class _Exchange:
 
 
 def _about(lease: Lease, parsed: ParsedRequest) -> dict[str, str]:
-    """What is known before llama-server has seen the request. What is reused it tells itself (``Answering``)."""
+    """Headers with what is known before llama-server has received the request. It reports the reuse itself
+    (``Answering``).
+    """
     return {
         BACKEND: lease.slot_key.backend,
         "x-llamaslot-slot": str(lease.slot_id),

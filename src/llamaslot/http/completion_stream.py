@@ -1,4 +1,4 @@
-"""From the request that is sent to llama-server to the end of its answer."""
+"""From sending a request to llama-server to the end of its answer."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RetryNonStreamed:
-    """Instead of an answer that was put together from a stream, and is in doubt: ask for it once more, as the client
-    did. ``prefill_stats``: what was computed of the prompt in this slot."""
+    """The result instead of an assembled answer that is in doubt: repeat the request as the client sent it.
+    ``prefill_stats``: what was computed of the prompt in this slot.
+    """
 
     prefill_stats: PrefillStats | None
 
@@ -61,13 +62,13 @@ class Answering:
         *,
         in_one_piece: bool = False,
     ) -> None:
-        """``here``: what was computed ahead in this slot; ``before``: what was done for it at other places.
-        ``in_one_piece``: llama-server is to put the answer together.
+        """``here``: what was computed ahead in this slot; ``before``: the same at other places. ``in_one_piece``:
+        request a JSON answer from llama-server, not a stream.
         """
         self.pool, self.backend, self.context = pool, backend, context
         self.down, self.client_request, self.parsed = down, client_request, parsed
         self.lease, self.here, self.turn = lease, here, turn
-        self.prefill_stats = self._in_all(here, before)  # what the client is told
+        self.prefill_stats = self._in_all(here, before)  # what is reported to the client
         may_assemble = not (client_request.is_streaming or in_one_piece) and backend.streams_are_known
         self.is_assembled = may_assemble and client_request.format.can_assemble(client_request.body)
         self.first_byte_s: float | None = None
@@ -85,15 +86,15 @@ class Answering:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether llama-server is asked for a stream, so that the first token is seen to come."""
+        """Whether llama-server is asked for a stream, so that the first token is noticed."""
         return self.client_request.is_streaming or self.is_assembled
 
     async def begin(self, stack: contextlib.AsyncExitStack, *, may_replan: bool) -> None:
-        """Send it, and read what comes up to the first token, while the client is told how far its prompt is.
+        """Send it, and read the answer up to the first token, while the client gets the progress of its prompt.
 
-        Raises UpstreamError for what llama-server answers instead of an answer. With ``may_replan`` raises PlanAgain
-        when the slot does not hold what was expected: then the server is idle again, and next to nothing was computed.
-        Raises Preempted when the slot is wanted for another user, as long as nothing was told of its answer.
+        Raises UpstreamError if llama-server answers with an error. With ``may_replan`` raises PlanAgain if the slot
+        does not hold what was expected: then the server is idle again, and almost nothing was computed. Raises
+        Preempted if the slot is needed for another user, as long as no part of the answer was sent.
         """
         sent = await stack.enter_async_context(contextlib.AsyncExitStack())
         self._upstream = await self._send(sent, self._body())
@@ -111,7 +112,7 @@ class Answering:
         if not self._has_events:
             return
         reading, is_looked_at = self._reading, False
-        may_stop = self._is_one_prompt and not self.parsed.is_head  # its slot's content is known at any time
+        may_stop = self._is_one_prompt and not self.parsed.is_head  # its slot content is known then
         while (events := await self._next_or_stop(sent, can_stop=is_looked_at and may_stop)) is not None:
             if reading.has_token or reading.is_over or reading.has_failed:
                 self.lease.mark_decoding()
@@ -127,14 +128,14 @@ class Answering:
                 self.lease.set_progress(reading.n_processed)
                 n_reused = self.prefill_stats.n_reused if self.prefill_stats is not None else reading.n_found
                 self.down.note(Prefilling(reading.n_processed, self.parsed.request.n_tokens, n_reused, 0.0))
-            may_stop = may_stop and not events  # told twice, the beginning of an answer confuses its client
-            if events:  # of progress, to who has asked for it
+            may_stop = may_stop and not events  # never send an answer's beginning twice
+            if events:  # progress events, for a client that requested them
                 await self._tell_reuse(at_last=True)
                 await self.down.begin(headers=to_client(self._upstream, SSE_HEADERS))
             await self.down.write(b"".join(events))
 
     async def _next_or_stop(self, sent: contextlib.AsyncExitStack, *, can_stop: bool) -> list[bytes] | None:
-        """As ``_next``; with ``can_stop`` raises Preempted instead, when the slot is wanted for another user."""
+        """As ``_next``; with ``can_stop`` raises Preempted if the slot is needed for another user."""
         if not can_stop:
             self.lease.forbid_preemption()
             return await self._next()
@@ -143,12 +144,14 @@ class Answering:
         assert self._reading.n_found is not None, "only what has begun can be stopped"
         done = await self._stopped(sent, self._reading.n_found, is_misplaced=False)
         self.lease.raise_if_preempted(done)
-        raise RetryPlacement(done)  # nobody wants the slot any more; but it has stopped
+        raise RetryPlacement(done)  # the slot is no longer needed, but this request has stopped
 
     async def _stopped(
         self, sent: contextlib.AsyncExitStack, n_found: int, *, is_misplaced: bool
     ) -> PrefillStats:
-        """Close the request, of which ``n_found`` tokens were reused; what was done for the request in this slot."""
+        """Close the request, of which ``n_found`` tokens were reused. Returns what was done for the request in this
+        slot.
+        """
         await sent.aclose()
         await self.backend.executor.stopped(self.lease, n_found, is_misplaced=is_misplaced)
         n_done = self.lease.content.n_tokens if self.lease.content is not None else 0
@@ -156,7 +159,7 @@ class Answering:
         return own if self.here is None else self.here.then(own)
 
     async def _next(self) -> list[bytes] | None:
-        """As ``Reading.next``. After an error nobody knows what the slot holds."""
+        """As ``Reading.next``. After an error the slot's content is unknown."""
         try:
             return await self._reading.next()
         except UpstreamError:
@@ -165,7 +168,9 @@ class Answering:
 
     @property
     def n_reused(self) -> int | None:
-        """Tokens of the prompt that were not computed for it, by what llama-server has told so far; None before."""
+        """Tokens of the prompt that were not computed for this request, as far as llama-server has reported; None
+        before.
+        """
         if (n_found := self._reading.n_reused) is None:
             return None
         n_found = min(n_found, self.parsed.prompts[0].n_tokens) if self.parsed.is_head else n_found
@@ -173,7 +178,7 @@ class Answering:
 
     @property
     def source(self) -> Source:
-        """Where what was reused comes from."""
+        """The source of the reused tokens."""
         assert self.lease.plan is not None
         return self.lease.plan.source if self._n_reused_or_expected else Source.COLD
 
@@ -186,9 +191,9 @@ class Answering:
         )
 
     async def _tell_reuse(self, *, at_last: bool = False) -> None:
-        """Say what was reused once llama-server has, in headers, or in a stream's comments where these have gone.
+        """Report the reuse once llama-server has: in headers, or in comments of a stream whose headers are sent.
 
-        ``at_last``: events follow. If nothing is known by then it is said what is expected, by that name.
+        ``at_last``: events follow. If nothing is known by then, the expected reuse is reported under its own name.
         """
         if self._is_reuse_told or not (at_last or self.n_reused is not None):
             return
@@ -208,8 +213,9 @@ class Answering:
         )
 
     def _body(self) -> dict[str, Any]:
-        """What llama-server is asked. As a stream with progress it tells at once what it reuses, and notices within a
-        batch that nobody is there any more."""
+        """The body for llama-server. As a stream with progress it reports the reuse at once, and llama-server notices
+        within a batch that the client has left.
+        """
         if self.is_assembled:
             return self.client_request.format.streamed(self.client_request.body)
         if self.client_request.is_streaming and self.client_request.may_set("return_progress"):
@@ -217,10 +223,10 @@ class Answering:
         return self.client_request.body
 
     async def _send(self, stack: contextlib.AsyncExitStack, body: dict[str, Any]) -> aiohttp.ClientResponse:
-        """Raises UpstreamError."""
+        """Send the body. Raises UpstreamError."""
         lease = self.lease
-        # For a request that may use nothing cached, what is in the slot after a prefill of its own is its own work.
-        # What nobody knows may have been computed with somebody's LoRA scales.
+        # If the request may use nothing cached, the slot's content after its own prefill is its own work. Unknown
+        # content may have been computed with other LoRA scales.
         may_reuse = self.here is not None or not (lease.request.no_cache or lease.content is None)
         body = {**body, "id_slot": lease.slot_id}
         if self.client_request.may_set("cache_prompt"):
@@ -243,7 +249,7 @@ class Answering:
         return len(self.parsed.prompts) == 1 and not self.parsed.request.n_children
 
     def _is_misplaced(self, n_found: int) -> bool:
-        """Whether the slot holds much less of the one prompt than was expected."""
+        """Whether the slot holds much less of a single prompt than expected."""
         if not self._is_one_prompt:
             return False
         n_expected = self.here.n_tokens if self.here is not None else self.lease.forecast.n_expected
@@ -252,7 +258,7 @@ class Answering:
     # -- the answer ----------------------------------------------------------------------------------------------
 
     async def finish(self) -> web.StreamResponse | RetryNonStreamed:
-        """The rest of the answer, and what it teaches. The slot is given back before the client can read its end."""
+        """Send the rest of the answer, and learn from it. The slot is released before the client can read the end."""
         self._holds_prompt()
         if self._has_events and not self.is_assembled:
             await self._relay()
@@ -263,7 +269,7 @@ class Answering:
         if isinstance(payload, RetryNonStreamed):
             return payload
         self.first_byte_s = time.monotonic() - self.client_request.started
-        self._is_reuse_told = False  # an answer in one piece is through, and nothing of it has been sent
+        self._is_reuse_told = False  # a JSON answer is complete, and nothing of it has been sent
         await self._tell_reuse(at_last=True)
         self._settle()
         self._log()
@@ -281,10 +287,10 @@ class Answering:
 
     @staticmethod
     def _with_media(holds: Content, before: Content) -> Content:
-        """What a slot holds of a prompt with media: its tokens up to the first one, and nobody knows how much more.
+        """The content of a slot after a prompt with media: its tokens up to the first medium, then an unknown number.
 
-        It is not saved, so it is not waiting to be. Checkpoints were made where something was computed ahead, not where
-        the known part ends.
+        It is never saved, so it is not dirty. Checkpoints exist where something was computed ahead, not where the
+        known part ends.
         """
         return replace(
             holds,
@@ -297,10 +303,10 @@ class Answering:
         )
 
     async def _relay(self) -> None:
-        """Events as they come, each byte as it was but for the numbers that ``prefill_stats`` puts right.
+        """Relay events as they come, unchanged except for the numbers that ``prefill_stats`` corrects.
 
-        llama-server releases the slot before it sends the last event: so it is given back before the client, who may
-        ask again or hang up at once, can read that event.
+        llama-server releases the slot before it sends the last event. So the lease is released before the client can
+        read that event: it may send the next request or close the connection at once.
         """
         headers = to_client(self._upstream, SSE_HEADERS)
         events = self._first
@@ -318,7 +324,7 @@ class Answering:
         await self.down.write(self._reading.rest)
 
     async def _assemble(self) -> bytes | RetryNonStreamed:
-        """The answer that llama-server would have given in one piece. Raises UpstreamError."""
+        """The assembled JSON answer. Raises UpstreamError."""
         reading, events = self._reading, self._first
         assert reading.assembly is not None
         while events is not None and not reading.is_over:
@@ -345,7 +351,7 @@ class Answering:
         return own if self.here is None else self.here.then(own)
 
     def _settle(self) -> None:
-        """Note what the slot holds now, and give it back. Idempotent."""
+        """Record what the slot holds now, and release it. Idempotent."""
         if self.lease.is_released:
             return
         parsed, n_found = self.parsed, self._reading.n_reused
@@ -365,8 +371,9 @@ class Answering:
             self.context.compare(self.client_request.format, self.client_request.body, prompt, told.n_prompt)
 
     def _told(self, n_found: int | None) -> Told:
-        """What is to be learned from; of several prompts, or one that is known up to a medium only, no more than what
-        was found in the slot."""
+        """The figures to learn from. Of several prompts, or a prompt that is known up to a medium only, just the
+        tokens found in the slot.
+        """
         parsed, reading, timings = self.parsed, self._reading, self._reading.timings
         if parsed.is_head and n_found is not None:
             n_found = min(n_found, parsed.prompts[0].n_tokens)
@@ -388,7 +395,7 @@ class Answering:
         )
 
     def _log(self) -> None:
-        """One line per answer: where it ran, what was reused, and how long the client waited."""
+        """Log one line per answer: where it ran, what was reused, and how long the client waited."""
         first_s, prefill_stats, timings = self.first_byte_s or 0.0, self.prefill_stats, self._reading.timings
         self.backend.metrics.first_byte_s.observe(first_s)
         n_computed = prefill_stats.n_tokens - prefill_stats.n_reused if prefill_stats is not None else 0

@@ -1,8 +1,8 @@
-"""Connections of clients: what each may hold and how long its request may take, answers to what is no HTTP, and the
-limit of files.
+"""Connections of clients: buffers, timeouts, answers to invalid HTTP, and the limit of open files.
 
-Half-closed: a client that shuts down its sending side has left, for a client that is gone looks the same until it is
-written to, and its slot should not wait for that. aiohttp closes such a connection, and cancels the handler.
+Half-closed: a client that shuts down its sending side counts as gone, because a client that is gone looks the same
+until data is written to it, and its slot should not wait for that. aiohttp closes such a connection, and cancels the
+handler.
 """
 
 from __future__ import annotations
@@ -38,30 +38,31 @@ _MakeRequest = Callable[
     web.BaseRequest,
 ]
 
-#: More than that in a transport's own buffer, and whoever writes waits.
+#: With more in a transport's own buffer, the writer waits.
 WRITE_BYTES = 1 << 15
-_UNSENT_BYTES = 1 << 16  # asked of the kernel, for what a client does not take yet
+_UNSENT_BYTES = 1 << 16  # requested from the kernel, for data that a client has not received yet
 _FEW_FILES = 4096
 _RESERVED_FILES = 2048  # for connections to llama-server, snapshots, the index
-# TCP_USER_TIMEOUT is in ms: for what was sent, or waits for a full window. The others in s: while nothing is sent.
+# TCP_USER_TIMEOUT is in ms: for data that is not acknowledged, or waits for a full window. The others are in s: while
+# nothing is sent.
 _SILENCE = {"TCP_USER_TIMEOUT": 60_000, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 _OPTIONS = {**_SILENCE, "TCP_NOTSENT_LOWAT": _UNSENT_BYTES}
 
 
 @dataclass(frozen=True, slots=True)
 class ClientTimeouts:
-    """With one client: ``read_s`` for a header, once it has begun; ``idle_s`` between two requests."""
+    """The timeouts of one client: ``read_s`` for a header, once it has begun; ``idle_s`` between two requests."""
 
     read_s: float
     idle_s: float = 75.0
 
 
 class TooManyConnections(QueueFull):
-    """No more are let in."""
+    """The limit of open connections is reached."""
 
 
 class Connections:
-    """Makes a connection for each client; at most ``n_max`` of them, or as many as this process may have files for."""
+    """Makes a connection for each client; at most ``n_max``, or as many as this process may have files for."""
 
     def __init__(self, server: web.Server, patience: ClientTimeouts, n_max: int | None) -> None:
         self._server, self._patience = server, patience
@@ -90,8 +91,9 @@ class Connections:
 
 
 class _Writer(StreamWriter):
-    """Says HTTP/1.1 to everybody, as llama-server and RFC 9110 (section 2.5) do: aiohttp repeats the client's version,
-    also where it is one that it does not speak, and says 1.0 to what it cannot read."""
+    """Always sends HTTP/1.1, as llama-server and RFC 9110 (section 2.5) do: aiohttp repeats the client's version,
+    even if it does not support it, and sends 1.0 in answer to invalid requests.
+    """
 
     async def write_headers(self, status_line: str, headers: CIMultiDict[str]) -> None:
         await super().write_headers("HTTP/1.1 " + status_line.partition(" ")[2], headers)
@@ -111,7 +113,7 @@ def _with_own_version(
 
 
 def _n_for_clients() -> int:
-    """Half of the files: a running request takes one more, to llama-server."""
+    """Half of the files: a running request uses a second one, to llama-server."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 1_000_000 if limit < 0 else max(limit - _RESERVED_FILES, limit // 2)
 
@@ -151,15 +153,15 @@ class Connection(web.RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        # What comes behind an answer may be the rest of its request's body, which nobody wants: aiohttp waits for that
-        # by itself, and not for long. Before the first one it may be here sooner than the task that waits for it.
+        # Data after an answer may be the rest of an unread request body: aiohttp waits for that by itself, and not
+        # for long. The first data may come before the task that waits for it.
         is_header = self._waiter is not None or not self._has_served
         if is_header and not self._is_serving and self._header_timer is None:
             self._header_timer = self._loop.call_later(self._patience.read_s, self._is_too_slow)
         super().data_received(data)
 
     def serving(self, is_serving: bool) -> None:
-        """Told when a request's header is there, and when its answer is made."""
+        """Called when a request's header is complete, and when its answer is done."""
         self._is_serving, self._has_served = is_serving, True
         self._stop_timer()
 
@@ -180,7 +182,7 @@ class Connection(web.RequestHandler):
         )
 
     def _say_and_close(self, status: str, error: LlamaslotError, more: str = "") -> None:
-        """An answer to who has asked nothing yet."""
+        """Answer a client that has sent no complete request, and close the connection."""
         assert self.transport is not None
         body = orjson.dumps(error.body())
         head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n{more}"
@@ -194,8 +196,9 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """As aiohttp, which logs it, raises ConnectionError where half an answer is sent, and closes the connection;
-        but told in the shape of every other error."""
+        """As aiohttp, which logs it, raises ConnectionError if half an answer is sent, and closes the connection; but
+        in the form of all other errors.
+        """
         super().handle_error(request, status, exc, message)
         response = error_response(_wording(exc) if status < 500 else LlamaslotError(MISTAKE), NAME)
         response.force_close()
@@ -208,7 +211,7 @@ class _TooLong(BadRequest):
 
 
 def _wording(error: BaseException | None) -> LlamaslotError:
-    """What is wrong with a request that aiohttp cannot read, without what was in it."""
+    """What is wrong with a request that aiohttp cannot read, without its content."""
     said = error.message if isinstance(error, HttpProcessingError) else ""
     if isinstance(error, LineTooLong):
         return _TooLong("the request's address or one of its headers is longer than 8190 bytes")
@@ -221,9 +224,9 @@ def _wording(error: BaseException | None) -> LlamaslotError:
 
 
 def set_options(transport: asyncio.BaseTransport) -> None:
-    """Let the kernel close the connection of a client that has gone without saying so (a laptop asleep, a network that
-    is gone) or takes nothing of its answer any more, and keep little for one that is slow. Else it would keep its slot
-    for two hours, or for ever.
+    """Let the kernel close the connection of a client that has gone without notice (a laptop asleep, a network that
+    is gone) or does not receive its answer any more, and keep the buffers of a slow client small. Otherwise it would
+    keep its slot for two hours, or for ever.
 
     The options are Linux'; elsewhere the defaults hold.
     """
@@ -237,9 +240,9 @@ def set_options(transport: asyncio.BaseTransport) -> None:
 
 
 def raise_file_limit() -> None:
-    """Let this process have as many files and connections as it may."""
+    """Raise this process's limit of open files as far as allowed."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # A hard limit of none at all is in some containers more than the kernel allows.
+    # In some containers an unlimited hard limit is more than the kernel allows.
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     now = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

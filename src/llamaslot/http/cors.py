@@ -1,7 +1,7 @@
 """Which web pages of other origins may use llamaslot from a browser: none, unless ``listen.cors`` names them.
 
-llama-server lets in every page: its ``Access-Control-*`` headers end here (``http.headers.to_client``). llamaslot's own
-pages are never for others. Keys travel in headers, so nothing is said of credentials (cookies).
+llama-server allows every page: its ``Access-Control-*`` headers end here (``http.headers.to_client``). llamaslot's
+own pages are never available to others. Keys travel in headers, so credentials (cookies) are not mentioned.
 https://fetch.spec.whatwg.org/#http-cors-protocol
 """
 
@@ -15,17 +15,17 @@ from llamaslot.errors import Forbidden
 from llamaslot.http.auth import is_own_page
 
 _REMEMBERED_S = 600
-_METHODS = "GET, POST, DELETE, OPTIONS"  # as llama-server says
+_METHODS = "GET, POST, DELETE, OPTIONS"  # as llama-server sends it
 
 
 class Cors:
-    """The headers and the preflights of pages of ``origins``; "*" is every page."""
+    """The headers and preflight answers for pages of ``origins``; "*" is every page."""
 
     def __init__(self, origins: Collection[str]) -> None:
         self._origins, self._is_open = frozenset(origins), "*" in origins
 
     async def allow(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Signal ``on_response_prepare``: answers, early headers and errors alike."""
+        """Signal ``on_response_prepare``: add the headers to answers, early headers and errors alike."""
         if not self._origins or is_own_page(request):
             return
         if not self._is_open:
@@ -37,7 +37,7 @@ class Cors:
             response.headers["Access-Control-Expose-Headers"] = "*"
 
     def preflight(self, request: web.Request) -> web.Response | None:
-        """The answer to a browser that asks whether it may ask. None for what is no such question, or not ours.
+        """The answer to a browser's preflight request. None for other requests.
 
         Raises Forbidden for a page that ``listen.cors`` does not name.
         """
@@ -49,7 +49,7 @@ class Cors:
             raise Forbidden("pages of this origin may not use llamaslot: listen.cors does not name it")
         headers = {"Access-Control-Allow-Methods": _METHODS, "Access-Control-Max-Age": str(_REMEMBERED_S)}
         if wanted := request.headers.get("Access-Control-Request-Headers"):
-            headers["Access-Control-Allow-Headers"] = wanted  # "*" would leave out Authorization
+            headers["Access-Control-Allow-Headers"] = wanted  # "*" would not include Authorization
         return web.Response(status=204, headers=headers)
 
     def _has(self, request: web.Request) -> bool:

@@ -1,5 +1,6 @@
-"""How long a request may take (``Deadlines``), and how long llama-server may tell nothing of it (``Watchdog``). The
-limits are the operator's; without them it may take as long as it does."""
+"""The time limits of a request (``Deadlines``), and of llama-server's silence (``Watchdog``). The operator configures
+them; by default there are none.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from dataclasses import dataclass, field
 from llamaslot.errors import DeadlinePassed, LlamaslotError, SlotWedged
 from llamaslot.tasks import TaskOwner
 
-_LOOKS = 4  # in the time that llama-server may be silent
+_LOOKS = 4  # polls per silence limit
 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """In seconds; None is no limit. ``first_token_s`` counts to the first token of the answer, where that is told."""
+    """In seconds; None is no limit. ``first_token_s``: until the first token of the answer, if that is noticed."""
 
     first_token_s: float | None = None
     total_s: float | None = None
@@ -31,7 +32,7 @@ class Deadlines:
 
     @contextlib.asynccontextmanager
     async def kept(self) -> AsyncIterator[None]:
-        """The block is cancelled when one of them has passed. Raises DeadlinePassed."""
+        """The block is cancelled when a limit has passed. Raises DeadlinePassed."""
         first, total = asyncio.timeout(self.timeouts.first_token_s), asyncio.timeout(self.timeouts.total_s)
         self._first = first
         try:
@@ -49,16 +50,16 @@ class Deadlines:
             raise
 
     def answering(self) -> None:
-        """The answer has begun, or nothing will tell when it does: from now on only the whole is limited."""
+        """The answer has begun, or its beginning cannot be noticed: from now on only the total time is limited."""
         if self._first is not None and not self._first.expired():
             self._first.reschedule(None)
 
 
 @dataclass(frozen=True, slots=True)
 class Watchdog:
-    """Watches a request of whose prompt llama-server tells nothing by itself, so that it has to be asked how far it is.
+    """Watches a request for which llama-server sends no progress of the prompt, by polling.
 
-    ``look`` says that in whatever can be compared; None while the request is not at work in any slot.
+    ``look`` returns the progress as any comparable value; None while the request runs in no slot.
     """
 
     silence_s: float | None
@@ -66,7 +67,7 @@ class Watchdog:
 
     @contextlib.asynccontextmanager
     async def kept(self, tasks: TaskOwner) -> AsyncIterator[None]:
-        """The block is cancelled when it has been at the same point for too long. Raises SlotWedged."""
+        """The block is cancelled if there is no progress for too long. Raises SlotWedged."""
         if self.silence_s is None:
             yield
             return
@@ -90,7 +91,7 @@ class Watchdog:
         last, since = None, now()
         while now() < since + silence_s:
             await asyncio.sleep(silence_s / _LOOKS)
-            with contextlib.suppress(LlamaslotError, TimeoutError):  # no answer is no news
+            with contextlib.suppress(LlamaslotError, TimeoutError):  # without an answer nothing is known
                 async with asyncio.timeout(silence_s / _LOOKS):
                     seen = await self.look()
                 if seen is None or seen != last:

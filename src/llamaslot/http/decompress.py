@@ -1,6 +1,6 @@
-"""Packed bodies, unpacked a little at a time.
+"""Decompresses request bodies in small steps.
 
-aiohttp (3.14) could do it, but never comes to the end of some that are broken, and unpacks also what nobody wants.
+aiohttp (3.14) could do it, but never ends with some corrupt bodies, and also decompresses bodies that are not read.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _GZIP, _ZLIB, _RAW = 31, 15, -15  # ``wbits`` of zlib
 
 
 class Unpacking:
-    """One body of a ``Content-Encoding`` (https://www.rfc-editor.org/rfc/rfc9110#section-8.4.1)."""
+    """One body with a ``Content-Encoding`` (https://www.rfc-editor.org/rfc/rfc9110#section-8.4.1)."""
 
     def __init__(self, packing: str) -> None:
-        """Raises Unpackable for what is neither plain, nor gzip, nor deflate."""
+        """Raises Unpackable unless the encoding is identity, gzip or deflate."""
         self._packing = packing.strip().lower()
         if self._packing not in ("", "identity", "gzip", "x-gzip", "deflate"):
             raise Unpackable(
@@ -30,7 +30,7 @@ class Unpacking:
         self._is_over = False
 
     def feed(self, packed: bytes) -> Iterator[bytes]:
-        """What the next bytes of the body unpack to, in pieces. Raises BadRequest where they are broken."""
+        """Decompress the next bytes of the body, in pieces. Raises BadRequest if they are corrupt."""
         if self._is_plain:
             yield packed
             return
@@ -46,11 +46,11 @@ class Unpacking:
                 yield piece
             if stream.eof:
                 is_full, packed = False, stream.unused_data
-                # gzip may have further members; behind deflate there is nothing.
+                # gzip may have further members; after deflate there is nothing.
                 self._stream, self._is_over = None, self._packing == "deflate"
 
     def end(self) -> None:
-        """The body is over. Raises BadRequest where more should come."""
+        """The body is over. Raises BadRequest if it is incomplete."""
         if self._stream is not None:
             raise self._broken()
 
@@ -58,7 +58,7 @@ class Unpacking:
         if self._is_over:
             raise self._broken()
         if self._stream is None:
-            # Some send deflate without the header that zlib puts before it, which begins with an 8.
+            # Some clients send deflate without zlib's header, which begins with an 8.
             wbits = _GZIP if self._packing != "deflate" else _ZLIB if packed[0] & 15 == 8 else _RAW
             self._stream = zlib.decompressobj(wbits)
         return self._stream

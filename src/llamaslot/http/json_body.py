@@ -1,4 +1,4 @@
-"""Request bodies: parsed once."""
+"""Parses request bodies, within limits."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ import orjson
 
 from llamaslot.errors import BadRequest
 
-# There is one event loop, and reading more than that takes seconds of everybody's time. A million tokens of text have a
-# quarter of so many brackets, and 200 tools with 1,000 messages some 40,000 items.
+# There is one event loop, and reading more than that would delay all requests by seconds. A million tokens of text
+# have a quarter of so many brackets, and 200 tools with 1,000 messages some 40,000 items.
 _COMMAS, _BRACKETS, _NUMBERS, _ITEMS = 8_000_000, 1_000_000, 4_000_000, 100_000
 _LOOKED_THROUGH = ("messages", "system", "tools", "prompt", "input", "input_extra", "lora")
 _DEPTH = 254  # levels that orjson writes; it reads 1,024
 _TOO_DEEP = f"the body is nested more than {_DEPTH} levels deep"
-_MARK = b"\xef\xbb\xbf"  # of byte order, which some editors write and llama-server skips
+_MARK = b"\xef\xbb\xbf"  # byte order mark, which some editors write and llama-server skips
 _TOO_MANY = (
     f"the body has too many parts: {_ITEMS} at most, of messages, prompts and tools and what is in them"
 )
 
 
 class NoObject(BadRequest):
-    """A body that llama-server cannot read either, whatever the route."""
+    """A body that llama-server cannot parse either, whatever the route."""
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """A JSON object. Raises BadRequest that says where the fault is: NoObject if llama-server sees the same fault.
+    """Parse a JSON object. Raises BadRequest with the position of the fault: NoObject if llama-server finds the same
+    fault.
 
-    Its parser is more lenient in two things only: it stops at a NUL, and has no limit of depth.
+    Its parser is more lenient in two points only: it stops at a NUL, and has no limit of depth.
     """
     raw = raw.removeprefix(_MARK)
     if not raw.strip():
@@ -52,7 +53,9 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
 
 def _has_too_many_items(body: dict[str, Any]) -> bool:
-    """In what llamaslot looks through, which is most of what it does with a body. A list of numbers (tokens) is one."""
+    """Whether the fields that llamaslot reads have too many items; that is most of the work for a body. A list of
+    numbers (tokens) is one item.
+    """
     n_items, left = 0, [body[name] for name in _LOOKED_THROUGH if isinstance(body.get(name), dict | list)]
     while left:
         one = left.pop()

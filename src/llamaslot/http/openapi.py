@@ -1,6 +1,6 @@
-"""The OpenAPI description of llamaslot's own routes, as data. docs/operations.md says what the fields mean.
+"""The OpenAPI description of llamaslot's own routes, as data. docs/operations.md explains the fields.
 
-llama-server's routes are not in it: they are llama-server's, and go through.
+llama-server's routes are not included: they are passed through.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Json = dict[str, Any]
 
 
 def _object(**properties: Json) -> Json:
-    """All of them are always there; there may be more in a later version."""
+    """An object with these required properties; a later version may add more."""
     return {"type": "object", "required": list(properties), "properties": properties}
 
 

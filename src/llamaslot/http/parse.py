@@ -1,4 +1,4 @@
-"""From a completion's body to the request that wants a slot."""
+"""Converts a completion's body to a request."""
 
 from __future__ import annotations
 
@@ -24,37 +24,35 @@ from llamaslot.scheduling.request import Placement, Request, User
 from llamaslot.tokens import media
 from llamaslot.tokens.tokenizer import NoPrompt, Prompt
 
-ATTEMPTS = (
-    3  # a server that restarts between two steps of a request: the request is placed again on the new one
-)
+ATTEMPTS = 3  # a server that restarts between two steps: the request is placed again on the new one
 GIVEN_UP = "llama-server restarts again and again; see its log"
-# The slots of the others would wait for the first to be through with its prompt, which it never begins: they are lost
-# until llama-server is restarted (seen running on xllamacpp 2026.10.11549).
+# The slots of the other answers would wait for the first to finish its prompt, which it never begins: they are lost
+# until llama-server is restarted (measured on xllamacpp 2026.10.11549).
 _NO_COPIES = "an empty prompt has one answer: ask for it without n, or with a prompt"
 _serial = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """A request and what is needed to speak about it. ``prompts`` is empty for a prompt that cannot be known:
-    ``unknown`` says why. ``is_head``: they are only what comes before the first medium.
+    """A request, and facts about its prompts. ``prompts`` is empty if the prompt cannot be known: ``unknown`` says why.
+    ``is_head``: they are only the text before the first medium.
     """
 
     request: Request
     prompts: tuple[Prompt, ...]
     dry_run: Callable[[], DryRun]
-    # llama-server has an error of its own for it: more answers than slots, for one.
+    # llama-server has its own error for it, for example more answers than slots.
     is_beyond_server: bool = False
     unknown: Reason | None = None
     is_head: bool = False
-    n_prompts: int = 1  # also of those that are not known
+    n_prompts: int = 1  # including unknown ones
 
     @property
     def left_in_slot(self) -> bytes:
         """Tokens that the slot surely begins with at the end.
 
-        Several prompts run one after another, but not always in their order: one that a request of llama-server's own
-        choice gets ahead of is put back behind the next.
+        Several prompts run one after another, but not always in order: if another request gets ahead of one, it is
+        put back behind the next.
         """
         tokens = [prompt.tokens for prompt in self.prompts] or [b""]
         return head(tokens[0], min(common(tokens[0], other) for other in tokens))
@@ -64,17 +62,17 @@ _PLAIN_ID = re.compile(r"[!-~]{1,128}")
 
 
 def request_id(headers: Mapping[str, str]) -> str:
-    """The client's ``X-Request-Id`` if it is fit for logs, headers and sidecars, else a new one."""
+    """The client's ``X-Request-Id`` if it is valid in logs, headers and sidecars, else a new id."""
     given = headers.get("X-Request-Id", "")
     return given if _PLAIN_ID.fullmatch(given) else f"req-{next(_serial)}-{secrets.token_hex(3)}"
 
 
 def lora_of(body: Mapping[str, Any]) -> str:
-    """The LoRA scales that a body sets, as JSON, alike for bodies that surely mean the same; "" when it sets none.
+    """The LoRA scales in a body, as JSON, equal for bodies that surely mean the same; "" if it sets none.
 
-    Adapters that are not named get the scale 0, but an empty list is as good as none on some builds (seen running on
-    xllamacpp 2026.10.11549). What is malformed is left to llama-server's 400.
-    (tools/server/server-common.cpp: parse_lora_request)
+    Adapters that are not named get the scale 0, but an empty list has no effect on some builds (measured on xllamacpp
+    2026.10.11549). Malformed values are left to llama-server's 400. (tools/server/server-common.cpp:
+    parse_lora_request)
     """
     lora = body.get("lora")
     if lora is None:
@@ -91,8 +89,9 @@ def lora_of(body: Mapping[str, Any]) -> str:
 async def parse_request(
     id_: str, body: Mapping[str, Any], format_: Format, context: ModelContext, user: User
 ) -> ParsedRequest:
-    """The request for ``body``. Raises BadRequest, PromptTooLong, and llama-server's own error for a body it
-    refuses."""
+    """The request for ``body``. Raises BadRequest, PromptTooLong, and llama-server's own error for a body that it
+    refuses.
+    """
     unknown = None
     try:
         said = await _said(body, format_, context, context.space(user).user)
@@ -104,7 +103,7 @@ async def parse_request(
     for prompt in said.prompts:
         if prompt.n_tokens >= context.n_ctx:
             raise PromptTooLong(prompt.n_tokens, context.n_ctx)
-    heard = body if said.chat is None else said.chat  # what llama-server takes note of
+    heard = body if said.chat is None else said.chat  # the fields that llama-server reads
     n = format_.n_answers(body)
     if n > 1 and not all(prompt.n_tokens for prompt in said.prompts):
         raise BadRequest(_NO_COPIES)
@@ -135,8 +134,9 @@ async def parse_request(
 
 
 class _Said(NamedTuple):
-    """What is known of a body: the chat that it is or becomes, None for a plain prompt; its prompts, or with
-    ``is_head`` what they begin with. ``is_refused``: it has media, and llama-server takes none."""
+    """What is known of a body: the chat that it is or is converted to, None for a plain prompt; its prompts, or with
+    ``is_head`` the beginning of the prompt. ``is_refused``: it has media, and llama-server accepts none.
+    """
 
     chat: Mapping[str, Any] | None
     prompts: tuple[Prompt, ...]
@@ -145,8 +145,9 @@ class _Said(NamedTuple):
 
 
 async def _said(body: Mapping[str, Any], format_: Format, context: ModelContext, whose: str) -> _Said:
-    """Raises OpaquePrompt where the tokens are not known, and UpstreamError for what the template refuses: of a body
-    that was converted nobody knows whether llama-server would refuse it too, so it is served without its tokens."""
+    """Raises OpaquePrompt if the tokens are unknown, and UpstreamError if the template refuses the body. If a
+    converted body is refused, llama-server may still accept the original, so it is served without known tokens.
+    """
     if format_.prompt_kind is PromptKind.INFILL:
         return _Said(None, (await context.infill.prompt(body, whose),))
     is_converted = format_.prompt_kind is PromptKind.CONVERTED
@@ -160,7 +161,8 @@ async def _said(body: Mapping[str, Any], format_: Format, context: ModelContext,
     try:
         if not needed:
             prompt = await context.tokenizer.chat(chat, whose)
-            # llama-server chooses the slot by what it makes of the body: had it another prompt, any slot could be it.
+            # llama-server chooses the slot by its own conversion: if that gives another prompt, it may choose any
+            # slot.
             is_checked = (
                 format_.honours_id_slot or is_right or await context.conversions.check(body, prompt.n_tokens)
             )
@@ -190,15 +192,18 @@ async def _plain(body: Mapping[str, Any], context: ModelContext, whose: str) -> 
 
 
 def _short(prompt: Prompt, context: ModelContext) -> tuple[Prompt, ...]:
-    """What comes before a medium; if that alone is too long llama-server says so, who knows how long the whole is."""
+    """The text before a medium. If that alone is too long, llama-server reports it, because it knows the length of
+    the whole.
+    """
     if prompt.n_tokens >= context.n_ctx:
         raise PromptNotTokenizable("it is too long", Reason.MEDIA)
     return (prompt,)
 
 
 def keep_what_follows(lease: Lease) -> None:
-    """Of a request whose prompt has media: where its slot holds all that is known of it, perhaps its media are there
-    too. So nothing is computed ahead, which would cut the slot back to that."""
+    """For a prompt with media: if the slot already holds the whole known text, it may also hold the media. Then
+    nothing is computed ahead, because that would truncate the slot.
+    """
     content, plan = lease.content, lease.plan
     if content is None or plan is None or plan.source is not Source.RESIDENT or content.is_exact:
         return
@@ -208,7 +213,7 @@ def keep_what_follows(lease: Lease) -> None:
 
 
 def max_tokens(body: Mapping[str, Any]) -> int | None:
-    """How long its answer may be at most, by any of the names that the routes have for that. For estimates."""
+    """The limit of its answer in tokens, by any of the names of the routes. For estimates."""
     names = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
     values = [body[name] for name in names if type(body.get(name)) is int and body[name] >= 0]
     return min(values, default=None)

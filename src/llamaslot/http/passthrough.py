@@ -1,4 +1,4 @@
-"""Everything that is no completion: passed through unchanged, taken in turn, or refused."""
+"""Everything that is no completion: passed through unchanged, run exclusively, or refused."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class Passthrough:
         self._prompts, self._unassisted = prompts, unassisted
 
     async def forward(self, request: web.Request, route: Route) -> web.StreamResponse:
-        """Unchanged, streaming both ways. Cancelling closes the upstream connection.
+        """Pass it through unchanged, streaming both ways. Cancelling closes the upstream connection.
 
-        What has changed the model (its LoRA scales, or which one is loaded) makes all that was computed before
-        worthless: the server is met again before the client can know.
+        A request that changes the model (its LoRA scales, or the loaded model) makes all cached content invalid: the
+        server is connected to again before the client gets the answer.
         """
         upload = Upload(self._uploads, request)
         data = upload.pieces() if request.body_exists else None
@@ -67,8 +67,9 @@ class Passthrough:
             raise upload.failure or error from None
 
     async def count(self, request: web.Request, route: Route) -> web.StreamResponse:
-        """A question how many tokens a completion's body has: asked of the body as it would be computed, with the rules
-        for system prompts applied. What cannot be read here llama-server refuses by itself."""
+        """Count the tokens of a completion's body: the body is sent as it would be computed, with the rules for
+        system prompts applied. llama-server refuses a body that cannot be read here.
+        """
         raw = await self._uploads.whole(request)
         with contextlib.suppress(BadRequest):
             body = parse_object(raw)
@@ -77,13 +78,16 @@ class Passthrough:
         return await self.unprepared(self._registry.pool_for(), request, raw)
 
     async def is_offered(self, pool: SlotTable, route: Route) -> bool:
-        """Whether llama-server has this route for its model; where llamaslot stands aside it is not asked, and refuses
-        the request itself. Raises BackendDown."""
+        """Whether llama-server has this route for its model. If assist is off it is not checked, and llama-server
+        refuses the request itself. Raises BackendDown.
+        """
         context = await pool.ready()
         return context is None or await pool.any_backend().route_availability.has(route.path)
 
     async def unprepared(self, pool: SlotTable, request: web.Request, raw: bytes) -> web.StreamResponse:
-        """A request that takes no slot, for it is a question, or llama-server refuses it. ``raw``: its body."""
+        """Relay a request that takes no slot: it only asks for information, or llama-server refuses it. ``raw``: its
+        body.
+        """
         async with self._upstream(pool.any_backend(), request, raw, to_server(request)) as upstream:
             return await relay(request, upstream, {})
 
@@ -96,9 +100,10 @@ class Passthrough:
         *,
         pool: SlotTable | None = None,
     ) -> web.StreamResponse:
-        """A request that takes slots of llama-server's choice: while nobody else is between two steps. Cancelling gives
-        the slots back when the server is through with them. ``raw``: its body, if that was read before.
-        ``head``: the tokens of its prompt up to its first medium; llama-server finds the slot that has them by itself.
+        """Run a request that takes slots of llama-server's choice, while no other request is between two steps.
+        Cancelling releases the slots when the server is done with them. ``raw``: its body, if it was read before.
+        ``head``: the tokens of its prompt up to its first medium; llama-server finds the slot that has them by
+        itself.
         """
         if raw is None:
             raw = await self._uploads.whole(request)
@@ -108,10 +113,10 @@ class Passthrough:
                 return await self._unassisted.serve(pool, request, route, raw)
         if route.may_be_missing and not await pool.any_backend().route_availability.has(route.path):
             return await self.unprepared(pool, request, raw)
-        # Of embeddings and the like /slots does not tell how far they are.
+        # /slots does not show the progress of embeddings and the like.
         is_watched = route.format is not None
         try:
-            # Nobody reads these answers closely enough to tell when they begin.
+            # The beginning of these answers is not detected.
             async with Deadlines(replace(self._timeouts, first_token_s=None)).kept():
                 return await self._in_turns(pool, request, raw, head, is_watched=is_watched)
         except DeadlinePassed as error:

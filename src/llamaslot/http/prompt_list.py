@@ -1,8 +1,8 @@
-"""Several prompts in one request: asked for one after the other, each where it is best placed, and told as one answer.
+"""Several prompts in one request: sent one after the other, each to its best place, and answered together.
 
-llama-server makes a task of each, and would compute all but the first in one go. Seen running: the answer to the list
-is that of its first prompt with the choices of all of them, in the native format a list of answers; in a stream all
-events have one ``id``, and ``index`` counts on over the prompts.
+llama-server makes a task of each, and would compute all but the first without interruption. Measured: the answer to
+the list is that of its first prompt with the choices of all of them, in the native format a list of answers; in a
+stream all events have one ``id``, and ``index`` continues over the prompts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from llamaslot.llama.sse import EventSplitter, data_of, event_of, n_commented
 
 
 class Part(Downstream):
-    """The side of the client for one prompt of several: ``whole`` is that of all, ``first`` the index of its answer."""
+    """The client's side for one of several prompts. ``whole``: that of all; ``first``: the index of its first
+    answer.
+    """
 
     def __init__(self, whole: Downstream, first: int, *, is_last: bool) -> None:
         super().__init__(whole.request, whole.rules, whole.is_streaming, whole.headers)
@@ -33,7 +35,7 @@ class Part(Downstream):
         return self.response
 
     async def write(self, data: bytes) -> None:
-        """Comments as they are; events with the index and the id that they have in the whole."""
+        """Comments are sent unchanged, events with their index and id in the whole answer."""
         n = n_commented(data) if not self._splitter.rest else 0
         events = [data[:n], *map(self._told, self._splitter.feed(data[n:]))]
         told = [event for event in events if event]
@@ -69,7 +71,7 @@ def shift(answer: dict[str, Any], first: int) -> None:
 
 
 def joined(parts: list[bytes], n_each: int) -> bytes:
-    """The answer to a list of prompts from the answers to each, ``n_each`` of them for one prompt."""
+    """The answer to a list of prompts, from the answers to each; ``n_each``: answers per prompt."""
     answers: list[dict[str, Any]] = []
     for number, payload in enumerate(parts):
         answer = orjson.loads(payload)

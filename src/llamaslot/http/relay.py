@@ -1,8 +1,8 @@
-"""An answer of llama-server's on its way out, as it comes.
+"""Relays an answer of llama-server as it comes.
 
-It is read as fast as its client takes it. What lies about of it is a window of the kernel's, aiohttp's read buffer (32
-KiB, and what came last), a piece of 16 KiB, an event that is not whole yet (as long as it is no larger than 32 KiB),
-and what the transport to the client has not sent yet, some 100 KiB.
+It is read as fast as the client receives it. Buffers hold: the kernel's window, aiohttp's read buffer (32 KiB, and
+the last piece), a piece of 16 KiB, an incomplete event (up to 32 KiB), and some 100 KiB in the transport to the
+client.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ async def relay(
     ended: Callable[[], Awaitable[None]] | None = None,
     begun: Callable[[], None] = lambda: None,
 ) -> web.StreamResponse:
-    """The answer. ``begun`` is called with the first of a stream. Raises BackendDown, ClientGone.
+    """Relay the answer. ``begun`` is called with the first event of a stream. Raises BackendDown, ClientGone.
 
-    A stream of events is sent in whole ones: should it break off, or be broken off, ``end_relayed`` can say so in one.
+    A stream is sent in whole events: if it is interrupted, ``end_relayed`` can report that in an event.
 
-    ``ended`` is called when llama-server is through with its slot, before the client can read that: a client may hang
-    up at once after it, and that must not look as if it had left the slot at work.
+    ``ended`` is called when llama-server is done with its slot, before the client can read the end: a client may
+    close the connection immediately, and that must not look as if llama-server were still working in the slot.
     """
     headers = to_client(upstream, told)
     response = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=headers)
@@ -79,10 +79,10 @@ async def _events(
     begun: Callable[[], None],
     ended: Callable[[], Awaitable[None]] | None,
 ) -> AsyncIterator[bytes]:
-    """Whole events; an event larger than ``_HELD_BYTES`` goes out in pieces."""
-    yield b""  # the headers may go before any event
+    """Whole events; an event larger than ``_HELD_BYTES`` is sent in pieces."""
+    yield b""  # the headers may be sent before any event
     before = held = b""
-    is_whole = True  # what was sent ends with an event
+    is_whole = True  # the sent bytes end with a whole event
     while piece := await next_piece(upstream):
         begun()
         if ended is not None and _LAST_EVENT in before + piece:
@@ -104,7 +104,7 @@ async def _events(
 async def _last_one_late(
     upstream: aiohttp.ClientResponse, ended: Callable[[], Awaitable[None]] | None
 ) -> AsyncIterator[bytes]:
-    """Each piece when the next is there, so that the last is known to be the last."""
+    """Each piece when the next one is there, so that the last one is known to be the last."""
     held = b""
     while piece := await next_piece(upstream):
         if held:

@@ -1,7 +1,7 @@
-"""Bodies of requests on their way in: how large they may be unpacked, how long they may take, and when they begin.
+"""Reads request bodies: the limits of their decompressed size and their time, and when they are requested.
 
-A client that sends ``Expect: 100-continue`` waits with its body until it is wanted: what is refused before never comes.
-(https://www.rfc-editor.org/rfc/rfc9110#section-10.1.1)
+A client that sends ``Expect: 100-continue`` waits with its body until it is requested: the body of a request that is
+refused before is never sent. (https://www.rfc-editor.org/rfc/rfc9110#section-10.1.1)
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from aiohttp import HttpVersion10, HttpVersion11, web
 from llamaslot.errors import BadRequest, BodyTooLarge, LlamaslotError, TooSlow
 from llamaslot.http.decompress import Unpacking
 
-_BYTES_PER_S = 4096  # what a slow client has to send on average, so that an upload ends some day
+_BYTES_PER_S = 4096  # the minimum average speed of a client, so that an upload ends some day
 _IS_ASKED_FOR = web.RequestKey("is_asked_for", bool)
 
 
 @dataclass(frozen=True, slots=True)
 class Uploads:
-    """``max_bytes`` of a body, unpacked; ``timeout_s`` for it, and one second more for each 4 KiB of it."""
+    """``max_bytes`` of a decompressed body; ``timeout_s`` for it, and one second more for each 4 KiB."""
 
     max_bytes: int
     timeout_s: float
 
     async def whole(self, request: web.Request) -> bytes:
-        """The body. Raises BodyTooLarge as soon as it is known to be longer, TooSlow, and BadRequest for one that
-        cannot be unpacked. Cancelling is safe."""
+        """The body. Raises BodyTooLarge as soon as it is known to be longer, TooSlow, and BadRequest if it cannot be
+        decompressed. Cancelling is safe.
+        """
         return b"".join([piece async for piece in self.pieces(request)])
 
     async def pieces(self, request: web.Request) -> AsyncIterator[bytes]:
-        """The body as it comes, unpacked. Raises as ``whole`` does."""
+        """The decompressed body as it comes. Raises as ``whole`` does."""
         if (request.content_length or 0) > self.max_bytes:
             raise self._too_large()
         unpacking, n_bytes = Unpacking(request.headers.get("Content-Encoding", "")), 0
@@ -70,7 +71,7 @@ class Uploads:
 
 
 class Upload:
-    """A body that is passed on while it comes. ``failure``: why it has not come to its end, if that is so."""
+    """A body that is forwarded while it comes. ``failure``: why it is incomplete, if it is."""
 
     def __init__(self, uploads: Uploads, request: web.Request) -> None:
         self._uploads, self._request = uploads, request
@@ -80,46 +81,48 @@ class Upload:
         try:
             async for piece in self._uploads.pieces(self._request):
                 yield piece
-        except LlamaslotError as error:  # aiohttp's client would make a broken connection of it
+        except LlamaslotError as error:  # aiohttp's client would report a broken connection
             self.failure = error
             raise
 
 
 async def hold_back(request: web.Request) -> None:
-    """aiohttp's ``expect_handler``: nothing is said until somebody wants the body. Other expectations mean nothing here
-    and, as RFC 9110 allows, are not looked at."""
+    """aiohttp's ``expect_handler``: send 100 Continue only when a handler reads the body. Other expectations are
+    ignored, as RFC 9110 allows.
+    """
 
 
 def is_held_back(request: web.Request) -> bool:
-    """Whether the client still waits for a word before it sends its body."""
+    """Whether the client still waits for 100 Continue before it sends its body."""
     expects = request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11
     return expects and not request.get(_IS_ASKED_FOR, False)
 
 
 async def close_behind(request: web.Request, response: web.StreamResponse) -> None:
-    """Signal ``on_response_prepare``: take no further request from a connection where nobody knows what comes next.
+    """Signal ``on_response_prepare``: close a connection after the answer, if the next bytes on it could be anything.
 
-    That is a body that the client was not asked for, and may leave out now, and an answer that nothing but its end can
-    end. And aiohttp (3.14) takes what stands behind
-    a chunked body, its trailers, for headers of the next request: where a proxy in front shares connections, that may
-    be somebody else's.
+    1. The body was not requested from the client, which may or may not send it now.
+    2. Only the end of the connection ends the answer.
+    3. The body was chunked: aiohttp (3.14) takes its trailers as headers of the next request, which may belong to
+       another client if a proxy in front shares connections.
     """
     is_chunked_upload = "Transfer-Encoding" in request.headers
     is_clear = speaks_http(request) and not (is_chunked_upload or is_held_back(request))
     if not is_clear or _ends_with_connection(request, response):
         response.force_close()
-    if not response.keep_alive:  # aiohttp says it to clients of HTTP/1.1 only
+    if not response.keep_alive:  # aiohttp sends the header to clients of HTTP/1.1 only
         response.headers["Connection"] = "close"
 
 
 def speaks_http(request: web.Request) -> bool:
-    """Whether its version is one that is spoken here: aiohttp reads others (0.9, 2.0) as if they were."""
+    """Whether its HTTP version is supported: aiohttp reads others (0.9, 2.0) as if they were."""
     return request.version in (HttpVersion10, HttpVersion11)
 
 
 def _ends_with_connection(request: web.Request, response: web.StreamResponse) -> bool:
-    """Whether only the end of the connection tells where the body ends: to a client of HTTP/1.0, which knows no chunks,
-    where its length is not known. aiohttp (3.14) keeps the connection open if the client has asked for that."""
+    """Whether only the end of the connection ends the body: for a client of HTTP/1.0, which does not know chunks, if
+    the length is unknown. aiohttp (3.14) keeps the connection open if the client has asked for that.
+    """
     return request.version < HttpVersion11 and response.content_length is None
 
 
@@ -127,4 +130,4 @@ async def _ask_for_it(request: web.Request) -> None:
     if is_held_back(request):
         request[_IS_ASKED_FOR] = True
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # aiohttp's measure of whether the answer has begun
+        request.writer.output_size = 0  # aiohttp uses it to tell whether the answer has begun

@@ -1,4 +1,4 @@
-"""Applies the rules of ``rewrite`` to bodies, and tells which of them did something: a header, a metric, the status."""
+"""Applies the rules of ``rewrite`` to bodies, and reports their changes in a header, a metric and the status."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _REWROTE = web.RequestKey("rewrote", list[str])
 
 
 class SystemPrompts:
-    """What is done to the system prompts of all requests."""
+    """Rewrites the system prompts of all requests."""
 
     def __init__(self, rules: Sequence[RewriteRule], metrics: Metrics) -> None:
         self._rewriting, self._metrics = Rewriting(tuple(rules)), metrics
         self._told: set[str] = set()
 
     def rewrite(self, request: web.Request, body: dict[str, Any], format_: Format | None) -> bool:
-        """Change ``body`` in place, before anything else sees it; whether that has changed anything."""
+        """Change ``body`` in place, before other code reads it. Returns whether it was changed."""
         if format_ is None or not self._rewriting.rewriters:
             return False
         fired, given_up = self._rewriting.apply(body, format_)
@@ -44,7 +44,7 @@ class SystemPrompts:
         return bool(fired)
 
     def report(self) -> list[dict[str, Any]]:
-        """For the status: each rule, in its order, and what it has done since the start."""
+        """For the status: each rule, in order, and its counters since the start."""
         return [
             {"name": rewriter.rule.name, "n_fired": rewriter.n_fired, "n_given_up": rewriter.n_given_up}
             for rewriter in self._rewriting.rewriters
@@ -57,6 +57,8 @@ def rewrote(request: web.Request) -> list[str]:
 
 
 async def tell_rewrote(request: web.Request, response: web.StreamResponse) -> None:
-    """Signal ``on_response_prepare``: whatever the answer is, an error too, it is one to the body as it was changed."""
+    """Signal ``on_response_prepare``: add the header to every answer, errors included, because it answers the changed
+    body.
+    """
     if names := rewrote(request):
         response.headers["x-llamaslot-rewrote"] = ",".join(names)

@@ -1,4 +1,4 @@
-"""What llama-server answers to one request, event by event: what is passed on, and what is noted in passing."""
+"""Reads llama-server's answer to one request, event by event: events to relay, and figures to record."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ _BEFORE_TOKENS = (_CREATED, _IN_PROGRESS)
 
 
 class Reading:
-    """One answer. ``timings`` of its first prompt; ``n_found``: what was reused of that, by its first progress event.
+    """One answer. ``timings``: of its first prompt; ``n_found``: tokens reused of that, from its first progress
+    event.
 
-    ``is_over``: its last event has come; in the native format that is the last of ``n_answers`` that end.
-    ``has_token``: its first token has. Events of progress are only passed on to who ``wants_progress``. With an
-    ``assembly`` nothing is passed on: all of it is in there. ``start`` is what an Anthropic stream begins with:
-    llama-server leaves it out where the first token is half a character (seen running), and clients fail.
+    ``is_over``: its last event has come; in the native format the last of ``n_answers`` final events. ``has_token``:
+    its first token has come. Progress events are relayed only if ``wants_progress``. With an ``assembly`` nothing is
+    relayed: it collects the answer. ``start``: the event that an Anthropic stream begins with. llama-server omits it
+    if the first token is half a character (measured), and clients fail then.
     """
 
     def __init__(
@@ -48,10 +49,10 @@ class Reading:
     ) -> None:
         self.timings: dict[str, Any] | None = None
         self.n_found: int | None = None
-        self.n_cached: int | None = None  # reused, by ``usage``: all that some formats tell
-        self.n_prompt: int | None = None  # tokens of the prompt, by the ``usage`` of agents' routes
+        self.n_cached: int | None = None  # reused, from ``usage``: the only figure of some formats
+        self.n_prompt: int | None = None  # tokens of the prompt, from the ``usage`` of agents' routes
         self.n_predicted = 0
-        self.n_processed = 0  # tokens of the prompt, by the last event of progress
+        self.n_processed = 0  # tokens of the prompt, from the last progress event
         self.has_failed = False
         self.is_over = False
         self.has_token = False
@@ -63,9 +64,9 @@ class Reading:
         self._splitter = EventSplitter()
 
     async def next(self) -> list[bytes] | None:
-        """What is to be passed on of the next events, perhaps nothing; None at the end.
+        """The next events to relay, perhaps none; None at the end.
 
-        Raises BackendDown when the connection breaks, and UpstreamError for an error in what is assembled.
+        Raises BackendDown if the connection breaks, and UpstreamError for an error in an assembled answer.
         """
         chunk = await next_piece(self._upstream)
         if not chunk:
@@ -74,17 +75,17 @@ class Reading:
 
     @property
     def n_reused(self) -> int | None:
-        """Tokens of its first prompt that llama-server has found, by the surest that it has told so far."""
+        """Tokens of its first prompt that llama-server has found, by the most reliable figure so far."""
         told = (self.timings or {}).get("cache_n"), self.n_found, self.n_cached
         return next((int(n) for n in told if n is not None), None)
 
     @property
     def rest(self) -> bytes:
-        """What came after the last whole event."""
+        """The bytes after the last whole event."""
         return b"" if self.assembly is not None else self._created + self._splitter.rest
 
     async def whole(self) -> bytes:
-        """The answer in one piece, its numbers put right."""
+        """The JSON answer, with corrected numbers."""
         payload = await self._upstream.read()
         try:
             answer = orjson.loads(payload)
@@ -93,7 +94,7 @@ class Reading:
         return orjson.dumps(answer) if self._answer(answer) else payload
 
     def assembled(self) -> bytes:
-        """The same of what was assembled. Raises Incomplete."""
+        """The same for an assembled answer. Raises Incomplete."""
         assert self.assembly is not None
         answer = self.assembly.answer()
         self._answer(answer)
@@ -122,7 +123,7 @@ class Reading:
             if isinstance(payload, dict):
                 self.assembly.feed(payload)
             return b""
-        if event.startswith(_CREATED):  # told with what follows: at another place there would be a second one
+        if event.startswith(_CREATED):  # sent with the next event: at another place it would be sent twice
             created, self._created, self._is_in_progress = self._created, event, False
             return created
         if is_progress and not self._wants_progress:
@@ -143,7 +144,7 @@ class Reading:
         return created + start + (self._earlier.correct_event(event) if self._earlier is not None else event)
 
     def _is_first_in_progress(self, event: bytes) -> bool:
-        """``response.in_progress`` is told once where nobody has asked for progress, and then once for each batch."""
+        """``response.in_progress`` is sent once if no progress was requested, and otherwise once for each batch."""
         is_first = event.startswith(_IN_PROGRESS) and not self._is_in_progress
         self._is_in_progress = self._is_in_progress or is_first
         return is_first
@@ -159,7 +160,7 @@ class Reading:
             cached = usage.get("cache_read_input_tokens", details.get("cached_tokens"))
             self.n_cached = cached if self.n_cached is None else self.n_cached
             if self.n_prompt is None and cached is not None and "input_tokens" in usage:
-                is_all = "input_tokens_details" in usage  # Anthropic's are those that were computed
+                is_all = "input_tokens_details" in usage  # Anthropic's are the computed ones
                 self.n_prompt = int(usage["input_tokens"]) + (0 if is_all else int(cached))
             self.n_predicted = int(usage.get("output_tokens", usage.get("completion_tokens", 0)))
         progress = payload.get("prompt_progress")
@@ -173,8 +174,9 @@ class Reading:
 
 
 def _has_text(payload: dict[str, Any]) -> bool:
-    """What a template begins the answer with, or what a client has begun it with, comes with an event of progress (seen
-    running: ``reasoning_format: none``, and a last message of the assistant's with ``echo``)."""
+    """Text that a template or a client begins the answer with comes in a progress event (measured:
+    ``reasoning_format: none``, and a last message of the assistant's with ``echo``).
+    """
     choices = payload.get("choices") or [{}]
     delta = choices[0].get("delta") or {}
     return any(delta.get(name) for name in ("content", "reasoning_content", "tool_calls"))

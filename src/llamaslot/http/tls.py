@@ -1,4 +1,4 @@
-"""HTTPS. A certificate that was renewed on disk is used from the next connection on."""
+"""HTTPS. A certificate renewed on disk is used from the next connection on."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ log = logging.getLogger(__name__)
 
 
 class Certificate:
-    """The certificate as it is on disk, looked at once a second at most, when somebody connects.
+    """The certificate on disk, checked at most once a second, when a client connects.
 
-    What can not be loaded (of a renewal only one file is there yet) changes nothing: the old one stays in use, and the
-    log says so once for each change of the files.
+    If it cannot be loaded (only one file of a renewal is there yet), the old one stays in use, and the log says so
+    once for each change of the files.
     """
 
     def __init__(self, settings: TlsConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        """Raises ConfigError when the files, right a moment ago, are not any more."""
+        """Raises ConfigError if the files, right a moment ago, are not valid any more."""
         self._settings = settings
         self._watch = Watch(settings.cert, settings.key, clock=clock)
         try:
             self._latest = load_certificate(settings)
-            #: What to listen with. Its certificate is the first; each connection gets the latest.
+            #: The context to listen with. It has the first certificate; each connection gets the latest.
             self.context = load_certificate(settings)
         except ValueError as error:
             raise ConfigError("listen.tls", [str(error)]) from error
-        self.context.sni_callback = self._connected  # called for each, also for one that names no host
+        self.context.sni_callback = self._connected  # also called for a connection that names no host
 
     def _connected(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
         if self._watch.has_changed():

@@ -1,7 +1,7 @@
-"""Requests for which llama-server chooses the slot, while llamaslot stands aside: keys, queue and relay, no more.
+"""Requests while assist is off, for which llama-server chooses the slot: authentication, queue and relay only.
 
-The body goes on as it is (but for the rules of ``rewrite``), and the answer comes back as it is. What the answer tells
-of its prompt is noted in the journal and the metrics.
+The body is forwarded unchanged (except for the rules of ``rewrite``), and so is the answer. The figures that the
+answer has about its prompt go to the journal and the metrics.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class Unassisted:
     async def serve(
         self, pool: SlotTable, request: web.Request, route: Route, raw: bytes
     ) -> web.StreamResponse:
-        """``raw``: the request's body. Cancelling (the client has gone) closes the connection to llama-server, and the
-        next request may be sent.
+        """Serve a request that is no completion. ``raw``: its body. Cancelling (the client has gone) closes the
+        connection to llama-server, and the next request may be sent.
 
-        Raises BackendRestarted where llamaslot does not stand aside any more, and ClientGone.
+        Raises BackendRestarted if assist is on again, and ClientGone.
         """
         down = Downstream(request, self._rules, False, {"x-request-id": request_id(request.headers)})
-        # Nobody knows when it begins.
+        # The beginning of the answer is not detected.
         deadlines = Deadlines(replace(self._rules.timeouts, first_token_s=None))
         try:
             async with deadlines.kept():
@@ -80,10 +80,10 @@ class Unassisted:
         raw: bytes,
         body: Mapping[str, Any],
     ) -> web.StreamResponse:
-        """Wait until llama-server has a slot for it, send it, and pass the answer on.
+        """Wait until llama-server has a slot for it, send it, and relay the answer.
 
-        Raises LlamaslotError: BackendRestarted, before it was sent, where llamaslot does not stand aside any more.
-        Cancelling (the client has gone) closes the connection to llama-server, and the next request may be sent.
+        Raises LlamaslotError; BackendRestarted, before it was sent, if assist is on again. Cancelling (the client has
+        gone) closes the connection to llama-server, and the next request may be sent.
         """
         began, request = time.monotonic(), down.request
         job = Request(down.headers["x-request-id"], user=user_of(request), max_tokens=max_tokens(body))
@@ -98,7 +98,7 @@ class Unassisted:
                 lease.recorder.rewrote(rewrote(request))
                 down.say(Comment.WAITING_FOR_SERVER)
                 if not down.is_streaming:
-                    deadlines.answering()  # in one piece: nobody knows when it begins
+                    deadlines.answering()  # not a stream: the beginning of the answer is not detected
                 upstream = await stack.enter_async_context(
                     backend.api.request(
                         request.method,
@@ -130,9 +130,9 @@ class Unassisted:
             return await down.end()
 
     async def _lease(self, pool: SlotTable, job: Request, down: Downstream) -> Lease:
-        """The right to send it. Raises BackendDown, QueueFull, BackendRestarted."""
+        """Wait for the right to send it. Raises BackendDown, QueueFull, BackendRestarted."""
         lease = await pool.lease(job)
-        if lease.pool.is_assisted:  # the server was exchanged while it waited
+        if lease.pool.is_assisted:  # the server was replaced while it waited
             lease.release()
             for name in ASSIST_OFF:
                 down.headers.pop(name, None)
@@ -150,7 +150,7 @@ class Unassisted:
         await down.write(reading.rest)
 
     def _note(self, backend: Backend, lease: Lease, format_: Format, reading: Reading, began: float) -> None:
-        """What llama-server tells of the prompt, in journal, metrics and log."""
+        """Record what llama-server reports of the prompt, in journal, metrics and log."""
         n_reused, n_prompt = reading.n_reused, reading.n_prompt
         if n_reused is not None and (timings := reading.timings) is not None and "cache_n" in timings:
             n_prompt = n_reused + int(timings["prompt_n"])

@@ -1,4 +1,4 @@
-"""llama-server's own words for what it refuses, asked for before anything is done for the request."""
+"""Gets llama-server's own error for a request that it refuses, before anything is done for the request."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from llamaslot.scheduling.request import Placement
 log = logging.getLogger(__name__)
 
 _REFUSED = "llama-server does not take the fields of this request"
-_TIMEOUT_S = 5.0  # it needs no slot to say no
+_TIMEOUT_S = 5.0  # a refusal needs no slot
 
 
 async def in_its_words(
     backend: Backend, request: web.Request, raw: bytes, error: BadRequest
 ) -> LlamaslotError:
-    """What llama-server says to a body with which nothing can be begun.
+    """llama-server's error for a body that llamaslot cannot use.
 
-    ``error`` where it says nothing: while it is down. Should it begin something after all, in a slot that nobody has
-    leased, then that ends here, and llama-server is met again, to see what the slots hold.
+    Returns ``error`` if llama-server is down. If it accepts the body after all, in a slot that is not leased, the
+    request is closed, and llama-server is connected to again, to learn what the slots hold.
     """
     try:
         async with backend.api.request(
@@ -58,11 +58,11 @@ async def in_its_words(
 async def check(
     backend: Backend, request: web.Request, client_request: ClientRequest, parsed: ParsedRequest, lease: Lease
 ) -> None:
-    """Find out, before anything is saved, emptied, restored or computed for a request, whether llama-server will refuse
-    it. A request for which nothing is done but to send it is not looked at: its own answer comes as soon.
+    """Find out, before anything is saved, erased, restored or computed for a request, whether llama-server will
+    refuse it. A request without such steps is not checked: its own answer comes as soon.
 
-    Raises UpstreamError with llama-server's answer to the request itself, and PlanAgain where it has taken it after
-    all: then the slot is idle, and it is not asked again about such requests. Raises BackendDown and
+    Raises UpstreamError with llama-server's answer to the request itself. Raises PlanAgain if llama-server has
+    accepted it after all: then the slot is idle, and similar requests are no longer checked. Raises BackendDown and
     BackendRestarted. Cancelling is safe.
     """
     plan, job, pool = lease.plan, lease.request, lease.pool
@@ -79,9 +79,7 @@ async def check(
         return
     if verdict is Verdict.REFUSED:
         backend.metrics.refused.inc()
-        if (
-            not client_request.format.honours_id_slot
-        ):  # they go to no slot of ours: what refuses them needs none
+        if not client_request.format.honours_id_slot:  # they go to no slot of ours: their refusal needs none
             raise await in_its_words(
                 backend, request, orjson.dumps(client_request.body), BadRequest(_REFUSED)
             )
@@ -99,9 +97,10 @@ async def check(
 async def check_body(
     backend: Backend, request: web.Request, client_request: ClientRequest, parsed: ParsedRequest
 ) -> None:
-    """Find out, before a request waits for a slot, whether llama-server refuses it without one: for a field of it, or
-    because it can make no prompt of the body. The latter only where its tokens could not be found out here; to count
-    those of an agent's body it makes the chat. Raises its answer to the request itself, and BackendDown."""
+    """Find out, before a request waits for a slot, whether llama-server refuses it without one: for a field, or
+    because it cannot make a prompt of the body. The latter only if its tokens are unknown here; to count those of an
+    agent's body it makes the chat. Raises its answer to the request itself, and BackendDown.
+    """
     is_refused = await backend.dry_runs.is_unreadable(parsed.dry_run())
     if not is_refused and parsed.unknown in (Reason.SHAPE, Reason.TEMPLATE, Reason.MISCOUNTED):
         if (path := client_request.format.count_path) is not None:
@@ -115,12 +114,12 @@ async def check_body(
 
 
 async def _answer_to(backend: Backend, client_request: ClientRequest, lease: Lease) -> UpstreamError | None:
-    """What llama-server says to the request itself, in its slot; None where it begins to answer."""
+    """llama-server's error for the request itself, in its slot; None if it begins to answer."""
     may_reuse = lease.content is not None and lease.request.may_use(lease.content)
     body = {**client_request.body, "id_slot": lease.slot_id}
     if client_request.may_set("cache_prompt"):
         body["cache_prompt"] = may_reuse and not lease.request.no_cache
-    if client_request.may_set("stream"):  # so that it tells at once if it begins
+    if client_request.may_set("stream"):  # so that it reports at once if it begins
         body["stream"] = True
         if client_request.may_set("return_progress"):
             body["return_progress"] = True
@@ -134,6 +133,6 @@ async def _answer_to(backend: Backend, client_request: ClientRequest, lease: Lea
 
 
 async def _stopped(backend: Backend, lease: Lease) -> None:
-    """It runs in the slot, and nobody waits for it any more; what it leaves there nobody needs."""
+    """Wait until the closed request has stopped in the slot. Its content is not needed."""
     await wait_until_idle(backend.api, lease, NOTHING, backend.now)
     lease.finish(None)

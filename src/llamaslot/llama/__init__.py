@@ -1,1 +1,1 @@
-"""All that knows llama-server and its quirks."""
+"""All code that depends on llama-server's interfaces and behaviour."""

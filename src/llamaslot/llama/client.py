@@ -1,8 +1,8 @@
 """llama-server's HTTP routes, typed. aiohttp's client errors are translated here and nowhere else.
 
-Questions, which may be asked twice, go over connections that are kept (``keep_alive``). Every other request gets a
-fresh one: llama-server closes a kept one after 5 idle seconds, and right after any response that took longer, without
-saying so; a client that takes such a connection from its pool fails within a millisecond.
+Repeatable requests use kept connections (``keep_alive``). Every other request opens a new one: llama-server closes a
+kept connection after 5 idle seconds, and right after any response that took longer, without notice. A client that
+reuses such a connection fails within a millisecond.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ QUICK_S = 60.0  # /slots and /tokenize wait for the batch that is running, sever
 
 _PIECE_BYTES = 1 << 20
 
-RELAYED_BYTES = 1 << 14  # of a piece of an answer that is relayed
+RELAYED_BYTES = 1 << 14  # of a piece of a relayed answer
 
 _READ_BYTES = 1 << 18
 
-# Asked of the kernel, which takes twice that, for what an answer is ahead of its reader.
+# The receive buffer requested from the kernel, which allocates twice that: data that an answer is ahead of its
+# reader.
 _WINDOW_BYTES = 1 << 15
 
 ACTION_S = 900.0  # a save of many GiB to a slow disk
@@ -59,8 +60,9 @@ _REFUSED = (
 
 
 def _as_known(call: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """An answer that is not as llama-server gives it is an error of ours too: whoever watches a server must not end
-    because something else (a proxy's page, another build) has answered on its port."""
+    """Translate an answer of unexpected form to an error of ours: a task that watches a server must not end because
+    another program (a proxy's page, another build) has answered on its port.
+    """
 
     @functools.wraps(call)
     async def translated(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -83,8 +85,9 @@ class LlamaServer:
     def __init__(
         self, url: str, api_key: str | None = None, watchdog_s: float | None = None, *, name: str = ""
     ) -> None:
-        """``watchdog_s``: when a stream of which nothing comes is given up; None for never. ``name``: the
-        backend's, for log lines; the URL where none is given."""
+        """``watchdog_s``: a stream that sends nothing for so long is given up; None: never. ``name``: the backend's
+        name for log lines; defaults to the URL.
+        """
         self.url, self.watchdog_s = url.rstrip("/"), watchdog_s
         self.name = name or self.url
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -121,13 +124,12 @@ class LlamaServer:
         is_watched: bool = False,
         is_relayed: bool = False,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """One request, its response open. ``path`` is sent as it is, query included.
+        """One request; the context yields its open response. ``path`` is sent unchanged, query included.
 
-        ``is_relayed``: the answer is read by ``next_piece`` as fast as somebody else takes it, so that little of it may
-        lie about here.
+        ``is_relayed``: the answer is read by ``next_piece`` as fast as its consumer takes it, so buffers are small.
 
-        Raises BackendDown when llama-server cannot be reached or drops the connection, also while the body of the
-        block reads the response, and SlotWedged when one that ``is_watched`` falls silent.
+        Raises BackendDown if llama-server cannot be reached or closes the connection, also while the body of the
+        block reads the response. Raises SlotWedged if ``is_watched`` and nothing comes for ``watchdog_s``.
         """
         silence_s = self.watchdog_s if is_watched else None
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=5.0, sock_read=silence_s)
@@ -137,7 +139,7 @@ class LlamaServer:
             async with self._open().request(
                 method,
                 URL(self.url + path, encoded=True),
-                # aiohttp warns of bytes over 1 MiB, for it writes them in one piece.
+                # aiohttp warns about bytes over 1 MiB, because it writes them in one piece.
                 data=io.BytesIO(data) if isinstance(data, bytes) and len(data) > _PIECE_BYTES else data,
                 headers=merged,
                 timeout=timeout,
@@ -156,13 +158,13 @@ class LlamaServer:
         return BackendDown(f"llama-server at {self.url} {_why(error)}; try again in a moment")
 
     async def _question(self, method: str, path: str, body: Any = None, timeout_s: float = QUICK_S) -> Answer:
-        """What may be asked twice, on a kept connection where that can be. Raises BackendDown."""
+        """A repeatable request, on a kept connection if possible. Raises BackendDown."""
         data = None if body is None else orjson.dumps(body)
         if self._kept is not None:
             try:
                 return await self._kept.ask(method, path, data, timeout_s)
             except NotConnected:
-                pass  # aiohttp tries each address of the host once more, and tells why none will do
+                pass  # aiohttp tries each address of the host once more, and reports why none works
             except (ConnectionError, TimeoutError) as error:
                 raise self._is_down(error) from error
         headers = None if data is None else {"Content-Type": "application/json"}
@@ -170,14 +172,16 @@ class LlamaServer:
             return Answer(response.status, content_type_of(response), await response.read())
 
     async def _ask_json(self, method: str, path: str, body: Any = None, timeout_s: float = QUICK_S) -> Any:
-        """The JSON that answers a question. Raises UpstreamError for an error, BackendDown."""
+        """The JSON answer to a repeatable request. Raises UpstreamError for an error answer, BackendDown."""
         status, content_type, payload = await self._question(method, path, body, timeout_s)
         if status != 200:
             raise UpstreamError(status, payload, content_type or JSON_TYPE)
         return orjson.loads(payload)
 
     async def _json(self, method: str, path: str, body: Any, timeout_s: float) -> Any:
-        """The JSON that answers what must be sent once only. Raises UpstreamError for an error, BackendDown."""
+        """The JSON answer to a request that must be sent only once. Raises UpstreamError for an error answer,
+        BackendDown.
+        """
         headers, data = {"Content-Type": "application/json"}, orjson.dumps(body)
         async with self.request(method, path, data=data, headers=headers, timeout_s=timeout_s) as response:
             payload = await response.read()
@@ -186,8 +190,8 @@ class LlamaServer:
         return orjson.loads(payload)
 
     async def why_unhealthy(self) -> str | None:
-        """What ``GET /health``, which is open without an API key, shows of a server that does not serve, as the end of
-        a sentence; None of one that serves. Never raises.
+        """Why a server does not serve, from ``GET /health`` (open without an API key), as the end of a sentence; None
+        if it serves. Never raises.
 
         Another kind of server, which has no such route (404), serves too.
         """
@@ -200,7 +204,7 @@ class LlamaServer:
 
     @_as_known
     async def props(self) -> Props:
-        """Raises UpstreamError where the server does not tell: 503 while it loads, 401 for a wrong key."""
+        """``GET /props``. Raises UpstreamError: 503 while the server loads, 401 for a wrong key."""
         raw = await self._ask_json("GET", "/props", timeout_s=10.0)
         settings = raw.get("default_generation_settings") or {}
         return Props(
@@ -220,8 +224,9 @@ class LlamaServer:
 
     @_as_known
     async def slots(self) -> list[SlotInfo]:
-        """``GET /slots``. Each call renews the second after which llama-server looks for clients that have left:
-        ask at most every 1.25 s while one is expected to leave."""
+        """``GET /slots``. llama-server checks for clients that have left a second after the last call: while one is
+        expected to leave, call this at most every 1.25 s.
+        """
         return [
             SlotInfo(
                 id=int(raw["id"]),
@@ -234,7 +239,7 @@ class LlamaServer:
 
     @_as_known
     async def lora_adapters(self) -> list[Any]:
-        """``GET /lora-adapters``: id, path and scale of each; empty where there are none, or no such route."""
+        """``GET /lora-adapters``: id, path and scale of each; empty if there are none or no such route."""
         try:
             return list(await self._ask_json("GET", "/lora-adapters"))
         except UpstreamError:
@@ -242,7 +247,7 @@ class LlamaServer:
 
     @_as_known
     async def apply_template(self, body: Mapping[str, Any]) -> str:
-        """The prompt that a chat body becomes. Raises UpstreamError with llama-server's own 4xx."""
+        """The prompt rendered from a chat body. Raises UpstreamError with llama-server's own 4xx."""
         return str((await self._ask_json("POST", "/apply-template", body))["prompt"])
 
     @_as_known
@@ -252,18 +257,19 @@ class LlamaServer:
 
     @_as_known
     async def detokenize(self, tokens: bytes) -> str:
-        """The text of ``tokens``, special tokens and all. Half a character at an end becomes U+FFFD."""
+        """The text of ``tokens``, special tokens included. Half a character at an end becomes U+FFFD."""
         return str((await self._ask_json("POST", "/detokenize", {"tokens": unpack(tokens)}))["content"])
 
     async def ask(
         self, path: str, body: Mapping[str, Any], timeout_s: float | None = None
     ) -> tuple[int, Any]:
-        """``POST`` any route: status and JSON, None for what is none. Raises BackendDown only."""
+        """``POST`` any route. Returns status and JSON, None if the answer is not JSON. Raises BackendDown only."""
         return await self._ask(path, body, timeout_s=timeout_s)
 
     async def refusal(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
-        """As ``ask``, of a body that should be refused: if it is not, nobody waits for its answer. With
-        ``return_progress`` llama-server notices that within a batch."""
+        """As ``ask``, for a body that should be refused. If it is accepted, the answer is not awaited. With
+        ``return_progress`` llama-server notices that within a batch.
+        """
         return await self._ask(path, body, only_refusals=True)
 
     async def _ask(
@@ -308,10 +314,11 @@ class LlamaServer:
         await self._slot_action(slot, "erase", {})
 
     async def prefill(self, slot: int, tokens: bytes, lora: str = "") -> AsyncGenerator[Progress]:
-        """Compute the KV cache of exactly ``tokens`` in ``slot``; one Progress per batch. ``lora``: scales, as JSON.
+        """Compute the KV cache of exactly ``tokens`` in ``slot``; yields one Progress per batch. ``lora``: scales, as
+        JSON.
 
-        ``n_predict`` 0 and ``return_progress`` make it a step that stops by itself, tells what was reused before
-        anything is computed, and ends within one batch when it is closed: what was computed stays in the slot.
+        With ``n_predict`` 0 and ``return_progress`` this step stops by itself and reports the reused tokens before
+        anything is computed. If closed early, it ends within one batch, and the computed tokens stay in the slot.
         """
         body: dict[str, Any] = {
             "prompt": unpack(tokens),
@@ -354,7 +361,9 @@ class LlamaServer:
 
     @_as_known
     async def top_logprobs(self, slot: int, tokens: bytes, n_probs: int) -> dict[int, float]:
-        """Log-probabilities of the ``n_probs`` likeliest tokens after ``tokens``, computed afresh in ``slot``."""
+        """Log-probabilities of the ``n_probs`` likeliest tokens after ``tokens``, computed without the cache in
+        ``slot``.
+        """
         body = {
             "prompt": unpack(tokens),
             "n_predict": 1,
@@ -369,11 +378,11 @@ class LlamaServer:
 
 
 def _narrow_socket(address: aiohttp.AddrInfoType) -> socket.socket:
-    """One of which the kernel takes little of an answer that nobody reads, and so the loop little at a time: uvloop
-    takes up to 256 kB of what is there.
+    """A socket with a small receive buffer, so that little of an unread answer is held in the kernel, and little at a
+    time in the loop: uvloop reads up to 256 kB at once.
 
-    Before it connects: Linux drops what is on its way when the window of a connection shrinks, and large answers stood
-    still for minutes.
+    Set before it connects: Linux drops data in flight when the window of a connection shrinks, and large answers
+    stalled for minutes.
     """
     family, kind, protocol, *_ = address
     sock = socket.socket(family, kind, protocol)
@@ -382,17 +391,19 @@ def _narrow_socket(address: aiohttp.AddrInfoType) -> socket.socket:
 
 
 async def next_piece(response: aiohttp.ClientResponse) -> bytes:
-    """What has come of an answer, at most ``RELAYED_BYTES``; nothing at its end. Raises BackendDown where it breaks."""
+    """The received part of an answer, at most ``RELAYED_BYTES``; empty at its end. Raises BackendDown if the
+    connection breaks.
+    """
     try:
         return await response.content.read(RELAYED_BYTES)
     except aiohttp.SocketTimeoutError:
-        raise  # whoever has sent the request knows what that means
+        raise  # the sender of the request handles it
     except (aiohttp.ClientError, RuntimeError) as error:  # the latter is aiohttp's "Connection closed."
         raise BackendDown(BROKEN_OFF) from error
 
 
 def content_type_of(response: aiohttp.ClientResponse) -> str:
-    """As llama-server said it, character set included."""
+    """The content type as llama-server sent it, character set included."""
     return response.headers.get("Content-Type", "application/json")
 
 

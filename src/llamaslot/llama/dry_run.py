@@ -1,17 +1,18 @@
-"""Asks llama-server whether it takes a request, without anything being computed: a dry run.
+"""Checks whether llama-server accepts a request, without computing anything: a dry run.
 
-llama-server reads a completion in this order, and refuses it where the first fault is (seen running on xllamacpp
-2026.10.11549, on every kind of model; docs/llama-server.md has the table):
+llama-server reads a completion in this order, and refuses it at the first fault (measured on xllamacpp 2026.10.11549,
+on every kind of model; docs/llama-server.md has the table):
 
 1. the form of the route: messages, tools, ``tool_choice``, ``response_format`` of a chat; the parts of /infill
-2. the prompt: its type, and its tokens are made
+2. the prompt: its type is checked, and its tokens are made
 3. its fields, one after the other: ``temperature``, ``max_tokens``, … by type and limits
-4. in its slot, before anything in there is touched: ids outside of the vocabulary, then the samplers, the grammar too
+4. in its slot, before anything there is changed: ids outside of the vocabulary, then the samplers, including the
+   grammar
 5. the length of the prompt: an empty one is answered at once, and one of ``n_ctx`` tokens or more is refused
-6. only now what the slot holds is compared with the prompt, and cut back
+6. only now the slot's content is compared with the prompt, and truncated
 
-``POST /apply-template`` takes a chat through 1. Here a request with another prompt, one that ends at 5, takes all else
-through 3 and 4, in the slot that its sender has leased, which keeps what it holds.
+``POST /apply-template`` checks 1 for a chat. A dry run sends the request with another prompt, which is refused at 5.
+This checks all else in 3 and 4. It runs in a slot that the caller has leased, and which keeps its content.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 _COMPLETION, _CHAT = "/completion", "/v1/chat/completions"
 
-#: What makes a chat or its prompt, and was looked at with that.
+#: Fields that make a chat or its prompt; they were checked with that.
 _CHATS = (
     "messages",
     "tools",
@@ -44,7 +45,7 @@ _CHATS = (
     "chat_template_kwargs",
 )
 _PROMPTS = ("prompt", "input", "input_prefix", "input_suffix", "input_extra", "messages")
-#: No field of llama-server's, and often another value in each request.
+#: Fields that llama-server does not read, often with another value in each request.
 _UNREAD = (
     "user",
     "metadata",
@@ -54,7 +55,7 @@ _UNREAD = (
     "store",
     "service_tier",
 )
-#: Any number of these from -1 on (none, or no limit) that fits into an int32 is taken.
+#: Any number from -1 on (none, or no limit) that fits into an int32 is accepted for these.
 _NUMBERS = {
     "seed", "max_tokens", "max_completion_tokens", "n_predict", "temperature", "top_p", "top_k", "min_p",
     "typical_p", "presence_penalty", "frequency_penalty", "repeat_penalty",
@@ -71,18 +72,18 @@ _SWITCHES = {
 _STOPPER = {"samplers": [0]}
 _REFUSALS = (400, 500)
 _TOO_LONG = "exceed_context_size_error"
-_WORD = "a b "  # two tokens of every vocabulary that was looked at, and tokenized fast
+_WORD = "a b "  # two tokens of every vocabulary tested, and fast to tokenize
 _WORD_TOKENS = 2
 _ATTEMPTS = 4
 _MAX_KNOWN = 4096
-# What a prompt that is too long for the slot costs, until it is known (70 ms for 65,000 tokens here), and how many
-# times as much it must be able to save.
+# Estimated seconds per token of a prompt that is too long for the slot, until measured (70 ms for 65,000 tokens
+# here), and how many times as much the dry run must be able to save.
 _TOKENIZING_S = 1.5e-6
 _WORTH = 5.0
 
 
 class DryRunServer(Protocol):
-    """What dry runs are made with."""
+    """The parts of the client that dry runs use."""
 
     async def ask(
         self, path: str, body: Mapping[str, Any], timeout_s: float | None = None
@@ -91,7 +92,7 @@ class DryRunServer(Protocol):
         ...
 
     async def refusal(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
-        """The same, of which nothing is waited for if it is not refused."""
+        """The same for a body that should be refused; if it is accepted, the answer is not awaited."""
         ...
 
     async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:
@@ -101,9 +102,10 @@ class DryRunServer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What llama-server may refuse of a request whose prompt it takes. ``fields`` are sent to ``path``; ``chat`` are
-    those of a chat of which the template makes a grammar, None where it makes none; ``tokens`` those of a prompt that
-    was sent as ids."""
+    """What llama-server may refuse of a request whose prompt is valid. ``fields`` are sent to ``path``. ``chat``: the
+    fields of a chat from which the template makes a grammar, None if it makes none. ``tokens``: the prompt, if it was
+    sent as ids.
+    """
 
     path: str
     fields: dict[str, Any]
@@ -112,7 +114,7 @@ class DryRun:
 
     @property
     def ids(self) -> tuple[int, int] | None:
-        """The lowest and the highest of ``tokens``."""
+        """The lowest and the highest id of ``tokens``."""
         ids = unpack(self.tokens)
         return (min(ids), max(ids)) if ids else None
 
@@ -120,16 +122,17 @@ class DryRun:
 def dry_run(
     fields: Mapping[str, Any], *, is_chat: bool, tokens: bytes | None, n: int, path: str = _COMPLETION
 ) -> DryRun:
-    """``fields``: of a body, as they get to the samplers; with ``is_chat`` those of the chat that it is or becomes.
-    ``tokens`` of a prompt that was sent as ids. ``n`` answers, of which a dry run asks for one: the others would take
-    slots. ``path`` takes these fields with a prompt."""
+    """``fields``: of a body, as the samplers receive them; with ``is_chat`` those of the chat body, or of the chat that
+    the body is converted to. ``tokens``: of a prompt that was sent as ids. ``n``: number of answers; a dry run sets it
+    to 1, because the others would take slots. ``path``: the route that accepts these fields with a prompt.
+    """
     given = dict(fields)
     for name in _UNREAD:
         given.pop(name, None)
     for name in ("n", "n_cmpl") if n > 1 else ():
         given.pop(name, None)
     for name in ("stream", "cache_prompt", "return_progress"):
-        # Set here; what is no switch is sent, to be refused.
+        # Set here. A value that is no boolean is sent, so that it is refused.
         if isinstance(given.get(name), bool | None):
             given.pop(name, None)
     dropped = (*_CHATS, *_PROMPTS) if is_chat else _PROMPTS
@@ -138,7 +141,7 @@ def dry_run(
 
 
 def _with_grammar(chat: dict[str, Any]) -> dict[str, Any] | None:
-    """The fields of a chat whose answer must keep to a grammar that the template makes of them; else None."""
+    """The fields of a chat whose answer must follow a grammar made by the template; else None."""
     wanted = chat.get("response_format")
     is_formed = isinstance(wanted, Mapping) and wanted.get("type") != "text"
     if not (chat.get("tools") or is_formed or chat.get("json_schema") is not None):
@@ -148,43 +151,43 @@ def _with_grammar(chat: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class Verdict(enum.Enum):
-    """What a dry run has come to."""
+    """The result of a dry run."""
 
     TAKEN = "taken"
     REFUSED = "refused"
-    UNSURE = "unsure"  # it does not look at requests now
-    #: What was too long a prompt on every build that was looked at was none: nobody knows what the slot holds.
+    UNSURE = "unsure"  # the server does not check requests now
+    #: The server ran a prompt that every tested build refuses as too long: the content of the slot is unknown.
     RUNS = "runs"
 
 
 class DryRuns:
-    """The dry runs on one llama-server, and what it has taken before, until ``forget``."""
+    """The dry runs on one llama-server, and the requests it has accepted before, until ``forget``."""
 
     def __init__(self, server: DryRunServer) -> None:
         self._server = server
         self.forget()
 
     def forget(self) -> None:
-        """The server was restarted, perhaps as another build."""
+        """Forget everything: the server was restarted, perhaps as another build."""
         self._taken: dict[bytes, None] = {}
-        self._ids = (0, 0)  # in its vocabulary
-        self._is_usable: dict[str, bool] = {}  # by the route: whether it takes a request that has no fault
-        # A text that is too long for a prompt, and the seconds that tokenizing it takes.
+        self._ids = (0, 0)  # lowest and highest id known to be valid
+        self._is_usable: dict[str, bool] = {}  # by route: whether dry runs work there
+        # A text that is too long for a prompt, and the seconds needed to tokenize it.
         self._too_long: tuple[str, float] | None = None
-        # What it says to a request whose last field it refuses; False if it takes that.
+        # The server's error for a request whose last field is invalid; False if it accepts that.
         self._stopped: object = None
 
     def take(self, run: DryRun) -> None:
-        """llama-server has taken such a request."""
+        """Record that llama-server has accepted such a request."""
         self._learn(_key(run.path, run.fields))
         if run.chat is not None:
             self._learn(_key(_CHAT, run.chat))
 
     async def is_unreadable(self, run: DryRun) -> bool:
-        """Whether llama-server refuses a field for its type or its value. That it does before it looks for a slot, also
-        while all are at work. One that it looks at last, and surely refuses, keeps it from taking one here.
+        """Whether llama-server refuses a field for its type or value. It does that before it looks for a slot, so
+        this works while all slots are busy. A last field that it surely refuses prevents the request from running.
 
-        Asked once for each kind of request. Raises BackendDown. Cancelling is safe.
+        Checked once for each kind of request. Raises BackendDown. Cancelling is safe.
         """
         key = _key("", run.fields)
         if key is None or key in self._taken:
@@ -195,7 +198,7 @@ class DryRuns:
         return is_wrong
 
     async def is_malformed(self, path: str, body: Mapping[str, Any]) -> bool:
-        """The same of a whole body, on a route that keeps all its fields."""
+        """The same for a whole body, on a route that keeps all fields."""
         if self._stopped is None:
             self._stopped = await self._words(_COMPLETION, {"prompt": [[]]})
         if not self._stopped:
@@ -204,17 +207,18 @@ class DryRuns:
         return bool(said) and said != self._stopped
 
     async def _words(self, path: str, body: Mapping[str, Any]) -> object:
-        """The error that llama-server finds, at last in the field that stops it. False where it takes that, None where
-        it does not look at it now."""
+        """The first error that llama-server finds; the invalid last field is the latest possible. False if it accepts
+        that field, None if it does not check it now.
+        """
         status, answer = await self._server.ask(path, {**body, **_STOPPER}, QUICK_S)
         return answer if status in _REFUSALS else None if status >= 400 else False
 
     async def ask(self, run: DryRun, slot: int, *, n_ctx: int, lora: str, worth_s: float) -> Verdict:
-        """Whether llama-server will refuse such a request, as far as that can be found out without computing anything:
-        asked once for each kind of it, in ``slot``, which the caller has leased and which keeps what it holds.
+        """Whether llama-server will refuse such a request, as far as that can be found out without computing: checked
+        once for each kind of request, in ``slot``, which the caller has leased and which keeps its content.
 
-        ``lora``: the scales with which the slot was filled; with others it would be emptied. ``worth_s``: what is done
-        in vain for a request that is refused only later. Raises BackendDown. Cancelling is safe.
+        ``lora``: the scales with which the slot was filled; with others it would be emptied. ``worth_s``: seconds of
+        work wasted if the request is refused only later. Raises BackendDown. Cancelling is safe.
         """
         ours = {"id_slot": slot, **({"lora": orjson.loads(lora)} if lora else {})}
         if run.chat is not None and worth_s >= _WORTH * self._seconds(n_ctx):
@@ -248,16 +252,16 @@ class DryRuns:
         return verdict
 
     async def _verdict(self, trial: _Trial) -> Verdict:
-        """TAKEN where the prompt is the first thing that llama-server finds wrong."""
+        """TAKEN if the length of the prompt is the first fault that llama-server finds."""
         body = {"cache_prompt": True, **_sent(trial.fields), **trial.ours}
         if trial.path != _CHAT and trial.ids is None:
             status, _ = await self._server.ask(trial.path, {**body, "prompt": [[]]}, QUICK_S)
             return Verdict.TAKEN if status < 400 else _refusal(status)
-        # Should it run, nobody waits for its answer, and llama-server notices that within a batch.
+        # If it runs, the answer is not awaited; llama-server notices that within a batch.
         body = {"stream": True, "return_progress": True, **body}
         if trial.ids is None:
             if (content := await self._long_text(trial.n_ctx)) is None:
-                return Verdict.REFUSED  # as it would be without a fault: such dry runs are of no use
+                return Verdict.REFUSED  # a valid request would be refused too: no use
             body["messages"] = [{"role": "user", "content": content}]
         else:
             body["prompt"] = [*trial.ids, *[trial.ids[1]] * trial.n_ctx]
@@ -269,7 +273,7 @@ class DryRuns:
         return Verdict.TAKEN if is_too_long else _refusal(status)
 
     async def _long_text(self, n_ctx: int) -> str | None:
-        """A text of at least ``n_ctx`` tokens; None where a few attempts make none."""
+        """A text of at least ``n_ctx`` tokens; None if a few attempts fail."""
         n_words = n_ctx // _WORD_TOKENS + 1
         for _ in range(_ATTEMPTS):
             if self._too_long is not None:
@@ -317,7 +321,7 @@ def _sent(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _key(path: str, fields: Mapping[str, Any]) -> bytes | None:
-    """What requests have in common that llama-server takes or refuses alike; None where it surely takes them."""
+    """A key shared by requests that llama-server accepts or refuses alike; None if it surely accepts them."""
     doubtful = {name: value for name, value in fields.items() if not _is_sure(name, value)}
     if not doubtful:
         return None
@@ -327,7 +331,7 @@ def _key(path: str, fields: Mapping[str, Any]) -> bytes | None:
 
 
 def _is_sure(name: str, value: Any) -> bool:
-    """Whether every build takes this field."""
+    """Whether every build accepts this field."""
     if value is None or name in ("model", "id_slot"):
         return True
     if name in _NUMBERS:

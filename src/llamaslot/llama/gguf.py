@@ -1,4 +1,6 @@
-"""Reads from a GGUF's header how the model remembers: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md."""
+"""Reads the attention type of a model from its GGUF header:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ _MAX_KEYS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """``window``: tokens of the sliding window, 0 without one."""
+    """``window``: tokens of the sliding window, 0 if there is none."""
 
     name: str
     memory: CacheKind
@@ -27,7 +29,7 @@ class Architecture:
 
 
 async def architecture(path: Path) -> Architecture | None:
-    """None where the file cannot be read or is no GGUF of version 2 or 3."""
+    """None if the file cannot be read or is no GGUF of version 2 or 3."""
     return await asyncio.to_thread(_read, path)
 
 

@@ -1,8 +1,8 @@
-"""Which model is running: the fingerprint that a snapshot is valid for.
+"""The identity of the running model: the fingerprint for which a snapshot is valid.
 
-A slot file has no identity, and llama-server restores one of another model of the same shape without an error; after
-the GGUF is exchanged under the same path, ``/props`` and ``/v1/models`` are identical. So what the server tells of
-itself is not enough: a fixed short prompt is computed, and the log-probabilities of what comes next are compared.
+A slot file has no identity, and llama-server restores one of another model of the same shape without an error. If the
+GGUF is replaced under the same path, ``/props`` and ``/v1/models`` are identical. So what the server reports is not
+enough: a fixed short prompt is computed, and the log-probabilities of the next token are compared.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import xxhash
 
 from llamaslot.cache.ids import pack
 
-TOLERANCE = 0.02  # of a log-probability: told two models of one shape apart every time; builds differ by less
+TOLERANCE = 0.02  # of a log-probability: always distinguished two models of one shape; builds differ by less
 N_PROBS = 8
 N_PROBE_TOKENS = 50
 _MIN_COMMON = 6  # of N_PROBS: the last ones may change places within the tolerance
@@ -28,15 +28,16 @@ _META = ("vocab_type", "n_vocab", "n_ctx_train", "n_embd", "n_params", "size")
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """``told``: what the server says of itself; ``behaviour``: token id to log-probability after the probe prompt;
-    ``gguf``: mark of the model file, where it can be read."""
+    """``told``: what the server reports; ``behaviour``: token id to log-probability after the probe prompt; ``gguf``:
+    hash of the model file, if it can be read.
+    """
 
     told: Mapping[str, Any]
     behaviour: Mapping[int, float]
     gguf: str | None = None
 
     def is_same(self, other: Identity) -> bool:
-        """Whether snapshots of ``other`` are valid now. In doubt they are not."""
+        """Whether snapshots of ``other`` are valid for this model. In doubt they are not."""
         if dict(self.told) != dict(other.told):
             return False
         if self.gguf is not None and other.gguf is not None and self.gguf != other.gguf:
@@ -53,7 +54,7 @@ class Identity:
 
     @classmethod
     def from_text(cls, text: str) -> Identity | None:
-        """None for what is no identity of this form: snapshots that carry it are not used."""
+        """None if ``text`` has another form: snapshots with it are not used."""
         try:
             data = orjson.loads(text)
             behaviour = {int(id_): float(value) for id_, value in data["behaviour"].items()}
@@ -63,10 +64,10 @@ class Identity:
 
 
 def told(model: Mapping[str, Any], n_slots: int, lora: Any) -> dict[str, Any]:
-    """What the server says of itself and what a slot file depends on. ``model``: an entry of ``/v1/models``.
+    """The properties reported by the server on which a slot file depends. ``model``: an entry of ``/v1/models``.
 
-    The number of slots is part of it because files of a non-unified KV cache carry it; the scales of LoRA adapters
-    because no file does.
+    The number of slots is included because files of a non-unified KV cache contain it, the scales of LoRA adapters
+    because no file contains them.
     """
     meta = model.get("meta") or {}
     return {**{key: meta.get(key) for key in _META}, "n_slots": n_slots, "lora": lora}
@@ -78,7 +79,7 @@ def probe_tokens(n_vocab: int) -> bytes:
 
 
 async def gguf_mark(path: Path) -> str | None:
-    """Size and a hash of samples all over the file; None where it cannot be read."""
+    """Size and a hash of samples from the whole file; None if it cannot be read."""
     return await asyncio.to_thread(_mark, path)
 
 

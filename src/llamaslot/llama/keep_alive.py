@@ -1,18 +1,20 @@
-"""Questions to llama-server on connections that are kept open: HTTP/1.1, one question at a time on each.
+"""A pool of kept connections for repeatable requests to llama-server: HTTP/1.1, one request at a time on each.
 
-A question on a connection of aiohttp's, opened for it, takes 0.65 ms of this process; here it takes 0.05 ms on a kept
-connection and 0.19 ms on a new one (bench: 1,500 of 400 bytes each, in turns, on one run of a shared core).
+A request on a new connection of aiohttp's takes 0.65 ms of this process; here it takes 0.05 ms on a kept connection
+and 0.19 ms on a new one (bench: 1,500 of 400 bytes each, in turns, on one run of a shared core).
 
-What llama-server does with a kept connection, seen running on xllamacpp 2026.10.11549:
+What llama-server does with a kept connection, measured on xllamacpp 2026.10.11549:
 
-1. It closes one after 5 idle seconds, after 100 questions (which its answer says) and after an error (which it says).
-2. It closes one behind an answer that took longer than those 5 seconds, and does not say so.
-3. Each open connection has a thread of its own there. Builds from before March 2026 have n_parallel + 2 of them, so a
-   connection that lies idle keeps others waiting; later ones make new threads as needed.
+1. It closes one after 5 idle seconds, after 100 requests (which its answer announces) and after an error (announced
+   too).
+2. It closes one after an answer that took longer than those 5 seconds, without notice.
+3. Each open connection has a thread of its own there. Builds from before March 2026 have n_parallel + 2 threads, so
+   an idle
+   connection blocks others; later ones make new threads as needed.
 
-So a connection is not used again after 4 idle seconds, nor behind a slow answer or an error, and only a few are kept.
-One that turns out to be closed before any byte of its answer has come is replaced, once: only send what may be asked
-twice.
+So a connection is not reused after 4 idle seconds, after a slow answer or after an error, and only a few are kept. If
+one turns out to be closed before the first byte of an answer, the request is repeated once on a new one: only send
+requests that may run twice.
 """
 
 from __future__ import annotations
@@ -26,17 +28,17 @@ import httptools
 
 _CONNECT_S = 5.0
 _IDLE_S = 4.0  # llama-server closes after 5
-_SLOW_S = 4.0  # an answer that took longer may be followed by a close
-_N_IDLE = 2  # kept for as long as that
-# More are kept between the questions of a burst, for so long.
+_SLOW_S = 4.0  # llama-server may close the connection after an answer that took longer
+_N_IDLE = 2  # kept for _IDLE_S
+# In a burst more are kept, for this many seconds.
 _N_BURST, _BURST_S = 16, 0.5
-_HEAD_BYTES = 1 << 16  # of an answer
+_HEAD_BYTES = 1 << 16  # of the headers of an answer
 _ANSWER_BYTES = 1 << 30
 _LENGTHS = (b"content-length", b"transfer-encoding")
 
 
 class Answer(NamedTuple):
-    """``content_type`` as the server wrote it; "" where it gave none."""
+    """``content_type`` as the server sent it; "" if it sent none."""
 
     status: int
     content_type: str
@@ -48,7 +50,7 @@ class NotConnected(Exception):
 
 
 class BadAnswer(ConnectionError):
-    """What came is no answer in HTTP, or is larger than any answer should be."""
+    """The answer is not valid HTTP, or is larger than any answer should be."""
 
 
 class _Gone(ConnectionError):
@@ -60,21 +62,24 @@ class _Gone(ConnectionError):
 
 
 class KeepAlivePool:
-    """Connections to one server. It belongs to one event loop; ``close`` it there."""
+    """Connections to one server. It belongs to one event loop; call ``close`` there."""
 
     def __init__(self, host: str, port: int, prefix: str, headers: str, max_bytes: int) -> None:
-        """``prefix``: what each path begins with. ``headers``: lines for each question, each with its end.
-        ``max_bytes``: of one answer, its headers included."""
+        """``prefix``: prepended to each path. ``headers``: header lines for each request, each with its line end.
+        ``max_bytes``: of one answer, its headers included.
+        """
         self._host, self._port, self._prefix, self._headers = host, port, prefix, headers
         self._max_bytes = max_bytes
-        self._address: tuple[str, int] | None = None  # that was connected to
-        self._idle: list[_Connection] = []  # the one that was used last stands last, and is used next
+        self._address: tuple[str, int] | None = None  # of the last connection
+        self._idle: list[_Connection] = []  # the most recently used last; it is reused first
         self._busy: set[_Connection] = set()
         self._sweep_at: asyncio.TimerHandle | None = None
 
     @classmethod
     def of(cls, url: str, api_key: str | None, *, max_bytes: int = _ANSWER_BYTES) -> KeepAlivePool | None:
-        """For ``http://host[:port][/prefix]``; None for what it cannot speak to (TLS) or could not write plainly."""
+        """A pool for ``http://host[:port][/prefix]``; None if it does not support the URL (TLS, or characters that
+        need encoding).
+        """
         parts = urlsplit(url)
         key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
         is_plain = all("!" <= character <= "~" for character in f"{parts.netloc}{parts.path}{api_key or ''}")
@@ -84,15 +89,15 @@ class KeepAlivePool:
         return cls(parts.hostname, parts.port or 80, parts.path.rstrip("/"), headers, max_bytes)
 
     def __len__(self) -> int:
-        """Open connections."""
+        """The number of open connections."""
         return len(self._idle) + len(self._busy)
 
     async def ask(self, method: str, path: str, body: bytes | None, timeout_s: float) -> Answer:
-        """One question, and its whole answer. ``body`` is JSON. It may be sent twice: see above.
+        """Send one request and return its whole answer. ``body`` is JSON. The request may be sent twice: see above.
 
-        Raises NotConnected where there is no server, TimeoutError after ``timeout_s`` in all, and ConnectionError
-        where the connection breaks: BadAnswer for what is no answer. Cancelling closes the connection; llama-server
-        answers all the same.
+        Raises NotConnected if there is no server, TimeoutError after ``timeout_s`` in all, and ConnectionError if the
+        connection breaks (BadAnswer for an invalid answer). Cancelling closes the connection; llama-server still
+        handles the request.
         """
         length = "" if body is None else f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._headers}{length}\r\n"
@@ -104,7 +109,7 @@ class KeepAlivePool:
             except _Gone as error:
                 if not error.may_repeat:
                     raise
-                self.drop_idle()  # they are as old, and their server may be gone: one repeat, on a new one
+                self.drop_idle()  # the others are as old, and their server may be gone: one repeat, on a new connection
         return await self._ask_on(await self._connect(deadline), question, deadline)
 
     def _take(self) -> _Connection:
@@ -120,7 +125,7 @@ class KeepAlivePool:
         return connection
 
     async def _open(self) -> _Connection:
-        """To the address of the last one, if that still takes connections: a name takes a thread to look up."""
+        """Connect to the previous address if it still accepts connections: resolving a name takes a thread."""
         loop = asyncio.get_running_loop()
         names = [self._address, (self._host, self._port)] if self._address else [(self._host, self._port)]
         for name in names:
@@ -157,7 +162,7 @@ class KeepAlivePool:
             self._idle.remove(connection)
 
     def _sweep(self) -> None:
-        """Close those that have been idle for too long; look again while there are any."""
+        """Close connections that have been idle for too long; repeat while there are any."""
         loop = asyncio.get_running_loop()
         now, spared = loop.time(), []
         for n_newer, connection in enumerate(reversed(self._idle)):
@@ -170,13 +175,13 @@ class KeepAlivePool:
         self._sweep_at = loop.call_later(_BURST_S, self._sweep) if spared else None
 
     def drop_idle(self) -> None:
-        """Close what is not in use."""
+        """Close the idle connections."""
         idle, self._idle = self._idle, []
         for connection in idle:
             connection.abort()
 
     def close(self) -> None:
-        """Close all; questions under way raise ConnectionError. Idempotent; a later question opens a new one."""
+        """Close all; running requests raise ConnectionError. Idempotent; a later request opens a new connection."""
         if self._sweep_at is not None:
             self._sweep_at.cancel()
             self._sweep_at = None
@@ -186,7 +191,7 @@ class KeepAlivePool:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection, and the answer that comes on it."""
+    """One connection, and the answer that arrives on it."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, on_lost: Callable[[_Connection], None], max_bytes: int
@@ -200,7 +205,7 @@ class _Connection(asyncio.Protocol):
         self.idle_since = 0.0
 
     async def ask(self, question: bytes, deadline: float) -> Answer:
-        """Cancelling leaves the connection in the middle of an answer: abort it."""
+        """Cancelling leaves the connection in the middle of an answer: abort it then."""
         if self._transport is None or self._transport.is_closing():
             raise _Gone(may_repeat=self._n_asked > 0)
         self._n_asked += 1
@@ -229,7 +234,7 @@ class _Connection(asyncio.Protocol):
             self._answer.set_exception(error)
         self.abort()
 
-    # -- what asyncio calls --------------------------------------------------------------------------------------
+    # -- called by asyncio ---------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's own is no subclass of it
@@ -264,7 +269,7 @@ class _Connection(asyncio.Protocol):
         else:
             self._answer.set_exception(_Gone(may_repeat=self._n_asked > 1 and not self._n_bytes))
 
-    # -- what the parser calls -----------------------------------------------------------------------------------
+    # -- called by the parser ------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
         if self._answer is None or self._answer.done():  # a second answer to one question
@@ -284,7 +289,7 @@ class _Connection(asyncio.Protocol):
         self._body.append(piece)
 
     def on_message_complete(self) -> None:
-        if self._is_head_over:  # else it was an interim answer (100), and the answer follows
+        if self._is_head_over:  # otherwise it was an interim answer (100), and the answer follows
             self._complete()
 
     def _complete(self) -> None:

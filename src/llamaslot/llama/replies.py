@@ -1,4 +1,4 @@
-"""What llama-server tells, as far as llamaslot needs it."""
+"""Typed answers of llama-server, as far as llamaslot needs them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Props:
-    """``GET /props``, what llamaslot needs of it. ``n_ctx`` is the context of one slot, in tokens.
+    """``GET /props``, the parts that llamaslot needs. ``n_ctx``: the context of one slot, in tokens.
 
-    ``n_slots`` is None where the answer is not that of a llama-server with one model: router mode, another server.
+    ``n_slots`` is None if this is not a llama-server with one model: router mode, another server.
     """
 
     n_slots: int | None
     n_ctx: int
     model_path: str
-    boot_id: str  # media_marker: random for each process of llama-server, so it tells a restart
-    modalities: Mapping[str, bool] | None = None  # of media that it takes; None where the build does not tell
+    boot_id: str  # media_marker: random for each process of llama-server, so it reveals a restart
+    modalities: Mapping[str, bool] | None = None  # supported media; None if the build does not report it
     is_sleeping: bool = False  # its model is unloaded (--sleep-idle-seconds), and its slots are empty
 
 
@@ -33,7 +33,7 @@ class SlotInfo:
 
 @dataclass(frozen=True, slots=True)
 class SlotAction:
-    """The answer to a save or restore: tokens, bytes and the server's own milliseconds as seconds."""
+    """The answer to a save or restore: tokens, bytes, and the server's own time in seconds."""
 
     n_tokens: int
     n_bytes: int
@@ -42,7 +42,7 @@ class SlotAction:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One ``prompt_progress`` event: of ``total`` tokens ``cache`` were reused and ``processed`` are there."""
+    """One ``prompt_progress`` event: of ``total`` tokens ``cache`` were reused and ``processed`` are present now."""
 
     total: int
     cache: int

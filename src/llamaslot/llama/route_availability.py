@@ -1,29 +1,30 @@
-"""Which routes a llama-server has for the model at hand. Others are asked unchanged: their answer takes no slot."""
+"""Which routes a llama-server has for its model. A request to a missing route takes no slot."""
 
 from __future__ import annotations
 
 from llamaslot.llama.client import QUICK_S, LlamaServer
 
-#: No such route in this build; or none for this model (embeddings, rerank, /infill, audio), seen running.
+#: 404: this build has no such route. 501: the model does not support it (embeddings, rerank, /infill, audio).
+#: Measured.
 IS_NOT_OFFERED = (404, 501)
 
 
 class RouteAvailability:
-    """Routes of one run of the server. An empty body tells: those that are there answer 400, and take no slot."""
+    """Which routes this run of the server has. An existing route answers an empty body with 400, and takes no slot."""
 
     def __init__(self, server: LlamaServer) -> None:
         self._server = server
         self._known: dict[str, bool] = {}
 
     def forget(self) -> None:
-        """The server was restarted, perhaps with another model."""
+        """Forget everything: the server was restarted, perhaps with another model."""
         self._known = {}
 
     async def has(self, path: str) -> bool:
-        """Whether the route that takes ``path`` answers with more than that it is not there. Raises BackendDown, also
-        when no answer comes: to say what it lacks it needs no slot.
+        """Whether the server has the route ``path``. Raises BackendDown, also if there is no answer: a refusal needs
+        no slot.
 
-        Asked once. While that is not sure (the server is loading) the answer is yes.
+        Checked once. While it is unknown (the server is loading) the result is True.
         """
         known = self._known
         if (found := known.get(path)) is None:

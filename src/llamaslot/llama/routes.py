@@ -1,8 +1,8 @@
-"""llama-server's routes as a table: what each does to slots, and who may use it.
+"""llama-server's routes as a table: the effect of each on slots, and who may use it.
 
-The table is the union of the builds that were looked at (docs/llama-server.md, "Routes"); a route that a build does not
-have is answered by that build's own 404. tests/real/test_routes.py holds the table against the real server: each
-``honours_id_slot`` is checked by the slot where such a request landed. ``--api-prefix`` is not supported.
+The table is the union of all tested builds (docs/llama-server.md, "Routes"). If a build lacks a route, its own 404 is
+returned. tests/real/test_routes.py compares the table with the real server: each ``honours_id_slot`` is checked by
+the slot where such a request ran. ``--api-prefix`` is not supported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 #: completion   one prompt, known token by token: the full path of llamaslot
-#: exclusive    takes a slot by other means: runs while nobody else on that backend is between two steps
+#: exclusive    takes a slot by other means: runs while no other request on that backend is between two steps
 #: passthrough  takes no slot: goes through unchanged
 #: own          llamaslot answers it itself
 #: forbidden    403: it would change slots behind llamaslot's back
@@ -30,10 +30,10 @@ class Route:
     """One line of the table, or an unknown path (``is_known`` False, always ``passthrough``).
 
     ``path`` is as llama-server registers it, for instance ``/slots/:id``. ``honours_id_slot``: an ``id_slot`` in the
-    body's root decides which slot it takes; where False, llama-server chooses among the idle ones. ``format``: the name
+    body's root decides which slot it takes; if False, llama-server chooses among the idle ones. ``format``: the name
     of the client API whose bodies a completion takes (``formats/``); a passthrough route that has one counts the tokens
-    of such a body. ``may_be_missing``: not every build or model has it, and it is not worth preparing a slot for a 404
-    or 501. Only tests read ``honours_id_slot`` and ``is_known``.
+    of such a body. ``may_be_missing``: some builds or models do not have it, and a slot should not be prepared for a
+    404 or 501. Only tests read ``honours_id_slot`` and ``is_known``.
     """
 
     method: str  # "GET" answers HEAD too; "*" is any
@@ -50,7 +50,7 @@ class Route:
         """Why a forbidden or gated request is refused, and what to do instead: the message of its 403."""
         if self.gate is not None:
             return (
-                f"{self.gate} changes llama-server for everybody, or reaches out from it: to let it through, "
+                f"{self.gate} changes llama-server for all users, or reaches out from it: to let it through, "
                 f"add '{self.gate}' to passthrough.allow in llamaslot's configuration"
             )
         if self.path.startswith("/slots"):
@@ -111,7 +111,7 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/tokenize", "passthrough"),
     Route("POST", "/detokenize", "passthrough"),
     Route("POST", "/apply-template", "passthrough"),
-    # They take a completion's body, and count what would be computed of it.
+    # They accept a completion's body, and count the tokens that it would compute.
     Route("POST", "/chat/completions/input_tokens", "passthrough", "chat"),
     Route("POST", "/v1/chat/completions/input_tokens", "passthrough", "chat"),
     Route("POST", "/responses/input_tokens", "passthrough", "responses"),
@@ -126,7 +126,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/v1/models", "passthrough"),
     Route("GET", "/models/sse", "passthrough"),
     Route("GET", "/lora-adapters", "passthrough"),
-    # Answers that outlive their client: only with X-Conversation-Id, which llamaslot does not pass on.
+    # Answers that continue without their client: only with X-Conversation-Id, which llamaslot does not forward.
     Route("GET", "/v1/stream", "passthrough"),
     Route("GET", "/v1/stream/:id", "passthrough"),
     Route("DELETE", "/v1/stream", "passthrough"),
@@ -148,13 +148,15 @@ _INERT = ("OPTIONS", "TRACE", "CONNECT")
 
 
 def classify(method: str, target: str, allow: Collection[str] = ()) -> Route:
-    """The route that llama-server would take for this request line. Unknown paths are ``passthrough``.
+    """The route that llama-server would use for this request line. Unknown paths are ``passthrough``.
 
-    ``target`` is the raw request target, percent-encoded, with or without its query (aiohttp: ``request.raw_path``); it
-    must be sent on as it is (``origin_form``). ``allow``: gates that are open; their routes become ``passthrough``.
+    ``target``: the raw request target, percent-encoded, with or without its query (aiohttp: ``request.raw_path``). It
+    must be forwarded unchanged (``origin_form``). ``allow``: gates that are open; their routes become
+    ``passthrough``.
 
     llama-server compares exactly, after decoding (``server_path``): ``/Completion`` and ``//completion`` are its 404.
-    What is forbidden or gated is also refused under any spelling that a rewriting proxy between the two could mend.
+    Forbidden and gated routes are also refused in any spelling that a rewriting proxy between the two could
+    normalize.
     """
     method = method.upper()  # aiohttp's client does so too, and llama-server knows upper case only
     path = server_path(target)
@@ -178,7 +180,7 @@ def _find(method: str, path: str) -> Route | None:
 
 
 def _matches(pattern: str, path: str) -> bool:
-    """``/*`` is anything below. ``/:id`` is all up to the next slash, also nothing; a slash may follow it."""
+    """``/*`` matches anything below. ``/:id`` matches up to the next slash, also nothing; a slash may follow it."""
     if pattern.endswith("/*"):
         return path.startswith(pattern[:-1])
     prefix = pattern.removesuffix(":id")
@@ -186,7 +188,9 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 def _refused(method: str, path: str) -> Route | None:
-    """The forbidden or gated line that a mended path names, for any method but reading ones if the line says POST."""
+    """The forbidden or gated line that a normalized path names; any method counts, but reading methods only if the
+    line allows them.
+    """
     for route in _REFUSED:
         if route.method == "POST" and method in ("GET", "HEAD"):
             continue
@@ -207,10 +211,10 @@ def origin_form(target: str) -> str:
 def server_path(target: str) -> str:
     """The path that llama-server compares with its routes.
 
-    Its HTTP library (cpp-httplib, ``Server::parse_request_line`` and ``decode_path_component``) cuts at ``#``, then at
-    ``?``, and decodes ``%XX`` and ``%uXXXX`` once, before routing: ``/slots%2f0`` and ``/%u0073lots/0`` are
-    ``/slots/0``. What is no code stays as it is, and surrogates (``%ud800``) vanish. It knows no ``..``, merges no
-    slashes, and distinguishes case. Seen running on xllamacpp 2026.10.11549.
+    Its HTTP library (cpp-httplib, ``Server::parse_request_line`` and ``decode_path_component``) cuts at ``#``, then
+    at ``?``, and decodes ``%XX`` and ``%uXXXX`` once, before routing: ``/slots%2f0`` and ``/%u0073lots/0`` are
+    ``/slots/0``. Invalid codes stay unchanged, and surrogates (``%ud800``) vanish. It resolves no ``..``, merges no
+    slashes, and distinguishes case. Measured on xllamacpp 2026.10.11549.
     """
     path = origin_form(target).partition("?")[0]
     return _decode(path.encode("utf-8", "surrogateescape")).decode("utf-8", "surrogateescape")
@@ -229,7 +233,7 @@ def _decode(path: bytes) -> bytes:
 
 
 def _mended(path: str) -> str:
-    """The path as a lenient proxy might pass it on: decoded to the end, dots and slashes resolved, lower case."""
+    """The path as a lenient proxy might forward it: fully decoded, dots and slashes resolved, lower case."""
     raw = path.encode("utf-8", "surrogateescape")
     for _ in range(8):
         raw = _decode(raw)

@@ -1,4 +1,6 @@
-"""Server-sent events: bytes to whole events and back, without touching what need not be touched."""
+"""Server-sent events: splits bytes into whole events, and encodes and corrects single events; other bytes stay
+unchanged.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,23 @@ import orjson
 
 _MARKS = (b'"timings"', b'"usage"', b'"prompt_progress"')
 _ENDS = (b"\n\n", b"\r\n\r\n")
-_OVERLAP = max(map(len, _ENDS)) - 1  # of the bytes before a chunk may belong to a mark that ends in it
+_OVERLAP = max(map(len, _ENDS)) - 1  # bytes before a chunk that may belong to an end mark that ends in it
 
 
 class EventSplitter:
-    """Cuts a byte stream into whole events. Each one that ``feed`` returns ends with its blank line."""
+    """Splits a byte stream into whole events. Each event returned by ``feed`` ends with its blank line."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        # Only what is new, or an event of 4 MB in many chunks takes seconds.
+        # Search only new bytes, or an event of 4 MB in many chunks takes seconds.
         n_searched = max(len(self._rest) - _OVERLAP, 0)
         self._rest += chunk
         events: list[bytes] = []
         start = 0
-        # Where each mark is next: looked for again only once it is behind us, or an answer in one chunk takes minutes.
+        # The next position of each mark, searched again only once it is passed, or an answer in one chunk takes
+        # minutes.
         found = {mark: self._rest.find(mark, n_searched) for mark in _ENDS}
         while ends := [at + len(mark) for mark, at in found.items() if at >= 0]:
             end = min(ends)
@@ -41,17 +44,17 @@ class EventSplitter:
 
     @property
     def rest(self) -> bytes:
-        """What came after the last whole event."""
+        """The bytes after the last whole event."""
         return bytes(self._rest)
 
 
 def n_whole(data: bytes) -> int:
-    """Bytes up to the end of the last event that is whole in ``data``; 0 where none is."""
+    """The bytes up to the end of the last whole event in ``data``; 0 if there is none."""
     return max(data.rfind(mark) + len(mark) if mark in data else 0 for mark in _ENDS)
 
 
 def data_of(event: bytes) -> Any:
-    """The JSON value of an event's data lines; None for comments, ``[DONE]`` and what is not JSON."""
+    """The JSON value of an event's data lines; None for comments, ``[DONE]`` and data that is not JSON."""
     lines = [line[5:].strip() for line in event.splitlines() if line.startswith(b"data:")]
     if not lines:
         return None
@@ -62,26 +65,27 @@ def data_of(event: bytes) -> Any:
 
 
 def event_of(payload: Any, of: bytes = b"") -> bytes:
-    """The event with this JSON, and the name that ``of`` has, if any."""
+    """An event with this JSON, and with the event name of ``of``, if it has one."""
     name = of.split(b"\n", 1)[0] + b"\n" if of.startswith(b"event:") else b""
     return name + b"data: " + orjson.dumps(payload) + b"\n\n"
 
 
 def usages(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Where an answer or an event of any format has its ``usage``: at its root, or in its message or response."""
+    """The ``usage`` objects of an answer or event of any format: at its root, or in its message or response."""
     parts = [payload, payload.get("message"), payload.get("response")]
     found = [part.get("usage") for part in parts if isinstance(part, Mapping)]
     return [usage for usage in found if isinstance(usage, dict)]
 
 
 def comment(text: str) -> bytes:
-    """A line between two events. No blank line ends it: some readers (openai-go until 2026) take each blank line for an
-    event, and fail where it has no data."""
+    """A comment line between two events, without a blank line: some readers (openai-go until 2026) take each blank
+    line as an event, and fail if it has no data.
+    """
     return f": {text}\n".encode()
 
 
 def n_commented(data: bytes) -> int:
-    """Bytes of the comments with which ``data``, that stands between two events, begins."""
+    """The bytes of the comments at the beginning of ``data``, which stands between two events."""
     n = 0
     while data.startswith(b":", n) and (end := data.find(b"\n", n)) >= 0:
         n = end + 1
@@ -92,17 +96,18 @@ _COMMENT_EVENT = re.compile(rb"(?:\A|(?<=\n\n))((?::[^\n]*\n)+)\n")
 
 
 def without_empty_events(events: bytes) -> bytes:
-    """Whole events: the blank line behind comments that stand alone, such as llama-server's pings, is left out."""
+    """Whole events, without the blank line after lone comments such as llama-server's pings."""
     return _COMMENT_EVENT.sub(rb"\1", events) if events.startswith(b":") or b"\n\n:" in events else events
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillStats:
-    """Work done for a request before llama-server saw it: of ``n_tokens`` that are there now ``n_reused`` were reused,
-    and the rest took ``seconds``.
+    """Prefill done for a request before llama-server received it. Of the ``n_tokens`` present now ``n_reused`` were
+    reused, and the rest took ``seconds``.
 
-    llama-server then reports ``cache_n`` n - 1 and ``prompt_n`` 1; the client must read what its whole request cost.
-    ``n_answers``: how many answers go on from that work (``n``); those to further prompts have done all of theirs.
+    llama-server then reports ``cache_n`` n - 1 and ``prompt_n`` 1; the client must get the figures of its whole
+    request. ``n_answers``: the number of answers that use this work (``n``); answers to further prompts do all their
+    own work.
     """
 
     n_reused: int
@@ -111,13 +116,15 @@ class PrefillStats:
     n_answers: int = 1
 
     def then(self, later: PrefillStats) -> PrefillStats:
-        """This, and what was done after it for the same request: what it left there itself was not reused."""
+        """This work, then ``later`` for the same request. Tokens that this work itself left there do not count as
+        reused.
+        """
         is_own = self.n_reused <= later.n_reused <= self.n_tokens
         n_reused = self.n_reused if is_own else later.n_reused
         return PrefillStats(n_reused, later.n_tokens, self.seconds + later.seconds, later.n_answers)
 
     def correct(self, payload: dict[str, Any]) -> bool:
-        """Put the numbers of one JSON answer or event right, in place. True when something was changed."""
+        """Correct the numbers of one JSON answer or event, in place. True if something was changed."""
         if index_of(payload) >= self.n_answers:
             return False
         changed = False
@@ -141,7 +148,7 @@ class PrefillStats:
             timings |= {"prompt_per_token_ms": ms / computed, "prompt_per_second": computed / ms * 1000}
 
     def _correct_usage(self, usage: dict[str, Any]) -> bool:
-        """The number of reused tokens; Anthropic's ``input_tokens`` are those that were computed."""
+        """Correct the number of reused tokens; Anthropic's ``input_tokens`` are the computed ones."""
         if "cache_read_input_tokens" in usage:
             total = int(usage["cache_read_input_tokens"]) + int(usage.get("input_tokens", 0))
             reused = min(self.n_reused, int(usage["cache_read_input_tokens"]))
@@ -155,7 +162,7 @@ class PrefillStats:
         return False
 
     def correct_event(self, event: bytes) -> bytes:
-        """The event with its numbers put right; the very same bytes when it carries none."""
+        """The event with corrected numbers; the same bytes if it has none."""
         if not any(mark in event for mark in _MARKS):
             return event
         payload = data_of(event)
@@ -165,7 +172,7 @@ class PrefillStats:
 
 
 def index_of(payload: Mapping[str, Any]) -> int:
-    """Which of several answers it is about: ``n`` for each prompt, prompt by prompt. 0 where it does not say."""
+    """The index of the answer that it belongs to: ``n`` for each prompt, prompt by prompt. 0 if it has none."""
     choices = payload.get("choices")
     part = choices[0] if isinstance(choices, list) and choices else payload
     index = part.get("index") if isinstance(part, dict) else None

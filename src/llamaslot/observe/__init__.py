@@ -1,1 +1,1 @@
-"""Metrics and the journal of decisions; open to every room, importing none of them."""
+"""Metrics and the journal of decisions. Every other package may use them; they import none of it."""

@@ -1,5 +1,5 @@
-"""The last decisions and their reasons: where a request went and what else it could have done, what was waited for,
-what was saved. Numbers and names only: never a token or a text.
+"""The last decisions and their reasons: where a request was placed, the alternatives, what it waited for, what was
+saved. It contains numbers and names only, never a token or a text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KEPT = 1000
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A place that was looked at. ``terms``: estimated seconds by what they are spent on, those that are 0 left out."""
+    """A place that was considered. ``terms``: estimated seconds by purpose, without those that are 0."""
 
     slot: SlotKey
     source: str
@@ -43,9 +43,9 @@ class Option:
 
 @dataclass(slots=True)
 class Waited:
-    """A time in which a request waited for something cheaper than what could be had at once.
+    """A period in which a request waited for a cheaper place than those available.
 
-    ``expected_s`` by estimate; ``seconds`` in truth, None until it is over.
+    ``expected_s``: estimated; ``seconds``: actual, None until it is over.
     """
 
     what: Option
@@ -56,8 +56,9 @@ class Waited:
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """A step that was taken. ``n_tokens``: saved, restored or computed; ``waited_s``: for its turn, and of that
-    ``paused_s`` for the streams of others; ``n_interruptions``: how often it has stopped for somebody."""
+    """A step that was taken. ``n_tokens``: saved, restored or computed. ``waited_s``: seconds spent waiting for its
+    turn, of these ``paused_s`` for running streams. ``n_interruptions``: how often it stopped for another request.
+    """
 
     step: str
     seconds: float
@@ -72,13 +73,13 @@ class Act:
 
 @dataclass(slots=True)
 class Decision:
-    """One request from its place to its answer, or one save of llamaslot's own.
+    """One request from its place to its answer, or one save that llamaslot made by itself.
 
-    ``at`` is in seconds since 1970. ``user``: whose request it is, empty for work of llamaslot's own. ``queued_s``: how
-    long it waited for its slot, in all. ``n_expected``: tokens that were expected to be reused when the steps were
-    through; ``n_reused``: those that were, None until that is known. ``rewrote``: rules that have changed its system
-    prompt. ``is_assisted``: false where llama-server has chosen the slot, so that there is no place to tell of.
-    ``diverged``: where it parts from what was computed before, if much was lost by that.
+    ``at``: seconds since 1970. ``user``: the request's user, empty for llamaslot's own work. ``queued_s``: total time
+    in the queue. ``n_expected``: tokens expected to be reused after the steps; ``n_reused``: tokens reused, None
+    until that is known. ``rewrote``: rules that changed its system prompt. ``is_assisted``: false if llama-server
+    chose the slot; then there is no place. ``diverged``: where the prompt differs from cached text, if much was
+    recomputed because of that.
     """
 
     id: str
@@ -129,20 +130,20 @@ class Decision:
 
 
 class Journal:
-    """The last ``KEPT`` decisions. ``clock`` tells the time of day."""
+    """The last ``KEPT`` decisions. ``clock`` returns the time of day."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._decisions: deque[Decision] = deque(maxlen=KEPT)
 
     def begin(self, id_: str, n_tokens: int, user: str = "") -> Decision:
-        """A new entry; whoever gets it fills it in."""
+        """A new entry; the caller fills it in."""
         decision = Decision(id_, self._clock(), n_tokens, user=user)
         self._decisions.append(decision)
         return decision
 
     def latest(self, n: int = KEPT) -> Iterator[Decision]:
-        """The newest first."""
+        """The last ``n`` decisions, newest first."""
         return islice(reversed(self._decisions), n)
 
     def __len__(self) -> int:
@@ -150,7 +151,7 @@ class Journal:
 
 
 def explain(decision: Decision) -> str:
-    """The decision as it stands, in one line from its numbers."""
+    """The decision so far, in one line."""
     who = f"{decision.id} {decision.n_tokens:,} tok"
     if not decision.is_assisted:
         return f"{decision.id} -> llama-server chooses the slot"
@@ -171,7 +172,7 @@ def explain(decision: Decision) -> str:
 def _name(option: Option) -> str:
     if option.snapshot is None:
         return f"slot {option.slot} {option.source}"
-    # A prefix is no snapshot yet: somebody computes it.
+    # # a prefix is no snapshot yet: another request is computing it
     kind = "" if option.snapshot.startswith("prefix-") else "snapshot "
     return f"slot {option.slot} from {kind}{option.snapshot}"
 
@@ -200,7 +201,7 @@ def _seconds(seconds: float) -> str:
 
 
 class DecisionRecorder:
-    """What becomes of one request. Without a decision yet nothing is in the journal: nobody has looked for a place."""
+    """Writes the journal of one request. There is no entry before its first decision."""
 
     def __init__(self, journal: Journal, request: Request, now: Callable[[], float]) -> None:
         self._journal, self._job, self._now = journal, request, now
@@ -208,8 +209,8 @@ class DecisionRecorder:
         self.decision: Decision | None = None
 
     def record_wait(self, wait: Wait, expected_s: float | None = None) -> None:
-        """It waits for something in particular. The same again changes nothing. ``expected_s``: where that is more
-        than what the waiting counts for (a prefix that nobody could compute sooner).
+        """Record that it waits for a specific place. A repeated call changes nothing. ``expected_s``: if the wait may
+        be longer than its share of the cost (for a prefix that is being computed).
         """
         if wait.place is None or wait.for_s is None:
             return
@@ -238,12 +239,12 @@ class DecisionRecorder:
         _say(decision)
 
     def found(self, n_prompt: int, n_reused: int) -> None:
-        """llama-server has chosen the slot, and tells these numbers of the prompt."""
+        """Record that llama-server has chosen the slot and reports these token counts."""
         decision = self._begun()
         decision.n_tokens, decision.n_reused = n_prompt, n_reused
 
     def record_step(self, slot: SlotKey, act: Act) -> None:
-        """A step was taken. One without a plan (a save of llamaslot's own) is a decision of its own."""
+        """Record a step. A step without a plan (a save by llamaslot itself) is an entry of its own."""
         decision = self._begun()
         is_own = decision.chosen is None
         decision.slot = slot
@@ -256,16 +257,16 @@ class DecisionRecorder:
         decision.n_expected, decision.n_reused = n_expected, n_reused
 
     def rewrote(self, rules: list[str]) -> None:
-        """Rules have changed its system prompt before anything else was done."""
+        """Record that rules have changed its system prompt; called first."""
         if rules:
             self._begun().rewrote = rules
 
     def diverged(self, told: dict[str, object]) -> None:
-        """It was found out why much had to be computed."""
+        """Record why much was recomputed."""
         self._begun().diverged = told
 
     def ended(self) -> None:
-        """It waits no longer, served or not. Idempotent."""
+        """Record that it waits no longer, served or not. Idempotent."""
         if self.decision is not None and self.decision.waits:
             self._end_wait(self.decision.waits[-1])
 

@@ -1,4 +1,4 @@
-"""llamaslot's own metrics, served at ``/llamaslot/metrics``. Each llamaslot has a registry of its own."""
+"""llamaslot's own metrics, served at ``/llamaslot/metrics``. Each llamaslot has its own registry."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _COSTS = "the prompt of a %s request could not be tokenized, so its context is n
 
 
 class Metrics:
-    """Counters and histograms by name, of all backends together; ``n_…`` gauges are set when they are read.
+    """Counters and histograms of all backends together; ``n_…`` gauges are set when they are read.
 
-    What concerns one backend is counted in ``of_backend``, with the label ``backend``.
+    Metrics of a single backend are in ``of_backend``, with the label ``backend``.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Metrics:
         return self._family(Histogram, name, text, labels, buckets=_SECONDS)
 
     def _family(self, kind: type[T], name: str, text: str, labels: Sequence[str], **more: Any) -> T:
-        """The one of this name: made by the first backend that counts it."""
+        """The family of this name, created by the first backend that uses it."""
         if name not in self._families:
             self._families[name] = kind(f"llamaslot_{name}", text, labels, registry=self.registry, **more)
         family: T = self._families[name]
@@ -82,7 +82,7 @@ class Metrics:
         return BackendMetrics(self, name)
 
     def exposition(self) -> bytes:
-        """All of it in the Prometheus text format."""
+        """All metrics in the Prometheus text format."""
         return generate_latest(self.registry)
 
 
@@ -200,14 +200,14 @@ class BackendMetrics:
 
 
 class UntokenizedRequests:
-    """The count of a pool's requests that were served so, and which reasons have been told."""
+    """Counts and logs the requests served without known tokens; each reason is logged once."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._told: set[Reason] = set()
 
     def count(self, format_: str, reason: Reason) -> None:
-        """One more of ``format_``, a format's name, was served so."""
+        """Count one more request of ``format_``, the name of a format."""
         self._metrics.untokenized.labels(format_, reason.value).inc()
         if reason not in self._told:
             self._told.add(reason)

@@ -175,7 +175,7 @@ class HitRateModel:
         if sum(self._lengths.hits) >= 2 * self.MEMORY:
             self._lengths.fade()
 
-    # -- what follows --------------------------------------------------------------------------------------------
+    # -- results -------------------------------------------------------------------------------------------------
 
     def rate(self, habit: ReuseClass, age_s: float) -> float:
         """Hits per second at this age, for contexts of any length."""
@@ -224,7 +224,7 @@ class HitRateModel:
             for hits, seconds, prior in zip(tally.hits, tally.seconds, _PRIOR_RATES[habit], strict=True)
         ]
 
-    # -- kept ----------------------------------------------------------------------------------------------------
+    # -- storage -------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
         habits = {
@@ -303,7 +303,8 @@ def _are_counts(values: Any, n: int = N_BUCKETS) -> TypeGuard[list[float]]:
     )
 
 
-# -- who goes first ------------------------------------------------------------------------------------------------
+# -- order of eviction -------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 class Order(Protocol):

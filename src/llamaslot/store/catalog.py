@@ -185,7 +185,7 @@ class Catalog:
         """
         self._lock.release()
 
-    # -- room -----------------------------------------------------------------------------------------------------
+    # -- space ---------------------------------------------------------------------------------------------------
 
     async def reserve(
         self, size_bytes: int, keep: Collection[str] = (), spare: Collection[str] = ()
@@ -400,7 +400,7 @@ class Catalog:
             self._drop(id)
         await self._room.removed(id)
 
-    # -- without an await
+    # -- without an await ----------------------------------------------------------------------------------------
     # --------------------------------------------------------------------------------------------
 
     def _list(self, snapshot: Snapshot, last_used: float, now: float, hits: Hits = NEVER) -> None:

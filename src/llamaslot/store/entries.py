@@ -162,7 +162,7 @@ class SnapshotTable:
         del self._pins[id_]
         return self.pending_delete.pop(id_, None)
 
-    # -- eviction  ------------------------------------------------------------------------------------------------
+    # -- eviction ------------------------------------------------------------------------------------------------
 
     def tend(self, now: float) -> None:
         """Learn from the time that has passed, and recompute some ranks. Called before each choice."""

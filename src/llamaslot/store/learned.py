@@ -1,4 +1,4 @@
-"""A small JSON file of what was learned, beside the snapshots: read at the start, replaced as a whole."""
+"""A small JSON file of learned numbers beside the snapshots: read at the start, replaced as a whole."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ log = logging.getLogger(__name__)
 
 
 class LearnedFile:
-    """``name`` is the backend's or the store's, for the log."""
+    """``name``: of the backend or the store, for the log."""
 
     def __init__(self, name: str, path: Path) -> None:
         self._name, self._path = name, path
         self._writing = threading.Lock()
 
     async def read(self) -> Any:
-        """What is in the file; None when there is none that can be read. Canceling is safe."""
+        """The content of the file; None if it cannot be read. Canceling is safe."""
         try:
             async with aiofiles.open(self._path, "rb") as opened:
                 return orjson.loads(await opened.read())
@@ -30,7 +30,7 @@ class LearnedFile:
             return None
 
     async def write(self, data: Any) -> None:
-        """A failure is told in the log. Canceling is safe: the file is written to its end all the same."""
+        """Replace the file. A failure is logged. Canceling is safe: the file is written to its end all the same."""
         try:
             await asyncio.to_thread(self._write, orjson.dumps(data))
         except OSError as error:
@@ -40,6 +40,6 @@ class LearnedFile:
 
     def _write(self, data: bytes) -> None:
         partial = self._path.with_suffix(".tmp")
-        with self._writing:  # the thread of one that was cancelled may still be at it
+        with self._writing:  # the thread of a cancelled call may still be writing
             partial.write_bytes(data)
             partial.replace(self._path)

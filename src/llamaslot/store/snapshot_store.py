@@ -1,4 +1,4 @@
-"""One directory of snapshots as long as llamaslot runs: its catalog, and how often contexts were seen to come back."""
+"""One snapshot directory for the lifetime of llamaslot: its catalog, and the learned hit rates."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from llamaslot.store.sidecar import Snapshot
 
 
 class SnapshotStore:
-    """``name`` is that of its files in ``meta_dir``.
-
-    ``on_drop`` is called for a snapshot that is gone; ``saves_s`` tells how many seconds one saves each time
-    that it is restored.
+    """``name``: of its files in ``meta_dir``. ``on_drop`` is called for a snapshot that is gone; ``saves_s`` returns
+    the seconds that each hit of a snapshot saves.
     """
 
     def __init__(
@@ -48,20 +46,20 @@ class SnapshotStore:
 
     @property
     def returns(self) -> HitRateModel:
-        """How often contexts come back."""
+        """The learned hit rates."""
         return self._order.returns
 
     async def open(self) -> None:
-        """Raises LlamaslotError with what to do when the directory cannot be used."""
+        """Open the store. Raises LlamaslotError with the remedy if the directory cannot be used."""
         self._order.returns = HitRateModel.from_json(await self._returns.read())
         await self.catalog.open()
 
     async def store_learned(self) -> None:
-        """Canceling is safe: the file is written to its end all the same."""
+        """Write what was learned. Canceling is safe: the file is written to its end all the same."""
         await self._returns.write(self.returns.to_json())
 
     async def close(self) -> None:
-        """Nothing may use it any more."""
+        """Close the store; it must not be used any more."""
         await self.store_learned()
         await self.catalog.settle()
         await self.catalog.write_register()

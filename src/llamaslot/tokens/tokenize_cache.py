@@ -102,7 +102,7 @@ class TokenizeCache:
             self._forget(next(iter(self._recent)))
 
     def _forget(self, leaf: _Piece) -> None:
-        assert leaf.parent is not None, "the root is in nobody's turn"
+        assert leaf.parent is not None, "the root is never dropped"
         assert not leaf.children, "leaves go first"
         root = leaf.parent
         del root.children[leaf.key]

@@ -1,11 +1,11 @@
 """The embedded llama-server: ``python -m llamaslot.llama.managed.embedded -m model.gguf --port 8080 …``.
 
-The wheel ``xllamacpp`` carries the server of llama.cpp as a library. It runs in a process of its own, so that it
-can be killed and restarted, and takes those flags of ``llama-server`` that llamaslot uses. It ends at the end of its
+The wheel ``xllamacpp`` contains the server of llama.cpp as a library. It runs in a process of its own, so that it can
+be killed and restarted, and accepts those flags of ``llama-server`` that llamaslot uses. It ends at the end of its
 standard input, on SIGTERM or SIGINT, and with its parent: it never outlives the process that started it.
 
-Exit codes: 0 asked to end (while it loads: by the signal); 1 the server could not start, and one line on standard error
-says why; 2 wrong flags.
+Exit codes: 0 asked to end (while it loads: by the signal); 1 the server could not start, and one line on standard
+error says why; 2 wrong flags.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-# llama.cpp logs in a thread: what it still has to say comes before our last line, or not at all.
+# llama.cpp logs in a thread: its pending lines must come before our last line.
 LOG_LAG_S = 0.1
 
 
 def die_with_parent(sig: int = signal.SIGKILL) -> None:
-    """Ask the kernel to send ``sig`` to this process when the thread that started it ends. Linux only, else nothing.
+    """Ask the kernel to send ``sig`` to this process when the thread that started it ends. Linux only; elsewhere it
+    does nothing.
 
     Source: prctl(2). It survives execve of an ordinary program, not fork.
     """
@@ -37,7 +38,7 @@ def die_with_parent(sig: int = signal.SIGKILL) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags, named as llama-server names them."""
+    """The flags, named as in llama-server."""
     p = argparse.ArgumentParser(
         prog="python -m llamaslot.llama.managed.embedded",
         description="llama.cpp's server out of the xllamacpp wheel; ends with its standard input.",
@@ -97,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _default_threads() -> int:
-    """All cores but one, which llamaslot and the clients need: a core too many made prefill 4 times slower."""
+    """All cores but one, which llamaslot and the clients need: one thread too many made prefill 4 times slower."""
     return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
@@ -165,12 +166,12 @@ def _params(xllamacpp: Any, flags: argparse.Namespace) -> Any:
     if flags.chat_template_file:
         p.chat_template = flags.chat_template_file.read_text()
     p.warmup = flags.warmup
-    p.fit_params = False  # it loads the model once more to measure it; what does not fit fails by itself
+    p.fit_params = False  # it loads the model once more to measure it; one that does not fit fails anyway
     return p
 
 
 def _redirect(log_file: Path) -> None:
-    """Everything that llama.cpp writes goes to ``log_file`` from here on: it writes to the descriptors, not to sys."""
+    """Redirect all output of llama.cpp to ``log_file``: it writes to the descriptors, not to ``sys.stderr``."""
     descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -178,7 +179,7 @@ def _redirect(log_file: Path) -> None:
 
 
 def _why(flags: argparse.Namespace, error: Exception) -> str:
-    """llama.cpp has one message for everything; the port is the one other cause that can be found out afterwards."""
+    """llama.cpp has one message for every cause; only a taken port can be detected afterwards."""
     if flags.port:
         try:
             with socket.create_server((flags.host, flags.port)):
@@ -189,7 +190,7 @@ def _why(flags: argparse.Namespace, error: Exception) -> str:
 
 
 def _until_end_of_input(server: Any) -> None:
-    """Wait. ``server`` is here because it serves only while it is referenced."""
+    """Wait for the end of standard input. ``server`` is a parameter because it serves only while it is referenced."""
     try:
         while os.read(0, 4096):
             pass
@@ -198,7 +199,7 @@ def _until_end_of_input(server: Any) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    """Write ``message`` as the last line, and end. No interpreter shutdown: llama.cpp's threads may still run."""
+    """Write ``message`` as the last line, and exit. No interpreter shutdown: llama.cpp's threads may still run."""
     last = os.dup(2)
     time.sleep(LOG_LAG_S)
     silence = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""A llama-server that llamaslot starts, watches and ends: the embedded engine, or a command of the user's."""
+"""A llama-server that llamaslot starts, watches and ends: the embedded engine, or a command of the operator's."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ EMBEDDED_MODEL = "smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MIN_CONTEXT = 256  # tokens per slot; llama.cpp rounds a context up to a multiple of it
 
-STOP_S = 15.0  # from SIGTERM to SIGKILL: longer than the guard's own grace
+STOP_S = 15.0  # from SIGTERM to SIGKILL: longer than the supervisor's own grace
 HELP_S = 30.0  # `--help` of a CUDA build initializes the GPU first
 LOG_BYTES = 20 * 1024**2
 
 
 class Backoff(NamedTuple):
-    """Seconds between a death and the next start: doubled each time, from the first again after a while of service."""
+    """Seconds between a death and the next start: doubled each time, reset after a period of service."""
 
     first_s: float = 1.0
     most_s: float = 60.0
     served_s: float = 60.0
 
     def delay_s(self, n_deaths: int) -> float:
-        """After the ``n_deaths``-th death in a row, counted from 1."""
+        """The delay after the ``n_deaths``-th death in a row, counted from 1."""
         return float(min(self.most_s, self.first_s * 2 ** min(n_deaths - 1, 30)))
 
 
@@ -49,7 +49,7 @@ BACKOFF = Backoff()
 
 
 def _number(value: object) -> object:
-    """YAML's ``on`` and ``yes`` are True, which Python would take for the number 1."""
+    """Refuse YAML's ``on`` and ``yes``: they are True, which Python would accept as the number 1."""
     if isinstance(value, bool):
         raise ValueError(f"should be a number, not {'on' if value else 'off'}")
     return value
@@ -59,7 +59,9 @@ Number = Annotated[int, BeforeValidator(_number)]
 
 
 class ManagedConfig(BaseModel):
-    """``backends[].managed``: which model, run how. ``context`` is for all slots together, as llama-server's ``-c``."""
+    """``backends[].managed``: the model, and how to run it. ``context`` is for all slots together, as llama-server's
+    ``-c``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -89,7 +91,7 @@ class ManagedConfig(BaseModel):
 
 
 def smollm2_path() -> Path:
-    """The GGUF of the small chat model. LlamaslotError, saying what to run, where it has not been fetched."""
+    """The GGUF of the small chat model. Raises LlamaslotError with the command to run if it has not been fetched."""
     named = os.environ.get("LLAMASLOT_SMOLLM2")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = Path(named) if named else cache / "llamaslot" / SMOLLM2_FILE
@@ -99,7 +101,7 @@ def smollm2_path() -> Path:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on now."""
+    """A free TCP port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -127,7 +129,7 @@ def _named(args: Sequence[str]) -> set[str]:
 
 
 def needed_flags(config: ManagedConfig, model: str, port: int, slot_save_path: Path) -> list[Flag]:
-    """What every llama-server understands and no server can do without here."""
+    """Flags that every llama-server understands and that llamaslot needs."""
     return [
         Flag("-m", ("--model",), model),
         Flag("--host", (), "127.0.0.1"),
@@ -139,14 +141,14 @@ def needed_flags(config: ManagedConfig, model: str, port: int, slot_save_path: P
 
 
 def recommended_flags(args: Sequence[str]) -> list[Flag]:
-    """What makes a llama-server good behind llamaslot, each where it knows it.
+    """Flags that make a llama-server work well behind llamaslot; each is used if the build knows it.
 
-    A batch of 512 keeps the gaps in other users' streams short while a prompt is computed; whoever sets one of the two
-    batch sizes in ``args`` keeps both as they are, for they depend on each other.
+    A batch of 512 keeps the gaps in other users' streams short while a prompt is computed. If ``args`` sets one of
+    the two batch sizes, neither is changed, because they depend on each other.
     """
     flags = [
         Flag("--no-kv-unified", ("--kv-unified", "-kvu", "-no-kvu")),  # else any task clears the idle slots
-        Flag("--cache-ram", ("-cram",), "0"),  # snapshots do that request; it copies states on the main loop
+        Flag("--cache-ram", ("-cram",), "0"),  # snapshots replace it; it copies states on the main loop
         Flag("--no-cache-idle-slots", ("--cache-idle-slots",)),
         Flag("--metrics"),
         Flag("--jinja", ("--no-jinja",)),
@@ -156,7 +158,9 @@ def recommended_flags(args: Sequence[str]) -> list[Flag]:
 
 
 def command_line(config: ManagedConfig, needed: Sequence[Flag], known: Collection[str] | None) -> list[str]:
-    """The arguments: needed flags, those recommended ones that are ``known`` (None: all), the user's last; his win."""
+    """The arguments: needed flags, the recommended ones that are ``known`` (None: all), then the operator's, which
+    override them.
+    """
     recommended = [f for f in recommended_flags(config.args) if known is None or f.name in known]
     said = _named(config.args)
     ours = [flag for flag in (*needed, *recommended) if not flag.names & said]
@@ -164,13 +168,13 @@ def command_line(config: ManagedConfig, needed: Sequence[Flag], known: Collectio
 
 
 class ManagedServer:
-    """Runs one llama-server on a port of loopback and starts it again when it dies.
+    """Runs one llama-server on a port of loopback and restarts it when it dies.
 
-    ``run`` is the whole life of it. ``port`` None: ``config.port``, or a free one, chosen now and kept over restarts.
-    ``log_path`` gets what the server writes; at a start a log above 20 MB becomes ``<log_path>.1``. ``api_key`` travels
-    in the environment (LLAMA_API_KEY), where other users do not see it. ``sleep`` and ``now`` are for tests.
+    ``run`` is its whole life. ``port`` None: ``config.port``, or a free one, chosen now and kept over restarts.
+    ``log_path``: the server's output; at a start a log above 20 MB becomes ``<log_path>.1``. ``api_key`` is passed in
+    the environment (LLAMA_API_KEY), where other users cannot see it. ``sleep`` and ``now`` are for tests.
 
-    Raises LlamaslotError when ``model: smollm2`` has not been fetched.
+    Raises LlamaslotError if ``model: smollm2`` has not been fetched.
     """
 
     def __init__(
@@ -193,7 +197,7 @@ class ManagedServer:
         self.port = port or config.port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.n_starts = 0
-        self.pid: int | None = None  # the embedded server's, or that of the guard of a command
+        self.pid: int | None = None  # of the embedded server, or of the supervisor of a command
         self._api_key, self._backoff, self._stop_s = api_key, backoff, stop_s
         self._sleep, self._now = sleep, now
 
@@ -202,10 +206,10 @@ class ManagedServer:
         return f"<ManagedServer {self.name} {self.url} {state}, started {self.n_starts} times>"
 
     async def run(self) -> None:
-        """Start it, and again with backoff whenever it ends, until cancelled.
+        """Start it, and restart it with backoff whenever it ends, until cancelled.
 
         Cancelling ends the server: SIGTERM, then SIGKILL after ``stop_s``; a second cancellation kills it at once. A
-        server that cannot be started at all is retried too: what it lacks (a file, memory, the port) may come.
+        server that cannot be started is retried too: what it lacks (a file, memory, the port) may become available.
         """
         n_deaths = 0
         while True:
@@ -225,7 +229,7 @@ class ManagedServer:
             await self._sleep(delay_s)
 
     async def _once(self) -> str:
-        """One life of the server. How it ended, in words. OSError if it cannot be started."""
+        """Run the server once. Returns how it ended, in words. Raises OSError if it cannot be started."""
         command = await self._command()
         begin = partial(_open_log, self.log_path, self.slot_save_path, shlex.join(command))
         async with _Child(command, self._environment(), begin, self._stop_s) as process:
@@ -255,7 +259,7 @@ class ManagedServer:
         return [sys.executable, "-m", "llamaslot.llama.managed.supervisor", *self.config.command, *arguments]
 
     async def _known_flags(self, command: Sequence[str]) -> set[str]:
-        """The flags that ``command --help`` names; none if it says nothing within ``HELP_S``. Asked at each start."""
+        """The flags that ``command --help`` lists; none if it prints nothing within ``HELP_S``. Run at each start."""
         guarded = [sys.executable, "-m", "llamaslot.llama.managed.supervisor", *command, "--help"]
         async with _Child(guarded, self._environment(), lambda: asyncio.subprocess.PIPE, 0.0) as process:
             assert process.stdout is not None
@@ -267,16 +271,20 @@ class ManagedServer:
         return set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", text))
 
     def _environment(self) -> dict[str, str]:
-        """Ours, but for the key: one that is only in our environment would make the server refuse us."""
+        """Our environment, without LLAMA_API_KEY unless it is configured: a key only in our environment would make
+        the server refuse us.
+        """
         environment = {name: value for name, value in os.environ.items() if name != "LLAMA_API_KEY"}
         return environment | ({"LLAMA_API_KEY": self._api_key} if self._api_key else {})
 
 
 class _Child:
-    """A child process in a group of its own that ends with the block, on every path. OSError if it cannot be started.
+    """A child process in a group of its own that ends with the block, on every path. Raises OSError if it cannot be
+    started.
 
-    ``output`` is called in a thread and gives what takes its output: PIPE, or a descriptor, which is closed here. Its
-    standard input is a pipe from here: the embedded server and the guard end at its end, also when llamaslot is killed.
+    ``output`` is called in a thread and returns the target of its output: PIPE, or a descriptor, which is closed
+    here. Its standard input is a pipe from here: the embedded server and the supervisor end at its end, also if
+    llamaslot is killed.
     """
 
     def __init__(
@@ -289,7 +297,7 @@ class _Child:
         start = self._tasks.spawn(self._start(), f"start {self._command[2]}")
         is_cancelled = False
         while not start.done():
-            # A start half-way cannot be undone: see it through, then end what was started.
+            # A start cannot be cancelled half-way: wait for it, then end what was started.
             try:
                 await asyncio.wait({start})
             except asyncio.CancelledError:
@@ -324,12 +332,12 @@ class _Child:
         process = self._process
         try:
             if process.returncode is None and self._stop_s:
-                process.terminate()  # this process alone, for the guard passes it on
+                process.terminate()  # this process alone: the supervisor passes it on
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._stop_s):
                         await process.wait()
         finally:
-            # Also when it has ended by itself: a shell script may have left the real server behind, with the port.
+            # Also if it has ended by itself: a shell script may have left the real server behind, with the port.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             if process.stdin is not None:
@@ -338,7 +346,9 @@ class _Child:
 
 
 def _open_log(path: Path, slot_save_path: Path, command: str) -> int:
-    """A descriptor that appends to ``path``, after a line that says what is started. Rotates; makes directories."""
+    """A descriptor that appends to ``path``, after a line that names the command. Rotates the log; makes
+    directories.
+    """
     for directory in (path.parent, slot_save_path):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with suppress(FileNotFoundError):
@@ -350,7 +360,7 @@ def _open_log(path: Path, slot_save_path: Path, command: str) -> int:
 
 
 def _last_line(path: Path) -> str:
-    """The last line that says anything, at most 300 characters; "nothing" if there is none."""
+    """The last line that is not empty, at most 300 characters; "nothing" if there is none."""
     return next(_lines_backwards(path), "nothing")[:300]
 
 
@@ -362,7 +372,7 @@ def _lines_backwards(path: Path) -> Iterator[str]:
 
 
 def _in_words(code: int) -> str:
-    """What an exit code of asyncio's says: negative is minus the signal's number."""
+    """An exit code of asyncio's in words: negative is minus the signal's number."""
     if code >= 0:
         return f"ended with exit code {code}"
     with suppress(ValueError):

@@ -1,11 +1,12 @@
-"""``python -m llamaslot.llama.managed.supervisor command [argument …]``: runs a command that ends when llamaslot does.
+"""``python -m llamaslot.llama.managed.supervisor command [argument …]``: runs a command that ends when llamaslot
+does.
 
 A llama-server that outlives a killed llamaslot would keep the GPU's memory and the port, and the next one could not
-start. The guard's standard input is a pipe from llamaslot. At its end (llamaslot has closed it, or died of whatever)
-the guard sends SIGTERM to its process group and, ``GRACE_S`` later, SIGKILL. It leads a process group of its own, in
-which the command runs too, so that a shell script or a ``docker run`` around llama-server ends as well. SIGTERM
-to the guard itself is passed on to the group, once: llama-server takes a second one for "at once". It ends as the
-command ended: with the same exit code or by the same signal; 127 when there is no such command.
+start. The supervisor's standard input is a pipe from llamaslot. At its end (llamaslot has closed it, or died) the
+supervisor sends SIGTERM to its process group and, ``GRACE_S`` later, SIGKILL. It leads a process group of its own, in
+which the command runs too, so a shell script or a ``docker run`` around llama-server ends as well. A SIGTERM to the
+supervisor is passed on to the group, once: llama-server takes a second one as "at once". It ends as the command
+ended: with the same exit code or by the same signal; 127 if there is no such command.
 
 This is not a ``preexec_fn`` in llamaslot, because code between fork and exec can deadlock beside threads.
 """
@@ -24,7 +25,7 @@ from typing import NoReturn
 from llamaslot.llama.managed.embedded import die_with_parent
 
 GRACE_S = 10.0
-UMASK = 0o077  # slot files are transcripts in all but name
+UMASK = 0o077  # slot files contain transcripts
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, _pass_on)
     try:
-        # The guard has one thread, so that preexec_fn is safe here.
+        # The supervisor has one thread, so preexec_fn is safe here.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, umask=UMASK, preexec_fn=_before_exec)
     except OSError as error:
         os.write(2, f"llamaslot guard: cannot run {command[0]}: {error.strerror}\n".encode())
@@ -53,12 +54,12 @@ def _before_exec() -> None:
 
 
 def _pass_on(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the guard is in the group too
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the supervisor is in the group too
     os.killpg(0, signal.SIGTERM)
 
 
 def _wait(ended: int, timeout_s: float | None, *, input_too: bool = True) -> bool:
-    """True when the command has ended; False at the end of standard input or after ``timeout_s``."""
+    """True if the command has ended; False at the end of standard input or after ``timeout_s``."""
     poll = select.poll()
     poll.register(ended, select.POLLIN)
     if input_too:
@@ -81,7 +82,7 @@ def _read() -> bytes:
 def _end_as(code: int) -> NoReturn:
     """End with the exit ``code`` of subprocess: negative is minus the signal's number."""
     if code < 0:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has left its core already
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has written its own core file already
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code if code >= 0 else 128 - code)
