@@ -272,6 +272,7 @@ async def test_those_who_wait_are_served_by_the_new_process(tmp_path: Path) -> N
         await it.fake.restart()
         assert (await first).status == 503
         assert (await waiting).text == right(it.fake, ONE)
+        assert await it.count("backend_restarts_total") == 1, "the new process is not taken for a lost one"
 
 
 @pytest.mark.parametrize("chunk_threshold_s", [0, 3600])

@@ -194,9 +194,9 @@ class _Exchange:
         if not self.pool.takes_long(job.n_tokens):
             return
         with await self.pool.lease(job) as lease:
-            self.lease = lease
             if self.pool.context is not context:
                 return  # slots of another process have not been restored
+            self.lease = lease
             keep_what_follows(lease)
             # The slot was needed for another request, or belongs to another process: the computed tokens stay there.
             with contextlib.suppress(RetryPlacement, BackendRestarted):
@@ -328,9 +328,9 @@ class _Exchange:
                 self.down.say(QueuePosition(partial(self.pool.position, job)))
                 is_back = last is not None and last is not preempted
                 lease = stack.enter_context(await self.pool.lease(job, is_back=is_back, preempted=preempted))
-                self.lease, backend = lease, self.pool.backend_of(lease)
                 if self.pool.context is not context:
                     raise BackendRestarted  # and may have another model now
+                self.lease, backend = lease, self.pool.backend_of(lease)
                 self.pool.metrics.queue_s.observe(time.monotonic() - queued)
                 lease.recorder.rewrote(rewrote(self.request))
                 if last is None and parsed.prompts:
