@@ -43,8 +43,6 @@ class Server:
         self.thinks = False
         self.refuses = False
         self.fails: UpstreamError | None = None
-        self.gate: asyncio.Event | None = None
-        self.asked = asyncio.Event()
 
     def _id(self, text: str) -> int:
         return self.ids.setdefault(text, len(self.ids) + 10)
@@ -68,9 +66,6 @@ class Server:
 
     async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:
         self.requests.append(content)
-        self.asked.set()
-        if self.gate is not None:
-            await self.gate.wait()
         await asyncio.sleep(0)
         if self.fails is not None:
             raise self.fails
@@ -372,27 +367,6 @@ async def test_conversations_at_the_same_time_do_not_disturb_each_other() -> Non
     await asyncio.gather(*(converse(name) for name in "pqrs"))
 
 
-async def test_a_restart_in_the_middle_of_a_prompt_begins_it_anew() -> None:
-    """No prompt is half one model's tokens and half another's."""
-    server = Server()
-    prompts = Tokenizer(server)
-    await follow_up(prompts, 3)
-    server.gate = asyncio.Event()
-    server.requests.clear()
-    server.asked.clear()
-    task = asyncio.get_running_loop().create_task(
-        prompts.chat(turns(*[f"{LONG}{i}" for i in range(5)], "more"))
-    )
-    await server.asked.wait()
-    assert server.requests[0].startswith("<|im_")  # the tail of a prompt whose head is known
-    server.ids |= {text: token + 1_000 for text, token in server.ids.items() if text not in SPECIALS}
-    prompts.forget()
-    server.gate.set()
-    prompt = await task
-    assert prompt.tokens == server.tokens(str(prompt.text))
-    assert prompt.whole
-
-
 # What is remembered
 
 
@@ -429,7 +403,7 @@ async def test_a_text_of_special_tokens_only_is_kept_in_few_pieces() -> None:
 # The guard
 
 
-async def test_a_miscount_ends_the_cutting_until_the_server_restarts(
+async def test_a_miscount_ends_the_cutting(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """From then on prompts are tokenized whole; it is said once, and each is counted."""
@@ -443,17 +417,6 @@ async def test_a_miscount_ends_the_cutting_until_the_server_restarts(
     assert len(caplog.records) == 1
     assert prompts.n_miscounted == 2
     assert all(prompt.whole for prompt in await follow_up(prompts))
-    prompts.forget()
-    assert not (await follow_up(prompts))[-1].whole
-
-
-async def test_a_miscount_from_before_a_restart_says_nothing_about_the_new_server() -> None:
-    """Its answer may come late; the new server's prompts are cut all the same."""
-    prompts = Tokenizer(Server())
-    *_, last = await follow_up(prompts)
-    prompts.forget()
-    assert not prompts.confirm(last, last.n_tokens - 1)
-    assert not (await follow_up(prompts))[-1].whole
 
 
 # Completion prompts

@@ -32,7 +32,7 @@ def shape_of(body: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
 
 
 class ConversionChecks:
-    """Whether the conversion of bodies is right, by shape, until ``forget``.
+    """Whether the conversion of bodies is right, by shape.
 
     ``ask`` posts to llama-server and returns status and JSON.
     """
@@ -40,10 +40,6 @@ class ConversionChecks:
     def __init__(self, ask: Callable[[str, Mapping[str, Any]], Awaitable[tuple[int, Any]]]) -> None:
         self._ask = ask
         self._is_right: dict[frozenset[tuple[str, str]], bool] = {}
-
-    def forget(self) -> None:
-        """Forget everything: the server was restarted, perhaps as another build."""
-        self._is_right = {}
 
     def learn(self, body: Mapping[str, Any], *, is_right: bool) -> None:
         """Record whether the server counted as many tokens as the conversion gives. One wrong count is final."""

@@ -77,7 +77,6 @@ class Prompt:
     tokens: bytes
     text: str | None = None
     whole: bool = True  # tokenized in one piece, so no cut can be wrong
-    n_restarts: int = field(default=0, compare=False)  # restarts of the server before it was tokenized
     whose: str = field(default="", compare=False)  # the namespace of the texts it was compared with
 
     @property
@@ -116,7 +115,7 @@ class _Split:
 
 
 class _Model:
-    """What is known of the tokenizer of one run of the server. Discarded as a whole when that ends."""
+    """What is known of the tokenizer. Discarded as a whole when a cut was wrong."""
 
     def __init__(self, server: PromptServer, cache_bytes: int, *, is_whole: bool = False) -> None:
         self.specials = SpecialTokensOfEach(server)
@@ -150,13 +149,6 @@ class Tokenizer:
         self._model = _Model(server, cache_bytes)
         self._is_told = False
         self.n_miscounted = 0
-        self.n_restarts = 0
-
-    def forget(self) -> None:
-        """Forget everything: the server was restarted, perhaps with another model."""
-        self.n_restarts += 1
-        self._model = _Model(self._server, self._cache_bytes)
-        self._is_told = False
 
     async def chat(self, body: Mapping[str, Any], whose: str = "") -> Prompt:
         """The tokens of a chat body. Raises OpaquePrompt for media, UpstreamError if the template refuses it."""
@@ -226,12 +218,12 @@ class Tokenizer:
             prompt = await self._tokenize(model, text, whose)
             if model is self._model:
                 return prompt
-            # The server was restarted meanwhile: half of these tokens may be another model's.
+            # A cut was found to be wrong meanwhile: it may be one of these.
 
     async def _tokenize(self, model: _Model, text: str, whose: str) -> Prompt:
         if model.is_whole:
             tokens = await self._server.tokenize(text, add_special=True)
-            return Prompt(tokens, text, n_restarts=self.n_restarts, whose=whose)
+            return Prompt(tokens, text, whose=whose)
         split = model.split(text, whose)
         known = split.known
         if known.n_cuts:
@@ -242,7 +234,7 @@ class Tokenizer:
         else:
             tokens = await self._server.tokenize(text, add_special=True)
         await self._remember(model, text, tokens, split)
-        return Prompt(tokens, text, whole=not known.n_cuts, n_restarts=self.n_restarts, whose=whose)
+        return Prompt(tokens, text, whole=not known.n_cuts, whose=whose)
 
     async def _tail(self, specials: SpecialTokens, text: str, cut: TokenSpan) -> bytes | None:
         """The tokens from the cut on; None if this special token turns out to change them."""
@@ -278,14 +270,14 @@ class Tokenizer:
     def confirm(self, prompt: Prompt, n_server: int) -> bool:
         """Whether the server counted as many tokens in the prompt as we did.
 
-        If not, and the prompt was tokenized in pieces, all texts are tokenized as a whole until ``forget``. Counted
-        in ``n_miscounted``, which only tests read; the first is logged. (The server compares tokens itself, so no
+        If not, and the prompt was tokenized in pieces, all texts are tokenized as a whole from then on. Counted in
+        ``n_miscounted``, which only tests read; the first is logged. (The server compares tokens itself, so no
         answer was wrong.)
         """
         if n_server == prompt.n_tokens:
             return True
         self.n_miscounted += 1
-        if not prompt.whole and prompt.n_restarts == self.n_restarts:
+        if not prompt.whole:
             self._model = _Model(self._server, self._cache_bytes, is_whole=True)
         if not self._is_told:
             self._is_told = True
