@@ -25,7 +25,7 @@ import aiohttp
 
 from llamaslot.backend.backend import Backend, Health
 from llamaslot.config.load import Config
-from llamaslot.fleet.pool import SlotTable
+from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.app import listening
 from tests.support import models
@@ -97,7 +97,7 @@ class Front:
         return f"http://{self.config.listen.host}:{self.config.listen.port}"
 
     @property
-    def pool(self) -> SlotTable:
+    def pool(self) -> Pool:
         return self.registry.pools[0]
 
     @property

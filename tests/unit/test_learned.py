@@ -6,23 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.fleet.pool import Directory, PoolSettings, SlotTable
+from llamaslot.fleet.pool import Directory, Pool, PoolSettings
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.eviction import HitRateModel, ReuseClass
 from llamaslot.store.snapshot_store import SnapshotStore
 
 
-def make(meta_dir: Path) -> SlotTable:
+def make(meta_dir: Path) -> Pool:
     """Of one backend, which is not up."""
     directory = Directory(meta_dir / "kv", quota_bytes=1 << 30)
     directory.path.mkdir(exist_ok=True)
-    pool = SlotTable(PoolSettings("gpu0", meta_dir, 2.0, directory=directory), Metrics())
+    pool = Pool(PoolSettings("gpu0", meta_dir, 2.0, directory=directory), Metrics())
     pool.add("gpu0", LlamaServer("http://127.0.0.1:9"))
     return pool
 
 
-def store_of(pool: SlotTable) -> SnapshotStore:
+def store_of(pool: Pool) -> SnapshotStore:
     assert pool.store is not None
     return pool.store
 

@@ -58,7 +58,7 @@ class PoolSettings:
     prewarm: Bodies = ()
 
 
-class SlotTable:
+class Pool:
     """One model, its backends, and the requests that wait for a slot of any of them."""
 
     def __init__(

@@ -9,7 +9,7 @@ from llamaslot.backend.backend import Backend
 from llamaslot.config.load import Config
 from llamaslot.config.values import read_chat_file
 from llamaslot.errors import ConfigError
-from llamaslot.fleet.pool import Directory, PoolSettings, SlotTable
+from llamaslot.fleet.pool import Directory, Pool, PoolSettings
 from llamaslot.fleet.queue import QueueLimits
 from llamaslot.formats.registry import CHAT
 from llamaslot.formats.rewrite import Rewriting
@@ -23,7 +23,7 @@ from llamaslot.scheduling.prefill_policy import PrefillSharing
 class Registry:
     """One pool of one backend at present: the configuration allows no more."""
 
-    def __init__(self, metrics: Metrics, pools: list[SlotTable]) -> None:
+    def __init__(self, metrics: Metrics, pools: list[Pool]) -> None:
         self.metrics, self.pools = metrics, pools
 
     @classmethod
@@ -32,7 +32,7 @@ class Registry:
         if a configured file, readable a moment ago, is not readable any more.
         """
         metrics, settings = Metrics(), config.backend
-        pool = SlotTable(_pool_settings(config), metrics)
+        pool = Pool(_pool_settings(config), metrics)
         api = LlamaServer(url, settings.resolve_api_key(), config.timeouts.watchdog_s, name=settings.name)
         backend = pool.add(settings.name, api)
         backend.cache_misses.tells_texts = config.log.prompts
@@ -42,7 +42,7 @@ class Registry:
     def backends(self) -> Iterator[Backend]:
         return (backend for pool in self.pools for backend in pool.backends.values())
 
-    def pool_for(self, model: object = None) -> SlotTable:
+    def pool_for(self, model: object = None) -> Pool:
         """The pool that serves ``model``, as named in a request. With one pool any name is accepted, as in
         llama-server.
         """

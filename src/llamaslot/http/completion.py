@@ -29,7 +29,7 @@ from llamaslot.errors import (
     SlotWedged,
 )
 from llamaslot.fleet.model_context import ModelContext
-from llamaslot.fleet.pool import SlotTable
+from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.queue import QueuePosition
 from llamaslot.fleet.registry import Registry
 from llamaslot.formats.base import Format
@@ -107,7 +107,7 @@ class _Exchange:
 
     def __init__(
         self,
-        pool: SlotTable,
+        pool: Pool,
         rules: StreamRules,
         request: web.Request,
         route: Route,

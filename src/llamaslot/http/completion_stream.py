@@ -21,7 +21,7 @@ from llamaslot.backend.slot_content import is_far_off
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.errors import JSON_TYPE, UpstreamError
 from llamaslot.fleet.model_context import ModelContext
-from llamaslot.fleet.pool import SlotTable
+from llamaslot.fleet.pool import Pool
 from llamaslot.formats.stream_to_json import Doubt
 from llamaslot.http.client_request import ClientRequest
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream
@@ -49,7 +49,7 @@ class Answering:
 
     def __init__(
         self,
-        pool: SlotTable,
+        pool: Pool,
         backend: Backend,
         context: ModelContext,
         down: Downstream,

@@ -16,7 +16,7 @@ from llamaslot.backend.backend import Backend
 from llamaslot.backend.long_prompt import no_report
 from llamaslot.cache.content import Content
 from llamaslot.errors import BackendDown, BackendRestarted, BadRequest, DeadlinePassed
-from llamaslot.fleet.pool import SlotTable
+from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.registry import Registry
 from llamaslot.formats.registry import format_named
 from llamaslot.http.auth import user_of
@@ -77,14 +77,14 @@ class Passthrough:
                 raw = orjson.dumps(body)
         return await self.unprepared(self._registry.pool_for(), request, raw)
 
-    async def is_offered(self, pool: SlotTable, route: Route) -> bool:
+    async def is_offered(self, pool: Pool, route: Route) -> bool:
         """Whether llama-server has this route for its model. If assist is off it is not checked, and llama-server
         refuses the request itself. Raises BackendDown.
         """
         context = await pool.ready()
         return context is None or await pool.any_backend().route_availability.has(route.path)
 
-    async def unprepared(self, pool: SlotTable, request: web.Request, raw: bytes) -> web.StreamResponse:
+    async def unprepared(self, pool: Pool, request: web.Request, raw: bytes) -> web.StreamResponse:
         """Relay a request that takes no slot: it only asks for information, or llama-server refuses it. ``raw``: its
         body.
         """
@@ -98,7 +98,7 @@ class Passthrough:
         raw: bytes | None = None,
         head: bytes = b"",
         *,
-        pool: SlotTable | None = None,
+        pool: Pool | None = None,
     ) -> web.StreamResponse:
         """Run a request that takes slots of llama-server's choice, while no other request is between two steps.
         Cancelling releases the slots when the server is done with them. ``raw``: its body, if it was read before.
@@ -125,7 +125,7 @@ class Passthrough:
             return relayed
 
     async def _in_turns(
-        self, pool: SlotTable, request: web.Request, raw: bytes, head: bytes, *, is_watched: bool
+        self, pool: Pool, request: web.Request, raw: bytes, head: bytes, *, is_watched: bool
     ) -> web.StreamResponse:
         id_ = request_id(request.headers)
         for _ in range(ATTEMPTS):
@@ -135,7 +135,7 @@ class Passthrough:
         raise BackendDown(GIVEN_UP)
 
     async def _in_turn(
-        self, pool: SlotTable, request: web.Request, raw: bytes, id_: str, head: bytes, *, is_watched: bool
+        self, pool: Pool, request: web.Request, raw: bytes, id_: str, head: bytes, *, is_watched: bool
     ) -> web.StreamResponse:
         user = user_of(request)
         job = Request(id_, placement=Placement.SERVER_CHOSEN, user=user, space=pool.space(user))

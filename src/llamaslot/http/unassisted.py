@@ -20,7 +20,7 @@ from aiohttp import web
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.lease import Lease
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, UpstreamError
-from llamaslot.fleet.pool import SlotTable
+from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.queue import QueuePosition
 from llamaslot.formats.base import Format
 from llamaslot.formats.comments import Comment
@@ -49,9 +49,7 @@ class Unassisted:
     def __init__(self, rules: StreamRules) -> None:
         self._rules = rules
 
-    async def serve(
-        self, pool: SlotTable, request: web.Request, route: Route, raw: bytes
-    ) -> web.StreamResponse:
+    async def serve(self, pool: Pool, request: web.Request, route: Route, raw: bytes) -> web.StreamResponse:
         """Serve a request that is no completion. ``raw``: its body. Cancelling (the client has gone) closes the
         connection to llama-server, and the next request may be sent.
 
@@ -73,7 +71,7 @@ class Unassisted:
 
     async def relay(
         self,
-        pool: SlotTable,
+        pool: Pool,
         down: Downstream,
         deadlines: Deadlines,
         format_: Format | None,
@@ -129,7 +127,7 @@ class Unassisted:
             self._note(backend, lease, format_, reading, began)
             return await down.end()
 
-    async def _lease(self, pool: SlotTable, job: Request, down: Downstream) -> Lease:
+    async def _lease(self, pool: Pool, job: Request, down: Downstream) -> Lease:
         """Wait for the right to send it. Raises BackendDown, QueueFull, BackendRestarted."""
         lease = await pool.lease(job)
         if lease.pool.is_assisted:  # the server was replaced while it waited
