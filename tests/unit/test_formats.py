@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llamaslot.errors import PromptNotTokenizable
-from llamaslot.formats.base import Format, PromptKind
+from llamaslot.formats.base import LAST_EVENTS, Format, PromptKind
 from llamaslot.formats.error_events import ErrorEvents
 from llamaslot.formats.registry import FORMATS
 from llamaslot.llama import routes
@@ -30,6 +30,9 @@ class Questions(Format):
     name = "questions"
     prompt_kind = PromptKind.CONVERTED
     system_key = "persona"
+    last_events = (b"event: response.completed", *LAST_EVENTS)
+    usage_key = "response"
+    usage_details_key = "input_tokens_details"
 
     def chat_body(self, body: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(body.get("question"), str):

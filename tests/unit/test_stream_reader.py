@@ -8,6 +8,7 @@ import aiohttp
 import pytest
 
 from llamaslot.formats.error_events import ErrorEvents
+from llamaslot.formats.registry import FORMATS
 from llamaslot.http.stream_reader import Reading
 from llamaslot.llama.sse import PrefillStats, event_of
 
@@ -29,8 +30,9 @@ class Upstream:
         return self._chunks.pop(0) if self._chunks else b""
 
 
-def reading(*chunks: bytes, prefill_stats: PrefillStats | None = None, **more: Any) -> Reading:
-    return Reading(cast(aiohttp.ClientResponse, Upstream(*chunks)), prefill_stats, ErrorEvents(""), **more)
+def reading(*chunks: bytes, kind: str = "chat", earlier: PrefillStats | None = None, **more: Any) -> Reading:
+    upstream = cast(aiohttp.ClientResponse, Upstream(*chunks))
+    return Reading(upstream, FORMATS[kind], earlier, ErrorEvents(""), **more)
 
 
 async def passed(it: Reading) -> bytes:
@@ -95,13 +97,14 @@ async def test_a_response_is_not_created_before_its_place_is_known() -> None:
 
 
 @pytest.mark.parametrize(
-    "last",
-    [b"data: [DONE]\n\n", STOP, event_of({"content": "", "stop": True, "timings": {}}),
-     b'event: response.completed\ndata: {"type":"response.completed"}\n\n'],
+    ("kind", "last"),
+    [("chat", b"data: [DONE]\n\n"), ("openai-completion", b"data: [DONE]\n\n"), ("messages", STOP),
+     ("native-completion", event_of({"content": "", "stop": True, "timings": {}})),
+     ("responses", b'event: response.completed\ndata: {"type":"response.completed"}\n\n')],
 )  # fmt: skip
-async def test_the_last_event_is_known_in_every_format(last: bytes) -> None:
+async def test_the_last_event_is_known_in_every_format(kind: str, last: bytes) -> None:
     """The slot is given back before the client can read it."""
-    it = reading(event_of({"content": "a"}), last)
+    it = reading(event_of({"content": "a"}), last, kind=kind)
     await it.next()
     assert not it.is_over
     await it.next()
@@ -122,13 +125,13 @@ async def test_the_first_token_of_a_response_is_not_its_announcement() -> None:
 
 async def test_usage_is_put_right_in_every_format() -> None:
     """Of ten tokens nine were there when llama-server was asked, four when the client asked."""
-    prefill_stats = PrefillStats(4, 9, 1.0)
+    earlier = PrefillStats(4, 9, 1.0)
     assert b'"cache_read_input_tokens":4,"input_tokens":6' in await passed(
-        reading(START, prefill_stats=prefill_stats)
+        reading(START, kind="messages", earlier=earlier)
     )
     usage = {"input_tokens": 10, "input_tokens_details": {"cached_tokens": 9}}
     completed = event_of({"response": {"usage": usage}}, b"event: response.completed\n")
-    it = reading(completed, prefill_stats=prefill_stats)
+    it = reading(completed, kind="responses", earlier=earlier)
     told = await passed(it)
     assert told.startswith(b"event: response.completed\ndata: ")
     assert b'"cached_tokens":4' in told

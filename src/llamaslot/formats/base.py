@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from llamaslot.formats.error_events import ErrorEvents
 from llamaslot.formats.stream_to_json import Assembly, streamed_with_progress
 from llamaslot.llama.dry_run import DryRun, dry_run
 
+LAST_EVENTS = (b"data: [DONE]", b"event: error")
 _SYSTEM = ("system", "developer")
 
 
@@ -28,6 +30,15 @@ class PromptKind(enum.Enum):
     PLAIN = "plain"
     #: The parts of a file, which llama-server combines as the model requires.
     INFILL = "infill"
+
+
+@dataclass(frozen=True, slots=True)
+class UsageCounts:
+    """Tokens, as one ``usage`` counts them; None or 0 where it does not say."""
+
+    n_cached: int | None = None  # of the prompt, reused
+    n_prompt: int | None = None  # of the whole prompt
+    n_predicted: int = 0
 
 
 class Format(Protocol):
@@ -46,6 +57,11 @@ class Format(Protocol):
     count_path: str | None = None
     #: The route on which a dry run with the whole body finds faults of its prompt.
     whole_dry_run_path: str | None = None
+    #: How the events begin of which each ends a stream. (The native format's last has ``stop``.)
+    last_events: tuple[bytes, ...] = LAST_EVENTS
+    #: The field of an event that may hold a ``usage``, beside its root; and where a usage tells of reused tokens.
+    usage_key: str | None = None
+    usage_details_key: str = "prompt_tokens_details"
     #: Whether its streams have events for the progress of a prompt; others report it in comments.
     has_progress_events: bool = False
 
@@ -117,6 +133,25 @@ class Format(Protocol):
         empty if none is needed.
         """
         return b""
+
+    def usages(self, payload: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The ``usage`` objects of an answer or an event."""
+        holders = (payload, payload.get(self.usage_key)) if self.usage_key is not None else (payload,)
+        found = [holder.get("usage") for holder in holders if isinstance(holder, Mapping)]
+        return [usage for usage in found if isinstance(usage, dict)]
+
+    def counts(self, usage: Mapping[str, Any]) -> UsageCounts:
+        """What ``usage`` counts. That of OpenAI's first formats is not needed for the prompt: their timings tell it."""
+        details = usage.get(self.usage_details_key) or {}
+        return UsageCounts(details.get("cached_tokens"), None, int(usage.get("completion_tokens", 0)))
+
+    def correct_usage(self, usage: dict[str, Any], n_reused: int) -> bool:
+        """Write into ``usage`` that at most ``n_reused`` tokens were reused. True where it tells of that at all."""
+        details = usage.get(self.usage_details_key)
+        if not isinstance(details, dict) or "cached_tokens" not in details:
+            return False
+        details["cached_tokens"] = min(n_reused, int(details["cached_tokens"]))
+        return True
 
     def errors(self, id_: str) -> ErrorEvents:
         """An encoder of errors for one stream. ``id_``: of the request."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llamaslot.errors import PromptNotTokenizable, Reason
-from llamaslot.formats.base import Format, PromptKind
+from llamaslot.formats.base import LAST_EVENTS, Format, PromptKind, UsageCounts
 from llamaslot.formats.error_events import ErrorEvents
 from llamaslot.llama.dry_run import DryRun, dry_run
 from llamaslot.llama.sse import event_of
@@ -52,6 +52,8 @@ class MessagesFormat(Format):
     messages_key = "messages"
     system_key = "system"
     count_path = "/v1/messages/count_tokens"
+    last_events = (b"event: message_stop", *LAST_EVENTS)
+    usage_key = "message"
 
     def chat_body(self, body: Mapping[str, Any]) -> dict[str, Any]:
         return chat_body(body)
@@ -82,6 +84,21 @@ class MessagesFormat(Format):
             "usage": usage,
         }
         return event_of({"type": "message_start", "message": message}, b"event: message_start\n")
+
+    def counts(self, usage: Mapping[str, Any]) -> UsageCounts:
+        """``input_tokens`` are those that were computed."""
+        n_cached, n_prompt = usage.get("cache_read_input_tokens"), None
+        if n_cached is not None and "input_tokens" in usage:
+            n_prompt = int(n_cached) + int(usage["input_tokens"])
+        return UsageCounts(n_cached, n_prompt, int(usage.get("output_tokens", 0)))
+
+    def correct_usage(self, usage: dict[str, Any], n_reused: int) -> bool:
+        if "cache_read_input_tokens" not in usage:
+            return False
+        n_cached = int(usage["cache_read_input_tokens"])
+        n_prompt, n_reused = n_cached + int(usage.get("input_tokens", 0)), min(n_reused, n_cached)
+        usage |= {"cache_read_input_tokens": n_reused, "input_tokens": n_prompt - n_reused}
+        return True
 
     def errors(self, id_: str) -> ErrorEvents:
         return MessagesErrors(id_)

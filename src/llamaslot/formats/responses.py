@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llamaslot.errors import PromptNotTokenizable
-from llamaslot.formats.base import Format, PromptKind
+from llamaslot.formats.base import LAST_EVENTS, Format, PromptKind, UsageCounts
 from llamaslot.formats.error_events import ErrorEvents
 from llamaslot.llama.sse import data_of, event_of
 
@@ -33,9 +33,18 @@ class ResponsesFormat(Format):
     messages_key = "input"
     system_key = "instructions"
     count_path = "/v1/responses/input_tokens"
+    last_events = (b"event: response.completed", *LAST_EVENTS)
+    usage_key = "response"
+    usage_details_key = "input_tokens_details"
 
     def chat_body(self, body: Mapping[str, Any]) -> dict[str, Any]:
         return chat_body(body)
+
+    def counts(self, usage: Mapping[str, Any]) -> UsageCounts:
+        """``input_tokens`` are all of the prompt."""
+        n_cached = (usage.get(self.usage_details_key) or {}).get("cached_tokens")
+        n_prompt = int(usage["input_tokens"]) if n_cached is not None and "input_tokens" in usage else None
+        return UsageCounts(n_cached, n_prompt, int(usage.get("output_tokens", 0)))
 
     def errors(self, id_: str) -> ErrorEvents:
         return ResponsesErrors(id_)

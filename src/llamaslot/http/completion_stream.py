@@ -100,6 +100,7 @@ class Answering:
         self._upstream = await self._send(sent, self._body())
         self._reading = Reading(
             self._upstream,
+            self.client_request.format,
             self.prefill_stats,
             self.down.errors,
             n_answers=self.parsed.n_prompts * (1 + self.parsed.request.n_children),

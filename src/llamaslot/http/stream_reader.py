@@ -7,28 +7,21 @@ from typing import Any
 import aiohttp
 import orjson
 
+from llamaslot.formats.base import Format
+from llamaslot.formats.corrections import Corrections, index_of
 from llamaslot.formats.error_events import ErrorEvents, is_error
 from llamaslot.formats.stream_to_json import Assembly
 from llamaslot.llama.client import next_piece
-from llamaslot.llama.sse import (
-    EventSplitter,
-    PrefillStats,
-    data_of,
-    event_of,
-    index_of,
-    usages,
-    without_empty_events,
-)
+from llamaslot.llama.sse import EventSplitter, PrefillStats, data_of, event_of, without_empty_events
 
 _NOTED = (b'"timings"', b'"error"', b'"prompt_progress"', b'"usage"')
-_LAST = (b"data: [DONE]", b"event: message_stop", b"event: response.completed", b"event: error")
 _CREATED, _IN_PROGRESS = b"event: response.created", b"event: response.in_progress"
 _BEFORE_TOKENS = (_CREATED, _IN_PROGRESS)
 
 
 class Reading:
-    """One answer. ``timings``: of its first prompt; ``n_found``: tokens reused of that, from its first progress
-    event.
+    """One answer in ``format_``. ``timings``: of its first prompt; ``n_found``: tokens reused of that, from its
+    first progress event.
 
     ``is_over``: its last event has come; in the native format the last of ``n_answers`` final events. ``has_token``:
     its first token has come. Progress events are relayed only if ``wants_progress``. With an ``assembly`` nothing is
@@ -39,6 +32,7 @@ class Reading:
     def __init__(
         self,
         upstream: aiohttp.ClientResponse,
+        format_: Format,
         prefill_stats: PrefillStats | None,
         errors: ErrorEvents,
         *,
@@ -57,8 +51,9 @@ class Reading:
         self.is_over = False
         self.has_token = False
         self.assembly = assembly
-        self._upstream, self._earlier, self._wants_progress = upstream, prefill_stats, wants_progress
-        self._errors = errors
+        self._upstream, self._format, self._errors = upstream, format_, errors
+        self._corrections = Corrections(format_, prefill_stats) if prefill_stats is not None else None
+        self._wants_progress = wants_progress
         self._n_left, self._start = n_answers, start
         self._created, self._is_in_progress = b"", False
         self._splitter = EventSplitter()
@@ -104,13 +99,13 @@ class Reading:
         changed = False
         for part in answer if isinstance(answer, list) else [answer]:
             self._note(part)
-            if self._earlier is not None and isinstance(part, dict):
-                changed = self._earlier.correct(part) or changed
+            if self._corrections is not None and isinstance(part, dict):
+                changed = self._corrections.correct(part) or changed
         return changed
 
     def _event(self, event: bytes) -> bytes:
         payload: Any = None
-        if event.startswith(_LAST):
+        if event.startswith(self._format.last_events):
             self.is_over = True
             self.has_failed = self.has_failed or event.startswith(b"event: error")
         if self.assembly is not None or any(mark in event for mark in _NOTED):
@@ -141,7 +136,8 @@ class Reading:
             return created + start + self._errors.translated(event)
         if event.startswith(b":"):
             return created + start + without_empty_events(event)
-        return created + start + (self._earlier.correct_event(event) if self._earlier is not None else event)
+        corrections = self._corrections
+        return created + start + (corrections.correct_event(event) if corrections is not None else event)
 
     def _is_first_in_progress(self, event: bytes) -> bool:
         """``response.in_progress`` is sent once if no progress was requested, and otherwise once for each batch."""
@@ -155,14 +151,11 @@ class Reading:
         timings = payload.get("timings")
         if isinstance(timings, dict) and not index_of(payload):
             self.timings = dict(timings)
-        for usage in usages(payload):
-            details = usage.get("input_tokens_details") or usage.get("prompt_tokens_details") or {}
-            cached = usage.get("cache_read_input_tokens", details.get("cached_tokens"))
-            self.n_cached = cached if self.n_cached is None else self.n_cached
-            if self.n_prompt is None and cached is not None and "input_tokens" in usage:
-                is_all = "input_tokens_details" in usage  # Anthropic's are the computed ones
-                self.n_prompt = int(usage["input_tokens"]) + (0 if is_all else int(cached))
-            self.n_predicted = int(usage.get("output_tokens", usage.get("completion_tokens", 0)))
+        for usage in self._format.usages(payload):
+            counts = self._format.counts(usage)
+            self.n_cached = counts.n_cached if self.n_cached is None else self.n_cached
+            self.n_prompt = counts.n_prompt if self.n_prompt is None else self.n_prompt
+            self.n_predicted = counts.n_predicted
         progress = payload.get("prompt_progress")
         if isinstance(progress, dict):
             self.n_processed = int(progress["processed"])

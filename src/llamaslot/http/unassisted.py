@@ -112,6 +112,7 @@ class Unassisted:
                 return await relay(request, upstream, down.headers)
             reading = Reading(
                 upstream,
+                format_,
                 None,
                 down.errors,
                 n_answers=format_.n_prompts(body) * format_.n_answers(body),

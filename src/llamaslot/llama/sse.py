@@ -5,13 +5,11 @@ unchanged.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
-_MARKS = (b'"timings"', b'"usage"', b'"prompt_progress"')
 _ENDS = (b"\n\n", b"\r\n\r\n")
 _OVERLAP = max(map(len, _ENDS)) - 1  # bytes before a chunk that may belong to an end mark that ends in it
 
@@ -70,13 +68,6 @@ def event_of(payload: Any, of: bytes = b"") -> bytes:
     return name + b"data: " + orjson.dumps(payload) + b"\n\n"
 
 
-def usages(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The ``usage`` objects of an answer or event of any format: at its root, or in its message or response."""
-    parts = [payload, payload.get("message"), payload.get("response")]
-    found = [part.get("usage") for part in parts if isinstance(part, Mapping)]
-    return [usage for usage in found if isinstance(usage, dict)]
-
-
 def comment(text: str) -> bytes:
     """A comment line between two events, without a blank line: some readers (openai-go until 2026) take each blank
     line as an event, and fail if it has no data.
@@ -122,58 +113,3 @@ class PrefillStats:
         is_own = self.n_reused <= later.n_reused <= self.n_tokens
         n_reused = self.n_reused if is_own else later.n_reused
         return PrefillStats(n_reused, later.n_tokens, self.seconds + later.seconds, later.n_answers)
-
-    def correct(self, payload: dict[str, Any]) -> bool:
-        """Correct the numbers of one JSON answer or event, in place. True if something was changed."""
-        if index_of(payload) >= self.n_answers:
-            return False
-        changed = False
-        if isinstance(timings := payload.get("timings"), dict) and "prompt_n" in timings:
-            self._correct_timings(timings)
-            changed = True
-        for usage in usages(payload):
-            changed = self._correct_usage(usage) or changed
-        if isinstance(progress := payload.get("prompt_progress"), dict):
-            progress["cache"] = min(self.n_reused, int(progress["cache"]))
-            progress["time_ms"] = progress["time_ms"] + round(self.seconds * 1000)
-            changed = True
-        return changed
-
-    def _correct_timings(self, timings: dict[str, Any]) -> None:
-        total = int(timings.get("cache_n", 0)) + int(timings["prompt_n"])
-        reused = min(self.n_reused, int(timings.get("cache_n", 0)))
-        computed, ms = total - reused, float(timings["prompt_ms"]) + self.seconds * 1000
-        timings |= {"cache_n": reused, "prompt_n": computed, "prompt_ms": ms}
-        if computed and ms > 0:
-            timings |= {"prompt_per_token_ms": ms / computed, "prompt_per_second": computed / ms * 1000}
-
-    def _correct_usage(self, usage: dict[str, Any]) -> bool:
-        """Correct the number of reused tokens; Anthropic's ``input_tokens`` are the computed ones."""
-        if "cache_read_input_tokens" in usage:
-            total = int(usage["cache_read_input_tokens"]) + int(usage.get("input_tokens", 0))
-            reused = min(self.n_reused, int(usage["cache_read_input_tokens"]))
-            usage |= {"cache_read_input_tokens": reused, "input_tokens": total - reused}
-            return True
-        for name in ("prompt_tokens_details", "input_tokens_details"):
-            details = usage.get(name)
-            if isinstance(details, dict) and "cached_tokens" in details:
-                details["cached_tokens"] = min(self.n_reused, int(details["cached_tokens"]))
-                return True
-        return False
-
-    def correct_event(self, event: bytes) -> bytes:
-        """The event with corrected numbers; the same bytes if it has none."""
-        if not any(mark in event for mark in _MARKS):
-            return event
-        payload = data_of(event)
-        if not isinstance(payload, dict) or not self.correct(payload):
-            return event
-        return event_of(payload, event)
-
-
-def index_of(payload: Mapping[str, Any]) -> int:
-    """The index of the answer that it belongs to: ``n`` for each prompt, prompt by prompt. 0 if it has none."""
-    choices = payload.get("choices")
-    part = choices[0] if isinstance(choices, list) and choices else payload
-    index = part.get("index") if isinstance(part, dict) else None
-    return index if isinstance(index, int) else 0
