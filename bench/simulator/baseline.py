@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from bench.simulator.disk import FINGERPRINT, Disk
 from bench.simulator.server import SimulatedServer
-from bench.simulator.users import ClientRequest
+from bench.simulator.users import SentRequest
 from llamaslot.cache.ids import common, count
 from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.store import QuotaExceeded, Snapshot
@@ -54,7 +54,7 @@ class Original:
     async def run(self) -> None:
         """Nothing goes on beside requests."""
 
-    async def ask(self, asked: ClientRequest) -> None:
+    async def ask(self, asked: SentRequest) -> None:
         """One request."""
         served, slot = asked.served, await self._slot(asked)
         served.queued_s = self._loop.time() - asked.sent_at
@@ -67,7 +67,7 @@ class Original:
         slot.prompt = asked.prompt
         self.tasks.spawn(self._save(slot), f"slot {slot.id} is saved")
 
-    async def _slot(self, asked: ClientRequest) -> _Slot:
+    async def _slot(self, asked: SentRequest) -> _Slot:
         while all(slot.is_busy for slot in self._slots):
             waiting = self._loop.create_future()
             self._waiting.append(waiting)

@@ -191,7 +191,7 @@ class Machine:
     async def until(self, work: Work, goal: float) -> None:
         """Wait until so many tokens of its prompt are there (0: until it has begun, infinity: until it is over).
 
-        Told at the end of a step. Cancelling is safe: the work goes on.
+        Told at the end of a step. Canceling is safe: the work goes on.
         """
         if work.progress >= goal:
             return

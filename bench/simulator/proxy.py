@@ -11,7 +11,7 @@ from typing import cast
 from bench.simulator.disk import FINGERPRINT, Disk
 from bench.simulator.machine import Machine, Streamed
 from bench.simulator.server import N_CTX, Answer, SimulatedServer
-from bench.simulator.users import LONG_S, ClientRequest
+from bench.simulator.users import LONG_S, SentRequest
 from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.feedback import Told
 from llamaslot.backend.lease import Lease
@@ -113,7 +113,7 @@ class Proxy:
 
     # -- a request: web.completions and web.answering ------------------------------------------------------------
 
-    async def ask(self, asked: ClientRequest) -> None:
+    async def ask(self, asked: SentRequest) -> None:
         """One request, until a place was what it was taken for."""
         request = Request(
             f"{asked.origin.conversation}.{asked.origin.index}", asked.prompt, n_system=asked.n_system
@@ -128,9 +128,9 @@ class Proxy:
                 before = before.then(later) if before is not None and later is not None else later or before
 
     async def _ask_at_a_place(
-        self, asked: ClientRequest, request: Request, before: PrefillStats | None, n_before: int
+        self, asked: SentRequest, request: Request, before: PrefillStats | None, n_before: int
     ) -> None:
-        """``before``: what was done for it at the ``n_before`` places that it had. Raises PlanAgain."""
+        """``before``: what was done for it at the ``n_before`` places that it had. Raises RetryPlacement."""
         served, may_replan = asked.served, n_before < REPLANS
         with contextlib.ExitStack() as stack:
             lease = stack.enter_context(await self.dispatcher.lease(request, is_back=n_before > 0))
@@ -158,14 +158,14 @@ class Proxy:
 
     async def _answer(
         self,
-        asked: ClientRequest,
+        asked: SentRequest,
         lease: Lease,
         here: PrefillStats | None,
         until_first: contextlib.ExitStack,
         *,
         may_replan: bool,
     ) -> Answer:
-        """The client's own request. Raises PlanAgain when the slot does not hold what was expected."""
+        """The client's own request. Raises RetryPlacement when the slot does not hold what was expected."""
         no_cache = here is None and lease.content is None
         lease.begin_request()
         async with self.server.run(

@@ -55,7 +55,7 @@ class Spread:
 
 
 @dataclass(slots=True)
-class ChunkedPrefill:
+class PrefillFigures:
     """What llamaslot computed ahead of clients' own requests: ``n`` requests for that, ``n_closed`` of them on the
     way.
 
@@ -91,7 +91,7 @@ class Result:
     queued: Spread
     little: Spread
     slowed: Spread
-    prefills: ChunkedPrefill
+    prefills: PrefillFigures
     stream_share: float
     slow_stream: float
     gap_longest_s: float
@@ -123,7 +123,7 @@ def measured(
     server: SimulatedServer,
     disk: Disk,
     took_s: float,
-    prefills: ChunkedPrefill,
+    prefills: PrefillFigures,
 ) -> Result:
     """Raises AssertionError when tokens have got lost: each one of a prompt is either reused or computed."""
     counts, stalls, streamed = server.counts, server.machine.stalls, server.machine.streamed

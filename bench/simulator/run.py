@@ -11,7 +11,7 @@ from bench.simulator.baseline import Original
 from bench.simulator.disk import UNLIMITED, AtRandom, Disk, Foreseen
 from bench.simulator.machine import Hardware
 from bench.simulator.proxy import Proxy
-from bench.simulator.result import ChunkedPrefill, Label, Result, measured
+from bench.simulator.result import Label, PrefillFigures, Result, measured
 from bench.simulator.server import SimulatedServer
 from bench.simulator.trace import Trace
 from bench.simulator.users import Foresight, Users
@@ -127,9 +127,9 @@ class _Run:
         label = Label(self.trace.name, self.trace.seed, setting.policy.value, setting.disk, setting.prefill)
         return measured(label, users.served, self.server, self.disk, took_s, self._chunked_prefill())
 
-    def _chunked_prefill(self) -> ChunkedPrefill:
+    def _chunked_prefill(self) -> PrefillFigures:
         counts = self.server.counts
-        found = ChunkedPrefill(counts.n_prefills, counts.n_closed)
+        found = PrefillFigures(counts.n_prefills, counts.n_closed)
         if isinstance(self.served_by, Proxy):
             by, step_s = self.served_by, self.setting.hardware.step_s
             found.waited_s = by.sample("prefill_wait_seconds_sum")

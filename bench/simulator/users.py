@@ -42,7 +42,7 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
-class ClientRequest:
+class SentRequest:
     """A request with its tokens, ``n_system`` of them system part and tools. ``served`` is to be filled in."""
 
     served: Served
@@ -130,7 +130,7 @@ class Users:
         self,
         trace: Trace,
         loop: asyncio.AbstractEventLoop,
-        ask: Callable[[ClientRequest], Awaitable[None]],
+        ask: Callable[[SentRequest], Awaitable[None]],
         foresight: Foresight,
     ) -> None:
         self.served: list[Served] = []
@@ -174,5 +174,5 @@ class Users:
         self.served.append(served)
         sent_at = self._loop.time()
         n_system = trace.n_system(conversation)
-        await self._ask(ClientRequest(served, prompt, n_system, answer, self._index[id(request)], sent_at))
+        await self._ask(SentRequest(served, prompt, n_system, answer, self._index[id(request)], sent_at))
         served.all_s = self._loop.time() - sent_at

@@ -36,7 +36,7 @@ class ChangeEvent:
             self._calls.remove(call)
 
     async def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until it rings or ``timeout_s`` have passed. Always yields to other tasks. Cancelling is safe."""
+        """Wait until it rings or ``timeout_s`` have passed. Always yields to other tasks. Canceling is safe."""
         future = asyncio.get_running_loop().create_future()
         self._waiting[future] = None
         try:
@@ -73,7 +73,7 @@ class TaskOwner:
         return len(self._tasks)
 
     async def drain(self, timeout_s: float | None = None) -> None:
-        """Wait for the running tasks without cancelling them. Cancelling this is safe: the tasks go on."""
+        """Wait for the running tasks without cancelling them. Canceling this is safe: the tasks go on."""
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=timeout_s)
 

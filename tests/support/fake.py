@@ -208,7 +208,7 @@ class FakeServer:
     async def wait_for(self, condition: Callable[[FakeServer], Any], timeout_s: float = 10.0) -> None:
         """Wait until ``condition(self)`` holds; looked at after each change. TimeoutError names the state.
 
-        Cancelling is safe.
+        Canceling is safe.
         """
         if condition(self):
             return

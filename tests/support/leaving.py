@@ -154,7 +154,7 @@ async def computed(stack: Stack) -> float:
 def spawn(
     client: Client, body: dict[str, Any], under_way: asyncio.Event | None = None
 ) -> asyncio.Task[Reply]:
-    """Ask in a task of its own; ``under_way`` is set when 50 tokens have come. Cancelling it is leaving."""
+    """Ask in a task of its own; ``under_way`` is set when 50 tokens have come. Canceling it is leaving."""
     n_tokens = 0
 
     async def note(event: Event) -> None:

@@ -147,7 +147,7 @@ class Client:
     ) -> Reply:
         """Send a completion, streaming or not, and read it to its end.
 
-        A failure is told in ``Reply.error``, never raised. Cancelling closes the connection: the client has left.
+        A failure is told in ``Reply.error``, never raised. Canceling closes the connection: the client has left.
         """
         reply, t0 = Reply(), time.perf_counter()
         try:

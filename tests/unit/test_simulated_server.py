@@ -16,7 +16,7 @@ from bench.simulator.proxy import Proxy
 from bench.simulator.run import LEFT
 from bench.simulator.server import Origin, SimulatedServer
 from bench.simulator.trace import Text, Trace, TraceRequest, Turn
-from bench.simulator.users import ClientRequest, Served
+from bench.simulator.users import SentRequest, Served
 from bench.virtual import VirtualLoop
 from llamaslot.cache.ids import count
 from llamaslot.llama.replies import Progress
@@ -153,7 +153,7 @@ class Stage:
         add = (Text(1000 + key, count(prompt)),)
         request = TraceRequest(0, 0, 0.0, key, Turn.FIRST, 0, add, Text(2000 + key, n_answer))
         served = Served(request, 0)
-        asked = ClientRequest(served, prompt, 0, text(2000 + key, n_answer), Origin(key, 0), self.loop.time())
+        asked = SentRequest(served, prompt, 0, text(2000 + key, n_answer), Origin(key, 0), self.loop.time())
         await self.proxy.ask(asked)
         return served
 

@@ -115,7 +115,7 @@ class Backend:
         down.
 
         ``/props`` has a mark that is random for each process, so a restart is noticed before anything is planned.
-        Cancelling is safe.
+        Canceling is safe.
         """
         while (session := self.session) is not None:
             if not session.is_assisted:

@@ -15,7 +15,7 @@ from typing import Any
 
 from llamaslot.backend.lease import Lease
 from llamaslot.cache.content import Content
-from llamaslot.cache.ids import WIDTH, common, count, head
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, WIDTH, common, count, head
 from llamaslot.cache.prompt_diff import ENOUGH, LOST_MIN, Parting, can_lose, parting
 from llamaslot.errors import LlamaslotError
 from llamaslot.formats.base import Format
@@ -32,7 +32,6 @@ _AT_ONCE = 8  # further requests are not examined: the first ones show the cause
 _N_HOLDERS = 16  # that are compared closely
 _N_SNAPSHOTS = 256  # considered: those of its namespaces that share most, or came last
 _N_OF_A_KIND = 5  # taken of each kind
-_NEAR_TOKENS = 64  # of a first message: many conversations share so much
 _EXCERPT = 80  # characters on each side
 _EXCERPT_TOKENS = 80  # of at least one character each
 
@@ -55,7 +54,7 @@ async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
     only of its own namespaces.
 
     ``contents``: of the slots, in order, when the lease was given. Of the snapshots: those that share most, the
-    nearest in length, and the most recent; the previous turn is usually one of these. Cancelling is safe.
+    nearest in length, and the most recent; the previous turn is usually one of these. Canceling is safe.
     """
     request, index = lease.request, lease.pool.model_snapshots.in_spaces
     found = [
@@ -104,7 +103,7 @@ class CacheMisses:
     async def _look(
         self, lease: Lease, contents: list[Content], prompt: Prompt, body: Mapping[str, Any], format_: Format
     ) -> None:
-        """Cancelling is safe: nothing is reported."""
+        """Canceling is safe: nothing is reported."""
         try:
             with contextlib.suppress(LlamaslotError):  # llama-server has gone: no texts are known
                 held = await holders(lease, contents)
@@ -237,7 +236,7 @@ def _left_behind(lease: Lease, held: list[Holder]) -> Holder | None:
     best = max(held, key=lambda holder: holder.n_shared, default=None)
     if best is None or best.n_shared in (best.n_tokens, lease.request.n_tokens):
         return None
-    return best if best.n_shared >= lease.request.n_system + _NEAR_TOKENS else None
+    return best if best.n_shared >= lease.request.n_system + NEGLIGIBLE_TOKENS else None
 
 
 def _n_behind_checkpoint(lease: Lease, holder: Holder) -> int:

@@ -8,7 +8,7 @@ from functools import partial
 from llamaslot.backend.pending import PendingSave, PendingSnapshots
 from llamaslot.cache import shared_prefix
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.cache.ids import count, head
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, count, head
 from llamaslot.cache.layered_index import Joined
 from llamaslot.cache.namespaces import InNamespaces, Namespace
 from llamaslot.cache.prefix_index import Shared
@@ -21,7 +21,6 @@ from llamaslot.store.model_snapshots import ModelSnapshots
 
 N_CANDIDATES = 16  # snapshots considered by a placement, the longest common prefixes first
 N_COVERING = 4  # holders checked for covering the content of a slot
-MIN_WORTH_TOKENS = 64  # snapshots closer together make the index slow and save nothing
 
 
 def source_of(snapshot: Snapshot) -> str:
@@ -85,7 +84,7 @@ class SnapshotCandidates:
         views = []
         for hit in found:
             n_usable = self._usable(hit, n_prompt)
-            if n_usable >= MIN_WORTH_TOKENS:
+            if n_usable >= NEGLIGIBLE_TOKENS:
                 if (leaving := self._pending.get(hit.holder)) is not None:
                     wait_s, restore_s = self._wait_s(leaving, now), self._rates.restore_s(hit.n_tokens)
                 else:
@@ -146,7 +145,7 @@ class SnapshotCandidates:
         """
         if request.no_cache:
             return ()
-        if is_second or abs(branch - request.n_system) <= shared_prefix.NEAR_TOKENS:
+        if is_second or abs(branch - request.n_system) <= NEGLIGIBLE_TOKENS:
             ends = {request.n_system}
         elif self._rewind_model.is_rewindable and not request.is_prewarm:
             ends = {branch}
@@ -173,9 +172,9 @@ class SnapshotCandidates:
         if not shared_prefix.MIN_TOKENS <= at < request.n_tokens:
             return False
         can_be_cut = self._rewind_model.is_rewindable and not request.is_prewarm
-        upto = at + shared_prefix.NEAR_TOKENS if can_be_cut else at
+        upto = at + NEGLIGIBLE_TOKENS if can_be_cut else at
         there = self._index.longest_full_prefix(head(request.tokens, upto), request.reads)
-        if there is not None and there.n_tokens >= at - shared_prefix.NEAR_TOKENS:
+        if there is not None and there.n_tokens >= at - NEGLIGIBLE_TOKENS:
             return False
         cost_s = self._rates.save_s(at) + self._rates.restore_s(at)
         return request.is_prewarm or self._rates.prefill.seconds(0, at) > cost_s

@@ -71,7 +71,7 @@ class UnpinnedRequest:
         self._settled = False
 
     async def watch_landing(self) -> None:
-        """Wait until the server works on the request, then let other requests go on. Cancelling is safe."""
+        """Wait until the server works on the request, then let other requests go on. Canceling is safe."""
         for wait_s in itertools.chain(_LANDING_POLLS_S, itertools.repeat(_CONFIRM_EVERY_S)):
             await asyncio.sleep(wait_s)
             try:
@@ -163,7 +163,7 @@ class ExclusiveSection:
         """Wait until no other request is between two steps, then lease and save the slots that the request may take.
 
         ``lease``: of the parent (``n`` > 1), or one without a slot. ``left``: the content of its one slot at its end,
-        as far as known. Cancelling is safe: all leases are released. Raises BackendRestarted, and SlotNotEmptied as
+        as far as known. Canceling is safe: all leases are released. Raises BackendRestarted, and SlotNotEmptied as
         ``_empty`` does.
         """
         report(Comment.WAITING_FOR_TURN)
@@ -263,10 +263,10 @@ class ExclusiveSection:
         """Wait until llama-server, given the request's prompt, will choose the slot of ``lease`` among the idle ones:
         the slot with the longest common prefix. Other slots that share as much are saved, if that is worth it, and
         erased; one between two steps is awaited. If one cannot be erased and the request may use its content, the
-        request is sent all the same: landing there only costs time. Cancelling is safe.
+        request is sent all the same: landing there only costs time. Canceling is safe.
 
-        Raises PlanAgain with ``here`` if two requests would wait for each other; then the slot was released, and the
-        other request has finished. Raises BackendRestarted. Raises SlotNotEmptied as ``_empty`` does, or if the
+        Raises RetryPlacement with ``here`` if two requests would wait for each other; then the slot was released, and
+        the other request has finished. Raises BackendRestarted. Raises SlotNotEmptied as ``_empty`` does, or if the
         prompt is not in the slot of ``lease``, because then any slot may share more.
         """
         if not _is_prepared(lease):

@@ -73,8 +73,8 @@ class PlanExecutor:
     ) -> PrefillStats | None:
         """Perform the plan's steps. Returns what a prefill reused and computed; None without a prefill.
 
-        Raises BackendDown, BackendRestarted, and PlanAgain as ``ChunkedPrefill.run`` does. With ``can_stop`` raises
-        Preempted between two steps when the slot is wanted for another user. Canceling is safe: a save, erase or
+        Raises BackendDown, BackendRestarted, and RetryPlacement as ``ChunkedPrefill.run`` does. With ``can_stop``
+        raises Preempted between two steps when the slot is wanted for another user. Canceling is safe: a save, erase or
         restore under way is carried out and the slot given back after it; a prefill is closed and its slot drains.
         """
         assert lease.plan is not None
@@ -192,7 +192,7 @@ class PlanExecutor:
     # -- save ----------------------------------------------------------------------------------------------------
 
     async def save_now(self, lease: Lease, must_give_way: Callable[[], bool] = never) -> Snapshot | None:
-        """Save a slot leased only for that. ``must_give_way``: as in ``Saving.save``. Cancelling is safe: the save is
+        """Save a slot leased only for that. ``must_give_way``: as in ``Saving.save``. Canceling is safe: the save is
         completed.
         """
         return await self._carry_out(lease, self.saving.save(lease, must_give_way))
@@ -211,7 +211,7 @@ class PlanExecutor:
         return True
 
     async def erase_now(self, lease: Lease) -> bool:
-        """Erase a slot leased only for that. Cancelling is safe: the erase is completed."""
+        """Erase a slot leased only for that. Canceling is safe: the erase is completed."""
         return await self._carry_out(lease, self.erase(lease))
 
     async def _restore(self, lease: Lease, snapshot_id: str) -> bool:

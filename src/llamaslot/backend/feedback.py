@@ -8,10 +8,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llamaslot.backend.candidates import MIN_WORTH_TOKENS, source_of
+from llamaslot.backend.candidates import source_of
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.probes import NO_CHECKPOINTS, WORTHLESS
 from llamaslot.backend.slot_table import SlotTable
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
 from llamaslot.cache.reuse import RESIDENT, CacheKind, Strikes, has_failed
 from llamaslot.llama.replies import Progress
 from llamaslot.llama.sse import PrefillStats
@@ -22,8 +23,6 @@ from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
-
-_FEW_TOKENS = 64  # a progress event for fewer tokens says little about speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,7 @@ class Feedback:
     def progressed(self, pool: SlotTable, last: Progress, event: Progress, end: int) -> None:
         """Record the progress of a prefill of llamaslot's own, up to ``end`` tokens, from ``last`` to ``event``."""
         n_tokens = event.processed - last.processed
-        if n_tokens >= _FEW_TOKENS:
+        if n_tokens >= NEGLIGIBLE_TOKENS:
             self.rates.prefill.observe(last.processed, event.processed, event.seconds - last.seconds)
         if event.processed < end:  # a full batch, not the remainder
             pool.n_batch = max(pool.n_batch, n_tokens)
@@ -127,11 +126,11 @@ class Feedback:
             "%s: slot %s gave %d tokens instead of the %d expected",
             lease.request.id, lease.slot_name, n_reused, lease.forecast.n_expected,
         )  # fmt: skip
-        is_resident = lease.restored is None and forecast.n_expected >= MIN_WORTH_TOKENS
+        is_resident = lease.restored is None and forecast.n_expected >= NEGLIGIBLE_TOKENS
         if is_resident and n_reused < forecast.n_expected / 2:
             pool.lost_slots.note(self._now())
         # Nothing was reused of content that only had to be continued: it was lost, whatever the model.
-        is_lost = forecast.is_rewind and n_reused == 0 and forecast.n_expected >= MIN_WORTH_TOKENS
+        is_lost = forecast.is_rewind and n_reused == 0 and forecast.n_expected >= NEGLIGIBLE_TOKENS
         if not is_lost or pool.memory is not CacheKind.DENSE or pool.is_memory_sure:
             return
         if self._strikes.note("memory", forecast.n_expected, n_reused):  # once may be an accident

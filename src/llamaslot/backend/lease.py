@@ -28,9 +28,8 @@ from llamaslot.backend.lease_states import (
 )
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import NOTHING, Content
-from llamaslot.cache.ids import common
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, common
 from llamaslot.cache.reuse import NO_REUSE, ReuseForecast
-from llamaslot.cache.shared_prefix import NEAR_TOKENS
 from llamaslot.errors import BackendRestarted, SlotWedged
 from llamaslot.llama.sse import PrefillStats
 from llamaslot.observe.journal import DecisionRecorder
@@ -335,7 +334,7 @@ class Lease:
         content = self.content
         if n < content.n_tokens:
             # With only a common beginning it is another conversation, whose snapshot does not belong to this one.
-            is_other_conversation = n <= self.request.n_system + NEAR_TOKENS < content.n_tokens
+            is_other_conversation = n <= self.request.n_system + NEGLIGIBLE_TOKENS < content.n_tokens
             snapshot = None if is_other_conversation else content.snapshot
             content = replace(content.head(n), is_dirty=True, snapshot=snapshot)
         self.content = replace(content, space=self.request.space)

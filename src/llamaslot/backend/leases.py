@@ -153,7 +153,7 @@ class Leases:
 
     def lease_idle(self, request: Request, n: int | None = None) -> list[Lease]:
         """Lease the ``n`` lowest idle slots, or all, for the exclusive request. Raises BackendRestarted."""
-        assert self.turn is request, "only the job whose turn it is"
+        assert self.turn is request, "only the request whose turn it is"
         if self.table is None:
             raise BackendRestarted
         idle = [slot for slot in self.table.slots if slot.is_idle][:n]
@@ -208,19 +208,19 @@ class Leases:
 
     def wait_for_exclusive(self, lease: Lease) -> None:
         """From now on long prefills make room for the exclusive request, and none begins."""
-        assert self.turn is lease.request, "only the job whose turn it is"
+        assert self.turn is lease.request, "only the request whose turn it is"
         if not self.is_turn_wanted:
             self.is_turn_wanted = True
             self.changes.notify()
 
     def pause_admission(self, lease: Lease) -> None:
         """From now on no other request begins its first step."""
-        assert self.turn is lease.request, "only the job whose turn it is"
+        assert self.turn is lease.request, "only the request whose turn it is"
         self.is_gate_shut = True
 
     def resume_admission(self, lease: Lease) -> None:
         """Others may go on, as before ``wait_for_exclusive``; the request still waits."""
-        assert self.turn is lease.request, "only the job whose turn it is"
+        assert self.turn is lease.request, "only the request whose turn it is"
         self.is_gate_shut = self.is_turn_wanted = False
         self.dispatch()
 

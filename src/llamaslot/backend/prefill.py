@@ -26,7 +26,7 @@ from llamaslot.backend.leases import Leases
 from llamaslot.backend.long_prompt import LongPrompt, Prefilling, Report
 from llamaslot.backend.slot_content import is_far_off, is_untouched, prefilled, wait_until_idle
 from llamaslot.cache.content import NOTHING
-from llamaslot.cache.ids import head
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, head
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import UpstreamError
 from llamaslot.formats.comments import Comment
@@ -43,7 +43,6 @@ from llamaslot.tasks import ChangeEvent
 KeepTrunk = Callable[[Lease, int], Awaitable[None]]
 log = logging.getLogger(__name__)
 
-_FEW = 64  # if the slot lacks more tokens of a chunk, its interruption has lost work
 _LOOK_AGAIN_S = 0.5  # a request whose answer does not begin loses its priority, without a notification
 _SURELY_S = 8.0  # of computing, before a prefill makes room for an exclusive request
 
@@ -85,10 +84,10 @@ class ChunkedPrefill:
         """Compute the prompt up to the last of ``stops``, stopping at the others, and ``keep`` the shared prefixes
         that are to come from it. None if llama-server refused it: the request's own request will show why.
 
-        Raises Preempted between two chunks, BackendDown and BackendRestarted. With ``may_replan`` raises PlanAgain if
-        the slot holds much less than expected: its content is known then, and almost nothing was computed. Raises
-        PlanAgain too if an exclusive request has waited long enough. Cancelling is safe: the chunk is closed and its
-        slot drains.
+        Raises Preempted between two chunks, BackendDown and BackendRestarted. With ``may_replan`` raises RetryPlacement
+        if the slot holds much less than expected: its content is known then, and almost nothing was computed. Raises
+        RetryPlacement too if an exclusive request has waited long enough. Canceling is safe: the chunk is closed and
+        its slot drains.
         """
         rewind_model = lease.pool.rewind_model
         n_window = (rewind_model.window or 0) if rewind_model.memory is CacheKind.SWA else 0
@@ -209,7 +208,7 @@ class ChunkedPrefill:
         return sum(lease.is_decoding for lease in self._others(long))
 
     def _make_room(self, long: LongPrompt) -> None:
-        """Raises PlanAgain if an exclusive request has waited long enough."""
+        """Raises RetryPlacement if an exclusive request has waited long enough."""
         left_s = self.rates.prefill.seconds(long.at, long.last)
         is_long_enough = long.seconds >= _SURELY_S and left_s > _sharing(long).max_yield_s
         if is_long_enough and self.leases.is_exclusive_waiting(long.lease):
@@ -220,7 +219,7 @@ class ChunkedPrefill:
     async def _stretch(self, long: LongPrompt) -> bool:
         """Compute one chunk; False if llama-server refused it. ``long.at`` is then the number of tokens present.
 
-        Raises PlanAgain as ``run`` does.
+        Raises RetryPlacement as ``run`` does.
         """
         lease = long.lease
         before = lease.content
@@ -305,7 +304,7 @@ class ChunkedPrefill:
                         lease.confirm(replace(prefilled(before, tokens, n_found), is_exact=False))
                         is_far = not long.has_begun and is_far_off(lease, lease.forecast.n_expected, n_found)
                         is_misplaced = is_far and long.may_replan
-                        if long.has_begun and n_found < long.at - _FEW:
+                        if long.has_begun and n_found < long.at - NEGLIGIBLE_TOKENS:
                             long.no_stop_before = 2 * long.at
                             long.at = n_found
                         if is_misplaced:

@@ -15,7 +15,7 @@ from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_content import prefilled
 from llamaslot.backend.snapshot_usage import abandoned_by, supersedes
 from llamaslot.cache.content import Content, SnapshotKind
-from llamaslot.cache.ids import head
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, head
 from llamaslot.cache.reuse import CacheKind, RewindModel
 from llamaslot.errors import LlamaslotError, OtherConversation, SlotWedged, SnapshotInvalid
 from llamaslot.llama.client import LlamaServer
@@ -29,8 +29,6 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 NOT_SAVED = "%s: slot %s was not saved: %s"  # request, slot, reason
-
-_NEAR_TOKENS = 64  # a checkpoint this near to the end is worth a rewind
 
 
 def never() -> bool:
@@ -220,7 +218,7 @@ class Saving:
         2. With a sliding window, after a prefill that was stopped on the way: it has left no checkpoint, and without
            one the file restores nothing (2,560 tokens: 0 reused; rewound by one token: 2,559).
         """
-        is_near = content.n_tokens - max(content.checkpoints, default=0) <= _NEAR_TOKENS
+        is_near = content.n_tokens - max(content.checkpoints, default=0) <= NEGLIGIBLE_TOKENS
         if rewind_model.is_rewound:
             return is_near and not content.is_exact
         return rewind_model.memory is CacheKind.SWA and content.is_exact and not is_near

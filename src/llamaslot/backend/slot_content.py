@@ -8,13 +8,12 @@ from dataclasses import replace
 
 from llamaslot.backend.lease import Lease
 from llamaslot.cache.content import NOTHING, Content
-from llamaslot.cache.ids import common, count
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, common, count
 from llamaslot.cache.reuse import checkpoints_after
 from llamaslot.errors import BackendDown, LlamaslotError, UpstreamError
 from llamaslot.llama.client import LlamaServer
 
 _IDLE_POLL_S = 0.02  # llama-server answers between two batches, so it is polled about once for each
-_FEW_TOKENS = 64  # tolerance: builds reuse up to this many tokens less than computed
 
 
 def prefilled(before: Content, tokens: bytes, n_reused: int) -> Content:
@@ -72,4 +71,6 @@ def is_far_off(lease: Lease, n_expected: int, n_found: int) -> bool:
     """
     pool = lease.pool
     lost_s = pool.rates.prefill.seconds(n_found, n_expected)
-    return n_expected - n_found > _FEW_TOKENS and lost_s > max(pool.long_s, pool.rates.interruption.seconds)
+    return n_expected - n_found > NEGLIGIBLE_TOKENS and lost_s > max(
+        pool.long_s, pool.rates.interruption.seconds
+    )

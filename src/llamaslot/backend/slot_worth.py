@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from llamaslot.backend.candidates import MIN_WORTH_TOKENS, N_COVERING, SnapshotCandidates
+from llamaslot.backend.candidates import N_COVERING, SnapshotCandidates
 from llamaslot.backend.pending import PendingSnapshots
 from llamaslot.cache.content import Content
-from llamaslot.cache.ids import count
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, count
 from llamaslot.cache.namespaces import InNamespaces, mark
 from llamaslot.cache.prefix_index import PrefixIndex, Shared
 from llamaslot.cache.reuse import RewindModel
@@ -141,7 +141,7 @@ class SlotWorth:
         ``delay_s``: the additional cost for a request that waits for the save.
         """
         content = slot.content
-        if not (self.can_save and content.is_dirty) or content.n_tokens < MIN_WORTH_TOKENS:
+        if not (self.can_save and content.is_dirty) or content.n_tokens < NEGLIGIBLE_TOKENS:
             return False
         n_covered = self.on_disk(slot)
         n_saved = content.n_tokens if self.rewind_model.is_rewound else content.n_held

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from llamaslot.backend.candidates import MIN_WORTH_TOKENS
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.cache.ids import common
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, common
 from llamaslot.cache.namespaces import Namespace
 from llamaslot.scheduling.plan import Source
 from llamaslot.store import Catalog, Snapshot, WithTokens
@@ -50,8 +49,8 @@ def abandoned_by(pool: SlotTable, new: WithTokens) -> str | None:
             return None  # the new one continues it, or is the same again
         else:
             nearest, n_parted = snapshot, hit.n_shared
-    is_own = 0 < n_common <= n_parted - MIN_WORTH_TOKENS
-    goes_on = new.n_tokens >= n_parted + MIN_WORTH_TOKENS
+    is_own = 0 < n_common <= n_parted - NEGLIGIBLE_TOKENS
+    goes_on = new.n_tokens >= n_parted + NEGLIGIBLE_TOKENS
     return nearest.id if nearest is not None and is_own and goes_on else None
 
 

@@ -9,6 +9,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
+#: So few tokens are not worth a step, a snapshot or a forecast of their own. Snapshots closer together make the index
+#: slow and save nothing; builds of llama-server reuse up to this many less than was computed; a progress event for
+#: fewer says little about speed; the beginning of a first message, which many conversations share, is no longer than
+#: this.
+NEGLIGIBLE_TOKENS = 64
 WIDTH = 4  # bytes per token
 _CHUNK = 256  # bytes: in so few, one XOR of two big integers is faster than more probes
 

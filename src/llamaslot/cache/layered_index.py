@@ -170,7 +170,7 @@ class LayeredIndex(Layered):
 
     def __repr__(self) -> str:
         sealed = f", {len(self._sealed)} sealed" if self._sealed else ""
-        return f"<SnapshotIndex {len(self._overlay)} new{sealed}, base {self.base}>"
+        return f"<LayeredIndex {len(self._overlay)} new{sealed}, base {self.base}>"
 
     def _layers(self) -> list[Layer]:
         layers: list[Layer] = [self._overlay]

@@ -10,6 +10,7 @@ from statistics import median_low
 from typing import Any
 
 from llamaslot.cache.content import Content
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
 
 # llama-server creates a checkpoint this many tokens before the end of each prompt that it computes.
 CHECKPOINT_BACK = 4
@@ -83,13 +84,12 @@ class Predictions:
     running.
 
     If a build always reuses a few tokens less (n - 5 where n - 1 was predicted), the usual shortfall of the last
-    samples is subtracted. At least half of them must fall short, and by no more than ``MOST`` tokens: a larger
+    samples is subtracted. At least half of them must fall short, and by no more than ``NEGLIGIBLE_TOKENS``: a larger
     shortfall means that the content was missing, and says nothing about the build.
     """
 
     KEPT = 16
     LEAST = 3  # samples before anything is corrected
-    MOST = 64
     SURE = 8  # unchanged answers in a row, after which another one is expected
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class Predictions:
         tally.n_predicted += self.correct(memory, source, n_usable)
         tally.n_reused += n_reused
         short = max(n_usable - n_reused, 0)
-        if short > self.MOST:
+        if short > NEGLIGIBLE_TOKENS:
             return
         last = self._short.setdefault(key, deque(maxlen=self.KEPT))
         last.append(short)
@@ -160,7 +160,7 @@ class Predictions:
             if isinstance(share, int | float) and 0 <= share <= 1:
                 predictions._returned.append(float(share))
         for memory, source, short in _samples(parts.get("short")):
-            predictions.observe(memory, source, cls.MOST + 1, cls.MOST + 1 - short)
+            predictions.observe(memory, source, NEGLIGIBLE_TOKENS + 1, NEGLIGIBLE_TOKENS + 1 - short)
         predictions.tallies.clear()
         return predictions
 
@@ -170,7 +170,7 @@ def _samples(data: object) -> Iterator[tuple[CacheKind, str, int]]:
     for key, last in data.items() if isinstance(data, Mapping) else ():
         memory, _, source = str(key).partition(" ")
         for short in last if isinstance(last, list) and memory in known else ():
-            if isinstance(short, int) and 0 <= short <= Predictions.MOST:
+            if isinstance(short, int) and 0 <= short <= NEGLIGIBLE_TOKENS:
                 yield known[memory], source, short
 
 
@@ -266,7 +266,7 @@ def goes_on_behind(content: Content, n_shared: int, n_prompt: int) -> bool:
 
 def has_failed(n_predicted: int, n_reused: int) -> bool:
     """Whether a snapshot yielded so much less than predicted that it must be faulty."""
-    return n_predicted > Predictions.MOST and n_reused < n_predicted / 2
+    return n_predicted > NEGLIGIBLE_TOKENS and n_reused < n_predicted / 2
 
 
 class Strikes:

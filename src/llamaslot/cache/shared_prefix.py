@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from llamaslot.cache.ids import common, count
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, common, count
 
 MIN_TOKENS = 256  # fewer are computed about as fast as they are restored
-NEAR_TOKENS = 64  # a snapshot that ends within this distance serves as well
 
 
 def branch(others: Iterable[tuple[int, Callable[[], bytes]]]) -> int:
@@ -25,10 +24,10 @@ def branch(others: Iterable[tuple[int, Callable[[], bytes]]]) -> int:
         if n_shared < MIN_TOKENS:
             return 0
         held = tokens()
-        if count(held) <= n_shared + NEAR_TOKENS:
+        if count(held) <= n_shared + NEGLIGIBLE_TOKENS:
             continue
         if first is None:
             first = held
-        elif common(first, held) <= n_shared + NEAR_TOKENS:
+        elif common(first, held) <= n_shared + NEGLIGIBLE_TOKENS:
             return n_shared
     return 0

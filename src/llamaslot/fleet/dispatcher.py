@@ -143,7 +143,7 @@ class Dispatcher:
         ``is_back``: the request had a slot before, and is first in the queue. ``preempted``: it gave one up for
         another user, and is first among its user's requests.
 
-        Cancelling is safe: the request leaves the queue, no slot is held.
+        Canceling is safe: the request leaves the queue, no slot is held.
         """
         if self._down and len(self._down) == len(self.backends):
             error = next(iter(self._down.values()))

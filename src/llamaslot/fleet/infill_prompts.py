@@ -51,7 +51,8 @@ class InfillPrompts:
         self._known = PromptNotTokenizable("/infill was not as it was thought to be", Reason.MISCOUNTED)
 
     async def prompt(self, body: Mapping[str, Any], whose: str) -> Prompt:
-        """The tokens of ``body``. Raises OpaquePrompt, BackendDown, BackendRestarted, QueueFull. Cancelling is safe."""
+        """The tokens of ``body``. Raises PromptNotTokenizable, BackendDown, BackendRestarted, QueueFull. Canceling is
+        safe."""
         async with self._learning:
             if self._known is None or self._dispatcher.now() >= self._known_until:
                 self._known_until = math.inf

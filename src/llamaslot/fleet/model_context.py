@@ -25,7 +25,8 @@ class InfillPrompts(Protocol):
     """Converts bodies of /infill to prompts."""
 
     async def prompt(self, body: Mapping[str, Any], whose: str) -> Prompt:
-        """The tokens of ``body``. Raises OpaquePrompt, BackendDown, BackendRestarted, QueueFull. Canceling is safe."""
+        """The tokens of ``body``. Raises PromptNotTokenizable, BackendDown, BackendRestarted, QueueFull. Canceling is
+        safe."""
         ...
 
     def miscounted(self) -> None:

@@ -85,7 +85,7 @@ class Prewarm:
                 await self.look()
 
     async def look(self) -> None:
-        """Do one of the remaining tasks, if there is any. Cancelling is safe."""
+        """Do one of the remaining tasks, if there is any. Canceling is safe."""
         pool = self._table
         if pool is None or not pool.can_save:
             return

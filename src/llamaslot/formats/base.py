@@ -69,7 +69,7 @@ class Format(Protocol):
 
     def chat_body(self, body: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """The chat that ``body`` is, or that llama-server converts it to; None for a plain prompt. Raises
-        OpaquePrompt if that is unknown.
+        PromptNotTokenizable if that is unknown.
         """
         return None
 

@@ -102,7 +102,7 @@ class Infill:
         """The prompt of ``body``. ``whose``: the namespace in which chunks are found again, because a cache hit can
         be measured.
 
-        Raises OpaquePrompt for bodies that llama-server refuses: its own answer explains it best.
+        Raises PromptNotTokenizable for bodies that llama-server refuses: its own answer explains it best.
         """
         prefix = await self._text_or_mixed(body.get("input_prefix"))
         suffix = await self._text_or_mixed(body.get("input_suffix"))
@@ -119,7 +119,7 @@ class Infill:
         return b"".join((_last(extra, layout.room), layout.bos, *whole, layout.middle))
 
     async def extra(self, chunks: Any, whose: str) -> bytes:
-        """The tokens of other files. Raises OpaquePrompt."""
+        """The tokens of other files. Raises PromptNotTokenizable."""
         layout = self.layout
         parts = [layout.repository]
         if chunks is not None and not isinstance(chunks, list):
@@ -182,7 +182,7 @@ def _last(tokens: bytes, n: int) -> bytes:
 async def learn(server: InfillServer, slot: int, n_ctx: int) -> Layout:
     """Probe how ``server`` combines the parts, in ``slot``, which then holds a few meaningless tokens.
 
-    Raises OpaquePrompt if the way is unknown. Canceling is safe.
+    Raises PromptNotTokenizable if the way is unknown. Canceling is safe.
     """
     learning = _Learning(server, slot, n_ctx)
     for layout in await learning.candidates():

@@ -128,8 +128,8 @@ def _error_type(error: Mapping[str, Any]) -> str:
 def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
     """The chat body whose rendering is the prompt of ``body``.
 
-    An image stays an image, but only as a position: such a chat is rendered up to there. Raises OpaquePrompt for
-    parts whose rendering is not known to be equal: documents, unknown blocks, and bodies that llama-server refuses
+    An image stays an image, but only as a position: such a chat is rendered up to there. Raises PromptNotTokenizable
+    for parts whose rendering is not known to be equal: documents, unknown blocks, and bodies that llama-server refuses
     (its own answer explains it best).
     """
     messages: list[Any] = [{"role": "system", "content": text} for text in _system(body.get("system"))]

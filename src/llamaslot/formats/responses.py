@@ -98,9 +98,9 @@ def _error_code(error: Mapping[str, Any]) -> str:
 def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
     """The chat body whose rendering is the prompt of ``body``.
 
-    An image stays an image, but only as a position: such a chat is rendered up to there. Raises OpaquePrompt for
-    parts whose rendering is not known to be equal, and for bodies that llama-server refuses (its own answer explains
-    it best), such as ``previous_response_id``, files, refusals, and unknown items.
+    An image stays an image, but only as a position: such a chat is rendered up to there. Raises PromptNotTokenizable
+    for parts whose rendering is not known to be equal, and for bodies that llama-server refuses (its own answer
+    explains it best), such as ``previous_response_id``, files, refusals, and unknown items.
     """
     if body.get("previous_response_id"):
         raise PromptNotTokenizable("'previous_response_id' is not supported by llama-server")

@@ -83,7 +83,7 @@ class Completions:
         self._passthrough, self._unassisted, self._prompts = passthrough, unassisted, prompts
 
     async def handle(self, request: web.Request, route: Route) -> web.StreamResponse:
-        """Serve a completion. Cancelling (the client has gone) releases the slot, immediately or when the server is
+        """Serve a completion. Canceling (the client has gone) releases the slot, immediately or when the server is
         done with it.
         """
         raw = await self._uploads.whole(request)
@@ -188,7 +188,7 @@ class _Exchange:
 
     async def _prepare_head(self, parsed: ParsedRequest, context: ModelContext) -> None:
         """If the text before the first medium takes long to compute, have it in a slot: restored, or computed in turn
-        with other requests. llama-server, which will choose the slot, finds it there. Cancelling releases the slot.
+        with other requests. llama-server, which will choose the slot, finds it there. Canceling releases the slot.
         """
         job = replace(parsed.request, placement=Placement.PINNED)
         if not self.pool.takes_long(job.n_tokens):
@@ -317,7 +317,8 @@ class _Exchange:
         preempted: Preempted | None,
     ) -> web.StreamResponse | RetryNonStreamed:
         """Serve it at one place. ``before``: what was done for the request at earlier places, of which ``n_before``
-        were not as expected; ``last``: why it lost the last one; ``preempted``: the last preemption. Raises PlanAgain.
+        were not as expected; ``last``: why it lost the last one; ``preempted``: the last preemption. Raises
+        RetryPlacement.
         """
         job, may_replan = parsed.request, n_before < _REPLANS
         queued = time.monotonic()

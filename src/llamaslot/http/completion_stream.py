@@ -92,8 +92,8 @@ class Answering:
     async def begin(self, stack: contextlib.AsyncExitStack, *, may_replan: bool) -> None:
         """Send it, and read the answer up to the first token, while the client gets the progress of its prompt.
 
-        Raises UpstreamError if llama-server answers with an error. With ``may_replan`` raises PlanAgain if the slot
-        does not hold what was expected: then the server is idle again, and almost nothing was computed. Raises
+        Raises UpstreamError if llama-server answers with an error. With ``may_replan`` raises RetryPlacement if the
+        slot does not hold what was expected: then the server is idle again, and almost nothing was computed. Raises
         Preempted if the slot is needed for another user, as long as no part of the answer was sent.
         """
         sent = await stack.enter_async_context(contextlib.AsyncExitStack())

@@ -145,7 +145,7 @@ class _Said(NamedTuple):
 
 
 async def _said(body: Mapping[str, Any], format_: Format, context: ModelContext, whose: str) -> _Said:
-    """Raises OpaquePrompt if the tokens are unknown, and UpstreamError if the template refuses the body. If a
+    """Raises PromptNotTokenizable if the tokens are unknown, and UpstreamError if the template refuses the body. If a
     converted body is refused, llama-server may still accept the original, so it is served without known tokens.
     """
     if format_.prompt_kind is PromptKind.INFILL:

@@ -50,7 +50,7 @@ class Passthrough:
         self._prompts, self._unassisted = prompts, unassisted
 
     async def forward(self, request: web.Request, route: Route) -> web.StreamResponse:
-        """Pass it through unchanged, streaming both ways. Cancelling closes the upstream connection.
+        """Pass it through unchanged, streaming both ways. Canceling closes the upstream connection.
 
         A request that changes the model (its LoRA scales, or the loaded model) makes all cached content invalid: the
         server is connected to again before the client gets the answer.
@@ -101,7 +101,7 @@ class Passthrough:
         pool: Pool | None = None,
     ) -> web.StreamResponse:
         """Run a request that takes slots of llama-server's choice, while no other request is between two steps.
-        Cancelling releases the slots when the server is done with them. ``raw``: its body, if it was read before.
+        Canceling releases the slots when the server is done with them. ``raw``: its body, if it was read before.
         ``head``: the tokens of its prompt up to its first medium; llama-server finds the slot that has them by
         itself.
         """

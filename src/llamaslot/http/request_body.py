@@ -28,7 +28,7 @@ class Uploads:
 
     async def whole(self, request: web.Request) -> bytes:
         """The body. Raises BodyTooLarge as soon as it is known to be longer, TooSlow, and BadRequest if it cannot be
-        decompressed. Cancelling is safe.
+        decompressed. Canceling is safe.
         """
         return b"".join([piece async for piece in self.pieces(request)])
 

@@ -50,7 +50,7 @@ class Unassisted:
         self._rules = rules
 
     async def serve(self, pool: Pool, request: web.Request, route: Route, raw: bytes) -> web.StreamResponse:
-        """Serve a request that is no completion. ``raw``: its body. Cancelling (the client has gone) closes the
+        """Serve a request that is no completion. ``raw``: its body. Canceling (the client has gone) closes the
         connection to llama-server, and the next request may be sent.
 
         Raises BackendRestarted if assist is on again, and ClientGone.
@@ -80,7 +80,7 @@ class Unassisted:
     ) -> web.StreamResponse:
         """Wait until llama-server has a slot for it, send it, and relay the answer.
 
-        Raises LlamaslotError; BackendRestarted, before it was sent, if assist is on again. Cancelling (the client has
+        Raises LlamaslotError; BackendRestarted, before it was sent, if assist is on again. Canceling (the client has
         gone) closes the connection to llama-server, and the next request may be sent.
         """
         began, request = time.monotonic(), down.request

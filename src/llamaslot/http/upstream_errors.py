@@ -61,9 +61,9 @@ async def check(
     """Find out, before anything is saved, erased, restored or computed for a request, whether llama-server will
     refuse it. A request without such steps is not checked: its own answer comes as soon.
 
-    Raises UpstreamError with llama-server's answer to the request itself. Raises PlanAgain if llama-server has
+    Raises UpstreamError with llama-server's answer to the request itself. Raises RetryPlacement if llama-server has
     accepted it after all: then the slot is idle, and similar requests are no longer checked. Raises BackendDown and
-    BackendRestarted. Cancelling is safe.
+    BackendRestarted. Canceling is safe.
     """
     plan, job, pool = lease.plan, lease.request, lease.pool
     assert plan is not None

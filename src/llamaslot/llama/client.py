@@ -79,7 +79,7 @@ def _as_known(call: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any
 class LlamaServer:
     """A client of one llama-server. All coroutines may be cancelled: the connection is closed.
 
-    Cancelling a slot action does not undo it: llama-server carries it out anyway.
+    Canceling a slot action does not undo it: llama-server carries it out anyway.
     """
 
     def __init__(

@@ -187,7 +187,7 @@ class DryRuns:
         """Whether llama-server refuses a field for its type or value. It does that before it looks for a slot, so
         this works while all slots are busy. A last field that it surely refuses prevents the request from running.
 
-        Checked once for each kind of request. Raises BackendDown. Cancelling is safe.
+        Checked once for each kind of request. Raises BackendDown. Canceling is safe.
         """
         key = _key("", run.fields)
         if key is None or key in self._taken:
@@ -218,7 +218,7 @@ class DryRuns:
         once for each kind of request, in ``slot``, which the caller has leased and which keeps its content.
 
         ``lora``: the scales with which the slot was filled; with others it would be emptied. ``worth_s``: seconds of
-        work wasted if the request is refused only later. Raises BackendDown. Cancelling is safe.
+        work wasted if the request is refused only later. Raises BackendDown. Canceling is safe.
         """
         ours = {"id_slot": slot, **({"lora": orjson.loads(lora)} if lora else {})}
         if run.chat is not None and worth_s >= _WORTH * self._seconds(n_ctx):

@@ -96,7 +96,7 @@ class KeepAlivePool:
         """Send one request and return its whole answer. ``body`` is JSON. The request may be sent twice: see above.
 
         Raises NotConnected if there is no server, TimeoutError after ``timeout_s`` in all, and ConnectionError if the
-        connection breaks (BadAnswer for an invalid answer). Cancelling closes the connection; llama-server still
+        connection breaks (BadAnswer for an invalid answer). Canceling closes the connection; llama-server still
         handles the request.
         """
         length = "" if body is None else f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
@@ -205,7 +205,7 @@ class _Connection(asyncio.Protocol):
         self.idle_since = 0.0
 
     async def ask(self, question: bytes, deadline: float) -> Answer:
-        """Cancelling leaves the connection in the middle of an answer: abort it then."""
+        """Canceling leaves the connection in the middle of an answer: abort it then."""
         if self._transport is None or self._transport.is_closing():
             raise _Gone(may_repeat=self._n_asked > 0)
         self._n_asked += 1

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
 from llamaslot.cache.namespaces import PUBLIC, SHARED, Namespace
 from llamaslot.cache.prefix_index import Shared
 from llamaslot.scheduling.plan import (
@@ -29,7 +30,6 @@ from llamaslot.scheduling.request import Placement, Request, User
 from llamaslot.scheduling.slots import SlotKey, State
 
 PrefillSeconds = Callable[[int, int], float]
-_FEW_TOKENS = 64  # a boundary this near to existing content gets no step of its own
 _TIE_S = 0.001  # smaller differences of cost are ties; then the least recently used slot is taken
 # The cost of an extra request, as a share of the prefill time, must be below this. An extra request is a loss if the
 # server is otherwise idle. It saves other requests, or the next turn, much more if it is not.
@@ -213,8 +213,8 @@ def is_similar(slot: SlotView, rules: Rules) -> bool:
 
 def is_other_conversation(slot: SlotView | Shared[int], n_alike: int) -> bool:
     """Whether it is another conversation, if several begin with the same ``n_alike`` tokens."""
-    only_begins_alike = slot.n_shared <= n_alike + _FEW_TOKENS
-    return n_alike > 0 and only_begins_alike and slot.n_tokens > slot.n_shared + _FEW_TOKENS
+    only_begins_alike = slot.n_shared <= n_alike + NEGLIGIBLE_TOKENS
+    return n_alike > 0 and only_begins_alike and slot.n_tokens > slot.n_shared + NEGLIGIBLE_TOKENS
 
 
 class Stranger(NamedTuple):
@@ -343,7 +343,7 @@ def prefill_steps(
     it alone. A request that already has more of the prompt does not make it. Where the model can rewind to any token, a
     few more tokens do not matter, and the snapshot ends with them.
     """
-    slack = _FEW_TOKENS if view.is_rewindable else 0
+    slack = NEGLIGIBLE_TOKENS if view.is_rewindable else 0
     last = request.n_tokens - 1
     keeps = {
         max(at, n_reused) for at in view.trunks if n_reused - slack <= at < last and not request.no_cache
@@ -367,7 +367,7 @@ def prefill_stops(request: Request, n_reused: int, view: BackendView, rules: Rul
         return []
     stops, begin, worth_s = list[int](), n_reused, _worth_s(view.request_s)
     for at in request.boundaries:
-        if begin + _FEW_TOKENS <= at < last and view.prefill_s(begin, at) > worth_s:
+        if begin + NEGLIGIBLE_TOKENS <= at < last and view.prefill_s(begin, at) > worth_s:
             stops.append(at)
             begin = at
     is_end = request.placement is Placement.STEERED or not stops or view.prefill_s(begin, last) > long_s

@@ -80,4 +80,4 @@ class Request:
         return self.placement is Placement.SERVER_CHOSEN or self.n_children > 0
 
     def __repr__(self) -> str:
-        return f"<Job {self.id} {self.n_tokens} tok>"
+        return f"<Request {self.id} {self.n_tokens} tok>"

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llamaslot.cache.content import Content
-from llamaslot.cache.ids import count
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, count
 from llamaslot.cache.layered_index import LayeredIndex
 from llamaslot.cache.namespaces import SHARED, InNamespaces, Namespace, mark
-from llamaslot.cache.shared_prefix import NEAR_TOKENS
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.llama.identity import Identity
 from llamaslot.store import Catalog, Snapshot, WithTokens
@@ -44,7 +43,7 @@ class ModelSnapshots:
         self.n_changes = 0  # changes of the index so far
 
     def __repr__(self) -> str:
-        return f"<Library {len(self.snapshots)} snapshots, {self.index!r}>"
+        return f"<ModelSnapshots {len(self.snapshots)} snapshots, {self.index!r}>"
 
     def space_of(self, snapshot_id: str) -> Namespace:
         """Raises KeyError for an unknown id."""
@@ -60,7 +59,7 @@ class ModelSnapshots:
     def snapshot_at(self, tokens: bytes, space: Namespace) -> Snapshot | None:
         """The snapshot that ends where ``tokens`` end, or a little before."""
         hit = self.in_spaces.longest_full_prefix(tokens, (space,))
-        is_near = hit is not None and hit.n_tokens >= count(tokens) - NEAR_TOKENS
+        is_near = hit is not None and hit.n_tokens >= count(tokens) - NEGLIGIBLE_TOKENS
         return self.snapshots.get(hit.holder) if hit is not None and is_near else None
 
     def add(self, snapshot: WithTokens) -> None:

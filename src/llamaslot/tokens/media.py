@@ -27,7 +27,7 @@ def has_media(body: Mapping[str, Any]) -> bool:
 
 
 def kinds(body: Mapping[str, Any]) -> set[str]:
-    """Which of ``KINDS`` a chat has. Raises OpaquePrompt for a part that is neither of these nor a text."""
+    """Which of ``KINDS`` a chat has. Raises PromptNotTokenizable for a part that is neither of these nor a text."""
     found = {str(part.get("type")) for _, _, part in _media(body)}
     if unknown := found - KINDS.keys():
         raise PromptNotTokenizable(f"parts of type {', '.join(sorted(unknown))}")
@@ -45,8 +45,8 @@ def up_to_medium(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_before(rendered: str, body: Mapping[str, Any]) -> str:
-    """The rendered text before the medium of a chat that was cut by ``up_to_medium``. Raises OpaquePrompt if it is
-    empty.
+    """The rendered text before the medium of a chat that was cut by ``up_to_medium``. Raises PromptNotTokenizable if it
+    is empty.
 
     A template without support for parts gets texts joined by a line break, and a medium without one before it: so
     that break does not belong to the text.
@@ -66,8 +66,8 @@ def text_before(rendered: str, body: Mapping[str, Any]) -> str:
 def before_marker(prompt: Any, marker: str) -> str | None:
     """The text before the first medium of a completion's prompt with ``multimodal_data``; None for other prompts.
 
-    ``marker``: ``media_marker`` of ``/props``; builds without it have a fixed one. Raises OpaquePrompt if it is not
-    found.
+    ``marker``: ``media_marker`` of ``/props``; builds without it have a fixed one. Raises PromptNotTokenizable if it is
+    not found.
     """
     if not isinstance(prompt, Mapping) or "multimodal_data" not in prompt:
         return None

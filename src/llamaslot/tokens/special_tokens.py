@@ -34,7 +34,7 @@ _JUDGED_MAX = 5_000  # candidates remembered per user; beyond that they are judg
 _USERS_MAX = 256  # users whose special tokens are remembered separately
 
 
-class Tokenizer(Protocol):
+class TokenizeRoute(Protocol):
     """``POST /tokenize``: packed tokens. With ``parse_special`` false, special tokens are read as plain text."""
 
     async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes: ...
@@ -55,7 +55,7 @@ class SpecialTokens:
     cut was verified.
     """
 
-    def __init__(self, server: Tokenizer) -> None:
+    def __init__(self, server: TokenizeRoute) -> None:
         self._server = server
         self._ids: dict[str, int] = {}
         self._judged: set[str] = set()
@@ -181,7 +181,7 @@ class SpecialTokensOfEach:
     use.
     """
 
-    def __init__(self, server: Tokenizer) -> None:
+    def __init__(self, server: TokenizeRoute) -> None:
         self._server = server
         self._known: dict[str, SpecialTokens] = {}  # the most recently used last
 

@@ -151,7 +151,8 @@ class Tokenizer:
         self.n_miscounted = 0
 
     async def chat(self, body: Mapping[str, Any], whose: str = "") -> Prompt:
-        """The tokens of a chat body. Raises OpaquePrompt for media, UpstreamError if the template refuses it."""
+        """The tokens of a chat body. Raises PromptNotTokenizable for media, UpstreamError if the template refuses
+        it."""
         if has_media(body):
             raise PromptNotTokenizable("the messages hold media", Reason.MEDIA)
         text = await self._server.apply_template(body)
@@ -159,7 +160,7 @@ class Tokenizer:
 
     async def before_medium(self, body: Mapping[str, Any], whose: str = "") -> tuple[dict[str, Any], Prompt]:
         """For a chat with media: the body up to its first medium, and its tokens. llama-server tokenizes the text
-        before a medium separately. Raises OpaquePrompt, UpstreamError if the template refuses it.
+        before a medium separately. Raises PromptNotTokenizable, UpstreamError if the template refuses it.
         """
         cut = up_to_medium(body)
         return cut, await self._of_text(text_before(await self._server.apply_template(cut), cut), whose)
@@ -168,7 +169,7 @@ class Tokenizer:
         """The prompts of ``body["prompt"]`` of a completion, read as llama-server reads it.
 
         A string; a list of ids; a mixed list of strings and ids (one prompt); or a list of those (several). An object
-        with a ``prompt_string`` counts as that string. Raises NoPrompt for anything else, OpaquePrompt for
+        with a ``prompt_string`` counts as that string. Raises NoPrompt for anything else, PromptNotTokenizable for
         ``multimodal_data``, and BadRequest for more texts than can be tokenized in a few seconds. Ids outside of the
         vocabulary are left to the server, whose 400 explains it best. (tools/server/server-common.cpp:
         tokenize_input_prompts, tokenize_input_subprompt, tokenize_mixed)
@@ -376,8 +377,8 @@ class Tokenizer:
         """A prompt that begins like all conversations with this system part and these tools, and the length of that
         beginning.
 
-        Without either, it is the whole of ``body``. Raises OpaquePrompt for media, UpstreamError if the template
-        refuses it.
+        Without either, it is the whole of ``body``. Raises PromptNotTokenizable for media, UpstreamError if the
+        template refuses it.
         """
         prompt, other = await gather(*(self.chat(variant) for variant in openings(body)))
         return prompt, common(prompt.tokens, other.tokens)

@@ -208,7 +208,7 @@ class ManagedServer:
     async def run(self) -> None:
         """Start it, and restart it with backoff whenever it ends, until cancelled.
 
-        Cancelling ends the server: SIGTERM, then SIGKILL after ``stop_s``; a second cancellation kills it at once. A
+        Canceling ends the server: SIGTERM, then SIGKILL after ``stop_s``; a second cancellation kills it at once. A
         server that cannot be started is retried too: what it lacks (a file, memory, the port) may become available.
         """
         n_deaths = 0
