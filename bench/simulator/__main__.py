@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _trace(*_recipe(options), options.seeds[0]).write(options.write)
         return 0
     tasks = _tasks(options)
-    with ProcessPoolExecutor(options.requests) as pool:
+    with ProcessPoolExecutor(options.jobs) as pool:
         results = list(pool.map(_perform, tasks))
     sys.stdout.write(table(results))
     if options.json:

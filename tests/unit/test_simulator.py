@@ -169,8 +169,8 @@ def with_rules(rules: Rules) -> Result:
 
 def beside(result: Result) -> float:
     """Of its full speed, what a stream had beside long prompts."""
-    assert result.chunked_prefill.stream_share is not None
-    return result.chunked_prefill.stream_share
+    assert result.prefills.stream_share is not None
+    return result.prefills.stream_share
 
 
 def test_with_the_scheduler_what_needs_little_waits_less() -> None:
