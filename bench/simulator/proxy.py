@@ -34,7 +34,7 @@ from llamaslot.tasks import TaskOwner
 
 IDLE_SAVE_S = 2.0  # the default of store.idle_save_s
 PATIENT = QueueLimits(max_waiting=1_000_000, max_wait_s=1e8)
-REPLANS = 2  # as web.completions
+REPLANS = 2  # as http.completion
 
 
 @dataclass(slots=True)
@@ -111,7 +111,7 @@ class Proxy:
         """What goes on beside requests. Runs until cancelled."""
         await self.writeback.run()
 
-    # -- a request: web.completions and web.answering ------------------------------------------------------------
+    # -- a request: http.completion and http.completion_stream ---------------------------------------------------
 
     async def ask(self, asked: SentRequest) -> None:
         """One request, until a place was what it was taken for."""

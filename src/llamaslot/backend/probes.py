@@ -83,7 +83,7 @@ class Probes:
         self.window: int | None = None  # of a sliding window, in tokens; None if no model file tells
 
     async def has_room(self, n_tokens: int) -> bool:
-        """Whether the quota has space for a file of ``n_tokens``, perhaps after evictions."""
+        """Evict what a file of ``n_tokens`` needs, if anything. False, and nothing is evicted if that cannot help."""
         if self.catalog is None:
             return False
         room = await self._room(self.rates.size_bytes(n_tokens))

@@ -79,7 +79,7 @@ main.add_command(LateGroup("keys", help="Make, list and revoke the keys of clien
 def serve(path: Path, is_check: bool, who: str | None) -> None:
     """Serve until SIGTERM or SIGINT.
 
-    Contexts that are not saved yet are saved first.
+    Before it ends, unsaved contexts are saved.
     """
     if who is not None and not is_check:
         raise click.UsageError("--as goes with --check: a service manager says who serves")

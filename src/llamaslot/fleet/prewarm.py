@@ -192,4 +192,4 @@ class Prewarm:
                 executor.metrics.wedged.inc()
             log.warning("%s: %s", request.id, error)
         except (LlamaslotError, RetryPlacement) as error:
-            log.debug("%s: %s", request.id, error)
+            log.debug("%s: not computed this time: %s", request.id, error)

@@ -163,7 +163,6 @@ class Queue:
         return back + [rest[i] for i in order]
 
     # -- arrivals and departures ---------------------------------------------------------------------------------
-    # ----------------------------------------------------------------------------------------
 
     def add(self, waiting: Waiting, now: float) -> None:
         user = waiting.request.user.id

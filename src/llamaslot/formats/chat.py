@@ -41,7 +41,7 @@ class ChatFormat(Format):
         return body
 
     def progress_event(self, id_: str, model: str, progress: Mapping[str, int]) -> bytes:
-        """As measured on xllamacpp 2026.10.11549."""
+        """In the form of llama-server's own events (measured on xllamacpp 2026.10.11549)."""
         delta = {"role": "assistant", "content": None}
         return event_of(
             {

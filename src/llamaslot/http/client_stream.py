@@ -163,7 +163,7 @@ class Relayed:
     is_over: bool = False
 
     def begins(self, request: web.Request) -> None:
-        """From now on ``end_relayed`` can end it."""
+        """Register this stream with its request, so that ``end_relayed`` finds it."""
         request[_RELAYED] = self
 
 

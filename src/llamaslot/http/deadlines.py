@@ -1,5 +1,5 @@
 """The time limits of a request (``Deadlines``), and of llama-server's silence (``Watchdog``). The operator configures
-them; by default there are none.
+them. By default only the watchdog is on.
 """
 
 from __future__ import annotations

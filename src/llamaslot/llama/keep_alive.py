@@ -9,8 +9,7 @@ What llama-server does with a kept connection, measured on xllamacpp 2026.10.115
    too).
 2. It closes one after an answer that took longer than those 5 seconds, without notice.
 3. Each open connection has a thread of its own there. Builds from before March 2026 have n_parallel + 2 threads, so
-   an idle
-   connection blocks others; later ones make new threads as needed.
+   an idle connection blocks others; later ones make new threads as needed.
 
 So a connection is not reused after 4 idle seconds, after a slow answer or after an error, and only a few are kept. If
 one turns out to be closed before the first byte of an answer, the request is repeated once on a new one: only send

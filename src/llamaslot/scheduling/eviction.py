@@ -1,5 +1,5 @@
 """The value of a snapshot: the seconds it saves, times its expected hit rate, per byte. The lowest value is evicted
-first.
+first. ``store.entries.SnapshotTable.victims`` chooses by it, and skips what must stay.
 
 Pure: times come in as arguments, in seconds of any one clock. The hit rate is learned by kind of snapshot
 (``ReuseClass``) and by age since the last use, as in LHD (Beckmann, Chen, Cidon: "LHD: improving cache hit rate by
@@ -133,7 +133,7 @@ class HitRateModel:
 
     def __repr__(self) -> str:
         seen = ", ".join(f"{habit} {sum(tally.hits):.0f}" for habit, tally in self._tallies.items())
-        return f"<Returns hits: {seen}>"
+        return f"<HitRateModel hits: {seen}>"
 
     # -- learning ------------------------------------------------------------------------------------------------
 
@@ -304,7 +304,6 @@ def _are_counts(values: Any, n: int = N_BUCKETS) -> TypeGuard[list[float]]:
 
 
 # -- order of eviction -------------------------------------------------------------------------------------------
-# ------------------------------------------------------------------------------------------------
 
 
 class Order(Protocol):

@@ -44,10 +44,10 @@ class SlotView:
     """A slot as one request sees it. All token counts concern the request's prompt.
 
     ``n_shared``: common tokens; ``n_usable``: those that need not be computed; ``n_tokens``: all tokens in the slot
-    (for a leased slot: that it will hold). ``is_other``: another conversation with the same beginning.
-    ``is_other_namespace``: computed in a namespace that the request may not read, so the slot is erased first.
-    ``save_s``: seconds to save it, 0 if that is not worth it or not needed. ``eviction_cost_s``: seconds that its loss
-    costs the user that returns to it. ``wait_s``: until it is idle.
+    (for a leased slot: that it will hold). ``is_other_conversation``: it only begins alike. ``is_other_namespace``:
+    computed in a namespace that the request may not read, so the slot is erased first. ``is_worth_saving``: a save
+    costs less than computing it again; ``save_s``: seconds of that save, else 0. ``eviction_cost_s``: seconds that its
+    loss costs the user that returns to it. ``wait_s``: until it is idle. ``used_at``: when it was used last.
     """
 
     key: SlotKey

@@ -70,7 +70,8 @@ def next_up(pendings: Sequence[Pending], current: int | None, switch_s: float, s
 
 
 def pause_s(computed_s: float, n_streams: int, decode_share: float) -> float:
-    """Seconds to pause after ``computed_s`` of a prefill, during which each of ``n_streams`` got almost no tokens."""
+    """Seconds to pause after a prefill has run for ``computed_s``, so that ``n_streams`` running streams get their
+    share of the time; 0 without streams."""
     if n_streams == 0:
         return 0.0
     return computed_s * decode_share / (1 - decode_share)

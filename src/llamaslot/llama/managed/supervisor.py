@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         # The supervisor has one thread, so preexec_fn is safe here.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, umask=UMASK, preexec_fn=_before_exec)
     except OSError as error:
-        os.write(2, f"llamaslot guard: cannot run {command[0]}: {error.strerror}\n".encode())
+        os.write(2, f"llamaslot: cannot run {command[0]}: {error.strerror}\n".encode())
         os._exit(127)
     ended = os.pidfd_open(process.pid)
     if not _wait(ended, None):
