@@ -139,7 +139,7 @@ async def test_thinking_may_be_asked_for(claude: Claude) -> None:
     """As Claude Code does; what a model thinks that has no reasoning is its text."""
     request = asking("Think?", max_tokens=2000, thinking={"type": "enabled", "budget_tokens": 1024})
     message = await claude.create(**request, stop_sequences=["a", "e", "i", "o", "u"])
-    assert message.stop_reason == "end_exclusive"  # so llama-server calls it
+    assert message.stop_reason == "end_turn"  # so llama-server calls it
 
 
 async def test_models_are_listed(claude: Claude) -> None:

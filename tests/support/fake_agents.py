@@ -83,7 +83,7 @@ class Messages(Wording):
         return event(body["error"], "error")
 
     def reason(self, result: Done) -> str:
-        return "max_tokens" if result.stop_type == "limit" else "end_exclusive"
+        return "max_tokens" if result.stop_type == "limit" else "end_turn"
 
     def whole(self, ends: dict[int, Done]) -> Any:
         task = self.tasks[0]
