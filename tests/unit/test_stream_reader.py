@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import aiohttp
 import pytest
 
 from llamaslot.formats.error_events import ErrorEvents
 from llamaslot.formats.registry import FORMATS
 from llamaslot.http.stream_reader import Reading
+from llamaslot.llama.response import Response, Take
 from llamaslot.llama.sse import PrefillStats, event_of
 
 USAGE = {"cache_read_input_tokens": 9, "input_tokens": 1}
@@ -21,17 +21,20 @@ PROGRESS = {"total": 10, "cache": 4, "processed": 8, "time_ms": 3}
 
 
 class Upstream:
-    """As much of a response as Reading needs: chunks, one for each question."""
+    """As much of a response as Reading needs: chunks, one after the other."""
 
     def __init__(self, *chunks: bytes) -> None:
-        self.content, self._chunks = self, list(chunks)
+        self._chunks = list(chunks)
 
-    async def read(self, n: int) -> bytes:
-        return self._chunks.pop(0) if self._chunks else b""
+    async def pass_to(self, take: Take) -> bool:
+        while self._chunks:
+            if not take(self._chunks.pop(0)):
+                return True
+        return False
 
 
 def reading(*chunks: bytes, kind: str = "chat", earlier: PrefillStats | None = None, **more: Any) -> Reading:
-    upstream = cast(aiohttp.ClientResponse, Upstream(*chunks))
+    upstream = cast(Response, Upstream(*chunks))
     return Reading(upstream, FORMATS[kind], earlier, ErrorEvents(""), **more)
 
 

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
-
 from llamaslot.formats.base import Format
+from llamaslot.llama.response import Response
 
-Post = Callable[[dict[str, Any]], contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]]
+Post = Callable[[dict[str, Any]], contextlib.AbstractAsyncContextManager[Response]]
 
 
 @dataclass(frozen=True, slots=True)

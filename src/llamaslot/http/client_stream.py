@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http import StreamWriter
 from multidict import CIMultiDict
 
 from llamaslot.backend.long_prompt import Prefilling
@@ -38,6 +39,27 @@ class StreamRules:
     keepalive_s: float = 10.0
     has_comments: bool = True
     timeouts: Timeouts = field(default_factory=Timeouts)
+
+
+class Writer(StreamWriter):
+    """Always sends HTTP/1.1, as llama-server and RFC 9110 (section 2.5) do: aiohttp repeats the client's version,
+    even if it does not support it, and sends 1.0 in answer to invalid requests.
+    """
+
+    async def write_headers(self, status_line: str, headers: CIMultiDict[str]) -> None:
+        await super().write_headers("HTTP/1.1 " + status_line.partition(" ")[2], headers)
+
+    def put(self, data: bytes) -> bool:
+        """As ``write``, at once. False if that has to wait: the headers are not sent yet, the client receives too
+        slowly, or has gone.
+        """
+        protocol = self._protocol
+        transport = protocol.transport
+        is_ready = self._headers_written and self.length is None and self._compress is None
+        if not is_ready or transport is None or protocol.writing_paused or transport.is_closing():
+            return False
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
+        return True
 
 
 @dataclass(slots=True)
@@ -100,6 +122,11 @@ class Downstream:
         """Send bytes. Raises ClientGone."""
         if data:
             await send(await self.begin(headers=SSE_HEADERS), data)
+
+    def put(self, data: bytes) -> bool:
+        """Send bytes at once. False if that cannot be: ``write`` waits for the client, or finds that it has gone."""
+        writer = self.request.writer
+        return self.has_begun and isinstance(writer, Writer) and writer.put(data)
 
     @contextlib.asynccontextmanager
     async def waiting(self, tasks: TaskOwner) -> AsyncIterator[None]:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import aiohttp
 import orjson
 from aiohttp import web
 
@@ -56,6 +55,7 @@ from llamaslot.http.request_body import Uploads
 from llamaslot.http.rewriting import SystemPrompts, rewrote
 from llamaslot.http.unassisted import Unassisted
 from llamaslot.http.upstream_errors import check, check_body, in_its_words
+from llamaslot.llama.response import Response
 from llamaslot.llama.routes import Route, origin_form
 from llamaslot.llama.sse import PrefillStats
 from llamaslot.scheduling.request import Placement, Request
@@ -373,7 +373,7 @@ class _Exchange:
         }
         return self._format.progress_event(self.id, context.name, progress)
 
-    def _post(self, body: dict[str, Any]) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
+    def _post(self, body: dict[str, Any]) -> contextlib.AbstractAsyncContextManager[Response]:
         return self.backend.api.request(
             "POST",
             origin_form(self.request.raw_path),

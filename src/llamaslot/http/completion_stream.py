@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-import aiohttp
 from aiohttp import web
 
 from llamaslot.backend.backend import Backend
@@ -27,8 +26,8 @@ from llamaslot.http.client_request import ClientRequest
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream
 from llamaslot.http.headers import to_client
 from llamaslot.http.parse import ParsedRequest
-from llamaslot.http.stream_reader import Reading
-from llamaslot.llama.client import content_type_of
+from llamaslot.http.stream_reader import Put, Reading
+from llamaslot.llama.response import Response, content_type_of, media_type_of, whole
 from llamaslot.llama.sse import PrefillStats
 from llamaslot.scheduling.plan import Source
 
@@ -159,10 +158,10 @@ class Answering:
         own = PrefillStats(min(n_found, n_done), n_done, self.backend.now() - self.lease.sent_at)
         return own if self.here is None else self.here.then(own)
 
-    async def _next(self) -> list[bytes] | None:
+    async def _next(self, put: Put | None = None) -> list[bytes] | None:
         """As ``Reading.next``. After an error the slot's content is unknown."""
         try:
-            return await self._reading.next()
+            return await self._reading.next(put)
         except UpstreamError:
             self.lease.finish(None)
             raise
@@ -223,7 +222,7 @@ class Answering:
             return {**self.client_request.body, "return_progress": True}
         return self.client_request.body
 
-    async def _send(self, stack: contextlib.AsyncExitStack, body: dict[str, Any]) -> aiohttp.ClientResponse:
+    async def _send(self, stack: contextlib.AsyncExitStack, body: dict[str, Any]) -> Response:
         """Send the body. Raises UpstreamError."""
         lease = self.lease
         # If the request may use nothing cached, the slot's content after its own prefill is its own work. Unknown
@@ -237,13 +236,13 @@ class Answering:
         lease.mark_processing()
         if upstream.status == 200:
             return upstream
-        payload = await upstream.read()
+        payload = await whole(upstream)
         await self.backend.executor.refused(lease, upstream.status)
         raise UpstreamError(upstream.status, payload, content_type_of(upstream))
 
     @property
     def _has_events(self) -> bool:
-        return self._upstream.content_type == "text/event-stream"
+        return media_type_of(self._upstream) == "text/event-stream"
 
     @property
     def _is_one_prompt(self) -> bool:
@@ -321,7 +320,7 @@ class Answering:
                     await self.turn.settle()
                 self._settle()
             await self.down.write(b"".join(events))
-            events = await self._next()
+            events = await self._next(self.down.put)
         await self.down.write(self._reading.rest)
 
     async def _assemble(self) -> bytes | RetryNonStreamed:
@@ -329,7 +328,7 @@ class Answering:
         reading, events = self._reading, self._first
         assert reading.assembly is not None
         while events is not None and not reading.is_over:
-            events = await self._next()
+            events = await self._next(self.down.put)
         if (doubt := reading.assembly.doubt) is None:
             return reading.assembled()
         log.info(

@@ -19,17 +19,16 @@ from functools import partial
 import orjson
 from aiohttp import StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http import RawRequestMessage, StreamWriter
+from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import (
     BadHttpMethod,
     BadStatusLine,
     HttpProcessingError,
     LineTooLong,
 )
-from multidict import CIMultiDict
 
 from llamaslot.errors import BadRequest, LlamaslotError, QueueFull, TooSlow
-from llamaslot.http.client_stream import MISTAKE, NAME, error_response
+from llamaslot.http.client_stream import MISTAKE, NAME, Writer, error_response
 
 log = logging.getLogger(__name__)
 
@@ -90,15 +89,6 @@ class Connections:
         self._is_full = self._is_full and len(self._open) > 0.9 * self._n_max
 
 
-class _Writer(StreamWriter):
-    """Always sends HTTP/1.1, as llama-server and RFC 9110 (section 2.5) do: aiohttp repeats the client's version,
-    even if it does not support it, and sends 1.0 in answer to invalid requests.
-    """
-
-    async def write_headers(self, status_line: str, headers: CIMultiDict[str]) -> None:
-        await super().write_headers("HTTP/1.1 " + status_line.partition(" ")[2], headers)
-
-
 def _with_own_version(
     make: _MakeRequest,
     message: RawRequestMessage,
@@ -108,7 +98,7 @@ def _with_own_version(
     task: asyncio.Task[None],
 ) -> web.BaseRequest:
     """aiohttp's request, with a writer of our own."""
-    own = _Writer(protocol, asyncio.get_running_loop())
+    own = Writer(protocol, asyncio.get_running_loop())
     return make(message, payload, protocol, own, task)
 
 

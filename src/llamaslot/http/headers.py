@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
+
+from llamaslot.llama.response import Response
 
 #: The backend that has answered.
 BACKEND = "x-llamaslot-backend"
@@ -46,7 +47,7 @@ def to_server(request: web.Request, *, content_type: str | None = None) -> CIMul
     return headers
 
 
-def to_client(upstream: aiohttp.ClientResponse, ours: Mapping[str, str] | None = None) -> CIMultiDict[str]:
+def to_client(upstream: Response, ours: Mapping[str, str] | None = None) -> CIMultiDict[str]:
     """llama-server's headers for the client; ``ours`` replace its own of the same names. Only llamaslot decides which
     web pages may read them.
     """

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
 
-import aiohttp
 import orjson
 from aiohttp import web
 from multidict import CIMultiDict
@@ -29,6 +28,7 @@ from llamaslot.http.relay import relay
 from llamaslot.http.request_body import Upload, Uploads
 from llamaslot.http.rewriting import SystemPrompts
 from llamaslot.http.unassisted import Unassisted
+from llamaslot.llama.response import Response
 from llamaslot.llama.routes import Route, origin_form
 from llamaslot.scheduling.request import Placement, Request
 
@@ -161,7 +161,7 @@ class Passthrough:
         request: web.Request,
         data: bytes | AsyncIterator[bytes] | None,
         headers: CIMultiDict[str],
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> AsyncIterator[Response]:
         try:
             async with backend.api.request(
                 request.method, origin_form(request.raw_path), data=data, headers=headers, is_relayed=True

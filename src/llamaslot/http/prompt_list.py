@@ -43,6 +43,9 @@ class Part(Downstream):
             await self.begin(headers=SSE_HEADERS)
             await self._whole.write(b"".join(told))
 
+    def put(self, data: bytes) -> bool:
+        return False
+
     async def fail(self, error: LlamaslotError) -> web.StreamResponse:
         return await self._whole.fail(error)
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-import aiohttp
 from aiohttp import web
 
 from llamaslot.errors import BackendDown, ClientGone
 from llamaslot.formats.error_events import ErrorEvents, translated_all
 from llamaslot.http.client_stream import Relayed, begin, cut, end_relayed, errors_of, send
 from llamaslot.http.headers import to_client
-from llamaslot.llama.client import next_piece
+from llamaslot.llama.response import Response, length_of, media_type_of, next_piece
 from llamaslot.llama.sse import n_whole, without_empty_events
 
 log = logging.getLogger(__name__)
@@ -28,7 +27,7 @@ _LAST_EVENT = b'"message_stop"'  # of /v1/messages; inside a text the quotes wou
 
 async def relay(
     request: web.Request,
-    upstream: aiohttp.ClientResponse,
+    upstream: Response,
     told: dict[str, str],
     ended: Callable[[], Awaitable[None]] | None = None,
     begun: Callable[[], None] = lambda: None,
@@ -42,9 +41,9 @@ async def relay(
     """
     headers = to_client(upstream, told)
     response = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=headers)
-    if upstream.content_length is not None and upstream.status not in (204, 304):
-        response.content_length = upstream.content_length
-    is_stream = upstream.content_type == "text/event-stream"
+    if (length := length_of(upstream)) is not None and upstream.status not in (204, 304):
+        response.content_length = length
+    is_stream = media_type_of(upstream) == "text/event-stream"
     errors = errors_of(request, told.get("x-request-id", ""))
     pieces = _events(upstream, errors, begun, ended) if is_stream else _last_one_late(upstream, ended)
     relayed = Relayed(response, errors)
@@ -74,7 +73,7 @@ async def relay(
 
 
 async def _events(
-    upstream: aiohttp.ClientResponse,
+    upstream: Response,
     errors: ErrorEvents,
     begun: Callable[[], None],
     ended: Callable[[], Awaitable[None]] | None,
@@ -102,7 +101,7 @@ async def _events(
 
 
 async def _last_one_late(
-    upstream: aiohttp.ClientResponse, ended: Callable[[], Awaitable[None]] | None
+    upstream: Response, ended: Callable[[], Awaitable[None]] | None
 ) -> AsyncIterator[bytes]:
     """Each piece when the next one is there, so that the last one is known to be the last."""
     held = b""

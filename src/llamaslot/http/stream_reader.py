@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import aiohttp
 import orjson
 
 from llamaslot.formats.base import Format
 from llamaslot.formats.corrections import Corrections, index_of
 from llamaslot.formats.error_events import ErrorEvents, is_error
 from llamaslot.formats.stream_to_json import Assembly
-from llamaslot.llama.client import next_piece
-from llamaslot.llama.sse import EventSplitter, PrefillStats, data_of, event_of, without_empty_events
+from llamaslot.llama.response import Response, whole
+from llamaslot.llama.sse import (
+    EventSplitter,
+    PrefillStats,
+    data_of,
+    event_of,
+    events_in,
+    last_of,
+    without_empty_events,
+)
 
 _NOTED = (b'"timings"', b'"error"', b'"prompt_progress"', b'"usage"')
 _CREATED, _IN_PROGRESS = b"event: response.created", b"event: response.in_progress"
 _BEFORE_TOKENS = (_CREATED, _IN_PROGRESS)
+
+#: Sends whole events to the client at once; False if it cannot.
+Put = Callable[[bytes], bool]
 
 
 class Reading:
@@ -31,7 +42,7 @@ class Reading:
 
     def __init__(
         self,
-        upstream: aiohttp.ClientResponse,
+        upstream: Response,
         format_: Format,
         prefill_stats: PrefillStats | None,
         errors: ErrorEvents,
@@ -57,16 +68,44 @@ class Reading:
         self._n_left, self._start = n_answers, start
         self._created, self._is_in_progress = b"", False
         self._splitter = EventSplitter()
+        self._marks = (*_NOTED, *format_.last_events, *_BEFORE_TOKENS, b"\n:")
+        self._put: Put | None = None
+        self._events = b""  # whole ones, to be looked at
 
-    async def next(self) -> list[bytes] | None:
+    async def next(self, put: Put | None = None) -> list[bytes] | None:
         """The next events to relay, perhaps none; None at the end.
+
+        After the first token, events of which nothing is noted or changed go to ``put`` as they come, without waking
+        this task, which takes most of the time of an event; so do those of an assembled answer, except the last.
 
         Raises BackendDown if the connection breaks, and UpstreamError for an error in an assembled answer.
         """
-        chunk = await next_piece(self._upstream)
-        if not chunk:
+        self._put = put
+        if not await self._upstream.pass_to(self._take):
             return None
-        return [passed for event in self._splitter.feed(chunk) if (passed := self._event(event))]
+        events, self._events = self._events, b""
+        return [passed for event in events_in(events) if (passed := self._event(event))]
+
+    def _take(self, piece: bytes) -> bool:
+        """Put what needs no look, and go on. Otherwise keep it for ``next``."""
+        events = self._splitter.whole(piece)
+        if (put := self._put) is not None and self.has_token and not (self.is_over or self.has_failed):
+            if not events:
+                return True
+            if self.assembly is not None:
+                for event in events_in(events):
+                    self._event(event)
+                return not (self.is_over or self.has_failed)
+            if self._is_plain(events) and put(events):
+                self._errors.saw(last_of(events))
+                return True
+        self._events = events
+        return False
+
+    def _is_plain(self, events: bytes) -> bool:
+        if self._created or self._start or events.startswith(b":"):
+            return False
+        return not any(map(events.__contains__, self._marks))
 
     @property
     def n_reused(self) -> int | None:
@@ -81,7 +120,7 @@ class Reading:
 
     async def whole(self) -> bytes:
         """The JSON answer, with corrected numbers."""
-        payload = await self._upstream.read()
+        payload = await whole(self._upstream)
         try:
             answer = orjson.loads(payload)
         except orjson.JSONDecodeError:

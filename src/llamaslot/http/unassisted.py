@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import aiohttp
 from aiohttp import web
 
 from llamaslot.backend.backend import Backend
@@ -33,7 +32,7 @@ from llamaslot.http.parse import max_tokens, request_id
 from llamaslot.http.relay import relay
 from llamaslot.http.rewriting import rewrote
 from llamaslot.http.stream_reader import Reading
-from llamaslot.llama.client import content_type_of
+from llamaslot.llama.response import Response, content_type_of, media_type_of, whole
 from llamaslot.llama.routes import Route, origin_form
 from llamaslot.scheduling.plan import Source
 from llamaslot.scheduling.request import Request
@@ -107,7 +106,7 @@ class Unassisted:
                     )
                 )
                 if upstream.status >= 400:
-                    raise UpstreamError(upstream.status, await upstream.read(), content_type_of(upstream))
+                    raise UpstreamError(upstream.status, await whole(upstream), content_type_of(upstream))
             if format_ is None:
                 return await relay(request, upstream, down.headers)
             reading = Reading(
@@ -118,7 +117,7 @@ class Unassisted:
                 n_answers=format_.n_prompts(body) * format_.n_answers(body),
                 wants_progress=True,
             )
-            if upstream.content_type != "text/event-stream":
+            if media_type_of(upstream) != "text/event-stream":
                 payload = await reading.whole()
                 self._note(backend, lease, format_, reading, began)
                 return web.Response(
@@ -139,10 +138,10 @@ class Unassisted:
         return lease
 
     async def _relay(
-        self, down: Downstream, deadlines: Deadlines, upstream: aiohttp.ClientResponse, reading: Reading
+        self, down: Downstream, deadlines: Deadlines, upstream: Response, reading: Reading
     ) -> None:
         await down.begin(upstream.status, to_client(upstream, {**down.headers, **SSE_HEADERS}))
-        while (events := await reading.next()) is not None:
+        while (events := await reading.next(down.put)) is not None:
             if reading.has_token or reading.is_over:
                 deadlines.answering()
             await down.write(b"".join(events))

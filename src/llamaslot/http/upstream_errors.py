@@ -16,8 +16,9 @@ from llamaslot.errors import BackendDown, BadRequest, LlamaslotError, Reason, Up
 from llamaslot.http.client_request import ClientRequest
 from llamaslot.http.headers import to_server
 from llamaslot.http.parse import ParsedRequest
-from llamaslot.llama.client import QUICK_S, content_type_of
+from llamaslot.llama.client import QUICK_S
 from llamaslot.llama.dry_run import Verdict
+from llamaslot.llama.response import content_type_of, whole
 from llamaslot.llama.route_availability import IS_NOT_OFFERED
 from llamaslot.llama.routes import origin_form
 from llamaslot.scheduling.request import Placement
@@ -45,7 +46,7 @@ async def in_its_words(
             timeout_s=_TIMEOUT_S,
         ) as upstream:
             if upstream.status >= 400:
-                return UpstreamError(upstream.status, await upstream.read(), content_type_of(upstream))
+                return UpstreamError(upstream.status, await whole(upstream), content_type_of(upstream))
         log.warning(
             "%s: llama-server accepted a body that llamaslot takes for invalid; reconnecting", request.path
         )
@@ -127,7 +128,7 @@ async def _answer_to(backend: Backend, client_request: ClientRequest, lease: Lea
     async with client_request.post(body) as upstream:
         if upstream.status < 400:
             return None
-        error = UpstreamError(upstream.status, await upstream.read(), content_type_of(upstream))
+        error = UpstreamError(upstream.status, await whole(upstream), content_type_of(upstream))
     await backend.executor.refused(lease, error.status)
     return error
 

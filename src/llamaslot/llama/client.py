@@ -1,8 +1,6 @@
 """llama-server's HTTP routes, typed. aiohttp's client errors are translated here and nowhere else.
 
-Repeatable requests use kept connections (``keep_alive``). Every other request opens a new one: llama-server closes a
-kept connection after 5 idle seconds, and right after any response that took longer, without notice. A client that
-reuses such a connection fails within a millisecond.
+Repeatable requests use kept connections (``keep_alive``), every other request opens a new one (``upstream``).
 """
 
 from __future__ import annotations
@@ -31,25 +29,26 @@ from llamaslot.errors import (
 )
 from llamaslot.llama.keep_alive import Answer, KeepAlivePool, NotConnected
 from llamaslot.llama.replies import Progress, Props, SlotAction, SlotInfo
+from llamaslot.llama.response import (
+    RELAYED_BYTES,
+    OverAiohttp,
+    Response,
+    content_type_of,
+    next_piece,
+    whole,
+)
 from llamaslot.llama.sse import EventSplitter, data_of
+from llamaslot.llama.upstream import PlainServer, narrow_socket
 
 P = ParamSpec("P")
 
 T = TypeVar("T")
 
-BROKEN_OFF = "llama-server closed the connection in the middle of the answer"
-
 QUICK_S = 60.0  # /slots and /tokenize wait for the batch that is running, several seconds on a slow machine
 
 _PIECE_BYTES = 1 << 20
 
-RELAYED_BYTES = 1 << 14  # of a piece of a relayed answer
-
 _READ_BYTES = 1 << 18
-
-# The receive buffer requested from the kernel, which allocates twice that: data that an answer is ahead of its
-# reader.
-_WINDOW_BYTES = 1 << 15
 
 ACTION_S = 900.0  # a save of many GiB to a slow disk
 
@@ -92,12 +91,12 @@ class LlamaServer:
         self.name = name or self.url
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
-        self._kept = KeepAlivePool.of(self.url, api_key)
+        self._kept, self._plain = KeepAlivePool.of(self.url, api_key), PlainServer.of(self.url, api_key)
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(force_close=True, limit=0, socket_factory=_narrow_socket),
+                connector=aiohttp.TCPConnector(force_close=True, limit=0, socket_factory=_narrow),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
                 skip_auto_headers=("Accept-Encoding", "User-Agent"),
                 auto_decompress=False,
@@ -123,15 +122,33 @@ class LlamaServer:
         timeout_s: float | None = None,
         is_watched: bool = False,
         is_relayed: bool = False,
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> AsyncIterator[Response]:
         """One request; the context yields its open response. ``path`` is sent unchanged, query included.
 
-        ``is_relayed``: the answer is read by ``next_piece`` as fast as its consumer takes it, so buffers are small.
+        ``is_relayed``: the answer is read as fast as its consumer takes it, so buffers are small.
 
         Raises BackendDown if llama-server cannot be reached or closes the connection, also while the body of the
         block reads the response. Raises SlotWedged if ``is_watched`` and nothing comes for ``watchdog_s``.
         """
         silence_s = self.watchdog_s if is_watched else None
+        n_held_bytes = RELAYED_BYTES if is_relayed else _READ_BYTES
+        if self._plain is not None and not isinstance(data, AsyncIterator):
+            try:
+                plain = await self._plain.send(
+                    method,
+                    path,
+                    data,
+                    headers or {},
+                    timeout_s=timeout_s,
+                    silence_s=silence_s,
+                    n_held_bytes=n_held_bytes,
+                )
+                if plain is not None:
+                    with contextlib.closing(plain):
+                        yield plain
+                    return
+            except (ConnectionError, TimeoutError) as error:
+                raise self._is_down(error) from error
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=5.0, sock_read=silence_s)
         merged = CIMultiDict(headers or {})
         merged.update(self._headers)  # our key, not the client's
@@ -144,9 +161,9 @@ class LlamaServer:
                 headers=merged,
                 timeout=timeout,
                 allow_redirects=False,
-                read_bufsize=RELAYED_BYTES if is_relayed else _READ_BYTES,
+                read_bufsize=n_held_bytes,
             ) as response:
-                yield response
+                yield OverAiohttp(response)
         except aiohttp.SocketTimeoutError as error:
             raise SlotWedged(
                 f"llama-server at {self.url} has sent nothing for {silence_s:g} s; its slot is given up"
@@ -169,7 +186,7 @@ class LlamaServer:
                 raise self._is_down(error) from error
         headers = None if data is None else {"Content-Type": "application/json"}
         async with self.request(method, path, data=data, headers=headers, timeout_s=timeout_s) as response:
-            return Answer(response.status, content_type_of(response), await response.read())
+            return Answer(response.status, content_type_of(response), await whole(response))
 
     async def _ask_json(self, method: str, path: str, body: Any = None, timeout_s: float = QUICK_S) -> Any:
         """The JSON answer to a repeatable request. Raises UpstreamError for an error answer, BackendDown."""
@@ -184,7 +201,7 @@ class LlamaServer:
         """
         headers, data = {"Content-Type": "application/json"}, orjson.dumps(body)
         async with self.request(method, path, data=data, headers=headers, timeout_s=timeout_s) as response:
-            payload = await response.read()
+            payload = await whole(response)
             if response.status != 200:
                 raise UpstreamError(response.status, payload, content_type_of(response))
         return orjson.loads(payload)
@@ -285,7 +302,7 @@ class LlamaServer:
             if only_refusals and response.status < 400:
                 return response.status, None
             try:
-                return response.status, orjson.loads(await response.read())
+                return response.status, orjson.loads(await whole(response))
             except orjson.JSONDecodeError:
                 return response.status, None
 
@@ -337,9 +354,9 @@ class LlamaServer:
             "POST", "/completion", data=data, headers=headers, is_watched=True
         ) as response:
             if response.status != 200:
-                raise UpstreamError(response.status, await response.read(), content_type_of(response))
+                raise UpstreamError(response.status, await whole(response), content_type_of(response))
             is_complete = False
-            async for chunk in response.content.iter_any():
+            while chunk := await next_piece(response):
                 for event in splitter.feed(chunk):
                     payload = data_of(event)
                     if not isinstance(payload, dict):
@@ -377,34 +394,9 @@ class LlamaServer:
         return {int(entry["id"]): float(entry["logprob"]) for entry in entries}
 
 
-def _narrow_socket(address: aiohttp.AddrInfoType) -> socket.socket:
-    """A socket with a small receive buffer, so that little of an unread answer is held in the kernel, and little at a
-    time in the loop: uvloop reads up to 256 kB at once.
-
-    Set before it connects: Linux drops data in flight when the window of a connection shrinks, and large answers
-    stalled for minutes.
-    """
+def _narrow(address: aiohttp.AddrInfoType) -> socket.socket:
     family, kind, protocol, *_ = address
-    sock = socket.socket(family, kind, protocol)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WINDOW_BYTES)
-    return sock
-
-
-async def next_piece(response: aiohttp.ClientResponse) -> bytes:
-    """The received part of an answer, at most ``RELAYED_BYTES``; empty at its end. Raises BackendDown if the
-    connection breaks.
-    """
-    try:
-        return await response.content.read(RELAYED_BYTES)
-    except aiohttp.SocketTimeoutError:
-        raise  # the sender of the request handles it
-    except (aiohttp.ClientError, RuntimeError) as error:  # the latter is aiohttp's "Connection closed."
-        raise BackendDown(BROKEN_OFF) from error
-
-
-def content_type_of(response: aiohttp.ClientResponse) -> str:
-    """The content type as llama-server sent it, character set included."""
-    return response.headers.get("Content-Type", "application/json")
+    return narrow_socket(family, kind, protocol)
 
 
 def _why(error: BaseException) -> str:

@@ -11,39 +11,63 @@ from typing import Any
 import orjson
 
 _ENDS = (b"\n\n", b"\r\n\r\n")
+_MORE_THAN_ENDS = (b"\n\n\n", b"\n\r\n\r\n", b"\r\n\n")
 _OVERLAP = max(map(len, _ENDS)) - 1  # bytes before a chunk that may belong to an end mark that ends in it
 
 
 class EventSplitter:
-    """Splits a byte stream into whole events. Each event returned by ``feed`` ends with its blank line."""
+    """Cuts a byte stream into whole events. Each event ends with its blank line."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
 
     def feed(self, chunk: bytes) -> list[bytes]:
+        """The events that are whole with these bytes."""
+        return events_in(self.whole(chunk))
+
+    def whole(self, chunk: bytes) -> bytes:
+        """As ``feed``, in one piece."""
+        if not self._rest and chunk.endswith(_ENDS) and not chunk.endswith(_MORE_THAN_ENDS):
+            return chunk
         # Search only new bytes, or an event of 4 MB in many chunks takes seconds.
         n_searched = max(len(self._rest) - _OVERLAP, 0)
         self._rest += chunk
-        events: list[bytes] = []
-        start = 0
-        # The next position of each mark, searched again only once it is passed, or an answer in one chunk takes
-        # minutes.
-        found = {mark: self._rest.find(mark, n_searched) for mark in _ENDS}
-        while ends := [at + len(mark) for mark, at in found.items() if at >= 0]:
-            end = min(ends)
-            events.append(bytes(self._rest[start:end]))
-            start = end
-            found = {mark: self._next(mark, at, start) for mark, at in found.items()}
-        del self._rest[:start]
+        n = max(_end(mark, self._rest.rfind(mark, n_searched)) for mark in _ENDS)
+        events = bytes(self._rest[:n])
+        if events.endswith(_MORE_THAN_ENDS):  # the last line end may begin the next event
+            events = b"".join(events_in(events))
+            n = len(events)
+        del self._rest[:n]
         return events
-
-    def _next(self, mark: bytes, at: int, start: int) -> int:
-        return at if at < 0 or at >= start else self._rest.find(mark, start)
 
     @property
     def rest(self) -> bytes:
         """The bytes after the last whole event."""
         return bytes(self._rest)
+
+
+def _end(mark: bytes, at: int) -> int:
+    return at + len(mark) if at >= 0 else 0
+
+
+def events_in(data: bytes) -> list[bytes]:
+    """Whole events, one by one."""
+    if b"\r\n\r\n" not in data:
+        return [part + b"\n\n" for part in data.split(b"\n\n")[:-1]]
+    events: list[bytes] = []
+    start = 0
+    # The next position of each mark, searched again only once it is passed, or an answer in one chunk takes minutes.
+    found = {mark: data.find(mark) for mark in _ENDS}
+    while ends := [at + len(mark) for mark, at in found.items() if at >= 0]:
+        events.append(data[start : min(ends)])
+        start = min(ends)
+        found = {mark: at if at < 0 or at >= start else data.find(mark, start) for mark, at in found.items()}
+    return events
+
+
+def last_of(events: bytes) -> bytes:
+    """The last one of whole events that end in LF."""
+    return events[_end(b"\n\n", events.rfind(b"\n\n", 0, -2)) :]
 
 
 def n_whole(data: bytes) -> int:

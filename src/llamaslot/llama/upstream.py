@@ -1,0 +1,360 @@
+"""One request to llama-server on a connection of its own, and its answer as it comes: HTTP/1.1 over a plain protocol.
+
+aiohttp's client takes 0.65 ms of this process for a request on a new connection, and 50 µs for each event of a stream
+(a task is woken for each). Here pieces of an answer go straight from the socket to a function, ``Response.pass_to``.
+
+A request is never sent twice, so no kept connection is used: llama-server closes one after an answer of more than 5
+seconds, without notice, and a request that is on its way then may have been read or not. A new one takes 0.1 ms.
+
+What cannot be sent here is left to aiohttp (``PlainServer.of`` and ``send`` return None): TLS, methods other than GET
+and POST, characters that need care.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+from collections.abc import Mapping
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import httptools
+from multidict import CIMultiDict
+
+from llamaslot.errors import BackendDown, SlotWedged
+from llamaslot.llama.keep_alive import BadAnswer
+from llamaslot.llama.response import BROKEN_OFF, RELAYED_BYTES, Take
+
+_CONNECT_S = 5.0
+_HEAD_BYTES = 1 << 16  # of the headers of an answer
+
+# The receive buffer requested from the kernel, which allocates twice that: data that an answer is ahead of its
+# reader.
+_WINDOW_BYTES = 1 << 15
+
+_METHODS = ("GET", "POST")
+_ODD_IN_TARGET = re.compile(r"[^!-~]")
+_ODD_IN_HEADERS = re.compile(r"[^\t -~]")  # line ends above all
+
+
+def narrow_socket(family: int, kind: int, protocol: int) -> socket.socket:
+    """A socket with a small receive buffer, so that little of an unread answer is held in the kernel, and little at a
+    time in the loop: uvloop reads up to 256 kB at once.
+
+    Set before it connects: Linux drops data in flight when the window of a connection shrinks, and large answers
+    stalled for minutes.
+    """
+    sock = socket.socket(family, kind, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WINDOW_BYTES)
+    return sock
+
+
+class PlainServer:
+    """Sends requests to ``http://host[:port][/prefix]``."""
+
+    def __init__(self, url: str, host: str, port: int, prefix: str, fixed: str) -> None:
+        """``prefix``: prepended to each path. ``fixed``: header lines of each request, each with its line end."""
+        self._url, self._host, self._port, self._prefix, self._fixed = url, host, port, prefix, fixed
+        self._address: tuple[int, Any] | None = None  # family and address of the last connection
+
+    @classmethod
+    def of(cls, url: str, api_key: str | None) -> PlainServer | None:
+        """None if it does not support the URL."""
+        parts = urlsplit(url)
+        key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
+        is_plain = not _ODD_IN_TARGET.search(f"{parts.netloc}{parts.path}{api_key or ''}")
+        if parts.scheme != "http" or not parts.hostname or parts.username is not None or not is_plain:
+            return None
+        fixed = f"Host: {parts.netloc}\r\n{key}"
+        return cls(url, parts.hostname, parts.port or 80, parts.path.rstrip("/"), fixed)
+
+    def _head(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None) -> bytes | None:
+        """The head of a request, as aiohttp writes it; None if a part of it needs care. ``headers`` have no Host, no
+        Authorization, and nothing about lengths and connections.
+        """
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        is_odd = _ODD_IN_HEADERS.search(lines.replace("\r\n", "")) or lines.count("\r\n") != len(headers)
+        if method not in _METHODS or is_odd or _ODD_IN_TARGET.search(path):
+            return None
+        more = "" if "Accept" in headers else "Accept: */*\r\n"
+        if body is not None or method == "POST":
+            more += f"Content-Length: {len(body or b'')}\r\n"
+        if body is not None and "Content-Type" not in headers:
+            more += "Content-Type: application/octet-stream\r\n"
+        head = (
+            f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._fixed}{lines}{more}Connection: close\r\n\r\n"
+        )
+        return head.encode("ascii")
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        *,
+        timeout_s: float | None = None,
+        silence_s: float | None = None,
+        n_held_bytes: int = RELAYED_BYTES,
+    ) -> PlainResponse | None:
+        """Send a request, and wait for the headers of its answer. Close the response at last. None if nothing was sent:
+        the request needs care, or there is no connection; aiohttp sends it, or says why it cannot.
+
+        ``timeout_s`` is for the whole answer, ``silence_s`` for each part of it; ``n_held_bytes`` of it are held while
+        nothing takes them.
+
+        Raises TimeoutError, SlotWedged, and ConnectionError if the connection breaks (BadAnswer for an invalid answer).
+        Canceling closes the connection.
+        """
+        if (head := self._head(method, path, headers, body)) is None:
+            return None
+        response = PlainResponse(self._url, n_held_bytes, silence_s, timeout_s)
+        try:
+            async with asyncio.timeout(_CONNECT_S if timeout_s is None else min(_CONNECT_S, timeout_s)):
+                is_connected = await self._connect(response)
+            if is_connected:
+                await response.ask(head, body)
+                return response
+        except BaseException:
+            response.close()
+            raise
+        response.close()
+        return None
+
+    async def _connect(self, response: PlainResponse) -> bool:
+        """Connect to the previous address if it still accepts connections: resolving a name takes a thread."""
+        loop = asyncio.get_running_loop()
+        if self._address is not None and await self._connect_to(response, *self._address):
+            return True
+        self._address = None
+        try:
+            found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        except OSError:
+            return False
+        for family, _, _, _, address in found:
+            if await self._connect_to(response, family, address):
+                self._address = family, address
+                return True
+        return False
+
+    @staticmethod
+    async def _connect_to(response: PlainResponse, family: int, address: Any) -> bool:
+        loop = asyncio.get_running_loop()
+        sock = None
+        try:
+            sock = narrow_socket(family, socket.SOCK_STREAM, 0)
+            sock.setblocking(False)
+            await loop.sock_connect(sock, address)
+            await loop.create_connection(lambda: response, sock=sock)
+        except BaseException as error:
+            if sock is not None:
+                sock.close()
+            if isinstance(error, OSError):
+                return False
+            raise
+        return True
+
+
+class PlainResponse(asyncio.Protocol):
+    """One connection, and the answer that arrives on it."""
+
+    def __init__(self, url: str, n_held_bytes: int, silence_s: float | None, timeout_s: float | None) -> None:
+        self.status, self.reason = 0, ""
+        self.headers: CIMultiDict[str] = CIMultiDict()
+        self._loop, self._url = asyncio.get_running_loop(), url
+        self._n_held_bytes, self._silence_s = n_held_bytes, silence_s
+        self._transport: asyncio.Transport | None = None
+        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
+        self._waiter: asyncio.Future[bool] | None = None
+        self._take: Take | None = None
+        self._read: list[bytes] = []  # parts of the body in the data that is being parsed
+        self._held: list[bytes] = []  # pieces that nothing has taken
+        self._n_held = self._n_head = 0
+        self._is_paused = self._is_head_over = self._is_over = False
+        self._error: Exception | None = None
+        self._heard_at = 0.0
+        self._silence_timer: asyncio.TimerHandle | None = None
+        self._timer = (
+            None if timeout_s is None else self._loop.call_later(timeout_s, self._fail, TimeoutError())
+        )
+
+    async def ask(self, head: bytes, body: bytes | None) -> None:
+        """Send a request, and wait for the headers of the answer. Raises as ``PlainServer.send`` does."""
+        assert self._transport is not None, "connected"
+        self._heard_at = self._loop.time()
+        self._watch()
+        self._transport.writelines([head, body] if body else [head])
+        await self._wait(None)
+
+    async def pass_to(self, take: Take) -> bool:
+        """As ``Response`` says."""
+        while self._held:
+            held = self._held
+            piece = held[0] if len(held) == 1 else b"".join(held)
+            self._held, self._n_held = [], 0
+            self._go_on()
+            if not take(piece):
+                return True
+        return await self._wait(take)
+
+    async def _wait(self, take: Take | None) -> bool:
+        """Until ``take`` returns False, or without it, until the headers have come. Returns False at the end."""
+        if take is None and self._is_head_over:
+            return True
+        if self._error is not None:
+            raise self._error
+        if self._is_over:
+            return False
+        self._take, self._waiter = take, self._loop.create_future()
+        try:
+            return await self._waiter
+        finally:
+            self._take = self._waiter = None
+
+    def close(self) -> None:
+        """Close the connection at once: llama-server notices it. Idempotent."""
+        for timer in (self._timer, self._silence_timer):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._silence_timer = None
+        self._parser = None  # it refers to this object
+        self._abort()
+
+    def _abort(self) -> None:
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.abort()
+
+    def _go_on(self) -> None:
+        if self._is_paused and self._transport is not None:
+            self._is_paused = False
+            self._heard_at = self._loop.time()
+            self._transport.resume_reading()
+
+    def _watch(self) -> None:
+        """Look again when too long a silence may be over. Nothing is expected while reading is paused."""
+        if (silence_s := self._silence_s) is None:
+            return
+        now = self._loop.time()
+        if self._is_paused:
+            self._heard_at = now
+        elif now >= self._heard_at + silence_s:
+            text = f"llama-server at {self._url} has sent nothing for {silence_s:g} s; its slot is given up"
+            self._fail(SlotWedged(text))
+            return
+        self._silence_timer = self._loop.call_at(self._heard_at + silence_s, self._watch)
+
+    def _wake(self, goes_on: bool) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(goes_on)
+
+    def _fail(self, error: Exception) -> None:
+        """Raise ``error`` after what has come before."""
+        if self._error is None and not self._is_over:
+            self._error = error
+            if self._waiter is not None and not self._waiter.done():
+                self._waiter.set_exception(error)
+        self._abort()
+
+    # -- called by asyncio ---------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's own is no subclass of it
+
+    def data_received(self, data: bytes) -> None:
+        if self._parser is None or self._is_over or self._error is not None:
+            return
+        self._heard_at = self._loop.time()
+        if not self._is_head_over:
+            self._n_head += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._deliver()
+            if self._is_over:  # what follows an answer is not looked at
+                self._wake(False)
+            else:
+                self._fail(self._broken(BadAnswer(f"no answer in HTTP: {error!r}")))
+            return
+        if not self._is_head_over:
+            if self._n_head > _HEAD_BYTES:
+                self._fail(BadAnswer(f"headers of more than {_HEAD_BYTES} bytes"))
+            return
+        self._deliver()
+        if self._is_over:
+            self._wake(False)
+
+    def _deliver(self) -> None:
+        """Pass on what was read of the body."""
+        if not self._read:
+            return
+        piece = self._read[0] if len(self._read) == 1 else b"".join(self._read)
+        self._read.clear()
+        if self._take is not None:
+            try:
+                goes_on = self._take(piece)
+            except Exception as error:
+                self._take = None
+                if self._waiter is not None and not self._waiter.done():
+                    self._waiter.set_exception(error)
+                return
+            if not goes_on:
+                self._take = None
+                self._wake(True)
+            return
+        self._held.append(piece)
+        self._n_held += len(piece)
+        if self._n_held > self._n_held_bytes and not self._is_paused and self._transport is not None:
+            self._is_paused = True
+            self._transport.pause_reading()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        if self._is_over or self._error is not None:
+            return
+        if error is None and self._is_head_over and self._is_open_ended:
+            self._is_over = True  # an answer without a length ends with its connection
+            self._wake(False)
+        else:
+            self._fail(self._broken(ConnectionError("the connection was closed")))
+
+    def _broken(self, error: ConnectionError) -> Exception:
+        """An error in the headers is the sender's to translate; one in the body is for whatever reads that."""
+        if not self._is_head_over:
+            return error
+        down = BackendDown(BROKEN_OFF)
+        down.__cause__ = error
+        return down
+
+    @property
+    def _is_open_ended(self) -> bool:
+        return "Content-Length" not in self.headers and "Transfer-Encoding" not in self.headers
+
+    # -- called by the parser ------------------------------------------------------------------------------------
+
+    def on_status(self, reason: bytes) -> None:
+        self.reason += reason.decode("latin-1")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._is_head_over:  # later ones are trailers
+            self.headers.add(name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
+
+    def on_headers_complete(self) -> None:
+        if self._is_over or self._parser is None:  # a second answer
+            return
+        self.status = self._parser.get_status_code()
+        if self.status < 200:  # an interim answer (100): the answer follows
+            self.headers.clear()
+            self.reason = ""
+            return
+        self._is_head_over = True
+        self._wake(True)
+
+    def on_body(self, piece: bytes) -> None:
+        if not self._is_over:
+            self._read.append(piece)
+
+    def on_message_complete(self) -> None:
+        if self._is_head_over:
+            self._is_over = True
