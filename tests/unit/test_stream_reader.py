@@ -139,3 +139,98 @@ async def test_usage_is_put_right_in_every_format() -> None:
     assert told.startswith(b"event: response.completed\ndata: ")
     assert b'"cached_tokens":4' in told
     assert it.n_cached == 9, "what llama-server itself has found"
+
+
+TOKEN = event_of({"choices": [{"index": 0, "delta": {"content": "a"}}]})
+END = event_of({"choices": [], "timings": {"cache_n": 1, "prompt_n": 2}})
+
+
+class Client:
+    """Takes events at once, as long as it ``is_quick``."""
+
+    def __init__(self, *, is_quick: bool = True) -> None:
+        self.got, self.is_quick = b"", is_quick
+
+    def put(self, data: bytes) -> bool:
+        self.got += data if self.is_quick else b""
+        return self.is_quick
+
+
+async def relayed(it: Reading, client: Client) -> tuple[bytes, int]:
+    """All that reaches the client, and how often the task was woken for it."""
+    n_woken = 0
+    while (events := await it.next(client.put)) is not None:
+        n_woken += 1
+        client.got += b"".join(events)
+    return client.got, n_woken
+
+
+async def test_tokens_wake_no_task() -> None:
+    """After the first, until one comes that is looked at; several in one read are one write."""
+    chunks = [TOKEN, TOKEN, TOKEN * 3, TOKEN, END, b"data: [DONE]\n\n"]
+    it = reading(*chunks)
+    assert await relayed(it, Client()) == (b"".join(chunks), 3)
+    assert it.timings == {"cache_n": 1, "prompt_n": 2}
+    assert it.is_over
+
+
+@pytest.mark.parametrize("n", [1, 7, 64, 1000])
+async def test_events_are_whole_however_they_are_cut(n: int) -> None:
+    """The client gets the same bytes, and each time whole events."""
+    stream = TOKEN * 40 + END + b"data: [DONE]\n\n"
+    got: list[bytes] = []
+    it = reading(*(stream[at : at + n] for at in range(0, len(stream), n)))
+
+    def put(data: bytes) -> bool:
+        got.append(data)
+        return True
+
+    while (events := await it.next(put)) is not None:
+        got.extend(events)
+    assert b"".join(got) == stream
+    assert all(part.endswith(b"\n\n") for part in got)
+    assert it.timings is not None
+
+
+async def test_a_slow_client_is_waited_for() -> None:
+    """It gets the events from the task, which waits."""
+    it = reading(TOKEN, TOKEN, TOKEN, b"data: [DONE]\n\n")
+    assert await relayed(it, Client(is_quick=False)) == (TOKEN * 3 + b"data: [DONE]\n\n", 4)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [b": ping\n\n", b": ping\n\n" + TOKEN, TOKEN + b": ping\n\n", b'data: {"error":{"message":"x"}}\n\n',
+     event_of({"usage": {"prompt_tokens": 1}}), event_of({"prompt_progress": PROGRESS})],
+)  # fmt: skip
+async def test_what_is_noted_or_changed_is_looked_at(event: bytes) -> None:
+    """As without a client that takes events at once."""
+    plain = await passed(reading(TOKEN, event, TOKEN))
+    assert (await relayed(reading(TOKEN, event, TOKEN), Client()))[0] == plain
+
+
+async def test_a_response_continues_from_the_last_event() -> None:
+    """Its error has the next number, though nothing has looked at the events in between."""
+    created = event_of({"type": "response.created", "response": {"id": "r"}}, b"event: response.created\n")
+    delta = [
+        event_of(
+            {"type": "response.output_text.delta", "sequence_number": n},
+            b"event: response.output_text.delta\n",
+        )
+        for n in range(1, 6)
+    ]
+    errors = FORMATS["responses"].errors("")
+    upstream = cast(Response, Upstream(created, delta[0], delta[1], delta[2] + delta[3] + delta[4]))
+    client = Client()
+    _, n_woken = await relayed(Reading(upstream, FORMATS["responses"], None, errors), client)
+    assert n_woken == 2
+    assert b'"sequence_number":6' in errors.event({"message": "no", "code": 500, "type": "server_error"})
+
+
+async def test_an_assembled_answer_wakes_its_task_once() -> None:
+    """At its end."""
+    assembly = FORMATS["chat"].assembly({"stream": False})
+    assert assembly is not None
+    it = reading(TOKEN, TOKEN, TOKEN, END + b"data: [DONE]\n\n", assembly=assembly)
+    assert await relayed(it, Client()) == (b"", 2)
+    assert it.is_over
