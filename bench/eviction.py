@@ -68,14 +68,14 @@ def snapshots(rng: random.Random) -> Iterator[WithTokens]:
 def measure(n_snapshots: int, n_saves: int = 500, seed: int = 1) -> Cost:
     """A full disk with this many, and then so many saves."""
     rng = random.Random(seed)
-    order, pool = ByValue(), SlotTable("bench", 1, 1 << 20, rules=Rules(), rates=Rates())
-    order.saves_s = pool.saves_s
+    order, table = ByValue(), SlotTable("bench", 1, 1 << 20, rules=Rules(), rates=Rates())
+    order.saves_s = table.saves_s
     shelf, coming, now = SnapshotTable(order), snapshots(rng), 0.0
     shelf.fingerprint = MODEL
     for _ in range(n_snapshots):
         snapshot = next(coming)
         now += 10.0
-        pool.add_snapshot(snapshot)
+        table.add_snapshot(snapshot)
         shelf.add(snapshot.listed, now)
     cost = Cost(n_snapshots, [], [])
     free_bytes = 0
@@ -92,8 +92,8 @@ def measure(n_snapshots: int, n_saves: int = 500, seed: int = 1) -> Cost:
         chosen = time.thread_time()
         free_bytes += sum(victim.size_bytes for victim in victims) - snapshot.size_bytes
         for victim in victims:
-            pool.drop_snapshot(victim.id)
-        pool.add_snapshot(snapshot)
+            table.drop_snapshot(victim.id)
+        table.add_snapshot(snapshot)
         shelf.add(snapshot.listed, now)
         cost.choosing_s.append(chosen - started)
         cost.adding_s.append(time.thread_time() - chosen)

@@ -1,4 +1,4 @@
-"""llamaslot's engine around the simulated server: the real scheduler, pool, leases, steps and writeback."""
+"""llamaslot's engine around the simulated server: the real scheduler, slot table, leases, steps and writeback."""
 
 from __future__ import annotations
 
@@ -88,11 +88,11 @@ class Proxy:
         self.executor = PlanExecutor(api, catalog, self.rates, self.metrics, self.tasks, self.leases)
         self.executor.fingerprint, self.executor.boot_id = FINGERPRINT, "simulated"
         self.writeback = Writeback(self.leases, self.executor, IDLE_SAVE_S)
-        self.pool = SlotTable("simulated", server.n_slots, N_CTX, rules=rules, rates=self.rates)
-        self.pool.can_save = self.pool.can_erase = True
+        self.table = SlotTable("simulated", server.n_slots, N_CTX, rules=rules, rates=self.rates)
+        self.table.can_save = self.table.can_erase = True
         self._loop = loop
         self._meet()
-        self.dispatcher.attach(self.pool)
+        self.dispatcher.attach(self.table)
 
     def sample(self, name: str) -> float:
         """A metric of the backend, 0 where nothing was counted."""
@@ -105,7 +105,7 @@ class Proxy:
             self.rates.size.observe(n, n * self.server.hardware.bytes_per_token)
 
     def dropped(self, snapshot: Snapshot) -> None:
-        self.pool.drop_snapshot(snapshot.id)
+        self.table.drop_snapshot(snapshot.id)
 
     async def run(self) -> None:
         """What goes on beside requests. Runs until cancelled."""
@@ -203,7 +203,7 @@ class Proxy:
         assert not self.dispatcher.leases, f"no lease: {self.dispatcher.leases}"
         assert not self.dispatcher.n_waiting, "no request waits"
         assert not len(self.tasks), "no task"
-        for slot in self.pool.slots:
+        for slot in self.table.slots:
             content: Content = slot.content
             held = self.server.tokens(slot.id)
             assert held.startswith(content.tokens), f"a belief is the beginning of the truth: {slot}"

@@ -92,7 +92,7 @@ class _Run:
             else Proxy(loop, self.server, self.disk, rules=setting.rules, saves_each=is_always)
         )
         if isinstance(order, ByValue) and isinstance(self.served_by, Proxy):
-            order.saves_s = self.served_by.pool.saves_s
+            order.saves_s = self.served_by.table.saves_s
 
     def _order(self) -> Order:
         match self.setting.policy:

@@ -1,4 +1,4 @@
-"""Scheduler, pool, leases, steps, turns, drains and writeback of one backend around the stub, and clients for it."""
+"""Scheduler, slot table, leases, steps, turns, drains and writeback of one backend, with a stub, and its clients."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class House:
         self.preempted: list[str] = []  # the jobs that gave their slots up, in their order
         self.faults: list[str] = []
         self.memory = server.memory  # what llamaslot takes the model for
-        self.is_unnoticed = False  # the server is another process than the one that the pool describes
+        self.is_unnoticed = False  # the server is another process than the one that the table describes
         server.guard, server.guard_landing = self._guard, self._guard_landing
         server.asker = self._asker
         self._log = _Collector(self.faults)
@@ -119,21 +119,21 @@ class House:
     async def meet(self) -> None:
         """What the handshake does: an idle slot is emptied, one at work drains; snapshots are offered."""
         n = len(self.server.slots_)
-        pool = SlotTable("stub", n, 10_000, rules=self.rules, rates=self.rates)
-        pool.can_save = pool.can_erase = True
-        pool.memory, pool.rewind_model.window = self.memory, self.server.window
+        table = SlotTable("stub", n, 10_000, rules=self.rules, rates=self.rates)
+        table.can_save = table.can_erase = True
+        table.memory, table.rewind_model.window = self.memory, self.server.window
         self.executor.boot_id = (await self.server.props()).boot_id
         for snapshot in self.catalog.snapshots.values():
-            pool.add_snapshot(snapshot)
-        for slot, real in zip(pool.slots, self.server.slots_, strict=True):
+            table.add_snapshot(snapshot)
+        for slot, real in zip(table.slots, self.server.slots_, strict=True):
             if real.is_working:
-                pool.take(slot, Request("left over"), self.loop.time(), has_answer=False)
-                pool.give_back(slot, Event.LEAVE, NOTHING, self.loop.time())
-                self.drainer.add_slot(pool, slot, NOTHING)
+                table.take(slot, Request("left over"), self.loop.time(), has_answer=False)
+                table.give_back(slot, Event.LEAVE, NOTHING, self.loop.time())
+                self.drainer.add_slot(table, slot, NOTHING)
             else:
                 real.tokens = b""
         self.is_unnoticed = False
-        self.dispatcher.attach(pool)
+        self.dispatcher.attach(table)
 
     def restart(self) -> None:
         """The server is another process; nobody knows yet."""
@@ -155,11 +155,11 @@ class House:
 
     def _guard(self, slot_id: int) -> None:
         """Called by the stub for whatever is sent to a slot."""
-        pool = self.leases.table
-        if self.is_unnoticed or pool is None:
+        table = self.leases.table
+        if self.is_unnoticed or table is None:
             return
-        if pool.slots[slot_id].state is not State.LEASED:
-            self.server.violation(f"something was sent to {pool.slots[slot_id]!r}")
+        if table.slots[slot_id].state is not State.LEASED:
+            self.server.violation(f"something was sent to {table.slots[slot_id]!r}")
 
     def _asker(self, slot_id: int) -> Request | None:
         """Whose prompt is computed in a slot; None for what is only made ready to be saved."""
@@ -171,12 +171,12 @@ class House:
 
     def _guard_landing(self, slot_id: int) -> None:
         """A slot whose answer has just ended may be hit; one whose holder is between two steps must not."""
-        pool, turn = self.leases.table, self.leases.turn
-        if self.is_unnoticed or pool is None:
+        table, turn = self.leases.table, self.leases.turn
+        if self.is_unnoticed or table is None:
             return
-        holders = [lease for lease in self.dispatcher.leases if lease.slot is pool.slots[slot_id]]
+        holders = [lease for lease in self.dispatcher.leases if lease.slot is table.slots[slot_id]]
         if any(lease.request is not turn and not lease.is_running for lease in holders):
-            self.server.violation(f"a stranger landed in {pool.slots[slot_id]!r}")
+            self.server.violation(f"a stranger landed in {table.slots[slot_id]!r}")
 
     # -- clients -------------------------------------------------------------------------------------------------
 
@@ -228,11 +228,11 @@ class House:
         assert not self.server.violations, self.server.violations
         self.dispatcher.check()
         self._check_prefills()
-        pool = self.leases.table
-        if pool is None:
+        table = self.leases.table
+        if table is None:
             return
-        pool.check()
-        for slot in pool.slots:
+        table.check()
+        for slot in table.slots:
             content = slot.content
             if slot.state is not State.HOT:
                 continue
@@ -251,7 +251,7 @@ class House:
 
     def _check_prefills(self) -> None:
         chunked_prefill = self.executor.chunked_prefill
-        longs = [long for long in chunked_prefill._longs if long.lease.pool is self.leases.table]
+        longs = [long for long in chunked_prefill._longs if long.lease.table is self.leases.table]
         assert all(long.lease in self.dispatcher.leases for long in longs), "who prefills holds a slot"
         assert all(long.lease.is_long for long in longs), "who prefills is known to do so"
         current = chunked_prefill._current
@@ -282,7 +282,7 @@ class House:
 
     def check_nothing_is_left(self) -> None:
         """Raise AssertionError naming what somebody has not given back."""
-        dispatcher, pool = self.dispatcher, self.leases.table
+        dispatcher, table = self.dispatcher, self.leases.table
         assert not self.clients, (
             f"nobody waits for ever: {list(self.clients.values())}, {self.server.pending}"
         )
@@ -299,10 +299,10 @@ class House:
         assert not +self.catalog.pins, f"no pin: {self.catalog.pins}"
         assert not self.catalog.pending_delete, "no file of a snapshot that is gone"
         assert not [name for name in self.server.files if name.endswith(".part")], "no part file"
-        assert pool is not None
-        assert not len(pool._pending), "nothing is leaving"
-        assert not pool._busy, "no slot is busy"
-        assert all(slot.is_idle for slot in pool.slots), f"every slot is idle: {pool.slots}"
+        assert table is not None
+        assert not len(table._pending), "nothing is leaving"
+        assert not table._busy, "no slot is busy"
+        assert all(slot.is_idle for slot in table.slots), f"every slot is idle: {table.slots}"
         assert not any(slot.is_working for slot in self.server.slots_), "the server rests"
         self.check()
 

@@ -138,8 +138,8 @@ class Front:
             raise AssertionError(f"never: {self.readout()}") from None
 
     def readout(self) -> str:
-        pool = self.backend.leases.table
-        return str(pool.slots if pool else self.backend.health)
+        table = self.backend.leases.table
+        return str(table.slots if table else self.backend.health)
 
     async def at_rest(self) -> None:
         """Wait until every slot is given back and nobody waits."""

@@ -109,7 +109,7 @@ class Paced(House):
         super().__init__(loop, server, room=room, rules=replace(RULES, sharing=PrefillSharing(**sharing)))
 
     @property
-    def pool(self) -> SlotTable:
+    def table(self) -> SlotTable:
         assert self.leases.table is not None
         return self.leases.table
 

@@ -107,8 +107,8 @@ def test_pieces_are_really_there() -> None:
 def test_many_newer_contexts_of_others_do_not_hide_ones_own() -> None:
     """The turn before shares nothing when its header has moved: it is found among the last of its own space."""
     house = House(VirtualLoop(), StubServer(1))
-    pool, mine = house.leases.table, Namespace("key:anna")
-    assert pool is not None
+    table, mine = house.leases.table, Namespace("key:anna")
+    assert table is not None
 
     def snapshot(id_: str, ids: list[int], space: Namespace) -> WithTokens:
         return WithTokens.of(
@@ -117,9 +117,9 @@ def test_many_newer_contexts_of_others_do_not_hide_ones_own() -> None:
         )  # fmt: skip
 
     tokens = [7, *some(2, LOST_MIN)]
-    pool.add_snapshot(snapshot("mine", tokens, mine))
+    table.add_snapshot(snapshot("mine", tokens, mine))
     for i in range(cache_miss._N_SNAPSHOTS):
-        pool.add_snapshot(snapshot(f"of bert {i}", [8, i, *YOURS[:LOST_MIN]], Namespace("key:bert")))
+        table.add_snapshot(snapshot(f"of bert {i}", [8, i, *YOURS[:LOST_MIN]], Namespace("key:bert")))
 
     async def found() -> list[cache_miss.Holder]:
         with await house.dispatcher.lease(Request("next", pack([9, *tokens[1:]]), space=mine)) as lease:

@@ -108,9 +108,9 @@ def test_who_waits_for_one_slot_blocks_nobody_else(house: House) -> None:
     assert house.dispatcher.n_waiting == 1
     house.start(house.ask(Request("stranger", tokens_of(9000, 90))), "stranger")
     house.loop.settle()
-    pool = house.leases.table
-    assert pool is not None
-    assert sorted(slot.leased_by or "" for slot in pool.slots) == ["first", "stranger"]
+    table = house.leases.table
+    assert table is not None
+    assert sorted(slot.leased_by or "" for slot in table.slots) == ["first", "stranger"]
     house.finish()
     assert outcome_of(follows) == 5000
     house.check_nothing_is_left()

@@ -50,11 +50,11 @@ class Team:
 
     def owners(self) -> list[int]:
         """Those whose contexts are being saved right now."""
-        pool, kinds = self.house.leases.table, ("reserve", "save", "commit")
-        assert pool is not None
+        table, kinds = self.house.leases.table, ("reserve", "save", "commit")
+        assert table is not None
         if not any(op.kind in kinds for op in self.house.server.pending):
             return []
-        held = [content.tokens for content in pool._pending.contents()]
+        held = [content.tokens for content in table._pending.contents()]
         held += [
             lease.content.tokens for lease in self.house.dispatcher.leases if lease.is_own and lease.content
         ]

@@ -30,11 +30,11 @@ def opening(user: int, n_own: int = 300) -> Request:
 
 def house_of(memory: CacheKind, n_slots: int = 3, room: int = 1000) -> House:
     house = House(VirtualLoop(), StubServer(n_slots, pace=lambda op: 0.01), room=room)
-    house.memory = pool_of(house).memory = memory
+    house.memory = table_of(house).memory = memory
     return house
 
 
-def pool_of(house: House) -> SlotTable:
+def table_of(house: House) -> SlotTable:
     assert house.leases.table is not None
     return house.leases.table
 
@@ -91,7 +91,7 @@ def test_two_that_arrive_together_make_one(house: House) -> None:
 def test_the_conversation_goes_on_as_one_of_its_own(house: House) -> None:
     """Its slot is as unsaved as if there were no trunk; once it is saved, the trunk stays."""
     house.loop.run(house.ask(opening(1)))
-    (slot,) = (slot for slot in pool_of(house).slots if slot.state is State.HOT)
+    (slot,) = (slot for slot in table_of(house).slots if slot.state is State.HOT)
     assert slot.content.is_dirty
     assert slot.content.snapshot is None
     assert house.loop.run(house.writeback.save_all()) == 1
@@ -113,7 +113,7 @@ def test_a_long_system_prompt_does_not_make_two_conversations_one(house: House) 
     contents = [opening(user, 120) for user in (1, 2)]
     for job in contents:
         house.loop.run(house.ask(job))
-    held = {slot.content.tokens for slot in pool_of(house).slots}
+    held = {slot.content.tokens for slot in table_of(house).slots}
     assert held >= {job.tokens for job in contents}
 
 
@@ -170,7 +170,7 @@ def test_what_shares_more_does_not_hide_it(house: House) -> None:
         text = job.tokens + tokens_of(900_000 + 1000 * user, 300)
         house.loop.run(house.ask(Request(job.id, SYSTEM + tokens_of(5, 40) + text[4 * N :], n_system=N)))
         house.loop.run(house.writeback.save_all())
-    pool_of(house).memory = house.memory  # nothing was learned that would help
+    table_of(house).memory = house.memory  # nothing was learned that would help
     asks = Request("new", SYSTEM + tokens_of(5, 40) + tokens_of(700_000, 300), n_system=N)
     assert house.loop.run(house.ask(asks)) >= N - 5
 
@@ -228,9 +228,9 @@ def test_it_is_no_reason_to_take_or_keep_a_hot_slot(dense: House) -> None:
     """With the trunk on disk a newcomer leaves those alone that only begin like it."""
     for user in (1, 2, 3):
         dense.loop.run(dense.ask(plain(user)))
-    before = [slot.content for slot in pool_of(dense).slots if slot.state is State.HOT]
+    before = [slot.content for slot in table_of(dense).slots if slot.state is State.HOT]
     dense.loop.run(dense.ask(plain(4)))
-    after = [slot.content for slot in pool_of(dense).slots]
+    after = [slot.content for slot in table_of(dense).slots]
     assert len(before) == 2, "the third has cut back one of the two, and made the trunk of it"
     assert all(content in after for content in before)
 
@@ -242,7 +242,7 @@ def test_the_second_conversation_leaves_the_first_one_its_slot(dense: House) -> 
     dense.loop.run(dense.writeback.save_all())
     dense.loop.run(dense.ask(contents[1]))
     dense.loop.run(dense.writeback.save_all())
-    held = {slot.content.tokens for slot in pool_of(dense).slots}
+    held = {slot.content.tokens for slot in table_of(dense).slots}
     assert held >= {job.tokens for job in contents}
     assert {dense.server.files[one.file_name] for one in dense.catalog.snapshots.values()} >= {
         contents[0].tokens

@@ -147,7 +147,7 @@ def test_who_waits_for_an_owner_s_slot_in_a_turn_is_not_kept_waiting(house: Hous
 
 
 def test_a_prefill_of_another_pool_is_not_waited_for(house: House) -> None:
-    """The slots are forgotten while a turn waits for a prefill, and the next pool has one as well.
+    """The slots are forgotten while a turn waits for a prefill, and the next table has one as well.
 
     Asking for that again and again, without letting the loop go on, kept a whole service still.
     """

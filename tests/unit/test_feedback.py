@@ -51,11 +51,11 @@ def parted(first: int) -> bytes:
 
 def displace(house: House) -> None:
     """Another context in the slot, one that nobody knows. What was there is not saved, and so replaces nothing."""
-    pool = house.leases.table
-    assert pool is not None
-    pool.can_save = False
+    table = house.leases.table
+    assert table is not None
+    table.can_save = False
     ask(house, tokens_of(next(fresh), 600))
-    pool.can_save = True
+    table.can_save = True
 
 
 def ended(first: int) -> bytes:
@@ -110,31 +110,31 @@ def test_files_without_checkpoints_show_at_the_second_restore(
 ) -> None:
     """Where it could not be tried when the server was met: no fault of the snapshot. With a sliding window nothing is
     saved or restored from then on."""
-    pool = house.leases.table
-    assert pool is not None
+    table = house.leases.table
+    assert table is not None
     snapshot = on_disk_only(house)
-    pool.memory = memory
-    kept = pool.snapshot(snapshot)
+    table.memory = memory
+    kept = table.snapshot(snapshot)
     assert kept is not None
     assert kept.checkpoints
     spoil(house, snapshot)
     assert ask(house, ended(90_000)) == 0
-    assert pool.rewind_model.keeps_checkpoints is None
+    assert table.rewind_model.keeps_checkpoints is None
     displace(house)
     assert ask(house, ended(80_000)) == 0
-    assert pool.rewind_model.keeps_checkpoints is False
+    assert table.rewind_model.keeps_checkpoints is False
     assert snapshot in house.catalog.snapshots
-    assert pool.can_save is is_of_use
-    assert pool.rewind_model.is_rewound is is_of_use
-    assert pool.rewind_model.in_file(kept.checkpoints) == ()
+    assert table.can_save is is_of_use
+    assert table.rewind_model.is_rewound is is_of_use
+    assert table.rewind_model.in_file(kept.checkpoints) == ()
     assert any("no checkpoints" in record.getMessage() for record in caplog.records)
 
 
 def test_files_with_checkpoints_show_at_the_first_restore(house: House) -> None:
     """The restored slot went back to one."""
-    pool = house.leases.table
-    assert pool is not None
+    table = house.leases.table
+    assert table is not None
     on_disk_only(house)
-    pool.memory = CacheKind.RECURRENT
+    table.memory = CacheKind.RECURRENT
     assert ask(house, ended(90_000)) > 0
-    assert pool.rewind_model.keeps_checkpoints is True
+    assert table.rewind_model.keeps_checkpoints is True

@@ -85,15 +85,15 @@ class Desk:
     """One slot that is leased, with what its lease needs."""
 
     def __init__(self, *, prefill_s: float = 0.0, has_slot: bool = True) -> None:
-        self.pool = SlotTable("stub", 1, 10_000, rules=Rules(chunk_threshold_s=0.2), rates=Rates())
+        self.table = SlotTable("stub", 1, 10_000, rules=Rules(chunk_threshold_s=0.2), rates=Rates())
         self.owner, self.now = Owner(), 0.0
         steps = (PrefillTo(0, 999),) if prefill_s else ()
         plan = Plan(0, steps, Source.COLD, 0, Cost(prefill_s=prefill_s)) if has_slot else None
         job = Request("a", TOKENS, placement=Placement.PINNED if has_slot else Placement.SERVER_CHOSEN)
         self.lease = Lease(
             self.owner,
-            self.pool,
-            self.pool.slots[0] if has_slot else None,
+            self.table,
+            self.table.slots[0] if has_slot else None,
             job,
             plan,
             now=lambda: self.now,
@@ -102,7 +102,7 @@ class Desk:
 
     @property
     def slot_state(self) -> SlotState:
-        return self.pool.slots[0].state
+        return self.table.slots[0].state
 
 
 Call = Callable[[Lease], object]
@@ -242,7 +242,7 @@ def test_a_slot_of_unknown_content_is_suspect() -> None:
 def test_nothing_begins_in_a_process_that_is_gone(call: Call) -> None:
     """The state stays as it was."""
     desk = Desk()
-    desk.pool.is_current = False
+    desk.table.is_current = False
     with pytest.raises(BackendRestarted):
         call(desk.lease)
     assert desk.lease.state is State.PREPARING

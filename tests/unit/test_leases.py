@@ -155,8 +155,8 @@ def test_what_was_computed_with_lora_scales_is_gone_on_from_with_the_same_ones_o
     house.loop.settle()
     leaves.cancel()
     house.finish()
-    pool = house.leases.table
-    assert pool is not None
+    table = house.leases.table
+    assert table is not None
     own = house.start(house.ask(Request("own", tokens, space=scaled)), "own")
     house.finish()
     assert outcome_of(own) == 89

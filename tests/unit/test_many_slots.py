@@ -31,19 +31,19 @@ def tokens(rng: random.Random, stems: list[list[int]]) -> list[int]:
 
 def filled(rng: random.Random, stems: list[list[int]]) -> SlotTable:
     """Slots that are free, hold something, or are at work; some of it is on disk."""
-    pool = SlotTable("gpu0", N_SLOTS, 20_000, rules=Rules(), rates=Rates())
-    pool.can_save = pool.can_erase = True
+    table = SlotTable("gpu0", N_SLOTS, 20_000, rules=Rules(), rates=Rates())
+    table.can_save = table.can_erase = True
     for _ in range(8):
         n = rng.randrange(500, 4000)
-        pool.rates.prefill.observe(0, n, n / 2000 * rng.uniform(0.9, 1.1))
-    for slot in rng.sample(pool.slots, N_SLOTS - rng.randrange(4)):
+        table.rates.prefill.observe(0, n, n / 2000 * rng.uniform(0.9, 1.1))
+    for slot in rng.sample(table.slots, N_SLOTS - rng.randrange(4)):
         if not slot.is_idle:
             continue
         held, space = pack(tokens(rng, stems)), rng.choice(SPACES)
         snapshot = None
         if held and rng.random() < 0.3 and space == Namespace():
             snapshot = f"s{slot.id}"
-            pool.add_snapshot(
+            table.add_snapshot(
                 WithTokens.of(
                     held,
                     id=snapshot,
@@ -57,14 +57,14 @@ def filled(rng: random.Random, stems: list[list[int]]) -> SlotTable:
             )
         content = Content(held, is_dirty=snapshot is None, snapshot=snapshot, space=space)
         now = rng.uniform(0, 3000)
-        pool.take(slot, Request("fill", held, space=space), now, has_answer=False)
-        pool.give_back(slot, Event.KEEP, content, now)
+        table.take(slot, Request("fill", held, space=space), now, has_answer=False)
+        table.give_back(slot, Event.KEEP, content, now)
         if rng.random() < 0.3:
             job = Request(f"busy{slot.id}", pack(tokens(rng, stems)), space=space)
-            plan = place(job, [pool.view(job, 3000.0, {})], pool.rules)
+            plan = place(job, [table.view(job, 3000.0, {})], table.rules)
             if isinstance(plan, Plan):
-                pool.take(pool.slots[plan.slot.id], job, 3000.0, plan, has_answer=True)
-    return pool
+                table.take(table.slots[plan.slot.id], job, 3000.0, plan, has_answer=True)
+    return table
 
 
 def cost(decision: Plan | Wait) -> tuple[bool, float]:
@@ -78,8 +78,8 @@ def test_the_choice_is_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> N
     """To the millisecond, within which the slot used longest ago is taken."""
     rng = random.Random(seed)
     stems = [[rng.randrange(50_000) for _ in range(rng.choice([20, 300, 2000]))] for _ in range(3)]
-    pool = filled(rng, stems)
-    pool.check()
+    table = filled(rng, stems)
+    table.check()
     for _ in range(10):
         job = Request(
             "asks",
@@ -88,15 +88,15 @@ def test_the_choice_is_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> N
             space=rng.choice(SPACES),
             no_cache=rng.random() < 0.1,
         )
-        reserved = {pool.slots[slot].key: 1.0 for slot in rng.sample(range(N_SLOTS), 3)}
-        few = pool.view(job, 3001.0, reserved)
+        reserved = {table.slots[slot].key: 1.0 for slot in rng.sample(range(N_SLOTS), 3)}
+        few = table.view(job, 3001.0, reserved)
         monkeypatch.setattr(slot_worth, "_FEW_SLOTS", N_SLOTS)
-        every = pool.view(job, 3001.0, reserved)
+        every = table.view(job, 3001.0, reserved)
         monkeypatch.undo()
         assert len(few.slots) < len(every.slots)
         assert (few.snapshots, few.trunks) == (every.snapshots, every.trunks)
         assert set(few.slots) <= set(every.slots)
-        chosen, best = (place(job, [view], pool.rules) for view in (few, every))
+        chosen, best = (place(job, [view], table.rules) for view in (few, every))
         assert cost(chosen)[0] is cost(best)[0]
         assert cost(chosen)[1] == pytest.approx(cost(best)[1], abs=0.0021)
         if isinstance(chosen, Plan) and isinstance(best, Plan):
@@ -108,12 +108,12 @@ def test_what_others_hold_of_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Known from the tree alone what a search finds."""
     for seed in range(20):
         rng = random.Random(seed)
-        pool = filled(rng, [[rng.randrange(9) for _ in range(30)] for _ in range(3)])
-        for slot in pool.slots:
+        table = filled(rng, [[rng.randrange(9) for _ in range(30)] for _ in range(3)])
+        for slot in table.slots:
             if not slot.is_idle or not slot.content.tokens:
                 continue
-            others = {other.id for other in pool.slots if other is slot or not other.is_idle}
-            found = pool._residents.cover(slot.content.tokens, slot.content.space, exclude=others)
-            on_disk = pool._candidates.on_disk(slot.content.tokens, slot.content.space)
-            assert pool.worth.covered(slot) == max(found, on_disk)
-            assert pool.worth.on_disk(slot) == on_disk
+            others = {other.id for other in table.slots if other is slot or not other.is_idle}
+            found = table._residents.cover(slot.content.tokens, slot.content.space, exclude=others)
+            on_disk = table._candidates.on_disk(slot.content.tokens, slot.content.space)
+            assert table.worth.covered(slot) == max(found, on_disk)
+            assert table.worth.on_disk(slot) == on_disk

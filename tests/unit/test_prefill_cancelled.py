@@ -80,7 +80,7 @@ def is_misplaced(house: Paced) -> Asks:
 def makes_room(house: Paced) -> Asks:
     """For a request that chooses its slot, and comes back."""
     house.server.batch = 4096
-    house.pool.rules = replace(house.pool.rules, sharing=PrefillSharing(chunk_s=4.0))
+    house.table.rules = replace(house.table.rules, sharing=PrefillSharing(chunk_s=4.0))
     asks = house.ask_unpinned(Request("turn", placement=Placement.SERVER_CHOSEN), tokens_of(70_000, 70))
     house.start(later(0.5, asks), "turn")
     return house.ask(long("leaves", 16_000, 1))

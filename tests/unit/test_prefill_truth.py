@@ -29,7 +29,7 @@ def emptied(memory: CacheKind, *, is_saved: bool) -> Paced:
     house.loop.run(house.ask(Request("first", CONTEXT)))
     if is_saved:
         house.loop.run(house.writeback.save_all())
-    assert house.pool.slots[0].content.tokens == CONTEXT
+    assert house.table.slots[0].content.tokens == CONTEXT
     empty(house.server.slots_[0])
     house.begin()
     return house
@@ -177,7 +177,7 @@ def test_a_slot_that_is_emptied_while_it_waits_for_its_turn(memory: CacheKind) -
 def test_a_window_that_is_not_full_is_not_interrupted() -> None:
     """Nothing of it could be gone on from."""
     with Paced(CacheKind.SWA, 2) as house:
-        house.server.window = house.pool.rewind_model.window = 1000
+        house.server.window = house.table.rewind_model.window = 1000
         house.begin()
         client, asks = house.come(long("stranger", 4000)), short("short")
         house.until(0.3)
@@ -191,7 +191,7 @@ def test_one_that_loses_all_when_it_is_interrupted_is_interrupted_less() -> None
     """Nobody knows how long its window is. Short requests come all the time: it gets to its end all the same, and what
     is computed again for that is no more than once or twice as much."""
     with Paced(CacheKind.SWA, 2, answer_s=0.01) as house:
-        house.server.window, house.pool.rewind_model.window = 3000, None
+        house.server.window, house.table.rewind_model.window = 3000, None
         house.begin()
         client, n_asked = house.come(long("stranger", 4000)), 0
         while not client.done():
@@ -215,7 +215,7 @@ def test_who_leaves_in_a_prefill_goes_on_from_there(memory: CacheKind) -> None:
         house.until(2.5)
         house.leave(client)
         house.loop.pass_time(4.0)
-        (slot,) = (slot for slot in house.pool.slots if slot.state is State.HOT)
+        (slot,) = (slot for slot in house.table.slots if slot.state is State.HOT)
         n_done = slot.content.n_tokens
         assert slot.content.is_exact
         assert 2400 <= n_done == house.server.n_computed <= 2800
@@ -233,11 +233,11 @@ def test_what_was_stopped_on_the_way_can_be_saved(memory: CacheKind, is_saved_by
         house.begin()
         job = long("stranger", 6000)
         house.leave_after(house.come(job), 2.5)
-        n_done = house.pool.slots[0].content.n_tokens
+        n_done = house.table.slots[0].content.n_tokens
         n_sent = len(house.server.sent)
         if is_saved_by == "writeback":
             house.loop.run(house.writeback.save_all())
-            content = house.pool.slots[0].content
+            content = house.table.slots[0].content
             assert content.is_exact
             assert not content.is_dirty
             if memory is CacheKind.SWA:
@@ -270,9 +270,9 @@ def test_a_sliding_window_that_cannot_go_back_is_not_saved() -> None:
         house.fail_next("send")
         house.wait(save)
         assert house.catalog.snapshots == {}
-        assert house.pool.slots[0].state is State.DRAINING, "the server may be at work in it"
+        assert house.table.slots[0].state is State.DRAINING, "the server may be at work in it"
         house.loop.pass_time(3.0)
-        assert house.pool.slots[0].state is State.SUSPECT
+        assert house.table.slots[0].state is State.SUSPECT
 
 
 @EVERY

@@ -139,7 +139,7 @@ def test_one_whose_answer_does_not_begin_is_first_for_a_while_only(memory: Cache
         client = house.come(long("stranger", 6000, 1))
         house.until(0.5)
         cold = long("cold", 6000, 2, no_cache=True)
-        house.pool.can_erase = False  # so it computes everything itself
+        house.table.can_erase = False  # so it computes everything itself
         house.come(cold)
         house.until(1.5)
         slot = house.slots["stranger"]

@@ -221,7 +221,7 @@ def test_follow_ups_of_conversations_that_begin_alike_share_nothing(memory: Cach
         house.rates.save.latency_s = 5.0  # so that the second does not save the first and take its slot
         for job in firsts:
             house.loop.run(house.ask(job))
-        assert {slot.content.tokens for slot in house.pool.slots} >= {job.tokens for job in firsts}
+        assert {slot.content.tokens for slot in house.table.slots} >= {job.tokens for job in firsts}
         house.rates.save.latency_s = latency_s
         house.begin()
         jobs = [Request(f"{job.id} again", job.tokens + tokens_of(5_000_000, 800)) for job in firsts]

@@ -114,17 +114,17 @@ def test_a_save_ahead_of_need_gives_way(house: House) -> None:
 
 def test_a_long_answer_is_worth_its_save(house: House) -> None:
     """The disk has the prompt, and computing the answer again as a part of the next one takes longer than saving."""
-    pool = house.leases.table
-    assert pool is not None
+    table = house.leases.table
+    assert table is not None
     fill(house)
     house.loop.run_until_complete(house.writeback.save_all())
-    slot = pool.slots[0]
-    assert not pool.worth.is_worth_saving(slot)
+    slot = table.slots[0]
+    assert not table.worth.is_worth_saving(slot)
     for n_more, is_worth_it in ((0, False), (2000, True)):
-        pool.take(slot, Request("again"), house.loop.time(), has_answer=True)
+        table.take(slot, Request("again"), house.loop.time(), has_answer=True)
         content = Content(slot.content.tokens, False, True, (), slot.content.snapshot, n_more)
-        pool.give_back(slot, Event.KEEP, content, house.loop.time())
-        assert pool.worth.is_worth_saving(slot) is is_worth_it
+        table.give_back(slot, Event.KEEP, content, house.loop.time())
+        assert table.worth.is_worth_saving(slot) is is_worth_it
 
 
 def test_a_slot_goes_back_to_the_end_of_its_prompt_where_files_keep_no_checkpoints(house: House) -> None:
@@ -147,13 +147,13 @@ def test_a_slot_goes_back_to_the_end_of_its_prompt_where_files_keep_no_checkpoin
 
 def test_what_has_media_behind_it_is_never_written(house: House) -> None:
     """Nobody could say what its file holds."""
-    pool = house.leases.table
-    assert pool is not None
+    table = house.leases.table
+    assert table is not None
     fill(house, 1)
-    [slot] = [slot for slot in pool.slots if slot.content.tokens]
-    pool.take(slot, Request("an image"), house.loop.time(), has_answer=True)
+    [slot] = [slot for slot in table.slots if slot.content.tokens]
+    table.take(slot, Request("an image"), house.loop.time(), has_answer=True)
     content = Content(slot.content.tokens, is_exact=False, is_dirty=True, has_media=True)
-    pool.give_back(slot, Event.KEEP, content, house.loop.time())
+    table.give_back(slot, Event.KEEP, content, house.loop.time())
     house.loop.run_until_complete(house.writeback.save_all())
     assert house.catalog.snapshots == {}
     assert house.server.files == {}
@@ -200,9 +200,9 @@ def test_a_slot_that_falls_silent_while_it_goes_back_drains(asks: bool) -> None:
     whose client is told."""
     house = House(VirtualLoop(), StubServer(1, pace=lambda op: None if op.kind in WEDGED else 0.01))
     house.rates.prefill.observe(0, 1000, 1000.0)
-    pool = house.leases.table
-    assert pool is not None
-    pool.rewind_model.memory, pool.rewind_model.keeps_checkpoints = CacheKind.RECURRENT, False
+    table = house.leases.table
+    assert table is not None
+    table.rewind_model.memory, table.rewind_model.keeps_checkpoints = CacheKind.RECURRENT, False
     house.start(house.ask(Request("first", tokens_of(0, 400)), tokens_of(5000, 20)), "first")
     house.finish()
     if asks:
@@ -212,10 +212,10 @@ def test_a_slot_that_falls_silent_while_it_goes_back_drains(asks: bool) -> None:
     wedge(house)
     assert client.done()
     assert isinstance(client.exception(), SlotWedged) is asks
-    assert [slot.state for slot in pool.slots] == [State.DRAINING]
+    assert [slot.state for slot in table.slots] == [State.DRAINING]
     assert house.metrics.wedged._value.get() == float(not asks)
     house.finish()
-    assert [slot.state for slot in pool.slots] == [State.SUSPECT]
+    assert [slot.state for slot in table.slots] == [State.SUSPECT]
     house.check_nothing_is_left()
     house.close()
 

@@ -187,7 +187,7 @@ def test_a_slot_that_was_emptied_behind_its_back_is_left_for_a_snapshot(loop: Vi
     """Nothing but the place is asked for again, and the client is told what was reused in the end."""
     stage, prompt = Stage(loop), text(1, 6000)
     stage.run(stage.ask(prompt))
-    (slot,) = (slot for slot in stage.proxy.pool.slots if slot.content.n_tokens == 6000)
+    (slot,) = (slot for slot in stage.proxy.table.slots if slot.content.n_tokens == 6000)
     lease = stage.proxy.writeback._lease(slot)
     assert lease is not None
     loop.run(stage.proxy.writeback._save(lease))

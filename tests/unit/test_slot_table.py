@@ -30,10 +30,10 @@ def make(n_slots: int = 2, *, can_save: bool = True, memory: CacheKind = CacheKi
     rates = Rates()
     for n in (1000, 2000):
         rates.size.observe(n, n * 100)
-    pool = SlotTable("gpu0", n_slots, 16_384, rules=Rules(), rates=rates)
-    pool.can_save = pool.can_erase = can_save
-    pool.memory = memory
-    return pool
+    table = SlotTable("gpu0", n_slots, 16_384, rules=Rules(), rates=rates)
+    table.can_save = table.can_erase = can_save
+    table.memory = memory
+    return table
 
 
 def snapshot(id_: str, tokens: bytes, checkpoints: tuple[int, ...] = (), **more: Any) -> WithTokens:
@@ -41,13 +41,13 @@ def snapshot(id_: str, tokens: bytes, checkpoints: tuple[int, ...] = (), **more:
     return WithTokens.of(tokens, id=id_, size_bytes=len(tokens) * 25, **fields, **more)
 
 
-def hold(pool: SlotTable, slot: int, tokens: bytes, now: float = 0.0, **more: object) -> Slot:
+def hold(table: SlotTable, slot: int, tokens: bytes, now: float = 0.0, **more: object) -> Slot:
     """The slot after somebody's answer."""
     content = Content(tokens, is_exact=False, is_dirty=True)
-    taken = pool.slots[slot]
-    pool.take(taken, Request("before", tokens), now, has_answer=True)
-    pool.give_back(taken, Event.KEEP, replace(content, **more), now)  # type: ignore[arg-type]
-    pool.check()
+    taken = table.slots[slot]
+    table.take(taken, Request("before", tokens), now, has_answer=True)
+    table.give_back(taken, Event.KEEP, replace(content, **more), now)  # type: ignore[arg-type]
+    table.check()
     return taken
 
 
@@ -64,34 +64,34 @@ def plan(slot: int, *steps: Save) -> Plan:
 
 def test_a_leased_slot_counts_as_holding_what_its_job_will_leave() -> None:
     """So that a second request of the same conversation waits for it instead of computing everything twice."""
-    pool = make()
-    pool.take(pool.slots[0], Request("a", A), 10.0, plan(0), has_answer=True)
-    pool.check()
-    seen = pool.view(Request("b", A + pack([1])), 10.0, SYSTEM_USER).slots[0]
+    table = make()
+    table.take(table.slots[0], Request("a", A), 10.0, plan(0), has_answer=True)
+    table.check()
+    seen = table.view(Request("b", A + pack([1])), 10.0, SYSTEM_USER).slots[0]
     assert (seen.state, seen.n_tokens, seen.n_shared, seen.n_usable) == (State.LEASED, 2000, 2000, 2000)
 
 
 def test_a_leased_slot_is_expected_back_after_its_steps_and_an_answer() -> None:
     """2 s of steps, and then as long as answers usually take; less of it is left as time passes."""
-    pool = make()
-    pool.take(pool.slots[0], Request("a", A), 10.0, plan(0), has_answer=True)
-    answer_s = pool.rates.answer.seconds_left(0)
+    table = make()
+    table.take(table.slots[0], Request("a", A), 10.0, plan(0), has_answer=True)
+    answer_s = table.rates.answer.seconds_left(0)
     asks = Request("b", A)
-    assert pool.view(asks, 10.0, SYSTEM_USER).slots[0].wait_s == pytest.approx(2 + answer_s)
-    pool.answering(pool.slots[0], 11.0)
-    assert pool.view(asks, 11.0, SYSTEM_USER).slots[0].wait_s == pytest.approx(answer_s)
-    assert pool.view(asks, 14.0, SYSTEM_USER).slots[0].wait_s == pytest.approx(answer_s - 3)
+    assert table.view(asks, 10.0, SYSTEM_USER).slots[0].wait_s == pytest.approx(2 + answer_s)
+    table.answering(table.slots[0], 11.0)
+    assert table.view(asks, 11.0, SYSTEM_USER).slots[0].wait_s == pytest.approx(answer_s)
+    assert table.view(asks, 14.0, SYSTEM_USER).slots[0].wait_s == pytest.approx(answer_s - 3)
 
 
 def test_a_slot_leased_for_a_save_still_holds_what_is_saved() -> None:
     """Its owner, asking at that moment, waits for the few milliseconds that it takes."""
-    pool = make()
-    slot = hold(pool, 0, A)
-    pool.take(slot, Request("writeback", A), 10.0, has_answer=False)
+    table = make()
+    slot = hold(table, 0, A)
+    table.take(slot, Request("writeback", A), 10.0, has_answer=False)
     decision = place(
         Request("owner", A + pack([1])),
-        [pool.view(Request("owner", A + pack([1])), 10.0, SYSTEM_USER)],
-        pool.rules,
+        [table.view(Request("owner", A + pack([1])), 10.0, SYSTEM_USER)],
+        table.rules,
     )
     assert isinstance(decision, Wait)
     assert decision.slot == key(0)
@@ -99,50 +99,50 @@ def test_a_slot_leased_for_a_save_still_holds_what_is_saved() -> None:
 
 def test_a_slot_that_will_hold_what_nobody_knows_is_not_waited_for() -> None:
     """A stranger landed in it: the conversation that was there is gone."""
-    pool = make()
-    slot = hold(pool, 0, A)
-    pool.take(slot, Request("turn"), 10.0, has_answer=False)
-    pool.expect_nothing(slot, SHARED)
-    pool.check()
-    assert pool.view(Request("owner", A), 10.0, SYSTEM_USER).slots[0].n_shared == 0
+    table = make()
+    slot = hold(table, 0, A)
+    table.take(slot, Request("turn"), 10.0, has_answer=False)
+    table.expect_nothing(slot, SHARED)
+    table.check()
+    assert table.view(Request("owner", A), 10.0, SYSTEM_USER).slots[0].n_shared == 0
 
 
 def test_what_is_kept_is_found() -> None:
     """HOT, in the index, and nobody's any more."""
-    pool = make()
-    slot = hold(pool, 0, A, now=7.0)
+    table = make()
+    slot = hold(table, 0, A, now=7.0)
     assert (slot.state, slot.leased_by, slot.used_at) == (State.HOT, None, 7.0)
-    assert pool.view(Request("next", A + B), 8.0, SYSTEM_USER).slots[0].n_usable == 2000
+    assert table.view(Request("next", A + B), 8.0, SYSTEM_USER).slots[0].n_usable == 2000
 
 
 def test_keeping_nothing_is_being_free() -> None:
     """A slot with no tokens is worth nothing."""
-    pool = make()
-    assert hold(pool, 0, b"").state is State.FREE
+    table = make()
+    assert hold(table, 0, b"").state is State.FREE
 
 
 def test_a_draining_slot_is_busy_until_the_server_is_idle() -> None:
     """Its client has gone; it goes through DRAINING to HOT and can then be leased."""
-    pool = make()
-    slot = pool.slots[0]
-    pool.take(slot, Request("gone", A), 1.0, plan(0), has_answer=True)
-    pool.give_back(slot, Event.LEAVE, Content(A, is_exact=False, is_dirty=True), 2.0)
-    pool.check()
-    seen = pool.view(Request("back", A), 2.0, SYSTEM_USER).slots[0]
+    table = make()
+    slot = table.slots[0]
+    table.take(slot, Request("gone", A), 1.0, plan(0), has_answer=True)
+    table.give_back(slot, Event.LEAVE, Content(A, is_exact=False, is_dirty=True), 2.0)
+    table.check()
+    seen = table.view(Request("back", A), 2.0, SYSTEM_USER).slots[0]
     assert (seen.state, seen.n_shared) == (State.DRAINING, 2000)
     assert seen.wait_s > 0
-    pool.give_back(slot, Event.KEEP, Content(head(A, 512), is_exact=False, is_dirty=True), 3.0)
-    pool.check()
-    assert pool.view(Request("back", A), 3.0, SYSTEM_USER).slots[0].n_usable == 512
+    table.give_back(slot, Event.KEEP, Content(head(A, 512), is_exact=False, is_dirty=True), 3.0)
+    table.check()
+    assert table.view(Request("back", A), 3.0, SYSTEM_USER).slots[0].n_usable == 512
 
 
 def test_a_suspect_slot_is_believed_to_hold_nothing() -> None:
     """A step failed half-way."""
-    pool = make()
-    slot = pool.slots[0]
-    pool.take(slot, Request("a", A), 1.0, plan(0), has_answer=True)
-    pool.give_back(slot, Event.FAIL, Content(A), 2.0)
-    pool.check()
+    table = make()
+    slot = table.slots[0]
+    table.take(slot, Request("a", A), 1.0, plan(0), has_answer=True)
+    table.give_back(slot, Event.FAIL, Content(A), 2.0)
+    table.check()
     assert (slot.state, slot.content) == (State.SUSPECT, NOTHING)
 
 
@@ -151,61 +151,61 @@ def test_a_suspect_slot_is_believed_to_hold_nothing() -> None:
 
 def test_what_a_plan_saves_is_leaving_in_the_same_breath() -> None:
     """Neither resident nor on disk: its owner, asking now, waits for the commit and reserves no slot."""
-    pool = make()
-    slot = hold(pool, 0, A)
-    leaving = pool.take(slot, Request("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
-    pool.check()
+    table = make()
+    slot = hold(table, 0, A)
+    leaving = table.take(slot, Request("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
+    table.check()
     assert leaving is not None
     owner = Request("owner", A + pack([1]))
-    seen = pool.view(owner, 10.0, SYSTEM_USER)
+    seen = table.view(owner, 10.0, SYSTEM_USER)
     assert [view.n_usable for view in seen.snapshots] == [2000]
     assert seen.snapshots[0].wait_s > 0
-    decision = place(owner, [seen], pool.rules)
+    decision = place(owner, [seen], table.rules)
     assert isinstance(decision, Wait)
     assert decision.slot is None
 
 
 def test_a_save_that_takes_longer_is_still_waited_for() -> None:
     """It is on its way as long as nobody says otherwise."""
-    pool = make()
-    slot = hold(pool, 0, A)
-    pool.take(slot, Request("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
-    assert pool.view(Request("owner", A), 99.0, SYSTEM_USER).snapshots[0].wait_s > 0
+    table = make()
+    slot = hold(table, 0, A)
+    table.take(slot, Request("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
+    assert table.view(Request("owner", A), 99.0, SYSTEM_USER).snapshots[0].wait_s > 0
 
 
 def test_what_has_left_is_not_waited_for() -> None:
     """The save has ended, well or not. Said twice, it has ended once."""
-    pool = make()
-    slot = hold(pool, 0, A)
-    leaving = pool.take(slot, Request("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
+    table = make()
+    slot = hold(table, 0, A)
+    leaving = table.take(slot, Request("b", B), 10.0, plan(0, Save(key(0))), has_answer=True)
     assert leaving is not None
-    pool.left(leaving)
-    pool.left(leaving)
-    pool.check()
-    assert pool.view(Request("owner", A), 10.0, SYSTEM_USER).snapshots == ()
+    table.left(leaving)
+    table.left(leaving)
+    table.check()
+    assert table.view(Request("owner", A), 10.0, SYSTEM_USER).snapshots == ()
 
 
 def test_what_is_leaving_is_in_no_generation_and_not_in_the_next_pool() -> None:
-    """It concerns this process only; the snapshots are shared with the pool after a restart."""
-    library, pool, after = ModelSnapshots(), make(), make()
-    pool.offer(library)
-    pool.add_snapshot(snapshot("s", B))
-    slot = hold(pool, 0, A)
-    leaving = pool.take(slot, Request("next", B), 1.0, plan(0, Save(key(0))), has_answer=True)
+    """It concerns this process only; the snapshots are shared with the table after a restart."""
+    library, table, after = ModelSnapshots(), make(), make()
+    table.offer(library)
+    table.add_snapshot(snapshot("s", B))
+    slot = hold(table, 0, A)
+    leaving = table.take(slot, Request("next", B), 1.0, plan(0, Save(key(0))), has_answer=True)
     after.offer(library)
     assert leaving is not None
     assert library.index.holders() == {"s"}
-    assert [view.id for view in pool.view(Request("a", A), 1.0, SYSTEM_USER).snapshots] == [leaving.holder]
+    assert [view.id for view in table.view(Request("a", A), 1.0, SYSTEM_USER).snapshots] == [leaving.holder]
     assert not after.view(Request("a", A), 1.0, SYSTEM_USER).snapshots
     assert [view.id for view in after.view(Request("b", B), 1.0, SYSTEM_USER).snapshots] == ["s"]
-    for one in (pool, after):
+    for one in (table, after):
         one.check()
 
 
 def test_without_a_save_nothing_is_leaving() -> None:
     """What is not saved is lost: nobody waits for it."""
-    pool = make()
-    assert pool.take(hold(pool, 0, A), Request("b", B), 10.0, plan(0), has_answer=True) is None
+    table = make()
+    assert table.take(hold(table, 0, A), Request("b", B), 10.0, plan(0), has_answer=True) is None
 
 
 # -- snapshots -----------------------------------------------------------------------------------------------------
@@ -213,71 +213,71 @@ def test_without_a_save_nothing_is_leaving() -> None:
 
 def test_snapshots_are_offered_by_what_they_share() -> None:
     """The longest first; what shares next to nothing is none."""
-    pool = make()
+    table = make()
     for id_, tokens in ("half", head(A, 1000)), ("whole", A), ("other", B), ("few", head(A, 20) + B):
-        pool.add_snapshot(snapshot(id_, tokens))
-    pool.check()
-    seen = pool.view(Request("owner", A + pack([1])), 0.0, SYSTEM_USER).snapshots
+        table.add_snapshot(snapshot(id_, tokens))
+    table.check()
+    seen = table.view(Request("owner", A + pack([1])), 0.0, SYSTEM_USER).snapshots
     assert [(view.id, view.n_usable) for view in seen] == [("whole", 2000), ("half", 1000)]
 
 
 def test_who_uses_nothing_is_offered_nothing() -> None:
     """Nor is anybody while slot files cannot be used."""
-    pool = make()
-    pool.add_snapshot(snapshot("s", A))
-    assert pool.view(Request("a", A, no_cache=True), 0.0, SYSTEM_USER).snapshots == ()
-    pool.can_save = False
-    assert pool.view(Request("a", A), 0.0, SYSTEM_USER).snapshots == ()
+    table = make()
+    table.add_snapshot(snapshot("s", A))
+    assert table.view(Request("a", A, no_cache=True), 0.0, SYSTEM_USER).snapshots == ()
+    table.can_save = False
+    assert table.view(Request("a", A), 0.0, SYSTEM_USER).snapshots == ()
 
 
 def test_a_slot_whose_snapshot_is_dropped_is_dirty_again() -> None:
     """It is the only holder now."""
-    pool = make()
-    pool.add_snapshot(snapshot("s", A))
-    slot = hold(pool, 0, A, is_dirty=False, snapshot="s")
-    pool.drop_snapshot("s")
-    pool.drop_snapshot("s")
-    pool.check()
+    table = make()
+    table.add_snapshot(snapshot("s", A))
+    slot = hold(table, 0, A, is_dirty=False, snapshot="s")
+    table.drop_snapshot("s")
+    table.drop_snapshot("s")
+    table.check()
     assert slot.content.is_dirty
     assert slot.content.snapshot is None
 
 
 def test_a_snapshot_dropped_while_its_slot_is_leased_is_not_believed_in() -> None:
     """The lease has a belief of its own, and gives it back after the drop."""
-    pool = make()
-    pool.add_snapshot(snapshot("s", A))
-    slot = hold(pool, 0, A, is_dirty=False, snapshot="s")
+    table = make()
+    table.add_snapshot(snapshot("s", A))
+    slot = hold(table, 0, A, is_dirty=False, snapshot="s")
     believed = slot.content
-    pool.take(slot, Request("again", A), 1.0, has_answer=True)
-    pool.drop_snapshot("s")
-    pool.give_back(slot, Event.KEEP, believed, 2.0)
-    pool.check()
+    table.take(slot, Request("again", A), 1.0, has_answer=True)
+    table.drop_snapshot("s")
+    table.give_back(slot, Event.KEEP, believed, 2.0)
+    table.check()
     assert slot.content.is_dirty
     assert slot.content.snapshot is None
 
 
 def test_the_snapshot_of_exactly_these_tokens() -> None:
     """Not of a beginning of them, and not of more."""
-    pool = make()
-    pool.add_snapshot(snapshot("s", A))
-    found = pool.model_snapshots.snapshot_of(A)
+    table = make()
+    table.add_snapshot(snapshot("s", A))
+    found = table.model_snapshots.snapshot_of(A)
     assert found is not None
     assert found.id == "s"
-    assert pool.model_snapshots.snapshot_of(head(A, 1999)) is None
-    assert pool.model_snapshots.snapshot_of(A + B) is None
+    assert table.model_snapshots.snapshot_of(head(A, 1999)) is None
+    assert table.model_snapshots.snapshot_of(A + B) is None
 
 
 def test_agreeing_with_the_catalog() -> None:
     """What is gone is dropped, and the slot that came from it is dirty again."""
-    pool, there = make(), snapshot("there", B)
-    pool.add_snapshot(snapshot("gone", A))
-    pool.add_snapshot(there)
-    hold(pool, 0, A, is_dirty=False, snapshot="gone")
-    pool.agree({"there": there, "another": snapshot("another", B)})
-    pool.check()
-    assert pool.snapshot("gone") is None
-    assert pool.snapshot("there") == there
-    assert pool.slots[0].content.is_dirty
+    table, there = make(), snapshot("there", B)
+    table.add_snapshot(snapshot("gone", A))
+    table.add_snapshot(there)
+    hold(table, 0, A, is_dirty=False, snapshot="gone")
+    table.agree({"there": there, "another": snapshot("another", B)})
+    table.check()
+    assert table.snapshot("gone") is None
+    assert table.snapshot("there") == there
+    assert table.slots[0].content.is_dirty
 
 
 def test_a_newer_snapshot_of_the_conversation_supersedes() -> None:
@@ -301,111 +301,111 @@ def test_trunks_and_pinned_snapshots_are_never_superseded(special: dict[str, Any
 
 def test_a_save_is_worth_it_when_computing_takes_longer() -> None:
     """2 s of computing against 5 ms of saving; for 40 tokens it is not looked at."""
-    pool = make()
-    assert pool.worth.is_worth_saving(hold(pool, 0, A))
-    assert not pool.worth.is_worth_saving(hold(pool, 1, head(B, 40)))
+    table = make()
+    assert table.worth.is_worth_saving(hold(table, 0, A))
+    assert not table.worth.is_worth_saving(hold(table, 1, head(B, 40)))
 
 
 def test_what_is_saved_or_cannot_be_is_not_worth_saving() -> None:
     """Clean content; content that a snapshot holds; a server without slot files."""
-    pool = make()
-    slot = hold(pool, 0, A)
-    pool.add_snapshot(snapshot("longer", A + B))
-    assert not pool.worth.is_worth_saving(slot)
-    pool.drop_snapshot("longer")
-    assert pool.worth.is_worth_saving(slot)
-    pool.can_save = False
-    assert not pool.worth.is_worth_saving(slot)
-    pool.can_save = True
-    pool.add_snapshot(snapshot("s", B))
-    assert not pool.worth.is_worth_saving(hold(pool, 1, B, is_dirty=False, snapshot="s"))
+    table = make()
+    slot = hold(table, 0, A)
+    table.add_snapshot(snapshot("longer", A + B))
+    assert not table.worth.is_worth_saving(slot)
+    table.drop_snapshot("longer")
+    assert table.worth.is_worth_saving(slot)
+    table.can_save = False
+    assert not table.worth.is_worth_saving(slot)
+    table.can_save = True
+    table.add_snapshot(snapshot("s", B))
+    assert not table.worth.is_worth_saving(hold(table, 1, B, is_dirty=False, snapshot="s"))
 
 
 def test_a_few_tokens_more_than_the_snapshot_are_not_worth_a_save() -> None:
     """Only what nobody else holds counts."""
-    pool = make()
-    pool.add_snapshot(snapshot("s", A))
-    assert not pool.worth.is_worth_saving(hold(pool, 0, A + pack([1, 2, 3])))
-    assert pool.worth.is_worth_saving(hold(pool, 1, A + B))
+    table = make()
+    table.add_snapshot(snapshot("s", A))
+    assert not table.worth.is_worth_saving(hold(table, 0, A + pack([1, 2, 3])))
+    assert table.worth.is_worth_saving(hold(table, 1, A + B))
 
 
 @pytest.mark.parametrize("memory", [CacheKind.SWA, CacheKind.RECURRENT])
 def test_a_model_that_cannot_rewind_is_not_helped_by_half_a_snapshot(memory: CacheKind) -> None:
     """A longer or shorter one of the same conversation cannot be gone back to."""
-    pool = make(memory=memory)
-    pool.add_snapshot(snapshot("s", A))
-    assert pool.worth.is_worth_saving(hold(pool, 0, A + pack(range(64))))
+    table = make(memory=memory)
+    table.add_snapshot(snapshot("s", A))
+    assert table.worth.is_worth_saving(hold(table, 0, A + pack(range(64))))
 
 
 def test_regret_is_what_the_owner_would_pay() -> None:
     """Everything again when nobody else has it; a restore when it is on disk; nothing for nothing."""
-    pool = make()
-    slot = hold(pool, 0, A)
-    assert pool.worth.eviction_cost_s(slot, is_saved=False) == pytest.approx(2.0)
-    assert pool.worth.eviction_cost_s(slot, is_saved=True) == pytest.approx(pool.rates.restore_s(2000))
-    pool.add_snapshot(snapshot("s", A))
-    assert pool.worth.eviction_cost_s(slot, is_saved=False) == pytest.approx(pool.rates.restore_s(2000))
-    assert pool.worth.eviction_cost_s(pool.slots[1], is_saved=False) == 0
+    table = make()
+    slot = hold(table, 0, A)
+    assert table.worth.eviction_cost_s(slot, is_saved=False) == pytest.approx(2.0)
+    assert table.worth.eviction_cost_s(slot, is_saved=True) == pytest.approx(table.rates.restore_s(2000))
+    table.add_snapshot(snapshot("s", A))
+    assert table.worth.eviction_cost_s(slot, is_saved=False) == pytest.approx(table.rates.restore_s(2000))
+    assert table.worth.eviction_cost_s(table.slots[1], is_saved=False) == 0
 
 
 def test_regret_counts_only_what_would_be_lost() -> None:
     """The system prompt that another slot holds too is no loss."""
-    pool = make(can_save=False)
-    slot = hold(pool, 0, A)
-    hold(pool, 1, head(A, 1500) + B)
-    assert pool.worth.eviction_cost_s(slot, is_saved=False) == pytest.approx(0.5)
+    table = make(can_save=False)
+    slot = hold(table, 0, A)
+    hold(table, 1, head(A, 1500) + B)
+    assert table.worth.eviction_cost_s(slot, is_saved=False) == pytest.approx(0.5)
 
 
 def test_regret_fades() -> None:
     """A context that nobody has used for half an hour is half the loss."""
-    pool = make(can_save=False)
-    hold(pool, 0, A, now=0.0)
-    fresh = pool.view(Request("b", B), 0.0, SYSTEM_USER).slots[0].eviction_cost_s
-    assert pool.view(Request("b", B), 1800.0, SYSTEM_USER).slots[0].eviction_cost_s == pytest.approx(
+    table = make(can_save=False)
+    hold(table, 0, A, now=0.0)
+    fresh = table.view(Request("b", B), 0.0, SYSTEM_USER).slots[0].eviction_cost_s
+    assert table.view(Request("b", B), 1800.0, SYSTEM_USER).slots[0].eviction_cost_s == pytest.approx(
         fresh / 2
     )
 
 
 def test_looking_changes_nothing() -> None:
     """A question is a question."""
-    pool = make()
-    hold(pool, 0, A)
-    pool.add_snapshot(snapshot("s", B))
+    table = make()
+    hold(table, 0, A)
+    table.add_snapshot(snapshot("s", B))
     job = Request("b", A + B)
-    assert pool.view(job, 5.0, SYSTEM_USER).slots == pool.view(job, 5.0, SYSTEM_USER).slots
-    assert pool.view(job, 5.0, SYSTEM_USER).snapshots == pool.view(job, 5.0, SYSTEM_USER).snapshots
-    pool.check()
+    assert table.view(job, 5.0, SYSTEM_USER).slots == table.view(job, 5.0, SYSTEM_USER).slots
+    assert table.view(job, 5.0, SYSTEM_USER).snapshots == table.view(job, 5.0, SYSTEM_USER).snapshots
+    table.check()
 
 
 @pytest.mark.parametrize(
     ("spoil", "name"),
     [
-        (lambda pool: pool._busy.clear(), "a slot is busy exactly while it is not idle"),
-        (lambda pool: setattr(pool.slots[1], "leased_by", None), "a leased slot has an owner"),
-        (lambda pool: pool._index.drop(0), "a slot is indexed by what it holds"),
-        (lambda pool: pool._index.insert(0, B), "the index holds what the slot holds"),
-        (lambda pool: pool.model_snapshots.index.insert("nobody", B), "snapshots are indexed"),
-        (lambda pool: pool._snapshots.pop("s"), "a slot's snapshot exists"),
+        (lambda table: table._busy.clear(), "a slot is busy exactly while it is not idle"),
+        (lambda table: setattr(table.slots[1], "leased_by", None), "a leased slot has an owner"),
+        (lambda table: table._index.drop(0), "a slot is indexed by what it holds"),
+        (lambda table: table._index.insert(0, B), "the index holds what the slot holds"),
+        (lambda table: table.model_snapshots.index.insert("nobody", B), "snapshots are indexed"),
+        (lambda table: table._snapshots.pop("s"), "a slot's snapshot exists"),
     ],
 )  # fmt: skip
 def test_a_broken_pool_is_noticed(spoil: object, name: str) -> None:
     """Each invariant is checked, and says which it is."""
-    pool = make()
-    pool.add_snapshot(snapshot("s", A))
-    hold(pool, 0, A, is_dirty=False, snapshot="s")
-    pool.take(pool.slots[1], Request("b", B), 1.0, has_answer=True)
-    pool.check()
-    spoil(pool)  # type: ignore[operator]
+    table = make()
+    table.add_snapshot(snapshot("s", A))
+    hold(table, 0, A, is_dirty=False, snapshot="s")
+    table.take(table.slots[1], Request("b", B), 1.0, has_answer=True)
+    table.check()
+    spoil(table)  # type: ignore[operator]
     with pytest.raises(AssertionError, match=name):
-        pool.check()
+        table.check()
 
 
 def test_a_slot_of_another_user_is_foreign() -> None:
     """Nothing of it is found, and it is emptied before it is used."""
-    pool, anna, bert = make(), Namespace("key:anna"), Namespace("key:bert")
-    hold(pool, 0, A, space=anna)
+    table, anna, bert = make(), Namespace("key:anna"), Namespace("key:bert")
+    hold(table, 0, A, space=anna)
     seen = {
-        space: pool.view(Request("asks", A + B, space=space), 0.0, SYSTEM_USER).slots[0]
+        space: table.view(Request("asks", A + B, space=space), 0.0, SYSTEM_USER).slots[0]
         for space in (anna, bert)
     }
     assert (seen[anna].is_other_namespace, seen[anna].n_shared) == (False, 2000)
@@ -415,26 +415,26 @@ def test_a_slot_of_another_user_is_foreign() -> None:
 def test_a_slot_that_has_just_answered_is_gone_on_from_by_its_follow_up() -> None:
     """A snapshot of an older run has a few tokens more than is known of the slot, and the answer behind those comes
     back with the follow-up as a rule: nothing is restored."""
-    pool = make()
+    table = make()
     older = A[: 4 * 1500] + B[: 4 * 40]
-    pool.add_snapshot(snapshot("older", older))
-    hold(pool, 0, A[: 4 * 1460], n_more=45)
+    table.add_snapshot(snapshot("older", older))
+    hold(table, 0, A[: 4 * 1460], n_more=45)
     follow_up = Request("follow-up", A[: 4 * 1520])
-    plan = place(follow_up, [pool.view(follow_up, 1.0, SYSTEM_USER)], pool.rules)
+    plan = place(follow_up, [table.view(follow_up, 1.0, SYSTEM_USER)], table.rules)
     assert isinstance(plan, Plan)
     assert (plan.slot, plan.source, plan.n_reused) == (key(0), Source.RESIDENT, 1505)
     for _ in range(3):
-        pool.rewind_model.predictions.answered(45, 0)  # the template drops it
-    plan = place(follow_up, [pool.view(follow_up, 1.0, SYSTEM_USER)], pool.rules)
+        table.rewind_model.predictions.answered(45, 0)  # the template drops it
+    plan = place(follow_up, [table.view(follow_up, 1.0, SYSTEM_USER)], table.rules)
     assert isinstance(plan, Plan)
     assert (plan.source, plan.snapshot) == (Source.SNAPSHOT, "older")
 
 
 def test_what_is_long_follows_what_a_request_costs() -> None:
     """As it is learned."""
-    pool = make()
+    table = make()
     for _ in range(50):
-        pool.rates.request.observe(0.003)
-    assert pool.long_s == pytest.approx(0.06, rel=0.01)
-    view = pool.view(Request("new", A), 0.0, SYSTEM_USER)
+        table.rates.request.observe(0.003)
+    assert table.long_s == pytest.approx(0.06, rel=0.01)
+    view = table.view(Request("new", A), 0.0, SYSTEM_USER)
     assert view.request_s == pytest.approx(0.003, rel=0.01)

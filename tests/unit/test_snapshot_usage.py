@@ -29,10 +29,10 @@ def snapshot(id_: str, tokens: bytes, **more: Any) -> WithTokens:
 
 def left(new: WithTokens, *there: WithTokens) -> str | None:
     """What ``new`` leaves behind of what is there."""
-    pool = SlotTable("gpu0", 1, 16_384, rules=Rules(similarity_min=0.85), rates=Rates())
+    table = SlotTable("gpu0", 1, 16_384, rules=Rules(similarity_min=0.85), rates=Rates())
     for each in (*there, new):
-        pool.add_snapshot(each)
-    return abandoned_by(pool, new)
+        table.add_snapshot(each)
+    return abandoned_by(table, new)
 
 
 # -- left behind ---------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ async def test_a_follow_up_goes_to_the_backend_that_holds_its_prefix() -> None:
         Source.RESIDENT,
         2000,
     )
-    assert lease.pool is two.tables["b"]
+    assert lease.table is two.tables["b"]
     assert two.dispatcher.leases == [lease]
     two.end(lease)
 
@@ -116,18 +116,18 @@ async def test_each_backend_has_an_exclusive_section_of_its_own() -> None:
     """A request for which llama-server chooses the slot closes one backend; others are placed on the other one."""
     two = Two(slots=2)
     first = await two.lease("first", placement=Placement.SERVER_CHOSEN)
-    section = two.dispatcher.backends[first.pool.backend]
+    section = two.dispatcher.backends[first.table.backend]
     section.wait_for_exclusive(first)
     section.pause_admission(first)
-    other = "b" if first.pool.backend == "a" else "a"
+    other = "b" if first.table.backend == "a" else "a"
     placed = await two.lease("placed", OWN)
     assert placed.slot_key.backend == other
     second = await two.lease("second", placement=Placement.SERVER_CHOSEN)
-    assert second.pool.backend == other
+    assert second.table.backend == other
     third = spawn(two.lease("third", placement=Placement.SERVER_CHOSEN))
     assert not await settled(third)
     two.end(first)
-    assert (await third).pool is first.pool
+    assert (await third).table is first.table
     for lease in (placed, second, await third):
         two.end(lease)
 

@@ -114,13 +114,13 @@ async def test_a_generation_writes_down_the_sidecars_too(tmp_path: Path) -> None
 
 
 async def test_a_restart_of_llama_server_keeps_the_index(tmp_path: Path) -> None:
-    """The pool is a new one, the library the same; what was leaving a slot of the old process is in neither."""
+    """The slot table is a new one, the library the same; what was leaving a slot of the old process is in neither."""
     async with filled(tmp_path) as it:
-        before, pool = library(it), it.backend.leases.table
+        before, table = library(it), it.backend.leases.table
         await it.fake.restart()
         answer = await it.ask(TEXTS[0] + "more")
         assert answer.source == "snapshot"
-        assert it.backend.leases.table is not pool
+        assert it.backend.leases.table is not table
         assert library(it) is before
         library(it).check()
 
@@ -143,7 +143,7 @@ async def test_another_model_has_another_library(tmp_path: Path, caplog: pytest.
 
 
 async def test_what_is_evicted_is_not_found_any_more(tmp_path: Path) -> None:
-    """Not in this pool, and not in the generation after a restart."""
+    """Not in this slot table, and not in the generation after a restart."""
     async with filled(tmp_path) as it:
         for file in it.files():
             assert it.pool.store is not None

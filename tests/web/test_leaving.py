@@ -64,10 +64,10 @@ async def test_whoever_has_left_a_server_that_is_another_now_may_come_again(
             await answer.content.readany()
         monkeypatch.setattr(backend.api, "slots", late)
         await is_asked.wait()
-        pool = backend.leases.table
+        table = backend.leases.table
         monkeypatch.setattr(backend.api, "slots", slots)
         backend.changed("/lora-adapters was called")
-        await it.until(lambda: backend.leases.table not in (None, pool))
+        await it.until(lambda: backend.leases.table not in (None, table))
         async with it.asking(TWO) as again:
             await it.until(lambda: it.pool.dispatcher.n_waiting == 1)
             may_go_on.set()

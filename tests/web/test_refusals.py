@@ -71,9 +71,9 @@ async def test_a_wrong_field_is_refused_while_all_slots_are_at_work(
 
 
 def contents(it: Served) -> list[tuple[State, int]]:
-    pool = it.backend.leases.table
-    assert pool is not None
-    return [(slot.state, slot.content.n_tokens) for slot in pool.slots]
+    table = it.backend.leases.table
+    assert table is not None
+    return [(slot.state, slot.content.n_tokens) for slot in table.slots]
 
 
 @pytest.mark.parametrize("is_stream", [False, True])

@@ -128,7 +128,7 @@ class Backend:
             if props.boot_id == session.props.boot_id:
                 self._forget_if_asleep(props)
                 return session
-            self.lost(session.pool)
+            self.lost(session.table)
         if self.health is Health.DOWN:
             raise self._is_down()
         try:
@@ -144,7 +144,7 @@ class Backend:
         """The server is another process than the one that ``table`` describes: forget its slots, and connect again.
         Queued requests wait.
         """
-        if self.session is not None and self.session.pool is table:
+        if self.session is not None and self.session.table is table:
             log.warning("%s: llama-server has restarted: its slots are empty", self.name)
             self.metrics.restarts.inc()
             self._forget(Health.CONNECTING)
@@ -159,15 +159,15 @@ class Backend:
 
     def _forget_if_asleep(self, props: Props) -> None:
         """A sleeping server has unloaded its model: the content of its idle slots is gone (measured)."""
-        pool = self.leases.table
-        if props.is_sleeping and pool is not None and (filled := pool.filled()):
+        table = self.leases.table
+        if props.is_sleeping and table is not None and (filled := table.filled()):
             log.info(
                 "%s: llama-server has unloaded its model (--sleep-idle-seconds): its slots are empty",
                 self.name,
             )
             for slot in filled:
-                pool.take(slot, Request("sleep"), self.now(), has_answer=False)
-                pool.give_back(slot, Event.EMPTY, NOTHING, self.now())
+                table.take(slot, Request("sleep"), self.now(), has_answer=False)
+                table.give_back(slot, Event.EMPTY, NOTHING, self.now())
             self.leases.dispatch()
 
     def _slots_were_lost(self) -> None:
@@ -278,14 +278,14 @@ class Backend:
         self.session, self.streams_are_known = session, True
         self.executor.fingerprint, self.executor.boot_id = session.fingerprint, session.props.boot_id
         for slot in session.found_busy:
-            session.pool.take(slot, Request("left over"), self.now(), has_answer=False)
-            session.pool.give_back(slot, Event.LEAVE, NOTHING, self.now())
-            self.drainer.add_slot(session.pool, slot, NOTHING)
-        if self._catalog is not None and session.pool.can_save:  # some were dropped while connecting
-            session.pool.agree(self._catalog.snapshots)
+            session.table.take(slot, Request("left over"), self.now(), has_answer=False)
+            session.table.give_back(slot, Event.LEAVE, NOTHING, self.now())
+            self.drainer.add_slot(session.table, slot, NOTHING)
+        if self._catalog is not None and session.table.can_save:  # some were dropped while connecting
+            session.table.agree(self._catalog.snapshots)
         for known in (self.route_availability, self.dry_runs):
             known.forget()
-        session.pool.lost_slots.on_many = self._slots_were_lost
+        session.table.lost_slots.on_many = self._slots_were_lost
         self._set(Health.UP)
         self.metrics.assist.set(session.is_assisted)
         self._members.connected(self, session)
@@ -294,8 +294,8 @@ class Backend:
             return
         log.info(
             "%s: connected to llama-server: %s with %d slots of %d tokens, %s; %d snapshots can be used",
-            self.name, session.model_name, len(session.pool.slots), session.pool.n_ctx, session.pool.memory.value,
-            len(session.pool.model_snapshots.snapshots),
+            self.name, session.model_name, len(session.table.slots), session.table.n_ctx, session.table.memory.value,
+            len(session.table.model_snapshots.snapshots),
         )  # fmt: skip
 
     async def _until_gone(self, session: ServerSession) -> None:
@@ -317,21 +317,21 @@ class Backend:
                 self._forget(Health.DOWN)
                 return
             if (props.boot_id, props.n_slots) != (session.props.boot_id, session.props.n_slots):
-                self.lost(session.pool)
+                self.lost(session.table)
                 continue
             self._forget_if_asleep(props)
             is_due = session.aside is not None and session.aside.may_end and self.now() >= retry_at
-            if is_due and await self._is_any_idle(session.pool):
+            if is_due and await self._is_any_idle(session.table):
                 self.changed("a slot is idle now")
 
-    async def _is_any_idle(self, pool: SlotTable) -> bool:
+    async def _is_any_idle(self, table: SlotTable) -> bool:
         """Whether llama-server has an idle slot while all requests sent to it run in others."""
         try:
             infos = await self.api.slots()
         except LlamaslotError:
             return False
         n_at_work = sum(info.is_processing for info in infos)
-        n_sent = sum(not slot.is_idle for slot in pool.slots)
+        n_sent = sum(not slot.is_idle for slot in table.slots)
         return n_sent <= n_at_work and any(not info.is_processing for info in infos)
 
     def _forget(self, health: Health) -> None:

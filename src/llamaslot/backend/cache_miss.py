@@ -56,7 +56,7 @@ async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
     ``contents``: of the slots, in order, when the lease was given. Of the snapshots: those that share most, the
     nearest in length, and the most recent; the previous turn is usually one of these. Canceling is safe.
     """
-    request, index = lease.request, lease.pool.model_snapshots.in_spaces
+    request, index = lease.request, lease.table.model_snapshots.in_spaces
     found = [
         Holder(f"slot {i}", content.tokens, common(content.tokens, request.tokens))
         for i, content in enumerate(contents)
@@ -65,7 +65,7 @@ async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
     hits = index.match(request.tokens, request.reads, _N_SNAPSHOTS)
     nearest = sorted(hits, key=lambda hit: abs(hit.n_tokens - request.n_tokens))[:_N_OF_A_KIND]
     spaces = {space.text for space in request.reads}
-    usable = (its for its in reversed(lease.pool.model_snapshots.snapshots.values()) if its.space in spaces)
+    usable = (its for its in reversed(lease.table.model_snapshots.snapshots.values()) if its.space in spaces)
     long = (its for its in islice(usable, _N_SNAPSHOTS) if its.n_tokens > LOST_MIN)
     ids = [*(hit.holder for hit in (*hits[:1], *nearest)), *(its.id for its in islice(long, _N_OF_A_KIND))]
     for id_ in dict.fromkeys(ids):
@@ -97,7 +97,7 @@ class CacheMisses:
             return
         self._n_under_way += 1
         # Including its own slot, whose content changes when the lease ends.
-        contents = [slot.content for slot in lease.pool.slots]
+        contents = [slot.content for slot in lease.table.slots]
         self._tasks.spawn(self._look(lease, contents, prompt, body, format_), f"{request.id} diverges")
 
     async def _look(
@@ -242,7 +242,7 @@ def _left_behind(lease: Lease, held: list[Holder]) -> Holder | None:
 def _n_behind_checkpoint(lease: Lease, holder: Holder) -> int:
     """Tokens of the common prefix that this model cannot rewind to."""
     plan = lease.plan
-    if plan is None or lease.pool.rewind_model.is_rewindable:
+    if plan is None or lease.table.rewind_model.is_rewindable:
         return 0
     if holder.name not in (f"slot {plan.slot.id}", f"snapshot {plan.snapshot}"):
         return 0  # it was placed elsewhere for other reasons

@@ -67,7 +67,7 @@ _NO_ISOLATION = (
 class ServerSession:
     """The result: the slots of the server as it is now, and its model."""
 
-    pool: SlotTable
+    table: SlotTable
     props: Props
     model_name: str
     fingerprint: str
@@ -127,8 +127,8 @@ class Handshake:
         if self.rules.is_isolated:
             raise NotReady(_NO_ISOLATION_ASIDE % reason.why)
         props = props or Props(None, 0, "", "")
-        pool = UnassistedSlots(self.name, props.n_slots, props.n_ctx, rules=self.rules, rates=self.rates)
-        return ServerSession(pool, props, model_name, "", aside=reason)
+        table = UnassistedSlots(self.name, props.n_slots, props.n_ctx, rules=self.rules, rates=self.rates)
+        return ServerSession(table, props, model_name, "", aside=reason)
 
     async def _meet(self, props: Props, n_slots: int, now: float, is_retry: bool) -> ServerSession:
         model = await self.api.model_info()
@@ -142,7 +142,7 @@ class Handshake:
         idle = sorted((info for info in infos if not info.is_processing), key=lambda info: info.n_tokens or 0)
         if not idle:
             return self._stand_aside(all_at_work(), props, model_name)
-        pool = SlotTable(self.name, len(infos), props.n_ctx, rules=self.rules, rates=self.rates)
+        table = SlotTable(self.name, len(infos), props.n_ctx, rules=self.rules, rates=self.rates)
         first, others = idle[0], idle[1:]
         if first.n_tokens and not await self.probes.has_room(first.n_tokens):
             # The quota has no space for its content, so a probe cannot save either. A probe would overwrite the rest.
@@ -157,9 +157,9 @@ class Handshake:
         # Which LoRA scales and which user a context belongs to is recorded nowhere.
         can_adopt = can_save and not (lora or self.rules.is_isolated)
         written = await self._written(first) if first.n_tokens and can_adopt else None
-        pool.memory = await self.probes.memory(first.id, props)
-        pool.is_memory_sure = self.probes.is_memory_sure
-        pool.rewind_model.window = self.probes.window
+        table.memory = await self.probes.memory(first.id, props)
+        table.is_memory_sure = self.probes.is_memory_sure
+        table.rewind_model.window = self.probes.window
         identity = await self.probes.identity(first.id, props, model, lora)
         fingerprint = identity.to_text()
         empty = next((info.id for info in others if not info.n_tokens), None)
@@ -167,36 +167,36 @@ class Handshake:
             empty is not None and await self.probes.is_unified(first.id, empty)
         ):
             return self._stand_aside(clears_idle_slots(n_slots), props, model_name)
-        pool.can_save, pool.can_erase = can_save, self.probes.can_erase
+        table.can_save, table.can_erase = can_save, self.probes.can_erase
         self._forget_rates_of_others(identity)
-        pool.rewind_model.predictions = self.rates.predictions
+        table.rewind_model.predictions = self.rates.predictions
         if self.catalog is not None and can_save:
-            fingerprint = await self._admit(pool, identity)
+            fingerprint = await self._admit(table, identity)
             await self.probes.size(first.id)
-            if pool.memory is not CacheKind.DENSE:
+            if table.memory is not CacheKind.DENSE:
                 files = await self.probes.checkpoints(first.id)
-                pool.rewind_model.keeps_checkpoints = files.keep_checkpoints
-                if files.memory is not None and not pool.is_memory_sure:
-                    pool.memory = files.memory
-                pool.can_save = can_save = files.are_usable
+                table.rewind_model.keeps_checkpoints = files.keep_checkpoints
+                if files.memory is not None and not table.is_memory_sure:
+                    table.memory = files.memory
+                table.can_save = can_save = files.are_usable
                 if not can_save and await self.probes.has_ram_cache():
                     lacking = self.probes.warnings[-1]
                     return self._stand_aside(has_better_memory(n_slots, lacking), props, model_name)
         for slot in (first.id, empty):
             if slot is not None:
-                await self._empty(pool, slot, now, is_shared=True)
+                await self._empty(table, slot, now, is_shared=True)
         if written is not None and can_save:
-            await self._commit(pool, written, fingerprint)
+            await self._commit(table, written, fingerprint)
         for info in others:
             if info.n_tokens:
-                adopted = can_adopt and can_save and await self._adopt(pool, info, fingerprint, now)
+                adopted = can_adopt and can_save and await self._adopt(table, info, fingerprint, now)
                 if not adopted:
-                    await self._empty(pool, info.id, now, is_shared=not (lora or self.rules.is_isolated))
+                    await self._empty(table, info.id, now, is_shared=not (lora or self.rules.is_isolated))
         for warning in self.probes.warnings:
             log.warning("%s: %s", self.name, warning)
-        busy = tuple(pool.slots[info.id] for info in infos if info.is_processing)
+        busy = tuple(table.slots[info.id] for info in infos if info.is_processing)
         warnings = tuple(self.probes.warnings)
-        return ServerSession(pool, props, model_name, fingerprint, busy, warnings)
+        return ServerSession(table, props, model_name, fingerprint, busy, warnings)
 
     async def _were_emptied(self, others: list[SlotInfo]) -> bool:
         """Whether probes of another slot have emptied idle slots. With two slots this is the only sign of a unified
@@ -214,14 +214,14 @@ class Handshake:
             infos = await self.api.slots()
         return infos
 
-    async def _empty(self, pool: SlotTable, slot: int, now: float, *, is_shared: bool) -> None:
+    async def _empty(self, table: SlotTable, slot: int, now: float, *, is_shared: bool) -> None:
         """Erase a slot of unknown content. If that fails, its content stays unknown. Without slot actions, content in
         the shared namespace (``is_shared``) is left: llama-server compares tokens by itself.
         """
         if not await self._erased(slot) and (self.probes.can_erase or not is_shared):
             log.warning("%s: slot %d could not be erased; its content is not used", self.name, slot)
-            pool.take(pool.slots[slot], Request("adoption"), now, has_answer=False)
-            pool.give_back(pool.slots[slot], Event.FAIL, NOTHING, now)
+            table.take(table.slots[slot], Request("adoption"), now, has_answer=False)
+            table.give_back(table.slots[slot], Event.FAIL, NOTHING, now)
 
     async def _erased(self, slot: int) -> bool:
         try:
@@ -250,7 +250,7 @@ class Handshake:
         return draft, saved
 
     async def _commit(
-        self, pool: SlotTable, written: tuple[Reservation, SlotAction], fingerprint: str
+        self, table: SlotTable, written: tuple[Reservation, SlotAction], fingerprint: str
     ) -> WithTokens | None:
         """Commit the snapshot with the tokens of the file's header; if there is a snapshot with the same tokens, use
         that one.
@@ -259,7 +259,7 @@ class Handshake:
         draft, saved = written
         try:
             file = await read_slot_file(self.catalog.directory / draft.part_name)
-            if (same := pool.model_snapshots.snapshot_of(file.tokens)) is not None:
+            if (same := table.model_snapshots.snapshot_of(file.tokens)) is not None:
                 await self.catalog.abandon(draft)
                 return same
             snapshot = await self.catalog.commit(
@@ -268,34 +268,34 @@ class Handshake:
                 n_saved=saved.n_tokens,
                 n_written=saved.n_bytes,
                 fingerprint=fingerprint,
-                checkpoints=self._guessed_checkpoints(pool, saved.n_tokens),
+                checkpoints=self._guessed_checkpoints(table, saved.n_tokens),
                 source="adopted",
             )
         except LlamaslotError as error:
             await self.catalog.abandon(draft)
             log.info("%s: a slot is not adopted, its context is lost: %s", self.name, error)
             return None
-        pool.add_snapshot(snapshot)
+        table.add_snapshot(snapshot)
         return snapshot
 
-    def _guessed_checkpoints(self, pool: SlotTable, n_tokens: int) -> tuple[int, ...]:
+    def _guessed_checkpoints(self, table: SlotTable, n_tokens: int) -> tuple[int, ...]:
         """The last checkpoint of an adopted context: near the end of its last prompt, whose position is unknown,
         because an answer follows. A guess too early costs a little; a guess too late is detected at the first use.
         """
-        if pool.memory is CacheKind.DENSE:
+        if table.memory is CacheKind.DENSE:
             return ()
         n_answer = min(int(2 * self.rates.answer.n_tokens), n_tokens // 2)
         return (n_tokens - n_answer,)
 
-    async def _adopt(self, pool: SlotTable, info: SlotInfo, fingerprint: str, now: float) -> bool:
+    async def _adopt(self, table: SlotTable, info: SlotInfo, fingerprint: str, now: float) -> bool:
         """Learn the content of a slot by saving it. False if it cannot be saved."""
         written = await self._written(info)
-        snapshot = await self._commit(pool, written, fingerprint) if written is not None else None
+        snapshot = await self._commit(table, written, fingerprint) if written is not None else None
         if snapshot is None:
             return False
-        slot = pool.slots[info.id]
-        pool.take(slot, Request("adoption"), now, has_answer=False)
-        pool.give_back(slot, Event.KEEP, content_of(snapshot), now)
+        slot = table.slots[info.id]
+        table.take(slot, Request("adoption"), now, has_answer=False)
+        table.give_back(slot, Event.KEEP, content_of(snapshot), now)
         log.info("%s: slot %d adopted with %d tokens", self.name, slot.id, snapshot.n_tokens)
         return True
 
@@ -306,7 +306,7 @@ class Handshake:
             self.rates.forget()
             self.rates.model = current.to_text()
 
-    async def _admit(self, pool: SlotTable, current: Identity) -> str:
+    async def _admit(self, table: SlotTable, current: Identity) -> str:
         """Add the snapshots of this model to the index. Returns the model's fingerprint, as the newest of them has
         it.
         """
@@ -324,7 +324,7 @@ class Handshake:
             log.warning("%s: %d snapshots belong to another model and are not used", self.name, n_others)
         fingerprint = admitted[-1].fingerprint if admitted else current.to_text()
         self.catalog.fingerprint = fingerprint
-        pool.offer(
+        table.offer(
             await self.libraries.of(current, lambda snapshot: is_same.get(snapshot.fingerprint, False))
         )
         return fingerprint

@@ -35,7 +35,7 @@ class _Draining:
     ``not_before``: if found idle before that time, its request may not have begun yet.
     """
 
-    pool: SlotTable
+    table: SlotTable
     slot: Slot
     content: Content
     not_before: float
@@ -60,24 +60,24 @@ class SlotDrainer:
         delay = FIRST_POLL_S
         if not lease.is_confirmed:
             delay += lease.request.n_tokens * UNCONFIRMED_S_PER_TOKEN
-        self.add_slot(lease.pool, lease.slot, lease.slot.content, delay, charge)
+        self.add_slot(lease.table, lease.slot, lease.slot.content, delay, charge)
 
     def add_slot(
         self,
-        pool: SlotTable,
+        table: SlotTable,
         slot: Slot,
         content: Content,
         delay_s: float = 0.0,
         charge: Charge | None = None,
     ) -> None:
-        self._draining.append(_Draining(pool, slot, content, self._now() + delay_s, charge=charge))
+        self._draining.append(_Draining(table, slot, content, self._now() + delay_s, charge=charge))
         self._added.set()
 
     async def run(self) -> None:
         """Poll while there are draining slots. Runs until cancelled."""
         polled_at = -POLL_S
         while True:
-            if gone := [entry for entry in self._draining if not entry.pool.is_current]:
+            if gone := [entry for entry in self._draining if not entry.table.is_current]:
                 for entry in gone:
                     self._ended(entry)
                 self._leases.dispatch()
@@ -112,14 +112,14 @@ class SlotDrainer:
 
     def _at_work(self, entry: _Draining, info: SlotInfo) -> None:
         """The request has arrived in its slot, so an exclusive section need not wait for it, however long it runs."""
-        if entry.id_task is None and entry.pool.is_current:
+        if entry.id_task is None and entry.table.is_current:
             entry.id_task = info.id_task
-            entry.pool.seen_at_work(entry.slot)
+            entry.table.seen_at_work(entry.slot)
             self._leases.dispatch()
 
     def _settle(self, entry: _Draining, info: SlotInfo) -> None:
         """The server is done with the slot: it holds the first ``n_tokens`` of what was sent to it."""
-        if not entry.pool.is_current or entry.slot.state is not State.DRAINING:
+        if not entry.table.is_current or entry.slot.state is not State.DRAINING:
             return
         n = info.n_tokens or 0
         content = entry.content
@@ -134,4 +134,4 @@ class SlotDrainer:
             if content.has_media:
                 n_more = 0  # media are counted too, so this number says nothing about where a prompt resumes
             content = replace(content.head(n), is_exact=is_exact, n_more=n_more)
-        entry.pool.give_back(entry.slot, event, content, self._now())
+        entry.table.give_back(entry.slot, event, content, self._now())

@@ -102,7 +102,7 @@ class UnpinnedRequest:
         request can.
         """
         leases = self._leases
-        if leases.table is self._lease.pool and leases.has_exclusive(self._lease):
+        if leases.table is self._lease.table and leases.has_exclusive(self._lease):
             self._others += leases.lease_idle(self._lease.request)
         by_id = {info.id: info for info in infos}
         held = [lease for lease in self._others if not lease.is_released]
@@ -175,7 +175,7 @@ class ExclusiveSection:
                 await self._until_quiet(lease)
             finally:
                 self._leases.has_waited(lease)
-            if self._leases.table is not lease.pool:
+            if self._leases.table is not lease.table:
                 raise BackendRestarted
             fresh = self._leases.lease_idle(lease.request, lease.request.n_children or None)
             while fresh:
@@ -275,8 +275,8 @@ class ExclusiveSection:
         lease.begin_wait()
         try:
             while competing_slots := self._rivals(lease):
-                if not lease.pool.can_erase:  # nor later: the other content stays there
-                    if any(lease.pool.is_other_namespace(slot, lease.request) for slot in competing_slots):
+                if not lease.table.can_erase:  # nor later: the other content stays there
+                    if any(lease.table.is_other_namespace(slot, lease.request) for slot in competing_slots):
                         raise SlotNotEmptied(_NOT_EMPTIED)
                     return
                 if (first := self._first(lease, {slot.id for slot in competing_slots})) is not None:
@@ -306,15 +306,15 @@ class ExclusiveSection:
         runs a request, with content that the request may use, does not count: llama-server skips busy slots, and if
         that request ends just then, landing there only costs time.
         """
-        pool, request = lease.pool, lease.request
+        table, request = lease.table, lease.request
         at_work = {
             other.slot.id for other in self._leases.leases if other.slot is not None and other.is_running
         }
-        competing_slots = pool.competing_slots(request, lease.slot_id)
+        competing_slots = table.competing_slots(request, lease.slot_id)
         return [
             slot
             for slot in competing_slots
-            if slot.id not in at_work or pool.is_other_namespace(slot, request)
+            if slot.id not in at_work or table.is_other_namespace(slot, request)
         ]
 
     def _first(self, lease: Lease, competing_slots: set[int]) -> Lease | None:
@@ -331,15 +331,15 @@ class ExclusiveSection:
         """Erase a slot that llama-server may choose for ``request``. If that fails: returns False if the request may
         use its content, which only costs time; else raises SlotNotEmptied, and nothing may be sent.
         """
-        if other.pool.can_erase and await self._executor.erase_now(other):
+        if other.table.can_erase and await self._executor.erase_now(other):
             return True
         other.check_current()
-        if other.slot is None or other.pool.is_other_namespace(other.slot, request):
+        if other.slot is None or other.table.is_other_namespace(other.slot, request):
             raise SlotNotEmptied(_NOT_EMPTIED)
         return False
 
     async def _save_if_worth(self, lease: Lease) -> None:
-        if lease.slot is not None and lease.pool.worth.is_worth_saving(lease.slot):
+        if lease.slot is not None and lease.table.worth.is_worth_saving(lease.slot):
             try:
                 await self._executor.save_now(lease)
             except LlamaslotError as error:
@@ -387,14 +387,14 @@ def _is_quiet(leases: Leases, lease: Lease) -> bool:
     request. If llama-server may choose the slot of such a request when it ends, the request must be allowed to use its
     content.
     """
-    pool, request = lease.pool, lease.request
-    if leases.table is not pool:
+    table, request = lease.table, lease.request
+    if leases.table is not table:
         return True  # there is nothing to wait for any more
-    others = [other for other in leases.leases if other.pool is pool and other.request is not request]
+    others = [other for other in leases.leases if other.table is table and other.request is not request]
     # The slots of its children run with it.
     started = {id(other.request) for other in others if other.is_running}
     if leases.is_other_namespace_at_work(lease) or any(id(other.request) not in started for other in others):
         return False
-    return not pool.is_anything_on_its_way and pool.n_idle >= max(
+    return not table.is_anything_on_its_way and table.n_idle >= max(
         request.n_children, int(request.placement is Placement.SERVER_CHOSEN)
     )

@@ -85,7 +85,7 @@ class PlanExecutor:
         lease.forbid_preemption()
         # If a shared prefix was not saved, requests waiting for it are placed again. After a failure that happens
         # when the slot is released, not before: they may resume from what it holds by then.
-        if lease.pool.expect_no_trunk(lease.slot_id):
+        if lease.table.expect_no_trunk(lease.slot_id):
             self._leases.dispatch()
         return prefill_stats
 
@@ -115,16 +115,16 @@ class PlanExecutor:
         lease.set_forecast(self._forecast(lease, lease.content))
         n_reused = lease.forecast.n_likely
         if n_reused != plan.n_reused:
-            view = lease.pool.view(lease.request, self.now(), {})
+            view = lease.table.view(lease.request, self.now(), {})
             trunks = tuple(step.n_tokens for step in chunked_prefill if isinstance(step, SaveSharedPrefix))
             view = replace(view, trunks=trunks)  # only those that other requests wait for
-            chunked_prefill = list(prefill_steps(lease.request, plan.slot, n_reused, view, lease.pool.rules))
+            chunked_prefill = list(prefill_steps(lease.request, plan.slot, n_reused, view, lease.table.rules))
         stops = [step.n_tokens for step in chunked_prefill if isinstance(step, PrefillTo)]
         if not stops:
             lease.plan_prefill(is_long=False)
             return None
         prefill_s = self.rates.prefill.seconds(n_reused, stops[-1])
-        lease.plan_prefill(is_long=prefill_s > lease.pool.long_s)
+        lease.plan_prefill(is_long=prefill_s > lease.table.long_s)
         return await self.chunked_prefill.run(lease, stops, report, self._keep, may_replan=may_replan)
 
     @staticmethod
@@ -132,7 +132,7 @@ class PlanExecutor:
         """The expected reuse of the slot's present content. Made after save, erase and restore: it equals the plan's
         figure unless one of them has failed.
         """
-        request, rewind_model = lease.request, lease.pool.rewind_model
+        request, rewind_model = lease.request, lease.table.rewind_model
         n_shared, n_held = (
             common(content.tokens, request.tokens),
             content.n_tokens if content.is_exact else None,
@@ -231,7 +231,7 @@ class PlanExecutor:
             raise
         except (LlamaslotError, KeyError, OSError) as error:
             log.warning("%s: snapshot %s was not restored: %s", lease.request.id, snapshot_id, error)
-            lease.pool.drop_snapshot(snapshot_id)  # not offered to this server again; the file stays
+            lease.table.drop_snapshot(snapshot_id)  # not offered to this server again; the file stays
             lease.recorder.record_step(
                 lease.slot_key, Act("restore", 0.0, is_done=False, snapshot=snapshot_id)
             )
@@ -254,7 +254,7 @@ class PlanExecutor:
                 lease.request.id, snapshot_id, result.n_tokens, snapshot.n_tokens,
             )  # fmt: skip
             return False
-        checkpoints = lease.pool.rewind_model.in_file(snapshot.checkpoints)
+        checkpoints = lease.table.rewind_model.in_file(snapshot.checkpoints)
         lease.set_restored(snapshot, replace(content_of(snapshot), checkpoints=checkpoints))
         self.catalog.touch(snapshot.id)
         return True

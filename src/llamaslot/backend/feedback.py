@@ -68,19 +68,19 @@ class Feedback:
         if told.n_predicted and told.predicted_s is not None:
             self.rates.answer.observe(told.n_predicted, told.predicted_s)
 
-    def progressed(self, pool: SlotTable, last: Progress, event: Progress, end: int) -> None:
+    def progressed(self, table: SlotTable, last: Progress, event: Progress, end: int) -> None:
         """Record the progress of a prefill of llamaslot's own, up to ``end`` tokens, from ``last`` to ``event``."""
         n_tokens = event.processed - last.processed
         if n_tokens >= NEGLIGIBLE_TOKENS:
             self.rates.prefill.observe(last.processed, event.processed, event.seconds - last.seconds)
         if event.processed < end:  # a full batch, not the remainder
-            pool.n_batch = max(pool.n_batch, n_tokens)
+            table.n_batch = max(table.n_batch, n_tokens)
 
-    def piece_ended(self, pool: SlotTable, more_s: float, *, is_alone: bool) -> None:
+    def piece_ended(self, table: SlotTable, more_s: float, *, is_alone: bool) -> None:
         """Record that sending a piece of a prompt took ``more_s`` seconds in addition to its computation.
         ``is_alone``: no batch of another request ran in between.
         """
-        if pool.rewind_model.is_rewindable:
+        if table.rewind_model.is_rewindable:
             self.rates.interruption.observe(more_s)
         if is_alone:
             self.rates.request.observe(more_s)
@@ -91,7 +91,7 @@ class Feedback:
         """
         self.metrics.replanned.inc()
         if lease.restored is None:
-            lease.pool.lost_slots.note(self._now())
+            lease.table.lost_slots.note(self._now())
         log.info(
             "%s: slot %s holds %d tokens of the prompt instead of %d; choosing another place",
             lease.request.id, lease.slot_name, n_found, lease.forecast.n_expected,
@@ -107,10 +107,10 @@ class Feedback:
         lease.recorder.reused(forecast.n_expected, n_reused)
         restored = lease.restored
         kind = source_of(restored) if restored is not None else RESIDENT
-        lease.pool.rewind_model.predictions.observe(lease.pool.memory, kind, forecast.n_usable, n_reused)
+        lease.table.rewind_model.predictions.observe(lease.table.memory, kind, forecast.n_usable, n_reused)
         if forecast.n_whole is not None:
             n_answer = forecast.n_answer
-            lease.pool.rewind_model.predictions.answered(n_answer, n_reused - (forecast.n_whole - n_answer))
+            lease.table.rewind_model.predictions.answered(n_answer, n_reused - (forecast.n_whole - n_answer))
         if n_reused < forecast.n_expected:
             self._was_wrong(lease, n_reused)
         if restored is None or self._learn_checkpoints(lease, restored, n_reused):
@@ -119,7 +119,7 @@ class Feedback:
             self._retire(restored, forecast.n_expected, n_reused)
 
     def _was_wrong(self, lease: Lease, n_reused: int) -> None:
-        plan, pool, forecast = lease.plan, lease.pool, lease.forecast
+        plan, table, forecast = lease.plan, lease.table, lease.forecast
         assert plan is not None
         self.metrics.reuse_mispredictions.inc()
         log.info(
@@ -128,34 +128,34 @@ class Feedback:
         )  # fmt: skip
         is_resident = lease.restored is None and forecast.n_expected >= NEGLIGIBLE_TOKENS
         if is_resident and n_reused < forecast.n_expected / 2:
-            pool.lost_slots.note(self._now())
+            table.lost_slots.note(self._now())
         # Nothing was reused of content that only had to be continued: it was lost, whatever the model.
         is_lost = forecast.is_rewind and n_reused == 0 and forecast.n_expected >= NEGLIGIBLE_TOKENS
-        if not is_lost or pool.memory is not CacheKind.DENSE or pool.is_memory_sure:
+        if not is_lost or table.memory is not CacheKind.DENSE or table.is_memory_sure:
             return
         if self._strikes.note("memory", forecast.n_expected, n_reused):  # once may be an accident
             log.warning(
                 "%s: this model cannot rewind to any token (SWA or recurrent): only its checkpoints are counted on",
-                pool.backend,
+                table.backend,
             )
-            pool.memory = CacheKind.SWA
+            table.memory = CacheKind.SWA
 
     def _learn_checkpoints(self, lease: Lease, restored: Snapshot, n_reused: int) -> bool:
         """Learn from the first restored snapshots that needed a rewind whether files contain checkpoints. True if
         missing checkpoints (may) explain this failure.
         """
-        pool, forecast = lease.pool, lease.forecast
+        table, forecast = lease.table, lease.forecast
         is_end = forecast.n_usable >= restored.n_tokens
-        is_known = pool.memory is CacheKind.DENSE or pool.rewind_model.keeps_checkpoints is not None
+        is_known = table.memory is CacheKind.DENSE or table.rewind_model.keeps_checkpoints is not None
         if is_known or is_end or not forecast.n_usable:
             return False
         if not has_failed(forecast.n_usable, n_reused):
-            pool.rewind_model.keeps_checkpoints = True
+            table.rewind_model.keeps_checkpoints = True
             return False
         if self._strikes.note("files", forecast.n_usable, n_reused):
-            pool.rewind_model.keeps_checkpoints = False
-            pool.can_save = pool.can_save and pool.memory is not CacheKind.SWA
-            log.warning("%s: %s", pool.backend, NO_CHECKPOINTS if pool.can_save else WORTHLESS)
+            table.rewind_model.keeps_checkpoints = False
+            table.can_save = table.can_save and table.memory is not CacheKind.SWA
+            log.warning("%s: %s", table.backend, NO_CHECKPOINTS if table.can_save else WORTHLESS)
         return True
 
     def _retire(self, snapshot: Snapshot, n_expected: int, n_reused: int) -> None:

@@ -73,7 +73,7 @@ class Lease:
     def __init__(
         self,
         owner: Owner,
-        pool: SlotTable,
+        table: SlotTable,
         slot: Slot | None,
         request: Request,
         plan: Plan | None,
@@ -88,7 +88,7 @@ class Lease:
         (KeyError: the snapshot is gone) is passed on, and nothing is leased.
         """
         self._owner, self._now = owner, now
-        self.pool, self.slot, self.request, self.recorder = pool, slot, request, recorder
+        self.table, self.slot, self.request, self.recorder = table, slot, request, recorder
         self.came_at = now() if came_at is None else came_at
         self.n_preempted = n_preempted
         self.plan = plan
@@ -98,7 +98,7 @@ class Lease:
         self.state = State.PREPARING
         self._is_confirmed = False  # llama-server has begun with what was sent last
         self._is_left_at_work = False  # an action has ended, but llama-server may still compute for it
-        is_first = plan is not None and is_long(plan, pool.long_s)
+        is_first = plan is not None and is_long(plan, table.long_s)
         self._long_prefill = LongPrefill.WAITING if is_first else LongPrefill.NONE
         self._preemption = Preemption.FORBIDDEN
         self._stop: Callable[[], None] | None = None  # stops the present work on preemption
@@ -113,7 +113,7 @@ class Lease:
         # The content that its plan saves first; others find it until the snapshot is there.
         self._leaving = None
         if slot is not None:
-            self._leaving = pool.take(slot, request, now(), plan, has_answer=plan is not None)
+            self._leaving = table.take(slot, request, now(), plan, has_answer=plan is not None)
 
     def __repr__(self) -> str:
         return f"<Lease {self.slot!r} {self.state.value} {self.request!r}>"
@@ -211,7 +211,7 @@ class Lease:
         is_acting = self.state is State.ACTING and self.plan is not None
         if is_acting or is_sent:
             since = self._acting_at if is_acting else self.sent_at
-            if self._now() - since > max(2 * self.pool.long_s, _LITTLE_S):
+            if self._now() - since > max(2 * self.table.long_s, _LITTLE_S):
                 return False
         if is_acting or self.is_long:
             return is_acting
@@ -219,7 +219,7 @@ class Lease:
 
     def check_current(self) -> None:
         """Raises BackendRestarted if its llama-server process is gone: the number belongs to another slot now."""
-        if not self.pool.is_current:
+        if not self.table.is_current:
             raise BackendRestarted
 
     # -- what the slot holds -------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ class Lease:
     def end_pending_save(self) -> None:
         """The save at the beginning of its plan has ended, successful or not. Idempotent."""
         if self._leaving is not None:
-            self.pool.left(self._leaving)
+            self.table.left(self._leaving)
 
     def stop_keeping(self) -> None:
         """A shared-prefix snapshot could not be saved: this request saves no more of them."""
@@ -346,7 +346,7 @@ class Lease:
             self.sent_at, self._is_confirmed = self._now(), False
         self.content = NOTHING
         if self.slot is not None:
-            self.pool.expect_nothing(self.slot, self.request.space)
+            self.table.expect_nothing(self.slot, self.request.space)
         if is_confirmed:
             self.mark_processing()
 
@@ -356,7 +356,7 @@ class Lease:
             self._become(Event.CONFIRM)
             self._is_confirmed = True
             if self.slot is not None:
-                self.pool.answering(self.slot, self._now())
+                self.table.answering(self.slot, self._now())
 
     def confirm(self, content: Content) -> None:
         """llama-server has begun with what was sent: the slot holds at most ``content``."""
@@ -440,5 +440,5 @@ class Lease:
                 event, content = SlotEvent.FAIL, NOTHING
             else:
                 event, content = SlotEvent.KEEP, self.content
-            self.pool.give_back(self.slot, event, content, self._now())
+            self.table.give_back(self.slot, event, content, self._now())
         self._owner.on_end(self)

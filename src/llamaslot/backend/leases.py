@@ -147,7 +147,7 @@ class Leases:
         """Lease an idle slot in order to erase it for the request of ``lease``. Also during an exclusive section, which
         waits for that request too.
         """
-        if self.table is not lease.pool or not slot.is_idle:
+        if self.table is not lease.table or not slot.is_idle:
             return None
         return self.grant(slot, Request(f"{lease.request.id} clears its way", slot.content.tokens))
 
@@ -202,9 +202,9 @@ class Leases:
 
     def is_prefilling(self, lease: Lease) -> bool:
         """Whether a long prefill of another request runs or waits for its turn."""
-        if self.table is not lease.pool:
+        if self.table is not lease.table:
             return False  # there is nothing to wait for any more
-        return any(other.is_long for other in self.leases if other.pool is self.table and other is not lease)
+        return any(other.is_long for other in self.leases if other.table is self.table and other is not lease)
 
     def wait_for_exclusive(self, lease: Lease) -> None:
         """From now on long prefills make room for the exclusive request, and none begins."""
@@ -232,7 +232,7 @@ class Leases:
     def is_other_namespace_at_work(self, lease: Lease) -> bool:
         """Whether a slot that llama-server may choose for the request runs a request whose content the request must not
         use."""
-        table, request = lease.pool, lease.request
+        table, request = lease.table, lease.request
         if self.table is not table or request.placement is not Placement.SERVER_CHOSEN:
             return False
         return any(not slot.is_idle and table.is_other_namespace(slot, request) for slot in table.slots)
@@ -244,7 +244,7 @@ class Leases:
         if self.table is None:
             return
         self.table.check()
-        current = [lease for lease in self.leases if lease.pool is self.table and lease.slot is not None]
+        current = [lease for lease in self.leases if lease.table is self.table and lease.slot is not None]
         slots = [lease.slot for lease in current]
         assert len(slots) == len(set(map(id, slots))), "a slot has one lease"
         for lease in current:

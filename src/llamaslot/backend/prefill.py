@@ -89,7 +89,7 @@ class ChunkedPrefill:
         RetryPlacement too if an exclusive request has waited long enough. Canceling is safe: the chunk is closed and
         its slot drains.
         """
-        rewind_model = lease.pool.rewind_model
+        rewind_model = lease.table.rewind_model
         n_window = (rewind_model.window or 0) if rewind_model.memory is CacheKind.SWA else 0
         long = LongPrompt(
             lease, stops, report, may_replan, lease.forecast.n_likely, self.now(), no_stop_before=n_window + 1
@@ -179,14 +179,14 @@ class ChunkedPrefill:
 
     def _pending(self, long: LongPrompt, now: float) -> Pending:
         """The remaining work counts to the point where other requests can resume, if any wait for that."""
-        shared = [at for at in long.lease.pool.trunks_to_come(long.lease.slot_id) if at > long.at]
+        shared = [at for at in long.lease.table.trunks_to_come(long.lease.slot_id) if at > long.at]
         left_s = self.rates.prefill.seconds(long.lease.n_done, min([long.last, *shared]))
         computed_s = long.seconds + (now - long.since if long is self._current else 0.0)
         return Pending(left_s, max(now - long.came_at - computed_s, 0.0), long.came_at)
 
     def _others(self, long: LongPrompt) -> list[Lease]:
         leases = self.leases.leases
-        return [lease for lease in leases if lease.pool is long.lease.pool and lease is not long.lease]
+        return [lease for lease in leases if lease.table is long.lease.table and lease is not long.lease]
 
     def _is_somebody_first(self, long: LongPrompt) -> bool:
         return bool(self._first(long))
@@ -242,7 +242,7 @@ class ChunkedPrefill:
             long.seconds += took_s
             if self._current is long:
                 self._ended(long, took_s)
-        lease.pool.is_ready_in(lease.slot_id, self.rates.prefill.seconds(long.at, long.last), self.now())
+        lease.table.is_ready_in(lease.slot_id, self.rates.prefill.seconds(long.at, long.last), self.now())
         if is_misplaced:
             raise RetryPlacement(long.prefill_stats)
         return True
@@ -262,11 +262,11 @@ class ChunkedPrefill:
         that comes meanwhile.
         """
         lease = long.lease
-        if not (lease.is_long and lease.pool.rewind_model.is_rewindable):
+        if not (lease.is_long and lease.table.rewind_model.is_rewindable):
             return False
         if self.leases.n_waiting or self._others(long):
             return True
-        n_batch, end = lease.pool.n_batch, long.target
+        n_batch, end = lease.table.n_batch, long.target
         batches_s = 2 * self.rates.prefill.seconds(max(end - n_batch, 0), end)
         return not n_batch or batches_s > _sharing(long).chunk_s
 
@@ -310,7 +310,7 @@ class ChunkedPrefill:
                         if is_misplaced:
                             break
                     else:
-                        self.feedback.progressed(lease.pool, last, event, long.end)
+                        self.feedback.progressed(lease.table, last, event, long.end)
                     last = event
                     lease.set_progress(event.processed)
                     long.report(self._progress(long, n_found, event))
@@ -327,7 +327,7 @@ class ChunkedPrefill:
             content = await wait_until_idle(self.api, lease, content, self.now)
         elif last is not None:
             more_s = self.now() - long.since - last.seconds
-            self.feedback.piece_ended(lease.pool, more_s, is_alone=not self._others(long))
+            self.feedback.piece_ended(lease.table, more_s, is_alone=not self._others(long))
         lease.finish(content)
         if not long.has_begun:
             long.has_begun, long.n_reused = True, n_found
@@ -384,7 +384,7 @@ class ChunkedPrefill:
         """
         if long.is_cut or long.target >= long.end:
             return False
-        return long.lease.n_done < long.target or long.lease.pool.rewind_model.is_rewindable
+        return long.lease.n_done < long.target or long.lease.table.rewind_model.is_rewindable
 
     # -- trunks --------------------------------------------------------------------------------------------------
 
@@ -392,10 +392,10 @@ class ChunkedPrefill:
         """Whether other requests wait for what is present now. A prefix that was passed can only be saved if the
         model can rewind to it.
         """
-        lease, pool = long.lease, long.lease.pool
-        due = [at for at in pool.trunks_to_come(lease.slot_id) if at <= long.at]
-        if due and not pool.rewind_model.is_rewindable and due[-1] < long.at:
-            pool.expect_no_trunk(lease.slot_id, long.at)
+        lease, table = long.lease, long.lease.table
+        due = [at for at in table.trunks_to_come(lease.slot_id) if at <= long.at]
+        if due and not table.rewind_model.is_rewindable and due[-1] < long.at:
+            table.expect_no_trunk(lease.slot_id, long.at)
             self.leases.dispatch()
             return False
         return bool(due)
@@ -421,4 +421,4 @@ class ChunkedPrefill:
 
 
 def _sharing(long: LongPrompt) -> PrefillSharing:
-    return long.lease.pool.rules.sharing
+    return long.lease.table.rules.sharing

@@ -84,15 +84,15 @@ class Saving:
             return None
         content, keep = lease.content, _planned(lease)
         if lease.is_own:  # otherwise slots that are all hot would evict each other in turn, for ever
-            keep = lease.pool.backing(besides=lease.slot)
+            keep = lease.table.backing(besides=lease.slot)
         n_held = await self._n_held(lease, content)
         snapshot = await self._write(lease, content, n_held, keep, SnapshotKind.LEAF, must_give_way)
         # No await from here to the end: the pending save becomes a snapshot at once.
         lease.end_pending_save()
         if snapshot is not None:
-            old = lease.pool.snapshot(content.snapshot) if content.snapshot else None
+            old = lease.table.snapshot(content.snapshot) if content.snapshot else None
             lease.set_content(replace(content_of(snapshot), checkpoints=content.checkpoints))
-            if old is not None and supersedes(snapshot, old, lease.pool.rules.similarity_min):
+            if old is not None and supersedes(snapshot, old, lease.table.rules.similarity_min):
                 self.catalog.inherit(snapshot.id, old.id)
                 self.tasks.spawn(self.catalog.drop(old.id), f"drop superseded {old.id}")
         self._leases.dispatch()
@@ -120,7 +120,7 @@ class Saving:
         finally:  # without an await since it became a snapshot
             if not is_kept:
                 lease.stop_keeping()
-            lease.pool.expect_no_trunk(lease.slot_id, n_tokens)
+            lease.table.expect_no_trunk(lease.slot_id, n_tokens)
             self._leases.dispatch()
 
     async def _write(
@@ -160,7 +160,7 @@ class Saving:
                 result = await self.api.save(lease.slot_id, draft.part_name)
                 seconds = self.now() - started
             if result.n_tokens == 0:
-                lease.pool.lost_slots.note(self.now())
+                lease.table.lost_slots.note(self.now())
             if kind is SnapshotKind.TRUNK and result.n_tokens != n_held:
                 raise OtherConversation(f"{result.n_tokens} tokens were saved instead of {n_held}")
             snapshot = await self.catalog.commit(
@@ -169,7 +169,7 @@ class Saving:
                 n_saved=result.n_tokens,
                 n_written=result.n_bytes,
                 fingerprint=fingerprint,
-                checkpoints=lease.pool.rewind_model.in_file(content.checkpoints),
+                checkpoints=lease.table.rewind_model.in_file(content.checkpoints),
                 source=lease.request.id,
                 kind=kind,
                 is_pinned=kind is SnapshotKind.TRUNK and lease.request.is_prewarm,
@@ -200,11 +200,11 @@ class Saving:
                 "%s: shared-prefix snapshot of %d tokens saved: %s", lease.request.id, n_held, snapshot.id
             )
         if snapshot.id in self.catalog.snapshots:
-            lease.pool.add_snapshot(snapshot)
-            if kind is SnapshotKind.LEAF and (left := abandoned_by(lease.pool, snapshot)) is not None:
+            lease.table.add_snapshot(snapshot)
+            if kind is SnapshotKind.LEAF and (left := abandoned_by(lease.table, snapshot)) is not None:
                 self.catalog.branched(left)
             current = self._leases.table
-            if current not in (None, lease.pool) and self.fingerprint == fingerprint:
+            if current not in (None, lease.table) and self.fingerprint == fingerprint:
                 current.add_snapshot(snapshot)  # the server has restarted since, and can read it too
         return snapshot
 
@@ -228,7 +228,7 @@ class Saving:
         and it drains when released, because llama-server may be working in it. Raises SlotWedged if llama-server sent
         nothing.
         """
-        if self._must_go_back(lease.pool.rewind_model, content):
+        if self._must_go_back(lease.table.rewind_model, content):
             try:
                 await self._rewind(lease, content)
             except LlamaslotError as error:

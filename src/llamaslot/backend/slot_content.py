@@ -41,7 +41,7 @@ async def wait_until_idle(
         if (info := infos.get(lease.slot_id)) is None or not info.is_processing:
             break
         await asyncio.sleep(_IDLE_POLL_S)
-    lease.pool.rates.interruption.observe(now() - closed)
+    lease.table.rates.interruption.observe(now() - closed)
     n = min(info.n_tokens or 0, content.n_tokens) if info is not None else 0
     return replace(content.head(n), is_exact=True) if n else NOTHING
 
@@ -56,7 +56,7 @@ async def is_untouched(api: LlamaServer, lease: Lease, before: Content | None) -
     except LlamaslotError:
         return False
     info = infos.get(lease.slot_id)
-    if before is None or info is None or info.is_processing or not lease.pool.is_current:
+    if before is None or info is None or info.is_processing or not lease.table.is_current:
         return False
     n_now = info.n_tokens or 0
     if before.is_exact or before.n_more:
@@ -69,8 +69,8 @@ def is_far_off(lease: Lease, n_expected: int, n_found: int) -> bool:
     """Whether the slot holds so much less than expected that the rest is a long prefill of its own, and costs more
     than stopping here and taking another place.
     """
-    pool = lease.pool
-    lost_s = pool.rates.prefill.seconds(n_found, n_expected)
+    table = lease.table
+    lost_s = table.rates.prefill.seconds(n_found, n_expected)
     return n_expected - n_found > NEGLIGIBLE_TOKENS and lost_s > max(
-        pool.long_s, pool.rates.interruption.seconds
+        table.long_s, table.rates.interruption.seconds
     )

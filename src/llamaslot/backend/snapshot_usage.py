@@ -20,14 +20,14 @@ def record_hit(catalog: Catalog, lease: Lease) -> None:
     plan, content, request = lease.plan, lease.content, lease.request
     if plan is None or content is None or content.snapshot is None or request.no_cache:
         return
-    snapshot = lease.pool.model_snapshots.snapshots.get(content.snapshot)
+    snapshot = lease.table.model_snapshots.snapshots.get(content.snapshot)
     if plan.source is not Source.RESIDENT or snapshot is None:
         return
-    if plan.n_reused >= lease.pool.rules.similarity_min * snapshot.n_tokens:
+    if plan.n_reused >= lease.table.rules.similarity_min * snapshot.n_tokens:
         catalog.touch(snapshot.id)
 
 
-def abandoned_by(pool: SlotTable, new: WithTokens) -> str | None:
+def abandoned_by(table: SlotTable, new: WithTokens) -> str | None:
     """The snapshot of the same conversation from which ``new`` diverges well before its end; None if there is none.
 
     Usually an earlier message was edited. Many conversations have the same beginning, so only tokens that the new one
@@ -36,8 +36,8 @@ def abandoned_by(pool: SlotTable, new: WithTokens) -> str | None:
     """
     nearest: Snapshot | None = None
     n_parted = n_common = 0
-    for hit in pool.model_snapshots.in_spaces.match(new.tokens, (Namespace.of_text(new.space),), _N_NEAREST):
-        snapshot = pool.model_snapshots.snapshots.get(hit.holder)
+    for hit in table.model_snapshots.in_spaces.match(new.tokens, (Namespace.of_text(new.space),), _N_NEAREST):
+        snapshot = table.model_snapshots.snapshots.get(hit.holder)
         if snapshot is None or snapshot.id == new.id:
             continue
         if nearest is not None:
@@ -45,7 +45,7 @@ def abandoned_by(pool: SlotTable, new: WithTokens) -> str | None:
             break
         if snapshot.kind is not SnapshotKind.LEAF:
             n_common = max(n_common, hit.n_shared)
-        elif hit.n_shared >= pool.rules.similarity_min * hit.n_tokens:
+        elif hit.n_shared >= table.rules.similarity_min * hit.n_tokens:
             return None  # the new one continues it, or is the same again
         else:
             nearest, n_parted = snapshot, hit.n_shared

@@ -41,8 +41,8 @@ class Writeback:
 
     async def save_all(self) -> int:
         """Save every idle slot that is worth it, for a clean stop. Returns their number."""
-        pool, n_saved = self._leases.table, 0
-        for _ in pool.slots if pool is not None else ():  # each once, whether it could be saved or not
+        table, n_saved = self._leases.table, 0
+        for _ in table.slots if table is not None else ():  # each once, whether it could be saved or not
             slot = self._next()
             if slot is None or (lease := self._lease(slot)) is None:
                 break
@@ -78,15 +78,15 @@ class Writeback:
 
     def _next(self) -> Slot | None:
         """The slot whose loss would cost most."""
-        pool = self._leases.table
-        if pool is None:
+        table = self._leases.table
+        if table is None:
             return None
-        self._failed = {slot: tokens for slot, tokens in self._failed.items() if slot in pool.slots}
+        self._failed = {slot: tokens for slot, tokens in self._failed.items() if slot in table.slots}
         worth = [
             slot
-            for slot in pool.slots
+            for slot in table.slots
             if slot.state is State.HOT
             and self._failed.get(slot) != slot.content.tokens
-            and pool.worth.is_worth_saving(slot)
+            and table.worth.is_worth_saving(slot)
         ]
         return max(worth, key=lambda slot: slot.content.n_tokens, default=None)

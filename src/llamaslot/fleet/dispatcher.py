@@ -284,29 +284,29 @@ class Dispatcher:
                 return
         look.is_short = True
 
-    def _ahead_of(self, pool: SlotTable, waiting: Waiting, plan: Plan) -> Lease | None:
+    def _ahead_of(self, table: SlotTable, waiting: Waiting, plan: Plan) -> Lease | None:
         """Another request of the same user, with a prompt that is no longer, that waits in a slot for its turn.
 
         One long prompt is computed at a time, so the last idle slot would not help a second one. It stays in the
         queue until the other one's turn has come, and leaves the slot to small requests.
         """
-        if not is_long(plan, pool.long_s) or waiting.had_a_place or self.now() >= self._late_at(waiting):
+        if not is_long(plan, table.long_s) or waiting.had_a_place or self.now() >= self._late_at(waiting):
             return None
-        seconds, request = pool.rates.prefill.seconds, waiting.request
-        own_s = seconds(plan.n_reused, request.n_tokens) + pool.rates.interruption.seconds
+        seconds, request = table.rates.prefill.seconds, waiting.request
+        own_s = seconds(plan.n_reused, request.n_tokens) + table.rates.interruption.seconds
         for lease in self.leases:
-            if lease.is_in_line and lease.pool is pool and lease.request.user == request.user:
+            if lease.is_in_line and lease.table is table and lease.request.user == request.user:
                 assert lease.plan is not None, "only what a client has asked for"
                 if seconds(lease.plan.n_reused, lease.request.n_tokens) <= own_s:
                     return lease
         return None
 
-    def _is_still_behind(self, pool: SlotTable, waiting: Waiting, look: _Look) -> bool:
+    def _is_still_behind(self, table: SlotTable, waiting: Waiting, look: _Look) -> bool:
         """Whether nothing has changed for it, or enough requests are behind already."""
         if waiting.had_a_place or self.now() >= self._late_at(waiting):
             return False
-        prompt_s = waiting.cost_s - answer_s(pool, waiting.request)
-        return waiting.is_behind or (look.n_behind >= _MOST_BEHIND and prompt_s > pool.long_s)
+        prompt_s = waiting.cost_s - answer_s(table, waiting.request)
+        return waiting.is_behind or (look.n_behind >= _MOST_BEHIND and prompt_s > table.long_s)
 
     def _leaves_slot(self, waiting: Waiting, look: _Look) -> None:
         look.n_behind += 1
@@ -318,10 +318,10 @@ class Dispatcher:
         max_wait_s = self.queue.limits.max_wait_s or math.inf
         return waiting.came_at + min(self.rules.sharing.starvation_s, max_wait_s / 2)
 
-    def _place(self, pool: SlotTable, waiting: Waiting, plan: Plan, look: _Look) -> None:
+    def _place(self, table: SlotTable, waiting: Waiting, plan: Plan, look: _Look) -> None:
         try:
             lease = self.backends[plan.slot.backend].grant(
-                pool.slots[plan.slot.id],
+                table.slots[plan.slot.id],
                 waiting.request,
                 plan,
                 recorder=waiting.recorder,
@@ -330,7 +330,7 @@ class Dispatcher:
             )
         except KeyError:  # the catalog has dropped the snapshot meanwhile
             assert plan.snapshot is not None
-            pool.drop_snapshot(plan.snapshot)
+            table.drop_snapshot(plan.snapshot)
             look.again_s.append(0.0)
             return
         if waiting.prefix_wait is not None:
@@ -361,7 +361,7 @@ class Dispatcher:
         save it.
         """
         request, now = waiting.request, self.now()
-        makers = [lease for lease in self.leases if lease.pool in tables and lease.is_long]
+        makers = [lease for lease in self.leases if lease.table in tables and lease.is_long]
         is_patient = waiting.prefix_wait is None or waiting.prefix_wait.lasts(request, now)
         views = {its.backend: its.view(request, now, reserved, is_patient=is_patient) for its in tables}
         if is_patient and ask_for_trunk(request, views, makers, now):
@@ -376,8 +376,8 @@ class Dispatcher:
 
     def _give(self, waiting: Waiting, lease: Lease) -> None:
         steps_s = lease.plan.cost.steps_s if lease.plan is not None else 0.0
-        charge = self.queue.granted(waiting, steps_s + answer_s(lease.pool, lease.request), self.now())
-        self.backends[lease.pool.backend].charge(lease, charge)
+        charge = self.queue.granted(waiting, steps_s + answer_s(lease.table, lease.request), self.now())
+        self.backends[lease.table.backend].charge(lease, charge)
         waiting.granted.set_result(lease)
 
     def paid(self, charge: Charge | None) -> None:

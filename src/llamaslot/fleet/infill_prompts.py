@@ -84,7 +84,7 @@ class InfillPrompts:
                 self._known_until = self._dispatcher.now() + _AGAIN_S
                 log.warning(
                     "%s: probing /infill took more than %g s in slot %s; tried again in ten minutes",
-                    lease.pool.backend, _LEARNING_S, lease.slot_name,
+                    lease.table.backend, _LEARNING_S, lease.slot_name,
                 )  # fmt: skip
                 # The slot drains: llama-server may be working in it.
                 return PromptNotTokenizable("it took too long", Reason.INFILL)
@@ -95,5 +95,5 @@ class InfillPrompts:
         try:
             return Infill(api, await learn(api, lease.slot_id, self._n_ctx))
         except PromptNotTokenizable as error:
-            log.info("%s: how /infill prompts are built is unknown: %s", lease.pool.backend, error)
+            log.info("%s: how /infill prompts are built is unknown: %s", lease.table.backend, error)
             return error

@@ -144,7 +144,7 @@ class Pool:
         return any(table.rates.prefill.seconds(0, n_tokens) > table.long_s for table in tables)
 
     def backend_of(self, lease: Lease) -> Backend:
-        return self.backends[lease.pool.backend]
+        return self.backends[lease.table.backend]
 
     def any_backend(self) -> Backend:
         """A backend for a request that takes no slot: one that is up, if there is one."""
@@ -170,7 +170,7 @@ class Pool:
     def connected(self, backend: Backend, session: ServerSession) -> None:
         if session.is_assisted and self.context is None:
             self.context = self._context(backend, session)
-        self.dispatcher.attach(session.pool)
+        self.dispatcher.attach(session.table)
         if self.store is not None:
             self.tasks.spawn(self.store.store_learned(), f"{self._settings.name}: keep what was learned")
 
@@ -186,10 +186,10 @@ class Pool:
         )
         context = ModelContext(
             session.model_name,
-            session.pool.n_ctx,
-            len(session.pool.slots),
+            session.table.n_ctx,
+            len(session.table.slots),
             self._settings.rules,
-            session.pool.rewind_model,
+            session.table.rewind_model,
             Tokenizer(backend.api),
             ConversionChecks(backend.api.ask),
             infill,

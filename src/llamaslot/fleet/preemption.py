@@ -23,10 +23,10 @@ def choose(backends: Iterable[Leases], ordered: Iterable[Waiting], queue: Queue,
     tables = [leases.table for leases in here if leases.table is not None]
     n_slots = sum(len(table.slots) for table in tables)
     held = [
-        its for leases in here for its in leases.leases if its.pool is leases.table and its.slot is not None
+        its for leases in here for its in leases.leases if its.table is leases.table and its.slot is not None
     ]
     closed = [leases.backend for leases in here if leases.is_gate_shut or leases.is_turn_wanted]
-    stoppable = [lease for lease in held if _may_stop(lease, now) and lease.pool.backend not in closed]
+    stoppable = [lease for lease in held if _may_stop(lease, now) and lease.table.backend not in closed]
     stops = set[Lease]()
     if stoppable and not any(table.n_idle for table in tables):
         claims = [
@@ -46,23 +46,23 @@ def choose(backends: Iterable[Leases], ordered: Iterable[Waiting], queue: Queue,
 
 def _may_stop(lease: Lease, now: float) -> bool:
     """Not if it was preempted often, nor if it came long ago: it is to be served at last."""
-    is_late = now - lease.came_at >= lease.pool.rules.sharing.starvation_s
+    is_late = now - lease.came_at >= lease.table.rules.sharing.starvation_s
     return lease.can_stop and lease.n_preempted < MOST_TIMES and not (is_late or lease.is_released)
 
 
 def left_s(lease: Lease, now: float) -> float:
     """Estimated seconds until its slot is free: the rest of its prefill, if there is any, and of its answer."""
     n = min(lease.n_done, lease.request.n_tokens)
-    prompt_s = 0.0 if lease.is_decoding else lease.pool.rates.prefill.seconds(n, lease.request.n_tokens)
+    prompt_s = 0.0 if lease.is_decoding else lease.table.rates.prefill.seconds(n, lease.request.n_tokens)
     running_s = now - lease.sent_at if lease.is_decoding else 0.0
-    return prompt_s + answer_s(lease.pool, lease.request, running_s)
+    return prompt_s + answer_s(lease.table, lease.request, running_s)
 
 
 def _stoppable(lease: Lease, queue: Queue, now: float) -> Stoppable:
-    user, n, rates = lease.request.user.id, lease.n_done, lease.pool.rates
+    user, n, rates = lease.request.user.id, lease.n_done, lease.table.rates
     assert lease.plan is not None, "only what a client has asked for"
     loss_s = rates.prefill.seconds(min(lease.plan.n_reused, n), n)
-    if lease.pool.can_save and not lease.request.no_cache:
+    if lease.table.can_save and not lease.request.no_cache:
         loss_s = min(loss_s, rates.save_s(n) + rates.restore_s(n))
     if lease.restored is not None:
         loss_s += rates.restore_s(lease.plan.n_reused)

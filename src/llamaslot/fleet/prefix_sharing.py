@@ -42,16 +42,16 @@ class PrefixWait:
 
     @classmethod
     def of(
-        cls, pool: SlotTable, wait: Wait, makers: Iterable[Lease], now: float, at_last: float
+        cls, table: SlotTable, wait: Wait, makers: Iterable[Lease], now: float, at_last: float
     ) -> PrefixWait | None:
         """None if the request waits for something else."""
-        trunk = pool.trunk_to_come(wait.place.snapshot) if wait.place is not None else None
+        trunk = table.trunk_to_come(wait.place.snapshot) if wait.place is not None else None
         if trunk is None:
             return None
-        here = (maker for maker in makers if maker.pool is pool and maker.slot_id == trunk.slot)
+        here = (maker for maker in makers if maker.table is table and maker.slot_id == trunk.slot)
         n_made = max((maker.n_done for maker in here), default=0)
         n_own = wait.instead.n_reused if wait.instead is not None else 0
-        return cls(pool, now, n_made, trunk.content.n_tokens, n_own, at_last)
+        return cls(table, now, n_made, trunk.content.n_tokens, n_own, at_last)
 
 
 def ask_for_trunk(
@@ -70,11 +70,11 @@ def ask_for_trunk(
     n_had = max([0, *idle, *(snapshot.n_usable for view in every for snapshot in view.snapshots)])
     best: tuple[int, Lease] | None = None
     for maker in makers:
-        n_shared = views[maker.pool.backend].shared.get(maker.slot_id, 0)
+        n_shared = views[maker.table.backend].shared.get(maker.slot_id, 0)
         n = min(n_shared, maker.request.n_tokens - 1, request.n_tokens - 1)
-        is_ahead = maker.pool.rewind_model.is_rewindable or n > maker.n_done
+        is_ahead = maker.table.rewind_model.is_rewindable or n > maker.n_done
         may_keep = (
-            maker.pool.can_save
+            maker.table.can_save
             and maker.can_keep
             and not (maker.request.no_cache or maker.request.is_prewarm)
         )
@@ -83,7 +83,7 @@ def ask_for_trunk(
     if best is None:
         return False
     n, maker = best
-    table = maker.pool
+    table = maker.table
     checkpoints = table.rewind_model.in_file(checkpoints_after((), 0, [n]))
     n_usable = table.rewind_model.usable(TRUNK, n, n, checkpoints, request.n_tokens)
     n_written = max(n, maker.n_done)
@@ -95,9 +95,9 @@ def ask_for_trunk(
     return True
 
 
-def prefix_due_s(pool: SlotTable, wait: Wait, now: float) -> float | None:
+def prefix_due_s(table: SlotTable, wait: Wait, now: float) -> float | None:
     """The seconds until a prefix that another request computes, and that is waited for, is available; None for other
     waits.
     """
-    trunk = pool.trunk_to_come(wait.place.snapshot) if wait.place is not None else None
+    trunk = table.trunk_to_come(wait.place.snapshot) if wait.place is not None else None
     return max(trunk.until - now, 0.0) + (wait.for_s or 0.0) if trunk is not None else None

@@ -70,7 +70,7 @@ class Prewarm:
     ) -> None:
         self._bodies, self._dispatcher, self._executor_of = bodies, dispatcher, executor_of
         self._tokenizer, self._catalog, self._tasks, self._idle_s = tokenizer, catalog, tasks, idle_s
-        self._pool: SlotTable | None = None  # the slot table that ``_left`` belongs to
+        self._left_of: SlotTable | None = None  # the slot table that ``_left`` belongs to
         self._left: list[PrewarmTarget] = []
 
     @property
@@ -86,16 +86,16 @@ class Prewarm:
 
     async def look(self) -> None:
         """Do one of the remaining tasks, if there is any. Canceling is safe."""
-        pool = self._table
-        if pool is None or not pool.can_save:
+        table = self._table
+        if table is None or not table.can_save:
             return
         try:
-            if pool is not self._pool:
+            if table is not self._left_of:
                 wanted = await self._all_wanted()
-                await self._unpin_others(pool, wanted)
-                self._pool, self._left = pool, [one for one in wanted if one is not None]
+                await self._unpin_others(table, wanted)
+                self._left_of, self._left = table, [one for one in wanted if one is not None]
             elif self._left:
-                await self._warm(pool, self._left[0])
+                await self._warm(table, self._left[0])
         except LlamaslotError as error:
             log.debug("prewarm: %s", error)  # the server is gone; there will be another slot table
 
@@ -116,28 +116,29 @@ class Prewarm:
             return None
         return PrewarmTarget(name, prompt.tokens, n_tokens)
 
-    async def _unpin_others(self, pool: SlotTable, wanted: Sequence[PrewarmTarget | None]) -> None:
+    async def _unpin_others(self, table: SlotTable, wanted: Sequence[PrewarmTarget | None]) -> None:
         """Unpin snapshots of an earlier configuration, so that they may be evicted."""
         if None in wanted:
             return  # it may be one of these
-        for snapshot in pool.pinned():
+        for snapshot in table.pinned():
             if not any(
-                one is not None and pool.model_snapshots.snapshot_at(one.trunk, pool.rules.public) == snapshot
+                one is not None
+                and table.model_snapshots.snapshot_at(one.trunk, table.rules.public) == snapshot
                 for one in wanted
             ):
-                await self._mark(pool, snapshot, is_pinned=False)
+                await self._mark(table, snapshot, is_pinned=False)
                 log.info("prewarm: snapshot %s is no longer configured and may be evicted", snapshot.id)
 
-    async def _mark(self, pool: SlotTable, snapshot: Snapshot, *, is_pinned: bool) -> None:
+    async def _mark(self, table: SlotTable, snapshot: Snapshot, *, is_pinned: bool) -> None:
         with contextlib.suppress(KeyError):  # it has just been dropped
-            pool.marked(await self._catalog.mark(snapshot.id, SnapshotKind.TRUNK, is_pinned=is_pinned))
+            table.marked(await self._catalog.mark(snapshot.id, SnapshotKind.TRUNK, is_pinned=is_pinned))
 
     # -- one of them ---------------------------------------------------------------------------------------------
 
-    async def _warm(self, pool: SlotTable, one: PrewarmTarget) -> None:
-        if (there := pool.model_snapshots.snapshot_at(one.trunk, pool.rules.public)) is not None:
+    async def _warm(self, table: SlotTable, one: PrewarmTarget) -> None:
+        if (there := table.model_snapshots.snapshot_at(one.trunk, table.rules.public)) is not None:
             if not there.is_pinned:
-                await self._mark(pool, there, is_pinned=True)
+                await self._mark(table, there, is_pinned=True)
             log.info("prewarm: %s is on disk: %d tokens, %s", one.name, one.n_tokens, there.id)
             self._left.remove(one)
         elif one.n_tokens < MIN_TOKENS:
@@ -174,7 +175,7 @@ class Prewarm:
         finally:
             working.cancel()
             await asyncio.wait({working})
-        if not has_given_way and self._table is self._pool:
+        if not has_given_way and self._table is self._left_of:
             one.n_failed += 1
 
     async def _compute_in_a_slot(self, request: Request) -> None:

@@ -120,7 +120,7 @@ def _assist(session: ServerSession) -> dict[str, Any]:
 
 def _slots(backend: Backend, table: SlotTable) -> list[dict[str, Any]]:
     # Those with a slot: an exclusive request has none until llama-server has chosen.
-    leases = [lease for lease in backend.leases.leases if lease.pool is table and lease.slot is not None]
+    leases = [lease for lease in backend.leases.leases if lease.table is table and lease.slot is not None]
     chunked_prefill = {
         lease.slot_id: {"n_done": lease.n_done, "n_tokens": lease.request.n_tokens}
         for lease in leases

@@ -178,7 +178,7 @@ class _Exchange:
                 return self._counted(parsed, await self._serve(parsed, context))
             except BackendRestarted:
                 if self.lease is not None:
-                    self.backend.lost(self.lease.pool)
+                    self.backend.lost(self.lease.table)
         raise BackendDown(GIVEN_UP)
 
     @property

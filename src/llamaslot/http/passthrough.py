@@ -141,7 +141,7 @@ class Passthrough:
         job = Request(id_, placement=Placement.SERVER_CHOSEN, user=user, space=pool.space(user))
         left = Content(head, is_exact=False, space=job.space, has_media=True) if head else None
         with await pool.lease(job) as lease:
-            if not lease.pool.is_assisted:
+            if not lease.table.is_assisted:
                 raise BackendRestarted
             backend = pool.backend_of(lease)
             headers = {"x-request-id": id_, BACKEND: backend.name}

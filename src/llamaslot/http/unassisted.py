@@ -130,7 +130,7 @@ class Unassisted:
     async def _lease(self, pool: Pool, job: Request, down: Downstream) -> Lease:
         """Wait for the right to send it. Raises BackendDown, QueueFull, BackendRestarted."""
         lease = await pool.lease(job)
-        if lease.pool.is_assisted:  # the server was replaced while it waited
+        if lease.table.is_assisted:  # the server was replaced while it waited
             lease.release()
             for name in ASSIST_OFF:
                 down.headers.pop(name, None)
