@@ -2,7 +2,7 @@
 #   make serve    a llama.cpp with a small chat model behind llamaslot on http://127.0.0.1:8081/v1
 #   make test     everything that is checked before a change goes in; .ci/run is the same
 # Others: make lint, make types, make pytest, make soak (long tests), make fuzz (FUZZ_BODIES=1000 for less),
-#   make bench-index, make bench-simulator, make smollm2 (the model alone), make clean.
+#   make bench (what llamaslot costs), make bench-index, make bench-simulator, make smollm2 (the model alone), make clean.
 
 PYTHON ?= python3
 CONFIG ?= config.yaml
@@ -45,7 +45,9 @@ soak: $(VENV)/.dev $(CODEX)/.installed
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak tests/soak/test_fuzz.py
 
-bench: bench-index
+# Ten minutes. What is not installed here (nginx, LiteLLM) is left out; python -m bench.proxy --help for single scenarios.
+bench: $(VENV)/.dev
+	$(BIN)/python -m bench.proxy --results $(CACHE)/bench.json --write docs/performance.md
 
 bench-index: $(VENV)/.embedded
 	$(BIN)/python -m bench.index

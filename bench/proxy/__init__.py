@@ -1,0 +1,1 @@
+"""``python -m bench.proxy``: what llamaslot adds to each request and event, beside other proxies."""
