@@ -47,6 +47,7 @@ fuzz: $(VENV)/.dev
 
 # Ten minutes. What is not installed here (nginx, LiteLLM) is left out; python -m bench.proxy --help for single scenarios.
 bench: $(VENV)/.dev
+	@mkdir -p $(CACHE)
 	$(BIN)/python -m bench.proxy --results $(CACHE)/bench.json --write docs/performance.md
 
 bench-index: $(VENV)/.embedded
