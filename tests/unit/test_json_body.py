@@ -83,3 +83,23 @@ def test_too_many_items_are_refused(raw: bytes) -> None:
 def test_many_items_are_read(body: dict[str, Any]) -> None:
     """Token ids, and what llamaslot does not look at."""
     assert parse_object(orjson.dumps(body)) == body
+
+
+KEYS = st.sampled_from(["messages", "tools", "x"])
+
+
+@given(KEYS, st.lists(st.booleans(), min_size=250, max_size=256), st.sampled_from([b"1", b"[]", b'{"a": 1}']))
+def test_what_is_too_deep_is_what_cannot_be_written(key: str, shape: list[bool], inner: bytes) -> None:
+    """In whatever field, of whatever mixture of lists and objects."""
+    raw = inner
+    for is_list in shape:
+        raw = b"[0, %b]" % raw if is_list else b'{"a": [], "b": %b}' % raw
+    raw = b'{"model": "m", "%b": %b}' % (key.encode(), raw)
+    body = orjson.loads(raw)
+    try:
+        orjson.dumps(body)
+    except TypeError:
+        with pytest.raises(BadRequest, match="levels deep"):
+            parse_object(raw)
+    else:
+        assert parse_object(raw) == body

@@ -133,7 +133,25 @@ async def test_an_answer_that_came_back_changed_is_tokenized_again() -> None:
 
 
 SNIPPETS = st.sampled_from(
-    [*SPECIALS, "<div>", "<|", "|>", " ", "   ", "\n", "a", "ab", "abc", "ü漢🎉", "[TODO]", "<|im_", "x" * 30]
+    [
+        *SPECIALS,
+        "]~!b",
+        "]~!b[",
+        "[",
+        "<div>",
+        "<|",
+        "|>",
+        " ",
+        "   ",
+        "\n",
+        "a",
+        "ab",
+        "abc",
+        "ü漢🎉",
+        "[TODO]",
+        "<|im_",
+        "x" * 30,
+    ]
 )
 CONTENT = st.lists(SNIPPETS, max_size=12).map("".join)
 KINDS = st.sampled_from([{}, {"strips": True}, {"bos": True}, {"eos": True}, {"bos": True, "strips": True}])
@@ -143,15 +161,19 @@ KINDS = st.sampled_from([{}, {"strips": True}, {"bos": True}, {"eos": True}, {"b
     steps=st.lists(st.tuples(st.integers(0, 20), CONTENT), min_size=1, max_size=20),
     kind=KINDS,
     cache_bytes=st.sampled_from([1 << 20, 6_000]),
+    more=st.sampled_from([(), ("]~!b", "]~!b["), ("<|im_end|>", "</s><|im_end|>")]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_tokens_in_pieces_are_the_tokens_of_the_whole(
-    steps: list[tuple[int, str]], kind: dict[str, bool], cache_bytes: int
+    steps: list[tuple[int, str]], kind: dict[str, bool], cache_bytes: int, more: tuple[str, ...]
 ) -> None:
-    """For conversations that grow and branch at random, whatever tokenizer, with room for all or for few of them."""
+    """For conversations that grow and branch at random, whatever tokenizer, with room for all or for few of them;
+    also if a special token begins with another.
+    """
 
     async def grow() -> None:
         server = Server(**kind)
+        server.specials += more
         prompts = Tokenizer(server, cache_bytes=cache_bytes)
         grown: list[list[str]] = [[]]
         for parent, content in steps:
@@ -370,24 +392,89 @@ async def test_conversations_at_the_same_time_do_not_disturb_each_other() -> Non
 # What is remembered
 
 
-def test_the_least_recently_used_text_goes_first() -> None:
+async def test_the_least_recently_used_text_goes_first() -> None:
     """The limit holds after each text; what was used last stays; what two have in common stays with either."""
-    pieces = TokenizeCache(limit_bytes=6_000)
-    mark = "<|x|>"
+    pieces, specials = TokenizeCache(limit_bytes=6_000), SpecialTokens(Server())
+    mark = "</s>"
+    await specials.learn(mark)
 
-    def keep(name: str) -> tuple[str, list[TokenSpan]]:
+    def keep(name: str) -> str:
         text = f"{'common ' * 40}{mark}{name * 300}{mark}{name * 300}{mark}"
-        cuts = spaced([TokenSpan(m.start(), m.end(), 7) for m in re.finditer(re.escape(mark), text)])
-        pieces.keep(text, cuts, [10, 20, 30], pack(range(30)))
+        known = pieces.find(text, specials)
+        cuts = spaced(specials.find(text, known.begin), known.begin)
+        pieces.keep(text, known, cuts, [10, 20, 30][known.n_cuts :], pack(range(30)))
         pieces.check()
-        return text, cuts
+        return text
+
+    def n_known(*texts: str) -> list[int]:
+        return [pieces.find(text, specials).n_cuts for text in texts]
 
     a, b, c = keep("a"), keep("b"), keep("c")
-    assert [pieces.find(*text).n_cuts for text in (a, b, c)] == [3, 3, 3]
+    assert n_known(a, b, c) == [3, 3, 3]
     keep("a")
     keep("d")
-    assert [pieces.find(*text).n_cuts for text in (a, b, c)] == [3, 1, 3]
-    assert pieces.find(*a).tokens == pack(range(30))
+    assert n_known(a, b, c) == [3, 1, 3]
+    assert pieces.find(a, specials).tokens == pack(range(30))
+
+
+async def test_what_was_dropped_while_its_text_was_tokenized_is_stored_again() -> None:
+    """Another text may have taken its room since it was found."""
+    pieces, specials = TokenizeCache(limit_bytes=2_500), SpecialTokens(Server())
+    await specials.learn("</s>")
+    texts = [f"{name * 300}</s>" for name in "ab"]
+    for text in (texts[0], texts[1]):
+        cuts = spaced(specials.find(text))
+        pieces.keep(text, pieces.find(text, specials), cuts, [10], pack(range(10)))
+    known = pieces.find(texts[0], specials)
+    pieces._forget(known.path[0])
+    pieces.keep(texts[0], known, [], [], pack(range(10)))
+    pieces.check()
+    assert pieces.find(texts[0], specials) != known
+    assert pieces.find(texts[0], specials).tokens == known.tokens
+
+
+async def test_a_known_beginning_is_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its special tokens were found with the earlier text; the work for a follow-up is that for its new part."""
+    server = Server()
+    prompts = Tokenizer(server)
+    await follow_up(prompts, 4)
+    begun, find = list[int](), SpecialTokens.find
+
+    def counting(self: SpecialTokens, text: str, begin: int = 0) -> list[TokenSpan]:
+        begun.append(len(text) - begin)
+        return find(self, text, begin)
+
+    monkeypatch.setattr(SpecialTokens, "find", counting)
+    monkeypatch.setattr(SpecialTokens, "first", None)  # the slow way
+    server.requests.clear()
+    (*_, last) = await follow_up(prompts, 5)
+    assert last.tokens == server.tokens(str(last.text))
+    assert max(begun) < 3 * len(LONG) < len(str(last.text))
+    assert sum(map(len, server.requests)) < 3 * len(LONG) * len(begun)
+
+
+async def test_a_piece_with_many_continuations_is_found_too() -> None:
+    """Too many to compare with each."""
+    server = Server()
+    prompts = Tokenizer(server)
+    for _ in range(2):
+        server.requests.clear()
+        for i in range(10):
+            prompt = await prompts.chat(turns(LONG, f"{i} {LONG}", LONG))
+            assert prompt.tokens == server.tokens(str(prompt.text))
+    assert max(map(len, server.requests)) < 2 * len(LONG)
+
+
+async def test_a_known_piece_may_end_inside_of_a_longer_special_token() -> None:
+    """Then it is no piece of that text: the longer one has other tokens."""
+    server = Server()
+    server.specials = ("]~!b[", "]~!b")
+    prompts = Tokenizer(server)
+    for end in ("]~!b x", "]~!b[", "]~!b x", "]~!b[ x", "]~!b"):
+        (prompt,) = await prompts.completion(f"{LONG}{end}{LONG}]~!b {LONG}")
+        assert prompt.tokens == server.tokens(str(prompt.text))
+    specials = prompts._model.specials.of("")
+    assert [specials.stands_alone(each) for each in (*server.specials, "other")] == [True, False, False]
 
 
 async def test_a_text_of_special_tokens_only_is_kept_in_few_pieces() -> None:

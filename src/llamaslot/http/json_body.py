@@ -12,6 +12,7 @@ from llamaslot.errors import BadRequest
 # have a quarter of so many brackets, and 200 tools with 1,000 messages some 40,000 items.
 _COMMAS, _BRACKETS, _NUMBERS, _ITEMS = 8_000_000, 1_000_000, 4_000_000, 100_000
 _LOOKED_THROUGH = ("messages", "system", "tools", "prompt", "input", "input_extra", "lora")
+_CONTAINERS = frozenset((dict, list))
 _DEPTH = 254  # levels that orjson writes; it reads 1,024
 _TOO_DEEP = f"the body is nested more than {_DEPTH} levels deep"
 _MARK = b"\xef\xbb\xbf"  # byte order mark, which some editors write and llama-server skips
@@ -33,40 +34,55 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     raw = raw.removeprefix(_MARK)
     if not raw.strip():
         raise NoObject("the body is empty; it should be a JSON object")
-    n_brackets = raw.count(b"[") + raw.count(b"{")
-    if n_brackets > _BRACKETS or raw.count(b",") > _COMMAS:
+    if len(raw) > _BRACKETS and (_n_brackets(raw) > _BRACKETS or raw.count(b",") > _COMMAS):
         raise BadRequest(_TOO_MANY)
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         if error.msg.startswith("depth limit"):  # orjson's own, of 1,024
             raise BadRequest(_TOO_DEEP) from None
-        is_broken = b"\0" not in raw and n_brackets <= _DEPTH
+        is_broken = b"\0" not in raw and _n_brackets(raw) <= _DEPTH
         raise (NoObject if is_broken else BadRequest)(f"the body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
         raise NoObject("the body should be a JSON object")
-    if _has_too_many_items(body):
-        raise BadRequest(_TOO_MANY)
-    if n_brackets > _DEPTH and not _can_be_written(body):
-        raise BadRequest(_TOO_DEEP)
+    _check_size(body)
     return body
 
 
-def _has_too_many_items(body: dict[str, Any]) -> bool:
-    """Whether the fields that llamaslot reads have too many items; that is most of the work for a body. A list of
-    numbers (tokens) is one item.
+def _n_brackets(raw: bytes) -> int:
+    return raw.count(b"[") + raw.count(b"{")
+
+
+def _check_size(body: dict[str, Any]) -> None:
+    """Raises BadRequest if the body is nested too deeply, or the fields that llamaslot reads have too many items; to
+    look through these is most of the work for a body. A list of numbers (tokens) is one item.
+
+    One walk, level by level, instead of counting brackets in the bytes and writing the body again: 0.4 ms instead of
+    1.7 ms for 266 kB.
     """
-    n_items, left = 0, [body[name] for name in _LOOKED_THROUGH if isinstance(body.get(name), dict | list)]
-    while left:
-        one = left.pop()
-        if isinstance(one, list) and len(one) <= _NUMBERS and set(map(type, one)) <= {int, float}:
-            continue
-        n_items += len(one)
-        if n_items > _ITEMS:
-            return True
-        inner = one.values() if isinstance(one, dict) else one
-        left += [item for item in inner if isinstance(item, dict | list)]
-    return False
+    level, others, n_items, depth = list[Any](), dict[str, Any](), 0, 1
+    for name, value in body.items():
+        if type(value) in _CONTAINERS:
+            if name in _LOOKED_THROUGH:
+                level.append(value)
+            else:
+                others[name] = value
+    if others and not _can_be_written(others):
+        raise BadRequest(_TOO_DEEP)
+    while level:
+        depth += 1
+        if depth > _DEPTH:
+            raise BadRequest(_TOO_DEEP)
+        below = list[Any]()
+        for one in level:
+            if type(one) is list and len(one) <= _NUMBERS and {int, float}.issuperset(map(type, one)):
+                continue
+            n_items += len(one)
+            if n_items > _ITEMS:
+                raise BadRequest(_TOO_MANY)
+            inner = one.values() if type(one) is dict else one
+            below += [item for item in inner if type(item) in _CONTAINERS]
+        level = below
 
 
 def _can_be_written(body: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import marisa_trie  # type: ignore[import-not-found]  # compiled, without stubs
@@ -74,27 +74,46 @@ class SpecialTokens:
         self._trie = marisa_trie.Trie(self._ids)
         self._longest = max(map(len, self._ids), default=0)
         self._known_ids = frozenset(self._ids.values())
+        self._alone: dict[str, bool] = {}  # answers of ``stands_alone``
         # Two characters are enough to skip most of the text in C; the trie is searched only at the rest.
         heads = "|".join(re.escape(head) for head in sorted({text[:2] for text in self._ids}))
         self._heads = re.compile(heads or r"(?!)")
 
-    def find(self, text: str) -> list[TokenSpan]:
+    def find(self, text: str, begin: int = 0) -> list[TokenSpan]:
         """The known special tokens in a text from left to right, the longest at each position, without overlap.
 
+        ``begin``: where to start; the start of a special token finds the same from there on as the whole text does.
         1.2 ms for 300 kB of chat and code with 300 of them.
         """
-        found: list[TokenSpan] = []
+        return list(self._spans(text, begin))
+
+    def first(self, text: str, begin: int, distance: int) -> TokenSpan | None:
+        """The first of ``find`` that starts at least ``distance`` characters after ``begin``."""
+        return next((span for span in self._spans(text, begin) if span.start - begin >= distance), None)
+
+    def _spans(self, text: str, position: int) -> Iterator[TokenSpan]:
         search, prefixes, ids, longest = self._heads.search, self._trie.prefixes, self._ids, self._longest
-        position = 0
         while hit := search(text, position):
             position = hit.start()
             if matches := prefixes(text[position : position + longest]):
                 special = matches[-1]  # prefixes come shortest first
-                found.append(TokenSpan(position, position + len(special), ids[special]))
+                yield TokenSpan(position, position + len(special), ids[special])
                 position += len(special)
             else:
                 position += 1
-        return found
+
+    def id_of(self, special: str) -> int:
+        """Raises KeyError unless it is known."""
+        return self._ids[special]
+
+    def stands_alone(self, special: str) -> bool:
+        """Whether this is a special token in every text that has it where another text has it as one: it is known,
+        and no longer one contains it and goes on behind it.
+        """
+        if (answer := self._alone.get(special)) is None:
+            is_inside = any(special in each[:-1] for each in self._ids)
+            answer = self._alone[special] = special in self._ids and not is_inside
+        return answer
 
     def locate(self, marks: Sequence[TokenSpan], tokens: bytes, *, may_add: bool) -> list[int] | None:
         """The token index of each mark; None unless text and tokens have the same special tokens in the same order.

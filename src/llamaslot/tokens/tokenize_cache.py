@@ -2,7 +2,8 @@
 
 There is a tree for each namespace of users. A node is a piece of text that begins with a special token (or at the
 start of the text) and is followed by another one, and its tokens. A path from the root is the beginning of a text.
-Pieces are compared as strings, in a dict, so no hash has to be trusted.
+Pieces are compared as strings, so no hash has to be trusted. What a text has in common with an earlier one is found
+at the speed of memcmp: its special tokens are searched for only behind that.
 """
 
 from __future__ import annotations
@@ -13,22 +14,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from llamaslot.cache.ids import WIDTH, count
-from llamaslot.tokens.special_tokens import TokenSpan
+from llamaslot.tokens.special_tokens import SpecialTokens, TokenSpan
 
 # Characters. A cut nearer to the previous one saves less than its node costs: 256 characters are ~0.5 ms.
 SPACING = 256
 _OVERHEAD = 400  # bytes of a node besides its text and its tokens, roughly
+_FEW = 4  # children that are compared one by one
 
 
 class _Piece:
-    """``key``: the characters from this piece's special token to the end of the next one, which belongs to the next
-    piece.
+    """``key``: the characters from this piece's special token to the end of the next one, ``special``, which belongs
+    to the next piece.
     """
 
-    __slots__ = ("children", "key", "parent", "tokens")
+    __slots__ = ("children", "key", "parent", "special", "tokens")
 
-    def __init__(self, key: str, tokens: bytes, parent: _Piece | None) -> None:
-        self.key, self.tokens, self.parent = key, tokens, parent
+    def __init__(self, key: str, special: str, tokens: bytes, parent: _Piece | None) -> None:
+        self.key, self.special, self.tokens, self.parent = key, special, tokens, parent
         self.children: dict[str, _Piece] = {}
 
     @property
@@ -36,19 +38,25 @@ class _Piece:
         return sys.getsizeof(self.key) + len(self.tokens) + _OVERHEAD
 
 
-_NO_PIECE = _Piece("", b"", None)
+_NO_PIECE = _Piece("", "", b"", None)
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The beginning of a text whose tokens are known: ``ends[i]`` of them lie before the i-th cut."""
+    """The beginning of a text whose tokens are known: those before ``begin``, where the last of its pieces ends."""
 
+    path: tuple[_Piece, ...]
+    begin: int
     tokens: bytes
-    ends: tuple[int, ...]
 
     @property
     def n_cuts(self) -> int:
-        return len(self.ends)
+        return len(self.path)
+
+    @property
+    def special(self) -> str:
+        """The special token at ``begin``. Only if something is known."""
+        return self.path[-1].special
 
 
 class TokenizeCache:
@@ -64,42 +72,48 @@ class TokenizeCache:
     def __len__(self) -> int:
         return len(self._recent)
 
-    def find(self, text: str, cuts: Sequence[TokenSpan], whose: str = "") -> Known:
-        """The longest known beginning of the text that ends at one of the cuts. Changes nothing."""
-        piece, begin, n_tokens = self._roots.get(whose, _NO_PIECE), 0, 0
-        tokens: list[bytes] = []
-        ends: list[int] = []
-        for cut in cuts:
-            child = piece.children.get(text[begin : cut.end])
-            if child is None:
-                break
-            tokens.append(child.tokens)
-            n_tokens += count(child.tokens)
-            ends.append(n_tokens)
-            piece, begin = child, cut.start
-        return Known(b"".join(tokens), tuple(ends))
+    def find(self, text: str, specials: SpecialTokens, whose: str = "") -> Known:
+        """The longest known beginning of the text that ends at one of its special tokens. Changes nothing."""
+        piece, begin, path = self._roots.get(whose, _NO_PIECE), 0, list[_Piece]()
+        while (child := _next(piece, text, begin, specials)) is not None:
+            path.append(child)
+            piece, begin = child, begin + len(child.key) - len(child.special)
+        return Known(tuple(path), begin, b"".join([piece.tokens for piece in path]))
 
     def keep(
-        self, text: str, cuts: Sequence[TokenSpan], ends: Sequence[int], tokens: bytes, whose: str = ""
+        self,
+        text: str,
+        known: Known,
+        cuts: Sequence[TokenSpan],
+        ends: Sequence[int],
+        tokens: bytes,
+        whose: str = "",
     ) -> None:
-        """Store the text up to its last cut as most recently used; ``ends[i]`` tokens lie before ``cuts[i]``."""
-        if not cuts:
+        """Store the text up to its last cut as most recently used. ``known``: what ``find`` returned for it; ``cuts``:
+        those after that; ``ends[i]`` tokens lie before ``cuts[i]``.
+        """
+        if not (known.path or cuts):
             return
-        piece, begin, first = self._roots.setdefault(whose, _Piece(whose, b"", None)), 0, 0
-        path: list[_Piece] = []
+        piece = self._roots.setdefault(whose, _Piece(whose, "", b"", None))
+        # Pieces of the path may have been dropped meanwhile.
+        path = [piece := self._child(piece, old.key, old.special, old.tokens) for old in known.path]
+        begin, first = known.begin, count(known.tokens)
         for cut, end in zip(cuts, ends, strict=True):
-            key = text[begin : cut.end]
-            child = piece.children.get(key)
-            if child is None:
-                child = piece.children[key] = _Piece(key, tokens[first * WIDTH : end * WIDTH], piece)
-                self._recent[child] = None
-                self.size_bytes += child.size_bytes
-            path.append(child)
-            piece, begin, first = child, cut.start, end
+            key, special = text[begin : cut.end], text[cut.start : cut.end]
+            piece = self._child(piece, key, special, tokens[first * WIDTH : end * WIDTH])
+            path.append(piece)
+            begin, first = cut.start, end
         for used in reversed(path):
             self._recent.move_to_end(used)
         while self.size_bytes > self._limit_bytes:
             self._forget(next(iter(self._recent)))
+
+    def _child(self, parent: _Piece, key: str, special: str, tokens: bytes) -> _Piece:
+        if (child := parent.children.get(key)) is None:
+            child = parent.children[key] = _Piece(key, special, tokens, parent)
+            self._recent[child] = None
+            self.size_bytes += child.size_bytes
+        return child
 
     def _forget(self, leaf: _Piece) -> None:
         assert leaf.parent is not None, "the root is never dropped"
@@ -131,14 +145,33 @@ class TokenizeCache:
         )
 
 
-def spaced(marks: Iterable[TokenSpan]) -> list[TokenSpan]:
-    """The marks worth cutting at: each at least SPACING characters after the start or the previous one.
+def _next(piece: _Piece, text: str, begin: int, specials: SpecialTokens) -> _Piece | None:
+    """The piece that follows in the text, which goes on from ``begin``.
+
+    1. Of a conversation that grows, a piece has one child or a few: these are compared.
+    2. If there are many, or if the special token that ends the child may be part of a longer one in this text: the
+       text is searched for its next cut.
+    """
+    if len(piece.children) <= _FEW:
+        for key, child in piece.children.items():
+            if text.startswith(key, begin):
+                if specials.stands_alone(child.special):
+                    return child
+                break
+        else:
+            return None
+    cut = specials.first(text, begin, SPACING)
+    return piece.children.get(text[begin : cut.end]) if cut is not None else None
+
+
+def spaced(marks: Iterable[TokenSpan], last: int = 0) -> list[TokenSpan]:
+    """The marks worth cutting at: each at least SPACING characters after ``last`` (the start of the text, or a cut) or
+    the previous one.
 
     Decided from left to right, so texts with a common beginning have the same cuts there, and a text from one of its
     cuts on has the same cuts as the whole.
     """
     chosen: list[TokenSpan] = []
-    last = 0
     for mark in marks:
         if mark.start - last >= SPACING:
             chosen.append(mark)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from bisect import bisect_left
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import orjson
@@ -99,19 +98,14 @@ class Boundaries(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """A text, its special tokens, those worth cutting at, and the tokens known already."""
+    """A text: the tokens known already, and behind them its special tokens and those worth cutting at."""
 
     whose: str
     specials: SpecialTokens
     n_version: int  # of the known special tokens
+    known: Known
     marks: list[TokenSpan]
     cuts: list[TokenSpan]
-    known: Known
-
-    @property
-    def begin(self) -> int:
-        """The first character whose tokens are not known."""
-        return self.cuts[self.known.n_cuts - 1].start if self.known.n_cuts else 0
 
 
 class _Model:
@@ -126,9 +120,9 @@ class _Model:
 
     def split(self, text: str, whose: str) -> _Split:
         specials = self.specials.of(whose)
-        marks = specials.find(text)
-        cuts = spaced(marks)
-        return _Split(whose, specials, specials.n_version, marks, cuts, self.pieces.find(text, cuts, whose))
+        known = self.pieces.find(text, specials, whose)
+        marks = specials.find(text, known.begin)
+        return _Split(whose, specials, specials.n_version, known, marks, spaced(marks, known.begin))
 
 
 class Tokenizer:
@@ -228,7 +222,9 @@ class Tokenizer:
         split = model.split(text, whose)
         known = split.known
         if known.n_cuts:
-            tail = await self._tail(split.specials, text, split.cuts[known.n_cuts - 1])
+            end = known.begin + len(known.special)
+            cut = TokenSpan(known.begin, end, split.specials.id_of(known.special))
+            tail = await self._tail(split.specials, text, cut)
             if tail is None:  # one special token fewer, so this ends
                 return await self._tokenize(model, text, whose)
             tokens = known.tokens + tail
@@ -257,16 +253,15 @@ class Tokenizer:
         A failure to learn does not fail the request: its tokens are there.
         """
         with contextlib.suppress(LlamaslotError):
-            await split.specials.learn(text[split.begin :])
-        if split.specials.n_version != split.n_version:  # other cuts, also in the part that was known
-            split = replace(model.split(text, split.whose), known=Known(b"", ()))
+            await split.specials.learn(text[split.known.begin :])
+        if split.specials.n_version != split.n_version:
+            split = model.split(text, split.whose)
         n_known = count(split.known.tokens)
-        fresh = split.marks[bisect_left(split.marks, (split.begin,)) :]
-        where = split.specials.locate(fresh, tokens[n_known * WIDTH :], may_add=not n_known)
+        where = split.specials.locate(split.marks, tokens[n_known * WIDTH :], may_add=not n_known)
         if where is not None:
-            index = {mark.start: n_known + i for mark, i in zip(fresh, where, strict=True)}
-            ends = [*split.known.ends, *(index[cut.start] for cut in split.cuts[split.known.n_cuts :])]
-            model.pieces.keep(text, split.cuts, ends, tokens, split.whose)
+            index = {mark.start: n_known + i for mark, i in zip(split.marks, where, strict=True)}
+            ends = [index[cut.start] for cut in split.cuts]
+            model.pieces.keep(text, split.known, split.cuts, ends, tokens, split.whose)
 
     def confirm(self, prompt: Prompt, n_server: int) -> bool:
         """Whether the server counted as many tokens in the prompt as we did.
