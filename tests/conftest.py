@@ -1,8 +1,15 @@
-"""How ``make test`` shares out the tests."""
+"""How ``make test`` shares out the tests, and what holds for all of them."""
 
 from __future__ import annotations
 
+import gc
+
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -14,8 +21,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("alone") is not None:
             item.add_marker(pytest.mark.xdist_group("alone"))
-        elif item.get_closest_marker("real") is not None:
+        elif item.get_closest_marker("real") is not None and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported and collected out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 def _part(item: pytest.Item) -> int:

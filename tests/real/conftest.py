@@ -1,5 +1,19 @@
-"""Fixtures of these tests."""
+"""Fixtures of these tests, and their event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+import pytest
 
 from tests.support.figures import figure
+from tests.support.idle_clock import IdleClock
 
 __all__ = ["figure"]
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """How a test's loop is made."""
+    has_limits = item.get_closest_marker("idle_clock") is not None
+    return {"idle clock": IdleClock} if has_limits else {"asyncio": asyncio.new_event_loop}

@@ -7,14 +7,19 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-import anthropic
 import pytest
 import pytest_asyncio
 
-from tests.support.sdk import N_CTX, N_SLOTS, PLACE, at_rest, at_work, sdk_stack
+from tests.support.sdk import N_CTX, N_SLOTS, PLACE, Imported, at_rest, at_work, sdk_stack
 from tests.support.stack import Stack
 
-pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module")]
+anthropic = Imported("anthropic")
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.xdist_group("clients"),  # imported once
+]
 
 SYSTEM: Any = [{"type": "text", "text": "Be brief. " * 20, "cache_control": {"type": "ephemeral"}}]
 WEATHER: Any = {"name": "weather", "description": "The weather at a place", "input_schema": PLACE}

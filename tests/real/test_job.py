@@ -40,7 +40,7 @@ async def test_more_users_than_slots_find_their_contexts_again(
     model = {"recurrent": models.recurrent, "swa": models.swa}.get(kind, models.dense)(tmp_path)
     draft = models.draft(tmp_path) if kind == "with a draft model" else None
     async with Stack(model, tmp_path, draft=draft) as stack:
-        result = await take_turns(stack, n_users=7, n_context=2500, n_turns=3)
+        result = await take_turns(stack, n_users=6, n_context=1600, n_turns=3)
     figure(result)
     assert result.n_errors == 0
     assert result.ratio >= (0.975 if kind != "swa" else 0.95)
@@ -51,7 +51,7 @@ async def test_long_contexts_are_restored_where_short_ones_were_beside_a_draft_m
 ) -> None:
     """The draft model's context is not saved: a slot that is not emptied first would fail every running request."""
     async with Stack(models.dense(tmp_path), tmp_path, draft=models.draft(tmp_path), slots=2) as stack:
-        result = await take_turns(stack, n_users=5, n_context=(5000, 1200), n_turns=4, at_a_time=2)
+        result = await take_turns(stack, n_users=5, n_context=(4000, 1000), n_turns=3, at_a_time=2)
     figure(result)
     assert result.n_errors == 0
     assert result.ratio >= 0.98
@@ -60,7 +60,7 @@ async def test_long_contexts_are_restored_where_short_ones_were_beside_a_draft_m
 async def test_llama_server_alone_does_not(tmp_path: Path, figure: Figure) -> None:
     """The same users without llamaslot: the measure can tell the difference."""
     async with Stack(models.dense(tmp_path), tmp_path, alone=True) as stack:
-        result = await take_turns(stack, n_users=7, n_context=2500, n_turns=3)
+        result = await take_turns(stack, n_users=6, n_context=1600, n_turns=3)
     figure(result)
     assert result.n_errors == 0
     assert result.ratio < 0.85
@@ -69,7 +69,7 @@ async def test_llama_server_alone_does_not(tmp_path: Path, figure: Figure) -> No
 async def test_clean_restarts_lose_nothing(tmp_path: Path, figure: Figure) -> None:
     """llama-server restarts when all is saved, llamaslot and both at once after an answer."""
     async with Stack(models.dense(tmp_path), tmp_path, settings=SAVES_SOON) as stack:
-        results = await take_turns_over_restarts(stack, n_users=6, n_context=2500, quiet_s=None)
+        results = await take_turns_over_restarts(stack, n_users=6, n_context=1600, quiet_s=None)
     for what, result in results.items():
         figure(f"{what}: {result}")
         assert result.n_errors == 0, what
@@ -80,7 +80,7 @@ async def test_a_stop_saves_what_is_not_saved_yet(tmp_path: Path, figure: Figure
     """SIGTERM at once after the last answer, of llamaslot alone and before llama-server's."""
     async with Stack(models.dense(tmp_path), tmp_path) as stack:
         results = await take_turns_over_restarts(
-            stack, n_users=6, n_context=2500, whats=("llamaslot", "both"), quiet_s=0.0
+            stack, n_users=6, n_context=1600, whats=("llamaslot", "both"), quiet_s=0.0
         )
     for what, result in results.items():
         figure(f"{what}: {result}")
@@ -95,7 +95,7 @@ async def test_a_kill_of_llama_server_costs_what_was_not_on_disk(
     """After some quiet nothing; while everybody is asking only what had not been written yet."""
     settings = None if is_asking else SAVES_SOON
     async with Stack(models.dense(tmp_path), tmp_path, settings=settings) as stack:
-        result = await kill_server(stack, n_users=6, n_context=2500, is_asking=is_asking, quiet_s=None)
+        result = await kill_server(stack, n_users=6, n_context=1600, is_asking=is_asking, quiet_s=None)
     figure(result)
     assert result.tally.n_errors == 0
     assert result.of_disk >= 0.95
@@ -113,7 +113,7 @@ async def test_kills_of_llamaslot_leave_whole_snapshots_within_the_quota(
         RealServer(model, stack.server.save_dir) as other,
     ):
         result = await kill_llamaslot(
-            stack, other, quota_bytes=quota_mib << 20, n_kills=5, n_context=2500, longest_s=2.0
+            stack, other, quota_bytes=quota_mib << 20, n_kills=4, n_context=2500, longest_s=2.0
         )
     figure(result)
     assert result.faults == []
@@ -128,12 +128,12 @@ async def test_the_quota_holds_while_slots_with_long_answers_are_saved(
     """Room is made before each write, also for the answer's tokens, which only the written file tells."""
     quota_mib = 4
     async with Stack(models.dense(tmp_path), tmp_path, quota=f"{quota_mib}MiB") as stack:
-        result = await work_within_quota(stack, quota_bytes=quota_mib << 20)
+        result = await work_within_quota(stack, quota_bytes=quota_mib << 20, n_users=6, n_turns=2)
     figure(
         f"{result.n_answers} answers, at most {result.most_bytes} of {result.quota_bytes} bytes, {result.faults}"
     )
     assert result.faults == []
-    assert result.n_answers == 24
+    assert result.n_answers == 12
     assert result.most_bytes > result.quota_bytes / 2
 
 
@@ -215,14 +215,13 @@ async def test_requests_that_take_several_slots_cost_nobody_his_context(
     assert result.ratio >= 0.99
 
 
-@pytest.mark.alone
 async def test_a_user_alone_finds_his_context_at_once(tmp_path: Path, figure: Figure) -> None:
     """Each follow-up computes only what is new. The times are shown; what they must be is for ``make soak``."""
     model = models.dense(tmp_path)
     async with (
-        Stack(model, tmp_path / "front", context=32_768) as stack,
-        RealServer(model, tmp_path / "direct", context=32_768) as direct,
+        Stack(model, tmp_path / "front") as stack,
+        RealServer(model, tmp_path / "direct") as direct,
     ):
-        pairs = await compare_alone(stack, direct, n_context=15_000, n_turns=6)
+        pairs = await compare_alone(stack, direct, n_context=5000, n_turns=4)
     figure(ratio_of(pairs))
     assert max(pair.n_computed for pair in pairs) < 200

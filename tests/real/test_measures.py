@@ -27,7 +27,7 @@ async def test_follow_ups_find_what_a_ram_cache_would_hold(tmp_path: Path, figur
     """Six users on a few slots, in the same workload as llama-server alone with --cache-ram."""
     model = models.dense(tmp_path, layers=2, width=128)
     [pair] = await compare_makespans(
-        model, tmp_path, 1, n_users=6, n_context=2500, n_turns=3, at_a_time=3, seed=0
+        model, tmp_path, 1, n_users=6, n_context=1600, n_turns=3, at_a_time=3, seed=0
     )
     figure(pair)
     assert pair.through.tally.n_errors == pair.alone.tally.n_errors == 0

@@ -9,16 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import openai
 import pytest
 import pytest_asyncio
 
 from tests.support import models
-from tests.support.sdk import N_SLOTS, PLACE, at_rest, at_work, sdk_stack
+from tests.support.sdk import N_SLOTS, PLACE, Imported, at_rest, at_work, sdk_stack
 from tests.support.stack import Stack
 from tests.support.users import rendered, symbols
 
-pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module")]
+openai = Imported("openai")
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.xdist_group("clients"),  # imported once
+]
 
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France? " + "Think about it. " * 40}]
 WEATHER: Any = {

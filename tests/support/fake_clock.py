@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +21,7 @@ class WallClock:
         self.scale = scale
 
     def now(self) -> float:
-        return time.monotonic() / self.scale
+        return asyncio.get_running_loop().time() / self.scale
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds * self.scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,20 @@ from typing import Any
 from llamaslot.scheduling.slots import IDLE
 from tests.support import models
 from tests.support.stack import Stack
+
+
+class Imported:
+    """A module that is imported when it is first used: each of the clients' libraries takes 1 to 3 s, and each worker
+    imports every test file."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # what pytest asks of everything in a module
+            raise AttributeError(name)
+        return getattr(importlib.import_module(self._name), name)
+
 
 N_SLOTS, N_CTX = 3, 8192
 PATIENCE_S = 20.0

@@ -20,12 +20,11 @@ from llamaslot.llama.managed.process import recommended_flags
 from llamaslot.observe.journal import Decision
 from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.slots import State
+from tests.support.source import MODULES, REPOSITORY, SOURCE, SOURCE_GROUP, parsed
 
-REPOSITORY = Path(__file__).parents[2]
-SOURCE = REPOSITORY / "src/llamaslot"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
-pytestmark = pytest.mark.xdist_group("docs")  # the source is parsed once
+pytestmark = SOURCE_GROUP
 
 GAP = "\0"  # where a message has something that is known only when it is said
 FORMAT = r"%[-+ #0]*\d*(?:\.\d+)?[a-z]"
@@ -240,16 +239,10 @@ def test_every_field_of_a_decision_is_documented() -> None:
 
 
 @cache
-def parsed() -> dict[Path, ast.Module]:
-    """Every module of the source."""
-    return {module: ast.parse(module.read_text()) for module in sorted(SOURCE.rglob("*.py"))}
-
-
-@cache
 def messages() -> tuple[str, ...]:
     """Every string of the source, with a gap where something is filled in."""
     found = set[str]()
-    for tree in parsed().values():
+    for tree in map(parsed, MODULES):
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else GAP for part in node.values]
@@ -288,7 +281,7 @@ def test_lines_that_are_explained_are_said(where: str, heading: str) -> None:
 def constants() -> dict[str, str]:
     """Texts that the source names: each upper-case name of a module and its string."""
     named = dict[str, str]()
-    for tree in parsed().values():
+    for tree in map(parsed, MODULES):
         for node in tree.body:
             match node:
                 case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=str(text))):
@@ -301,7 +294,7 @@ def constants() -> dict[str, str]:
 def logged() -> Iterator[str]:
     """What goes to the log above debug, as it is written in the source, or in a constant that is logged. Lines that are
     all gap are passed over."""
-    for tree in parsed().values():
+    for tree in map(parsed, MODULES):
         for node in ast.walk(tree):
             if not (isinstance(node, ast.Call) and node.args and isinstance(node.func, ast.Attribute)):
                 continue
@@ -388,7 +381,7 @@ def test_the_map_of_changes_names_modules() -> None:
 
 def spawned() -> Iterator[str]:
     """The names of the tasks that the source starts, as far as they are written there."""
-    for tree in parsed().values():
+    for tree in map(parsed, MODULES):
         for node in ast.walk(tree):
             is_spawn = isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "spawn"
             if is_spawn and isinstance(node, ast.Call) and len(node.args) == 2:

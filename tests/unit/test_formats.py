@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from llamaslot.llama.sse import event_of
 from tests.support import fake_complete
 from tests.support.fake_agents import Responses
 from tests.support.inprocess import letters, served
+from tests.support.source import MODULES, SOURCE, SOURCE_GROUP, parsed
 
-SOURCE = Path(__file__).parents[2] / "src/llamaslot"
 PATH = "/v1/questions"
 
 
@@ -104,8 +105,13 @@ def test_each_route_names_a_format_that_there_is() -> None:
     assert [name for name, each in FORMATS.items() if name != each.name] == []
 
 
-def compared(tree: ast.AST) -> Iterator[str]:
+@cache
+def compared(module: Path) -> frozenset[str]:
     """The texts that something is compared with, is looked up by, or matched against."""
+    return frozenset(_compared(parsed(module)))
+
+
+def _compared(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         parts: list[ast.AST] = []
         if isinstance(node, ast.Compare):
@@ -131,15 +137,12 @@ FIELDS = {
     },
     "responses": {"http/openapi.py"},
 }
-OUTSIDE = [file for file in sorted(SOURCE.rglob("*.py")) if file.relative_to(SOURCE).parts[0] != "formats"]
+OUTSIDE = [file for file in MODULES if file.relative_to(SOURCE).parts[0] != "formats"]
 
 
+@SOURCE_GROUP
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_no_module_outside_asks_for_the_name_of_a_format(name: str) -> None:
     """What differs between formats is asked of the format."""
-    found = {
-        str(file.relative_to(SOURCE))
-        for file in OUTSIDE
-        if name in set(compared(ast.parse(file.read_text())))
-    }
+    found = {str(file.relative_to(SOURCE)) for file in OUTSIDE if name in compared(file)}
     assert found - FIELDS.get(name, set()) == set()

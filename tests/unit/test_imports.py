@@ -6,13 +6,14 @@ import ast
 import re
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
-SOURCE = REPOSITORY / "src/llamaslot"
-MODULES = sorted(SOURCE.rglob("*.py"))
+from tests.support.source import MODULES, REPOSITORY, SOURCE, SOURCE_GROUP, parsed
+
+pytestmark = SOURCE_GROUP
 
 OPEN = {"", "errors", "tasks", "file_id"}  # "" is the package itself: its version
 PURE = OPEN | {"cache", "scheduling"}
@@ -63,10 +64,15 @@ def room_of(dotted: str) -> str:
     return dotted.split(".")[1] if "." in dotted else ""
 
 
-def imports(module: Path) -> Iterator[str]:
+@cache
+def imports(module: Path) -> frozenset[str]:
     """Every module that this one imports, wherever the import stands, as an absolute name."""
+    return frozenset(_imports(module))
+
+
+def _imports(module: Path) -> Iterator[str]:
     package = ["llamaslot", *module.relative_to(SOURCE).parent.parts]
-    for node in ast.walk(ast.parse(module.read_text())):
+    for node in ast.walk(parsed(module)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -77,15 +83,16 @@ def imports(module: Path) -> Iterator[str]:
             yield from (name.removesuffix(".__version__") for name in named)
 
 
-@pytest.mark.parametrize("module", MODULES, ids=name_of)
-def test_imports_point_one_way(module: Path) -> None:
+def test_imports_point_one_way() -> None:
     """A room knows the rooms below it, and no other."""
-    own = room_of("llamaslot." + ".".join(module.relative_to(SOURCE).with_suffix("").parts))
-    own = "" if own == "__init__" else own
-    assert own in MAY_IMPORT, f"{own} is a new room: say in MAY_IMPORT what it may know"
-    ours = {room_of(name) for name in imports(module) if name.split(".")[0] == "llamaslot"}
-    wrong = ours - MAY_IMPORT[own] - {own}
-    assert wrong == EXCEPTIONS.get(name_of(module), set())
+    wrong = {}
+    for module in MODULES:
+        own = room_of("llamaslot." + ".".join(module.relative_to(SOURCE).with_suffix("").parts))
+        own = "" if own == "__init__" else own
+        assert own in MAY_IMPORT, f"{own} is a new room: say in MAY_IMPORT what it may know"
+        ours = {room_of(name) for name in imports(module) if name.split(".")[0] == "llamaslot"}
+        wrong[name_of(module)] = ours - MAY_IMPORT[own] - {own}
+    assert {name: rooms for name, rooms in wrong.items() if rooms} == EXCEPTIONS
 
 
 def dotted(module: Path) -> str:
@@ -98,7 +105,7 @@ def imported(module: Path, known: set[str]) -> set[str]:
     """The modules of ``known`` that this one imports, also for types only. What a package offers counts as the package,
     unless it is a module of its own."""
     found = set(imports(module))
-    for node in ast.walk(ast.parse(module.read_text())):
+    for node in ast.walk(parsed(module)):
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             named = {f"{node.module}.{alias.name}" for alias in node.names}
             if named <= known:
@@ -136,25 +143,25 @@ def test_the_rooms_have_an_order() -> None:
 def test_pure_rooms_only_think(module: Path) -> None:
     """No await, clock, path, logger or socket: time and rates come in as arguments."""
     assert {name.split(".")[0] for name in imports(module)} & IMPURE == set()
-    waits = [
-        node for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, ast.AsyncFunctionDef)
-    ]
+    waits = [node for node in ast.walk(parsed(module)) if isinstance(node, ast.AsyncFunctionDef)]
     assert waits == []
 
 
-@pytest.mark.parametrize("module", MODULES, ids=name_of)
-def test_only_http_serves(module: Path) -> None:
+def test_only_http_serves() -> None:
     """aiohttp's server is known in ``http`` alone."""
-    text = module.read_text()
-    if module.relative_to(SOURCE).parts[0] != "http":
-        assert "aiohttp.web" not in set(imports(module))
-        assert not re.search(r"^\s*from aiohttp import .*\bweb\b", text, re.M)
+    serving = {
+        module.relative_to(SOURCE).parts[0]
+        for module in MODULES
+        if "aiohttp.web" in imports(module)
+        or re.search(r"^\s*from aiohttp import .*\bweb\b", module.read_text(), re.M)
+    }
+    assert serving == {"http"}
 
 
-@pytest.mark.parametrize("module", MODULES, ids=name_of)
-def test_a_module_fits_in_a_head(module: Path) -> None:
+def test_a_module_fits_in_a_head() -> None:
     """At most 450 lines: what shares state belongs together, and a split for the number alone helps nobody."""
-    assert len(module.read_text().splitlines()) <= 450
+    n_lines = {name_of(module): len(module.read_text().splitlines()) for module in MODULES}
+    assert {name: n for name, n in n_lines.items() if n > 450} == {}
 
 
 def repository_files() -> list[Path]:

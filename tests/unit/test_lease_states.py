@@ -6,7 +6,6 @@ import ast
 import asyncio
 import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -24,8 +23,8 @@ from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.slots import IllegalTransition
 from llamaslot.scheduling.slots import State as SlotState
 from tests.support.inprocess import spawn
+from tests.support.source import MODULES, SOURCE, SOURCE_GROUP, parsed
 
-SOURCE = Path(__file__).parents[2] / "src/llamaslot"
 TOKENS = pack(range(1000))
 
 ALLOWED = [
@@ -412,10 +411,9 @@ def test_writing_is_noticed() -> None:
     assert found == ["_lease.state", "it.plan", "lease.n_done", "other.recorder"]
 
 
-@pytest.mark.parametrize(
-    "module", sorted(SOURCE.rglob("*.py")), ids=lambda module: str(module.relative_to(SOURCE))
-)
-def test_only_a_lease_changes_itself(module: Path) -> None:
+@SOURCE_GROUP
+def test_only_a_lease_changes_itself() -> None:
     """Everybody else tells it what has happened."""
-    if module != SOURCE / "backend/lease.py":
-        assert list(written(ast.parse(module.read_text()))) == []
+    others = [module for module in MODULES if module != SOURCE / "backend/lease.py"]
+    found = {str(module.relative_to(SOURCE)): list(written(parsed(module))) for module in others}
+    assert {name: wrong for name, wrong in found.items() if wrong} == {}

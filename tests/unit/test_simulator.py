@@ -20,7 +20,7 @@ from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.prefill_policy import PrefillSharing
 
-SMALL = Recipe(n_users=6, day_s=700.0, arrival_s=60.0, burst_each=4, p_pause=0.0, usual_answer_s=30.0)
+SMALL = Recipe(n_users=6, day_s=400.0, arrival_s=60.0, burst_each=4, p_pause=0.0, usual_answer_s=30.0)
 FEW_SLOTS = 2
 
 pytestmark = pytest.mark.xdist_group("simulator")  # each run is made once
@@ -162,7 +162,7 @@ def test_a_setting_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[st
 def with_rules(rules: Rules) -> Result:
     """Few people, so that they wait for prompts and not for slots."""
     recipe = Recipe(
-        n_users=6, day_s=2400.0, arrival_s=60.0, p_pause=0.0, usual_answer_s=30.0, p_together=0.05
+        n_users=6, day_s=1500.0, arrival_s=60.0, p_pause=0.0, usual_answer_s=30.0, p_together=0.05
     )
     return simulate(generate(1, recipe, "few"), Setting(Policy.LLAMASLOT, None, 6, rules=rules))
 

@@ -128,8 +128,7 @@ async def test_a_client_that_leaves_while_its_prompt_is_computed_frees_its_slot(
 
 
 @pytest.mark.parametrize("path", ROUTES)
-@pytest.mark.parametrize("after_tokens", [0, 1, 4])
-@pytest.mark.parametrize("settings", [{}, OWN_STEPS], ids=["at once", "in steps"])
+@pytest.mark.parametrize(("after_tokens", "settings"), [(0, {}), (1, OWN_STEPS), (4, {}), (4, OWN_STEPS)])
 async def test_an_error_in_the_stream_is_a_status(
     tmp_path: Path, path: str, after_tokens: int, settings: Any
 ) -> None:

@@ -7,13 +7,15 @@ import itertools
 from pathlib import Path
 from typing import Any, cast
 
-import anthropic
-import openai
 import pytest
 
 from tests.support.fake_agents import Messages
 from tests.support.inprocess import CHAT, PATIENCE_S, Served, letters, served, spawn
+from tests.support.sdk import Imported
 
+pytestmark = pytest.mark.xdist_group("clients")  # imported once
+
+anthropic, openai = Imported("anthropic"), Imported("openai")
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 TURNS: Any = [{"role": "user", "content": letters(1, 200)}]
 

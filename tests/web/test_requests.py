@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -19,83 +20,80 @@ JSON = {"Content-Type": "application/json"}
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT, NATIVE, "/v1/responses", "/infill"])
-@pytest.mark.parametrize("data", [b"", b"{", b'{"stream": true,}', b"\xff", b"[1, 2]", b'"text"'])
-async def test_what_is_no_json_object_is_refused(tmp_path: Path, path: str, data: bytes) -> None:
+async def test_what_is_no_json_object_is_refused(tmp_path: Path, path: str) -> None:
     """400 of the OpenAI shape, in the words of llama-server; no slot is taken for it."""
     async with served(tmp_path) as it:
-        n_before = len(it.fake.sent(path))
-        answer = await it.send("POST", path, data=data, headers=JSON)
-        assert [seen.slot for seen in it.fake.sent(path)[n_before:]] == [None]
-        direct = await it.send("POST", path, data=data, headers=JSON, to=it.fake.url)
-    assert answer.status == direct.status == 400
-    assert answer.json == direct.json
-    assert answer.headers["Content-Type"].startswith("application/json")
-    assert answer.error["type"] == "invalid_request_error"
-    assert answer.error["code"] == 400
+        for data in (b"", b"{", b'{"stream": true,}', b"\xff", b"[1, 2]", b'"text"'):
+            n_before = len(it.fake.sent(path))
+            answer = await it.send("POST", path, data=data, headers=JSON)
+            assert [seen.slot for seen in it.fake.sent(path)[n_before:]] == [None], data
+            direct = await it.send("POST", path, data=data, headers=JSON, to=it.fake.url)
+            assert answer.status == direct.status == 400, data
+            assert answer.json == direct.json
+            assert answer.headers["Content-Type"].startswith("application/json")
+            assert answer.error["type"] == "invalid_request_error"
+            assert answer.error["code"] == 400
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        (CHAT, {}),
-        (CHAT, {"messages": "hello"}),
-        (CHAT, {"messages": [{"content": "no role"}]}),
-        (CHAT, {"messages": [{"role": "user"}]}),
-        (CHAT, {"messages": [{"role": "user", "content": 5}]}),
-        (CHAT, {"messages": [USER], "max_tokens": "many"}),
-        (CHAT, {"messages": [USER], "stream": "yes"}),
-        (CHAT, {"messages": [USER], "temperature": "hot"}),
-        (CHAT, {"messages": [USER], "n": 3}),
-        (CHAT, {"messages": [USER], "n": 0}),
-        (CHAT, {"messages": [USER], "n": "two"}),
-        (TEXT, {"prompt": "x", "n": 3, "stream": True}),
-        (NATIVE, {"prompt": "x", "n_cmpl": 99}),
-        (NATIVE, {"prompt": [999_999]}),
-        (NATIVE, {"prompt": letters(1, 600)}),
-        (TEXT, {"prompt": letters(1, 512), "stream": True}),
-        (CHAT, {"messages": [{"role": "user", "content": letters(1, 500)}]}),
-        (NATIVE, {"prompt": ["short", letters(1, 600)]}),
-        ("/v1/nothing", {"a": 1}),
-        ("/v1/embeddings", {"input": "x"}),
-    ],
-)
-async def test_what_llama_server_refuses_is_refused_in_its_words(
-    tmp_path: Path, path: str, body: Any
-) -> None:
+REFUSED: list[tuple[str, Any]] = [
+    (CHAT, {}),
+    (CHAT, {"messages": "hello"}),
+    (CHAT, {"messages": [{"content": "no role"}]}),
+    (CHAT, {"messages": [{"role": "user"}]}),
+    (CHAT, {"messages": [{"role": "user", "content": 5}]}),
+    (CHAT, {"messages": [USER], "max_tokens": "many"}),
+    (CHAT, {"messages": [USER], "stream": "yes"}),
+    (CHAT, {"messages": [USER], "temperature": "hot"}),
+    (CHAT, {"messages": [USER], "n": 3}),
+    (CHAT, {"messages": [USER], "n": 0}),
+    (CHAT, {"messages": [USER], "n": "two"}),
+    (TEXT, {"prompt": "x", "n": 3, "stream": True}),
+    (NATIVE, {"prompt": "x", "n_cmpl": 99}),
+    (NATIVE, {"prompt": [999_999]}),
+    (NATIVE, {"prompt": letters(1, 600)}),
+    (TEXT, {"prompt": letters(1, 512), "stream": True}),
+    (CHAT, {"messages": [{"role": "user", "content": letters(1, 500)}]}),
+    (NATIVE, {"prompt": ["short", letters(1, 600)]}),
+    ("/v1/nothing", {"a": 1}),
+    ("/v1/embeddings", {"input": "x"}),
+]
+
+
+async def test_what_llama_server_refuses_is_refused_in_its_words(tmp_path: Path) -> None:
     """Status, type and body are what the server says when it is asked directly; both slots stay as they were."""
     async with served(tmp_path, context=512) as it:
         it.fake.faults.fail("save", times=100)  # nothing comes back from disk
         kept = [(await it.ask(letters(n, 300))).slot for n in (11, 12)]
         held = [it.fake.slots[slot].tokens for slot in kept]
-        answer = await it.post(path, body)
-        assert [it.fake.slots[slot].tokens for slot in kept] == held
+        answers = []
+        for path, body in REFUSED:
+            answers.append(await it.post(path, body))
+            assert [it.fake.slots[slot].tokens for slot in kept] == held, body
         again = [await it.ask(letters(n, 300) + "more") for n in (11, 12)]
-        direct = await it.post(
-            path, body, to=it.fake.url
-        )  # may take a slot for the prompt before the one it refuses
-    assert answer.status == direct.status >= 400
-    assert answer.json == direct.json
-    assert answer.headers["Content-Type"] == direct.headers["Content-Type"]
-    assert [one.n_reused for one in again] == [300, 300]
+        assert [one.n_reused for one in again] == [300, 300]
+        for (path, body), answer in zip(REFUSED, answers, strict=True):
+            direct = await it.post(
+                path, body, to=it.fake.url
+            )  # may take a slot for a prompt before the one refused
+            assert answer.status == direct.status >= 400, body
+            assert answer.json == direct.json
+            assert answer.headers["Content-Type"] == direct.headers["Content-Type"]
 
 
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
+async def test_prompts_of_the_wrong_type_are_refused(tmp_path: Path) -> None:
+    """Before a slot is taken."""
+    bodies: list[tuple[Any, str]] = [
         ({}, "prompt"),
         ({"prompt": None}, "prompt"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": []}, "must not be empty"),
         ({"prompt": [[], {}]}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),
-    ],
-)
-async def test_prompts_of_the_wrong_type_are_refused(tmp_path: Path, body: Any, said: str) -> None:
-    """Before a slot is taken."""
+    ]
     async with served(tmp_path) as it:
-        for path in (TEXT, NATIVE):
+        for (body, said), path in itertools.product(bodies, (TEXT, NATIVE)):
             answer = await it.post(path, body)
-            assert answer.status == 400
+            assert answer.status == 400, body
             assert said in answer.error["message"]
 
 
@@ -143,22 +141,22 @@ async def test_what_llama_server_accepts_against_expectation_ends_at_once(
     assert "accepted a body that llamaslot takes for invalid" in caplog.text
 
 
-@pytest.mark.parametrize("path", [CHAT, TEXT, NATIVE, "/v1/responses", "/v1/messages"])
-@pytest.mark.parametrize("is_chunked", [True, False])
-async def test_a_body_that_is_too_large_is_refused(tmp_path: Path, path: str, is_chunked: bool) -> None:
+async def test_a_body_that_is_too_large_is_refused(tmp_path: Path) -> None:
     """413, whether its length was announced or not; one that just fits is served."""
 
     async def pieces() -> Any:
         for _ in range(30):
             yield b" " * 100
 
+    paths = (CHAT, TEXT, NATIVE, "/v1/responses", "/v1/messages")
     async with served(tmp_path, {"listen": {"max_body": 2000}}) as it:
-        data = pieces() if is_chunked else b" " * 3000
-        async with it.session.post(it.url + path, data=data, headers=JSON) as response:
-            assert response.status == 413
-            error = (await response.json())["error"]
-        assert "2000 bytes" in error["message"]
-        assert error["type"] == "invalid_request_error"
+        for path, is_chunked in itertools.product(paths, (True, False)):
+            data = pieces() if is_chunked else b" " * 3000
+            async with it.session.post(it.url + path, data=data, headers=JSON) as response:
+                assert response.status == 413, (path, is_chunked)
+                error = (await response.json())["error"]
+            assert "2000 bytes" in error["message"]
+            assert error["type"] == "invalid_request_error"
         assert (await it.ask(letters(1, 1900))).status == 200
 
 

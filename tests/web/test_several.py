@@ -190,9 +190,17 @@ async def test_a_pinned_route_runs_in_its_leased_slot(tmp_path: Path) -> None:
             assert seen.landed == [answer.slot]
 
 
-@pytest.mark.parametrize("path", [CHAT, TEXT, NATIVE])
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("settings", [{}, OWN_STEPS], ids=["at once", "in steps"])
+@pytest.mark.parametrize(
+    ("path", "stream", "settings"),
+    [  # each two of them
+        (CHAT, True, {}),
+        (CHAT, False, OWN_STEPS),
+        (TEXT, True, OWN_STEPS),
+        (TEXT, False, {}),
+        (NATIVE, True, {}),
+        (NATIVE, False, OWN_STEPS),
+    ],
+)
 async def test_three_answers_to_one_prompt(tmp_path: Path, path: str, stream: bool, settings: Any) -> None:
     """``n`` = 3 takes the lowest idle slots as well: they are saved first, and given back."""
     async with served(tmp_path, settings, slots=4) as it:
@@ -215,9 +223,15 @@ def n_answers(answer: Answer) -> int:
     return len(found)
 
 
-@pytest.mark.parametrize("path", [TEXT, NATIVE])
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("settings", [{}, OWN_STEPS], ids=["at once", "in steps"])
+@pytest.mark.parametrize(
+    ("path", "stream", "settings"),
+    [  # each two of them
+        (TEXT, True, {}),
+        (TEXT, False, OWN_STEPS),
+        (NATIVE, True, OWN_STEPS),
+        (NATIVE, False, {}),
+    ],
+)
 async def test_three_prompts_in_one_request(tmp_path: Path, path: str, stream: bool, settings: Any) -> None:
     """They run one after another in one slot, and nobody else's is touched."""
     async with served(tmp_path, settings, slots=4) as it:

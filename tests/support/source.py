@@ -1,0 +1,20 @@
+"""The source of llamaslot, parsed once in each worker. Tests that read all of it are in one group, ``SOURCE_GROUP``."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+SOURCE = REPOSITORY / "src/llamaslot"
+MODULES = sorted(SOURCE.rglob("*.py"))
+SOURCE_GROUP = pytest.mark.xdist_group("source")
+
+
+@cache
+def parsed(module: Path) -> ast.Module:
+    """Its tree, which nobody changes."""
+    return ast.parse(module.read_text())
