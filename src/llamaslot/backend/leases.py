@@ -7,7 +7,7 @@ Bookkeeping only, without an await. The pool of backends decides which request g
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Protocol
@@ -73,6 +73,10 @@ class Leases:
     @property
     def n_waiting(self) -> int:
         return self.admission.n_waiting
+
+    def held(self) -> Iterator[Lease]:
+        """The leases of present slots."""
+        return (lease for lease in self.leases if lease.table is self.table and lease.slot is not None)
 
     @property
     def idle_s(self) -> float:

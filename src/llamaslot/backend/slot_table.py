@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 
 from llamaslot.backend.assist import LostSlots
 from llamaslot.backend.candidates import SnapshotCandidates
@@ -125,14 +126,16 @@ class SlotTable:
         if not is_patient:
             found = [hit for hit in found if self.trunk_to_come(hit.holder) is None]
         residents = [
-            (n, partial(self._residents.tokens, slot)) for slot, n in shared.items() if n >= MIN_TOKENS
+            (hit.n_shared, partial(self._residents.tokens, hit.holder))
+            for hit in takewhile(lambda hit: hit.n_shared >= MIN_TOKENS, hits)  # the longest come first
         ]
         branch = self._candidates.branch(residents, found)
         n_alike = max(branch, request.n_system, self._candidates.trunk(found))
         looked_at = self.worth.looked_at(hits, now, reserved)
         slots = [self._slot_view(slot, shared.get(slot.id, 0), request, now) for slot in looked_at]
-        begin_so = any(
-            hit.n_shared >= request.n_system and is_other_conversation(hit, request.n_system) for hit in hits
+        begin_so = request.n_system > 0 and any(
+            is_other_conversation(hit, request.n_system)
+            for hit in takewhile(lambda hit: hit.n_shared >= request.n_system, hits)
         )
         return BackendView(
             slots=tuple(
@@ -153,17 +156,16 @@ class SlotTable:
         content = slot.content
         if slot.is_idle:
             n_usable = self.rewind_model.likely_of_slot(content, n_shared, request.n_tokens)
-            delay_s = self.rates.save_delay.seconds
-            is_worth = self.worth.is_worth_saving(slot, delay_s)
+            worth = self.worth.of(slot)
             return SlotView(
                 key=slot.key,
                 state=slot.state,
                 n_tokens=content.n_tokens,
                 n_shared=n_shared,
                 n_usable=n_usable,
-                save_s=self.save_s(content) + delay_s if is_worth else 0.0,
-                is_worth_saving=is_worth,
-                eviction_cost_s=self.worth.eviction_cost_s(slot, is_worth) * weight(now - slot.used_at),
+                save_s=worth.save_s,
+                is_worth_saving=worth.is_worth_saving,
+                eviction_cost_s=worth.eviction_cost_s * weight(now - slot.used_at),
                 used_at=slot.used_at,
                 is_other_namespace=not request.may_use(content),
             )

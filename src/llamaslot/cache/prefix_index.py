@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Collection, Hashable, Iterator, KeysView
+from collections.abc import Callable, Collection, Hashable, Iterator, KeysView
 from itertools import count as counter
 from itertools import islice, pairwise
 from operator import attrgetter
@@ -72,9 +72,14 @@ class _Node(Generic[H]):
 
 
 class PrefixIndex(Generic[H]):
-    """Token sequences and their holders. Not thread-safe: it belongs to the event loop."""
+    """Token sequences and their holders. Not thread-safe: it belongs to the event loop.
 
-    def __init__(self) -> None:
+    ``on_cover``: called for each other holder whose ``shared_with_others`` an insertion or removal may have changed:
+    one or two of them, however many there are.
+    """
+
+    def __init__(self, on_cover: Callable[[H], None] | None = None) -> None:
+        self._on_cover = on_cover
         self._serials = counter()
         self._root: _Node[H] = _Node(b"", None, 0, next(self._serials))
         self._ends: dict[H, _Node[H]] = {}
@@ -123,6 +128,7 @@ class PrefixIndex(Generic[H]):
             if not tokens.startswith(child.edge, position):
                 child = self._split(child, tok.common(tokens, child.edge, node.n_tokens))
             node, position = child, child.n_tokens * tok.WIDTH
+        self._cover_changes(node)
         node.holders[holder] = None
         self._ends[holder] = node
         self._rerank(node)
@@ -139,6 +145,7 @@ class PrefixIndex(Generic[H]):
             del parent.order[self._position(node)]
             self._n_tokens -= tok.count(node.edge)
             node = parent
+        self._cover_changes(node)
         self._rerank(node)
         if node.parent is not None and not node.holders and len(node.children) == 1:
             self._merge(node)
@@ -234,7 +241,13 @@ class PrefixIndex(Generic[H]):
             yield node.n_tokens, node, node.order, seen
             seen, node = node, node.parent
 
+    def _cover_changes(self, node: _Node[H]) -> None:
+        """Report the only holder at the end of a branch: it shares as much as the node above."""
+        if self._on_cover is not None and not node.children and len(node.holders) == 1:
+            self._on_cover(next(iter(node.holders)))
+
     def _add_leaf(self, parent: _Node[H], edge: bytes) -> _Node[H]:
+        self._cover_changes(parent)
         leaf = _Node(edge, parent, parent.n_tokens + tok.count(edge), next(self._serials))
         parent.children[edge[: tok.WIDTH]] = leaf
         insort(parent.order, leaf, key=_RANK)
@@ -252,6 +265,7 @@ class PrefixIndex(Generic[H]):
         lower.edge, lower.parent = lower.edge[cut:], upper
         upper.children[lower.edge[: tok.WIDTH]] = lower
         upper.order.append(lower)
+        self._cover_changes(lower)
         return upper
 
     def _merge(self, upper: _Node[H]) -> None:
@@ -263,6 +277,7 @@ class PrefixIndex(Generic[H]):
         parent.order[self._position(upper)] = lower
         parent.children[upper.edge[: tok.WIDTH]] = lower
         lower.edge, lower.parent = upper.edge + lower.edge, parent
+        self._cover_changes(lower)
 
     def _rerank(self, node: _Node[H]) -> None:
         """Propagate a change of the first holder at or below ``node`` upwards, as far as it changes anything."""

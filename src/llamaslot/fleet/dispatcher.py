@@ -19,7 +19,7 @@ from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.unassisted_slots import UnassistedSlots
 from llamaslot.errors import BackendDown, QueueFull
-from llamaslot.fleet.preemption import choose
+from llamaslot.fleet.preemption import Preemptions
 from llamaslot.fleet.prefix_sharing import PrefixWait, ask_for_trunk, prefix_due_s
 from llamaslot.fleet.queue import Queue, QueueLimits, Waiting, answer_s, estimate
 from llamaslot.observe.journal import DecisionRecorder, Journal
@@ -41,6 +41,7 @@ class _Look:
 
     # Counted again only after a slot was leased: otherwise 250 waiting for 64 slots are 16,000 checks.
     n_idle: int
+    n_slots: int
     # Slots that requests wait for, and for how many seconds they will use them.
     reserved: dict[SlotKey, float] = field(default_factory=dict)
     again_s: list[float] = field(default_factory=list)  # seconds until the next dispatch
@@ -73,6 +74,7 @@ class Dispatcher:
         self._down: dict[str, BackendDown] = {}  # by backend; reported when all are down
         self._n_changes = 0
         self._look_again: asyncio.TimerHandle | None = None
+        self._preemptions = Preemptions()
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -207,11 +209,19 @@ class Dispatcher:
         if self._look_again is not None:
             self._look_again.cancel()
             self._look_again = None
+        if len(self.queue):
+            self._serve_queue()
+        self._preemptions.choose(self.backends.values(), self.queue, self.now)
+        for leases in self.backends.values():
+            leases.changes.notify()  # last: a request that has just got a slot may have priority over a prefill
+
+    def _serve_queue(self) -> None:
         open_ = self._open()
-        look = _Look(_n_idle(open_))
-        ordered = self.queue.ordered()
+        look = _Look(_n_idle(open_), sum(len(table.slots) for table in self.tables))
         is_assisted = any(leases.table is not None and leases.table.is_assisted for leases in open_)
-        for waiting in ordered if open_ else ():
+        if is_assisted and not look.n_idle and not self.queue.n_unpinned:
+            return  # the order does not matter: with 1,000 waiting, each arrival would compute it
+        for waiting in self.queue.ordered() if open_ else ():
             if is_assisted and look.is_short and not look.n_idle:
                 break  # none behind a request that waits for any slot at all gets one
             # At most one exclusive request at a time on each backend.
@@ -223,9 +233,6 @@ class Dispatcher:
             look.again_s += [spared_s] if spared_s is not None else []
         if look.again_s:
             self._look_again = asyncio.get_running_loop().call_later(min(look.again_s), self.dispatch)
-        choose(self.backends.values(), ordered, self.queue, self.now())
-        for leases in self.backends.values():
-            leases.changes.notify()  # last: a request that has just got a slot may have priority over a prefill
 
     def _open(self) -> list[Leases]:
         """The backends that accept a request now. Those on which llamaslot does not choose slots only if there are no
@@ -238,8 +245,7 @@ class Dispatcher:
     def _serve(self, here: list[Leases], waiting: Waiting, look: _Look) -> None:
         """Lease it a slot of one of ``here``, or record what it waits for."""
         request, now, tables = waiting.request, self.now(), _tables(here)
-        n_slots = sum(len(table.slots) for table in self.tables)
-        if not self.queue.may_run(waiting, max(n_slots, look.n_idle), look.n_idle, now):
+        if not self.queue.may_run(waiting, max(look.n_slots, look.n_idle), look.n_idle, now):
             look.is_spared = True
             return
         if not tables[0].is_assisted:

@@ -62,6 +62,7 @@ class Waiting:
     n_seen: int = -1  # changes that it has seen
     look_at: float = 0.0  # when it must be decided again in any case
     pause_s: float | None = None  # how long its user was away before
+    serial: int = 0  # ascending in the queue
     _ask: Ask | None = None  # until it changes
 
     @property
@@ -140,6 +141,11 @@ class Queue:
     def __init__(self, limits: QueueLimits) -> None:
         self.limits = limits
         self._waiting: list[Waiting] = []
+        # The same by user, without requests that are first because they had a slot before.
+        self._of_user: dict[str, list[Waiting]] = {}
+        self._serials, self._n_ahead = itertools.count(), 0
+        self.n_unpinned = 0  # those for which llama-server chooses the slot
+        self._n_sides = self._n_overtaken = 0
         self._shares = Shares()
         # By user, without zeros: with 250 waiting, counting them at each dispatch takes a second.
         self._n_waiting: Counter[str] = Counter()
@@ -155,12 +161,33 @@ class Queue:
     def __iter__(self) -> Iterator[Waiting]:
         return iter(self._waiting)
 
-    def ordered(self) -> list[Waiting]:
-        """The order of service. Requests that had a slot before come first."""
-        back = [waiting for waiting in self._waiting if waiting.is_back]
-        rest = [waiting for waiting in self._waiting if not waiting.is_back] if back else self._waiting
-        order = self._shares.order([waiting.ask for waiting in rest], self.limits.fairness.max_overtake_s)
-        return back + [rest[i] for i in order]
+    def ordered(self) -> Iterator[Waiting]:
+        """The order of service. Requests that had a slot before come first. Those that were returned may leave the
+        queue meanwhile.
+
+        It costs the number of users, then only what is taken from it, unless a large request was overtaken: so
+        granting a slot costs the same with 10 and with 1,000 waiting.
+        """
+        back = [w for w in itertools.takewhile(lambda w: w.had_a_place, self._waiting) if w.is_back]
+        max_overtake_s = self.limits.fairness.max_overtake_s
+        if self._n_overtaken or max_overtake_s <= 0:
+            rest = [waiting for waiting in self._waiting if not waiting.is_back]
+            order = self._shares.order([waiting.ask for waiting in rest], max_overtake_s)
+            yield from back + [rest[i] for i in order]
+            return
+        n_sides = self._n_sides - sum(waiting.is_side for waiting in back)
+        in_turn = self._shares.in_turn(self._of_user) if self._of_user else iter(())
+        yield from back
+        overtaken = list[Waiting]()  # no side request is held up yet: they come first
+        while n_sides:
+            waiting = next(in_turn)
+            if waiting.is_side:
+                n_sides -= 1
+                yield waiting
+            else:
+                overtaken.append(waiting)
+        yield from overtaken
+        yield from in_turn
 
     # -- arrivals and departures ---------------------------------------------------------------------------------
 
@@ -168,9 +195,24 @@ class Queue:
         user = waiting.request.user.id
         if user in self._seen_at and user not in self._present:
             waiting.pause_s = now - self._seen_at[user]
-        self._waiting.insert(0 if waiting.had_a_place else len(self._waiting), waiting)
+        its = self._of_user.setdefault(user, []) if not waiting.is_back else []
+        if waiting.had_a_place:
+            self._n_ahead -= 1
+            waiting.serial = self._n_ahead
+            self._waiting.insert(0, waiting)
+            its.insert(0, waiting)
+        else:
+            waiting.serial = next(self._serials)
+            self._waiting.append(waiting)
+            its.append(waiting)
+        self._count(waiting, 1)
         self._n_waiting[user] += 1
         self._moment = None
+
+    def _count(self, waiting: Waiting, n: int) -> None:
+        self._n_sides += n * waiting.is_side
+        self._n_overtaken += n * (waiting.overtaken_s > 0)
+        self.n_unpinned += n * (waiting.request.placement is Placement.SERVER_CHOSEN)
 
     def admitted(self, waiting: Waiting, now: float) -> None:
         """It was not refused immediately: its user is present."""
@@ -180,8 +222,14 @@ class Queue:
         self._saw(user, now)
 
     def remove(self, waiting: Waiting) -> None:
+        user = waiting.request.user.id
         self._waiting.remove(waiting)
-        _less(self._n_waiting, waiting.request.user.id)
+        if not waiting.is_back:
+            self._of_user[user].remove(waiting)
+            if not self._of_user[user]:
+                del self._of_user[user]
+        self._count(waiting, -1)
+        _less(self._n_waiting, user)
         self._moment = None
 
     def _saw(self, user: str, now: float) -> None:
@@ -292,9 +340,10 @@ class Queue:
         """
         self.remove(waiting)
         user = waiting.request.user.id
-        if waiting.is_side:
+        if waiting.is_side and self._n_sides < len(self._waiting):
             for other in self._waiting:
                 if not other.is_side and other.came_at <= waiting.came_at:
+                    self._n_overtaken += other.overtaken_s <= 0 < cost_s
                     other.passed(user, cost_s)
         if not user:
             return None
@@ -325,9 +374,18 @@ class Queue:
         assert all(n > 0 for n in self._n_running.values()), "no user gives back more than it had"
         counted = Counter(waiting.request.user.id for waiting in self._waiting)
         assert self._n_waiting == counted, "who waits is counted"
+        n_each = self._n_sides, self._n_overtaken, self.n_unpinned
+        for waiting in self._waiting:
+            self._count(waiting, -1)
+        assert (self._n_sides, self._n_overtaken, self.n_unpinned) == (0, 0, 0), (
+            "requests of a kind are counted"
+        )
+        self._n_sides, self._n_overtaken, self.n_unpinned = n_each
         assert sorted(map(id, self.ordered())) == sorted(map(id, self._waiting)), (
             "an order leaves no request out"
         )
+        served = [waiting.serial for waiting in self._waiting]
+        assert served == sorted(served), "serial numbers ascend"
 
 
 def _less(counts: Counter[str], user: str, n: int = 1) -> None:

@@ -21,7 +21,7 @@ from llamaslot.scheduling.answer_length import AnswerLength
 from llamaslot.scheduling.json_numbers import positive, rows, within
 
 _GUESSED_BYTES_PER_TOKEN = 100_000
-_STEPS = 33  # of a factor of e, so that one step is 3 %
+_CLOSE = 1.03  # figures that differ by 3 % decide alike
 _DEEP = 10_000  # tokens; the slope is visible at this depth
 
 
@@ -361,20 +361,13 @@ class Rates:
         for part in fields(self):
             setattr(self, part.name, getattr(other, part.name))
 
-    def about(self) -> tuple[int, ...]:
-        """Speeds and sizes in steps of 3 %: while these are equal, results computed from them are still accurate
-        enough.
-        """
-        a, b = self.prefill.per_token_s(0), self.prefill.per_token_s(_DEEP)
-        known = (
-            a,
-            b,
-            *(part for rate in (self.save, self.restore) for part in (rate.latency_s, rate.bytes_per_s)),
-        )
-        sizes = self.size_bytes(0), self.size_bytes(_DEEP)
-        return tuple(
-            round(math.log(x) * _STEPS) if x > 0 else 0 for x in (*known, *sizes, self.save_delay.seconds)
-        )
+    def figures(self) -> tuple[float, ...]:
+        """Speeds and sizes. While they stay ``are_close``, results computed from them are still accurate enough."""
+        prefill, save, restore = self.prefill, self.save, self.restore
+        return (
+            prefill.per_token_s(0), prefill.per_token_s(_DEEP), save.latency_s, save.bytes_per_s, restore.latency_s,
+            restore.bytes_per_s, self.size_bytes(0), self.size_bytes(_DEEP), self.save_delay.seconds,
+        )  # fmt: skip
 
     def size_bytes(self, n_tokens: int) -> int:
         """The expected size in bytes of a snapshot of ``n_tokens``; before the first file that of a model of about
@@ -420,3 +413,10 @@ class Rates:
         rates.save_delay.take_over(parts.get("save_delay"))
         rates.request.take_over(parts.get("request"))
         return rates
+
+
+def are_close(figures: tuple[float, ...], others: tuple[float, ...]) -> bool:
+    """Whether each differs from the other by a few percent at most."""
+    if len(figures) != len(others):
+        return False
+    return all(a <= b * _CLOSE and b <= a * _CLOSE for a, b in zip(figures, others, strict=True))

@@ -12,8 +12,9 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 _AT_ONCE_S = 1e-3
 # The limit of a deficit, and of what is owed: an estimate may be wrong, and its effect must end.
@@ -50,6 +51,16 @@ class Ask:
     passed_by: Mapping[str, float] = field(default_factory=dict)
 
 
+class Asking(Protocol):
+    """A request in the queue of its user. ``serial``: ascending in the order of service if all users were one."""
+
+    serial: int
+    cost_s: float
+
+
+A = TypeVar("A", bound=Asking)
+
+
 @dataclass(frozen=True, slots=True)
 class Booked:
     """The changes of deficits made by a slot granted to ``user``. ``waiting``, ``idle``: the users that were
@@ -81,6 +92,35 @@ class Shares:
 
     def deficit_s(self, user: str) -> float:
         return self._deficits.get(user, 0.0)
+
+    def in_turn(self, queues: Mapping[str, Sequence[A]]) -> Iterator[A]:
+        """The requests in the order in which they are served, without priority for side requests. ``queues``: by user,
+        each oldest first. It costs the number of users, and then only what is taken from it. Requests that were
+        returned may leave their queue meanwhile.
+        """
+        if len(queues) == 1:
+            yield from [*next(iter(queues.values()))]
+            return
+        heads = [
+            (-self.deficit_s(user), self._served.get(user, -1), queue[0].serial, user)
+            for user, queue in queues.items()
+        ]
+        heapq.heapify(heads)
+        rest, n_served = dict[str, Iterator[A]](), self._n_served
+        ahead = dict[str, A]()  # the first of each user that had one before
+        while heads:
+            received_s, _, _, user = heads[0]
+            if user not in rest:
+                rest[user] = iter([*queues[user]])
+                ahead[user] = next(rest[user])
+            request = ahead[user]
+            n_served += 1
+            if (behind := next(rest[user], None)) is None:
+                heapq.heappop(heads)
+            else:
+                ahead[user] = behind
+                heapq.heapreplace(heads, (received_s + request.cost_s, n_served, behind.serial, user))
+            yield request
 
     def order(self, asks: Sequence[Ask], max_overtake_s: float) -> list[int]:
         """Indices of ``asks`` (oldest first) in the order in which they are served."""

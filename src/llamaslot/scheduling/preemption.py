@@ -7,7 +7,7 @@ share as soon as other users send requests.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -36,7 +36,7 @@ class Stoppable:
 
 
 def chosen(
-    claims: Sequence[Claim],
+    claims: Iterable[Claim],
     prompts: Sequence[Stoppable],
     n_held: Mapping[str, int],
     waits_s: Collection[float],
@@ -51,7 +51,7 @@ def chosen(
     """
     n_each, left, result = dict(n_held), set(range(len(prompts))), list[int]()
     n_kept = dict(n_held)  # less the slots taken here: no user takes a slot while it gives up its last one
-    for claim, idle_in_s in zip(claims, sorted(waits_s), strict=False):
+    for idle_in_s, claim in zip(sorted(waits_s), claims, strict=False):
         n_own = n_each.get(claim.user, 0)
         may_stop = [
             i
