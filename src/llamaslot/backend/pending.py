@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+from llamaslot.cache.changes import Changes
 from llamaslot.cache.content import Content
 from llamaslot.cache.namespaces import Namespace, mark
 from llamaslot.cache.prefix_index import PrefixIndex
@@ -32,7 +33,7 @@ class PendingSnapshots:
         self.index: PrefixIndex[str] = PrefixIndex()
         self._entries: dict[str, PendingSave] = {}
         self._serial = itertools.count()
-        self.n_changes = 0
+        self.changes = Changes()  # of ``index``
 
     def __len__(self) -> int:
         """Only tests use it."""
@@ -58,15 +59,16 @@ class PendingSnapshots:
         name = "leaving" if slot is None else "prefix"
         entry = PendingSave(f"{name}-{next(self._serial)}", content, until, slot)
         self._entries[entry.holder] = entry
-        self.n_changes += 1
-        self.index.insert(entry.holder, mark(content.space) + content.tokens)
+        marked = mark(content.space) + content.tokens
+        self.index.insert(entry.holder, marked)
+        self.changes.note(marked)
         return entry
 
     def end(self, entry: PendingSave) -> None:
         """It is a snapshot now, or has failed. Idempotent."""
         if self._entries.pop(entry.holder, None) is not None:
             self.index.drop(entry.holder)
-            self.n_changes += 1
+            self.changes.note(mark(entry.content.space) + entry.content.tokens)
 
     def trunks_of(self, slot: int) -> list[PendingSave]:
         """The shared prefixes to come from ``slot``."""

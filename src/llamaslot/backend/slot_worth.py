@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from llamaslot.backend.candidates import N_COVERING, SnapshotCandidates
@@ -50,7 +50,8 @@ class SlotWorth:
         self._index: PrefixIndex[int] = PrefixIndex(on_cover=self._outdated.add)
         self._idle = InNamespaces(self._index, lambda slot: slots[slot].content.space)
         self._on_disk: dict[int, tuple[Content, tuple[int, int], int]] = {}
-        self._basis: tuple[bool, int, int] | None = None  # can_save, changes of snapshots
+        # What the worths were computed with: can_save, and the changes of both indexes of snapshots.
+        self._basis: tuple[bool, int, int] | None = None
         self._figures: tuple[float, ...] = ()
 
     def offer(self, library: ModelSnapshots, pending: PendingSnapshots, offers: SnapshotCandidates) -> None:
@@ -104,15 +105,36 @@ class SlotWorth:
 
     def _refresh(self) -> None:
         """Compute again what has changed."""
-        basis = self.can_save, self.model_snapshots.n_changes, self._pending.n_changes
+        before, basis = self._basis, (self.can_save, self.model_snapshots.changes.n, self._pending.changes.n)
         figures = self.rates.figures()
-        if basis != self._basis or not are_close(figures, self._figures):
-            self._basis, self._figures = basis, figures
+        changed = None
+        if before is not None and before[0] == basis[0] and are_close(figures, self._figures):
+            saved, pending = (
+                self.model_snapshots.changes.since(before[1]),
+                self._pending.changes.since(before[2]),
+            )
+            changed = [*saved, *pending] if saved is not None and pending is not None else None
+        else:
+            self._figures = figures
+        self._basis = basis
+        if changed is None:
             self._outdated.update(slot.id for slot in self.slots if slot.is_idle)
+        for tokens in changed or ():
+            self._outdated.update(self._sharing(tokens))
         if self.rewind_model.is_rewindable:  # else each computes its own: it depends on many others
             for id_ in self._outdated:
                 self._worths[id_] = self._compute(self.slots[id_])
             self._outdated.clear()
+
+    def _sharing(self, tokens: bytes) -> Iterator[int]:
+        """The idle slots of which a snapshot of ``tokens`` has more than a negligible part, and as much as others."""
+        for hit in self._index.hits(tokens):
+            if hit.n_shared < NEGLIGIBLE_TOKENS:
+                return
+            n_mark = count(mark(self.slots[hit.holder].content.space))
+            known = self._on_disk.get(hit.holder)
+            if known is None or hit.n_shared - n_mark >= known[2]:
+                yield hit.holder
 
     def _compute(self, slot: Slot) -> Worth:
         content, delay_s = slot.content, self.rates.save_delay.seconds
@@ -141,7 +163,7 @@ class SlotWorth:
 
     def on_disk(self, slot: Slot) -> int:
         """The number of the slot's tokens that a snapshot makes reusable."""
-        content, n_changes = slot.content, (self.model_snapshots.n_changes, self._pending.n_changes)
+        content, n_changes = slot.content, (self.model_snapshots.changes.n, self._pending.changes.n)
         known = self._on_disk.get(slot.id)
         if (
             known is not None
@@ -184,12 +206,6 @@ class SlotWorth:
         idle = {slot.id for slot in self.slots if slot.is_idle}
         if self.rewind_model.is_rewindable:
             assert self._worths.keys() | self._outdated == idle, "each idle slot has its worth"
-            basis = self.can_save, self.model_snapshots.n_changes, self._pending.n_changes
-            current = self._worths.keys() - self._outdated if basis == self._basis else ()
-            for slot in (self.slots[id_] for id_ in current):
-                known, now = self._worths[slot.id], self._compute(slot)
-                is_same = known.content is not slot.content or known[:2] == now[:2]
-                assert is_same or not are_close(self.rates.figures(), self._figures), f"{slot}: {known} {now}"
         for slot in self.slots:
             held = slot.content.tokens if slot.is_idle else b""
             assert (slot.id in self._index) == bool(held), f"idle slots are known: {slot}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from llamaslot.cache.changes import Changes
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, count
 from llamaslot.cache.layered_index import LayeredIndex
@@ -40,7 +41,7 @@ class ModelSnapshots:
         self.in_spaces = InNamespaces(self.index, self.space_of)
         self.overlap = PrefixOverlap(self.in_spaces, self.snapshots)
         self._on_change = on_change
-        self.n_changes = 0  # changes of the index so far
+        self.changes = Changes()  # of the index
 
     def __repr__(self) -> str:
         return f"<ModelSnapshots {len(self.snapshots)} snapshots, {self.index!r}>"
@@ -75,8 +76,9 @@ class ModelSnapshots:
         self.snapshots[snapshot.id] = snapshot
         if snapshot.id not in self.index:
             assert tokens is not None, "what is not in the index comes with its tokens"
-            self.index.insert(snapshot.id, mark(self.space_of(snapshot.id)) + tokens)
-            self.n_changes += 1
+            marked = mark(self.space_of(snapshot.id)) + tokens
+            self.index.insert(snapshot.id, marked)
+            self.changes.note(marked)
             self.overlap.added(snapshot.id, tokens)
         else:
             self.overlap.put(snapshot.id)
@@ -88,10 +90,11 @@ class ModelSnapshots:
 
     def remove(self, snapshot_id: str) -> None:
         """Remove one of many: ``changed`` must follow. Idempotent."""
+        marked = mark(self.space_of(snapshot_id)) if snapshot_id in self.snapshots else b""
         tokens = self.in_spaces.tokens(snapshot_id) if snapshot_id in self.snapshots else b""
         snapshot = self.snapshots.pop(snapshot_id, None)
         self.index.drop(snapshot_id)
-        self.n_changes += 1
+        self.changes.note(marked + tokens)
         if snapshot is not None:
             self.overlap.dropped(snapshot, tokens)
 
