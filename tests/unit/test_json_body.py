@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import orjson
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamaslot.errors import BadRequest
-from llamaslot.http.json_body import parse_object
+from llamaslot.http.json_body import parse_object, written
 
 
 @pytest.mark.parametrize(
@@ -103,3 +104,58 @@ def test_what_is_too_deep_is_what_cannot_be_written(key: str, shape: list[bool],
             parse_object(raw)
     else:
         assert parse_object(raw) == body
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc", max_size=3), inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+SWITCHES = ("id_slot", "stream", "cache_prompt", "return_progress")
+VALUES = st.sampled_from([True, False, None, 3])
+OBJECTS = st.dictionaries(st.sampled_from(["model", "messages", "x", *SWITCHES]), JSON | VALUES)
+STYLES = st.sampled_from(
+    [
+        {},
+        {"ensure_ascii": False},
+        {"indent": 2},
+        {"separators": (",", ":")},
+        {"separators": (" ,\t", " :\r\n")},
+    ]
+)
+
+
+@given(
+    OBJECTS, STYLES, st.sampled_from([b"", b"\xef\xbb\xbf"]), st.sampled_from(["", " \r\n\t"]),
+    st.dictionaries(st.sampled_from(SWITCHES), VALUES), st.sets(st.sampled_from(["x", "stream"])),
+)  # fmt: skip
+def test_a_body_with_more_fields_is_written_as_if_anew(
+    given_: dict[str, Any],
+    style: dict[str, Any],
+    mark: bytes,
+    blank: str,
+    added: dict[str, Any],
+    removed: set[str],
+) -> None:
+    """However the client has written it: the same object comes out, with each name once, so that no reader of it can
+    see another value than the one that is meant. What only grows keeps the client's own bytes.
+    """
+    raw = mark + (blank + json.dumps(given_, **style) + blank).encode()
+    body = parse_object(raw)
+    wanted = {name: value for name, value in body.items() if name not in removed} | added
+    out = written(wanted, body, raw)
+    pairs: list[tuple[str, Any]] = json.loads(out, object_pairs_hook=lambda pairs: pairs)
+    assert len(dict(pairs)) == len(pairs)
+    assert parse_object(out) == wanted
+    if body and body.keys() <= wanted.keys() and all(wanted[name] is body[name] for name in body):
+        assert out.startswith(raw.removeprefix(mark).rstrip()[:-1])
+
+
+def test_names_that_a_client_has_sent_twice_stay() -> None:
+    """llama-server reads the last one, as here. What llamaslot changes is written once."""
+    raw = b'{"stream": false, "prompt": "a", "stream": true}'
+    body = parse_object(raw)
+    assert written({**body, "id_slot": 1}, body, raw) == raw[:-1] + b',"id_slot":1}'
+    changed = {**body, "stream": False}
+    assert written(changed, body, raw) == orjson.dumps(changed)

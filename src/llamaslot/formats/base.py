@@ -108,7 +108,7 @@ class Format(Protocol):
         if self.system_key is not None:
             yield from _texts(body, self.system_key)
         for message in self.messages(body) or ():
-            if isinstance(message, Mapping) and message.get("role") in _SYSTEM:
+            if isinstance(message, dict) and message.get("role") in _SYSTEM:
                 yield from _texts(message, "content")
 
     def dry_run(
@@ -181,5 +181,5 @@ def _texts(holder: Any, key: str) -> Iterator[tuple[Any, Any]]:
             yield holder, key
         case list() as parts:
             for part in parts:
-                if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+                if isinstance(part, dict) and isinstance(part.get("text"), str):
                     yield part, "text"

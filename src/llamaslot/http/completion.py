@@ -40,7 +40,7 @@ from llamaslot.http.client_stream import MISTAKE, Downstream, StreamRules
 from llamaslot.http.completion_stream import Answering, RetryNonStreamed
 from llamaslot.http.deadlines import Deadlines
 from llamaslot.http.headers import BACKEND, to_server
-from llamaslot.http.json_body import NoObject, parse_object
+from llamaslot.http.json_body import NoObject, parse_object, written
 from llamaslot.http.parse import (
     ATTEMPTS,
     GIVEN_UP,
@@ -141,8 +141,7 @@ class _Exchange:
             self.backend.doubt()
             return await self.down.fail(error)
         except NoPrompt as error:
-            raw = orjson.dumps(self.body)
-            return await self.down.fail(await in_its_words(self.backend, self.request, raw, error))
+            return await self.down.fail(await in_its_words(self.backend, self.request, self.raw, error))
         except LlamaslotError as error:
             return await self.down.fail(error)
         except ClientGone:
@@ -163,9 +162,7 @@ class _Exchange:
                     )
                 continue
             if parsed.is_beyond_server:
-                raise await in_its_words(
-                    self.backend, self.request, orjson.dumps(self.body), BadRequest(_BEYOND)
-                )
+                raise await in_its_words(self.backend, self.request, self.raw, BadRequest(_BEYOND))
             await check_body(self.backend, self.request, self.client_request, parsed)
             if parsed.request.placement is Placement.STEERED and (not parsed.prompts or parsed.is_head):
                 if parsed.is_head:
@@ -377,7 +374,7 @@ class _Exchange:
         return self.backend.api.request(
             "POST",
             origin_form(self.request.raw_path),
-            data=orjson.dumps(body),
+            data=written(body, self.body, self.raw),
             headers=to_server(self.request, content_type="application/json"),
             is_watched=body.get("stream") is True,
             is_relayed=True,

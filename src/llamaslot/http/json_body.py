@@ -1,7 +1,8 @@
-"""Parses request bodies, within limits."""
+"""Parses request bodies, within limits, and adds fields to them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -47,6 +48,21 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         raise NoObject("the body should be a JSON object")
     _check_size(body)
     return body
+
+
+def written(wanted: Mapping[str, Any], body: Mapping[str, Any], raw: bytes) -> bytes:
+    """``wanted`` as JSON. ``raw``: the client's bytes, from which ``parse_object`` has made ``body``.
+
+    If ``wanted`` has all that is in ``body`` and new fields besides, these are put at the end of the client's own
+    bytes. If not, everything is written anew: llama-server takes the last of equal names too (measured), but nothing
+    here depends on that.
+    """
+    missing = object()
+    added = {name: value for name, value in wanted.items() if body.get(name, missing) is not value}
+    if not body or len(body) + len(added) != len(wanted) or not body.keys().isdisjoint(added):
+        return orjson.dumps(wanted)
+    raw = raw.removeprefix(_MARK).rstrip()
+    return raw if not added else b"".join((memoryview(raw)[:-1], b",", memoryview(orjson.dumps(added))[1:]))
 
 
 def _n_brackets(raw: bytes) -> int:

@@ -82,7 +82,7 @@ def _media(body: Mapping[str, Any]) -> Iterator[tuple[int, int, Mapping[str, Any
     """Each part that is not text: the index of its message, its index there, and the part."""
     messages = body.get("messages")
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
-        parts = message.get("content") if isinstance(message, Mapping) else None
+        parts = message.get("content") if isinstance(message, dict) else None
         for at, part in enumerate(parts if isinstance(parts, list) else ()):
-            if isinstance(part, Mapping) and part.get("type") != "text":
+            if isinstance(part, dict) and part.get("type") != "text":
                 yield number, at, part

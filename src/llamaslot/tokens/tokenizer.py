@@ -16,7 +16,7 @@ from llamaslot.tokens.media import has_media, text_before, up_to_medium
 from llamaslot.tokens.special_tokens import SpecialTokens, SpecialTokensOfEach, TokenSpan, gather
 from llamaslot.tokens.system_prompt_cache import SystemPromptCache
 from llamaslot.tokens.tokenize_cache import Known, TokenizeCache, spaced
-from llamaslot.tokens.variants import openings, variants_of
+from llamaslot.tokens.variants import openings, system_variant, variants_of
 
 log = logging.getLogger(__name__)
 
@@ -356,15 +356,14 @@ class Tokenizer:
 
         A body with the same beginning as an earlier one costs no request: the tokens of the last few are remembered.
         """
-        messages = body.get("messages")
-        variants = variants_of(body) if isinstance(messages, list) else []
-        if not variants or not (len(variants[0]["messages"]) > 1 or body.get("tools")):
+        variant = system_variant(body)
+        if variant is None or not (len(variant["messages"]) > 1 or body.get("tools")):
             return 0
         shown = {name: body[name] for name in _SHOWN if name in body}
-        key = _key([prompt.whose, variants[0]["messages"][:-1], shown])
+        key = _key([prompt.whose, variant["messages"][:-1], shown])
         systems = self._model.systems
         if (tokens := systems.find(key)) is None:
-            tokens = head(prompt.tokens, await self._shared(variants[0], prompt))
+            tokens = head(prompt.tokens, await self._shared(variant, prompt))
             systems.keep(key, tokens)
         return common(tokens, prompt.tokens)
 

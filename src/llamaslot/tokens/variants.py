@@ -6,6 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def system_variant(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The first of ``variants_of``; None if there are none."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return None
+    n_system = _n_system(messages)
+    question = {"role": "user", "content": _other(messages[n_system:])}
+    return _with(body, [*messages[:n_system], question])
+
+
 def variants_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Bodies whose prompts share a part with the body's prompt: the system part; everything up to the answer, with
     the answer as a past turn; the same, with the answer being written (the last two only with a user message).
@@ -13,36 +23,42 @@ def variants_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     As a past turn the answer has no reasoning, as most templates render it; the next turn will have it so. An answer
     being written may begin with <think>, or be refused ("prefill is incompatible with enable_thinking").
     """
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+    if (first := system_variant(body)) is None:
         return []
-    roles = [m.get("role") for m in messages]
-    n_system = next((i for i, role in enumerate(roles) if role not in ("system", "developer")), len(roles))
-    question = {"role": "user", "content": _other(messages[n_system:])}
-    variants = [[*messages[:n_system], question]]
+    messages, variants = body["messages"], [first]
+    roles = [message.get("role") for message in messages]
     if "user" in roles:
         n_user = len(roles) - roles[::-1].index("user")
         answered = [*messages[:n_user], {"role": "assistant", "content": _other(messages[n_user:])}]
-        variants += [[*answered, {"role": "user", "content": "x"}], answered]
-    # The option to continue the last message cannot stay: the last message is another one now.
-    fields = {name: value for name, value in body.items() if name != "continue_final_message"}
-    return [{**fields, "messages": variant} for variant in variants]
+        later = [*answered, {"role": "user", "content": "x"}]
+        variants += [_with(body, later), _with(body, answered)]
+    return variants
 
 
 def openings(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Two different conversations with the system part and tools of ``body``."""
     messages = body["messages"]
-    roles = [message.get("role") for message in messages]
-    n_system = next((i for i, role in enumerate(roles) if role not in ("system", "developer")), len(roles))
+    n_system = _n_system(messages)
     if n_system or body.get("tools"):
         messages, role = messages[:n_system], "user"
     else:
-        role = "assistant" if roles[-1] == "user" else "user"
+        role = "assistant" if messages[-1].get("role") == "user" else "user"
     more = [] if role == "user" else [{"role": "user", "content": "x"}]
+    return [_with(body, [*messages, {"role": role, "content": text}, *more]) for text in ("x", "y")]
+
+
+def _n_system(messages: list[Any]) -> int:
+    """The number of messages before the first that is not the system's."""
+    n = 0
+    while n < len(messages) and messages[n].get("role") in ("system", "developer"):
+        n += 1
+    return n
+
+
+def _with(body: Mapping[str, Any], messages: list[Any]) -> dict[str, Any]:
+    """``body`` with other messages. The option to continue the last message cannot stay: it is another one now."""
     fields = {name: value for name, value in body.items() if name != "continue_final_message"}
-    return [
-        {**fields, "messages": [*messages, {"role": role, "content": text}, *more]} for text in ("x", "y")
-    ]
+    return {**fields, "messages": messages}
 
 
 def _other(messages: list[Any]) -> str:
