@@ -28,9 +28,10 @@ serve: $(VENV)/.embedded $(MODEL)
 test: lint
 	@$(MAKE) --no-print-directory --jobs 2 types pytest
 
-# Two at a time; what measures time comes last, and nothing runs beside it (tests/conftest.py).
+# Three at a time for two cores: many wait for servers. What measures time comes last, and nothing runs beside it
+# (tests/conftest.py).
 pytest: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -51,11 +51,11 @@ async def test_a_follow_up_stays_where_its_answer_is(tmp_path: Path, figure: Fig
     """After a restart of both. On disk is an older conversation with the same question, whose answer begins as the new
     one does: it has more of the follow-up than is known of the slot, and less than the slot has."""
     rng = random.Random(1)
-    question, rest, more = words(rng, 2000), words(rng, 400), words(rng, 30)
+    question, rest, more = words(rng, 2000), words(rng, 200), words(rng, 30)
     settings = {"store": {"idle_save_s": 0.1}}
 
     async def ask(client: Client, prompt: str) -> Reply:
-        body = {"prompt": prompt, "max_tokens": 1200, "temperature": 0, "stream": True}
+        body = {"prompt": prompt, "max_tokens": 500, "temperature": 0, "stream": True}
         reply = await client.ask("/v1/completions", body)
         assert not reply.error, reply.error
         return reply
@@ -63,7 +63,7 @@ async def test_a_follow_up_stays_where_its_answer_is(tmp_path: Path, figure: Fig
     model = model_of("dense", "2x128", tmp_path)
     async with Stack(model, tmp_path, slots=2, context=6144, settings=settings) as stack:
         async with clients(stack) as (front, _):
-            older = question + (await ask(front, question)).text[:900] + rest
+            older = question + (await ask(front, question)).text[:350] + rest
             await ask(front, older)
             await until_saved(stack, len(older))
         await stack.llamaslot.stop()

@@ -183,10 +183,10 @@ class Timing:
             asked.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await asked
-        for _ in range(8):
+        for _ in range(5):
             await asyncio.sleep(0.3)
             assert (await http_slots(server))[1]["is_processing"]
-        await asyncio.sleep(1.8)
+        await asyncio.sleep(1.6)
         slot = (await http_slots(server))[1]
         assert not slot["is_processing"]
         assert 0 < slot["n_prompt_tokens"] < 14_000

@@ -18,10 +18,10 @@ pytestmark = pytest.mark.real
 async def test_a_new_conversation_reuses_a_system_prompt_that_another_one_computed(
     tmp_path: Path, figure: Figure, kind: str
 ) -> None:
-    """Right away, when that one has gone ten turns further, and when it lives on disk only."""
+    """Right away, when that one has gone further, and when it lives on disk only."""
     model = {"recurrent": models.recurrent, "swa": models.swa}.get(kind, models.dense)(tmp_path)
     async with Stack(model, tmp_path) as stack:
-        openings = await share_a_system_prompt(stack, n_system=3000)
+        openings = await share_a_system_prompt(stack, n_system=3000, n_turns=4)
     for opening in openings:
         figure(opening)
     assert min(opening.share for opening in openings) >= 0.98

@@ -90,9 +90,12 @@ SCENES = [alone, behind_another, beside_a_stream, beside_short_ones, makes_a_tru
 SCENES += [waits_for_a_trunk, is_misplaced, makes_room]
 
 
-@pytest.mark.parametrize("is_late", [False, True], ids=["while it waits", "as it is woken"])
-@pytest.mark.parametrize("memory", list(CacheKind))
-@pytest.mark.parametrize("scene", SCENES)
+#: Each scene on each kind of model, and on one of them also as it is woken.
+CASES = [(scene, memory, False) for scene in SCENES for memory in CacheKind]
+CASES += [(scene, memory, True) for scene, memory in zip(SCENES, itertools.cycle(CacheKind), strict=False)]
+
+
+@pytest.mark.parametrize(("scene", "memory", "is_late"), CASES)
 def test_cancelled_at_every_await_nothing_leaks(
     scene: Callable[[Paced], Asks], memory: CacheKind, is_late: bool
 ) -> None:

@@ -144,14 +144,14 @@ def test_a_limit_visits_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -
     assert first == index.match(query)[:10]
 
 
-def test_a_path_of_thousands_of_forks_is_no_recursion() -> None:
+def test_a_path_of_many_forks_is_no_recursion() -> None:
     """Depth is bounded by memory, not by Python's stack."""
-    ids = list(range(1, 3001))
+    ids = list(range(1, 1501))
     index: PrefixIndex[int] = PrefixIndex()
     for n in ids:
         index.insert(n, pack(ids[:n]))
     index.check()
-    assert [hit.n_shared for hit in index.match(pack(ids), 3)] == [3000, 2999, 2998]
+    assert [hit.n_shared for hit in index.match(pack(ids), 3)] == [1500, 1499, 1498]
     for n in ids:
         index.drop(n)
     index.check()
@@ -215,7 +215,7 @@ class AgainstOneByOne(RuleBasedStateMachine):
 
 
 TestAgainstOneByOne = AgainstOneByOne.TestCase
-TestAgainstOneByOne.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestAgainstOneByOne.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 
 
 @given(st.lists(IDS, min_size=1, max_size=40), st.randoms())
