@@ -43,13 +43,13 @@ class Status:
                 own = ", ".join(path for path in PATHS if path.startswith("/llamaslot/"))
                 raise NotFound(f"there is no {request.path}; there are {own}")
 
-    def health(self) -> web.Response:
-        """200 while any backend serves, else 503."""
+    def health(self) -> tuple[int, dict[str, str]]:
+        """Status and content of ``/health``: 200 while any backend serves, else 503."""
         states = {backend.health for backend in self._registry.backends}
         if Health.UP in states:
-            return web.json_response({"status": "ok"})
+            return 200, {"status": "ok"}
         health = Health.CONNECTING if Health.CONNECTING in states else Health.DOWN
-        return web.json_response({"status": health.value}, status=503)
+        return 503, {"status": health.value}
 
     def status(self) -> dict[str, Any]:
         """Backends, snapshots and the queue at present. Token contents are never shown."""

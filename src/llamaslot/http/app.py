@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import logging
 import re
 import signal
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -30,6 +32,7 @@ from llamaslot.http.completion import Completions
 from llamaslot.http.connections import ClientTimeouts, Connection, Connections, raise_file_limit
 from llamaslot.http.cors import Cors
 from llamaslot.http.deadlines import Timeouts
+from llamaslot.http.new_connection import HealthAnswer
 from llamaslot.http.passthrough import Passthrough
 from llamaslot.http.request_body import Uploads, close_behind, hold_back, speaks_http
 from llamaslot.http.rewriting import SystemPrompts, tell_rewrote
@@ -83,6 +86,12 @@ class App:
         app.on_response_prepare.append(close_behind)
         return app
 
+    def health(self) -> HealthAnswer:
+        """The answer to ``GET /health``, counted."""
+        status, told = self._status.health()
+        self._metrics.requests.labels("own", str(status)).inc()
+        return HealthAnswer(status, HTTPStatus(status).phrase, json.dumps(told).encode())
+
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Handle and count a request; all requests come through here. Raises CancelledError only."""
         connection = request.protocol
@@ -135,7 +144,8 @@ class App:
             )
         match route.kind:
             case "own":
-                return self._status.health()
+                status, told = self._status.health()
+                return web.json_response(told, status=status)
             case "forbidden" | "gated":
                 raise Forbidden(route.refusal)
             case "completion":
@@ -188,28 +198,33 @@ async def serve(config: Config) -> None:
 @contextlib.asynccontextmanager
 async def listening(config: Config, registry: Registry) -> AsyncIterator[asyncio.Server]:
     """Listen for clients. At the end running answers get ``shutdown.drain_s`` seconds. Raises OSError for the port."""
+    app = App(config, registry)
     runner = web.AppRunner(
-        App(config, registry).application(),
+        app.application(),
         handler_cancellation=True,  # detect that a client leaves while nothing is being written to it
         shutdown_timeout=config.shutdown.drain_s,
     )
     logging.getLogger("aiohttp.server").addFilter(_in_one_line)
     try:
         await runner.setup()
-        listener = await _listen(config, runner)
+        assert runner.server is not None, "set up"
+        timeouts, n_max = ClientTimeouts(config.listen.read_timeout_s), config.listen.max_connections
+        # Pages of other origins get more headers with the answer.
+        health = app.health if not config.listen.cors else None
+        connections = Connections(runner.server, timeouts, n_max, health)
+        listener = await _listen(config, connections)
         try:
             yield listener
         finally:
             listener.close()
+            connections.close_new()
     finally:
         await runner.cleanup()
 
 
-async def _listen(config: Config, runner: web.AppRunner) -> asyncio.Server:
+async def _listen(config: Config, connections: Connections) -> asyncio.Server:
     """As aiohttp's ``TCPSite``, with llamaslot's own connection class. Raises OSError for the port."""
-    assert runner.server is not None, "set up"
     listen = config.listen
-    connections = Connections(runner.server, ClientTimeouts(listen.read_timeout_s), listen.max_connections)
     context = Certificate(listen.tls).context if listen.tls is not None else None
     return await asyncio.get_running_loop().create_server(
         connections, listen.host, listen.port, backlog=_BACKLOG, ssl=context

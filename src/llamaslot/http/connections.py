@@ -29,6 +29,7 @@ from aiohttp.http_exceptions import (
 
 from llamaslot.errors import BadRequest, LlamaslotError, QueueFull, TooSlow
 from llamaslot.http.client_stream import MISTAKE, NAME, Writer, error_response
+from llamaslot.http.new_connection import HealthAnswer, NewConnection
 
 log = logging.getLogger(__name__)
 
@@ -63,17 +64,35 @@ class TooManyConnections(QueueFull):
 class Connections:
     """Makes a connection for each client; at most ``n_max``, or as many as this process may have files for."""
 
-    def __init__(self, server: web.Server, patience: ClientTimeouts, n_max: int | None) -> None:
-        self._server, self._patience = server, patience
+    def __init__(
+        self,
+        server: web.Server,
+        patience: ClientTimeouts,
+        n_max: int | None,
+        health: Callable[[], HealthAnswer] | None = None,
+    ) -> None:
+        """``health`` answers health checks before aiohttp has a connection; None: aiohttp has all of them."""
+        self._server, self._patience, self._health = server, patience, health
         server.request_factory = partial(_with_own_version, server.request_factory)
         self._n_max = n_max if n_max is not None else _n_for_clients()
-        self._open: set[Connection] = set()
+        self._open: set[asyncio.Protocol] = set()
         self._is_full = False
 
-    def __call__(self) -> Connection:
+    def __call__(self) -> asyncio.Protocol:
+        if self._health is None:
+            return self.handler()
+        return NewConnection(self, self._health, NAME["Server"])
+
+    def handler(self) -> Connection:
         return Connection(self, self._server, self._patience)
 
-    def enter(self, connection: Connection) -> bool:
+    def close_new(self) -> None:
+        """Close the connections that aiohttp does not have yet."""
+        for connection in list(self._open):
+            if isinstance(connection, NewConnection):
+                connection.close()
+
+    def enter(self, connection: asyncio.Protocol) -> bool:
         if len(self._open) >= self._n_max:
             if not self._is_full:
                 log.warning(
@@ -84,7 +103,7 @@ class Connections:
         self._open.add(connection)
         return True
 
-    def leave(self, connection: Connection) -> None:
+    def leave(self, connection: asyncio.Protocol) -> None:
         self._open.discard(connection)
         self._is_full = self._is_full and len(self._open) > 0.9 * self._n_max
 

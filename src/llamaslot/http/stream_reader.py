@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from llamaslot.formats.base import Format
+from llamaslot.formats.base import LAST_EVENTS, Format
 from llamaslot.formats.corrections import Corrections, index_of
 from llamaslot.formats.error_events import ErrorEvents, is_error
 from llamaslot.formats.stream_to_json import Assembly
@@ -25,6 +25,8 @@ from llamaslot.llama.sse import (
 _NOTED = (b'"timings"', b'"error"', b'"prompt_progress"', b'"usage"')
 _CREATED, _IN_PROGRESS = b"event: response.created", b"event: response.in_progress"
 _BEFORE_TOKENS = (_CREATED, _IN_PROGRESS)
+#: Events without these, and without those of their format, are neither noted nor changed: each search takes 0.1 us.
+_MARKS = (b'"timings"', b'"usage"', b"error", b"prompt_progress", b"\n:")
 
 #: Sends whole events to the client at once; False if it cannot.
 Put = Callable[[bytes], bool]
@@ -68,7 +70,12 @@ class Reading:
         self._n_left, self._start = n_answers, start
         self._created, self._is_in_progress = b"", False
         self._splitter = EventSplitter()
-        self._marks = (*_NOTED, *format_.last_events, *_BEFORE_TOKENS, b"\n:")
+        own = (
+            format_.last_events
+            if format_.last_events == LAST_EVENTS
+            else (*format_.last_events, *_BEFORE_TOKENS)
+        )
+        self._marks = (*_MARKS, *(mark for mark in own if b"error" not in mark))
         self._put: Put | None = None
         self._events = b""  # whole ones, to be looked at
 
