@@ -32,7 +32,9 @@ class Row:
     def added(self) -> Row:
         """What each target adds to the direct way, round by round."""
         pairs = {
-            target: [value - direct for value, direct in zip(values, self.values["direct"], strict=False)]
+            target: [
+                value - direct for value, direct in zip(values, self.values.get("direct", ()), strict=False)
+            ]
             for target, values in self.values.items()
             if target != "direct"
         }

@@ -279,8 +279,10 @@ class Load:
 
     def close(self) -> None:
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait(10.0)
+        self._process.stdout.close()
 
 
 @contextlib.contextmanager

@@ -14,9 +14,9 @@ from unittest import mock
 import pytest
 
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.store import Snapshot, header, manifest, sidecar
+from llamaslot.store import Snapshot, header, manifest, scan, sidecar, upkeep
 from tests.support.opens import OPENS
-from tests.support.snapshots import Shelter, opened, slot_file, some_tokens
+from tests.support.snapshots import Killed, Shelter, opened, slot_file, some_tokens
 
 N = 10  # snapshots
 
@@ -234,7 +234,7 @@ async def test_every_flipped_byte_is_noticed(shelter: Shelter, caplog: pytest.Lo
         (b"", "it is damaged, or of another version"),
         (b"somebody's\nfile", "it is damaged, or of another version"),
         (b'{"snapshots": 7}', "not of this format: TypeError"),
-        (b'{"fingerprints": [], "snapshots": [[{}, [], []]]}', "not of this format: KeyError"),
+        (b'{"fingerprints": [], "snapshots": [[]]}', "not of this format: IndexError"),
         (b"[]", "not of this format: TypeError"),
         (b"{", "not of this format: JSONDecodeError"),
     ],
@@ -247,7 +247,10 @@ async def test_a_register_that_cannot_be_used_is_done_without(
     shelter.register.unlink()
     if content is not None:
         if content[:1] in (b"{", b"["):
-            content = f"llamaslot sidecars 1 {manifest.xxh3_128_hexdigest(content)}\n".encode() + content
+            content = (
+                f"llamaslot sidecars {manifest.VERSION} {manifest.xxh3_128_hexdigest(content)}\n".encode()
+                + content
+            )
         shelter.register.write_bytes(content)
     with caplog.at_level(logging.INFO, "llamaslot.store"):
         found, seen = await reopened(shelter)
@@ -288,3 +291,51 @@ async def test_a_snapshot_exchanged_after_the_start_is_not_restored(shelter: She
     with pytest.raises(header.SnapshotInvalid, match="other tokens"):
         await shelter.catalog.verify(id_)
     assert id_ not in shelter.catalog.snapshots
+
+
+async def test_a_first_start_that_is_killed_goes_on_where_it_was(
+    shelter: Shelter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has read is in the register."""
+    before = dict(shelter.catalog.snapshots)
+    monkeypatch.setattr(scan, "_AT_ONCE", 2)
+    monkeypatch.setattr(scan, "_SOME", 2)
+    n_read = 0
+
+    def read(directory: Path, ids: list[str]) -> dict[str, scan.Loaded | header.SnapshotInvalid]:
+        nonlocal n_read
+        if n_read == 6:
+            raise Killed
+        n_read += len(ids)
+        return load_some(directory, ids)
+
+    load_some = scan._load_some
+    with monkeypatch.context() as patch:
+        patch.setattr(scan, "_load_some", read)
+        with pytest.raises(Killed):
+            await reopened(shelter)
+    found, seen = await reopened(shelter)
+    assert found == before
+    assert len(seen) == 2 * (N - 6)
+
+
+async def test_the_register_follows_what_changes(shelter: Shelter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill few files are read, however long llamaslot has run."""
+    await shelter.catalog.write_register()
+    monkeypatch.setattr(upkeep, "_CHANGES_MAX", 3)
+    for n in range(20, 25):
+        await shelter.save(some_tokens(40, n))
+        await shelter.catalog.settle()
+    before = dict(shelter.catalog.snapshots)
+    found, seen = await reopened(shelter)
+    assert found == before
+    assert len(seen) == 2 * 1
+
+
+async def test_what_a_first_start_has_read_is_in_the_register(
+    shelter: Shelter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "_CHANGES_MAX", 3)
+    assert len((await reopened(shelter))[1]) == 2 * N
+    await shelter.catalog.settle()
+    assert (await reopened(shelter))[1] == []

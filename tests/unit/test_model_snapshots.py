@@ -12,7 +12,6 @@ import pytest
 
 from llamaslot.cache import layered_index as due
 from llamaslot.cache.ids import pack
-from llamaslot.errors import SnapshotInvalid
 from llamaslot.llama.identity import Identity
 from llamaslot.store import Catalog, WithTokens
 from llamaslot.store.model_snapshots import Libraries
@@ -37,7 +36,9 @@ class World:
         """What llamaslot has after a start."""
         catalog = cast(
             Catalog,
-            SimpleNamespace(snapshots=self.snapshots, verify=self.verify, write_register=self.register),
+            SimpleNamespace(
+                snapshots=self.snapshots, verify_some=self.verify_some, write_register=self.register
+            ),
         )
         self.libraries = Libraries(catalog, self.directory / "gpu0.index", self.tasks)
         return self.libraries
@@ -45,6 +46,7 @@ class World:
     async def meet(self, identity: Identity = MODEL) -> set[str]:
         """What is offered to the model."""
         library = await self.libraries.of(identity, lambda found: found.fingerprint == "model")
+        await self.libraries.complete()
         library.check()
         assert library is self.libraries.current
         return set(library.snapshots)
@@ -53,12 +55,11 @@ class World:
         """Called after each generation."""
         self.n_registered += 1
 
-    async def verify(self, id_: str) -> WithTokens:
-        """As the catalog does: the header is read."""
-        self.n_read += 1
-        if (found := self.snapshots.get(id_)) is None:
-            raise SnapshotInvalid("gone")
-        await asyncio.sleep(0)  # it may go while it is read
+    async def verify_some(self, ids: list[str]) -> list[WithTokens]:
+        """As the catalog does: the headers are read."""
+        self.n_read += len(ids)
+        found = [self.snapshots[id_] for id_ in ids if id_ in self.snapshots]
+        await asyncio.sleep(0)  # one may go while it is read
         return found
 
     def drop(self, id_: str) -> None:
@@ -176,3 +177,19 @@ async def test_a_meeting_that_is_cancelled_anywhere_is_made_good_by_the_next(wor
         meeting.cancel()
         await asyncio.wait([meeting])
         assert await world.meet() == world.snapshots.keys()
+
+
+async def test_many_that_no_generation_has_are_read_afterwards(world: World) -> None:
+    """The model is there before; what goes and comes meanwhile is right, and one generation is made of all."""
+    library = await world.libraries.of(MODEL, lambda found: True)
+    assert library.n_unread == 200
+    world.drop("ls-150")
+    late = world.snapshots["ls-late"] = snapshot("ls-late", 999)
+    library.add(late)
+    assert len(world.tasks) == 1
+    await world.libraries.complete()
+    library.check()
+    assert library.n_unread == 0
+    assert library.snapshots.keys() == world.snapshots.keys()
+    await world.made()
+    assert world.n_registered == 1

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llamaslot.scheduling.priority_heap import Ranking
 
 OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(["put", "drop", "set", "ask"]), st.integers(0, 9), st.integers(0, 99))
+    st.tuples(st.sampled_from(["put", "add", "rank", "drop", "set", "ask"]), st.integers(0, 9), st.integers(0, 99))
 )
 
 
@@ -24,6 +24,11 @@ def test_few_are_sorted_as_of_now(operations: list[tuple[str, int, int]]) -> Non
         if what == "put":
             values[holder] = value
             ranking.put(holder)
+        elif what == "add":
+            values[holder] = value
+            ranking.add(holder)
+        elif what == "rank":
+            ranking.rank_some(1)
         elif what == "drop":
             ranking.drop(holder)
             values.pop(holder, None)

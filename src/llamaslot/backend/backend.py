@@ -292,10 +292,11 @@ class Backend:
         if session.aside is not None:
             log.warning("%s: %s", self.name, session.aside)
             return
+        library = session.table.model_snapshots
         log.info(
             "%s: connected to llama-server: %s with %d slots of %d tokens, %s; %d snapshots can be used",
             self.name, session.model_name, len(session.table.slots), session.table.n_ctx, session.table.memory.value,
-            len(session.table.model_snapshots.snapshots),
+            library.n_unread + len(library.snapshots),
         )  # fmt: skip
 
     async def _until_gone(self, session: ServerSession) -> None:

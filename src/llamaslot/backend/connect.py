@@ -259,6 +259,8 @@ class Handshake:
         draft, saved = written
         try:
             file = await read_slot_file(self.catalog.directory / draft.part_name)
+            if self.libraries is not None:
+                await self.libraries.complete()
             if (same := table.model_snapshots.snapshot_of(file.tokens)) is not None:
                 await self.catalog.abandon(draft)
                 return same

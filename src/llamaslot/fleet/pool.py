@@ -115,18 +115,24 @@ class Pool:
 
     async def ready(self) -> ModelContext | None:
         """The model as it is served now, by processes that were checked to be alive; None if llama-server chooses
-        slots. Raises BackendDown immediately if every backend is down. Canceling is safe.
+        slots. Raises BackendDown immediately if every backend is down. Waits until every snapshot on disk can be found.
+        Canceling is safe.
         """
+        await self._any_ready()
+        if self.libraries is not None:
+            await self.libraries.complete()
+        return self.context
+
+    async def _any_ready(self) -> None:
         backends = list(self.backends.values())
         if len(backends) == 1:
             await backends[0].ready()
-            return self.context
+            return
         found = await asyncio.gather(*(its.ready() for its in backends), return_exceptions=True)
         errors = [error for error in found if isinstance(error, BaseException)]
         others = [error for error in errors if not isinstance(error, BackendDown)]
         if others or len(errors) == len(found):
             raise (others or errors)[0]
-        return self.context
 
     async def lease(
         self, request: Request, *, is_back: bool = False, preempted: Preempted | None = None

@@ -87,7 +87,7 @@ class Prewarm:
     async def look(self) -> None:
         """Do one of the remaining tasks, if there is any. Canceling is safe."""
         table = self._table
-        if table is None or not table.can_save:
+        if table is None or not table.can_save or table.model_snapshots.n_unread:
             return
         try:
             if table is not self._left_of:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Generator, Iterator
+from itertools import islice
 from typing import Any
 
 Rank = tuple[Any, ...]
@@ -20,15 +21,28 @@ class Ranking:
 
     def __init__(self, rank: Callable[[str], Rank]) -> None:
         self._rank = rank
-        self._ranks: dict[str, Rank] = {}
+        self._ranks: dict[str, Rank] = {}  # () until computed
+        self._unranked: dict[str, None] = {}
         self._heap: list[tuple[Rank, str]] = []  # contains outdated ranks too
         self._turn: Iterator[str] = iter(())
 
     def __len__(self) -> int:
         return len(self._ranks)
 
+    def add(self, holder: str) -> None:
+        """Add ``holder``, one of many: its rank is computed by ``rank_some``, or before the next choice."""
+        self._ranks[holder] = ()
+        self._unranked[holder] = None
+
+    def rank_some(self, n: int) -> bool:
+        """Compute ``n`` ranks that were put off. Returns whether there are more."""
+        for holder in list(islice(self._unranked, n)):
+            self.put(holder)
+        return bool(self._unranked)
+
     def put(self, holder: str) -> None:
         """Add ``holder``, or recompute its rank now."""
+        self._unranked.pop(holder, None)
         rank = self._rank(holder)
         if self._ranks.get(holder) != rank:
             self._ranks[holder] = rank
@@ -39,9 +53,11 @@ class Ranking:
     def drop(self, holder: str) -> None:
         """Remove ``holder``. Idempotent."""
         self._ranks.pop(holder, None)
+        self._unranked.pop(holder, None)
 
     def turn(self, n: int = AT_ONCE) -> list[str]:
         """The next ``n`` holders whose ranks are due; ``put`` recomputes each."""
+        self.rank_some(len(self._unranked))
         found: list[str] = []
         n = min(n, len(self._ranks))
         while len(found) < n:
@@ -53,14 +69,16 @@ class Ranking:
         return found
 
     def look_at_all(self) -> None:
-        """Recompute all ranks, which takes time: after a change that affects all of them."""
-        self._ranks = {holder: self._rank(holder) for holder in self._ranks}
-        self._rebuild()
+        """Recompute all ranks, as after ``add``: after a change that affects all of them."""
+        self._heap.clear()
+        for holder in self._ranks:
+            self.add(holder)
 
     def least_first(self) -> Generator[str, None, None]:
         """All holders by rank; each rank is recomputed before its holder is returned. Nothing may change during the
         iteration.
         """
+        self.rank_some(len(self._unranked))
         looked: list[tuple[Rank, str]] = []
         seen: set[str] = set()
         grown: set[str] = set()

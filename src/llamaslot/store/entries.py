@@ -92,15 +92,22 @@ class SnapshotTable:
         last_used: float | None = None,
         n_hits: int = 0,
         is_branched: bool = False,
+        is_one_of_many: bool = False,
     ) -> None:
-        """List it. ``last_used`` defaults to ``now``; nothing is learned from the time before ``now``."""
+        """List it. ``last_used`` defaults to ``now``; nothing is learned from the time before ``now``. If it
+        ``is_one_of_many``, it is ranked by ``rank_some``, or before the next choice: 20 us each.
+        """
         self._now = now
         used = now if last_used is None else last_used
         self.snapshots[snapshot.id] = snapshot
         self.standings[snapshot.id] = SnapshotStats(
             snapshot.id, snapshot.n_tokens, snapshot.size_bytes, snapshot.kind, used, now, n_hits, is_branched
         )
-        self._ranking.put(snapshot.id)
+        (self._ranking.add if is_one_of_many else self._ranking.put)(snapshot.id)
+
+    def rank_some(self, n: int) -> bool:
+        """Rank ``n`` snapshots that were listed with many others. Returns whether there are more."""
+        return self._ranking.rank_some(n)
 
     def hit(self, id_: str, now: float) -> None:
         """Record a hit now. Raises KeyError for an unlisted id."""

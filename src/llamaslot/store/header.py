@@ -54,10 +54,11 @@ async def read_slot_file(path: Path) -> SlotFile:
     """
     # One call of a thread that opens, reads and closes: aiofiles took 1.7 times as long, and a reader cancelled in
     # between left the file open.
-    return await asyncio.to_thread(_read, path)
+    return await asyncio.to_thread(read_slot_file_now, path)
 
 
-def _read(path: Path) -> SlotFile:
+def read_slot_file_now(path: Path) -> SlotFile:
+    """As ``read_slot_file``. Blocking."""
     try:
         with open(path, "rb") as file:
             size_bytes = os.fstat(file.fileno()).st_size

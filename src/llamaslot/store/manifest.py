@@ -18,39 +18,29 @@ import os
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import orjson
 from xxhash import xxh3_128_hexdigest
 
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.file_id import FileId
-from llamaslot.store.sidecar import JSON, KV, Snapshot
+from llamaslot.store.sidecar import JSON, Snapshot
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 _HEAD = "llamaslot sidecars"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A snapshot that is durably on disk, and the identity of its two files at that time."""
 
     snapshot: Snapshot
     kv: FileId
     json: FileId
-
-    def last_used(self, directory: Path) -> float | None:
-        """The time of its last use, in seconds since the epoch; None unless both files are unchanged. Blocking."""
-        try:
-            kv = os.lstat(directory / (self.snapshot.id + KV))
-            json = os.lstat(directory / (self.snapshot.id + JSON))
-        except OSError:
-            return None
-        return json.st_mtime if (FileId.of(kv), FileId.of(json)) == (self.kv, self.json) else None
 
 
 class Manifest:
@@ -130,9 +120,9 @@ def _encode(entries: list[Entry]) -> bytes:
     number = {fingerprint: n for n, fingerprint in enumerate(fingerprints)}
     rows = []
     for entry in entries:
-        fields = {name: getattr(entry.snapshot, name) for name in _FIELDS}
-        fields["fingerprint"] = number[entry.snapshot.fingerprint]
-        rows.append([fields, [*entry.kv], [*entry.json]])
+        fields = list(_values(entry.snapshot))
+        fields[_FINGERPRINT] = number[entry.snapshot.fingerprint]
+        rows.append([*fields, *entry.kv, *entry.json])
     body = orjson.dumps({"fingerprints": fingerprints, "snapshots": rows})
     return f"{_HEAD} {VERSION} {xxh3_128_hexdigest(body)}\n".encode() + body
 
@@ -144,20 +134,20 @@ def _decode(data: bytes) -> dict[str, Entry]:
         raise _Unusable("it is damaged, or of another version")
     try:
         content = orjson.loads(body)
+        fingerprints, rows = content["fingerprints"], content["snapshots"]
         entries = {}
-        for fields, kv, json in content["snapshots"]:
-            entry = Entry(_snapshot(fields, content["fingerprints"]), FileId(*kv), FileId(*json))
-            entries[entry.snapshot.id] = entry
+        for row in rows:  # lists without names: 10,000 are read in half the time of objects
+            row[_FINGERPRINT] = fingerprints[row[_FINGERPRINT]]
+            row[_CHECKPOINTS] = tuple(row[_CHECKPOINTS])
+            row[_KIND] = _KINDS[row[_KIND]]
+            snapshot = Snapshot(*row[:-8])
+            entries[snapshot.id] = Entry(snapshot, FileId(*row[-8:-4]), FileId(*row[-4:]))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _Unusable(f"not of this format: {error!r}") from None
     return entries
 
 
-def _snapshot(fields: dict[str, Any], fingerprints: list[str]) -> Snapshot:
-    fields["fingerprint"] = fingerprints[fields["fingerprint"]]
-    fields["checkpoints"] = tuple(fields["checkpoints"])
-    fields["kind"] = SnapshotKind(fields["kind"])
-    return Snapshot(**fields)
-
-
 _FIELDS = [field.name for field in dataclasses.fields(Snapshot)]
+_FINGERPRINT, _CHECKPOINTS, _KIND = map(_FIELDS.index, ("fingerprint", "checkpoints", "kind"))
+_KINDS = {kind.value: kind for kind in SnapshotKind}
+_values = attrgetter(*_FIELDS)

@@ -6,6 +6,7 @@ passed to each new slot table of the same model, and survives a restart of llama
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,13 +15,14 @@ from llamaslot.cache.content import Content
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, count
 from llamaslot.cache.layered_index import LayeredIndex
 from llamaslot.cache.namespaces import SHARED, InNamespaces, Namespace, mark
-from llamaslot.errors import SnapshotInvalid
 from llamaslot.llama.identity import Identity
 from llamaslot.store import Catalog, Snapshot, WithTokens
 from llamaslot.store.disk_index_rebuild import DiskIndexRebuild
 from llamaslot.store.overlap import PrefixOverlap
 from llamaslot.tasks import TaskOwner
 
+_FEW = 64  # unread snapshots for which a connection waits: 20 ms
+_READ_AT_ONCE = 32
 _AT_ONCE = 4  # snapshots of a whole directory that are compared with others, per change
 
 
@@ -40,8 +42,9 @@ class ModelSnapshots:
         self.snapshots: dict[str, Snapshot] = {}
         self.in_spaces = InNamespaces(self.index, self.space_of)
         self.overlap = PrefixOverlap(self.in_spaces, self.snapshots)
-        self._on_change = on_change
+        self.on_change = on_change
         self.changes = Changes()  # of the index
+        self.n_unread = 0  # snapshots on disk whose tokens are being read: no request is placed before
 
     def __repr__(self) -> str:
         return f"<ModelSnapshots {len(self.snapshots)} snapshots, {self.index!r}>"
@@ -100,8 +103,8 @@ class ModelSnapshots:
 
     def changed(self) -> None:
         self.overlap.look_at_some(_AT_ONCE)
-        if self._on_change is not None:
-            self._on_change(self.index)
+        if self.on_change is not None:
+            self.on_change(self.index)
 
     def check(self) -> None:
         """Raise AssertionError naming the invariant that does not hold."""
@@ -118,11 +121,16 @@ class Libraries:
         self.current: ModelSnapshots | None = None
         self._identity: Identity | None = None
         self._renewal: DiskIndexRebuild | None = None
+        self._reading: asyncio.Task[None] | None = None
 
     async def of(self, identity: Identity, is_usable: Callable[[Snapshot], bool]) -> ModelSnapshots:
         """The library of this model, with the snapshots of the catalog that ``is_usable`` accepts. If the model is
         the same as before, the library is too. Canceling is safe: the next call goes on where this one ended.
+
+        Many snapshots that are not in the index on disk (after a crash, or without its files) are read afterwards:
+        await ``complete`` before a request is placed.
         """
+        await self._stop_reading()
         if self.current is None or self._identity is None or not identity.is_same(self._identity):
             await self._open(identity)
         assert self.current is not None
@@ -133,15 +141,37 @@ class Libraries:
             library.remove(id_)
         for id_ in library.index.holders() & found.keys():
             library.put(found.pop(id_))
-        for id_ in found:
-            try:
-                read = await self._catalog.verify(id_)
-            except SnapshotInvalid:  # broken and dropped, or we lacked open files: not offered then
-                continue
-            if id_ in self._catalog.snapshots:  # not yet gone
-                library.put(read.listed, read.tokens)
-        library.changed()
+        if not found:
+            library.changed()
+            return library
+        library.n_unread = len(found)
+        self._reading = self._tasks.spawn(self._read(library, list(found)), "read snapshots")
+        if len(found) <= _FEW:
+            await self.complete()
         return library
+
+    async def _read(self, library: ModelSnapshots, ids: list[str]) -> None:
+        """Add snapshots with the tokens of their files. Canceling is safe."""
+        try:
+            for at in range(0, len(ids), _READ_AT_ONCE):
+                # Broken ones are dropped, or we lacked open files: not offered then.
+                for read in await self._catalog.verify_some(ids[at : at + _READ_AT_ONCE]):
+                    if read.id in self._catalog.snapshots:  # not yet gone
+                        library.put(read.listed, read.tokens)
+                library.n_unread = max(len(ids) - at - _READ_AT_ONCE, 0)
+        finally:
+            library.n_unread = 0
+        library.changed()
+
+    async def complete(self) -> None:
+        """Wait until every usable snapshot can be found. Canceling is safe."""
+        while (reading := self._reading) is not None and not reading.done():
+            await asyncio.wait([reading])
+
+    async def _stop_reading(self) -> None:
+        while (reading := self._reading) is not None and not reading.done():
+            reading.cancel()
+            await asyncio.wait([reading])
 
     async def _open(self, identity: Identity) -> None:
         """The first model, or another one than before: start with the generation on disk, if it is of this model."""
@@ -156,12 +186,14 @@ class Libraries:
         renewal = DiskIndexRebuild(
             self._directory, identity.to_text(), self._tasks, is_same, self._catalog.write_register
         )
-        index = LayeredIndex(await renewal.open())
-        self.current, self._identity, self._renewal = (
-            ModelSnapshots(index, renewal.consider),
-            identity,
-            renewal,
-        )
+        library = ModelSnapshots(LayeredIndex(await renewal.open()))
+
+        def consider(index: LayeredIndex) -> None:
+            if not library.n_unread:  # else a generation would be made of the first few only
+                renewal.consider(index)
+
+        library.on_change = consider
+        self.current, self._identity, self._renewal = library, identity, renewal
 
     def drop(self, snapshot_id: str) -> None:
         """Remove the dropped snapshot. Idempotent."""

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.file_id import FileId
 from llamaslot.store import sidecar
 from llamaslot.store.directory import HITS_NAME, LOCK_NAME
-from llamaslot.store.header import SlotFile, read_slot_file
+from llamaslot.store.header import SlotFile, read_slot_file_now
 from llamaslot.store.manifest import Entry
 from llamaslot.store.sidecar import JSON, KV, NEW, PART, PROBE, Noted, Snapshot, WithTokens
+
+_AT_ONCE = 64  # snapshots read by one call of a thread, which costs as much as reading one of them
+_SOME = 32 * _AT_ONCE
 
 SUFFIXES = (PART, KV, PROBE, NEW, JSON)  # the order of removal: the largest first, the sidecar last
 
@@ -57,12 +61,15 @@ class Found:
     faults: list[str] = field(default_factory=list)
     marks: dict[str, FileId] = field(default_factory=dict)
     durable: set[str] = field(default_factory=set)
+    n_read: int = 0  # those of which nothing was known
     n_unfinished: int = 0
     n_foreign: int = 0
 
 
-def list_own(directory: Path) -> Listing:
-    """Our files by name and type, without a stat of each. Blocking; raises OSError for an unreadable directory."""
+def list_own(directory: Path, look: Callable[[str, str, os.DirEntry[str]], None] | None = None) -> Listing:
+    """Our files by name and type, without a stat of each; ``look`` is called with id, suffix and entry of each.
+    Blocking; raises OSError for an unreadable directory.
+    """
     suffixes: dict[str, set[str]] = {}
     n_foreign, has_lock = 0, False
     with os.scandir(directory) as entries:
@@ -73,6 +80,8 @@ def list_own(directory: Path) -> Listing:
                 continue
             elif (own := sidecar.own_name(entry.name)) is not None and entry.is_file(follow_symlinks=False):
                 suffixes.setdefault(own[0], set()).add(own[1])
+                if look is not None:
+                    look(*own, entry)
             else:
                 # A directory or symbolic link with such a name is not ours.
                 n_foreign += 1
@@ -127,9 +136,20 @@ def agree(noted: Noted, file: SlotFile) -> None:
         raise SnapshotInvalid(f"{name}: holds {file.n_tokens} tokens, {noted.n_tokens} were saved")
 
 
-async def agree_still(directory: Path, snapshot: Snapshot) -> WithTokens:
-    """The tokens from its header. Raises SnapshotInvalid unless the file is still the one that was listed."""
-    file = await read_slot_file(directory / snapshot.file_name)
+def agree_each(directory: Path, snapshots: Iterable[Snapshot]) -> list[WithTokens | SnapshotInvalid]:
+    """``agree_still`` of each, or its error. Blocking."""
+    results = list[WithTokens | SnapshotInvalid]()
+    for snapshot in snapshots:
+        try:
+            results.append(agree_still(directory, snapshot))
+        except SnapshotInvalid as error:
+            results.append(error)
+    return results
+
+
+def agree_still(directory: Path, snapshot: Snapshot) -> WithTokens:
+    """The tokens from its header. Blocking; raises SnapshotInvalid unless the file is still the one that was listed."""
+    file = read_slot_file_now(directory / snapshot.file_name)
     if file.size_bytes != snapshot.size_bytes:
         raise SnapshotInvalid(
             f"{snapshot.id}: has {file.size_bytes} bytes, {snapshot.size_bytes} were written"
@@ -139,14 +159,20 @@ async def agree_still(directory: Path, snapshot: Snapshot) -> WithTokens:
     return snapshot.with_tokens(file.tokens)
 
 
-async def scan(directory: Path, known: Mapping[str, Entry]) -> Found:
+async def scan(
+    directory: Path,
+    known: Mapping[str, Entry],
+    on_some: Callable[[Found], Awaitable[None]] | None = None,
+) -> Found:
     """Read the directory and remove our files that are no snapshot. Raises OSError if the directory cannot be read.
 
-    A snapshot whose files are unchanged since they became ``known`` is not opened. Canceling is safe: the next scan
-    repairs the rest.
+    A snapshot whose files are unchanged since they became ``known`` is not opened. ``on_some`` is awaited with what
+    was found so far each time that many were. Canceling is safe: the next scan repairs the rest.
     """
     listing, unchanged = await asyncio.to_thread(_look, directory, known)
     found = Found(n_foreign=listing.n_foreign)
+    unread = iter(sorted(listing.holders(KV) & listing.holders(JSON) - unchanged.keys()))
+    loaded = dict[str, Loaded | SnapshotInvalid]()
     for id_, suffixes in sorted(listing.suffixes.items()):
         if suffixes != {KV, JSON}:
             found.n_unfinished += 1
@@ -166,7 +192,15 @@ async def scan(directory: Path, known: Mapping[str, Entry]) -> Found:
                     True,
                 )
             else:
-                snapshot, last_used, mark, is_durable = await _load(directory, id_)
+                if id_ not in loaded:
+                    if on_some is not None and found.n_read and found.n_read % _SOME == 0:
+                        await on_some(found)
+                    loaded = await asyncio.to_thread(_load_some, directory, list(islice(unread, _AT_ONCE)))
+                    found.n_read += len(loaded)
+                read = loaded.pop(id_)
+                if isinstance(read, SnapshotInvalid):
+                    raise read
+                snapshot, last_used, mark, is_durable = read
         except SnapshotInvalid as error:
             found.faults.append(str(error))
             if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
@@ -185,25 +219,54 @@ async def scan(directory: Path, known: Mapping[str, Entry]) -> Found:
 
 def _look(directory: Path, known: Mapping[str, Entry]) -> tuple[Listing, dict[str, float]]:
     """The files; and for each unchanged known snapshot the time of its last use. Blocking; raises OSError."""
-    listing = list_own(directory)
-    pairs = (id_ for id_, suffixes in listing.suffixes.items() if id_ in known and suffixes >= {KV, JSON})
-    looked = {id_: known[id_].last_used(directory) for id_ in pairs}
-    return listing, {id_: last_used for id_, last_used in looked.items() if last_used is not None}
+    dated, same = dict[str, float](), set[str]()
+
+    def look(id_: str, suffix: str, entry: os.DirEntry[str]) -> None:
+        """While the directory is read: 20,000 paths need not be put together."""
+        if (noted := known.get(id_)) is None or suffix not in (KV, JSON):
+            return
+        try:
+            found = entry.stat(follow_symlinks=False)
+        except OSError:
+            return
+        mark = found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        if suffix == KV and mark == noted.kv:
+            same.add(id_)
+        elif suffix == JSON and mark == noted.json:
+            dated[id_] = found.st_mtime
+
+    listing = list_own(directory, look)
+    return listing, {id_: last_used for id_, last_used in dated.items() if id_ in same}
 
 
-async def _load(directory: Path, id_: str) -> tuple[Snapshot, float, FileId, bool]:
-    """The snapshot, its last use, the mark of its .kv file, and whether its data is known to be on disk."""
+Loaded = tuple[Snapshot, float, FileId, bool]
+
+
+def _load_some(directory: Path, ids: Iterable[str]) -> dict[str, Loaded | SnapshotInvalid]:
+    """``_load`` of several, or its error. Blocking."""
+    loaded = dict[str, Loaded | SnapshotInvalid]()
+    for id_ in ids:
+        try:
+            loaded[id_] = _load(directory, id_)
+        except SnapshotInvalid as error:
+            loaded[id_] = error
+    return loaded
+
+
+def _load(directory: Path, id_: str) -> Loaded:
+    """The snapshot, its last use, the mark of its .kv file, and whether its data is known to be on disk. Blocking;
+    raises SnapshotInvalid.
+    """
     path = directory / (id_ + JSON)
     try:
-        data, dated, mark = await asyncio.to_thread(
-            lambda: (path.read_bytes(), path.stat().st_mtime, FileId.of(os.lstat(directory / (id_ + KV))))
-        )
+        data, dated = path.read_bytes(), path.stat().st_mtime
+        mark = FileId.of(os.lstat(directory / (id_ + KV)))
     except OSError as error:
         raise SnapshotInvalid(f"{path.name}: cannot be read: {error.strerror or error}") from error
     noted = sidecar.parse(path.name, data)
     if noted.boot not in (None, sidecar.boot_id()):
         raise SnapshotInvalid(f"{id_}{KV}: was not yet on the disk when the machine went down")
-    file = await read_slot_file(directory / (id_ + KV))
+    file = read_slot_file_now(directory / (id_ + KV))
     agree(noted, file)
     return noted.snapshot(sidecar.digest_of(file.tokens)), dated, mark, noted.boot is None
 

@@ -1,4 +1,6 @@
-"""Updates sidecars later: the time of the last use, the number of hits, and that the data is on disk."""
+"""Updates sidecars later: the time of the last use, the number of hits, and that the data is on disk; and now and
+then the manifest of them, so that a start after a crash finds it little out of date.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,8 @@ from llamaslot.store.sidecar import Noted, Snapshot
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
+
+_CHANGES_MAX = 256  # sidecars that are not as in the manifest: reading them takes 0.1 s at the next start
 
 
 class Upkeep:
@@ -39,7 +43,22 @@ class Upkeep:
         self.hits = HitLog(directory)
         self._undated: dict[str, float] = {}  # used, and no thread is writing that yet
         self._is_dating = False
+        self._n_changed = 0
         self._syncing = asyncio.Lock()
+
+    def changed(self, n: int) -> None:
+        """``n`` sidecars are not as in the manifest: write it anew if these are many."""
+        self._n_changed += n
+        if self._n_changed > _CHANGES_MAX:
+            self._n_changed = 0
+            self._tasks.spawn(self.write_register(), "write the manifest")
+
+    async def write_register(self) -> None:
+        """Write the manifest. Canceling is safe: it is written to its end all the same."""
+        standings = self._shelf.standings
+        await self._register.write(
+            self._shelf.snapshots, {id_: its.last_used for id_, its in standings.items()}
+        )
 
     def date(self, id_: str) -> None:
         """Write the time of the last use soon. Several at once are one call of a thread."""
@@ -53,6 +72,7 @@ class Upkeep:
             while self._undated:
                 batch, self._undated = self._undated, {}
                 await asyncio.to_thread(sidecar.date, self._directory, batch)
+                self.changed(len(batch))
                 listed = self._shelf.standings
                 if self.hits.is_long(len(listed)):
                     await asyncio.to_thread(self.hits.rewrite, self._hits(list(listed)))
@@ -92,6 +112,7 @@ class Upkeep:
             try:
                 await asyncio.to_thread(sidecar.make_durable, self._directory, noted, dated)
                 self._register.durable.add(noted.id)
+                self.changed(1)
             except OSError as error:
                 if noted.id in self._shelf.snapshots:
                     log.warning("snapshots: %s cannot be synced: %s", noted.id, error.strerror or error)
