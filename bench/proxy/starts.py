@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.proxy.scenarios import Bench, Measured, Row
-from bench.proxy.targets import Kind, Load, Process, Target, cpu_s, until_healthy
+from bench.proxy.targets import Kind, Load, Process, Target, cpu_s, environment, until_healthy
 from bench.proxy.upstream import N_VOCAB, slot_file
 
 N_SNAPSHOTS = 10_000
@@ -29,7 +29,7 @@ def help_(bench: Bench) -> Measured:
     with tempfile.TemporaryDirectory(prefix="llamaslot-bench-") as tmp:
         for target in _targets(bench, Path(tmp)):
             command = [*target.program(), "--help"]
-            env = {**os.environ, "PYTHONPATH": str(target.source / "src")}
+            env = environment({"PYTHONPATH": str(target.source / "src")})
             for n in range(2 * bench.n_rounds + 1):
                 before, start = os.times(), time.perf_counter()
                 subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,11 @@ http {{
 
 class Missing(Exception):
     """A proxy that is not installed here; the message says how to have it."""
+
+
+def environment(more: Mapping[str, str]) -> dict[str, str]:
+    """For a child. What was compiled is kept, as where users run it: else each start compiles llamaslot anew."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | {**more}
 
 
 def free_port() -> int:
@@ -111,7 +116,7 @@ class Process:
         self.log = log
         with log.open("ab") as file:
             self.popen = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env={**os.environ, **(env or {})},
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment(env or {}),
                 cwd=log.parent,
             )  # fmt: skip
 
@@ -254,7 +259,7 @@ class Load:
     """The process that asks (``bench.proxy.load``)."""
 
     def __init__(self) -> None:
-        env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        env = environment({"PYTHONPATH": str(REPOSITORY)})
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.proxy.load"],
             stdin=subprocess.PIPE,

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from llamaslot.scheduling.priority_heap import Ranking
 
 OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(["put", "add", "rank", "drop", "set", "ask"]), st.integers(0, 9), st.integers(0, 99))
+    st.tuples(
+        st.sampled_from(["put", "add", "rank", "drop", "set", "ask"]), st.integers(0, 9), st.integers(0, 99)
+    )
 )
 
 

@@ -185,8 +185,8 @@ async def serve(config: Config) -> None:
                 tasks.spawn(managed.run(), "managed llama-server")
             registry.start()
             _greet(config, listener)
-            gc.collect()
             gc.freeze()  # a full collection over a large index takes 150 ms; afterwards it has little to visit
+            gc.enable()
             await stop.wait()
             log.info("stopping")
         save_s = config.shutdown.save_s

@@ -10,6 +10,7 @@ import errno
 import functools
 import io
 import socket
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -95,8 +96,10 @@ class LlamaServer:
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
+            # aiohttp's own context has no certificates (quick_import).
+            tls = ssl.create_default_context() if self.url.startswith("https:") else True
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(force_close=True, limit=0, socket_factory=_narrow),
+                connector=aiohttp.TCPConnector(force_close=True, limit=0, socket_factory=_narrow, ssl=tls),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
                 skip_auto_headers=("Accept-Encoding", "User-Agent"),
                 auto_decompress=False,

@@ -116,7 +116,7 @@ class Catalog:
 
     async def _rank(self) -> None:
         """Rank those of a large directory before the first choice needs that: 0.2 s of 10,000."""
-        while self._shelf.rank_some(_RANKED_AT_ONCE):
+        while self._shelf.rank_some(_RANKED_AT_ONCE):  # noqa: ASYNC110  # gives way, waits for nothing
             await asyncio.sleep(0)
 
     @property
