@@ -329,3 +329,15 @@ def test_reprs_are_readouts() -> None:
     assert repr(rates.save) == "<TransferRate 5.0 ms + 1000 MB/s>"
     assert repr(rates.size) == "<SnapshotSize 0.0 KiB + 1 B/tok>"
     assert repr(rates.answer) == "<AnswerLength 300 tok at 30.0 tok/s>"
+
+
+def test_many_files_are_learned_from_as_one_by_one() -> None:
+    """Those that are repeated too: only the last that differ are kept."""
+    rng = random.Random(5)
+    for n in (0, 1, 40, 200):
+        files = [(rng.randrange(1, 60), rng.randrange(1, 5) * 1000) for _ in range(n)]
+        at_once, in_turn = SnapshotSize(), SnapshotSize()
+        at_once.observe_each(files)
+        for file in files:
+            in_turn.observe(*file)
+        assert list(at_once._points) == list(in_turn._points)

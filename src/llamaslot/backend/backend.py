@@ -197,8 +197,8 @@ class Backend:
         if (rates := await self._rates_file.read()) is not None:
             self.rates.take_over(Rates.from_json(rates))
         if self._catalog is not None:
-            for snapshot in self._catalog.snapshots.values():
-                self.rates.size.observe(snapshot.n_tokens, snapshot.size_bytes)
+            listed = self._catalog.snapshots.values()
+            self.rates.size.observe_each([(snapshot.n_tokens, snapshot.size_bytes) for snapshot in listed])
 
     def start(self) -> None:
         self.drainer.on_failure = self.doubt

@@ -320,8 +320,7 @@ class Handshake:
             other = Identity.from_text(text)
             is_same[text] = other is not None and current.is_same(other)
         admitted = [snapshot for snapshot in snapshots if is_same[snapshot.fingerprint]]
-        for snapshot in admitted:
-            self.rates.size.observe(snapshot.n_tokens, snapshot.size_bytes)
+        self.rates.size.observe_each([(snapshot.n_tokens, snapshot.size_bytes) for snapshot in admitted])
         if n_others := len(snapshots) - len(admitted):
             log.warning("%s: %d snapshots belong to another model and are not used", self.name, n_others)
         fingerprint = admitted[-1].fingerprint if admitted else current.to_text()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from statistics import median_low
@@ -232,6 +232,16 @@ class SnapshotSize:
             self._points.remove((n_tokens, size_bytes))
         self._points.append((n_tokens, size_bytes))
         self._line = self._in_whole = None
+
+    def observe_each(self, files: Sequence[tuple[int, int]]) -> None:
+        """As ``observe`` of each (tokens, bytes) in turn. Only those are looked at that are kept: of 10,000 the last."""
+        last = dict[tuple[int, int], None]()
+        for file in reversed(files):
+            if len(last) == self.KEPT:
+                break
+            last[file] = None
+        for n_tokens, size_bytes in reversed(last):
+            self.observe(n_tokens, size_bytes)
 
     def bytes(self, n_tokens: int) -> int | None:
         """The size of a file of ``n_tokens``, as an upper bound; None before the first file is known.

@@ -71,14 +71,10 @@ class ModelSnapshots:
         self.put(snapshot.listed, snapshot.tokens)
         self.changed()
 
-    def put(self, snapshot: Snapshot, tokens: bytes | None = None) -> None:
-        """Add one of many: ``changed`` must follow, so that no generation is made of the first few only.
-
-        ``tokens`` may be left out if the index has the snapshot already.
-        """
+    def put(self, snapshot: Snapshot, tokens: bytes) -> None:
+        """Add one of many: ``changed`` must follow, so that no generation is made of the first few only."""
         self.snapshots[snapshot.id] = snapshot
         if snapshot.id not in self.index:
-            assert tokens is not None, "what is not in the index comes with its tokens"
             marked = mark(self.space_of(snapshot.id)) + tokens
             self.index.insert(snapshot.id, marked)
             self.changes.note(marked)
@@ -140,7 +136,8 @@ class Libraries:
         for id_ in library.index.holders() - found.keys():
             library.remove(id_)
         for id_ in library.index.holders() & found.keys():
-            library.put(found.pop(id_))
+            library.snapshots[id_] = found.pop(id_)
+            library.overlap.put(id_)
         if not found:
             library.changed()
             return library
