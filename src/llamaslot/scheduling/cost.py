@@ -234,7 +234,7 @@ class SnapshotSize:
         self._line = self._in_whole = None
 
     def observe_each(self, files: Sequence[tuple[int, int]]) -> None:
-        """As ``observe`` of each (tokens, bytes) in turn. Only those are looked at that are kept: of 10,000 the last."""
+        """As ``observe`` of each (tokens, bytes) in turn; only those are looked at that are kept."""
         last = dict[tuple[int, int], None]()
         for file in reversed(files):
             if len(last) == self.KEPT:
