@@ -7,7 +7,6 @@ Exceptions of other libraries (aiohttp's client, the operating system's) are tra
 from __future__ import annotations
 
 import enum
-import json
 from typing import Any
 
 
@@ -146,6 +145,8 @@ class UpstreamError(LlamaslotError):
     def inner(self) -> dict[str, Any]:
         """The ``error`` object of llama-server."""
         try:
+            import json  # rarely needed, and a tenth of what --help takes
+
             error = json.loads(self.payload)["error"]
         except (ValueError, KeyError, TypeError):
             return super().inner

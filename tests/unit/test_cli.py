@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 
 import llamaslot
 from llamaslot import cli
+from llamaslot.cli import log_lines
 from llamaslot.config.load import Config
 from llamaslot.errors import LlamaslotError
 from llamaslot.http.app import _greet
@@ -164,7 +165,7 @@ def test_the_log_has_times_on_a_terminal(
 ) -> None:
     """One line per record, on stderr, of the level asked for."""
     monkeypatch.delenv("JOURNAL_STREAM", raising=False)
-    cli.set_up_logging("warning")
+    log_lines.set_up_logging("warning")
     logging.getLogger("llamaslot.store").warning("quota reached")
     logging.getLogger("llamaslot.store").info("not asked for")
     out, err = capfd.readouterr()
@@ -178,7 +179,7 @@ def test_the_journal_gets_levels_and_no_times(
     """systemd's journal has its own clock, and reads the level from the start of a line."""
     stderr = os.fstat(2)
     monkeypatch.setenv("JOURNAL_STREAM", f"{stderr.st_dev}:{stderr.st_ino}")
-    cli.set_up_logging("info")
+    log_lines.set_up_logging("info")
     logging.getLogger("llamaslot").error("first\nsecond")
     assert capfd.readouterr().err == "<3>llamaslot: first\n<3>second\n"
 
@@ -188,7 +189,7 @@ def test_a_terminal_inside_a_service_has_times(
 ) -> None:
     """JOURNAL_STREAM is inherited; what counts is whether stderr is that stream."""
     monkeypatch.setenv("JOURNAL_STREAM", "1:1")
-    cli.set_up_logging("info")
+    log_lines.set_up_logging("info")
     logging.getLogger("llamaslot").info("up")
     assert capfd.readouterr().err.endswith("INFO    llamaslot: up\n")
 

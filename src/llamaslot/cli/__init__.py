@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import errno
 import gc
-import logging
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -33,15 +31,6 @@ _BIND_FAULTS = {
     errno.EADDRINUSE: "is in use, perhaps by another llamaslot: stop that one or choose another port",
     errno.EADDRNOTAVAIL: "is no address of this machine: 127.0.0.1 is for this machine alone, 0.0.0.0 for all",
     errno.EACCES: "may not be used by this user: ports below 1024 belong to root",
-}
-
-#: Priorities of the journal (syslog's); systemd shows them as levels.
-_JOURNAL_LEVELS = {
-    logging.DEBUG: 7,
-    logging.INFO: 6,
-    logging.WARNING: 4,
-    logging.ERROR: 3,
-    logging.CRITICAL: 2,
 }
 
 
@@ -84,8 +73,14 @@ def serve(path: Path, is_check: bool, who: str | None) -> None:
     """
     if who is not None and not is_check:
         raise click.UsageError("--as goes with --check: a service manager says who serves")
-    # Looking for garbage takes a fifth of the imports' time; ``serve`` of the application begins with it again.
-    gc.disable()
+    gc.disable()  # it takes a fifth of the imports' time; the application begins with it again
+    try:
+        _serve(path, is_check, who)
+    finally:
+        gc.enable()
+
+
+def _serve(path: Path, is_check: bool, who: str | None) -> None:
     from llamaslot.quick_import import import_aiohttp
 
     import_aiohttp()
@@ -98,6 +93,8 @@ def serve(path: Path, is_check: bool, who: str | None) -> None:
         config = Config.load(path)
     except ConfigError as error:
         _fail([str(error)])
+    from llamaslot.cli.log_lines import set_up_logging
+
     set_up_logging(config.log.level)
     _run(config)
 
@@ -146,6 +143,8 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
 
 def _wording(error: BaseException, config: Config) -> str | None:
     """One line for an error that an operator can fix, None for others."""
+    import socket
+
     listen = config.listen
     if isinstance(error, socket.gaierror):
         return f"listen.host: {listen.host}: {error.strerror}"
@@ -160,35 +159,6 @@ def _fail(lines: list[str]) -> None:
     for line in lines:
         click.echo(line, err=True)
     sys.exit(EXIT_FAULT)
-
-
-class _JournalFormatter(logging.Formatter):
-    """For the journal, which has its own clock. It takes the level from ``<4>`` at the start of a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        level = _JOURNAL_LEVELS.get(record.levelno, 6)
-        return "\n".join(f"<{level}>{line}" for line in super().format(record).splitlines())
-
-
-def set_up_logging(level: str) -> None:
-    """Log one line per record to stderr, with the time unless stderr goes to systemd's journal."""
-    handler = logging.StreamHandler()
-    if _is_journal():
-        handler.setFormatter(_JournalFormatter("%(name)s: %(message)s"))
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-
-
-def _is_journal() -> bool:
-    """Whether stderr goes to the journal. systemd names the device and inode of the stream; a terminal inside a
-    service inherits only the variable.
-    """
-    try:
-        stream = os.fstat(2)
-    except OSError:
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,44 @@
+"""How log lines look: for people, and for systemd's journal."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+#: Priorities of the journal (syslog's); systemd shows them as levels.
+_JOURNAL_LEVELS = {
+    logging.DEBUG: 7,
+    logging.INFO: 6,
+    logging.WARNING: 4,
+    logging.ERROR: 3,
+    logging.CRITICAL: 2,
+}
+
+
+class _JournalFormatter(logging.Formatter):
+    """For the journal, which has its own clock. It takes the level from ``<4>`` at the start of a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = _JOURNAL_LEVELS.get(record.levelno, 6)
+        return "\n".join(f"<{level}>{line}" for line in super().format(record).splitlines())
+
+
+def set_up_logging(level: str) -> None:
+    """Log one line per record to stderr, with the time unless stderr goes to systemd's journal."""
+    handler = logging.StreamHandler()
+    if _is_journal():
+        handler.setFormatter(_JournalFormatter("%(name)s: %(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def _is_journal() -> bool:
+    """Whether stderr goes to the journal. systemd names the device and inode of the stream; a terminal inside a
+    service inherits only the variable.
+    """
+    try:
+        stream = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
