@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.proxy import report, scenarios, starts
+from bench.proxy import real, report, scenarios, starts
 from bench.proxy.scenarios import Bench, Measured
 from bench.proxy.targets import KINDS, Load, LoadFailed
 
@@ -25,6 +25,7 @@ SCENARIOS: dict[str, Callable[[Bench], Measured]] = {
     "health": scenarios.health,
     "help": starts.help_,
     "start": starts.start,
+    "real": real.real,
 }
 
 

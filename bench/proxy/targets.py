@@ -144,6 +144,7 @@ class Target:
         if kind == "direct":
             self.port = self.upstream_port
         self.save_dir = directory / "kv"
+        self.upstream_command: list[str] | None = None  # another than the stand-in
         self.upstream: Process | None = None
         self.proxy: Process | None = None
 
@@ -158,7 +159,7 @@ class Target:
     def start_upstream(self) -> None:
         self.save_dir.mkdir(parents=True, exist_ok=True)
         arguments = [str(self.upstream_port), str(self.n_slots), str(self.save_dir)]
-        command = [sys.executable, "-m", "bench.proxy.upstream", *arguments]
+        command = self.upstream_command or [sys.executable, "-m", "bench.proxy.upstream", *arguments]
         log = self.directory / "upstream.log"
         self.upstream = Process(command, log, {"PYTHONPATH": str(REPOSITORY)})
         until_healthy(self.upstream.popen, self.upstream_port, log)
