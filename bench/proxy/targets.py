@@ -110,13 +110,15 @@ def is_healthy(port: int) -> bool:
 
 
 class Process:
-    """A child process and what it has written; ended with SIGTERM, and killed if that does not help."""
+    """A child process and what it has written; ended with SIGTERM, and killed if that does not help. Its input stays
+    open: the embedded llama.cpp ends when that does.
+    """
 
     def __init__(self, command: Sequence[str], log: Path, env: dict[str, str] | None = None) -> None:
         self.log = log
         with log.open("ab") as file:
             self.popen = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment(env or {}),
+                command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment(env or {}),
                 cwd=log.parent,
             )  # fmt: skip
 
@@ -132,6 +134,8 @@ class Process:
             except subprocess.TimeoutExpired:
                 self.popen.kill()
                 self.popen.wait()
+        if self.popen.stdin is not None:
+            self.popen.stdin.close()
 
 
 class Target:

@@ -233,7 +233,7 @@ async def test_every_flipped_byte_is_noticed(shelter: Shelter, caplog: pytest.Lo
         (None, "there is no"),
         (b"", "it is damaged, or of another version"),
         (b"somebody's\nfile", "it is damaged, or of another version"),
-        (b'{"snapshots": 7}', "not of this format: TypeError"),
+        (b'{"fingerprints": [], "snapshots": 7}', "not of this format: TypeError"),
         (b'{"fingerprints": [], "snapshots": [[]]}', "not of this format: IndexError"),
         (b"[]", "not of this format: TypeError"),
         (b"{", "not of this format: JSONDecodeError"),

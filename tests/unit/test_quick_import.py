@@ -14,7 +14,7 @@ _TELL = """
 import os
 os.environ["SSL_CERT_DIR"] = "/here"
 before = dict(os.environ)
-from llamaslot.quick_import import import_aiohttp
+from llamaslot.cli.quick_import import import_aiohttp
 import_aiohttp()
 import_aiohttp()
 assert dict(os.environ) == before, os.environ

@@ -81,7 +81,7 @@ def serve(path: Path, is_check: bool, who: str | None) -> None:
 
 
 def _serve(path: Path, is_check: bool, who: str | None) -> None:
-    from llamaslot.quick_import import import_aiohttp
+    from llamaslot.cli.quick_import import import_aiohttp
 
     import_aiohttp()
     from llamaslot.config.load import Config

@@ -92,8 +92,7 @@ def too_much(shop: Shop, items: list[Item]) -> list[Doomed]:
             is_pinned=noted.is_pinned,
             space=noted.space,
         )
-        n_hits, is_branched = item.hits
-        shelf.add(snapshot, shop.now, last_used=item.last_used, n_hits=n_hits, is_branched=is_branched)
+        shelf.add(snapshot, shop.now, last_used=item.last_used, hits=item.hits)
     size_bytes = sum(item.size_bytes for item in items)
     found = os.statvfs(shop.directory)
     short = {

@@ -25,7 +25,6 @@ from llamaslot.store import scan, sidecar
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
 from llamaslot.store.entries import Pin, Prospect, SnapshotTable
 from llamaslot.store.header import read_slot_file
-from llamaslot.store.hits import NEVER, Hits
 from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Deficit, Limits, Quota
 from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens, readable
@@ -156,14 +155,8 @@ class Catalog:
         except OSError as error:
             raise DirectoryUnusable(f"{self.directory} cannot be read: {error.strerror or error}") from error
         now = self._now()  # one time for all: ranks of different times are not comparable
-        for snapshot in found.snapshots:
-            self._list(
-                snapshot,
-                found.last_used[snapshot.id],
-                now,
-                hits.get(snapshot.id, NEVER),
-                is_one_of_many=True,
-            )
+        self._shelf.add_many(found.snapshots, found.last_used, hits, now)
+        self._room.committed += sum(snapshot.size_bytes for snapshot in found.snapshots)
         self._register.marks, self._register.durable = found.marks, found.durable
         for id_, size in found.leftovers.items():
             self._room.leave(id_, size)
@@ -439,24 +432,8 @@ class Catalog:
     # -- without an await ----------------------------------------------------------------------------------------
     # --------------------------------------------------------------------------------------------
 
-    def _list(
-        self,
-        snapshot: Snapshot,
-        last_used: float,
-        now: float,
-        hits: Hits = NEVER,
-        *,
-        is_one_of_many: bool = False,
-    ) -> None:
-        n_hits, is_branched = hits
-        self._shelf.add(
-            snapshot,
-            now,
-            last_used=last_used,
-            n_hits=n_hits,
-            is_branched=is_branched,
-            is_one_of_many=is_one_of_many,
-        )
+    def _list(self, snapshot: Snapshot, last_used: float, now: float) -> None:
+        self._shelf.add(snapshot, now, last_used=last_used)
         self._room.committed += snapshot.size_bytes
 
     def _take(self, id_: str) -> Snapshot:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.scheduling.eviction import ByValue, Order, SnapshotStats
 from llamaslot.scheduling.priority_heap import Rank, Ranking
+from llamaslot.store.hits import NEVER, Hits
 from llamaslot.store.quota import Deficit
 from llamaslot.store.sidecar import Snapshot
 
@@ -85,25 +86,30 @@ class SnapshotTable:
             self._ranking.look_at_all()
 
     def add(
-        self,
-        snapshot: Snapshot,
-        now: float,
-        *,
-        last_used: float | None = None,
-        n_hits: int = 0,
-        is_branched: bool = False,
-        is_one_of_many: bool = False,
+        self, snapshot: Snapshot, now: float, *, last_used: float | None = None, hits: Hits = NEVER
     ) -> None:
-        """List it. ``last_used`` defaults to ``now``; nothing is learned from the time before ``now``. If it
-        ``is_one_of_many``, it is ranked by ``rank_some``, or before the next choice: 20 us each.
-        """
+        """List it. ``last_used`` defaults to ``now``; nothing is learned from the time before ``now``."""
+        self._add(snapshot, now, now if last_used is None else last_used, hits)
+        self._ranking.put(snapshot.id)
+
+    def add_many(
+        self,
+        snapshots: Iterable[Snapshot],
+        last_used: Mapping[str, float],
+        hits: Mapping[str, Hits],
+        now: float,
+    ) -> None:
+        """List those of a whole directory. They are ranked by ``rank_some``, or before the next choice: 20 us each."""
+        for snapshot in snapshots:
+            self._add(snapshot, now, last_used[snapshot.id], hits.get(snapshot.id, NEVER))
+            self._ranking.add(snapshot.id)
+
+    def _add(self, snapshot: Snapshot, now: float, last_used: float, hits: Hits) -> None:
         self._now = now
-        used = now if last_used is None else last_used
         self.snapshots[snapshot.id] = snapshot
         self.standings[snapshot.id] = SnapshotStats(
-            snapshot.id, snapshot.n_tokens, snapshot.size_bytes, snapshot.kind, used, now, n_hits, is_branched
+            snapshot.id, snapshot.n_tokens, snapshot.size_bytes, snapshot.kind, last_used, now, *hits
         )
-        (self._ranking.add if is_one_of_many else self._ranking.put)(snapshot.id)
 
     def rank_some(self, n: int) -> bool:
         """Rank ``n`` snapshots that were listed with many others. Returns whether there are more."""

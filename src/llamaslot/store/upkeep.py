@@ -55,7 +55,7 @@ class Upkeep:
 
     async def write_register(self) -> None:
         """Write the manifest. Canceling is safe: it is written to its end all the same."""
-        standings = self._shelf.standings
+        self._n_changed, standings = 0, self._shelf.standings
         await self._register.write(
             self._shelf.snapshots, {id_: its.last_used for id_, its in standings.items()}
         )
