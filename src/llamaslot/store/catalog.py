@@ -34,8 +34,6 @@ from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 
-_RANKED_AT_ONCE, _RANK_PAUSE_S = 128, 0.01  # 2 ms of each 12
-
 # llamaslot itself lacks a resource. The file is not at fault, so its snapshot is not dropped.
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR}
 
@@ -110,13 +108,7 @@ class Catalog:
     @fingerprint.setter
     def fingerprint(self, fingerprint: str | None) -> None:
         self._shelf.fingerprint = fingerprint
-        if self._shelf.rank_some(_RANKED_AT_ONCE):
-            self._tasks.spawn(self._rank(), "rank snapshots")
-
-    async def _rank(self) -> None:
-        """Rank those of a large directory before the first choice needs that: 0.2 s of 10,000."""
-        while self._shelf.rank_some(_RANKED_AT_ONCE):  # noqa: ASYNC110  # it gives way
-            await asyncio.sleep(_RANK_PAUSE_S)
+        self._upkeep.rank_all()
 
     @property
     def size_bytes(self) -> int:
@@ -151,7 +143,7 @@ class Catalog:
     async def _open(self) -> list[Snapshot]:
         try:
             hits = await asyncio.to_thread(self._upkeep.hits.load)
-            found = await scan.scan(self.directory, await self._register.read(), self._note)
+            found = await scan.scan(self.directory, await self._register.read(), self._upkeep.note)
         except OSError as error:
             raise DirectoryUnusable(f"{self.directory} cannot be read: {error.strerror or error}") from error
         now = self._now()  # one time for all: ranks of different times are not comparable
@@ -178,13 +170,6 @@ class Catalog:
             *(found.n_unfinished, len(found.faults), len(over), found.n_foreign),
         )
         return list(self.snapshots.values())
-
-    async def _note(self, found: scan.Found) -> None:
-        """Write the manifest while many files are read for the first time: a start that is killed is not repeated
-        from the beginning.
-        """
-        self._register.marks, self._register.durable = found.marks.copy(), found.durable.copy()
-        await self._register.write({one.id: one for one in found.snapshots}, found.last_used)
 
     async def settle(self) -> None:
         """Wait until everything begun is on disk: removals, commits, times of use. Canceling is safe."""

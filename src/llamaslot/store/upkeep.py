@@ -21,6 +21,7 @@ from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 
+_RANKED_AT_ONCE, _RANK_PAUSE_S = 128, 0.01  # 2 ms of each 12
 _CHANGES_MAX = 256  # sidecars that are not as in the manifest: reading them takes 0.1 s at the next start
 
 
@@ -59,6 +60,22 @@ class Upkeep:
         await self._register.write(
             self._shelf.snapshots, {id_: its.last_used for id_, its in standings.items()}
         )
+
+    async def note(self, found: scan.Found) -> None:
+        """Write the manifest while many files are read for the first time: a start that is killed is not repeated
+        from the beginning.
+        """
+        self._register.marks, self._register.durable = found.marks.copy(), found.durable.copy()
+        await self._register.write({one.id: one for one in found.snapshots}, found.last_used)
+
+    def rank_all(self) -> None:
+        """Rank the snapshots of a large directory before the first choice needs that: 0.2 s of 10,000."""
+        if self._shelf.rank_some(_RANKED_AT_ONCE):
+            self._tasks.spawn(self._rank(), "rank snapshots")
+
+    async def _rank(self) -> None:
+        while self._shelf.rank_some(_RANKED_AT_ONCE):  # noqa: ASYNC110  # it gives way
+            await asyncio.sleep(_RANK_PAUSE_S)
 
     def date(self, id_: str) -> None:
         """Write the time of the last use soon. Several at once are one call of a thread."""
