@@ -21,7 +21,7 @@ from llamaslot.store import read_slot_file
 
 pytestmark = pytest.mark.xdist_group("bench")
 
-#: Measured: 4.2 before questions were asked on kept connections, PLACEHOLDER since.
+#: Measured: 4.2 before questions were asked on kept connections.
 SHORT_MAX = 6.0
 #: Measured: 1.7.
 EVENT_MAX = 3.0

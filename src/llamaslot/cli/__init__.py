@@ -7,7 +7,6 @@ Faults that an operator can fix are printed as a plain list, with exit code 2. A
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -73,6 +72,8 @@ def serve(path: Path, is_check: bool, who: str | None) -> None:
     """
     if who is not None and not is_check:
         raise click.UsageError("--as goes with --check: a service manager says who serves")
+    import gc  # here, as ``cli.gc`` is another one
+
     gc.disable()  # it takes a fifth of the imports' time; the application begins with it again
     try:
         _serve(path, is_check, who)
