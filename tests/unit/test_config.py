@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.config.faults import RENAMED, keys_of
+from llamaslot.config.faults import keys_of
 from llamaslot.config.load import GUARDED_ROUTES, Config, default_meta_dir, parse_size
 from llamaslot.errors import ConfigError
 
@@ -504,14 +504,6 @@ def test_the_guarded_routes_are_documented() -> None:
     """An operator finds what `passthrough.allow` may name."""
     text = (REPOSITORY / "docs/configuration.md").read_text()
     assert [route for route in GUARDED_ROUTES if f"`{route}`" not in text] == []
-
-
-def test_the_old_names_are_documented() -> None:
-    """docs/install.md's table of old names agrees with the hints in faults."""
-    text = (REPOSITORY / "docs/install.md").read_text()
-    for old, new in RENAMED.items():
-        (row,) = re.findall(rf"^\| `{old}` \| (.*) \|$", text, re.M)
-        assert new.split(",")[0].split(":")[0] in row
 
 
 def test_the_demo_has_no_faults(monkeypatch: pytest.MonkeyPatch) -> None:
