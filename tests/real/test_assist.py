@@ -51,7 +51,7 @@ async def test_contexts_are_found_again_as_directly(tmp_path: Path, flags: Flags
 async def test_so_they_are_on_a_sliding_window(tmp_path: Path) -> None:
     """With llama-server's default flags."""
     async with front(models.swa(tmp_path), tmp_path, KINDS[0], alone=False, context=8192) as stack:
-        result = await run(stack, **{**SIZES, "n_context": 2500})
+        result = await run(stack, **{**SIZES, "n_context": 1800})
     assert result.tally.n_errors == 0
     assert result.tally.ratio >= 0.97
 

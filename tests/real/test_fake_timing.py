@@ -108,6 +108,8 @@ async def server(running: Server) -> Server:
 
 
 class Timing:
+    """What both servers do."""
+
     async def test_a_save_for_a_busy_slot_captures_the_next_conversation(self, server: Server) -> None:
         """A request for a busy slot waits without headers; a save behind it runs after it and saves what it left."""
         async with asyncio.TaskGroup() as group, Streaming(server, answer(400, 0)) as first:
@@ -197,9 +199,8 @@ class Timing:
         If it had begun before, it repeats its last event at each batch; else it has none.
         """
         async with Streaming(server, answer(4000, 3)) as beside:
-            await (
-                beside.next()
-            )  # keeps the server busy, so that both prefills are there before a batch is filled
+            # It keeps the server busy, so that both prefills are there before a batch is filled.
+            await beside.next()
             order: list[int] = []
 
             async def watch(slot: int) -> None:
@@ -209,9 +210,8 @@ class Timing:
                         event = await stream.next()
                         if event["stop"]:
                             return
-                        if (
-                            now := event.get("prompt_progress", {}).get("processed", n_processed)
-                        ) > n_processed:
+                        now = event.get("prompt_progress", {}).get("processed", n_processed)
+                        if now > n_processed:
                             order.append(slot)
                             n_processed = now
 

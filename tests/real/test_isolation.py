@@ -16,7 +16,7 @@ from tests.support.users import words
 
 pytestmark = pytest.mark.real
 
-N = 3000  # tokens of what the users have in common
+N = 1500  # tokens of what the users have in common
 PER_USER = {"cache": {"isolation": "per_user"}, "store": {"idle_save_s": 3600}}
 
 
