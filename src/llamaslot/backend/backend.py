@@ -43,6 +43,8 @@ _WATCH_S = 2.0
 # Pauses between attempts to probe the server after a failure: each twice the last.
 _RETRY_S, _RETRY_AT_LAST_S = 1.0, 60.0
 _LOOK_AGAIN_S = 600.0  # after slots have lost their content
+# A server that has answered a request within this time has not fallen asleep: --sleep-idle-seconds is 1 at least.
+_AWAKE_S = 1.0
 _CONNECT_WAIT_S = 120.0  # how long a request waits for a server that has just restarted
 
 
@@ -103,6 +105,8 @@ class Backend:
         self._n_retries = 0  # consecutive attempts to probe the server
         self.streams_are_known = True  # whether answers can be assembled from the events of a stream
         self.session: ServerSession | None = None
+        self._proof: Props | None = None  # told by the process of the session
+        self._proved_at = -math.inf
         self._why_down = "has not answered yet"
         self._doubt = asyncio.Event()
         self._met_or_down = asyncio.Event()  # set unless it is being connected to
@@ -115,11 +119,13 @@ class Backend:
         down.
 
         ``/props`` has a mark that is random for each process, so a restart is noticed before anything is planned.
+        It is not asked again while the connection on which it was told is open (the kernel closes those of a dead
+        process), that was a moment ago, and the server has worked since: then it has not fallen asleep either.
         Canceling is safe.
         """
         while (session := self.session) is not None:
-            if not session.is_assisted:
-                return session  # nothing is assumed about its slots, so there is nothing to check
+            if not session.is_assisted or self.is_proved:
+                return session  # without assist nothing is assumed about its slots
             try:
                 props = await self.api.props()
             except BackendDown:
@@ -127,6 +133,7 @@ class Backend:
                 raise
             if props.boot_id == session.props.boot_id:
                 self._forget_if_asleep(props)
+                self._prove(session, props)
                 return session
             self.lost(session.table)
         if self.health is Health.DOWN:
@@ -139,6 +146,22 @@ class Backend:
         if self.session is None:  # down, perhaps after it was up for a moment
             raise self._is_down()
         return self.session
+
+    @property
+    def is_proved(self) -> bool:
+        """Whether the process of the session is known to be alive and awake, without a question."""
+        proof = self._proof
+        return (
+            proof is not None
+            and self.now() - self._proved_at < _AWAKE_S
+            and self.leases.unused_s < _AWAKE_S
+            and proof.is_connected()
+        )
+
+    def _prove(self, session: ServerSession, props: Props) -> None:
+        """``props``, just told, are those of the session's process."""
+        if session is self.session and not props.is_sleeping:
+            self._proof, self._proved_at = props, self.now()
 
     def lost(self, table: SlotTable) -> None:
         """The server is another process than the one that ``table`` describes: forget its slots, and connect again.
@@ -178,6 +201,7 @@ class Backend:
 
     def doubt(self) -> None:
         """A request to the server failed: check immediately whether it is still there."""
+        self._proof = None
         self._doubt.set()
 
     async def how_far(self, lease: Lease) -> object:
@@ -321,6 +345,7 @@ class Backend:
                 self.lost(session.table)
                 continue
             self._forget_if_asleep(props)
+            self._prove(session, props)
             is_due = session.aside is not None and session.aside.may_end and self.now() >= retry_at
             if is_due and await self._is_any_idle(session.table):
                 self.changed("a slot is idle now")
@@ -336,7 +361,7 @@ class Backend:
         return n_sent <= n_at_work and any(not info.is_processing for info in infos)
 
     def _forget(self, health: Health) -> None:
-        self.session = None
+        self.session = self._proof = None
         self._set(health)
         self._members.disconnected(self, self._is_down() if health is Health.DOWN else None)
 

@@ -7,6 +7,7 @@ Bookkeeping only, without an await. The pool of backends decides which request g
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -63,7 +64,7 @@ class Leases:
         self.turn: Request | None = None  # the one exclusive request, if any
         self.is_gate_shut = False  # no other request may begin its first step
         self.is_turn_wanted = False  # the exclusive request waits for others to finish
-        self._used_at = now()
+        self._used_at, self._worked_at = now(), -math.inf
 
     def __repr__(self) -> str:
         return f"<Leases {self.backend} {list(self.leases)}>"
@@ -83,6 +84,11 @@ class Leases:
         """The seconds since a client last used this backend."""
         is_wanted = self.n_waiting or any(not lease.is_own for lease in self.leases)
         return 0.0 if is_wanted else self.now() - self._used_at
+
+    @property
+    def unused_s(self) -> float:
+        """The seconds since llama-server has worked for a client, 0 while it does."""
+        return 0.0 if any(lease.is_running for lease in self.leases) else self.now() - self._worked_at
 
     @property
     def is_open(self) -> bool:
@@ -186,6 +192,7 @@ class Leases:
             self.paid(charge)
         if not lease.is_own:
             self._used_at = self.now()
+            self._worked_at = self._used_at if lease.is_confirmed else self._worked_at
         self.end_exclusive(lease)
         self.dispatch()
 

@@ -134,6 +134,11 @@ class Pool:
         if others or len(errors) == len(found):
             raise (others or errors)[0]
 
+    @property
+    def is_proved(self) -> bool:
+        """Whether all backends are known to be as ``ready`` would find them, without a question to any."""
+        return all(its.is_proved for its in self.backends.values())
+
     async def lease(
         self, request: Request, *, is_back: bool = False, preempted: Preempted | None = None
     ) -> Lease:

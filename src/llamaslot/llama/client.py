@@ -193,10 +193,14 @@ class LlamaServer:
 
     async def _ask_json(self, method: str, path: str, body: Any = None, timeout_s: float = QUICK_S) -> Any:
         """The JSON answer to a repeatable request. Raises UpstreamError for an error answer, BackendDown."""
-        status, content_type, payload = await self._question(method, path, body, timeout_s)
-        if status != 200:
-            raise UpstreamError(status, payload, content_type or JSON_TYPE)
-        return orjson.loads(payload)
+        return self._checked(await self._question(method, path, body, timeout_s))
+
+    @staticmethod
+    def _checked(answer: Answer) -> Any:
+        """The JSON in an answer. Raises UpstreamError for an error answer."""
+        if answer.status != 200:
+            raise UpstreamError(answer.status, answer.body, answer.content_type or JSON_TYPE)
+        return orjson.loads(answer.body)
 
     async def _json(self, method: str, path: str, body: Any, timeout_s: float) -> Any:
         """The JSON answer to a request that must be sent only once. Raises UpstreamError for an error answer,
@@ -225,7 +229,8 @@ class LlamaServer:
     @_as_known
     async def props(self) -> Props:
         """``GET /props``. Raises UpstreamError: 503 while the server loads, 401 for a wrong key."""
-        raw = await self._ask_json("GET", "/props", timeout_s=10.0)
+        answer = await self._question("GET", "/props", timeout_s=10.0)
+        raw = self._checked(answer)
         settings = raw.get("default_generation_settings") or {}
         return Props(
             n_slots=int(raw["total_slots"]) if "total_slots" in raw else None,
@@ -234,6 +239,7 @@ class LlamaServer:
             boot_id=str(raw.get("media_marker", "")),
             modalities=raw.get("modalities"),
             is_sleeping=raw.get("is_sleeping") is True,
+            is_connected=answer.is_connected,
         )
 
     async def model_info(self) -> dict[str, Any]:

@@ -37,11 +37,14 @@ _LENGTHS = (b"content-length", b"transfer-encoding")
 
 
 class Answer(NamedTuple):
-    """``content_type`` as the server sent it; "" if it sent none."""
+    """``content_type`` as the server sent it; "" if it sent none. ``is_connected``: whether the connection on which
+    it came is still open. Then the process that sent it is alive, or whatever stands in front of it.
+    """
 
     status: int
     content_type: str
     body: bytes
+    is_connected: Callable[[], bool] = lambda: False
 
 
 class NotConnected(Exception):
@@ -200,6 +203,7 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._answer: asyncio.Future[Answer] | None = None
         self._n_asked = 0
+        self._is_over = False
         self.is_reusable = True
         self.idle_since = 0.0
 
@@ -221,6 +225,11 @@ class _Connection(asyncio.Protocol):
             timer.cancel()
             self._answer, self.idle_since = None, self._loop.time()
             self.is_reusable = self.is_reusable and self.idle_since - asked_at < _SLOW_S
+
+    @property
+    def is_open(self) -> bool:
+        """Whether neither side has closed it."""
+        return self._transport is not None and not (self._is_over or self._transport.is_closing())
 
     def abort(self) -> None:
         """Close it at once. Idempotent."""
@@ -257,9 +266,10 @@ class _Connection(asyncio.Protocol):
 
     def eof_received(self) -> None:
         """The transport closes itself then."""
+        self._is_over = True
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.is_reusable = False
+        self.is_reusable, self._is_over = False, True
         self._on_lost(self)
         if self._answer is None or self._answer.done():
             return
@@ -296,4 +306,5 @@ class _Connection(asyncio.Protocol):
             return
         status = self._parser.get_status_code()
         self.is_reusable = self.is_reusable and status < 400 and self._parser.should_keep_alive()
-        self._answer.set_result(Answer(status, self._content_type, b"".join(self._body)))
+        body, is_connected = b"".join(self._body), lambda: self.is_open
+        self._answer.set_result(Answer(status, self._content_type, body, is_connected))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,8 @@ class Props:
     boot_id: str  # media_marker: random for each process of llama-server, so it reveals a restart
     modalities: Mapping[str, bool] | None = None  # supported media; None if the build does not report it
     is_sleeping: bool = False  # its model is unloaded (--sleep-idle-seconds), and its slots are empty
+    # Whether the connection on which this came is still open: then the process is still the same.
+    is_connected: Callable[[], bool] = field(default=lambda: False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
