@@ -189,9 +189,11 @@ async def test_of_a_burst_few_connections_are_kept(
 
 
 async def test_a_kept_connection_that_was_closed_is_noticed(server: Server, pool: KeepAlivePool) -> None:
-    """The next question opens a new one."""
-    await ask(pool)
+    """The next question opens a new one. Whose answer came on it may be gone."""
+    answer = await ask(pool)
+    assert answer.is_connected()
     await closed_by(server, pool)
+    assert not answer.is_connected()
     assert await ask(pool) == TOLD
     assert server.on == [0, 1]
 

@@ -667,7 +667,7 @@ def test_every_decision_can_be_carried_out(data: st.DataObject) -> None:
 
 def on(backend: str, *slots: SlotView, ms_per_token: float = 1.0, **more: object) -> BackendView:
     """``slots`` are those of ``backend``, which computes a token in so many milliseconds."""
-    own = tuple(replace(slot, key=key(slot.key.id, backend)) for slot in slots)
+    own = tuple(slot._replace(key=key(slot.key.id, backend)) for slot in slots)
     rate = {"prefill_s": lambda start, end: (end - start) * ms_per_token / 1000}
     return BackendView(own, **(rate | more))  # type: ignore[arg-type]
 

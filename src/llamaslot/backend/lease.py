@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -107,9 +107,9 @@ class Lease:
         self.n_done = plan.n_reused if plan is not None else 0
         self.restored: Snapshot | None = None
         self.forecast = NO_REUSE
-        self._held = ExitStack()
+        self._pin = pin
         if pin is not None:
-            self._held.enter_context(pin)  # first, because it may fail
+            pin.__enter__()  # first, because it may fail
         # The content that its plan saves first; others find it until the snapshot is there.
         self._leaving = None
         if slot is not None:
@@ -337,7 +337,11 @@ class Lease:
             is_other_conversation = n <= self.request.n_system + NEGLIGIBLE_TOKENS < content.n_tokens
             snapshot = None if is_other_conversation else content.snapshot
             content = replace(content.head(n), is_dirty=True, snapshot=snapshot)
-        self.content = replace(content, space=self.request.space)
+        self.content = self._in_its_space(content)
+
+    def _in_its_space(self, content: Content) -> Content:
+        space = self.request.space
+        return content if content.space == space else replace(content, space=space)
 
     def land(self, *, is_confirmed: bool) -> None:
         """llama-server has chosen its slot for a request (``is_confirmed``), or may have: its content is unknown."""
@@ -360,7 +364,7 @@ class Lease:
 
     def confirm(self, content: Content) -> None:
         """llama-server has begun with what was sent: the slot holds at most ``content``."""
-        self.content, self._is_confirmed = replace(content, space=self.request.space), True
+        self.content, self._is_confirmed = self._in_its_space(content), True
         self.mark_processing()
 
     def mark_decoding(self) -> None:
@@ -431,7 +435,8 @@ class Lease:
 
     def _give_back(self) -> None:
         self._become(Event.LEAVE if self.is_at_work else Event.GIVE_BACK)
-        self._held.close()
+        if self._pin is not None:
+            self._pin.__exit__(None, None, None)
         if self.slot is not None:
             self.end_pending_save()
             if self.state is State.DRAINING:

@@ -36,7 +36,6 @@ class PendingSnapshots:
         self.changes = Changes()  # of ``index``
 
     def __len__(self) -> int:
-        """Only tests use it."""
         return len(self._entries)
 
     def get(self, holder: str) -> PendingSave | None:

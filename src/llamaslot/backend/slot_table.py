@@ -139,7 +139,7 @@ class SlotTable:
         )
         return BackendView(
             slots=tuple(
-                replace(slot, is_other_conversation=True) if is_other_conversation(slot, n_alike) else slot
+                slot._replace(is_other_conversation=True) if is_other_conversation(slot, n_alike) else slot
                 for slot in slots
             ),
             snapshots=tuple(self._candidates.views(found, request.n_tokens, now)),
@@ -396,13 +396,17 @@ class SlotTable:
         elif content.snapshot is not None and content.is_dirty and self._is_trunk(content.snapshot):
             content = replace(content, snapshot=None)  # a separate conversation continues it
         slot.become(event, content)
+        expected = self._busy[slot.id]
         if event is Event.LEAVE:
             self._busy[slot.id] = SlotForecast(now, False, content.tokens, content.space)
         else:
             self._busy.pop(slot.id, None)
             slot.leased_by = None
             slot.used_at = now
-        self._note(slot, slot.content.tokens, slot.content.space)
+        if slot.content.tokens != expected.will_hold or slot.content.space != expected.space:
+            self._note(
+                slot, slot.content.tokens, slot.content.space
+            )  # else it is in the index as it was expected
         if slot.is_idle:
             self.worth.holds(slot)
 

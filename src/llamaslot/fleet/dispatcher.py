@@ -164,6 +164,8 @@ class Dispatcher:
                 self.queue.make_room(waiting)
             was_admitted = True
             self.queue.admitted(waiting, self.now())
+            if waiting.granted.done():
+                return waiting.granted.result()
             async with asyncio.timeout(self.queue.limits.max_wait_s):
                 return await waiting.granted
         except BaseException as error:

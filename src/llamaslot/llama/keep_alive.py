@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from dataclasses import dataclass, field
+from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -36,7 +37,8 @@ _ANSWER_BYTES = 1 << 30
 _LENGTHS = (b"content-length", b"transfer-encoding")
 
 
-class Answer(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Answer:
     """``content_type`` as the server sent it; "" if it sent none. ``is_connected``: whether the connection on which
     it came is still open. Then the process that sent it is alive, or whatever stands in front of it.
     """
@@ -44,7 +46,7 @@ class Answer(NamedTuple):
     status: int
     content_type: str
     body: bytes
-    is_connected: Callable[[], bool] = lambda: False
+    is_connected: Callable[[], bool] = field(default=lambda: False, compare=False)
 
 
 class NotConnected(Exception):

@@ -91,9 +91,12 @@ class CounterBy:
 
     def __init__(self, family: Counter, backend: str) -> None:
         self._family, self._backend = family, backend
+        self._counters: dict[str, Counter] = {}  # looked up by prometheus_client, each takes 2 us
 
     def labels(self, value: str) -> Counter:
-        return self._family.labels(self._backend, value)
+        if (counter := self._counters.get(value)) is None:
+            counter = self._counters[value] = self._family.labels(self._backend, value)
+        return counter
 
 
 class BackendMetrics:

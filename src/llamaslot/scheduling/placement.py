@@ -40,8 +40,7 @@ _LONG_AT_LAST_S = 1.0
 _FORGET_S = 1800.0  # after half an hour without use the chance of a hit is halved
 
 
-@dataclass(frozen=True, slots=True)
-class SlotView:
+class SlotView(NamedTuple):
     """A slot as one request sees it. All token counts concern the request's prompt.
 
     ``n_shared``: common tokens; ``n_usable``: those that need not be computed; ``n_tokens``: all tokens in the slot
@@ -65,8 +64,7 @@ class SlotView:
     is_other_namespace: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotView:
+class SnapshotView(NamedTuple):
     """A snapshot as one request sees it. ``wait_s``: until it is committed, if it is still being written."""
 
     id: str
