@@ -369,7 +369,7 @@ def test_a_busy_slot_is_never_waited_for_by_one_that_uses_nothing() -> None:
 
 def test_a_slot_of_another_space_is_saved_and_emptied_first() -> None:
     """llama-server compares tokens by itself, and knows no spaces."""
-    foreign = replace(hot(0, 5000), is_other_namespace=True)
+    foreign = hot(0, 5000)._replace(is_other_namespace=True)
     plan = plan_of(place(job(5000), view(foreign), RULES))
     assert plan.steps == (Save(key(0)), Erase(key(0)), PrefillTo(key(0), 4999))
     assert (plan.source, plan.n_reused) == (Source.COLD, 0)
@@ -377,7 +377,7 @@ def test_a_slot_of_another_space_is_saved_and_emptied_first() -> None:
 
 def test_without_slot_actions_nothing_is_computed_ahead_in_a_slot_of_another_space() -> None:
     """The job's own request then computes everything itself."""
-    foreign = replace(hot(0, 5000), is_other_namespace=True)
+    foreign = hot(0, 5000)._replace(is_other_namespace=True)
     assert plan_of(place(job(5000), view(foreign, can_erase=False), RULES)).steps == (Save(key(0)),)
 
 
@@ -498,7 +498,7 @@ def test_what_everybody_begins_with_makes_no_match() -> None:
 
 def test_a_busy_slot_that_only_begins_alike_is_not_waited_for() -> None:
     """What it will hold is somebody else's."""
-    begins_alike = replace(busy(1, 11_000, shared=10_000, wait_s=0.5), is_other_conversation=True)
+    begins_alike = busy(1, 11_000, shared=10_000, wait_s=0.5)._replace(is_other_conversation=True)
     assert plan_of(place(job(12_000), view(free(0), begins_alike), RULES)).slot.id == 0
 
 
