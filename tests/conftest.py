@@ -25,10 +25,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
-def pytest_collection_finish() -> None:
-    """Keep what was imported and collected out of every later garbage collection."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keep what was imported and collected out of every later garbage collection. Refuse to go on without groups: what
+    must be alone would not be."""
     gc.collect()
     gc.freeze()
+    if getattr(session.config.option, "loadgroup", False):
+        grouped = [item for item in session.items if item.get_closest_marker("xdist_group") is not None]
+        if not all("@" in item.nodeid for item in grouped):
+            pytest.exit("this pytest-xdist forms no groups with this pytest", returncode=3)
 
 
 def _part(item: pytest.Item) -> int:
