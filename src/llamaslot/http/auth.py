@@ -6,6 +6,7 @@ own pages have keys of their own.
 
 from __future__ import annotations
 
+import functools
 import hmac
 import ipaddress
 import logging
@@ -175,6 +176,7 @@ def nobody_known(request: web.Request) -> User:
     return User(f"named:{name}")
 
 
+@functools.lru_cache(maxsize=1024)
 def _address(remote: str | None) -> str:
     """The address of a client; an IPv4 address is the same over IPv6."""
     try:

@@ -30,7 +30,24 @@ class Uploads:
         """The body. Raises BodyTooLarge as soon as it is known to be longer, TooSlow, and BadRequest if it cannot be
         decompressed. Canceling is safe.
         """
+        if (here := await self._here(request)) is not None:
+            return here
         return b"".join([piece async for piece in self.pieces(request)])
+
+    async def _here(self, request: web.Request) -> bytes | None:
+        """A body that has come with its headers, as short ones do, and is not compressed; None for any other: then
+        nothing is read.
+        """
+        content = request.content
+        if not content.is_eof() or content.exception() is not None or "Content-Encoding" in request.headers:
+            return None
+        await _ask_for_it(request)
+        body = b""
+        while not content.at_eof():
+            body += content.read_nowait()
+        if len(body) > self.max_bytes:
+            raise self._too_large()
+        return body
 
     async def pieces(self, request: web.Request) -> AsyncIterator[bytes]:
         """The decompressed body as it comes. Raises as ``whole`` does."""

@@ -7,6 +7,7 @@ the slot where such a request ran. ``--api-prefix`` is not supported.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -162,10 +163,16 @@ def classify(method: str, target: str, allow: Collection[str] = ()) -> Route:
     path = server_path(target)
     if method in _INERT:
         return Route(method, path, "passthrough", is_known=False)
-    found = _refused(method, _mended(path)) or _find(method, path)
+    found = _line(method, path)
     if found is None:
         return Route(method, path, "passthrough", is_known=False)
     return replace(found, kind="passthrough") if found.gate in allow else found
+
+
+@functools.lru_cache(maxsize=256)
+def _line(method: str, path: str) -> Route | None:
+    """The table's line for a decoded path; 50 us unless it was asked for before."""
+    return _refused(method, _mended(path)) or _find(method, path)
 
 
 def _find(method: str, path: str) -> Route | None:
