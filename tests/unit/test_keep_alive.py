@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from llamaslot.llama import keep_alive
 from llamaslot.llama.keep_alive import Answer, BadAnswer, KeepAlivePool, NotConnected
+from tests.support.inprocess import PATIENCE_S
 from tests.support.leftovers import nothing_left
 from tests.support.real import free_port
 from tests.support.wire import until_open, upstream
@@ -186,6 +187,79 @@ async def test_of_a_burst_few_connections_are_kept(
     assert len(pool) == 2
     monkeypatch.setattr(keep_alive, "_IDLE_S", 0.02)
     await until_open(pool, 0)
+
+
+async def test_a_burst_waits_for_the_connections_that_are_there(server: Server, pool: KeepAlivePool) -> None:
+    """As long as one of them becomes free now and then."""
+    assert await asyncio.gather(*(ask(pool) for _ in range(200))) == [TOLD] * 200
+    assert len(server.writers) == 16
+
+
+async def test_a_burst_does_not_wait_for_slow_answers(
+    server: Server, pool: KeepAlivePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then each opens a connection, as if there were no other."""
+    monkeypatch.setattr(keep_alive, "_WAIT_S", 0.01)
+    server.is_mute = True
+    loop = asyncio.get_running_loop()
+    asking = [loop.create_task(ask(pool)) for _ in range(17)]
+    leaving = loop.create_task(ask(pool))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    async with asyncio.timeout(PATIENCE_S):
+        while len(server.writers) < 17:  # noqa: ASYNC110  # no event comes for it
+            await asyncio.sleep(0.005)
+    pool.close()
+    assert all(
+        isinstance(one, ConnectionError) for one in await asyncio.gather(*asking, return_exceptions=True)
+    )
+    assert len(pool) == 0
+
+
+async def test_one_that_waits_replaces_a_connection_that_is_closed(
+    server: Server, pool: KeepAlivePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a hundred questions, and after one that fails."""
+    monkeypatch.setattr(keep_alive, "_WAIT_S", 300.0)
+    server.replies = [OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")] * 20 + [None] * 4
+    asking = (ask(pool) for _ in range(60))
+    answers = await asyncio.gather(*asking, return_exceptions=True)
+    assert sum(answer == TOLD for answer in answers) >= 56
+    assert len(answers) == 60
+
+
+async def test_closing_ends_those_that_wait_for_a_connection(server: Server, pool: KeepAlivePool) -> None:
+    """As those that wait for an answer."""
+    server.is_mute = True
+    asking = [asyncio.get_running_loop().create_task(ask(pool)) for _ in range(20)]
+    async with asyncio.timeout(PATIENCE_S):
+        while len(server.on) < 16:  # noqa: ASYNC110  # no event comes for it
+            await asyncio.sleep(0)
+    pool.close()
+    assert all(
+        isinstance(one, ConnectionError) for one in await asyncio.gather(*asking, return_exceptions=True)
+    )
+
+
+async def test_one_that_leaves_as_it_gets_a_connection_gives_it_on(
+    server: Server, pool: KeepAlivePool
+) -> None:
+    """To the next that waits, or it is idle."""
+    await ask(pool)
+    connection = pool._take()
+    waiting = asyncio.get_running_loop().create_task(
+        pool._next_free(asyncio.get_running_loop().time() + 30.0)
+    )
+    await asyncio.sleep(0)
+    pool._keep(connection)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert pool._idle == [connection]
+    assert await ask(pool) == TOLD
+    assert server.on == [0, 0]
 
 
 async def test_a_kept_connection_that_was_closed_is_noticed(server: Server, pool: KeepAlivePool) -> None:

@@ -134,24 +134,41 @@ class Downstream:
         if not (self.is_streaming and (self.rules.has_comments or self.progress is not None)):
             yield
             return
-        ticker = tasks.spawn(self._tick(), "comments")
+        ticker: asyncio.Task[None] | None = None
+
+        def begin(wait_s: float) -> None:
+            nonlocal ticker
+            ticker = tasks.spawn(self._tick(wait_s), "comments")
+
+        # Most requests wait for less than the interval: those need no task.
+        keepalive_s = self.rules.keepalive_s
+        timer = None
+        if self.progress is None:
+            timer = asyncio.get_running_loop().call_later(keepalive_s, begin, 0.0)
+        else:
+            begin(keepalive_s)
         try:
             yield
         finally:
-            ticker.cancel()
-            # Not ``await ticker``: its cancellation would look like the client leaving.
-            await asyncio.wait({ticker})
+            if timer is not None:
+                timer.cancel()
+            if ticker is not None:
+                ticker.cancel()
+                # Not ``await ticker``: its cancellation would look like the client leaving.
+                await asyncio.wait({ticker})
 
-    async def _tick(self) -> None:
+    async def _tick(self, wait_s: float) -> None:
+        """Send the first comment after ``wait_s``."""
         while True:
             try:
-                async with asyncio.timeout(self.rules.keepalive_s):
+                async with asyncio.timeout(wait_s):
                     await self._has_moved.wait()
             except TimeoutError:
                 said = comment(str(self.state)) if self.rules.has_comments else b""
             else:
                 self._has_moved.clear()
                 said = self._progress()
+            wait_s = self.rules.keepalive_s
             try:
                 await self.write(said)
             except ClientGone:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from aiohttp import web
-from multidict import CIMultiDict
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from llamaslot.llama.response import Response
+
+_Headers = CIMultiDict[str] | CIMultiDictProxy[str]
 
 #: The backend that has answered.
 BACKEND = "x-llamaslot-backend"
@@ -27,20 +29,24 @@ _NOT_TO_SERVER = (
 _NOT_TO_CLIENT = _HOP_BY_HOP | {"content-length", "server", "date"}
 
 
-def _named(headers: Mapping[str, str]) -> set[str]:
-    """The headers that ``Connection`` declares as hop-by-hop."""
-    values = [value for name, value in headers.items() if name.lower() == "connection"]
-    return {token.strip().lower() for value in values for token in value.split(",")}
+def _passed(headers: _Headers, ends_here: set[str], prefix: str) -> CIMultiDict[str]:
+    """The headers without those named in ``ends_here``, those that ``Connection`` declares as hop-by-hop, and those
+    whose names begin with ``prefix``.
+    """
+    if declared := headers.getall("Connection", ()):
+        ends_here = ends_here | {token.strip().lower() for value in declared for token in value.split(",")}
+    return CIMultiDict(
+        [
+            (name, value)
+            for name, value in headers.items()
+            if (lower := name.lower()) not in ends_here and not lower.startswith(prefix)
+        ]
+    )
 
 
 def to_server(request: web.Request, *, content_type: str | None = None) -> CIMultiDict[str]:
     """The client's headers for llama-server; with ``content_type`` for a body that was rewritten."""
-    ends_here = _NOT_TO_SERVER | _named(request.headers)
-    headers = CIMultiDict(
-        (name, value)
-        for name, value in request.headers.items()
-        if name.lower() not in ends_here and not name.lower().startswith("x-llamaslot-")
-    )
+    headers = _passed(request.headers, _NOT_TO_SERVER, "x-llamaslot-")
     if content_type is not None:
         headers["Content-Type"] = content_type
         headers["Accept-Encoding"] = "identity"  # the events are read here
@@ -51,11 +57,6 @@ def to_client(upstream: Response, ours: Mapping[str, str] | None = None) -> CIMu
     """llama-server's headers for the client; ``ours`` replace its own of the same names. Only llamaslot decides which
     web pages may read them.
     """
-    ends_here = _NOT_TO_CLIENT | _named(upstream.headers)
-    headers = CIMultiDict(
-        (name, value)
-        for name, value in upstream.headers.items()
-        if name.lower() not in ends_here and not name.lower().startswith("access-control-")
-    )
+    headers = _passed(upstream.headers, _NOT_TO_CLIENT, "access-control-")
     headers.update(ours or {})
     return headers

@@ -19,6 +19,7 @@ requests that may run twice.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
@@ -32,6 +33,9 @@ _SLOW_S = 4.0  # llama-server may close the connection after an answer that took
 _N_IDLE = 2  # kept for _IDLE_S
 # In a burst more are kept, for this many seconds.
 _N_BURST, _BURST_S = 16, 0.5
+_WAIT_S = (
+    0.05  # for one of these to become free; it costs a quarter of a new connection, but may be busy for long
+)
 _HEAD_BYTES = 1 << 16  # of the headers of an answer
 _ANSWER_BYTES = 1 << 30
 _LENGTHS = (b"content-length", b"transfer-encoding")
@@ -77,6 +81,8 @@ class KeepAlivePool:
         self._address: tuple[str, int] | None = None  # of the last connection
         self._idle: list[_Connection] = []  # the most recently used last; it is reused first
         self._busy: set[_Connection] = set()
+        self._waiting: deque[asyncio.Future[_Connection | None]] = deque()  # for one of the busy ones
+        self._freed_at, self._n_opening = 0.0, 0
         self._sweep_at: asyncio.TimerHandle | None = None
 
     @classmethod
@@ -107,9 +113,12 @@ class KeepAlivePool:
         head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._headers}{length}\r\n"
         question = head.encode("ascii") + (body or b"")
         deadline = asyncio.get_running_loop().time() + timeout_s
-        if self._idle:
+        kept = self._take() if self._idle else None
+        if kept is None and len(self._busy) + self._n_opening >= _N_BURST:
+            kept = await self._next_free(deadline)
+        if kept is not None:
             try:
-                return await self._ask_on(self._take(), question, deadline)
+                return await self._ask_on(kept, question, deadline)
             except _Gone as error:
                 if not error.may_repeat:
                     raise
@@ -121,10 +130,41 @@ class KeepAlivePool:
         self._busy.add(connection)
         return connection
 
+    async def _next_free(self, deadline: float) -> _Connection | None:
+        """Wait for one of the busy connections; None if one of them is closed, or none becomes free for ``_WAIT_S``."""
+        loop = asyncio.get_running_loop()
+        free: asyncio.Future[_Connection | None] = loop.create_future()
+        timer: asyncio.TimerHandle
+
+        def look() -> None:
+            nonlocal timer
+            if free.done():
+                return
+            if loop.time() < min(self._freed_at + _WAIT_S, deadline):
+                timer = loop.call_later(_WAIT_S, look)
+            else:
+                free.set_result(None)
+
+        timer = loop.call_later(_WAIT_S, look)
+        self._waiting.append(free)
+        try:
+            return await free
+        except asyncio.CancelledError:
+            is_given = free.done() and not free.cancelled() and free.exception() is None
+            if is_given and (connection := free.result()) is not None:
+                self._keep(connection)
+            raise
+        finally:
+            timer.cancel()
+
     async def _connect(self, deadline: float) -> _Connection:
         within_s = max(min(_CONNECT_S, deadline - asyncio.get_running_loop().time()), 0.0)
-        async with asyncio.timeout(within_s):
-            connection = await self._open()
+        self._n_opening += 1
+        try:
+            async with asyncio.timeout(within_s):
+                connection = await self._open()
+        finally:
+            self._n_opening -= 1
         self._busy.add(connection)
         return connection
 
@@ -149,16 +189,31 @@ class KeepAlivePool:
             answer = await connection.ask(question, deadline)
         except BaseException:
             connection.abort()
+            self._keep(connection)
             raise
-        finally:
-            self._busy.discard(connection)
+        self._keep(connection)
+        return answer
+
+    def _keep(self, connection: _Connection) -> None:
+        """Give a connection to the first that waits for one, else keep it, if it can be used again. If not, the first
+        that waits may open another one.
+        """
+        self._busy.discard(connection)
+        if connection.is_reusable:
+            self._freed_at = asyncio.get_running_loop().time()
+        while self._waiting:
+            if not (first := self._waiting.popleft()).done():
+                first.set_result(connection if connection.is_reusable else None)
+                if connection.is_reusable:
+                    self._busy.add(connection)
+                    return
+                break
         if connection.is_reusable and len(self._idle) < _N_BURST:
             self._idle.append(connection)
             if self._sweep_at is None:
                 self._sweep_at = asyncio.get_running_loop().call_later(_BURST_S, self._sweep)
         else:
             connection.abort()
-        return answer
 
     def _lost(self, connection: _Connection) -> None:
         """The server has closed it."""
@@ -192,6 +247,9 @@ class KeepAlivePool:
         self.drop_idle()
         for connection in list(self._busy):
             connection.abort()
+        while self._waiting:
+            if not (free := self._waiting.popleft()).done():
+                free.set_exception(ConnectionError("closed"))
 
 
 class _Connection(asyncio.Protocol):
