@@ -70,31 +70,31 @@ def measure(n_snapshots: int, n_saves: int = 500, seed: int = 1) -> Cost:
     rng = random.Random(seed)
     order, table = ByValue(), SlotTable("bench", 1, 1 << 20, rules=Rules(), rates=Rates())
     order.saves_s = table.saves_s
-    shelf, coming, now = SnapshotTable(order), snapshots(rng), 0.0
-    shelf.fingerprint = MODEL
+    listed, coming, now = SnapshotTable(order), snapshots(rng), 0.0
+    listed.fingerprint = MODEL
     for _ in range(n_snapshots):
         snapshot = next(coming)
         now += 10.0
         table.add_snapshot(snapshot)
-        shelf.add(snapshot.listed, now)
+        listed.add(snapshot.listed, now)
     cost = Cost(n_snapshots, [], [])
     free_bytes = 0
     for _ in range(n_saves):
         snapshot = next(coming)
         now += 10.0
         if rng.random() < 0.5:
-            shelf.hit(rng.choice(list(shelf.snapshots)), now)
+            listed.hit(rng.choice(list(listed.snapshots)), now)
         started = time.thread_time()
-        shelf.tend(now)
-        victims = shelf.victims(snapshot.size_bytes - free_bytes, 0, (), now)
+        listed.tend(now)
+        victims = listed.victims(snapshot.size_bytes - free_bytes, 0, (), now)
         for victim in victims:
-            shelf.take(victim.id, now)
+            listed.take(victim.id, now)
         chosen = time.thread_time()
         free_bytes += sum(victim.size_bytes for victim in victims) - snapshot.size_bytes
         for victim in victims:
             table.drop_snapshot(victim.id)
         table.add_snapshot(snapshot)
-        shelf.add(snapshot.listed, now)
+        listed.add(snapshot.listed, now)
         cost.choosing_s.append(chosen - started)
         cost.adding_s.append(time.thread_time() - chosen)
     return cost

@@ -1,1 +1,1 @@
-"""llamaslot's own policy, scheduler, steps and shelf against a simulated llama-server, in virtual time."""
+"""llamaslot's own policy, scheduler, steps and snapshot table against a simulated llama-server, in virtual time."""

@@ -100,10 +100,10 @@ class Original:
         try:
             if not slot.is_small:
                 size = count(self.server.tokens(slot.id)) * self.server.hardware.bytes_per_token
-                draft = await self.disk.reserve(size)
-                result = await self.server.save(slot.id, draft.part_name)
+                reservation = await self.disk.reserve(size)
+                result = await self.server.save(slot.id, reservation.part_name)
                 snapshot = await self.disk.commit(
-                    draft,
+                    reservation,
                     tokens_expected=slot.prompt,
                     n_saved=result.n_tokens,
                     n_written=result.n_bytes,

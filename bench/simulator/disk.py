@@ -1,6 +1,6 @@
-"""Snapshots in memory: the catalog's surface as far as the engine uses it, around the real shelf.
+"""Snapshots in memory: the catalog's surface as far as the engine uses it, around the real table.
 
-Which snapshots go first is the shelf's business; the other orders that it is compared with are here as well.
+Which snapshots go first is decided by the table; the other orders that it is compared with are here as well.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from llamaslot.cache.content import SnapshotKind
 from llamaslot.errors import OtherConversation, SnapshotInvalid
 from llamaslot.scheduling.eviction import ByUse, ByValue, SnapshotStats
 from llamaslot.store import QuotaExceeded, Reservation, Snapshot, WithTokens
-from llamaslot.store.entries import Pin, Prospect, SnapshotTable
-from llamaslot.store.quota import Deficit
+from llamaslot.store.entries import Pin, SnapshotTable
 
 FINGERPRINT = "simulated"
 UNLIMITED = 1 << 60
@@ -30,7 +29,7 @@ class Disk:
     def __init__(
         self,
         server: SimulatedServer,
-        shelf: SnapshotTable,
+        table: SnapshotTable,
         quota_bytes: int,
         *,
         now: Callable[[], float],
@@ -40,17 +39,17 @@ class Disk:
         self.size_bytes = self.largest_bytes = 0
         self.n_evicted = 0
         self.origins: dict[str, Origin] = {}
-        self._server, self._shelf, self._now, self._on_drop = server, shelf, now, on_drop
-        self._drafts: dict[str, tuple[int, frozenset[str]]] = {}
+        self._server, self._table, self._now, self._on_drop = server, table, now, on_drop
+        self._reservations: dict[str, tuple[int, frozenset[str]]] = {}
         self._serial = 0
-        shelf.fingerprint = FINGERPRINT
-        self.snapshots: Mapping[str, Snapshot] = MappingProxyType(shelf.snapshots)
+        table.fingerprint = FINGERPRINT
+        self.snapshots: Mapping[str, Snapshot] = MappingProxyType(table.snapshots)
 
     def last_used(self, id: str) -> float:  # noqa: A002
-        return self._shelf.standings[id].last_used
+        return self._table.stats[id].last_used
 
     def n_hits(self, id: str) -> int:  # noqa: A002
-        return self._shelf.standings[id].n_hits
+        return self._table.stats[id].n_hits
 
     async def reserve(
         self, size_bytes: int, keep: Collection[str] = (), spare: Collection[str] = ()
@@ -59,21 +58,21 @@ class Disk:
 
         ``spare`` is a part of llamaslot's order, and does not count in others.
         """
-        self._shelf.tend(self._now())
-        spared = frozenset(keep) | frozenset(spare if isinstance(self._shelf.order, ByValue) else ())
+        self._table.tend(self._now())
+        spared = frozenset(keep) | frozenset(spare if isinstance(self._table.order, ByValue) else ())
         try:
             self._make_room(size_bytes, spared)
         except QuotaExceeded:
             self._make_room(size_bytes, frozenset(keep))
         self._serial += 1
         id_ = f"ls-{self._serial:016x}"  # not random: ids break ties
-        self._drafts[id_] = size_bytes, frozenset(keep)
+        self._reservations[id_] = size_bytes, frozenset(keep)
         self._take(size_bytes)
         return Reservation(id_, f"{id_}.part", size_bytes)
 
     def _make_room(self, size_bytes: int, keep: frozenset[str]) -> None:
         short = self.size_bytes + size_bytes - self.quota_bytes
-        victims = self._shelf.victims(short, 0, keep, self._now())
+        victims = self._table.victims(short, 0, keep, self._now())
         if sum(victim.size_bytes for victim in victims) < short:
             raise QuotaExceeded(f"no room for {size_bytes} bytes")
         for victim in victims:
@@ -82,7 +81,7 @@ class Disk:
 
     async def commit(
         self,
-        draft: Reservation,
+        reservation: Reservation,
         *,
         tokens_expected: bytes,
         n_saved: int,
@@ -92,23 +91,23 @@ class Disk:
         source: str,
         kind: SnapshotKind = SnapshotKind.LEAF,
         is_pinned: bool = False,
-        space: str = "",
+        namespace: str = "",
         idle_s: float = 0.0,
     ) -> WithTokens:
         """Raises OtherConversation and QuotaExceeded as the real one does."""
-        size_bytes, keep = self._drafts[draft.id]
-        file = self._server.files[draft.part_name]
+        size_bytes, keep = self._reservations[reservation.id]
+        file = self._server.files[reservation.part_name]
         if not file.tokens or not file.tokens.startswith(tokens_expected):
-            raise OtherConversation(f"{draft.id}: holds another conversation than was to be saved")
+            raise OtherConversation(f"{reservation.id}: holds another conversation than was to be saved")
         if n_written > size_bytes:
             self._make_room(n_written - size_bytes, keep)
         self._take(n_written - size_bytes)
-        del self._drafts[draft.id]
-        self._server.files[f"{draft.id}.kv"] = self._server.files.pop(draft.part_name)
+        del self._reservations[reservation.id]
+        self._server.files[f"{reservation.id}.kv"] = self._server.files.pop(reservation.part_name)
         now = self._now()
         snapshot = WithTokens.of(
             file.tokens,
-            id=draft.id,
+            id=reservation.id,
             size_bytes=n_written,
             fingerprint=fingerprint,
             created_at=now,
@@ -116,41 +115,37 @@ class Disk:
             source=source,
             kind=kind,
             is_pinned=is_pinned,
-            space=space,
+            namespace=namespace,
         )
         if file.origin is not None and kind is SnapshotKind.LEAF:  # a shared prefix has no owner
-            self.origins[draft.id] = file.origin
-        self._shelf.add(snapshot.listed, now, last_used=now - idle_s)
+            self.origins[reservation.id] = file.origin
+        self._table.add(snapshot.listed, now, last_used=now - idle_s)
         return snapshot
 
-    async def abandon(self, draft: Reservation) -> None:
-        if (held := self._drafts.pop(draft.id, None)) is not None:
+    async def abandon(self, reservation: Reservation) -> None:
+        if (held := self._reservations.pop(reservation.id, None)) is not None:
             self._take(-held[0])
-            self._server.files.pop(draft.part_name, None)
+            self._server.files.pop(reservation.part_name, None)
 
     def pin(self, id: str) -> Pin:  # noqa: A002
         """Raises KeyError if it is gone."""
-        return Pin(self._shelf.pin(id), self._unpin)
+        return Pin(self._table.pin(id), self._unpin)
 
     def _unpin(self, id_: str) -> None:
-        if (pending_delete := self._shelf.unpin(id_)) is not None:
+        if (pending_delete := self._table.unpin(id_)) is not None:
             self._remove(pending_delete)
 
     def touch(self, id: str) -> None:  # noqa: A002
         if id in self.snapshots:
-            self._shelf.hit(id, self._now())
+            self._table.hit(id, self._now())
 
     def branched(self, id: str) -> None:  # noqa: A002
         if id in self.snapshots:
-            self._shelf.branch(id, self._now())
+            self._table.branch(id, self._now())
 
     def inherit(self, id: str, from_id: str) -> None:  # noqa: A002
         if id in self.snapshots and from_id in self.snapshots:
-            self._shelf.inherit(id, from_id, self._now())
-
-    def would_gain(self, prospect: Prospect, keep: Collection[str] = ()) -> float:
-        short = self.size_bytes + prospect.size_bytes - self.quota_bytes
-        return self._shelf.would_gain(prospect, Deficit(short, 0), keep, self._now())
+            self._table.inherit(id, from_id, self._now())
 
     async def verify(self, id: str) -> WithTokens:  # noqa: A002
         """Raises SnapshotInvalid if it is gone."""
@@ -164,7 +159,7 @@ class Disk:
 
     def _drop(self, id_: str) -> None:
         snapshot = self.snapshots[id_]
-        if self._shelf.take(id_, self._now()):
+        if self._table.take(id_, self._now()):
             self._remove(snapshot)
         self._on_drop(snapshot)
 
@@ -179,10 +174,10 @@ class Disk:
 
     def check(self) -> None:
         """Raise AssertionError naming the account that is not the sum of its parts."""
-        self._shelf.check()
-        listed = (*self._shelf.snapshots.values(), *self._shelf.pending_delete.values())
-        drafts = sum(size for size, _ in self._drafts.values())
-        assert self.size_bytes == drafts + sum(snapshot.size_bytes for snapshot in listed), "size_bytes"
+        self._table.check()
+        listed = (*self._table.snapshots.values(), *self._table.pending_delete.values())
+        reservations = sum(size for size, _ in self._reservations.values())
+        assert self.size_bytes == reservations + sum(snapshot.size_bytes for snapshot in listed), "size_bytes"
         files = {name.removesuffix(".kv") for name in self._server.files if name.endswith(".kv")}
         assert files == {snapshot.id for snapshot in listed}, "a file for each snapshot"
         assert self.size_bytes <= self.quota_bytes, "the quota holds"
@@ -194,8 +189,8 @@ class AtRandom(ByUse):
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
-    def rank(self, standing: SnapshotStats, now: float) -> float:
-        return random.Random(f"{self._seed} {standing.id} {now}").random()
+    def rank(self, stats: SnapshotStats, now: float) -> float:
+        return random.Random(f"{self._seed} {stats.id} {now}").random()
 
 
 class Foreseen(ByUse):
@@ -204,5 +199,5 @@ class Foreseen(ByUse):
     def __init__(self, value: Callable[[SnapshotStats], float]) -> None:
         self._value = value
 
-    def rank(self, standing: SnapshotStats, now: float) -> float:
-        return self._value(standing)
+    def rank(self, stats: SnapshotStats, now: float) -> float:
+        return self._value(stats)

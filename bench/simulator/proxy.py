@@ -13,7 +13,7 @@ from bench.simulator.machine import Machine, Streamed
 from bench.simulator.server import N_CTX, Answer, SimulatedServer
 from bench.simulator.users import LONG_S, SentRequest
 from llamaslot.backend.executor import PlanExecutor
-from llamaslot.backend.feedback import Told
+from llamaslot.backend.feedback import ReportedCounts
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import RetryPlacement
 from llamaslot.backend.slot_content import is_far_off
@@ -24,10 +24,10 @@ from llamaslot.cache.ids import count
 from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.fleet.queue import QueueLimits
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.sse import PrefillStats
 from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.plan import PrefillStats
 from llamaslot.scheduling.request import Request
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
@@ -150,7 +150,9 @@ class Proxy:
             served.n_reused = min(done.n_reused, answered.n_cache) if done is not None else answered.n_cache
             served.answer_s = answered.predicted_s
             n_computed, n_answer = answered.n_prompt - answered.n_cache, count(asked.answer)
-            told = Told(answered.n_cache, None, n_computed, answered.prompt_s, n_answer, answered.predicted_s)
+            told = ReportedCounts(
+                answered.n_cache, None, n_computed, answered.prompt_s, n_answer, answered.predicted_s
+            )
             self.executor.settle(lease, told, here, request.tokens)
             if self.saves_each:
                 self.tasks.spawn(self._save(lease), f"{request.id} is saved")

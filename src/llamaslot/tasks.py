@@ -84,3 +84,13 @@ class TaskOwner:
             for task in running:
                 task.cancel()
             await asyncio.wait(running)
+
+
+async def gather(*coroutines: Coroutine[Any, Any, T]) -> list[T]:
+    """The results of all coroutines, run concurrently; the first error cancels the others and is raised as itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]

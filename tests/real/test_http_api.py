@@ -18,7 +18,7 @@ import pytest_asyncio
 from llamaslot.llama.routes import KNOWN_GATES, ROUTES, Route, RouteKind, classify
 from tests.support import models
 from tests.support.client_shapes import SHAPES
-from tests.support.http_api import TABLE, UNKNOWN, Ask, Told, tell
+from tests.support.http_api import TABLE, UNKNOWN, Ask, ReportedCounts, tell
 from tests.support.inprocess import Front, Settings, fronted
 from tests.support.real import RealServer
 
@@ -40,7 +40,7 @@ class Both:
     open: Front
     session: aiohttp.ClientSession
 
-    async def ask(self, ask: Ask) -> tuple[Told, Told]:
+    async def ask(self, ask: Ask) -> tuple[ReportedCounts, ReportedCounts]:
         """The direct answer and that through llamaslot."""
         takes_slot = classify(ask.method, ask.target).kind in ("completion", "exclusive")
         alone = self.direct if takes_slot else self.behind
@@ -77,7 +77,7 @@ def of_kind(*kinds: RouteKind) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("route", [r for r in ROUTES if r.kind in kinds], ids=key_of)
 
 
-def check_same(ask: Ask, direct: Told, through: Told) -> None:
+def check_same(ask: Ask, direct: ReportedCounts, through: ReportedCounts) -> None:
     """Status, content type, body, and every header that goes from end to end."""
     assert (through.status, through.content_type) == (direct.status, direct.content_type), ask
     assert through.value == direct.value, ask

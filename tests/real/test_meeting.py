@@ -22,13 +22,13 @@ pytestmark = pytest.mark.real
 async def test_slot_files_keep_checkpoints(tmp_path: Path, kind: str) -> None:
     """Those of a build of October 2026 do, whatever the window; nothing is left of the probe."""
     model = {"swa": models.swa, "recurrent": models.recurrent}[kind](tmp_path)
-    memory = {"swa": CacheKind.SWA, "recurrent": CacheKind.RECURRENT}[kind]
+    cache_kind = {"swa": CacheKind.SWA, "recurrent": CacheKind.RECURRENT}[kind]
     async with RealServer(model, tmp_path / "kv", slots=1) as server:
         catalog = Catalog(tmp_path / "kv", 1 << 30, now=time.time, on_drop=lambda _: None)
         await catalog.open()
         api = LlamaServer(server.url, None)
         probes = Probes(api, catalog, Rates())
-        assert await probes.checkpoints(0) == Files(True, memory)
+        assert await probes.checkpoints(0) == Files(True, cache_kind)
         assert probes.warnings == []
         await catalog.settle()
         catalog.close()

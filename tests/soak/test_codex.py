@@ -33,14 +33,14 @@ wire_api = "responses"
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ReportedCounts:
     """What Codex has told its user."""
 
     answers: list[str]
     errors: list[str]
 
 
-async def ask(it: Served, home: Path) -> Told:
+async def ask(it: Served, home: Path) -> ReportedCounts:
     """One question, to its end. Its first prompt has some 40,000 letters."""
     (home / "here").mkdir(parents=True)
     (home / "config.toml").write_text(CONFIG.format(url=it.url))
@@ -63,7 +63,7 @@ async def ask(it: Served, home: Path) -> Told:
     told = [json.loads(line) for line in out.decode().splitlines() if line.startswith("{")]
     items = [event["item"] for event in told if event["type"] == "item.completed"]
     answers = [item["text"] for item in items if item["type"] == "agent_message"]
-    return Told(answers, [event["message"] for event in told if event["type"] == "error"])
+    return ReportedCounts(answers, [event["message"] for event in told if event["type"] == "error"])
 
 
 @pytest.fixture(autouse=True)

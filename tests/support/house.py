@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from bench.virtual import VirtualLoop
-from llamaslot.backend.drain import SlotDrainer
+from llamaslot.backend.abandoned_slots import AbandonedSlots
 from llamaslot.backend.exclusive import ExclusiveSection, UnpinnedRequest
 from llamaslot.backend.executor import PlanExecutor
-from llamaslot.backend.feedback import Told
+from llamaslot.backend.feedback import ReportedCounts
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.lease_states import Preempted, RetryPlacement
-from llamaslot.backend.lease_states import State as LeaseState
+from llamaslot.backend.lease_states import LeaseState, Preempted, RetryPlacement
 from llamaslot.backend.slot_content import is_far_off
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.writeback import Writeback
@@ -25,12 +24,12 @@ from llamaslot.errors import BackendDown, LlamaslotError
 from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.fleet.queue import QueueLimits
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.sse import PrefillStats
 from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
+from llamaslot.scheduling.plan import PrefillStats
 from llamaslot.scheduling.request import Request
-from llamaslot.scheduling.slots import Event, State
+from llamaslot.scheduling.slots import SlotEvent, SlotState
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
 from tests.support.stub import MODEL, StubCatalog, StubServer
@@ -86,8 +85,8 @@ class House:
         self.executor = PlanExecutor(api, catalog, self.rates, self.metrics, self.tasks, self.leases)
         self.exclusive = ExclusiveSection(api, self.leases, self.executor, self.tasks)
         self.writeback = Writeback(self.leases, self.executor, 2.0)
-        self.drainer = SlotDrainer(api, self.leases, loop.time)
-        self.leases.on_drain = self.drainer.add
+        self.abandoned_slots = AbandonedSlots(api, self.leases, loop.time)
+        self.leases.on_drain = self.abandoned_slots.add
         self.leases.pin = self.catalog.pin
         self.executor.fingerprint = MODEL
         self.saved_tokens = b""  # what ``keep_one_on_disk`` has put there
@@ -96,14 +95,14 @@ class House:
         self.slots: dict[str, int] = {}  # where each job was last
         self.preempted: list[str] = []  # the jobs that gave their slots up, in their order
         self.faults: list[str] = []
-        self.memory = server.memory  # what llamaslot takes the model for
+        self.cache_kind = server.cache_kind  # what llamaslot takes the model for
         self.is_unnoticed = False  # the server is another process than the one that the table describes
         server.guard, server.guard_landing = self._guard, self._guard_landing
         server.asker = self._asker
         self._log = _Collector(self.faults)
         logging.getLogger("llamaslot.tasks").addHandler(self._log)
         loop.set_exception_handler(lambda _, context: self.faults.append(repr(context)))
-        self._poller = loop.create_task(self.drainer.run(), name="drains")
+        self._poller = loop.create_task(self.abandoned_slots.run(), name="drains")
         loop.run_until_complete(self.meet())
 
     def close(self) -> None:
@@ -121,15 +120,15 @@ class House:
         n = len(self.server.slots_)
         table = SlotTable("stub", n, 10_000, rules=self.rules, rates=self.rates)
         table.can_save = table.can_erase = True
-        table.memory, table.rewind_model.window = self.memory, self.server.window
+        table.cache_kind, table.rewind_model.window = self.cache_kind, self.server.window
         self.executor.boot_id = (await self.server.props()).boot_id
         for snapshot in self.catalog.snapshots.values():
             table.add_snapshot(snapshot)
         for slot, real in zip(table.slots, self.server.slots_, strict=True):
             if real.is_working:
                 table.take(slot, Request("left over"), self.loop.time(), has_answer=False)
-                table.give_back(slot, Event.LEAVE, NOTHING, self.loop.time())
-                self.drainer.add_slot(table, slot, NOTHING)
+                table.give_back(slot, SlotEvent.LEAVE, NOTHING, self.loop.time())
+                self.abandoned_slots.add_slot(table, slot, NOTHING)
             else:
                 real.tokens = b""
         self.is_unnoticed = False
@@ -158,7 +157,7 @@ class House:
         table = self.leases.table
         if self.is_unnoticed or table is None:
             return
-        if table.slots[slot_id].state is not State.LEASED:
+        if table.slots[slot_id].state is not SlotState.LEASED:
             self.server.violation(f"something was sent to {table.slots[slot_id]!r}")
 
     def _asker(self, slot_id: int) -> Request | None:
@@ -234,7 +233,7 @@ class House:
         table.check()
         for slot in table.slots:
             content = slot.content
-            if slot.state is not State.HOT:
+            if slot.state is not SlotState.HOT:
                 continue
             if not content.is_dirty:
                 assert content.snapshot in self.catalog.snapshots, f"what is not dirty is on disk: {slot}"
@@ -295,7 +294,7 @@ class House:
         assert self.executor.chunked_prefill._current is None, "no stretch"
         assert not self.leases.changes._waiting, "nobody listens"
         assert not self.leases.changes._calls, "nobody is called"
-        assert not self.catalog.drafts, "no draft"
+        assert not self.catalog.reservations, "no reservation"
         assert not +self.catalog.pins, f"no pin: {self.catalog.pins}"
         assert not self.catalog.pending_delete, "no file of a snapshot that is gone"
         assert not [name for name in self.server.files if name.endswith(".part")], "no part file"
@@ -378,7 +377,7 @@ class _Asking:
             await upstream.rest()
         if turn is not None:
             await turn.settle()
-        house.executor.settle(lease, Told(upstream.n_cache), prefill_stats, job.tokens)
+        house.executor.settle(lease, ReportedCounts(upstream.n_cache), prefill_stats, job.tokens)
         lease.release()
         return prefill_stats.n_reused if prefill_stats is not None else upstream.n_cache
 

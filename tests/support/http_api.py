@@ -32,7 +32,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ReportedCounts:
     """An answer, read to its end. Nothing in it is decompressed."""
 
     status: int
@@ -67,14 +67,14 @@ class Told:
 _OF_A_CONNECTION = {"connection", "keep-alive", "transfer-encoding", "server", "date"}
 
 
-async def tell(session: aiohttp.ClientSession, url: str, ask: Ask) -> Told:
+async def tell(session: aiohttp.ClientSession, url: str, ask: Ask) -> ReportedCounts:
     """Send it. The session must not decompress; any status is an answer."""
     data = ask.body if isinstance(ask.body, bytes | None) else json.dumps(ask.body).encode()
     skip = ("Content-Type", "Accept-Encoding", "User-Agent", "Accept")
     async with session.request(
         ask.method, url + ask.target, data=data, headers=ask.headers, skip_auto_headers=skip
     ) as answer:
-        return Told(answer.status, answer.headers, await answer.read())
+        return ReportedCounts(answer.status, answer.headers, await answer.read())
 
 
 def _event(text: str) -> list[Any]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tests.support.http_api import FIRM, Told
+from tests.support.http_api import FIRM, ReportedCounts
 
 PATIENCE_S = 5.0
 JSON = "Content-Type: application/json"
@@ -107,7 +107,7 @@ async def _answer(reader: asyncio.StreamReader, method: str) -> Got:
     version, status = line.split(" ")[:2]
     framing, raw = await _body(reader, headers, is_empty=method == "HEAD" or status[0] == "1")
     titled = {name.title(): value for name, value in headers.items()}
-    value = Told(int(status), titled, raw).value
+    value = ReportedCounts(int(status), titled, raw).value
     value = value.decode() if isinstance(value, bytes) else value
     return Got(version, int(status), framing, value, headers.get("connection", "").lower() == "close")
 

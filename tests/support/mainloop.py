@@ -95,7 +95,7 @@ class Paced(House):
 
     def __init__(
         self,
-        memory: CacheKind = CacheKind.DENSE,
+        cache_kind: CacheKind = CacheKind.DENSE,
         n_slots: int = 3,
         *,
         batch: int = BATCH,
@@ -103,7 +103,7 @@ class Paced(House):
         room: int = 1000,
         **sharing: float,
     ) -> None:
-        loop, server = VirtualLoop(), StubServer(n_slots, batch=batch, token_s=TOKEN_S, memory=memory)
+        loop, server = VirtualLoop(), StubServer(n_slots, batch=batch, token_s=TOKEN_S, cache_kind=cache_kind)
         self.main = MainLoop(loop, server, answer_s)
         self.asked_at: dict[str, float] = {}
         super().__init__(loop, server, room=room, rules=replace(RULES, sharing=PrefillSharing(**sharing)))

@@ -48,7 +48,7 @@ class Shelter:
     ) -> None:
         self.directory, self.quota_bytes, self.order = directory, quota_bytes, order
         self.max_files, self.min_free_bytes = 10_000, 0
-        self.register = directory.with_name(directory.name + ".sidecars")
+        self.manifest = directory.with_name(directory.name + ".sidecars")
         self.time, self.seconds_per_look = 1_000_000.0, 1.0
         self.dropped: list[str] = []
         self.has_dropped = asyncio.Event()
@@ -62,7 +62,7 @@ class Shelter:
             min_free_bytes=self.min_free_bytes,
             now=self.tick,
             on_drop=self._on_drop,
-            register=self.register,
+            manifest=self.manifest,
             order=self.order(),
         )
 
@@ -79,12 +79,12 @@ class Shelter:
         await self.catalog.open()
         return self.catalog
 
-    async def reopen(self, *, has_register: bool = True) -> Catalog:
+    async def reopen(self, *, has_manifest: bool = True) -> Catalog:
         """A clean restart; without the register all files are read."""
         await self.catalog.settle()
-        await self.catalog.write_register()
-        if not has_register:
-            self.register.unlink()
+        await self.catalog.write_manifest()
+        if not has_manifest:
+            self.manifest.unlink()
         self.catalog.close()
         self.catalog, self.dropped = self._catalog(), []
         return await self.open()

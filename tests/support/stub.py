@@ -3,7 +3,7 @@
 Whatever takes time is an ``Op`` that waits until the test serves it, makes it fail, or lets ``pace`` do that. The
 stub keeps the rules that LLAMA servers do not enforce (nothing may be sent to a slot at work, a restore needs an empty
 slot): ``violations`` lists what broke them, ``n_computed`` counts the prompt tokens that were computed. What a slot can
-go on from is up to ``memory``: the end of what it holds, or a checkpoint, where it cannot go back to any token.
+go on from is up to ``cache_kind``: the end of what it holds, or a checkpoint, where it cannot go back to any token.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class StubSlot:
     checkpoints: tuple[int, ...] = ()
     is_restored: bool = False  # and has computed nothing since: a sliding window has none of it yet
     is_lost: bool = False  # emptied behind everybody's back; nothing has begun in it since
-    space: Namespace = SHARED  # where what it holds was computed
+    namespace: Namespace = SHARED  # where what it holds was computed
     is_mixed: bool = False  # work of an earlier process of llamaslot, or of a stranger
 
 
@@ -77,9 +77,9 @@ class StubServer:
         batch: int = 128,
         pace: Callable[[Op], float | None] | None = None,
         token_s: float = 0.001,
-        memory: CacheKind = CacheKind.DENSE,
+        cache_kind: CacheKind = CacheKind.DENSE,
     ) -> None:
-        self.memory, self.window = memory, 64  # tokens of a sliding one
+        self.cache_kind, self.window = cache_kind, 64  # tokens of a sliding one
         self.token_s = token_s  # what the server says that a prompt token took it
         self.action_s = 0.01  # and a save or a restore
         self.batch = batch
@@ -94,7 +94,7 @@ class StubServer:
         self.asker: Callable[[int], Request | None] = lambda slot: (
             None
         )  # who computes in a slot, if that is known
-        self.spaces: dict[str, Namespace] = {}  # of what is in a file
+        self.namespaces: dict[str, Namespace] = {}  # of what is in a file
         self.lands: Callable[[list[int]], int] = lambda idle: idle[0]
         self.n_computed = 0
         self.is_down = False
@@ -186,9 +186,9 @@ class StubServer:
     def _usable(self, slot: StubSlot, tokens: bytes) -> int:
         """What need not be computed again of what the slot holds. One token always is."""
         limit, n_held = min(common(slot.tokens, tokens), count(tokens) - 1), count(slot.tokens)
-        if self.memory is CacheKind.DENSE:
+        if self.cache_kind is CacheKind.DENSE:
             return limit
-        if self.memory is CacheKind.RECURRENT:
+        if self.cache_kind is CacheKind.RECURRENT:
             is_there, back = n_held <= limit, 0
         else:  # from near the end of what was computed in the slot, once that fills the window
             is_there, back = self.window < n_held <= limit + NEAR and not slot.is_restored, 1
@@ -199,9 +199,9 @@ class StubServer:
     async def _compute(self, slot: StubSlot, tokens: bytes, by: Request | None) -> AsyncGenerator[Progress]:
         n, n_cache = count(tokens), self._usable(slot, tokens)
         if by is not None:
-            if n_cache and slot.space not in by.reads:
-                self.violation(f"{by} has used {n_cache} tokens of {slot.space}")
-            slot.space = by.space
+            if n_cache and slot.namespace not in by.reads:
+                self.violation(f"{by} has used {n_cache} tokens of {slot.namespace}")
+            slot.namespace = by.namespace
         slot.tokens, slot.is_restored = head(tokens, n_cache), False
         slot.checkpoints = tuple(at for at in slot.checkpoints if at <= n_cache)
         done, slot.n_prompt = n_cache, n
@@ -224,7 +224,7 @@ class StubServer:
         slot = self._begin(slot_id)
         try:
             by = self.asker(slot_id)
-            if by is not None and by.space.lora != lora:
+            if by is not None and by.namespace.lora != lora:
                 self.violation(f"{by} is computed with the LoRA scales {lora!r}")
             async with contextlib.aclosing(self._compute(slot, tokens, by)) as events:
                 async for event in events:
@@ -323,7 +323,7 @@ class StubServer:
         slot = self._acted(slot_id)
 
         def effect() -> None:
-            self.files[filename], self.spaces[filename] = slot.tokens, slot.space
+            self.files[filename], self.namespaces[filename] = slot.tokens, slot.namespace
             self.checkpoints[slot.tokens] = slot.checkpoints
 
         await self.op("save", slot_id, effect)
@@ -345,7 +345,7 @@ class StubServer:
 
         def effect() -> None:
             slot.tokens, slot.is_restored = self.files.get(filename, b""), True
-            slot.space = self.spaces.get(filename, SHARED)
+            slot.namespace = self.namespaces.get(filename, SHARED)
             slot.checkpoints = self.checkpoints.get(slot.tokens, ())
 
         await self.op("restore", slot_id, effect)
@@ -406,7 +406,7 @@ class StubCatalog:
     on_drop: Callable[[Snapshot], None] = lambda snapshot: None
     snapshots: dict[str, WithTokens] = field(default_factory=dict)
     pins: Counter[str] = field(default_factory=Counter)
-    drafts: set[str] = field(default_factory=set)
+    reservations: set[str] = field(default_factory=set)
     pending_delete: set[str] = field(default_factory=set)
     fingerprint: str = MODEL
     _serial: Iterator[int] = field(default_factory=lambda: itertools.count(1))
@@ -415,14 +415,14 @@ class StubCatalog:
         self, size_bytes: int, keep: Collection[str] = (), spare: Collection[str] = ()
     ) -> Reservation:
         await self.server.op("reserve", None)
-        while len(self.snapshots) + len(self.drafts) >= self.room:
+        while len(self.snapshots) + len(self.reservations) >= self.room:
             may_go = [id_ for id_ in self.snapshots if self._may_go(id_, keep)]
             victim = min(may_go, key=lambda id_: id_ in spare, default=None)
             if victim is None:
                 raise QuotaExceeded("no room")
             self.discard(victim)
         id_ = f"ls-{next(self._serial)}"
-        self.drafts.add(id_)
+        self.reservations.add(id_)
         return Reservation(id_, f"{id_}.part", size_bytes)
 
     def _may_go(self, id_: str, keep: Collection[str]) -> bool:
@@ -430,7 +430,7 @@ class StubCatalog:
 
     async def commit(
         self,
-        draft: Reservation,
+        reservation: Reservation,
         *,
         tokens_expected: bytes,
         n_saved: int,
@@ -440,21 +440,23 @@ class StubCatalog:
         source: str,
         kind: SnapshotKind = SnapshotKind.LEAF,
         is_pinned: bool = False,
-        space: str = "",
+        namespace: str = "",
         idle_s: float = 0.0,
     ) -> WithTokens:
         await self.server.op("commit", None)
-        tokens = self.server.files.pop(draft.part_name)
-        self.drafts.discard(draft.id)
+        tokens = self.server.files.pop(reservation.part_name)
+        self.reservations.discard(reservation.id)
         if not tokens or not tokens.startswith(tokens_expected):
             raise OtherConversation("holds another conversation")
-        self.server.files[f"{draft.id}.kv"] = tokens
-        self.server.spaces[f"{draft.id}.kv"] = was_in = self.server.spaces.pop(draft.part_name)
-        if was_in.text != space:
-            self.server.violation(f"tokens of {was_in} are saved as those of {space!r}")
+        self.server.files[f"{reservation.id}.kv"] = tokens
+        self.server.namespaces[f"{reservation.id}.kv"] = was_in = self.server.namespaces.pop(
+            reservation.part_name
+        )
+        if was_in.text != namespace:
+            self.server.violation(f"tokens of {was_in} are saved as those of {namespace!r}")
         snapshot = WithTokens.of(
             tokens,
-            id=draft.id,
+            id=reservation.id,
             size_bytes=n_written,
             fingerprint=fingerprint,
             created_at=0.0,
@@ -462,14 +464,14 @@ class StubCatalog:
             source=source,
             kind=kind,
             is_pinned=is_pinned,
-            space=space,
+            namespace=namespace,
         )
-        self.snapshots[draft.id] = snapshot
+        self.snapshots[reservation.id] = snapshot
         return snapshot
 
-    async def abandon(self, draft: Reservation) -> None:
-        self.drafts.discard(draft.id)
-        self.server.files.pop(draft.part_name, None)
+    async def abandon(self, reservation: Reservation) -> None:
+        self.reservations.discard(reservation.id)
+        self.server.files.pop(reservation.part_name, None)
         await asyncio.sleep(0)
 
     def pin(self, id: str) -> AbstractContextManager[Snapshot]:  # noqa: A002

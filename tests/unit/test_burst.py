@@ -154,11 +154,11 @@ async def _turns(house: Paced, agent: int, n_context: int = 8000, n_turns: int =
     return first_s
 
 
-@pytest.mark.parametrize("memory", list(CacheKind))
-def test_follow_ups_of_a_crowd_find_a_slot(memory: CacheKind) -> None:
+@pytest.mark.parametrize("cache_kind", list(CacheKind))
+def test_follow_ups_of_a_crowd_find_a_slot(cache_kind: CacheKind) -> None:
     """Six agents of one user begin at once on four slots. Whoever has its first answer goes on: its next question needs
     a fraction of a second, and does not wait for the long prompts of the others, which wait in slots."""
-    with Paced(memory, 4) as house:
+    with Paced(cache_kind, 4) as house:
         house.server.token_s = 0.0002
         house.talk()
         house.begin()

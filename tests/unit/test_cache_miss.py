@@ -110,10 +110,10 @@ def test_many_newer_contexts_of_others_do_not_hide_ones_own() -> None:
     table, mine = house.leases.table, Namespace("key:anna")
     assert table is not None
 
-    def snapshot(id_: str, ids: list[int], space: Namespace) -> WithTokens:
+    def snapshot(id_: str, ids: list[int], namespace: Namespace) -> WithTokens:
         return WithTokens.of(
             pack(ids), id=id_, fingerprint="model", created_at=0.0, source="test", checkpoints=(), size_bytes=1,
-            space=space.text,
+            namespace=namespace.text,
         )  # fmt: skip
 
     tokens = [7, *some(2, LOST_MIN)]
@@ -122,7 +122,7 @@ def test_many_newer_contexts_of_others_do_not_hide_ones_own() -> None:
         table.add_snapshot(snapshot(f"of bert {i}", [8, i, *YOURS[:LOST_MIN]], Namespace("key:bert")))
 
     async def found() -> list[cache_miss.Holder]:
-        with await house.dispatcher.lease(Request("next", pack([9, *tokens[1:]]), space=mine)) as lease:
+        with await house.dispatcher.lease(Request("next", pack([9, *tokens[1:]]), namespace=mine)) as lease:
             return await cache_miss.holders(lease, [])
 
     assert [holder.name for holder in house.loop.run_until_complete(found())] == ["snapshot mine"]

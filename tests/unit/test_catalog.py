@@ -224,7 +224,7 @@ async def test_a_snapshot_on_its_way_out_cannot_be_pinned(shelter: Shelter) -> N
 async def test_what_a_snapshot_is_kept_for_can_change(shelter: Shelter) -> None:
     """At once, and over a restart; nothing else in its sidecar does."""
     snapshot = await shelter.save(TOKENS)
-    marked = await shelter.catalog.mark(snapshot.id, SnapshotKind.TRUNK, is_pinned=True)
+    marked = await shelter.catalog.change_kind(snapshot.id, SnapshotKind.TRUNK, is_pinned=True)
     assert shelter.catalog.snapshots[snapshot.id] is marked
     (again,) = (await shelter.reopen()).snapshots.values()
     assert again == replace(snapshot.listed, kind=SnapshotKind.TRUNK, is_pinned=True)
@@ -233,7 +233,7 @@ async def test_what_a_snapshot_is_kept_for_can_change(shelter: Shelter) -> None:
 async def test_a_mark_survives_the_sync_of_its_file(shelter: Shelter) -> None:
     """Which writes the sidecar too, some seconds after the commit."""
     snapshot = await shelter.save(TOKENS)
-    await shelter.catalog.mark(snapshot.id, SnapshotKind.TRUNK, is_pinned=True)
+    await shelter.catalog.change_kind(snapshot.id, SnapshotKind.TRUNK, is_pinned=True)
     await shelter.catalog.settle()
     sidecar = shelter.sidecar(snapshot.id)
     assert (sidecar["kind"], sidecar["is_pinned"], sidecar["boot"]) == ("trunk", True, None)
@@ -251,7 +251,7 @@ async def test_a_disk_that_refuses_a_mark_costs_nobody_anything(
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        await shelter.catalog.mark(snapshot.id, SnapshotKind.TRUNK, is_pinned=True)
+        await shelter.catalog.change_kind(snapshot.id, SnapshotKind.TRUNK, is_pinned=True)
     assert "cannot mark " in caplog.text
     assert shelter.catalog.snapshots[snapshot.id].is_pinned
 
@@ -259,7 +259,7 @@ async def test_a_disk_that_refuses_a_mark_costs_nobody_anything(
 async def test_what_is_gone_cannot_be_marked(shelter: Shelter) -> None:
     """KeyError, as for a pin."""
     with pytest.raises(KeyError):
-        await shelter.catalog.mark("ls-0000000000000000", SnapshotKind.TRUNK, is_pinned=True)
+        await shelter.catalog.change_kind("ls-0000000000000000", SnapshotKind.TRUNK, is_pinned=True)
 
 
 async def test_verify_returns_what_is_whole(shelter: Shelter) -> None:

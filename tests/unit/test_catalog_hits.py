@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.store import Prospect, QuotaExceeded
+from llamaslot.store import QuotaExceeded
 from llamaslot.store.hits import HitLog, Hits
 from tests.support.snapshots import Shelter, opened, refuse, some_tokens
 
@@ -134,16 +133,6 @@ async def test_a_context_is_as_old_as_its_last_use(shelter: Shelter) -> None:
     assert shelter.catalog.last_used(snapshot.id) == snapshot.created_at - 3_600.0
     catalog = await shelter.reopen()
     assert catalog.last_used(snapshot.id) == snapshot.created_at - 3_600.0
-
-
-async def test_what_a_save_would_gain(shelter: Shelter) -> None:
-    """With room something; without, less than it costs; where nothing may go, nothing at all."""
-    saved = await shelter.save(TOKENS, 8_000)
-    shelter.catalog.fingerprint = saved.fingerprint
-    small, large = Prospect(40, 1_000, saves_s=0.001), Prospect(40, 5_000, saves_s=0.001)
-    assert shelter.catalog.would_gain(small) > 0 > shelter.catalog.would_gain(large)
-    assert shelter.catalog.would_gain(large, keep=[saved.id]) == -math.inf
-    assert not shelter.dropped
 
 
 # -- kind and pin --------------------------------------------------------------------------------------------------

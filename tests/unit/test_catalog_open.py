@@ -212,7 +212,7 @@ async def test_an_unreadable_file_is_not_deleted_but_counts(
 
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", guarded)
-        catalog = await shelter.reopen(has_register=False)
+        catalog = await shelter.reopen(has_manifest=False)
     assert catalog.snapshots == {}
     assert catalog.size_bytes == 6_000
     await catalog.abandon(await catalog.reserve(4_000))
@@ -338,10 +338,12 @@ async def test_a_canceled_opening_gives_the_lock_back(tmp_path: Path) -> None:
     assert len((await Shelter(tmp_path).open()).snapshots) == 3
 
 
-@pytest.mark.parametrize("has_register", [True, False])
-async def test_whose_a_snapshot_is_outlives_a_restart(shelter: Shelter, has_register: bool) -> None:
+@pytest.mark.parametrize("has_manifest", [True, False])
+async def test_whose_a_snapshot_is_outlives_a_restart(shelter: Shelter, has_manifest: bool) -> None:
     """By the register, or by the sidecar where all files are read."""
-    spaces = ["", "key:anna", 'key:anna\n[{"id":0,"scale":0.5}]']
-    saved = {(await shelter.save(some_tokens(40, i), space=its)).id: its for i, its in enumerate(spaces)}
-    catalog = await shelter.reopen(has_register=has_register)
-    assert {id_: snapshot.space for id_, snapshot in catalog.snapshots.items()} == saved
+    namespaces = ["", "key:anna", 'key:anna\n[{"id":0,"scale":0.5}]']
+    saved = {
+        (await shelter.save(some_tokens(40, i), namespace=its)).id: its for i, its in enumerate(namespaces)
+    }
+    catalog = await shelter.reopen(has_manifest=has_manifest)
+    assert {id_: snapshot.namespace for id_, snapshot in catalog.snapshots.items()} == saved

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llamaslot.formats.corrections import Corrections, index_of
 from llamaslot.formats.registry import FORMATS
-from llamaslot.llama.sse import PrefillStats
+from llamaslot.scheduling.plan import PrefillStats
 
 CORRECTIONS = Corrections(FORMATS["chat"], PrefillStats(n_reused=100, n_tokens=999, seconds=2.0))
 

@@ -22,7 +22,7 @@ from llamaslot.scheduling.fairness import Shares
 from llamaslot.scheduling.placement import Rules, place
 from llamaslot.scheduling.plan import Plan, Save, Source
 from llamaslot.scheduling.request import Request, User
-from llamaslot.scheduling.slots import Event
+from llamaslot.scheduling.slots import SlotEvent
 from llamaslot.store import WithTokens
 from tests.support.house import House, tokens_of
 from tests.support.stub import StubServer
@@ -38,7 +38,7 @@ def house() -> Iterator[House]:
     for slot in table.slots:
         owner = Request("owner", tokens_of(10_000 * (slot.id + 1), 6000))
         table.take(slot, owner, 0.0, has_answer=False)
-        table.give_back(slot, Event.KEEP, Content(owner.tokens, is_dirty=True), 0.0)
+        table.give_back(slot, SlotEvent.KEEP, Content(owner.tokens, is_dirty=True), 0.0)
     yield house
     house.close()
 
@@ -91,7 +91,7 @@ def test_few_slots_are_valued_again_for_each_request(monkeypatch: pytest.MonkeyP
     for slot in table.slots:
         owner = Request("owner", tokens_of(10_000 * slot.id, 200))
         table.take(slot, owner, 0.0, has_answer=False)
-        table.give_back(slot, Event.KEEP, Content(owner.tokens, is_dirty=True), 0.0)
+        table.give_back(slot, SlotEvent.KEEP, Content(owner.tokens, is_dirty=True), 0.0)
     monkeypatch.setattr(SlotWorth, "_compute", counting)
     for number in range(20):
         request = Request(f"short {number}", tokens_of(9_000_000 + 100 * number, 40))
@@ -99,7 +99,9 @@ def test_few_slots_are_valued_again_for_each_request(monkeypatch: pytest.MonkeyP
         n_valued[0] = 0 if number == 0 else n_valued[0]
         assert isinstance(plan, Plan)
         table.take(table.slots[plan.slot.id], request, 1.0, plan, has_answer=True)
-        table.give_back(table.slots[plan.slot.id], Event.KEEP, Content(request.tokens, is_dirty=True), 1.0)
+        table.give_back(
+            table.slots[plan.slot.id], SlotEvent.KEEP, Content(request.tokens, is_dirty=True), 1.0
+        )
     assert n_valued[0] <= 3 * 19
     table.check()
 
@@ -127,7 +129,7 @@ def test_what_is_kept_of_a_slot_is_what_would_be_computed(seed: int) -> None:
         check_worths(table)
         if step % 5 == 0:
             table.drop_snapshot(f"s{rng.randrange(step + 1)}")
-        table.give_back(slot, Event.KEEP, Content(held, is_dirty=True), float(step))
+        table.give_back(slot, SlotEvent.KEEP, Content(held, is_dirty=True), float(step))
         check_worths(table)
 
 
@@ -140,7 +142,7 @@ def snapshot(id_: str, tokens: bytes) -> WithTokens:
         created_at=0.0,
         checkpoints=(),
         source="r",
-        space="",
+        namespace="",
     )
 
 

@@ -13,7 +13,7 @@ from bench.virtual import VirtualLoop
 from llamaslot.backend.lease import Lease
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.scheduling.request import Placement, Request, User
-from llamaslot.scheduling.slots import State
+from llamaslot.scheduling.slots import SlotState
 from tests.support.cancelled import CancelledAt
 from tests.support.house import House, tokens_of
 from tests.support.stub import StubServer
@@ -26,7 +26,7 @@ def furnished(n_slots: int = 2) -> House:
     house = House(VirtualLoop(), StubServer(n_slots, pace=lambda op: 0.01))
     jobs = [Request(f"first {i}", tokens_of(10_000 * (i + 1), 600)) for i in range(n_slots)]
     house.loop.run(_all([house.ask(job) for job in jobs]))
-    assert all(slot.state is State.HOT for slot in house.leases.table.slots)  # type: ignore[union-attr]
+    assert all(slot.state is SlotState.HOT for slot in house.leases.table.slots)  # type: ignore[union-attr]
     return house
 
 
@@ -49,7 +49,7 @@ async def prepares(house: House, cut: Cut) -> None:
 
 async def keeps_a_trunk(house: House, cut: Cut) -> None:
     """Computes what others will begin with, saves it, and computes the rest: on a model that cannot go back."""
-    house.leases.table.memory = CacheKind.RECURRENT  # type: ignore[union-attr]
+    house.leases.table.cache_kind = CacheKind.RECURRENT  # type: ignore[union-attr]
     with await house.dispatcher.lease(Request("a", tokens_of(1, 900), n_system=500)) as lease:
         names = [type(step).__name__ for step in lease.plan.steps]  # type: ignore[union-attr]
         assert names[-3:] == ["PrefillTo", "SaveSharedPrefix", "PrefillTo"]

@@ -40,18 +40,18 @@ class Life(RuleBasedStateMachine):
         self.is_isolated = False
         self.contexts = [SYSTEM + self.fresh(120) for _ in range(N_USERS)]
 
-    @initialize(memory=st.sampled_from(list(CacheKind)), is_isolated=st.booleans())
-    def remember(self, memory: CacheKind, is_isolated: bool) -> None:
+    @initialize(cache_kind=st.sampled_from(list(CacheKind)), is_isolated=st.booleans())
+    def remember(self, cache_kind: CacheKind, is_isolated: bool) -> None:
         """What the model is, and what llamaslot takes it for; whether users share what they have computed."""
         self.is_isolated = is_isolated
-        self.house.memory = self.server.memory = memory
+        self.house.cache_kind = self.server.cache_kind = cache_kind
         assert self.house.leases.table is not None
-        self.house.leases.table.memory = memory
+        self.house.leases.table.cache_kind = cache_kind
 
     def fresh(self, n: int) -> bytes:
         return pack([next(self.serial) for _ in range(n)])
 
-    def space(self, user: int, lora: str = "") -> Namespace:
+    def namespace(self, user: int, lora: str = "") -> Namespace:
         return Namespace(f"key:{user}" if self.is_isolated else "", lora)
 
     def pick(self, data: st.DataObject, n: int, what: str) -> int:
@@ -73,7 +73,7 @@ class Life(RuleBasedStateMachine):
             tokens,
             boundaries=(300, count(context)),
             n_system=300,
-            space=self.space(user),
+            namespace=self.namespace(user),
         )
         self.house.start(self.house.ask(job, answer), job.id)
 
@@ -95,7 +95,7 @@ class Life(RuleBasedStateMachine):
                 tokens,
                 boundaries=boundaries,
                 n_system=n_alike * is_told,
-                space=self.space(user),
+                namespace=self.namespace(user),
             )
             self.house.start(self.house.ask(job), job.id)
 
@@ -119,7 +119,7 @@ class Life(RuleBasedStateMachine):
             f"{kind} at {next(self.serial)}",
             tokens,
             no_cache=kind == "cold",
-            space=self.space(user, SCALES if kind == "scaled" else ""),
+            namespace=self.namespace(user, SCALES if kind == "scaled" else ""),
             n_children={"two": 1, "three": 2}.get(kind, 0),
         )
         self.house.start(self.house.ask(job, self.fresh(3)), job.id)
@@ -128,7 +128,9 @@ class Life(RuleBasedStateMachine):
     def ask_unpinned(self, user: int, whose: int | None) -> None:
         """With a prompt that is somebody's: the server finds it wherever it is."""
         job = Request(
-            f"unpinned at {next(self.serial)}", placement=Placement.SERVER_CHOSEN, space=self.space(user)
+            f"unpinned at {next(self.serial)}",
+            placement=Placement.SERVER_CHOSEN,
+            namespace=self.namespace(user),
         )
         tokens = self.contexts[whose] + self.fresh(3) if whose is not None else self.fresh(70)
         self.house.start(self.house.ask_unpinned(job, tokens), job.id)

@@ -14,7 +14,7 @@ from llamaslot.cache.ids import head
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import SlotActionFailed
 from llamaslot.scheduling.request import Request
-from llamaslot.scheduling.slots import State
+from llamaslot.scheduling.slots import SlotState
 from llamaslot.store import Snapshot
 from tests.support.house import House, tokens_of
 from tests.support.stub import StubServer
@@ -28,9 +28,9 @@ def opening(user: int, n_own: int = 300) -> Request:
     return Request(f"user {user}", SYSTEM + tokens_of(10_000 * user, n_own), n_system=N)
 
 
-def house_of(memory: CacheKind, n_slots: int = 3, room: int = 1000) -> House:
+def house_of(cache_kind: CacheKind, n_slots: int = 3, room: int = 1000) -> House:
     house = House(VirtualLoop(), StubServer(n_slots, pace=lambda op: 0.01), room=room)
-    house.memory = table_of(house).memory = memory
+    house.cache_kind = table_of(house).cache_kind = cache_kind
     return house
 
 
@@ -91,7 +91,7 @@ def test_two_that_arrive_together_make_one(house: House) -> None:
 def test_the_conversation_goes_on_as_one_of_its_own(house: House) -> None:
     """Its slot is as unsaved as if there were no trunk; once it is saved, the trunk stays."""
     house.loop.run(house.ask(opening(1)))
-    (slot,) = (slot for slot in table_of(house).slots if slot.state is State.HOT)
+    (slot,) = (slot for slot in table_of(house).slots if slot.state is SlotState.HOT)
     assert slot.content.is_dirty
     assert slot.content.snapshot is None
     assert house.loop.run(house.writeback.save_all()) == 1
@@ -170,7 +170,7 @@ def test_what_shares_more_does_not_hide_it(house: House) -> None:
         text = job.tokens + tokens_of(900_000 + 1000 * user, 300)
         house.loop.run(house.ask(Request(job.id, SYSTEM + tokens_of(5, 40) + text[4 * N :], n_system=N)))
         house.loop.run(house.writeback.save_all())
-    table_of(house).memory = house.memory  # nothing was learned that would help
+    table_of(house).cache_kind = house.cache_kind  # nothing was learned that would help
     asks = Request("new", SYSTEM + tokens_of(5, 40) + tokens_of(700_000, 300), n_system=N)
     assert house.loop.run(house.ask(asks)) >= N - 5
 
@@ -228,7 +228,7 @@ def test_it_is_no_reason_to_take_or_keep_a_hot_slot(dense: House) -> None:
     """With the trunk on disk a newcomer leaves those alone that only begin like it."""
     for user in (1, 2, 3):
         dense.loop.run(dense.ask(plain(user)))
-    before = [slot.content for slot in table_of(dense).slots if slot.state is State.HOT]
+    before = [slot.content for slot in table_of(dense).slots if slot.state is SlotState.HOT]
     dense.loop.run(dense.ask(plain(4)))
     after = [slot.content for slot in table_of(dense).slots]
     assert len(before) == 2, "the third has cut back one of the two, and made the trunk of it"

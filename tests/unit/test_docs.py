@@ -19,7 +19,7 @@ from llamaslot.http.admin import Status
 from llamaslot.llama.managed.process import recommended_flags
 from llamaslot.observe.journal import Decision
 from llamaslot.observe.metrics import Metrics
-from llamaslot.scheduling.slots import State
+from llamaslot.scheduling.slots import SlotState
 from tests.support.source import MODULES, REPOSITORY, SOURCE, SOURCE_GROUP, parsed
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -358,7 +358,7 @@ def test_the_recommended_flags_are_those_of_a_managed_server() -> None:
 def test_every_slot_state_is_explained() -> None:
     """docs/how-it-works.md has each state of a slot, as the status shows it, and no other."""
     told = [in_code(row[0])[0] for row in rows(section(page("docs/how-it-works.md"), "Slot states"))]
-    assert told == [state.value for state in State]
+    assert told == [state.value for state in SlotState]
 
 
 def test_every_module_is_in_the_table() -> None:

@@ -194,11 +194,12 @@ def test_a_turn_that_was_prepared_on_a_server_that_is_gone_sends_nothing(house: 
 def test_a_turn_finds_nothing_of_another_user_wherever_it_lands(house: House) -> None:
     """What idle slots hold of his is saved, and they are emptied first."""
     own = tokens_of(9000, 500)
-    house.start(house.ask(Request("anna's", own, space=ANNA)), "anna's")
+    house.start(house.ask(Request("anna's", own, namespace=ANNA)), "anna's")
     house.finish()
     house.server.lands = lambda _: house.slots["anna's"]
     house.start(
-        house.ask_unpinned(Request("bert's", placement=Placement.SERVER_CHOSEN, space=BERT), own), "bert's"
+        house.ask_unpinned(Request("bert's", placement=Placement.SERVER_CHOSEN, namespace=BERT), own),
+        "bert's",
     )
     house.finish()
     assert house.server.n_computed == 2 * 500
@@ -209,11 +210,11 @@ def test_a_turn_finds_nothing_of_another_user_wherever_it_lands(house: House) ->
 def test_a_turn_of_the_same_user_goes_on_from_what_is_there(house: House) -> None:
     """What is his own is left in its slot."""
     own = tokens_of(9000, 500)
-    house.start(house.ask(Request("anna's", own, space=ANNA)), "anna's")
+    house.start(house.ask(Request("anna's", own, namespace=ANNA)), "anna's")
     house.finish()
     house.server.lands = lambda _: house.slots["anna's"]
     house.start(
-        house.ask_unpinned(Request("again", placement=Placement.SERVER_CHOSEN, space=ANNA), own), "again"
+        house.ask_unpinned(Request("again", placement=Placement.SERVER_CHOSEN, namespace=ANNA), own), "again"
     )
     house.finish()
     assert house.server.n_computed == 500 + 1
@@ -222,8 +223,8 @@ def test_a_turn_of_the_same_user_goes_on_from_what_is_there(house: House) -> Non
 
 def test_a_turn_waits_for_the_answer_of_another_user(house: House) -> None:
     """It may end at any moment, and then llama-server could choose the slot with what is his in it."""
-    theirs = answering(house, Request("anna's", tokens_of(1, 90), space=ANNA))
-    own = Request("bert's", placement=Placement.SERVER_CHOSEN, space=BERT)
+    theirs = answering(house, Request("anna's", tokens_of(1, 90), namespace=ANNA))
+    own = Request("bert's", placement=Placement.SERVER_CHOSEN, namespace=BERT)
     turn = house.start(house.ask_unpinned(own, tokens_of(5000, 70)), "bert's")
     house.loop.pass_time(3.0)
     assert [op.kind for op in house.server.pending] == ["answer"]
@@ -247,10 +248,12 @@ def steered(house: House, job: Request) -> asyncio.Task[Any]:
 def test_nothing_is_sent_where_another_user_is_in_the_way_and_nothing_can_be_emptied(house: House) -> None:
     """llama-server would go on from what is his."""
     assert house.leases.table is not None
-    house.start(house.ask(Request("anna's", tokens_of(9000, 500), space=ANNA)), "anna's")
+    house.start(house.ask(Request("anna's", tokens_of(9000, 500), namespace=ANNA)), "anna's")
     house.finish()
     house.leases.table.can_save = house.leases.table.can_erase = False
-    client = steered(house, Request("bert's", tokens_of(9000, 499), space=BERT, placement=Placement.STEERED))
+    client = steered(
+        house, Request("bert's", tokens_of(9000, 499), namespace=BERT, placement=Placement.STEERED)
+    )
     house.finish()
     assert isinstance(outcome(client), SlotNotEmptied)
     house.check_nothing_is_left()
@@ -262,9 +265,9 @@ def test_an_answer_that_another_user_has_guessed_is_not_found(
 ) -> None:
     """Nobody knows the tokens of what a slot was answered: they may be those of the prompt that goes on with them."""
     prompt, answer = tokens_of(9000, 500), tokens_of(20_000, 60)
-    house.start(house.ask(Request("anna's", prompt, space=ANNA), answer), "anna's")
+    house.start(house.ask(Request("anna's", prompt, namespace=ANNA), answer), "anna's")
     house.finish()
-    steered(house, Request("guess", prompt + answer[:-4], space=user, placement=Placement.STEERED))
+    steered(house, Request("guess", prompt + answer[:-4], namespace=user, placement=Placement.STEERED))
     house.finish()
     held = house.server.slots_[house.slots["anna's"]].tokens
     assert (held[: len(prompt)] == prompt) == is_left
@@ -274,9 +277,9 @@ def test_an_answer_that_another_user_has_guessed_is_not_found(
 def test_the_answer_that_another_user_gets_is_not_found_either(house: House) -> None:
     """Before who guesses it is sent it is through, and saved."""
     prompt = tokens_of(9000, 500)
-    theirs = answering(house, Request("anna's", prompt, space=ANNA))
+    theirs = answering(house, Request("anna's", prompt, namespace=ANNA))
     guess = steered(
-        house, Request("bert's", prompt + tokens_of(20_000, 30), space=BERT, placement=Placement.STEERED)
+        house, Request("bert's", prompt + tokens_of(20_000, 30), namespace=BERT, placement=Placement.STEERED)
     )
     for _ in range(100):
         house.loop.settle()
@@ -287,14 +290,16 @@ def test_the_answer_that_another_user_gets_is_not_found_either(house: House) -> 
     house.finish()
     assert outcome(theirs) is None
     assert outcome(guess) is None
-    assert not any(slot.tokens.startswith(prompt) and slot.space is ANNA for slot in house.server.slots_)
+    assert not any(slot.tokens.startswith(prompt) and slot.namespace is ANNA for slot in house.server.slots_)
     house.check_nothing_is_left()
 
 
 def talking(house: House, name: str, seconds: float) -> asyncio.Task[Any]:
     """A client of the user of that name, whose answer begins at once and takes so long."""
     user = User(f"key:{name}")
-    job = Request(name, tokens_of(10_000 * (len(house.slots) + 1), 60), user=user, space=Namespace(user.id))
+    job = Request(
+        name, tokens_of(10_000 * (len(house.slots) + 1), 60), user=user, namespace=Namespace(user.id)
+    )
     house.slots[name] = -1
 
     async def ask() -> None:
@@ -324,7 +329,7 @@ def test_others_go_on_while_a_turn_waits_for_the_answer_of_another_user(isolated
     house.loop.settle()
     turn = house.start(
         house.ask_unpinned(
-            Request("turn", placement=Placement.SERVER_CHOSEN, space=BERT), tokens_of(5000, 70)
+            Request("turn", placement=Placement.SERVER_CHOSEN, namespace=BERT), tokens_of(5000, 70)
         ),
         "turn",
     )
@@ -351,7 +356,7 @@ def test_a_turn_comes_though_there_is_always_somebody_else_at_work(isolated: Hou
     house.loop.settle()
     turn = house.start(
         house.ask_unpinned(
-            Request("turn", placement=Placement.SERVER_CHOSEN, space=BERT), tokens_of(5000, 70)
+            Request("turn", placement=Placement.SERVER_CHOSEN, namespace=BERT), tokens_of(5000, 70)
         ),
         "turn",
     )
@@ -369,7 +374,7 @@ def test_nobody_is_charged_for_waiting_for_a_turn(isolated: House) -> None:
     house, bert = isolated, User("key:bert")
     talking(house, "anna", 50.0)
     house.loop.settle()
-    job = Request("turn", placement=Placement.SERVER_CHOSEN, user=bert, space=BERT)
+    job = Request("turn", placement=Placement.SERVER_CHOSEN, user=bert, namespace=BERT)
     turn = house.start(house.ask_unpinned(job, tokens_of(5000, 70)), "turn")
     house.loop.settle()
     had_s: list[float] = []

@@ -24,7 +24,7 @@ def house() -> Iterator[House]:
     """One slot, and a server that serves at once."""
     house = House(VirtualLoop(), StubServer(1, pace=lambda op: 0.01))
     assert house.leases.table is not None
-    house.leases.table.is_memory_sure = True
+    house.leases.table.is_cache_kind_sure = True
     yield house
     house.close()
 
@@ -104,16 +104,16 @@ def test_what_the_prompts_do_not_share_is_no_failure(house: House) -> None:
     assert snapshot in house.catalog.snapshots
 
 
-@pytest.mark.parametrize(("memory", "is_of_use"), [(CacheKind.RECURRENT, True), (CacheKind.SWA, False)])
+@pytest.mark.parametrize(("cache_kind", "is_of_use"), [(CacheKind.RECURRENT, True), (CacheKind.SWA, False)])
 def test_files_without_checkpoints_show_at_the_second_restore(
-    house: House, caplog: pytest.LogCaptureFixture, memory: CacheKind, is_of_use: bool
+    house: House, caplog: pytest.LogCaptureFixture, cache_kind: CacheKind, is_of_use: bool
 ) -> None:
     """Where it could not be tried when the server was met: no fault of the snapshot. With a sliding window nothing is
     saved or restored from then on."""
     table = house.leases.table
     assert table is not None
     snapshot = on_disk_only(house)
-    table.memory = memory
+    table.cache_kind = cache_kind
     kept = table.snapshot(snapshot)
     assert kept is not None
     assert kept.checkpoints
@@ -135,6 +135,6 @@ def test_files_with_checkpoints_show_at_the_first_restore(house: House) -> None:
     table = house.leases.table
     assert table is not None
     on_disk_only(house)
-    table.memory = CacheKind.RECURRENT
+    table.cache_kind = CacheKind.RECURRENT
     assert ask(house, ended(90_000)) > 0
     assert table.rewind_model.keeps_checkpoints is True

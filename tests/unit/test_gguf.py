@@ -55,13 +55,13 @@ async def read(tmp_path: Path, data: bytes) -> Architecture | None:
     ],
 )
 async def test_generated_models_are_recognized(
-    tmp_path: Path, make: object, memory: CacheKind, window: int
+    tmp_path: Path, make: object, cache_kind: CacheKind, window: int
 ) -> None:
     """Written by the gguf package, as everybody's are."""
     assert callable(make)
     found = await architecture(make(tmp_path))
     assert found is not None
-    assert (found.memory, found.window) == (memory, window)
+    assert (found.cache_kind, found.window) == (cache_kind, window)
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ async def test_generated_models_are_recognized(
 )
 @pytest.mark.parametrize("version", [2, 3])
 async def test_keys_tell_how_it_remembers(
-    tmp_path: Path, key: str, memory: CacheKind, window: int, version: int
+    tmp_path: Path, key: str, cache_kind: CacheKind, window: int, version: int
 ) -> None:
     """Wherever they stand among others, arrays included."""
     data = header(TOKENS, NAME, SCORES, NESTED, u32(key, 512), version=version)
-    assert await read(tmp_path, data) == Architecture("llama", memory, window)
+    assert await read(tmp_path, data) == Architecture("llama", cache_kind, window)
 
 
 async def test_a_window_of_zero_is_none(tmp_path: Path) -> None:

@@ -31,14 +31,14 @@ async def test_how_likely_contexts_come_back_is_kept(tmp_path: Path) -> None:
     """Beside the rates, from one run to the next; both are what the next one goes on with."""
     first = make(tmp_path)
     await first.open()
-    store_of(first).returns.hit(ReuseClass.TRUNK, 100.0, 5_000)
+    store_of(first).hit_rates.hit(ReuseClass.TRUNK, 100.0, 5_000)
     first.backends["gpu0"].rates.prefill.observe(0, 1_000, 4.0)
-    learned = store_of(first).returns.to_json()
+    learned = store_of(first).hit_rates.to_json()
     await first.close(0)
     assert (tmp_path / "gpu0.returns.json").exists()
     second = make(tmp_path)
     await second.open()
-    assert store_of(second).returns.to_json() == learned
+    assert store_of(second).hit_rates.to_json() == learned
     assert second.backends["gpu0"].rates.prefill.seconds(0, 1_000) == pytest.approx(4.0)
     await second.close(0)
 
@@ -49,5 +49,5 @@ async def test_a_spoilt_file_is_no_reason_not_to_start(tmp_path: Path) -> None:
     (tmp_path / "gpu0.rates.json").write_text("[1, 2]")
     pool = make(tmp_path)
     await pool.open()
-    assert store_of(pool).returns.to_json() == HitRateModel().to_json()
+    assert store_of(pool).hit_rates.to_json() == HitRateModel().to_json()
     await pool.close(0)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.lease_states import ENDED, NEXT, STOPPED, Event, Preempted, State
+from llamaslot.backend.lease_states import ENDED, NEXT, STOPPED, LeaseEvent, LeaseState, Preempted
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import pack
@@ -20,8 +20,7 @@ from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import Cost, Plan, PrefillTo, Source
 from llamaslot.scheduling.request import Placement, Request
-from llamaslot.scheduling.slots import IllegalTransition
-from llamaslot.scheduling.slots import State as SlotState
+from llamaslot.scheduling.slots import IllegalTransition, SlotState
 from tests.support.inprocess import spawn
 from tests.support.source import MODULES, SOURCE, SOURCE_GROUP, parsed
 
@@ -107,22 +106,22 @@ class Desk:
 Call = Callable[[Lease], object]
 
 #: How a lease gets into each state, by its methods.
-WAYS: dict[State, tuple[Call, ...]] = {
-    State.PREPARING: (),
-    State.ACTING: (Lease.begin_action,),
-    State.PREFILLING: (Lease.begin_prefill,),
-    State.WAITING_EXCLUSIVE: (Lease.begin_wait,),
-    State.SENT: (Lease.begin_request,),
-    State.PROCESSING: (Lease.begin_request, Lease.mark_processing),
-    State.DECODING: (Lease.begin_request, Lease.mark_processing, Lease.mark_decoding),
-    State.SETTLED: (Lease.begin_request, lambda lease: lease.finish(Content(TOKENS))),
-    State.RELEASE_PENDING: (Lease.begin_action, Lease.release),
-    State.DRAINING: (Lease.begin_prefill, Lease.release),
-    State.RELEASED: (Lease.release,),
+WAYS: dict[LeaseState, tuple[Call, ...]] = {
+    LeaseState.PREPARING: (),
+    LeaseState.ACTING: (Lease.begin_action,),
+    LeaseState.PREFILLING: (Lease.begin_prefill,),
+    LeaseState.WAITING_EXCLUSIVE: (Lease.begin_wait,),
+    LeaseState.SENT: (Lease.begin_request,),
+    LeaseState.PROCESSING: (Lease.begin_request, Lease.mark_processing),
+    LeaseState.DECODING: (Lease.begin_request, Lease.mark_processing, Lease.mark_decoding),
+    LeaseState.SETTLED: (Lease.begin_request, lambda lease: lease.finish(Content(TOKENS))),
+    LeaseState.RELEASE_PENDING: (Lease.begin_action, Lease.release),
+    LeaseState.DRAINING: (Lease.begin_prefill, Lease.release),
+    LeaseState.RELEASED: (Lease.release,),
 }
 
 
-def in_state(state: State, desk: Desk | None = None) -> Desk:
+def in_state(state: LeaseState, desk: Desk | None = None) -> Desk:
     desk = desk or Desk()
     for call in WAYS[state]:
         call(desk.lease)
@@ -136,14 +135,14 @@ def test_the_table_has_these_lines_only() -> None:
     assert sorted(lines) == sorted(ALLOWED)
 
 
-@pytest.mark.parametrize(("state", "event"), list(itertools.product(State, Event)))
-def test_each_event_in_each_state(state: State, event: Event) -> None:
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(LeaseState, LeaseEvent)))
+def test_each_event_in_each_state(state: LeaseState, event: LeaseEvent) -> None:
     """It leads where the table says; what is not there is an error that names both, and changes nothing."""
     lease = in_state(state).lease
     after = {(before, name): then for before, name, then in ALLOWED}.get((state.name, event.name))
     if after is not None:
         lease._become(event)
-        assert lease.state is State[after]
+        assert lease.state is LeaseState[after]
     else:
         with pytest.raises(IllegalTransition, match=rf"{state.value} .* cannot {event.value}"):
             lease._become(event)
@@ -152,28 +151,28 @@ def test_each_event_in_each_state(state: State, event: Event) -> None:
 
 def test_every_state_has_a_way_in_and_out() -> None:
     """Each but the last two can end, and each is reached."""
-    reached = {State.PREPARING, *NEXT.values()}
-    assert reached == set(State)
-    assert set(State) - {before for before, _ in NEXT} == {State.DRAINING, State.RELEASED}
+    reached = {LeaseState.PREPARING, *NEXT.values()}
+    assert reached == set(LeaseState)
+    assert set(LeaseState) - {before for before, _ in NEXT} == {LeaseState.DRAINING, LeaseState.RELEASED}
 
 
 @pytest.mark.parametrize(
     ("state", "ends", "slot"),
     [
-        (State.PREPARING, State.RELEASED, SlotState.FREE),
-        (State.ACTING, State.RELEASE_PENDING, SlotState.LEASED),
-        (State.PREFILLING, State.DRAINING, SlotState.DRAINING),
-        (State.WAITING_EXCLUSIVE, State.RELEASED, SlotState.FREE),
-        (State.SENT, State.DRAINING, SlotState.DRAINING),
-        (State.PROCESSING, State.DRAINING, SlotState.DRAINING),
-        (State.DECODING, State.DRAINING, SlotState.DRAINING),
-        (State.SETTLED, State.RELEASED, SlotState.HOT),
-        (State.RELEASE_PENDING, State.RELEASE_PENDING, SlotState.LEASED),
-        (State.DRAINING, State.DRAINING, SlotState.DRAINING),
-        (State.RELEASED, State.RELEASED, SlotState.FREE),
+        (LeaseState.PREPARING, LeaseState.RELEASED, SlotState.FREE),
+        (LeaseState.ACTING, LeaseState.RELEASE_PENDING, SlotState.LEASED),
+        (LeaseState.PREFILLING, LeaseState.DRAINING, SlotState.DRAINING),
+        (LeaseState.WAITING_EXCLUSIVE, LeaseState.RELEASED, SlotState.FREE),
+        (LeaseState.SENT, LeaseState.DRAINING, SlotState.DRAINING),
+        (LeaseState.PROCESSING, LeaseState.DRAINING, SlotState.DRAINING),
+        (LeaseState.DECODING, LeaseState.DRAINING, SlotState.DRAINING),
+        (LeaseState.SETTLED, LeaseState.RELEASED, SlotState.HOT),
+        (LeaseState.RELEASE_PENDING, LeaseState.RELEASE_PENDING, SlotState.LEASED),
+        (LeaseState.DRAINING, LeaseState.DRAINING, SlotState.DRAINING),
+        (LeaseState.RELEASED, LeaseState.RELEASED, SlotState.FREE),
     ],
 )
-def test_release_in_each_state(state: State, ends: State, slot: SlotState) -> None:
+def test_release_in_each_state(state: LeaseState, ends: LeaseState, slot: SlotState) -> None:
     """It is safe, and the second time without effect. The owner is told once, when the slot is given back or drains."""
     desk = in_state(state)
     for _ in range(2):
@@ -181,60 +180,64 @@ def test_release_in_each_state(state: State, ends: State, slot: SlotState) -> No
         assert (desk.lease.state, desk.slot_state) == (ends, slot)
     assert desk.lease.is_released
     n_ends = sum(told in ("released", "draining") for told in desk.owner.told)
-    assert n_ends == (ends is not State.RELEASE_PENDING)
+    assert n_ends == (ends is not LeaseState.RELEASE_PENDING)
 
 
-@pytest.mark.parametrize("state", [State.PREPARING, State.WAITING_EXCLUSIVE, State.SENT, State.DECODING])
-def test_without_a_slot_nothing_drains(state: State) -> None:
+@pytest.mark.parametrize(
+    "state", [LeaseState.PREPARING, LeaseState.WAITING_EXCLUSIVE, LeaseState.SENT, LeaseState.DECODING]
+)
+def test_without_a_slot_nothing_drains(state: LeaseState) -> None:
     """llama-server's work is in the slots of its other leases."""
-    desk = in_state(state, Desk(has_slot=False)) if state is not State.DECODING else Desk(has_slot=False)
-    if state is State.DECODING:  # its first token may come before the slot is known in which it is computed
+    desk = in_state(state, Desk(has_slot=False)) if state is not LeaseState.DECODING else Desk(has_slot=False)
+    if (
+        state is LeaseState.DECODING
+    ):  # its first token may come before the slot is known in which it is computed
         desk.lease.begin_request()
         desk.lease.mark_decoding()
         desk.lease.mark_processing()
         assert desk.lease.is_decoding
     desk.lease.release()
-    assert desk.lease.state is State.RELEASED
+    assert desk.lease.state is LeaseState.RELEASED
 
 
 def test_an_action_is_carried_out_after_the_release() -> None:
     """The slot comes back when it has ended."""
-    desk = in_state(State.RELEASE_PENDING)
+    desk = in_state(LeaseState.RELEASE_PENDING)
     desk.lease.set_content(Content(TOKENS))
     desk.lease.end_action()
-    assert (desk.lease.state, desk.slot_state) == (State.RELEASED, SlotState.HOT)
+    assert (desk.lease.state, desk.slot_state) == (LeaseState.RELEASED, SlotState.HOT)
 
 
 @pytest.mark.parametrize("is_released_first", [True, False])
 def test_a_slot_that_is_left_at_work_drains(is_released_first: bool) -> None:
     """After an action that has failed while llama-server computed for it."""
-    desk = in_state(State.ACTING)
+    desk = in_state(LeaseState.ACTING)
     if is_released_first:
         desk.lease.release()
     desk.lease.lose_track()
     desk.lease.end_action()
     desk.lease.release()
-    assert (desk.lease.state, desk.slot_state) == (State.DRAINING, SlotState.DRAINING)
+    assert (desk.lease.state, desk.slot_state) == (LeaseState.DRAINING, SlotState.DRAINING)
 
 
 def test_another_action_ends_what_was_left_at_work() -> None:
     """llama-server has come to it, so it is through with what was there before."""
-    desk = in_state(State.ACTING)
+    desk = in_state(LeaseState.ACTING)
     desk.lease.lose_track()
     desk.lease.end_action()
     desk.lease.begin_action()
     desk.lease.set_content(NOTHING)
     desk.lease.end_action()
     desk.lease.release()
-    assert (desk.lease.state, desk.slot_state) == (State.RELEASED, SlotState.FREE)
+    assert (desk.lease.state, desk.slot_state) == (LeaseState.RELEASED, SlotState.FREE)
 
 
 def test_a_slot_of_unknown_content_is_suspect() -> None:
     """Once it is given back."""
-    desk = in_state(State.PROCESSING)
+    desk = in_state(LeaseState.PROCESSING)
     desk.lease.finish(None)
     desk.lease.release()
-    assert (desk.lease.state, desk.slot_state) == (State.RELEASED, SlotState.SUSPECT)
+    assert (desk.lease.state, desk.slot_state) == (LeaseState.RELEASED, SlotState.SUSPECT)
 
 
 @pytest.mark.parametrize("call", [Lease.begin_action, Lease.begin_prefill, Lease.begin_request])
@@ -244,22 +247,22 @@ def test_nothing_begins_in_a_process_that_is_gone(call: Call) -> None:
     desk.table.is_current = False
     with pytest.raises(BackendRestarted):
         call(desk.lease)
-    assert desk.lease.state is State.PREPARING
+    assert desk.lease.state is LeaseState.PREPARING
 
 
 def test_a_prefill_leads_back_and_an_answer_does_not() -> None:
     """After a prefill there may be another step."""
-    lease = in_state(State.PREFILLING).lease
+    lease = in_state(LeaseState.PREFILLING).lease
     lease.finish(Content(TOKENS[:400]))
-    assert lease.state is State.PREPARING
+    assert lease.state is LeaseState.PREPARING
     lease.begin_request()
     lease.finish(Content(TOKENS))
-    assert lease.state is State.SETTLED
+    assert lease.state is LeaseState.SETTLED
 
 
 def test_whether_llama_server_has_begun_is_known_of_what_was_sent_last() -> None:
     """A prefill that has begun says nothing of the request after it."""
-    lease = in_state(State.PREFILLING).lease
+    lease = in_state(LeaseState.PREFILLING).lease
     assert not lease.is_confirmed
     lease.confirm(Content(TOKENS[:400]))
     assert lease.is_confirmed
@@ -268,16 +271,16 @@ def test_whether_llama_server_has_begun_is_known_of_what_was_sent_last() -> None
     assert not lease.is_confirmed
     lease.confirm(Content(TOKENS))
     assert lease.is_confirmed
-    assert lease.state is State.PROCESSING
+    assert lease.state is LeaseState.PROCESSING
 
 
 def test_a_slot_that_llama_server_may_have_chosen_drains() -> None:
     """One that it has not chosen is given back as it was."""
     desk = Desk()
     desk.lease.land(is_confirmed=False)
-    assert desk.lease.state is State.SENT
+    assert desk.lease.state is LeaseState.SENT
     desk.lease.land(is_confirmed=True)
-    assert (desk.lease.state, desk.lease.content) == (State.PROCESSING, NOTHING)
+    assert (desk.lease.state, desk.lease.content) == (LeaseState.PROCESSING, NOTHING)
     desk.lease.release()
     assert desk.slot_state is SlotState.DRAINING
     other = Desk()
@@ -289,15 +292,15 @@ def test_a_slot_that_llama_server_may_have_chosen_drains() -> None:
 # -- who comes first, long prefills, preemption ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("state", list(State))
-def test_who_needs_little_comes_first_until_its_first_token(state: State) -> None:
+@pytest.mark.parametrize("state", list(LeaseState))
+def test_who_needs_little_comes_first_until_its_first_token(state: LeaseState) -> None:
     """And not while it waits until all others are at work."""
-    is_first = state not in (State.WAITING_EXCLUSIVE, State.DECODING, State.SETTLED, *ENDED)
+    is_first = state not in (LeaseState.WAITING_EXCLUSIVE, LeaseState.DECODING, LeaseState.SETTLED, *ENDED)
     assert in_state(state).lease.is_latency_sensitive is is_first
 
 
-@pytest.mark.parametrize("state", [State.ACTING, State.SENT])
-def test_what_does_not_begin_for_long_comes_first_no_more(state: State) -> None:
+@pytest.mark.parametrize("state", [LeaseState.ACTING, LeaseState.SENT])
+def test_what_does_not_begin_for_long_comes_first_no_more(state: LeaseState) -> None:
     """It is not that little."""
     desk = in_state(state)
     desk.now = 1.9

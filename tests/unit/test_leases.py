@@ -16,7 +16,7 @@ from llamaslot.errors import (
 )
 from llamaslot.fleet.queue import QueueLimits
 from llamaslot.scheduling.request import Request
-from llamaslot.scheduling.slots import State
+from llamaslot.scheduling.slots import SlotState
 from tests.support.house import House, outcome, outcome_of, tokens_of
 from tests.support.stub import StubServer
 
@@ -58,7 +58,7 @@ def test_a_lease_is_released_once(house: House) -> None:
     first.release()
     house.check()
     assert first.slot is not None
-    assert first.slot.state is State.LEASED
+    assert first.slot.state is SlotState.LEASED
     for other in others:
         other.release()
     house.check_nothing_is_left()
@@ -73,7 +73,7 @@ def test_a_save_goes_on_when_its_client_has_left(house: House) -> None:
     client.cancel()
     house.loop.settle()
     assert house.leases.table is not None
-    assert [slot.state for slot in house.leases.table.slots].count(State.LEASED) == 1
+    assert [slot.state for slot in house.leases.table.slots].count(SlotState.LEASED) == 1
     house.finish()
     assert len(house.catalog.snapshots) == 1
     house.check_nothing_is_left()
@@ -127,7 +127,7 @@ def test_a_failed_restore_is_no_news_of_the_model(house: House) -> None:
     house.finish()
     assert outcome_of(client) == 0
     assert house.leases.table is not None
-    assert house.leases.table.memory is CacheKind.DENSE
+    assert house.leases.table.cache_kind is CacheKind.DENSE
     assert house.metrics.reuse_mispredictions._value.get() == 0
     house.check_nothing_is_left()
 
@@ -145,9 +145,9 @@ def test_what_was_computed_with_lora_scales_is_gone_on_from_with_the_same_ones_o
     """It is erased before another use, also after a client that left in the middle."""
     scaled = Namespace(lora='[{"id":0,"scale":0.5}]')
     tokens = tokens_of(1, 90)
-    house.start(house.ask(Request("whole", tokens, space=scaled)), "whole")
+    house.start(house.ask(Request("whole", tokens, namespace=scaled)), "whole")
     house.finish()
-    leaves = house.start(house.ask(Request("leaves", tokens, space=scaled)), "leaves")
+    leaves = house.start(house.ask(Request("leaves", tokens, namespace=scaled)), "leaves")
     for _ in range(3):
         house.loop.settle()
         for op in list(house.server.pending):
@@ -157,7 +157,7 @@ def test_what_was_computed_with_lora_scales_is_gone_on_from_with_the_same_ones_o
     house.finish()
     table = house.leases.table
     assert table is not None
-    own = house.start(house.ask(Request("own", tokens, space=scaled)), "own")
+    own = house.start(house.ask(Request("own", tokens, namespace=scaled)), "own")
     house.finish()
     assert outcome_of(own) == 89
     client = house.start(house.ask(Request("next", tokens)), "next")
@@ -172,11 +172,11 @@ def test_a_suspect_slot_that_was_not_used_stays_suspect(house: House) -> None:
     first.finish(None)
     first.release()
     assert first.slot is not None
-    assert first.slot.state is State.SUSPECT
+    assert first.slot.state is SlotState.SUSPECT
     both = [house.loop.run(house.dispatcher.lease(Request(f"{i}", tokens_of(500 * i, 90)))) for i in (1, 2)]
     for lease in both:
         lease.release()
-    assert first.slot.state is State.SUSPECT
+    assert first.slot.state is SlotState.SUSPECT
     house.check_nothing_is_left()
 
 

@@ -58,7 +58,7 @@ async def test_a_start_opens_no_file_that_is_as_it_was(shelter: Shelter) -> None
     """All that the sidecars say, and the dates of use, are in the register."""
     before = dict(shelter.catalog.snapshots)
     used = {id_: shelter.catalog.last_used(id_) for id_ in before}
-    await shelter.catalog.write_register()
+    await shelter.catalog.write_manifest()
     found, seen = await reopened(shelter)
     assert seen == []
     assert found == before
@@ -83,8 +83,8 @@ async def test_two_thousand_snapshots_are_not_opened(tmp_path: Path) -> None:
         for suffix in (".kv", ".json"):  # as good as files of their own, and made in no time
             os.link(shelter.directory / f"{one.id}{suffix}", shelter.directory / f"{id_}{suffix}")
     mark = manifest.FileId.of(os.lstat(shelter.directory / one.file_name))
-    writer = manifest.Manifest(shelter.register, shelter.directory)
-    writer.marks, writer.durable = dict.fromkeys(listed, mark), set(listed)
+    writer = manifest.Manifest(shelter.manifest, shelter.directory)
+    writer.file_ids, writer.durable = dict.fromkeys(listed, mark), set(listed)
     await writer.write(listed, dict.fromkeys(listed, shelter.catalog.last_used(one.id)))
     found, seen = await reopened(shelter)
     assert found == listed
@@ -94,7 +94,7 @@ async def test_two_thousand_snapshots_are_not_opened(tmp_path: Path) -> None:
 
 async def test_what_came_and_went_since_is_noticed(shelter: Shelter) -> None:
     """A pair that is gone, one that is new, half a pair, and one that was used."""
-    await shelter.catalog.write_register()
+    await shelter.catalog.write_manifest()
     gone, half, used, *_ = before = dict(shelter.catalog.snapshots)
     new = await shelter.save(some_tokens(40, 77))
     shelter.catalog.touch(used)
@@ -115,7 +115,7 @@ async def test_what_came_and_went_since_is_noticed(shelter: Shelter) -> None:
 @pytest.mark.parametrize("change", ["longer", "other tokens", "other file", "not ours", "in its place"])
 async def test_a_slot_file_that_has_changed_is_read(shelter: Shelter, change: str) -> None:
     """Broken ones are removed; one that holds something else is listed as what it is."""
-    await shelter.catalog.write_register()
+    await shelter.catalog.write_manifest()
     id_, *others = shelter.catalog.snapshots
     path, other = shelter.directory / f"{id_}.kv", some_tokens(40, 99)
     match change:
@@ -142,7 +142,7 @@ async def test_a_slot_file_that_has_changed_is_read(shelter: Shelter, change: st
 
 async def test_a_sidecar_that_has_changed_is_read(shelter: Shelter) -> None:
     """What it says now counts."""
-    await shelter.catalog.write_register()
+    await shelter.catalog.write_manifest()
     id_ = next(iter(shelter.catalog.snapshots))
     shelter.sidecar(id_, source="somebody")
     found, seen = await reopened(shelter)
@@ -164,7 +164,7 @@ async def test_what_somebody_else_changed_is_not_entered(shelter: Shelter) -> No
 
 
 async def _registered(shelter: Shelter) -> Shelter:
-    await shelter.catalog.write_register()
+    await shelter.catalog.write_manifest()
     return shelter
 
 
@@ -179,7 +179,7 @@ async def test_only_what_is_on_the_disk_is_entered(shelter: Shelter, monkeypatch
         assert set(found) == {*before, unsynced.id}
         assert sorted(seen) == [f"{unsynced.id}.json", f"{unsynced.id}.kv"]
         await shelter.catalog.settle()
-        await shelter.catalog.write_register()
+        await shelter.catalog.write_manifest()
     monkeypatch.setattr(sidecar, "boot_id", lambda: "another boot")
     found, _ = await reopened(shelter)
     assert set(found) == before
@@ -201,8 +201,8 @@ async def test_a_register_from_before_a_power_cut_makes_nothing_appear(
     moved(path, json.dumps(json.loads(path.read_bytes()) | {"boot": None}).encode())
     used = shelter.catalog.last_used(snapshot.id)
     os.utime(path, (used, used))
-    shelter.catalog._register.durable.add(snapshot.id)
-    await shelter.catalog.write_register()
+    shelter.catalog._manifest.durable.add(snapshot.id)
+    await shelter.catalog.write_manifest()
     first.rename(path)
     monkeypatch.setattr(sidecar, "boot_id", lambda: "another boot")
     found, seen = await reopened(shelter)
@@ -214,12 +214,12 @@ async def test_a_register_from_before_a_power_cut_makes_nothing_appear(
 async def test_every_flipped_byte_is_noticed(shelter: Shelter, caplog: pytest.LogCaptureFixture) -> None:
     """A line in the log; all files are read, and nothing is different."""
     before = dict(shelter.catalog.snapshots)
-    await shelter.catalog.write_register()
-    whole, rng = shelter.register.read_bytes(), random.Random(3)
+    await shelter.catalog.write_manifest()
+    whole, rng = shelter.manifest.read_bytes(), random.Random(3)
     for at in {0, 20, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(20))}:
         flipped = bytearray(whole)
         flipped[at] ^= 1 << rng.randrange(8)
-        shelter.register.write_bytes(flipped)
+        shelter.manifest.write_bytes(flipped)
         caplog.clear()
         found, seen = await reopened(shelter)
         assert found == before
@@ -244,14 +244,14 @@ async def test_a_register_that_cannot_be_used_is_done_without(
 ) -> None:
     """Also one with a right checksum of wrong content: of a version that forgot to change its number."""
     before = dict(shelter.catalog.snapshots)
-    shelter.register.unlink()
+    shelter.manifest.unlink()
     if content is not None:
         if content[:1] in (b"{", b"["):
             content = (
                 f"llamaslot sidecars {manifest.VERSION} {manifest.xxh3_128_hexdigest(content)}\n".encode()
                 + content
             )
-        shelter.register.write_bytes(content)
+        shelter.manifest.write_bytes(content)
     with caplog.at_level(logging.INFO, "llamaslot.store"):
         found, seen = await reopened(shelter)
     assert found == before
@@ -263,12 +263,12 @@ async def test_a_register_that_cannot_be_written_costs_nothing(
     shelter: Shelter, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A line in the log; the old one is still good."""
-    await shelter.catalog.write_register()
-    before = shelter.register.read_bytes()
+    await shelter.catalog.write_manifest()
+    before = shelter.manifest.read_bytes()
     with mock.patch.object(os, "fsync", side_effect=OSError(28, "No space left on device")):
-        await shelter.catalog.write_register()
+        await shelter.catalog.write_manifest()
     assert ": No space left on device" in caplog.text
-    assert shelter.register.read_bytes() == before
+    assert shelter.manifest.read_bytes() == before
     assert (await reopened(shelter))[1] == []
 
 
@@ -276,15 +276,15 @@ async def test_nobody_else_reads_it(shelter: Shelter) -> None:
     """It says who has talked to the model, and when."""
     old = os.umask(0)
     try:
-        await shelter.catalog.write_register()
+        await shelter.catalog.write_manifest()
     finally:
         os.umask(old)
-    assert shelter.register.stat().st_mode & 0o077 == 0
+    assert shelter.manifest.stat().st_mode & 0o077 == 0
 
 
 async def test_a_snapshot_exchanged_after_the_start_is_not_restored(shelter: Shelter) -> None:
     """Its tokens were not read at the start, but a digest of them is known."""
-    await shelter.catalog.write_register()
+    await shelter.catalog.write_manifest()
     found, _ = await reopened(shelter)
     id_ = next(iter(found))
     (shelter.directory / f"{id_}.kv").write_bytes(slot_file(some_tokens(40, 99), 1_000))
@@ -321,7 +321,7 @@ async def test_a_first_start_that_is_killed_goes_on_where_it_was(
 
 async def test_the_register_follows_what_changes(shelter: Shelter, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a kill few files are read, however long llamaslot has run."""
-    await shelter.catalog.write_register()
+    await shelter.catalog.write_manifest()
     monkeypatch.setattr(upkeep, "_CHANGES_MAX", 3)
     for n in range(20, 25):
         await shelter.save(some_tokens(40, n))

@@ -15,11 +15,11 @@ from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules, place
 from llamaslot.scheduling.plan import Plan, Wait
 from llamaslot.scheduling.request import Request
-from llamaslot.scheduling.slots import Event
+from llamaslot.scheduling.slots import SlotEvent
 from llamaslot.store import WithTokens
 
 N_SLOTS = 40
-SPACES = (Namespace(), Namespace("anna"))
+NAMESPACES = (Namespace(), Namespace("anna"))
 
 
 def tokens(rng: random.Random, stems: list[list[int]]) -> list[int]:
@@ -39,9 +39,9 @@ def filled(rng: random.Random, stems: list[list[int]]) -> SlotTable:
     for slot in rng.sample(table.slots, N_SLOTS - rng.randrange(4)):
         if not slot.is_idle:
             continue
-        held, space = pack(tokens(rng, stems)), rng.choice(SPACES)
+        held, namespace = pack(tokens(rng, stems)), rng.choice(NAMESPACES)
         snapshot = None
-        if held and rng.random() < 0.3 and space == Namespace():
+        if held and rng.random() < 0.3 and namespace == Namespace():
             snapshot = f"s{slot.id}"
             table.add_snapshot(
                 WithTokens.of(
@@ -52,15 +52,15 @@ def filled(rng: random.Random, stems: list[list[int]]) -> SlotTable:
                     created_at=0.0,
                     checkpoints=(),
                     source="r",
-                    space="",
+                    namespace="",
                 )
             )
-        content = Content(held, is_dirty=snapshot is None, snapshot=snapshot, space=space)
+        content = Content(held, is_dirty=snapshot is None, snapshot=snapshot, namespace=namespace)
         now = rng.uniform(0, 3000)
-        table.take(slot, Request("fill", held, space=space), now, has_answer=False)
-        table.give_back(slot, Event.KEEP, content, now)
+        table.take(slot, Request("fill", held, namespace=namespace), now, has_answer=False)
+        table.give_back(slot, SlotEvent.KEEP, content, now)
         if rng.random() < 0.3:
-            job = Request(f"busy{slot.id}", pack(tokens(rng, stems)), space=space)
+            job = Request(f"busy{slot.id}", pack(tokens(rng, stems)), namespace=namespace)
             plan = place(job, [table.view(job, 3000.0, {})], table.rules)
             if isinstance(plan, Plan):
                 table.take(table.slots[plan.slot.id], job, 3000.0, plan, has_answer=True)
@@ -85,7 +85,7 @@ def test_the_choice_is_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> N
             "asks",
             pack(tokens(rng, stems) or [1]),
             n_system=rng.choice([0, 5, 300]),
-            space=rng.choice(SPACES),
+            namespace=rng.choice(NAMESPACES),
             no_cache=rng.random() < 0.1,
         )
         reserved = {table.slots[slot].key: 1.0 for slot in rng.sample(range(N_SLOTS), 3)}
@@ -113,7 +113,7 @@ def test_what_others_hold_of_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
             if not slot.is_idle or not slot.content.tokens:
                 continue
             others = {other.id for other in table.slots if other is slot or not other.is_idle}
-            found = table._residents.cover(slot.content.tokens, slot.content.space, exclude=others)
-            on_disk = table._candidates.on_disk(slot.content.tokens, slot.content.space)
+            found = table._residents.cover(slot.content.tokens, slot.content.namespace, exclude=others)
+            on_disk = table._candidates.on_disk(slot.content.tokens, slot.content.namespace)
             assert table.worth.covered(slot) == max(found, on_disk)
             assert table.worth.on_disk(slot) == on_disk

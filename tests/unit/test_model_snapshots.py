@@ -37,7 +37,7 @@ class World:
         catalog = cast(
             Catalog,
             SimpleNamespace(
-                snapshots=self.snapshots, verify_some=self.verify_some, write_register=self.register
+                snapshots=self.snapshots, verify_some=self.verify_some, write_manifest=self.manifest
             ),
         )
         self.libraries = Libraries(catalog, self.directory / "gpu0.index", self.tasks)
@@ -51,7 +51,7 @@ class World:
         assert library is self.libraries.current
         return set(library.snapshots)
 
-    async def register(self) -> None:
+    async def manifest(self) -> None:
         """Called after each generation."""
         self.n_registered += 1
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llamaslot.cache.disk_index import is_freezable
 from llamaslot.cache.ids import count, head, pack
-from llamaslot.cache.namespaces import PUBLIC, SHARED, InNamespaces, Namespace, mark
+from llamaslot.cache.namespaces import PUBLIC, SHARED, InNamespaces, Namespace, marker
 from llamaslot.cache.prefix_index import PrefixIndex
 
 ANNA, BERT = Namespace("key:anna"), Namespace("key:bert")
@@ -19,30 +19,30 @@ SCALED = Namespace("", '[{"id":0,"scale":0.5}]')
 
 def index_of(**held: tuple[Namespace, bytes]) -> InNamespaces[str]:
     index: PrefixIndex[str] = PrefixIndex()
-    for holder, (space, tokens) in held.items():
-        index.insert(holder, mark(space) + tokens)
+    for holder, (namespace, tokens) in held.items():
+        index.insert(holder, marker(namespace) + tokens)
     return InNamespaces(index, lambda holder: held[holder][0])
 
 
 @pytest.mark.parametrize(
     "space", [SHARED, ANNA, SCALED, PUBLIC, Namespace("key:anna", SCALED.lora), Namespace("named:a b")]
 )
-def test_a_space_is_told_in_a_word_and_back(space: Namespace) -> None:
+def test_a_space_is_told_in_a_word_and_back(namespace: Namespace) -> None:
     """As a sidecar has it."""
-    assert Namespace.of_text(space.text) == space
+    assert Namespace.of_text(namespace.text) == namespace
 
 
 def test_everybodys_sequences_stand_in_an_index_as_they_are() -> None:
     """What was on disk before there were spaces is found as ever."""
-    assert mark(SHARED) == b""
+    assert marker(SHARED) == b""
 
 
 def test_a_mark_is_ids_that_no_vocabulary_has_and_every_index_can_hold() -> None:
     """Generations hold characters."""
-    ids = memoryview(mark(ANNA)).cast("i").tolist()
+    ids = memoryview(marker(ANNA)).cast("i").tolist()
     assert len(ids) == 4
     assert all(0x100000 <= id_ < 0x110000 for id_ in ids)
-    assert is_freezable(mark(ANNA) + pack([1, 2]))
+    assert is_freezable(marker(ANNA) + pack([1, 2]))
 
 
 def test_only_what_is_of_the_same_space_is_found() -> None:
@@ -55,12 +55,12 @@ def test_only_what_is_of_the_same_space_is_found() -> None:
         scaled=(SCALED, tokens),
         public=(PUBLIC, tokens),
     )
-    for space, holder in ((SHARED, "shared"), (ANNA, "anna"), (BERT, "bert"), (SCALED, "scaled")):
-        assert index.match(tokens, (space,)) == [(holder, 100, 100)]
-        assert index.cover(tokens, space) == 100
-        assert index.cover(tokens, space, exclude=[holder]) == 0
-        assert index.longest_full_prefix(tokens, (space,)) == (holder, 100, 100)
-        assert index.longest_full_prefix(tokens, (space,), exclude=[holder]) is None
+    for namespace, holder in ((SHARED, "shared"), (ANNA, "anna"), (BERT, "bert"), (SCALED, "scaled")):
+        assert index.match(tokens, (namespace,)) == [(holder, 100, 100)]
+        assert index.cover(tokens, namespace) == 100
+        assert index.cover(tokens, namespace, exclude=[holder]) == 0
+        assert index.longest_full_prefix(tokens, (namespace,)) == (holder, 100, 100)
+        assert index.longest_full_prefix(tokens, (namespace,), exclude=[holder]) is None
         assert index.tokens(holder) == tokens
     assert {hit.holder for hit in index.match(tokens, (ANNA, PUBLIC))} == {"anna", "public"}
     assert index.match(tokens, (Namespace("key:carl"),)) == []
@@ -83,20 +83,20 @@ def test_of_two_spaces_the_longer_prefix_comes_first() -> None:
 def test_in_each_space_the_answers_are_those_of_an_index_of_its_own(seed: int) -> None:
     """Random sequences that share much, in random spaces."""
     rng = random.Random(seed)
-    spaces = [SHARED, ANNA, BERT, SCALED]
+    namespaces = [SHARED, ANNA, BERT, SCALED]
     held = {
-        f"h{i}": (rng.choice(spaces), pack([rng.randrange(2) for _ in range(rng.randrange(1, 12))]))
+        f"h{i}": (rng.choice(namespaces), pack([rng.randrange(2) for _ in range(rng.randrange(1, 12))]))
         for i in range(20)
     }
     index = index_of(**held)
-    for space in spaces:
+    for namespace in namespaces:
         alone: PrefixIndex[str] = PrefixIndex()
         for holder, (where, tokens) in held.items():
-            if where == space:
+            if where == namespace:
                 alone.insert(holder, tokens)
         query = pack([rng.randrange(2) for _ in range(rng.randrange(1, 12))])
-        assert sorted(index.match(query, (space,))) == sorted(alone.match(query))
-        assert index.cover(query, space) == alone.cover(query)
-        ours, theirs = index.longest_full_prefix(query, (space,)), alone.longest_full_prefix(query)
+        assert sorted(index.match(query, (namespace,))) == sorted(alone.match(query))
+        assert index.cover(query, namespace) == alone.cover(query)
+        ours, theirs = index.longest_full_prefix(query, (namespace,)), alone.longest_full_prefix(query)
         assert (ours and ours.n_tokens) == (theirs and theirs.n_tokens)
-        assert count(query) >= index.cover(query, space)
+        assert count(query) >= index.cover(query, namespace)

@@ -24,9 +24,9 @@ def snapshot(id_: str, tokens: bytes, **more: Any) -> WithTokens:
     return WithTokens.of(tokens, id=id_, fingerprint="model", created_at=0.0, source="test", **fields)
 
 
-def library_of(*snapshots: WithTokens, memory: CacheKind = CacheKind.DENSE) -> ModelSnapshots:
+def library_of(*snapshots: WithTokens, cache_kind: CacheKind = CacheKind.DENSE) -> ModelSnapshots:
     library = ModelSnapshots()
-    library.overlap.memory = memory
+    library.overlap.cache_kind = cache_kind
     for each in snapshots:
         library.add(each)
     return library
@@ -64,10 +64,10 @@ def test_a_trunk_is_covered_by_shorter_snapshots_only() -> None:
     assert [library.overlap.n_tokens(id_) for id_ in ("trunk", "leaf", "short")] == [300, 1000, 0]
 
 
-@pytest.mark.parametrize("memory", [CacheKind.SWA, CacheKind.RECURRENT])
-def test_where_a_model_cannot_go_back_only_exact_ends_and_checkpoints_cover(memory: CacheKind) -> None:
+@pytest.mark.parametrize("cache_kind", [CacheKind.SWA, CacheKind.RECURRENT])
+def test_where_a_model_cannot_go_back_only_exact_ends_and_checkpoints_cover(cache_kind: CacheKind) -> None:
     """Two conversations that begin alike do not help each other; their trunk helps both."""
-    library = library_of(snapshot("a", A + B), snapshot("b", A + C), memory=memory)
+    library = library_of(snapshot("a", A + B), snapshot("b", A + C), cache_kind=cache_kind)
     assert library.overlap.n_tokens("a") == 0
     library.add(snapshot("trunk", A, kind=SnapshotKind.TRUNK))
     assert [library.overlap.n_tokens(id_) for id_ in "ab"] == [1000, 1000]
@@ -75,9 +75,9 @@ def test_where_a_model_cannot_go_back_only_exact_ends_and_checkpoints_cover(memo
     assert [library.overlap.n_tokens(id_) for id_ in "ab"] == [0, 0]
     library.add(snapshot("c", A + A, checkpoints=(800,)))
     assert 790 <= library.overlap.n_tokens("c") + 800 <= 801
-    library.overlap.memory = CacheKind.DENSE
+    library.overlap.cache_kind = CacheKind.DENSE
     assert library.overlap.n_tokens("a") == 0, "not looked at yet"
-    library.overlap.look_at_some(3)
+    library.overlap.compute_some(3)
     assert library.overlap.n_tokens("a") == 1000
 
 
@@ -85,29 +85,29 @@ def test_a_trunk_that_comes_or_goes_is_looked_at_in_its_own_space_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Those of other users share nothing with it, and there may be hundreds."""
-    library, looked_at, real = library_of(), list[str](), PrefixOverlap._look_at
+    library, looked_at, real = library_of(), list[str](), PrefixOverlap._compute
     for user in range(20):
-        library.add(snapshot(f"of {user}", A, kind=SnapshotKind.TRUNK, space=f"key:{user}"))
+        library.add(snapshot(f"of {user}", A, kind=SnapshotKind.TRUNK, namespace=f"key:{user}"))
 
-    def look_at(self: PrefixOverlap, id_: str, tokens: bytes | None = None) -> None:
+    def compute(self: PrefixOverlap, id_: str, tokens: bytes | None = None) -> None:
         looked_at.append(id_)
         real(self, id_, tokens)
 
-    monkeypatch.setattr(PrefixOverlap, "_look_at", look_at)
-    library.add(snapshot("new", head(A, 300), kind=SnapshotKind.TRUNK, space="key:7"))
+    monkeypatch.setattr(PrefixOverlap, "_compute", compute)
+    library.add(snapshot("new", head(A, 300), kind=SnapshotKind.TRUNK, namespace="key:7"))
     library.drop("new")
     assert set(looked_at) == {"new", "of 7"}
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10**9), st.sampled_from([CacheKind.DENSE, CacheKind.RECURRENT]))
-def test_what_is_kept_is_what_would_be_found_anew(seed: int, memory: CacheKind) -> None:
+def test_what_is_kept_is_what_would_be_found_anew(seed: int, cache_kind: CacheKind) -> None:
     """Snapshots come and go at random, all sharing with each other; nothing that is believed is out of date.
 
     On models that go on from few points only trunks and exact ends are looked at here: checkpoints are an estimate.
     """
     rng = random.Random(seed)
-    library = library_of(memory=memory)
+    library = library_of(cache_kind=cache_kind)
     trunks = [pack([rng.randrange(2) for _ in range(rng.randrange(1, 8))]) for _ in range(2)]
     for serial in range(25):
         if rng.random() < 0.3 and library.snapshots:
@@ -120,11 +120,11 @@ def test_what_is_kept_is_what_would_be_found_anew(seed: int, memory: CacheKind) 
             tokens = rng.choice(trunks) + pack([rng.randrange(2) for _ in range(rng.randrange(9))])
             # Its last token is its own: leaves of which one is the beginning of another are superseded.
             library.add(snapshot(f"l{serial}", tokens + pack([100 + serial])))
-        anew = PrefixOverlap(library.in_spaces, library.snapshots)
-        anew.memory = memory
+        anew = PrefixOverlap(library.in_namespaces, library.snapshots)
+        anew.cache_kind = cache_kind
         for id_ in library.snapshots:
             anew.put(id_)
-        anew.look_at_some(100)
+        anew.compute_some(100)
         for id_, each in library.snapshots.items():
             assert library.overlap.n_tokens(id_) == anew.n_tokens(id_), each
         library.check()

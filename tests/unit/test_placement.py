@@ -21,7 +21,7 @@ from llamaslot.scheduling.placement import (
     is_similar,
     prefill_steps,
     prefill_stops,
-    weight,
+    return_likelihood,
 )
 from llamaslot.scheduling.placement import (
     place as place_over,
@@ -39,10 +39,16 @@ from llamaslot.scheduling.plan import (
     Wait,
 )
 from llamaslot.scheduling.request import Placement, Request
-from llamaslot.scheduling.slots import SlotKey, State
+from llamaslot.scheduling.slots import SlotKey, SlotState
 
 RULES = Rules(similarity_min=0.85, small_prompt_tokens=1024, chunk_threshold_s=1.0)
-FREE, HOT, LEASED, DRAINING, SUSPECT = State.FREE, State.HOT, State.LEASED, State.DRAINING, State.SUSPECT
+FREE, HOT, LEASED, DRAINING, SUSPECT = (
+    SlotState.FREE,
+    SlotState.HOT,
+    SlotState.LEASED,
+    SlotState.DRAINING,
+    SlotState.SUSPECT,
+)
 
 
 def job(n_tokens: int, **more: object) -> Request:
@@ -83,7 +89,7 @@ def saved(slot: int, n_tokens: int = 5000, *, shared: int = 0, **more: object) -
     )
 
 
-def busy(slot: int, n_tokens: int, *, shared: int, wait_s: float, state: State = LEASED) -> SlotView:
+def busy(slot: int, n_tokens: int, *, shared: int, wait_s: float, state: SlotState = LEASED) -> SlotView:
     return SlotView(key(slot), state, n_tokens, shared, shared, wait_s=wait_s)
 
 
@@ -598,10 +604,10 @@ def test_every_trunk_is_kept_right_after_it_was_computed(
 
 def test_weight_halves_after_half_an_hour() -> None:
     """A context that nobody has used for long is a smaller loss, and never none."""
-    assert weight(0) == 1
-    assert weight(-5) == 1
-    assert weight(1800) == pytest.approx(0.5)
-    assert 0 < weight(10**6) < 0.01
+    assert return_likelihood(0) == 1
+    assert return_likelihood(-5) == 1
+    assert return_likelihood(1800) == pytest.approx(0.5)
+    assert 0 < return_likelihood(10**6) < 0.01
 
 
 # -- all of it -----------------------------------------------------------------------------------------------------
@@ -609,7 +615,7 @@ def test_weight_halves_after_half_an_hour() -> None:
 
 @st.composite
 def slot_views(draw: st.DrawFn, slot: int) -> SlotView:
-    state = draw(st.sampled_from(list(State)))
+    state = draw(st.sampled_from(list(SlotState)))
     n_tokens = 0 if state in (FREE, SUSPECT) else draw(st.integers(1, 30_000))
     shared = draw(st.integers(0, n_tokens))
     is_worth = state is HOT and draw(st.booleans())

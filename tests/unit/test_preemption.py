@@ -18,7 +18,7 @@ from llamaslot.scheduling.request import Request, User
 from tests.support.house import outcome_of, tokens_of
 from tests.support.mainloop import Paced, talk
 
-EVERY = pytest.mark.parametrize("memory", list(CacheKind))
+EVERY = pytest.mark.parametrize("cache_kind", list(CacheKind))
 GREEDY = User("key:greedy")
 N_PROMPT = 1200  # 1.2 s of computing
 
@@ -126,7 +126,7 @@ async def asks_on(
 
 
 @pytest.mark.parametrize(
-    ("memory", "token_s", "answer_s"),
+    ("cache_kind", "token_s", "answer_s"),
     [
         (CacheKind.DENSE, 0.0002, 0.3),
         (CacheKind.DENSE, 0.0005, 0.8),
@@ -136,14 +136,14 @@ async def asks_on(
     ],
 )
 def test_five_users_wait_beside_twenty_streams_as_beside_one(
-    memory: CacheKind, token_s: float, answer_s: float
+    cache_kind: CacheKind, token_s: float, answer_s: float
 ) -> None:
     """With two requests each, when the greedy one has had all four slots for three seconds, or a little more."""
     ratios = []
     for lead_s in (3.0, 3.6, 4.2):
         medians_s = {}
         for n_streams in (1, 20):
-            with Paced(memory, 4, answer_s=answer_s) as house:
+            with Paced(cache_kind, 4, answer_s=answer_s) as house:
                 numbers = itertools.count(1)
                 house.server.token_s = token_s
                 house.begin()
@@ -163,9 +163,9 @@ def test_five_users_wait_beside_twenty_streams_as_beside_one(
 
 
 @EVERY
-def test_what_was_computed_is_found_again(memory: CacheKind) -> None:
+def test_what_was_computed_is_found_again(cache_kind: CacheKind) -> None:
     """The prompt goes on from where it was: in its slot, or from the disk."""
-    with Paced(memory, 2, answer_s=30.0) as house:
+    with Paced(cache_kind, 2, answer_s=30.0) as house:
         house.main.answers_s = {}
         house.begin()
         first, second = asks(GREEDY, 1, 6000), asks(GREEDY, 2, 6000)
@@ -231,15 +231,15 @@ def test_what_a_user_has_had_is_charged_once() -> None:
 
 @settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 @given(
-    memory=st.sampled_from(list(CacheKind)),
+    cache_kind=st.sampled_from(list(CacheKind)),
     comers=st.lists(
         st.tuples(st.floats(0, 1.5), st.integers(0, 3), st.integers(50, 2500)), min_size=5, max_size=25
     ),
 )
-def test_everybody_is_served_at_last(memory: CacheKind, comers: list[tuple[float, int, int]]) -> None:
+def test_everybody_is_served_at_last(cache_kind: CacheKind, comers: list[tuple[float, int, int]]) -> None:
     """However many come and whoever they are; no request gives its slot up more than twice, and no work is lost but
     for what a sliding window needs again."""
-    with Paced(memory, 3, answer_s=0.7) as house:
+    with Paced(cache_kind, 3, answer_s=0.7) as house:
         house.begin()
         n_all = 0
         for number, (after_s, user, n) in enumerate(comers):
@@ -265,12 +265,12 @@ async def asks_short(house: Paced, user: User, at: int, seconds: float) -> None:
 
 
 @EVERY
-def test_many_short_requests_of_one_user_take_no_more_than_its_part(memory: CacheKind) -> None:
+def test_many_short_requests_of_one_user_take_no_more_than_its_part(cache_kind: CacheKind) -> None:
     """Three streams without a gap hold another user's long prompt back for as long as that has been computed; those of
     its own user go before it as ever."""
     took_s = {}
     for is_own in (False, True):
-        with Paced(memory, 4, answer_s=0.001) as house:
+        with Paced(cache_kind, 4, answer_s=0.001) as house:
             user = modest(1)
             filler = house.come(
                 asks(user, 50, 60)

@@ -91,17 +91,19 @@ SCENES += [waits_for_a_trunk, is_misplaced, makes_room]
 
 
 #: Each scene on each kind of model, and on one of them also as it is woken.
-CASES = [(scene, memory, False) for scene in SCENES for memory in CacheKind]
-CASES += [(scene, memory, True) for scene, memory in zip(SCENES, itertools.cycle(CacheKind), strict=False)]
+CASES = [(scene, cache_kind, False) for scene in SCENES for cache_kind in CacheKind]
+CASES += [
+    (scene, cache_kind, True) for scene, cache_kind in zip(SCENES, itertools.cycle(CacheKind), strict=False)
+]
 
 
-@pytest.mark.parametrize(("scene", "memory", "is_late"), CASES)
+@pytest.mark.parametrize(("scene", "cache_kind", "is_late"), CASES)
 def test_cancelled_at_every_await_nothing_leaks(
-    scene: Callable[[Paced], Asks], memory: CacheKind, is_late: bool
+    scene: Callable[[Paced], Asks], cache_kind: CacheKind, is_late: bool
 ) -> None:
     """Whenever the client leaves, its slot comes back, holding what is believed of it, and everybody else is served."""
     for at in itertools.count():
-        with Paced(memory, 3, answer_s=0.01, decode_share=0.5, max_yield_s=0.4) as house:
+        with Paced(cache_kind, 3, answer_s=0.01, decode_share=0.5, max_yield_s=0.4) as house:
             cut: CancelledAt[Any] = CancelledAt(scene(house), at, is_late=is_late)
             client = house.start(_await(cut), "the one who leaves")
             others = [one for one in house.clients if one is not client]

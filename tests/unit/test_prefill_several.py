@@ -16,7 +16,7 @@ from llamaslot.scheduling.request import Placement, Request
 from tests.support.house import outcome, tokens_of
 from tests.support.mainloop import BATCH, BATCH_S, STRETCH_S, Paced, long, short, talk
 
-EVERY = pytest.mark.parametrize("memory", list(CacheKind))
+EVERY = pytest.mark.parametrize("cache_kind", list(CacheKind))
 
 
 def order_of(house: Paced, *jobs: Request) -> list[str]:
@@ -34,9 +34,9 @@ def n_sent_to(house: Paced, job: Request) -> int:
 
 
 @EVERY
-def test_of_two_long_ones_the_shorter_goes_first(memory: CacheKind) -> None:
+def test_of_two_long_ones_the_shorter_goes_first(cache_kind: CacheKind) -> None:
     """Though it came later; the longer one then goes on from where it was."""
-    with Paced(memory, 2, answer_s=0.001) as house:
+    with Paced(cache_kind, 2, answer_s=0.001) as house:
         house.begin()
         longer, shorter = long("longer", 8000, 1), long("shorter", 2000, 2)
         clients = [house.come(longer)]
@@ -47,15 +47,15 @@ def test_of_two_long_ones_the_shorter_goes_first(memory: CacheKind) -> None:
         assert house.first_s["shorter"] < 2.0 + STRETCH_S + BATCH_S
         assert house.first_s["longer"] < 10.0 + 0.3
         assert house.server.n_computed == 10_000
-        if memory is not CacheKind.DENSE:
+        if cache_kind is not CacheKind.DENSE:
             assert n_sent_to(house, longer) == 2, "interrupted once"
             assert n_sent_to(house, shorter) == 1
 
 
 @EVERY
-def test_the_one_with_less_left_is_not_interrupted(memory: CacheKind) -> None:
+def test_the_one_with_less_left_is_not_interrupted(cache_kind: CacheKind) -> None:
     """For somebody who came with more, or with about as much."""
-    with Paced(memory, 3, answer_s=0.001) as house:
+    with Paced(cache_kind, 3, answer_s=0.001) as house:
         house.begin()
         jobs = [long("first", 5000, 1), long("longer", 5000, 2), long("about as long", 3500, 3)]
         clients = [house.come(jobs[0])]
@@ -64,15 +64,15 @@ def test_the_one_with_less_left_is_not_interrupted(memory: CacheKind) -> None:
         house.wait(*clients)
         assert order_of(house, *jobs) == ["first", "about as long", "longer"]
         assert house.server.n_computed == 13_500
-        if memory is not CacheKind.DENSE:
+        if cache_kind is not CacheKind.DENSE:
             assert [n for _, n in house.server.sent] == [4999, 3499, 4999]
 
 
 @EVERY
-def test_one_that_has_waited_too_long_is_not_passed(memory: CacheKind) -> None:
+def test_one_that_has_waited_too_long_is_not_passed(cache_kind: CacheKind) -> None:
     """Somebody with little left comes again and again. After ``starvation_s`` it waits for the one that is computed,
     at most for its stretch, and is then computed to its end."""
-    with Paced(memory, 4, answer_s=0.001, starvation_s=3.0) as house:
+    with Paced(cache_kind, 4, answer_s=0.001, starvation_s=3.0) as house:
         house.begin()
         first, patient = long("first", 2000, 1), long("patient", 6000, 2)
         clients = [house.come(first), house.come(patient)]
@@ -93,9 +93,9 @@ def test_one_that_has_waited_too_long_is_not_passed(memory: CacheKind) -> None:
 
 
 @EVERY
-def test_to_be_computed_is_not_to_wait(memory: CacheKind) -> None:
+def test_to_be_computed_is_not_to_wait(cache_kind: CacheKind) -> None:
     """However long a stretch goes on while nobody else is there: then somebody who comes with little left is ahead."""
-    with Paced(memory, 2, answer_s=0.001, starvation_s=5.0) as house:
+    with Paced(cache_kind, 2, answer_s=0.001, starvation_s=5.0) as house:
         house.begin()
         longer, shorter = long("longer", 20_000, 1), long("shorter", 1000, 2)
         clients = [house.come(longer)]
@@ -106,9 +106,9 @@ def test_to_be_computed_is_not_to_wait(memory: CacheKind) -> None:
 
 
 @EVERY
-def test_they_are_not_interrupted_for_each_other_again_and_again(memory: CacheKind) -> None:
+def test_they_are_not_interrupted_for_each_other_again_and_again(cache_kind: CacheKind) -> None:
     """Three that take a few times as long as anybody may be passed: each is interrupted once or twice."""
-    with Paced(memory, 3, starvation_s=6.0, batch=512, answer_s=0.001) as house:
+    with Paced(cache_kind, 3, starvation_s=6.0, batch=512, answer_s=0.001) as house:
         house.begin()
         jobs = [long(f"long {i}", 15_000 - 500 * i, i) for i in range(3)]
         clients = []
@@ -120,15 +120,15 @@ def test_they_are_not_interrupted_for_each_other_again_and_again(memory: CacheKi
         n_switches = sum(a != b for a, b in pairwise(slots))
         assert n_switches <= 3 * 2
         assert house.server.n_computed == 45_000 - 1500
-        if memory is not CacheKind.DENSE:
+        if cache_kind is not CacheKind.DENSE:
             assert len(house.server.sent) <= 3 + n_switches
 
 
 @EVERY
-def test_one_that_has_just_begun_is_the_one_that_goes_on(memory: CacheKind) -> None:
+def test_one_that_has_just_begun_is_the_one_that_goes_on(cache_kind: CacheKind) -> None:
     """Its first stretch counts as its own: another one gets ahead of it by what an interruption costs, and not before
     by that much."""
-    with Paced(memory, 2, answer_s=0.001, starvation_s=4.0) as house:
+    with Paced(cache_kind, 2, answer_s=0.001, starvation_s=4.0) as house:
         house.rates.interruption.seconds = 1.0
         house.begin()
         longer, shorter = long("longer", 12_000, 1), long("shorter", 9500, 2)
@@ -144,9 +144,9 @@ def test_one_that_has_just_begun_is_the_one_that_goes_on(memory: CacheKind) -> N
 
 
 @EVERY
-def test_one_that_waits_for_streams_is_passed_by_one_that_is_overdue_by_then(memory: CacheKind) -> None:
+def test_one_that_waits_for_streams_is_passed_by_one_that_is_overdue_by_then(cache_kind: CacheKind) -> None:
     """Nothing happens but that time passes: whoever wakes up and is not next any more wakes the one who is."""
-    with Paced(memory, 3, decode_share=0.9, starvation_s=1.5) as house:
+    with Paced(cache_kind, 3, decode_share=0.9, starvation_s=1.5) as house:
         house.main.answers_s[0] = 1000.0
         house.come(short("stream"))
         house.loop.pass_time(1.0)
@@ -163,11 +163,11 @@ def test_one_that_waits_for_streams_is_passed_by_one_that_is_overdue_by_then(mem
             house.leave(client)
 
 
-@pytest.mark.parametrize("memory", [CacheKind.SWA, CacheKind.RECURRENT])
-def test_a_long_one_is_restored_between_two_batches(memory: CacheKind) -> None:
+@pytest.mark.parametrize("cache_kind", [CacheKind.SWA, CacheKind.RECURRENT])
+def test_a_long_one_is_restored_between_two_batches(cache_kind: CacheKind) -> None:
     """Each of its slot actions would wait for a batch of the one that is computed. That goes on as soon as they are
     over, for it has less left."""
-    with Paced(memory, 2, answer_s=0.001) as house:
+    with Paced(cache_kind, 2, answer_s=0.001) as house:
         house.talk()
         house.loop.run(house.writeback.save_all())
         house.wait(house.come(long("over", 600, 1)), house.come(long("too", 600, 2)))
@@ -187,10 +187,10 @@ def test_a_long_one_is_restored_between_two_batches(memory: CacheKind) -> None:
         assert order_of(house, long("current", 3000, 3), back) == ["current", "back"]
 
 
-@pytest.mark.parametrize("memory", [CacheKind.SWA, CacheKind.RECURRENT])
-def test_while_a_trunk_is_saved_the_next_one_waits_for_just_that(memory: CacheKind) -> None:
+@pytest.mark.parametrize("cache_kind", [CacheKind.SWA, CacheKind.RECURRENT])
+def test_while_a_trunk_is_saved_the_next_one_waits_for_just_that(cache_kind: CacheKind) -> None:
     """A batch of it would be in the way of the save."""
-    with Paced(memory, 2, answer_s=0.001) as house:
+    with Paced(cache_kind, 2, answer_s=0.001) as house:
         house.begin()
         maker = long("maker", 10_000, 1, n_system=1000, boundaries=(1000,))
         clients = [house.come(maker)]
@@ -213,10 +213,10 @@ def test_while_a_trunk_is_saved_the_next_one_waits_for_just_that(memory: CacheKi
 @EVERY
 @pytest.mark.parametrize("kind", ["unpinned", "two"])
 @pytest.mark.parametrize("where", [0, 1])
-def test_a_long_prefill_makes_room_after_a_while(memory: CacheKind, kind: str, where: int) -> None:
+def test_a_long_prefill_makes_room_after_a_while(cache_kind: CacheKind, kind: str, where: int) -> None:
     """For a request for which llama-server chooses the slots, wherever it lands; then it goes on from where it was, in
     its slot or from the disk. Every token is computed once."""
-    with Paced(memory, 2, batch=512, answer_s=0.001) as house:
+    with Paced(cache_kind, 2, batch=512, answer_s=0.001) as house:
         house.server.lands = lambda idle: idle[where % len(idle)]
         house.begin()
         job = long("stranger", 20_000)
@@ -242,9 +242,9 @@ def test_a_long_prefill_makes_room_after_a_while(memory: CacheKind, kind: str, w
 
 
 @EVERY
-def test_one_that_waits_for_its_turn_behind_a_prefill_is_not_waited_for(memory: CacheKind) -> None:
+def test_one_that_waits_for_its_turn_behind_a_prefill_is_not_waited_for(cache_kind: CacheKind) -> None:
     """A request with several answers has its prompt computed, and then waits until others are through: they go on."""
-    with Paced(memory, 3, answer_s=0.001) as house:
+    with Paced(cache_kind, 3, answer_s=0.001) as house:
         house.begin()
         other, two = long("other", 4000, 1), long("two", 1000, 2, n_children=1)
         clients = [house.come(other)]
@@ -256,9 +256,9 @@ def test_one_that_waits_for_its_turn_behind_a_prefill_is_not_waited_for(memory: 
 
 
 @EVERY
-def test_one_that_is_nearly_through_makes_no_room(memory: CacheKind) -> None:
+def test_one_that_is_nearly_through_makes_no_room(cache_kind: CacheKind) -> None:
     """Nor one that has been computed for a few seconds only: to go away and come back costs more than that."""
-    with Paced(memory, 2, batch=512, answer_s=0.001) as house:
+    with Paced(cache_kind, 2, batch=512, answer_s=0.001) as house:
         house.begin()
         client = house.come(long("stranger", 9500))
         house.until(1.0)
@@ -288,9 +288,9 @@ def test_a_shut_gate_keeps_nobody_from_making_room() -> None:
 
 
 @EVERY
-def test_whoever_made_room_is_the_next(memory: CacheKind) -> None:
+def test_whoever_made_room_is_the_next(cache_kind: CacheKind) -> None:
     """It waits behind the request that it made room for, and ahead of all who have come meanwhile."""
-    with Paced(memory, 1, batch=512, answer_s=0.001) as house:
+    with Paced(cache_kind, 1, batch=512, answer_s=0.001) as house:
         house.begin()
         client = house.come(long("stranger", 12_000))
         house.until(1.0)
@@ -304,9 +304,9 @@ def test_whoever_made_room_is_the_next(memory: CacheKind) -> None:
 
 
 @EVERY
-def test_while_it_makes_room_the_queue_may_be_full(memory: CacheKind) -> None:
+def test_while_it_makes_room_the_queue_may_be_full(cache_kind: CacheKind) -> None:
     """It had its place before all the others: it is not sent away."""
-    with Paced(memory, 1, batch=512, answer_s=0.001) as house:
+    with Paced(cache_kind, 1, batch=512, answer_s=0.001) as house:
         house.dispatcher.queue.limits = QueueLimits(max_waiting=1)
         house.begin()
         client = house.come(long("stranger", 12_000))
@@ -324,9 +324,9 @@ def test_while_it_makes_room_the_queue_may_be_full(memory: CacheKind) -> None:
 
 
 @EVERY
-def test_a_stretch_that_is_refused_costs_nobody_his_answer(memory: CacheKind) -> None:
+def test_a_stretch_that_is_refused_costs_nobody_his_answer(cache_kind: CacheKind) -> None:
     """Its own request computes everything, without trusting what is in the slot; the others go on."""
-    with Paced(memory, 2, answer_s=0.001) as house:
+    with Paced(cache_kind, 2, answer_s=0.001) as house:
         house.begin()
         refused, other = long("refused", 2000, 1), long("other", 3000, 2)
         clients = [house.come(refused), house.come(other)]
@@ -341,9 +341,9 @@ def test_a_stretch_that_is_refused_costs_nobody_his_answer(memory: CacheKind) ->
 
 @EVERY
 @pytest.mark.parametrize("waits_for", ["another", "somebody first", "streams"])
-def test_who_waits_for_his_turn_is_told_of_a_restart(memory: CacheKind, waits_for: str) -> None:
+def test_who_waits_for_his_turn_is_told_of_a_restart(cache_kind: CacheKind, waits_for: str) -> None:
     """At once when it is noticed: his slot is another's now. Nothing is sent to the new process for him."""
-    with Paced(memory, 3, decode_share=0.9, answer_s=1000.0) as house:
+    with Paced(cache_kind, 3, decode_share=0.9, answer_s=1000.0) as house:
         if waits_for == "streams":
             house.come(short("stream"))
             house.loop.pass_time(0.5)

@@ -8,12 +8,12 @@ from llamaslot.backend.lease_states import RetryPlacement
 from llamaslot.cache.ids import count, head
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.scheduling.request import Request
-from llamaslot.scheduling.slots import State
+from llamaslot.scheduling.slots import SlotState
 from tests.support.house import REPLANS, tokens_of
 from tests.support.mainloop import BATCH, BATCH_S, STRETCH_S, Paced, long, short, talk
 from tests.support.stub import StubSlot
 
-EVERY = pytest.mark.parametrize("memory", list(CacheKind))
+EVERY = pytest.mark.parametrize("cache_kind", list(CacheKind))
 N = 3000
 CONTEXT = tokens_of(1, N)
 FOLLOW_UPS = pytest.mark.parametrize("n_new", [50, 700], ids=["short", "long"])
@@ -23,9 +23,9 @@ def follow_up(n_new: int) -> Request:
     return Request("follow-up", CONTEXT + tokens_of(500_000, n_new))
 
 
-def emptied(memory: CacheKind, *, is_saved: bool) -> Paced:
+def emptied(cache_kind: CacheKind, *, is_saved: bool) -> Paced:
     """A context of 3,000 tokens that is believed to be in slot 0, and is not."""
-    house = Paced(memory, 2)
+    house = Paced(cache_kind, 2)
     house.loop.run(house.ask(Request("first", CONTEXT)))
     if is_saved:
         house.loop.run(house.writeback.save_all())
@@ -44,9 +44,9 @@ def empty(slot: StubSlot) -> None:
 
 @EVERY
 @FOLLOW_UPS
-def test_a_context_that_is_gone_is_restored(memory: CacheKind, n_new: int) -> None:
+def test_a_context_that_is_gone_is_restored(cache_kind: CacheKind, n_new: int) -> None:
     """It is on disk. That its slot is empty is seen before more than two batches are computed for nothing."""
-    with emptied(memory, is_saved=True) as house:
+    with emptied(cache_kind, is_saved=True) as house:
         job = follow_up(n_new)
         client = house.come(job)
         house.until(2 * BATCH_S + 0.1)
@@ -61,9 +61,9 @@ def test_a_context_that_is_gone_is_restored(memory: CacheKind, n_new: int) -> No
 
 @EVERY
 @FOLLOW_UPS
-def test_without_a_snapshot_it_is_computed_once(memory: CacheKind, n_new: int) -> None:
+def test_without_a_snapshot_it_is_computed_once(cache_kind: CacheKind, n_new: int) -> None:
     """The second attempt goes on from the batch or two that the first has computed."""
-    with emptied(memory, is_saved=False) as house:
+    with emptied(cache_kind, is_saved=False) as house:
         job = follow_up(n_new)
         house.wait(house.come(job))
         assert house.metrics.replanned._value.get() == 1
@@ -73,15 +73,15 @@ def test_without_a_snapshot_it_is_computed_once(memory: CacheKind, n_new: int) -
 
 @EVERY
 @FOLLOW_UPS
-def test_a_server_that_keeps_nothing_is_not_asked_for_ever(memory: CacheKind, n_new: int) -> None:
+def test_a_server_that_keeps_nothing_is_not_asked_for_ever(cache_kind: CacheKind, n_new: int) -> None:
     """It loses what is in a slot each time that something begins in it: after two attempts that is how it is."""
-    with emptied(memory, is_saved=True) as house:
+    with emptied(cache_kind, is_saved=True) as house:
         loses(house, REPLANS)
         job = follow_up(n_new)
         house.wait(house.come(job))
         assert house.metrics.replanned._value.get() == REPLANS
         assert house.server.n_computed <= REPLANS * 2 * BATCH + N + n_new + 10
-        if memory is not CacheKind.DENSE and n_new == 700:
+        if cache_kind is not CacheKind.DENSE and n_new == 700:
             sent = [n for _, n in house.server.sent if n == N + n_new - 1]
             assert len(sent) == REPLANS + 1, "the last attempt is not stopped for that"
 
@@ -102,9 +102,9 @@ def loses(house: Paced, n_times: int) -> None:
 
 
 @EVERY
-def test_what_is_computed_again_gives_way_as_well(memory: CacheKind) -> None:
+def test_what_is_computed_again_gives_way_as_well(cache_kind: CacheKind) -> None:
     """How much of it is there is what was found. By what was expected it would be through at once."""
-    with emptied(memory, is_saved=True) as house:
+    with emptied(cache_kind, is_saved=True) as house:
         loses(house, REPLANS)
         client = house.come(follow_up(250))
         house.until(1.5)
@@ -113,15 +113,15 @@ def test_what_is_computed_again_gives_way_as_well(memory: CacheKind) -> None:
         asks = short("short")
         house.wait(house.come(asks))
         assert not client.done()
-        waits_s = 2 * STRETCH_S + BATCH_S if memory is CacheKind.DENSE else BATCH_S
+        waits_s = 2 * STRETCH_S + BATCH_S if cache_kind is CacheKind.DENSE else BATCH_S
         assert house.first_s[asks.id] < waits_s + 0.1 + 0.03
         house.wait(client)
 
 
 @EVERY
-def test_a_little_that_is_missing_is_computed(memory: CacheKind) -> None:
+def test_a_little_that_is_missing_is_computed(cache_kind: CacheKind) -> None:
     """To look for another place costs more than that."""
-    with emptied(memory, is_saved=True) as house:
+    with emptied(cache_kind, is_saved=True) as house:
         house.server.slots_[0].tokens = head(CONTEXT, N - 60)
         job = follow_up(700)
         house.wait(house.come(job))
@@ -131,9 +131,9 @@ def test_a_little_that_is_missing_is_computed(memory: CacheKind) -> None:
 
 
 @EVERY
-def test_what_the_first_attempt_has_cost_is_told(memory: CacheKind) -> None:
+def test_what_the_first_attempt_has_cost_is_told(cache_kind: CacheKind) -> None:
     """The client reads what its whole request took."""
-    with emptied(memory, is_saved=True) as house:
+    with emptied(cache_kind, is_saved=True) as house:
 
         async def attempt() -> RetryPlacement:
             with await house.dispatcher.lease(follow_up(700)) as lease:
@@ -152,10 +152,10 @@ def test_what_the_first_attempt_has_cost_is_told(memory: CacheKind) -> None:
 
 
 @EVERY
-def test_a_slot_that_is_emptied_while_it_waits_for_its_turn(memory: CacheKind) -> None:
+def test_a_slot_that_is_emptied_while_it_waits_for_its_turn(cache_kind: CacheKind) -> None:
     """Half of a long prompt is computed when a shorter one passes, and gone when it goes on: what is left of it is
     computed again, and nothing that is not there is believed to be there."""
-    with Paced(memory, 2) as house:
+    with Paced(cache_kind, 2) as house:
         house.begin()
         longer, shorter = long("longer", 6000, 1), long("shorter", 1000, 2)
         clients = [house.come(longer)]
@@ -206,16 +206,16 @@ def test_one_that_loses_all_when_it_is_interrupted_is_interrupted_less() -> None
 
 
 @EVERY
-def test_who_leaves_in_a_prefill_goes_on_from_there(memory: CacheKind) -> None:
+def test_who_leaves_in_a_prefill_goes_on_from_there(cache_kind: CacheKind) -> None:
     """What was computed stays in the slot, its exact end known once the server is through with its batch."""
-    with Paced(memory, 2) as house:
+    with Paced(cache_kind, 2) as house:
         house.begin()
         job = long("stranger", 6000)
         client = house.come(job)
         house.until(2.5)
         house.leave(client)
         house.loop.pass_time(4.0)
-        (slot,) = (slot for slot in house.table.slots if slot.state is State.HOT)
+        (slot,) = (slot for slot in house.table.slots if slot.state is SlotState.HOT)
         n_done = slot.content.n_tokens
         assert slot.content.is_exact
         assert 2400 <= n_done == house.server.n_computed <= 2800
@@ -226,10 +226,10 @@ def test_who_leaves_in_a_prefill_goes_on_from_there(memory: CacheKind) -> None:
 
 @EVERY
 @pytest.mark.parametrize("is_saved_by", ["writeback", "somebody who needs the slot"])
-def test_what_was_stopped_on_the_way_can_be_saved(memory: CacheKind, is_saved_by: str) -> None:
+def test_what_was_stopped_on_the_way_can_be_saved(cache_kind: CacheKind, is_saved_by: str) -> None:
     """And gone on from, restored. A sliding window goes back by one token before: without a checkpoint near its end
     nothing of the file could be used. The others are saved as they are."""
-    with Paced(memory, 1) as house:
+    with Paced(cache_kind, 1) as house:
         house.begin()
         job = long("stranger", 6000)
         house.leave_after(house.come(job), 2.5)
@@ -240,11 +240,11 @@ def test_what_was_stopped_on_the_way_can_be_saved(memory: CacheKind, is_saved_by
             content = house.table.slots[0].content
             assert content.is_exact
             assert not content.is_dirty
-            if memory is CacheKind.SWA:
+            if cache_kind is CacheKind.SWA:
                 assert content.checkpoints[-1] == n_done - 1 == house.server.slots_[0].checkpoints[-1]
         house.wait(house.come(long("other", 600, 5)))
         went_back = house.server.sent[n_sent : n_sent + 1] == [(0, n_done)]
-        assert went_back == (memory is CacheKind.SWA)
+        assert went_back == (cache_kind is CacheKind.SWA)
         house.server.n_computed = 0
         again = Request("again", job.tokens + tokens_of(1, 10))
         assert house.loop.run(house.ask(again)) >= n_done - 2
@@ -270,15 +270,15 @@ def test_a_sliding_window_that_cannot_go_back_is_not_saved() -> None:
         house.fail_next("send")
         house.wait(save)
         assert house.catalog.snapshots == {}
-        assert house.table.slots[0].state is State.DRAINING, "the server may be at work in it"
+        assert house.table.slots[0].state is SlotState.DRAINING, "the server may be at work in it"
         house.loop.pass_time(3.0)
-        assert house.table.slots[0].state is State.SUSPECT
+        assert house.table.slots[0].state is SlotState.SUSPECT
 
 
 @EVERY
-def test_short_ones_are_looked_at_as_well(memory: CacheKind) -> None:
+def test_short_ones_are_looked_at_as_well(cache_kind: CacheKind) -> None:
     """A follow-up that is computed by its own request finds its slot empty: it is stopped after a batch or two."""
-    with Paced(memory, 2) as house:
+    with Paced(cache_kind, 2) as house:
         house.talk(2)
         house.loop.run(house.writeback.save_all())
         empty(house.server.slots_[1])

@@ -13,18 +13,18 @@ from llamaslot.cache.reuse import CacheKind
 from llamaslot.scheduling.request import Request
 from tests.support.mainloop import ACTION_S, BATCH_S, DISK_S, STRETCH_S, Paced, long, short, talk
 
-EVERY = pytest.mark.parametrize("memory", list(CacheKind))
+EVERY = pytest.mark.parametrize("cache_kind", list(CacheKind))
 POLL_S = 0.03  # until a server that has become idle is seen to be so, and what is sent arrives
 
 
-def waits_s(memory: CacheKind) -> float:
+def waits_s(cache_kind: CacheKind) -> float:
     """How long somebody else's prefill may stand in the way of a request that needs little."""
-    return (STRETCH_S if memory is CacheKind.DENSE else BATCH_S) + POLL_S
+    return (STRETCH_S if cache_kind is CacheKind.DENSE else BATCH_S) + POLL_S
 
 
-def beside(memory: CacheKind, *, is_low: bool, **more: float) -> Paced:
+def beside(cache_kind: CacheKind, *, is_low: bool, **more: float) -> Paced:
     """A conversation in one of two slots, and room for a long prompt in the other: in the higher one, or the lower."""
-    house = Paced(memory, 2, **more)  # type: ignore[arg-type]
+    house = Paced(cache_kind, 2, **more)  # type: ignore[arg-type]
     if not is_low:
         filler = house.come(short("filler", n=60))
         house.until_leased(filler)
@@ -39,10 +39,10 @@ def beside(memory: CacheKind, *, is_low: bool, **more: float) -> Paced:
 
 @EVERY
 @pytest.mark.parametrize("is_low", [True, False], ids=["in the lower slot", "in the higher slot"])
-def test_a_short_request_waits_for_no_more_than_a_stretch(memory: CacheKind, is_low: bool) -> None:
+def test_a_short_request_waits_for_no_more_than_a_stretch(cache_kind: CacheKind, is_low: bool) -> None:
     """Of a model that can go back to any token; of others for no more than a batch. llama-server alone would compute
     the long prompt first wherever that has the lower slot. And the long one goes on from where it was."""
-    with beside(memory, is_low=is_low) as house:
+    with beside(cache_kind, is_low=is_low) as house:
         stranger = long("stranger", 8000)
         client = house.come(stranger)
         n_asked = 0
@@ -51,22 +51,22 @@ def test_a_short_request_waits_for_no_more_than_a_stretch(memory: CacheKind, is_
             n_asked += 20
             asks = talk(0, n_asked)
             house.wait(house.come(asks))
-            assert house.first_s[asks.id] <= waits_s(memory) + 0.02
+            assert house.first_s[asks.id] <= waits_s(cache_kind) + 0.02
         assert not client.done(), "it was there all the time"
         house.wait(client)
         assert house.slots[stranger.id] == (1 if is_low else 0)
         assert house.server.n_computed == 8000 + n_asked, "nothing was computed twice"
         n_stopped = house.metrics.interruptions._value.get()
-        assert memory is CacheKind.DENSE or n_stopped >= 8, "where it is not cut it is interrupted"
-        assert house.first_s[stranger.id] < 8 + 8 * (waits_s(memory) + 0.1), (
+        assert cache_kind is CacheKind.DENSE or n_stopped >= 8, "where it is not cut it is interrupted"
+        assert house.first_s[stranger.id] < 8 + 8 * (waits_s(cache_kind) + 0.1), (
             "nor was it kept waiting without need"
         )
 
 
 @EVERY
-def test_so_do_the_steps_of_a_short_request(memory: CacheKind) -> None:
+def test_so_do_the_steps_of_a_short_request(cache_kind: CacheKind) -> None:
     """Saving what is in its way, erasing and restoring: no batch of the long prompt in between."""
-    with Paced(memory, 2) as house:
+    with Paced(cache_kind, 2) as house:
         house.talk(2)
         house.loop.run(house.writeback.save_all())
         house.wait(house.come(long("over", 600)))  # in the slot of the first conversation, which is on disk
@@ -81,9 +81,11 @@ def test_so_do_the_steps_of_a_short_request(memory: CacheKind) -> None:
         assert [work.kind for work in works if work.slot == slot] == ["save", "erase", "restore", "batch"]
         first_at = asked_at + house.first_s[back.id]
         assert not [
-            work for work in works if work.slot != slot and asked_at + waits_s(memory) < work.ended < first_at
+            work
+            for work in works
+            if work.slot != slot and asked_at + waits_s(cache_kind) < work.ended < first_at
         ]
-        assert house.first_s[back.id] <= waits_s(memory) + 3 * ACTION_S + 4 * DISK_S + 0.03
+        assert house.first_s[back.id] <= waits_s(cache_kind) + 3 * ACTION_S + 4 * DISK_S + 0.03
         house.wait(client)
         assert 8020 <= house.server.n_computed <= 8025, (
             "a sliding window needs the last few of a snapshot again"
@@ -91,24 +93,24 @@ def test_so_do_the_steps_of_a_short_request(memory: CacheKind) -> None:
 
 
 @EVERY
-def test_a_short_request_that_comes_while_the_long_one_waits_is_first_too(memory: CacheKind) -> None:
+def test_a_short_request_that_comes_while_the_long_one_waits_is_first_too(cache_kind: CacheKind) -> None:
     """Several at once: none of them waits for more than the first stretch and the others."""
-    with Paced(memory, 4) as house:
+    with Paced(cache_kind, 4) as house:
         house.begin()
         client = house.come(long("stranger", 4000))
         house.until(1.1)
         shorts = [short(f"short {i}", i) for i in range(3)]
         clients = [house.come(job) for job in shorts]
         house.wait(*clients)
-        assert max(house.first_s[job.id] for job in shorts) <= waits_s(memory) + 3 * 0.1 + POLL_S
+        assert max(house.first_s[job.id] for job in shorts) <= waits_s(cache_kind) + 3 * 0.1 + POLL_S
         house.wait(client)
         assert house.server.n_computed == 4000 + 300
 
 
 @EVERY
-def test_a_long_prompt_that_comes_behind_a_short_one_waits_for_it(memory: CacheKind) -> None:
+def test_a_long_prompt_that_comes_behind_a_short_one_waits_for_it(cache_kind: CacheKind) -> None:
     """It has not been held back yet, however long ago anybody has prefilled; its slot is the lower one."""
-    with beside(memory, is_low=False) as house:
+    with beside(cache_kind, is_low=False) as house:
         house.until(10.0)
         asks, stranger = talk(0, 150), long("stranger", 2000)
         clients = [house.come(asks), house.come(stranger)]
@@ -118,9 +120,9 @@ def test_a_long_prompt_that_comes_behind_a_short_one_waits_for_it(memory: CacheK
 
 
 @EVERY
-def test_nobody_is_first_any_more_once_its_answer_has_begun(memory: CacheKind) -> None:
+def test_nobody_is_first_any_more_once_its_answer_has_begun(cache_kind: CacheKind) -> None:
     """It streams for a minute: meanwhile the long prompt is computed, but for the share of the stream."""
-    with Paced(memory, 2, answer_s=60.0) as house:
+    with Paced(cache_kind, 2, answer_s=60.0) as house:
         house.begin()
         stream = house.come(short("stream"))
         house.until(0.2)
@@ -132,9 +134,9 @@ def test_nobody_is_first_any_more_once_its_answer_has_begun(memory: CacheKind) -
 
 
 @EVERY
-def test_one_whose_answer_does_not_begin_is_first_for_a_while_only(memory: CacheKind) -> None:
+def test_one_whose_answer_does_not_begin_is_first_for_a_while_only(cache_kind: CacheKind) -> None:
     """It may use nothing cached, and has more to compute than it looked: after a second the long prompt goes on."""
-    with Paced(memory, 2, max_yield_s=100.0) as house:
+    with Paced(cache_kind, 2, max_yield_s=100.0) as house:
         house.begin()
         client = house.come(long("stranger", 6000, 1))
         house.until(0.5)
@@ -161,9 +163,9 @@ async def asks_again_and_again(house: Paced, i: int, seconds: float) -> None:
 
 
 @EVERY
-def test_a_long_prompt_gets_a_stretch_every_while(memory: CacheKind) -> None:
+def test_a_long_prompt_gets_a_stretch_every_while(cache_kind: CacheKind) -> None:
     """Three users leave no gap between their requests: after ``max_yield_s`` it goes on by right, for a stretch."""
-    with Paced(memory, 4, answer_s=0.001) as house:
+    with Paced(cache_kind, 4, answer_s=0.001) as house:
         filler = house.come(short("filler", n=60))
         house.until_leased(filler)
         house.talk(3)
@@ -183,9 +185,9 @@ def test_a_long_prompt_gets_a_stretch_every_while(memory: CacheKind) -> None:
 
 
 @EVERY
-def test_a_prompt_that_is_hardly_long_is_not_held_back_for_long(memory: CacheKind) -> None:
+def test_a_prompt_that_is_hardly_long_is_not_held_back_for_long(cache_kind: CacheKind) -> None:
     """Three users leave no gap between their requests: it waits as long as it takes itself, and not for two seconds."""
-    with Paced(memory, 4, answer_s=0.001) as house:
+    with Paced(cache_kind, 4, answer_s=0.001) as house:
         filler = house.come(short("filler", n=60))
         house.until_leased(filler)
         house.talk(3)
@@ -201,15 +203,15 @@ def test_a_prompt_that_is_hardly_long_is_not_held_back_for_long(memory: CacheKin
 
 @settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 @given(
-    memory=st.sampled_from(list(CacheKind)),
+    cache_kind=st.sampled_from(list(CacheKind)),
     shorts=st.lists(st.tuples(st.floats(0, 1.5), st.integers(2, 190), st.booleans()), max_size=25),
     n=st.integers(500, 5000),
 )
 def test_whoever_comes_the_long_one_ends(
-    memory: CacheKind, shorts: list[tuple[float, int, bool]], n: int
+    cache_kind: CacheKind, shorts: list[tuple[float, int, bool]], n: int
 ) -> None:
     """Short requests at random: each is served soon, the long prompt in bounded time, and nothing is computed twice."""
-    with Paced(memory, 4, answer_s=0.05) as house:
+    with Paced(cache_kind, 4, answer_s=0.05) as house:
         house.begin()
         stranger = long("stranger", n)
         client, n_new, clients = house.come(stranger), n, []
@@ -232,9 +234,9 @@ def test_whoever_comes_the_long_one_ends(
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 
-def with_stream(memory: CacheKind, **sharing: float) -> Paced:
+def with_stream(cache_kind: CacheKind, **sharing: float) -> Paced:
     """Somebody streams for ever."""
-    house = Paced(memory, 2, **sharing)
+    house = Paced(cache_kind, 2, **sharing)
     house.main.answers_s[0] = 1000.0
     house.come(short("stream"))
     house.loop.pass_time(1.0)
@@ -244,9 +246,9 @@ def with_stream(memory: CacheKind, **sharing: float) -> Paced:
 
 @EVERY
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
-def test_streams_get_their_share(memory: CacheKind, share: float) -> None:
+def test_streams_get_their_share(cache_kind: CacheKind, share: float) -> None:
     """Of all the time that the prefill takes, in pauses after each stretch; so much is told in the metrics."""
-    with with_stream(memory, decode_share=share) as house:
+    with with_stream(cache_kind, decode_share=share) as house:
         stranger = long("stranger", 6000)
         house.wait(house.come(stranger))
         works = house.main.of(1)
@@ -264,9 +266,9 @@ def test_streams_get_their_share(memory: CacheKind, share: float) -> None:
 
 
 @EVERY
-def test_with_nobody_decoding_there_are_no_pauses(memory: CacheKind) -> None:
+def test_with_nobody_decoding_there_are_no_pauses(cache_kind: CacheKind) -> None:
     """All of the time is the prefill's."""
-    with Paced(memory, 2) as house:
+    with Paced(cache_kind, 2) as house:
         house.begin()
         stranger = long("stranger", 6000)
         house.wait(house.come(stranger))
@@ -275,9 +277,9 @@ def test_with_nobody_decoding_there_are_no_pauses(memory: CacheKind) -> None:
 
 
 @EVERY
-def test_when_the_last_stream_ends_the_pause_does(memory: CacheKind) -> None:
+def test_when_the_last_stream_ends_the_pause_does(cache_kind: CacheKind) -> None:
     """At once, and there is no other."""
-    with with_stream(memory, decode_share=0.9) as house:
+    with with_stream(cache_kind, decode_share=0.9) as house:
         client = house.come(long("stranger", 6000))
         house.until(1.5)
         assert not [op for op in house.server.pending if op.slot == 1], "it pauses"
@@ -290,13 +292,13 @@ def test_when_the_last_stream_ends_the_pause_does(memory: CacheKind) -> None:
 
 
 @EVERY
-def test_a_share_of_nothing_pauses_never(memory: CacheKind) -> None:
+def test_a_share_of_nothing_pauses_never(cache_kind: CacheKind) -> None:
     """``decode_share`` 0: streams get what the server gives them by itself, and no prefill is stopped for them."""
-    with with_stream(memory, decode_share=0.0) as house:
+    with with_stream(cache_kind, decode_share=0.0) as house:
         stranger = long("stranger", 6000)
         house.wait(house.come(stranger))
         assert house.first_s[stranger.id] == pytest.approx(6.0, abs=0.15)
-        if memory is not CacheKind.DENSE:
+        if cache_kind is not CacheKind.DENSE:
             assert house.server.sent == [(1, 5999)]
 
 
@@ -355,11 +357,11 @@ def test_whoever_comes_while_a_whole_one_is_computed_waits_for_two_batches_at_mo
         assert house.metrics.interruptions._value.get() == 1
 
 
-@pytest.mark.parametrize("memory", [CacheKind.SWA, CacheKind.RECURRENT])
-def test_on_others_it_is_sent_as_a_whole_and_interrupted(memory: CacheKind) -> None:
+@pytest.mark.parametrize("cache_kind", [CacheKind.SWA, CacheKind.RECURRENT])
+def test_on_others_it_is_sent_as_a_whole_and_interrupted(cache_kind: CacheKind) -> None:
     """Each end of a prompt would leave checkpoints: it ends where the job has a boundary, and at the last token but
     one. It is sent once, and once more for each interruption."""
-    with Paced(memory, 2, answer_s=0.001) as house:
+    with Paced(cache_kind, 2, answer_s=0.001) as house:
         house.begin()
         job = long("stranger", 6000, boundaries=(2000, 4500))
         client = house.come(job)
@@ -388,10 +390,10 @@ def test_what_a_piece_costs_is_learned() -> None:
         assert all(4500 < later - prefill_stats <= 5200 for prefill_stats, later in pairwise(ends[1:-1]))
 
 
-@pytest.mark.parametrize("memory", [CacheKind.SWA, CacheKind.RECURRENT])
-def test_what_an_interruption_costs_is_learned(memory: CacheKind) -> None:
+@pytest.mark.parametrize("cache_kind", [CacheKind.SWA, CacheKind.RECURRENT])
+def test_what_an_interruption_costs_is_learned(cache_kind: CacheKind) -> None:
     """The rest of the batch that is computed just then."""
-    with Paced(memory, 2, batch=1024, answer_s=0.001) as house:
+    with Paced(cache_kind, 2, batch=1024, answer_s=0.001) as house:
         house.begin()
         client = house.come(long("stranger", 40_000))
         for i in range(15):

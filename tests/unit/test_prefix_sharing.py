@@ -19,8 +19,8 @@ from tests.support.mainloop import BATCH, Paced, long
 from tests.support.stub import Op
 
 N, OWN = 2000, 500
-EVERY = pytest.mark.parametrize("memory", list(CacheKind))
-OTHERS = pytest.mark.parametrize("memory", [CacheKind.SWA, CacheKind.RECURRENT])
+EVERY = pytest.mark.parametrize("cache_kind", list(CacheKind))
+OTHERS = pytest.mark.parametrize("cache_kind", [CacheKind.SWA, CacheKind.RECURRENT])
 AGAIN = 8  # tokens that a restored trunk has to compute again, at most
 
 
@@ -30,8 +30,8 @@ def opening(user: int, n_own: int = OWN, *, is_told: bool = False, n: int = N, *
     return Request(f"user {user}", tokens_of(1, n) + tokens_of(100_000 * user, n_own), **more)
 
 
-def house_of(memory: CacheKind, n_slots: int = 4) -> Paced:
-    house = Paced(memory, n_slots, answer_s=0.001)
+def house_of(cache_kind: CacheKind, n_slots: int = 4) -> Paced:
+    house = Paced(cache_kind, n_slots, answer_s=0.001)
     house.begin()
     return house
 
@@ -52,9 +52,11 @@ def served(house: Paced, clients: list[asyncio.Task[Any]]) -> list[int]:
 @EVERY
 @pytest.mark.parametrize("is_told", [False, True], ids=["unknown", "known"])
 @pytest.mark.parametrize("apart_s", [0.0, 0.6], ids=["at once", "one by one"])
-def test_what_several_begin_with_is_computed_once(memory: CacheKind, is_told: bool, apart_s: float) -> None:
+def test_what_several_begin_with_is_computed_once(
+    cache_kind: CacheKind, is_told: bool, apart_s: float
+) -> None:
     """Whether or not anybody has said where it ends: where they part is seen by comparing them."""
-    with house_of(memory) as house:
+    with house_of(cache_kind) as house:
         clients = []
         for user in (1, 2, 3):
             clients.append(house.come(opening(user, is_told=is_told)))
@@ -69,9 +71,9 @@ def test_what_several_begin_with_is_computed_once(memory: CacheKind, is_told: bo
 
 
 @EVERY
-def test_those_who_wait_are_served_as_soon_as_it_is_there(memory: CacheKind) -> None:
+def test_those_who_wait_are_served_as_soon_as_it_is_there(cache_kind: CacheKind) -> None:
     """The one who computes it has more of its own than the other: it is passed."""
-    with house_of(memory) as house:
+    with house_of(cache_kind) as house:
         waited: list[float] = []
         house.dispatcher.on_prefix_wait = waited.append
         clients = [house.come(opening(1, 5000)), house.come(opening(2, 600))]
@@ -82,9 +84,9 @@ def test_those_who_wait_are_served_as_soon_as_it_is_there(memory: CacheKind) -> 
 
 
 @EVERY
-def test_a_prefix_that_somebody_waits_for_is_what_is_left_of_it(memory: CacheKind) -> None:
+def test_a_prefix_that_somebody_waits_for_is_what_is_left_of_it(cache_kind: CacheKind) -> None:
     """Of a prompt that goes on for long behind it: nobody with more than that gets ahead. Behind it somebody does."""
-    with house_of(memory) as house:
+    with house_of(cache_kind) as house:
         clients = [house.come(opening(1, 9000)), house.come(opening(2, 400))]
         house.until(0.5)
         clients.append(house.come(long("other", 3000)))
@@ -94,9 +96,9 @@ def test_a_prefix_that_somebody_waits_for_is_what_is_left_of_it(memory: CacheKin
 
 
 @EVERY
-def test_two_groups_share_what_each_of_them_has(memory: CacheKind) -> None:
+def test_two_groups_share_what_each_of_them_has(cache_kind: CacheKind) -> None:
     """All begin with the same 1,000 tokens, two of them with the same 2,000."""
-    with house_of(memory) as house:
+    with house_of(cache_kind) as house:
         near = [Request(f"near {i}", opening(1).tokens + tokens_of(1_000_000 * i, OWN)) for i in (1, 2)]
         far = Request("far", tokens_of(1, N // 2) + tokens_of(7_000_000, OWN))
         served(house, [house.come(job) for job in (near[0], far, near[1])])
@@ -119,9 +121,9 @@ def test_what_was_passed_is_kept_where_it_can_be_cut() -> None:
 
 
 @OTHERS
-def test_what_was_passed_elsewhere_is_computed_by_himself(memory: CacheKind) -> None:
+def test_what_was_passed_elsewhere_is_computed_by_himself(cache_kind: CacheKind) -> None:
     """At once: he waits for nothing that cannot come."""
-    with house_of(memory) as house:
+    with house_of(cache_kind) as house:
         clients = [house.come(opening(1, 9000))]
         house.until(2.6)
         clients.append(house.come(opening(2)))
@@ -134,9 +136,9 @@ def test_what_was_passed_elsewhere_is_computed_by_himself(memory: CacheKind) -> 
 
 
 @OTHERS
-def test_so_it_is_where_the_batch_under_way_passes_it(memory: CacheKind) -> None:
+def test_so_it_is_where_the_batch_under_way_passes_it(cache_kind: CacheKind) -> None:
     """The batch that ends it could not be stopped any more: whoever waited for it is told at once."""
-    with house_of(memory) as house:
+    with house_of(cache_kind) as house:
         house.rates.save.latency_s = 1.0  # after which he would look again by himself
         clients = [house.come(opening(1, 9000))]
         house.until(1.95)  # 1,920 tokens are there, the next batch ends with 2,048
@@ -151,10 +153,10 @@ def test_so_it_is_where_the_batch_under_way_passes_it(memory: CacheKind) -> None
 
 
 @OTHERS
-def test_one_that_ends_with_a_batch_is_kept_and_of_use(memory: CacheKind) -> None:
+def test_one_that_ends_with_a_batch_is_kept_and_of_use(cache_kind: CacheKind) -> None:
     """The prefill is stopped just there. A sliding window has no checkpoint then, without which nothing of the file
     could be used: it goes back by one token first."""
-    with house_of(memory) as house:
+    with house_of(cache_kind) as house:
         n = 16 * BATCH
         clients = [house.come(opening(1, 3000, n=n))]
         house.until(1.95)
@@ -166,10 +168,10 @@ def test_one_that_ends_with_a_batch_is_kept_and_of_use(memory: CacheKind) -> Non
 
 
 @OTHERS
-def test_nobody_asks_for_what_its_maker_has_already(memory: CacheKind) -> None:
+def test_nobody_asks_for_what_its_maker_has_already(cache_kind: CacheKind) -> None:
     """A long follow-up of a conversation waits for its turn: it goes on from the end of what is in its slot, and passes
     no other point on the way."""
-    with house_of(memory) as house:
+    with house_of(cache_kind) as house:
         house.loop.run(house.ask(opening(1, 1000)))
         house.begin()
         house.come(long("another", 1200))
@@ -185,9 +187,9 @@ def test_nobody_asks_for_what_its_maker_has_already(memory: CacheKind) -> None:
 
 
 @EVERY
-def test_where_saving_costs_more_than_computing_each_computes_his_own(memory: CacheKind) -> None:
+def test_where_saving_costs_more_than_computing_each_computes_his_own(cache_kind: CacheKind) -> None:
     """A slow disk."""
-    with house_of(memory) as house:
+    with house_of(cache_kind) as house:
         house.rates.save.bytes_per_s = house.rates.restore.bytes_per_s = 1e6
         clients = [house.come(opening(user)) for user in (1, 2)]
         house.loop.settle()
@@ -200,10 +202,10 @@ def test_where_saving_costs_more_than_computing_each_computes_his_own(memory: Ca
 @pytest.mark.parametrize("more", [{"no_cache": True}, {"space": Namespace("anna")}], ids=["cold", "isolated"])
 @pytest.mark.parametrize("who", [1, 2])
 def test_nothing_is_shared_with_a_job_that_may_use_nothing_cached(
-    memory: CacheKind, more: dict[str, Any], who: int
+    cache_kind: CacheKind, more: dict[str, Any], who: int
 ) -> None:
     """Neither what it computes nor what others do."""
-    with house_of(memory) as house:
+    with house_of(cache_kind) as house:
         jobs = [opening(user, **(more if user == who else {})) for user in (1, 2)]
         clients = [house.come(job) for job in jobs]
         house.loop.settle()
@@ -214,9 +216,9 @@ def test_nothing_is_shared_with_a_job_that_may_use_nothing_cached(
 
 
 @EVERY
-def test_follow_ups_of_conversations_that_begin_alike_share_nothing(memory: CacheKind) -> None:
+def test_follow_ups_of_conversations_that_begin_alike_share_nothing(cache_kind: CacheKind) -> None:
     """Each has what it goes on from in its own slot."""
-    with house_of(memory) as house:
+    with house_of(cache_kind) as house:
         firsts, latency_s = [opening(user) for user in (1, 2)], house.rates.save.latency_s
         house.rates.save.latency_s = 5.0  # so that the second does not save the first and take its slot
         for job in firsts:
@@ -240,10 +242,10 @@ def test_follow_ups_of_conversations_that_begin_alike_share_nothing(memory: Cach
 @pytest.mark.parametrize("is_told", [False, True], ids=["unknown", "known"])
 @pytest.mark.parametrize("after_s", [0.05, 1.0, 1.9, 2.3])
 def test_when_the_maker_leaves_the_next_goes_on_from_there(
-    memory: CacheKind, is_told: bool, after_s: float
+    cache_kind: CacheKind, is_told: bool, after_s: float
 ) -> None:
     """From what is in its slot, or from the trunk if that was made in time."""
-    with house_of(memory) as house:
+    with house_of(cache_kind) as house:
         first = house.come(opening(1, is_told=is_told))
         house.loop.pass_time(0.01)
         clients = [house.come(opening(user, is_told=is_told)) for user in (2, 3)]
@@ -255,9 +257,9 @@ def test_when_the_maker_leaves_the_next_goes_on_from_there(
 
 
 @EVERY
-def test_when_the_maker_leaves_while_it_is_saved_it_is_there_all_the_same(memory: CacheKind) -> None:
+def test_when_the_maker_leaves_while_it_is_saved_it_is_there_all_the_same(cache_kind: CacheKind) -> None:
     """A save is carried out, whoever leaves."""
-    with house_of(memory) as house:
+    with house_of(cache_kind) as house:
         first = house.come(opening(1, 3000))
         house.loop.pass_time(0.01)
         second = house.come(opening(2))
@@ -269,9 +271,9 @@ def test_when_the_maker_leaves_while_it_is_saved_it_is_there_all_the_same(memory
 
 
 @EVERY
-def test_a_trunk_that_cannot_be_saved_costs_nobody_his_answer(memory: CacheKind) -> None:
+def test_a_trunk_that_cannot_be_saved_costs_nobody_his_answer(cache_kind: CacheKind) -> None:
     """Whoever waited for it computes it himself, and its maker is not asked again."""
-    with house_of(memory) as house:
+    with house_of(cache_kind) as house:
         clients = [house.come(opening(1, 3000)), house.come(opening(2))]
         fails(house, "save", 1)
         house.wait(*clients)
@@ -301,10 +303,10 @@ def fails(house: Paced, kind: str, n: int) -> None:
 
 @EVERY
 @pytest.mark.parametrize("stalls", ["reserve", "commit"])
-def test_who_has_waited_long_enough_computes_it_himself(memory: CacheKind, stalls: str) -> None:
+def test_who_has_waited_long_enough_computes_it_himself(cache_kind: CacheKind, stalls: str) -> None:
     """So long as the other one and he himself would have taken, one after the other: here room is made on a disk that
     hangs. Whoever waits for that disk does not hold up those who compute."""
-    with house_of(memory) as house:
+    with house_of(cache_kind) as house:
         clients = [house.come(opening(1, 600)), house.come(opening(2))]
         pace = house.server.pace
         house.server.pace = lambda op: 100.0 if op.kind == stalls else pace(op)
@@ -317,9 +319,9 @@ def test_who_has_waited_long_enough_computes_it_himself(memory: CacheKind, stall
 
 
 @EVERY
-def test_nobody_is_sent_away_for_having_waited_for_another(memory: CacheKind) -> None:
+def test_nobody_is_sent_away_for_having_waited_for_another(cache_kind: CacheKind) -> None:
     """There is a slot for him: before he would have waited in the queue for too long he takes it."""
-    with house_of(memory) as house:
+    with house_of(cache_kind) as house:
         house.dispatcher.queue.limits = QueueLimits(max_wait_s=5.0)
         clients = [house.come(opening(user, n=12_000)) for user in (1, 2)]
         house.until(2.4)
@@ -330,9 +332,9 @@ def test_nobody_is_sent_away_for_having_waited_for_another(memory: CacheKind) ->
 
 
 @EVERY
-def test_what_is_computed_meanwhile_does_not_use_patience_up(memory: CacheKind) -> None:
+def test_what_is_computed_meanwhile_does_not_use_patience_up(cache_kind: CacheKind) -> None:
     """A shared prefix that takes its time, for it is long, is waited for to its end."""
-    with house_of(memory) as house:
+    with house_of(cache_kind) as house:
         clients = [house.come(opening(user, n=12_000)) for user in (1, 2)]
         reused = served(house, clients)
         assert reused[1] >= 12_000 - AGAIN

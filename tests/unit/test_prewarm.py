@@ -14,7 +14,7 @@ from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import SlotActionFailed, SlotWedged, UpstreamError
 from llamaslot.fleet.prewarm import Bodies, Prewarm
 from llamaslot.scheduling.request import Request
-from llamaslot.scheduling.slots import State
+from llamaslot.scheduling.slots import SlotState
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tokens.tokenizer import Prompt, Tokenizer
 from tests.support.house import House, tokens_of
@@ -43,9 +43,9 @@ AGENT, OTHER = body(1), body(50_000)
 @pytest.fixture(params=list(CacheKind))
 def house(request: pytest.FixtureRequest) -> Iterator[House]:
     house = House(VirtualLoop(), StubServer(2, pace=lambda op: 0.01))
-    house.memory = request.param
+    house.cache_kind = request.param
     assert house.leases.table is not None
-    house.leases.table.memory = house.memory
+    house.leases.table.cache_kind = house.cache_kind
     yield house
     house.finish()
     house.check_nothing_is_left()
@@ -104,9 +104,9 @@ def test_one_that_is_on_disk_is_not_computed_again(house: House) -> None:
 
 def test_one_that_a_conversation_has_made_is_pinned(house: House) -> None:
     """Nothing is computed for it."""
-    house.memory = CacheKind.RECURRENT
+    house.cache_kind = CacheKind.RECURRENT
     assert house.leases.table is not None
-    house.leases.table.memory = house.memory
+    house.leases.table.cache_kind = house.cache_kind
     house.loop.run(house.ask(Request("first", tokens_of(1, N) + tokens_of(9000, 300), n_system=N)))
     n_computed = house.server.n_computed
     run(house, prewarm(house, AGENT))
@@ -178,7 +178,7 @@ def test_a_slot_that_falls_silent_is_counted_and_drains(house: House) -> None:
     house.loop.settle()
     assert house.metrics.wedged._value.get() == 1
     assert house.leases.table is not None
-    assert State.DRAINING in {slot.state for slot in house.leases.table.slots}
+    assert SlotState.DRAINING in {slot.state for slot in house.leases.table.slots}
     house.server.pace = lambda op: 0.01
     [notice] = house.server.pending
     house.server.serve(notice)

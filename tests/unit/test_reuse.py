@@ -96,10 +96,10 @@ def test_checkpoints_ascend(kept: list[int], reused: int, stops: list[int]) -> N
 # -- what this build does ------------------------------------------------------------------------------------------
 
 
-def seen(*pairs: tuple[int, int], memory: CacheKind = DENSE, source: str = "resident") -> Predictions:
+def seen(*pairs: tuple[int, int], cache_kind: CacheKind = DENSE, source: str = "resident") -> Predictions:
     predictions = Predictions()
     for n_usable, n_reused in pairs:
-        predictions.observe(memory, source, n_usable, n_reused)
+        predictions.observe(cache_kind, source, n_usable, n_reused)
     return predictions
 
 
@@ -172,33 +172,33 @@ def test_what_was_learned_is_kept() -> None:
 def test_two_failures_are_out() -> None:
     """One only counts; what delivers in between starts anew; few tokens are no failure."""
     strikes = Strikes()
-    assert not strikes.note("a", 5000, 100)
-    assert not strikes.note("b", 5000, 100)
-    assert not strikes.note("a", 5000, 4990)
-    assert not strikes.note("a", 5000, 100)
-    assert not strikes.note("a", 60, 0)
-    assert not strikes.note("a", 5000, 100)
-    assert strikes.note("a", 5000, 100)
+    assert not strikes.count("a", 5000, 100)
+    assert not strikes.count("b", 5000, 100)
+    assert not strikes.count("a", 5000, 4990)
+    assert not strikes.count("a", 5000, 100)
+    assert not strikes.count("a", 60, 0)
+    assert not strikes.count("a", 5000, 100)
+    assert strikes.count("a", 5000, 100)
 
 
-def rewind_model(memory: CacheKind) -> RewindModel:
-    return RewindModel(memory)
+def rewind_model(cache_kind: CacheKind) -> RewindModel:
+    return RewindModel(cache_kind)
 
 
 ANSWERED = Content(pack(range(5000)), is_exact=False, checkpoints=(4996,), n_more=700)
 
 
-@pytest.mark.parametrize("memory", [SWA, RECURRENT])
-def test_an_answer_is_expected_to_come_back(memory: CacheKind) -> None:
+@pytest.mark.parametrize("cache_kind", [SWA, RECURRENT])
+def test_an_answer_is_expected_to_come_back(cache_kind: CacheKind) -> None:
     """Its tokens are not known, but the next prompt goes on behind it: from the exact end of the slot."""
-    assert rewind_model(memory).of_slot(ANSWERED, 5000, 6000) == 5700
+    assert rewind_model(cache_kind).of_slot(ANSWERED, 5000, 6000) == 5700
 
 
-@pytest.mark.parametrize("memory", [SWA, RECURRENT])
-def test_a_prompt_that_parts_earlier_goes_back(memory: CacheKind) -> None:
+@pytest.mark.parametrize("cache_kind", [SWA, RECURRENT])
+def test_a_prompt_that_parts_earlier_goes_back(cache_kind: CacheKind) -> None:
     """Or one that is too short to hold the answer: to the last checkpoint."""
-    assert rewind_model(memory).of_slot(ANSWERED, 4999, 6000) in (4995, 4996)
-    assert rewind_model(memory).of_slot(ANSWERED, 5000, 5700) in (4995, 4996)
+    assert rewind_model(cache_kind).of_slot(ANSWERED, 4999, 6000) in (4995, 4996)
+    assert rewind_model(cache_kind).of_slot(ANSWERED, 5000, 5700) in (4995, 4996)
 
 
 def test_dense_models_promise_no_answer() -> None:
@@ -220,10 +220,10 @@ def test_an_answer_is_likely_to_come_back_as_far_as_answers_did() -> None:
     assert again.likely(700) == 525
 
 
-@pytest.mark.parametrize("memory", [SWA, RECURRENT])
-def test_models_that_cannot_go_back_find_a_whole_answer_or_none(memory: CacheKind) -> None:
+@pytest.mark.parametrize("cache_kind", [SWA, RECURRENT])
+def test_models_that_cannot_go_back_find_a_whole_answer_or_none(cache_kind: CacheKind) -> None:
     """What is likely is what is counted on."""
-    known = rewind_model(memory)
+    known = rewind_model(cache_kind)
     assert known.likely_of_slot(ANSWERED, 5000, 6000) == known.of_slot(ANSWERED, 5000, 6000) == 5700
     known.predictions.answered(700, 350)
     assert known.likely_of_slot(ANSWERED, 5000, 6000) == known.of_slot(ANSWERED, 5000, 6000) < 5000

@@ -15,7 +15,7 @@ from llamaslot.errors import SlotWedged
 from llamaslot.llama.replies import Progress
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.save_policy import Unsaved, is_worth
-from llamaslot.scheduling.slots import Event, State
+from llamaslot.scheduling.slots import SlotEvent, SlotState
 from tests.support.house import House, tokens_of
 from tests.support.stub import Op, StubServer
 
@@ -123,7 +123,7 @@ def test_a_long_answer_is_worth_its_save(house: House) -> None:
     for n_more, is_worth_it in ((0, False), (2000, True)):
         table.take(slot, Request("again"), house.loop.time(), has_answer=True)
         content = Content(slot.content.tokens, False, True, (), slot.content.snapshot, n_more)
-        table.give_back(slot, Event.KEEP, content, house.loop.time())
+        table.give_back(slot, SlotEvent.KEEP, content, house.loop.time())
         assert table.worth.is_worth_saving(slot) is is_worth_it
 
 
@@ -131,7 +131,7 @@ def test_a_slot_goes_back_to_the_end_of_its_prompt_where_files_keep_no_checkpoin
     """The answer comes back tokenized anew, and an exact end is all that a recurrent model could go on from."""
     assert house.leases.table is not None
     rewind_model = house.leases.table.rewind_model
-    rewind_model.memory, rewind_model.keeps_checkpoints = CacheKind.RECURRENT, False
+    rewind_model.cache_kind, rewind_model.keeps_checkpoints = CacheKind.RECURRENT, False
     for i in range(3):
         house.start(
             house.ask(Request(f"first {i}", tokens_of(10_000 * i, 400)), tokens_of(5000, 20)), "first"
@@ -153,7 +153,7 @@ def test_what_has_media_behind_it_is_never_written(house: House) -> None:
     [slot] = [slot for slot in table.slots if slot.content.tokens]
     table.take(slot, Request("an image"), house.loop.time(), has_answer=True)
     content = Content(slot.content.tokens, is_exact=False, is_dirty=True, has_media=True)
-    table.give_back(slot, Event.KEEP, content, house.loop.time())
+    table.give_back(slot, SlotEvent.KEEP, content, house.loop.time())
     house.loop.run_until_complete(house.writeback.save_all())
     assert house.catalog.snapshots == {}
     assert house.server.files == {}
@@ -164,20 +164,22 @@ def test_it_goes_back_with_the_lora_scales_of_what_it_holds(house: House) -> Non
     """With others the server would compute the whole prompt again, and the file would be of nobody's."""
     assert house.leases.table is not None
     rewind_model = house.leases.table.rewind_model
-    rewind_model.memory, rewind_model.keeps_checkpoints = CacheKind.RECURRENT, False
+    rewind_model.cache_kind, rewind_model.keeps_checkpoints = CacheKind.RECURRENT, False
     scaled, real, sent = Namespace(lora='[{"id":0,"scale":0.5}]'), house.server.prefill, list[str]()
 
     def prefill(slot_id: int, tokens: bytes, lora: str = "") -> AsyncGenerator[Progress]:
         sent.append(lora)
         return real(slot_id, tokens, lora)
 
-    house.start(house.ask(Request("first", tokens_of(0, 400), space=scaled), tokens_of(5000, 20)), "first")
+    house.start(
+        house.ask(Request("first", tokens_of(0, 400), namespace=scaled), tokens_of(5000, 20)), "first"
+    )
     house.finish()
     house.server.prefill = prefill  # type: ignore[method-assign]
     house.start(house.writeback.save_all(), "writeback")
     house.finish()
     assert sent == [scaled.lora]
-    assert [snapshot.space for snapshot in house.catalog.snapshots.values()] == [scaled.text]
+    assert [snapshot.namespace for snapshot in house.catalog.snapshots.values()] == [scaled.text]
     house.check_nothing_is_left()
 
 
@@ -202,7 +204,7 @@ def test_a_slot_that_falls_silent_while_it_goes_back_drains(asks: bool) -> None:
     house.rates.prefill.observe(0, 1000, 1000.0)
     table = house.leases.table
     assert table is not None
-    table.rewind_model.memory, table.rewind_model.keeps_checkpoints = CacheKind.RECURRENT, False
+    table.rewind_model.cache_kind, table.rewind_model.keeps_checkpoints = CacheKind.RECURRENT, False
     house.start(house.ask(Request("first", tokens_of(0, 400)), tokens_of(5000, 20)), "first")
     house.finish()
     if asks:
@@ -212,10 +214,10 @@ def test_a_slot_that_falls_silent_while_it_goes_back_drains(asks: bool) -> None:
     wedge(house)
     assert client.done()
     assert isinstance(client.exception(), SlotWedged) is asks
-    assert [slot.state for slot in table.slots] == [State.DRAINING]
+    assert [slot.state for slot in table.slots] == [SlotState.DRAINING]
     assert house.metrics.wedged._value.get() == float(not asks)
     house.finish()
-    assert [slot.state for slot in table.slots] == [State.SUSPECT]
+    assert [slot.state for slot in table.slots] == [SlotState.SUSPECT]
     house.check_nothing_is_left()
     house.close()
 
@@ -224,7 +226,7 @@ def test_it_does_not_where_they_keep_them(house: House) -> None:
     """There the answer is in the file, for whoever sends it back as it was."""
     assert house.leases.table is not None
     rewind_model = house.leases.table.rewind_model
-    rewind_model.memory, rewind_model.keeps_checkpoints = CacheKind.RECURRENT, True
+    rewind_model.cache_kind, rewind_model.keeps_checkpoints = CacheKind.RECURRENT, True
     house.start(house.ask(Request("first", tokens_of(0, 400)), tokens_of(5000, 20)), "first")
     house.finish()
     house.start(house.writeback.save_all(), "writeback")

@@ -17,7 +17,7 @@ from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules, place
 from llamaslot.scheduling.plan import Cost, Plan, Save, Source, Wait
 from llamaslot.scheduling.request import Request
-from llamaslot.scheduling.slots import Event, Slot, SlotKey, State
+from llamaslot.scheduling.slots import Slot, SlotEvent, SlotKey, SlotState
 from llamaslot.store import WithTokens
 from llamaslot.store.model_snapshots import ModelSnapshots
 
@@ -25,14 +25,14 @@ A, B = pack(range(1000, 3000)), pack(range(5000, 7000))
 SYSTEM_USER: dict[SlotKey, float] = {}
 
 
-def make(n_slots: int = 2, *, can_save: bool = True, memory: CacheKind = CacheKind.DENSE) -> SlotTable:
+def make(n_slots: int = 2, *, can_save: bool = True, cache_kind: CacheKind = CacheKind.DENSE) -> SlotTable:
     """A millisecond per token; 100 bytes per token, so that a file costs its 5 ms and next to nothing more."""
     rates = Rates()
     for n in (1000, 2000):
         rates.size.observe(n, n * 100)
     table = SlotTable("gpu0", n_slots, 16_384, rules=Rules(), rates=rates)
     table.can_save = table.can_erase = can_save
-    table.memory = memory
+    table.cache_kind = cache_kind
     return table
 
 
@@ -46,7 +46,7 @@ def hold(table: SlotTable, slot: int, tokens: bytes, now: float = 0.0, **more: o
     content = Content(tokens, is_exact=False, is_dirty=True)
     taken = table.slots[slot]
     table.take(taken, Request("before", tokens), now, has_answer=True)
-    table.give_back(taken, Event.KEEP, replace(content, **more), now)  # type: ignore[arg-type]
+    table.give_back(taken, SlotEvent.KEEP, replace(content, **more), now)  # type: ignore[arg-type]
     table.check()
     return taken
 
@@ -68,7 +68,7 @@ def test_a_leased_slot_counts_as_holding_what_its_job_will_leave() -> None:
     table.take(table.slots[0], Request("a", A), 10.0, plan(0), has_answer=True)
     table.check()
     seen = table.view(Request("b", A + pack([1])), 10.0, SYSTEM_USER).slots[0]
-    assert (seen.state, seen.n_tokens, seen.n_shared, seen.n_usable) == (State.LEASED, 2000, 2000, 2000)
+    assert (seen.state, seen.n_tokens, seen.n_shared, seen.n_usable) == (SlotState.LEASED, 2000, 2000, 2000)
 
 
 def test_a_leased_slot_is_expected_back_after_its_steps_and_an_answer() -> None:
@@ -102,7 +102,7 @@ def test_a_slot_that_will_hold_what_nobody_knows_is_not_waited_for() -> None:
     table = make()
     slot = hold(table, 0, A)
     table.take(slot, Request("turn"), 10.0, has_answer=False)
-    table.expect_nothing(slot, SHARED)
+    table.expect_unknown_content(slot, SHARED)
     table.check()
     assert table.view(Request("owner", A), 10.0, SYSTEM_USER).slots[0].n_shared == 0
 
@@ -111,14 +111,14 @@ def test_what_is_kept_is_found() -> None:
     """HOT, in the index, and nobody's any more."""
     table = make()
     slot = hold(table, 0, A, now=7.0)
-    assert (slot.state, slot.leased_by, slot.used_at) == (State.HOT, None, 7.0)
+    assert (slot.state, slot.leased_by, slot.used_at) == (SlotState.HOT, None, 7.0)
     assert table.view(Request("next", A + B), 8.0, SYSTEM_USER).slots[0].n_usable == 2000
 
 
 def test_keeping_nothing_is_being_free() -> None:
     """A slot with no tokens is worth nothing."""
     table = make()
-    assert hold(table, 0, b"").state is State.FREE
+    assert hold(table, 0, b"").state is SlotState.FREE
 
 
 def test_a_draining_slot_is_busy_until_the_server_is_idle() -> None:
@@ -126,12 +126,12 @@ def test_a_draining_slot_is_busy_until_the_server_is_idle() -> None:
     table = make()
     slot = table.slots[0]
     table.take(slot, Request("gone", A), 1.0, plan(0), has_answer=True)
-    table.give_back(slot, Event.LEAVE, Content(A, is_exact=False, is_dirty=True), 2.0)
+    table.give_back(slot, SlotEvent.LEAVE, Content(A, is_exact=False, is_dirty=True), 2.0)
     table.check()
     seen = table.view(Request("back", A), 2.0, SYSTEM_USER).slots[0]
-    assert (seen.state, seen.n_shared) == (State.DRAINING, 2000)
+    assert (seen.state, seen.n_shared) == (SlotState.DRAINING, 2000)
     assert seen.wait_s > 0
-    table.give_back(slot, Event.KEEP, Content(head(A, 512), is_exact=False, is_dirty=True), 3.0)
+    table.give_back(slot, SlotEvent.KEEP, Content(head(A, 512), is_exact=False, is_dirty=True), 3.0)
     table.check()
     assert table.view(Request("back", A), 3.0, SYSTEM_USER).slots[0].n_usable == 512
 
@@ -141,9 +141,9 @@ def test_a_suspect_slot_is_believed_to_hold_nothing() -> None:
     table = make()
     slot = table.slots[0]
     table.take(slot, Request("a", A), 1.0, plan(0), has_answer=True)
-    table.give_back(slot, Event.FAIL, Content(A), 2.0)
+    table.give_back(slot, SlotEvent.FAIL, Content(A), 2.0)
     table.check()
-    assert (slot.state, slot.content) == (State.SUSPECT, NOTHING)
+    assert (slot.state, slot.content) == (SlotState.SUSPECT, NOTHING)
 
 
 # -- leaving -------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def test_a_snapshot_dropped_while_its_slot_is_leased_is_not_believed_in() -> Non
     believed = slot.content
     table.take(slot, Request("again", A), 1.0, has_answer=True)
     table.drop_snapshot("s")
-    table.give_back(slot, Event.KEEP, believed, 2.0)
+    table.give_back(slot, SlotEvent.KEEP, believed, 2.0)
     table.check()
     assert slot.content.is_dirty
     assert slot.content.snapshot is None
@@ -329,10 +329,10 @@ def test_a_few_tokens_more_than_the_snapshot_are_not_worth_a_save() -> None:
     assert table.worth.is_worth_saving(hold(table, 1, A + B))
 
 
-@pytest.mark.parametrize("memory", [CacheKind.SWA, CacheKind.RECURRENT])
-def test_a_model_that_cannot_rewind_is_not_helped_by_half_a_snapshot(memory: CacheKind) -> None:
+@pytest.mark.parametrize("cache_kind", [CacheKind.SWA, CacheKind.RECURRENT])
+def test_a_model_that_cannot_rewind_is_not_helped_by_half_a_snapshot(cache_kind: CacheKind) -> None:
     """A longer or shorter one of the same conversation cannot be gone back to."""
-    table = make(memory=memory)
+    table = make(cache_kind=cache_kind)
     table.add_snapshot(snapshot("s", A))
     assert table.worth.is_worth_saving(hold(table, 0, A + pack(range(64))))
 
@@ -403,10 +403,10 @@ def test_a_broken_pool_is_noticed(spoil: object, name: str) -> None:
 def test_a_slot_of_another_user_is_foreign() -> None:
     """Nothing of it is found, and it is emptied before it is used."""
     table, anna, bert = make(), Namespace("key:anna"), Namespace("key:bert")
-    hold(table, 0, A, space=anna)
+    hold(table, 0, A, namespace=anna)
     seen = {
-        space: table.view(Request("asks", A + B, space=space), 0.0, SYSTEM_USER).slots[0]
-        for space in (anna, bert)
+        namespace: table.view(Request("asks", A + B, namespace=namespace), 0.0, SYSTEM_USER).slots[0]
+        for namespace in (anna, bert)
     }
     assert (seen[anna].is_other_namespace, seen[anna].n_shared) == (False, 2000)
     assert (seen[bert].is_other_namespace, seen[bert].n_shared) == (True, 0)

@@ -10,39 +10,39 @@ from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import pack
 from llamaslot.cache.namespaces import PUBLIC, Namespace
 from llamaslot.scheduling.request import Placement, Request
-from llamaslot.scheduling.slots import IDLE, NEXT, Event, IllegalTransition, Slot, State
+from llamaslot.scheduling.slots import IDLE, NEXT, IllegalTransition, Slot, SlotEvent, SlotState
 
 HELD = Content(pack([1, 2, 3]), is_dirty=True)
 
 ALLOWED = [
-    (State.FREE, "lease", State.LEASED),
-    (State.HOT, "lease", State.LEASED),
-    (State.SUSPECT, "lease", State.LEASED),
-    (State.LEASED, "keep", State.HOT),
-    (State.LEASED, "empty", State.FREE),
-    (State.LEASED, "leave", State.DRAINING),
-    (State.LEASED, "fail", State.SUSPECT),
-    (State.DRAINING, "keep", State.HOT),
-    (State.DRAINING, "empty", State.FREE),
-    (State.DRAINING, "fail", State.SUSPECT),
+    (SlotState.FREE, "lease", SlotState.LEASED),
+    (SlotState.HOT, "lease", SlotState.LEASED),
+    (SlotState.SUSPECT, "lease", SlotState.LEASED),
+    (SlotState.LEASED, "keep", SlotState.HOT),
+    (SlotState.LEASED, "empty", SlotState.FREE),
+    (SlotState.LEASED, "leave", SlotState.DRAINING),
+    (SlotState.LEASED, "fail", SlotState.SUSPECT),
+    (SlotState.DRAINING, "keep", SlotState.HOT),
+    (SlotState.DRAINING, "empty", SlotState.FREE),
+    (SlotState.DRAINING, "fail", SlotState.SUSPECT),
 ]
 FORBIDDEN = [
     (state, event)
-    for state, event in itertools.product(State, Event)
+    for state, event in itertools.product(SlotState, SlotEvent)
     if (state, event.value) not in {(before, name) for before, name, _ in ALLOWED}
 ]
 
 
 @pytest.mark.parametrize(("before", "event", "after"), ALLOWED)
-def test_what_is_allowed(before: State, event: str, after: State) -> None:
+def test_what_is_allowed(before: SlotState, event: str, after: SlotState) -> None:
     """Each line of the table leads where it says."""
     slot = Slot("gpu0", 1, before, HELD)
-    slot.become(Event(event), HELD)
+    slot.become(SlotEvent(event), HELD)
     assert slot.state is after
 
 
 @pytest.mark.parametrize(("state", "event"), FORBIDDEN)
-def test_what_is_forbidden(state: State, event: Event) -> None:
+def test_what_is_forbidden(state: SlotState, event: SlotEvent) -> None:
     """Anything else is an error that names both, and changes nothing."""
     slot = Slot("gpu0", 1, state, HELD)
     with pytest.raises(IllegalTransition, match=rf"{state.value}.* cannot {event.value}"):
@@ -57,30 +57,30 @@ def test_the_table_has_these_lines_only() -> None:
     }
 
 
-@pytest.mark.parametrize("event", [Event.EMPTY, Event.FAIL])
-def test_nothing_is_believed_of_an_empty_or_suspect_slot(event: Event) -> None:
+@pytest.mark.parametrize("event", [SlotEvent.EMPTY, SlotEvent.FAIL])
+def test_nothing_is_believed_of_an_empty_or_suspect_slot(event: SlotEvent) -> None:
     """Whatever is said of its content."""
-    slot = Slot("gpu0", 1, State.LEASED, HELD)
+    slot = Slot("gpu0", 1, SlotState.LEASED, HELD)
     slot.become(event, HELD)
     assert slot.content == NOTHING
 
 
 def test_content_stays_when_nothing_is_said() -> None:
     """A lease alone changes nothing in the slot."""
-    slot = Slot("gpu0", 1, State.HOT, HELD)
-    slot.become(Event.LEASE)
+    slot = Slot("gpu0", 1, SlotState.HOT, HELD)
+    slot.become(SlotEvent.LEASE)
     assert slot.content is HELD
 
 
 def test_idle_is_what_can_be_leased() -> None:
     """The two say the same."""
-    assert {state for state, event in NEXT if event is Event.LEASE} == IDLE
-    assert all(Slot("gpu0", 0, state).is_idle == (state in IDLE) for state in State)
+    assert {state for state, event in NEXT if event is SlotEvent.LEASE} == IDLE
+    assert all(Slot("gpu0", 0, state).is_idle == (state in IDLE) for state in SlotState)
 
 
 def test_the_readout_of_a_slot() -> None:
     """One line for logs, tests and the dashboard; never a token."""
-    slot = Slot("gpu0", 3, State.LEASED, HELD, leased_by="req-1")
+    slot = Slot("gpu0", 3, SlotState.LEASED, HELD, leased_by="req-1")
     assert repr(slot) == "<Slot gpu0/3 LEASED 3 tok dirty by req-1>"
     assert repr(Slot("gpu0", 0)) == "<Slot gpu0/0 FREE 0 tok>"
 
@@ -95,18 +95,21 @@ def test_who_needs_a_turn() -> None:
 def test_who_may_go_on_from_what() -> None:
     """From one's own space, and an isolated user from what the operator has computed; of nothing at all everybody."""
     tokens = pack([1, 2])
-    shared, public = Content(tokens), Content(tokens, space=PUBLIC)
-    anna, scaled = Content(tokens, space=Namespace("anna")), Content(tokens, space=Namespace("", "[]"))
+    shared, public = Content(tokens), Content(tokens, namespace=PUBLIC)
+    anna, scaled = (
+        Content(tokens, namespace=Namespace("anna")),
+        Content(tokens, namespace=Namespace("", "[]")),
+    )
     for job, usable in (
         (Request("everybody's"), [shared]),
-        (Request("anna's", space=Namespace("anna")), [public, anna]),
-        (Request("with LoRA scales", space=Namespace("", "[]")), [scaled]),
-        (Request("anna's, with LoRA scales", space=Namespace("anna", "[]")), []),
-        (Request("the operator's", space=PUBLIC), [public]),
+        (Request("anna's", namespace=Namespace("anna")), [public, anna]),
+        (Request("with LoRA scales", namespace=Namespace("", "[]")), [scaled]),
+        (Request("anna's, with LoRA scales", namespace=Namespace("anna", "[]")), []),
+        (Request("the operator's", namespace=PUBLIC), [public]),
     ):
         assert [held for held in (shared, public, anna, scaled) if job.may_use(held)] == usable
         assert job.may_use(NOTHING)
-        assert not job.may_use(Content(is_exact=False, space=Namespace("bertha")))
+        assert not job.may_use(Content(is_exact=False, namespace=Namespace("bertha")))
 
 
 @pytest.mark.parametrize(

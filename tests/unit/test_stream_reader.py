@@ -10,7 +10,8 @@ from llamaslot.formats.error_events import ErrorEvents
 from llamaslot.formats.registry import FORMATS
 from llamaslot.http.stream_reader import Reading
 from llamaslot.llama.response import Response, Take
-from llamaslot.llama.sse import PrefillStats, event_of
+from llamaslot.llama.sse import event_of
+from llamaslot.scheduling.plan import PrefillStats
 
 USAGE = {"cache_read_input_tokens": 9, "input_tokens": 1}
 START = event_of({"type": "message_start", "message": {"usage": USAGE}}, b"event: message_start\n")

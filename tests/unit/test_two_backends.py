@@ -18,7 +18,7 @@ from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import Source
 from llamaslot.scheduling.request import Placement, Request
-from llamaslot.scheduling.slots import Event, SlotKey
+from llamaslot.scheduling.slots import SlotEvent, SlotKey
 from tests.support.inprocess import spawn
 
 RULES = Rules(small_prompt_tokens=100)
@@ -44,7 +44,7 @@ class Two:
         table = self.tables[backend]
         table.take(table.slots[slot], Request("before", tokens), self.now, has_answer=True)
         table.give_back(
-            table.slots[slot], Event.KEEP, Content(tokens, is_exact=False, is_dirty=True), self.now
+            table.slots[slot], SlotEvent.KEEP, Content(tokens, is_exact=False, is_dirty=True), self.now
         )
 
     async def lease(self, name: str, tokens: bytes = b"", **more: object) -> Lease:
@@ -117,7 +117,7 @@ async def test_each_backend_has_an_exclusive_section_of_its_own() -> None:
     two = Two(slots=2)
     first = await two.lease("first", placement=Placement.SERVER_CHOSEN)
     section = two.dispatcher.backends[first.table.backend]
-    section.wait_for_exclusive(first)
+    section.request_exclusive(first)
     section.pause_admission(first)
     other = "b" if first.table.backend == "a" else "a"
     placed = await two.lease("placed", OWN)

@@ -326,7 +326,7 @@ async def test_a_mistake_while_connecting_keeps_nobody_from_being_served(
     async def wrong(*_: Any) -> None:
         raise RuntimeError("nobody has thought of this")
 
-    monkeypatch.setattr(Probes, "memory", wrong)
+    monkeypatch.setattr(Probes, "cache_kind", wrong)
     async with served(tmp_path) as it:
         assert (await it.ask(ONE)).text == right(it.fake, ONE)
         assert "nobody has thought of this" in (await assist(it))["why"]

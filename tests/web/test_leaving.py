@@ -55,7 +55,7 @@ async def test_whoever_has_left_a_server_that_is_another_now_may_come_again(
 
         async def late() -> Any:
             infos = await slots()
-            if backend.drainer._draining:
+            if backend.abandoned_slots._abandoned:
                 is_asked.set()
                 await may_go_on.wait()
             return infos

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llamaslot.llama.dry_run import Verdict
-from llamaslot.scheduling.slots import State
+from llamaslot.scheduling.slots import SlotState
 from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, right, served
 
 BASE, MORE = letters(11, 600), letters(12, 400)
@@ -70,7 +70,7 @@ async def test_a_wrong_field_is_refused_while_all_slots_are_at_work(
 # -- what a slot holds after an error ----------------------------------------------------------------------------------
 
 
-def contents(it: Served) -> list[tuple[State, int]]:
+def contents(it: Served) -> list[tuple[SlotState, int]]:
     table = it.backend.leases.table
     assert table is not None
     return [(slot.state, slot.content.n_tokens) for slot in table.slots]
@@ -98,7 +98,7 @@ async def test_a_500_of_a_slot_discredits_it(tmp_path: Path, is_stream: bool) ->
         it.fake.faults.fail_stream("failed to decode", after_tokens=1)
         await it.ask(MORE, stream=is_stream)
         await it.at_rest()
-        assert contents(it) == [(State.SUSPECT, 0)]
+        assert contents(it) == [(SlotState.SUSPECT, 0)]
 
 
 async def test_a_refused_prefill_leaves_the_slot_as_it_is(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ async def test_a_refused_request_with_several_answers_gives_the_slots_back(tmp_p
         it.fake.faults.fail(NATIVE, 400)
         assert (await it.ask("short", n_cmpl=2)).status == 400
         await it.at_rest()
-        assert [state for state, _ in contents(it)] == [State.HOT] * 3
+        assert [state for state, _ in contents(it)] == [SlotState.HOT] * 3
         assert sorted(n for _, n in contents(it)) >= sorted(n for _, n in before)
 
 

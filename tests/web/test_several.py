@@ -172,7 +172,9 @@ async def test_who_hangs_up_at_the_last_event_leaves_nothing_at_work(
     async with served(tmp_path, slots=4) as it:
         await fill(it)
         drained: list[Any] = []
-        monkeypatch.setattr(it.backend.drainer, "add_slot", lambda *draining: drained.append(draining))
+        monkeypatch.setattr(
+            it.backend.abandoned_slots, "add_slot", lambda *draining: drained.append(draining)
+        )
         async with it.session.post(it.url + path, json={**body, "stream": True}) as stream:
             await line_with(stream, last)
         await it.at_rest()

@@ -50,7 +50,7 @@ class LostSlots:
         self._lost_at: deque[float] = deque(maxlen=_MANY_LOST)
         self.on_many: Callable[[], None] = lambda: None
 
-    def note(self, now: float) -> None:
+    def count(self, now: float) -> None:
         """Record that a slot held almost nothing of what it should have held."""
         self._lost_at.append(now)
         if len(self._lost_at) == _MANY_LOST and now - self._lost_at[0] <= _LOST_WITHIN_S:

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from llamaslot.backend.abandoned_slots import AbandonedSlots
 from llamaslot.backend.cache_miss import CacheMisses
 from llamaslot.backend.connect import Handshake, ServerSession
-from llamaslot.backend.drain import SlotDrainer
 from llamaslot.backend.exclusive import ExclusiveSection
 from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.lease import Lease
@@ -30,7 +30,7 @@ from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request
-from llamaslot.scheduling.slots import Event
+from llamaslot.scheduling.slots import SlotEvent
 from llamaslot.store import Catalog
 from llamaslot.store.learned import LearnedFile
 from llamaslot.store.model_snapshots import Libraries
@@ -96,8 +96,8 @@ class Backend:
         self.exclusive = ExclusiveSection(api, leases, self.executor, self.tasks)
         self.writeback = Writeback(leases, self.executor, idle_save_s)
         self.cache_misses = CacheMisses(api, metrics, self.tasks)
-        self.drainer = SlotDrainer(api, leases, now)
-        leases.on_drain = self.drainer.add
+        self.abandoned_slots = AbandonedSlots(api, leases, now)
+        leases.on_drain = self.abandoned_slots.add
         if catalog is not None:
             leases.pin = catalog.pin
         self.health = Health.DOWN
@@ -190,7 +190,7 @@ class Backend:
             )
             for slot in filled:
                 table.take(slot, Request("sleep"), self.now(), has_answer=False)
-                table.give_back(slot, Event.EMPTY, NOTHING, self.now())
+                table.give_back(slot, SlotEvent.EMPTY, NOTHING, self.now())
             self.leases.dispatch()
 
     def _slots_were_lost(self) -> None:
@@ -225,9 +225,9 @@ class Backend:
             self.rates.size.observe_each([(snapshot.n_tokens, snapshot.size_bytes) for snapshot in listed])
 
     def start(self) -> None:
-        self.drainer.on_failure = self.doubt
+        self.abandoned_slots.on_failure = self.doubt
         self.tasks.spawn(self._live(), f"{self.name}: life")
-        self.tasks.spawn(self.drainer.run(), f"{self.name}: drains")
+        self.tasks.spawn(self.abandoned_slots.run(), f"{self.name}: abandoned slots")
         self.tasks.spawn(self.writeback.run(), f"{self.name}: writeback")
 
     async def save_all(self, save_s: float) -> None:
@@ -303,8 +303,8 @@ class Backend:
         self.executor.fingerprint, self.executor.boot_id = session.fingerprint, session.props.boot_id
         for slot in session.found_busy:
             session.table.take(slot, Request("left over"), self.now(), has_answer=False)
-            session.table.give_back(slot, Event.LEAVE, NOTHING, self.now())
-            self.drainer.add_slot(session.table, slot, NOTHING)
+            session.table.give_back(slot, SlotEvent.LEAVE, NOTHING, self.now())
+            self.abandoned_slots.add_slot(session.table, slot, NOTHING)
         if self._catalog is not None and session.table.can_save:  # some were dropped while connecting
             session.table.agree(self._catalog.snapshots)
         for known in (self.route_availability, self.dry_runs):
@@ -319,8 +319,8 @@ class Backend:
         library = session.table.model_snapshots
         log.info(
             "%s: connected to llama-server: %s with %d slots of %d tokens, %s; %d snapshots can be used",
-            self.name, session.model_name, len(session.table.slots), session.table.n_ctx, session.table.memory.value,
-            library.n_unread + len(library.snapshots),
+            self.name, session.model_name, len(session.table.slots), session.table.n_ctx,
+            session.table.cache_kind.value, library.n_unread + len(library.snapshots),
         )  # fmt: skip
 
     async def _until_gone(self, session: ServerSession) -> None:

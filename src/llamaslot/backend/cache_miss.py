@@ -56,7 +56,7 @@ async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
     ``contents``: of the slots, in order, when the lease was given. Of the snapshots: those that share most, the
     nearest in length, and the most recent; the previous turn is usually one of these. Canceling is safe.
     """
-    request, index = lease.request, lease.table.model_snapshots.in_spaces
+    request, index = lease.request, lease.table.model_snapshots.in_namespaces
     found = [
         Holder(f"slot {i}", content.tokens, common(content.tokens, request.tokens))
         for i, content in enumerate(contents)
@@ -64,8 +64,10 @@ async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
     ]
     hits = index.match(request.tokens, request.reads, _N_SNAPSHOTS)
     nearest = sorted(hits, key=lambda hit: abs(hit.n_tokens - request.n_tokens))[:_N_OF_A_KIND]
-    spaces = {space.text for space in request.reads}
-    usable = (its for its in reversed(lease.table.model_snapshots.snapshots.values()) if its.space in spaces)
+    namespaces = {namespace.text for namespace in request.reads}
+    usable = (
+        its for its in reversed(lease.table.model_snapshots.snapshots.values()) if its.namespace in namespaces
+    )
     long = (its for its in islice(usable, _N_SNAPSHOTS) if its.n_tokens > LOST_MIN)
     ids = [*(hit.holder for hit in (*hits[:1], *nearest)), *(its.id for its in islice(long, _N_OF_A_KIND))]
     for id_ in dict.fromkeys(ids):
@@ -86,7 +88,7 @@ class CacheMisses:
         self.tells_texts = False
         self._n_under_way = 0
 
-    def look(self, lease: Lease, prompt: Prompt, body: Mapping[str, Any], format_: Format) -> None:
+    def examine(self, lease: Lease, prompt: Prompt, body: Mapping[str, Any], format_: Format) -> None:
         """Start the examination; the request has its slot, and nothing was done there yet. Returns at once. The
         result goes to the journal, the log and the metrics.
         """
@@ -98,9 +100,9 @@ class CacheMisses:
         self._n_under_way += 1
         # Including its own slot, whose content changes when the lease ends.
         contents = [slot.content for slot in lease.table.slots]
-        self._tasks.spawn(self._look(lease, contents, prompt, body, format_), f"{request.id} diverges")
+        self._tasks.spawn(self._examine(lease, contents, prompt, body, format_), f"{request.id} diverges")
 
-    async def _look(
+    async def _examine(
         self, lease: Lease, contents: list[Content], prompt: Prompt, body: Mapping[str, Any], format_: Format
     ) -> None:
         """Canceling is safe: nothing is reported."""
@@ -108,13 +110,13 @@ class CacheMisses:
             with contextlib.suppress(LlamaslotError):  # llama-server has gone: no texts are known
                 held = await holders(lease, contents)
                 if (found := await asyncio.to_thread(_worst, lease.request, held)) is not None:
-                    await self._tell_changed(lease, *found, prompt, body, format_)
+                    await self._report_changed(lease, *found, prompt, body, format_)
                 elif (left := _left_behind(lease, held)) is not None:
-                    await self._tell_left(lease, left, prompt, body, format_)
+                    await self._report_left_behind(lease, left, prompt, body, format_)
         finally:
             self._n_under_way -= 1
 
-    async def _tell_changed(
+    async def _report_changed(
         self,
         lease: Lease,
         holder: Holder,
@@ -133,7 +135,7 @@ class CacheMisses:
         )  # fmt: skip
         _note(lease, "changed", holder, parted.n_lost, where, texts)
 
-    async def _tell_left(
+    async def _report_left_behind(
         self, lease: Lease, holder: Holder, prompt: Prompt, body: Mapping[str, Any], format_: Format
     ) -> None:
         """Report a prompt that continues otherwise than the cached one: a user went back in the conversation, or the

@@ -44,7 +44,7 @@ from llamaslot.llama.replies import Props, SlotAction, SlotInfo
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request
-from llamaslot.scheduling.slots import Event, Slot
+from llamaslot.scheduling.slots import Slot, SlotEvent
 from llamaslot.store import Catalog, QuotaExceeded, Reservation, WithTokens, read_slot_file
 from llamaslot.store.model_snapshots import Libraries, content_of
 
@@ -100,11 +100,11 @@ class Handshake:
         self.libraries = libraries
         self.probes = Probes(api, catalog, rates)
         # Drafts that are not committed at the end are abandoned on every path.
-        self._drafts = contextlib.AsyncExitStack()
+        self._reservations = contextlib.AsyncExitStack()
 
     async def run(self, now: float, *, is_retry: bool = False) -> ServerSession:
         """``is_retry``: there was no slot for the probes before, and one is idle now: do not wait for the others."""
-        async with self._drafts:
+        async with self._reservations:
             props = None
             try:
                 props = await self.api.props()
@@ -157,8 +157,8 @@ class Handshake:
         # Which LoRA scales and which user a context belongs to is recorded nowhere.
         can_adopt = can_save and not (lora or self.rules.is_isolated)
         written = await self._written(first) if first.n_tokens and can_adopt else None
-        table.memory = await self.probes.memory(first.id, props)
-        table.is_memory_sure = self.probes.is_memory_sure
+        table.cache_kind = await self.probes.cache_kind(first.id, props)
+        table.is_cache_kind_sure = self.probes.is_cache_kind_sure
         table.rewind_model.window = self.probes.window
         identity = await self.probes.identity(first.id, props, model, lora)
         fingerprint = identity.to_text()
@@ -173,11 +173,11 @@ class Handshake:
         if self.catalog is not None and can_save:
             fingerprint = await self._admit(table, identity)
             await self.probes.size(first.id)
-            if table.memory is not CacheKind.DENSE:
+            if table.cache_kind is not CacheKind.DENSE:
                 files = await self.probes.checkpoints(first.id)
                 table.rewind_model.keeps_checkpoints = files.keep_checkpoints
-                if files.memory is not None and not table.is_memory_sure:
-                    table.memory = files.memory
+                if files.cache_kind is not None and not table.is_cache_kind_sure:
+                    table.cache_kind = files.cache_kind
                 table.can_save = can_save = files.are_usable
                 if not can_save and await self.probes.has_ram_cache():
                     lacking = self.probes.warnings[-1]
@@ -221,7 +221,7 @@ class Handshake:
         if not await self._erased(slot) and (self.probes.can_erase or not is_shared):
             log.warning("%s: slot %d could not be erased; its content is not used", self.name, slot)
             table.take(table.slots[slot], Request("adoption"), now, has_answer=False)
-            table.give_back(table.slots[slot], Event.FAIL, NOTHING, now)
+            table.give_back(table.slots[slot], SlotEvent.FAIL, NOTHING, now)
 
     async def _erased(self, slot: int) -> bool:
         try:
@@ -236,18 +236,20 @@ class Handshake:
     async def _written(self, info: SlotInfo) -> tuple[Reservation, SlotAction] | None:
         """Save a slot of unknown content; None if that failed."""
         assert self.catalog is not None
-        draft = None
+        reservation = None
         try:
-            draft = await self.catalog.reserve(self.rates.size_bytes(info.n_tokens or 0))
-            self._drafts.push_async_callback(self.catalog.abandon, draft)  # no effect on a committed draft
-            saved = await self.api.save(info.id, draft.part_name)
+            reservation = await self.catalog.reserve(self.rates.size_bytes(info.n_tokens or 0))
+            self._reservations.push_async_callback(
+                self.catalog.abandon, reservation
+            )  # no effect on a committed reservation
+            saved = await self.api.save(info.id, reservation.part_name)
         except (QuotaExceeded, SnapshotInvalid, SlotActionFailed) as error:
             log.info("%s: slot %d is not adopted, its context is lost: %s", self.name, info.id, error)
-            if draft is not None:
-                await self.catalog.abandon(draft)
+            if reservation is not None:
+                await self.catalog.abandon(reservation)
             return None
         self.rates.size.observe(saved.n_tokens, saved.n_bytes)
-        return draft, saved
+        return reservation, saved
 
     async def _commit(
         self, table: SlotTable, written: tuple[Reservation, SlotAction], fingerprint: str
@@ -256,16 +258,16 @@ class Handshake:
         that one.
         """
         assert self.catalog is not None
-        draft, saved = written
+        reservation, saved = written
         try:
-            file = await read_slot_file(self.catalog.directory / draft.part_name)
+            file = await read_slot_file(self.catalog.directory / reservation.part_name)
             if self.libraries is not None:
                 await self.libraries.complete()
             if (same := table.model_snapshots.snapshot_of(file.tokens)) is not None:
-                await self.catalog.abandon(draft)
+                await self.catalog.abandon(reservation)
                 return same
             snapshot = await self.catalog.commit(
-                draft,
+                reservation,
                 tokens_expected=b"",
                 n_saved=saved.n_tokens,
                 n_written=saved.n_bytes,
@@ -274,7 +276,7 @@ class Handshake:
                 source="adopted",
             )
         except LlamaslotError as error:
-            await self.catalog.abandon(draft)
+            await self.catalog.abandon(reservation)
             log.info("%s: a slot is not adopted, its context is lost: %s", self.name, error)
             return None
         table.add_snapshot(snapshot)
@@ -284,7 +286,7 @@ class Handshake:
         """The last checkpoint of an adopted context: near the end of its last prompt, whose position is unknown,
         because an answer follows. A guess too early costs a little; a guess too late is detected at the first use.
         """
-        if table.memory is CacheKind.DENSE:
+        if table.cache_kind is CacheKind.DENSE:
             return ()
         n_answer = min(int(2 * self.rates.answer.n_tokens), n_tokens // 2)
         return (n_tokens - n_answer,)
@@ -297,7 +299,7 @@ class Handshake:
             return False
         slot = table.slots[info.id]
         table.take(slot, Request("adoption"), now, has_answer=False)
-        table.give_back(slot, Event.KEEP, content_of(snapshot), now)
+        table.give_back(slot, SlotEvent.KEEP, content_of(snapshot), now)
         log.info("%s: slot %d adopted with %d tokens", self.name, slot.id, snapshot.n_tokens)
         return True
 

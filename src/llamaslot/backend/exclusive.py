@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 
 from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.lease_states import RetryPlacement, State
+from llamaslot.backend.lease_states import LeaseState, RetryPlacement
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.long_prompt import Report
 from llamaslot.backend.save import NOT_SAVED
@@ -26,7 +26,7 @@ from llamaslot.errors import BackendRestarted, LlamaslotError, SlotNotEmptied, U
 from llamaslot.formats.comments import Comment
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.replies import SlotInfo
-from llamaslot.llama.sse import PrefillStats
+from llamaslot.scheduling.plan import PrefillStats
 from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.slots import Slot
 from llamaslot.tasks import TaskOwner
@@ -138,7 +138,7 @@ class UnpinnedRequest:
         self._settled = True
         self._look_up([])
         for lease in self._others:
-            if lease.state is State.PREPARING:
+            if lease.state is LeaseState.PREPARING:
                 lease.land(is_confirmed=False)
             lease.release()
 
@@ -220,7 +220,7 @@ class ExclusiveSection:
         leases, shut_s = self._leases, _SHUT_S
         while True:
             await self._until_likely(lease, max(_TIMEOUT_S, shut_s))
-            leases.wait_for_exclusive(lease)
+            leases.request_exclusive(lease)
             leases.pause_admission(lease)
             if await self._is_quiet_within(lease, shut_s):
                 return
@@ -233,7 +233,7 @@ class ExclusiveSection:
         until = leases.now() + patience_s
         while leases.now() < until:
             if not self._takes_long(lease):
-                leases.wait_for_exclusive(lease)
+                leases.request_exclusive(lease)
                 if not leases.is_prefilling(lease):
                     return
             await leases.changes.wait(_CONFIRM_EVERY_S)
@@ -348,7 +348,9 @@ class ExclusiveSection:
     async def _confirm_running(self) -> None:
         """Non-streaming answers send no headers before their end: ask the server whether they have begun."""
         waiting = [
-            lease for lease in self._leases.leases if lease.state is State.SENT and lease.slot is not None
+            lease
+            for lease in self._leases.leases
+            if lease.state is LeaseState.SENT and lease.slot is not None
         ]
         if not waiting:
             return
@@ -357,7 +359,7 @@ class ExclusiveSection:
         except LlamaslotError:
             return
         for lease in waiting:
-            if lease.state is State.SENT and lease.slot_id in busy:
+            if lease.state is LeaseState.SENT and lease.slot_id in busy:
                 lease.mark_processing()
 
 

@@ -11,26 +11,25 @@ from dataclasses import replace
 from typing import Any, TypeVar, assert_never
 
 from llamaslot.backend import snapshot_usage
-from llamaslot.backend.candidates import source_of
-from llamaslot.backend.feedback import Feedback, Told
+from llamaslot.backend.feedback import Feedback, ReportedCounts
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.long_prompt import Report
 from llamaslot.backend.prefill import ChunkedPrefill
 from llamaslot.backend.save import Saving, never
 from llamaslot.backend.slot_content import is_untouched, prefilled, wait_until_idle
+from llamaslot.backend.snapshot_candidates import source_of
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import common
 from llamaslot.cache.reuse import ReuseForecast, goes_on_behind, usable
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError
 from llamaslot.formats.comments import Comment
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.sse import PrefillStats
 from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import prefill_steps
-from llamaslot.scheduling.plan import Erase, Plan, PrefillTo, Restore, Save, SaveSharedPrefix
+from llamaslot.scheduling.plan import Erase, Plan, PrefillStats, PrefillTo, Restore, Save, SaveSharedPrefix
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.store.model_snapshots import content_of
 from llamaslot.tasks import TaskOwner
@@ -85,7 +84,7 @@ class PlanExecutor:
         lease.forbid_preemption()
         # If a shared prefix was not saved, requests waiting for it are placed again. After a failure that happens
         # when the slot is released, not before: they may resume from what it holds by then.
-        if lease.table.expect_no_trunk(lease.slot_id):
+        if lease.table.end_expected_trunks(lease.slot_id):
             self._leases.dispatch()
         return prefill_stats
 
@@ -137,11 +136,11 @@ class PlanExecutor:
             common(content.tokens, request.tokens),
             content.n_tokens if content.is_exact else None,
         )
-        n_usable = usable(rewind_model.memory, n_shared, n_held, content.checkpoints, request.n_tokens)
+        n_usable = usable(rewind_model.cache_kind, n_shared, n_held, content.checkpoints, request.n_tokens)
         is_behind = goes_on_behind(content, n_shared, request.n_tokens)
         if lease.restored is not None:
             n_expected = rewind_model.predictions.correct(
-                rewind_model.memory, source_of(lease.restored), n_usable
+                rewind_model.cache_kind, source_of(lease.restored), n_usable
             )
             n_likely = n_expected
         else:
@@ -272,20 +271,22 @@ class PlanExecutor:
         the server is idle, and record what it has computed. ``is_misplaced``: that was the reason.
         """
         content = prefilled(
-            lease.content or Content(space=lease.request.space), lease.request.tokens, n_found
+            lease.content or Content(namespace=lease.request.namespace), lease.request.tokens, n_found
         )
         lease.finish(await wait_until_idle(self.api, lease, content, self.now))
         if is_misplaced:
             self.feedback.misplaced(lease, n_found)
 
-    def settle(self, lease: Lease, told: Told, prefill_stats: PrefillStats | None, left: bytes) -> None:
+    def settle(
+        self, lease: Lease, reported: ReportedCounts, prefill_stats: PrefillStats | None, left: bytes
+    ) -> None:
         """The request was answered: learn from that, and record what the slot holds now. ``prefill_stats``: what was
         computed ahead of it here. ``left``: the tokens of the prompt that ran last; empty if unknown.
         """
-        before = lease.content or Content(space=lease.request.space)
-        self.feedback.answered(lease, told, prefill_stats)
-        after = prefilled(before, left, told.n_found or 0) if left else None
-        n_more = max(told.n_predicted - 1, 0)  # the last token is sampled and sent, but never computed
+        before = lease.content or Content(namespace=lease.request.namespace)
+        self.feedback.answered(lease, reported, prefill_stats)
+        after = prefilled(before, left, reported.n_found or 0) if left else None
+        n_more = max(reported.n_predicted - 1, 0)  # the last token is sampled and sent, but never computed
         lease.finish(replace(after, is_exact=False, n_more=n_more) if after is not None else None)
 
 

@@ -8,17 +8,16 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llamaslot.backend.candidates import source_of
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.probes import NO_CHECKPOINTS, WORTHLESS
 from llamaslot.backend.slot_table import SlotTable
+from llamaslot.backend.snapshot_candidates import source_of
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
 from llamaslot.cache.reuse import RESIDENT, CacheKind, Strikes, has_failed
 from llamaslot.llama.replies import Progress
-from llamaslot.llama.sse import PrefillStats
 from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
-from llamaslot.scheduling.plan import Source
+from llamaslot.scheduling.plan import PrefillStats, Source
 from llamaslot.store import Catalog, Snapshot
 from llamaslot.tasks import TaskOwner
 
@@ -26,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ReportedCounts:
     """What llama-server reported at the end of an answer to one request; None or 0 if it did not.
 
     ``n_found``: tokens of the prompt that it found in the slot. ``n_prompt``: tokens of the whole prompt, by its
@@ -56,17 +55,17 @@ class Feedback:
         self.metrics, self.tasks, self._now = metrics, tasks, now
         self._strikes = Strikes()
 
-    def answered(self, lease: Lease, told: Told, prefill_stats: PrefillStats | None) -> None:
+    def answered(self, lease: Lease, reported: ReportedCounts, prefill_stats: PrefillStats | None) -> None:
         """Record the answer to the request of ``lease``. ``prefill_stats``: what was computed ahead of it in this
         slot."""
-        n_reused = prefill_stats.n_reused if prefill_stats is not None else told.n_found
+        n_reused = prefill_stats.n_reused if prefill_stats is not None else reported.n_found
         if n_reused is not None and lease.request.tokens:
             self._compare(lease, n_reused)
-        if prefill_stats is None and told.n_found is not None and told.n_computed > 1:
-            n_prompt = told.n_found + told.n_computed
-            self.rates.prefill.observe(told.n_found, n_prompt, told.prompt_s)
-        if told.n_predicted and told.predicted_s is not None:
-            self.rates.answer.observe(told.n_predicted, told.predicted_s)
+        if prefill_stats is None and reported.n_found is not None and reported.n_computed > 1:
+            n_prompt = reported.n_found + reported.n_computed
+            self.rates.prefill.observe(reported.n_found, n_prompt, reported.prompt_s)
+        if reported.n_predicted and reported.predicted_s is not None:
+            self.rates.answer.observe(reported.n_predicted, reported.predicted_s)
 
     def progressed(self, table: SlotTable, last: Progress, event: Progress, end: int) -> None:
         """Record the progress of a prefill of llamaslot's own, up to ``end`` tokens, from ``last`` to ``event``."""
@@ -91,7 +90,7 @@ class Feedback:
         """
         self.metrics.replanned.inc()
         if lease.restored is None:
-            lease.table.lost_slots.note(self._now())
+            lease.table.lost_slots.count(self._now())
         log.info(
             "%s: slot %s holds %d tokens of the prompt instead of %d; choosing another place",
             lease.request.id, lease.slot_name, n_found, lease.forecast.n_expected,
@@ -107,7 +106,9 @@ class Feedback:
         lease.recorder.reused(forecast.n_expected, n_reused)
         restored = lease.restored
         kind = source_of(restored) if restored is not None else RESIDENT
-        lease.table.rewind_model.predictions.observe(lease.table.memory, kind, forecast.n_usable, n_reused)
+        lease.table.rewind_model.predictions.observe(
+            lease.table.cache_kind, kind, forecast.n_usable, n_reused
+        )
         if forecast.n_whole is not None:
             n_answer = forecast.n_answer
             lease.table.rewind_model.predictions.answered(n_answer, n_reused - (forecast.n_whole - n_answer))
@@ -115,7 +116,7 @@ class Feedback:
             self._was_wrong(lease, n_reused)
         if restored is None or self._learn_checkpoints(lease, restored, n_reused):
             return
-        if self._strikes.note(restored.id, forecast.n_expected, n_reused):
+        if self._strikes.count(restored.id, forecast.n_expected, n_reused):
             self._retire(restored, forecast.n_expected, n_reused)
 
     def _was_wrong(self, lease: Lease, n_reused: int) -> None:
@@ -128,17 +129,17 @@ class Feedback:
         )  # fmt: skip
         is_resident = lease.restored is None and forecast.n_expected >= NEGLIGIBLE_TOKENS
         if is_resident and n_reused < forecast.n_expected / 2:
-            table.lost_slots.note(self._now())
+            table.lost_slots.count(self._now())
         # Nothing was reused of content that only had to be continued: it was lost, whatever the model.
         is_lost = forecast.is_rewind and n_reused == 0 and forecast.n_expected >= NEGLIGIBLE_TOKENS
-        if not is_lost or table.memory is not CacheKind.DENSE or table.is_memory_sure:
+        if not is_lost or table.cache_kind is not CacheKind.DENSE or table.is_cache_kind_sure:
             return
-        if self._strikes.note("memory", forecast.n_expected, n_reused):  # once may be an accident
+        if self._strikes.count("memory", forecast.n_expected, n_reused):  # once may be an accident
             log.warning(
                 "%s: this model cannot rewind to any token (SWA or recurrent): only its checkpoints are counted on",
                 table.backend,
             )
-            table.memory = CacheKind.SWA
+            table.cache_kind = CacheKind.SWA
 
     def _learn_checkpoints(self, lease: Lease, restored: Snapshot, n_reused: int) -> bool:
         """Learn from the first restored snapshots that needed a rewind whether files contain checkpoints. True if
@@ -146,15 +147,15 @@ class Feedback:
         """
         table, forecast = lease.table, lease.forecast
         is_end = forecast.n_usable >= restored.n_tokens
-        is_known = table.memory is CacheKind.DENSE or table.rewind_model.keeps_checkpoints is not None
+        is_known = table.cache_kind is CacheKind.DENSE or table.rewind_model.keeps_checkpoints is not None
         if is_known or is_end or not forecast.n_usable:
             return False
         if not has_failed(forecast.n_usable, n_reused):
             table.rewind_model.keeps_checkpoints = True
             return False
-        if self._strikes.note("files", forecast.n_usable, n_reused):
+        if self._strikes.count("files", forecast.n_usable, n_reused):
             table.rewind_model.keeps_checkpoints = False
-            table.can_save = table.can_save and table.memory is not CacheKind.SWA
+            table.can_save = table.can_save and table.cache_kind is not CacheKind.SWA
             log.warning("%s: %s", table.backend, NO_CHECKPOINTS if table.can_save else WORTHLESS)
         return True
 

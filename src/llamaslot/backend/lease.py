@@ -19,11 +19,11 @@ from llamaslot.backend.lease_states import (
     OWN_REQUEST,
     RUNNING,
     STOPPED,
-    Event,
+    LeaseEvent,
+    LeaseState,
     LongPrefill,
     Preempted,
     Preemption,
-    State,
     Stopped,
 )
 from llamaslot.backend.slot_table import SlotTable
@@ -31,14 +31,11 @@ from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, common
 from llamaslot.cache.reuse import NO_REUSE, ReuseForecast
 from llamaslot.errors import BackendRestarted, SlotWedged
-from llamaslot.llama.sse import PrefillStats
 from llamaslot.observe.journal import DecisionRecorder
 from llamaslot.scheduling.placement import is_long
-from llamaslot.scheduling.plan import Plan, Step
+from llamaslot.scheduling.plan import Plan, PrefillStats, Step
 from llamaslot.scheduling.request import Request
-from llamaslot.scheduling.slots import Event as SlotEvent
-from llamaslot.scheduling.slots import IllegalTransition, Slot, SlotKey
-from llamaslot.scheduling.slots import State as SlotState
+from llamaslot.scheduling.slots import IllegalTransition, Slot, SlotEvent, SlotKey, SlotState
 from llamaslot.store import Snapshot
 
 T = TypeVar("T")
@@ -95,7 +92,7 @@ class Lease:
         is_unknown = slot is not None and slot.state is SlotState.SUSPECT
         self.content = None if is_unknown else slot.content if slot is not None else NOTHING
         self.before = self.content
-        self.state = State.PREPARING
+        self.state = LeaseState.PREPARING
         self._is_confirmed = False  # llama-server has begun with what was sent last
         self._is_left_at_work = False  # an action has ended, but llama-server may still compute for it
         is_first = plan is not None and is_long(plan, table.long_s)
@@ -126,7 +123,7 @@ class Lease:
             self.content = None
         self.release()
 
-    def _become(self, event: Event) -> None:
+    def _become(self, event: LeaseEvent) -> None:
         """Apply one transition of the table. Raises IllegalTransition naming state and event."""
         try:
             self.state = NEXT[self.state, event]
@@ -171,7 +168,7 @@ class Lease:
 
     @property
     def is_decoding(self) -> bool:
-        return self.state is State.DECODING
+        return self.state is LeaseState.DECODING
 
     @property
     def is_own(self) -> bool:
@@ -208,7 +205,7 @@ class Lease:
         if self.state in NEVER_FIRST:
             return False
         is_sent = self.state in OWN_REQUEST
-        is_acting = self.state is State.ACTING and self.plan is not None
+        is_acting = self.state is LeaseState.ACTING and self.plan is not None
         if is_acting or is_sent:
             since = self._acting_at if is_acting else self.sent_at
             if self._now() - since > max(2 * self.table.long_s, _LITTLE_S):
@@ -263,16 +260,16 @@ class Lease:
     def begin_action(self) -> None:
         """A save, erase or restore begins. Raises BackendRestarted."""
         self.check_current()
-        self._become(Event.ACT)
+        self._become(LeaseEvent.ACT)
         self._acting_at, self._is_left_at_work = self._now(), False
         self._owner.on_change(self)
 
     def end_action(self) -> None:
         """The save, erase or restore has ended. If the lease was released meanwhile, the slot is released now."""
-        if self.state is State.RELEASE_PENDING:
+        if self.state is LeaseState.RELEASE_PENDING:
             self._give_back()
         else:
-            self._become(Event.ACTED)
+            self._become(LeaseEvent.ACTED)
 
     def lose_track(self) -> None:
         """During an action: the slot's content is unknown now, and llama-server may work on after the action."""
@@ -301,25 +298,25 @@ class Lease:
     def begin_prefill(self) -> None:
         """A part of its prompt is being sent. Raises BackendRestarted."""
         self.check_current()
-        self._become(Event.PREFILL)
+        self._become(LeaseEvent.PREFILL)
         self._cut_back()
 
     # -- the request itself --------------------------------------------------------------------------------------
 
     def begin_wait(self) -> None:
         """It waits until llama-server can choose only the right slots for it."""
-        self._become(Event.WAIT)
+        self._become(LeaseEvent.WAIT)
 
     def end_wait(self) -> None:
         """It no longer waits. No effect if it was released meanwhile."""
         if not self.is_released:
-            self._become(Event.ADMIT)
+            self._become(LeaseEvent.ADMIT)
 
     def begin_request(self) -> None:
         """The request itself is being sent. Raises BackendRestarted."""
         self.check_current()
         self.before = self.content
-        self._become(Event.SEND)
+        self._become(LeaseEvent.SEND)
         self.sent_at = self._now()
         if self.slot is not None:
             self._cut_back()
@@ -340,24 +337,24 @@ class Lease:
         self.content = self._in_its_space(content)
 
     def _in_its_space(self, content: Content) -> Content:
-        space = self.request.space
-        return content if content.space == space else replace(content, space=space)
+        namespace = self.request.namespace
+        return content if content.namespace == namespace else replace(content, namespace=namespace)
 
     def land(self, *, is_confirmed: bool) -> None:
         """llama-server has chosen its slot for a request (``is_confirmed``), or may have: its content is unknown."""
-        if self.state is State.PREPARING:
-            self._become(Event.SEND)
+        if self.state is LeaseState.PREPARING:
+            self._become(LeaseEvent.SEND)
             self.sent_at, self._is_confirmed = self._now(), False
         self.content = NOTHING
         if self.slot is not None:
-            self.table.expect_nothing(self.slot, self.request.space)
+            self.table.expect_unknown_content(self.slot, self.request.namespace)
         if is_confirmed:
             self.mark_processing()
 
     def mark_processing(self) -> None:
         """llama-server has begun with the request itself. No effect if that was known, or after the end."""
-        if self.state is State.SENT:
-            self._become(Event.CONFIRM)
+        if self.state is LeaseState.SENT:
+            self._become(LeaseEvent.CONFIRM)
             self._is_confirmed = True
             if self.slot is not None:
                 self.table.answering(self.slot, self._now())
@@ -369,14 +366,14 @@ class Lease:
 
     def mark_decoding(self) -> None:
         """The first token of the answer has come. Idempotent."""
-        if self.state is not State.DECODING:
-            self._become(Event.TOKEN)
+        if self.state is not LeaseState.DECODING:
+            self._become(LeaseEvent.TOKEN)
             self.forbid_preemption()
             self._owner.on_change(self)
 
     def finish(self, content: Content | None) -> None:
         """llama-server is done with what was sent, and the slot holds ``content``."""
-        self._become(Event.PREFILLED if self.state is State.PREFILLING else Event.SETTLE)
+        self._become(LeaseEvent.PREFILLED if self.state is LeaseState.PREFILLING else LeaseEvent.SETTLE)
         self.content, self._is_left_at_work = content, False
 
     # -- preemption ----------------------------------------------------------------------------------------------
@@ -428,18 +425,18 @@ class Lease:
         """
         if self.is_released:
             return
-        if self.state is State.ACTING:
-            self._become(Event.RELEASE)
+        if self.state is LeaseState.ACTING:
+            self._become(LeaseEvent.RELEASE)
         else:
             self._give_back()
 
     def _give_back(self) -> None:
-        self._become(Event.LEAVE if self.is_at_work else Event.GIVE_BACK)
+        self._become(LeaseEvent.LEAVE if self.is_at_work else LeaseEvent.GIVE_BACK)
         if self._pin is not None:
             self._pin.__exit__(None, None, None)
         if self.slot is not None:
             self.end_pending_save()
-            if self.state is State.DRAINING:
+            if self.state is LeaseState.DRAINING:
                 event, content = SlotEvent.LEAVE, self.content or NOTHING
             elif self.content is None:
                 event, content = SlotEvent.FAIL, NOTHING

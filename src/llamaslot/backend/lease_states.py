@@ -5,10 +5,10 @@ from __future__ import annotations
 import enum
 from typing import Literal
 
-from llamaslot.llama.sse import PrefillStats
+from llamaslot.scheduling.plan import PrefillStats
 
 
-class State(enum.Enum):
+class LeaseState(enum.Enum):
     PREPARING = "preparing"  # before a step or between two: nothing of it runs in the slot
     ACTING = "acting"  # a save, erase or restore is running; it is completed even if the client leaves
     PREFILLING = "prefilling"  # llamaslot computes a part of the prompt ahead of the request
@@ -22,7 +22,7 @@ class State(enum.Enum):
     RELEASED = "released"
 
 
-class Event(enum.Enum):
+class LeaseEvent(enum.Enum):
     ACT = "act"
     ACTED = "act no more"
     PREFILL = "prefill"
@@ -38,45 +38,54 @@ class Event(enum.Enum):
     LEAVE = "leave llama-server at work"
 
 
-NEXT: dict[tuple[State, Event], State] = {
-    (State.PREPARING, Event.ACT): State.ACTING,
-    (State.PREPARING, Event.PREFILL): State.PREFILLING,
-    (State.PREPARING, Event.WAIT): State.WAITING_EXCLUSIVE,
-    (State.PREPARING, Event.SEND): State.SENT,
-    (State.PREPARING, Event.SETTLE): State.SETTLED,  # a slot that llama-server could have chosen, but did not
-    (State.PREPARING, Event.GIVE_BACK): State.RELEASED,
-    (State.PREPARING, Event.LEAVE): State.DRAINING,  # a save has failed while it rewound the slot
-    (State.ACTING, Event.ACTED): State.PREPARING,
-    (State.ACTING, Event.RELEASE): State.RELEASE_PENDING,
-    (State.PREFILLING, Event.PREFILLED): State.PREPARING,
-    (State.PREFILLING, Event.LEAVE): State.DRAINING,
-    (State.WAITING_EXCLUSIVE, Event.ADMIT): State.PREPARING,
-    (State.WAITING_EXCLUSIVE, Event.GIVE_BACK): State.RELEASED,
-    (State.WAITING_EXCLUSIVE, Event.LEAVE): State.DRAINING,
-    (State.SENT, Event.CONFIRM): State.PROCESSING,
-    (State.SENT, Event.TOKEN): State.DECODING,  # without a slot of its own it is seen running only later
-    (State.SENT, Event.SETTLE): State.SETTLED,  # refused
-    (State.SENT, Event.GIVE_BACK): State.RELEASED,  # without a slot of its own
-    (State.SENT, Event.LEAVE): State.DRAINING,
-    (State.PROCESSING, Event.TOKEN): State.DECODING,
-    (State.PROCESSING, Event.SETTLE): State.SETTLED,
-    (State.PROCESSING, Event.GIVE_BACK): State.RELEASED,  # without a slot of its own
-    (State.PROCESSING, Event.LEAVE): State.DRAINING,
-    (State.DECODING, Event.SETTLE): State.SETTLED,
-    (State.DECODING, Event.GIVE_BACK): State.RELEASED,  # without a slot of its own
-    (State.DECODING, Event.LEAVE): State.DRAINING,
-    (State.SETTLED, Event.ACT): State.ACTING,  # saved before its slot is given back
-    (State.SETTLED, Event.GIVE_BACK): State.RELEASED,
-    (State.RELEASE_PENDING, Event.GIVE_BACK): State.RELEASED,
-    (State.RELEASE_PENDING, Event.LEAVE): State.DRAINING,
+NEXT: dict[tuple[LeaseState, LeaseEvent], LeaseState] = {
+    (LeaseState.PREPARING, LeaseEvent.ACT): LeaseState.ACTING,
+    (LeaseState.PREPARING, LeaseEvent.PREFILL): LeaseState.PREFILLING,
+    (LeaseState.PREPARING, LeaseEvent.WAIT): LeaseState.WAITING_EXCLUSIVE,
+    (LeaseState.PREPARING, LeaseEvent.SEND): LeaseState.SENT,
+    (
+        LeaseState.PREPARING,
+        LeaseEvent.SETTLE,
+    ): LeaseState.SETTLED,  # a slot that llama-server could have chosen, but did not
+    (LeaseState.PREPARING, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,
+    (
+        LeaseState.PREPARING,
+        LeaseEvent.LEAVE,
+    ): LeaseState.DRAINING,  # a save has failed while it rewound the slot
+    (LeaseState.ACTING, LeaseEvent.ACTED): LeaseState.PREPARING,
+    (LeaseState.ACTING, LeaseEvent.RELEASE): LeaseState.RELEASE_PENDING,
+    (LeaseState.PREFILLING, LeaseEvent.PREFILLED): LeaseState.PREPARING,
+    (LeaseState.PREFILLING, LeaseEvent.LEAVE): LeaseState.DRAINING,
+    (LeaseState.WAITING_EXCLUSIVE, LeaseEvent.ADMIT): LeaseState.PREPARING,
+    (LeaseState.WAITING_EXCLUSIVE, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,
+    (LeaseState.WAITING_EXCLUSIVE, LeaseEvent.LEAVE): LeaseState.DRAINING,
+    (LeaseState.SENT, LeaseEvent.CONFIRM): LeaseState.PROCESSING,
+    (
+        LeaseState.SENT,
+        LeaseEvent.TOKEN,
+    ): LeaseState.DECODING,  # without a slot of its own it is seen running only later
+    (LeaseState.SENT, LeaseEvent.SETTLE): LeaseState.SETTLED,  # refused
+    (LeaseState.SENT, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,  # without a slot of its own
+    (LeaseState.SENT, LeaseEvent.LEAVE): LeaseState.DRAINING,
+    (LeaseState.PROCESSING, LeaseEvent.TOKEN): LeaseState.DECODING,
+    (LeaseState.PROCESSING, LeaseEvent.SETTLE): LeaseState.SETTLED,
+    (LeaseState.PROCESSING, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,  # without a slot of its own
+    (LeaseState.PROCESSING, LeaseEvent.LEAVE): LeaseState.DRAINING,
+    (LeaseState.DECODING, LeaseEvent.SETTLE): LeaseState.SETTLED,
+    (LeaseState.DECODING, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,  # without a slot of its own
+    (LeaseState.DECODING, LeaseEvent.LEAVE): LeaseState.DRAINING,
+    (LeaseState.SETTLED, LeaseEvent.ACT): LeaseState.ACTING,  # saved before its slot is given back
+    (LeaseState.SETTLED, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,
+    (LeaseState.RELEASE_PENDING, LeaseEvent.GIVE_BACK): LeaseState.RELEASED,
+    (LeaseState.RELEASE_PENDING, LeaseEvent.LEAVE): LeaseState.DRAINING,
 }
 
 # Tuples: hashing an enum is a call in Python.
-ENDED = (State.RELEASE_PENDING, State.DRAINING, State.RELEASED)
-RUNNING = (State.PROCESSING, State.DECODING)
-OWN_REQUEST = (State.SENT, *RUNNING)
-AT_WORK = (State.PREFILLING, *OWN_REQUEST)
-NEVER_FIRST = (State.DECODING, State.WAITING_EXCLUSIVE, State.SETTLED, *ENDED)
+ENDED = (LeaseState.RELEASE_PENDING, LeaseState.DRAINING, LeaseState.RELEASED)
+RUNNING = (LeaseState.PROCESSING, LeaseState.DECODING)
+OWN_REQUEST = (LeaseState.SENT, *RUNNING)
+AT_WORK = (LeaseState.PREFILLING, *OWN_REQUEST)
+NEVER_FIRST = (LeaseState.DECODING, LeaseState.WAITING_EXCLUSIVE, LeaseState.SETTLED, *ENDED)
 
 
 class LongPrefill(enum.Enum):

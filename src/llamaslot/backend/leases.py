@@ -14,14 +14,14 @@ from dataclasses import replace
 from typing import Protocol
 
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.lease_states import State as LeaseState
+from llamaslot.backend.lease_states import LeaseState
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.errors import BackendRestarted
 from llamaslot.observe.journal import DecisionRecorder
 from llamaslot.scheduling.fairness import Charge
 from llamaslot.scheduling.plan import Plan
 from llamaslot.scheduling.request import Placement, Request
-from llamaslot.scheduling.slots import Slot, State
+from llamaslot.scheduling.slots import Slot, SlotState
 from llamaslot.tasks import ChangeEvent
 
 
@@ -217,7 +217,7 @@ class Leases:
             return False  # there is nothing to wait for any more
         return any(other.is_long for other in self.leases if other.table is self.table and other is not lease)
 
-    def wait_for_exclusive(self, lease: Lease) -> None:
+    def request_exclusive(self, lease: Lease) -> None:
         """From now on long prefills make room for the exclusive request, and none begins."""
         assert self.turn is lease.request, "only the request whose turn it is"
         if not self.is_turn_wanted:
@@ -230,7 +230,7 @@ class Leases:
         self.is_gate_shut = True
 
     def resume_admission(self, lease: Lease) -> None:
-        """Others may go on, as before ``wait_for_exclusive``; the request still waits."""
+        """Others may go on, as before ``request_exclusive``; the request still waits."""
         assert self.turn is lease.request, "only the request whose turn it is"
         self.is_gate_shut = self.is_turn_wanted = False
         self.dispatch()
@@ -260,7 +260,7 @@ class Leases:
         assert len(slots) == len(set(map(id, slots))), "a slot has one lease"
         for lease in current:
             assert lease.slot is not None
-            assert lease.slot.state is State.LEASED, f"a lease holds a leased slot: {lease}"
-        leased = sum(slot.state is State.LEASED for slot in self.table.slots)
+            assert lease.slot.state is SlotState.LEASED, f"a lease holds a leased slot: {lease}"
+        leased = sum(slot.state is SlotState.LEASED for slot in self.table.slots)
         assert leased == len(slots), "a leased slot has a lease"
         assert not self.is_gate_shut or self.turn is not None, "only a turn closes the gate"

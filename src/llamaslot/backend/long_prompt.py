@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llamaslot.backend.lease import Lease
 from llamaslot.formats.comments import Comment
-from llamaslot.llama.sse import PrefillStats
+from llamaslot.scheduling.plan import PrefillStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class LongPrompt:
     @property
     def target(self) -> int:
         """The next stop: one of its own, or a shared prefix that other requests wait for."""
-        stops = [*self.stops, *self.lease.table.trunks_to_come(self.lease.slot_id)]
+        stops = [*self.stops, *self.lease.table.expected_trunks(self.lease.slot_id)]
         return min(
             (at for at in stops if at > self.at or (at == self.at and not self.has_begun)), default=self.last
         )

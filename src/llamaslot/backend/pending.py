@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llamaslot.cache.changes import Changes
 from llamaslot.cache.content import Content
-from llamaslot.cache.namespaces import Namespace, mark
+from llamaslot.cache.namespaces import Namespace, marker
 from llamaslot.cache.prefix_index import PrefixIndex
 
 
@@ -41,9 +41,9 @@ class PendingSnapshots:
     def get(self, holder: str) -> PendingSave | None:
         return self._entries.get(holder)
 
-    def space_of(self, holder: str) -> Namespace:
+    def namespace_of(self, holder: str) -> Namespace:
         """Raises KeyError for an unknown holder."""
-        return self._entries[holder].content.space
+        return self._entries[holder].content.namespace
 
     def contents(self) -> list[Content]:
         """The contents of all. Only tests use it."""
@@ -58,7 +58,7 @@ class PendingSnapshots:
         name = "leaving" if slot is None else "prefix"
         entry = PendingSave(f"{name}-{next(self._serial)}", content, until, slot)
         self._entries[entry.holder] = entry
-        marked = mark(content.space) + content.tokens
+        marked = marker(content.namespace) + content.tokens
         self.index.insert(entry.holder, marked)
         self.changes.note(marked)
         return entry
@@ -67,7 +67,7 @@ class PendingSnapshots:
         """It is a snapshot now, or has failed. Idempotent."""
         if self._entries.pop(entry.holder, None) is not None:
             self.index.drop(entry.holder)
-            self.changes.note(mark(entry.content.space) + entry.content.tokens)
+            self.changes.note(marker(entry.content.namespace) + entry.content.tokens)
 
     def trunks_of(self, slot: int) -> list[PendingSave]:
         """The shared prefixes to come from ``slot``."""

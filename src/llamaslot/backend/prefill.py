@@ -32,10 +32,10 @@ from llamaslot.errors import UpstreamError
 from llamaslot.formats.comments import Comment
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.replies import Progress
-from llamaslot.llama.sse import PrefillStats
 from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
+from llamaslot.scheduling.plan import PrefillStats
 from llamaslot.scheduling.prefill_policy import GRAIN, Pending, PrefillSharing, chunk_end, next_up, pause_s
 from llamaslot.scheduling.server_time import ServerTime
 from llamaslot.tasks import ChangeEvent
@@ -90,7 +90,7 @@ class ChunkedPrefill:
         its slot drains.
         """
         rewind_model = lease.table.rewind_model
-        n_window = (rewind_model.window or 0) if rewind_model.memory is CacheKind.SWA else 0
+        n_window = (rewind_model.window or 0) if rewind_model.cache_kind is CacheKind.SWA else 0
         long = LongPrompt(
             lease, stops, report, may_replan, lease.forecast.n_likely, self.now(), no_stop_before=n_window + 1
         )
@@ -179,7 +179,7 @@ class ChunkedPrefill:
 
     def _pending(self, long: LongPrompt, now: float) -> Pending:
         """The remaining work counts to the point where other requests can resume, if any wait for that."""
-        shared = [at for at in long.lease.table.trunks_to_come(long.lease.slot_id) if at > long.at]
+        shared = [at for at in long.lease.table.expected_trunks(long.lease.slot_id) if at > long.at]
         left_s = self.rates.prefill.seconds(long.lease.n_done, min([long.last, *shared]))
         computed_s = long.seconds + (now - long.since if long is self._current else 0.0)
         return Pending(left_s, max(now - long.came_at - computed_s, 0.0), long.came_at)
@@ -295,7 +295,7 @@ class ChunkedPrefill:
             async with (
                 limit,
                 contextlib.aclosing(
-                    self.api.prefill(lease.slot_id, tokens, lease.request.space.lora)
+                    self.api.prefill(lease.slot_id, tokens, lease.request.namespace.lora)
                 ) as events,
             ):
                 async for event in events:
@@ -393,9 +393,9 @@ class ChunkedPrefill:
         model can rewind to it.
         """
         lease, table = long.lease, long.lease.table
-        due = [at for at in table.trunks_to_come(lease.slot_id) if at <= long.at]
+        due = [at for at in table.expected_trunks(lease.slot_id) if at <= long.at]
         if due and not table.rewind_model.is_rewindable and due[-1] < long.at:
-            table.expect_no_trunk(lease.slot_id, long.at)
+            table.end_expected_trunks(lease.slot_id, long.at)
             self.leases.dispatch()
             return False
         return bool(due)

@@ -57,14 +57,14 @@ STALE = (
 class Files:
     """Whether slot files of a model that cannot rewind to any token are useful.
 
-    ``keep_checkpoints``: files contain the slot's checkpoints. ``memory``: the kind shown by resuming from a restored
-    slot. Both None if that could not be probed. ``are_usable`` is False if nothing in them can be used (a sliding
+    ``keep_checkpoints``: files contain the slot's checkpoints. ``cache_kind``: shown by resuming from a restored slot.
+    Both None if that could not be probed. ``are_usable`` is False if nothing in them can be used (a sliding
     window without checkpoints), or must be used: b9713 keeps a slot's checkpoints when another conversation is
     restored into it, resumes from the other conversation's state, and answers wrongly (measured).
     """
 
     keep_checkpoints: bool | None = None
-    memory: CacheKind | None = None
+    cache_kind: CacheKind | None = None
     are_usable: bool = True
 
 
@@ -79,14 +79,14 @@ class Probes:
         self.api, self.catalog, self.rates = api, catalog, rates
         self.warnings: list[str] = []
         self.can_erase = True
-        self.is_memory_sure = False
+        self.is_cache_kind_sure = False
         self.window: int | None = None  # of a sliding window, in tokens; None if no model file tells
 
     async def has_room(self, n_tokens: int) -> bool:
         """Evict what a file of ``n_tokens`` needs, if anything. False, and nothing is evicted if that cannot help."""
         if self.catalog is None:
             return False
-        room = await self._room(self.rates.size_bytes(n_tokens))
+        room = await self._quota(self.rates.size_bytes(n_tokens))
         if room is not None:
             await self.catalog.abandon(room)
         return room is not None
@@ -106,7 +106,7 @@ class Probes:
         async def save(name: str) -> None:
             await self.api.save(slot, name)
 
-        room = await self._room(self.rates.size_bytes(n_tokens)) if n_tokens else None
+        room = await self._quota(self.rates.size_bytes(n_tokens)) if n_tokens else None
         try:
             await prove_shared(self.catalog.directory, save)
         except SlotActionFailed as error:
@@ -127,7 +127,7 @@ class Probes:
         except SlotActionFailed:
             self.can_erase = False
 
-    async def _room(self, size_bytes: int) -> Reservation | None:
+    async def _quota(self, size_bytes: int) -> Reservation | None:
         assert self.catalog is not None
         with contextlib.suppress(QuotaExceeded, SnapshotInvalid):
             return await self.catalog.reserve(size_bytes)
@@ -144,7 +144,7 @@ class Probes:
             return
         for n_tokens in (_FEW, _MORE):
             await self._fill(slot, n_tokens)
-            room = await self._room(self.rates.size_bytes(n_tokens) if self.catalog.snapshots else 0)
+            room = await self._quota(self.rates.size_bytes(n_tokens) if self.catalog.snapshots else 0)
             if room is None:
                 return
             try:
@@ -155,15 +155,15 @@ class Probes:
             finally:
                 await self.catalog.abandon(room)
 
-    async def memory(self, slot: int, props: Props) -> CacheKind:
+    async def cache_kind(self, slot: int, props: Props) -> CacheKind:
         """The kind of model: from its GGUF if that can be read, and verified by a rewind in the slot."""
         known = await architecture(Path(props.model_path)) if props.model_path else None
-        self.is_memory_sure, self.window = known is not None, known.window if known is not None else None
+        self.is_cache_kind_sure, self.window = known is not None, known.window if known is not None else None
         window = known.window if known is not None else 0
         n_tokens = window + 256 if window else _MORE
-        memory = known.memory if known is not None else CacheKind.DENSE
+        cache_kind = known.cache_kind if known is not None else CacheKind.DENSE
         if n_tokens > min(_MAX_WINDOW, props.n_ctx // 2):
-            return memory
+            return cache_kind
         tokens = await self._fill(slot, n_tokens)
         n_back = n_tokens // 4  # far enough before the checkpoints at the end
         n_reused = 0
@@ -173,10 +173,10 @@ class Probes:
                 break
         if n_reused >= n_back - 1:
             return CacheKind.DENSE  # also SWA with --swa-full
-        memory = CacheKind.SWA if memory is CacheKind.SWA else CacheKind.RECURRENT
-        hint = "; --swa-full mends it where memory allows" if memory is CacheKind.SWA else ""
-        log.info(NO_REWIND, self.api.name, memory.value, hint)
-        return memory
+        cache_kind = CacheKind.SWA if cache_kind is CacheKind.SWA else CacheKind.RECURRENT
+        hint = "; --swa-full mends it where memory allows" if cache_kind is CacheKind.SWA else ""
+        log.info(NO_REWIND, self.api.name, cache_kind.value, hint)
+        return cache_kind
 
     async def checkpoints(self, slot: int) -> Files:
         """Whether a slot file of a model that cannot rewind to any token is useful."""
@@ -187,7 +187,7 @@ class Probes:
         await self._prefill(slot, mine)
         if not await self._prefill(slot, parted):
             return Files()  # it creates none
-        room = await self._room(self.rates.size_bytes(count(parted)))
+        room = await self._quota(self.rates.size_bytes(count(parted)))
         if room is None:
             return Files()
 
@@ -208,12 +208,12 @@ class Probes:
             return Files()
         finally:
             await self.catalog.abandon(room)
-        memory = CacheKind.RECURRENT if is_end_enough else CacheKind.SWA
+        cache_kind = CacheKind.RECURRENT if is_end_enough else CacheKind.SWA
         if not is_kept and not is_end_enough:
             return self._useless(WORTHLESS)
         if not is_kept:
             self.warnings.append(NO_CHECKPOINTS)
-        return Files(is_kept, memory)
+        return Files(is_kept, cache_kind)
 
     def _useless(self, why: str) -> Files:
         self.warnings.append(why)

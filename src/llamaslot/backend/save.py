@@ -120,7 +120,7 @@ class Saving:
         finally:  # without an await since it became a snapshot
             if not is_kept:
                 lease.stop_keeping()
-            lease.table.expect_no_trunk(lease.slot_id, n_tokens)
+            lease.table.end_expected_trunks(lease.slot_id, n_tokens)
             self._leases.dispatch()
 
     async def _write(
@@ -140,7 +140,7 @@ class Saving:
         began = self.now()
         try:
             size_bytes = self.rates.size_bytes(n_held)
-            draft = await self.catalog.reserve(
+            reservation = await self.catalog.reserve(
                 size_bytes, keep=keep, spare=self._leases.snapshots_in_demand()
             )
         except (QuotaExceeded, SnapshotInvalid) as error:
@@ -155,16 +155,16 @@ class Saving:
                 started = self.now()
                 lease.check_current()  # reserving has taken a while
                 if must_give_way():
-                    await self.catalog.abandon(draft)
+                    await self.catalog.abandon(reservation)
                     return None
-                result = await self.api.save(lease.slot_id, draft.part_name)
+                result = await self.api.save(lease.slot_id, reservation.part_name)
                 seconds = self.now() - started
             if result.n_tokens == 0:
-                lease.table.lost_slots.note(self.now())
+                lease.table.lost_slots.count(self.now())
             if kind is SnapshotKind.TRUNK and result.n_tokens != n_held:
                 raise OtherConversation(f"{result.n_tokens} tokens were saved instead of {n_held}")
             snapshot = await self.catalog.commit(
-                draft,
+                reservation,
                 tokens_expected=content.tokens,
                 n_saved=result.n_tokens,
                 n_written=result.n_bytes,
@@ -173,11 +173,11 @@ class Saving:
                 source=lease.request.id,
                 kind=kind,
                 is_pinned=kind is SnapshotKind.TRUNK and lease.request.is_prewarm,
-                space=content.space.text,
+                namespace=content.namespace.text,
                 idle_s=idle_s,
             )
         except (LlamaslotError, OSError) as error:
-            await self.catalog.abandon(draft)
+            await self.catalog.abandon(reservation)
             if isinstance(error, OtherConversation):
                 lease.set_content(None)  # a full disk, by contrast, says nothing about the slot
             _not_saved(lease, kind, error, self.now() - started)
@@ -221,7 +221,7 @@ class Saving:
         is_near = content.n_tokens - max(content.checkpoints, default=0) <= NEGLIGIBLE_TOKENS
         if rewind_model.is_rewound:
             return is_near and not content.is_exact
-        return rewind_model.memory is CacheKind.SWA and content.is_exact and not is_near
+        return rewind_model.cache_kind is CacheKind.SWA and content.is_exact and not is_near
 
     async def _has_gone_back(self, lease: Lease, content: Content, kind: SnapshotKind) -> bool:
         """Rewind the slot if its file would be useless otherwise. False if that failed: then its content is unknown,
@@ -247,7 +247,7 @@ class Saving:
         lease.check_current()
         n_reused = 0
         async with contextlib.aclosing(
-            self.api.prefill(lease.slot_id, content.tokens, content.space.lora)
+            self.api.prefill(lease.slot_id, content.tokens, content.namespace.lora)
         ) as events:
             async for event in events:
                 n_reused = event.cache

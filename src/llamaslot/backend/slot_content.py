@@ -19,7 +19,7 @@ _IDLE_POLL_S = 0.02  # llama-server answers between two batches, so it is polled
 def prefilled(before: Content, tokens: bytes, n_reused: int) -> Content:
     """The content of a slot after ``tokens`` were computed on ``n_reused`` of its tokens."""
     checkpoints = checkpoints_after(before.checkpoints, n_reused, [count(tokens)])
-    return Content(tokens, True, True, checkpoints, before.snapshot, space=before.space)
+    return Content(tokens, True, True, checkpoints, before.snapshot, namespace=before.namespace)
 
 
 async def wait_until_idle(

@@ -12,12 +12,12 @@ from functools import partial
 from itertools import takewhile
 
 from llamaslot.backend.assist import LostSlots
-from llamaslot.backend.candidates import SnapshotCandidates
 from llamaslot.backend.pending import PendingSave, PendingSnapshots
 from llamaslot.backend.slot_worth import SlotWorth
+from llamaslot.backend.snapshot_candidates import SnapshotCandidates
 from llamaslot.cache.content import NOTHING, Content, SnapshotKind
 from llamaslot.cache.ids import common, count, head
-from llamaslot.cache.namespaces import InNamespaces, Namespace, mark
+from llamaslot.cache.namespaces import InNamespaces, Namespace, marker
 from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.cache.reuse import CacheKind, RewindModel, checkpoints_after
 from llamaslot.cache.shared_prefix import MIN_TOKENS
@@ -29,11 +29,11 @@ from llamaslot.scheduling.placement import (
     Rules,
     SlotView,
     is_other_conversation,
-    weight,
+    return_likelihood,
 )
 from llamaslot.scheduling.plan import Plan, Save, SaveSharedPrefix
 from llamaslot.scheduling.request import Request
-from llamaslot.scheduling.slots import Event, Slot, SlotKey, State
+from llamaslot.scheduling.slots import Slot, SlotEvent, SlotKey, SlotState
 from llamaslot.store import Snapshot, WithTokens
 from llamaslot.store.model_snapshots import ModelSnapshots
 
@@ -43,13 +43,13 @@ DRAIN_S = 0.4  # usual time until the server notices that a client has gone
 @dataclass(slots=True)
 class SlotForecast:
     """When a leased slot will be free. ``ready_at``: when its steps are over and an answer begins, if any, of at most
-    ``max_tokens`` if known. ``will_hold``: its future content, computed in ``space``.
+    ``max_tokens`` if known. ``will_hold``: its future content, computed in ``namespace``.
     """
 
     ready_at: float
     has_answer: bool
     will_hold: bytes
-    space: Namespace
+    namespace: Namespace
     max_tokens: int | None = None
     is_at_work: bool = False  # it drains, and the server was seen working in it
 
@@ -69,13 +69,15 @@ class SlotTable:
         self.backend, self.n_ctx, self.rules, self.rates = backend, n_ctx, rules, rates
         self.can_erase = False
         self.rewind_model = RewindModel(predictions=rates.predictions)
-        self.is_memory_sure = False  # the GGUF says so too: a short probe does not exceed a sliding window
+        self.is_cache_kind_sure = (
+            False  # the GGUF says so too: a short probe does not exceed a sliding window
+        )
         self.slots = [Slot(backend, i) for i in range(n_slots)]
         self.is_current = True
         self.lost_slots = LostSlots()
         self.n_batch = 0  # prompt tokens that the server computes at once; 0 until that was seen
         self._index: PrefixIndex[int] = PrefixIndex()
-        self._residents = InNamespaces(self._index, self._space_of)
+        self._residents = InNamespaces(self._index, self._namespace_of)
         self.worth = SlotWorth(self.slots, rules, rates, self.rewind_model)
         self._pending = PendingSnapshots()
         self.offer(ModelSnapshots())
@@ -83,7 +85,7 @@ class SlotTable:
 
     def offer(self, library: ModelSnapshots) -> None:
         """Use the snapshots in ``library``, which is shared with the slot tables before and after this one."""
-        self._snapshots, self._snapshot_index = library.snapshots, library.in_spaces
+        self._snapshots, self._snapshot_index = library.snapshots, library.in_namespaces
         self.model_snapshots = library
         self._candidates = SnapshotCandidates(library, self._pending, self.rates, self.rewind_model)
         self.worth.offer(library, self._pending, self._candidates)
@@ -98,12 +100,12 @@ class SlotTable:
         self.worth.can_save = can_save
 
     @property
-    def memory(self) -> CacheKind:
-        return self.rewind_model.memory
+    def cache_kind(self) -> CacheKind:
+        return self.rewind_model.cache_kind
 
-    @memory.setter
-    def memory(self, memory: CacheKind) -> None:
-        self.rewind_model.memory = memory
+    @cache_kind.setter
+    def cache_kind(self, cache_kind: CacheKind) -> None:
+        self.rewind_model.cache_kind = cache_kind
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -124,7 +126,7 @@ class SlotTable:
         shared = {hit.holder: hit.n_shared for hit in hits}
         found = self._candidates.found(request) if self.can_save else []
         if not is_patient:
-            found = [hit for hit in found if self.trunk_to_come(hit.holder) is None]
+            found = [hit for hit in found if self.expected_trunk(hit.holder) is None]
         residents = [
             (hit.n_shared, partial(self._residents.tokens, hit.holder))
             for hit in takewhile(lambda hit: hit.n_shared >= MIN_TOKENS, hits)  # the longest come first
@@ -165,7 +167,7 @@ class SlotTable:
                 n_usable=n_usable,
                 save_s=worth.save_s,
                 is_worth_saving=worth.is_worth_saving,
-                eviction_cost_s=worth.eviction_cost_s * weight(now - slot.used_at),
+                eviction_cost_s=worth.eviction_cost_s * return_likelihood(now - slot.used_at),
                 used_at=slot.used_at,
                 is_other_namespace=not request.may_use(content),
             )
@@ -179,7 +181,7 @@ class SlotTable:
             n_tokens=n_held,
             n_shared=n_shared,
             n_usable=n_usable,
-            wait_s=busy.wait_s(now, self.rates.answer, is_draining=slot.state is State.DRAINING),
+            wait_s=busy.wait_s(now, self.rates.answer, is_draining=slot.state is SlotState.DRAINING),
             used_at=slot.used_at,
         )
 
@@ -188,7 +190,7 @@ class SlotTable:
         held = self._residents.match(request.tokens, request.reads, 1) if not request.no_cache else []
         n_held = held[0].n_shared if held else 0
         n_saved = (
-            self._candidates.on_disk(request.tokens, request.space)
+            self._candidates.on_disk(request.tokens, request.namespace)
             if self.can_save and not request.no_cache
             else 0
         )
@@ -197,20 +199,18 @@ class SlotTable:
     def save_s(self, content: Content) -> float:
         return self.rates.save_s(content.n_held)
 
-    def saves_s(self, standing: SnapshotStats) -> float:
+    def saves_s(self, stats: SnapshotStats) -> float:
         """The seconds that each hit of a snapshot saves: the prefill without it, helped by other snapshots, less its
         restore. 0 if it saves nothing.
         """
-        n, n_covered, prefill_s = standing.n_tokens, 0, self.rates.prefill.seconds
-        if standing.id in self._snapshots:
-            self.model_snapshots.overlap.memory = self.memory
-            n_covered = self.model_snapshots.overlap.n_tokens(standing.id)
+        n, n_covered, prefill_s = stats.n_tokens, 0, self.rates.prefill.seconds
+        if stats.id in self._snapshots:
+            self.model_snapshots.overlap.cache_kind = self.cache_kind
+            n_covered = self.model_snapshots.overlap.n_tokens(stats.id)
         without_s, restore_s = prefill_s(0, n), self.rates.restore.seconds
         if n_covered:
-            without_s = min(
-                without_s, restore_s(standing.size_bytes * n_covered // n) + prefill_s(n_covered, n)
-            )
-        return max(without_s - restore_s(standing.size_bytes), 0.0)
+            without_s = min(without_s, restore_s(stats.size_bytes * n_covered // n) + prefill_s(n_covered, n))
+        return max(without_s - restore_s(stats.size_bytes), 0.0)
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
@@ -254,7 +254,7 @@ class SlotTable:
         busy = self._busy.get(slot.id)
         known = busy.will_hold if busy else slot.content.tokens
         n_shared = common(known, request.tokens)
-        if slot.state is State.SUSPECT or n_shared >= n:
+        if slot.state is SlotState.SUSPECT or n_shared >= n:
             return True
         may_go_on = n_shared == count(known) and (busy is not None or slot.content.may_hold(n))
         return may_go_on and self.is_other_namespace(slot, request)
@@ -263,7 +263,7 @@ class SlotTable:
         """Whether ``request`` must not use the slot's present or future content. Unknown content may be used in the
         shared namespace.
         """
-        return self._space_of(slot.id) not in request.reads
+        return self._namespace_of(slot.id) not in request.reads
 
     def best_snapshot(self, request: Request) -> str | None:
         return self._candidates.best_snapshot(request) if self.can_save else None
@@ -271,7 +271,7 @@ class SlotTable:
     def pinned(self) -> list[Snapshot]:
         return [snapshot for snapshot in self._snapshots.values() if snapshot.is_pinned]
 
-    def marked(self, snapshot: Snapshot) -> None:
+    def kind_changed(self, snapshot: Snapshot) -> None:
         """``snapshot`` has another kind now; a conversation that has continued it is a separate one."""
         if snapshot.id in self._snapshots:
             self._snapshots[snapshot.id] = snapshot
@@ -294,7 +294,7 @@ class SlotTable:
 
     def filled(self) -> list[Slot]:
         """The idle slots that are not empty, or may not be."""
-        return [slot for slot in self.slots if slot.is_idle and slot.state is not State.FREE]
+        return [slot for slot in self.slots if slot.is_idle and slot.state is not SlotState.FREE]
 
     # -- leases --------------------------------------------------------------------------------------------------
 
@@ -313,11 +313,15 @@ class SlotTable:
             leaving = self._pending.add(old, now + self.save_s(old))
         if plan is not None:
             self._expect_trunks(request, plan, now)
-        slot.become(Event.LEASE)
+        slot.become(SlotEvent.LEASE)
         slot.leased_by = request.id
-        will_hold, space = (request.tokens, request.space) if plan is not None else (old.tokens, old.space)
-        self._busy[slot.id] = SlotForecast(now + steps_s, has_answer, will_hold, space, request.max_tokens)
-        self._note(slot, will_hold, space)
+        will_hold, namespace = (
+            (request.tokens, request.namespace) if plan is not None else (old.tokens, old.namespace)
+        )
+        self._busy[slot.id] = SlotForecast(
+            now + steps_s, has_answer, will_hold, namespace, request.max_tokens
+        )
+        self._index_content(slot, will_hold, namespace)
         self.worth.lost(slot)
         return leaving
 
@@ -339,10 +343,10 @@ class SlotTable:
         ``due_at``.
         """
         checkpoints = checkpoints_after((), 0, [n_tokens])
-        trunk = Content(head(request.tokens, n_tokens), checkpoints=checkpoints, space=request.space)
+        trunk = Content(head(request.tokens, n_tokens), checkpoints=checkpoints, namespace=request.namespace)
         self._pending.add(trunk, due_at, slot)
 
-    def expect_no_trunk(self, slot: int, upto: int | None = None) -> bool:
+    def end_expected_trunks(self, slot: int, upto: int | None = None) -> bool:
         """The shared prefixes of up to ``upto`` tokens (None: any) expected from ``slot`` are saved, or will not
         come. Returns whether one was expected. Idempotent.
         """
@@ -351,11 +355,11 @@ class SlotTable:
             self._pending.end(trunk)
         return bool(ended)
 
-    def trunks_to_come(self, slot: int) -> list[int]:
+    def expected_trunks(self, slot: int) -> list[int]:
         """Where the prefill in ``slot`` is to save a shared prefix, in tokens, ascending."""
         return sorted(trunk.content.n_tokens for trunk in self._pending.trunks_of(slot))
 
-    def trunk_to_come(self, holder: str | None) -> PendingSave | None:
+    def expected_trunk(self, holder: str | None) -> PendingSave | None:
         """The shared prefix of that name, if it is still to be computed."""
         entry = self._pending.get(holder) if holder is not None else None
         return entry if entry is not None and entry.slot is not None else None
@@ -378,47 +382,47 @@ class SlotTable:
     @property
     def is_anything_on_its_way(self) -> bool:
         """Whether a request of a client that has gone may still begin in a slot."""
-        return any(s.state is State.DRAINING and not self._busy[s.id].is_at_work for s in self.slots)
+        return any(s.state is SlotState.DRAINING and not self._busy[s.id].is_at_work for s in self.slots)
 
-    def expect_nothing(self, slot: Slot, space: Namespace) -> None:
-        """A leased slot will hold unknown content, computed in ``space``: waiting for it is useless."""
+    def expect_unknown_content(self, slot: Slot, namespace: Namespace) -> None:
+        """A leased slot will hold unknown content, computed in ``namespace``: waiting for it is useless."""
         if (busy := self._busy.get(slot.id)) is not None:
-            busy.will_hold, busy.space = b"", space
-            self._note(slot, b"", busy.space)
+            busy.will_hold, busy.namespace = b"", namespace
+            self._index_content(slot, b"", busy.namespace)
 
-    def give_back(self, slot: Slot, event: Event, content: Content, now: float) -> None:
+    def give_back(self, slot: Slot, event: SlotEvent, content: Content, now: float) -> None:
         """End a lease, or the draining after one, with the slot's present content."""
-        self.expect_no_trunk(slot.id)
-        if event is Event.KEEP and content.n_tokens == 0:
-            event = Event.EMPTY
+        self.end_expected_trunks(slot.id)
+        if event is SlotEvent.KEEP and content.n_tokens == 0:
+            event = SlotEvent.EMPTY
         if content.snapshot is not None and content.snapshot not in self._snapshots:
             content = replace(content, snapshot=None, is_dirty=True)  # dropped while the slot was leased
         elif content.snapshot is not None and content.is_dirty and self._is_trunk(content.snapshot):
             content = replace(content, snapshot=None)  # a separate conversation continues it
         slot.become(event, content)
         expected = self._busy[slot.id]
-        if event is Event.LEAVE:
-            self._busy[slot.id] = SlotForecast(now, False, content.tokens, content.space)
+        if event is SlotEvent.LEAVE:
+            self._busy[slot.id] = SlotForecast(now, False, content.tokens, content.namespace)
         else:
             self._busy.pop(slot.id, None)
             slot.leased_by = None
             slot.used_at = now
-        if slot.content.tokens != expected.will_hold or slot.content.space != expected.space:
-            self._note(
-                slot, slot.content.tokens, slot.content.space
+        if slot.content.tokens != expected.will_hold or slot.content.namespace != expected.namespace:
+            self._index_content(
+                slot, slot.content.tokens, slot.content.namespace
             )  # else it is in the index as it was expected
         if slot.is_idle:
             self.worth.holds(slot)
 
-    def _note(self, slot: Slot, tokens: bytes, space: Namespace) -> None:
+    def _index_content(self, slot: Slot, tokens: bytes, namespace: Namespace) -> None:
         if tokens:
-            self._index.insert(slot.id, mark(space) + tokens)
+            self._index.insert(slot.id, marker(namespace) + tokens)
         else:
             self._index.drop(slot.id)
 
-    def _space_of(self, slot: int) -> Namespace:
+    def _namespace_of(self, slot: int) -> Namespace:
         busy = self._busy.get(slot)
-        return self.slots[slot].content.space if busy is None else busy.space
+        return self.slots[slot].content.namespace if busy is None else busy.namespace
 
     # -- invariants ----------------------------------------------------------------------------------------------
 
@@ -435,7 +439,7 @@ class SlotTable:
             assert (slot.id in self._index) == bool(held), f"a slot is indexed by what it holds: {slot}"
             if held:
                 assert self._residents.tokens(slot.id) == held, f"the index holds what the slot holds: {slot}"
-            if slot.state is State.FREE:
+            if slot.state is SlotState.FREE:
                 assert slot.content == NOTHING, f"a free slot holds nothing: {slot}"
             if slot.content.snapshot is not None:
                 assert slot.content.snapshot in self._snapshots, f"a slot's snapshot exists: {slot}"

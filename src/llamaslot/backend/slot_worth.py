@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
-from llamaslot.backend.candidates import N_COVERING, SnapshotCandidates
 from llamaslot.backend.pending import PendingSnapshots
+from llamaslot.backend.snapshot_candidates import N_COVERING, SnapshotCandidates
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, count
-from llamaslot.cache.namespaces import InNamespaces, mark
+from llamaslot.cache.namespaces import InNamespaces, marker
 from llamaslot.cache.prefix_index import PrefixIndex, Shared
 from llamaslot.cache.reuse import RewindModel
 from llamaslot.scheduling.cost import Rates, are_close
-from llamaslot.scheduling.placement import Rules, Stranger, weight, worth_a_look
+from llamaslot.scheduling.placement import Rules, Stranger, return_likelihood, worth_a_look
 from llamaslot.scheduling.save_policy import Unsaved, is_worth
 from llamaslot.scheduling.slots import Slot, SlotKey
 from llamaslot.store.model_snapshots import ModelSnapshots
@@ -48,7 +48,7 @@ class SlotWorth:
         self._outdated = {slot.id for slot in slots}
         # By their tokens; busy ones are not in it.
         self._index: PrefixIndex[int] = PrefixIndex(on_cover=self._outdated.add)
-        self._idle = InNamespaces(self._index, lambda slot: slots[slot].content.space)
+        self._idle = InNamespaces(self._index, lambda slot: slots[slot].content.namespace)
         self._on_disk: dict[int, tuple[Content, tuple[int, int], int]] = {}
         # What the worths were computed with: can_save, and the changes of both indexes of snapshots.
         self._basis: tuple[bool, int, int] | None = None
@@ -63,7 +63,7 @@ class SlotWorth:
     def holds(self, slot: Slot) -> None:
         """``slot`` is idle, with its present content."""
         if slot.content.tokens:
-            self._index.insert(slot.id, mark(slot.content.space) + slot.content.tokens)
+            self._index.insert(slot.id, marker(slot.content.namespace) + slot.content.tokens)
         else:
             self._index.drop(slot.id)
         self._outdated.add(slot.id)
@@ -99,7 +99,7 @@ class SlotWorth:
         for id_, (_, _, save_s, cost_s, is_large) in self._worths.items():
             if id_ not in near and not (reserved and self.slots[id_].key in reserved):
                 used_at = self.slots[id_].used_at
-                loss_s = save_s + cost_s * weight(now - used_at) if cost_s else save_s
+                loss_s = save_s + cost_s * return_likelihood(now - used_at) if cost_s else save_s
                 strangers.append((id_, loss_s, used_at, shared.get(id_, 0), is_large))
         return [self.slots[slot] for slot in sorted(near | worth_a_look(strangers))]
 
@@ -131,7 +131,7 @@ class SlotWorth:
         for hit in self._index.hits(tokens):
             if hit.n_shared < NEGLIGIBLE_TOKENS:
                 return
-            n_mark = count(mark(self.slots[hit.holder].content.space))
+            n_mark = count(marker(self.slots[hit.holder].content.namespace))
             known = self._on_disk.get(hit.holder)
             if known is None or hit.n_shared - n_mark >= known[2]:
                 yield hit.holder
@@ -146,15 +146,17 @@ class SlotWorth:
 
     def covered(self, slot: Slot) -> int:
         """The number of the slot's tokens that are also in another idle slot or a snapshot."""
-        tokens, space = slot.content.tokens, slot.content.space
+        tokens, namespace = slot.content.tokens, slot.content.namespace
         on_disk = self.on_disk(slot) if self.can_save else 0
         if self.rewind_model.is_rewindable:
             if slot.id in self._index:
-                n_covered = self._index.shared_with_others(slot.id) - count(mark(space))
+                n_covered = self._index.shared_with_others(slot.id) - count(marker(namespace))
             else:
-                n_covered = self._index.cover(mark(space) + tokens) - count(mark(space)) if tokens else 0
+                n_covered = (
+                    self._index.cover(marker(namespace) + tokens) - count(marker(namespace)) if tokens else 0
+                )
             return max(n_covered, on_disk)
-        hits = [hit for hit in self._idle.match(tokens, (space,), N_COVERING) if hit.holder != slot.id]
+        hits = [hit for hit in self._idle.match(tokens, (namespace,), N_COVERING) if hit.holder != slot.id]
         n_prompt = slot.content.n_tokens + 1
         found = (
             self.rewind_model.of_slot(self.slots[hit.holder].content, hit.n_shared, n_prompt) for hit in hits
@@ -172,7 +174,7 @@ class SlotWorth:
             and self.rewind_model.is_rewindable
         ):
             return known[2]
-        n_tokens = self._candidates.on_disk(content.tokens, content.space)
+        n_tokens = self._candidates.on_disk(content.tokens, content.namespace)
         self._on_disk[slot.id] = content, n_changes, n_tokens
         return n_tokens
 

@@ -36,7 +36,9 @@ def abandoned_by(table: SlotTable, new: WithTokens) -> str | None:
     """
     nearest: Snapshot | None = None
     n_parted = n_common = 0
-    for hit in table.model_snapshots.in_spaces.match(new.tokens, (Namespace.of_text(new.space),), _N_NEAREST):
+    for hit in table.model_snapshots.in_namespaces.match(
+        new.tokens, (Namespace.of_text(new.namespace),), _N_NEAREST
+    ):
         snapshot = table.model_snapshots.snapshots.get(hit.holder)
         if snapshot is None or snapshot.id == new.id:
             continue

@@ -13,7 +13,7 @@ from llamaslot.backend.leases import Leases
 from llamaslot.backend.save import NOT_SAVED, never
 from llamaslot.errors import LlamaslotError
 from llamaslot.scheduling.request import Request
-from llamaslot.scheduling.slots import Slot, State
+from llamaslot.scheduling.slots import Slot, SlotState
 from llamaslot.store import Snapshot
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Writeback:
         worth = [
             slot
             for slot in table.slots
-            if slot.state is State.HOT
+            if slot.state is SlotState.HOT
             and self._failed.get(slot) != slot.content.tokens
             and table.worth.is_worth_saving(slot)
         ]

@@ -23,7 +23,7 @@ class Content:
     ``tokens``: the known prefix of what the slot holds; the tokens of an answer are unknown until a save reads them
     back. ``is_exact``: nothing follows ``tokens``. Otherwise ``n_more`` tokens follow, 0 if their number is unknown.
     ``checkpoints``: token counts to which a model that cannot rewind freely can return. ``snapshot``: the snapshot of
-    the same conversation, if there is one. ``is_dirty``: the slot holds more than that snapshot. ``space``: the
+    the same conversation, if there is one. ``is_dirty``: the slot holds more than that snapshot. ``namespace``: the
     namespace in which the content was computed. ``has_media``: a medium (image, audio) follows ``tokens``; such
     content is never saved.
     """
@@ -34,7 +34,7 @@ class Content:
     checkpoints: tuple[int, ...] = ()
     snapshot: str | None = None
     n_more: int = 0
-    space: Namespace = SHARED
+    namespace: Namespace = SHARED
     has_media: bool = False
 
     @property

@@ -46,11 +46,11 @@ PUBLIC = Namespace("public")
 
 
 @functools.lru_cache(maxsize=1024)
-def mark(space: Namespace) -> bytes:
-    """The ids in front of each sequence of ``space`` in an index."""
-    if space == SHARED:
+def marker(namespace: Namespace) -> bytes:
+    """The ids in front of each sequence of ``namespace`` in an index."""
+    if namespace == SHARED:
         return b""
-    bits = int.from_bytes(blake2b(space.text.encode(), digest_size=8).digest())
+    bits = int.from_bytes(blake2b(namespace.text.encode(), digest_size=8).digest())
     return pack([_FIRST_ID + (bits >> 15 * i & 0x7FFF) for i in range(_N_MARK)])
 
 
@@ -68,25 +68,27 @@ class InNamespaces(Generic[H]):
     namespaces.
     """
 
-    def __init__(self, index: Index[H], space_of: Callable[[H], Namespace]) -> None:
-        """``space_of`` raises KeyError for an unknown holder."""
-        self.index, self._space_of = index, space_of
+    def __init__(self, index: Index[H], namespace_of: Callable[[H], Namespace]) -> None:
+        """``namespace_of`` raises KeyError for an unknown holder."""
+        self.index, self._namespace_of = index, namespace_of
 
     def tokens(self, holder: H) -> bytes:
         """Raises KeyError for an unknown holder."""
-        return self.index.tokens(holder)[len(mark(self._space_of(holder))) :]
+        return self.index.tokens(holder)[len(marker(self._namespace_of(holder))) :]
 
-    def match(self, query: bytes, spaces: Collection[Namespace], limit: int | None = None) -> list[Shared[H]]:
-        """As ``PrefixIndex.match``, in any of ``spaces``."""
+    def match(
+        self, query: bytes, namespaces: Collection[Namespace], limit: int | None = None
+    ) -> list[Shared[H]]:
+        """As ``PrefixIndex.match``, in any of ``namespaces``."""
         if not query:
             return []
-        found = [self._match(query, space, limit) for space in spaces]
+        found = [self._match(query, namespace, limit) for namespace in namespaces]
         if len(found) == 1:
             return found[0]
         return sorted((hit for hits in found for hit in hits), key=_order)[:limit]
 
-    def _match(self, query: bytes, space: Namespace, limit: int | None) -> list[Shared[H]]:
-        if not (marked := mark(space)):
+    def _match(self, query: bytes, namespace: Namespace, limit: int | None) -> list[Shared[H]]:
+        if not (marked := marker(namespace)):
             return self.index.match(query, limit)
         return list(islice(self._hits(marked, query), limit))
 
@@ -97,18 +99,18 @@ class InNamespaces(Generic[H]):
                 return  # another namespace, whose mark has the same first ids
             yield Shared(hit.holder, hit.n_shared - n, hit.n_tokens - n)
 
-    def cover(self, tokens: bytes, space: Namespace, exclude: Collection[H] = ()) -> int:
+    def cover(self, tokens: bytes, namespace: Namespace, exclude: Collection[H] = ()) -> int:
         """As ``PrefixIndex.cover``."""
-        hits = self._hits(mark(space), tokens) if tokens else iter(())
+        hits = self._hits(marker(namespace), tokens) if tokens else iter(())
         return next((hit.n_shared for hit in hits if hit.holder not in exclude), 0)
 
     def longest_full_prefix(
-        self, query: bytes, spaces: Collection[Namespace], exclude: Collection[H] = ()
+        self, query: bytes, namespaces: Collection[Namespace], exclude: Collection[H] = ()
     ) -> Shared[H] | None:
-        """As ``PrefixIndex.longest_full_prefix``, in any of ``spaces``."""
+        """As ``PrefixIndex.longest_full_prefix``, in any of ``namespaces``."""
         best: Shared[H] | None = None
-        for space in spaces:
-            marked = mark(space)
+        for namespace in namespaces:
+            marked = marker(namespace)
             n = len(marked) // WIDTH
             hit = self.index.longest_full_prefix(marked + query, exclude)
             if hit is not None and hit.n_tokens > n and (best is None or hit.n_tokens - n > best.n_tokens):

@@ -36,7 +36,7 @@ class CacheKind(enum.Enum):
 
 
 def usable(
-    memory: CacheKind,
+    cache_kind: CacheKind,
     n_shared: int,
     n_held: int | None,
     checkpoints: Iterable[int],
@@ -50,10 +50,10 @@ def usable(
     limit = min(n_shared, n_prompt - 1)
     if limit <= 0:
         return 0
-    if memory is CacheKind.DENSE:
+    if cache_kind is CacheKind.DENSE:
         return limit
     # The exact end is not reliable: tokens that the window needs may be gone.
-    if memory is CacheKind.SWA:
+    if cache_kind is CacheKind.SWA:
         return max((at - _SWA_BACK for at in checkpoints if _SWA_BACK < at <= limit), default=0)
     if n_held is not None and n_held <= limit:
         return n_held
@@ -100,18 +100,18 @@ class Predictions:
         self._returned: deque[float] = deque(maxlen=self.KEPT)
         self.tallies: dict[tuple[CacheKind, str], Tally] = {}
 
-    def correct(self, memory: CacheKind, source: str, n_usable: int) -> int:
+    def correct(self, cache_kind: CacheKind, source: str, n_usable: int) -> int:
         """``n_usable`` from ``usable``, less the usual shortfall of this build."""
-        return max(n_usable - self._back.get((memory, source), 0), 0)
+        return max(n_usable - self._back.get((cache_kind, source), 0), 0)
 
-    def observe(self, memory: CacheKind, source: str, n_usable: int, n_reused: int) -> None:
+    def observe(self, cache_kind: CacheKind, source: str, n_usable: int, n_reused: int) -> None:
         """Record that ``n_reused`` of ``n_usable`` (uncorrected) tokens were reused."""
         if n_usable <= 0:
             return
-        key = memory, source
+        key = cache_kind, source
         tally = self.tallies.setdefault(key, Tally())
         tally.n += 1
-        tally.n_predicted += self.correct(memory, source, n_usable)
+        tally.n_predicted += self.correct(cache_kind, source, n_usable)
         tally.n_reused += n_reused
         short = max(n_usable - n_reused, 0)
         if short > NEGLIGIBLE_TOKENS:
@@ -145,7 +145,9 @@ class Predictions:
 
     def to_json(self) -> dict[str, Any]:
         """The shortfalls, oldest first, as JSON. Tallies are not stored; they restart at 0."""
-        short = {f"{memory.value} {source}": list(last) for (memory, source), last in self._short.items()}
+        short = {
+            f"{cache_kind.value} {source}": list(last) for (cache_kind, source), last in self._short.items()
+        }
         return {"short": short, "n_whole": self._n_whole, "returned": list(self._returned)}
 
     @classmethod
@@ -159,19 +161,19 @@ class Predictions:
         for share in returned if isinstance(returned, list) else ():
             if isinstance(share, int | float) and 0 <= share <= 1:
                 predictions._returned.append(float(share))
-        for memory, source, short in _samples(parts.get("short")):
-            predictions.observe(memory, source, NEGLIGIBLE_TOKENS + 1, NEGLIGIBLE_TOKENS + 1 - short)
+        for cache_kind, source, short in _samples(parts.get("short")):
+            predictions.observe(cache_kind, source, NEGLIGIBLE_TOKENS + 1, NEGLIGIBLE_TOKENS + 1 - short)
         predictions.tallies.clear()
         return predictions
 
 
 def _samples(data: object) -> Iterator[tuple[CacheKind, str, int]]:
-    known = {memory.value: memory for memory in CacheKind}
+    known = {cache_kind.value: cache_kind for cache_kind in CacheKind}
     for key, last in data.items() if isinstance(data, Mapping) else ():
-        memory, _, source = str(key).partition(" ")
-        for short in last if isinstance(last, list) and memory in known else ():
+        cache_kind, _, source = str(key).partition(" ")
+        for short in last if isinstance(last, list) and cache_kind in known else ():
             if isinstance(short, int) and 0 <= short <= NEGLIGIBLE_TOKENS:
-                yield known[memory], source, short
+                yield known[cache_kind], source, short
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,21 +208,21 @@ class RewindModel:
     ``keeps_checkpoints``: slot files contain the checkpoints of their slots; None: unknown, assumed true.
     """
 
-    memory: CacheKind = CacheKind.DENSE
+    cache_kind: CacheKind = CacheKind.DENSE
     window: int | None = None  # tokens of a sliding window; None if no model file tells
     keeps_checkpoints: bool | None = None
     predictions: Predictions = field(default_factory=Predictions)
 
     @property
     def is_rewindable(self) -> bool:
-        return self.memory is CacheKind.DENSE
+        return self.cache_kind is CacheKind.DENSE
 
     @property
     def is_rewound(self) -> bool:
         """Whether a slot is rewound to the end of its prompt before it is saved. If slot files have no checkpoints, a
         file must end exactly where the next turn still agrees with it.
         """
-        return self.memory is CacheKind.RECURRENT and self.keeps_checkpoints is False
+        return self.cache_kind is CacheKind.RECURRENT and self.keeps_checkpoints is False
 
     def in_file(self, checkpoints: tuple[int, ...]) -> tuple[int, ...]:
         """Those of a slot's checkpoints that its file contains."""
@@ -230,8 +232,8 @@ class RewindModel:
         self, source: str, n_shared: int, n_held: int | None, checkpoints: tuple[int, ...], n_prompt: int
     ) -> int:
         """Predicted reuse: by the kind of model, corrected by what was learned of this build."""
-        n_usable = usable(self.memory, n_shared, n_held, checkpoints, n_prompt)
-        return self.predictions.correct(self.memory, source, n_usable)
+        n_usable = usable(self.cache_kind, n_shared, n_held, checkpoints, n_prompt)
+        return self.predictions.correct(self.cache_kind, source, n_usable)
 
     def of_slot(self, content: Content, n_shared: int, n_prompt: int) -> int:
         """``usable`` for the content of a slot. A model that cannot rewind resumes at the exact end, if a prompt that
@@ -244,7 +246,7 @@ class RewindModel:
         # This holds for a sliding window too, while the slot contains more than the window (measured: 2,560 of 6,000,
         # window 512).
         window = _MOST_WINDOW if self.window is None else self.window
-        least = window if self.memory is CacheKind.SWA else 0
+        least = window if self.cache_kind is CacheKind.SWA else 0
         if n_held is not None and least < n_held <= n_shared and n_held < n_prompt:
             return n_held
         return self.usable(RESIDENT, n_shared, n_held, content.checkpoints, n_prompt)
@@ -279,7 +281,7 @@ class Strikes:
     def __init__(self) -> None:
         self._failures: Counter[str] = Counter()
 
-    def note(self, snapshot: str, n_predicted: int, n_reused: int) -> bool:
+    def count(self, snapshot: str, n_predicted: int, n_reused: int) -> bool:
         """Record the reuse of a restored snapshot; True if it must be deleted. A success resets its count."""
         if not has_failed(n_predicted, n_reused):
             del self._failures[snapshot]

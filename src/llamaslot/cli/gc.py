@@ -43,7 +43,7 @@ class Shop:
     now: float
     model: Identity | None
     rates: Rates
-    returns: HitRateModel
+    hit_rates: HitRateModel
 
     @classmethod
     def of(cls, config: Config, now: float) -> Shop:
@@ -52,9 +52,9 @@ class Shop:
         if backend.slot_save_path is None:
             raise DirectoryUnusable("backends[0].slot_save_path is not set: nothing is kept on disk")
         rates = Rates.from_json(_read(store.meta_dir / f"{backend.name}.rates.json"))
-        returns = HitRateModel.from_json(_read(store.meta_dir / f"{backend.name}.returns.json"))
+        hit_rates = HitRateModel.from_json(_read(store.meta_dir / f"{backend.name}.returns.json"))
         limits = Limits(store.quota, store.max_files, store.min_free)
-        return cls(backend.slot_save_path, limits, now, Identity.from_text(rates.model), rates, returns)
+        return cls(backend.slot_save_path, limits, now, Identity.from_text(rates.model), rates, hit_rates)
 
     def is_ours(self, item: Item) -> bool:
         """Whether the last served model can use it; also true if no model is known."""
@@ -63,19 +63,17 @@ class Shop:
         other = Identity.from_text(item.noted.fingerprint)
         return other is not None and self.model.is_same(other)
 
-    def saves_s(self, standing: SnapshotStats) -> float:
+    def saves_s(self, stats: SnapshotStats) -> float:
         """Seconds saved by each hit, without regard to other snapshots."""
-        return self.rates.prefill.seconds(0, standing.n_tokens) - self.rates.restore.seconds(
-            standing.size_bytes
-        )
+        return self.rates.prefill.seconds(0, stats.n_tokens) - self.rates.restore.seconds(stats.size_bytes)
 
 
 def too_much(shop: Shop, items: list[Item]) -> list[Doomed]:
     """The snapshots of least value that exceed the configured limits: bytes, files, or free space."""
-    order = ByValue(shop.returns)
+    order = ByValue(shop.hit_rates)
     order.saves_s = shop.saves_s
-    shelf = SnapshotTable(order)
-    shelf.fingerprint = _OURS if shop.model is not None else None
+    table = SnapshotTable(order)
+    table.fingerprint = _OURS if shop.model is not None else None
     for item in items:
         noted = item.noted
         assert noted is not None, "what is whole has a sidecar"
@@ -90,9 +88,9 @@ def too_much(shop: Shop, items: list[Item]) -> list[Doomed]:
             source=noted.source,
             kind=noted.kind,
             is_pinned=noted.is_pinned,
-            space=noted.space,
+            namespace=noted.namespace,
         )
-        shelf.add(snapshot, shop.now, last_used=item.last_used, hits=item.hits)
+        table.add(snapshot, shop.now, last_used=item.last_used, hits=item.hits)
     size_bytes = sum(item.size_bytes for item in items)
     found = os.statvfs(shop.directory)
     short = {
@@ -103,7 +101,7 @@ def too_much(shop: Shop, items: list[Item]) -> list[Doomed]:
     over = [key for key, n in (*short.items(), ("store.max_files", n_short)) if n > 0]
     why = f"worth least: {' and '.join(over)}"
     by_id = {item.id: item for item in items}
-    victims = shelf.victims(max(short.values()), n_short, (), shop.now)
+    victims = table.victims(max(short.values()), n_short, (), shop.now)
     return [Doomed(by_id[victim.id], why) for victim in victims]
 
 

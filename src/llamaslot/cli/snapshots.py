@@ -24,7 +24,7 @@ from llamaslot.config.load import Config
 from llamaslot.errors import ConfigError, LlamaslotError
 from llamaslot.store import scan
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
-from llamaslot.store.inventory import Item, State, read_headers, take_stock
+from llamaslot.store.inventory import FileState, Item, read_headers, take_stock
 from llamaslot.store.sidecar import readable
 
 EXIT_BROKEN, EXIT_FAULT = 1, 2
@@ -128,8 +128,8 @@ def gc(path: Path, dry_run: bool, others: bool) -> None:
         with _locked(shop, dry_run):
             stock = take_stock(shop.directory)
             items = asyncio.run(read_headers(shop.directory, stock.items.values()))
-            doomed = [Doomed(item, item.why) for item in items if item.state is not State.WHOLE]
-            whole = [item for item in items if item.state is State.WHOLE]
+            doomed = [Doomed(item, item.why) for item in items if item.state is not FileState.WHOLE]
+            whole = [item for item in items if item.state is FileState.WHOLE]
             if others:
                 doomed += [Doomed(item, "of another model") for item in whole if not shop.is_ours(item)]
                 whole = [item for item in whole if shop.is_ours(item)]
@@ -148,8 +148,8 @@ def verify(path: Path, dry_run: bool, removes: bool, names: Sequence[str]) -> No
         with _locked(shop, dry_run or not removes):
             chosen = _chosen(shop, names) if names else list(take_stock(shop.directory).items.values())
             items = asyncio.run(read_headers(shop.directory, chosen))
-            broken = [Doomed(item, item.why) for item in items if item.state is State.BROKEN]
-            n_whole = sum(item.state is State.WHOLE for item in items)
+            broken = [Doomed(item, item.why) for item in items if item.state is FileState.BROKEN]
+            n_whole = sum(item.state is FileState.WHOLE for item in items)
             n_unfinished = len(items) - n_whole - len(broken)
             if removes and broken:
                 _remove(shop, broken, dry_run)
@@ -181,7 +181,7 @@ def _row(item: Item, shop: Shop) -> tuple[str, ...]:
         span(shop.now - noted.created_at),
         span(shop.now - item.last_used),
         _short(noted.fingerprint) + ("" if shop.is_ours(item) else " (other)"),
-        "" if item.state is State.WHOLE else f"{item.state}: {item.why}",
+        "" if item.state is FileState.WHOLE else f"{item.state}: {item.why}",
     )
 
 

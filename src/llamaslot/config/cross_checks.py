@@ -25,7 +25,7 @@ def wrong_together(raw: Any, info: ValidationInfo) -> Iterator[tuple[Loc, str]]:
     """
     if not isinstance(raw, dict):
         return
-    yield from _wrong_doors(raw)
+    yield from _auth_faults(raw)
     if not isinstance(backends := raw.get("backends"), list | tuple):
         return
     if not backends:
@@ -41,11 +41,11 @@ def wrong_together(raw: Any, info: ValidationInfo) -> Iterator[tuple[Loc, str]]:
                     ("prewarm",),
                     f"needs backends[{i}].slot_save_path: what is computed ahead is kept there",
                 )
-            for key, message in _wrong_in_backend(backend, own_port, info):
+            for key, message in _backend_faults(backend, own_port, info):
                 yield ("backends", i, *key), message
 
 
-def _wrong_doors(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
+def _auth_faults(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
     """A host that other machines can reach requires keys, or a setting that says that none are needed."""
     listen, auth = (
         section if isinstance(section := raw.get(name), dict) else {} for name in ("listen", "auth")
@@ -79,7 +79,7 @@ def _is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(str(address[0])).is_loopback for *_, address in found)
 
 
-def _wrong_in_backend(
+def _backend_faults(
     backend: dict[str, Any], own_port: object, info: ValidationInfo
 ) -> Iterator[tuple[Loc, str]]:
     url, managed = backend.get("url"), backend.get("managed")

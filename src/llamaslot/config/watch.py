@@ -18,7 +18,7 @@ class Watch:
     ) -> None:
         """``known``: the marks of the files as read before; by default those of the present files."""
         self._paths, self._clock = paths, clock
-        self.known = self._look() if known is None else known
+        self.known = self._file_ids() if known is None else known
         self._looked = clock()
 
     def has_changed(self) -> bool:
@@ -26,10 +26,10 @@ class Watch:
         if self._clock() - self._looked < CHECK_S:
             return False
         self._looked = self._clock()
-        before, self.known = self.known, self._look()
+        before, self.known = self.known, self._file_ids()
         return self.known != before
 
-    def _look(self) -> tuple[FileId | None, ...]:
+    def _file_ids(self) -> tuple[FileId | None, ...]:
         return tuple(_file_id(path) for path in self._paths)
 
 

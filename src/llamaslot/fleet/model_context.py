@@ -57,15 +57,15 @@ class ModelContext:
     modalities: Mapping[str, bool] | None = None
 
     def __repr__(self) -> str:
-        return f"<ModelContext {self.name} {self.memory.value} {self.n_ctx} tok>"
+        return f"<ModelContext {self.name} {self.cache_kind.value} {self.n_ctx} tok>"
 
     @property
-    def memory(self) -> CacheKind:
-        return self.rewind_model.memory
+    def cache_kind(self) -> CacheKind:
+        return self.rewind_model.cache_kind
 
-    def space(self, user: User, lora: str = "") -> Namespace:
+    def namespace(self, user: User, lora: str = "") -> Namespace:
         """The namespace of a request of ``user`` with the LoRA scales ``lora``."""
-        return self.rules.space(user, lora)
+        return self.rules.namespace(user, lora)
 
     def reads_media(self, kinds: set[str]) -> bool:
         """Whether the model reads media of all these kinds (``vision``, ``audio``), as far as llama-server reports."""

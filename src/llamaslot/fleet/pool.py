@@ -167,9 +167,9 @@ class Pool:
         for backend in self.backends.values():
             backend.doubt()
 
-    def space(self, user: User) -> Namespace:
+    def namespace(self, user: User) -> Namespace:
         """The namespace of a request of ``user``."""
-        return self._settings.rules.space(user)
+        return self._settings.rules.namespace(user)
 
     @property
     def n_snapshots(self) -> int:
@@ -225,13 +225,13 @@ class Pool:
         for table in self.dispatcher.tables:
             table.drop_snapshot(snapshot.id)
 
-    def _saves_s(self, standing: SnapshotStats) -> float:
+    def _saves_s(self, stats: SnapshotStats) -> float:
         """By the rates of the backend connected for the longest time: those of all are similar."""
         for table in self.dispatcher.tables:
-            return table.saves_s(standing)
+            return table.saves_s(stats)
         rates = next(iter(self.backends.values())).rates
-        whole_s = rates.prefill.seconds(0, standing.n_tokens)
-        return whole_s - rates.restore.seconds(standing.size_bytes)
+        whole_s = rates.prefill.seconds(0, stats.n_tokens)
+        return whole_s - rates.restore.seconds(stats.size_bytes)
 
     # -- life ----------------------------------------------------------------------------------------------------
 

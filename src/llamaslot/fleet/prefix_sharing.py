@@ -45,7 +45,7 @@ class PrefixWait:
         cls, table: SlotTable, wait: Wait, makers: Iterable[Lease], now: float, at_last: float
     ) -> PrefixWait | None:
         """None if the request waits for something else."""
-        trunk = table.trunk_to_come(wait.place.snapshot) if wait.place is not None else None
+        trunk = table.expected_trunk(wait.place.snapshot) if wait.place is not None else None
         if trunk is None:
             return None
         here = (maker for maker in makers if maker.table is table and maker.slot_id == trunk.slot)
@@ -99,5 +99,5 @@ def prefix_due_s(table: SlotTable, wait: Wait, now: float) -> float | None:
     """The seconds until a prefix that another request computes, and that is waited for, is available; None for other
     waits.
     """
-    trunk = table.trunk_to_come(wait.place.snapshot) if wait.place is not None else None
+    trunk = table.expected_trunk(wait.place.snapshot) if wait.place is not None else None
     return max(trunk.until - now, 0.0) + (wait.for_s or 0.0) if trunk is not None else None

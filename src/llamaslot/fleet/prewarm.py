@@ -82,9 +82,9 @@ class Prewarm:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             if self._dispatcher.idle_s >= self._idle_s:
-                await self.look()
+                await self.do_one()
 
-    async def look(self) -> None:
+    async def do_one(self) -> None:
         """Do one of the remaining tasks, if there is any. Canceling is safe."""
         table = self._table
         if table is None or not table.can_save or table.model_snapshots.n_unread:
@@ -126,19 +126,21 @@ class Prewarm:
                 and table.model_snapshots.snapshot_at(one.trunk, table.rules.public) == snapshot
                 for one in wanted
             ):
-                await self._mark(table, snapshot, is_pinned=False)
+                await self._set_pinned(table, snapshot, is_pinned=False)
                 log.info("prewarm: snapshot %s is no longer configured and may be evicted", snapshot.id)
 
-    async def _mark(self, table: SlotTable, snapshot: Snapshot, *, is_pinned: bool) -> None:
+    async def _set_pinned(self, table: SlotTable, snapshot: Snapshot, *, is_pinned: bool) -> None:
         with contextlib.suppress(KeyError):  # it has just been dropped
-            table.marked(await self._catalog.mark(snapshot.id, SnapshotKind.TRUNK, is_pinned=is_pinned))
+            table.kind_changed(
+                await self._catalog.change_kind(snapshot.id, SnapshotKind.TRUNK, is_pinned=is_pinned)
+            )
 
     # -- one of them ---------------------------------------------------------------------------------------------
 
     async def _warm(self, table: SlotTable, one: PrewarmTarget) -> None:
         if (there := table.model_snapshots.snapshot_at(one.trunk, table.rules.public)) is not None:
             if not there.is_pinned:
-                await self._mark(table, there, is_pinned=True)
+                await self._set_pinned(table, there, is_pinned=True)
             log.info("prewarm: %s is on disk: %d tokens, %s", one.name, one.n_tokens, there.id)
             self._left.remove(one)
         elif one.n_tokens < MIN_TOKENS:
@@ -163,7 +165,7 @@ class Prewarm:
             one.tokens,
             n_system=one.n_tokens,
             is_prewarm=True,
-            space=self._dispatcher.rules.public,
+            namespace=self._dispatcher.rules.public,
         )
         working = self._tasks.spawn(self._compute_in_a_slot(request), request.id)
         has_given_way = False

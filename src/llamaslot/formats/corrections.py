@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llamaslot.formats.base import Format
-from llamaslot.llama.sse import PrefillStats, data_of, event_of
+from llamaslot.llama.sse import data_of, event_of
+from llamaslot.scheduling.plan import PrefillStats
 
 _MARKS = (b'"timings"', b'"usage"', b'"prompt_progress"')
 

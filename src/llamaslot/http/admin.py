@@ -104,7 +104,7 @@ def _status_of(backend: Backend) -> dict[str, Any]:
         "health": backend.health.value,
         "model": session.model_name if session else None,
         "n_ctx": table.n_ctx if table else None,
-        "memory": table.memory.value if table else None,
+        "memory": table.cache_kind.value if table else None,
         "warnings": list(session.warnings) if session else [],
         "assist": _assist(session) if session else None,
         "slots": _slots(backend, table) if table and table.is_assisted else [],

@@ -62,14 +62,14 @@ class Keyring:
         """The user of a key, or None. Takes equally long for a valid and an invalid key, whatever its position in the
         file.
         """
-        self._look()
+        self._reload_if_changed()
         digest, found = digest_of(key), None
         for known, user in self._users:
             if hmac.compare_digest(known, digest):
                 found = user
         return found
 
-    def _look(self) -> None:
+    def _reload_if_changed(self) -> None:
         if not self._watch.has_changed():
             return
         try:

@@ -57,7 +57,7 @@ from llamaslot.http.unassisted import Unassisted
 from llamaslot.http.upstream_errors import check, check_body, in_its_words
 from llamaslot.llama.response import Response
 from llamaslot.llama.routes import Route, origin_form
-from llamaslot.llama.sse import PrefillStats
+from llamaslot.scheduling.plan import PrefillStats
 from llamaslot.scheduling.request import Placement, Request
 from llamaslot.tokens.tokenizer import NoPrompt
 
@@ -187,10 +187,10 @@ class _Exchange:
         """If the text before the first medium takes long to compute, have it in a slot: restored, or computed in turn
         with other requests. llama-server, which will choose the slot, finds it there. Canceling releases the slot.
         """
-        job = replace(parsed.request, placement=Placement.PINNED)
-        if not self.pool.takes_long(job.n_tokens):
+        slot_request = replace(parsed.request, placement=Placement.PINNED)
+        if not self.pool.takes_long(slot_request.n_tokens):
             return
-        with await self.pool.lease(job) as lease:
+        with await self.pool.lease(slot_request) as lease:
             if self.pool.context is not context:
                 return  # slots of another process have not been restored
             self.lease = lease
@@ -309,12 +309,12 @@ class _Exchange:
             else:
                 n_before += 1
 
-    def _told_to_stop(self, job: Request, preempted: Preempted) -> None:
+    def _told_to_stop(self, slot_request: Request, preempted: Preempted) -> None:
         self.backend.metrics.preempted.inc()
         n_done = preempted.prefill_stats.n_tokens if preempted.prefill_stats is not None else 0
         log.info(
             "%s: its slot goes to a user with fewer slots; queued again with %d of %d tokens computed",
-            self.id, n_done, job.n_tokens,
+            self.id, n_done, slot_request.n_tokens,
         )  # fmt: skip
 
     async def _serve_at_a_place(
@@ -330,22 +330,24 @@ class _Exchange:
         were not as expected; ``last``: why it lost the last one; ``preempted``: the last preemption. Raises
         RetryPlacement.
         """
-        job, may_replan = parsed.request, n_before < _REPLANS
+        slot_request, may_replan = parsed.request, n_before < _REPLANS
         queued = time.monotonic()
         if self.client_request.wants_progress and self._format.has_progress_events:
             self.down.progress = partial(self._progress, context, before)
         async with contextlib.AsyncExitStack() as stack:
             async with self.down.waiting(self.pool.tasks):
-                self.down.say(QueuePosition(partial(self.pool.position, job)))
+                self.down.say(QueuePosition(partial(self.pool.position, slot_request)))
                 is_back = last is not None and last is not preempted
-                lease = stack.enter_context(await self.pool.lease(job, is_back=is_back, preempted=preempted))
+                lease = stack.enter_context(
+                    await self.pool.lease(slot_request, is_back=is_back, preempted=preempted)
+                )
                 if self.pool.context is not context:
                     raise BackendRestarted  # and may have another model now
                 self.lease, backend = lease, self.pool.backend_of(lease)
                 self.pool.metrics.queue_s.observe(time.monotonic() - queued)
                 lease.recorder.rewrote(rewrote(self.request))
                 if last is None and parsed.prompts:
-                    backend.cache_misses.look(lease, parsed.prompts[0], self.body, self._format)
+                    backend.cache_misses.examine(lease, parsed.prompts[0], self.body, self._format)
                 if parsed.is_head:
                     keep_what_follows(lease)
                 if last is None:
@@ -354,9 +356,9 @@ class _Exchange:
                     lease, self.down.say, may_replan=may_replan, can_stop=True
                 )
                 turn: UnpinnedRequest | None = None
-                if job.n_children:
+                if slot_request.n_children:
                     turn = await stack.enter_async_context(backend.exclusive.take(lease, self.down.say))
-                if job.placement is Placement.STEERED:
+                if slot_request.placement is Placement.STEERED:
                     self.down.say(Comment.WAITING_FOR_TURN)
                     await backend.exclusive.evict_competitors(lease, here)
                 self.down.say(Comment.WAITING_FOR_SERVER)

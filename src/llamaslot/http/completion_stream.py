@@ -12,7 +12,7 @@ from aiohttp import web
 
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.exclusive import UnpinnedRequest
-from llamaslot.backend.feedback import Told
+from llamaslot.backend.feedback import ReportedCounts
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import STOPPED, RetryPlacement
 from llamaslot.backend.long_prompt import Prefilling
@@ -28,8 +28,7 @@ from llamaslot.http.headers import to_client
 from llamaslot.http.parse import ParsedRequest
 from llamaslot.http.stream_reader import Put, Reading
 from llamaslot.llama.response import Response, content_type_of, media_type_of, whole
-from llamaslot.llama.sse import PrefillStats
-from llamaslot.scheduling.plan import Source
+from llamaslot.scheduling.plan import PrefillStats, Source
 
 log = logging.getLogger(__name__)
 
@@ -359,7 +358,7 @@ class Answering:
             self.lease.finish(None)
             self.lease.release()
             return
-        told, before = self._told(n_found), self.lease.content or NOTHING
+        told, before = self._reported(n_found), self.lease.content or NOTHING
         if parsed.is_head and self.here is not None and n_found is not None:
             self.context.compare_head(self.client_request.format, self.here.n_tokens, n_found)
         self.backend.executor.settle(self.lease, told, self.here, parsed.left_in_slot)
@@ -370,7 +369,7 @@ class Answering:
             prompt = parsed.prompts[0]
             self.context.compare(self.client_request.format, self.client_request.body, prompt, told.n_prompt)
 
-    def _told(self, n_found: int | None) -> Told:
+    def _reported(self, n_found: int | None) -> ReportedCounts:
         """The figures to learn from. Of several prompts, or a prompt that is known up to a medium only, just the
         tokens found in the slot.
         """
@@ -378,14 +377,14 @@ class Answering:
         if parsed.is_head and n_found is not None:
             n_found = min(n_found, parsed.prompts[0].n_tokens)
         if len(parsed.prompts) != 1 or parsed.is_head:
-            return Told(n_found)
+            return ReportedCounts(n_found)
         if not timings:
-            return Told(n_found, reading.n_prompt, n_predicted=reading.n_predicted)
+            return ReportedCounts(n_found, reading.n_prompt, n_predicted=reading.n_predicted)
         n_predicted = int(timings.get("predicted_n", 0))
         if n_found is None:
-            return Told(None, reading.n_prompt, n_predicted=n_predicted)
+            return ReportedCounts(None, reading.n_prompt, n_predicted=n_predicted)
         n_computed = int(timings["prompt_n"])
-        return Told(
+        return ReportedCounts(
             n_found,
             n_found + n_computed,
             n_computed,

@@ -61,7 +61,7 @@ _STATUS = _object(
             health=_TEXT,
             model=_or_null(_TEXT),
             n_ctx=_or_null(_COUNT),
-            memory=_or_null(_TEXT),
+            cache_kind=_or_null(_TEXT),
             warnings=_list_of(_TEXT),
             assist=_or_null(_object(is_on=_YES, why=_or_null(_TEXT), remedy=_or_null(_TEXT))),
             slots=_list_of(

@@ -94,7 +94,7 @@ async def parse_request(
     """
     unknown = None
     try:
-        said = await _said(body, format_, context, context.space(user).user)
+        said = await _said(body, format_, context, context.namespace(user).user)
         if said.is_head and not format_.honours_id_slot:
             # llama-server chooses the slot, by the share of a prompt of unknown length.
             unknown = Reason.MEDIA
@@ -109,18 +109,18 @@ async def parse_request(
         raise BadRequest(_NO_COPIES)
     n_system, boundaries = 0, tuple[int, ...]()
     if said.chat is not None and said.prompts:
-        if context.memory is CacheKind.DENSE:
+        if context.cache_kind is CacheKind.DENSE:
             n_system = await context.tokenizer.system_end(said.chat, said.prompts[0])
         else:
             n_system, boundaries = await context.tokenizer.boundaries(said.chat, said.prompts[0])
-    job = Request(
+    slot_request = Request(
         id=id_,
         tokens=said.prompts[0].tokens if said.prompts else b"",
         boundaries=boundaries,
         n_system=n_system,
         no_cache=heard.get("cache_prompt") is False,
         user=user,
-        space=context.space(user, lora_of(heard)),
+        namespace=context.namespace(user, lora_of(heard)),
         max_tokens=max_tokens(body),
         n_children=n - 1,
         placement=Placement.PINNED if format_.honours_id_slot else Placement.STEERED,
@@ -130,7 +130,7 @@ async def parse_request(
     is_plain = format_.prompt_kind is PromptKind.PLAIN
     ids = next((prompt.tokens for prompt in said.prompts if is_plain and prompt.text is None), None)
     run = partial(format_.dry_run, body, said.chat, tokens=ids, n=n)
-    return ParsedRequest(job, said.prompts, run, is_beyond_server, unknown, said.is_head, n_prompts)
+    return ParsedRequest(slot_request, said.prompts, run, is_beyond_server, unknown, said.is_head, n_prompts)
 
 
 class _Said(NamedTuple):

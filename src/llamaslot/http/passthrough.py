@@ -138,9 +138,13 @@ class Passthrough:
         self, pool: Pool, request: web.Request, raw: bytes, id_: str, head: bytes, *, is_watched: bool
     ) -> web.StreamResponse:
         user = user_of(request)
-        job = Request(id_, placement=Placement.SERVER_CHOSEN, user=user, space=pool.space(user))
-        left = Content(head, is_exact=False, space=job.space, has_media=True) if head else None
-        with await pool.lease(job) as lease:
+        slot_request = Request(
+            id_, placement=Placement.SERVER_CHOSEN, user=user, namespace=pool.namespace(user)
+        )
+        left = (
+            Content(head, is_exact=False, namespace=slot_request.namespace, has_media=True) if head else None
+        )
+        with await pool.lease(slot_request) as lease:
             if not lease.table.is_assisted:
                 raise BackendRestarted
             backend = pool.backend_of(lease)

@@ -14,13 +14,13 @@ from llamaslot.formats.stream_to_json import Assembly
 from llamaslot.llama.response import Response, whole
 from llamaslot.llama.sse import (
     EventSplitter,
-    PrefillStats,
     data_of,
     event_of,
     events_in,
     last_of,
     without_empty_events,
 )
+from llamaslot.scheduling.plan import PrefillStats
 
 _NOTED = (b'"timings"', b'"error"', b'"prompt_progress"', b'"usage"')
 _CREATED, _IN_PROGRESS = b"event: response.created", b"event: response.in_progress"

@@ -83,12 +83,14 @@ class Unassisted:
         gone) closes the connection to llama-server, and the next request may be sent.
         """
         began, request = time.monotonic(), down.request
-        job = Request(down.headers["x-request-id"], user=user_of(request), max_tokens=max_tokens(body))
+        slot_request = Request(
+            down.headers["x-request-id"], user=user_of(request), max_tokens=max_tokens(body)
+        )
         await down.write(down.add_headers(ASSIST_OFF))
         async with contextlib.AsyncExitStack() as stack:
             async with down.waiting(pool.tasks):
-                down.say(QueuePosition(partial(pool.position, job)))
-                lease = stack.enter_context(await self._lease(pool, job, down))
+                down.say(QueuePosition(partial(pool.position, slot_request)))
+                lease = stack.enter_context(await self._lease(pool, slot_request, down))
                 backend = pool.backend_of(lease)
                 await down.write(down.add_headers({BACKEND: backend.name}))
                 pool.metrics.queue_s.observe(time.monotonic() - began)
@@ -127,9 +129,9 @@ class Unassisted:
             self._note(backend, lease, format_, reading, began)
             return await down.end()
 
-    async def _lease(self, pool: Pool, job: Request, down: Downstream) -> Lease:
+    async def _lease(self, pool: Pool, slot_request: Request, down: Downstream) -> Lease:
         """Wait for the right to send it. Raises BackendDown, QueueFull, BackendRestarted."""
-        lease = await pool.lease(job)
+        lease = await pool.lease(slot_request)
         if lease.table.is_assisted:  # the server was replaced while it waited
             lease.release()
             for name in ASSIST_OFF:

@@ -66,15 +66,19 @@ async def check(
     accepted it after all: then the slot is idle, and similar requests are no longer checked. Raises BackendDown and
     BackendRestarted. Canceling is safe.
     """
-    plan, job, table = lease.plan, lease.request, lease.table
+    plan, slot_request, table = lease.plan, lease.request, lease.table
     assert plan is not None
-    is_steered_past = job.placement is Placement.STEERED and bool(table.competing_slots(job, lease.slot_id))
-    if not (plan.steps or job.n_children or is_steered_past):
+    is_steered_past = slot_request.placement is Placement.STEERED and bool(
+        table.competing_slots(slot_request, lease.slot_id)
+    )
+    if not (plan.steps or slot_request.n_children or is_steered_past):
         return
     worth_s = (
-        plan.cost.save_s + plan.cost.restore_s + table.rates.prefill.seconds(plan.n_reused, job.n_tokens)
+        plan.cost.save_s
+        + plan.cost.restore_s
+        + table.rates.prefill.seconds(plan.n_reused, slot_request.n_tokens)
     )
-    lora = lease.content.space.lora if lease.content is not None else ""
+    lora = lease.content.namespace.lora if lease.content is not None else ""
     run = parsed.dry_run()
     verdict = await backend.dry_runs.ask(run, lease.slot_id, n_ctx=table.n_ctx, lora=lora, worth_s=worth_s)
     lease.check_current()

@@ -24,7 +24,7 @@ class Architecture:
     """``window``: tokens of the sliding window, 0 if there is none."""
 
     name: str
-    memory: CacheKind
+    cache_kind: CacheKind
     window: int = 0
 
 
@@ -57,8 +57,8 @@ def _parse(file: BinaryIO) -> Architecture | None:
             window = value
         elif ".ssm." in key or ".wkv." in key or key.endswith(".shortconv.l_cache"):
             is_recurrent = True
-    memory = CacheKind.RECURRENT if is_recurrent else CacheKind.SWA if window else CacheKind.DENSE
-    return Architecture(name, memory, window) if name else None
+    cache_kind = CacheKind.RECURRENT if is_recurrent else CacheKind.SWA if window else CacheKind.DENSE
+    return Architecture(name, cache_kind, window) if name else None
 
 
 def _string(file: BinaryIO) -> str:

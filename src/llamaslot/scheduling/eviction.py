@@ -49,7 +49,7 @@ class SnapshotStats:
     is_branched: bool = False
 
     @property
-    def habit(self) -> ReuseClass:
+    def reuse_class(self) -> ReuseClass:
         if self.kind is SnapshotKind.TRUNK:
             return ReuseClass.TRUNK
         if self.is_branched:
@@ -125,34 +125,36 @@ class HitRateModel:
     }
 
     def __init__(self) -> None:
-        self._tallies = {habit: _Tally() for habit in ReuseClass}
+        self._tallies = {reuse_class: _Tally() for reuse_class in ReuseClass}
         self._lengths = _Lengths()
         self._derive()
         self._n_new = 0
         self._seconds_new = self._seconds = 0.0
 
     def __repr__(self) -> str:
-        seen = ", ".join(f"{habit} {sum(tally.hits):.0f}" for habit, tally in self._tallies.items())
+        seen = ", ".join(
+            f"{reuse_class} {sum(tally.hits):.0f}" for reuse_class, tally in self._tallies.items()
+        )
         return f"<HitRateModel hits: {seen}>"
 
     # -- learning ------------------------------------------------------------------------------------------------
 
-    def hit(self, habit: ReuseClass, age_s: float, n_tokens: int) -> None:
+    def hit(self, reuse_class: ReuseClass, age_s: float, n_tokens: int) -> None:
         """Record a hit, ``age_s`` after the last use."""
-        self._tallies[habit].hits[bucket_of(age_s)] += 1.0
+        self._tallies[reuse_class].hits[bucket_of(age_s)] += 1.0
         self._lengths.hits[length_of(n_tokens)] += 1.0
-        self._event(habit)
+        self._event(reuse_class)
 
-    def gone(self, habit: ReuseClass) -> None:
+    def gone(self, reuse_class: ReuseClass) -> None:
         """Record that a snapshot can no longer be hit: evicted, superseded, lost."""
-        self._event(habit)
+        self._event(reuse_class)
 
-    def waited(self, habit: ReuseClass, from_s: float, to_s: float, n_tokens: int) -> None:
+    def waited(self, reuse_class: ReuseClass, from_s: float, to_s: float, n_tokens: int) -> None:
         """Record that a snapshot had no hit between these ages."""
         start, end = max(from_s, 0.0), to_s
         if not start < end < math.inf:
             return
-        seconds, rates = self._tallies[habit].seconds, self._derived[habit].rates
+        seconds, rates = self._tallies[reuse_class].seconds, self._derived[reuse_class].rates
         self._seconds_new += end - start
         n_expected, factor = 0.0, self.factor(n_tokens)
         for at in range(bucket_of(start), N_BUCKETS):
@@ -166,9 +168,9 @@ class HitRateModel:
             start = edge
         self._lengths.expected[length_of(n_tokens)] += n_expected
 
-    def _event(self, habit: ReuseClass) -> None:
+    def _event(self, reuse_class: ReuseClass) -> None:
         self._n_new += 1
-        tally = self._tallies[habit]
+        tally = self._tallies[reuse_class]
         tally.n_events += 1
         if tally.n_events >= 2 * self.MEMORY:
             tally.fade()
@@ -177,17 +179,17 @@ class HitRateModel:
 
     # -- results -------------------------------------------------------------------------------------------------
 
-    def rate(self, habit: ReuseClass, age_s: float) -> float:
+    def rate(self, reuse_class: ReuseClass, age_s: float) -> float:
         """Hits per second at this age, for contexts of any length."""
-        return self._now()[habit].rates[bucket_of(age_s)]
+        return self._now()[reuse_class].rates[bucket_of(age_s)]
 
-    def density(self, habit: ReuseClass, age_s: float, n_tokens: int) -> float:
+    def density(self, reuse_class: ReuseClass, age_s: float, n_tokens: int) -> float:
         """Expected hits per second if something of this age is kept for the best possible time.
 
         This is more than the rate at this age where a later rate is higher: after a coffee break few users return at
         once, but many within the hour (the Gittins index of the rates). It is never below the rate.
         """
-        densities = self._now()[habit].densities
+        densities = self._now()[reuse_class].densities
         x = 2.0 * math.log2(max(age_s, 0.0) + 1.0)
         at = min(int(x), N_BUCKETS - 1)
         part = min(x - at, 1.0)
@@ -206,42 +208,42 @@ class HitRateModel:
 
     def _derive(self) -> None:
         n_hits = sum(sum(tally.hits) for tally in self._tallies.values())
-        n_expected = sum(self._n_expected(habit) for habit in ReuseClass)
+        n_expected = sum(self._n_expected(reuse_class) for reuse_class in ReuseClass)
         # The rate of all hits relative to the priors.
         scale = (n_hits + self._FEW) / (n_expected + self._FEW)
-        self._derived = {habit: _Derived(self._rates(habit, scale)) for habit in ReuseClass}
+        self._derived = {reuse_class: _Derived(self._rates(reuse_class, scale)) for reuse_class in ReuseClass}
         self._factors = self._lengths.factors(self._FEW)
 
-    def _n_expected(self, habit: ReuseClass) -> float:
-        seconds = self._tallies[habit].seconds
-        return sum(s * prior for s, prior in zip(seconds, _PRIOR_RATES[habit], strict=True))
+    def _n_expected(self, reuse_class: ReuseClass) -> float:
+        seconds = self._tallies[reuse_class].seconds
+        return sum(s * prior for s, prior in zip(seconds, _PRIOR_RATES[reuse_class], strict=True))
 
-    def _rates(self, habit: ReuseClass, scale: float) -> list[float]:
-        tally, few = self._tallies[habit], self._FEW
-        scale = (sum(tally.hits) + few) / (self._n_expected(habit) + few / scale)
+    def _rates(self, reuse_class: ReuseClass, scale: float) -> list[float]:
+        tally, few = self._tallies[reuse_class], self._FEW
+        scale = (sum(tally.hits) + few) / (self._n_expected(reuse_class) + few / scale)
         return [
             (hits + few) / (seconds + few / (scale * prior))
-            for hits, seconds, prior in zip(tally.hits, tally.seconds, _PRIOR_RATES[habit], strict=True)
+            for hits, seconds, prior in zip(tally.hits, tally.seconds, _PRIOR_RATES[reuse_class], strict=True)
         ]
 
     # -- storage -------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        habits = {
-            habit.value: {"hits": tally.hits, "seconds": tally.seconds, "n_events": tally.n_events}
-            for habit, tally in self._tallies.items()
+        reuse_classes = {
+            reuse_class.value: {"hits": tally.hits, "seconds": tally.seconds, "n_events": tally.n_events}
+            for reuse_class, tally in self._tallies.items()
         }
         return {
-            "habits": habits,
+            "habits": reuse_classes,
             "lengths": {"hits": self._lengths.hits, "expected": self._lengths.expected},
         }
 
     @classmethod
     def from_json(cls, data: object) -> HitRateModel:
         """Read the result of ``to_json``. A missing or invalid part starts from its prior."""
-        returns = cls()
-        for habit, tally in returns._tallies.items():
-            kept = _part(_part(data, "habits"), habit.value)
+        hit_rates = cls()
+        for reuse_class, tally in hit_rates._tallies.items():
+            kept = _part(_part(data, "habits"), reuse_class.value)
             hits, seconds, n_events = kept.get("hits"), kept.get("seconds"), [kept.get("n_events")]
             if _are_counts(hits) and _are_counts(seconds) and _are_counts(n_events, 1):
                 tally.hits, tally.seconds = [float(n) for n in hits], [float(s) for s in seconds]
@@ -249,9 +251,9 @@ class HitRateModel:
         kept = _part(data, "lengths")
         hits, expected = kept.get("hits"), kept.get("expected")
         if _are_counts(hits, N_LENGTHS) and _are_counts(expected, N_LENGTHS):
-            returns._lengths = _Lengths([float(n) for n in hits], [float(n) for n in expected])
-        returns._derive()
-        return returns
+            hit_rates._lengths = _Lengths([float(n) for n in hits], [float(n) for n in expected])
+        hit_rates._derive()
+        return hit_rates
 
 
 class _Derived:
@@ -273,7 +275,7 @@ def _prior_rates(p: float, s: float) -> list[float]:
     return [p * math.log((_EDGES[b + 1] + s) / (_EDGES[b] + s)) / _WIDTHS[b] for b in range(N_BUCKETS)]
 
 
-_PRIOR_RATES = {habit: _prior_rates(p, s) for habit, (p, s) in HitRateModel.PRIORS.items()}
+_PRIOR_RATES = {reuse_class: _prior_rates(p, s) for reuse_class, (p, s) in HitRateModel.PRIORS.items()}
 
 
 def _best_densities(rates: list[float]) -> list[float]:
@@ -309,38 +311,30 @@ def _are_counts(values: Any, n: int = N_BUCKETS) -> TypeGuard[list[float]]:
 class Order(Protocol):
     """The order of eviction, and what it learns from hits and evictions."""
 
-    def rank(self, standing: SnapshotStats, now: float) -> float:
+    def rank(self, stats: SnapshotStats, now: float) -> float:
         """The snapshot with the smallest rank is evicted first."""
 
-    def worth(self, standing: SnapshotStats, now: float, saves_s: float | None = None) -> float:
-        """The value of a snapshot, comparable with sums of other values. Pass ``saves_s`` (seconds saved by each hit)
-        for a snapshot that does not exist yet.
-        """
+    def hit(self, stats: SnapshotStats, now: float) -> None:
+        """Record a hit; ``stats`` is the state before it."""
 
-    def hit(self, standing: SnapshotStats, now: float) -> None:
-        """Record a hit; ``standing`` is the state before it."""
-
-    def passed(self, standing: SnapshotStats, now: float) -> None:
+    def passed(self, stats: SnapshotStats, now: float) -> None:
         """Record that the snapshot had no hit since ``counted_until``."""
 
-    def gone(self, standing: SnapshotStats, now: float) -> None:
+    def gone(self, stats: SnapshotStats, now: float) -> None:
         """Record that it can no longer be hit."""
 
 
 class ByUse:
     """Least recently used first: the usual policy, for comparison. Learns nothing."""
 
-    def rank(self, standing: SnapshotStats, now: float) -> float:
-        return standing.last_used
+    def rank(self, stats: SnapshotStats, now: float) -> float:
+        return stats.last_used
 
-    def worth(self, standing: SnapshotStats, now: float, saves_s: float | None = None) -> float:
-        return math.inf if saves_s is not None else 0.0  # a new snapshot is always kept
+    def hit(self, stats: SnapshotStats, now: float) -> None: ...
 
-    def hit(self, standing: SnapshotStats, now: float) -> None: ...
+    def passed(self, stats: SnapshotStats, now: float) -> None: ...
 
-    def passed(self, standing: SnapshotStats, now: float) -> None: ...
-
-    def gone(self, standing: SnapshotStats, now: float) -> None: ...
+    def gone(self, stats: SnapshotStats, now: float) -> None: ...
 
 
 class ByValue:
@@ -350,28 +344,27 @@ class ByValue:
     it, because it knows speeds and the other snapshots.
     """
 
-    def __init__(self, returns: HitRateModel | None = None) -> None:
-        self.returns = HitRateModel() if returns is None else returns
-        self.saves_s: Callable[[SnapshotStats], float] = lambda standing: standing.n_tokens / 1000
+    def __init__(self, hit_rates: HitRateModel | None = None) -> None:
+        self.hit_rates = HitRateModel() if hit_rates is None else hit_rates
+        self.saves_s: Callable[[SnapshotStats], float] = lambda stats: stats.n_tokens / 1000
 
-    def rank(self, standing: SnapshotStats, now: float) -> float:
-        return self.worth(standing, now) / max(standing.size_bytes, 1)
+    def rank(self, stats: SnapshotStats, now: float) -> float:
+        return self.worth(stats, now) / max(stats.size_bytes, 1)
 
-    def worth(self, standing: SnapshotStats, now: float, saves_s: float | None = None) -> float:
+    def worth(self, stats: SnapshotStats, now: float) -> float:
         """Seconds saved per second of keeping it."""
-        saves_s = self.saves_s(standing) if saves_s is None else saves_s
-        saves_s = max(saves_s, _LEAST_S * standing.n_tokens)
-        return saves_s * self.returns.density(standing.habit, now - standing.last_used, standing.n_tokens)
+        saves_s = max(self.saves_s(stats), _LEAST_S * stats.n_tokens)
+        return saves_s * self.hit_rates.density(stats.reuse_class, now - stats.last_used, stats.n_tokens)
 
-    def hit(self, standing: SnapshotStats, now: float) -> None:
-        self.passed(standing, now)
-        self.returns.hit(standing.habit, now - standing.last_used, standing.n_tokens)
+    def hit(self, stats: SnapshotStats, now: float) -> None:
+        self.passed(stats, now)
+        self.hit_rates.hit(stats.reuse_class, now - stats.last_used, stats.n_tokens)
 
-    def passed(self, standing: SnapshotStats, now: float) -> None:
-        used = standing.last_used
-        self.returns.waited(standing.habit, standing.counted_until - used, now - used, standing.n_tokens)
-        standing.counted_until = max(now, standing.counted_until)
+    def passed(self, stats: SnapshotStats, now: float) -> None:
+        used = stats.last_used
+        self.hit_rates.waited(stats.reuse_class, stats.counted_until - used, now - used, stats.n_tokens)
+        stats.counted_until = max(now, stats.counted_until)
 
-    def gone(self, standing: SnapshotStats, now: float) -> None:
-        self.passed(standing, now)
-        self.returns.gone(standing.habit)
+    def gone(self, stats: SnapshotStats, now: float) -> None:
+        self.passed(stats, now)
+        self.hit_rates.gone(stats.reuse_class)

@@ -28,7 +28,7 @@ from llamaslot.scheduling.plan import (
 )
 from llamaslot.scheduling.prefill_policy import PrefillSharing
 from llamaslot.scheduling.request import Placement, Request, User
-from llamaslot.scheduling.slots import SlotKey, State
+from llamaslot.scheduling.slots import SlotKey, SlotState
 
 PrefillSeconds = Callable[[int, int], float]
 _TIE_S = 0.001  # smaller differences of cost are ties; then the least recently used slot is taken
@@ -51,7 +51,7 @@ class SlotView(NamedTuple):
     """
 
     key: SlotKey
-    state: State
+    state: SlotState
     n_tokens: int = 0
     n_shared: int = 0
     n_usable: int = 0
@@ -108,7 +108,7 @@ class Rules:
     sharing: PrefillSharing = field(default_factory=PrefillSharing)
     is_isolated: bool = False  # no user may read what another user has computed
 
-    def space(self, user: User, lora: str = "") -> Namespace:
+    def namespace(self, user: User, lora: str = "") -> Namespace:
         """The namespace of a request of ``user`` with the LoRA scales ``lora``."""
         return Namespace(user.id if self.is_isolated else "", lora)
 
@@ -268,12 +268,12 @@ def is_long(plan: Plan, long_s: float) -> bool:
     return plan.cost.prefill_s > long_s and any(isinstance(step, PrefillTo) for step in plan.steps)
 
 
-def weight(idle_s: float) -> float:
+def return_likelihood(idle_s: float) -> float:
     """The likelihood of another hit, from 1 downwards, by the seconds since the last use."""
     return _FORGET_S / (_FORGET_S + max(idle_s, 0.0))
 
 
-_TAKEABLE = (State.FREE, State.HOT, State.SUSPECT)
+_TAKEABLE = (SlotState.FREE, SlotState.HOT, SlotState.SUSPECT)
 
 
 def _choices(request: Request, view: BackendView, rules: Rules) -> Iterator[_Choice]:
@@ -301,7 +301,9 @@ def _choices(request: Request, view: BackendView, rules: Rules) -> Iterator[_Cho
         loss_s = slot.save_s + slot.eviction_cost_s
         is_loss = slot.eviction_cost_s > 0 and slot.n_tokens >= rules.small_prompt_tokens
         kept = (
-            0 if request.no_cache or slot.is_other_namespace or slot.state is State.SUSPECT else slot.n_usable
+            0
+            if request.no_cache or slot.is_other_namespace or slot.state is SlotState.SUSPECT
+            else slot.n_usable
         )
         source = Source.RESIDENT if kept else Source.COLD
         yield _Choice(view, slot, source, kept, loss_s + view.prefill_s(kept, n), 0.0, is_loss)
@@ -339,7 +341,7 @@ def _steps(request: Request, choice: _Choice, rules: Rules) -> Iterator[Step]:
     if choice.snapshot is not None:
         yield Erase(slot.key)
         yield Restore(slot.key, choice.snapshot.id)
-    elif view.can_erase and (slot.state is State.SUSPECT or request.no_cache or slot.is_other_namespace):
+    elif view.can_erase and (slot.state is SlotState.SUSPECT or request.no_cache or slot.is_other_namespace):
         yield Erase(slot.key)
     if view.can_erase or not (request.no_cache or slot.is_other_namespace):
         yield from prefill_steps(request, slot.key, choice.n_reused, view, rules)

@@ -118,3 +118,27 @@ class Wait:
     for_s: float | None = None
     place: Place | None = field(default=None, compare=False)
     instead: Place | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillStats:
+    """Prefill done for a request before llama-server received it. Of the ``n_tokens`` present now ``n_reused`` were
+    reused, and the rest took ``seconds``.
+
+    llama-server then reports ``cache_n`` n - 1 and ``prompt_n`` 1; the client must get the figures of its whole
+    request. ``n_answers``: the number of answers that use this work (``n``); answers to further prompts do all their
+    own work.
+    """
+
+    n_reused: int
+    n_tokens: int
+    seconds: float
+    n_answers: int = 1
+
+    def then(self, later: PrefillStats) -> PrefillStats:
+        """This work, then ``later`` for the same request. Tokens that this work itself left there do not count as
+        reused.
+        """
+        is_own = self.n_reused <= later.n_reused <= self.n_tokens
+        n_reused = self.n_reused if is_own else later.n_reused
+        return PrefillStats(n_reused, later.n_tokens, self.seconds + later.seconds, later.n_answers)

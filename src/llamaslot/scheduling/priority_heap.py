@@ -68,7 +68,7 @@ class Ranking:
                 found.append(holder)
         return found
 
-    def look_at_all(self) -> None:
+    def recompute_all(self) -> None:
         """Recompute all ranks, as after ``add``: after a change that affects all of them."""
         self._heap.clear()
         for holder in self._ranks:

@@ -41,7 +41,7 @@ class Request:
 
     ``boundaries``: token counts at which a prefill should stop on models that need checkpoints. ``n_system``: tokens
     of the system part and tools, with which other conversations begin too; 0 if unknown. ``no_cache``: nothing cached
-    may be used (``cache_prompt`` false). ``user``: the user that sent it. ``space``: the namespace of what it
+    may be used (``cache_prompt`` false). ``user``: the user that sent it. ``namespace``: the namespace of what it
     computes. ``max_tokens``: the limit of its answer, if the request has one. ``n_children``: further slots that
     llama-server chooses for ``n`` > 1. ``is_prewarm``: it only makes the shared-prefix snapshot of ``n_system``
     tokens, which is never evicted.
@@ -57,7 +57,7 @@ class Request:
     is_prewarm: bool = False
     user: User = SYSTEM_USER
     max_tokens: int | None = None
-    space: Namespace = SHARED
+    namespace: Namespace = SHARED
 
     @property
     def n_tokens(self) -> int:
@@ -66,13 +66,13 @@ class Request:
     @property
     def reads(self) -> tuple[Namespace, ...]:
         """The namespaces that it may resume from: its own, and the operator's for all users."""
-        is_a_users = self.space.user and not self.space.lora and self.space != PUBLIC
-        return (self.space, PUBLIC) if is_a_users else (self.space,)
+        is_a_users = self.namespace.user and not self.namespace.lora and self.namespace != PUBLIC
+        return (self.namespace, PUBLIC) if is_a_users else (self.namespace,)
 
     def may_use(self, content: Content) -> bool:
         """Whether it may resume from ``content``; otherwise the slot is erased first. Always true for empty content."""
         is_nothing = content.is_exact and not content.tokens
-        return is_nothing or content.space in self.reads
+        return is_nothing or content.namespace in self.reads
 
     @property
     def is_exclusive(self) -> bool:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from llamaslot.cache.content import NOTHING, Content
 
 
-class State(enum.Enum):
+class SlotState(enum.Enum):
     FREE = "FREE"  # holds nothing worth keeping
     HOT = "HOT"  # its tokens are known and kept for reuse
     LEASED = "LEASED"  # one request, save or probe owns it
@@ -17,7 +17,7 @@ class State(enum.Enum):
     SUSPECT = "SUSPECT"  # content unknown: erased before its next use
 
 
-class Event(enum.Enum):
+class SlotEvent(enum.Enum):
     LEASE = "lease"  # taken by a request
     KEEP = "keep"  # returned, with known tokens
     EMPTY = "empty"  # returned empty
@@ -25,21 +25,21 @@ class Event(enum.Enum):
     FAIL = "fail"  # a step failed half-way
 
 
-NEXT: dict[tuple[State, Event], State] = {
-    (State.FREE, Event.LEASE): State.LEASED,
-    (State.HOT, Event.LEASE): State.LEASED,
-    (State.SUSPECT, Event.LEASE): State.LEASED,
-    (State.LEASED, Event.KEEP): State.HOT,
-    (State.LEASED, Event.EMPTY): State.FREE,
-    (State.LEASED, Event.LEAVE): State.DRAINING,
-    (State.LEASED, Event.FAIL): State.SUSPECT,
-    (State.DRAINING, Event.KEEP): State.HOT,  # /slots says that it is idle, and how much it holds
-    (State.DRAINING, Event.EMPTY): State.FREE,
-    (State.DRAINING, Event.FAIL): State.SUSPECT,
+NEXT: dict[tuple[SlotState, SlotEvent], SlotState] = {
+    (SlotState.FREE, SlotEvent.LEASE): SlotState.LEASED,
+    (SlotState.HOT, SlotEvent.LEASE): SlotState.LEASED,
+    (SlotState.SUSPECT, SlotEvent.LEASE): SlotState.LEASED,
+    (SlotState.LEASED, SlotEvent.KEEP): SlotState.HOT,
+    (SlotState.LEASED, SlotEvent.EMPTY): SlotState.FREE,
+    (SlotState.LEASED, SlotEvent.LEAVE): SlotState.DRAINING,
+    (SlotState.LEASED, SlotEvent.FAIL): SlotState.SUSPECT,
+    (SlotState.DRAINING, SlotEvent.KEEP): SlotState.HOT,  # /slots says that it is idle, and how much it holds
+    (SlotState.DRAINING, SlotEvent.EMPTY): SlotState.FREE,
+    (SlotState.DRAINING, SlotEvent.FAIL): SlotState.SUSPECT,
 }
 
 
-IDLE = frozenset({State.FREE, State.HOT, State.SUSPECT})
+IDLE = frozenset({SlotState.FREE, SlotState.HOT, SlotState.SUSPECT})
 
 
 class IllegalTransition(Exception):
@@ -62,18 +62,18 @@ class Slot:
 
     backend: str
     id: int
-    state: State = State.FREE
+    state: SlotState = SlotState.FREE
     content: Content = NOTHING
     used_at: float = 0.0
     leased_by: str | None = None
 
-    def become(self, event: Event, content: Content | None = None) -> None:
+    def become(self, event: SlotEvent, content: Content | None = None) -> None:
         """Apply one transition of the table. Raises IllegalTransition naming state and event."""
         try:
             self.state = NEXT[self.state, event]
         except KeyError:
             raise IllegalTransition(f"{self!r} cannot {event.value}") from None
-        if event in (Event.EMPTY, Event.FAIL):
+        if event in (SlotEvent.EMPTY, SlotEvent.FAIL):
             content = NOTHING
         if content is not None:
             self.content = content
@@ -90,7 +90,7 @@ class Slot:
     @property
     def is_idle(self) -> bool:
         # Not `in IDLE`: hashing an enum is a call in Python, and this is asked of every slot at every dispatch.
-        return self.state is State.HOT or self.state is State.FREE or self.state is State.SUSPECT
+        return self.state is SlotState.HOT or self.state is SlotState.FREE or self.state is SlotState.SUSPECT
 
     def __repr__(self) -> str:
         dirty = " dirty" if self.content.is_dirty else ""

@@ -2,7 +2,6 @@
 
 from llamaslot.store.catalog import Catalog, Reservation
 from llamaslot.store.directory import DirectoryUnusable, NotShared, prove_shared
-from llamaslot.store.entries import Prospect
 from llamaslot.store.header import SlotFile, read_slot_file
 from llamaslot.store.quota import QuotaExceeded
 from llamaslot.store.sidecar import Snapshot, WithTokens
@@ -11,7 +10,6 @@ __all__ = [
     "Catalog",
     "DirectoryUnusable",
     "NotShared",
-    "Prospect",
     "QuotaExceeded",
     "Reservation",
     "SlotFile",

@@ -23,7 +23,7 @@ from llamaslot.file_id import FileId
 from llamaslot.scheduling.eviction import Order
 from llamaslot.store import scan, sidecar
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
-from llamaslot.store.entries import Pin, Prospect, SnapshotTable
+from llamaslot.store.entries import Pin, SnapshotTable
 from llamaslot.store.header import read_slot_file
 from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Deficit, Limits, Quota
@@ -49,7 +49,7 @@ class Reservation:
 
 @dataclass(slots=True)
 class ReservationState:
-    """The account of a draft: its bytes, the snapshots protected from its eviction, and its commit once that has
+    """The account of a reservation: its bytes, the snapshots protected from its eviction, and its commit once that has
     begun.
     """
 
@@ -76,7 +76,7 @@ class Catalog:
         min_free_bytes: int = 0,
         now: Callable[[], float],
         on_drop: Callable[[Snapshot], None],
-        register: Path | None = None,
+        manifest: Path | None = None,
         order: Order | None = None,
     ) -> None:
         self.directory = directory
@@ -84,18 +84,18 @@ class Catalog:
         self._now, self._on_drop = now, on_drop
         self._lock = DirectoryLock(directory)
         self._tasks = TaskOwner()
-        self._shelf = SnapshotTable(order)
-        self._room = Quota(
+        self._table = SnapshotTable(order)
+        self._quota = Quota(
             directory,
             Limits(quota_bytes, max_files, min_free_bytes),
-            lambda: len(self._shelf) + len(self._drafts),
+            lambda: len(self._table) + len(self._reservations),
             self._tasks,
         )
-        self._register = Manifest(register, directory)
-        self._drafts: dict[str, ReservationState] = {}
-        self._upkeep = Upkeep(directory, self._shelf, self._register, self._tasks, self._drop)
-        self._sweep = Sweep(directory, self._shelf, self._room, self._drafts.keys(), self._drop)
-        self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._shelf.snapshots)
+        self._manifest = Manifest(manifest, directory)
+        self._reservations: dict[str, ReservationState] = {}
+        self._upkeep = Upkeep(directory, self._table, self._manifest, self._tasks, self._drop)
+        self._sweep = Sweep(directory, self._table, self._quota, self._reservations.keys(), self._drop)
+        self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._table.snapshots)
 
     def __repr__(self) -> str:
         used = f"{readable(self.size_bytes)} of {readable(self.quota_bytes)}"
@@ -103,25 +103,25 @@ class Catalog:
 
     @property
     def fingerprint(self) -> str | None:
-        return self._shelf.fingerprint
+        return self._table.fingerprint
 
     @fingerprint.setter
     def fingerprint(self, fingerprint: str | None) -> None:
-        self._shelf.fingerprint = fingerprint
+        self._table.fingerprint = fingerprint
         self._upkeep.rank_all()
 
     @property
     def size_bytes(self) -> int:
-        """Bytes on disk or reserved: snapshots, drafts, and files that are being removed or cannot be removed."""
-        return self._room.size_bytes
+        """Bytes on disk or reserved: snapshots, reservations, and files that are being removed or cannot be removed."""
+        return self._quota.size_bytes
 
     def last_used(self, id: str) -> float:  # noqa: A002
         """The time of the last use, in seconds of ``now``. Raises KeyError."""
-        return self._shelf.standings[id].last_used
+        return self._table.stats[id].last_used
 
     def n_hits(self, id: str) -> int:  # noqa: A002
         """The number of hits, also from before a restart. Raises KeyError."""
-        return self._shelf.standings[id].n_hits
+        return self._table.stats[id].n_hits
 
     async def open(self) -> list[Snapshot]:
         """Lock the directory, scan it, repair it, enforce the quota. Returns the valid snapshots.
@@ -143,23 +143,23 @@ class Catalog:
     async def _open(self) -> list[Snapshot]:
         try:
             hits = await asyncio.to_thread(self._upkeep.hits.load)
-            found = await scan.scan(self.directory, await self._register.read(), self._upkeep.note)
+            found = await scan.scan(self.directory, await self._manifest.read(), self._upkeep.note)
         except OSError as error:
             raise DirectoryUnusable(f"{self.directory} cannot be read: {error.strerror or error}") from error
         now = self._now()  # one time for all: ranks of different times are not comparable
-        self._shelf.add_many(found.snapshots, found.last_used, hits, now)
-        self._room.committed += sum(snapshot.size_bytes for snapshot in found.snapshots)
-        self._register.marks, self._register.durable = found.marks, found.durable
+        self._table.add_many(found.snapshots, found.last_used, hits, now)
+        self._quota.committed += sum(snapshot.size_bytes for snapshot in found.snapshots)
+        self._manifest.file_ids, self._manifest.durable = found.file_ids, found.durable
         for id_, size in found.leftovers.items():
-            self._room.leave(id_, size)
+            self._quota.leave(id_, size)
         for fault in found.faults:
             log.warning("snapshots: %s", fault)
-        await self._room.look()
-        over = self._shelf.victims(*self._room.short(), (), now)
+        await self._quota.query_free_space()
+        over = self._table.victims(*self._quota.short(), (), now)
         for victim in over:
             self._take(victim.id)
-        while self._room.removing:
-            await self._room.next_removal()
+        while self._quota.removing:
+            await self._quota.next_removal()
         self._upkeep.changed(found.n_read)
         for id_ in self.snapshots.keys() - found.durable:
             self._upkeep.sync(Noted.of(self.snapshots[id_]))  # llamaslot was killed before this was done
@@ -176,9 +176,9 @@ class Catalog:
         while len(self._tasks):
             await self._tasks.drain()
 
-    async def write_register(self) -> None:
+    async def write_manifest(self) -> None:
         """Write the manifest, so the next ``open`` need not open each file. Canceling is safe."""
-        await self._upkeep.write_register()
+        await self._upkeep.write_manifest()
 
     def close(self) -> None:
         """Release the lock. Idempotent. Without ``settle`` before, unfinished removals, commits and times of use may
@@ -198,36 +198,31 @@ class Catalog:
         is released, evictions that have begun are completed.
         """
         kept, spared = frozenset(keep), frozenset(keep) | frozenset(spare)
-        self._shelf.tend(self._now())
+        self._table.tend(self._now())
         await self._sweep.run()
-        await self._room.make(
+        await self._quota.make_available(
             size_bytes, lambda short: self._evict(short, spared) or self._evict(short, kept)
         )
         # No await since the space was found.
         id_ = sidecar.new_id()
-        self._drafts[id_] = ReservationState(size_bytes, kept)
-        self._room.granted += size_bytes
+        self._reservations[id_] = ReservationState(size_bytes, kept)
+        self._quota.granted += size_bytes
         return Reservation(id_, id_ + PART, size_bytes)
-
-    def would_gain(self, prospect: Prospect, keep: Collection[str] = ()) -> float:
-        """The value gained by a save now: see ``SnapshotTable.would_gain``. Changes nothing."""
-        short = self._room.short(prospect.size_bytes, 1)
-        return self._shelf.would_gain(prospect, short, keep, self._now())
 
     def _evict(self, short: Deficit, keep: Collection[str]) -> bool:
         """Evict at least what is ``short``, or nothing."""
-        victims = self._shelf.victims(*short, keep, self._now())
+        victims = self._table.victims(*short, keep, self._now())
         if not short.is_met_by(victims):
             return False
         for victim in victims:
             self._drop(victim.id)
         return True
 
-    # -- one draft ------------------------------------------------------------------------------------------------
+    # -- one reservation ------------------------------------------------------------------------------------------
 
     async def commit(
         self,
-        draft: Reservation,
+        reservation: Reservation,
         *,
         tokens_expected: bytes,
         n_saved: int,
@@ -237,7 +232,7 @@ class Catalog:
         source: str,
         kind: SnapshotKind = SnapshotKind.LEAF,
         is_pinned: bool = False,
-        space: str = "",
+        namespace: str = "",
         idle_s: float = 0.0,
     ) -> WithTokens:
         """Make the saved part file a snapshot, if its content is as expected.
@@ -245,14 +240,14 @@ class Catalog:
         ``n_saved`` (tokens) and ``n_written`` (bytes) are llama-server's answer to the save. ``tokens_expected``: the
         tokens that it must begin with. ``idle_s``: seconds since their last use. Raises SnapshotInvalid; raises
         QuotaExceeded if the file is larger than reserved and nothing can be evicted for the rest. In both cases the
-        file is removed and the draft ended. If cancelled, the commit is completed all the same; ``abandon`` then
+        file is removed and the reservation ended. If cancelled, the commit is completed all the same; ``abandon`` then
         waits for it and changes nothing.
         """
-        held = self._drafts.get(draft.id)
-        if held is None or held.commit is not None:
-            raise SnapshotInvalid(f"{draft.id}: its draft has ended")
+        state = self._reservations.get(reservation.id)
+        if state is None or state.commit is not None:
+            raise SnapshotInvalid(f"{reservation.id}: its reservation has ended")
         noted = Noted(
-            id=draft.id,
+            id=reservation.id,
             n_tokens=n_saved,
             size_bytes=n_written,
             fingerprint=fingerprint,
@@ -262,44 +257,46 @@ class Catalog:
             boot=sidecar.boot_id(),
             kind=kind,
             is_pinned=is_pinned,
-            space=space,
+            namespace=namespace,
         )
-        held.idle_s = idle_s
-        held.commit = self._tasks.spawn(self._commit(held, noted, tokens_expected), f"commit {draft.id}")
-        outcome = await asyncio.shield(held.commit)
+        state.idle_s = idle_s
+        state.commit = self._tasks.spawn(
+            self._commit(state, noted, tokens_expected), f"commit {reservation.id}"
+        )
+        outcome = await asyncio.shield(state.commit)
         if isinstance(outcome, LlamaslotError):
             raise outcome
         return outcome
 
     async def _commit(
-        self, held: ReservationState, noted: Noted, tokens_expected: bytes
+        self, state: ReservationState, noted: Noted, tokens_expected: bytes
     ) -> WithTokens | LlamaslotError:
         """The commit, in its own task. llamaslot's errors are its result, so they are not reported as the death of a
         task.
         """
         try:
-            snapshot = await self._accept(held, noted, tokens_expected)
+            snapshot = await self._accept(state, noted, tokens_expected)
         except Exception as error:
-            await self._end_draft(noted.id)
+            await self._end_reservation(noted.id)
             if isinstance(error, LlamaslotError):
                 return error
             raise
         # No await from here on: a granted commit is carried out.
-        self._room.n_commits += 1
-        del self._drafts[noted.id]
-        self._room.granted -= held.size_bytes
-        self._list(snapshot.listed, noted.created_at - held.idle_s, self._now())
+        self._quota.n_commits += 1
+        del self._reservations[noted.id]
+        self._quota.granted -= state.size_bytes
+        self._list(snapshot.listed, noted.created_at - state.idle_s, self._now())
         self._upkeep.sync(noted)
         return snapshot
 
-    async def _accept(self, held: ReservationState, noted: Noted, tokens_expected: bytes) -> WithTokens:
+    async def _accept(self, state: ReservationState, noted: Noted, tokens_expected: bytes) -> WithTokens:
         part = self.directory / (noted.id + PART)
         file = await read_slot_file(part)
-        if (extra := file.size_bytes - held.size_bytes) > 0:
+        if (extra := file.size_bytes - state.size_bytes) > 0:
             # The file is on disk already, so it is booked first; the quota is exceeded until the eviction is done.
-            self._room.granted += extra
-            held.size_bytes += extra
-            await self._room.make(0, lambda short: self._evict(short, held.keep))
+            self._quota.granted += extra
+            state.size_bytes += extra
+            await self._quota.make_available(0, lambda short: self._evict(short, state.keep))
         scan.agree(noted, file)
         if not file.tokens:
             raise OtherConversation(f"{part.name}: holds no tokens")
@@ -307,12 +304,12 @@ class Catalog:
             raise OtherConversation(f"{part.name}: holds another conversation than was to be saved")
         snapshot = noted.snapshot(sidecar.digest_of(file.tokens)).with_tokens(file.tokens)
         try:
-            self._register.marks[noted.id] = await asyncio.to_thread(self._publish, part, noted)
+            self._manifest.file_ids[noted.id] = await asyncio.to_thread(self._publish, part, noted)
         except OSError as error:
             raise SnapshotInvalid(f"{snapshot.id}: cannot be written: {error.strerror or error}") from error
         # Smaller than reserved: release the rest.
-        self._room.granted -= held.size_bytes - file.size_bytes
-        held.size_bytes = file.size_bytes
+        self._quota.granted -= state.size_bytes - file.size_bytes
+        state.size_bytes = file.size_bytes
         return snapshot
 
     def _publish(self, part: Path, noted: Noted) -> FileId:
@@ -321,56 +318,56 @@ class Catalog:
         sidecar.write(self.directory, noted, noted.created_at)
         return FileId.of(os.lstat(kv))
 
-    async def abandon(self, draft: Reservation) -> None:
-        """Remove the part file and release the space. Idempotent; no effect on a committed draft. Canceling is safe:
-        the file is removed all the same.
+    async def abandon(self, reservation: Reservation) -> None:
+        """Remove the part file and release the space. Idempotent; no effect on a committed reservation. Canceling is
+        safe: the file is removed all the same.
         """
-        held = self._drafts.get(draft.id)
-        if held is not None and held.commit is not None:
-            await asyncio.shield(held.commit)
-        elif held is not None:
-            await self._end_draft(draft.id)
-        await self._room.removed(draft.id)
+        state = self._reservations.get(reservation.id)
+        if state is not None and state.commit is not None:
+            await asyncio.shield(state.commit)
+        elif state is not None:
+            await self._end_reservation(reservation.id)
+        await self._quota.removed(reservation.id)
 
-    async def _end_draft(self, id_: str) -> None:
-        held = self._drafts.pop(id_)
-        self._room.granted -= held.size_bytes
-        await asyncio.shield(self._room.remove(id_, held.size_bytes))
+    async def _end_reservation(self, id_: str) -> None:
+        state = self._reservations.pop(id_)
+        self._quota.granted -= state.size_bytes
+        await asyncio.shield(self._quota.remove(id_, state.size_bytes))
 
     # -- one snapshot ---------------------------------------------------------------------------------------------
 
     def pin(self, id: str) -> Pin:  # noqa: A002
         """Keep the snapshot's file until the context exits. Raises KeyError immediately if the snapshot is gone."""
-        return Pin(self._shelf.pin(id), self._unpin)
+        return Pin(self._table.pin(id), self._unpin)
 
     def _unpin(self, id_: str) -> None:
-        if (pending_delete := self._shelf.unpin(id_)) is not None:
+        if (pending_delete := self._table.unpin(id_)) is not None:
             self._remove(pending_delete)
 
     def touch(self, id: str) -> None:  # noqa: A002
         """Record a hit now. An unknown id is ignored. Written to disk a moment later, several at once."""
         if id in self.snapshots:
-            self._shelf.hit(id, self._now())
+            self._table.hit(id, self._now())
             self._upkeep.date(id)
 
     def branched(self, id: str) -> None:  # noqa: A002
         """Record that its conversation went on from an earlier point, so a hit is unlikely. An unknown id is
         ignored.
         """
-        if id in self.snapshots and not self._shelf.standings[id].is_branched:
-            self._shelf.branch(id, self._now())
+        if id in self.snapshots and not self._table.stats[id].is_branched:
+            self._table.branch(id, self._now())
             self._upkeep.date(id)
 
     def inherit(self, id: str, from_id: str) -> None:  # noqa: A002
         """Give ``id`` the hits of ``from_id``, whose conversation it continues. An unknown id is ignored."""
         if id in self.snapshots and from_id in self.snapshots:
-            self._shelf.inherit(id, from_id, self._now())
+            self._table.inherit(id, from_id, self._now())
             self._upkeep.date(id)
 
-    async def mark(self, id: str, kind: SnapshotKind, *, is_pinned: bool) -> Snapshot:  # noqa: A002
+    async def change_kind(self, id: str, kind: SnapshotKind, *, is_pinned: bool) -> Snapshot:  # noqa: A002
         """Change its kind and its pin, at once in memory and then on disk. Raises KeyError. Canceling is safe."""
         with self.pin(id):
-            return await self._upkeep.mark(self._shelf.mark(id, kind, is_pinned))
+            return await self._upkeep.change_kind(self._table.change_kind(id, kind, is_pinned))
 
     async def verify(self, id: str) -> WithTokens:  # noqa: A002
         """Check that its file exists, has the recorded size, and has its tokens in the header. Returns it with the
@@ -412,19 +409,19 @@ class Catalog:
         """
         if id in self.snapshots:
             self._drop(id)
-        await self._room.removed(id)
+        await self._quota.removed(id)
 
     # -- without an await ----------------------------------------------------------------------------------------
     # --------------------------------------------------------------------------------------------
 
     def _list(self, snapshot: Snapshot, last_used: float, now: float) -> None:
-        self._shelf.add(snapshot, now, last_used=last_used)
-        self._room.committed += snapshot.size_bytes
+        self._table.add(snapshot, now, last_used=last_used)
+        self._quota.committed += snapshot.size_bytes
 
     def _take(self, id_: str) -> Snapshot:
         """Move it from listed to leaving, or to condemned: it can no longer be chosen, pinned or restored."""
         snapshot = self.snapshots[id_]
-        if self._shelf.take(id_, self._now()):
+        if self._table.take(id_, self._now()):
             self._remove(snapshot)
         return snapshot
 
@@ -432,14 +429,14 @@ class Catalog:
         self._on_drop(self._take(id_))
 
     def _remove(self, snapshot: Snapshot) -> None:
-        self._room.committed -= snapshot.size_bytes
-        self._room.remove(snapshot.id, snapshot.size_bytes)
+        self._quota.committed -= snapshot.size_bytes
+        self._quota.remove(snapshot.id, snapshot.size_bytes)
 
     def check(self) -> None:
         """Raises AssertionError with the name of the account that is not the sum of its parts."""
-        self._shelf.check()
-        on_disk = (*self._shelf.snapshots.values(), *self._shelf.pending_delete.values())
-        self._room.check(
+        self._table.check()
+        on_disk = (*self._table.snapshots.values(), *self._table.pending_delete.values())
+        self._quota.check(
             committed=sum(snapshot.size_bytes for snapshot in on_disk),
-            granted=sum(held.size_bytes for held in self._drafts.values()),
+            granted=sum(state.size_bytes for state in self._reservations.values()),
         )

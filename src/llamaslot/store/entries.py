@@ -6,17 +6,15 @@ Times come in as arguments, in seconds of any one clock.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.scheduling.eviction import ByValue, Order, SnapshotStats
 from llamaslot.scheduling.priority_heap import Rank, Ranking
 from llamaslot.store.hits import NEVER, Hits
-from llamaslot.store.quota import Deficit
 from llamaslot.store.sidecar import Snapshot
 
 
@@ -40,31 +38,17 @@ class Pin(AbstractContextManager[Snapshot]):
             release(self.snapshot.id)
 
 
-@dataclass(frozen=True, slots=True)
-class Prospect:
-    """A snapshot that might be saved. ``saves_s``: seconds saved by each hit, compared with what is on disk already;
-    ``idle_s``: seconds since its last use; ``after``: id of the previous snapshot of its conversation.
-    """
-
-    n_tokens: int
-    size_bytes: int
-    saves_s: float
-    kind: SnapshotKind = SnapshotKind.LEAF
-    idle_s: float = 0.0
-    after: str | None = None
-
-
 class SnapshotTable:
     """``snapshots`` can be found, pinned and restored; ``pending_delete`` ones are dropped but still pinned.
 
-    ``standings``: usage by id of listed snapshots. ``order`` decides who is evicted first and learns from hits; only
+    ``stats``: usage by id of listed snapshots. ``order`` decides who is evicted first and learns from hits; only
     from snapshots of ``fingerprint``, the current model, once that is known.
     """
 
     def __init__(self, order: Order | None = None) -> None:
         self.order: Order = ByValue() if order is None else order
         self.snapshots: dict[str, Snapshot] = {}
-        self.standings: dict[str, SnapshotStats] = {}
+        self.stats: dict[str, SnapshotStats] = {}
         self.pending_delete: dict[str, Snapshot] = {}
         self._fingerprint: str | None = None
         self._pins: Counter[str] = Counter()
@@ -83,7 +67,7 @@ class SnapshotTable:
     def fingerprint(self, fingerprint: str | None) -> None:
         if fingerprint != self._fingerprint:
             self._fingerprint = fingerprint
-            self._ranking.look_at_all()
+            self._ranking.recompute_all()
 
     def add(
         self, snapshot: Snapshot, now: float, *, last_used: float | None = None, hits: Hits = NEVER
@@ -107,7 +91,7 @@ class SnapshotTable:
     def _add(self, snapshot: Snapshot, now: float, last_used: float, hits: Hits) -> None:
         self._now = now
         self.snapshots[snapshot.id] = snapshot
-        self.standings[snapshot.id] = SnapshotStats(
+        self.stats[snapshot.id] = SnapshotStats(
             snapshot.id, snapshot.n_tokens, snapshot.size_bytes, snapshot.kind, last_used, now, *hits
         )
 
@@ -117,45 +101,45 @@ class SnapshotTable:
 
     def hit(self, id_: str, now: float) -> None:
         """Record a hit now. Raises KeyError for an unlisted id."""
-        standing = self.standings[id_]
+        stats = self.stats[id_]
         if self._is_valid(id_):
-            self.order.hit(standing, now)
-        standing.n_hits += 1
-        standing.is_branched = False
-        standing.last_used = standing.counted_until = now
-        self._look_again(id_, now)
+            self.order.hit(stats, now)
+        stats.n_hits += 1
+        stats.is_branched = False
+        stats.last_used = stats.counted_until = now
+        self._rank_again(id_, now)
 
     def branch(self, id_: str, now: float) -> None:
         """Record that its conversation went on without it, from an earlier point. Raises KeyError for an
         unlisted id.
         """
-        standing = self.standings[id_]
+        stats = self.stats[id_]
         if self._is_valid(id_):
-            self.order.passed(standing, now)
-        standing.is_branched = True
-        self._look_again(id_, now)
+            self.order.passed(stats, now)
+        stats.is_branched = True
+        self._rank_again(id_, now)
 
     def inherit(self, id_: str, from_id: str, now: float) -> None:
         """Give ``id_`` the hits of ``from_id``, whose conversation it continues."""
-        self.standings[id_].n_hits += self.standings[from_id].n_hits
-        self._look_again(id_, now)
+        self.stats[id_].n_hits += self.stats[from_id].n_hits
+        self._rank_again(id_, now)
 
     def take(self, id_: str, now: float) -> bool:
         """Unlist it. True if its files may be removed now; False if a pin holds them until ``unpin`` returns it."""
         if self._is_valid(id_):
-            self.order.gone(self.standings[id_], now)
+            self.order.gone(self.stats[id_], now)
         snapshot = self.snapshots.pop(id_)
-        del self.standings[id_]
+        del self.stats[id_]
         self._ranking.drop(id_)
         if self._pins[id_]:
             self.pending_delete[id_] = snapshot
             return False
         return True
 
-    def mark(self, id_: str, kind: SnapshotKind, is_pinned: bool) -> Snapshot:
+    def change_kind(self, id_: str, kind: SnapshotKind, is_pinned: bool) -> Snapshot:
         """Change its kind and pin. Raises KeyError for an unlisted id."""
         self.snapshots[id_] = replace(self.snapshots[id_], kind=kind, is_pinned=is_pinned)
-        self.standings[id_].kind = kind
+        self.stats[id_].kind = kind
         self._ranking.put(id_)
         return self.snapshots[id_]
 
@@ -183,7 +167,7 @@ class SnapshotTable:
         due = self._ranking.turn()
         for id_ in due:
             if self._is_valid(id_):
-                self.order.passed(self.standings[id_], now)
+                self.order.passed(self.stats[id_], now)
         # Only after all learning: else the first rank would use other rates than the last.
         for id_ in due:
             self._ranking.put(id_)
@@ -216,31 +200,6 @@ class SnapshotTable:
                 n_over -= 1
         return victims
 
-    def loss(self, victims: Collection[Snapshot], now: float) -> float:
-        """The value lost by evicting them, as ``order`` counts it. Snapshots of another model have no value."""
-        lost = (
-            self.order.worth(self.standings[victim.id], now)
-            for victim in victims
-            if self._is_valid(victim.id)
-        )
-        return math.fsum(lost)
-
-    def would_gain(self, prospect: Prospect, short: Deficit, keep: Collection[str], now: float) -> float:
-        """The value of what would be saved, less the value of what would be evicted for it, in seconds saved per
-        second.
-
-        Below 0 it should not be saved; minus infinity if there would not be enough space. Changes nothing.
-        """
-        victims = self.victims(*short, keep, now)
-        if not short.is_met_by(victims):
-            return -math.inf
-        before = self.standings.get(prospect.after or "")
-        n_hits = before.n_hits if before is not None else 0
-        standing = SnapshotStats(
-            "", prospect.n_tokens, prospect.size_bytes, prospect.kind, now - prospect.idle_s, now, n_hits
-        )
-        return self.order.worth(standing, now, prospect.saves_s) - self.loss(victims, now)
-
     def _is_held(self, snapshot: Snapshot) -> bool:
         is_other_conversation = self.fingerprint is not None and snapshot.fingerprint != self.fingerprint
         return snapshot.id in self._pins or (snapshot.is_pinned and not is_other_conversation)
@@ -252,10 +211,10 @@ class SnapshotTable:
         """The smallest is evicted first: snapshots of another fingerprint, then by ``order``, then the least recently
         used.
         """
-        standing = self.standings[id_]
-        return self._is_valid(id_), self.order.rank(standing, self._now), standing.last_used, id_
+        stats = self.stats[id_]
+        return self._is_valid(id_), self.order.rank(stats, self._now), stats.last_used, id_
 
-    def _look_again(self, id_: str, now: float) -> None:
+    def _rank_again(self, id_: str, now: float) -> None:
         self._now = now
         self._ranking.put(id_)
 
@@ -265,7 +224,7 @@ class SnapshotTable:
 
     def check(self) -> None:
         """Raises AssertionError with the name of the invariant that does not hold."""
-        assert self.standings.keys() == self.snapshots.keys(), "standings and snapshots differ"
+        assert self.stats.keys() == self.snapshots.keys(), "standings and snapshots differ"
         assert len(self._ranking) == len(self.snapshots), "not everything is ranked"
         assert self.pending_delete.keys() <= self._pins.keys(), "condemned without a pin"
         assert not self.snapshots.keys() & self.pending_delete.keys(), "listed and condemned"

@@ -23,7 +23,7 @@ from llamaslot.store.sidecar import JSON, KV, Noted
 _AT_ONCE = 8  # headers read at the same time
 
 
-class State(enum.StrEnum):
+class FileState(enum.StrEnum):
     WHOLE = "whole"
     UNFINISHED = "unfinished"  # left by a crash, or being written
     BROKEN = "broken"
@@ -38,7 +38,7 @@ class Item:
     id: str
     size_bytes: int
     last_used: float
-    state: State = State.WHOLE
+    state: FileState = FileState.WHOLE
     why: str = ""
     noted: Noted | None = None
     hits: Hits = NEVER
@@ -51,7 +51,7 @@ class Stock:
     items: dict[str, Item]
     n_foreign: int
 
-    def of(self, state: State) -> list[Item]:
+    def of(self, state: FileState) -> list[Item]:
         return [item for item in self.items.values() if item.state is state]
 
 
@@ -73,7 +73,7 @@ def _item(directory: Path, id_: str, suffixes: set[str], hits: Hits) -> Item:
     item = Item(id_, scan.size_bytes(directory, id_), _dated(directory, id_, suffixes), hits=hits)
     if not {KV, JSON} <= suffixes:
         there = " and ".join(sorted(suffixes))
-        return replace(item, state=State.UNFINISHED, why=f"there is only {there}")
+        return replace(item, state=FileState.UNFINISHED, why=f"there is only {there}")
     path = directory / (id_ + JSON)
     try:
         noted = sidecar.parse(path.name, path.read_bytes())
@@ -83,10 +83,10 @@ def _item(directory: Path, id_: str, suffixes: set[str], hits: Hits) -> Item:
         if found != noted.size_bytes:
             raise SnapshotInvalid(f"{id_}{KV}: has {found} bytes, {noted.size_bytes} were written")
     except FileNotFoundError:
-        return replace(item, state=State.UNFINISHED, why="it went while it was looked at")
+        return replace(item, state=FileState.UNFINISHED, why="it went while it was looked at")
     except OSError as error:
         return replace(
-            item, state=State.BROKEN, why=f"{path.name}: cannot be read: {error.strerror or error}"
+            item, state=FileState.BROKEN, why=f"{path.name}: cannot be read: {error.strerror or error}"
         )
     except SnapshotInvalid as error:
         return _broken(item, error)
@@ -96,7 +96,7 @@ def _item(directory: Path, id_: str, suffixes: set[str], hits: Hits) -> Item:
 def _broken(item: Item, error: SnapshotInvalid) -> Item:
     """In our list the file name in the error is redundant."""
     why = re.sub(rf"^{item.id}(\.kv|\.json)?: ", "", str(error))
-    return replace(item, state=State.BROKEN, why=why)
+    return replace(item, state=FileState.BROKEN, why=why)
 
 
 def _dated(directory: Path, id_: str, suffixes: set[str]) -> float:

@@ -46,12 +46,12 @@ class Entry(NamedTuple):
 class Manifest:
     """The file ``path`` about the snapshots in ``directory``. Without a path nothing is read or written.
 
-    ``marks``: identities of the .kv files when their headers were read; ``durable``: ids known to be on disk.
+    ``file_ids``: identities of the .kv files when their headers were read; ``durable``: ids known to be on disk.
     """
 
     def __init__(self, path: Path | None, directory: Path) -> None:
         self.path, self._directory = path, directory
-        self.marks: dict[str, FileId] = {}
+        self.file_ids: dict[str, FileId] = {}
         self.durable: set[str] = set()
         self._writing = threading.Lock()
 
@@ -78,9 +78,9 @@ class Manifest:
         Canceling is safe: the file is written to its end all the same.
         """
         self.durable &= snapshots.keys()
-        self.marks = {id_: mark for id_, mark in self.marks.items() if id_ in snapshots}
+        self.file_ids = {id_: file_id for id_, file_id in self.file_ids.items() if id_ in snapshots}
         if self.path is not None:
-            known = [(snapshots[id_], self.marks[id_], last_used[id_]) for id_ in self.durable]
+            known = [(snapshots[id_], self.file_ids[id_], last_used[id_]) for id_ in self.durable]
             await asyncio.to_thread(self._write, self.path, known)
 
     def _write(self, path: Path, known: list[tuple[Snapshot, FileId, float]]) -> None:
@@ -103,11 +103,11 @@ class Manifest:
         sidecar whose date is not the one we set is left out: another program has changed it.
         """
         entries = []
-        for snapshot, mark, last_used in known:
+        for snapshot, file_id, last_used in known:
             with suppress(OSError):  # dropped meanwhile
                 json = os.lstat(self._directory / (snapshot.id + JSON))
                 if json.st_mtime == last_used:
-                    entries.append(Entry(snapshot, mark, FileId.of(json)))
+                    entries.append(Entry(snapshot, file_id, FileId.of(json)))
         return entries
 
 

@@ -14,7 +14,7 @@ from llamaslot.cache.changes import Changes
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, count
 from llamaslot.cache.layered_index import LayeredIndex
-from llamaslot.cache.namespaces import SHARED, InNamespaces, Namespace, mark
+from llamaslot.cache.namespaces import SHARED, InNamespaces, Namespace, marker
 from llamaslot.llama.identity import Identity
 from llamaslot.store import Catalog, Snapshot, WithTokens
 from llamaslot.store.disk_index_rebuild import DiskIndexRebuild
@@ -28,8 +28,8 @@ _AT_ONCE = 4  # snapshots of a whole directory that are compared with others, pe
 
 def content_of(snapshot: WithTokens) -> Content:
     """The content of a slot that was just saved as ``snapshot``, or restored from it."""
-    space = Namespace.of_text(snapshot.space)
-    return Content(snapshot.tokens, True, False, snapshot.checkpoints, snapshot.id, space=space)
+    namespace = Namespace.of_text(snapshot.namespace)
+    return Content(snapshot.tokens, True, False, snapshot.checkpoints, snapshot.id, namespace=namespace)
 
 
 class ModelSnapshots:
@@ -40,8 +40,8 @@ class ModelSnapshots:
     ) -> None:
         self.index = LayeredIndex() if index is None else index
         self.snapshots: dict[str, Snapshot] = {}
-        self.in_spaces = InNamespaces(self.index, self.space_of)
-        self.overlap = PrefixOverlap(self.in_spaces, self.snapshots)
+        self.in_namespaces = InNamespaces(self.index, self.namespace_of)
+        self.overlap = PrefixOverlap(self.in_namespaces, self.snapshots)
         self.on_change = on_change
         self.changes = Changes()  # of the index
         self.n_unread = 0  # snapshots on disk whose tokens are being read: no request is placed before
@@ -49,20 +49,20 @@ class ModelSnapshots:
     def __repr__(self) -> str:
         return f"<ModelSnapshots {len(self.snapshots)} snapshots, {self.index!r}>"
 
-    def space_of(self, snapshot_id: str) -> Namespace:
+    def namespace_of(self, snapshot_id: str) -> Namespace:
         """Raises KeyError for an unknown id."""
-        return Namespace.of_text(self.snapshots[snapshot_id].space)
+        return Namespace.of_text(self.snapshots[snapshot_id].namespace)
 
     def snapshot_of(self, tokens: bytes) -> WithTokens | None:
         """The snapshot that holds exactly ``tokens``, in the shared namespace."""
-        hit = self.in_spaces.longest_full_prefix(tokens, (SHARED,))
+        hit = self.in_namespaces.longest_full_prefix(tokens, (SHARED,))
         if hit is None or hit.n_tokens != count(tokens):
             return None
         return self.snapshots[hit.holder].with_tokens(tokens)
 
-    def snapshot_at(self, tokens: bytes, space: Namespace) -> Snapshot | None:
+    def snapshot_at(self, tokens: bytes, namespace: Namespace) -> Snapshot | None:
         """The snapshot that ends where ``tokens`` end, or a little before."""
-        hit = self.in_spaces.longest_full_prefix(tokens, (space,))
+        hit = self.in_namespaces.longest_full_prefix(tokens, (namespace,))
         is_near = hit is not None and hit.n_tokens >= count(tokens) - NEGLIGIBLE_TOKENS
         return self.snapshots.get(hit.holder) if hit is not None and is_near else None
 
@@ -75,7 +75,7 @@ class ModelSnapshots:
         """Add one of many: ``changed`` must follow, so that no generation is made of the first few only."""
         self.snapshots[snapshot.id] = snapshot
         if snapshot.id not in self.index:
-            marked = mark(self.space_of(snapshot.id)) + tokens
+            marked = marker(self.namespace_of(snapshot.id)) + tokens
             self.index.insert(snapshot.id, marked)
             self.changes.note(marked)
             self.overlap.added(snapshot.id, tokens)
@@ -89,8 +89,8 @@ class ModelSnapshots:
 
     def remove(self, snapshot_id: str) -> None:
         """Remove one of many: ``changed`` must follow. Idempotent."""
-        marked = mark(self.space_of(snapshot_id)) if snapshot_id in self.snapshots else b""
-        tokens = self.in_spaces.tokens(snapshot_id) if snapshot_id in self.snapshots else b""
+        marked = marker(self.namespace_of(snapshot_id)) if snapshot_id in self.snapshots else b""
+        tokens = self.in_namespaces.tokens(snapshot_id) if snapshot_id in self.snapshots else b""
         snapshot = self.snapshots.pop(snapshot_id, None)
         self.index.drop(snapshot_id)
         self.changes.note(marked + tokens)
@@ -98,7 +98,7 @@ class ModelSnapshots:
             self.overlap.dropped(snapshot, tokens)
 
     def changed(self) -> None:
-        self.overlap.look_at_some(_AT_ONCE)
+        self.overlap.compute_some(_AT_ONCE)
         if self.on_change is not None:
             self.on_change(self.index)
 
@@ -181,7 +181,7 @@ class Libraries:
         if self._renewal is not None:
             await self._renewal.end()  # both would write to the same directory
         renewal = DiskIndexRebuild(
-            self._directory, identity.to_text(), self._tasks, is_same, self._catalog.write_register
+            self._directory, identity.to_text(), self._tasks, is_same, self._catalog.write_manifest
         )
         library = ModelSnapshots(LayeredIndex(await renewal.open()))
 

@@ -25,35 +25,35 @@ class PrefixOverlap:
 
     def __init__(self, index: InNamespaces[str], snapshots: Mapping[str, Snapshot]) -> None:
         self._index, self._snapshots = index, snapshots
-        self._memory = CacheKind.DENSE
+        self._cache_kind = CacheKind.DENSE
         self._found: dict[str, int] = {}
         self._unknown: dict[str, None] = {}  # not yet computed, oldest first
 
     @property
-    def memory(self) -> CacheKind:
-        return self._memory
+    def cache_kind(self) -> CacheKind:
+        return self._cache_kind
 
-    @memory.setter
-    def memory(self, memory: CacheKind) -> None:
-        if memory is not self._memory:
-            self._memory = memory
+    @cache_kind.setter
+    def cache_kind(self, cache_kind: CacheKind) -> None:
+        if cache_kind is not self._cache_kind:
+            self._cache_kind = cache_kind
             self._unknown |= dict.fromkeys(self._found)
             self._found.clear()
 
     def n_tokens(self, id_: str) -> int:
-        """Tokens from its beginning that other snapshots cover; 0 until ``look_at_some`` has computed it.
+        """Tokens from its beginning that other snapshots cover; 0 until ``compute_some`` has computed it.
 
         For a shared-prefix snapshot only whole shorter snapshots count: a longer one is larger, and is evicted before
         it.
         """
         return self._found.get(id_, 0)
 
-    def look_at_some(self, n: int) -> None:
+    def compute_some(self, n: int) -> None:
         """Compute the result of ``n`` snapshots that have none yet. With a large index each takes up to a
         millisecond.
         """
         for id_ in list(islice(self._unknown, n)):
-            self._look_at(id_)
+            self._compute(id_)
 
     def put(self, id_: str) -> None:
         """A snapshot was added to the index, as one of many: computed later."""
@@ -62,29 +62,29 @@ class PrefixOverlap:
 
     def added(self, id_: str, tokens: bytes) -> None:
         """A snapshot was added to the index."""
-        self._look_at(id_, tokens)
-        self._look_around(self._snapshots[id_], tokens, self._snapshots[id_].n_tokens)
+        self._compute(id_, tokens)
+        self._compute_around(self._snapshots[id_], tokens, self._snapshots[id_].n_tokens)
 
     def dropped(self, snapshot: Snapshot, tokens: bytes) -> None:
         """A snapshot was dropped from the index."""
         self._unknown.pop(snapshot.id, None)
-        self._look_around(snapshot, tokens, self._found.pop(snapshot.id, 0))
+        self._compute_around(snapshot, tokens, self._found.pop(snapshot.id, 0))
 
-    def _look_around(self, snapshot: Snapshot, tokens: bytes, n_instead: int) -> None:
+    def _compute_around(self, snapshot: Snapshot, tokens: bytes, n_instead: int) -> None:
         """``n_instead``: a lower bound of the result of those that begin with an added or dropped shared prefix."""
-        spaces = (Namespace.of_text(snapshot.space),)
-        for hit in self._index.match(tokens, spaces, 2):
+        namespaces = (Namespace.of_text(snapshot.namespace),)
+        for hit in self._index.match(tokens, namespaces, 2):
             if hit.holder in self._found and hit.holder != snapshot.id:
-                self._look_at(hit.holder)
+                self._compute(hit.holder)
         if snapshot.kind is not SnapshotKind.TRUNK:
             return
         trunks = [id_ for id_ in self._found if self._snapshots[id_].kind is SnapshotKind.TRUNK]
-        for id_ in (id_ for id_ in trunks if self._snapshots[id_].space == snapshot.space):
-            self._look_at(id_)
-        if self._memory is CacheKind.DENSE:
+        for id_ in (id_ for id_ in trunks if self._snapshots[id_].namespace == snapshot.namespace):
+            self._compute(id_)
+        if self._cache_kind is CacheKind.DENSE:
             return
         n = snapshot.n_tokens
-        for hit in self._index.match(tokens, spaces):
+        for hit in self._index.match(tokens, namespaces):
             if hit.n_shared < n:
                 break
             other = self._snapshots.get(hit.holder)
@@ -92,24 +92,26 @@ class PrefixOverlap:
             if is_leaf and self._found.get(hit.holder, n + 1) <= n:
                 self._found[hit.holder] = n_instead
 
-    def _look_at(self, id_: str, tokens: bytes | None = None) -> None:
+    def _compute(self, id_: str, tokens: bytes | None = None) -> None:
         self._unknown.pop(id_, None)
         if (snapshot := self._snapshots.get(id_)) is not None:
             self._found[id_] = self._find(snapshot, self._index.tokens(id_) if tokens is None else tokens)
 
     def _find(self, snapshot: Snapshot, tokens: bytes) -> int:
-        spaces = (Namespace.of_text(snapshot.space),)
-        if self._memory is CacheKind.DENSE and snapshot.kind is not SnapshotKind.TRUNK:
-            nearest = self._index.match(tokens, spaces, 2)
+        namespaces = (Namespace.of_text(snapshot.namespace),)
+        if self._cache_kind is CacheKind.DENSE and snapshot.kind is not SnapshotKind.TRUNK:
+            nearest = self._index.match(tokens, namespaces, 2)
             return max((hit.n_shared for hit in nearest if hit.holder != snapshot.id), default=0)
-        whole = self._index.longest_full_prefix(tokens, spaces, exclude={snapshot.id})
+        whole = self._index.longest_full_prefix(tokens, namespaces, exclude={snapshot.id})
         n_best = whole.n_tokens if whole is not None else 0
         if snapshot.kind is SnapshotKind.TRUNK:
             return n_best
-        for hit in self._index.match(tokens, spaces, _N_NEAREST):
+        for hit in self._index.match(tokens, namespaces, _N_NEAREST):
             other = self._snapshots.get(hit.holder)
             if other is not None and hit.holder != snapshot.id:
-                n = usable(self._memory, hit.n_shared, hit.n_tokens, other.checkpoints, snapshot.n_tokens + 1)
+                n = usable(
+                    self._cache_kind, hit.n_shared, hit.n_tokens, other.checkpoints, snapshot.n_tokens + 1
+                )
                 n_best = max(n_best, n)
         return n_best
 

@@ -68,10 +68,10 @@ class Deficit(NamedTuple):
 class Quota:
     """The bytes and files of a directory, by account.
 
-    ``committed``: snapshots. ``granted``: drafts. ``leaving``: files being unlinked. ``left``: leftovers, files of
-    ours that are no snapshots but cannot be removed, so they count until they are. The disk never holds more than the
-    sum of these four. ``waiting``: reservations that wait for a removal; nothing of them is on disk. ``n_held()``:
-    number of snapshots and drafts.
+    ``committed``: snapshots. ``granted``: reservations. ``leaving``: files being unlinked. ``left``: leftovers, files
+    of ours that are no snapshots but cannot be removed, so they count until they are. The disk never holds more than
+    the sum of these four. ``waiting``: reservations that wait for a removal; nothing of them is on disk.
+    ``n_held()``: number of snapshots and reservations.
     """
 
     def __init__(self, directory: Path, limits: Limits, n_held: Callable[[], int], tasks: TaskOwner) -> None:
@@ -106,16 +106,16 @@ class Quota:
         return Deficit(max(short, self._short_of_free(wanted, self.leaving)), n_short)
 
     def _short_of_free(self, wanted: int, coming: int) -> int:
-        """Bytes missing on the file system for drafts, which may be half-written, and for ``wanted`` bytes."""
+        """Bytes missing on the file system for reservations, perhaps half-written, and for ``wanted`` bytes."""
         if self._free is None:
             return -sys.maxsize
         return self.limits.min_free_bytes + self.granted + wanted - self._free - coming
 
-    async def look(self) -> None:
+    async def query_free_space(self) -> None:
         """Query the free space of the file system, if there is a limit on it."""
         n_before = -1
         while self.limits.min_free_bytes and n_before != self.n_commits:
-            # The result may lack what is committed meanwhile, which is no draft any more.
+            # The result may lack what is committed meanwhile, which is no reservation any more.
             n_before = self.n_commits
             try:
                 found = await asyncio.to_thread(os.statvfs, self.directory)
@@ -124,7 +124,7 @@ class Quota:
             else:
                 self._free = found.f_bavail * found.f_frsize
 
-    async def make(self, size_bytes: int, evict: Callable[[Deficit], bool]) -> None:
+    async def make_available(self, size_bytes: int, evict: Callable[[Deficit], bool]) -> None:
         """Wait until one more file of ``size_bytes`` fits. The caller must book it without an await in between.
 
         With 0 bytes: for a file that has grown and is on disk already. ``evict(short)`` evicts at least ``short`` at
@@ -138,7 +138,7 @@ class Quota:
             has_retried = False
             while True:
                 if n_files:
-                    await self.look()
+                    await self.query_free_space()
                 # No await from here to the return.
                 short = self.short()
                 is_short = short.size_bytes > 0 or short.n_files > 0
@@ -222,7 +222,7 @@ class Quota:
     def check(self, committed: int, granted: int) -> None:
         """Raises AssertionError with the name of the account that is not the sum of its parts."""
         assert self.committed == committed, "committed is not what is listed and condemned"
-        assert self.granted == granted, "granted is not the drafts"
+        assert self.granted == granted, "granted is not the reservations"
         assert self.leaving == sum(size for size, _ in self.removing.values()), (
             "leaving is not what is removed"
         )

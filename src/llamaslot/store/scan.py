@@ -51,15 +51,15 @@ class Listing:
 
 @dataclass(slots=True)
 class Found:
-    """The result of a scan. ``last_used``: seconds since the epoch, by id; ``leftovers``: bytes, by id; ``marks``: of
-    the .kv files that were read; ``durable``: ids whose data is known to be on disk.
+    """The result of a scan. ``last_used``: seconds since the epoch, by id; ``leftovers``: bytes, by id; ``file_ids``:
+    of the .kv files that were read; ``durable``: ids whose data is known to be on disk.
     """
 
     snapshots: list[Snapshot] = field(default_factory=list)
     last_used: dict[str, float] = field(default_factory=dict)
     leftovers: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
-    marks: dict[str, FileId] = field(default_factory=dict)
+    file_ids: dict[str, FileId] = field(default_factory=dict)
     durable: set[str] = field(default_factory=set)
     n_read: int = 0  # those of which nothing was known
     n_unfinished: int = 0
@@ -185,7 +185,7 @@ async def scan(
             )
         try:
             if id_ in unchanged:
-                snapshot, last_used, mark, is_durable = (
+                snapshot, last_used, file_id, is_durable = (
                     known[id_].snapshot,
                     unchanged[id_],
                     known[id_].kv,
@@ -200,7 +200,7 @@ async def scan(
                 read = loaded.pop(id_)
                 if isinstance(read, SnapshotInvalid):
                     raise read
-                snapshot, last_used, mark, is_durable = read
+                snapshot, last_used, file_id, is_durable = read
         except SnapshotInvalid as error:
             found.faults.append(str(error))
             if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
@@ -211,7 +211,7 @@ async def scan(
             continue
         found.snapshots.append(snapshot)
         found.last_used[id_] = last_used
-        found.marks[id_] = mark
+        found.file_ids[id_] = file_id
         if is_durable:
             found.durable.add(id_)
     return found
@@ -229,10 +229,10 @@ def _look(directory: Path, known: Mapping[str, Entry]) -> tuple[Listing, dict[st
             found = entry.stat(follow_symlinks=False)
         except OSError:
             return
-        mark = found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-        if suffix == KV and mark == noted.kv:
+        file_id = found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        if suffix == KV and file_id == noted.kv:
             same.add(id_)
-        elif suffix == JSON and mark == noted.json:
+        elif suffix == JSON and file_id == noted.json:
             dated[id_] = found.st_mtime
 
     listing = list_own(directory, look)
@@ -260,7 +260,7 @@ def _load(directory: Path, id_: str) -> Loaded:
     path = directory / (id_ + JSON)
     try:
         data, dated = path.read_bytes(), path.stat().st_mtime
-        mark = FileId.of(os.lstat(directory / (id_ + KV)))
+        file_id = FileId.of(os.lstat(directory / (id_ + KV)))
     except OSError as error:
         raise SnapshotInvalid(f"{path.name}: cannot be read: {error.strerror or error}") from error
     noted = sidecar.parse(path.name, data)
@@ -268,7 +268,7 @@ def _load(directory: Path, id_: str) -> Loaded:
         raise SnapshotInvalid(f"{id_}{KV}: was not yet on the disk when the machine went down")
     file = read_slot_file_now(directory / (id_ + KV))
     agree(noted, file)
-    return noted.snapshot(sidecar.digest_of(file.tokens)), dated, mark, noted.boot is None
+    return noted.snapshot(sidecar.digest_of(file.tokens)), dated, file_id, noted.boot is None
 
 
 async def _discard(directory: Path, id_: str, found: Found) -> None:

@@ -29,7 +29,8 @@ from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
 
-VERSION = 2  # written if there is a space: a reader of version 1 must not take the snapshot for a shared one
+# written if there is a namespace: a reader of version 1 must not take the snapshot for a shared one
+VERSION = 2
 _VERSIONS = (1, VERSION)
 KV, JSON, PART, NEW, PROBE = ".kv", ".json", ".part", ".json.new", ".probe"
 _OURS = re.compile(r"(ls-[0-9a-f]{16})(\.kv|\.json|\.part|\.json\.new|\.probe)")
@@ -42,7 +43,7 @@ class Snapshot:
 
     ``digest``: a hash of the tokens; ``created_at``: seconds since the epoch; ``checkpoints``: token counts to which
     a model that cannot rewind can return; ``source``: what it was saved for. ``is_pinned``: it must be there before
-    it is requested (prewarmed), so it is neither evicted nor superseded. ``space``: the namespace that may resume
+    it is requested (prewarmed), so it is neither evicted nor superseded. ``namespace``: the namespace that may resume
     from it (``cache.namespaces``), "" for all.
     """
 
@@ -56,7 +57,7 @@ class Snapshot:
     source: str
     kind: SnapshotKind = SnapshotKind.LEAF
     is_pinned: bool = False
-    space: str = ""
+    namespace: str = ""
 
     def with_tokens(self, tokens: bytes) -> WithTokens:
         """Add its ``tokens``, which must be its own."""
@@ -118,7 +119,7 @@ class Noted:
     boot: str | None  # boot of the machine, until the .kv file is known to be on disk
     kind: SnapshotKind = SnapshotKind.LEAF
     is_pinned: bool = False
-    space: str = ""
+    namespace: str = ""
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Noted:
@@ -138,7 +139,7 @@ class Noted:
             source=self.source,
             kind=self.kind,
             is_pinned=self.is_pinned,
-            space=self.space,
+            namespace=self.namespace,
         )
 
 
@@ -186,7 +187,7 @@ def parse(name: str, data: bytes) -> Noted:
         # Later fields: a sidecar without them is of a plain conversation.
         kind=_kind(name, _field(name, {"kind": SnapshotKind.LEAF.value, **fields}, "kind", str)),
         is_pinned=_field(name, {"is_pinned": False, **fields}, "is_pinned", bool),
-        space=_field(name, {"space": "", **fields}, "space", str),
+        namespace=_field(name, {"space": "", **fields}, "space", str),
     )
     if noted.id + JSON != name:
         raise SnapshotInvalid(f"{name}: belongs to {noted.id}")
@@ -220,7 +221,8 @@ def write(directory: Path, noted: Noted, last_used: float) -> None:
 
     The directory is not synced: a name lost in a power cut is a snapshot that does not exist.
     """
-    fields = {"version": VERSION if noted.space else 1, **dataclasses.asdict(noted)}
+    fields = {"version": VERSION if noted.namespace else 1, **dataclasses.asdict(noted)}
+    fields["space"] = fields.pop("namespace")  # its name in the file
     content = orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
     new = directory / (noted.id + NEW)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE), "wb") as file:
@@ -241,7 +243,7 @@ def make_durable(directory: Path, noted: Noted, last_used: float) -> None:
     write(directory, dataclasses.replace(noted, boot=None), last_used)
 
 
-def mark(directory: Path, snapshot: Snapshot) -> None:
+def change_kind(directory: Path, snapshot: Snapshot) -> None:
     """Write kind and pin of the snapshot into its sidecar; leave the rest. Blocking; raises OSError and
     SnapshotInvalid.
     """

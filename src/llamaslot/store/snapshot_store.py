@@ -39,28 +39,28 @@ class SnapshotStore:
             now=time.time,
             on_drop=on_drop,
             order=self._order,
-            register=meta_dir / f"{name}.sidecars",
+            manifest=meta_dir / f"{name}.sidecars",
         )
         self.index_directory = meta_dir / f"{name}.index"
-        self._returns = LearnedFile(name, meta_dir / f"{name}.returns.json")
+        self._hit_rates = LearnedFile(name, meta_dir / f"{name}.returns.json")
 
     @property
-    def returns(self) -> HitRateModel:
+    def hit_rates(self) -> HitRateModel:
         """The learned hit rates."""
-        return self._order.returns
+        return self._order.hit_rates
 
     async def open(self) -> None:
         """Open the store. Raises LlamaslotError with the remedy if the directory cannot be used."""
-        self._order.returns = HitRateModel.from_json(await self._returns.read())
+        self._order.hit_rates = HitRateModel.from_json(await self._hit_rates.read())
         await self.catalog.open()
 
     async def store_learned(self) -> None:
         """Write what was learned. Canceling is safe: the file is written to its end all the same."""
-        await self._returns.write(self.returns.to_json())
+        await self._hit_rates.write(self.hit_rates.to_json())
 
     async def close(self) -> None:
         """Close the store; it must not be used any more."""
         await self.store_learned()
         await self.catalog.settle()
-        await self.catalog.write_register()
+        await self.catalog.write_manifest()
         self.catalog.close()

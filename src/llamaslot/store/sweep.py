@@ -16,20 +16,20 @@ log = logging.getLogger(__name__)
 
 
 class Sweep:
-    """The sweep of one directory. ``drafts``: ids being written; ``drop(id)`` is called for a snapshot whose file
+    """The sweep of one directory. ``reservations``: ids being written; ``drop(id)`` is called for a snapshot whose file
     vanished.
     """
 
     def __init__(
         self,
         directory: Path,
-        shelf: SnapshotTable,
-        room: Quota,
-        drafts: Collection[str],
+        table: SnapshotTable,
+        quota: Quota,
+        reservations: Collection[str],
         drop: Callable[[str], None],
     ) -> None:
-        self._directory, self._shelf, self._room = directory, shelf, room
-        self._drafts, self._drop = drafts, drop
+        self._directory, self._table, self._quota = directory, table, quota
+        self._reservations, self._drop = reservations, drop
 
     async def run(self) -> None:
         """Drop snapshots whose file vanished, and remove unknown files. Canceling is safe.
@@ -37,7 +37,7 @@ class Sweep:
         llama-server completes a save even if its client has gone: its part file can appear after an ``abandon``, or
         after our own restart. An unknown pair of .kv and .json is left for the next opening.
         """
-        before = set(self._shelf.snapshots)
+        before = set(self._table.snapshots)
         try:
             listing = await asyncio.to_thread(scan.list_own, self._directory)
         except OSError as error:
@@ -51,14 +51,14 @@ class Sweep:
             return
         # Checked again one by one: a listing that misses a name must not cost the file.
         missing = await asyncio.to_thread(scan.missing, self._directory, before - listing.holders(KV))
-        for id_ in missing & self._shelf.snapshots.keys():
+        for id_ in missing & self._table.snapshots.keys():
             log.warning("snapshot dropped: %s: its file has vanished", id_)
             self._drop(id_)
         # An id is known before its file exists. So a listed file with an unknown id is an orphan, or gone by now.
         for id_ in listing.unfinished() - self._known():
             size_bytes = await asyncio.to_thread(scan.size_bytes, self._directory, id_)
             if id_ not in self._known():  # not yet found by another sweep
-                self._room.remove(id_, size_bytes)
+                self._quota.remove(id_, size_bytes)
 
     def _known(self) -> set[str]:
-        return self._shelf.known() | set(self._drafts) | self._room.known()
+        return self._table.known() | set(self._reservations) | self._quota.known()

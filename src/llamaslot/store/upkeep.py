@@ -26,7 +26,7 @@ _CHANGES_MAX = 256  # sidecars that are not as in the manifest: reading them tak
 
 
 class Upkeep:
-    """Background tasks on the sidecars of what is on ``shelf``; ``lost(id)`` is called if the disk lost the data.
+    """Background tasks on the sidecars of what is on ``table``; ``lost(id)`` is called if the disk lost the data.
 
     ``hits`` is the file of hits: only one thread at a time may write to it.
     """
@@ -34,12 +34,12 @@ class Upkeep:
     def __init__(
         self,
         directory: Path,
-        shelf: SnapshotTable,
-        register: Manifest,
+        table: SnapshotTable,
+        manifest: Manifest,
         tasks: TaskOwner,
         lost: Callable[[str], None],
     ) -> None:
-        self._directory, self._shelf, self._register = directory, shelf, register
+        self._directory, self._table, self._manifest = directory, table, manifest
         self._tasks, self._lost = tasks, lost
         self.hits = HitLog(directory)
         self._undated: dict[str, float] = {}  # used, and no thread is writing that yet
@@ -52,34 +52,32 @@ class Upkeep:
         self._n_changed += n
         if self._n_changed > _CHANGES_MAX:
             self._n_changed = 0
-            self._tasks.spawn(self.write_register(), "write the manifest")
+            self._tasks.spawn(self.write_manifest(), "write the manifest")
 
-    async def write_register(self) -> None:
+    async def write_manifest(self) -> None:
         """Write the manifest. Canceling is safe: it is written to its end all the same."""
-        self._n_changed, standings = 0, self._shelf.standings
-        await self._register.write(
-            self._shelf.snapshots, {id_: its.last_used for id_, its in standings.items()}
-        )
+        self._n_changed, stats = 0, self._table.stats
+        await self._manifest.write(self._table.snapshots, {id_: its.last_used for id_, its in stats.items()})
 
     async def note(self, found: scan.Found) -> None:
         """Write the manifest while many files are read for the first time: a start that is killed is not repeated
         from the beginning.
         """
-        self._register.marks, self._register.durable = found.marks.copy(), found.durable.copy()
-        await self._register.write({one.id: one for one in found.snapshots}, found.last_used)
+        self._manifest.file_ids, self._manifest.durable = found.file_ids.copy(), found.durable.copy()
+        await self._manifest.write({one.id: one for one in found.snapshots}, found.last_used)
 
     def rank_all(self) -> None:
         """Rank the snapshots of a large directory before the first choice needs that: 0.2 s of 10,000."""
-        if self._shelf.rank_some(_RANKED_AT_ONCE):
+        if self._table.rank_some(_RANKED_AT_ONCE):
             self._tasks.spawn(self._rank(), "rank snapshots")
 
     async def _rank(self) -> None:
-        while self._shelf.rank_some(_RANKED_AT_ONCE):  # noqa: ASYNC110  # it gives way
+        while self._table.rank_some(_RANKED_AT_ONCE):  # noqa: ASYNC110  # it gives way
             await asyncio.sleep(_RANK_PAUSE_S)
 
     def date(self, id_: str) -> None:
         """Write the time of the last use soon. Several at once are one call of a thread."""
-        self._undated[id_] = self._shelf.standings[id_].last_used
+        self._undated[id_] = self._table.stats[id_].last_used
         if not self._is_dating:
             self._is_dating = True
             self._tasks.spawn(self._date(), "date sidecars")
@@ -90,7 +88,7 @@ class Upkeep:
                 batch, self._undated = self._undated, {}
                 await asyncio.to_thread(sidecar.date, self._directory, batch)
                 self.changed(len(batch))
-                listed = self._shelf.standings
+                listed = self._table.stats
                 if self.hits.is_long(len(listed)):
                     await asyncio.to_thread(self.hits.rewrite, self._hits(list(listed)))
                 else:
@@ -99,44 +97,44 @@ class Upkeep:
             self._is_dating = False
 
     def _hits(self, ids: Iterable[str]) -> dict[str, Hits]:
-        known = {id_: self._shelf.standings.get(id_) for id_ in ids}
+        known = {id_: self._table.stats.get(id_) for id_ in ids}
         return {id_: Hits(of.n_hits, of.is_branched) for id_, of in known.items() if of is not None}
 
     def sync(self, noted: Noted) -> None:
         """Sync a committed snapshot's data in the background, then record that in its sidecar."""
         self._tasks.spawn(self._sync(noted), f"sync {noted.id}")
 
-    async def mark(self, snapshot: Snapshot) -> Snapshot:
+    async def change_kind(self, snapshot: Snapshot) -> Snapshot:
         """Write kind and pin into its sidecar. Canceling is safe: it is written all the same."""
-        await asyncio.shield(self._tasks.spawn(self._mark(snapshot), f"mark {snapshot.id}"))
+        await asyncio.shield(self._tasks.spawn(self._change_kind(snapshot), f"mark {snapshot.id}"))
         return snapshot
 
-    async def _mark(self, snapshot: Snapshot) -> None:
+    async def _change_kind(self, snapshot: Snapshot) -> None:
         async with self._syncing:  # syncing writes the same sidecar
             try:
-                await asyncio.to_thread(sidecar.mark, self._directory, snapshot)
+                await asyncio.to_thread(sidecar.change_kind, self._directory, snapshot)
             except (OSError, SnapshotInvalid) as error:
                 log.warning("snapshots: cannot mark %s in its sidecar: %s", snapshot.id, error)
 
     async def _sync(self, noted: Noted) -> None:
         dated = noted.created_at
         async with self._syncing:  # one at a time: llama-server's next save needs the disk too
-            if noted.id not in self._shelf.snapshots:
+            if noted.id not in self._table.snapshots:
                 return
-            snapshot = self._shelf.snapshots[noted.id]
+            snapshot = self._table.snapshots[noted.id]
             noted = replace(noted, kind=snapshot.kind, is_pinned=snapshot.is_pinned)  # marked meanwhile
-            dated = self._shelf.standings[noted.id].last_used
+            dated = self._table.stats[noted.id].last_used
             try:
                 await asyncio.to_thread(sidecar.make_durable, self._directory, noted, dated)
-                self._register.durable.add(noted.id)
+                self._manifest.durable.add(noted.id)
                 self.changed(1)
             except OSError as error:
-                if noted.id in self._shelf.snapshots:
+                if noted.id in self._table.snapshots:
                     log.warning("snapshots: %s cannot be synced: %s", noted.id, error.strerror or error)
                     if error.errno == errno.EIO:
                         self._lost(noted.id)  # the kernel reports the error once; a second sync would succeed
-        if noted.id not in self._shelf.known():
+        if noted.id not in self._table.known():
             # Dropped meanwhile: the sidecar may have been written after its removal.
             await asyncio.to_thread(scan.remove, self._directory, noted.id)
-        elif (standing := self._shelf.standings.get(noted.id)) is not None and standing.last_used != dated:
+        elif (stats := self._table.stats.get(noted.id)) is not None and stats.last_used != dated:
             self.date(noted.id)

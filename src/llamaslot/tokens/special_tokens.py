@@ -11,14 +11,14 @@ to its neighbours (``lstrip``, ``rstrip``: Phi for one) happens on the same side
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import Coroutine, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 import marisa_trie  # type: ignore[import-not-found]  # compiled, without stubs
 
 from llamaslot.cache.ids import WIDTH, count, unpack
+from llamaslot.tasks import gather
 
 T = TypeVar("T")
 
@@ -212,13 +212,3 @@ class SpecialTokensOfEach:
         if len(self._known) > _USERS_MAX:
             del self._known[next(iter(self._known))]
         return specials
-
-
-async def gather(*coroutines: Coroutine[Any, Any, T]) -> list[T]:
-    """The results of all coroutines, run concurrently; the first error cancels the others and is raised as itself."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(coroutine) for coroutine in coroutines]
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]

@@ -28,7 +28,7 @@ EMBEDDED_MODEL = "smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MIN_CONTEXT = 256  # tokens per slot; llama.cpp rounds a context up to a multiple of it
 
-STOP_S = 15.0  # from SIGTERM to SIGKILL: longer than the supervisor's own grace
+STOP_S = 15.0  # from SIGTERM to SIGKILL: longer than the guard process's own grace
 HELP_S = 30.0  # `--help` of a CUDA build initializes the GPU first
 LOG_BYTES = 20 * 1024**2
 
@@ -197,7 +197,7 @@ class ManagedServer:
         self.port = port or config.port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.n_starts = 0
-        self.pid: int | None = None  # of the embedded server, or of the supervisor of a command
+        self.pid: int | None = None  # of the embedded server, or of the guard process of a command
         self._api_key, self._backoff, self._stop_s = api_key, backoff, stop_s
         self._sleep, self._now = sleep, now
 
@@ -256,11 +256,17 @@ class ManagedServer:
                 *(self.name, shlex.join(self.config.command), " ".join(unknown)),
             )
         arguments = command_line(self.config, needed, known)
-        return [sys.executable, "-m", "llamaslot.llama.managed.supervisor", *self.config.command, *arguments]
+        return [
+            sys.executable,
+            "-m",
+            "llamaslot.llama.managed.guard_process",
+            *self.config.command,
+            *arguments,
+        ]
 
     async def _known_flags(self, command: Sequence[str]) -> set[str]:
         """The flags that ``command --help`` lists; none if it prints nothing within ``HELP_S``. Run at each start."""
-        guarded = [sys.executable, "-m", "llamaslot.llama.managed.supervisor", *command, "--help"]
+        guarded = [sys.executable, "-m", "llamaslot.llama.managed.guard_process", *command, "--help"]
         async with _Child(guarded, self._environment(), lambda: asyncio.subprocess.PIPE, 0.0) as process:
             assert process.stdout is not None
             try:
@@ -283,7 +289,7 @@ class _Child:
     started.
 
     ``output`` is called in a thread and returns the target of its output: PIPE, or a descriptor, which is closed
-    here. Its standard input is a pipe from here: the embedded server and the supervisor end at its end, also if
+    here. Its standard input is a pipe from here: the embedded server and the guard process end at its end, also if
     llamaslot is killed.
     """
 
@@ -332,7 +338,7 @@ class _Child:
         process = self._process
         try:
             if process.returncode is None and self._stop_s:
-                process.terminate()  # this process alone: the supervisor passes it on
+                process.terminate()  # this process alone: the guard process passes it on
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._stop_s):
                         await process.wait()

@@ -1,12 +1,12 @@
-"""``python -m llamaslot.llama.managed.supervisor command [argument …]``: runs a command that ends when llamaslot
+"""``python -m llamaslot.llama.managed.guard_process command [argument …]``: runs a command that ends when llamaslot
 does.
 
 A llama-server that outlives a killed llamaslot would keep the GPU's memory and the port, and the next one could not
-start. The supervisor's standard input is a pipe from llamaslot. At its end (llamaslot has closed it, or died) the
-supervisor sends SIGTERM to its process group and, ``GRACE_S`` later, SIGKILL. It leads a process group of its own, in
-which the command runs too, so a shell script or a ``docker run`` around llama-server ends as well. A SIGTERM to the
-supervisor is passed on to the group, once: llama-server takes a second one as "at once". It ends as the command
-ended: with the same exit code or by the same signal; 127 if there is no such command.
+start. The guard's standard input is a pipe from llamaslot. At its end (llamaslot has closed it, or died) the guard
+sends SIGTERM to its process group and, ``GRACE_S`` later, SIGKILL. It leads a process group of its own, in which the
+command runs too, so a shell script or a ``docker run`` around llama-server ends as well. A SIGTERM to the guard is
+passed on to the group, once: llama-server takes a second one as "at once". It ends as the command ended: with the
+same exit code or by the same signal; 127 if there is no such command.
 
 This is not a ``preexec_fn`` in llamaslot, because code between fork and exec can deadlock beside threads.
 """
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, _pass_on)
     try:
-        # The supervisor has one thread, so preexec_fn is safe here.
+        # The guard process has one thread, so preexec_fn is safe here.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, umask=UMASK, preexec_fn=_before_exec)
     except OSError as error:
         os.write(2, f"llamaslot: cannot run {command[0]}: {error.strerror}\n".encode())
@@ -54,7 +54,7 @@ def _before_exec() -> None:
 
 
 def _pass_on(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the supervisor is in the group too
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the guard process is in the group too
     os.killpg(0, signal.SIGTERM)
 
 

@@ -15,7 +15,7 @@ from llamaslot.errors import LlamaslotError
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.replies import SlotInfo
 from llamaslot.scheduling.fairness import Charge
-from llamaslot.scheduling.slots import Event, Slot, State
+from llamaslot.scheduling.slots import Slot, SlotEvent, SlotState
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ UNCONFIRMED_S_PER_TOKEN = 2e-5
 
 
 @dataclass(slots=True, eq=False)
-class _Draining:
+class _Abandoned:
     """A slot that was released while llama-server may work in it. ``content``: the most that it may hold.
     ``not_before``: if found idle before that time, its request may not have begun yet.
     """
@@ -43,12 +43,12 @@ class _Draining:
     charge: Charge | None = None  # to the user whose request was left running
 
 
-class SlotDrainer:
+class AbandonedSlots:
     """The only poller of a backend's ``/slots``. ``add`` is synchronous; ``run`` is a task of the backend."""
 
     def __init__(self, api: LlamaServer, leases: Leases, now: Callable[[], float]) -> None:
         self._api, self._leases, self._now = api, leases, now
-        self._draining: list[_Draining] = []
+        self._abandoned: list[_Abandoned] = []
         self._added = asyncio.Event()
         self.on_failure: Callable[[], None] = lambda: None
 
@@ -70,21 +70,21 @@ class SlotDrainer:
         delay_s: float = 0.0,
         charge: Charge | None = None,
     ) -> None:
-        self._draining.append(_Draining(table, slot, content, self._now() + delay_s, charge=charge))
+        self._abandoned.append(_Abandoned(table, slot, content, self._now() + delay_s, charge=charge))
         self._added.set()
 
     async def run(self) -> None:
         """Poll while there are draining slots. Runs until cancelled."""
         polled_at = -POLL_S
         while True:
-            if gone := [entry for entry in self._draining if not entry.table.is_current]:
+            if gone := [entry for entry in self._abandoned if not entry.table.is_current]:
                 for entry in gone:
                     self._ended(entry)
                 self._leases.dispatch()
-            if not self._draining:
+            if not self._abandoned:
                 self._added.clear()
                 await self._added.wait()
-            due = max(polled_at + POLL_S, min(entry.not_before for entry in self._draining))
+            due = max(polled_at + POLL_S, min(entry.not_before for entry in self._abandoned))
             if (wait_s := due - self._now()) > 0:
                 await asyncio.sleep(wait_s)
             asked_at = self._now()
@@ -95,7 +95,7 @@ class SlotDrainer:
                 self.on_failure()
                 infos = {}
             polled_at = self._now()
-            for entry in list(self._draining):
+            for entry in list(self._abandoned):
                 info = infos.get(entry.slot.id)
                 if info is None:
                     continue
@@ -106,29 +106,29 @@ class SlotDrainer:
                     self._settle(entry, info)
                     self._leases.dispatch()
 
-    def _ended(self, entry: _Draining) -> None:
-        self._draining.remove(entry)
+    def _ended(self, entry: _Abandoned) -> None:
+        self._abandoned.remove(entry)
         self._leases.paid(entry.charge)
 
-    def _at_work(self, entry: _Draining, info: SlotInfo) -> None:
+    def _at_work(self, entry: _Abandoned, info: SlotInfo) -> None:
         """The request has arrived in its slot, so an exclusive section need not wait for it, however long it runs."""
         if entry.id_task is None and entry.table.is_current:
             entry.id_task = info.id_task
             entry.table.seen_at_work(entry.slot)
             self._leases.dispatch()
 
-    def _settle(self, entry: _Draining, info: SlotInfo) -> None:
+    def _settle(self, entry: _Abandoned, info: SlotInfo) -> None:
         """The server is done with the slot: it holds the first ``n_tokens`` of what was sent to it."""
-        if not entry.table.is_current or entry.slot.state is not State.DRAINING:
+        if not entry.table.is_current or entry.slot.state is not SlotState.DRAINING:
             return
         n = info.n_tokens or 0
         content = entry.content
         if n == 0:
-            event = Event.EMPTY
+            event = SlotEvent.EMPTY
         elif content.n_tokens == 0 or (entry.id_task is not None and (info.id_task or 0) > entry.id_task):
-            event = Event.FAIL  # a higher id_task: llama-server has run another request there since
+            event = SlotEvent.FAIL  # a higher id_task: llama-server has run another request there since
         else:
-            event = Event.KEEP
+            event = SlotEvent.KEEP
             # No more than was sent: a prefill that stopped early, and nothing follows.
             is_exact, n_more = n <= content.n_tokens, max(n - content.n_tokens, 0)
             if content.has_media:

@@ -41,16 +41,16 @@ class SnapshotCandidates:
             rewind_model,
         )
         self._library = library
-        self._index = InNamespaces(Joined(library.index, passing.index), self._space_of)
+        self._index = InNamespaces(Joined(library.index, passing.index), self._namespace_of)
 
     @property
     def _is_empty(self) -> bool:
         """Whether there is nothing to find: a search of both indexes takes 10 us, and each request needs several."""
         return not (self._snapshots or len(self._pending))
 
-    def _space_of(self, holder: str) -> Namespace:
+    def _namespace_of(self, holder: str) -> Namespace:
         is_passing = self._pending.get(holder) is not None
-        return self._pending.space_of(holder) if is_passing else self._library.space_of(holder)
+        return self._pending.namespace_of(holder) if is_passing else self._library.namespace_of(holder)
 
     def found(self, request: Request) -> list[Shared[str]]:
         """The snapshots with the longest common prefix with ``request``. First comes the longest one that is a whole
@@ -66,9 +66,9 @@ class SnapshotCandidates:
             N_CANDIDATES if self._rewind_model.is_rewindable else 4 * N_CANDIDATES,
         )
 
-    def _candidates(self, tokens: bytes, spaces: Collection[Namespace], n: int) -> list[Shared[str]]:
-        found = self._index.match(tokens, spaces, n)
-        whole = self._index.longest_full_prefix(tokens, spaces)
+    def _candidates(self, tokens: bytes, namespaces: Collection[Namespace], n: int) -> list[Shared[str]]:
+        found = self._index.match(tokens, namespaces, n)
+        whole = self._index.longest_full_prefix(tokens, namespaces)
         return found if whole is None else [whole, *(hit for hit in found if hit != whole)]
 
     def best_snapshot(self, request: Request) -> str | None:
@@ -121,7 +121,7 @@ class SnapshotCandidates:
             source, hit.n_shared, n_held, self._rewind_model.in_file(checkpoints), n_prompt
         )
 
-    def on_disk(self, tokens: bytes, space: Namespace) -> int:
+    def on_disk(self, tokens: bytes, namespace: Namespace) -> int:
         """The number of tokens of ``tokens`` that a snapshot makes reusable.
 
         A shared prefix that is still to be computed does not count: the request that computes it may leave.
@@ -130,8 +130,10 @@ class SnapshotCandidates:
             return 0
         to_come = self._pending.trunks
         if self._rewind_model.is_rewindable:
-            return self._index.cover(tokens, space, exclude=to_come)
-        hits = (hit for hit in self._candidates(tokens, (space,), N_COVERING) if hit.holder not in to_come)
+            return self._index.cover(tokens, namespace, exclude=to_come)
+        hits = (
+            hit for hit in self._candidates(tokens, (namespace,), N_COVERING) if hit.holder not in to_come
+        )
         return max((self._usable(hit, count(tokens) + 1) for hit in hits), default=0)
 
     def branch(
