@@ -25,7 +25,7 @@ def index_of(**held: tuple[Namespace, bytes]) -> InNamespaces[str]:
 
 
 @pytest.mark.parametrize(
-    "space", [SHARED, ANNA, SCALED, PUBLIC, Namespace("key:anna", SCALED.lora), Namespace("named:a b")]
+    "namespace", [SHARED, ANNA, SCALED, PUBLIC, Namespace("key:anna", SCALED.lora), Namespace("named:a b")]
 )
 def test_a_space_is_told_in_a_word_and_back(namespace: Namespace) -> None:
     """As a sidecar has it."""
