@@ -47,7 +47,7 @@ async def read(tmp_path: Path, data: bytes) -> Architecture | None:
 
 
 @pytest.mark.parametrize(
-    ("make", "memory", "window"),
+    ("make", "cache_kind", "window"),
     [
         (models.dense, CacheKind.DENSE, 0),
         (models.swa, CacheKind.SWA, models.SLIDING_WINDOW),
@@ -65,7 +65,7 @@ async def test_generated_models_are_recognized(
 
 
 @pytest.mark.parametrize(
-    ("key", "memory", "window"),
+    ("key", "cache_kind", "window"),
     [
         ("llama.attention.sliding_window", CacheKind.SWA, 512),
         ("mamba.ssm.state_size", CacheKind.RECURRENT, 0),

@@ -199,7 +199,9 @@ def test_where_saving_costs_more_than_computing_each_computes_his_own(cache_kind
 
 
 @EVERY
-@pytest.mark.parametrize("more", [{"no_cache": True}, {"space": Namespace("anna")}], ids=["cold", "isolated"])
+@pytest.mark.parametrize(
+    "more", [{"no_cache": True}, {"namespace": Namespace("anna")}], ids=["cold", "isolated"]
+)
 @pytest.mark.parametrize("who", [1, 2])
 def test_nothing_is_shared_with_a_job_that_may_use_nothing_cached(
     cache_kind: CacheKind, more: dict[str, Any], who: int
