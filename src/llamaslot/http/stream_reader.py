@@ -76,6 +76,7 @@ class Reading:
             else (*format_.last_events, *_BEFORE_TOKENS)
         )
         self._marks = (*_MARKS, *(mark for mark in own if b"error" not in mark))
+        self._is_followed = type(errors).saw is not ErrorEvents.saw
         self._put: Put | None = None
         self._events = b""  # whole ones, to be looked at
 
@@ -104,7 +105,8 @@ class Reading:
                     self._event(event)
                 return not (self.is_over or self.has_failed)
             if self._is_plain(events) and put(events):
-                self._errors.saw(last_of(events))
+                if self._is_followed:
+                    self._errors.saw(last_of(events))
                 return True
         self._events = events
         return False
