@@ -55,8 +55,8 @@ def written(wanted: Mapping[str, Any], body: Mapping[str, Any], raw: bytes) -> b
     """``wanted`` as JSON. ``raw``: the client's bytes, from which ``parse_object`` has made ``body``.
 
     If ``wanted`` has all that is in ``body`` and new fields besides, these are put at the end of the client's own
-    bytes. If not, everything is written anew: llama-server takes the last of equal names too (measured), but nothing
-    here depends on that.
+    bytes. If not, everything is written anew. Names that a client has sent twice stay so in its bytes: llama-server
+    takes the last one at every depth, as orjson does (measured; tests/real/test_bodies.py).
     """
     missing = object()
     added = {name: value for name, value in wanted.items() if body.get(name, missing) is not value}
