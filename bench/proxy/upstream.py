@@ -12,6 +12,7 @@ A word in the prompt asks for another answer than ``max_tokens`` events at once:
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import struct
 import sys
@@ -331,6 +332,7 @@ class Stream:
         self.server, self.transport, self.answer, self.every_s = server, transport, answer, every_s
         self.is_held_up = False
         self.n_left = answer.n_predict
+        self.has_begun = False
         self.loop = asyncio.get_running_loop()
         self.due = self.loop.time()
         answer.slot.is_busy = True
@@ -342,7 +344,9 @@ class Stream:
     def tick(self) -> None:
         self.transport.write(chunk(self.answer.token(f"{time.monotonic_ns()} ")))
         assert self.every_s is not None
-        self.due += self.every_s
+        # The first one at once, the next at a random moment: else all streams that began together stay together.
+        self.due += self.every_s if self.has_begun else self.every_s * random.random()
+        self.has_begun = True
         self.next = self.loop.call_at(self.due, self.tick)
 
     def flood(self) -> None:

@@ -256,17 +256,6 @@ def test_a_snapshot_dropped_while_its_slot_is_leased_is_not_believed_in() -> Non
     assert slot.content.snapshot is None
 
 
-def test_the_snapshot_of_exactly_these_tokens() -> None:
-    """Not of a beginning of them, and not of more."""
-    table = make()
-    table.add_snapshot(snapshot("s", A))
-    found = table.model_snapshots.snapshot_of(A)
-    assert found is not None
-    assert found.id == "s"
-    assert table.model_snapshots.snapshot_of(head(A, 1999)) is None
-    assert table.model_snapshots.snapshot_of(A + B) is None
-
-
 def test_agreeing_with_the_catalog() -> None:
     """What is gone is dropped, and the slot that came from it is dirty again."""
     table, there = make(), snapshot("there", B)

@@ -47,6 +47,7 @@ from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Slot, SlotEvent
 from llamaslot.store import Catalog, QuotaExceeded, Reservation, WithTokens, read_slot_file
 from llamaslot.store.model_snapshots import Libraries, content_of
+from llamaslot.store.sidecar import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ class Handshake:
         self.name, self.api, self.catalog, self.rates, self.rules = name, api, catalog, rates, rules
         self.libraries = libraries
         self.probes = Probes(api, catalog, rates)
+        self._is_usable = dict[str, bool]()  # by the text of the fingerprint
         # Drafts that are not committed at the end are abandoned on every path.
         self._reservations = contextlib.AsyncExitStack()
 
@@ -261,10 +263,9 @@ class Handshake:
         reservation, saved = written
         try:
             file = await read_slot_file(self.catalog.directory / reservation.part_name)
-            if self.libraries is not None:
-                await self.libraries.complete()
-            if (same := table.model_snapshots.snapshot_of(file.tokens)) is not None:
+            if (same := self._listed(file.tokens)) is not None:
                 await self.catalog.abandon(reservation)
+                table.add_snapshot(same)  # perhaps it is still to be read
                 return same
             snapshot = await self.catalog.commit(
                 reservation,
@@ -281,6 +282,19 @@ class Handshake:
             return None
         table.add_snapshot(snapshot)
         return snapshot
+
+    def _listed(self, tokens: bytes) -> WithTokens | None:
+        """The snapshot of this model that holds exactly these, in the shared namespace."""
+        assert self.catalog is not None
+        digest = digest_of(tokens)
+        for snapshot in self.catalog.snapshots.values():
+            if (
+                snapshot.digest == digest
+                and not snapshot.namespace
+                and self._is_usable.get(snapshot.fingerprint)
+            ):
+                return snapshot.with_tokens(tokens)
+        return None
 
     def _guessed_checkpoints(self, table: SlotTable, n_tokens: int) -> tuple[int, ...]:
         """The last checkpoint of an adopted context: near the end of its last prompt, whose position is unknown,
@@ -317,7 +331,7 @@ class Handshake:
         assert self.catalog is not None
         assert self.libraries is not None
         snapshots = sorted(self.catalog.snapshots.values(), key=lambda snapshot: snapshot.created_at)
-        is_same = dict[str, bool]()
+        is_same = self._is_usable = dict[str, bool]()
         for text in {snapshot.fingerprint for snapshot in snapshots}:
             other = Identity.from_text(text)
             is_same[text] = other is not None and current.is_same(other)
@@ -326,6 +340,7 @@ class Handshake:
         if n_others := len(snapshots) - len(admitted):
             log.warning("%s: %d snapshots belong to another model and are not used", self.name, n_others)
         fingerprint = admitted[-1].fingerprint if admitted else current.to_text()
+        is_same[fingerprint] = True
         self.catalog.fingerprint = fingerprint
         table.offer(
             await self.libraries.of(current, lambda snapshot: is_same.get(snapshot.fingerprint, False))

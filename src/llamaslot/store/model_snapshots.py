@@ -14,7 +14,7 @@ from llamaslot.cache.changes import Changes
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, count
 from llamaslot.cache.layered_index import LayeredIndex
-from llamaslot.cache.namespaces import SHARED, InNamespaces, Namespace, marker
+from llamaslot.cache.namespaces import InNamespaces, Namespace, marker
 from llamaslot.llama.identity import Identity
 from llamaslot.store import Catalog, Snapshot, WithTokens
 from llamaslot.store.disk_index_rebuild import DiskIndexRebuild
@@ -52,13 +52,6 @@ class ModelSnapshots:
     def namespace_of(self, snapshot_id: str) -> Namespace:
         """Raises KeyError for an unknown id."""
         return Namespace.of_text(self.snapshots[snapshot_id].namespace)
-
-    def snapshot_of(self, tokens: bytes) -> WithTokens | None:
-        """The snapshot that holds exactly ``tokens``, in the shared namespace."""
-        hit = self.in_namespaces.longest_full_prefix(tokens, (SHARED,))
-        if hit is None or hit.n_tokens != count(tokens):
-            return None
-        return self.snapshots[hit.holder].with_tokens(tokens)
 
     def snapshot_at(self, tokens: bytes, namespace: Namespace) -> Snapshot | None:
         """The snapshot that ends where ``tokens`` end, or a little before."""
