@@ -407,7 +407,7 @@ async def test_a_file_system_that_does_not_tell_is_no_reason_not_to_save(
     await closed(shelter)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**9))
 def test_no_limit_is_ever_broken(seed: int) -> None:
     """Savers at once, others who fill and empty the disk, pins, random sizes: bytes, files and free space hold at each
