@@ -32,7 +32,7 @@ SCENARIOS: dict[str, Callable[[Bench], Measured]] = {
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     about = "; ".join(f"{name}: {(work.__doc__ or '').split('.')[0]}" for name, work in SCENARIOS.items())
     parser = argparse.ArgumentParser(prog="python -m bench.proxy", description=__doc__, epilog=about)
-    parser.add_argument("--only", nargs="+", choices=SCENARIOS, metavar="NAME", default=list(SCENARIOS))
+    parser.add_argument("--only", nargs="*", choices=SCENARIOS, metavar="NAME", default=list(SCENARIOS))
     parser.add_argument("--rounds", type=int, default=0, help="each target has so many turns (5; 3 if quick)")
     parser.add_argument("--quick", action="store_true", help="fewer requests, for orientation")
     parser.add_argument("--proxies", nargs="+", choices=KINDS, help="these only")
@@ -41,6 +41,7 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--results", type=Path, help="keep the figures here, with those of earlier runs")
     parser.add_argument("--write", type=Path, help="write the page about all that --results has")
+    parser.add_argument("--note", default="", help="a sentence about this measurement, for that page")
     return parser.parse_args(arguments)
 
 
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         load.close()
     if options.write is not None:
-        options.write.write_text(report.page(results, SCENARIOS))
+        options.write.write_text(report.page(results, SCENARIOS, options.note))
     return 0 if is_met else 1
 
 

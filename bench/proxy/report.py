@@ -94,8 +94,8 @@ def load(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def page(results: Mapping[str, Mapping[str, Any]], order: Iterable[str]) -> str:
-    """``docs/performance.md``."""
+def page(results: Mapping[str, Mapping[str, Any]], order: Iterable[str], note: str = "") -> str:
+    """``docs/performance.md``. ``note``: what else is to be said of this measurement."""
     there = [name for name in order if name in results]
     measured = {name: from_json(results[name]) for name in there}
     commits = sorted({str(results[name]["commit"]) for name in there})
@@ -109,7 +109,8 @@ def page(results: Mapping[str, Mapping[str, Any]], order: Iterable[str]) -> str:
         f" {'/'.join(map(str, n_rounds))} interleaved rounds, CPU as the kernel counts it. *aiohttp, 30 lines*:"
         " `bench/proxy/simple.py`. Ratios hold elsewhere, times do not.",
         "",
-        f"{machine()}; commit {', '.join(commits)}; {max(str(results[name]['at']) for name in there)} UTC.",
+        f"{machine()}; commit {', '.join(commits)}; {max(str(results[name]['at']) for name in there)} UTC."
+        + f" {note}".rstrip(),
         "",
         "## Goals",
         "",
