@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from llamaslot.backend.abandoned_slots import AbandonedSlots
 from llamaslot.backend.cache_miss import CacheMisses
@@ -111,6 +111,45 @@ class Backend:
         self._doubt = asyncio.Event()
         self._met_or_down = asyncio.Event()  # set unless it is being connected to
         self._met_or_down.set()
+
+    def status(self) -> dict[str, Any]:
+        """Model, slots and warnings at present, as JSON for ``/llamaslot/status``; ``http.openapi`` describes it. No
+        content of slots.
+        """
+        session, table = self.session, self.leases.table
+        return {
+            "name": self.name,
+            "health": self.health.value,
+            "model": session.model_name if session else None,
+            "n_ctx": table.n_ctx if table else None,
+            "memory": table.cache_kind.value if table else None,
+            "warnings": list(session.warnings) if session else [],
+            "assist": _assist_status(session) if session else None,
+            "slots": self._slot_status(table) if table and table.is_assisted else [],
+        }
+
+    def _slot_status(self, table: SlotTable) -> list[dict[str, Any]]:
+        # Those with a slot: an exclusive request has none until llama-server has chosen.
+        leases = {
+            its.slot_id: its for its in self.leases.leases if its.table is table and its.slot is not None
+        }
+        prefills = {
+            slot_id: {"n_done": lease.n_done, "n_tokens": lease.request.n_tokens}
+            for slot_id, lease in leases.items()
+            if lease.is_long
+        }
+        return [
+            {
+                "id": slot.id,
+                "state": slot.state.value,
+                "n_tokens": slot.content.n_tokens,
+                "is_dirty": slot.content.is_dirty,
+                "is_worth_saving": table.worth.is_worth_saving(slot),
+                "prefill": prefills.get(slot.id),
+                "user": (leases[slot.id].request.user.id or None) if slot.id in leases else None,
+            }
+            for slot in table.slots
+        ]
 
     # -- for requests --------------------------------------------------------------------------------------------
 
@@ -376,3 +415,10 @@ class Backend:
             self._met_or_down.clear()
         else:
             self._met_or_down.set()
+
+
+def _assist_status(session: ServerSession) -> dict[str, Any]:
+    """Whether llamaslot chooses slots, and if not, why and how to change that."""
+    if session.aside is None:
+        return {"is_on": True, "why": None, "remedy": None}
+    return {"is_on": False, "why": session.aside.why, "remedy": session.aside.remedy}

@@ -1,4 +1,4 @@
-"""The sections of config.yaml, each a frozen model. docs/configuration.md describes each key."""
+"""The sections of config.yaml, each a frozen model. docs/configuration.md says more about each key."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ from llamaslot.config.values import (
 from llamaslot.errors import ConfigError
 from llamaslot.llama.managed.process import EMBEDDED_MODEL, ManagedConfig
 from llamaslot.llama.routes import Gate
+from llamaslot.scheduling.prefill_policy import PrefillSharing
+
+_SHARING = PrefillSharing()  # the defaults of ``prefill``
 
 
 def _managed(value: object, info: ValidationInfo) -> object:
@@ -57,12 +60,17 @@ def _split(line: str, key: str) -> list[str]:
 
 
 class ListenConfig(Section):
+    # Address to listen on; one that other machines reach requires keys or auth.allow_anonymous.
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Port = 8081
+    # Bytes of an unpacked request body; a larger one is answered 413.
     max_body: Annotated[Size, Field(gt=0)] = 64 * MIB
+    # For header and body to arrive, then 408; a body gets a second more per 4 KiB.
     read_timeout_s: Annotated[Seconds, Field(gt=0)] = 30.0
+    # Of clients; one more is answered 503. None: the limit of open files, less 2048.
     max_connections: Annotated[Count, Field(gt=0)] | None = None
     tls: TlsConfig | None = None
+    # Origins whose web pages may call llamaslot from a browser; "*": all.
     cors: tuple[Annotated[str, AfterValidator(origin)], ...] = ()
 
 
@@ -87,9 +95,13 @@ def _strong_secret(key: SecretStr) -> SecretStr:
 class AuthConfig(Section):
     """Who may use llamaslot, and who may use its own pages."""
 
+    # The clients' keys, written by ``llamaslot keys``; with it requests need one.
     keys_file: Annotated[FilePath, AfterValidator(_keys_file)] | None = None
+    # Serve requests without a key, even from other machines.
     allow_anonymous: bool = False
+    # Opens ``/llamaslot/…`` only.
     admin_key: Annotated[SecretStr, AfterValidator(_strong_secret)] | None = None
+    # A file with that key alone on one line.
     admin_key_file: Annotated[FilePath, AfterValidator(_strong_key_file)] | None = None
 
     def resolve_admin_key(self) -> str | None:
@@ -111,11 +123,17 @@ def _resolved(key: SecretStr | None, path: Path | None, name: str) -> str | None
 class BackendConfig(Section):
     """One llama-server: its address (``url``) or how to run it (``managed``)."""
 
+    # In log, metrics and headers.
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "llama"
+    # Root of a running llama-server, without /v1.
     url: Annotated[str, AfterValidator(server_url)] | None = None
+    # llama-server's --slot-save-path as seen from llamaslot; None: nothing is saved.
     slot_save_path: FilePath | None = None
+    # llama-server's --api-key.
     api_key: Annotated[SecretStr, Field(min_length=1)] | None = None
+    # A file with that key alone on one line.
     api_key_file: Annotated[FilePath, AfterValidator(key_file)] | None = None
+    # A llama-server that llamaslot starts and stops.
     managed: Annotated[ManagedConfig, BeforeValidator(_managed)] | None = None
 
     def resolve_api_key(self) -> str | None:
@@ -136,62 +154,91 @@ def default_meta_dir() -> Path:
 
 
 class StoreConfig(Section):
+    # Bytes of snapshots; beyond, the least valuable are evicted. 0: save nothing.
     quota: Size = 20 * GIB
+    # Number of snapshots.
     max_files: Annotated[Count, Field(gt=0)] = 10_000
+    # Bytes to leave free on the file system of slot_save_path; 0: not checked.
     min_free: Size = 1 * GIB
+    # Directory of llamaslot's own files.
     meta_dir: FilePath = Field(default_factory=default_meta_dir)
+    # Unsaved slots are saved after so many seconds without a request.
     idle_save_s: Seconds = 2.0
 
 
 class RoutingConfig(Section):
+    # Least fraction of the tokens in an occupied slot that a request must keep to continue it.
     similarity_min: Annotated[float, BeforeValidator(number), Field(gt=0, le=1)] = 0.85
+    # A shorter prompt evicts no context of at least this many tokens while another slot is idle.
     small_prompt_tokens: Count = 1024
 
 
 class CacheConfig(Section):
+    # Whether a request may reuse what another user has computed.
     isolation: Literal["shared", "per_user"] = "shared"
 
 
 class PrefillConfig(Section):
+    # A prefill that takes longer is computed in chunks. None: 20 times what a request costs, at most 1 s.
     chunk_threshold_s: Seconds | None = None
-    decode_share: Annotated[float, BeforeValidator(number), Field(ge=0, le=0.9)] = 0.1
-    chunk_s: Annotated[Seconds, Field(gt=0)] = 0.5
-    max_yield_s: Seconds = 2.0
-    starvation_s: Seconds = 120.0
+    # Fraction of time for running streams beside a long prompt.
+    decode_share: Annotated[float, BeforeValidator(number), Field(ge=0, le=0.9)] = _SHARING.decode_share
+    # Duration of a chunk: so long others wait.
+    chunk_s: Annotated[Seconds, Field(gt=0)] = _SHARING.chunk_s
+    # Longest delay of a long prompt's next chunk by requests with a short prefill.
+    max_yield_s: Seconds = _SHARING.max_yield_s
+    # A long prompt that has waited this long is not overtaken by later ones.
+    starvation_s: Seconds = _SHARING.starvation_s
 
 
 class QueueConfig(Section):
+    # Requests that may wait for a slot; one more is answered 503.
     max_waiting: Count = 256
+    # Longest wait for a slot, then 503. None: no limit.
     max_wait_s: Annotated[Seconds, Field(gt=0)] | None = 600.0
+    # Requests of one user that may wait; one more is answered 429. A key's own limit wins.
     user_max_waiting: Annotated[Count, Field(gt=0)] | None = None
+    # Slots of one user at a time. None: as many as no other user needs. A key's own limit wins.
     user_max_running: Annotated[Count, Field(gt=0)] | None = None
+    # Slot time by which small requests may overtake a waiting request in all; 0: never.
     small_request_max_overtake_s: Seconds = 10.0
+    # So long after its last answer a user is expected back, and a slot is left idle for it.
     return_grace_s: Seconds = 10.0
 
 
 class TimeoutsConfig(Section):
+    # From arrival to the first token, then 504. None: no limit.
     first_token_s: Annotated[Seconds, Field(gt=0)] | None = None
+    # From arrival to the end of the answer, then 504. None: no limit.
     total_s: Annotated[Seconds, Field(gt=0)] | None = None
+    # A slot without progress for so long is stuck: its request ends, and it is erased.
     watchdog_s: Annotated[Seconds, Field(gt=0)] | None = 300.0
 
 
 class StreamConfig(Section):
+    # Between two comments to a waiting stream.
     keepalive_s: Annotated[Seconds, Field(gt=0)] = 10.0
+    # False: none, for clients that cannot read SSE comments.
     comments: bool = True
 
 
 class PassthroughConfig(Section):
+    # Routes that change llama-server or reach out from it; others are answered 403.
     allow: tuple[Gate, ...] = ()
 
 
 class ShutdownConfig(Section):
+    # To save unsaved slots, after draining.
     save_s: Seconds = 60.0
+    # For running answers to end after SIGTERM, and again to close their connections.
     drain_s: Seconds = 30.0
 
 
 class LogConfig(Section):
+    # Least level that is logged, on stderr.
     level: Annotated[
         Literal["debug", "info", "warning", "error"],
         BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
     ] = "info"
+    # Show 80 characters around where a prompt differs from an earlier one.
     prompts: bool = False

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,18 +20,22 @@ from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.fleet.infill_prompts import InfillPrompts
 from llamaslot.fleet.model_context import ModelContext
 from llamaslot.fleet.prewarm import Bodies, Prewarm
-from llamaslot.fleet.queue import QueueLimits
+from llamaslot.fleet.queue import QueueLimits, UserStanding
 from llamaslot.llama.client import LlamaServer
+from llamaslot.observe.journal import Decision
 from llamaslot.observe.metrics import Metrics, UntokenizedRequests
 from llamaslot.scheduling.eviction import SnapshotStats
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request, User
 from llamaslot.store import Snapshot
 from llamaslot.store.model_snapshots import Libraries
+from llamaslot.store.quota import beyond_disk
 from llamaslot.store.snapshot_store import SnapshotStore
 from llamaslot.tasks import TaskOwner
 from llamaslot.tokens.conversion_checks import ConversionChecks
 from llamaslot.tokens.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,19 @@ class PoolSettings:
     limits: QueueLimits = field(default_factory=QueueLimits)
     directory: Directory | None = None
     prewarm: Bodies = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """A pool at present. ``n_snapshots``: those that the present model can use; ``size_bytes``: of all snapshots, on
+    disk or reserved; ``n_waiting``: requests in the queue.
+    """
+
+    n_snapshots: int
+    size_bytes: int
+    quota_bytes: int
+    n_waiting: int
+    users: list[UserStanding]
 
 
 class Pool:
@@ -171,10 +189,23 @@ class Pool:
         """The namespace of a request of ``user``."""
         return self._settings.rules.namespace(user)
 
-    @property
-    def n_snapshots(self) -> int:
-        """The number of snapshots that the present model can use."""
-        return max((len(table.model_snapshots.snapshots) for table in self.dispatcher.tables), default=0)
+    # -- for those who operate it --------------------------------------------------------------------------------
+
+    def status(self) -> PoolStatus:
+        catalog = self.store.catalog if self.store is not None else None
+        return PoolStatus(
+            n_snapshots=max(
+                (len(table.model_snapshots.snapshots) for table in self.dispatcher.tables), default=0
+            ),
+            size_bytes=catalog.size_bytes if catalog is not None else 0,
+            quota_bytes=catalog.quota_bytes if catalog is not None else 0,
+            n_waiting=self.dispatcher.n_waiting,
+            users=self.dispatcher.queue.standings(self._now()),
+        )
+
+    def latest_decisions(self, n: int) -> Iterator[Decision]:
+        """The last ``n`` decisions of the journal, newest first."""
+        return self.dispatcher.journal.latest(n)
 
     # -- called by backends --------------------------------------------------------------------------------------
 
@@ -236,9 +267,19 @@ class Pool:
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Open the store. Raises LlamaslotError with the remedy if it cannot be used."""
-        if self.store is not None:
+        """Open the store. Raises LlamaslotError with the remedy if it cannot be used. Warns if its disk is smaller than
+        its quota.
+        """
+        if self.store is not None and (directory := self._settings.directory) is not None:
             await self.store.open()
+            limits = (
+                directory.quota_bytes,
+                directory.min_free_bytes,
+                directory.path,
+                self.store.catalog.size_bytes,
+            )
+            if (note := await asyncio.to_thread(beyond_disk, *limits)) is not None:
+                log.warning("%s", note)
         for backend in self.backends.values():
             await backend.open()
 

@@ -7,9 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from llamaslot import __version__
-from llamaslot.backend.backend import Backend, Health
-from llamaslot.backend.connect import ServerSession
-from llamaslot.backend.slot_table import SlotTable
+from llamaslot.backend.backend import Health
 from llamaslot.errors import BadRequest, NotAllowed, NotFound
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.openapi import DESCRIPTION, PATHS
@@ -53,17 +51,16 @@ class Status:
 
     def status(self) -> dict[str, Any]:
         """Backends, snapshots and the queue at present. Token contents are never shown."""
-        pools = self._registry.pools
-        stores = [pool.store for pool in pools if pool.store is not None]
+        pools = [pool.status() for pool in self._registry.pools]
         return {
             "version": __version__,
-            "backends": [_status_of(backend) for backend in self._registry.backends],
+            "backends": [backend.status() for backend in self._registry.backends],
             "snapshots": {
                 "n": sum(pool.n_snapshots for pool in pools),
-                "size_bytes": sum(store.catalog.size_bytes for store in stores),
-                "quota_bytes": sum(store.catalog.quota_bytes for store in stores),
+                "size_bytes": sum(pool.size_bytes for pool in pools),
+                "quota_bytes": sum(pool.quota_bytes for pool in pools),
             },
-            "queue": sum(pool.dispatcher.n_waiting for pool in pools),
+            "queue": sum(pool.n_waiting for pool in pools),
             "users": [
                 {
                     "id": user.id,
@@ -72,7 +69,7 @@ class Status:
                     "deficit_s": round(user.deficit_s, 3),
                 }
                 for pool in pools
-                for user in pool.dispatcher.queue.standings(pool.dispatcher.now())
+                for user in pool.users
             ],
             "rewrite": self._prompts.report(),
         }
@@ -82,60 +79,13 @@ class Status:
         if not (n.isascii() and n.isdigit()):
             raise BadRequest(f"n={n}: how many decisions of the last {KEPT}")
         n_wanted = min(int(n[-_DIGITS:]), KEPT) if len(n.lstrip("0")) <= _DIGITS else KEPT
-        every = (
-            decision for pool in self._registry.pools for decision in pool.dispatcher.journal.latest(n_wanted)
-        )
+        every = (decision for pool in self._registry.pools for decision in pool.latest_decisions(n_wanted))
         latest = sorted(every, key=lambda decision: -decision.at)[:n_wanted]
         return {"decisions": [decision.to_json() for decision in latest]}
 
     def _metrics(self) -> web.Response:
-        metrics, pools = self._registry.metrics, self._registry.pools
-        stores = [pool.store for pool in pools if pool.store is not None]
-        metrics.n_waiting.set(sum(pool.dispatcher.n_waiting for pool in pools))
+        metrics, pools = self._registry.metrics, [pool.status() for pool in self._registry.pools]
+        metrics.n_waiting.set(sum(pool.n_waiting for pool in pools))
         metrics.n_snapshots.set(sum(pool.n_snapshots for pool in pools))
-        metrics.bytes_stored.set(sum(store.catalog.size_bytes for store in stores))
+        metrics.bytes_stored.set(sum(pool.size_bytes for pool in pools))
         return web.Response(body=metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4"})
-
-
-def _status_of(backend: Backend) -> dict[str, Any]:
-    session, table = backend.session, backend.leases.table
-    return {
-        "name": backend.name,
-        "health": backend.health.value,
-        "model": session.model_name if session else None,
-        "n_ctx": table.n_ctx if table else None,
-        "memory": table.cache_kind.value if table else None,
-        "warnings": list(session.warnings) if session else [],
-        "assist": _assist(session) if session else None,
-        "slots": _slots(backend, table) if table and table.is_assisted else [],
-    }
-
-
-def _assist(session: ServerSession) -> dict[str, Any]:
-    """Whether llamaslot chooses slots, and if not, why and how to change that."""
-    if session.aside is None:
-        return {"is_on": True, "why": None, "remedy": None}
-    return {"is_on": False, "why": session.aside.why, "remedy": session.aside.remedy}
-
-
-def _slots(backend: Backend, table: SlotTable) -> list[dict[str, Any]]:
-    # Those with a slot: an exclusive request has none until llama-server has chosen.
-    leases = [lease for lease in backend.leases.leases if lease.table is table and lease.slot is not None]
-    chunked_prefill = {
-        lease.slot_id: {"n_done": lease.n_done, "n_tokens": lease.request.n_tokens}
-        for lease in leases
-        if lease.is_long
-    }
-    users = {lease.slot_id: lease.request.user.id or None for lease in leases}
-    return [
-        {
-            "id": slot.id,
-            "state": slot.state.value,
-            "n_tokens": slot.content.n_tokens,
-            "is_dirty": slot.content.is_dirty,
-            "is_worth_saving": table.worth.is_worth_saving(slot),
-            "prefill": chunked_prefill.get(slot.id),
-            "user": users.get(slot.id),
-        }
-        for slot in table.slots
-    ]

@@ -40,7 +40,6 @@ from llamaslot.http.tls import Certificate
 from llamaslot.http.unassisted import Unassisted
 from llamaslot.llama.managed.process import ManagedServer
 from llamaslot.llama.routes import Route, classify
-from llamaslot.store.quota import beyond_disk
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
@@ -168,13 +167,6 @@ async def serve(config: Config) -> None:
     assert url is not None
     registry = Registry.of(config, url)
     await registry.open()
-    for pool in registry.pools:
-        if pool.store is None:
-            continue
-        store, catalog = config.store, pool.store.catalog
-        limits = store.quota, store.min_free, catalog.directory, catalog.size_bytes
-        if (note := await asyncio.to_thread(beyond_disk, *limits)) is not None:
-            log.warning("%s", note)
     stop, save_s = asyncio.Event(), 0.0
     try:
         async with listening(config, registry) as listener:

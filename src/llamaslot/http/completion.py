@@ -39,7 +39,7 @@ from llamaslot.http.client_request import ClientRequest
 from llamaslot.http.client_stream import MISTAKE, Downstream, StreamRules
 from llamaslot.http.completion_stream import Answering, RetryNonStreamed
 from llamaslot.http.deadlines import Deadlines
-from llamaslot.http.headers import BACKEND, to_server
+from llamaslot.http.headers import of_placement, to_server
 from llamaslot.http.json_body import NoObject, parse_object, written
 from llamaslot.http.parse import (
     ATTEMPTS,
@@ -366,7 +366,9 @@ class _Exchange:
                     self.pool, backend, context, self.down, self.client_request, parsed, lease, here, before, turn,
                     in_one_piece=self.in_one_piece,
                 )  # fmt: skip
-                await self.down.write(self.down.add_headers(_about(lease, parsed)))
+                await self.down.write(
+                    self.down.add_headers(of_placement(lease.slot_key, parsed.request.n_tokens))
+                )
                 if not answering.is_streamed:
                     self.deadlines.answering()
                 await answering.begin(stack, may_replan=may_replan)
@@ -394,14 +396,3 @@ class _Exchange:
             is_watched=body.get("stream") is True,
             is_relayed=True,
         )
-
-
-def _about(lease: Lease, parsed: ParsedRequest) -> dict[str, str]:
-    """Headers with what is known before llama-server has received the request. It reports the reuse itself
-    (``Answering``).
-    """
-    return {
-        BACKEND: lease.slot_key.backend,
-        "x-llamaslot-slot": str(lease.slot_id),
-        "x-llamaslot-prompt-tokens": str(parsed.request.n_tokens),
-    }

@@ -24,7 +24,7 @@ from llamaslot.fleet.pool import Pool
 from llamaslot.formats.stream_to_json import Doubt
 from llamaslot.http.client_request import ClientRequest
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream
-from llamaslot.http.headers import to_client
+from llamaslot.http.headers import of_expected_reuse, of_reuse, to_client
 from llamaslot.http.parse import ParsedRequest
 from llamaslot.http.stream_reader import Put, Reading
 from llamaslot.llama.response import Response, content_type_of, media_type_of, whole
@@ -198,10 +198,10 @@ class Answering:
             return
         self._is_reuse_told = True
         if self.n_reused is None:
-            told = {"x-llamaslot-expected-tokens": str(self._n_reused_or_expected)}
+            headers = of_expected_reuse(self._n_reused_or_expected)
         else:
-            told = {"x-llamaslot-source": self.source.value, "x-llamaslot-reused-tokens": str(self.n_reused)}
-        await self.down.write(self.down.add_headers(told))
+            headers = of_reuse(self.source, self.n_reused)
+        await self.down.write(self.down.add_headers(headers))
 
     def _stream_start(self) -> bytes:
         n_reused = (

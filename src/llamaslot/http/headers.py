@@ -1,4 +1,4 @@
-"""Which headers a proxy forwards, and which it does not."""
+"""llamaslot's own headers of an answer; which headers a proxy forwards, and which it does not."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from llamaslot.llama.response import Response
+from llamaslot.scheduling.plan import Source
+from llamaslot.scheduling.slots import SlotKey
 
 _Headers = CIMultiDict[str] | CIMultiDictProxy[str]
 
 #: The backend that has answered.
 BACKEND = "x-llamaslot-backend"
+#: Of a request that llamaslot has not placed: llama-server chooses slots by itself.
+ASSIST_OFF = {"x-llamaslot-assist": "off"}
 
 # https://www.rfc-editor.org/rfc/rfc9110#section-7.6.1
 _HOP_BY_HOP = {
@@ -60,3 +64,21 @@ def to_client(upstream: Response, ours: Mapping[str, str] | None = None) -> CIMu
     headers = _passed(upstream.headers, _NOT_TO_CLIENT, "access-control-")
     headers.update(ours or {})
     return headers
+
+
+def of_placement(slot: SlotKey, n_prompt: int) -> dict[str, str]:
+    """What is known before llama-server has received a request of ``n_prompt`` tokens."""
+    return {
+        BACKEND: slot.backend,
+        "x-llamaslot-slot": str(slot.id),
+        "x-llamaslot-prompt-tokens": str(n_prompt),
+    }
+
+
+def of_expected_reuse(n_expected: int) -> dict[str, str]:
+    """Instead of ``of_reuse`` where llama-server tells at the end of its answer only."""
+    return {"x-llamaslot-expected-tokens": str(n_expected)}
+
+
+def of_reuse(source: Source, n_reused: int) -> dict[str, str]:
+    return {"x-llamaslot-source": source.value, "x-llamaslot-reused-tokens": str(n_reused)}

@@ -27,7 +27,7 @@ from llamaslot.formats.registry import format_named
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream, StreamRules
 from llamaslot.http.deadlines import Deadlines
-from llamaslot.http.headers import BACKEND, to_client, to_server
+from llamaslot.http.headers import ASSIST_OFF, BACKEND, to_client, to_server
 from llamaslot.http.parse import max_tokens, request_id
 from llamaslot.http.relay import relay
 from llamaslot.http.rewriting import rewrote
@@ -38,8 +38,6 @@ from llamaslot.scheduling.plan import Source
 from llamaslot.scheduling.request import Request
 
 log = logging.getLogger(__name__)
-
-ASSIST_OFF = {"x-llamaslot-assist": "off"}
 
 
 class Unassisted:
