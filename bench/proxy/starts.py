@@ -155,6 +155,8 @@ def _fill(target: Target) -> None:
     process = _process(target)
     until_healthy(process.popen, target.port, process.log)
     end = time.monotonic() + 60.0
-    while time.monotonic() < end and not (target.directory / "meta" / "gpu0.sidecars").exists():
+    meta = target.directory / "meta"
+    made = meta / "gpu0.sidecars", meta / "gpu0.index" / "manifest.json"
+    while time.monotonic() < end and not all(path.exists() for path in made):
         time.sleep(0.1)
     process.end()
