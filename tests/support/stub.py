@@ -497,7 +497,7 @@ class StubCatalog:
 
     def inherit(self, id: str, from_id: str) -> None: ...  # noqa: A002
 
-    async def mark(self, id: str, kind: SnapshotKind, *, is_pinned: bool) -> Snapshot:  # noqa: A002
+    async def change_kind(self, id: str, kind: SnapshotKind, *, is_pinned: bool) -> Snapshot:  # noqa: A002
         self.snapshots[id] = replace(self.snapshots[id], kind=kind, is_pinned=is_pinned)
         await asyncio.sleep(0)
         return self.snapshots[id]
