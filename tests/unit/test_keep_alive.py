@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from llamaslot.llama import keep_alive
-from llamaslot.llama.keep_alive import Answer, BadAnswer, KeepAlivePool, NotConnected
+from llamaslot.llama.keep_alive import Answer, BadAnswer, KeepAlivePool, NotConnected, connected
 from tests.support.inprocess import PATIENCE_S
 from tests.support.leftovers import nothing_left
 from tests.support.real import free_port
@@ -182,7 +183,7 @@ async def test_of_a_burst_few_connections_are_kept(
     """The others are closed soon, for each has a thread of llama-server's; and the last before llama-server does it."""
     monkeypatch.setattr(keep_alive, "_BURST_S", 0.01)
     await asyncio.gather(*(ask(pool) for _ in range(24)))
-    assert len(pool) == 16
+    assert len(server.writers) == 16
     await until_open(pool, 2)
     assert len(pool) == 2
     monkeypatch.setattr(keep_alive, "_IDLE_S", 0.02)
@@ -427,3 +428,30 @@ async def test_a_name_is_looked_up_once(server: Server, monkeypatch: pytest.Monk
 def test_what_is_left_to_aiohttp(url: str, key: str | None) -> None:
     """TLS, and what would need care to write."""
     assert KeepAlivePool.of(url, key) is None
+
+
+@pytest.mark.parametrize("busy_s", [0.0, 0.2])
+async def test_a_connection_that_a_busy_process_saw_too_late_is_opened_again(
+    monkeypatch: pytest.MonkeyPatch, busy_s: float
+) -> None:
+    """It is no sign that the server is gone. A server that is silent while this process has time is."""
+    monkeypatch.setattr(keep_alive, "_CONNECT_S", 0.01)
+    monkeypatch.setattr(keep_alive, "_LATE_S", 0.1)
+    loop, calls = asyncio.get_running_loop(), 0
+
+    async def connect() -> str:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            loop.call_soon(time.sleep, busy_s)
+            await loop.create_future()
+        return "connected"
+
+    opening = connected(connect, loop.time() + PATIENCE_S)
+    if busy_s:
+        assert await opening == "connected"
+    else:
+        monkeypatch.setattr(keep_alive, "_LATE_S", PATIENCE_S)
+        with pytest.raises(TimeoutError):
+            await opening
+    assert calls == (2 if busy_s else 1)

@@ -23,10 +23,10 @@ import httptools
 from multidict import CIMultiDict
 
 from llamaslot.errors import BackendDown, SlotWedged
-from llamaslot.llama.keep_alive import BadAnswer
+from llamaslot.llama.keep_alive import BadAnswer, connected
 from llamaslot.llama.response import BROKEN_OFF, RELAYED_BYTES, Take
 
-_CONNECT_S = 5.0
+_CONNECT_S = 60.0  # in all, if this process is too busy to see in time that a connection is open
 _HEAD_BYTES = 1 << 16  # of the headers of an answer
 
 # The receive buffer requested from the kernel, which allocates twice that: data that an answer is ahead of its
@@ -110,18 +110,28 @@ class PlainServer:
         """
         if (head := self._head(method, path, headers, body)) is None:
             return None
-        response = PlainResponse(self._url, n_held_bytes, silence_s, timeout_s)
+        loop = asyncio.get_running_loop()
+
+        async def connect() -> PlainResponse | None:
+            response = PlainResponse(self._url, n_held_bytes, silence_s, timeout_s)
+            try:
+                if await self._connect(response):
+                    return response
+            except BaseException:
+                response.close()
+                raise
+            response.close()
+            return None
+
+        deadline = loop.time() + (_CONNECT_S if timeout_s is None else timeout_s)
+        if (response := await connected(connect, deadline)) is None:
+            return None
         try:
-            async with asyncio.timeout(_CONNECT_S if timeout_s is None else min(_CONNECT_S, timeout_s)):
-                is_connected = await self._connect(response)
-            if is_connected:
-                await response.ask(head, body)
-                return response
+            await response.ask(head, body)
         except BaseException:
             response.close()
             raise
-        response.close()
-        return None
+        return response
 
     async def _connect(self, response: PlainResponse) -> bool:
         """Connect to the previous address if it still accepts connections: resolving a name takes a thread."""
