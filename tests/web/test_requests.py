@@ -138,7 +138,7 @@ async def test_what_llama_server_accepts_against_expectation_ends_at_once(
         assert (answer.status, answer.error["message"]) == (400, "no prompt")
         assert (await it.ask(letters(1, 300))).status == 200
         assert it.backend.session is not session
-    assert "accepted a body that llamaslot takes for invalid" in caplog.text
+    assert "ran a request that llamaslot takes for invalid" in caplog.text
 
 
 async def test_a_body_that_is_too_large_is_refused(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class AbandonedSlots:
             self._leases.dispatch()
 
     def _settle(self, entry: _Abandoned, info: SlotInfo) -> None:
-        """The server is done with the slot: it holds the first ``n_tokens`` of what was sent to it."""
+        """The server is done with the slot: it holds the first ``info.n_tokens`` of what was sent to it."""
         if not entry.table.is_current or entry.slot.state is not SlotState.DRAINING:
             return
         n = info.n_tokens or 0

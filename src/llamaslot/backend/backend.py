@@ -322,7 +322,10 @@ class Backend:
         except BackendDown:
             raise
         except Exception as error:  # a bug in llamaslot must not prevent answers
-            log.exception("%s: llamaslot failed while connecting; it stands aside", self.name)
+            log.exception(
+                "%s: internal error while connecting: llama-server chooses slots itself; please report it",
+                self.name,
+            )
             return handshake.give_up(error)
 
     async def _until_healthy(self) -> None:

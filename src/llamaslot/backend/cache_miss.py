@@ -105,7 +105,7 @@ class CacheMisses:
     async def _examine(
         self, lease: Lease, contents: list[Content], prompt: Prompt, body: Mapping[str, Any], format_: Format
     ) -> None:
-        """Canceling is safe: nothing is reported."""
+        """Find where the prompt left the cached one, and report it. Canceling is safe: nothing is reported then."""
         try:
             with contextlib.suppress(LlamaslotError):  # llama-server has gone: no texts are known
                 held = await holders(lease, contents)
@@ -185,7 +185,7 @@ class CacheMisses:
             return None
         at, tokens = holder.n_shared, lease.request.tokens
         begin, end = max(at - _EXCERPT_TOKENS, 0), at + _EXCERPT_TOKENS
-        before, now, prefill_stats = [
+        before, now, earlier = [
             await self._api.detokenize(piece)
             for piece in (
                 tokens[begin * WIDTH : at * WIDTH],
@@ -193,7 +193,7 @@ class CacheMisses:
                 holder.tokens[at * WIDTH : end * WIDTH],
             )
         ]
-        return {"before": before[-_EXCERPT:], "now": now[:_EXCERPT], "earlier": prefill_stats[:_EXCERPT]}
+        return {"before": before[-_EXCERPT:], "now": now[:_EXCERPT], "earlier": earlier[:_EXCERPT]}
 
 
 def _quoted(texts: dict[str, str] | None) -> str:

@@ -34,7 +34,7 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 _CONFIRM_EVERY_S = (
-    1.5  # as for draining slots: more frequent polls  keeps requests of clients that have left alive
+    1.5  # as for draining slots: more frequent polls keep requests of clients that have left alive
 )
 # How long it waits for long prefills and foreign answers with the gate open: while the gate is shut, every request
 # would wait for the last one.
@@ -319,9 +319,9 @@ class ExclusiveSection:
 
     def _first(self, lease: Lease, competing_slots: set[int]) -> Lease | None:
         """A lease that waits for ``lease``, has a slot that this one waits for, and has precedence."""
-        prefill_stats = itertools.takewhile(lambda other: other is not lease, self._clearing)
+        earlier = itertools.takewhile(lambda other: other is not lease, self._clearing)
         turns = (other for other in self._leases.leases if self._leases.has_exclusive(other))
-        every = itertools.chain(prefill_stats, turns)
+        every = itertools.chain(earlier, turns)
         return next(
             (o for o in every if o.slot is not None and o.slot.id in competing_slots and not o.is_released),
             None,

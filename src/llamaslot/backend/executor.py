@@ -91,12 +91,12 @@ class PlanExecutor:
     async def _prepare(
         self, lease: Lease, plan: Plan, report: Report, may_replan: bool
     ) -> PrefillStats | None:
-        chunked_prefill: list[PrefillTo | SaveSharedPrefix] = []
+        ahead: list[PrefillTo | SaveSharedPrefix] = []
         restored = {step.slot for step in plan.steps if isinstance(step, Restore)}
         for step in plan.steps:
             match step:
                 case PrefillTo() | SaveSharedPrefix():
-                    chunked_prefill.append(step)
+                    ahead.append(step)
                 case Save() | Erase() | Restore():
                     lease.raise_if_preempted(None)
                     report(_comment(step, is_restored=step.slot in restored))
@@ -115,10 +115,10 @@ class PlanExecutor:
         n_reused = lease.forecast.n_likely
         if n_reused != plan.n_reused:
             view = lease.table.view(lease.request, self.now(), {})
-            trunks = tuple(step.n_tokens for step in chunked_prefill if isinstance(step, SaveSharedPrefix))
+            trunks = tuple(step.n_tokens for step in ahead if isinstance(step, SaveSharedPrefix))
             view = replace(view, trunks=trunks)  # only those that other requests wait for
-            chunked_prefill = list(prefill_steps(lease.request, plan.slot, n_reused, view, lease.table.rules))
-        stops = [step.n_tokens for step in chunked_prefill if isinstance(step, PrefillTo)]
+            ahead = list(prefill_steps(lease.request, plan.slot, n_reused, view, lease.table.rules))
+        stops = [step.n_tokens for step in ahead if isinstance(step, PrefillTo)]
         if not stops:
             lease.plan_prefill(is_long=False)
             return None

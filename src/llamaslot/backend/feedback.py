@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llamaslot.backend.lease import Lease
-from llamaslot.backend.probes import NO_CHECKPOINTS, WORTHLESS
+from llamaslot.backend.probes import NO_CHECKPOINTS, SNAPSHOTS_UNUSABLE
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.snapshot_candidates import source_of
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
@@ -124,7 +124,7 @@ class Feedback:
         assert plan is not None
         self.metrics.reuse_mispredictions.inc()
         log.info(
-            "%s: slot %s gave %d tokens instead of the %d expected",
+            "%s: slot %s: %d prompt tokens reused, %d expected",
             lease.request.id, lease.slot_name, n_reused, lease.forecast.n_expected,
         )  # fmt: skip
         is_resident = lease.restored is None and forecast.n_expected >= NEGLIGIBLE_TOKENS
@@ -156,7 +156,7 @@ class Feedback:
         if self._strikes.count("files", forecast.n_usable, n_reused):
             table.rewind_model.keeps_checkpoints = False
             table.can_save = table.can_save and table.cache_kind is not CacheKind.SWA
-            log.warning("%s: %s", table.backend, NO_CHECKPOINTS if table.can_save else WORTHLESS)
+            log.warning("%s: %s", table.backend, NO_CHECKPOINTS if table.can_save else SNAPSHOTS_UNUSABLE)
         return True
 
     def _retire(self, snapshot: Snapshot, n_expected: int, n_reused: int) -> None:

@@ -92,7 +92,7 @@ class Leases:
 
     @property
     def is_open(self) -> bool:
-        """Whether a request may begin its first step here."""
+        """Whether a request may begin its first step here: connected, and no exclusive request keeps others out."""
         return self.table is not None and not self.is_gate_shut
 
     def dispatch(self) -> None:

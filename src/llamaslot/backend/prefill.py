@@ -113,7 +113,7 @@ class ChunkedPrefill:
                 else:
                     if lease.is_long:
                         await self._until_next(long)
-                    if not await self._stretch(long):
+                    if not await self._compute_chunk(long):
                         return None
                     self._make_room(long)
         finally:
@@ -216,7 +216,7 @@ class ChunkedPrefill:
 
     # -- a chunk -------------------------------------------------------------------------------------------------
 
-    async def _stretch(self, long: LongPrompt) -> bool:
+    async def _compute_chunk(self, long: LongPrompt) -> bool:
         """Compute one chunk; False if llama-server refused it. ``long.at`` is then the number of tokens present.
 
         Raises RetryPlacement as ``run`` does.

@@ -42,7 +42,7 @@ NO_CHECKPOINTS = (
     "this build of llama-server keeps no checkpoints in slot files: a snapshot ends with its prompt, and the answer"
     " behind it is computed again. A build after b11434 mends it"
 )
-WORTHLESS = (
+SNAPSHOTS_UNUSABLE = (
     "this build of llama-server keeps no checkpoints in slot files, without which nothing of a sliding-window model's"
     " snapshot can be used: none is written, and a context that leaves its slot is computed again. Start it with"
     " --swa-full, or use a build after b11434"
@@ -210,7 +210,7 @@ class Probes:
             await self.catalog.abandon(room)
         cache_kind = CacheKind.RECURRENT if is_end_enough else CacheKind.SWA
         if not is_kept and not is_end_enough:
-            return self._useless(WORTHLESS)
+            return self._useless(SNAPSHOTS_UNUSABLE)
         if not is_kept:
             self.warnings.append(NO_CHECKPOINTS)
         return Files(is_kept, cache_kind)

@@ -148,9 +148,9 @@ class SnapshotCandidates:
     def trunks(self, request: Request, branch: int, is_second: bool) -> tuple[int, ...]:
         """Token counts at which ``request`` should make a shared-prefix snapshot:
 
-        1. where two other conversations diverge from its prompt;
-        2. at the end of the system part, if that is known: immediately on models that cannot truncate another
-           snapshot to it, else when another conversation has the same beginning (``is_second``: in a slot).
+        1. ``branch``, where two other conversations diverge from its prompt, unless ``is_second``;
+        2. the end of the system part, if that is known: if an idle slot begins with it (``is_second``), if it is the
+           branch, for a prewarm, and on models that cannot truncate another snapshot to it.
         """
         if request.no_cache:
             return ()

@@ -226,14 +226,14 @@ def check_as(path: Path, who: str) -> tuple[int, str]:
     }
     environment |= {"HOME": user.pw_dir, "USER": name, "LOGNAME": name}
     environment.setdefault("STATE_DIRECTORY", _ROOTS_META_DIR)
-    is_other_conversation = os.geteuid() != user.pw_uid
+    is_other_user = os.geteuid() != user.pw_uid
     python = Path(sys.executable)
     try:
         done = subprocess.run(
             [python, "-m", "llamaslot", "serve", "--check", "--config", path.absolute()],
-            user=user.pw_uid if is_other_conversation else None,
-            group=gid if is_other_conversation else None,
-            extra_groups=os.getgrouplist(name, gid) if is_other_conversation else None,
+            user=user.pw_uid if is_other_user else None,
+            group=gid if is_other_user else None,
+            extra_groups=os.getgrouplist(name, gid) if is_other_user else None,
             cwd="/",
             env=environment,
             stdin=subprocess.DEVNULL,

@@ -65,9 +65,9 @@ class ListenConfig(Section):
     port: Port = 8081
     # Bytes of an unpacked request body; a larger one is answered 413.
     max_body: Annotated[Size, Field(gt=0)] = 64 * MIB
-    # For header and body to arrive, then 408; a body gets a second more per 4 KiB.
+    # Seconds for the header to arrive, and again for the body, which gets one more per 4 KiB; then 408.
     read_timeout_s: Annotated[Seconds, Field(gt=0)] = 30.0
-    # Of clients; one more is answered 503. None: the limit of open files, less 2048.
+    # Of clients; one more is answered 503. None: the limit of open files, less 2048, or half of it.
     max_connections: Annotated[Count, Field(gt=0)] | None = None
     tls: TlsConfig | None = None
     # Origins whose web pages may call llamaslot from a browser; "*": all.
@@ -99,7 +99,7 @@ class AuthConfig(Section):
     keys_file: Annotated[FilePath, AfterValidator(_keys_file)] | None = None
     # Serve requests without a key, even from other machines.
     allow_anonymous: bool = False
-    # Opens ``/llamaslot/…`` only.
+    # A key for ``/llamaslot/…`` that no other route accepts.
     admin_key: Annotated[SecretStr, AfterValidator(_strong_secret)] | None = None
     # A file with that key alone on one line.
     admin_key_file: Annotated[FilePath, AfterValidator(_strong_key_file)] | None = None
@@ -156,7 +156,7 @@ def default_meta_dir() -> Path:
 class StoreConfig(Section):
     # Bytes of snapshots; beyond, the least valuable are evicted. 0: save nothing.
     quota: Size = 20 * GIB
-    # Number of snapshots.
+    # Most snapshots; beyond, the least valuable are evicted.
     max_files: Annotated[Count, Field(gt=0)] = 10_000
     # Bytes to leave free on the file system of slot_save_path; 0: not checked.
     min_free: Size = 1 * GIB
@@ -167,7 +167,7 @@ class StoreConfig(Section):
 
 
 class RoutingConfig(Section):
-    # Least fraction of the tokens in an occupied slot that a request must keep to continue it.
+    # Least fraction of a slot's tokens that a request must share to continue there; less is another conversation.
     similarity_min: Annotated[float, BeforeValidator(number), Field(gt=0, le=1)] = 0.85
     # A shorter prompt evicts no context of at least this many tokens while another slot is idle.
     small_prompt_tokens: Count = 1024
@@ -183,7 +183,7 @@ class PrefillConfig(Section):
     chunk_threshold_s: Seconds | None = None
     # Fraction of time for running streams beside a long prompt.
     decode_share: Annotated[float, BeforeValidator(number), Field(ge=0, le=0.9)] = _SHARING.decode_share
-    # Duration of a chunk: so long others wait.
+    # Duration of a chunk; between two, other requests get their turn.
     chunk_s: Annotated[Seconds, Field(gt=0)] = _SHARING.chunk_s
     # Longest delay of a long prompt's next chunk by requests with a short prefill.
     max_yield_s: Seconds = _SHARING.max_yield_s
@@ -240,5 +240,5 @@ class LogConfig(Section):
         Literal["debug", "info", "warning", "error"],
         BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
     ] = "info"
-    # Show 80 characters around where a prompt differs from an earlier one.
+    # Cache misses in log and journal quote 80 characters before and after the difference: users' texts.
     prompts: bool = False

@@ -100,7 +100,6 @@ class Prewarm:
             log.debug("prewarm: %s", error)  # the server is gone; there will be another slot table
 
     # -- configured prefixes -------------------------------------------------------------------------------------
-    # ------------------------------------------------------------------------------------------
 
     async def _all_wanted(self) -> list[PrewarmTarget | None]:
         """The prefix of each body, None if it is unknown. Raises BackendDown."""

@@ -122,7 +122,7 @@ def _with_own_version(
 
 
 def _n_for_clients() -> int:
-    """Half of the files: a running request uses a second one, to llama-server."""
+    """At least half of the files: a running request uses a second one, to llama-server."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 1_000_000 if limit < 0 else max(limit - _RESERVED_FILES, limit // 2)
 

@@ -95,7 +95,7 @@ class Reading:
         return [passed for event in events_in(events) if (passed := self._event(event))]
 
     def _take(self, piece: bytes) -> bool:
-        """Put what needs no look, and go on. Otherwise keep it for ``next``."""
+        """Send events that need no look straight to the client, and go on (True). Keep others for ``next``."""
         events = self._splitter.whole(piece)
         if (put := self._put) is not None and self.has_token and not (self.is_over or self.has_failed):
             if not events:

@@ -48,7 +48,8 @@ async def in_its_words(
             if upstream.status >= 400:
                 return UpstreamError(upstream.status, await whole(upstream), content_type_of(upstream))
         log.warning(
-            "%s: llama-server accepted a body that llamaslot takes for invalid; reconnecting", request.path
+            "%s: llama-server ran a request that llamaslot takes for invalid; reconnecting, as a slot may have changed",
+            request.path,
         )
         backend.changed("a slot was used without a lease")
     except BackendDown:

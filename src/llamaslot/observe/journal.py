@@ -172,7 +172,7 @@ def explain(decision: Decision) -> str:
 def _name(option: Option) -> str:
     if option.snapshot is None:
         return f"slot {option.slot} {option.source}"
-    # # a prefix is no snapshot yet: another request is computing it
+    # a prefix is no snapshot yet: another request is computing it
     kind = "" if option.snapshot.startswith("prefix-") else "snapshot "
     return f"slot {option.slot} from {kind}{option.snapshot}"
 
@@ -204,7 +204,7 @@ class DecisionRecorder:
     """Writes the journal of one request. There is no entry before its first decision."""
 
     def __init__(self, journal: Journal, request: Request, now: Callable[[], float]) -> None:
-        self._journal, self._job, self._now = journal, request, now
+        self._journal, self._request, self._now = journal, request, now
         self._since = self._waits_since = now()
         self.decision: Decision | None = None
 
@@ -272,7 +272,9 @@ class DecisionRecorder:
 
     def _begun(self) -> Decision:
         if self.decision is None:
-            self.decision = self._journal.begin(self._job.id, self._job.n_tokens, self._job.user.id)
+            self.decision = self._journal.begin(
+                self._request.id, self._request.n_tokens, self._request.user.id
+            )
         return self.decision
 
     def _end_wait(self, wait: Waited) -> None:

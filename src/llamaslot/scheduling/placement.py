@@ -146,9 +146,7 @@ def place(request: Request, views: Iterable[BackendView], rules: Rules) -> Plan 
 
     1. An idle slot is taken at once.
     2. The request waits, if waiting and then computing the rest is cheaper: for a busy slot that holds most of the
-    prompt
-       (after
-       the requests that already wait for it), or for a snapshot that is being written.
+       prompt (after the requests that already wait for it), or for a snapshot that is being written.
 
     Of the idle slots a small prompt takes one whose loss costs no user a large context, if there is one.
     """

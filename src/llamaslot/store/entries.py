@@ -56,7 +56,7 @@ class SnapshotTable:
         self._now = 0.0
 
     def __len__(self) -> int:
-        """The number of files, condemned ones included."""
+        """The number of files, those pending deletion included."""
         return len(self.snapshots) + len(self.pending_delete)
 
     @property
@@ -201,8 +201,8 @@ class SnapshotTable:
         return victims
 
     def _is_held(self, snapshot: Snapshot) -> bool:
-        is_other_conversation = self.fingerprint is not None and snapshot.fingerprint != self.fingerprint
-        return snapshot.id in self._pins or (snapshot.is_pinned and not is_other_conversation)
+        is_other_model = self.fingerprint is not None and snapshot.fingerprint != self.fingerprint
+        return snapshot.id in self._pins or (snapshot.is_pinned and not is_other_model)
 
     def _is_valid(self, id_: str) -> bool:
         return self.fingerprint is not None and self.snapshots[id_].fingerprint == self.fingerprint

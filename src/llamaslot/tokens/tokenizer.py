@@ -300,9 +300,8 @@ class Tokenizer:
 
         1. The end of the system part and tools.
         2. The end of the last user message with the role header of the answer, as the next turn will have it.
-        3. The same as this turn has it, if the template makes more than a header of the difference (it may move the
-           tools to the
-           last user message).
+        3. The same as this turn has it, if the template makes more than a header of the difference (it may
+           move the tools to the last user message).
 
         A variant that the template refuses gives no boundary.
         """
