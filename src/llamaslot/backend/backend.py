@@ -122,7 +122,7 @@ class Backend:
             "health": self.health.value,
             "model": session.model_name if session else None,
             "n_ctx": table.n_ctx if table else None,
-            "memory": table.cache_kind.value if table else None,
+            "cache_kind": table.cache_kind.value if table else None,
             "warnings": list(session.warnings) if session else [],
             "assist": _assist_status(session) if session else None,
             "slots": self._slot_status(table) if table and table.is_assisted else [],
