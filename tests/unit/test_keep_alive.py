@@ -455,3 +455,34 @@ async def test_a_connection_that_a_busy_process_saw_too_late_is_opened_again(
         with pytest.raises(TimeoutError):
             await opening
     assert calls == (2 if busy_s else 1)
+
+
+async def test_an_answer_that_a_busy_process_reads_too_late_is_an_answer(
+    server: Server, pool: KeepAlivePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had come in time."""
+    monkeypatch.setattr(keep_alive, "_LATE_S", 0.01)
+    assert await ask(pool) == TOLD  # on a connection that is open
+    asyncio.get_running_loop().call_soon(time.sleep, 0.2)
+    assert await pool.ask("GET", "/", None, 0.1) == TOLD
+
+
+async def test_waiting_for_a_connection_is_no_time_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a burst a question may wait long for its turn."""
+    monkeypatch.setattr(keep_alive, "_N_BURST", 1)
+    monkeypatch.setattr(keep_alive, "_WAIT_S", PATIENCE_S)
+    go_on, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.readuntil(b"\r\n\r\n"):
+            await go_on.wait()
+            writer.write(OK)
+
+    async with upstream(serve) as url:
+        pool = KeepAlivePool.of(url, None)
+        assert pool is not None
+        with contextlib.closing(pool):
+            first = asyncio.create_task(ask(pool))
+            second = asyncio.create_task(pool.ask("GET", "/props", None, 0.05))
+            loop.call_later(0.1, go_on.set)
+            assert await first == await second == TOLD

@@ -127,17 +127,17 @@ class KeepAlivePool:
     async def ask(self, method: str, path: str, body: bytes | None, timeout_s: float) -> Answer:
         """Send one request and return its whole answer. ``body`` is JSON. The request may be sent twice: see above.
 
-        Raises NotConnected if there is no server, TimeoutError after ``timeout_s`` in all, and ConnectionError if the
-        connection breaks (BadAnswer for an invalid answer). Canceling closes the connection; llama-server still
-        handles the request.
+        Raises NotConnected if there is no server, TimeoutError without an answer ``timeout_s`` after a connection was
+        free for it, and ConnectionError if the connection breaks (BadAnswer for an invalid answer). Canceling closes
+        the connection; llama-server still handles the request.
         """
         length = "" if body is None else f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._headers}{length}\r\n"
         question = head.encode("ascii") + (body or b"")
-        deadline = asyncio.get_running_loop().time() + timeout_s
         kept = self._take() if self._idle else None
         if kept is None and len(self._busy) + self._n_opening >= _N_BURST:
-            kept = await self._next_free(deadline)
+            kept = await self._next_free()
+        deadline = asyncio.get_running_loop().time() + timeout_s  # of a burst each has its own time
         if kept is not None:
             try:
                 return await self._ask_on(kept, question, deadline)
@@ -152,7 +152,7 @@ class KeepAlivePool:
         self._busy.add(connection)
         return connection
 
-    async def _next_free(self, deadline: float) -> _Connection | None:
+    async def _next_free(self) -> _Connection | None:
         """Wait for one of the busy connections; None if one of them is closed, or none becomes free for ``_WAIT_S``."""
         loop = asyncio.get_running_loop()
         free: asyncio.Future[_Connection | None] = loop.create_future()
@@ -162,7 +162,7 @@ class KeepAlivePool:
             nonlocal timer
             if free.done():
                 return
-            if loop.time() < min(self._freed_at + _WAIT_S, deadline):
+            if loop.time() < self._freed_at + _WAIT_S:
                 timer = loop.call_later(_WAIT_S, look)
             else:
                 free.set_result(None)
@@ -297,12 +297,12 @@ class _Connection(asyncio.Protocol):
         self._content_type, self._has_length, self._is_head_over = "", False, False
         answer: asyncio.Future[Answer] = self._loop.create_future()
         self._answer, asked_at = answer, self._loop.time()
-        timer = self._loop.call_at(deadline, self._fail, TimeoutError())
+        self._timer = self._loop.call_at(deadline, self._is_late, deadline)
         self._transport.write(question)
         try:
             return await answer
         finally:
-            timer.cancel()
+            self._timer.cancel()
             self._answer, self.idle_since = None, self._loop.time()
             self.is_reusable = self.is_reusable and self.idle_since - asked_at < _SLOW_S
 
@@ -316,6 +316,13 @@ class _Connection(asyncio.Protocol):
         self.is_reusable = False
         if self._transport is not None:
             self._transport.abort()
+
+    def _is_late(self, deadline: float) -> None:
+        """There was no answer in time: if this process was too busy to read it, it is read now."""
+        if (now := self._loop.time()) > deadline + _LATE_S:
+            self._timer = self._loop.call_at(now + _LATE_S, self._is_late, now + _LATE_S)
+        else:
+            self._fail(TimeoutError())
 
     def _fail(self, error: Exception) -> None:
         if self._answer is not None and not self._answer.done():
