@@ -13,6 +13,7 @@ import pytest_asyncio
 
 from llamaslot.llama import keep_alive
 from llamaslot.llama.keep_alive import Answer, BadAnswer, KeepAlivePool, NotConnected, connected
+from llamaslot.tasks import spawn
 from tests.support.inprocess import PATIENCE_S
 from tests.support.leftovers import nothing_left
 from tests.support.real import free_port
@@ -250,9 +251,7 @@ async def test_one_that_leaves_as_it_gets_a_connection_gives_it_on(
     """To the next that waits, or it is idle."""
     await ask(pool)
     connection = pool._take()
-    waiting = asyncio.get_running_loop().create_task(
-        pool._next_free(asyncio.get_running_loop().time() + 30.0)
-    )
+    waiting = asyncio.get_running_loop().create_task(pool._next_free())
     await asyncio.sleep(0)
     pool._keep(connection)
     waiting.cancel()
@@ -482,7 +481,7 @@ async def test_waiting_for_a_connection_is_no_time_of_the_server(monkeypatch: py
         pool = KeepAlivePool.of(url, None)
         assert pool is not None
         with contextlib.closing(pool):
-            first = asyncio.create_task(ask(pool))
-            second = asyncio.create_task(pool.ask("GET", "/props", None, 0.05))
+            first = spawn(ask(pool))
+            second = spawn(pool.ask("GET", "/props", None, 0.05))
             loop.call_later(0.1, go_on.set)
             assert await first == await second == TOLD
