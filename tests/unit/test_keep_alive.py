@@ -13,8 +13,7 @@ import pytest_asyncio
 
 from llamaslot.llama import keep_alive
 from llamaslot.llama.keep_alive import Answer, BadAnswer, KeepAlivePool, NotConnected, connected
-from llamaslot.tasks import spawn
-from tests.support.inprocess import PATIENCE_S
+from tests.support.inprocess import PATIENCE_S, spawn
 from tests.support.leftovers import nothing_left
 from tests.support.real import free_port
 from tests.support.wire import until_open, upstream
