@@ -23,10 +23,11 @@ import httptools
 from multidict import CIMultiDict
 
 from llamaslot.errors import BackendDown, SlotWedged
-from llamaslot.llama.keep_alive import BadAnswer, connected
+from llamaslot.llama.keep_alive import BadAnswer
 from llamaslot.llama.response import BROKEN_OFF, RELAYED_BYTES, Take
 
-_CONNECT_S = 60.0  # in all, if this process is too busy to see in time that a connection is open
+# Linux sends the first packet again after 1, 3 and 7 s, if a burst has filled llama-server's backlog.
+_CONNECT_S = 10.0
 _HEAD_BYTES = 1 << 16  # of the headers of an answer
 
 # The receive buffer requested from the kernel, which allocates twice that: data that an answer is ahead of its
@@ -48,6 +49,22 @@ def narrow_socket(family: int, kind: int, protocol: int) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WINDOW_BYTES)
     return sock
+
+
+async def _connect_socket(sock: socket.socket, address: Any) -> None:
+    """Connect it. Raises OSError, TimeoutError after ``_CONNECT_S``. Canceling leaves it unconnected.
+
+    The kernel decides whether it is late: of 1,000 requests at once, this process sees some connections only seconds
+    after they were open.
+    """
+    try:
+        async with asyncio.timeout(_CONNECT_S):
+            await asyncio.get_running_loop().sock_connect(sock, address)
+    except TimeoutError:
+        try:
+            sock.getpeername()
+        except OSError:
+            raise TimeoutError from None
 
 
 class PlainServer:
@@ -110,28 +127,16 @@ class PlainServer:
         """
         if (head := self._head(method, path, headers, body)) is None:
             return None
-        loop = asyncio.get_running_loop()
-
-        async def connect() -> PlainResponse | None:
-            response = PlainResponse(self._url, n_held_bytes, silence_s, timeout_s)
-            try:
-                if await self._connect(response):
-                    return response
-            except BaseException:
-                response.close()
-                raise
-            response.close()
-            return None
-
-        deadline = loop.time() + (_CONNECT_S if timeout_s is None else timeout_s)
-        if (response := await connected(connect, deadline)) is None:
-            return None
+        response = PlainResponse(self._url, n_held_bytes, silence_s, timeout_s)
         try:
-            await response.ask(head, body)
+            if await self._connect(response):
+                await response.ask(head, body)
+                return response
         except BaseException:
             response.close()
             raise
-        return response
+        response.close()
+        return None
 
     async def _connect(self, response: PlainResponse) -> bool:
         """Connect to the previous address if it still accepts connections: resolving a name takes a thread."""
@@ -156,12 +161,12 @@ class PlainServer:
         try:
             sock = narrow_socket(family, socket.SOCK_STREAM, 0)
             sock.setblocking(False)
-            await loop.sock_connect(sock, address)
+            await _connect_socket(sock, address)
             await loop.create_connection(lambda: response, sock=sock)
         except BaseException as error:
             if sock is not None:
                 sock.close()
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
                 return False
             raise
         return True
