@@ -7,6 +7,9 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
+
+import pytest
 
 from llamaslot.llama.keep_alive import KeepAlivePool
 from tests.support.inprocess import PATIENCE_S, Front
@@ -88,3 +91,17 @@ async def until_open(pool: KeepAlivePool, n: int) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while len(pool) > n:  # noqa: ASYNC110  # no event comes for it
             await asyncio.sleep(0.005)
+
+
+def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names that the running loop looks up from now on."""
+    names: list[str] = []
+    loop = asyncio.get_running_loop()
+    look_up = loop.getaddrinfo
+
+    async def counting(host: str, *args: Any, **more: Any) -> Any:
+        names.append(host)
+        return await look_up(host, *args, **more)
+
+    monkeypatch.setattr(loop, "getaddrinfo", counting)
+    return names

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from llamaslot.llama import keep_alive
-from llamaslot.llama.keep_alive import Answer, BadAnswer, KeepAlivePool, NotConnected, connected
+from llamaslot.llama.keep_alive import Answer, BadAnswer, KeepAlivePool, NotConnected
 from tests.support.inprocess import PATIENCE_S, spawn
 from tests.support.leftovers import nothing_left
 from tests.support.real import free_port
-from tests.support.wire import until_open, upstream
+from tests.support.wire import looked_up, until_open, upstream
 
 __all__ = ["nothing_left"]
 
@@ -398,18 +400,12 @@ async def test_a_name_is_looked_up_once(server: Server, monkeypatch: pytest.Monk
     """As long as something listens at the address that it had."""
     pool = KeepAlivePool.of(server.url.replace("127.0.0.1", "localhost") + "/llama/", None)
     assert pool is not None
-    names, loop = list[str](), asyncio.get_running_loop()
-    connect = loop.create_connection
-
-    async def counting(protocol: Callable[[], asyncio.Protocol], host: str, port: int) -> object:
-        names.append(host)
-        return await connect(protocol, host, port)
-
-    monkeypatch.setattr(loop, "create_connection", counting)
+    names = looked_up(monkeypatch)
     for _ in range(3):
         await ask(pool)
         pool.drop_idle()
-    assert names == ["localhost", "127.0.0.1", "127.0.0.1"]
+    assert names == ["localhost"]
+    assert server.on == [0, 1, 2]
     assert server.heads[0].startswith(b"GET /llama/props HTTP/1.1\r\nHost: localhost:")
 
 
@@ -428,31 +424,31 @@ def test_what_is_left_to_aiohttp(url: str, key: str | None) -> None:
     assert KeepAlivePool.of(url, key) is None
 
 
-@pytest.mark.parametrize("busy_s", [0.0, 0.2])
-async def test_a_connection_that_a_busy_process_saw_too_late_is_opened_again(
-    monkeypatch: pytest.MonkeyPatch, busy_s: float
+async def test_a_connection_that_a_busy_process_saw_too_late_is_used(
+    server: Server, pool: KeepAlivePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is no sign that the server is gone. A server that is silent while this process has time is."""
+    loop = asyncio.get_running_loop()
+    assert await ask(pool) == TOLD  # its address is known
+    pool.drop_idle()
     monkeypatch.setattr(keep_alive, "_CONNECT_S", 0.01)
-    monkeypatch.setattr(keep_alive, "_LATE_S", 0.1)
-    loop, calls = asyncio.get_running_loop(), 0
+    connect = loop.sock_connect
 
-    async def connect() -> str:
-        nonlocal calls
-        calls += 1
-        if calls == 1:
-            loop.call_soon(time.sleep, busy_s)
-            await loop.create_future()
-        return "connected"
+    async def seen_late(sock: socket.socket, address: Any) -> None:
+        await connect(sock, address)
+        await loop.create_future()
 
-    opening = connected(connect, loop.time() + PATIENCE_S)
-    if busy_s:
-        assert await opening == "connected"
-    else:
-        monkeypatch.setattr(keep_alive, "_LATE_S", PATIENCE_S)
-        with pytest.raises(TimeoutError):
-            await opening
-    assert calls == (2 if busy_s else 1)
+    monkeypatch.setattr(loop, "sock_connect", seen_late)
+    assert await ask(pool) == TOLD
+    pool.drop_idle()
+
+    async def silent(*_: Any) -> None:
+        await loop.create_future()
+
+    monkeypatch.setattr(loop, "sock_connect", silent)
+    with pytest.raises(TimeoutError):
+        await ask(pool)
+    assert len(server.writers) == 2
 
 
 async def test_an_answer_that_a_busy_process_reads_too_late_is_an_answer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -26,7 +26,7 @@ from llamaslot.llama.upstream import PlainResponse, PlainServer
 from tests.support.inprocess import PATIENCE_S
 from tests.support.leftovers import nothing_left
 from tests.support.real import free_port
-from tests.support.wire import upstream
+from tests.support.wire import looked_up, upstream
 
 __all__ = ["nothing_left"]
 
@@ -353,15 +353,7 @@ async def test_what_needs_care_is_left_to_aiohttp(server: Server) -> None:
 
 async def test_a_name_is_looked_up_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as something listens at the address that it had."""
-    names: list[str] = []
-    loop = asyncio.get_running_loop()
-    look_up = loop.getaddrinfo
-
-    async def counting(host: str, *args: Any, **more: Any) -> Any:
-        names.append(host)
-        return await look_up(host, *args, **more)
-
-    monkeypatch.setattr(loop, "getaddrinfo", counting)
+    names = looked_up(monkeypatch)
     plain = PlainServer.of(server.url.replace("127.0.0.1", "localhost") + "/llama/", None)
     assert plain is not None
     for _ in range(3):
@@ -393,7 +385,13 @@ async def test_the_kernel_decides_whether_a_connection_is_late(
     """Not this process, which may have been too busy to see it. A server that accepts none counts as down."""
     monkeypatch.setattr(module, "_CONNECT_S", 0.01)
     loop = asyncio.get_running_loop()
-    loop.call_soon(time.sleep, 0.1)
+    connect = loop.sock_connect
+
+    async def seen_late(sock: socket.socket, address: Any) -> None:
+        await connect(sock, address)
+        await loop.create_future()
+
+    monkeypatch.setattr(loop, "sock_connect", seen_late)
     async with sent(server) as response:
         assert await whole(response) == b"abcdefg"
 

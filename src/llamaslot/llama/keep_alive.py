@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
 
-T = TypeVar("T")
+from llamaslot.llama.dial import Dial
 
 _CONNECT_S = 5.0
 _LATE_S = 0.1  # a timer that is called so late tells that this process was busy
@@ -72,25 +72,6 @@ class _Gone(ConnectionError):
         self.may_repeat = may_repeat
 
 
-async def connected(connect: Callable[[], Awaitable[T]], deadline: float) -> T:
-    """The result of ``connect``, which is called again if this process was too busy to see its end in time: of 1,000
-    requests at once some saw after more than 5 seconds that the kernel had opened their connection.
-
-    ``deadline``: of all calls, in the loop's time. Raises TimeoutError, and what ``connect`` raises. Canceling cancels
-    ``connect``.
-    """
-    loop = asyncio.get_running_loop()
-    while True:
-        ends_at = min(loop.time() + _CONNECT_S, deadline)
-        try:
-            async with asyncio.timeout_at(ends_at):
-                return await connect()
-        except TimeoutError:
-            was_busy = loop.time() - ends_at > _LATE_S
-            if not was_busy or loop.time() >= deadline:
-                raise
-
-
 class KeepAlivePool:
     """Connections to one server. It belongs to one event loop; call ``close`` there."""
 
@@ -98,9 +79,8 @@ class KeepAlivePool:
         """``prefix``: prepended to each path. ``headers``: header lines for each request, each with its line end.
         ``max_bytes``: of one answer, its headers included.
         """
-        self._host, self._port, self._prefix, self._headers = host, port, prefix, headers
+        self._dial, self._prefix, self._headers = Dial(host, port), prefix, headers
         self._max_bytes = max_bytes
-        self._address: tuple[str, int] | None = None  # of the last connection
         self._idle: list[_Connection] = []  # the most recently used last; it is reused first
         self._busy: set[_Connection] = set()
         self._waiting: deque[asyncio.Future[_Connection | None]] = deque()  # for one of the busy ones
@@ -180,29 +160,19 @@ class KeepAlivePool:
             timer.cancel()
 
     async def _connect(self, deadline: float) -> _Connection:
+        loop = asyncio.get_running_loop()
         self._n_opening += 1
         try:
-            connection = await connected(self._open, deadline)
+            connection = await self._dial.connect(
+                lambda: _Connection(loop, self._lost, self._max_bytes),
+                max(min(_CONNECT_S, deadline - loop.time()), 0.0),
+            )
         finally:
             self._n_opening -= 1
+        if connection is None:
+            raise NotConnected
         self._busy.add(connection)
         return connection
-
-    async def _open(self) -> _Connection:
-        """Connect to the previous address if it still accepts connections: resolving a name takes a thread."""
-        loop = asyncio.get_running_loop()
-        names = [self._address, (self._host, self._port)] if self._address else [(self._host, self._port)]
-        for name in names:
-            try:
-                transport, connection = await loop.create_connection(
-                    lambda: _Connection(loop, self._lost, self._max_bytes), *name
-                )
-            except OSError as error:
-                self._address, why = None, error
-            else:
-                self._address = transport.get_extra_info("peername")[:2]
-                return connection
-        raise NotConnected from why
 
     async def _ask_on(self, connection: _Connection, question: bytes, deadline: float) -> Answer:
         try:

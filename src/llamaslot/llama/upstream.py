@@ -16,13 +16,14 @@ import asyncio
 import re
 import socket
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
 from multidict import CIMultiDict
 
 from llamaslot.errors import BackendDown, SlotWedged
+from llamaslot.llama.dial import Dial
 from llamaslot.llama.keep_alive import BadAnswer
 from llamaslot.llama.response import BROKEN_OFF, RELAYED_BYTES, Take
 
@@ -51,29 +52,13 @@ def narrow_socket(family: int, kind: int, protocol: int) -> socket.socket:
     return sock
 
 
-async def _connect_socket(sock: socket.socket, address: Any) -> None:
-    """Connect it. Raises OSError, TimeoutError after ``_CONNECT_S``. Canceling leaves it unconnected.
-
-    The kernel decides whether it is late: of 1,000 requests at once, this process sees some connections only seconds
-    after they were open.
-    """
-    try:
-        async with asyncio.timeout(_CONNECT_S):
-            await asyncio.get_running_loop().sock_connect(sock, address)
-    except TimeoutError:
-        try:
-            sock.getpeername()
-        except OSError:
-            raise TimeoutError from None
-
-
 class PlainServer:
     """Sends requests to ``http://host[:port][/prefix]``."""
 
     def __init__(self, url: str, host: str, port: int, prefix: str, fixed: str) -> None:
         """``prefix``: prepended to each path. ``fixed``: header lines of each request, each with its line end."""
-        self._url, self._host, self._port, self._prefix, self._fixed = url, host, port, prefix, fixed
-        self._address: tuple[int, Any] | None = None  # family and address of the last connection
+        self._url, self._prefix, self._fixed = url, prefix, fixed
+        self._dial = Dial(host, port, narrow_socket)
 
     @classmethod
     def of(cls, url: str, api_key: str | None) -> PlainServer | None:
@@ -129,7 +114,7 @@ class PlainServer:
             return None
         response = PlainResponse(self._url, n_held_bytes, silence_s, timeout_s)
         try:
-            if await self._connect(response):
+            if await self._dial.connect(lambda: response, _CONNECT_S) is not None:
                 await response.ask(head, body)
                 return response
         except BaseException:
@@ -137,39 +122,6 @@ class PlainServer:
             raise
         response.close()
         return None
-
-    async def _connect(self, response: PlainResponse) -> bool:
-        """Connect to the previous address if it still accepts connections: resolving a name takes a thread."""
-        loop = asyncio.get_running_loop()
-        if self._address is not None and await self._connect_to(response, *self._address):
-            return True
-        self._address = None
-        try:
-            found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-        except OSError:
-            return False
-        for family, _, _, _, address in found:
-            if await self._connect_to(response, family, address):
-                self._address = family, address
-                return True
-        return False
-
-    @staticmethod
-    async def _connect_to(response: PlainResponse, family: int, address: Any) -> bool:
-        loop = asyncio.get_running_loop()
-        sock = None
-        try:
-            sock = narrow_socket(family, socket.SOCK_STREAM, 0)
-            sock.setblocking(False)
-            await _connect_socket(sock, address)
-            await loop.create_connection(lambda: response, sock=sock)
-        except BaseException as error:
-            if sock is not None:
-                sock.close()
-            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
-                return False
-            raise
-        return True
 
 
 class PlainResponse(asyncio.Protocol):

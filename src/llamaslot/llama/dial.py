@@ -1,0 +1,74 @@
+"""Opens connections to one host."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+P = TypeVar("P", bound=asyncio.Protocol)
+
+
+class Dial:
+    """Connects to the last address if it still accepts connections: resolving a name takes a thread."""
+
+    def __init__(
+        self, host: str, port: int, open_socket: Callable[[int, int, int], socket.socket] = socket.socket
+    ) -> None:
+        """``open_socket``: takes family, kind and protocol."""
+        self._host, self._port, self._open_socket = host, port, open_socket
+        self._last: tuple[int, Any] | None = None  # family and address
+
+    async def connect(self, make: Callable[[], P], within_s: float) -> P | None:
+        """The protocol of a new connection, from ``make``; None if no address accepts one.
+
+        Raises TimeoutError if an address is silent for ``within_s``. Canceling closes the connection.
+        """
+        if self._last is not None and (protocol := await self._connect_to(make, *self._last, within_s)):
+            return protocol
+        self._last = None
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(
+                self._host, self._port, type=socket.SOCK_STREAM
+            )
+        except OSError:
+            return None
+        for family, _, _, _, address in found:
+            if protocol := await self._connect_to(make, family, address, within_s):
+                self._last = family, address
+                return protocol
+        return None
+
+    async def _connect_to(
+        self, make: Callable[[], P], family: int, address: Any, within_s: float
+    ) -> P | None:
+        sock = None
+        try:
+            sock = self._open_socket(family, socket.SOCK_STREAM, 0)
+            sock.setblocking(False)
+            await _connect_socket(sock, address, within_s)
+            _, protocol = await asyncio.get_running_loop().create_connection(make, sock=sock)
+        except BaseException as error:
+            if sock is not None:
+                sock.close()
+            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                return None
+            raise
+        return protocol
+
+
+async def _connect_socket(sock: socket.socket, address: Any, within_s: float) -> None:
+    """Raises OSError, TimeoutError after ``within_s``. Canceling leaves the socket unconnected.
+
+    The kernel decides whether it is late: of 1,000 requests at once, this process sees some connections only seconds
+    after they were open.
+    """
+    try:
+        async with asyncio.timeout(within_s):
+            await asyncio.get_running_loop().sock_connect(sock, address)
+    except TimeoutError:
+        try:
+            sock.getpeername()
+        except OSError:
+            raise TimeoutError from None
