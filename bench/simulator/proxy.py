@@ -1,4 +1,4 @@
-"""llamaslot's engine around the simulated server: the real scheduler, slot table, leases, steps and writeback."""
+"""llamaslot's engine around the simulated server: the real scheduler, slot table, leases, steps and idle save."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from bench.simulator.server import N_CTX, Answer, SimulatedServer
 from bench.simulator.users import LONG_S, SentRequest
 from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.feedback import ReportedCounts
+from llamaslot.backend.idle_save import IdleSave
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import RetryPlacement
 from llamaslot.backend.slot_content import is_far_off
 from llamaslot.backend.slot_table import SlotTable
-from llamaslot.backend.writeback import Writeback
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import count
 from llamaslot.fleet.dispatcher import Dispatcher
@@ -87,7 +87,7 @@ class Proxy:
         api, catalog = cast(LlamaServer, server), cast(Catalog, disk)
         self.executor = PlanExecutor(api, catalog, self.rates, self.metrics, self.tasks, self.leases)
         self.executor.fingerprint, self.executor.boot_id = FINGERPRINT, "simulated"
-        self.writeback = Writeback(self.leases, self.executor, IDLE_SAVE_S)
+        self.idle_save = IdleSave(self.leases, self.executor, IDLE_SAVE_S)
         self.table = SlotTable("simulated", server.n_slots, N_CTX, rules=rules, rates=self.rates)
         self.table.can_save = self.table.can_erase = True
         self._loop = loop
@@ -109,7 +109,7 @@ class Proxy:
 
     async def run(self) -> None:
         """What goes on beside requests. Runs until cancelled."""
-        await self.writeback.run()
+        await self.idle_save.run()
 
     # -- a request: http.completion and http.completion_stream ---------------------------------------------------
 

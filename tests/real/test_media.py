@@ -130,7 +130,7 @@ async def test_it_goes_on_from_the_text_before_an_image(tmp_path: Path, kind: st
                 if kind == "dense":
                     assert reused[1] >= 903, "text and image"
                     assert 899 <= reused[2] <= 922, "the text"
-            await it.backend.writeback.save_all()
+            await it.backend.idle_save.save_all()
             for file in it.files():  # of /v1/messages, whose text is there before the image is
                 assert count((await read_slot_file(file)).tokens) < 930
 

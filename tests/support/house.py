@@ -1,4 +1,4 @@
-"""Scheduler, slot table, leases, steps, turns, drains and writeback of one backend, with a stub, and its clients."""
+"""Scheduler, slot table, leases, steps, turns, drains and idle save of one backend, with a stub, and its clients."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from llamaslot.backend.abandoned_slots import AbandonedSlots
 from llamaslot.backend.exclusive import ExclusiveSection, UnpinnedRequest
 from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.feedback import ReportedCounts
+from llamaslot.backend.idle_save import IdleSave
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import LeaseState, Preempted, RetryPlacement
 from llamaslot.backend.slot_content import is_far_off
 from llamaslot.backend.slot_table import SlotTable
-from llamaslot.backend.writeback import Writeback
 from llamaslot.cache.content import NOTHING
 from llamaslot.cache.ids import pack
 from llamaslot.errors import BackendDown, LlamaslotError
@@ -84,7 +84,7 @@ class House:
         api, catalog = cast(LlamaServer, server), cast(Catalog, self.catalog)
         self.executor = PlanExecutor(api, catalog, self.rates, self.metrics, self.tasks, self.leases)
         self.exclusive = ExclusiveSection(api, self.leases, self.executor, self.tasks)
-        self.writeback = Writeback(self.leases, self.executor, 2.0)
+        self.idle_save = IdleSave(self.leases, self.executor, 2.0)
         self.abandoned_slots = AbandonedSlots(api, self.leases, loop.time)
         self.leases.on_drain = self.abandoned_slots.add
         self.leases.pin = self.catalog.pin
@@ -207,7 +207,7 @@ class House:
 
     async def keep_one_on_disk(self) -> None:
         """A context that is on disk only: saved, then overwritten by another in the same slot."""
-        await self.writeback.save_all()
+        await self.idle_save.save_all()
         assert self.leases.table is not None
         slot = min(self.leases.table.slots, key=lambda slot: slot.used_at)
         self.saved_tokens = slot.content.tokens

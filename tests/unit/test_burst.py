@@ -84,7 +84,7 @@ def test_a_burst_of_small_requests_uses_all_slots(house: House, is_clean: bool) 
     """Eight on four slots take little more than two answers, and nothing that was displaced is computed again."""
     contexts = fill(house)
     if is_clean:
-        house.loop.run(house.writeback.save_all())
+        house.loop.run(house.idle_save.save_all())
     seconds = burst_s(house)
     assert len({house.slots[f"title {i}"] for i in range(8)}) == N_SLOTS
     saves_s = 0.0 if is_clean else N_SLOTS * SAVE_S  # one at a time
@@ -96,7 +96,7 @@ def test_a_burst_of_small_requests_uses_all_slots(house: House, is_clean: bool) 
 def test_a_small_request_that_is_alone_displaces_one_conversation_at_most(house: House) -> None:
     """One after the other, they have the same slot."""
     contexts = fill(house)
-    house.loop.run(house.writeback.save_all())
+    house.loop.run(house.idle_save.save_all())
     for _ in range(5):
         burst_s(house, 1)
     held = [slot.content.n_tokens for slot in house._slots()]

@@ -76,7 +76,7 @@ async def takes_two(house: House, cut: Cut) -> None:
 
 async def writes_back(house: House, cut: Cut) -> None:
     """Saves what is dirty."""
-    await cut(house.writeback.save_all())
+    await cut(house.idle_save.save_all())
 
 
 def come(house: House) -> None:

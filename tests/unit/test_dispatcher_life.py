@@ -201,7 +201,7 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def write_back(self) -> None:
-        self.house.start(self.house.writeback.save_all(), "writeback")
+        self.house.start(self.house.idle_save.save_all(), "idle save")
 
     @precondition(lambda self: self.house.catalog.snapshots)
     @rule(data=st.data())

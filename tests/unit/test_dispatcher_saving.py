@@ -83,7 +83,7 @@ def test_owners_who_ask_while_they_are_saved_recompute_nothing(
             if act < 0.15:
                 team.ask(rng.choice(list(team.contexts)))
             elif act < 0.2:
-                house.start(house.writeback.save_all(), "writeback")
+                house.start(house.idle_save.save_all(), "idle save")
             elif act < 0.25:
                 house.loop.pass_time(rng.choice([0.001, 0.3]))
             elif server.pending:

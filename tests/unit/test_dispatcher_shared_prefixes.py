@@ -94,7 +94,7 @@ def test_the_conversation_goes_on_as_one_of_its_own(house: House) -> None:
     (slot,) = (slot for slot in table_of(house).slots if slot.state is SlotState.HOT)
     assert slot.content.is_dirty
     assert slot.content.snapshot is None
-    assert house.loop.run(house.writeback.save_all()) == 1
+    assert house.loop.run(house.idle_save.save_all()) == 1
     assert sorted(snapshot.n_tokens for snapshot in house.catalog.snapshots.values()) == [N, N + 300]
 
 
@@ -102,9 +102,9 @@ def test_what_goes_on_from_a_restored_trunk_is_not_the_trunk(house: House) -> No
     """Whoever restored it and went on saves a conversation, which supersedes nothing."""
     for user in (1, 2):
         house.loop.run(house.ask(opening(user, 60)))
-    house.loop.run(house.writeback.save_all())
+    house.loop.run(house.idle_save.save_all())
     house.loop.run(house.ask(opening(2, 360)))
-    assert house.loop.run(house.writeback.save_all()) == 1
+    assert house.loop.run(house.idle_save.save_all()) == 1
     assert len(trunks(house)) == 1
 
 
@@ -169,7 +169,7 @@ def test_what_shares_more_does_not_hide_it(house: House) -> None:
         job = opening(user)
         text = job.tokens + tokens_of(900_000 + 1000 * user, 300)
         house.loop.run(house.ask(Request(job.id, SYSTEM + tokens_of(5, 40) + text[4 * N :], n_system=N)))
-        house.loop.run(house.writeback.save_all())
+        house.loop.run(house.idle_save.save_all())
     table_of(house).cache_kind = house.cache_kind  # nothing was learned that would help
     asks = Request("new", SYSTEM + tokens_of(5, 40) + tokens_of(700_000, 300), n_system=N)
     assert house.loop.run(house.ask(asks)) >= N - 5
@@ -239,9 +239,9 @@ def test_the_second_conversation_leaves_the_first_one_its_slot(dense: House) -> 
     """And its snapshot, where nine tenths are common and nobody has made a trunk yet."""
     contents = [opening(user, 120) for user in (1, 2)]
     dense.loop.run(dense.ask(contents[0]))
-    dense.loop.run(dense.writeback.save_all())
+    dense.loop.run(dense.idle_save.save_all())
     dense.loop.run(dense.ask(contents[1]))
-    dense.loop.run(dense.writeback.save_all())
+    dense.loop.run(dense.idle_save.save_all())
     held = {slot.content.tokens for slot in table_of(dense).slots}
     assert held >= {job.tokens for job in contents}
     assert {dense.server.files[one.file_name] for one in dense.catalog.snapshots.values()} >= {
@@ -254,7 +254,7 @@ def test_a_slot_that_is_taken_for_another_conversation_is_none_of_the_old_one() 
     house = house_of(CacheKind.DENSE, n_slots=1)
     for user, n_own in ((1, 120), (2, 300)):
         house.loop.run(house.ask(opening(user, n_own)))
-        house.loop.run(house.writeback.save_all())
+        house.loop.run(house.idle_save.save_all())
     assert sorted(one.n_tokens for one in house.catalog.snapshots.values()) == [N, N + 120, N + 300]
     house.close()
 

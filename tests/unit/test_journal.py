@@ -63,8 +63,8 @@ def test_a_wait_is_explained_by_what_it_saves() -> None:
 def test_a_save_of_our_own_is_explained() -> None:
     """What was written, how large it is and how long it took."""
     act = Act("save", 0.4, True, 9000, 312_000_000, "ls-7", waited_s=0.1)
-    assert explain(Decision("writeback-3", 0.0, 9000, slot=SlotKey("gpu0", 1), acts=[act])) == (
-        "writeback-3 9,000 tok in slot gpu0/1: save ls-7, 312.0 MB in 0.4 s after waiting 0.1 s"
+    assert explain(Decision("idle-save-3", 0.0, 9000, slot=SlotKey("gpu0", 1), acts=[act])) == (
+        "idle-save-3 9,000 tok in slot gpu0/1: save ls-7, 312.0 MB in 0.4 s after waiting 0.1 s"
     )
 
 
@@ -134,7 +134,7 @@ def test_saves_and_restores_are_noted(house: House) -> None:
     house.start(house.ask(Request("again", tokens_of(0, 700))), "again")
     house.finish()
     acts = {decision.id: decision.acts for decision in decisions(house)}
-    (saved,), again = acts["writeback-1"], acts["again"]
+    (saved,), again = acts["idle-save-1"], acts["again"]
     assert [act.step for act in again] == ["save", "restore", "prefill"]
     assert saved.snapshot == again[1].snapshot
     assert (saved.n_tokens, again[1].n_tokens, again[2].n_tokens) == (600, 600, 99)
@@ -145,7 +145,7 @@ def test_a_save_that_failed_is_noted_as_such(house: House) -> None:
     house.catalog.room = 0
     house.start(house.ask(Request("mine", tokens_of(0, 600))), "mine")
     house.finish()
-    house.loop.run_until_complete(house.writeback.save_all())
+    house.loop.run_until_complete(house.idle_save.save_all())
     (act,) = decisions(house)[-1].acts
     assert (act.step, act.is_done, act.snapshot) == ("save", False, None)
 

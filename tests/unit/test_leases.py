@@ -68,7 +68,7 @@ def test_a_save_goes_on_when_its_client_has_left(house: House) -> None:
     """The slot comes back after it, and its content is on disk."""
     house.start(house.ask(Request("a", tokens_of(1, 500))), "a")
     house.finish()
-    client = house.start(house.writeback.save_all(), "writeback")
+    client = house.start(house.idle_save.save_all(), "idle save")
     house.loop.settle()
     client.cancel()
     house.loop.settle()
@@ -83,7 +83,7 @@ def test_a_save_that_outlives_its_server_is_the_next_one_s(house: House) -> None
     """The file is whole: the commit that ends after the restart offers it to the new process."""
     house.start(house.ask(Request("a", tokens_of(1, 500))), "a")
     house.finish()
-    house.start(house.writeback.save_all(), "writeback")
+    house.start(house.idle_save.save_all(), "idle save")
     for _ in range(2):  # reserved, saved
         house.loop.settle()
         house.server.serve(house.server.pending[0])
@@ -103,7 +103,7 @@ def test_one_failed_save_does_not_keep_the_others_from_being_saved(house: House)
     for i in (1, 2):
         house.start(house.ask(Request(f"{i}", tokens_of(9000 * i, 500))), f"{i}")
     house.finish()
-    stop = house.start(house.writeback.save_all(), "stop")
+    stop = house.start(house.idle_save.save_all(), "stop")
     house.loop.settle()
     house.server.serve(house.server.pending[0])
     house.loop.settle()

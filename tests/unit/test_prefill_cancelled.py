@@ -71,7 +71,7 @@ def waits_for_a_trunk(house: Paced) -> Asks:
 def is_misplaced(house: Paced) -> Asks:
     """Finds its slot empty, and is restored in another attempt."""
     house.loop.run(house.ask(Request("first", COMMON + tokens_of(60_000, 300))))
-    house.loop.run(house.writeback.save_all())
+    house.loop.run(house.idle_save.save_all())
     house.server.slots_[0].tokens = b""
     house.server.slots_[0].checkpoints = ()
     return house.ask(Request("leaves", COMMON + tokens_of(60_000, 600)))

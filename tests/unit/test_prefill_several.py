@@ -169,9 +169,9 @@ def test_a_long_one_is_restored_between_two_batches(cache_kind: CacheKind) -> No
     over, for it has less left."""
     with Paced(cache_kind, 2, answer_s=0.001) as house:
         house.talk()
-        house.loop.run(house.writeback.save_all())
+        house.loop.run(house.idle_save.save_all())
         house.wait(house.come(long("over", 600, 1)), house.come(long("too", 600, 2)))
-        house.loop.run(house.writeback.save_all())
+        house.loop.run(house.idle_save.save_all())
         house.begin()
         client = house.come(long("current", 3000, 3))
         house.until(1.05)

@@ -28,7 +28,7 @@ def emptied(cache_kind: CacheKind, *, is_saved: bool) -> Paced:
     house = Paced(cache_kind, 2)
     house.loop.run(house.ask(Request("first", CONTEXT)))
     if is_saved:
-        house.loop.run(house.writeback.save_all())
+        house.loop.run(house.idle_save.save_all())
     assert house.table.slots[0].content.tokens == CONTEXT
     empty(house.server.slots_[0])
     house.begin()
@@ -225,7 +225,7 @@ def test_who_leaves_in_a_prefill_goes_on_from_there(cache_kind: CacheKind) -> No
 
 
 @EVERY
-@pytest.mark.parametrize("is_saved_by", ["writeback", "somebody who needs the slot"])
+@pytest.mark.parametrize("is_saved_by", ["idle save", "somebody who needs the slot"])
 def test_what_was_stopped_on_the_way_can_be_saved(cache_kind: CacheKind, is_saved_by: str) -> None:
     """And gone on from, restored. A sliding window goes back by one token before: without a checkpoint near its end
     nothing of the file could be used. The others are saved as they are."""
@@ -235,8 +235,8 @@ def test_what_was_stopped_on_the_way_can_be_saved(cache_kind: CacheKind, is_save
         house.leave_after(house.come(job), 2.5)
         n_done = house.table.slots[0].content.n_tokens
         n_sent = len(house.server.sent)
-        if is_saved_by == "writeback":
-            house.loop.run(house.writeback.save_all())
+        if is_saved_by == "idle save":
+            house.loop.run(house.idle_save.save_all())
             content = house.table.slots[0].content
             assert content.is_exact
             assert not content.is_dirty
@@ -256,7 +256,7 @@ def test_a_sliding_window_does_not_go_back_where_a_checkpoint_is_near() -> None:
     with Paced(CacheKind.SWA, 2) as house:
         house.talk()
         house.begin()
-        assert house.loop.run(house.writeback.save_all()) == 1
+        assert house.loop.run(house.idle_save.save_all()) == 1
         assert house.server.sent == []
 
 
@@ -265,7 +265,7 @@ def test_a_sliding_window_that_cannot_go_back_is_not_saved() -> None:
     with Paced(CacheKind.SWA, 2) as house:
         house.begin()
         house.leave_after(house.come(long("stranger", 6000)), 2.5)
-        save = house.start(house.writeback.save_all(), "writeback")
+        save = house.start(house.idle_save.save_all(), "idle save")
         house.loop.settle()
         house.fail_next("send")
         house.wait(save)
@@ -280,7 +280,7 @@ def test_short_ones_are_looked_at_as_well(cache_kind: CacheKind) -> None:
     """A follow-up that is computed by its own request finds its slot empty: it is stopped after a batch or two."""
     with Paced(cache_kind, 2) as house:
         house.talk(2)
-        house.loop.run(house.writeback.save_all())
+        house.loop.run(house.idle_save.save_all())
         empty(house.server.slots_[1])
         house.begin()
         house.wait(house.come(talk(1, 20)), house.come(short("short")))

@@ -68,7 +68,7 @@ def test_so_do_the_steps_of_a_short_request(cache_kind: CacheKind) -> None:
     """Saving what is in its way, erasing and restoring: no batch of the long prompt in between."""
     with Paced(cache_kind, 2) as house:
         house.talk(2)
-        house.loop.run(house.writeback.save_all())
+        house.loop.run(house.idle_save.save_all())
         house.wait(house.come(long("over", 600)))  # in the slot of the first conversation, which is on disk
         house.wait(house.come(talk(1, 5)))  # and the other one has gone on
         house.begin()

@@ -14,7 +14,7 @@ from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import SlotWedged
 from llamaslot.llama.replies import Progress
 from llamaslot.scheduling.request import Request
-from llamaslot.scheduling.save_policy import Unsaved, is_worth
+from llamaslot.scheduling.save_worth import Unsaved, is_worth
 from llamaslot.scheduling.slots import SlotEvent, SlotState
 from tests.support.house import House, tokens_of
 from tests.support.stub import Op, StubServer
@@ -96,7 +96,7 @@ def test_a_save_ahead_of_need_gives_way(house: House) -> None:
     """Somebody comes while room is made for it: his answer must not stand still. It is tried again when he is gone."""
     fill(house, 2)
     house.server.pace = lambda op: 5.0 if op.kind == "reserve" else SECONDS.get(op.kind, 0.01)
-    writeback = house.loop.create_task(house.writeback.run())
+    saving = house.loop.create_task(house.idle_save.run())
     house.loop.pass_time(4.0)
     assert any(op.kind == "reserve" for op in house.server.pending)
     house.server.pace = lambda op: 60.0 if op.kind == "answer" else 0.01
@@ -107,8 +107,8 @@ def test_a_save_ahead_of_need_gives_way(house: House) -> None:
     house.loop.pass_time(80.0)
     assert client.done()
     assert len(house.catalog.snapshots) == 2
-    writeback.cancel()
-    house.loop.run_until_complete(asyncio.gather(writeback, return_exceptions=True))
+    saving.cancel()
+    house.loop.run_until_complete(asyncio.gather(saving, return_exceptions=True))
     house.check_nothing_is_left()
 
 
@@ -117,7 +117,7 @@ def test_a_long_answer_is_worth_its_save(house: House) -> None:
     table = house.leases.table
     assert table is not None
     fill(house)
-    house.loop.run_until_complete(house.writeback.save_all())
+    house.loop.run_until_complete(house.idle_save.save_all())
     slot = table.slots[0]
     assert not table.worth.is_worth_saving(slot)
     for n_more, is_worth_it in ((0, False), (2000, True)):
@@ -137,7 +137,7 @@ def test_a_slot_goes_back_to_the_end_of_its_prompt_where_files_keep_no_checkpoin
             house.ask(Request(f"first {i}", tokens_of(10_000 * i, 400)), tokens_of(5000, 20)), "first"
         )
     house.finish()
-    house.start(house.writeback.save_all(), "writeback")
+    house.start(house.idle_save.save_all(), "idle save")
     house.finish()
     saved = sorted(snapshot.tokens for snapshot in house.catalog.snapshots.values())
     assert saved == sorted(tokens_of(10_000 * i, 400) for i in range(3))
@@ -154,7 +154,7 @@ def test_what_has_media_behind_it_is_never_written(house: House) -> None:
     table.take(slot, Request("an image"), house.loop.time(), has_answer=True)
     content = Content(slot.content.tokens, is_exact=False, is_dirty=True, has_media=True)
     table.give_back(slot, SlotEvent.KEEP, content, house.loop.time())
-    house.loop.run_until_complete(house.writeback.save_all())
+    house.loop.run_until_complete(house.idle_save.save_all())
     assert house.catalog.snapshots == {}
     assert house.server.files == {}
     assert not slot.content.is_dirty, "and nobody tries again"
@@ -176,7 +176,7 @@ def test_it_goes_back_with_the_lora_scales_of_what_it_holds(house: House) -> Non
     )
     house.finish()
     house.server.prefill = prefill  # type: ignore[method-assign]
-    house.start(house.writeback.save_all(), "writeback")
+    house.start(house.idle_save.save_all(), "idle save")
     house.finish()
     assert sent == [scaled.lora]
     assert [snapshot.namespace for snapshot in house.catalog.snapshots.values()] == [scaled.text]
@@ -210,7 +210,7 @@ def test_a_slot_that_falls_silent_while_it_goes_back_drains(asks: bool) -> None:
     if asks:
         client = house.start(house.ask(Request("next", tokens_of(50_000, 400))), "next")
     else:
-        client = house.start(house.writeback.save_all(), "writeback")
+        client = house.start(house.idle_save.save_all(), "idle save")
     wedge(house)
     assert client.done()
     assert isinstance(client.exception(), SlotWedged) is asks
@@ -229,7 +229,7 @@ def test_it_does_not_where_they_keep_them(house: House) -> None:
     rewind_model.cache_kind, rewind_model.keeps_checkpoints = CacheKind.RECURRENT, True
     house.start(house.ask(Request("first", tokens_of(0, 400)), tokens_of(5000, 20)), "first")
     house.finish()
-    house.start(house.writeback.save_all(), "writeback")
+    house.start(house.idle_save.save_all(), "idle save")
     house.finish()
     [snapshot] = house.catalog.snapshots.values()
     assert snapshot.tokens == tokens_of(0, 400) + tokens_of(5000, 20)

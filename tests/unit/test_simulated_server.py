@@ -188,9 +188,9 @@ def test_a_slot_that_was_emptied_behind_its_back_is_left_for_a_snapshot(loop: Vi
     stage, prompt = Stage(loop), text(1, 6000)
     stage.run(stage.ask(prompt))
     (slot,) = (slot for slot in stage.proxy.table.slots if slot.content.n_tokens == 6000)
-    lease = stage.proxy.writeback._lease(slot)
+    lease = stage.proxy.idle_save._lease(slot)
     assert lease is not None
-    loop.run(stage.proxy.writeback._save(lease))
+    loop.run(stage.proxy.idle_save._save(lease))
     stage.server.lose(slot.id)
     (served,) = stage.run(stage.ask(prompt + text(3, 50)))
     assert served.n_reused == 6000

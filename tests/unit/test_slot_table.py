@@ -87,7 +87,7 @@ def test_a_slot_leased_for_a_save_still_holds_what_is_saved() -> None:
     """Its owner, asking at that moment, waits for the few milliseconds that it takes."""
     table = make()
     slot = hold(table, 0, A)
-    table.take(slot, Request("writeback", A), 10.0, has_answer=False)
+    table.take(slot, Request("idle save", A), 10.0, has_answer=False)
     decision = place(
         Request("owner", A + pack([1])),
         [table.view(Request("owner", A + pack([1])), 10.0, SYSTEM_USER)],

@@ -87,7 +87,7 @@ def test_going_on_in_a_slot_is_a_hit_of_the_snapshot_behind_it(monkeypatch: pyte
             house.finish()
 
         ask(mine)
-        house.start(house.writeback.save_all(), "writeback")
+        house.start(house.idle_save.save_all(), "idle save")
         house.finish()
         (saved,) = house.catalog.snapshots
         assert hits == []
@@ -110,7 +110,7 @@ def test_what_supersedes_inherits_the_hits(monkeypatch: pytest.MonkeyPatch) -> N
             house.start(house.ask(Request("turn", tokens)), "turn")
             house.finish()
             before = list(house.catalog.snapshots)
-            house.start(house.writeback.save_all(), "writeback")
+            house.start(house.idle_save.save_all(), "idle save")
             house.finish()
         (new,) = house.catalog.snapshots
         assert heirs == [(new, before[0])]

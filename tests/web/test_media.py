@@ -50,7 +50,7 @@ def n_ahead(it: Served) -> list[int]:
 
 
 async def saved(it: Served) -> list[Path]:
-    await it.backend.writeback.save_all()
+    await it.backend.idle_save.save_all()
     return it.files()
 
 

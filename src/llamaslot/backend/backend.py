@@ -16,10 +16,10 @@ from llamaslot.backend.cache_miss import CacheMisses
 from llamaslot.backend.connect import Handshake, ServerSession
 from llamaslot.backend.exclusive import ExclusiveSection
 from llamaslot.backend.executor import PlanExecutor
+from llamaslot.backend.idle_save import IdleSave
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
-from llamaslot.backend.writeback import Writeback
 from llamaslot.cache.content import NOTHING
 from llamaslot.errors import BackendDown, LlamaslotError
 from llamaslot.llama.client import LlamaServer
@@ -94,7 +94,7 @@ class Backend:
         self.executor = PlanExecutor(api, catalog, self.rates, metrics, self.tasks, leases)
         self.route_availability, self.dry_runs = RouteAvailability(api), DryRuns(api)
         self.exclusive = ExclusiveSection(api, leases, self.executor, self.tasks)
-        self.writeback = Writeback(leases, self.executor, idle_save_s)
+        self.idle_save = IdleSave(leases, self.executor, idle_save_s)
         self.cache_misses = CacheMisses(api, metrics, self.tasks)
         self.abandoned_slots = AbandonedSlots(api, leases, now)
         leases.on_drain = self.abandoned_slots.add
@@ -267,14 +267,14 @@ class Backend:
         self.abandoned_slots.on_failure = self.doubt
         self.tasks.spawn(self._live(), f"{self.name}: life")
         self.tasks.spawn(self.abandoned_slots.run(), f"{self.name}: abandoned slots")
-        self.tasks.spawn(self.writeback.run(), f"{self.name}: writeback")
+        self.tasks.spawn(self.idle_save.run(), f"{self.name}: idle save")
 
     async def save_all(self, save_s: float) -> None:
         """Save dirty slots, for at most ``save_s`` seconds. Canceling is safe."""
         if self.health is Health.UP and save_s > 0:
             try:
                 async with asyncio.timeout(save_s):
-                    n_saved = await self.writeback.save_all()
+                    n_saved = await self.idle_save.save_all()
                 log.info("%s: %d slots saved before stopping", self.name, n_saved)
             except TimeoutError:
                 log.warning("%s: not every slot was saved within shutdown.save_s (%g s)", self.name, save_s)

@@ -14,7 +14,7 @@ from llamaslot.cache.prefix_index import PrefixIndex, Shared
 from llamaslot.cache.reuse import RewindModel
 from llamaslot.scheduling.cost import Rates, are_close
 from llamaslot.scheduling.placement import Rules, Stranger, return_likelihood, worth_a_look
-from llamaslot.scheduling.save_policy import Unsaved, is_worth
+from llamaslot.scheduling.save_worth import Unsaved, is_worth
 from llamaslot.scheduling.slots import Slot, SlotKey
 from llamaslot.store.model_snapshots import ModelSnapshots
 

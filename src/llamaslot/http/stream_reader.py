@@ -8,9 +8,9 @@ from typing import Any
 import orjson
 
 from llamaslot.formats.base import LAST_EVENTS, Format
-from llamaslot.formats.corrections import Corrections, index_of
 from llamaslot.formats.error_events import ErrorEvents, is_error
 from llamaslot.formats.stream_to_json import Assembly
+from llamaslot.formats.usage_corrections import Corrections, index_of
 from llamaslot.llama.response import Response, whole
 from llamaslot.llama.sse import (
     EventSplitter,

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaslot.formats.corrections import Corrections, index_of
 from llamaslot.formats.registry import FORMATS
+from llamaslot.formats.usage_corrections import Corrections, index_of
 from llamaslot.scheduling.plan import PrefillStats
 
 CORRECTIONS = Corrections(FORMATS["chat"], PrefillStats(n_reused=100, n_tokens=999, seconds=2.0))

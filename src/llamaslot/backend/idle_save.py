@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.5
 
 
-class Writeback:
+class IdleSave:
     """One task per backend. It leases a slot only while no client needs the backend, for as long as its save takes."""
 
     def __init__(self, leases: Leases, executor: PlanExecutor, idle_save_s: float) -> None:
@@ -50,7 +50,7 @@ class Writeback:
         return n_saved
 
     def _lease(self, slot: Slot) -> Lease | None:
-        request = Request(f"writeback-{next(self._serial)}", slot.content.tokens)
+        request = Request(f"idle-save-{next(self._serial)}", slot.content.tokens)
         return self._leases.try_lease(slot, request)
 
     async def _save(self, lease: Lease, must_give_way: Callable[[], bool] = never) -> Snapshot | None:
