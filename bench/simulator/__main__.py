@@ -123,7 +123,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="*",
         choices=[SHARED, LEFT_ALONE],
         default=[SHARED],
-        help="long prompts: computed in stretches that give way (shared), or left to llama-server (left)",
+        help="long prompts: computed in chunks that give way (shared), or left to llama-server (left)",
     )
     parser.add_argument(
         "--sweep",

@@ -52,7 +52,7 @@ class Original:
         self._files.drop(snapshot.id)
 
     async def run(self) -> None:
-        """Nothing goes on beside requests."""
+        """Nothing goes on besmall requests."""
 
     async def ask(self, asked: SentRequest) -> None:
         """One request."""

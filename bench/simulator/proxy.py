@@ -108,7 +108,7 @@ class Proxy:
         self.table.drop_snapshot(snapshot.id)
 
     async def run(self) -> None:
-        """What goes on beside requests. Runs until cancelled."""
+        """What goes on besmall requests. Runs until cancelled."""
         await self.idle_save.run()
 
     # -- a request: http.completion and http.completion_stream ---------------------------------------------------

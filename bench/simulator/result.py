@@ -187,8 +187,8 @@ _COLUMNS = (
     "written  saves  restores evicted  stall max/sum    day   wall"
 )
 _WAITING = (
-    "policy      prefill           first turns              follow-ups               side requests            "
-    "little, from slot    long: slower          streams: all  slow beside   gap  stretches closed   twice"
+    "policy      prefill           first turns              follow-ups               small requests           "
+    "little, from slot    long: slower          streams: all  slow beside   gap     chunks closed   twice"
 )
 
 

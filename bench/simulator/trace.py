@@ -108,7 +108,7 @@ class Trace:
 
     @property
     def n_final(self) -> int:
-        """Tokens of all conversations at their ends, side requests left out: what "all contexts" are."""
+        """Tokens of all conversations at their ends, small requests left out: what "all contexts" are."""
         lasts = (requests[-1] for requests in self.conversations.values())
         return sum(last.n_after for last in lasts if last.kind is not Turn.SIDE)
 

@@ -26,7 +26,7 @@ OURS, OTHERS = (Identity({"n_vocab": n}, {i: -1.0 * i for i in range(8)}).to_tex
 Run = Callable[..., Result]
 
 
-class Shop(Shelter):
+class StoppedStore(Shelter):
     """A directory as llamaslot leaves it: stopped, with a configuration beside it and a model that was served."""
 
     def __init__(self, directory: Path) -> None:
@@ -70,76 +70,76 @@ class Shop(Shelter):
 
 
 @pytest.fixture
-def shop(tmp_path: Path) -> Shop:
-    shop = Shop(tmp_path)
-    asyncio.run(shop.fill())
-    return shop
+def stopped(tmp_path: Path) -> StoppedStore:
+    stopped = StoppedStore(tmp_path)
+    asyncio.run(stopped.fill())
+    return stopped
 
 
 @pytest.fixture
-def run(shop: Shop) -> Run:
+def run(stopped: StoppedStore) -> Run:
     def run(*words: str) -> Result:
-        command = ["snapshots", words[0], "--config", str(shop.root / "config.yaml"), *words[1:]]
+        command = ["snapshots", words[0], "--config", str(stopped.root / "config.yaml"), *words[1:]]
         return CliRunner().invoke(cli.main, command)
 
     return run
 
 
-def break_one(shop: Shop, number: int = 1) -> None:
+def break_one(stopped: StoppedStore, number: int = 1) -> None:
     """Its file has the right size and another content."""
-    path = shop.directory / f"{shop.ids[number]}.kv"
+    path = stopped.directory / f"{stopped.ids[number]}.kv"
     path.write_bytes(bytes(path.stat().st_size))
 
 
 # -- looking -------------------------------------------------------------------------------------------------------
 
 
-def test_ls_shows_what_is_there(shop: Shop, run: Run) -> None:
+def test_ls_shows_what_is_there(stopped: StoppedStore, run: Run) -> None:
     """The latest used first, in columns that line up, with a sum; foreign files are counted only."""
-    (shop.directory / "notes.txt").write_text("mine")
+    (stopped.directory / "notes.txt").write_text("mine")
     result = run("ls")
     assert result.exit_code == 0
     heading, *rows, summary = result.output.splitlines()
     assert heading.split() == ["ID", "KIND", "TOKENS", "SIZE", "HITS", "AGE", "USED", "MODEL", "STATE"]
-    assert [row.split()[0] for row in rows] == [shop.ids[i] for i in (1, 3, 2, 0)]
+    assert [row.split()[0] for row in rows] == [stopped.ids[i] for i in (1, 3, 2, 0)]
     words = {row.split()[0]: " ".join(row.split()[1:]) for row in rows}
-    assert words[shop.ids[0]].startswith("trunk, pinned 400 3.9 KiB 0 23 h 23 h ")
-    assert words[shop.ids[1]].startswith("leaf 1,500 8.8 KiB 2 ")
-    assert words[shop.ids[2]].endswith("(other)")
-    assert words[shop.ids[3]].startswith("leaf, left 600 ")
+    assert words[stopped.ids[0]].startswith("trunk, pinned 400 3.9 KiB 0 23 h 23 h ")
+    assert words[stopped.ids[1]].startswith("leaf 1,500 8.8 KiB 2 ")
+    assert words[stopped.ids[2]].endswith("(other)")
+    assert words[stopped.ids[3]].startswith("leaf, left 600 ")
     assert len({row.index(" KiB") for row in rows}) == 1
-    assert summary == f"4 snapshots, 20.5 KiB of 20.0 GiB, in {shop.directory}; 1 other file left alone"
+    assert summary == f"4 snapshots, 20.5 KiB of 20.0 GiB, in {stopped.directory}; 1 other file left alone"
 
 
 @pytest.mark.parametrize(
     ("order", "expected"),
     [("size", [1, 3, 0, 2]), ("tokens", [1, 3, 0, 2]), ("age", [0, 1, 2, 3]), ("hits", [1])],
 )
-def test_ls_sorts(shop: Shop, run: Run, order: str, expected: list[int]) -> None:
+def test_ls_sorts(stopped: StoppedStore, run: Run, order: str, expected: list[int]) -> None:
     """By what the operator wants to know."""
     rows = run("ls", "--sort", order).output.splitlines()[1:-1]
-    assert [row.split()[0] for row in rows][: len(expected)] == [shop.ids[i] for i in expected]
+    assert [row.split()[0] for row in rows][: len(expected)] == [stopped.ids[i] for i in expected]
 
 
-def test_json_has_all_that_is_known(shop: Shop, run: Run) -> None:
+def test_json_has_all_that_is_known(stopped: StoppedStore, run: Run) -> None:
     """Raw numbers, for programs, and no word of what was said in it."""
     found = {item["id"]: item for item in json.loads(run("ls", "--json").output)}
-    assert found.keys() == set(shop.ids)
-    leaf = found[shop.ids[1]]
+    assert found.keys() == set(stopped.ids)
+    leaf = found[stopped.ids[1]]
     assert (leaf["kind"], leaf["n_tokens"], leaf["size_bytes"], leaf["n_hits"]) == ("leaf", 1_500, 9_000, 2)
     assert (leaf["state"], leaf["is_pinned"], leaf["is_branched"]) == ("whole", False, False)
-    assert found[shop.ids[0]]["is_pinned"]
-    assert found[shop.ids[3]]["is_branched"]
-    assert not found[shop.ids[2]]["is_of_model_served_last"]
-    assert json.loads(run("show", shop.ids[1], "--json").output) == leaf
+    assert found[stopped.ids[0]]["is_pinned"]
+    assert found[stopped.ids[3]]["is_branched"]
+    assert not found[stopped.ids[2]]["is_of_model_served_last"]
+    assert json.loads(run("show", stopped.ids[1], "--json").output) == leaf
 
 
-def test_show_takes_the_beginning_of_an_id(shop: Shop, run: Run) -> None:
+def test_show_takes_the_beginning_of_an_id(stopped: StoppedStore, run: Run) -> None:
     """With or without ``ls-``; nothing, or too little, is refused in words."""
-    text = run("show", shop.ids[1][:9]).output
-    assert text == run("show", shop.ids[1][3:9]).output
+    text = run("show", stopped.ids[1][:9]).output
+    assert text == run("show", stopped.ids[1][3:9]).output
     said = dict(line.split(None, 1) for line in text.splitlines())
-    assert (said["id"], said["tokens"], said["hits"]) == (shop.ids[1], "1,500", "2")
+    assert (said["id"], said["tokens"], said["hits"]) == (stopped.ids[1], "1,500", "2")
     assert said["size"] == "8.8 KiB (9,000 bytes)"
     assert said["created"].endswith("(23 h ago)")
     for name, why in (
@@ -150,71 +150,71 @@ def test_show_takes_the_beginning_of_an_id(shop: Shop, run: Run) -> None:
         assert (refused.exit_code, refused.stderr) == (2, f"{name}: {why}\n")
 
 
-def test_an_empty_directory_is_no_fault(tmp_path: Path, run: Run, shop: Shop) -> None:
+def test_an_empty_directory_is_no_fault(tmp_path: Path, run: Run, stopped: StoppedStore) -> None:
     """There is just nothing."""
-    shop.configure()
-    for id_ in shop.ids:
+    stopped.configure()
+    for id_ in stopped.ids:
         for suffix in (".kv", ".json"):
-            os.unlink(shop.directory / (id_ + suffix))
-    assert run("ls").output == f"0 snapshots, 0 B of 20.0 GiB, in {shop.directory}\n"
+            os.unlink(stopped.directory / (id_ + suffix))
+    assert run("ls").output == f"0 snapshots, 0 B of 20.0 GiB, in {stopped.directory}\n"
     assert run("gc").output == "nothing to remove\n"
     assert run("verify").output == "0 whole, 0 broken\n"
 
 
-def test_without_a_directory_it_says_so(shop: Shop, run: Run) -> None:
+def test_without_a_directory_it_says_so(stopped: StoppedStore, run: Run) -> None:
     """Nothing is kept on disk, or the directory is not there, or the configuration has faults."""
-    (shop.root / "config.yaml").write_text("backends: [{url: 'http://127.0.0.1:8080'}]\n")
+    (stopped.root / "config.yaml").write_text("backends: [{url: 'http://127.0.0.1:8080'}]\n")
     assert "slot_save_path is not set: nothing is kept on disk" in run("ls").stderr
-    (shop.root / "config.yaml").write_text(
+    (stopped.root / "config.yaml").write_text(
         "backends: [{url: 'http://127.0.0.1:8080', slot_save_path: gone}]\n"
     )
     assert (run("ls").exit_code, "cannot be read: No such file" in run("ls").stderr) == (2, True)
-    (shop.root / "config.yaml").write_text("quota: 3\n")
+    (stopped.root / "config.yaml").write_text("quota: 3\n")
     assert run("ls").exit_code == 2
 
 
 # -- removing ------------------------------------------------------------------------------------------------------
 
 
-def test_rm_removes_what_is_named(shop: Shop, run: Run) -> None:
+def test_rm_removes_what_is_named(stopped: StoppedStore, run: Run) -> None:
     """A pinned one too: the pin is against eviction, not against its owner."""
-    dry = run("rm", "--dry-run", shop.ids[0], shop.ids[1][:10])
+    dry = run("rm", "--dry-run", stopped.ids[0], stopped.ids[1][:10])
     assert dry.output.splitlines()[-1] == "2 snapshots would be removed, 12.7 KiB"
-    assert shop.kept() == [0, 1, 2, 3]
-    done = run("rm", shop.ids[0], shop.ids[1][:10])
+    assert stopped.kept() == [0, 1, 2, 3]
+    done = run("rm", stopped.ids[0], stopped.ids[1][:10])
     assert done.output.splitlines()[-1] == "2 snapshots removed, 12.7 KiB"
-    assert shop.kept() == [2, 3]
+    assert stopped.kept() == [2, 3]
 
 
-def test_rm_of_one_that_is_not_there_removes_none(shop: Shop, run: Run) -> None:
+def test_rm_of_one_that_is_not_there_removes_none(stopped: StoppedStore, run: Run) -> None:
     """A slip of the pen costs nothing."""
-    assert run("rm", shop.ids[0], "ls-zz").exit_code == 2
-    assert shop.kept() == [0, 1, 2, 3]
+    assert run("rm", stopped.ids[0], "ls-zz").exit_code == 2
+    assert stopped.kept() == [0, 1, 2, 3]
 
 
-def test_gc_removes_what_nobody_can_use(shop: Shop, run: Run) -> None:
+def test_gc_removes_what_nobody_can_use(stopped: StoppedStore, run: Run) -> None:
     """What a crash left and what is broken; foreign files stay."""
-    break_one(shop)
-    shop.put("ls-00000000000000aa.part", b"x" * 100)
-    shop.put("notes.txt")
+    break_one(stopped)
+    stopped.put("ls-00000000000000aa.part", b"x" * 100)
+    stopped.put("notes.txt")
     dry = run("gc", "--dry-run")
-    assert shop.ids[1] in dry.output
+    assert stopped.ids[1] in dry.output
     assert "no slot file: it begins with 0x00000000" in dry.output
     assert "there is only .part" in dry.output
     assert "2 snapshots would be removed" in dry.output
-    assert shop.kept() == [0, 1, 2, 3]
+    assert stopped.kept() == [0, 1, 2, 3]
     assert "2 snapshots removed" in run("gc").output
-    assert shop.kept() == [0, 2, 3]
-    assert (shop.directory / "notes.txt").exists()
+    assert stopped.kept() == [0, 2, 3]
+    assert (stopped.directory / "notes.txt").exists()
     assert run("gc").output == "nothing to remove\n"
 
 
-def test_gc_removes_those_of_other_models_when_asked(shop: Shop, run: Run) -> None:
+def test_gc_removes_those_of_other_models_when_asked(stopped: StoppedStore, run: Run) -> None:
     """A model may come back, so not without --others; and not before it is known which one is served."""
     assert run("gc").output == "nothing to remove\n"
     assert "of another model" in run("gc", "--others").output
-    assert shop.kept() == [0, 1, 3]
-    os.unlink(shop.root / "llama.rates.json")
+    assert stopped.kept() == [0, 1, 3]
+    os.unlink(stopped.root / "llama.rates.json")
     refused = run("gc", "--others")
     assert (refused.exit_code, "start llamaslot with it once" in refused.stderr) == (2, True)
 
@@ -229,72 +229,72 @@ def test_gc_removes_those_of_other_models_when_asked(shop: Shop, run: Run) -> No
     ],
 )
 def test_gc_keeps_to_the_limits(
-    shop: Shop, run: Run, limits: dict[str, int], left: list[int], why: str
+    stopped: StoppedStore, run: Run, limits: dict[str, int], left: list[int], why: str
 ) -> None:
     """Another model's goes first, then what was left behind; what is pinned stays."""
-    shop.configure(**limits)
+    stopped.configure(**limits)
     assert f"worth least: {why}" in run("gc", "--dry-run").output
     run("gc")
-    assert shop.kept() == left
+    assert stopped.kept() == left
 
 
-def test_verify_reads_the_headers(shop: Shop, run: Run) -> None:
+def test_verify_reads_the_headers(stopped: StoppedStore, run: Run) -> None:
     """And says which are broken; only --remove removes them."""
     assert (run("verify").exit_code, run("verify").output) == (0, "4 whole, 0 broken\n")
-    break_one(shop)
+    break_one(stopped)
     found = run("verify")
     assert found.exit_code == 1
     assert found.output.splitlines()[-1] == "3 whole, 1 broken"
-    assert run("verify", shop.ids[0]).exit_code == 0
+    assert run("verify", stopped.ids[0]).exit_code == 0
     dry = run("verify", "--remove", "--dry-run")
     assert (dry.exit_code, "1 snapshot would be removed" in dry.output) == (1, True)
-    assert shop.kept() == [0, 1, 2, 3]
+    assert stopped.kept() == [0, 1, 2, 3]
     done = run("verify", "--remove")
     assert (done.exit_code, "1 snapshot removed" in done.output) == (0, True)
-    assert shop.kept() == [0, 2, 3]
+    assert stopped.kept() == [0, 2, 3]
 
 
 @pytest.mark.parametrize("words", [("rm", "ID"), ("gc",), ("verify", "--remove")])
-def test_what_changes_files_needs_the_lock(shop: Shop, run: Run, words: tuple[str, ...]) -> None:
+def test_what_changes_files_needs_the_lock(stopped: StoppedStore, run: Run, words: tuple[str, ...]) -> None:
     """While llamaslot runs it refuses, and says whom to stop; what only looks works."""
-    break_one(shop)
-    words = tuple(shop.ids[0] if word == "ID" else word for word in words)
-    lock = DirectoryLock(shop.directory)
+    break_one(stopped)
+    words = tuple(stopped.ids[0] if word == "ID" else word for word in words)
+    lock = DirectoryLock(stopped.directory)
     lock.acquire()
     try:
         refused = run(*words)
         assert refused.exit_code == 2
         assert f"is in use by another llamaslot (pid {os.getpid()}): stop it" in refused.stderr
         assert "--dry-run, ls, show and verify work at any time" in refused.stderr
-        assert shop.kept() == [0, 1, 2, 3]
+        assert stopped.kept() == [0, 1, 2, 3]
         assert run(words[0], "--dry-run", *words[1:]).exit_code in (0, 1)
-        assert run("ls").exit_code == run("show", shop.ids[0]).exit_code == 0
+        assert run("ls").exit_code == run("show", stopped.ids[0]).exit_code == 0
         assert run("verify").exit_code == 1
     finally:
         lock.release()
     assert run(*words).exit_code == 0
 
 
-def test_what_is_left_opens_cleanly(shop: Shop, run: Run) -> None:
+def test_what_is_left_opens_cleanly(stopped: StoppedStore, run: Run) -> None:
     """A llamaslot that starts afterwards finds nothing to repair."""
-    break_one(shop)
+    break_one(stopped)
     run("gc", "--others")
 
     async def reopened() -> set[str]:
-        await shop.reopen()
-        await shop.catalog.settle()
-        found = set(shop.catalog.snapshots)
-        shop.catalog.check()
-        shop.catalog.close()
+        await stopped.reopen()
+        await stopped.catalog.settle()
+        found = set(stopped.catalog.snapshots)
+        stopped.catalog.check()
+        stopped.catalog.close()
         return found
 
-    assert asyncio.run(reopened()) == {shop.ids[0], shop.ids[3]}
+    assert asyncio.run(reopened()) == {stopped.ids[0], stopped.ids[3]}
 
 
-def test_the_command_line_itself(shop: Shop) -> None:
+def test_the_command_line_itself(stopped: StoppedStore) -> None:
     """As an operator types it."""
     done = subprocess.run(
-        [sys.executable, "-m", "llamaslot", "snapshots", "ls", "--config", str(shop.root / "config.yaml")],
+        [sys.executable, "-m", "llamaslot", "snapshots", "ls", "--config", str(stopped.root / "config.yaml")],
         capture_output=True,
         text=True,
         check=True,

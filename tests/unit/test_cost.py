@@ -291,7 +291,7 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 PARTS = st.fixed_dictionaries(
     {},
     optional={
-        "stretches": JSON | st.lists(st.lists(JSON, min_size=4, max_size=4)),
+        "samples": JSON | st.lists(st.lists(JSON, min_size=4, max_size=4)),
         "files": JSON | st.lists(st.lists(JSON, min_size=2, max_size=2)),
         "latency_s": JSON,
         "bytes_per_s": JSON,

@@ -180,7 +180,7 @@ def test_who_shares_more_or_less_than_before_is_told() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_the_order_is_the_same_as_if_all_were_sorted(seed: int) -> None:
-    """Users with more or fewer deficits, side requests, requests that had a slot before."""
+    """Users with more or fewer deficits, small requests, requests that had a slot before."""
     rng = random.Random(seed)
     loop = VirtualLoop()
     queue = Queue(QueueLimits(max_waiting=100))

@@ -151,7 +151,7 @@ def test_ten_thousand_are_not_all_looked_at() -> None:
 
 def seconds_of(order: ByValue) -> float:
     return sum(
-        math.fsum(reuse_class["seconds"]) for reuse_class in order.hit_rates.to_json()["habits"].values()
+        math.fsum(reuse_class["seconds"]) for reuse_class in order.hit_rates.to_json()["classes"].values()
     )
 
 

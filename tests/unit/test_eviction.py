@@ -1,4 +1,4 @@
-"""What a snapshot is worth: returns are learned by habit, age and length; who goes first reads like a transcript."""
+"""What a snapshot is worth: returns are learned by class, age and length; who goes first reads like a transcript."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def lived(
     n: int,
     n_tokens: int = 10_000,
 ) -> None:
-    """``n`` snapshots of a habit that come back at a constant rate per second, or are evicted after an hour."""
+    """``n`` snapshots of a class that come back at a constant rate per second, or are evicted after an hour."""
     for _ in range(n):
         age = min(rng.expovariate(rate), 3600.0) if rate else 3600.0
         hit_rates.waited(reuse_class, 0.0, age, n_tokens)
@@ -112,7 +112,7 @@ def test_a_few_events_do_not_mislead() -> None:
 
 
 def test_what_is_learned_of_all_helps_those_of_whom_little_is_known() -> None:
-    """Where nobody comes back within minutes, a habit that was not seen yet is believed to be as slow."""
+    """Where nobody comes back within minutes, a class that was not seen yet is believed to be as slow."""
     hit_rates = HitRateModel()
     before = hit_rates.density(ReuseClass.TRUNK, 60.0, 10_000)
     lived(hit_rates, ReuseClass.RETURNING, random.Random(1), 1e-5, 1_000)
@@ -142,7 +142,7 @@ def test_a_pause_is_worth_waiting_for() -> None:
 
 
 def test_lengths_that_never_return_sink_alone() -> None:
-    """Single questions do not come back, and do not make conversations of the same habit look dead."""
+    """Single questions do not come back, and do not make conversations of the same class look dead."""
     hit_rates, rng = HitRateModel(), random.Random(1)
     for _ in range(50):
         lived(hit_rates, ReuseClass.FRESH, rng, 0.0, 20, n_tokens=300)
@@ -161,11 +161,11 @@ def test_time_is_neither_lost_nor_made(one: float, other: float) -> None:
     cuts = [start, (start + end) / 2, end]
     for a, b in pairwise(cuts):
         parts.waited(ReuseClass.FRESH, a, b, 64)
-    seconds = whole.to_json()["habits"]["fresh"]["seconds"]
+    seconds = whole.to_json()["classes"]["fresh"]["seconds"]
     assert math.fsum(seconds) == pytest.approx(end - start)
     held = [b for b, s in enumerate(seconds) if s > 1e-9 * (end - start)]
     assert not held or bucket_of(start) <= held[0] <= held[-1] <= bucket_of(end)
-    assert math.fsum(parts.to_json()["habits"]["fresh"]["seconds"]) == pytest.approx(end - start, rel=0.2)
+    assert math.fsum(parts.to_json()["classes"]["fresh"]["seconds"]) == pytest.approx(end - start, rel=0.2)
 
 
 @given(
@@ -203,11 +203,11 @@ def test_what_was_learned_is_kept() -> None:
     [
         None,
         [],
-        {"habits": 3},
-        {"habits": {"fresh": {"hits": [1], "seconds": [1], "n_events": 1}}},
-        {"habits": {"fresh": {"hits": [-1.0] * N_BUCKETS, "seconds": [0.0] * N_BUCKETS, "n_events": 0}}},
-        {"habits": {"fresh": {"hits": [True] * N_BUCKETS, "seconds": [0.0] * N_BUCKETS, "n_events": 0}}},
-        {"habits": {"lost": {}}, "lengths": {"hits": "many", "expected": []}},
+        {"classes": 3},
+        {"classes": {"fresh": {"hits": [1], "seconds": [1], "n_events": 1}}},
+        {"classes": {"fresh": {"hits": [-1.0] * N_BUCKETS, "seconds": [0.0] * N_BUCKETS, "n_events": 0}}},
+        {"classes": {"fresh": {"hits": [True] * N_BUCKETS, "seconds": [0.0] * N_BUCKETS, "n_events": 0}}},
+        {"classes": {"lost": {}}, "lengths": {"hits": "many", "expected": []}},
     ],
 )
 def test_a_spoilt_file_teaches_nothing(data: object) -> None:
@@ -216,20 +216,20 @@ def test_a_spoilt_file_teaches_nothing(data: object) -> None:
 
 
 def test_a_habit_that_was_not_known_yet_starts_from_its_prior() -> None:
-    """New habits may come: what was learned of the others stays."""
+    """New classes may come: what was learned of the others stays."""
     hit_rates = HitRateModel()
     lived(hit_rates, ReuseClass.FRESH, random.Random(1), 1e-3, 100)
     data = hit_rates.to_json()
-    del data["habits"]["trunk"]
+    del data["classes"]["trunk"]
     kept = HitRateModel.from_json(data).to_json()
-    assert kept["habits"]["fresh"] == hit_rates.to_json()["habits"]["fresh"]
-    assert kept["habits"]["trunk"] == HitRateModel().to_json()["habits"]["trunk"]
+    assert kept["classes"]["fresh"] == hit_rates.to_json()["classes"]["fresh"]
+    assert kept["classes"]["trunk"] == HitRateModel().to_json()["classes"]["trunk"]
 
 
 # -- who goes first ------------------------------------------------------------------------------------------------
 
 
-def test_habits() -> None:
+def test_reuse_classes() -> None:
     """A trunk is one whatever happens; what was left behind is, until somebody comes back."""
     assert stats().reuse_class is ReuseClass.FRESH
     assert stats(n_hits=1).reuse_class is ReuseClass.RETURNING
@@ -283,7 +283,7 @@ def test_an_order_learns_from_what_happens() -> None:
     order.passed(one, 50.0)
     order.passed(one, 50.0)
     order.hit(one, 100.0)
-    learned = order.hit_rates.to_json()["habits"]["fresh"]
+    learned = order.hit_rates.to_json()["classes"]["fresh"]
     assert math.fsum(learned["seconds"]) == pytest.approx(100.0)
     assert learned["hits"][bucket_of(100.0)] == math.fsum(learned["hits"]) == 1
 

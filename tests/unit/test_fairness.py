@@ -29,10 +29,10 @@ def serve(shares: Shares, asks: list[Ask]) -> Ask:
     return ask
 
 
-def test_side_requests_of_one_user_pass_others_for_its_part_only() -> None:
+def test_small_requests_of_one_user_pass_others_for_its_part_only() -> None:
     """Of three users: a third of what somebody may be passed for. Those of another one still do."""
     passed = Ask("new", 10.0, overtaken_s=4.0, passed_by={"greedy": 4.0})
-    greedy, other = [Ask("greedy", 0.5, is_side=True)] * 3, [Ask("other", 0.5, is_side=True)]
+    greedy, other = [Ask("greedy", 0.5, is_small=True)] * 3, [Ask("other", 0.5, is_small=True)]
     assert users([passed, *greedy, *other], max_overtake_s=15.0).index("new") == 4
     assert users([passed, *greedy, *other], max_overtake_s=10.0)[:2] == ["other", "new"]
 
@@ -127,21 +127,21 @@ def test_a_wrong_estimate_is_taken_back_whole(n_users: int) -> None:
         assert shares.deficit_s(other) == pytest.approx(20 / n_users)
 
 
-def test_side_requests_go_first() -> None:
+def test_small_requests_go_first() -> None:
     """In their own order, also before the others of the same user."""
-    asks = [Ask("a", 30.0), Ask("b", 30.0), Ask("b", 1.0, is_side=True), Ask("a", 1.0, is_side=True)]
+    asks = [Ask("a", 30.0), Ask("b", 30.0), Ask("b", 1.0, is_small=True), Ask("a", 1.0, is_small=True)]
     order = Shares().order(asks, LONG)
     assert set(order[:2]) == {2, 3}
     assert order[2:] == [0, 1]
 
 
-def test_nobody_is_passed_by_side_requests_for_ever() -> None:
+def test_nobody_is_passed_by_small_requests_for_ever() -> None:
     """Who was passed for long enough stands, and so do those before."""
     asks = [
         Ask("a", 30.0, overtaken_s=2.0),
         Ask("b", 30.0, overtaken_s=10.0),
         Ask("c", 30.0),
-        Ask("d", 1.0, is_side=True),
+        Ask("d", 1.0, is_small=True),
     ]
     assert Shares().order(asks, 10.0) == [0, 1, 3, 2]
     assert Shares().order(asks, 10.1) == [3, 0, 1, 2]

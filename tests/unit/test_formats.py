@@ -41,16 +41,16 @@ class Questions(Format):
         return chat_of(body)
 
     def errors(self, id_: str) -> ErrorEvents:
-        return Regrets(id_)
+        return OwnEvents(id_)
 
 
-class Regrets(ErrorEvents):
+class OwnEvents(ErrorEvents):
     """Its clients read other errors."""
 
     is_translated = True
 
     def event(self, error: Mapping[str, Any]) -> bytes:
-        return event_of({"regret": error["message"]})
+        return event_of({"failure": error["message"]})
 
 
 def chat_of(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ async def test_its_errors_are_in_its_own_words(tmp_path: Path) -> None:
     async with served(tmp_path, slots=1) as it:
         it.fake.faults.fail_stream("no such luck", after_tokens=2)
         answer = await it.post(PATH, {"persona": "", "question": "Why?", "max_tokens": 9, "stream": True})
-        assert answer.events[-1].keys() == {"regret"}
+        assert answer.events[-1].keys() == {"failure"}
 
 
 def test_each_route_names_a_format_that_there_is() -> None:

@@ -16,7 +16,7 @@ from tests.support.house import House, tokens_of
 from tests.support.stub import Op, StubServer
 
 ON_DISK = Option(SlotKey("gpu0", 2), "snapshot", 30_811, "ls-1", {"restore": 0.6, "prefill": 0.3})
-RESIDENT = Option(SlotKey("gpu0", 0), "resident", 900, None, {"regret": 2.0, "prefill": 10.4})
+RESIDENT = Option(SlotKey("gpu0", 0), "resident", 900, None, {"evict": 2.0, "prefill": 10.4})
 
 
 @pytest.fixture

@@ -431,7 +431,7 @@ async def test_a_connection_that_a_busy_process_saw_too_late_is_used(
     loop = asyncio.get_running_loop()
     assert await ask(pool) == TOLD  # its address is known
     pool.drop_idle()
-    monkeypatch.setattr(keep_alive, "_CONNECT_S", 0.01)
+    monkeypatch.setattr(keep_alive, "QUESTION_CONNECT_S", 0.01)
     connect = loop.sock_connect
 
     async def seen_late(sock: socket.socket, address: Any) -> None:

@@ -225,7 +225,7 @@ def test_what_a_user_has_had_is_charged_once() -> None:
         newcomer = house.come(asks(modest(1), 3, 300))
         house.wait(*clients, newcomer)
         assert house.preempted
-        deficits = {one.id: one.deficit_s for one in house.dispatcher.queue.standings(house.now)}
+        deficits = {one.id: one.deficit_s for one in house.dispatcher.queue.loads(house.now)}
         assert abs(deficits[GREEDY.id]) < 5.0, "two slots for five seconds, of which half was its own"
 
 

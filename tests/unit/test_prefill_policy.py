@@ -56,7 +56,7 @@ def test_who_has_waited_long_enough_is_first() -> None:
     assert rank(of(3600, waited=10 * MAX_S), MAX_S)[0] == 0, "and never before an earlier one by more of it"
 
 
-def test_without_patience_they_are_computed_as_they_come() -> None:
+def test_without_a_limit_they_are_computed_as_they_come() -> None:
     """``starvation_s`` 0: nobody passes anybody."""
     assert first(of(1, came=2), of(1000, came=1), starvation_s=0) == 1
     assert first(of(1, came=2), of(1000, came=1), current=1, starvation_s=0) == 1

@@ -112,7 +112,7 @@ def test_half_a_token_is_refused_and_changes_nothing() -> None:
 
 
 def test_cover_says_what_others_share() -> None:
-    """The regret of losing a slot: its tokens beyond what somebody else has too."""
+    """The cost of losing a slot: its tokens that no other slot holds."""
     index = index_of(slot=[1, 2, 3, 4, 5], twin=[1, 2, 3, 9], far=[1, 7])
     tokens = pack([1, 2, 3, 4, 5])
     assert index.cover(tokens) == 5

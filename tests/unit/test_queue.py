@@ -64,9 +64,7 @@ class Desk:
             self.house.loop.settle()
 
     def deficits(self) -> dict[str, float]:
-        return {
-            one.id: one.deficit_s for one in self.house.dispatcher.queue.standings(self.house.loop.time())
-        }
+        return {one.id: one.deficit_s for one in self.house.dispatcher.queue.loads(self.house.loop.time())}
 
     def holds(self, user: User) -> int:
         return sum(whose == user.id for whose, _ in self.held.values())
@@ -129,7 +127,7 @@ def test_nobody_is_passed_where_that_is_switched_off(desk: Desk) -> None:
     assert title not in desk.held
 
 
-def test_side_requests_do_not_pass_for_ever(desk: Desk) -> None:
+def test_small_requests_do_not_pass_for_ever(desk: Desk) -> None:
     """After ten seconds of slots that others got before it, whoever waits is next."""
     desk.come(GREEDY, 4)
     (patient,) = desk.come(ANNA)
@@ -356,11 +354,11 @@ def test_what_everybody_has_is_told(desk: Desk) -> None:
     desk.come(GREEDY, 6)
     desk.come(ANNA)
     desk.end(GREEDY)
-    standings = {
+    loads = {
         one.id: (one.n_running, one.n_waiting)
-        for one in desk.house.dispatcher.queue.standings(desk.house.loop.time())
+        for one in desk.house.dispatcher.queue.loads(desk.house.loop.time())
     }
-    assert standings == {"key:greedy": (3, 2), "key:anna": (1, 0)}
+    assert loads == {"key:greedy": (3, 2), "key:anna": (1, 0)}
 
 
 def waits_s(n_greedy: int, think_s: float, return_grace_s: float = 10.0) -> dict[str, float]:

@@ -19,7 +19,7 @@ def trace(seed: int = 1) -> Trace:
 
 
 def talks() -> list[list[TraceRequest]]:
-    """Conversations without side requests, of three seeds."""
+    """Conversations without small requests, of three seeds."""
     return [
         requests
         for seed in (1, 2, 3)
@@ -41,7 +41,7 @@ def test_sixty_users_arrive_in_the_first_hour() -> None:
     assert mean(arrivals) == pytest.approx(1800, rel=0.25)
 
 
-def test_one_request_in_ten_is_a_side_request() -> None:
+def test_one_request_in_ten_is_a_small_request() -> None:
     """Of 300 tokens that nobody has ever seen, in a conversation of its own."""
     assert share(Turn.SIDE) == pytest.approx(0.1, rel=0.1)
     sides = [request for request in trace().requests if request.kind is Turn.SIDE]

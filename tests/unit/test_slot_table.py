@@ -326,7 +326,7 @@ def test_a_model_that_cannot_rewind_is_not_helped_by_half_a_snapshot(cache_kind:
     assert table.worth.is_worth_saving(hold(table, 0, A + pack(range(64))))
 
 
-def test_regret_is_what_the_owner_would_pay() -> None:
+def test_the_eviction_cost_is_what_the_owner_would_pay() -> None:
     """Everything again when nobody else has it; a restore when it is on disk; nothing for nothing."""
     table = make()
     slot = hold(table, 0, A)
@@ -337,7 +337,7 @@ def test_regret_is_what_the_owner_would_pay() -> None:
     assert table.worth.eviction_cost_s(table.slots[1], is_saved=False) == 0
 
 
-def test_regret_counts_only_what_would_be_lost() -> None:
+def test_the_eviction_cost_counts_only_what_would_be_lost() -> None:
     """The system prompt that another slot holds too is no loss."""
     table = make(can_save=False)
     slot = hold(table, 0, A)
@@ -345,7 +345,7 @@ def test_regret_counts_only_what_would_be_lost() -> None:
     assert table.worth.eviction_cost_s(slot, is_saved=False) == pytest.approx(0.5)
 
 
-def test_regret_fades() -> None:
+def test_the_eviction_cost_fades() -> None:
     """A context that nobody has used for half an hour is half the loss."""
     table = make(can_save=False)
     hold(table, 0, A, now=0.0)

@@ -383,7 +383,7 @@ async def test_the_kernel_decides_whether_a_connection_is_late(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not this process, which may have been too busy to see it. A server that accepts none counts as down."""
-    monkeypatch.setattr(module, "_CONNECT_S", 0.01)
+    monkeypatch.setattr(module, "REQUEST_CONNECT_S", 0.01)
     loop = asyncio.get_running_loop()
     connect = loop.sock_connect
 

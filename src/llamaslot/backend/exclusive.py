@@ -227,10 +227,10 @@ class ExclusiveSection:
             leases.resume_admission(lease)
             shut_s *= 2
 
-    async def _until_likely(self, lease: Lease, patience_s: float) -> None:
+    async def _until_likely(self, lease: Lease, wait_s: float) -> None:
         """Wait, with the gate open, for what takes long: foreign answers, and long prefills, which make room."""
         leases = self._leases
-        until = leases.now() + patience_s
+        until = leases.now() + wait_s
         while leases.now() < until:
             if not self._takes_long(lease):
                 leases.request_exclusive(lease)

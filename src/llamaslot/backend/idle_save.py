@@ -37,7 +37,7 @@ class IdleSave:
             if self._leases.idle_s >= self._idle_save_s:
                 slot = self._next()
                 if slot is not None and (lease := self._lease(slot)) is not None:
-                    await self._save(lease, self._is_somebody_here)
+                    await self._save(lease, self._has_requests)
 
     async def save_all(self) -> int:
         """Save every idle slot that is worth it, for a clean stop. Returns their number."""
@@ -70,7 +70,7 @@ class IdleSave:
             self._failed.pop(slot, None)
         return snapshot
 
-    def _is_somebody_here(self) -> bool:
+    def _has_requests(self) -> bool:
         """A request has come while space was being reserved: it must not wait for this save, nor may its stream
         pause.
         """

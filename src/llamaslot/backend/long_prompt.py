@@ -53,7 +53,9 @@ class LongPrompt:
     since: float = 0.0  # its beginning
     # No interruption before that many tokens: a sliding window that is stopped before it is full keeps nothing.
     no_stop_before: int = 0
-    is_by_right: bool = False  # it has been postponed for too long: small requests no longer delay it
+    is_by_right: bool = (
+        False  # it has been postponed for too long: requests with a short prefill no longer delay it
+    )
     seconds: float = 0.0  # of computing
     counted_s: float = 0.0  # of these, seconds while other users waited
     is_keeping: bool = False  # it is having a shared prefix saved, and does not wait for a turn

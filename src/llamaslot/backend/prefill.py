@@ -145,7 +145,7 @@ class ChunkedPrefill:
         # No await from here to the chunk.
         self._current = long
         lease.take_prefill_turn()
-        long.is_by_right = self._is_somebody_first(long)
+        long.is_by_right = self._has_priority_requests(long)
         long.waited_s += self.now() - began
 
     def _waits(self, long: LongPrompt) -> tuple[_Why, float | None] | None:
@@ -156,7 +156,7 @@ class ChunkedPrefill:
         # Not longer than its own time, so that a prefill of a tenth of a second is not postponed for two.
         whole_s = long.seconds + self.rates.prefill.seconds(long.at, long.last)
         held_s = max(self._stopped_at, long.came_at) + min(sharing.max_yield_s, whole_s) - now
-        if held_s > 0 and self._is_somebody_first(long):
+        if held_s > 0 and self._has_priority_requests(long):
             return _Why.FIRST, min(held_s, _LOOK_AGAIN_S)
         pause_s = self._stopped_at + self._pause_s - now
         if pause_s > 0 and self._n_streams(long):
@@ -188,17 +188,17 @@ class ChunkedPrefill:
         leases = self.leases.leases
         return [lease for lease in leases if lease.table is long.lease.table and lease is not long.lease]
 
-    def _is_somebody_first(self, long: LongPrompt) -> bool:
+    def _has_priority_requests(self, long: LongPrompt) -> bool:
         return bool(self._first(long))
 
     def _first(self, long: LongPrompt) -> list[str]:
-        """The users of small requests that may postpone ``long``."""
+        """The users of requests with a short prefill that may postpone ``long``."""
         may, grace_s = self._time.may_hold_back, _sharing(long).chunk_s
         first = (lease.request.user.id for lease in self._others(long) if lease.is_latency_sensitive)
         return sorted({user for user in first if may(user, long.user, grace_s)})
 
     def _users_waiting(self) -> set[str]:
-        """The users of long prompts and of small requests."""
+        """The users of long prompts and of requests with a short prefill."""
         leases = self.leases.leases if self._longs else ()
         return {long.user for long in self._longs} | {
             lease.request.user.id for lease in leases if lease.is_latency_sensitive
@@ -365,7 +365,7 @@ class ChunkedPrefill:
         by_right = long.since + sharing.chunk_s if long.is_by_right else soonest
         if long.lease.is_preempted:
             return max(now, soonest)
-        if self._is_somebody_first(long):
+        if self._has_priority_requests(long):
             return max(by_right, soonest)
         if self._next() is not long or self._is_trunk_ahead(long):
             return max(now, soonest)

@@ -23,7 +23,9 @@ _OURS, _OTHERS = "served last", "another"
 
 
 @dataclass(frozen=True, slots=True)
-class Doomed:
+class Removal:
+    """A snapshot to remove, and the reason for the table."""
+
     item: Item
     why: str
 
@@ -33,7 +35,7 @@ class Doomed:
 
 
 @dataclass(frozen=True, slots=True)
-class Shop:
+class OfflineStore:
     """A directory, its limits, and what llamaslot has learned there. ``model``: the last served one, None if none was
     served yet.
     """
@@ -46,7 +48,7 @@ class Shop:
     hit_rates: HitRateModel
 
     @classmethod
-    def of(cls, config: Config, now: float) -> Shop:
+    def of(cls, config: Config, now: float) -> OfflineStore:
         """Raises DirectoryUnusable if the configuration names no directory. Blocking."""
         backend, store = config.backend, config.store
         if backend.slot_save_path is None:
@@ -68,12 +70,12 @@ class Shop:
         return self.rates.prefill.seconds(0, stats.n_tokens) - self.rates.restore.seconds(stats.size_bytes)
 
 
-def too_much(shop: Shop, items: list[Item]) -> list[Doomed]:
+def over_limits(store: OfflineStore, items: list[Item]) -> list[Removal]:
     """The snapshots of least value that exceed the configured limits: bytes, files, or free space."""
-    order = ByValue(shop.hit_rates)
-    order.saves_s = shop.saves_s
+    order = ByValue(store.hit_rates)
+    order.saves_s = store.saves_s
     table = SnapshotTable(order)
-    table.fingerprint = _OURS if shop.model is not None else None
+    table.fingerprint = _OURS if store.model is not None else None
     for item in items:
         noted = item.noted
         assert noted is not None, "what is whole has a sidecar"
@@ -82,7 +84,7 @@ def too_much(shop: Shop, items: list[Item]) -> list[Doomed]:
             n_tokens=noted.n_tokens,
             digest="",
             size_bytes=item.size_bytes,
-            fingerprint=_OURS if shop.is_ours(item) else _OTHERS,
+            fingerprint=_OURS if store.is_ours(item) else _OTHERS,
             created_at=noted.created_at,
             checkpoints=noted.checkpoints,
             source=noted.source,
@@ -90,19 +92,19 @@ def too_much(shop: Shop, items: list[Item]) -> list[Doomed]:
             is_pinned=noted.is_pinned,
             namespace=noted.namespace,
         )
-        table.add(snapshot, shop.now, last_used=item.last_used, hits=item.hits)
+        table.add(snapshot, store.now, last_used=item.last_used, hits=item.hits)
     size_bytes = sum(item.size_bytes for item in items)
-    found = os.statvfs(shop.directory)
+    found = os.statvfs(store.directory)
     short = {
-        "store.quota": size_bytes - shop.limits.quota_bytes,
-        "store.min_free": shop.limits.min_free_bytes - found.f_bavail * found.f_frsize,
+        "store.quota": size_bytes - store.limits.quota_bytes,
+        "store.min_free": store.limits.min_free_bytes - found.f_bavail * found.f_frsize,
     }
-    n_short = len(items) - shop.limits.max_files
+    n_short = len(items) - store.limits.max_files
     over = [key for key, n in (*short.items(), ("store.max_files", n_short)) if n > 0]
     why = f"worth least: {' and '.join(over)}"
     by_id = {item.id: item for item in items}
-    victims = table.victims(max(short.values()), n_short, (), shop.now)
-    return [Doomed(by_id[victim.id], why) for victim in victims]
+    victims = table.victims(max(short.values()), n_short, (), store.now)
+    return [Removal(by_id[victim.id], why) for victim in victims]
 
 
 def _read(file: Path) -> Any:

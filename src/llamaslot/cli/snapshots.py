@@ -19,7 +19,7 @@ import orjson
 from xxhash import xxh3_64_hexdigest
 
 from llamaslot.cli.format import number, several, span, table
-from llamaslot.cli.gc import Doomed, Shop, too_much
+from llamaslot.cli.gc import OfflineStore, Removal, over_limits
 from llamaslot.config.load import Config
 from llamaslot.errors import ConfigError, LlamaslotError
 from llamaslot.store import scan
@@ -64,17 +64,17 @@ _dry_run = click.option("--dry-run", is_flag=True, help="Only say what would be 
 def ls(path: Path, is_json: bool, order: str) -> None:
     """List all snapshots, the most recently used first, or as --sort says."""
     with _faults():
-        shop = _shop(path)
-        stock = take_stock(shop.directory)
+        store = _store_of(path)
+        stock = take_stock(store.directory)
         items = sorted(stock.items.values(), key=_SORTS[order])
         if is_json:
-            _say_json([_fields(item, shop) for item in items])
+            _say_json([_fields(item, store) for item in items])
             return
         if items:
             headings = ("ID", "KIND", "TOKENS", "SIZE", "HITS", "AGE", "USED", "MODEL", "STATE")
-            rows = [_row(item, shop) for item in items]
+            rows = [_row(item, store) for item in items]
             _say(table(headings, rows, to_the_right={"TOKENS", "SIZE", "HITS", "AGE", "USED"}))
-        _say([_summary(items, stock.n_foreign, shop)])
+        _say([_summary(items, stock.n_foreign, store)])
 
 
 @snapshots.command()
@@ -84,10 +84,10 @@ def ls(path: Path, is_json: bool, order: str) -> None:
 def show(path: Path, is_json: bool, name: str) -> None:
     """Show all about one snapshot, but not its text. The beginning of its ID is enough."""
     with _faults():
-        shop = _shop(path)
-        item = _chosen(shop, [name])[0]
-        (item,) = asyncio.run(read_headers(shop.directory, [item]))
-        fields = _fields(item, shop)
+        store = _store_of(path)
+        item = _chosen(store, [name])[0]
+        (item,) = asyncio.run(read_headers(store.directory, [item]))
+        fields = _fields(item, store)
         if is_json:
             _say_json(fields)
             return
@@ -96,7 +96,7 @@ def show(path: Path, is_json: bool, name: str) -> None:
         for key in ("created_at", "last_used"):
             if fields[key] is not None:
                 when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(fields[key]))
-                fields[key] = f"{when} ({span(shop.now - fields[key])} ago)"
+                fields[key] = f"{when} ({span(store.now - fields[key])} ago)"
         width = max(map(len, fields))
         labels = {key: key.removeprefix("n_").replace("_", " ") for key in fields}
         _say([f"{labels[key]:<{width}}  {_plain(value)}" for key, value in fields.items()])
@@ -109,10 +109,10 @@ def show(path: Path, is_json: bool, name: str) -> None:
 def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
     """Remove some snapshots, pinned or not. The beginnings of their IDs are enough."""
     with _faults():
-        shop = _shop(path)
-        with _locked(shop, dry_run):
-            doomed = [Doomed(item, "as asked") for item in _chosen(shop, names)]
-            _remove(shop, doomed, dry_run)
+        store = _store_of(path)
+        with _locked(store, dry_run):
+            removals = [Removal(item, "as asked") for item in _chosen(store, names)]
+            _remove(store, removals, dry_run)
 
 
 @snapshots.command()
@@ -122,18 +122,18 @@ def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
 def gc(path: Path, dry_run: bool, others: bool) -> None:
     """Remove unfinished and broken files, and what exceeds the limits of the configuration."""
     with _faults():
-        shop = _shop(path)
-        if others and shop.model is None:
+        store = _store_of(path)
+        if others and store.model is None:
             raise DirectoryUnusable("which model is served is not known yet: start llamaslot with it once")
-        with _locked(shop, dry_run):
-            stock = take_stock(shop.directory)
-            items = asyncio.run(read_headers(shop.directory, stock.items.values()))
-            doomed = [Doomed(item, item.why) for item in items if item.state is not FileState.WHOLE]
+        with _locked(store, dry_run):
+            stock = take_stock(store.directory)
+            items = asyncio.run(read_headers(store.directory, stock.items.values()))
+            removals = [Removal(item, item.why) for item in items if item.state is not FileState.WHOLE]
             whole = [item for item in items if item.state is FileState.WHOLE]
             if others:
-                doomed += [Doomed(item, "of another model") for item in whole if not shop.is_ours(item)]
-                whole = [item for item in whole if shop.is_ours(item)]
-            _remove(shop, [*doomed, *too_much(shop, whole)], dry_run)
+                removals += [Removal(item, "of another model") for item in whole if not store.is_ours(item)]
+                whole = [item for item in whole if store.is_ours(item)]
+            _remove(store, [*removals, *over_limits(store, whole)], dry_run)
 
 
 @snapshots.command()
@@ -144,15 +144,15 @@ def gc(path: Path, dry_run: bool, others: bool) -> None:
 def verify(path: Path, dry_run: bool, removes: bool, names: Sequence[str]) -> None:
     """Read the headers of all snapshots, or of some, and list the broken ones. Exit code 1 if a broken one stays."""
     with _faults():
-        shop = _shop(path)
-        with _locked(shop, dry_run or not removes):
-            chosen = _chosen(shop, names) if names else list(take_stock(shop.directory).items.values())
-            items = asyncio.run(read_headers(shop.directory, chosen))
-            broken = [Doomed(item, item.why) for item in items if item.state is FileState.BROKEN]
+        store = _store_of(path)
+        with _locked(store, dry_run or not removes):
+            chosen = _chosen(store, names) if names else list(take_stock(store.directory).items.values())
+            items = asyncio.run(read_headers(store.directory, chosen))
+            broken = [Removal(item, item.why) for item in items if item.state is FileState.BROKEN]
             n_whole = sum(item.state is FileState.WHOLE for item in items)
             n_unfinished = len(items) - n_whole - len(broken)
             if removes and broken:
-                _remove(shop, broken, dry_run)
+                _remove(store, broken, dry_run)
             elif broken:
                 _say(table(("ID", "SIZE", "WHAT IS WRONG"), [each.row for each in broken], {"SIZE"}))
             more = f", {number(n_unfinished)} unfinished (gc removes them)" if n_unfinished else ""
@@ -164,10 +164,10 @@ def verify(path: Path, dry_run: bool, removes: bool, names: Sequence[str]) -> No
 # -- output ------------------------------------------------------------------------------------------------------
 
 
-def _row(item: Item, shop: Shop) -> tuple[str, ...]:
+def _row(item: Item, store: OfflineStore) -> tuple[str, ...]:
     noted = item.noted
     if noted is None:
-        used = span(shop.now - item.last_used)
+        used = span(store.now - item.last_used)
         return item.id, "-", "-", readable(item.size_bytes), "-", "-", used, "-", f"{item.state}: {item.why}"
     kind = noted.kind.value
     kind += ", left" if item.hits.is_branched else ""
@@ -178,21 +178,21 @@ def _row(item: Item, shop: Shop) -> tuple[str, ...]:
         number(noted.n_tokens),
         readable(item.size_bytes),
         number(item.hits.n_hits),
-        span(shop.now - noted.created_at),
-        span(shop.now - item.last_used),
-        _short(noted.fingerprint) + ("" if shop.is_ours(item) else " (other)"),
+        span(store.now - noted.created_at),
+        span(store.now - item.last_used),
+        _short(noted.fingerprint) + ("" if store.is_ours(item) else " (other)"),
         "" if item.state is FileState.WHOLE else f"{item.state}: {item.why}",
     )
 
 
-def _summary(items: list[Item], n_foreign: int, shop: Shop) -> str:
+def _summary(items: list[Item], n_foreign: int, store: OfflineStore) -> str:
     size = readable(sum(item.size_bytes for item in items))
-    quota = readable(shop.limits.quota_bytes)
-    said = f"{several(len(items), 'snapshot', 'snapshots')}, {size} of {quota}, in {shop.directory}"
+    quota = readable(store.limits.quota_bytes)
+    said = f"{several(len(items), 'snapshot', 'snapshots')}, {size} of {quota}, in {store.directory}"
     return said + (f"; {several(n_foreign, 'other file', 'other files')} left alone" if n_foreign else "")
 
 
-def _fields(item: Item, shop: Shop) -> dict[str, Any]:
+def _fields(item: Item, store: OfflineStore) -> dict[str, Any]:
     noted = item.noted
     return {
         "id": item.id,
@@ -209,8 +209,8 @@ def _fields(item: Item, shop: Shop) -> dict[str, Any]:
         "checkpoints": list(noted.checkpoints) if noted else [],
         "source": noted.source if noted else None,
         "model": _short(noted.fingerprint) if noted else None,
-        "is_of_model_served_last": shop.is_ours(item) if noted and shop.model is not None else None,
-        "file": str(shop.directory / f"{item.id}.kv"),
+        "is_of_model_served_last": store.is_ours(item) if noted and store.model is not None else None,
+        "file": str(store.directory / f"{item.id}.kv"),
     }
 
 
@@ -244,15 +244,15 @@ def _say_json(data: object) -> None:
 # -- actions -----------------------------------------------------------------------------------------------------
 
 
-def _shop(path: Path) -> Shop:
-    return Shop.of(Config.load(path), time.time())
+def _store_of(path: Path) -> OfflineStore:
+    return OfflineStore.of(Config.load(path), time.time())
 
 
-def _chosen(shop: Shop, names: Sequence[str]) -> list[Item]:
+def _chosen(store: OfflineStore, names: Sequence[str]) -> list[Item]:
     """The snapshots whose ids begin with ``names``, with or without ``ls-``. Raises DirectoryUnusable if a name has
     no match or several.
     """
-    items = take_stock(shop.directory).items
+    items = take_stock(store.directory).items
     chosen = {}
     for name in names:
         found = [
@@ -272,12 +272,12 @@ def _chosen(shop: Shop, names: Sequence[str]) -> list[Item]:
 
 
 @contextlib.contextmanager
-def _locked(shop: Shop, only_reads: bool) -> Iterator[None]:
+def _locked(store: OfflineStore, only_reads: bool) -> Iterator[None]:
     """Hold the lock of the directory, unless nothing will be changed. Raises DirectoryUnusable."""
     if only_reads:
         yield
         return
-    lock = DirectoryLock(shop.directory)
+    lock = DirectoryLock(store.directory)
     try:
         lock.acquire()
     except DirectoryUnusable as error:
@@ -290,20 +290,20 @@ def _locked(shop: Shop, only_reads: bool) -> Iterator[None]:
         lock.release()
 
 
-def _remove(shop: Shop, doomed: list[Doomed], dry_run: bool) -> None:
-    if not doomed:
+def _remove(store: OfflineStore, removals: list[Removal], dry_run: bool) -> None:
+    if not removals:
         _say(["nothing to remove"])
         return
-    _say(table(("ID", "SIZE", "WHY"), [each.row for each in doomed], {"SIZE"}))
+    _say(table(("ID", "SIZE", "WHY"), [each.row for each in removals], {"SIZE"}))
     n_left = 0
-    for each in () if dry_run else doomed:
-        left, error = scan.remove(shop.directory, each.item.id)
+    for each in () if dry_run else removals:
+        left, error = scan.remove(store.directory, each.item.id)
         n_left += left
         if error is not None:
             raise DirectoryUnusable(f"{each.item.id} cannot be removed: {error.strerror or error}")
     done = "would be removed" if dry_run else "removed"
-    size = readable(sum(each.item.size_bytes for each in doomed) - n_left)
-    _say([f"{several(len(doomed), 'snapshot', 'snapshots')} {done}, {size}"])
+    size = readable(sum(each.item.size_bytes for each in removals) - n_left)
+    _say([f"{several(len(removals), 'snapshot', 'snapshots')} {done}, {size}"])
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from llamaslot.config.values import (
 from llamaslot.errors import ConfigError
 from llamaslot.llama.managed.process import EMBEDDED_MODEL, ManagedConfig
 from llamaslot.llama.routes import Gate
+from llamaslot.scheduling.placement import SIMILARITY_MIN, SMALL_PROMPT_TOKENS
 from llamaslot.scheduling.prefill_policy import PrefillSharing
 
 _SHARING = PrefillSharing()  # the defaults of ``prefill``
@@ -168,9 +169,9 @@ class StoreConfig(Section):
 
 class RoutingConfig(Section):
     # Least fraction of a slot's tokens that a request must share to continue there; less is another conversation.
-    similarity_min: Annotated[float, BeforeValidator(number), Field(gt=0, le=1)] = 0.85
+    similarity_min: Annotated[float, BeforeValidator(number), Field(gt=0, le=1)] = SIMILARITY_MIN
     # A shorter prompt evicts no context of at least this many tokens while another slot is idle.
-    small_prompt_tokens: Count = 1024
+    small_prompt_tokens: Count = SMALL_PROMPT_TOKENS
 
 
 class CacheConfig(Section):

@@ -151,11 +151,11 @@ class Dispatcher:
             error = next(iter(self._down.values()))
             raise type(error)(str(error))  # a new one: each raise adds its frames to an exception
         granted = asyncio.get_running_loop().create_future()
-        cost_s, is_side = estimate(self.tables, request, self.rules)
-        waiting = Waiting(request, granted, self.recorder(request), self.now(), cost_s, is_side, is_back)
+        cost_s, is_small = estimate(self.tables, request, self.rules)
+        waiting = Waiting(request, granted, self.recorder(request), self.now(), cost_s, is_small, is_back)
         if preempted is not None:
             waiting.came_at, waiting.n_preempted = preempted.came_at, preempted.n_times
-            waiting.is_side = False  # little is left, but it must not overtake the other
+            waiting.is_small = False  # little is left, but it must not overtake the other
         self.queue.add(waiting, self.now())
         was_admitted = False
         try:

@@ -20,7 +20,7 @@ from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.fleet.infill_prompts import InfillPrompts
 from llamaslot.fleet.model_context import ModelContext
 from llamaslot.fleet.prewarm import Bodies, Prewarm
-from llamaslot.fleet.queue import QueueLimits, UserStanding
+from llamaslot.fleet.queue import QueueLimits, UserLoad
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.journal import Decision
 from llamaslot.observe.metrics import Metrics, UntokenizedRequests
@@ -73,7 +73,7 @@ class PoolStatus:
     size_bytes: int
     quota_bytes: int
     n_waiting: int
-    users: list[UserStanding]
+    users: list[UserLoad]
 
 
 class Pool:
@@ -200,7 +200,7 @@ class Pool:
             size_bytes=catalog.size_bytes if catalog is not None else 0,
             quota_bytes=catalog.quota_bytes if catalog is not None else 0,
             n_waiting=self.dispatcher.n_waiting,
-            users=self.dispatcher.queue.standings(self._now()),
+            users=self.dispatcher.queue.loads(self._now()),
         )
 
     def latest_decisions(self, n: int) -> Iterator[Decision]:

@@ -50,7 +50,7 @@ class Waiting:
     recorder: DecisionRecorder
     came_at: float
     cost_s: float
-    is_side: bool = False
+    is_small: bool = False
     is_back: bool = False  # it had a slot before, and is first
     n_preempted: int = 0  # how often it gave its slot up for another user: it is first among its user's
     overtaken_s: float = 0.0
@@ -93,11 +93,13 @@ class Waiting:
     def ask(self) -> Ask:
         """Its input for fairness, made once: all waiting requests are sorted at each dispatch."""
         if self._ask is None:
-            self._ask = Ask(self.request.user.id, self.cost_s, self.is_side, self.overtaken_s, self.passed_by)
+            self._ask = Ask(
+                self.request.user.id, self.cost_s, self.is_small, self.overtaken_s, self.passed_by
+            )
         return self._ask
 
     def passed(self, user: str, seconds: float) -> None:
-        """A later side request of ``user`` has got a slot for ``seconds``."""
+        """A later small request of ``user`` has got a slot for ``seconds``."""
         self.overtaken_s += seconds
         self.passed_by[user] = self.passed_by.get(user, 0.0) + seconds
         self._ask = None
@@ -126,8 +128,8 @@ class _Moment:
 
 
 @dataclass(frozen=True, slots=True)
-class UserStanding:
-    """A user, for the status page."""
+class UserLoad:
+    """The requests of a user and its distance to its fair share, for the status page."""
 
     id: str
     n_running: int
@@ -145,7 +147,7 @@ class Queue:
         self._of_user: dict[str, list[Waiting]] = {}
         self._serials, self._n_ahead = itertools.count(), 0
         self.n_unpinned = 0  # those for which llama-server chooses the slot
-        self._n_sides = self._n_overtaken = 0
+        self._n_small = self._n_overtaken = 0
         self._shares = Shares()
         # By user, without zeros: with 250 waiting, counting them at each dispatch takes a second.
         self._n_waiting: Counter[str] = Counter()
@@ -175,14 +177,14 @@ class Queue:
             order = self._shares.order([waiting.ask for waiting in rest], max_overtake_s)
             yield from back + [rest[i] for i in order]
             return
-        n_sides = self._n_sides - sum(waiting.is_side for waiting in back)
+        n_small = self._n_small - sum(waiting.is_small for waiting in back)
         in_turn = self._shares.in_turn(self._of_user) if self._of_user else iter(())
         yield from back
-        overtaken = list[Waiting]()  # no side request is held up yet: they come first
-        while n_sides:
+        overtaken = list[Waiting]()  # no small request is held up yet: they come first
+        while n_small:
             waiting = next(in_turn)
-            if waiting.is_side:
-                n_sides -= 1
+            if waiting.is_small:
+                n_small -= 1
                 yield waiting
             else:
                 overtaken.append(waiting)
@@ -210,7 +212,7 @@ class Queue:
         self._moment = None
 
     def _count(self, waiting: Waiting, n: int) -> None:
-        self._n_sides += n * waiting.is_side
+        self._n_small += n * waiting.is_small
         self._n_overtaken += n * (waiting.overtaken_s > 0)
         self.n_unpinned += n * (waiting.request.placement is Placement.SERVER_CHOSEN)
 
@@ -340,9 +342,9 @@ class Queue:
         """
         self.remove(waiting)
         user = waiting.request.user.id
-        if waiting.is_side and self._n_sides < len(self._waiting):
+        if waiting.is_small and self._n_small < len(self._waiting):
             for other in self._waiting:
-                if not other.is_side and other.came_at <= waiting.came_at:
+                if not other.is_small and other.came_at <= waiting.came_at:
                     self._n_overtaken += other.overtaken_s <= 0 < cost_s
                     other.passed(user, cost_s)
         if not user:
@@ -361,11 +363,11 @@ class Queue:
         self._moment = None
         self._shares.keep(self._here(now), self._seen_at.keys())
 
-    def standings(self, now: float) -> list[UserStanding]:
+    def loads(self, now: float) -> list[UserLoad]:
         """The users of the last minute."""
         lately = {user for user, at in self._seen_at.items() if now - at <= _REMEMBER_S}
         return [
-            UserStanding(id_, self._n_running[id_], self._n_waiting[id_], self._shares.deficit_s(id_))
+            UserLoad(id_, self._n_running[id_], self._n_waiting[id_], self._shares.deficit_s(id_))
             for id_ in sorted(_users(lately | self._present))
         ]
 
@@ -374,13 +376,13 @@ class Queue:
         assert all(n > 0 for n in self._n_running.values()), "no user gives back more than it had"
         counted = Counter(waiting.request.user.id for waiting in self._waiting)
         assert self._n_waiting == counted, "who waits is counted"
-        n_each = self._n_sides, self._n_overtaken, self.n_unpinned
+        n_each = self._n_small, self._n_overtaken, self.n_unpinned
         for waiting in self._waiting:
             self._count(waiting, -1)
-        assert (self._n_sides, self._n_overtaken, self.n_unpinned) == (0, 0, 0), (
+        assert (self._n_small, self._n_overtaken, self.n_unpinned) == (0, 0, 0), (
             "requests of a kind are counted"
         )
-        self._n_sides, self._n_overtaken, self.n_unpinned = n_each
+        self._n_small, self._n_overtaken, self.n_unpinned = n_each
         assert sorted(map(id, self.ordered())) == sorted(map(id, self._waiting)), (
             "an order leaves no request out"
         )
@@ -406,7 +408,7 @@ def answer_s(table: SlotTable, request: Request, running_s: float = 0.0) -> floa
 
 def estimate(tables: Sequence[SlotTable], request: Request, rules: Rules) -> tuple[float, bool]:
     """For how many seconds it will have a slot, on the backend where the least of it is missing. And whether it is a
-    side request: a small prompt, or a short answer of a request whose prefill is short. Without ``tables`` no rates
+    small request: a small prompt, or a short answer of a request whose prefill is short. Without ``tables`` no rates
     are known.
     """
     prefill_s = little_s = its_answer_s = 0.0
@@ -414,6 +416,6 @@ def estimate(tables: Sequence[SlotTable], request: Request, rules: Rules) -> tup
         table = min(tables, key=lambda table: table.missing_s(request)) if len(tables) > 1 else tables[0]
         prefill_s, its_answer_s = table.missing_s(request), answer_s(table, request)
         little_s = max(table.long_s, _LITTLE * table.rates.answer.seconds_left(0.0))
-    is_small = 0 < request.n_tokens < rules.small_prompt_tokens
+    has_small_prompt = 0 < request.n_tokens < rules.small_prompt_tokens
     is_short = request.max_tokens is not None and request.max_tokens <= _SHORT_ANSWER
-    return prefill_s + its_answer_s, is_small or (is_short and prefill_s <= little_s)
+    return prefill_s + its_answer_s, has_small_prompt or (is_short and prefill_s <= little_s)

@@ -27,7 +27,8 @@ from llamaslot.errors import (
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.admin import Status
 from llamaslot.http.auth import USER, Authenticator, is_own_page
-from llamaslot.http.client_stream import MISTAKE, StreamRules, error_instead, error_response, name_itself
+from llamaslot.http.client_errors import MISTAKE, error_instead, error_response
+from llamaslot.http.client_stream import StreamRules, name_itself
 from llamaslot.http.completion import Completions
 from llamaslot.http.connections import ClientTimeouts, Connection, Connections, raise_file_limit
 from llamaslot.http.cors import Cors

@@ -103,11 +103,11 @@ class Authenticator:
         if is_own_page(request):
             return self._admit_admin(request, key)
         if self._keyring is None:
-            return nobody_known(request)
+            return anonymous(request)
         if key is not None and (user := self._keyring.find(key)) is not None:
             return user
         if is_open(request) or (key is None and self._lets_anybody_in):
-            return nobody_known(request)
+            return anonymous(request)
         raise _unauthorized(key)
 
     def _admit_admin(self, request: web.Request, key: str | None) -> User:
@@ -115,7 +115,7 @@ class Authenticator:
         if user is not None and user.is_admin:
             return user
         if key is not None and self._is_admin_key(key):
-            return replace(nobody_known(request), is_admin=True)
+            return replace(anonymous(request), is_admin=True)
         if user is not None:
             raise Forbidden(
                 "llamaslot's own pages are for its operators: use auth.admin_key_file of its configuration, "
@@ -127,7 +127,7 @@ class Authenticator:
             raise Forbidden(
                 "without a key llamaslot's own pages are for its own machine: set auth.admin_key_file"
             )
-        return replace(nobody_known(request), is_admin=True)
+        return replace(anonymous(request), is_admin=True)
 
     def _is_admin_key(self, key: str) -> bool:
         return self._admin_digest is not None and hmac.compare_digest(self._admin_digest, digest_of(key))
@@ -161,7 +161,7 @@ def key_of(headers: Mapping[str, str]) -> str | None:
     return headers.get("x-api-key", "").strip() or headers.get("api-key", "").strip() or None
 
 
-def nobody_known(request: web.Request) -> User:
+def anonymous(request: web.Request) -> User:
     """The user of a request without a key: from ``x-llamaslot-user``, else its address. Raises BadRequest for an
     invalid name.
     """

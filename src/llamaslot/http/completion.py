@@ -35,8 +35,9 @@ from llamaslot.formats.base import Format
 from llamaslot.formats.comments import Comment
 from llamaslot.formats.registry import FORMATS, format_named
 from llamaslot.http.auth import user_of
+from llamaslot.http.client_errors import MISTAKE
 from llamaslot.http.client_request import ClientRequest
-from llamaslot.http.client_stream import MISTAKE, Downstream, StreamRules
+from llamaslot.http.client_stream import Downstream, StreamRules
 from llamaslot.http.completion_stream import Answering, RetryNonStreamed
 from llamaslot.http.deadlines import Deadlines
 from llamaslot.http.headers import of_placement, to_server

@@ -28,7 +28,8 @@ from aiohttp.http_exceptions import (
 )
 
 from llamaslot.errors import BadRequest, LlamaslotError, QueueFull, TooSlow
-from llamaslot.http.client_stream import MISTAKE, NAME, Writer, error_response
+from llamaslot.http.client_errors import MISTAKE, error_response
+from llamaslot.http.client_stream import NAME, Writer
 from llamaslot.http.new_connection import HealthAnswer, NewConnection
 
 log = logging.getLogger(__name__)
@@ -67,12 +68,12 @@ class Connections:
     def __init__(
         self,
         server: web.Server,
-        patience: ClientTimeouts,
+        timeouts: ClientTimeouts,
         n_max: int | None,
         health: Callable[[], HealthAnswer] | None = None,
     ) -> None:
         """``health`` answers health checks before aiohttp has a connection; None: aiohttp has all of them."""
-        self._server, self._patience, self._health = server, patience, health
+        self._server, self._timeouts, self._health = server, timeouts, health
         server.request_factory = partial(_with_own_version, server.request_factory)
         self._n_max = n_max if n_max is not None else _n_for_clients()
         self._open: set[asyncio.Protocol] = set()
@@ -84,7 +85,7 @@ class Connections:
         return NewConnection(self, self._health, NAME["Server"])
 
     def handler(self) -> Connection:
-        return Connection(self, self._server, self._patience)
+        return Connection(self, self._server, self._timeouts)
 
     def close_new(self) -> None:
         """Close the connections that aiohttp does not have yet."""
@@ -130,18 +131,18 @@ def _n_for_clients() -> int:
 class Connection(web.RequestHandler):
     """One connection of a client."""
 
-    __slots__ = ("_all", "_has_served", "_header_timer", "_is_serving", "_patience")
+    __slots__ = ("_all", "_has_served", "_header_timer", "_is_serving", "_timeouts")
 
-    def __init__(self, every: Connections, server: web.Server, patience: ClientTimeouts) -> None:
+    def __init__(self, every: Connections, server: web.Server, timeouts: ClientTimeouts) -> None:
         loop = asyncio.get_running_loop()
         super().__init__(
             server,
             loop=loop,
-            keepalive_timeout=patience.idle_s,
+            keepalive_timeout=timeouts.idle_s,
             access_log=None,  # type: ignore[arg-type]
             auto_decompress=False,  # ``http.decompress`` does it
         )
-        self._all, self._patience = every, patience
+        self._all, self._timeouts = every, timeouts
         self._is_serving = self._has_served = False
         self._header_timer: asyncio.TimerHandle | None = None
 
@@ -166,7 +167,7 @@ class Connection(web.RequestHandler):
         # for long. The first data may come before the task that waits for it.
         is_header = self._waiter is not None or not self._has_served
         if is_header and not self._is_serving and self._header_timer is None:
-            self._header_timer = self._loop.call_later(self._patience.read_s, self._is_too_slow)
+            self._header_timer = self._loop.call_later(self._timeouts.read_s, self._is_too_slow)
         super().data_received(data)
 
     def serving(self, is_serving: bool) -> None:
@@ -184,7 +185,7 @@ class Connection(web.RequestHandler):
         if self.transport is None or self._is_serving:
             return
         log.info(
-            "a client sent no complete request header within %g s: connection closed", self._patience.read_s
+            "a client sent no complete request header within %g s: connection closed", self._timeouts.read_s
         )
         self._say_and_close(
             "408 Request Timeout", TooSlow("the header of the request has not come to its end in time")

@@ -28,6 +28,7 @@ from llamaslot.errors import (
     SlotWedged,
     UpstreamError,
 )
+from llamaslot.llama.dial import REQUEST_CONNECT_S
 from llamaslot.llama.keep_alive import Answer, KeepAlivePool, NotConnected
 from llamaslot.llama.replies import Progress, Props, SlotAction, SlotInfo
 from llamaslot.llama.response import (
@@ -100,7 +101,6 @@ class LlamaServer:
             tls = ssl.create_default_context() if self.url.startswith("https:") else True
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(force_close=True, limit=0, socket_factory=_narrow, ssl=tls),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
                 skip_auto_headers=("Accept-Encoding", "User-Agent"),
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
@@ -152,7 +152,7 @@ class LlamaServer:
                     return
             except (ConnectionError, TimeoutError) as error:
                 raise self._is_down(error) from error
-        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=5.0, sock_read=silence_s)
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=REQUEST_CONNECT_S, sock_read=silence_s)
         merged = CIMultiDict(headers or {})
         merged.update(self._headers)  # our key, not the client's
         try:

@@ -9,6 +9,11 @@ from typing import Any, TypeVar
 
 P = TypeVar("P", bound=asyncio.Protocol)
 
+QUESTION_CONNECT_S = 5.0  # to connect for a short question, which can be repeated
+# To connect for a request of a client. Linux sends the first packet again after 1, 3 and 7 s, if a burst has filled
+# llama-server's backlog.
+REQUEST_CONNECT_S = 10.0
+
 
 class Dial:
     """Connects to the last address if it still accepts connections: resolving a name takes a thread."""

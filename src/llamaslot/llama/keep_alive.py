@@ -27,9 +27,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from llamaslot.llama.dial import Dial
+from llamaslot.llama.dial import QUESTION_CONNECT_S, Dial
 
-_CONNECT_S = 5.0
 _LATE_S = 0.1  # a timer that is called so late tells that this process was busy
 _IDLE_S = 4.0  # llama-server closes after 5
 _SLOW_S = 4.0  # llama-server may close the connection after an answer that took longer
@@ -165,7 +164,7 @@ class KeepAlivePool:
         try:
             connection = await self._dial.connect(
                 lambda: _Connection(loop, self._lost, self._max_bytes),
-                max(min(_CONNECT_S, deadline - loop.time()), 0.0),
+                max(min(QUESTION_CONNECT_S, deadline - loop.time()), 0.0),
             )
         finally:
             self._n_opening -= 1

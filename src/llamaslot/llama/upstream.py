@@ -23,12 +23,10 @@ import httptools
 from multidict import CIMultiDict
 
 from llamaslot.errors import BackendDown, SlotWedged
-from llamaslot.llama.dial import Dial
+from llamaslot.llama.dial import REQUEST_CONNECT_S, Dial
 from llamaslot.llama.keep_alive import BadAnswer
 from llamaslot.llama.response import BROKEN_OFF, RELAYED_BYTES, Take
 
-# Linux sends the first packet again after 1, 3 and 7 s, if a burst has filled llama-server's backlog.
-_CONNECT_S = 10.0
 _HEAD_BYTES = 1 << 16  # of the headers of an answer
 
 # The receive buffer requested from the kernel, which allocates twice that: data that an answer is ahead of its
@@ -114,7 +112,7 @@ class PlainServer:
             return None
         response = PlainResponse(self._url, n_held_bytes, silence_s, timeout_s)
         try:
-            if await self._dial.connect(lambda: response, _CONNECT_S) is not None:
+            if await self._dial.connect(lambda: response, REQUEST_CONNECT_S) is not None:
                 await response.ask(head, body)
                 return response
         except BaseException:

@@ -287,7 +287,7 @@ def _option(place: Place) -> Option:
     terms = {
         "wait": cost.wait_s,
         "save": cost.save_s,
-        "regret": cost.eviction_cost_s,
+        "evict": cost.eviction_cost_s,
         "restore": cost.restore_s,
         "prefill": cost.prefill_s,
     }

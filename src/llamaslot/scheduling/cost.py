@@ -39,7 +39,7 @@ class PrefillRate:
     KEPT = 12  # samples for each doubling of depth
 
     def __init__(self) -> None:
-        self._samples: dict[int, deque[_Stretch]] = {}
+        self._samples: dict[int, deque[_Sample]] = {}
         self._n_observed = 0
         self._fitted: tuple[float, float] | None = self.PRIOR_S, 0.0
 
@@ -63,9 +63,9 @@ class PrefillRate:
         if start < 0 or n < self.MIN_TOKENS or end >= 2**31 or not 1e-7 * n < seconds < 1e6:
             return
         self._n_observed += 1
-        stretch = _Stretch(start, end, seconds, self._n_observed)
+        sample = _Sample(start, end, seconds, self._n_observed)
         bucket = (start + end).bit_length()
-        self._samples.setdefault(bucket, deque(maxlen=self.KEPT)).append(stretch)
+        self._samples.setdefault(bucket, deque(maxlen=self.KEPT)).append(sample)
         self._fitted = None
 
     def seconds(self, start: int, end: int) -> float:
@@ -123,20 +123,20 @@ class PrefillRate:
     def to_json(self) -> dict[str, Any]:
         """The samples, oldest first."""
         kept = sorted((s for samples in self._samples.values() for s in samples), key=lambda s: s.serial)
-        return {"stretches": [[s.start, s.end, s.seconds, s.serial] for s in kept]}
+        return {"samples": [[s.start, s.end, s.seconds, s.serial] for s in kept]}
 
     @classmethod
     def from_json(cls, data: object) -> PrefillRate:
         """Read the result of ``to_json``; invalid parts of ``data`` are ignored."""
         rate = cls()
-        for row in rows(data, "stretches", 4):
+        for row in rows(data, "samples", 4):
             rate._n_observed = max(int(row[3]) - 1, rate._n_observed)  # preserves the age of the samples
             rate.observe(int(row[0]), int(row[1]), float(row[2]))
         return rate
 
 
 @dataclass(frozen=True, slots=True)
-class _Stretch:
+class _Sample:
     start: int
     end: int
     seconds: float

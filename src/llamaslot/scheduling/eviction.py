@@ -234,7 +234,7 @@ class HitRateModel:
             for reuse_class, tally in self._tallies.items()
         }
         return {
-            "habits": reuse_classes,
+            "classes": reuse_classes,
             "lengths": {"hits": self._lengths.hits, "expected": self._lengths.expected},
         }
 
@@ -243,7 +243,7 @@ class HitRateModel:
         """Read the result of ``to_json``. A missing or invalid part starts from its prior."""
         hit_rates = cls()
         for reuse_class, tally in hit_rates._tallies.items():
-            kept = _part(_part(data, "habits"), reuse_class.value)
+            kept = _part(_part(data, "classes"), reuse_class.value)
             hits, seconds, n_events = kept.get("hits"), kept.get("seconds"), [kept.get("n_events")]
             if _are_counts(hits) and _are_counts(seconds) and _are_counts(n_events, 1):
                 tally.hits, tally.seconds = [float(n) for n in hits], [float(s) for s in seconds]

@@ -39,14 +39,14 @@ class Fairness:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A waiting request. ``cost_s``: estimated seconds in a slot. ``is_side``: it needs very little (a title, a
-    summary). ``overtaken_s``: for how long later side requests have overtaken it; ``passed_by``: the same for each user
-    of such requests.
+    """A waiting request. ``cost_s``: estimated seconds in a slot. ``is_small``: it needs very little (a title, a
+    summary). ``overtaken_s``: for how long later small requests have overtaken it; ``passed_by``: the same for each
+    user of such requests.
     """
 
     user: str
     cost_s: float
-    is_side: bool = False
+    is_small: bool = False
     overtaken_s: float = 0.0
     passed_by: Mapping[str, float] = field(default_factory=dict)
 
@@ -94,7 +94,7 @@ class Shares:
         return self._deficits.get(user, 0.0)
 
     def in_turn(self, queues: Mapping[str, Sequence[A]]) -> Iterator[A]:
-        """The requests in the order in which they are served, without priority for side requests. ``queues``: by user,
+        """The requests in the order in which they are served, without priority for small requests. ``queues``: by user,
         each oldest first. It costs the number of users, and then only what is taken from it. Requests that were
         returned may leave their queue meanwhile.
         """
@@ -129,7 +129,7 @@ class Shares:
         return _sides_first(asks, fair, max_overtake_s)
 
     def _fair(self, asks: Sequence[Ask]) -> list[int]:
-        """The order if each request got its slot in turn, without priority for side requests."""
+        """The order if each request got its slot in turn, without priority for small requests."""
         queues: dict[str, deque[int]] = {}
         for i, ask in enumerate(asks):
             queues.setdefault(ask.user, deque()).append(i)
@@ -189,15 +189,15 @@ class Shares:
 
 
 def _sides_first(asks: Sequence[Ask], order: Sequence[int], max_overtake_s: float) -> list[int]:
-    """Move side requests ahead of requests that have not been overtaken for too long. The side requests of one user
+    """Move small requests ahead of requests that have not been overtaken for too long. The small requests of one user
     may use an equal part of that time.
     """
     result: list[int] = []
-    fronts = {ask.user: 0 for ask in asks if ask.is_side}  # by user: where its next side request goes
+    fronts = {ask.user: 0 for ask in asks if ask.is_small}  # by user: where its next small request goes
     each_s = max_overtake_s / max(len({ask.user for ask in asks}), 1)
     for i in order:
         ask = asks[i]
-        if ask.is_side:
+        if ask.is_small:
             at = fronts[ask.user]
             result.insert(at, i)
             for user, front in fronts.items():

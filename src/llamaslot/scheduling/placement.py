@@ -31,6 +31,7 @@ from llamaslot.scheduling.request import Placement, Request, User
 from llamaslot.scheduling.slots import SlotKey, SlotState
 
 PrefillSeconds = Callable[[int, int], float]
+SIMILARITY_MIN, SMALL_PROMPT_TOKENS = 0.85, 1024  # the defaults of ``routing``
 _TIE_S = 0.001  # smaller differences of cost are ties; then the least recently used slot is taken
 # The cost of an extra request, as a share of the prefill time, must be below this. An extra request is a loss if the
 # server is otherwise idle. It saves other requests, or the next turn, much more if it is not.
@@ -102,8 +103,8 @@ class Rules:
     ``chunk_threshold_s``: prompts that take longer are computed ahead of the request; None: decided by costs.
     """
 
-    similarity_min: float = 0.85
-    small_prompt_tokens: int = 1024
+    similarity_min: float = SIMILARITY_MIN
+    small_prompt_tokens: int = SMALL_PROMPT_TOKENS
     chunk_threshold_s: float | None = None
     sharing: PrefillSharing = field(default_factory=PrefillSharing)
     is_isolated: bool = False  # no user may read what another user has computed

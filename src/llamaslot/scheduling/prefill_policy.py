@@ -1,7 +1,7 @@
 """Which long prefill is computed now, for how long, and how much time belongs to other requests.
 
 Pure: numbers come in, decisions go out. A backend computes one long prefill at a time, in chunks. Between two chunks
-running streams and small requests get their share, and another prefill may be next.
+running streams and requests with a short prefill get their share, and another prefill may be next.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class PrefillSharing:
 
     ``decode_share``: share of the time that belongs to streams while any decode. ``chunk_s``: seconds of a chunk,
     after which another prefill may be next. ``starvation_s``: a prefill that has waited this long is not overtaken by
-    later ones. ``max_yield_s``: the longest time at once for which small requests postpone it.
+    later ones. ``max_yield_s``: the longest time at once for which requests with a short prefill postpone it.
     """
 
     decode_share: float = 0.1
@@ -42,8 +42,8 @@ def rank(pending: Pending, starvation_s: float) -> tuple[float, float]:
     """The smallest is next: the shortest remaining work, which counts for less the longer it has waited, and for
     nothing after ``starvation_s``. Then the oldest is next, and no later one overtakes it.
     """
-    patience = 1 - pending.waited_s / starvation_s if starvation_s > 0 else 0.0
-    return pending.left_s * max(patience, 0.0), pending.came_at
+    discount = 1 - pending.waited_s / starvation_s if starvation_s > 0 else 0.0
+    return pending.left_s * max(discount, 0.0), pending.came_at
 
 
 def next_up(pendings: Sequence[Pending], current: int | None, switch_s: float, starvation_s: float) -> int:
@@ -57,16 +57,16 @@ def next_up(pendings: Sequence[Pending], current: int | None, switch_s: float, s
     A prefill that has waited for ``starvation_s`` waits only for older ones and for the rest of the current one.
     """
     ranks = [rank(pending, starvation_s) for pending in pendings]
-    everybody = range(len(pendings))
+    indices = range(len(pendings))
     if current is None:
-        return min(everybody, key=ranks.__getitem__)
+        return min(indices, key=ranks.__getitem__)
     now, left_s = ranks[current][0], pendings[current].left_s
 
     def is_ahead(i: int) -> bool:
         is_overdue = ranks[i][0] == 0 and now > 0
         return is_overdue or (ranks[i][0] + switch_s < now and pendings[i].left_s + switch_s < left_s)
 
-    return min((i for i in everybody if is_ahead(i)), key=ranks.__getitem__, default=current)
+    return min((i for i in indices if is_ahead(i)), key=ranks.__getitem__, default=current)
 
 
 def pause_s(computed_s: float, n_streams: int, decode_share: float) -> float:

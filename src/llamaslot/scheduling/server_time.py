@@ -32,8 +32,8 @@ class ServerTime:
         return self._shares.deficit_s(user)
 
     def may_hold_back(self, user: str, other: str, grace_s: float) -> bool:
-        """Whether small requests of ``user`` may delay a long one of ``other``: until ``user`` has received
-        ``grace_s`` more than ``other``.
+        """Whether requests with a short prefill of ``user`` may delay a long one of ``other``: until ``user`` has
+        received ``grace_s`` more than ``other``.
         """
         is_one = user == other or not (user and other)
         return is_one or self.owed_s(user) >= self.owed_s(other) - grace_s

@@ -419,7 +419,7 @@ class Catalog:
         self._quota.committed += snapshot.size_bytes
 
     def _take(self, id_: str) -> Snapshot:
-        """Move it from listed to leaving, or to condemned: it can no longer be chosen, pinned or restored."""
+        """Move it from listed to leaving, or to pending_delete: it can no longer be chosen, pinned or restored."""
         snapshot = self.snapshots[id_]
         if self._table.take(id_, self._now()):
             self._remove(snapshot)

@@ -150,8 +150,8 @@ class SnapshotTable:
         return snapshot
 
     def unpin(self, id_: str) -> Snapshot | None:
-        """Release a pin. Returns the snapshot if this was the last pin of a condemned one: its files may be removed
-        now.
+        """Release a pin. Returns the snapshot if its deletion is pending and this was its last pin: its
+        files may be removed now.
         """
         self._pins[id_] -= 1
         if self._pins[id_]:
@@ -224,8 +224,8 @@ class SnapshotTable:
 
     def check(self) -> None:
         """Raises AssertionError with the name of the invariant that does not hold."""
-        assert self.stats.keys() == self.snapshots.keys(), "standings and snapshots differ"
+        assert self.stats.keys() == self.snapshots.keys(), "stats and snapshots differ"
         assert len(self._ranking) == len(self.snapshots), "not everything is ranked"
-        assert self.pending_delete.keys() <= self._pins.keys(), "condemned without a pin"
-        assert not self.snapshots.keys() & self.pending_delete.keys(), "listed and condemned"
+        assert self.pending_delete.keys() <= self._pins.keys(), "pending deletion without a pin"
+        assert not self.snapshots.keys() & self.pending_delete.keys(), "listed and pending deletion"
         assert all(n > 0 for n in self._pins.values()), "pins that hold nothing"

@@ -221,7 +221,7 @@ class Quota:
 
     def check(self, committed: int, granted: int) -> None:
         """Raises AssertionError with the name of the account that is not the sum of its parts."""
-        assert self.committed == committed, "committed is not what is listed and condemned"
+        assert self.committed == committed, "committed is not what is listed or pending deletion"
         assert self.granted == granted, "granted is not the reservations"
         assert self.leaving == sum(size for size, _ in self.removing.values()), (
             "leaving is not what is removed"
