@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import pytest_asyncio
@@ -13,7 +13,10 @@ import pytest_asyncio
 from tests.support.sdk import N_CTX, N_SLOTS, PLACE, Imported, at_rest, at_work, sdk_stack
 from tests.support.stack import Stack
 
-anthropic = Imported("anthropic")
+if TYPE_CHECKING:
+    import anthropic
+else:
+    anthropic = Imported("anthropic")
 
 pytestmark = [
     pytest.mark.real,

@@ -36,7 +36,7 @@ def user(*parts: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": list(parts)}]
 
 
-ASKED = [
+ASKED: list[tuple[str, dict[str, Any]]] = [
     *((CHAT, {"messages": user(SAID, {"type": kind, **part})}) for kind, part in PARTS.items()),
     ("/v1/messages", {"messages": user(SAID, ANTHROPIC)}),
     ("/v1/messages", {"messages": user({"type": "tool_result", "tool_use_id": "x", "content": [ANTHROPIC]})}),

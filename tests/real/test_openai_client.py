@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import pytest_asyncio
@@ -17,7 +17,10 @@ from tests.support.sdk import N_SLOTS, PLACE, Imported, at_rest, at_work, sdk_st
 from tests.support.stack import Stack
 from tests.support.users import rendered, symbols
 
-openai = Imported("openai")
+if TYPE_CHECKING:
+    import openai
+else:
+    openai = Imported("openai")
 
 pytestmark = [
     pytest.mark.real,

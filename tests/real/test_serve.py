@@ -219,7 +219,8 @@ async def test_switches_that_are_none_are_refused_as_by_the_server(tmp_path: Pat
     said = {"messages": [{"role": "user", "content": "x"}]} if path == CHAT else {"prompt": "x"}
     async with serving(tmp_path, slots=2, context=512) as (it, real):
         for name in ("cache_prompt", "return_progress"):
-            for value, stream in itertools.product(("no", 0, [], None, False), (False, True)):
+            values: tuple[Any, ...] = ("no", 0, [], None, False)
+            for value, stream in itertools.product(values, (False, True)):
                 body = {**said, "max_tokens": 2, "temperature": 0, "stream": stream, name: value}
                 answer, direct = await it.post(path, body), await it.post(path, body, to=real.url)
                 assert answer.status == direct.status, body

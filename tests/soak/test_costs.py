@@ -6,6 +6,7 @@ With the settings as they are when nobody sets any: no number of seconds says wh
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,7 @@ async def test_what_four_begin_with_is_computed_once(
     model, pairs = model_of(kind, speed, tmp_path), []
     for number in range(N_RUNS[speed]):
         pair = await both(
-            lambda stack, seed=number: begin_together(
-                stack, place, n_common=N_COMMON, n_own=N_OWN, seed=1 + seed
-            ),
+            partial(begin_together, place=place, n_common=N_COMMON, n_own=N_OWN, seed=1 + number),
             model,
             tmp_path / str(number),
             is_through_first=number % 2 == 1,

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.support.jobs import clients
 from tests.support.rival import RAM_CACHE
@@ -81,7 +82,7 @@ async def _work(agent: User, client: Client, n_turns: int, n_answer: int) -> Seq
 async def compare(model: Path, directory: Path, n_pairs: int, **sizes: int) -> list[tuple[Crowd, Crowd]]:
     """Through llamaslot, and on llama-server alone; who goes first alternates. The first pair, in which rates are
     unknown, is left out."""
-    flags = {"context": 12288}
+    flags: dict[str, Any] = {"context": 12288}
     async with (
         Stack(model, directory / "through", **flags) as stack,
         Stack(model, directory / "alone", alone=True, extra=RAM_CACHE, **flags) as alone,

@@ -156,12 +156,11 @@ def faults(path: str, usual: Mapping[str, Any], *wanted: str) -> list[Ask]:
         ("a text", "x"),
         ("null", None),
     ]
+    bads: tuple[Any, ...] = (None, 7.5, {}, [], [None], [{}], True)
     for name in wanted:
         rest = {other: value for other, value in usual.items() if other != name}
         wrong.append((f"no {name}", rest))
-        wrong += [
-            (f"{name} {bad!r}", {**usual, name: bad}) for bad in (None, 7.5, {}, [], [None], [{}], True)
-        ]
+        wrong += [(f"{name} {bad!r}", {**usual, name: bad}) for bad in bads]
     asks = post(path, *wrong)
     asks[3] = replace(asks[3], body=b"null")
     bodies = {
@@ -189,7 +188,7 @@ def completion(
     bodies = [("usual", usual), *((name, {**usual, **body}) for name, body in more)]
     streamed = [(f"{name}, streamed", {**body, "stream": True}) for name, body in bodies]
     whole = post(path, *bodies, *streamed)
-    types = [
+    types: list[tuple[str, dict[str, Any]]] = [
         ("stream 'yes'", {"stream": "yes"}),
         (f"{limit} 'x'", {limit: "x"}),
         ("temperature {}", {"temperature": {}}),

@@ -175,7 +175,7 @@ def _combined() -> list[Shape]:
     ]
 
 
-def _get(target: str, *headers: str, method: str = "GET", **more: str) -> bytes:
+def _get(target: str, *headers: str, method: str = "GET", **more: Any) -> bytes:
     return request(target, *headers, method=method, **more)
 
 

@@ -18,6 +18,7 @@ import json
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,10 @@ class Front:
         assert not parts, f"no half-written file: {parts}, {self.pool.dispatcher.journal.latest(5)}"
 
 
+def _is_busy(n_slots: int, fake: FakeServer) -> bool:
+    return sum(slot.is_processing for slot in fake.slots) == n_slots
+
+
 @dataclass(kw_only=True)
 class Served(Front):
     """llamaslot in front of a fake llama-server; see the module."""
@@ -255,7 +260,7 @@ class Served(Front):
             others = []
             for n in range(1, n_slots + 1):
                 others.append(await stack.enter_async_context(self.asking(letters(-n, 200))))
-                await self.fake.wait_for(lambda f, n=n: sum(slot.is_processing for slot in f.slots) == n)
+                await self.fake.wait_for(partial(_is_busy, n))
             yield others
 
     def n_computed(self, *texts: str) -> int:

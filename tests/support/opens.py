@@ -23,7 +23,7 @@ class Opens:
     @contextmanager
     def noted(self) -> Iterator[list[str]]:
         """The names of slot files and sidecars that are opened in the block, when it has ended."""
-        self._seen = seen = []
+        self._seen = seen = list[str]()
         found: list[str] = []
         try:
             yield found

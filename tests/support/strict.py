@@ -23,7 +23,7 @@ def strict(raw: bytes) -> list[Event]:
 
 
 def _events(text: str) -> Iterator[Event]:
-    name, data, comments = "", [], list[str]()
+    name, data, comments = "", list[str](), list[str]()
     for line in text.split("\n")[:-1]:
         if line.startswith(":"):
             assert not name + "".join(data), (

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llamaslot.errors import LlamaslotError
-from llamaslot.store import Catalog, Snapshot
+from llamaslot.store import Catalog, WithTokens
 from tests.support.snapshots import Killed, Killer, Shelter, some_tokens
 
 REPOSITORY = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ class Victim(Shelter):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, QUOTA)
-        self.committed: dict[str, Snapshot] = {}
+        self.committed: dict[str, WithTokens] = {}
         self.doomed: set[str] = set()
 
     async def a_day(self) -> None:
@@ -46,7 +46,7 @@ class Victim(Shelter):
         await self.catalog.settle()
 
 
-async def before(directory: Path) -> list[Snapshot]:
+async def before(directory: Path) -> list[WithTokens]:
     """A directory with three snapshots, full to its quota."""
     shelter = Shelter(directory, QUOTA)
     await shelter.open()

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaslot.scheduling.cost import AnswerLength, PrefillRate, Rates, SnapshotSize, TransferRate
+from llamaslot.scheduling.answer_length import AnswerLength
+from llamaslot.scheduling.cost import PrefillRate, Rates, SnapshotSize, TransferRate
 
 TOKENS = st.integers(-10, 200_000)
 SIZES = st.integers(-10, 2**40)
@@ -264,11 +265,11 @@ def test_answer_is_never_negative(samples: list[tuple[int, float]], a: float, b:
     st.lists(st.tuples(st.integers(1, 60_000), st.integers(1, 2**36), st.floats(1e-3, 1e3)), max_size=40),
 )
 def test_rates_survive_a_restart(
-    chunked_prefill: list[tuple[int, int, float]], files: list[tuple[int, int, float]]
+    prefills: list[tuple[int, int, float]], files: list[tuple[int, int, float]]
 ) -> None:
     """Written as JSON and read back, every estimate is the same."""
     rates = Rates()
-    for start, n, seconds in chunked_prefill:
+    for start, n, seconds in prefills:
         rates.prefill.observe(start, start + n, seconds)
     for n, size_bytes, seconds in files:
         rates.size.observe(n, size_bytes)

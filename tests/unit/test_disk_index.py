@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-import marisa_trie
+import marisa_trie  # type: ignore[import-not-found]  # compiled, without stubs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

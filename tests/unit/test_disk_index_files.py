@@ -232,13 +232,9 @@ async def test_a_failure_changes_nothing(
     filled(more, index)
     caplog.clear()
     if where == "the process":
-        failing = mock.patch.object(
-            disk_index_rebuild.disk_index_files, "encode_recipe", return_value=b"\xff\xff\xff\xff"
-        )
+        failing = mock.patch.object(disk_index_files, "encode_recipe", return_value=b"\xff\xff\xff\xff")
     else:
-        failing = mock.patch.object(
-            disk_index_rebuild.disk_index_files, where, side_effect=OSError(28, "No space left")
-        )
+        failing = mock.patch.object(disk_index_files, where, side_effect=OSError(28, "No space left"))
     with failing:
         assert not await maker.renew(index)
     assert len(caplog.records) == 1

@@ -101,7 +101,9 @@ def test_cancelled_at_every_await_nothing_leaks(
                 come(house)
             cuts: list[CancelledAt[Any]] = []
 
-            def cut(coroutine: Coroutine[Any, Any, Any], at: int = at, cuts: Any = cuts) -> Awaitable[Any]:
+            def cut(
+                coroutine: Coroutine[Any, Any, Any], at: int = at, cuts: list[CancelledAt[Any]] = cuts
+            ) -> Awaitable[Any]:
                 cuts.append(CancelledAt(coroutine, at, is_late=is_late))
                 return cuts[-1]
 

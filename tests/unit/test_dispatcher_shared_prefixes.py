@@ -78,7 +78,7 @@ def test_one_that_is_there_is_not_made_again(house: House) -> None:
 def test_two_that_arrive_together_make_one(house: House) -> None:
     """The second waits for what the first computes, and computes its own part only."""
 
-    async def both() -> list[int]:
+    async def both() -> tuple[int, int]:
         return await asyncio.gather(house.ask(opening(1)), house.ask(opening(2)))
 
     reused = house.loop.run(both())

@@ -76,7 +76,7 @@ def _questions(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_questions")
 async def test_a_seventh_format_is_served_by_its_own_file_alone(tmp_path: Path) -> None:
     """Its tokens are known before llama-server sees it, and what they share with a slot is found again."""
-    body = {"persona": "A poet.", "question": letters(1, 600), "max_tokens": 4}
+    body: dict[str, Any] = {"persona": "A poet.", "question": letters(1, 600), "max_tokens": 4}
     async with served(tmp_path, slots=3) as it:
         n_tokens = len(it.fake.model.tokenize(it.fake.model.render(chat_of(body))))
         first = await it.post(PATH, body)

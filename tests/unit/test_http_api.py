@@ -9,7 +9,8 @@ from llamaslot import errors
 from llamaslot.formats.comments import Comment
 from llamaslot.http.openapi import PATHS
 from llamaslot.llama.routes import ROUTES, RouteKind
-from tests.unit.test_docs import GAP, SOURCE, in_code, page, rows, section
+from tests.support.source import SOURCE
+from tests.unit.test_docs import GAP, in_code, page, rows, section
 
 PAGE = page("docs/http-api.md")
 WHAT: dict[RouteKind, str] = {

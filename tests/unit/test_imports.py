@@ -117,7 +117,7 @@ def test_no_module_is_in_a_circle() -> None:
     """Neither at run time nor under TYPE_CHECKING."""
     known = {dotted(module): module for module in MODULES}
     left = {name: imported(module, set(known)) for name, module in known.items()}
-    ends = left.keys()
+    ends = set(left)
     while ends:  # that import none of the others, or are imported by none
         used = set[str]().union(*left.values())
         ends = {name for name, below in left.items() if not below & left.keys() or name not in used}

@@ -20,7 +20,7 @@ from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import Cost, Plan, PrefillTo, Source
 from llamaslot.scheduling.request import Placement, Request
-from llamaslot.scheduling.slots import IllegalTransition, SlotState
+from llamaslot.scheduling.slots import IllegalTransition, SlotKey, SlotState
 from tests.support.inprocess import spawn
 from tests.support.source import MODULES, SOURCE, SOURCE_GROUP, parsed
 
@@ -85,8 +85,10 @@ class Desk:
     def __init__(self, *, prefill_s: float = 0.0, has_slot: bool = True) -> None:
         self.table = SlotTable("stub", 1, 10_000, rules=Rules(chunk_threshold_s=0.2), rates=Rates())
         self.owner, self.now = Owner(), 0.0
-        steps = (PrefillTo(0, 999),) if prefill_s else ()
-        plan = Plan(0, steps, Source.COLD, 0, Cost(prefill_s=prefill_s)) if has_slot else None
+        steps = (PrefillTo(SlotKey("stub", 0), 999),) if prefill_s else ()
+        plan = (
+            Plan(SlotKey("stub", 0), steps, Source.COLD, 0, Cost(prefill_s=prefill_s)) if has_slot else None
+        )
         job = Request("a", TOKENS, placement=Placement.PINNED if has_slot else Placement.SERVER_CHOSEN)
         self.lease = Lease(
             self.owner,
@@ -257,7 +259,7 @@ def test_a_prefill_leads_back_and_an_answer_does_not() -> None:
     assert lease.state is LeaseState.PREPARING
     lease.begin_request()
     lease.finish(Content(TOKENS))
-    assert lease.state is LeaseState.SETTLED
+    assert lease.state is LeaseState.SETTLED  # type: ignore[comparison-overlap]
 
 
 def test_whether_llama_server_has_begun_is_known_of_what_was_sent_last() -> None:
@@ -399,8 +401,9 @@ def written(tree: ast.Module) -> Iterator[str]:
     """``lease.content`` for each attribute of a lease that is assigned or deleted."""
     leases, attributes = leases_in(tree), vars(Desk().lease).keys()
     for node in ast.walk(tree):
-        is_written = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del)
-        if is_written and node.attr in attributes and _last(node.value) in leases:
+        if not isinstance(node, ast.Attribute) or isinstance(node.ctx, ast.Load):
+            continue
+        if node.attr in attributes and _last(node.value) in leases:
             yield f"{_last(node.value)}.{node.attr}, line {node.lineno}"
 
 

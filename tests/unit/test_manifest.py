@@ -9,12 +9,16 @@ import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
+from xxhash import xxh3_128_hexdigest
 
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.store import Snapshot, header, manifest, scan, sidecar, upkeep
+from llamaslot.errors import SnapshotInvalid
+from llamaslot.file_id import FileId
+from llamaslot.store import Snapshot, manifest, scan, sidecar, upkeep
 from tests.support.opens import OPENS
 from tests.support.snapshots import Killed, Shelter, opened, slot_file, some_tokens
 
@@ -30,7 +34,7 @@ async def shelter(tmp_path: Path) -> AsyncIterator[Shelter]:
         shelter.quota_bytes = 1 << 30
         await shelter.reopen()
         for n in range(N):
-            special = {"kind": SnapshotKind.TRUNK, "is_pinned": True} if n == 3 else {}
+            special: dict[str, Any] = {"kind": SnapshotKind.TRUNK, "is_pinned": True} if n == 3 else {}
             await shelter.save(some_tokens(40, n), checkpoints=(n,), fingerprint=f"model-{n % 2}", **special)
         for id_ in list(shelter.catalog.snapshots)[::3]:
             shelter.catalog.touch(id_)
@@ -82,7 +86,7 @@ async def test_two_thousand_snapshots_are_not_opened(tmp_path: Path) -> None:
         listed[id_] = replace(one.listed, id=id_)
         for suffix in (".kv", ".json"):  # as good as files of their own, and made in no time
             os.link(shelter.directory / f"{one.id}{suffix}", shelter.directory / f"{id_}{suffix}")
-    mark = manifest.FileId.of(os.lstat(shelter.directory / one.file_name))
+    mark = FileId.of(os.lstat(shelter.directory / one.file_name))
     writer = manifest.Manifest(shelter.manifest, shelter.directory)
     writer.file_ids, writer.durable = dict.fromkeys(listed, mark), set(listed)
     await writer.write(listed, dict.fromkeys(listed, shelter.catalog.last_used(one.id)))
@@ -248,8 +252,7 @@ async def test_a_register_that_cannot_be_used_is_done_without(
     if content is not None:
         if content[:1] in (b"{", b"["):
             content = (
-                f"llamaslot sidecars {manifest.VERSION} {manifest.xxh3_128_hexdigest(content)}\n".encode()
-                + content
+                f"llamaslot sidecars {manifest.VERSION} {xxh3_128_hexdigest(content)}\n".encode() + content
             )
         shelter.manifest.write_bytes(content)
     with caplog.at_level(logging.INFO, "llamaslot.store"):
@@ -288,7 +291,7 @@ async def test_a_snapshot_exchanged_after_the_start_is_not_restored(shelter: She
     found, _ = await reopened(shelter)
     id_ = next(iter(found))
     (shelter.directory / f"{id_}.kv").write_bytes(slot_file(some_tokens(40, 99), 1_000))
-    with pytest.raises(header.SnapshotInvalid, match="other tokens"):
+    with pytest.raises(SnapshotInvalid, match="other tokens"):
         await shelter.catalog.verify(id_)
     assert id_ not in shelter.catalog.snapshots
 
@@ -302,7 +305,7 @@ async def test_a_first_start_that_is_killed_goes_on_where_it_was(
     monkeypatch.setattr(scan, "_SOME", 2)
     n_read = 0
 
-    def read(directory: Path, ids: list[str]) -> dict[str, scan.Loaded | header.SnapshotInvalid]:
+    def read(directory: Path, ids: list[str]) -> dict[str, scan.Loaded | SnapshotInvalid]:
         nonlocal n_read
         if n_read == 6:
             raise Killed

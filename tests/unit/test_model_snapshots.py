@@ -139,7 +139,7 @@ async def test_another_model_ends_what_is_being_made(world: World) -> None:
     await asyncio.sleep(0)
     assert len(world.tasks) == 1
     world.snapshots = {"ls-b": snapshot("ls-b", 5)}
-    world.libraries._catalog.snapshots = world.snapshots  # type: ignore[misc]
+    world.libraries._catalog.snapshots = world.snapshots
     assert await world.meet(OTHER) == {"ls-b"}
     assert not len(world.tasks)
     for i in range(200):
@@ -154,7 +154,7 @@ async def test_what_goes_while_the_library_is_filled_is_not_in_it(world: World) 
     meeting = world.tasks.spawn(world.meet(), "meeting")
     while world.libraries.current is None and not meeting.done():  # noqa: ASYNC110  # a thread is at it
         await asyncio.sleep(0)
-    gone = []
+    gone = list[str]()
     while not meeting.done():
         gone.append(list(world.snapshots)[len(gone) % 7])
         world.drop(gone[-1])

@@ -139,43 +139,41 @@ class Server:
     """Computes what ``next_up`` says, a stretch at a time. ``interruptions``: who was, for whom, and by how much he had
     more left; inf for somebody who was overdue."""
 
-    chunked_prefill: list[Prefill]
+    prefills: list[Prefill]
     starvation_s: float
     switch_s: float
     interruptions: list[tuple[int, int, float]] = field(default_factory=list)
     current_at_overdue: dict[int, int | None] = field(default_factory=dict)
 
     def run(self) -> None:
-        now, last = 0.0, None
-        while waiting := [i for i, one in enumerate(self.chunked_prefill) if one.ended_at == math.inf]:
-            here = [i for i in waiting if self.chunked_prefill[i].came_at <= now]
+        now, last = 0.0, None  # type: float, int | None
+        while waiting := [i for i, one in enumerate(self.prefills) if one.ended_at == math.inf]:
+            here = [i for i in waiting if self.prefills[i].came_at <= now]
             if not here:
-                now = min(self.chunked_prefill[i].came_at for i in waiting)
+                now = min(self.prefills[i].came_at for i in waiting)
                 continue
             pendings = [self._pending(i, now) for i in here]
             current = here.index(last) if last in here else None
             at = here[next_up(pendings, current, self.switch_s, self.starvation_s)]
-            if last in here and at != last:
+            if last is not None and last in here and at != last:
                 now += self._interrupt(last, at, now)
             now, last = self._compute(at, here, now), at
 
     def _pending(self, i: int, now: float) -> Pending:
-        one = self.chunked_prefill[i]
+        one = self.prefills[i]
         return Pending(one.left_s, one.waited_s(now), one.came_at)
 
     def _interrupt(self, old: int, new: int, now: float) -> float:
-        is_overdue = self.chunked_prefill[new].waited_s(now) >= self.starvation_s
-        more_s = (
-            math.inf if is_overdue else self.chunked_prefill[old].left_s - self.chunked_prefill[new].left_s
-        )
+        is_overdue = self.prefills[new].waited_s(now) >= self.starvation_s
+        more_s = math.inf if is_overdue else self.prefills[old].left_s - self.prefills[new].left_s
         self.interruptions.append((old, new, more_s))
         return self.switch_s
 
     def _compute(self, at: int, here: list[int], now: float) -> float:
-        one = self.chunked_prefill[at]
+        one = self.prefills[at]
         took_s = min(STRETCH_S, one.left_s)
         for i in here:
-            other = self.chunked_prefill[i]
+            other = self.prefills[i]
             if i != at and now >= other.overdue_at:
                 other.passed_by.append(at)
                 other.overtaken_s += took_s
@@ -202,19 +200,17 @@ def test_nobody_waits_for_ever(
 ) -> None:
     """A prefill that has waited for ``starvation_s`` waits for those that came before it, for the rest of the one that
     is computed just then, and for no other. In all no longer than that, and the switches between them."""
-    chunked_prefill = [Prefill(came, work) for came, work in arrivals]
-    server = Server(chunked_prefill, starvation_s, switch_s)
+    prefills = [Prefill(came, work) for came, work in arrivals]
+    server = Server(prefills, starvation_s, switch_s)
     server.run()
-    for i, one in enumerate(chunked_prefill):
+    for i, one in enumerate(prefills):
         current = server.current_at_overdue.get(i)
         for by in set(one.passed_by):
-            assert chunked_prefill[by].came_at <= one.came_at or by == current, (
-                "nobody who came later gets ahead"
-            )
+            assert prefills[by].came_at <= one.came_at or by == current, "nobody who came later gets ahead"
         before_s = sum(
-            other.work_s for other in chunked_prefill if other.came_at <= one.came_at and other is not one
+            other.work_s for other in prefills if other.came_at <= one.came_at and other is not one
         )
-        rest_s = chunked_prefill[current].work_s if current is not None else 0.0
+        rest_s = prefills[current].work_s if current is not None else 0.0
         switches_s = switch_s * (len(server.interruptions) + 1)
         waited_s = one.ended_at - one.came_at - one.work_s
         assert waited_s <= starvation_s + before_s + rest_s + STRETCH_S + switches_s + 1e-6
@@ -227,11 +223,11 @@ def test_nobody_is_interrupted_for_nothing(
 ) -> None:
     """Whoever is interrupted has more left than the other one, by more than the interruption costs, or the other one
     has waited too long. So it happens once or twice to each, however long they take."""
-    chunked_prefill = [Prefill(came, work) for came, work in arrivals]
-    server = Server(chunked_prefill, starvation_s, switch_s)
+    prefills = [Prefill(came, work) for came, work in arrivals]
+    server = Server(prefills, starvation_s, switch_s)
     server.run()
     assert all(more_s > switch_s for _, _, more_s in server.interruptions)
-    assert len(server.interruptions) <= 2 * len(chunked_prefill)
+    assert len(server.interruptions) <= 2 * len(prefills)
 
 
 def test_alone_they_are_through_as_soon_as_they_can_be() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from itertools import pairwise
 from typing import Any
 
@@ -222,6 +223,7 @@ def test_a_long_prefill_makes_room_after_a_while(cache_kind: CacheKind, kind: st
         job = long("stranger", 20_000)
         client = house.come(job)
         house.until(1.0)
+        asks: Coroutine[Any, Any, Any]
         if kind == "unpinned":
             asks = house.ask_unpinned(Request("turn", placement=Placement.SERVER_CHOSEN), tokens_of(1, 70))
         else:

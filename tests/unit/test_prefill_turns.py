@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -234,7 +235,7 @@ def test_whoever_comes_the_long_one_ends(
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 
-def with_stream(cache_kind: CacheKind, **sharing: float) -> Paced:
+def with_stream(cache_kind: CacheKind, **sharing: Any) -> Paced:
     """Somebody streams for ever."""
     house = Paced(cache_kind, 2, **sharing)
     house.main.answers_s[0] = 1000.0

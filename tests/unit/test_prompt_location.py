@@ -31,7 +31,7 @@ def at(wanted: str, body: dict[str, Any], kind: str = "chat") -> str:
     """What the first place where ``wanted`` stands in the prompt is said to belong to."""
     chat = FORMATS[kind].chat_body(body)
     assert chat is not None
-    text = MODEL.render(chat)
+    text = MODEL.render(dict(chat))
     return str(whereabouts(text, text.index(wanted), body, FORMATS[kind]))
 
 

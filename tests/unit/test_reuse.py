@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -160,12 +161,13 @@ def test_what_was_learned_is_kept() -> None:
     learned = seen(*[(999, 995)] * 5).to_json()
     assert Predictions.from_json(learned).correct(DENSE, "resident", 999) == 995
     assert Predictions.from_json(learned).to_json() == learned
-    for spoilt in (
+    spoilt_ones: tuple[Any, ...] = (
         None,
         [],
         {"short": {"dense resident": 5}},
         {"short": {"dense resident": [-1, "x", 999], "x": [1]}},
-    ):
+    )
+    for spoilt in spoilt_ones:
         assert Predictions.from_json(spoilt).correct(DENSE, "resident", 999) == 999
 
 

@@ -42,7 +42,7 @@ def test_who_waits_for_some_time_only_is_woken_by_that(loop: VirtualLoop) -> Non
     assert loop.time() == pytest.approx(began + 2.5)
     assert not waits.done()
     changes.notify()
-    loop.run(waits)
+    loop.run_until_complete(waits)
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, 1e-12])

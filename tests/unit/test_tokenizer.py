@@ -704,7 +704,7 @@ async def test_the_end_of_the_system_part_is_asked_for_once() -> None:
     """Whatever the conversation: the next one with the same system part and tools costs no further question."""
     server = Server()
     prompts = Tokenizer(server)
-    ends = []
+    ends = list[int]()
     for question in ("why?", "x-rays?", "xenon?"):
         body = {
             **turns(question, "so", "and?", system="Be kind."),

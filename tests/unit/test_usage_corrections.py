@@ -91,7 +91,7 @@ def test_answers_to_further_prompts_are_left_alone() -> None:
         for payload in ({"index": index, "timings": timings(999, 1)},
                         {"choices": [{"index": index}], "timings": timings(999, 1)}):  # fmt: skip
             assert corrections.correct(payload) is is_corrected
-            assert (payload["timings"]["prompt_n"] == 900) is is_corrected  # type: ignore[index, call-overload]
+            assert (payload["timings"]["prompt_n"] == 900) is is_corrected  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

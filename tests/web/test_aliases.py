@@ -72,7 +72,7 @@ async def test_a_route_of_another_build_is_that_builds_404(tmp_path: Path) -> No
 async def test_what_only_tells_passes(tmp_path: Path, method: str, path: str) -> None:
     """404 here."""
     async with served(tmp_path) as it:
-        sent = {} if method == "POST" else None
+        sent: dict[str, Any] | None = {} if method == "POST" else None
         answer = await it.send(method, path, body=sent)
         direct = await it.send(method, path, body=sent, to=it.fake.url)
     assert (answer.status, answer.raw) == (direct.status, direct.raw)

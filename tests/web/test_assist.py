@@ -360,7 +360,7 @@ async def test_of_a_list_of_prompts_each_is_answered_once(tmp_path: Path, stream
             it.fake.engine.shape = replace(it.fake.shape, unified=True)
             it.backend.changed("its flags are others")
 
-        it.backend.executor.settle = settled  # type: ignore[method-assign]
+        it.backend.executor.settle = settled  # type: ignore[method-assign, assignment]
         answer = await it.ask([ONE, TWO, THREE], path=TEXT, stream=stream)
         assert (await assist(it))["is_on"] is False
         choices = answer.json["choices"] if not stream else [e["choices"][0] for e in answer.events if e]

@@ -69,7 +69,7 @@ async def test_a_slot_that_is_only_erased_is_told_as_that(tmp_path: Path) -> Non
     async with served(tmp_path, settings, slots=1) as it:
         await ask_as(it, "anna", letters(1, 600))
         hang = it.fake.faults.hang("erase")
-        asked = {"json": {"prompt": letters(2, 600), "n_predict": 4, "stream": True}}
+        asked: dict[str, Any] = {"json": {"prompt": letters(2, 600), "n_predict": 4, "stream": True}}
         async with it.session.post(it.url + NATIVE, headers={"x-llamaslot-user": "bert"}, **asked) as stream:
             await line_with(stream, ": clearing slot")
             hang.release()

@@ -22,7 +22,7 @@ IMAGES = {
 }
 MARKER = "<__media_told__>"  # as /props tells it
 AHEAD = {"prefill": {"chunk_threshold_s": 0}}
-SEEING = {"model": FakeModel(takes_media=True)}
+SEEING: dict[str, Any] = {"model": FakeModel(takes_media=True)}
 
 
 @pytest.fixture(autouse=True)

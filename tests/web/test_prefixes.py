@@ -18,16 +18,16 @@ SYSTEM, QUESTION, LATER = letters(1, 1500), letters(2, 1500), letters(3, 1500)
 FAKE: dict[str, Any] = {"slots": 3, "context": 16384}
 RULE = {"name": "day", "pattern": r"\AIt is \w+day\.", "replace": "It is a day."}
 
-ExclusiveSection = list[tuple[str, str]]
+Dialogue = list[tuple[str, str]]
 
 
-def turns(*texts: str) -> ExclusiveSection:
+def turns(*texts: str) -> Dialogue:
     return [("user" if n % 2 == 0 else "assistant", text) for n, text in enumerate(texts)]
 
 
-def body(path: str, system: str, said: ExclusiveSection, **more: Any) -> dict[str, Any]:
+def body(path: str, system: str, said: Dialogue, **more: Any) -> dict[str, Any]:
     """The same conversation in the words of any route."""
-    messages = [{"role": role, "content": text} for role, text in said]
+    messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in said]
     match path:
         case "/v1/messages":
             blocks = [{"type": "text", "text": system}]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.support.inprocess import NATIVE, letters, right, served, spawn
+from tests.support.inprocess import NATIVE, Served, letters, right, served, spawn
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -35,6 +36,10 @@ async def test_waiting_has_an_end(tmp_path: Path) -> None:
     assert "within 0.05 s" in refused.error["message"]
 
 
+def _are_waiting(it: Served, n: int) -> bool:
+    return it.pool.dispatcher.n_waiting == n
+
+
 async def test_the_first_to_come_is_the_first_served(tmp_path: Path) -> None:
     """In the order in which they came."""
     texts = [letters(n, 150 + n) for n in range(6)]
@@ -42,7 +47,7 @@ async def test_the_first_to_come_is_the_first_served(tmp_path: Path) -> None:
         asked = []
         for n, text in enumerate(texts, 1):
             asked.append(spawn(it.ask(text)))
-            await it.until(lambda n=n: it.pool.dispatcher.n_waiting == n)
+            await it.until(partial(_are_waiting, it, n))
         it.fake.go()
         answers = await asyncio.gather(*asked)
         sent = [seen.body["prompt"] for seen in it.fake.sent(NATIVE) if seen.body["prompt"] in texts]

@@ -143,7 +143,7 @@ async def test_who_reads_the_end_and_hangs_up_leaves_nothing_at_work(
 ) -> None:
     """When the client knows the end, every slot is given back, and those that were not touched keep what they held."""
     text = letters(60, 300)
-    bodies = {
+    bodies: dict[str, dict[str, Any]] = {
         "three answers": {"prompt": text, "n_cmpl": 3},
         "three prompts": {"prompt": [text, text + "x", "y"]},
     }
@@ -307,6 +307,6 @@ async def test_a_restart_that_is_noticed_before_a_request_is_sent(tmp_path: Path
         asked = [spawn(it.ask("hi", n_cmpl=2)), spawn(it.post("/v1/messages", OPAQUE["/v1/messages"]))]
         await it.until(lambda: it.backend.leases.is_gate_shut)
         assert it.backend.session is not None
-        it.backend.lost(it.backend.session)
+        it.backend.lost(it.backend.session.table)
         it.fake.go()
         assert [(await one).status for one in asked] == [200, 200]
