@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 import llamaslot
 from llamaslot import cli
 from llamaslot.cli import log_lines
+from llamaslot.cli.faults import EXIT_FAULT
 from llamaslot.config.load import Config
 from llamaslot.errors import LlamaslotError
 from llamaslot.http.app import _greet
@@ -247,7 +248,7 @@ def test_the_unit_shares_files_with_its_group() -> None:
 
 def test_the_unit_does_not_retry_what_it_can_not_mend() -> None:
     """The exit code of faults stops the restarts."""
-    assert unit()["RestartPreventExitStatus"] == str(cli.EXIT_FAULT)
+    assert unit()["RestartPreventExitStatus"] == str(EXIT_FAULT)
 
 
 def test_the_unit_starts_what_there_is(config_path: Path) -> None:

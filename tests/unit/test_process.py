@@ -208,7 +208,7 @@ def test_backoff_is_limited() -> None:
 async def test_cancelling_ends_the_whole_group(managed: Managed, script: Script) -> None:
     """Neither the script nor what it left in the background survives, though the script ignores SIGTERM."""
     server = managed()
-    server._stop_s = 0.2
+    server.stop_s = 0.2
     async with running(server):
         await script.order("trap '' TERM; echo deaf; read forever <" + str(script.fifo))
     (pids,) = script.lives()

@@ -1,15 +1,10 @@
-"""The command line: ``llamaslot serve --config config.yaml``; ``llamaslot snapshots`` for the snapshots on disk;
-``llamaslot keys`` for the keys of clients.
-
-Faults that an operator can fix are printed as a plain list, with exit code 2. A traceback means a bug in llamaslot.
+"""The command line: ``llamaslot serve --config config.yaml``; ``llamaslot run -- llama-server …`` without a file;
+``llamaslot snapshots`` for the snapshots on disk; ``llamaslot keys`` for the keys of clients.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,20 +12,13 @@ from typing import TYPE_CHECKING
 import click
 
 import llamaslot
-from llamaslot.errors import ConfigError, LlamaslotError
+from llamaslot.cli.faults import fail, run_to_end
+from llamaslot.cli.run import run
+from llamaslot.errors import ConfigError
 
 # Slow imports are made where they are needed: ``--help`` took 0.8 s, and takes 0.1.
 if TYPE_CHECKING:
     from llamaslot.config.load import Config
-
-EXIT_FAULT = 2
-
-#: Errors of the operating system for `listen`, and how to fix them.
-_BIND_FAULTS = {
-    errno.EADDRINUSE: "is in use, perhaps by another llamaslot: stop that one or choose another port",
-    errno.EADDRNOTAVAIL: "is no address of this machine: 127.0.0.1 is for this machine alone, 0.0.0.0 for all",
-    errno.EACCES: "may not be used by this user: ports below 1024 belong to root",
-}
 
 
 class LateGroup(click.Group):
@@ -55,6 +43,7 @@ def main() -> None:
     """A proxy in front of llama-server that finds the KV cache of each prompt, in a slot or on disk."""
 
 
+main.add_command(run)
 main.add_command(LateGroup("snapshots", help="Look at the snapshots on disk, check them, remove some."))
 main.add_command(LateGroup("keys", help="Make, list and revoke the keys of clients."))
 
@@ -93,7 +82,7 @@ def _serve(path: Path, is_check: bool, who: str | None) -> None:
             return
         config = Config.load(path)
     except ConfigError as error:
-        _fail([str(error)])
+        fail([str(error)])
     from llamaslot.cli.log_lines import set_up_logging
 
     set_up_logging(config.log.level)
@@ -117,49 +106,9 @@ def _check(path: Path, who: str | None) -> None:
 
 
 def _run(config: Config) -> None:
-    import uvloop
-
     from llamaslot.http.app import serve as serve_app
 
-    try:
-        uvloop.run(serve_app(config))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (LlamaslotError, OSError, BaseExceptionGroup) as error:
-        leaves = list(_leaves(error))
-        said = [_wording(leaf, config) for leaf in leaves]
-        if None in said:  # a fault of ours: the traceback is what helps
-            raise
-        _fail([line for line in said if line])
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    """The single errors in an exception group, as raised by ``asyncio.TaskGroup``."""
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error
-
-
-def _wording(error: BaseException, config: Config) -> str | None:
-    """One line for an error that an operator can fix, None for others."""
-    import socket
-
-    listen = config.listen
-    if isinstance(error, socket.gaierror):
-        return f"listen.host: {listen.host}: {error.strerror}"
-    if isinstance(error, OSError) and error.errno in _BIND_FAULTS and error.filename is None:
-        return f"listen: {listen.host}:{listen.port} {_BIND_FAULTS[error.errno]}"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
-    return str(error) if isinstance(error, LlamaslotError) else None
-
-
-def _fail(lines: list[str]) -> None:
-    for line in lines:
-        click.echo(line, err=True)
-    sys.exit(EXIT_FAULT)
+    run_to_end(serve_app(config), config.listen)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, _pass_on)
     try:
         # The guard process has one thread, so preexec_fn is safe here.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, umask=UMASK, preexec_fn=_before_exec)
+        # A pipe that nothing is written to: the embedded engine ends at the end of its standard input.
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, umask=UMASK, preexec_fn=_before_exec)
     except OSError as error:
         os.write(2, f"llamaslot: cannot run {command[0]}: {error.strerror}\n".encode())
         os._exit(127)

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -58,6 +58,41 @@ def _number(value: object) -> object:
 Number = Annotated[int, BeforeValidator(_number)]
 
 
+class Flag(NamedTuple):
+    """One flag of llama-server: the name that we use, its other names and opposites, and its value if it takes one."""
+
+    name: str
+    other: tuple[str, ...] = ()
+    value: str | None = None
+
+    @property
+    def names(self) -> set[str]:
+        return {self.name, *self.other}
+
+    def words(self) -> tuple[str, ...]:
+        return (self.name,) if self.value is None else (self.name, self.value)
+
+
+class Launch(Protocol):
+    """What is started. ``command``: the program and what precedes its flags, None for the embedded engine; ``args``:
+    the operator's flags; ``port``: None for a free one.
+    """
+
+    @property
+    def command(self) -> tuple[str, ...] | None: ...
+    @property
+    def args(self) -> tuple[str, ...]: ...
+    @property
+    def port(self) -> int | None: ...
+    def needed(self, port: int, slot_save_path: Path) -> list[Flag]:
+        """Flags that are always passed. Raises LlamaslotError if it cannot be started."""
+        ...
+
+    def recommended(self) -> list[Flag]:
+        """Flags that are passed if the build knows them."""
+        ...
+
+
 class ManagedConfig(BaseModel):
     """``backends[].managed``: the model, and how to run it. ``context`` is for all slots together, as llama-server's
     ``-c``.
@@ -89,6 +124,15 @@ class ManagedConfig(BaseModel):
             )
         return self
 
+    def needed(self, port: int, slot_save_path: Path) -> list[Flag]:
+        """As ``Launch.needed``."""
+        model = str(smollm2_path()) if self.model == EMBEDDED_MODEL else self.model
+        return needed_flags(self, model, port, slot_save_path)
+
+    def recommended(self) -> list[Flag]:
+        """As ``Launch.recommended``."""
+        return recommended_flags(self.args)
+
 
 def smollm2_path() -> Path:
     """The GGUF of the small chat model. Raises LlamaslotError with the command to run if it has not been fetched."""
@@ -106,21 +150,6 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-class Flag(NamedTuple):
-    """One flag of llama-server: the name that we use, its other names and opposites, and its value if it takes one."""
-
-    name: str
-    other: tuple[str, ...] = ()
-    value: str | None = None
-
-    @property
-    def names(self) -> set[str]:
-        return {self.name, *self.other}
-
-    def words(self) -> tuple[str, ...]:
-        return (self.name,) if self.value is None else (self.name, self.value)
 
 
 def _named(args: Sequence[str]) -> set[str]:
@@ -157,33 +186,38 @@ def recommended_flags(args: Sequence[str]) -> list[Flag]:
     return flags if _named(args) & (batch[0].names | batch[1].names) else [*flags, *batch]
 
 
-def command_line(config: ManagedConfig, needed: Sequence[Flag], known: Collection[str] | None) -> list[str]:
-    """The arguments: needed flags, the recommended ones that are ``known`` (None: all), then the operator's, which
-    override them.
+def own_flags(launch: Launch, needed: Sequence[Flag], known: Collection[str] | None) -> list[Flag]:
+    """The flags that llamaslot adds: needed ones, and the recommended ones that are ``known`` (None: all); without
+    those that the operator has set.
     """
-    recommended = [f for f in recommended_flags(config.args) if known is None or f.name in known]
-    said = _named(config.args)
-    ours = [flag for flag in (*needed, *recommended) if not flag.names & said]
-    return [*(word for flag in ours for word in flag.words()), *config.args]
+    recommended = [f for f in launch.recommended() if known is None or f.name in known]
+    said = _named(launch.args)
+    return [flag for flag in (*needed, *recommended) if not flag.names & said]
+
+
+def command_line(launch: Launch, needed: Sequence[Flag], known: Collection[str] | None) -> list[str]:
+    """The arguments: llamaslot's flags, then the operator's."""
+    return [*(word for flag in own_flags(launch, needed, known) for word in flag.words()), *launch.args]
 
 
 class ManagedServer:
     """Runs one llama-server on a port of loopback and restarts it when it dies.
 
-    ``run`` is its whole life. ``port`` None: ``config.port``, or a free one, chosen now and kept over restarts.
-    ``log_path``: the server's output; at a start a log above 20 MB becomes ``<log_path>.1``. ``api_key`` is passed in
-    the environment (LLAMA_API_KEY), where other users cannot see it. ``sleep`` and ``now`` are for tests.
+    ``run`` is its whole life, ``run_once`` a life without restarts. ``port`` None: ``launch.port``, or a free one,
+    chosen now and kept over restarts. ``log_path``: the server's output; at a start a log above 20 MB becomes
+    ``<log_path>.1``; None: llamaslot's own standard error. ``api_key`` is passed in the environment (LLAMA_API_KEY),
+    where other users cannot see it. ``stop_s``: from SIGTERM to SIGKILL. ``sleep`` and ``now`` are for tests.
 
     Raises LlamaslotError if ``model: smollm2`` has not been fetched.
     """
 
     def __init__(
         self,
-        config: ManagedConfig,
+        launch: Launch,
         *,
         name: str,
         slot_save_path: Path,
-        log_path: Path,
+        log_path: Path | None,
         port: int | None = None,
         api_key: str | None = None,
         backoff: Backoff = BACKOFF,
@@ -191,14 +225,15 @@ class ManagedServer:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.config, self.name = config, name
+        self.launch, self.name = launch, name
         self.slot_save_path, self.log_path = slot_save_path, log_path
-        self.model = str(smollm2_path()) if config.model == EMBEDDED_MODEL else config.model
-        self.port = port or config.port or free_port()
+        self.port = port or launch.port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.n_starts = 0
         self.pid: int | None = None  # of the embedded server, or of the guard process of a command
-        self._api_key, self._backoff, self._stop_s = api_key, backoff, stop_s
+        self.stop_s = stop_s
+        self._needed = launch.needed(self.port, slot_save_path)
+        self._api_key, self._backoff = api_key, backoff
         self._sleep, self._now = sleep, now
 
     def __repr__(self) -> str:
@@ -215,7 +250,7 @@ class ManagedServer:
         while True:
             started = self._now()
             try:
-                how = await self._once()
+                how = in_words(await self.run_once())
             except OSError as error:
                 how = f"could not be started: {error}"
             lasted_s = self._now() - started
@@ -228,46 +263,47 @@ class ManagedServer:
             )
             await self._sleep(delay_s)
 
-    async def _once(self) -> str:
-        """Run the server once. Returns how it ended, in words. Raises OSError if it cannot be started."""
-        command = await self._command()
+    async def run_once(self) -> int:
+        """Run the server once. Returns its exit code; negative: minus the signal's number. Raises OSError if it cannot
+        be started. Canceling ends it, as in ``run``.
+        """
+        command, added = await self._command()
         begin = partial(_open_log, self.log_path, self.slot_save_path, shlex.join(command))
-        async with _Child(command, self._environment(), begin, self._stop_s) as process:
+        async with _Child(command, self._environment(), begin, lambda: self.stop_s) as process:
             self.n_starts += 1
             self.pid = process.pid
-            log.info("%s: llama-server starts on %s (pid %d)", self.name, self.url, process.pid)
+            log.info(
+                "%s: llama-server starts on %s (pid %d); flags added to yours: %s",
+                *(self.name, self.url, process.pid, shlex.join(added)),
+            )
             try:
-                return _in_words(await process.wait())
+                return await process.wait()
             finally:
                 self.pid = None
 
-    async def _command(self) -> list[str]:
-        needed = needed_flags(self.config, self.model, self.port, self.slot_save_path)
-        if self.config.command is None:
-            arguments = command_line(self.config, needed, None)
-            return [sys.executable, "-m", "llamaslot.llama.managed.embedded", *arguments]
-        known = await self._known_flags(self.config.command)
-        unknown = [
-            flag.name for flag in (*needed, *recommended_flags(self.config.args)) if flag.name not in known
-        ]
-        if unknown:
-            log.warning(
-                "%s: `%s --help` does not know %s: recommended flags are left out, needed ones are passed all the same",
-                *(self.name, shlex.join(self.config.command), " ".join(unknown)),
-            )
-        arguments = command_line(self.config, needed, known)
-        return [
-            sys.executable,
-            "-m",
-            "llamaslot.llama.managed.guard_process",
-            *self.config.command,
-            *arguments,
-        ]
+    async def _command(self) -> tuple[list[str], list[str]]:
+        """The command line, and those of its words that are llamaslot's flags."""
+        launch, known = self.launch, None
+        guarded = [sys.executable, "-m", "llamaslot.llama.managed.embedded"]
+        if launch.command is not None:
+            known = await self._known_flags(launch.command)
+            unknown = [flag.name for flag in (*self._needed, *launch.recommended()) if flag.name not in known]
+            if unknown:
+                log.warning(
+                    "%s: `%s --help` does not know %s: recommended flags are left out, needed ones are passed all"
+                    " the same",
+                    *(self.name, shlex.join(launch.command), " ".join(unknown)),
+                )
+            guarded = [sys.executable, "-m", "llamaslot.llama.managed.guard_process", *launch.command]
+        added = [word for flag in own_flags(launch, self._needed, known) for word in flag.words()]
+        return [*guarded, *added, *launch.args], added
 
     async def _known_flags(self, command: Sequence[str]) -> set[str]:
         """The flags that ``command --help`` lists; none if it prints nothing within ``HELP_S``. Run at each start."""
         guarded = [sys.executable, "-m", "llamaslot.llama.managed.guard_process", *command, "--help"]
-        async with _Child(guarded, self._environment(), lambda: asyncio.subprocess.PIPE, 0.0) as process:
+        async with _Child(
+            guarded, self._environment(), lambda: asyncio.subprocess.PIPE, lambda: 0.0
+        ) as process:
             assert process.stdout is not None
             try:
                 async with asyncio.timeout(HELP_S):
@@ -290,11 +326,15 @@ class _Child:
 
     ``output`` is called in a thread and returns the target of its output: PIPE, or a descriptor, which is closed
     here. Its standard input is a pipe from here: the embedded server and the guard process end at its end, also if
-    llamaslot is killed.
+    llamaslot is killed. ``stop_s`` is called when it is to end: the seconds from SIGTERM to SIGKILL; 0: no SIGTERM.
     """
 
     def __init__(
-        self, command: Sequence[str], environment: dict[str, str], output: Callable[[], int], stop_s: float
+        self,
+        command: Sequence[str],
+        environment: dict[str, str],
+        output: Callable[[], int],
+        stop_s: Callable[[], float],
     ) -> None:
         self._command, self._environment, self._output, self._stop_s = command, environment, output, stop_s
         self._tasks = TaskOwner()
@@ -337,10 +377,10 @@ class _Child:
     async def __aexit__(self, *_: object) -> None:
         process = self._process
         try:
-            if process.returncode is None and self._stop_s:
+            if process.returncode is None and (stop_s := self._stop_s()):
                 process.terminate()  # this process alone: the guard process passes it on
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(self._stop_s):
+                    async with asyncio.timeout(stop_s):
                         await process.wait()
         finally:
             # Also if it has ended by itself: a shell script may have left the real server behind, with the port.
@@ -351,12 +391,14 @@ class _Child:
         await process.wait()
 
 
-def _open_log(path: Path, slot_save_path: Path, command: str) -> int:
+def _open_log(path: Path | None, slot_save_path: Path, command: str) -> int:
     """A descriptor that appends to ``path``, after a line that names the command. Rotates the log; makes
-    directories.
+    directories. Without a path: standard error.
     """
-    for directory in (path.parent, slot_save_path):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    slot_save_path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path is None:
+        return os.dup(2)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with suppress(FileNotFoundError):
         if path.stat().st_size > LOG_BYTES:
             path.replace(path.with_name(path.name + ".1"))
@@ -365,9 +407,9 @@ def _open_log(path: Path, slot_save_path: Path, command: str) -> int:
     return descriptor
 
 
-def _last_line(path: Path) -> str:
+def _last_line(path: Path | None) -> str:
     """The last line that is not empty, at most 300 characters; "nothing" if there is none."""
-    return next(_lines_backwards(path), "nothing")[:300]
+    return next(_lines_backwards(path), "nothing")[:300] if path is not None else "nothing"
 
 
 def _lines_backwards(path: Path) -> Iterator[str]:
@@ -377,7 +419,7 @@ def _lines_backwards(path: Path) -> Iterator[str]:
         yield from (line.strip() for line in reversed(lines) if line.strip())
 
 
-def _in_words(code: int) -> str:
+def in_words(code: int) -> str:
     """An exit code of asyncio's in words: negative is minus the signal's number."""
     if code >= 0:
         return f"ended with exit code {code}"

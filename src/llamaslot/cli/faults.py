@@ -1,0 +1,72 @@
+"""How a command ends: faults that an operator can fix as a plain list, with exit code 2; a traceback for a bug."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Coroutine, Iterator
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+import click
+
+from llamaslot.errors import LlamaslotError
+
+# Slow imports are made where they are needed: ``--help`` took 0.8 s, and takes 0.1.
+if TYPE_CHECKING:
+    from llamaslot.config.sections import ListenConfig
+
+EXIT_FAULT = 2
+T = TypeVar("T")
+
+#: Errors of the operating system for `listen`, and how to fix them.
+_BIND_FAULTS = {
+    errno.EADDRINUSE: "is in use, perhaps by another llamaslot: stop that one or choose another port",
+    errno.EADDRNOTAVAIL: "is no address of this machine: 127.0.0.1 is for this machine alone, 0.0.0.0 for all",
+    errno.EACCES: "may not be used by this user: ports below 1024 belong to root",
+}
+
+
+def run_to_end(serving: Coroutine[object, object, T], listen: ListenConfig) -> T:
+    """The result of ``serving``. Errors that an operator can fix end the process."""
+    import uvloop
+
+    try:
+        return uvloop.run(serving)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (LlamaslotError, OSError, BaseExceptionGroup) as error:
+        leaves = list(_leaves(error))
+        said = [_wording(leaf, listen) for leaf in leaves]
+        if None in said:  # a fault of ours: the traceback is what helps
+            raise
+        fail([line for line in said if line])
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """The single errors in an exception group, as raised by ``asyncio.TaskGroup``."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
+
+
+def _wording(error: BaseException, listen: ListenConfig) -> str | None:
+    """One line for an error that an operator can fix, None for others."""
+    import socket
+
+    if isinstance(error, socket.gaierror):
+        return f"listen.host: {listen.host}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in _BIND_FAULTS and error.filename is None:
+        return f"listen: {listen.host}:{listen.port} {_BIND_FAULTS[error.errno]}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error) if isinstance(error, LlamaslotError) else None
+
+
+def fail(lines: list[str]) -> NoReturn:
+    """Print the lines on standard error and end with ``EXIT_FAULT``."""
+    for line in lines:
+        click.echo(line, err=True)
+    sys.exit(EXIT_FAULT)
