@@ -171,9 +171,10 @@ def test_mentioned_commands_and_options_exist() -> None:
     wrong = []
     for where in PAGES:
         for line in re.findall(
-            r"llamaslot ((?:serve|snapshots|keys)\b[^`\n#|]*|(?<![\w/]llamaslot )--[a-z]+)", where.read_text()
+            r"llamaslot ((?:serve|run|snapshots|keys)\b[^`\n#|]*|(?<![\w/]llamaslot )--[a-z]+)",
+            where.read_text(),
         ):
-            words = line.split()
+            words = line.partition(" -- ")[0].split()  # behind it stands another program's line
             if words[0] in ("snapshots", "keys"):
                 words = [" ".join(words[:2]), *words[2:]]
             command = known[""] if words[0].startswith("-") else known.get(words[0])
