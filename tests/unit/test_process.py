@@ -121,6 +121,11 @@ async def running(server: ManagedServer) -> AsyncIterator[None]:
         await tasks.close()
 
 
+def log_of(server: ManagedServer) -> Path:
+    assert server.log_path is not None
+    return server.log_path
+
+
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
@@ -286,9 +291,9 @@ async def test_the_key_travels_in_the_environment(managed: Managed, script: Scri
     async with running(server):
         await script.order("exit 0")
         await sleeper.asked.get()
-    assert "key=secret umask=0077" in server.log_path.read_text()
+    assert "key=secret umask=0077" in log_of(server).read_text()
     assert "secret" not in script.arguments.read_text()
-    assert stat.S_IMODE(server.log_path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(log_of(server).stat().st_mode) == 0o600
 
 
 async def test_a_key_of_the_environment_alone_is_not_passed(
@@ -300,24 +305,24 @@ async def test_a_key_of_the_environment_alone_is_not_passed(
     async with running(server):
         await script.order("exit 0")
         await sleeper.asked.get()
-    assert "key= umask" in server.log_path.read_text()
+    assert "key= umask" in log_of(server).read_text()
 
 
 async def test_the_log_is_kept_and_rotated(managed: Managed, script: Script, sleeper: Sleeper) -> None:
     """Each start appends; one that finds more than 20 MB there begins a new file and keeps the old one."""
     server = managed()
-    server.log_path.parent.mkdir()
-    server.log_path.write_text("old\n")
+    log_of(server).parent.mkdir()
+    log_of(server).write_text("old\n")
     async with running(server):
         await script.order("exit 0")
         await sleeper.asked.get()
-        assert server.log_path.read_text().startswith("old\n")
-        os.truncate(server.log_path, LOG_BYTES + 1)
+        assert log_of(server).read_text().startswith("old\n")
+        os.truncate(log_of(server), LOG_BYTES + 1)
         sleeper.wake()
         await script.order("exit 0")
         await sleeper.asked.get()
-    assert server.log_path.with_name("llama.log.1").stat().st_size == LOG_BYTES + 1
-    assert server.log_path.read_text().count("llamaslot starts") == 1
+    assert log_of(server).with_name("llama.log.1").stat().st_size == LOG_BYTES + 1
+    assert log_of(server).read_text().count("llamaslot starts") == 1
 
 
 def test_what_the_user_says_wins(tmp_path: Path) -> None:
