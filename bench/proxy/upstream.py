@@ -229,8 +229,10 @@ class Answer:
         delta = self.event({"content": "\0"}) if is_chat else self.native(content="\0", tokens=[97])
         self.before, self.after = delta.split(b"\\u0000")
 
-    def timings(self) -> Body:
-        n_computed, n_answer = self.n_prompt - self.n_cache, self.n_predict
+    def timings(self, n_answer: int | None = None) -> Body:
+        """After ``n_answer`` tokens of the answer; None: at its end."""
+        n_computed = self.n_prompt - self.n_cache
+        n_answer = self.n_predict if n_answer is None else n_answer
         prompt_ms, answer_ms = PROMPT_MS * n_computed, ANSWER_MS * n_answer
         return {
             "cache_n": self.n_cache,
@@ -243,6 +245,10 @@ class Answer:
             "predicted_per_token_ms": ANSWER_MS,
             "predicted_per_second": 1_000 / ANSWER_MS,
         }
+
+    def timings_so_far(self, n_answer: int) -> Body:
+        """In each event, if that is asked for."""
+        return {"timings": self.timings(n_answer)} if self.body.get("timings_per_token") else {}
 
     def usage(self) -> Body:
         return {
@@ -267,6 +273,17 @@ class Answer:
         """The event of one token."""
         return self.before + text.encode() + self.after
 
+    def tokens(self) -> list[bytes]:
+        """The events of all."""
+        if not self.body.get("timings_per_token"):
+            return [self.token()] * self.n_predict
+        return [
+            self.event({"content": WORD}, **self.timings_so_far(n))
+            if self.is_chat
+            else self.native(content=WORD, tokens=[97], **self.timings_so_far(n))
+            for n in range(1, self.n_predict + 1)
+        ]
+
     def first_events(self) -> list[bytes]:
         """Progress if it is asked for, and the role."""
         events = []
@@ -276,7 +293,11 @@ class Answer:
             for n_done, ms in done:
                 progress = {"total": self.n_prompt, "cache": self.n_cache, "processed": n_done, "time_ms": ms}
                 events.append(
-                    self.event({"role": "assistant", "content": None}, prompt_progress=progress)
+                    self.event(
+                        {"role": "assistant", "content": None},
+                        prompt_progress=progress,
+                        **self.timings_so_far(0),
+                    )
                     if self.is_chat
                     else self.native(tokens=[0], prompt_progress=progress)
                 )
@@ -485,8 +506,7 @@ class Connection(asyncio.Protocol):
             every_s = int(order[2]) / 1_000 if order[2] else None
             self.stream = Stream(self.server, self.transport, answer, every_s)
         else:
-            tokens = answer.token()
-            events = [*answer.first_events(), *[tokens] * answer.n_predict, *answer.last_events()]
+            events = [*answer.first_events(), *answer.tokens(), *answer.last_events()]
             self.transport.write(_STREAM_HEAD + b"".join(map(chunk, events)) + _END)
             self.transport.close()  # as llama-server does behind each stream
 

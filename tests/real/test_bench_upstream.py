@@ -22,6 +22,9 @@ CHAT: dict[str, Any] = {
 NATIVE = {"prompt": list(range(40, 90)), "n_predict": 0, "id_slot": 1, "cache_prompt": True}
 USAGE = {"stream_options": {"include_usage": True}}
 PROGRESS = {"stream": True, "return_progress": True}
+ASSEMBLED = (
+    USAGE | PROGRESS | {"timings_per_token": True, "echo": True}
+)  # what llamaslot asks for instead of JSON
 
 #: What is asked, in this order: method, path, body.
 QUESTIONS: dict[str, tuple[str, str, Any]] = {
@@ -36,6 +39,7 @@ QUESTIONS: dict[str, tuple[str, str, Any]] = {
     "chat, streamed": ("POST", "/v1/chat/completions", CHAT | {"stream": True}),
     "chat, with usage": ("POST", "/v1/chat/completions", CHAT | USAGE | {"stream": True}),
     "chat, with progress": ("POST", "/v1/chat/completions", CHAT | PROGRESS),
+    "chat, to be assembled": ("POST", "/v1/chat/completions", CHAT | ASSEMBLED),
     "prefill": ("POST", "/completion", NATIVE | PROGRESS),
     "prefill, whole": ("POST", "/completion", NATIVE),
     "likely tokens": ("POST", "/completion", NATIVE | {"n_predict": 1, "n_probs": 2, "cache_prompt": False}),
