@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -432,6 +433,7 @@ async def test_a_connection_that_a_busy_process_saw_too_late_is_used(
     assert await ask(pool) == TOLD  # its address is known
     pool.drop_idle()
     monkeypatch.setattr(keep_alive, "QUESTION_CONNECT_S", 0.01)
+    monkeypatch.setattr(socket.socket, "connect_ex", lambda *_: errno.EINPROGRESS)  # as from another machine
     connect = loop.sock_connect
 
     async def seen_late(sock: socket.socket, address: Any) -> None:

@@ -179,6 +179,9 @@ async def serve(config: Config) -> None:
             registry.start()
             _greet(config, listener)
             gc.freeze()  # a full collection over a large index takes 150 ms; afterwards it has little to visit
+            # A request leaves few cycles, and 32 of them have thousands of objects: by default every few requests cause
+            # a collection.
+            gc.set_threshold(20_000, 20, 20)
             gc.enable()
             await stop.wait()
             log.info("stopping")

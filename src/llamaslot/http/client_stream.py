@@ -24,6 +24,7 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 NAME = {"Server": "llamaslot"}  # without versions
+_NOTHING_TO_SAY = contextlib.nullcontext()
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -43,8 +44,15 @@ class Writer(StreamWriter):
     even if it does not support it, and sends 1.0 in answer to invalid requests.
     """
 
+    #: The first part of the body follows at once: headers are sent with it, in one packet.
+    holds_headers = False
+
     async def write_headers(self, status_line: str, headers: CIMultiDict[str]) -> None:
         await super().write_headers("HTTP/1.1 " + status_line.partition(" ")[2], headers)
+
+    def send_headers(self) -> None:
+        if not self.holds_headers:
+            super().send_headers()
 
     def put(self, data: bytes) -> bool:
         """As ``write``, at once. False if that has to wait: the headers are not sent yet, the client receives too
@@ -106,31 +114,40 @@ class Downstream:
             return b""
         return b"".join(comment(f"{name}: {value}") for name, value in headers.items())
 
-    async def begin(self, status: int = 200, headers: Mapping[str, str] | None = None) -> web.StreamResponse:
-        """Send the headers, once."""
+    async def begin(
+        self, status: int = 200, headers: Mapping[str, str] | None = None, *, is_more: bool = False
+    ) -> web.StreamResponse:
+        """Send the headers, once. ``is_more``: the caller sends a part of the body, or the end, directly afterwards;
+        the headers go with that.
+        """
         if self.response is None:
             told = CIMultiDict(headers or {})
             told.update(self.headers)
             self.response = web.StreamResponse(status=status, headers=told)
+            writer = self.request.writer
+            if is_more and isinstance(writer, Writer):
+                writer.holds_headers = True
             await begin(self.response, self.request)
         return self.response
 
     async def write(self, data: bytes) -> None:
         """Send bytes. Raises ClientGone."""
         if data:
-            await send(await self.begin(headers=SSE_HEADERS), data)
+            await send(await self.begin(headers=SSE_HEADERS, is_more=True), data)
 
     def put(self, data: bytes) -> bool:
         """Send bytes at once. False if that cannot be: ``write`` waits for the client, or finds that it has gone."""
         writer = self.request.writer
         return self.has_begun and isinstance(writer, Writer) and writer.put(data)
 
-    @contextlib.asynccontextmanager
-    async def waiting(self, tasks: TaskOwner) -> AsyncIterator[None]:
+    def waiting(self, tasks: TaskOwner) -> contextlib.AbstractAsyncContextManager[None]:
         """During the block a streaming client gets its headers and a comment every ``keepalive_s`` seconds."""
         if not (self.is_streaming and (self.rules.has_comments or self.progress is not None)):
-            yield
-            return
+            return _NOTHING_TO_SAY
+        return self._commented(tasks)
+
+    @contextlib.asynccontextmanager
+    async def _commented(self, tasks: TaskOwner) -> AsyncIterator[None]:
         ticker: asyncio.Task[None] | None = None
 
         def begin(wait_s: float) -> None:
@@ -185,10 +202,11 @@ class Downstream:
         await self.write(self.errors.event(error.inner))
         return await self.end()
 
-    async def end(self) -> web.StreamResponse:
-        response = await self.begin()
+    async def end(self, last: bytes = b"") -> web.StreamResponse:
+        """Send the end of the answer, with its ``last`` bytes. Raises ClientGone."""
+        response = await self.begin(is_more=True)
         with _translated():
-            await response.write_eof()
+            await response.write_eof(last)
         return response
 
 

@@ -260,10 +260,10 @@ class Answering:
         """Send the rest of the answer, and learn from it. The slot is released before the client can read the end."""
         self._holds_prompt()
         if self._has_events and not self.is_assembled:
-            await self._relay()
+            last = await self._relay()
             self._settle()
             self._log()
-            return await self.down.end()
+            return await self.down.end(last)
         payload = await self._assemble() if self._has_events else await self._reading.whole()
         if isinstance(payload, RetryNonStreamed):
             return payload
@@ -301,8 +301,9 @@ class Answering:
             has_media=True,
         )
 
-    async def _relay(self) -> None:
-        """Relay events as they come, unchanged except for the numbers that ``prefill_stats`` corrects.
+    async def _relay(self) -> bytes:
+        """Relay events as they come, unchanged except for the numbers that ``prefill_stats`` corrects. Returns the
+        last bytes, to be sent with the end of the answer.
 
         llama-server releases the slot before it sends the last event. So the lease is released before the client can
         read that event: it may send the next request or close the connection at once.
@@ -313,14 +314,16 @@ class Answering:
             if self.first_byte_s is None:
                 self.first_byte_s = time.monotonic() - self.client_request.started
                 await self._tell_reuse(at_last=True)
-                await self.down.begin(headers=headers)
+                await self.down.begin(headers=headers, is_more=any(events))
             if self._reading.is_over:
                 if self.turn is not None:
                     await self.turn.settle()
                 self._settle()
+            if self._reading.has_ended:
+                return b"".join([*events, self._reading.rest])
             await self.down.write(b"".join(events))
             events = await self._next(self.down.put)
-        await self.down.write(self._reading.rest)
+        return self._reading.rest
 
     async def _assemble(self) -> bytes | RetryNonStreamed:
         """The assembled JSON answer. Raises UpstreamError."""

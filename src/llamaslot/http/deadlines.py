@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from llamaslot.errors import DeadlinePassed, LlamaslotError, SlotWedged
 from llamaslot.tasks import TaskOwner
 
+_NO_LIMIT = contextlib.nullcontext()
 _LOOKS = 4  # polls per silence limit
 
 
@@ -30,9 +31,14 @@ class Deadlines:
     timeouts: Timeouts
     _first: asyncio.Timeout | None = field(default=None, init=False)
 
-    @contextlib.asynccontextmanager
-    async def kept(self) -> AsyncIterator[None]:
+    def kept(self) -> contextlib.AbstractAsyncContextManager[None]:
         """The block is cancelled when a limit has passed. Raises DeadlinePassed."""
+        if self.timeouts.first_token_s is None and self.timeouts.total_s is None:
+            return _NO_LIMIT
+        return self._kept()
+
+    @contextlib.asynccontextmanager
+    async def _kept(self) -> AsyncIterator[None]:
         first, total = asyncio.timeout(self.timeouts.first_token_s), asyncio.timeout(self.timeouts.total_s)
         self._first = first
         try:

@@ -30,7 +30,9 @@ class Part(Downstream):
         self.has_failed = False
         self.response = whole.response
 
-    async def begin(self, status: int = 200, headers: Mapping[str, str] | None = None) -> web.StreamResponse:
+    async def begin(
+        self, status: int = 200, headers: Mapping[str, str] | None = None, *, is_more: bool = False
+    ) -> web.StreamResponse:
         self.response = await self._whole.begin(status, headers)
         return self.response
 
@@ -49,7 +51,8 @@ class Part(Downstream):
     async def fail(self, error: LlamaslotError) -> web.StreamResponse:
         return await self._whole.fail(error)
 
-    async def end(self) -> web.StreamResponse:
+    async def end(self, last: bytes = b"") -> web.StreamResponse:
+        await self.write(last)
         return await self._whole.end() if self._is_last else await self.begin()
 
     def _told(self, event: bytes) -> bytes:

@@ -123,6 +123,11 @@ class Reading:
         return next((int(n) for n in told if n is not None), None)
 
     @property
+    def has_ended(self) -> bool:
+        """Whether the whole answer has come: ``next`` has nothing more."""
+        return self._upstream.has_ended
+
+    @property
     def rest(self) -> bytes:
         """The bytes after the last whole event."""
         return b"" if self.assembly is not None else self._created + self._splitter.rest

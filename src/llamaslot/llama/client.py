@@ -40,7 +40,7 @@ from llamaslot.llama.response import (
     whole,
 )
 from llamaslot.llama.sse import EventSplitter, data_of
-from llamaslot.llama.upstream import PlainServer, narrow_socket
+from llamaslot.llama.upstream import PlainServer, Sending, narrow_socket
 
 P = ParamSpec("P")
 
@@ -114,8 +114,7 @@ class LlamaServer:
             await self._session.close()
             self._session = None
 
-    @contextlib.asynccontextmanager
-    async def request(
+    def request(
         self,
         method: str,
         path: str,
@@ -125,7 +124,7 @@ class LlamaServer:
         timeout_s: float | None = None,
         is_watched: bool = False,
         is_relayed: bool = False,
-    ) -> AsyncIterator[Response]:
+    ) -> Sending:
         """One request; the context yields its open response. ``path`` is sent unchanged, query included.
 
         ``is_relayed``: the answer is read as fast as its consumer takes it, so buffers are small.
@@ -135,23 +134,33 @@ class LlamaServer:
         """
         silence_s = self.watchdog_s if is_watched else None
         n_held_bytes = RELAYED_BYTES if is_relayed else _READ_BYTES
-        if self._plain is not None and not isinstance(data, AsyncIterator):
-            try:
-                plain = await self._plain.send(
-                    method,
-                    path,
-                    data,
-                    headers or {},
-                    timeout_s=timeout_s,
-                    silence_s=silence_s,
-                    n_held_bytes=n_held_bytes,
-                )
-                if plain is not None:
-                    with contextlib.closing(plain):
-                        yield plain
-                    return
-            except (ConnectionError, TimeoutError) as error:
-                raise self._is_down(error) from error
+
+        def over_aiohttp() -> contextlib.AbstractAsyncContextManager[Response]:
+            return self._over_aiohttp(method, path, data, headers, timeout_s, silence_s, n_held_bytes)
+
+        if self._plain is None or isinstance(data, AsyncIterator):
+            return Sending(None, over_aiohttp, self._is_down)
+        plain = self._plain.send
+        return Sending(
+            lambda: plain(
+                method, path, data, headers or {},
+                timeout_s=timeout_s, silence_s=silence_s, n_held_bytes=n_held_bytes,
+            ),
+            over_aiohttp,
+            self._is_down,
+        )  # fmt: skip
+
+    @contextlib.asynccontextmanager
+    async def _over_aiohttp(
+        self,
+        method: str,
+        path: str,
+        data: bytes | AsyncIterator[bytes] | None,
+        headers: Mapping[str, str] | None,
+        timeout_s: float | None,
+        silence_s: float | None,
+        n_held_bytes: int,
+    ) -> AsyncIterator[Response]:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=REQUEST_CONNECT_S, sock_read=silence_s)
         merged = CIMultiDict(headers or {})
         merged.update(self._headers)  # our key, not the client's

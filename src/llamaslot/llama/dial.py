@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -69,6 +71,11 @@ async def _connect_socket(sock: socket.socket, address: Any, within_s: float) ->
     The kernel decides whether it is late: of 1,000 requests at once, this process sees some connections only seconds
     after they were open.
     """
+    # On the same machine it is connected at once, as a rule.
+    if (fault := sock.connect_ex(address)) != errno.EINPROGRESS:
+        if fault:
+            raise OSError(fault, os.strerror(fault))
+        return
     try:
         async with asyncio.timeout(within_s):
             await asyncio.get_running_loop().sock_connect(sock, address)

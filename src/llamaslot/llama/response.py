@@ -29,6 +29,11 @@ class Response(Protocol):
     @property
     def headers(self) -> CIMultiDict[str] | CIMultiDictProxy[str]: ...
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether all of the body has come and was passed on."""
+        ...
+
     async def pass_to(self, take: Take) -> bool:
         """Call ``take`` with each piece of the body as it comes, until it returns False. Returns False at the end of
         the answer, else True.
@@ -85,6 +90,10 @@ class OverAiohttp:
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
         self.status, self.reason, self.headers = response.status, response.reason, response.headers
+
+    @property
+    def has_ended(self) -> bool:
+        return self._response.content.at_eof()
 
     async def pass_to(self, take: Take) -> bool:
         """As ``Response``; for silence it raises aiohttp's error, which the sender of the request translates."""

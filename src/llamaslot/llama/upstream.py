@@ -13,10 +13,12 @@ and POST, characters that need care.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import socket
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Callable, Coroutine, Mapping
+from types import TracebackType
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -25,7 +27,7 @@ from multidict import CIMultiDict
 from llamaslot.errors import BackendDown, SlotWedged
 from llamaslot.llama.dial import REQUEST_CONNECT_S, Dial
 from llamaslot.llama.keep_alive import BadAnswer
-from llamaslot.llama.response import BROKEN_OFF, RELAYED_BYTES, Take
+from llamaslot.llama.response import BROKEN_OFF, RELAYED_BYTES, Response, Take
 
 _HEAD_BYTES = 1 << 16  # of the headers of an answer
 
@@ -122,6 +124,46 @@ class PlainServer:
         return None
 
 
+class Sending(contextlib.AbstractAsyncContextManager[Response]):
+    """One request while it is open: see ``LlamaServer.request``. A class, as a generator takes 10 us more."""
+
+    __slots__ = ("_is_down", "_otherwise", "_over_aiohttp", "_plain", "_response")
+
+    def __init__(
+        self,
+        plain: Callable[[], Coroutine[Any, Any, PlainResponse | None]] | None,
+        otherwise: Callable[[], contextlib.AbstractAsyncContextManager[Response]],
+        is_down: Callable[[BaseException], BackendDown],
+    ) -> None:
+        """``plain``: sends it, and returns None if it cannot; ``otherwise``: then this does."""
+        self._plain, self._otherwise, self._is_down = plain, otherwise, is_down
+        self._response: PlainResponse | None = None
+        self._over_aiohttp: contextlib.AbstractAsyncContextManager[Response] | None = None
+
+    async def __aenter__(self) -> Response:
+        if self._plain is not None:
+            try:
+                self._response = await self._plain()
+            except (ConnectionError, TimeoutError) as error:
+                raise self._is_down(error) from error
+            if self._response is not None:
+                return self._response
+        self._over_aiohttp = self._otherwise()
+        return await self._over_aiohttp.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        if self._over_aiohttp is not None:
+            over, self._over_aiohttp = self._over_aiohttp, None
+            return await over.__aexit__(kind, error, trace)
+        if self._response is not None:
+            self._response.close()
+            if isinstance(error, ConnectionError | TimeoutError):
+                raise self._is_down(error) from error
+        return None
+
+
 class PlainResponse(asyncio.Protocol):
     """One connection, and the answer that arrives on it."""
 
@@ -152,6 +194,10 @@ class PlainResponse(asyncio.Protocol):
         self._watch()
         self._transport.writelines([head, body] if body else [head])
         await self._wait(None)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._is_over and not self._held
 
     async def pass_to(self, take: Take) -> bool:
         """As ``Response`` says."""
