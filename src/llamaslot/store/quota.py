@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from llamaslot.errors import LlamaslotError
 from llamaslot.store import scan
+from llamaslot.store.neighbours import Neighbours
 from llamaslot.store.sidecar import Snapshot, readable
 from llamaslot.tasks import TaskOwner
 
@@ -71,18 +72,40 @@ class Quota:
     ``committed``: snapshots. ``granted``: reservations. ``leaving``: files being unlinked. ``left``: leftovers, files
     of ours that are no snapshots but cannot be removed, so they count until they are. The disk never holds more than
     the sum of these four. ``waiting``: reservations that wait for a removal; nothing of them is on disk.
-    ``n_held()``: number of snapshots and reservations.
+    ``n_held()``: number of snapshots and reservations. In a shared store the quota holds for all its parts together.
     """
 
     def __init__(self, directory: Path, limits: Limits, n_held: Callable[[], int], tasks: TaskOwner) -> None:
         self.directory, self.limits = directory, limits
         self._n_held, self._tasks = n_held, tasks
-        self.committed = self.granted = self.leaving = self.left = self.waiting = 0
+        self._neighbours = Neighbours.of(directory)
+        self.committed = self.leaving = self.left = self.waiting = 0
+        self.granted = 0
         self.removing: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self.leftovers: dict[str, int] = {}
         self.n_commits = 0  # since the start
         self._n_waiting = 0
         self._free: int | None = None  # free bytes of the file system at the last query
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other llamaslots may evict snapshots of this directory."""
+        return self._neighbours is not None
+
+    @property
+    def granted(self) -> int:
+        return self._granted
+
+    @granted.setter
+    def granted(self, size_bytes: int) -> None:
+        self._granted = size_bytes
+        if self._neighbours is not None:
+            self._neighbours.reserve(size_bytes + self.waiting)
+
+    @property
+    def others(self) -> int:
+        """Bytes of the other parts of a shared store, as last seen."""
+        return self._neighbours.others if self._neighbours is not None else 0
 
     @property
     def size_bytes(self) -> int:
@@ -101,7 +124,7 @@ class Quota:
         missing after all removals have succeeded, and no two evict for the same bytes.
         """
         wanted = self.waiting + size_bytes
-        short = self.committed + self.granted + self.left + wanted - self.limits.quota_bytes
+        short = self.committed + self.granted + self.left + self.others + wanted - self.limits.quota_bytes
         n_short = self._n_held() + len(self.leftovers) + self._n_waiting + n_files - self.limits.max_files
         return Deficit(max(short, self._short_of_free(wanted, self.leaving)), n_short)
 
@@ -135,31 +158,52 @@ class Quota:
         self.waiting += size_bytes
         self._n_waiting += n_files
         try:
-            has_retried = False
-            while True:
-                if n_files:
-                    await self.query_free_space()
-                # No await from here to the return.
-                short = self.short()
-                is_short = short.size_bytes > 0 or short.n_files > 0
-                if is_short and self.leftovers and not has_retried:
-                    has_retried = True
-                    for id_ in list(self.leftovers):
-                        self.remove(id_, self._unleave(id_))
-                    continue
-                if is_short and not evict(short):
-                    raise QuotaExceeded(self._why_full(size_bytes))
-                if self._fits(size_bytes, n_files):
-                    return
-                if self.removing:
-                    await self.next_removal()
+            if self._neighbours is None:
+                await self._make_available(size_bytes, n_files, evict, None)
+                return
+            async with self._neighbours.turn():
+                await self._make_available(size_bytes, n_files, evict, self._neighbours)
+                self._neighbours.reserve(self.granted + self.waiting)
         finally:
             self.waiting -= size_bytes
             self._n_waiting -= n_files
 
+    async def _make_available(
+        self, size_bytes: int, n_files: int, evict: Callable[[Deficit], bool], neighbours: Neighbours | None
+    ) -> None:
+        has_retried = False
+        while True:
+            if n_files:
+                await self.query_free_space()
+            if neighbours is not None:
+                await neighbours.look()
+                if theirs := neighbours.share_of_others(self.short().size_bytes):
+                    await neighbours.remove(theirs)
+                    continue
+            # No await from here to the return.
+            short = self.short()
+            is_short = short.size_bytes > 0 or short.n_files > 0
+            if is_short and self.leftovers and not has_retried:
+                has_retried = True
+                for id_ in list(self.leftovers):
+                    self.remove(id_, self._unleave(id_))
+                continue
+            if is_short and not evict(short):
+                # What the own part holds may be in use: then the others' must do.
+                if neighbours is not None:
+                    theirs = neighbours.share_of_others(short.size_bytes, is_all_theirs=True)
+                    if theirs:
+                        await neighbours.remove(theirs)
+                        continue
+                raise QuotaExceeded(self._why_full(size_bytes))
+            if self._fits(size_bytes, n_files):
+                return
+            if self.removing:
+                await self.next_removal()
+
     def _fits(self, size_bytes: int, n_files: int) -> bool:
         is_free = not n_files or self._short_of_free(size_bytes, 0) <= 0
-        in_quota = self.size_bytes + size_bytes <= self.limits.quota_bytes
+        in_quota = self.size_bytes + self.others + size_bytes <= self.limits.quota_bytes
         return is_free and in_quota and self.n_files + n_files <= self.limits.max_files
 
     def _why_full(self, size_bytes: int) -> str:
@@ -170,6 +214,8 @@ class Quota:
                 f"{self.directory}, of which store.min_free leaves {readable(limits.min_free_bytes)} to others"
             )
         parts = f"{readable(self.committed)} in snapshots, {readable(self.granted)} being written"
+        if self.others:
+            parts += f", {readable(self.others)} of other models in the same store"
         if self.left:
             parts += f", {readable(self.left)} in files that cannot be removed"
         if self._n_held() + len(self.leftovers) + self._n_waiting > limits.max_files:

@@ -1,11 +1,12 @@
 """A directory that several llamaslots share, one for each model: a part for each, and who uses it.
 
 ``<root>/<part>/`` has slot files, ``<root>/.meta/<part>/`` llamaslot's own files. A part is claimed by an flock on a
-file in the latter, which the kernel releases when the process ends.
+file in the latter, which the kernel releases when the process ends. One quota holds for all parts: ``neighbours``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -19,6 +20,7 @@ from llamaslot.errors import LlamaslotError
 
 META = ".meta"
 CLAIM = "in-use"
+QUOTA_LOCK = "quota.lock"  # in META: held while parts are claimed or space is reserved
 
 
 class StoreUnusable(LlamaslotError):
@@ -51,29 +53,56 @@ def claim(root: Path, model: str) -> Part:
     """The first free part of a model. A second llamaslot with the same model gets a part of its own: two in one
     directory would remove each other's files. Blocking. Raises StoreUnusable.
     """
-    taken: list[str] = []
     try:
-        for name in _names(name_of(model)):
-            directory, meta_dir = root / name, root / META / name
-            for path in (directory, meta_dir):
-                path.mkdir(mode=0o700, parents=True, exist_ok=True)
-                if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-                    raise StoreUnusable(f"the store {path} cannot be written to by this user")
-            lock = os.open(meta_dir / CLAIM, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                taken.append(os.pread(lock, 32, 0).decode("ascii", "replace").strip() or "unknown")
-                os.close(lock)
-                continue
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-            return Part(name, directory, meta_dir, tuple(taken), lock)
+        (root / META).mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _locked(root / META / QUOTA_LOCK):
+            return _first_free(root, name_of(model))
     except OSError as error:
         raise StoreUnusable(
             f"the store {root} cannot be used: {error.strerror} ({error.filename})"
         ) from error
+
+
+def _first_free(root: Path, first: str) -> Part:
+    taken: list[str] = []
+    for name in _names(first):
+        directory, meta_dir = root / name, root / META / name
+        for path in (directory, meta_dir):
+            path.mkdir(mode=0o700, exist_ok=True)
+            if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+                raise StoreUnusable(f"the store {path} cannot be written to by this user")
+        if (lock := try_claim(meta_dir)) is not None:
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+            return Part(name, directory, meta_dir, tuple(taken), lock)
+        taken.append((meta_dir / CLAIM).read_text(encoding="ascii", errors="replace").strip() or "unknown")
     raise AssertionError("there is no end of names")
+
+
+def try_claim(meta_dir: Path) -> int | None:
+    """The open file of a claim; None if another process has it. Only while the quota is locked: a llamaslot that
+    starts must not meet a claim that was only tried. Blocking; raises OSError.
+    """
+    lock = os.open(meta_dir / CLAIM, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _names(first: str) -> Iterator[str]:

@@ -52,7 +52,10 @@ class Sweep:
         # Checked again one by one: a listing that misses a name must not cost the file.
         missing = await asyncio.to_thread(scan.missing, self._directory, before - listing.holders(KV))
         for id_ in missing & self._table.snapshots.keys():
-            log.warning("snapshot dropped: %s: its file has vanished", id_)
+            if self._quota.is_shared:
+                log.info("snapshot dropped: %s: another llamaslot of this store has evicted it", id_)
+            else:
+                log.warning("snapshot dropped: %s: its file has vanished", id_)
             self._drop(id_)
         # An id is known before its file exists. So a listed file with an unknown id is an orphan, or gone by now.
         for id_ in listing.unfinished() - self._known():

@@ -1,0 +1,164 @@
+"""The other parts of a shared store, as one part sees them: one quota for all, though each has its own process.
+
+Each process sees the files of the others, and how much they have reserved: a number in ``<root>/.meta/<part>/``.
+Space is reserved and evicted by one process at a time, under an flock of the root, which the kernel releases if that
+process dies; what a dead one had reserved does not count. What was used least recently goes first, wherever it lies:
+of its own part a process then evicts what is worth least, of another part just that. A part that is in use keeps what
+it has used in the last minute, which may be in one of its plans.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamaslot.errors import SnapshotInvalid
+from llamaslot.store import scan, sidecar
+from llamaslot.store.shared_store import META, QUOTA_LOCK, try_claim
+from llamaslot.store.sidecar import JSON, KV, PART
+
+RESERVED = "reserved"
+IN_PLANS_S = 60.0
+_POLL_S = 0.01  # the lock is held for a scan and some removals
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Seen:
+    """A snapshot on disk, least recently used first."""
+
+    last_used: float
+    size_bytes: int
+    directory: Path
+    id: str
+
+
+class Neighbours:
+    """``directory``: the own part. ``others``: bytes of all others, as of the last ``look``."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._meta = directory, directory.parent / META
+        self.others = 0
+        self._seen: list[_Seen] = []
+        self._kept: set[str] = set()  # not removed in this turn: pinned, or used meanwhile
+
+    @classmethod
+    def of(cls, directory: Path) -> Neighbours | None:
+        """None if the directory is no part of a shared store."""
+        is_part = (directory.parent / META / QUOTA_LOCK).exists()
+        return cls(directory) if is_part and (directory.parent / META / directory.name).is_dir() else None
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Nobody else reserves space or claims a part within the block. Canceling is safe."""
+        lock = os.open(self._meta / QUOTA_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    await asyncio.sleep(_POLL_S)
+            self._kept.clear()
+            yield
+        finally:
+            os.close(lock)
+
+    def reserve(self, size_bytes: int) -> None:
+        """Tell the others how much this part has reserved in all. Blocking, for microseconds."""
+        with contextlib.suppress(OSError):  # then the quota is exceeded by it, until it is on disk
+            (self._meta / self._directory.name / RESERVED).write_text(f"{size_bytes}\n")
+
+    async def look(self) -> None:
+        """Look at all parts. Within ``turn``. Canceling is safe. A part that cannot be read does not count."""
+        self.others, self._seen = await asyncio.to_thread(self._look)
+
+    def _look(self) -> tuple[int, list[_Seen]]:
+        others, seen = 0, list[_Seen]()
+        for entry in os.scandir(self._meta):
+            directory = self._directory.parent / entry.name
+            if not entry.is_dir() or not directory.is_dir():
+                continue
+            is_own = directory == self._directory
+            is_used = is_own or self._is_used(Path(entry.path))
+            size_bytes, snapshots = _files(directory, with_parts=not is_used)
+            newest = time.time() - IN_PLANS_S if is_used and not is_own else float("inf")
+            seen += (one for one in snapshots if one.last_used <= newest and one.id not in self._kept)
+            if not is_own:
+                others += size_bytes + (_reserved(Path(entry.path)) if is_used else 0)
+        return others, sorted(seen)
+
+    def _is_used(self, meta_dir: Path) -> bool:
+        try:
+            claim = try_claim(meta_dir)
+        except OSError:
+            return True  # of another user, perhaps
+        if claim is not None:
+            os.close(claim)
+        return claim is None
+
+    def share_of_others(self, short_bytes: int, *, is_all_theirs: bool = False) -> list[_Seen]:
+        """What to remove in other parts so that ``short_bytes`` become free together with what the own part evicts
+        then; ``is_all_theirs``: the own part can evict nothing.
+        """
+        theirs, left = list[_Seen](), short_bytes
+        for one in self._seen:
+            if left <= 0:
+                break
+            if one.directory != self._directory:
+                theirs.append(one)
+            elif is_all_theirs:
+                continue
+            left -= one.size_bytes
+        return theirs if left <= 0 else []
+
+    async def remove(self, snapshots: list[_Seen]) -> None:
+        """Remove snapshots of other parts. Those that must stay are not offered again in this turn. Canceling is
+        safe.
+        """
+        self._kept |= await asyncio.to_thread(lambda: {one.id for one in snapshots if not _remove(one)})
+
+
+def _files(directory: Path, *, with_parts: bool) -> tuple[int, list[_Seen]]:
+    """Bytes of slot files, and the snapshots. What is being written is counted by its reservation, unless
+    ``with_parts``.
+    """
+    sizes, used, n_parts = dict[str, int](), dict[str, float](), 0
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            if (own := sidecar.own_name(entry.name)) is None:
+                continue
+            with contextlib.suppress(OSError):
+                status = entry.stat(follow_symlinks=False)
+                if own[1] == KV:
+                    sizes[own[0]] = status.st_size
+                elif own[1] == JSON:
+                    used[own[0]] = status.st_mtime
+                elif own[1] == PART and with_parts:
+                    n_parts += status.st_size
+    whole = [_Seen(used[id_], size, directory, id_) for id_, size in sizes.items() if id_ in used]
+    return sum(sizes.values()) + n_parts, whole
+
+
+def _reserved(meta_dir: Path) -> int:
+    try:
+        return int((meta_dir / RESERVED).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _remove(one: _Seen) -> bool:
+    """Remove a snapshot unless it is pinned, or was used since it was seen."""
+    path = one.directory / (one.id + JSON)
+    try:
+        if path.stat().st_mtime != one.last_used or sidecar.parse(path.name, path.read_bytes()).is_pinned:
+            return False
+    except (OSError, SnapshotInvalid):
+        pass
+    _, error = scan.remove(one.directory, one.id)
+    return error is None
