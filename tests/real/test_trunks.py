@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import models
 from tests.support.figures import Figure
-from tests.support.sharing import find_prewarmed, share_a_system_prompt
+from tests.support.sharing import begin_together, find_prewarmed, share_a_system_prompt
 from tests.support.stack import Stack
 
 pytestmark = pytest.mark.real
@@ -25,6 +25,18 @@ async def test_a_new_conversation_reuses_a_system_prompt_that_another_one_comput
     for opening in openings:
         figure(opening)
     assert min(opening.share for opening in openings) >= 0.98
+
+
+@pytest.mark.parametrize("kind", ["dense", "recurrent", "swa"])
+async def test_conversations_that_begin_together_compute_their_system_prompt_once(
+    tmp_path: Path, figure: Figure, kind: str
+) -> None:
+    """The others wait for the first one to get that far, also on a server whose speed is not known yet."""
+    model = {"recurrent": models.recurrent, "swa": models.swa}.get(kind, models.dense)(tmp_path)
+    async with Stack(model, tmp_path) as stack:
+        opening = await begin_together(stack, n_system=3000, n_conversations=3)
+    figure(opening)
+    assert opening.share >= 0.98
 
 
 @pytest.mark.parametrize("kind", ["dense", "recurrent", "swa"])

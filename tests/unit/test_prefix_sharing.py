@@ -12,7 +12,7 @@ from llamaslot.cache.namespaces import Namespace
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import SlotActionFailed
 from llamaslot.fleet.queue import QueueLimits
-from llamaslot.scheduling.request import Request
+from llamaslot.scheduling.request import Request, User
 from llamaslot.store import Snapshot
 from tests.support.house import outcome, tokens_of
 from tests.support.mainloop import BATCH, Paced, long
@@ -24,10 +24,12 @@ OTHERS = pytest.mark.parametrize("cache_kind", [CacheKind.SWA, CacheKind.RECURRE
 AGAIN = 8  # tokens that a restored trunk has to compute again, at most
 
 
-def opening(user: int, n_own: int = OWN, *, is_told: bool = False, n: int = N, **more: Any) -> Request:
-    """The first turn of a conversation. ``is_told``: it is known where its system part ends."""
+def opening(
+    number: int, n_own: int = OWN, *, is_told: bool = False, n: int = N, at: int = 1, **more: Any
+) -> Request:
+    """The first turn of a conversation. ``is_told``: it is known where its system part, the one at ``at``, ends."""
     more |= {"n_system": n, "boundaries": (n,)} if is_told else {}
-    return Request(f"user {user}", tokens_of(1, n) + tokens_of(100_000 * user, n_own), **more)
+    return Request(f"user {number}", tokens_of(at, n) + tokens_of(100_000 * number, n_own), **more)
 
 
 def house_of(cache_kind: CacheKind, n_slots: int = 4) -> Paced:
@@ -341,3 +343,57 @@ def test_what_is_computed_meanwhile_does_not_use_patience_up(cache_kind: CacheKi
         reused = served(house, clients)
         assert reused[1] >= 12_000 - AGAIN
         assert house.server.n_computed <= 12_000 + 2 * OWN + AGAIN
+
+
+@EVERY
+@pytest.mark.parametrize("n_batch", [BATCH, 1024], ids=["small batches", "large batches"])
+@pytest.mark.parametrize("is_known", [False, True], ids=["never measured", "slow just now"])
+def test_nor_does_a_server_that_is_slower_than_expected(
+    cache_kind: CacheKind, n_batch: int, is_known: bool
+) -> None:
+    """Six times, in a batch that tells nothing before its end, or as a stall that teaches nothing."""
+    with Paced(cache_kind, 4, batch=n_batch, answer_s=0.001) as house:
+        if is_known:
+            house.loop.run(house.ask(long("before", 8 * N)))
+        house.server.token_s *= 6
+        house.begin()
+        clients = [house.come(opening(user, is_told=True)) for user in (1, 2, 3)]
+        reused = served(house, clients)
+        assert min(reused[1:]) >= N - AGAIN
+        assert house.server.n_computed <= N + 3 * (OWN + AGAIN)
+
+
+@EVERY
+@pytest.mark.parametrize("n_batch", [BATCH, 1024], ids=["small batches", "large batches"])
+def test_nor_does_another_group_that_is_computed_first(cache_kind: CacheKind, n_batch: int) -> None:
+    """Of two agents five conversations each, on a server that is slower than expected."""
+    with Paced(cache_kind, 10, batch=n_batch, answer_s=0.001) as house:
+        house.server.token_s *= 6
+        house.begin()
+        jobs = [opening(user, is_told=True, at=at) for user in range(1, 6) for at in (1, 50_000_000)]
+        served(house, [house.come(job) for job in jobs])
+        assert house.server.n_computed <= 2 * (N + 5 * (OWN + AGAIN))
+
+
+@EVERY
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_prefix_is_computed_as_soon_as_its_most_urgent_request(
+    cache_kind: CacheKind, is_shared: bool
+) -> None:
+    """Its maker's user has received more than its share. That of the one who waits has not, and waits no longer than if
+    it had computed everything itself."""
+    greedy, other, new = User("greedy"), User("other"), User("new")
+    with Paced(cache_kind, 12, answer_s=0.001) as house:
+        house.begin()
+        for i in range(2):
+            house.come(long(f"greedy {i}", 3000, at=i, user=greedy))
+        house.come(long("other", 9000, at=9, user=other))
+        house.until(5.0)
+        house.come(opening(1, 600, is_told=True, n=3000, user=greedy))
+        for i in range(4):
+            house.come(long(f"other {i}", 3000, at=10 + i, user=other))
+        house.until(5.1)
+        house.come(opening(2, is_told=True, n=3000, at=1 if is_shared else 50_000_000, user=new))
+        house.drive()
+        assert house.first_s["user 2"] <= 10.5
+        assert house.first_s["other 3"] > house.first_s["user 2"]

@@ -65,6 +65,7 @@ class Leases:
         self.is_gate_shut = False  # no other request may begin its first step
         self.is_turn_wanted = False  # the exclusive request waits for others to finish
         self._used_at, self._worked_at = now(), -math.inf
+        self._n_prefilling, self._prefilling_since, self._prefilled_s = 0, 0.0, 0.0
 
     def __repr__(self) -> str:
         return f"<Leases {self.backend} {list(self.leases)}>"
@@ -89,6 +90,11 @@ class Leases:
     def unused_s(self) -> float:
         """The seconds since llama-server has worked for a client, 0 while it does."""
         return 0.0 if any(lease.is_running for lease in self.leases) else self.now() - self._worked_at
+
+    @property
+    def prefilled_s(self) -> float:
+        """The seconds so far in which llama-server has computed prompts ahead of their requests."""
+        return self._prefilled_s + (self.now() - self._prefilling_since if self._n_prefilling else 0.0)
 
     @property
     def is_open(self) -> bool:
@@ -173,6 +179,17 @@ class Leases:
         """Charge its user until it ends, or until its slot has drained."""
         if charge is not None:
             self._charges[lease] = charge
+
+    def prefill_began(self) -> None:
+        """llama-server computes one more chunk of a prompt."""
+        if not self._n_prefilling:
+            self._prefilling_since = self.now()
+        self._n_prefilling += 1
+
+    def prefill_ended(self) -> None:
+        """A chunk is over."""
+        self._prefilled_s, self._prefilling_since = self.prefilled_s, self.now()
+        self._n_prefilling -= 1
 
     # -- called by a lease, as its ``Owner`` ---------------------------------------------------------------------
 

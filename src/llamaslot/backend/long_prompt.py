@@ -68,6 +68,11 @@ class LongPrompt:
         return self.lease.request.user.id
 
     @property
+    def users(self) -> set[str]:
+        """Its user, and those that wait for a shared prefix from it."""
+        return {self.user, *self.lease.table.users_awaiting(self.lease.slot_id)}
+
+    @property
     def last(self) -> int:
         return self.stops[-1]
 

@@ -5,7 +5,7 @@ wait for them.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llamaslot.cache.changes import Changes
 from llamaslot.cache.content import Content
@@ -17,13 +17,15 @@ from llamaslot.cache.prefix_index import PrefixIndex
 class PendingSave:
     """Content being saved: neither in a slot nor a snapshot until the save is committed.
 
-    ``slot``: for a shared prefix that is still to be computed, the slot of the request that computes it.
+    ``slot``: for a shared prefix that is still to be computed, the slot of the request that computes it; ``users``:
+    those that wait for it.
     """
 
     holder: str
     content: Content
     until: float
     slot: int | None = None
+    users: set[str] = field(default_factory=set, compare=False)
 
 
 class PendingSnapshots:

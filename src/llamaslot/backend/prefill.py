@@ -96,8 +96,8 @@ class ChunkedPrefill:
         )
         lease.set_progress(long.at)
         if lease.is_long:
-            self._time.keep({other.request.user.id for other in self.leases.leases})
             self._longs.append(long)
+            self._time.keep({other.request.user.id for other in self.leases.leases} | self._users_waiting())
             self._changes.notify()  # its slot actions are over
         try:
             while True:
@@ -170,12 +170,18 @@ class ChunkedPrefill:
         current = longs.index(last) if last in longs else None
         pendings, sharing = [self._pending(long, now) for long in longs], _sharing(longs[0])
         # What a user has received above its share counts as work before it; of the prompt only the rest counts.
-        owed_s = [self._time.owed_s(long.user) + long.counted_s for long in longs]
+        owed_s = [self._owed_s(long) for long in longs]
         pendings = [
             replace(one, left_s=one.left_s + max(owed_s) - own_s)
             for one, own_s in zip(pendings, owed_s, strict=True)
         ]
         return longs[next_up(pendings, current, self.rates.interruption.seconds, sharing.starvation_s)]
+
+    def _owed_s(self, long: LongPrompt) -> float:
+        """What its user has received less than its share, or the user that has received least of those that wait for a
+        shared prefix from it: they would compute it themselves instead."""
+        owed_s = (self._time.owed_s(user) for user in long.users - {long.user})
+        return max([self._time.owed_s(long.user) + long.counted_s, *owed_s])
 
     def _pending(self, long: LongPrompt, now: float) -> Pending:
         """The remaining work counts to the point where other requests can resume, if any wait for that."""
@@ -198,11 +204,10 @@ class ChunkedPrefill:
         return sorted({user for user in first if may(user, long.user, grace_s)})
 
     def _users_waiting(self) -> set[str]:
-        """The users of long prompts and of requests with a short prefill."""
+        """The users of long prompts, of requests with a short prefill, and of those that wait for a shared prefix."""
         leases = self.leases.leases if self._longs else ()
-        return {long.user for long in self._longs} | {
-            lease.request.user.id for lease in leases if lease.is_latency_sensitive
-        }
+        short = {lease.request.user.id for lease in leases if lease.is_latency_sensitive}
+        return short.union(*(long.users for long in self._longs))
 
     def _n_streams(self, long: LongPrompt) -> int:
         return sum(lease.is_decoding for lease in self._others(long))
@@ -223,6 +228,7 @@ class ChunkedPrefill:
         """
         lease = long.lease
         before = lease.content
+        self.leases.prefill_began()
         try:
             long.is_cut = self._is_cut(long)
             long.end = self._end_of(long)
@@ -240,6 +246,7 @@ class ChunkedPrefill:
         finally:
             took_s = self.now() - long.since
             long.seconds += took_s
+            self.leases.prefill_ended()
             if self._current is long:
                 self._ended(long, took_s)
         lease.table.is_ready_in(lease.slot_id, self.rates.prefill.seconds(long.at, long.last), self.now())

@@ -69,9 +69,8 @@ class SlotTable:
         self.backend, self.n_ctx, self.rules, self.rates = backend, n_ctx, rules, rates
         self.can_erase = False
         self.rewind_model = RewindModel(predictions=rates.predictions)
-        self.is_cache_kind_sure = (
-            False  # the GGUF says so too: a short probe does not exceed a sliding window
-        )
+        # Whether the GGUF says so too: a short probe does not exceed a sliding window.
+        self.is_cache_kind_sure = False
         self.slots = [Slot(backend, i) for i in range(n_slots)]
         self.is_current = True
         self.lost_slots = LostSlots()
@@ -318,9 +317,8 @@ class SlotTable:
         will_hold, namespace = (
             (request.tokens, request.namespace) if plan is not None else (old.tokens, old.namespace)
         )
-        self._busy[slot.id] = SlotForecast(
-            now + steps_s, has_answer, will_hold, namespace, request.max_tokens
-        )
+        ready_at, max_tokens = now + steps_s, request.max_tokens
+        self._busy[slot.id] = SlotForecast(ready_at, has_answer, will_hold, namespace, max_tokens)
         self._index_content(slot, will_hold, namespace)
         self.worth.lost(slot)
         return leaving
@@ -358,6 +356,10 @@ class SlotTable:
     def expected_trunks(self, slot: int) -> list[int]:
         """Where the prefill in ``slot`` is to save a shared prefix, in tokens, ascending."""
         return sorted(trunk.content.n_tokens for trunk in self._pending.trunks_of(slot))
+
+    def users_awaiting(self, slot: int) -> set[str]:
+        """The users that wait for a shared prefix from ``slot``."""
+        return {user for trunk in self._pending.trunks_of(slot) for user in trunk.users}
 
     def expected_trunk(self, holder: str | None) -> PendingSave | None:
         """The shared prefix of that name, if it is still to be computed."""
@@ -407,10 +409,9 @@ class SlotTable:
             self._busy.pop(slot.id, None)
             slot.leased_by = None
             slot.used_at = now
-        if slot.content.tokens != expected.will_hold or slot.content.namespace != expected.namespace:
-            self._index_content(
-                slot, slot.content.tokens, slot.content.namespace
-            )  # else it is in the index as it was expected
+        content = slot.content  # in the index already, if it is as it was expected
+        if content.tokens != expected.will_hold or content.namespace != expected.namespace:
+            self._index_content(slot, content.tokens, content.namespace)
         if slot.is_idle:
             self.worth.holds(slot)
 

@@ -375,11 +375,15 @@ class Dispatcher:
         if is_patient and ask_for_trunk(request, views, makers, now):
             views = {its.backend: its.view(request, now, reserved) for its in tables}
         decision = place(request, views.values(), self.rules)
-        if isinstance(decision, Wait) and waiting.prefix_wait is None and decision.place is not None:
-            at_last = waiting.came_at + (self.queue.limits.max_wait_s or math.inf) / 2
-            table = self._table_of(decision.place)
-            assert table is not None, "what is waited for is up"
-            waiting.prefix_wait = PrefixWait.of(table, decision, makers, now, at_last)
+        if isinstance(decision, Wait) and (place_ := decision.place) is not None:
+            leases = self.backends[place_.slot.backend]
+            trunk = leases.table.expected_trunk(place_.snapshot) if leases.table is not None else None
+            if trunk is not None:
+                trunk.users.add(request.user.id)
+                at_last = waiting.came_at + (self.queue.limits.max_wait_s or math.inf) / 2
+                waiting.prefix_wait = waiting.prefix_wait or PrefixWait.of(
+                    leases, trunk, decision, now, at_last
+                )
         return decision
 
     def _give(self, waiting: Waiting, lease: Lease) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from llamaslot.backend.lease import Lease
+from llamaslot.backend.leases import Leases
+from llamaslot.backend.pending import PendingSave
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.reuse import TRUNK, checkpoints_after
 from llamaslot.cache.shared_prefix import MIN_TOKENS
@@ -17,41 +19,46 @@ from llamaslot.scheduling.slots import IDLE
 
 @dataclass(frozen=True, slots=True)
 class PrefixWait:
-    """The time limit for waiting for another request's prefix. It is the remaining prefill of that request up to the
-    prefix, plus this request's own prefill of it: without sharing it would have waited for that request in any case,
-    because the request with less left is first.
+    """The time limit for waiting for another request's prefix: the remaining prefill of that request up to the prefix,
+    plus this request's own prefill of it. Without sharing it would have waited for that request in any case, because
+    the request with less left is first.
 
-    ``n_made`` of ``n_trunk`` tokens were present at ``since``; alone, this request would have begun with ``n_own``. In
-    tokens, not in seconds, because the speed is learned meanwhile. ``at_last``: the latest time, because requests
-    that wait too long in the queue are refused.
+    Time in which llama-server computes prompts does not count: it would not have computed this one, which has more
+    left than the prefix that it waits for. If it counted, a server that is slower than estimated would end the
+    wait while the prefix is almost there. The first batch of a new server was four times slower than the probes from
+    which its speed was known (0.8 s of 2,048 tokens), and all that began together computed everything.
+
+    ``maker`` computes ``n_trunk`` tokens; alone, this request would have begun with ``n_own``. In tokens, not in
+    seconds, because the speed is learned meanwhile. At ``since`` llama-server had computed for ``prefilled_s``.
+    ``at_last``: the latest time, because requests that wait too long in the queue are refused.
     """
 
-    table: SlotTable
+    leases: Leases
+    maker: Lease
     since: float
-    n_made: int
+    prefilled_s: float
     n_trunk: int
     n_own: int
     at_last: float
 
     def lasts(self, request: Request, now: float) -> bool:
-        if not self.table.is_current:
+        if not self.maker.table.is_current:
             return False
-        seconds = self.table.rates.prefill.seconds
-        both_s = seconds(self.n_made, self.n_trunk) + seconds(self.n_own, request.n_tokens)
-        return now < min(self.since + both_s, self.at_last)
+        seconds = self.maker.table.rates.prefill.seconds
+        both_s = seconds(self.maker.n_done, self.n_trunk) + seconds(self.n_own, request.n_tokens)
+        computed_s = self.leases.prefilled_s - self.prefilled_s
+        return now < min(self.since + both_s + computed_s, self.at_last)
 
     @classmethod
     def of(
-        cls, table: SlotTable, wait: Wait, makers: Iterable[Lease], now: float, at_last: float
+        cls, leases: Leases, trunk: PendingSave, wait: Wait, now: float, at_last: float
     ) -> PrefixWait | None:
-        """None if the request waits for something else."""
-        trunk = table.expected_trunk(wait.place.snapshot) if wait.place is not None else None
-        if trunk is None:
+        """None if the maker of ``trunk`` has gone."""
+        maker = next((lease for lease in leases.held() if lease.slot_id == trunk.slot), None)
+        if maker is None:
             return None
-        here = (maker for maker in makers if maker.table is table and maker.slot_id == trunk.slot)
-        n_made = max((maker.n_done for maker in here), default=0)
         n_own = wait.instead.n_reused if wait.instead is not None else 0
-        return cls(table, now, n_made, trunk.content.n_tokens, n_own, at_last)
+        return cls(leases, maker, now, leases.prefilled_s, trunk.content.n_tokens, n_own, at_last)
 
 
 def ask_for_trunk(
