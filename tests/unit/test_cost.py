@@ -259,6 +259,15 @@ def test_answer_is_never_negative(samples: list[tuple[int, float]], a: float, b:
         assert 0 < answer.seconds_left(at) < 1e10
 
 
+def test_of_prompts_longer_than_any_seen_too_little_is_known_to_save_a_request() -> None:
+    """Whatever a request costs, it is worth a prompt of more than four times as many tokens as any that was seen."""
+    rates = Rates()
+    rates.prefill.observe(10, 50, 0.001)
+    assert 20 * rates.request_s == pytest.approx(rates.prefill.seconds(0, 200), rel=0.1)
+    rates.prefill.observe(0, 3000, 0.5)
+    assert rates.request_s == rates.request.seconds
+
+
 @settings(deadline=None)  # the machine may be busy
 @given(
     st.lists(st.tuples(st.integers(0, 60_000), st.integers(32, 9000), st.floats(1e-3, 1e3)), max_size=40),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ from llamaslot.errors import SlotActionFailed
 from llamaslot.fleet.queue import QueueLimits
 from llamaslot.scheduling.request import Request, User
 from llamaslot.store import Snapshot
-from tests.support.house import outcome, tokens_of
+from tests.support.house import RULES, outcome, tokens_of
 from tests.support.mainloop import BATCH, Paced, long
-from tests.support.stub import Op
+from tests.support.stub import BYTES_PER_TOKEN, Op
 
 N, OWN = 2000, 500
 EVERY = pytest.mark.parametrize("cache_kind", list(CacheKind))
@@ -373,6 +374,19 @@ def test_nor_does_another_group_that_is_computed_first(cache_kind: CacheKind, n_
         jobs = [opening(user, is_told=True, at=at) for user in range(1, 6) for at in (1, 50_000_000)]
         served(house, [house.come(job) for job in jobs])
         assert house.server.n_computed <= 2 * (N + 5 * (OWN + AGAIN))
+
+
+@EVERY
+def test_the_first_long_prompt_of_all_is_shared(cache_kind: CacheKind) -> None:
+    """Of the speed only probes tell, by which it is no long one."""
+    with house_of(cache_kind) as house:
+        house.dispatcher.rules = house.table.rules = replace(RULES, chunk_threshold_s=None)
+        house.rates.prefill.observe(10, 50, 0.001)
+        house.rates.size.observe(50, 50 * BYTES_PER_TOKEN)
+        assert house.rates.prefill.seconds(0, N + OWN) < house.table.rules.long_s(house.rates.request.seconds)
+        reused = served(house, [house.come(opening(user, is_told=True)) for user in (1, 2, 3)])
+        assert min(reused[1:]) >= N - AGAIN
+        assert house.server.n_computed <= N + 3 * (OWN + AGAIN)
 
 
 @EVERY

@@ -111,7 +111,7 @@ class SlotTable:
     @property
     def long_s(self) -> float:
         """Prefills that take more seconds are computed ahead of their requests, in turn with those of others."""
-        return self.rules.long_s(self.rates.request.seconds)
+        return self.rules.long_s(self.rates.request_s)
 
     def view(
         self, request: Request, now: float, reserved: Mapping[SlotKey, float], *, is_patient: bool = True
@@ -149,7 +149,7 @@ class SlotTable:
             can_erase=self.can_erase,
             trunks=self._candidates.trunks(request, branch, is_second=begin_so) if self.can_save else (),
             is_rewindable=self.rewind_model.is_rewindable,
-            request_s=self.rates.request.seconds,
+            request_s=self.rates.request_s,
             shared=shared,
         )
 

@@ -23,6 +23,7 @@ from llamaslot.scheduling.json_numbers import positive, rows, within
 _GUESSED_BYTES_PER_TOKEN = 100_000
 _CLOSE = 1.03  # figures that differ by 3 % decide alike
 _DEEP = 10_000  # tokens; the slope is visible at this depth
+_LONGEST_SHARE = 5  # at a price of a twentieth, prompts of four times the longest one are worth a request
 
 
 class PrefillRate:
@@ -42,6 +43,7 @@ class PrefillRate:
         self._samples: dict[int, deque[_Sample]] = {}
         self._n_observed = 0
         self._fitted: tuple[float, float] | None = self.PRIOR_S, 0.0
+        self.longest = 0  # tokens of the longest prompt in a sample
 
     def __repr__(self) -> str:
         if not self.known:
@@ -63,6 +65,7 @@ class PrefillRate:
         if start < 0 or n < self.MIN_TOKENS or end >= 2**31 or not 1e-7 * n < seconds < 1e6:
             return
         self._n_observed += 1
+        self.longest = max(self.longest, end)
         sample = _Sample(start, end, seconds, self._n_observed)
         bucket = (start + end).bit_length()
         self._samples.setdefault(bucket, deque(maxlen=self.KEPT)).append(sample)
@@ -378,6 +381,16 @@ class Rates:
             prefill.per_token_s(0), prefill.per_token_s(_DEEP), save.latency_s, save.bytes_per_s, restore.latency_s,
             restore.bytes_per_s, self.size_bytes(0), self.size_bytes(_DEEP), self.save_delay.seconds,
         )  # fmt: skip
+
+    @property
+    def request_s(self) -> float:
+        """The seconds that one more request costs, where it is held against a prefill. Less at first: of a prompt many
+        times as long as any that was seen, only too short a time is known (probes of 50 tokens took 25 us each, 3,000
+        tokens 110 to 250), and the request also teaches that.
+        """
+        if not self.prefill.known:
+            return self.request.seconds
+        return min(self.request.seconds, self.prefill.seconds(0, self.prefill.longest) / _LONGEST_SHARE)
 
     def size_bytes(self, n_tokens: int) -> int:
         """The expected size in bytes of a snapshot of ``n_tokens``; before the first file that of a model of about
