@@ -28,7 +28,7 @@ from llamaslot.backend.backend import Backend, Health
 from llamaslot.config.load import Config
 from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.registry import Registry
-from llamaslot.http.app import listening
+from llamaslot.http.serve import listening
 from tests.support import models
 from tests.support.answers import Answer
 from tests.support.fake import FakeServer
@@ -112,7 +112,8 @@ class Front:
         self.registry = Registry.of(self.config, self.config.backend.url)
         await self.registry.open()
         self._running.push_async_callback(self._close)
-        await self._running.enter_async_context(listening(self.config, self.registry))
+        front = await self._running.enter_async_context(listening(self.config, self.registry))
+        await front.load()
         self.registry.start()
         if wait:
             await self.until(lambda: self.backend.health is Health.UP)

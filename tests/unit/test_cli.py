@@ -24,7 +24,7 @@ from llamaslot.cli import log_lines
 from llamaslot.cli.faults import EXIT_FAULT
 from llamaslot.config.load import Config
 from llamaslot.errors import LlamaslotError
-from llamaslot.http.app import _greet
+from llamaslot.http.serve import _greet
 
 REPOSITORY = Path(__file__).parents[2]
 GOOD = "backends: [{url: 'http://127.0.0.1:8080'}]\n"
@@ -48,9 +48,9 @@ def run_serve(monkeypatch: pytest.MonkeyPatch, config_path: Path) -> Run:
             if raises is not None:
                 raise raises
 
-        app = types.ModuleType("llamaslot.http.app")
+        app = types.ModuleType("llamaslot.http.serve")
         app.__dict__["serve"] = serve
-        monkeypatch.setitem(sys.modules, "llamaslot.http.app", app)
+        monkeypatch.setitem(sys.modules, "llamaslot.http.serve", app)
         return CliRunner().invoke(cli.main, ["serve", "--config", str(config_path)])
 
     return run

@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+from collections.abc import AsyncIterator
+from copy import copy
 from pathlib import Path
 
 import pytest
 
 from llamaslot.backend.backend import Health
 from llamaslot.http import new_connection
-from llamaslot.http.connections import Connection
-from tests.support.inprocess import PATIENCE_S, served
+from llamaslot.http.client_connection import Connection
+from llamaslot.http.serve import Front as ServeFront
+from llamaslot.http.serve import listening
+from tests.support.inprocess import PATIENCE_S, Front, served
+from tests.support.real import free_port
 from tests.support.wire import Wire, request, wire
 
 CLOSE = "Connection: close"
@@ -162,3 +167,42 @@ async def test_pages_of_other_origins_are_answered_by_aiohttp(
     async with served(tmp_path, {"listen": {"cors": ["http://x"]}}) as it, wire(it) as client:
         assert "vary: origin" in (await answer(client))[0].lower()
         assert handed_over
+
+
+@contextlib.asynccontextmanager
+async def not_loaded(it: Front) -> AsyncIterator[tuple[Front, ServeFront]]:
+    """The same llamaslot on a second port, as it is right after its start."""
+    other = copy(it)
+    listen = it.config.listen.model_copy(update={"port": free_port()})
+    other.config = it.config.model_copy(update={"listen": listen})
+    async with listening(other.config, it.registry) as front:
+        yield other, front
+
+
+async def test_before_the_application_is_loaded(tmp_path: Path) -> None:
+    """Health checks are answered; what needs the application waits for it, and is answered then."""
+    data = request("GET", "/llamaslot/status", b"")
+    async with served(tmp_path) as it, not_loaded(it) as (other, front), wire(other) as early:
+        assert (await answer(early))[0].startswith("HTTP/1.1 200")
+        assert not front.connections.is_wanted.is_set()
+        async with wire(other) as gone:
+            await gone.send(data)
+            await front.connections.is_wanted.wait()
+        await early.send(data[:20])
+        await front.load()
+        await early.send(data[20:])
+        assert (await early.head()).startswith("HTTP/1.1 200")
+        async with wire(other) as late:
+            assert (await answer(late, "X-Other: x"))[0].startswith("HTTP/1.1 200")
+
+
+async def test_it_ends_before_the_application_is_loaded(tmp_path: Path) -> None:
+    """Connections that wait for it are closed."""
+    async with served(tmp_path) as it, contextlib.AsyncExitStack() as stack:
+        other, front = await stack.enter_async_context(not_loaded(it))
+        async with wire(other) as client:
+            await client.send(request("GET", "/llamaslot/status", b""))
+            await front.connections.is_wanted.wait()
+            await stack.aclose()
+            with contextlib.suppress(ConnectionResetError):
+                assert await client.rest() == b""

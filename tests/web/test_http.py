@@ -13,7 +13,8 @@ from typing import Any
 import orjson
 import pytest
 
-from llamaslot.http.connections import Connection, raise_file_limit
+from llamaslot.http.client_connection import Connection
+from llamaslot.http.connections import raise_file_limit
 from llamaslot.http.decompress import Unpacking
 from tests.support.inprocess import CHAT, NATIVE, PATIENCE_S, letters, right, served
 from tests.support.keys import KeyFile

@@ -20,6 +20,10 @@ from llamaslot.errors import ConfigError
 if TYPE_CHECKING:
     from llamaslot.config.load import Config
 
+_NO_PLUGINS = {
+    "PYDANTIC_DISABLE_PLUGINS": "__all__"
+}  # it would look for some in every installed package: 15 ms
+
 
 class LateGroup(click.Group):
     """A group of commands in its own module of the same name, imported when one of its commands is used."""
@@ -71,16 +75,15 @@ def serve(path: Path, is_check: bool, who: str | None) -> None:
 
 
 def _serve(path: Path, is_check: bool, who: str | None) -> None:
-    from llamaslot.cli.quick_import import import_aiohttp
-
-    import_aiohttp()
     from llamaslot.config.load import Config
+    from llamaslot.llama.quick_import import environment
 
     try:
         if is_check:
             _check(path, who)
             return
-        config = Config.load(path)
+        with environment(_NO_PLUGINS):
+            config = Config.load(path)
     except ConfigError as error:
         fail([str(error)])
     from llamaslot.cli.log_lines import set_up_logging
@@ -106,7 +109,7 @@ def _check(path: Path, who: str | None) -> None:
 
 
 def _run(config: Config) -> None:
-    from llamaslot.http.app import serve as serve_app
+    from llamaslot.http.serve import serve as serve_app
 
     run_to_end(serve_app(config), config.listen)
 

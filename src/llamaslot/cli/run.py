@@ -101,9 +101,6 @@ def _run(
         if store is not None and given.said(SAVE_PATH) is not None:
             raise LlamaslotError("--slot-save-path and --store: leave one of them out, they say the same")
         address = _address(listen, given)
-        from llamaslot.cli.quick_import import import_aiohttp
-
-        import_aiohttp()
         from llamaslot.config.sections import default_meta_dir
         from llamaslot.http.serve_command import serve_command
         from llamaslot.llama.managed.process import ManagedServer, in_words

@@ -52,19 +52,19 @@ _NOTHING: dict[str, Any] = {
 class Config(Section):
     """The whole file. ``backends`` has exactly one entry; several are for a later version."""
 
-    listen: ListenConfig = ListenConfig()
+    listen: ListenConfig = ListenConfig.model_construct()
     backends: tuple[BackendConfig, ...]
-    store: StoreConfig = Field(default_factory=StoreConfig)
-    routing: RoutingConfig = RoutingConfig()
-    cache: CacheConfig = CacheConfig()
-    prefill: PrefillConfig = PrefillConfig()
-    queue: QueueConfig = QueueConfig()
-    timeouts: TimeoutsConfig = TimeoutsConfig()
-    stream: StreamConfig = StreamConfig()
-    passthrough: PassthroughConfig = PassthroughConfig()
-    auth: AuthConfig = AuthConfig()
-    shutdown: ShutdownConfig = ShutdownConfig()
-    log: LogConfig = LogConfig()
+    store: StoreConfig = Field(default_factory=StoreConfig.model_construct)
+    routing: RoutingConfig = RoutingConfig.model_construct()
+    cache: CacheConfig = CacheConfig.model_construct()
+    prefill: PrefillConfig = PrefillConfig.model_construct()
+    queue: QueueConfig = QueueConfig.model_construct()
+    timeouts: TimeoutsConfig = TimeoutsConfig.model_construct()
+    stream: StreamConfig = StreamConfig.model_construct()
+    passthrough: PassthroughConfig = PassthroughConfig.model_construct()
+    auth: AuthConfig = AuthConfig.model_construct()
+    shutdown: ShutdownConfig = ShutdownConfig.model_construct()
+    log: LogConfig = LogConfig.model_construct()
     prewarm: tuple[Annotated[FilePath, AfterValidator(chat_file)], ...] = ()
     rewrite: Annotated[
         tuple[Annotated[RewriteRule, BeforeValidator(ready)], ...], AfterValidator(distinct)

@@ -111,7 +111,7 @@ def _chat_bodies(config: Config) -> list[tuple[str, dict[str, Any]]]:
         bodies = [(path.name, read_chat_file(path)) for path in config.prewarm]
     except ValueError as error:
         raise ConfigError("prewarm", [str(error)]) from error
-    rewriting = Rewriting(config.rules)
+    rewriting = Rewriting(config.rules if bodies else ())
     for _, body in bodies:
         rewriting.apply(body, CHAT)
     return bodies

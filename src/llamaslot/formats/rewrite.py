@@ -13,7 +13,6 @@ from collections.abc import Collection, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import regex
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from llamaslot.formats.base import Format
@@ -25,6 +24,8 @@ MAX_CHARS = 4096
 #: The names of the formats that have a system prompt.
 SPOKEN = tuple(name for name, each in FORMATS.items() if each.messages_key or each.system_key)
 if TYPE_CHECKING:
+    import regex  # where a rule is compiled: 12 ms of a start that has none
+
     Spoken = str
 else:
     Spoken = Literal[SPOKEN]
@@ -35,7 +36,7 @@ class RewriteRule(BaseModel):
     beginning of each text is searched.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
     pattern: Annotated[str, Field(min_length=1)]
@@ -46,6 +47,8 @@ class RewriteRule(BaseModel):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str) -> str:
+        import regex
+
         try:
             matches_nothing = re.compile(pattern).search("") is not None
             _compiled(pattern)
@@ -78,6 +81,8 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
     """Compiled by ``regex``, which can be stopped. A brace that repeats nothing is escaped, as in ``re``: ``regex``
     reads ``{e}`` and the like as permitted errors, and then anything matches.
     """
+    import regex
+
     return regex.compile(_BRACE.sub(lambda found: found[1] or r"\{", pattern))
 
 
@@ -90,7 +95,7 @@ READY = {
     # Newer builds of llama-server make ``cch`` constant (``formats/messages.py``); no build does that for
     # ``cc_version``. They leave the text below unchanged. The fields are named one by one: where a client joins its
     # blocks, text follows on the same line.
-    "claude-code-attribution": RewriteRule(
+    "claude-code-attribution": RewriteRule.model_construct(
         name="claude-code-attribution",
         pattern=r"\Ax-anthropic-billing-header:(?:[ \t]*[A-Za-z_][A-Za-z0-9_]*=[^;\s]*(?:;|(?=\s|\Z)))+",
         replace="x-anthropic-billing-header: cch=fffff;",

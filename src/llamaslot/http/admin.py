@@ -1,4 +1,4 @@
-"""llamaslot's own pages: ``/health``, and below ``/llamaslot/``: status, metrics, journal, OpenAPI."""
+"""llamaslot's own pages below ``/llamaslot/``: status, metrics, journal, OpenAPI."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 from aiohttp import web
 
 from llamaslot import __version__
-from llamaslot.backend.backend import Health
 from llamaslot.errors import BadRequest, NotAllowed, NotFound
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.openapi import DESCRIPTION, PATHS
@@ -40,14 +39,6 @@ class Status:
             case _:
                 own = ", ".join(path for path in PATHS if path.startswith("/llamaslot/"))
                 raise NotFound(f"there is no {request.path}; there are {own}")
-
-    def health(self) -> tuple[int, dict[str, str]]:
-        """Status and content of ``/health``: 200 while any backend serves, else 503."""
-        states = {backend.health for backend in self._registry.backends}
-        if Health.UP in states:
-            return 200, {"status": "ok"}
-        health = Health.CONNECTING if Health.CONNECTING in states else Health.DOWN
-        return 503, {"status": health.value}
 
     def status(self) -> dict[str, Any]:
         """Backends, snapshots and the queue at present. Token contents are never shown."""

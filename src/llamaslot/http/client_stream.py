@@ -18,12 +18,12 @@ from llamaslot.errors import ClientGone, LlamaslotError
 from llamaslot.formats.error_events import ErrorEvents
 from llamaslot.http.client_errors import HAS_BEGUN, error_instead, errors_of
 from llamaslot.http.deadlines import Timeouts
+from llamaslot.http.new_connection import NAME
 from llamaslot.llama.sse import comment
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 
-NAME = {"Server": "llamaslot"}  # without versions
 _NOTHING_TO_SAY = contextlib.nullcontext()
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 

@@ -10,8 +10,8 @@ import signal
 from llamaslot import __version__
 from llamaslot.config.load import Config
 from llamaslot.fleet.registry import Registry
-from llamaslot.http.app import listening
 from llamaslot.http.connections import raise_file_limit
+from llamaslot.http.serve import listening
 from llamaslot.llama.managed.process import ManagedServer
 from llamaslot.tasks import TaskOwner
 
@@ -42,7 +42,8 @@ async def serve_command(config: Config, server: ManagedServer, stop_s: float) ->
     await registry.open()
     code, save_s, stops_at = None, 0.0, loop.time()
     try:
-        async with listening(config, registry):
+        async with listening(config, registry) as front:
+            await front.load()  # before a child is started: importing aiohttp changes the environment
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, stop.set)
             life = tasks.spawn(server.run_once(), "llama-server")

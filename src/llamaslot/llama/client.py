@@ -1,4 +1,4 @@
-"""llama-server's HTTP routes, typed. aiohttp's client errors are translated here and nowhere else.
+"""llama-server's HTTP routes, typed. Errors of connections are translated here and nowhere else.
 
 Repeatable requests use kept connections (``keep_alive``), every other request opens a new one (``upstream``).
 """
@@ -6,18 +6,11 @@ Repeatable requests use kept connections (``keep_alive``), every other request o
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
-import io
-import socket
-import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import aiohttp
 import orjson
-from multidict import CIMultiDict
-from yarl import URL
 
 from llamaslot.cache.ids import count, pack, unpack
 from llamaslot.errors import (
@@ -25,30 +18,30 @@ from llamaslot.errors import (
     BackendDown,
     NotUnderstood,
     SlotActionFailed,
-    SlotWedged,
     UpstreamError,
 )
-from llamaslot.llama.dial import REQUEST_CONNECT_S
+from llamaslot.llama.dial import NotReached
 from llamaslot.llama.keep_alive import Answer, KeepAlivePool, NotConnected
+from llamaslot.llama.quick_import import import_aiohttp
 from llamaslot.llama.replies import Progress, Props, SlotAction, SlotInfo
 from llamaslot.llama.response import (
     RELAYED_BYTES,
-    OverAiohttp,
     Response,
     content_type_of,
     next_piece,
     whole,
 )
 from llamaslot.llama.sse import EventSplitter, data_of
-from llamaslot.llama.upstream import PlainServer, Sending, narrow_socket
+from llamaslot.llama.upstream import PlainServer, Sending
+
+if TYPE_CHECKING:
+    from llamaslot.llama.aiohttp_client import AiohttpClient
 
 P = ParamSpec("P")
 
 T = TypeVar("T")
 
 QUICK_S = 60.0  # /slots and /tokenize wait for the batch that is running, several seconds on a slow machine
-
-_PIECE_BYTES = 1 << 20
 
 _READ_BYTES = 1 << 18
 
@@ -91,28 +84,24 @@ class LlamaServer:
         """
         self.url, self.watchdog_s = url.rstrip("/"), watchdog_s
         self.name = name or self.url
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._session: aiohttp.ClientSession | None = None
+        self._api_key = api_key
+        self._aiohttp: AiohttpClient | None = None
         self._kept, self._plain = KeepAlivePool.of(self.url, api_key), PlainServer.of(self.url, api_key)
 
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            # aiohttp's own context has no certificates (quick_import).
-            tls = ssl.create_default_context() if self.url.startswith("https:") else True
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(force_close=True, limit=0, socket_factory=_narrow, ssl=tls),
-                skip_auto_headers=("Accept-Encoding", "User-Agent"),
-                auto_decompress=False,
-                cookie_jar=aiohttp.DummyCookieJar(),
-            )
-        return self._session
+    def _aiohttp_client(self) -> AiohttpClient:
+        if self._aiohttp is None:
+            import_aiohttp()
+            from llamaslot.llama.aiohttp_client import AiohttpClient
+
+            self._aiohttp = AiohttpClient(self.url, self._api_key)
+        return self._aiohttp
 
     async def close(self) -> None:
         if self._kept is not None:
             self._kept.close()
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        if self._aiohttp is not None:
+            await self._aiohttp.close()
+            self._aiohttp = None
 
     def request(
         self,
@@ -136,7 +125,7 @@ class LlamaServer:
         n_held_bytes = RELAYED_BYTES if is_relayed else _READ_BYTES
 
         def over_aiohttp() -> contextlib.AbstractAsyncContextManager[Response]:
-            return self._over_aiohttp(method, path, data, headers, timeout_s, silence_s, n_held_bytes)
+            return self._over_aiohttp(method, path, data, headers or {}, timeout_s, silence_s, n_held_bytes)
 
         if self._plain is None or isinstance(data, AsyncIterator):
             return Sending(None, over_aiohttp, self._is_down)
@@ -156,31 +145,18 @@ class LlamaServer:
         method: str,
         path: str,
         data: bytes | AsyncIterator[bytes] | None,
-        headers: Mapping[str, str] | None,
+        headers: Mapping[str, str],
         timeout_s: float | None,
         silence_s: float | None,
         n_held_bytes: int,
     ) -> AsyncIterator[Response]:
-        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=REQUEST_CONNECT_S, sock_read=silence_s)
-        merged = CIMultiDict(headers or {})
-        merged.update(self._headers)  # our key, not the client's
         try:
-            async with self._open().request(
-                method,
-                URL(self.url + path, encoded=True),
-                # aiohttp warns about bytes over 1 MiB, because it writes them in one piece.
-                data=io.BytesIO(data) if isinstance(data, bytes) and len(data) > _PIECE_BYTES else data,
-                headers=merged,
-                timeout=timeout,
-                allow_redirects=False,
-                read_bufsize=n_held_bytes,
-            ) as response:
-                yield OverAiohttp(response)
-        except aiohttp.SocketTimeoutError as error:
-            raise SlotWedged(
-                f"llama-server at {self.url} has sent nothing for {silence_s:g} s; its slot is given up"
-            ) from error
-        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+            async with self._aiohttp_client().request(
+                method, path, data, headers,
+                timeout_s=timeout_s, silence_s=silence_s, n_held_bytes=n_held_bytes,
+            ) as response:  # fmt: skip
+                yield response
+        except (ConnectionError, TimeoutError) as error:
             raise self._is_down(error) from error
 
     def _is_down(self, error: BaseException) -> BackendDown:
@@ -412,14 +388,11 @@ class LlamaServer:
         return {int(entry["id"]): float(entry["logprob"]) for entry in entries}
 
 
-def _narrow(address: aiohttp.AddrInfoType) -> socket.socket:
-    family, kind, protocol, *_ = address
-    return narrow_socket(family, kind, protocol)
-
-
 def _why(error: BaseException) -> str:
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return _REFUSED if error.os_error.errno == errno.ECONNREFUSED else "does not answer"
+    if isinstance(error, ConnectionRefusedError):
+        return _REFUSED
+    if isinstance(error, NotReached):
+        return "does not answer"
     if isinstance(error, TimeoutError):
         return "did not answer in time"
     return "closed the connection"

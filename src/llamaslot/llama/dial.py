@@ -17,6 +17,10 @@ QUESTION_CONNECT_S = 5.0  # to connect for a short question, which can be repeat
 REQUEST_CONNECT_S = 10.0
 
 
+class NotReached(ConnectionError):
+    """No address of the host accepts a connection."""
+
+
 class Dial:
     """Connects to the last address if it still accepts connections: resolving a name takes a thread."""
 

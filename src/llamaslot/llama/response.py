@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-import aiohttp
 from multidict import CIMultiDict, CIMultiDictProxy
-
-from llamaslot.errors import BackendDown
 
 BROKEN_OFF = "llama-server closed the connection in the middle of the answer"
 
@@ -82,30 +79,3 @@ def length_of(response: Response) -> int | None:
     """The length of the body, if the headers tell."""
     length = response.headers.get("Content-Length", "")
     return int(length) if length.isascii() and length.isdigit() else None
-
-
-class OverAiohttp:
-    """An answer to a request of aiohttp's client."""
-
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response = response
-        self.status, self.reason, self.headers = response.status, response.reason, response.headers
-
-    @property
-    def has_ended(self) -> bool:
-        return self._response.content.at_eof()
-
-    async def pass_to(self, take: Take) -> bool:
-        """As ``Response``; for silence it raises aiohttp's error, which the sender of the request translates."""
-        while piece := await self._piece():
-            if not take(piece):
-                return True
-        return False
-
-    async def _piece(self) -> bytes:
-        try:
-            return await self._response.content.read(RELAYED_BYTES)
-        except aiohttp.SocketTimeoutError:
-            raise
-        except (aiohttp.ClientError, RuntimeError) as error:  # the latter is aiohttp's "Connection closed."
-            raise BackendDown(BROKEN_OFF) from error

@@ -7,8 +7,10 @@ an ``https`` address, so the empty ones are never used.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator, Mapping
 
 _SOURCES = ("SSL_CERT_FILE", "SSL_CERT_DIR")  # OpenSSL's names for where its default certificates are
 _NOWHERE = "/nonexistent"
@@ -16,12 +18,18 @@ _NOWHERE = "/nonexistent"
 
 def import_aiohttp() -> None:
     """Import it, if that was not done before. The environment is as before afterwards."""
-    if "aiohttp" in sys.modules:
-        return
-    before = {name: os.environ.get(name) for name in _SOURCES}
-    os.environ.update(dict.fromkeys(_SOURCES, _NOWHERE))
+    if "aiohttp" not in sys.modules:
+        with environment(dict.fromkeys(_SOURCES, _NOWHERE)):
+            import aiohttp  # noqa: F401
+
+
+@contextlib.contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables of this process for a moment. No child may be started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
-        import aiohttp  # noqa: F401
+        yield
     finally:
         for name, value in before.items():
             if value is None:

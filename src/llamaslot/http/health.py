@@ -1,0 +1,31 @@
+"""What ``GET /health`` answers, with little imported."""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+
+from llamaslot.backend.backend import Health
+from llamaslot.fleet.registry import Registry
+from llamaslot.http.new_connection import HealthAnswer
+
+
+def health_of(registry: Registry) -> tuple[int, dict[str, str]]:
+    """Status and content: 200 while any backend serves, else 503."""
+    states = {backend.health for backend in registry.backends}
+    if Health.UP in states:
+        return 200, {"status": "ok"}
+    health = Health.CONNECTING if Health.CONNECTING in states else Health.DOWN
+    return 503, {"status": health.value}
+
+
+class HealthChecks:
+    """The answers, counted."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def answer(self) -> HealthAnswer:
+        status, told = health_of(self._registry)
+        self._registry.metrics.requests.labels("own", str(status)).inc()
+        return HealthAnswer(status, HTTPStatus(status).phrase, json.dumps(told).encode())

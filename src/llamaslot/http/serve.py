@@ -1,0 +1,205 @@
+"""Starts and stops llamaslot.
+
+What answers ``/health`` is imported and started first; aiohttp and the application, which take as long again to
+import, follow when a client needs them, or a moment later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import signal
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from llamaslot import __version__
+from llamaslot.config.load import Config
+from llamaslot.errors import LlamaslotError
+from llamaslot.fleet.registry import Registry
+from llamaslot.http.connections import ClientTimeouts, Connections, raise_file_limit
+from llamaslot.http.health import HealthChecks
+from llamaslot.llama.managed.process import ManagedServer
+from llamaslot.llama.quick_import import import_aiohttp
+from llamaslot.tasks import TaskOwner
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 1024  # connections that the kernel has established and that are not accepted yet
+_LOAD_AFTER_S = 0.3  # llama-server has been connected to by then, if it answers quickly
+
+
+class Front:
+    """The port. Health checks are answered once it listens, everything else once the application is loaded."""
+
+    def __init__(self, config: Config, registry: Registry) -> None:
+        self._config, self._registry = config, registry
+        # Pages of other origins get more headers with the answer.
+        health = HealthChecks(registry).answer if not config.listen.cors else None
+        self.connections = Connections(config.listen.max_connections, health)
+        self._listener: asyncio.Server | None = None
+        self._runner: web.AppRunner | None = None
+
+    async def listen(self) -> None:
+        """As aiohttp's ``TCPSite``, with llamaslot's own connections. Raises OSError for the port."""
+        listen, context = self._config.listen, None
+        if listen.tls is not None:
+            from llamaslot.http.tls import Certificate
+
+            context = Certificate(listen.tls).context
+        self._listener = await asyncio.get_running_loop().create_server(
+            self.connections, listen.host, listen.port, backlog=_BACKLOG, ssl=context
+        )
+
+    async def load(self) -> None:
+        """Import and start the application. Raises ConfigError if a configured file is not readable any more.
+        Canceling is safe.
+        """
+        await asyncio.to_thread(_import_application)
+        from aiohttp import web
+
+        from llamaslot.http.app import App
+        from llamaslot.http.client_connection import in_one_line, serve_with
+
+        runner = self._runner = web.AppRunner(
+            App(self._config, self._registry).application(),
+            handler_cancellation=True,  # detect that a client leaves while nothing is being written to it
+            shutdown_timeout=self._config.shutdown.drain_s,
+        )
+        logging.getLogger("aiohttp.server").addFilter(in_one_line)
+        await runner.setup()
+        assert runner.server is not None, "set up"
+        serve_with(self.connections, runner.server, ClientTimeouts(self._config.listen.read_timeout_s))
+
+    async def close(self) -> None:
+        """Running answers get ``shutdown.drain_s`` seconds."""
+        if self._listener is not None:
+            self._listener.close()
+        self.connections.close_new()
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    @property
+    def listener(self) -> asyncio.Server:
+        assert self._listener is not None, "it listens"
+        return self._listener
+
+
+def _import_application() -> None:
+    """In a thread, so that health checks are answered meanwhile."""
+    import_aiohttp()
+    import llamaslot.http.app
+    import llamaslot.http.client_connection  # noqa: F401
+
+
+@contextlib.asynccontextmanager
+async def listening(config: Config, registry: Registry) -> AsyncIterator[Front]:
+    """Listen for clients; ``Front.load`` must follow. At the end running answers get ``shutdown.drain_s`` seconds.
+    Raises OSError for the port.
+    """
+    front = Front(config, registry)
+    try:
+        await front.listen()
+        yield front
+    finally:
+        await front.close()
+
+
+async def serve(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT. Raises LlamaslotError if the store cannot be used, OSError for the port."""
+    tasks = TaskOwner()
+    raise_file_limit()
+    await asyncio.to_thread(_make_directories, config)
+    managed = _managed(config)
+    url = managed.url if managed is not None else config.backend.url
+    assert url is not None
+    registry = Registry.of(config, url)
+    await registry.open()
+    stop, save_s = asyncio.Event(), 0.0
+    try:
+        async with listening(config, registry) as front:
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, stop.set)
+            if managed is not None:
+                await front.load()  # before a child is started: importing aiohttp changes the environment
+                tasks.spawn(managed.run(), "managed llama-server")
+            registry.start()
+            _greet(config, front.listener)
+            if managed is None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LOAD_AFTER_S):
+                        await front.connections.is_wanted.wait()
+                await front.load()
+            gc.freeze()  # a full collection over a large index takes 150 ms; afterwards it has little to visit
+            # A request leaves few cycles, and 32 of them have thousands of objects: by default every few requests cause
+            # a collection.
+            gc.set_threshold(20_000, 20, 20)
+            gc.enable()
+            await stop.wait()
+            log.info("stopping")
+        save_s = config.shutdown.save_s
+    finally:
+        await registry.close(save_s)
+        await tasks.close()  # a managed server is ended last: its slots have been saved
+
+
+def _managed(config: Config) -> ManagedServer | None:
+    settings = config.backend
+    if settings.managed is None:
+        return None
+    assert settings.slot_save_path is not None, "the configuration gives a managed server its directory"
+    return ManagedServer(
+        settings.managed,
+        name=settings.name,
+        slot_save_path=settings.slot_save_path,
+        log_path=config.store.meta_dir / f"{settings.name}.log",
+        port=settings.managed.port,
+        api_key=settings.resolve_api_key(),
+    )
+
+
+def _make_directories(config: Config) -> None:
+    paths = [config.store.meta_dir]
+    if config.backend.managed is not None and config.backend.slot_save_path is not None:
+        paths.append(config.backend.slot_save_path)
+    for path in paths:
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise LlamaslotError(f"cannot make the directory {path}: {error.strerror}") from error
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _greet(config: Config, listener: asyncio.Server) -> None:
+    """Log where it listens: the addresses bound by the kernel, and one to try on this machine."""
+    bound = sorted({socket.getsockname()[:2] for socket in listener.sockets})
+    scheme = "https" if config.listen.tls is not None else "http"
+    every = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    base = f"{scheme}://{_address(every.get(bound[0][0], bound[0][0]), bound[0][1])}"
+    is_open = any(host in every for host, _ in bound)
+    has_keys = config.auth.keys_file is not None
+    which, header = (
+        ("with a key of yours", " -H 'Authorization: Bearer …'") if has_keys else ("any API key", "")
+    )
+    log.info(
+        "llamaslot %s listens on %s%s; from this machine: %s/v1", __version__,
+        " and ".join(_address(*address) for address in bound),
+        ", every address of this machine" if is_open else "", base,
+    )  # fmt: skip
+    print(  # noqa: T201
+        f"\nPoint any OpenAI client at {base}/v1 ({which}), or try:\n\n"
+        f"  curl -N {base}/v1/chat/completions -H 'Content-Type: application/json'{header} \\\n"
+        """    -d '{"stream": true, "messages": [{"role": "user", "content": "Name three colours."}]}'\n""",
+        flush=True,
+    )
+
+
+__all__ = ["Front", "listening", "serve"]

@@ -1,0 +1,117 @@
+"""Requests to llama-server over aiohttp's client: what ``upstream`` does not send. ``client`` imports this when it is
+needed, as aiohttp takes 0.15 s to import. aiohttp's errors are translated here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import socket
+import ssl
+from collections.abc import AsyncIterator, Mapping
+
+import aiohttp
+from multidict import CIMultiDict
+from yarl import URL
+
+from llamaslot.errors import BackendDown, SlotWedged
+from llamaslot.llama.dial import REQUEST_CONNECT_S, NotReached
+from llamaslot.llama.response import BROKEN_OFF, RELAYED_BYTES, Response, Take
+from llamaslot.llama.upstream import narrow_socket
+
+_PIECE_BYTES = 1 << 20
+
+
+class AiohttpClient:
+    """Sends requests to ``url``, each on a connection of its own."""
+
+    def __init__(self, url: str, api_key: str | None) -> None:
+        self._url = url
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # aiohttp's own context has no certificates (quick_import).
+        tls = ssl.create_default_context() if url.startswith("https:") else True
+        self.session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(force_close=True, limit=0, socket_factory=_narrow, ssl=tls),
+            skip_auto_headers=("Accept-Encoding", "User-Agent"),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+
+    async def close(self) -> None:
+        await self.session.close()
+
+    @contextlib.asynccontextmanager
+    async def request(
+        self,
+        method: str,
+        path: str,
+        data: bytes | AsyncIterator[bytes] | None,
+        headers: Mapping[str, str],
+        *,
+        timeout_s: float | None,
+        silence_s: float | None,
+        n_held_bytes: int,
+    ) -> AsyncIterator[Response]:
+        """As ``PlainServer.send``; the response is closed with the context.
+
+        Raises ConnectionError, TimeoutError and SlotWedged, also while the body of the block reads the response.
+        """
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=REQUEST_CONNECT_S, sock_read=silence_s)
+        merged = CIMultiDict(headers)
+        merged.update(self._headers)  # our key, not the client's
+        try:
+            async with self.session.request(
+                method,
+                URL(self._url + path, encoded=True),
+                # aiohttp warns about bytes over 1 MiB, because it writes them in one piece.
+                data=io.BytesIO(data) if isinstance(data, bytes) and len(data) > _PIECE_BYTES else data,
+                headers=merged,
+                timeout=timeout,
+                allow_redirects=False,
+                read_bufsize=n_held_bytes,
+            ) as response:
+                yield _Response(response)
+        except aiohttp.SocketTimeoutError as error:
+            raise SlotWedged(
+                f"llama-server at {self._url} has sent nothing for {silence_s:g} s; its slot is given up"
+            ) from error
+        except aiohttp.ClientConnectorError as error:
+            is_refused = error.os_error.errno == errno.ECONNREFUSED
+            raise (ConnectionRefusedError if is_refused else NotReached)(str(error)) from error
+        except aiohttp.ClientError as error:
+            if isinstance(error, ConnectionError | TimeoutError):
+                raise
+            raise ConnectionError(str(error)) from error
+
+
+def _narrow(address: aiohttp.AddrInfoType) -> socket.socket:
+    family, kind, protocol, *_ = address
+    return narrow_socket(family, kind, protocol)
+
+
+class _Response:
+    """An answer to a request of aiohttp's client."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self.status, self.reason, self.headers = response.status, response.reason, response.headers
+
+    @property
+    def has_ended(self) -> bool:
+        return self._response.content.at_eof()
+
+    async def pass_to(self, take: Take) -> bool:
+        """As ``Response``; for silence it raises aiohttp's error, which ``AiohttpClient.request`` translates."""
+        while piece := await self._piece():
+            if not take(piece):
+                return True
+        return False
+
+    async def _piece(self) -> bytes:
+        try:
+            return await self._response.content.read(RELAYED_BYTES)
+        except aiohttp.SocketTimeoutError:
+            raise
+        except (aiohttp.ClientError, RuntimeError) as error:  # the latter is aiohttp's "Connection closed."
+            raise BackendDown(BROKEN_OFF) from error
