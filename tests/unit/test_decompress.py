@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamaslot.errors import BadRequest, Unpackable
-from llamaslot.http.decompress import Unpacking
+from llamaslot.http.request_body import Unpacking
 
 
 def raw_deflate(data: bytes) -> bytes:

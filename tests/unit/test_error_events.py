@@ -15,7 +15,7 @@ from llamaslot.errors import (
     TooManyRequests,
     UpstreamError,
 )
-from llamaslot.formats.error_events import ErrorEvents, translated_all
+from llamaslot.formats.base import ErrorEvents, translated_all
 from llamaslot.formats.registry import FORMATS
 from llamaslot.llama.sse import event_of, n_commented, without_empty_events
 

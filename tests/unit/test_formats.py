@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from llamaslot.errors import PromptNotTokenizable
-from llamaslot.formats.base import LAST_EVENTS, Format, PromptKind
-from llamaslot.formats.error_events import ErrorEvents
+from llamaslot.formats.base import LAST_EVENTS, ErrorEvents, Format, PromptKind
 from llamaslot.formats.registry import FORMATS
 from llamaslot.llama import routes
 from llamaslot.llama.routes import ROUTES, Route

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llamaslot.cache.reuse import CacheKind
-from llamaslot.llama.gguf import Architecture, architecture
+from llamaslot.llama.identity import Architecture, architecture
 from tests.support import models
 
 U32, STRING, ARRAY = 4, 8, 9

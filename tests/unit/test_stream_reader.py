@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from llamaslot.formats.error_events import ErrorEvents
+from llamaslot.formats.base import ErrorEvents
 from llamaslot.formats.registry import FORMATS
 from llamaslot.http.stream_reader import Reading
 from llamaslot.llama.response import Response, Take

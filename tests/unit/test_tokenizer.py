@@ -16,8 +16,7 @@ from llamaslot.cache.ids import count, pack, unpack
 from llamaslot.errors import BadRequest, PromptNotTokenizable, UpstreamError
 from llamaslot.tokens import tokenize_cache as pieces_module
 from llamaslot.tokens.special_tokens import SpecialTokens, SpecialTokensOfEach, TokenSpan
-from llamaslot.tokens.system_prompt_cache import SystemPromptCache
-from llamaslot.tokens.tokenize_cache import TokenizeCache, spaced
+from llamaslot.tokens.tokenize_cache import SystemPromptCache, TokenizeCache, spaced
 from llamaslot.tokens.tokenizer import Prompt, Tokenizer
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "</s>", "[INST]")

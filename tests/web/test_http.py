@@ -15,7 +15,7 @@ import pytest
 
 from llamaslot.http.client_connection import Connection
 from llamaslot.http.connections import raise_file_limit
-from llamaslot.http.decompress import Unpacking
+from llamaslot.http.request_body import Unpacking
 from tests.support.inprocess import CHAT, NATIVE, PATIENCE_S, letters, right, served
 from tests.support.keys import KeyFile
 from tests.support.wire import request, upstream, wire

@@ -7,10 +7,9 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
-from llamaslot.cache.changes import Changes
 from llamaslot.cache.content import Content
 from llamaslot.cache.namespaces import Namespace, marker
-from llamaslot.cache.prefix_index import PrefixIndex
+from llamaslot.cache.prefix_index import Changes, PrefixIndex
 
 
 @dataclass(frozen=True, slots=True)

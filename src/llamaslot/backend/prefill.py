@@ -36,8 +36,15 @@ from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.plan import PrefillStats
-from llamaslot.scheduling.prefill_policy import GRAIN, Pending, PrefillSharing, chunk_end, next_up, pause_s
-from llamaslot.scheduling.server_time import ServerTime
+from llamaslot.scheduling.prefill_policy import (
+    GRAIN,
+    Pending,
+    PrefillSharing,
+    ServerTime,
+    chunk_end,
+    next_up,
+    pause_s,
+)
 from llamaslot.tasks import ChangeEvent
 
 KeepTrunk = Callable[[Lease, int], Awaitable[None]]

@@ -14,8 +14,7 @@ from llamaslot.cache.ids import count, head, unpack
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import SlotActionFailed, SnapshotInvalid, UpstreamError
 from llamaslot.llama.client import ACTION_S, LlamaServer
-from llamaslot.llama.gguf import architecture
-from llamaslot.llama.identity import N_PROBS, Identity, gguf_mark, probe_tokens, told
+from llamaslot.llama.identity import N_PROBS, Identity, architecture, gguf_mark, probe_tokens, told
 from llamaslot.llama.replies import Props
 from llamaslot.scheduling.cost import Rates
 from llamaslot.store import Catalog, NotShared, QuotaExceeded, Reservation, prove_shared

@@ -15,8 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llamaslot.errors import PromptNotTokenizable, Reason
-from llamaslot.formats.base import LAST_EVENTS, Format, PromptKind, UsageCounts
-from llamaslot.formats.error_events import ErrorEvents
+from llamaslot.formats.base import LAST_EVENTS, ErrorEvents, Format, PromptKind, UsageCounts
 from llamaslot.llama.dry_run import DryRun, dry_run
 from llamaslot.llama.sse import event_of
 

@@ -17,8 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llamaslot.errors import PromptNotTokenizable
-from llamaslot.formats.base import LAST_EVENTS, Format, PromptKind, UsageCounts
-from llamaslot.formats.error_events import ErrorEvents
+from llamaslot.formats.base import LAST_EVENTS, ErrorEvents, Format, PromptKind, UsageCounts
 from llamaslot.llama.sse import data_of, event_of
 
 _REPLACED = {"input", "instructions", "messages", "tools", "reasoning", "max_output_tokens"}

@@ -20,8 +20,8 @@ from aiohttp import web
 
 from llamaslot.config.keys import Key, digest_of, read_keys
 from llamaslot.config.sections import AuthConfig
-from llamaslot.config.watch import Watch
 from llamaslot.errors import BadRequest, ConfigError, Forbidden, Unauthorized
+from llamaslot.file_id import Watch
 from llamaslot.llama.routes import server_path
 from llamaslot.scheduling.request import SYSTEM_USER, User
 

@@ -77,7 +77,7 @@ class Connection(web.RequestHandler):
             loop=loop,
             keepalive_timeout=timeouts.idle_s,
             access_log=None,  # type: ignore[arg-type]
-            auto_decompress=False,  # ``http.decompress`` does it
+            auto_decompress=False,  # ``http.request_body`` does it
         )
         self._all, self._timeouts = every, timeouts
         self._is_serving = self._has_served = False

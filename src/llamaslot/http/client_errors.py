@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from aiohttp import web
 
 from llamaslot.errors import ClientGone, LlamaslotError, NotAllowed, Unauthorized, UpstreamError
-from llamaslot.formats.error_events import ErrorEvents
+from llamaslot.formats.base import ErrorEvents
 from llamaslot.formats.registry import format_named
 from llamaslot.llama.routes import classify
 

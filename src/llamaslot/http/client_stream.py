@@ -15,7 +15,7 @@ from multidict import CIMultiDict
 
 from llamaslot.backend.long_prompt import Prefilling
 from llamaslot.errors import ClientGone, LlamaslotError
-from llamaslot.formats.error_events import ErrorEvents
+from llamaslot.formats.base import ErrorEvents
 from llamaslot.http.client_errors import HAS_BEGUN, error_instead, errors_of
 from llamaslot.http.deadlines import Timeouts
 from llamaslot.http.new_connection import NAME

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from aiohttp import web
 
 from llamaslot.errors import BackendDown, ClientGone
-from llamaslot.formats.error_events import ErrorEvents, translated_all
+from llamaslot.formats.base import ErrorEvents, translated_all
 from llamaslot.http.client_errors import cut, errors_of
 from llamaslot.http.client_stream import Relayed, begin, end_relayed, send
 from llamaslot.http.headers import to_client

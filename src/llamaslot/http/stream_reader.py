@@ -7,8 +7,7 @@ from typing import Any
 
 import orjson
 
-from llamaslot.formats.base import LAST_EVENTS, Format
-from llamaslot.formats.error_events import ErrorEvents, is_error
+from llamaslot.formats.base import LAST_EVENTS, ErrorEvents, Format, is_error
 from llamaslot.formats.stream_to_json import Assembly
 from llamaslot.formats.usage_corrections import Corrections, index_of
 from llamaslot.llama.response import Response, whole

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 
 from llamaslot.config.tls import TlsConfig, load_certificate
-from llamaslot.config.watch import Watch
 from llamaslot.errors import ConfigError
+from llamaslot.file_id import Watch
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,10 @@ running streams and requests with a short prefill get their share, and another p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+
+from llamaslot.scheduling.fairness import Shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +89,35 @@ def chunk_end(start: int, stop: int, reached: int) -> int:
 
 
 GRAIN = 256
+
+
+class ServerTime:
+    """Seconds by user, counted only while others waited. Requests of llamaslot itself (no name) are not counted."""
+
+    def __init__(self) -> None:
+        self._shares = Shares()
+
+    def took(self, users: Collection[str], seconds: float, waiting: Collection[str]) -> bool:
+        """Record that ``users`` used ``seconds`` in equal parts while ``waiting`` waited. Returns whether another
+        user waited.
+        """
+        others = {user for user in waiting if user}
+        for user in users:
+            if user:
+                self._shares.granted(user, seconds / len(users), others | set(users) - {""}, ())
+        return bool(others - set(users))
+
+    def owed_s(self, user: str) -> float:
+        """The seconds that it has received less than its part; negative for more."""
+        return self._shares.deficit_s(user)
+
+    def may_hold_back(self, user: str, other: str, grace_s: float) -> bool:
+        """Whether requests with a short prefill of ``user`` may delay a long one of ``other``: until ``user`` has
+        received ``grace_s`` more than ``other``.
+        """
+        is_one = user == other or not (user and other)
+        return is_one or self.owed_s(user) >= self.owed_s(other) - grace_s
+
+    def keep(self, users: Collection[str]) -> None:
+        """Forget all other users."""
+        self._shares.keep(users, users)

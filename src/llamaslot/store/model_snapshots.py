@@ -10,11 +10,11 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
-from llamaslot.cache.changes import Changes
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, count
 from llamaslot.cache.layered_index import LayeredIndex
 from llamaslot.cache.namespaces import InNamespaces, Namespace, marker
+from llamaslot.cache.prefix_index import Changes
 from llamaslot.llama.identity import Identity
 from llamaslot.store import Catalog, Snapshot, WithTokens
 from llamaslot.store.disk_index_rebuild import DiskIndexRebuild

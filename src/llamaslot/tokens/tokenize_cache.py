@@ -4,6 +4,8 @@ There is a tree for each namespace of users. A node is a piece of text that begi
 start of the text) and is followed by another one, and its tokens. A path from the root is the beginning of a text.
 Pieces are compared as strings, so no hash has to be trusted. What a text has in common with an earlier one is found
 at the speed of memcmp: its special tokens are searched for only behind that.
+
+``SystemPromptCache`` keeps the tokens of whole system prompts by what they were made from.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 from llamaslot.cache.ids import WIDTH, count
 from llamaslot.tokens.special_tokens import SpecialTokens, TokenSpan
@@ -177,3 +180,40 @@ def spaced(marks: Iterable[TokenSpan], last: int = 0) -> list[TokenSpan]:
             chosen.append(mark)
             last = mark.start
     return chosen
+
+
+_LIMIT_BYTES = 32 << 20  # entries of 60 kB as a rule: five hundred users with an agent of their own
+_ENTRY_BYTES = 200  # bytes of an entry besides its tokens, roughly
+
+
+class SystemPromptCache:
+    """A least-recently-used cache. Keys are stored as hashes: a wrong hit would only cut a prompt elsewhere."""
+
+    def __init__(self, limit_bytes: int = _LIMIT_BYTES) -> None:
+        self._limit_bytes = limit_bytes
+        self._known: dict[bytes, bytes] = {}  # the most recently used last
+        self.size_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def find(self, made_from: bytes) -> bytes | None:
+        """Its tokens, or None."""
+        if (tokens := self._known.pop(key := _key(made_from), None)) is not None:
+            self._known[key] = tokens
+        return tokens
+
+    def keep(self, made_from: bytes, tokens: bytes) -> None:
+        self._drop(key := _key(made_from))  # another request may have put the same meanwhile
+        self._known[key] = tokens
+        self.size_bytes += len(tokens) + _ENTRY_BYTES
+        while self.size_bytes > self._limit_bytes and len(self._known) > 1:
+            self._drop(next(iter(self._known)))
+
+    def _drop(self, key: bytes) -> None:
+        if (tokens := self._known.pop(key, None)) is not None:
+            self.size_bytes -= len(tokens) + _ENTRY_BYTES
+
+
+def _key(made_from: bytes) -> bytes:
+    return blake2b(made_from, digest_size=32).digest()

@@ -15,8 +15,7 @@ from llamaslot.errors import BadRequest, LlamaslotError, PromptNotTokenizable, R
 from llamaslot.tasks import gather
 from llamaslot.tokens.media import has_media, text_before, up_to_medium
 from llamaslot.tokens.special_tokens import SpecialTokens, SpecialTokensOfEach, TokenSpan
-from llamaslot.tokens.system_prompt_cache import SystemPromptCache
-from llamaslot.tokens.tokenize_cache import Known, TokenizeCache, spaced
+from llamaslot.tokens.tokenize_cache import Known, SystemPromptCache, TokenizeCache, spaced
 from llamaslot.tokens.variants import openings, system_variant, variants_of
 
 log = logging.getLogger(__name__)
