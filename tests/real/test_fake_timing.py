@@ -135,7 +135,7 @@ class Timing:
         assert second.result()["timings"]["cache_n"] == 0
         assert erase.result()["n_erased"] == 70
 
-    async def test_a_slot_action_releases_nobody(self, server: Server) -> None:
+    async def test_a_slot_action_releases_no_request(self, server: Server) -> None:
         """Of two actions queued on a busy slot the second one hangs, the slot being idle, until another is released."""
         async with asyncio.TaskGroup() as group, Streaming(server, answer(400, 0)) as first:
             await first.next()

@@ -203,9 +203,7 @@ async def test_an_exchanged_model_never_answers_from_the_old_ones_snapshots(
     assert differ == []
 
 
-async def test_requests_that_take_several_slots_cost_nobody_his_context(
-    tmp_path: Path, figure: Figure
-) -> None:
+async def test_requests_that_take_several_slots_cost_no_context(tmp_path: Path, figure: Figure) -> None:
     """n = 3 and a list of three prompts, between the turns of as many users as slots."""
     async with Stack(models.dense(tmp_path), tmp_path) as stack:
         result, n_answers = await ask_many(stack, n_context=2500, n_rounds=2)
@@ -215,7 +213,7 @@ async def test_requests_that_take_several_slots_cost_nobody_his_context(
     assert result.ratio >= 0.99
 
 
-async def test_a_user_alone_finds_his_context_at_once(tmp_path: Path, figure: Figure) -> None:
+async def test_a_user_alone_finds_its_context_at_once(tmp_path: Path, figure: Figure) -> None:
     """Each follow-up computes only what is new. The times are shown; what they must be is for ``make soak``."""
     model = models.dense(tmp_path)
     async with (

@@ -30,7 +30,7 @@ N_PROMPT, N_ANSWER = 2000, 150
         ("recurrent", "2x128", 0.001),
     ],
 )
-async def test_a_newcomer_waits_for_no_answer_of_whoever_has_all_slots(
+async def test_a_newcomer_waits_for_no_answer_of_the_user_that_has_all_slots(
     tmp_path: Path, figure: Figure, kind: Kind, speed: Speed, chunk_threshold_s: float
 ) -> None:
     """Four long prompts, in two slots. The newcomer is through before any of their answers; those whose

@@ -108,7 +108,7 @@ async def test_a_dense_prompt_that_is_alone_goes_on_from_the_batch_where_it_was_
     ("kind", "is_saved", "n_question"),
     [("dense", True, 60), ("recurrent", True, 3000), ("dense", False, 60)],
 )
-async def test_a_restart_that_cannot_be_seen_costs_no_more_than_what_nobody_holds(
+async def test_a_restart_that_cannot_be_seen_costs_no_more_than_what_is_held_nowhere(
     tmp_path: Path, figure: Figure, kind: str, is_saved: bool, n_question: int
 ) -> None:
     """What is on disk is restored, what is not is computed once."""
@@ -148,7 +148,7 @@ async def test_answers_beside_others_are_those_of_an_idle_server(
 
 
 @pytest.mark.alone
-async def test_an_answer_that_nobody_waits_for_gives_up_its_slot(tmp_path: Path, figure: Figure) -> None:
+async def test_an_abandoned_answer_gives_up_its_slot(tmp_path: Path, figure: Figure) -> None:
     """A client that does not stream leaves while its answer is decoded beside a stream: a newcomer has its slot
     before all of it could have been decoded."""
     options = {**SMALL, "slots": 2, "context": 16_384}

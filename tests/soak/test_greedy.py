@@ -55,7 +55,7 @@ async def in_turn(stack: Stack, rush: Rush, figure: Figure, n_runs: int) -> list
 @pytest.mark.parametrize(
     ("kind", "speed"), [*(("dense", speed) for speed in SPEEDS), ("swa", "2x64"), ("recurrent", "2x128")]
 )
-async def test_whoever_comes_while_twenty_streams_have_begun_waits_as_beside_one(
+async def test_a_request_beside_twenty_begun_streams_waits_as_beside_one(
     tmp_path: Path, figure: Figure, kind: Kind, speed: Speed
 ) -> None:
     """Five users come three seconds later, with two requests each: at most twice the median first token, in each of

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.real, pytest.mark.timeout(3600)]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-async def test_the_slot_of_a_client_that_left_works_for_nobody(
+async def test_the_slot_of_a_client_that_left_stops_working(
     tmp_path: Path, figure: Figure, stage: Stage
 ) -> None:
     """Two seconds later, or two of the server's batches, nothing is computed for it and its slot serves others."""

@@ -146,7 +146,7 @@ async def test_interruptions_leave_no_checkpoints(tmp_path: Path, figure: Figure
 @pytest.mark.parametrize(
     ("kind", "is_saved"), [("dense", True), ("dense", False), ("swa", True), ("recurrent", True)]
 )
-async def test_a_restart_that_cannot_be_seen_costs_no_more_than_what_nobody_holds(
+async def test_a_restart_that_cannot_be_seen_costs_no_more_than_what_is_held_nowhere(
     tmp_path: Path, figure: Figure, kind: str, is_saved: bool, n_question: int
 ) -> None:
     """What is on disk is restored, what is not is computed once. Estimated to be short or long, it is found out."""
@@ -198,7 +198,7 @@ async def test_answers_beside_others_are_those_of_an_idle_server(
     assert len(result.rounded) <= result.n_all / 3
 
 
-async def test_an_answer_that_nobody_waits_for_gives_up_its_slot(tmp_path: Path, figure: Figure) -> None:
+async def test_an_abandoned_answer_gives_up_its_slot(tmp_path: Path, figure: Figure) -> None:
     """A client that does not stream leaves while its answer is decoded beside a stream: a newcomer has the slot within
     2 s or two batches."""
     pair = await both(abandon, model_of("dense", tmp_path), tmp_path, slots=2, context=20_480, **BATCH)

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.real, pytest.mark.timeout(3600)]
 
 
 @pytest.mark.parametrize("width", [64, 256])
-async def test_an_owner_asks_again_while_his_context_is_saved_for_a_newcomer(
+async def test_an_owner_asks_again_while_its_context_is_saved_for_a_newcomer(
     tmp_path: Path, figure: Figure, width: int
 ) -> None:
     """Nothing is computed a second time; the wider model's files are 16 times larger, so a save takes longer."""
@@ -35,9 +35,7 @@ async def test_owners_ask_again_when_the_idle_save_is_due(tmp_path: Path, figure
     assert result.ratio >= 0.999
 
 
-async def test_requests_that_take_several_slots_cost_nobody_his_context(
-    tmp_path: Path, figure: Figure
-) -> None:
+async def test_requests_that_take_several_slots_cost_no_context(tmp_path: Path, figure: Figure) -> None:
     """n = 3 and a list of three prompts, between the turns of as many users as slots."""
     async with Stack(models.dense(tmp_path), tmp_path) as stack:
         result, n_answers = await ask_many(stack, n_rounds=6)

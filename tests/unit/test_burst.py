@@ -199,7 +199,7 @@ def test_a_shorter_prompt_takes_the_last_idle_slot() -> None:
         assert house.first_s["shorter"] < house.first_s["long 1"]
 
 
-def test_whoever_was_passed_for_long_takes_any_slot() -> None:
+def test_a_request_overtaken_for_long_takes_any_slot() -> None:
     """Shorter ones that come after it are not computed before it any more."""
     with Paced(n_slots=3, starvation_s=3.0) as house:
         house.talk(3)

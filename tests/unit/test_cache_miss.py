@@ -34,7 +34,7 @@ def test_a_moving_header_is_found() -> None:
     assert of(now, before) == Parting(20, 8022, 8000)
 
 
-def test_what_somebody_else_holds_is_not_lost() -> None:
+def test_what_another_holder_has_is_not_lost() -> None:
     """Another conversation has today's date: only what is behind its part was computed again."""
     before, now = [*HEAD, 7, *SYSTEM, *MINE], [*HEAD, 9, *SYSTEM, *MINE]
     assert of(now, before, n_best=3021) == Parting(20, 8021, 5000)

@@ -239,7 +239,7 @@ async def test_a_mark_survives_the_sync_of_its_file(shelter: Shelter) -> None:
     assert (sidecar["kind"], sidecar["is_pinned"], sidecar["boot"]) == ("trunk", True, None)
 
 
-async def test_a_disk_that_refuses_a_mark_costs_nobody_anything(
+async def test_a_disk_that_refuses_a_mark_costs_nothing(
     shelter: Shelter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It counts until the next restart."""

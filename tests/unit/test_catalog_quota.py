@@ -113,7 +113,7 @@ async def test_reservations_share_the_rest_of_a_large_victim(shelter: Shelter) -
     assert len(shelter.dropped) == 1
 
 
-async def test_room_on_its_way_to_somebody_is_not_given_away(
+async def test_space_on_its_way_to_a_reservation_is_not_given_away(
     shelter: Shelter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a victim is being unlinked for the first, a second is refused at once, if there is nobody else to go."""

@@ -192,7 +192,7 @@ def test_rm_of_one_that_is_not_there_removes_none(stopped: StoppedStore, run: Ru
     assert stopped.kept() == [0, 1, 2, 3]
 
 
-def test_gc_removes_what_nobody_can_use(stopped: StoppedStore, run: Run) -> None:
+def test_gc_removes_what_cannot_be_used(stopped: StoppedStore, run: Run) -> None:
     """What a crash left and what is broken; foreign files stay."""
     break_one(stopped)
     stopped.put("ls-00000000000000aa.part", b"x" * 100)

@@ -74,7 +74,7 @@ def test_who_comes_when_too_many_wait_is_sent_away(house: House) -> None:
     house.check_nothing_is_left()
 
 
-def test_who_need_not_wait_is_served_though_nobody_may_wait(house: House) -> None:
+def test_a_request_that_need_not_wait_is_served_though_none_may_wait(house: House) -> None:
     """``max_waiting`` limits those who wait, not those who are served at once."""
     house.dispatcher.queue.limits = QueueLimits(max_waiting=0)
     client = house.start(house.ask(Request("a", tokens_of(1, 90))), "a")
@@ -94,7 +94,7 @@ def test_who_has_waited_too_long_is_sent_away(house: House) -> None:
     house.check_nothing_is_left()
 
 
-def test_who_waits_for_one_slot_blocks_nobody_else(house: House) -> None:
+def test_a_request_that_waits_for_one_slot_blocks_no_other(house: House) -> None:
     """A follow-up waits for its own slot; a stranger who comes later takes the free one."""
     own = tokens_of(1, 5000)
     house.server.token_s = 1.0

@@ -100,7 +100,7 @@ def test_owners_who_ask_while_they_are_saved_recompute_nothing(
         house.close()
 
 
-def test_what_somebody_in_the_queue_will_ask_for_is_not_evicted_for_one_before_him() -> None:
+def test_what_a_queued_request_needs_is_not_evicted_for_an_earlier_one() -> None:
     """One slot, room for two snapshots: the older of them is wanted by the second in the queue when the first one's
     victim needs room."""
     server = StubServer(1, token_s=1.0, pace=lambda op: 0.1)

@@ -117,7 +117,7 @@ def test_a_long_system_prompt_does_not_make_two_conversations_one(house: House) 
     assert held >= {job.tokens for job in contents}
 
 
-def test_a_trunk_that_cannot_be_saved_costs_nobody_his_answer(house: House) -> None:
+def test_a_shared_prefix_that_cannot_be_saved_costs_no_answer(house: House) -> None:
     """The next conversation tries again."""
     house.server.pace = lambda op: None if op.kind == "save" else 0.01
     asked = house.start(house.ask(opening(1)), "first")

@@ -48,7 +48,7 @@ def test_what_another_model_made_goes_first() -> None:
     assert ids(table.victims(1, 0, (), 30.0)) == ["dead"]
 
 
-def test_what_was_left_behind_goes_until_somebody_comes_back() -> None:
+def test_a_branched_snapshot_goes_first_until_it_is_used_again() -> None:
     """A hit says that it was not dead after all."""
     table = table_of(snapshot("old"), snapshot("edited"))
     table.branch("edited", 20.0)
@@ -69,7 +69,7 @@ def test_one_that_goes_further_is_as_likely_to_be_asked_for() -> None:
     assert table.stats["second"].n_hits == 1
 
 
-def test_nobody_goes_who_is_not_needed() -> None:
+def test_no_slot_is_given_up_that_is_not_needed() -> None:
     """When the last victim is so large that an earlier one can stay, it stays."""
     table = table_of(snapshot("small", 100), snapshot("large", 5_000), order=ByUse())
     assert ids(table.victims(4_000, 0, (), 30.0)) == ["large"]

@@ -57,7 +57,7 @@ def test_a_turn_does_not_wait_for_an_answer_that_was_left_behind(house: House) -
     house.check_nothing_is_left()
 
 
-def test_nobody_takes_a_first_step_during_a_turn(house: House) -> None:
+def test_no_request_takes_a_first_step_during_an_exclusive_one(house: House) -> None:
     """Not before the server was seen to work on it."""
     turn = house.start(
         house.ask_unpinned(Request("turn", placement=Placement.SERVER_CHOSEN), tokens_of(5000, 70)), "turn"
@@ -349,7 +349,7 @@ def test_others_go_on_while_a_turn_waits_for_the_answer_of_another_user(isolated
     house.check_nothing_is_left()
 
 
-def test_a_turn_comes_though_there_is_always_somebody_else_at_work(isolated: House) -> None:
+def test_an_exclusive_request_is_sent_though_others_are_always_at_work(isolated: House) -> None:
     """Answers that overlap leave no moment without: the gate is shut until the last one has ended."""
     house = isolated
     talking(house, "anna 0", 8.0)
@@ -369,7 +369,7 @@ def test_a_turn_comes_though_there_is_always_somebody_else_at_work(isolated: Hou
     house.check_nothing_is_left()
 
 
-def test_nobody_is_charged_for_waiting_for_a_turn(isolated: House) -> None:
+def test_no_user_is_charged_for_waiting_for_the_exclusive_section(isolated: House) -> None:
     """While others' answers run, the one that waits has nothing."""
     house, bert = isolated, User("key:bert")
     talking(house, "anna", 50.0)

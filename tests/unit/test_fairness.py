@@ -37,7 +37,7 @@ def test_small_requests_of_one_user_pass_others_for_its_part_only() -> None:
     assert users([passed, *greedy, *other], max_overtake_s=10.0)[:2] == ["other", "new"]
 
 
-def test_of_one_user_whoever_comes_first_is_served_first() -> None:
+def test_of_one_user_the_first_request_is_served_first() -> None:
     """Whatever they cost."""
     asks = [Ask("a", cost) for cost in (5.0, 1.0, 3.0)]
     assert Shares().order(asks, LONG) == [0, 1, 2]
@@ -57,7 +57,7 @@ def test_who_has_just_come_is_before_who_was_just_served() -> None:
     assert users([*asks, Ask("new", 10.0)], shares) == ["new", "greedy"]
 
 
-def test_what_was_taken_while_nobody_waited_costs_nothing() -> None:
+def test_what_was_taken_while_no_request_waited_costs_nothing() -> None:
     """Slots that nobody wanted are nobody's loss."""
     shares, asks = Shares(), [Ask("greedy", 100.0)] * 3
     for _ in range(3):
@@ -135,7 +135,7 @@ def test_small_requests_go_first() -> None:
     assert order[2:] == [0, 1]
 
 
-def test_nobody_is_passed_by_small_requests_for_ever() -> None:
+def test_no_request_is_overtaken_by_small_requests_for_ever() -> None:
     """Who was passed for long enough stands, and so do those before."""
     asks = [
         Ask("a", 30.0, overtaken_s=2.0),
@@ -197,7 +197,9 @@ def test_pauses_are_learned() -> None:
 
 
 @given(st.integers(0, 10**9))
-def test_nobody_who_waits_all_the_time_gets_less_than_a_share_but_for_one_request_of_each(seed: int) -> None:
+def test_no_user_that_waits_all_the_time_gets_less_than_a_share_but_for_one_request_of_each(
+    seed: int,
+) -> None:
     """The promise of deficit round robin, for random users and costs."""
     rng = random.Random(seed)
     names = [f"u{i}" for i in range(rng.randrange(2, 6))]

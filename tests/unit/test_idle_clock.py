@@ -56,7 +56,7 @@ def test_work_takes_no_time() -> None:
     run(main())
 
 
-def test_a_limit_passes_where_nobody_comes() -> None:
+def test_a_limit_passes_where_no_request_comes() -> None:
     """Of the loop's time, in the order of the limits."""
 
     async def main() -> None:

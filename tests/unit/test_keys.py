@@ -165,7 +165,7 @@ def test_a_change_that_fails_changes_nothing(path: Path, monkeypatch: pytest.Mon
     assert len(os.listdir(path.parent)) == 2
 
 
-def test_somebody_elses_file_is_not_taken_over(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_programs_file_is_not_taken_over(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else its owner, llamaslot itself for one, could not read it any more."""
     path.write_text("{}")
     before = path.stat()

@@ -194,7 +194,7 @@ def test_until_the_server_has_begun_only_what_both_share_is_believed(house: Hous
     house.check_nothing_is_left()
 
 
-def test_the_owner_is_served_as_soon_as_his_context_is_on_disk(house: House) -> None:
+def test_the_owner_is_served_as_soon_as_its_context_is_on_disk(house: House) -> None:
     """The commit wakes him, not a timer, nor the end of the request that has displaced him."""
     house.server.token_s = 1.0
     own = tokens_of(9000, 500)

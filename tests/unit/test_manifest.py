@@ -154,7 +154,7 @@ async def test_a_sidecar_that_has_changed_is_read(shelter: Shelter) -> None:
     assert found[id_].source == "somebody"
 
 
-async def test_what_somebody_else_changed_is_not_entered(shelter: Shelter) -> None:
+async def test_what_another_process_changed_is_not_entered(shelter: Shelter) -> None:
     """A file that is not as it was when it was read, at the time when the register is written."""
     a, b, c, *_ = shelter.catalog.snapshots
     moved(shelter.directory / f"{a}.kv", slot_file(some_tokens(40, 99), 1_000))

@@ -40,7 +40,7 @@ def test_what_media_a_chat_has(messages: Any, kinds: set[str]) -> None:
     assert media.has_media({"messages": messages}) == bool(kinds)
 
 
-def test_parts_that_nobody_knows() -> None:
+def test_unknown_parts() -> None:
     """llama-server's 400 says it best."""
     with pytest.raises(PromptNotTokenizable, match="file"):
         media.kinds({"messages": [user({"type": "file"})]})

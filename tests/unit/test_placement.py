@@ -228,7 +228,7 @@ def test_a_reserved_slot_is_left_alone() -> None:
     assert plan_of(place(job(3000), view(*slots, reserved={key(0): 1.0}), RULES)).slot.id == 1
 
 
-def test_a_reservation_blocks_nobody_else() -> None:
+def test_a_reservation_blocks_no_other_request() -> None:
     """Only the slot that is waited for is out of reach."""
     decision = place(
         job(3000), view(free(0), busy(1, 9000, shared=0, wait_s=9.0), reserved={key(1): 1.0}), RULES

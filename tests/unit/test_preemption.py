@@ -46,7 +46,7 @@ def stops(
     return chosen(claims, prompts, n_held, [idle_in_s] * sum(n_held.values()))
 
 
-def test_whoever_has_two_slots_or_more_gives_them_up() -> None:
+def test_a_user_with_two_slots_or_more_gives_them_up() -> None:
     """One for each who waits, and keeps one."""
     prompts = [prompt("greedy")] * 4
     assert len(stops(1, prompts, {"greedy": 4})) == 1
@@ -76,7 +76,7 @@ def test_who_was_told_to_stop_stops() -> None:
     assert stops(1, [prompt("a", 0.1), prompt("a", 0.2, is_chosen=True)], {"a": 4}) == [1]
 
 
-def test_who_has_a_slot_takes_no_other_from_whoever_is_owed_more() -> None:
+def test_a_user_with_a_slot_takes_none_from_a_user_that_is_owed_more() -> None:
     """It was here all the time, and the other one comes once a day with three requests."""
     owed = [Stoppable("owed", 10.0, 0.1, 5.0)] * 3
     assert not chosen([Claim("busy", -10.0)], owed, {"owed": 3, "busy": 1}, [5.0] * 4)
@@ -89,7 +89,7 @@ def test_who_has_a_slot_takes_no_other_from_whoever_is_owed_more() -> None:
     prompts=st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 3)), max_size=6),
     n_held=st.dictionaries(st.sampled_from("abc"), st.integers(0, 4)),
 )
-def test_whoever_gives_a_slot_up_has_no_fewer_than_the_other(
+def test_a_user_that_gives_a_slot_up_has_no_fewer_than_the_other(
     claims: list[str], prompts: list[tuple[str, float]], n_held: dict[str, int]
 ) -> None:
     """So that no two users take slots from each other in turn."""
@@ -192,7 +192,7 @@ def test_an_answer_is_never_stopped() -> None:
         house.wait(*clients)
 
 
-def test_nobody_stops_for_a_request_of_its_own_user() -> None:
+def test_no_prompt_stops_for_a_request_of_its_own_user() -> None:
     """Nor for llamaslot itself, nor for somebody with as many slots."""
     with Paced(CacheKind.DENSE, 2, answer_s=5.0) as house:
         clients = greedy_first(house, 6, 1.0)
@@ -293,7 +293,7 @@ def test_many_short_requests_of_one_user_take_no_more_than_its_part(cache_kind: 
     assert took_s[False] <= 0.7 * took_s[True], took_s
 
 
-def test_whoever_has_had_the_server_is_behind_another_users_prompt() -> None:
+def test_a_user_that_had_the_server_is_behind_another_users_prompt() -> None:
     """Five prompts of one user, and one of another that is a little longer: it is second, not sixth."""
     with Paced(CacheKind.DENSE, 8) as house:
         house.begin()

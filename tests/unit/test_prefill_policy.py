@@ -75,7 +75,7 @@ def test_a_current_one_gives_way_to_who_has_waited_too_long() -> None:
     assert first(of(0.05, waited=MAX_S, came=110), of(500, waited=MAX_S), current=0) == 0, "both: it goes on"
 
 
-def test_waiting_alone_interrupts_nobody() -> None:
+def test_waiting_alone_interrupts_no_prefill() -> None:
     """Of two that take long the one that waits counts for less all the time, by more than the other one computes: each
     would be interrupted for the other again and again. It is ahead where both can be begun, or when it is overdue."""
     assert first(of(280, came=1), of(300, waited=20), current=0) == 0
@@ -102,7 +102,7 @@ PENDINGS = st.lists(
 
 
 @given(PENDINGS, st.integers(0, 6), st.randoms(use_true_random=False))
-def test_whoever_is_next_stays_next(pendings: list[Pending], current: int, rng: Any) -> None:
+def test_the_next_request_stays_next(pendings: list[Pending], current: int, rng: Any) -> None:
     """Asked again with the new one under way the answer is the same, and their order in the list decides nothing."""
     at = current if current < len(pendings) else None
     chosen = first(*pendings, current=at)
@@ -195,7 +195,7 @@ ARRIVALS = st.lists(
 
 @settings(deadline=None, max_examples=70, suppress_health_check=list(HealthCheck))
 @given(ARRIVALS, st.sampled_from([0.0, 10.0, 60.0, MAX_S]), st.sampled_from([0.001, 0.1, 1.0]))
-def test_nobody_waits_for_ever(
+def test_no_request_waits_for_ever(
     arrivals: list[tuple[float, float]], starvation_s: float, switch_s: float
 ) -> None:
     """A prefill that has waited for ``starvation_s`` waits for those that came before it, for the rest of the one that
@@ -218,7 +218,7 @@ def test_nobody_waits_for_ever(
 
 @settings(deadline=None, max_examples=70, suppress_health_check=list(HealthCheck))
 @given(ARRIVALS, st.sampled_from([10.0, 60.0, MAX_S]), st.sampled_from([0.001, 0.1, 1.0]))
-def test_nobody_is_interrupted_for_nothing(
+def test_no_prefill_is_interrupted_for_nothing(
     arrivals: list[tuple[float, float]], starvation_s: float, switch_s: float
 ) -> None:
     """Whoever is interrupted has more left than the other one, by more than the interruption costs, or the other one

@@ -274,7 +274,7 @@ def test_one_that_is_nearly_through_makes_no_room(cache_kind: CacheKind) -> None
         assert house.first_s["stranger"] == pytest.approx(9.5, abs=0.4)
 
 
-def test_a_shut_gate_keeps_nobody_from_making_room() -> None:
+def test_a_shut_gate_keeps_no_prefill_from_making_room() -> None:
     """After a minute nobody else may take a first step: then most of all."""
     with Paced(CacheKind.DENSE, 9, batch=4096, answer_s=0.001, chunk_s=4.0) as house:
         house.begin()
@@ -290,7 +290,7 @@ def test_a_shut_gate_keeps_nobody_from_making_room() -> None:
 
 
 @EVERY
-def test_whoever_made_room_is_the_next(cache_kind: CacheKind) -> None:
+def test_the_request_that_made_room_is_next(cache_kind: CacheKind) -> None:
     """It waits behind the request that it made room for, and ahead of all who have come meanwhile."""
     with Paced(cache_kind, 1, batch=512, answer_s=0.001) as house:
         house.begin()
@@ -326,7 +326,7 @@ def test_while_it_makes_room_the_queue_may_be_full(cache_kind: CacheKind) -> Non
 
 
 @EVERY
-def test_a_stretch_that_is_refused_costs_nobody_his_answer(cache_kind: CacheKind) -> None:
+def test_a_chunk_that_is_refused_costs_no_answer(cache_kind: CacheKind) -> None:
     """Its own request computes everything, without trusting what is in the slot; the others go on."""
     with Paced(cache_kind, 2, answer_s=0.001) as house:
         house.begin()
@@ -343,7 +343,7 @@ def test_a_stretch_that_is_refused_costs_nobody_his_answer(cache_kind: CacheKind
 
 @EVERY
 @pytest.mark.parametrize("waits_for", ["another", "somebody first", "streams"])
-def test_who_waits_for_his_turn_is_told_of_a_restart(cache_kind: CacheKind, waits_for: str) -> None:
+def test_a_waiting_exclusive_request_is_told_of_a_restart(cache_kind: CacheKind, waits_for: str) -> None:
     """At once when it is noticed: his slot is another's now. Nothing is sent to the new process for him."""
     with Paced(cache_kind, 3, decode_share=0.9, answer_s=1000.0) as house:
         if waits_for == "streams":

@@ -121,7 +121,7 @@ def test_a_long_prompt_that_comes_behind_a_short_one_waits_for_it(cache_kind: Ca
 
 
 @EVERY
-def test_nobody_is_first_any_more_once_its_answer_has_begun(cache_kind: CacheKind) -> None:
+def test_no_request_is_first_any_more_once_its_answer_has_begun(cache_kind: CacheKind) -> None:
     """It streams for a minute: meanwhile the long prompt is computed, but for the share of the stream."""
     with Paced(cache_kind, 2, answer_s=60.0) as house:
         house.begin()
@@ -208,7 +208,7 @@ def test_a_prompt_that_is_hardly_long_is_not_held_back_for_long(cache_kind: Cach
     shorts=st.lists(st.tuples(st.floats(0, 1.5), st.integers(2, 190), st.booleans()), max_size=25),
     n=st.integers(500, 5000),
 )
-def test_whoever_comes_the_long_one_ends(
+def test_whatever_comes_the_long_prompt_ends(
     cache_kind: CacheKind, shorts: list[tuple[float, int, bool]], n: int
 ) -> None:
     """Short requests at random: each is served soon, the long prompt in bounded time, and nothing is computed twice."""
@@ -267,7 +267,7 @@ def test_streams_get_their_share(cache_kind: CacheKind, share: float) -> None:
 
 
 @EVERY
-def test_with_nobody_decoding_there_are_no_pauses(cache_kind: CacheKind) -> None:
+def test_without_streams_there_are_no_pauses(cache_kind: CacheKind) -> None:
     """All of the time is the prefill's."""
     with Paced(cache_kind, 2) as house:
         house.begin()
@@ -339,7 +339,7 @@ def test_alone_it_is_sent_as_a_whole_where_batches_are_short(batch: int, is_cut:
 
 
 @pytest.mark.parametrize("n_alike", [0, 1500, 2900])
-def test_whoever_comes_while_a_whole_one_is_computed_waits_for_two_batches_at_most(n_alike: int) -> None:
+def test_a_request_beside_a_whole_prompt_waits_for_two_batches_at_most(n_alike: int) -> None:
     """One that needs little; one that begins with what was computed before; and with what is being computed."""
     with Paced(CacheKind.DENSE, 3, answer_s=0.001) as house:
         house.wait(house.come(long("first", 6000, at=2)))

@@ -87,7 +87,7 @@ def test_those_who_wait_are_served_as_soon_as_it_is_there(cache_kind: CacheKind)
 
 
 @EVERY
-def test_a_prefix_that_somebody_waits_for_is_what_is_left_of_it(cache_kind: CacheKind) -> None:
+def test_a_prefix_that_a_request_waits_for_is_what_is_left_of_it(cache_kind: CacheKind) -> None:
     """Of a prompt that goes on for long behind it: nobody with more than that gets ahead. Behind it somebody does."""
     with house_of(cache_kind) as house:
         clients = [house.come(opening(1, 9000)), house.come(opening(2, 400))]
@@ -171,7 +171,7 @@ def test_one_that_ends_with_a_batch_is_kept_and_of_use(cache_kind: CacheKind) ->
 
 
 @OTHERS
-def test_nobody_asks_for_what_its_maker_has_already(cache_kind: CacheKind) -> None:
+def test_no_request_asks_for_what_its_maker_has_already(cache_kind: CacheKind) -> None:
     """A long follow-up of a conversation waits for its turn: it goes on from the end of what is in its slot, and passes
     no other point on the way."""
     with house_of(cache_kind) as house:
@@ -190,7 +190,7 @@ def test_nobody_asks_for_what_its_maker_has_already(cache_kind: CacheKind) -> No
 
 
 @EVERY
-def test_where_saving_costs_more_than_computing_each_computes_his_own(cache_kind: CacheKind) -> None:
+def test_where_saving_costs_more_than_computing_each_computes_its_own(cache_kind: CacheKind) -> None:
     """A slow disk."""
     with house_of(cache_kind) as house:
         house.rates.save.bytes_per_s = house.rates.restore.bytes_per_s = 1e6
@@ -276,7 +276,7 @@ def test_when_the_maker_leaves_while_it_is_saved_it_is_there_all_the_same(cache_
 
 
 @EVERY
-def test_a_trunk_that_cannot_be_saved_costs_nobody_his_answer(cache_kind: CacheKind) -> None:
+def test_a_shared_prefix_that_cannot_be_saved_costs_no_answer(cache_kind: CacheKind) -> None:
     """Whoever waited for it computes it himself, and its maker is not asked again."""
     with house_of(cache_kind) as house:
         clients = [house.come(opening(1, 3000)), house.come(opening(2))]
@@ -324,7 +324,7 @@ def test_who_has_waited_long_enough_computes_it_himself(cache_kind: CacheKind, s
 
 
 @EVERY
-def test_nobody_is_sent_away_for_having_waited_for_another(cache_kind: CacheKind) -> None:
+def test_no_request_is_refused_for_having_waited_for_another(cache_kind: CacheKind) -> None:
     """There is a slot for him: before he would have waited in the queue for too long he takes it."""
     with house_of(cache_kind) as house:
         house.dispatcher.queue.limits = QueueLimits(max_wait_s=5.0)

@@ -188,7 +188,7 @@ def test_a_slot_that_falls_silent_is_counted_and_drains(house: House) -> None:
     assert [house.server.files[snapshot.file_name] for snapshot in pinned(house)] == [tokens_of(1, N)]
 
 
-def test_it_waits_while_somebody_wants_something(house: House) -> None:
+def test_it_waits_while_there_are_requests(house: House) -> None:
     """Two seconds of quiet come first."""
     task = house.loop.create_task(prewarm(house, AGENT).run(), name="prewarm")
     for i in range(10):

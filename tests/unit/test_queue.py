@@ -99,7 +99,7 @@ def test_a_single_question_does_not_wait_for_all_that_another_user_has_asked_bef
     assert (desk.holds(GREEDY), desk.holds(ANNA)) == (3, 1)
 
 
-def test_whoever_needs_next_to_nothing_goes_first(desk: Desk) -> None:
+def test_a_small_request_goes_first(desk: Desk) -> None:
     """A title, between the long ones of the same user."""
     desk.come(GREEDY, 6)
     (title,) = desk.come(GREEDY, n_tokens=60)
@@ -119,7 +119,7 @@ def test_so_does_who_wants_a_short_answer_to_what_is_there_already(
 
 
 @with_(max_overtake_s=0.0)
-def test_nobody_is_passed_where_that_is_switched_off(desk: Desk) -> None:
+def test_no_request_is_overtaken_where_that_is_switched_off(desk: Desk) -> None:
     """They come in their order."""
     desk.come(GREEDY, 6)
     (title,) = desk.come(GREEDY, n_tokens=60)
@@ -312,7 +312,7 @@ def test_llamaslot_itself_is_no_user(desk: Desk) -> None:
     assert set(desk.deficits()) == {"key:greedy"}
 
 
-def test_who_is_sent_away_at_once_disturbs_nobody(desk: Desk) -> None:
+def test_a_request_refused_at_once_disturbs_no_other(desk: Desk) -> None:
     """Nobody's place is thought over again for it, and it was not here."""
     desk.come(GREEDY, N_SLOTS)
     for n in range(8):

@@ -197,7 +197,7 @@ def test_a_slot_that_was_emptied_behind_its_back_is_left_for_a_snapshot(loop: Vi
     assert stage.proxy.sample("replanned_total") == 1
 
 
-def test_what_nobody_holds_any_more_is_computed_once(loop: VirtualLoop) -> None:
+def test_what_is_held_nowhere_is_computed_once(loop: VirtualLoop) -> None:
     """A long prefill that was expected to find its beginning, and did not, goes on as one that computes all."""
     stage, prompt = Stage(loop), text(1, 6000)
     stage.run(stage.ask(prompt))

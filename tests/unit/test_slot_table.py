@@ -97,7 +97,7 @@ def test_a_slot_leased_for_a_save_still_holds_what_is_saved() -> None:
     assert decision.slot == key(0)
 
 
-def test_a_slot_that_will_hold_what_nobody_knows_is_not_waited_for() -> None:
+def test_a_slot_that_will_hold_unknown_content_is_not_waited_for() -> None:
     """A stranger landed in it: the conversation that was there is gone."""
     table = make()
     slot = hold(table, 0, A)

@@ -52,18 +52,18 @@ def test_a_trunk_tells_what_all_begin_with() -> None:
     assert left(snapshot("new", SYSTEM + EDITED), trunk, old) is None
 
 
-def test_another_conversation_leaves_nobody_behind() -> None:
+def test_another_conversation_branches_no_snapshot() -> None:
     """The system part alone is no conversation."""
     others = snapshot("a", SYSTEM + MINE), snapshot("b", SYSTEM + YOURS)
     assert left(snapshot("new", SYSTEM + EDITED), *others) is None
 
 
-def test_in_doubt_nobody_is_left_behind() -> None:
+def test_in_doubt_no_snapshot_is_branched() -> None:
     """With only one other there is no telling where the system part ends."""
     assert left(snapshot("new", SYSTEM + EDITED), snapshot("only", SYSTEM + MINE)) is None
 
 
-def test_going_on_leaves_nobody_behind() -> None:
+def test_going_on_branches_no_snapshot() -> None:
     """From its end, or from within its last answer: the older one is superseded, not left."""
     old, other = snapshot("old", SYSTEM + MINE), snapshot("other", SYSTEM + YOURS)
     assert left(snapshot("new", SYSTEM + MINE + EDITED), old, other) is None

@@ -227,7 +227,7 @@ async def test_a_dropped_special_token_is_not_learned_again(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("word", ["project-zebra", "|zebra|"])
-async def test_nobody_can_tell_which_special_tokens_others_use(word: str) -> None:
+async def test_no_user_can_tell_which_special_tokens_others_use(word: str) -> None:
     """What looks like one is asked about for each user, and so is what is tried out before the first cut at it; once
     for all where texts are no secret."""
     server = Server()

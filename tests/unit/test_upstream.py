@@ -202,7 +202,7 @@ async def test_cancelling_loses_nothing(server: Server) -> None:
         assert response._take is None
 
 
-async def test_an_answer_that_nobody_takes_waits(server: Server) -> None:
+async def test_an_answer_that_is_not_read_waits(server: Server) -> None:
     """In the server, but for what is held here; then all of it comes."""
     n = 8 << 20
     server.replies = [f"HTTP/1.1 200 OK\r\nContent-Length: {n}\r\n\r\n".encode(), b"x" * n]

@@ -318,7 +318,7 @@ async def test_slots_that_keep_losing_their_contexts_are_looked_at_again(tmp_pat
         assert (await assist(it))["is_on"] is False
 
 
-async def test_a_mistake_while_connecting_keeps_nobody_from_being_served(
+async def test_a_mistake_while_connecting_keeps_no_request_from_being_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whatever goes wrong in finding out what the server can do: requests are passed on."""

@@ -65,7 +65,7 @@ def streaming(it: Served, n_sent: list[int]) -> Callable[..., Awaitable[Any]]:
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
-async def test_a_stream_that_nobody_reads(tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stream_that_is_not_read(tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """llama-server is not read either; a second client is served meanwhile; and what was held back comes."""
     async with served(tmp_path) as it:
         n_sent = [0]

@@ -72,7 +72,7 @@ async def test_an_error_in_a_stream_is_raised_with_its_type(
 
 
 @pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES])
-async def test_comments_disturb_nobody(tmp_path: Path, path: str) -> None:
+async def test_comments_disturb_no_client(tmp_path: Path, path: str) -> None:
     """A client that waits in the queue, and is told so, reads the same events as one that need not wait."""
     async with served(tmp_path, {"stream": {"keepalive_s": 0.005}}, slots=1) as it:
         n_events, many = len(await read(it, path)), itertools.count()

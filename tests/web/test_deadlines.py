@@ -59,7 +59,7 @@ async def test_an_answer_that_has_begun_may_go_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_of_an_answer_in_turn_nobody_knows_when_it_begins(tmp_path: Path, stream: bool) -> None:
+async def test_when_an_exclusive_answer_begins_is_unknown(tmp_path: Path, stream: bool) -> None:
     """So only the limit for its end holds: it is not cut off in the middle."""
     async with served(tmp_path, limits(first_token_s=0.2), slots=1, step_s=0.05) as it:
         messages = [{"role": "user", "content": [{"type": "what"}]}]
@@ -68,7 +68,7 @@ async def test_of_an_answer_in_turn_nobody_knows_when_it_begins(tmp_path: Path, 
         assert b"max_tokens" in answer.raw
 
 
-async def test_of_an_answer_in_one_piece_nobody_knows_when_it_begins(tmp_path: Path) -> None:
+async def test_when_an_unstreamed_answer_begins_is_unknown(tmp_path: Path) -> None:
     """Once it is asked for, only the whole of it is limited: of one that no stream can give."""
     async with served(tmp_path, limits(first_token_s=0.2), slots=1, step_s=0.02) as it:
         answer = await it.ask(letters(1, 50), n=20, n_probs=2)
@@ -263,7 +263,7 @@ async def test_what_takes_a_turn_has_the_same_end(tmp_path: Path, monkeypatch: p
         assert (await it.ask(letters(4, 100))).text == right(it.fake, letters(4, 100))
 
 
-async def test_of_what_takes_a_turn_nobody_knows_its_first_token(
+async def test_the_first_token_of_an_exclusive_request_is_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So only the whole of it is limited."""

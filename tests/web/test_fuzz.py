@@ -13,7 +13,7 @@ SEED = int(os.environ.get("FUZZ_SEED", "1"))
 SETTINGS = {"prefill": {"chunk_threshold_s": 0.05}, "routing": {"small_prompt_tokens": 20}}
 
 
-async def test_bodies_that_nobody_would_send(tmp_path: Path) -> None:
+async def test_odd_bodies(tmp_path: Path) -> None:
     """Each is answered, by llama-server's own error or llamaslot's, and no slot is lost."""
     async with served(tmp_path, SETTINGS, slots=3, context=512, answer_tokens=2) as it:
         forgiving(it.fake)

@@ -98,7 +98,7 @@ async def test_a_server_that_cannot_be_found_out(tmp_path: Path, caplog: pytest.
     assert FILE[:20] not in caplog.text
 
 
-async def test_a_slot_that_falls_silent_while_it_is_found_out_holds_nobody_up(
+async def test_a_slot_that_falls_silent_while_it_is_found_out_holds_no_request_up(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is given up, and all who wait are served without their tokens; after a while it is tried again."""

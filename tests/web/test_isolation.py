@@ -77,7 +77,7 @@ async def test_a_slot_that_is_only_erased_is_told_as_that(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("backend", [{}, {"slot_save_path": None}], ids=["to save in", "to no end"])
-async def test_where_slots_cannot_be_emptied_nobody_is_served(
+async def test_where_slots_cannot_be_emptied_no_request_is_served(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, backend: Settings
 ) -> None:
     """Without ``--slot-save-path`` llama-server has no slot actions: whoever asks is told what to do."""
@@ -117,7 +117,7 @@ async def test_what_was_restored_is_not_found_where_the_server_falls_silent(tmp_
         assert reused(await ask_as(it, "carl", text)) == 0
 
 
-async def test_others_go_on_while_somebody_waits_for_another_users_answer(tmp_path: Path) -> None:
+async def test_others_go_on_while_a_request_waits_for_another_users_answer(tmp_path: Path) -> None:
     """Also if a request for several slots waits for him, who is between two steps."""
     body = {"messages": [{"role": "user", "content": letters(1, 300)}], "max_tokens": 4000, "stream": True}
     several = {"prompt": "y", "n_predict": 1, "n_cmpl": 2}
@@ -160,7 +160,7 @@ async def test_what_is_on_disk_is_not_found_by_others_either(tmp_path: Path) -> 
         assert (anna.source, reused(anna)) == ("snapshot", 600)
 
 
-async def test_nobody_waits_for_what_another_user_computes(tmp_path: Path) -> None:
+async def test_no_request_waits_for_what_another_user_computes(tmp_path: Path) -> None:
     """Two new conversations that begin alike, at once: each computes its own."""
     settings = {**PER_USER, "prefill": {"chunk_threshold_s": 0}}
     text = letters(1, 2000)
@@ -221,7 +221,7 @@ async def test_a_slot_that_cannot_be_emptied_is_not_for_the_next_user(tmp_path: 
 
 
 @pytest.mark.parametrize("more", [(), (UNREAD,)], ids=["steered", "in turn"])
-async def test_where_all_share_a_slot_that_cannot_be_emptied_is_in_nobodys_way(
+async def test_where_all_share_a_slot_that_cannot_be_emptied_blocks_no_request(
     tmp_path: Path, more: Any
 ) -> None:
     """A request that lands there costs time at most."""

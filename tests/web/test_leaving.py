@@ -45,7 +45,7 @@ async def test_in_the_queue(tmp_path: Path, stream: bool) -> None:
         await right_again(it)
 
 
-async def test_whoever_has_left_a_server_that_is_another_now_may_come_again(
+async def test_a_request_that_left_a_restarted_server_may_come_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """His one slot is paid back when the old one has drained, and then he is served."""

@@ -204,7 +204,7 @@ async def test_conversations_that_only_begin_alike_are_not_told(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("isolation", ["per_user", "shared"])
-async def test_nobody_is_told_of_anothers_prompt(tmp_path: Path, isolation: str) -> None:
+async def test_no_user_is_told_of_anothers_prompt(tmp_path: Path, isolation: str) -> None:
     """Where users are isolated, theirs is compared with their own only, in slots as on disk."""
     async with served(tmp_path, {"cache": {"isolation": isolation}}, **{**FAKE, "slots": 1}) as it:
         for day, user in (("Monday", "ada"), ("Friday", "bob"), ("Tuesday", "eve"), ("Sunday", "ada")):

@@ -126,7 +126,7 @@ async def test_nothing_of_it_is_in_the_answer(tmp_path: Path, more: str, setting
 
 
 @pytest.mark.parametrize("more", MORE)
-async def test_nobody_gets_more_than_three_places(tmp_path: Path, more: str) -> None:
+async def test_no_request_gets_more_than_three_places(tmp_path: Path, more: str) -> None:
     """Whatever is there at the third is taken, also when that is nothing."""
     async with served(tmp_path, {"prefill": {"chunk_threshold_s": 0.01}}, batch=BATCH) as it:
         await it.ask(ONE)

@@ -49,7 +49,7 @@ async def test_the_same_prompt_while_it_is_answered_already(tmp_path: Path) -> N
         await it.at_rest()
 
 
-async def test_a_slot_nobody_knows_while_somebody_waits_for_his_turn(tmp_path: Path) -> None:
+async def test_an_unknown_slot_while_an_exclusive_request_waits(tmp_path: Path) -> None:
     """The slot is emptied although the turn keeps others from beginning: the turn waits for this one."""
     async with served(tmp_path, OWN_STEPS, slots=3, batch=100) as it:
         it.fake.faults.fail_stream("failed to decode", after_tokens=1)
@@ -67,7 +67,7 @@ async def test_a_slot_nobody_knows_while_somebody_waits_for_his_turn(tmp_path: P
     assert [task.result().status for task in (first, second, third)] == [200] * 3
 
 
-async def test_slots_that_cannot_be_emptied_are_in_nobodys_way(tmp_path: Path) -> None:
+async def test_slots_that_cannot_be_emptied_block_no_request(tmp_path: Path) -> None:
     """Without ``--slot-save-path`` nobody could ever clear them: it is not tried, and everybody is answered."""
     async with served(tmp_path, OWN_STEPS, slots=2, has_save_path=False) as it:
         it.fake.faults.fail_stream("failed to decode", after_tokens=1)

@@ -59,9 +59,7 @@ async def nobody_lost_anything(it: Served) -> None:
 
 @pytest.mark.parametrize("path", OPAQUE)
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_route_of_unknown_tokens_costs_nobody_his_context(
-    tmp_path: Path, path: str, stream: bool
-) -> None:
+async def test_a_route_of_unknown_tokens_costs_no_context(tmp_path: Path, path: str, stream: bool) -> None:
     """Its bytes are the server's; its victim was saved first."""
     async with served(tmp_path, slots=4) as it:
         await fill(it)

@@ -144,7 +144,7 @@ async def test_a_prefix_that_could_not_be_saved_is_made_again(tmp_path: Path, ki
 
 
 @pytest.mark.parametrize("kind", ["dense", "swa", "recurrent"])
-async def test_nobody_waits_for_a_prefix_that_can_never_be_saved(tmp_path: Path, kind: str) -> None:
+async def test_no_request_waits_for_a_prefix_that_can_never_be_saved(tmp_path: Path, kind: str) -> None:
     """At worst each computes its own prompt, as without llamaslot."""
     async with served(tmp_path, SETTINGS, **of_kind(kind, tmp_path), **FAKE) as it:
         it.fake.faults.fail("save", times=100)

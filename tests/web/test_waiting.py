@@ -46,7 +46,7 @@ async def test_headers_that_went_early_are_told_again_as_comments(tmp_path: Path
         await line_with(stream, '"stop":true')
 
 
-async def test_headers_come_at_once_where_nobody_waits(tmp_path: Path) -> None:
+async def test_headers_come_at_once_where_no_request_waits(tmp_path: Path) -> None:
     """As HTTP headers, on streams and on answers in one piece, and no comment at all."""
     async with served(tmp_path) as it:
         for stream in (True, False):
