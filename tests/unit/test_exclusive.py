@@ -140,7 +140,7 @@ def test_who_waits_for_an_owner_s_slot_in_a_turn_is_not_kept_waiting(house: Hous
     assert not two.done()
     assert house.leases.table is not None
     assert all(slot.leased_by == "two" for slot in house.leases.table.slots)
-    assert house.leases.table.view(Request("owner", own), 0.0, {}).slots[0].n_shared == 0
+    assert house.leases.table.view(Request("owner", own), 0.0, {}).shared == {}
     assert len(house.leases.table.model_snapshots.snapshots) == 1
     house.finish()
     house.check_nothing_is_left()

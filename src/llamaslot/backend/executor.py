@@ -287,7 +287,7 @@ class PlanExecutor:
         self.feedback.answered(lease, reported, prefill_stats)
         after = prefilled(before, left, reported.n_found or 0) if left else None
         n_more = max(reported.n_predicted - 1, 0)  # the last token is sampled and sent, but never computed
-        lease.finish(replace(after, is_exact=False, n_more=n_more) if after is not None else None)
+        lease.finish(after.followed_by(n_more) if after is not None else None)
 
 
 async def _outcome(action: Coroutine[Any, Any, T]) -> T | LlamaslotError:

@@ -9,6 +9,8 @@ from llamaslot.scheduling.plan import PrefillStats
 
 
 class LeaseState(enum.Enum):
+    __hash__ = object.__hash__  # the enum's own is a call in Python
+
     PREPARING = "preparing"  # before a step or between two: nothing of it runs in the slot
     ACTING = "acting"  # a save, erase or restore is running; it is completed even if the client leaves
     PREFILLING = "prefilling"  # llamaslot computes a part of the prompt ahead of the request
@@ -23,6 +25,8 @@ class LeaseState(enum.Enum):
 
 
 class LeaseEvent(enum.Enum):
+    __hash__ = object.__hash__  # the enum's own is a call in Python
+
     ACT = "act"
     ACTED = "act no more"
     PREFILL = "prefill"
@@ -80,7 +84,6 @@ NEXT: dict[tuple[LeaseState, LeaseEvent], LeaseState] = {
     (LeaseState.RELEASE_PENDING, LeaseEvent.LEAVE): LeaseState.DRAINING,
 }
 
-# Tuples: hashing an enum is a call in Python.
 ENDED = (LeaseState.RELEASE_PENDING, LeaseState.DRAINING, LeaseState.RELEASED)
 RUNNING = (LeaseState.PROCESSING, LeaseState.DECODING)
 OWN_REQUEST = (LeaseState.SENT, *RUNNING)

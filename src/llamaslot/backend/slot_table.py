@@ -133,7 +133,11 @@ class SlotTable:
         branch = self._candidates.branch(residents, found)
         n_alike = max(branch, request.n_system, self._candidates.trunk(found))
         looked_at = self.worth.looked_at(hits, now, reserved)
-        slots = [self._slot_view(slot, shared.get(slot.id, 0), request, now) for slot in looked_at]
+        slots = [
+            self._slot_view(slot, n_shared, request, now)
+            for slot in looked_at
+            if self._may_be_taken(slot, n_shared := shared.get(slot.id, 0))
+        ]
         begin_so = request.n_system > 0 and any(
             is_other_conversation(hit, request.n_system)
             for hit in takewhile(lambda hit: hit.n_shared >= request.n_system, hits)
@@ -153,23 +157,25 @@ class SlotTable:
             shared=shared,
         )
 
+    def _may_be_taken(self, slot: Slot, n_shared: int) -> bool:
+        """False for a busy slot that the request would not continue: ``place`` never chooses it."""
+        busy = self._busy.get(slot.id)
+        if busy is None:
+            return True
+        return n_shared > 0 and n_shared >= self.rules.similarity_min * count(busy.will_hold)
+
     def _slot_view(self, slot: Slot, n_shared: int, request: Request, now: float) -> SlotView:
         content = slot.content
         if slot.is_idle:
             n_usable = self.rewind_model.likely_of_slot(content, n_shared, request.n_tokens)
             worth = self.worth.of(slot)
+            cost_s = worth.eviction_cost_s
+            if cost_s:
+                cost_s *= return_likelihood(now - slot.used_at)
             return SlotView(
-                key=slot.key,
-                state=slot.state,
-                n_tokens=content.n_tokens,
-                n_shared=n_shared,
-                n_usable=n_usable,
-                save_s=worth.save_s,
-                is_worth_saving=worth.is_worth_saving,
-                eviction_cost_s=worth.eviction_cost_s * return_likelihood(now - slot.used_at),
-                used_at=slot.used_at,
-                is_other_namespace=not request.may_use(content),
-            )
+                slot.key, slot.state, content.n_tokens, n_shared, n_usable, worth.save_s,
+                worth.is_worth_saving, cost_s, 0.0, slot.used_at, False, not request.may_use(content),
+            )  # fmt: skip
         busy = self._busy[slot.id]
         n_held = count(busy.will_hold)
         # Checkpoints of its own prompt are not there yet; figures of a busy slot are estimates anyway.

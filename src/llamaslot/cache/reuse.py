@@ -30,6 +30,8 @@ class CacheKind(enum.Enum):
     checkpoint, or a point near the end that its window still reaches.
     """
 
+    __hash__ = object.__hash__  # the enum's own is a call in Python
+
     DENSE = "dense"
     SWA = "swa"
     RECURRENT = "recurrent"
@@ -118,7 +120,8 @@ class Predictions:
             return
         last = self._short.setdefault(key, deque(maxlen=self.KEPT))
         last.append(short)
-        self._back[key] = median_low(last) if len(last) >= self.LEAST else 0
+        if len(last) >= self.LEAST:
+            self._back[key] = 0 if not any(last) else median_low(last)
 
     @property
     def do_answers_return(self) -> bool:

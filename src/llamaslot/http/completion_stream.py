@@ -279,8 +279,9 @@ class Answering:
 
     def _holds_prompt(self) -> None:
         before = self.lease.content or NOTHING
-        holds = replace(
-            before, tokens=self.parsed.left_in_slot, is_exact=False, is_dirty=True, has_media=False
+        tokens = self.parsed.left_in_slot
+        holds = Content(
+            tokens, False, True, before.checkpoints, before.snapshot, before.n_more, before.namespace
         )
         self.lease.confirm(self._with_media(holds, before) if self.parsed.is_head else holds)
 

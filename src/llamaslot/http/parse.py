@@ -54,6 +54,8 @@ class ParsedRequest:
         Several prompts run one after another, but not always in order: if another request gets ahead of one, it is
         put back behind the next.
         """
+        if len(self.prompts) == 1:
+            return self.prompts[0].tokens
         tokens = [prompt.tokens for prompt in self.prompts] or [b""]
         return head(tokens[0], min(common(tokens[0], other) for other in tokens))
 

@@ -54,12 +54,15 @@ class AnswerLength:
     def seconds_left(self, running_s: float, max_tokens: int | None = None) -> float:
         """Seconds until an answer ends that has been decoded for ``running_s``. ``max_tokens``: its upper bound."""
         n_done = max(running_s, 0.0) * self.tokens_per_s
-        if self._ranked is None:
-            ranked = sorted(self._last)
-            self._ranked = ranked, list(accumulate(reversed(ranked)))[::-1]
-        ranked, sums = self._ranked
-        n_longer = len(ranked) - bisect_right(ranked, n_done)
-        left = sums[-n_longer] - n_longer * n_done if n_longer else 0.0
+        if n_done:
+            if self._ranked is None:
+                ranked = sorted(self._last)
+                self._ranked = ranked, list(accumulate(reversed(ranked)))[::-1]
+            ranked, sums = self._ranked
+            n_longer = len(ranked) - bisect_right(ranked, n_done)
+            left = sums[-n_longer] - n_longer * n_done if n_longer else 0.0
+        else:  # all are longer
+            n_longer, left = len(self._last), sum(self._last)
         usual = max(self.n_tokens - n_done, self.n_tokens * self.LEAST, n_done / 2)
         n_left = (left + self.PRIOR * usual) / (n_longer + self.PRIOR)
         if max_tokens is not None:

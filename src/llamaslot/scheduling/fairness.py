@@ -168,6 +168,9 @@ class Shares:
 
     def _book(self, user: str, seconds: float, waiting: frozenset[str], idle: frozenset[str]) -> Booked:
         others = (waiting | idle) - {user}
+        if not others:
+            self._deficits.setdefault(user, 0.0)
+            return Booked(user, waiting, idle, {user: 0.0})
         changes_s = dict[str, float]()
         for other in others:
             most_s = _LIMIT_S if other in waiting else min(seconds, _LIMIT_S)

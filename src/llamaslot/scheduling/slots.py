@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llamaslot.cache.content import NOTHING, Content
 
 
 class SlotState(enum.Enum):
+    __hash__ = object.__hash__  # the enum's own is a call in Python
+
     FREE = "FREE"  # holds nothing worth keeping
     HOT = "HOT"  # its tokens are known and kept for reuse
     LEASED = "LEASED"  # one request, save or probe owns it
@@ -18,6 +20,8 @@ class SlotState(enum.Enum):
 
 
 class SlotEvent(enum.Enum):
+    __hash__ = object.__hash__  # the enum's own is a call in Python
+
     LEASE = "lease"  # taken by a request
     KEEP = "keep"  # returned, with known tokens
     EMPTY = "empty"  # returned empty
@@ -66,6 +70,10 @@ class Slot:
     content: Content = NOTHING
     used_at: float = 0.0
     leased_by: str | None = None
+    key: SlotKey = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key = SlotKey(self.backend, self.id)
 
     def become(self, event: SlotEvent, content: Content | None = None) -> None:
         """Apply one transition of the table. Raises IllegalTransition naming state and event."""
@@ -77,10 +85,6 @@ class Slot:
             content = NOTHING
         if content is not None:
             self.content = content
-
-    @property
-    def key(self) -> SlotKey:
-        return SlotKey(self.backend, self.id)
 
     @property
     def name(self) -> str:
