@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,13 +15,13 @@ from llamaslot.backend.slot_worth import SlotWorth
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, pack
 from llamaslot.cache.prefix_index import PrefixIndex
-from llamaslot.fleet.dispatcher import Dispatcher
+from llamaslot.fleet import dispatcher
 from llamaslot.fleet.queue import Queue, QueueLimits, Waiting
 from llamaslot.observe.journal import DecisionRecorder, Journal
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.fairness import Shares
 from llamaslot.scheduling.placement import Rules, place
-from llamaslot.scheduling.plan import Plan, Save, Source
+from llamaslot.scheduling.plan import Plan, Save, Source, Wait
 from llamaslot.scheduling.request import Request, User
 from llamaslot.scheduling.slots import SlotEvent
 from llamaslot.store import WithTokens
@@ -49,18 +50,18 @@ def test_each_slot_granted_costs_one_plan_however_many_wait(
 ) -> None:
     """Of 250 waiting, each release plans for one, and reads the queue to the second at most."""
     n_requests, n_plans, n_read = 250, [0], [0]
-    decide, ordered = Dispatcher._decide, Queue.ordered
+    ordered = Queue.ordered
 
-    def counting(self: Dispatcher, *args: object) -> object:
+    def counting(*args: Any) -> Plan | Wait:
         n_plans[0] += 1
-        return decide(self, *args)  # type: ignore[arg-type]
+        return place(*args)
 
     def reading(self: Queue) -> Iterator[Waiting]:
         for waiting in ordered(self):
             n_read[0] += 1
             yield waiting
 
-    monkeypatch.setattr(Dispatcher, "_decide", counting)
+    monkeypatch.setattr(dispatcher, "place", counting)
     monkeypatch.setattr(Queue, "ordered", reading)
 
     async def short(number: int) -> None:

@@ -70,7 +70,7 @@ class Server:
             raise self.fails
         return self.tokens(content, add_special=add_special, parse_special=parse_special)
 
-    async def apply_template(self, body: Mapping[str, Any]) -> str:
+    async def apply_template(self, body: Mapping[str, Any], raw: bytes | None = None) -> str:
         self.bodies.append(body)
         await asyncio.sleep(0)
         messages = list(body["messages"])
@@ -626,7 +626,7 @@ async def test_the_reasoning_that_an_answer_begins_with_is_behind_the_boundary()
     """It is gone from the next turn, so a cut behind <think> would be too late for it."""
 
     class Thinking(Server):
-        async def apply_template(self, body: Mapping[str, Any]) -> str:
+        async def apply_template(self, body: Mapping[str, Any], raw: bytes | None = None) -> str:
             text = await super().apply_template(body)
             last = text.rindex("assistant\n") + len("assistant\n")
             return f"{text[:last]}<think>\n{text[last:]}"
@@ -641,7 +641,7 @@ async def test_tools_that_stand_before_the_last_user_message_give_two_boundaries
     """One for the next turn, where they will have moved on, and one for as long as this turn lasts."""
 
     class Moving(Server):
-        async def apply_template(self, body: Mapping[str, Any]) -> str:
+        async def apply_template(self, body: Mapping[str, Any], raw: bytes | None = None) -> str:
             text = await super().apply_template(body)
             last = text.rindex("<|im_start|>user")
             return f"{text[:last]}<|im_start|>tools\n{LONG}<|im_end|>\n{text[last:]}"
@@ -671,7 +671,7 @@ async def test_what_stands_behind_a_question_is_asked_for_once() -> None:
     """As long as a template writes the same there: then the next question costs none, nor do the tools behind it."""
 
     class Thinking(Server):
-        async def apply_template(self, body: Mapping[str, Any]) -> str:
+        async def apply_template(self, body: Mapping[str, Any], raw: bytes | None = None) -> str:
             text = await super().apply_template(body)
             is_asked = body["messages"][-1]["role"] in ("user", "tool")
             return f"{text}<think>\n" if is_asked else text

@@ -28,7 +28,7 @@ from llamaslot.backend.lease_states import (
 )
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import NOTHING, Content
-from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, common, head
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, common
 from llamaslot.cache.reuse import NO_REUSE, ReuseForecast
 from llamaslot.errors import BackendRestarted, SlotWedged
 from llamaslot.observe.journal import DecisionRecorder
@@ -333,11 +333,7 @@ class Lease:
             # With only a common beginning it is another conversation, whose snapshot does not belong to this one.
             is_other_conversation = n <= self.request.n_system + NEGLIGIBLE_TOKENS < content.n_tokens
             snapshot = None if is_other_conversation else content.snapshot
-            kept = content.checkpoints and tuple(at for at in content.checkpoints if at <= n)
-            namespace = self.request.namespace  # not ``replace``, which takes five times as long
-            self.content = Content(
-                head(content.tokens, n), False, True, kept, snapshot, 0, namespace, content.has_media
-            )
+            self.content = content.cut_back(n, snapshot, self.request.namespace)
             return
         self.content = self._in_its_space(content)
 

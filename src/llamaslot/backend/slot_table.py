@@ -133,11 +133,12 @@ class SlotTable:
         branch = self._candidates.branch(residents, found)
         n_alike = max(branch, request.n_system, self._candidates.trunk(found))
         looked_at = self.worth.looked_at(hits, now, reserved)
-        slots = [
-            self._slot_view(slot, n_shared, request, now)
-            for slot in looked_at
-            if self._may_be_taken(slot, n_shared := shared.get(slot.id, 0))
-        ]
+        slots = list[SlotView]()
+        for slot in looked_at:
+            n_shared, busy = shared.get(slot.id, 0), self._busy.get(slot.id)
+            # ``place`` chooses a busy slot only to continue it.
+            if busy is None or 0 < n_shared >= self.rules.similarity_min * count(busy.will_hold):
+                slots.append(self._slot_view(slot, n_shared, request, now))
         begin_so = request.n_system > 0 and any(
             is_other_conversation(hit, request.n_system)
             for hit in takewhile(lambda hit: hit.n_shared >= request.n_system, hits)
@@ -156,13 +157,6 @@ class SlotTable:
             request_s=self.rates.request_s,
             shared=shared,
         )
-
-    def _may_be_taken(self, slot: Slot, n_shared: int) -> bool:
-        """False for a busy slot that the request would not continue: ``place`` never chooses it."""
-        busy = self._busy.get(slot.id)
-        if busy is None:
-            return True
-        return n_shared > 0 and n_shared >= self.rules.similarity_min * count(busy.will_hold)
 
     def _slot_view(self, slot: Slot, n_shared: int, request: Request, now: float) -> SlotView:
         content = slot.content

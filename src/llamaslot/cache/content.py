@@ -57,6 +57,11 @@ class Content:
             self.tokens, False, self.is_dirty, self.checkpoints, self.snapshot, n_more, self.namespace, self.has_media
         )  # fmt: skip
 
+    def cut_back(self, n_tokens: int, snapshot: str | None, namespace: Namespace) -> Content:
+        """The content after another prompt was begun in the slot, as far as it is certain then."""
+        kept = self.checkpoints and tuple(at for at in self.checkpoints if at <= n_tokens)
+        return Content(head(self.tokens, n_tokens), False, True, kept, snapshot, 0, namespace, self.has_media)
+
     def head(self, n_tokens: int) -> Content:
         """The content after truncation to the first ``n_tokens``; what follows them is unknown."""
         kept = tuple(at for at in self.checkpoints if at <= n_tokens)

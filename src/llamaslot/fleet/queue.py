@@ -347,12 +347,24 @@ class Queue:
                 if not other.is_small and other.came_at <= waiting.came_at:
                     self._n_overtaken += other.overtaken_s <= 0 < cost_s
                     other.passed(user, cost_s)
+        return self._charge(user, waiting.n_slots, cost_s, now)
+
+    def granted_at_once(self, request: Request, cost_s: float, now: float) -> Charge | None:
+        """A request of a user without slots has got one for about ``cost_s``, without having waited."""
+        user = request.user.id
+        if user in self._seen_at and user not in self._n_waiting:
+            self._pauses.observe(user, now - self._seen_at[user])
+        self._saw(user, now)
+        self._moment = None
+        return self._charge(user, 1, cost_s, now)
+
+    def _charge(self, user: str, n_slots: int, cost_s: float, now: float) -> Charge | None:
         if not user:
             return None
         idle = self._here(now) - self._n_waiting.keys()
-        booked = self._shares.granted(user, cost_s * waiting.n_slots, _users(self._n_waiting), _users(idle))
-        self._n_running[user] += waiting.n_slots
-        return Charge(booked, waiting.n_slots, now)
+        booked = self._shares.granted(user, cost_s * n_slots, _users(self._n_waiting), _users(idle))
+        self._n_running[user] += n_slots
+        return Charge(booked, n_slots, now)
 
     def released(self, charge: Charge, now: float) -> None:
         """The slots are free: correct the error of the estimate."""

@@ -241,7 +241,7 @@ class _Exchange:
         return (context, await self._wanted(context)) if context is not None else (None, None)
 
     async def _wanted(self, context: ModelContext) -> ParsedRequest:
-        return await parse_request(self.id, self.body, self._format, context, user_of(self.request))
+        return await parse_request(self.id, self.body, self.raw, self._format, context, user_of(self.request))
 
     @property
     def _format(self) -> Format:

@@ -46,7 +46,9 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         raise (NoObject if is_broken else BadRequest)(f"the body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
         raise NoObject("the body should be a JSON object")
-    if len(raw) > 2 * _DEPTH:  # a level takes two characters, and an item at least one
+    # A level takes two characters, and an item at least one. A body with few brackets and commas has few of both.
+    n = _n_brackets(raw) if len(raw) > 2 * _DEPTH else 0
+    if n > _DEPTH or (n and n + raw.count(b",") > _ITEMS):
         _check_size(body)
     return body
 

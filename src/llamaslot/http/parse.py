@@ -89,14 +89,14 @@ def lora_of(body: Mapping[str, Any]) -> str:
 
 
 async def parse_request(
-    id_: str, body: Mapping[str, Any], format_: Format, context: ModelContext, user: User
+    id_: str, body: Mapping[str, Any], raw: bytes, format_: Format, context: ModelContext, user: User
 ) -> ParsedRequest:
-    """The request for ``body``. Raises BadRequest, PromptTooLong, and llama-server's own error for a body that it
-    refuses.
+    """The request for ``body``; ``raw``: the same as JSON. Raises BadRequest, PromptTooLong, and llama-server's own
+    error for a body that it refuses.
     """
     unknown = None
     try:
-        said = await _said(body, format_, context, context.namespace(user).user)
+        said = await _said(body, raw, format_, context, context.namespace(user).user)
         if said.is_head and not format_.honours_id_slot:
             # llama-server chooses the slot, by the share of a prompt of unknown length.
             unknown = Reason.MEDIA
@@ -146,7 +146,9 @@ class _Said(NamedTuple):
     is_refused: bool = False
 
 
-async def _said(body: Mapping[str, Any], format_: Format, context: ModelContext, whose: str) -> _Said:
+async def _said(
+    body: Mapping[str, Any], raw: bytes, format_: Format, context: ModelContext, whose: str
+) -> _Said:
     """Raises PromptNotTokenizable if the tokens are unknown, and UpstreamError if the template refuses the body. If a
     converted body is refused, llama-server may still accept the original, so it is served without known tokens.
     """
@@ -162,7 +164,7 @@ async def _said(body: Mapping[str, Any], format_: Format, context: ModelContext,
     needed = {media.KINDS[part] for part in media.kinds(chat)}
     try:
         if not needed:
-            prompt = await context.tokenizer.chat(chat, whose)
+            prompt = await context.tokenizer.chat(chat, whose, raw if chat is body else None)
             # llama-server chooses the slot by its own conversion: if that gives another prompt, it may choose any
             # slot.
             is_checked = (

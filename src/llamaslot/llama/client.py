@@ -162,9 +162,10 @@ class LlamaServer:
     def _is_down(self, error: BaseException) -> BackendDown:
         return BackendDown(f"llama-server at {self.url} {_why(error)}; try again in a moment")
 
-    async def _question(self, method: str, path: str, body: Any = None, timeout_s: float = QUICK_S) -> Answer:
+    async def _question(
+        self, method: str, path: str, data: bytes | None = None, timeout_s: float = QUICK_S
+    ) -> Answer:
         """A repeatable request, on a kept connection if possible. Raises BackendDown."""
-        data = None if body is None else orjson.dumps(body)
         if self._kept is not None:
             try:
                 return await self._kept.ask(method, path, data, timeout_s)
@@ -178,7 +179,8 @@ class LlamaServer:
 
     async def _ask_json(self, method: str, path: str, body: Any = None, timeout_s: float = QUICK_S) -> Any:
         """The JSON answer to a repeatable request. Raises UpstreamError for an error answer, BackendDown."""
-        return self._checked(await self._question(method, path, body, timeout_s))
+        data = None if body is None else orjson.dumps(body)
+        return self._checked(await self._question(method, path, data, timeout_s))
 
     @staticmethod
     def _checked(answer: Answer) -> Any:
@@ -257,9 +259,12 @@ class LlamaServer:
             return []
 
     @_as_known
-    async def apply_template(self, body: Mapping[str, Any]) -> str:
-        """The prompt rendered from a chat body. Raises UpstreamError with llama-server's own 4xx."""
-        return str((await self._ask_json("POST", "/apply-template", body))["prompt"])
+    async def apply_template(self, body: Mapping[str, Any], raw: bytes | None = None) -> str:
+        """The prompt rendered from a chat body; ``raw``: the same as JSON, if that is at hand. Raises UpstreamError
+        with llama-server's own 4xx.
+        """
+        data = orjson.dumps(body) if raw is None else raw
+        return str(self._checked(await self._question("POST", "/apply-template", data))["prompt"])
 
     @_as_known
     async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:

@@ -59,6 +59,9 @@ class NotConnected(Exception):
     """No connection could be opened: nothing was sent."""
 
 
+_Question = tuple[bytes, bytes]  # its head and its body
+
+
 class BadAnswer(ConnectionError):
     """The answer is not valid HTTP, or is larger than any answer should be."""
 
@@ -112,7 +115,7 @@ class KeepAlivePool:
         """
         length = "" if body is None else f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._headers}{length}\r\n"
-        question = head.encode("ascii") + (body or b"")
+        question = (head.encode("ascii"), body or b"")
         kept = self._take() if self._idle else None
         if kept is None and len(self._busy) + self._n_opening >= _N_BURST:
             kept = await self._next_free()
@@ -173,7 +176,7 @@ class KeepAlivePool:
         self._busy.add(connection)
         return connection
 
-    async def _ask_on(self, connection: _Connection, question: bytes, deadline: float) -> Answer:
+    async def _ask_on(self, connection: _Connection, question: _Question, deadline: float) -> Answer:
         try:
             answer = await connection.ask(question, deadline)
         except BaseException:
@@ -256,7 +259,7 @@ class _Connection(asyncio.Protocol):
         self.is_reusable = True
         self.idle_since = 0.0
 
-    async def ask(self, question: bytes, deadline: float) -> Answer:
+    async def ask(self, question: _Question, deadline: float) -> Answer:
         """Canceling leaves the connection in the middle of an answer: abort it then."""
         if self._transport is None or self._transport.is_closing():
             raise _Gone(may_repeat=self._n_asked > 0)
@@ -267,7 +270,7 @@ class _Connection(asyncio.Protocol):
         answer: asyncio.Future[Answer] = self._loop.create_future()
         self._answer, asked_at = answer, self._loop.time()
         self._timer = self._loop.call_at(deadline, self._is_late, deadline)
-        self._transport.write(question)
+        self._transport.writelines(question)
         try:
             return await answer
         finally:

@@ -60,8 +60,8 @@ class NoPrompt(BadRequest):
 class PromptServer(Protocol):
     """The two routes of llama-server that make prompts. They raise UpstreamError for its error answers."""
 
-    async def apply_template(self, body: Mapping[str, Any]) -> str:
-        """``POST /apply-template`` with the whole chat body -> the rendered text."""
+    async def apply_template(self, body: Mapping[str, Any], raw: bytes | None = None) -> str:
+        """``POST /apply-template`` with the whole chat body -> the rendered text. ``raw``: the body as JSON."""
         ...
 
     async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:
@@ -144,12 +144,13 @@ class Tokenizer:
         self._is_told = False
         self.n_miscounted = 0
 
-    async def chat(self, body: Mapping[str, Any], whose: str = "") -> Prompt:
-        """The tokens of a chat body. Raises PromptNotTokenizable for media, UpstreamError if the template refuses
-        it."""
+    async def chat(self, body: Mapping[str, Any], whose: str = "", raw: bytes | None = None) -> Prompt:
+        """The tokens of a chat body. ``raw``: the same as JSON, if that is at hand. Raises PromptNotTokenizable for
+        media, UpstreamError if the template refuses it.
+        """
         if has_media(body):
             raise PromptNotTokenizable("the messages hold media", Reason.MEDIA)
-        text = await self._server.apply_template(body)
+        text = await self._server.apply_template(body, raw)
         return await self._of_text(text, whose)
 
     async def before_medium(self, body: Mapping[str, Any], whose: str = "") -> tuple[dict[str, Any], Prompt]:
