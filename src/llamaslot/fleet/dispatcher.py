@@ -11,7 +11,6 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import Preempted
@@ -19,6 +18,7 @@ from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.unassisted_slots import UnassistedSlots
 from llamaslot.errors import BackendDown, QueueFull
+from llamaslot.fleet.dispatch_pass import DispatchPass
 from llamaslot.fleet.preemption import Preemptions
 from llamaslot.fleet.prefix_sharing import PrefixWait, ask_for_trunk, prefix_due_s
 from llamaslot.fleet.queue import Queue, QueueLimits, Waiting, answer_s, estimate
@@ -33,33 +33,6 @@ log = logging.getLogger(__name__)
 
 MIN_LOOK_AGAIN_S = 0.25
 _MOST_BEHIND = 8  # so many are compared for shared prefixes; 250 would take a second
-
-
-@dataclass(slots=True)
-class _Look:
-    """One pass over all waiting requests."""
-
-    # Counted again only after a slot was leased: otherwise 250 waiting for 64 slots are 16,000 checks.
-    n_idle: int
-    n_slots: int
-    # Slots that requests wait for, and for how many seconds they will use them.
-    reserved: dict[SlotKey, float] = field(default_factory=dict)
-    again_s: list[float] = field(default_factory=list)  # seconds until the next dispatch
-    n_behind: int = 0  # requests that leave the last idle slot to others
-    is_short: bool = False  # an earlier request waits for any slot at all
-    is_spared: bool = False  # an idle slot is denied to a request
-
-    def waits(self, decision: Wait, look_in_s: float, answer_s: float) -> None:
-        """Record that a request waits, and dispatch again in ``look_in_s``. ``answer_s``: seconds that its answer
-        will take.
-        """
-        if decision.slot is not None:
-            steps_s = decision.place.cost.steps_s if decision.place is not None else 0.0
-            self.reserved[decision.slot] = self.reserved.get(decision.slot, 0.0) + steps_s + answer_s
-        if decision.for_s is None:
-            self.is_short = True
-        else:
-            self.again_s.append(max(look_in_s, 0.0))
 
 
 class Dispatcher:
@@ -252,7 +225,7 @@ class Dispatcher:
 
     def _serve_queue(self) -> None:
         open_ = self._open()
-        look = _Look(_n_idle(open_), sum(len(table.slots) for table in self.tables))
+        look = DispatchPass(_n_idle(open_), sum(len(table.slots) for table in self.tables))
         is_assisted = any(leases.table is not None and leases.table.is_assisted for leases in open_)
         if is_assisted and not look.n_idle and not self.queue.n_unpinned:
             return  # the order does not matter: with 1,000 waiting, each arrival would compute it
@@ -277,7 +250,7 @@ class Dispatcher:
         assisted = [leases for leases in attached if leases.table is not None and leases.table.is_assisted]
         return [leases for leases in assisted or attached if leases.is_open]
 
-    def _serve(self, here: list[Leases], waiting: Waiting, look: _Look) -> None:
+    def _serve(self, here: list[Leases], waiting: Waiting, look: DispatchPass) -> None:
         """Lease it a slot of one of ``here``, or record what it waits for."""
         request, now, tables = waiting.request, self.now(), _tables(here)
         if not self.queue.may_run(waiting, max(look.n_slots, look.n_idle), look.n_idle, now):
@@ -317,7 +290,7 @@ class Dispatcher:
     def _table_of(self, place: Place | Plan | None) -> SlotTable | None:
         return self.backends[place.slot.backend].table if place is not None else None
 
-    def _let_through(self, tables: Sequence[SlotTable], waiting: Waiting, look: _Look) -> None:
+    def _let_through(self, tables: Sequence[SlotTable], waiting: Waiting, look: DispatchPass) -> None:
         """llama-server chooses the slot: only the number of requests counts."""
         for table in sorted(tables, key=lambda table: -table.n_idle):
             if isinstance(table, UnassistedSlots) and (slot := table.any_idle()) is not None:
@@ -342,14 +315,14 @@ class Dispatcher:
                     return lease
         return None
 
-    def _is_still_behind(self, table: SlotTable, waiting: Waiting, look: _Look) -> bool:
+    def _is_still_behind(self, table: SlotTable, waiting: Waiting, look: DispatchPass) -> bool:
         """Whether nothing has changed for it, or enough requests are behind already."""
         if waiting.had_a_place or self.now() >= self._late_at(waiting):
             return False
         prompt_s = waiting.cost_s - answer_s(table, waiting.request)
         return waiting.is_behind or (look.n_behind >= _MOST_BEHIND and prompt_s > table.long_s)
 
-    def _leaves_slot(self, waiting: Waiting, look: _Look) -> None:
+    def _leaves_slot(self, waiting: Waiting, look: DispatchPass) -> None:
         look.n_behind += 1
         if (late_at := self._late_at(waiting)) < math.inf:
             look.again_s.append(max(late_at - self.now(), MIN_LOOK_AGAIN_S))
@@ -359,7 +332,7 @@ class Dispatcher:
         max_wait_s = self.queue.limits.max_wait_s or math.inf
         return waiting.came_at + min(self.rules.sharing.starvation_s, max_wait_s / 2)
 
-    def _place(self, table: SlotTable, waiting: Waiting, plan: Plan, look: _Look) -> None:
+    def _place(self, table: SlotTable, waiting: Waiting, plan: Plan, look: DispatchPass) -> None:
         try:
             lease = self.backends[plan.slot.backend].grant(
                 table.slots[plan.slot.id],

@@ -72,10 +72,9 @@ class PrefillRate:
         sample = _Sample(start, end, seconds, self._n_observed)
         bucket = (start + end).bit_length()
         samples = self._samples.setdefault(bucket, deque(maxlen=self.KEPT))
-        is_due = len(samples) < self.KEPT or self._n_observed % self.FITTED_EACH == 0
-        samples.append(sample)
-        if is_due:
+        if len(samples) < self.KEPT or self._n_observed % self.FITTED_EACH == 0:
             self._fitted = None
+        samples.append(sample)
 
     def seconds(self, start: int, end: int) -> float:
         """Seconds for tokens ``[start, end)``: the rate summed over their depths. 0 for an empty range."""
