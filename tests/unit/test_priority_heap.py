@@ -28,7 +28,7 @@ def test_few_are_sorted_as_of_now(operations: list[tuple[str, int, int]]) -> Non
             ranking.put(holder)
         elif what == "add":
             values[holder] = value
-            ranking.add(holder)
+            ranking.add_many([holder])
         elif what == "rank":
             ranking.rank_some(1)
         elif what == "drop":

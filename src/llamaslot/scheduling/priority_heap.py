@@ -7,7 +7,7 @@ the last few queries; with at most ``AT_ONCE`` holders all ranks are current.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from itertools import islice
 from typing import Any
 
@@ -29,10 +29,10 @@ class Ranking:
     def __len__(self) -> int:
         return len(self._ranks)
 
-    def add(self, holder: str) -> None:
-        """Add ``holder``, one of many: its rank is computed by ``rank_some``, or before the next choice."""
-        self._ranks[holder] = ()
-        self._unranked[holder] = None
+    def add_many(self, holders: Collection[str]) -> None:
+        """Add many: their ranks are computed by ``rank_some``, or before the next choice."""
+        self._ranks.update(dict.fromkeys(holders, ()))
+        self._unranked.update(dict.fromkeys(holders))
 
     def rank_some(self, n: int) -> bool:
         """Compute ``n`` ranks that were put off. Returns whether there are more."""
@@ -69,10 +69,9 @@ class Ranking:
         return found
 
     def recompute_all(self) -> None:
-        """Recompute all ranks, as after ``add``: after a change that affects all of them."""
+        """Recompute all ranks, as after ``add_many``: after a change that affects all of them."""
         self._heap.clear()
-        for holder in self._ranks:
-            self.add(holder)
+        self.add_many(self._ranks)
 
     def least_first(self) -> Generator[str, None, None]:
         """All holders by rank; each rank is recomputed before its holder is returned. Nothing may change during the

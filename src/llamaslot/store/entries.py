@@ -73,7 +73,12 @@ class SnapshotTable:
         self, snapshot: Snapshot, now: float, *, last_used: float | None = None, hits: Hits = NEVER
     ) -> None:
         """List it. ``last_used`` defaults to ``now``; nothing is learned from the time before ``now``."""
-        self._add(snapshot, now, now if last_used is None else last_used, hits)
+        self._now = now
+        self.snapshots[snapshot.id] = snapshot
+        last_used = now if last_used is None else last_used
+        self.stats[snapshot.id] = SnapshotStats(
+            snapshot.id, snapshot.n_tokens, snapshot.size_bytes, snapshot.kind, last_used, now, *hits
+        )
         self._ranking.put(snapshot.id)
 
     def add_many(
@@ -84,16 +89,15 @@ class SnapshotTable:
         now: float,
     ) -> None:
         """List those of a whole directory. They are ranked by ``rank_some``, or before the next choice: 20 us each."""
-        for snapshot in snapshots:
-            self._add(snapshot, now, last_used[snapshot.id], hits.get(snapshot.id, NEVER))
-            self._ranking.add(snapshot.id)
-
-    def _add(self, snapshot: Snapshot, now: float, last_used: float, hits: Hits) -> None:
-        self._now = now
-        self.snapshots[snapshot.id] = snapshot
-        self.stats[snapshot.id] = SnapshotStats(
-            snapshot.id, snapshot.n_tokens, snapshot.size_bytes, snapshot.kind, last_used, now, *hits
-        )
+        self._now, stats = now, self.stats
+        listed = {snapshot.id: snapshot for snapshot in snapshots}
+        self.snapshots |= listed
+        for id_, snapshot in listed.items():
+            stats[id_] = SnapshotStats(
+                id_, snapshot.n_tokens, snapshot.size_bytes, snapshot.kind, last_used[id_], now,
+                *hits.get(id_, NEVER),
+            )  # fmt: skip
+        self._ranking.add_many(listed)
 
     def rank_some(self, n: int) -> bool:
         """Rank ``n`` snapshots that were listed with many others. Returns whether there are more."""

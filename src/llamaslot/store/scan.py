@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from llamaslot.file_id import FileId
 from llamaslot.store import sidecar
 from llamaslot.store.directory import HITS_NAME, LOCK_NAME
 from llamaslot.store.header import SlotFile, read_slot_file_now
-from llamaslot.store.manifest import Entry
+from llamaslot.store.manifest import Known, Mark
 from llamaslot.store.sidecar import JSON, KV, NEW, PART, PROBE, Noted, Snapshot, WithTokens
 
 _AT_ONCE = 64  # snapshots read by one call of a thread, which costs as much as reading one of them
@@ -59,32 +59,41 @@ class Found:
     last_used: dict[str, float] = field(default_factory=dict)
     leftovers: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
-    file_ids: dict[str, FileId] = field(default_factory=dict)
+    file_ids: dict[str, Mark] = field(default_factory=dict)
     durable: set[str] = field(default_factory=set)
     n_read: int = 0  # those of which nothing was known
     n_unfinished: int = 0
     n_foreign: int = 0
 
+    def take(self, known: Known, ids: set[str]) -> None:
+        """Add these of what is ``known``, which is used up."""
+        for id_ in known.snapshots.keys() - ids:
+            del known.snapshots[id_], known.last_used[id_], known.kv[id_]
+        self.snapshots += known.snapshots.values()
+        self.last_used |= known.last_used
+        self.file_ids |= known.kv
+        self.durable |= ids
 
-def list_own(directory: Path, look: Callable[[str, str, os.DirEntry[str]], None] | None = None) -> Listing:
-    """Our files by name and type, without a stat of each; ``look`` is called with id, suffix and entry of each.
-    Blocking; raises OSError for an unreadable directory.
-    """
+
+def list_own(directory: Path) -> Listing:
+    """Our files by name and type, without a stat of each. Blocking; raises OSError for an unreadable directory."""
+    with os.scandir(directory) as entries:
+        return _listing(entries)
+
+
+def _listing(entries: Iterable[os.DirEntry[str]]) -> Listing:
     suffixes: dict[str, set[str]] = {}
     n_foreign, has_lock = 0, False
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.name == LOCK_NAME:
-                has_lock = True
-            elif entry.name in (HITS_NAME, HITS_NAME + ".new"):
-                continue
-            elif (own := sidecar.own_name(entry.name)) is not None and entry.is_file(follow_symlinks=False):
-                suffixes.setdefault(own[0], set()).add(own[1])
-                if look is not None:
-                    look(*own, entry)
-            else:
-                # A directory or symbolic link with such a name is not ours.
-                n_foreign += 1
+    for entry in entries:
+        if entry.name == LOCK_NAME:
+            has_lock = True
+        elif entry.name in (HITS_NAME, HITS_NAME + ".new"):
+            continue
+        elif (own := sidecar.own_name(entry.name)) is not None and entry.is_file(follow_symlinks=False):
+            suffixes.setdefault(own[0], set()).add(own[1])
+        else:
+            # A directory or symbolic link with such a name is not ours.
+            n_foreign += 1
     return Listing(suffixes, n_foreign, has_lock)
 
 
@@ -161,7 +170,7 @@ def agree_still(directory: Path, snapshot: Snapshot) -> WithTokens:
 
 async def scan(
     directory: Path,
-    known: Mapping[str, Entry],
+    known: Known,
     on_some: Callable[[Found], Awaitable[None]] | None = None,
 ) -> Found:
     """Read the directory and remove our files that are no snapshot. Raises OSError if the directory cannot be read.
@@ -171,7 +180,8 @@ async def scan(
     """
     listing, unchanged = await asyncio.to_thread(_look, directory, known)
     found = Found(n_foreign=listing.n_foreign)
-    unread = iter(sorted(listing.holders(KV) & listing.holders(JSON) - unchanged.keys()))
+    found.take(known, unchanged)
+    unread = iter(sorted((listing.holders(KV) & listing.holders(JSON)) - unchanged))
     loaded = dict[str, Loaded | SnapshotInvalid]()
     for id_, suffixes in sorted(listing.suffixes.items()):
         if suffixes != {KV, JSON}:
@@ -183,24 +193,18 @@ async def scan(
             await asyncio.to_thread(
                 _unlink_quietly, *(directory / (id_ + rest) for rest in suffixes - {KV, JSON})
             )
+        if id_ in unchanged:
+            continue
         try:
-            if id_ in unchanged:
-                snapshot, last_used, file_id, is_durable = (
-                    known[id_].snapshot,
-                    unchanged[id_],
-                    known[id_].kv,
-                    True,
-                )
-            else:
-                if id_ not in loaded:
-                    if on_some is not None and found.n_read and found.n_read % _SOME == 0:
-                        await on_some(found)
-                    loaded = await asyncio.to_thread(_load_some, directory, list(islice(unread, _AT_ONCE)))
-                    found.n_read += len(loaded)
-                read = loaded.pop(id_)
-                if isinstance(read, SnapshotInvalid):
-                    raise read
-                snapshot, last_used, file_id, is_durable = read
+            if id_ not in loaded:
+                if on_some is not None and found.n_read and found.n_read % _SOME == 0:
+                    await on_some(found)
+                loaded = await asyncio.to_thread(_load_some, directory, list(islice(unread, _AT_ONCE)))
+                found.n_read += len(loaded)
+            read = loaded.pop(id_)
+            if isinstance(read, SnapshotInvalid):
+                raise read
+            snapshot, last_used, file_id, is_durable = read
         except SnapshotInvalid as error:
             found.faults.append(str(error))
             if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
@@ -217,26 +221,32 @@ async def scan(
     return found
 
 
-def _look(directory: Path, known: Mapping[str, Entry]) -> tuple[Listing, dict[str, float]]:
-    """The files; and for each unchanged known snapshot the time of its last use. Blocking; raises OSError."""
-    dated, same = dict[str, float](), set[str]()
-
-    def look(id_: str, suffix: str, entry: os.DirEntry[str]) -> None:
-        """While the directory is read: 20,000 paths need not be put together."""
-        if (noted := known.get(id_)) is None or suffix not in (KV, JSON):
-            return
-        try:
-            found = entry.stat(follow_symlinks=False)
-        except OSError:
-            return
-        file_id = found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-        if suffix == KV and file_id == noted.kv:
-            same.add(id_)
-        elif suffix == JSON and file_id == noted.json:
-            dated[id_] = found.st_mtime
-
-    listing = list_own(directory, look)
-    return listing, {id_: last_used for id_, last_used in dated.items() if id_ in same}
+def _look(directory: Path, known: Known) -> tuple[Listing, set[str]]:
+    """The ids of known snapshots whose files are unchanged, and the files of all others. Those of an unchanged one are
+    listed too if there are more of them than its two. Blocking; raises OSError.
+    """
+    expected = {id_ + KV: file_id for id_, file_id in known.kv.items()}
+    expected.update((id_ + JSON, file_id) for id_, file_id in known.json.items())
+    same, others = set[str](), list[os.DirEntry[str]]()
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if (was := expected.get(entry.name)) is not None:
+                try:
+                    now = entry.stat(follow_symlinks=False)
+                except OSError:
+                    pass
+                else:  # not ``FileId.of``, which takes as long as the rest
+                    if (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns) == was:
+                        same.add(entry.name)
+                        continue
+            others.append(entry)
+    listing = _listing(others)
+    unchanged = {id_ for id_ in known.snapshots if id_ + KV in same and id_ + JSON in same}
+    for id_ in known.snapshots.keys() - unchanged | unchanged & listing.suffixes.keys():
+        for suffix in (KV, JSON):
+            if id_ + suffix in same:
+                listing.suffixes.setdefault(id_, set()).add(suffix)
+    return listing, unchanged
 
 
 Loaded = tuple[Snapshot, float, FileId, bool]
