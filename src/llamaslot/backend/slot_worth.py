@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
@@ -13,12 +14,13 @@ from llamaslot.cache.namespaces import InNamespaces, marker
 from llamaslot.cache.prefix_index import PrefixIndex, Shared
 from llamaslot.cache.reuse import RewindModel
 from llamaslot.scheduling.cost import Rates, are_close
-from llamaslot.scheduling.placement import Rules, Stranger, return_likelihood, worth_a_look
+from llamaslot.scheduling.placement import Ranked, Rules, ranked, return_likelihood, worth_a_look
 from llamaslot.scheduling.save_worth import Unsaved, is_worth
 from llamaslot.scheduling.slots import Slot, SlotKey
 from llamaslot.store.model_snapshots import ModelSnapshots
 
 _FEW_SLOTS = 8  # up to this number all are considered
+_RANKED_S = 1.0  # so long a rank is valid: ``return_likelihood`` changes by a twentieth of a percent
 
 
 class Worth(NamedTuple):
@@ -53,6 +55,11 @@ class SlotWorth:
         # What the worths were computed with: can_save, and the changes of both indexes of snapshots.
         self._basis: tuple[bool, int, int] | None = None
         self._figures: tuple[float, ...] = ()
+        # Idle slots by the cost of their loss, ascending: those without and with a large context; see ``_rank``.
+        self._ranks: dict[bool, list[Ranked]] = {False: [], True: []}
+        self._rank_of: dict[int, tuple[bool, Ranked]] = {}
+        self._unranked = set[int]()
+        self._ranked_at = 0.0
 
     def offer(self, library: ModelSnapshots, pending: PendingSnapshots, offers: SnapshotCandidates) -> None:
         """Use the snapshots in ``library``."""
@@ -73,6 +80,7 @@ class SlotWorth:
         self._index.drop(slot.id)
         self._worths.pop(slot.id, None)
         self._outdated.discard(slot.id)
+        self._drop_rank(slot.id)
 
     def of(self, slot: Slot) -> Worth:
         """The worth of an idle slot, current since the last ``looked_at``."""
@@ -94,14 +102,33 @@ class SlotWorth:
         similarity_min = self.rules.similarity_min
         near = {slot for slot, n_shared, n_tokens in hits if n_shared >= similarity_min * n_tokens}
         near.update(hit.holder for hit in hits[:1])
+        besides = near.union(key.id for key in reserved if key.backend == self.slots[0].backend)
         shared = {slot: n_shared for slot, n_shared, _ in hits}
-        strangers = list[Stranger]()
-        for id_, (_, _, save_s, cost_s, is_large) in self._worths.items():
-            if id_ not in near and not (reserved and self.slots[id_].key in reserved):
+        most_shared = next((n_shared for slot, n_shared, _ in hits if slot not in near), 0)
+        self._rank(now)
+        for ranks in self._ranks.values():
+            near.update(worth_a_look(ranks, shared, most_shared, besides))
+        return [self.slots[slot] for slot in sorted(near)]
+
+    def _rank(self, now: float) -> None:
+        """Bring ``_ranks`` up to date. The cost of a loss falls with time, for all slots alike in a second."""
+        if not 0 <= now - self._ranked_at <= _RANKED_S:
+            self._ranked_at = now
+            self._unranked.update(self._worths)
+        for id_ in self._unranked:
+            self._drop_rank(id_)
+            if (worth := self._worths.get(id_)) is not None:
                 used_at = self.slots[id_].used_at
-                loss_s = save_s + cost_s * return_likelihood(now - used_at) if cost_s else save_s
-                strangers.append((id_, loss_s, used_at, shared.get(id_, 0), is_large))
-        return [self.slots[slot] for slot in sorted(near | worth_a_look(strangers))]
+                loss_s = worth.save_s + worth.eviction_cost_s * return_likelihood(now - used_at)
+                rank = ranked(loss_s, used_at, id_)
+                self._rank_of[id_] = worth.is_large, rank
+                insort(self._ranks[worth.is_large], rank)
+        self._unranked.clear()
+
+    def _drop_rank(self, slot: int) -> None:
+        if (known := self._rank_of.pop(slot, None)) is not None:
+            is_large, rank = known
+            del self._ranks[is_large][bisect_left(self._ranks[is_large], rank)]
 
     def _refresh(self) -> None:
         """Compute again what has changed."""
@@ -124,6 +151,7 @@ class SlotWorth:
         if self.rewind_model.is_rewindable:  # else each computes its own: it depends on many others
             for id_ in self._outdated:
                 self._worths[id_] = self._compute(self.slots[id_])
+            self._unranked |= self._outdated
             self._outdated.clear()
 
     def _sharing(self, tokens: bytes) -> Iterator[int]:
@@ -208,6 +236,10 @@ class SlotWorth:
         idle = {slot.id for slot in self.slots if slot.is_idle}
         if self.rewind_model.is_rewindable:
             assert self._worths.keys() | self._outdated == idle, "each idle slot has its worth"
+        for is_large, ranks in self._ranks.items():
+            its = sorted(rank for kind, rank in self._rank_of.values() if kind is is_large)
+            assert ranks == its, "ranks ascend"
+        assert self._rank_of.keys() <= idle, "idle slots are ranked"
         for slot in self.slots:
             held = slot.content.tokens if slot.is_idle else b""
             assert (slot.id in self._index) == bool(held), f"idle slots are known: {slot}"

@@ -161,14 +161,14 @@ class Dispatcher:
                 self.dispatch(is_arrival=not was_admitted)
 
     def _at_once(self, request: Request) -> Lease | None:
-        """The lease of a slot for a request of a user without slots, if none waits and several are idle: as the queue
-        would give it, in two thirds of the time. None if anything about it is special.
+        """The lease of a slot, if no request waits and several slots are idle: as the queue would give it, in two
+        thirds of the time. None if anything about it is special.
         """
         # No await from here to the end: slots are leased as they were seen.
         open_, now = self._open(), self.now()
         tables = [table for table in _tables(open_) if table.is_assisted]
         is_special = len(tables) != len(open_) or any(leases.turn is not None for leases in open_)
-        if is_special or request.is_exclusive or self.queue.n_held.get(request.user.id):
+        if is_special or request.is_exclusive or not self.queue.may_run_at_once(request.user, now):
             return None
         if _n_idle(open_) < 2 or any(lease.is_long for lease in self.leases):
             return None

@@ -301,6 +301,13 @@ class Queue:
             )
         return here.answers[key]
 
+    def may_run_at_once(self, user: User, now: float) -> bool:
+        """Whether any request of ``user`` may have an idle slot; False if that needs a closer look."""
+        if not (n_held := self._n_running[user.id]):
+            return True
+        n_max = self._max_running(user)
+        return (n_max is None or n_held < n_max) and not self._who_is_here(now).pauses_s
+
     @property
     def n_held(self) -> Mapping[str, int]:
         """The slots of each user that has any."""
@@ -350,9 +357,9 @@ class Queue:
         return self._charge(user, waiting.n_slots, cost_s, now)
 
     def granted_at_once(self, request: Request, cost_s: float, now: float) -> Charge | None:
-        """A request of a user without slots has got one for about ``cost_s``, without having waited."""
+        """A request has got a slot for about ``cost_s`` without having waited."""
         user = request.user.id
-        if user in self._seen_at and user not in self._n_waiting:
+        if user in self._seen_at and user not in self._n_waiting and user not in self._n_running:
             self._pauses.observe(user, now - self._seen_at[user])
         self._saw(user, now)
         self._moment = None

@@ -406,6 +406,8 @@ class Answering:
             n_computed += int(timings.get("prompt_n", 0))
         elif prefill_stats is not None:
             n_computed += self.lease.request.n_tokens - prefill_stats.n_tokens
+        if not log.isEnabledFor(logging.INFO):
+            return
         log.info(
             "%s: answered for %s in slot %s (%s): %d of %d prompt tokens computed%s, first byte after %.2f s, complete"
             " after %.2f s",

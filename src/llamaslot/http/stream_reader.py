@@ -156,6 +156,11 @@ class Reading:
         return changed
 
     def _event(self, event: bytes) -> bytes:
+        is_answer = self.has_token and self.assembly is None and not (self.is_over or self.has_failed)
+        if is_answer and self._is_plain(event):
+            if self._is_followed:
+                self._errors.saw(event)
+            return event
         payload: Any = None
         if event.startswith(self._format.last_events):
             self.is_over = True

@@ -75,11 +75,12 @@ async def _connect_socket(sock: socket.socket, address: Any, within_s: float) ->
     The kernel decides whether it is late: of 1,000 requests at once, this process sees some connections only seconds
     after they were open.
     """
-    # On the same machine it is connected at once, as a rule.
-    if (fault := sock.connect_ex(address)) != errno.EINPROGRESS:
-        if fault:
+    # To the same machine it is connected when the call returns, which only a second call tells.
+    for _ in range(2):
+        if not (fault := sock.connect_ex(address)):
+            return
+        if fault not in (errno.EINPROGRESS, errno.EALREADY):
             raise OSError(fault, os.strerror(fault))
-        return
     try:
         async with asyncio.timeout(within_s):
             await asyncio.get_running_loop().sock_connect(sock, address)

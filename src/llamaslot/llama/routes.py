@@ -159,20 +159,16 @@ def classify(method: str, target: str, allow: Collection[str] = ()) -> Route:
     Forbidden and gated routes are also refused in any spelling that a rewriting proxy between the two could
     normalize.
     """
-    method = method.upper()  # aiohttp's client does so too, and llama-server knows upper case only
-    path = server_path(target)
-    if method in _INERT:
-        return Route(method, path, "passthrough", is_known=False)
-    found = _line(method, path)
-    if found is None:
-        return Route(method, path, "passthrough", is_known=False)
-    return replace(found, kind="passthrough") if found.gate in allow else found
+    found = _classified(method.upper(), target)  # aiohttp's client does so too
+    return replace(found, kind="passthrough") if allow and found.gate in allow else found
 
 
 @functools.lru_cache(maxsize=256)
-def _line(method: str, path: str) -> Route | None:
-    """The table's line for a decoded path; 50 us unless it was asked for before."""
-    return _refused(method, _mended(path)) or _find(method, path)
+def _classified(method: str, target: str) -> Route:
+    """50 us unless it was asked for before."""
+    path = server_path(target)
+    found = None if method in _INERT else _refused(method, _mended(path)) or _find(method, path)
+    return found or Route(method, path, "passthrough", is_known=False)
 
 
 def _find(method: str, path: str) -> Route | None:

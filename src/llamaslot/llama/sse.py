@@ -76,8 +76,13 @@ def n_whole(data: bytes) -> int:
 
 def data_of(event: bytes) -> Any:
     """The JSON value of an event's data lines; None for comments, ``[DONE]`` and data that is not JSON."""
+    if event.startswith(b"data: {") and event.find(b"\n") == len(event) - 2:  # one line, as nearly always
+        try:
+            return orjson.loads(event[6:])
+        except orjson.JSONDecodeError:
+            return None
     lines = [line[5:].strip() for line in event.splitlines() if line.startswith(b"data:")]
-    if not lines:
+    if not lines or lines == [b"[DONE]"]:
         return None
     try:
         return orjson.loads(b"\n".join(lines))

@@ -5,8 +5,7 @@ Pure: views of the backends go in, a plan comes out. Every cost is in seconds, a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -215,50 +214,35 @@ def is_other_conversation(slot: SlotView | Shared[int], n_alike: int) -> bool:
     return n_alike > 0 and only_begins_alike and slot.n_tokens > slot.n_shared + NEGLIGIBLE_TOKENS
 
 
-Stranger = tuple[int, float, float, int, bool]
-"""An idle slot whose content the request would not resume from, by its number; the seconds that taking it costs
-others; when it was used last; the tokens of it that the request can use all the same; whether it holds a large context
-of some user. A plain tuple: with 256 slots, making named ones takes as long as all the rest.
+Ranked = tuple[int, float, int]
+"""An idle slot: milliseconds that its loss costs others, when it was used last, its number. A plain tuple, as there may
+be hundreds.
 """
 
 
-def worth_a_look(strangers: Iterable[Stranger]) -> set[int]:
-    """The slots of ``strangers`` that ``place`` may choose. Any other slot costs no less and shares no more than two
-    of these. Among 256 slots these are three or four as a rule, and a close look at each takes 20 us.
+def ranked(loss_s: float, used_at: float, slot: int) -> Ranked:
+    """In the order of ``place``: the cheapest first, among ties the least recently used."""
+    return round(loss_s / _TIE_S), used_at, slot
 
-    Only for a model that can rewind to any token, where shared tokens can be reused.
+
+def worth_a_look(
+    slots: Iterable[Ranked], shared: Mapping[int, int], most_shared: int, besides: Collection[int]
+) -> Iterator[int]:
+    """The slots of ``slots``, ascending, that ``place`` may choose: any other one costs no less and shares no more than
+    two of these. Among 256 slots these are two or three as a rule, and a close look at each takes 20 us.
+
+    ``shared``: tokens in common with the prompt, by slot, of which no slot has more than ``most_shared``. Those in
+    ``besides`` are left out. Only for a model that can rewind to any token, where shared tokens can be reused, and for
+    slots of the same kind: a small request takes a slot without a large context first.
     """
-    # Of those that share as much, only the two cheapest: their keys, and their slots.
-    cheapest = dict[tuple[bool, int], tuple[_Cheap, _Cheap]]()
-    for slot, loss_s, used_at, n_shared, is_loss in strangers:
-        group = is_loss, n_shared
-        first, second = cheapest.get(group, _NONE_YET)
-        if (cost := round(loss_s / _TIE_S)) <= second[0]:
-            found_one = cost, used_at, slot
-            if found_one < first:
-                cheapest[group] = found_one, first
-            elif found_one < second:
-                cheapest[group] = first, found_one
-    found = set[int]()
-    for is_loss in (False, True):
-        best = second_best = -1  # tokens shared by those that cost less
-        alike = [
-            (*cost, n)
-            for (loss, n), two in cheapest.items()
-            if loss is is_loss
-            for cost in two
-            if cost != _DEAR
-        ]
-        for _, _, slot, n_shared in sorted(alike):
-            if n_shared > second_best:
-                found.add(slot)
-                best, second_best = max(best, n_shared), min(best, n_shared)
-    return found
-
-
-_Cheap = tuple[float, float, int]
-_DEAR: _Cheap = (math.inf, 0.0, -1)
-_NONE_YET = _DEAR, _DEAR
+    best = second_best = -1  # tokens shared by those that cost less
+    for _, _, slot in slots:
+        n_shared = shared.get(slot, 0)
+        if n_shared > second_best and slot not in besides:
+            yield slot
+            best, second_best = max(best, n_shared), min(best, n_shared)
+            if second_best >= most_shared:
+                return
 
 
 def is_long(plan: Plan, long_s: float) -> bool:
