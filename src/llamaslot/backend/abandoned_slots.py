@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
@@ -14,6 +14,7 @@ from llamaslot.cache.content import Content
 from llamaslot.errors import LlamaslotError
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.replies import SlotInfo
+from llamaslot.records import dataclass
 from llamaslot.scheduling.fairness import Charge
 from llamaslot.scheduling.slots import Slot, SlotEvent, SlotState
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from llamaslot.records import dataclass
 
 _SERVER_FLAGS = "-np {n} --no-kv-unified --no-cache-idle-slots --cache-ram 0 --slot-save-path DIR"
 _SWITCH_ON = (

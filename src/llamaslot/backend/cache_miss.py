@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -22,6 +21,7 @@ from llamaslot.formats.base import Format
 from llamaslot.formats.prompt_location import Whereabouts, whereabouts
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.metrics import BackendMetrics
+from llamaslot.records import dataclass
 from llamaslot.scheduling.request import Request
 from llamaslot.tasks import TaskOwner
 from llamaslot.tokens.tokenizer import Prompt

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from llamaslot.backend.assist import (
     StandingAside,
@@ -41,6 +41,7 @@ from llamaslot.errors import (
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.identity import Identity
 from llamaslot.llama.replies import Props, SlotAction, SlotInfo
+from llamaslot.records import dataclass
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.probes import NO_CHECKPOINTS, SNAPSHOTS_UNUSABLE
@@ -16,6 +15,7 @@ from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
 from llamaslot.cache.reuse import RESIDENT, CacheKind, Strikes, has_failed
 from llamaslot.llama.replies import Progress
 from llamaslot.observe.metrics import BackendMetrics
+from llamaslot.records import dataclass
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.plan import PrefillStats, Source
 from llamaslot.store import Catalog, Snapshot

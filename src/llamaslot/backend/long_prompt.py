@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from llamaslot.backend.lease import Lease
 from llamaslot.formats.comments import Comment
+from llamaslot.records import dataclass
 from llamaslot.scheduling.plan import PrefillStats
 
 

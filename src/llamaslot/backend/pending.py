@@ -5,11 +5,12 @@ wait for them.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from llamaslot.cache.content import Content
 from llamaslot.cache.namespaces import Namespace, marker
 from llamaslot.cache.prefix_index import Changes, PrefixIndex
+from llamaslot.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import contextlib
 import enum
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from llamaslot.backend.feedback import Feedback
 from llamaslot.backend.lease import Lease
@@ -34,6 +34,7 @@ from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.replies import Progress
 from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import BackendMetrics
+from llamaslot.records import dataclass
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.plan import PrefillStats
 from llamaslot.scheduling.prefill_policy import (

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from llamaslot.errors import SlotActionFailed, SnapshotInvalid, UpstreamError
 from llamaslot.llama.client import ACTION_S, LlamaServer
 from llamaslot.llama.identity import N_PROBS, Identity, architecture, gguf_mark, probe_tokens, told
 from llamaslot.llama.replies import Props
+from llamaslot.records import dataclass
 from llamaslot.scheduling.cost import Rates
 from llamaslot.store import Catalog, NotShared, QuotaExceeded, Reservation, prove_shared
 

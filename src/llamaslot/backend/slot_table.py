@@ -7,7 +7,7 @@ new one, and changes of old leases to their slots have no effect.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 
@@ -21,6 +21,7 @@ from llamaslot.cache.namespaces import InNamespaces, Namespace, marker
 from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.cache.reuse import CacheKind, RewindModel, checkpoints_after
 from llamaslot.cache.shared_prefix import MIN_TOKENS
+from llamaslot.records import dataclass
 from llamaslot.scheduling.answer_length import AnswerLength
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.eviction import SnapshotStats

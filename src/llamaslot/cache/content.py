@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from llamaslot.cache.ids import count, head
 from llamaslot.cache.namespaces import SHARED, Namespace
+from llamaslot.records import dataclass
 
 
 class SnapshotKind(enum.StrEnum):

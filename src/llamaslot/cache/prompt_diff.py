@@ -7,9 +7,8 @@ this module compares what follows the divergence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from llamaslot.cache.ids import WIDTH, common, count
+from llamaslot.records import dataclass
 
 #: Fewer recomputed tokens than this are not reported.
 LOST_MIN = 1024

@@ -5,12 +5,13 @@ from __future__ import annotations
 import enum
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from statistics import median_low
 from typing import Any
 
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
+from llamaslot.records import dataclass
 
 # llama-server creates a checkpoint this many tokens before the end of each prompt that it computes.
 CHECKPOINT_BACK = 4

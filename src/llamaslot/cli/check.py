@@ -13,12 +13,13 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from llamaslot.config.faults import read_yaml
 from llamaslot.config.load import Config
 from llamaslot.errors import ConfigError
+from llamaslot.records import dataclass
 from llamaslot.store.directory import HITS_NAME, LOCK_NAME
 from llamaslot.store.quota import beyond_disk
 from llamaslot.store.scan import list_own, size_bytes

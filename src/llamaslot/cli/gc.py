@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import orjson
 
 from llamaslot.config.load import Config
 from llamaslot.llama.identity import Identity
+from llamaslot.records import dataclass
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.eviction import ByValue, HitRateModel, SnapshotStats
 from llamaslot.store.directory import DirectoryUnusable

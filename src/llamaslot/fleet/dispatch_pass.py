@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from llamaslot.records import dataclass
 from llamaslot.scheduling.plan import Wait
 from llamaslot.scheduling.slots import SlotKey
 

@@ -5,7 +5,6 @@ backends.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from llamaslot.cache.namespaces import Namespace
@@ -13,6 +12,7 @@ from llamaslot.cache.reuse import CacheKind, RewindModel
 from llamaslot.errors import Reason
 from llamaslot.formats.base import Format, PromptKind
 from llamaslot.observe.metrics import UntokenizedRequests
+from llamaslot.records import dataclass
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import User
 from llamaslot.tokens.conversion_checks import ConversionChecks

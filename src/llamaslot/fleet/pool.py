@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from llamaslot.backend.backend import Backend, Health
@@ -24,6 +24,7 @@ from llamaslot.fleet.queue import QueueLimits, UserLoad
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.journal import Decision
 from llamaslot.observe.metrics import Metrics, UntokenizedRequests
+from llamaslot.records import dataclass
 from llamaslot.scheduling.eviction import SnapshotStats
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request, User

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
@@ -11,6 +10,7 @@ from llamaslot.backend.pending import PendingSave
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.reuse import TRUNK, checkpoints_after
 from llamaslot.cache.shared_prefix import MIN_TOKENS
+from llamaslot.records import dataclass
 from llamaslot.scheduling.placement import BackendView
 from llamaslot.scheduling.plan import Wait
 from llamaslot.scheduling.request import Request

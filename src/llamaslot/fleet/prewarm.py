@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from llamaslot.backend.executor import PlanExecutor
@@ -24,6 +23,7 @@ from llamaslot.cache.ids import head
 from llamaslot.cache.shared_prefix import MIN_TOKENS
 from llamaslot.errors import BackendDown, LlamaslotError, SlotWedged
 from llamaslot.fleet.dispatcher import Dispatcher
+from llamaslot.records import dataclass
 from llamaslot.scheduling.plan import SaveSharedPrefix
 from llamaslot.scheduling.request import Request
 from llamaslot.store import Catalog, Snapshot

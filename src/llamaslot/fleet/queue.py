@@ -6,7 +6,7 @@ import asyncio
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.slot_table import SlotTable
@@ -14,6 +14,7 @@ from llamaslot.errors import QueueFull, TooManyRequests
 from llamaslot.fleet.prefix_sharing import PrefixWait
 from llamaslot.formats.comments import Comment
 from llamaslot.observe.journal import DecisionRecorder
+from llamaslot.records import dataclass
 from llamaslot.scheduling.fairness import Ask, Charge, Fairness, Pauses, Shares, may_take_another
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import Wait

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from llamaslot.formats.stream_to_json import Assembly, streamed_with_progress
 from llamaslot.llama.dry_run import DryRun, dry_run
 from llamaslot.llama.sse import EventSplitter, data_of, event_of
+from llamaslot.records import dataclass
 
 
 class ErrorEvents:

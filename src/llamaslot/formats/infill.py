@@ -14,7 +14,7 @@ tests/real/test_infill.py compares with it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 from llamaslot.cache.ids import WIDTH, count, head, pack, unpack
@@ -22,6 +22,7 @@ from llamaslot.errors import PromptNotTokenizable, Reason
 from llamaslot.formats.base import Format, PromptKind
 from llamaslot.formats.native import NativeAssembly, native_progress, native_streamed, response_fields
 from llamaslot.formats.stream_to_json import HARMLESS, Assembly, has_only, n_answers, without_nulls
+from llamaslot.records import dataclass
 
 _REPOSITORY, _FILE, _UNNAMED = "myproject\n", "filename\n", "tmp"
 _SNIPPET = "\n\n--- snippet ---\n\n"  # before each chunk, if the model has no token for that

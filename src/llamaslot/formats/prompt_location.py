@@ -7,10 +7,10 @@ searched there, one after the other. This only helps a reader of the log; no dec
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from llamaslot.formats.base import Format
+from llamaslot.records import dataclass
 
 #: ``prompt``: the request has no messages.
 Where = Literal["system", "tools", "message", "prompt"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from llamaslot.formats.base import Format
 from llamaslot.llama.response import Response
+from llamaslot.records import dataclass
 
 Post = Callable[[dict[str, Any]], contextlib.AbstractAsyncContextManager[Response]]
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from aiohttp import web
@@ -20,6 +20,7 @@ from llamaslot.http.client_errors import HAS_BEGUN, error_instead, errors_of
 from llamaslot.http.deadlines import Timeouts
 from llamaslot.http.new_connection import NAME
 from llamaslot.llama.sse import comment
+from llamaslot.records import dataclass
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)

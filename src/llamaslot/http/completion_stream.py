@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
@@ -28,6 +28,7 @@ from llamaslot.http.headers import of_expected_reuse, of_reuse, to_client
 from llamaslot.http.parse import ParsedRequest
 from llamaslot.http.stream_reader import Put, Reading
 from llamaslot.llama.response import Response, content_type_of, media_type_of, whole
+from llamaslot.records import dataclass
 from llamaslot.scheduling.plan import PrefillStats, Source
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ import logging
 import resource
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from llamaslot.http.new_connection import HealthAnswer, NewConnection
+from llamaslot.records import dataclass
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from llamaslot.errors import DeadlinePassed, LlamaslotError, SlotWedged
+from llamaslot.records import dataclass
 from llamaslot.tasks import TaskOwner
 
 _NO_LIMIT = contextlib.nullcontext()

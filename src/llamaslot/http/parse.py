@@ -6,7 +6,6 @@ import itertools
 import re
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from llamaslot.errors import BadRequest, PromptNotTokenizable, PromptTooLong, Re
 from llamaslot.fleet.model_context import ModelContext
 from llamaslot.formats.base import Format, PromptKind
 from llamaslot.llama.dry_run import DryRun
+from llamaslot.records import dataclass
 from llamaslot.scheduling.plan import PrefillTo, SaveSharedPrefix, Source
 from llamaslot.scheduling.request import Placement, Request, User
 from llamaslot.tokens import media

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from typing import Final
 
 from aiohttp import HttpVersion10, HttpVersion11, web
 
 from llamaslot.errors import BadRequest, BodyTooLarge, LlamaslotError, TooSlow, Unpackable
+from llamaslot.records import dataclass
 
 _BYTES_PER_S = 4096  # the minimum average speed of a client, so that an upload ends some day
 _IS_ASKED_FOR = web.RequestKey("is_asked_for", bool)

@@ -22,7 +22,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import orjson
@@ -30,6 +30,7 @@ import orjson
 from llamaslot.cache.ids import count, unpack
 from llamaslot.errors import UpstreamError
 from llamaslot.llama.client import QUICK_S
+from llamaslot.records import dataclass
 
 log = logging.getLogger(__name__)
 

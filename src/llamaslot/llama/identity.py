@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +18,7 @@ import xxhash
 
 from llamaslot.cache.ids import pack
 from llamaslot.cache.reuse import CacheKind
+from llamaslot.records import dataclass
 
 TOLERANCE = 0.02  # of a log-probability: always distinguished two models of one shape; builds differ by less
 N_PROBS = 8

@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, get_args
+
+from llamaslot.records import dataclass
 
 #: completion   one prompt, known token by token: the full path of llamaslot
 #: exclusive    takes a slot by other means: runs while no other request on that backend is between two steps

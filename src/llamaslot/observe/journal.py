@@ -9,10 +9,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import islice
 from typing import Any
 
+from llamaslot.records import dataclass
 from llamaslot.scheduling.plan import Place, Plan, Source, Wait
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotKey

@@ -1,9 +1,8 @@
 """Rates learned from one backend: how long prefill, save, restore and answers take, and how large files are.
 
 Pure: durations come in as arguments, estimates go out. Every estimate is finite, never negative, and grows with the
-size of the work. The server also works for other requests while a sample is taken, so a sample ten times as long as
-usual is no fact about this work and must not move an estimate far. Estimates decide where a request runs, never
-whether its answer is right.
+size of the work. The server also works for other requests while a sample is taken, so one ten times as long as usual
+must not move an estimate far. Estimates decide where a request runs, never whether its answer is right.
 """
 
 from __future__ import annotations
@@ -11,12 +10,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from fractions import Fraction
 from statistics import median_low
 from typing import Any
 
 from llamaslot.cache.reuse import Predictions
+from llamaslot.records import dataclass
 from llamaslot.scheduling.answer_length import AnswerLength
 from llamaslot.scheduling.json_numbers import positive, rows, within
 

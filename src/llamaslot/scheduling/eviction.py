@@ -11,11 +11,12 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import pairwise
 from typing import Any, Protocol, TypeGuard
 
 from llamaslot.cache.content import SnapshotKind
+from llamaslot.records import dataclass
 
 N_BUCKETS = 52  # of ages: the last begins after half a year
 N_LENGTHS = 26  # of contexts: the last begins at 370,000 tokens

@@ -13,8 +13,10 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Protocol, TypeVar
+
+from llamaslot.records import dataclass
 
 _AT_ONCE_S = 1e-3
 # The limit of a deficit, and of what is owed: an estimate may be wrong, and its effect must end.

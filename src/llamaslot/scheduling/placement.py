@@ -6,12 +6,13 @@ Pure: views of the backends go in, a plan comes out. Every cost is in seconds, a
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import NamedTuple
 
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
 from llamaslot.cache.namespaces import PUBLIC, SHARED, Namespace
 from llamaslot.cache.prefix_index import Shared
+from llamaslot.records import dataclass
 from llamaslot.scheduling.plan import (
     Cost,
     Erase,

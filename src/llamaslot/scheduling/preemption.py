@@ -8,7 +8,8 @@ share as soon as other users send requests.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+
+from llamaslot.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

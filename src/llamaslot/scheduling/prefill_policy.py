@@ -7,8 +7,8 @@ running streams and requests with a short prefill get their share, and another p
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
+from llamaslot.records import dataclass
 from llamaslot.scheduling.fairness import Shares
 
 

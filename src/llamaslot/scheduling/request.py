@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import count
 from llamaslot.cache.namespaces import PUBLIC, SHARED, Namespace
+from llamaslot.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

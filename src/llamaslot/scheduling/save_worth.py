@@ -12,7 +12,7 @@ no less.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from llamaslot.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import NamedTuple
 
 from llamaslot.cache.content import NOTHING, Content
+from llamaslot.records import dataclass
 
 
 class SlotState(enum.Enum):

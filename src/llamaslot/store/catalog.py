@@ -13,13 +13,13 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
 from llamaslot.file_id import FileId
+from llamaslot.records import dataclass
 from llamaslot.scheduling.eviction import Order
 from llamaslot.store import scan, sidecar
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable

@@ -26,7 +26,6 @@ import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +37,7 @@ from llamaslot.cache.disk_index import Columns, DiskIndex, freeze, is_freezable
 from llamaslot.cache.ids import WIDTH
 from llamaslot.cache.prefix_index import Branch, PrefixIndex
 from llamaslot.errors import LlamaslotError
+from llamaslot.records import dataclass
 
 VERSION = 1
 MANIFEST = "manifest.json"

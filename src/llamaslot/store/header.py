@@ -15,10 +15,10 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 
 from llamaslot.errors import SnapshotInvalid
+from llamaslot.records import dataclass
 
 MAGIC = 0x67677371  # "qsgg" as it lies in the file
 VERSIONS = range(2, 5)  # the header is the same in these versions; a server restores only its own version

@@ -10,10 +10,11 @@ import enum
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from llamaslot.errors import SnapshotInvalid
+from llamaslot.records import dataclass
 from llamaslot.store import scan, sidecar
 from llamaslot.store.directory import DirectoryUnusable
 from llamaslot.store.header import read_slot_file

@@ -15,10 +15,10 @@ import fcntl
 import os
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from llamaslot.errors import SnapshotInvalid
+from llamaslot.records import dataclass
 from llamaslot.store import scan, sidecar
 from llamaslot.store.shared_store import META, QUOTA_LOCK, try_claim
 from llamaslot.store.sidecar import JSON, KV, PART

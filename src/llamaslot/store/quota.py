@@ -11,11 +11,11 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from llamaslot.errors import LlamaslotError
+from llamaslot.records import dataclass
 from llamaslot.store import scan
 from llamaslot.store.neighbours import Neighbours
 from llamaslot.store.sidecar import Snapshot, readable

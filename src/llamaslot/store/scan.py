@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import islice
 from pathlib import Path
 
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.file_id import FileId
+from llamaslot.records import dataclass
 from llamaslot.store import sidecar
 from llamaslot.store.directory import HITS_NAME, LOCK_NAME
 from llamaslot.store.header import SlotFile, read_slot_file_now

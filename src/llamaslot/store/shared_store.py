@@ -12,11 +12,11 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from llamaslot.errors import LlamaslotError
+from llamaslot.records import dataclass
 
 META = ".meta"
 CLAIM = "in-use"

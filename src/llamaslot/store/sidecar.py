@@ -18,7 +18,6 @@ import functools
 import os
 import re
 import secrets
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from xxhash import xxh3_128_hexdigest
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
+from llamaslot.records import dataclass
 
 # written if there is a namespace: a reader of version 1 must not take the snapshot for a shared one
 VERSION = 2

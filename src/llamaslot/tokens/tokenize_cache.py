@@ -13,10 +13,10 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 
 from llamaslot.cache.ids import WIDTH, count
+from llamaslot.records import dataclass
 from llamaslot.tokens.special_tokens import SpecialTokens, TokenSpan
 
 # Characters. A cut nearer to the previous one saves less than its node costs: 256 characters are ~0.5 ms.
