@@ -39,7 +39,7 @@ async def test_follow_ups_are_answered_before_a_strangers_long_prompt(
     tmp_path: Path, figure: Figure, oldest: int
 ) -> None:
     """Whichever of four conversations it displaces: three others are through before its first token."""
-    # Stretches of which the long prompt has many, however fast the machine is.
+    # Chunks of which the long prompt has many, however fast the machine is.
     settings = {**PREFILLS_ITSELF, "prefill": {**PREFILLS_ITSELF["prefill"], "chunk_s": 0.05}}
     options = {**SMALL, "settings": settings}
     async with Stack(model_of("dense", tmp_path), tmp_path, context=7000, **options) as stack:

@@ -257,7 +257,7 @@ class House:
         assert current is None or current in chunked_prefill._longs, "what is computed is somebody's"
         working = [long for long in longs if long.lease.is_at_work]
         assert len(working) <= 1, f"one long prefill at a time: {working}"
-        assert all(long.limit is None or long is current for long in longs), "only a stretch is interrupted"
+        assert all(long.limit is None or long is current for long in longs), "only a chunk is interrupted"
         for long in longs:
             assert long.lease.request.n_tokens >= long.last >= long.at >= 0, (
                 f"it is within its prompt: {long}"
@@ -291,7 +291,7 @@ class House:
         assert not self.leases.is_gate_shut, "the gate is open"
         assert not len(self.tasks), f"no task: {self.tasks._tasks}"
         assert not self.executor.chunked_prefill._longs, "no prefill"
-        assert self.executor.chunked_prefill._current is None, "no stretch"
+        assert self.executor.chunked_prefill._current is None, "no chunk"
         assert not self.leases.changes._waiting, "nobody listens"
         assert not self.leases.changes._calls, "nobody is called"
         assert not self.catalog.reservations, "no reservation"

@@ -21,7 +21,7 @@ from tests.support.stub import Op, StubServer
 TOKEN_S, BATCH = 0.001, 128
 BATCH_S = TOKEN_S * BATCH
 ACTION_S, DISK_S, SEND_S = 0.01, 0.005, 0.001
-STRETCH_S = PrefillSharing().chunk_s
+CHUNK_S = PrefillSharing().chunk_s
 
 
 @dataclass(frozen=True, slots=True)

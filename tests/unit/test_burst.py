@@ -180,7 +180,7 @@ def test_a_long_prompt_leaves_the_last_idle_slot_while_another_waits_in_one() ->
         assert house.dispatcher.n_waiting == 1
         little = short("little")
         house.wait(house.come(little))
-        assert house.first_s[little.id] < 1.5, "a stretch, and its own"
+        assert house.first_s[little.id] < 1.5, "a chunk, and its own"
         house.wait(*clients)
         assert house.now - house.began < 12.0 * 1.1 + 1.0
 

@@ -20,7 +20,7 @@ MIB = 2**20
 
 
 def true_s(a: float, b: float, start: int, end: int) -> float:
-    """The definition: each token costs ``a`` and ``b`` for every token before it, on average over the stretch."""
+    """The definition: each token costs ``a`` and ``b`` for every token before it, on average over the range."""
     return a * (end - start) + b * (end**2 - start**2) / 2
 
 
@@ -114,7 +114,7 @@ def test_samples_without_meaning_are_ignored(start: int, end: int, seconds: floa
 def test_prefill_is_never_negative_and_adds_up(
     samples: list[tuple[int, int, float]], bounds: list[int]
 ) -> None:
-    """Whatever was observed: >= 0, longer takes longer, and two stretches take what the whole takes."""
+    """Whatever was observed: >= 0, longer takes longer, and two parts take what the whole takes."""
     rate = PrefillRate()
     for start, stop, seconds in samples:
         rate.observe(start, stop, seconds)

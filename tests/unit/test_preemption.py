@@ -208,7 +208,7 @@ def test_no_prompt_stops_for_a_request_of_its_own_user() -> None:
 
 
 def test_one_that_is_wanted_no_longer_goes_on() -> None:
-    """The client that waited has left before the stretch was over."""
+    """The client that waited has left before the chunk was over."""
     with Paced(CacheKind.DENSE, 2, answer_s=5.0) as house:
         clients = greedy_first(house, 2, 0.3)
         newcomer = house.come(asks(modest(1), 3))

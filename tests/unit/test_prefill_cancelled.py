@@ -27,7 +27,7 @@ async def later(seconds: float, asks: Asks) -> None:
 
 
 def alone(house: Paced) -> Asks:
-    """A few stretches, one after the other."""
+    """A few chunks, one after the other."""
     return house.ask(long("leaves", 700, 1))
 
 
@@ -39,7 +39,7 @@ def behind_another(house: Paced) -> Asks:
 
 
 def beside_a_stream(house: Paced) -> Asks:
-    """Pauses after each stretch."""
+    """Pauses after each chunk."""
     house.main.answer_s = 2.0
     house.come(short("stream"))
     house.loop.pass_time(0.2)

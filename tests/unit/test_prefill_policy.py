@@ -22,7 +22,7 @@ from llamaslot.scheduling.prefill_policy import (
     rank,
 )
 
-MAX_S, SWITCH_S, STRETCH_S = 120.0, 0.1, 0.5
+MAX_S, SWITCH_S, CHUNK_S = 120.0, 0.1, 0.5
 
 
 def of(left_s: float, *, waited: float = 0.0, came: float = 0.0) -> Pending:
@@ -136,7 +136,7 @@ class Prefill:
 
 @dataclass
 class Server:
-    """Computes what ``next_up`` says, a stretch at a time. ``interruptions``: who was, for whom, and by how much he had
+    """Computes what ``next_up`` says, a chunk at a time. ``interruptions``: who was, for whom, and by how much he had
     more left; inf for somebody who was overdue."""
 
     prefills: list[Prefill]
@@ -171,7 +171,7 @@ class Server:
 
     def _compute(self, at: int, here: list[int], now: float) -> float:
         one = self.prefills[at]
-        took_s = min(STRETCH_S, one.left_s)
+        took_s = min(CHUNK_S, one.left_s)
         for i in here:
             other = self.prefills[i]
             if i != at and now >= other.overdue_at:
@@ -213,7 +213,7 @@ def test_no_request_waits_for_ever(
         rest_s = prefills[current].work_s if current is not None else 0.0
         switches_s = switch_s * (len(server.interruptions) + 1)
         waited_s = one.ended_at - one.came_at - one.work_s
-        assert waited_s <= starvation_s + before_s + rest_s + STRETCH_S + switches_s + 1e-6
+        assert waited_s <= starvation_s + before_s + rest_s + CHUNK_S + switches_s + 1e-6
 
 
 @settings(deadline=None, max_examples=70, suppress_health_check=list(HealthCheck))
@@ -235,16 +235,16 @@ def test_alone_they_are_through_as_soon_as_they_can_be() -> None:
     long, short = Prefill(0.0, 100.0), Prefill(20.0, 5.0)
     server = Server([long, short], MAX_S, SWITCH_S)
     server.run()
-    assert short.ended_at == pytest.approx(20 + 5 + SWITCH_S, abs=STRETCH_S)
+    assert short.ended_at == pytest.approx(20 + 5 + SWITCH_S, abs=CHUNK_S)
     assert long.ended_at == pytest.approx(105 + SWITCH_S)
     assert [(old, new) for old, new, _ in server.interruptions] == [(0, 1)]
 
 
-# -- stretches and pauses ----------------------------------------------------------------------------------------------
+# -- chunks and pauses ----------------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 100_000), st.integers(1, 20_000), st.integers(-10, 30_000))
-def test_a_stretch_is_whole_pieces_and_leaves_no_crumb(start: int, n: int, n_reached: int) -> None:
+def test_a_chunk_is_whole_pieces_and_leaves_no_crumb(start: int, n: int, n_reached: int) -> None:
     """At least one, no more than fit in its time, but for the last few tokens: those belong to it."""
     stop, end = start + n, chunk_end(start, start + n, start + n_reached)
     assert start < end <= stop
@@ -252,7 +252,7 @@ def test_a_stretch_is_whole_pieces_and_leaves_no_crumb(start: int, n: int, n_rea
     assert end - start <= max(n_reached, GRAIN) + GRAIN // 2
 
 
-def test_a_stretch_that_has_nothing_to_compute_is_sent_all_the_same() -> None:
+def test_a_chunk_that_has_nothing_to_compute_is_sent_all_the_same() -> None:
     """What is there is looked at: one token is always computed."""
     assert chunk_end(5000, 5000, 5600) == 5000
 

@@ -15,7 +15,7 @@ from llamaslot.errors import BackendRestarted
 from llamaslot.fleet.queue import QueueLimits
 from llamaslot.scheduling.request import Placement, Request
 from tests.support.house import outcome, tokens_of
-from tests.support.mainloop import BATCH, BATCH_S, STRETCH_S, Paced, long, short, talk
+from tests.support.mainloop import BATCH, BATCH_S, CHUNK_S, Paced, long, short, talk
 
 EVERY = pytest.mark.parametrize("cache_kind", list(CacheKind))
 
@@ -45,7 +45,7 @@ def test_of_two_long_ones_the_shorter_goes_first(cache_kind: CacheKind) -> None:
         clients.append(house.come(shorter))
         house.wait(*clients)
         assert order_of(house, longer, shorter) == ["shorter", "longer"]
-        assert house.first_s["shorter"] < 2.0 + STRETCH_S + BATCH_S
+        assert house.first_s["shorter"] < 2.0 + CHUNK_S + BATCH_S
         assert house.first_s["longer"] < 10.0 + 0.3
         assert house.server.n_computed == 10_000
         if cache_kind is not CacheKind.DENSE:
@@ -72,7 +72,7 @@ def test_the_one_with_less_left_is_not_interrupted(cache_kind: CacheKind) -> Non
 @EVERY
 def test_one_that_has_waited_too_long_is_not_passed(cache_kind: CacheKind) -> None:
     """Somebody with little left comes again and again. After ``starvation_s`` it waits for the one that is computed,
-    at most for its stretch, and is then computed to its end."""
+    at most for its chunk, and is then computed to its end."""
     with Paced(cache_kind, 4, answer_s=0.001, starvation_s=3.0) as house:
         house.begin()
         first, patient = long("first", 2000, 1), long("patient", 6000, 2)
@@ -82,7 +82,7 @@ def test_one_that_has_waited_too_long_is_not_passed(cache_kind: CacheKind) -> No
             clients.append(house.come(long(f"passes {i}", 1000, 3 + i)))
         house.wait(*clients)
         waited_s = house.first_s["patient"] - 6.0
-        assert 3.0 - 0.5 <= waited_s <= 3.0 + 1.0 + STRETCH_S + BATCH_S
+        assert 3.0 - 0.5 <= waited_s <= 3.0 + 1.0 + CHUNK_S + BATCH_S
         through_at = house.began + house.first_s["patient"]
         last = [
             work.slot
@@ -95,7 +95,7 @@ def test_one_that_has_waited_too_long_is_not_passed(cache_kind: CacheKind) -> No
 
 @EVERY
 def test_to_be_computed_is_not_to_wait(cache_kind: CacheKind) -> None:
-    """However long a stretch goes on while nobody else is there: then somebody who comes with little left is ahead."""
+    """However long a chunk goes on while nobody else is there: then somebody who comes with little left is ahead."""
     with Paced(cache_kind, 2, answer_s=0.001, starvation_s=5.0) as house:
         house.begin()
         longer, shorter = long("longer", 20_000, 1), long("shorter", 1000, 2)
@@ -103,7 +103,7 @@ def test_to_be_computed_is_not_to_wait(cache_kind: CacheKind) -> None:
         house.until(8.0)
         clients.append(house.come(shorter))
         house.wait(*clients)
-        assert house.first_s["shorter"] < 1.0 + STRETCH_S + BATCH_S
+        assert house.first_s["shorter"] < 1.0 + CHUNK_S + BATCH_S
 
 
 @EVERY
@@ -127,7 +127,7 @@ def test_they_are_not_interrupted_for_each_other_again_and_again(cache_kind: Cac
 
 @EVERY
 def test_one_that_has_just_begun_is_the_one_that_goes_on(cache_kind: CacheKind) -> None:
-    """Its first stretch counts as its own: another one gets ahead of it by what an interruption costs, and not before
+    """Its first chunk counts as its own: another one gets ahead of it by what an interruption costs, and not before
     by that much."""
     with Paced(cache_kind, 2, answer_s=0.001, starvation_s=4.0) as house:
         house.rates.interruption.seconds = 1.0
@@ -234,7 +234,7 @@ def test_a_long_prefill_makes_room_after_a_while(cache_kind: CacheKind, kind: st
             house.wait(house.come(short("short")))
             assert house.first_s["short"] < 1.0, "meanwhile others take their first steps"
         house.wait(turn)
-        assert 8.0 <= house.now - house.began < 8.0 + 2 * STRETCH_S + 1.0
+        assert 8.0 <= house.now - house.began < 8.0 + 2 * CHUNK_S + 1.0
         assert not client.done()
         house.wait(client)
         assert outcome(client) is None

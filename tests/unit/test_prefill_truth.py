@@ -10,7 +10,7 @@ from llamaslot.cache.reuse import CacheKind
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotState
 from tests.support.house import REPLANS, tokens_of
-from tests.support.mainloop import BATCH, BATCH_S, STRETCH_S, Paced, long, short, talk
+from tests.support.mainloop import BATCH, BATCH_S, CHUNK_S, Paced, long, short, talk
 from tests.support.stub import StubSlot
 
 EVERY = pytest.mark.parametrize("cache_kind", list(CacheKind))
@@ -113,7 +113,7 @@ def test_what_is_computed_again_gives_way_as_well(cache_kind: CacheKind) -> None
         asks = short("short")
         house.wait(house.come(asks))
         assert not client.done()
-        waits_s = 2 * STRETCH_S + BATCH_S if cache_kind is CacheKind.DENSE else BATCH_S
+        waits_s = 2 * CHUNK_S + BATCH_S if cache_kind is CacheKind.DENSE else BATCH_S
         assert house.first_s[asks.id] < waits_s + 0.1 + 0.03
         house.wait(client)
 

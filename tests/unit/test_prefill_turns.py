@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llamaslot.cache.ids import head
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.scheduling.request import Request
-from tests.support.mainloop import ACTION_S, BATCH_S, DISK_S, STRETCH_S, Paced, long, short, talk
+from tests.support.mainloop import ACTION_S, BATCH_S, CHUNK_S, DISK_S, Paced, long, short, talk
 
 EVERY = pytest.mark.parametrize("cache_kind", list(CacheKind))
 POLL_S = 0.03  # until a server that has become idle is seen to be so, and what is sent arrives
@@ -20,7 +20,7 @@ POLL_S = 0.03  # until a server that has become idle is seen to be so, and what 
 
 def waits_s(cache_kind: CacheKind) -> float:
     """How long somebody else's prefill may stand in the way of a request that needs little."""
-    return (STRETCH_S if cache_kind is CacheKind.DENSE else BATCH_S) + POLL_S
+    return (CHUNK_S if cache_kind is CacheKind.DENSE else BATCH_S) + POLL_S
 
 
 def beside(cache_kind: CacheKind, *, is_low: bool, **more: float) -> Paced:
@@ -40,7 +40,7 @@ def beside(cache_kind: CacheKind, *, is_low: bool, **more: float) -> Paced:
 
 @EVERY
 @pytest.mark.parametrize("is_low", [True, False], ids=["in the lower slot", "in the higher slot"])
-def test_a_short_request_waits_for_no_more_than_a_stretch(cache_kind: CacheKind, is_low: bool) -> None:
+def test_a_short_request_waits_for_no_more_than_a_chunk(cache_kind: CacheKind, is_low: bool) -> None:
     """Of a model that can go back to any token; of others for no more than a batch. llama-server alone would compute
     the long prompt first wherever that has the lower slot. And the long one goes on from where it was."""
     with beside(cache_kind, is_low=is_low) as house:
@@ -95,7 +95,7 @@ def test_so_do_the_steps_of_a_short_request(cache_kind: CacheKind) -> None:
 
 @EVERY
 def test_a_short_request_that_comes_while_the_long_one_waits_is_first_too(cache_kind: CacheKind) -> None:
-    """Several at once: none of them waits for more than the first stretch and the others."""
+    """Several at once: none of them waits for more than the first chunk and the others."""
     with Paced(cache_kind, 4) as house:
         house.begin()
         client = house.come(long("stranger", 4000))
@@ -164,8 +164,8 @@ async def asks_again_and_again(house: Paced, i: int, seconds: float) -> None:
 
 
 @EVERY
-def test_a_long_prompt_gets_a_stretch_every_while(cache_kind: CacheKind) -> None:
-    """Three users leave no gap between their requests: after ``max_yield_s`` it goes on by right, for a stretch."""
+def test_a_long_prompt_gets_a_chunk_every_while(cache_kind: CacheKind) -> None:
+    """Three users leave no gap between their requests: after ``max_yield_s`` it goes on by right, for a chunk."""
     with Paced(cache_kind, 4, answer_s=0.001) as house:
         filler = house.come(short("filler", n=60))
         house.until_leased(filler)
@@ -179,7 +179,7 @@ def test_a_long_prompt_gets_a_stretch_every_while(cache_kind: CacheKind) -> None
         assert slot == 0, "else the server itself would compute the others first, whatever it is sent"
         began = [work.began for work in house.main.of(slot)]
         gaps = [later - prefill_stats for prefill_stats, later in pairwise([house.began, *began])]
-        assert max(gaps) <= 2.0 + 2 * BATCH_S + STRETCH_S
+        assert max(gaps) <= 2.0 + 2 * BATCH_S + CHUNK_S
         assert sum(gap > 1.0 for gap in gaps) >= 4, "it was held back"
         assert house.first_s[stranger.id] < 3000 / 256 * 3.0
         house.wait(*users)
@@ -227,8 +227,8 @@ def test_whatever_comes_the_long_prompt_ends(
             house.check()
         house.wait(client, *(one for one in clients if not one.cancelled()))
         busy_s = sum(work.seconds for work in house.main.works)
-        n_stretches = n / 256 + 1 + len(shorts)
-        assert house.first_s[stranger.id] <= busy_s + 2.0 * n_stretches
+        n_chunks = n / 256 + 1 + len(shorts)
+        assert house.first_s[stranger.id] <= busy_s + 2.0 * n_chunks
         assert house.server.n_computed <= n_new + len(shorts)
 
 
@@ -248,7 +248,7 @@ def with_stream(cache_kind: CacheKind, **sharing: Any) -> Paced:
 @EVERY
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
 def test_streams_get_their_share(cache_kind: CacheKind, share: float) -> None:
-    """Of all the time that the prefill takes, in pauses after each stretch; so much is told in the metrics."""
+    """Of all the time that the prefill takes, in pauses after each chunk; so much is told in the metrics."""
     with with_stream(cache_kind, decode_share=share) as house:
         stranger = long("stranger", 6000)
         house.wait(house.come(stranger))
@@ -303,11 +303,11 @@ def test_a_share_of_nothing_pauses_never(cache_kind: CacheKind) -> None:
             assert house.server.sent == [(1, 5999)]
 
 
-# -- stretches ---------------------------------------------------------------------------------------------------------
+# -- chunks ---------------------------------------------------------------------------------------------------------
 
 
 def test_of_a_dense_model_a_prompt_is_sent_in_pieces() -> None:
-    """Beside others. Each takes about as long as a stretch, so that nobody has to be waited for; each goes on from the
+    """Beside others. Each takes about as long as a chunk, so that nobody has to be waited for; each goes on from the
     last."""
     with Paced(CacheKind.DENSE, 2, answer_s=30.0, decode_share=0.0) as house:
         house.begin()
@@ -319,7 +319,7 @@ def test_of_a_dense_model_a_prompt_is_sent_in_pieces() -> None:
         assert ends == sorted(ends)
         assert ends[-1] == 5999
         assert all(
-            later - prefill_stats <= STRETCH_S * 1000 + 128 for prefill_stats, later in pairwise([0, *ends])
+            later - prefill_stats <= CHUNK_S * 1000 + 128 for prefill_stats, later in pairwise([0, *ends])
         )
         assert house.server.n_computed == 6020
         house.wait(streams)
@@ -328,7 +328,7 @@ def test_of_a_dense_model_a_prompt_is_sent_in_pieces() -> None:
 @pytest.mark.parametrize(("batch", "is_cut"), [(128, False), (240, False), (1024, True)])
 def test_alone_it_is_sent_as_a_whole_where_batches_are_short(batch: int, is_cut: bool) -> None:
     """As soon as it is known how many tokens the server computes at once, and if two such batches, for which a request
-    that comes meanwhile might have to wait, take no longer than a stretch."""
+    that comes meanwhile might have to wait, take no longer than a chunk."""
     with Paced(CacheKind.DENSE, 2, batch=batch) as house:
         house.begin()
         house.wait(house.come(long("stranger", 6000)), house.come(short("first", n=20)))
@@ -380,7 +380,7 @@ def test_on_others_it_is_sent_as_a_whole_and_interrupted(cache_kind: CacheKind) 
 
 def test_what_a_piece_costs_is_learned() -> None:
     """To send the prompt once more: a few milliseconds. And how fast the server is, from each piece: they take about
-    as long as a stretch soon."""
+    as long as a chunk soon."""
     with Paced(CacheKind.DENSE, 2, batch=4096) as house:  # too large to be sent whole
         house.server.token_s = 0.0001
         house.begin()

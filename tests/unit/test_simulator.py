@@ -24,7 +24,7 @@ SMALL = Recipe(n_users=6, day_s=400.0, arrival_s=60.0, burst_each=4, p_pause=0.0
 FEW_SLOTS = 2
 
 pytestmark = pytest.mark.xdist_group("simulator")  # each run is made once
-FAST = Hardware().times(4)  # fewer stretches of half a second
+FAST = Hardware().times(4)  # fewer chunks of half a second
 
 
 @functools.cache

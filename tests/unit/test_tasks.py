@@ -140,7 +140,7 @@ def test_a_call_may_end_another_and_begin_one() -> None:
 
 
 def test_the_same_call_twice_is_ended_one_by_one() -> None:
-    """Two stretches of one backend, one after the other: the end of the first leaves the second its own."""
+    """Two chunks of one backend, one after the other: the end of the first leaves the second its own."""
     changes, calls = ChangeEvent(), []
 
     def call() -> None:

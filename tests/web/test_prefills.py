@@ -182,7 +182,7 @@ async def test_a_short_request_gets_its_first_token_before_a_long_one_is_through
 
 
 async def test_a_stream_goes_on_beside_a_long_prefill(tmp_path: Path) -> None:
-    """Between two stretches it gets its share of the time, in which no batch of the prompt slows it down."""
+    """Between two chunks it gets its share of the time, in which no batch of the prompt slows it down."""
     settings = {"prefill": {"chunk_threshold_s": 0, "chunk_s": 0.1, "decode_share": 0.7}}
     short = letters(2, 50)
     async with served(tmp_path, settings, batch=256) as it, it.asking(short, stream=True, n=1000) as stream:
