@@ -71,7 +71,7 @@ def measure(n_snapshots: int, n_saves: int = 500, seed: int = 1) -> Cost:
     order, table = ByValue(), SlotTable("bench", 1, 1 << 20, rules=Rules(), rates=Rates())
     order.saves_s = table.saves_s
     listed, coming, now = SnapshotTable(order), snapshots(rng), 0.0
-    listed.fingerprint = MODEL
+    listed.fingerprints = frozenset({MODEL})
     for _ in range(n_snapshots):
         snapshot = next(coming)
         now += 10.0

@@ -42,7 +42,7 @@ class Disk:
         self._server, self._table, self._now, self._on_drop = server, table, now, on_drop
         self._reservations: dict[str, tuple[int, frozenset[str]]] = {}
         self._serial = 0
-        table.fingerprint = FINGERPRINT
+        table.fingerprints = frozenset({FINGERPRINT})
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(table.snapshots)
 
     def last_used(self, id: str) -> float:  # noqa: A002

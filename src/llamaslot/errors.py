@@ -7,6 +7,7 @@ Exceptions of other libraries (aiohttp's client, the operating system's) are tra
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -215,10 +216,21 @@ class NotFound(BadRequest):
     status = 404
 
 
+class ModelNotFound(BadRequest):
+    """No backend serves a model of that name; status and code as in OpenAI."""
+
+    status = 404
+    code = "model_not_found"
+
+
 class NotAllowed(BadRequest):
     """A page of llamaslot's own that does not accept this method."""
 
     status = 405
+
+    def __init__(self, message: str, methods: Sequence[str]) -> None:
+        super().__init__(message)
+        self.methods = methods
 
 
 class ClientGone(Exception):

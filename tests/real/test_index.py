@@ -7,14 +7,21 @@ from pathlib import Path
 import pytest
 
 from llamaslot.cache import layered_index
+from llamaslot.store.model_snapshots import ModelSnapshots
 from tests.support import models
-from tests.support.inprocess import fronted, letters
+from tests.support.inprocess import Front, fronted, letters
 from tests.support.opens import OPENS
 from tests.support.real import RealServer
 
 pytestmark = pytest.mark.real
 
 TEXTS = [letters(n, 1500) for n in range(5)]
+
+
+def library(it: Front) -> ModelSnapshots:
+    """Of the only model."""
+    assert it.backend.store is not None
+    return next(iter(it.backend.store.libraries))
 
 
 async def test_a_context_that_the_generation_finds_is_restored(
@@ -29,16 +36,12 @@ async def test_a_context_that_the_generation_finds_is_restored(
     ):
         for text in TEXTS:
             await it.ask(text)
-        assert it.pool.libraries is not None
-        libraries = it.pool.libraries
-        await it.until(lambda: libraries.current is not None and libraries.current.index.base is not None)
+        await it.until(lambda: library(it).index.base is not None)
         await it.stop()
         await server.restart()
         with OPENS.noted() as opened:
             await it.start()
-        assert it.pool.libraries is not None
-        assert it.pool.libraries.current is not None
-        base = it.pool.libraries.current.index.base
+        base = library(it).index.base
         assert base is not None
         found = set(base.holders())
         assert len(found) >= 3

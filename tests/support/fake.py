@@ -111,6 +111,8 @@ class FakeServer:
         self.routes = Routes(self)
         self.engine = self._new_engine()
         self.slots = Slots(self)
+        self._thawed = asyncio.Event()
+        self._thawed.set()
         self._listener: asyncio.Server | None = None
         self._web: web.Server | None = None
         self._tasks = TaskOwner()
@@ -203,6 +205,15 @@ class FakeServer:
         self.engine.allow(n)
         await self.wait_for(lambda f: f.engine.n_steps >= until and not f.engine.is_stepping)
 
+    def freeze(self) -> None:
+        """As SIGSTOP: connections are accepted by the kernel, and nothing is answered until ``thaw``."""
+        self._thawed.clear()
+        self.hold()
+
+    def thaw(self) -> None:
+        self._thawed.set()
+        self.go()
+
     # ---- observing
 
     async def wait_for(self, condition: Callable[[FakeServer], Any], timeout_s: float = 10.0) -> None:
@@ -265,6 +276,7 @@ class FakeServer:
         assert task is not None
         self._handlers.add(task)
         try:
+            await self._thawed.wait()
             return await self.routes.handle(request)
         finally:
             self._handlers.discard(task)

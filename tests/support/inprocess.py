@@ -103,13 +103,12 @@ class Front:
 
     @property
     def backend(self) -> Backend:
-        return next(self.registry.backends)
+        return self.registry.backends[0]
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def start(self, *, wait: bool = True) -> None:
-        assert self.config.backend.url is not None
-        self.registry = Registry.of(self.config, self.config.backend.url)
+        self.registry = Registry.of(self.config)
         await self.registry.open()
         self._running.push_async_callback(self._close)
         front = await self._running.enter_async_context(listening(self.config, self.registry))
@@ -320,7 +319,7 @@ async def served(
     options = {"slots": 2, "context": 8192, "gone_s": 0.05, **fake}
     server = FakeServer(save_dir if has_save_path else None, port=free_port(), **options)
     config = configured(directory, answers_at or server.url, save_dir, settings or {})
-    async with _session() as session:
+    async with a_session() as session:
         it = Served(fake=server, config=config, session=session, save_dir=save_dir)
         try:
             if wait:
@@ -343,7 +342,7 @@ async def fronted(
 ) -> AsyncIterator[Front]:
     """llamaslot in front of a llama-server that runs at ``url``."""
     config = configured(directory, url, save_dir, settings or {})
-    async with _session() as session:
+    async with a_session() as session:
         it = Front(config=config, session=session, save_dir=save_dir or directory / "none")
         try:
             await it.start()
@@ -356,7 +355,7 @@ async def fronted(
             await it.stop()
 
 
-def _session() -> aiohttp.ClientSession:
+def a_session() -> aiohttp.ClientSession:
     """A client without limits of its own but for a test that hangs; each request on a fresh connection."""
     return aiohttp.ClientSession(
         timeout=aiohttp.ClientTimeout(total=30), connector=aiohttp.TCPConnector(limit=0, force_close=True)

@@ -184,7 +184,7 @@ async def test_a_pinned_snapshot_of_another_model_is(shelter: Shelter) -> None:
     """Nobody can use it, and it goes before anything that can be used."""
     pinned = await shelter.save(TOKENS, 4_000, is_pinned=True, fingerprint="model-b")
     await shelter.save(some_tokens(40, 1), 4_000, fingerprint="model-a")
-    shelter.catalog.fingerprint = "model-a"
+    shelter.catalog.serve("gpu0", "model-a")
     await shelter.catalog.reserve(5_000)
     assert shelter.dropped == [pinned.id]
 

@@ -43,11 +43,11 @@ async def test_another_fingerprint_goes_before_the_valid_one(shelter: Shelter) -
     old = await shelter.save(TOKENS, 3_000, fingerprint="model-b")
     await shelter.save(TOKENS, 3_000)
     stale = await shelter.save(TOKENS, 3_000, fingerprint="model-a")
-    shelter.catalog.fingerprint = "model-b"
+    shelter.catalog.serve("gpu0", "model-b")
     shelter.catalog.touch(stale.id)
     await shelter.catalog.reserve(7_000)
     assert set(shelter.catalog.snapshots) == {old.id}
-    assert shelter.catalog.fingerprint == "model-b"
+    assert shelter.catalog.fingerprints == {"model-b"}
 
 
 async def test_the_quota_holds_before_the_write(shelter: Shelter) -> None:

@@ -245,9 +245,10 @@ class CatalogMachine(RuleBasedStateMachine):
             self.run(self.shelter.catalog.verify(id_))
         self.forget(id_)
 
-    @rule(fingerprint=st.none() | FINGERPRINTS)
-    def another_model(self, fingerprint: str | None) -> None:
-        self.shelter.catalog.fingerprint = self.fingerprint = fingerprint
+    @rule(fingerprint=FINGERPRINTS)
+    def another_model(self, fingerprint: str) -> None:
+        self.shelter.catalog.serve("gpu0", fingerprint)
+        self.fingerprint = fingerprint
 
     @rule()
     def reopen(self) -> None:

@@ -236,7 +236,7 @@ quota: 3GiB
         "backends[0].managed.slots",
         "queue.max_wait_s",
         "quota",
-        "backends",
+        "backends[1].name",
         "backends[0].managed",
         "backends[1]",
     ]
@@ -258,7 +258,7 @@ def test_the_message_is_a_list(load: Load, tmp_path: Path) -> None:
     [
         (BACKEND + "lisen: {}", "lisen: unknown key; did you mean listen?"),
         (BACKEND + "quota: 3GiB", "quota: unknown key here; did you mean store.quota?"),
-        (BACKEND + "zebra: 1", "zebra: unknown key; known here: listen, backends, store, "),
+        (BACKEND + "zebra: 1", "zebra: unknown key; known here: listen, backends, models, "),
         (BACKEND + "SLOTS_COUNT: 4", "SLOTS_COUNT: unknown key; now nothing: the number of slots is read"),
         (BACKEND + "listen: {1: 2}", "listen[1]: is not a key that can be used here"),
         (BACKEND + "listen: 8081", "listen: should be a mapping with the keys host, port, max_body"),
@@ -317,7 +317,10 @@ def test_the_message_is_a_list(load: Load, tmp_path: Path) -> None:
         ("backends: []", "backends: is empty"),
         ("backends: [{}]", "backends[0]: needs url (where a llama-server runs) or managed (how to run one)"),
         ("backends: [{url: null}]", "backends[0]: needs url"),
-        (BACKEND[:-2] + ", {url: 'http://b'}]", "backends: one backend for now, not 2"),
+        (
+            BACKEND[:-2] + ", {url: 'http://b'}]",
+            "backends[1].name: is llama like that of backends[0]: give each backend a name of its own",
+        ),
         (
             "backends: [{url: 'http://b', managed: {model: m, command: sh}}]",
             "backends[0].managed: not together with url",

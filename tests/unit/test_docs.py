@@ -108,7 +108,7 @@ def test_the_pages_stay_short() -> None:
         if where.name not in ("CHANGELOG.md", "performance.md")
     }
     assert words["README.md"] <= 850
-    assert sum(words.values()) <= 18_900
+    assert sum(words.values()) <= 19_000
 
 
 # --- the glossary
@@ -226,7 +226,7 @@ async def test_every_field_of_the_status_is_documented(tmp_path: Path) -> None:
     """Those of the whole, and those of the backend."""
     path = tmp_path / "config.yaml"
     path.write_text(f"backends: [{{url: 'http://127.0.0.1:9'}}]\nstore: {{meta_dir: '{tmp_path}'}}")
-    status: dict[str, Any] = Status(Registry.of(Config.load(path), "http://127.0.0.1:9")).status()
+    status: dict[str, Any] = Status(Registry.of(Config.load(path), {"llama": "http://127.0.0.1:9"})).status()
     fields = {
         *(f"backends[].{field}" for field in status.pop("backends")[0]),
         *status,

@@ -26,7 +26,7 @@ def snapshot(id_: str, size_bytes: int = 1_000, n_tokens: int = 10, **more: Any)
 def table_of(*snapshots: Snapshot, order: ByValue | ByUse | None = None) -> SnapshotTable:
     """Each was used ten seconds after the one before, the first at 0."""
     table = SnapshotTable(order)
-    table.fingerprint = OURS
+    table.fingerprints = frozenset({OURS})
     for at, each in enumerate(snapshots):
         table.add(each, 10.0 * at)
     return table
@@ -44,7 +44,7 @@ def test_what_another_model_made_goes_first() -> None:
     table = table_of(snapshot("dead"), snapshot("other", fingerprint=OTHERS), snapshot("live"))
     table.branch("dead", 20.0)
     assert ids(table.victims(2_500, 0, (), 30.0)) == ["other", "dead", "live"]
-    table.fingerprint = None
+    table.fingerprints = frozenset()
     assert ids(table.victims(1, 0, (), 30.0)) == ["dead"]
 
 

@@ -45,10 +45,10 @@ class World:
 
     async def meet(self, identity: Identity = MODEL) -> set[str]:
         """What is offered to the model."""
-        library = await self.libraries.of(identity, lambda found: found.fingerprint == "model")
+        library = await self.libraries.of("gpu0", identity, lambda found: found.fingerprint == "model")
         await self.libraries.complete()
         library.check()
-        assert library is self.libraries.current
+        assert library is self.libraries.current("gpu0")
         return set(library.snapshots)
 
     async def manifest(self) -> None:
@@ -69,7 +69,7 @@ class World:
     async def made(self) -> None:
         """Wait for the generation that is being made."""
         await self.tasks.drain()
-        library = self.libraries.current
+        library = self.libraries.current("gpu0")
         assert library is not None
         assert library.index.base is not None
 
@@ -93,7 +93,7 @@ async def test_one_generation_is_made_of_all_that_was_found(world: World) -> Non
     """Not one of the first few hundred and then another."""
     assert await world.meet() == world.snapshots.keys()
     await world.made()
-    library = world.libraries.current
+    library = world.libraries.current("gpu0")
     assert library is not None
     assert library.index.base is not None
     assert library.index.base.holders() == world.snapshots.keys()
@@ -110,7 +110,7 @@ async def test_after_a_start_the_generation_has_the_tokens(world: World) -> None
     world.n_read = 0
     assert await world.meet() == world.snapshots.keys()
     assert world.n_read == 1
-    library = world.libraries.current
+    library = world.libraries.current("gpu0")
     assert library is not None
     assert library.index.base is not None
     assert library.index.base.holders() == world.snapshots.keys() - {"ls-new"}
@@ -122,19 +122,20 @@ async def test_the_same_model_finds_the_same_library(world: World) -> None:
     """Also in the words of another build, and its generation too."""
     await world.meet()
     await world.made()
-    before = world.libraries.current
+    before = world.libraries.current("gpu0")
     await world.meet(DRIFTED)
-    assert world.libraries.current is before
+    assert world.libraries.current("gpu0") is before
     world.start()
     await world.meet(DRIFTED)
-    assert world.libraries.current is not None
-    assert world.libraries.current.index.base is not None
+    after = world.libraries.current("gpu0")
+    assert after is not None
+    assert after.index.base is not None
 
 
 async def test_another_model_ends_what_is_being_made(world: World) -> None:
     """Two would write to one directory. What the old one's leases still save is nothing to the new one."""
     await world.meet()
-    old = world.libraries.current
+    old = world.libraries.current("gpu0")
     assert old is not None
     await asyncio.sleep(0)
     assert len(world.tasks) == 1
@@ -145,14 +146,16 @@ async def test_another_model_ends_what_is_being_made(world: World) -> None:
     for i in range(200):
         old.add(snapshot(f"ls-late-{i}", i))
     assert not len(world.tasks)
-    assert set(world.libraries.current.snapshots) == {"ls-b"}  # type: ignore[union-attr]
+    new = world.libraries.current("gpu0")
+    assert new is not None
+    assert set(new.snapshots) == {"ls-b"}
 
 
 async def test_what_goes_while_the_library_is_filled_is_not_in_it(world: World) -> None:
     """At every look at the event loop one is evicted."""
     world.start()
     meeting = world.tasks.spawn(world.meet(), "meeting")
-    while world.libraries.current is None and not meeting.done():  # noqa: ASYNC110  # a thread is at it
+    while world.libraries.current("gpu0") is None and not meeting.done():  # noqa: ASYNC110  # a thread is at it
         await asyncio.sleep(0)
     gone = list[str]()
     while not meeting.done():
@@ -170,7 +173,7 @@ async def test_a_meeting_that_is_cancelled_anywhere_is_made_good_by_the_next(wor
     for n_awaits in range(40):
         world.start()
         meeting = world.tasks.spawn(world.meet(), "meeting")
-        while n_awaits >= 20 and not (world.libraries.current or meeting.done()):  # noqa: ASYNC110  # a thread
+        while n_awaits >= 20 and not (world.libraries.current("gpu0") or meeting.done()):  # noqa: ASYNC110  # a thread
             await asyncio.sleep(0)
         for _ in range(n_awaits % 20):
             await asyncio.sleep(0)
@@ -181,7 +184,7 @@ async def test_a_meeting_that_is_cancelled_anywhere_is_made_good_by_the_next(wor
 
 async def test_many_that_no_generation_has_are_read_afterwards(world: World) -> None:
     """The model is there before; what goes and comes meanwhile is right, and one generation is made of all."""
-    library = await world.libraries.of(MODEL, lambda found: True)
+    library = await world.libraries.of("gpu0", MODEL, lambda found: True)
     assert library.n_unread == 200
     world.drop("ls-150")
     late = world.snapshots["ls-late"] = snapshot("ls-late", 999)
@@ -193,3 +196,17 @@ async def test_many_that_no_generation_has_are_read_afterwards(world: World) -> 
     assert library.snapshots.keys() == world.snapshots.keys()
     await world.made()
     assert world.n_registered == 1
+
+
+async def test_two_backends_of_one_model_share_a_library(world: World) -> None:
+    """It lives as long as one of them runs that model; each model has its own generations."""
+    first = await world.libraries.of("gpu0", MODEL, lambda found: found.fingerprint == "model")
+    assert await world.libraries.of("gpu1", DRIFTED, lambda found: found.fingerprint == "model") is first
+    other = await world.libraries.of("gpu1", OTHER, lambda found: found.fingerprint == "other")
+    assert other is not first
+    assert list(world.libraries) == [first, other]
+    await world.tasks.drain()
+    assert await world.libraries.of("gpu1", MODEL, lambda found: found.fingerprint == "model") is first
+    assert list(world.libraries) == [first]
+    world.drop("ls-3")
+    assert "ls-3" not in first.snapshots

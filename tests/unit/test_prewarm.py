@@ -56,7 +56,13 @@ def prewarm(house: House, *bodies: dict[str, Any]) -> Prewarm:
     named: Bodies = [(f"body {i}", body) for i, body in enumerate(bodies)]
     catalog, prompts = cast(Catalog, house.catalog), cast(Tokenizer, Rendered())
     return Prewarm(
-        named, house.dispatcher, lambda _: house.executor, lambda: prompts, catalog, house.tasks, 2.0
+        named,
+        house.dispatcher,
+        lambda _: house.executor,
+        lambda: prompts,
+        lambda _: catalog,
+        house.tasks,
+        2.0,
     )
 
 

@@ -344,9 +344,9 @@ def test_each_limit_of_the_configuration_is_in_its_place(tmp_path: Path) -> None
     queue = {"max_waiting": 1, "max_wait_s": 2, "user_max_waiting": 3, "user_max_running": 4}
     settings = {"queue": {**queue, "small_request_max_overtake_s": 5, "return_grace_s": 6}}
     url = "http://127.0.0.1:9"
-    registry = Registry.of(configured(tmp_path, url, None, settings), url)
+    registry = Registry.of(configured(tmp_path, url, None, settings))
     fairness = Fairness(max_running=4, max_waiting=3, max_overtake_s=5.0, return_grace_s=6.0)
-    assert registry.pool_for().dispatcher.queue.limits == QueueLimits(1, 2.0, fairness)
+    assert registry.pools[0].dispatcher.queue.limits == QueueLimits(1, 2.0, fairness)
 
 
 def test_what_everybody_has_is_told(desk: Desk) -> None:

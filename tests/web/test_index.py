@@ -28,9 +28,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def library(it: Served) -> ModelSnapshots:
-    assert it.pool.libraries is not None
-    assert it.pool.libraries.current is not None
-    return it.pool.libraries.current
+    assert it.backend.store is not None
+    found = it.backend.store.libraries.current("gpu0")
+    assert found is not None
+    return found
 
 
 def tokens_of(it: Served, text: str) -> bytes:
@@ -38,7 +39,9 @@ def tokens_of(it: Served, text: str) -> bytes:
 
 
 def index_dir(it: Served) -> Path:
-    return it.config.store.meta_dir / "gpu0.index"
+    """Of the only model."""
+    (directory,) = (it.config.store.meta_dir / "gpu0.index").iterdir()
+    return directory
 
 
 @asynccontextmanager
@@ -146,8 +149,8 @@ async def test_what_is_evicted_is_not_found_any_more(tmp_path: Path) -> None:
     """Not in this slot table, and not in the generation after a restart."""
     async with filled(tmp_path) as it:
         for file in it.files():
-            assert it.pool.store is not None
-            await it.pool.store.catalog.drop(file.stem)
+            assert it.backend.store is not None
+            await it.backend.store.catalog.drop(file.stem)
         assert len(library(it).index) == 0
         await restarted(it)
         library(it).check()

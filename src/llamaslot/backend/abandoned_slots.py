@@ -74,13 +74,18 @@ class AbandonedSlots:
         self._abandoned.append(_Abandoned(table, slot, content, self._now() + delay_s, charge=charge))
         self._added.set()
 
+    def end_gone(self) -> bool:
+        """Forget the slots of processes that are gone. Returns whether there were any. The caller dispatches."""
+        gone = [entry for entry in self._abandoned if not entry.table.is_current]
+        for entry in gone:
+            self._ended(entry)
+        return bool(gone)
+
     async def run(self) -> None:
         """Poll while there are draining slots. Runs until cancelled."""
         polled_at = -POLL_S
         while True:
-            if gone := [entry for entry in self._abandoned if not entry.table.is_current]:
-                for entry in gone:
-                    self._ended(entry)
+            if self.end_gone():
                 self._leases.dispatch()
             if not self._abandoned:
                 self._added.clear()

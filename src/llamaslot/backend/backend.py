@@ -6,14 +6,16 @@ import asyncio
 import enum
 import logging
 import math
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from llamaslot.backend.abandoned_slots import AbandonedSlots
 from llamaslot.backend.cache_miss import CacheMisses
 from llamaslot.backend.connect import Handshake, ServerSession
+from llamaslot.backend.drain import Drain
 from llamaslot.backend.exclusive import ExclusiveSection
 from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.idle_save import IdleSave
@@ -21,7 +23,7 @@ from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import NOTHING
-from llamaslot.errors import BackendDown, LlamaslotError
+from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.dry_run import DryRuns
 from llamaslot.llama.replies import Props
@@ -31,15 +33,19 @@ from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotEvent
-from llamaslot.store import Catalog
 from llamaslot.store.learned import LearnedFile
-from llamaslot.store.model_snapshots import Libraries
+from llamaslot.store.snapshot_store import SnapshotStore
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 
 _HEALTH_POLL_S = (0.1, 0.2, 0.3, 0.5, 1.0)  # the last one repeats
 _WATCH_S = 2.0
+_JITTER = 0.2  # of a pause: the checks of many backends do not come at the same moment
+_jitter = random.Random()
+# A server that does not answer a small question for _SUSPECT_S gets no more requests while another backend can take
+# them, and is down after the rest.
+_SUSPECT_S, _SILENT_S, _HEALTH_S = 2.0, 3.0, 2.0
 # Pauses between attempts to probe the server after a failure: each twice the last.
 _RETRY_S, _RETRY_AT_LAST_S = 1.0, 60.0
 _LOOK_AGAIN_S = 600.0  # after slots have lost their content
@@ -55,7 +61,16 @@ class Health(enum.Enum):
 
 
 class Members(Protocol):
-    """What a backend reports to the pool that it belongs to."""
+    """What a backend reports to the fleet."""
+
+    @property
+    def are_several(self) -> bool:
+        """Whether there are other backends that may take the requests of one that does not answer."""
+        ...
+
+    def connecting(self, backend: Backend, session: ServerSession) -> None:
+        """llama-server serves that model: the backend is put into the pool of it."""
+        ...
 
     def connected(self, backend: Backend, session: ServerSession) -> None:
         """llama-server is up. Its slots may be leased from now on."""
@@ -80,14 +95,15 @@ class Backend:
         metrics: BackendMetrics,
         rates_file: Path,
         idle_save_s: float,
-        catalog: Catalog | None,
-        libraries: Libraries | None,
+        store: SnapshotStore | None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``libraries`` and ``catalog``: both or none."""
+        """``store``: of the directory that it shares with llamaslot; None if there is none."""
         self.name, self.api, self.leases, self.metrics, self.now = name, api, leases, metrics, now
         self._members, self._rules = members, rules
-        self._catalog, self._libraries = catalog, libraries
+        self.store = store
+        self._catalog = catalog = store.catalog if store is not None else None
+        self._libraries = store.libraries if store is not None else None
         self.tasks = TaskOwner()
         self._rates_file = LearnedFile(name, rates_file)
         self.rates = Rates()
@@ -95,6 +111,7 @@ class Backend:
         self.route_availability, self.dry_runs = RouteAvailability(api), DryRuns(api)
         self.exclusive = ExclusiveSection(api, leases, self.executor, self.tasks)
         self.idle_save = IdleSave(leases, self.executor, idle_save_s)
+        self.drain = Drain(name, leases, self.idle_save, self.tasks)
         self.cache_misses = CacheMisses(api, metrics, self.tasks)
         self.abandoned_slots = AbandonedSlots(api, leases, now)
         leases.on_drain = self.abandoned_slots.add
@@ -105,6 +122,7 @@ class Backend:
         self._n_retries = 0  # consecutive attempts to probe the server
         self.streams_are_known = True  # whether answers can be assembled from the events of a stream
         self.session: ServerSession | None = None
+        self.last_session: ServerSession | None = None  # of the model that it serves, or has served last
         self._proof: Props | None = None  # told by the process of the session
         self._proved_at = -math.inf
         self._why_down = "has not answered yet"
@@ -112,46 +130,21 @@ class Backend:
         self._met_or_down = asyncio.Event()  # set unless it is being connected to
         self._met_or_down.set()
 
-    def status(self) -> dict[str, Any]:
-        """Model, slots and warnings at present, as JSON for ``/llamaslot/status``; ``http.openapi`` describes it. No
-        content of slots.
-        """
-        session, table = self.session, self.leases.table
-        return {
-            "name": self.name,
-            "health": self.health.value,
-            "model": session.model_name if session else None,
-            "n_ctx": table.n_ctx if table else None,
-            "cache_kind": table.cache_kind.value if table else None,
-            "warnings": list(session.warnings) if session else [],
-            "assist": _assist_status(session) if session else None,
-            "slots": self._slot_status(table) if table and table.is_assisted else [],
-        }
-
-    def _slot_status(self, table: SlotTable) -> list[dict[str, Any]]:
-        # Those with a slot: an exclusive request has none until llama-server has chosen.
-        leases = {
-            its.slot_id: its for its in self.leases.leases if its.table is table and its.slot is not None
-        }
-        prefills = {
-            slot_id: {"n_done": lease.n_done, "n_tokens": lease.request.n_tokens}
-            for slot_id, lease in leases.items()
-            if lease.is_long
-        }
-        return [
-            {
-                "id": slot.id,
-                "state": slot.state.value,
-                "n_tokens": slot.content.n_tokens,
-                "is_dirty": slot.content.is_dirty,
-                "is_worth_saving": table.worth.is_worth_saving(slot),
-                "prefill": prefills.get(slot.id),
-                "user": (leases[slot.id].request.user.id or None) if slot.id in leases else None,
-            }
-            for slot in table.slots
-        ]
-
     # -- for requests --------------------------------------------------------------------------------------------
+
+    async def confirm(self, table: SlotTable) -> None:
+        """Check that the process that ``table`` describes is still there, before anything is done in its slots.
+        Raises BackendRestarted, and BackendDown if it does not answer soon: other backends can take the request.
+        Canceling is safe.
+        """
+        try:
+            async with asyncio.timeout(_SUSPECT_S):
+                session = await self.ready()
+        except TimeoutError:
+            self.suspect()
+            raise BackendDown(f"llama-server at {self.api.url} does not answer") from None
+        if session.table is not table:
+            raise BackendRestarted
 
     async def ready(self) -> ServerSession:
         """The connected server, checked to be the same process as before. Raises BackendDown immediately if it is
@@ -185,6 +178,10 @@ class Backend:
         if self.session is None:  # down, perhaps after it was up for a moment
             raise self._is_down()
         return self.session
+
+    async def settled(self) -> None:
+        """Wait until it is connected or down. Canceling is safe."""
+        await self._met_or_down.wait()
 
     @property
     def is_proved(self) -> bool:
@@ -243,6 +240,18 @@ class Backend:
         self._proof = None
         self._doubt.set()
 
+    def suspect(self) -> None:
+        """As ``doubt``; until it has answered, requests go to other backends if there are any."""
+        self.doubt()
+        if self.session is not None and not self.leases.is_suspect:
+            self.leases.is_suspect = True
+            self.leases.dispatch()
+
+    def _trust(self) -> None:
+        if self.leases.is_suspect:
+            self.leases.is_suspect = False
+            self.leases.dispatch()
+
     async def how_far(self, lease: Lease) -> object:
         """The progress of the slots in which llama-server works for the request of ``lease``; None while the request
         waits for one.
@@ -264,6 +273,7 @@ class Backend:
             self.rates.size.observe_each([(snapshot.n_tokens, snapshot.size_bytes) for snapshot in listed])
 
     def start(self) -> None:
+        self.leases.down = self._is_down()
         self.abandoned_slots.on_failure = self.doubt
         self.tasks.spawn(self._live(), f"{self.name}: life")
         self.tasks.spawn(self.abandoned_slots.run(), f"{self.name}: abandoned slots")
@@ -341,7 +351,9 @@ class Backend:
             await asyncio.sleep(pause_s or _HEALTH_POLL_S[-1])
 
     def _serve(self, session: ServerSession) -> None:
+        self._members.connecting(self, session)
         self.session, self.streams_are_known = session, True
+        self.last_session = session
         self.executor.fingerprint, self.executor.boot_id = session.fingerprint, session.props.boot_id
         for slot in session.found_busy:
             session.table.take(slot, Request("left over"), self.now(), has_answer=False)
@@ -369,15 +381,16 @@ class Backend:
         retry_at = self.now() + min(_RETRY_S * 2**self._n_retries, _RETRY_AT_LAST_S)
         while self.health is Health.UP:
             try:
-                async with asyncio.timeout(_WATCH_S):
+                async with asyncio.timeout(_WATCH_S * _jitter.uniform(1 - _JITTER, 1 + _JITTER)):
                     await self._doubt.wait()
             except TimeoutError:
                 pass
             self._doubt.clear()
             try:
-                props = await self.api.props()
+                props = await self._watched_props()
             except LlamaslotError:
-                if await self.api.why_unhealthy() is None:
+                if await self.api.why_unhealthy(self._patience_s(_HEALTH_S)) is None:
+                    self._trust()
                     continue
                 self._why_down = "does not answer"
                 log.warning("%s: llama-server does not answer; requests get 503 until it does", self.name)
@@ -386,11 +399,27 @@ class Backend:
             if (props.boot_id, props.n_slots) != (session.props.boot_id, session.props.n_slots):
                 self.lost(session.table)
                 continue
+            self._trust()
             self._forget_if_asleep(props)
             self._prove(session, props)
             is_due = session.aside is not None and session.aside.may_end and self.now() >= retry_at
             if is_due and await self._is_any_idle(session.table):
                 self.changed("a slot is idle now")
+
+    async def _watched_props(self) -> Props:
+        """Raises LlamaslotError. If there are other backends, a server that is silent is suspected soon."""
+        if not self._members.are_several:
+            return await self.api.props()
+        timer = asyncio.get_running_loop().call_later(_SUSPECT_S, self.suspect)
+        try:
+            return await self.api.props(_SUSPECT_S + _SILENT_S)
+        finally:
+            timer.cancel()
+            self._doubt.clear()
+
+    def _patience_s(self, seconds: float) -> float:
+        """How long an answer is waited for: 5 s if there is no other backend."""
+        return seconds if self._members.are_several else 5.0
 
     async def _is_any_idle(self, table: SlotTable) -> bool:
         """Whether llama-server has an idle slot while all requests sent to it run in others."""
@@ -415,13 +444,7 @@ class Backend:
         self.health = health
         self.metrics.is_up.set(health is Health.UP)
         if health is Health.CONNECTING:
+            self.leases.down = None
             self._met_or_down.clear()
         else:
             self._met_or_down.set()
-
-
-def _assist_status(session: ServerSession) -> dict[str, Any]:
-    """Whether llamaslot chooses slots, and if not, why and how to change that."""
-    if session.aside is None:
-        return {"is_on": True, "why": None, "remedy": None}
-    return {"is_on": False, "why": session.aside.why, "remedy": session.aside.remedy}

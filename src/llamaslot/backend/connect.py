@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import field, replace
+from typing import Any
 
 from llamaslot.backend.assist import (
     StandingAside,
@@ -46,7 +48,7 @@ from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Slot, SlotEvent
-from llamaslot.store import Catalog, QuotaExceeded, Reservation, WithTokens, read_slot_file
+from llamaslot.store import Catalog, QuotaExceeded, Reservation, Snapshot, WithTokens, read_slot_file
 from llamaslot.store.model_snapshots import Libraries, content_of
 from llamaslot.store.sidecar import digest_of
 
@@ -73,6 +75,9 @@ class ServerSession:
     props: Props
     model_name: str
     fingerprint: str
+    identity: Identity | None = None  # None if unproved: llama-server chooses slots
+    names: tuple[str, ...] = ()  # of the model, as the server tells them
+    entry: Mapping[str, Any] = field(default_factory=dict)  # the model's of /v1/models
     found_busy: tuple[Slot, ...] = ()
     warnings: tuple[str, ...] = ()
     # If set, llama-server chooses slots, and the slot table only counts requests.
@@ -101,7 +106,9 @@ class Handshake:
         self.name, self.api, self.catalog, self.rates, self.rules = name, api, catalog, rates, rules
         self.libraries = libraries
         self.probes = Probes(api, catalog, rates)
+        self._identity: Identity | None = None
         self._is_usable = dict[str, bool]()  # by the text of the fingerprint
+        self._model: Mapping[str, Any] = {}
         # Drafts that are not committed at the end are abandoned on every path.
         self._reservations = contextlib.AsyncExitStack()
 
@@ -125,26 +132,27 @@ class Handshake:
         """The result after a bug in llamaslot prevented the connection. Raises NotReady under isolation."""
         return self._stand_aside(mistake(error), None)
 
-    def _stand_aside(self, reason: StandingAside, props: Props | None, model_name: str = "") -> ServerSession:
+    def _stand_aside(self, reason: StandingAside, props: Props | None) -> ServerSession:
         """The result without usable slots: only what the server reports. Raises NotReady under isolation."""
         if self.rules.is_isolated:
             raise NotReady(_NO_ISOLATION_ASIDE % reason.why)
         props = props or Props(None, 0, "", "")
         table = UnassistedSlots(self.name, props.n_slots, props.n_ctx, rules=self.rules, rates=self.rates)
-        return ServerSession(table, props, model_name, "", aside=reason)
+        return ServerSession(
+            table, props, _name(self._model), "", names=_names(self._model), entry=self._model, aside=reason
+        )
 
     async def _meet(self, props: Props, n_slots: int, now: float, is_retry: bool) -> ServerSession:
-        model = await self.api.model_info()
-        model_name = str(model.get("id", ""))
+        model = self._model = await self.api.model_info()
         try:
             infos = await (self.api.slots() if is_retry else self._settled())
         except UpstreamError as error:
             if error.status not in (404, 501):
                 raise
-            return self._stand_aside(no_slots(n_slots, str(error)), props, model_name)
+            return self._stand_aside(no_slots(n_slots, str(error)), props)
         idle = sorted((info for info in infos if not info.is_processing), key=lambda info: info.n_tokens or 0)
         if not idle:
-            return self._stand_aside(all_at_work(), props, model_name)
+            return self._stand_aside(all_at_work(), props)
         table = SlotTable(self.name, len(infos), props.n_ctx, rules=self.rules, rates=self.rates)
         first, others = idle[0], idle[1:]
         if first.n_tokens and not await self.probes.has_room(first.n_tokens):
@@ -155,7 +163,7 @@ class Handshake:
         if self.rules.is_isolated and not self.probes.can_erase:
             raise NotReady(_NO_ISOLATION)
         if not can_save and await self.probes.has_ram_cache():
-            return self._stand_aside(has_better_memory(n_slots, self.probes.warnings[-1]), props, model_name)
+            return self._stand_aside(has_better_memory(n_slots, self.probes.warnings[-1]), props)
         lora = await self.api.lora_adapters()
         # Which LoRA scales and which user a context belongs to is recorded nowhere.
         can_adopt = can_save and not (lora or self.rules.is_isolated)
@@ -169,7 +177,7 @@ class Handshake:
         if await self._were_emptied(others) or (
             empty is not None and await self.probes.is_unified(first.id, empty)
         ):
-            return self._stand_aside(clears_idle_slots(n_slots), props, model_name)
+            return self._stand_aside(clears_idle_slots(n_slots), props)
         table.can_save, table.can_erase = can_save, self.probes.can_erase
         self._forget_rates_of_others(identity)
         table.rewind_model.predictions = self.rates.predictions
@@ -184,7 +192,7 @@ class Handshake:
                 table.can_save = can_save = files.are_usable
                 if not can_save and await self.probes.has_ram_cache():
                     lacking = self.probes.warnings[-1]
-                    return self._stand_aside(has_better_memory(n_slots, lacking), props, model_name)
+                    return self._stand_aside(has_better_memory(n_slots, lacking), props)
         for slot in (first.id, empty):
             if slot is not None:
                 await self._empty(table, slot, now, is_shared=True)
@@ -199,7 +207,8 @@ class Handshake:
             log.warning("%s: %s", self.name, warning)
         busy = tuple(table.slots[info.id] for info in infos if info.is_processing)
         warnings = tuple(self.probes.warnings)
-        return ServerSession(table, props, model_name, fingerprint, busy, warnings)
+        names = _names(model)
+        return ServerSession(table, props, _name(model), fingerprint, identity, names, model, busy, warnings)
 
     async def _were_emptied(self, others: list[SlotInfo]) -> bool:
         """Whether probes of another slot have emptied idle slots. With two slots this is the only sign of a unified
@@ -289,11 +298,7 @@ class Handshake:
         assert self.catalog is not None
         digest = digest_of(tokens)
         for snapshot in self.catalog.snapshots.values():
-            if (
-                snapshot.digest == digest
-                and not snapshot.namespace
-                and self._is_usable.get(snapshot.fingerprint)
-            ):
+            if snapshot.digest == digest and not snapshot.namespace and self._is_ours(snapshot):
                 return snapshot.with_tokens(tokens)
         return None
 
@@ -332,21 +337,38 @@ class Handshake:
         assert self.catalog is not None
         assert self.libraries is not None
         snapshots = sorted(self.catalog.snapshots.values(), key=lambda snapshot: snapshot.created_at)
-        is_same = self._is_usable = dict[str, bool]()
-        for text in {snapshot.fingerprint for snapshot in snapshots}:
-            other = Identity.from_text(text)
-            is_same[text] = other is not None and current.is_same(other)
-        admitted = [snapshot for snapshot in snapshots if is_same[snapshot.fingerprint]]
+        self._identity = current
+        admitted = [snapshot for snapshot in snapshots if self._is_ours(snapshot)]
         self.rates.size.observe_each([(snapshot.n_tokens, snapshot.size_bytes) for snapshot in admitted])
-        if n_others := len(snapshots) - len(admitted):
-            log.warning("%s: %d snapshots belong to another model and are not used", self.name, n_others)
         fingerprint = admitted[-1].fingerprint if admitted else current.to_text()
-        is_same[fingerprint] = True
-        self.catalog.fingerprint = fingerprint
-        table.offer(
-            await self.libraries.of(current, lambda snapshot: is_same.get(snapshot.fingerprint, False))
-        )
+        self._is_usable[fingerprint] = True
+        self.catalog.serve(self.name, fingerprint)
+        served = self.catalog.fingerprints
+        if n_others := sum(
+            not (snapshot.fingerprint in served or self._is_ours(snapshot)) for snapshot in snapshots
+        ):
+            log.warning("%s: %d snapshots belong to another model and are not used", self.name, n_others)
+        table.offer(await self.libraries.of(self.name, current, self._is_ours))
         return fingerprint
+
+    def _is_ours(self, snapshot: Snapshot) -> bool:
+        """Whether the snapshot is of the connected model."""
+        text = snapshot.fingerprint
+        if text not in self._is_usable:
+            ours, other = self._identity, Identity.from_text(text)
+            self._is_usable[text] = ours is not None and other is not None and ours.is_same(other)
+        return self._is_usable[text]
+
+
+def _name(model: Mapping[str, Any]) -> str:
+    return str(model.get("id", ""))
+
+
+def _names(model: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names by which llama-server knows the model in its entry of /v1/models."""
+    aliases = model.get("aliases")
+    names = [model.get("id"), *(aliases if isinstance(aliases, list) else ())]
+    return tuple(dict.fromkeys(name for name in names if isinstance(name, str) and name))
 
 
 def _reason(error: UpstreamError, props: Props | None) -> StandingAside:

@@ -16,7 +16,7 @@ from typing import Protocol
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import LeaseState
 from llamaslot.backend.slot_table import SlotTable
-from llamaslot.errors import BackendRestarted
+from llamaslot.errors import BackendDown, BackendRestarted
 from llamaslot.observe.journal import DecisionRecorder
 from llamaslot.scheduling.fairness import Charge
 from llamaslot.scheduling.plan import Plan
@@ -54,6 +54,7 @@ class Leases:
     """The leases of one backend. ``table``: the slots of the connected llama-server process, None without one."""
 
     def __init__(self, backend: str, admission: Admission, now: Callable[[], float]) -> None:
+        """``admission``: of the pool that it belongs to at first."""
         self.backend, self.admission, self.now = backend, admission, now
         self.table: SlotTable | None = None
         self.leases: dict[Lease, None] = {}  # ordered: among equals the first one is chosen
@@ -64,6 +65,9 @@ class Leases:
         self.turn: Request | None = None  # the one exclusive request, if any
         self.is_gate_shut = False  # no other request may begin its first step
         self.is_turn_wanted = False  # the exclusive request waits for others to finish
+        self.down: BackendDown | None = None  # llama-server is, and why
+        self.is_drained = False  # by the operator: no request begins here
+        self.is_suspect = False  # llama-server may hang: requests go to other backends if there are any
         self._used_at, self._worked_at = now(), -math.inf
         self._n_prefilling, self._prefilling_since, self._prefilled_s = 0, 0.0, 0.0
 
@@ -99,7 +103,20 @@ class Leases:
     @property
     def is_open(self) -> bool:
         """Whether a request may begin its first step here: connected, and no exclusive request keeps others out."""
-        return self.table is not None and not self.is_gate_shut
+        return self.table is not None and not (self.is_gate_shut or self.is_drained)
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether llama-server is being connected to, so that requests may begin here soon."""
+        return self.table is None and self.down is None and not self.is_drained
+
+    @property
+    def refusal(self) -> BackendDown | None:
+        """The error for a request that no other backend can serve either; None while this one can, now or soon."""
+        if self.is_drained:
+            return BackendDown(f"{self.backend} is drained: 'llamaslot undrain {self.backend}' ends that")
+        # A new one: each raise adds its frames to an exception.
+        return type(self.down)(str(self.down)) if self.down is not None else None
 
     def dispatch(self) -> None:
         self.admission.dispatch()
@@ -117,14 +134,26 @@ class Leases:
 
     def attach(self, table: SlotTable) -> None:
         """llama-server is up, with these slots."""
-        self.table = table
+        self.table, self.down, self.is_suspect = table, None, False
         self.dispatch()
 
-    def detach(self) -> None:
-        """The slots are gone. Their leases end by themselves, without effect."""
+    def detach(self, error: BackendDown | None = None) -> None:
+        """The slots are gone. Their leases end by themselves, without effect. With ``error`` the backend is down."""
+        self.down = error
         if self.table is not None:
             self.table.is_current = False
         self.table = None
+
+    def move(self, admission: Admission) -> None:
+        """Belong to another pool from now on. What users were charged for leases of a past table is paid to the old
+        one.
+        """
+        assert self.table is None, "only between two processes, or two models"
+        if admission is not self.admission:
+            for charge in self._charges.values():
+                self.admission.paid(charge)
+            self._charges.clear()
+            self.admission = admission
 
     # -- leasing -------------------------------------------------------------------------------------------------
 
@@ -155,7 +184,9 @@ class Leases:
 
     def try_lease(self, slot: Slot, request: Request) -> Lease | None:
         """Lease an idle slot for work of our own (a save, a probe); None if a request waits for one."""
-        if not self.is_open or self.n_waiting or not slot.is_idle:
+        if self.table is None or self.is_gate_shut or not slot.is_idle:
+            return None
+        if self.n_waiting and not self.is_drained:
             return None
         return self.grant(slot, request)
 

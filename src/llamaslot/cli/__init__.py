@@ -1,5 +1,6 @@
 """The command line: ``llamaslot serve --config config.yaml``; ``llamaslot run -- llama-server …`` without a file;
-``llamaslot snapshots`` for the snapshots on disk; ``llamaslot keys`` for the keys of clients.
+``llamaslot drain`` for one of several backends; ``llamaslot snapshots`` for the snapshots on disk; ``llamaslot keys``
+for the keys of clients.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 import llamaslot
+from llamaslot.cli.drain import drain, undrain
 from llamaslot.cli.faults import fail, run_to_end
 from llamaslot.cli.run import run
 from llamaslot.errors import ConfigError
@@ -48,6 +50,8 @@ def main() -> None:
 
 
 main.add_command(run)
+main.add_command(drain)
+main.add_command(undrain)
 main.add_command(LateGroup("snapshots", help="Look at the snapshots on disk, check them, remove some."))
 main.add_command(LateGroup("keys", help="Make, list and revoke the keys of clients."))
 

@@ -75,7 +75,7 @@ def over_limits(store: OfflineStore, items: list[Item]) -> list[Removal]:
     order = ByValue(store.hit_rates)
     order.saves_s = store.saves_s
     table = SnapshotTable(order)
-    table.fingerprint = _OURS if store.model is not None else None
+    table.fingerprints = frozenset({_OURS} if store.model is not None else ())
     for item in items:
         noted = item.noted
         assert noted is not None, "what is whole has a sidecar"

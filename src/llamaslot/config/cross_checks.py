@@ -6,7 +6,7 @@ import importlib.util
 import ipaddress
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,65 @@ def wrong_together(raw: Any, info: ValidationInfo) -> Iterator[tuple[Loc, str]]:
         return
     if not backends:
         yield ("backends",), "is empty: one backend is needed, with url or managed"
-    if len(backends) > 1:
-        yield ("backends",), f"one backend for now, not {len(backends)}"
+    yield from _twice(backends)
+    yield from _model_faults(raw.get("models"))
+    if not any(_keeps(backend) for backend in backends) and raw.get("prewarm"):
+        yield ("prewarm",), "needs backends[0].slot_save_path: what is computed ahead is kept there"
     listen = raw.get("listen")
     own_port = listen.get("port", 8081) if isinstance(listen, dict) else 8081
     for i, backend in enumerate(backends):
         if isinstance(backend, dict):
-            if raw.get("prewarm") and not backend.get("managed") and backend.get("slot_save_path") is None:
-                yield (
-                    ("prewarm",),
-                    f"needs backends[{i}].slot_save_path: what is computed ahead is kept there",
-                )
             for key, message in _backend_faults(backend, own_port, info):
                 yield ("backends", i, *key), message
+
+
+def _keeps(backend: object) -> bool:
+    """Whether snapshots of this backend are kept on disk. Of a wrong type that is not known."""
+    if not isinstance(backend, dict):
+        return True
+    return bool(backend.get("managed")) or backend.get("slot_save_path") is not None
+
+
+def _twice(backends: Sequence[object]) -> Iterator[tuple[Loc, str]]:
+    """Two backends with one name or one URL, and more than one that llamaslot runs."""
+    names, urls, managed = dict[object, int](), dict[object, int](), list[int]()
+    for i, backend in enumerate(backends):
+        if not isinstance(backend, dict):
+            continue
+        name = backend.get("name", "llama")
+        if not isinstance(name, str):
+            continue
+        if (other := names.setdefault(name, i)) != i:
+            yield (
+                ("backends", i, "name"),
+                f"is {name} like that of backends[{other}]: give each backend a name of its own",
+            )
+        url = backend.get("url")
+        if isinstance(url, str) and (other := urls.setdefault(url.rstrip("/"), i)) != i:
+            yield (
+                ("backends", i, "url"),
+                f"is {url} like that of backends[{other}]: one llama-server is one backend, whatever its models are"
+                " called; remove one of the two",
+            )
+        if backend.get("managed") is not None:
+            managed.append(i)
+    if len(managed) > 1:
+        yield (
+            ("backends", managed[1], "managed"),
+            "one managed llama-server for now: start the others yourself, and give their url",
+        )
+
+
+def _model_faults(models: object) -> Iterator[tuple[Loc, str]]:
+    aliases = models.get("aliases") if isinstance(models, dict) else None
+    if not isinstance(aliases, dict):
+        return
+    for alias, target in aliases.items():
+        if isinstance(target, str) and target in aliases:
+            yield (
+                ("models", "aliases", alias),
+                f"{target} is an alias too: name the model itself, as its server does, or a backend",
+            )
 
 
 def _auth_faults(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:

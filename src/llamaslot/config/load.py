@@ -28,6 +28,7 @@ from llamaslot.config.sections import (
     CacheConfig,
     ListenConfig,
     LogConfig,
+    ModelsConfig,
     PassthroughConfig,
     PrefillConfig,
     QueueConfig,
@@ -50,10 +51,11 @@ _NOTHING: dict[str, Any] = {
 
 
 class Config(Section):
-    """The whole file. ``backends`` has exactly one entry; several are for a later version."""
+    """The whole file."""
 
     listen: ListenConfig = ListenConfig.model_construct()
     backends: tuple[BackendConfig, ...]
+    models: ModelsConfig = ModelsConfig.model_construct()
     store: StoreConfig = Field(default_factory=StoreConfig.model_construct)
     routing: RoutingConfig = RoutingConfig.model_construct()
     cache: CacheConfig = CacheConfig.model_construct()
@@ -118,11 +120,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _slot_files_of_a_managed_server(self) -> Config:
         """The default for a managed server: ``<store.meta_dir>/kv``."""
-        backend = self.backends[0]
-        if backend.managed is not None and backend.slot_save_path is None:
-            backend = backend.model_copy(update={"slot_save_path": self.store.meta_dir / "kv"})
-            # The model is frozen once it is made, not before.
-            object.__setattr__(self, "backends", (backend,))
+        default = {"slot_save_path": self.store.meta_dir / "kv"}
+        backends = tuple(
+            backend.model_copy(update=default)
+            if backend.managed is not None and backend.slot_save_path is None
+            else backend
+            for backend in self.backends
+        )
+        # The model is frozen once it is made, not before.
+        object.__setattr__(self, "backends", backends)
         return self
 
 

@@ -121,10 +121,13 @@ def _resolved(key: SecretStr | None, path: Path | None, name: str) -> str | None
         raise ConfigError(str(path), [f"{name}: {error}"]) from error
 
 
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+
+
 class BackendConfig(Section):
     """One llama-server: its address (``url``) or how to run it (``managed``)."""
 
-    # In log, metrics and headers.
+    # In log, metrics and headers; of several each has its own.
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "llama"
     # Root of a running llama-server, without /v1.
     url: Annotated[str, AfterValidator(server_url)] | None = None
@@ -143,6 +146,15 @@ class BackendConfig(Section):
         Raises ConfigError if the file, readable at the start, is not readable any more.
         """
         return _resolved(self.api_key, self.api_key_file, "api_key_file")
+
+
+class ModelsConfig(Section):
+    """Names of models beside those that the servers tell."""
+
+    # Names that clients may use, each with a model's name as its server tells it, or the name of a backend.
+    aliases: dict[ModelName, ModelName] = Field(default_factory=dict)
+    # The model for requests that name none, or an unknown one: a name as in ``aliases``. None: answered 404.
+    default: ModelName | None = None
 
 
 def default_meta_dir() -> Path:

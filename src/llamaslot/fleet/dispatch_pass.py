@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import field
 
+from llamaslot.backend.slot_table import SlotTable
 from llamaslot.records import dataclass
 from llamaslot.scheduling.plan import Wait
+from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotKey
 
 
@@ -34,3 +37,10 @@ class DispatchPass:
             self.is_short = True
         else:
             self.again_s.append(max(look_in_s, 0.0))
+
+
+def large_enough(tables: Sequence[SlotTable], request: Request) -> Sequence[SlotTable]:
+    """The tables whose slots hold the prompt, if any do: backends of one model may have different contexts."""
+    if len(tables) < 2:
+        return tables
+    return [table for table in tables if table.n_ctx > request.n_tokens] or tables

@@ -17,8 +17,8 @@ from llamaslot.backend.lease_states import Preempted
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.unassisted_slots import UnassistedSlots
-from llamaslot.errors import BackendDown, QueueFull
-from llamaslot.fleet.dispatch_pass import DispatchPass
+from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, QueueFull
+from llamaslot.fleet.dispatch_pass import DispatchPass, large_enough
 from llamaslot.fleet.preemption import Preemptions
 from llamaslot.fleet.prefix_sharing import PrefixWait, ask_for_trunk, prefix_due_s
 from llamaslot.fleet.queue import Queue, QueueLimits, Waiting, answer_s, estimate
@@ -44,7 +44,6 @@ class Dispatcher:
         self.journal = Journal()
         self.backends: dict[str, Leases] = {}
         self.on_prefix_wait: Callable[[float], None] = lambda seconds: None
-        self._down: dict[str, BackendDown] = {}  # by backend; reported when all are down
         self._n_changes = 0
         self._look_again: asyncio.TimerHandle | None = None
         self._preemptions = Preemptions()
@@ -86,28 +85,45 @@ class Dispatcher:
     # -- the backends --------------------------------------------------------------------------------------------
 
     def add(self, backend: str) -> Leases:
-        """Add a backend of that name to the pool. Returns its leases."""
+        """A new backend of that name is in the pool. Returns its leases."""
         self.backends[backend] = Leases(backend, self, self.now)
         return self.backends[backend]
 
+    def join(self, leases: Leases) -> None:
+        """A backend that is not connected comes from another pool, of which it was not yet removed."""
+        leases.move(self)
+        self.backends[leases.backend] = leases
+
+    def remove(self, backend: str) -> None:
+        """A backend that is not connected leaves the pool. If it was the last one, waiting requests get
+        BackendRestarted.
+        """
+        del self.backends[backend]
+        self._fail_if_none_serves()
+
     def attach(self, table: SlotTable) -> None:
         """The backend named in ``table`` is up, with these slots."""
-        self._down.pop(table.backend, None)
         self.backends[table.backend].attach(table)
 
     def detach(self, backend: str, error: BackendDown | None = None) -> None:
         """The slots of ``backend`` are gone. Requests wait for its next ones, or for those of other backends. With
         ``error`` it is down; if all are, queued and new requests get that error.
         """
-        self.backends[backend].detach()
-        if error is None:
-            self._down.pop(backend, None)
-            return
-        self._down[backend] = error
-        if len(self._down) == len(self.backends):
+        self.backends[backend].detach(error)
+        self._fail_if_none_serves()
+
+    def _fail_if_none_serves(self) -> None:
+        if (error := self._why_none()) is not None:
             for waiting in self.queue:
                 if not waiting.granted.done():
                     waiting.granted.set_exception(error)
+
+    def _why_none(self) -> LlamaslotError | None:
+        """The error for all requests if each backend is down or drained."""
+        if not self.backends:
+            return BackendRestarted("no backend serves this model any more")
+        errors = [leases.refusal for leases in self.backends.values()]
+        return errors[0] if None not in errors else None
 
     # -- leasing -------------------------------------------------------------------------------------------------
 
@@ -120,9 +136,8 @@ class Dispatcher:
 
         Canceling is safe: the request leaves the queue, no slot is held.
         """
-        if self._down and len(self._down) == len(self.backends):
-            error = next(iter(self._down.values()))
-            raise type(error)(str(error))  # a new one: each raise adds its frames to an exception
+        if (error := self._why_none()) is not None:
+            raise error
         if not (len(self.queue) or is_back or preempted) and (lease := self._at_once(request)) is not None:
             return lease
         granted = asyncio.get_running_loop().create_future()
@@ -172,7 +187,8 @@ class Dispatcher:
             return None
         if _n_idle(open_) < 2 or any(lease.is_long for lease in self.leases):
             return None
-        plan = place(request, [table.view(request, now, {}) for table in tables], self.rules)
+        views = [table.view(request, now, {}) for table in large_enough(tables, request)]
+        plan = place(request, views, self.rules)
         if isinstance(plan, Wait):
             return None
         leases, recorder = self.backends[plan.slot.backend], self.recorder(request)
@@ -198,12 +214,12 @@ class Dispatcher:
         Looked up once for each request, and again if its snapshot is gone, because usually a newer one has replaced
         it.
         """
-        table = next(iter(self.tables), None)  # the snapshots are the same for all
-        if table is None:
-            return set()
+        # One table for each directory: the snapshots are the same for all that share one.
+        tables = {id(table.model_snapshots): table for table in self.tables}.values()
         for waiting in self.queue:
-            if waiting.wants is None or not table.has_snapshot(waiting.wants):
-                waiting.wants = table.best_snapshot(waiting.request)
+            if waiting.wants is None or not any(table.has_snapshot(waiting.wants) for table in tables):
+                found = (table.best_snapshot(waiting.request) for table in tables)
+                waiting.wants = next((snapshot for snapshot in found if snapshot is not None), None)
         return {waiting.wants for waiting in self.queue if waiting.wants}
 
     def dispatch(self, *, is_arrival: bool = False) -> None:
@@ -214,6 +230,7 @@ class Dispatcher:
         """
         if not is_arrival:
             self._n_changes += 1
+            self._fail_if_none_serves()
         # No await from here to the end: slots are leased as they were seen.
         if self._look_again is not None:
             self._look_again.cancel()
@@ -243,12 +260,15 @@ class Dispatcher:
             self._look_again = asyncio.get_running_loop().call_later(min(look.again_s), self.dispatch)
 
     def _open(self) -> list[Leases]:
-        """The backends that accept a request now. Those on which llamaslot does not choose slots only if there are no
-        others.
+        """The backends that accept a request now. Those on which llamaslot does not choose slots, and those that may
+        hang, only if there are no others, now or soon.
         """
         attached = [leases for leases in self.backends.values() if leases.table is not None]
         assisted = [leases for leases in attached if leases.table is not None and leases.table.is_assisted]
-        return [leases for leases in assisted or attached if leases.is_open]
+        open_ = [leases for leases in assisted or attached if leases.is_open]
+        if trusted := [leases for leases in open_ if not leases.is_suspect]:
+            return trusted
+        return [] if any(leases.is_coming for leases in self.backends.values()) else open_
 
     def _serve(self, here: list[Leases], waiting: Waiting, look: DispatchPass) -> None:
         """Lease it a slot of one of ``here``, or record what it waits for."""
@@ -375,6 +395,7 @@ class Dispatcher:
         save it.
         """
         request, now = waiting.request, self.now()
+        tables = large_enough(tables, request)
         makers = [lease for lease in self.leases if lease.table in tables and lease.is_long]
         is_patient = waiting.prefix_wait is None or waiting.prefix_wait.lasts(request, now)
         views = {its.backend: its.view(request, now, reserved, is_patient=is_patient) for its in tables}

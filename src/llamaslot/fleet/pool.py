@@ -3,160 +3,191 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import field
-from pathlib import Path
 
 from llamaslot.backend.backend import Backend, Health
 from llamaslot.backend.connect import ServerSession
 from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import Preempted
+from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.namespaces import Namespace
-from llamaslot.errors import BackendDown
+from llamaslot.errors import BackendDown, BackendRestarted
 from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.fleet.infill_prompts import InfillPrompts
 from llamaslot.fleet.model_context import ModelContext
+from llamaslot.fleet.pool_server import PoolServer
 from llamaslot.fleet.prewarm import Bodies, Prewarm
 from llamaslot.fleet.queue import QueueLimits, UserLoad
-from llamaslot.llama.client import LlamaServer
+from llamaslot.llama.identity import Identity
 from llamaslot.observe.journal import Decision
 from llamaslot.observe.metrics import Metrics, UntokenizedRequests
 from llamaslot.records import dataclass
-from llamaslot.scheduling.eviction import SnapshotStats
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request, User
-from llamaslot.store import Snapshot
-from llamaslot.store.model_snapshots import Libraries
-from llamaslot.store.quota import beyond_disk
-from llamaslot.store.snapshot_store import SnapshotStore
+from llamaslot.store import Catalog
 from llamaslot.tasks import TaskOwner
 from llamaslot.tokens.conversion_checks import ConversionChecks
 from llamaslot.tokens.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Directory:
-    """The snapshot directory and its limits."""
-
-    path: Path
-    quota_bytes: int
-    max_files: int = 10_000
-    min_free_bytes: int = 0
+DownCall = Callable[[Backend, BackendDown], None]
 
 
 @dataclass(frozen=True, slots=True)
 class PoolSettings:
-    """The configuration of a pool. ``name``: of its files in ``meta_dir``; ``directory``: None without snapshots.
-    ``prewarm``: chat bodies whose beginning is kept on disk.
-    """
+    """What is configured for every pool. ``prewarm``: chat bodies whose beginning is kept on disk."""
 
-    name: str
-    meta_dir: Path
     idle_save_s: float
     rules: Rules = field(default_factory=Rules)
     limits: QueueLimits = field(default_factory=QueueLimits)
-    directory: Directory | None = None
     prewarm: Bodies = ()
 
 
 @dataclass(frozen=True, slots=True)
 class PoolStatus:
-    """A pool at present. ``n_snapshots``: those that the present model can use; ``size_bytes``: of all snapshots, on
-    disk or reserved; ``n_waiting``: requests in the queue.
-    """
+    """A pool at present. ``n_snapshots``: those that its model can use; ``n_waiting``: requests in the queue."""
 
     n_snapshots: int
-    size_bytes: int
-    quota_bytes: int
     n_waiting: int
     users: list[UserLoad]
 
 
+@dataclass(frozen=True, slots=True)
+class PoolModel:
+    """What the backends of a pool have in common. ``identity`` is proved; None if llama-server chooses slots: then
+    only the ``name`` is known. ``template``: hash of the chat template, which decides on the tokens of a body.
+    """
+
+    name: str
+    identity: Identity | None
+    template: str
+
+    @classmethod
+    def of(cls, session: ServerSession) -> PoolModel:
+        return cls(session.model_name, session.identity, session.props.template)
+
+    def is_same(self, other: PoolModel) -> bool:
+        if self.identity is None or other.identity is None:
+            return self.identity is other.identity and self.name == other.name
+        return self.template == other.template and self.identity.is_same(other.identity)
+
+
 class Pool:
-    """One model, its backends, and the requests that wait for a slot of any of them."""
+    """One model, its backends, and the requests that wait for a slot of any of them.
+
+    ``model`` is None until a backend was connected. Backends that were not connected yet may belong to it too.
+    """
 
     def __init__(
-        self, settings: PoolSettings, metrics: Metrics, now: Callable[[], float] = time.monotonic
+        self,
+        settings: PoolSettings,
+        metrics: Metrics,
+        fleet: Mapping[str, Backend],
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings, self.metrics, self._now = settings, metrics, now
+        """``fleet``: the backends of all pools."""
+        self._settings, self.metrics, self._fleet, self._now = settings, metrics, fleet, now
         self.untokenized = UntokenizedRequests(metrics)
         self.tasks = TaskOwner()
+        self.model: PoolModel | None = None
         self.backends: dict[str, Backend] = {}
         self.context: ModelContext | None = None  # while no backend on which llamaslot chooses slots is up
         self.dispatcher = Dispatcher(settings.rules, settings.limits, now)
         self.dispatcher.on_prefix_wait = metrics.prefix_wait_s.observe
-        self.store = self._store(settings.directory) if settings.directory is not None else None
-        self.libraries: Libraries | None = None
-        self._prewarm: Prewarm | None = None
-        if self.store is not None:
-            catalog = self.store.catalog
-            self.libraries = Libraries(catalog, self.store.index_directory, self.tasks)
-            self._prewarm = Prewarm(
-                settings.prewarm, self.dispatcher, self._executor_of, self._tokenizer, catalog, self.tasks,
-                settings.idle_save_s,
-            )  # fmt: skip
+        self._down_calls: dict[DownCall, None] = {}
+        self._prewarming: asyncio.Task[None] | None = None
+        self._prewarm = Prewarm(
+            settings.prewarm, self.dispatcher, self._executor_of, self._tokenizer, self._catalog_of, self.tasks,
+            settings.idle_save_s,
+        )  # fmt: skip
 
-    def _store(self, directory: Directory) -> SnapshotStore:
-        return SnapshotStore(
-            directory.path,
-            self._settings.meta_dir,
-            self._settings.name,
-            quota_bytes=directory.quota_bytes,
-            max_files=directory.max_files,
-            min_free_bytes=directory.min_free_bytes,
-            on_drop=self._dropped,
-            saves_s=self._saves_s,
-        )
+    def __repr__(self) -> str:
+        return f"<Pool {self.model.name if self.model is not None else None} {list(self.backends)}>"
 
-    def add(self, name: str, api: LlamaServer) -> Backend:
-        """Add a llama-server that serves the model of this pool. It is connected to after ``start``."""
-        self.backends[name] = Backend(
-            name,
-            api,
-            self.dispatcher.add(name),
-            self,
-            rules=self._settings.rules,
-            metrics=self.metrics.of_backend(name),
-            rates_file=self._settings.meta_dir / f"{name}.rates.json",
-            idle_save_s=self._settings.idle_save_s,
-            catalog=self.store.catalog if self.store is not None else None,
-            libraries=self.libraries,
-            now=self._now,
-        )
-        return self.backends[name]
+    @property
+    def name(self) -> str:
+        """For logs: that of the model, or of the backends."""
+        return self.model.name if self.model is not None else ", ".join(self.backends)
+
+    def join(self, backend: Backend) -> None:
+        """A backend that is not connected serves the model of this pool, or may do so."""
+        self.backends[backend.name] = backend
+        self.dispatcher.join(backend.leases)
+
+    def remove(self, backend: Backend) -> None:
+        """A backend that is not connected belongs to another pool now. If it was the last one, waiting requests get
+        BackendRestarted.
+        """
+        del self.backends[backend.name]
+        self.dispatcher.remove(backend.name)
 
     # -- for requests --------------------------------------------------------------------------------------------
 
     async def ready(self) -> ModelContext | None:
-        """The model as it is served now, by processes that were checked to be alive; None if llama-server chooses
-        slots. Raises BackendDown immediately if every backend is down. Waits until every snapshot on disk can be found.
-        Canceling is safe.
-        """
-        await self._any_ready()
-        if self.libraries is not None:
-            await self.libraries.complete()
-        return self.context
+        """The model as it is served now; None if llama-server chooses slots. Raises BackendDown immediately if every
+        backend is down. Waits until every snapshot on disk can be found. Canceling is safe.
 
-    async def _any_ready(self) -> None:
+        The process of a single backend is checked to be alive. Of several none is asked, for one that hangs would
+        delay all requests: ``confirm`` asks the one that a request was given.
+        """
         backends = list(self.backends.values())
+        if not backends:
+            raise BackendRestarted("no backend serves this model any more")
         if len(backends) == 1:
             await backends[0].ready()
-            return
-        found = await asyncio.gather(*(its.ready() for its in backends), return_exceptions=True)
-        errors = [error for error in found if isinstance(error, BaseException)]
-        others = [error for error in errors if not isinstance(error, BackendDown)]
-        if others or len(errors) == len(found):
-            raise (others or errors)[0]
+        elif not any(its.session is not None for its in backends):
+            await self._any_ready(backends)
+        for store in dict.fromkeys(its.store for its in self.backends.values()):
+            if store is not None:
+                await store.libraries.complete()
+        return self.context
+
+    async def _any_ready(self, backends: Sequence[Backend]) -> None:
+        """Wait for the first one. Raises the error of one if all are down."""
+        waits = [self.tasks.spawn(_outcome(its.ready()), f"{its.name}: ready") for its in backends]
+        try:
+            for ended in asyncio.as_completed(waits):
+                if (error := await ended) is None:
+                    return
+        finally:
+            for wait in waits:
+                wait.cancel()
+        assert error is not None, "a pool has backends"
+        raise error
 
     @property
     def is_proved(self) -> bool:
-        """Whether all backends are known to be as ``ready`` would find them, without a question to any."""
-        return all(its.is_proved for its in self.backends.values())
+        """Whether it is known to be as ``ready`` would find it, without a question to any backend."""
+        if any(table.model_snapshots.n_unread for table in self.dispatcher.tables):
+            return False
+        if len(self.backends) == 1:
+            return next(iter(self.backends.values())).is_proved
+        return any(its.session is not None for its in self.backends.values())
+
+    async def confirm(self, lease: Lease) -> None:
+        """Check that the process of ``lease`` is alive, if ``ready`` did not. Raises BackendRestarted and BackendDown.
+        Canceling is safe.
+        """
+        backend = self.backend_of(lease)
+        if len(self.backends) > 1 and not backend.is_proved:
+            await backend.confirm(lease.table)
+
+    def may_try_elsewhere(self, backend: Backend) -> bool:
+        """Whether another backend can take a request that ``backend`` has failed, now or soon."""
+        others = (its.leases for its in self.backends.values() if its is not backend)
+        return any(leases.is_open or leases.is_coming for leases in others)
+
+    @contextlib.contextmanager
+    def calls_when_down(self, call: DownCall) -> Iterator[None]:
+        """Inside the block ``call`` is called for each backend that goes down."""
+        self._down_calls[call] = None
+        try:
+            yield
+        finally:
+            del self._down_calls[call]
 
     async def lease(
         self, request: Request, *, is_back: bool = False, preempted: Preempted | None = None
@@ -174,12 +205,11 @@ class Pool:
         return any(table.rates.prefill.seconds(0, n_tokens) > table.long_s for table in tables)
 
     def backend_of(self, lease: Lease) -> Backend:
-        return self.backends[lease.table.backend]
+        return self._fleet[lease.table.backend]
 
     def any_backend(self) -> Backend:
         """A backend for a request that takes no slot: one that is up, if there is one."""
-        backends = self.backends.values()
-        return next((its for its in backends if its.health is Health.UP), next(iter(backends)))
+        return max(self.backends.values() or self._fleet.values(), key=_usability)
 
     def doubt(self) -> None:
         """A request failed: check immediately whether each llama-server is still there."""
@@ -193,13 +223,9 @@ class Pool:
     # -- for those who operate it --------------------------------------------------------------------------------
 
     def status(self) -> PoolStatus:
-        catalog = self.store.catalog if self.store is not None else None
+        libraries = {id(table.model_snapshots): table.model_snapshots for table in self.dispatcher.tables}
         return PoolStatus(
-            n_snapshots=max(
-                (len(table.model_snapshots.snapshots) for table in self.dispatcher.tables), default=0
-            ),
-            size_bytes=catalog.size_bytes if catalog is not None else 0,
-            quota_bytes=catalog.quota_bytes if catalog is not None else 0,
+            n_snapshots=sum(len(library.snapshots) for library in libraries.values()),
             n_waiting=self.dispatcher.n_waiting,
             users=self.dispatcher.queue.loads(self._now()),
         )
@@ -208,33 +234,38 @@ class Pool:
         """The last ``n`` decisions of the journal, newest first."""
         return self.dispatcher.journal.latest(n)
 
-    # -- called by backends --------------------------------------------------------------------------------------
+    # -- called for backends -------------------------------------------------------------------------------------
 
-    def connected(self, backend: Backend, session: ServerSession) -> None:
-        if session.is_assisted and self.context is None:
-            self.context = self._context(backend, session)
+    def connected(self, session: ServerSession) -> None:
+        """llama-server is up, and serves the model of this pool."""
+        if session.is_assisted:
+            if self.context is None:
+                self.context = self._context(session)
+            self.context.n_ctx = max(self.context.n_ctx, session.table.n_ctx)
         self.dispatcher.attach(session.table)
-        if self.store is not None:
-            self.tasks.spawn(self.store.store_learned(), f"{self._settings.name}: keep what was learned")
 
     def disconnected(self, backend: Backend, error: BackendDown | None) -> None:
         self.dispatcher.detach(backend.name, error)
+        if error is not None:
+            for call in list(self._down_calls):
+                call(backend, error)
         if not any(table.is_assisted for table in self.dispatcher.tables):
             self.context = None
 
-    def _context(self, backend: Backend, session: ServerSession) -> ModelContext:
+    def _context(self, session: ServerSession) -> ModelContext:
         context: ModelContext | None = None
         infill = InfillPrompts(
             self.dispatcher, self._executor_of, session.props.n_ctx, lambda: self.context is context
         )
+        server = PoolServer(self._that_answer, self.tasks)
         context = ModelContext(
             session.model_name,
             session.table.n_ctx,
             len(session.table.slots),
             self._settings.rules,
             session.table.rewind_model,
-            Tokenizer(backend.api),
-            ConversionChecks(backend.api.ask),
+            Tokenizer(server),
+            ConversionChecks(server.ask),
             infill,
             self.untokenized,
             media_marker=session.props.boot_id,
@@ -242,60 +273,48 @@ class Pool:
         )
         return context
 
+    def _that_answer(self) -> list[Backend]:
+        """The backends that are up, those that may hang last; all if none is up."""
+        backends = sorted(self.backends.values(), key=_usability, reverse=True)
+        if not backends:
+            raise BackendRestarted("no backend serves this model any more")
+        return [its for its in backends if its.session is not None and its.session.is_assisted] or backends
+
     def _executor_of(self, lease: Lease) -> PlanExecutor:
         return self.backend_of(lease).executor
+
+    def _catalog_of(self, table: SlotTable) -> Catalog:
+        store = self._fleet[table.backend].store
+        assert store is not None, "what can save has a directory"
+        return store.catalog
 
     def _tokenizer(self) -> Tokenizer:
         assert self.context is not None, "there are slots whose content is known"
         return self.context.tokenizer
 
-    # -- snapshots -----------------------------------------------------------------------------------------------
-
-    def _dropped(self, snapshot: Snapshot) -> None:
-        if self.libraries is not None:
-            self.libraries.drop(snapshot.id)
-        for table in self.dispatcher.tables:
-            table.drop_snapshot(snapshot.id)
-
-    def _saves_s(self, stats: SnapshotStats) -> float:
-        """By the rates of the backend connected for the longest time: those of all are similar."""
-        for table in self.dispatcher.tables:
-            return table.saves_s(stats)
-        rates = next(iter(self.backends.values())).rates
-        whole_s = rates.prefill.seconds(0, stats.n_tokens)
-        return whole_s - rates.restore.seconds(stats.size_bytes)
-
     # -- life ----------------------------------------------------------------------------------------------------
 
-    async def open(self) -> None:
-        """Open the store. Raises LlamaslotError with the remedy if it cannot be used. Warns if its disk is smaller than
-        its quota.
-        """
-        if self.store is not None and (directory := self._settings.directory) is not None:
-            await self.store.open()
-            limits = (
-                directory.quota_bytes,
-                directory.min_free_bytes,
-                directory.path,
-                self.store.catalog.size_bytes,
-            )
-            if (note := await asyncio.to_thread(beyond_disk, *limits)) is not None:
-                log.warning("%s", note)
-        for backend in self.backends.values():
-            await backend.open()
-
     def start(self) -> None:
-        for backend in self.backends.values():
-            backend.start()
-        if self._prewarm is not None:
-            self.tasks.spawn(self._prewarm.run(), f"{self._settings.name}: prewarm")
+        self._prewarming = self.tasks.spawn(self._prewarm.run(), f"{self.name}: prewarm")
 
-    async def close(self, save_s: float) -> None:
-        """Save dirty slots, for at most ``save_s`` seconds, and end all tasks."""
-        for backend in self.backends.values():
-            await backend.save_all(save_s)
+    def retire(self) -> None:
+        """The last backend has left. Running requests end by themselves."""
+        if self._prewarming is not None:
+            self._prewarming.cancel()
+
+    async def close(self) -> None:
+        """End all tasks."""
         await self.tasks.close()
-        for backend in self.backends.values():
-            await backend.close()
-        if self.store is not None:
-            await self.store.close()
+
+
+async def _outcome(ready: Awaitable[object]) -> BackendDown | None:
+    try:
+        await ready
+    except BackendDown as error:
+        return error
+    return None
+
+
+def _usability(backend: Backend) -> tuple[bool, bool, bool]:
+    """The greatest is asked first."""
+    return backend.health is Health.UP, not backend.leases.is_suspect, not backend.leases.is_drained

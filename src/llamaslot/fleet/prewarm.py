@@ -55,7 +55,7 @@ class PrewarmTarget:
 
 class Prewarm:
     """One task per pool. ``bodies``: chat bodies, and their names for the log. ``tokenizer``: that of the present
-    model. ``executor_of``: performs steps on the backend of a lease.
+    model. ``executor_of``: performs steps on the backend of a lease; ``catalog_of``: has the snapshots of a table.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class Prewarm:
         dispatcher: Dispatcher,
         executor_of: Callable[[Lease], PlanExecutor],
         tokenizer: Callable[[], Tokenizer],
-        catalog: Catalog,
+        catalog_of: Callable[[SlotTable], Catalog],
         tasks: TaskOwner,
         idle_s: float,
     ) -> None:
         self._bodies, self._dispatcher, self._executor_of = bodies, dispatcher, executor_of
-        self._tokenizer, self._catalog, self._tasks, self._idle_s = tokenizer, catalog, tasks, idle_s
+        self._tokenizer, self._catalog_of, self._tasks, self._idle_s = tokenizer, catalog_of, tasks, idle_s
         self._left_of: SlotTable | None = None  # the slot table that ``_left`` belongs to
         self._left: list[PrewarmTarget] = []
 
@@ -130,8 +130,9 @@ class Prewarm:
 
     async def _set_pinned(self, table: SlotTable, snapshot: Snapshot, *, is_pinned: bool) -> None:
         with contextlib.suppress(KeyError):  # it has just been dropped
+            catalog = self._catalog_of(table)
             table.kind_changed(
-                await self._catalog.change_kind(snapshot.id, SnapshotKind.TRUNK, is_pinned=is_pinned)
+                await catalog.change_kind(snapshot.id, SnapshotKind.TRUNK, is_pinned=is_pinned)
             )
 
     # -- one of them ---------------------------------------------------------------------------------------------

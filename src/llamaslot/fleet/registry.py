@@ -1,81 +1,240 @@
-"""All pools of this llamaslot, as configured."""
+"""All backends of this llamaslot, the pools that they form, and their snapshot directories, as configured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from llamaslot.backend.backend import Backend
+from llamaslot.backend.connect import ServerSession
 from llamaslot.config.load import Config
+from llamaslot.config.sections import StoreConfig
 from llamaslot.config.values import read_chat_file
-from llamaslot.errors import ConfigError
-from llamaslot.fleet.pool import Directory, Pool, PoolSettings
+from llamaslot.errors import BackendDown, ConfigError
+from llamaslot.fleet.pool import Pool, PoolModel, PoolSettings
 from llamaslot.fleet.queue import QueueLimits
+from llamaslot.fleet.router import Router
 from llamaslot.formats.registry import CHAT
 from llamaslot.formats.rewrite import Rewriting
 from llamaslot.llama.client import LlamaServer
+from llamaslot.llama.identity import Identity
 from llamaslot.observe.metrics import Metrics
+from llamaslot.scheduling.eviction import SnapshotStats
 from llamaslot.scheduling.fairness import Fairness
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.prefill_policy import PrefillSharing
+from llamaslot.store import Snapshot
+from llamaslot.store.snapshot_store import SnapshotStore
+
+log = logging.getLogger(__name__)
 
 
 class Registry:
-    """One pool of one backend at present: the configuration allows no more."""
+    """Backends that serve the same model form a pool; those with the same directory share a store.
 
-    def __init__(self, metrics: Metrics, pools: list[Pool]) -> None:
-        self.metrics, self.pools = metrics, pools
+    A backend's model is known once it is connected, and may be another after its next connection. Until its first one
+    it is in the first pool, which then has no model, or that of another backend.
+    """
+
+    def __init__(
+        self, metrics: Metrics, settings: PoolSettings, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.metrics, self._settings, self._now = metrics, settings, now
+        self._backends: dict[str, Backend] = {}
+        self.stores: dict[Path, SnapshotStore] = {}
+        self.pools = [self._new_pool()]
+        self.router = Router(self.pools, self._backends)
 
     @classmethod
-    def of(cls, config: Config, url: str) -> Registry:
-        """``url``: of the configured backend; that of a managed one is known once it is started. Raises ConfigError
-        if a configured file, readable a moment ago, is not readable any more.
+    def of(cls, config: Config, urls: Mapping[str, str] | None = None) -> Registry:
+        """``urls``: of managed backends, by name. Raises ConfigError if a configured file, readable a moment ago, is
+        not readable any more.
         """
-        metrics, settings = Metrics(), config.backend
-        pool = Pool(_pool_settings(config), metrics)
-        api = LlamaServer(url, settings.resolve_api_key(), config.timeouts.watchdog_s, name=settings.name)
-        backend = pool.add(settings.name, api)
-        backend.cache_misses.tells_texts = config.log.prompts
-        return cls(metrics, [pool])
+        registry = cls(Metrics(), _pool_settings(config))
+        registry.router.configure(config.models)
+        for settings in config.backends:
+            url = (urls or {}).get(settings.name) or settings.url
+            assert url is not None, "a managed backend has a URL once it is there"
+            api = LlamaServer(url, settings.resolve_api_key(), config.timeouts.watchdog_s, name=settings.name)
+            backend = registry.add(settings.name, api, config.store, settings.slot_save_path)
+            backend.cache_misses.tells_texts = config.log.prompts
+        return registry
+
+    def add(self, name: str, api: LlamaServer, store: StoreConfig, directory: Path | None) -> Backend:
+        """Add a llama-server. It is connected to after ``start``. ``directory``: its snapshots; None without."""
+        pool = self.pools[0]
+        self._backends[name] = backend = Backend(
+            name,
+            api,
+            pool.dispatcher.add(name),
+            self,
+            rules=self._settings.rules,
+            metrics=self.metrics.of_backend(name),
+            rates_file=store.meta_dir / f"{name}.rates.json",
+            idle_save_s=self._settings.idle_save_s,
+            store=self._store(name, store, directory) if directory is not None else None,
+            now=self._now,
+        )
+        pool.backends[name] = backend
+        return backend
+
+    def _store(self, name: str, settings: StoreConfig, directory: Path) -> SnapshotStore:
+        """The store of a directory. Its files in ``meta_dir`` have the name of the first backend with it."""
+        path = Path(os.path.realpath(directory))
+        if path not in self.stores:
+            self.stores[path] = SnapshotStore(
+                directory,
+                settings.meta_dir,
+                name,
+                quota_bytes=settings.quota,
+                max_files=settings.max_files,
+                min_free_bytes=settings.min_free,
+                on_drop=self._dropped,
+                saves_s=self._saves_s,
+            )
+        return self.stores[path]
+
+    def _new_pool(self) -> Pool:
+        return Pool(self._settings, self.metrics, self._backends, self._now)
 
     @property
-    def backends(self) -> Iterator[Backend]:
-        return (backend for pool in self.pools for backend in pool.backends.values())
+    def backends(self) -> list[Backend]:
+        return list(self._backends.values())
 
-    def pool_for(self, model: object = None) -> Pool:
-        """The pool that serves ``model``, as named in a request. With one pool any name is accepted, as in
-        llama-server.
+    def backend_named(self, name: str) -> Backend | None:
+        return self._backends.get(name)
+
+    # -- snapshots -----------------------------------------------------------------------------------------------
+
+    def _dropped(self, snapshot: Snapshot) -> None:
+        for backend in self._backends.values():
+            if (table := backend.leases.table) is not None:
+                table.drop_snapshot(snapshot.id)
+
+    def _saves_s(self, stats: SnapshotStats) -> float:
+        """By the rates of a backend that can use it: those of all are similar."""
+        tables = [backend.leases.table for backend in self._backends.values()]
+        for table in tables:
+            if table is not None and table.has_snapshot(stats.id):
+                return table.saves_s(stats)
+        rates = next(iter(self._backends.values())).rates
+        return rates.prefill.seconds(0, stats.n_tokens) - rates.restore.seconds(stats.size_bytes)
+
+    # -- called by backends, as their ``Members`` ----------------------------------------------------------------
+
+    @property
+    def are_several(self) -> bool:
+        return len(self._backends) > 1
+
+    def connecting(self, backend: Backend, session: ServerSession) -> None:
+        """Put it into the pool of its model: there are five cases.
+
+        1. A pool has this model: there.
+        2. Its pool has no model yet: that becomes the model.
+        3. It has had the model that its pool has, as the only one: the pool has another model from now on.
+        4. llama-server chooses slots, so that the model is not proved: where it was before, if that was the last
+           proved model and the name is the same.
+        5. Else a new pool.
         """
-        return self.pools[0]
+        model, old = PoolModel.of(session), self.pool_of(backend)
+        last = backend.last_session
+        was_proved = last is not None and last.is_assisted and last.model_name == session.model_name
+        if model.identity is None and was_proved:
+            return
+        new = next((its for its in self.pools if its.model is not None and its.model.is_same(model)), None)
+        if new is None:
+            others = (its for its in old.backends.values() if its is not backend)
+            is_shared = any(its.last_session is not None for its in others)
+            new = self._started_pool() if old.model is not None and is_shared else old
+            new.model = model
+        if new is not old:
+            self._move(backend, old, new)
+        self.router.note_names(backend, session, new)
+
+    def _started_pool(self) -> Pool:
+        pool = self._new_pool()
+        self.pools.append(pool)
+        pool.start()
+        return pool
+
+    def _move(self, backend: Backend, old: Pool, new: Pool) -> None:
+        if backend.last_session is not None:
+            log.warning("%s: serves another model than before, and belongs to its pool now", backend.name)
+        backend.abandoned_slots.end_gone()
+        new.join(backend)
+        old.remove(backend)
+        if not old.backends:
+            self.pools.remove(old)
+            old.retire()
+        elif all(its.last_session is None for its in old.backends.values()):
+            old.model = None
+
+    def connected(self, backend: Backend, session: ServerSession) -> None:
+        self.pool_of(backend).connected(session)
+        if backend.store is not None:
+            backend.store.keep_learned()
+
+    def disconnected(self, backend: Backend, error: BackendDown | None) -> None:
+        self.pool_of(backend).disconnected(backend, error)
+
+    def pool_of(self, backend: Backend) -> Pool:
+        return next(pool for pool in self.pools if backend.name in pool.backends)
+
+    # -- life ----------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Open all stores. Raises LlamaslotError with the remedy if one cannot be used."""
-        for pool in self.pools:
-            await pool.open()
+        """Open all stores. Raises LlamaslotError with the remedy if one cannot be used. Warns if its disk is smaller
+        than its quota.
+        """
+        for store in self.stores.values():
+            await store.open()
+            if (note := await asyncio.to_thread(store.beyond_disk)) is not None:
+                log.warning("%s", note)
+        for backend in self._backends.values():
+            await backend.open()
+            if self.are_several and backend.store is not None:
+                # Until all are connected, snapshots of the models that are still missing are not those of others.
+                _expect(backend, backend.store)
 
     def start(self) -> None:
         """Start to connect to the backends."""
         for pool in self.pools:
             pool.start()
+        for backend in self._backends.values():
+            backend.start()
 
     async def close(self, save_s: float) -> None:
         """Save dirty slots, for at most ``save_s`` seconds, and end all tasks."""
+        await asyncio.gather(*(backend.save_all(save_s) for backend in self._backends.values()))
         for pool in self.pools:
-            await pool.close(save_s)
+            await pool.close()
+        for backend in self._backends.values():
+            await backend.close()
+        for store in self.stores.values():
+            await store.close()
+
+
+def _expect(backend: Backend, store: SnapshotStore) -> None:
+    if (model := Identity.from_text(backend.rates.model)) is None:
+        return
+    snapshots = sorted(store.catalog.snapshots.values(), key=lambda snapshot: snapshot.created_at)
+    texts = dict.fromkeys(snapshot.fingerprint for snapshot in reversed(snapshots))
+    others = ((text, Identity.from_text(text)) for text in texts)
+    text = next((text for text, other in others if other is not None and model.is_same(other)), None)
+    if text is not None:
+        store.catalog.serve(backend.name, text)
 
 
 def _pool_settings(config: Config) -> PoolSettings:
-    settings, store = config.backend, config.store
-    directory = None
-    if settings.slot_save_path is not None:
-        directory = Directory(settings.slot_save_path, store.quota, store.max_files, store.min_free)
     return PoolSettings(
-        settings.name,
-        store.meta_dir,
-        store.idle_save_s,
+        config.store.idle_save_s,
         rules=_rules(config),
         limits=_limits(config),
-        directory=directory,
         prewarm=_chat_bodies(config),
     )
 

@@ -7,12 +7,15 @@ from typing import Any
 from aiohttp import web
 
 from llamaslot import __version__
-from llamaslot.errors import BadRequest, NotAllowed, NotFound
+from llamaslot.backend.status import status_of
+from llamaslot.errors import BadRequest, Forbidden, NotAllowed, NotFound
+from llamaslot.fleet.pool import PoolStatus
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.openapi import DESCRIPTION, PATHS
 from llamaslot.http.rewriting import SystemPrompts
 from llamaslot.observe.journal import KEPT
 
+_DRAINING = ("/llamaslot/drain", "/llamaslot/undrain")
 _DIGITS = 9  # of a number in a query; Python reads no more than 4,300
 
 
@@ -25,8 +28,9 @@ class Status:
 
     async def handle(self, request: web.Request) -> web.Response:
         """Answer a request for one of the pages. Raises NotFound, NotAllowed, and BadRequest."""
-        if request.path in PATHS and request.method not in ("GET", "HEAD"):
-            raise NotAllowed(f"{request.path} can only be read: GET or HEAD, not {request.method}")
+        methods = ("POST",) if request.path in _DRAINING else ("GET", "HEAD")
+        if request.path in PATHS and request.method not in methods:
+            raise NotAllowed(f"{request.path} takes {' and '.join(methods)}, not {request.method}", methods)
         match request.path:
             case "/llamaslot/status":
                 return web.json_response(self.status())
@@ -34,6 +38,8 @@ class Status:
                 return self._metrics()
             case "/llamaslot/journal":
                 return web.json_response(self.journal(request.query.get("n", "100")))
+            case "/llamaslot/drain" | "/llamaslot/undrain":
+                return web.json_response(self._drain(request))
             case "/llamaslot/openapi.json":
                 return web.json_response(DESCRIPTION)
             case _:
@@ -45,23 +51,14 @@ class Status:
         pools = [pool.status() for pool in self._registry.pools]
         return {
             "version": __version__,
-            "backends": [backend.status() for backend in self._registry.backends],
+            "backends": [status_of(backend) for backend in self._registry.backends],
             "snapshots": {
                 "n": sum(pool.n_snapshots for pool in pools),
-                "size_bytes": sum(pool.size_bytes for pool in pools),
-                "quota_bytes": sum(pool.quota_bytes for pool in pools),
+                "size_bytes": sum(store.catalog.size_bytes for store in self._registry.stores.values()),
+                "quota_bytes": sum(store.catalog.quota_bytes for store in self._registry.stores.values()),
             },
             "queue": sum(pool.n_waiting for pool in pools),
-            "users": [
-                {
-                    "id": user.id,
-                    "running": user.n_running,
-                    "waiting": user.n_waiting,
-                    "deficit_s": round(user.deficit_s, 3),
-                }
-                for pool in pools
-                for user in pool.users
-            ],
+            "users": _users(pools),
             "rewrite": self._prompts.report(),
         }
 
@@ -74,9 +71,38 @@ class Status:
         latest = sorted(every, key=lambda decision: -decision.at)[:n_wanted]
         return {"decisions": [decision.to_json() for decision in latest]}
 
+    def _drain(self, request: web.Request) -> dict[str, Any]:
+        """Begin or end the drain of a backend. Raises BadRequest, NotFound, and Forbidden for a web page."""
+        if "Origin" in request.headers:  # any page in a browser on this machine could send it
+            raise Forbidden(
+                f"{request.path} is not for web pages: use the command 'llamaslot drain', or curl"
+            )
+        there_are = ", ".join(backend.name for backend in self._registry.backends)
+        if not (name := request.query.get("backend", "")):
+            raise BadRequest(f"{request.path}?backend=NAME: which backend? There are {there_are}")
+        if (backend := self._registry.backend_named(name)) is None:
+            raise NotFound(f"there is no backend {name}; there are {there_are}")
+        if request.path == "/llamaslot/drain":
+            backend.drain.begin()
+        else:
+            backend.drain.end()
+        return {"backend": name, "drain": backend.drain.state}
+
     def _metrics(self) -> web.Response:
         metrics, pools = self._registry.metrics, [pool.status() for pool in self._registry.pools]
         metrics.n_waiting.set(sum(pool.n_waiting for pool in pools))
         metrics.n_snapshots.set(sum(pool.n_snapshots for pool in pools))
-        metrics.bytes_stored.set(sum(pool.size_bytes for pool in pools))
+        stores = self._registry.stores.values()
+        metrics.bytes_stored.set(sum(store.catalog.size_bytes for store in stores))
         return web.Response(body=metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+
+def _users(pools: list[PoolStatus]) -> list[dict[str, Any]]:
+    """The users of all pools, each once."""
+    found: dict[str, dict[str, Any]] = {}
+    for user in (user for pool in pools for user in pool.users):
+        its = found.setdefault(user.id, {"id": user.id, "running": 0, "waiting": 0, "deficit_s": 0.0})
+        its["running"] += user.n_running
+        its["waiting"] += user.n_waiting
+        its["deficit_s"] = round(its["deficit_s"] + user.deficit_s, 3)
+    return list(found.values())

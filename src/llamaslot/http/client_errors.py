@@ -45,7 +45,7 @@ def error_response(error: LlamaslotError, headers: Mapping[str, str] | None = No
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
     if isinstance(error, NotAllowed):
-        headers["Allow"] = "GET, HEAD"
+        headers["Allow"] = ", ".join(error.methods)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, UpstreamError):

@@ -82,6 +82,7 @@ class Downstream:
     progress: Callable[[Prefilling], bytes] | None = None
     state: object = "tokenizing"
     response: web.StreamResponse | None = None
+    is_answered: bool = False  # something of llama-server's answer was sent, or is about to be
     told: dict[str, Any] = field(default_factory=dict)  # facts that later parts of the answer must agree with
     errors: ErrorEvents = field(init=False)
     _has_moved: asyncio.Event = field(default_factory=asyncio.Event)

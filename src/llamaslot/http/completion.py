@@ -40,6 +40,7 @@ from llamaslot.http.client_request import ClientRequest
 from llamaslot.http.client_stream import Downstream, StreamRules
 from llamaslot.http.completion_stream import Answering, RetryNonStreamed
 from llamaslot.http.deadlines import Deadlines
+from llamaslot.http.failover import Failover
 from llamaslot.http.headers import of_placement, to_server
 from llamaslot.http.json_body import NoObject, parse_object, written
 from llamaslot.http.parse import (
@@ -80,7 +81,7 @@ class Completions:
         unassisted: Unassisted,
         prompts: SystemPrompts,
     ) -> None:
-        self._registry, self._rules, self._uploads = registry, rules, uploads
+        self._router, self._rules, self._uploads = registry.router, rules, uploads
         self._passthrough, self._unassisted, self._prompts = passthrough, unassisted, prompts
 
     async def handle(self, request: web.Request, route: Route) -> web.StreamResponse:
@@ -91,15 +92,18 @@ class Completions:
         try:
             body = parse_object(raw)
         except NoObject as error:
-            backend = self._registry.pool_for().any_backend()
+            backend = (await self._router.pool_for(is_named=False)).any_backend()
             raise await in_its_words(backend, request, raw, error) from error
-        pool = self._registry.pool_for(body.get("model"))
+        pool = await self._router.pool_for(body.get("model"))
         if self._prompts.rewrite(request, body, format_named(route.format)):
             raw = orjson.dumps(body)
         if route.may_be_missing and not await self._passthrough.is_offered(pool, route):
             return await self._passthrough.unprepared(pool, request, raw)
-        untokenized = partial(self._passthrough.in_turn, request, route, raw, pool=pool)
-        exchange = _Exchange(pool, self._rules, request, route, raw, body, untokenized, self._unassisted)
+        untokenized = partial(self._passthrough.in_turn, request, route, raw)
+        pool_again = partial(self._router.pool_for, body.get("model"))
+        exchange = _Exchange(
+            pool, pool_again, self._rules, request, route, raw, body, untokenized, self._unassisted
+        )
         return await exchange.run()
 
 
@@ -109,6 +113,7 @@ class _Exchange:
     def __init__(
         self,
         pool: Pool,
+        pool_again: Callable[[], Awaitable[Pool]],
         rules: StreamRules,
         request: web.Request,
         route: Route,
@@ -118,17 +123,20 @@ class _Exchange:
         unassisted: Unassisted,
         whole: _Exchange | None = None,
     ) -> None:
-        """``raw``: the bytes of ``body``. ``untokenized`` serves the request without known tokens, in any slot that
-        llama-server chooses; ``unassisted`` serves it if assist is off. ``whole``: for a prompt in a list, the
-        exchange of the whole list.
+        """``pool_again`` returns the pool of the model, which may be another one after a failure. ``raw``: the bytes of
+        ``body``. ``untokenized`` serves the request without known tokens, in any slot that llama-server chooses;
+        ``unassisted`` serves it if assist is off. ``whole``: for a prompt in a list, the exchange of the whole list.
         """
         self.untokenized, self.unassisted, self.raw = untokenized, unassisted, raw
         self.in_one_piece = False  # the answer cannot be assembled from a stream
         self.pool, self.request, self.route, self.body = pool, request, route, body
+        self.pool_again = pool_again
         self.lease: Lease | None = None  # the last one; its backend is the one that failed, if any
+        self._asked: Backend | None = None  # before a lease
         self.id: str = whole.id if whole is not None else request_id(request.headers)
         self.client_request = ClientRequest(self.id, body, self._format, self._post, time.monotonic())
         self.down = Downstream(request, rules, self.client_request.is_streaming, {"x-request-id": self.id})
+        self.failover = Failover(self.id, lambda: self.down.is_answered)
         self.deadlines: Deadlines = whole.deadlines if whole is not None else Deadlines(rules.timeouts)
 
     async def run(self) -> web.StreamResponse:
@@ -154,35 +162,52 @@ class _Exchange:
             return await self.down.fail(LlamaslotError(f"{MISTAKE} (request id {self.id})"))
 
     async def _run(self) -> web.StreamResponse:
-        for _ in range(ATTEMPTS):
-            context, parsed = await self._context_and_wanted()
-            if context is None or parsed is None:
-                with contextlib.suppress(BackendRestarted):  # assist is on again
-                    return await self.unassisted.relay(
-                        self.pool, self.down, self.deadlines, self._format, self.raw, self.body
-                    )
-                continue
-            if parsed.is_beyond_server:
-                raise await in_its_words(self.backend, self.request, self.raw, BadRequest(_BEYOND))
-            await check_body(self.backend, self.request, self.client_request, parsed)
-            if parsed.request.placement is Placement.STEERED and (not parsed.prompts or parsed.is_head):
-                if parsed.is_head:
-                    await self._prepare_head(parsed, context)
-                self.deadlines.answering()  # the beginning of the answer is not detected
-                return self._counted(parsed, await self.untokenized(head=parsed.left_in_slot))
-            if len(parsed.prompts) > 1 and self._is_long(parsed):
-                return await self._serve_each(parsed)
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                self.pool, self._asked = await self.pool_again(), None
             try:
-                return self._counted(parsed, await self._serve(parsed, context))
+                async with self.failover.kept(self.pool, lambda: self.backend):
+                    return await self._try()
             except BackendRestarted:
                 if self.lease is not None:
                     self.backend.lost(self.lease.table)
+            except BackendDown as error:
+                if not self.failover.moves(self.pool, self.backend, error):
+                    raise
+                self.lease = None
         raise BackendDown(GIVEN_UP)
+
+    async def _try(self) -> web.StreamResponse:
+        """Raises BackendRestarted and BackendDown, after which it may be tried again."""
+        context, parsed = await self._context_and_wanted()
+        if context is None or parsed is None:
+            return await self.unassisted.relay(
+                self.pool, self.down, self.deadlines, self._format, self.raw, self.body, self._depends_on
+            )
+        if parsed.is_beyond_server:
+            raise await in_its_words(self.backend, self.request, self.raw, BadRequest(_BEYOND))
+        await check_body(self.backend, self.request, self.client_request, parsed)
+        if parsed.request.placement is Placement.STEERED and (not parsed.prompts or parsed.is_head):
+            if parsed.is_head:
+                await self._prepare_head(parsed, context)
+            self.deadlines.answering()  # the beginning of the answer is not detected
+            untokenized = self.untokenized(head=parsed.left_in_slot, pool=self.pool)
+            return self._counted(parsed, await untokenized)
+        if len(parsed.prompts) > 1 and self._is_long(parsed):
+            return await self._serve_each(parsed)
+        return self._counted(parsed, await self._serve(parsed, context))
+
+    def _depends_on(self, lease: Lease) -> None:
+        self.lease = lease
 
     @property
     def backend(self) -> Backend:
-        """The backend of its last lease; any before the first lease."""
-        return self.pool.backend_of(self.lease) if self.lease is not None else self.pool.any_backend()
+        """The backend of its last lease; before the first lease one that is up."""
+        if self.lease is not None:
+            return self.pool.backend_of(self.lease)
+        if self._asked is None:
+            self._asked = self.pool.any_backend()
+        return self._asked
 
     async def _prepare_head(self, parsed: ParsedRequest, context: ModelContext) -> None:
         """If the text before the first medium takes long to compute, have it in a slot: restored, or computed in turn
@@ -265,6 +290,7 @@ class _Exchange:
             body = {**self.body, "prompt": prompt}
             one = _Exchange(
                 self.pool,
+                self.pool_again,
                 self.down.rules,
                 self.request,
                 self.route,
@@ -345,6 +371,7 @@ class _Exchange:
                 if self.pool.context is not context:
                     raise BackendRestarted  # and may have another model now
                 self.lease, backend = lease, self.pool.backend_of(lease)
+                await self.pool.confirm(lease)
                 self.pool.metrics.queue_s.observe(time.monotonic() - queued)
                 lease.recorder.rewrote(rewrote(self.request))
                 if last is None and parsed.prompts:

@@ -130,6 +130,7 @@ class Answering:
                 self.down.note(Prefilling(reading.n_processed, self.parsed.request.n_tokens, n_reused, 0.0))
             may_stop = may_stop and not events  # never send an answer's beginning twice
             if events:  # progress events, for a client that requested them
+                self.down.is_answered = True
                 await self._tell_reuse(at_last=True)
                 await self.down.begin(headers=to_client(self._upstream, SSE_HEADERS))
             await self.down.write(b"".join(events))
@@ -314,6 +315,7 @@ class Answering:
         events = self._first
         while events is not None:
             if self.first_byte_s is None:
+                self.down.is_answered = True
                 self.first_byte_s = time.monotonic() - self.client_request.started
                 await self._tell_reuse(at_last=True)
                 await self.down.begin(headers=headers, is_more=any(events))

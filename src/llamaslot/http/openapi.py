@@ -30,11 +30,13 @@ def _json(description: str, schema: Json) -> Json:
     return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 
-def _get(summary: str, answers: dict[str, Json], *parameters: Json, is_open: bool = False) -> Json:
+def _get(
+    summary: str, answers: dict[str, Json], *parameters: Json, is_open: bool = False, method: str = "get"
+) -> Json:
     refused = {} if is_open else {"401": _ERROR, "403": _ERROR}
     security: list[Json] = [{}] if is_open else [{}, {"key": []}]
     return {
-        "get": {
+        method: {
             "summary": summary,
             "parameters": list(parameters),
             "responses": answers | refused,
@@ -59,6 +61,7 @@ _STATUS = _object(
         _object(
             name=_TEXT,
             health=_TEXT,
+            drain=_or_null(_TEXT),
             model=_or_null(_TEXT),
             n_ctx=_or_null(_COUNT),
             cache_kind=_or_null(_TEXT),
@@ -118,6 +121,24 @@ _N: Json = {
     "description": f"How many decisions of the last {KEPT}.",
     "schema": {"type": "integer", "minimum": 0, "default": 100},
 }
+_BACKEND: Json = {
+    "name": "backend",
+    "in": "query",
+    "required": True,
+    "description": "The name of a backend.",
+    "schema": {"type": "string", "minLength": 1},
+}
+
+
+def _drain(summary: str) -> Json:
+    answers = {
+        "200": _json("The state now; null: in service.", _object(backend=_TEXT, drain=_or_null(_TEXT))),
+        "400": _ERROR,
+        "404": _ERROR,
+    }
+    return _get(summary, answers, _BACKEND, method="post")
+
+
 _HEALTH_PAGE = _get(
     "Whether requests are served.",
     {
@@ -147,6 +168,10 @@ PATHS: dict[str, Json] = {
         {"200": _json("The newest first.", _object(decisions=_list_of(_DECISION))), "400": _ERROR},
         _N,
     ),
+    "/llamaslot/drain": _drain(
+        "Take a backend out of service: answers end, slots are saved, nothing new comes."
+    ),
+    "/llamaslot/undrain": _drain("Put a drained backend into service again."),
     "/llamaslot/openapi.json": _get(
         "This description.",
         {"200": _json("OpenAPI 3.1.", {"type": "object", "required": ["openapi", "paths"]})},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +12,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from llamaslot.backend.backend import Backend
+from llamaslot.backend.lease import Lease
 from llamaslot.backend.long_prompt import no_report
 from llamaslot.cache.content import Content
 from llamaslot.errors import BackendDown, BackendRestarted, BadRequest, DeadlinePassed
@@ -19,10 +20,13 @@ from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.registry import Registry
 from llamaslot.formats.registry import format_named
 from llamaslot.http.auth import user_of
+from llamaslot.http.client_errors import HAS_BEGUN
 from llamaslot.http.client_stream import end_relayed
 from llamaslot.http.deadlines import Deadlines, Timeouts, Watchdog
+from llamaslot.http.failover import Failover
 from llamaslot.http.headers import BACKEND, to_server
 from llamaslot.http.json_body import parse_object
+from llamaslot.http.named_model import named_model
 from llamaslot.http.parse import ATTEMPTS, GIVEN_UP, request_id
 from llamaslot.http.relay import relay
 from llamaslot.http.request_body import Upload, Uploads
@@ -32,6 +36,7 @@ from llamaslot.llama.response import Response
 from llamaslot.llama.routes import Route, origin_form
 from llamaslot.scheduling.request import Placement, Request
 
+_MODEL_LISTS = ("/v1/models", "/models")
 _CHANGES_MODEL = ("/lora-adapters", "/models")
 
 
@@ -46,7 +51,7 @@ class Passthrough:
         prompts: SystemPrompts,
         unassisted: Unassisted,
     ) -> None:
-        self._registry, self._uploads, self._timeouts = registry, uploads, timeouts
+        self._router, self._uploads, self._timeouts = registry.router, uploads, timeouts
         self._prompts, self._unassisted = prompts, unassisted
 
     async def forward(self, request: web.Request, route: Route) -> web.StreamResponse:
@@ -55,9 +60,17 @@ class Passthrough:
         A request that changes the model (its LoRA scales, or the loaded model) makes all cached content invalid: the
         server is connected to again before the client gets the answer.
         """
+        if self._router.are_several:
+            if route.path in _MODEL_LISTS and route.method == "GET":
+                return web.json_response({"object": "list", "data": self._router.listed()})
+            # The body says which model it is for, and can be sent a second time.
+            raw = await self._uploads.whole(request) if request.body_exists else b""
+            pool = await self._pool(request, raw)
+            changed = route.gate if route.gate in _CHANGES_MODEL and request.method == "POST" else None
+            return await self.unprepared(pool, request, raw, changes_model=changed)
         upload = Upload(self._uploads, request)
         data = upload.pieces() if request.body_exists else None
-        backend = self._registry.pool_for().any_backend()
+        backend = (await self._router.pool_for()).any_backend()
         try:
             async with self._upstream(backend, request, data, to_server(request)) as upstream:
                 if route.gate in _CHANGES_MODEL and request.method == "POST" and upstream.status < 400:
@@ -75,7 +88,12 @@ class Passthrough:
             body = parse_object(raw)
             if self._prompts.rewrite(request, body, format_named(route.format)):
                 raw = orjson.dumps(body)
-        return await self.unprepared(self._registry.pool_for(), request, raw)
+        return await self.unprepared(await self._pool(request, raw), request, raw)
+
+    async def _pool(self, request: web.Request, raw: bytes) -> Pool:
+        """The pool of the model that a request names; of the default model, or the first, if it names none."""
+        named = named_model(request, raw) if self._router.are_several else None
+        return await self._router.pool_for(named, is_named=named is not None)
 
     async def is_offered(self, pool: Pool, route: Route) -> bool:
         """Whether llama-server has this route for its model. If assist is off it is not checked, and llama-server
@@ -84,12 +102,27 @@ class Passthrough:
         context = await pool.ready()
         return context is None or await pool.any_backend().route_availability.has(route.path)
 
-    async def unprepared(self, pool: Pool, request: web.Request, raw: bytes) -> web.StreamResponse:
+    async def unprepared(
+        self, pool: Pool, request: web.Request, raw: bytes, *, changes_model: str | None = None
+    ) -> web.StreamResponse:
         """Relay a request that takes no slot: it only asks for information, or llama-server refuses it. ``raw``: its
-        body.
+        body. ``changes_model``: the gate of a request after which the backend must be connected to again.
         """
-        async with self._upstream(pool.any_backend(), request, raw, to_server(request)) as upstream:
-            return await relay(request, upstream, {})
+        failover = _failover(request)
+        for _ in range(ATTEMPTS):
+            backend = pool.any_backend()
+            try:
+                async with (
+                    failover.kept(pool, partial(_same, backend)),
+                    self._upstream(backend, request, raw, to_server(request)) as upstream,
+                ):
+                    if changes_model is not None and upstream.status < 400:
+                        backend.changed(f"{changes_model} was called")
+                    return await relay(request, upstream, {})
+            except BackendDown as error:
+                if not failover.moves(pool, backend, error):
+                    raise
+        raise BackendDown(GIVEN_UP)
 
     async def in_turn(
         self,
@@ -107,7 +140,7 @@ class Passthrough:
         """
         if raw is None:
             raw = await self._uploads.whole(request)
-        pool = pool or self._registry.pool_for()
+        pool = pool or await self._pool(request, raw)
         while await pool.ready() is None:
             with contextlib.suppress(BackendRestarted):
                 return await self._unassisted.serve(pool, request, route, raw)
@@ -127,15 +160,37 @@ class Passthrough:
     async def _in_turns(
         self, pool: Pool, request: web.Request, raw: bytes, head: bytes, *, is_watched: bool
     ) -> web.StreamResponse:
-        id_ = request_id(request.headers)
+        id_, failover = request_id(request.headers), _failover(request)
+        backend: Backend | None = None  # that has failed, or may fail
+
+        def leased(lease: Lease) -> None:
+            nonlocal backend
+            backend = pool.backend_of(lease)
+
         for _ in range(ATTEMPTS):
             await pool.ready()
-            with contextlib.suppress(BackendRestarted):  # raised before anything was sent
-                return await self._in_turn(pool, request, raw, id_, head, is_watched=is_watched)
+            try:
+                async with failover.kept(pool, lambda: backend):
+                    return await self._in_turn(
+                        pool, request, raw, id_, head, is_watched=is_watched, leased=leased
+                    )
+            except BackendRestarted:  # raised before anything was sent
+                pass
+            except BackendDown as error:
+                if backend is None or not failover.moves(pool, backend, error):
+                    raise
         raise BackendDown(GIVEN_UP)
 
     async def _in_turn(
-        self, pool: Pool, request: web.Request, raw: bytes, id_: str, head: bytes, *, is_watched: bool
+        self,
+        pool: Pool,
+        request: web.Request,
+        raw: bytes,
+        id_: str,
+        head: bytes,
+        *,
+        is_watched: bool,
+        leased: Callable[[Lease], None],
     ) -> web.StreamResponse:
         user = user_of(request)
         slot_request = Request(
@@ -147,6 +202,8 @@ class Passthrough:
         with await pool.lease(slot_request) as lease:
             if not lease.table.is_assisted:
                 raise BackendRestarted
+            leased(lease)
+            await pool.confirm(lease)
             backend = pool.backend_of(lease)
             headers = {"x-request-id": id_, BACKEND: backend.name}
             silence_s = backend.api.watchdog_s if is_watched else None
@@ -174,3 +231,11 @@ class Passthrough:
         except BackendDown:
             backend.doubt()
             raise
+
+
+def _failover(request: web.Request) -> Failover:
+    return Failover(request.path, lambda: bool(request.get(HAS_BEGUN)))
+
+
+def _same(backend: Backend) -> Backend:
+    return backend

@@ -115,9 +115,7 @@ async def serve(config: Config) -> None:
     raise_file_limit()
     await asyncio.to_thread(_make_directories, config)
     managed = _managed(config)
-    url = managed.url if managed is not None else config.backend.url
-    assert url is not None
-    registry = Registry.of(config, url)
+    registry = Registry.of(config, {managed.name: managed.url} if managed is not None else {})
     await registry.open()
     stop, save_s = asyncio.Event(), 0.0
     try:
@@ -149,8 +147,8 @@ async def serve(config: Config) -> None:
 
 
 def _managed(config: Config) -> ManagedServer | None:
-    settings = config.backend
-    if settings.managed is None:
+    settings = next((backend for backend in config.backends if backend.managed is not None), None)
+    if settings is None or settings.managed is None:
         return None
     assert settings.slot_save_path is not None, "the configuration gives a managed server its directory"
     return ManagedServer(
@@ -165,8 +163,11 @@ def _managed(config: Config) -> ManagedServer | None:
 
 def _make_directories(config: Config) -> None:
     paths = [config.store.meta_dir]
-    if config.backend.managed is not None and config.backend.slot_save_path is not None:
-        paths.append(config.backend.slot_save_path)
+    paths += [
+        backend.slot_save_path
+        for backend in config.backends
+        if backend.managed is not None and backend.slot_save_path is not None
+    ]
     for path in paths:
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)

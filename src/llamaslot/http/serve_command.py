@@ -38,7 +38,7 @@ async def serve_command(config: Config, server: ManagedServer, stop_s: float) ->
     """
     raise_file_limit()
     loop, tasks, stop = asyncio.get_running_loop(), TaskOwner(), asyncio.Event()
-    registry = Registry.of(config, server.url)
+    registry = Registry.of(config, {server.name: server.url})
     await registry.open()
     code, save_s, stops_at = None, 0.0, loop.time()
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,8 +27,9 @@ from llamaslot.formats.registry import format_named
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream, StreamRules
 from llamaslot.http.deadlines import Deadlines
+from llamaslot.http.failover import Failover
 from llamaslot.http.headers import ASSIST_OFF, BACKEND, to_client, to_server
-from llamaslot.http.parse import max_tokens, request_id
+from llamaslot.http.parse import ATTEMPTS, GIVEN_UP, max_tokens, request_id
 from llamaslot.http.relay import relay
 from llamaslot.http.rewriting import rewrote
 from llamaslot.http.stream_reader import Reading
@@ -55,9 +56,23 @@ class Unassisted:
         down = Downstream(request, self._rules, False, {"x-request-id": request_id(request.headers)})
         # The beginning of the answer is not detected.
         deadlines = Deadlines(replace(self._rules.timeouts, first_token_s=None))
+        failover, lease = Failover(down.headers["x-request-id"], lambda: down.is_answered), None
+
+        def leased(its: Lease) -> None:
+            nonlocal lease
+            lease = its
+
         try:
             async with deadlines.kept():
-                return await self.relay(pool, down, deadlines, format_named(route.format), raw, {})
+                for _ in range(ATTEMPTS):
+                    try:
+                        return await self.relay(
+                            pool, down, deadlines, format_named(route.format), raw, {}, leased
+                        )
+                    except BackendDown as error:
+                        if lease is None or not failover.moves(pool, pool.backend_of(lease), error):
+                            raise
+                raise BackendDown(GIVEN_UP)
         except BackendDown as error:
             pool.doubt()
             return await down.fail(error)
@@ -74,8 +89,10 @@ class Unassisted:
         format_: Format | None,
         raw: bytes,
         body: Mapping[str, Any],
+        leased: Callable[[Lease], None] = lambda lease: None,
     ) -> web.StreamResponse:
-        """Wait until llama-server has a slot for it, send it, and relay the answer.
+        """Wait until llama-server has a slot for it, send it, and relay the answer. ``leased`` is called with the
+        right to send it.
 
         Raises LlamaslotError; BackendRestarted, before it was sent, if assist is on again. Canceling (the client has
         gone) closes the connection to llama-server, and the next request may be sent.
@@ -90,6 +107,7 @@ class Unassisted:
                 down.say(QueuePosition(partial(pool.position, slot_request)))
                 lease = stack.enter_context(await self._lease(pool, slot_request, down))
                 backend = pool.backend_of(lease)
+                leased(lease)
                 await down.write(down.add_headers({BACKEND: backend.name}))
                 pool.metrics.queue_s.observe(time.monotonic() - began)
                 lease.recorder.rewrote(rewrote(request))
@@ -140,6 +158,7 @@ class Unassisted:
     async def _relay(
         self, down: Downstream, deadlines: Deadlines, upstream: Response, reading: Reading
     ) -> None:
+        down.is_answered = True
         await down.begin(upstream.status, to_client(upstream, {**down.headers, **SSE_HEADERS}))
         while (events := await reading.next(down.put)) is not None:
             if reading.has_token or reading.is_over:

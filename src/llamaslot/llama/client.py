@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import orjson
+import xxhash
 
 from llamaslot.cache.ids import count, pack, unpack
 from llamaslot.errors import (
@@ -200,23 +201,23 @@ class LlamaServer:
                 raise UpstreamError(response.status, payload, content_type_of(response))
         return orjson.loads(payload)
 
-    async def why_unhealthy(self) -> str | None:
+    async def why_unhealthy(self, timeout_s: float = 5.0) -> str | None:
         """Why a server does not serve, from ``GET /health`` (open without an API key), as the end of a sentence; None
         if it serves. Never raises.
 
         Another kind of server, which has no such route (404), serves too.
         """
         try:
-            status = (await self._question("GET", "/health", timeout_s=5.0)).status
+            status = (await self._question("GET", "/health", timeout_s=timeout_s)).status
             is_serving = status < 500 or status == 501
             return None if is_serving else f"answers {status} to /health"  # 503 while it loads its model
         except BackendDown as error:
             return _why(error.__cause__ or error)
 
     @_as_known
-    async def props(self) -> Props:
+    async def props(self, timeout_s: float = 10.0) -> Props:
         """``GET /props``. Raises UpstreamError: 503 while the server loads, 401 for a wrong key."""
-        answer = await self._question("GET", "/props", timeout_s=10.0)
+        answer = await self._question("GET", "/props", timeout_s=timeout_s)
         raw = self._checked(answer)
         settings = raw.get("default_generation_settings") or {}
         return Props(
@@ -224,6 +225,7 @@ class LlamaServer:
             n_ctx=int(settings.get("n_ctx") or raw.get("n_ctx", 0)),
             model_path=str(raw.get("model_path", "")),
             boot_id=str(raw.get("media_marker", "")),
+            template=xxhash.xxh3_64_hexdigest(str(raw.get("chat_template", "")).encode()),
             modalities=raw.get("modalities"),
             is_sleeping=raw.get("is_sleeping") is True,
             is_connected=answer.is_connected,

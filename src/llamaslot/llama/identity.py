@@ -54,6 +54,12 @@ class Identity:
         data = {"told": dict(self.told), "behaviour": behaviour, "gguf": self.gguf}
         return orjson.dumps(data, option=orjson.OPT_SORT_KEYS).decode()
 
+    @property
+    def key(self) -> str:
+        """A name for files of this model. The same model may have another key where its GGUF cannot be read."""
+        data = orjson.dumps([dict(self.told), self.gguf], option=orjson.OPT_SORT_KEYS)
+        return xxhash.xxh3_64_hexdigest(data)
+
     @classmethod
     def from_text(cls, text: str) -> Identity | None:
         """None if ``text`` has another form: snapshots with it are not used."""

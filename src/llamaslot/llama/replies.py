@@ -19,6 +19,7 @@ class Props:
     n_ctx: int
     model_path: str
     boot_id: str  # media_marker: random for each process of llama-server, so it reveals a restart
+    template: str = ""  # hash of the chat template
     modalities: Mapping[str, bool] | None = None  # supported media; None if the build does not report it
     is_sleeping: bool = False  # its model is unloaded (--sleep-idle-seconds), and its slots are empty
     # Whether the connection on which this came is still open: then the process is still the same.

@@ -60,8 +60,8 @@ class ReservationState:
 
 
 class Catalog:
-    """The snapshots on disk. ``fingerprint`` is that of the current model: snapshots of other models are evicted
-    first, then by ``order`` (default: by value).
+    """The snapshots on disk. Those of models that no backend serves (``serve``) are evicted first, then by ``order``
+    (default: by value).
 
     ``on_drop`` is called in the event loop at the moment when a snapshot leaves ``snapshots``, for any reason; its
     file may still exist for a moment. It is not called for what ``open`` removes.
@@ -93,6 +93,7 @@ class Catalog:
         )
         self._manifest = Manifest(manifest, directory)
         self._reservations: dict[str, ReservationState] = {}
+        self._served: dict[str, str] = {}  # fingerprints by backend
         self._upkeep = Upkeep(directory, self._table, self._manifest, self._tasks, self._drop)
         self._sweep = Sweep(directory, self._table, self._quota, self._reservations.keys(), self._drop)
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._table.snapshots)
@@ -102,12 +103,14 @@ class Catalog:
         return f"<Catalog {self.directory} {len(self.snapshots)} snapshots {used}>"
 
     @property
-    def fingerprint(self) -> str | None:
-        return self._table.fingerprint
+    def fingerprints(self) -> frozenset[str]:
+        """The models that are served, or were when their backends were last connected."""
+        return self._table.fingerprints
 
-    @fingerprint.setter
-    def fingerprint(self, fingerprint: str | None) -> None:
-        self._table.fingerprint = fingerprint
+    def serve(self, backend: str, fingerprint: str) -> None:
+        """``backend`` serves the model of that fingerprint from now on."""
+        self._served[backend] = fingerprint
+        self._table.fingerprints = frozenset(self._served.values())
         self._upkeep.rank_all()
 
     @property

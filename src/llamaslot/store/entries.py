@@ -42,7 +42,7 @@ class SnapshotTable:
     """``snapshots`` can be found, pinned and restored; ``pending_delete`` ones are dropped but still pinned.
 
     ``stats``: usage by id of listed snapshots. ``order`` decides who is evicted first and learns from hits; only
-    from snapshots of ``fingerprint``, the current model, once that is known.
+    from snapshots of the models that are served, by their ``fingerprints``, once any is known.
     """
 
     def __init__(self, order: Order | None = None) -> None:
@@ -50,7 +50,7 @@ class SnapshotTable:
         self.snapshots: dict[str, Snapshot] = {}
         self.stats: dict[str, SnapshotStats] = {}
         self.pending_delete: dict[str, Snapshot] = {}
-        self._fingerprint: str | None = None
+        self._fingerprints = frozenset[str]()
         self._pins: Counter[str] = Counter()
         self._ranking = Ranking(self._rank)
         self._now = 0.0
@@ -60,13 +60,13 @@ class SnapshotTable:
         return len(self.snapshots) + len(self.pending_delete)
 
     @property
-    def fingerprint(self) -> str | None:
-        return self._fingerprint
+    def fingerprints(self) -> frozenset[str]:
+        return self._fingerprints
 
-    @fingerprint.setter
-    def fingerprint(self, fingerprint: str | None) -> None:
-        if fingerprint != self._fingerprint:
-            self._fingerprint = fingerprint
+    @fingerprints.setter
+    def fingerprints(self, fingerprints: frozenset[str]) -> None:
+        if fingerprints != self._fingerprints:
+            self._fingerprints = fingerprints
             self._ranking.recompute_all()
 
     def add(
@@ -205,15 +205,15 @@ class SnapshotTable:
         return victims
 
     def _is_held(self, snapshot: Snapshot) -> bool:
-        is_other_model = self.fingerprint is not None and snapshot.fingerprint != self.fingerprint
+        is_other_model = bool(self._fingerprints) and snapshot.fingerprint not in self._fingerprints
         return snapshot.id in self._pins or (snapshot.is_pinned and not is_other_model)
 
     def _is_valid(self, id_: str) -> bool:
-        return self.fingerprint is not None and self.snapshots[id_].fingerprint == self.fingerprint
+        return self.snapshots[id_].fingerprint in self._fingerprints
 
     def _rank(self, id_: str) -> Rank:
-        """The smallest is evicted first: snapshots of another fingerprint, then by ``order``, then the least recently
-        used.
+        """The smallest is evicted first: snapshots of models that are not served, then by ``order``, then the least
+        recently used.
         """
         stats = self.stats[id_]
         return self._is_valid(id_), self.order.rank(stats, self._now), stats.last_used, id_

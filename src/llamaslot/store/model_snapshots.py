@@ -1,13 +1,15 @@
-"""The snapshots that the current model can use, found by their tokens.
+"""The snapshots that a model can use, found by their tokens.
 
-A slot table ends with its llama-server process; snapshots on disk do not. So their index belongs to the backend, is
-passed to each new slot table of the same model, and survives a restart of llamaslot as files.
+A slot table ends with its llama-server process; snapshots on disk do not. So their index belongs to the directory, is
+shared by the slot tables of all backends of the same model, and survives a restart of llamaslot as files.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import itertools
+import shutil
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from llamaslot.cache.content import Content
@@ -16,6 +18,7 @@ from llamaslot.cache.layered_index import LayeredIndex
 from llamaslot.cache.namespaces import InNamespaces, Namespace, marker
 from llamaslot.cache.prefix_index import Changes
 from llamaslot.llama.identity import Identity
+from llamaslot.records import dataclass
 from llamaslot.store import Catalog, Snapshot, WithTokens
 from llamaslot.store.disk_index_rebuild import DiskIndexRebuild
 from llamaslot.store.overlap import PrefixOverlap
@@ -102,43 +105,78 @@ class ModelSnapshots:
         assert self.index.holders() == self.snapshots.keys(), "snapshots are indexed"
 
 
+@dataclass(slots=True, eq=False)
+class _Library:
+    """The library of one model, the process that renews its index, and the task that reads snapshots into it."""
+
+    identity: Identity
+    snapshots: ModelSnapshots
+    renewal: DiskIndexRebuild
+    directory: Path
+    reading: asyncio.Task[None] | None = None
+
+    async def complete(self) -> None:
+        while (reading := self.reading) is not None and not reading.done():
+            await asyncio.wait([reading])
+
+    async def stop_reading(self) -> None:
+        while (reading := self.reading) is not None and not reading.done():
+            reading.cancel()
+            await asyncio.wait([reading])
+
+
 class Libraries:
-    """The library of the model that one backend runs now. Its generations are in ``directory``."""
+    """The libraries of the models whose snapshots are in one directory. Backends of the same model share one.
+
+    A library lives as long as it is the last one of any backend. The generations of each are in a directory of its
+    own below ``directory``.
+    """
 
     def __init__(self, catalog: Catalog, directory: Path, tasks: TaskOwner) -> None:
         self._catalog, self._directory, self._tasks = catalog, directory, tasks
-        self.current: ModelSnapshots | None = None
-        self._identity: Identity | None = None
-        self._renewal: DiskIndexRebuild | None = None
-        self._reading: asyncio.Task[None] | None = None
+        self._by_backend: dict[str, _Library] = {}
+        self._opening = asyncio.Lock()
 
-    async def of(self, identity: Identity, is_usable: Callable[[Snapshot], bool]) -> ModelSnapshots:
-        """The library of this model, with the snapshots of the catalog that ``is_usable`` accepts. If the model is
-        the same as before, the library is too. Canceling is safe: the next call goes on where this one ended.
+    def __iter__(self) -> Iterator[ModelSnapshots]:
+        """Each library once."""
+        return (library.snapshots for library in dict.fromkeys(self._by_backend.values()))
+
+    def current(self, backend: str) -> ModelSnapshots | None:
+        """The library of the model that ``backend`` ran last."""
+        library = self._by_backend.get(backend)
+        return library.snapshots if library is not None else None
+
+    async def of(
+        self, backend: str, identity: Identity, is_usable: Callable[[Snapshot], bool]
+    ) -> ModelSnapshots:
+        """The library of the model that ``backend`` runs now, with the snapshots of the catalog that ``is_usable``
+        accepts. If any backend has the same model, or this one had it before, the library is that. Canceling is safe:
+        the next call goes on where this one ended.
 
         Many snapshots that are not in the index on disk (after a crash, or without its files) are read afterwards:
         await ``complete`` before a request is placed.
         """
-        await self._stop_reading()
-        if self.current is None or self._identity is None or not identity.is_same(self._identity):
-            await self._open(identity)
-        assert self.current is not None
-        library = self.current
-        # From here on, drops reach this library too, and each save adds its snapshot.
-        found = {id_: snapshot for id_, snapshot in self._catalog.snapshots.items() if is_usable(snapshot)}
-        for id_ in library.index.holders() - found.keys():
-            library.remove(id_)
-        for id_ in library.index.holders() & found.keys():
-            library.snapshots[id_] = found.pop(id_)
-            library.overlap.put(id_)
-        if not found:
-            library.changed()
+        async with self._opening:  # else two backends would open the same model twice
+            its = await self._library_of(backend, identity)
+            library = its.snapshots
+            await its.stop_reading()
+            # From here on, drops reach this library too, and each save adds its snapshot.
+            found = {
+                id_: snapshot for id_, snapshot in self._catalog.snapshots.items() if is_usable(snapshot)
+            }
+            for id_ in library.index.holders() - found.keys():
+                library.remove(id_)
+            for id_ in library.index.holders() & found.keys():
+                library.snapshots[id_] = found.pop(id_)
+                library.overlap.put(id_)
+            if not found:
+                library.changed()
+                return library
+            library.n_unread = len(found)
+            its.reading = self._tasks.spawn(self._read(library, list(found)), "read snapshots")
+            if len(found) <= _FEW:
+                await its.complete()
             return library
-        library.n_unread = len(found)
-        self._reading = self._tasks.spawn(self._read(library, list(found)), "read snapshots")
-        if len(found) <= _FEW:
-            await self.complete()
-        return library
 
     async def _read(self, library: ModelSnapshots, ids: list[str]) -> None:
         """Add snapshots with the tokens of their files. Canceling is safe."""
@@ -155,26 +193,44 @@ class Libraries:
 
     async def complete(self) -> None:
         """Wait until every usable snapshot can be found. Canceling is safe."""
-        while (reading := self._reading) is not None and not reading.done():
-            await asyncio.wait([reading])
+        for library in list(self._by_backend.values()):
+            await library.complete()
 
-    async def _stop_reading(self) -> None:
-        while (reading := self._reading) is not None and not reading.done():
-            reading.cancel()
-            await asyncio.wait([reading])
+    async def _library_of(self, backend: str, identity: Identity) -> _Library:
+        had = self._by_backend.get(backend)
+        if had is not None and identity.is_same(had.identity):
+            return had
+        others = (library for library in self._by_backend.values() if identity.is_same(library.identity))
+        library = next(others, None)
+        if had is not None:
+            del self._by_backend[backend]
+            if had not in self._by_backend.values():
+                await had.stop_reading()
+                await had.renewal.end()  # both may write to the same directory
+        if library is None:
+            library = await self._open(identity)
+        self._by_backend[backend] = library
+        return library
 
-    async def _open(self, identity: Identity) -> None:
-        """The first model, or another one than before: start with the generation on disk, if it is of this model."""
+    async def _open(self, identity: Identity) -> _Library:
+        """Start with the generation on disk, if it is of this model."""
 
         def is_same(namespace: str) -> bool:
             other = Identity.from_text(namespace)
             return other is not None and identity.is_same(other)
 
-        self.current = None
-        if self._renewal is not None:
-            await self._renewal.end()  # both would write to the same directory
+        texts = {snapshot.fingerprint for snapshot in self._catalog.snapshots.values()}
+        await asyncio.to_thread(self._sweep, texts, identity.key)
+        directory, taken = (
+            self._directory / identity.key,
+            {its.directory for its in self._by_backend.values()},
+        )
+        for n in itertools.count(2):
+            if directory not in taken:
+                break
+            directory = self._directory / f"{identity.key}-{n}"
         renewal = DiskIndexRebuild(
-            self._directory, identity.to_text(), self._tasks, is_same, self._catalog.write_manifest
+            directory, identity.to_text(), self._tasks, is_same, self._catalog.write_manifest
         )
         library = ModelSnapshots(LayeredIndex(await renewal.open()))
 
@@ -183,9 +239,20 @@ class Libraries:
                 renewal.consider(index)
 
         library.on_change = consider
-        self.current, self._identity, self._renewal = library, identity, renewal
+        return _Library(identity, library, renewal, directory)
+
+    def _sweep(self, fingerprints: Collection[str], kept: str) -> None:
+        """Remove the generations of models without a snapshot of any of these ``fingerprints``. Blocking."""
+        if not self._directory.is_dir():
+            return
+        known = (Identity.from_text(text) for text in fingerprints)
+        keys = {identity.key for identity in known if identity is not None} | {kept}
+        for directory in self._directory.iterdir():
+            if directory.is_dir() and directory.name.split("-")[0] not in keys:
+                shutil.rmtree(directory, ignore_errors=True)
 
     def drop(self, snapshot_id: str) -> None:
         """Remove the dropped snapshot. Idempotent."""
-        if self.current is not None:
-            self.current.drop(snapshot_id)
+        for library in self:
+            if snapshot_id in library.snapshots or snapshot_id in library.index:
+                library.drop(snapshot_id)

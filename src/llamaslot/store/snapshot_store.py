@@ -1,4 +1,6 @@
-"""One snapshot directory for the lifetime of llamaslot: its catalog, and the learned hit rates."""
+"""One snapshot directory for the lifetime of llamaslot: its catalog, the libraries of its models, the learned hit
+rates.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ from pathlib import Path
 from llamaslot.scheduling.eviction import ByValue, HitRateModel, SnapshotStats
 from llamaslot.store.catalog import Catalog
 from llamaslot.store.learned import LearnedFile
+from llamaslot.store.model_snapshots import Libraries
+from llamaslot.store.quota import beyond_disk
 from llamaslot.store.sidecar import Snapshot
+from llamaslot.tasks import TaskOwner
 
 
 class SnapshotStore:
@@ -29,6 +34,8 @@ class SnapshotStore:
         on_drop: Callable[[Snapshot], None],
         saves_s: Callable[[SnapshotStats], float],
     ) -> None:
+        self._min_free_bytes = min_free_bytes
+        self.name, self._on_drop, self._tasks = name, on_drop, TaskOwner()
         self._order = ByValue()
         self._order.saves_s = saves_s
         self.catalog = Catalog(
@@ -37,11 +44,11 @@ class SnapshotStore:
             max_files=max_files,
             min_free_bytes=min_free_bytes,
             now=time.time,
-            on_drop=on_drop,
+            on_drop=self._dropped,
             order=self._order,
             manifest=meta_dir / f"{name}.sidecars",
         )
-        self.index_directory = meta_dir / f"{name}.index"
+        self.libraries = Libraries(self.catalog, meta_dir / f"{name}.index", self._tasks)
         self._hit_rates = LearnedFile(name, meta_dir / f"{name}.returns.json")
 
     @property
@@ -49,10 +56,23 @@ class SnapshotStore:
         """The learned hit rates."""
         return self._order.hit_rates
 
+    def _dropped(self, snapshot: Snapshot) -> None:
+        self.libraries.drop(snapshot.id)
+        self._on_drop(snapshot)
+
+    def keep_learned(self) -> None:
+        """Write what was learned in the background."""
+        self._tasks.spawn(self.store_learned(), f"{self.name}: keep what was learned")
+
     async def open(self) -> None:
         """Open the store. Raises LlamaslotError with the remedy if the directory cannot be used."""
         self._order.hit_rates = HitRateModel.from_json(await self._hit_rates.read())
         await self.catalog.open()
+
+    def beyond_disk(self) -> str | None:
+        """A warning if the disk is smaller than the quota, else None. Blocking."""
+        catalog = self.catalog
+        return beyond_disk(catalog.quota_bytes, self._min_free_bytes, catalog.directory, catalog.size_bytes)
 
     async def store_learned(self) -> None:
         """Write what was learned. Canceling is safe: the file is written to its end all the same."""
@@ -60,6 +80,7 @@ class SnapshotStore:
 
     async def close(self) -> None:
         """Close the store; it must not be used any more."""
+        await self._tasks.close()
         await self.store_learned()
         await self.catalog.settle()
         await self.catalog.write_manifest()

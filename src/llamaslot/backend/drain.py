@@ -1,0 +1,63 @@
+"""Takes a backend out of service without losing anything: running answers end, slots are saved, nothing new comes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from llamaslot.backend.idle_save import IdleSave
+from llamaslot.backend.leases import Leases
+from llamaslot.scheduling.slots import SlotState
+from llamaslot.tasks import TaskOwner
+
+log = logging.getLogger(__name__)
+
+
+class Drain:
+    """The switch of one backend. It stays as it is when llama-server restarts, and ends with llamaslot."""
+
+    def __init__(self, backend: str, leases: Leases, idle_save: IdleSave, tasks: TaskOwner) -> None:
+        self._backend, self._leases, self._idle_save, self._tasks = backend, leases, idle_save, tasks
+        self._running: asyncio.Task[None] | None = None
+        self._is_saved = False
+
+    @property
+    def state(self) -> str | None:
+        """``draining`` while requests run or slots are being saved, then ``drained``; None in normal service."""
+        if not self._leases.is_drained:
+            return None
+        return "drained" if self._is_saved else "draining"
+
+    def begin(self) -> None:
+        """From now on no request begins here; once the running ones have ended, the slots are saved. Idempotent."""
+        if self._leases.is_drained:
+            return
+        log.info("%s: draining: no request begins here until 'llamaslot undrain'", self._backend)
+        self._leases.is_drained, self._is_saved = True, False
+        self._running = self._tasks.spawn(self._run(), f"{self._backend}: drain")
+        self._leases.dispatch()
+
+    def end(self) -> None:
+        """Requests may begin here again. Idempotent."""
+        if not self._leases.is_drained:
+            return
+        log.info("%s: undrained: requests may begin here again", self._backend)
+        if self._running is not None:
+            self._running.cancel()
+        self._leases.is_drained = self._is_saved = False
+        self._leases.dispatch()
+
+    async def _run(self) -> None:
+        while self._is_at_work():
+            await self._leases.changes.wait()
+        n_saved = await self._idle_save.save_all()
+        self._is_saved = True
+        log.info("%s: drained: no request runs here, %d slots were saved", self._backend, n_saved)
+
+    def _is_at_work(self) -> bool:
+        """Whether a client's request runs, or llama-server may still compute for one that has left."""
+        table = self._leases.table
+        is_leased = any(not lease.is_own for lease in self._leases.leases)
+        return is_leased or (
+            table is not None and any(slot.state is SlotState.DRAINING for slot in table.slots)
+        )

@@ -1,0 +1,100 @@
+"""Small questions about the model of a pool (its template, its tokens), asked of any of its backends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from llamaslot.backend.backend import Backend
+from llamaslot.errors import BackendDown
+from llamaslot.llama.client import LlamaServer
+from llamaslot.tasks import TaskOwner
+
+T = TypeVar("T")
+Question = Callable[[LlamaServer], Awaitable[T]]
+
+_ASK_NEXT_S = 0.25  # a backend that is silent for so long may hang: the next one is asked too
+
+
+class PoolServer:
+    """As ``LlamaServer``, for questions to which all backends of a pool have the same answer.
+
+    The backend that answered last is asked first. If it is down, or silent for a while, the next one is asked too, and
+    the first answer counts. Raises BackendDown if all are down. Canceling is safe.
+    """
+
+    def __init__(self, backends: Callable[[], Sequence[Backend]], tasks: TaskOwner) -> None:
+        """``backends``: those that may be asked, at least one, the best first."""
+        self._backends, self._tasks = backends, tasks
+        self._last: Backend | None = None  # that has answered
+
+    async def apply_template(self, body: Mapping[str, Any], raw: bytes | None = None) -> str:
+        return await self._first_answer(lambda api: api.apply_template(body, raw))
+
+    async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:
+        return await self._first_answer(
+            lambda api: api.tokenize(content, add_special=add_special, parse_special=parse_special)
+        )
+
+    async def ask(
+        self, path: str, body: Mapping[str, Any], timeout_s: float | None = None
+    ) -> tuple[int, Any]:
+        """``POST`` a route that computes nothing. Returns status and JSON, None if the answer is not JSON."""
+        return await self._first_answer(lambda api: api.ask(path, body, timeout_s))
+
+    async def _first_answer(self, question: Question[T]) -> T:
+        backends = self._backends()
+        if len(backends) == 1:
+            return await question(backends[0].api)
+        return await self._ask(sorted(backends, key=lambda its: its is not self._last), question)
+
+    async def _ask(self, backends: Sequence[Backend], question: Question[T]) -> T:
+        first, others = backends[0], backends[1:]
+        if not others:
+            return await self._one(first, question)
+        loop, limit = asyncio.get_running_loop(), asyncio.timeout(None)
+        second: asyncio.Task[T | Exception] | None = None
+        is_waiting = True
+
+        def ask_next() -> None:
+            nonlocal second
+            second = self._tasks.spawn(self._outcome(others, question), "ask the next backend")
+            second.add_done_callback(has_answered)
+
+        def has_answered(task: asyncio.Task[T | Exception]) -> None:
+            if is_waiting and not task.cancelled() and not isinstance(task.result(), BackendDown):
+                limit.reschedule(loop.time())
+
+        timer = loop.call_later(_ASK_NEXT_S, ask_next)
+        try:
+            async with limit:
+                return await self._one(first, question)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            first.doubt()
+        except BackendDown:
+            first.suspect()
+        finally:
+            is_waiting = False
+            timer.cancel()
+            if second is not None and not limit.expired():
+                second.cancel()
+        if second is None or second.cancelled() or second.cancelling():
+            return await self._ask(others, question)
+        outcome = second.result()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    async def _one(self, backend: Backend, question: Question[T]) -> T:
+        answer = await question(backend.api)
+        self._last = backend
+        return answer
+
+    async def _outcome(self, backends: Sequence[Backend], question: Question[T]) -> T | Exception:
+        try:
+            return await self._ask(backends, question)
+        except Exception as error:  # for the task that has asked the first one
+            return error

@@ -1,0 +1,161 @@
+"""Which pool serves a request, by the ``model`` in its body."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from llamaslot.backend.backend import Backend, Health
+from llamaslot.backend.connect import ServerSession
+from llamaslot.config.sections import ModelsConfig
+from llamaslot.errors import BadRequest, ModelNotFound
+from llamaslot.fleet.pool import Pool, PoolModel
+
+log = logging.getLogger(__name__)
+
+
+class Router:
+    """Knows models by the names that their servers tell, and by the configured aliases.
+
+    A model keeps its names while its backends are down. ``pools`` and ``backends`` are those of the registry.
+    """
+
+    def __init__(self, pools: Sequence[Pool], backends: Mapping[str, Backend]) -> None:
+        self._pools, self._backends = pools, backends
+        self._settings = ModelsConfig()
+        self._warned = set[str]()
+        self._told: dict[str, PoolModel] = {}  # the last model of each name that a server has told
+
+    def configure(self, settings: ModelsConfig) -> None:
+        self._settings = settings
+
+    @property
+    def are_several(self) -> bool:
+        """Whether there are several backends, so that a request may concern one or another."""
+        return len(self._backends) > 1
+
+    async def pool_for(self, model: object = None, *, is_named: bool = True) -> Pool:
+        """The pool that serves ``model``, as named in a request; ``is_named`` False for a route whose requests name
+        none. With one model any name is accepted, as in llama-server.
+
+        Waits for backends that are being connected to, if the model may be theirs. Raises ModelNotFound, BadRequest if
+        a model must be named, and BackendDown. Canceling is safe.
+        """
+        if not self.are_several:
+            return self._pools[0]
+        names = [name for name in (model, self._settings.default) if isinstance(name, str) and name]
+        for name in names:
+            if (pool := await self._pool_named(name)) is not None:
+                return pool
+        known = self._known()
+        if not known:  # no backend was ever up
+            await next(iter(self._backends.values())).ready()
+            return await self.pool_for(model, is_named=is_named)
+        if not is_named or (len(known) == 1 and not self._was_another(model, known[0])):
+            return known[0]
+        there_are = ", ".join(sorted(self.names()))
+        if not isinstance(model, str) or not model:
+            raise BadRequest(f"'model' is required, as there are several: {there_are}")
+        raise ModelNotFound(f"the model '{model}' does not exist here; there are {there_are}")
+
+    async def _pool_named(self, name: str) -> Pool | None:
+        """Raises BackendDown if ``name`` stands for a backend that was never up."""
+        while True:
+            target = self._settings.aliases.get(name, name)
+            if (pool := next((pool for pool in self._known() if target in _names(pool)), None)) is not None:
+                return pool
+            if (backend := self._backends.get(target)) is not None:
+                await self._connected(backend)
+                return next(pool for pool in self._pools if backend.name in pool.backends)
+            unknown = [its for its in self._backends.values() if its.last_session is None]
+            connecting = [its for its in unknown if its.health is Health.CONNECTING]
+            if not connecting:
+                return None
+            await connecting[0].settled()
+
+    async def _connected(self, backend: Backend) -> None:
+        if backend.last_session is None:
+            await backend.ready()
+
+    def _was_another(self, name: object, pool: Pool) -> bool:
+        """Whether ``name`` was that of another model, which is gone: then it is not just any name."""
+        told = self._told.get(name) if isinstance(name, str) else None
+        return told is not None and pool.model is not None and not told.is_same(pool.model)
+
+    def _known(self) -> list[Pool]:
+        """The pools whose models are known, in the order of their backends in the configuration: of two with the same
+        name the first one counts. Proved models come first.
+        """
+        order = {name: i for i, name in enumerate(self._backends)}
+        known = [pool for pool in self._pools if pool.model is not None]
+        return sorted(
+            known, key=lambda pool: (_is_unproved(pool), min(order[name] for name in pool.backends))
+        )
+
+    def names(self) -> Iterator[str]:
+        """The names of all models, configured ones included."""
+        seen = dict.fromkeys(name for pool in self._known() for name in _names(pool))
+        yield from seen
+        yield from (alias for alias in self._settings.aliases if alias not in seen)
+
+    def note_names(self, backend: Backend, session: ServerSession, pool: Pool) -> None:
+        """Note the names of a model. If two different ones have the same name, that is said once."""
+        for name in session.names:
+            self._told[name] = PoolModel.of(session)
+            others = [its for its in self._known() if its is not pool and name in _names(its)]
+            if others and name not in self._warned:
+                self._warned.add(name)
+                log.warning(
+                    "%s: its model is called %s, like another one of %s, and is not the same (weights, number of slots"
+                    " or chat template differ): requests for %s go to the backend that is configured first. Start one"
+                    " of them with another --alias, or give all of them the same flags",
+                    backend.name, name, " and ".join(others[0].backends), name,
+                )  # fmt: skip
+
+    def listed(self) -> list[dict[str, Any]]:
+        """The models as in ``/v1/models``, with their states."""
+        entries: dict[str, dict[str, Any]] = {}
+        for pool in self._known():
+            for name, entry in _entries(pool):
+                entries.setdefault(name, entry)
+        for alias, target in self._settings.aliases.items():
+            if alias in entries:
+                continue
+            found = entries.get(target)
+            if found is None and target in self._backends:
+                its = [
+                    entry for pool in self._known() if target in pool.backends for _, entry in _entries(pool)
+                ]
+                found = its[0] if its else None
+            entries[alias] = {**(found or _unknown()), "id": alias}
+        return list(entries.values())
+
+
+def _unknown() -> dict[str, Any]:
+    return {"object": "model", "owned_by": "llamacpp", "status": {"value": "unavailable"}}
+
+
+def _names(pool: Pool) -> set[str]:
+    return {name for its in _that_serve(pool) for name in its.names}
+
+
+def _that_serve(pool: Pool) -> list[ServerSession]:
+    """The last sessions of those that are known to serve the pool's model."""
+    return [its.last_session for its in pool.backends.values() if its.last_session is not None]
+
+
+def _entries(pool: Pool) -> Iterator[tuple[str, dict[str, Any]]]:
+    states = {its.health for its in pool.backends.values() if its.last_session is not None}
+    state = "unavailable"
+    if Health.UP in states:
+        state = "loaded"
+    elif Health.CONNECTING in states:
+        state = "loading"
+    for session in _that_serve(pool):
+        if session.names:
+            yield session.names[0], {**session.entry, "status": {"value": state}}
+
+
+def _is_unproved(pool: Pool) -> bool:
+    return pool.model is None or pool.model.identity is None

@@ -1,0 +1,125 @@
+"""llamaslot in the test's own loop in front of several fake llama-servers.
+
+``async with fleet(tmp_path, 3) as it:``
+    ``it.fakes["gpu0"]``, ``it.named("gpu0")``: a server, and the backend that llamaslot has made of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamaslot.backend.backend import Backend, Health
+from llamaslot.config.load import Config
+from llamaslot.fleet.pool import Pool
+from tests.support.answers import Answer
+from tests.support.fake import FakeModel, FakeServer
+from tests.support.inprocess import QUIET, Front, Settings, a_session
+from tests.support.real import free_port
+
+A, B = FakeModel(path="a"), FakeModel(weights="B", path="b")
+
+
+@dataclass(kw_only=True)
+class Fleet(Front):
+    """See the module."""
+
+    fakes: Mapping[str, FakeServer]
+
+    def named(self, name: str) -> Backend:
+        """A backend."""
+        found = self.registry.backend_named(name)
+        assert found is not None
+        return found
+
+    def pool_of(self, name: str) -> Pool:
+        """The pool that a backend belongs to."""
+        return self.registry.pool_of(self.named(name))
+
+    def members(self) -> list[set[str]]:
+        """The backends of each pool."""
+        return [set(pool.backends) for pool in self.registry.pools]
+
+    async def start(self, *, wait: bool = True) -> None:
+        """Also until all are up."""
+        await super().start(wait=False)
+        if wait:
+            await self.all_up()
+
+    async def all_up(self) -> None:
+        """Wait until all that run are connected."""
+        await self.until(lambda: all(its.health is Health.UP for its in self.registry.backends))
+
+    def readout(self) -> str:
+        return str([(its.name, its.health, its.leases.table) for its in self.registry.backends])
+
+    async def rest(self) -> None:
+        """Wait until every slot is given back and nobody waits."""
+        every = [its.leases for its in self.registry.backends]
+
+        def rests() -> bool:
+            slots = [slot for leases in every if leases.table for slot in leases.table.slots]
+            return not any(leases.leases or leases.n_waiting for leases in every) and all(
+                slot.is_idle for slot in slots
+            )
+
+        await self.until(rests)
+
+    def check(self) -> None:
+        for pool in self.registry.pools:
+            pool.dispatcher.check()
+        assert {name: fake.violations for name, fake in self.fakes.items() if fake.violations} == {}
+
+
+@contextlib.asynccontextmanager
+async def fleet(
+    directory: Path,
+    models: int | Sequence[FakeModel],
+    settings: Settings | None = None,
+    *,
+    is_shared: bool = True,
+    wait: bool = True,
+    **fake: Any,
+) -> AsyncIterator[Fleet]:
+    """One server ``gpu0``, ``gpu1``, … for each of ``models``; a number: so many of one model. ``is_shared``: all have
+    one directory; else each has its own.
+    """
+    models = [A] * models if isinstance(models, int) else models
+    options = {"slots": 2, "context": 8192, "gone_s": 0.05, **fake}
+    fakes, backends = dict[str, FakeServer](), []
+    for i, model in enumerate(models):
+        path = directory / ("kv" if is_shared else f"kv{i}")
+        path.mkdir(parents=True, exist_ok=True)
+        server = fakes[f"gpu{i}"] = FakeServer(path, port=free_port(), model=model, **options)
+        backends.append({"name": f"gpu{i}", "url": server.url, "slot_save_path": str(path)})
+    sections: dict[str, Any] = {name: dict(values) for name, values in QUIET.items()}
+    for name, values in (settings or {}).items():
+        sections.setdefault(name, {}).update(values)
+    sections["store"]["meta_dir"] = str(directory / "meta")
+    sections.setdefault("listen", {})["port"] = free_port()
+    (directory / "meta").mkdir(exist_ok=True)
+    config = Config.model_validate({"backends": backends, **sections}, context={"directory": directory})
+    async with a_session() as session:
+        it = Fleet(fakes=fakes, config=config, session=session, save_dir=directory / "kv")
+        try:
+            if wait:
+                for server in fakes.values():
+                    await server.start()
+                await it.start()
+            yield it
+            await it.rest()
+            it.check()
+        finally:
+            for server in fakes.values():
+                server.thaw()
+            await it.stop()
+            for server in fakes.values():
+                await server.kill()
+
+
+def backend_of(answer: Answer) -> str:
+    """Where it was answered."""
+    return answer.headers["x-llamaslot-backend"]
