@@ -112,7 +112,7 @@ async def test_which_origins_are_let_in(
     """Compared whole. Caches are told that answers differ."""
     request = make_mocked_request("GET", "/v1/models", headers={"Origin": origin} if origin else {})
     response = web.Response()
-    await Cors(origins).allow(request, response)
+    Cors(origins).allow(request, response)
     assert response.headers.get("Access-Control-Allow-Origin") == allowed
     assert response.headers.get("Vary") == vary
     assert "Access-Control-Allow-Credentials" not in response.headers

@@ -178,7 +178,10 @@ class Format(Protocol):
 
     def usages(self, payload: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The ``usage`` objects of an answer or an event."""
-        holders = (payload, payload.get(self.usage_key)) if self.usage_key is not None else (payload,)
+        if self.usage_key is None:
+            usage = payload.get("usage")
+            return [usage] if isinstance(usage, dict) else []
+        holders = payload, payload.get(self.usage_key)
         found = [holder.get("usage") for holder in holders if isinstance(holder, Mapping)]
         return [usage for usage in found if isinstance(usage, dict)]
 

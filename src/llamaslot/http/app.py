@@ -66,11 +66,12 @@ class App:
         everything = _Everything("/{path}")
         everything.add_route("*", self.handle, expect_handler=hold_back)
         app.router.register_resource(everything)
-        app.on_response_prepare.append(name_itself)
-        app.on_response_prepare.append(self._cors.allow)
-        app.on_response_prepare.append(tell_rewrote)
-        app.on_response_prepare.append(close_behind)
+        app.on_response_prepare.append(self._add_headers)
         return app
+
+    async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
+        for add in (name_itself, self._cors.allow, tell_rewrote, close_behind):
+            add(request, response)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Handle and count a request; all requests come through here. Raises CancelledError only."""

@@ -246,7 +246,7 @@ async def end_relayed(request: web.Request, error: LlamaslotError) -> web.Stream
     return relayed.response
 
 
-async def name_itself(request: web.Request, response: web.StreamResponse) -> None:
+def name_itself(request: web.Request, response: web.StreamResponse) -> None:
     """Signal ``on_response_prepare``: set the Server header, instead of aiohttp's and Python's versions."""
     response.headers.update(NAME)
 

@@ -24,7 +24,7 @@ class Cors:
     def __init__(self, origins: Collection[str]) -> None:
         self._origins, self._is_open = frozenset(origins), "*" in origins
 
-    async def allow(self, request: web.Request, response: web.StreamResponse) -> None:
+    def allow(self, request: web.Request, response: web.StreamResponse) -> None:
         """Signal ``on_response_prepare``: add the headers to answers, early headers and errors alike."""
         if not self._origins or is_own_page(request):
             return

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import random
 import re
-import secrets
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -66,7 +66,7 @@ _PLAIN_ID = re.compile(r"[!-~]{1,128}")
 def request_id(headers: Mapping[str, str]) -> str:
     """The client's ``X-Request-Id`` if it is valid in logs, headers and sidecars, else a new id."""
     given = headers.get("X-Request-Id", "")
-    return given if _PLAIN_ID.fullmatch(given) else f"req-{next(_serial)}-{secrets.token_hex(3)}"
+    return given if _PLAIN_ID.fullmatch(given) else f"req-{next(_serial)}-{random.getrandbits(24):06x}"
 
 
 def lora_of(body: Mapping[str, Any]) -> str:

@@ -116,7 +116,7 @@ def is_held_back(request: web.Request) -> bool:
     return expects and not request.get(_IS_ASKED_FOR, False)
 
 
-async def close_behind(request: web.Request, response: web.StreamResponse) -> None:
+def close_behind(request: web.Request, response: web.StreamResponse) -> None:
     """Signal ``on_response_prepare``: close a connection after the answer, if the next bytes on it could be anything.
 
     1. The body was not requested from the client, which may or may not send it now.

@@ -56,7 +56,7 @@ def rewrote(request: web.Request) -> list[str]:
     return list(request.get(_REWROTE, ()))
 
 
-async def tell_rewrote(request: web.Request, response: web.StreamResponse) -> None:
+def tell_rewrote(request: web.Request, response: web.StreamResponse) -> None:
     """Signal ``on_response_prepare``: add the header to every answer, errors included, because it answers the changed
     body.
     """

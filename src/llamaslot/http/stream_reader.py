@@ -165,7 +165,7 @@ class Reading:
         if event.startswith(self._format.last_events):
             self.is_over = True
             self.has_failed = self.has_failed or event.startswith(b"event: error")
-        if self.assembly is not None or any(mark in event for mark in _NOTED):
+        if self.assembly is not None or any(map(event.__contains__, _NOTED)):
             payload = data_of(event)
             self._note(payload)
         is_progress = isinstance(payload, dict) and "prompt_progress" in payload
@@ -207,7 +207,7 @@ class Reading:
             return
         timings = payload.get("timings")
         if isinstance(timings, dict) and not index_of(payload):
-            self.timings = dict(timings)
+            self.timings = timings if self._corrections is None else dict(timings)  # these change it
         for usage in self._format.usages(payload):
             counts = self._format.counts(usage)
             self.n_cached = counts.n_cached if self.n_cached is None else self.n_cached

@@ -98,6 +98,16 @@ class Decision:
     diverged: dict[str, object] | None = None
     user: str = ""
     is_assisted: bool = True
+    plan: Plan | None = (
+        None  # ``chosen`` and ``next_best`` are made of it when the journal is read: few entries are
+    )
+
+    def resolved(self) -> Decision:
+        if (plan := self.plan) is not None:
+            self.plan = None
+            self.chosen = _option(Place(plan.slot, plan.source, plan.n_reused, plan.cost, plan.snapshot))
+            self.next_best = _option(plan.next_best) if plan.next_best is not None else None
+        return self
 
     def to_json(self) -> dict[str, Any]:
         waits = [
@@ -145,7 +155,7 @@ class Journal:
 
     def latest(self, n: int = KEPT) -> Iterator[Decision]:
         """The last ``n`` decisions, newest first."""
-        return islice(reversed(self._decisions), n)
+        return map(Decision.resolved, islice(reversed(self._decisions), n))
 
     def __len__(self) -> int:
         return len(self._decisions)
@@ -234,9 +244,7 @@ class DecisionRecorder:
             decision.is_assisted = False
             _say(decision)
             return
-        place = Place(plan.slot, plan.source, plan.n_reused, plan.cost, plan.snapshot)
-        decision.slot, decision.chosen = plan.slot, _option(place)
-        decision.next_best = _option(plan.next_best) if plan.next_best is not None else None
+        decision.slot, decision.plan = plan.slot, plan
         _say(decision)
 
     def found(self, n_prompt: int, n_reused: int) -> None:
@@ -247,7 +255,7 @@ class DecisionRecorder:
     def record_step(self, slot: SlotKey, act: Act) -> None:
         """Record a step. A step without a plan (a save by llamaslot itself) is an entry of its own."""
         decision = self._begun()
-        is_own = decision.chosen is None
+        is_own = decision.chosen is None and decision.plan is None
         decision.slot = slot
         decision.acts.append(act)
         if is_own:
@@ -298,4 +306,4 @@ def _option(place: Place) -> Option:
 
 def _say(decision: Decision) -> None:
     if log.isEnabledFor(logging.DEBUG):
-        log.debug("%s", explain(decision))
+        log.debug("%s", explain(decision.resolved()))
