@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import yaml
 
 from tests.support.inprocess import spawn
 from tests.support.real import free_port
@@ -71,6 +72,16 @@ class Supervised:
             str(it.port),
             *flags,
         ]
+        return it
+
+    @classmethod
+    def serving(cls, directory: Path, backends: list[dict[str, Any]], **settings: Any) -> Supervised:
+        """``llamaslot serve`` with these backends, instead of ``llamaslot run``."""
+        it = cls((), directory)
+        config = {"listen": {"port": it.port}, "store": {"meta_dir": str(directory / "meta")}, **settings}
+        path = directory / "config.yaml"
+        path.write_text(yaml.safe_dump({**config, "backends": backends}))
+        it._words = [*program(), "serve", "--config", str(path)]
         return it
 
     async def __aenter__(self) -> Supervised:
@@ -150,12 +161,18 @@ class Supervised:
         self._process = self._reading = None
         return status
 
-    async def chat(self, messages: list[dict[str, str]], n: int = 8) -> dict[str, Any]:
+    async def chat(self, messages: list[dict[str, str]], n: int = 8, **more: Any) -> dict[str, Any]:
         """One answer, whole."""
-        body = {"messages": messages, "max_tokens": n, "temperature": 0}
+        body = {"messages": messages, "max_tokens": n, "temperature": 0, **more}
         async with aiohttp.request("POST", self.url + CHAT, json=body) as answer:
             assert answer.status == 200, await answer.text()
             return dict(await answer.json())
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        """Status and body."""
+        async with aiohttp.request("GET", self.url + path) as answer:
+            is_json = answer.content_type == "application/json"
+            return answer.status, await answer.json() if is_json else await answer.text()
 
     async def computed(self) -> float:
         """Prompt tokens that llama-server has computed since its start, by its own counter."""

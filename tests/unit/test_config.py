@@ -322,6 +322,13 @@ def test_the_message_is_a_list(load: Load, tmp_path: Path) -> None:
             "backends[1].name: is llama like that of backends[0]: give each backend a name of its own",
         ),
         (
+            "backends: [{name: a, managed: {model: m, command: sh, port: 9000}},"
+            " {name: b, managed: {model: n, command: sh, port: 9000}}]",
+            "backends[1].managed.port: is 9000 like that of backends[0]; without it a free one is taken",
+        ),
+        (BACKEND + "managed: {max_loaded: 0}", "managed.max_loaded: should be greater than 0; not 0"),
+        (BACKEND + "managed: {idle_unload_s: 0}", "managed.idle_unload_s: should be greater than 0; not 0"),
+        (
             "backends: [{url: 'http://b', managed: {model: m, command: sh}}]",
             "backends[0].managed: not together with url",
         ),

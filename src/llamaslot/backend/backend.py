@@ -21,7 +21,9 @@ from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.idle_save import IdleSave
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
+from llamaslot.backend.presence import Presence, forget_slots
 from llamaslot.backend.slot_table import SlotTable
+from llamaslot.backend.unassisted_slots import has_idle_slot
 from llamaslot.cache.content import NOTHING
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError
 from llamaslot.llama.client import LlamaServer
@@ -46,8 +48,7 @@ _jitter = random.Random()
 # A server that does not answer a small question for _SUSPECT_S gets no more requests while another backend can take
 # them, and is down after the rest.
 _SUSPECT_S, _SILENT_S, _HEALTH_S = 2.0, 3.0, 2.0
-# Pauses between attempts to probe the server after a failure: each twice the last.
-_RETRY_S, _RETRY_AT_LAST_S = 1.0, 60.0
+_RETRY_S, _RETRY_AT_LAST_S = 1.0, 60.0  # pauses between attempts to probe the server, each twice the last
 _LOOK_AGAIN_S = 600.0  # after slots have lost their content
 # A server that has answered a request within this time has not fallen asleep: --sleep-idle-seconds is 1 at least.
 _AWAKE_S = 1.0
@@ -56,6 +57,7 @@ _CONNECT_WAIT_S = 120.0  # how long a request waits for a server that has just r
 
 class Health(enum.Enum):
     DOWN = "down"
+    ASLEEP = "asleep"  # stopped by llamaslot, until a request comes for its model
     CONNECTING = "connecting"
     UP = "up"
 
@@ -129,6 +131,7 @@ class Backend:
         self._doubt = asyncio.Event()
         self._met_or_down = asyncio.Event()  # set unless it is being connected to
         self._met_or_down.set()
+        self.presence = Presence(name)
 
     # -- for requests --------------------------------------------------------------------------------------------
 
@@ -155,6 +158,7 @@ class Backend:
         process), that was a moment ago, and the server has worked since: then it has not fallen asleep either.
         Canceling is safe.
         """
+        await self.presence.serving()
         while (session := self.session) is not None:
             if not session.is_assisted or self.is_proved:
                 return session  # without assist nothing is assumed about its slots
@@ -189,6 +193,7 @@ class Backend:
         proof = self._proof
         return (
             proof is not None
+            and self.presence.is_open
             and self.now() - self._proved_at < _AWAKE_S
             and self.leases.unused_s < _AWAKE_S
             and proof.is_connected()
@@ -216,18 +221,21 @@ class Backend:
             self._forget(Health.CONNECTING)
         self._doubt.set()
 
+    def sleep(self) -> None:
+        """llama-server is stopped until ``wake``; queued requests wait."""
+        self._why_down = "is asleep: the next request for its model starts it"
+        self.presence.set(is_awake=False)
+        self._forget(Health.ASLEEP)
+        self._doubt.set()
+
+    def wake(self) -> None:
+        """llama-server is being started."""
+        self._set(Health.DOWN)
+        self.presence.set(is_awake=True)
+
     def _forget_if_asleep(self, props: Props) -> None:
-        """A sleeping server has unloaded its model: the content of its idle slots is gone (measured)."""
-        table = self.leases.table
-        if props.is_sleeping and table is not None and (filled := table.filled()):
-            log.info(
-                "%s: llama-server has unloaded its model (--sleep-idle-seconds): its slots are empty",
-                self.name,
-            )
-            for slot in filled:
-                table.take(slot, Request("sleep"), self.now(), has_answer=False)
-                table.give_back(slot, SlotEvent.EMPTY, NOTHING, self.now())
-            self.leases.dispatch()
+        if props.is_sleeping:
+            forget_slots(self.leases, self.now())
 
     def _slots_were_lost(self) -> None:
         """Probe again what llama-server does with its slots, with a minimum pause in between."""
@@ -304,6 +312,7 @@ class Backend:
         complaint = ""
         is_retry = False
         while True:
+            await self.presence.awake()
             await self._until_healthy()
             if self.health is Health.DOWN:
                 self._set(Health.CONNECTING)
@@ -389,7 +398,10 @@ class Backend:
             try:
                 props = await self._watched_props()
             except LlamaslotError:
-                if await self.api.why_unhealthy(self._patience_s(_HEALTH_S)) is None:
+                if self.health is not Health.UP:
+                    return
+                patience_s = _HEALTH_S if self._members.are_several else 5.0
+                if await self.api.why_unhealthy(patience_s) is None:
                     self._trust()
                     continue
                 self._why_down = "does not answer"
@@ -403,7 +415,7 @@ class Backend:
             self._forget_if_asleep(props)
             self._prove(session, props)
             is_due = session.aside is not None and session.aside.may_end and self.now() >= retry_at
-            if is_due and await self._is_any_idle(session.table):
+            if is_due and await has_idle_slot(self.api, session.table):
                 self.changed("a slot is idle now")
 
     async def _watched_props(self) -> Props:
@@ -417,20 +429,6 @@ class Backend:
             timer.cancel()
             self._doubt.clear()
 
-    def _patience_s(self, seconds: float) -> float:
-        """How long an answer is waited for: 5 s if there is no other backend."""
-        return seconds if self._members.are_several else 5.0
-
-    async def _is_any_idle(self, table: SlotTable) -> bool:
-        """Whether llama-server has an idle slot while all requests sent to it run in others."""
-        try:
-            infos = await self.api.slots()
-        except LlamaslotError:
-            return False
-        n_at_work = sum(info.is_processing for info in infos)
-        n_sent = sum(not slot.is_idle for slot in table.slots)
-        return n_sent <= n_at_work and any(not info.is_processing for info in infos)
-
     def _forget(self, health: Health) -> None:
         self.session = self._proof = None
         self._set(health)
@@ -442,7 +440,8 @@ class Backend:
 
     def _set(self, health: Health) -> None:
         self.health = health
-        self.metrics.is_up.set(health is Health.UP)
+        self.presence.changes.notify()
+        self.metrics.is_up.set(health in (Health.UP, Health.ASLEEP))
         if health is Health.CONNECTING:
             self.leases.down = None
             self._met_or_down.clear()

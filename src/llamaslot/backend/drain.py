@@ -48,16 +48,15 @@ class Drain:
         self._leases.dispatch()
 
     async def _run(self) -> None:
-        while self._is_at_work():
+        while is_at_work(self._leases):
             await self._leases.changes.wait()
         n_saved = await self._idle_save.save_all()
         self._is_saved = True
         log.info("%s: drained: no request runs here, %d slots were saved", self._backend, n_saved)
 
-    def _is_at_work(self) -> bool:
-        """Whether a client's request runs, or llama-server may still compute for one that has left."""
-        table = self._leases.table
-        is_leased = any(not lease.is_own for lease in self._leases.leases)
-        return is_leased or (
-            table is not None and any(slot.state is SlotState.DRAINING for slot in table.slots)
-        )
+
+def is_at_work(leases: Leases) -> bool:
+    """Whether a client's request runs, or llama-server may still compute for one that has left."""
+    table = leases.table
+    is_leased = any(not lease.is_own for lease in leases.leases)
+    return is_leased or (table is not None and any(slot.state is SlotState.DRAINING for slot in table.slots))

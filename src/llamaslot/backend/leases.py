@@ -67,6 +67,7 @@ class Leases:
         self.is_turn_wanted = False  # the exclusive request waits for others to finish
         self.down: BackendDown | None = None  # llama-server is, and why
         self.is_drained = False  # by the operator: no request begins here
+        self.is_leaving = False  # its model is being unloaded: requests wait until it is loaded again
         self.is_suspect = False  # llama-server may hang: requests go to other backends if there are any
         self._used_at, self._worked_at = now(), -math.inf
         self._n_prefilling, self._prefilling_since, self._prefilled_s = 0, 0.0, 0.0
@@ -103,7 +104,7 @@ class Leases:
     @property
     def is_open(self) -> bool:
         """Whether a request may begin its first step here: connected, and no exclusive request keeps others out."""
-        return self.table is not None and not (self.is_gate_shut or self.is_drained)
+        return self.table is not None and not (self.is_gate_shut or self.is_drained or self.is_leaving)
 
     @property
     def is_coming(self) -> bool:
@@ -186,7 +187,7 @@ class Leases:
         """Lease an idle slot for work of our own (a save, a probe); None if a request waits for one."""
         if self.table is None or self.is_gate_shut or not slot.is_idle:
             return None
-        if self.n_waiting and not self.is_drained:
+        if self.n_waiting and not (self.is_drained or self.is_leaving):
             return None
         return self.grant(slot, request)
 

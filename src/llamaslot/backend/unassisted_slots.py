@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from llamaslot.backend.slot_table import SlotTable
+from llamaslot.errors import LlamaslotError
+from llamaslot.llama.client import LlamaServer
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.slots import Slot
@@ -32,3 +34,14 @@ class UnassistedSlots(SlotTable):
             idle = Slot(self.backend, len(self.slots))
             self.slots.append(idle)
         return idle
+
+
+async def has_idle_slot(api: LlamaServer, table: SlotTable) -> bool:
+    """Whether llama-server has an idle slot while all requests sent to it run in others."""
+    try:
+        infos = await api.slots()
+    except LlamaslotError:
+        return False
+    n_at_work = sum(info.is_processing for info in infos)
+    n_sent = sum(not slot.is_idle for slot in table.slots)
+    return n_sent <= n_at_work and any(not info.is_processing for info in infos)

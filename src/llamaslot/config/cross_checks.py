@@ -50,8 +50,8 @@ def _keeps(backend: object) -> bool:
 
 
 def _twice(backends: Sequence[object]) -> Iterator[tuple[Loc, str]]:
-    """Two backends with one name or one URL, and more than one that llamaslot runs."""
-    names, urls, managed = dict[object, int](), dict[object, int](), list[int]()
+    """Two backends with one name, one URL, or one port."""
+    names, urls, ports = dict[object, int](), dict[object, int](), dict[object, int]()
     for i, backend in enumerate(backends):
         if not isinstance(backend, dict):
             continue
@@ -70,13 +70,12 @@ def _twice(backends: Sequence[object]) -> Iterator[tuple[Loc, str]]:
                 f"is {url} like that of backends[{other}]: one llama-server is one backend, whatever its models are"
                 " called; remove one of the two",
             )
-        if backend.get("managed") is not None:
-            managed.append(i)
-    if len(managed) > 1:
-        yield (
-            ("backends", managed[1], "managed"),
-            "one managed llama-server for now: start the others yourself, and give their url",
-        )
+        port = managed.get("port") if isinstance(managed := backend.get("managed"), dict) else None
+        if port is not None and (other := ports.setdefault(port, i)) != i:
+            yield (
+                ("backends", i, "managed", "port"),
+                f"is {port} like that of backends[{other}]; without it a free one is taken",
+            )
 
 
 def _model_faults(models: object) -> Iterator[tuple[Loc, str]]:

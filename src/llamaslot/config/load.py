@@ -28,6 +28,7 @@ from llamaslot.config.sections import (
     CacheConfig,
     ListenConfig,
     LogConfig,
+    ManagedModelsConfig,
     ModelsConfig,
     PassthroughConfig,
     PrefillConfig,
@@ -56,6 +57,7 @@ class Config(Section):
     listen: ListenConfig = ListenConfig.model_construct()
     backends: tuple[BackendConfig, ...]
     models: ModelsConfig = ModelsConfig.model_construct()
+    managed: ManagedModelsConfig = ManagedModelsConfig.model_construct()
     store: StoreConfig = Field(default_factory=StoreConfig.model_construct)
     routing: RoutingConfig = RoutingConfig.model_construct()
     cache: CacheConfig = CacheConfig.model_construct()

@@ -148,6 +148,15 @@ class BackendConfig(Section):
         return _resolved(self.api_key, self.api_key_file, "api_key_file")
 
 
+class ManagedModelsConfig(Section):
+    """All managed llama-servers together. With neither key all run from the start."""
+
+    # Models that are loaded at a time, each by the first request for it. None: all.
+    max_loaded: Annotated[Count, Field(gt=0)] | None = None
+    # A model is unloaded, its slots saved first, after so many seconds without a request. None: never.
+    idle_unload_s: Annotated[Seconds, Field(gt=0)] | None = None
+
+
 class ModelsConfig(Section):
     """Names of models beside those that the servers tell."""
 

@@ -133,7 +133,7 @@ class Pool:
         The process of a single backend is checked to be alive. Of several none is asked, for one that hangs would
         delay all requests: ``confirm`` asks the one that a request was given.
         """
-        backends = list(self.backends.values())
+        backends = self._members()
         if not backends:
             raise BackendRestarted("no backend serves this model any more")
         if len(backends) == 1:
@@ -158,21 +158,28 @@ class Pool:
         assert error is not None, "a pool has backends"
         raise error
 
+    def _members(self) -> list[Backend]:
+        """The backends that serve its model, or may do so. None is loaded on demand in order to find that out."""
+        every = self.backends.values()
+        known = [its for its in every if its.last_session is not None or its.presence.on_demand is None]
+        return known or list(every)
+
     @property
     def is_proved(self) -> bool:
         """Whether it is known to be as ``ready`` would find it, without a question to any backend."""
         if any(table.model_snapshots.n_unread for table in self.dispatcher.tables):
             return False
-        if len(self.backends) == 1:
-            return next(iter(self.backends.values())).is_proved
-        return any(its.session is not None for its in self.backends.values())
+        members = self._members()
+        if len(members) == 1:
+            return members[0].is_proved
+        return any(its.session is not None for its in members)
 
     async def confirm(self, lease: Lease) -> None:
         """Check that the process of ``lease`` is alive, if ``ready`` did not. Raises BackendRestarted and BackendDown.
         Canceling is safe.
         """
         backend = self.backend_of(lease)
-        if len(self.backends) > 1 and not backend.is_proved:
+        if len(self._members()) > 1 and not backend.is_proved:
             await backend.confirm(lease.table)
 
     def may_try_elsewhere(self, backend: Backend) -> bool:

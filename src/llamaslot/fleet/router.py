@@ -9,7 +9,7 @@ from typing import Any
 from llamaslot.backend.backend import Backend, Health
 from llamaslot.backend.connect import ServerSession
 from llamaslot.config.sections import ModelsConfig
-from llamaslot.errors import BadRequest, ModelNotFound
+from llamaslot.errors import BackendDown, BadRequest, ModelNotFound
 from llamaslot.fleet.pool import Pool, PoolModel
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ class Router:
         self._settings = ModelsConfig()
         self._warned = set[str]()
         self._told: dict[str, PoolModel] = {}  # the last model of each name that a server has told
+        self.on_demand: dict[str, str] = {}  # names of models that are loaded on demand, and their backends
 
     def configure(self, settings: ModelsConfig) -> None:
         self._settings = settings
@@ -35,9 +36,10 @@ class Router:
         """Whether there are several backends, so that a request may concern one or another."""
         return len(self._backends) > 1
 
-    async def pool_for(self, model: object = None, *, is_named: bool = True) -> Pool:
+    async def pool_for(self, model: object = None, *, is_named: bool = True, loads: bool = False) -> Pool:
         """The pool that serves ``model``, as named in a request; ``is_named`` False for a route whose requests name
-        none. With one model any name is accepted, as in llama-server.
+        none. With one model any name is accepted, as in llama-server. ``loads``: a model that is loaded on demand is
+        loaded for it.
 
         Waits for backends that are being connected to, if the model may be theirs. Raises ModelNotFound, BadRequest if
         a model must be named, and BackendDown. Canceling is safe.
@@ -46,26 +48,31 @@ class Router:
             return self._pools[0]
         names = [name for name in (model, self._settings.default) if isinstance(name, str) and name]
         for name in names:
-            if (pool := await self._pool_named(name)) is not None:
+            if (pool := await self._pool_named(name, loads)) is not None:
                 return pool
         known = self._known()
-        if not known:  # no backend was ever up
+        if not known and not self.on_demand:  # no backend was ever up
             await next(iter(self._backends.values())).ready()
             return await self.pool_for(model, is_named=is_named)
-        if not is_named or (len(known) == 1 and not self._was_another(model, known[0])):
+        is_only = len(known) == 1 and not self.on_demand and not self._was_another(model, known[0])
+        if known and (not is_named or is_only):
             return known[0]
+        if not is_named:
+            raise BackendDown("no model is loaded: the first request for one loads it")
         there_are = ", ".join(sorted(self.names()))
         if not isinstance(model, str) or not model:
             raise BadRequest(f"'model' is required, as there are several: {there_are}")
         raise ModelNotFound(f"the model '{model}' does not exist here; there are {there_are}")
 
-    async def _pool_named(self, name: str) -> Pool | None:
+    async def _pool_named(self, name: str, loads: bool) -> Pool | None:
         """Raises BackendDown if ``name`` stands for a backend that was never up."""
         while True:
             target = self._settings.aliases.get(name, name)
             if (pool := next((pool for pool in self._known() if target in _names(pool)), None)) is not None:
                 return pool
-            if (backend := self._backends.get(target)) is not None:
+            if (backend := self._backends.get(self.on_demand.get(target, target))) is not None:
+                if backend.last_session is None and backend.presence.on_demand is not None and not loads:
+                    raise BackendDown(f"{name} is not loaded: the first request for it loads it")
                 await self._connected(backend)
                 return next(pool for pool in self._pools if backend.name in pool.backends)
             unknown = [its for its in self._backends.values() if its.last_session is None]
@@ -97,6 +104,7 @@ class Router:
         """The names of all models, configured ones included."""
         seen = dict.fromkeys(name for pool in self._known() for name in _names(pool))
         yield from seen
+        yield from (name for name in self.on_demand if name not in seen)
         yield from (alias for alias in self._settings.aliases if alias not in seen)
 
     def note_names(self, backend: Backend, session: ServerSession, pool: Pool) -> None:
@@ -119,15 +127,18 @@ class Router:
         for pool in self._known():
             for name, entry in _entries(pool):
                 entries.setdefault(name, entry)
+        for name, backend in self.on_demand.items():
+            if (its := self._backends[backend]).last_session is None:
+                entries.setdefault(name, {**_unknown(), "id": name, "status": {"value": _state([its])}})
         for alias, target in self._settings.aliases.items():
             if alias in entries:
                 continue
             found = entries.get(target)
             if found is None and target in self._backends:
-                its = [
+                told = [
                     entry for pool in self._known() if target in pool.backends for _, entry in _entries(pool)
                 ]
-                found = its[0] if its else None
+                found = told[0] if told else None
             entries[alias] = {**(found or _unknown()), "id": alias}
         return list(entries.values())
 
@@ -146,15 +157,21 @@ def _that_serve(pool: Pool) -> list[ServerSession]:
 
 
 def _entries(pool: Pool) -> Iterator[tuple[str, dict[str, Any]]]:
-    states = {its.health for its in pool.backends.values() if its.last_session is not None}
-    state = "unavailable"
-    if Health.UP in states:
-        state = "loaded"
-    elif Health.CONNECTING in states:
-        state = "loading"
+    state = _state([its for its in pool.backends.values() if its.last_session is not None])
     for session in _that_serve(pool):
         if session.names:
             yield session.names[0], {**session.entry, "status": {"value": state}}
+
+
+def _state(backends: Sequence[Backend]) -> str:
+    """In the words of llama-server's router mode."""
+    states = {its.health for its in backends}
+    if Health.UP in states:
+        return "loaded"
+    is_loaded = any(its.health is Health.DOWN and its.presence.on_demand is not None for its in backends)
+    if Health.CONNECTING in states or is_loaded:
+        return "loading"
+    return "unloaded" if Health.ASLEEP in states else "unavailable"
 
 
 def _is_unproved(pool: Pool) -> bool:

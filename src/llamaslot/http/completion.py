@@ -94,13 +94,13 @@ class Completions:
         except NoObject as error:
             backend = (await self._router.pool_for(is_named=False)).any_backend()
             raise await in_its_words(backend, request, raw, error) from error
-        pool = await self._router.pool_for(body.get("model"))
+        pool = await self._router.pool_for(body.get("model"), loads=True)
         if self._prompts.rewrite(request, body, format_named(route.format)):
             raw = orjson.dumps(body)
         if route.may_be_missing and not await self._passthrough.is_offered(pool, route):
             return await self._passthrough.unprepared(pool, request, raw)
         untokenized = partial(self._passthrough.in_turn, request, route, raw)
-        pool_again = partial(self._router.pool_for, body.get("model"))
+        pool_again = partial(self._router.pool_for, body.get("model"), loads=True)
         exchange = _Exchange(
             pool, pool_again, self._rules, request, route, raw, body, untokenized, self._unassisted
         )

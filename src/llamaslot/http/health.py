@@ -11,9 +11,9 @@ from llamaslot.http.new_connection import HealthAnswer
 
 
 def health_of(registry: Registry) -> tuple[int, dict[str, str]]:
-    """Status and content: 200 while any backend serves, else 503."""
+    """Status and content: 200 while any backend serves, or does so on demand, else 503."""
     states = {backend.health for backend in registry.backends}
-    if Health.UP in states:
+    if states & {Health.UP, Health.ASLEEP}:
         return 200, {"status": "ok"}
     health = Health.CONNECTING if Health.CONNECTING in states else Health.DOWN
     return 503, {"status": health.value}

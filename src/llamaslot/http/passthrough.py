@@ -90,10 +90,10 @@ class Passthrough:
                 raw = orjson.dumps(body)
         return await self.unprepared(await self._pool(request, raw), request, raw)
 
-    async def _pool(self, request: web.Request, raw: bytes) -> Pool:
+    async def _pool(self, request: web.Request, raw: bytes, *, loads: bool = False) -> Pool:
         """The pool of the model that a request names; of the default model, or the first, if it names none."""
         named = named_model(request, raw) if self._router.are_several else None
-        return await self._router.pool_for(named, is_named=named is not None)
+        return await self._router.pool_for(named, is_named=named is not None, loads=loads)
 
     async def is_offered(self, pool: Pool, route: Route) -> bool:
         """Whether llama-server has this route for its model. If assist is off it is not checked, and llama-server
@@ -140,7 +140,7 @@ class Passthrough:
         """
         if raw is None:
             raw = await self._uploads.whole(request)
-        pool = pool or await self._pool(request, raw)
+        pool = pool or await self._pool(request, raw, loads=True)
         while await pool.ready() is None:
             with contextlib.suppress(BackendRestarted):
                 return await self._unassisted.serve(pool, request, route, raw)

@@ -11,18 +11,18 @@ import contextlib
 import gc
 import logging
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
 from llamaslot import __version__
 from llamaslot.config.load import Config
 from llamaslot.errors import LlamaslotError
+from llamaslot.fleet.managed_models import ManagedModels
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.connections import ClientTimeouts, Connections, raise_file_limit
 from llamaslot.http.health import HealthChecks
 from llamaslot.llama.managed.process import ManagedServer
 from llamaslot.llama.quick_import import import_aiohttp
-from llamaslot.tasks import TaskOwner
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -111,24 +111,31 @@ async def listening(config: Config, registry: Registry) -> AsyncIterator[Front]:
 
 async def serve(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Raises LlamaslotError if the store cannot be used, OSError for the port."""
-    tasks = TaskOwner()
     raise_file_limit()
     await asyncio.to_thread(_make_directories, config)
-    managed = _managed(config)
-    registry = Registry.of(config, {managed.name: managed.url} if managed is not None else {})
+    servers = {its.name: its for its in _managed(config)}
+    registry = Registry.of(config, {name: server.url for name, server in servers.items()})
     await registry.open()
+    limits = config.managed
+    managed = ManagedModels(
+        registry.backends, servers, limits.max_loaded, limits.idle_unload_s, config.shutdown.save_s
+    )
+    if managed.on_demand is not None:
+        registry.router.on_demand = {
+            its.managed.model_name: its.name for its in reversed(config.backends) if its.managed is not None
+        }
     stop, save_s = asyncio.Event(), 0.0
     try:
         async with listening(config, registry) as front:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, stop.set)
-            if managed is not None:
+            if servers:
                 await front.load()  # before a child is started: importing aiohttp changes the environment
-                tasks.spawn(managed.run(), "managed llama-server")
+                managed.start()
             registry.start()
             _greet(config, front.listener)
-            if managed is None:
+            if not servers:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LOAD_AFTER_S):
                         await front.connections.is_wanted.wait()
@@ -140,25 +147,26 @@ async def serve(config: Config) -> None:
             gc.enable()
             await stop.wait()
             log.info("stopping")
+            await managed.stop_loading()
         save_s = config.shutdown.save_s
     finally:
         await registry.close(save_s)
-        await tasks.close()  # a managed server is ended last: its slots have been saved
+        await managed.close()  # last: their slots have been saved
 
 
-def _managed(config: Config) -> ManagedServer | None:
-    settings = next((backend for backend in config.backends if backend.managed is not None), None)
-    if settings is None or settings.managed is None:
-        return None
-    assert settings.slot_save_path is not None, "the configuration gives a managed server its directory"
-    return ManagedServer(
-        settings.managed,
-        name=settings.name,
-        slot_save_path=settings.slot_save_path,
-        log_path=config.store.meta_dir / f"{settings.name}.log",
-        port=settings.managed.port,
-        api_key=settings.resolve_api_key(),
-    )
+def _managed(config: Config) -> Iterator[ManagedServer]:
+    for settings in config.backends:
+        if settings.managed is None:
+            continue
+        assert settings.slot_save_path is not None, "the configuration gives a managed server its directory"
+        yield ManagedServer(
+            settings.managed,
+            name=settings.name,
+            slot_save_path=settings.slot_save_path,
+            log_path=config.store.meta_dir / f"{settings.name}.log",
+            port=settings.managed.port,
+            api_key=settings.resolve_api_key(),
+        )
 
 
 def _make_directories(config: Config) -> None:

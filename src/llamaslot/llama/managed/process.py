@@ -124,6 +124,16 @@ class ManagedConfig(BaseModel):
             )
         return self
 
+    @property
+    def model_name(self) -> str:
+        """The name that llama-server tells for it: the first of ``--alias``, else the path."""
+        alias = ""
+        for word, value in zip(self.args, (*self.args[1:], ""), strict=True):
+            name, equals, said = word.partition("=")
+            if name in ("-a", "--alias"):
+                alias = said if equals else value
+        return alias.split(",")[0] or self.model
+
     def needed(self, port: int, slot_save_path: Path) -> list[Flag]:
         """As ``Launch.needed``."""
         model = str(smollm2_path()) if self.model == EMBEDDED_MODEL else self.model
@@ -232,6 +242,7 @@ class ManagedServer:
         self.n_starts = 0
         self.pid: int | None = None  # of the embedded server, or of the guard process of a command
         self.stop_s = stop_s
+        self.on_death: Callable[[str], None] = lambda how: None  # it has ended by itself, in words
         self._needed = launch.needed(self.port, slot_save_path)
         self._api_key, self._backoff = api_key, backoff
         self._sleep, self._now = sleep, now
@@ -253,6 +264,7 @@ class ManagedServer:
                 how = in_words(await self.run_once())
             except OSError as error:
                 how = f"could not be started: {error}"
+            self.on_death(how)
             lasted_s = self._now() - started
             n_deaths = 1 if lasted_s >= self._backoff.served_s else n_deaths + 1
             delay_s = self._backoff.delay_s(n_deaths)

@@ -1,0 +1,122 @@
+"""The llama-servers that llamaslot runs: all from the start, or each when a request comes for its model."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+
+from llamaslot.backend.backend import Backend
+from llamaslot.backend.drain import is_at_work
+from llamaslot.errors import BackendDown
+from llamaslot.fleet.on_demand import OnDemand
+from llamaslot.llama.managed.process import ManagedServer
+from llamaslot.tasks import ChangeEvent, TaskOwner
+
+log = logging.getLogger(__name__)
+
+
+class ManagedModel:
+    """One of them, as ``on_demand.Loadable``. ``save_s``: the longest time for saving its slots."""
+
+    def __init__(self, backend: Backend, server: ManagedServer, save_s: float) -> None:
+        self.name, self._backend, self._server, self._save_s = backend.name, backend, server, save_s
+        self._tasks = TaskOwner()
+
+    @property
+    def changes(self) -> ChangeEvent:
+        return self._backend.leases.changes
+
+    @property
+    def is_at_work(self) -> bool:
+        return is_at_work(self._backend.leases)
+
+    @property
+    def n_waiting(self) -> int:
+        # Until it was connected once, the queue is of another model.
+        return self._backend.leases.n_waiting if self._backend.last_session is not None else 0
+
+    async def load(self) -> None:
+        """As ``Loadable.load``."""
+        deaths = list[str]()
+
+        def died(how: str) -> None:
+            deaths.append(how)
+            self._backend.presence.changes.notify()
+
+        self._server.on_death = died
+        self._tasks.spawn(self._server.run(), f"{self.name}: managed llama-server")
+        self._backend.wake()
+        try:
+            while self._backend.session is None:
+                if deaths:
+                    raise BackendDown(
+                        f"{self.name}: its llama-server {deaths[0]} while it was loading; its log says why"
+                    )
+                await self._backend.presence.changes.wait()
+        except BaseException:
+            await self._stop()
+            raise
+        finally:
+            self._server.on_death = lambda how: None
+        log.info("%s: loaded on demand", self.name)
+
+    async def unload(self) -> None:
+        """As ``Loadable.unload``."""
+        self._backend.leases.is_leaving = True
+        try:
+            await self._backend.save_all(self._save_s)
+        finally:
+            await self._stop()
+            self._backend.leases.is_leaving = False
+        log.info("%s: unloaded; its contexts are on disk", self.name)
+
+    async def _stop(self) -> None:
+        self._backend.sleep()
+        await self._tasks.close()
+
+    async def close(self) -> None:
+        """Stop the server: its slots have been saved."""
+        await self._tasks.close()
+
+
+class ManagedModels:
+    """``servers`` by the names of their backends. With neither limit all run from the start."""
+
+    def __init__(
+        self,
+        backends: Sequence[Backend],
+        servers: Mapping[str, ManagedServer],
+        max_loaded: int | None,
+        idle_unload_s: float | None,
+        save_s: float,
+    ) -> None:
+        self._servers, self._tasks = servers, TaskOwner()
+        self._models: list[ManagedModel] = []
+        self.on_demand: OnDemand | None = None
+        if max_loaded is None and idle_unload_s is None:
+            return
+        managed = [its for its in backends if its.name in servers]
+        self._models = [ManagedModel(its, servers[its.name], save_s) for its in managed]
+        self.on_demand = OnDemand(self._models, max_loaded, idle_unload_s)
+        for its in managed:
+            its.presence.on_demand = self.on_demand
+            its.sleep()
+
+    def start(self) -> None:
+        if self.on_demand is not None:
+            self._tasks.spawn(self.on_demand.run(), "load on demand")
+            return
+        for name, server in self._servers.items():
+            self._tasks.spawn(server.run(), f"{name}: managed llama-server")
+
+    async def stop_loading(self) -> None:
+        """Load and unload nothing any more."""
+        if self.on_demand is not None:
+            await self._tasks.close()
+            await self.on_demand.close()
+
+    async def close(self) -> None:
+        """Stop the servers: their slots have been saved."""
+        await self._tasks.close()
+        await asyncio.gather(*(model.close() for model in self._models))

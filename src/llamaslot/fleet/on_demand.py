@@ -1,0 +1,289 @@
+"""Which models are loaded: each is loaded by the first request for it, at most so many at a time, and unloaded when it
+has been idle for a while.
+
+A request waits in ``serving`` until its model is loaded. If all places are taken, one becomes free by these rules:
+
+1. A model that is idle goes at once, the least recently used first.
+2. If none is idle, one of those goes that have been loaded for as long as loading took them, again the least recently
+   used: so at most half of the time is spent on loading, whoever asks. Requests that come for it from then on wait
+   behind those that waited already; running ones end.
+
+``unload`` saves first, so what comes back finds its context on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from llamaslot.errors import BackendDown
+from llamaslot.tasks import ChangeEvent, TaskOwner
+
+# A request has asked for its model and is not seen at work yet: its prompt is being tokenized.
+_ON_ITS_WAY_S = 1.0
+# After a model could not be loaded, so that it does not push others out with each request: doubled each time.
+_RETRY_S, _RETRY_AT_LAST_S = 1.0, 60.0
+
+
+class Loadable(Protocol):
+    """A model that can be loaded and unloaded. ``changes`` rings when it may have become idle, or wanted."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def changes(self) -> ChangeEvent: ...
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a request runs."""
+        ...
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that wait for one of its slots."""
+        ...
+
+    async def load(self) -> None:
+        """Start it and wait until it serves. Raises BackendDown; then it is stopped. Canceling stops it."""
+        ...
+
+    async def unload(self) -> None:
+        """Save its slots and stop it. Canceling is safe: it is stopped all the same."""
+        ...
+
+
+class State(enum.Enum):
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    LOADED = "loaded"
+    LEAVING = "leaving"  # running requests end, new ones wait
+    UNLOADING = "unloading"
+
+
+NEXT = {
+    State.UNLOADED: {State.LOADING},
+    State.LOADING: {State.LOADED, State.UNLOADED},
+    State.LOADED: {State.LEAVING, State.UNLOADING},
+    State.LEAVING: {State.UNLOADING},
+    State.UNLOADING: {State.UNLOADED},
+}
+
+
+@dataclass(slots=True)
+class _Model:
+    """``used_at``: of the last request, when it began or ended; ``asked_at``: of one that is not seen at work yet;
+    ``since``: when its state began; ``load_s``: what its last loading took; ``retry_at``: no loading before.
+    """
+
+    its: Loadable
+    used_at: float = -math.inf
+    asked_at: float = -math.inf
+    was_running: bool = False
+    since: float = -math.inf
+    load_s: float = 0.0
+    state: State = State.UNLOADED
+    failure: BackendDown | None = None
+    n_failures: int = 0
+    retry_at: float = -math.inf
+    waiters: list[asyncio.Future[None]] = field(default_factory=list)
+    loading: asyncio.Task[None] | None = None
+
+    def go(self, state: State, now: float) -> None:
+        assert state in NEXT[self.state], (
+            f"{self.its.name} is {self.state.value} and cannot become {state.value}"
+        )
+        self.state, self.since = state, now
+
+
+class OnDemand:
+    """``max_loaded``: models that are loaded at a time, None: all; ``idle_unload_s``: idle time after which one is
+    unloaded, None: never.
+    """
+
+    def __init__(
+        self,
+        models: Iterable[Loadable],
+        max_loaded: int | None,
+        idle_unload_s: float | None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._models = {its.name: _Model(its) for its in models}
+        self._max = max_loaded if max_loaded is not None else len(self._models)
+        self._idle_unload_s = idle_unload_s if idle_unload_s is not None else math.inf
+        self._now = now
+        self._wanted: dict[str, None] = {}  # waited for, in the order of the first who waits
+        self._changed = ChangeEvent()
+        self._tasks = TaskOwner()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._models
+
+    def state(self, name: str) -> State:
+        return self._models[name].state
+
+    # -- for requests --------------------------------------------------------------------------------------------
+
+    def is_open(self, name: str) -> bool:
+        """Whether a request for the model may go on without ``serving``; counts as its use."""
+        model = self._models[name]
+        if model.state is not State.LOADED:
+            return False
+        model.used_at = model.asked_at = self._now()
+        return True
+
+    async def serving(self, name: str) -> None:
+        """Wait until the model is loaded. Raises BackendDown if it cannot be. Canceling is safe: another request may
+        still want it.
+        """
+        if self.is_open(name):
+            return
+        model = self._models[name]
+        if model.state is State.UNLOADED and self._now() < model.retry_at:
+            assert model.failure is not None, "set with retry_at"
+            raise model.failure
+        future = asyncio.get_running_loop().create_future()
+        model.waiters.append(future)
+        self._wanted.setdefault(name)
+        self._changed.notify()
+        try:
+            await future
+        finally:
+            if future in model.waiters:
+                model.waiters.remove(future)
+
+    # -- decisions, without an await -----------------------------------------------------------------------------
+
+    def _decide(self) -> None:
+        """Begin what is due. Called whenever something has changed."""
+        now = self._now()
+        self._look(now)
+        for name in list(self._wanted):
+            model = self._models[name]
+            if model.state is State.LOADED:
+                self._served(model)
+            elif model.state is State.UNLOADED and now >= model.retry_at and self._n_taken() < self._max:
+                model.go(State.LOADING, now)
+                model.loading = self._tasks.spawn(self._load(model), f"{name}: load")
+        for model in self._that_go(now):
+            if self._is_idle(model, now):
+                model.go(State.UNLOADING, now)
+                self._tasks.spawn(self._unload(model), f"{model.its.name}: unload")
+            elif model.state is State.LOADED:
+                model.go(State.LEAVING, now)
+
+    def _look(self, now: float) -> None:
+        """Which models are used, and which are wanted: waited for here, or in the queue for their slots."""
+        for name, model in self._models.items():
+            is_running = model.its.is_at_work
+            if is_running or model.was_running:
+                model.used_at, model.asked_at = now, -math.inf
+            model.was_running = is_running
+            if model.waiters or (model.its.n_waiting and model.state is not State.LOADED):
+                self._wanted.setdefault(name)
+            else:
+                self._wanted.pop(name, None)
+
+    def _n_taken(self) -> int:
+        return sum(model.state is not State.UNLOADED for model in self._models.values())
+
+    def _that_go(self, now: float) -> Iterator[_Model]:
+        """Those that leave already; as many more as are needed for those that are wanted; those idle for too long."""
+        yield from [model for model in self._models.values() if model.state is State.LEAVING]
+        going = sum(model.state in (State.LEAVING, State.UNLOADING) for model in self._models.values())
+        unloaded = [self._models[name] for name in self._wanted if self._models[name].state is State.UNLOADED]
+        n_needed = sum(now >= model.retry_at for model in unloaded) - (self._max - self._n_taken()) - going
+        loaded = sorted(
+            (model for model in self._models.values() if model.state is State.LOADED),
+            key=lambda model: (not self._is_idle(model, now), model.used_at),
+        )
+        for model in loaded:
+            is_idle = self._is_idle(model, now)
+            if n_needed > 0 and (is_idle or now - model.since >= model.load_s):
+                n_needed -= 1
+                yield model
+            elif is_idle and now - model.used_at >= self._idle_unload_s:
+                yield model
+
+    def _is_idle(self, model: _Model, now: float) -> bool:
+        return not (model.its.is_at_work or model.its.n_waiting or now - model.asked_at < _ON_ITS_WAY_S)
+
+    def _next_s(self) -> float | None:
+        """Seconds until time alone may change a decision; None if it does not."""
+        now, at = self._now(), list[float]()
+        for model in self._models.values():
+            if model.state in (State.LOADED, State.LEAVING):
+                at.append(model.asked_at + _ON_ITS_WAY_S)
+            if model.state is State.LOADED:
+                at += [model.since + model.load_s, model.used_at + self._idle_unload_s]
+            elif model.state is State.UNLOADED:
+                at.append(model.retry_at)
+        later = [time_ for time_ in at if now < time_ < math.inf]
+        return min(later) - now if later else None
+
+    def _served(self, model: _Model) -> None:
+        self._wanted.pop(model.its.name, None)
+        model.used_at = model.asked_at = self._now()
+        for future in model.waiters:
+            if not future.done():
+                future.set_result(None)
+        model.waiters.clear()
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Load and unload until cancelled. ``close`` is to be called then."""
+        with contextlib.ExitStack() as stack:
+            for model in self._models.values():
+                stack.enter_context(model.its.changes.subscribed(self._changed.notify))
+            while True:
+                self._decide()
+                await self._changed.wait(self._next_s())
+
+    async def close(self) -> None:
+        """End what is being loaded; what is being unloaded is saved. Those that wait get BackendDown."""
+        for model in self._models.values():
+            self._fail(model, BackendDown("llamaslot is stopping"))
+            if model.loading is not None:
+                model.loading.cancel()
+        await self._tasks.drain()
+
+    async def _load(self, model: _Model) -> None:
+        began = self._now()
+        try:
+            await model.its.load()
+        except BackendDown as error:
+            model.n_failures += 1
+            model.retry_at = self._now() + min(
+                _RETRY_AT_LAST_S, _RETRY_S * 2 ** min(model.n_failures - 1, 30)
+            )
+            model.go(State.UNLOADED, self._now())
+            self._fail(model, error)
+        except BaseException:
+            model.go(State.UNLOADED, self._now())
+            self._fail(model, BackendDown(f"{model.its.name}: was not loaded"))
+            raise
+        else:
+            model.n_failures, model.load_s = 0, self._now() - began
+            model.go(State.LOADED, self._now())
+        finally:
+            model.loading = None
+            self._changed.notify()
+
+    def _fail(self, model: _Model, error: BackendDown) -> None:
+        model.failure = error
+        for future in model.waiters:
+            if not future.done():
+                future.set_exception(error)
+        model.waiters.clear()
+
+    async def _unload(self, model: _Model) -> None:
+        try:
+            await model.its.unload()
+        finally:
+            model.go(State.UNLOADED, self._now())
+            self._changed.notify()

@@ -1,0 +1,132 @@
+"""Several llama-servers that llamaslot starts when a request comes for their model, with the real llama.cpp."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.support import models
+from tests.support.figures import Figure
+from tests.support.inprocess import letters
+from tests.support.leftovers import nothing_left
+from tests.support.supervised import CHAT, Supervised, tagged
+
+__all__ = ["nothing_left"]
+pytestmark = pytest.mark.real
+
+ASKING = (
+    *("/health", "/v1/models", "/llamaslot/status", "/llamaslot/metrics", "/llamaslot/journal"),
+    *("/props", "/slots", "/metrics", "/props?model=m1", "/slots?model=m2"),
+)
+
+
+def serving(directory: Path, **limits: Any) -> Supervised:
+    """Models m1 and m2 with two slots each."""
+    backends = [
+        {
+            "name": f"gpu{seed}",
+            "managed": {
+                "model": str(models.dense(directory, seed)),
+                "slots": 2,
+                "context": 16384,
+                "args": ["-t", "1", "--alias", f"m{seed}"],
+            },
+        }
+        for seed in (1, 2)
+    ]
+    return Supervised.serving(directory, backends, managed=limits)
+
+
+async def states(it: Supervised) -> dict[str, str]:
+    _, told = await it.get("/v1/models")
+    return {model["id"]: model["status"]["value"] for model in told["data"]}
+
+
+async def test_two_models_share_one_place_and_keep_their_conversations(
+    tmp_path: Path, figure: Figure
+) -> None:
+    """Users of both alternate; each finds its context on disk after its model was unloaded, by the server's count."""
+    n_prompt = n_computed = 0
+
+    async def turn(messages: list[dict[str, str]], model: str, *, is_counted: bool) -> None:
+        nonlocal n_prompt, n_computed
+        answer = await it.chat(messages, model=model)
+        if is_counted:
+            n_prompt += answer["usage"]["prompt_tokens"]
+            n_computed += answer["timings"]["prompt_n"]
+        said = answer["choices"][0]["message"]["content"]
+        messages += [
+            {"role": "assistant", "content": said},
+            {"role": "user", "content": letters(len(messages), 40)},
+        ]
+
+    async with serving(tmp_path, max_loaded=1) as it:
+        assert len(it.offspring) == 0
+        talks = {
+            (model, user): [{"role": "user", "content": letters(10 * int(model[1]) + user, 6000)}]
+            for model in ("m1", "m2")
+            for user in (0, 1)
+        }
+        for i in range(3):
+            for model in ("m1", "m2"):
+                await asyncio.gather(*(turn(talks[model, user], model, is_counted=i > 0) for user in (0, 1)))
+                assert len(it.offspring) == 1
+                assert [name for name, state in (await states(it)).items() if state == "loaded"] == [model]
+    assert tagged(it.tag) == []
+    figure(
+        f"{n_computed} of {n_prompt} prompt tokens computed after a swap, reused {1 - n_computed / n_prompt:.4f}"
+    )
+    assert n_computed <= 0.02 * n_prompt
+
+
+async def test_users_of_both_at_once_are_all_served(tmp_path: Path) -> None:
+    """Each request waits for its model, whichever is loaded; nobody gets an error."""
+
+    async def user(i: int) -> None:
+        messages = [{"role": "user", "content": letters(i, 400)}]
+        for turn in range(2):
+            answer = await it.chat(messages, model=f"m{1 + (i + turn) % 2}")
+            assert answer["choices"][0]["message"]["content"]
+
+    async with serving(tmp_path, max_loaded=1) as it:
+        await asyncio.gather(*map(user, range(4)))
+        assert len(it.offspring) == 1
+
+
+async def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
+    """Its requests are answered 503 with how it ended, and another model is served as before."""
+    it = serving(tmp_path, max_loaded=1)
+    broken = models.dense(tmp_path, 2)
+    broken.unlink()
+    broken.write_bytes(b"no model")
+    async with it:
+        ask = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+        async with aiohttp.request("POST", it.url + CHAT, json={**ask, "model": "m2"}) as answer:
+            assert answer.status == 503
+            assert "gpu2: its llama-server ended with exit code 1 while it was loading" in await answer.text()
+        await it.chat([{"role": "user", "content": letters(1, 300)}], model="m1")
+        async with aiohttp.request("POST", it.url + CHAT, json={**ask, "model": "m3"}) as answer:
+            assert answer.status == 404
+            assert "m1, m2" in await answer.text()
+
+
+async def test_asking_loads_nothing(tmp_path: Path) -> None:
+    """Neither before a model was ever loaded nor after it was unloaded for being idle; the server is healthy."""
+    async with serving(tmp_path, max_loaded=2, idle_unload_s=1) as it:
+        for name in ("m1", None):
+            for path in ASKING:
+                status, _ = await it.get(path)
+                assert status in (200, 503), path
+                assert not it.offspring, path
+            assert await states(it) == {"m1": "unloaded", "m2": "unloaded"}
+            assert (await it.get("/health"))[0] == 200
+            if name is not None:
+                await it.chat([{"role": "user", "content": letters(1, 300)}], model=name)
+                async with asyncio.timeout(20):
+                    while it.offspring:  # noqa: ASYNC110 - another process ends it
+                        await asyncio.sleep(0.1)
+    assert list((tmp_path / "meta" / "kv").glob("ls-*.kv"))

@@ -1,0 +1,240 @@
+"""Which models are loaded: who is loaded, who makes room, in which order, and what a fault leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from bench.virtual import VirtualLoop
+from llamaslot.errors import BackendDown
+from llamaslot.fleet.on_demand import OnDemand, State
+from llamaslot.tasks import ChangeEvent, TaskOwner
+from tests.support.inprocess import spawn
+
+
+def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """The test as pytest calls it, in time that passes only while all wait."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **arguments: Any) -> None:
+        loop = VirtualLoop()
+        try:
+            loop.run(test(*args, **arguments))
+        finally:
+            loop.close()
+
+    return run
+
+
+class Model:
+    """Takes ``load_s`` seconds to load. ``log``: what happened to all models."""
+
+    def __init__(self, name: str, log: list[str], load_s: float = 5.0) -> None:
+        self.name, self.log, self.load_s = name, log, load_s
+        self.changes = ChangeEvent()
+        self.n_running = self.n_waiting = 0
+        self.fails = False
+
+    @property
+    def is_at_work(self) -> bool:
+        return self.n_running > 0
+
+    async def load(self) -> None:
+        await asyncio.sleep(self.load_s)
+        if self.fails:
+            raise BackendDown(f"{self.name} has no memory")
+        self.log.append(f"+{self.name}")
+
+    async def unload(self) -> None:
+        assert not self.n_running, "saved first"
+        await asyncio.sleep(1.0)
+        self.log.append(f"-{self.name}")
+
+
+class Stage:
+    """Models a, b and c, and clients that use them."""
+
+    def __init__(self, max_loaded: int | None, idle_unload_s: float | None) -> None:
+        self.log: list[str] = []
+        self.models = {name: Model(name, self.log) for name in "abc"}
+        loop = asyncio.get_running_loop()
+        self.on_demand = OnDemand(self.models.values(), max_loaded, idle_unload_s, loop.time)
+        self.now = loop.time
+
+    async def ask(self, name: str, answer_s: float = 1.0) -> None:
+        """One request: it waits until its model is loaded, and runs."""
+        await self.on_demand.serving(name)
+        model = self.models[name]
+        model.n_running += 1
+        model.changes.notify()
+        await asyncio.sleep(answer_s)
+        self.log.append(f"{name}!")
+        model.n_running -= 1
+        model.changes.notify()
+
+    def states(self) -> str:
+        return " ".join(self.on_demand.state(name).value for name in self.models)
+
+
+@asynccontextmanager
+async def staged(max_loaded: int | None = 1, idle_unload_s: float | None = None) -> AsyncIterator[Stage]:
+    stage, tasks = Stage(max_loaded, idle_unload_s), TaskOwner()
+    tasks.spawn(stage.on_demand.run(), "on demand")
+    yield stage
+    await tasks.close()
+    await stage.on_demand.close()
+
+
+@virtual
+async def test_nothing_is_loaded_until_it_is_asked_for() -> None:
+    """Looking at the states loads nothing, for however long."""
+    async with staged() as stage:
+        for _ in range(60):
+            await asyncio.sleep(60)
+            assert stage.states() == "unloaded unloaded unloaded"
+        await asyncio.gather(stage.ask("a"), stage.ask("a"))
+        assert stage.log == ["+a", "a!", "a!"]
+
+
+@virtual
+async def test_the_least_recently_used_idle_one_makes_room() -> None:
+    """It is saved and stopped before the other is started; one that is used again stays."""
+    async with staged(max_loaded=2) as stage:
+        for name in ("a", "b", "a", "c"):
+            await stage.ask(name)
+            await asyncio.sleep(3)
+        assert stage.log == ["+a", "a!", "+b", "b!", "a!", "-b", "+c", "c!"]
+
+
+@virtual
+async def test_an_idle_model_is_unloaded_after_a_while() -> None:
+    """Counted from the end of its last request."""
+    async with staged(idle_unload_s=100) as stage:
+        await stage.ask("a", answer_s=300)
+        await asyncio.sleep(99)
+        assert stage.states().startswith("loaded")
+        await asyncio.sleep(3)
+        assert stage.states().startswith("unloaded")
+        assert stage.log == ["+a", "a!", "-a"]
+
+
+@virtual
+async def test_without_limits_all_stay() -> None:
+    """None for both: loaded by the first request, for ever."""
+    async with staged(None, None) as stage:
+        for name in "abc":
+            await stage.ask(name)
+        await asyncio.sleep(100_000)
+        assert stage.states() == "loaded loaded loaded"
+
+
+@virtual
+async def test_a_busy_model_stays_as_long_as_it_took_to_load() -> None:
+    """Then new requests for it wait behind the other's, running ones end."""
+    async with staged() as stage:
+        await stage.ask("a")
+        began = stage.now()
+        users = [spawn(stage.ask("a", answer_s=1.5)) for _ in range(2)]
+        await asyncio.sleep(0.5)
+        users.append(spawn(stage.ask("b")))
+        await asyncio.sleep(0.8)
+        while "+b" not in stage.log:
+            users.append(spawn(stage.ask("a", answer_s=1.5)))
+            await asyncio.sleep(1.0)
+        assert 4 + 1 + 5 <= stage.now() - began < 4 + 2 + 1 + 5 + 2
+        await asyncio.gather(*users)
+        before, after = stage.log[: stage.log.index("-a")], stage.log[stage.log.index("-a") :]
+        assert before.count("a!") >= 4
+        assert after[:4] == ["-a", "+b", "b!", "-b"]
+        assert after[4:] == ["+a"] + ["a!"] * (len(users) - before.count("a!"))
+
+
+@virtual
+async def test_who_waits_first_is_served_first() -> None:
+    """Three models in turn, however many ask for each."""
+    async with staged() as stage:
+        await asyncio.gather(*map(stage.ask, "abcabc"))
+        assert stage.log == ["+a", "a!", "a!", "-a", "+b", "b!", "b!", "-b", "+c", "c!", "c!"]
+
+
+@virtual
+async def test_one_that_cannot_be_loaded_does_not_push_others_out_again_and_again() -> None:
+    """Its requests fail with the reason; it is tried again after a pause, which grows."""
+    async with staged() as stage:
+        stage.models["b"].fails = True
+        with pytest.raises(BackendDown, match="b has no memory"):
+            await stage.ask("b")
+        for pause_s in (1.1, 2.1, 4.1):
+            with pytest.raises(BackendDown, match="b has no memory"):
+                await asyncio.wait_for(stage.ask("b"), 0.1)
+            await asyncio.sleep(pause_s)
+            with pytest.raises(BackendDown, match="b has no memory"):
+                await stage.ask("b")
+        stage.models["b"].fails = False
+        await asyncio.sleep(10)
+        await stage.ask("b")
+        assert stage.log == ["+b", "b!"]
+
+
+@virtual
+async def test_requests_in_the_queue_of_its_slots_load_it_again() -> None:
+    """They came just before it was stopped."""
+    async with staged() as stage:
+        await stage.ask("a")
+        await stage.ask("b")
+        stage.models["a"].n_waiting = 1
+        stage.models["a"].changes.notify()
+        await asyncio.sleep(20)
+        assert stage.log == ["+a", "a!", "-a", "+b", "b!", "-b", "+a"]
+
+
+@virtual
+async def test_a_request_that_leaves_is_forgotten() -> None:
+    """Before the other has made room: then it stays."""
+    async with staged() as stage:
+        running = spawn(stage.ask("a", answer_s=2))
+        await asyncio.sleep(5.5)
+        waiting = spawn(stage.ask("b"))
+        await asyncio.sleep(0.5)
+        waiting.cancel()
+        await asyncio.sleep(20)
+        await running
+        assert stage.log == ["+a", "a!"]
+
+
+@virtual
+async def test_stopping_tells_those_that_wait() -> None:
+    """Nothing is being loaded afterwards."""
+    async with staged() as stage:
+        waiting = spawn(stage.ask("a"))
+        await asyncio.sleep(1)
+    with pytest.raises(BackendDown):
+        await waiting
+    assert stage.log == []
+    assert stage.states() == "unloaded unloaded unloaded"
+
+
+@pytest.mark.parametrize("max_loaded", [1, 2])
+@virtual
+async def test_never_more_than_allowed_and_everybody_is_served(max_loaded: int) -> None:
+    """Many users with pauses of their own."""
+    async with staged(max_loaded, 30) as stage:
+        n_loaded: Callable[[], int] = lambda: sum(  # noqa: E731
+            stage.on_demand.state(name) is not State.UNLOADED for name in stage.models
+        )
+
+        async def user(i: int) -> None:
+            for turn in range(10):
+                await stage.ask("abc"[(i + turn * (i % 2 + 1)) % 3], answer_s=0.3 + i % 4)
+                assert n_loaded() <= max_loaded
+                await asyncio.sleep((i * 7 + turn * 3) % 11)
+
+        async with asyncio.timeout(3600):
+            await asyncio.gather(*map(user, range(8)))
+        await asyncio.sleep(40)
+        assert n_loaded() == 0
