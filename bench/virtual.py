@@ -15,9 +15,9 @@ class Stuck(AssertionError):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Time passes only while everybody waits, and then at once up to the next timer.
+    """Time passes only while all tasks wait, and then at once up to the next timer.
 
-    For code without threads and without sockets. A loop in which everybody waits for ever raises Stuck.
+    For code without threads and without sockets. A loop in which all tasks wait for ever raises Stuck.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class _Jumper(selectors.BaseSelector):
         if events or timeout == 0:
             return events
         if timeout is None:
-            raise Stuck("everybody waits for ever")
+            raise Stuck("all tasks wait for ever")
         self.now += timeout
         return events
 

@@ -71,7 +71,7 @@ def start(bench: Bench) -> Measured:
                 _measured_start(target, rows["nothing"], rows["nothing: CPU"]).end()
             for target in full:
                 _measured_start(target, rows["many"], rows["many: CPU"]).end()
-                # In the middle of a start, and some time after one: both are ends that nobody prepared.
+                # In the middle of a start, and some time after one: both are unprepared ends.
                 _launch(target, rng.uniform(0.1, 1.0)).end(signal.SIGKILL)
                 running = _measured_start(target, rows["killed"])
                 time.sleep(rng.uniform(0.0, 1.0))

@@ -57,7 +57,7 @@ LEFT = replace(Rules(), chunk_threshold_s=math.inf)
 
 
 def simulate(trace: Trace, setting: Setting) -> Result:
-    """Everybody's whole script. Raises AssertionError when something was left behind or broke a rule."""
+    """The whole script of all users. Raises AssertionError when something was left behind or broke a rule."""
     started = time.monotonic()
     loop = VirtualLoop()
     faults: list[str] = []
