@@ -172,8 +172,11 @@ def test_slots_are_left_to_who_will_come_back(
 
 
 def test_no_slot_is_left_alone_by_what_is_through_at_once() -> None:
-    """A title of 0.2 s takes the last one beside four who read for a minute, and not beside agents."""
+    """A title of 0.2 s takes the last one beside four who read for a minute or are back every two seconds, and not
+    beside one who is back at once."""
     assert may_take_another(3, 4, 1, 5, [SELDOM] * 4, 0.2)
+    assert may_take_another(3, 4, 1, 5, [2.0] * 4, 0.2)
+    assert not may_take_another(3, 4, 1, 5, [2.0] * 4, 0.4)
     assert not may_take_another(3, 4, 1, 5, [SELDOM] * 4, 1.0)
     assert not may_take_another(3, 4, 1, 2, [OFTEN], 0.2)
 

@@ -9,7 +9,9 @@ What llama-server does with a kept connection, measured on xllamacpp 2026.10.115
    too).
 2. It closes one after an answer that took longer than those 5 seconds, without notice.
 3. Each open connection has a thread of its own there. Builds from before March 2026 have n_parallel + 2 threads, so
-   an idle connection blocks others; later ones make new threads as needed.
+   an idle connection blocks others. Later ones have n_parallel + 4 and make new threads as needed, but of several
+   connections opened at once one may be forgotten until another one is closed. With 16 kept for half a second,
+   eight requests at once had their first tokens 0.8 s late, in one burst of five.
 
 So a connection is not reused after 4 idle seconds, after a slow answer or after an error, and only a few are kept. If
 one turns out to be closed before the first byte of an answer, the request is repeated once on a new one: only send
@@ -34,8 +36,8 @@ _LATE_S = 0.1  # a timer that is called so late tells that this process was busy
 _IDLE_S = 4.0  # llama-server closes after 5
 _SLOW_S = 4.0  # llama-server may close the connection after an answer that took longer
 _N_IDLE = 2  # kept for _IDLE_S
-# In a burst more are kept, for this many seconds.
-_N_BURST, _BURST_S = 16, 0.5
+# In a burst more are kept, for this many seconds: as many as llama-server has threads beyond those of its slots.
+_N_BURST, _BURST_S = 4, 0.05
 _WAIT_S = (
     0.05  # for one of these to become free; it costs a quarter of a new connection, but may be busy for long
 )
