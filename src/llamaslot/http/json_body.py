@@ -46,9 +46,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         raise (NoObject if is_broken else BadRequest)(f"the body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
         raise NoObject("the body should be a JSON object")
-    # A level takes two characters, and an item at least one. A body with few brackets and commas has few of both.
-    n = _n_brackets(raw) if len(raw) > 2 * _DEPTH else 0
-    if n > _DEPTH or (n and n + raw.count(b",") > _ITEMS):
+    if len(raw) > 2 * _DEPTH:  # a level takes two characters, and an item at least one
         _check_size(body)
     return body
 
@@ -76,8 +74,7 @@ def _check_size(body: dict[str, Any]) -> None:
     """Raises BadRequest if the body is nested too deeply, or the fields that llamaslot reads have too many items; to
     look through these is most of the work for a body. A list of numbers (tokens) is one item.
 
-    One walk, level by level, instead of counting brackets in the bytes and writing the body again: 0.4 ms instead of
-    1.7 ms for 266 kB.
+    One walk, level by level: 0.05 ms for 46 messages of 270 kB. Counting brackets in the bytes takes 0.4 ms.
     """
     level, others, n_items, depth = list[Any](), dict[str, Any](), 0, 1
     for name, value in body.items():

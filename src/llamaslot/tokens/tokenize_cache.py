@@ -98,8 +98,11 @@ class TokenizeCache:
         if not (known.path or cuts):
             return
         piece = self._roots.setdefault(whose, _Piece(whose, "", b"", None))
-        # Pieces of the path may have been dropped meanwhile.
-        path = [piece := self._child(piece, old.key, old.special, old.tokens) for old in known.path]
+        if known.path and known.path[-1] in self._recent:
+            path = [*known.path]
+            piece = path[-1]
+        else:  # pieces of the path have been dropped meanwhile: the end first
+            path = [piece := self._child(piece, old.key, old.special, old.tokens) for old in known.path]
         begin, first = known.begin, count(known.tokens)
         for cut, end in zip(cuts, ends, strict=True):
             key, special = text[begin : cut.end], text[cut.start : cut.end]
