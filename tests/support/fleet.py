@@ -1,4 +1,4 @@
-"""llamaslot in the test's own loop in front of several fake llama-servers.
+"""llamaslot in the test's own loop in front of several llama-servers: fakes (``fleet``), or real ones (``real_fleet``).
 
 ``async with fleet(tmp_path, 3) as it:``
     ``it.fakes["gpu0"]``, ``it.named("gpu0")``: a server, and the backend that llamaslot has made of it.
@@ -18,16 +18,14 @@ from llamaslot.fleet.pool import Pool
 from tests.support.answers import Answer
 from tests.support.fake import FakeModel, FakeServer
 from tests.support.inprocess import QUIET, Front, Settings, a_session
-from tests.support.real import free_port
+from tests.support.real import RealServer, free_port
 
+_COMPUTED = "llamacpp:prompt_tokens_total"
 A, B = FakeModel(path="a"), FakeModel(weights="B", path="b")
 
 
-@dataclass(kw_only=True)
-class Fleet(Front):
-    """See the module."""
-
-    fakes: Mapping[str, FakeServer]
+class Several(Front):
+    """llamaslot in front of several servers."""
 
     def named(self, name: str) -> Backend:
         """A backend."""
@@ -69,9 +67,66 @@ class Fleet(Front):
         await self.until(rests)
 
     def check(self) -> None:
+        """Raise AssertionError when something is left."""
         for pool in self.registry.pools:
             pool.dispatcher.check()
+
+
+@dataclass(kw_only=True)
+class Fleet(Several):
+    """See the module."""
+
+    fakes: Mapping[str, FakeServer]
+
+    def check(self) -> None:
+        """Also when something was done that must never be."""
+        super().check()
         assert {name: fake.violations for name, fake in self.fakes.items() if fake.violations} == {}
+
+
+@dataclass(kw_only=True)
+class RealFleet(Several):
+    """llamaslot in front of several real llama-servers."""
+
+    servers: Mapping[str, RealServer]
+
+    async def n_computed(self) -> float:
+        """Prompt tokens that the running servers have computed, by their own counters."""
+        return sum([(await its.metrics())[_COMPUTED] for its in self.servers.values() if its.is_running])
+
+
+def configured(directory: Path, backends: list[dict[str, str]], settings: Settings) -> Config:
+    """What a config file with these backends and settings says; ``settings`` go over ``QUIET``."""
+    sections: dict[str, Any] = {name: dict(values) for name, values in QUIET.items()}
+    for name, values in settings.items():
+        sections.setdefault(name, {}).update(values)
+    sections["store"]["meta_dir"] = str(directory / "meta")
+    sections.setdefault("listen", {})["port"] = free_port()
+    (directory / "meta").mkdir(exist_ok=True)
+    return Config.model_validate({"backends": backends, **sections}, context={"directory": directory})
+
+
+@contextlib.asynccontextmanager
+async def real_fleet(
+    directory: Path, models: Sequence[Path], settings: Settings | None = None, **server: Any
+) -> AsyncIterator[RealFleet]:
+    """One real server ``gpu0``, ``gpu1``, … for each of ``models``, all with one directory."""
+    path = directory / "kv"
+    servers = {f"gpu{i}": RealServer(model, path, **server) for i, model in enumerate(models)}
+    backends = [{"name": name, "url": its.url, "slot_save_path": str(path)} for name, its in servers.items()]
+    config = configured(directory, backends, settings or {})
+    async with contextlib.AsyncExitStack() as stack:
+        for its in servers.values():
+            await stack.enter_async_context(its)
+        session = await stack.enter_async_context(a_session())
+        it = RealFleet(servers=servers, config=config, session=session, save_dir=path)
+        try:
+            await it.start()
+            yield it
+            await it.rest()
+            it.check()
+        finally:
+            await it.stop()
 
 
 @contextlib.asynccontextmanager
@@ -95,13 +150,7 @@ async def fleet(
         path.mkdir(parents=True, exist_ok=True)
         server = fakes[f"gpu{i}"] = FakeServer(path, port=free_port(), model=model, **options)
         backends.append({"name": f"gpu{i}", "url": server.url, "slot_save_path": str(path)})
-    sections: dict[str, Any] = {name: dict(values) for name, values in QUIET.items()}
-    for name, values in (settings or {}).items():
-        sections.setdefault(name, {}).update(values)
-    sections["store"]["meta_dir"] = str(directory / "meta")
-    sections.setdefault("listen", {})["port"] = free_port()
-    (directory / "meta").mkdir(exist_ok=True)
-    config = Config.model_validate({"backends": backends, **sections}, context={"directory": directory})
+    config = configured(directory, backends, settings or {})
     async with a_session() as session:
         it = Fleet(fakes=fakes, config=config, session=session, save_dir=directory / "kv")
         try:

@@ -89,6 +89,11 @@ class RealServer:
         self._logs.cleanup()
 
     @property
+    def is_running(self) -> bool:
+        """Whether it was started and not stopped since."""
+        return self._process is not None
+
+    @property
     def pid(self) -> int:
         assert self._process is not None, "not running"
         return self._process.pid
@@ -141,6 +146,11 @@ class RealServer:
             if process.stdin is not None:
                 process.stdin.close()
             await process.wait()
+
+    def save_into(self, directory: Path) -> None:
+        """Its ``--slot-save-path`` from the next start on."""
+        at = self._flags.index("--slot-save-path") + 1
+        self.save_dir, self._flags[at] = directory, str(directory)
 
     async def restart(self, model: Path | None = None) -> None:
         """``stop`` and ``start`` on the same port, with another model if one is given."""

@@ -196,6 +196,7 @@ def test_what_is_leaving_is_in_no_generation_and_not_in_the_next_pool() -> None:
     assert leaving is not None
     assert library.index.holders() == {"s"}
     assert [view.id for view in table.view(Request("a", A), 1.0, SYSTEM_USER).snapshots] == [leaving.holder]
+    library.pending.end_of("gpu0")  # as when its process is gone
     assert not after.view(Request("a", A), 1.0, SYSTEM_USER).snapshots
     assert [view.id for view in after.view(Request("b", B), 1.0, SYSTEM_USER).snapshots] == ["s"]
     for one in (table, after):

@@ -19,6 +19,7 @@ from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import Source
 from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.slots import SlotEvent, SlotKey
+from llamaslot.store.model_snapshots import ModelSnapshots
 from tests.support.inprocess import spawn
 
 RULES = Rules(small_prompt_tokens=100)
@@ -151,3 +152,19 @@ async def test_a_backend_that_is_down_is_not_waited_for() -> None:
     lease = await two.lease("again", OWN)
     assert lease.slot_key.backend == "b"
     two.end(lease)
+
+
+async def test_what_one_backend_is_saving_is_waited_for_on_the_other() -> None:
+    """Both find the same snapshots, so neither resumes from an older one meanwhile."""
+    two = Two()
+    library = ModelSnapshots()
+    for table in two.tables.values():
+        table.can_save = table.can_erase = True
+        table.offer(library)
+    two.holds("a", OWN)
+    other = await two.lease("another", pack(range(9000, 9500)))
+    while other.slot_key != SlotKey("a", 0):  # the save precedes it there
+        other = await two.lease("one more", pack(range(9600, 9900)))
+    view = two.tables["b"].view(Request("follow-up", OWN + pack([1])), two.now, {})
+    assert [snapshot.n_usable for snapshot in view.snapshots] == [2000]
+    assert view.snapshots[0].wait_s > 0

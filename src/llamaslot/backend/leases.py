@@ -143,6 +143,7 @@ class Leases:
         self.down = error
         if self.table is not None:
             self.table.is_current = False
+            self.table.model_snapshots.pending.end_of(self.backend)
         self.table = None
 
     def move(self, admission: Admission) -> None:

@@ -12,7 +12,6 @@ from functools import partial
 from itertools import takewhile
 
 from llamaslot.backend.assist import LostSlots
-from llamaslot.backend.pending import PendingSave, PendingSnapshots
 from llamaslot.backend.slot_worth import SlotWorth
 from llamaslot.backend.snapshot_candidates import SnapshotCandidates
 from llamaslot.cache.content import NOTHING, Content, SnapshotKind
@@ -37,6 +36,7 @@ from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Slot, SlotEvent, SlotKey, SlotState
 from llamaslot.store import Snapshot, WithTokens
 from llamaslot.store.model_snapshots import ModelSnapshots
+from llamaslot.store.pending import PendingSave
 
 DRAIN_S = 0.4  # usual time until the server notices that a client has gone
 
@@ -79,16 +79,15 @@ class SlotTable:
         self._index: PrefixIndex[int] = PrefixIndex()
         self._residents = InNamespaces(self._index, self._namespace_of)
         self.worth = SlotWorth(self.slots, rules, rates, self.rewind_model)
-        self._pending = PendingSnapshots()
         self.offer(ModelSnapshots())
         self._busy: dict[int, SlotForecast] = {}
 
     def offer(self, library: ModelSnapshots) -> None:
         """Use the snapshots in ``library``, which is shared with the slot tables before and after this one."""
         self._snapshots, self._snapshot_index = library.snapshots, library.in_namespaces
-        self.model_snapshots = library
-        self._candidates = SnapshotCandidates(library, self._pending, self.rates, self.rewind_model)
-        self.worth.offer(library, self._pending, self._candidates)
+        self.model_snapshots, self._pending = library, library.pending
+        self._candidates = SnapshotCandidates(self.backend, library, self.rates, self.rewind_model)
+        self.worth.offer(library, self._candidates)
 
     @property
     def can_save(self) -> bool:
@@ -310,7 +309,7 @@ class SlotTable:
         steps_s = plan.cost.steps_s if plan else self.save_s(old)
         leaving = None
         if plan is not None and any(isinstance(step, Save) for step in plan.steps):
-            leaving = self._pending.add(old, now + self.save_s(old))
+            leaving = self._pending.add(old, now + self.save_s(old), self.backend)
         if plan is not None:
             self._expect_trunks(request, plan, now)
         slot.become(SlotEvent.LEASE)
@@ -343,24 +342,25 @@ class SlotTable:
         """
         checkpoints = checkpoints_after((), 0, [n_tokens])
         trunk = Content(head(request.tokens, n_tokens), checkpoints=checkpoints, namespace=request.namespace)
-        self._pending.add(trunk, due_at, slot)
+        self._pending.add(trunk, due_at, self.backend, self.slots[slot].key)
 
     def end_expected_trunks(self, slot: int, upto: int | None = None) -> bool:
         """The shared prefixes of up to ``upto`` tokens (None: any) expected from ``slot`` are saved, or will not
         come. Returns whether one was expected. Idempotent.
         """
-        ended = [end for end in self._pending.trunks_of(slot) if upto is None or end.content.n_tokens <= upto]
+        trunks = self._pending.trunks_of(self.slots[slot].key)
+        ended = [end for end in trunks if upto is None or end.content.n_tokens <= upto]
         for trunk in ended:
             self._pending.end(trunk)
         return bool(ended)
 
     def expected_trunks(self, slot: int) -> list[int]:
         """Where the prefill in ``slot`` is to save a shared prefix, in tokens, ascending."""
-        return sorted(trunk.content.n_tokens for trunk in self._pending.trunks_of(slot))
+        return sorted(trunk.content.n_tokens for trunk in self._pending.trunks_of(self.slots[slot].key))
 
     def users_awaiting(self, slot: int) -> set[str]:
         """The users that wait for a shared prefix from ``slot``."""
-        return {user for trunk in self._pending.trunks_of(slot) for user in trunk.users}
+        return {user for trunk in self._pending.trunks_of(self.slots[slot].key) for user in trunk.users}
 
     def expected_trunk(self, holder: str | None) -> PendingSave | None:
         """The shared prefix of that name, if it is still to be computed."""

@@ -6,7 +6,6 @@ from bisect import bisect_left, insort
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
-from llamaslot.backend.pending import PendingSnapshots
 from llamaslot.backend.snapshot_candidates import N_COVERING, SnapshotCandidates
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, count
@@ -61,9 +60,9 @@ class SlotWorth:
         self._unranked = set[int]()
         self._ranked_at = 0.0
 
-    def offer(self, library: ModelSnapshots, pending: PendingSnapshots, offers: SnapshotCandidates) -> None:
+    def offer(self, library: ModelSnapshots, offers: SnapshotCandidates) -> None:
         """Use the snapshots in ``library``."""
-        self.model_snapshots, self._pending, self._candidates = library, pending, offers
+        self.model_snapshots, self._pending, self._candidates = library, library.pending, offers
         self._on_disk.clear()
         self._basis = None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 
-from llamaslot.backend.pending import PendingSave, PendingSnapshots
 from llamaslot.cache import shared_prefix
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, count, head
@@ -18,6 +17,7 @@ from llamaslot.scheduling.placement import SnapshotView
 from llamaslot.scheduling.request import Request
 from llamaslot.store import Snapshot
 from llamaslot.store.model_snapshots import ModelSnapshots
+from llamaslot.store.pending import PendingSave
 
 N_CANDIDATES = 16  # snapshots considered by a placement, the longest common prefixes first
 N_COVERING = 4  # holders checked for covering the content of a slot
@@ -32,16 +32,11 @@ class SnapshotCandidates:
     """Finds snapshots that a request may resume from. ``rewind_model`` tells how much of each the model can reuse."""
 
     def __init__(
-        self, library: ModelSnapshots, passing: PendingSnapshots, rates: Rates, rewind_model: RewindModel
+        self, backend: str, library: ModelSnapshots, rates: Rates, rewind_model: RewindModel
     ) -> None:
-        self._snapshots, self._pending, self._rates, self._rewind_model = (
-            library.snapshots,
-            passing,
-            rates,
-            rewind_model,
-        )
-        self._library = library
-        self._index = InNamespaces(Joined(library.index, passing.index), self._namespace_of)
+        self._backend, self._rates, self._rewind_model = backend, rates, rewind_model
+        self._library, self._snapshots, self._pending = library, library.snapshots, library.pending
+        self._index = InNamespaces(Joined(library.index, library.pending.index), self._namespace_of)
 
     @property
     def _is_empty(self) -> bool:
@@ -69,7 +64,15 @@ class SnapshotCandidates:
     def _candidates(self, tokens: bytes, namespaces: Collection[Namespace], n: int) -> list[Shared[str]]:
         found = self._index.match(tokens, namespaces, n)
         whole = self._index.longest_full_prefix(tokens, namespaces)
+        if len(self._pending):
+            found = [hit for hit in found if not self._is_computed_elsewhere(hit.holder)]
+            whole = None if whole is not None and self._is_computed_elsewhere(whole.holder) else whole
         return found if whole is None else [whole, *(hit for hit in found if hit != whole)]
+
+    def _is_computed_elsewhere(self, holder: str) -> bool:
+        """Whether it is a shared prefix that another backend computes: how long that takes is not known here."""
+        leaving = self._pending.get(holder)
+        return leaving is not None and leaving.slot is not None and leaving.backend != self._backend
 
     def best_snapshot(self, request: Request) -> str | None:
         """The snapshot that ``request`` would resume from if it got a slot now, if the request needs most of that

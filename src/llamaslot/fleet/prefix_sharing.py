@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
-from llamaslot.backend.pending import PendingSave
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.reuse import TRUNK, checkpoints_after
 from llamaslot.cache.shared_prefix import MIN_TOKENS
@@ -15,6 +14,7 @@ from llamaslot.scheduling.placement import BackendView
 from llamaslot.scheduling.plan import Wait
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import IDLE
+from llamaslot.store.pending import PendingSave
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class PrefixWait:
         cls, leases: Leases, trunk: PendingSave, wait: Wait, now: float, at_last: float
     ) -> PrefixWait | None:
         """None if the maker of ``trunk`` has gone."""
-        maker = next((lease for lease in leases.held() if lease.slot_id == trunk.slot), None)
+        maker = next((lease for lease in leases.held() if lease.slot_key == trunk.slot), None)
         if maker is None:
             return None
         n_own = wait.instead.n_reused if wait.instead is not None else 0

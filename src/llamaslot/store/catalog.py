@@ -379,6 +379,9 @@ class Catalog:
         Raises SnapshotInvalid otherwise. The snapshot is then dropped, unless llamaslot only lacked a resource (open
         files, memory). Canceling is safe.
         """
+        if (pinned := self._table.pending_delete.get(id)) is not None:
+            # Superseded since it was chosen, and still pinned by the one that asks.
+            return await asyncio.to_thread(scan.agree_still, self.directory, pinned)
         try:
             pin = self.pin(id)
         except KeyError:

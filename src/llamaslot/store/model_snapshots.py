@@ -22,6 +22,7 @@ from llamaslot.records import dataclass
 from llamaslot.store import Catalog, Snapshot, WithTokens
 from llamaslot.store.disk_index_rebuild import DiskIndexRebuild
 from llamaslot.store.overlap import PrefixOverlap
+from llamaslot.store.pending import PendingSnapshots
 from llamaslot.tasks import TaskOwner
 
 _FEW = 64  # unread snapshots for which a connection waits: 20 ms
@@ -36,7 +37,7 @@ def content_of(snapshot: WithTokens) -> Content:
 
 
 class ModelSnapshots:
-    """The snapshots of one model, and their index. ``on_change`` is called after each change."""
+    """The snapshots of one model, those being saved, and their index. ``on_change`` is called after each change."""
 
     def __init__(
         self, index: LayeredIndex | None = None, on_change: Callable[[LayeredIndex], None] | None = None
@@ -47,6 +48,7 @@ class ModelSnapshots:
         self.overlap = PrefixOverlap(self.in_namespaces, self.snapshots)
         self.on_change = on_change
         self.changes = Changes()  # of the index
+        self.pending = PendingSnapshots()
         self.n_unread = 0  # snapshots on disk whose tokens are being read: no request is placed before
 
     def __repr__(self) -> str:

@@ -11,11 +11,12 @@ from llamaslot.cache.content import Content
 from llamaslot.cache.namespaces import Namespace, marker
 from llamaslot.cache.prefix_index import Changes, PrefixIndex
 from llamaslot.records import dataclass
+from llamaslot.scheduling.slots import SlotKey
 
 
 @dataclass(frozen=True, slots=True)
 class PendingSave:
-    """Content being saved: neither in a slot nor a snapshot until the save is committed.
+    """Content being saved by ``backend``: neither in a slot nor a snapshot until the save is committed.
 
     ``slot``: for a shared prefix that is still to be computed, the slot of the request that computes it; ``users``:
     those that wait for it.
@@ -24,12 +25,15 @@ class PendingSave:
     holder: str
     content: Content
     until: float
-    slot: int | None = None
+    backend: str
+    slot: SlotKey | None = None
     users: set[str] = field(default_factory=set, compare=False)
 
 
 class PendingSnapshots:
-    """All pending saves. ``index`` has the tokens of each by its holder, behind the mark of its namespace."""
+    """All pending saves of one model, by whichever backend. ``index`` has the tokens of each by its holder, behind the
+    mark of its namespace.
+    """
 
     def __init__(self) -> None:
         self.index: PrefixIndex[str] = PrefixIndex()
@@ -56,9 +60,9 @@ class PendingSnapshots:
         """The holders of shared prefixes to come: not computed yet, and the request that computes them may leave."""
         return [entry.holder for entry in self._entries.values() if entry.slot is not None]
 
-    def add(self, content: Content, until: float, slot: int | None = None) -> PendingSave:
+    def add(self, content: Content, until: float, backend: str, slot: SlotKey | None = None) -> PendingSave:
         name = "leaving" if slot is None else "prefix"
-        entry = PendingSave(f"{name}-{next(self._serial)}", content, until, slot)
+        entry = PendingSave(f"{name}-{next(self._serial)}", content, until, backend, slot)
         self._entries[entry.holder] = entry
         marked = marker(content.namespace) + content.tokens
         self.index.insert(entry.holder, marked)
@@ -71,7 +75,12 @@ class PendingSnapshots:
             self.index.drop(entry.holder)
             self.changes.note(marker(entry.content.namespace) + entry.content.tokens)
 
-    def trunks_of(self, slot: int) -> list[PendingSave]:
+    def end_of(self, backend: str) -> None:
+        """The process of ``backend`` is gone, or may hang: none of its saves is waited for any more."""
+        for entry in [entry for entry in self._entries.values() if entry.backend == backend]:
+            self.end(entry)
+
+    def trunks_of(self, slot: SlotKey) -> list[PendingSave]:
         """The shared prefixes to come from ``slot``."""
         return [entry for entry in self._entries.values() if entry.slot == slot]
 
