@@ -113,7 +113,7 @@ def test_what_others_hold_of_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
             if not slot.is_idle or not slot.content.tokens:
                 continue
             others = {other.id for other in table.slots if other is slot or not other.is_idle}
-            found = table._residents.cover(slot.content.tokens, slot.content.namespace, exclude=others)
+            found = table.residents.cover(slot.content.tokens, slot.content.namespace, exclude=others)
             on_disk = table._candidates.on_disk(slot.content.tokens, slot.content.namespace)
             assert table.worth.covered(slot) == max(found, on_disk)
             assert table.worth.on_disk(slot) == on_disk

@@ -77,7 +77,7 @@ class SlotTable:
         self.lost_slots = LostSlots()
         self.n_batch = 0  # prompt tokens that the server computes at once; 0 until that was seen
         self._index: PrefixIndex[int] = PrefixIndex()
-        self._residents = InNamespaces(self._index, self._namespace_of)
+        self.residents = InNamespaces(self._index, self._namespace_of)
         self.worth = SlotWorth(self.slots, rules, rates, self.rewind_model)
         self.offer(ModelSnapshots())
         self._busy: dict[int, SlotForecast] = {}
@@ -121,13 +121,13 @@ class SlotTable:
 
         Of many slots those that ``place`` would never choose are left out.
         """
-        hits = self._residents.match(request.tokens, request.reads)
+        hits = self.residents.match(request.tokens, request.reads)
         shared = {hit.holder: hit.n_shared for hit in hits}
         found = self._candidates.found(request) if self.can_save else []
         if not is_patient:
             found = [hit for hit in found if self.expected_trunk(hit.holder) is None]
         residents = [
-            (hit.n_shared, partial(self._residents.tokens, hit.holder))
+            (hit.n_shared, partial(self.residents.tokens, hit.holder))
             for hit in takewhile(lambda hit: hit.n_shared >= MIN_TOKENS, hits)  # the longest come first
         ]
         branch = self._candidates.branch(residents, found)
@@ -186,7 +186,7 @@ class SlotTable:
 
     def missing_s(self, request: Request) -> float:
         """The estimated prefill time of the request's prompt, from its longest cached prefix."""
-        held = self._residents.match(request.tokens, request.reads, 1) if not request.no_cache else []
+        held = self.residents.match(request.tokens, request.reads, 1) if not request.no_cache else []
         n_held = held[0].n_shared if held else 0
         n_saved = (
             self._candidates.on_disk(request.tokens, request.namespace)
@@ -440,7 +440,7 @@ class SlotTable:
             held = self._busy[slot.id].will_hold if is_busy else slot.content.tokens
             assert (slot.id in self._index) == bool(held), f"a slot is indexed by what it holds: {slot}"
             if held:
-                assert self._residents.tokens(slot.id) == held, f"the index holds what the slot holds: {slot}"
+                assert self.residents.tokens(slot.id) == held, f"the index holds what the slot holds: {slot}"
             if slot.state is SlotState.FREE:
                 assert slot.content == NOTHING, f"a free slot holds nothing: {slot}"
             if slot.content.snapshot is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import field
 
@@ -10,6 +11,8 @@ from llamaslot.records import dataclass
 from llamaslot.scheduling.plan import Wait
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotKey
+
+_N_NEAREST, _N_OTHERS = 4, 4
 
 
 @dataclass(slots=True)
@@ -39,8 +42,31 @@ class DispatchPass:
             self.again_s.append(max(look_in_s, 0.0))
 
 
-def large_enough(tables: Sequence[SlotTable], request: Request) -> Sequence[SlotTable]:
-    """The tables whose slots hold the prompt, if any do: backends of one model may have different contexts."""
+def worth_a_look(tables: Sequence[SlotTable], request: Request) -> Sequence[SlotTable]:
+    """The tables that ``request`` may be placed on. A view of one takes 0.1 ms, so of many backends only some are
+    looked at: those whose slots share most with it, and of those with an idle slot the ones that would compute it
+    soonest, with an empty slot and used longest ago first. None whose slots are too small for the prompt, if others are
+    large enough: backends of one model may have different contexts.
+    """
     if len(tables) < 2:
         return tables
-    return [table for table in tables if table.n_ctx > request.n_tokens] or tables
+    tables = [table for table in tables if table.n_ctx > request.n_tokens] or tables
+    if len(tables) <= _N_NEAREST + _N_OTHERS:
+        return tables
+    shared = {table.backend: _n_shared(table, request) for table in tables}
+
+    def loss(table: SlotTable) -> tuple[float, float]:
+        seconds = table.rates.prefill.seconds(0, request.n_tokens)
+        # An empty slot has never been used, or is the oldest.
+        return round(seconds, 2), min(
+            slot.used_at if slot.content.n_tokens else 0 for slot in table.slots if slot.is_idle
+        )
+
+    nearest = heapq.nlargest(_N_NEAREST, tables, key=lambda table: (shared[table.backend], table.n_idle > 0))
+    others = (table for table in tables if table.n_idle and table not in nearest)
+    return [*nearest, *heapq.nsmallest(_N_OTHERS, others, key=loss)]
+
+
+def _n_shared(table: SlotTable, request: Request) -> int:
+    hits = table.residents.match(request.tokens, request.reads, 1)
+    return hits[0].n_shared if hits else 0

@@ -18,7 +18,7 @@ from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.unassisted_slots import UnassistedSlots
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, QueueFull
-from llamaslot.fleet.dispatch_pass import DispatchPass, large_enough
+from llamaslot.fleet.dispatch_pass import DispatchPass, worth_a_look
 from llamaslot.fleet.preemption import Preemptions
 from llamaslot.fleet.prefix_sharing import PrefixWait, ask_for_trunk, prefix_due_s
 from llamaslot.fleet.queue import Queue, QueueLimits, Waiting, answer_s, estimate
@@ -187,7 +187,7 @@ class Dispatcher:
             return None
         if _n_idle(open_) < 2 or any(lease.is_long for lease in self.leases):
             return None
-        views = [table.view(request, now, {}) for table in large_enough(tables, request)]
+        views = [table.view(request, now, {}) for table in worth_a_look(tables, request)]
         plan = place(request, views, self.rules)
         if isinstance(plan, Wait):
             return None
@@ -395,7 +395,7 @@ class Dispatcher:
         save it.
         """
         request, now = waiting.request, self.now()
-        tables = large_enough(tables, request)
+        tables = worth_a_look(tables, request)
         makers = [lease for lease in self.leases if lease.table in tables and lease.is_long]
         is_patient = waiting.prefix_wait is None or waiting.prefix_wait.lasts(request, now)
         views = {its.backend: its.view(request, now, reserved, is_patient=is_patient) for its in tables}
