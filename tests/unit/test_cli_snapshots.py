@@ -219,6 +219,22 @@ def test_gc_removes_those_of_other_models_when_asked(stopped: StoppedStore, run:
     assert (refused.exit_code, "start llamaslot with it once" in refused.stderr) == (2, True)
 
 
+def test_no_model_of_several_backends_is_another_one(stopped: StoppedStore, run: Run) -> None:
+    """They share the directory. While the model of one is not known, nothing is removed."""
+    config = stopped.root / "config.yaml"
+    config.write_text(
+        "backends: [{url: 'http://127.0.0.1:8080', slot_save_path: kv},"
+        " {name: b, url: 'http://127.0.0.1:8082', slot_save_path: ../" + stopped.root.name + "/kv}]\n"
+        f"store: {{meta_dir: {stopped.root}, min_free: 0}}\n"
+    )
+    assert run("gc", "--others").exit_code == 2
+    rates = Rates()
+    rates.model = OTHERS
+    (stopped.root / "b.rates.json").write_text(json.dumps(rates.to_json()))
+    assert run("gc", "--others").exit_code == 0
+    assert stopped.kept() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("limits", "left", "why"),
     [

@@ -52,9 +52,7 @@ async def test_without_the_directory_in_the_configuration(
     async with served(tmp_path, {"backend": {"slot_save_path": None}}) as it:
         await all_answered(it)
         assert it.files() == []
-    assert [line for line in warnings(caplog) if "backends[0].slot_save_path is not set" in line] == warnings(
-        caplog
-    )
+    assert [line for line in warnings(caplog) if "slot_save_path is not set" in line] == warnings(caplog)
     assert len(warnings(caplog)) == 1
 
 

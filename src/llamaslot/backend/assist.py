@@ -17,7 +17,7 @@ from llamaslot.records import dataclass
 
 _SERVER_FLAGS = "-np {n} --no-kv-unified --no-cache-idle-slots --cache-ram 0 --slot-save-path DIR"
 _SWITCH_ON = (
-    "Start it with: llama-server … " + _SERVER_FLAGS + " --metrics, and set backends[0].slot_save_path to DIR"
+    "Start it with: llama-server … " + _SERVER_FLAGS + " --metrics, and set its slot_save_path to DIR"
 )
 _BRINGS = (
     "contexts are then found again after a restart and beyond what RAM holds, and long prompts give way to other"
@@ -88,7 +88,7 @@ def no_slots(n_slots: int | None, answer: str) -> StandingAside:
 def not_understood(answer: str) -> StandingAside:
     return StandingAside(
         f"what answers is no llama-server with one model, as llamaslot knows it ({answer})",
-        "Point backends[0].url at a llama-server that was started with a model (-m), not at its router mode or another"
+        "Point its url at a llama-server that was started with a model (-m), not at its router mode or another"
         f" server. {_remedy(None)}",
     )
 
@@ -103,7 +103,7 @@ def no_completions(answer: str) -> StandingAside:
 def wrong_key(answer: str) -> StandingAside:
     return StandingAside(
         f"llama-server refuses llamaslot's API key ({answer})",
-        "Set backends[0].api_key or api_key_file to the key that llama-server was started with",
+        "Set its api_key or api_key_file to the key that llama-server was started with",
     )
 
 

@@ -27,11 +27,11 @@ _MAX_WINDOW = 8192  # a longer sliding window is not probed: it would take too l
 
 NO_SAVE_PATH = (
     "llama-server runs without --slot-save-path: a context that leaves its slot is computed again. Start it with"
-    " --slot-save-path DIR and set backends[0].slot_save_path to the same directory"
+    " --slot-save-path DIR and set its slot_save_path to the same directory"
 )
 NO_DIRECTORY = (
-    "backends[0].slot_save_path is not set: a context that leaves its slot is computed again. Set it to the directory"
-    " that llama-server was given as --slot-save-path, as seen from here"
+    "slot_save_path is not set: a context that leaves its slot is computed again. Set it to the directory that"
+    " llama-server was given as --slot-save-path, as seen from here; that of another machine must be mounted (NFS)"
 )
 NO_REWIND = (
     "%s: this model (%s) resumes only at the exact end of a context or at a checkpoint near it; a prompt that differs"

@@ -48,9 +48,10 @@ def check(path: Path) -> Checked:
     except ConfigError as error:
         raise ConfigError(error.source, [*error.faults, *_unusable_as_written(path)]) from None
     checked = Checked(list(_unusable(config)))
-    directory = config.backend.slot_save_path
-    if directory is not None and directory.is_dir() and os.access(directory, os.R_OK | os.X_OK):
-        store = config.store
+    store = config.store
+    for directory in dict.fromkeys(backend.slot_save_path for backend in config.backends):
+        if directory is None or not directory.is_dir() or not os.access(directory, os.R_OK | os.X_OK):
+            continue
         n_held = sum(size_bytes(directory, id_) for id_ in list_own(directory).suffixes)
         note = beyond_disk(store.quota, store.min_free, directory, n_held)
         checked.notes += [note] if note else []
@@ -68,27 +69,30 @@ def check(path: Path) -> Checked:
 
 def _unusable(config: Config) -> Iterator[str]:
     """The directories that this user cannot use. Files that are only read were read with the configuration."""
-    backend, meta_dir = config.backend, config.store.meta_dir
-    made = [("store.meta_dir", meta_dir)]  # at the start
-    if backend.slot_save_path is not None:
-        key = "backends[0].slot_save_path"
+    made = [("store.meta_dir", config.store.meta_dir)]  # at the start
+    for i, backend in enumerate(config.backends):
+        directory, key = backend.slot_save_path, f"backends[{i}].slot_save_path"
+        if directory is None or directory in (before.slot_save_path for before in config.backends[:i]):
+            continue
         if backend.managed is not None:
-            made.append((key, backend.slot_save_path))
-        elif fault := _closed(backend.slot_save_path, os.R_OK | os.W_OK | os.X_OK):
+            made.append((key, directory))
+        elif fault := _closed(directory, os.R_OK | os.W_OK | os.X_OK):
             yield f"{key}: {fault}"
         else:
-            yield from _closed_within(key, backend.slot_save_path, ("ls-", LOCK_NAME, HITS_NAME))
+            yield from _closed_within(key, directory, ("ls-", LOCK_NAME, HITS_NAME))
+    names = tuple(f"{backend.name}." for backend in config.backends)
     for key, path in made:
         above = next((at for at in (path, *path.parents) if os.path.lexists(at)), path)
         if fault := _closed(above, os.W_OK | os.X_OK | (os.R_OK if above == path else 0)):
             is_made = "" if above == path else f"{path} is made at the start, and "
             yield f"{key}: {is_made}{fault}"
         elif above == path:
-            yield from _closed_within(key, path, (f"{backend.name}.",))
-    if backend.managed is not None and backend.managed.command is None:
-        model = Path(backend.managed.model)
-        if model.is_absolute() and (fault := _closed(model, os.R_OK)):
-            yield f"backends[0].managed.model: {fault}"
+            yield from _closed_within(key, path, names)
+    for i, backend in enumerate(config.backends):
+        if backend.managed is not None and backend.managed.command is None:
+            model = Path(backend.managed.model)
+            if model.is_absolute() and (fault := _closed(model, os.R_OK)):
+                yield f"backends[{i}].managed.model: {fault}"
 
 
 def _unusable_as_written(path: Path) -> Iterator[str]:
@@ -162,12 +166,12 @@ def _owner(path: Path) -> str:
 
 def _only_for_root(path: Path, config: Config) -> Iterator[str]:
     """What only root can use, independent of the service's user."""
-    auth, tls, backend = config.auth, config.listen.tls, config.backend
+    auth, tls = config.auth, config.listen.tls
     read = {
         "the configuration": path.absolute(),
         "auth.keys_file": auth.keys_file,
         "auth.admin_key_file": auth.admin_key_file,
-        "backends[0].api_key_file": backend.api_key_file,
+        **{f"backends[{i}].api_key_file": its.api_key_file for i, its in enumerate(config.backends)},
         "listen.tls.cert": tls.cert if tls is not None else None,
         "listen.tls.key": tls.key if tls is not None else None,
         **{f"prewarm[{i}]": file for i, file in enumerate(config.prewarm)},
@@ -175,7 +179,10 @@ def _only_for_root(path: Path, config: Config) -> Iterator[str]:
     for key, file in read.items():
         if file is not None and _is_roots_alone(file, os.R_OK):
             yield f"{key}: only root can read {file} ({_owner(file)})"
-    written = {"store.meta_dir": config.store.meta_dir, "backends[0].slot_save_path": backend.slot_save_path}
+    written = {
+        "store.meta_dir": config.store.meta_dir,
+        **{f"backends[{i}].slot_save_path": its.slot_save_path for i, its in enumerate(config.backends)},
+    }
     for key, directory in written.items():
         if directory is not None and directory.exists() and _is_roots_alone(directory, os.W_OK):
             yield f"{key}: only root can write to {directory} ({_owner(directory)})"

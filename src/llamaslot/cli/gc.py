@@ -36,34 +36,40 @@ class Removal:
 
 @dataclass(frozen=True, slots=True)
 class OfflineStore:
-    """A directory, its limits, and what llamaslot has learned there. ``model``: the last served one, None if none was
-    served yet.
+    """A directory, its limits, and what llamaslot has learned there. ``models``: those last served by the backends with
+    that directory; empty if that of any is not known yet.
     """
 
     directory: Path
     limits: Limits
     now: float
-    model: Identity | None
+    models: tuple[Identity, ...]
     rates: Rates
     hit_rates: HitRateModel
 
     @classmethod
     def of(cls, config: Config, now: float) -> OfflineStore:
-        """Raises DirectoryUnusable if the configuration names no directory. Blocking."""
-        backend, store = config.backend, config.store
-        if backend.slot_save_path is None:
+        """Of the first directory that the configuration names. Raises DirectoryUnusable if it names none. Blocking."""
+        store = config.store
+        named = [backend for backend in config.backends if backend.slot_save_path is not None]
+        if not named:
             raise DirectoryUnusable("backends[0].slot_save_path is not set: nothing is kept on disk")
-        rates = Rates.from_json(_read(store.meta_dir / f"{backend.name}.rates.json"))
+        backend, directory = named[0], os.path.realpath(str(named[0].slot_save_path))
+        that_share_it = [its for its in named if os.path.realpath(str(its.slot_save_path)) == directory]
+        learned = [Rates.from_json(_read(store.meta_dir / f"{its.name}.rates.json")) for its in that_share_it]
+        rates = learned[0]
+        models = [Identity.from_text(its.model) for its in learned]
+        known = tuple(model for model in models if model is not None) if None not in models else ()
         hit_rates = HitRateModel.from_json(_read(store.meta_dir / f"{backend.name}.returns.json"))
         limits = Limits(store.quota, store.max_files, store.min_free)
-        return cls(backend.slot_save_path, limits, now, Identity.from_text(rates.model), rates, hit_rates)
+        return cls(Path(str(backend.slot_save_path)), limits, now, known, rates, hit_rates)
 
     def is_ours(self, item: Item) -> bool:
-        """Whether the last served model can use it; also true if no model is known."""
-        if item.noted is None or self.model is None:
+        """Whether a model that was served last can use it; also true if those are not known."""
+        if item.noted is None or not self.models:
             return True
         other = Identity.from_text(item.noted.fingerprint)
-        return other is not None and self.model.is_same(other)
+        return other is not None and any(model.is_same(other) for model in self.models)
 
     def saves_s(self, stats: SnapshotStats) -> float:
         """Seconds saved by each hit, without regard to other snapshots."""
@@ -75,7 +81,7 @@ def over_limits(store: OfflineStore, items: list[Item]) -> list[Removal]:
     order = ByValue(store.hit_rates)
     order.saves_s = store.saves_s
     table = SnapshotTable(order)
-    table.fingerprints = frozenset({_OURS} if store.model is not None else ())
+    table.fingerprints = frozenset({_OURS} if store.models else ())
     for item in items:
         noted = item.noted
         assert noted is not None, "what is whole has a sidecar"

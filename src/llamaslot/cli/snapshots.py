@@ -123,7 +123,7 @@ def gc(path: Path, dry_run: bool, others: bool) -> None:
     """Remove unfinished and broken files, and what exceeds the limits of the configuration."""
     with _faults():
         store = _store_of(path)
-        if others and store.model is None:
+        if others and not store.models:
             raise DirectoryUnusable("which model is served is not known yet: start llamaslot with it once")
         with _locked(store, dry_run):
             stock = take_stock(store.directory)
@@ -209,7 +209,7 @@ def _fields(item: Item, store: OfflineStore) -> dict[str, Any]:
         "checkpoints": list(noted.checkpoints) if noted else [],
         "source": noted.source if noted else None,
         "model": _short(noted.fingerprint) if noted else None,
-        "is_of_model_served_last": store.is_ours(item) if noted and store.model is not None else None,
+        "is_of_model_served_last": store.is_ours(item) if noted and store.models else None,
         "file": str(store.directory / f"{item.id}.kv"),
     }
 
