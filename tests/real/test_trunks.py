@@ -27,12 +27,12 @@ async def test_a_new_conversation_reuses_a_system_prompt_that_another_one_comput
     assert min(opening.share for opening in openings) >= 0.98
 
 
-@pytest.mark.parametrize("kind", ["dense", "recurrent", "swa"])
+@pytest.mark.parametrize("kind", ["dense", "swa"])
 async def test_conversations_that_begin_together_compute_their_system_prompt_once(
     tmp_path: Path, figure: Figure, kind: str
 ) -> None:
     """The others wait for the first one to get that far, also on a server whose speed is not known yet."""
-    model = {"recurrent": models.recurrent, "swa": models.swa}.get(kind, models.dense)(tmp_path)
+    model = models.swa(tmp_path) if kind == "swa" else models.dense(tmp_path)
     async with Stack(model, tmp_path) as stack:
         opening = await begin_together(stack, n_system=3000, n_conversations=3)
     figure(opening)
