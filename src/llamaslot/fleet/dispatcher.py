@@ -406,7 +406,7 @@ class Dispatcher:
             leases = self.backends[place_.slot.backend]
             trunk = leases.table.expected_trunk(place_.snapshot) if leases.table is not None else None
             if trunk is not None:
-                trunk.users.add(request.user.id)
+                trunk.users.update({request.user.id} - {""})  # not llamaslot itself
                 at_last = waiting.came_at + (self.queue.limits.max_wait_s or math.inf) / 2
                 waiting.prefix_wait = waiting.prefix_wait or PrefixWait.of(
                     leases, trunk, decision, now, at_last
