@@ -24,6 +24,9 @@ ASKING = (
 )
 
 
+ONE = [{"role": "user", "content": letters(1, 300)}]
+
+
 def serving(directory: Path, **limits: Any) -> Supervised:
     """Models m1 and m2 with two slots each."""
     backends = [
@@ -83,6 +86,18 @@ async def test_two_models_share_one_place_and_keep_their_conversations(
     assert n_computed <= 0.02 * n_prompt
 
 
+async def test_without_limits_both_run_from_the_start(tmp_path: Path) -> None:
+    """And each serves its own model, at once."""
+    async with serving(tmp_path) as it:
+        async with asyncio.timeout(30):
+            while set((await states(it)).values()) != {"loaded"}:  # noqa: ASYNC110 - another process loads them
+                await asyncio.sleep(0.05)
+        told = await asyncio.gather(*(it.chat(ONE, model=model) for model in ("m1", "m2")))
+        assert [answer["model"] for answer in told] == ["m1", "m2"]
+        assert len(it.offspring) == 2
+    assert tagged(it.tag) == []
+
+
 async def test_users_of_both_at_once_are_all_served(tmp_path: Path) -> None:
     """Each request waits for its model, whichever is loaded; nobody gets an error."""
 
@@ -108,7 +123,7 @@ async def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
         async with aiohttp.request("POST", it.url + CHAT, json={**ask, "model": "m2"}) as answer:
             assert answer.status == 503
             assert "gpu2: its llama-server ended with exit code 1 while it was loading" in await answer.text()
-        await it.chat([{"role": "user", "content": letters(1, 300)}], model="m1")
+        await it.chat(ONE, model="m1")
         async with aiohttp.request("POST", it.url + CHAT, json={**ask, "model": "m3"}) as answer:
             assert answer.status == 404
             assert "m1, m2" in await answer.text()
@@ -125,7 +140,7 @@ async def test_asking_loads_nothing(tmp_path: Path) -> None:
             assert await states(it) == {"m1": "unloaded", "m2": "unloaded"}
             assert (await it.get("/health"))[0] == 200
             if name is not None:
-                await it.chat([{"role": "user", "content": letters(1, 300)}], model=name)
+                await it.chat(ONE, model=name)
                 async with asyncio.timeout(20):
                     while it.offspring:  # noqa: ASYNC110 - another process ends it
                         await asyncio.sleep(0.1)
