@@ -27,7 +27,7 @@ ASKING = (
 ONE = [{"role": "user", "content": letters(1, 300)}]
 
 
-def serving(directory: Path, **limits: Any) -> Supervised:
+def serving(directory: Path, *, settings: Any = None, **limits: Any) -> Supervised:
     """Models m1 and m2 with two slots each."""
     backends = [
         {
@@ -41,7 +41,7 @@ def serving(directory: Path, **limits: Any) -> Supervised:
         }
         for seed in (1, 2)
     ]
-    return Supervised.serving(directory, backends, managed=limits)
+    return Supervised.serving(directory, backends, managed=limits, **(settings or {}))
 
 
 async def states(it: Supervised) -> dict[str, str]:
@@ -90,7 +90,7 @@ async def test_without_limits_both_run_from_the_start(tmp_path: Path) -> None:
     """And each serves its own model, at once."""
     async with serving(tmp_path) as it:
         async with asyncio.timeout(30):
-            while set((await states(it)).values()) != {"loaded"}:  # noqa: ASYNC110 - another process loads them
+            while await states(it) != {"m1": "loaded", "m2": "loaded"}:  # noqa: ASYNC110 - of another process
                 await asyncio.sleep(0.05)
         told = await asyncio.gather(*(it.chat(ONE, model=model) for model in ("m1", "m2")))
         assert [answer["model"] for answer in told] == ["m1", "m2"]
@@ -110,6 +110,17 @@ async def test_users_of_both_at_once_are_all_served(tmp_path: Path) -> None:
     async with serving(tmp_path, max_loaded=1) as it:
         await asyncio.gather(*map(user, range(4)))
         assert len(it.offspring) == 1
+
+
+async def test_a_stream_is_told_that_its_model_is_loading(tmp_path: Path) -> None:
+    """At its first loading, and when it comes back."""
+    async with serving(tmp_path, max_loaded=1, settings={"stream": {"keepalive_s": 0.05}}) as it:
+        for model in ("m1", "m2", "m1"):
+            body = {"messages": ONE, "max_tokens": 2, "model": model, "stream": True}
+            async with aiohttp.request("POST", it.url + CHAT, json=body) as answer:
+                said = await answer.text()
+            assert said.startswith(": loading the model\n")
+            assert said.endswith("data: [DONE]\n\n")
 
 
 async def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:

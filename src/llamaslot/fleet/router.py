@@ -26,7 +26,8 @@ class Router:
         self._settings = ModelsConfig()
         self._warned = set[str]()
         self._told: dict[str, PoolModel] = {}  # the last model of each name that a server has told
-        self.on_demand: dict[str, str] = {}  # names of models that are loaded on demand, and their backends
+        self.managed: dict[str, str] = {}  # names that managed servers will tell, and their backends
+        self.is_on_demand = False  # whether these are loaded on demand
 
     def configure(self, settings: ModelsConfig) -> None:
         self._settings = settings
@@ -51,10 +52,12 @@ class Router:
             if (pool := await self._pool_named(name, loads)) is not None:
                 return pool
         known = self._known()
-        if not known and not self.on_demand:  # no backend was ever up
-            await next(iter(self._backends.values())).ready()
+        always = (its for its in self._backends.values() if its.presence.on_demand is None)
+        if not known and (first := next(always, None)) is not None:  # no backend was ever up
+            await first.ready()
             return await self.pool_for(model, is_named=is_named)
-        is_only = len(known) == 1 and not self.on_demand and not self._was_another(model, known[0])
+        is_all_known = all(self._backends[name].last_session is not None for name in self.managed.values())
+        is_only = len(known) == 1 and is_all_known and not self._was_another(model, known[0])
         if known and (not is_named or is_only):
             return known[0]
         if not is_named:
@@ -64,13 +67,30 @@ class Router:
             raise BadRequest(f"'model' is required, as there are several: {there_are}")
         raise ModelNotFound(f"the model '{model}' does not exist here; there are {there_are}")
 
+    def unloaded_pool(self, model: object) -> Pool | None:
+        """If ``pool_for``, or that pool's ``ready``, would have to load the model: a pool in which its backend is now.
+        None if it is loaded, or never loaded on demand.
+        """
+        if not self.is_on_demand:
+            return None
+        name = self._settings.aliases.get(model, model) if isinstance(model, str) else self._settings.default
+        names = (pool for pool in self._known() if name in _names(pool))
+        backends = list(pool.backends.values()) if (pool := next(names, None)) is not None else []
+        if not backends and isinstance(name, str):
+            named = self._backends.get(self.managed.get(name, name))
+            backends = [named] if named is not None else []
+        unloaded = [its for its in backends if its.presence.on_demand is not None and its.session is None]
+        if not unloaded or len(unloaded) < len(backends):
+            return None
+        return next(pool for pool in self._pools if unloaded[0].name in pool.backends)
+
     async def _pool_named(self, name: str, loads: bool) -> Pool | None:
         """Raises BackendDown if ``name`` stands for a backend that was never up."""
         while True:
             target = self._settings.aliases.get(name, name)
             if (pool := next((pool for pool in self._known() if target in _names(pool)), None)) is not None:
                 return pool
-            if (backend := self._backends.get(self.on_demand.get(target, target))) is not None:
+            if (backend := self._backends.get(self.managed.get(target, target))) is not None:
                 if backend.last_session is None and backend.presence.on_demand is not None and not loads:
                     raise BackendDown(f"{name} is not loaded: the first request for it loads it")
                 await self._connected(backend)
@@ -104,7 +124,7 @@ class Router:
         """The names of all models, configured ones included."""
         seen = dict.fromkeys(name for pool in self._known() for name in _names(pool))
         yield from seen
-        yield from (name for name in self.on_demand if name not in seen)
+        yield from (name for name in self.managed if name not in seen)
         yield from (alias for alias in self._settings.aliases if alias not in seen)
 
     def note_names(self, backend: Backend, session: ServerSession, pool: Pool) -> None:
@@ -127,7 +147,7 @@ class Router:
         for pool in self._known():
             for name, entry in _entries(pool):
                 entries.setdefault(name, entry)
-        for name, backend in self.on_demand.items():
+        for name, backend in self.managed.items():
             if (its := self._backends[backend]).last_session is None:
                 entries.setdefault(name, {**_unknown(), "id": name, "status": {"value": _state([its])}})
         for alias, target in self._settings.aliases.items():

@@ -8,6 +8,7 @@ import enum
 class Comment(enum.StrEnum):
     """One text each; ``format`` fills in the parts in braces."""
 
+    LOADING = "loading the model"  # on demand
     QUEUED = "queued {position}"  # 1 is the next request to get a slot
     SAVING = "saving"  # the slot's content, or a shared prefix
     CLEARING = "clearing slot"  # an erase that no restore follows

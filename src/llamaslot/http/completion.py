@@ -94,7 +94,9 @@ class Completions:
         except NoObject as error:
             backend = (await self._router.pool_for(is_named=False)).any_backend()
             raise await in_its_words(backend, request, raw, error) from error
-        pool = await self._router.pool_for(body.get("model"), loads=True)
+        # Its first loading is waited for in the exchange, which sends comments meanwhile.
+        unloaded = None if route.may_be_missing else self._router.unloaded_pool(body.get("model"))
+        pool = unloaded or await self._router.pool_for(body.get("model"), loads=True)
         if self._prompts.rewrite(request, body, format_named(route.format)):
             raw = orjson.dumps(body)
         if route.may_be_missing and not await self._passthrough.is_offered(pool, route):
@@ -104,6 +106,7 @@ class Completions:
         exchange = _Exchange(
             pool, pool_again, self._rules, request, route, raw, body, untokenized, self._unassisted
         )
+        exchange.must_load = unloaded is not None
         return await exchange.run()
 
 
@@ -131,6 +134,7 @@ class _Exchange:
         self.in_one_piece = False  # the answer cannot be assembled from a stream
         self.pool, self.request, self.route, self.body = pool, request, route, body
         self.pool_again = pool_again
+        self.must_load = False  # the model is not loaded, and ``pool`` may be another one's
         self.lease: Lease | None = None  # the last one; its backend is the one that failed, if any
         self._asked: Backend | None = None  # before a lease
         self.id: str = whole.id if whole is not None else request_id(request.headers)
@@ -162,6 +166,12 @@ class _Exchange:
             return await self.down.fail(LlamaslotError(f"{MISTAKE} (request id {self.id})"))
 
     async def _run(self) -> web.StreamResponse:
+        if self.must_load:
+            self.down.say(Comment.LOADING)
+            async with self.down.waiting(self.pool.tasks):
+                self.pool, self._asked = await self.pool_again(), None
+                with contextlib.suppress(BackendRestarted):
+                    await self.pool.ready()
         for attempt in range(ATTEMPTS):
             if attempt:
                 self.pool, self._asked = await self.pool_again(), None

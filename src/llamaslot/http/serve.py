@@ -120,10 +120,10 @@ async def serve(config: Config) -> None:
     managed = ManagedModels(
         registry.backends, servers, limits.max_loaded, limits.idle_unload_s, config.shutdown.save_s
     )
-    if managed.on_demand is not None:
-        registry.router.on_demand = {
-            its.managed.model_name: its.name for its in reversed(config.backends) if its.managed is not None
-        }
+    registry.router.managed = {
+        its.managed.model_name: its.name for its in reversed(config.backends) if its.managed is not None
+    }
+    registry.router.is_on_demand = managed.on_demand is not None
     stop, save_s = asyncio.Event(), 0.0
     try:
         async with listening(config, registry) as front:
