@@ -102,7 +102,7 @@ def configured(directory: Path, backends: list[dict[str, str]], settings: Settin
         sections.setdefault(name, {}).update(values)
     sections["store"]["meta_dir"] = str(directory / "meta")
     sections.setdefault("listen", {})["port"] = free_port()
-    (directory / "meta").mkdir(exist_ok=True)
+    (directory / "meta").mkdir(parents=True, exist_ok=True)
     return Config.model_validate({"backends": backends, **sections}, context={"directory": directory})
 
 

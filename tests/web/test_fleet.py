@@ -266,3 +266,19 @@ async def test_the_commands_drain_and_undrain(tmp_path: Path) -> None:
         assert await run("drain", "gpu7") == (2, "there is no backend gpu7; there are gpu0, gpu1")
     code, said = await run("drain", "gpu1")
     assert (code, "is it running, with this configuration?" in said) == (2, True)
+
+
+async def test_one_that_does_not_see_the_files_of_others_keeps_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It saves into the directory, but does not find what is renamed there: said with the remedy, and it serves."""
+    async with fleet(tmp_path, 2, wait=False) as it:
+        for server in it.fakes.values():
+            await server.start()
+        it.fakes["gpu1"].faults.fail("restore")
+        await it.start()
+        (told,) = [
+            text for text in caplog.messages if "cannot restore a file that llamaslot has renamed" in text
+        ]
+        assert told.startswith("gpu1: nothing is kept on disk: ")
+        assert (await it.ask(TEXTS[0])).status == 200

@@ -336,6 +336,7 @@ class Backend:
     async def _connect(self, *, is_retry: bool) -> ServerSession:
         """Identify the server and probe its abilities. Raises BackendDown."""
         handshake = Handshake(self.name, self.api, self._catalog, self._libraries, self.rates, self._rules)
+        handshake.probes.has_others_files = self.store is not None and self.store.n_backends > 1
         try:
             return await handshake.run(self.now(), is_retry=is_retry)
         except BackendDown:

@@ -78,6 +78,7 @@ class Probes:
         self.api, self.catalog, self.rates = api, catalog, rates
         self.warnings: list[str] = []
         self.can_erase = True
+        self.has_others_files = False  # other backends save into the same directory
         self.is_cache_kind_sure = False
         self.window: int | None = None  # of a sliding window, in tokens; None if no model file tells
 
@@ -105,9 +106,22 @@ class Probes:
         async def save(name: str) -> None:
             await self.api.save(slot, name)
 
+        async def restore(name: str) -> None:
+            await self.api.erase(slot)
+            try:
+                await self.api.restore(slot, name)
+            except SlotActionFailed as error:
+                raise NotShared(
+                    f"llama-server saves into {directory}, but cannot restore a file that llamaslot has renamed there"
+                    f" ({error}): it would not find what other servers save. Mount that directory without a cache of"
+                    " its entries, or give this server a directory of its own"
+                ) from error
+
+        directory = self.catalog.directory
         room = await self._quota(self.rates.size_bytes(n_tokens)) if n_tokens else None
         try:
-            await prove_shared(self.catalog.directory, save)
+            # Not in a slot that holds a context: a restore that fails would lose it.
+            await prove_shared(directory, save, restore if self.has_others_files and not n_tokens else None)
         except SlotActionFailed as error:
             self.can_erase = error.status_upstream != 501
             self.warnings.append(NO_SAVE_PATH if not self.can_erase else f"slots cannot be saved: {error}")

@@ -175,12 +175,16 @@ class Pool:
         return any(its.session is not None for its in members)
 
     async def confirm(self, lease: Lease) -> None:
-        """Check that the process of ``lease`` is alive, if ``ready`` did not. Raises BackendRestarted and BackendDown.
-        Canceling is safe.
+        """Check that the process of ``lease`` is alive, if there are several backends: the request may have waited, and
+        the model be another one now. Raises BackendRestarted and BackendDown. Canceling is safe.
         """
         backend = self.backend_of(lease)
-        if len(self._members()) > 1 and not backend.is_proved:
+        if len(self._fleet) == 1 or backend.is_proved:
+            return
+        if len(self._members()) > 1:
             await backend.confirm(lease.table)
+        elif (await backend.ready()).table is not lease.table:
+            raise BackendRestarted
 
     def may_try_elsewhere(self, backend: Backend) -> bool:
         """Whether another backend can take a request that ``backend`` has failed, now or soon."""

@@ -97,6 +97,7 @@ class Registry:
                 on_drop=self._dropped,
                 saves_s=self._saves_s,
             )
+        self.stores[path].n_backends += 1
         return self.stores[path]
 
     def _new_pool(self) -> Pool:

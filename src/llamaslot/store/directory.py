@@ -84,15 +84,20 @@ class DirectoryLock:
             self._fd = None
 
 
-async def prove_shared(directory: Path, save: Callable[[str], Awaitable[None]]) -> None:
+async def prove_shared(
+    directory: Path,
+    save: Callable[[str], Awaitable[None]],
+    restore: Callable[[str], Awaitable[None]] | None = None,
+) -> None:
     """Check that llama-server's ``--slot-save-path`` is ``directory`` and that llamaslot can handle its files.
 
     ``save(name)`` makes llama-server save an idle slot under that name. The file must then appear here, be a readable
     slot file, and be renamed and unlinked. Nothing is left behind if unlinking works; after a crash in between the
-    next scan removes the probe by its name.
+    next scan removes the probe by its name. ``restore(name)`` makes llama-server restore the renamed file: then it also
+    sees what others do in the directory.
 
     Raises NotShared or DirectoryUnusable with the fix, SnapshotInvalid if the server writes an unknown format, and
-    whatever ``save`` raises. Canceling is safe.
+    whatever ``save`` and ``restore`` raise. Canceling is safe.
     """
     probe, moved = (directory / (new_id() + PROBE) for _ in range(2))
     fix = _GROUP.format(directory=directory)
@@ -112,6 +117,8 @@ async def prove_shared(directory: Path, save: Callable[[str], Awaitable[None]]) 
             _explain(error, probe, fix)
             raise
         await _attempt("renamed", aiofiles.os.rename, probe, moved, fix=fix)
+        if restore is not None:
+            await restore(moved.name)
         await _attempt("unlinked", aiofiles.os.unlink, moved, fix=fix)
     finally:
         await asyncio.shield(asyncio.to_thread(_clear, probe, moved))

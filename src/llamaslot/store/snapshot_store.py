@@ -35,6 +35,7 @@ class SnapshotStore:
         saves_s: Callable[[SnapshotStats], float],
     ) -> None:
         self._min_free_bytes = min_free_bytes
+        self.n_backends = 0  # that save into this directory
         self.name, self._on_drop, self._tasks = name, on_drop, TaskOwner()
         self._order = ByValue()
         self._order.saves_s = saves_s
