@@ -282,3 +282,17 @@ async def test_one_that_does_not_see_the_files_of_others_keeps_its_own(
         ]
         assert told.startswith("gpu1: nothing is kept on disk: ")
         assert (await it.ask(TEXTS[0])).status == 200
+
+
+async def test_a_request_waits_for_the_first_server_that_comes(tmp_path: Path) -> None:
+    """Not for the one that is configured first; while none answers it is told at once."""
+    async with fleet(tmp_path, 2, wait=False) as it:
+        await it.start(wait=False)
+        assert (await it.ask(TEXTS[0])).status == 503
+        hang = it.fakes["gpu1"].faults.hang("/props")
+        await it.fakes["gpu1"].start()
+        await asyncio.wait_for(hang.reached.wait(), 10)
+        task = spawn(it.ask(TEXTS[0]))
+        await asyncio.sleep(0)
+        hang.release()
+        assert backend_of(await task) == "gpu1"

@@ -52,9 +52,9 @@ class Router:
             if (pool := await self._pool_named(name, loads)) is not None:
                 return pool
         known = self._known()
-        always = (its for its in self._backends.values() if its.presence.on_demand is None)
-        if not known and (first := next(always, None)) is not None:  # no backend was ever up
-            await first.ready()
+        always = [its for its in self._backends.values() if its.presence.on_demand is None]
+        if not known and always:  # no backend was ever up
+            await min(always, key=lambda its: its.health is not Health.CONNECTING).ready()
             return await self.pool_for(model, is_named=is_named)
         is_all_known = all(self._backends[name].last_session is not None for name in self.managed.values())
         is_only = len(known) == 1 and is_all_known and not self._was_another(model, known[0])
