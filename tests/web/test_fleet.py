@@ -164,6 +164,8 @@ async def test_a_server_that_dies_before_a_byte_was_sent_is_not_noticed(
         await it.fakes[place].kill()
         answer = await task
         assert (answer.status, len(answer.text)) == (200, 4)
+        counted = (await it.get("/llamaslot/metrics")).raw.decode()
+        assert f'llamaslot_failovers_total{{backend="{place}"}} 1.0' in counted
         assert bool(answer.comments) is is_stream
 
 

@@ -34,6 +34,7 @@ class Failover:
         if not self.may_move(pool, failed):
             return False
         failed.suspect()
+        failed.metrics.failovers.inc()
         log.warning("%s: %s has failed, another backend takes the request: %s", self.id, failed.name, error)
         return True
 

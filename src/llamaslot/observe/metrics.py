@@ -144,6 +144,10 @@ class BackendMetrics:
         self.bytes_saved = counter("saved_bytes", "Bytes written to snapshots")
         self.restores = counter("restores", "Snapshots restored into slots")
         self.bytes_restored = counter("restored_bytes", "Bytes read from snapshots")
+        self.failovers = counter(
+            "failovers",
+            "Requests that went to another backend because this one failed before their answer began",
+        )
         self.restarts = counter("backend_restarts", "Times that llama-server was found to be another process")
         self.save_s = histogram("save_seconds", "Seconds of one save, waiting for llama-server included")
         self.restore_s = histogram(
