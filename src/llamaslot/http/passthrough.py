@@ -66,8 +66,7 @@ class Passthrough:
             # The body says which model it is for, and can be sent a second time.
             raw = await self._uploads.whole(request) if request.body_exists else b""
             pool = await self._pool(request, raw)
-            changed = route.gate if route.gate in _CHANGES_MODEL and request.method == "POST" else None
-            return await self.unprepared(pool, request, raw, changes_model=changed)
+            return await self.unprepared(pool, request, raw, gate=route.gate)
         upload = Upload(self._uploads, request)
         data = upload.pieces() if request.body_exists else None
         backend = (await self._router.pool_for()).any_backend()
@@ -103,11 +102,12 @@ class Passthrough:
         return context is None or await pool.any_backend().route_availability.has(route.path)
 
     async def unprepared(
-        self, pool: Pool, request: web.Request, raw: bytes, *, changes_model: str | None = None
+        self, pool: Pool, request: web.Request, raw: bytes, *, gate: str | None = None
     ) -> web.StreamResponse:
         """Relay a request that takes no slot: it only asks for information, or llama-server refuses it. ``raw``: its
-        body. ``changes_model``: the gate of a request after which the backend must be connected to again.
+        body. ``gate``: of a request that may change something, so that it is sent once only.
         """
+        changes_model = gate in _CHANGES_MODEL and request.method == "POST"
         failover = _failover(request)
         for _ in range(ATTEMPTS):
             backend = pool.any_backend()
@@ -116,11 +116,11 @@ class Passthrough:
                     failover.kept(pool, partial(_same, backend)),
                     self._upstream(backend, request, raw, to_server(request)) as upstream,
                 ):
-                    if changes_model is not None and upstream.status < 400:
-                        backend.changed(f"{changes_model} was called")
+                    if changes_model and upstream.status < 400:
+                        backend.changed(f"{gate} was called")
                     return await relay(request, upstream, {})
             except BackendDown as error:
-                if not failover.moves(pool, backend, error):
+                if gate is not None or not failover.moves(pool, backend, error):
                     raise
         raise BackendDown(GIVEN_UP)
 
