@@ -99,7 +99,7 @@ async def test_without_limits_both_run_from_the_start(tmp_path: Path) -> None:
 
 
 async def test_users_of_both_at_once_are_all_served(tmp_path: Path) -> None:
-    """Each request waits for its model, whichever is loaded; nobody gets an error."""
+    """Each request waits for its model, whichever is loaded; none fails."""
 
     async def user(i: int) -> None:
         messages = [{"role": "user", "content": letters(i, 400)}]

@@ -1,4 +1,4 @@
-"""Which models are loaded: who is loaded, who makes room, in which order, and what a fault leaves."""
+"""Which models are loaded: which one makes room, in which order, and what a fault leaves."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ async def test_stopping_tells_those_that_wait() -> None:
 
 @pytest.mark.parametrize("max_loaded", [1, 2])
 @virtual
-async def test_never_more_than_allowed_and_everybody_is_served(max_loaded: int) -> None:
+async def test_never_more_than_allowed_and_all_are_served(max_loaded: int) -> None:
     """Many users with pauses of their own."""
     async with staged(max_loaded, 30) as stage:
         n_loaded: Callable[[], int] = lambda: sum(  # noqa: E731

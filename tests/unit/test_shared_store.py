@@ -23,7 +23,7 @@ def test_each_model_has_a_part_that_is_found_again(tmp_path: Path) -> None:
 
 
 def test_a_second_one_of_the_same_model_gets_another_part(tmp_path: Path) -> None:
-    """It is told who has the first; the first that is free is taken."""
+    """It is told which process has the first; the first that is free is taken."""
     parts = [claim(tmp_path, "m") for _ in range(3)]
     assert len({part.directory for part in parts}) == 3
     assert parts[2].taken == (str(os.getpid()),) * 2

@@ -5,7 +5,7 @@ A request waits in ``serving`` until its model is loaded. If all places are take
 
 1. A model that is idle goes at once, the least recently used first.
 2. If none is idle, one of those goes that have been loaded for as long as loading took them, again the least recently
-   used: so at most half of the time is spent on loading, whoever asks. Requests that come for it from then on wait
+   used: so at most half of the time is spent on loading, however many ask. Requests that come for it from then on wait
    behind those that waited already; running ones end.
 
 ``unload`` saves first, so what comes back finds its context on disk.
@@ -116,7 +116,7 @@ class OnDemand:
         self._max = max_loaded if max_loaded is not None else len(self._models)
         self._idle_unload_s = idle_unload_s if idle_unload_s is not None else math.inf
         self._now = now
-        self._wanted: dict[str, None] = {}  # waited for, in the order of the first who waits
+        self._wanted: dict[str, None] = {}  # waited for, in the order of their first requests
         self._changed = ChangeEvent()
         self._tasks = TaskOwner()
 

@@ -55,7 +55,7 @@ class Neighbours:
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Nobody else reserves space or claims a part within the block. Canceling is safe."""
+        """No other process reserves space or claims a part within the block. Canceling is safe."""
         lock = os.open(self._meta / QUOTA_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             while True:

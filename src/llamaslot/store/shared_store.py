@@ -1,4 +1,4 @@
-"""A directory that several llamaslots share, one for each model: a part for each, and who uses it.
+"""A directory that several llamaslots share, one for each model: a part for each, and its user.
 
 ``<root>/<part>/`` has slot files, ``<root>/.meta/<part>/`` llamaslot's own files. A part is claimed by an flock on a
 file in the latter, which the kernel releases when the process ends. One quota holds for all parts: ``neighbours``.
