@@ -259,3 +259,24 @@ def test_check_names_the_broken_invariant(
     spoil(index)
     with pytest.raises(AssertionError, match=invariant_name):
         index.check()
+
+
+def test_those_that_share_little_are_left_out() -> None:
+    """A thousand begin alike. Those that share most of what they hold are found all the same, and what any of the
+    others shares is known.
+    """
+    index: PrefixIndex[int] = PrefixIndex()
+    begin = list(range(8))
+    for n in range(1_000):
+        index.insert(n, pack([*begin, 100 + n, *range(50)]))
+    index.insert(2_000, pack([*begin, 100, *range(40), 7]))
+    index.insert(2_001, pack([*begin, 9]))
+    query = pack([*begin, 100, *range(45)])
+    near, every = index.near(query, 20, 0.85), index.match(query)
+    assert near.hits == [hit for hit in every if hit.n_shared >= 20 or hit.n_shared >= 0.85 * hit.n_tokens]
+    assert [hit.holder for hit in near.hits] == [0, 2_000, 2_001]
+    assert near.n_rest == len(begin)
+    assert {holder: near.n_shared(holder) for holder in index.holders()} == {
+        hit.holder: hit.n_shared for hit in every
+    }
+    assert near.n_shared(3_000) == 0

@@ -15,7 +15,7 @@ from llamaslot.backend.assist import LostSlots
 from llamaslot.backend.slot_worth import SlotWorth
 from llamaslot.backend.snapshot_candidates import SnapshotCandidates
 from llamaslot.cache.content import NOTHING, Content, SnapshotKind
-from llamaslot.cache.ids import common, count, head
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, common, count, head
 from llamaslot.cache.namespaces import InNamespaces, Namespace, marker
 from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.cache.reuse import CacheKind, RewindModel, checkpoints_after
@@ -121,27 +121,27 @@ class SlotTable:
 
         Of many slots those that ``place`` would never choose are left out.
         """
-        hits = self.residents.match(request.tokens, request.reads)
-        shared = {hit.holder: hit.n_shared for hit in hits}
+        least = min(request.n_system or NEGLIGIBLE_TOKENS, NEGLIGIBLE_TOKENS)
+        near = self.residents.near(request.tokens, request.reads, least, self.rules.similarity_min)
         found = self._candidates.found(request) if self.can_save else []
         if not is_patient:
             found = [hit for hit in found if self.expected_trunk(hit.holder) is None]
         residents = [
             (hit.n_shared, partial(self.residents.tokens, hit.holder))
-            for hit in takewhile(lambda hit: hit.n_shared >= MIN_TOKENS, hits)  # the longest come first
+            for hit in takewhile(lambda hit: hit.n_shared >= MIN_TOKENS, near.hits)  # the longest come first
         ]
         branch = self._candidates.branch(residents, found)
         n_alike = max(branch, request.n_system, self._candidates.trunk(found))
-        looked_at = self.worth.looked_at(hits, now, reserved)
+        looked_at = self.worth.looked_at(near, now, reserved)
         slots = list[SlotView]()
         for slot in looked_at:
-            n_shared, busy = shared.get(slot.id, 0), self._busy.get(slot.id)
+            n_shared, busy = near.n_shared(slot.id), self._busy.get(slot.id)
             # ``place`` chooses a busy slot only to continue it.
             if busy is None or 0 < n_shared >= self.rules.similarity_min * count(busy.will_hold):
                 slots.append(self._slot_view(slot, n_shared, request, now))
         begin_so = request.n_system > 0 and any(
             is_other_conversation(hit, request.n_system)
-            for hit in takewhile(lambda hit: hit.n_shared >= request.n_system, hits)
+            for hit in takewhile(lambda hit: hit.n_shared >= request.n_system, near.hits)
         )
         return BackendView(
             slots=tuple(
@@ -155,7 +155,7 @@ class SlotTable:
             trunks=self._candidates.trunks(request, branch, is_second=begin_so) if self.can_save else (),
             is_rewindable=self.rewind_model.is_rewindable,
             request_s=self.rates.request_s,
-            shared=shared,
+            shared={hit.holder: hit.n_shared for hit in near.hits},
         )
 
     def _slot_view(self, slot: Slot, n_shared: int, request: Request, now: float) -> SlotView:

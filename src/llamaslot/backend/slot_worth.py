@@ -10,7 +10,7 @@ from llamaslot.backend.snapshot_candidates import N_COVERING, SnapshotCandidates
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, count
 from llamaslot.cache.namespaces import InNamespaces, marker
-from llamaslot.cache.prefix_index import PrefixIndex, Shared
+from llamaslot.cache.prefix_index import Near, PrefixIndex
 from llamaslot.cache.reuse import RewindModel
 from llamaslot.scheduling.cost import Rates, are_close
 from llamaslot.scheduling.placement import Ranked, Rules, ranked, return_likelihood, worth_a_look
@@ -88,7 +88,7 @@ class SlotWorth:
 
     def looked_at(
         self,
-        hits: list[Shared[int]],
+        match: Near[int],
         now: float,
         reserved: Mapping[SlotKey, float],
     ) -> Collection[Slot]:
@@ -98,15 +98,14 @@ class SlotWorth:
         self._refresh()
         if len(self.slots) <= _FEW_SLOTS or not self.rewind_model.is_rewindable:
             return self.slots
-        similarity_min = self.rules.similarity_min
+        similarity_min, hits = self.rules.similarity_min, match.hits
         near = {slot for slot, n_shared, n_tokens in hits if n_shared >= similarity_min * n_tokens}
         near.update(hit.holder for hit in hits[:1])
         besides = near.union(key.id for key in reserved if key.backend == self.slots[0].backend)
-        shared = {slot: n_shared for slot, n_shared, _ in hits}
-        most_shared = next((n_shared for slot, n_shared, _ in hits if slot not in near), 0)
+        most_shared = next((n_shared for slot, n_shared, _ in hits if slot not in near), match.n_rest)
         self._rank(now)
         for ranks in self._ranks.values():
-            near.update(worth_a_look(ranks, shared, most_shared, besides))
+            near.update(worth_a_look(ranks, match.n_shared, most_shared, besides))
         return [self.slots[slot] for slot in sorted(near)]
 
     def _rank(self, now: float) -> None:

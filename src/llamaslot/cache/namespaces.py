@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from llamaslot.cache.ids import WIDTH, pack
-from llamaslot.cache.prefix_index import Shared
+from llamaslot.cache.prefix_index import Near, PrefixIndex, Shared
 
 H = TypeVar("H")
 _N_MARK = 4  # ids of 15 bits each: a hash of 60 bits distinguishes namespaces
@@ -86,6 +86,16 @@ class InNamespaces(Generic[H]):
         if len(found) == 1:
             return found[0]
         return sorted((hit for hits in found for hit in hits), key=_order)[:limit]
+
+    def near(self, query: bytes, namespaces: Collection[Namespace], least: int, share: float) -> Near[H]:
+        """As ``PrefixIndex.near``, in any of ``namespaces``; of several, and of those with marks, nothing is left
+        out.
+        """
+        if query and isinstance(self.index, PrefixIndex) and {marker(each) for each in namespaces} == {b""}:
+            return self.index.near(query, least, share)
+        hits = self.match(query, namespaces)
+        known = {hit.holder: hit.n_shared for hit in hits}
+        return Near(hits, 0, lambda holder: known.get(holder, 0))
 
     def _match(self, query: bytes, namespace: Namespace, limit: int | None) -> list[Shared[H]]:
         if not (marked := marker(namespace)):

@@ -227,18 +227,18 @@ def ranked(loss_s: float, used_at: float, slot: int) -> Ranked:
 
 
 def worth_a_look(
-    slots: Iterable[Ranked], shared: Mapping[int, int], most_shared: int, besides: Collection[int]
+    slots: Iterable[Ranked], shared: Callable[[int], int], most_shared: int, besides: Collection[int]
 ) -> Iterator[int]:
     """The slots of ``slots``, ascending, that ``place`` may choose: any other one costs no less and shares no more than
     two of these. Among 256 slots these are two or three as a rule, and a close look at each takes 20 us.
 
-    ``shared``: tokens in common with the prompt, by slot, of which no slot has more than ``most_shared``. Those in
+    ``shared``: tokens in common with the prompt; no slot of those left has more than ``most_shared``. Those in
     ``besides`` are left out. Only for a model that can rewind to any token, where shared tokens can be reused, and for
     slots of the same kind: a small request takes a slot without a large context first.
     """
     best = second_best = -1  # tokens shared by those that cost less
     for _, _, slot in slots:
-        n_shared = shared.get(slot, 0)
+        n_shared = shared(slot)
         if n_shared > second_best and slot not in besides:
             yield slot
             best, second_best = max(best, n_shared), min(best, n_shared)
