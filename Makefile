@@ -41,7 +41,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 soak: $(VENV)/.dev $(CODEX)/.installed
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m soak tests
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak tests/soak/test_fuzz.py
