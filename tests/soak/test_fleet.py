@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import random
 import statistics
 import time
@@ -22,9 +23,13 @@ from tests.support.users import words
 
 pytestmark = pytest.mark.soak
 
-N_USERS, N_TURNS, N_CONTEXT, N_MORE, N_ANSWER = 24, 5, 6000, 120, 8
+N_USERS, N_MORE, N_ANSWER = 24, 120, 8
+# Smaller, for a minute instead of ten: FLEET_CONTEXT=2500 FLEET_TURNS=4 FLEET_SEEDS=1.
+N_CONTEXT, N_TURNS, N_SEEDS = (
+    int(os.environ.get(f"FLEET_{name}", default))
+    for name, default in (("CONTEXT", "6000"), ("TURNS", "5"), ("SEEDS", "2"))
+)
 _CACHE_MIB = "256"  # more than all contexts together
-SEEDS = (1, 2)
 
 
 @dataclass
@@ -92,7 +97,7 @@ async def test_it_is_far_ahead_of_round_robin(tmp_path: Path, figure: Figure) ->
     """95 % of first tokens in a third of the time, 1.3 times the requests, follow-ups reuse 0.99."""
     model = models.dense(tmp_path)
     runs: dict[str, list[Run]] = {"llamaslot": [], "round robin": []}
-    for seed in SEEDS:
+    for seed in range(1, N_SEEDS + 1):
         saves = {"store": {"idle_save_s": 1}}
         async with real_fleet(tmp_path / f"own{seed}", [model] * 3, saves, slots=4, context=8192) as it:
             runs["llamaslot"].append(await team(it, itertools.repeat(it.url), seed))
