@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,7 +24,7 @@ QUARTER = 0.25  # of all contexts: what ``--disk 1`` means
 
 
 SHARED, LEFT_ALONE = "shared", "left"
-SWEPT = ("chunk_threshold_s", *(setting.name for setting in fields(PrefillSharing)))
+SWEPT = ("chunk_threshold_s", *PrefillSharing.__struct_fields__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +67,7 @@ def _chunked_prefill(options: argparse.Namespace) -> Iterator[tuple[str, Rules]]
         for value in map(float, values):
             changed = {setting: value}
             is_own = setting == "chunk_threshold_s"
-            rules = (
-                Rules(chunk_threshold_s=value)
-                if is_own
-                else Rules(sharing=replace(PrefillSharing(), **changed))
-            )
+            rules = Rules(chunk_threshold_s=value) if is_own else Rules(sharing=PrefillSharing(**changed))
             yield f"{setting} {value:g}", rules
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import enum
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from bench.simulator.baseline import Original
 from bench.simulator.disk import UNLIMITED, AtRandom, Disk, Foreseen

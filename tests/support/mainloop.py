@@ -6,8 +6,10 @@ Times are those of the virtual loop: a millisecond for each token of a prompt, 1
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
+
+from msgspec.structs import replace
 
 from bench.virtual import VirtualLoop
 from llamaslot.backend.slot_table import SlotTable

@@ -14,7 +14,9 @@ import itertools
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import common, count, head

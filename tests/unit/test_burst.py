@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import statistics
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from bench.virtual import VirtualLoop
 from llamaslot.cache.ids import pack

@@ -7,11 +7,11 @@ import errno
 import os
 import stat
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import pack

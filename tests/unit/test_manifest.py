@@ -7,12 +7,12 @@ import logging
 import os
 import random
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+from msgspec.structs import replace
 from xxhash import xxh3_128_hexdigest
 
 from llamaslot.cache.content import SnapshotKind

@@ -5,12 +5,12 @@ Costs in these tests: a millisecond per token computed, 10 ms to restore, unless
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from llamaslot.cache.ids import pack
 from llamaslot.scheduling.placement import (

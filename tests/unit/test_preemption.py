@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.scheduling.preemption import Claim, Stoppable, chosen

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.scheduling.prefill_policy import PrefillSharing

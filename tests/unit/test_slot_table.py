@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.snapshot_usage import supersedes
@@ -46,7 +46,7 @@ def hold(table: SlotTable, slot: int, tokens: bytes, now: float = 0.0, **more: o
     content = Content(tokens, is_exact=False, is_dirty=True)
     taken = table.slots[slot]
     table.take(taken, Request("before", tokens), now, has_answer=True)
-    table.give_back(taken, SlotEvent.KEEP, replace(content, **more), now)  # type: ignore[arg-type]
+    table.give_back(taken, SlotEvent.KEEP, replace(content, **more), now)
     table.check()
     return taken
 

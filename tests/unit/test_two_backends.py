@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.slot_table import SlotTable
@@ -49,7 +49,7 @@ class Two:
         )
 
     async def lease(self, name: str, tokens: bytes = b"", **more: object) -> Lease:
-        return await self.dispatcher.lease(replace(Request(name, tokens), **more))  # type: ignore[arg-type]
+        return await self.dispatcher.lease(replace(Request(name, tokens), **more))
 
     def end(self, lease: Lease) -> None:
         lease.release()

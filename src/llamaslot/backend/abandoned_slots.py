@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
@@ -14,7 +16,6 @@ from llamaslot.cache.content import Content
 from llamaslot.errors import LlamaslotError
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.replies import SlotInfo
-from llamaslot.records import dataclass
 from llamaslot.scheduling.fairness import Charge
 from llamaslot.scheduling.slots import Slot, SlotEvent, SlotState
 
@@ -30,8 +31,7 @@ POLL_S = 1.25
 UNCONFIRMED_S_PER_TOKEN = 2e-5
 
 
-@dataclass(slots=True, eq=False)
-class _Abandoned:
+class _Abandoned(Struct, eq=False):
     """A slot that was released while llama-server may work in it. ``content``: the most that it may hold.
     ``not_before``: if found idle before that time, its request may not have begun yet.
     """

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from llamaslot.records import dataclass
+from msgspec import Struct
 
 _SERVER_FLAGS = "-np {n} --no-kv-unified --no-cache-idle-slots --cache-ram 0 --slot-save-path DIR"
 _SWITCH_ON = (
@@ -28,8 +28,7 @@ _MANY_LOST = 3  # one may be a late child of ``n`` > 1, or a request of another 
 _LOST_WITHIN_S = 600.0
 
 
-@dataclass(frozen=True, slots=True)
-class StandingAside:
+class StandingAside(Struct, frozen=True):
     """``why``: what was found out about llama-server. ``remedy``: the command or setting that switches assist on, and
     its effect. ``may_end``: the cause may be temporary; check again when a slot is idle.
     """

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
+from msgspec import Struct
+
 from llamaslot.backend.lease import Lease
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, WIDTH, common, count, head
@@ -21,7 +23,6 @@ from llamaslot.formats.base import Format
 from llamaslot.formats.prompt_location import Whereabouts, whereabouts
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.metrics import BackendMetrics
-from llamaslot.records import dataclass
 from llamaslot.scheduling.request import Request
 from llamaslot.tasks import TaskOwner
 from llamaslot.tokens.tokenizer import Prompt
@@ -36,8 +37,7 @@ _EXCERPT = 80  # characters on each side
 _EXCERPT_TOKENS = 80  # of at least one character each
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
+class Holder(Struct, frozen=True):
     """A slot or snapshot with cached tokens; ``name`` as in ``slot 2``."""
 
     name: str

@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Mapping
-from dataclasses import field, replace
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from llamaslot.backend.assist import (
     StandingAside,
@@ -43,7 +45,6 @@ from llamaslot.errors import (
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.identity import Identity
 from llamaslot.llama.replies import Props, SlotAction, SlotInfo
-from llamaslot.records import dataclass
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request
@@ -67,8 +68,7 @@ _NO_ISOLATION = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ServerSession:
+class ServerSession(Struct, frozen=True):
     """The result: the slots of the server as it is now, and its model."""
 
     table: SlotTable

@@ -7,8 +7,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from typing import Any, TypeVar, assert_never
+
+from msgspec.structs import replace
 
 from llamaslot.backend import snapshot_usage
 from llamaslot.backend.feedback import Feedback, ReportedCounts

@@ -7,6 +7,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from msgspec import Struct
+
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.probes import NO_CHECKPOINTS, SNAPSHOTS_UNUSABLE
 from llamaslot.backend.slot_table import SlotTable
@@ -15,7 +17,6 @@ from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
 from llamaslot.cache.reuse import RESIDENT, CacheKind, Strikes, has_failed
 from llamaslot.llama.replies import Progress
 from llamaslot.observe.metrics import BackendMetrics
-from llamaslot.records import dataclass
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.plan import PrefillStats, Source
 from llamaslot.store import Catalog, Snapshot
@@ -24,8 +25,7 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class ReportedCounts:
+class ReportedCounts(Struct, frozen=True):
     """What llama-server reported at the end of an answer to one request; None or 0 if it did not.
 
     ``n_found``: tokens of the prompt that it found in the slot. ``n_prompt``: tokens of the whole prompt, by its

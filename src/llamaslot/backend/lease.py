@@ -6,10 +6,12 @@ It changes only by its own methods, and tells its ``Owner`` when it changes and 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any, Literal, Protocol, TypeVar
+
+from msgspec.structs import replace
 
 from llamaslot.backend.lease_states import (
     AT_WORK,
@@ -253,7 +255,7 @@ class Lease:
     def replace_steps(self, steps: tuple[Step, ...]) -> None:
         """Replace the steps of its plan, none of which has begun."""
         assert self.plan is not None, "it has a plan"
-        self.plan = replace(self.plan, steps=steps)
+        self.plan = dataclasses.replace(self.plan, steps=steps)
 
     # -- slot actions and prefills -------------------------------------------------------------------------------
 

@@ -10,8 +10,9 @@ import asyncio
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Protocol
+
+from msgspec.structs import replace
 
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import LeaseState

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from msgspec import Struct
+
 from llamaslot.backend.lease import Lease
 from llamaslot.formats.comments import Comment
-from llamaslot.records import dataclass
 from llamaslot.scheduling.plan import PrefillStats
 
 
-@dataclass(frozen=True, slots=True)
-class Prefilling:
+class Prefilling(Struct, frozen=True):
     """The progress of a prompt of ``n_tokens``: ``n_done`` tokens are present, of which ``n_reused`` were before,
     after ``seconds`` of computing.
     """
@@ -33,8 +33,7 @@ def no_report(_: object) -> None:
     """A ``Report`` that ignores its argument."""
 
 
-@dataclass(slots=True, eq=False)
-class LongPrompt:
+class LongPrompt(Struct, eq=False):
     """A prefill in progress. ``at``: tokens that are present; ``stops``: where to stop on the way, and finally.
     ``report``: called on progress; ``may_replan``: it may be given up for a better place.
     """

@@ -17,7 +17,9 @@ import contextlib
 import enum
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import field, replace
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from llamaslot.backend.feedback import Feedback
 from llamaslot.backend.lease import Lease
@@ -34,7 +36,6 @@ from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.replies import Progress
 from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import BackendMetrics
-from llamaslot.records import dataclass
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.plan import PrefillStats
 from llamaslot.scheduling.prefill_policy import (
@@ -63,8 +64,7 @@ class _Why(enum.Enum):
     STREAMS = "the share of those that decode"
 
 
-@dataclass(slots=True)
-class ChunkedPrefill:
+class ChunkedPrefill(Struct):
     """The long prefills of one backend."""
 
     api: LlamaServer

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from llamaslot.cache.ids import count, head, unpack
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import SlotActionFailed, SnapshotInvalid, UpstreamError
 from llamaslot.llama.client import ACTION_S, LlamaServer
 from llamaslot.llama.identity import N_PROBS, Identity, architecture, gguf_mark, probe_tokens, told
 from llamaslot.llama.replies import Props
-from llamaslot.records import dataclass
 from llamaslot.scheduling.cost import Rates
 from llamaslot.store import Catalog, NotShared, QuotaExceeded, Reservation, prove_shared
 
@@ -52,8 +53,7 @@ STALE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Files:
+class Files(Struct, frozen=True):
     """Whether slot files of a model that cannot rewind to any token are useful.
 
     ``keep_checkpoints``: files contain the slot's checkpoints. ``cache_kind``: shown by resuming from a restored slot.

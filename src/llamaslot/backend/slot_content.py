@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from llamaslot.backend.lease import Lease
 from llamaslot.cache.content import NOTHING, Content

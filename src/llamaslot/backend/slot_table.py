@@ -7,9 +7,11 @@ new one, and changes of old leases to their slots have no effect.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from itertools import takewhile
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from llamaslot.backend.assist import LostSlots
 from llamaslot.backend.slot_worth import SlotWorth
@@ -20,7 +22,6 @@ from llamaslot.cache.namespaces import InNamespaces, Namespace, marker
 from llamaslot.cache.prefix_index import PrefixIndex
 from llamaslot.cache.reuse import CacheKind, RewindModel, checkpoints_after
 from llamaslot.cache.shared_prefix import MIN_TOKENS
-from llamaslot.records import dataclass
 from llamaslot.scheduling.answer_length import AnswerLength
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.eviction import SnapshotStats
@@ -41,8 +42,7 @@ from llamaslot.store.pending import PendingSave
 DRAIN_S = 0.4  # usual time until the server notices that a client has gone
 
 
-@dataclass(slots=True)
-class SlotForecast:
+class SlotForecast(Struct):
     """When a leased slot will be free. ``ready_at``: when its steps are over and an answer begins, if any, of at most
     ``max_tokens`` if known. ``will_hold``: its future content, computed in ``namespace``.
     """

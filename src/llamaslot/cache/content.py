@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from llamaslot.cache.ids import count, head
 from llamaslot.cache.namespaces import SHARED, Namespace
-from llamaslot.records import dataclass
 
 
 class SnapshotKind(enum.StrEnum):
@@ -17,8 +18,7 @@ class SnapshotKind(enum.StrEnum):
     TRUNK = "trunk"  # exactly what several conversations begin with
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
+class Content(Struct, frozen=True):
     """The known content of a slot.
 
     ``tokens``: the known prefix of what the slot holds; the tokens of an answer are unknown until a save reads them

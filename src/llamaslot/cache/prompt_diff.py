@@ -7,8 +7,9 @@ this module compares what follows the divergence.
 
 from __future__ import annotations
 
+from msgspec import Struct
+
 from llamaslot.cache.ids import WIDTH, common, count
-from llamaslot.records import dataclass
 
 #: Fewer recomputed tokens than this are not reported.
 LOST_MIN = 1024
@@ -21,8 +22,7 @@ _SAME_CONVERSATION = 0.7  # share of the text after the divergence that must be 
 _SAME_SYSTEM = 0.5  # the same for the system part: tools in another order count too
 
 
-@dataclass(frozen=True, slots=True)
-class Parting:
+class Parting(Struct, frozen=True):
     """``at``: tokens that the prompt shares with a holder of ``n_held`` tokens. ``n_lost``: tokens of the prompt
     after the divergence that the holder contains too, but no cached prefix covers.
     """

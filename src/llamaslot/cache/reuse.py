@@ -5,13 +5,13 @@ from __future__ import annotations
 import enum
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import field
 from statistics import median_low
 from typing import Any
 
+from msgspec import Struct, field
+
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
-from llamaslot.records import dataclass
 
 # llama-server creates a checkpoint this many tokens before the end of each prompt that it computes.
 CHECKPOINT_BACK = 4
@@ -73,8 +73,7 @@ def checkpoints_after(kept: Iterable[int], n_reused: int, stops: Iterable[int]) 
     return tuple(sorted(made | {at for at in kept if at <= n_reused}))[-_N_KEPT:]
 
 
-@dataclass(slots=True)
-class Tally:
+class Tally(Struct):
     """Prompts that had something to reuse: their number, and the tokens predicted and reused."""
 
     n: int = 0
@@ -180,8 +179,7 @@ def _samples(data: object) -> Iterator[tuple[CacheKind, str, int]]:
                 yield known[cache_kind], source, short
 
 
-@dataclass(frozen=True, slots=True)
-class ReuseForecast:
+class ReuseForecast(Struct, frozen=True):
     """How many tokens of a prompt are expected to be reused, computed before the prompt is sent. All numbers are
     tokens.
 
@@ -205,8 +203,7 @@ NO_REUSE = ReuseForecast()
 RESIDENT, SNAPSHOT, TRUNK = "resident", "snapshot", "trunk"  # sources whose predictions differ
 
 
-@dataclass(slots=True)
-class RewindModel:
+class RewindModel(Struct):
     """What is known of one server and its model: where it can rewind, and what a slot file preserves.
 
     ``keeps_checkpoints``: slot files contain the checkpoints of their slots; None: unknown, assumed true.

@@ -13,13 +13,13 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import field
 from pathlib import Path
+
+from msgspec import Struct, field
 
 from llamaslot.config.faults import read_yaml
 from llamaslot.config.load import Config
 from llamaslot.errors import ConfigError
-from llamaslot.records import dataclass
 from llamaslot.store.directory import HITS_NAME, LOCK_NAME
 from llamaslot.store.quota import beyond_disk
 from llamaslot.store.scan import list_own, size_bytes
@@ -31,8 +31,7 @@ _SHARED = (
 _WORDS = {os.R_OK: "read", os.W_OK: "write", os.X_OK: "enter"}
 
 
-@dataclass(slots=True)
-class Checked:
+class Checked(Struct):
     """``faults`` prevent llamaslot from serving, or from serving correctly; ``notes`` are hints."""
 
     faults: list[str] = field(default_factory=list)

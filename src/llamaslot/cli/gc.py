@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from msgspec import Struct
 
 from llamaslot.config.load import Config
 from llamaslot.llama.identity import Identity
-from llamaslot.records import dataclass
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.eviction import ByValue, HitRateModel, SnapshotStats
 from llamaslot.store.directory import DirectoryUnusable
@@ -22,8 +22,7 @@ from llamaslot.store.sidecar import Snapshot, readable
 _OURS, _OTHERS = "served last", "another"
 
 
-@dataclass(frozen=True, slots=True)
-class Removal:
+class Removal(Struct, frozen=True):
     """A snapshot to remove, and the reason for the table."""
 
     item: Item
@@ -34,8 +33,7 @@ class Removal:
         return self.item.id, readable(self.item.size_bytes), self.why
 
 
-@dataclass(frozen=True, slots=True)
-class OfflineStore:
+class OfflineStore(Struct, frozen=True):
     """A directory, its limits, and what llamaslot has learned there. ``models``: those last served by the backends with
     that directory; empty if that of any is not known yet.
     """

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import field
+
+from msgspec import Struct, field
 
 from llamaslot.backend.slot_table import SlotTable
-from llamaslot.records import dataclass
 from llamaslot.scheduling.plan import Wait
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotKey
@@ -15,8 +15,7 @@ from llamaslot.scheduling.slots import SlotKey
 _N_NEAREST, _N_OTHERS = 4, 4
 
 
-@dataclass(slots=True)
-class DispatchPass:
+class DispatchPass(Struct):
     """One pass over all waiting requests."""
 
     # Counted again only after a slot was leased: otherwise 250 waiting for 64 slots are 16,000 checks.

@@ -7,12 +7,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from msgspec import Struct
+
 from llamaslot.cache.namespaces import Namespace
 from llamaslot.cache.reuse import CacheKind, RewindModel
 from llamaslot.errors import Reason
 from llamaslot.formats.base import Format, PromptKind
 from llamaslot.observe.metrics import UntokenizedRequests
-from llamaslot.records import dataclass
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import User
 from llamaslot.tokens.conversion_checks import ConversionChecks
@@ -34,8 +35,7 @@ class InfillPrompts(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False, repr=False)
-class ModelContext:
+class ModelContext(Struct, eq=False):
     """One model, as long as any llama-server of the pool runs it. A new process gets a new context, because it may
     have another model or other flags; what was tokenized with the old one is tokenized again.
 

@@ -19,8 +19,9 @@ import enum
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Protocol
+
+from msgspec import Struct, field
 
 from llamaslot.errors import BackendDown
 from llamaslot.tasks import ChangeEvent, TaskOwner
@@ -74,8 +75,7 @@ NEXT = {
 }
 
 
-@dataclass(slots=True)
-class _Model:
+class _Model(Struct):
     """``used_at``: of the last request, when it began or ended; ``asked_at``: of one that is not seen at work yet;
     ``since``: when its state began; ``load_s``: what its last loading took; ``retry_at``: no loading before.
     """

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import field
+
+from msgspec import Struct, field
 
 from llamaslot.backend.backend import Backend, Health
 from llamaslot.backend.connect import ServerSession
@@ -25,7 +26,6 @@ from llamaslot.fleet.queue import QueueLimits, UserLoad
 from llamaslot.llama.identity import Identity
 from llamaslot.observe.journal import Decision
 from llamaslot.observe.metrics import Metrics, UntokenizedRequests
-from llamaslot.records import dataclass
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request, User
 from llamaslot.store import Catalog
@@ -36,8 +36,7 @@ from llamaslot.tokens.tokenizer import Tokenizer
 DownCall = Callable[[Backend, BackendDown], None]
 
 
-@dataclass(frozen=True, slots=True)
-class PoolSettings:
+class PoolSettings(Struct, frozen=True):
     """What is configured for every pool. ``prewarm``: chat bodies whose beginning is kept on disk."""
 
     idle_save_s: float
@@ -46,8 +45,7 @@ class PoolSettings:
     prewarm: Bodies = ()
 
 
-@dataclass(frozen=True, slots=True)
-class PoolStatus:
+class PoolStatus(Struct, frozen=True):
     """A pool at present. ``n_snapshots``: those that its model can use; ``n_waiting``: requests in the queue."""
 
     n_snapshots: int
@@ -55,8 +53,7 @@ class PoolStatus:
     users: list[UserLoad]
 
 
-@dataclass(frozen=True, slots=True)
-class PoolModel:
+class PoolModel(Struct, frozen=True):
     """What the backends of a pool have in common. ``identity`` is proved; None if llama-server chooses slots: then
     only the ``name`` is known. ``template``: hash of the chat template, which decides on the tokens of a body.
     """

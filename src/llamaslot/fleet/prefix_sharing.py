@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from msgspec import Struct
+
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.reuse import TRUNK, checkpoints_after
 from llamaslot.cache.shared_prefix import MIN_TOKENS
-from llamaslot.records import dataclass
 from llamaslot.scheduling.placement import BackendView
 from llamaslot.scheduling.plan import Wait
 from llamaslot.scheduling.request import Request
@@ -17,8 +18,7 @@ from llamaslot.scheduling.slots import IDLE
 from llamaslot.store.pending import PendingSave
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixWait:
+class PrefixWait(Struct, frozen=True):
     """The time limit for waiting for another request's prefix: the remaining prefill of that request up to the prefix,
     plus this request's own prefill of it. Without sharing it would have waited for that request in any case, because
     the request with less left is first.

@@ -13,6 +13,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from msgspec import Struct
+
 from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import RetryPlacement
@@ -23,7 +25,6 @@ from llamaslot.cache.ids import head
 from llamaslot.cache.shared_prefix import MIN_TOKENS
 from llamaslot.errors import BackendDown, LlamaslotError, SlotWedged
 from llamaslot.fleet.dispatcher import Dispatcher
-from llamaslot.records import dataclass
 from llamaslot.scheduling.plan import SaveSharedPrefix
 from llamaslot.scheduling.request import Request
 from llamaslot.store import Catalog, Snapshot
@@ -39,8 +40,7 @@ _ATTEMPTS = 3  # failures; stopping for a client is none
 Bodies = Sequence[tuple[str, Mapping[str, Any]]]
 
 
-@dataclass(slots=True)
-class PrewarmTarget:
+class PrewarmTarget(Struct):
     """A shared prefix: the first ``n_tokens`` of ``tokens``."""
 
     name: str

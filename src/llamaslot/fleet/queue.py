@@ -6,7 +6,8 @@ import asyncio
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import field
+
+from msgspec import Struct, field
 
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.slot_table import SlotTable
@@ -14,7 +15,6 @@ from llamaslot.errors import QueueFull, TooManyRequests
 from llamaslot.fleet.prefix_sharing import PrefixWait
 from llamaslot.formats.comments import Comment
 from llamaslot.observe.journal import DecisionRecorder
-from llamaslot.records import dataclass
 from llamaslot.scheduling.fairness import Ask, Charge, Fairness, Pauses, Shares, may_take_another
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.plan import Wait
@@ -29,8 +29,7 @@ _SHORT_ANSWER = 64  # tokens: a title, a label
 _LITTLE = 0.1  # of a usual answer's time: so short that it delays no other request
 
 
-@dataclass(frozen=True, slots=True)
-class QueueLimits:
+class QueueLimits(Struct, frozen=True):
     """``max_wait_s``: None for no limit."""
 
     max_waiting: int = 256
@@ -42,8 +41,7 @@ class QueueLimits:
         return min(max(1.0, (self.max_wait_s or 300.0) / 10), 30.0)
 
 
-@dataclass(slots=True, eq=False)
-class Waiting:
+class Waiting(Struct, eq=False):
     """A waiting request. ``cost_s``: estimated seconds in a slot."""
 
     request: Request
@@ -106,8 +104,7 @@ class Waiting:
         self._ask = None
 
 
-@dataclass(frozen=True, slots=True)
-class QueuePosition:
+class QueuePosition(Struct, frozen=True):
     """``queued 2``: the position of the request when it is formatted."""
 
     position: Callable[[], int]
@@ -116,8 +113,7 @@ class QueuePosition:
         return Comment.QUEUED.format(position=self.position())
 
 
-@dataclass(slots=True)
-class _Moment:
+class _Moment(Struct):
     """A cached view of the present users, for one dispatch.
 
     ``answers``: whether a user may have another slot, by the number of idle slots.
@@ -128,8 +124,7 @@ class _Moment:
     answers: dict[tuple[str, int], bool] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class UserLoad:
+class UserLoad(Struct, frozen=True):
     """The requests of a user and its distance to its fair share, for the status page."""
 
     id: str

@@ -10,10 +10,11 @@ import enum
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+from msgspec import Struct
+
 from llamaslot.formats.stream_to_json import Assembly, streamed_with_progress
 from llamaslot.llama.dry_run import DryRun, dry_run
 from llamaslot.llama.sse import EventSplitter, data_of, event_of
-from llamaslot.records import dataclass
 
 
 class ErrorEvents:
@@ -74,8 +75,7 @@ class PromptKind(enum.Enum):
     INFILL = "infill"
 
 
-@dataclass(frozen=True, slots=True)
-class UsageCounts:
+class UsageCounts(Struct, frozen=True):
     """Tokens, as one ``usage`` counts them; None or 0 where it does not say."""
 
     n_cached: int | None = None  # of the prompt, reused

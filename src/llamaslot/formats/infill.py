@@ -14,15 +14,16 @@ tests/real/test_infill.py compares with it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Protocol
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from llamaslot.cache.ids import WIDTH, count, head, pack, unpack
 from llamaslot.errors import PromptNotTokenizable, Reason
 from llamaslot.formats.base import Format, PromptKind
 from llamaslot.formats.native import NativeAssembly, native_progress, native_streamed, response_fields
 from llamaslot.formats.stream_to_json import HARMLESS, Assembly, has_only, n_answers, without_nulls
-from llamaslot.records import dataclass
 
 _REPOSITORY, _FILE, _UNNAMED = "myproject\n", "filename\n", "tmp"
 _SNIPPET = "\n\n--- snippet ---\n\n"  # before each chunk, if the model has no token for that
@@ -71,8 +72,7 @@ class InfillServer(Protocol):
     async def refusal(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(Struct, frozen=True):
     """How one llama-server combines the parts. Tokens are packed; those that the model lacks are empty.
 
     ``repository``: with its name. ``quarter``: of ``--batch-size``, in tokens. ``room``: of other files, in tokens.

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from msgspec import Struct
+
 from llamaslot.formats.base import Format
-from llamaslot.records import dataclass
 
 #: ``prompt``: the request has no messages.
 Where = Literal["system", "tools", "message", "prompt"]
@@ -20,8 +21,7 @@ _HEADER = 40  # characters that a template puts before a message
 _LEADING = ("system", "developer")
 
 
-@dataclass(frozen=True, slots=True)
-class Whereabouts:
+class Whereabouts(Struct, frozen=True):
     """``message``: its index in ``messages`` (or ``input``) as the client sent them; None if the position is in none
     of them. ``is_last_turn``: no answer of the model follows it.
     """
@@ -38,8 +38,7 @@ class Whereabouts:
         return told if self.where == "message" else f"{self.where}: {told}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
+class _Span(Struct, frozen=True):
     begin: int
     end: int
     whereabouts: Whereabouts

@@ -10,14 +10,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Collection, MutableMapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from llamaslot.formats.base import Format
 from llamaslot.formats.registry import FORMATS
-from llamaslot.records import dataclass
 
 LIMIT_S = 0.05  # of computing, per rule and request
 MAX_CHARS = 4096

@@ -13,10 +13,10 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from aiohttp import web
+from msgspec.structs import replace
 
 from llamaslot.config.keys import Key, digest_of, read_keys
 from llamaslot.config.sections import AuthConfig

@@ -6,15 +6,15 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+from msgspec import Struct
+
 from llamaslot.formats.base import Format
 from llamaslot.llama.response import Response
-from llamaslot.records import dataclass
 
 Post = Callable[[dict[str, Any]], contextlib.AbstractAsyncContextManager[Response]]
 
 
-@dataclass(frozen=True, slots=True)
-class ClientRequest:
+class ClientRequest(Struct, frozen=True):
     """A client's request. ``post`` sends a body to the same route of llama-server."""
 
     id: str

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
 from aiohttp.http import StreamWriter
+from msgspec import Struct
 from multidict import CIMultiDict
 
 from llamaslot.backend.long_prompt import Prefilling
@@ -20,7 +21,6 @@ from llamaslot.http.client_errors import HAS_BEGUN, error_instead, errors_of
 from llamaslot.http.deadlines import Timeouts
 from llamaslot.http.new_connection import NAME
 from llamaslot.llama.sse import comment
-from llamaslot.records import dataclass
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
@@ -29,8 +29,7 @@ _NOTHING_TO_SAY = contextlib.nullcontext()
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-@dataclass(frozen=True, slots=True)
-class StreamRules:
+class StreamRules(Struct, frozen=True):
     """Settings of every exchange: the interval ``keepalive_s`` of comments while a stream waits (None: no comments),
     and the timeouts.
     """
@@ -212,8 +211,7 @@ class Downstream:
         return response
 
 
-@dataclass(slots=True)
-class Relayed:
+class Relayed(Struct):
     """A stream of llama-server's own events, as far as it has been sent. ``is_whole``: it stands at the end of an
     event.
     """

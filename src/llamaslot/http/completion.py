@@ -7,12 +7,12 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import orjson
 from aiohttp import web
+from msgspec.structs import replace
 
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.exclusive import UnpinnedRequest

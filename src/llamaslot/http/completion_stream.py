@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
+from msgspec import Struct
+from msgspec.structs import replace
 
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.exclusive import UnpinnedRequest
@@ -28,14 +29,12 @@ from llamaslot.http.headers import of_expected_reuse, of_reuse, to_client
 from llamaslot.http.parse import ParsedRequest
 from llamaslot.http.stream_reader import Put, Reading
 from llamaslot.llama.response import Response, content_type_of, media_type_of, whole
-from llamaslot.records import dataclass
 from llamaslot.scheduling.plan import PrefillStats, Source
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class RetryNonStreamed:
+class RetryNonStreamed(Struct, frozen=True):
     """The result instead of an assembled answer that is in doubt: repeat the request as the client sent it.
     ``prefill_stats``: what was computed of the prompt in this slot.
     """

@@ -13,8 +13,9 @@ import resource
 import socket
 from collections.abc import Callable
 
+from msgspec import Struct
+
 from llamaslot.http.new_connection import HealthAnswer, NewConnection
-from llamaslot.records import dataclass
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,7 @@ _SILENCE = {"TCP_USER_TIMEOUT": 60_000, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10,
 _OPTIONS = {**_SILENCE, "TCP_NOTSENT_LOWAT": _UNSENT_BYTES}
 
 
-@dataclass(frozen=True, slots=True)
-class ClientTimeouts:
+class ClientTimeouts(Struct, frozen=True):
     """The timeouts of one client: ``read_s`` for a header, once it has begun; ``idle_s`` between two requests."""
 
     read_s: float

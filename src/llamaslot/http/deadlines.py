@@ -7,18 +7,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import field
+from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from llamaslot.errors import DeadlinePassed, LlamaslotError, SlotWedged
-from llamaslot.records import dataclass
 from llamaslot.tasks import TaskOwner
 
 _NO_LIMIT = contextlib.nullcontext()
 _LOOKS = 4  # polls per silence limit
 
 
-@dataclass(frozen=True, slots=True)
-class Timeouts:
+class Timeouts(Struct, frozen=True):
     """In seconds; None is no limit. ``first_token_s``: until the first token of the answer, if that is noticed."""
 
     first_token_s: float | None = None
@@ -62,8 +62,7 @@ class Deadlines:
             self._first.reschedule(None)
 
 
-@dataclass(frozen=True, slots=True)
-class Watchdog:
+class Watchdog(Struct, frozen=True):
     """Watches a request for which llama-server sends no progress of the prompt, by polling.
 
     ``look`` returns the progress as any comparable value; None while the request runs in no slot.

@@ -11,15 +11,15 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 
+from msgspec import Struct
+
 from llamaslot.backend.backend import Backend
 from llamaslot.fleet.pool import Pool
-from llamaslot.records import dataclass
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Failover:
+class Failover(Struct, frozen=True):
     """``is_answered``: whether any byte of an answer was sent. ``id``: of the request, for the log."""
 
     id: str

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import orjson
+from msgspec import Struct
 
 from llamaslot.backend.lease import Lease
 from llamaslot.cache.ids import common, head
@@ -18,7 +19,6 @@ from llamaslot.errors import BadRequest, PromptNotTokenizable, PromptTooLong, Re
 from llamaslot.fleet.model_context import ModelContext
 from llamaslot.formats.base import Format, PromptKind
 from llamaslot.llama.dry_run import DryRun
-from llamaslot.records import dataclass
 from llamaslot.scheduling.plan import PrefillTo, SaveSharedPrefix, Source
 from llamaslot.scheduling.request import Placement, Request, User
 from llamaslot.tokens import media
@@ -32,8 +32,7 @@ _NO_COPIES = "an empty prompt has one answer: ask for it without n, or with a pr
 _serial = itertools.count(1)
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedRequest:
+class ParsedRequest(Struct, frozen=True):
     """A request, and facts about its prompts. ``prompts`` is empty if the prompt cannot be known: ``unknown`` says why.
     ``is_head``: they are only the text before the first medium.
     """

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from functools import partial
 
 import orjson
 from aiohttp import web
+from msgspec.structs import replace
 from multidict import CIMultiDict
 
 from llamaslot.backend.backend import Backend

@@ -12,16 +12,15 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Final
 
 from aiohttp import HttpVersion10, HttpVersion11, web
+from msgspec import Struct
 
 from llamaslot.errors import BadRequest, BodyTooLarge, LlamaslotError, TooSlow, Unpackable
-from llamaslot.records import dataclass
 
 _BYTES_PER_S = 4096  # the minimum average speed of a client, so that an upload ends some day
 _IS_ASKED_FOR = web.RequestKey("is_asked_for", bool)
 
 
-@dataclass(frozen=True, slots=True)
-class Uploads:
+class Uploads(Struct, frozen=True):
     """``max_bytes`` of a decompressed body; ``timeout_s`` for it, and one second more for each 4 KiB."""
 
     max_bytes: int

@@ -10,11 +10,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from aiohttp import web
+from msgspec.structs import replace
 
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.lease import Lease

@@ -22,15 +22,15 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Protocol
 
 import orjson
+from msgspec import Struct
+from msgspec.structs import replace
 
 from llamaslot.cache.ids import count, unpack
 from llamaslot.errors import UpstreamError
 from llamaslot.llama.client import QUICK_S
-from llamaslot.records import dataclass
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +101,7 @@ class DryRunServer(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class DryRun:
+class DryRun(Struct, frozen=True):
     """What llama-server may refuse of a request whose prompt is valid. ``fields`` are sent to ``path``. ``chat``: the
     fields of a chat from which the template makes a grammar, None if it makes none. ``tokens``: the prompt, if it was
     sent as ids.
@@ -299,8 +298,7 @@ class DryRuns:
             del self._taken[next(iter(self._taken))]
 
 
-@dataclass(frozen=True, slots=True)
-class _Trial:
+class _Trial(Struct, frozen=True):
     path: str
     fields: Mapping[str, Any]
     ours: Mapping[str, Any]

@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 
 import orjson
 import xxhash
+from msgspec import Struct
 
 from llamaslot.cache.ids import pack
 from llamaslot.cache.reuse import CacheKind
-from llamaslot.records import dataclass
 
 TOLERANCE = 0.02  # of a log-probability: always distinguished two models of one shape; builds differ by less
 N_PROBS = 8
@@ -28,8 +28,7 @@ _N_SAMPLES, _SAMPLE_BYTES = 256, 4096
 _META = ("vocab_type", "n_vocab", "n_ctx_train", "n_embd", "n_params", "size")
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(Struct, frozen=True):
     """``told``: what the server reports; ``behaviour``: token id to log-probability after the probe prompt; ``gguf``:
     hash of the model file, if it can be read.
     """
@@ -111,8 +110,7 @@ _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _MAX_KEYS = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class Architecture:
+class Architecture(Struct, frozen=True):
     """``window``: tokens of the sliding window, 0 if there is none."""
 
     name: str

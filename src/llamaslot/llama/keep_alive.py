@@ -23,14 +23,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
 
 from llamaslot.llama.dial import QUESTION_CONNECT_S, Dial
-from llamaslot.records import dataclass
 
 _LATE_S = 0.1  # a timer that is called so late tells that this process was busy
 _IDLE_S = 4.0  # llama-server closes after 5

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 
-from llamaslot.records import dataclass
+from msgspec import Struct
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,7 @@ class Props:
     is_connected: Callable[[], bool] = field(default=lambda: False, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
-class SlotInfo:
+class SlotInfo(Struct, frozen=True):
     """One entry of ``GET /slots``. ``n_tokens`` is None until the slot has run a task, 0 after it was cleared."""
 
     id: int
@@ -36,8 +35,7 @@ class SlotInfo:
     id_task: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class SlotAction:
+class SlotAction(Struct, frozen=True):
     """The answer to a save or restore: tokens, bytes, and the server's own time in seconds."""
 
     n_tokens: int
@@ -45,8 +43,7 @@ class SlotAction:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(Struct, frozen=True):
     """One ``prompt_progress`` event: of ``total`` tokens ``cache`` were reused and ``processed`` are present now."""
 
     total: int

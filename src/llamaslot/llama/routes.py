@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Literal, get_args
 
-from llamaslot.records import dataclass
+from msgspec import Struct
+from msgspec.structs import replace
 
 #: completion   one prompt, known token by token: the full path of llamaslot
 #: exclusive    takes a slot by other means: runs while no other request on that backend is between two steps
@@ -28,8 +28,7 @@ Gate = Literal["POST /props", "/lora-adapters", "/models", "/tools", "/cors-prox
 KNOWN_GATES: tuple[Gate, ...] = get_args(Gate)
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(Struct, frozen=True):
     """One line of the table, or an unknown path (``is_known`` False, always ``passthrough``).
 
     ``path`` is as llama-server registers it, for instance ``/slots/:id``. ``honours_id_slot``: an ``id_slot`` in the

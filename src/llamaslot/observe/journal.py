@@ -4,16 +4,16 @@ saved. It contains numbers and names only, never a token or a text.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import field
 from itertools import islice
 from typing import Any
 
-from llamaslot.records import dataclass
+from msgspec import Struct, field
+from msgspec.structs import asdict
+
 from llamaslot.scheduling.plan import Place, Plan, Source, Wait
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotKey
@@ -23,8 +23,7 @@ log = logging.getLogger(__name__)
 KEPT = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(Struct, frozen=True):
     """A place that was considered. ``terms``: estimated seconds by purpose, without those that are 0."""
 
     slot: SlotKey
@@ -38,12 +37,11 @@ class Option:
         return sum(self.terms.values())
 
     def to_json(self) -> dict[str, Any]:
-        told = {"cost_s": self.cost_s, **dataclasses.asdict(self)}
+        told = {"cost_s": self.cost_s, **asdict(self)}
         return {**told, "backend": self.slot.backend, "slot": self.slot.id}
 
 
-@dataclass(slots=True)
-class Waited:
+class Waited(Struct):
     """A period in which a request waited for a cheaper place than those available.
 
     ``expected_s``: estimated; ``seconds``: actual, None until it is over.
@@ -55,8 +53,7 @@ class Waited:
     seconds: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Act:
+class Act(Struct, frozen=True):
     """A step that was taken. ``n_tokens``: saved, restored or computed. ``waited_s``: seconds spent waiting for its
     turn, of these ``paused_s`` for running streams. ``n_interruptions``: how often it stopped for another request.
     """
@@ -72,8 +69,7 @@ class Act:
     n_interruptions: int = 0
 
 
-@dataclass(slots=True)
-class Decision:
+class Decision(Struct):
     """One request from its place to its answer, or one save that llamaslot made by itself.
 
     ``at``: seconds since 1970. ``user``: the request's user, empty for llamaslot's own work. ``queued_s``: total time
@@ -132,7 +128,7 @@ class Decision:
             "n_expected": self.n_expected,
             "n_reused": self.n_reused,
             "waits": waits,
-            "acts": [dataclasses.asdict(act) for act in self.acts],
+            "acts": [asdict(act) for act in self.acts],
             "rewrote": self.rewrote,
             "diverged": self.diverged,
             "is_assisted": self.is_assisted,

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import field, fields
 from fractions import Fraction
 from statistics import median_low
 from typing import Any
 
+from msgspec import Struct, field
+
 from llamaslot.cache.reuse import Predictions
-from llamaslot.records import dataclass
 from llamaslot.scheduling.answer_length import AnswerLength
 from llamaslot.scheduling.json_numbers import positive, rows, within
 
@@ -143,8 +143,7 @@ class PrefillRate:
         return rate
 
 
-@dataclass(frozen=True, slots=True)
-class _Sample:
+class _Sample(Struct, frozen=True):
     start: int
     end: int
     seconds: float
@@ -356,8 +355,7 @@ class Overhead(Delay):
         super().__init__(seconds)
 
 
-@dataclass(slots=True)
-class Rates:
+class Rates(Struct):
     """All rates learned of one backend with one model."""
 
     prefill: PrefillRate = field(default_factory=PrefillRate)
@@ -376,8 +374,8 @@ class Rates:
         self.take_over(Rates())
 
     def take_over(self, other: Rates) -> None:
-        for part in fields(self):
-            setattr(self, part.name, getattr(other, part.name))
+        for name in self.__struct_fields__:
+            setattr(self, name, getattr(other, name))
 
     def figures(self) -> tuple[float, ...]:
         """Speeds and sizes. While they stay ``are_close``, results computed from them are still accurate enough."""

@@ -11,12 +11,12 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import field
 from itertools import pairwise
 from typing import Any, Protocol, TypeGuard
 
+from msgspec import Struct, field
+
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.records import dataclass
 
 N_BUCKETS = 52  # of ages: the last begins after half a year
 N_LENGTHS = 26  # of contexts: the last begins at 370,000 tokens
@@ -36,8 +36,7 @@ class ReuseClass(enum.StrEnum):
     TRUNK = "trunk"  # the common beginning of several conversations
 
 
-@dataclass(slots=True)
-class SnapshotStats:
+class SnapshotStats(Struct):
     """Usage of one snapshot. ``counted_until``: its lifetime up to here has been learned from."""
 
     id: str
@@ -70,8 +69,7 @@ def length_of(n_tokens: int) -> int:
     return min(int(2.0 * math.log2(max(n_tokens, 64) / 64)), N_LENGTHS - 1)
 
 
-@dataclass(slots=True)
-class _Tally:
+class _Tally(Struct):
     """Of one class, by bucket of age: the number of hits, and the seconds during which hits were possible.
 
     The seconds are scaled to contexts of usual length: a length that is hit half as often counts half the time.
@@ -87,8 +85,7 @@ class _Tally:
         self.n_events /= 2
 
 
-@dataclass(slots=True)
-class _Lengths:
+class _Lengths(Struct):
     """By bucket of length: the number of hits, and the number that would be expected if length did not matter."""
 
     hits: list[float] = field(default_factory=lambda: [0.0] * N_LENGTHS)

@@ -13,10 +13,9 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import field
 from typing import Protocol, TypeVar
 
-from llamaslot.records import dataclass
+from msgspec import Struct, field
 
 _AT_ONCE_S = 1e-3
 # The limit of a deficit, and of what is owed: an estimate may be wrong, and its effect must end.
@@ -26,8 +25,7 @@ _HARDLY_ANYBODY = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Fairness:
+class Fairness(Struct, frozen=True):
     """The settings; see ``queue`` in the configuration. ``None`` is no limit.
 
     ``max_running``, ``max_waiting``: per user, unless its key sets others. ``max_overtake_s``: for how long side
@@ -41,8 +39,7 @@ class Fairness:
     return_grace_s: float = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(Struct, frozen=True):
     """A waiting request. ``cost_s``: estimated seconds in a slot. ``is_small``: it needs very little (a title, a
     summary). ``overtaken_s``: for how long later small requests have overtaken it; ``passed_by``: the same for each
     user of such requests.
@@ -65,8 +62,7 @@ class Asking(Protocol):
 A = TypeVar("A", bound=Asking)
 
 
-@dataclass(frozen=True, slots=True)
-class Booked:
+class Booked(Struct, frozen=True):
     """The changes of deficits made by a slot granted to ``user``. ``waiting``, ``idle``: the users that were
     present.
     """
@@ -77,8 +73,7 @@ class Booked:
     changes_s: Mapping[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Charge:
+class Charge(Struct, frozen=True):
     """The time of a user's ``n_slots`` since ``at``."""
 
     booked: Booked

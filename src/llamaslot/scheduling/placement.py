@@ -6,13 +6,13 @@ Pure: views of the backends go in, a plan comes out. Every cost is in seconds, a
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import field
 from typing import NamedTuple
+
+from msgspec import Struct, field
 
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
 from llamaslot.cache.namespaces import PUBLIC, SHARED, Namespace
 from llamaslot.cache.prefix_index import Shared
-from llamaslot.records import dataclass
 from llamaslot.scheduling.plan import (
     Cost,
     Erase,
@@ -74,8 +74,7 @@ class SnapshotView(NamedTuple):
     wait_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class BackendView:
+class BackendView(Struct, frozen=True):
     """One backend as one request sees it: its slots, the snapshots that it can restore, and what work costs there.
 
     ``reserved``: slots that earlier requests wait for, and for how many seconds those requests will use them.
@@ -96,8 +95,7 @@ class BackendView:
     shared: Mapping[int, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Rules:
+class Rules(Struct, frozen=True):
     """The settings of placement; see ``routing``, ``prefill`` and ``cache`` in the configuration.
 
     ``chunk_threshold_s``: prompts that take longer are computed ahead of the request; None: decided by costs.

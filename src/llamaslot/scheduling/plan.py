@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import field
+from dataclasses import dataclass, field
 
-from llamaslot.records import dataclass
+from msgspec import Struct
+
 from llamaslot.scheduling.slots import SlotKey
 
 
-@dataclass(frozen=True, slots=True)
-class Save:
+class Save(Struct, frozen=True):
     """Write what the slot holds to disk before it is overwritten."""
 
     slot: SlotKey
 
 
-@dataclass(frozen=True, slots=True)
-class Erase:
+class Erase(Struct, frozen=True):
     slot: SlotKey
 
 
-@dataclass(frozen=True, slots=True)
-class Restore:
+class Restore(Struct, frozen=True):
     slot: SlotKey
     snapshot: str
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillTo:
+class PrefillTo(Struct, frozen=True):
     """Compute the first ``n_tokens`` of the request's tokens in the slot, then stop."""
 
     slot: SlotKey
     n_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class SaveSharedPrefix:
+class SaveSharedPrefix(Struct, frozen=True):
     """Save the slot, which holds exactly the first ``n_tokens`` of the request's tokens, as a shared-prefix snapshot;
     then go on.
     """
@@ -58,8 +54,7 @@ class Source(enum.Enum):
     SERVER = "server"
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(Struct, frozen=True):
     """The cost of a place in seconds: ``wait_s`` until it is available, ``save_s`` and ``eviction_cost_s`` for the
     content lost there, ``restore_s`` and ``prefill_s`` until the first token of the answer.
     """
@@ -80,14 +75,13 @@ class Cost:
         return self.save_s + self.restore_s + self.prefill_s
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """Where a request could run: a slot, and the content that its prompt would resume from there."""
 
     slot: SlotKey
     source: Source
     n_reused: int
-    cost: Cost = Cost()
+    cost: Cost = field(default_factory=Cost)
     snapshot: str | None = None
 
 
@@ -102,7 +96,7 @@ class Plan:
     steps: tuple[Step, ...]
     source: Source
     n_reused: int
-    cost: Cost = Cost()
+    cost: Cost = field(default_factory=Cost)
     snapshot: str | None = None
     next_best: Place | None = field(default=None, compare=False)
 
@@ -121,8 +115,7 @@ class Wait:
     instead: Place | None = field(default=None, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillStats:
+class PrefillStats(Struct, frozen=True):
     """Prefill done for a request before llama-server received it. Of the ``n_tokens`` present now ``n_reused`` were
     reused, and the rest took ``seconds``.
 

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from llamaslot.records import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(Struct, frozen=True):
     """A request that waits for any slot. ``deficit_s``: what its user has received less than its share."""
 
     user: str
     deficit_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Stoppable:
+class Stoppable(Struct, frozen=True):
     """A prompt that is being computed in a slot, or waits in its slot for its turn.
 
     ``loss_s``: seconds lost by stopping it: the computed tokens must be saved and restored, or computed again.

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from llamaslot.records import dataclass
+from msgspec import Struct
+
 from llamaslot.scheduling.fairness import Shares
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillSharing:
+class PrefillSharing(Struct, frozen=True):
     """The settings of long prefills; see ``prefill`` in the configuration.
 
     ``decode_share``: share of the time that belongs to streams while any decode. ``chunk_s``: seconds of a chunk,
@@ -27,8 +27,7 @@ class PrefillSharing:
     max_yield_s: float = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Pending:
+class Pending(Struct, frozen=True):
     """A long prefill that is running or waits for its turn.
 
     ``left_s``: seconds to the next point from which a request can resume. ``waited_s``: seconds since ``came_at`` in

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import enum
 
+from msgspec import Struct
+
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import count
 from llamaslot.cache.namespaces import PUBLIC, SHARED, Namespace
-from llamaslot.records import dataclass
 
 
-@dataclass(frozen=True, slots=True)
-class User:
+class User(Struct, frozen=True):
     """``id``: ``key:<name>`` of an API key, else ``named:<x-llamaslot-user>``, else ``at:<address>``.
 
     ``max_running``, ``max_waiting``: limits of requests in slots and in the queue; None: as configured. ``is_admin``:
@@ -35,8 +35,7 @@ class Placement(enum.Enum):
     SERVER_CHOSEN = "server chosen"  # llama-server; llamaslot does not know which one it will be
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Struct, frozen=True):
     """One request that needs a slot. ``tokens`` is empty if they are unknown (llamaslot cannot read the body).
 
     ``boundaries``: token counts at which a prefill should stop on models that need checkpoints. ``n_system``: tokens

@@ -12,11 +12,10 @@ no less.
 
 from __future__ import annotations
 
-from llamaslot.records import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class Unsaved:
+class Unsaved(Struct, frozen=True):
     """The content of a slot that the disk lacks, in seconds.
 
     ``lacking_s``: to recompute it from the best snapshot on disk; ``save_s``: to save the whole context.

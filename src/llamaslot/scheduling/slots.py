@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llamaslot.cache.content import NOTHING, Content
-from llamaslot.records import dataclass
 
 
 class SlotState(enum.Enum):

@@ -16,10 +16,11 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from msgspec import Struct
+
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
 from llamaslot.file_id import FileId
-from llamaslot.records import dataclass
 from llamaslot.scheduling.eviction import Order
 from llamaslot.store import scan, sidecar
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
@@ -38,8 +39,7 @@ log = logging.getLogger(__name__)
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR}
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
+class Reservation(Struct, frozen=True):
     """Reserved space for one snapshot: llama-server saves as ``part_name``, then call ``commit`` or ``abandon``."""
 
     id: str
@@ -47,8 +47,7 @@ class Reservation:
     size_bytes: int
 
 
-@dataclass(slots=True)
-class ReservationState:
+class ReservationState(Struct):
     """The account of a reservation: its bytes, the snapshots protected from its eviction, and its commit once that has
     begun.
     """

@@ -31,13 +31,13 @@ from typing import Any, BinaryIO
 
 import marisa_trie  # type: ignore[import-not-found]  # compiled, without stubs
 import orjson
+from msgspec import Struct
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from llamaslot.cache.disk_index import Columns, DiskIndex, freeze, is_freezable
 from llamaslot.cache.ids import WIDTH
 from llamaslot.cache.prefix_index import Branch, PrefixIndex
 from llamaslot.errors import LlamaslotError
-from llamaslot.records import dataclass
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -51,8 +51,7 @@ class GenerationUnusable(LlamaslotError):
     """The generation on disk is incomplete, not ours, or of another format. Its content is never used."""
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
+class Generation(Struct, frozen=True):
     """An opened generation. ``size_bytes``: of its files together. ``namespace``: what its sequences are valid for."""
 
     id: str
@@ -61,8 +60,7 @@ class Generation:
     size_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
+class Recipe(Struct, frozen=True):
     """The input of a generation, apart from the added branches: the previous generation, without ``gone``."""
 
     namespace: str

@@ -9,7 +9,8 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.scheduling.eviction import ByValue, Order, SnapshotStats

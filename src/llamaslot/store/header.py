@@ -17,8 +17,9 @@ import os
 import struct
 from pathlib import Path
 
+from msgspec import Struct
+
 from llamaslot.errors import SnapshotInvalid
-from llamaslot.records import dataclass
 
 MAGIC = 0x67677371  # "qsgg" as it lies in the file
 VERSIONS = range(2, 5)  # the header is the same in these versions; a server restores only its own version
@@ -32,8 +33,7 @@ _WORD = 4
 _NULL = b"\xff\xff\xff\xff"  # LLAMA_TOKEN_NULL, -1
 
 
-@dataclass(frozen=True, slots=True)
-class SlotFile:
+class SlotFile(Struct, frozen=True):
     """The header of a slot file.
 
     ``tokens``: little-endian int32 bytes, up to the first media token; ``n_tokens`` counts all tokens.

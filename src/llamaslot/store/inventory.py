@@ -10,11 +10,12 @@ import enum
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from llamaslot.errors import SnapshotInvalid
-from llamaslot.records import dataclass
 from llamaslot.store import scan, sidecar
 from llamaslot.store.directory import DirectoryUnusable
 from llamaslot.store.header import read_slot_file
@@ -30,8 +31,7 @@ class FileState(enum.StrEnum):
     BROKEN = "broken"
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(Struct, frozen=True):
     """The files of one id. ``noted``: its sidecar, None if that cannot be read; ``last_used``: seconds since the
     epoch; ``why``: its fault.
     """
@@ -45,8 +45,7 @@ class Item:
     hits: Hits = NEVER
 
 
-@dataclass(frozen=True, slots=True)
-class Stock:
+class Stock(Struct, frozen=True):
     """Items by id, and the number of other files."""
 
     items: dict[str, Item]

@@ -12,13 +12,14 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from msgspec import Struct
+
 from llamaslot.cache.content import Content
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, count
 from llamaslot.cache.layered_index import LayeredIndex
 from llamaslot.cache.namespaces import InNamespaces, Namespace, marker
 from llamaslot.cache.prefix_index import Changes
 from llamaslot.llama.identity import Identity
-from llamaslot.records import dataclass
 from llamaslot.store import Catalog, Snapshot, WithTokens
 from llamaslot.store.disk_index_rebuild import DiskIndexRebuild
 from llamaslot.store.overlap import PrefixOverlap
@@ -107,8 +108,7 @@ class ModelSnapshots:
         assert self.index.holders() == self.snapshots.keys(), "snapshots are indexed"
 
 
-@dataclass(slots=True, eq=False)
-class _Library:
+class _Library(Struct, eq=False):
     """The library of one model, the process that renews its index, and the task that reads snapshots into it."""
 
     identity: Identity

@@ -17,8 +17,9 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from msgspec import Struct
+
 from llamaslot.errors import SnapshotInvalid
-from llamaslot.records import dataclass
 from llamaslot.store import scan, sidecar
 from llamaslot.store.shared_store import META, QUOTA_LOCK, try_claim
 from llamaslot.store.sidecar import JSON, KV, PART
@@ -28,8 +29,7 @@ IN_PLANS_S = 60.0
 _POLL_S = 0.01  # the lock is held for a scan and some removals
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class _Seen:
+class _Seen(Struct, frozen=True, order=True):
     """A snapshot on disk, least recently used first."""
 
     last_used: float

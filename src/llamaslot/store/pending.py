@@ -5,12 +5,11 @@ wait for them.
 from __future__ import annotations
 
 import itertools
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from llamaslot.cache.content import Content
 from llamaslot.cache.namespaces import Namespace, marker
 from llamaslot.cache.prefix_index import Changes, PrefixIndex
-from llamaslot.records import dataclass
 from llamaslot.scheduling.slots import SlotKey
 
 

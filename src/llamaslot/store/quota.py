@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from msgspec import Struct
+
 from llamaslot.errors import LlamaslotError
-from llamaslot.records import dataclass
 from llamaslot.store import scan
 from llamaslot.store.neighbours import Neighbours
 from llamaslot.store.sidecar import Snapshot, readable
@@ -28,8 +29,7 @@ class QuotaExceeded(LlamaslotError):
     """There is no space for a snapshot, and nothing may be evicted for it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(Struct, frozen=True):
     """``quota_bytes`` and ``max_files`` limit our files; ``min_free_bytes`` of the disk stay free for other
     programs.
     """

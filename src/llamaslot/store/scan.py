@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import field
 from itertools import islice
 from pathlib import Path
 
+from msgspec import Struct, field
+
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.file_id import FileId
-from llamaslot.records import dataclass
 from llamaslot.store import sidecar
 from llamaslot.store.directory import HITS_NAME, LOCK_NAME
 from llamaslot.store.header import SlotFile, read_slot_file_now
@@ -29,8 +29,7 @@ _SOME = 32 * _AT_ONCE
 SUFFIXES = (PART, KV, PROBE, NEW, JSON)  # the order of removal: the largest first, the sidecar last
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
+class Listing(Struct, frozen=True):
     """Our files in the directory: suffixes by id. And the number of foreign entries."""
 
     suffixes: dict[str, set[str]]
@@ -50,8 +49,7 @@ class Listing:
         }
 
 
-@dataclass(slots=True)
-class Found:
+class Found(Struct):
     """The result of a scan. ``last_used``: seconds since the epoch, by id; ``leftovers``: bytes, by id; ``file_ids``:
     of the .kv files that were read; ``durable``: ids whose data is known to be on disk.
     """

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
+from msgspec import Struct
+
 from llamaslot.errors import LlamaslotError
-from llamaslot.records import dataclass
 
 META = ".meta"
 CLAIM = "in-use"
@@ -27,8 +28,7 @@ class StoreUnusable(LlamaslotError):
     """The shared directory cannot be made or written to."""
 
 
-@dataclass(slots=True)
-class Part:
+class Part(Struct):
     """A model's part of a shared store, claimed by this process until ``release``. ``taken``: process ids of others
     that hold the model's earlier parts.
     """

@@ -13,7 +13,6 @@ used.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 import re
@@ -22,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 from xxhash import xxh3_128_hexdigest
 
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
-from llamaslot.records import dataclass
 
 # written if there is a namespace: a reader of version 1 must not take the snapshot for a shared one
 VERSION = 2
@@ -37,8 +37,7 @@ _OURS = re.compile(r"(ls-[0-9a-f]{16})(\.kv|\.json|\.part|\.json\.new|\.probe)")
 _MODE = 0o660  # llama-server and llamaslot may be two users of one group; the umask restricts it
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Snapshot:
+class Snapshot(Struct, frozen=True):
     """A complete saved slot, as it is listed: its tokens are in the file's header and in the index.
 
     ``digest``: a hash of the tokens; ``created_at``: seconds since the epoch; ``checkpoints``: token counts to which
@@ -61,7 +60,7 @@ class Snapshot:
 
     def with_tokens(self, tokens: bytes) -> WithTokens:
         """Add its ``tokens``, which must be its own."""
-        return WithTokens(**{**_fields(self), "tokens": tokens})
+        return WithTokens(**{**asdict(self), "tokens": tokens})
 
     @property
     def file_name(self) -> str:
@@ -74,8 +73,7 @@ class Snapshot:
         return f"<Snapshot {self.id} {self.n_tokens} tok {readable(self.size_bytes)} {self.source}{kind}>"
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class WithTokens(Snapshot):
+class WithTokens(Snapshot, frozen=True):
     """A snapshot with its ``tokens``: little-endian int32 bytes.
 
     Do not store these: ten thousand contexts are more than the index of them, and more than fits into memory.
@@ -91,13 +89,9 @@ class WithTokens(Snapshot):
     @property
     def listed(self) -> Snapshot:
         """The same without tokens."""
-        fields = _fields(self)
+        fields = asdict(self)
         del fields["tokens"]
         return Snapshot(**fields)
-
-
-def _fields(snapshot: Snapshot) -> dict[str, Any]:
-    return {field.name: getattr(snapshot, field.name) for field in dataclasses.fields(snapshot)}
 
 
 def digest_of(tokens: bytes) -> str:
@@ -105,8 +99,7 @@ def digest_of(tokens: bytes) -> str:
     return xxh3_128_hexdigest(tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class Noted:
+class Noted(Struct, frozen=True):
     """The content of a sidecar: a snapshot without the digest of its tokens."""
 
     id: str
@@ -124,7 +117,7 @@ class Noted:
     @classmethod
     def of(cls, snapshot: Snapshot) -> Noted:
         """The sidecar of a snapshot that was saved in this boot and may not be on disk yet."""
-        names = {field.name for field in dataclasses.fields(cls)} - {"boot"}
+        names = set(cls.__struct_fields__) - {"boot"}
         return cls(**{name: getattr(snapshot, name) for name in names}, boot=boot_id())
 
     def snapshot(self, digest: str) -> Snapshot:
@@ -221,7 +214,7 @@ def write(directory: Path, noted: Noted, last_used: float) -> None:
 
     The directory is not synced: a name lost in a power cut is a snapshot that does not exist.
     """
-    fields = {"version": VERSION if noted.namespace else 1, **dataclasses.asdict(noted)}
+    fields = {"version": VERSION if noted.namespace else 1, **asdict(noted)}
     fields["space"] = fields.pop("namespace")  # its name in the file
     content = orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
     new = directory / (noted.id + NEW)
@@ -240,7 +233,7 @@ def make_durable(directory: Path, noted: Noted, last_used: float) -> None:
         os.fdatasync(fd)
     finally:
         os.close(fd)
-    write(directory, dataclasses.replace(noted, boot=None), last_used)
+    write(directory, replace(noted, boot=None), last_used)
 
 
 def change_kind(directory: Path, snapshot: Snapshot) -> None:
@@ -249,7 +242,7 @@ def change_kind(directory: Path, snapshot: Snapshot) -> None:
     """
     path = directory / (snapshot.id + JSON)
     noted = parse(path.name, path.read_bytes())
-    noted = dataclasses.replace(noted, kind=snapshot.kind, is_pinned=snapshot.is_pinned)
+    noted = replace(noted, kind=snapshot.kind, is_pinned=snapshot.is_pinned)
     write(directory, noted, path.stat().st_mtime)
 
 

@@ -8,8 +8,9 @@ import asyncio
 import errno
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import scan, sidecar

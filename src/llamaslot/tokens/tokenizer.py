@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Coroutine, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import orjson
+from msgspec import Struct
 
 from llamaslot.cache.ids import WIDTH, common, count, head, pack
 from llamaslot.errors import BadRequest, LlamaslotError, PromptNotTokenizable, Reason, UpstreamError
-from llamaslot.records import dataclass
 from llamaslot.tasks import gather
 from llamaslot.tokens.media import has_media, text_before, up_to_medium
 from llamaslot.tokens.special_tokens import SpecialTokens, SpecialTokensOfEach, TokenSpan
@@ -97,8 +97,7 @@ class Boundaries(NamedTuple):
     stops: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Split:
+class _Split(Struct, frozen=True):
     """A text: the tokens known already, and behind them its special tokens and those worth cutting at."""
 
     whose: str

@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from llamaslot.errors import LlamaslotError
 from llamaslot.llama.managed.process import Flag, recommended_flags
-from llamaslot.records import dataclass
 
 EMBEDDED = "llamaslot.llama.managed.embedded"
 _CONTAINERS = ("docker", "podman", "nerdctl")
