@@ -104,6 +104,24 @@ async def test_with_one_model_any_name_is_accepted(tmp_path: Path) -> None:
         assert (await it.chat("hello", model="gpt-5")).status == 200
 
 
+async def test_an_unknown_name_may_be_that_of_a_server_that_was_not_up_yet(tmp_path: Path) -> None:
+    """It is not answered by another model. After that server was up once, llamaslot knows, also when started again."""
+    async with fleet(tmp_path, [A, A]) as it:
+        await it.stop()
+        await it.fakes["gpu1"].kill()
+        await it.start(wait=False)
+        await it.until(lambda: {its.health for its in it.registry.backends} == {Health.UP, Health.DOWN})
+        assert (await it.chat("hello", model="b")).status == 200
+        await it.stop()
+        (tmp_path / "meta" / "gpu1.rates.json").unlink()
+        await it.start(wait=False)
+        await it.until(lambda: {its.health for its in it.registry.backends} == {Health.UP, Health.DOWN})
+        unknown = await it.chat("hello", model="b")
+        assert unknown.status == 503
+        assert "gpu1 is not up" in unknown.error["message"]
+        assert (await it.chat("hello", model="a")).status == 200
+
+
 async def test_what_takes_no_slot_goes_to_its_model_too(tmp_path: Path) -> None:
     """By its body, or the query of a GET."""
     async with fleet(tmp_path, [A, B]) as it:
@@ -245,7 +263,7 @@ async def test_a_server_that_comes_later_is_used_by_itself(
         await it.fakes["gpu0"].start()
         await it.start(wait=False)
         await it.until(lambda: it.named("gpu0").health is Health.UP)
-        assert backend_of(await it.ask(TEXTS[0], model="anything")) == "gpu0"
+        assert backend_of(await it.ask(TEXTS[0], model="a")) == "gpu0"
         await it.fakes["gpu1"].start()
         await it.all_up()
         assert it.members() == [{"gpu0", "gpu1"}]

@@ -11,6 +11,7 @@ from llamaslot.backend.connect import ServerSession
 from llamaslot.config.sections import ModelsConfig
 from llamaslot.errors import BackendDown, BadRequest, ModelNotFound
 from llamaslot.fleet.pool import Pool, PoolModel
+from llamaslot.llama.identity import Identity
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +57,20 @@ class Router:
         if not known and always:  # no backend was ever up
             await min(always, key=lambda its: its.health is not Health.CONNECTING).ready()
             return await self.pool_for(model, is_named=is_named)
-        is_all_known = all(self._backends[name].last_session is not None for name in self.managed.values())
-        is_only = len(known) == 1 and is_all_known and not self._was_another(model, known[0])
-        if known and (not is_named or is_only):
+        if known and not is_named:
+            return known[0]
+        is_only = len(known) == 1 and not self._was_another(model, known[0])
+        unseen = self._maybe_of_another(known[0]) if is_only and model else []
+        if is_only and not unseen:
             return known[0]
         if not is_named:
             raise BackendDown("no model is loaded: the first request for one loads it")
         there_are = ", ".join(sorted(self.names()))
+        if is_only and all(its.presence.on_demand is None for its in unseen):
+            raise BackendDown(
+                f"{' and '.join(its.name for its in unseen)} is not up, and its model is not known yet: name one of"
+                f" {there_are} in 'model', or set models.default in the configuration for all other names"
+            )
         if not isinstance(model, str) or not model:
             raise BadRequest(f"'model' is required, as there are several: {there_are}")
         raise ModelNotFound(f"the model '{model}' does not exist here; there are {there_are}")
@@ -109,6 +117,14 @@ class Router:
         """Whether ``name`` was that of another model, which is gone: then it is not just any name."""
         told = self._told.get(name) if isinstance(name, str) else None
         return told is not None and pool.model is not None and not told.is_same(pool.model)
+
+    def _maybe_of_another(self, pool: Pool) -> list[Backend]:
+        """The backends that were not up yet, and may have another model than ``pool``. The learned rates of a backend
+        tell which it had before llamaslot was started.
+        """
+        own = pool.model.identity if pool.model is not None else None
+        unseen = [its for its in self._backends.values() if its.last_session is None]
+        return [its for its in unseen if own is None or not _was_served(its, own)]
 
     def _known(self) -> list[Pool]:
         """The pools whose models are known, in the order of their backends in the configuration: of two with the same
@@ -161,6 +177,11 @@ class Router:
                 found = told[0] if told else None
             entries[alias] = {**(found or _unknown()), "id": alias}
         return list(entries.values())
+
+
+def _was_served(backend: Backend, identity: Identity) -> bool:
+    last = Identity.from_text(backend.rates.model)
+    return last is not None and last.is_same(identity)
 
 
 def _unknown() -> dict[str, Any]:
