@@ -8,6 +8,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import yaml
 
 from tests.support import models
 from tests.support.figures import Figure
@@ -16,6 +17,7 @@ from tests.support.leftovers import nothing_left
 from tests.support.supervised import CHAT, Supervised, tagged
 
 __all__ = ["nothing_left"]
+REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.real
 
 ASKING = (
@@ -84,6 +86,18 @@ async def test_two_models_share_one_place_and_keep_their_conversations(
         f"{n_computed} of {n_prompt} prompt tokens computed after a swap, reused {1 - n_computed / n_prompt:.4f}"
     )
     assert n_computed <= 0.02 * n_prompt
+
+
+async def test_the_shipped_configuration_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is, but for the port, the directories and the model: the demo of the README."""
+    monkeypatch.setenv("LLAMASLOT_SMOLLM2", str(models.dense(tmp_path)))
+    shipped = yaml.safe_load((REPOSITORY / "config.yaml").read_text())
+    (backend,) = shipped.pop("backends")
+    rest = {key: value for key, value in shipped.items() if key not in ("listen", "store")}
+    async with Supervised.serving(tmp_path, [backend], **rest) as it:
+        answer = await it.chat(ONE)
+        assert answer["usage"]["completion_tokens"] == 8
+    assert tagged(it.tag) == []
 
 
 async def test_without_limits_both_run_from_the_start(tmp_path: Path) -> None:

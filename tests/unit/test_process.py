@@ -336,6 +336,14 @@ def test_what_the_user_says_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("args", "name"),
+    [((), "m.gguf"), (("--alias", "a,b"), "a"), (("-c", "1", "--alias=x"), "x"), (("-a",), "m.gguf")],
+)
+def test_the_name_that_llama_server_will_tell(args: tuple[str, ...], name: str) -> None:
+    assert ManagedConfig(model="m.gguf", args=args).model_name == name
+
+
+@pytest.mark.parametrize(
     ("settings", "fault"),
     [
         ({"slots": 0}, "slots"),

@@ -177,7 +177,8 @@ def _config(
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError("llamaslot run", fault_lines(error, Config)) from None
+        faults = [fault.replace("store.quota:", "--quota:") for fault in fault_lines(error, Config)]
+        raise ConfigError("llamaslot run", faults) from None
 
 
 def _keys_file(meta_dir: Path, keys: list[str]) -> Path:

@@ -69,7 +69,7 @@ class ManagedModel:
         finally:
             await self._stop()
             self._backend.leases.is_leaving = False
-        log.info("%s: unloaded; its contexts are on disk", self.name)
+        log.info("%s: unloaded on demand", self.name)
 
     async def _stop(self) -> None:
         self._backend.sleep()

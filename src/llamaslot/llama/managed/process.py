@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, NamedTuple, Protocol
 
@@ -128,7 +129,7 @@ class ManagedConfig(BaseModel):
     def model_name(self) -> str:
         """The name that llama-server tells for it: the first of ``--alias``, else the path."""
         alias = ""
-        for word, value in zip(self.args, (*self.args[1:], ""), strict=True):
+        for word, value in pairwise((*self.args, "")):
             name, equals, said = word.partition("=")
             if name in ("-a", "--alias"):
                 alias = said if equals else value
