@@ -158,9 +158,8 @@ class OnDemand:
 
     # -- decisions, without an await -----------------------------------------------------------------------------
 
-    def _decide(self) -> None:
+    def _decide(self, now: float) -> None:
         """Begin what is due. Called whenever something has changed."""
-        now = self._now()
         self._look(now)
         for name in list(self._wanted):
             model = self._models[name]
@@ -212,9 +211,11 @@ class OnDemand:
     def _is_idle(self, model: _Model, now: float) -> bool:
         return not (model.its.is_at_work or model.its.n_waiting or now - model.asked_at < _ON_ITS_WAY_S)
 
-    def _next_s(self) -> float | None:
-        """Seconds until time alone may change a decision; None if it does not."""
-        now, at = self._now(), list[float]()
+    def _next_s(self, now: float) -> float | None:
+        """Seconds until time alone may change the decision of ``now``; None if it does not. With a later time, what has
+        become due since would be missed.
+        """
+        at = list[float]()
         for model in self._models.values():
             if model.state in (State.LOADED, State.LEAVING):
                 at.append(model.asked_at + _ON_ITS_WAY_S)
@@ -241,8 +242,9 @@ class OnDemand:
             for model in self._models.values():
                 stack.enter_context(model.its.changes.subscribed(self._changed.notify))
             while True:
-                self._decide()
-                await self._changed.wait(self._next_s())
+                now = self._now()
+                self._decide(now)
+                await self._changed.wait(self._next_s(now))
 
     async def close(self) -> None:
         """End what is being loaded; what is being unloaded is saved. Those that wait get BackendDown."""
