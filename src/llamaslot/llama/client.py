@@ -126,7 +126,10 @@ class LlamaServer:
         n_held_bytes = RELAYED_BYTES if is_relayed else _READ_BYTES
 
         def over_aiohttp() -> contextlib.AbstractAsyncContextManager[Response]:
-            return self._over_aiohttp(method, path, data, headers or {}, timeout_s, silence_s, n_held_bytes)
+            return self._aiohttp_client().request(
+                method, path, data, headers or {},
+                timeout_s=timeout_s, silence_s=silence_s, n_held_bytes=n_held_bytes,
+            )  # fmt: skip
 
         if self._plain is None or isinstance(data, AsyncIterator):
             return Sending(None, over_aiohttp, self._is_down)
@@ -139,26 +142,6 @@ class LlamaServer:
             over_aiohttp,
             self._is_down,
         )  # fmt: skip
-
-    @contextlib.asynccontextmanager
-    async def _over_aiohttp(
-        self,
-        method: str,
-        path: str,
-        data: bytes | AsyncIterator[bytes] | None,
-        headers: Mapping[str, str],
-        timeout_s: float | None,
-        silence_s: float | None,
-        n_held_bytes: int,
-    ) -> AsyncIterator[Response]:
-        try:
-            async with self._aiohttp_client().request(
-                method, path, data, headers,
-                timeout_s=timeout_s, silence_s=silence_s, n_held_bytes=n_held_bytes,
-            ) as response:  # fmt: skip
-                yield response
-        except (ConnectionError, TimeoutError) as error:
-            raise self._is_down(error) from error
 
     def _is_down(self, error: BaseException) -> BackendDown:
         return BackendDown(f"llama-server at {self.url} {_why(error)}; try again in a moment")

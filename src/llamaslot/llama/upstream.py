@@ -141,27 +141,27 @@ class Sending(contextlib.AbstractAsyncContextManager[Response]):
         self._over_aiohttp: contextlib.AbstractAsyncContextManager[Response] | None = None
 
     async def __aenter__(self) -> Response:
-        if self._plain is not None:
-            try:
-                self._response = await self._plain()
-            except (ConnectionError, TimeoutError) as error:
-                raise self._is_down(error) from error
-            if self._response is not None:
-                return self._response
-        self._over_aiohttp = self._otherwise()
-        return await self._over_aiohttp.__aenter__()
+        try:
+            if self._plain is not None and (response := await self._plain()) is not None:
+                self._response = response
+                return response
+            self._over_aiohttp = self._otherwise()
+            return await self._over_aiohttp.__aenter__()
+        except (ConnectionError, TimeoutError) as error:
+            raise self._is_down(error) from error
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        if self._over_aiohttp is not None:
-            over, self._over_aiohttp = self._over_aiohttp, None
-            return await over.__aexit__(kind, error, trace)
-        if self._response is not None:
-            self._response.close()
-            if isinstance(error, ConnectionError | TimeoutError):
-                raise self._is_down(error) from error
-        return None
+    ) -> None:
+        try:
+            if self._over_aiohttp is not None:
+                await self._over_aiohttp.__aexit__(kind, error, trace)
+            elif self._response is not None:
+                self._response.close()
+        except (ConnectionError, TimeoutError) as found:
+            raise self._is_down(found) from found
+        if isinstance(error, ConnectionError | TimeoutError):
+            raise self._is_down(error) from error
 
 
 class PlainResponse(asyncio.Protocol):
