@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -238,3 +239,21 @@ async def test_never_more_than_allowed_and_all_are_served(max_loaded: int) -> No
             await asyncio.gather(*map(user, range(8)))
         await asyncio.sleep(40)
         assert n_loaded() == 0
+
+
+@virtual
+async def test_a_clock_that_moves_while_it_decides_hides_no_idle_model() -> None:
+    """A timer that is a little early finds the model in use, and the next look at the clock finds it idle: another
+    request for the other model waited until something else happened.
+    """
+    loop, n_read, log = asyncio.get_running_loop(), itertools.count(), list[str]()
+    models = [Model(name, log, load_s=0.3) for name in "ab"]  # less than a request may take to begin
+    on_demand = OnDemand(models, 1, None, lambda: 0.99 * loop.time() + 0.005 * next(n_read))
+    tasks = TaskOwner()
+    tasks.spawn(on_demand.run(), "on demand")
+    await on_demand.serving("a")  # a request that is refused before it runs
+    async with asyncio.timeout(20):
+        await on_demand.serving("b")
+    assert log == ["+a", "-a", "+b"]
+    await tasks.close()
+    await on_demand.close()
