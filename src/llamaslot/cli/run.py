@@ -177,8 +177,7 @@ def _config(
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
-        faults = [fault.replace("store.quota:", "--quota:") for fault in fault_lines(error, Config)]
-        raise ConfigError("llamaslot run", faults) from None
+        raise ConfigError("llamaslot run", fault_lines(error, Config)) from None
 
 
 def _keys_file(meta_dir: Path, keys: list[str]) -> Path:
