@@ -109,6 +109,21 @@ async def listening(config: Config, registry: Registry) -> AsyncIterator[Front]:
         await front.close()
 
 
+def set_by_signals(stop: asyncio.Event) -> None:
+    """SIGTERM and SIGINT set ``stop`` from now on."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+
+
+def collect_seldom() -> None:
+    """Garbage collection for a process that serves from now on."""
+    gc.freeze()  # a full collection over a large index takes 150 ms; afterwards it has little to visit
+    # A request leaves few cycles, and 32 of them have thousands of objects: by default every few requests cause a
+    # collection.
+    gc.set_threshold(20_000, 20, 20)
+    gc.enable()
+
+
 async def serve(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Raises LlamaslotError if the store cannot be used, OSError for the port."""
     raise_file_limit()
@@ -127,9 +142,7 @@ async def serve(config: Config) -> None:
     stop, save_s = asyncio.Event(), 0.0
     try:
         async with listening(config, registry) as front:
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, stop.set)
+            set_by_signals(stop)
             if servers:
                 await front.load()  # before a child is started: importing aiohttp changes the environment
                 managed.start()
@@ -140,11 +153,7 @@ async def serve(config: Config) -> None:
                     async with asyncio.timeout(_LOAD_AFTER_S):
                         await front.connections.is_wanted.wait()
                 await front.load()
-            gc.freeze()  # a full collection over a large index takes 150 ms; afterwards it has little to visit
-            # A request leaves few cycles, and 32 of them have thousands of objects: by default every few requests cause
-            # a collection.
-            gc.set_threshold(20_000, 20, 20)
-            gc.enable()
+            collect_seldom()
             await stop.wait()
             log.info("stopping")
             await managed.stop_loading()
@@ -211,4 +220,4 @@ def _greet(config: Config, listener: asyncio.Server) -> None:
     )
 
 
-__all__ = ["Front", "listening", "serve"]
+__all__ = ["Front", "collect_seldom", "listening", "serve", "set_by_signals"]

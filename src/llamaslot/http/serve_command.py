@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
-import signal
 
 from llamaslot import __version__
 from llamaslot.config.load import Config
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.connections import raise_file_limit
-from llamaslot.http.serve import listening
+from llamaslot.http.serve import collect_seldom, listening, set_by_signals
 from llamaslot.llama.managed.process import ManagedServer
 from llamaslot.tasks import TaskOwner
 
@@ -44,8 +42,7 @@ async def serve_command(config: Config, server: ManagedServer, stop_s: float) ->
     try:
         async with listening(config, registry) as front:
             await front.load()  # before a child is started: importing aiohttp changes the environment
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, stop.set)
+            set_by_signals(stop)
             life = tasks.spawn(server.run_once(), "llama-server")
             life.add_done_callback(lambda _: stop.set())
             registry.start()
@@ -53,8 +50,7 @@ async def serve_command(config: Config, server: ManagedServer, stop_s: float) ->
             log.info(
                 "llamaslot %s listens on %s; from this machine: http://%s/v1", __version__, address, address
             )
-            gc.freeze()  # as in ``serve``
-            gc.enable()
+            collect_seldom()
             await stop.wait()
             stops_at = loop.time() + stop_s
             log.info("stopping")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import AsyncIterator
@@ -21,7 +20,7 @@ from msgspec import Struct
 
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import scan, sidecar
-from llamaslot.store.shared_store import META, QUOTA_LOCK, try_claim
+from llamaslot.store.shared_store import META, QUOTA_LOCK, try_claim, try_lock
 from llamaslot.store.sidecar import JSON, KV, PART
 
 RESERVED = "reserved"
@@ -56,14 +55,9 @@ class Neighbours:
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
         """No other process reserves space or claims a part within the block. Canceling is safe."""
-        lock = os.open(self._meta / QUOTA_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        while (lock := try_lock(self._meta / QUOTA_LOCK)) is None:  # noqa: ASYNC110 - of another process
+            await asyncio.sleep(_POLL_S)
         try:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    await asyncio.sleep(_POLL_S)
             self._kept.clear()
             yield
         finally:

@@ -83,7 +83,14 @@ def try_claim(meta_dir: Path) -> int | None:
     """The open file of a claim; None if another process has it. Only while the quota is locked: a llamaslot that
     starts must not meet a claim that was only tried. Blocking; raises OSError.
     """
-    lock = os.open(meta_dir / CLAIM, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    return try_lock(meta_dir / CLAIM)
+
+
+def try_lock(path: Path) -> int | None:
+    """The open file that is locked until it is closed; None if another process has it locked. Blocking; raises
+    OSError.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
