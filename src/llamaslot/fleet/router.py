@@ -57,14 +57,14 @@ class Router:
         if not known and always:  # no backend was ever up
             await min(always, key=lambda its: its.health is not Health.CONNECTING).ready()
             return await self.pool_for(model, is_named=is_named)
-        if known and not is_named:
-            return known[0]
+        if not is_named:
+            if known:
+                return known[0]
+            raise BackendDown("no model is loaded: the first request for one loads it")
         is_only = len(known) == 1 and not self._was_another(model, known[0])
         unseen = self._maybe_of_another(known[0]) if is_only and model else []
         if is_only and not unseen:
             return known[0]
-        if not is_named:
-            raise BackendDown("no model is loaded: the first request for one loads it")
         there_are = ", ".join(sorted(self.names()))
         if is_only and all(its.presence.on_demand is None for its in unseen):
             raise BackendDown(

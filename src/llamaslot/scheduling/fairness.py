@@ -20,9 +20,8 @@ from msgspec import Struct, field
 _AT_ONCE_S = 1e-3
 # The limit of a deficit, and of what is owed: an estimate may be wrong, and its effect must end.
 _LIMIT_S = 300.0
-_HARDLY_ANYBODY = (
-    0.02  # expected number of users that return and wait a second; below it no slot is held free
-)
+# Expected number of users that return and wait a second; below it no slot is held free.
+_HARDLY_ANYBODY = 0.02
 
 
 class Fairness(Struct, frozen=True):
