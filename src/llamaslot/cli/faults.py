@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -63,6 +64,15 @@ def _wording(error: BaseException, listen: ListenConfig) -> str | None:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     return str(error) if isinstance(error, LlamaslotError) else None
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Print a fault that an operator can fix, and end with ``EXIT_FAULT``."""
+    try:
+        yield
+    except LlamaslotError as error:
+        fail([str(error)])
 
 
 def fail(lines: list[str]) -> NoReturn:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
+from llamaslot.cli.faults import told
 from llamaslot.cli.format import several, span, table
 from llamaslot.config.faults import read_yaml
 from llamaslot.config.keys import editing, made_now, name_of_key, new_key, read_keys
 from llamaslot.errors import ConfigError, LlamaslotError
-
-EXIT_FAULT = 2
 
 
 @click.group()
@@ -52,7 +48,7 @@ def add(
     name: str,
 ) -> None:
     """Make a key for NAME and print it once. The file stores only a hash of it."""
-    with _faults():
+    with told():
         try:
             name_of_key(name)
         except ValueError as error:
@@ -81,7 +77,7 @@ def add(
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 def rm(path: Path, file: Path | None, names: tuple[str, ...]) -> None:
     """Remove keys. They stop working within a second; running answers are completed."""
-    with _faults():
+    with told():
         with editing(_place(path, file)) as entries:
             known = {entry.name for entry in entries}
             if missing := [name for name in names if name not in known]:
@@ -95,7 +91,7 @@ def rm(path: Path, file: Path | None, names: tuple[str, ...]) -> None:
 @_file
 def ls(path: Path, file: Path | None) -> None:
     """List names and limits. The file does not contain the keys themselves."""
-    with _faults():
+    with told():
         place = _place(path, file)
         entries, _ = read_keys(place)
         now = time.time()
@@ -134,13 +130,3 @@ def _place(path: Path, file: Path | None) -> Path:
 
 def _note(line: str) -> None:
     click.echo(line, err=True)
-
-
-@contextlib.contextmanager
-def _faults() -> Iterator[None]:
-    """Print a fault that an operator can fix, and exit with code 2."""
-    try:
-        yield
-    except LlamaslotError as error:
-        _note(str(error))
-        sys.exit(EXIT_FAULT)

@@ -18,16 +18,16 @@ import click
 import orjson
 from xxhash import xxh3_64_hexdigest
 
+from llamaslot.cli.faults import told
 from llamaslot.cli.format import number, several, span, table
 from llamaslot.cli.gc import OfflineStore, Removal, over_limits
 from llamaslot.config.load import Config
-from llamaslot.errors import ConfigError, LlamaslotError
 from llamaslot.store import scan
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
 from llamaslot.store.inventory import FileState, Item, read_headers, take_stock
 from llamaslot.store.sidecar import readable
 
-EXIT_BROKEN, EXIT_FAULT = 1, 2
+EXIT_BROKEN = 1
 
 _SORTS = {
     "used": lambda item: -item.last_used,
@@ -63,7 +63,7 @@ _dry_run = click.option("--dry-run", is_flag=True, help="Only say what would be 
 )
 def ls(path: Path, is_json: bool, order: str) -> None:
     """List all snapshots, the most recently used first, or as --sort says."""
-    with _faults():
+    with told():
         store = _store_of(path)
         stock = take_stock(store.directory)
         items = sorted(stock.items.values(), key=_SORTS[order])
@@ -83,7 +83,7 @@ def ls(path: Path, is_json: bool, order: str) -> None:
 @click.argument("name", metavar="ID")
 def show(path: Path, is_json: bool, name: str) -> None:
     """Show all about one snapshot, but not its text. The beginning of its ID is enough."""
-    with _faults():
+    with told():
         store = _store_of(path)
         item = _chosen(store, [name])[0]
         (item,) = asyncio.run(read_headers(store.directory, [item]))
@@ -108,7 +108,7 @@ def show(path: Path, is_json: bool, name: str) -> None:
 @click.argument("names", metavar="ID...", nargs=-1, required=True)
 def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
     """Remove some snapshots, pinned or not. The beginnings of their IDs are enough."""
-    with _faults():
+    with told():
         store = _store_of(path)
         with _locked(store, dry_run):
             removals = [Removal(item, "as asked") for item in _chosen(store, names)]
@@ -121,7 +121,7 @@ def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
 @click.option("--others", is_flag=True, help="Also remove those of models other than the last served one.")
 def gc(path: Path, dry_run: bool, others: bool) -> None:
     """Remove unfinished and broken files, and what exceeds the limits of the configuration."""
-    with _faults():
+    with told():
         store = _store_of(path)
         if others and not store.models:
             raise DirectoryUnusable("which model is served is not known yet: start llamaslot with it once")
@@ -143,7 +143,7 @@ def gc(path: Path, dry_run: bool, others: bool) -> None:
 @click.argument("names", metavar="[ID]...", nargs=-1)
 def verify(path: Path, dry_run: bool, removes: bool, names: Sequence[str]) -> None:
     """Read the headers of all snapshots, or of some, and list the broken ones. Exit code 1 if a broken one stays."""
-    with _faults():
+    with told():
         store = _store_of(path)
         with _locked(store, dry_run or not removes):
             chosen = _chosen(store, names) if names else list(take_stock(store.directory).items.values())
@@ -304,13 +304,3 @@ def _remove(store: OfflineStore, removals: list[Removal], dry_run: bool) -> None
     done = "would be removed" if dry_run else "removed"
     size = readable(sum(each.item.size_bytes for each in removals) - n_left)
     _say([f"{several(len(removals), 'snapshot', 'snapshots')} {done}, {size}"])
-
-
-@contextlib.contextmanager
-def _faults() -> Iterator[None]:
-    """Print a fault that an operator can fix, and exit with code 2."""
-    try:
-        yield
-    except (ConfigError, LlamaslotError) as error:
-        click.echo(str(error), err=True)
-        sys.exit(EXIT_FAULT)
