@@ -325,8 +325,7 @@ class Handshake:
 
     def _forget_rates_of_others(self, current: Identity) -> None:
         """Forget rates that were learned with another model."""
-        known = Identity.from_text(self.rates.model)
-        if known is None or not current.is_same(known):
+        if not current.is_same_as(self.rates.model):
             self.rates.forget()
             self.rates.model = current.to_text()
 
@@ -355,8 +354,7 @@ class Handshake:
         """Whether the snapshot is of the connected model."""
         text = snapshot.fingerprint
         if text not in self._is_usable:
-            ours, other = self._identity, Identity.from_text(text)
-            self._is_usable[text] = ours is not None and other is not None and ours.is_same(other)
+            self._is_usable[text] = self._identity is not None and self._identity.is_same_as(text)
         return self._is_usable[text]
 
 

@@ -225,8 +225,7 @@ def _expect(backend: Backend, store: SnapshotStore) -> None:
         return
     snapshots = sorted(store.catalog.snapshots.values(), key=lambda snapshot: snapshot.created_at)
     texts = dict.fromkeys(snapshot.fingerprint for snapshot in reversed(snapshots))
-    others = ((text, Identity.from_text(text)) for text in texts)
-    text = next((text for text, other in others if other is not None and model.is_same(other)), None)
+    text = next(filter(model.is_same_as, texts), None)
     if text is not None:
         store.catalog.serve(backend.name, text)
 

@@ -11,7 +11,6 @@ from llamaslot.backend.connect import ServerSession
 from llamaslot.config.sections import ModelsConfig
 from llamaslot.errors import BackendDown, BadRequest, ModelNotFound
 from llamaslot.fleet.pool import Pool, PoolModel
-from llamaslot.llama.identity import Identity
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +123,7 @@ class Router:
         """
         own = pool.model.identity if pool.model is not None else None
         unseen = [its for its in self._backends.values() if its.last_session is None]
-        return [its for its in unseen if own is None or not _was_served(its, own)]
+        return [its for its in unseen if own is None or not own.is_same_as(its.rates.model)]
 
     def _known(self) -> list[Pool]:
         """The pools whose models are known, in the order of their backends in the configuration: of two with the same
@@ -177,11 +176,6 @@ class Router:
                 found = told[0] if told else None
             entries[alias] = {**(found or _unknown()), "id": alias}
         return list(entries.values())
-
-
-def _was_served(backend: Backend, identity: Identity) -> bool:
-    last = Identity.from_text(backend.rates.model)
-    return last is not None and last.is_same(identity)
 
 
 def _unknown() -> dict[str, Any]:

@@ -48,6 +48,11 @@ class Identity(Struct, frozen=True):
             abs(self.behaviour[id_] - other.behaviour[id_]) <= TOLERANCE for id_ in common
         )
 
+    def is_same_as(self, text: str) -> bool:
+        """As ``is_same``, of the model of a fingerprint; False if ``text`` is none."""
+        other = Identity.from_text(text)
+        return other is not None and self.is_same(other)
+
     def to_text(self) -> str:
         behaviour = {str(id_): round(value, 4) for id_, value in self.behaviour.items()}
         data = {"told": dict(self.told), "behaviour": behaviour, "gguf": self.gguf}

@@ -217,22 +217,16 @@ class Libraries:
     async def _open(self, identity: Identity) -> _Library:
         """Start with the generation on disk, if it is of this model."""
 
-        def is_same(namespace: str) -> bool:
-            other = Identity.from_text(namespace)
-            return other is not None and identity.is_same(other)
-
         texts = {snapshot.fingerprint for snapshot in self._catalog.snapshots.values()}
         await asyncio.to_thread(self._sweep, texts, identity.key)
-        directory, taken = (
-            self._directory / identity.key,
-            {its.directory for its in self._by_backend.values()},
-        )
+        directory = self._directory / identity.key
+        taken = {its.directory for its in self._by_backend.values()}
         for n in itertools.count(2):
             if directory not in taken:
                 break
             directory = self._directory / f"{identity.key}-{n}"
         renewal = DiskIndexRebuild(
-            directory, identity.to_text(), self._tasks, is_same, self._catalog.write_manifest
+            directory, identity.to_text(), self._tasks, identity.is_same_as, self._catalog.write_manifest
         )
         library = ModelSnapshots(LayeredIndex(await renewal.open()))
 
