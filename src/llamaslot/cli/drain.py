@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from llamaslot.config.sections import ListenConfig
 
 _TIMEOUT_S = 10.0
-_EVERY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # addresses to listen on, and where to ask on this machine
 
 _config = click.option(
     "--config", "path", type=click.Path(path_type=Path), default="config.yaml", show_default=True
@@ -78,7 +77,9 @@ def _connection(listen: ListenConfig) -> HTTPConnection:
     import ssl
     from http.client import HTTPConnection, HTTPSConnection
 
-    host = _EVERY.get(listen.host, listen.host)
+    from llamaslot.config.sections import EVERY_ADDRESS
+
+    host = EVERY_ADDRESS.get(listen.host, listen.host)
     if listen.tls is None:
         return HTTPConnection(host, listen.port, timeout=_TIMEOUT_S)
     context = ssl.create_default_context(cafile=str(listen.tls.cert))

@@ -60,6 +60,10 @@ def _split(line: str, key: str) -> list[str]:
         raise ValueError(f"{key} cannot be split into words ({error}); write a list instead") from error
 
 
+#: Values of ``listen.host`` that stand for every address, and where to ask then on this machine.
+EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
 class ListenConfig(Section):
     # Address to listen on; one that other machines reach requires keys or auth.allow_anonymous.
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from llamaslot import __version__
 from llamaslot.config.load import Config
+from llamaslot.config.sections import EVERY_ADDRESS
 from llamaslot.errors import LlamaslotError
 from llamaslot.fleet.managed_models import ManagedModels
 from llamaslot.fleet.registry import Registry
@@ -200,9 +201,8 @@ def _greet(config: Config, listener: asyncio.Server) -> None:
     """Log where it listens: the addresses bound by the kernel, and one to try on this machine."""
     bound = sorted({socket.getsockname()[:2] for socket in listener.sockets})
     scheme = "https" if config.listen.tls is not None else "http"
-    every = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-    base = f"{scheme}://{_address(every.get(bound[0][0], bound[0][0]), bound[0][1])}"
-    is_open = any(host in every for host, _ in bound)
+    base = f"{scheme}://{_address(EVERY_ADDRESS.get(bound[0][0], bound[0][0]), bound[0][1])}"
+    is_open = any(host in EVERY_ADDRESS for host, _ in bound)
     has_keys = config.auth.keys_file is not None
     which, header = (
         ("with a key of yours", " -H 'Authorization: Bearer …'") if has_keys else ("any API key", "")
