@@ -359,6 +359,19 @@ def test_the_message_is_a_list(load: Load, tmp_path: Path) -> None:
             "backends[0].url: should be llama-server's root, without the /v1",
         ),
         ("backends: [{url: 'http://localhost:8081/'}]", "backends[0].url: is llamaslot's own address"),
+        *(
+            (
+                f"backends: [{{name: a, url: '{one}'}}, {{name: b, url: '{other}'}}]",
+                f"backends[1].url: is {other}, the same server as that of backends[0]",
+            )
+            for one, other in [
+                ("http://127.0.0.1:8080", "HTTP://LOCALHOST:8080/"),
+                ("http://box", "http://Box.:80"),
+                ("https://box/a/", "https://box:443/a"),
+                ("http://[::1]:8080", "http://[0:0::1]:8080"),
+                ("http://0.0.0.0:8080", "http://localhost:8080"),
+            ]
+        ),
         ("backends: [{managed: {}}]", "backends[0].managed.model: is missing"),
         (
             "backends: [{managed: {model: /no/x.gguf}}]",

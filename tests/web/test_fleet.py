@@ -233,7 +233,7 @@ async def test_a_drained_server_gets_nothing_new_and_loses_nothing(tmp_path: Pat
         running = spawn(it.ask(TEXTS[0] + "more"))
         await at_work(it)
         drained = await it.send("POST", f"/llamaslot/drain?backend={place}")
-        assert drained.json == {"backend": place, "drain": "draining"}
+        assert drained.json == {"backend": place, "drain": "draining", "unsaved": []}
         other = await it.ask(TEXTS[1])
         assert backend_of(other) != place
         it.fakes[place].go()
@@ -252,6 +252,50 @@ async def test_a_drained_server_gets_nothing_new_and_loses_nothing(tmp_path: Pat
         assert (await it.send("POST", "/llamaslot/drain?backend=x")).status == 404
         assert (await it.send("POST", "/llamaslot/drain")).status == 400
         assert (await it.get("/llamaslot/drain")).status == 405
+
+
+async def test_slots_that_a_drain_could_not_save_are_named(tmp_path: Path) -> None:
+    """By the command, with exit code 1, and by the route; another drain tries again."""
+    async with fleet(tmp_path, 1) as it:
+        await it.ask(TEXTS[0])
+        it.fakes["gpu0"].faults.disk_full()
+        config = tmp_path / "config.yaml"
+        backends = [{"name": "gpu0", "url": it.fakes["gpu0"].url}]
+        config.write_text(json.dumps({"listen": {"port": it.config.listen.port}, "backends": backends}))
+        words = ["drain", "gpu0", "--config", str(config)]
+        done = await asyncio.to_thread(CliRunner().invoke, cli.main, words)
+        assert (done.exit_code, "drained, but not saved: slots 0;" in done.output) == (1, True)
+        again = await it.send("POST", "/llamaslot/drain?backend=gpu0")
+        assert again.json == {"backend": "gpu0", "drain": "draining", "unsaved": []}
+        await it.until(lambda: it.named("gpu0").drain.state == "drained")
+        again = await it.send("POST", "/llamaslot/drain?backend=gpu0")
+        assert again.json == {"backend": "gpu0", "drain": "drained", "unsaved": []}
+
+
+async def test_when_all_are_drained_what_waits_goes_on_waiting(tmp_path: Path) -> None:
+    """New requests, health checks and the list of models are told; what was accepted before outlasts it."""
+    async with fleet(tmp_path, [A, A, B], slots=1) as it:
+        for server in it.fakes.values():
+            server.hold()
+        asked = [spawn(it.ask(text, model="a")) for text in TEXTS[:3]]
+        await it.until(lambda: it.pool_of("gpu0").dispatcher.n_waiting == 1)
+        for name in ("gpu0", "gpu1"):
+            await it.send("POST", f"/llamaslot/drain?backend={name}")
+        refused = await it.ask(TEXTS[3], model="a")
+        assert refused.status == 503
+        assert all(f"llamaslot undrain {name}'" in refused.error["message"] for name in ("gpu0", "gpu1"))
+        listed = (await it.get("/v1/models")).json["data"]
+        assert {its["id"]: its["status"]["value"] for its in listed} == {"a": "unavailable", "b": "loaded"}
+        assert (await it.get("/health")).status == 200
+        await it.send("POST", "/llamaslot/drain?backend=gpu2")
+        health = await it.get("/health")
+        assert (health.status, health.json) == (503, {"status": "drained"})
+        for server in it.fakes.values():
+            server.go()
+        await it.until(lambda: it.named("gpu1").drain.state == "drained")
+        assert it.pool_of("gpu0").dispatcher.n_waiting == 1
+        await it.send("POST", "/llamaslot/undrain?backend=gpu1")
+        assert [(await one).status for one in asked] == [200] * 3
 
 
 async def test_a_server_that_comes_later_is_used_by_itself(
@@ -280,8 +324,7 @@ async def test_the_commands_drain_and_undrain(tmp_path: Path) -> None:
             done = await asyncio.to_thread(CliRunner().invoke, cli.main, [*words, "--config", str(config)])
             return done.exit_code, done.output.strip()
 
-        assert await run("drain", "gpu1") in ((0, "gpu1: drained"), (0, "gpu1: draining"))
-        await it.until(lambda: it.named("gpu1").drain.state == "drained")
+        assert await run("drain", "gpu1") == (0, "gpu1: drained")
         assert await run("undrain", "gpu1") == (0, "gpu1: in service")
         assert await run("drain", "gpu7") == (2, "there is no backend gpu7; there are gpu0, gpu1")
     code, said = await run("drain", "gpu1")

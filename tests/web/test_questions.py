@@ -50,7 +50,7 @@ async def test_another_process_is_noticed_before_anything_is_placed(tmp_path: Pa
     async with served(tmp_path) as it:
         await asked(it, "one")
         await asked(it, "two")
-        assert it.backend.is_proved
+        assert it.backend.use_if_proved()
         await it.fake.restart()
         answer = await it.chat("two")
         assert answer.status == 200
@@ -63,4 +63,4 @@ async def test_a_failure_is_followed_by_a_question(tmp_path: Path) -> None:
     async with served(tmp_path) as it:
         await asked(it, "one")
         it.backend.doubt()
-        assert not it.backend.is_proved
+        assert not it.backend.use_if_proved()

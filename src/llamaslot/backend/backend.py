@@ -160,7 +160,7 @@ class Backend:
         """
         await self.presence.serving()
         while (session := self.session) is not None:
-            if not session.is_assisted or self.is_proved:
+            if not session.is_assisted or self.use_if_proved():
                 return session  # without assist nothing is assumed about its slots
             try:
                 props = await self.api.props()
@@ -187,13 +187,14 @@ class Backend:
         """Wait until it is connected or down. Canceling is safe."""
         await self._met_or_down.wait()
 
-    @property
-    def is_proved(self) -> bool:
-        """Whether the process of the session is known to be alive and awake, without a question."""
+    def use_if_proved(self) -> bool:
+        """Use it for a request, if the process of the session is known to be alive and awake without a question: True.
+        Otherwise ``ready`` has to ask.
+        """
         proof = self._proof
         return (
             proof is not None
-            and self.presence.is_open
+            and self.presence.use_if_loaded()
             and self.now() - self._proved_at < _AWAKE_S
             and self.leases.unused_s < _AWAKE_S
             and proof.is_connected()

@@ -22,6 +22,11 @@ class Drain:
         self._is_saved = False
 
     @property
+    def unsaved(self) -> list[int]:
+        """The numbers of the slots that could not be saved; empty unless it is ``drained``."""
+        return [slot.id for slot in self._idle_save.worth_saving()] if self.state == "drained" else []
+
+    @property
     def state(self) -> str | None:
         """``draining`` while requests run or slots are being saved, then ``drained``; None in normal service."""
         if not self._leases.is_drained:
@@ -29,8 +34,10 @@ class Drain:
         return "drained" if self._is_saved else "draining"
 
     def begin(self) -> None:
-        """From now on no request begins here; once the running ones have ended, the slots are saved. Idempotent."""
-        if self._leases.is_drained:
+        """From now on no request begins here; once the running ones have ended, the slots are saved. Idempotent;
+        if slots could not be saved, that is tried again.
+        """
+        if self._leases.is_drained and not self.unsaved:
             return
         log.info("%s: draining: no request begins here until 'llamaslot undrain'", self._backend)
         self._leases.is_drained, self._is_saved = True, False
@@ -53,6 +60,12 @@ class Drain:
         n_saved = await self._idle_save.save_all()
         self._is_saved = True
         log.info("%s: drained: no request runs here, %d slots were saved", self._backend, n_saved)
+        if unsaved := self.unsaved:
+            log.warning(
+                "%s: drained, but not saved: slots %s, whose contexts are lost when llama-server stops; 'llamaslot"
+                " drain %s' tries again",
+                self._backend, unsaved, self._backend,
+            )  # fmt: skip
 
 
 def is_at_work(leases: Leases) -> bool:

@@ -40,8 +40,11 @@ class IdleSave:
                     await self._save(lease, self._has_requests)
 
     async def save_all(self) -> int:
-        """Save every idle slot that is worth it, for a clean stop. Returns their number."""
+        """Save every idle slot that is worth it, for a clean stop; also those that could not be saved before. Returns
+        their number.
+        """
         table, n_saved = self._leases.table, 0
+        self._failed.clear()
         for _ in table.slots if table is not None else ():  # each once, whether it could be saved or not
             slot = self._next()
             if slot is None or (lease := self._lease(slot)) is None:
@@ -82,11 +85,15 @@ class IdleSave:
         if table is None:
             return None
         self._failed = {slot: tokens for slot, tokens in self._failed.items() if slot in table.slots}
-        worth = [
-            slot
-            for slot in table.slots
-            if slot.state is SlotState.HOT
-            and self._failed.get(slot) != slot.content.tokens
-            and table.worth.is_worth_saving(slot)
-        ]
+        worth = [slot for slot in self.worth_saving() if self._failed.get(slot) != slot.content.tokens]
         return max(worth, key=lambda slot: slot.content.n_tokens, default=None)
+
+    def worth_saving(self) -> list[Slot]:
+        """The idle slots whose content is not on disk and worth it."""
+        table = self._leases.table
+        slots = table.slots if table is not None else []
+        return [
+            slot
+            for slot in slots
+            if slot.state is SlotState.HOT and table is not None and table.worth.is_worth_saving(slot)
+        ]

@@ -113,12 +113,11 @@ class Leases:
         return self.table is None and self.down is None and not self.is_drained
 
     @property
-    def refusal(self) -> BackendDown | None:
-        """The error for a request that no other backend can serve either; None while this one can, now or soon."""
+    def why_not(self) -> str | None:
+        """Why no request can begin here; None while one can, now or soon."""
         if self.is_drained:
-            return BackendDown(f"{self.backend} is drained: 'llamaslot undrain {self.backend}' ends that")
-        # A new one: each raise adds its frames to an exception.
-        return type(self.down)(str(self.down)) if self.down is not None else None
+            return f"{self.backend} is drained: 'llamaslot undrain {self.backend}' ends that"
+        return str(self.down) if self.down is not None else None
 
     def dispatch(self) -> None:
         self.admission.dispatch()

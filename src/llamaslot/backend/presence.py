@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 class OnDemand(Protocol):
     """What starts and stops backends, by their names."""
 
-    def is_open(self, name: str) -> bool:
-        """Whether a request may go on: the model is loaded, and stays so."""
+    def use_if_loaded(self, name: str) -> bool:
+        """Use the model for a request, if it is loaded: True, and it stays so for a while."""
         ...
 
     async def serving(self, name: str) -> None:
@@ -40,10 +40,9 @@ class Presence:
         self._is_awake = asyncio.Event()
         self._is_awake.set()
 
-    @property
-    def is_open(self) -> bool:
-        """As ``OnDemand.is_open``."""
-        return self.on_demand is None or self.on_demand.is_open(self._backend)
+    def use_if_loaded(self) -> bool:
+        """As ``OnDemand.use_if_loaded``."""
+        return self.on_demand is None or self.on_demand.use_if_loaded(self._backend)
 
     async def serving(self) -> None:
         """As ``OnDemand.serving``."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from llamaslot.config.sections import ListenConfig
 
 _TIMEOUT_S = 10.0
+_LOOK_EVERY_S = 0.5
 
 _config = click.option(
     "--config", "path", type=click.Path(path_type=Path), default="config.yaml", show_default=True
@@ -31,10 +34,22 @@ _config = click.option(
 def drain(path: Path, backend: str) -> None:
     """Take BACKEND out of service: running answers end, its slots are saved, nothing new begins there.
 
+    Waits until that is done; if it is interrupted, the draining goes on. Exit code 1: slots could not be saved.
+
     The running llamaslot is found by its configuration. If its pages need a key and that has no auth.admin_key, the
     environment variable LLAMASLOT_KEY gives one.
     """
-    click.echo(_told(path, "drain", backend))
+    running = _Running(path)
+    running.ask("drain", backend)
+    while (its := running.status_of(backend))["drain"] == "draining":
+        time.sleep(_LOOK_EVERY_S)
+    unsaved = [str(slot["id"]) for slot in its["slots"] if slot["is_worth_saving"]]
+    if its["drain"] and unsaved:
+        click.echo(
+            f"{backend}: drained, but not saved: slots {', '.join(unsaved)}; the log of llamaslot says why"
+        )
+        sys.exit(1)
+    click.echo(f"{backend}: {its['drain'] or 'in service'}")
 
 
 @click.command()
@@ -42,35 +57,49 @@ def drain(path: Path, backend: str) -> None:
 @click.argument("backend")
 def undrain(path: Path, backend: str) -> None:
     """Put BACKEND into service again."""
-    click.echo(_told(path, "undrain", backend))
+    _Running(path).ask("undrain", backend)
+    click.echo(f"{backend}: in service")
 
 
-def _told(path: Path, verb: str, backend: str) -> str:
-    """What the running llamaslot says. Ends the process with its fault."""
-    from http.client import HTTPException
-    from urllib.parse import quote
+class _Running:
+    """The running llamaslot of a configuration. Faults end the process."""
 
-    from llamaslot.config.load import Config
+    def __init__(self, path: Path) -> None:
+        from llamaslot.config.load import Config
 
-    try:
-        config = Config.load(path)
-        key = config.auth.resolve_admin_key() or os.environ.get("LLAMASLOT_KEY")
-    except ConfigError as error:
-        fail([str(error)])
-    connection = _connection(config.listen)
-    try:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        connection.request("POST", f"/llamaslot/{verb}?backend={quote(backend)}", headers=headers)
-        response = connection.getresponse()
-        answer = json.loads(response.read())
-    except (OSError, ValueError, HTTPException) as error:
-        where = f"{config.listen.host}:{config.listen.port}"
-        fail([f"no llamaslot answers on {where} ({error}): is it running, with this configuration?"])
-    finally:
-        connection.close()
-    if response.status != 200:
-        fail([answer["error"]["message"]])
-    return f"{backend}: {answer['drain'] or 'in service'}"
+        try:
+            config = Config.load(path)
+            key = config.auth.resolve_admin_key() or os.environ.get("LLAMASLOT_KEY")
+        except ConfigError as error:
+            fail([str(error)])
+        self._listen = config.listen
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    def ask(self, verb: str, backend: str) -> dict[str, Any]:
+        from urllib.parse import quote
+
+        return self._answer("POST", f"/llamaslot/{verb}?backend={quote(backend)}")
+
+    def status_of(self, backend: str) -> dict[str, Any]:
+        every: list[dict[str, Any]] = self._answer("GET", "/llamaslot/status")["backends"]
+        return next(its for its in every if its["name"] == backend)
+
+    def _answer(self, method: str, target: str) -> dict[str, Any]:
+        from http.client import HTTPException
+
+        connection = _connection(self._listen)
+        try:
+            connection.request(method, target, headers=self._headers)
+            response = connection.getresponse()
+            answer: dict[str, Any] = json.loads(response.read())
+        except (OSError, ValueError, HTTPException) as error:
+            where = f"{self._listen.host}:{self._listen.port}"
+            fail([f"no llamaslot answers on {where} ({error}): is it running, with this configuration?"])
+        finally:
+            connection.close()
+        if response.status != 200:
+            fail([answer["error"]["message"]])
+        return answer
 
 
 def _connection(listen: ListenConfig) -> HTTPConnection:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationInfo
 
 from llamaslot.config.faults import Loc
-from llamaslot.config.values import LOOPBACK, anchored
+from llamaslot.config.values import address_of, anchored
 from llamaslot.errors import LlamaslotError
 from llamaslot.llama.managed.process import EMBEDDED_MODEL, smollm2_path
 
@@ -64,11 +64,12 @@ def _twice(backends: Sequence[object]) -> Iterator[tuple[Loc, str]]:
                 f"is {name} like that of backends[{other}]: give each backend a name of its own",
             )
         url = backend.get("url")
-        if isinstance(url, str) and (other := urls.setdefault(url.rstrip("/"), i)) != i:
+        address = address_of(url) if isinstance(url, str) else None
+        if address is not None and (other := urls.setdefault(address, i)) != i:
             yield (
                 ("backends", i, "url"),
-                f"is {url} like that of backends[{other}]: one llama-server is one backend, whatever its models are"
-                " called; remove one of the two",
+                f"is {url}, the same server as that of backends[{other}]: one llama-server is one backend,"
+                " whatever its models are called; remove one of the two",
             )
         port = managed.get("port") if isinstance(managed := backend.get("managed"), dict) else None
         if port is not None and (other := ports.setdefault(port, i)) != i:
@@ -137,7 +138,7 @@ def _backend_faults(
         yield (), "needs url (where a llama-server runs) or managed (how to run one)"
     if backend.get("api_key") is not None and backend.get("api_key_file") is not None:
         yield ("api_key_file",), "not together with api_key; the file keeps the key out of this one"
-    if isinstance(url, str) and url.rstrip("/").endswith(tuple(f"//{host}:{own_port}" for host in LOOPBACK)):
+    if isinstance(url, str) and address_of(url) in [("127.0.0.1", own_port, ""), ("::1", own_port, "")]:
         yield (
             ("url",),
             f"is llamaslot's own address: llama-server needs another port than listen.port {own_port}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,8 +21,6 @@ _UNITS |= {"KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1024**4}
 
 #: Routes that change llama-server or reach out from it; ``passthrough.allow`` may name them.
 GUARDED_ROUTES = KNOWN_GATES
-
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def parse_size(value: object) -> int:
@@ -55,6 +54,25 @@ def anchored(path: Path, info: ValidationInfo) -> Path:
         raise ValueError(f"{path}: there is no such home directory") from error
     directory: Path = (info.context or {}).get("directory") or Path.cwd()
     return directory / path
+
+
+def address_of(url: str) -> tuple[str, int, str] | None:
+    """Host, port and path of a URL, equal for texts that surely name the same server; None if it is no URL."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        return None
+    if not host or port is None:
+        return None
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        name = host.rstrip(".")
+        return ("127.0.0.1" if name == "localhost" else name), port, parts.path.rstrip("/")
+    # 0.0.0.0 and 127.0.0.2 too lead to this machine, where llama-server listens on one address or on every one.
+    is_here = address.version == 4 and (address.is_loopback or address.is_unspecified)
+    return ("127.0.0.1" if is_here else str(address)), port, parts.path.rstrip("/")
 
 
 def server_url(url: str) -> str:

@@ -32,6 +32,7 @@ from llamaslot.scheduling.slots import SlotKey
 log = logging.getLogger(__name__)
 
 MIN_LOOK_AGAIN_S = 0.25
+_MOST_NAMED = 8  # backends, in one error
 _MOST_BEHIND = 8  # so many are compared for shared prefixes; 250 would take a second
 
 
@@ -113,17 +114,23 @@ class Dispatcher:
         self._fail_if_none_serves()
 
     def _fail_if_none_serves(self) -> None:
-        if (error := self._why_none()) is not None:
+        if (error := self._why_none(is_queued=True)) is not None:
             for waiting in self.queue:
                 if not waiting.granted.done():
                     waiting.granted.set_exception(error)
 
-    def _why_none(self) -> LlamaslotError | None:
-        """The error for all requests if each backend is down or drained."""
-        if not self.backends:
+    def _why_none(self, *, is_queued: bool) -> LlamaslotError | None:
+        """The error for requests if each backend is down or drained. ``is_queued``: for those that have been accepted
+        before: they outlast a drain.
+        """
+        every = self.backends.values()
+        if not every:
             return BackendRestarted("no backend serves this model any more")
-        errors = [leases.refusal for leases in self.backends.values()]
-        return errors[0] if None not in errors else None
+        reasons = [why for leases in every if (why := leases.why_not) is not None]
+        if len(reasons) < len(every) or (is_queued and any(leases.is_drained for leases in every)):
+            return None
+        more = [f"and {len(reasons) - _MOST_NAMED} more"] if len(reasons) > _MOST_NAMED else []
+        return BackendDown("; ".join([*reasons[:_MOST_NAMED], *more]))
 
     # -- leasing -------------------------------------------------------------------------------------------------
 
@@ -136,7 +143,7 @@ class Dispatcher:
 
         Canceling is safe: the request leaves the queue, no slot is held.
         """
-        if (error := self._why_none()) is not None:
+        if (error := self._why_none(is_queued=is_back or preempted is not None)) is not None:
             raise error
         if not (len(self.queue) or is_back or preempted) and (lease := self._at_once(request)) is not None:
             return lease

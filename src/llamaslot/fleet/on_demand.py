@@ -128,8 +128,8 @@ class OnDemand:
 
     # -- for requests --------------------------------------------------------------------------------------------
 
-    def is_open(self, name: str) -> bool:
-        """Whether a request for the model may go on without ``serving``; counts as its use."""
+    def use_if_loaded(self, name: str) -> bool:
+        """Use the model, if it is loaded: True. Otherwise a request has to wait in ``serving``."""
         model = self._models[name]
         if model.state is not State.LOADED:
             return False
@@ -140,7 +140,7 @@ class OnDemand:
         """Wait until the model is loaded. Raises BackendDown if it cannot be. Canceling is safe: another request may
         still want it.
         """
-        if self.is_open(name):
+        if self.use_if_loaded(name):
             return
         model = self._models[name]
         if model.state is State.UNLOADED and self._now() < model.retry_at:

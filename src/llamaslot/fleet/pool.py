@@ -161,14 +161,13 @@ class Pool:
         known = [its for its in every if its.last_session is not None or its.presence.on_demand is None]
         return known or list(every)
 
-    @property
-    def is_proved(self) -> bool:
-        """Whether it is known to be as ``ready`` would find it, without a question to any backend."""
+    def use_if_proved(self) -> bool:
+        """Use it for a request, if it is known to be as ``ready`` would find it, without a question: True."""
         if any(table.model_snapshots.n_unread for table in self.dispatcher.tables):
             return False
         members = self._members()
         if len(members) == 1:
-            return members[0].is_proved
+            return members[0].use_if_proved()
         return any(its.session is not None for its in members)
 
     async def confirm(self, lease: Lease) -> None:
@@ -176,7 +175,7 @@ class Pool:
         the model be another one now. Raises BackendRestarted and BackendDown. Canceling is safe.
         """
         backend = self.backend_of(lease)
-        if len(self._fleet) == 1 or backend.is_proved:
+        if len(self._fleet) == 1 or backend.use_if_proved():
             return
         if len(self._members()) > 1:
             await backend.confirm(lease.table)

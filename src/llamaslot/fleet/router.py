@@ -200,6 +200,7 @@ def _entries(pool: Pool) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _state(backends: Sequence[Backend]) -> str:
     """In the words of llama-server's router mode."""
+    backends = [its for its in backends if not its.leases.is_drained]
     states = {its.health for its in backends}
     if Health.UP in states:
         return "loaded"

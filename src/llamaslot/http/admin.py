@@ -86,7 +86,7 @@ class Status:
             backend.drain.begin()
         else:
             backend.drain.end()
-        return {"backend": name, "drain": backend.drain.state}
+        return {"backend": name, "drain": backend.drain.state, "unsaved": backend.drain.unsaved}
 
     def _metrics(self) -> web.Response:
         metrics, pools = self._registry.metrics, [pool.status() for pool in self._registry.pools]

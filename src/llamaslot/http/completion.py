@@ -150,7 +150,7 @@ class _Exchange:
         except (BackendDown, SlotWedged) as error:
             if isinstance(error, SlotWedged):
                 self.backend.metrics.wedged.inc()
-                log.warning("%s: %s", self.id, error)
+                log.warning("%s: ends without its answer: %s", self.id, error)
             self.backend.doubt()
             return await self.down.fail(error)
         except NoPrompt as error:
@@ -251,15 +251,15 @@ class _Exchange:
         the same before and after the prompt was tokenized: the two tasks alone take 0.1 ms.
         """
         context = self.pool.context
-        if context is not None and self.pool.is_proved:
+        if context is not None and self.pool.use_if_proved():
             try:
                 wanted = await self._wanted(context)
             except LlamaslotError:
-                if self.pool.context is context and self.pool.is_proved:
+                if self.pool.context is context and self.pool.use_if_proved():
                     raise
             else:
                 if self.pool.context is context and (
-                    self.pool.is_proved or await self.pool.ready() is context
+                    self.pool.use_if_proved() or await self.pool.ready() is context
                 ):
                     return context, wanted
         if (context := self.pool.context) is not None:

@@ -11,10 +11,14 @@ from llamaslot.http.new_connection import HealthAnswer
 
 
 def health_of(registry: Registry) -> tuple[int, dict[str, str]]:
-    """Status and content: 200 while any backend serves, or does so on demand, else 503."""
-    states = {backend.health for backend in registry.backends}
+    """Status and content: 200 while any backend serves, or does so on demand, else 503. One that is drained does
+    not.
+    """
+    states = {backend.health for backend in registry.backends if not backend.leases.is_drained}
     if states & {Health.UP, Health.ASLEEP}:
         return 200, {"status": "ok"}
+    if not states:
+        return 503, {"status": "drained"}
     health = Health.CONNECTING if Health.CONNECTING in states else Health.DOWN
     return 503, {"status": health.value}
 

@@ -132,7 +132,10 @@ _BACKEND: Json = {
 
 def _drain(summary: str) -> Json:
     answers = {
-        "200": _json("The state now; null: in service.", _object(backend=_TEXT, drain=_or_null(_TEXT))),
+        "200": _json(
+            "The state now (null: in service), and the slots that could not be saved.",
+            _object(backend=_TEXT, drain=_or_null(_TEXT), unsaved=_list_of(_COUNT)),
+        ),
         "400": _ERROR,
         "404": _ERROR,
     }
