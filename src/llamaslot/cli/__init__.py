@@ -1,6 +1,6 @@
 """The command line: ``llamaslot serve --config config.yaml``; ``llamaslot run -- llama-server …`` without a file;
-``llamaslot drain`` for one of several backends; ``llamaslot snapshots`` for the snapshots on disk; ``llamaslot keys``
-for the keys of clients.
+``llamaslot bench`` measures whether it pays; ``llamaslot drain`` for one of several backends; ``llamaslot snapshots``
+for the snapshots on disk; ``llamaslot keys`` for the keys of clients.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 import llamaslot
+from llamaslot.cli.bench import bench
 from llamaslot.cli.drain import drain, undrain
 from llamaslot.cli.faults import fail, run_to_end
 from llamaslot.cli.run import run
@@ -50,6 +51,7 @@ def main() -> None:
 
 
 main.add_command(run)
+main.add_command(bench)
 main.add_command(drain)
 main.add_command(undrain)
 main.add_command(LateGroup("snapshots", help="Look at the snapshots on disk, check them, remove some."))

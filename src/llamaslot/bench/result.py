@@ -1,0 +1,263 @@
+"""What a benchmark has found, and what follows from it. Saved as JSON, and read again to compare with."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct, field
+
+FORMAT = 1
+
+
+class Request(Struct):
+    """One request and its answer. Times in seconds since the run began; ``first_s``: of the first token of the answer,
+    None if none came; ``n_reused``: None if the server does not tell.
+
+    ``n_unlimited``: tokens that a cache of unlimited size would have reused: the prompt and answer before it in its
+    conversation, 0 for the first turn. ``error``: empty, or what went wrong, in few words.
+    """
+
+    user: str
+    turn: int
+    sent_s: float
+    first_s: float | None = None
+    end_s: float = 0.0
+    n_prompt: int = 0
+    n_reused: int | None = None
+    n_answer: int = 0
+    n_unlimited: int = 0
+    error: str = ""
+
+    @property
+    def wait_s(self) -> float | None:
+        """From sending to the first token."""
+        return None if self.first_s is None else self.first_s - self.sent_s
+
+
+class Run(Struct):
+    """One pass of the workload. ``n_counted``: prompt tokens computed meanwhile by the server's own counter, whose name
+    is ``counter``; None if it shows none."""
+
+    makespan_s: float
+    requests: list[Request]
+    n_counted: int | None = None
+    counter: str = ""
+
+
+class Side(Struct):
+    """One of the servers that were compared, and its runs."""
+
+    name: str
+    url: str
+    model: str
+    about: str = ""
+    n_ctx: int | None = None
+    runs: list[Run] = field(default_factory=list)
+
+
+class Result(Struct):
+    """``workload``: in words."""
+
+    workload: str
+    at: str
+    sides: list[Side]
+    format: int = FORMAT
+
+
+def save(result: Result, path: Path) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
+
+
+def load(path: Path) -> Result:
+    """Raises OSError, and ValueError if the file is no result."""
+    try:
+        result = msgspec.json.decode(path.read_bytes(), type=Result)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"{path} is no result of llamaslot bench --json: {error}") from None
+    if result.format != FORMAT or not result.sides:
+        raise ValueError(f"{path} is a result of another llamaslot bench: measure it again")
+    return result
+
+
+class Figures(Struct):
+    """The measures of one side, over all its runs. None where nothing is known."""
+
+    n_answered: int
+    n_failed: int
+    n_prompt: int
+    n_reused: int | None
+    n_unlimited: int
+    follow_up_reuse: float | None  # of ``n_unlimited``
+    n_counted: int | None
+    first_s: list[float]  # of first turns, sorted
+    follow_up_s: list[float]
+    makespan_s: float  # mean of the runs
+    answer_per_s: float
+    unfairness: float | None  # the slowest user's mean wait, in that of the median user
+    errors: dict[str, int]
+
+    @property
+    def n_computed(self) -> int | None:
+        return None if self.n_reused is None else self.n_prompt - self.n_reused
+
+    @property
+    def reuse(self) -> float | None:
+        return None if self.n_reused is None or not self.n_prompt else self.n_reused / self.n_prompt
+
+    @property
+    def disagreement(self) -> float | None:
+        """By what part the server's own counter is off from what its answers tell."""
+        if self.n_counted is None or not self.n_computed:
+            return None
+        return self.n_counted / self.n_computed - 1
+
+
+def figures(side: Side) -> Figures:
+    every = [request for run in side.runs for request in run.requests]
+    answered = [request for request in every if not request.error]
+    told = [request.n_reused for request in answered if request.n_reused is not None]
+    follow_ups = [request for request in answered if request.n_unlimited]
+    n_unlimited = sum(request.n_unlimited for request in follow_ups)
+    n_found = sum(min(request.n_reused or 0, request.n_unlimited) for request in follow_ups)
+    counted = [run.n_counted for run in side.runs if run.n_counted is not None]
+    total_s = sum(run.makespan_s for run in side.runs)
+    return Figures(
+        n_answered=len(answered),
+        n_failed=len(every) - len(answered),
+        n_prompt=sum(request.n_prompt for request in answered),
+        n_reused=sum(told) if told else None,
+        n_unlimited=n_unlimited,
+        follow_up_reuse=n_found / n_unlimited if told and n_unlimited else None,
+        n_counted=sum(counted) if len(counted) == len(side.runs) else None,
+        first_s=_waits(request for request in answered if request.turn == 1),
+        follow_up_s=_waits(request for request in answered if request.turn > 1),
+        makespan_s=total_s / max(1, len(side.runs)),
+        answer_per_s=sum(request.n_answer for request in answered) / total_s if total_s else 0.0,
+        unfairness=_unfairness(answered),
+        errors=dict(Counter(request.error for request in every if request.error).most_common()),
+    )
+
+
+def _waits(requests: Iterable[Request]) -> list[float]:
+    return sorted(wait for request in requests if (wait := request.wait_s) is not None)
+
+
+def waits_by_user(requests: Iterable[Request]) -> dict[str, list[float]]:
+    waits: dict[str, list[float]] = defaultdict(list)
+    for request in requests:
+        if (wait := request.wait_s) is not None:
+            waits[request.user].append(wait)
+    return dict(waits)
+
+
+def _unfairness(requests: Sequence[Request]) -> float | None:
+    means = [statistics.mean(waits) for waits in waits_by_user(requests).values()]
+    if len(means) < 2 or not statistics.median(means):
+        return None
+    return max(means) / statistics.median(means)
+
+
+def percentile(ordered: Sequence[float], part: float) -> float | None:
+    """The value that ``part`` (0 to 1) of the sorted values are at most; None without any."""
+    return ordered[min(int(len(ordered) * part), len(ordered) - 1)] if ordered else None
+
+
+class Row(Struct):
+    """A line of the table: a value for each side as text, and how the first compares with the second."""
+
+    name: str
+    cells: list[str]
+    ratio: str = ""
+
+
+def rows(sides: Sequence[Side]) -> list[Row]:
+    """The table of all measures."""
+    of = [figures(side) for side in sides]
+
+    def row(name: str, value: Callable[[Figures], float | None], show: Callable[[float], str]) -> Row:
+        values = [value(its) for its in of]
+        cells = ["?" if its is None else show(its) for its in values]
+        both = len(values) == 2 and values[0] is not None and values[1]
+        return Row(name, cells, f"{values[0] / values[1]:.2f}" if both and values[0] and values[1] else "")
+
+    return [
+        Row("requests answered", [f"{its.n_answered:,}" for its in of]),
+        Row("requests failed", [f"{its.n_failed:,}" for its in of]),
+        row("follow-up: first token, median", lambda its: percentile(its.follow_up_s, 0.5), seconds),
+        row("follow-up: first token, 95 % within", lambda its: percentile(its.follow_up_s, 0.95), seconds),
+        row("first turn: first token, median", lambda its: percentile(its.first_s, 0.5), seconds),
+        row("first turn: first token, 95 % within", lambda its: percentile(its.first_s, 0.95), seconds),
+        row("until the last answer", lambda its: its.makespan_s, seconds),
+        row("answer tokens per second", lambda its: its.answer_per_s, lambda v: f"{v:,.1f}"),
+        row("prompt tokens", lambda its: its.n_prompt, lambda v: f"{v:,.0f}"),
+        row("prompt tokens computed", lambda its: its.n_computed, lambda v: f"{v:,.0f}"),
+        row("... by the server's own counter", lambda its: its.n_counted, lambda v: f"{v:,.0f}"),
+        row("prompt tokens reused", lambda its: its.reuse, lambda v: f"{v:.3f}"),
+        row(
+            "follow-ups: of what an unlimited cache reuses",
+            lambda its: its.follow_up_reuse,
+            lambda v: f"{v:.3f}",
+        ),
+        row(
+            "slowest user's mean wait, of the median user's", lambda its: its.unfairness, lambda v: f"{v:.2f}"
+        ),
+    ]
+
+
+def seconds(value: float) -> str:
+    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.1f} s" if value < 100 else f"{value:,.0f} s"
+
+
+def verdict(sides: Sequence[Side]) -> list[str]:
+    """What a reader should know first, in sentences."""
+    of = [figures(side) for side in sides]
+    said = []
+    if len(sides) == 2:
+        said += _compared([side.name for side in sides], of)
+    for side, its in zip(sides, of, strict=True):
+        if its.n_failed:
+            share = its.n_failed / (its.n_failed + its.n_answered)
+            said.append(
+                f"{side.name}: {its.n_failed} requests failed ({share:.0%}): {next(iter(its.errors))}"
+            )
+        if its.n_reused is None and its.n_answered:
+            said.append(f"{side.name} does not tell what it reused: only times are compared")
+        if (off := its.disagreement) is not None and abs(off) > 0.02:
+            said.append(
+                f"{side.name}: its own counter ({its.n_counted:,} prompt tokens computed) is {abs(off):.0%} "
+                f"{'above' if off > 0 else 'below'} what its answers tell ({its.n_computed:,}): other clients used it "
+                "meanwhile, or several servers are behind the address"
+            )
+    return said
+
+
+def _compared(names: list[str], of: list[Figures]) -> list[str]:
+    first, second = names
+    times = (percentile(of[0].follow_up_s, 0.5), percentile(of[1].follow_up_s, 0.5))
+    said = []
+    if times[0] and times[1]:
+        said.append(
+            f"The median follow-up gets its first token after {seconds(times[0])} from {first} and {seconds(times[1])} "
+            f"from {second}: {_times(times[1] / times[0])}."
+        )
+    if of[1].makespan_s:
+        said.append(
+            f"The whole took {seconds(of[0].makespan_s)} with {first} and {seconds(of[1].makespan_s)} with {second}."
+        )
+    reuse = (of[0].follow_up_reuse, of[1].follow_up_reuse)
+    if reuse[0] is not None and reuse[1] is not None:
+        said.append(
+            f"Of what an unlimited cache would reuse on follow-ups, {first} reused {reuse[0]:.1%} and {second} "
+            f"{reuse[1]:.1%}."
+        )
+    return said
+
+
+def _times(ratio: float) -> str:
+    if 0.95 <= ratio <= 1.05:
+        return "no difference"
+    return f"{ratio:.1f} times sooner" if ratio > 1 else f"{1 / ratio:.1f} times later"

@@ -1,0 +1,315 @@
+"""``llamaslot bench URL [--vs URL]``: whether it pays, measured with a team's workload."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llamaslot.cli.faults import EXIT_FAULT, fail
+
+# Slow imports are made where they are needed.
+if TYPE_CHECKING:
+    from llamaslot.bench.result import Request, Result, Side
+    from llamaslot.bench.target import Target
+    from llamaslot.bench.texts import Texts
+    from llamaslot.bench.workload import Workload
+
+_REPORT = Path("llamaslot-bench.html")
+
+
+@click.command()
+@click.argument("url")
+@click.option(
+    "--vs", metavar="URL|FILE", help="What to compare with: another base URL, or a result of --json."
+)
+@click.option("--name", default="llamaslot", show_default=True, help="Of the first, in the report.")
+@click.option("--vs-name", help="Of the other.  [default: its address]")
+@click.option("--model", help="Needed where several are served.")
+@click.option("--vs-model", help="The same for --vs.")
+@click.option(
+    "--key",
+    "keys",
+    multiple=True,
+    envvar="LLAMASLOT_BENCH_KEY",
+    help="API key; several are shared out among users.",
+)
+@click.option(
+    "--vs-key",
+    "vs_keys",
+    multiple=True,
+    envvar="LLAMASLOT_BENCH_VS_KEY",
+    help="The same for --vs.  [default: --key]",
+)
+@click.option("--users", type=click.IntRange(1, 1000), default=8, show_default=True)
+@click.option(
+    "--turns", type=click.IntRange(1, 1000), default=4, show_default=True, help="Requests of each user."
+)
+@click.option(
+    "--context",
+    type=click.IntRange(16),
+    default=8000,
+    show_default=True,
+    help="Tokens of first prompts, on average.",
+)
+@click.option(
+    "--shared",
+    type=click.IntRange(0),
+    default=1000,
+    show_default=True,
+    help="Of these, in a system prompt of all users.",
+)
+@click.option(
+    "--question",
+    type=click.IntRange(8),
+    default=300,
+    show_default=True,
+    help="Tokens that each later turn adds.",
+)
+@click.option(
+    "--answer", type=click.IntRange(1), default=60, show_default=True, help="Tokens of an answer, at most."
+)
+@click.option(
+    "--think",
+    type=click.FloatRange(0),
+    default=5.0,
+    show_default=True,
+    help="Seconds between answer and next question, on average.",
+)
+@click.option(
+    "--shape",
+    type=click.File("rb"),
+    help="Users, times and lengths from a journal, instead of the options before.",
+)
+@click.option(
+    "--longest-pause",
+    type=click.FloatRange(0),
+    default=10.0,
+    show_default=True,
+    help="With --shape: longer times without a request are shortened to this.",
+)
+@click.option(
+    "--text",
+    "folder",
+    type=click.Path(exists=True, path_type=Path),
+    help="Take texts from this folder or file.  [default: made up]",
+)
+@click.option(
+    "--rounds", type=click.IntRange(1, 20), default=1, show_default=True, help="Runs of each side, in turns."
+)
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the lengths and pauses.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(1),
+    default=600.0,
+    show_default=True,
+    help="Seconds without a byte after which a request has failed.",
+)
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=_REPORT,
+    show_default=True,
+    help="HTML, with plots.",
+)
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the result as JSON, for --vs later.",
+)
+def bench(url: str, vs: str | None, **options: Any) -> None:
+    """Measure whether a server, or llamaslot in front of it, pays.
+
+    Several users send growing conversations to URL, any OpenAI base URL, and
+    then to the one of --vs. What was reused is what the servers tell.
+    """
+    import asyncio
+
+    from llamaslot.bench.report import is_available, report
+    from llamaslot.bench.result import Row, rows, save, verdict
+    from llamaslot.bench.target import BenchError
+    from llamaslot.cli.format import table
+
+    has_plots = is_available()
+    if not has_plots and options["report"] != _REPORT:
+        fail(["--report needs plotly: pip install 'llamaslot[bench]'"])
+    try:
+        other = _earlier(vs)
+        result = asyncio.run(_Comparison(url, None if other else vs, options).run())
+        if other is not None:
+            result.sides.append(other)
+    except (BenchError, ValueError, OSError) as error:
+        fail([str(error)])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    every: list[Row] = rows(result.sides)
+    heads = ["", *(side.name for side in result.sides), *(["ratio"] if len(result.sides) == 2 else [])]
+    lines = [[row.name, *row.cells, *([row.ratio] if len(result.sides) == 2 else [])] for row in every]
+    click.echo("\n".join(["", *table(heads, lines, heads[1:]), "", *verdict(result.sides)]))
+    if options["json_path"] is not None:
+        save(result, options["json_path"])
+    if has_plots:
+        options["report"].write_text(report(result))
+        click.echo(f"\nThe report: {options['report']}")
+    else:
+        click.echo("\nA report with plots needs plotly: pip install 'llamaslot[bench]'", err=True)
+    if any(all(request.error for run in side.runs for request in run.requests) for side in result.sides):
+        sys.exit(EXIT_FAULT)
+
+
+def _earlier(vs: str | None) -> Side | None:
+    """The first side of a saved result; None for an address. Raises OSError and ValueError."""
+    from llamaslot.bench.result import load
+
+    if vs is None or "://" in vs or not Path(vs).is_file():
+        return None
+    return load(Path(vs)).sides[0]
+
+
+class _Comparison:
+    """The runs of one or two servers, in turns."""
+
+    def __init__(self, url: str, vs: str | None, options: dict[str, Any]) -> None:
+        self._url, self._vs, self._options = url, vs, options
+
+    async def run(self) -> Result:
+        """Raises BenchError, ValueError if the workload cannot be made, and OSError for its files."""
+        import contextlib
+        import time
+
+        from llamaslot.bench.measure import chars_per_token
+        from llamaslot.bench.result import Result, Side
+        from llamaslot.bench.target import BenchError, ContextTooSmall
+        from llamaslot.bench.texts import Texts
+
+        options, texts = self._options, Texts(self._options["folder"])
+        workload = _workload(options)
+        async with contextlib.AsyncExitStack() as stack:
+            targets = [await stack.enter_async_context(target) for target in self._targets()]
+            for target in targets:
+                await target.look()
+            chars = [await chars_per_token(target, texts, _salt()) for target in targets]
+            smallest = min((target.n_ctx for target in targets if target.n_ctx), default=None)
+            while True:
+                if smallest is not None:
+                    workload = _fitted(workload, smallest)
+                sides = [Side(t.name, t.base, t.model, t.about, t.n_ctx) for t in targets]
+                said = _in_words(workload, options)
+                click.echo(f"{said}\n", err=True)
+                try:
+                    await self._measure(targets, sides, workload, texts, chars)
+                except ContextTooSmall as error:
+                    if smallest is not None and error.n_ctx >= smallest:
+                        raise BenchError(
+                            f"a prompt did not fit into {error.n_ctx:,} tokens although its length was chosen for it: "
+                            "tell a smaller --context"
+                        ) from None
+                    smallest = error.n_ctx
+                    continue
+                return Result(said, time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), sides)
+
+    def _targets(self) -> list[Target]:
+        from llamaslot.bench.target import Target
+
+        its, timeout_s = self._options, self._options["timeout_s"]
+        found = [
+            Target(self._url, name=its["name"], keys=its["keys"], model=its["model"], timeout_s=timeout_s)
+        ]
+        if self._vs is not None:
+            keys = its["vs_keys"] or its["keys"]
+            name = its["vs_name"] or self._vs.partition("://")[2].rstrip("/").removesuffix("/v1") or self._vs
+            found.append(Target(self._vs, name=name, keys=keys, model=its["vs_model"], timeout_s=timeout_s))
+        return found
+
+    async def _measure(
+        self,
+        targets: Sequence[Target],
+        sides: Sequence[Side],
+        workload: Workload,
+        texts: Texts,
+        chars: Sequence[float],
+    ) -> None:
+        """All runs; who begins alternates. Raises ContextTooSmall."""
+        from llamaslot.bench.measure import Measurement
+
+        rounds = self._options["rounds"]
+        n_all = workload.n_requests * len(targets) * rounds
+        with click.progressbar(
+            length=n_all, file=sys.stderr, show_pos=True, item_show_func=lambda its: its or ""
+        ) as bar:
+            for round_ in range(rounds):
+                numbers = range(len(targets)) if round_ % 2 == 0 else reversed(range(len(targets)))
+                for number in numbers:
+                    target = targets[number]
+
+                    def tell(request: Request, name: str = target.name) -> None:
+                        wait_s = request.wait_s
+                        what = request.error or (
+                            f"first token after {wait_s:.2f} s" if wait_s is not None else ""
+                        )
+                        bar.update(1, f"{name}: {request.user}, turn {request.turn}: {what}"[:78])
+
+                    measurement = Measurement(
+                        target, workload, texts, chars=chars[number], salt=_salt(), on_answer=tell
+                    )
+                    sides[number].runs.append(await measurement.run())
+
+
+def _salt() -> str:
+    import secrets
+
+    return secrets.token_hex(6)
+
+
+def _workload(options: dict[str, Any]) -> Workload:
+    """Raises ValueError if the file of --shape is no journal."""
+    from llamaslot.bench.workload import recorded, team
+
+    if (shape := options["shape"]) is None:
+        names = ("users", "turns", "context", "question", "answer", "shared", "seed")
+        if options["shared"] > options["context"] // 2:
+            raise ValueError(
+                "--shared: at most half of --context, the first prompt of the user with the shortest"
+            )
+        return team(think_s=options["think"], **{name: options[name] for name in names})
+    try:
+        journal = json.load(shape)
+        decisions = journal["decisions"] if isinstance(journal, dict) else journal
+        return recorded(decisions, answer=options["answer"], longest_pause_s=options["longest_pause"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--shape: {shape.name} is no journal (/llamaslot/journal?n=1000): {error}"
+        ) from None
+
+
+def _fitted(workload: Workload, n_ctx: int) -> Workload:
+    """Raises ValueError if it cannot be made to fit."""
+    fitted = workload.fitted(n_ctx)
+    if fitted is not workload:
+        click.echo(
+            f"The longest conversation would need {workload.n_context:,} tokens, and a context has {n_ctx:,}: "
+            f"texts are shortened, conversations to {fitted.n_context / workload.n_context:.0%}.",
+            err=True,
+        )
+    return fitted
+
+
+def _in_words(workload: Workload, options: dict[str, Any]) -> str:
+    """The workload for people."""
+    where = f"text from {options['folder']}" if options["folder"] else "made-up text"
+    firsts = [its.turns[0].n_new + workload.n_shared for its in workload.conversations]
+    if options["shape"] is not None:
+        how = f"the shape of a journal: {workload.n_users} users, {len(workload.conversations)} conversations"
+    else:
+        how = f"{workload.n_users} users with {options['turns']} turns each"
+    return (
+        f"{how}, {workload.n_requests} requests; first prompts of {min(firsts):,} to {max(firsts):,} tokens "
+        f"({workload.n_shared:,} shared), answers of {options['answer']}, {where}; "
+        f"{workload.n_prompt:,} prompt tokens in all"
+    )
