@@ -2,7 +2,8 @@
 #   make serve    a llama.cpp with a small chat model behind llamaslot on http://127.0.0.1:8081/v1
 #   make test     everything that is checked before a change goes in; .ci/run is the same
 # Others: make lint, make types, make pytest, make soak (long tests), make fuzz (FUZZ_BODIES=1000 for less),
-#   make bench (what llamaslot costs), make bench-index, make bench-simulator, make smollm2 (the model alone), make clean.
+#   make agents (Claude Code, Codex, opencode, Qwen Code as clients), make docs (the documents as a site), make dist (wheel and
+#   sdist), make bench (what llamaslot costs), make bench-index, make bench-simulator, make smollm2 (the model alone), make clean.
 
 PYTHON ?= python3
 CONFIG ?= config.yaml
@@ -13,9 +14,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llamaslot
 CODEX_VERSION := 0.171.0
 CODEX := $(CACHE)/codex-$(CODEX_VERSION)
+AGENTS := $(CACHE)/agents
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: serve test lint types pytest soak fuzz bench bench-index bench-simulator smollm2 clean
+.PHONY: serve test lint types pytest soak agents fuzz docs dist bench bench-index bench-simulator smollm2 clean
 .DELETE_ON_ERROR:
 
 # llamaslot is started hundreds of times by its tests, and compiling its own modules is a third of what a start takes.
@@ -36,12 +39,26 @@ pytest: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	@site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && $(MKDOCS) --site-dir "$$site"
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
 soak: $(VENV)/.dev $(CODEX)/.installed
 	$(BIN)/python -m pytest -m soak tests
+
+# Ten minutes; fetches 1 GB from npm.
+agents: $(VENV)/.dev $(AGENTS)/.installed
+	$(BIN)/python -m pytest -m soak tests/soak/test_agent_programs.py
+
+docs: $(VENV)/.dev
+	$(MKDOCS)
+	@echo "site/index.html"
+
+dist: $(VENV)/.dev
+	@rm -rf dist
+	$(BIN)/python -m build --quiet --outdir dist .
+	@ls dist
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak tests/soak/test_fuzz.py
@@ -61,7 +78,7 @@ bench-simulator: $(VENV)/.dev
 smollm2: $(MODEL)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis var dist
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis var dist site
 	find src bench tests -name __pycache__ -prune -exec rm -rf {} +
 
 # pip compiles what it installs on one core, and takes longer for that than for all the rest.
@@ -86,6 +103,14 @@ $(CODEX)/.installed:
 	@command -v npm >/dev/null || { echo "the tests with Codex need npm: apt install npm" >&2; exit 1; }
 	@echo "installing Codex into $(CODEX)"
 	@npm install --prefix $(CODEX) --no-audit --no-fund --silent @openai/codex@$(CODEX_VERSION)
+	@touch $@
+
+# Pinned, as what they send changes from week to week.
+$(AGENTS)/.installed: Makefile
+	@command -v npm >/dev/null || { echo "the agents need npm: apt install npm" >&2; exit 1; }
+	@echo "installing Claude Code, Codex, opencode and Qwen Code into $(AGENTS)"
+	@npm install --prefix $(AGENTS) --no-audit --no-fund --silent @anthropic-ai/claude-code@2.1.332 \
+	  @openai/codex@$(CODEX_VERSION) opencode-ai@1.18.33 @qwen-code/qwen-code@0.24.4
 	@touch $@
 
 $(BIN)/python:

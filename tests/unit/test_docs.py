@@ -24,7 +24,7 @@ from tests.support.source import MODULES, REPOSITORY, SOURCE, SOURCE_GROUP, pars
 
 GUIDES = sorted((REPOSITORY / "docs/guides").glob("*.md"))
 PAGES = [
-    *(REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md"),
+    *(REPOSITORY / "README.md", REPOSITORY / "README.ru.md", REPOSITORY / "CHANGELOG.md"),
     *sorted((REPOSITORY / "docs").glob("*.md")),
     *GUIDES,
 ]
@@ -111,12 +111,27 @@ def test_the_pages_stay_short() -> None:
     words = {
         where: sum(any(map(str.isalnum, word)) for word in where.read_text().split())
         for where in PAGES
-        if where.name not in ("CHANGELOG.md", "performance.md")
+        if where.name not in ("CHANGELOG.md", "README.ru.md", "performance.md")
     }
     in_guides = sum(n for where, n in words.items() if where in GUIDES)
     assert words[REPOSITORY / "README.md"] <= 850
     assert in_guides <= 7_000
     assert sum(words.values()) - in_guides <= 19_000
+
+
+# --- other languages
+
+
+def test_the_russian_readme_says_the_same() -> None:
+    """What is in README.md is in README.ru.md, in the same order: sections, tables, blocks of code, links. Whoever
+    changes one changes the other."""
+    pages = [page("README.md").partition("\n## ")[2], page("README.ru.md").partition("\n## ")[2]]
+    for pattern in (r"^(##)(?= )", r"^\|", r"^```.*?^```", r"\]\(([^)\s]+)\)", r"^(- )"):
+        english, russian = (re.findall(pattern, text, re.M | re.S) for text in pages)
+        assert english == russian
+    # Names that are no words, whatever stands around them.
+    english_code, russian_code = (sorted(in_code(without_code(text))) for text in pages)
+    assert english_code == russian_code
 
 
 # --- the glossary
