@@ -107,12 +107,12 @@ def test_what_root_has_left_behind(box: Path, python: None) -> None:
 @for_root
 def test_owners_and_modes_tell_root_as_well(box: Path) -> None:
     """Without --as nothing is tried, but what nobody except root can use is seen."""
-    notes = " ".join(check(box / "config.yaml").notes)
+    notes = " ".join(check(box / "config.yaml").only_root)
     for told in ("auth.keys_file: only root can read", "store.meta_dir: only root can write to"):
         assert told in notes
     assert "--as USER checks as the user that will serve" in notes
     give(box / "keys.json", box / "kv", box / "meta")
-    notes = " ".join(check(box / "config.yaml").notes)
+    notes = " ".join(check(box / "config.yaml").only_root)
     assert "keys_file" not in notes
     assert "meta_dir" not in notes
 
@@ -130,7 +130,7 @@ def test_a_python_that_the_user_cannot_run(box: Path, monkeypatch: pytest.Monkey
     result = run(box, "--as", SYSTEM_USER)
     assert result.exit_code == 2
     assert f"nobody cannot run {closed}, the Python of this llamaslot: make its venv with" in result.stderr
-    assert f"only root can run {closed}" in " ".join(check(box / "config.yaml").notes)
+    assert f"only root can run {closed}" in " ".join(check(box / "config.yaml").only_root)
 
 
 def test_a_directory_that_is_missing(box: Path) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from msgspec import Struct
 
@@ -18,7 +18,7 @@ from llamaslot.llama.client import ACTION_S, LlamaServer
 from llamaslot.llama.identity import N_PROBS, Identity, architecture, gguf_mark, probe_tokens, told
 from llamaslot.llama.replies import Props
 from llamaslot.scheduling.cost import Rates
-from llamaslot.store import Catalog, NotShared, QuotaExceeded, Reservation, prove_shared
+from llamaslot.store import NotShared, QuotaExceeded, Reservation, prove_shared
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,22 @@ STALE = (
 )
 
 
+class SlotFiles(Protocol):
+    """Where probes save slots: the catalog, or ``llamaslot doctor``, which keeps none."""
+
+    @property
+    def directory(self) -> Path: ...
+
+    @property
+    def snapshots(self) -> Mapping[str, object]: ...
+
+    async def reserve(self, size_bytes: int) -> Reservation:
+        """Raises QuotaExceeded and SnapshotInvalid."""
+        ...
+
+    async def abandon(self, reservation: Reservation) -> None: ...
+
+
 class Files(Struct, frozen=True):
     """Whether slot files of a model that cannot rewind to any token are useful.
 
@@ -74,7 +90,7 @@ class Probes:
     left with a few dozen meaningless tokens.
     """
 
-    def __init__(self, api: LlamaServer, catalog: Catalog | None, rates: Rates) -> None:
+    def __init__(self, api: LlamaServer, catalog: SlotFiles | None, rates: Rates) -> None:
         self.api, self.catalog, self.rates = api, catalog, rates
         self.warnings: list[str] = []
         self.can_erase = True
@@ -195,7 +211,7 @@ class Probes:
         """Whether a slot file of a model that cannot rewind to any token is useful."""
         assert self.catalog is not None
         # Their beginning differs from what other probes have left.
-        mine, other = _tokens(102)[8:], _tokens(101)[4:]
+        mine, other = meaningless_tokens(102)[8:], meaningless_tokens(101)[4:]
         parted = head(mine, 98) + head(other, 2)
         await self._prefill(slot, mine)
         if not await self._prefill(slot, parted):
@@ -246,29 +262,32 @@ class Probes:
         left = next((info.n_tokens for info in await self.api.slots() if info.id == slot), None)
         return not left
 
-    async def has_ram_cache(self) -> bool:
+    async def has_ram_cache(self, slot: int | None = None) -> bool:
         """Whether llama-server finds a context again that was displaced from its slot (``--cache-ram``).
 
-        Three small requests for which llama-server chooses the slot, as it would without llamaslot: what they
+        Three small requests, in ``slot`` or where llama-server chooses, as it would without llamaslot: what they
         displace goes to the RAM cache, if there is one. The second keeps less than half of the first, so the first is
-        copied there; the third resumes from the first (tools/server/server-context.cpp: get_available_slot).
+        copied there; the third resumes from the first (tools/server/server-context.cpp: get_available_slot). Builds
+        differ in whether a request that names its slot is looked up there (xllamacpp 2026.10: yes).
         """
-        mine, other = _tokens(102)[8:], _tokens(101)[4:]
+        mine, other = meaningless_tokens(102)[8:], meaningless_tokens(101)[4:]
         first = head(mine, _RAM_PROBE)
-        await self._complete(first)
-        await self._complete(head(first, _RAM_PROBE // 4) + head(other, _RAM_PROBE // 2))
-        return await self._complete(first + head(other, 8)) >= _RAM_PROBE // 2
+        await self._complete(first, slot)
+        await self._complete(head(first, _RAM_PROBE // 4) + head(other, _RAM_PROBE // 2), slot)
+        return await self._complete(first + head(other, 8), slot) >= _RAM_PROBE // 2
 
-    async def _complete(self, tokens: bytes) -> int:
-        """Compute ``tokens`` in a slot of llama-server's choice. Returns the number of reused tokens."""
-        body = {"prompt": unpack(tokens), "n_predict": 0, "cache_prompt": True}
+    async def _complete(self, tokens: bytes, slot: int | None) -> int:
+        """Compute ``tokens``. Returns the number of reused tokens."""
+        body: dict[str, Any] = {"prompt": unpack(tokens), "n_predict": 0, "cache_prompt": True}
+        if slot is not None:
+            body["id_slot"] = slot
         _, answer = await self.api.ask("/completion", body, ACTION_S)
         timings = answer.get("timings") if isinstance(answer, dict) else None
         return int(timings["cache_n"]) if timings else 0
 
     async def _fill(self, slot: int, n_tokens: int) -> bytes:
         """Compute ``n_tokens`` meaningless tokens, whatever the slot held."""
-        tokens = _tokens(n_tokens)
+        tokens = meaningless_tokens(n_tokens)
         await self._prefill(slot, tokens)
         return tokens
 
@@ -288,7 +307,7 @@ class Probes:
         return n_reused
 
 
-def _tokens(n_tokens: int) -> bytes:
+def meaningless_tokens(n_tokens: int) -> bytes:
     """``n_tokens`` meaningless tokens."""
     tokens = (probe_tokens(256) * (n_tokens // 50 + 1))[: n_tokens * 4]
     assert count(tokens) == n_tokens

@@ -1,6 +1,6 @@
 """The command line: ``llamaslot serve --config config.yaml``; ``llamaslot run -- llama-server …`` without a file;
-``llamaslot bench`` measures whether it pays; ``llamaslot drain`` for one of several backends; ``llamaslot snapshots``
-for the snapshots on disk; ``llamaslot keys`` for the keys of clients.
+``llamaslot doctor`` finds what is wrong; ``llamaslot bench`` measures whether it pays; ``llamaslot drain`` for one of
+several backends; ``llamaslot snapshots`` for the snapshots on disk; ``llamaslot keys`` for the keys of clients.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import click
 
 import llamaslot
 from llamaslot.cli.bench import bench
+from llamaslot.cli.doctor import doctor
 from llamaslot.cli.drain import drain, undrain
 from llamaslot.cli.faults import fail, run_to_end
 from llamaslot.cli.run import run
@@ -55,6 +56,7 @@ main.add_command(bench)
 main.add_command(drain)
 main.add_command(undrain)
 main.add_command(LateGroup("snapshots", help="Look at the snapshots on disk, check them, remove some."))
+main.add_command(doctor)
 main.add_command(LateGroup("keys", help="Make, list and revoke the keys of clients."))
 
 
@@ -107,7 +109,7 @@ def _check(path: Path, who: str | None) -> None:
         click.echo(f"as {who}: {said.rstrip()}", err=code != 0)
         sys.exit(code)
     checked = check(path)
-    for note in checked.notes:
+    for note in (*checked.notes, *checked.only_root):
         click.echo(f"note: {note}", err=True)
     if checked.faults:
         raise ConfigError(str(path), checked.faults)

@@ -32,10 +32,13 @@ _WORDS = {os.R_OK: "read", os.W_OK: "write", os.X_OK: "enter"}
 
 
 class Checked(Struct):
-    """``faults`` prevent llamaslot from serving, or from serving correctly; ``notes`` are hints."""
+    """``faults`` prevent llamaslot from serving, or from serving correctly; ``notes`` are hints; ``only_root``: what
+    another user could not use, as owners and modes show to root.
+    """
 
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    only_root: list[str] = field(default_factory=list)
 
 
 def check(path: Path) -> Checked:
@@ -55,8 +58,8 @@ def check(path: Path) -> Checked:
         note = beyond_disk(store.quota, store.min_free, directory, n_held)
         checked.notes += [note] if note else []
     if os.geteuid() == 0:
-        checked.notes += _only_for_root(path, config)
-        checked.notes.append(
+        checked.only_root += _only_for_root(path, config)
+        checked.only_root.append(
             "checked as root, who may use everything: --as USER checks as the user that will serve (llamaslot, in"
             " docs/llamaslot.service)"
         )
@@ -214,7 +217,13 @@ def _is_open(path: Path, bit: int) -> bool:
 
 
 def check_as(path: Path, who: str) -> tuple[int, str]:
-    """Run ``serve --check`` as ``who`` (``USER`` or ``USER:GROUP``). Returns the exit code and the output.
+    """Run ``serve --check`` as ``who``, as ``run_as`` does."""
+    return run_as(who, path, "serve", "--check")
+
+
+def run_as(who: str, path: Path, *words: str) -> tuple[int, str]:
+    """Run ``llamaslot`` with these words and this configuration as ``who`` (``USER`` or ``USER:GROUP``). Returns the
+    exit code and the output.
 
     It runs with that user's groups and home, and with what the unit sets: /var/lib/llamaslot as its state directory,
     unless $STATE_DIRECTORY names another. Raises ConfigError if there is no such user, or if it cannot run llamaslot
@@ -237,7 +246,7 @@ def check_as(path: Path, who: str) -> tuple[int, str]:
     python = Path(sys.executable)
     try:
         done = subprocess.run(
-            [python, "-m", "llamaslot", "serve", "--check", "--config", path.absolute()],
+            [python, "-m", "llamaslot", *words, "--config", path.absolute()],
             user=user.pw_uid if is_other_user else None,
             group=gid if is_other_user else None,
             extra_groups=os.getgrouplist(name, gid) if is_other_user else None,
@@ -251,7 +260,8 @@ def check_as(path: Path, who: str) -> tuple[int, str]:
     except OSError:
         raise ConfigError(f"as {name}", [_no_python(f"{name} cannot run", python.resolve())]) from None
     said = done.stdout + done.stderr
-    if done.returncode not in (0, 2):  # that user may not use Python itself, or a module that it imports
+    # That user may not use Python itself, or a module that it imports.
+    if done.returncode not in (0, 2) and not done.stdout:
         raise ConfigError(
             f"as {name}", [f"llamaslot cannot be run by {name}: {(said.splitlines() or ['?'])[-1]}"]
         )

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from llamaslot.cli.faults import fail
-from llamaslot.errors import ConfigError
+from llamaslot.cli.faults import told
+from llamaslot.cli.running import Running
 
-# Slow imports are made where they are needed: ``--help`` took 0.8 s, and takes 0.1.
-if TYPE_CHECKING:
-    from http.client import HTTPConnection
-
-    from llamaslot.config.sections import ListenConfig
-
-_TIMEOUT_S = 10.0
 _LOOK_EVERY_S = 0.5
 
 _config = click.option(
@@ -39,10 +30,11 @@ def drain(path: Path, backend: str) -> None:
     The running llamaslot is found by its configuration. If its pages need a key and that has no auth.admin_key, the
     environment variable LLAMASLOT_KEY gives one.
     """
-    running = _Running(path)
-    running.ask("drain", backend)
-    while (its := running.status_of(backend))["drain"] == "draining":
-        time.sleep(_LOOK_EVERY_S)
+    with told():
+        running = Running.of(path)
+        running.post("drain", {"backend": backend})
+        while (its := _status_of(running, backend))["drain"] == "draining":
+            time.sleep(_LOOK_EVERY_S)
     unsaved = [str(slot["id"]) for slot in its["slots"] if slot["is_worth_saving"]]
     if its["drain"] and unsaved:
         click.echo(
@@ -57,60 +49,11 @@ def drain(path: Path, backend: str) -> None:
 @click.argument("backend")
 def undrain(path: Path, backend: str) -> None:
     """Put BACKEND into service again."""
-    _Running(path).ask("undrain", backend)
+    with told():
+        Running.of(path).post("undrain", {"backend": backend})
     click.echo(f"{backend}: in service")
 
 
-class _Running:
-    """The running llamaslot of a configuration. Faults end the process."""
-
-    def __init__(self, path: Path) -> None:
-        from llamaslot.config.load import Config
-
-        try:
-            config = Config.load(path)
-            key = config.auth.resolve_admin_key() or os.environ.get("LLAMASLOT_KEY")
-        except ConfigError as error:
-            fail([str(error)])
-        self._listen = config.listen
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-
-    def ask(self, verb: str, backend: str) -> dict[str, Any]:
-        from urllib.parse import quote
-
-        return self._answer("POST", f"/llamaslot/{verb}?backend={quote(backend)}")
-
-    def status_of(self, backend: str) -> dict[str, Any]:
-        every: list[dict[str, Any]] = self._answer("GET", "/llamaslot/status")["backends"]
-        return next(its for its in every if its["name"] == backend)
-
-    def _answer(self, method: str, target: str) -> dict[str, Any]:
-        from http.client import HTTPException
-
-        connection = _connection(self._listen)
-        try:
-            connection.request(method, target, headers=self._headers)
-            response = connection.getresponse()
-            answer: dict[str, Any] = json.loads(response.read())
-        except (OSError, ValueError, HTTPException) as error:
-            where = f"{self._listen.host}:{self._listen.port}"
-            fail([f"no llamaslot answers on {where} ({error}): is it running, with this configuration?"])
-        finally:
-            connection.close()
-        if response.status != 200:
-            fail([answer["error"]["message"]])
-        return answer
-
-
-def _connection(listen: ListenConfig) -> HTTPConnection:
-    import ssl
-    from http.client import HTTPConnection, HTTPSConnection
-
-    from llamaslot.config.sections import EVERY_ADDRESS
-
-    host = EVERY_ADDRESS.get(listen.host, listen.host)
-    if listen.tls is None:
-        return HTTPConnection(host, listen.port, timeout=_TIMEOUT_S)
-    context = ssl.create_default_context(cafile=str(listen.tls.cert))
-    context.check_hostname = False  # it is asked by its address, on its own machine
-    return HTTPSConnection(host, listen.port, timeout=_TIMEOUT_S, context=context)
+def _status_of(running: Running, backend: str) -> dict[str, Any]:
+    every: list[dict[str, Any]] = running.get("status")["backends"]
+    return next(its for its in every if its["name"] == backend)

@@ -46,11 +46,15 @@ class PoolSettings(Struct, frozen=True):
 
 
 class PoolStatus(Struct, frozen=True):
-    """A pool at present. ``n_snapshots``: those that its model can use; ``n_waiting``: requests in the queue."""
+    """A pool at present. ``n_snapshots``: those that its model can use; ``n_waiting``: requests in the queue;
+    ``n_too_long``: prompts refused so far because no slot has room for them, the longest of ``longest_refused`` tokens.
+    """
 
     n_snapshots: int
     n_waiting: int
     users: list[UserLoad]
+    n_too_long: int
+    longest_refused: int
 
 
 class PoolModel(Struct, frozen=True):
@@ -95,6 +99,7 @@ class Pool:
         self.dispatcher = Dispatcher(settings.rules, settings.limits, now)
         self.dispatcher.on_prefix_wait = metrics.prefix_wait_s.observe
         self._down_calls: dict[DownCall, None] = {}
+        self._n_too_long = self._longest_refused = 0
         self._prewarming: asyncio.Task[None] | None = None
         self._prewarm = Prewarm(
             settings.prewarm, self.dispatcher, self._executor_of, self._tokenizer, self._catalog_of, self.tasks,
@@ -235,7 +240,14 @@ class Pool:
             n_snapshots=sum(len(library.snapshots) for library in libraries.values()),
             n_waiting=self.dispatcher.n_waiting,
             users=self.dispatcher.queue.loads(self._now()),
+            n_too_long=self._n_too_long,
+            longest_refused=self._longest_refused,
         )
+
+    def refused_too_long(self, n_tokens: int) -> None:
+        """Count a prompt for which no slot has room."""
+        self._n_too_long += 1
+        self._longest_refused = max(self._longest_refused, n_tokens)
 
     def latest_decisions(self, n: int) -> Iterator[Decision]:
         """The last ``n`` decisions of the journal, newest first."""

@@ -59,6 +59,10 @@ class Status:
             },
             "queue": sum(pool.n_waiting for pool in pools),
             "users": _users(pools),
+            "too_long": {
+                "n": sum(pool.n_too_long for pool in pools),
+                "n_tokens": max(pool.longest_refused for pool in pools),
+            },
             "rewrite": self._prompts.report(),
         }
 

@@ -25,6 +25,7 @@ from llamaslot.errors import (
     BadRequest,
     ClientGone,
     LlamaslotError,
+    PromptTooLong,
     SlotWedged,
 )
 from llamaslot.fleet.model_context import ModelContext
@@ -156,6 +157,8 @@ class _Exchange:
         except NoPrompt as error:
             return await self.down.fail(await in_its_words(self.backend, self.request, self.raw, error))
         except LlamaslotError as error:
+            if isinstance(error, PromptTooLong):
+                self.pool.refused_too_long(error.n_prompt_tokens)
             return await self.down.fail(error)
         except ClientGone:
             raise

@@ -83,6 +83,7 @@ _STATUS = _object(
     snapshots=_object(n=_COUNT, size_bytes=_COUNT, quota_bytes=_COUNT),
     queue=_COUNT,
     users=_list_of(_object(id=_TEXT, running=_COUNT, waiting=_COUNT, deficit_s=_SECONDS)),
+    too_long=_object(n=_COUNT, n_tokens=_COUNT),
     rewrite=_list_of(_object(name=_TEXT, n_fired=_COUNT, n_given_up=_COUNT)),
 )
 _OPTION = _object(

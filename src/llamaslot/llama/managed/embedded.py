@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cache-idle-slots", action=flag, default=True)
     p.add_argument("--kv-unified", action=flag, default=False)
     p.add_argument("--swa-full", action="store_true")
+    p.add_argument("--context-shift", action=flag, default=False)
     p.add_argument("--ctx-checkpoints", type=int, default=32, metavar="N")
     p.add_argument(
         "--sleep-idle-seconds",
@@ -158,7 +159,7 @@ def _params(xllamacpp: Any, flags: argparse.Namespace) -> Any:
         p.slot_save_path = f"{flags.slot_save_path}/"  # the library concatenates; only the CLI adds the slash
     p.slot_prompt_similarity = flags.slot_prompt_similarity
     p.cache_ram_mib, p.cache_idle_slots = flags.cache_ram, flags.cache_idle_slots
-    p.kv_unified, p.swa_full = flags.kv_unified, flags.swa_full
+    p.kv_unified, p.swa_full, p.ctx_shift = flags.kv_unified, flags.swa_full, flags.context_shift
     p.n_ctx_checkpoints = flags.ctx_checkpoints
     p.endpoint_metrics, p.endpoint_slots, p.endpoint_props = flags.metrics, flags.slots, flags.props
     p.sleep_idle_seconds = flags.sleep_idle_seconds

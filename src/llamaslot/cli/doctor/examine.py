@@ -1,0 +1,132 @@
+"""Which checks ``llamaslot doctor`` makes.
+
+What a running llamaslot serves is asked from it, and no slot is touched behind its back. A llama-server without one is
+tried: in idle slots, whose contexts are saved first and restored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from llamaslot.cli.check import check
+from llamaslot.cli.doctor.findings import Finding
+from llamaslot.cli.doctor.machine import holder, of_check, of_machine
+from llamaslot.cli.doctor.probing import ServerProbes
+from llamaslot.cli.doctor.running import of_backend, of_journal
+from llamaslot.cli.running import NotRunning, Refused, Running
+from llamaslot.config.load import Config
+from llamaslot.config.sections import BackendConfig
+from llamaslot.errors import BackendDown, LlamaslotError
+from llamaslot.llama.client import LlamaServer
+
+_PORTS = (8080, 9931)  # of a llama-server without --port: newer builds have the second
+
+
+def examined(path: Path, config: Config, budget_s: float | None) -> Iterator[Finding]:
+    """``budget_s``: for filling a slot of a llama-server to its end; None: as long as it takes. Raises ConfigError."""
+    yield from of_check(check(path))
+    yield from of_machine(config)
+    status, said = _status(config)
+    yield from said
+    if status is None:
+        for settings in config.backends:
+            yield from _tried(settings, budget_s)
+        return
+    settings_of = {settings.name: settings for settings in config.backends}
+    for backend in status["backends"]:
+        its = settings_of.get(backend["name"])
+        if its is not None and its.url is not None and backend["drain"] == "drained":
+            yield from _tried(its, budget_s, is_served=False)
+            continue
+        yield from of_backend(backend)
+        if backend["health"] == "down" and its is not None:
+            yield from _elsewhere(its)
+        if backend["health"] == "up":
+            told = f"llamaslot serves: not tried behind its back; llamaslot drain {backend['name']}, and run this again"
+            yield Finding(f"{backend['name']}: batch, context shift", "skipped", told)
+    yield from of_journal(status, Running(config).get("journal?n=1000")["decisions"])
+
+
+def _status(config: Config) -> tuple[dict[str, Any] | None, list[Finding]]:
+    """The status of the running llamaslot, None without one; and what is to be said about it."""
+    check = "llamaslot"
+    running = Running(config)
+    try:
+        status = running.get("status")
+    except NotRunning:
+        return None, [Finding(check, "ok", f"does not run on {running.where}: llama-server is tried")]
+    except Refused as error:
+        remedy = (
+            "LLAMASLOT_KEY=<a key made with --admin> llamaslot doctor …" if error.status in (401, 403) else ""
+        )
+        return {"backends": []}, [
+            Finding(check, "skipped", f"serves, and does not tell more: {error}", remedy)
+        ]
+    return status, [Finding(check, "ok", f"{status['version']} serves on {running.where}")]
+
+
+def _tried(settings: BackendConfig, budget_s: float | None, *, is_served: bool = True) -> Iterator[Finding]:
+    """What trying a llama-server shows."""
+    directory = settings.slot_save_path
+    if settings.url is None:
+        yield Finding(
+            f"{settings.name}: slots",
+            "skipped",
+            "llamaslot starts this llama-server: start it, then ask again",
+        )
+        return
+    if is_served and directory is not None and (pid := holder(directory)) is not None:
+        told = f"another llamaslot (pid {pid}) uses {directory}: nothing is tried behind its back"
+        yield Finding(f"{settings.name}: slots", "skipped", told, "run doctor with its configuration")
+        return
+    try:
+        yield from asyncio.run(probed(settings, budget_s))
+    except BackendDown as error:
+        yield Finding(f"{settings.name}: connection", "fault", str(error))
+        yield from _elsewhere(settings)
+
+
+async def probed(settings: BackendConfig, budget_s: float | None) -> list[Finding]:
+    """Raises BackendDown if it does not answer at all."""
+    assert settings.url is not None, "a server of its own"
+    api = LlamaServer(settings.url, settings.resolve_api_key(), 60.0, name=settings.name)
+    probes = ServerProbes(settings, api, budget_s)
+    try:
+        await probes.examine()
+    except LlamaslotError as error:
+        if not probes.findings:
+            raise
+        probes.findings.append(
+            Finding(f"{settings.name}: connection", "fault", f"lost while it was tried: {error}")
+        )
+    finally:
+        await api.close()
+    return probes.findings
+
+
+def _elsewhere(settings: BackendConfig) -> Iterator[Finding]:
+    """Whether a llama-server answers on one of its default ports, where ``url`` says another one."""
+    if settings.url is None:
+        return
+    parts = urlsplit(settings.url)
+    for port in _PORTS:
+        url = f"{parts.scheme}://{parts.hostname}:{port}"
+        if port != parts.port and asyncio.run(_answers(url)):
+            yield Finding(
+                f"{settings.name}: port", "fault", f"a llama-server answers at {url}, and not at {settings.url}",
+                f"backends[].url: {url}, or llama-server --port {parts.port or 80}",
+            )  # fmt: skip
+
+
+async def _answers(url: str) -> bool:
+    api = LlamaServer(url)
+    try:
+        return (await api.props(2.0)).n_slots is not None
+    except LlamaslotError:
+        return False
+    finally:
+        await api.close()

@@ -1,0 +1,46 @@
+"""What ``llamaslot doctor`` finds, and how it is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from msgspec import Struct
+
+#: ok       as it should be
+#: warning  it works, and costs something
+#: fault    contexts are lost, or llamaslot cannot serve
+#: note     may be one of these for another user
+#: skipped  not tried; the text says why
+State = Literal["ok", "warning", "fault", "note", "skipped"]
+
+_MARKS: dict[State, str] = {"ok": "ok", "warning": "WARN", "fault": "FAULT", "note": "note", "skipped": "-"}
+
+
+class Finding(Struct, frozen=True):
+    """One line of the report. ``check``: what was looked at. ``text``: what was seen, and what it costs. ``remedy``:
+    the flag, line or command that mends it.
+    """
+
+    check: str
+    state: State
+    text: str
+    remedy: str = ""
+
+    @property
+    def is_found(self) -> bool:
+        return self.state in ("warning", "fault")
+
+
+def lines(findings: Sequence[Finding]) -> list[str]:
+    """One line per check, its remedy below it, and a last line that counts."""
+    width = max(len(finding.check) for finding in findings)
+    said = []
+    for finding in findings:
+        said.append(f"{_MARKS[finding.state]:5}  {finding.check:{width}}  {finding.text}")
+        if finding.remedy:
+            said.append(f"{'':5}  {'':{width}}  -> {finding.remedy}")
+    n_found = sum(finding.is_found for finding in findings)
+    n_skipped = sum(finding.state == "skipped" for finding in findings)
+    not_tried = f", {n_skipped} not tried" if n_skipped else ""
+    return [*said, f"{n_found or 'nothing'} found in {len(findings)} checks{not_tried}"]

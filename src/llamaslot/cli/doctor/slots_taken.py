@@ -1,0 +1,101 @@
+"""Slots of a llama-server that ``llamaslot doctor`` takes for its probes, and gives back as they were."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from llamaslot.errors import LlamaslotError, SlotActionFailed
+from llamaslot.llama.client import LlamaServer
+from llamaslot.llama.replies import SlotInfo
+from llamaslot.store import QuotaExceeded, Reservation
+from llamaslot.store.sidecar import PROBE, new_id
+
+_ROOM = 1.2  # of the bytes that a probe is expected to need
+
+
+class ProbeFiles:
+    """Files of probes, as ``probes.SlotFiles``: removed at once, and by llamaslot's next start after a crash."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    @property
+    def directory(self) -> Path:
+        return self._directory
+
+    @property
+    def snapshots(self) -> Mapping[str, object]:
+        return MappingProxyType({})  # none is evicted for a probe
+
+    async def reserve(self, size_bytes: int) -> Reservation:
+        if shutil.disk_usage(self._directory).free < size_bytes * _ROOM:
+            raise QuotaExceeded(f"{self._directory} has no room for a probe of {size_bytes:,} bytes")
+        id_ = new_id()
+        return Reservation(id_, id_ + PROBE, size_bytes)
+
+    async def abandon(self, reservation: Reservation) -> None:
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread((self._directory / reservation.part_name).unlink)
+
+
+class CannotTake(LlamaslotError):
+    """An idle slot holds a context that cannot be saved, so it is left alone."""
+
+
+class TakenSlots:
+    """Takes idle slots. What one held is saved first, and restored at the end, unless another client works there then.
+    ``directory``: where llama-server saves, as seen from here; None if that is not known.
+    """
+
+    def __init__(self, api: LlamaServer, directory: Path | None) -> None:
+        self._api, self._directory = api, directory
+        self._held = dict[int, str]()  # slot -> the file with its content
+        self.left_files: list[str] = []  # that llama-server wrote and that are not in ``directory``
+        self.lost: list[str] = []  # slots that could not be given back, with the reason
+
+    @contextlib.asynccontextmanager
+    async def given_back(self) -> AsyncIterator[TakenSlots]:
+        """Canceling gives the slots back first."""
+        try:
+            yield self
+        finally:
+            await self._give_back()
+
+    async def take(self, info: SlotInfo) -> int:
+        """Raises CannotTake; SlotActionFailed with status 501 if llama-server has no ``--slot-save-path``."""
+        if not info.n_tokens:
+            return info.id
+        name = new_id() + PROBE
+        try:
+            await self._api.save(info.id, name)
+        except SlotActionFailed as error:
+            if error.status_upstream == 501:
+                raise
+            raise CannotTake(f"slot {info.id} holds {info.n_tokens:,} tokens, and {error}") from error
+        self._held[info.id] = name
+        return info.id
+
+    async def _give_back(self) -> None:
+        for slot, name in self._held.items():
+            try:
+                await self._restore(slot, name)
+            except LlamaslotError as error:
+                self.lost.append(f"slot {slot}: {error}")
+            if self._directory is None or not (file := self._directory / name).exists():
+                self.left_files.append(name)
+                continue
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(file.unlink)
+        self._held.clear()
+
+    async def _restore(self, slot: int, name: str) -> None:
+        info = next(info for info in await self._api.slots() if info.id == slot)
+        if info.is_processing:
+            return  # another client's now
+        await self._api.erase(slot)
+        await self._api.restore(slot, name)

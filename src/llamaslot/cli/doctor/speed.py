@@ -1,0 +1,144 @@
+"""How fast a llama-server computes, saves and restores, and how long a stream stands still meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+
+import orjson
+from msgspec import Struct
+
+from llamaslot.backend.probes import meaningless_tokens
+from llamaslot.cache.ids import unpack
+from llamaslot.llama.client import LlamaServer
+from llamaslot.llama.replies import Progress
+from llamaslot.llama.response import next_piece
+from llamaslot.tasks import TaskOwner
+
+_DEEPER = 1.5  # a prefill slows down with depth
+_WARM_UP = 8  # pieces of a stream before anything is measured
+_STREAM = 4000  # tokens at most
+_WAIT_S = 30.0
+_POLLS, _POLL_S = 40, 1.5  # asked more often, llama-server does not notice that its client has left
+
+
+class Filled(Struct):
+    """A slot after a prefill of ``n_tokens`` in ``seconds``. ``batch``: tokens computed at a time, in ``batch_s``; None
+    if the prompt was shorter than two. ``rest_s``: estimated, for what was left out.
+    """
+
+    n_tokens: int
+    seconds: float
+    batch: int | None
+    batch_s: float = 0.0
+    rest_s: float = 0.0
+
+
+async def fill(api: LlamaServer, slot: int, n_tokens: int, budget_s: float | None) -> Filled:
+    """Compute ``n_tokens`` meaningless tokens; fewer if all would take longer than ``budget_s``."""
+    seen: list[Progress] = []
+    async with contextlib.aclosing(api.prefill(slot, meaningless_tokens(n_tokens))) as events:
+        async for event in events:
+            seen.append(event)
+            n_done, took_s = event.processed - seen[0].cache, event.seconds
+            if len(seen) < 3 or n_done <= 0 or budget_s is None:
+                continue
+            rest_s = (n_tokens - event.processed) * took_s / n_done * _DEEPER
+            if took_s + rest_s > budget_s:
+                break
+        else:
+            return Filled(n_tokens, seen[-1].seconds, *_batch(seen))
+    # llama-server ends the batch that is running, and keeps it.
+    await _idle(api, slot)
+    left = next(info.n_tokens for info in await api.slots() if info.id == slot) or event.processed
+    return Filled(left, took_s, *_batch(seen), rest_s)
+
+
+def _batch(seen: list[Progress]) -> tuple[int | None, float]:
+    steps = [
+        (after.processed - before.processed, after.seconds - before.seconds)
+        for before, after in itertools.pairwise(seen)
+    ]
+    largest = max(steps, default=(0, 0.0))
+    return (largest[0], largest[1]) if len(seen) > 2 and largest[0] > 1 else (None, 0.0)
+
+
+async def _idle(api: LlamaServer, slot: int) -> None:
+    for _ in range(_POLLS):
+        if not any(info.id == slot and info.is_processing for info in await api.slots()):
+            return
+        await asyncio.sleep(_POLL_S)
+
+
+class Trip(Struct):
+    """A slot was saved, emptied and restored. ``pause_s``: the longest gap in a stream beside it; None without one."""
+
+    n_saved: int
+    n_restored: int
+    n_bytes: int
+    save_s: float
+    restore_s: float
+    pause_s: float | None
+
+    def told(self) -> str:
+        size = f"{self.n_bytes / 1e6:,.1f} MB ({self.n_saved:,} tokens)"
+        text = f"{size} saved in {self.save_s:.2f} s, restored in {self.restore_s:.2f} s"
+        pause = "" if self.pause_s is None else f"; a stream beside it stood still for {self.pause_s:.2f} s"
+        return text + pause
+
+
+async def round_trip(
+    api: LlamaServer, slot: int, other: int | None, tokens: bytes, name: str, owner: TaskOwner
+) -> Trip:
+    """Save ``slot`` as ``name``, empty and restore it, beside a stream in ``other``. Raises SlotActionFailed."""
+    stream = _Stream()
+    if other is not None:
+        owner.spawn(stream.run(api, other), "doctor: a stream")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_WAIT_S):
+                await stream.is_running.wait()
+    began = time.monotonic()
+    saved = await api.save(slot, name)
+    between = time.monotonic()
+    await api.erase(slot)
+    erased = time.monotonic()
+    restored = await api.restore(slot, name)
+    ended = time.monotonic()
+    if stream.is_running.is_set():
+        await asyncio.sleep(0.2)  # the piece after the pause
+    pause_s = stream.longest_gap_s(began, ended)
+    return Trip(saved.n_tokens, restored.n_tokens, saved.n_bytes, between - began, ended - erased, pause_s)
+
+
+class _Stream:
+    """An answer in one slot, and the times of its pieces."""
+
+    def __init__(self) -> None:
+        self.is_running = asyncio.Event()
+        self._times: list[float] = []
+
+    async def run(self, api: LlamaServer, slot: int) -> None:
+        body = {
+            "prompt": unpack(meaningless_tokens(20)),
+            "n_predict": _STREAM,
+            "id_slot": slot,
+            "stream": True,
+            "ignore_eos": True,
+        }
+        headers = {"Content-Type": "application/json"}
+        async with api.request("POST", "/completion", data=orjson.dumps(body), headers=headers) as response:
+            while await next_piece(response):
+                self._times.append(time.monotonic())
+                if len(self._times) >= _WARM_UP:
+                    self.is_running.set()
+
+    def longest_gap_s(self, began: float, ended: float) -> float | None:
+        """The longest gap that overlaps that time; None if the stream did not run then."""
+        gaps = [
+            after - before
+            for before, after in itertools.pairwise(self._times)
+            if after >= began and before <= ended
+        ]
+        return max(gaps, default=None)

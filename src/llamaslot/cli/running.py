@@ -1,0 +1,96 @@
+"""The running llamaslot of a configuration, asked through its own pages."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llamaslot.errors import LlamaslotError
+
+# Slow imports are made where they are needed: ``--help`` took 0.8 s, and takes 0.1.
+if TYPE_CHECKING:
+    from http.client import HTTPConnection
+
+    from llamaslot.config.load import Config
+    from llamaslot.config.sections import ListenConfig
+
+_TIMEOUT_S = 10.0
+
+
+class NotRunning(LlamaslotError):
+    """Nothing answers where the configuration says that llamaslot listens."""
+
+
+class Refused(LlamaslotError):
+    """What answers has refused; the text is its own. ``status`` as in HTTP."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Running:
+    """The running llamaslot of a configuration. If its pages need a key and there is no ``auth.admin_key``, the
+    environment variable LLAMASLOT_KEY gives one.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Raises ConfigError if a key file is not readable any more."""
+        key = config.auth.resolve_admin_key() or os.environ.get("LLAMASLOT_KEY")
+        self._listen = config.listen
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    @classmethod
+    def of(cls, path: Path) -> Running:
+        """Raises ConfigError."""
+        from llamaslot.config.load import Config
+
+        return cls(Config.load(path))
+
+    @property
+    def where(self) -> str:
+        return f"{self._listen.host}:{self._listen.port}"
+
+    def get(self, page: str) -> dict[str, Any]:
+        return self._answer("GET", f"/llamaslot/{page}")
+
+    def post(self, page: str, query: Mapping[str, str] | None = None) -> dict[str, Any]:
+        from urllib.parse import urlencode
+
+        return self._answer("POST", f"/llamaslot/{page}" + (f"?{urlencode(query)}" if query else ""))
+
+    def _answer(self, method: str, target: str) -> dict[str, Any]:
+        """Raises NotRunning, and Refused for an error answer."""
+        from http.client import HTTPException
+
+        connection = _connection(self._listen)
+        try:
+            connection.request(method, target, headers=self._headers)
+            response = connection.getresponse()
+            answer: dict[str, Any] = json.loads(response.read())
+        except (OSError, ValueError, HTTPException) as error:
+            raise NotRunning(
+                f"no llamaslot answers on {self.where} ({error}): is it running, with this configuration?"
+            ) from error
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise Refused(response.status, answer["error"]["message"])
+        return answer
+
+
+def _connection(listen: ListenConfig) -> HTTPConnection:
+    import ssl
+    from http.client import HTTPConnection, HTTPSConnection
+
+    from llamaslot.config.sections import EVERY_ADDRESS
+
+    host = EVERY_ADDRESS.get(listen.host, listen.host)
+    if listen.tls is None:
+        return HTTPConnection(host, listen.port, timeout=_TIMEOUT_S)
+    context = ssl.create_default_context(cafile=str(listen.tls.cert))
+    context.check_hostname = False  # it is asked by its address, on its own machine
+    return HTTPSConnection(host, listen.port, timeout=_TIMEOUT_S, context=context)
