@@ -158,6 +158,23 @@ class UpstreamError(LlamaslotError):
         )
 
 
+def is_servers_own(status: int) -> bool:
+    """Whether an error answer may be the fault of the server: 5xx, but for a route that it does not have (501)."""
+    return status >= 500 and status != 501
+
+
+class DeadlyPrompt(LlamaslotError):
+    """llama-servers have ended while they computed this prompt: it is not sent on."""
+
+    code = "server_ended"
+
+    def __init__(self, n_ended: int, rest_s: float) -> None:
+        super().__init__(
+            f"llama-server has ended {n_ended} times while it computed this prompt, so it is not sent on again for"
+            f" {max(1, round(rest_s))} s; llama-server's log may say why"
+        )
+
+
 class SlotActionFailed(LlamaslotError):
     """A save, erase or restore of a slot failed. ``status_upstream``: llama-server's status."""
 

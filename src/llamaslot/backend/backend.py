@@ -21,11 +21,18 @@ from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.idle_save import IdleSave
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
-from llamaslot.backend.presence import Presence, forget_slots
+from llamaslot.backend.presence import Presence, Proof, forget_slots
 from llamaslot.backend.slot_table import SlotTable
+from llamaslot.backend.suspicion import Suspicion
 from llamaslot.backend.unassisted_slots import has_idle_slot
 from llamaslot.cache.content import NOTHING
-from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError
+from llamaslot.errors import (
+    BackendDown,
+    BackendRestarted,
+    LlamaslotError,
+    UpstreamError,
+    is_servers_own,
+)
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.dry_run import DryRuns
 from llamaslot.llama.replies import Props
@@ -50,8 +57,6 @@ _jitter = random.Random()
 _SUSPECT_S, _SILENT_S, _HEALTH_S = 2.0, 3.0, 2.0
 _RETRY_S, _RETRY_AT_LAST_S = 1.0, 60.0  # pauses between attempts to probe the server, each twice the last
 _LOOK_AGAIN_S = 600.0  # after slots have lost their content
-# A server that has answered a request within this time has not fallen asleep: --sleep-idle-seconds is 1 at least.
-_AWAKE_S = 1.0
 _CONNECT_WAIT_S = 120.0  # how long a request waits for a server that has just restarted
 
 
@@ -125,13 +130,12 @@ class Backend:
         self.streams_are_known = True  # whether answers can be assembled from the events of a stream
         self.session: ServerSession | None = None
         self.last_session: ServerSession | None = None  # of the model that it serves, or has served last
-        self._proof: Props | None = None  # told by the process of the session
-        self._proved_at = -math.inf
         self._why_down = "has not answered yet"
         self._doubt = asyncio.Event()
         self._met_or_down = asyncio.Event()  # set unless it is being connected to
         self._met_or_down.set()
-        self.presence = Presence(name)
+        self.presence, self.suspicion = Presence(name), Suspicion(leases)
+        self._proof = Proof(self.presence, leases, now)
 
     # -- for requests --------------------------------------------------------------------------------------------
 
@@ -191,19 +195,12 @@ class Backend:
         """Use it for a request, if the process of the session is known to be alive and awake without a question: True.
         Otherwise ``ready`` has to ask.
         """
-        proof = self._proof
-        return (
-            proof is not None
-            and self.presence.use_if_loaded()
-            and self.now() - self._proved_at < _AWAKE_S
-            and self.leases.unused_s < _AWAKE_S
-            and proof.is_connected()
-        )
+        return self._proof.use()
 
     def _prove(self, session: ServerSession, props: Props) -> None:
         """``props``, just told, are those of the session's process."""
-        if session is self.session and not props.is_sleeping:
-            self._proof, self._proved_at = props, self.now()
+        if session is self.session:
+            self._proof.take(props)
 
     def lost(self, table: SlotTable) -> None:
         """The server is another process than the one that ``table`` describes: forget its slots, and connect again.
@@ -246,20 +243,13 @@ class Backend:
 
     def doubt(self) -> None:
         """A request to the server failed: check immediately whether it is still there."""
-        self._proof = None
+        self._proof.clear()
         self._doubt.set()
 
     def suspect(self) -> None:
         """As ``doubt``; until it has answered, requests go to other backends if there are any."""
         self.doubt()
-        if self.session is not None and not self.leases.is_suspect:
-            self.leases.is_suspect = True
-            self.leases.dispatch()
-
-    def _trust(self) -> None:
-        if self.leases.is_suspect:
-            self.leases.is_suspect = False
-            self.leases.dispatch()
+        self.suspicion.begin()
 
     async def how_far(self, lease: Lease) -> object:
         """The progress of the slots in which llama-server works for the request of ``lease``; None while the request
@@ -399,12 +389,15 @@ class Backend:
             self._doubt.clear()
             try:
                 props = await self._watched_props()
-            except LlamaslotError:
+            except LlamaslotError as error:
                 if self.health is not Health.UP:
                     return
                 patience_s = _HEALTH_S if self._members.are_several else 5.0
                 if await self.api.why_unhealthy(patience_s) is None:
-                    self._trust()
+                    if isinstance(error, UpstreamError) and is_servers_own(error.status):
+                        self.suspicion.blame(error)
+                    else:
+                        self.suspicion.end()
                     continue
                 self._why_down = "does not answer"
                 log.warning("%s: llama-server does not answer; requests get 503 until it does", self.name)
@@ -413,7 +406,7 @@ class Backend:
             if (props.boot_id, props.n_slots) != (session.props.boot_id, session.props.n_slots):
                 self.lost(session.table)
                 continue
-            self._trust()
+            self.suspicion.end()
             self._forget_if_asleep(props)
             self._prove(session, props)
             is_due = session.aside is not None and session.aside.may_end and self.now() >= retry_at
@@ -432,7 +425,8 @@ class Backend:
             self._doubt.clear()
 
     def _forget(self, health: Health) -> None:
-        self.session = self._proof = None
+        self.session = None
+        self._proof.clear()
         self._set(health)
         self._members.disconnected(self, self._is_down() if health is Health.DOWN else None)
 

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from llamaslot.backend.lease_states import (
     AT_WORK,
+    COMPUTING,
     ENDED,
     NEVER_FIRST,
     NEXT,
@@ -42,8 +43,7 @@ from llamaslot.store import Snapshot
 
 T = TypeVar("T")
 
-# # seconds to the first token of a small request; longer if only longer prefills count as long
-_LITTLE_S = 2.0
+_LITTLE_S = 2.0  # to the first token of a small request; longer if only longer prefills count as long
 
 
 class Owner(Protocol):
@@ -66,7 +66,8 @@ class Lease:
     llama-server has done so. ``content``: what the slot holds, as far as known; None if unknown. ``before``: what it
     held when the request itself was sent. ``restored``: the snapshot that was restored into the slot. ``n_done``:
     tokens of its prompt that are present, as far as known. ``sent_at``: when the request itself was sent.
-    ``came_at``, ``n_preempted``: since when it waits for an answer, and how often it was preempted.
+    ``came_at``, ``n_preempted``: since when it waits for an answer, and how often it was preempted. ``was_computing``:
+    it was released while llama-server computed its prompt.
     """
 
     def __init__(
@@ -89,8 +90,7 @@ class Lease:
         self._owner, self._now = owner, now
         self.table, self.slot, self.request, self.recorder = table, slot, request, recorder
         self.came_at = now() if came_at is None else came_at
-        self.n_preempted = n_preempted
-        self.plan = plan
+        self.n_preempted, self.plan = n_preempted, plan
         is_unknown = slot is not None and slot.state is SlotState.SUSPECT
         self.content = None if is_unknown else slot.content if slot is not None else NOTHING
         self.before = self.content
@@ -101,7 +101,7 @@ class Lease:
         self._long_prefill = LongPrefill.WAITING if is_first else LongPrefill.NONE
         self._preemption = Preemption.FORBIDDEN
         self._stop: Callable[[], None] | None = None  # stops the present work on preemption
-        self.can_keep = True
+        self.can_keep, self.was_computing = True, False
         self.sent_at = self._acting_at = 0.0
         self.n_done = plan.n_reused if plan is not None else 0
         self.restored: Snapshot | None = None
@@ -434,6 +434,7 @@ class Lease:
             self._give_back()
 
     def _give_back(self) -> None:
+        self.was_computing = self.state in COMPUTING
         self._become(LeaseEvent.LEAVE if self.is_at_work else LeaseEvent.GIVE_BACK)
         if self._pin is not None:
             self._pin.__exit__(None, None, None)

@@ -88,6 +88,7 @@ ENDED = (LeaseState.RELEASE_PENDING, LeaseState.DRAINING, LeaseState.RELEASED)
 RUNNING = (LeaseState.PROCESSING, LeaseState.DECODING)
 OWN_REQUEST = (LeaseState.SENT, *RUNNING)
 AT_WORK = (LeaseState.PREFILLING, *OWN_REQUEST)
+COMPUTING = (LeaseState.PREFILLING, LeaseState.SENT, LeaseState.PROCESSING)  # a prompt, or perhaps its answer
 NEVER_FIRST = (LeaseState.DECODING, LeaseState.WAITING_EXCLUSIVE, LeaseState.SETTLED, *ENDED)
 
 

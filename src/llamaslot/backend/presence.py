@@ -6,15 +6,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+from collections.abc import Callable
 from typing import Protocol
 
 from llamaslot.backend.leases import Leases
 from llamaslot.cache.content import NOTHING
+from llamaslot.llama.replies import Props
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotEvent
 from llamaslot.tasks import ChangeEvent
 
 log = logging.getLogger(__name__)
+
+# A server that has answered a request within this time has not fallen asleep: --sleep-idle-seconds is 1 at least.
+_AWAKE_S = 1.0
 
 
 class OnDemand(Protocol):
@@ -59,6 +65,36 @@ class Presence:
     async def awake(self) -> None:
         """Wait until there is a process to connect to. Canceling is safe."""
         await self._is_awake.wait()
+
+
+class Proof:
+    """What shows without a question that the process of a session is alive and awake: the connection on which it told
+    its properties a moment ago is still open.
+    """
+
+    def __init__(self, presence: Presence, leases: Leases, now: Callable[[], float]) -> None:
+        self._presence, self._leases, self._now = presence, leases, now
+        self._props: Props | None = None
+        self._told_at = -math.inf
+
+    def use(self) -> bool:
+        """Use the backend, if it is known to be alive and awake: True."""
+        props = self._props
+        return (
+            props is not None
+            and self._presence.use_if_loaded()
+            and self._now() - self._told_at < _AWAKE_S
+            and self._leases.unused_s < _AWAKE_S
+            and props.is_connected()
+        )
+
+    def take(self, props: Props) -> None:
+        """The process has just told ``props``."""
+        if not props.is_sleeping:
+            self._props, self._told_at = props, self._now()
+
+    def clear(self) -> None:
+        self._props = None
 
 
 def forget_slots(leases: Leases, now: float) -> None:

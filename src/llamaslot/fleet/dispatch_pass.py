@@ -1,18 +1,23 @@
-"""What is found out while the waiting requests are looked at, one after the other."""
+"""Which backends a request may go to, and what is found out while the waiting requests are looked at, one after the
+other.
+"""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from msgspec import Struct, field
 
+from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
+from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError
 from llamaslot.scheduling.plan import Wait
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotKey
 
 _N_NEAREST, _N_OTHERS = 4, 4
+_MOST_NAMED = 8  # backends, in one error
 
 
 class DispatchPass(Struct):
@@ -39,6 +44,40 @@ class DispatchPass(Struct):
             self.is_short = True
         else:
             self.again_s.append(max(look_in_s, 0.0))
+
+
+def open_backends(backends: Collection[Leases]) -> list[Leases]:
+    """The backends that accept a request now. Those on which llamaslot does not choose slots, and those that may hang,
+    only if there are no others, now or soon.
+    """
+    attached = [leases for leases in backends if leases.table is not None]
+    assisted = [leases for leases in attached if leases.table is not None and leases.table.is_assisted]
+    open_ = [leases for leases in assisted or attached if leases.is_open]
+    if trusted := [leases for leases in open_ if not leases.is_suspect]:
+        return trusted
+    return [] if any(leases.is_coming for leases in backends) else open_
+
+
+def open_to(request: Request, open_: list[Leases], backends: Collection[Leases]) -> list[Leases]:
+    """Those of ``open_`` that have not failed the request; all if no other backend can take it, now or soon."""
+    if not request.avoids:
+        return open_
+    others = [leases for leases in backends if leases.backend not in request.avoids]
+    is_possible = any(leases.why_not is None for leases in others)
+    return [leases for leases in open_ if leases in others] if is_possible else open_
+
+
+def why_none(backends: Collection[Leases], *, is_queued: bool) -> LlamaslotError | None:
+    """The error for requests if each backend is down or drained. ``is_queued``: for those that were accepted before:
+    they outlast a drain.
+    """
+    if not backends:
+        return BackendRestarted("no backend serves this model any more")
+    reasons = [why for leases in backends if (why := leases.why_not) is not None]
+    if len(reasons) < len(backends) or (is_queued and any(leases.is_drained for leases in backends)):
+        return None
+    more = [f"and {len(reasons) - _MOST_NAMED} more"] if len(reasons) > _MOST_NAMED else []
+    return BackendDown("; ".join([*reasons[:_MOST_NAMED], *more]))
 
 
 def worth_a_look(tables: Sequence[SlotTable], request: Request) -> Sequence[SlotTable]:

@@ -17,8 +17,8 @@ from llamaslot.backend.lease_states import Preempted
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.unassisted_slots import UnassistedSlots
-from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, QueueFull
-from llamaslot.fleet.dispatch_pass import DispatchPass, worth_a_look
+from llamaslot.errors import BackendDown, QueueFull
+from llamaslot.fleet.dispatch_pass import DispatchPass, open_backends, open_to, why_none, worth_a_look
 from llamaslot.fleet.preemption import Preemptions
 from llamaslot.fleet.prefix_sharing import PrefixWait, ask_for_trunk, prefix_due_s
 from llamaslot.fleet.queue import Queue, QueueLimits, Waiting, answer_s, estimate
@@ -32,7 +32,6 @@ from llamaslot.scheduling.slots import SlotKey
 log = logging.getLogger(__name__)
 
 MIN_LOOK_AGAIN_S = 0.25
-_MOST_NAMED = 8  # backends, in one error
 _MOST_BEHIND = 8  # so many are compared for shared prefixes; 250 would take a second
 
 
@@ -114,23 +113,10 @@ class Dispatcher:
         self._fail_if_none_serves()
 
     def _fail_if_none_serves(self) -> None:
-        if (error := self._why_none(is_queued=True)) is not None:
+        if (error := why_none(self.backends.values(), is_queued=True)) is not None:
             for waiting in self.queue:
                 if not waiting.granted.done():
                     waiting.granted.set_exception(error)
-
-    def _why_none(self, *, is_queued: bool) -> LlamaslotError | None:
-        """The error for requests if each backend is down or drained. ``is_queued``: for those that have been accepted
-        before: they outlast a drain.
-        """
-        every = self.backends.values()
-        if not every:
-            return BackendRestarted("no backend serves this model any more")
-        reasons = [why for leases in every if (why := leases.why_not) is not None]
-        if len(reasons) < len(every) or (is_queued and any(leases.is_drained for leases in every)):
-            return None
-        more = [f"and {len(reasons) - _MOST_NAMED} more"] if len(reasons) > _MOST_NAMED else []
-        return BackendDown("; ".join([*reasons[:_MOST_NAMED], *more]))
 
     # -- leasing -------------------------------------------------------------------------------------------------
 
@@ -143,7 +129,8 @@ class Dispatcher:
 
         Canceling is safe: the request leaves the queue, no slot is held.
         """
-        if (error := self._why_none(is_queued=is_back or preempted is not None)) is not None:
+        every = self.backends.values()
+        if (error := why_none(every, is_queued=is_back or preempted is not None)) is not None:
             raise error
         if not (len(self.queue) or is_back or preempted) and (lease := self._at_once(request)) is not None:
             return lease
@@ -187,7 +174,7 @@ class Dispatcher:
         thirds of the time. None if anything about it is special.
         """
         # No await from here to the end: slots are leased as they were seen.
-        open_, now = self._open(), self.now()
+        open_, now = open_to(request, self._open(), self.backends.values()), self.now()
         tables = [table for table in _tables(open_) if table.is_assisted]
         is_special = len(tables) != len(open_) or any(leases.turn is not None for leases in open_)
         if is_special or request.is_exclusive or not self.queue.may_run_at_once(request.user, now):
@@ -257,7 +244,8 @@ class Dispatcher:
             if is_assisted and look.is_short and not look.n_idle:
                 break  # none behind a request that waits for any slot at all gets one
             # At most one exclusive request at a time on each backend.
-            here = [its for its in open_ if its.turn is None] if waiting.request.is_exclusive else open_
+            here = open_to(waiting.request, open_, self.backends.values())
+            here = [its for its in here if its.turn is None] if waiting.request.is_exclusive else here
             if here and not waiting.granted.done():
                 self._serve(here, waiting, look)
         if look.is_spared and look.n_idle:
@@ -267,15 +255,7 @@ class Dispatcher:
             self._look_again = asyncio.get_running_loop().call_later(min(look.again_s), self.dispatch)
 
     def _open(self) -> list[Leases]:
-        """The backends that accept a request now. Those on which llamaslot does not choose slots, and those that may
-        hang, only if there are no others, now or soon.
-        """
-        attached = [leases for leases in self.backends.values() if leases.table is not None]
-        assisted = [leases for leases in attached if leases.table is not None and leases.table.is_assisted]
-        open_ = [leases for leases in assisted or attached if leases.is_open]
-        if trusted := [leases for leases in open_ if not leases.is_suspect]:
-            return trusted
-        return [] if any(leases.is_coming for leases in self.backends.values()) else open_
+        return open_backends(self.backends.values())
 
     def _serve(self, here: list[Leases], waiting: Waiting, look: DispatchPass) -> None:
         """Lease it a slot of one of ``here``, or record what it waits for."""

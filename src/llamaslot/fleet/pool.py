@@ -16,7 +16,8 @@ from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import Preempted
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.namespaces import Namespace
-from llamaslot.errors import BackendDown, BackendRestarted
+from llamaslot.errors import BackendDown, BackendRestarted, UpstreamError
+from llamaslot.fleet.bad_prompts import BadPrompts
 from llamaslot.fleet.dispatcher import Dispatcher
 from llamaslot.fleet.infill_prompts import InfillPrompts
 from llamaslot.fleet.model_context import ModelContext
@@ -98,6 +99,7 @@ class Pool:
         self.context: ModelContext | None = None  # while no backend on which llamaslot chooses slots is up
         self.dispatcher = Dispatcher(settings.rules, settings.limits, now)
         self.dispatcher.on_prefix_wait = metrics.prefix_wait_s.observe
+        self.bad_prompts = BadPrompts(now)
         self._down_calls: dict[DownCall, None] = {}
         self._n_too_long = self._longest_refused = 0
         self._prewarming: asyncio.Task[None] | None = None
@@ -192,6 +194,15 @@ class Pool:
         others = (its.leases for its in self.backends.values() if its is not backend)
         return any(leases.is_open or leases.is_coming for leases in others)
 
+    def has_healthy_besides(self, backend: Backend) -> bool:
+        """Whether another backend may take a request now, and is not suspected of anything."""
+        others = (its.leases for its in self.backends.values() if its is not backend)
+        return any(leases.is_open and not leases.is_suspect for leases in others)
+
+    def blame(self, backend: str, error: UpstreamError) -> None:
+        """A backend has answered with an error what another one has answered without."""
+        self._fleet[backend].suspicion.blame(error)
+
     @contextlib.contextmanager
     def calls_when_down(self, call: DownCall) -> Iterator[None]:
         """Inside the block ``call`` is called for each backend that goes down."""
@@ -219,9 +230,10 @@ class Pool:
     def backend_of(self, lease: Lease) -> Backend:
         return self._fleet[lease.table.backend]
 
-    def any_backend(self) -> Backend:
-        """A backend for a request that takes no slot: one that is up, if there is one."""
-        return max(self.backends.values() or self._fleet.values(), key=_usability)
+    def any_backend(self, avoids: frozenset[str] = frozenset()) -> Backend:
+        """A backend for a request that takes no slot: one that is up, if there is one, and not one that it avoids."""
+        every = self.backends.values() or self._fleet.values()
+        return max(every, key=lambda its: (its.name not in avoids, _usability(its)))
 
     def doubt(self) -> None:
         """A request failed: check immediately whether each llama-server is still there."""

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import orjson
+
 from llamaslot.backend.backend import Backend
-from llamaslot.errors import BackendDown
+from llamaslot.errors import BackendDown, UpstreamError, is_servers_own
 from llamaslot.llama.client import LlamaServer
 from llamaslot.tasks import TaskOwner
 
@@ -21,7 +23,8 @@ class PoolServer:
     """As ``LlamaServer``, for questions to which all backends of a pool have the same answer.
 
     The backend that answered last is asked first. If it is down, or silent for a while, the next one is asked too, and
-    the first answer counts. Raises BackendDown if all are down. Canceling is safe.
+    the first answer counts. If it answers with an error of its own (5xx), one other is asked. Raises BackendDown if all
+    are down. Canceling is safe.
     """
 
     def __init__(self, backends: Callable[[], Sequence[Backend]], tasks: TaskOwner) -> None:
@@ -41,7 +44,17 @@ class PoolServer:
         self, path: str, body: Mapping[str, Any], timeout_s: float | None = None
     ) -> tuple[int, Any]:
         """``POST`` a route that computes nothing. Returns status and JSON, None if the answer is not JSON."""
-        return await self._first_answer(lambda api: api.ask(path, body, timeout_s))
+
+        async def asked(api: LlamaServer) -> tuple[int, Any]:
+            status, answer = await api.ask(path, body, timeout_s)
+            if is_servers_own(status):
+                raise UpstreamError(status, orjson.dumps(answer))
+            return status, answer
+
+        try:
+            return await self._first_answer(asked)
+        except UpstreamError as error:
+            return error.status, orjson.loads(error.payload)
 
     async def _first_answer(self, question: Question[T]) -> T:
         backends = self._backends()
@@ -55,6 +68,7 @@ class PoolServer:
             return await self._one(first, question)
         loop, limit = asyncio.get_running_loop(), asyncio.timeout(None)
         second: asyncio.Task[T | Exception] | None = None
+        failure: UpstreamError | None = None
         is_waiting = True
 
         def ask_next() -> None:
@@ -76,17 +90,40 @@ class PoolServer:
             first.doubt()
         except BackendDown:
             first.suspect()
+        except UpstreamError as error:
+            if not is_servers_own(error.status):
+                raise
+            failure = error
         finally:
             is_waiting = False
             timer.cancel()
             if second is not None and not limit.expired():
                 second.cancel()
+        if failure is not None:
+            return await self._asked_again(first, others[0], question, failure)
         if second is None or second.cancelled() or second.cancelling():
             return await self._ask(others, question)
         outcome = second.result()
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
+
+    async def _asked_again(
+        self, first: Backend, other: Backend, question: Question[T], failure: UpstreamError
+    ) -> T:
+        """``first`` has answered with an error of its own. If ``other`` answers better, that was no fault of the
+        question.
+        """
+        try:
+            answer = await self._one(other, question)
+        except BackendDown:
+            raise failure from None
+        except UpstreamError as error:
+            if not is_servers_own(error.status):
+                first.suspicion.blame(failure)
+            raise
+        first.suspicion.blame(failure)
+        return answer
 
     async def _one(self, backend: Backend, question: Question[T]) -> T:
         answer = await question(backend.api)

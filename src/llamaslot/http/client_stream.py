@@ -102,6 +102,11 @@ class Downstream:
         self.state = state
 
     @property
+    def has_answer(self) -> bool:
+        """Whether any byte of llama-server's answer was sent, here or by a relay."""
+        return self.is_answered or (self.response is None and bool(self.request.get(HAS_BEGUN)))
+
+    @property
     def has_begun(self) -> bool:
         """Whether headers have been sent: then a failure can only be an event."""
         return self.response is not None

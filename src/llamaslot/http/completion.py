@@ -16,7 +16,6 @@ from msgspec.structs import replace
 
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.exclusive import UnpinnedRequest
-from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import Preempted, RetryPlacement
 from llamaslot.backend.long_prompt import Prefilling, no_report
 from llamaslot.errors import (
@@ -41,17 +40,10 @@ from llamaslot.http.client_request import ClientRequest
 from llamaslot.http.client_stream import Downstream, StreamRules
 from llamaslot.http.completion_stream import Answering, RetryNonStreamed
 from llamaslot.http.deadlines import Deadlines
-from llamaslot.http.failover import Failover
+from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import of_placement, to_server
 from llamaslot.http.json_body import NoObject, parse_object, written
-from llamaslot.http.parse import (
-    ATTEMPTS,
-    GIVEN_UP,
-    ParsedRequest,
-    keep_what_follows,
-    parse_request,
-    request_id,
-)
+from llamaslot.http.parse import ParsedRequest, keep_what_follows, parse_request, request_id
 from llamaslot.http.passthrough import Passthrough
 from llamaslot.http.prompt_list import Part, joined
 from llamaslot.http.request_body import Uploads
@@ -117,7 +109,7 @@ class _Exchange:
     def __init__(
         self,
         pool: Pool,
-        pool_again: Callable[[], Awaitable[Pool]],
+        pool_again: Callable[[], Awaitable[Pool]] | None,
         rules: StreamRules,
         request: web.Request,
         route: Route,
@@ -133,15 +125,13 @@ class _Exchange:
         """
         self.untokenized, self.unassisted, self.raw = untokenized, unassisted, raw
         self.in_one_piece = False  # the answer cannot be assembled from a stream
-        self.pool, self.request, self.route, self.body = pool, request, route, body
-        self.pool_again = pool_again
+        self.request, self.route, self.body = request, route, body
         self.must_load = False  # the model is not loaded, and ``pool`` may be another one's
-        self.lease: Lease | None = None  # the last one; its backend is the one that failed, if any
-        self._asked: Backend | None = None  # before a lease
         self.id: str = whole.id if whole is not None else request_id(request.headers)
         self.client_request = ClientRequest(self.id, body, self._format, self._post, time.monotonic())
         self.down = Downstream(request, rules, self.client_request.is_streaming, {"x-request-id": self.id})
-        self.failover = Failover(self.id, lambda: self.down.is_answered)
+        self.attempts = Attempts(self.id, pool, raw, lambda: self.down.has_answer)
+        self.attempts.pool_again = pool_again
         self.deadlines: Deadlines = whole.deadlines if whole is not None else Deadlines(rules.timeouts)
 
     async def run(self) -> web.StreamResponse:
@@ -172,31 +162,20 @@ class _Exchange:
         if self.must_load:
             self.down.say(Comment.LOADING)
             async with self.down.waiting(self.pool.tasks):
-                self.pool, self._asked = await self.pool_again(), None
+                await self.attempts.look_up_pool()
                 with contextlib.suppress(BackendRestarted):
                     await self.pool.ready()
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                self.pool, self._asked = await self.pool_again(), None
-            try:
-                async with self.failover.kept(self.pool, lambda: self.backend):
-                    return await self._try()
-            except BackendRestarted:
-                if self.lease is not None:
-                    self.backend.lost(self.lease.table)
-            except BackendDown as error:
-                if not self.failover.moves(self.pool, self.backend, error):
-                    raise
-                self.lease = None
-        raise BackendDown(GIVEN_UP)
+        return await self.attempts.run(self._try)
 
     async def _try(self) -> web.StreamResponse:
-        """Raises BackendRestarted and BackendDown, after which it may be tried again."""
+        """Raises BackendRestarted, BackendDown and UpstreamError, after which it may be tried again."""
         context, parsed = await self._context_and_wanted()
         if context is None or parsed is None:
             return await self.unassisted.relay(
-                self.pool, self.down, self.deadlines, self._format, self.raw, self.body, self._depends_on
+                self.attempts, self.down, self.deadlines, self._format, self.raw, self.body
             )
+        has_one = len(parsed.prompts) == 1 and not parsed.is_head
+        self.attempts.check(parsed.request.tokens if has_one else self.raw)
         if parsed.is_beyond_server:
             raise await in_its_words(self.backend, self.request, self.raw, BadRequest(_BEYOND))
         await check_body(self.backend, self.request, self.client_request, parsed)
@@ -204,23 +183,20 @@ class _Exchange:
             if parsed.is_head:
                 await self._prepare_head(parsed, context)
             self.deadlines.answering()  # the beginning of the answer is not detected
-            untokenized = self.untokenized(head=parsed.left_in_slot, pool=self.pool)
+            untokenized = self.untokenized(head=parsed.left_in_slot, attempts=self.attempts)
             return self._counted(parsed, await untokenized)
         if len(parsed.prompts) > 1 and self._is_long(parsed):
             return await self._serve_each(parsed)
         return self._counted(parsed, await self._serve(parsed, context))
 
-    def _depends_on(self, lease: Lease) -> None:
-        self.lease = lease
+    @property
+    def pool(self) -> Pool:
+        return self.attempts.pool
 
     @property
     def backend(self) -> Backend:
-        """The backend of its last lease; before the first lease one that is up."""
-        if self.lease is not None:
-            return self.pool.backend_of(self.lease)
-        if self._asked is None:
-            self._asked = self.pool.any_backend()
-        return self._asked
+        """As ``Attempts.backend``."""
+        return self.attempts.backend
 
     async def _prepare_head(self, parsed: ParsedRequest, context: ModelContext) -> None:
         """If the text before the first medium takes long to compute, have it in a slot: restored, or computed in turn
@@ -232,7 +208,7 @@ class _Exchange:
         with await self.pool.lease(slot_request) as lease:
             if self.pool.context is not context:
                 return  # slots of another process have not been restored
-            self.lease = lease
+            self.attempts.leased(lease)
             keep_what_follows(lease)
             # The slot was needed for another request, or belongs to another process: the computed tokens stay there.
             with contextlib.suppress(RetryPlacement, BackendRestarted):
@@ -279,7 +255,12 @@ class _Exchange:
         return (context, await self._wanted(context)) if context is not None else (None, None)
 
     async def _wanted(self, context: ModelContext) -> ParsedRequest:
-        return await parse_request(self.id, self.body, self.raw, self._format, context, user_of(self.request))
+        parsed = await parse_request(
+            self.id, self.body, self.raw, self._format, context, user_of(self.request)
+        )
+        if not self.attempts.avoids:
+            return parsed
+        return replace(parsed, request=replace(parsed.request, avoids=self.attempts.avoids))
 
     @property
     def _format(self) -> Format:
@@ -303,7 +284,7 @@ class _Exchange:
             body = {**self.body, "prompt": prompt}
             one = _Exchange(
                 self.pool,
-                self.pool_again,
+                self.attempts.pool_again,
                 self.down.rules,
                 self.request,
                 self.route,
@@ -383,7 +364,8 @@ class _Exchange:
                 )
                 if self.pool.context is not context:
                     raise BackendRestarted  # and may have another model now
-                self.lease, backend = lease, self.pool.backend_of(lease)
+                self.attempts.leased(lease)
+                backend = self.backend
                 await self.pool.confirm(lease)
                 self.pool.metrics.queue_s.observe(time.monotonic() - queued)
                 lease.recorder.rewrote(rewrote(self.request))
@@ -404,7 +386,7 @@ class _Exchange:
                     await backend.exclusive.evict_competitors(lease, here)
                 self.down.say(Comment.WAITING_FOR_SERVER)
                 answering = Answering(
-                    self.pool, backend, context, self.down, self.client_request, parsed, lease, here, before, turn,
+                    self.attempts, backend, context, self.down, self.client_request, parsed, lease, here, before, turn,
                     in_one_piece=self.in_one_piece,
                 )  # fmt: skip
                 await self.down.write(

@@ -7,6 +7,7 @@ import logging
 import time
 from typing import Any
 
+import orjson
 from aiohttp import web
 from msgspec import Struct
 from msgspec.structs import replace
@@ -21,17 +22,20 @@ from llamaslot.backend.slot_content import is_far_off
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.errors import JSON_TYPE, UpstreamError
 from llamaslot.fleet.model_context import ModelContext
-from llamaslot.fleet.pool import Pool
 from llamaslot.formats.stream_to_json import Doubt
 from llamaslot.http.client_request import ClientRequest
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream
+from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import of_expected_reuse, of_reuse, to_client
 from llamaslot.http.parse import ParsedRequest
 from llamaslot.http.stream_reader import Put, Reading
 from llamaslot.llama.response import Response, content_type_of, media_type_of, whole
+from llamaslot.llama.sse import data_of
 from llamaslot.scheduling.plan import PrefillStats, Source
 
 log = logging.getLogger(__name__)
+
+_FAILED = 500  # of an error event instead of an answer
 
 
 class RetryNonStreamed(Struct, frozen=True):
@@ -47,7 +51,7 @@ class Answering:
 
     def __init__(
         self,
-        pool: Pool,
+        attempts: Attempts,
         backend: Backend,
         context: ModelContext,
         down: Downstream,
@@ -63,7 +67,7 @@ class Answering:
         """``here``: what was computed ahead in this slot; ``before``: the same at other places. ``in_one_piece``:
         request a JSON answer from llama-server, not a stream.
         """
-        self.pool, self.backend, self.context = pool, backend, context
+        self.attempts, self.backend, self.context = attempts, backend, context
         self.down, self.client_request, self.parsed = down, client_request, parsed
         self.lease, self.here, self.turn = lease, here, turn
         self.prefill_stats = self._in_all(here, before)  # what is reported to the client
@@ -116,6 +120,9 @@ class Answering:
             if reading.has_token or reading.is_over or reading.has_failed:
                 self.lease.mark_decoding()
                 self._first = events
+                if reading.has_failed and self.attempts.is_worth_another(_FAILED):
+                    self.lease.finish(None)
+                    raise UpstreamError(_FAILED, orjson.dumps(data_of(b"".join(events))))
                 return
             if reading.n_found is not None:
                 if may_replan and not is_looked_at and self._is_misplaced(reading.n_found):

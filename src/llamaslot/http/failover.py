@@ -9,55 +9,190 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
-from msgspec import Struct
+import xxhash
+from aiohttp import web
 
 from llamaslot.backend.backend import Backend
+from llamaslot.backend.lease import Lease
+from llamaslot.errors import BackendDown, BackendRestarted, UpstreamError, is_servers_own
 from llamaslot.fleet.pool import Pool
 
 log = logging.getLogger(__name__)
 
+_ATTEMPTS = 3
+_GIVEN_UP = "llama-server restarts again and again; see its log"
 
-class Failover(Struct, frozen=True):
-    """``is_answered``: whether any byte of an answer was sent. ``id``: of the request, for the log."""
+Attempt = Callable[[], Awaitable[web.StreamResponse]]
 
-    id: str
-    is_answered: Callable[[], bool]
 
-    def may_move(self, pool: Pool, failed: Backend) -> bool:
-        """Whether another backend of ``pool`` can take the request."""
-        return not self.is_answered() and pool.may_try_elsewhere(failed)
+class Attempts:
+    """The attempts to serve one request, and the backend that it depends on now. There are four cases in which an
+    attempt is not the last one:
 
-    def moves(self, pool: Pool, failed: Backend, error: Exception) -> bool:
-        """As ``may_move``. If so, no request is sent to ``failed`` any more until it has answered a question."""
-        if not self.may_move(pool, failed):
+    1. The process of llama-server is another one than that whose slot was leased. Nothing was computed.
+    2. The backend is down, or goes down without closing its connections. If that closed the connection while the
+       prompt was being computed, one other backend is tried, for the prompt may be the reason (``BadPrompts``).
+    3. llama-server has answered with an error of its own (5xx). It does that for some mistakes of clients too, in the
+       same form, so one other backend tells: if that can do it, the first one is blamed, else the error is passed on.
+    4. None of these, if an answer has begun, or no other backend can take it.
+    """
+
+    def __init__(
+        self, id_: str, pool: Pool, raw: bytes, is_answered: Callable[[], bool], *, is_once: bool = False
+    ) -> None:
+        """``id_``: of the request, for the log; ``raw``: its body; ``is_answered``: whether any byte of an answer was
+        sent. ``is_once``: it may change something, and is never sent again.
+        """
+        self.id, self.pool, self.prompt = id_, pool, raw
+        self.is_answered, self._is_once = is_answered, is_once
+        self.pool_again: Callable[[], Awaitable[Pool]] | None = (
+            None  # its model may be another pool's by then
+        )
+        self.lease: Lease | None = None  # the last one
+        self.avoids: frozenset[str] = frozenset()  # backends that have answered it with an error
+        self._asked: Backend | None = None  # before a lease
+        self._error: UpstreamError | None = None  # of a backend that is to be avoided
+        self._n_ended = 0  # llama-servers that have ended while they computed it
+
+    @property
+    def backend(self) -> Backend:
+        """The backend of its last lease; before the first lease one that is up."""
+        if self.lease is not None:
+            return self.pool.backend_of(self.lease)
+        if self._asked is None:
+            self._asked = self.pool.any_backend(self.avoids)
+        return self._asked
+
+    def leased(self, lease: Lease) -> None:
+        """It depends on the backend of ``lease`` from now on."""
+        self.lease = lease
+
+    def check(self, prompt: bytes) -> None:
+        """``prompt``: what it has in common with the same request sent again, its tokens if they are known. Raises
+        DeadlyPrompt.
+        """
+        self.prompt = prompt
+        if len(self.pool.bad_prompts):
+            self.pool.bad_prompts.check(self._key)
+
+    @property
+    def _key(self) -> bytes:
+        return xxhash.xxh3_128_digest(self.prompt)
+
+    async def look_up_pool(self) -> None:
+        """Its pool may be another one by now. Raises as ``pool_again`` does."""
+        if self.pool_again is not None:
+            self.pool, self._asked = await self.pool_again(), None
+
+    async def run(self, attempt: Attempt) -> web.StreamResponse:
+        """The answer of the first attempt that succeeds. Raises what the last one raises, DeadlyPrompt, and BackendDown
+        if llama-server restarts again and again. Canceling is safe if that of ``attempt`` is.
+        """
+        for n in range(_ATTEMPTS):
+            if n:
+                await self.look_up_pool()
+            try:
+                async with self._kept():
+                    answer = await attempt()
+            except BackendRestarted:
+                if self.lease is not None:
+                    self.backend.lost(self.lease.table)
+            except BackendDown as error:
+                if not self._moves(error):
+                    raise
+            except UpstreamError as error:
+                if not self.is_worth_another(error.status):
+                    self._has_answered(error.status)
+                    raise
+                self._avoid(error)
+            else:
+                self._has_answered(answer.status)
+                return answer
+        raise BackendDown(_GIVEN_UP)
+
+    def is_worth_another(self, status: int) -> bool:
+        """Whether an answer of ``status`` is not passed on, as another backend may have a better one."""
+        if not is_servers_own(status) or self._error is not None or self._is_once or self.is_answered():
+            return False
+        known = self.pool.bad_prompts
+        return self.pool.has_healthy_besides(self.backend) and not (
+            len(known) and known.is_refused(self._key)
+        )
+
+    def _avoid(self, error: UpstreamError) -> None:
+        self._error, self.avoids = error, frozenset({self.backend.name})
+        self.backend.metrics.failovers.inc()
+        log.warning(
+            "%s: %s has failed, another backend takes the request: %s", self.id, self.backend.name, error
+        )
+        self.lease = self._asked = None
+
+    def _has_answered(self, status: int) -> None:
+        """Learn from an answer. A second error says that the fault is the request's."""
+        known, is_error = self.pool.bad_prompts, is_servers_own(status)
+        if self._error is not None:
+            if is_error:
+                known.was_refused(self._key)
+            else:
+                for name in self.avoids:
+                    self.pool.blame(name, self._error)
+        if not is_error:
+            if self.lease is not None:
+                self.backend.suspicion.has_worked()
+            if len(known):
+                known.was_answered(self._key)
+
+    def _may_move(self, failed: Backend) -> bool:
+        """Whether another backend can take the request."""
+        return not self.is_answered() and self.pool.may_try_elsewhere(failed)
+
+    def _moves(self, error: BackendDown) -> bool:
+        """Whether another backend takes the request. If so, no request is sent to the failed one any more until that
+        has answered a question. Raises DeadlyPrompt.
+        """
+        failed, lease = self.backend, self.lease
+        if lease is not None and lease.was_computing and not isinstance(error, _WentDown):
+            self._n_ended += 1
+            self.pool.bad_prompts.has_ended_server(self._key, self._n_ended - 1)
+        if self._is_once or not self._may_move(failed):
             return False
         failed.suspect()
         failed.metrics.failovers.inc()
         log.warning("%s: %s has failed, another backend takes the request: %s", self.id, failed.name, error)
+        self.lease = self._asked = None
         return True
 
     @contextlib.asynccontextmanager
-    async def kept(self, pool: Pool, backend: Callable[[], Backend | None]) -> AsyncIterator[None]:
-        """The block is cancelled if ``backend``, on which the request depends, goes down without closing its
-        connections, and another one can take the request. Raises the error of the backend.
+    async def _kept(self) -> AsyncIterator[None]:
+        """The block is cancelled if the backend goes down without closing its connections, and another one can take the
+        request. Raises the error of the backend.
         """
-        if len(pool.backends) < 2:
+        if len(self.pool.backends) < 2:
             yield
             return
         limit, down = asyncio.timeout(None), list[Exception]()
 
         def went_down(which: Backend, error: Exception) -> None:
-            if which is backend() and not down and self.may_move(pool, which):
+            if self.depends_on(which) and not down and self._may_move(which):
                 down.append(error)
                 limit.reschedule(asyncio.get_running_loop().time())
 
         try:
-            with pool.calls_when_down(went_down):
+            with self.pool.calls_when_down(went_down):
                 async with limit:
                     yield
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise type(down[0])(str(down[0])) from None
+            raise _WentDown(str(down[0])) from None
+
+    def depends_on(self, backend: Backend) -> bool:
+        """Whether it was given to ``backend``."""
+        given = self.pool.backend_of(self.lease) if self.lease is not None else self._asked
+        return given is backend
+
+
+class _WentDown(BackendDown):
+    """The backend does not answer. The request was given up, its connection was not closed by llama-server."""

@@ -24,8 +24,6 @@ from llamaslot.scheduling.request import Placement, Request, User
 from llamaslot.tokens import media
 from llamaslot.tokens.tokenizer import NoPrompt, Prompt
 
-ATTEMPTS = 3  # a server that restarts between two steps: the request is placed again on the new one
-GIVEN_UP = "llama-server restarts again and again; see its log"
 # The slots of the other answers would wait for the first to finish its prompt, which it never begins: they are lost
 # until llama-server is restarted (measured on xllamacpp 2026.10.11549).
 _NO_COPIES = "an empty prompt has one answer: ask for it without n, or with a prompt"

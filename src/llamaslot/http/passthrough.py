@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from functools import partial
 
 import orjson
@@ -12,10 +12,9 @@ from msgspec.structs import replace
 from multidict import CIMultiDict
 
 from llamaslot.backend.backend import Backend
-from llamaslot.backend.lease import Lease
 from llamaslot.backend.long_prompt import no_report
 from llamaslot.cache.content import Content
-from llamaslot.errors import BackendDown, BackendRestarted, BadRequest, DeadlinePassed
+from llamaslot.errors import BackendDown, BackendRestarted, BadRequest, DeadlinePassed, UpstreamError
 from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.registry import Registry
 from llamaslot.formats.registry import format_named
@@ -23,16 +22,16 @@ from llamaslot.http.auth import user_of
 from llamaslot.http.client_errors import HAS_BEGUN
 from llamaslot.http.client_stream import end_relayed
 from llamaslot.http.deadlines import Deadlines, Timeouts, Watchdog
-from llamaslot.http.failover import Failover
+from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import BACKEND, to_server
 from llamaslot.http.json_body import parse_object
 from llamaslot.http.named_model import named_model
-from llamaslot.http.parse import ATTEMPTS, GIVEN_UP, request_id
+from llamaslot.http.parse import request_id
 from llamaslot.http.relay import relay
 from llamaslot.http.request_body import Upload, Uploads
 from llamaslot.http.rewriting import SystemPrompts
 from llamaslot.http.unassisted import Unassisted
-from llamaslot.llama.response import Response
+from llamaslot.llama.response import Response, content_type_of, whole
 from llamaslot.llama.routes import Route, origin_form
 from llamaslot.scheduling.request import Placement, Request
 
@@ -108,21 +107,17 @@ class Passthrough:
         body. ``gate``: of a request that may change something, so that it is sent once only.
         """
         changes_model = gate in _CHANGES_MODEL and request.method == "POST"
-        failover = _failover(request)
-        for _ in range(ATTEMPTS):
-            backend = pool.any_backend()
-            try:
-                async with (
-                    failover.kept(pool, partial(_same, backend)),
-                    self._upstream(backend, request, raw, to_server(request)) as upstream,
-                ):
-                    if changes_model and upstream.status < 400:
-                        backend.changed(f"{gate} was called")
-                    return await relay(request, upstream, {})
-            except BackendDown as error:
-                if gate is not None or not failover.moves(pool, backend, error):
-                    raise
-        raise BackendDown(GIVEN_UP)
+        attempts = _attempts(request, pool, raw, is_once=gate is not None)
+
+        async def attempt() -> web.StreamResponse:
+            backend = attempts.backend
+            async with self._upstream(backend, request, raw, to_server(request)) as upstream:
+                await _refuse_if_worth_another(attempts, upstream)
+                if changes_model and upstream.status < 400:
+                    backend.changed(f"{gate} was called")
+                return await relay(request, upstream, {})
+
+        return await attempts.run(attempt)
 
     async def in_turn(
         self,
@@ -131,16 +126,16 @@ class Passthrough:
         raw: bytes | None = None,
         head: bytes = b"",
         *,
-        pool: Pool | None = None,
+        attempts: Attempts | None = None,
     ) -> web.StreamResponse:
         """Run a request that takes slots of llama-server's choice, while no other request is between two steps.
         Canceling releases the slots when the server is done with them. ``raw``: its body, if it was read before.
         ``head``: the tokens of its prompt up to its first medium; llama-server finds the slot that has them by
-        itself.
+        itself. ``attempts``: of a completion, one of which this is; the caller makes others.
         """
         if raw is None:
             raw = await self._uploads.whole(request)
-        pool = pool or await self._pool(request, raw, loads=True)
+        pool = attempts.pool if attempts is not None else await self._pool(request, raw, loads=True)
         while await pool.ready() is None:
             with contextlib.suppress(BackendRestarted):
                 return await self._unassisted.serve(pool, request, route, raw)
@@ -151,50 +146,28 @@ class Passthrough:
         try:
             # The beginning of these answers is not detected.
             async with Deadlines(replace(self._timeouts, first_token_s=None)).kept():
-                return await self._in_turns(pool, request, raw, head, is_watched=is_watched)
+                if attempts is not None:
+                    return await self._in_turn(attempts, request, raw, head, is_watched=is_watched)
+                attempts = _attempts(request, pool, raw)
+                attempts.check(raw)
+                attempt = partial(self._in_turn, attempts, request, raw, head, is_watched=is_watched)
+                return await attempts.run(attempt)
         except DeadlinePassed as error:
             if (relayed := await end_relayed(request, error)) is None:
                 raise
             return relayed
 
-    async def _in_turns(
-        self, pool: Pool, request: web.Request, raw: bytes, head: bytes, *, is_watched: bool
-    ) -> web.StreamResponse:
-        id_, failover = request_id(request.headers), _failover(request)
-        backend: Backend | None = None  # that has failed, or may fail
-
-        def leased(lease: Lease) -> None:
-            nonlocal backend
-            backend = pool.backend_of(lease)
-
-        for _ in range(ATTEMPTS):
-            await pool.ready()
-            try:
-                async with failover.kept(pool, lambda: backend):
-                    return await self._in_turn(
-                        pool, request, raw, id_, head, is_watched=is_watched, leased=leased
-                    )
-            except BackendRestarted:  # raised before anything was sent
-                pass
-            except BackendDown as error:
-                if backend is None or not failover.moves(pool, backend, error):
-                    raise
-        raise BackendDown(GIVEN_UP)
-
     async def _in_turn(
-        self,
-        pool: Pool,
-        request: web.Request,
-        raw: bytes,
-        id_: str,
-        head: bytes,
-        *,
-        is_watched: bool,
-        leased: Callable[[Lease], None],
+        self, attempts: Attempts, request: web.Request, raw: bytes, head: bytes, *, is_watched: bool
     ) -> web.StreamResponse:
-        user = user_of(request)
+        id_, user, pool = request_id(request.headers), user_of(request), attempts.pool
+        await pool.ready()
         slot_request = Request(
-            id_, placement=Placement.SERVER_CHOSEN, user=user, namespace=pool.namespace(user)
+            id_,
+            placement=Placement.SERVER_CHOSEN,
+            user=user,
+            namespace=pool.namespace(user),
+            avoids=attempts.avoids,
         )
         left = (
             Content(head, is_exact=False, namespace=slot_request.namespace, has_media=True) if head else None
@@ -202,9 +175,9 @@ class Passthrough:
         with await pool.lease(slot_request) as lease:
             if not lease.table.is_assisted:
                 raise BackendRestarted
-            leased(lease)
+            attempts.leased(lease)
             await pool.confirm(lease)
-            backend = pool.backend_of(lease)
+            backend = attempts.backend
             headers = {"x-request-id": id_, BACKEND: backend.name}
             silence_s = backend.api.watchdog_s if is_watched else None
             watchdog = Watchdog(silence_s, partial(backend.how_far, lease))
@@ -213,6 +186,7 @@ class Passthrough:
                 watchdog.kept(pool.tasks),
                 self._upstream(backend, request, raw, to_server(request)) as upstream,
             ):
+                await _refuse_if_worth_another(attempts, upstream)
                 return await relay(request, upstream, headers, turn.settle, lease.mark_decoding)
 
     @contextlib.asynccontextmanager
@@ -233,9 +207,11 @@ class Passthrough:
             raise
 
 
-def _failover(request: web.Request) -> Failover:
-    return Failover(request.path, lambda: bool(request.get(HAS_BEGUN)))
+def _attempts(request: web.Request, pool: Pool, raw: bytes, *, is_once: bool = False) -> Attempts:
+    return Attempts(request.path, pool, raw, lambda: bool(request.get(HAS_BEGUN)), is_once=is_once)
 
 
-def _same(backend: Backend) -> Backend:
-    return backend
+async def _refuse_if_worth_another(attempts: Attempts, upstream: Response) -> None:
+    """Raises UpstreamError if another backend is to be asked instead of passing this answer on."""
+    if attempts.is_worth_another(upstream.status):
+        raise UpstreamError(upstream.status, await whole(upstream), content_type_of(upstream))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -27,9 +27,9 @@ from llamaslot.formats.registry import format_named
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream, StreamRules
 from llamaslot.http.deadlines import Deadlines
-from llamaslot.http.failover import Failover
+from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import ASSIST_OFF, BACKEND, to_client, to_server
-from llamaslot.http.parse import ATTEMPTS, GIVEN_UP, max_tokens, request_id
+from llamaslot.http.parse import max_tokens, request_id
 from llamaslot.http.relay import relay
 from llamaslot.http.rewriting import rewrote
 from llamaslot.http.stream_reader import Reading
@@ -56,50 +56,49 @@ class Unassisted:
         down = Downstream(request, self._rules, False, {"x-request-id": request_id(request.headers)})
         # The beginning of the answer is not detected.
         deadlines = Deadlines(replace(self._rules.timeouts, first_token_s=None))
-        failover, lease = Failover(down.headers["x-request-id"], lambda: down.is_answered), None
+        attempts = Attempts(down.headers["x-request-id"], pool, raw, lambda: down.has_answer)
+        restarted = list[BackendRestarted]()
 
-        def leased(its: Lease) -> None:
-            nonlocal lease
-            lease = its
+        async def attempt() -> web.StreamResponse:
+            try:
+                return await self.relay(attempts, down, deadlines, format_named(route.format), raw, {})
+            except BackendRestarted as error:  # not again here: it is served with assist
+                restarted.append(error)
+                return web.Response()
 
         try:
+            attempts.check(raw)
             async with deadlines.kept():
-                for _ in range(ATTEMPTS):
-                    try:
-                        return await self.relay(
-                            pool, down, deadlines, format_named(route.format), raw, {}, leased
-                        )
-                    except BackendDown as error:
-                        if lease is None or not failover.moves(pool, pool.backend_of(lease), error):
-                            raise
-                raise BackendDown(GIVEN_UP)
+                answer = await attempts.run(attempt)
         except BackendDown as error:
             pool.doubt()
             return await down.fail(error)
-        except BackendRestarted:  # raised before anything was sent
-            raise
         except LlamaslotError as error:
             return await down.fail(error)
+        if restarted:  # raised before anything was sent
+            raise restarted[0]
+        return answer
 
     async def relay(
         self,
-        pool: Pool,
+        attempts: Attempts,
         down: Downstream,
         deadlines: Deadlines,
         format_: Format | None,
         raw: bytes,
         body: Mapping[str, Any],
-        leased: Callable[[Lease], None] = lambda lease: None,
     ) -> web.StreamResponse:
-        """Wait until llama-server has a slot for it, send it, and relay the answer. ``leased`` is called with the
-        right to send it.
+        """Wait until llama-server has a slot for it, send it, and relay the answer: one of ``attempts``.
 
         Raises LlamaslotError; BackendRestarted, before it was sent, if assist is on again. Canceling (the client has
         gone) closes the connection to llama-server, and the next request may be sent.
         """
-        began, request = time.monotonic(), down.request
+        began, request, pool = time.monotonic(), down.request, attempts.pool
         slot_request = Request(
-            down.headers["x-request-id"], user=user_of(request), max_tokens=max_tokens(body)
+            down.headers["x-request-id"],
+            user=user_of(request),
+            max_tokens=max_tokens(body),
+            avoids=attempts.avoids,
         )
         await down.write(down.add_headers(ASSIST_OFF))
         async with contextlib.AsyncExitStack() as stack:
@@ -107,7 +106,7 @@ class Unassisted:
                 down.say(QueuePosition(partial(pool.position, slot_request)))
                 lease = stack.enter_context(await self._lease(pool, slot_request, down))
                 backend = pool.backend_of(lease)
-                leased(lease)
+                attempts.leased(lease)
                 await down.write(down.add_headers({BACKEND: backend.name}))
                 pool.metrics.queue_s.observe(time.monotonic() - began)
                 lease.recorder.rewrote(rewrote(request))

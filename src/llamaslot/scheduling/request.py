@@ -43,7 +43,7 @@ class Request(Struct, frozen=True):
     may be used (``cache_prompt`` false). ``user``: the user that sent it. ``namespace``: the namespace of what it
     computes. ``max_tokens``: the limit of its answer, if the request has one. ``n_children``: further slots that
     llama-server chooses for ``n`` > 1. ``is_prewarm``: it only makes the shared-prefix snapshot of ``n_system``
-    tokens, which is never evicted.
+    tokens, which is never evicted. ``avoids``: backends that have failed it: others are preferred.
     """
 
     id: str
@@ -57,6 +57,7 @@ class Request(Struct, frozen=True):
     user: User = SYSTEM_USER
     max_tokens: int | None = None
     namespace: Namespace = SHARED
+    avoids: frozenset[str] = frozenset()
 
     @property
     def n_tokens(self) -> int:

@@ -1,0 +1,73 @@
+"""Prompts that have ended llama-servers, or that two of them have answered with an error of their own.
+
+A request that makes llama-server crash would end one server after the other, each time it is sent again. So it is
+tried on one other server at most, and then refused for a while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from msgspec import Struct
+
+from llamaslot.errors import DeadlyPrompt
+
+_DEADLY = 2  # llama-servers that have ended while they computed it
+_KEPT_S = 300.0
+_MAX_KEPT = 256
+
+
+class _Known(Struct):
+    at: float
+    n_ended: int = 0
+    is_refused: bool = False
+
+
+class BadPrompts:
+    """Those of one model, by hashes. Each is forgotten after a while, and when it was answered."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._known: dict[bytes, _Known] = {}  # the one noted last is the last
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def check(self, key: bytes) -> None:
+        """Raises DeadlyPrompt if it must not be sent on."""
+        known = self._get(key)
+        if known is not None and known.n_ended >= _DEADLY:
+            raise DeadlyPrompt(known.n_ended, known.at + _KEPT_S - self._now())
+
+    def is_refused(self, key: bytes) -> bool:
+        """Whether two backends have answered it with an error: a third would do so too."""
+        known = self._get(key)
+        return known is not None and known.is_refused
+
+    def has_ended_server(self, key: bytes, n_ended: int) -> None:
+        """A llama-server has ended while it computed the prompt, as have ``n_ended`` before it for the same request.
+        Raises DeadlyPrompt if it must not be sent on.
+        """
+        known = self._note(key)
+        known.n_ended = max(known.n_ended, n_ended) + 1
+        self.check(key)
+
+    def was_refused(self, key: bytes) -> None:
+        """Two backends have answered it with an error."""
+        self._note(key).is_refused = True
+
+    def was_answered(self, key: bytes) -> None:
+        self._known.pop(key, None)
+
+    def _get(self, key: bytes) -> _Known | None:
+        known = self._known.get(key)
+        return known if known is not None and self._now() < known.at + _KEPT_S else None
+
+    def _note(self, key: bytes) -> _Known:
+        known = self._get(key) or _Known(0.0)
+        known.at = self._now()
+        self._known.pop(key, None)
+        self._known[key] = known
+        while len(self._known) > _MAX_KEPT:
+            del self._known[next(iter(self._known))]
+        return known
