@@ -41,7 +41,7 @@ async def test_the_process_is_asked_for_after_a_pause(
         await asked(it, "one")
         assert (await asked(it, "two"))["/props"] == 0
         later = time.monotonic() + 2.0
-        monkeypatch.setattr(it.backend, "now", lambda: later)
+        monkeypatch.setattr(it.backend.leases, "now", lambda: later)
         assert (await asked(it, "three"))["/props"] == 1
 
 

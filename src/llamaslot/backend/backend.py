@@ -135,7 +135,7 @@ class Backend:
         self._met_or_down = asyncio.Event()  # set unless it is being connected to
         self._met_or_down.set()
         self.presence, self.suspicion = Presence(name), Suspicion(leases)
-        self._proof = Proof(self.presence, leases, now)
+        self._proof = Proof(self.presence, leases)
 
     # -- for requests --------------------------------------------------------------------------------------------
 

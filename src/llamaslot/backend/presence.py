@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable
 from typing import Protocol
 
 from llamaslot.backend.leases import Leases
@@ -72,8 +71,8 @@ class Proof:
     its properties a moment ago is still open.
     """
 
-    def __init__(self, presence: Presence, leases: Leases, now: Callable[[], float]) -> None:
-        self._presence, self._leases, self._now = presence, leases, now
+    def __init__(self, presence: Presence, leases: Leases) -> None:
+        self._presence, self._leases = presence, leases
         self._props: Props | None = None
         self._told_at = -math.inf
 
@@ -83,7 +82,7 @@ class Proof:
         return (
             props is not None
             and self._presence.use_if_loaded()
-            and self._now() - self._told_at < _AWAKE_S
+            and self._leases.now() - self._told_at < _AWAKE_S
             and self._leases.unused_s < _AWAKE_S
             and props.is_connected()
         )
@@ -91,7 +90,7 @@ class Proof:
     def take(self, props: Props) -> None:
         """The process has just told ``props``."""
         if not props.is_sleeping:
-            self._props, self._told_at = props, self._now()
+            self._props, self._told_at = props, self._leases.now()
 
     def clear(self) -> None:
         self._props = None
