@@ -40,6 +40,12 @@ class Model:
         self.changes = ChangeEvent()
         self.n_running = self.n_waiting = 0
         self.fails = False
+        self.is_loaded: bool | None = None  # as the models of a router: others load them too
+
+    def turn(self, *, is_loaded: bool) -> None:
+        """Others have loaded or unloaded it."""
+        self.is_loaded = is_loaded
+        self.changes.notify()
 
     @property
     def is_at_work(self) -> bool:
@@ -50,11 +56,13 @@ class Model:
         if self.fails:
             raise BackendDown(f"{self.name} has no memory")
         self.log.append(f"+{self.name}")
+        self.is_loaded = self.is_loaded if self.is_loaded is None else True
 
     async def unload(self) -> None:
         assert not self.n_running, "saved first"
         await asyncio.sleep(1.0)
         self.log.append(f"-{self.name}")
+        self.is_loaded = self.is_loaded if self.is_loaded is None else False
 
 
 class Stage:
@@ -239,6 +247,25 @@ async def test_never_more_than_allowed_and_all_are_served(max_loaded: int) -> No
             await asyncio.gather(*map(user, range(8)))
         await asyncio.sleep(40)
         assert n_loaded() == 0
+
+
+@virtual
+async def test_what_others_load_and_unload_is_followed() -> None:
+    """One that they have loaded is used; one that they have unloaded is loaded by the next request, not before."""
+    async with staged() as stage:
+        a, b = stage.models["a"], stage.models["b"]
+        a.is_loaded = b.is_loaded = False
+        a.turn(is_loaded=True)
+        await asyncio.sleep(10)
+        assert stage.states().startswith("loaded unloaded")
+        a.turn(is_loaded=False)
+        b.turn(is_loaded=True)
+        await asyncio.sleep(10)
+        assert stage.states().startswith("unloaded loaded")
+        asked = spawn(stage.ask("b"))
+        b.turn(is_loaded=False)
+        await asked
+        assert stage.log == ["+a", "-a", "+b", "-b", "+b", "b!"]
 
 
 @virtual

@@ -10,18 +10,18 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Never, Protocol
 
 from llamaslot.backend.abandoned_slots import AbandonedSlots
 from llamaslot.backend.cache_miss import CacheMisses
-from llamaslot.backend.connect import Handshake, ServerSession
+from llamaslot.backend.connect import Handshake, RouterMode, ServerSession
 from llamaslot.backend.drain import Drain
 from llamaslot.backend.exclusive import ExclusiveSection
 from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.idle_save import IdleSave
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
-from llamaslot.backend.presence import Presence, Proof, forget_slots
+from llamaslot.backend.presence import Presence, Proof, note_sleep
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.suspicion import Suspicion
 from llamaslot.backend.unassisted_slots import has_idle_slot
@@ -62,7 +62,7 @@ _CONNECT_WAIT_S = 120.0  # how long a request waits for a server that has just r
 
 class Health(enum.Enum):
     DOWN = "down"
-    ASLEEP = "asleep"  # stopped by llamaslot, until a request comes for its model
+    ASLEEP = "asleep"  # until a request comes for its model
     CONNECTING = "connecting"
     UP = "up"
 
@@ -73,6 +73,10 @@ class Members(Protocol):
     @property
     def are_several(self) -> bool:
         """Whether there are other backends that may take the requests of one that does not answer."""
+        ...
+
+    async def found_router(self, backend: Backend, max_models: int) -> Never:
+        """It is a router: its models take the place of ``backend``. Raises BackendDown if it has none."""
         ...
 
     def connecting(self, backend: Backend, session: ServerSession) -> None:
@@ -112,7 +116,7 @@ class Backend:
         self._catalog = catalog = store.catalog if store is not None else None
         self._libraries = store.libraries if store is not None else None
         self.tasks = TaskOwner()
-        self._rates_file = LearnedFile(name, rates_file)
+        self.rates_file = LearnedFile(name, rates_file)
         self.rates = Rates()
         self.executor = PlanExecutor(api, catalog, self.rates, metrics, self.tasks, leases)
         self.route_availability, self.dry_runs = RouteAvailability(api), DryRuns(api)
@@ -172,7 +176,7 @@ class Backend:
                 self._doubt.set()
                 raise
             if props.boot_id == session.props.boot_id:
-                self._forget_if_asleep(props)
+                note_sleep(self.leases, props.is_sleeping, self.now())
                 self._prove(session, props)
                 return session
             self.lost(session.table)
@@ -184,7 +188,7 @@ class Backend:
         except TimeoutError:
             raise BackendDown(f"llama-server at {self.api.url} has restarted and is not ready yet") from None
         if self.session is None:  # down, perhaps after it was up for a moment
-            raise self._is_down()
+            raise BackendRestarted if self.presence.is_replaced else self._is_down()
         return self.session
 
     async def settled(self) -> None:
@@ -219,21 +223,17 @@ class Backend:
             self._forget(Health.CONNECTING)
         self._doubt.set()
 
-    def sleep(self) -> None:
-        """llama-server is stopped until ``wake``; queued requests wait."""
-        self._why_down = "is asleep: the next request for its model starts it"
+    def sleep(self, why_down: str = "") -> None:
+        """llama-server is stopped until ``wake``; queued requests wait, or fail with ``why_down``."""
+        self._why_down = why_down or "is asleep: the next request for its model starts it"
         self.presence.set(is_awake=False)
-        self._forget(Health.ASLEEP)
+        self._forget(Health.DOWN if why_down else Health.ASLEEP)
         self._doubt.set()
 
     def wake(self) -> None:
         """llama-server is being started."""
         self._set(Health.DOWN)
         self.presence.set(is_awake=True)
-
-    def _forget_if_asleep(self, props: Props) -> None:
-        if props.is_sleeping:
-            forget_slots(self.leases, self.now())
 
     def _slots_were_lost(self) -> None:
         """Probe again what llama-server does with its slots, with a minimum pause in between."""
@@ -265,7 +265,7 @@ class Backend:
 
     async def open(self) -> None:
         """Load what was learned; the catalog must be open. Canceling is safe."""
-        if (rates := await self._rates_file.read()) is not None:
+        if (rates := await self.rates_file.read()) is not None:
             self.rates.take_over(Rates.from_json(rates))
         if self._catalog is not None:
             listed = self._catalog.snapshots.values()
@@ -291,12 +291,8 @@ class Backend:
     async def close(self) -> None:
         """End all tasks, and store what was learned."""
         await self.tasks.close()
-        await self._store_learned()
+        await self.rates_file.write(self.rates.to_json())
         await self.api.close()
-
-    async def _store_learned(self) -> None:
-        """Store what was learned. Canceling is safe: the file is written to its end all the same."""
-        await self._rates_file.write(self.rates.to_json())
 
     async def _live(self) -> None:
         """Connect to the server, watch it until it is gone, and repeat."""
@@ -309,7 +305,7 @@ class Backend:
                 self._set(Health.CONNECTING)
             try:
                 session = await self._connect(is_retry=is_retry)
-            except BackendDown as error:
+            except (BackendDown, BackendRestarted) as error:
                 if str(error) != complaint:
                     log.warning("%s: %s", self.name, error)
                 complaint = str(error)
@@ -319,19 +315,21 @@ class Backend:
                 continue
             complaint = ""
             self._serve(session)
-            await self._store_learned()
+            await self.rates_file.write(self.rates.to_json())
             await self._until_gone(session)
             is_retry = session.aside is not None and session.aside.may_end
             self._n_retries = self._n_retries + 1 if is_retry else 0
 
     async def _connect(self, *, is_retry: bool) -> ServerSession:
-        """Identify the server and probe its abilities. Raises BackendDown."""
+        """Identify the server and probe its abilities. Raises BackendDown and BackendRestarted."""
         handshake = Handshake(self.name, self.api, self._catalog, self._libraries, self.rates, self._rules)
         handshake.probes.has_others_files = self.store is not None and self.store.n_backends > 1
         try:
             return await handshake.run(self.now(), is_retry=is_retry)
-        except BackendDown:
+        except (BackendDown, BackendRestarted):
             raise
+        except RouterMode as found:
+            await self._members.found_router(self, found.max_models)
         except Exception as error:  # a bug in llamaslot must not prevent answers
             log.exception(
                 "%s: internal error while connecting: llama-server chooses slots itself; please report it",
@@ -407,7 +405,7 @@ class Backend:
                 self.lost(session.table)
                 continue
             self.suspicion.end()
-            self._forget_if_asleep(props)
+            note_sleep(self.leases, props.is_sleeping, self.now())
             self._prove(session, props)
             is_due = session.aside is not None and session.aside.may_end and self.now() >= retry_at
             if is_due and await has_idle_slot(self.api, session.table):

@@ -68,6 +68,14 @@ _NO_ISOLATION = (
 )
 
 
+class RouterMode(Exception):
+    """What answers has no model of its own: it is a router. ``max_models``: as ``Props`` has it."""
+
+    def __init__(self, max_models: int) -> None:
+        super().__init__(max_models)
+        self.max_models = max_models
+
+
 class ServerSession(Struct, frozen=True):
     """The result: the slots of the server as it is now, and its model."""
 
@@ -113,11 +121,15 @@ class Handshake:
         self._reservations = contextlib.AsyncExitStack()
 
     async def run(self, now: float, *, is_retry: bool = False) -> ServerSession:
-        """``is_retry``: there was no slot for the probes before, and one is idle now: do not wait for the others."""
+        """``is_retry``: there was no slot for the probes before, and one is idle now: do not wait for the others.
+        Raises RouterMode.
+        """
         async with self._reservations:
             props = None
             try:
                 props = await self.api.props()
+                if props.max_models is not None:
+                    raise RouterMode(props.max_models)
                 if props.n_slots is None:
                     return self._stand_aside(not_understood("GET /props names no total_slots"), props)
                 return await self._meet(props, props.n_slots, now, is_retry)

@@ -25,7 +25,7 @@ class IdleSave:
     """One task per backend. It leases a slot only while no client needs the backend, for as long as its save takes."""
 
     def __init__(self, leases: Leases, executor: PlanExecutor, idle_save_s: float) -> None:
-        self._leases, self._executor, self._idle_save_s = leases, executor, idle_save_s
+        self._leases, self._executor, self.idle_save_s = leases, executor, idle_save_s
         self._serial = itertools.count(1)
         # A slot that could not be saved is not tried again until its content has changed.
         self._failed: dict[Slot, bytes] = {}
@@ -34,7 +34,7 @@ class IdleSave:
         """Runs until cancelled; a running save is then completed."""
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            if self._leases.idle_s >= self._idle_save_s:
+            if self._leases.idle_s >= self.idle_save_s:
                 slot = self._next()
                 if slot is not None and (lease := self._lease(slot)) is not None:
                     await self._save(lease, self._has_requests)

@@ -69,6 +69,7 @@ class Leases:
         self.down: BackendDown | None = None  # llama-server is, and why
         self.is_drained = False  # by the operator: no request begins here
         self.is_leaving = False  # its model is being unloaded: requests wait until it is loaded again
+        self.is_asleep = False  # llama-server has unloaded its model by itself: any use loads it again
         self.is_suspect = False  # llama-server may hang: requests go to other backends if there are any
         self._used_at, self._worked_at = now(), -math.inf
         self._n_prefilling, self._prefilling_since, self._prefilled_s = 0, 0.0, 0.0
@@ -135,7 +136,7 @@ class Leases:
 
     def attach(self, table: SlotTable) -> None:
         """llama-server is up, with these slots."""
-        self.table, self.down, self.is_suspect = table, None, False
+        self.table, self.down, self.is_suspect, self.is_asleep = table, None, False, False
         self.dispatch()
 
     def detach(self, error: BackendDown | None = None) -> None:

@@ -1,5 +1,5 @@
 """A llama-server that is not there all the time: it unloads its model by itself (``--sleep-idle-seconds``), or
-llamaslot stops it and starts it again when a request comes for its model.
+llamaslot stops it and starts it again when a request comes for its model, or it is one model of a router.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Presence:
     def __init__(self, backend: str) -> None:
         self._backend, self.changes = backend, ChangeEvent()
         self.on_demand: OnDemand | None = None
+        self.is_replaced = False  # by the models of the router that it is
         self._is_awake = asyncio.Event()
         self._is_awake.set()
 
@@ -53,6 +54,16 @@ class Presence:
         """As ``OnDemand.serving``."""
         if self.on_demand is not None:
             await self.on_demand.serving(self._backend)
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether it is being loaded on demand."""
+        return self.on_demand is not None and self.is_awake
+
+    @property
+    def is_awake(self) -> bool:
+        """Whether there is a process to connect to."""
+        return self._is_awake.is_set()
 
     def set(self, *, is_awake: bool) -> None:
         """Whether there is a process to connect to."""
@@ -96,10 +107,13 @@ class Proof:
         self._props = None
 
 
-def forget_slots(leases: Leases, now: float) -> None:
-    """llama-server sleeps: it has unloaded its model, and the content of its idle slots is gone (measured)."""
+def note_sleep(leases: Leases, is_asleep: bool, now: float) -> None:
+    """llama-server sleeps, or not: then it has unloaded its model, and the content of its idle slots is gone
+    (measured).
+    """
+    leases.is_asleep = is_asleep
     table = leases.table
-    if table is None or not (filled := table.filled()):
+    if not is_asleep or table is None or not (filled := table.filled()):
         return
     log.info(
         "%s: llama-server has unloaded its model (--sleep-idle-seconds): its slots are empty", leases.backend

@@ -16,12 +16,13 @@ from llamaslot.tasks import ChangeEvent, TaskOwner
 log = logging.getLogger(__name__)
 
 
-class ManagedModel:
-    """One of them, as ``on_demand.Loadable``. ``save_s``: the longest time for saving its slots."""
+class ServedOnDemand:
+    """A backend that is not always there: what ``on_demand.Loadable`` asks of it. ``save_s``: the longest time for
+    saving its slots.
+    """
 
-    def __init__(self, backend: Backend, server: ManagedServer, save_s: float) -> None:
-        self.name, self._backend, self._server, self._save_s = backend.name, backend, server, save_s
-        self._tasks = TaskOwner()
+    def __init__(self, backend: Backend, save_s: float) -> None:
+        self.name, self._backend, self._save_s = backend.name, backend, save_s
 
     @property
     def changes(self) -> ChangeEvent:
@@ -35,6 +36,17 @@ class ManagedModel:
     def n_waiting(self) -> int:
         # Until it was connected once, the queue is of another model.
         return self._backend.leases.n_waiting if self._backend.last_session is not None else 0
+
+
+class ManagedModel(ServedOnDemand):
+    """A llama-server that llamaslot starts, as ``on_demand.Loadable``."""
+
+    is_loaded = None
+
+    def __init__(self, backend: Backend, server: ManagedServer, save_s: float) -> None:
+        super().__init__(backend, save_s)
+        self._server = server
+        self._tasks = TaskOwner()
 
     async def load(self) -> None:
         """As ``Loadable.load``."""

@@ -9,6 +9,8 @@ A request waits in ``serving`` until its model is loaded. If all places are take
    behind those that waited already; running ones end.
 
 ``unload`` saves first, so what comes back finds its context on disk.
+
+The models of a llama-server in router mode may also be loaded and unloaded by others: ``is_loaded`` tells.
 """
 
 from __future__ import annotations
@@ -49,12 +51,17 @@ class Loadable(Protocol):
         """Requests that wait for one of its slots."""
         ...
 
+    @property
+    def is_loaded(self) -> bool | None:
+        """Whether it is loaded, by whatever; None if nothing else loads it."""
+        ...
+
     async def load(self) -> None:
         """Start it and wait until it serves. Raises BackendDown; then it is stopped. Canceling stops it."""
         ...
 
     async def unload(self) -> None:
-        """Save its slots and stop it. Canceling is safe: it is stopped all the same."""
+        """Save its slots and stop it, if it is loaded. Canceling is safe: it is stopped all the same."""
         ...
 
 
@@ -112,13 +119,26 @@ class OnDemand:
         idle_unload_s: float | None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._models = {its.name: _Model(its) for its in models}
-        self._max = max_loaded if max_loaded is not None else len(self._models)
+        self._models: dict[str, _Model] = {}
+        self._max = max_loaded if max_loaded is not None else math.inf
         self._idle_unload_s = idle_unload_s if idle_unload_s is not None else math.inf
         self._now = now
         self._wanted: dict[str, None] = {}  # waited for, in the order of their first requests
         self._changed = ChangeEvent()
+        self._subscriptions = contextlib.ExitStack()
         self._tasks = TaskOwner()
+        for its in models:
+            self.add(its)
+
+    def add(self, its: Loadable) -> None:
+        """One more model."""
+        self._models[its.name] = _Model(its)
+        self._subscriptions.enter_context(its.changes.subscribed(self._changed.notify))
+
+    def forgive(self) -> None:
+        """Models that could not be loaded may be loaded again at once."""
+        for model in self._models.values():
+            model.n_failures, model.retry_at = 0, -math.inf
 
     def __contains__(self, name: str) -> bool:
         return name in self._models
@@ -131,7 +151,7 @@ class OnDemand:
     def use_if_loaded(self, name: str) -> bool:
         """Use the model, if it is loaded: True. Otherwise a request has to wait in ``serving``."""
         model = self._models[name]
-        if model.state is not State.LOADED:
+        if model.state is not State.LOADED or model.its.is_loaded is False:
             return False
         model.used_at = model.asked_at = self._now()
         return True
@@ -161,19 +181,30 @@ class OnDemand:
     def _decide(self, now: float) -> None:
         """Begin what is due. Called whenever something has changed."""
         self._look(now)
+        for name, model in self._models.items():
+            if model.its.is_loaded is False and model.state in (State.LOADED, State.LEAVING):
+                self._begin_unload(model, now)
+            elif model.its.is_loaded and model.state is State.UNLOADED and now >= model.retry_at:
+                self._begin_load(name, model, now)
         for name in list(self._wanted):
             model = self._models[name]
             if model.state is State.LOADED:
                 self._served(model)
             elif model.state is State.UNLOADED and now >= model.retry_at and self._n_taken() < self._max:
-                model.go(State.LOADING, now)
-                model.loading = self._tasks.spawn(self._load(model), f"{name}: load")
+                self._begin_load(name, model, now)
         for model in self._that_go(now):
             if self._is_idle(model, now):
-                model.go(State.UNLOADING, now)
-                self._tasks.spawn(self._unload(model), f"{model.its.name}: unload")
+                self._begin_unload(model, now)
             elif model.state is State.LOADED:
                 model.go(State.LEAVING, now)
+
+    def _begin_load(self, name: str, model: _Model, now: float) -> None:
+        model.go(State.LOADING, now)
+        model.loading = self._tasks.spawn(self._load(model), f"{name}: load")
+
+    def _begin_unload(self, model: _Model, now: float) -> None:
+        model.go(State.UNLOADING, now)
+        self._tasks.spawn(self._unload(model), f"{model.its.name}: unload")
 
     def _look(self, now: float) -> None:
         """Which models are used, and which are wanted: waited for here, or in the queue for their slots."""
@@ -238,9 +269,7 @@ class OnDemand:
 
     async def run(self) -> None:
         """Load and unload until cancelled. ``close`` is to be called then."""
-        with contextlib.ExitStack() as stack:
-            for model in self._models.values():
-                stack.enter_context(model.its.changes.subscribed(self._changed.notify))
+        with self._subscriptions:
             while True:
                 now = self._now()
                 self._decide(now)
@@ -271,6 +300,7 @@ class OnDemand:
             raise
         else:
             model.n_failures, model.load_s = 0, self._now() - began
+            model.used_at = self._now()
             model.go(State.LOADED, self._now())
         finally:
             model.loading = None

@@ -8,7 +8,8 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
+from urllib.parse import quote
 
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.connect import ServerSession
@@ -18,11 +19,13 @@ from llamaslot.config.values import read_chat_file
 from llamaslot.errors import BackendDown, ConfigError
 from llamaslot.fleet.pool import Pool, PoolModel, PoolSettings
 from llamaslot.fleet.queue import QueueLimits
+from llamaslot.fleet.routed_models import RoutedModels
 from llamaslot.fleet.router import Router
 from llamaslot.formats.registry import CHAT
 from llamaslot.formats.rewrite import Rewriting
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.identity import Identity
+from llamaslot.llama.router_mode import ModelRouter, ModelServer, RouterModel
 from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.eviction import SnapshotStats
 from llamaslot.scheduling.fairness import Fairness
@@ -46,6 +49,8 @@ class Registry:
     ) -> None:
         self.metrics, self._settings, self._now = metrics, settings, now
         self._backends: dict[str, Backend] = {}
+        self._routers: list[RoutedModels] = []
+        self.save_s = 60.0  # for the slots of a model before its router unloads it
         self.stores: dict[Path, SnapshotStore] = {}
         self.pools = [self._new_pool()]
         self.router = Router(self.pools, self._backends)
@@ -57,6 +62,7 @@ class Registry:
         """
         registry = cls(Metrics(), _pool_settings(config))
         registry.router.configure(config.models)
+        registry.save_s = config.shutdown.save_s
         for settings in config.backends:
             url = (urls or {}).get(settings.name) or settings.url
             assert url is not None, "a managed backend has a URL once it is there"
@@ -67,6 +73,12 @@ class Registry:
 
     def add(self, name: str, api: LlamaServer, store: StoreConfig, directory: Path | None) -> Backend:
         """Add a llama-server. It is connected to after ``start``. ``directory``: its snapshots; None without."""
+        rates_file = store.meta_dir / f"{name}.rates.json"
+        return self._add(
+            name, api, self._store(name, store, directory) if directory is not None else None, rates_file
+        )
+
+    def _add(self, name: str, api: LlamaServer, store: SnapshotStore | None, rates_file: Path) -> Backend:
         pool = self.pools[0]
         self._backends[name] = backend = Backend(
             name,
@@ -75,9 +87,9 @@ class Registry:
             self,
             rules=self._settings.rules,
             metrics=self.metrics.of_backend(name),
-            rates_file=store.meta_dir / f"{name}.rates.json",
+            rates_file=rates_file,
             idle_save_s=self._settings.idle_save_s,
-            store=self._store(name, store, directory) if directory is not None else None,
+            store=store,
             now=self._now,
         )
         pool.backends[name] = backend
@@ -132,6 +144,38 @@ class Registry:
     def are_several(self) -> bool:
         return len(self._backends) > 1
 
+    async def found_router(self, backend: Backend, max_models: int) -> Never:
+        """As ``Members.found_router``. Canceling is safe."""
+        api = backend.api
+        router = ModelRouter(api.url, api.api_key, api.watchdog_s, name=backend.name)
+
+        def add(model: RouterModel, server: ModelServer) -> Backend:
+            file = backend.rates_file.path.with_name(f"{quote(server.name, safe='')}.rates.json")
+            new = self._add(server.name, server, backend.store, file)
+            if new.store is not None:
+                new.store.n_backends += 1
+            for name in (model.name, *model.aliases):
+                self.router.expected.setdefault(name, new.name)
+            return new
+
+        models = await router.models()
+        if not models:
+            raise BackendDown(
+                "it runs in router mode and has no model: --models-dir names a directory of them"
+            )
+        log.info("%s: llama-server runs in router mode, with %d models", backend.name, len(models))
+        routed = RoutedModels(backend, router, max_models, add, self._open, self.save_s)
+        self._routers.append(routed)
+        self.router.has_router = self.router.is_on_demand = True
+        await routed.note(models)
+        routed.start()
+        backend.presence.is_replaced = True
+        backend.sleep()
+        self._leave(backend, self.pool_of(backend))
+        del self._backends[backend.name]
+        while True:
+            await asyncio.Event().wait()
+
     def connecting(self, backend: Backend, session: ServerSession) -> None:
         """Put it into the pool of its model: there are five cases.
 
@@ -168,6 +212,9 @@ class Registry:
             log.warning("%s: serves another model than before, and belongs to its pool now", backend.name)
         backend.abandoned_slots.end_gone()
         new.join(backend)
+        self._leave(backend, old)
+
+    def _leave(self, backend: Backend, old: Pool) -> None:
         old.remove(backend)
         if not old.backends:
             self.pools.remove(old)
@@ -197,10 +244,13 @@ class Registry:
             if (note := await asyncio.to_thread(store.beyond_disk)) is not None:
                 log.warning("%s", note)
         for backend in self._backends.values():
-            await backend.open()
-            if self.are_several and backend.store is not None:
-                # Until all are connected, snapshots of the models that are still missing are not those of others.
-                _expect(backend, backend.store)
+            await self._open(backend)
+
+    async def _open(self, backend: Backend) -> None:
+        await backend.open()
+        if self.router.are_several and backend.store is not None:
+            # Until all are connected, snapshots of the models that are still missing are not those of others.
+            _expect(backend, backend.store)
 
     def start(self) -> None:
         """Start to connect to the backends."""
@@ -211,11 +261,15 @@ class Registry:
 
     async def close(self, save_s: float) -> None:
         """Save dirty slots, for at most ``save_s`` seconds, and end all tasks."""
+        for routed in self._routers:
+            await routed.stop_loading()
         await asyncio.gather(*(backend.save_all(save_s) for backend in self._backends.values()))
         for pool in self.pools:
             await pool.close()
         for backend in self._backends.values():
             await backend.close()
+        for routed in self._routers:
+            await routed.close()
         for store in self.stores.values():
             await store.close()
 

@@ -26,16 +26,18 @@ class Router:
         self._settings = ModelsConfig()
         self._warned = set[str]()
         self._told: dict[str, PoolModel] = {}  # the last model of each name that a server has told
-        self.managed: dict[str, str] = {}  # names that managed servers will tell, and their backends
-        self.is_on_demand = False  # whether these are loaded on demand
+        # Names that backends will tell once their models are loaded, and these backends.
+        self.expected: dict[str, str] = {}
+        self.is_on_demand = False  # whether any model is loaded on demand
+        self.has_router = False  # whether any llama-server is a router
 
     def configure(self, settings: ModelsConfig) -> None:
         self._settings = settings
 
     @property
     def are_several(self) -> bool:
-        """Whether there are several backends, so that a request may concern one or another."""
-        return len(self._backends) > 1
+        """Whether there are several models, or backends, so that a request may concern one or another."""
+        return len(self._backends) > 1 or self.has_router
 
     async def pool_for(self, model: object = None, *, is_named: bool = True, loads: bool = False) -> Pool:
         """The pool that serves ``model``, as named in a request; ``is_named`` False for a route whose requests name
@@ -84,7 +86,7 @@ class Router:
         names = (pool for pool in self._known() if name in _names(pool))
         backends = list(pool.backends.values()) if (pool := next(names, None)) is not None else []
         if not backends and isinstance(name, str):
-            named = self._backends.get(self.managed.get(name, name))
+            named = self._backends.get(self.expected.get(name, name))
             backends = [named] if named is not None else []
         unloaded = [its for its in backends if its.presence.on_demand is not None and its.session is None]
         if not unloaded or len(unloaded) < len(backends):
@@ -97,7 +99,7 @@ class Router:
             target = self._settings.aliases.get(name, name)
             if (pool := next((pool for pool in self._known() if target in _names(pool)), None)) is not None:
                 return pool
-            if (backend := self._backends.get(self.managed.get(target, target))) is not None:
+            if (backend := self._backends.get(self.expected.get(target, target))) is not None:
                 if backend.last_session is None and backend.presence.on_demand is not None and not loads:
                     raise BackendDown(f"{name} is not loaded: the first request for it loads it")
                 await self._connected(backend)
@@ -139,7 +141,7 @@ class Router:
         """The names of all models, configured ones included."""
         seen = dict.fromkeys(name for pool in self._known() for name in _names(pool))
         yield from seen
-        yield from (name for name in self.managed if name not in seen)
+        yield from (name for name in self.expected if name not in seen)
         yield from (alias for alias in self._settings.aliases if alias not in seen)
 
     def note_names(self, backend: Backend, session: ServerSession, pool: Pool) -> None:
@@ -162,7 +164,10 @@ class Router:
         for pool in self._known():
             for name, entry in _entries(pool):
                 entries.setdefault(name, entry)
-        for name, backend in self.managed.items():
+        first = dict[str, str]()  # the name of each that is not an alias
+        for name, backend in self.expected.items():
+            first.setdefault(backend, name)
+        for backend, name in first.items():
             if (its := self._backends[backend]).last_session is None:
                 entries.setdefault(name, {**_unknown(), "id": name, "status": {"value": _state([its])}})
         for alias, target in self._settings.aliases.items():
@@ -204,7 +209,7 @@ def _state(backends: Sequence[Backend]) -> str:
     states = {its.health for its in backends}
     if Health.UP in states:
         return "loaded"
-    is_loaded = any(its.health is Health.DOWN and its.presence.on_demand is not None for its in backends)
+    is_loaded = any(its.health is Health.DOWN and its.presence.is_coming for its in backends)
     if Health.CONNECTING in states or is_loaded:
         return "loading"
     return "unloaded" if Health.ASLEEP in states else "unavailable"

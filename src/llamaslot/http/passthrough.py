@@ -37,6 +37,7 @@ from llamaslot.scheduling.request import Placement, Request
 
 _MODEL_LISTS = ("/v1/models", "/models")
 _CHANGES_MODEL = ("/lora-adapters", "/models")
+_WAKES = ("/slots", "/lora-adapters")  # though they only ask; /props and /metrics do not
 
 
 class Passthrough:
@@ -111,6 +112,7 @@ class Passthrough:
 
         async def attempt() -> web.StreamResponse:
             backend = attempts.backend
+            _only_asks(backend, request)
             async with self._upstream(backend, request, raw, to_server(request)) as upstream:
                 await _refuse_if_worth_another(attempts, upstream)
                 if changes_model and upstream.status < 400:
@@ -215,3 +217,12 @@ async def _refuse_if_worth_another(attempts: Attempts, upstream: Response) -> No
     """Raises UpstreamError if another backend is to be asked instead of passing this answer on."""
     if attempts.is_worth_another(upstream.status):
         raise UpstreamError(upstream.status, await whole(upstream), content_type_of(upstream))
+
+
+def _only_asks(backend: Backend, request: web.Request) -> None:
+    """Raise BackendDown if a request that takes no slot would load its model, or wake it."""
+    if backend.presence.on_demand is not None and backend.session is None:
+        model = backend.last_session.model_name if backend.last_session is not None else backend.name
+        raise BackendDown(f"{model} is not loaded: the first request for it loads it")
+    if backend.leases.is_asleep and request.method != "POST" and request.path in _WAKES:
+        raise BackendDown(f"{backend.name} sleeps, and its slots are empty: the next request wakes it")

@@ -136,7 +136,7 @@ async def serve(config: Config) -> None:
     managed = ManagedModels(
         registry.backends, servers, limits.max_loaded, limits.idle_unload_s, config.shutdown.save_s
     )
-    registry.router.managed = {
+    registry.router.expected = {
         its.managed.model_name: its.name for its in reversed(config.backends) if its.managed is not None
     }
     registry.router.is_on_demand = managed.on_demand is not None

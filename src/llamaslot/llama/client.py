@@ -54,7 +54,7 @@ _REFUSED = (
 )
 
 
-def _as_known(call: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+def as_known(call: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     """Translate an answer of unexpected form to an error of ours: a task that watches a server must not end because
     another program (a proxy's page, another build) has answered on its port.
     """
@@ -77,6 +77,8 @@ class LlamaServer:
     Canceling a slot action does not undo it: llama-server carries it out anyway.
     """
 
+    health_path = "/health"
+
     def __init__(
         self, url: str, api_key: str | None = None, watchdog_s: float | None = None, *, name: str = ""
     ) -> None:
@@ -85,7 +87,7 @@ class LlamaServer:
         """
         self.url, self.watchdog_s = url.rstrip("/"), watchdog_s
         self.name = name or self.url
-        self._api_key = api_key
+        self.api_key = api_key
         self._aiohttp: AiohttpClient | None = None
         self._kept, self._plain = KeepAlivePool.of(self.url, api_key), PlainServer.of(self.url, api_key)
 
@@ -94,7 +96,7 @@ class LlamaServer:
             import_aiohttp()
             from llamaslot.llama.aiohttp_client import AiohttpClient
 
-            self._aiohttp = AiohttpClient(self.url, self._api_key)
+            self._aiohttp = AiohttpClient(self.url, self.api_key)
         return self._aiohttp
 
     async def close(self) -> None:
@@ -114,7 +116,7 @@ class LlamaServer:
         timeout_s: float | None = None,
         is_watched: bool = False,
         is_relayed: bool = False,
-    ) -> Sending:
+    ) -> contextlib.AbstractAsyncContextManager[Response]:
         """One request; the context yields its open response. ``path`` is sent unchanged, query included.
 
         ``is_relayed``: the answer is read as fast as its consumer takes it, so buffers are small.
@@ -186,18 +188,18 @@ class LlamaServer:
 
     async def why_unhealthy(self, timeout_s: float = 5.0) -> str | None:
         """Why a server does not serve, from ``GET /health`` (open without an API key), as the end of a sentence; None
-        if it serves. Never raises.
+        if it serves. Does not raise.
 
         Another kind of server, which has no such route (404), serves too.
         """
         try:
-            status = (await self._question("GET", "/health", timeout_s=timeout_s)).status
+            status = (await self._question("GET", self.health_path, timeout_s=timeout_s)).status
             is_serving = status < 500 or status == 501
-            return None if is_serving else f"answers {status} to /health"  # 503 while it loads its model
+            return None if is_serving else f"answers {status} to {self.health_path}"  # 503 while it loads
         except BackendDown as error:
             return _why(error.__cause__ or error)
 
-    @_as_known
+    @as_known
     async def props(self, timeout_s: float = 10.0) -> Props:
         """``GET /props``. Raises UpstreamError: 503 while the server loads, 401 for a wrong key."""
         answer = await self._question("GET", "/props", timeout_s=timeout_s)
@@ -205,6 +207,7 @@ class LlamaServer:
         settings = raw.get("default_generation_settings") or {}
         return Props(
             n_slots=int(raw["total_slots"]) if "total_slots" in raw else None,
+            max_models=int(raw.get("max_instances", 0)) if raw.get("role") == "router" else None,
             n_ctx=int(settings.get("n_ctx") or raw.get("n_ctx", 0)),
             model_path=str(raw.get("model_path", "")),
             boot_id=str(raw.get("media_marker", "")),
@@ -220,7 +223,7 @@ class LlamaServer:
         entries = raw.get("data") or [{}]
         return dict(entries[0])
 
-    @_as_known
+    @as_known
     async def slots(self) -> list[SlotInfo]:
         """``GET /slots``. llama-server checks for clients that have left a second after the last call: while one is
         expected to leave, call this at most every 1.25 s.
@@ -235,7 +238,7 @@ class LlamaServer:
             for raw in await self._ask_json("GET", "/slots")
         ]
 
-    @_as_known
+    @as_known
     async def lora_adapters(self) -> list[Any]:
         """``GET /lora-adapters``: id, path and scale of each; empty if there are none or no such route."""
         try:
@@ -243,7 +246,7 @@ class LlamaServer:
         except UpstreamError:
             return []
 
-    @_as_known
+    @as_known
     async def apply_template(self, body: Mapping[str, Any], raw: bytes | None = None) -> str:
         """The prompt rendered from a chat body; ``raw``: the same as JSON, if that is at hand. Raises UpstreamError
         with llama-server's own 4xx.
@@ -251,12 +254,12 @@ class LlamaServer:
         data = orjson.dumps(body) if raw is None else raw
         return str(self._checked(await self._question("POST", "/apply-template", data))["prompt"])
 
-    @_as_known
+    @as_known
     async def tokenize(self, content: str, *, add_special: bool, parse_special: bool = True) -> bytes:
         body = {"content": content, "add_special": add_special, "parse_special": parse_special}
         return pack((await self._ask_json("POST", "/tokenize", body))["tokens"])
 
-    @_as_known
+    @as_known
     async def detokenize(self, tokens: bytes) -> str:
         """The text of ``tokens``, special tokens included. Half a character at an end becomes U+FFFD."""
         return str((await self._ask_json("POST", "/detokenize", {"tokens": unpack(tokens)}))["content"])
@@ -297,14 +300,14 @@ class LlamaServer:
             raise SlotActionFailed(f"{action} of slot {slot} failed: {error}", error.status) from error
         return dict(answer)
 
-    @_as_known
+    @as_known
     async def save(self, slot: int, filename: str) -> SlotAction:
         """Write the slot to ``filename`` in ``--slot-save-path``. Raises SlotActionFailed (501 without that flag)."""
         raw = await self._slot_action(slot, "save", {"filename": filename})
         seconds = float(raw.get("timings", {}).get("save_ms", 0.0)) / 1000
         return SlotAction(int(raw["n_saved"]), int(raw["n_written"]), seconds)
 
-    @_as_known
+    @as_known
     async def restore(self, slot: int, filename: str) -> SlotAction:
         """Read ``filename`` into the slot, which must have been erased. A failed restore leaves it empty."""
         raw = await self._slot_action(slot, "restore", {"filename": filename})
@@ -360,7 +363,7 @@ class LlamaServer:
                     f"llama-server at {self.url} ended a prefill of {count(tokens)} tokens early"
                 )
 
-    @_as_known
+    @as_known
     async def top_logprobs(self, slot: int, tokens: bytes, n_probs: int) -> dict[int, float]:
         """Log-probabilities of the ``n_probs`` likeliest tokens after ``tokens``, computed without the cache in
         ``slot``.

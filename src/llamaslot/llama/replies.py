@@ -12,7 +12,8 @@ from msgspec import Struct
 class Props:
     """``GET /props``, the parts that llamaslot needs. ``n_ctx``: the context of one slot, in tokens.
 
-    ``n_slots`` is None if this is not a llama-server with one model: router mode, another server.
+    ``n_slots`` is None if this is not a llama-server with one model. ``max_models``: of a router, how many models it
+    has loaded at a time, 0 for any number; None if it is none.
     """
 
     n_slots: int | None
@@ -21,6 +22,7 @@ class Props:
     boot_id: str  # media_marker: random for each process of llama-server, so it reveals a restart
     template: str = ""  # hash of the chat template
     modalities: Mapping[str, bool] | None = None  # supported media; None if the build does not report it
+    max_models: int | None = None
     is_sleeping: bool = False  # its model is unloaded (--sleep-idle-seconds), and its slots are empty
     # Whether the connection on which this came is still open: then the process is still the same.
     is_connected: Callable[[], bool] = field(default=lambda: False, compare=False)

@@ -18,13 +18,13 @@ class LearnedFile:
     """``name``: of the backend or the store, for the log."""
 
     def __init__(self, name: str, path: Path) -> None:
-        self._name, self._path = name, path
+        self._name, self.path = name, path
         self._writing = threading.Lock()
 
     async def read(self) -> Any:
         """The content of the file; None if it cannot be read. Canceling is safe."""
         try:
-            async with aiofiles.open(self._path, "rb") as opened:
+            async with aiofiles.open(self.path, "rb") as opened:
                 return orjson.loads(await opened.read())
         except (OSError, orjson.JSONDecodeError):
             return None
@@ -35,11 +35,11 @@ class LearnedFile:
             await asyncio.to_thread(self._write, orjson.dumps(data))
         except OSError as error:
             log.warning(
-                "%s: cannot write %s (learned rates): %s", self._name, self._path, error.strerror or error
+                "%s: cannot write %s (learned rates): %s", self._name, self.path, error.strerror or error
             )
 
     def _write(self, data: bytes) -> None:
-        partial = self._path.with_suffix(".tmp")
+        partial = self.path.with_suffix(".tmp")
         with self._writing:  # the thread of a cancelled call may still be writing
             partial.write_bytes(data)
-            partial.replace(self._path)
+            partial.replace(self.path)

@@ -1,0 +1,208 @@
+"""The models of one llama-server in router mode, each a backend of its own that is loaded on demand.
+
+llamaslot asks the router to load and unload them, so that slots are saved first. What others load and unload is seen
+in the router's list of models, which is read when its stream of events tells of a change, and now and then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from llamaslot.backend.backend import Backend
+from llamaslot.backend.presence import note_sleep
+from llamaslot.errors import BackendDown, LlamaslotError
+from llamaslot.fleet.managed_models import ServedOnDemand
+from llamaslot.fleet.on_demand import OnDemand
+from llamaslot.llama.router_mode import ModelRouter, ModelServer, RouterModel
+from llamaslot.tasks import TaskOwner
+
+Add = Callable[[RouterModel, ModelServer], Backend]
+Open = Callable[[Backend], Awaitable[None]]
+
+log = logging.getLogger(__name__)
+
+_LOOK_S = 2.0
+_LOOK_WITH_EVENTS_S = 15.0
+_END_S = 30.0  # of a model's process; llama-server kills it after 10 s (stop-timeout)
+
+
+class RoutedModel(ServedOnDemand):
+    """One of them, as ``on_demand.Loadable``."""
+
+    def __init__(self, backend: Backend, router: ModelRouter, model: RouterModel, save_s: float) -> None:
+        super().__init__(backend, save_s)
+        self._router, self._model, self._state = router, model.name, model.state
+        self._idle_save_s = backend.idle_save.idle_save_s
+
+    @property
+    def is_loaded(self) -> bool:
+        """One that was asleep before llamaslot came is not: connecting to it would wake it."""
+        is_asleep = self._state == "sleeping"
+        return self._state == "loaded" or (is_asleep and self._backend.session is not None)
+
+    async def load(self) -> None:
+        """As ``Loadable.load``."""
+        try:
+            await self._router.load(self._model)
+        except LlamaslotError as error:
+            raise BackendDown(f"{self.name}: was not loaded: {error}") from error
+        self._state = "loaded"
+        self._backend.wake()
+        while self._backend.session is None:
+            if not self.is_loaded:
+                raise BackendDown(f"{self.name}: was unloaded while llamaslot connected to it")
+            await self._backend.presence.changes.wait()
+        log.info("%s: loaded on demand", self.name)
+
+    async def unload(self) -> None:
+        """As ``Loadable.unload``."""
+        leases = self._backend.leases
+        leases.is_leaving = True
+        try:
+            if self.is_loaded:
+                await self._backend.save_all(self._save_s)
+                await self._router.unload(self._model)
+                async with asyncio.timeout(_END_S):
+                    while self.is_loaded:
+                        await leases.changes.wait()
+                log.info("%s: unloaded on demand", self.name)
+        except LlamaslotError as error:
+            log.warning("%s: was not unloaded: %s", self.name, error)
+        except TimeoutError:
+            log.warning("%s: was not unloaded: it still runs after %g s", self.name, _END_S)
+        finally:
+            if self._backend.presence.is_awake:
+                self._backend.sleep()
+            leases.is_leaving = False
+
+    def note(self, state: str, sleep_s: float | None) -> None:
+        """The router has told this state, and after how many idle seconds the model falls asleep."""
+        if sleep_s is not None:  # everything is saved before that
+            self._backend.idle_save.idle_save_s = min(self._idle_save_s, sleep_s / 4)
+        # An answer that was on its way may be older than what ``load`` has found.
+        if state == self._state or (state == "loading" and self._state == "loaded"):
+            return
+        was_loaded, self._state = self.is_loaded, state
+        if self._backend.session is not None:
+            note_sleep(self._backend.leases, state == "sleeping", self._backend.now())
+        if was_loaded and not self.is_loaded and self._backend.presence.is_awake:
+            self._backend.sleep()
+        self._backend.presence.changes.notify()
+        self.changes.notify()
+
+    def gone(self, why: str) -> None:
+        """The router does not answer."""
+        self._state = "unknown"
+        self._backend.sleep(why)
+        self.changes.notify()
+
+    def back(self) -> None:
+        """The router answers again."""
+        self._backend.sleep()
+
+
+class RoutedModels:
+    """They take the place of ``backend``, of which nothing but the name is used any more. ``add`` makes a backend of a
+    model that the router has named for the first time, ``open_`` reads what was learned of it.
+    """
+
+    def __init__(
+        self, backend: Backend, router: ModelRouter, max_models: int, add: Add, open_: Open, save_s: float
+    ) -> None:
+        self.name, self._backend, self._router, self._save_s = backend.name, backend, router, save_s
+        self._add, self._open = add, open_
+        self.on_demand = OnDemand((), max_models or None, None)
+        self._models: dict[str, RoutedModel] = {}
+        self._tasks = TaskOwner()
+        self._news = asyncio.Event()
+        self._has_events = self._is_gone = False
+
+    def start(self) -> None:
+        """Follow what the router does. ``note`` was called before."""
+        self._tasks.spawn(self.on_demand.run(), f"{self.name}: load on demand")
+        self._tasks.spawn(self._look_on(), f"{self.name}: list of models")
+        self._tasks.spawn(self._listen(), f"{self.name}: events")
+
+    async def stop_loading(self) -> None:
+        """Load and unload nothing any more."""
+        await self._tasks.close()
+        await self.on_demand.close()
+
+    async def close(self) -> None:
+        await self._tasks.close()
+        await self._router.close()
+        await self._backend.close()
+
+    async def note(self, models: Sequence[RouterModel]) -> None:
+        """The router's list."""
+        new = [self._included(model) for model in models if model.name not in self._models]
+        for backend in new:
+            await self._open(backend)
+            backend.start()
+        for model in models:
+            self._models[model.name].note(model.state, model.sleep_s)
+        listed = {model.name for model in models}
+        for name, known in self._models.items():
+            if name not in listed:
+                known.note("unlisted", None)
+
+    def _included(self, model: RouterModel) -> Backend:
+        server = self._router.server_of(model.name)
+        backend = self._add(model, server)
+        backend.presence.on_demand = self.on_demand
+        backend.sleep()
+        known = self._models[model.name] = RoutedModel(backend, self._router, model, self._save_s)
+        server.on_unloaded = self._unloaded(known)
+        self.on_demand.add(known)
+        return backend
+
+    def _unloaded(self, model: RoutedModel) -> Callable[[], None]:
+        def is_unloaded() -> None:
+            model.note("unloaded", None)
+            self._news.set()
+
+        return is_unloaded
+
+    async def _look_on(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(_LOOK_WITH_EVENTS_S if self._has_events else _LOOK_S):
+                    await self._news.wait()
+            except TimeoutError:
+                pass
+            self._news.clear()
+            try:
+                models = await self._router.models()
+            except LlamaslotError as error:
+                self._note_gone(error)
+                continue
+            if self._is_gone:
+                self._is_gone = False
+                self._backend.metrics.is_up.set(True)
+                log.info("%s: the router answers again", self.name)
+                self.on_demand.forgive()
+                for model in self._models.values():
+                    model.back()
+            await self.note(models)
+
+    def _note_gone(self, error: LlamaslotError) -> None:
+        if not self._is_gone:
+            self._is_gone = True
+            self._backend.metrics.is_up.set(False)
+            log.warning("%s: its models are not served until the router answers again: %s", self.name, error)
+            for model in self._models.values():
+                model.gone(f"does not answer as a router ({error})")
+
+    async def _listen(self) -> None:
+        while True:
+            with contextlib.suppress(LlamaslotError):  # also a build without this route
+                async with contextlib.aclosing(self._router.changes()) as changes:
+                    async for _ in changes:
+                        self._has_events = True
+                        self._news.set()
+            self._has_events = False
+            self._news.set()
+            await asyncio.sleep(_LOOK_S)

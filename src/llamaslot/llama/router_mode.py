@@ -1,0 +1,209 @@
+"""llama-server in router mode: one address, and behind it a process for each model that is loaded.
+
+Each request names its model: in the JSON of a POST, in the query of a GET. It would load the model if that is not
+loaded, and unload another one for it. ``autoload=false`` in the query prevents that, and is part of everything that is
+sent here, so that only ``Router.load`` loads a model. (tools/server/server-models.cpp)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Mapping
+from types import TracebackType
+from typing import Any
+from urllib.parse import quote, unquote_plus
+
+import orjson
+from msgspec import Struct, field
+
+from llamaslot.errors import BackendRestarted, UpstreamError
+from llamaslot.llama.client import LlamaServer, as_known
+from llamaslot.llama.keep_alive import Answer
+from llamaslot.llama.response import Response, Take, content_type_of, next_piece, whole
+
+#: What the router says of a model that is not loaded, or is being unloaded.
+_IS_NOT_LOADED = (b"model is not loaded", b"is not running")
+_SLEEP_FLAG = "--sleep-idle-seconds"
+
+
+class RouterModel(Struct, frozen=True):
+    """A model of a router. ``state``: unloaded, loading, loaded, sleeping (its process runs without the model), or
+    another word. ``sleep_s``: idle time after which it falls asleep; None: never. ``entry``: all that is told.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    state: str = "unloaded"
+    sleep_s: float | None = None
+    entry: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> RouterModel:
+        """``entry``: of ``GET /models``. Raises KeyError, TypeError and ValueError for anything else."""
+        status = entry["status"]
+        aliases = tuple(str(alias) for alias in entry.get("aliases") or ())
+        return cls(str(entry["id"]), aliases, str(status["value"]), _sleep_s(status.get("args") or []), entry)
+
+
+def _sleep_s(args: list[str]) -> float | None:
+    """From the command line of its process."""
+    if _SLEEP_FLAG not in args[:-1]:
+        return None
+    seconds = float(args[args.index(_SLEEP_FLAG) + 1])
+    return seconds if seconds >= 0 else None
+
+
+class ModelRouter(LlamaServer):
+    """The router itself. Canceling any of its coroutines closes the connection."""
+
+    @as_known
+    async def models(self) -> list[RouterModel]:
+        """``GET /models``. Raises BackendDown, UpstreamError, and NotUnderstood if it is no router."""
+        return [RouterModel.of(entry) for entry in (await self._ask_json("GET", "/models"))["data"]]
+
+    async def load(self, model: str) -> None:
+        """Wait until ``model`` is loaded. If it is not, and the router has reached its ``--models-max``, the least
+        recently used model without a request makes room. Raises BackendDown, and UpstreamError if it cannot be
+        loaded.
+        """
+        path = f"/props?model={quote(model, safe='')}&autoload=true"
+        async with self.request("GET", path) as response:
+            if response.status != 200:
+                raise UpstreamError(response.status, await whole(response), content_type_of(response))
+
+    def server_of(self, model: str) -> ModelServer:
+        """A client of one model."""
+        name = f"{self.name}/{model}"
+        return ModelServer(self.url, self.api_key, self.watchdog_s, name=name, model=model)
+
+    async def unload(self, model: str) -> None:
+        """Begin to unload ``model``: its process ends a moment later. Raises BackendDown, UpstreamError."""
+        await self._json("POST", "/models/unload", {"model": model}, timeout_s=10.0)
+
+    async def changes(self) -> AsyncGenerator[None, None]:
+        """``GET /models/sse``: yields when the state of any model has changed, until the connection ends. Raises
+        BackendDown, and UpstreamError if this build has no such route.
+        """
+        async with self.request("GET", "/models/sse") as response:
+            if response.status != 200:
+                raise UpstreamError(response.status, await whole(response), content_type_of(response))
+            yield
+            while await next_piece(response):
+                yield
+
+
+class ModelServer(LlamaServer):
+    """One model of a router. If it is not loaded, every coroutine raises BackendRestarted, and ``on_unloaded`` is
+    called: nothing that is sent here loads it.
+    """
+
+    health_path = "/props"  # the router's own /health tells nothing of the model
+
+    def __init__(
+        self, url: str, api_key: str | None, watchdog_s: float | None, *, name: str, model: str
+    ) -> None:
+        super().__init__(url, api_key, watchdog_s, name=name)
+        self.model = model
+        self.on_unloaded: Callable[[], None] = lambda: None
+        self._query = f"model={quote(model, safe='')}&autoload=false"
+        self._member = b'"model":%b}' % orjson.dumps(model)
+
+    def request(
+        self, method: str, path: str, *, data: Any = None, **options: Any
+    ) -> contextlib.AbstractAsyncContextManager[Response]:
+        """As ``LlamaServer.request``."""
+        return _IfLoaded(
+            super().request(method, self._path(path), data=self._body(data), **options), self._check
+        )
+
+    async def _question(
+        self, method: str, path: str, data: bytes | None = None, timeout_s: float = 60.0
+    ) -> Answer:
+        answer = await super()._question(method, self._path(path), self._body(data), timeout_s)
+        self._check(answer.status, answer.body)
+        # The connection is the router's: that it is still open says nothing of the model's process.
+        return Answer(answer.status, answer.content_type, answer.body)
+
+    async def why_unhealthy(self, timeout_s: float = 5.0) -> str | None:
+        try:
+            return await super().why_unhealthy(timeout_s)
+        except BackendRestarted:
+            return "has unloaded this model"
+
+    @as_known
+    async def model_info(self) -> dict[str, Any]:
+        """The model's own entry of ``GET /models``."""
+        entries = (await self._ask_json("GET", "/models"))["data"]
+        return dict(next(entry for entry in entries if entry["id"] == self.model))
+
+    def _path(self, path: str) -> str:
+        """With the model in the query, instead of any other. The router reads the last of two parameters."""
+        route, _, query = path.partition("?")
+        kept = [part for part in query.split("&") if part and not _is_ours(part)]
+        return f"{route}?{'&'.join([*kept, self._query])}"
+
+    def _body(self, data: Any) -> Any:
+        """With the model in the JSON: behind the rest, as llama-server uses the last of two equal keys. A form stays as
+        it is.
+        """
+        if not isinstance(data, bytes) or not data.lstrip().startswith(b"{"):
+            return data
+        rest = data.rstrip()
+        if not rest.endswith(b"}"):
+            return data
+        rest = rest[:-1].rstrip()
+        return rest + (b"" if rest.endswith(b"{") else b",") + self._member
+
+    def _check(self, status: int, body: bytes) -> None:
+        if status == 400 and any(text in body for text in _IS_NOT_LOADED):
+            self.on_unloaded()
+            raise BackendRestarted(f"{self.name} is not loaded any more")
+
+
+def _is_ours(parameter: str) -> bool:
+    return unquote_plus(parameter.partition("=")[0]) in ("model", "autoload")
+
+
+class _IfLoaded(contextlib.AbstractAsyncContextManager[Response]):
+    """A request of which the answer is looked at first if it may say that the model is not loaded."""
+
+    def __init__(
+        self,
+        request: contextlib.AbstractAsyncContextManager[Response],
+        check: Callable[[int, bytes], None],
+    ) -> None:
+        self._request, self._check = request, check
+
+    async def __aenter__(self) -> Response:
+        response = await self._request.__aenter__()
+        if response.status != 400:
+            return response
+        try:
+            body = await whole(response)
+            self._check(response.status, body)
+        except BaseException as error:
+            await self._request.__aexit__(type(error), error, error.__traceback__)
+            raise
+        return _Read(response, body)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._request.__aexit__(kind, error, trace)
+
+
+class _Read:
+    """A ``Response`` whose body was read."""
+
+    def __init__(self, response: Response, body: bytes) -> None:
+        self.status, self.reason, self.headers = response.status, response.reason, response.headers
+        self._body = body
+
+    @property
+    def has_ended(self) -> bool:
+        return not self._body
+
+    async def pass_to(self, take: Take) -> bool:
+        """As ``Response`` says."""
+        body, self._body = self._body, b""
+        return bool(body) and not take(body)

@@ -1,0 +1,187 @@
+"""llama-server in router mode behind one address: each of its models is a pool of its own, loaded on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamaslot.backend.backend import Health
+from tests.support.fake import FakeModel
+from tests.support.fake_router import FakeRouter
+from tests.support.fleet import A, B, Several, configured
+from tests.support.inprocess import Settings, a_session, letters, spawn
+
+MODELS = {"a": A, "org/b:Q4": B}
+TALK = letters(1, 600)
+
+
+@contextlib.asynccontextmanager
+async def routed(
+    directory: Path, settings: Settings | None = None, *, wait: bool = True, **options: Any
+) -> AsyncIterator[tuple[Several, FakeRouter]]:
+    """llamaslot in front of a router with the models ``a`` and ``org/b:Q4``, one of them loaded at a time."""
+    kv = directory / "kv"
+    kv.mkdir()
+    router = FakeRouter(kv, MODELS, **{"slots": 2, "context": 8192, "gone_s": 0.05, **options})
+    backends = [{"name": "box", "url": router.url, "slot_save_path": str(kv)}]
+    config = configured(directory, backends, settings or {})
+    async with contextlib.AsyncExitStack() as stack:
+        if wait:
+            await stack.enter_async_context(router)
+        else:
+            stack.push_async_callback(router.kill)
+        session = await stack.enter_async_context(a_session())
+        it = Several(config=config, session=session, save_dir=kv)
+        try:
+            await it.start(wait=False)
+            if wait:
+                await it.until(
+                    lambda: len(it.registry.backends) == len(MODELS) and "box" not in its_names(it)
+                )
+            yield it, router
+            await it.rest()
+            it.check()
+            assert not any(child.server.violations for child in router.children.values())
+        finally:
+            await it.stop()
+
+
+def its_names(it: Several) -> list[str]:
+    return [backend.name for backend in it.registry.backends]
+
+
+async def states(it: Several) -> dict[str, str]:
+    async with it.session.get(it.url + "/v1/models") as answer:
+        return {model["id"]: model["status"]["value"] for model in (await answer.json())["data"]}
+
+
+async def test_a_swap_keeps_every_conversation(tmp_path: Path) -> None:
+    """Its slots are saved before the router unloads a model, though no idle save is due; a follow-up finds them."""
+    async with routed(tmp_path) as (it, router):
+        assert await states(it) == {"a": "unloaded", "org/b:Q4": "unloaded"}
+        talks = dict.fromkeys(MODELS, TALK)
+        for turn in range(3):
+            for name in MODELS:
+                answer = await it.ask(talks[name], model=name)
+                assert answer.status == 200, answer.error
+                assert answer.headers["x-llamaslot-backend"] == f"box/{name}"
+                assert (await states(it))[name] == "loaded"
+                assert answer.source == ("snapshot" if turn else "cold")
+                assert not turn or answer.n_reused >= len(talks[name]) - 60
+                talks[name] += answer.text + letters(turn, 50)
+        assert it.members() == [{"box/a"}, {"box/org/b:Q4"}]
+        assert router.woken == ["a: GET /props", "org/b:Q4: GET /props"] * 3
+
+
+async def test_asking_loads_and_wakes_nothing(tmp_path: Path) -> None:
+    """Neither what is not loaded, nor what sleeps; llamaslot is healthy meanwhile."""
+    asking = (
+        *("/health", "/v1/models", "/llamaslot/status", "/llamaslot/metrics", "/metrics", "/slots", "/props"),
+        *(
+            "/props?model=a",
+            "/slots?model=a",
+            "/metrics?model=a&autoload=true",
+            "/slots?%6dodel=a&model=org/b:Q4",
+        ),
+    )
+
+    async def ask_all() -> None:
+        for path in asking:
+            async with it.session.get(it.url + path) as answer:
+                assert answer.status in (200, 503), (path, await answer.text())
+        assert (await it.post("/tokenize", {"content": "x", "model": "org/b:Q4"})).status == 503
+
+    async with routed(tmp_path, {"store": {"idle_save_s": 0}}) as (it, router):
+        await ask_all()
+        assert router.woken == []
+        await it.ask(TALK, model="a")
+        await it.until(lambda: any(store.catalog.snapshots for store in it.registry.stores.values()))
+        await router.fall_asleep("a")
+        await it.until(lambda: it.named("box/a").leases.is_asleep)
+        router.woken.clear()
+        await ask_all()
+        await asyncio.sleep(0.6)  # an idle save would be due
+        assert router.woken == []
+        assert it.named("box/a").health is Health.UP
+        assert (await it.ask(TALK + "more", model="a")).source == "snapshot"
+
+
+async def test_it_is_found_when_it_comes_up(tmp_path: Path) -> None:
+    """A request that waits for the connection is placed again."""
+    async with routed(tmp_path, wait=False) as (it, router):
+        asked = [spawn(it.ask(TALK, model="a"))]
+        assert (await asked[0]).status == 503
+        await router.start()
+        await it.until(lambda: it.registry.backend_named("box/a") is not None)
+        assert (await it.ask(TALK, model="a")).status == 200
+        assert (await it.ask(TALK + "more", model="a-alias")).source == "resident"
+        unknown = await it.ask(TALK, model="c")
+        assert (unknown.status, unknown.error["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize("has_events", [True, False])
+async def test_what_others_load_and_unload_is_seen(tmp_path: Path, has_events: bool) -> None:
+    """Nothing is believed of the slots of a process that is gone; the next request loads its model again."""
+    async with routed(tmp_path, {"store": {"idle_save_s": 0}}, has_events=has_events) as (it, router):
+        await router.load(router.children["a"])
+        await it.until(lambda: it.named("box/a").health is Health.UP)
+        await it.ask(TALK, model="a")
+        await it.until(lambda: any(store.catalog.snapshots for store in it.registry.stores.values()))
+        await router.load(router.children["org/b:Q4"])
+        assert (await it.ask(TALK + "more", model="a")).source == "snapshot"
+        await router.unload(router.children["a"])
+        await it.until(lambda: it.named("box/a").health is Health.ASLEEP)
+        assert it.named("box/a").leases.table is None
+        assert (await it.ask(TALK + "more", model="a")).source == "snapshot"
+
+
+async def test_one_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
+    """And the other is served as before."""
+    async with routed(tmp_path) as (it, router):
+        router.children["a"].fails = True
+        answer = await it.ask(TALK, model="a")
+        assert (answer.status, "failed to load" in answer.error["message"]) == (503, True)
+        assert (await it.ask(TALK, model="org/b:Q4")).status == 200
+
+
+async def test_a_router_that_was_gone_is_used_again(tmp_path: Path) -> None:
+    """By itself, with what was saved; meanwhile its models are unavailable."""
+    async with routed(tmp_path, {"store": {"idle_save_s": 0}}) as (it, router):
+        await it.ask(TALK, model="a")
+        await it.until(lambda: any(store.catalog.snapshots for store in it.registry.stores.values()))
+        await router.kill()
+        await it.until(lambda: it.named("box/a").health is Health.DOWN)
+        assert (await it.ask(TALK, model="a")).status == 503
+        assert set((await states(it)).values()) == {"unavailable"}
+        async with it.session.get(it.url + "/health") as answer:
+            assert answer.status == 503
+        await router.start()
+        await it.until(lambda: it.named("box/a").health is Health.ASLEEP)
+        assert (await it.ask(TALK + "more", model="a")).source == "snapshot"
+
+
+async def test_the_users_of_both_at_once_are_all_served(tmp_path: Path) -> None:
+    """Each waits for its model."""
+    async with routed(tmp_path) as (it, _):
+        asked = [spawn(it.ask(letters(n, 300), model=list(MODELS)[n % 2])) for n in range(4)]
+        assert [(await one).status for one in asked] == [200] * 4
+
+
+async def test_one_model_is_a_router_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any name is its own, as with one llama-server."""
+    monkeypatch.delitem(MODELS, "org/b:Q4")
+    async with routed(tmp_path) as (it, router):
+        assert (await it.ask(TALK, model="a")).status == 200
+        assert router.children["a"].n_loads == 1
+        assert (await it.post("/tokenize", {"content": "hello"})).status == 200
+
+
+def test_models_have_weights_of_their_own() -> None:
+    """Else they would be one pool."""
+    assert isinstance(A, FakeModel)
+    assert A.weights != B.weights
