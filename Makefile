@@ -2,7 +2,7 @@
 #   make serve    a llama.cpp with a small chat model behind llamaslot on http://127.0.0.1:8081/v1
 #   make test     everything that is checked before a change goes in; .ci/run is the same
 # Others: make lint, make types, make pytest, make soak (long tests), make fuzz (FUZZ_BODIES=1000 for less),
-#   make agents (Claude Code, Codex, opencode, Qwen Code as clients), make docs (the documents as a site), make dist (wheel and
+#   make agents (Claude Code, Codex, opencode, Qwen Code as clients), make test-page (the page in Chromium), make docs (the documents as a site), make dist (wheel and
 #   sdist), make bench (what llamaslot costs), make bench-index, make bench-simulator, make smollm2 (the model alone), make clean.
 
 PYTHON ?= python3
@@ -12,6 +12,8 @@ BIN := $(VENV)/bin
 COMMA := ,
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llamaslot
+AXE_VERSION := 4.14.1
+AXE := $(CACHE)/axe-$(AXE_VERSION)
 CODEX_VERSION := 0.171.0
 CODEX := $(CACHE)/codex-$(CODEX_VERSION)
 AGENTS := $(CACHE)/agents
@@ -50,6 +52,11 @@ soak: $(VENV)/.dev $(CODEX)/.installed
 # Ten minutes; fetches 1 GB from npm.
 agents: $(VENV)/.dev $(AGENTS)/.installed
 	$(BIN)/python -m pytest -m soak tests/soak/test_agent_programs.py
+
+# The page in a browser, as `make test` does where there is one. axe-core finds what people with disabilities cannot use.
+test-page: $(VENV)/.dev $(AXE)/.installed
+	@command -v chromium >/dev/null || { echo "installing Chromium"; apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
+	$(BIN)/python -m pytest tests/web/test_page_browser.py
 
 docs: $(VENV)/.dev
 	$(MKDOCS)
@@ -111,6 +118,11 @@ $(AGENTS)/.installed: Makefile
 	@echo "installing Claude Code, Codex, opencode and Qwen Code into $(AGENTS)"
 	@npm install --prefix $(AGENTS) --no-audit --no-fund --silent @anthropic-ai/claude-code@2.1.332 \
 	  @openai/codex@$(CODEX_VERSION) opencode-ai@1.18.33 @qwen-code/qwen-code@0.24.4
+	@touch $@
+
+$(AXE)/.installed:
+	@command -v npm >/dev/null || { echo "the tests of the page need npm: apt install npm" >&2; exit 1; }
+	@npm install --prefix $(AXE) --no-audit --no-fund --silent axe-core@$(AXE_VERSION)
 	@touch $@
 
 $(BIN)/python:

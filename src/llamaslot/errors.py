@@ -70,6 +70,12 @@ class Unpackable(BadRequest):
     status = 415
 
 
+class Cancelled(BadRequest):
+    """An operator has cancelled the request. Clients do not repeat it by themselves after this status."""
+
+    status = 410
+
+
 class NotImplementedHere(BadRequest):
     """A method that llamaslot does not support."""
 

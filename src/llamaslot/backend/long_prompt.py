@@ -61,6 +61,7 @@ class LongPrompt(Struct, eq=False):
     n_stopped: int = 0  # interruptions for other requests
     paused_s: float = 0.0  # seconds of these for running streams
     waited_s: float = 0.0  # for its turn, in total
+    gives_way_to: str = ""  # what it waits for now
 
     @property
     def user(self) -> str:

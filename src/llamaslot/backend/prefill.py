@@ -59,9 +59,9 @@ _SURELY_S = 8.0  # of computing, before a prefill makes room for an exclusive re
 class _Why(enum.Enum):
     """Why a prefill waits."""
 
-    OTHER_PREFILL = "another prefill"
-    FIRST = "a request whose first token is near"
-    STREAMS = "the share of those that decode"
+    OTHER_PREFILL = "another prompt"
+    FIRST = "a request that answers soon"
+    STREAMS = "running answers"
 
 
 class ChunkedPrefill(Struct):
@@ -85,6 +85,10 @@ class ChunkedPrefill(Struct):
 
     def now(self) -> float:
         return self.leases.now()
+
+    def gives_way_to(self, lease: Lease) -> str:
+        """What the long prefill of ``lease`` waits for now, in words; empty if it waits for nothing."""
+        return next((long.gives_way_to for long in self._longs if long.lease is lease), "")
 
     async def run(
         self, lease: Lease, stops: Sequence[int], report: Report, keep: KeepTrunk, *, may_replan: bool = False
@@ -140,6 +144,7 @@ class ChunkedPrefill(Struct):
         long.is_by_right = False
         while (waits := self._waits(long)) is not None:
             why, seconds = waits
+            long.gives_way_to = why.value
             if why is not _Why.STREAMS and not long.has_begun:
                 long.report(Comment.WAITING_TO_PREFILL.format(n_tokens=lease.request.n_tokens))
             since, first = self.now(), self._first(long) if why is _Why.FIRST else []
@@ -151,7 +156,7 @@ class ChunkedPrefill(Struct):
             if seconds is not None and self._next() is not long:
                 self._changes.notify()  # another prefill is ahead by now, and waits to be woken
         # No await from here to the chunk.
-        self._current = long
+        self._current, long.gives_way_to = long, ""
         lease.take_prefill_turn()
         long.is_by_right = self._has_priority_requests(long)
         long.waited_s += self.now() - began

@@ -15,7 +15,6 @@ from llamaslot.http.openapi import DESCRIPTION, PATHS
 from llamaslot.http.rewriting import SystemPrompts
 from llamaslot.observe.journal import KEPT
 
-_DRAINING = ("/llamaslot/drain", "/llamaslot/undrain")
 _DIGITS = 9  # of a number in a query; Python reads no more than 4,300
 
 
@@ -28,16 +27,14 @@ class Status:
 
     async def handle(self, request: web.Request) -> web.Response:
         """Answer a request for one of the pages. Raises NotFound, NotAllowed, and BadRequest."""
-        methods = ("POST",) if request.path in _DRAINING else ("GET", "HEAD")
-        if request.path in PATHS and request.method not in methods:
-            raise NotAllowed(f"{request.path} takes {' and '.join(methods)}, not {request.method}", methods)
+        check_method(request)
         match request.path:
             case "/llamaslot/status":
                 return web.json_response(self.status())
             case "/llamaslot/metrics":
                 return self._metrics()
             case "/llamaslot/journal":
-                return web.json_response(self.journal(request.query.get("n", "100")))
+                return web.json_response(self.journal(digits(request, "n", 100, KEPT)))
             case "/llamaslot/drain" | "/llamaslot/undrain":
                 return web.json_response(self._drain(request))
             case "/llamaslot/openapi.json":
@@ -66,13 +63,10 @@ class Status:
             "rewrite": self._prompts.report(),
         }
 
-    def journal(self, n: str) -> dict[str, Any]:
-        """The last ``n`` decisions, newest first. Raises BadRequest if ``n`` is no number."""
-        if not (n.isascii() and n.isdigit()):
-            raise BadRequest(f"n={n}: how many decisions of the last {KEPT}")
-        n_wanted = min(int(n[-_DIGITS:]), KEPT) if len(n.lstrip("0")) <= _DIGITS else KEPT
-        every = (decision for pool in self._registry.pools for decision in pool.latest_decisions(n_wanted))
-        latest = sorted(every, key=lambda decision: -decision.at)[:n_wanted]
+    def journal(self, n: int) -> dict[str, Any]:
+        """The last ``n`` decisions, newest first."""
+        every = (decision for pool in self._registry.pools for decision in pool.latest_decisions(n))
+        latest = sorted(every, key=lambda decision: -decision.at)[:n]
         return {"decisions": [decision.to_json() for decision in latest]}
 
     def _drain(self, request: web.Request) -> dict[str, Any]:
@@ -99,6 +93,23 @@ class Status:
         stores = self._registry.stores.values()
         metrics.bytes_stored.set(sum(store.catalog.size_bytes for store in stores))
         return web.Response(body=metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+
+def check_method(request: web.Request) -> None:
+    """Raises NotAllowed for a page that does not take the request's method."""
+    if (described := PATHS.get(request.path)) is None:
+        return
+    methods = ("POST",) if "post" in described else ("GET", "HEAD")
+    if request.method not in methods:
+        raise NotAllowed(f"{request.path} takes {' and '.join(methods)}, not {request.method}", methods)
+
+
+def digits(request: web.Request, name: str, default: int, most: int) -> int:
+    """A number in the query, at most ``most``. Raises BadRequest."""
+    text = request.query.get(name, str(default))
+    if not (text.isascii() and text.isdigit()):
+        raise BadRequest(f"{name}={text}: a number is wanted, {most} at most")
+    return min(int(text[-_DIGITS:]), most) if len(text.lstrip("0")) <= _DIGITS else most
 
 
 def _users(pools: list[PoolStatus]) -> list[dict[str, Any]]:

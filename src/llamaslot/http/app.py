@@ -24,12 +24,19 @@ from llamaslot.http.client_stream import StreamRules, name_itself
 from llamaslot.http.completion import Completions
 from llamaslot.http.cors import Cors
 from llamaslot.http.deadlines import Timeouts
+from llamaslot.http.events import Events
 from llamaslot.http.health import health_of
+from llamaslot.http.in_flight import Requests, by_operator
+from llamaslot.http.page import is_page_file, page_file
 from llamaslot.http.passthrough import Passthrough
+from llamaslot.http.present import Presenter
 from llamaslot.http.request_body import Uploads, close_behind, hold_back, speaks_http
 from llamaslot.http.rewriting import SystemPrompts, tell_rewrote
 from llamaslot.http.unassisted import Unassisted
+from llamaslot.http.watching import Watching
 from llamaslot.llama.routes import Route, classify
+from llamaslot.observe.history import History
+from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +65,17 @@ class App:
         unassisted = Unassisted(rules)
         self._passthrough = Passthrough(registry, uploads, timeouts, prompts, unassisted)
         self._completions = Completions(registry, rules, uploads, self._passthrough, unassisted, prompts)
-        self._status = Status(registry, prompts)
+        self._tasks = TaskOwner()
+        self._history = History(config.store.meta_dir / "history.sqlite")
+        self._requests = Requests(registry, self._history)
+        self._events = Events(
+            Presenter(registry, self._requests).state, self._requests.has_changed, self._tasks
+        )
         self._authenticator, self._cors = Authenticator(config.auth), Cors(config.listen.cors)
+        self._status = Status(registry, prompts)
+        self._watching = Watching(
+            registry, self._requests, self._events, needs_key=self._authenticator.needs_admin_key
+        )
 
     def application(self) -> web.Application:
         app = web.Application()
@@ -67,7 +83,22 @@ class App:
         everything.add_route("*", self.handle, expect_handler=hold_back)
         app.router.register_resource(everything)
         app.on_response_prepare.append(self._add_headers)
+        app.on_startup.append(self._start)
+        app.on_shutdown.append(self._stop_watching)
+        app.on_cleanup.append(self._close)
         return app
+
+    async def _start(self, _: web.Application) -> None:
+        self._tasks.spawn(self._history.load(), "read the history")
+
+    async def _stop_watching(self, _: web.Application) -> None:
+        """Pages that are open do not hold up the end."""
+        await self._events.close()
+
+    async def _close(self, _: web.Application) -> None:
+        self._requests.close()
+        await self._history.close()
+        await self._tasks.close()
 
     async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         for add in (name_itself, self._cors.allow, tell_rewrote, close_behind):
@@ -80,6 +111,7 @@ class App:
             connection.serving(True)
         route = classify(request.method, request.raw_path, self.config.passthrough.allow)
         metrics, status = self._metrics, CLIENT_GONE
+        its = self._requests.begin(request, route) if route.kind in ("completion", "exclusive") else None
         try:
             response = await self._answer(request, route)
             status = response.status
@@ -91,6 +123,8 @@ class App:
             return web.Response(status=CLIENT_GONE)  # the client does not read it
         finally:
             metrics.requests.labels(route.kind, str(status)).inc()
+            if its is not None:
+                self._requests.end(its, status)
             if isinstance(connection, Connection):
                 connection.serving(False)
         return response
@@ -106,6 +140,8 @@ class App:
             return await self._dispatch(request, route)
         except ClientGone:
             raise
+        except asyncio.CancelledError:
+            return error_instead(request, by_operator(request))
         except LlamaslotError as error:
             return error_instead(request, error)
         except web.HTTPException as error:
@@ -117,8 +153,10 @@ class App:
             return error_response(LlamaslotError(MISTAKE))
 
     async def _dispatch(self, request: web.Request, route: Route) -> web.StreamResponse:
+        if is_page_file(request):
+            return page_file(request)
         if is_own_page(request):
-            return await self._status.handle(request)
+            return await self._watching.handle(request) or await self._status.handle(request)
         if request.method in _NO_METHODS or request.raw_path == "*":
             raise NotImplementedHere(
                 f"{request.method} {request.raw_path} is not served: llamaslot is no proxy for other servers"

@@ -22,6 +22,7 @@ from llamaslot.config.keys import Key, digest_of, read_keys
 from llamaslot.config.sections import AuthConfig
 from llamaslot.errors import BadRequest, ConfigError, Forbidden, Unauthorized
 from llamaslot.file_id import Watch
+from llamaslot.http.page import is_page_file
 from llamaslot.llama.routes import server_path
 from llamaslot.scheduling.request import SYSTEM_USER, User
 
@@ -99,6 +100,8 @@ class Authenticator:
         If no keys are configured, a key that is sent is ignored (most clients must send one). If keys are in use, a
         wrong one is always refused.
         """
+        if is_page_file(request):
+            return anonymous(request)
         key = key_of(request.headers)
         if is_own_page(request):
             return self._admit_admin(request, key)
@@ -109,6 +112,11 @@ class Authenticator:
         if is_open(request) or (key is None and self._lets_anybody_in):
             return anonymous(request)
         raise _unauthorized(key)
+
+    @property
+    def needs_admin_key(self) -> bool:
+        """Whether llamaslot's own pages need a key."""
+        return self._admin_digest is not None or self._keyring is not None
 
     def _admit_admin(self, request: web.Request, key: str | None) -> User:
         user = self._keyring.find(key) if self._keyring is not None and key is not None else None
@@ -121,7 +129,7 @@ class Authenticator:
                 "llamaslot's own pages are for its operators: use auth.admin_key_file of its configuration, "
                 "or a key made with: llamaslot keys add NAME --admin"
             )
-        if self._admin_digest is not None or self._keyring is not None:
+        if self.needs_admin_key:
             raise _unauthorized(key)
         if not _is_loopback(request.remote):
             raise Forbidden(

@@ -9,6 +9,7 @@ from aiohttp import web
 from llamaslot.errors import ClientGone, LlamaslotError, NotAllowed, Unauthorized, UpstreamError
 from llamaslot.formats.base import ErrorEvents
 from llamaslot.formats.registry import format_named
+from llamaslot.http.in_flight import note_error
 from llamaslot.llama.routes import classify
 
 MISTAKE = "internal error in llamaslot; its log has the traceback"
@@ -27,6 +28,7 @@ def error_instead(
     """The error answer to a failed request. If half of another answer has been sent, closes the connection and raises
     ClientGone: half an answer must not look like a whole one.
     """
+    note_error(request, error)
     if request.get(HAS_BEGUN):
         cut(request)
         raise ClientGone from error

@@ -19,6 +19,7 @@ from llamaslot.errors import ClientGone, LlamaslotError
 from llamaslot.formats.base import ErrorEvents
 from llamaslot.http.client_errors import HAS_BEGUN, error_instead, errors_of
 from llamaslot.http.deadlines import Timeouts
+from llamaslot.http.in_flight import note_error
 from llamaslot.http.new_connection import NAME
 from llamaslot.llama.sse import comment
 from llamaslot.tasks import TaskOwner
@@ -46,6 +47,7 @@ class Writer(StreamWriter):
 
     #: The first part of the body follows at once: headers are sent with it, in one packet.
     holds_headers = False
+    n_put = 0  # of an answer in a stream about as many as tokens
 
     async def write_headers(self, status_line: str, headers: CIMultiDict[str]) -> None:
         await super().write_headers("HTTP/1.1 " + status_line.partition(" ")[2], headers)
@@ -64,6 +66,7 @@ class Writer(StreamWriter):
         if not is_ready or transport is None or protocol.writing_paused or transport.is_closing():
             return False
         transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
+        self.n_put += 1
         return True
 
 
@@ -205,6 +208,7 @@ class Downstream:
             if (relayed := await end_relayed(self.request, error)) is not None:
                 return relayed
             return error_instead(self.request, error, self.headers)
+        note_error(self.request, error)
         await self.write(self.errors.event(error.inner))
         return await self.end()
 
@@ -241,6 +245,7 @@ async def end_relayed(request: web.Request, error: LlamaslotError) -> web.Stream
     relayed: Relayed | None = request.get(_RELAYED)
     if relayed is None or not (relayed.is_whole or relayed.is_over):
         return None
+    note_error(request, error)
     if not relayed.is_over:
         relayed.is_over = True
         await send(relayed.response, relayed.errors.event(error.inner))

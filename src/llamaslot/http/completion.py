@@ -42,6 +42,7 @@ from llamaslot.http.completion_stream import Answering, RetryNonStreamed
 from llamaslot.http.deadlines import Deadlines
 from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import of_placement, to_server
+from llamaslot.http.in_flight import begins, by_operator, placed
 from llamaslot.http.json_body import NoObject, parse_object, written
 from llamaslot.http.parse import ParsedRequest, keep_what_follows, parse_request, request_id
 from llamaslot.http.passthrough import Passthrough
@@ -132,6 +133,7 @@ class _Exchange:
         self.down = Downstream(request, rules, self.client_request.is_streaming, {"x-request-id": self.id})
         self.attempts = Attempts(self.id, pool, raw, lambda: self.down.has_answer)
         self.attempts.pool_again = pool_again
+        begins(request, self.id, pool, body.get("model"), self.down)
         self.deadlines: Deadlines = whole.deadlines if whole is not None else Deadlines(rules.timeouts)
 
     async def run(self) -> web.StreamResponse:
@@ -150,6 +152,8 @@ class _Exchange:
             if isinstance(error, PromptTooLong):
                 self.pool.refused_too_long(error.n_prompt_tokens)
             return await self.down.fail(error)
+        except asyncio.CancelledError:
+            return await self.down.fail(by_operator(self.request))
         except ClientGone:
             raise
         except Exception:
@@ -366,6 +370,7 @@ class _Exchange:
                     raise BackendRestarted  # and may have another model now
                 self.attempts.leased(lease)
                 backend = self.backend
+                placed(self.request, lease)
                 await self.pool.confirm(lease)
                 self.pool.metrics.queue_s.observe(time.monotonic() - queued)
                 lease.recorder.rewrote(rewrote(self.request))

@@ -27,6 +27,7 @@ from llamaslot.http.client_request import ClientRequest
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream
 from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import of_expected_reuse, of_reuse, to_client
+from llamaslot.http.in_flight import in_flight
 from llamaslot.http.parse import ParsedRequest
 from llamaslot.http.stream_reader import Put, Reading
 from llamaslot.llama.response import Response, content_type_of, media_type_of, whole
@@ -74,6 +75,7 @@ class Answering:
         may_assemble = not (client_request.is_streaming or in_one_piece) and backend.streams_are_known
         self.is_assembled = may_assemble and client_request.format.can_assemble(client_request.body)
         self.first_byte_s: float | None = None
+        self.first_token_s: float | None = None  # if it was noticed
         self._is_reuse_told = False
         self._first: list[bytes] | None = None
 
@@ -119,6 +121,8 @@ class Answering:
         while (events := await self._next_or_stop(sent, can_stop=is_looked_at and may_stop)) is not None:
             if reading.has_token or reading.is_over or reading.has_failed:
                 self.lease.mark_decoding()
+                if reading.has_token:
+                    self.first_token_s = time.monotonic() - self.client_request.started
                 self._first = events
                 if reading.has_failed and self.attempts.is_worth_another(_FAILED):
                     self.lease.finish(None)
@@ -415,6 +419,12 @@ class Answering:
             n_computed += int(timings.get("prompt_n", 0))
         elif prefill_stats is not None:
             n_computed += self.lease.request.n_tokens - prefill_stats.n_tokens
+        if (its := in_flight(self.down.request)) is not None:
+            prefill_s = prefill_stats.seconds if prefill_stats is not None else 0.0
+            its.answered(self.source.value, self.n_reused, n_computed, prefill_s, self.first_token_s)
+            its.timed(timings or {}, self._reading.n_predicted)
+            if self._reading.has_failed:
+                its.error = UpstreamError(500, b"an error in the stream of its answer")
         if not log.isEnabledFor(logging.INFO):
             return
         log.info(

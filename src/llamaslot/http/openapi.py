@@ -8,7 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from llamaslot import __version__
+from llamaslot.observe.activity import Activity, Outcome
+from llamaslot.observe.history import KEPT as KEPT_REQUESTS
 from llamaslot.observe.journal import KEPT
+from llamaslot.observe.series import SPANS
 
 Json = dict[str, Any]
 
@@ -131,6 +134,100 @@ _BACKEND: Json = {
 }
 
 
+def _param(name: str, description: str, schema: Json, *, required: bool = False) -> Json:
+    return {"name": name, "in": "query", "required": required, "description": description, "schema": schema}
+
+
+_FLIGHT = _object(
+    id=_TEXT,
+    at=_SECONDS,
+    user=_TEXT,
+    model=_TEXT,
+    client=_TEXT,
+    route=_TEXT,
+    backend=_or_null(_TEXT),
+    slot=_or_null(_COUNT),
+    stage=_TEXT,
+    position=_or_null(_COUNT),
+    n_done=_or_null(_COUNT),
+    n_tokens=_or_null(_COUNT),
+    n_answered=_or_null(_COUNT),
+    tokens_per_s=_or_null(_SECONDS),
+    gives_way_to=_TEXT,
+)
+_OF_ACTIVITY: Json = {
+    "id": _TEXT,
+    "user": _TEXT,
+    "model": _TEXT,
+    "client": _TEXT,
+    "route": _TEXT,
+    "backend": _or_null(_TEXT),
+    "slot": _or_null(_COUNT),
+    "outcome": {"enum": [outcome.value for outcome in Outcome]},
+    "error": _TEXT,
+    "source": _TEXT,
+    "n_reused": _or_null(_COUNT),
+    "first_s": _or_null(_SECONDS),
+    "text": _TEXT,
+    "stages": _list_of(_object(name=_TEXT, begin_s=_SECONDS, seconds=_SECONDS, note=_TEXT, is_done=_YES)),
+    "diverged": _or_null({"type": "object"}),
+}
+_WHOLE: dict[str, Json] = {
+    name: _OF_ACTIVITY.get(
+        name, _COUNT if name.startswith("n_") or name in ("status", "serial") else _SECONDS
+    )
+    for name in Activity.__struct_fields__
+}
+_ROW = {name: schema for name, schema in _WHOLE.items() if name not in ("stages", "diverged")}
+_POINT = _object(
+    at=_COUNT,
+    n=_COUNT,
+    n_faults=_COUNT,
+    n_unserved=_COUNT,
+    n_prompt=_COUNT,
+    n_reused=_COUNT,
+    n_computed=_COUNT,
+    n_answered=_COUNT,
+    saved_s=_SECONDS,
+    saved_error_s=_SECONDS,
+    moved_s=_SECONDS,
+    queued_s=_SECONDS,
+    longest_queued_s=_SECONDS,
+    disk_bytes=_COUNT,
+    first_p50_s=_or_null(_SECONDS),
+    first_p95_s=_or_null(_SECONDS),
+)
+_SNAPSHOT = _object(
+    id=_TEXT,
+    store=_TEXT,
+    kind=_TEXT,
+    n_tokens=_COUNT,
+    n_common=_COUNT,
+    size_bytes=_COUNT,
+    created_at=_SECONDS,
+    last_used=_SECONDS,
+    n_hits=_COUNT,
+    is_pinned=_YES,
+    is_served=_YES,
+    model=_TEXT,
+    model_name=_or_null(_TEXT),
+    request=_TEXT,
+    user=_or_null(_TEXT),
+    namespace=_TEXT,
+)
+
+
+def _action(summary: str, told: str, parameter: Json, **answer: Json) -> Json:
+    answers = {"200": _json(told, _object(**answer)), "400": _ERROR, "404": _ERROR}
+    return _get(summary, answers, parameter, method="post")
+
+
+def _of_snapshot(summary: str) -> Json:
+    parameter = _param("snapshot", "Its id.", {"type": "string", "minLength": 1}, required=True)
+    told = "Whether it is pinned now; null if it is gone."
+    return _action(summary, told, parameter, snapshot=_TEXT, is_pinned=_or_null(_YES))
+
+
 def _drain(summary: str) -> Json:
     answers = {
         "200": _json(
@@ -176,6 +273,88 @@ PATHS: dict[str, Json] = {
         "Take a backend out of service: answers end, slots are saved, nothing new comes."
     ),
     "/llamaslot/undrain": _drain("Put a drained backend into service again."),
+    "/llamaslot/": _get(
+        "The page, for people.",
+        {"200": {"description": "HTML.", "content": {"text/html": {"schema": _TEXT}}}},
+        is_open=True,
+    ),
+    "/llamaslot/events": _get(
+        "What goes on, as it changes.",
+        {
+            "200": {
+                "description": "Server-sent events: 'all' has the whole state by key, 'change' what has changed; a key"
+                " that is gone is null. Keys: now, about, headline, store, backend:NAME, flight:SERIAL.",
+                "content": {"text/event-stream": {"schema": _TEXT}},
+            },
+            "400": _ERROR,
+        },
+        _param("seconds", "End after so many; 0: never.", {"type": "integer", "minimum": 0, "default": 0}),
+    ),
+    "/llamaslot/activity": _get(
+        "Requests in flight, and those that have ended lately.",
+        {
+            "200": _json(
+                "Newest first. With 'request' all of one, its timeline included.",
+                {
+                    "anyOf": [
+                        _object(in_flight=_list_of(_FLIGHT), ended=_list_of(_object(**_ROW))),
+                        _object(**_WHOLE),
+                    ]
+                },
+            ),
+            "400": _ERROR,
+            "404": _ERROR,
+        },
+        _param(
+            "n", f"How many of the last {KEPT_REQUESTS}.", {"type": "integer", "minimum": 0, "default": 100}
+        ),
+        _param("after", "Only those of a greater serial.", {"type": "integer", "minimum": 0, "default": 0}),
+        _param("request", "The id of one that has ended.", _TEXT),
+    ),
+    "/llamaslot/history": _get(
+        "Sums over time.",
+        {
+            "200": _json(
+                "Periods without requests are left out.",
+                _object(
+                    span=_TEXT,
+                    by=_TEXT,
+                    now=_SECONDS,
+                    span_s=_COUNT,
+                    step_s=_COUNT,
+                    lines=_list_of(_object(name=_TEXT, points=_list_of(_POINT))),
+                ),
+            ),
+            "400": _ERROR,
+        },
+        _param("span", "How far back.", {"enum": list(SPANS), "default": "hour"}),
+        _param("by", "One line each.", {"enum": ["all", "backend", "model"], "default": "all"}),
+    ),
+    "/llamaslot/snapshots": _get(
+        "What is on disk.",
+        {
+            "200": _json(
+                "Those with the same beginning next to each other; 'n_common' tokens are shared with the one before.",
+                _object(
+                    n=_COUNT,
+                    most=_COUNT,
+                    size_bytes=_COUNT,
+                    quota_bytes=_COUNT,
+                    snapshots=_list_of(_SNAPSHOT),
+                ),
+            )
+        },
+    ),
+    "/llamaslot/cancel": _action(
+        "Cancel a request in flight: its client is told so, its slot is given back.",
+        "How many requests had this id.",
+        _param("request", "Its id.", {"type": "string", "minLength": 1}, required=True),
+        request=_TEXT,
+        n_cancelled=_COUNT,
+    ),
+    "/llamaslot/pin": _of_snapshot("Keep a snapshot: it is not evicted while its model is served."),
+    "/llamaslot/unpin": _of_snapshot("Let a pinned snapshot be evicted again."),
+    "/llamaslot/delete": _of_snapshot("Remove a snapshot; at once, unless a request is using it."),
     "/llamaslot/openapi.json": _get(
         "This description.",
         {"200": _json("OpenAPI 3.1.", {"type": "object", "required": ["openapi", "paths"]})},

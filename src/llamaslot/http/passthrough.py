@@ -24,6 +24,7 @@ from llamaslot.http.client_stream import end_relayed
 from llamaslot.http.deadlines import Deadlines, Timeouts, Watchdog
 from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import BACKEND, to_server
+from llamaslot.http.in_flight import begins, placed
 from llamaslot.http.json_body import parse_object
 from llamaslot.http.named_model import named_model
 from llamaslot.http.parse import request_id
@@ -163,6 +164,7 @@ class Passthrough:
         self, attempts: Attempts, request: web.Request, raw: bytes, head: bytes, *, is_watched: bool
     ) -> web.StreamResponse:
         id_, user, pool = request_id(request.headers), user_of(request), attempts.pool
+        begins(request, id_, pool, None)
         await pool.ready()
         slot_request = Request(
             id_,
@@ -178,6 +180,7 @@ class Passthrough:
             if not lease.table.is_assisted:
                 raise BackendRestarted
             attempts.leased(lease)
+            placed(request, lease)
             await pool.confirm(lease)
             backend = attempts.backend
             headers = {"x-request-id": id_, BACKEND: backend.name}

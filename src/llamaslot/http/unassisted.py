@@ -29,6 +29,7 @@ from llamaslot.http.client_stream import SSE_HEADERS, Downstream, StreamRules
 from llamaslot.http.deadlines import Deadlines
 from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import ASSIST_OFF, BACKEND, to_client, to_server
+from llamaslot.http.in_flight import in_flight, placed
 from llamaslot.http.parse import max_tokens, request_id
 from llamaslot.http.relay import relay
 from llamaslot.http.rewriting import rewrote
@@ -107,6 +108,7 @@ class Unassisted:
                 lease = stack.enter_context(await self._lease(pool, slot_request, down))
                 backend = pool.backend_of(lease)
                 attempts.leased(lease)
+                placed(request, lease, down)
                 await down.write(down.add_headers({BACKEND: backend.name}))
                 pool.metrics.queue_s.observe(time.monotonic() - began)
                 lease.recorder.rewrote(rewrote(request))
@@ -136,12 +138,12 @@ class Unassisted:
             )
             if media_type_of(upstream) != "text/event-stream":
                 payload = await reading.whole()
-                self._note(backend, lease, format_, reading, began)
+                self._note(down, backend, lease, format_, reading, began)
                 return web.Response(
                     status=upstream.status, body=payload, headers=to_client(upstream, down.headers)
                 )
             await self._relay(down, deadlines, upstream, reading)
-            self._note(backend, lease, format_, reading, began)
+            self._note(down, backend, lease, format_, reading, began)
             return await down.end()
 
     async def _lease(self, pool: Pool, slot_request: Request, down: Downstream) -> Lease:
@@ -165,7 +167,15 @@ class Unassisted:
             await down.write(b"".join(events))
         await down.write(reading.rest)
 
-    def _note(self, backend: Backend, lease: Lease, format_: Format, reading: Reading, began: float) -> None:
+    def _note(
+        self,
+        down: Downstream,
+        backend: Backend,
+        lease: Lease,
+        format_: Format,
+        reading: Reading,
+        began: float,
+    ) -> None:
         """Record what llama-server reports of the prompt, in journal, metrics and log."""
         n_reused, n_prompt = reading.n_reused, reading.n_prompt
         if n_reused is not None and (timings := reading.timings) is not None and "cache_n" in timings:
@@ -173,6 +183,10 @@ class Unassisted:
         if n_reused is not None and n_prompt is not None:
             backend.metrics.reused(Source.SERVER.value, n_reused, n_prompt)
             lease.recorder.found(n_prompt, n_reused)
+            if (its := in_flight(down.request)) is not None:
+                its.n_prompt = n_prompt
+                its.answered(Source.SERVER.value, n_reused, n_prompt - n_reused, 0.0, None)
+                its.timed(reading.timings or {}, reading.n_predicted)
         log.info(
             "%s: answered for %s by llama-server alone (%s, assist off): %s of %s prompt tokens reused, complete after"
             " %.2f s",

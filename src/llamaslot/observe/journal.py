@@ -8,7 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 from msgspec import Struct, field
@@ -94,6 +94,8 @@ class Decision(Struct):
     diverged: dict[str, object] | None = None
     user: str = ""
     is_assisted: bool = True
+    since: float = 0.0  # when it began to wait for a place, by the clock of the requests
+    act_ends: list[float] = field(default_factory=list)  # of each step, by the same clock
     plan: Plan | None = (
         None  # ``chosen`` and ``next_best`` are made of it when the journal is read: few entries are
     )
@@ -152,6 +154,10 @@ class Journal:
     def latest(self, n: int = KEPT) -> Iterator[Decision]:
         """The last ``n`` decisions, newest first."""
         return map(Decision.resolved, islice(reversed(self._decisions), n))
+
+    def since(self, at: float) -> Iterator[Decision]:
+        """The decisions that began after ``at``, newest first, as they stand."""
+        return takewhile(lambda decision: decision.at > at, reversed(self._decisions))
 
     def __len__(self) -> int:
         return len(self._decisions)
@@ -254,6 +260,7 @@ class DecisionRecorder:
         is_own = decision.chosen is None and decision.plan is None
         decision.slot = slot
         decision.acts.append(act)
+        decision.act_ends.append(self._now())
         if is_own:
             _say(decision)
 
@@ -280,6 +287,7 @@ class DecisionRecorder:
             self.decision = self._journal.begin(
                 self._request.id, self._request.n_tokens, self._request.user.id
             )
+            self.decision.since = self._since
         return self.decision
 
     def _end_wait(self, wait: Waited) -> None:

@@ -1,0 +1,132 @@
+"""``/llamaslot/events``: what goes on, as server-sent events. One producer for all who watch, and none without them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+from aiohttp import web
+from msgspec import Struct, field
+
+from llamaslot.errors import ClientGone
+from llamaslot.http.client_stream import SSE_HEADERS, begin, send
+from llamaslot.tasks import TaskOwner
+
+_EVERY_S = 1.0
+_LEAST_S = 0.25  # between two looks, however much changes
+_QUIET = 15  # looks without a change: then a comment shows that the stream is alive
+_KEPT = 16  # events that wait for a slow viewer; then it gets the whole state instead
+_GIVE_UP_S = 30.0  # a viewer that takes nothing for so long is gone
+
+
+class Viewer(Struct, eq=False):
+    """One who watches. ``events``: that it has not been sent yet; ``is_behind``: it has missed some."""
+
+    events: asyncio.Queue[bytes | None] = field(default_factory=lambda: asyncio.Queue(_KEPT))
+    is_behind: bool = True
+
+
+class Events:
+    """``state`` makes the whole state, by key; ``has_changed`` is set when it should be looked at at once."""
+
+    def __init__(
+        self, state: Callable[[], dict[str, Any]], has_changed: asyncio.Event, tasks: TaskOwner
+    ) -> None:
+        self._state, self._has_changed, self._tasks = state, has_changed, tasks
+        self._viewers: dict[Viewer, None] = {}
+        self._last: dict[str, bytes] = {}
+        self._producer: asyncio.Task[None] | None = None
+        self._is_closed = False
+        self.n_looks = 0
+
+    async def watch(self, request: web.Request, seconds: float | None = None) -> web.StreamResponse:
+        """Send the state, then changes, for ``seconds`` (None: until the viewer leaves). Canceling is safe."""
+        response = web.StreamResponse(headers=SSE_HEADERS)
+        await begin(response, request)
+        if request.method == "HEAD":
+            return response
+        viewer = Viewer()
+        self._viewers[viewer] = None
+        if self._last:
+            _put(viewer, b"")  # the state is there: it is sent at once
+        if self._producer is None:
+            self._producer = self._tasks.spawn(self._produce(), "watch for the page")
+        try:
+            async with asyncio.timeout(seconds):
+                while not self._is_closed and (event := await viewer.events.get()) is not None:
+                    async with asyncio.timeout(_GIVE_UP_S):
+                        await send(response, self._whole(viewer) if viewer.is_behind else event)
+        except TimeoutError:
+            pass
+        finally:
+            self._leave(viewer)
+        if request.transport is not None and not request.transport.is_closing():
+            await response.write_eof()
+            return response
+        raise ClientGone
+
+    def _leave(self, viewer: Viewer) -> None:
+        del self._viewers[viewer]
+        if not self._viewers and self._producer is not None:
+            self._producer.cancel()
+            self._producer, self._last = None, {}
+
+    async def close(self) -> None:
+        """End all streams, and those to come."""
+        self._is_closed = True
+        for viewer in self._viewers:
+            _put(viewer, None)
+
+    # -- the producer --------------------------------------------------------------------------------------------
+
+    async def _produce(self) -> None:
+        n_quiet = 0
+        while True:
+            self._has_changed.clear()
+            event = self._look()
+            n_quiet = 0 if event else n_quiet + 1
+            if event or n_quiet % _QUIET == 0:
+                for viewer in self._viewers:
+                    _put(viewer, event or b": still here\n\n")
+            await asyncio.sleep(_LEAST_S)
+            try:
+                async with asyncio.timeout(_EVERY_S - _LEAST_S):
+                    await self._has_changed.wait()
+            except TimeoutError:
+                pass
+
+    def _look(self) -> bytes:
+        """An event with what has changed since the last look; a value that is gone is null. Empty if nothing has."""
+        self.n_looks += 1
+        state = {key: orjson.dumps(value) for key, value in self._state().items()}
+        last, self._last = self._last, state
+        changed: dict[str, Any] = {
+            key: orjson.Fragment(value) for key, value in state.items() if last.get(key) != value
+        }
+        changed |= dict.fromkeys(last.keys() - state.keys())
+        return _event("change", changed) if changed else b""
+
+    def _whole(self, viewer: Viewer) -> bytes:
+        viewer.is_behind = False
+        while not viewer.events.empty():
+            viewer.events.get_nowait()
+        state: dict[str, Any] = {key: orjson.Fragment(value) for key, value in self._last.items()}
+        return _event("all", {"now": time.time(), **state})
+
+
+def _event(name: str, state: dict[str, Any]) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), orjson.dumps(state))
+
+
+def _put(viewer: Viewer, event: bytes | None) -> None:
+    """Never waits: a viewer whose queue is full gets the whole state when it takes something again."""
+    try:
+        viewer.events.put_nowait(event)
+    except asyncio.QueueFull:
+        viewer.is_behind = event is not None
+        while not viewer.events.empty():
+            viewer.events.get_nowait()
+        viewer.events.put_nowait(event)

@@ -1,0 +1,311 @@
+"""The requests that are being served: what is known of each while it runs, its cancelling by an operator, and what
+remains of it at its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from aiohttp import web
+from msgspec import Struct, field
+
+from llamaslot.backend.lease import Lease
+from llamaslot.errors import (
+    BackendDown,
+    Cancelled,
+    DeadlinePassed,
+    LlamaslotError,
+    QueueFull,
+    SlotWedged,
+    UpstreamError,
+)
+from llamaslot.fleet.pool import Pool
+from llamaslot.fleet.registry import Registry
+from llamaslot.http.auth import user_of
+from llamaslot.llama.routes import Route
+from llamaslot.observe.activity import Activity, Outcome
+from llamaslot.observe.history import History
+from llamaslot.observe.journal import Act, Decision
+from llamaslot.observe.savings import Savings
+from llamaslot.observe.words import decision as in_words
+from llamaslot.observe.words import stages
+from llamaslot.scheduling.plan import Source
+from llamaslot.scheduling.slots import SlotKey
+
+_LONGEST = 200  # characters of what clients name
+_DIGEST_S = 0.5
+_MOVES = ("save", "keep", "restore")
+
+
+class Downstream(Protocol):
+    """The client's side of the request: what it is told to wait for."""
+
+    state: object
+
+
+class InFlight(Struct, eq=False):
+    """A request that is being served. ``began``: its arrival, by the monotonic clock; ``at``: the same, since 1970.
+    ``n_reused``, ``n_computed``, ``prefill_s``, ``n_answered``, ``decode_s``: of what was answered so far.
+    """
+
+    serial: int
+    request: web.Request
+    route: Route
+    began: float
+    at: float
+    task: asyncio.Task[Any] | None
+    id: str = ""
+    model: str = ""
+    down: Downstream | None = None
+    lease: Lease | None = None
+    decisions: list[Decision] = field(default_factory=list)
+    is_cancelled: bool = False
+    error: LlamaslotError | None = None
+    status: int = 0
+    ended: float | None = None
+    source: str = ""
+    n_prompt: int = 0
+    n_reused: int | None = None
+    n_computed: int = 0
+    prefill_s: float = 0.0
+    n_answered: int = 0
+    decode_s: float = 0.0
+    first_s: float | None = None
+
+    @property
+    def client(self) -> str:
+        return self.request.headers.get("User-Agent", "")[:_LONGEST]
+
+    def answered(
+        self, source: str, n_reused: int | None, n_computed: int, prefill_s: float, first_s: float | None
+    ) -> None:
+        """It was answered, or one of its prompts. ``first_s``: until its first token, if that was noticed."""
+        self.source = source
+        if n_reused is not None:
+            self.n_reused = (self.n_reused or 0) + n_reused
+        self.n_computed += n_computed
+        self.prefill_s += prefill_s
+        self.first_s = first_s if self.first_s is None else self.first_s
+
+    def timed(self, timings: Mapping[str, Any], n_predicted: int) -> None:
+        """llama-server's figures at the end of an answer; ``n_predicted``: where it has no ``timings``."""
+        self.prefill_s += float(timings.get("prompt_ms", 0.0)) / 1000
+        self.n_answered += int(timings.get("predicted_n", n_predicted))
+        self.decode_s += float(timings.get("predicted_ms", 0.0)) / 1000
+
+
+IN_FLIGHT = web.RequestKey("in_flight", InFlight)
+
+
+def in_flight(request: web.Request) -> InFlight | None:
+    """What is known of a request; None of one that is not watched."""
+    found: InFlight | None = request.get(IN_FLIGHT)
+    return found
+
+
+def note_error(request: web.Request, error: LlamaslotError) -> None:
+    """The client is told this error."""
+    if (its := in_flight(request)) is not None:
+        its.error = error
+
+
+def begins(request: web.Request, id_: str, pool: Pool, model: object, down: Downstream | None = None) -> None:
+    """It is going to be served by ``pool``; ``model``: what it asks for."""
+    if (its := in_flight(request)) is not None:
+        name = pool.model.name if pool.model is not None else model
+        its.id, its.model, its.down = id_, name[:_LONGEST] if isinstance(name, str) else "", down
+
+
+def placed(request: web.Request, lease: Lease, down: Downstream | None = None) -> None:
+    """It has got a slot, or the right to be sent."""
+    if (its := in_flight(request)) is not None:
+        its.lease, its.down = lease, down or its.down
+        if (decision := lease.recorder.decision) is not None:
+            its.decisions.append(decision)
+
+
+def by_operator(request: web.Request) -> Cancelled:
+    """For a handler that was cancelled: the error for the client, if an operator did it; the handler may go on to send
+    that. Raises the same CancelledError again if the client has gone.
+    """
+    its, task = in_flight(request), asyncio.current_task()
+    if its is None or task is None or not its.is_cancelled or task.uncancel():
+        raise  # called while it is handled
+    return Cancelled("an operator has cancelled this request")
+
+
+class Requests:
+    """All requests in flight that take a slot, oldest first. Those that have ended go to ``history`` a moment later."""
+
+    def __init__(self, registry: Registry, history: History) -> None:
+        self._registry, self.history = registry, history
+        self._serials = itertools.count(1)
+        self.running: dict[int, InFlight] = {}
+        self._ended: list[InFlight] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._savings: dict[str, Savings] = {}
+        self.last_users: dict[SlotKey, str] = {}  # of what slots hold
+        self._looked_at = 0.0
+        self.has_changed = asyncio.Event()  # for those who watch
+
+    def begin(self, request: web.Request, route: Route) -> InFlight:
+        its = InFlight(
+            next(self._serials), request, route, time.monotonic(), time.time(), asyncio.current_task()
+        )
+        request[IN_FLIGHT] = self.running[its.serial] = its
+        self.has_changed.set()
+        return its
+
+    def end(self, its: InFlight, status: int) -> None:
+        """It has ended with that status; 499 if its client has gone."""
+        its.ended, its.status, its.task = time.monotonic(), status, None
+        del self.running[its.serial]
+        self._ended.append(its)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_DIGEST_S, self.digest)
+
+    def cancel(self, id_: str) -> int:
+        """Cancel the requests of that id: each is told so, and gives its slot back. Returns their number."""
+        found = [its for its in self.running.values() if its.id == id_ and its.task is not None]
+        for its in found:
+            assert its.task is not None
+            its.is_cancelled = True
+            its.task.cancel()
+        return len(found)
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self.digest()
+
+    # -- what has ended ------------------------------------------------------------------------------------------
+
+    def digest(self) -> None:
+        """Put what has ended into the history: 50 us each, after its client has its answer."""
+        self._timer = None
+        ended, self._ended = self._ended, []
+        self._find_owners()
+        for its in ended:
+            self.history.add(self._activity(its))
+        if ended:
+            self.history.stored(self.size_bytes)
+            self.has_changed.set()
+
+    def _find_owners(self) -> None:
+        """Whose slots llamaslot has saved by itself. What a request saves is noted at its end."""
+        since, self._looked_at = self._looked_at, time.time()
+        for pool in self._registry.pools:
+            for decision in pool.dispatcher.journal.since(since):
+                if not decision.user and decision.slot is not None:
+                    self._own(decision.slot, decision.acts)
+
+    def _own(self, slot: SlotKey, acts: list[Act]) -> None:
+        """The slot's content was saved: it is that of its last user."""
+        if (user := self.last_users.get(slot)) is not None:
+            for act in acts:
+                if act.step == "save" and act.snapshot is not None:
+                    self.history.own(act.snapshot, user)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of snapshots on disk."""
+        return sum(store.catalog.size_bytes for store in self._registry.stores.values())
+
+    def _activity(self, its: InFlight) -> Activity:
+        assert its.ended is not None
+        lease, acts = its.lease, [act for one in its.decisions for act in one.acts]
+        total_s = its.ended - its.began
+        has_slot = lease is not None and lease.table.is_assisted and lease.slot is not None
+        slot = lease.slot_key if lease is not None and has_slot else None
+        _fill_in(its, acts)
+        activity = Activity(
+            id=its.id or f"{its.route.path}-{its.serial}",
+            at=its.at,
+            user=user_of(its.request).id,
+            model=self.model_of(its),
+            client=its.client,
+            route=its.route.path,
+            backend=lease.table.backend if lease is not None else None,
+            slot=slot.id if slot is not None else None,
+            status=its.error.status if its.error is not None else its.status,
+            outcome=outcome_of(its),
+            error=str(its.error)[:_LONGEST] if its.error is not None else "",
+            source=its.source,
+            n_prompt=its.n_prompt,
+            n_reused=its.n_reused,
+            n_computed=its.n_computed,
+            n_answered=its.n_answered,
+            queued_s=sum(one.queued_s for one in its.decisions) if its.decisions else total_s,
+            first_s=its.first_s,
+            total_s=total_s,
+            prefill_s=its.prefill_s,
+            decode_s=its.decode_s,
+            moved_s=sum(act.seconds for act in acts if act.step in _MOVES),
+            diverged=next((one.diverged for one in reversed(its.decisions) if one.diverged), None),
+        )
+        if lease is not None and its.n_reused and its.source != Source.SERVER.value:
+            savings = self._savings.setdefault(lease.table.backend, Savings())
+            activity.saved_s, activity.saved_error_s = savings.of(lease.table.rates.prefill, its.n_reused)
+        if slot is not None:
+            self._own(slot, acts)
+            self.last_users[slot] = activity.user
+        activity.text = in_words(activity, acts)
+        sent_at = lease.sent_at if lease is not None and lease.sent_at else None
+        activity.stages = stages(its.decisions, its.began, sent_at, its.first_s, total_s)
+        return activity
+
+    def model_of(self, its: InFlight) -> str:
+        """The model that serves it; before that is known, the one that it asks for."""
+        if its.lease is not None:
+            backend = self._registry.backend_named(its.lease.table.backend)
+            if backend is not None and (session := backend.session or backend.last_session) is not None:
+                return session.model_name
+        return its.model
+
+
+def _fill_in(its: InFlight, acts: list[Act]) -> None:
+    """What was computed for a request whose answer has not come to its end, as far as that was told."""
+    lease = its.lease
+    its.n_prompt = its.n_prompt or (lease.request.n_tokens if lease is not None else 0)
+    if its.n_reused is not None or its.n_computed or lease is None:
+        return
+    prefills = [act for act in acts if act.step == "prefill"]
+    its.n_computed = sum(act.n_tokens for act in prefills)
+    its.prefill_s = sum(act.seconds for act in prefills)
+    if lease.is_confirmed and lease.request.n_tokens:
+        n_found = lease.forecast.n_expected
+        its.n_computed = max(its.n_computed, lease.n_done - n_found)
+
+
+def outcome_of(its: InFlight) -> Outcome:
+    """How it ended. There are six cases:
+
+    1. An operator cancelled it.
+    2. It was answered.
+    3. Its client has gone.
+    4. llama-server failed, was away, or did not answer in time; or it waited for too long.
+    5. llama-server or llamaslot refused it.
+    6. A fault of llamaslot's.
+    """
+    error = its.error
+    if its.is_cancelled:
+        return Outcome.CANCELLED
+    if error is None:
+        if its.status == 499:
+            return Outcome.LEFT
+        if its.status < 400:
+            return Outcome.DONE
+        return Outcome.REFUSED if its.status < 500 else Outcome.UNSERVED
+    if isinstance(
+        error, BackendDown | QueueFull | DeadlinePassed | SlotWedged | UpstreamError
+    ) or error.status in (
+        502,
+        503,
+        504,
+    ):
+        return Outcome.REFUSED if error.status < 500 else Outcome.UNSERVED
+    return Outcome.REFUSED if error.status < 500 else Outcome.FAULT

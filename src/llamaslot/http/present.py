@@ -1,0 +1,227 @@
+"""What goes on now, for those who watch: flat, by keys that change by themselves, so that only changes are sent."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from msgspec import Struct
+
+from llamaslot import __version__
+from llamaslot.backend.backend import Backend
+from llamaslot.backend.lease import Lease
+from llamaslot.backend.lease_states import LeaseState
+from llamaslot.backend.long_prompt import Prefilling
+from llamaslot.backend.status import status_of
+from llamaslot.fleet.queue import QueuePosition
+from llamaslot.fleet.registry import Registry
+from llamaslot.formats.comments import Comment
+from llamaslot.http.auth import user_of
+from llamaslot.http.client_stream import Writer
+from llamaslot.http.in_flight import InFlight, Requests
+from llamaslot.observe.series import Sums
+from llamaslot.observe.words import size
+
+State = dict[str, Any]
+
+_FRESH_S = 10.0  # figures of the day are computed again after so long, and when a request has ended
+_READS = (LeaseState.PREFILLING, LeaseState.SENT, LeaseState.PROCESSING)
+
+
+class _Speed(Struct):
+    """Tokens of a request at the last look, and their speed."""
+
+    what: str
+    n_tokens: int
+    at: float
+    per_s: float = 0.0
+
+
+class Presenter:
+    """Makes the state for all who watch; nothing is computed without them."""
+
+    def __init__(self, registry: Registry, requests: Requests) -> None:
+        self._registry, self._requests = registry, requests
+        self._speeds: dict[int, _Speed] = {}
+        self._headline: State = {}
+        self._headline_at, self._n_seen = -_FRESH_S, -1
+
+    def state(self) -> State:
+        """``about``, ``headline``, ``store``, ``backend:NAME`` and ``flight:SERIAL``, each as JSON."""
+        requests, now = self._requests, time.monotonic()
+        requests.digest()
+        self._speeds = {serial: its for serial, its in self._speeds.items() if serial in requests.running}
+        told: State = {"about": self._about(), "headline": self.headline(now), "store": self._store()}
+        for backend in self._registry.backends:
+            told[f"backend:{backend.name}"] = self._backend(backend, now)
+        for serial, its in requests.running.items():
+            told[f"flight:{serial}"] = self.flight(its, now)
+        return told
+
+    def _about(self) -> State:
+        return {
+            "version": __version__,
+            "began": self._requests.history.began,
+            "queue": sum(pool.dispatcher.n_waiting for pool in self._registry.pools),
+        }
+
+    def headline(self, now: float) -> State:
+        """Today, and since the history began."""
+        history = self._requests.history
+        n_seen = history.latest[-1].serial if history.latest else 0
+        if n_seen != self._n_seen or now - self._headline_at >= _FRESH_S:
+            today = list(time.localtime())
+            today[3:6] = 0, 0, 0
+            midnight = time.mktime(tuple(today))  # type: ignore[arg-type]
+            self._headline = {
+                "today": _figures(history.series.since(midnight)),
+                "ever": _figures(history.series.ever),
+                "midnight": midnight,
+                "is_kept": history.is_kept,
+            }
+            self._n_seen, self._headline_at = n_seen, now
+        return self._headline
+
+    def _store(self) -> State:
+        catalogs = [store.catalog for store in self._registry.stores.values()]
+        return {
+            "n": sum(len(catalog.snapshots) for catalog in catalogs),
+            "size_bytes": sum(catalog.size_bytes for catalog in catalogs),
+            "quota_bytes": sum(catalog.quota_bytes for catalog in catalogs),
+        }
+
+    def _backend(self, backend: Backend, now: float) -> State:
+        told = status_of(backend)
+        table = backend.leases.table
+        if table is None:
+            return told
+        leases = {lease.slot.id: lease for lease in backend.leases.leases if lease.slot is not None}
+        for slot in told["slots"]:
+            own, lease = table.slots[slot["id"]], leases.get(slot["id"])
+            slot["n_tokens"] = own.content.n_held
+            slot["snapshot"] = own.content.snapshot
+            slot["last_user"] = self._requests.last_users.get(own.key)
+            slot["used_at"] = round(time.time() - (now - own.used_at)) if own.used_at else None
+            slot["does"] = _does(backend, lease) if lease is not None else None
+        return told
+
+    def flight(self, its: InFlight, now: float) -> State:
+        """One request in flight."""
+        lease = its.lease
+        backend = self._registry.backend_named(lease.table.backend) if lease is not None else None
+        is_reading = lease is not None and (lease.is_long or lease.state in _READS)
+        gives_way_to = (
+            backend.executor.chunked_prefill.gives_way_to(lease)
+            if backend is not None and lease is not None and lease.is_long
+            else ""
+        )
+        n_done = lease.n_done if lease is not None and is_reading else None
+        n_answered = _n_answered(its)
+        return {
+            "id": its.id,
+            "at": round(its.at, 3),
+            "user": user_of(its.request).id,
+            "model": self._requests.model_of(its),
+            "client": its.client,
+            "route": its.route.path,
+            "backend": backend.name if backend is not None else None,
+            "slot": lease.slot_id if lease is not None and lease.table.is_assisted and lease.slot else None,
+            "stage": stage_of(its),
+            "position": _position(its),
+            "n_done": n_done,
+            "n_tokens": lease.request.n_tokens if lease is not None else None,
+            "n_answered": n_answered,
+            "tokens_per_s": self._speed(its, now, n_done if is_reading else n_answered, is_reading),
+            "gives_way_to": gives_way_to,
+        }
+
+    def _speed(self, its: InFlight, now: float, n_tokens: int | None, is_reading: bool) -> float | None:
+        """Tokens per second since the last look; None before the second one."""
+        what = "prompt" if is_reading else "answer"
+        last = self._speeds.get(its.serial)
+        if n_tokens is None:
+            return None
+        if last is None or last.what != what or n_tokens < last.n_tokens:
+            self._speeds[its.serial] = _Speed(what, n_tokens, now)
+            return None
+        if now - last.at >= 0.9:
+            last.per_s = (n_tokens - last.n_tokens) / (now - last.at)
+            last.n_tokens, last.at = n_tokens, now
+        return round(last.per_s, 1) if last.per_s else None
+
+
+def _figures(sums: Sums) -> State:
+    n_prompt = sums.n_reused + sums.n_computed
+    return {**sums.to_json(), "share_reused": round(sums.n_reused / n_prompt, 4) if n_prompt else None}
+
+
+def _n_answered(its: InFlight) -> int | None:
+    """Tokens that a stream has brought so far, about: its events."""
+    writer = its.request.writer
+    is_decoding = its.lease is not None and its.lease.is_decoding
+    return writer.n_put if is_decoding and isinstance(writer, Writer) and writer.n_put else None
+
+
+def _does(backend: Backend, lease: Lease) -> str:
+    """What a slot is leased for, in a word."""
+    if lease.is_own:
+        return "saving" if lease.state is LeaseState.ACTING else "llamaslot's own"
+    if lease.is_long and (waits := backend.executor.chunked_prefill.gives_way_to(lease)):
+        return f"gives way to {waits}"
+    match lease.state:
+        case LeaseState.ACTING:
+            return "saving or restoring"
+        case LeaseState.PREFILLING | LeaseState.SENT | LeaseState.PROCESSING:
+            return "reading the prompt"
+        case LeaseState.DECODING:
+            return "answering"
+        case LeaseState.WAITING_EXCLUSIVE:
+            return "waiting for its turn"
+        case _:
+            return "preparing"
+
+
+def stage_of(its: InFlight) -> str:
+    """What happens to a request now, in words. There are six cases:
+
+    1. It waits for a slot: its place in the queue, if it is known.
+    2. llama-server decodes its answer.
+    3. Its prompt is computed, or waits for that.
+    4. A snapshot is restored for it: its size.
+    5. It waits for something else that its client is told too.
+    6. llama-server runs it, and tells nothing meanwhile.
+    """
+    lease, state = its.lease, its.down.state if its.down is not None else None
+    if isinstance(state, QueuePosition):
+        position = _position(its)
+        return f"queued {_ordinal(position)}" if position else "queued"
+    if lease is None:
+        return str(state or "waiting for a slot")
+    if lease.is_decoding:
+        return "answering"
+    n_tokens = lease.request.n_tokens
+    if isinstance(state, Prefilling) or (lease.state is LeaseState.PROCESSING and n_tokens):
+        return f"prefill {lease.n_done:,} of {n_tokens:,}"
+    if lease.is_in_line:
+        return f"waits to prefill {n_tokens:,} tokens"
+    if state is Comment.RESTORING and (restored := _restored(lease)) is not None:
+        return f"restoring {size(restored)}"
+    return str(state) if state is not None else "running"
+
+
+def _restored(lease: Lease) -> int | None:
+    """The bytes of the snapshot that its plan restores."""
+    id_ = lease.plan.snapshot if lease.plan is not None else None
+    snapshot = lease.table.model_snapshots.snapshots.get(id_) if id_ is not None else None
+    return snapshot.size_bytes if snapshot is not None else None
+
+
+def _position(its: InFlight) -> int | None:
+    """Its place in the queue; None if it does not wait there."""
+    state = its.down.state if its.down is not None else None
+    return (state.position() or None) if isinstance(state, QueuePosition) else None
+
+
+def _ordinal(n: int) -> str:
+    ending = "th" if 10 <= n % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    return f"{n}{ending}"

@@ -1,0 +1,160 @@
+// The last requests, and the timeline of one of them.
+
+import { at, el, keyed, say } from './parts.js';
+import { get } from './server.js';
+import { OUTCOMES, clock, modelName, number, person, seconds, short } from './words.js';
+
+const STEP = 20; // rows shown at a time
+const COPIED = 30;
+const KEPT = 2000;
+
+let rows = []; // newest first
+let shown = STEP;
+let busy = false;
+let again = false;
+const open = new Map(); // details by serial
+let now = () => Date.now() / 1000;
+
+// Fetch what has ended since; all of it, if llamaslot has another history now.
+export async function refresh() {
+  if (busy) {
+    again = true;
+    return;
+  }
+  busy = true;
+  try {
+    const last = rows[0]?.serial ?? 0;
+    const { ended } = await get('activity', { n: KEPT, after: Math.max(last - 1, 0) });
+    const isSame = last === 0 || ended.some((its) => its.serial === last && its.at === rows[0].at);
+    rows = isSame ? [...ended.filter((its) => its.serial > last), ...rows].slice(0, KEPT) : (await get('activity', { n: KEPT })).ended;
+    draw();
+  } catch { /* the stream tells that there is no connection */ } finally {
+    busy = false;
+    if (again) {
+      again = false;
+      refresh();
+    }
+  }
+}
+
+const KINDS = {
+  all: () => true,
+  slow: (its) => (its.first_s ?? its.total_s) >= 5,
+  cold: (its) => its.n_computed >= 1024 && its.n_computed > (its.n_reused ?? 0),
+  bad: (its) => its.outcome !== 'done',
+};
+
+function chosen() {
+  const words = at('filter').value.toLowerCase().split(/\s+/).filter(Boolean);
+  const kind = KINDS[at('kind').value];
+  return rows.filter((its) => {
+    if (!kind(its)) return false;
+    const text = [its.id, its.user, its.model, its.client, its.text, its.backend, OUTCOMES[its.outcome], its.error].join(' ').toLowerCase();
+    return words.every((word) => text.includes(word));
+  });
+}
+
+function draw() {
+  const found = chosen();
+  say(at('activity-sum'), found.length === rows.length ? `last ${number(rows.length)}` : `${number(found.length)} of the last ${number(rows.length)}`);
+  at('no-requests').hidden = found.length > 0;
+  say(at('no-requests'), rows.length ? 'No request matches.' : 'No request yet.');
+  at('requests').closest('.scroll').hidden = found.length === 0;
+  at('more').hidden = found.length <= shown;
+  const items = found.slice(0, shown).flatMap((its) => (open.has(its.serial) ? [{ its }, { its, detail: open.get(its.serial) }] : [{ its }]));
+  keyed(at('requests'), items, ({ its, detail }) => `${its.serial}${detail ? ' detail' : ''}`,
+    ({ its, detail }) => (detail ? details(detail) : makeRow(its)),
+    (row, { its, detail }) => { if (!detail) row.querySelector('button').setAttribute('aria-expanded', open.has(its.serial)); });
+}
+
+const speed = (n, s) => (n >= 8 && s > 0.001 ? short(n / s) : '–');
+
+function makeRow(its) {
+  const cell = (label, text, kind, title) => el('td', { 'data-label': label, class: kind, title }, text);
+  const isBad = its.outcome !== 'done';
+  const why = isBad ? [OUTCOMES[its.outcome], its.error || its.text].filter(Boolean).join(': ') : its.text;
+  return el('tr', { class: isBad ? its.outcome : null, onclick: (event) => toggle(event, its) },
+    el('td', { 'data-label': 'Time' }, el('button', { type: 'button', class: 'time', 'aria-expanded': 'false', title: `Timeline of ${its.id}` }, clock(its.at))),
+    cell('User', person(its.user), null, its.user),
+    cell('Why', why, 'wide'),
+    cell('Reused', its.n_reused == null ? '–' : number(its.n_reused), 'n'),
+    cell('Computed', number(its.n_computed), 'n'),
+    cell('Answered', number(its.n_answered), 'n'),
+    cell('Waited', its.queued_s >= 0.05 ? seconds(its.queued_s) : '–', 'n'),
+    cell('First token', seconds(its.first_s), 'n'),
+    cell('Tokens/s', `${speed(its.n_computed, its.prefill_s)}, ${speed(its.n_answered, its.decode_s)}`, 'n'),
+    cell('Model', modelName(its.model), 'cut', its.model));
+}
+
+async function toggle(event, its) {
+  if (String(getSelection())) return; // text is being selected
+  if (open.has(its.serial)) open.delete(its.serial);
+  else {
+    try {
+      open.set(its.serial, { ...its, ...await get('activity', { request: its.id }), asked: its });
+    } catch {
+      open.set(its.serial, { ...its, stages: [], asked: its });
+    }
+  }
+  draw();
+}
+
+const NAMES = { read: 'received', queue: 'in the queue', turn: 'waited', save: 'saved the slot', keep: 'saved a shared beginning', restore: 'restored', erase: 'cleared the slot', prefill: 'prefill', prompt: 'prompt', answer: 'answer' };
+
+function details(its) {
+  const total = Math.max(its.total_s, 0.001);
+  const lines = its.stages.map((stage) => {
+    const bar = el('i', { class: stage.is_done ? stage.name : 'failed' });
+    bar.style.left = `${(100 * stage.begin_s) / total}%`;
+    bar.style.width = `${Math.max((100 * stage.seconds) / total, 0.3)}%`;
+    return el('li', {}, el('span', {}, NAMES[stage.name] ?? stage.name), el('span', { class: 'bar', 'aria-hidden': 'true' }, bar), el('span', { class: 'n' }, seconds(stage.seconds)), el('span', { class: 'note' }, stage.note));
+  });
+  const facts = [
+    ['Request', its.id], ['User', its.user], ['Client', its.client || '–'], ['Route', its.route], ['Status', String(its.status)],
+    ['Where', its.backend ? `${its.backend}${its.slot == null ? '' : ` / slot ${its.slot}`}` : '–'],
+    ['Whole time', seconds(its.total_s)],
+    ['Prefill saved', its.saved_s ? `${seconds(its.saved_s)} ± ${seconds(its.saved_error_s)}` : '–'],
+    ['Error', its.error],
+  ];
+  const quoted = its.diverged?.text;
+  return el('tr', { class: 'detail' }, el('td', { colspan: 10 },
+    lines.length ? el('ol', { class: 'timeline', 'aria-label': `Timeline of ${its.id}` }, ...lines) : el('p', { class: 'none' }, 'Its steps are not known any more.'),
+    quoted ? el('p', { class: 'quoted' }, 'After ', el('q', {}, quoted.before), ' now ', el('q', {}, quoted.now), ', earlier ', el('q', {}, quoted.earlier)) : null,
+    el('dl', {}, ...facts.filter(([, value]) => value).map(([name, value]) => el('div', {}, el('dt', {}, name), el('dd', {}, value))))));
+}
+
+const cellOf = (text) => String(text).replaceAll(/[\r\n]+/g, ' ').replaceAll('|', '\\|');
+
+export function asMarkdown(list) {
+  const head = ['Time', 'User', 'Why', 'Reused', 'Computed', 'Answered', 'Waited', 'First token', 'Model'];
+  const lines = list.map((its) => [
+    clock(its.at), person(its.user), its.outcome === 'done' ? its.text : `${OUTCOMES[its.outcome]}: ${its.error || its.text}`,
+    its.n_reused == null ? '–' : number(its.n_reused), number(its.n_computed), number(its.n_answered), seconds(its.queued_s), seconds(its.first_s), modelName(its.model)]);
+  return [head, head.map(() => '---'), ...lines].map((cells) => `| ${cells.map(cellOf).join(' | ')} |`).join('\n') + '\n';
+}
+
+async function copy() {
+  const text = asMarkdown(chosen().slice(0, COPIED));
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch { // no https: the old way
+    const area = el('textarea', { 'aria-hidden': 'true' });
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    document.execCommand('copy');
+    area.remove();
+    at('copy').focus();
+  }
+  say(at('copy'), `Copied ${Math.min(chosen().length, COPIED)} rows`);
+  setTimeout(() => say(at('copy'), 'Copy as Markdown'), 2000);
+}
+
+export function start(clockOfServer) {
+  now = clockOfServer;
+  const look = () => { shown = STEP; draw(); };
+  at('filter').addEventListener('input', look);
+  at('kind').addEventListener('change', look);
+  at('copy').addEventListener('click', copy);
+  at('more').addEventListener('click', () => { shown += 10 * STEP; draw(); });
+}

@@ -1,0 +1,218 @@
+// What fills the disk: snapshots side by side, as wide as their bytes, below what they begin with alike.
+
+import { at, confirmed, el, keyed, say } from './parts.js';
+import { get, post } from './server.js';
+import { bytes, modelName, number, person, seconds } from './words.js';
+
+const LEVELS = 7;
+const HEIGHT = 36;
+const LEAST = 0.25; // percent of the width; thinner ones are drawn together
+const ALIKE = 64; // tokens
+const PAUSE_MS = 4000;
+
+let tree = null;
+let chosenKey = null;
+let asked = 0;
+let timer = null;
+let now = () => Date.now() / 1000;
+
+export function refresh() {
+  if (timer !== null) return;
+  timer = setTimeout(load, Math.max(asked + PAUSE_MS - Date.now(), 0));
+}
+
+async function load() {
+  asked = Date.now();
+  try {
+    const told = await get('snapshots');
+    timer = null;
+    tree = treeOf(told.snapshots);
+    const rest = told.n > told.snapshots.length ? `, the ${number(told.snapshots.length)} largest are shown` : '';
+    say(at('store-sum'), `${bytes(told.size_bytes)}${told.quota_bytes ? ` of ${bytes(told.quota_bytes)}` : ''} in ${number(told.n)}${rest}`);
+    draw();
+    fillers(told.snapshots);
+  } catch {
+    timer = null;
+  }
+}
+
+// Rows come so that those with the same beginning are neighbours, and say how much of it: n_common.
+export function treeOf(rows) {
+  const root = { key: 'all', depth: 0, children: [], level: 'all' };
+  for (const [model, its] of Map.groupBy(rows, (row) => row.model)) {
+    const top = { key: `model ${model}`, depth: 0, children: [], level: 'model', name: its[0].model_name ? modelName(its[0].model_name) : `model ${model}`, isServed: its[0].is_served };
+    const path = [top];
+    for (const row of its) {
+      const common = row.n_common >= ALIKE ? row.n_common : 0;
+      let last = null;
+      while (path.at(-1).depth > common) last = path.pop();
+      if (last && path.at(-1).depth < common) {
+        const parent = path.at(-1);
+        const group = { key: `alike ${last.key}`, depth: common, children: [last], level: 'alike' };
+        parent.children[parent.children.indexOf(last)] = group;
+        path.push(group);
+      }
+      const leaf = { key: row.id, depth: row.n_tokens, children: [], level: 'snapshot', row };
+      path.at(-1).children.push(leaf);
+      path.push(leaf);
+    }
+    root.children.push(top);
+  }
+  weigh(root);
+  return root;
+}
+
+function weigh(node) {
+  node.own = node.row?.size_bytes ?? 0;
+  node.n = node.row ? 1 : 0;
+  node.bytes = node.own;
+  node.used = node.row?.last_used ?? 0;
+  node.hits = node.row?.n_hits ?? 0;
+  for (const child of node.children) {
+    weigh(child);
+    node.bytes += child.bytes;
+    node.n += child.n;
+    node.used = Math.max(node.used, child.used);
+    node.hits += child.hits;
+  }
+  node.children.sort((a, b) => b.bytes - a.bytes);
+}
+
+const ageOf = (node) => Math.max(now() - node.used, 0);
+
+function label(node) {
+  switch (node.level) {
+    case 'model': return `${node.name}${node.isServed ? '' : ' (not served now)'}: ${bytes(node.bytes)}`;
+    case 'alike': return `${number(node.depth)} tokens alike: ${node.n} snapshots, ${bytes(node.bytes)}`;
+    case 'rest': return `${node.n} small ones, ${bytes(node.bytes)}`;
+    default: {
+      const what = node.row.kind === 'trunk' ? 'shared beginning' : node.row.user ? person(node.row.user) : 'conversation';
+      return `${node.row.is_pinned ? 'pinned, ' : ''}${what}: ${number(node.row.n_tokens)} tokens, ${bytes(node.own)}`;
+    }
+  }
+}
+
+function shade(node) {
+  const strength = at('shade').value === 'hits' ? Math.min(node.hits / 8, 1) : Math.max(0, 1 - Math.log10(1 + ageOf(node) / 60) / 4);
+  return `${Math.round(8 + 40 * strength)}%`;
+}
+
+function draw() {
+  const blocks = [];
+  const place = (node, left, width, level) => {
+    blocks.push({ node, left, width, level });
+    if (level + 1 >= LEVELS) return;
+    let x = left;
+    const thin = { key: `rest ${node.key}`, level: 'rest', children: [], n: 0, bytes: 0, used: 0, hits: 0 };
+    for (const child of node.children) {
+      const its = (width * child.bytes) / (node.bytes || 1);
+      if (its >= LEAST) {
+        place(child, x, its, level + 1);
+        x += its;
+      } else {
+        thin.n += child.n;
+        thin.bytes += child.bytes;
+        thin.used = Math.max(thin.used, child.used);
+      }
+    }
+    if (thin.n) blocks.push({ node: thin, left: x, width: (width * thin.bytes) / (node.bytes || 1), level: level + 1 });
+  };
+  let x = 0;
+  for (const model of tree.children) {
+    const width = (100 * model.bytes) / (tree.bytes || 1);
+    place(model, x, width, 0);
+    x += width;
+  }
+  const icicle = at('icicle');
+  icicle.hidden = blocks.length === 0;
+  icicle.style.height = `${(Math.max(-1, ...blocks.map((block) => block.level)) + 1) * HEIGHT}px`;
+  const isThere = blocks.some(({ node }) => node.key === chosenKey);
+  keyed(icicle, blocks, ({ node }) => node.key,
+    () => el('button', { type: 'button', onclick: (event) => choose(event.currentTarget) }),
+    (button, { node, left, width, level }) => {
+      button.node = node;
+      button.level = level;
+      button.className = node.level + (node.row?.is_pinned ? ' pinned' : '');
+      Object.assign(button.style, { left: `${left}%`, width: `${width}%`, top: `${level * HEIGHT}px` });
+      button.style.setProperty('--strength', shade(node));
+      say(button, label(node));
+      button.title = label(node);
+      button.setAttribute('aria-pressed', String(node.key === chosenKey));
+      button.tabIndex = node.key === chosenKey ? 0 : -1;
+    });
+  if (!isThere && icicle.firstElementChild) icicle.firstElementChild.tabIndex = 0;
+  tell(blocks.find(({ node }) => node.key === chosenKey)?.node);
+}
+
+function choose(button) {
+  chosenKey = button.node.key;
+  draw();
+}
+
+function move(event) {
+  const here = event.target.closest('button');
+  const every = [...at('icicle').children];
+  const middle = (button) => button.offsetLeft + button.offsetWidth / 2;
+  const near = (list) => list.sort((a, b) => Math.abs(middle(a) - middle(here)) - Math.abs(middle(b) - middle(here)))[0];
+  const found = {
+    ArrowRight: () => near(every.filter((its) => its.level === here.level && its.offsetLeft > here.offsetLeft)),
+    ArrowLeft: () => near(every.filter((its) => its.level === here.level && its.offsetLeft < here.offsetLeft)),
+    ArrowUp: () => near(every.filter((its) => its.level === here.level - 1)),
+    ArrowDown: () => near(every.filter((its) => its.level === here.level + 1)),
+  }[event.key]?.();
+  if (!found) return;
+  event.preventDefault();
+  found.focus();
+}
+
+function tell(node) {
+  const panel = at('chosen');
+  if (!node?.row) {
+    panel.replaceChildren(...(node ? [el('p', {}, label(node))] : []));
+    return;
+  }
+  const { row } = node;
+  const facts = [
+    ['Snapshot', row.id], ['User', row.user ?? (row.namespace || 'not known any more')], ['Kind', row.kind === 'trunk' ? 'shared beginning of conversations' : 'conversation'],
+    ['Tokens', number(row.n_tokens)], ['Size', bytes(row.size_bytes)], ['Made', `${seconds(now() - row.created_at)} ago`], ['Used', `${seconds(now() - row.last_used)} ago`],
+    ['Resumed', `${number(row.n_hits)} times`], ['By request', row.request],
+  ];
+  panel.replaceChildren(
+    el('dl', {}, ...facts.map(([name, value]) => el('div', {}, el('dt', {}, name), el('dd', {}, value)))),
+    el('div', { class: 'tools' },
+      el('button', { type: 'button', onclick: () => act(row.is_pinned ? 'unpin' : 'pin', row) }, row.is_pinned ? 'Unpin' : 'Pin: never evict it'),
+      el('button', { type: 'button', class: 'danger', onclick: () => remove(row) }, 'Delete')));
+}
+
+async function remove(row) {
+  if (await confirmed(`Delete this snapshot of ${number(row.n_tokens)} tokens? A conversation that comes back to it is computed again.`, 'Delete it')) await act('delete', row);
+}
+
+async function act(what, row) {
+  try {
+    await post(what, { snapshot: row.id });
+  } catch (error) {
+    at('chosen').append(el('p', { role: 'alert' }, error.message));
+    return;
+  }
+  asked = 0;
+  refresh();
+}
+
+function fillers(rows) {
+  const users = [...Map.groupBy(rows, (row) => row.user ?? row.namespace ?? '')].map(([user, its]) => ({ user, n: its.length, bytes: its.reduce((sum, row) => sum + row.size_bytes, 0) }));
+  users.sort((a, b) => b.bytes - a.bytes);
+  const most = users[0]?.bytes || 1;
+  const line = ({ user, n, bytes: size }) => {
+    const bar = el('b', {});
+    bar.style.width = `${(100 * size) / most}%`;
+    return el('li', {}, el('span', {}, user ? person(user) : 'user not known'), el('span', { class: 'bar', 'aria-hidden': 'true' }, bar), el('span', { class: 'n' }, bytes(size)), el('span', { class: 'note' }, `${number(n)} snapshot${n === 1 ? '' : 's'}`));
+  };
+  at('fillers').replaceChildren(...(users.length ? [el('h3', {}, 'By user'), el('ol', { class: 'timeline' }, ...users.slice(0, 8).map(line))] : []));
+}
+
+export function start(clockOfServer) {
+  now = clockOfServer;
+  at('shade').addEventListener('change', () => tree && draw());
+  at('icicle').addEventListener('keydown', move);
+}

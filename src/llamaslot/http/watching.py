@@ -1,0 +1,183 @@
+"""What the page shows and does, as routes of their own: requests, history, snapshots, the stream of changes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from llamaslot.errors import BadRequest, NotFound
+from llamaslot.fleet.registry import Registry
+from llamaslot.http.admin import check_method, digits
+from llamaslot.http.events import Events
+from llamaslot.http.in_flight import Requests
+from llamaslot.http.page import refuse_foreign_page
+from llamaslot.http.present import Presenter
+from llamaslot.observe.history import KEPT
+from llamaslot.observe.series import SPANS
+from llamaslot.store.listing import MOST, Listing
+from llamaslot.store.snapshot_store import SnapshotStore
+
+_LONGEST_S = 86_400
+
+
+class Watching:
+    """``needs_key``: whether these routes need a key."""
+
+    def __init__(self, registry: Registry, requests: Requests, events: Events, *, needs_key: bool) -> None:
+        self._registry, self._requests, self._events = registry, requests, events
+        self._needs_key = needs_key
+        self._presenter = Presenter(registry, requests)
+        self._listings = [Listing(store) for store in registry.stores.values()]
+
+    async def handle(self, request: web.Request) -> web.StreamResponse | None:
+        """Answer a request for one of these pages; None for another one. Raises NotFound, NotAllowed, Forbidden, and
+        BadRequest.
+        """
+        match request.path:
+            case "/llamaslot/events":
+                check_method(request)
+                seconds = digits(request, "seconds", 0, _LONGEST_S)
+                return await self._events.watch(request, seconds or None)
+            case "/llamaslot/activity":
+                check_method(request)
+                return _answer(self._activity(request))
+            case "/llamaslot/history":
+                check_method(request)
+                return _answer(self._history(request))
+            case "/llamaslot/snapshots":
+                check_method(request)
+                return _answer(await self._snapshots())
+            case "/llamaslot/cancel":
+                self._check_action(request)
+                return _answer(self._cancel(request))
+            case "/llamaslot/pin" | "/llamaslot/unpin" | "/llamaslot/delete":
+                self._check_action(request)
+                return _answer(await self._change(request))
+            case _:
+                return None
+
+    def _check_action(self, request: web.Request) -> None:
+        check_method(request)
+        refuse_foreign_page(request, needs_key=self._needs_key)
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def _activity(self, request: web.Request) -> dict[str, Any]:
+        """Requests in flight, and the last that have ended, newest first; with ``request`` all of the latest one of
+        that id. Raises NotFound.
+        """
+        self._requests.digest()
+        history, now = self._requests.history, time.monotonic()
+        if (id_ := request.query.get("request")) is not None:
+            if (found := history.activity(id_)) is None:
+                raise NotFound(f"no request {id_} is among the last {KEPT} that have ended")
+            return found.to_json()
+        n, after = digits(request, "n", 100, KEPT), digits(request, "after", 0, 10**9)
+        ended = [its.row() for its in reversed(history.latest) if its.serial > after][:n]
+        running = [self._presenter.flight(its, now) for its in self._requests.running.values()]
+        return {"in_flight": running, "ended": ended}
+
+    def _cancel(self, request: web.Request) -> dict[str, Any]:
+        id_ = _named(request, "request")
+        if not (n := self._requests.cancel(id_)):
+            raise NotFound(f"no request {id_} is in flight")
+        return {"request": id_, "n_cancelled": n}
+
+    # -- history -------------------------------------------------------------------------------------------------
+
+    def _history(self, request: web.Request) -> dict[str, Any]:
+        """Sums over time, one line for all, or for each backend or model."""
+        span, by = request.query.get("span", "hour"), request.query.get("by", "all")
+        if span not in SPANS:
+            raise BadRequest(f"span={span}: one of {', '.join(SPANS)}")
+        self._requests.digest()
+        series, now = self._requests.history.series, time.time()
+        backends, models = series.names()
+        match by:
+            case "all":
+                lines = [("", "", "")]
+            case "backend":
+                lines = [(name, name, "") for name in backends]
+            case "model":
+                lines = [(name, "", name) for name in models]
+            case _:
+                raise BadRequest(f"by={by}: one of all, backend, model")
+        return {
+            "span": span,
+            "by": by,
+            "now": now,
+            "span_s": SPANS[span][0],
+            "step_s": SPANS[span][1],
+            "lines": [
+                {
+                    "name": name,
+                    "points": [
+                        {"at": at, **sums.to_json()} for at, sums in series.points(span, now, backend, model)
+                    ],
+                }
+                for name, backend, model in lines
+            ],
+        }
+
+    # -- snapshots -----------------------------------------------------------------------------------------------
+
+    async def _snapshots(self) -> dict[str, Any]:
+        self._requests.digest()
+        users = self._requests.history.owners
+        rows = [row for listing in self._listings for row in await listing.rows()]
+        names = {
+            row["model"]: backend.last_session.model_name
+            for row in rows
+            for backend in self._registry.backends
+            if backend.last_session is not None and row["is_served"]
+            if backend.store is not None and row["id"] in _usable(backend.leases.table)
+        }
+        for row in rows:
+            row["user"] = users.get(row["id"])
+            row["model_name"] = names.get(row["model"])
+        catalogs = [store.catalog for store in self._registry.stores.values()]
+        return {
+            "n": sum(len(catalog.snapshots) for catalog in catalogs),
+            "most": MOST,
+            "size_bytes": sum(catalog.size_bytes for catalog in catalogs),
+            "quota_bytes": sum(catalog.quota_bytes for catalog in catalogs),
+            "snapshots": rows,
+        }
+
+    async def _change(self, request: web.Request) -> dict[str, Any]:
+        """Pin, unpin or delete a snapshot. Raises NotFound."""
+        id_ = _named(request, "snapshot")
+        if (store := self._store_of(id_)) is None:
+            raise NotFound(f"there is no snapshot {id_}")
+        snapshot = store.catalog.snapshots[id_]
+        if request.path == "/llamaslot/delete":
+            await store.catalog.drop(id_)
+            return {"snapshot": id_, "is_pinned": None}
+        is_pinned = request.path == "/llamaslot/pin"
+        if snapshot.is_pinned != is_pinned:
+            snapshot = await store.catalog.change_kind(id_, snapshot.kind, is_pinned=is_pinned)
+            for backend in self._registry.backends:
+                if (table := backend.leases.table) is not None and table.has_snapshot(id_):
+                    table.kind_changed(snapshot)
+        return {"snapshot": id_, "is_pinned": is_pinned}
+
+    def _store_of(self, id_: str) -> SnapshotStore | None:
+        return next((its for its in self._registry.stores.values() if id_ in its.catalog.snapshots), None)
+
+
+def _usable(table: Any) -> Any:
+    return table.model_snapshots.snapshots if table is not None else ()
+
+
+def _named(request: web.Request, what: str) -> str:
+    """What an action is about. Raises BadRequest."""
+    if not (id_ := request.query.get(what, "")):
+        raise BadRequest(f"{request.path}?{what}=ID: which {what}?")
+    return id_
+
+
+def _answer(told: dict[str, Any]) -> web.Response:
+    return web.Response(body=orjson.dumps(told), content_type="application/json", charset="utf-8")

@@ -1,0 +1,84 @@
+"""One request that has ended, as the page, its history and ``/llamaslot/activity`` tell of it. Numbers and names only,
+never a text of a prompt, except where ``log.prompts`` lets the journal quote it.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import asdict
+
+
+class Outcome(enum.StrEnum):
+    """How a request ended."""
+
+    DONE = "done"
+    LEFT = "left"  # its client went away
+    CANCELLED = "cancelled"  # by an operator
+    REFUSED = "refused"  # a fault of the request, or a limit that its user has reached
+    UNSERVED = "unserved"  # llama-server failed or was away, or the wait was too long
+    FAULT = "fault"  # llamaslot's own: there should be none
+
+
+class Stage(Struct, frozen=True):
+    """One step of a request: it began ``begin_s`` after the request's arrival and took ``seconds``. ``note`` says in
+    words what it was about; ``is_done`` is false if it failed.
+    """
+
+    name: str
+    begin_s: float
+    seconds: float
+    note: str = ""
+    is_done: bool = True
+
+
+class Activity(Struct, kw_only=True):
+    """A request that has ended. ``at``: of its arrival, in seconds since 1970. ``client``: its User-Agent.
+
+    ``n_prompt`` tokens were asked for, of which ``n_reused`` were not computed (None: not told), ``n_computed`` were,
+    in ``prefill_s`` seconds; ``n_answered`` tokens were answered in ``decode_s`` seconds. Token counts are
+    llama-server's. ``queued_s``, ``first_s`` and ``total_s``: seconds until it had its slot, until its first token,
+    until its end. ``saved_s``: seconds of prefill that the reused tokens would have taken, give or take
+    ``saved_error_s``. ``text``: the decision in words.
+    """
+
+    id: str
+    at: float
+    user: str = ""
+    model: str = ""
+    client: str = ""
+    route: str = ""
+    backend: str | None = None
+    slot: int | None = None
+    status: int = 200
+    outcome: Outcome = Outcome.DONE
+    error: str = ""
+    source: str = ""
+    n_prompt: int = 0
+    n_reused: int | None = None
+    n_computed: int = 0
+    n_answered: int = 0
+    queued_s: float = 0.0
+    first_s: float | None = None
+    total_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    saved_s: float = 0.0
+    saved_error_s: float = 0.0
+    moved_s: float = 0.0  # seconds of saves and restores on its way
+    text: str = ""
+    stages: list[Stage] = field(default_factory=list)
+    diverged: dict[str, Any] | None = None
+    serial: int = 0  # ascending; unique within this process and its history
+
+    def row(self) -> dict[str, Any]:
+        """What a table shows of it: without its stages."""
+        told = asdict(self)
+        del told["stages"], told["diverged"]
+        return told
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return {**self.row(), "stages": [asdict(stage) for stage in self.stages], "diverged": self.diverged}

@@ -1,0 +1,195 @@
+"""Sums over time: what requests have reused, saved and waited for, by minute, hour, backend and model. No clock, no
+file: times come in as seconds since 1970.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from msgspec import Struct, field
+
+from llamaslot.observe.activity import Activity, Outcome
+
+MINUTE, HOUR, EVER = 60, 3600, 0
+#: For how long sums of each step are kept: a day and an hour, 400 days, for ever.
+KEPT_S = {MINUTE: 25 * 3600, HOUR: 400 * 86400, EVER: math.inf}
+#: What is shown at a time: seconds back, and between two points.
+SPANS = {"hour": (3600, 60), "day": (86400, 900), "month": (30 * 86400, 4 * 3600)}
+_NARROW = math.log(1.15)  # classes of a histogram of seconds: a value is known within 7 %
+_LEAST_S = 0.001
+
+
+class Key(NamedTuple):
+    """``at``: the beginning, in seconds since 1970, of a period of ``step`` seconds."""
+
+    step: int
+    at: int
+    backend: str
+    model: str
+
+
+class Sums(Struct):
+    """Sums of one period. ``first``: the number of requests by class of seconds to the first token (``class_of``)."""
+
+    n: int = 0
+    n_faults: int = 0  # llamaslot's own
+    n_unserved: int = 0
+    n_prompt: int = 0
+    n_reused: int = 0
+    n_computed: int = 0
+    n_answered: int = 0
+    saved_s: float = 0.0
+    saved_error_s: float = 0.0
+    moved_s: float = 0.0
+    queued_s: float = 0.0
+    longest_queued_s: float = 0.0
+    disk_bytes: int = 0
+    first: dict[int, int] = field(default_factory=dict)
+
+    def count(self, activity: Activity) -> None:
+        self.n += 1
+        self.n_faults += activity.outcome is Outcome.FAULT
+        self.n_unserved += activity.outcome is Outcome.UNSERVED
+        if activity.n_reused is not None:  # else its prompt is not known to have been read
+            self.n_prompt += activity.n_reused + activity.n_computed
+            self.n_reused += activity.n_reused
+        self.n_computed += activity.n_computed
+        self.n_answered += activity.n_answered
+        self.saved_s += activity.saved_s
+        self.saved_error_s += activity.saved_error_s
+        self.moved_s += activity.moved_s
+        self.queued_s += activity.queued_s
+        self.longest_queued_s = max(self.longest_queued_s, activity.queued_s)
+        if activity.first_s is not None:
+            its = class_of(activity.first_s)
+            self.first[its] = self.first.get(its, 0) + 1
+
+    def add(self, other: Sums) -> None:
+        for name in _ADDED:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest_queued_s = max(self.longest_queued_s, other.longest_queued_s)
+        self.disk_bytes = max(self.disk_bytes, other.disk_bytes)
+        for its, n in other.first.items():
+            self.first[its] = self.first.get(its, 0) + n
+
+    def first_s(self, share: float) -> float | None:
+        """The seconds within which that share of the requests had a first token, within 7 %; None of none."""
+        left = share * sum(self.first.values())
+        for its in sorted(self.first):
+            left -= self.first[its]
+            if left <= 0:
+                return _LEAST_S * math.exp((its + 0.5) * _NARROW)
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        told = {name: round(getattr(self, name), 3) for name in _ADDED}
+        return {
+            **told,
+            "longest_queued_s": round(self.longest_queued_s, 3),
+            "disk_bytes": self.disk_bytes,
+            "first_p50_s": _rounded(self.first_s(0.5)),
+            "first_p95_s": _rounded(self.first_s(0.95)),
+        }
+
+
+_ADDED = [name for name in Sums.__struct_fields__ if name not in ("longest_queued_s", "disk_bytes", "first")]
+
+
+def class_of(seconds: float) -> int:
+    return math.floor(math.log(max(seconds, _LEAST_S) / _LEAST_S) / _NARROW)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.3g}")
+
+
+def total(parts: Iterable[Sums]) -> Sums:
+    found = Sums()
+    for part in parts:
+        found.add(part)
+    return found
+
+
+class Series:
+    """All sums, by key. ``dirty``: keys that have changed since they were last taken for the file."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Key, Sums] = {}
+        self.dirty: set[Key] = set()
+        self._swept_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    def count(self, activity: Activity) -> None:
+        """Count a request into the period in which it ended."""
+        at = activity.at + activity.total_s
+        for step in KEPT_S:
+            self._of(step, at, activity.backend or "", activity.model).count(activity)
+
+    def stored(self, at: float, size_bytes: int) -> None:
+        """So many bytes of snapshots were on disk at that time."""
+        for step in (MINUTE, HOUR):
+            sums = self._of(step, at, "", "")
+            sums.disk_bytes = max(size_bytes, 1)
+
+    def _of(self, step: int, at: float, backend: str, model: str) -> Sums:
+        key = Key(step, int(at // step * step) if step else 0, backend, model)
+        self.dirty.add(key)
+        if (sums := self._sums.get(key)) is None:
+            sums = self._sums[key] = Sums()
+        return sums
+
+    def load(self, rows: Iterable[tuple[Key, Sums]]) -> None:
+        """Add sums of an earlier process."""
+        for key, sums in rows:
+            if (mine := self._sums.get(key)) is not None:
+                mine.add(sums)
+                self.dirty.add(key)
+            else:
+                self._sums[key] = sums
+
+    def take_dirty(self) -> list[tuple[Key, Sums]]:
+        """What is to be written now: it counts as written."""
+        keys, self.dirty = self.dirty, set()
+        return [(key, self._sums[key]) for key in keys if key in self._sums]
+
+    def sweep(self, now: float) -> None:
+        """Forget what is too old, at most once an hour."""
+        if now - self._swept_at < HOUR:
+            return
+        self._swept_at = now
+        for key in [key for key in self._sums if key.at < now - KEPT_S[key.step]]:
+            del self._sums[key]
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    def since(self, at: float, step: int = MINUTE) -> Sums:
+        """All from then on."""
+        return total(sums for key, sums in self._sums.items() if key.step == step and key.at >= at - step + 1)
+
+    @property
+    def ever(self) -> Sums:
+        return total(sums for key, sums in self._sums.items() if key.step == EVER)
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """The backends and the models that anything is known of."""
+        keys = [key for key in self._sums if key.step == EVER]
+        return sorted({key.backend for key in keys} - {""}), sorted({key.model for key in keys} - {""})
+
+    def points(self, span: str, now: float, backend: str = "", model: str = "") -> Iterator[tuple[int, Sums]]:
+        """The periods of a span up to now that have anything, oldest first; of one backend or model, or of all."""
+        back_s, step = SPANS[span]
+        source = MINUTE if step < HOUR else HOUR
+        found: dict[int, Sums] = {}
+        for key, sums in self._sums.items():
+            is_disk = not (key.backend or key.model)
+            is_its = backend in ("", key.backend) and model in ("", key.model)
+            if key.step == source and key.at > now - back_s - step and (is_its or is_disk):
+                at = key.at // step * step
+                if at not in found:
+                    found[at] = Sums()
+                found[at].add(sums)
+        yield from sorted(found.items())

@@ -1,0 +1,101 @@
+"""The snapshots of a directory for people: what fills it, and which conversations begin alike."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from itertools import takewhile
+from typing import Any
+
+from xxhash import xxh3_64_digest, xxh3_64_hexdigest
+
+from llamaslot.cache.ids import WIDTH
+from llamaslot.store.sidecar import Snapshot
+from llamaslot.store.snapshot_store import SnapshotStore
+
+MOST = 1000  # snapshots that are listed one by one: the largest
+_BLOCK = 64  # tokens; beginnings are compared in blocks of so many
+_HASH = 8  # bytes
+_SLICE_S = 0.005  # then others run
+
+
+class Listing:
+    """The listing of one store. Nothing is computed until it is asked for; what a snapshot begins with is hashed
+    once.
+    """
+
+    def __init__(self, store: SnapshotStore) -> None:
+        self._store = store
+        self._beginnings: dict[str, bytes] = {}
+
+    async def rows(self) -> list[dict[str, Any]]:
+        """The ``MOST`` largest snapshots, those with the same beginning next to each other: ``n_common`` is the number
+        of tokens, to a block of 64, that a snapshot shares with the one before it. Canceling is safe.
+        """
+        every = sorted(self._store.catalog.snapshots.values(), key=lambda its: -its.size_bytes)[:MOST]
+        await self._compare(every)
+        every.sort(key=lambda its: (its.fingerprint, its.namespace, self._beginnings.get(its.id, b"")))
+        # No await from here on: each is listed.
+        listed = [its for its in every if its.id in self._store.catalog.snapshots]
+        last: Snapshot | None = None
+        rows = []
+        for its in listed:
+            rows.append({**self._row(its), "n_common": self._n_common(last, its)})
+            last = its
+        return rows
+
+    async def _compare(self, snapshots: list[Snapshot]) -> None:
+        kept = {its.id for its in snapshots}
+        self._beginnings = {id_: blocks for id_, blocks in self._beginnings.items() if id_ in kept}
+        since = time.monotonic()
+        for its in snapshots:
+            if its.id not in self._beginnings and (tokens := self._tokens(its.id)):
+                self._beginnings[its.id] = b"".join(_hashes(tokens))
+            if time.monotonic() - since > _SLICE_S:
+                await asyncio.sleep(0)
+                since = time.monotonic()
+
+    def _tokens(self, id_: str) -> bytes:
+        """Empty for a snapshot of a model that is not served now."""
+        for library in self._store.libraries:
+            with contextlib.suppress(KeyError):
+                return library.in_namespaces.tokens(id_)
+        return b""
+
+    def _n_common(self, last: Snapshot | None, its: Snapshot) -> int:
+        if last is None or (last.fingerprint, last.namespace) != (its.fingerprint, its.namespace):
+            return 0
+        a, b = self._beginnings.get(last.id, b""), self._beginnings.get(its.id, b"")
+        blocks = zip(_cut(a), _cut(b), strict=False)
+        n = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], blocks))
+        return min(n * _BLOCK, last.n_tokens, its.n_tokens)
+
+    def _row(self, its: Snapshot) -> dict[str, Any]:
+        catalog = self._store.catalog
+        return {
+            "id": its.id,
+            "store": self._store.name,
+            "kind": its.kind.value,
+            "n_tokens": its.n_tokens,
+            "size_bytes": its.size_bytes,
+            "created_at": its.created_at,
+            "last_used": catalog.last_used(its.id),
+            "n_hits": catalog.n_hits(its.id),
+            "is_pinned": its.is_pinned,
+            "is_served": its.fingerprint in catalog.fingerprints,
+            "model": xxh3_64_hexdigest(its.fingerprint.encode())[:8],
+            "request": its.source,
+            "namespace": its.namespace,
+        }
+
+
+def _hashes(tokens: bytes) -> Iterator[bytes]:
+    size = _BLOCK * WIDTH
+    for at in range(0, len(tokens), size):
+        yield xxh3_64_digest(tokens[at : at + size])
+
+
+def _cut(hashes: bytes) -> Iterator[bytes]:
+    return (hashes[at : at + _HASH] for at in range(0, len(hashes), _HASH))

@@ -1,0 +1,270 @@
+"""The page's routes: what goes on, what was, and what an operator can do about it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from llamaslot.http.page import FILES
+from tests.support.inprocess import CHAT, Served, letters, served, spawn
+
+HOSTILE = '<img src=x onerror="alert(1)">'
+
+
+async def activity(it: Served, query: str = "") -> Any:
+    return (await it.get(f"/llamaslot/activity{query}")).json
+
+
+async def ended(it: Served, n: int = 1) -> list[Any]:
+    """The last requests, once there are ``n``."""
+    while len(found := (await activity(it))["ended"]) < n:  # noqa: ASYNC110  # no event tells it
+        await asyncio.sleep(0.01)
+    return list(found)
+
+
+# --- what was
+
+
+async def test_a_request_is_told_as_llama_server_counts_it(tmp_path: Path) -> None:
+    """Its tokens, its place, its times, and why: cold, then from its slot, then from the disk."""
+    async with served(tmp_path, slots=1) as it:
+        text = letters(1, 400)
+        await it.post("/completion", {"prompt": text, "n_predict": 4}, **{"User-Agent": "agent/1"})
+        await it.ask(text + letters(2, 100))
+        await it.ask(letters(3, 300))
+        await it.ask(text + letters(2, 100) + letters(4, 50))
+        last, other, second, first = await ended(it, 4)
+    assert (first["n_reused"], first["n_computed"], first["n_answered"]) == (0, 400, 4)
+    assert first["text"] == "nothing of it was cached: all 400 tokens computed"
+    assert (first["client"], first["slot"], first["backend"], first["outcome"]) == (
+        "agent/1",
+        0,
+        "gpu0",
+        "done",
+    )
+    assert second["text"] == f"slot 0 held {second['n_reused']} of 500 tokens"
+    assert second["n_reused"] + second["n_computed"] == 500
+    assert other["n_reused"] == 0
+    assert last["source"] == "snapshot"
+    assert last["text"].startswith("restored ")
+    assert 0 <= last["queued_s"] <= last["total_s"]
+
+
+async def test_the_timeline_of_a_request(tmp_path: Path) -> None:
+    """Asked for by its id; what nobody knows is a 404."""
+    async with served(tmp_path, slots=1) as it:
+        await it.ask(letters(1, 400))
+        await it.ask(letters(2, 400))
+        latest = (await ended(it, 2))[0]
+        told = await activity(it, f"?request={latest['id']}")
+        assert [stage["name"] for stage in told["stages"]][:3] == ["read", "queue", "save"]
+        assert told["stages"][-1]["begin_s"] <= told["total_s"]
+        assert (await it.get("/llamaslot/activity?request=nobody")).status == 404
+
+
+async def test_the_history_survives_a_restart(tmp_path: Path) -> None:
+    """With the users whose conversations are on disk."""
+    async with served(tmp_path) as it:
+        await it.post(
+            "/completion", {"prompt": letters(1, 400), "n_predict": 4}, **{"x-llamaslot-user": "ada"}
+        )
+        await it.stop()
+        await it.start()
+        (latest,) = await ended(it)
+        assert latest["user"] == "named:ada"
+        history = (await it.get("/llamaslot/history?span=hour")).json
+        assert sum(point["n_computed"] for point in history["lines"][0]["points"]) == 400
+        by = (await it.get("/llamaslot/history?span=month&by=backend")).json
+        assert [line["name"] for line in by["lines"]] == ["gpu0"]
+        for bad in ("span=year", "by=user"):
+            assert (await it.get(f"/llamaslot/history?{bad}")).status == 400
+
+
+# --- what goes on
+
+
+async def event(stream: aiohttp.ClientResponse) -> tuple[str, Any]:
+    """The next event."""
+    name = ""
+    async with asyncio.timeout(10):
+        while (line := await stream.content.readline()) or not stream.content.at_eof():
+            if line.startswith(b"event: "):
+                name = line[7:].decode().strip()
+            elif line.startswith(b"data: "):
+                return name, json.loads(line[6:])
+    raise AssertionError("the stream has ended")
+
+
+async def test_changes_are_streamed(tmp_path: Path) -> None:
+    """First everything, then what has changed; what is over is null."""
+    async with served(tmp_path, slots=1) as it, it.session.get(it.url + "/llamaslot/events") as stream:
+        name, state = await event(stream)
+        assert name == "all"
+        assert {"now", "about", "headline", "store", "backend:gpu0"} == state.keys()
+        async with it.busy():
+            while not (flights := [key for key in state if key.startswith("flight:")]):
+                name, state = await event(stream)
+            assert name == "change"
+            assert state[flights[0]]["route"] == "/completion"
+            async with it.asking(letters(2, 50)):
+                await it.until(lambda: it.pool.dispatcher.n_waiting)
+                first, waiting = (await activity(it))["in_flight"]
+                assert (first["backend"], first["slot"], first["n_tokens"]) == ("gpu0", 0, 200)
+                assert (waiting["stage"], waiting["position"]) == ("queued 1st", 1)
+            it.fake.go()
+            while state.get(flights[0], "") is not None:
+                _, state = await event(stream)
+
+
+async def test_nobody_watches_nothing_is_computed(tmp_path: Path) -> None:
+    """One producer for all who watch; it ends with the last of them, and with llamaslot."""
+    async with served(tmp_path) as it:
+        name = "watch for the page"
+
+        def producers() -> int:
+            return sum(task.get_name() == name for task in asyncio.all_tasks())
+
+        await it.ask(letters(1, 100))
+        assert producers() == 0
+        async with it.session.get(it.url + "/llamaslot/events") as one:
+            await one.content.readline()
+            async with it.session.get(it.url + "/llamaslot/events") as two:
+                await two.content.readline()
+                assert producers() == 1
+        await it.until(lambda: producers() == 0)
+        async with it.session.get(it.url + "/llamaslot/events") as last:
+            await last.content.readline()
+            await it.stop()
+            assert (await last.content.read()).startswith(b"data: ")
+
+
+# --- what can be done
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_request_is_cancelled(tmp_path: Path, stream: bool) -> None:
+    """Its client is told so, with a status that it does not retry; its slot serves others."""
+    async with served(tmp_path, slots=1) as it:
+        it.fake.hold()
+        body = {"prompt": letters(1, 200), "n_predict": 50, "stream": stream}
+        asked = spawn(it.post("/completion", body, **{"x-request-id": "mine"}))
+        await it.until(lambda: it.pool.dispatcher.leases)
+        assert (await it.post("/llamaslot/cancel?request=other", None)).status == 404
+        told = await it.post("/llamaslot/cancel?request=mine", None)
+        assert told.json == {"request": "mine", "n_cancelled": 1}
+        answer = await asked
+        it.fake.go()
+        assert answer.status == 410
+        assert "operator" in answer.error["message"]
+        (latest,) = await ended(it)
+        assert latest["outcome"] == "cancelled"
+        assert (await it.ask(letters(2, 50))).status == 200
+        assert await it.count("clients_left_total") == 0
+
+
+async def test_a_stream_that_has_begun_is_cancelled(tmp_path: Path) -> None:
+    """Its last event is the error, in its client's form."""
+    async with served(tmp_path, {"stream": {"keepalive_s": 0.05}}, slots=1) as it, it.busy():
+        body = {"messages": [{"role": "user", "content": letters(2, 60)}], "stream": True}
+        async with it.session.post(it.url + CHAT, json=body, headers={"x-request-id": "mine"}) as stream:
+            assert await stream.content.readline() == b": queued 1\n"
+            await it.post("/llamaslot/cancel?request=mine", None)
+            last = (await stream.content.read()).split(b"data: ")[-1]
+            assert json.loads(last)["error"]["code"] == 410
+
+
+async def test_snapshots_are_listed_pinned_and_deleted(tmp_path: Path) -> None:
+    """With their users, those with the same beginning side by side; what is deleted is gone from the disk."""
+    async with served(tmp_path, slots=1) as it:
+        common = letters(9, 640)
+        for name in ("ada", "ben", "cleo"):
+            prompt = common + letters(hash(name) % 1000, 300)
+            await it.post("/completion", {"prompt": prompt, "n_predict": 4}, **{"x-llamaslot-user": name})
+        await it.until(lambda: len(it.files()) >= 2)
+        await ended(it, 3)
+        told = (await it.get("/llamaslot/snapshots")).json
+        leaves = [row for row in told["snapshots"] if row["kind"] == "leaf"]
+        assert {row["user"] for row in leaves} == {"named:ada", "named:ben"}
+        assert sorted(row["n_common"] for row in leaves)[-1] == 640
+        id_ = leaves[0]["id"]
+        assert (await it.post(f"/llamaslot/pin?snapshot={id_}", None)).json == {
+            "snapshot": id_,
+            "is_pinned": True,
+        }
+        told = (await it.get("/llamaslot/snapshots")).json
+        assert [row["id"] for row in told["snapshots"] if row["is_pinned"]] == [id_]
+        assert (await it.post(f"/llamaslot/unpin?snapshot={id_}", None)).json["is_pinned"] is False
+        assert (await it.post(f"/llamaslot/delete?snapshot={id_}", None)).json["is_pinned"] is None
+        assert id_ not in {path.stem for path in it.files()}
+        for action in ("pin", "unpin", "delete"):
+            assert (await it.post(f"/llamaslot/{action}?snapshot={id_}", None)).status == 404
+            assert (await it.post(f"/llamaslot/{action}", None)).status == 400
+
+
+# --- who may
+
+
+async def test_the_files_need_no_key_and_what_they_show_does(tmp_path: Path) -> None:
+    """A browser opens the page, and the page asks for the key."""
+    async with served(tmp_path, {"auth": {"admin_key": "a" * 40}}) as it:
+        for path, (_, type_) in FILES.items():
+            answer = await it.get(path)
+            assert (answer.status, answer.headers["Content-Type"]) == (200, type_)
+            assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        for path in ("events", "activity", "history", "snapshots"):
+            assert (await it.get(f"/llamaslot/{path}")).status == 401
+        for action in ("cancel?request=x", "pin?snapshot=x", "unpin?snapshot=x", "delete?snapshot=x"):
+            assert (await it.post(f"/llamaslot/{action}", None)).status == 401
+            key = {"Authorization": "Bearer " + "a" * 40}
+            assert (await it.post(f"/llamaslot/{action}", None, **key)).status == 404
+
+
+async def test_the_address_without_a_slash_leads_to_the_page(tmp_path: Path) -> None:
+    """Relative, so that it works behind a proxy's prefix; a second look costs no body."""
+    async with served(tmp_path) as it:
+        assert (await it.get("/llamaslot")).headers["Content-Type"] == "text/html; charset=utf-8"
+        first = await it.get("/llamaslot/")
+        again = await it.send("GET", "/llamaslot/", headers={"If-None-Match": first.headers["ETag"]})
+        assert (again.status, again.raw) == (304, b"")
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "status"),
+    [
+        (None, None, 404),
+        ("http://127.0.0.1:{port}", None, 404),
+        ("http://localhost:{port}", "localhost:{port}", 404),
+        ("http://evil.example", None, 403),
+        ("http://127.0.0.1:9999", None, 403),
+        ("http://evil.example:{port}", "evil.example:{port}", 403),  # DNS rebinding
+        ("null", None, 403),
+    ],
+)
+async def test_other_pages_can_do_nothing(
+    tmp_path: Path, origin: str | None, host: str | None, status: int
+) -> None:
+    """Without a key any page in a browser on this machine could ask."""
+    async with served(tmp_path) as it:
+        port = it.config.listen.port
+        headers = {
+            name: value.format(port=port) for name, value in (("Origin", origin), ("Host", host)) if value
+        }
+        answer = await it.send("POST", "/llamaslot/cancel?request=x", headers=headers)
+        assert answer.status == status
+
+
+async def test_names_of_others_are_only_text(tmp_path: Path) -> None:
+    """A User-Agent and a model's name with markup, cut to a length that a table bears."""
+    async with served(tmp_path) as it:
+        body = {"prompt": letters(1, 50), "n_predict": 1, "model": HOSTILE}
+        await it.post("/completion", body, **{"User-Agent": HOSTILE + "x" * 1000})
+        (latest,) = await ended(it)
+        assert latest["client"].startswith(HOSTILE)
+        assert len(latest["client"]) == 200
+        answer = await it.get("/llamaslot/activity")
+        assert answer.headers["Content-Type"] == "application/json; charset=utf-8"
