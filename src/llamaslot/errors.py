@@ -11,6 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def shortened(text: str) -> str:
+    """A client's text as part of a message."""
+    return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"
+
+
 class LlamaslotError(Exception):
     """The base class. ``str(error)`` is the message for the client or operator."""
 

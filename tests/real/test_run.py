@@ -142,7 +142,11 @@ async def test_a_key_of_llama_server_is_one_of_clients(tmp_path: Path) -> None:
             ("--listen", "here", "--", *ENGINE, "-np", "1", "-m", "{model}"),
             "--listen here: should be HOST:PORT",
         ),
-        (("--quota", "much", "--", *ENGINE, "-np", "1", "-m", "{model}"), "store.quota: should be a size"),
+        (
+            ("--stop-s", "nan", "--", *ENGINE, "-np", "1", "-m", "{model}"),
+            "should be a number of seconds, such as 9",
+        ),
+        (("--quota", "much", "--", *ENGINE, "-np", "1", "-m", "{model}"), "--quota: should be a size"),
         (
             ("--listen", "127.0.0.1:{taken}", "--", *ENGINE, "-np", "1", "-m", "{model}"),
             "listen: 127.0.0.1:{taken} is in use",

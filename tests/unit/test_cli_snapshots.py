@@ -26,6 +26,27 @@ OURS, OTHERS = (Identity({"n_vocab": n}, {i: -1.0 * i for i in range(8)}).to_tex
 Run = Callable[..., Result]
 
 
+def test_the_store_of_run_needs_no_configuration(tmp_path: Path) -> None:
+    """That of its only model, or of the one whose part is named."""
+    for part in ("a-1", "b-2"):
+        (tmp_path / part).mkdir()
+        meta = tmp_path / ".meta" / part
+        meta.mkdir(parents=True)
+        backends = [{"url": "http://127.0.0.1:8080", "slot_save_path": str(tmp_path / part)}]
+        (meta / "config.yaml").write_text(
+            json.dumps({"backends": backends, "store": {"meta_dir": str(meta)}})
+        )
+        if part == "a-1":
+            listed = CliRunner().invoke(cli.main, ["snapshots", "ls", "--store", str(tmp_path)])
+            assert (listed.exit_code, "a-1" in listed.stdout) == (0, True), listed.output
+    listed = CliRunner().invoke(cli.main, ["snapshots", "ls", "--store", str(tmp_path)])
+    assert (listed.exit_code, "which model?" in listed.output) == (2, True)
+    listed = CliRunner().invoke(cli.main, ["snapshots", "ls", "--store", str(tmp_path / "b-2")])
+    assert (listed.exit_code, "b-2" in listed.stdout) == (0, True)
+    nothing = CliRunner().invoke(cli.main, ["snapshots", "ls", "--store", str(tmp_path / ".meta")])
+    assert (nothing.exit_code, "no 'llamaslot run' has used" in nothing.output) == (2, True)
+
+
 class StoppedStore(Shelter):
     """A directory as llamaslot leaves it: stopped, with a configuration beside it and a model that was served."""
 

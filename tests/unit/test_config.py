@@ -393,6 +393,21 @@ def test_the_message_is_a_list(load: Load, tmp_path: Path) -> None:
             "backends: [{managed: {model: m, command: [sh], args: [on]}}]",
             "backends[0].managed.args[0]: should be text",
         ),
+        (BACKEND + 'models: {aliases: {"": a}}', "models.aliases, the key '': should not be empty"),
+        (BACKEND + "models: {aliases: {x: a}, default: x}", "models.default: x is an alias too"),
+        (BACKEND + "models: {each: {a: {quue: {}}}}", "models.each.a.quue: unknown key; did you mean queue?"),
+        (
+            "backends: [{name: m, managed: {model: m, command: sh}}]\nmodels: {default: zzz}",
+            "models.default: there is no model zzz; there are ",
+        ),
+        (
+            "backends: [{url: 'http://a', slot_save_path: kv}, {name: b, url: 'http://b', slot_save_path: kv/b}]",
+            "backends[1].slot_save_path: and that of backends[0] are one inside the other",
+        ),
+        (
+            "backends: [{url: 'http://a', slot_save_path: kv}]\nstore: {meta_dir: ./kv}",
+            "backends[0].slot_save_path: is store.meta_dir too",
+        ),
     ],
 )
 def test_a_fault_says_where_and_what_would_be_right(faults: Faults, text: str, fault: str) -> None:

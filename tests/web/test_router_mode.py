@@ -111,6 +111,34 @@ async def test_asking_loads_and_wakes_nothing(tmp_path: Path) -> None:
         assert (await it.ask(TALK + "more", model="a")).source == "snapshot"
 
 
+async def test_what_cannot_be_served_loads_nothing(tmp_path: Path) -> None:
+    """A body without messages, a drained model, a model that is not there, a question about one that is not loaded."""
+    async with routed(tmp_path) as (it, router):
+        invalid = await it.post("/v1/chat/completions", {"model": "a"})
+        assert (invalid.status, invalid.error["message"]) == (400, "'messages' is required")
+        messages = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+        unknown = await it.post("/v1/chat/completions", {"model": "x" * 1_000_000, **messages})
+        assert (unknown.status, len(unknown.raw) < 600) == (404, True)
+        for name in MODELS:
+            counted = await it.post("/v1/messages/count_tokens", {"model": name, **messages})
+            assert (counted.status, "is not loaded" in counted.error["message"]) == (503, True)
+        it.named("box/a").drain.begin()
+        for path in ("/v1/chat/completions", "/v1/messages", "/infill"):
+            drained = await it.post(path, {"model": "a", **messages})
+            assert (drained.status, "undrain box/a" in drained.error["message"]) == (503, True), path
+        assert router.woken == []
+
+
+async def test_a_model_has_limits_of_its_own(tmp_path: Path) -> None:
+    """The others have those of all."""
+    async with routed(tmp_path, {"models": {"each": {"a": {"queue": {"max_waiting": 3}}}}}) as (it, _):
+        for name in MODELS:
+            await it.ask(TALK, model=name)
+        limits = [it.pool_of(f"box/{name}").dispatcher.queue.limits for name in MODELS]
+        assert [its.max_waiting for its in limits] == [3, 256]
+        assert limits[0].max_wait_s == limits[1].max_wait_s
+
+
 async def test_it_is_found_when_it_comes_up(tmp_path: Path) -> None:
     """A request that waits for the connection is placed again."""
     async with routed(tmp_path, wait=False) as (it, router):

@@ -166,6 +166,8 @@ class Backend:
         process), that was a moment ago, and the server has worked since: then it has not fallen asleep either.
         Canceling is safe.
         """
+        if self.session is None and self.leases.is_drained:
+            raise BackendDown(self.leases.why_not or "")
         await self.presence.serving()
         while (session := self.session) is not None:
             if not session.is_assisted or self.use_if_proved():

@@ -19,6 +19,7 @@ from msgspec import Struct, field
 
 from llamaslot.config.faults import read_yaml
 from llamaslot.config.load import Config
+from llamaslot.config.sections import ManagedModelsConfig
 from llamaslot.errors import ConfigError
 from llamaslot.store.directory import HITS_NAME, LOCK_NAME
 from llamaslot.store.quota import beyond_disk
@@ -57,6 +58,11 @@ def check(path: Path) -> Checked:
         n_held = sum(size_bytes(directory, id_) for id_ in list_own(directory).suffixes)
         note = beyond_disk(store.quota, store.min_free, directory, n_held)
         checked.notes += [note] if note else []
+    if config.managed != ManagedModelsConfig() and not any(its.managed for its in config.backends):
+        checked.notes.append(
+            "managed.max_loaded and managed.idle_unload_s are for backends with 'managed', and there is none: a router"
+            " has --models-max, every llama-server --sleep-idle-seconds"
+        )
     if os.geteuid() == 0:
         checked.only_root += _only_for_root(path, config)
         checked.only_root.append(

@@ -11,16 +11,13 @@ import click
 
 from llamaslot.cli.faults import told
 from llamaslot.cli.running import Running
+from llamaslot.cli.which import which
 
 _LOOK_EVERY_S = 0.5
 
-_config = click.option(
-    "--config", "path", type=click.Path(path_type=Path), default="config.yaml", show_default=True
-)
-
 
 @click.command()
-@_config
+@which
 @click.argument("backend")
 def drain(path: Path, backend: str) -> None:
     """Take BACKEND out of service: running answers end, its slots are saved, nothing new begins there.
@@ -45,7 +42,7 @@ def drain(path: Path, backend: str) -> None:
 
 
 @click.command()
-@_config
+@which
 @click.argument("backend")
 def undrain(path: Path, backend: str) -> None:
     """Put BACKEND into service again."""

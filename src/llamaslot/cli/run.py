@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llamaslot.cli.faults import fail, run_to_end
+from llamaslot.cli.which import RUN_CONFIG
 
 # Slow imports are made where they are needed.
 if TYPE_CHECKING:
@@ -35,6 +37,12 @@ class _Run(click.Command):
             ) from None
 
 
+def _finite(context: click.Context, option: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter("should be a number of seconds, such as 9", context, option)
+    return value
+
+
 @click.command(cls=_Run, context_settings={"allow_interspersed_args": False})
 @click.option(
     "--listen",
@@ -51,6 +59,7 @@ class _Run(click.Command):
 @click.option(
     "--stop-s",
     type=click.FloatRange(min=1.0),
+    callback=_finite,
     default=STOP_S,
     show_default=True,
     metavar="SECONDS",
@@ -174,10 +183,28 @@ def _config(
         "store": {"quota": quota, "meta_dir": part.meta_dir},
         "shutdown": {"drain_s": drain_s(stop_s)},
     }
+    _remember(part.meta_dir / RUN_CONFIG, settings)
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError("llamaslot run", fault_lines(error, Config)) from None
+        lines = [line.replace("store.quota", "--quota", 1) for line in fault_lines(error, Config)]
+        raise ConfigError("llamaslot run", lines) from None
+
+
+def _remember(path: Path, settings: dict[str, Any]) -> None:
+    """Write the settings, without keys, for commands with ``--store``. Raises ConfigError."""
+    import json
+
+    from llamaslot.errors import ConfigError
+
+    backends = [
+        {key: value for key, value in its.items() if key != "api_key"} for its in settings["backends"]
+    ]
+    text = json.dumps({**settings, "backends": backends}, default=str, indent=2)
+    try:
+        path.write_text(text + "\n")
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be written: {error.strerror}"]) from None
 
 
 def _keys_file(meta_dir: Path, keys: list[str]) -> Path:

@@ -21,6 +21,7 @@ from xxhash import xxh3_64_hexdigest
 from llamaslot.cli.faults import told
 from llamaslot.cli.format import number, several, span, table
 from llamaslot.cli.gc import OfflineStore, Removal, over_limits
+from llamaslot.cli.which import which
 from llamaslot.config.load import Config
 from llamaslot.store import scan
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
@@ -43,15 +44,12 @@ def snapshots() -> None:
     """Look at the snapshots on disk, check them, remove some."""
 
 
-_config = click.option(
-    "--config", "path", type=click.Path(path_type=Path), default="config.yaml", show_default=True
-)
 _json = click.option("--json", "is_json", is_flag=True, help="All that is known, for programs.")
 _dry_run = click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 
 
 @snapshots.command()
-@_config
+@which
 @_json
 @click.option(
     "--sort",
@@ -78,7 +76,7 @@ def ls(path: Path, is_json: bool, order: str) -> None:
 
 
 @snapshots.command()
-@_config
+@which
 @_json
 @click.argument("name", metavar="ID")
 def show(path: Path, is_json: bool, name: str) -> None:
@@ -103,7 +101,7 @@ def show(path: Path, is_json: bool, name: str) -> None:
 
 
 @snapshots.command()
-@_config
+@which
 @_dry_run
 @click.argument("names", metavar="ID...", nargs=-1, required=True)
 def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
@@ -116,7 +114,7 @@ def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
 
 
 @snapshots.command()
-@_config
+@which
 @_dry_run
 @click.option("--others", is_flag=True, help="Also remove those of models other than the last served one.")
 def gc(path: Path, dry_run: bool, others: bool) -> None:
@@ -137,7 +135,7 @@ def gc(path: Path, dry_run: bool, others: bool) -> None:
 
 
 @snapshots.command()
-@_config
+@which
 @_dry_run
 @click.option("--remove", "removes", is_flag=True, help="Remove what is broken.")
 @click.argument("names", metavar="[ID]...", nargs=-1)

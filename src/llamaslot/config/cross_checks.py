@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationInfo
+from pydantic import ValidationError, ValidationInfo
 
 from llamaslot.config.faults import Loc
+from llamaslot.config.sections import BackendConfig
 from llamaslot.config.values import address_of, anchored
 from llamaslot.errors import LlamaslotError
 from llamaslot.llama.managed.process import EMBEDDED_MODEL, smollm2_path
@@ -31,7 +32,8 @@ def wrong_together(raw: Any, info: ValidationInfo) -> Iterator[tuple[Loc, str]]:
     if not backends:
         yield ("backends",), "is empty: one backend is needed, with url or managed"
     yield from _twice(backends)
-    yield from _model_faults(raw.get("models"))
+    yield from _model_faults(raw.get("models"), backends, info)
+    yield from _directory_faults(raw, backends, info)
     if not any(_keeps(backend) for backend in backends) and raw.get("prewarm"):
         yield ("prewarm",), "needs backends[0].slot_save_path: what is computed ahead is kept there"
     listen = raw.get("listen")
@@ -79,16 +81,69 @@ def _twice(backends: Sequence[object]) -> Iterator[tuple[Loc, str]]:
             )
 
 
-def _model_faults(models: object) -> Iterator[tuple[Loc, str]]:
-    aliases = models.get("aliases") if isinstance(models, dict) else None
-    if not isinstance(aliases, dict):
+def _model_faults(
+    models: object, backends: Sequence[object], info: ValidationInfo
+) -> Iterator[tuple[Loc, str]]:
+    if not isinstance(models, dict):
         return
-    for alias, target in aliases.items():
-        if isinstance(target, str) and target in aliases:
-            yield (
-                ("models", "aliases", alias),
-                f"{target} is an alias too: name the model itself, as its server does, or a backend",
-            )
+    found = models.get("aliases")
+    aliases = found if isinstance(found, dict) else {}
+    named: list[tuple[Loc, object]] = [(("models", "aliases", alias), its) for alias, its in aliases.items()]
+    each = models.get("each")
+    named += [(("models", "each", name), name) for name in (each if isinstance(each, dict) else ())]
+    known = _known_models(backends, info)
+    for loc, target in [*named, (("models", "default"), models.get("default"))]:
+        if not isinstance(target, str) or not target:
+            continue
+        if target in aliases:
+            yield loc, f"{target} is an alias too: name the model itself, as its server does, or a backend"
+        elif known is not None and target not in known:
+            yield loc, f"there is no model {target}; there are {', '.join(known)}"
+
+
+def _known_models(backends: Sequence[object], info: ValidationInfo) -> list[str] | None:
+    """The names of all models and backends; None if a server will tell some."""
+    known = dict[str, None]()
+    for raw in backends:
+        try:
+            backend = BackendConfig.model_validate(raw, context=info.context)
+        except ValidationError:
+            return None
+        if backend.managed is None:
+            return None
+        known |= dict.fromkeys((backend.managed.model_name, backend.name))
+    return list(known)
+
+
+def _directory_faults(
+    raw: dict[str, Any], backends: Sequence[object], info: ValidationInfo
+) -> Iterator[tuple[Loc, str]]:
+    """Directories of slot files that hold other files of llamaslot too: each would take the others' for foreign."""
+    store = raw.get("store")
+    meta = _real(store.get("meta_dir"), info) if isinstance(store, dict) else None
+    seen = dict[Path, int]()
+    for i, backend in enumerate(backends):
+        path = _real(backend.get("slot_save_path"), info) if isinstance(backend, dict) else None
+        if path is None:
+            continue
+        loc: Loc = ("backends", i, "slot_save_path")
+        if path == meta:
+            yield loc, "is store.meta_dir too: llamaslot's own files and slot files need a directory each"
+        for other, j in seen.items():
+            if path != other and (path in other.parents or other in path.parents):
+                yield (
+                    loc,
+                    f"and that of backends[{j}] are one inside the other: give them the same, or one beside",
+                )
+        seen.setdefault(path, i)
+
+
+def _real(path: object, info: ValidationInfo) -> Path | None:
+    """Without links; None of a wrong type, which is reported elsewhere."""
+    try:
+        return anchored(Path(path), info).resolve() if isinstance(path, str) and path else None
+    except ValueError:
+        return None
 
 
 def _auth_faults(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:

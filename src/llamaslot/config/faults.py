@@ -94,6 +94,8 @@ def fault_lines(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 def dotted(loc: Loc) -> str:
     """``("backends", 0, "url")`` as ``backends[0].url``."""
+    if loc[-1:] == ("[key]",):  # pydantic's mark for the key itself
+        return f"{dotted(loc[:-2])}, the key {loc[-2]!r}"
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
     return path.removeprefix(".") or "the file"
 
@@ -103,7 +105,7 @@ def keys_of(model: type[BaseModel], above: str = "") -> Iterator[str]:
     out.
     """
     for name, field in model.model_fields.items():
-        inner = _inner(field.annotation)
+        inner = None if _is_mapping(field.annotation) else _inner(field.annotation)
         if inner is None:
             yield above + name
         else:
@@ -154,9 +156,14 @@ def _meant(word: str, known: list[str]) -> str:
 
 def _section(loc: Loc, model: type[BaseModel]) -> type[BaseModel]:
     """The model of the section at ``loc``."""
+    is_name = False  # of a mapping's entry
     for part in loc:
-        if isinstance(part, str) and (inner := _inner(model.model_fields[part].annotation)):
-            model = inner
+        if is_name or not isinstance(part, str):
+            is_name = False
+            continue
+        annotation = model.model_fields[part].annotation
+        is_name = _is_mapping(annotation)
+        model = _inner(annotation) or model
     return model
 
 
@@ -164,6 +171,10 @@ def _inner(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((inner for inner in map(_inner, get_args(annotation)) if inner), None)
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", None) is dict
 
 
 def _is_list(annotation: Any) -> bool:

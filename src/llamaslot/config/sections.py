@@ -21,6 +21,7 @@ from llamaslot.config.values import (
     Section,
     Size,
     anchored,
+    chat_file,
     key_file,
     number,
     origin,
@@ -161,15 +162,6 @@ class ManagedModelsConfig(Section):
     idle_unload_s: Annotated[Seconds, Field(gt=0)] | None = None
 
 
-class ModelsConfig(Section):
-    """Names of models beside those that the servers tell."""
-
-    # Names that clients may use, each with a model's name as its server tells it, or the name of a backend.
-    aliases: dict[ModelName, ModelName] = Field(default_factory=dict)
-    # The model for requests that name none, or an unknown one: a name as in ``aliases``. None: answered 404.
-    default: ModelName | None = None
-
-
 def default_meta_dir() -> Path:
     """systemd's StateDirectory if there is one, else /var/lib/llamaslot for root, else the XDG state directory."""
     if given := os.environ.get("STATE_DIRECTORY"):
@@ -230,6 +222,26 @@ class QueueConfig(Section):
     small_request_max_overtake_s: Seconds = 10.0
     # So long after its last answer a user is expected back, and a slot is left idle for it.
     return_grace_s: Seconds = 10.0
+
+
+class ModelConfig(Section):
+    """What is different for one model."""
+
+    # Instead of the top-level ``prewarm``; None: as there.
+    prewarm: tuple[Annotated[FilePath, AfterValidator(chat_file)], ...] | None = None
+    # As the section of that name, whose values hold for what is left out here.
+    queue: QueueConfig = QueueConfig.model_construct()
+
+
+class ModelsConfig(Section):
+    """Names of models beside those that the servers tell."""
+
+    # Names that clients may use, each with a model's name as its server tells it, or the name of a backend.
+    aliases: dict[ModelName, ModelName] = Field(default_factory=dict)
+    # The model for requests that name none, or an unknown one: a name as in ``aliases``. None: answered 404.
+    default: ModelName | None = None
+    # By a model's name, as in ``aliases``: its own limits and ``prewarm``.
+    each: dict[ModelName, ModelConfig] = Field(default_factory=dict)
 
 
 class TimeoutsConfig(Section):

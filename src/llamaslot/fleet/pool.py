@@ -108,6 +108,13 @@ class Pool:
             settings.idle_save_s,
         )  # fmt: skip
 
+    def configure(self, settings: PoolSettings) -> None:
+        """Its model is known, and so what is configured for that."""
+        if settings is not self._settings:
+            self._settings = settings
+            self.dispatcher.queue.limits = settings.limits
+            self._prewarm.want(settings.prewarm)
+
     def __repr__(self) -> str:
         return f"<Pool {self.model.name if self.model is not None else None} {list(self.backends)}>"
 

@@ -73,9 +73,15 @@ class Prewarm:
         self._left_of: SlotTable | None = None  # the slot table that ``_left`` belongs to
         self._left: list[PrewarmTarget] = []
 
+    def want(self, bodies: Bodies) -> None:
+        """These from now on."""
+        self._bodies, self._left_of = bodies, None
+
     @property
     def _table(self) -> SlotTable | None:
-        return next(iter(self._dispatcher.tables), None)
+        """None also while llama-server sleeps: it must not be woken for this."""
+        every = self._dispatcher.backends.values()
+        return next((its.table for its in every if its.table is not None and not its.is_asleep), None)
 
     async def run(self) -> None:
         """Runs until cancelled; a running save is then completed."""

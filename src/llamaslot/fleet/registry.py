@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Never
 from urllib.parse import quote
@@ -14,7 +14,7 @@ from urllib.parse import quote
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.connect import ServerSession
 from llamaslot.config.load import Config
-from llamaslot.config.sections import StoreConfig
+from llamaslot.config.sections import ModelConfig, QueueConfig, StoreConfig
 from llamaslot.config.values import read_chat_file
 from llamaslot.errors import BackendDown, ConfigError
 from llamaslot.fleet.pool import Pool, PoolModel, PoolSettings
@@ -49,6 +49,7 @@ class Registry:
     ) -> None:
         self.metrics, self._settings, self._now = metrics, settings, now
         self._backends: dict[str, Backend] = {}
+        self._of_models: dict[str, PoolSettings] = {}
         self._routers: list[RoutedModels] = []
         self.save_s = 60.0  # for the slots of a model before its router unloads it
         self.stores: dict[Path, SnapshotStore] = {}
@@ -62,6 +63,7 @@ class Registry:
         """
         registry = cls(Metrics(), _pool_settings(config))
         registry.router.configure(config.models)
+        registry._of_models = {name: _pool_settings(config, its) for name, its in config.models.each.items()}
         registry.save_s = config.shutdown.save_s
         for settings in config.backends:
             url = (urls or {}).get(settings.name) or settings.url
@@ -199,6 +201,8 @@ class Registry:
             new.model = model
         if new is not old:
             self._move(backend, old, new)
+        names = (*session.names, backend.name)
+        new.configure(next((its for name, its in self._of_models.items() if name in names), self._settings))
         self.router.note_names(backend, session, new)
 
     def _started_pool(self) -> Pool:
@@ -284,17 +288,22 @@ def _expect(backend: Backend, store: SnapshotStore) -> None:
         store.catalog.serve(backend.name, text)
 
 
-def _pool_settings(config: Config) -> PoolSettings:
+def _pool_settings(config: Config, model: ModelConfig | None = None) -> PoolSettings:
+    """``model``: what is different for it."""
+    own = ModelConfig.model_construct() if model is None else model
     return PoolSettings(
         config.store.idle_save_s,
         rules=_rules(config),
-        limits=_limits(config),
-        prewarm=_chat_bodies(config),
+        limits=_limits(
+            config.queue.model_copy(
+                update={key: getattr(own.queue, key) for key in own.queue.model_fields_set}
+            )
+        ),
+        prewarm=_chat_bodies(config, config.prewarm if own.prewarm is None else own.prewarm),
     )
 
 
-def _limits(config: Config) -> QueueLimits:
-    queue = config.queue
+def _limits(queue: QueueConfig) -> QueueLimits:
     fairness = Fairness(
         queue.user_max_running,
         queue.user_max_waiting,
@@ -316,12 +325,12 @@ def _rules(config: Config) -> Rules:
     )
 
 
-def _chat_bodies(config: Config) -> list[tuple[str, dict[str, Any]]]:
-    """The bodies named in ``prewarm``, rewritten as requests are. Raises ConfigError if a file, readable a moment
+def _chat_bodies(config: Config, files: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
+    """The bodies in ``files``, rewritten as requests are. Raises ConfigError if a file, readable a moment
     ago, is not readable any more.
     """
     try:
-        bodies = [(path.name, read_chat_file(path)) for path in config.prewarm]
+        bodies = [(path.name, read_chat_file(path)) for path in files]
     except ValueError as error:
         raise ConfigError("prewarm", [str(error)]) from error
     rewriting = Rewriting(config.rules if bodies else ())

@@ -9,7 +9,7 @@ from typing import Any
 from llamaslot.backend.backend import Backend, Health
 from llamaslot.backend.connect import ServerSession
 from llamaslot.config.sections import ModelsConfig
-from llamaslot.errors import BackendDown, BadRequest, ModelNotFound
+from llamaslot.errors import BackendDown, BadRequest, ModelNotFound, shortened
 from llamaslot.fleet.pool import Pool, PoolModel
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Router:
             )
         if not isinstance(model, str) or not model:
             raise BadRequest(f"'model' is required, as there are several: {there_are}")
-        raise ModelNotFound(f"the model '{model}' does not exist here; there are {there_are}")
+        raise ModelNotFound(f"the model '{shortened(model)}' does not exist here; there are {there_are}")
 
     def unloaded_pool(self, model: object) -> Pool | None:
         """If ``pool_for``, or that pool's ``ready``, would have to load the model: a pool in which its backend is now.

@@ -94,6 +94,8 @@ class Format(Protocol):
     #: The field with the messages, if there is one, and the one with a separate system prompt.
     messages_key: str | None = None
     system_key: str | None = None
+    #: The field without which llama-server refuses a body.
+    required_key: str = "messages"
     #: The route that counts the tokens of such a body; it refuses a body that llama-server cannot convert to a
     #: prompt.
     count_path: str | None = None

@@ -28,6 +28,7 @@ class CompletionFormat(Format):
     """A text, ids, or a list of prompts; the answer has ``choices``."""
 
     name = "openai-completion"
+    required_key = "prompt"
     prompt_kind = PromptKind.PLAIN
     has_progress_events = True
 

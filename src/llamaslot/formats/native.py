@@ -30,6 +30,7 @@ class NativeFormat(Format):
     """A text, ids, or a list of prompts; several answers are a list."""
 
     name = "native-completion"
+    required_key = "prompt"
     prompt_kind = PromptKind.PLAIN
     has_progress_events = True
 

@@ -28,6 +28,7 @@ class ResponsesFormat(Format):
     """llama-server converts it, and keeps the fields that place it."""
 
     name = "responses"
+    required_key = "input"
     prompt_kind = PromptKind.CONVERTED
     messages_key = "input"
     system_key = "instructions"

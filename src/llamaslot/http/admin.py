@@ -8,7 +8,7 @@ from aiohttp import web
 
 from llamaslot import __version__
 from llamaslot.backend.status import status_of
-from llamaslot.errors import BadRequest, Forbidden, NotAllowed, NotFound
+from llamaslot.errors import BadRequest, Forbidden, NotAllowed, NotFound, shortened
 from llamaslot.fleet.pool import PoolStatus
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.openapi import DESCRIPTION, PATHS
@@ -41,7 +41,7 @@ class Status:
                 return web.json_response(DESCRIPTION)
             case _:
                 own = ", ".join(path for path in PATHS if path.startswith("/llamaslot/"))
-                raise NotFound(f"there is no {request.path}; there are {own}")
+                raise NotFound(f"there is no {shortened(request.path)}; there are {own}")
 
     def status(self) -> dict[str, Any]:
         """Backends, snapshots and the queue at present. Token contents are never shown."""
@@ -79,7 +79,7 @@ class Status:
         if not (name := request.query.get("backend", "")):
             raise BadRequest(f"{request.path}?backend=NAME: which backend? There are {there_are}")
         if (backend := self._registry.backend_named(name)) is None:
-            raise NotFound(f"there is no backend {name}; there are {there_are}")
+            raise NotFound(f"there is no backend {shortened(name)}; there are {there_are}")
         if request.path == "/llamaslot/drain":
             backend.drain.begin()
         else:

@@ -14,6 +14,7 @@ from llamaslot.errors import (
     Forbidden,
     LlamaslotError,
     NotImplementedHere,
+    shortened,
 )
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.admin import Status
@@ -159,7 +160,7 @@ class App:
             return await self._watching.handle(request) or await self._status.handle(request)
         if request.method in _NO_METHODS or request.raw_path == "*":
             raise NotImplementedHere(
-                f"{request.method} {request.raw_path} is not served: llamaslot is no proxy for other servers"
+                f"{request.method} {shortened(request.raw_path)} is not served: llamaslot is no proxy for other servers"
             )
         match route.kind:
             case "own":

@@ -90,6 +90,9 @@ class Completions:
             raise await in_its_words(backend, request, raw, error) from error
         # Its first loading is waited for in the exchange, which sends comments meanwhile.
         unloaded = None if route.may_be_missing else self._router.unloaded_pool(body.get("model"))
+        required_key = _format_of(route).required_key
+        if unloaded is not None and required_key not in body:
+            raise BadRequest(f"'{required_key}' is required")  # no model makes room for that
         pool = unloaded or await self._router.pool_for(body.get("model"), loads=True)
         if self._prompts.rewrite(request, body, format_named(route.format)):
             raw = orjson.dumps(body)
@@ -102,6 +105,11 @@ class Completions:
         )
         exchange.must_load = unloaded is not None
         return await exchange.run()
+
+
+def _format_of(route: Route) -> Format:
+    assert route.format is not None, "only completions have a format"
+    return FORMATS[route.format]
 
 
 class _Exchange:
@@ -268,8 +276,7 @@ class _Exchange:
 
     @property
     def _format(self) -> Format:
-        assert self.route.format is not None, "only completions have a format"
-        return FORMATS[self.route.format]
+        return _format_of(self.route)
 
     # -- several prompts -----------------------------------------------------------------------------------------
 
