@@ -98,7 +98,9 @@ class Proxy:
 
     def sample(self, name: str) -> float:
         """A metric of the backend, 0 where nothing was counted."""
-        found = self._metrics.registry.get_sample_value(f"llamaslot_{name}", {"backend": "simulated"})
+        found = self._metrics.registry.get_sample_value(
+            f"llamaslot_{name}", {"backend": "simulated", "model": ""}
+        )
         return found or 0.0
 
     def _meet(self) -> None:

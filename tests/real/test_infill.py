@@ -117,7 +117,7 @@ async def test_it_is_found_again_through_llamaslot(tmp_path: Path) -> None:
         assert two.n_reused is not None
         assert two.n_reused > 600
         assert two.timings["cache_n"] == two.n_reused
-        assert await it.count('untokenized_total{kind="infill",reason="miscounted"}') == 0
+        assert await it.count('completions_untokenized_total{kind="infill",reason="miscounted"}') == 0
 
 
 def test_a_suffix_that_comes_first() -> None:

@@ -63,7 +63,7 @@ async def test_each_is_refused_in_llama_servers_words(tmp_path: Path) -> None:
                 assert answer.status in (400, 500)
         assert [(slot["id"], slot.get("n_prompt_tokens")) for slot in await real.slots()] == held
         assert (await it.ask(letters(3, 300) + "more")).n_reused == 300
-        assert "untokenized_total{" not in str(await it.metrics())
+        assert "completions_untokenized_total{" not in str(await it.metrics())
 
 
 def png(red: int, green: int, blue: int) -> str:

@@ -108,7 +108,7 @@ def started(model: Path, directory: Path) -> Stack:
 
 
 async def n_saves(stack: Stack) -> float:
-    return (await stack.own_metrics())["llamaslot_saves_total"]
+    return (await stack.own_metrics())["llamaslot_snapshot_saves_total"]
 
 
 async def post(url: str, path: str, body: dict[str, Any]) -> tuple[int, str]:
@@ -167,7 +167,7 @@ async def test_what_is_refused_is_not_computed(
         own = await stack.own_metrics()
         assert not wrong, "\n".join(wrong)
         assert await held(stack.server) == held_before
-        steps = ["llamaslot_saves_total", "llamaslot_restores_total"]
+        steps = ["llamaslot_snapshot_saves_total", "llamaslot_snapshot_restores_total"]
         assert [own[step] for step in steps] == [own_before[step] for step in steps]
         for body in asked:
             answer = json.loads(
@@ -248,7 +248,7 @@ async def test_what_is_taken_is_not_held_up(tmp_path: Path) -> None:
             }
             status, answer = await post(stack.url, path, {**good[path], **fields})
             assert status == 200, (path, fields, answer)
-        assert (await stack.own_metrics())["llamaslot_refused_total"] == 0
+        assert (await stack.own_metrics())["llamaslot_completions_refused_total"] == 0
         assert "dry run" not in stack.llamaslot.log
 
 

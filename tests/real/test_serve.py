@@ -110,7 +110,7 @@ async def test_what_was_evicted_comes_back_from_disk(tmp_path: Path, kind: str) 
         assert await computed(real) - before < 40
         assert again.timings["cache_n"] > 2480
         assert (await it.ask(longer, n=8, cache_prompt=False)).text == again.text
-        assert (await it.metrics())["llamaslot_restores_total"] == 1
+        assert (await it.metrics())["llamaslot_snapshot_restores_total"] == 1
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT, NATIVE])

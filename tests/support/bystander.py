@@ -86,8 +86,8 @@ async def watch(
             first_gap_s=max(first),
             later_gap_s=max(later),
             transfer_s=await longest_transfer_s(stack.server),
-            n_saves=int(counts["llamaslot_saves_total"]),
-            n_restores=int(counts["llamaslot_restores_total"]),
+            n_saves=int(counts["llamaslot_snapshot_saves_total"]),
+            n_restores=int(counts["llamaslot_snapshot_restores_total"]),
             n_errors=sum(bool(turn.reply.error) for turn in turns),
         )
 

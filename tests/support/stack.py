@@ -243,8 +243,8 @@ class Stack:
 
 
 def without_backend(sample: str) -> str:
-    """The name of a sample without the label ``backend``, which is the same in all where there is one."""
-    return re.sub(r'backend="[^"]*",?', "", sample).replace("{}", "")
+    """The name of a sample without the labels ``backend`` and ``model``, the same in all where there is one."""
+    return re.sub(r'(backend|model)="[^"]*",?', "", sample).replace("{}", "").replace(",}", "}")
 
 
 def size_of(path: Path) -> int:

@@ -86,7 +86,7 @@ async def test_a_seventh_format_is_served_by_its_own_file_alone(tmp_path: Path) 
         assert again.n_reused is not None
         assert again.n_reused >= 600
         await it.post(PATH, {**body, "question": 7})
-        assert await it.count('untokenized_total{kind="questions",reason="shape"}') == 1
+        assert await it.count('completions_untokenized_total{kind="questions",reason="shape"}') == 1
 
 
 @pytest.mark.usefixtures("_questions")

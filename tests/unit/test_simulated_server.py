@@ -194,7 +194,7 @@ def test_a_slot_that_was_emptied_behind_its_back_is_left_for_a_snapshot(loop: Vi
     stage.server.lose(slot.id)
     (served,) = stage.run(stage.ask(prompt + text(3, 50)))
     assert served.n_reused == 6000
-    assert stage.proxy.sample("replanned_total") == 1
+    assert stage.proxy.sample("completions_replanned_total") == 1
 
 
 def test_what_is_held_nowhere_is_computed_once(loop: VirtualLoop) -> None:

@@ -17,6 +17,6 @@ def test_each_is_counted_and_each_reason_said_once(caplog: pytest.LogCaptureFixt
             untokenized.count(kind, reason)
     text = metrics.exposition().decode()
     for reason in Reason:
-        assert f'llamaslot_untokenized_total{{kind="chat",reason="{reason.value}"}} 2.0' in text
+        assert f'llamaslot_completions_untokenized_total{{kind="chat",reason="{reason.value}"}} 2.0' in text
     assert len(caplog.messages) == len(Reason)
     assert all("its context is not found again" in line for line in caplog.messages)

@@ -74,7 +74,7 @@ async def test_where_idle_slots_are_emptied_no_request_names_a_slot(
         assert "--no-kv-unified" in said["remedy"]
         assert "-np 2" in said["remedy"]
         assert status["backends"][0]["slots"] == []
-        assert await it.count("assist") == 0
+        assert await it.count("backend_assist") == 0
         assert it.files() == []
     lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert [line for line in lines if "assist is off" in line and "--no-kv-unified" in line] == lines
@@ -95,7 +95,7 @@ async def test_with_assist_on_it_says_so(tmp_path: Path) -> None:
         answer = await it.ask(ONE)
         assert "x-llamaslot-assist" not in answer.headers
         assert await assist(it) == {"is_on": True, "why": None, "remedy": None}
-        assert await it.count("assist") == 1
+        assert await it.count("backend_assist") == 1
 
 
 async def test_the_journal_tells_what_llama_server_reused(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ async def test_a_slot_in_which_nothing_happens_is_given_up_and_emptied(tmp_path:
         n_erased = len(it.fake.sent(action="erase"))
         assert (await it.ask(text)).n_reused == 0
         assert len(it.fake.sent(action="erase")) == n_erased + 1
-        assert await it.count("wedged_total") == 1
+        assert await it.count("slots_wedged_total") == 1
 
 
 async def test_a_prefill_of_llamaslots_own_is_watched_too(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ async def test_a_prefill_of_llamaslots_own_is_watched_too(tmp_path: Path) -> Non
         assert is_told_too_late(wedged, "sent nothing for 0.15 s")
         it.fake.go()
         await it.at_rest()
-        assert await it.count("wedged_total") == 1
+        assert await it.count("slots_wedged_total") == 1
         assert (await it.ask(letters(1, 300))).n_reused == 0
 
 
@@ -171,7 +171,7 @@ async def test_what_is_relayed_is_watched(tmp_path: Path, stream: bool) -> None:
         wedged = await it.post(MESSAGES, unreadable(letters(1, 50), stream=stream))
         assert wedged.status == 504
         assert is_told_too_late(wedged, "sent nothing for 0.2 s")
-        assert await it.count("wedged_total") == 1
+        assert await it.count("slots_wedged_total") == 1
         it.fake.go()
         await it.at_rest()
         assert (await it.ask(letters(4, 100))).text == right(it.fake, letters(4, 100))
@@ -186,7 +186,7 @@ async def test_a_stream_that_is_relayed_and_falls_silent_ends_with_an_error(tmp_
         answer = await asked
         assert answer.status == 200
         assert ends_with_an_error(answer, "sent nothing for 0.2 s")
-        assert await it.count("wedged_total") == 1
+        assert await it.count("slots_wedged_total") == 1
         it.fake.go()
         await it.at_rest()
 
@@ -198,7 +198,7 @@ async def test_what_is_relayed_may_take_long(tmp_path: Path, stream: bool) -> No
         answer = await it.post(MESSAGES, unreadable(letters(1, 800), 12, stream=stream))
         assert answer.status == 200
         assert b"max_tokens" in answer.raw
-        assert await it.count("wedged_total") == 0
+        assert await it.count("slots_wedged_total") == 0
 
 
 async def test_what_is_relayed_may_wait_for_its_slot(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ async def test_what_comes_before_the_cursor_is_found_again(tmp_path: Path, strea
         assert other.slot != first.slot
         assert second.timings["cache_n"] == second.n_reused == 601
         assert second.timings["cache_n"] + second.timings["prompt_n"] == 903
-        assert await it.count('untokenized_total{kind="infill",reason="miscounted"}') == 0
+        assert await it.count('completions_untokenized_total{kind="infill",reason="miscounted"}') == 0
 
 
 async def test_its_context_comes_back_from_disk(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ async def test_what_llama_server_refuses(tmp_path: Path, body: Any, caplog: pyte
     async with served(tmp_path, context=512, batch=128) as it:
         answer = await it.post(INFILL, body)
         direct = await it.post(INFILL, body, to=it.fake.url)
-        assert "untokenized_total{" not in str(await it.metrics())
+        assert "completions_untokenized_total{" not in str(await it.metrics())
     assert (answer.status, answer.json) == (direct.status, direct.json)
     assert answer.status == 400
     assert "could not be tokenized" not in caplog.text
@@ -92,7 +92,7 @@ async def test_a_server_that_cannot_be_found_out(tmp_path: Path, caplog: pytest.
     async with served(tmp_path, batch=65536) as it:  # no prefix that was tried was cut
         with caplog.at_level(logging.WARNING):
             answers = [await it.post(INFILL, at(600)) for _ in range(2)]
-        assert await it.count('untokenized_total{kind="infill",reason="infill"}') == 2
+        assert await it.count('completions_untokenized_total{kind="infill",reason="infill"}') == 2
     assert [answer.status for answer in answers] == [200, 200]
     assert caplog.text.count("could not be tokenized") == 1
     assert FILE[:20] not in caplog.text
@@ -111,8 +111,8 @@ async def test_a_slot_that_falls_silent_while_it_is_found_out_holds_no_request_u
         it.fake.go()
         assert [(await answer).status for answer in asked] == [200, 200]
         await it.at_rest()
-        assert await it.count("wedged_total") == 1
-        assert await it.count('untokenized_total{kind="infill",reason="infill"}') == 2
+        assert await it.count("slots_wedged_total") == 1
+        assert await it.count('completions_untokenized_total{kind="infill",reason="infill"}') == 2
         assert (await it.post(INFILL, at(610))).n_reused == 0
         context = it.pool.context
         assert context is not None
@@ -144,7 +144,7 @@ async def test_a_server_that_counts_otherwise(tmp_path: Path, caplog: pytest.Log
         assert (await it.post(INFILL, at(610))).status == 200
         it.fake.faults.miscount = 0
         assert (await it.post(INFILL, at(620))).n_reused == 0
-        assert await it.count('untokenized_total{kind="infill",reason="miscounted"}') == 2
+        assert await it.count('completions_untokenized_total{kind="infill",reason="miscounted"}') == 2
     assert "counted other tokens" in caplog.text
 
 
@@ -156,7 +156,7 @@ async def test_more_parts_than_anybody_sends(tmp_path: Path, more: Any) -> None:
         n_before = len(it.fake.sent("/tokenize"))
         assert (await it.post(INFILL, at(600, **more))).status == 200
         assert len(it.fake.sent("/tokenize")) <= n_before + 2
-        assert await it.count('untokenized_total{kind="infill",reason="shape"}') == 1
+        assert await it.count('completions_untokenized_total{kind="infill",reason="shape"}') == 1
 
 
 async def test_a_long_one_gives_way_to_others(tmp_path: Path) -> None:

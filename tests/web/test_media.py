@@ -110,7 +110,7 @@ async def test_models_that_cannot_go_back(tmp_path: Path, kind: str, settings: A
         assert [one.text for one in answers] == [one.text for one in direct]
         assert n_ahead(it).count(705) == bool(settings), "where the text is, its image is left in the slot"
         assert await it.count("reuse_mispredictions_total") == 0
-        assert await it.count("untokenized_total") == 0
+        assert await it.count("completions_untokenized_total") == 0
 
 
 async def test_a_slot_with_media_is_not_saved(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ async def test_messages_with_images_take_a_turn(tmp_path: Path) -> None:
         assert it.backend.leases.table is not None
         assert task.landed is not None
         assert it.backend.leases.table.slots[task.landed].content.has_media
-        assert await it.count('untokenized_total{kind="messages",reason="media"}') == 2
+        assert await it.count('completions_untokenized_total{kind="messages",reason="media"}') == 2
 
 
 @pytest.mark.parametrize("is_on_disk", [True, False])
@@ -207,7 +207,7 @@ async def test_an_image_that_comes_first_of_all(tmp_path: Path) -> None:
     async with served(tmp_path, **SEEING) as it:
         assert (await it.post(CHAT, said(CHAT, ""))).status == 200
         assert (await it.post(NATIVE, said(NATIVE, ""))).status == 200
-        assert await it.count('untokenized_total{kind="native-completion",reason="media"}') == 1
+        assert await it.count('completions_untokenized_total{kind="native-completion",reason="media"}') == 1
 
 
 async def test_what_was_computed_ahead_and_not_found(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ async def test_what_was_computed_ahead_and_not_found(tmp_path: Path) -> None:
         direct = await it.post(CHAT, said(CHAT, TEXT), to=it.fake.url)
         answer = await it.post(CHAT, said(CHAT, TEXT))
         assert answer.text == direct.text
-        assert await it.count('untokenized_total{kind="chat",reason="template"}') == 1
+        assert await it.count('completions_untokenized_total{kind="chat",reason="template"}') == 1
 
 
 async def test_a_list_of_prompts_with_media_keeps_its_slot_to_the_last(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ async def test_counters_tell_the_same(tmp_path: Path) -> None:
         metrics = await it.metrics()
     assert metrics['llamaslot_reused_tokens_total{source="resident"}'] == 600
     assert metrics["llamaslot_prompt_tokens_total"] == 1500
-    assert metrics['llamaslot_placed_total{source="cold"}'] == 1
+    assert metrics['llamaslot_completions_total{source="cold"}'] == 1
 
 
 async def test_the_journal_tells_decisions_and_no_texts(tmp_path: Path) -> None:

@@ -195,9 +195,10 @@ async def test_what_concerns_a_backend_names_it(tmp_path: Path) -> None:
         answers = [await it.ask(letters(1, 300)), await it.post("/v1/embeddings", {"input": "one"})]
         assert [answer.headers["x-llamaslot-backend"] for answer in answers] == ["gpu0", "gpu0"]
         samples = (await it.get("/llamaslot/metrics")).raw.decode()
-        assert 'llamaslot_placed_total{backend="gpu0",source="cold"} 1.0' in samples
+        labels = f'backend="gpu0",model="{it.fake.model.path}"'
+        assert f'llamaslot_completions_total{{{labels},source="cold"}} 1.0' in samples
         assert 'llamaslot_backend_up{backend="gpu0"} 1.0' in samples
-        assert "llamaslot_queue_seconds_count 1.0" in samples
+        assert f"llamaslot_queue_seconds_count{{{labels}}} 1.0" in samples
         decision = (await it.get("/llamaslot/journal")).json["decisions"][-1]
     assert (decision["backend"], decision["chosen"]["backend"]) == ("gpu0", "gpu0")
     assert f"slot gpu0/{decision['slot']} cold" in decision["text"]

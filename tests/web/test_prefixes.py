@@ -72,7 +72,7 @@ async def test_what_a_rule_makes_stand_still_is_found_again(tmp_path: Path, path
         answer = await it.post(path, body(path, f"It is Tuesday.{SYSTEM}", turns(QUESTION, "yes", "more")))
         made = await decision(it, answer)
         status = (await it.get("/llamaslot/status")).json["rewrite"]
-        assert await it.count('rewrites_total{rule="day"}') == 2
+        assert await it.count('requests_rewritten_total{rule="day"}') == 2
         seen = [request for request in it.fake.requests if request.path == path]
     assert all("It is a day." in str(request.body) for request in seen)
     assert int(answer.headers["x-llamaslot-reused-tokens"]) > 3000

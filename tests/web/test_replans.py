@@ -47,8 +47,8 @@ async def test_a_snapshot_takes_the_place_of_what_is_gone(tmp_path: Path, more: 
         n_before = it.n_computed(ONE)
         answer = await it.ask(ONE + more, stream=stream)
         assert it.n_computed(ONE) - n_before <= len(more) + 2 * BATCH
-        assert await it.count("replanned_total") == 1
-        assert await it.count("restores_total") == 1
+        assert await it.count("completions_replanned_total") == 1
+        assert await it.count("snapshot_restores_total") == 1
         assert await it.count("steps_failed_total") == 0
     assert answer.text == right(it.fake, ONE + more)
     assert (answer.timings["cache_n"], answer.timings["prompt_n"]) == (3000, len(more))
@@ -63,7 +63,7 @@ async def test_without_a_snapshot_all_is_computed_once(tmp_path: Path, more: str
         n_before = it.n_computed(ONE)
         answer = await it.ask(ONE + more, stream=stream)
         assert it.n_computed(ONE) - n_before == 3000 + len(more)
-        assert await it.count("replanned_total") == 1
+        assert await it.count("completions_replanned_total") == 1
     assert answer.text == right(it.fake, ONE + more)
 
 
@@ -93,7 +93,7 @@ async def test_the_time_at_another_place_is_told_too(tmp_path: Path, stream: boo
             await it.fake.wait_for(lambda f: any(seen.client_left for seen in f.sent(TEXT)))
             it.fake.pace.step_s, it.fake.pace.prompt_token_s = 0.0, 0.00001
             answer = await asked
-        assert await it.count("replanned_total") == 1
+        assert await it.count("completions_replanned_total") == 1
     assert answer.timings["prompt_ms"] >= 400
 
 
@@ -136,7 +136,7 @@ async def test_no_request_gets_more_than_three_places(tmp_path: Path, more: str)
         assert not it.fake.faults.take_loss(), (
             "all of them were used up: its prompt is sent whole when it is alone"
         )
-        assert await it.count("replanned_total") == 2
+        assert await it.count("completions_replanned_total") == 2
     assert answer.text == right(it.fake, ONE + more)
 
 
@@ -147,7 +147,7 @@ async def test_a_small_loss_is_computed_where_it_is(tmp_path: Path) -> None:
         await it.fake.post(f"/slots/{slot}?action=erase", {})
         answer = await it.ask(TWO + "more", stream=True)
         assert it.fake.sent(NATIVE)[-1].tasks[0].n_computed == 304
-        assert await it.count("replanned_total") == 0
+        assert await it.count("completions_replanned_total") == 0
         assert await it.count("reuse_mispredictions_total") == 1
     assert (answer.slot, answer.text) == (slot, right(it.fake, TWO + "more"))
 
@@ -166,7 +166,7 @@ async def test_a_prefill_that_is_lost_before_its_own_request_is_made_again(
             it.fake.pace.prompt_token_s = 0.0001
             hang.release()
             answer = await asked
-        assert await it.count("replanned_total") == 1
+        assert await it.count("completions_replanned_total") == 1
         assert it.n_computed(ONE) <= 2 * 3000
     assert answer.text == right(it.fake, ONE)
     assert (answer.timings["cache_n"], answer.timings["prompt_n"]) == (0, 3000)
@@ -239,7 +239,7 @@ async def test_a_long_prefill_makes_room_and_goes_on(tmp_path: Path, slots: int)
         async with made_room(it) as asked:
             answer = await asked
         assert it.n_computed(LONG) == 6000
-        assert await it.count("restores_total") == (slots == 1)
+        assert await it.count("snapshot_restores_total") == (slots == 1)
     assert answer.text == right(it.fake, LONG)
     assert (answer.timings["cache_n"], answer.timings["prompt_n"]) == (0, 6000)
 

@@ -78,7 +78,7 @@ async def test_it_is_counted_and_said_without_its_words(
         for path in (*OPAQUE, *OPAQUE):
             assert (await it.post(path, OPAQUE[path])).status == 200
         for kind in ("messages", "responses"):
-            assert await it.count(f'untokenized_total{{kind="{kind}",reason="shape"}}') == 2
+            assert await it.count(f'completions_untokenized_total{{kind="{kind}",reason="shape"}}') == 2
     said = [line for line in caplog.messages if "could not be tokenized" in line]
     assert len(said) == 1
     assert all(letters(seed, 300)[:10] not in caplog.text for seed in (50, 51))
@@ -104,16 +104,16 @@ async def test_a_conversion_that_was_wrong_is_not_trusted_again(
         it.fake.faults.miscount = 0
         for n in (2, 2):
             assert (await it.post(path, asked(n))).headers.get("x-llamaslot-reused-tokens", "0") == "0"
-        assert await it.count(f'untokenized_total{{kind="{kind}",reason="miscounted"}}') == 3
+        assert await it.count(f'completions_untokenized_total{{kind="{kind}",reason="miscounted"}}') == 3
         await it.post(path, asked(3, temperature=0))
         told = (await it.post(path, asked(3, temperature=0))).told
         # Of a stream of responses what is expected: what was reused it tells at its end.
         n_reused = told.get("x-llamaslot-reused-tokens") or told["x-llamaslot-expected-tokens"]
         assert n_reused in ("317", "318")
-        assert await it.count(f'untokenized_total{{kind="{kind}",reason="miscounted"}}') == 3
+        assert await it.count(f'completions_untokenized_total{{kind="{kind}",reason="miscounted"}}') == 3
         await it.fake.restart()
         await it.post(path, asked(4))
-        assert await it.count(f'untokenized_total{{kind="{kind}",reason="miscounted"}}') == 3
+        assert await it.count(f'completions_untokenized_total{{kind="{kind}",reason="miscounted"}}') == 3
 
 
 @pytest.mark.parametrize("path", OPAQUE)

@@ -45,10 +45,10 @@ async def test_a_context_comes_back_from_disk(tmp_path: Path) -> None:
     assert answer.text == right(it.fake, ONE + "more")
     assert (answer.source, answer.n_reused, answer.timings["cache_n"]) == ("snapshot", 800, 800)
     assert actions[-3:] == ["save", "erase", "restore"]
-    assert metrics["llamaslot_saves_total"] == 2
-    assert metrics["llamaslot_restores_total"] == 1
+    assert metrics["llamaslot_snapshot_saves_total"] == 2
+    assert metrics["llamaslot_snapshot_restores_total"] == 1
     assert metrics["llamaslot_snapshots"] == 2
-    assert metrics["llamaslot_stored_bytes"] == n_bytes
+    assert metrics["llamaslot_snapshot_stored_bytes"] == n_bytes
 
 
 async def test_a_conversation_keeps_one_snapshot(tmp_path: Path) -> None:

@@ -69,7 +69,9 @@ async def test_what_they_share_is_computed_once(tmp_path: Path, kind: str, path:
         answers = await all_right(it, begin(it, path), path)
         start = prompt(it, path, OWN[0])
         assert it.n_computed(start) <= ONCE + 100
-        assert await it.count("replanned_total") == await it.count("reuse_mispredictions_total") == 0
+        assert (
+            await it.count("completions_replanned_total") == await it.count("reuse_mispredictions_total") == 0
+        )
     reused = sorted(answer.timings["cache_n"] for answer in answers)
     assert reused[0] == 0
     assert all(2990 <= n < 3050 for n in reused[1:])

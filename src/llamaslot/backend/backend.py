@@ -366,6 +366,7 @@ class Backend:
             known.forget()
         session.table.lost_slots.on_many = self._slots_were_lost
         self._set(Health.UP)
+        self.metrics.serves(session.model_name)
         self.metrics.assist.set(session.is_assisted)
         self._members.connected(self, session)
         if session.aside is not None:

@@ -101,7 +101,9 @@ class Feedback:
         assert lease.plan is not None
         forecast = lease.forecast
         source = lease.plan.source if n_reused else Source.COLD
-        self.metrics.reused(source.value, n_reused, lease.request.n_tokens)
+        rate = self.rates.prefill
+        saved_s = rate.seconds(0, n_reused) if rate.known else 0.0
+        self.metrics.reused(source.value, n_reused, lease.request.n_tokens, saved_s)
         self.metrics.tokens_expected.labels(lease.plan.source.value).inc(forecast.n_expected)
         lease.recorder.reused(forecast.n_expected, n_reused)
         restored = lease.restored

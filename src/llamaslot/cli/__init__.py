@@ -17,6 +17,7 @@ from llamaslot.cli.bench import bench
 from llamaslot.cli.doctor import doctor
 from llamaslot.cli.drain import drain, undrain
 from llamaslot.cli.faults import fail, run_to_end
+from llamaslot.cli.monitoring import monitoring
 from llamaslot.cli.run import run
 from llamaslot.errors import ConfigError
 
@@ -53,6 +54,7 @@ def main() -> None:
 
 main.add_command(run)
 main.add_command(bench)
+main.add_command(monitoring)
 main.add_command(drain)
 main.add_command(undrain)
 main.add_command(LateGroup("snapshots", help="Look at the snapshots on disk, check them, remove some."))

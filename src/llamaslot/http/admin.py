@@ -92,6 +92,7 @@ class Status:
         metrics.n_snapshots.set(sum(pool.n_snapshots for pool in pools))
         stores = self._registry.stores.values()
         metrics.bytes_stored.set(sum(store.catalog.size_bytes for store in stores))
+        metrics.quota_bytes.set(sum(store.catalog.quota_bytes for store in stores))
         return web.Response(body=metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4"})
 
 

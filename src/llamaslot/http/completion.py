@@ -379,7 +379,7 @@ class _Exchange:
                 backend = self.backend
                 placed(self.request, lease)
                 await self.pool.confirm(lease)
-                self.pool.metrics.queue_s.observe(time.monotonic() - queued)
+                backend.metrics.queue_s.observe(time.monotonic() - queued)
                 lease.recorder.rewrote(rewrote(self.request))
                 if last is None and parsed.prompts:
                     backend.cache_misses.examine(lease, parsed.prompts[0], self.body, self._format)

@@ -110,7 +110,7 @@ class Unassisted:
                 attempts.leased(lease)
                 placed(request, lease, down)
                 await down.write(down.add_headers({BACKEND: backend.name}))
-                pool.metrics.queue_s.observe(time.monotonic() - began)
+                backend.metrics.queue_s.observe(time.monotonic() - began)
                 lease.recorder.rewrote(rewrote(request))
                 down.say(Comment.WAITING_FOR_SERVER)
                 if not down.is_streaming:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -27,9 +28,9 @@ _COSTS = "the prompt of a %s request could not be tokenized, so its context is n
 
 
 class Metrics:
-    """Counters and histograms of all backends together; ``n_…`` gauges are set when they are read.
+    """The metrics of one llamaslot; ``n_…`` gauges are set when they are read.
 
-    Metrics of a single backend are in ``of_backend``, with the label ``backend``.
+    What concerns one llama-server is in ``of_backend``, with the labels ``backend`` and ``model``.
     """
 
     def __init__(self) -> None:
@@ -37,30 +38,38 @@ class Metrics:
         self._families: dict[str, Any] = {}
         self.requests = self.counter(
             "requests",
-            "HTTP requests answered, by kind of route and status; 499: the client left",
+            "HTTP requests that clients of llamaslot sent and that were answered, by kind of route and status (499: "
+            "the client left before)",
             "kind",
             "status",
         )
         self.untokenized = self.counter(
-            "untokenized",
-            "Completions whose prompt could not be tokenized, so that their context is not found again",
+            "completions_untokenized",
+            "Completions whose prompt llamaslot could not tokenize, so that their context is not found again",
             "kind",
             "reason",
         )
-        self.clients_left = self.counter("clients_left", "Clients that left before their answer was complete")
-        self.queue_s = self.histogram(
-            "queue_seconds", "Seconds that a completion waited in the queue for its slot"
+        self.clients_left = self.counter(
+            "clients_left", "Clients that closed their connection before their answer was complete"
         )
         self.prefix_wait_s = self.histogram(
             "prefix_wait_seconds",
-            "Seconds that a completion waited for a prefix that another request was computing",
+            "Seconds that a completion waited for a prefix that another completion was computing",
         )
         self.rewrites = self.counter(
-            "rewrites", "Requests whose system prompt a rewrite rule changed", "rule"
+            "requests_rewritten", "Requests whose system prompt a rewrite rule of llamaslot changed", "rule"
         )
-        self.n_waiting = self.gauge("waiting", "Requests waiting for a slot now")
-        self.n_snapshots = self.gauge("snapshots", "Snapshots that can be used with the present model")
-        self.bytes_stored = self.gauge("stored_bytes", "Bytes of snapshots on disk or reserved")
+        self.n_waiting = self.gauge("requests_waiting", "Completions in llamaslot's queue for a slot now")
+        self.n_snapshots = self.gauge(
+            "snapshots", "Contexts on disk (snapshots) that can be restored with the models served now"
+        )
+        self.bytes_stored = self.gauge(
+            "snapshot_stored_bytes",
+            "Bytes that contexts on disk (snapshots) take, those being written included",
+        )
+        self.quota_bytes = self.gauge(
+            "snapshot_quota_bytes", "Bytes that contexts on disk may take (store.quota)"
+        )
 
     def counter(self, name: str, text: str, *labels: str) -> Counter:
         return self._family(Counter, name, text, labels)
@@ -78,6 +87,10 @@ class Metrics:
         family: T = self._families[name]
         return family
 
+    def with_model(self) -> list[Any]:
+        """The families whose only labels are ``backend`` and ``model``."""
+        return [family for family in self._families.values() if family._labelnames == ("backend", "model")]
+
     def of_backend(self, name: str) -> BackendMetrics:
         return BackendMetrics(self, name)
 
@@ -87,89 +100,139 @@ class Metrics:
 
 
 class CounterBy:
-    """A counter of one backend with one more label."""
+    """A counter of one backend and model with one more label."""
 
-    def __init__(self, family: Counter, backend: str) -> None:
-        self._family, self._backend = family, backend
+    def __init__(self, family: Counter, backend: str, model: str) -> None:
+        self._family, self._backend, self._model = family, backend, model
         self._counters: dict[str, Counter] = {}  # looked up by prometheus_client, each takes 2 us
 
     def labels(self, value: str) -> Counter:
         if (counter := self._counters.get(value)) is None:
-            counter = self._counters[value] = self._family.labels(self._backend, value)
+            counter = self._counters[value] = self._family.labels(self._backend, self._model, value)
         return counter
 
 
 class BackendMetrics:
-    """Counters and histograms of one backend."""
+    """Counters and histograms of one backend, by the model that it serves.
+
+    Before its first model is known there are none but the gauges ``is_up`` and ``assist``.
+    """
 
     def __init__(self, metrics: Metrics, backend: str) -> None:
+        self._metrics, self._backend, self._model = metrics, backend, ""
+        self.is_up = self._gauge("backend_up", "1 while llamaslot sends requests to this llama-server")
+        self.assist = self._gauge(
+            "backend_assist", "1 while llamaslot chooses slots, 0 while it leaves that to llama-server"
+        )
+        self._bind()
+
+    def serves(self, model: str) -> None:
+        """Count for this model from now on."""
+        if model != self._model:
+            if not self._model:
+                self._forget()
+            self._model = model
+            self._bind()
+
+    def _forget(self) -> None:
+        """Remove what was counted before the first model was known: nothing, as a rule."""
+        for family in self._metrics.with_model():
+            with contextlib.suppress(KeyError):
+                family.remove(self._backend, "")
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return self._metrics.gauge(name, text, "backend").labels(self._backend)
+
+    def _bind(self) -> None:
+        """Make the counters of this backend and its model."""
+        names, values = ("backend", "model"), (self._backend, self._model)
+
         def counter(name: str, text: str) -> Counter:
-            return metrics.counter(name, text, "backend").labels(backend)
+            return self._metrics.counter(name, text, *names).labels(*values)
 
         def counter_by(label: str, name: str, text: str) -> CounterBy:
-            return CounterBy(metrics.counter(name, text, "backend", label), backend)
+            return CounterBy(self._metrics.counter(name, text, *names, label), *values)
 
         def histogram(name: str, text: str) -> Histogram:
-            return metrics.histogram(name, text, "backend").labels(backend)
-
-        def gauge(name: str, text: str) -> Gauge:
-            return metrics.gauge(name, text, "backend").labels(backend)
+            return self._metrics.histogram(name, text, *names).labels(*values)
 
         self.refused = counter(
-            "refused", "Completions that llama-server refused in a dry run, before any slot was changed"
+            "completions_refused",
+            "Completions that llama-server refused in a dry run, before any slot was changed",
         )
         self.placed = counter_by(
-            "source", "placed", "Completions answered, by where their reused prefix came from"
+            "source",
+            "completions",
+            "Completions answered, by where the reused beginning of their prompt came from (resident: the slot; "
+            "snapshot: the disk; cold: nowhere; server: llama-server chose the slot)",
         )
-        self.tokens_prompt = counter("prompt_tokens", "Prompt tokens of completions answered")
+        self.tokens_prompt = counter("prompt_tokens", "Tokens of the prompts of completions answered")
         self.tokens_reused = counter_by(
-            "source", "reused_tokens", "Prompt tokens that llama-server reused, by where they came from"
+            "source",
+            "reused_tokens",
+            "Prompt tokens that llama-server did not compute again, by where they came from",
+        )
+        self.seconds_saved = counter_by(
+            "source",
+            "prefill_seconds_saved",
+            "Seconds of prefill that the reused prompt tokens would have taken, by the learned speed of this "
+            "llama-server; time for restoring contexts is not subtracted (llamaslot_snapshot_restore_seconds)",
         )
         self.tokens_expected = counter_by(
             "source", "expected_tokens", "Prompt tokens that llamaslot expected llama-server to reuse"
         )
         self.retired = counter(
             "snapshots_retired",
-            "Snapshots dropped because restoring them twice gave less than half of the expected tokens",
+            "Contexts on disk dropped because restoring them twice gave less than half of the expected tokens",
         )
         self.reuse_mispredictions = counter(
-            "reuse_mispredictions", "Completions that reused fewer tokens than expected"
+            "reuse_mispredictions", "Completions that reused fewer prompt tokens than llamaslot expected"
         )
         self.steps_failed = counter_by(
             "step",
             "steps_failed",
-            "Steps before a completion that failed; the completion was answered all the same",
+            "Saves, restores, erases and prefills before a completion that failed; it was answered all the same",
         )
-        self.saves = counter("saves", "Slots saved to disk")
-        self.bytes_saved = counter("saved_bytes", "Bytes written to snapshots")
-        self.restores = counter("restores", "Snapshots restored into slots")
-        self.bytes_restored = counter("restored_bytes", "Bytes read from snapshots")
+        self.saves = counter(
+            "snapshot_saves", "Contexts of slots that llama-server saved to disk for llamaslot"
+        )
+        self.bytes_saved = counter("snapshot_saved_bytes", "Bytes of contexts written to disk")
+        self.restores = counter("snapshot_restores", "Contexts restored from disk into slots")
+        self.bytes_restored = counter("snapshot_restored_bytes", "Bytes of contexts read from disk")
         self.failovers = counter(
             "failovers",
             "Requests that went to another backend because this one failed before their answer began",
         )
         self.restarts = counter("backend_restarts", "Times that llama-server was found to be another process")
-        self.save_s = histogram("save_seconds", "Seconds of one save, waiting for llama-server included")
+        self.save_s = histogram(
+            "snapshot_save_seconds", "Seconds of one save of a context, waiting for llama-server included"
+        )
         self.restore_s = histogram(
-            "restore_seconds", "Seconds of one restore, waiting for llama-server included"
+            "snapshot_restore_seconds",
+            "Seconds of one restore of a context, waiting for llama-server included",
+        )
+        self.queue_s = histogram(
+            "queue_seconds", "Seconds that a completion waited in llamaslot's queue for its slot"
         )
         self.first_byte_s = histogram(
-            "first_byte_seconds", "Seconds from the arrival of a completion to the first byte of its answer"
+            "completion_first_byte_seconds",
+            "Seconds from the arrival of a completion to the first byte of its answer (not streamed: to all of it)",
         )
         self.wedged = counter(
-            "wedged", "Slots given up because llama-server sent nothing for timeouts.watchdog_s"
+            "slots_wedged", "Slots given up because llama-server sent nothing for timeouts.watchdog_s"
         )
         self.replanned = counter(
-            "replanned", "Completions placed again because their slot held far fewer tokens than expected"
+            "completions_replanned",
+            "Completions placed again because their slot held far fewer tokens than expected",
         )
         self.preempted = counter(
-            "preemptions", "Requests that gave up their slot during prefill for a user with fewer slots"
+            "preemptions", "Completions that gave up their slot during prefill for a user with fewer slots"
         )
         self.interruptions = counter(
-            "prefill_interruptions", "Prefill chunks interrupted so that other requests could run"
+            "prefill_interruptions", "Chunks of long prompts interrupted so that other requests could run"
         )
         self.prefill_wait_s = histogram(
-            "prefill_wait_seconds", "Seconds that a long prompt waited between its prefill chunks"
+            "prefill_wait_seconds", "Seconds that a long prompt waited between the chunks of its prefill"
         )
         self.prefill_pause_s = counter(
             "prefill_pause_seconds",
@@ -178,12 +241,8 @@ class BackendMetrics:
         self.cache_misses = counter_by(
             "where",
             "cache_misses",
-            "Requests that recomputed 1,024 tokens or more because of a difference in front of them",
+            "Completions that computed 1,024 known tokens or more again because of a difference in front of them",
         )
-        self.assist = gauge(
-            "assist", "1 while llamaslot chooses slots, 0 while it leaves that to llama-server"
-        )
-        self.is_up = gauge("backend_up", "1 while requests are served by this backend")
 
     def saved(self, size_bytes: int, seconds: float) -> None:
         self.saves.inc()
@@ -195,10 +254,13 @@ class BackendMetrics:
         self.bytes_restored.inc(size_bytes)
         self.restore_s.observe(seconds)
 
-    def reused(self, source: str, n_reused: int, n_prompt: int) -> None:
+    def reused(self, source: str, n_reused: int, n_prompt: int, saved_s: float = 0.0) -> None:
+        """``saved_s``: what computing the ``n_reused`` tokens would have taken."""
         self.placed.labels(source).inc()
         self.tokens_reused.labels(source).inc(n_reused)
         self.tokens_prompt.inc(n_prompt)
+        if saved_s > 0:
+            self.seconds_saved.labels(source).inc(saved_s)
 
     def prefilled(self, n_interruptions: int, waited_s: float, paused_s: float) -> None:
         self.interruptions.inc(n_interruptions)
