@@ -15,14 +15,9 @@ from typing import Any
 
 from tests.support.stack import die_with_parent
 
-DIRECTORY = (
-    Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    / "llamaslot"
-    / "agents"
-    / "node_modules"
-    / ".bin"
-)
-PATIENCE_S = 240.0
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+DIRECTORY = Path(os.environ.get("LLAMASLOT_AGENTS") or _CACHE / "llamaslot/agents") / "node_modules" / ".bin"
+PATIENCE_S = 500.0
 #: Tokens of an answer, as the models of the tests end none by themselves. Codex asks for no number: llama-server's -n.
 N_ANSWER = 24
 

@@ -280,3 +280,5 @@ class LogConfig(Section):
     ] = "info"
     # Cache misses in log and journal quote 80 characters before and after the difference: users' texts.
     prompts: bool = False
+    # Where traces go, by OpenTelemetry (llamaslot[otel]): http://127.0.0.1:4318/v1/traces. None: nowhere.
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://")] | None = None

@@ -18,6 +18,9 @@ BACKEND = "x-llamaslot-backend"
 #: Of a request that llamaslot has not placed: llama-server chooses slots by itself.
 ASSIST_OFF = {"x-llamaslot-assist": "off"}
 
+#: Of a request that is traced: headers that make what llama-server does a part of the trace.
+TRACE_HEADERS = web.RequestKey("trace_headers", dict[str, str])
+
 # https://www.rfc-editor.org/rfc/rfc9110#section-7.6.1
 _HOP_BY_HOP = {
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
@@ -51,6 +54,7 @@ def _passed(headers: _Headers, ends_here: set[str], prefix: str) -> CIMultiDict[
 def to_server(request: web.Request, *, content_type: str | None = None) -> CIMultiDict[str]:
     """The client's headers for llama-server; with ``content_type`` for a body that was rewritten."""
     headers = _passed(request.headers, _NOT_TO_SERVER, "x-llamaslot-")
+    headers.update(request.get(TRACE_HEADERS, ()))
     if content_type is not None:
         headers["Content-Type"] = content_type
         headers["Accept-Encoding"] = "identity"  # the events are read here

@@ -1,0 +1,97 @@
+"""Traces of completions by OpenTelemetry (``log.otlp_endpoint``, the extra ``llamaslot[otel]``).
+
+Its modules are imported only if that is configured: they take a third of a second. Without it a client's
+``traceparent`` reaches llama-server unchanged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from llamaslot.errors import ConfigError
+from llamaslot.fleet.registry import Registry
+from llamaslot.http.auth import user_of
+from llamaslot.http.headers import TRACE_HEADERS
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+_EXPORT_TIMEOUT_S = 5.0
+_LOOKED_THROUGH = 50  # decisions of a pool, newest first, for that of a request that has just ended
+
+
+def _exporter(endpoint: str) -> SpanExporter:
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    return OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_TIMEOUT_S)
+
+
+class Tracing:
+    """Makes a span of each completion. Spans are sent by a thread of OpenTelemetry's."""
+
+    def __init__(self, endpoint: str, registry: Registry) -> None:
+        """Raises ConfigError if OpenTelemetry is not installed."""
+        try:
+            from opentelemetry.propagate import get_global_textmap
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+            exporter = _exporter(endpoint)
+        except ImportError as error:
+            fault = f"log.otlp_endpoint: {error.name} is not installed: pip install 'llamaslot[otel]'"
+            raise ConfigError("the configuration", [fault]) from None
+        provider = TracerProvider(
+            shutdown_on_exit=False, resource=Resource.create({"service.name": "llamaslot"})
+        )
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._provider, self._registry = provider, registry
+        self._tracer, self._map = provider.get_tracer("llamaslot"), get_global_textmap()
+
+    def begin(self, request: web.Request) -> Callable[[int, web.StreamResponse | None], None]:
+        """Begin the span of a request, in the trace of its client, if that has one. Call the result at its end, with
+        the status and the response."""
+        from opentelemetry import trace
+        from opentelemetry.trace import SpanKind, Status, StatusCode
+
+        context = self._map.extract(dict(request.headers))
+        span = self._tracer.start_span(f"{request.method} {request.path}", context, SpanKind.SERVER)
+        carrier = request[TRACE_HEADERS] = dict[str, str]()
+        self._map.inject(carrier, trace.set_span_in_context(span, context))
+
+        def end(status: int, response: web.StreamResponse | None) -> None:
+            span.set_attributes({"http.response.status_code": status, "enduser.id": user_of(request).id})
+            if response is not None and (id_ := response.headers.get("x-request-id")):
+                span.set_attributes(self._of_decision(id_))
+            if status >= 500:
+                span.set_status(Status(StatusCode.ERROR))
+            span.end()
+
+        return end
+
+    async def close(self, app: web.Application) -> None:
+        """Send what is left; takes some seconds if the collector does not answer."""
+        await asyncio.to_thread(self._provider.shutdown)
+
+    def _of_decision(self, id_: str) -> dict[str, Any]:
+        """What the journal has about a request, as attributes."""
+        for pool in self._registry.pools:
+            for decision in pool.latest_decisions(_LOOKED_THROUGH):
+                if decision.id == id_:
+                    chosen = decision.chosen
+                    told = {
+                        "backend": decision.slot.backend if decision.slot is not None else None,
+                        "slot": decision.slot.id if decision.slot is not None else None,
+                        "source": chosen.source if chosen is not None else None,
+                        "prompt_tokens": decision.n_tokens,
+                        "reused_tokens": decision.n_reused,
+                        "expected_tokens": decision.n_expected,
+                        "queued_s": decision.queued_s,
+                        "steps": [f"{act.step} {act.seconds:.3f} s" for act in decision.acts],
+                    }
+                    return {f"llamaslot.{name}": value for name, value in told.items() if value is not None}
+        return {}
