@@ -67,17 +67,13 @@ class App:
         unassisted = Unassisted(rules)
         self._passthrough = Passthrough(registry, uploads, timeouts, prompts, unassisted)
         self._completions = Completions(registry, rules, uploads, self._passthrough, unassisted, prompts)
-<<<<<<< HEAD
         self._tasks = TaskOwner()
         self._history = History(config.store.meta_dir / "history.sqlite")
         self._requests = Requests(registry, self._history)
         self._events = Events(
             Presenter(registry, self._requests).state, self._requests.has_changed, self._tasks
         )
-=======
-        self._status = Status(registry, prompts)
         self._tracing = Tracing(endpoint, registry) if (endpoint := config.log.otlp_endpoint) else None
->>>>>>> 628b3d9 (Trace completions with OpenTelemetry, and pass the trace on to llama-server)
         self._authenticator, self._cors = Authenticator(config.auth), Cors(config.listen.cors)
         self._status = Status(registry, prompts)
         self._watching = Watching(
@@ -90,14 +86,11 @@ class App:
         everything.add_route("*", self.handle, expect_handler=hold_back)
         app.router.register_resource(everything)
         app.on_response_prepare.append(self._add_headers)
-<<<<<<< HEAD
         app.on_startup.append(self._start)
         app.on_shutdown.append(self._stop_watching)
         app.on_cleanup.append(self._close)
-=======
         if self._tracing is not None:
             app.on_cleanup.append(self._tracing.close)
->>>>>>> 628b3d9 (Trace completions with OpenTelemetry, and pass the trace on to llama-server)
         return app
 
     async def _start(self, _: web.Application) -> None:
@@ -123,13 +116,9 @@ class App:
             connection.serving(True)
         route = classify(request.method, request.raw_path, self.config.passthrough.allow)
         metrics, status = self._metrics, CLIENT_GONE
-<<<<<<< HEAD
-        its = self._requests.begin(request, route) if route.kind in ("completion", "exclusive") else None
-=======
-        answered: web.StreamResponse | None = None
-        is_traced = self._tracing is not None and route.kind in ("completion", "exclusive")
-        end_trace = self._tracing.begin(request) if self._tracing is not None and is_traced else None
->>>>>>> 628b3d9 (Trace completions with OpenTelemetry, and pass the trace on to llama-server)
+        is_watched, answered = route.kind in ("completion", "exclusive"), None
+        its = self._requests.begin(request, route) if is_watched else None
+        end_trace = self._tracing.begin(request) if self._tracing is not None and is_watched else None
         try:
             answered = response = await self._answer(request, route)
             status = response.status
@@ -141,13 +130,10 @@ class App:
             return web.Response(status=CLIENT_GONE)  # the client does not read it
         finally:
             metrics.requests.labels(route.kind, str(status)).inc()
-<<<<<<< HEAD
             if its is not None:
                 self._requests.end(its, status)
-=======
             if end_trace is not None:
                 end_trace(status, answered)
->>>>>>> 628b3d9 (Trace completions with OpenTelemetry, and pass the trace on to llama-server)
             if isinstance(connection, Connection):
                 connection.serving(False)
         return response
