@@ -4,16 +4,20 @@ round and round.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llamaslot.backend.backend import Health
 from llamaslot.backend.connect import ServerSession
-from tests.support.fleet import Fleet, backend_of, fleet
-from tests.support.inprocess import CHAT, NATIVE, letters, spawn
+from tests.support.fake import FakeServer
+from tests.support.fleet import Fleet, backend_of, configured, fleet
+from tests.support.inprocess import CHAT, NATIVE, a_session, letters, spawn
 
 TEXTS = [letters(n, 1200) for n in range(40, 48)]
 ROUTES = (NATIVE, CHAT, "/v1/completions", "/tokenize", "/apply-template", "/props", "/v1/embeddings")
@@ -159,3 +163,83 @@ async def test_a_prompt_that_was_answered_elsewhere_is_forgotten(tmp_path: Path)
             server.go()
         assert (await task).status == 200
         assert len(it.pool_of(place).bad_prompts) == 0
+
+
+OTHER_PROGRAMS: dict[str, Any] = {"an object": {}, "a page": b"<html>It works!</html>", "a list": [1, 2]}
+
+
+@pytest.mark.parametrize("kind", OTHER_PROGRAMS)
+async def test_another_program_is_no_server(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It answers 200 to everything: what it answered is said once, it is no model, and nothing is sent to it."""
+    answer = (200, OTHER_PROGRAMS[kind])
+    async with fleet(tmp_path, 2, wait=False) as it:
+        for server in it.fakes.values():
+            await server.start()
+        it.fakes["gpu1"].overrides = dict.fromkeys((*ROUTES, "/health", "/v1/models", "/slots"), answer)
+        await it.start(wait=False)
+        await it.until(lambda: it.named("gpu0").health is Health.UP)
+        await it.until(lambda: "is not ready" in it.named("gpu1")._why_down)
+        (said,) = {
+            text for text in caplog.messages if "what answers is no llama-server: GET /props 200" in text
+        }
+        assert said.startswith("gpu1: ")
+        assert {backend_of(await it.ask(text, model="a")) for text in TEXTS[:3]} == {"gpu0"}
+        assert [entry["id"] for entry in (await it.get("/v1/models")).json["data"]] == ["a"]
+        it.fakes["gpu1"].overrides = {}
+        await it.all_up()
+        assert it.members() == [{"gpu0", "gpu1"}]
+
+
+async def test_another_program_in_place_of_a_server_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While llamaslot runs."""
+    monkeypatch.setattr("llamaslot.backend.backend._WATCH_S", 0.05)
+    async with fleet(tmp_path, 2) as it:
+        page = (200, OTHER_PROGRAMS["a page"])
+        it.fakes["gpu0"].overrides = dict.fromkeys((*ROUTES, "/v1/models", "/slots"), page)
+        await it.until(lambda: "is no llama-server" in it.named("gpu0")._why_down)
+        assert {backend_of(await it.ask(text)) for text in TEXTS[:3]} == {"gpu1"}
+
+
+async def test_one_server_under_two_addresses_is_used_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its own tells: each process has a mark. The text of the addresses does not."""
+    async with FakeServer(tmp_path / "kv") as fake, forwarded(fake.port) as port:
+        urls = {"gpu0": fake.url, "gpu1": f"http://127.0.0.1:{port}"}
+        backends = [
+            {"name": name, "url": url, "slot_save_path": str(tmp_path / "kv")} for name, url in urls.items()
+        ]
+        async with a_session() as session:
+            config = configured(tmp_path, backends, {})
+            it = Fleet(fakes={"gpu0": fake}, config=config, session=session, save_dir=tmp_path / "kv")
+            await it.start(wait=False)
+            try:
+                await it.until(lambda: any("same llama-server as" in text for text in caplog.messages))
+                await it.until(lambda: [its.health for its in it.registry.backends].count(Health.UP) == 1)
+                answers = [await it.ask(text) for text in TEXTS[:4]]
+                assert len({backend_of(answer) for answer in answers}) == 1
+                it.check()
+            finally:
+                await it.stop()
+
+
+@contextlib.asynccontextmanager
+async def forwarded(port: int) -> AsyncIterator[int]:
+    """Another port that leads to ``port``."""
+
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+        writer.close()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        its_reader, its_writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pipe(reader, its_writer), pipe(its_reader, writer))
+
+    async with await asyncio.start_server(connected, "127.0.0.1", 0) as listener:
+        yield listener.sockets[0].getsockname()[1]

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from llamaslot import cli
+from llamaslot.backend import backend
 from llamaslot.backend.backend import Health
 from tests.support.fake import FakeModel
 from tests.support.fleet import A, B, Fleet, backend_of, fleet
@@ -224,6 +225,56 @@ async def test_one_that_hangs_does_not_delay_the_others(
         assert (await it.ask(TEXTS[0] + "more")).status == 200
         it.fakes[place].thaw()
         await it.all_up()
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_request_on_one_that_hangs_goes_to_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stream: bool
+) -> None:
+    """As soon as that is known to be down, and not after ``timeouts.watchdog_s``: it has had no byte of an answer."""
+    for name, seconds in (("_SUSPECT_S", 0.05), ("_SILENT_S", 0.05), ("_HEALTH_S", 0.05), ("_WATCH_S", 0.05)):
+        monkeypatch.setattr(f"llamaslot.backend.backend.{name}", seconds)
+    async with fleet(tmp_path, 2, {"stream": {"keepalive_s": 0.02}}) as it:
+        for server in it.fakes.values():
+            server.hold()
+        task = spawn(it.ask(TEXTS[0], stream=is_stream))
+        place = await at_work(it)
+        it.fakes[place].freeze()
+        it.fakes[({*it.fakes} - {place}).pop()].go()
+        answer = await task
+        assert (answer.status, len(answer.text)) == (200, 4)
+        assert it.named(place).health is not Health.UP
+        it.fakes[place].thaw()
+        it.fakes[place].go()
+
+
+@pytest.mark.parametrize("comes_back", ["thawed", "started"])
+async def test_one_that_is_back_is_used_within_five_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: str
+) -> None:
+    """It is connected to by the first health check that it answers, and between two of them there is a second."""
+    assert max(backend._HEALTH_POLL_S) <= 1.0
+    assert backend._HEALTH_S + 1.0 < 5.0  # a check that hangs is over before the next
+    for name, seconds in (("_SUSPECT_S", 0.05), ("_SILENT_S", 0.05), ("_HEALTH_S", 0.05), ("_WATCH_S", 0.05)):
+        monkeypatch.setattr(f"llamaslot.backend.backend.{name}", seconds)
+    monkeypatch.setattr("llamaslot.backend.backend._HEALTH_POLL_S", (0.05,))
+    async with fleet(tmp_path, 2) as it:
+        away = it.fakes["gpu0"]
+        if comes_back == "thawed":
+            away.freeze()
+        else:
+            await away.kill()
+        await it.until(lambda: it.named("gpu0").health is Health.DOWN)
+        n_before = len(away.requests)
+        if comes_back == "thawed":
+            away.thaw()
+        else:
+            await away.start()
+        await it.all_up()
+        checks = [seen for seen in away.requests[n_before:] if seen.path == "/health"]
+        assert len([seen for seen in checks if not seen.client_left]) <= 2
+        await it.send("POST", "/llamaslot/drain?backend=gpu1")
+        assert backend_of(await it.ask(TEXTS[0])) == "gpu0"
 
 
 async def test_a_drained_server_gets_nothing_new_and_loses_nothing(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.backend import backend
+from llamaslot.backend import backend, presence
 from tests.support.inprocess import Served, served
 
 
@@ -16,6 +16,7 @@ from tests.support.inprocess import Served, served
 def no_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The poll every two seconds is no question of a request."""
     monkeypatch.setattr(backend, "_WATCH_S", 60.0)
+    monkeypatch.setattr(presence, "_AWAKE_S", 60.0)
 
 
 async def asked(it: Served, text: str) -> Counter[str]:
@@ -40,7 +41,7 @@ async def test_the_process_is_asked_for_after_a_pause(
     async with served(tmp_path) as it:
         await asked(it, "one")
         assert (await asked(it, "two"))["/props"] == 0
-        later = time.monotonic() + 2.0
+        later = time.monotonic() + 120.0
         monkeypatch.setattr(it.backend.leases, "now", lambda: later)
         assert (await asked(it, "three"))["/props"] == 1
 

@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Never, Protocol
 
@@ -19,7 +20,6 @@ from llamaslot.backend.drain import Drain
 from llamaslot.backend.exclusive import ExclusiveSection
 from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.idle_save import IdleSave
-from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.presence import Presence, Proof, note_sleep
 from llamaslot.backend.slot_table import SlotTable
@@ -30,6 +30,7 @@ from llamaslot.errors import (
     BackendDown,
     BackendRestarted,
     LlamaslotError,
+    NotUnderstood,
     UpstreamError,
     is_servers_own,
 )
@@ -77,6 +78,10 @@ class Members(Protocol):
 
     async def found_router(self, backend: Backend, max_models: int) -> Never:
         """It is a router: its models take the place of ``backend``. Raises BackendDown if it has none."""
+        ...
+
+    def met(self, backend: Backend, props: Props) -> None:
+        """A process has told these properties. Raises NotReady if it is that of another backend."""
         ...
 
     def connecting(self, backend: Backend, session: ServerSession) -> None:
@@ -129,8 +134,7 @@ class Backend:
         if catalog is not None:
             leases.pin = catalog.pin
         self.health = Health.DOWN
-        self._look_again_at = -math.inf
-        self._n_retries = 0  # consecutive attempts to probe the server
+        self._look_again_at, self._n_retries = -math.inf, 0  # consecutive attempts to probe the server
         self.streams_are_known = True  # whether answers can be assembled from the events of a stream
         self.session: ServerSession | None = None
         self.last_session: ServerSession | None = None  # of the model that it serves, or has served last
@@ -253,16 +257,6 @@ class Backend:
         self.doubt()
         self.suspicion.begin()
 
-    async def how_far(self, lease: Lease) -> object:
-        """The progress of the slots in which llama-server works for the request of ``lease``; None while the request
-        waits for one.
-        """
-        taken = {
-            its.slot_id for its in self.leases.leases if its.request is lease.request and its.slot is not None
-        }
-        infos = [info for info in await self.api.slots() if info.id in taken and info.is_processing]
-        return infos or None
-
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
@@ -325,6 +319,7 @@ class Backend:
     async def _connect(self, *, is_retry: bool) -> ServerSession:
         """Identify the server and probe its abilities. Raises BackendDown and BackendRestarted."""
         handshake = Handshake(self.name, self.api, self._catalog, self._libraries, self.rates, self._rules)
+        handshake.greet = partial(self._members.met, self)
         handshake.probes.has_others_files = self.store is not None and self.store.n_backends > 1
         try:
             return await handshake.run(self.now(), is_retry=is_retry)
@@ -397,6 +392,8 @@ class Backend:
                 if await self.api.why_unhealthy(patience_s) is None:
                     if isinstance(error, UpstreamError) and is_servers_own(error.status):
                         self.suspicion.blame(error)
+                    elif isinstance(error, NotUnderstood) and session.props.n_slots is not None:
+                        self.changed("another program answers now")
                     else:
                         self.suspicion.end()
                     continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from msgspec import Struct, field
@@ -41,6 +41,7 @@ from llamaslot.errors import (
     SlotWedged,
     SnapshotInvalid,
     UpstreamError,
+    is_servers_own,
 )
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.identity import Identity
@@ -74,6 +75,12 @@ class RouterMode(Exception):
     def __init__(self, max_models: int) -> None:
         super().__init__(max_models)
         self.max_models = max_models
+
+
+_NO_SERVER = (
+    "what answers is no llama-server: %s; llama-server tells total_slots and its model there. Is url right (host, port,"
+    " path), and does no other program listen on that port?"
+)
 
 
 class ServerSession(Struct, frozen=True):
@@ -113,6 +120,7 @@ class Handshake:
         """``libraries`` and ``catalog``: both or none."""
         self.name, self.api, self.catalog, self.rates, self.rules = name, api, catalog, rates, rules
         self.libraries = libraries
+        self.greet: Callable[[Props], None] = lambda props: None  # told at once; raises NotReady
         self.probes = Probes(api, catalog, rates)
         self._identity: Identity | None = None
         self._is_usable = dict[str, bool]()  # by the text of the fingerprint
@@ -128,17 +136,31 @@ class Handshake:
             props = None
             try:
                 props = await self.api.props()
+                self.greet(props)
                 if props.max_models is not None:
                     raise RouterMode(props.max_models)
                 if props.n_slots is None:
-                    return self._stand_aside(not_understood("GET /props names no total_slots"), props)
+                    return await self._another_kind("GET /props names no total_slots", props)
                 return await self._meet(props, props.n_slots, now, is_retry)
             except NotUnderstood as error:
-                return self._stand_aside(not_understood(str(error)), props)
+                return await self._another_kind(str(error), props)
             except UpstreamError as error:
-                return self._stand_aside(_reason(error, props), props)
+                if props is None and is_servers_own(error.status):
+                    raise NotReady(f"GET /props: {error}") from error
+                if props is None and error.status not in (401, 403):
+                    return await self._another_kind(str(error), props)
+                return self._stand_aside(_reason(error), props)
             except SlotWedged as error:
                 return self._stand_aside(silent(error), props)
+
+    async def _another_kind(self, why: str, props: Props | None) -> ServerSession:
+        """The result for another kind of server. Raises NotReady if it names no model: then any program may answer."""
+        try:
+            self._model = self._model or await self.api.model_info()
+        except (NotUnderstood, UpstreamError):
+            seen = [await self.api.glimpse(path) for path in ("/props", "/v1/models")]
+            raise NotReady(_NO_SERVER % ", ".join(seen)) from None
+        return self._stand_aside(not_understood(why), props)
 
     def give_up(self, error: Exception) -> ServerSession:
         """The result after a bug in llamaslot prevented the connection. Raises NotReady under isolation."""
@@ -381,7 +403,7 @@ def _names(model: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if isinstance(name, str) and name))
 
 
-def _reason(error: UpstreamError, props: Props | None) -> StandingAside:
+def _reason(error: UpstreamError) -> StandingAside:
     """Why llamaslot cannot work with a server that answers so. Raises NotReady while it loads its model."""
     if error.status == 503:
         raise NotReady(str(error)) from error
@@ -389,4 +411,4 @@ def _reason(error: UpstreamError, props: Props | None) -> StandingAside:
         return wrong_key(str(error))
     if error.status >= 500 and error.status != 501:
         return passing_fault(str(error))
-    return not_understood(str(error)) if props is None else no_completions(str(error))
+    return no_completions(str(error))

@@ -16,7 +16,7 @@ from llamaslot.backend.connect import ServerSession
 from llamaslot.config.load import Config
 from llamaslot.config.sections import ModelConfig, QueueConfig, StoreConfig
 from llamaslot.config.values import read_chat_file
-from llamaslot.errors import BackendDown, ConfigError
+from llamaslot.errors import BackendDown, ConfigError, NotReady
 from llamaslot.fleet.pool import Pool, PoolModel, PoolSettings
 from llamaslot.fleet.queue import QueueLimits
 from llamaslot.fleet.routed_models import RoutedModels
@@ -25,6 +25,7 @@ from llamaslot.formats.registry import CHAT
 from llamaslot.formats.rewrite import Rewriting
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.identity import Identity
+from llamaslot.llama.replies import Props
 from llamaslot.llama.router_mode import ModelRouter, ModelServer, RouterModel
 from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.eviction import SnapshotStats
@@ -35,6 +36,13 @@ from llamaslot.store import Snapshot
 from llamaslot.store.snapshot_store import SnapshotStore
 
 log = logging.getLogger(__name__)
+
+
+_USUAL_MARK = "<__media__>"  # of builds that give none to each process
+_SAME_PROCESS = (
+    "it is the same llama-server as %s, under another address: one server is one backend, so this one is not used."
+    " Remove it from backends; if they are two servers, start them without LLAMA_MEDIA_MARKER"
+)
 
 
 class Registry:
@@ -53,6 +61,7 @@ class Registry:
         self._routers: list[RoutedModels] = []
         self.save_s = 60.0  # for the slots of a model before its router unloads it
         self.stores: dict[Path, SnapshotStore] = {}
+        self._met: dict[str, str] = {}  # by backend: the mark of the process that it is connected to
         self.pools = [self._new_pool()]
         self.router = Router(self.pools, self._backends)
 
@@ -146,6 +155,14 @@ class Registry:
     def are_several(self) -> bool:
         return len(self._backends) > 1
 
+    def met(self, backend: Backend, props: Props) -> None:
+        """As ``Members.met``. ``media_marker`` is random for each process, unless that of the environment is used."""
+        self._met[backend.name] = mark = props.boot_id
+        other = next((name for name, its in self._met.items() if its == mark and name != backend.name), None)
+        if other is not None and mark not in ("", _USUAL_MARK):
+            del self._met[backend.name]
+            raise NotReady(_SAME_PROCESS % other)
+
     async def found_router(self, backend: Backend, max_models: int) -> Never:
         """As ``Members.found_router``. Canceling is safe."""
         api = backend.api
@@ -232,6 +249,7 @@ class Registry:
             backend.store.keep_learned()
 
     def disconnected(self, backend: Backend, error: BackendDown | None) -> None:
+        self._met.pop(backend.name, None)
         self.pool_of(backend).disconnected(backend, error)
 
     def pool_of(self, backend: Backend) -> Pool:

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from multidict import CIMultiDict
 
 from llamaslot.backend.backend import Backend
+from llamaslot.backend.lease import Lease
 from llamaslot.backend.long_prompt import no_report
 from llamaslot.cache.content import Content
 from llamaslot.errors import BackendDown, BackendRestarted, BadRequest, DeadlinePassed, UpstreamError
@@ -185,7 +186,7 @@ class Passthrough:
             backend = attempts.backend
             headers = {"x-request-id": id_, BACKEND: backend.name}
             silence_s = backend.api.watchdog_s if is_watched else None
-            watchdog = Watchdog(silence_s, partial(backend.how_far, lease))
+            watchdog = Watchdog(silence_s, partial(_how_far, backend, lease))
             async with (
                 backend.exclusive.take(lease, no_report, left) as turn,
                 watchdog.kept(pool.tasks),
@@ -214,6 +215,16 @@ class Passthrough:
 
 def _attempts(request: web.Request, pool: Pool, raw: bytes, *, is_once: bool = False) -> Attempts:
     return Attempts(request.path, pool, raw, lambda: bool(request.get(HAS_BEGUN)), is_once=is_once)
+
+
+async def _how_far(backend: Backend, lease: Lease) -> object:
+    """The progress of the slots in which llama-server works for the request of ``lease``; None while the request waits
+    for one.
+    """
+    leases = backend.leases.leases
+    taken = {its.slot_id for its in leases if its.request is lease.request and its.slot is not None}
+    infos = [info for info in await backend.api.slots() if info.id in taken and info.is_processing]
+    return infos or None
 
 
 async def _refuse_if_worth_another(attempts: Attempts, upstream: Response) -> None:

@@ -217,11 +217,19 @@ class LlamaServer:
             is_connected=answer.is_connected,
         )
 
+    @as_known
     async def model_info(self) -> dict[str, Any]:
         """The first entry of ``GET /v1/models``: id and ``meta`` (n_params, size, n_vocab, …)."""
-        raw = await self._ask_json("GET", "/v1/models")
-        entries = raw.get("data") or [{}]
-        return dict(entries[0])
+        entry = dict((await self._ask_json("GET", "/v1/models"))["data"][0])
+        if not isinstance(entry["id"], str):
+            raise ValueError("a model's id is a text")
+        return entry
+
+    async def glimpse(self, path: str) -> str:
+        """What it answers to ``GET path``, for a log line. Raises BackendDown."""
+        answer = await self._question("GET", path)
+        begin = " ".join(answer.body[:200].decode("utf-8", "replace").split())[:60]
+        return f"GET {path} {answer.status} {answer.content_type or 'without a type'} {begin!r}"
 
     @as_known
     async def slots(self) -> list[SlotInfo]:
