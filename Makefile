@@ -41,6 +41,7 @@ pytest: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/hadolint docker/Dockerfile
 	@site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && $(MKDOCS) --site-dir "$$site"
 
 types: $(VENV)/.dev
@@ -63,7 +64,8 @@ docs: $(VENV)/.dev
 	@echo "site/index.html"
 
 dist: $(VENV)/.dev
-	@rm -rf dist
+	@rm -rf dist build
+	@$(BIN)/python .ci/man.py build/man/llamaslot.1
 	$(BIN)/python -m build --quiet --outdir dist .
 	@ls dist
 
@@ -85,7 +87,7 @@ bench-simulator: $(VENV)/.dev
 smollm2: $(MODEL)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis var dist site
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis var build dist site
 	find src bench tests -name __pycache__ -prune -exec rm -rf {} +
 
 # pip compiles what it installs on one core, and takes longer for that than for all the rest.

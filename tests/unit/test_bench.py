@@ -193,7 +193,7 @@ MODELS = (200, {"data": [{"id": "m", "max_model_len": 4096}]})
 @pytest.mark.parametrize(
     ("models", "said"),
     [
-        ((401, {"error": {"message": "no"}}), "a key is needed"),
+        ((401, {"error": {"message": "no"}}), "a key is needed \\(--key\\)"),
         ((503, {"error": {"message": "Loading model"}}), "is not ready: Loading model"),
         ((404, {}), "should be an OpenAI base URL"),
         ((200, {"data": []}), "serves no model"),

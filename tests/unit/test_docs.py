@@ -194,7 +194,7 @@ def test_mentioned_commands_and_options_exist() -> None:
     wrong = []
     for where in PAGES:
         for line in re.findall(
-            r"llamaslot ((?:bench|monitoring|serve|run|snapshots|keys)\b[^`\n#|]*|(?<![\w/]llamaslot )--[a-z]+)",
+            r"llamaslot ((?:bench|demo|monitoring|serve|run|snapshots|keys)\b[^`\n#|]*|(?<![\w/]llamaslot )--[a-z]+)",
             where.read_text(),
         ):
             words = line.partition(" -- ")[0].split()  # behind it stands another program's line

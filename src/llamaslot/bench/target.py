@@ -40,7 +40,14 @@ class Target:
     """One base URL. ``keys``: API keys, shared out among the users. An async context manager."""
 
     def __init__(
-        self, url: str, *, name: str, keys: Sequence[str], model: str | None, timeout_s: float
+        self,
+        url: str,
+        *,
+        name: str,
+        keys: Sequence[str],
+        model: str | None,
+        timeout_s: float,
+        key_flag: str = "--key",
     ) -> None:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -51,7 +58,7 @@ class Target:
         self.name, self.model = name, model or ""
         self.n_ctx: int | None = None
         self.about = ""
-        self._keys, self._timeout_s, self._key_flag = keys, timeout_s, "--key"
+        self._keys, self._timeout_s, self._key_flag = keys, timeout_s, key_flag
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Target:
@@ -106,9 +113,7 @@ class Target:
             raise BenchError(f"{self.base} cannot be reached: {why}. Does a server run there?") from None
         if response.status in (401, 403):
             has = "the key is refused" if self._keys else "a key is needed"
-            raise BenchError(
-                f"{self.base}: {has} ({self._key_flag}, or LLAMASLOT_BENCH_KEY in the environment)"
-            )
+            raise BenchError(f"{self.base}: {has} ({self._key_flag})")
         if response.status == 503:
             raise BenchError(f"{self.base} is not ready: {_message(text)}")
         try:
@@ -213,11 +218,12 @@ class Target:
                     request.first_s = time.perf_counter() - began
                 said.append(piece)
         if usage := data.get("usage"):
-            request.n_prompt, request.n_answer = usage["prompt_tokens"], usage.get("completion_tokens", 0)
+            request.n_prompt = usage.get("prompt_tokens") or 0
+            request.n_answer = usage.get("completion_tokens") or 0
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
             if cached is not None:
                 request.n_reused = cached
-        if timings := data.get("timings"):
+        if "cache_n" in (timings := data.get("timings") or {}):
             request.n_reused = timings["cache_n"]
             request.n_prompt = timings["cache_n"] + timings["prompt_n"]
             request.n_answer = timings["predicted_n"]

@@ -14,6 +14,7 @@ import click
 
 import llamaslot
 from llamaslot.cli.bench import bench
+from llamaslot.cli.demo import demo
 from llamaslot.cli.doctor import doctor
 from llamaslot.cli.drain import drain, undrain
 from llamaslot.cli.faults import fail, run_to_end
@@ -54,6 +55,7 @@ def main() -> None:
 
 main.add_command(run)
 main.add_command(bench)
+main.add_command(demo)
 main.add_command(monitoring)
 main.add_command(drain)
 main.add_command(undrain)

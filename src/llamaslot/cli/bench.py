@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,6 +140,9 @@ def bench(url: str, vs: str | None, **options: Any) -> None:
     has_plots = is_available()
     if not has_plots and options["report"] != _REPORT:
         fail(["--report needs plotly: pip install 'llamaslot[bench]'"])
+    for path in (options["report"], options["json_path"]):
+        if path is not None and not os.access(path.absolute().parent, os.W_OK):
+            fail([f"{path} cannot be written"])
     try:
         other = _earlier(vs)
         result = asyncio.run(_Comparison(url, None if other else vs, options).run())
@@ -224,7 +228,16 @@ class _Comparison:
         if self._vs is not None:
             keys = its["vs_keys"] or its["keys"]
             name = its["vs_name"] or self._vs.partition("://")[2].rstrip("/").removesuffix("/v1") or self._vs
-            found.append(Target(self._vs, name=name, keys=keys, model=its["vs_model"], timeout_s=timeout_s))
+            found.append(
+                Target(
+                    self._vs,
+                    name=name,
+                    keys=keys,
+                    model=its["vs_model"],
+                    timeout_s=timeout_s,
+                    key_flag="--vs-key",
+                )
+            )
         return found
 
     async def _measure(

@@ -145,13 +145,20 @@ class ManagedConfig(BaseModel):
         return recommended_flags(self.args)
 
 
-def smollm2_path() -> Path:
-    """The GGUF of the small chat model. Raises LlamaslotError with the command to run if it has not been fetched."""
+def smollm2_file() -> Path:
+    """Where the GGUF of the small chat model is, or is to be put."""
     named = os.environ.get("LLAMASLOT_SMOLLM2")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = Path(named) if named else cache / "llamaslot" / SMOLLM2_FILE
+    return Path(named) if named else cache / "llamaslot" / SMOLLM2_FILE
+
+
+def smollm2_path() -> Path:
+    """The GGUF of the small chat model. Raises LlamaslotError with the command to run if it has not been fetched."""
+    path = smollm2_file()
     if not path.is_file():
-        raise LlamaslotError(f"model {EMBEDDED_MODEL}: there is no {path}; run `make smollm2` to fetch it")
+        raise LlamaslotError(
+            f"model {EMBEDDED_MODEL}: there is no {path}; run `make smollm2` or `llamaslot demo` to fetch it"
+        )
     return path
 
 
