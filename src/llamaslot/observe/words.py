@@ -112,7 +112,7 @@ def stages(
     if decisions:
         add("read", 0.0, decisions[0].since - began, "body read, prompt tokenized")
     for one in decisions:
-        add("queue", one.since - began, one.queued_s, _waits(one.waits))
+        add("queue", one.since - began, one.queued_s, _waits(one.waits) if one.queued_s >= _TOLD_S else "")
         for act, ended in zip(one.acts, one.act_ends, strict=True):
             begin_s = ended - began - act.seconds - act.waited_s
             if act.waited_s >= _TOLD_S:
@@ -156,7 +156,7 @@ def _gave_way(act: Act) -> str:
 
 def _waits(waits: list[Waited]) -> str:
     if not waits:
-        return ""
+        return "no slot was free for it"
     what = waits[-1].what
     if what.snapshot is not None and what.snapshot.startswith("prefix-"):
         return "for a prefix that another request computes"

@@ -61,6 +61,7 @@ function draw() {
   say(at('no-requests'), rows.length ? 'No request matches.' : 'No request yet.');
   at('requests').closest('.scroll').hidden = found.length === 0;
   at('more').hidden = found.length <= shown;
+  at('requests').parentElement.classList.toggle('one-model', new Set(rows.map((its) => its.model)).size < 2);
   const items = found.slice(0, shown).flatMap((its) => (open.has(its.serial) ? [{ its }, { its, detail: open.get(its.serial) }] : [{ its }]));
   keyed(at('requests'), items, ({ its, detail }) => `${its.serial}${detail ? ' detail' : ''}`,
     ({ its, detail }) => (detail ? details(detail) : makeRow(its)),
@@ -68,6 +69,7 @@ function draw() {
 }
 
 const speed = (n, s) => (n >= 8 && s > 0.001 ? short(n / s) : '–');
+const speeds = (its) => (its.n_computed || its.n_answered ? `${speed(its.n_computed, its.prefill_s)}, ${speed(its.n_answered, its.decode_s)}` : '–');
 
 function makeRow(its) {
   const cell = (label, text, kind, title) => el('td', { 'data-label': label, class: kind, title }, text);
@@ -82,8 +84,8 @@ function makeRow(its) {
     cell('Answered', number(its.n_answered), 'n'),
     cell('Waited', its.queued_s >= 0.05 ? seconds(its.queued_s) : '–', 'n'),
     cell('First token', seconds(its.first_s), 'n'),
-    cell('Tokens/s', `${speed(its.n_computed, its.prefill_s)}, ${speed(its.n_answered, its.decode_s)}`, 'n'),
-    cell('Model', modelName(its.model), 'cut', its.model));
+    cell('Tokens/s', speeds(its), 'n'),
+    cell('Model', modelName(its.model), 'cut model', its.model));
 }
 
 async function toggle(event, its) {

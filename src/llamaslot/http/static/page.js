@@ -40,7 +40,6 @@ function took(name, changes) {
     delete changes.now;
     at('login').hidden = at('notice').hidden = true;
     at('content').hidden = false;
-    connection('live', 'live');
     activity.refresh();
     plots.refresh();
   }
@@ -48,7 +47,7 @@ function took(name, changes) {
     if (value === null) state.delete(what);
     else state.set(what, value);
   }
-  draw(new Set(Object.keys(changes).map((what) => what.split(':')[0])));
+  draw(name === 'all' ? null : new Set(Object.keys(changes).map((what) => what.split(':')[0])));
 }
 
 function connection(kind, text) {
@@ -89,12 +88,14 @@ document.addEventListener('visibilitychange', () => {
 
 const all = (prefix) => [...state].filter(([what]) => what.startsWith(prefix)).map(([what, value]) => ({ ...value, key: what.slice(prefix.length) }));
 
-function draw(changed) {
-  if (changed.has('headline') || changed.has('store')) headline();
-  if (changed.has('headline')) activity.refresh();
-  if (changed.has('store')) store.refresh();
-  if (changed.has('backend')) backends();
-  if (changed.has('flight')) flights();
+// ``kinds``: of what has changed; null for everything.
+function draw(kinds) {
+  const has = (kind) => kinds === null || kinds.has(kind);
+  if (has('headline') || has('store')) headline();
+  if (has('headline')) activity.refresh();
+  if (has('store')) store.refresh();
+  if (has('backend')) backends();
+  if (has('flight')) flights();
   const { version, queue } = state.get('about');
   say(at('about'), `llamaslot ${version}`);
   const waiting = queue ? `, ${number(queue)} waiting for a slot` : '';
@@ -112,7 +113,7 @@ function headline() {
     ['Prompt tokens reused', percent(today.share_reused), 'today',
       `${short(today.n_reused)} reused, ${short(today.n_computed)} computed`],
     ['First token', seconds(today.first_p50_s), 'for half of the requests', `${seconds(today.first_p95_s)} for 95 of 100`],
-    ['Failed because of llamaslot', number(today.n_faults), `of ${number(today.n)} today`,
+    ['Failed because of llamaslot', number(today.n_faults), `of ${number(today.n)} requests today`,
       today.n_unserved ? `${number(today.n_unserved)} more not served: llama-server away, or the wait too long` : 'and all others were served'],
     ['Snapshots on disk', bytes(size), quota ? `of ${bytes(quota)}` : '', `${number(n)} snapshots`],
   ];
@@ -123,7 +124,7 @@ function headline() {
       say(tile.children[2], of);
       say(tile.children[3], more);
     });
-  if (!isKept) connection('live', 'live; the history is not kept over restarts (see the log)');
+  at('about').title = isKept ? '' : 'The history is not kept over restarts: see the log';
 }
 
 const DOES = { answering: 'answers', 'reading the prompt': 'reads' };
@@ -132,7 +133,9 @@ function backends() {
   const every = all('backend:');
   const slots = every.flatMap((backend) => backend.slots);
   const nBusy = slots.filter((slot) => slot.state === 'LEASED').length;
-  say(at('slots-sum'), `${nBusy} of ${slots.length} busy`);
+  say(at('slots-sum'), slots.length ? `${nBusy} of ${slots.length} busy` : '');
+  const down = every.filter((its) => its.health === 'down').map((its) => its.name);
+  connection(down.length ? 'lost' : 'live', down.length ? `live, but ${down.join(' and ')} ${down.length > 1 ? 'are' : 'is'} down` : 'live');
   keyed(at('backends'), every, (its) => its.key,
     (its) => el('div', { class: 'backend' }, el('h3', {}, el('span', {}), ' ', el('small', {})), el('p', { class: 'warning', hidden: true }), el('ol', {})),
     (node, its) => {
@@ -145,6 +148,7 @@ function backends() {
       const down = its.health === 'down' ? 'llama-server does not answer: requests wait or get an error until it does' : '';
       const told = [down, aside, ...its.warnings].filter(Boolean).join(' — ');
       warning.hidden = !told;
+      warning.classList.toggle('bad', Boolean(down));
       say(warning, told);
       keyed(list, its.slots, (slot) => slot.id, makeSlot, (row, slot) => updateSlot(row, slot, its));
     });
