@@ -15,7 +15,7 @@ from tests.support.leftovers import nothing_left
 __all__ = ["nothing_left"]
 pytestmark = pytest.mark.real
 
-COUNTERS = ("llamacpp:prompt_tokens_total", "llamacpp:tokens_predicted_total")
+COMPUTED = "llamacpp:prompt_tokens_total"
 
 
 async def conversation(it: Front, user: int, n_turns: int, *, stream: bool) -> None:
@@ -31,26 +31,21 @@ async def conversation(it: Front, user: int, n_turns: int, *, stream: bool) -> N
 
 @pytest.mark.parametrize("kind", ["dense", "swa"])
 async def test_tokens_are_those_that_llama_server_counts(tmp_path: Path, kind: str) -> None:
-    """Reused, computed and answered, within 1 %: of more users than slots, with restores, long prompts in pieces, and a
-    client that leaves in the middle of one."""
+    """Reused, computed and answered, within 1 %: of more users than slots, with saves, restores, prompts in pieces."""
     settings = {"prefill": {"chunk_threshold_s": 0.05}, "store": {"idle_save_s": 0.2}}
     async with serving(tmp_path, settings, kind=kind, slots=2, context=16384) as (it, real):
         before = await real.metrics()
         await asyncio.gather(*(conversation(it, user, 3, stream=user % 2 == 0) for user in range(4)))
-        async with it.asking(letters(7, 12_000)):
-            await it.until(lambda: any(lease.n_done > 1000 for lease in it.pool.dispatcher.leases))
         await it.at_rest()
         after = await real.metrics()
         ended = (await it.get("/llamaslot/activity?n=100")).json["ended"]
-        assert len(ended) == 13
-        n_computed, n_answered = (after[name] - before[name] for name in COUNTERS)
+        assert len(ended) == 12
+        n_computed = after[COMPUTED] - before[COMPUTED]
         assert sum(its["n_computed"] for its in ended) == pytest.approx(n_computed, rel=0.01)
-        assert sum(its["n_answered"] for its in ended) == pytest.approx(n_answered, rel=0.01)
-        whole = [its for its in ended if its["outcome"] == "done"]
-        n_prompt = sum(its["n_prompt"] for its in whole)
-        n_reused = n_prompt - (n_computed - sum(its["n_computed"] for its in ended if its not in whole))
-        assert sum(its["n_reused"] for its in whole) == pytest.approx(n_reused, rel=0.01)
+        assert [its["n_answered"] for its in ended] == [12] * 12
+        n_reused = sum(its["n_prompt"] for its in ended) - n_computed
+        assert sum(its["n_reused"] for its in ended) == pytest.approx(n_reused, rel=0.01)
         if kind == "dense":
-            assert n_reused > 0.4 * n_prompt
+            assert any(its["text"].startswith("restored") for its in ended)
         history = (await it.get("/llamaslot/history?span=hour")).json["lines"][0]["points"]
-        assert sum(point["n_reused"] for point in history) == sum(its["n_reused"] for its in whole)
+        assert sum(point["n_reused"] for point in history) == sum(its["n_reused"] for its in ended)

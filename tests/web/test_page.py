@@ -9,9 +9,14 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
+from llamaslot.http import events as events_module
+from llamaslot.http.events import Events
 from llamaslot.http.page import FILES
+from llamaslot.tasks import TaskOwner
 from tests.support.inprocess import CHAT, Served, letters, served, spawn
+from tests.support.real import free_port
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 
@@ -141,6 +146,42 @@ async def test_nobody_watches_nothing_is_computed(tmp_path: Path) -> None:
             await last.content.readline()
             await it.stop()
             assert (await last.content.read()).startswith(b"data: ")
+
+
+async def test_a_slow_viewer_gets_the_whole_state_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has missed does not pile up; others, and requests, do not wait for it."""
+    monkeypatch.setattr(events_module, "_LEAST_S", 0.0)
+    n, changed = 0, asyncio.Event()
+
+    def state() -> dict[str, Any]:
+        nonlocal n
+        n += 1
+        return {"big": "x" * 100_000 + str(n), "small": n // 10}
+
+    events = Events(state, changed, TaskOwner())
+    app = web.Application()
+    app.router.add_get("/", events.watch)
+    runner = web.AppRunner(app, shutdown_timeout=1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", port := free_port())
+    await site.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**12)
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    try:
+        async with asyncio.timeout(20):
+            while n < 40 or not any(viewer.is_behind for viewer in events.viewers):
+                changed.set()
+                await asyncio.sleep(0.01)
+            (viewer,) = events.viewers
+            assert viewer.events.qsize() <= 16
+            told = b""
+            while told.count(b"event: all") < 2:
+                told += await reader.read(2**16)
+        assert told.count(b"event: ") < n
+    finally:
+        writer.close()
+        await events.close()
+        await runner.cleanup()
 
 
 # --- what can be done

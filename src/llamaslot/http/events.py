@@ -36,7 +36,7 @@ class Events:
         self, state: Callable[[], dict[str, Any]], has_changed: asyncio.Event, tasks: TaskOwner
     ) -> None:
         self._state, self._has_changed, self._tasks = state, has_changed, tasks
-        self._viewers: dict[Viewer, None] = {}
+        self.viewers: dict[Viewer, None] = {}
         self._last: dict[str, bytes] = {}
         self._producer: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -49,7 +49,7 @@ class Events:
         if request.method == "HEAD":
             return response
         viewer = Viewer()
-        self._viewers[viewer] = None
+        self.viewers[viewer] = None
         if self._last:
             _put(viewer, b"")  # the state is there: it is sent at once
         if self._producer is None:
@@ -69,15 +69,15 @@ class Events:
         raise ClientGone
 
     def _leave(self, viewer: Viewer) -> None:
-        del self._viewers[viewer]
-        if not self._viewers and self._producer is not None:
+        del self.viewers[viewer]
+        if not self.viewers and self._producer is not None:
             self._producer.cancel()
             self._producer, self._last = None, {}
 
     async def close(self) -> None:
         """End all streams, and those to come."""
         self._is_closed = True
-        for viewer in self._viewers:
+        for viewer in self.viewers:
             _put(viewer, None)
 
     # -- the producer --------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ class Events:
             event = self._look()
             n_quiet = 0 if event else n_quiet + 1
             if event or n_quiet % _QUIET == 0:
-                for viewer in self._viewers:
+                for viewer in self.viewers:
                     _put(viewer, event or b": still here\n\n")
             await asyncio.sleep(_LEAST_S)
             try:
