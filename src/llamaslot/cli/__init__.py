@@ -20,6 +20,7 @@ from llamaslot.cli.drain import drain, undrain
 from llamaslot.cli.faults import fail, run_to_end
 from llamaslot.cli.monitoring import monitoring
 from llamaslot.cli.run import run
+from llamaslot.cli.status import status, top
 from llamaslot.errors import ConfigError
 
 # Slow imports are made where they are needed: ``--help`` took 0.8 s, and takes 0.1.
@@ -61,6 +62,8 @@ main.add_command(drain)
 main.add_command(undrain)
 main.add_command(LateGroup("snapshots", help="Look at the snapshots on disk, check them, remove some."))
 main.add_command(doctor)
+main.add_command(status)
+main.add_command(top)
 main.add_command(LateGroup("keys", help="Make, list and revoke the keys of clients."))
 
 

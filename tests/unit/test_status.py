@@ -1,0 +1,110 @@
+"""``llamaslot status`` and ``top``: what is shown of a status."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from llamaslot import cli
+from llamaslot.cli.running import NotRunning, Running
+from llamaslot.cli.status import _drawn
+
+SLOT = {"id": 0, "state": "HOT", "n_tokens": 4096, "is_dirty": True, "prefill": None, "user": None}
+BUSY = {**SLOT, "id": 1, "state": "LEASED", "user": "key:ada", "prefill": {"n_done": 512, "n_tokens": 60_211}}
+FREE = {**SLOT, "id": 2, "state": "FREE", "n_tokens": 0}
+GPU: dict[str, Any] = {
+    "name": "gpu0", "health": "up", "drain": None, "model": "m.gguf", "n_ctx": 8192,
+    "warnings": ["slots cannot be saved"],
+    "assist": {"is_on": True, "why": None, "remedy": None}, "slots": [SLOT, BUSY, FREE],
+}  # fmt: skip
+DOWN = {**GPU, "name": "gpu1", "health": "down", "slots": [], "assist": None, "warnings": [], "model": None}
+ASIDE = {
+    **DOWN,
+    "name": "gpu2",
+    "health": "up",
+    "assist": {"is_on": False, "why": "a reason", "remedy": "a flag"},
+}
+STATUS: dict[str, Any] = {
+    "version": "1", "backends": [GPU, DOWN, ASIDE], "queue": 2, "rewrite": [],
+    "snapshots": {"n": 1, "size_bytes": 1_500_000_000, "quota_bytes": 20_000_000_000},
+    "users": [{"id": "key:bob", "running": 0, "waiting": 2, "deficit_s": 0.0}],
+}  # fmt: skip
+JOURNAL = {"decisions": [{"at": 0.0, "user": "key:ada", "text": "chose slot gpu0/1"}]}
+
+
+@pytest.fixture
+def config_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a llamaslot that answers."""
+    monkeypatch.setattr(Running, "get", lambda self, page: JOURNAL if "journal" in page else STATUS)
+    path = tmp_path / "config.yaml"
+    path.write_text("backends: [{url: 'http://127.0.0.1:8080'}]\n")
+    return path
+
+
+def test_one_table(config_path: Path) -> None:
+    """That a person can paste into a chat."""
+    result = CliRunner().invoke(cli.main, ["status", "--config", str(config_path)])
+    assert result.stdout.splitlines() == [
+        "llamaslot 1: 1 of 3 slots work, 2 wait; 1 snapshot, 1.5 GB of 20.0 GB",
+        "",
+        "SLOT    STATE          TOKENS  USED  SAVED  USER     DOING",
+        "gpu0/0  hot             4,096   50%  no",
+        "gpu0/1  leased          4,096   50%  no     key:ada  prefill 512 of 60,211",
+        "gpu0/2  free",
+        "gpu1    down",
+        "gpu2    assist is off",
+        "",
+        "waiting: key:bob 2",
+        "gpu0: slots cannot be saved",
+        "gpu2: a reason. a flag",
+    ]
+
+
+def test_top_draws_the_same_until_it_is_interrupted(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And goes on while llamaslot is restarted."""
+    n_slept = 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal n_slept
+        n_slept += 1
+        if n_slept == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    answers = iter([STATUS, STATUS, JOURNAL])
+
+    def get(self: Running, page: str) -> Any:
+        try:
+            return next(answers)
+        except StopIteration:
+            raise NotRunning("no llamaslot answers") from None
+
+    monkeypatch.setattr(Running, "get", get)
+    result = CliRunner().invoke(cli.main, ["top", "--config", str(config_path)])
+    assert result.exit_code == 0, result.output
+    assert "no llamaslot answers" in result.stdout
+
+
+def test_what_top_draws(config_path: Path) -> None:
+    """The table, and the last decisions."""
+    console = Console(width=120, file=io.StringIO())
+    console.print(_drawn(Running.of(config_path)))
+    assert isinstance(console.file, io.StringIO)
+    for told in ("prefill 512 of 60,211", "chose slot gpu0/1", "waiting: key:bob 2"):
+        assert told in console.file.getvalue()
+
+
+def test_nothing_else_imports_rich() -> None:
+    """It takes 0.1 s."""
+    code = "import sys; from llamaslot import cli, http; import llamaslot.http.serve; sys.exit('rich' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
