@@ -49,6 +49,7 @@ class Proxy:
             "listen": {"host": "127.0.0.1", "port": self.port},
             "backends": [{"name": "gpu0", "url": server.url, "slot_save_path": str(server.save_dir)}],
             "store": {"quota": quota, "meta_dir": str(directory / "meta")},
+            "log": {"format": "text"},
         }
         for section, values in (settings or {}).items():
             if section == "backends":

@@ -78,7 +78,12 @@ class Supervised:
     def serving(cls, directory: Path, backends: list[dict[str, Any]], **settings: Any) -> Supervised:
         """``llamaslot serve`` with these backends, instead of ``llamaslot run``."""
         it = cls((), directory)
-        config = {"listen": {"port": it.port}, "store": {"meta_dir": str(directory / "meta")}, **settings}
+        config = {
+            "listen": {"port": it.port},
+            "log": {"format": "text"},
+            "store": {"meta_dir": str(directory / "meta")},
+            **settings,
+        }
         path = directory / "config.yaml"
         path.write_text(yaml.safe_dump({**config, "backends": backends}))
         it._words = [*program(), "serve", "--config", str(path)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
+import json
 import logging
 import os
 import re
@@ -44,7 +44,7 @@ def run_serve(monkeypatch: pytest.MonkeyPatch, config_path: Path) -> Run:
     """``llamaslot serve`` with an application that only raises what it is given, or returns."""
 
     def run(raises: BaseException | None = None) -> Result:
-        async def serve(config: Config) -> None:
+        async def serve(config: Config, path: Path) -> None:
             if raises is not None:
                 raise raises
 
@@ -166,7 +166,7 @@ def test_the_log_has_times_on_a_terminal(
 ) -> None:
     """One line per record, on stderr, of the level asked for."""
     monkeypatch.delenv("JOURNAL_STREAM", raising=False)
-    log_lines.set_up_logging("warning")
+    log_lines.set_up_logging("warning", "text")
     logging.getLogger("llamaslot.store").warning("quota reached")
     logging.getLogger("llamaslot.store").info("not asked for")
     out, err = capfd.readouterr()
@@ -180,7 +180,7 @@ def test_the_journal_gets_levels_and_no_times(
     """systemd's journal has its own clock, and reads the level from the start of a line."""
     stderr = os.fstat(2)
     monkeypatch.setenv("JOURNAL_STREAM", f"{stderr.st_dev}:{stderr.st_ino}")
-    log_lines.set_up_logging("info")
+    log_lines.set_up_logging("info", "auto")
     logging.getLogger("llamaslot").error("first\nsecond")
     assert capfd.readouterr().err == "<3>llamaslot: first\n<3>second\n"
 
@@ -190,9 +190,23 @@ def test_a_terminal_inside_a_service_has_times(
 ) -> None:
     """JOURNAL_STREAM is inherited; what counts is whether stderr is that stream."""
     monkeypatch.setenv("JOURNAL_STREAM", "1:1")
-    log_lines.set_up_logging("info")
+    log_lines.set_up_logging("info", "text")
     logging.getLogger("llamaslot").info("up")
     assert capfd.readouterr().err.endswith("INFO    llamaslot: up\n")
+
+
+def test_a_file_gets_json_lines(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is neither a terminal nor the journal: one object per line, also of a traceback."""
+    monkeypatch.delenv("JOURNAL_STREAM", raising=False)
+    log_lines.set_up_logging("info", "auto")
+    logging.getLogger("llamaslot").warning("%s is full", "gpu0")
+    try:
+        raise ValueError("bad")
+    except ValueError:
+        logging.getLogger("llamaslot").exception("died")
+    full, died = map(json.loads, capfd.readouterr().err.splitlines())
+    assert (full["level"], full["logger"], full["message"]) == ("warning", "llamaslot", "gpu0 is full")
+    assert "ValueError: bad" in died["exception"]
 
 
 # --- the systemd unit
@@ -273,15 +287,13 @@ def test_the_unit_starts_what_there_is(config_path: Path) -> None:
         ("127.0.0.1", "listens on 127.0.0.1:{0}; from this machine: http://127.0.0.1:{0}/v1"),
     ],
 )
-async def test_the_log_tells_where_it_listens(
+def test_the_log_tells_where_it_listens(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, host: str, said: str
 ) -> None:
     """By the sockets that are open, and not by what one would type here: who may reach it depends on that."""
     path = tmp_path / "config.yaml"
     path.write_text(GOOD + f"listen: {{host: {host}}}\nauth: {{allow_anonymous: on}}\n")
     caplog.set_level(logging.INFO)
-    server = await asyncio.start_server(lambda *_: None, host, 0)
-    async with server:
-        _greet(Config.load(path), server)
-        port = server.sockets[0].getsockname()[1]
+    port = 8081
+    _greet(Config.load(path), [(host, port)])
     assert said.format(port) in caplog.text

@@ -18,7 +18,9 @@ from llamaslot.cli.demo import demo
 from llamaslot.cli.doctor import doctor
 from llamaslot.cli.drain import drain, undrain
 from llamaslot.cli.faults import fail, run_to_end
+from llamaslot.cli.install_service import install_service
 from llamaslot.cli.monitoring import monitoring
+from llamaslot.cli.reload import reload
 from llamaslot.cli.run import run
 from llamaslot.cli.status import status, top
 from llamaslot.errors import ConfigError
@@ -63,6 +65,8 @@ main.add_command(undrain)
 main.add_command(LateGroup("snapshots", help="Look at the snapshots on disk, check them, remove some."))
 main.add_command(doctor)
 main.add_command(status)
+main.add_command(reload)
+main.add_command(install_service)
 main.add_command(top)
 main.add_command(LateGroup("keys", help="Make, list and revoke the keys of clients."))
 
@@ -103,8 +107,8 @@ def _serve(path: Path, is_check: bool, who: str | None) -> None:
         fail([str(error)])
     from llamaslot.cli.log_lines import set_up_logging
 
-    set_up_logging(config.log.level)
-    _run(config)
+    set_up_logging(config.log.level, config.log.format)
+    _run(config, path)
 
 
 def _check(path: Path, who: str | None) -> None:
@@ -123,10 +127,10 @@ def _check(path: Path, who: str | None) -> None:
     click.echo(f"{path}: no faults")
 
 
-def _run(config: Config) -> None:
+def _run(config: Config, path: Path) -> None:
     from llamaslot.http.serve import serve as serve_app
 
-    run_to_end(serve_app(config), config.listen)
+    run_to_end(serve_app(config, path), config.listen)
 
 
 if __name__ == "__main__":

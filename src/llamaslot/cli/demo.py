@@ -49,7 +49,7 @@ def demo(port: int, model: Path | None, slots: int, context: int) -> None:
 
     if find_spec("xllamacpp") is None:
         fail(["the embedded llama.cpp is not installed: pip install 'llamaslot[embedded]'"])
-    set_up_logging("info")
+    set_up_logging("info", "auto")
     try:
         if model is None:
             _fetch_if_missing()

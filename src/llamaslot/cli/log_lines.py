@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from datetime import UTC, datetime
 
 #: Priorities of the journal (syslog's); systemd shows them as levels.
 _JOURNAL_LEVELS = {
@@ -23,10 +25,31 @@ class _JournalFormatter(logging.Formatter):
         return "\n".join(f"<{level}>{line}" for line in super().format(record).splitlines())
 
 
-def set_up_logging(level: str) -> None:
-    """Log one line per record to stderr, with the time unless stderr goes to systemd's journal."""
+class _JsonFormatter(logging.Formatter):
+    """One JSON object per line: ``time`` (UTC, ISO 8601), ``level``, ``logger``, ``message``, ``exception`` if any."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        import orjson
+
+        told = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            told["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(told).decode()
+
+
+def set_up_logging(level: str, kind: str) -> None:
+    """Log one line per record to stderr. ``kind``: ``text``, with the time unless stderr goes to systemd's journal;
+    ``json``; ``auto``: text for a terminal and for the journal, else JSON.
+    """
     handler = logging.StreamHandler()
-    if _is_journal():
+    if kind == "json" or (kind == "auto" and not (sys.stderr.isatty() or _is_journal())):
+        handler.setFormatter(_JsonFormatter())
+    elif _is_journal():
         handler.setFormatter(_JournalFormatter("%(name)s: %(message)s"))
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))

@@ -104,7 +104,7 @@ def _run(
     from llamaslot.errors import LlamaslotError
     from llamaslot.llama.managed.given_command import SAVE_PATH, GivenCommand
 
-    set_up_logging(log_level)
+    set_up_logging(log_level, "text")  # beside the lines of llama-server
     try:
         given = GivenCommand(line)
         if store is not None and given.said(SAVE_PATH) is not None:

@@ -278,6 +278,8 @@ class LogConfig(Section):
         Literal["debug", "info", "warning", "error"],
         BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
     ] = "info"
+    # auto: text for a terminal and for systemd's journal, else JSON lines.
+    format: Literal["auto", "text", "json"] = "auto"
     # Cache misses in log and journal quote 80 characters before and after the difference: users' texts.
     prompts: bool = False
     # Where traces go, by OpenTelemetry (llamaslot[otel]): http://127.0.0.1:4318/v1/traces. None: nowhere.

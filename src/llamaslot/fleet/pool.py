@@ -268,6 +268,10 @@ class Pool:
         self._n_too_long += 1
         self._longest_refused = max(self._longest_refused, n_tokens)
 
+    def take_limits(self, limits: QueueLimits) -> None:
+        """For requests that come from now on; one that waits already keeps its ``max_wait_s``."""
+        self.dispatcher.queue.limits = limits
+
     def latest_decisions(self, n: int) -> Iterator[Decision]:
         """The last ``n`` decisions of the journal, newest first."""
         return self.dispatcher.journal.latest(n)

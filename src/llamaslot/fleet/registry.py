@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Never
 from urllib.parse import quote
 
+from msgspec.structs import replace
+
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.connect import ServerSession
 from llamaslot.config.load import Config
@@ -132,6 +134,34 @@ class Registry:
 
     def backend_named(self, name: str) -> Backend | None:
         return self._backends.get(name)
+
+    def take(self, config: Config) -> None:
+        """Put the limits of another configuration in force: of the queue, and of snapshots. What is too much for a
+        smaller quota goes at the next write.
+        """
+        self._settings = replace(self._settings, limits=_limits(config.queue))
+        for pool in self.pools:
+            pool.take_limits(self._settings.limits)
+        for store in self.stores.values():
+            store.take_limits(config.store.quota, config.store.max_files, config.store.min_free)
+
+    async def add_later(self, config: Config, name: str) -> None:
+        """Add a backend to those that run, or put one that was drained into service again. Raises LlamaslotError if
+        its store cannot be used.
+        """
+        if (backend := self.backend_named(name)) is not None:
+            backend.drain.end()
+            return
+        settings = next(its for its in config.backends if its.name == name)
+        assert settings.url is not None, "one that runs already"
+        api = LlamaServer(settings.url, settings.resolve_api_key(), config.timeouts.watchdog_s, name=name)
+        known = set(self.stores)
+        backend = self.add(name, api, config.store, settings.slot_save_path)
+        backend.cache_misses.tells_texts = config.log.prompts
+        for path in self.stores.keys() - known:
+            await self.stores[path].open()
+        await self._open(backend)
+        backend.start()
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 

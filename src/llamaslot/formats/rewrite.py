@@ -171,7 +171,7 @@ class Rewriting:
     """All rules, in order: each gets the result of the one before."""
 
     def __init__(self, rules: tuple[RewriteRule, ...] = ()) -> None:
-        self.rewriters = [Rewriter(rule) for rule in rules]
+        self.rules, self.rewriters = rules, [Rewriter(rule) for rule in rules]
 
     def apply(self, body: MutableMapping[str, Any], format_: Format) -> tuple[list[str], list[str]]:
         """Change ``body`` in place. Returns the names of the rules that have changed something, and of those that

@@ -12,6 +12,7 @@ from llamaslot.errors import BadRequest, Forbidden, NotAllowed, NotFound, shorte
 from llamaslot.fleet.pool import PoolStatus
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.openapi import DESCRIPTION, PATHS
+from llamaslot.http.reload import Reload
 from llamaslot.http.rewriting import SystemPrompts
 from llamaslot.observe.journal import KEPT
 
@@ -21,12 +22,14 @@ _DIGITS = 9  # of a number in a query; Python reads no more than 4,300
 class Status:
     """The pages about all backends. ``prompts``: the rules for system prompts, whose counters are reported too."""
 
-    def __init__(self, registry: Registry, prompts: SystemPrompts | None = None) -> None:
-        self._registry = registry
+    def __init__(
+        self, registry: Registry, prompts: SystemPrompts | None = None, reload: Reload | None = None
+    ) -> None:
+        self._registry, self._reload = registry, reload
         self._prompts = prompts or SystemPrompts((), registry.metrics)
 
     async def handle(self, request: web.Request) -> web.Response:
-        """Answer a request for one of the pages. Raises NotFound, NotAllowed, and BadRequest."""
+        """Answer a request for one of the pages. Raises NotFound, NotAllowed, Forbidden, and BadRequest."""
         check_method(request)
         match request.path:
             case "/llamaslot/status":
@@ -37,6 +40,11 @@ class Status:
                 return web.json_response(self.journal(digits(request, "n", 100, KEPT)))
             case "/llamaslot/drain" | "/llamaslot/undrain":
                 return web.json_response(self._drain(request))
+            case "/llamaslot/reload":
+                _not_for_pages(request, "reload")
+                if self._reload is None:
+                    raise BadRequest("this llamaslot has no configuration to read again")
+                return web.json_response(await self._reload.run())
             case "/llamaslot/openapi.json":
                 return web.json_response(DESCRIPTION)
             case _:
@@ -71,10 +79,7 @@ class Status:
 
     def _drain(self, request: web.Request) -> dict[str, Any]:
         """Begin or end the drain of a backend. Raises BadRequest, NotFound, and Forbidden for a web page."""
-        if "Origin" in request.headers:  # any page in a browser on this machine could send it
-            raise Forbidden(
-                f"{request.path} is not for web pages: use the command 'llamaslot drain', or curl"
-            )
+        _not_for_pages(request, "drain")
         there_are = ", ".join(backend.name for backend in self._registry.backends)
         if not (name := request.query.get("backend", "")):
             raise BadRequest(f"{request.path}?backend=NAME: which backend? There are {there_are}")
@@ -94,6 +99,14 @@ class Status:
         metrics.bytes_stored.set(sum(store.catalog.size_bytes for store in stores))
         metrics.quota_bytes.set(sum(store.catalog.quota_bytes for store in stores))
         return web.Response(body=metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+
+def _not_for_pages(request: web.Request, command: str) -> None:
+    """Raises Forbidden: any page in a browser on this machine could send it."""
+    if "Origin" in request.headers:
+        raise Forbidden(
+            f"{request.path} is not for web pages: use the command 'llamaslot {command}', or curl"
+        )
 
 
 def check_method(request: web.Request) -> None:

@@ -31,6 +31,7 @@ from llamaslot.http.in_flight import Requests, by_operator
 from llamaslot.http.page import is_page_file, page_file
 from llamaslot.http.passthrough import Passthrough
 from llamaslot.http.present import Presenter
+from llamaslot.http.reload import Reload
 from llamaslot.http.request_body import Uploads, close_behind, hold_back, speaks_http
 from llamaslot.http.rewriting import SystemPrompts, tell_rewrote
 from llamaslot.http.tracing import Tracing
@@ -58,12 +59,12 @@ class _Everything(web.DynamicResource):
 class App:
     """llamaslot as one object: the backends and the routes in front of them."""
 
-    def __init__(self, config: Config, registry: Registry) -> None:
+    def __init__(self, config: Config, registry: Registry, reload: Reload | None = None) -> None:
         self.config, self._registry, self._metrics = config, registry, registry.metrics
         timeouts = Timeouts(config.timeouts.first_token_s, config.timeouts.total_s)
         rules = StreamRules(config.stream.keepalive_s, config.stream.comments, timeouts)
         uploads = Uploads(config.listen.max_body, config.listen.read_timeout_s)
-        prompts = SystemPrompts(config.rules, registry.metrics)
+        self._prompts = prompts = SystemPrompts(config.rules, registry.metrics)
         unassisted = Unassisted(rules)
         self._passthrough = Passthrough(registry, uploads, timeouts, prompts, unassisted)
         self._completions = Completions(registry, rules, uploads, self._passthrough, unassisted, prompts)
@@ -75,10 +76,20 @@ class App:
         )
         self._tracing = Tracing(endpoint, registry) if (endpoint := config.log.otlp_endpoint) else None
         self._authenticator, self._cors = Authenticator(config.auth), Cors(config.listen.cors)
-        self._status = Status(registry, prompts)
+        self._status = Status(registry, prompts, reload)
         self._watching = Watching(
             registry, self._requests, self._events, needs_key=self._authenticator.needs_admin_key
         )
+
+    def take(self, config: Config) -> None:
+        """Put another configuration in force, as far as that needs no restart. Raises ConfigError, and changes nothing,
+        if a file that it names, readable a moment ago, is not readable any more.
+        """
+        self._authenticator = Authenticator(config.auth)
+        self._cors = Cors(config.listen.cors)
+        self._prompts.take(config.rules)
+        self.config = config
+        self._watching.needs_key = self._authenticator.needs_admin_key
 
     def application(self) -> web.Application:
         app = web.Application()

@@ -273,6 +273,17 @@ PATHS: dict[str, Json] = {
         "Take a backend out of service: answers end, slots are saved, nothing new comes."
     ),
     "/llamaslot/undrain": _drain("Put a drained backend into service again."),
+    "/llamaslot/reload": _get(
+        "Read the configuration again, and put in force what needs no restart.",
+        {
+            "200": _json(
+                "The keys that have changed.",
+                _object(in_force=_list_of(_TEXT), needs_restart=_list_of(_TEXT)),
+            ),
+            "400": _ERROR,
+        },
+        method="post",
+    ),
     "/llamaslot/": _get(
         "The page, for people.",
         {"200": {"description": "HTML.", "content": {"text/html": {"schema": _TEXT}}}},

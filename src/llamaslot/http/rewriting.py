@@ -24,6 +24,11 @@ class SystemPrompts:
         self._rewriting, self._metrics = Rewriting(tuple(rules)), metrics
         self._told: set[str] = set()
 
+    def take(self, rules: Sequence[RewriteRule]) -> None:
+        """Use these from now on. Counters begin anew unless the rules are the same."""
+        if tuple(rules) != self._rewriting.rules:
+            self._rewriting, self._told = Rewriting(tuple(rules)), set()
+
     def rewrite(self, request: web.Request, body: dict[str, Any], format_: Format | None) -> bool:
         """Change ``body`` in place, before other code reads it. Returns whether it was changed."""
         if format_ is None or not self._rewriting.rewriters:

@@ -9,27 +9,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import ipaddress
 import logging
 import signal
+import socket
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llamaslot import __version__
 from llamaslot.config.load import Config
 from llamaslot.config.sections import EVERY_ADDRESS
-from llamaslot.errors import LlamaslotError
+from llamaslot.errors import ConfigError, LlamaslotError
 from llamaslot.fleet.managed_models import ManagedModels
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.connections import ClientTimeouts, Connections, raise_file_limit
 from llamaslot.http.health import HealthChecks
+from llamaslot.http.reload import Reload
+from llamaslot.http.service_manager import ServiceManager
 from llamaslot.llama.managed.process import ManagedServer
 from llamaslot.llama.quick_import import import_aiohttp
+from llamaslot.tasks import TaskOwner
 
 if TYPE_CHECKING:
     from aiohttp import web
 
 log = logging.getLogger(__name__)
 
+_LAST_REQUESTS_S = 0.25  # for connections accepted just before the end: their requests are on the way
 _BACKLOG = 1024  # connections that the kernel has established and that are not accepted yet
 _LOAD_AFTER_S = 0.3  # llama-server has been connected to by then, if it answers quickly
 
@@ -37,24 +44,54 @@ _LOAD_AFTER_S = 0.3  # llama-server has been connected to by then, if it answers
 class Front:
     """The port. Health checks are answered once it listens, everything else once the application is loaded."""
 
-    def __init__(self, config: Config, registry: Registry) -> None:
+    def __init__(
+        self,
+        config: Config,
+        registry: Registry,
+        reload: Reload | None = None,
+        manager: ServiceManager | None = None,
+    ) -> None:
         self._config, self._registry = config, registry
+        self._manager, self._reload = manager or ServiceManager(), reload
         # Pages of other origins get more headers with the answer.
         health = HealthChecks(registry).answer if not config.listen.cors else None
         self.connections = Connections(config.listen.max_connections, health)
-        self._listener: asyncio.Server | None = None
+        self._listeners: list[asyncio.Server] = []
         self._runner: web.AppRunner | None = None
+        self._is_activated = False  # the service manager goes on listening
 
     async def listen(self) -> None:
-        """As aiohttp's ``TCPSite``, with llamaslot's own connections. Raises OSError for the port."""
+        """As aiohttp's ``TCPSite``, with llamaslot's own connections; on the sockets of the service manager if it has
+        some. Raises OSError for the port, ConfigError for such a socket that other machines reach without keys.
+        """
         listen, context = self._config.listen, None
         if listen.tls is not None:
             from llamaslot.http.tls import Certificate
 
             context = Certificate(listen.tls).context
-        self._listener = await asyncio.get_running_loop().create_server(
-            self.connections, listen.host, listen.port, backlog=_BACKLOG, ssl=context
-        )
+        loop, given = asyncio.get_running_loop(), self._manager.sockets()
+        for sock in given:
+            self._check_open(sock)
+            self._listeners.append(
+                await loop.create_server(self.connections, sock=sock, backlog=_BACKLOG, ssl=context)
+            )
+        self._is_activated = bool(given)
+        if not given:
+            self._listeners.append(
+                await loop.create_server(
+                    self.connections, listen.host, listen.port, backlog=_BACKLOG, ssl=context
+                )
+            )
+
+    def _check_open(self, sock: socket.socket) -> None:
+        host, auth = str(sock.getsockname()[0]), self._config.auth
+        if ipaddress.ip_address(host).is_loopback:
+            return
+        if auth.keys_file is None and not auth.allow_anonymous:
+            raise ConfigError(
+                "the socket of the service manager",
+                [f"{host} can be reached from other machines, and no key is required: set auth.keys_file"],
+            )
 
     async def load(self) -> None:
         """Import and start the application. Raises ConfigError if a configured file is not readable any more.
@@ -66,8 +103,11 @@ class Front:
         from llamaslot.http.app import App
         from llamaslot.http.client_connection import in_one_line, serve_with
 
+        app = App(self._reload.config if self._reload else self._config, self._registry, self._reload)
+        if self._reload is not None:
+            self._reload.take = app.take
         runner = self._runner = web.AppRunner(
-            App(self._config, self._registry).application(),
+            app.application(),
             handler_cancellation=True,  # detect that a client leaves while nothing is being written to it
             shutdown_timeout=self._config.shutdown.drain_s,
         )
@@ -78,16 +118,19 @@ class Front:
 
     async def close(self) -> None:
         """Running answers get ``shutdown.drain_s`` seconds."""
-        if self._listener is not None:
-            self._listener.close()
+        for listener in self._listeners:
+            listener.close()
+        if self._is_activated:
+            await asyncio.sleep(_LAST_REQUESTS_S)
         self.connections.close_new()
         if self._runner is not None:
             await self._runner.cleanup()
 
     @property
-    def listener(self) -> asyncio.Server:
-        assert self._listener is not None, "it listens"
-        return self._listener
+    def addresses(self) -> list[tuple[str, int]]:
+        """As the kernel has bound them."""
+        bound = [its.getsockname()[:2] for listener in self._listeners for its in listener.sockets]
+        return sorted({(str(host), int(port)) for host, port in bound})
 
 
 def _import_application() -> None:
@@ -98,11 +141,13 @@ def _import_application() -> None:
 
 
 @contextlib.asynccontextmanager
-async def listening(config: Config, registry: Registry) -> AsyncIterator[Front]:
+async def listening(
+    config: Config, registry: Registry, reload: Reload | None = None, manager: ServiceManager | None = None
+) -> AsyncIterator[Front]:
     """Listen for clients; ``Front.load`` must follow. At the end running answers get ``shutdown.drain_s`` seconds.
     Raises OSError for the port.
     """
-    front = Front(config, registry)
+    front = Front(config, registry, reload, manager)
     try:
         await front.listen()
         yield front
@@ -125,9 +170,12 @@ def collect_seldom() -> None:
     gc.enable()
 
 
-async def serve(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT. Raises LlamaslotError if the store cannot be used, OSError for the port."""
+async def serve(config: Config, path: Path | None = None) -> None:
+    """Serve until SIGTERM or SIGINT. ``path``: of the configuration, which SIGHUP reads again. Raises LlamaslotError if
+    the store cannot be used, OSError for the port.
+    """
     raise_file_limit()
+    manager, tasks = ServiceManager(), TaskOwner()
     await asyncio.to_thread(_make_directories, config)
     servers = {its.name: its for its in _managed(config)}
     registry = Registry.of(config, {name: server.url for name, server in servers.items()})
@@ -141,27 +189,36 @@ async def serve(config: Config) -> None:
     }
     registry.router.is_on_demand = managed.on_demand is not None
     stop, save_s = asyncio.Event(), 0.0
+    reload = Reload(path, config, registry, manager)
     try:
-        async with listening(config, registry) as front:
+        async with listening(config, registry, reload, manager) as front:
             set_by_signals(stop)
+            asyncio.get_running_loop().add_signal_handler(
+                signal.SIGHUP, lambda: tasks.spawn(reload.on_signal(), "reload")
+            )
             if servers:
                 await front.load()  # before a child is started: importing aiohttp changes the environment
                 managed.start()
             registry.start()
-            _greet(config, front.listener)
+            _greet(config, front.addresses)
             if not servers:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LOAD_AFTER_S):
                         await front.connections.is_wanted.wait()
                 await front.load()
             collect_seldom()
+            manager.ready(f"serves on {' and '.join(_address(*its) for its in front.addresses)}")
             await stop.wait()
             log.info("stopping")
+            manager.stopping()
+            await tasks.close()
             await managed.stop_loading()
         save_s = config.shutdown.save_s
     finally:
+        await tasks.close()
         await registry.close(save_s)
         await managed.close()  # last: their slots have been saved
+        manager.close()
 
 
 def _managed(config: Config) -> Iterator[ManagedServer]:
@@ -197,9 +254,8 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _greet(config: Config, listener: asyncio.Server) -> None:
+def _greet(config: Config, bound: list[tuple[str, int]]) -> None:
     """Log where it listens: the addresses bound by the kernel, and one to try on this machine."""
-    bound = sorted({socket.getsockname()[:2] for socket in listener.sockets})
     scheme = "https" if config.listen.tls is not None else "http"
     base = f"{scheme}://{_address(EVERY_ADDRESS.get(bound[0][0], bound[0][0]), bound[0][1])}"
     is_open = any(host in EVERY_ADDRESS for host, _ in bound)

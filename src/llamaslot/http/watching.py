@@ -28,7 +28,7 @@ class Watching:
 
     def __init__(self, registry: Registry, requests: Requests, events: Events, *, needs_key: bool) -> None:
         self._registry, self._requests, self._events = registry, requests, events
-        self._needs_key = needs_key
+        self.needs_key = needs_key
         self._presenter = Presenter(registry, requests)
         self._listings = [Listing(store) for store in registry.stores.values()]
 
@@ -61,7 +61,7 @@ class Watching:
 
     def _check_action(self, request: web.Request) -> None:
         check_method(request)
-        refuse_foreign_page(request, needs_key=self._needs_key)
+        refuse_foreign_page(request, needs_key=self.needs_key)
 
     # -- requests ------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,7 @@
 """The snapshots in one directory: a quota before each write, a commit by rename, a repair at each opening.
 
-One event loop owns a catalog. There is no await between reading the accounts and changing them. Space is booked
-before it is used on disk, and released only after it is free on disk. All changes of files run in tasks of the
-catalog, so a cancelled caller never leaves a wrong account.
+One event loop owns a catalog. No await is between reading the accounts and changing them. Space is booked before it is
+used on disk, and released after it is free there. Files change in tasks: a cancelled caller leaves no wrong account.
 """
 
 from __future__ import annotations
@@ -189,6 +188,10 @@ class Catalog:
         self._lock.release()
 
     # -- space ---------------------------------------------------------------------------------------------------
+
+    def take_limits(self, quota_bytes: int, max_files: int, min_free_bytes: int) -> None:
+        """Keep to these from the next reservation on."""
+        self.quota_bytes, self._quota.limits = quota_bytes, Limits(quota_bytes, max_files, min_free_bytes)
 
     async def reserve(
         self, size_bytes: int, keep: Collection[str] = (), spare: Collection[str] = ()

@@ -70,6 +70,11 @@ class SnapshotStore:
         self._order.hit_rates = HitRateModel.from_json(await self._hit_rates.read())
         await self.catalog.open()
 
+    def take_limits(self, quota_bytes: int, max_files: int, min_free_bytes: int) -> None:
+        """Keep to these from the next write on."""
+        self._min_free_bytes = min_free_bytes
+        self.catalog.take_limits(quota_bytes, max_files, min_free_bytes)
+
     def beyond_disk(self) -> str | None:
         """A warning if the disk is smaller than the quota, else None. Blocking."""
         catalog = self.catalog

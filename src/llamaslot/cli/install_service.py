@@ -1,0 +1,162 @@
+"""``llamaslot install-service``: systemd units for llamaslot and its llama-servers, fitted to a configuration."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llamaslot.cli.faults import fail, told
+
+# Slow imports are made where they are needed: ``--help`` took 0.8 s, and takes 0.1.
+if TYPE_CHECKING:
+    from llamaslot.config.load import Config
+
+_MARGIN_S = 60.0
+_STATE = Path("/var/lib/llamaslot")  # StateDirectory=
+_NOTIFY_RELOAD = 253  # the first systemd with it
+_TYPES = {
+    True: "Type=notify-reload",
+    False: "Type=notify\nExecReload=/bin/kill -HUP $$MAINPID",
+}
+
+
+@click.command("install-service")
+@click.option("--config", "path", type=click.Path(path_type=Path), default="config.yaml", show_default=True)
+@click.option(
+    "--write",
+    "directory",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    metavar="DIR",
+    help="Write them there (/etc/systemd/system) instead of printing them.",
+)
+@click.option("--force", is_flag=True, help="Replace files that differ.")
+@click.option(
+    "--socket", "has_socket", is_flag=True, help="systemd listens: a restart refuses no connection."
+)
+@click.option("--user", default="llamaslot", show_default=True, help="That llamaslot runs as.")
+@click.option("--server-user", default="llama", show_default=True, help="That llama-server runs as.")
+@click.option("--group", default="llama", show_default=True, help="Of both.")
+@click.option(
+    "--program", default=None, metavar="DIR", help="Of the program llamaslot.  [default: where this one is]"
+)
+@click.option("--model", default="/models/model.gguf", show_default=True, help="Of llama-server.")
+@click.option("--slots", type=click.IntRange(1), default=4, show_default=True, help="Of llama-server.")
+@click.option(
+    "--context", type=click.IntRange(1), default=65_536, show_default=True, help="Tokens of each slot."
+)
+def install_service(path: Path, directory: Path | None, force: bool, **options: Any) -> None:
+    """Print systemd units for llamaslot and for each llama-server on this machine.
+
+    Users, group, umask, directories and ports agree with each other and with the
+    configuration. A file that is there and differs is shown, and not replaced.
+    """  # fmt: skip
+    from llamaslot.config.load import Config
+
+    with told():
+        made = dict(units(path.absolute(), Config.load(path), is_new=_systemd() >= _NOTIFY_RELOAD, **options))
+    if directory is None:
+        for name, text in made.items():
+            click.echo(f"# --- {name}\n{text}")
+        return
+    differing = []
+    for name, text in made.items():
+        file = directory / name
+        old = file.read_text() if file.exists() else None
+        if old not in (None, text) and not force:
+            differing.append(str(file))
+            click.echo(
+                "".join(difflib.unified_diff(old.splitlines(True), text.splitlines(True), str(file), "new"))
+            )
+            continue
+        file.write_text(text)
+        file.chmod(0o644)
+        click.echo(f"{file}: {'unchanged' if old == text else 'written'}", err=True)
+    if differing:
+        fail([f"not replaced, see above: {', '.join(differing)}; --force replaces them"])
+    click.echo(f"systemctl daemon-reload && systemctl enable --now {' '.join(made)}", err=True)
+
+
+def units(
+    path: Path,
+    config: Config,
+    *,
+    is_new: bool = False,
+    has_socket: bool = False,
+    user: str = "llamaslot",
+    server_user: str = "llama",
+    group: str = "llama",
+    program: str | None = None,
+    model: str = "/models/model.gguf",
+    slots: int = 4,
+    context: int = 65_536,
+) -> Iterator[tuple[str, str]]:
+    """The name and text of each unit. ``is_new``: systemd knows ``Type=notify-reload``."""
+    from urllib.parse import urlsplit
+
+    local = [its for its in config.backends if its.url is not None and _is_here(urlsplit(its.url).hostname)]
+    names = {its.name: "llama-server" if len(local) == 1 else f"llama-server-{its.name}" for its in local}
+    for backend in local:
+        url, key = urlsplit(backend.url or ""), backend.api_key_file
+        yield (
+            f"{names[backend.name]}.service",
+            _filled(
+                "llama-server.service",
+                model=model, host=url.hostname, port=url.port or 80, slots=slots, context=slots * context,
+                directory=backend.slot_save_path or _STATE / "kv", server_user=server_user, group=group,
+                key=f" \\\n  --api-key-file {key}" if key is not None else "",
+            ),
+        )  # fmt: skip
+    shutdown, written = config.shutdown, dict.fromkeys((config.store.meta_dir, *_directories(config)))
+    elsewhere = [str(directory) for directory in written if not directory.is_relative_to(_STATE)]
+    has_managed = any(its.managed is not None for its in config.backends)
+    yield (
+        "llamaslot.service",
+        _filled(
+            "llamaslot.service",
+            servers=" ".join(f"{name}.service" for name in names.values()) or "network.target",
+            needs="Requires=llamaslot.socket\n" if has_socket else "",
+            type=Template(_TYPES[is_new]).substitute(),
+            program=program or Path(sys.argv[0]).absolute().parent, config=path, user=user, group=group,
+            writes=f"ReadWritePaths={' '.join(elsewhere)}\n" if elsewhere else "",
+            drain_s=f"{shutdown.drain_s:g}", save_s=f"{shutdown.save_s:g}",
+            stop_s=f"{2 * shutdown.drain_s + shutdown.save_s + _MARGIN_S:.0f}",
+            devices=f"{'#' if has_managed else ''}PrivateDevices=yes",
+        ),
+    )  # fmt: skip
+    if has_socket:
+        host = f"[{config.listen.host}]" if ":" in config.listen.host else config.listen.host
+        yield "llamaslot.socket", _filled("llamaslot.socket", address=f"{host}:{config.listen.port}")
+
+
+def _directories(config: Config) -> Iterator[Path]:
+    for backend in config.backends:
+        if backend.slot_save_path is not None:
+            yield backend.slot_save_path
+
+
+def _filled(name: str, **values: object) -> str:
+    text = (resources.files("llamaslot.cli") / "units" / name).read_text()
+    return Template(text).substitute(values)
+
+
+def _is_here(host: str | None) -> bool:
+    return host in ("127.0.0.1", "localhost", "::1")
+
+
+def _systemd() -> int:
+    """The version of systemd on this machine; 0 without one."""
+    try:
+        said = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return 0
+    found = re.match(r"systemd (\d+)", said)
+    return int(found[1]) if found else 0

@@ -1,0 +1,128 @@
+"""Reads the configuration again while llamaslot serves: SIGHUP, ``llamaslot reload``, ``POST /llamaslot/reload``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llamaslot.config.load import Config
+from llamaslot.config.values import Section
+from llamaslot.errors import BadRequest, ConfigError
+from llamaslot.fleet.registry import Registry
+from llamaslot.http.service_manager import ServiceManager
+
+log = logging.getLogger(__name__)
+
+#: Sections and keys whose new values are in force at once; all others need a restart.
+_AT_ONCE = (
+    "auth.", "queue.", "rewrite", "rewrite_off", "passthrough.allow", "listen.cors", "log.level",
+    "store.quota", "store.max_files", "store.min_free",
+)  # fmt: skip
+
+
+class Reload:
+    """The configuration in force, and the way to the next one. ``take``: the application's part, set by it."""
+
+    def __init__(
+        self, path: Path | None, config: Config, registry: Registry, manager: ServiceManager
+    ) -> None:
+        """``path``: None if there is no file."""
+        self.config, self._path, self._registry, self._manager = config, path, registry, manager
+        self.take: Callable[[Config], None] = lambda _: None
+        self._one_at_a_time = asyncio.Lock()
+
+    async def run(self) -> dict[str, Any]:
+        """Read the file, and put in force what can be without a restart. Returns the changed keys, by that.
+
+        Raises BadRequest with the faults of the file; the old configuration stays. Canceling is safe.
+        """
+        async with self._one_at_a_time:
+            self._manager.reloading()
+            try:
+                return await self._run()
+            except BadRequest as error:
+                log.error("reload: %s", error)
+                raise
+            finally:
+                self._manager.ready()
+
+    async def on_signal(self) -> None:
+        """As ``run``; a fault is logged only."""
+        with contextlib.suppress(BadRequest):
+            await self.run()
+
+    async def _run(self) -> dict[str, Any]:
+        if self._path is None:
+            raise BadRequest("this llamaslot was started without a configuration file: nothing to read again")
+        try:
+            new = await asyncio.to_thread(Config.load, self._path)
+            changed = list(_changed(self.config, new))
+            added, removed, other = _backends(self.config, new)
+            at_once = [key for key in changed if key.startswith(_AT_ONCE)]
+            restart = [key for key in changed if not key.startswith(_AT_ONCE)] + other
+            self.take(new)  # first: it may find that a file of keys has just gone
+        except ConfigError as error:
+            raise BadRequest(f"{error}; the old configuration stays in force") from None
+        logging.getLogger().setLevel(new.log.level.upper())
+        self._registry.take(new)
+        for name in removed:
+            if (backend := self._registry.backend_named(name)) is not None:
+                backend.drain.begin()
+        for name in added:
+            await self._registry.add_later(new, name)
+        self.config = _merged(self.config, new)
+        done = (
+            at_once
+            + [f"backends: {name} added" for name in added]
+            + [f"backends: {name} drains" for name in removed]
+        )
+        log.info(
+            "reload: in force: %s; needs a restart: %s",
+            ", ".join(done) or "nothing new",
+            ", ".join(restart) or "nothing",
+        )
+        return {"in_force": done, "needs_restart": restart}
+
+
+def _changed(old: Section, new: Section, above: str = "") -> Iterator[str]:
+    """The keys whose values differ, backends left out."""
+    for name in type(old).model_fields:
+        before, after = getattr(old, name), getattr(new, name)
+        if before == after or (not above and name == "backends"):
+            continue
+        if isinstance(before, Section) and isinstance(after, Section):
+            yield from _changed(before, after, f"{above}{name}.")
+        else:
+            yield above + name
+
+
+def _backends(old: Config, new: Config) -> tuple[list[str], list[str], list[str]]:
+    """Names of those to add and to drain, and what needs a restart: changes of one, and managed ones."""
+    before, after = ({its.name: its for its in config.backends} for config in (old, new))
+    added = [name for name in after if name not in before]
+    removed = [name for name in before if name not in after]
+    other = [f"backends: {name}" for name in after if name in before and after[name] != before[name]]
+    managed = [name for name in added if after[name].managed] + [
+        name for name in removed if before[name].managed
+    ]
+    other += [f"backends: {name}" for name in managed]
+    return [its for its in added if its not in managed], [its for its in removed if its not in managed], other
+
+
+def _merged(old: Config, new: Config) -> Config:
+    """What is in force now: of the new file what needs no restart. Its other changes are reported again next time."""
+    update: dict[str, Any] = {"auth": new.auth, "queue": new.queue, "passthrough": new.passthrough}
+    update |= {"rewrite": new.rewrite, "rewrite_off": new.rewrite_off}
+    update["listen"] = old.listen.model_copy(update={"cors": new.listen.cors})
+    update["log"] = old.log.model_copy(update={"level": new.log.level})
+    limits = {key: getattr(new.store, key) for key in ("quota", "max_files", "min_free")}
+    update["store"] = old.store.model_copy(update=limits)
+    before = {its.name: its for its in old.backends}
+    kept = [before.get(its.name, its) for its in new.backends if its.name in before or its.managed is None]
+    kept += [its for its in old.backends if its.managed is not None and its not in kept]
+    update["backends"] = tuple(kept)
+    return old.model_copy(update=update)

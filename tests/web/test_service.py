@@ -1,0 +1,143 @@
+"""llamaslot as a service: readiness, watchdog, socket activation, reload. As a process, with a fake llama-server."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from llamaslot.config.keys import editing, made_now, new_key
+from tests.support.activated import Activated
+from tests.support.fake import FakeServer
+from tests.support.inprocess import a_session
+from tests.support.real import free_port
+
+CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+
+
+@pytest.fixture
+async def fakes(tmp_path: Path) -> AsyncIterator[list[FakeServer]]:
+    servers = []
+    for name in ("kv0", "kv1"):
+        (tmp_path / name).mkdir()
+        servers.append(FakeServer(tmp_path / name, port=free_port(), slots=2, context=8192))
+        await servers[-1].start()
+    yield servers
+    for server in servers:
+        await server.kill()
+
+
+def backend(name: str, server: FakeServer) -> dict[str, Any]:
+    return {"name": name, "url": server.url, "slot_save_path": str(server.save_dir)}
+
+
+async def ask(session: aiohttp.ClientSession, url: str) -> int:
+    async with session.post(url + "/v1/chat/completions", json=CHAT) as answer:
+        await answer.read()
+        return answer.status
+
+
+async def get(session: aiohttp.ClientSession, url: str, page: str) -> Any:
+    async with session.get(f"{url}/llamaslot/{page}") as answer:
+        return await answer.json()
+
+
+async def until(session: aiohttp.ClientSession, url: str, holds: Callable[[Any], bool]) -> None:
+    """Wait until its backends are like that."""
+    async with asyncio.timeout(30):
+        while not holds((await get(session, url, "status"))["backends"]):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+async def test_a_restart_refuses_no_connection(tmp_path: Path, fakes: list[FakeServer]) -> None:
+    """Requests that come all the time, one after the other, on fresh connections: each is answered 200, also those
+    that come while no llamaslot runs. It says what it does, and its event loop beats."""
+    settings = {"backends": [backend("gpu0", fakes[0])], "shutdown": {"drain_s": 5}}
+    async with Activated(tmp_path, settings, watchdog_s=0.4) as it, a_session() as session:
+        statuses, is_over = list[int](), asyncio.Event()
+
+        async def keep_asking() -> None:
+            while not is_over.is_set():
+                statuses.append(await ask(session, it.url))
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(3):
+                group.create_task(keep_asking())
+            await it.until("WATCHDOG=1")
+            await it.restart()
+            n_before = len(statuses)
+            await it.until("WATCHDOG=1")
+            while len(statuses) < n_before + 6:  # noqa: ASYNC110 - they come from three tasks
+                await asyncio.sleep(0.01)
+            is_over.set()
+        assert set(statuses) == {200}
+        assert it.told.count("READY=1") == 2
+        assert "STOPPING=1" in it.told
+        assert f"STATUS=serves on 127.0.0.1:{it.port}" in it.told
+
+
+async def test_a_reload(tmp_path: Path, fakes: list[FakeServer]) -> None:
+    """Limits, keys, rules, quota, log level and backends at once; the rest is named; with a fault nothing changes."""
+    settings = {"backends": [backend("gpu0", fakes[0])]}
+    async with Activated(tmp_path, settings) as it, a_session() as session:
+        it.configure(queue={"max_waiting": -1})
+        await it.reload()
+        assert "queue.max_waiting: should be at least 0" in it.log
+        assert "the old configuration stays in force" in it.log
+        async with session.post(it.url + "/llamaslot/reload") as answer:
+            assert answer.status == 400
+        async with session.post(
+            it.url + "/llamaslot/reload", headers={"Origin": "http://evil.example"}
+        ) as answer:
+            assert answer.status == 403
+
+        it.configure(
+            queue={"max_waiting": 7},
+            rewrite=[{"name": "dates", "pattern": "hello", "replace": "bye"}],
+            log={"format": "text", "level": "debug"},
+            store={"meta_dir": str(tmp_path / "meta"), "quota": "1MiB", "idle_save_s": 9},
+            backends=[backend("gpu0", fakes[0]), backend("gpu1", fakes[1])],
+        )
+        told = await _reloaded(it)
+        assert told.splitlines() == [
+            "in force: store.quota, queue.max_waiting, log.level, rewrite, backends: gpu1 added",
+            "needs a restart: store.idle_save_s",
+        ]
+        status = await get(session, it.url, "status")
+        assert [its["name"] for its in status["backends"]] == ["gpu0", "gpu1"]
+        assert status["snapshots"]["quota_bytes"] == 2 * 2**20
+        assert [its["name"] for its in status["rewrite"] if its["name"] == "dates"] == ["dates"]
+
+        it.configure(backends=[backend("gpu1", fakes[1])])
+        assert (await _reloaded(it)).splitlines()[0] == "in force: backends: gpu0 drains"
+        await until(session, it.url, lambda backends: backends[0]["drain"] == "drained")
+        await until(session, it.url, lambda backends: backends[1]["health"] == "up")
+        assert await ask(session, it.url) == 200
+        it.configure(backends=[backend("gpu0", fakes[0]), backend("gpu1", fakes[1])])
+        assert (await _reloaded(it)).splitlines()[0] == "in force: backends: gpu0 added"
+        assert (await get(session, it.url, "status"))["backends"][0]["drain"] is None
+
+        keys, key = tmp_path / "keys.json", new_key()
+        with editing(keys) as entries:
+            entries.append(made_now("ops", key, is_admin=True))
+        it.configure(auth={"keys_file": str(keys)})
+        await it.reload()
+        assert await ask(session, it.url) == 401
+        async with session.get(it.url + "/llamaslot/status", headers={"x-api-key": key}) as answer:
+            assert answer.status == 200
+
+
+async def _reloaded(it: Activated) -> str:
+    """What the command says."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "llamaslot", "reload", "--config", str(it.config_path)),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    out, _ = await process.communicate()
+    assert process.returncode == 0
+    return out.decode()
