@@ -25,11 +25,11 @@ SIZES = {"n_users": 6, "n_context": 1200, "n_turns": 3, "at_a_time": 3, "seed": 
 OFF = [kind for kind in KINDS if kind.name in ("defaults", "a RAM cache", "defaults, --no-slots")]
 
 
-@pytest.mark.parametrize("kind", ["dense", "swa", "recurrent"])
+@pytest.mark.parametrize("kind", ["dense", "swa", "recurrent", "hybrid"])
 @pytest.mark.parametrize("cache_mib", [0, 8192])
 async def test_a_ram_cache_shows_by_what_it_does(tmp_path: Path, kind: str, cache_mib: int) -> None:
     """Whether a displaced context comes back tells it; no route does."""
-    model = {"dense": models.dense, "swa": models.swa, "recurrent": models.recurrent}[kind](tmp_path)
+    model = models.of_kind(kind, tmp_path)
     flags = ("--cache-ram", str(cache_mib))
     async with RealServer(model, tmp_path / "kv", slots=2, context=4096, saves=False, extra=flags) as server:
         api = LlamaServer(server.url, None)

@@ -44,7 +44,7 @@ async def last_line(process: asyncio.subprocess.Process) -> str:
     return stderr.decode().splitlines()[-1]
 
 
-@pytest.mark.parametrize("kind", [models.dense, models.swa, models.recurrent])
+@pytest.mark.parametrize("kind", [models.dense, models.swa, models.recurrent, models.hybrid])
 async def test_every_kind_answers_saves_and_restores(kind: Any, directory: Path, tmp_path: Path) -> None:
     """Whole printable answers of the full length, and a restored slot that computes only what is new."""
     async with RealServer(kind(directory), tmp_path / "kv", slots=2, context=4096) as server:

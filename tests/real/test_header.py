@@ -16,7 +16,7 @@ from tests.support import models
 from tests.support.real import RealServer
 
 pytestmark = pytest.mark.real
-KINDS: list[Callable[[Path], Path]] = [models.dense, models.swa, models.recurrent]
+KINDS: list[Callable[[Path], Path]] = [models.dense, models.swa, models.recurrent, models.hybrid]
 PROMPT = [ord(letter) for letter in "The header of a slot file holds exactly the tokens of its slot. " * 12]
 
 

@@ -31,13 +31,13 @@ pytestmark = pytest.mark.real
 SAVES_SOON: dict[str, Any] = {"store": {"idle_save_s": 0.3}}
 
 
-@pytest.mark.parametrize("kind", ["dense", "with a draft model", "recurrent", "swa"])
+@pytest.mark.parametrize("kind", ["dense", "with a draft model", "recurrent", "swa", "hybrid"])
 async def test_more_users_than_slots_find_their_contexts_again(
     tmp_path: Path, figure: Figure, kind: str
 ) -> None:
     """Nearly all of what an unlimited cache would reuse is reused, and nothing fails. An answer of 40 tokens is sooner
     computed again than saved on a model that is so small."""
-    model = {"recurrent": models.recurrent, "swa": models.swa}.get(kind, models.dense)(tmp_path)
+    model = models.of_kind("dense" if kind == "with a draft model" else kind, tmp_path)
     draft = models.draft(tmp_path) if kind == "with a draft model" else None
     async with Stack(model, tmp_path, draft=draft) as stack:
         result = await take_turns(stack, n_users=6, n_context=1600, n_turns=3)

@@ -25,7 +25,7 @@ __all__ = ["nothing_left"]
 pytestmark = pytest.mark.real
 
 OWN_STEPS = {"prefill": {"chunk_threshold_s": 0}}
-KINDS = {"dense": models.dense, "swa": models.swa, "recurrent": models.recurrent}
+KINDS = ("dense", "swa", "recurrent", "hybrid")
 ONE, TWO = letters(1, 2500), letters(2, 2500)
 
 
@@ -36,7 +36,7 @@ async def serving(
     """The real llama.cpp and llamaslot in front of it."""
     options = {"slots": 1, "context": 8192, "draft": models.draft(tmp_path) if has_draft else None, **server}
     async with (
-        RealServer(KINDS[kind](tmp_path), tmp_path / "kv", **options) as real,
+        RealServer(models.of_kind(kind, tmp_path), tmp_path / "kv", **options) as real,
         fronted(tmp_path, real.url, tmp_path / "kv", settings) as it,
     ):
         yield it, real

@@ -21,7 +21,7 @@ PREFILLS_ITSELF: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("kind", ["dense", "swa", "recurrent"])
+@pytest.mark.parametrize("kind", ["dense", "swa", "recurrent", "hybrid"])
 async def test_a_new_conversation_finds_the_system_prompt_of_an_earlier_one(
     tmp_path: Path, figure: Figure, kind: str, where: Where
 ) -> None:
@@ -34,7 +34,7 @@ async def test_a_new_conversation_finds_the_system_prompt_of_an_earlier_one(
 
 
 @pytest.mark.parametrize("is_evicted", [False, True])
-@pytest.mark.parametrize("kind", ["swa", "recurrent"])
+@pytest.mark.parametrize("kind", ["swa", "recurrent", "hybrid"])
 async def test_dropped_reasoning_costs_no_more_than_it_must(
     tmp_path: Path, figure: Figure, kind: str, is_evicted: bool
 ) -> None:
@@ -49,4 +49,4 @@ async def test_dropped_reasoning_costs_no_more_than_it_must(
 
 
 def model_of(kind: str, directory: Path) -> Path:
-    return {"dense": models.dense, "swa": models.swa, "recurrent": models.recurrent}[kind](directory)
+    return models.of_kind(kind, directory)

@@ -50,12 +50,12 @@ async def test_a_ram_cache_is_lost_with_its_process(tmp_path: Path, figure: Figu
     assert results["llama-server"].ratio < 0.05
 
 
-@pytest.mark.parametrize("kind", ["swa", "recurrent"])
+@pytest.mark.parametrize("kind", ["swa", "recurrent", "hybrid"])
 async def test_a_ram_cache_does_not_find_what_dropped_reasoning_leaves(
     tmp_path: Path, figure: Figure, kind: str
 ) -> None:
     """llama-server's own checkpoint lies in front of the last question."""
-    model = models.swa(tmp_path) if kind == "swa" else models.recurrent(tmp_path)
+    model = models.of_kind(kind, tmp_path)
     async with Stack(model, tmp_path, alone=True, slots=3, extra=RAM_CACHE) as stack:
         result = await think_and_go_on(stack, n_slots=3, n_question=6000, n_thoughts=3000)
     figure(result)

@@ -35,10 +35,10 @@ async def test_so_they_do_with_a_draft_model(tmp_path: Path, figure: Figure) -> 
     assert result.ratio >= 0.98
 
 
-@pytest.mark.parametrize("kind", ["swa", "recurrent"])
+@pytest.mark.parametrize("kind", ["swa", "recurrent", "hybrid"])
 async def test_so_they_do_with_models_that_cannot_go_back(tmp_path: Path, figure: Figure, kind: str) -> None:
     """On models that go on only from a checkpoint a follow-up turn parts from its context near its end."""
-    model = models.swa(tmp_path) if kind == "swa" else models.recurrent(tmp_path)
+    model = models.of_kind(kind, tmp_path)
     async with Stack(model, tmp_path) as stack:
         result = await take_turns(stack)
     figure(result)

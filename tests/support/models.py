@@ -118,6 +118,19 @@ def recurrent(directory: Path, seed: int = 1, *, layers: int = 2, width: int = 6
     )
 
 
+def hybrid(directory: Path, seed: int = 1, *, width: int = 64) -> Path:
+    """An ``lfm2``: four layers of short convolutions, whose state can only move forward, and two of full attention."""
+    size = "" if width == 64 else f"-{width}"
+    return _cached(
+        directory / f"hybrid{size}-s{seed}-r{RECIPE}.gguf", lambda path: _hybrid(path, seed, width)
+    )
+
+
+def of_kind(kind: str, directory: Path) -> Path:
+    """That of ``dense``, ``swa``, ``recurrent`` or ``hybrid``."""
+    return {"dense": dense, "swa": swa, "recurrent": recurrent, "hybrid": hybrid}[kind](directory)
+
+
 def _cached(path: Path, write: Callable[[Path], None]) -> Path:
     """``path``, written if it is not there. Renamed into place, so that processes may race for it."""
     if not path.exists():
@@ -155,12 +168,14 @@ class _Weights:
         array[0] = 0.0
         self.add(name, array)
 
-    def ends(self, embedding_scale: float = 1.0, logit_scale: float = 6.0) -> None:
+    def ends(
+        self, embedding_scale: float = 1.0, logit_scale: float = 6.0, norm: str = "output_norm.weight"
+    ) -> None:
         """Token embeddings, final norm and output rows."""
         embedding = self._normal(N_VOCAB, self.width, 1.0)
         embedding[:, 0] = 2.0
         self.add("token_embd.weight", embedding * np.float32(embedding_scale))
-        self.norm("output_norm.weight")
+        self.norm(norm)
         output = np.zeros((N_VOCAB, self.width), dtype=np.float32)
         printable = slice(0x20, 0x7F)
         output[:, 0] = -100.0
@@ -307,6 +322,36 @@ def _recurrent(path: Path, seed: int, layers: int, width: int) -> None:
         )
         weights.norm(f"{block}.ssm_d", inner, 1.0)
         weights.to_residual(f"{block}.ssm_out.weight", inner, 3.0)
+    _close(writer)
+
+
+def _hybrid(path: Path, seed: int, width: int) -> None:
+    heads, kernel, attention = width // 32, 3, (0, 0, 1, 0, 0, 1)
+    writer = _open(path, "lfm2", len(attention), width)
+    writer.add_feed_forward_length(2 * width)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv([heads if is_attention else 0 for is_attention in attention])
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1_000_000.0)
+    writer.add_vocab_size(N_VOCAB)
+    writer.add_shortconv_l_cache(kernel)
+    weights = _Weights(writer, seed, width)
+    weights.ends(norm="token_embd_norm.weight")
+    for layer, is_attention in enumerate(attention):
+        block = f"blk.{layer}"
+        weights.norm(f"{block}.attn_norm.weight")
+        if is_attention:
+            weights.matrix(f"{block}.attn_q.weight", width, width)
+            weights.matrix(f"{block}.attn_k.weight", width, width)
+            weights.matrix(f"{block}.attn_v.weight", width, width)
+            weights.norm(f"{block}.attn_q_norm.weight", width // heads, 2.2)
+            weights.norm(f"{block}.attn_k_norm.weight", width // heads, 2.2)
+            weights.to_residual(f"{block}.attn_output.weight", width, 4.0)
+        else:
+            weights.matrix(f"{block}.shortconv.conv.weight", width, kernel)
+            weights.matrix(f"{block}.shortconv.in_proj.weight", 3 * width, width)
+            weights.to_residual(f"{block}.shortconv.out_proj.weight", width, 1.0)
+        _feed_forward(weights, block, width, 2 * width, 1.0)
     _close(writer)
 
 
