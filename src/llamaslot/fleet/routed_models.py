@@ -116,22 +116,23 @@ class RoutedModels:
         self._add, self._open = add, open_
         self.on_demand = OnDemand((), max_models or None, None)
         self._models: dict[str, RoutedModel] = {}
-        self._tasks = TaskOwner()
+        self._tasks, self._loading = TaskOwner(), TaskOwner()
         self._news = asyncio.Event()
         self._has_events = self._is_gone = False
 
     def start(self) -> None:
         """Follow what the router does. ``note`` was called before."""
-        self._tasks.spawn(self.on_demand.run(), f"{self.name}: load on demand")
+        self._loading.spawn(self.on_demand.run(), f"{self.name}: load on demand")
         self._tasks.spawn(self._look_on(), f"{self.name}: list of models")
         self._tasks.spawn(self._listen(), f"{self.name}: events")
 
     async def stop_loading(self) -> None:
-        """Load and unload nothing any more."""
-        await self._tasks.close()
+        """Load and unload nothing any more; what is being unloaded is seen to its end."""
+        await self._loading.close()
         await self.on_demand.close()
 
     async def close(self) -> None:
+        """End all tasks: the slots of the models have been saved."""
         await self._tasks.close()
         await self._router.close()
         await self._backend.close()

@@ -23,6 +23,7 @@ from llamaslot.llama.response import Response, Take, content_type_of, next_piece
 
 #: What the router says of a model that is not loaded, or is being unloaded.
 _IS_NOT_LOADED = (b"model is not loaded", b"is not running")
+_LIST_S = 10.0
 _SLEEP_FLAG = "--sleep-idle-seconds"
 
 
@@ -59,7 +60,8 @@ class ModelRouter(LlamaServer):
     @as_known
     async def models(self) -> list[RouterModel]:
         """``GET /models``. Raises BackendDown, UpstreamError, and NotUnderstood if it is no router."""
-        return [RouterModel.of(entry) for entry in (await self._ask_json("GET", "/models"))["data"]]
+        told = await self._ask_json("GET", "/models", timeout_s=_LIST_S)
+        return [RouterModel.of(entry) for entry in told["data"]]
 
     async def load(self, model: str) -> None:
         """Wait until ``model`` is loaded. If it is not, and the router has reached its ``--models-max``, the least
