@@ -79,8 +79,8 @@ async def test_follow_ups_find_their_contexts_after_a_swap(tmp_path: Path, figur
             router, tmp_path, store={"idle_save_s": 3600, "meta_dir": str(tmp_path / "meta")}
         ) as it:
             n_prompt, n_computed = await swapped(it.url)
-            assert "Traceback" not in it.output
-        assert router.log.count("stopping model instance") >= 8
+        assert "Traceback" not in it.output
+        assert it.output.count("unloaded on demand") >= 5
     figure(
         f"{n_computed} of {n_prompt} prompt tokens computed after swaps, reused {1 - n_computed / n_prompt:.4f};"
         f" llama-server alone {1 - alone[1] / alone[0]:.4f}"

@@ -216,6 +216,8 @@ class FakeRouter:
     async def _passed(self, request: web.Request, raw: bytes, child: Child) -> web.StreamResponse:
         if child.state == "sleeping" and request.path not in ("/props", "/metrics", "/health"):
             self.woken.append(f"{child.name}: {request.method} {request.path}")
+            await self._set(child, "loading")
+            await asyncio.sleep(0.05)  # for whatever follows the events
             await self._set(child, "loaded")
         if request.method == "POST":
             child.used_at = next(_uses)

@@ -82,8 +82,8 @@ class RoutedModel(ServedOnDemand):
         """The router has told this state, and after how many idle seconds the model falls asleep."""
         if sleep_s is not None:  # everything is saved before that
             self._backend.idle_save.idle_save_s = min(self._idle_save_s, sleep_s / 4)
-        # An answer that was on its way may be older than what ``load`` has found.
-        if state == self._state or (state == "loading" and self._state == "loaded"):
+        # A model that wakes is loading too (measured); and an answer may be older than what ``load`` has found.
+        if state == self._state or (state == "loading" and self.is_loaded):
             return
         was_loaded, self._state = self.is_loaded, state
         if self._backend.session is not None:
