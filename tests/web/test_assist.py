@@ -22,19 +22,6 @@ NO_SLOTS = {
         "type": "not_supported_error",
     }
 }
-ROUTER = {
-    "role": "router",
-    "max_instances": 4,
-    "model_path": "none",
-    "default_generation_settings": {"params": None, "n_ctx": 0},
-}
-NO_MODEL = {
-    "error": {
-        "code": 400,
-        "message": "model name is missing from the request",
-        "type": "invalid_request_error",
-    }
-}
 NO_COMPLETIONS = {
     "error": {
         "code": 501,
@@ -179,7 +166,6 @@ async def test_errors_are_llama_servers_own(tmp_path: Path) -> None:
 
 OTHERS: dict[str, dict[str, tuple[int, Any]]] = {
     "--no-slots": {"/slots": (501, NO_SLOTS)},
-    "router mode": {"/props": (200, ROUTER), "/slots": (400, NO_MODEL)},
     "no route for properties": {"/props": (404, {"error": {"code": 404, "message": "File Not Found"}})},
     "a page instead of properties": {"/props": (200, b"<html>hello</html>")},
     "slots that are none": {"/slots": (200, {"not": "a list"})},
@@ -226,7 +212,7 @@ async def test_limits_hold_where_the_number_of_slots_is_unknown(tmp_path: Path) 
     settings = {"queue": {"user_max_running": 1}, "stream": {"keepalive_s": 0.02}}
     async with served(tmp_path, settings, wait=False) as it:
         await it.fake.start()
-        it.fake.overrides = OTHERS["router mode"]
+        it.fake.overrides = OTHERS["no route for properties"]
         await it.start()
         it.fake.hold()
         async with it.asking(ONE) as first:
