@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def test_a_context_that_the_answers_fill_is_refused() -> None:
 
 
 def test_a_recorded_shape_has_its_conversations() -> None:
-    """Two conversations of one user, told apart by their lengths; pauses are shortened; idle saves are no requests."""
+    """Two conversations of one user, told apart by their lengths; pauses are shortened; idle saves are no requests,
+    and users have no names."""
     journal = [
         {"at": 1000.0, "user": "key:ada", "n_tokens": 10_000},
         {"at": 1003.0, "user": "key:ada", "n_tokens": 200},
@@ -65,9 +67,9 @@ def test_a_recorded_shape_has_its_conversations() -> None:
     ]
     it = recorded(reversed(journal), answer=50, longest_pause_s=10.0)
     assert [(its.user, [turn.n_new for turn in its.turns]) for its in it.conversations] == [
-        ("key:ada", [9984, 500 - 50]),
-        ("key:ada", [184]),
-        ("key:bob", [4984]),
+        ("user1", [9984, 500 - 50]),
+        ("user1", [184]),
+        ("user2", [4984]),
     ]
     assert [turn.after_s for its in it.conversations for turn in its.turns] == [0.0, 13.0, 3.0, 14.0]
     with pytest.raises(ValueError, match="no request"):
@@ -303,3 +305,17 @@ def test_faults_of_the_command_are_one_line(tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert said in result.stderr
         assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_earlier_result_of_another_workload_is_compared_with_a_word_of_warning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the report too."""
+    add: Any = import_module("llamaslot.cli.bench")._add_earlier
+    same, other = (Result(words, "now", [side("a")]) for words in ("8 users", "9 users"))
+    for earlier, is_said in ((same, False), (other, True)):
+        result = Result("8 users", "now", [side("b")])
+        add(result, earlier)
+        assert [its.name for its in result.sides] == ["b", "a"]
+        assert ("another workload: 9 users" in result.workload) is is_said
+        assert ("another workload" in capsys.readouterr().err) is is_said

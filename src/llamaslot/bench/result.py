@@ -244,7 +244,7 @@ def _compared(names: list[str], of: list[Figures]) -> list[str]:
             f"The median follow-up gets its first token after {seconds(times[0])} from {first} and {seconds(times[1])} "
             f"from {second}: {_times(times[1] / times[0])}."
         )
-    if of[1].makespan_s:
+    if all(its.n_answered for its in of):
         said.append(
             f"The whole took {seconds(of[0].makespan_s)} with {first} and {seconds(of[1].makespan_s)} with {second}."
         )

@@ -109,7 +109,11 @@ class Target:
             ):
                 text = await response.text()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            why = "it does not answer" if isinstance(error, TimeoutError) else str(error)
+            why = (
+                "it does not answer"
+                if isinstance(error, TimeoutError)
+                else getattr(error, "strerror", None) or str(error)
+            )
             raise BenchError(f"{self.base} cannot be reached: {why}. Does a server run there?") from None
         if response.status in (401, 403):
             has = "the key is refused" if self._keys else "a key is needed"

@@ -165,6 +165,10 @@ def recorded(journal: Iterable[Mapping[str, Any]], *, answer: int, longest_pause
         n_new = max(_LEAST_NEW, n_tokens - n_before - _AROUND)
         turns.append((now, Turn(n_new, answer, after_s=now - since)))
         lengths[user][number] = n_before + n_new + answer
+    names = {user: f"user{i}" for i, user in enumerate(lengths, 1)}  # no person's name goes into a report
     return Workload(
-        tuple(Conversation(user, tuple(turn for _, turn in turns)) for (user, _), turns in began.items()), 0
+        tuple(
+            Conversation(names[user], tuple(turn for _, turn in turns)) for (user, _), turns in began.items()
+        ),
+        0,
     )

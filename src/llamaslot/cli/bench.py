@@ -147,7 +147,7 @@ def bench(url: str, vs: str | None, **options: Any) -> None:
         other = _earlier(vs)
         result = asyncio.run(_Comparison(url, None if other else vs, options).run())
         if other is not None:
-            result.sides.append(other)
+            _add_earlier(result, other)
     except (BenchError, ValueError, OSError) as error:
         fail([str(error)])
     except KeyboardInterrupt:
@@ -167,13 +167,23 @@ def bench(url: str, vs: str | None, **options: Any) -> None:
         sys.exit(EXIT_FAULT)
 
 
-def _earlier(vs: str | None) -> Side | None:
-    """The first side of a saved result; None for an address. Raises OSError and ValueError."""
+def _earlier(vs: str | None) -> Result | None:
+    """A saved result; None for an address. Raises OSError and ValueError."""
     from llamaslot.bench.result import load
 
     if vs is None or "://" in vs or not Path(vs).is_file():
         return None
-    return load(Path(vs)).sides[0]
+    return load(Path(vs))
+
+
+def _add_earlier(result: Result, earlier: Result) -> None:
+    """Compare with the first side of a saved result."""
+    side = earlier.sides[0]
+    if earlier.workload != result.workload:
+        note = f"{side.name} was measured with another workload: {earlier.workload}"
+        click.echo(f"note: {note}", err=True)
+        result.workload += f". {note}"
+    result.sides.append(side)
 
 
 class _Comparison:
