@@ -99,7 +99,10 @@ def configured(directory: Path, backends: list[dict[str, str]], settings: Settin
     """What a config file with these backends and settings says; ``settings`` go over ``QUIET``."""
     sections: dict[str, Any] = {name: dict(values) for name, values in QUIET.items()}
     for name, values in settings.items():
-        sections.setdefault(name, {}).update(values)
+        if isinstance(values, Mapping):
+            sections.setdefault(name, {}).update(values)
+        else:
+            sections[name] = values
     sections["store"]["meta_dir"] = str(directory / "meta")
     sections.setdefault("listen", {})["port"] = free_port()
     (directory / "meta").mkdir(parents=True, exist_ok=True)

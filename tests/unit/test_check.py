@@ -71,6 +71,13 @@ def python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(found))
 
 
+def test_limits_of_managed_servers_without_any_are_a_note(box: Path) -> None:
+    """A router has its own."""
+    config = yaml.safe_load((box / "config.yaml").read_text())
+    (box / "config.yaml").write_text(yaml.safe_dump({**config, "managed": {"max_loaded": 1}}))
+    assert any("--models-max" in note for note in check(box / "config.yaml").notes)
+
+
 @for_root
 def test_as_the_user_that_serves(box: Path, python: None) -> None:
     """What root can read and write, and that user cannot, is a fault; mended, there is none."""

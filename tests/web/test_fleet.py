@@ -16,7 +16,7 @@ from llamaslot.backend import backend
 from llamaslot.backend.backend import Health
 from tests.support.fake import FakeModel
 from tests.support.fleet import A, B, Fleet, backend_of, fleet
-from tests.support.inprocess import letters, line_with, spawn
+from tests.support.inprocess import Settings, letters, line_with, spawn
 
 TEXTS = [letters(n, 600) for n in range(6)]
 
@@ -62,6 +62,20 @@ async def test_a_snapshot_in_a_directory_of_its_own_belongs_to_its_server(tmp_pa
         await it.all_up()
         await it.fakes[backend_of(again)].kill()
         assert (await it.ask(TEXTS[0] + "more")).source == "snapshot"
+
+
+async def test_prewarm_keeps_its_prefixes_in_every_directory(tmp_path: Path) -> None:
+    """Each server finds them in its own."""
+    messages = [{"role": "system", "content": letters(7, 600)}, {"role": "user", "content": "x"}]
+    (tmp_path / "agent.json").write_text(json.dumps({"messages": messages}))
+    settings: Settings = {"prewarm": ["agent.json"], "store": {"idle_save_s": 0}}
+    async with fleet(tmp_path, 2, settings, is_shared=False) as it:
+        catalogs = [store.catalog for store in it.registry.stores.values()]
+
+        def are_pinned() -> list[list[bool]]:
+            return [[its.is_pinned for its in catalog.snapshots.values()] for catalog in catalogs]
+
+        await it.until(lambda: are_pinned() == [[True], [True]])
 
 
 async def test_the_model_chooses_the_pool(tmp_path: Path) -> None:

@@ -70,18 +70,22 @@ class Prewarm:
     ) -> None:
         self._bodies, self._dispatcher, self._executor_of = bodies, dispatcher, executor_of
         self._tokenizer, self._catalog_of, self._tasks, self._idle_s = tokenizer, catalog_of, tasks, idle_s
-        self._left_of: SlotTable | None = None  # the slot table that ``_left`` belongs to
-        self._left: list[PrewarmTarget] = []
+        # What is left to do in each directory, and the slot table for which that was found out, by library.
+        self._left_of: dict[int, SlotTable] = {}
+        self._left: dict[int, list[PrewarmTarget]] = {}
 
     def want(self, bodies: Bodies) -> None:
         """These from now on."""
-        self._bodies, self._left_of = bodies, None
+        self._bodies, self._left_of = bodies, {}
 
     @property
-    def _table(self) -> SlotTable | None:
-        """None also while llama-server sleeps: it must not be woken for this."""
-        every = self._dispatcher.backends.values()
-        return next((its.table for its in every if its.table is not None and not its.is_asleep), None)
+    def _tables(self) -> list[SlotTable]:
+        """One for each directory. Not of a llama-server that sleeps: it must not be woken for this."""
+        found: dict[int, SlotTable] = {}
+        for its in self._dispatcher.backends.values():
+            if its.table is not None and not its.is_asleep and its.table.can_save:
+                found.setdefault(id(its.table.model_snapshots), its.table)
+        return list(found.values())
 
     async def run(self) -> None:
         """Runs until cancelled; a running save is then completed."""
@@ -92,18 +96,22 @@ class Prewarm:
 
     async def do_one(self) -> None:
         """Do one of the remaining tasks, if there is any. Canceling is safe."""
-        table = self._table
-        if table is None or not table.can_save or table.model_snapshots.n_unread:
+        for table in self._tables:
+            library = id(table.model_snapshots)
+            is_known = table is self._left_of.get(library)
+            if table.model_snapshots.n_unread or (is_known and not self._left[library]):
+                continue
+            try:
+                if is_known:
+                    await self._warm(table, self._left[library])
+                else:
+                    wanted = await self._all_wanted()
+                    await self._unpin_others(table, wanted)
+                    self._left_of[library] = table
+                    self._left[library] = [one for one in wanted if one is not None]
+            except LlamaslotError as error:
+                log.debug("prewarm: %s", error)  # the server is gone; there will be another slot table
             return
-        try:
-            if table is not self._left_of:
-                wanted = await self._all_wanted()
-                await self._unpin_others(table, wanted)
-                self._left_of, self._left = table, [one for one in wanted if one is not None]
-            elif self._left:
-                await self._warm(table, self._left[0])
-        except LlamaslotError as error:
-            log.debug("prewarm: %s", error)  # the server is gone; there will be another slot table
 
     # -- configured prefixes -------------------------------------------------------------------------------------
 
@@ -143,35 +151,40 @@ class Prewarm:
 
     # -- one of them ---------------------------------------------------------------------------------------------
 
-    async def _warm(self, table: SlotTable, one: PrewarmTarget) -> None:
+    async def _warm(self, table: SlotTable, left: list[PrewarmTarget]) -> None:
+        """Do the first of ``left``."""
+        one = left[0]
         if (there := table.model_snapshots.snapshot_at(one.trunk, table.rules.public)) is not None:
             if not there.is_pinned:
                 await self._set_pinned(table, there, is_pinned=True)
             log.info("prewarm: %s is on disk: %d tokens, %s", one.name, one.n_tokens, there.id)
-            self._left.remove(one)
+            left.remove(one)
         elif one.n_tokens < MIN_TOKENS:
             log.warning(
                 "prewarm: %s has only %d tokens: computing them is faster than reading",
                 one.name,
                 one.n_tokens,
             )
-            self._left.remove(one)
+            left.remove(one)
         elif one.n_failed == _ATTEMPTS:
             log.warning("prewarm: %s could not be saved in %d attempts", one.name, _ATTEMPTS)
-            self._left.remove(one)
+            left.remove(one)
         else:
-            await self._compute(one)
+            await self._compute(table, one)
 
-    async def _compute(self, one: PrewarmTarget) -> None:
-        """Compute and save it, until that is done or a client sends a request. The computed tokens stay in the slot,
-        and the next attempt resumes from there.
+    async def _compute(self, table: SlotTable, one: PrewarmTarget) -> None:
+        """Compute and save it in the directory of ``table``, until that is done or a client sends a request. The
+        computed tokens stay in the slot, and the next attempt resumes from there.
         """
+        tables = self._dispatcher.tables
+        elsewhere = (its.backend for its in tables if its.model_snapshots is not table.model_snapshots)
         request = Request(
             f"prewarm {one.name}",
             one.tokens,
             n_system=one.n_tokens,
             is_prewarm=True,
             namespace=self._dispatcher.rules.public,
+            avoids=frozenset(elsewhere),
         )
         working = self._tasks.spawn(self._compute_in_a_slot(request), request.id)
         has_given_way = False
@@ -183,7 +196,7 @@ class Prewarm:
         finally:
             working.cancel()
             await asyncio.wait({working})
-        if not has_given_way and self._table is self._left_of:
+        if not has_given_way and table in self._tables:
             one.n_failed += 1
 
     async def _compute_in_a_slot(self, request: Request) -> None:
