@@ -14,6 +14,7 @@ from aiohttp import web
 from llamaslot.http import events as events_module
 from llamaslot.http.events import Events
 from llamaslot.http.page import FILES
+from llamaslot.observe import words
 from llamaslot.tasks import TaskOwner
 from tests.support.inprocess import CHAT, Served, letters, served, spawn
 from tests.support.real import free_port
@@ -182,6 +183,25 @@ async def test_a_slow_viewer_gets_the_whole_state_again(monkeypatch: pytest.Monk
         writer.close()
         await events.close()
         await runner.cleanup()
+
+
+async def test_a_restore_is_told_with_its_size(tmp_path: Path) -> None:
+    """And whose conversation was saved for it, while it still runs."""
+    async with served(tmp_path, slots=1) as it:
+        first, other = letters(1, 400), letters(2, 400)
+        await it.post("/completion", {"prompt": first, "n_predict": 4}, **{"x-llamaslot-user": "ada"})
+        await it.post("/completion", {"prompt": other, "n_predict": 4}, **{"x-llamaslot-user": "ben"})
+        await ended(it, 2)
+        hang = it.fake.faults.hang("restore")
+        async with it.asking(first + letters(3, 50)) as asked:
+            await hang.reached.wait()
+            (flight,) = (await activity(it))["in_flight"]
+            size = words.size((await it.get("/llamaslot/snapshots")).json["snapshots"][0]["size_bytes"])
+            assert flight["stage"] == f"restoring {size}"
+            told = (await it.get("/llamaslot/snapshots")).json["snapshots"]
+            assert {row["user"] for row in told} == {"named:ada", "named:ben"}
+            hang.release()
+            assert (await asked).status == 200
 
 
 # --- what can be done

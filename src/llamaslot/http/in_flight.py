@@ -196,7 +196,11 @@ class Requests:
             self.has_changed.set()
 
     def _find_owners(self) -> None:
-        """Whose slots llamaslot has saved by itself. What a request saves is noted at its end."""
+        """Whose slots were saved: by requests that still run, and by llamaslot itself."""
+        for its in self.running.values():
+            for decision in its.decisions:
+                if decision.slot is not None:
+                    self._own(decision.slot, decision.acts)
         since, self._looked_at = self._looked_at, time.time()
         for pool in self._registry.pools:
             for decision in pool.dispatcher.journal.since(since):
@@ -207,7 +211,7 @@ class Requests:
         """The slot's content was saved: it is that of its last user."""
         if (user := self.last_users.get(slot)) is not None:
             for act in acts:
-                if act.step == "save" and act.snapshot is not None:
+                if act.step == "save" and act.snapshot and act.snapshot not in self.history.owners:
                     self.history.own(act.snapshot, user)
 
     @property

@@ -56,14 +56,18 @@ function valuesOf(figure, value, times, points) {
   });
 }
 
-function niceTop(most) {
+const TIMES = [0.1, 0.2, 0.4, 1, 2, 4, 10, 20, 40, 60, 120, 240, 600, 1200, 2400, 3600, 7200, 14400, 36000, 72000];
+
+// The top of a scale, whose half is a round number too.
+function niceTop(most, figure) {
+  if (figure.say === seconds && most <= TIMES.at(-1)) return TIMES.find((top) => top >= most);
   const size = 10 ** Math.floor(Math.log10(most));
-  return [1, 2, 2.5, 5, 10].map((factor) => factor * size).find((top) => top >= most * 0.999);
+  return [1, 2, 4, 10].map((factor) => factor * size).find((top) => top >= most * 0.999);
 }
 
 function plot(figure, lines, times, told) {
   const known = lines.flatMap((line) => line.values.filter((value) => value != null));
-  const top = figure.most ?? niceTop(Math.max(...known, 0) || 1);
+  const top = figure.most ?? niceTop(Math.max(...known, 0) || 1, figure);
   const x = (i) => LEFT + ((WIDTH - LEFT - 6) * i) / Math.max(times.length - 1, 1);
   const y = (value) => HEIGHT - BOTTOM - ((HEIGHT - BOTTOM - TOP) * Math.min(value, top)) / top;
   const parts = [];

@@ -200,13 +200,13 @@ async function act(what, row) {
 }
 
 function fillers(rows) {
-  const users = [...Map.groupBy(rows, (row) => row.user ?? row.namespace ?? '')].map(([user, its]) => ({ user, n: its.length, bytes: its.reduce((sum, row) => sum + row.size_bytes, 0) }));
+  const users = [...Map.groupBy(rows, (row) => (row.kind === 'trunk' ? ' ' : row.user ?? row.namespace ?? ''))].map(([user, its]) => ({ user, n: its.length, bytes: its.reduce((sum, row) => sum + row.size_bytes, 0) }));
   users.sort((a, b) => b.bytes - a.bytes);
   const most = users[0]?.bytes || 1;
   const line = ({ user, n, bytes: size }) => {
     const bar = el('b', {});
     bar.style.width = `${(100 * size) / most}%`;
-    return el('li', {}, el('span', {}, user ? person(user) : 'user not known'), el('span', { class: 'bar', 'aria-hidden': 'true' }, bar), el('span', { class: 'n' }, bytes(size)), el('span', { class: 'note' }, `${number(n)} snapshot${n === 1 ? '' : 's'}`));
+    return el('li', {}, el('span', {}, user === ' ' ? 'shared beginnings' : user ? person(user) : 'user not known'), el('span', { class: 'bar', 'aria-hidden': 'true' }, bar), el('span', { class: 'n' }, bytes(size)), el('span', { class: 'note' }, `${number(n)} snapshot${n === 1 ? '' : 's'}`));
   };
   at('fillers').replaceChildren(...(users.length ? [el('h3', {}, 'By user'), el('ol', { class: 'timeline' }, ...users.slice(0, 8).map(line))] : []));
 }
