@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from llamaslot.config.load import Config
+from llamaslot.errors import ConfigError
 from llamaslot.http import tracing
 from tests.support.inprocess import NATIVE, letters, served
 
@@ -50,6 +52,24 @@ async def test_a_completion_is_a_span(tmp_path: Path, monkeypatch: pytest.Monkey
     assert span.attributes["llamaslot.source"] == "cold"
     assert span.attributes["llamaslot.backend"] == "gpu0"
     assert span.attributes["http.response.status_code"] == 200
+
+
+@pytest.mark.parametrize("found", [None, ModuleNotFoundError("opentelemetry")])
+def test_without_the_extra_it_is_a_fault_of_the_configuration(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, found: Exception | None
+) -> None:
+    """So serve --check finds it."""
+
+    def find_spec(name: str) -> None:
+        if found is not None:
+            raise found
+
+    path = tmp_path / "config.yaml"
+    path.write_text(f"backends: [{{url: 'http://127.0.0.1:9'}}]\nlog: {ON['log']}\n")
+    Config.load(path)
+    monkeypatch.setattr("importlib.util.find_spec", find_spec)
+    with pytest.raises(ConfigError, match=r"log\.otlp_endpoint.*pip install 'llamaslot\[otel\]'"):
+        Config.load(path)
 
 
 def test_nothing_of_it_is_imported_unless_it_is_wanted() -> None:

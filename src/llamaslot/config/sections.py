@@ -272,6 +272,19 @@ class ShutdownConfig(Section):
     drain_s: Seconds = 30.0
 
 
+def _can_trace(endpoint: str) -> str:
+    """Raises ValueError without the extra that sends traces."""
+    from importlib.util import find_spec
+
+    try:
+        is_there = find_spec("opentelemetry.exporter.otlp") is not None
+    except ModuleNotFoundError:
+        is_there = False
+    if not is_there:
+        raise ValueError("OpenTelemetry is not installed: pip install 'llamaslot[otel]'")
+    return endpoint
+
+
 class LogConfig(Section):
     # Least level that is logged, on stderr.
     level: Annotated[
@@ -283,4 +296,4 @@ class LogConfig(Section):
     # Cache misses in log and journal quote 80 characters before and after the difference: users' texts.
     prompts: bool = False
     # Where traces go, by OpenTelemetry (llamaslot[otel]): http://127.0.0.1:4318/v1/traces. None: nowhere.
-    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://"), AfterValidator(_can_trace)] | None = None

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from llamaslot.errors import ConfigError
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.auth import user_of
 from llamaslot.http.headers import TRACE_HEADERS
@@ -34,21 +33,15 @@ class Tracing:
     """Makes a span of each completion. Spans are sent by a thread of OpenTelemetry's."""
 
     def __init__(self, endpoint: str, registry: Registry) -> None:
-        """Raises ConfigError if OpenTelemetry is not installed."""
-        try:
-            from opentelemetry.propagate import get_global_textmap
-            from opentelemetry.sdk.resources import Resource
-            from opentelemetry.sdk.trace import TracerProvider
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.propagate import get_global_textmap
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-            exporter = _exporter(endpoint)
-        except ImportError as error:
-            fault = f"log.otlp_endpoint: {error.name} is not installed: pip install 'llamaslot[otel]'"
-            raise ConfigError("the configuration", [fault]) from None
         provider = TracerProvider(
             shutdown_on_exit=False, resource=Resource.create({"service.name": "llamaslot"})
         )
-        provider.add_span_processor(BatchSpanProcessor(exporter))
+        provider.add_span_processor(BatchSpanProcessor(_exporter(endpoint)))
         self._provider, self._registry = provider, registry
         self._tracer, self._map = provider.get_tracer("llamaslot"), get_global_textmap()
 
