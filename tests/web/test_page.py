@@ -11,8 +11,17 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from llamaslot.errors import (
+    BackendDown,
+    DeadlyPrompt,
+    LlamaslotError,
+    QueueFull,
+    TooManyRequests,
+    UpstreamError,
+)
 from llamaslot.http import events as events_module
 from llamaslot.http.events import Events
+from llamaslot.http.in_flight import InFlight, outcome_of
 from llamaslot.http.page import FILES
 from llamaslot.observe import words
 from llamaslot.tasks import TaskOwner
@@ -91,6 +100,31 @@ async def test_the_history_survives_a_restart(tmp_path: Path) -> None:
         assert [line["name"] for line in by["lines"]] == ["gpu0"]
         for bad in ("span=year", "by=user"):
             assert (await it.get(f"/llamaslot/history?{bad}")).status == 400
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "is_cancelled", "outcome"),
+    [
+        (200, None, False, "done"),
+        (499, None, False, "left"),
+        (499, None, True, "cancelled"),
+        (200, BackendDown("away"), False, "unserved"),  # an event in its stream
+        (503, QueueFull("full", 1.0), False, "unserved"),
+        (429, TooManyRequests("yours", 1.0), False, "refused"),
+        (400, UpstreamError(400, b"{}"), False, "refused"),
+        (500, UpstreamError(500, b"{}"), False, "unserved"),
+        (500, DeadlyPrompt(2, 60.0), False, "unserved"),
+        (502, None, False, "unserved"),  # relayed
+        (500, LlamaslotError("internal error"), False, "fault"),
+    ],
+)
+def test_only_mistakes_of_llamaslot_are_its_faults(
+    status: int, error: LlamaslotError | None, is_cancelled: bool, outcome: str
+) -> None:
+    """What the headline counts, and what it counts beside that."""
+    its = InFlight(1, None, None, 0.0, 0.0, None)  # type: ignore[arg-type]
+    its.status, its.error, its.is_cancelled = status, error, is_cancelled
+    assert outcome_of(its) == outcome
 
 
 # --- what goes on

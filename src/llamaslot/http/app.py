@@ -27,7 +27,7 @@ from llamaslot.http.cors import Cors
 from llamaslot.http.deadlines import Timeouts
 from llamaslot.http.events import Events
 from llamaslot.http.health import health_of
-from llamaslot.http.in_flight import Requests, by_operator
+from llamaslot.http.in_flight import CLIENT_GONE, Requests, by_operator, note_error
 from llamaslot.http.page import is_page_file, page_file
 from llamaslot.http.passthrough import Passthrough
 from llamaslot.http.present import Presenter
@@ -44,7 +44,6 @@ from llamaslot.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 _NO_METHODS = ("CONNECT", "TRACE")
-CLIENT_GONE = 499  # in metrics only: nginx's number for a client that has closed its connection
 
 
 class _Everything(web.DynamicResource):
@@ -170,7 +169,9 @@ class App:
             return error_response(wrapped)
         except Exception:
             log.exception("%s %s: internal error; please report it", request.method, request.path)
-            return error_response(LlamaslotError(MISTAKE))
+            mistake = LlamaslotError(MISTAKE)
+            note_error(request, mistake)
+            return error_response(mistake)
 
     async def _dispatch(self, request: web.Request, route: Route) -> web.StreamResponse:
         if is_page_file(request):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -14,15 +15,7 @@ from aiohttp import web
 from msgspec import Struct, field
 
 from llamaslot.backend.lease import Lease
-from llamaslot.errors import (
-    BackendDown,
-    Cancelled,
-    DeadlinePassed,
-    LlamaslotError,
-    QueueFull,
-    SlotWedged,
-    UpstreamError,
-)
+from llamaslot.errors import Cancelled, LlamaslotError
 from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.auth import user_of
@@ -36,6 +29,9 @@ from llamaslot.observe.words import stages
 from llamaslot.scheduling.plan import Source
 from llamaslot.scheduling.slots import SlotKey
 
+log = logging.getLogger(__name__)
+
+CLIENT_GONE = 499  # nginx's number for a client that has closed its connection
 _LONGEST = 200  # characters of what clients name
 _DIGEST_S = 0.5
 _MOVES = ("save", "keep", "restore")
@@ -190,7 +186,10 @@ class Requests:
         ended, self._ended = self._ended, []
         self._find_owners()
         for its in ended:
-            self.history.add(self._activity(its))
+            try:
+                self.history.add(self._activity(its))
+            except Exception:  # a history is worth no request, and no other one's history
+                log.exception("%s: internal error; please report it", its.id)
         if ended:
             self.history.stored(self.size_bytes)
             self.has_changed.set()
@@ -275,6 +274,7 @@ def _fill_in(its: InFlight, acts: list[Act]) -> None:
     """What was computed for a request whose answer has not come to its end, as far as that was told."""
     lease = its.lease
     its.n_prompt = its.n_prompt or (lease.request.n_tokens if lease is not None else 0)
+    its.n_prompt = max(its.n_prompt, (its.n_reused or 0) + its.n_computed)  # of a list of prompts: all
     if its.n_reused is not None or its.n_computed or lease is None:
         return
     prefills = [act for act in acts if act.step == "prefill"]
@@ -286,30 +286,20 @@ def _fill_in(its: InFlight, acts: list[Act]) -> None:
 
 
 def outcome_of(its: InFlight) -> Outcome:
-    """How it ended. There are six cases:
+    """How it ended. There are five cases:
 
     1. An operator cancelled it.
-    2. It was answered.
-    3. Its client has gone.
-    4. llama-server failed, was away, or did not answer in time; or it waited for too long.
-    5. llama-server or llamaslot refused it.
-    6. A fault of llamaslot's.
+    2. It was answered; or its client has gone.
+    3. llamaslot made a mistake: an error of no class of its own.
+    4. It was refused: a fault of the request, or a limit of its user.
+    5. llama-server failed, was away or too slow, or the wait was too long.
     """
     error = its.error
     if its.is_cancelled:
         return Outcome.CANCELLED
-    if error is None:
-        if its.status == 499:
-            return Outcome.LEFT
-        if its.status < 400:
-            return Outcome.DONE
-        return Outcome.REFUSED if its.status < 500 else Outcome.UNSERVED
-    if isinstance(
-        error, BackendDown | QueueFull | DeadlinePassed | SlotWedged | UpstreamError
-    ) or error.status in (
-        502,
-        503,
-        504,
-    ):
-        return Outcome.REFUSED if error.status < 500 else Outcome.UNSERVED
-    return Outcome.REFUSED if error.status < 500 else Outcome.FAULT
+    if error is None and (its.status < 400 or its.status == CLIENT_GONE):
+        return Outcome.LEFT if its.status == CLIENT_GONE else Outcome.DONE
+    if type(error) is LlamaslotError:
+        return Outcome.FAULT
+    status = error.status if error is not None else its.status
+    return Outcome.REFUSED if status < 500 else Outcome.UNSERVED

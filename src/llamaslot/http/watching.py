@@ -30,7 +30,7 @@ class Watching:
         self._registry, self._requests, self._events = registry, requests, events
         self.needs_key = needs_key
         self._presenter = Presenter(registry, requests)
-        self._listings = [Listing(store) for store in registry.stores.values()]
+        self._listings: dict[str, Listing] = {}
 
     async def handle(self, request: web.Request) -> web.StreamResponse | None:
         """Answer a request for one of these pages; None for another one. Raises NotFound, NotAllowed, Forbidden, and
@@ -127,7 +127,9 @@ class Watching:
     async def _snapshots(self) -> dict[str, Any]:
         self._requests.digest()
         users = self._requests.history.owners
-        rows = [row for listing in self._listings for row in await listing.rows()]
+        stores = list(self._registry.stores.values())
+        self._listings = {its.name: self._listings.get(its.name) or Listing(its) for its in stores}
+        rows = [row for listing in list(self._listings.values()) for row in await listing.rows()]
         names = {
             row["model"]: backend.last_session.model_name
             for row in rows
