@@ -89,6 +89,7 @@ def measure(n_snapshots: int, n_saves: int = 500, seed: int = 1) -> Cost:
         victims = listed.victims(snapshot.size_bytes - free_bytes, 0, (), now)
         for victim in victims:
             listed.take(victim.id, now)
+            listed.release(victim)
         chosen = time.thread_time()
         free_bytes += sum(victim.size_bytes for victim in victims) - snapshot.size_bytes
         for victim in victims:

@@ -164,6 +164,7 @@ class Disk:
         self._on_drop(snapshot)
 
     def _remove(self, snapshot: Snapshot) -> None:
+        self._table.release(snapshot)
         self._take(-snapshot.size_bytes)
         self._server.files.pop(f"{snapshot.id}.kv", None)
         self.origins.pop(snapshot.id, None)

@@ -155,7 +155,7 @@ async def test_leftovers_beside_a_whole_snapshot_go_alone(shelter: Shelter, suff
 @pytest.mark.parametrize(
     "changes",
     [
-        {"version": 3},
+        {"version": 4},
         {"id": "ls-00000000000000aa"},
         {"n_tokens": 41},
         {"n_tokens": True},

@@ -37,7 +37,9 @@ class ReuseClass(enum.StrEnum):
 
 
 class SnapshotStats(Struct):
-    """Usage of one snapshot. ``counted_until``: its lifetime up to here has been learned from."""
+    """Usage of one snapshot. ``size_bytes``: those that no other snapshot needs. ``restored_bytes``: what a restore reads.
+    ``counted_until``: its lifetime up to here has been learned from.
+    """
 
     id: str
     n_tokens: int
@@ -47,6 +49,7 @@ class SnapshotStats(Struct):
     counted_until: float
     n_hits: int = 0
     is_branched: bool = False
+    restored_bytes: int = 0
 
     @property
     def reuse_class(self) -> ReuseClass:

@@ -149,7 +149,7 @@ class Catalog:
             raise DirectoryUnusable(f"{self.directory} cannot be read: {error.strerror or error}") from error
         now = self._now()  # one time for all: ranks of different times are not comparable
         self._table.add_many(found.snapshots, found.last_used, hits, now)
-        self._quota.committed += sum(snapshot.size_bytes for snapshot in found.snapshots)
+        self._quota.committed += self._table.files.size_bytes
         self._manifest.file_ids, self._manifest.durable = found.file_ids, found.durable
         for id_, size in found.leftovers.items():
             self._quota.leave(id_, size)
@@ -217,7 +217,7 @@ class Catalog:
     def _evict(self, short: Deficit, keep: Collection[str]) -> bool:
         """Evict at least what is ``short``, or nothing."""
         victims = self._table.victims(*short, keep, self._now())
-        if not short.is_met_by(victims):
+        if not short.is_met_by(self._table.files.freed_bytes(victims), len(victims)):
             return False
         for victim in victims:
             self._drop(victim.id)
@@ -424,7 +424,7 @@ class Catalog:
 
     def _list(self, snapshot: Snapshot, last_used: float, now: float) -> None:
         self._table.add(snapshot, now, last_used=last_used)
-        self._quota.committed += snapshot.size_bytes
+        self._quota.committed = self._table.files.size_bytes
 
     def _take(self, id_: str) -> Snapshot:
         """Move it from listed to leaving, or to pending_delete: it can no longer be chosen, pinned or restored."""
@@ -437,14 +437,18 @@ class Catalog:
         self._on_drop(self._take(id_))
 
     def _remove(self, snapshot: Snapshot) -> None:
-        self._quota.committed -= snapshot.size_bytes
-        self._quota.remove(snapshot.id, snapshot.size_bytes)
+        """Remove its sidecar, and those of its files that no other snapshot needs."""
+        freed = self._table.release(snapshot)
+        self._quota.committed -= sum(freed.values())
+        if (own := snapshot.id + KV) not in freed:
+            self._quota.remove(snapshot.id, 0, keeps_data=True)
+        for name, size_bytes in sorted(freed.items(), key=lambda file: file[0] != own):
+            self._quota.remove(name[: name.index(".")], size_bytes)
 
     def check(self) -> None:
         """Raises AssertionError with the name of the account that is not the sum of its parts."""
         self._table.check()
-        on_disk = (*self._table.snapshots.values(), *self._table.pending_delete.values())
         self._quota.check(
-            committed=sum(snapshot.size_bytes for snapshot in on_disk),
+            committed=self._table.files.size_bytes,
             granted=sum(state.size_bytes for state in self._reservations.values()),
         )

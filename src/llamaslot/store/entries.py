@@ -16,6 +16,7 @@ from llamaslot.cache.content import SnapshotKind
 from llamaslot.scheduling.eviction import ByValue, Order, SnapshotStats
 from llamaslot.scheduling.priority_heap import Rank, Ranking
 from llamaslot.store.hits import NEVER, Hits
+from llamaslot.store.shared_files import Departure, SharedFiles
 from llamaslot.store.sidecar import Snapshot
 
 
@@ -43,7 +44,8 @@ class SnapshotTable:
     """``snapshots`` can be found, pinned and restored; ``pending_delete`` ones are dropped but still pinned.
 
     ``stats``: usage by id of listed snapshots. ``order`` decides who is evicted first and learns from hits; only
-    from snapshots of the models that are served, by their ``fingerprints``, once any is known.
+    from snapshots of the models that are served, by their ``fingerprints``, once any is known. ``files``: of both kinds
+    of snapshots, until ``release``.
     """
 
     def __init__(self, order: Order | None = None) -> None:
@@ -51,13 +53,14 @@ class SnapshotTable:
         self.snapshots: dict[str, Snapshot] = {}
         self.stats: dict[str, SnapshotStats] = {}
         self.pending_delete: dict[str, Snapshot] = {}
+        self.files = SharedFiles()
         self._fingerprints = frozenset[str]()
         self._pins: Counter[str] = Counter()
         self._ranking = Ranking(self._rank)
         self._now = 0.0
 
     def __len__(self) -> int:
-        """The number of files, those pending deletion included."""
+        """The number of snapshots, those pending deletion included."""
         return len(self.snapshots) + len(self.pending_delete)
 
     @property
@@ -77,10 +80,13 @@ class SnapshotTable:
         self._now = now
         self.snapshots[snapshot.id] = snapshot
         last_used = now if last_used is None else last_used
+        touched = self.files.add(snapshot)
         self.stats[snapshot.id] = SnapshotStats(
-            snapshot.id, snapshot.n_tokens, snapshot.size_bytes, snapshot.kind, last_used, now, *hits
-        )
+            snapshot.id, snapshot.n_tokens, self.files.own_bytes(snapshot), snapshot.kind, last_used, now,
+            *hits, restored_bytes=snapshot.restored_bytes(),
+        )  # fmt: skip
         self._ranking.put(snapshot.id)
+        self._weigh(touched)
 
     def add_many(
         self,
@@ -93,10 +99,12 @@ class SnapshotTable:
         self._now, stats = now, self.stats
         listed = {snapshot.id: snapshot for snapshot in snapshots}
         self.snapshots |= listed
+        for snapshot in listed.values():
+            self.files.add(snapshot)
         for id_, snapshot in listed.items():
             stats[id_] = SnapshotStats(
-                id_, snapshot.n_tokens, snapshot.size_bytes, snapshot.kind, last_used[id_], now,
-                *hits.get(id_, NEVER),
+                id_, snapshot.n_tokens, self.files.own_bytes(snapshot), snapshot.kind, last_used[id_], now,
+                *hits.get(id_, NEVER), restored_bytes=snapshot.restored_bytes(),
             )  # fmt: skip
         self._ranking.add_many(listed)
 
@@ -130,7 +138,9 @@ class SnapshotTable:
         self._rank_again(id_, now)
 
     def take(self, id_: str, now: float) -> bool:
-        """Unlist it. True if its files may be removed now; False if a pin holds them until ``unpin`` returns it."""
+        """Unlist it. True if its files may be removed now, after ``release``; False if a pin holds them until ``unpin``
+        returns it.
+        """
         if self._is_valid(id_):
             self.order.gone(self.stats[id_], now)
         snapshot = self.snapshots.pop(id_)
@@ -140,6 +150,19 @@ class SnapshotTable:
             self.pending_delete[id_] = snapshot
             return False
         return True
+
+    def release(self, snapshot: Snapshot) -> dict[str, int]:
+        """It needs its files no more. Returns those that no other snapshot needs, with their bytes."""
+        freed, touched = self.files.drop(snapshot)
+        self._weigh(touched)
+        return freed
+
+    def _weigh(self, ids: Iterable[str]) -> None:
+        """These own more or less bytes than before."""
+        for id_ in ids:
+            if (stats := self.stats.get(id_)) is not None:
+                stats.size_bytes = self.files.own_bytes(self.snapshots[id_])
+                self._ranking.put(id_)
 
     def change_kind(self, id_: str, kind: SnapshotKind, is_pinned: bool) -> Snapshot:
         """Change its kind and pin. Raises KeyError for an unlisted id."""
@@ -178,13 +201,14 @@ class SnapshotTable:
             self._ranking.put(id_)
 
     def victims(self, short_bytes: int, n_short: int, keep: Collection[str], now: float) -> list[Snapshot]:
-        """The snapshots to evict for ``short_bytes`` bytes and ``n_short`` files; fewer if there are not enough. None
-        that is not needed, none in ``keep``, none that is held.
+        """The snapshots to evict for ``short_bytes`` bytes and ``n_short`` of them; fewer if there are not enough. None
+        that is not needed, none in ``keep``, none that is held. What each frees is what no other needs that stays.
 
         The pin in its sidecar protects a snapshot only while its model is served.
         """
         self._now = now
         victims: list[Snapshot] = []
+        departure = Departure(self.files)
         over_bytes, n_over = -short_bytes, -n_short
         if over_bytes >= 0 and n_over >= 0:
             return victims
@@ -194,14 +218,16 @@ class SnapshotTable:
                 if self._is_held(snapshot) or id_ in keep:
                     continue
                 victims.append(snapshot)
-                over_bytes += snapshot.size_bytes
+                over_bytes += departure.add(snapshot)
                 n_over += 1
                 if over_bytes >= 0 and n_over >= 0:
                     break
         for snapshot in reversed(victims[:-1]):  # a later victim may have made this one unnecessary
-            if snapshot.size_bytes <= over_bytes and n_over > 0:
+            freed_bytes = departure.needed_for(snapshot)
+            if freed_bytes <= over_bytes and n_over > 0:
                 victims.remove(snapshot)
-                over_bytes -= snapshot.size_bytes
+                departure.take_back(snapshot)
+                over_bytes -= freed_bytes
                 n_over -= 1
         return victims
 
@@ -225,7 +251,7 @@ class SnapshotTable:
 
     def known(self) -> set[str]:
         """The ids whose files are booked here."""
-        return self.snapshots.keys() | self.pending_delete.keys()
+        return self.snapshots.keys() | self.pending_delete.keys() | set(self.files.ids())
 
     def check(self) -> None:
         """Raises AssertionError with the name of the invariant that does not hold."""
@@ -233,4 +259,10 @@ class SnapshotTable:
         assert len(self._ranking) == len(self.snapshots), "not everything is ranked"
         assert self.pending_delete.keys() <= self._pins.keys(), "pending deletion without a pin"
         assert not self.snapshots.keys() & self.pending_delete.keys(), "listed and pending deletion"
+        needed = SharedFiles()
+        for snapshot in (*self.snapshots.values(), *self.pending_delete.values()):
+            needed.add(snapshot)
+        assert needed.users == self.files.users, "files are those of the snapshots"
+        for id_, stats in self.stats.items():
+            assert stats.size_bytes == self.files.own_bytes(self.snapshots[id_]), "own bytes are up to date"
         assert all(n > 0 for n in self._pins.values()), "pins that hold nothing"

@@ -90,6 +90,13 @@ def read_slot_file_now(path: Path) -> SlotFile:
     )
 
 
+def slot_file_head(tokens: bytes) -> bytes:
+    """The header of a slot file that holds ``tokens``, little-endian int32 bytes, as a current server writes it."""
+    n_tokens = len(tokens) // _WORD
+    start = _START.pack(MAGIC, VERSIONS[-1], n_tokens + 4) + _PACKED.pack(-1, _LIST_VERSION, n_tokens)
+    return start + tokens + bytes(_WORD)
+
+
 def _n_words(name: str, start: bytes, size_bytes: int) -> int:
     """The length of the packed list in words, checked against the size of the file."""
     if len(start) < _START.size:

@@ -27,11 +27,11 @@ from xxhash import xxh3_128_hexdigest
 
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.file_id import FileId
-from llamaslot.store.sidecar import JSON, Snapshot
+from llamaslot.store.sidecar import JSON, Part, Snapshot
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 _HEAD = "llamaslot sidecars"
 Mark = tuple[int, int, int, int]  # a FileId, which takes longer to make
 
@@ -131,6 +131,7 @@ def _encode(entries: list[tuple[Snapshot, float, Mark, Mark]]) -> bytes:
         columns: dict[str, Any] = dict(zip(_FIELDS, zip(*map(_values, snapshots), strict=True), strict=True))
         fingerprints = {each: n for n, each in enumerate(dict.fromkeys(columns["fingerprint"]))}
         columns["fingerprint"] = [fingerprints[each] for each in columns["fingerprint"]]
+        columns["parts"] = [[tuple(part) for part in parts] for parts in columns["parts"]]
         content |= {"fingerprints": list(fingerprints), "snapshots": columns, "last_used": last_used}
         content |= {"kv": list(zip(*kv, strict=True)), "json": list(zip(*json, strict=True))}
     body = orjson.dumps(content)
@@ -149,6 +150,7 @@ def _decode(data: bytes) -> Known:
         columns, fingerprints = content["snapshots"], content["fingerprints"]
         columns["fingerprint"] = [fingerprints[n] for n in columns["fingerprint"]]
         columns["checkpoints"] = map(tuple, columns["checkpoints"])
+        columns["parts"] = [tuple(Part(*part) for part in parts) for parts in columns["parts"]]
         columns["kind"] = [_KINDS[kind] for kind in columns["kind"]]
         ids = columns["id"]
         return Known(

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from msgspec import Struct
 from llamaslot.errors import LlamaslotError
 from llamaslot.store import scan
 from llamaslot.store.neighbours import Neighbours
-from llamaslot.store.sidecar import Snapshot, readable
+from llamaslot.store.sidecar import JSON, readable
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
@@ -61,9 +61,8 @@ class Deficit(NamedTuple):
     size_bytes: int
     n_files: int
 
-    def is_met_by(self, victims: Sequence[Snapshot]) -> bool:
-        enough = sum(victim.size_bytes for victim in victims) >= self.size_bytes
-        return enough and len(victims) >= self.n_files
+    def is_met_by(self, freed_bytes: int, n_freed: int) -> bool:
+        return freed_bytes >= self.size_bytes and n_freed >= self.n_files
 
 
 class Quota:
@@ -83,6 +82,7 @@ class Quota:
         self.granted = 0
         self.removing: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self.leftovers: dict[str, int] = {}
+        self.writing: set[str] = set()  # ids of files that no snapshot names yet
         self.n_commits = 0  # since the start
         self._n_waiting = 0
         self._free: int | None = None  # free bytes of the file system at the last query
@@ -147,14 +147,16 @@ class Quota:
             else:
                 self._free = found.f_bavail * found.f_frsize
 
-    async def make_available(self, size_bytes: int, evict: Callable[[Deficit], bool]) -> None:
+    async def make_available(
+        self, size_bytes: int, evict: Callable[[Deficit], bool], n_files: int = 1
+    ) -> None:
         """Wait until one more file of ``size_bytes`` fits. The caller must book it without an await in between.
 
-        With 0 bytes: for a file that has grown and is on disk already. ``evict(short)`` evicts at least ``short`` at
+        With 0 bytes: for a file that has grown and is on disk already. ``n_files`` 0: for more bytes of one that counts. ``evict(short)`` evicts at least ``short`` at
         once, or nothing and returns False. Raises QuotaExceeded. Canceling is safe: removals that have begun are
         completed.
         """
-        n_files = min(size_bytes, 1)
+        n_files = min(size_bytes, n_files)
         self.waiting += size_bytes
         self._n_waiting += n_files
         try:
@@ -222,34 +224,36 @@ class Quota:
             return f"no room for another file: store.max_files is {limits.max_files} ({parts})"
         return f"no room for {readable(size_bytes)}: the quota is {readable(limits.quota_bytes)} ({parts})"
 
-    def remove(self, id_: str, size_bytes: int) -> asyncio.Task[None]:
-        """Start to unlink the files of an id; its bytes count until that is done."""
+    def remove(self, id_: str, size_bytes: int, *, keeps_data: bool = False) -> asyncio.Task[None]:
+        """Start to unlink the files of an id; its bytes count until that is done. ``keeps_data``: only the sidecar."""
         self.leaving += size_bytes
-        task = self._tasks.spawn(self._unlink(id_, size_bytes), f"remove {id_}")
-        self.removing[id_] = size_bytes, task
+        name = id_ + JSON if keeps_data else id_
+        task = self._tasks.spawn(self._unlink(name, id_, size_bytes, keeps_data), f"remove {name}")
+        self.removing[name] = size_bytes, task
         return task
 
-    async def _unlink(self, id_: str, size_bytes: int) -> None:
+    async def _unlink(self, name: str, id_: str, size_bytes: int, keeps_data: bool) -> None:
         n_left = size_bytes  # until more is known
         try:
-            n_left, error = await asyncio.to_thread(scan.remove, self.directory, id_)
+            n_left, error = await asyncio.to_thread(scan.remove, self.directory, id_, keeps_data=keeps_data)
             if error is not None:
                 log.warning("snapshots: %s cannot be removed: %s", id_, error.strerror or error)
         finally:
             # On every path: waiters for this removal read the result here.
-            del self.removing[id_]
+            del self.removing[name]
             self.leaving -= size_bytes
             if n_left:
                 self.leave(id_, n_left)
 
     def known(self) -> set[str]:
         """The ids whose files are booked here."""
-        return self.removing.keys() | self.leftovers.keys()
+        return self.removing.keys() | self.leftovers.keys() | self.writing
 
     async def removed(self, id_: str) -> None:
         """Wait until the files of the id are gone or left over. Canceling is safe."""
-        if (removal := self.removing.get(id_)) is not None:
-            await asyncio.shield(removal[1])
+        for name in (id_, id_ + JSON):
+            if (removal := self.removing.get(name)) is not None:
+                await asyncio.shield(removal[1])
 
     async def next_removal(self) -> None:
         """Wait until one of the running removals has ended. Canceling is safe."""

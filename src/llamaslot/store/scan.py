@@ -1,8 +1,9 @@
 """Scans the snapshot directory. Opening the store is a scan that repairs.
 
 A file is ours if it is a regular file named ``ls-<16 hex>`` with one of our suffixes; all others are never touched.
-Of ours, only a .kv file with a matching sidecar is a snapshot. All else was left by a crash: it is removed or, if
-that is impossible, counted as a leftover, so that the quota stays true.
+Of ours, only a .kv file with a matching sidecar is a snapshot, and the files that its sidecar names are its own. All
+else was left by a crash: it is removed or, if that is impossible, counted as a leftover, so that the quota stays true.
+Of a snapshot with parts that are missing or have another size, the longest beginning without them is kept.
 """
 
 from __future__ import annotations
@@ -10,23 +11,29 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterable
-from itertools import islice
+from contextlib import suppress
+from itertools import islice, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 
+from llamaslot.cache.content import SnapshotKind
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, head
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.file_id import FileId
 from llamaslot.store import sidecar
 from llamaslot.store.directory import HITS_NAME, LOCK_NAME
-from llamaslot.store.header import SlotFile, read_slot_file_now
+from llamaslot.store.header import SlotFile, read_slot_file_now, slot_file_head
 from llamaslot.store.manifest import Known, Mark
-from llamaslot.store.sidecar import JSON, KV, NEW, PART, PROBE, Noted, Snapshot, WithTokens
+from llamaslot.store.sidecar import EXT, JSON, KV, NEW, PART, PROBE, Noted, Part, Snapshot, WithTokens
 
 _AT_ONCE = 64  # snapshots read by one call of a thread, which costs as much as reading one of them
 _SOME = 32 * _AT_ONCE
 
-SUFFIXES = (PART, KV, PROBE, NEW, JSON)  # the order of removal: the largest first, the sidecar last
+_DATA = (PART, KV, EXT)  # these count for the quota
+SUFFIXES = (*_DATA, PROBE, NEW, JSON)  # the order of removal: the largest first, the sidecar last
 
 
 class Listing(Struct, frozen=True):
@@ -97,23 +104,23 @@ def _listing(entries: Iterable[os.DirEntry[str]]) -> Listing:
 
 
 def size_bytes(directory: Path, id_: str) -> int:
-    """The bytes of an id that count for the quota: its .kv and .part. Blocking."""
-    return sum(_size(directory / (id_ + suffix)) for suffix in (KV, PART))
+    """The bytes of an id that count for the quota. Blocking."""
+    return sum(_size(directory / (id_ + suffix)) for suffix in _DATA)
 
 
-def missing(directory: Path, ids: set[str]) -> set[str]:
-    """The ids that have no .kv file. Blocking."""
-    return {id_ for id_ in ids if not os.path.lexists(directory / (id_ + KV))}
+def missing(directory: Path, names: set[str]) -> set[str]:
+    """Those of these files that do not exist. Blocking."""
+    return {name for name in names if not os.path.lexists(directory / name)}
 
 
-def remove(directory: Path, id_: str) -> tuple[int, OSError | None]:
+def remove(directory: Path, id_: str, *, keeps_data: bool = False) -> tuple[int, OSError | None]:
     """Unlink every file of the id. Blocking; errors of the file system are returned, not raised.
 
-    Returns the bytes of .kv and .part that are still there, and the first error. The .kv goes first: it is the
-    largest, and a sidecar without its file is removed by the next scan.
+    Returns the bytes that are still there, and the first error. The data go first: they are the largest, and a sidecar
+    without its file is removed by the next scan. ``keeps_data``: other snapshots need them.
     """
     n_left, first = 0, None
-    for suffix in SUFFIXES:
+    for suffix in (NEW, JSON) if keeps_data else SUFFIXES:
         path = directory / (id_ + suffix)
         try:
             os.unlink(path)
@@ -121,7 +128,7 @@ def remove(directory: Path, id_: str) -> tuple[int, OSError | None]:
             continue
         except OSError as error:
             first = first or error
-            if suffix in (PART, KV):
+            if suffix in _DATA:
                 n_left += _size(path)
     return n_left, first
 
@@ -156,7 +163,7 @@ def agree_each(directory: Path, snapshots: Iterable[Snapshot]) -> list[WithToken
 
 
 def agree_still(directory: Path, snapshot: Snapshot) -> WithTokens:
-    """The tokens from its header. Blocking; raises SnapshotInvalid unless the file is still the one that was listed."""
+    """The tokens from its header. Blocking; raises SnapshotInvalid unless its files are still those that were listed."""
     file = read_slot_file_now(directory / snapshot.file_name)
     if file.size_bytes != snapshot.size_bytes:
         raise SnapshotInvalid(
@@ -164,6 +171,8 @@ def agree_still(directory: Path, snapshot: Snapshot) -> WithTokens:
         )
     if sidecar.digest_of(file.tokens) != snapshot.digest:
         raise SnapshotInvalid(f"{snapshot.id}: holds other tokens than when it was saved")
+    if bad := _bad_files(snapshot.parts, lambda name: _size(directory / name)):
+        raise SnapshotInvalid(f"{snapshot.id}: {', '.join(sorted(bad))} is missing or has another size")
     return snapshot.with_tokens(file.tokens)
 
 
@@ -182,13 +191,14 @@ async def scan(
     found.take(known, unchanged)
     unread = iter(sorted((listing.holders(KV) & listing.holders(JSON)) - unchanged))
     loaded = dict[str, Loaded | SnapshotInvalid]()
+    useless, unreadable = list[str](), list[str]()
     for id_, suffixes in sorted(listing.suffixes.items()):
+        if not {KV, JSON} <= suffixes:
+            useless.append(id_)  # unless a snapshot needs it
+            continue
         if suffixes != {KV, JSON}:
-            found.n_unfinished += 1
-            if not {KV, JSON} <= suffixes:
-                await _discard(directory, id_, found)
-                continue
             # A valid snapshot with extra files: only those are removed.
+            found.n_unfinished += 1
             await asyncio.to_thread(
                 _unlink_quietly, *(directory / (id_ + rest) for rest in suffixes - {KV, JSON})
             )
@@ -203,21 +213,44 @@ async def scan(
             read = loaded.pop(id_)
             if isinstance(read, SnapshotInvalid):
                 raise read
-            snapshot, last_used, file_id, is_durable = read
         except SnapshotInvalid as error:
             found.faults.append(str(error))
             if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
                 # Not known to be broken, only unreadable: removed when its space is needed.
-                found.leftovers[id_] = await asyncio.to_thread(size_bytes, directory, id_)
+                unreadable.append(id_)
             else:
-                await _discard(directory, id_, found)
+                useless.append(id_)
             continue
-        found.snapshots.append(snapshot)
-        found.last_used[id_] = last_used
-        found.file_ids[id_] = file_id
-        if is_durable:
+        if read.fault:
+            found.faults.append(read.fault)
+            useless.append(id_)
+        id_ = read.snapshot.id  # another one if it was shortened
+        found.snapshots.append(read.snapshot)
+        found.last_used[id_] = read.last_used
+        found.file_ids[id_] = read.file_id
+        if read.is_durable:
             found.durable.add(id_)
+    await _clear(directory, listing, found, useless, unreadable)
     return found
+
+
+async def _clear(
+    directory: Path, listing: Listing, found: Found, useless: list[str], unreadable: list[str]
+) -> None:
+    """Remove the files of ``useless`` ids, and count those that cannot be removed or read, apart from what the
+    snapshots need.
+    """
+    needed = {name for snapshot in found.snapshots for name in snapshot.files}
+    for id_ in useless:
+        names = {id_ + suffix for suffix in listing.suffixes[id_]}
+        if names & needed:
+            await asyncio.to_thread(_unlink_quietly, *(directory / name for name in names - needed))
+        else:
+            found.n_unfinished += not {id_ + KV, id_ + JSON} <= names
+            await _discard(directory, id_, found)
+    for id_ in unreadable:
+        if id_ + KV not in needed:
+            found.leftovers[id_] = await asyncio.to_thread(size_bytes, directory, id_)
 
 
 def _look(directory: Path, known: Known) -> tuple[Listing, set[str]]:
@@ -226,7 +259,7 @@ def _look(directory: Path, known: Known) -> tuple[Listing, set[str]]:
     """
     expected = {id_ + KV: file_id for id_, file_id in known.kv.items()}
     expected.update((id_ + JSON, file_id) for id_, file_id in known.json.items())
-    same, others = set[str](), list[os.DirEntry[str]]()
+    same, others, sizes = set[str](), list[os.DirEntry[str]](), dict[str, int]()
     with os.scandir(directory) as entries:
         for entry in entries:
             if (was := expected.get(entry.name)) is not None:
@@ -237,10 +270,18 @@ def _look(directory: Path, known: Known) -> tuple[Listing, set[str]]:
                 else:  # not ``FileId.of``, which takes as long as the rest
                     if (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns) == was:
                         same.add(entry.name)
+                        sizes[entry.name] = now.st_size
                         continue
+            elif entry.name.endswith((KV, EXT)):
+                with suppress(OSError):
+                    sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
             others.append(entry)
     listing = _listing(others)
-    unchanged = {id_ for id_ in known.snapshots if id_ + KV in same and id_ + JSON in same}
+    unchanged = {
+        id_
+        for id_, snapshot in known.snapshots.items()
+        if id_ + KV in same and id_ + JSON in same and not _bad_files(snapshot.parts, sizes.get)
+    }
     for id_ in known.snapshots.keys() - unchanged | unchanged & listing.suffixes.keys():
         for suffix in (KV, JSON):
             if id_ + suffix in same:
@@ -248,7 +289,21 @@ def _look(directory: Path, known: Known) -> tuple[Listing, set[str]]:
     return listing, unchanged
 
 
-Loaded = tuple[Snapshot, float, FileId, bool]
+def _bad_files(parts: Iterable[Part], size_of: Callable[[str], int | None]) -> set[str]:
+    """The files of ``parts`` that are missing or have another size."""
+    return {part.file for part in parts if size_of(part.file) != part.size_bytes}
+
+
+class Loaded(NamedTuple):
+    """A snapshot, its last use, the mark of its .kv file, and whether its data are known to be on disk. ``fault``: why it
+    was shortened, and has another id.
+    """
+
+    snapshot: Snapshot
+    last_used: float
+    file_id: FileId
+    is_durable: bool
+    fault: str = ""
 
 
 def _load_some(directory: Path, ids: Iterable[str]) -> dict[str, Loaded | SnapshotInvalid]:
@@ -263,9 +318,7 @@ def _load_some(directory: Path, ids: Iterable[str]) -> dict[str, Loaded | Snapsh
 
 
 def _load(directory: Path, id_: str) -> Loaded:
-    """The snapshot, its last use, the mark of its .kv file, and whether its data is known to be on disk. Blocking;
-    raises SnapshotInvalid.
-    """
+    """Blocking; raises SnapshotInvalid."""
     path = directory / (id_ + JSON)
     try:
         data, dated = path.read_bytes(), path.stat().st_mtime
@@ -277,7 +330,48 @@ def _load(directory: Path, id_: str) -> Loaded:
         raise SnapshotInvalid(f"{id_}{KV}: was not yet on the disk when the machine went down")
     file = read_slot_file_now(directory / (id_ + KV))
     agree(noted, file)
-    return noted.snapshot(sidecar.digest_of(file.tokens)), dated, file_id, noted.boot is None
+    if bad := _bad_files(noted.parts, lambda name: _size(directory / name)):
+        fault = f"{id_}: {', '.join(sorted(bad))} is missing or has another size"
+        return _shortened(directory, noted, file.tokens, bad, dated, fault)
+    return Loaded(noted.snapshot(sidecar.digest_of(file.tokens)), dated, file_id, noted.boot is None)
+
+
+def _shortened(
+    directory: Path, noted: Noted, tokens: bytes, bad: set[str], last_used: float, fault: str
+) -> Loaded:
+    """Write a snapshot of the longest beginning that is left without the ``bad`` files. Raises SnapshotInvalid with
+    ``fault`` if none is.
+    """
+    rows = [part for part in noted.parts if not part.is_state]
+    good = list(takewhile(lambda part: part.file not in bad, rows))
+    n_rows = good[-1].end if good else 0 if rows else noted.n_tokens
+    states = [part for part in noted.parts if part.is_state and part.file not in bad and part.end <= n_rows]
+    has_states = any(part.is_state for part in noted.parts)
+    n_tokens = max((part.end for part in states), default=0) if has_states else n_rows
+    if n_tokens < NEGLIGIBLE_TOKENS:
+        raise SnapshotInvalid(fault)
+    kept = [part._replace(end=min(part.end, n_tokens)) for part in good if part.start < n_tokens]
+    data = slot_file_head(head(tokens, n_tokens))
+    noted = replace(
+        noted,
+        id=sidecar.new_id(),
+        n_tokens=n_tokens,
+        size_bytes=len(data),
+        parts=(*kept, *states),
+        checkpoints=tuple(at for at in noted.checkpoints if at <= n_tokens),
+        boot=sidecar.boot_id(),
+        is_pinned=False,
+        kind=SnapshotKind.LEAF,
+    )
+    kv = directory / (noted.id + KV)
+    try:
+        sidecar.write_data(kv, data)
+        sidecar.make_durable(directory, noted, last_used)
+        file_id = FileId.of(os.lstat(kv))
+    except OSError as error:
+        raise SnapshotInvalid(f"{fault}, and no shorter one can be written: {error.strerror or error}") from error
+    snapshot = noted.snapshot(sidecar.digest_of(head(tokens, n_tokens)))
+    return Loaded(snapshot, last_used, file_id, True, f"{fault}: its first {n_tokens} tokens stay as {noted.id}")
 
 
 async def _discard(directory: Path, id_: str, found: Found) -> None:

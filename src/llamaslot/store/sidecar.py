@@ -1,8 +1,10 @@
 """The types and file names of the store, and the sidecar that makes a slot file a snapshot.
 
-A snapshot is ``<id>.kv``, written by llama-server, and ``<id>.json``, written by us after everything else: a file
-without its sidecar is ignored. Sidecars hold no tokens (those are in the header of the .kv file), so there is no
-second copy of a conversation. The modification time of a sidecar is the time of the last use.
+A snapshot is ``<id>.kv`` and ``<id>.json``, written by us after everything else: a file without its sidecar is
+ignored. The .kv file is a whole slot file, as llama-server wrote it, or only the header of one: then the sidecar names
+the *parts* of its content, rows and states in files that other snapshots may need too (``<id>.ext``, or the .kv file
+of another). A file that no sidecar needs does not exist. Sidecars hold no tokens (those are in the header of the .kv
+file). The modification time of a sidecar is the time of the last use.
 
 A .kv file of a gigabyte is renamed before the kernel has written it to disk. A killed process loses nothing by that;
 a power cut could leave zeros behind a valid header, which would be restored as the context of a user. So a sidecar
@@ -18,7 +20,7 @@ import os
 import re
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from msgspec import Struct
@@ -29,12 +31,29 @@ from llamaslot.cache.content import SnapshotKind
 from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
 
-# written if there is a namespace: a reader of version 1 must not take the snapshot for a shared one
-VERSION = 2
-_VERSIONS = (1, VERSION)
-KV, JSON, PART, NEW, PROBE = ".kv", ".json", ".part", ".json.new", ".probe"
-_OURS = re.compile(r"(ls-[0-9a-f]{16})(\.kv|\.json|\.part|\.json\.new|\.probe)")
+# 2 if there is a namespace: a reader of version 1 must not take the snapshot for a shared one. 3 if there are parts.
+VERSION = 3
+_VERSIONS = (1, 2, VERSION)
+KV, EXT, JSON, PART, NEW, PROBE = ".kv", ".ext", ".json", ".part", ".json.new", ".probe"
+_OURS = re.compile(r"(ls-[0-9a-f]{16})(\.kv|\.ext|\.json|\.part|\.json\.new|\.probe)")
+N_STATES = 2  # given to llama-server with the rows: the latest ones
 _MODE = 0o660  # llama-server and llamaslot may be two users of one group; the umask restricts it
+
+
+class Part(NamedTuple):
+    """The rows of tokens ``start`` to ``end`` in ``file``, or, if both are equal, the state of the model there.
+
+    ``size_bytes``: of the whole file, which may hold more than the part.
+    """
+
+    file: str
+    start: int
+    end: int
+    size_bytes: int
+
+    @property
+    def is_state(self) -> bool:
+        return self.start == self.end
 
 
 class Snapshot(Struct, frozen=True):
@@ -43,7 +62,9 @@ class Snapshot(Struct, frozen=True):
     ``digest``: a hash of the tokens; ``created_at``: seconds since the epoch; ``checkpoints``: token counts to which
     a model that cannot rewind can return; ``source``: what it was saved for. ``is_pinned``: it must be there before
     it is requested (prewarmed), so it is neither evicted nor superseded. ``namespace``: the namespace that may resume
-    from it (``cache.namespaces``), "" for all.
+    from it (``cache.namespaces``), "" for all. ``parts``: where its content is: rows from the first token to the last,
+    then states by position; empty for a whole slot file. ``row_bytes``: of each token's rows. ``size_bytes``: of its
+    .kv file.
     """
 
     id: str
@@ -57,6 +78,21 @@ class Snapshot(Struct, frozen=True):
     kind: SnapshotKind = SnapshotKind.LEAF
     is_pinned: bool = False
     namespace: str = ""
+    parts: tuple[Part, ...] = ()
+    row_bytes: int = 0
+
+    @property
+    def files(self) -> dict[str, int]:
+        """All its files but the sidecar, and their bytes. Others may need them too."""
+        return {self.id + KV: self.size_bytes, **{part.file: part.size_bytes for part in self.parts}}
+
+    def restored_bytes(self, n_tokens: int | None = None) -> int:
+        """The approximate bytes that llama-server reads to restore it, or its first ``n_tokens``."""
+        n = self.n_tokens if n_tokens is None else n_tokens
+        if not self.parts:
+            return self.size_bytes if n >= self.n_tokens else self.size_bytes * n // self.n_tokens
+        states = sorted((part.end, part.size_bytes) for part in self.parts if part.is_state and part.end <= n)
+        return n * (self.row_bytes + WIDTH) + sum(size for _, size in states[-N_STATES:]) * 2
 
     def with_tokens(self, tokens: bytes) -> WithTokens:
         """Add its ``tokens``, which must be its own."""
@@ -113,6 +149,8 @@ class Noted(Struct, frozen=True):
     kind: SnapshotKind = SnapshotKind.LEAF
     is_pinned: bool = False
     namespace: str = ""
+    parts: tuple[Part, ...] = ()
+    row_bytes: int = 0
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Noted:
@@ -121,19 +159,9 @@ class Noted(Struct, frozen=True):
         return cls(**{name: getattr(snapshot, name) for name in names}, boot=boot_id())
 
     def snapshot(self, digest: str) -> Snapshot:
-        return Snapshot(
-            id=self.id,
-            n_tokens=self.n_tokens,
-            digest=digest,
-            size_bytes=self.size_bytes,
-            fingerprint=self.fingerprint,
-            created_at=self.created_at,
-            checkpoints=self.checkpoints,
-            source=self.source,
-            kind=self.kind,
-            is_pinned=self.is_pinned,
-            namespace=self.namespace,
-        )
+        fields = asdict(self)
+        del fields["boot"]
+        return Snapshot(digest=digest, **fields)
 
 
 def new_id() -> str:
@@ -181,10 +209,25 @@ def parse(name: str, data: bytes) -> Noted:
         kind=_kind(name, _field(name, {"kind": SnapshotKind.LEAF.value, **fields}, "kind", str)),
         is_pinned=_field(name, {"is_pinned": False, **fields}, "is_pinned", bool),
         namespace=_field(name, {"space": "", **fields}, "space", str),
+        parts=_parts(name, _field(name, {"parts": [], **fields}, "parts", list)),
+        row_bytes=_field(name, {"row_bytes": 0, **fields}, "row_bytes", int),
     )
     if noted.id + JSON != name:
         raise SnapshotInvalid(f"{name}: belongs to {noted.id}")
     return noted
+
+
+def _parts(name: str, rows: list[Any]) -> tuple[Part, ...]:
+    parts, end = [], 0
+    for row in rows:
+        if [type(value) for value in row] != [str, int, int, int] or own_name(row[0]) is None:
+            raise SnapshotInvalid(f"{name}: 'parts' has {row!r}")
+        part = Part(*row)
+        if not part.is_state and (part.start != end or part.end < end):
+            raise SnapshotInvalid(f"{name}: its parts leave a gap at {end}")
+        end = end if part.is_state else part.end
+        parts.append(part)
+    return tuple(parts)
 
 
 def _kind(name: str, value: str) -> SnapshotKind:
@@ -214,7 +257,12 @@ def write(directory: Path, noted: Noted, last_used: float) -> None:
 
     The directory is not synced: a name lost in a power cut is a snapshot that does not exist.
     """
-    fields = {"version": VERSION if noted.namespace else 1, **asdict(noted)}
+    version = VERSION if noted.parts else 2 if noted.namespace else 1
+    fields = {"version": version, **asdict(noted)}
+    if noted.parts:
+        fields["parts"] = [list(part) for part in noted.parts]
+    else:
+        del fields["parts"], fields["row_bytes"]
     fields["space"] = fields.pop("namespace")  # its name in the file
     content = orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
     new = directory / (noted.id + NEW)
@@ -226,13 +274,20 @@ def write(directory: Path, noted: Noted, last_used: float) -> None:
     os.rename(new, directory / (noted.id + JSON))
 
 
+def write_data(path: Path, data: bytes) -> None:
+    """Write a new file of ours; it is not synced. Blocking; raises OSError, also if it exists."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE), "wb") as file:
+        file.write(data)
+
+
 def make_durable(directory: Path, noted: Noted, last_used: float) -> None:
-    """Sync the .kv file and record that in the sidecar. Blocking, for seconds; raises OSError."""
-    fd = os.open(directory / (noted.id + KV), os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fdatasync(fd)
-    finally:
-        os.close(fd)
+    """Sync its files and record that in the sidecar. Blocking, for seconds; raises OSError."""
+    for name in dict.fromkeys([*(part.file for part in noted.parts), noted.id + KV]):
+        fd = os.open(directory / name, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
     write(directory, replace(noted, boot=None), last_used)
 
 

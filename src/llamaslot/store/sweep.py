@@ -10,7 +10,6 @@ from pathlib import Path
 from llamaslot.store import scan
 from llamaslot.store.entries import SnapshotTable
 from llamaslot.store.quota import Quota
-from llamaslot.store.sidecar import KV
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ class Sweep:
         llama-server completes a save even if its client has gone: its part file can appear after an ``abandon``, or
         after our own restart. An unknown pair of .kv and .json is left for the next opening.
         """
-        before = set(self._table.snapshots)
+        before = set(self._table.files.sizes)
         try:
             listing = await asyncio.to_thread(scan.list_own, self._directory)
         except OSError as error:
@@ -50,7 +49,9 @@ class Sweep:
             )
             return
         # Checked again one by one: a listing that misses a name must not cost the file.
-        missing = await asyncio.to_thread(scan.missing, self._directory, before - listing.holders(KV))
+        listed = {id_ + suffix for id_, suffixes in listing.suffixes.items() for suffix in suffixes}
+        names = await asyncio.to_thread(scan.missing, self._directory, before - listed)
+        missing = set().union(*(self._table.files.users.get(name, ()) for name in names))
         for id_ in missing & self._table.snapshots.keys():
             if self._quota.is_shared:
                 log.info("snapshot dropped: %s: another llamaslot of this store has evicted it", id_)

@@ -134,8 +134,9 @@ class Upkeep:
                     log.warning("snapshots: %s cannot be synced: %s", noted.id, error.strerror or error)
                     if error.errno == errno.EIO:
                         self._lost(noted.id)  # the kernel reports the error once; a second sync would succeed
-        if noted.id not in self._table.known():
+        if noted.id not in self._table.snapshots and noted.id not in self._table.pending_delete:
             # Dropped meanwhile: the sidecar may have been written after its removal.
-            await asyncio.to_thread(scan.remove, self._directory, noted.id)
+            is_needed = noted.id in self._table.known()
+            await asyncio.to_thread(scan.remove, self._directory, noted.id, keeps_data=is_needed)
         elif (stats := self._table.stats.get(noted.id)) is not None and stats.last_used != dated:
             self.date(noted.id)

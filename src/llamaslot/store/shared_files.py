@@ -1,0 +1,90 @@
+"""The files of all snapshots, and which snapshots need each. A file that several need is on disk once; it goes with the
+last of them. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from llamaslot.store.sidecar import Snapshot
+
+
+class SharedFiles:
+    """``sizes``: bytes by file name; ``users``: by file name the ids of the snapshots that need it."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+        self.users: dict[str, set[str]] = {}
+
+    def add(self, snapshot: Snapshot) -> set[str]:
+        """Returns the ids of those that were the only users of a file that it needs too: they own less now."""
+        touched = set[str]()
+        for name, size_bytes in snapshot.files.items():
+            users = self.users.setdefault(name, set())
+            if len(users) == 1:
+                touched |= users
+            users.add(snapshot.id)
+            self.sizes[name] = size_bytes
+        return touched - {snapshot.id}
+
+    def drop(self, snapshot: Snapshot) -> tuple[dict[str, int], set[str]]:
+        """Returns the files that no snapshot needs any more, with their bytes, and the ids of those that are the only
+        users of a file now: they own more.
+        """
+        freed, touched = dict[str, int](), set[str]()
+        for name in snapshot.files:
+            users = self.users[name]
+            users.discard(snapshot.id)
+            if not users:
+                freed[name] = self.sizes.pop(name)
+                del self.users[name]
+            elif len(users) == 1:
+                touched |= users
+        return freed, touched
+
+    def own_bytes(self, snapshot: Snapshot) -> int:
+        """The bytes that would be free if it were dropped."""
+        return sum(self.sizes[name] for name in snapshot.files if len(self.users[name]) == 1)
+
+    def freed_bytes(self, snapshots: Iterable[Snapshot]) -> int:
+        """The bytes that would be free if all these were dropped."""
+        departure = Departure(self)
+        return sum(departure.add(snapshot) for snapshot in snapshots)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+    def ids(self) -> Iterator[str]:
+        """The ids in the names of all files."""
+        return (name[: name.index(".")] for name in self.sizes)
+
+
+class Departure:
+    """What is freed by dropping some snapshots one after the other, before any of them is."""
+
+    def __init__(self, files: SharedFiles) -> None:
+        self._files = files
+        self._n_gone: dict[str, int] = {}
+
+    def add(self, snapshot: Snapshot) -> int:
+        """The bytes that are freed if it goes too."""
+        freed_bytes = 0
+        for name in snapshot.files:
+            n_gone = self._n_gone[name] = self._n_gone.get(name, 0) + 1
+            if n_gone == len(self._files.users[name]):
+                freed_bytes += self._files.sizes[name]
+        return freed_bytes
+
+    def needed_for(self, snapshot: Snapshot) -> int:
+        """The bytes that would not be freed if one of those that were added stayed."""
+        return sum(
+            self._files.sizes[name]
+            for name in snapshot.files
+            if self._n_gone[name] == len(self._files.users[name])
+        )
+
+    def take_back(self, snapshot: Snapshot) -> None:
+        """One of those that were added stays."""
+        for name in snapshot.files:
+            self._n_gone[name] -= 1
