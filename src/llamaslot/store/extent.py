@@ -1,0 +1,360 @@
+"""An extent: what one save of a slot added to what is known of its conversation.
+
+One file with the rows of the tokens [start, end) and the states that are kept, at any number of tokens up to ``end``.
+It has no rows on a purely recurrent model, and none if ``start == end`` (states that became interesting later)::
+
+    "lsextent" | tokens | rows of each tensor | parts of each state | footer, JSON | its u64 xxh3, u64 length | "lsextend"
+
+The footer (``Extent``) has offset, length and checksum of each part, so a file that was cut or not finished is none.
+Fields of the caller (whose extent, what it goes on from) are in ``meta``, covered by the same checksum.
+
+An extent never changes. What is to shrink is written again (``shrink``); so whoever wants to drop the ends of long
+prompts cheaply keeps them in several extents.
+
+All functions block, for as long as the bytes take; they are for threads. None needs more memory than the footer.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import struct
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+import xxhash
+from msgspec import Struct
+
+from llamaslot.cache.ids import WIDTH
+from llamaslot.errors import SnapshotInvalid
+from llamaslot.store.copying import BLOCK, Copier, checksum_of, sync_directory
+from llamaslot.store.slot_layout import Shape, SlotLayout, Span
+
+VERSION = 1
+PART = ".part"  # the suffix of an extent that is being written, instead of its own
+HEAD, TAIL = b"lsextent", b"lsextend"
+_END = struct.Struct("<QQ8s")  # checksum and length of the footer, TAIL
+_FOOTER_GUESS = 64 << 10  # read at once: the footer of 64 layers and 16 states has 12 kB
+_MAX_FOOTER = 64 << 20
+
+
+class Section(Struct, frozen=True, array_like=True):
+    """``size`` bytes from ``at`` on, and their xxh3_64."""
+
+    at: int
+    size: int
+    checksum: int
+
+
+class KeptState(Struct, frozen=True):
+    """A state in an extent. The fields are those of ``slot_layout.State``."""
+
+    n_tokens: int
+    pos_min: int
+    pos_max: int
+    window: Section
+    recurrent: Section
+    draft: Section
+    speculation: Section
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        return self.window, self.recurrent, self.draft, self.speculation
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(section.size for section in self.sections)
+
+
+class Extent(Struct, frozen=True):
+    """The footer. ``start``, ``end``: its tokens in the whole path; ``n_streams``: as the save had it; ``rows``: one
+    section per tensor of ``shape``; ``size_bytes``: of the parts before the footer.
+    """
+
+    version: int
+    start: int
+    end: int
+    shape: Shape
+    n_streams: int
+    tokens: Section
+    rows: tuple[Section, ...]
+    states: tuple[KeptState, ...]
+    size_bytes: int
+    meta: dict[str, str | int | float | bool | list[int] | None] = {}
+
+    def state_at(self, n_tokens: int) -> KeptState:
+        """Raises KeyError."""
+        for state in self.states:
+            if state.n_tokens == n_tokens:
+                return state
+        raise KeyError(n_tokens)
+
+    @property
+    def sections(self) -> Iterator[Section]:
+        yield self.tokens
+        yield from self.rows
+        for state in self.states:
+            yield from state.sections
+
+
+Meta: TypeAlias = dict[str, str | int | float | bool | list[int] | None]
+
+
+class Piece(Struct, frozen=True):
+    """The tokens [start, end) of the path, which the extent in ``path`` has."""
+
+    path: Path
+    start: int
+    end: int
+
+
+def write_extent(
+    landing: Path, layout: SlotLayout, start: int, end: int, keep: Collection[int], target: Path, meta: Meta
+) -> Extent:
+    """Write the rows of the tokens [start, end) of the slot file ``landing``, and its states after the numbers of
+    tokens in ``keep``, to ``target``; durable when it returns. ``target`` with the suffix PART is used meanwhile, and
+    gone if an error comes.
+
+    Raises SnapshotInvalid if the file is not as in ``layout``, OSError (no space).
+    """
+    assert 0 <= start <= end <= layout.n_tokens, f"[{start}, {end}) of {layout.n_tokens} tokens"
+    states = [state for state in layout.states if state.n_tokens in keep]
+    assert len(states) == len(set(keep)), f"states at {sorted(keep)}"
+    with _open(landing, layout.size_bytes) as source, _Writer(target) as writer:
+        tokens = writer.data(layout.tokens[start * WIDTH : end * WIDTH])
+        rows = [
+            writer.spans(source.fd, layout.row_spans(tensor, start, end))
+            for tensor in range(len(layout.shape.tensors))
+        ]
+        kept = [
+            KeptState(
+                state.n_tokens,
+                state.pos_min,
+                state.pos_max,
+                *(writer.spans(source.fd, [part]) for part in state.parts),
+            )
+            for state in states
+        ]
+        return writer.finish(
+            Extent(
+                VERSION, start, end, layout.shape, layout.n_streams, tokens, tuple(rows), tuple(kept),
+                writer.size_bytes, meta,
+            )
+        )  # fmt: skip
+
+
+def shrink(path: Path, end: int, keep: Collection[int], target: Path, meta: Meta) -> Extent:
+    """Write the extent in ``path`` again, to ``target``: only its tokens before ``end``, and of its states those after
+    the numbers of tokens in ``keep``. Whole parts are checked. Raises as ``write_extent`` and ``read_extent`` do.
+    """
+    extent = read_extent(path)
+    assert extent.start <= end <= extent.end, f"{end} of [{extent.start}, {extent.end})"
+    n, n_before = end - extent.start, extent.end - extent.start
+    with _open(path) as source, _Writer(target) as writer:
+        tokens, *rows = [
+            writer.part_of(source, section, section.size * n // n_before if n_before else 0)
+            for section in (extent.tokens, *extent.rows)
+        ]
+        kept = [
+            KeptState(
+                state.n_tokens,
+                state.pos_min,
+                state.pos_max,
+                *(writer.part_of(source, section, section.size) for section in state.sections),
+            )
+            for state in extent.states
+            if state.n_tokens in keep
+        ]
+        return writer.finish(
+            msgspec.structs.replace(
+                extent, end=end, tokens=tokens, rows=tuple(rows), states=tuple(kept),
+                size_bytes=writer.size_bytes, meta=meta,
+            )
+        )  # fmt: skip
+
+
+def read_extent(path: Path) -> Extent:
+    """Read and check the footer: one read of 64 kB. Raises SnapshotInvalid with the reason in one line."""
+    with _open(path) as source:
+        return source.extent()
+
+
+def read_tokens(path: Path, extent: Extent) -> bytes:
+    """The tokens of the extent, little-endian int32, checked. Raises SnapshotInvalid."""
+    with _open(path) as source:
+        data = source.read(extent.tokens.at, extent.tokens.size)
+    if xxhash.xxh3_64_intdigest(data) != extent.tokens.checksum:
+        raise SnapshotInvalid(f"{path.name}: its tokens have changed")
+    return data
+
+
+def verify(path: Path) -> Extent:
+    """Read all of the extent and compare the checksums. Raises SnapshotInvalid with the reason in one line."""
+    with _open(path) as source:
+        extent = source.extent()
+        buffer = memoryview(mmap.mmap(-1, BLOCK))
+        for section in extent.sections:
+            if checksum_of(source.fd, section.at, section.size, buffer) != section.checksum:
+                raise SnapshotInvalid(f"{path.name}: {section.size} bytes at {section.at} have changed")
+    return extent
+
+
+def differing_rows(
+    landing: Path, layout: SlotLayout, pieces: Iterable[Piece], n_tokens: int = 32, seed: int | None = None
+) -> int:
+    """Compare the rows of ``n_tokens`` random tokens of ``pieces``, in all tensors (two of them if there are more than
+    16: any of them differs if a layer before it does), with those in the slot file ``landing``: how many differ. The
+    same path and shape is the caller's care. Raises SnapshotInvalid, OSError.
+    """
+    pieces = [piece for piece in pieces if piece.start < piece.end]
+    if not pieces or not layout.shape.tensors:
+        return 0
+    rng, n_different = random.Random(seed), 0
+    chosen = rng.choices(pieces, [piece.end - piece.start for piece in pieces], k=n_tokens)
+    with _open(landing, layout.size_bytes) as source:
+        for piece in pieces:
+            if not (n := chosen.count(piece)):
+                continue
+            with _open(piece.path) as other:
+                extent = other.extent()
+                for _ in range(n):
+                    token = rng.randrange(piece.start, piece.end)
+                    for tensor in _some_tensors(layout.shape, rng):
+                        row_bytes = layout.shape.tensors[tensor].row_bytes
+                        ((at, size),) = layout.row_spans(tensor, token, token + 1)
+                        there = extent.rows[tensor].at + (token - extent.start) * row_bytes
+                        n_different += source.read(at, size) != other.read(there, row_bytes)
+    return n_different
+
+
+def _some_tensors(shape: Shape, rng: random.Random) -> Collection[int]:
+    n = len(shape.tensors)
+    return range(n) if n <= 16 else rng.sample(range(n), 16)
+
+
+class Source:
+    """A file that is read. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises SnapshotInvalid if it cannot be opened."""
+        self.path = path
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SnapshotInvalid(f"{path.name}: cannot be read: {error.strerror or error}") from error
+        self.size_bytes = os.fstat(self.fd).st_size
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+    def read(self, at: int, size: int) -> bytes:
+        """Raises SnapshotInvalid if there are fewer bytes."""
+        data = os.pread(self.fd, size, at)
+        if len(data) != size:
+            raise SnapshotInvalid(f"{self.path.name}: ends at {at + len(data)}, not at {at + size}")
+        return data
+
+    def extent(self) -> Extent:
+        """Its footer. Raises SnapshotInvalid."""
+        name, size = self.path.name, self.size_bytes
+        end = self.read(max(0, size - _FOOTER_GUESS), min(size, _FOOTER_GUESS))
+        if len(end) < _END.size or not end.endswith(TAIL):
+            raise SnapshotInvalid(f"{name}: no extent, or cut short")
+        checksum, length, _ = _END.unpack(end[-_END.size :])
+        if length > min(size - _END.size, _MAX_FOOTER):
+            raise SnapshotInvalid(f"{name}: a footer of {length} bytes in {size}")
+        footer = end[-_END.size - length : -_END.size]
+        if length > len(end) - _END.size:
+            footer = self.read(size - _END.size - length, length)
+        if xxhash.xxh3_64_intdigest(footer) != checksum:
+            raise SnapshotInvalid(f"{name}: its footer has changed")
+        try:
+            extent = msgspec.json.decode(footer, type=Extent)
+        except msgspec.DecodeError as error:
+            raise SnapshotInvalid(f"{name}: an extent of another form: {error}") from None
+        if extent.version != VERSION:
+            raise SnapshotInvalid(f"{name}: extent of version {extent.version}; llamaslot knows {VERSION}")
+        if fault := _fault(extent, size - _END.size - length):
+            raise SnapshotInvalid(f"{name}: {fault}")
+        return extent
+
+
+def _fault(extent: Extent, size: int) -> str:
+    """What does not add up; "" if all does."""
+    n = extent.end - extent.start
+    if not 0 <= extent.start <= extent.end or extent.tokens.size != n * WIDTH:
+        return f"{extent.tokens.size} bytes for the tokens [{extent.start}, {extent.end})"
+    if [rows.size for rows in extent.rows] != [tensor.row_bytes * n for tensor in extent.shape.tensors]:
+        return f"its rows are not those of {n} tokens"
+    at = len(HEAD)
+    for section in extent.sections:
+        if section.at != at or section.size < 0:
+            return f"a part at {section.at}, expected at {at}"
+        at += section.size
+    return "" if at == extent.size_bytes == size else f"{at} bytes of parts, {size} bytes"
+
+
+def _open(path: Path, size_bytes: int | None = None) -> Source:
+    source = Source(path)
+    if size_bytes is not None and source.size_bytes != size_bytes:
+        source.__exit__()
+        raise SnapshotInvalid(f"{path.name}: has {source.size_bytes} bytes now, had {size_bytes}")
+    return source
+
+
+class _Writer:
+    """Writes an extent beside ``target``. A context manager; an error leaves nothing."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self._copier = Copier(target.with_suffix(PART))
+        self._is_whole = False
+
+    def __enter__(self) -> _Writer:
+        self._copier.__enter__()
+        self._copier.write(HEAD)
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._copier.close()
+        if not self._is_whole:
+            self._copier.target.unlink(missing_ok=True)
+
+    @property
+    def size_bytes(self) -> int:
+        return self._copier.at
+
+    def data(self, data: bytes) -> Section:
+        at = self._copier.at
+        self._copier.write(data)
+        return Section(at, len(data), xxhash.xxh3_64_intdigest(data))
+
+    def spans(self, source: int, spans: Iterable[Span]) -> Section:
+        at, checksum = self._copier.at, xxhash.xxh3_64()
+        for span in spans:
+            self._copier.copy(source, *span, checksum)
+        return Section(at, self._copier.at - at, checksum.intdigest())
+
+    def part_of(self, source: Source, section: Section, size: int) -> Section:
+        """The first ``size`` bytes of a section. Raises SnapshotInvalid if it is whole and has changed."""
+        written = self.spans(source.fd, [(section.at, size)])
+        if size == section.size and written.checksum != section.checksum:
+            raise SnapshotInvalid(f"{source.path.name}: {size} bytes at {section.at} have changed")
+        return written
+
+    def finish(self, extent: Extent) -> Extent:
+        """Write the footer; sync; give it its name; sync that."""
+        footer = msgspec.json.encode(extent)
+        self._copier.write(footer)
+        self._copier.write(_END.pack(xxhash.xxh3_64_intdigest(footer), len(footer), TAIL))
+        os.fsync(self._copier.fd)
+        os.rename(self._copier.target, self._target)
+        self._is_whole = True
+        sync_directory(self._target.parent)
+        return extent

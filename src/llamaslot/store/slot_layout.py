@@ -1,0 +1,529 @@
+"""Where everything lies in a slot file of llama-server: the rows of each token, and the states at certain tokens.
+
+Little-endian, no padding, no checksum and no lengths but these; so a file is only understood if every byte of it is::
+
+    header          see header.py
+    cache           of the layers with full attention; none on a purely recurrent model
+    cache           of the layers with a sliding window, if there are such
+    recurrent state, if there is one
+    appendix        u32 "SCKP", u32 version, u32 count, then per checkpoint:
+                    i64 n_tokens, i32 pos_min, i32 pos_max, 3 x (u64 size, bytes): model, draft model, speculation
+
+    cache           u32 n_streams, then for each stream u32 n_cells and, unless that is 0:
+                    per cell i32 pos, u32 1, i32 sequence; u32 v_transposed, n_layers, k_rotation, v_rotation;
+                    per layer i32 type, u64 row_bytes, n_cells rows of K; then the same of V (none with MLA)
+    recurrent state u32 1, i32 pos, u32 0, u32 0, u32 n_layers, then i32 type, u64 row_bytes, row, again and again
+
+A cache of full attention has one row per token: they are the same bytes in each save of a conversation. A *state* is
+what a model that cannot rewind needs to go on at one token: the window's cache, the recurrent state, or both. A file
+has one for its end, and one in each checkpoint, behind 8 bytes of magic and flags.
+
+In a cache all streams but the slot's own are empty. A state is kept without those (``StateParts``), so that it fits a
+server with another number of slots.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+from msgspec import Struct
+
+from llamaslot.cache.ids import WIDTH
+from llamaslot.errors import SnapshotInvalid
+from llamaslot.store.header import read_slot_file_now
+
+VERSION = 4  # of the slot file
+APPENDIX, APPENDIX_VERSION = 0x504B4353, 1
+BLOB_HEAD = struct.pack("<II", 0xAF143CD8, 1)  # magic, flags: only what cannot be rewound
+CHECKPOINT = struct.Struct("<qii")  # n_tokens, pos_min, pos_max
+CACHE_HEAD = struct.Struct("<IIII")  # v_transposed, n_layers, k_rotation, v_rotation
+ROW_HEAD = struct.Struct("<iQ")  # type, row_bytes
+CELL = struct.Struct("<iIi")  # pos, number of sequences, sequence
+RECURRENT_HEAD = struct.Struct("<IiIII")  # n_cells, pos, number of sequences, s_transposed, n_layers
+APPENDIX_HEAD = struct.Struct("<III")  # magic, version, count
+CELLS_AT_ONCE = 4096  # 50 us of work with the GIL held
+
+# Far above what exists; they limit what a damaged file makes us do.
+_MAX_LAYERS, _MAX_STREAMS, _MAX_CHECKPOINTS, _MAX_RUNS, _MAX_TYPE = 2048, 1024, 4096, 1024, 128
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+
+Span: TypeAlias = tuple[int, int]  # offset and size in bytes
+
+
+class LayoutUnknown(SnapshotInvalid):
+    """A slot file whose rows cannot be told apart: damaged, cut short, or of a kind that llamaslot does not know."""
+
+
+class Rows(Struct, frozen=True):
+    """The rows of one tensor of one layer: ggml's type, and bytes per row. ``row_bytes`` may be 0."""
+
+    type: int
+    row_bytes: int
+
+
+class CacheShape(Struct, frozen=True):
+    """An attention cache: K and V of each layer. ``rotation``: of K and V, as the server writes it."""
+
+    rotation: tuple[int, int]
+    k: tuple[Rows, ...]
+    v: tuple[Rows, ...]
+
+    @property
+    def tensors(self) -> tuple[Rows, ...]:
+        return self.k + self.v
+
+
+class Shape(Struct, frozen=True):
+    """What two files must have in common for rows and states of one to fit the other. ``recurrent``: the tensors of a
+    recurrent state, () without one. The number of slots does not matter.
+    """
+
+    version: int
+    attention: CacheShape | None
+    window: CacheShape | None
+    recurrent: tuple[Rows, ...]
+
+    @property
+    def has_states(self) -> bool:
+        """Whether a slot can only be resumed at a state. Else it can at any token."""
+        return self.window is not None or bool(self.recurrent)
+
+    @property
+    def tensors(self) -> tuple[Rows, ...]:
+        """The tensors that have a row per token."""
+        return () if self.attention is None else self.attention.tensors
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of rows. 0 on a purely recurrent model."""
+        return sum(tensor.row_bytes for tensor in self.tensors)
+
+    @property
+    def kind(self) -> str:
+        """dense, window, recurrent or hybrid."""
+        if self.recurrent:
+            return "recurrent" if self.attention is None else "hybrid"
+        return "dense" if self.window is None else "window"
+
+
+class StateParts(Struct, frozen=True):
+    """Where the parts of a state lie. ``window``: from n_cells to the last row of V; ``recurrent``: all of it;
+    ``draft`` and ``speculation`` belong to a draft model. A part that there is not has size 0.
+    """
+
+    window: Span = (0, 0)
+    recurrent: Span = (0, 0)
+    draft: Span = (0, 0)
+    speculation: Span = (0, 0)
+
+    def __iter__(self) -> Iterator[Span]:
+        return iter((self.window, self.recurrent, self.draft, self.speculation))
+
+
+class State(Struct, frozen=True):
+    """A state after ``n_tokens`` tokens. ``pos_min``, ``pos_max``: as a checkpoint of llama-server has them."""
+
+    n_tokens: int
+    pos_min: int
+    pos_max: int
+    parts: StateParts
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(size for _, size in self.parts)
+
+
+class Run(Struct, frozen=True):
+    """``n`` tokens from position ``pos`` whose rows lie one after the other from row ``cell`` of each tensor."""
+
+    pos: int
+    cell: int
+    n: int
+
+
+class SlotLayout(Struct, frozen=True):
+    """A slot file that was understood to the last byte.
+
+    ``tokens``: little-endian int32 bytes. ``n_streams``: as the server wrote it. ``rows_at``: for each of
+    ``shape.tensors`` the offset of its first row; ``runs``: in which row a token is, in order of positions.
+    ``checkpoints``: from the appendix, the first first. ``end``: the state after all tokens, None on a dense model.
+    """
+
+    tokens: bytes
+    shape: Shape
+    n_streams: int
+    rows_at: tuple[int, ...]
+    runs: tuple[Run, ...]
+    checkpoints: tuple[State, ...]
+    end: State | None
+    size_bytes: int
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens) // WIDTH
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """One per number of tokens, in order: the checkpoints, and the end unless a checkpoint is there."""
+        states = {} if self.end is None else {self.end.n_tokens: self.end}
+        states |= {state.n_tokens: state for state in self.checkpoints}
+        return tuple(states[n] for n in sorted(states))
+
+    def row_spans(self, tensor: int, start: int, end: int) -> Iterator[Span]:
+        """Where the rows of the tokens [start, end) lie in the file, for the tensor of that index in ``shape``."""
+        row_bytes, first = self.shape.tensors[tensor].row_bytes, self.rows_at[tensor]
+        for run in self.runs:
+            low, high = max(start, run.pos), min(end, run.pos + run.n)
+            if low < high:
+                yield first + (run.cell + low - run.pos) * row_bytes, (high - low) * row_bytes
+
+
+def read_layout(path: Path) -> SlotLayout:
+    """Read the layout of the slot file ``path``: its header, the words before each group of rows, never the rows.
+
+    Raises LayoutUnknown with the reason in one line, SnapshotInvalid as ``read_slot_file`` does. Blocking: for a
+    thread. It holds the GIL for 0.1 ms at a time.
+    """
+    header = read_slot_file_now(path)
+    if header.has_media:
+        raise LayoutUnknown(f"{path.name}: holds media")
+    if not header.n_tokens:
+        raise LayoutUnknown(f"{path.name}: holds no tokens")
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise LayoutUnknown(f"{path.name}: cannot be read: {error.strerror or error}") from error
+    try:
+        return _Parser(path.name, fd, header.tokens, header.size_bytes).layout()
+    except OSError as error:
+        raise LayoutUnknown(f"{path.name}: cannot be read: {error.strerror or error}") from error
+    finally:
+        os.close(fd)
+
+
+class _Misfit(Exception):
+    """What is read is not what was expected there. The text says why."""
+
+
+class _Cache(Struct, frozen=True):
+    """A cache as found: ``core`` is what a state keeps of it."""
+
+    shape: CacheShape
+    n_streams: int
+    positions: Positions
+    core: Span
+    rows_at: tuple[int, ...]
+
+
+class Positions(Struct, frozen=True):
+    """The positions of a cache's cells. ``runs`` in order of position."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def low(self) -> int:
+        return self.runs[0].pos
+
+    @property
+    def high(self) -> int:
+        return self.runs[-1].pos + self.runs[-1].n - 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether each position from the lowest to the highest has exactly one cell."""
+        return all(run.pos + run.n == after.pos for run, after in zip(self.runs, self.runs[1:], strict=False))
+
+
+class _Recurrent(Struct, frozen=True):
+    tensors: tuple[Rows, ...]
+    pos: int
+    core: Span
+
+
+class _Parser:
+    """Parses one file. The kind of model is not in it, so each order of blocks is tried; exactly one may fit."""
+
+    def __init__(self, name: str, fd: int, tokens: bytes, size: int) -> None:
+        self._name, self._fd, self._tokens, self._size = name, fd, tokens, size
+        self._n_tokens = len(tokens) // WIDTH
+        self._caches: dict[tuple[int, int, bool], tuple[_Cache, int] | _Misfit] = {}
+
+    def layout(self) -> SlotLayout:
+        start = self._first_block()
+        found: list[SlotLayout] = []
+        # The misfit that got furthest says most about the file.
+        furthest, reason = -1, ""
+        for kinds in ("c", "cc", "cr", "ccr", "r", "m", "mr"):
+            try:
+                found.append(self._as(kinds, start))
+            except _Misfit as misfit:
+                at = misfit.args[1]
+                if at > furthest:
+                    furthest, reason = at, misfit.args[0]
+        if len(found) != 1:
+            raise LayoutUnknown(f"{self._name}: {reason if not found else 'can be read in two ways'}")
+        return found[0]
+
+    def _first_block(self) -> int:
+        version, n_words, first = struct.unpack("<4xIIi", self._read(0, 16))
+        if version != VERSION:
+            raise LayoutUnknown(
+                f"{self._name}: slot file of version {version}; rows are known in version {VERSION}"
+            )
+        if first != -1 or n_words != self._n_tokens + 4:
+            raise LayoutUnknown(f"{self._name}: its tokens are in the form of an older build")
+        return int(12 + n_words * 4)
+
+    def _as(self, kinds: str, at: int) -> SlotLayout:
+        """Parse blocks of these kinds: c a cache, m one without V, r a recurrent state. Raises _Misfit."""
+        start, caches, recurrent = at, [], None
+        for kind in kinds:
+            if kind == "r":
+                recurrent, at = self._recurrent(at, self._size)
+            else:
+                cache, at = self._cache(at, self._size, has_v=kind == "c")
+                caches.append(cache)
+        attention = caches[0] if caches else None
+        window = caches[1] if len(caches) > 1 else None
+        shape = Shape(
+            VERSION,
+            attention.shape if attention else None,
+            window.shape if window else None,
+            recurrent.tensors if recurrent else (),
+        )
+        self._check_end(start, attention, window, recurrent)
+        checkpoints = self._appendix(at, shape)
+        end = None
+        if shape.has_states:
+            parts = StateParts(
+                window=window.core if window else (0, 0), recurrent=recurrent.core if recurrent else (0, 0)
+            )
+            pos_min = window.positions.low if window else self._n_tokens - 1
+            end = State(self._n_tokens, pos_min, self._n_tokens - 1, parts)
+        return SlotLayout(
+            tokens=self._tokens,
+            shape=shape,
+            n_streams=attention.n_streams if attention else 1,
+            rows_at=attention.rows_at if attention else (),
+            runs=attention.positions.runs if attention else (),
+            checkpoints=checkpoints,
+            end=end,
+            size_bytes=self._size,
+        )
+
+    def _check_end(
+        self, at: int, attention: _Cache | None, window: _Cache | None, recurrent: _Recurrent | None
+    ) -> None:
+        n, last = self._n_tokens, self._n_tokens - 1
+        if attention is not None:
+            cells = attention.positions
+            if not cells.is_whole or (cells.low, cells.high) != (0, last):
+                raise _Misfit(f"its cells are not those of its {n} tokens", at)
+        if window is not None and attention is not None:
+            cells = window.positions
+            if not cells.is_whole or cells.high != last or window.n_streams != attention.n_streams:
+                raise _Misfit(f"its window does not end with its {n} tokens", at)
+        if recurrent is not None and recurrent.pos != last:
+            raise _Misfit(f"its recurrent state is at {recurrent.pos}, not after its {n} tokens", at)
+
+    # -- blocks --------------------------------------------------------------------------------------------------
+
+    def _cache(self, at: int, limit: int, has_v: bool) -> tuple[_Cache, int]:
+        key = at, limit, has_v
+        if key not in self._caches:
+            try:
+                self._caches[key] = self._read_cache(at, limit, has_v)
+            except _Misfit as misfit:
+                self._caches[key] = misfit
+        found = self._caches[key]
+        if isinstance(found, _Misfit):
+            raise found
+        return found
+
+    def _read_cache(self, at: int, limit: int, has_v: bool) -> tuple[_Cache, int]:
+        n_streams = self._u32(at, limit)
+        if not 0 < n_streams <= _MAX_STREAMS:
+            raise _Misfit(f"{n_streams} streams at {at}", at)
+        at, cache = at + 4, None
+        for _ in range(n_streams):
+            n_cells = self._u32(at, limit)
+            if n_cells and cache is not None:
+                raise _Misfit("cells in more than one stream", at)
+            if n_cells:
+                cache, at = self._read_stream(at, n_cells, n_streams, limit, has_v)
+            else:
+                at += 4
+        if cache is None:
+            raise _Misfit("no cells", at)
+        return cache, at
+
+    def _read_stream(
+        self, at: int, n_cells: int, n_streams: int, limit: int, has_v: bool
+    ) -> tuple[_Cache, int]:
+        core_at = at
+        at += 4
+        if n_cells > self._n_tokens:
+            raise _Misfit(f"{n_cells} cells for {self._n_tokens} tokens", at)
+        positions = self._positions(at, n_cells, limit)
+        at += n_cells * CELL.size
+        v_transposed, n_layers, *rotation = CACHE_HEAD.unpack(self._within(at, CACHE_HEAD.size, limit))
+        at += CACHE_HEAD.size
+        if v_transposed:
+            raise _Misfit("V is transposed: start llama-server with --flash-attn on", sys.maxsize)
+        if not 0 < n_layers <= _MAX_LAYERS:
+            raise _Misfit(f"{n_layers} layers at {at}", at)
+        tensors, rows_at = [], []
+        for _ in range(n_layers * (2 if has_v else 1)):
+            tensor = self._rows(at, limit)
+            at += ROW_HEAD.size
+            tensors.append(tensor)
+            rows_at.append(at)
+            at += tensor.row_bytes * n_cells
+            if at > limit:
+                raise _Misfit(f"cut short: rows up to {at} in {limit} bytes", limit)
+        shape = CacheShape((rotation[0], rotation[1]), tuple(tensors[:n_layers]), tuple(tensors[n_layers:]))
+        return _Cache(shape, n_streams, positions, (core_at, at - core_at), tuple(rows_at)), at
+
+    def _positions(self, at: int, n_cells: int, limit: int) -> Positions:
+        """The runs of the cells. Each cell must belong to one sequence, and none may be there twice."""
+        runs: list[Run] = []
+        for first in range(0, n_cells, CELLS_AT_ONCE):
+            n = min(CELLS_AT_ONCE, n_cells - first)
+            words = _words(self._within(at + first * CELL.size, n * CELL.size, limit))
+            if words[1::3] != array("I", [1]) * n:
+                raise _Misfit("its cells are not of one sequence each, or have more than a position", at)
+            positions = words[0::3]
+            cell = 0
+            while cell < n:
+                pos = positions[cell]
+                if pos >= self._n_tokens:
+                    raise _Misfit(f"a cell at position {pos} of {self._n_tokens}", at)
+                length = _run_length(positions, cell)
+                if runs and runs[-1].pos + runs[-1].n == pos:
+                    runs[-1] = Run(runs[-1].pos, runs[-1].cell, runs[-1].n + length)
+                else:
+                    runs.append(Run(pos, first + cell, length))
+                if len(runs) > _MAX_RUNS:
+                    raise _Misfit("its cells are in no order", at)
+                cell += length
+        runs.sort(key=lambda run: run.pos)
+        return Positions(tuple(runs))
+
+    def _recurrent(self, at: int, limit: int) -> tuple[_Recurrent, int]:
+        core_at = at
+        n_cells, pos, n_sequences, transposed, n_layers = RECURRENT_HEAD.unpack(
+            self._within(at, RECURRENT_HEAD.size, limit)
+        )
+        if (n_cells, n_sequences, transposed) != (1, 0, 0) or not 0 < n_layers <= _MAX_LAYERS:
+            raise _Misfit(f"no recurrent state at {at}", at)
+        at += RECURRENT_HEAD.size
+        tensors = []
+        while at < limit and self._u32(at, limit) != APPENDIX:
+            tensor = self._rows(at, limit)
+            at += ROW_HEAD.size + tensor.row_bytes
+            tensors.append(tensor)
+            if at > limit or len(tensors) > 2 * n_layers:
+                raise _Misfit("its recurrent state is cut short, or of another form", limit)
+        if not tensors:
+            raise _Misfit("a recurrent state without rows", at)
+        return _Recurrent(tuple(tensors), pos, (core_at, at - core_at)), at
+
+    def _appendix(self, at: int, shape: Shape) -> tuple[State, ...]:
+        if at == self._size:
+            return ()
+        magic, version, count = APPENDIX_HEAD.unpack(self._within(at, APPENDIX_HEAD.size, self._size))
+        if magic != APPENDIX:
+            raise _Misfit(f"bytes after its end at {at}, or another kind of model", at)
+        if version != APPENDIX_VERSION or count > _MAX_CHECKPOINTS:
+            raise _Misfit(f"{count} checkpoints of version {version}", at)
+        if count and not shape.has_states:
+            raise _Misfit("checkpoints of a model without states", at)
+        at += APPENDIX_HEAD.size
+        states = []
+        for _ in range(count):
+            n_tokens, pos_min, pos_max = CHECKPOINT.unpack(self._within(at, CHECKPOINT.size, self._size))
+            at += CHECKPOINT.size
+            blobs = []
+            for _ in range(3):
+                (size,) = _U64.unpack(self._within(at, _U64.size, self._size))
+                at += _U64.size
+                if at + size > self._size:
+                    raise _Misfit("its checkpoints are cut short", at)
+                blobs.append((at, size))
+                at += size
+            if not 0 < n_tokens <= self._n_tokens or not 0 <= pos_min <= pos_max == n_tokens - 1:
+                raise _Misfit(f"a checkpoint of {n_tokens} tokens, positions {pos_min} to {pos_max}", at)
+            parts = self._blob(*blobs[0], shape, n_tokens)
+            states.append(State(n_tokens, pos_min, pos_max, StateParts(*parts, blobs[1], blobs[2])))
+        if at != self._size:
+            raise _Misfit(f"{self._size - at} bytes after its last checkpoint", at)
+        return tuple(states)
+
+    def _blob(self, at: int, size: int, shape: Shape, n_tokens: int) -> tuple[Span, Span]:
+        """Window and recurrent state of a checkpoint."""
+        limit = at + size
+        if self._within(at, len(BLOB_HEAD), limit) != BLOB_HEAD:
+            raise _Misfit("a checkpoint of another form", at)
+        at += len(BLOB_HEAD)
+        window = recurrent = (0, 0)
+        if shape.window is not None:
+            cache, at = self._read_cache(at, limit, has_v=bool(shape.window.v))
+            cells = cache.positions
+            if cache.shape != shape.window or not cells.is_whole or cells.high != n_tokens - 1:
+                raise _Misfit("a checkpoint whose window is another", at)
+            window = cache.core
+        if shape.recurrent:
+            state, at = self._recurrent(at, limit)
+            if state.tensors != shape.recurrent or state.pos != n_tokens - 1:
+                raise _Misfit("a checkpoint whose recurrent state is another", at)
+            recurrent = state.core
+        if at != limit:
+            raise _Misfit("a checkpoint that is longer than its state", at)
+        return window, recurrent
+
+    # -- bytes ---------------------------------------------------------------------------------------------------
+
+    def _rows(self, at: int, limit: int) -> Rows:
+        type_, row_bytes = ROW_HEAD.unpack(self._within(at, ROW_HEAD.size, limit))
+        if not 0 <= type_ < _MAX_TYPE or row_bytes > limit - at:
+            raise _Misfit(f"rows of type {type_} with {row_bytes} bytes at {at}", at)
+        return Rows(type_, row_bytes)
+
+    def _u32(self, at: int, limit: int) -> int:
+        return int(_U32.unpack(self._within(at, _U32.size, limit))[0])
+
+    def _within(self, at: int, size: int, limit: int) -> bytes:
+        if at + size > limit:
+            raise _Misfit(f"cut short at {limit}", limit)
+        return self._read(at, size)
+
+    def _read(self, at: int, size: int) -> bytes:
+        data = os.pread(self._fd, size, at)
+        if len(data) != size:
+            raise LayoutUnknown(f"{self._name}: is {at + len(data)} bytes long, was {self._size}")
+        return data
+
+
+def _words(data: bytes) -> array[int]:
+    words = array("I")
+    words.frombytes(data)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words
+
+
+def _run_length(positions: array[int], cell: int) -> int:
+    """How many positions from ``cell`` on count up by one."""
+    first, rest = positions[cell], len(positions) - cell
+    if positions[-1] == first + rest - 1 and positions[cell:] == array("I", range(first, first + rest)):
+        return rest
+    length = 1
+    while length < rest and positions[cell + length] == first + length:
+        length += 1
+    return length
