@@ -3,7 +3,7 @@
 One file with the rows of the tokens [start, end) and the states that are kept, at any number of tokens up to ``end``.
 It has no rows on a purely recurrent model, and none if ``start == end`` (states that became interesting later)::
 
-    "lsextent" | tokens | rows of each tensor | parts of each state | footer, JSON | its u64 xxh3, u64 length | "lsextend"
+    "lsextent" | tokens | rows per tensor | parts per state | footer (JSON) | its u64 xxh3, u64 length | "lsextend"
 
 The footer (``Extent``) has offset, length and checksum of each part, so a file that was cut or not finished is none.
 Fields of the caller (whose extent, what it goes on from) are in ``meta``, covered by the same checksum.
