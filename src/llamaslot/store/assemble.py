@@ -28,6 +28,7 @@ from llamaslot.store.slot_layout import (
     APPENDIX_HEAD,
     APPENDIX_VERSION,
     BLOB_HEAD,
+    BLOB_MAGIC,
     CACHE_HEAD,
     CELLS_AT_ONCE,
     CHECKPOINT,
@@ -152,12 +153,12 @@ class _Writer:
 
     def _checkpoint(self, path: Path, state: KeptState) -> None:
         write = self._copier.write
-        size = len(BLOB_HEAD) + state.window.size + state.recurrent.size
+        size = BLOB_HEAD.size + state.window.size + state.recurrent.size
         if self._shape.window is not None:
             size += 4 * self.n_streams
         write(CHECKPOINT.pack(state.n_tokens, state.pos_min, state.pos_max))
         write(_U64.pack(size))
-        write(BLOB_HEAD)
+        write(BLOB_HEAD.pack(BLOB_MAGIC, 0))
         self._state_blocks(path, state)
         for section in (state.draft, state.speculation):
             write(_U64.pack(section.size))

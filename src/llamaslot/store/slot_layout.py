@@ -16,7 +16,7 @@ Little-endian, no padding, no checksum and no lengths but these; so a file is on
 
 A cache of full attention has one row per token: they are the same bytes in each save of a conversation. A *state* is
 what a model that cannot rewind needs to go on at one token: the window's cache, the recurrent state, or both. A file
-has one for its end, and one in each checkpoint, behind 8 bytes of magic and flags.
+has one for its end, and one in each checkpoint, behind 8 bytes: a magic and the slot's number.
 
 In a cache all streams but the slot's own are empty. A state is kept without those (``StateParts``), so that it fits a
 server with another number of slots.
@@ -40,7 +40,10 @@ from llamaslot.store.header import read_slot_file_now
 
 VERSION = 4  # of the slot file
 APPENDIX, APPENDIX_VERSION = 0x504B4353, 1
-BLOB_HEAD = struct.pack("<II", 0xAF143CD8, 1)  # magic, flags: only what cannot be rewound
+BLOB_HEAD, BLOB_MAGIC = (
+    struct.Struct("<II"),
+    0xAF143CD8,
+)  # magic, sequence: the slot, of no consequence in a restore
 CHECKPOINT = struct.Struct("<qii")  # n_tokens, pos_min, pos_max
 CACHE_HEAD = struct.Struct("<IIII")  # v_transposed, n_layers, k_rotation, v_rotation
 ROW_HEAD = struct.Struct("<iQ")  # type, row_bytes
@@ -304,7 +307,8 @@ class _Parser:
             parts = StateParts(
                 window=window.core if window else (0, 0), recurrent=recurrent.core if recurrent else (0, 0)
             )
-            pos_min = window.positions.low if window else self._n_tokens - 1
+            # llama-server goes back to a checkpoint only if its pos_min is below the window of the next token.
+            pos_min = max(0, window.positions.low - 1) if window else self._n_tokens - 1
             end = State(self._n_tokens, pos_min, self._n_tokens - 1, parts)
         return SlotLayout(
             tokens=self._tokens,
@@ -468,9 +472,10 @@ class _Parser:
     def _blob(self, at: int, size: int, shape: Shape, n_tokens: int) -> tuple[Span, Span]:
         """Window and recurrent state of a checkpoint."""
         limit = at + size
-        if self._within(at, len(BLOB_HEAD), limit) != BLOB_HEAD:
+        magic, sequence = BLOB_HEAD.unpack(self._within(at, BLOB_HEAD.size, limit))
+        if magic != BLOB_MAGIC or sequence >= _MAX_STREAMS:
             raise _Misfit("a checkpoint of another form", at)
-        at += len(BLOB_HEAD)
+        at += BLOB_HEAD.size
         window = recurrent = (0, 0)
         if shape.window is not None:
             cache, at = self._read_cache(at, limit, has_v=bool(shape.window.v))

@@ -1,0 +1,132 @@
+"""Conversations on the real llama-server, kept as extents, and slot files made of these for any of their tokens."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from llamaslot.cache.ids import WIDTH, common, unpack
+from llamaslot.store.assemble import StateAt, assemble
+from llamaslot.store.extent import Piece, differing_rows, write_extent
+from llamaslot.store.slot_layout import read_layout
+from tests.support.real import RealServer
+from tests.support.users import words
+
+
+@dataclass(slots=True)
+class Chain:
+    """The extents of one conversation, as a store would have them: each save adds what the ones before lack."""
+
+    directory: Path
+    tokens: bytes = b""
+    pieces: list[Piece] = field(default_factory=list)
+    states: dict[int, StateAt] = field(default_factory=dict)
+    bytes_written: int = 0
+    n_different: int = 0
+    has_states: bool = False
+
+    def branch(self) -> Chain:
+        """Another conversation that has had the same tokens so far."""
+        return replace(
+            self, pieces=list(self.pieces), states=dict(self.states), bytes_written=0, n_different=0
+        )
+
+    def take_in(self, landing: Path, seed: int = 0) -> None:
+        """Keep what the slot file ``landing`` has more, with all its states; compare a sample of the rest."""
+        layout = read_layout(landing)
+        self.has_states = layout.shape.has_states
+        known = common(self.tokens, layout.tokens)
+        self.pieces = [
+            Piece(piece.path, piece.start, min(known, piece.end))
+            for piece in self.pieces
+            if piece.start < known
+        ]
+        self.states = {n: at for n, at in self.states.items() if n <= known}
+        self.n_different += differing_rows(landing, layout, self.pieces, seed=seed)
+        keep = [state.n_tokens for state in layout.states if state.n_tokens > known]
+        path = self.directory / f"{len(list(self.directory.iterdir()))}.extent"
+        extent = write_extent(landing, layout, known, layout.n_tokens, keep, path, {})
+        self.bytes_written += path.stat().st_size
+        self.tokens = layout.tokens
+        self.pieces.append(Piece(path, extent.start, extent.end))
+        self.states |= {n: StateAt(path, n) for n in keep}
+
+    def stops(self) -> list[int]:
+        """The numbers of tokens at which it can be cut."""
+        return sorted(self.states) if self.has_states else list(range(1, len(self.tokens) // WIDTH + 1))
+
+    def cut(self, n_tokens: int, target: Path) -> int:
+        """Make a slot file of the first ``n_tokens`` tokens, with every state up to there. Its size."""
+        pieces = [
+            Piece(piece.path, piece.start, min(n_tokens, piece.end))
+            for piece in self.pieces
+            if piece.start < n_tokens
+        ]
+        earlier = [self.states[n] for n in sorted(self.states) if n < n_tokens]
+        return assemble(pieces, self.states.get(n_tokens), earlier, target)
+
+
+@dataclass(slots=True)
+class Conversation:
+    """A chat in one slot, saved into ``chain`` after each answer."""
+
+    server: RealServer
+    slot: int
+    messages: list[dict[str, str]]
+    chain: Chain
+
+    async def turn(self, text: str, n_predict: int = 24) -> None:
+        self.messages.append({"role": "user", "content": text})
+        body = {"messages": self.messages, "max_tokens": n_predict, "temperature": 0, "id_slot": self.slot}
+        answer = await self.server.post("/v1/chat/completions", body)
+        self.messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
+        await self.server.post(f"/slots/{self.slot}?action=save", {"filename": "landing.kv"})
+        self.chain.take_in(self.server.save_dir / "landing.kv")
+
+    def branch(self, slot: int, n_messages: int) -> Conversation:
+        """Another one that goes on after its first ``n_messages`` messages, in another slot."""
+        return Conversation(self.server, slot, self.messages[:n_messages], self.chain.branch())
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A cut file of ``n_tokens`` tokens was restored: ``n_reused`` of them were, by the server's own counter."""
+
+    n_tokens: int
+    n_reused: int
+    is_end: bool
+    text: str
+    cold_text: str
+
+
+class Cutter:
+    """Restores cuts, and asks the same cold. Uses two slots of its own."""
+
+    def __init__(self, server: RealServer, rng: random.Random, slots: tuple[int, int] = (0, 1)) -> None:
+        self._server, self._rng, self._slots = server, rng, slots
+
+    async def cut(self, chain: Chain, n_tokens: int, n_predict: int = 16) -> Cut:
+        """Cut ``chain`` at ``n_tokens``, restore that, go on with words of its own."""
+        here, cold = self._slots
+        chain.cut(n_tokens, self._server.save_dir / "cut.kv")
+        prompt = unpack(chain.tokens[: n_tokens * WIDTH]) + [ord(c) for c in words(self._rng, 30)]
+        await self._server.post(f"/slots/{here}?action=erase", {})
+        restored = await self._server.post(f"/slots/{here}?action=restore", {"filename": "cut.kv"})
+        assert restored["n_restored"] == n_tokens
+        warm_text, n_computed = await self._ask(prompt, here, n_predict)
+        await self._server.post(f"/slots/{cold}?action=erase", {})
+        cold_text, n_all = await self._ask(prompt, cold, n_predict)
+        assert n_all == len(prompt), "the cold one was not"
+        is_end = n_tokens * WIDTH == len(chain.tokens)
+        return Cut(n_tokens, len(prompt) - n_computed, is_end, warm_text, cold_text)
+
+    async def _ask(self, prompt: list[int], slot: int, n_predict: int) -> tuple[str, int]:
+        """The answer, and how many tokens of the prompt were computed."""
+        before = await self._server.metrics()
+        body: dict[str, Any] = {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "id_slot": slot}
+        answer = await self._server.post("/completion", body)
+        after = await self._server.metrics()
+        name = "llamacpp:prompt_tokens_total"
+        return answer["content"], round(after[name] - before[name])
