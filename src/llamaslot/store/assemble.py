@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,20 +22,20 @@ from llamaslot.errors import SnapshotInvalid
 from llamaslot.store.copying import Copier
 from llamaslot.store.extent import Extent, KeptState, Piece, Section, Source
 from llamaslot.store.header import MAGIC
-from llamaslot.store.slot_layout import (
+from llamaslot.store.slot_cells import make_cells
+from llamaslot.store.slot_format import (
     APPENDIX,
     APPENDIX_HEAD,
     APPENDIX_VERSION,
     BLOB_HEAD,
     BLOB_MAGIC,
     CACHE_HEAD,
-    CELLS_AT_ONCE,
     CHECKPOINT,
     ROW_HEAD,
+    U32,
+    U64,
     Shape,
 )
-
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
 class StateAt(Struct, frozen=True):
@@ -102,15 +101,14 @@ class _Writer:
         return self._copier.at
 
     def write(self, pieces: Sequence[Piece], state: StateAt | None, earlier: Sequence[StateAt]) -> None:
-        n_tokens = pieces[-1].end
+        tokens = b"".join(self._tokens(piece) for piece in pieces)
+        n_tokens = len(tokens) // WIDTH
         write = self._copier.write
         write(struct.pack("<IIIiII", MAGIC, self._shape.version, n_tokens + 4, -1, 1, n_tokens))
-        for piece in pieces:
-            extent = self._sources[piece.path][1]
-            self._part(piece.path, extent.tokens, WIDTH, piece.start - extent.start, piece.end - extent.start)
+        write(tokens)
         write(bytes(4))  # no media
         if self._shape.attention is not None:
-            self._rows(pieces, n_tokens)
+            self._rows(pieces, tokens)
         if state is None:
             return
         kept = self._state(state, n_tokens)
@@ -120,18 +118,23 @@ class _Writer:
         for before in (*earlier, state):
             self._checkpoint(before.path, self._state(before, before.n_tokens))
 
+    def _tokens(self, piece: Piece) -> bytes:
+        source, extent = self._sources[piece.path]
+        tokens = source.tokens(extent)
+        return tokens[(piece.start - extent.start) * WIDTH : (piece.end - extent.start) * WIDTH]
+
     def _state(self, state: StateAt, n_tokens: int) -> KeptState:
         try:
             return self._sources[state.path][1].state_at(n_tokens)
         except KeyError:
             raise SnapshotInvalid(f"{state.path.name}: has no state after {n_tokens} tokens") from None
 
-    def _rows(self, pieces: Sequence[Piece], n_tokens: int) -> None:
+    def _rows(self, pieces: Sequence[Piece], tokens: bytes) -> None:
         cache, write = self._shape.attention, self._copier.write
         assert cache is not None
-        write(struct.pack("<II", self.n_streams, n_tokens))
-        for first in range(0, n_tokens, CELLS_AT_ONCE):
-            write(_cells(first, min(CELLS_AT_ONCE, n_tokens - first)))
+        write(struct.pack("<II", self.n_streams, len(tokens) // WIDTH))
+        for cells in make_cells(tokens, cache.cell_words):
+            write(cells)
         write(CACHE_HEAD.pack(0, len(cache.k), *cache.rotation))
         for index, tensor in enumerate(cache.tensors):
             write(ROW_HEAD.pack(tensor.type, tensor.row_bytes))
@@ -145,7 +148,7 @@ class _Writer:
 
     def _state_blocks(self, path: Path, state: KeptState) -> None:
         if self._shape.window is not None:
-            self._copier.write(_U32.pack(self.n_streams))
+            self._copier.write(U32.pack(self.n_streams))
             self._whole(path, state.window)
             self._copier.write(bytes(4 * (self.n_streams - 1)))
         if self._shape.recurrent:
@@ -157,11 +160,11 @@ class _Writer:
         if self._shape.window is not None:
             size += 4 * self.n_streams
         write(CHECKPOINT.pack(state.n_tokens, state.pos_min, state.pos_max))
-        write(_U64.pack(size))
+        write(U64.pack(size))
         write(BLOB_HEAD.pack(BLOB_MAGIC, 0))
         self._state_blocks(path, state)
         for section in (state.draft, state.speculation):
-            write(_U64.pack(section.size))
+            write(U64.pack(section.size))
             self._whole(path, section)
 
     def _whole(self, path: Path, section: Section) -> None:
@@ -175,13 +178,3 @@ class _Writer:
         )
         if (end - start) * width == section.size and checksum.intdigest() != section.checksum:
             raise SnapshotInvalid(f"{path.name}: {section.size} bytes at {section.at} have changed")
-
-
-def _cells(first: int, n: int) -> bytes:
-    """The cells of ``n`` positions, each of sequence 0."""
-    words = array("I", bytes(12 * n))
-    words[0::3] = array("I", range(first, first + n))
-    words[1::3] = array("I", [1]) * n
-    if struct.pack("=I", 1) != struct.pack("<I", 1):
-        words.byteswap()
-    return words.tobytes()

@@ -31,7 +31,8 @@ from msgspec import Struct
 from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store.copying import BLOCK, Copier, checksum_of, sync_directory
-from llamaslot.store.slot_layout import Shape, SlotLayout, Span
+from llamaslot.store.slot_format import Shape
+from llamaslot.store.slot_layout import SlotLayout, Span
 
 VERSION = 1
 PART = ".part"  # the suffix of an extent that is being written, instead of its own
@@ -185,10 +186,7 @@ def read_extent(path: Path) -> Extent:
 def read_tokens(path: Path, extent: Extent) -> bytes:
     """The tokens of the extent, little-endian int32, checked. Raises SnapshotInvalid."""
     with _open(path) as source:
-        data = source.read(extent.tokens.at, extent.tokens.size)
-    if xxhash.xxh3_64_intdigest(data) != extent.tokens.checksum:
-        raise SnapshotInvalid(f"{path.name}: its tokens have changed")
-    return data
+        return source.tokens(extent)
 
 
 def verify(path: Path) -> Extent:
@@ -258,6 +256,13 @@ class Source:
         data = os.pread(self.fd, size, at)
         if len(data) != size:
             raise SnapshotInvalid(f"{self.path.name}: ends at {at + len(data)}, not at {at + size}")
+        return data
+
+    def tokens(self, extent: Extent) -> bytes:
+        """Raises SnapshotInvalid."""
+        data = self.read(extent.tokens.at, extent.tokens.size)
+        if xxhash.xxh3_64_intdigest(data) != extent.tokens.checksum:
+            raise SnapshotInvalid(f"{self.path.name}: its tokens have changed")
         return data
 
     def extent(self) -> Extent:

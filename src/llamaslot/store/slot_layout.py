@@ -1,25 +1,6 @@
 """Where everything lies in a slot file of llama-server: the rows of each token, and the states at certain tokens.
 
-Little-endian, no padding, no checksum and no lengths but these; so a file is only understood if every byte of it is::
-
-    header          see header.py
-    cache           of the layers with full attention; none on a purely recurrent model
-    cache           of the layers with a sliding window, if there are such
-    recurrent state, if there is one
-    appendix        u32 "SCKP", u32 version, u32 count, then per checkpoint:
-                    i64 n_tokens, i32 pos_min, i32 pos_max, 3 x (u64 size, bytes): model, draft model, speculation
-
-    cache           u32 n_streams, then for each stream u32 n_cells and, unless that is 0:
-                    per cell i32 pos, u32 1, i32 sequence; u32 v_transposed, n_layers, k_rotation, v_rotation;
-                    per layer i32 type, u64 row_bytes, n_cells rows of K; then the same of V (none with MLA)
-    recurrent state u32 1, i32 pos, u32 0, u32 0, u32 n_layers, then i32 type, u64 row_bytes, row, again and again
-
-A cache of full attention has one row per token: they are the same bytes in each save of a conversation. A *state* is
-what a model that cannot rewind needs to go on at one token: the window's cache, the recurrent state, or both. A file
-has one for its end, and one in each checkpoint, behind 8 bytes: a magic and the slot's number.
-
-In a cache all streams but the slot's own are empty. A state is kept without those (``StateParts``), so that it fits a
-server with another number of slots.
+See ``slot_format`` for the words between them.
 """
 
 from __future__ import annotations
@@ -27,7 +8,6 @@ from __future__ import annotations
 import os
 import struct
 import sys
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
@@ -37,82 +17,33 @@ from msgspec import Struct
 from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store.header import read_slot_file_now
-
-VERSION = 4  # of the slot file
-APPENDIX, APPENDIX_VERSION = 0x504B4353, 1
-BLOB_HEAD, BLOB_MAGIC = (
-    struct.Struct("<II"),
-    0xAF143CD8,
-)  # magic, sequence: the slot, of no consequence in a restore
-CHECKPOINT = struct.Struct("<qii")  # n_tokens, pos_min, pos_max
-CACHE_HEAD = struct.Struct("<IIII")  # v_transposed, n_layers, k_rotation, v_rotation
-ROW_HEAD = struct.Struct("<iQ")  # type, row_bytes
-CELL = struct.Struct("<iIi")  # pos, number of sequences, sequence
-RECURRENT_HEAD = struct.Struct("<IiIII")  # n_cells, pos, number of sequences, s_transposed, n_layers
-APPENDIX_HEAD = struct.Struct("<III")  # magic, version, count
-CELLS_AT_ONCE = 4096  # 50 us of work with the GIL held
+from llamaslot.store.slot_cells import Cells, NoCells, Run, read_cells, to_words
+from llamaslot.store.slot_format import (
+    APPENDIX,
+    APPENDIX_HEAD,
+    APPENDIX_VERSION,
+    BLOB_HEAD,
+    BLOB_MAGIC,
+    CACHE_HEAD,
+    CHECKPOINT,
+    RECURRENT_HEAD,
+    ROW_HEAD,
+    U32,
+    U64,
+    VERSION,
+    CacheShape,
+    Rows,
+    Shape,
+)
 
 # Far above what exists; they limit what a damaged file makes us do.
-_MAX_LAYERS, _MAX_STREAMS, _MAX_CHECKPOINTS, _MAX_RUNS, _MAX_TYPE = 2048, 1024, 4096, 1024, 128
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_MAX_LAYERS, _MAX_STREAMS, _MAX_CHECKPOINTS, _MAX_TYPE = 2048, 1024, 4096, 128
 
 Span: TypeAlias = tuple[int, int]  # offset and size in bytes
 
 
 class LayoutUnknown(SnapshotInvalid):
     """A slot file whose rows cannot be told apart: damaged, cut short, or of a kind that llamaslot does not know."""
-
-
-class Rows(Struct, frozen=True):
-    """The rows of one tensor of one layer: ggml's type, and bytes per row. ``row_bytes`` may be 0."""
-
-    type: int
-    row_bytes: int
-
-
-class CacheShape(Struct, frozen=True):
-    """An attention cache: K and V of each layer. ``rotation``: of K and V, as the server writes it."""
-
-    rotation: tuple[int, int]
-    k: tuple[Rows, ...]
-    v: tuple[Rows, ...]
-
-    @property
-    def tensors(self) -> tuple[Rows, ...]:
-        return self.k + self.v
-
-
-class Shape(Struct, frozen=True):
-    """What two files must have in common for rows and states of one to fit the other. ``recurrent``: the tensors of a
-    recurrent state, () without one. The number of slots does not matter.
-    """
-
-    version: int
-    attention: CacheShape | None
-    window: CacheShape | None
-    recurrent: tuple[Rows, ...]
-
-    @property
-    def has_states(self) -> bool:
-        """Whether a slot can only be resumed at a state. Else it can at any token."""
-        return self.window is not None or bool(self.recurrent)
-
-    @property
-    def tensors(self) -> tuple[Rows, ...]:
-        """The tensors that have a row per token."""
-        return () if self.attention is None else self.attention.tensors
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Of rows. 0 on a purely recurrent model."""
-        return sum(tensor.row_bytes for tensor in self.tensors)
-
-    @property
-    def kind(self) -> str:
-        """dense, window, recurrent or hybrid."""
-        if self.recurrent:
-            return "recurrent" if self.attention is None else "hybrid"
-        return "dense" if self.window is None else "window"
 
 
 class StateParts(Struct, frozen=True):
@@ -140,14 +71,6 @@ class State(Struct, frozen=True):
     @property
     def size_bytes(self) -> int:
         return sum(size for _, size in self.parts)
-
-
-class Run(Struct, frozen=True):
-    """``n`` tokens from position ``pos`` whose rows lie one after the other from row ``cell`` of each tensor."""
-
-    pos: int
-    cell: int
-    n: int
 
 
 class SlotLayout(Struct, frozen=True):
@@ -219,28 +142,9 @@ class _Cache(Struct, frozen=True):
 
     shape: CacheShape
     n_streams: int
-    positions: Positions
+    cells: Cells
     core: Span
     rows_at: tuple[int, ...]
-
-
-class Positions(Struct, frozen=True):
-    """The positions of a cache's cells. ``runs`` in order of position."""
-
-    runs: tuple[Run, ...]
-
-    @property
-    def low(self) -> int:
-        return self.runs[0].pos
-
-    @property
-    def high(self) -> int:
-        return self.runs[-1].pos + self.runs[-1].n - 1
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether each position from the lowest to the highest has exactly one cell."""
-        return all(run.pos + run.n == after.pos for run, after in zip(self.runs, self.runs[1:], strict=False))
 
 
 class _Recurrent(Struct, frozen=True):
@@ -255,6 +159,7 @@ class _Parser:
     def __init__(self, name: str, fd: int, tokens: bytes, size: int) -> None:
         self._name, self._fd, self._tokens, self._size = name, fd, tokens, size
         self._n_tokens = len(tokens) // WIDTH
+        self._ids = to_words(tokens)
         self._caches: dict[tuple[int, int, bool], tuple[_Cache, int] | _Misfit] = {}
 
     def layout(self) -> SlotLayout:
@@ -308,14 +213,14 @@ class _Parser:
                 window=window.core if window else (0, 0), recurrent=recurrent.core if recurrent else (0, 0)
             )
             # llama-server goes back to a checkpoint only if its pos_min is below the window of the next token.
-            pos_min = max(0, window.positions.low - 1) if window else self._n_tokens - 1
+            pos_min = max(0, window.cells.low - 1) if window else self._n_tokens - 1
             end = State(self._n_tokens, pos_min, self._n_tokens - 1, parts)
         return SlotLayout(
             tokens=self._tokens,
             shape=shape,
             n_streams=attention.n_streams if attention else 1,
             rows_at=attention.rows_at if attention else (),
-            runs=attention.positions.runs if attention else (),
+            runs=attention.cells.runs if attention else (),
             checkpoints=checkpoints,
             end=end,
             size_bytes=self._size,
@@ -326,11 +231,11 @@ class _Parser:
     ) -> None:
         n, last = self._n_tokens, self._n_tokens - 1
         if attention is not None:
-            cells = attention.positions
+            cells = attention.cells
             if not cells.is_whole or (cells.low, cells.high) != (0, last):
                 raise _Misfit(f"its cells are not those of its {n} tokens", at)
         if window is not None and attention is not None:
-            cells = window.positions
+            cells = window.cells
             if not cells.is_whole or cells.high != last or window.n_streams != attention.n_streams:
                 raise _Misfit(f"its window does not end with its {n} tokens", at)
         if recurrent is not None and recurrent.pos != last:
@@ -374,8 +279,16 @@ class _Parser:
         at += 4
         if n_cells > self._n_tokens:
             raise _Misfit(f"{n_cells} cells for {self._n_tokens} tokens", at)
-        positions = self._positions(at, n_cells, limit)
-        at += n_cells * CELL.size
+        cells_at = at
+
+        def read(offset: int, size: int) -> bytes:
+            return self._within(cells_at + offset, size, limit)
+
+        try:
+            cells = read_cells(read, n_cells, self._ids)
+        except NoCells as error:
+            raise _Misfit(str(error), at) from None
+        at += n_cells * cells.width * WIDTH
         v_transposed, n_layers, *rotation = CACHE_HEAD.unpack(self._within(at, CACHE_HEAD.size, limit))
         at += CACHE_HEAD.size
         if v_transposed:
@@ -391,33 +304,10 @@ class _Parser:
             at += tensor.row_bytes * n_cells
             if at > limit:
                 raise _Misfit(f"cut short: rows up to {at} in {limit} bytes", limit)
-        shape = CacheShape((rotation[0], rotation[1]), tuple(tensors[:n_layers]), tuple(tensors[n_layers:]))
-        return _Cache(shape, n_streams, positions, (core_at, at - core_at), tuple(rows_at)), at
-
-    def _positions(self, at: int, n_cells: int, limit: int) -> Positions:
-        """The runs of the cells. Each cell must belong to one sequence, and none may be there twice."""
-        runs: list[Run] = []
-        for first in range(0, n_cells, CELLS_AT_ONCE):
-            n = min(CELLS_AT_ONCE, n_cells - first)
-            words = _words(self._within(at + first * CELL.size, n * CELL.size, limit))
-            if words[1::3] != array("I", [1]) * n:
-                raise _Misfit("its cells are not of one sequence each, or have more than a position", at)
-            positions = words[0::3]
-            cell = 0
-            while cell < n:
-                pos = positions[cell]
-                if pos >= self._n_tokens:
-                    raise _Misfit(f"a cell at position {pos} of {self._n_tokens}", at)
-                length = _run_length(positions, cell)
-                if runs and runs[-1].pos + runs[-1].n == pos:
-                    runs[-1] = Run(runs[-1].pos, runs[-1].cell, runs[-1].n + length)
-                else:
-                    runs.append(Run(pos, first + cell, length))
-                if len(runs) > _MAX_RUNS:
-                    raise _Misfit("its cells are in no order", at)
-                cell += length
-        runs.sort(key=lambda run: run.pos)
-        return Positions(tuple(runs))
+        shape = CacheShape(
+            cells.width, (rotation[0], rotation[1]), tuple(tensors[:n_layers]), tuple(tensors[n_layers:])
+        )
+        return _Cache(shape, n_streams, cells, (core_at, at - core_at), tuple(rows_at)), at
 
     def _recurrent(self, at: int, limit: int) -> tuple[_Recurrent, int]:
         core_at = at
@@ -455,8 +345,8 @@ class _Parser:
             at += CHECKPOINT.size
             blobs = []
             for _ in range(3):
-                (size,) = _U64.unpack(self._within(at, _U64.size, self._size))
-                at += _U64.size
+                (size,) = U64.unpack(self._within(at, U64.size, self._size))
+                at += U64.size
                 if at + size > self._size:
                     raise _Misfit("its checkpoints are cut short", at)
                 blobs.append((at, size))
@@ -479,7 +369,7 @@ class _Parser:
         window = recurrent = (0, 0)
         if shape.window is not None:
             cache, at = self._read_cache(at, limit, has_v=bool(shape.window.v))
-            cells = cache.positions
+            cells = cache.cells
             if cache.shape != shape.window or not cells.is_whole or cells.high != n_tokens - 1:
                 raise _Misfit("a checkpoint whose window is another", at)
             window = cache.core
@@ -501,7 +391,7 @@ class _Parser:
         return Rows(type_, row_bytes)
 
     def _u32(self, at: int, limit: int) -> int:
-        return int(_U32.unpack(self._within(at, _U32.size, limit))[0])
+        return int(U32.unpack(self._within(at, U32.size, limit))[0])
 
     def _within(self, at: int, size: int, limit: int) -> bytes:
         if at + size > limit:
@@ -513,22 +403,3 @@ class _Parser:
         if len(data) != size:
             raise LayoutUnknown(f"{self._name}: is {at + len(data)} bytes long, was {self._size}")
         return data
-
-
-def _words(data: bytes) -> array[int]:
-    words = array("I")
-    words.frombytes(data)
-    if sys.byteorder == "big":
-        words.byteswap()
-    return words
-
-
-def _run_length(positions: array[int], cell: int) -> int:
-    """How many positions from ``cell`` on count up by one."""
-    first, rest = positions[cell], len(positions) - cell
-    if positions[-1] == first + rest - 1 and positions[cell:] == array("I", range(first, first + rest)):
-        return rest
-    length = 1
-    while length < rest and positions[cell + length] == first + length:
-        length += 1
-    return length
