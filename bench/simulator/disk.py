@@ -6,7 +6,8 @@ Which snapshots go first is decided by the table; the other orders that it is co
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
 from types import MappingProxyType
 
 from bench.simulator.server import Origin, SimulatedServer
@@ -15,6 +16,7 @@ from llamaslot.errors import OtherConversation, SnapshotInvalid
 from llamaslot.scheduling.eviction import ByUse, ByValue, SnapshotStats
 from llamaslot.store import QuotaExceeded, Reservation, Snapshot, WithTokens
 from llamaslot.store.entries import Pin, SnapshotTable
+from llamaslot.store.giving_out import Given
 
 FINGERPRINT = "simulated"
 UNLIMITED = 1 << 60
@@ -93,6 +95,8 @@ class Disk:
         is_pinned: bool = False,
         namespace: str = "",
         idle_s: float = 0.0,
+        find_base: object = None,
+        marks: tuple[int, ...] = (),
     ) -> WithTokens:
         """Raises OtherConversation and QuotaExceeded as the real one does."""
         size_bytes, keep = self._reservations[reservation.id]
@@ -152,6 +156,11 @@ class Disk:
         if id not in self.snapshots:
             raise SnapshotInvalid(f"{id}: is gone")
         return self.snapshots[id].with_tokens(self._server.files[f"{id}.kv"].tokens)
+
+    @asynccontextmanager
+    async def given_out(self, snapshot: Snapshot, n_tokens: int) -> AsyncIterator[Given]:
+        """Its whole file."""
+        yield Given(snapshot.file_name, snapshot.size_bytes, snapshot.n_tokens)
 
     async def drop(self, id: str) -> None:  # noqa: A002
         if id in self.snapshots:

@@ -32,6 +32,7 @@ from llamaslot.errors import (
 from llamaslot.llama.replies import Progress, Props, SlotAction, SlotInfo
 from llamaslot.scheduling.request import Request
 from llamaslot.store import QuotaExceeded, Reservation, Snapshot, WithTokens
+from llamaslot.store.giving_out import Given
 
 BYTES_PER_TOKEN = 1000
 MODEL = "model"
@@ -444,6 +445,8 @@ class StubCatalog:
         is_pinned: bool = False,
         namespace: str = "",
         idle_s: float = 0.0,
+        find_base: object = None,
+        marks: tuple[int, ...] = (),
     ) -> WithTokens:
         await self.server.op("commit", None)
         tokens = self.server.files.pop(reservation.part_name)
@@ -509,6 +512,11 @@ class StubCatalog:
         if id not in self.snapshots:
             raise SnapshotInvalid(f"{id}: is gone")
         return self.snapshots[id]
+
+    @contextlib.asynccontextmanager
+    async def given_out(self, snapshot: Snapshot, n_tokens: int) -> AsyncIterator[Given]:
+        """Its whole file."""
+        yield Given(snapshot.file_name, snapshot.size_bytes, snapshot.n_tokens)
 
     async def drop(self, id: str) -> None:  # noqa: A002
         if id in self.snapshots:

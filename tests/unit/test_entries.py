@@ -118,7 +118,9 @@ def test_the_order_is_that_of_a_plain_sort(seed: int, n: int) -> None:
             case 1:
                 table.branch(one, now)
             case 2 if serial > 3:
+                gone = table.snapshots[one]
                 table.take(one, now)
+                table.release(gone)
         table.check()
     now += rng.expovariate(1 / 1_000)
     table.tend(now)

@@ -265,7 +265,9 @@ class Backend:
             self.rates.take_over(Rates.from_json(rates))
         if self._catalog is not None:
             listed = self._catalog.snapshots.values()
-            self.rates.size.observe_each([(snapshot.n_tokens, snapshot.restored_bytes()) for snapshot in listed])
+            self.rates.size.observe_each(
+                [(snapshot.n_tokens, snapshot.restored_bytes()) for snapshot in listed]
+            )
 
     def start(self) -> None:
         self.leases.down = self._is_down()

@@ -23,7 +23,7 @@ from llamaslot.backend.snapshot_candidates import source_of
 from llamaslot.cache.content import NOTHING, Content
 from llamaslot.cache.ids import common
 from llamaslot.cache.reuse import ReuseForecast, goes_on_behind, usable
-from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError
+from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, SnapshotInvalid
 from llamaslot.formats.comments import Comment
 from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.journal import Act
@@ -31,7 +31,7 @@ from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import prefill_steps
 from llamaslot.scheduling.plan import Erase, Plan, PrefillStats, PrefillTo, Restore, Save, SaveSharedPrefix
-from llamaslot.store import Catalog, Snapshot
+from llamaslot.store import Catalog, Snapshot, WithTokens
 from llamaslot.store.model_snapshots import content_of
 from llamaslot.tasks import TaskOwner
 
@@ -220,12 +220,15 @@ class PlanExecutor:
         if lease.content != NOTHING:
             return False  # the erase failed: never restore into a slot that is not empty
         try:
+            began = self.now()
             snapshot = await self.catalog.verify(snapshot_id)
-            asked_at = self.now()
-            async with self.saving.in_turn(lease, self.rates.restore.seconds(snapshot.size_bytes)):
-                started = self.now()
-                lease.check_current()  # reading its header has taken a while
-                result = await self.api.restore(lease.slot_id, f"{snapshot.id}.kv")
+            async with self.catalog.given_out(snapshot, _n_needed(snapshot, lease)) as given:
+                asked_at = self.now()
+                async with self.saving.in_turn(lease, self.rates.restore.seconds(given.size_bytes)):
+                    started = self.now()
+                    lease.check_current()  # reading and copying has taken a while
+                    result = await self.api.restore(lease.slot_id, given.name)
+                    seconds = self.now() - started
         except (BackendDown, BackendRestarted):
             lease.set_content(None)
             raise
@@ -236,26 +239,26 @@ class PlanExecutor:
                 lease.slot_key, Act("restore", 0.0, is_done=False, snapshot=snapshot_id)
             )
             return False
-        seconds = self.now() - started
         lease.set_content(None)  # unknown until the restore is verified, for this process
         if (await self.api.props()).boot_id != self.boot_id:
             raise BackendRestarted
-        self.rates.restore.observe(snapshot.size_bytes, result.seconds or seconds)
-        self.metrics.restored(snapshot.size_bytes, seconds)
-        is_whole = result.n_tokens == snapshot.n_tokens
+        self.rates.restore.observe(given.size_bytes, (result.seconds or seconds) + asked_at - began)
+        self.metrics.restored(given.size_bytes, seconds)
+        is_whole = result.n_tokens == given.n_tokens
         act = Act(
-            "restore", seconds, is_done=is_whole, n_tokens=result.n_tokens, size_bytes=snapshot.size_bytes,
+            "restore", seconds, is_done=is_whole, n_tokens=result.n_tokens, size_bytes=given.size_bytes,
             snapshot=snapshot.id, waited_s=started - asked_at,
         )  # fmt: skip
         lease.recorder.record_step(lease.slot_key, act)
         if not is_whole:
             log.warning(
                 "%s: snapshot %s was restored in part (%d of %d tokens)",
-                lease.request.id, snapshot_id, result.n_tokens, snapshot.n_tokens,
+                lease.request.id, snapshot_id, result.n_tokens, given.n_tokens,
             )  # fmt: skip
             return False
-        checkpoints = lease.table.rewind_model.in_file(snapshot.checkpoints)
-        lease.set_restored(snapshot, replace(content_of(snapshot), checkpoints=checkpoints))
+        restored = snapshot.cut(given.n_tokens)
+        checkpoints = lease.table.rewind_model.in_file(restored.checkpoints)
+        lease.set_restored(restored, replace(content_of(restored), checkpoints=checkpoints))
         self.catalog.touch(snapshot.id)
         return True
 
@@ -289,6 +292,22 @@ class PlanExecutor:
         after = prefilled(before, left, reported.n_found or 0) if left else None
         n_more = max(reported.n_predicted - 1, 0)  # the last token is sampled and sent, but never computed
         lease.finish(after.followed_by(n_more) if after is not None else None)
+
+
+def _n_needed(snapshot: WithTokens, lease: Lease) -> int:
+    """How many of the snapshot's tokens are to be restored for the request of ``lease``: those that it shares with the
+    prompt; on a model that cannot rewind up to the last state there, or all if it is a whole file of such a model.
+    """
+    n_shared = common(snapshot.tokens, lease.request.tokens)
+    states = [part.end for part in snapshot.parts if part.is_state]
+    if states:
+        limit = min(n_shared, lease.request.n_tokens - 1)
+        n_shared = max((at for at in states if at <= limit), default=0)
+    elif not lease.table.rewind_model.is_rewindable:
+        n_shared = snapshot.n_tokens
+    if not n_shared:
+        raise SnapshotInvalid(f"{snapshot.id}: has nothing that the prompt can resume from")
+    return n_shared
 
 
 async def _outcome(action: Coroutine[Any, Any, T]) -> T | LlamaslotError:

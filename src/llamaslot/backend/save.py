@@ -8,12 +8,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 from msgspec.structs import replace
 
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_content import prefilled
+from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.snapshot_usage import abandoned_by, supersedes
 from llamaslot.cache.content import Content, SnapshotKind
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, head
@@ -25,9 +27,12 @@ from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.store import Catalog, QuotaExceeded, Snapshot, WithTokens
 from llamaslot.store.model_snapshots import content_of
+from llamaslot.store.taking_in import Base
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
+
+_N_NEAREST = 8  # snapshots that share most with a new one
 
 NOT_SAVED = "%s: slot %s was not saved: %s"  # request, slot, reason
 
@@ -176,6 +181,8 @@ class Saving:
                 is_pinned=kind is SnapshotKind.TRUNK and lease.request.is_prewarm,
                 namespace=content.namespace.text,
                 idle_s=idle_s,
+                find_base=partial(_base, lease.table, content),
+                marks=(*content.checkpoints, *lease.request.boundaries, lease.request.n_system),
             )
         except (LlamaslotError, OSError) as error:
             await self.catalog.abandon(reservation)
@@ -185,14 +192,14 @@ class Saving:
             return None
         # The server's own time: what a save waits for (the batch of other requests) a prefill would wait for too.
         save_s, waited_s = result.seconds or seconds, started - asked_at
-        self.rates.save.observe(snapshot.size_bytes, save_s)
+        self.rates.save.observe(result.n_bytes, save_s)
         if lease.plan is not None and kind is SnapshotKind.LEAF:
             # Without the wait for other saves: those are few if this delay makes them expensive.
             self.rates.save_delay.observe(max(self.now() - began - waited_s - save_s, 0.0))
-        self.rates.size.observe(result.n_tokens, snapshot.size_bytes)
-        self.metrics.saved(snapshot.size_bytes, seconds)
+        self.rates.size.observe(result.n_tokens, result.n_bytes)
+        self.metrics.saved(result.n_bytes, seconds)
         act = Act(
-            _step(kind), seconds, is_done=True, n_tokens=result.n_tokens, size_bytes=snapshot.size_bytes,
+            _step(kind), seconds, is_done=True, n_tokens=result.n_tokens, size_bytes=result.n_bytes,
             snapshot=snapshot.id, waited_s=waited_s,
         )  # fmt: skip
         lease.recorder.record_step(lease.slot_key, act)
@@ -265,6 +272,20 @@ class Saving:
         except LlamaslotError:
             return content.n_held
         return max(content.n_tokens, *(info.n_tokens or 0 for info in infos if info.id == lease.slot_id))
+
+
+def _base(table: SlotTable, content: Content, tokens: bytes) -> Base | None:
+    """The snapshot that begins with most of ``tokens``, which were saved from a slot with that ``content``; of several,
+    that of the same conversation.
+    """
+    library = table.model_snapshots
+    hits = library.in_namespaces.match(tokens, (content.namespace,), _N_NEAREST)
+    best = [hit for hit in hits if hit.n_shared == hits[0].n_shared]
+    hit = next((hit for hit in best if hit.holder == content.snapshot), best[0] if best else None)
+    snapshot = library.snapshots.get(hit.holder) if hit is not None else None
+    if hit is None or snapshot is None:
+        return None
+    return Base(snapshot, hit.n_shared, is_lineage=snapshot.id == content.snapshot)
 
 
 def _step(kind: SnapshotKind) -> str:

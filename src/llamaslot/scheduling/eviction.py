@@ -37,8 +37,8 @@ class ReuseClass(enum.StrEnum):
 
 
 class SnapshotStats(Struct):
-    """Usage of one snapshot. ``size_bytes``: those that no other snapshot needs. ``restored_bytes``: what a restore reads.
-    ``counted_until``: its lifetime up to here has been learned from.
+    """Usage of one snapshot. ``size_bytes``: those that no other snapshot needs; ``restored_bytes``: those that its
+    restore reads. ``counted_until``: its lifetime up to here has been learned from.
     """
 
     id: str

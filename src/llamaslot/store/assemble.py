@@ -176,5 +176,5 @@ class _Writer:
         self._copier.copy(
             self._sources[path][0].fd, section.at + start * width, (end - start) * width, checksum
         )
-        if (end - start) * width == section.size and checksum.intdigest() != section.checksum:
+        if (end - start) * width == section.size and not section.is_as(checksum.intdigest()):
             raise SnapshotInvalid(f"{path.name}: {section.size} bytes at {section.at} have changed")

@@ -10,25 +10,25 @@ import asyncio
 import contextlib
 import errno
 import logging
-import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from msgspec import Struct
 
 from llamaslot.cache.content import SnapshotKind
-from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
-from llamaslot.file_id import FileId
+from llamaslot.errors import LlamaslotError, SnapshotInvalid
 from llamaslot.scheduling.eviction import Order
 from llamaslot.store import scan, sidecar
+from llamaslot.store.acceptance import Acceptance, Expected, ReservationState
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
 from llamaslot.store.entries import Pin, SnapshotTable
-from llamaslot.store.header import read_slot_file
+from llamaslot.store.giving_out import Given, Outgoing, outgoing
 from llamaslot.store.manifest import Manifest
-from llamaslot.store.quota import Deficit, Limits, Quota
+from llamaslot.store.quota import Deficit, Limits, Quota, QuotaExceeded
 from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens, readable
 from llamaslot.store.sweep import Sweep
+from llamaslot.store.taking_in import Base
 from llamaslot.store.upkeep import Upkeep
 from llamaslot.tasks import TaskOwner
 
@@ -44,17 +44,6 @@ class Reservation(Struct, frozen=True):
     id: str
     part_name: str
     size_bytes: int
-
-
-class ReservationState(Struct):
-    """The account of a reservation: its bytes, the snapshots protected from its eviction, and its commit once that has
-    begun.
-    """
-
-    size_bytes: int
-    keep: frozenset[str]
-    idle_s: float = 0.0
-    commit: asyncio.Task[WithTokens | LlamaslotError] | None = None
 
 
 class Catalog:
@@ -94,6 +83,9 @@ class Catalog:
         self._served: dict[str, str] = {}  # fingerprints by backend
         self._upkeep = Upkeep(directory, self._table, self._manifest, self._tasks, self._drop)
         self._sweep = Sweep(directory, self._table, self._quota, self._reservations.keys(), self._drop)
+        self.acceptance = Acceptance(
+            directory, self._table, self._quota, self._manifest, self._evict, self.pin
+        )
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._table.snapshots)
 
     def __repr__(self) -> str:
@@ -239,13 +231,16 @@ class Catalog:
         is_pinned: bool = False,
         namespace: str = "",
         idle_s: float = 0.0,
+        find_base: Callable[[bytes], Base | None] | None = None,
+        marks: tuple[int, ...] = (),
     ) -> WithTokens:
         """Make the saved part file a snapshot, if its content is as expected.
 
         ``n_saved`` (tokens) and ``n_written`` (bytes) are llama-server's answer to the save. ``tokens_expected``: the
-        tokens that it must begin with. ``idle_s``: seconds since their last use. Raises SnapshotInvalid; raises
-        QuotaExceeded if the file is larger than reserved and nothing can be evicted for the rest. In both cases the
-        file is removed and the reservation ended. If cancelled, the commit is completed all the same; ``abandon`` then
+        tokens that it must begin with. ``idle_s``: seconds since their last use. ``find_base`` and ``marks``: as in
+        ``Expected``; without, it is kept whole. Raises SnapshotInvalid; raises QuotaExceeded if the file is larger
+        than reserved and nothing can be evicted for the rest. In both cases the file is removed and the reservation
+        ended. If cancelled, the commit is completed all the same; ``abandon`` then
         waits for it and changes nothing.
         """
         state = self._reservations.get(reservation.id)
@@ -266,7 +261,8 @@ class Catalog:
         )
         state.idle_s = idle_s
         state.commit = self._tasks.spawn(
-            self._commit(state, noted, tokens_expected), f"commit {reservation.id}"
+            self._commit(state, noted, Expected(tokens_expected, find_base, marks)),
+            f"commit {reservation.id}",
         )
         outcome = await asyncio.shield(state.commit)
         if isinstance(outcome, LlamaslotError):
@@ -274,13 +270,13 @@ class Catalog:
         return outcome
 
     async def _commit(
-        self, state: ReservationState, noted: Noted, tokens_expected: bytes
+        self, state: ReservationState, noted: Noted, expected: Expected
     ) -> WithTokens | LlamaslotError:
         """The commit, in its own task. llamaslot's errors are its result, so they are not reported as the death of a
         task.
         """
         try:
-            snapshot = await self._accept(state, noted, tokens_expected)
+            snapshot = await self.acceptance.accept(state, noted, expected)
         except Exception as error:
             await self._end_reservation(noted.id)
             if isinstance(error, LlamaslotError):
@@ -291,37 +287,47 @@ class Catalog:
         del self._reservations[noted.id]
         self._quota.granted -= state.size_bytes
         self._list(snapshot.listed, noted.created_at - state.idle_s, self._now())
-        self._upkeep.sync(noted)
+        if snapshot.parts:  # it is on disk already
+            self._upkeep.changed(1)
+        else:
+            self._upkeep.sync(noted)
         return snapshot
 
-    async def _accept(self, state: ReservationState, noted: Noted, tokens_expected: bytes) -> WithTokens:
-        part = self.directory / (noted.id + PART)
-        file = await read_slot_file(part)
-        if (extra := file.size_bytes - state.size_bytes) > 0:
-            # The file is on disk already, so it is booked first; the quota is exceeded until the eviction is done.
-            self._quota.granted += extra
-            state.size_bytes += extra
-            await self._quota.make_available(0, lambda short: self._evict(short, state.keep))
-        scan.agree(noted, file)
-        if not file.tokens:
-            raise OtherConversation(f"{part.name}: holds no tokens")
-        if not file.tokens.startswith(tokens_expected):
-            raise OtherConversation(f"{part.name}: holds another conversation than was to be saved")
-        snapshot = noted.snapshot(sidecar.digest_of(file.tokens)).with_tokens(file.tokens)
+    @contextlib.asynccontextmanager
+    async def given_out(self, snapshot: Snapshot, n_tokens: int) -> AsyncIterator[Given]:
+        """A slot file of its first ``n_tokens``, or of all, until the context exits. The snapshot must be pinned. On
+        a model that cannot rewind there must be a state after ``n_tokens``.
+
+        Raises SnapshotInvalid, and QuotaExceeded if there is no room for a copy. Canceling is safe.
+        """
+        order = outgoing(snapshot, n_tokens)
+        copy = await self._copy(snapshot, order) if order is not None else None
         try:
-            self._manifest.file_ids[noted.id] = await asyncio.to_thread(self._publish, part, noted)
-        except OSError as error:
-            raise SnapshotInvalid(f"{snapshot.id}: cannot be written: {error.strerror or error}") from error
-        # Smaller than reserved: release the rest.
-        self._quota.granted -= state.size_bytes - file.size_bytes
-        state.size_bytes = file.size_bytes
-        return snapshot
+            if copy is not None:
+                yield Given(copy.part_name, copy.size_bytes, n_tokens)
+            else:
+                yield Given(snapshot.file_name, snapshot.size_bytes, snapshot.n_tokens)
+        finally:
+            if copy is not None:
+                await self.abandon(copy)
 
-    def _publish(self, part: Path, noted: Noted) -> FileId:
-        """Rename the data first. Without the sidecar, which is written last, a scan ignores the .kv file."""
-        os.rename(part, kv := self.directory / (noted.id + KV))
-        sidecar.write(self.directory, noted, noted.created_at)
-        return FileId.of(os.lstat(kv))
+    async def _copy(self, snapshot: Snapshot, order: Outgoing) -> Reservation | None:
+        """None if its own file will do as well."""
+        try:
+            copy = await self.reserve(order.size_bytes, keep=(snapshot.id,))
+            try:
+                target = self.directory / copy.part_name
+                size_bytes = await asyncio.to_thread(order.write, self.directory, target)
+            except BaseException:
+                await self.abandon(copy)
+                raise
+        except (OSError, SnapshotInvalid, QuotaExceeded) as error:
+            if not snapshot.parts:
+                return None
+            if isinstance(error, OSError):
+                raise SnapshotInvalid(f"{snapshot.id}: cannot be put together: {error}") from error
+            raise
+        return Reservation(copy.id, copy.part_name, size_bytes)
 
     async def abandon(self, reservation: Reservation) -> None:
         """Remove the part file and release the space. Idempotent; no effect on a committed reservation. Canceling is
@@ -419,8 +425,7 @@ class Catalog:
             self._drop(id)
         await self._quota.removed(id)
 
-    # -- without an await ----------------------------------------------------------------------------------------
-    # --------------------------------------------------------------------------------------------
+    # -- without an await ------------------------------------------------------------------------------------------
 
     def _list(self, snapshot: Snapshot, last_used: float, now: float) -> None:
         self._table.add(snapshot, now, last_used=last_used)

@@ -31,8 +31,9 @@ from msgspec import Struct
 from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store.copying import BLOCK, Copier, checksum_of, sync_directory
-from llamaslot.store.slot_format import Shape
-from llamaslot.store.slot_layout import SlotLayout, Span
+from llamaslot.store.header import MAGIC, TOKENS_AT
+from llamaslot.store.slot_format import U32, Shape
+from llamaslot.store.slot_layout import SlotLayout, Span, read_layout
 
 VERSION = 1
 PART = ".part"  # the suffix of an extent that is being written, instead of its own
@@ -40,14 +41,19 @@ HEAD, TAIL = b"lsextent", b"lsextend"
 _END = struct.Struct("<QQ8s")  # checksum and length of the footer, TAIL
 _FOOTER_GUESS = 64 << 10  # read at once: the footer of 64 layers and 16 states has 12 kB
 _MAX_FOOTER = 64 << 20
+UNCHECKED = -1
 
 
 class Section(Struct, frozen=True, array_like=True):
-    """``size`` bytes from ``at`` on, and their xxh3_64."""
+    """``size`` bytes from ``at`` on, and their xxh3_64; UNCHECKED in a slot file, which has no checksums."""
 
     at: int
     size: int
     checksum: int
+
+    def is_as(self, checksum: int) -> bool:
+        """Whether these may be bytes with that checksum."""
+        return self.checksum in (checksum, UNCHECKED)
 
 
 class KeptState(Struct, frozen=True):
@@ -195,7 +201,7 @@ def verify(path: Path) -> Extent:
         extent = source.extent()
         buffer = memoryview(mmap.mmap(-1, BLOCK))
         for section in extent.sections:
-            if checksum_of(source.fd, section.at, section.size, buffer) != section.checksum:
+            if not section.is_as(checksum_of(source.fd, section.at, section.size, buffer)):
                 raise SnapshotInvalid(f"{path.name}: {section.size} bytes at {section.at} have changed")
     return extent
 
@@ -261,13 +267,15 @@ class Source:
     def tokens(self, extent: Extent) -> bytes:
         """Raises SnapshotInvalid."""
         data = self.read(extent.tokens.at, extent.tokens.size)
-        if xxhash.xxh3_64_intdigest(data) != extent.tokens.checksum:
+        if not extent.tokens.is_as(xxhash.xxh3_64_intdigest(data)):
             raise SnapshotInvalid(f"{self.path.name}: its tokens have changed")
         return data
 
     def extent(self) -> Extent:
-        """Its footer. Raises SnapshotInvalid."""
+        """Its footer; what it would be, if this is a slot file. Raises SnapshotInvalid."""
         name, size = self.path.name, self.size_bytes
+        if self.read(0, min(size, 4)) == U32.pack(MAGIC):
+            return extent_of(read_layout(self.path), name)
         end = self.read(max(0, size - _FOOTER_GUESS), min(size, _FOOTER_GUESS))
         if len(end) < _END.size or not end.endswith(TAIL):
             raise SnapshotInvalid(f"{name}: no extent, or cut short")
@@ -288,6 +296,31 @@ class Source:
         if fault := _fault(extent, size - _END.size - length):
             raise SnapshotInvalid(f"{name}: {fault}")
         return extent
+
+
+def extent_of(layout: SlotLayout, name: str) -> Extent:
+    """A slot file as the extent of all its tokens. Raises SnapshotInvalid if its rows are not in one piece."""
+    n = layout.n_tokens
+    if layout.shape.tensors and [(run.pos, run.cell, run.n) for run in layout.runs] != [(0, 0, n)]:
+        raise SnapshotInvalid(f"{name}: its rows are not in the order of its tokens")
+    rows = zip(layout.rows_at, layout.shape.tensors, strict=True)
+    states = (
+        KeptState(
+            state.n_tokens, state.pos_min, state.pos_max, *(Section(*part, UNCHECKED) for part in state.parts)
+        )
+        for state in layout.states
+    )
+    return Extent(
+        version=VERSION,
+        start=0,
+        end=n,
+        shape=layout.shape,
+        n_streams=layout.n_streams,
+        tokens=Section(TOKENS_AT, n * WIDTH, UNCHECKED),
+        rows=tuple(Section(at, tensor.row_bytes * n, UNCHECKED) for at, tensor in rows),
+        states=tuple(states),
+        size_bytes=layout.size_bytes,
+    )
 
 
 def _fault(extent: Extent, size: int) -> str:
@@ -349,7 +382,7 @@ class _Writer:
     def part_of(self, source: Source, section: Section, size: int) -> Section:
         """The first ``size`` bytes of a section. Raises SnapshotInvalid if it is whole and has changed."""
         written = self.spans(source.fd, [(section.at, size)])
-        if size == section.size and written.checksum != section.checksum:
+        if size == section.size and not section.is_as(written.checksum):
             raise SnapshotInvalid(f"{source.path.name}: {size} bytes at {section.at} have changed")
         return written
 

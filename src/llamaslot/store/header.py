@@ -28,6 +28,7 @@ MAX_TOKENS = 1 << 24
 
 _START = struct.Struct("<III")  # magic, version, n_words
 _PACKED = struct.Struct("<iII")  # -1, version of the list, n_tokens
+TOKENS_AT = _START.size + _PACKED.size  # where they begin in the packed form
 _LIST_VERSION = 1
 _WORD = 4
 _NULL = b"\xff\xff\xff\xff"  # LLAMA_TOKEN_NULL, -1

@@ -147,16 +147,14 @@ class Quota:
             else:
                 self._free = found.f_bavail * found.f_frsize
 
-    async def make_available(
-        self, size_bytes: int, evict: Callable[[Deficit], bool], n_files: int = 1
-    ) -> None:
+    async def make_available(self, size_bytes: int, evict: Callable[[Deficit], bool]) -> None:
         """Wait until one more file of ``size_bytes`` fits. The caller must book it without an await in between.
 
-        With 0 bytes: for a file that has grown and is on disk already. ``n_files`` 0: for more bytes of one that counts. ``evict(short)`` evicts at least ``short`` at
+        With 0 bytes: for a file that has grown and is on disk already. ``evict(short)`` evicts at least ``short`` at
         once, or nothing and returns False. Raises QuotaExceeded. Canceling is safe: removals that have begun are
         completed.
         """
-        n_files = min(size_bytes, n_files)
+        n_files = min(size_bytes, 1)
         self.waiting += size_bytes
         self._n_waiting += n_files
         try:

@@ -163,7 +163,7 @@ def agree_each(directory: Path, snapshots: Iterable[Snapshot]) -> list[WithToken
 
 
 def agree_still(directory: Path, snapshot: Snapshot) -> WithTokens:
-    """The tokens from its header. Blocking; raises SnapshotInvalid unless its files are still those that were listed."""
+    """The tokens from its header. Blocking; raises SnapshotInvalid unless its files are those that were listed."""
     file = read_slot_file_now(directory / snapshot.file_name)
     if file.size_bytes != snapshot.size_bytes:
         raise SnapshotInvalid(
@@ -295,8 +295,8 @@ def _bad_files(parts: Iterable[Part], size_of: Callable[[str], int | None]) -> s
 
 
 class Loaded(NamedTuple):
-    """A snapshot, its last use, the mark of its .kv file, and whether its data are known to be on disk. ``fault``: why it
-    was shortened, and has another id.
+    """A snapshot, its last use, the mark of its .kv file, and whether its data are known to be on disk. ``fault``: why
+    it was shortened, and has another id.
     """
 
     snapshot: Snapshot
@@ -369,9 +369,13 @@ def _shortened(
         sidecar.make_durable(directory, noted, last_used)
         file_id = FileId.of(os.lstat(kv))
     except OSError as error:
-        raise SnapshotInvalid(f"{fault}, and no shorter one can be written: {error.strerror or error}") from error
+        raise SnapshotInvalid(
+            f"{fault}, and no shorter one can be written: {error.strerror or error}"
+        ) from error
     snapshot = noted.snapshot(sidecar.digest_of(head(tokens, n_tokens)))
-    return Loaded(snapshot, last_used, file_id, True, f"{fault}: its first {n_tokens} tokens stay as {noted.id}")
+    return Loaded(
+        snapshot, last_used, file_id, True, f"{fault}: its first {n_tokens} tokens stay as {noted.id}"
+    )
 
 
 async def _discard(directory: Path, id_: str, found: Found) -> None:

@@ -122,6 +122,15 @@ class WithTokens(Snapshot, frozen=True):
         """A snapshot that holds ``tokens``; ``fields`` are its other fields."""
         return cls(tokens=tokens, n_tokens=len(tokens) // WIDTH, digest=digest_of(tokens), **fields)
 
+    def cut(self, n_tokens: int) -> WithTokens:
+        """As if it ended there; with the id of the whole."""
+        if n_tokens == self.n_tokens:
+            return self
+        checkpoints = tuple(at for at in self.checkpoints if at <= n_tokens)
+        return replace(
+            self, n_tokens=n_tokens, tokens=self.tokens[: n_tokens * WIDTH], checkpoints=checkpoints
+        )
+
     @property
     def listed(self) -> Snapshot:
         """The same without tokens."""
@@ -274,10 +283,13 @@ def write(directory: Path, noted: Noted, last_used: float) -> None:
     os.rename(new, directory / (noted.id + JSON))
 
 
-def write_data(path: Path, data: bytes) -> None:
-    """Write a new file of ours; it is not synced. Blocking; raises OSError, also if it exists."""
+def write_data(path: Path, data: bytes, *, is_durable: bool = False) -> None:
+    """Write a new file of ours. Blocking; raises OSError, also if it exists."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE), "wb") as file:
         file.write(data)
+        if is_durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def make_durable(directory: Path, noted: Noted, last_used: float) -> None:

@@ -1,0 +1,156 @@
+"""Makes a slot file that llama-server has written a snapshot, if its content is as expected."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from msgspec import Struct
+
+from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
+from llamaslot.file_id import FileId
+from llamaslot.store import scan, sidecar
+from llamaslot.store.entries import Pin, SnapshotTable
+from llamaslot.store.header import read_slot_file
+from llamaslot.store.manifest import Manifest
+from llamaslot.store.quota import Deficit, Quota, QuotaExceeded
+from llamaslot.store.sidecar import EXT, KV, PART, Noted, WithTokens
+from llamaslot.store.slot_layout import LayoutUnknown
+from llamaslot.store.taking_in import Base, Intake, RowsDiffer, look, take_in
+
+log = logging.getLogger(__name__)
+
+
+class Expected(Struct, frozen=True):
+    """What a file must hold, and what the store has of it. ``tokens``: it begins with these; ``find_base(tokens)``: the
+    snapshot that shares most with it; ``marks``: token counts to which a later request may go back.
+    """
+
+    tokens: bytes
+    find_base: Callable[[bytes], Base | None] | None = None
+    marks: tuple[int, ...] = ()
+
+
+class ReservationState(Struct):
+    """The account of a reservation: its bytes, the snapshots protected from its eviction, and its commit once that has
+    begun.
+    """
+
+    size_bytes: int
+    keep: frozenset[str]
+    idle_s: float = 0.0
+    commit: asyncio.Task[WithTokens | LlamaslotError] | None = None
+
+
+class Acceptance:
+    """For one directory. ``evict(short, keep)`` evicts at least what is short, or nothing."""
+
+    def __init__(
+        self,
+        directory: Path,
+        table: SnapshotTable,
+        quota: Quota,
+        manifest: Manifest,
+        evict: Callable[[Deficit, frozenset[str]], bool],
+        pin: Callable[[str], Pin],
+    ) -> None:
+        self._directory, self._table, self._quota, self._manifest = directory, table, quota, manifest
+        self._evict, self._pin = evict, pin
+        self._said = set[str]()
+        self.n_differing = 0  # saves with other rows than their slot had before
+        self.n_bytes_written = 0  # by this process, not by llama-server
+
+    async def accept(self, state: ReservationState, noted: Noted, expected: Expected) -> WithTokens:
+        """Verify the part file of a reservation, and give it its name. Raises SnapshotInvalid and QuotaExceeded."""
+        part = self._directory / (noted.id + PART)
+        file = await read_slot_file(part)
+        if (extra := file.size_bytes - state.size_bytes) > 0:
+            # The file is on disk already, so it is booked first; the quota is exceeded until the eviction is done.
+            self._book(state, extra)
+            await self._quota.make_available(0, lambda short: self._evict(short, state.keep))
+        scan.agree(noted, file)
+        if not file.tokens:
+            raise OtherConversation(f"{part.name}: holds no tokens")
+        if not file.tokens.startswith(expected.tokens):
+            raise OtherConversation(f"{part.name}: holds another conversation than was to be saved")
+        taken = await self._take_in(state, part, noted, expected, file.tokens)
+        if taken is None:
+            taken = await self._keep_whole(part, noted)
+        return taken.snapshot(sidecar.digest_of(file.tokens)).with_tokens(file.tokens)
+
+    def _book(self, state: ReservationState, size_bytes: int) -> None:
+        self._quota.granted += size_bytes
+        state.size_bytes += size_bytes
+
+    async def _keep_whole(self, part: Path, noted: Noted) -> Noted:
+        try:
+            self._manifest.file_ids[noted.id] = await asyncio.to_thread(self._publish, part, noted)
+        except OSError as error:
+            raise SnapshotInvalid(f"{noted.id}: cannot be written: {error.strerror or error}") from error
+        return noted
+
+    def _publish(self, part: Path, noted: Noted) -> FileId:
+        """Rename the data first. Without the sidecar, which is written last, a scan ignores the .kv file."""
+        os.rename(part, kv := self._directory / (noted.id + KV))
+        sidecar.write(self._directory, noted, noted.created_at)
+        return FileId.of(os.lstat(kv))
+
+    async def _take_in(
+        self, state: ReservationState, part: Path, noted: Noted, expected: Expected, tokens: bytes
+    ) -> Noted | None:
+        """Keep only what the store does not have of it. None if that is not possible: then it is kept whole."""
+        if expected.find_base is None:
+            return None
+        base = expected.find_base(tokens)
+        if base is not None and base.snapshot.id not in self._table.snapshots:
+            base = None
+        new: list[str] = []
+        with self._pin(base.snapshot.id) if base is not None else contextlib.nullcontext():
+            # Its files stay until the new snapshot names them.
+            try:
+                intake = await asyncio.to_thread(look, self._directory, part, base, expected.marks)
+                return await self._write(state, part, noted, intake, new) if intake is not None else None
+            except (SnapshotInvalid, OSError, QuotaExceeded) as error:
+                self._say(noted, error)
+                for id_ in new:
+                    await asyncio.to_thread(scan.remove, self._directory, id_)
+                return None
+            finally:
+                self._quota.writing.difference_update(new)
+
+    async def _write(
+        self, state: ReservationState, part: Path, noted: Noted, intake: Intake, new: list[str]
+    ) -> Noted:
+        """Raises SnapshotInvalid, OSError and QuotaExceeded; then files of the ids in ``new`` may be left."""
+        await self._quota.make_available(intake.size_bytes, lambda short: self._evict(short, state.keep))
+        self._book(state, intake.size_bytes)
+
+        def new_file() -> str:
+            new.append(id_ := sidecar.new_id())
+            self._quota.writing.add(id_)  # else a sweep would remove it
+            return id_
+
+        noted = await asyncio.to_thread(take_in, self._directory, part, intake, noted, new_file)
+        kv = self._directory / (noted.id + KV)
+        self._manifest.file_ids[noted.id] = FileId.of(await asyncio.to_thread(os.lstat, kv))
+        written = noted.size_bytes + sum(
+            part.size_bytes for part in noted.parts if part.file[: -len(EXT)] in new
+        )
+        self.n_bytes_written += written
+        self._manifest.durable.add(noted.id)
+        return noted
+
+    def _say(self, noted: Noted, error: Exception) -> None:
+        """Why a file is kept whole; once, if that is so with all of this server."""
+        if isinstance(error, LayoutUnknown):
+            reason = str(error).partition(": ")[2]
+            if reason not in self._said:
+                self._said.add(reason)
+                log.warning("snapshots: slot files are kept whole, their rows cannot be shared: %s", reason)
+            return
+        self.n_differing += isinstance(error, RowsDiffer)
+        log.warning("snapshots: %s is kept whole: %s", noted.id, error)

@@ -1,0 +1,62 @@
+"""Gives a snapshot, or its first tokens, to llama-server: as a slot file in the directory that it restores from.
+
+A whole slot file is given as it is, unless much less of it is needed. All else is put together for the moment of the
+restore.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from msgspec import Struct
+
+from llamaslot.store.assemble import StateAt, assemble
+from llamaslot.store.extent import Piece
+from llamaslot.store.sidecar import KV, N_STATES, Part, Snapshot
+
+_CUT_SHARE = 0.9  # a larger share of a whole file is not worth a copy
+_TOKEN_BYTES = 32  # of a file, besides its rows: the token and its cell, also with M-RoPE
+_MORE_BYTES = 256 << 10
+
+
+class Given(Struct, frozen=True):
+    """A slot file for a restore."""
+
+    name: str
+    size_bytes: int
+    n_tokens: int
+
+
+class Outgoing(Struct, frozen=True):
+    """A slot file to put together from ``rows``, and ``states`` by position: the last one is after the last token."""
+
+    rows: tuple[Part, ...]
+    states: tuple[Part, ...]
+    size_bytes: int  # at most
+
+    def write(self, directory: Path, target: Path) -> int:
+        """Write it to ``target``; its size in bytes. Blocking; raises SnapshotInvalid and OSError."""
+        pieces = [Piece(directory / part.file, part.start, part.end) for part in self.rows]
+        states = [StateAt(directory / part.file, part.end) for part in self.states]
+        return assemble(pieces, states[-1] if states else None, states[:-1], target)
+
+
+def outgoing(snapshot: Snapshot, n_tokens: int) -> Outgoing | None:
+    """What to put together for its first ``n_tokens``; None if its own file is given.
+
+    A model that cannot rewind needs a state there: then the snapshot has parts, and a state after as many tokens.
+    """
+    parts, more_bytes = snapshot.parts, n_tokens * _TOKEN_BYTES + _MORE_BYTES
+    if not parts:
+        if n_tokens > _CUT_SHARE * snapshot.n_tokens:
+            return None
+        whole = Part(snapshot.id + KV, 0, n_tokens, snapshot.size_bytes)
+        return Outgoing((whole,), (), snapshot.size_bytes * n_tokens // snapshot.n_tokens + more_bytes)
+    rows = [
+        part._replace(end=min(part.end, n_tokens))
+        for part in parts
+        if not part.is_state and part.start < n_tokens
+    ]
+    states = [part for part in parts if part.is_state and part.end <= n_tokens][-N_STATES:]
+    size_bytes = n_tokens * snapshot.row_bytes + 2 * sum(part.size_bytes for part in states) + more_bytes
+    return Outgoing(tuple(rows), tuple(states), size_bytes)

@@ -1,0 +1,161 @@
+"""Takes a slot file that llama-server has written into the store: only what the store does not have of it yet.
+
+llama-server writes the whole slot each time. Of a conversation that goes on all but the last turn is on disk already,
+of a new one the system part: those rows stay where they are, and only the rest becomes an *extent*, a file of its own.
+States (checkpoints, recurrent state, attention window) are files of their own too, so each can go when it is no longer
+worth its bytes. What has nothing in common with the rest, on a dense model, stays a whole slot file: it need not be
+copied, and can be an extent of others as it is.
+
+Blocking: for threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
+from llamaslot.errors import SnapshotInvalid
+from llamaslot.store import sidecar
+from llamaslot.store.copying import sync_directory
+from llamaslot.store.extent import Piece, Source, differing_rows, write_extent
+from llamaslot.store.header import slot_file_head
+from llamaslot.store.kept_states import states_to_keep
+from llamaslot.store.sidecar import EXT, KV, Noted, Part, Snapshot
+from llamaslot.store.slot_layout import SlotLayout, read_layout
+
+MIN_SHARED = 256  # tokens; fewer are not worth a file of their own
+MAX_ROWS = 64  # extents of one snapshot; then all is written anew
+_FOOTER_BYTES = 16 << 10  # of an extent, apart from a word for each row and state
+
+
+class RowsDiffer(SnapshotInvalid):
+    """The rows of a save are not those that the same slot had before: none of them is trusted as known."""
+
+
+class Base(Struct, frozen=True):
+    """A snapshot that begins with the same ``n_shared`` tokens. ``is_lineage``: the slot was restored from it, or saved
+    as it, so its rows are equal bit for bit.
+    """
+
+    snapshot: Snapshot
+    n_shared: int
+    is_lineage: bool = False
+
+
+class Intake(Struct, frozen=True):
+    """What is to be written. ``known``: parts that are there; ``start``: the first token whose rows are not;
+    ``states``: token counts of the states to write.
+    """
+
+    layout: SlotLayout
+    known: tuple[Part, ...]
+    start: int
+    states: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        return sum(tensor.row_bytes for tensor in self.layout.shape.tensors)
+
+    @property
+    def size_bytes(self) -> int:
+        """An upper bound of the bytes to write."""
+        states = [state for state in self.layout.states if state.n_tokens in self.states]
+        n_files, n_tokens = len(states) + 2, self.layout.n_tokens
+        footers = n_files * (_FOOTER_BYTES + 128 * len(self.layout.shape.tensors))
+        rows = (n_tokens - self.start) * (self.row_bytes + 4) + 4 * n_tokens
+        return rows + sum(state.size_bytes for state in states) + footers
+
+
+def look(directory: Path, landing: Path, base: Base | None, marks: Collection[int]) -> Intake | None:
+    """What to write of the slot file ``landing``; None if it is kept whole. ``marks``: token counts to which a later
+    request may go back.
+
+    Raises LayoutUnknown if its rows cannot be told apart, RowsDiffer, and SnapshotInvalid if a file of ``base`` is
+    gone.
+    """
+    layout = read_layout(landing)
+    rows, states = _known(directory, layout, base)
+    start = rows[-1].end if rows else 0
+    if base is not None and base.is_lineage:
+        n_sure = start - NEGLIGIBLE_TOKENS  # what follows may have been computed again, in other batches
+        if layout.shape.has_states:
+            n_sure = max((at for at in states if at <= n_sure), default=0)
+        sure = [part for part in rows if part.start < n_sure]
+        pieces = [Piece(directory / part.file, part.start, min(part.end, n_sure)) for part in sure]
+        if n_different := differing_rows(landing, layout, pieces):
+            raise RowsDiffer(
+                f"{n_different} of its rows are not those of {base.snapshot.id}, which it goes on from"
+            )
+    if not layout.shape.has_states:
+        return Intake(layout, tuple(rows), start, ()) if rows else None
+    # The states that an earlier save has kept were at marks too, but for its end.
+    marks = {*marks, *(at for at in states if base is not None and at != base.snapshot.n_tokens)}
+    there = {state.n_tokens for state in layout.states}
+    kept = states_to_keep(sorted(there | states.keys()), marks)
+    known = [states[at] for at in kept if at in states]
+    return Intake(layout, (*rows, *known), start, tuple(at for at in kept if at not in states))
+
+
+def _known(directory: Path, layout: SlotLayout, base: Base | None) -> tuple[list[Part], dict[int, Part]]:
+    """The rows and the states of ``base`` that are also those of a slot file with that ``layout``."""
+    if base is None or base.n_shared < MIN_SHARED:
+        return [], {}
+    snapshot, n_shared = base.snapshot, min(base.n_shared, layout.n_tokens)
+    parts = snapshot.parts or (Part(snapshot.id + KV, 0, snapshot.n_tokens, snapshot.size_bytes),)
+    rows = [
+        part._replace(end=min(part.end, n_shared))
+        for part in parts
+        if not part.is_state and part.start < n_shared
+    ]
+    if len(rows) >= MAX_ROWS:
+        return [], {}
+    states = {part.end: part for part in parts if part.is_state and part.end <= n_shared}
+    for part in (*rows, *states.values()):
+        with Source(directory / part.file) as source:
+            if source.size_bytes != part.size_bytes:
+                raise SnapshotInvalid(f"{part.file}: has {source.size_bytes} bytes, not {part.size_bytes}")
+            if source.extent().shape != layout.shape:
+                return [], {}
+    return rows, states
+
+
+def take_in(
+    directory: Path, landing: Path, intake: Intake, noted: Noted, new_file: Callable[[], str]
+) -> Noted:
+    """Write what ``landing`` has more, then the header and the sidecar of the snapshot, then remove ``landing``.
+    Returns the snapshot with its parts; it is durable. ``new_file()`` is an id for a file that no snapshot names yet.
+
+    Raises SnapshotInvalid and OSError: then there is no snapshot, but there may be files of ids from ``new_file``.
+    """
+    layout, known = intake.layout, list(intake.known)
+    rows = [part for part in known if not part.is_state]
+    states = {part.end: part for part in known if part.is_state}
+
+    def write(start: int, end: int, keep: Collection[int]) -> Part:
+        target = directory / (new_file() + EXT)
+        write_extent(landing, layout, start, end, keep, target, {})
+        return Part(target.name, start, end, os.stat(target).st_size)
+
+    if intake.start < layout.n_tokens:
+        rows.append(write(intake.start, layout.n_tokens, ()))
+    for at in intake.states:
+        states[at] = write(at, at, (at,))
+    head = slot_file_head(layout.tokens)
+    noted = replace(
+        noted,
+        size_bytes=len(head),
+        boot=None,
+        parts=(*rows, *(states[at] for at in sorted(states))),
+        row_bytes=intake.row_bytes,
+        checkpoints=tuple(sorted(states)),
+    )
+    sidecar.write_data(directory / (noted.id + KV), head, is_durable=True)
+    sidecar.write(directory, noted, noted.created_at)
+    sync_directory(directory)
+    os.unlink(landing)
+    return noted
