@@ -73,4 +73,16 @@ class Growth:
     written: float
 
 
-__all__ = ["Callable", "Growth", "Stored", "User", "ask", "clients", "converse", "random", "saved", "stored", "words"]
+__all__ = [
+    "Callable",
+    "Growth",
+    "Stored",
+    "User",
+    "ask",
+    "clients",
+    "converse",
+    "random",
+    "saved",
+    "stored",
+    "words",
+]

@@ -121,11 +121,22 @@ def test_ls_shows_what_is_there(stopped: StoppedStore, run: Run) -> None:
     result = run("ls")
     assert result.exit_code == 0
     heading, *rows, summary = result.output.splitlines()
-    assert heading.split() == ["ID", "KIND", "TOKENS", "SIZE", "HITS", "AGE", "USED", "MODEL", "STATE"]
+    assert heading.split() == [
+        "ID",
+        "KIND",
+        "TOKENS",
+        "SIZE",
+        "SHARED",
+        "HITS",
+        "AGE",
+        "USED",
+        "MODEL",
+        "STATE",
+    ]
     assert [row.split()[0] for row in rows] == [stopped.ids[i] for i in (1, 3, 2, 0)]
     words = {row.split()[0]: " ".join(row.split()[1:]) for row in rows}
-    assert words[stopped.ids[0]].startswith("trunk, pinned 400 3.9 KiB 0 23 h 23 h ")
-    assert words[stopped.ids[1]].startswith("leaf 1,500 8.8 KiB 2 ")
+    assert words[stopped.ids[0]].startswith("trunk, pinned 400 3.9 KiB 0 B 0 23 h 23 h ")
+    assert words[stopped.ids[1]].startswith("leaf 1,500 8.8 KiB 0 B 2 ")
     assert words[stopped.ids[2]].endswith("(other)")
     assert words[stopped.ids[3]].startswith("leaf, left 600 ")
     assert len({row.index(" KiB") for row in rows}) == 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 from msgspec import Struct
+from msgspec.structs import replace
 
 from llamaslot.config.load import Config
 from llamaslot.llama.identity import Identity
@@ -17,7 +18,7 @@ from llamaslot.store.directory import DirectoryUnusable
 from llamaslot.store.entries import SnapshotTable
 from llamaslot.store.inventory import Item
 from llamaslot.store.quota import Limits
-from llamaslot.store.sidecar import Snapshot, readable
+from llamaslot.store.sidecar import readable
 
 _OURS, _OTHERS = "served last", "another"
 
@@ -85,21 +86,9 @@ def over_limits(store: OfflineStore, items: list[Item]) -> list[Removal]:
     for item in items:
         noted = item.noted
         assert noted is not None, "what is whole has a sidecar"
-        snapshot = Snapshot(
-            id=item.id,
-            n_tokens=noted.n_tokens,
-            digest="",
-            size_bytes=item.size_bytes,
-            fingerprint=_OURS if store.is_ours(item) else _OTHERS,
-            created_at=noted.created_at,
-            checkpoints=noted.checkpoints,
-            source=noted.source,
-            kind=noted.kind,
-            is_pinned=noted.is_pinned,
-            namespace=noted.namespace,
-        )
+        snapshot = replace(noted.snapshot(""), fingerprint=_OURS if store.is_ours(item) else _OTHERS)
         table.add(snapshot, store.now, last_used=item.last_used, hits=item.hits)
-    size_bytes = sum(item.size_bytes for item in items)
+    size_bytes = table.files.size_bytes
     found = os.statvfs(store.directory)
     short = {
         "store.quota": size_bytes - store.limits.quota_bytes,

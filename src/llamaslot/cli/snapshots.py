@@ -23,9 +23,8 @@ from llamaslot.cli.format import number, several, span, table
 from llamaslot.cli.gc import OfflineStore, Removal, over_limits
 from llamaslot.cli.which import which
 from llamaslot.config.load import Config
-from llamaslot.store import scan
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
-from llamaslot.store.inventory import FileState, Item, read_headers, take_stock
+from llamaslot.store.inventory import FileState, Item, Stock, read_headers, remove, take_stock
 from llamaslot.store.sidecar import readable
 
 EXIT_BROKEN = 1
@@ -69,10 +68,10 @@ def ls(path: Path, is_json: bool, order: str) -> None:
             _say_json([_fields(item, store) for item in items])
             return
         if items:
-            headings = ("ID", "KIND", "TOKENS", "SIZE", "HITS", "AGE", "USED", "MODEL", "STATE")
+            headings = ("ID", "KIND", "TOKENS", "SIZE", "SHARED", "HITS", "AGE", "USED", "MODEL", "STATE")
             rows = [_row(item, store) for item in items]
-            _say(table(headings, rows, to_the_right={"TOKENS", "SIZE", "HITS", "AGE", "USED"}))
-        _say([_summary(items, stock.n_foreign, store)])
+            _say(table(headings, rows, to_the_right={"TOKENS", "SIZE", "SHARED", "HITS", "AGE", "USED"}))
+        _say([_summary(len(items), stock, store)])
 
 
 @snapshots.command()
@@ -125,7 +124,7 @@ def gc(path: Path, dry_run: bool, others: bool) -> None:
             raise DirectoryUnusable("which model is served is not known yet: start llamaslot with it once")
         with _locked(store, dry_run):
             stock = take_stock(store.directory)
-            items = asyncio.run(read_headers(store.directory, stock.items.values()))
+            items = asyncio.run(read_headers(store.directory, list(stock.items.values())))
             removals = [Removal(item, item.why) for item in items if item.state is not FileState.WHOLE]
             whole = [item for item in items if item.state is FileState.WHOLE]
             if others:
@@ -140,12 +139,15 @@ def gc(path: Path, dry_run: bool, others: bool) -> None:
 @click.option("--remove", "removes", is_flag=True, help="Remove what is broken.")
 @click.argument("names", metavar="[ID]...", nargs=-1)
 def verify(path: Path, dry_run: bool, removes: bool, names: Sequence[str]) -> None:
-    """Read the headers of all snapshots, or of some, and list the broken ones. Exit code 1 if a broken one stays."""
+    """Read all snapshots, or some, and list the broken ones. Exit code 1 if a broken one stays.
+
+    Of whole slot files, which have no checksums, only the headers are read.
+    """
     with told():
         store = _store_of(path)
         with _locked(store, dry_run or not removes):
             chosen = _chosen(store, names) if names else list(take_stock(store.directory).items.values())
-            items = asyncio.run(read_headers(store.directory, chosen))
+            items = asyncio.run(read_headers(store.directory, chosen, with_checksums=True))
             broken = [Removal(item, item.why) for item in items if item.state is FileState.BROKEN]
             n_whole = sum(item.state is FileState.WHOLE for item in items)
             n_unfinished = len(items) - n_whole - len(broken)
@@ -166,7 +168,18 @@ def _row(item: Item, store: OfflineStore) -> tuple[str, ...]:
     noted = item.noted
     if noted is None:
         used = span(store.now - item.last_used)
-        return item.id, "-", "-", readable(item.size_bytes), "-", "-", used, "-", f"{item.state}: {item.why}"
+        return (
+            item.id,
+            "-",
+            "-",
+            readable(item.size_bytes),
+            "-",
+            "-",
+            "-",
+            used,
+            "-",
+            f"{item.state}: {item.why}",
+        )
     kind = noted.kind.value
     kind += ", left" if item.hits.is_branched else ""
     kind += ", pinned" if noted.is_pinned else ""
@@ -175,6 +188,7 @@ def _row(item: Item, store: OfflineStore) -> tuple[str, ...]:
         kind,
         number(noted.n_tokens),
         readable(item.size_bytes),
+        readable(item.shared_bytes),
         number(item.hits.n_hits),
         span(store.now - noted.created_at),
         span(store.now - item.last_used),
@@ -183,10 +197,10 @@ def _row(item: Item, store: OfflineStore) -> tuple[str, ...]:
     )
 
 
-def _summary(items: list[Item], n_foreign: int, store: OfflineStore) -> str:
-    size = readable(sum(item.size_bytes for item in items))
+def _summary(n_items: int, stock: Stock, store: OfflineStore) -> str:
+    size, n_foreign = readable(stock.size_bytes), stock.n_foreign
     quota = readable(store.limits.quota_bytes)
-    said = f"{several(len(items), 'snapshot', 'snapshots')}, {size} of {quota}, in {store.directory}"
+    said = f"{several(n_items, 'snapshot', 'snapshots')}, {size} of {quota}, in {store.directory}"
     return said + (f"; {several(n_foreign, 'other file', 'other files')} left alone" if n_foreign else "")
 
 
@@ -201,6 +215,7 @@ def _fields(item: Item, store: OfflineStore) -> dict[str, Any]:
         "is_branched": item.hits.is_branched,
         "n_tokens": noted.n_tokens if noted else None,
         "size_bytes": item.size_bytes,
+        "shared_bytes": item.shared_bytes,
         "n_hits": item.hits.n_hits,
         "created_at": noted.created_at if noted else None,
         "last_used": item.last_used,
@@ -293,9 +308,9 @@ def _remove(store: OfflineStore, removals: list[Removal], dry_run: bool) -> None
         _say(["nothing to remove"])
         return
     _say(table(("ID", "SIZE", "WHY"), [each.row for each in removals], {"SIZE"}))
-    n_left = 0
+    n_left, stock = 0, take_stock(store.directory)
     for each in () if dry_run else removals:
-        left, error = scan.remove(store.directory, each.item.id)
+        left, error = remove(store.directory, stock, each.item)
         n_left += left
         if error is not None:
             raise DirectoryUnusable(f"{each.item.id} cannot be removed: {error.strerror or error}")

@@ -9,7 +9,7 @@ import asyncio
 import enum
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from msgspec import Struct
@@ -18,8 +18,10 @@ from msgspec.structs import replace
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import scan, sidecar
 from llamaslot.store.directory import DirectoryUnusable
+from llamaslot.store.extent import Source, verify
 from llamaslot.store.header import read_slot_file
 from llamaslot.store.hits import NEVER, HitLog, Hits
+from llamaslot.store.shared_files import SharedFiles
 from llamaslot.store.sidecar import JSON, KV, Noted
 
 _AT_ONCE = 8  # headers read at the same time
@@ -32,13 +34,16 @@ class FileState(enum.StrEnum):
 
 
 class Item(Struct, frozen=True):
-    """The files of one id. ``noted``: its sidecar, None if that cannot be read; ``last_used``: seconds since the
-    epoch; ``why``: its fault.
+    """A snapshot, or the files of an id that is none. ``size_bytes``: those that no other snapshot needs;
+    ``shared_bytes``: the rest. ``noted``: its sidecar, None if that cannot be read; ``last_used``: seconds since the
+    epoch; ``why``: its fault; ``bad_files``: parts that are broken.
     """
 
     id: str
     size_bytes: int
     last_used: float
+    shared_bytes: int = 0
+    bad_files: tuple[str, ...] = ()
     state: FileState = FileState.WHOLE
     why: str = ""
     noted: Noted | None = None
@@ -46,10 +51,17 @@ class Item(Struct, frozen=True):
 
 
 class Stock(Struct, frozen=True):
-    """Items by id, and the number of other files."""
+    """Items by id, the number of other files, and the files of all snapshots."""
 
     items: dict[str, Item]
     n_foreign: int
+    files: SharedFiles
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all items together."""
+        rest = (item.size_bytes for item in self.items.values() if item.noted is None)
+        return self.files.size_bytes + sum(rest)
 
     def of(self, state: FileState) -> list[Item]:
         return [item for item in self.items.values() if item.state is state]
@@ -62,11 +74,20 @@ def take_stock(directory: Path) -> Stock:
     except OSError as error:
         raise DirectoryUnusable(f"{directory} cannot be read: {error.strerror or error}") from error
     hits = HitLog(directory).load()
-    items = {
-        id_: _item(directory, id_, suffixes, hits.get(id_, NEVER))
-        for id_, suffixes in sorted(listing.suffixes.items())
-    }
-    return Stock(items, listing.n_foreign)
+    items, files = dict[str, Item](), SharedFiles()
+    for id_, suffixes in sorted(listing.suffixes.items()):
+        items[id_] = item = _item(directory, id_, suffixes, hits.get(id_, NEVER))
+        if item.noted is not None:
+            files.add(item.noted.snapshot(""))
+    needed = set(files.ids())
+    for id_, item in list(items.items()):
+        if item.noted is not None:
+            own_bytes = files.own_bytes(snapshot := item.noted.snapshot(""))
+            shared_bytes = sum(snapshot.files.values()) - own_bytes
+            items[id_] = replace(item, size_bytes=own_bytes, shared_bytes=shared_bytes)
+        elif id_ in needed and JSON not in listing.suffixes[id_]:
+            del items[id_]  # a part of others
+    return Stock(items, listing.n_foreign, files)
 
 
 def _item(directory: Path, id_: str, suffixes: set[str], hits: Hits) -> Item:
@@ -82,6 +103,8 @@ def _item(directory: Path, id_: str, suffixes: set[str], hits: Hits) -> Item:
         found = os.lstat(directory / (id_ + KV)).st_size
         if found != noted.size_bytes:
             raise SnapshotInvalid(f"{id_}{KV}: has {found} bytes, {noted.size_bytes} were written")
+        if bad := scan.bad_files(directory, noted):
+            return replace(_with_bad_files(item, bad), noted=noted)
     except FileNotFoundError:
         return replace(item, state=FileState.UNFINISHED, why="it went while it was looked at")
     except OSError as error:
@@ -99,6 +122,12 @@ def _broken(item: Item, error: SnapshotInvalid) -> Item:
     return replace(item, state=FileState.BROKEN, why=why)
 
 
+def _with_bad_files(item: Item, bad: Iterable[str]) -> Item:
+    names = tuple(sorted(bad))
+    why = f"{', '.join(names)} is missing or damaged; the next start keeps what is before it"
+    return replace(item, state=FileState.BROKEN, why=why, bad_files=names)
+
+
 def _dated(directory: Path, id_: str, suffixes: set[str]) -> float:
     for suffix in (JSON, *sorted(suffixes)):
         try:
@@ -108,9 +137,19 @@ def _dated(directory: Path, id_: str, suffixes: set[str]) -> float:
     return 0.0
 
 
-async def read_headers(directory: Path, items: Iterable[Item]) -> list[Item]:
-    """The items, with those marked broken whose file does not match the sidecar. Canceling is safe."""
+async def read_headers(
+    directory: Path, items: Collection[Item], *, with_checksums: bool = False
+) -> list[Item]:
+    """The items, with those marked broken whose file does not match the sidecar. ``with_checksums``: all parts are
+    read, each once. Canceling is safe.
+    """
     gate = asyncio.Semaphore(_AT_ONCE)
+    bad = set[str]()
+    if with_checksums:
+        names = {part.file for item in items if item.noted is not None for part in item.noted.parts}
+        for name in sorted(names):
+            if not await asyncio.to_thread(_is_good, directory / name):
+                bad.add(name)
 
     async def read(item: Item) -> Item:
         if item.noted is None:
@@ -120,6 +159,39 @@ async def read_headers(directory: Path, items: Iterable[Item]) -> list[Item]:
                 scan.agree(item.noted, await read_slot_file(directory / (item.id + KV)))
             except SnapshotInvalid as error:
                 return _broken(item, error)
+        if its := bad & {part.file for part in item.noted.parts}:
+            return _with_bad_files(item, {*its, *item.bad_files})
         return item
 
     return list(await asyncio.gather(*map(read, items)))
+
+
+def _is_good(path: Path) -> bool:
+    """Whether the rows and states in a file are those that were written; of a slot file, whether it can be told."""
+    try:
+        if path.suffix == KV:
+            with Source(path) as source:
+                source.extent()
+        else:
+            verify(path)
+    except (SnapshotInvalid, OSError):
+        return False
+    return True
+
+
+def remove(directory: Path, stock: Stock, item: Item) -> tuple[int, OSError | None]:
+    """Remove an item, or only its ``bad_files``; what other snapshots need stays. Blocking. Returns the bytes that are
+    still there, and the first error.
+    """
+    if item.bad_files:
+        freed, n_left, first = dict.fromkeys(item.bad_files, 0), 0, None
+    elif item.noted is None:
+        return scan.remove(directory, item.id, keeps_data=item.id in stock.files.ids())
+    else:
+        freed, _ = stock.files.drop(item.noted.snapshot(""))
+        n_left, first = scan.remove(directory, item.id, keeps_data=item.id + KV not in freed)
+    for name in freed:
+        if name != item.id + KV:
+            left, error = scan.remove(directory, name[: name.index(".")])
+            n_left, first = n_left + left, first or error
+    return n_left, first

@@ -17,11 +17,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from llamaslot.errors import SnapshotInvalid
-from llamaslot.store import scan, sidecar
+from llamaslot.store import inventory, sidecar
+from llamaslot.store.directory import DirectoryUnusable
+from llamaslot.store.shared_files import Departure, SharedFiles
 from llamaslot.store.shared_store import META, QUOTA_LOCK, try_claim, try_lock
-from llamaslot.store.sidecar import JSON, KV, PART
+from llamaslot.store.sidecar import EXT, JSON, KV, PART, Part, Snapshot
 
 RESERVED = "reserved"
 IN_PLANS_S = 60.0
@@ -29,7 +32,9 @@ _POLL_S = 0.01  # the lock is held for a scan and some removals
 
 
 class _Seen(Struct, frozen=True, order=True):
-    """A snapshot on disk, least recently used first."""
+    """A snapshot on disk, least recently used first. ``size_bytes``: what is free without it and all that were used
+    longer ago.
+    """
 
     last_used: float
     size_bytes: int
@@ -44,6 +49,7 @@ class Neighbours:
         self._directory, self._meta = directory, directory.parent / META
         self.others = 0
         self._seen: list[_Seen] = []
+        self._parts = dict[str, tuple[Part, ...]]()  # of snapshots; a sidecar never changes in this
         self._kept: set[str] = set()  # not removed in this turn: pinned, or used meanwhile
 
     @classmethod
@@ -80,7 +86,7 @@ class Neighbours:
                 continue
             is_own = directory == self._directory
             is_used = is_own or self._is_used(Path(entry.path))
-            size_bytes, snapshots = _files(directory, with_parts=not is_used)
+            size_bytes, snapshots = self._files(directory, with_parts=not is_used)
             newest = time.time() - IN_PLANS_S if is_used and not is_own else float("inf")
             seen += (one for one in snapshots if one.last_used <= newest and one.id not in self._kept)
             if not is_own:
@@ -115,28 +121,69 @@ class Neighbours:
         """Remove snapshots of other parts. Those that must stay are not offered again in this turn. Canceling is
         safe.
         """
-        self._kept |= await asyncio.to_thread(lambda: {one.id for one in snapshots if not _remove(one)})
+        self._kept |= await asyncio.to_thread(lambda: {one.id for one in snapshots if not self._remove(one)})
 
+    def _files(self, directory: Path, *, with_parts: bool) -> tuple[int, list[_Seen]]:
+        """Bytes of slot files, and the snapshots. What is being written is counted by its reservation, unless
+        ``with_parts``.
+        """
+        sizes, used, n_parts = dict[str, int](), dict[str, float](), 0
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            for entry in entries:
+                if (own := sidecar.own_name(entry.name)) is None:
+                    continue
+                with contextlib.suppress(OSError):
+                    status = entry.stat(follow_symlinks=False)
+                    if own[1] in (KV, EXT):
+                        sizes[entry.name] = status.st_size
+                    elif own[1] == JSON:
+                        used[own[0]] = status.st_mtime
+                    elif own[1] == PART and with_parts:
+                        n_parts += status.st_size
+        files = SharedFiles()
+        whole = sorted((last_used, id_) for id_, last_used in used.items() if id_ + KV in sizes)
+        has_parts = any(name.endswith(EXT) for name in sizes)
+        snapshots = [self._snapshot(directory, id_, sizes[id_ + KV], has_parts) for _, id_ in whole]
+        for snapshot in snapshots:
+            files.add(snapshot)
+        departure = Departure(files)
+        seen = [
+            _Seen(last_used, departure.add(snapshot), directory, id_)
+            for (last_used, id_), snapshot in zip(whole, snapshots, strict=True)
+        ]
+        return sum(sizes.values()) + n_parts, seen
 
-def _files(directory: Path, *, with_parts: bool) -> tuple[int, list[_Seen]]:
-    """Bytes of slot files, and the snapshots. What is being written is counted by its reservation, unless
-    ``with_parts``.
-    """
-    sizes, used, n_parts = dict[str, int](), dict[str, float](), 0
-    with contextlib.suppress(OSError), os.scandir(directory) as entries:
-        for entry in entries:
-            if (own := sidecar.own_name(entry.name)) is None:
-                continue
-            with contextlib.suppress(OSError):
-                status = entry.stat(follow_symlinks=False)
-                if own[1] == KV:
-                    sizes[own[0]] = status.st_size
-                elif own[1] == JSON:
-                    used[own[0]] = status.st_mtime
-                elif own[1] == PART and with_parts:
-                    n_parts += status.st_size
-    whole = [_Seen(used[id_], size, directory, id_) for id_, size in sizes.items() if id_ in used]
-    return sum(sizes.values()) + n_parts, whole
+    def _snapshot(self, directory: Path, id_: str, size_bytes: int, has_parts: bool) -> Snapshot:
+        """With the files that it needs; only those count."""
+        parts: tuple[Part, ...] = ()
+        if has_parts:
+            if id_ not in self._parts:
+                path = directory / (id_ + JSON)
+                with contextlib.suppress(OSError, SnapshotInvalid):
+                    self._parts[id_] = sidecar.parse(path.name, path.read_bytes()).parts
+            parts = self._parts.get(id_, ())
+        return Snapshot(id_, 0, "", size_bytes, "", 0.0, (), "", parts=parts)
+
+    def _remove(self, one: _Seen) -> bool:
+        """Remove a snapshot, and its files that no other of its part needs, unless it is pinned, or was used since it
+        was seen.
+        """
+        path = one.directory / (one.id + JSON)
+        try:
+            if path.stat().st_mtime != one.last_used:
+                return False
+            if sidecar.parse(path.name, path.read_bytes()).is_pinned:
+                return False
+        except (OSError, SnapshotInvalid):
+            pass
+        try:
+            stock = inventory.take_stock(one.directory)
+        except DirectoryUnusable:
+            return False
+        if (item := stock.items.get(one.id)) is None:
+            return True
+        _, error = inventory.remove(one.directory, stock, replace(item, bad_files=()))
+        return error is None
 
 
 def _reserved(meta_dir: Path) -> int:
@@ -144,15 +191,3 @@ def _reserved(meta_dir: Path) -> int:
         return int((meta_dir / RESERVED).read_text())
     except (OSError, ValueError):
         return 0
-
-
-def _remove(one: _Seen) -> bool:
-    """Remove a snapshot unless it is pinned, or was used since it was seen."""
-    path = one.directory / (one.id + JSON)
-    try:
-        if path.stat().st_mtime != one.last_used or sidecar.parse(path.name, path.read_bytes()).is_pinned:
-            return False
-    except (OSError, SnapshotInvalid):
-        pass
-    _, error = scan.remove(one.directory, one.id)
-    return error is None

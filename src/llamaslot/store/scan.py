@@ -171,7 +171,7 @@ def agree_still(directory: Path, snapshot: Snapshot) -> WithTokens:
         )
     if sidecar.digest_of(file.tokens) != snapshot.digest:
         raise SnapshotInvalid(f"{snapshot.id}: holds other tokens than when it was saved")
-    if bad := _bad_files(snapshot.parts, lambda name: _size(directory / name)):
+    if bad := bad_files(directory, snapshot):
         raise SnapshotInvalid(f"{snapshot.id}: {', '.join(sorted(bad))} is missing or has another size")
     return snapshot.with_tokens(file.tokens)
 
@@ -294,6 +294,11 @@ def _bad_files(parts: Iterable[Part], size_of: Callable[[str], int | None]) -> s
     return {part.file for part in parts if size_of(part.file) != part.size_bytes}
 
 
+def bad_files(directory: Path, of: Snapshot | Noted) -> set[str]:
+    """The files of its parts that are missing or have another size. Blocking."""
+    return _bad_files(of.parts, lambda name: _size(directory / name))
+
+
 class Loaded(NamedTuple):
     """A snapshot, its last use, the mark of its .kv file, and whether its data are known to be on disk. ``fault``: why
     it was shortened, and has another id.
@@ -330,7 +335,7 @@ def _load(directory: Path, id_: str) -> Loaded:
         raise SnapshotInvalid(f"{id_}{KV}: was not yet on the disk when the machine went down")
     file = read_slot_file_now(directory / (id_ + KV))
     agree(noted, file)
-    if bad := _bad_files(noted.parts, lambda name: _size(directory / name)):
+    if bad := bad_files(directory, noted):
         fault = f"{id_}: {', '.join(sorted(bad))} is missing or has another size"
         return _shortened(directory, noted, file.tokens, bad, dated, fault)
     return Loaded(noted.snapshot(sidecar.digest_of(file.tokens)), dated, file_id, noted.boot is None)
