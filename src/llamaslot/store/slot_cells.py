@@ -20,7 +20,11 @@ _MAX_RUNS = 1024
 
 
 class NoCells(Exception):
-    """The words are no cells that llamaslot knows. The text says why."""
+    """The words are no cells that llamaslot knows. The text says why. ``is_width``: they are not of this width."""
+
+    def __init__(self, reason: str, is_width: bool = False) -> None:
+        super().__init__(reason)
+        self.is_width = is_width
 
 
 class Run(Struct, frozen=True):
@@ -52,15 +56,17 @@ class Cells(Struct, frozen=True):
 
 
 def read_cells(read: Callable[[int, int], bytes], n: int, tokens: array[int]) -> Cells:
-    """Read ``n`` cells by ``read(offset, size)``. ``tokens``: of the slot; no position may be beyond them. Raises
-    NoCells, and what ``read`` raises.
+    """Read ``n`` cells by ``read(offset, size)``, which raises NoCells if there are no such bytes. ``tokens``: of the
+    slot; no position may be beyond them. Raises NoCells.
     """
+    faults = []
     for width in (PLAIN, MROPE, OLDER_MROPE):
         try:
             return Cells(width, _runs(read, n, width, tokens))
         except NoCells as error:
-            fault = error
-    raise fault
+            faults.append(error)
+    # The others are of widths that these cells do not have.
+    raise next((fault for fault in faults if not fault.is_width), faults[0])
 
 
 def _runs(read: Callable[[int, int], bytes], n: int, width: int, tokens: array[int]) -> tuple[Run, ...]:
@@ -70,7 +76,7 @@ def _runs(read: Callable[[int, int], bytes], n: int, width: int, tokens: array[i
         words = to_words(read(first * width * WORD, n_here * width * WORD))
         positions = words[0::width]
         if words[1::width] != array("I", [1]) * n_here:
-            raise NoCells("its cells are not of one sequence each")
+            raise NoCells("its cells are not of one sequence each", is_width=True)
         if width > PLAIN and not words[2::width] == words[3::width] == positions:
             raise NoCells("its cells are of media")
         own = words[4::width] if width == MROPE else None

@@ -190,22 +190,23 @@ class _Parser:
 
     def _as(self, kinds: str, at: int) -> SlotLayout:
         """Parse blocks of these kinds: c a cache, m one without V, r a recurrent state. Raises _Misfit."""
-        start, caches, recurrent = at, [], None
+        attention: _Cache | None = None
+        window: _Cache | None = None
+        recurrent: _Recurrent | None = None
         for kind in kinds:
             if kind == "r":
                 recurrent, at = self._recurrent(at, self._size)
+            elif attention is None:
+                attention, at = self._cache(at, self._size, has_v=kind == "c")
             else:
-                cache, at = self._cache(at, self._size, has_v=kind == "c")
-                caches.append(cache)
-        attention = caches[0] if caches else None
-        window = caches[1] if len(caches) > 1 else None
+                window, at = self._cache(at, self._size, has_v=True)
+            self._check_end(at, attention, window, recurrent)
         shape = Shape(
             VERSION,
             attention.shape if attention else None,
             window.shape if window else None,
             recurrent.tensors if recurrent else (),
         )
-        self._check_end(start, attention, window, recurrent)
         checkpoints = self._appendix(at, shape)
         end = None
         if shape.has_states:
@@ -229,6 +230,7 @@ class _Parser:
     def _check_end(
         self, at: int, attention: _Cache | None, window: _Cache | None, recurrent: _Recurrent | None
     ) -> None:
+        """Whether the blocks up to ``at`` are those of all tokens."""
         n, last = self._n_tokens, self._n_tokens - 1
         if attention is not None:
             cells = attention.cells
@@ -282,7 +284,9 @@ class _Parser:
         cells_at = at
 
         def read(offset: int, size: int) -> bytes:
-            return self._within(cells_at + offset, size, limit)
+            if cells_at + offset + size > limit:
+                raise NoCells(f"{n_cells} cells, cut short at {limit}", is_width=True)
+            return self._read(cells_at + offset, size)
 
         try:
             cells = read_cells(read, n_cells, self._ids)
