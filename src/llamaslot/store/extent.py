@@ -355,8 +355,11 @@ class _Writer:
         self._is_whole = False
 
     def __enter__(self) -> _Writer:
-        self._copier.__enter__()
-        self._copier.write(HEAD)
+        try:
+            self._copier.write(HEAD)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *args: object) -> None:

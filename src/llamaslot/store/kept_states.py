@@ -33,22 +33,22 @@ def states_to_keep(
     if not states:
         return []
     chosen = {states[-1]}
-    present = sorted(kept)
+    present = list(kept)
     for mark in sorted(marks):
-        below = [state for state in states if state <= mark]
-        if below and below[-1] - _last(present, below[-1]) >= gap_tokens:
-            chosen.add(below[-1])
-            present = sorted({*present, below[-1]})
+        below, there = _last(states, mark), _last(present, mark)
+        if below - there >= gap_tokens:
+            chosen.add(below)
+            present.append(below)
     for state in states:
         if state - _last(present, state) >= far_tokens and _next(present, state) - state >= gap_tokens:
             chosen.add(state)
-            present = sorted({*present, state})
+            present.append(state)
     return sorted(chosen)
 
 
-def _last(states: Sequence[int], up_to: int) -> int:
+def _last(states: Iterable[int], up_to: int) -> int:
     return max((state for state in states if state <= up_to), default=0)
 
 
-def _next(states: Sequence[int], after: int) -> int:
+def _next(states: Iterable[int], after: int) -> int:
     return min((state for state in states if state > after), default=after + FAR_TOKENS)
