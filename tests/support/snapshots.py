@@ -16,7 +16,7 @@ import pytest
 from llamaslot.cache.ids import pack
 from llamaslot.scheduling.eviction import ByValue, Order
 from llamaslot.store import Catalog, Reservation, Snapshot, WithTokens
-from llamaslot.store.sidecar import KV, PART, own_name
+from llamaslot.store.sidecar import EXT, KV, PART, own_name
 
 MAGIC = 0x67677371
 
@@ -135,18 +135,19 @@ class Shelter:
         return {entry.name for entry in self.directory.iterdir()} - {".llamaslot.lock", ".llamaslot.hits"}
 
     def bytes_on_disk(self) -> int:
-        """What counts for the quota: the real sizes of our .kv and .part files."""
+        """What counts for the quota: the real sizes of our files but sidecars."""
         total = 0
         for entry in self.directory.iterdir():
             own = own_name(entry.name)
-            if own is not None and own[1] in (KV, PART):
+            if own is not None and own[1] in (KV, EXT, PART):
                 with suppress(FileNotFoundError):  # on its way out
                     total += entry.stat().st_size
         return total
 
     def whole(self) -> set[str]:
         """The names that the listed snapshots have: a settled directory holds exactly these."""
-        return {id_ + suffix for id_ in self.catalog.snapshots for suffix in (".kv", ".json")}
+        listed = self.catalog.snapshots.values()
+        return {name for its in listed for name in (*its.files, f"{its.id}.json")}
 
 
 @asynccontextmanager

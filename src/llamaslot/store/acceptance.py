@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,8 +149,8 @@ class Acceptance:
         """Why a file is kept whole; once, if that is so with all of this server."""
         if isinstance(error, LayoutUnknown):
             reason = str(error).partition(": ")[2]
-            if reason not in self._said:
-                self._said.add(reason)
+            if (kind := re.sub(r"\d+", "", reason)) not in self._said:
+                self._said.add(kind)
                 log.warning("snapshots: slot files are kept whole, their rows cannot be shared: %s", reason)
             return
         self.n_differing += isinstance(error, RowsDiffer)

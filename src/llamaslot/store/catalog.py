@@ -314,7 +314,8 @@ class Catalog:
     async def _copy(self, snapshot: Snapshot, order: Outgoing) -> Reservation | None:
         """None if its own file will do as well."""
         try:
-            copy = await self.reserve(order.size_bytes, keep=(snapshot.id,))
+            size_bytes = await asyncio.to_thread(order.size_bytes, self.directory)
+            copy = await self.reserve(size_bytes, keep=(snapshot.id,))
             try:
                 target = self.directory / copy.part_name
                 size_bytes = await asyncio.to_thread(order.write, self.directory, target)

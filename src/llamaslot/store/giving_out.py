@@ -10,13 +10,14 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from llamaslot.cache.ids import WIDTH
 from llamaslot.store.assemble import StateAt, assemble
-from llamaslot.store.extent import Piece
+from llamaslot.store.extent import Piece, Source
 from llamaslot.store.sidecar import KV, N_STATES, Part, Snapshot
+from llamaslot.store.slot_format import ROW_HEAD
 
 _CUT_SHARE = 0.9  # a larger share of a whole file is not worth a copy
-_TOKEN_BYTES = 32  # of a file, besides its rows: the token and its cell, also with M-RoPE
-_MORE_BYTES = 256 << 10
+_MORE_BYTES = 2048  # of a file, besides rows, cells and states
 
 
 class Given(Struct, frozen=True):
@@ -32,7 +33,18 @@ class Outgoing(Struct, frozen=True):
 
     rows: tuple[Part, ...]
     states: tuple[Part, ...]
-    size_bytes: int  # at most
+
+    def size_bytes(self, directory: Path) -> int:
+        """At most its bytes. Blocking; raises SnapshotInvalid."""
+        with Source(directory / self.rows[-1].file) as source:
+            extent = source.extent()
+        attention, n_tokens = extent.shape.attention, self.rows[-1].end
+        size_bytes = n_tokens * WIDTH + _MORE_BYTES + 16 * extent.n_streams
+        if attention is not None:
+            size_bytes += n_tokens * (extent.shape.bytes_per_token + attention.cell_words * WIDTH)
+            size_bytes += ROW_HEAD.size * len(attention.tensors)
+        states = [part.size_bytes for part in self.states]
+        return size_bytes + sum(states) + sum(states[-1:])  # the last is there twice
 
     def write(self, directory: Path, target: Path) -> int:
         """Write it to ``target``; its size in bytes. Blocking; raises SnapshotInvalid and OSError."""
@@ -46,17 +58,15 @@ def outgoing(snapshot: Snapshot, n_tokens: int) -> Outgoing | None:
 
     A model that cannot rewind needs a state there: then the snapshot has parts, and a state after as many tokens.
     """
-    parts, more_bytes = snapshot.parts, n_tokens * _TOKEN_BYTES + _MORE_BYTES
+    parts = snapshot.parts
     if not parts:
         if n_tokens > _CUT_SHARE * snapshot.n_tokens:
             return None
-        whole = Part(snapshot.id + KV, 0, n_tokens, snapshot.size_bytes)
-        return Outgoing((whole,), (), snapshot.size_bytes * n_tokens // snapshot.n_tokens + more_bytes)
+        return Outgoing((Part(snapshot.id + KV, 0, n_tokens, snapshot.size_bytes),), ())
     rows = [
         part._replace(end=min(part.end, n_tokens))
         for part in parts
         if not part.is_state and part.start < n_tokens
     ]
     states = [part for part in parts if part.is_state and part.end <= n_tokens][-N_STATES:]
-    size_bytes = n_tokens * snapshot.row_bytes + 2 * sum(part.size_bytes for part in states) + more_bytes
-    return Outgoing(tuple(rows), tuple(states), size_bytes)
+    return Outgoing(tuple(rows), tuple(states))

@@ -18,7 +18,7 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
+from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, WIDTH
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import sidecar
 from llamaslot.store.copying import sync_directory
@@ -30,7 +30,7 @@ from llamaslot.store.slot_layout import SlotLayout, read_layout
 
 MIN_SHARED = 256  # tokens; fewer are not worth a file of their own
 MAX_ROWS = 64  # extents of one snapshot; then all is written anew
-_FOOTER_BYTES = 16 << 10  # of an extent, apart from a word for each row and state
+_FOOTER_BYTES, _TENSOR_BYTES = 1024, 128  # of an extent, at most: in its footer, and there for each tensor
 
 
 class RowsDiffer(SnapshotInvalid):
@@ -58,16 +58,15 @@ class Intake(Struct, frozen=True):
     states: tuple[int, ...]
 
     @property
-    def row_bytes(self) -> int:
-        return sum(tensor.row_bytes for tensor in self.layout.shape.tensors)
-
-    @property
     def size_bytes(self) -> int:
         """An upper bound of the bytes to write."""
         states = [state for state in self.layout.states if state.n_tokens in self.states]
         n_files, n_tokens = len(states) + 2, self.layout.n_tokens
-        footers = n_files * (_FOOTER_BYTES + 128 * len(self.layout.shape.tensors))
-        rows = (n_tokens - self.start) * (self.row_bytes + 4) + 4 * n_tokens
+        shape = self.layout.shape
+        n_tensors = len(shape.tensors) + len(shape.recurrent)
+        n_tensors += len(shape.window.tensors) if shape.window is not None else 0
+        footers = n_files * (_FOOTER_BYTES + _TENSOR_BYTES * n_tensors)
+        rows = (n_tokens - self.start) * (shape.bytes_per_token + WIDTH) + WIDTH * n_tokens
         return rows + sum(state.size_bytes for state in states) + footers
 
 
@@ -151,7 +150,7 @@ def take_in(
         size_bytes=len(head),
         boot=None,
         parts=(*rows, *(states[at] for at in sorted(states))),
-        row_bytes=intake.row_bytes,
+        row_bytes=layout.shape.bytes_per_token,
         checkpoints=tuple(sorted(states)),
     )
     sidecar.write_data(directory / (noted.id + KV), head, is_durable=True)

@@ -1,0 +1,243 @@
+"""Each row once: what the store keeps of slot files that begin alike, and what it gives out of them."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llamaslot.errors import LlamaslotError, SnapshotInvalid
+from llamaslot.store.sidecar import KV
+from llamaslot.store.slot_layout import read_layout
+from tests.support.slot_files import KINDS, slot_file
+from tests.support.snapshots import Killed, Killer
+from tests.support.trees import Tree, words
+
+A = words(700, 1)
+FORK = [*A[:500], *words(150, 2)]
+
+
+async def tree_of(directory: Path, kind: str = "dense", quota_bytes: int = 1 << 20) -> Tree:
+    tree = Tree(directory, kind, quota_bytes)
+    await tree.open()
+    return tree
+
+
+async def grown(tree: Tree) -> list[str]:
+    """A conversation of three saves, of which each replaces the one before, and another that parts from it."""
+    first = await tree.take(A[:400])
+    second = await tree.take(A[:600], after=first.id)
+    await tree.catalog.drop(first.id)
+    third = await tree.take(A, after=second.id)
+    await tree.catalog.drop(second.id)
+    other = await tree.take(FORK)
+    await tree.catalog.settle()
+    return [third.id, other.id]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_what_is_there_is_not_written_again(kind: str, tmp_path: Path) -> None:
+    """Two conversations with 500 tokens in common: their rows are there once; all that is given out is as it was."""
+    tree = await tree_of(tmp_path, kind)
+    ids = await grown(tree)
+    await tree.check_all()
+    rows = [part for id_ in ids for part in tree.catalog.snapshots[id_].parts if not part.is_state]
+    assert [(part.start, part.end) for part in rows] == [
+        *((0, 400), (400, 600), (600, 700)),
+        *((0, 400), (400, 500), (500, 650)),
+    ]
+    assert rows[:2] == [rows[3], rows[4]._replace(end=600)]
+    assert tree.catalog.acceptance.n_differing == 0
+    again = Tree(tmp_path, kind)
+    tree.catalog.close()
+    await again.open()
+    assert set(again.catalog.snapshots) == set(ids)
+    await again.check_all()
+    again.catalog.close()
+
+
+async def test_a_cut_is_a_file_of_the_first_tokens(tmp_path: Path) -> None:
+    """At any token, also inside an extent and of a whole file."""
+    tree = await tree_of(tmp_path)
+    whole = await tree.take(A)
+    assert not whole.parts
+    longer = await tree.take([*A, *words(100, 3)], after=whole.id)
+    for id_, n in ((whole.id, 350), (longer.id, 350), (longer.id, 750)):
+        assert await tree.given(id_, n) == tree.file([*A, *words(100, 3)][:n])
+    assert await tree.given(whole.id, 690) == tree.file(A)  # the copy would be nearly as large
+    await tree.check_all()
+    tree.catalog.close()
+
+
+@pytest.mark.parametrize("kind", ["window", "recurrent", "hybrid"])
+async def test_a_cut_at_a_state_ends_with_it(kind: str, tmp_path: Path) -> None:
+    """Where the system part ended, or a message: all that llama-server needs to go on from there."""
+    tree = await tree_of(tmp_path, kind)
+    id_, _ = await grown(tree)
+    for at in tree.catalog.snapshots[id_].checkpoints:
+        (tmp_path / "given").write_bytes(await tree.given(id_, at))
+        layout = read_layout(tmp_path / "given")
+        assert layout.n_tokens == at
+        assert layout.checkpoints[-1].n_tokens == at
+        (tmp_path / "given").unlink()
+    with pytest.raises(SnapshotInvalid):
+        await tree.given(id_, 333)
+    await tree.check_all()
+    tree.catalog.close()
+
+
+@pytest.mark.parametrize("kind", ["dense", "hybrid"])
+async def test_the_quota_holds_while_much_is_shared(kind: str, tmp_path: Path) -> None:
+    """Ten conversations on one system part with room for a few: what goes frees what no other needs, tails first."""
+    one = len(Tree(tmp_path, kind).file(A))
+    tree = await tree_of(tmp_path, kind, 4 * one)
+    for seed in range(10):
+        last = await tree.take([*A[:400], *words(300, 10 + seed)])
+        assert await tree.given(last.id)
+        assert tree.catalog.size_bytes <= tree.quota_bytes
+    assert len(tree.dropped) >= 1
+    assert len(tree.catalog.snapshots) >= 3
+    assert last.id in tree.catalog.snapshots
+    await tree.check_all()
+    tree.catalog.close()
+
+
+async def test_what_others_need_outlives_its_snapshot(tmp_path: Path) -> None:
+    """Dropped while it is being restored, and while another goes on from its rows."""
+    tree = await tree_of(tmp_path)
+    first = await tree.take(A[:400])
+    second = await tree.take(A[:600], after=first.id)
+    with tree.catalog.pin(first.id):
+        await tree.catalog.drop(first.id)
+        assert first.id + KV in tree.names()
+    await tree.catalog.settle()
+    assert first.id + KV in tree.names()
+    assert f"{first.id}.json" not in tree.names()
+    await tree.check_all()
+    await tree.catalog.drop(second.id)
+    await tree.catalog.settle()
+    assert tree.names() == set()
+    assert tree.catalog.size_bytes == 0
+    tree.catalog.close()
+
+
+@pytest.mark.parametrize("how", ["gone", "cut short"])
+async def test_without_a_file_its_longest_beginning_stays(how: str, tmp_path: Path) -> None:
+    """Somebody has deleted an extent: what is before it is not lost."""
+    tree = await tree_of(tmp_path, "hybrid")
+    id_, other = await grown(tree)
+    tree.catalog.close()
+    rows = [part for part in tree.catalog.snapshots[id_].parts if not part.is_state]
+    bad = tmp_path / rows[2].file
+    bad.unlink() if how == "gone" else os.truncate(bad, 100)
+    tree = await tree_of(tmp_path, "hybrid")
+    lengths = {its.n_tokens for its in tree.catalog.snapshots.values()}
+    assert other in tree.catalog.snapshots
+    assert lengths == {650, 560}  # the last state before it
+    await tree.check_all()
+    tree.catalog.close()
+
+
+async def test_rows_that_differ_are_not_trusted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The slot was saved as the first one, so its rows must be the same: the second save is kept whole."""
+    tree = await tree_of(tmp_path)
+    first = await tree.take(A[:400])
+    second = await tree.take(A, after=first.id, data=slot_file(replace(tree.model, seed=9), A))
+    assert not second.parts
+    assert tree.catalog.acceptance.n_differing == 1
+    assert "kept whole" in caplog.text
+    tree.catalog.close()
+
+
+async def test_what_cannot_be_told_apart_is_kept_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said once, with the reason."""
+    caplog.set_level(logging.INFO)
+    tree = await tree_of(tmp_path)
+    for n in (400, 700):
+        data = tree.file(A[:n])[:-3]
+        snapshot = await tree.take(A[:n], data=data)
+        assert not snapshot.parts
+        assert (tmp_path / snapshot.file_name).read_bytes() == data
+    assert caplog.text.count("slot files are kept whole") == 1
+    tree.catalog.close()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+async def test_a_disk_that_fails_costs_no_save(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written is on the disk whole already: it stays so."""
+    tree = await tree_of(tmp_path)
+    first = await tree.take(A[:400])
+
+    def fail(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", fail)
+        second = await tree.take(A, after=first.id)
+        assert not second.parts
+    await tree.check_all()
+    tree.catalog.close()
+
+
+# -- killed ----------------------------------------------------------------------------------------------------------
+
+
+async def before(directory: Path, kind: str) -> list[str]:
+    tree = await tree_of(directory, kind)
+    first = await tree.take(A[:400])
+    other = await tree.take(words(300, 7))
+    await tree.catalog.settle()
+    tree.catalog.close()
+    return [first.id, other.id]
+
+
+async def a_day(tree: Tree, first: str) -> list[str]:
+    """The conversation goes on and replaces its snapshot; another branches off; a cut is given out."""
+    await tree.open()
+    for id_ in tree.catalog.snapshots:
+        tree.tokens[id_] = (await tree.catalog.verify(id_)).tokens
+    second = await tree.take(A, after=first)
+    await tree.catalog.drop(first)
+    other = await tree.take(FORK)
+    await tree.given(second.id)
+    await tree.catalog.settle()
+    return [second.id, other.id]
+
+
+@pytest.mark.parametrize("kind", ["dense", "hybrid"])
+async def test_killed_at_each_step(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """After every single file operation: the conversation is there, as it was before or after the save."""
+    caplog.set_level(logging.CRITICAL)
+    n_steps = 0
+    while True:
+        directory = tmp_path / str(n_steps)
+        directory.mkdir()
+        first, other = await before(directory, kind)
+        tree, killer = Tree(directory, kind), Killer(n_steps)
+        with killer.armed():
+            try:
+                await a_day(tree, first)
+            except (Killed, LlamaslotError):
+                assert killer.has_struck
+            finally:
+                await tree.catalog.settle()
+                tree.catalog.close()
+        survivor = await tree_of(directory, kind)
+        lengths = sorted(its.n_tokens for its in survivor.catalog.snapshots.values())
+        assert other in survivor.catalog.snapshots
+        assert {400, 700} & set(lengths), f"after step {n_steps}"
+        await survivor.check_all()
+        survivor.catalog.close()
+        if not killer.has_struck:
+            assert lengths == [300, 650, 700]
+            break
+        n_steps += 1
+    assert n_steps > 25
