@@ -2,87 +2,149 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from tests.support.jobs import clients
+from llamaslot.store.slot_layout import SlotLayout, read_layout
+from tests.support.jobs import clients, ids
 from tests.support.stack import Stack
-from tests.support.users import Client, Reply, User, words
+from tests.support.users import Client, Reply, rendered, words
+
+Messages = list[dict[str, str]]
 
 
 @dataclass(slots=True)
 class Stored:
-    """What lies in the directory. ``n_snapshots``: those with a sidecar; ``rows`` and ``states``: bytes of all files of
-    that kind, each once; ``whole``: of whole slot files.
-    """
+    """Of a directory in which nothing is written: snapshots, whole ones among them, files, bytes; of states alone."""
 
     n_snapshots: int = 0
-    n_bytes: int = 0
     n_whole: int = 0
     n_files: int = 0
-    checkpoints: tuple[int, ...] = ()
-    n_tokens: int = 0
+    n_bytes: int = 0
+    state_bytes: int = 0
 
-
-def stored(directory: Path) -> Stored:
-    """Of a directory in which nothing is being written."""
-    found = Stored()
-    for path in directory.glob("ls-*"):
-        if path.suffix == ".json":
-            fields = json.loads(path.read_bytes())
+    @classmethod
+    def of(cls, directory: Path) -> Stored:
+        found, states = cls(), dict[str, int]()
+        for path in directory.glob("ls-*"):
+            if path.suffix != ".json":
+                found.n_files += 1
+                found.n_bytes += path.stat().st_size
+                continue
+            parts = json.loads(path.read_bytes()).get("parts", [])
             found.n_snapshots += 1
-            found.n_whole += "parts" not in fields
-            found.n_tokens = max(found.n_tokens, fields["n_tokens"])
-            found.checkpoints = max(found.checkpoints, tuple(fields["checkpoints"]))
-        else:
-            found.n_files += 1
-            found.n_bytes += path.stat().st_size
-    return found
+            found.n_whole += not parts
+            states |= {file: size for file, start, end, size in parts if start == end}
+        found.state_bytes = sum(states.values())
+        return found
 
 
-async def saved(stack: Stack, patience_s: float = 20.0) -> None:
-    """Wait until every slot is saved."""
-    async with asyncio.timeout(patience_s):
-        while any(slot["is_dirty"] for slot in (await stack.status())["backends"][0]["slots"]):  # noqa: ASYNC110
-            await asyncio.sleep(0.1)
+@dataclass(slots=True)
+class Place:
+    """A stack with one slot: each conversation that comes saves the one before and restores its own."""
+
+    stack: Stack
+    front: Client
+    server: Client
+    rng: random.Random
+    said: list[tuple[Messages, str]] = field(default_factory=list)
+
+    async def ask(self, messages: Messages, n_answer: int = 16) -> Reply:
+        reply = await self.front.ask("/v1/chat/completions", _body(messages, n_answer))
+        assert not reply.error, reply.error
+        if n_answer == 16:
+            self.said.append((list(messages), reply.text))
+        return reply
+
+    async def turn(self, messages: Messages, n_tokens: int) -> Reply:
+        """Ask, and let the conversation go on with another question of ``n_tokens``."""
+        reply = await self.ask(messages)
+        messages += [
+            {"role": "assistant", "content": reply.text},
+            {"role": "user", "content": words(self.rng, n_tokens)},
+        ]
+        return reply
+
+    async def figure(self, name: str) -> float:
+        return (await self.stack.own_metrics()).get(f"llamaslot_{name}", 0.0)
+
+    async def forget(self) -> None:
+        """Have another conversation take the slot."""
+        await self.ask([{"role": "user", "content": words(self.rng, 40)}], 2)
+
+    async def layout(self, n_tokens: int) -> SlotLayout:
+        """Of a slot file that llama-server writes of so many tokens."""
+        prompt = [self.rng.randrange(97, 122) for _ in range(n_tokens)]
+        await self.server.post("/slots/0?action=erase", {})
+        await self.server.post("/completion", {"prompt": prompt, "n_predict": 0, "id_slot": 0})
+        await self.server.post("/slots/0?action=save", {"filename": "whole"})
+        path = self.stack.server.save_dir / "whole"
+        layout = read_layout(path)
+        path.unlink()
+        return layout
+
+    async def n_other_answers(self, n: int) -> int:
+        """Of ``n`` answers so far, how many are not those of llama-server with nothing cached. llamaslot is stopped."""
+        await self.stack.llamaslot.stop()
+        n_other = 0
+        for messages, text in self.rng.sample(self.said, min(n, len(self.said))):
+            await self.server.post("/slots/0?action=erase", {})
+            cold = await self.server.ask(
+                "/v1/chat/completions", _body(messages, 16) | {"cache_prompt": False}
+            )
+            n_other += cold.text != text
+        await self.stack.llamaslot.start()
+        return n_other
 
 
-async def converse(stack: Stack, front: Client, user: User, n_turns: int, n_tokens: int) -> None:
-    """Turns of ``n_tokens``; each is saved."""
-    user.n_question = n_tokens - 24
-    for _ in range(n_turns):
-        turn = await user.turn(front, max_tokens=24)
-        assert not turn.reply.error, turn.reply.error
-        await saved(stack)
+def _body(messages: Messages, n_answer: int) -> dict[str, Any]:
+    return {"messages": messages, "max_tokens": n_answer, "temperature": 0}
 
 
-async def ask(front: Client, messages: list[dict[str, str]]) -> Reply:
-    body = {"messages": messages, "max_tokens": 8, "temperature": 0}
-    return await front.ask("/v1/chat/completions", body)
+@asynccontextmanager
+async def place_of(
+    kind: Callable[[Path], Path], directory: Path, *, context: int = 16384, seed: int = 1
+) -> AsyncIterator[Place]:
+    """A llama-server with one slot and llamaslot in front of it."""
+    model = kind(directory.parent / "models")
+    async with Stack(model, directory, slots=1, context=context) as stack, clients(stack) as (front, server):
+        yield Place(stack, front, server, random.Random(seed))
 
 
 @dataclass(slots=True)
 class Growth:
+    """One conversation. ``added``: bytes that its saves have added; ``whole``: of a slot file of it without states."""
+
     n_tokens: int
-    whole_bytes: int  # of one slot file of the conversation at its end
+    added: float
+    saved: float  # by llama-server
     stored: Stored
-    written: float
+    whole: int
+
+    def __str__(self) -> str:
+        stored, kept = self.stored, self.whole + self.stored.state_bytes
+        return (
+            f"{self.n_tokens} tokens, {stored.n_bytes} bytes on disk in {stored.n_files} files = "
+            f"{stored.n_bytes / kept:.3f} of one file ({self.whole}) and the kept states ({stored.state_bytes}); "
+            f"added by all saves {self.added:.0f} = {self.added / kept:.3f}; written by llama-server {self.saved:.0f}"
+        )
 
 
-__all__ = [
-    "Callable",
-    "Growth",
-    "Stored",
-    "User",
-    "ask",
-    "clients",
-    "converse",
-    "random",
-    "saved",
-    "stored",
-    "words",
-]
+async def grow(place: Place, n_turns: int, n_tokens: int) -> tuple[Growth, Messages]:
+    """A conversation of ``n_turns``; a short other one after each makes it leave the slot."""
+    messages: Messages = [{"role": "user", "content": words(place.rng, n_tokens)}]
+    for _ in range(n_turns):
+        await place.turn(messages, n_tokens - 60)
+        await place.forget()
+    added, saved = await place.figure("added_bytes"), await place.figure("saved_bytes_total")
+    n = len(ids(rendered(messages[:-1]))) - len(ids(rendered([])))
+    stored, layout = Stored.of(place.stack.server.save_dir), await place.layout(300)
+    states = sum(state.size_bytes for state in layout.checkpoints) + (
+        layout.end.size_bytes if layout.end else 0
+    )
+    return Growth(n, added, saved, stored, (layout.size_bytes - states) * n // 300), messages

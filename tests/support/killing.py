@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from llamaslot.store import sidecar
+from llamaslot.store.extent import verify
+from llamaslot.store.giving_out import outgoing
 from tests.support.jobs import clients, snapshot_files, team_of
 from tests.support.real import RealServer
 from tests.support.stack import Stack, size_of
@@ -147,14 +150,23 @@ def held_by(directory: Path) -> dict[str, int]:
 
 
 async def try_snapshots(directory: Path, other: RealServer, figures: Killing) -> None:
-    """Restore every finished snapshot into slot 0 of the other server."""
+    """Restore every finished snapshot into slot 0 of the other server, and verify each of its parts."""
     for path, tokens in snapshot_files(directory):
         figures.n_listed += 1
+        copy = directory / "tried"
         try:
+            noted = sidecar.parse(path.with_suffix(".json").name, path.with_suffix(".json").read_bytes())
+            order = outgoing(noted.snapshot(""), noted.n_tokens)
+            if order is not None:
+                order.write(directory, copy)
+            for part in noted.parts:
+                if part.file.endswith(sidecar.EXT):
+                    verify(directory / part.file)
             await other.post("/slots/0?action=erase", {})
-            answer = await other.post("/slots/0?action=restore", {"filename": path.name})
+            name = path.name if order is None else copy.name
+            answer = await other.post("/slots/0?action=restore", {"filename": name})
         except Exception as error:  # whatever it is, it is told with the file's name
-            if path.exists():
+            if path.exists() and path.with_suffix(".json").exists():
                 figures.faults.append(f"{path.name}: {error}")
             else:
                 figures.n_gone += 1
@@ -163,15 +175,16 @@ async def try_snapshots(directory: Path, other: RealServer, figures: Killing) ->
             figures.n_restored += 1
         else:
             figures.faults.append(f"{path.name}: {answer['n_restored']} of {len(tokens)} tokens")
+        copy.unlink(missing_ok=True)
 
 
 def unlisted(directory: Path) -> list[Path]:
-    """Files of llamaslot's own naming that no sidecar stands for."""
-    return [
-        path
-        for path in directory.glob("ls-*")
-        if path.suffix != ".json" and not path.with_suffix(".json").exists()
-    ]
+    """Files of llamaslot's own naming that no sidecar stands for, or names."""
+    needed = set[str]()
+    for path in directory.glob("ls-*.json"):
+        with suppress(FileNotFoundError):
+            needed |= sidecar.parse(path.name, path.read_bytes()).snapshot("").files.keys()
+    return [path for path in directory.glob("ls-*") if path.suffix != ".json" and path.name not in needed]
 
 
 async def settled(left: Callable[[], list[Path]], figures: Killing, *, patience_s: float = 10.0) -> None:

@@ -265,9 +265,7 @@ class Backend:
             self.rates.take_over(Rates.from_json(rates))
         if self._catalog is not None:
             listed = self._catalog.snapshots.values()
-            self.rates.size.observe_each(
-                [(snapshot.n_tokens, snapshot.restored_bytes()) for snapshot in listed]
-            )
+            self.rates.size.observe_each([each.read_size for each in listed])
 
     def start(self) -> None:
         self.leases.down = self._is_down()

@@ -372,9 +372,7 @@ class Handshake:
         snapshots = sorted(self.catalog.snapshots.values(), key=lambda snapshot: snapshot.created_at)
         self._identity = current
         admitted = [snapshot for snapshot in snapshots if self._is_ours(snapshot)]
-        self.rates.size.observe_each(
-            [(snapshot.n_tokens, snapshot.restored_bytes()) for snapshot in admitted]
-        )
+        self.rates.size.observe_each([each.read_size for each in admitted])
         fingerprint = admitted[-1].fingerprint if admitted else current.to_text()
         self._is_usable[fingerprint] = True
         self.catalog.serve(self.name, fingerprint)

@@ -208,10 +208,8 @@ class SlotTable:
             n_covered = self.model_snapshots.overlap.n_tokens(stats.id)
         without_s, restore_s = prefill_s(0, n), self.rates.restore.seconds
         if n_covered:
-            without_s = min(
-                without_s, restore_s(stats.restored_bytes * n_covered // n) + prefill_s(n_covered, n)
-            )
-        return max(without_s - restore_s(stats.restored_bytes), 0.0)
+            without_s = min(without_s, restore_s(stats.read_bytes * n_covered // n) + prefill_s(n_covered, n))
+        return max(without_s - restore_s(stats.read_bytes), 0.0)
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 

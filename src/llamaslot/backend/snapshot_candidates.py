@@ -97,9 +97,15 @@ class SnapshotCandidates:
                     wait_s, restore_s = self._wait_s(leaving, now), self._rates.restore_s(hit.n_tokens)
                 else:
                     wait_s = 0.0
-                    restore_s = self._rates.restore.seconds(self._snapshots[hit.holder].size_bytes)
+                    restore_s = self._rates.restore.seconds(self._restored_bytes(hit))
                 views.append(SnapshotView(hit.holder, n_usable, restore_s, wait_s))
         return views[:1] + sorted(views[1:], key=lambda view: -view.n_usable)[:N_CANDIDATES]
+
+    def _restored_bytes(self, hit: Shared[str]) -> int:
+        """The bytes of a restore of what is shared; all of a whole file of a model that cannot rewind."""
+        snapshot = self._snapshots[hit.holder]
+        can_cut = snapshot.parts or self._rewind_model.is_rewindable
+        return snapshot.restored_bytes(hit.n_shared if can_cut else None)
 
     def _wait_s(self, leaving: PendingSave, now: float) -> float:
         """The cost of waiting for it in seconds. For a shared prefix that is still being computed only the save

@@ -72,9 +72,7 @@ class OfflineStore(Struct, frozen=True):
 
     def saves_s(self, stats: SnapshotStats) -> float:
         """Seconds saved by each hit, without regard to other snapshots."""
-        return self.rates.prefill.seconds(0, stats.n_tokens) - self.rates.restore.seconds(
-            stats.restored_bytes
-        )
+        return self.rates.prefill.seconds(0, stats.n_tokens) - self.rates.restore.seconds(stats.read_bytes)
 
 
 def over_limits(store: OfflineStore, items: list[Item]) -> list[Removal]:

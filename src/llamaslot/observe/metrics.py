@@ -70,6 +70,13 @@ class Metrics:
         self.quota_bytes = self.gauge(
             "snapshot_quota_bytes", "Bytes that contexts on disk may take (store.quota)"
         )
+        self.bytes_added = self.gauge(
+            "snapshot_added_bytes", "Bytes that saves since the start of llamaslot have added to the disk"
+        )
+        self.saves_differing = self.gauge(
+            "snapshot_differing_saves",
+            "Saves since the start of llamaslot whose rows were not those that the slot had before",
+        )
 
     def counter(self, name: str, text: str, *labels: str) -> Counter:
         return self._family(Counter, name, text, labels)
@@ -196,9 +203,9 @@ class BackendMetrics:
         self.saves = counter(
             "snapshot_saves", "Contexts of slots that llama-server saved to disk for llamaslot"
         )
-        self.bytes_saved = counter("snapshot_saved_bytes", "Bytes of contexts written to disk")
+        self.bytes_saved = counter("snapshot_saved_bytes", "Bytes that llama-server wrote when it saved slots")
         self.restores = counter("snapshot_restores", "Contexts restored from disk into slots")
-        self.bytes_restored = counter("snapshot_restored_bytes", "Bytes of contexts read from disk")
+        self.bytes_restored = counter("snapshot_restored_bytes", "Bytes that llama-server read when it restored slots")
         self.failovers = counter(
             "failovers",
             "Requests that went to another backend because this one failed before their answer began",

@@ -37,7 +37,7 @@ class ReuseClass(enum.StrEnum):
 
 
 class SnapshotStats(Struct):
-    """Usage of one snapshot. ``size_bytes``: those that no other snapshot needs; ``restored_bytes``: those that its
+    """Usage of one snapshot. ``size_bytes``: those that no other snapshot needs; ``read_bytes``: those that its
     restore reads. ``counted_until``: its lifetime up to here has been learned from.
     """
 
@@ -49,7 +49,7 @@ class SnapshotStats(Struct):
     counted_until: float
     n_hits: int = 0
     is_branched: bool = False
-    restored_bytes: int = 0
+    read_bytes: int = 0
 
     @property
     def reuse_class(self) -> ReuseClass:

@@ -1,6 +1,7 @@
 """Snapshots on disk."""
 
-from llamaslot.store.catalog import Catalog, Reservation
+from llamaslot.store.acceptance import Reservation
+from llamaslot.store.catalog import Catalog
 from llamaslot.store.directory import DirectoryUnusable, NotShared, prove_shared
 from llamaslot.store.header import SlotFile, read_slot_file
 from llamaslot.store.quota import QuotaExceeded

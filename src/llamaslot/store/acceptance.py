@@ -26,6 +26,14 @@ from llamaslot.store.taking_in import Base, Intake, RowsDiffer, look, take_in
 log = logging.getLogger(__name__)
 
 
+class Reservation(Struct, frozen=True):
+    """Reserved space for one snapshot: llama-server saves as ``part_name``, then call ``commit`` or ``abandon``."""
+
+    id: str
+    part_name: str
+    size_bytes: int
+
+
 class Expected(Struct, frozen=True):
     """What a file must hold, and what the store has of it. ``tokens``: it begins with these; ``find_base(tokens)``: the
     snapshot that shares most with it; ``marks``: token counts to which a later request may go back.
@@ -63,7 +71,7 @@ class Acceptance:
         self._evict, self._pin = evict, pin
         self._said = set[str]()
         self.n_differing = 0  # saves with other rows than their slot had before
-        self.n_bytes_written = 0  # by this process, not by llama-server
+        self.added_bytes = 0  # to the store, by all saves
 
     async def accept(self, state: ReservationState, noted: Noted, expected: Expected) -> WithTokens:
         """Verify the part file of a reservation, and give it its name. Raises SnapshotInvalid and QuotaExceeded."""
@@ -92,6 +100,7 @@ class Acceptance:
             self._manifest.file_ids[noted.id] = await asyncio.to_thread(self._publish, part, noted)
         except OSError as error:
             raise SnapshotInvalid(f"{noted.id}: cannot be written: {error.strerror or error}") from error
+        self.added_bytes += noted.size_bytes
         return noted
 
     def _publish(self, part: Path, noted: Noted) -> FileId:
@@ -141,7 +150,7 @@ class Acceptance:
         written = noted.size_bytes + sum(
             part.size_bytes for part in noted.parts if part.file[: -len(EXT)] in new
         )
-        self.n_bytes_written += written
+        self.added_bytes += written
         self._manifest.durable.add(noted.id)
         return noted
 

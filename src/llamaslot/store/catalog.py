@@ -10,22 +10,21 @@ import asyncio
 import contextlib
 import errno
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import MappingProxyType
-
-from msgspec import Struct
 
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.errors import LlamaslotError, SnapshotInvalid
 from llamaslot.scheduling.eviction import Order
 from llamaslot.store import scan, sidecar
-from llamaslot.store.acceptance import Acceptance, Expected, ReservationState
+from llamaslot.store.acceptance import Acceptance, Expected, Reservation, ReservationState
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
 from llamaslot.store.entries import Pin, SnapshotTable
-from llamaslot.store.giving_out import Given, Outgoing, outgoing
+from llamaslot.store.giving_out import Copies, Given
 from llamaslot.store.manifest import Manifest
-from llamaslot.store.quota import Deficit, Limits, Quota, QuotaExceeded
+from llamaslot.store.quota import Deficit, Limits, Quota
 from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens, readable
 from llamaslot.store.sweep import Sweep
 from llamaslot.store.taking_in import Base
@@ -36,14 +35,6 @@ log = logging.getLogger(__name__)
 
 # llamaslot itself lacks a resource. The file is not at fault, so its snapshot is not dropped.
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR}
-
-
-class Reservation(Struct, frozen=True):
-    """Reserved space for one snapshot: llama-server saves as ``part_name``, then call ``commit`` or ``abandon``."""
-
-    id: str
-    part_name: str
-    size_bytes: int
 
 
 class Catalog:
@@ -86,6 +77,7 @@ class Catalog:
         self.acceptance = Acceptance(
             directory, self._table, self._quota, self._manifest, self._evict, self.pin
         )
+        self._copies = Copies(directory, self.reserve, self.abandon)
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._table.snapshots)
 
     def __repr__(self) -> str:
@@ -293,42 +285,9 @@ class Catalog:
             self._upkeep.sync(noted)
         return snapshot
 
-    @contextlib.asynccontextmanager
-    async def given_out(self, snapshot: Snapshot, n_tokens: int) -> AsyncIterator[Given]:
-        """A slot file of its first ``n_tokens``, or of all, until the context exits. The snapshot must be pinned. On
-        a model that cannot rewind there must be a state after ``n_tokens``.
-
-        Raises SnapshotInvalid, and QuotaExceeded if there is no room for a copy. Canceling is safe.
-        """
-        order = outgoing(snapshot, n_tokens)
-        copy = await self._copy(snapshot, order) if order is not None else None
-        try:
-            if copy is not None:
-                yield Given(copy.part_name, copy.size_bytes, n_tokens)
-            else:
-                yield Given(snapshot.file_name, snapshot.size_bytes, snapshot.n_tokens)
-        finally:
-            if copy is not None:
-                await self.abandon(copy)
-
-    async def _copy(self, snapshot: Snapshot, order: Outgoing) -> Reservation | None:
-        """None if its own file will do as well."""
-        try:
-            size_bytes = await asyncio.to_thread(order.size_bytes, self.directory)
-            copy = await self.reserve(size_bytes, keep=(snapshot.id,))
-            try:
-                target = self.directory / copy.part_name
-                size_bytes = await asyncio.to_thread(order.write, self.directory, target)
-            except BaseException:
-                await self.abandon(copy)
-                raise
-        except (OSError, SnapshotInvalid, QuotaExceeded) as error:
-            if not snapshot.parts:
-                return None
-            if isinstance(error, OSError):
-                raise SnapshotInvalid(f"{snapshot.id}: cannot be put together: {error}") from error
-            raise
-        return Reservation(copy.id, copy.part_name, size_bytes)
+    def given_out(self, snapshot: Snapshot, n_tokens: int) -> AbstractAsyncContextManager[Given]:
+        """A slot file of its first ``n_tokens``, or of all: see ``Copies.given_out``."""
+        return self._copies.given_out(snapshot, n_tokens)
 
     async def abandon(self, reservation: Reservation) -> None:
         """Remove the part file and release the space. Idempotent; no effect on a committed reservation. Canceling is

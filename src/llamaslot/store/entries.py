@@ -83,7 +83,7 @@ class SnapshotTable:
         touched = self.files.add(snapshot)
         self.stats[snapshot.id] = SnapshotStats(
             snapshot.id, snapshot.n_tokens, self.files.own_bytes(snapshot), snapshot.kind, last_used, now,
-            *hits, restored_bytes=snapshot.restored_bytes(),
+            *hits, read_bytes=snapshot.restored_bytes(),
         )  # fmt: skip
         self._ranking.put(snapshot.id)
         self._weigh(touched)
@@ -104,7 +104,7 @@ class SnapshotTable:
         for id_, snapshot in listed.items():
             stats[id_] = SnapshotStats(
                 id_, snapshot.n_tokens, self.files.own_bytes(snapshot), snapshot.kind, last_used[id_], now,
-                *hits.get(id_, NEVER), restored_bytes=snapshot.restored_bytes(),
+                *hits.get(id_, NEVER), read_bytes=snapshot.restored_bytes(),
             )  # fmt: skip
         self._ranking.add_many(listed)
 

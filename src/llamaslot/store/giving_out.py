@@ -1,18 +1,25 @@
 """Gives a snapshot, or its first tokens, to llama-server: as a slot file in the directory that it restores from.
 
 A whole slot file is given as it is, unless much less of it is needed. All else is put together for the moment of the
-restore.
+restore; that copy is reserved as a save is, so the quota holds.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from llamaslot.cache.ids import WIDTH
+from llamaslot.errors import SnapshotInvalid
+from llamaslot.store.acceptance import Reservation
 from llamaslot.store.assemble import StateAt, assemble
 from llamaslot.store.extent import Piece, Source
+from llamaslot.store.quota import QuotaExceeded
 from llamaslot.store.sidecar import KV, N_STATES, Part, Snapshot
 from llamaslot.store.slot_format import ROW_HEAD
 
@@ -70,3 +77,51 @@ def outgoing(snapshot: Snapshot, n_tokens: int) -> Outgoing | None:
     ]
     states = [part for part in parts if part.is_state and part.end <= n_tokens][-N_STATES:]
     return Outgoing(tuple(rows), tuple(states))
+
+
+class Copies:
+    """Those in ``directory``. ``reserve`` and ``abandon``: the catalog's."""
+
+    def __init__(
+        self,
+        directory: Path,
+        reserve: Callable[[int, Collection[str]], Awaitable[Reservation]],
+        abandon: Callable[[Reservation], Awaitable[None]],
+    ) -> None:
+        self._directory, self._reserve, self._abandon = directory, reserve, abandon
+
+    @asynccontextmanager
+    async def given_out(self, snapshot: Snapshot, n_tokens: int) -> AsyncIterator[Given]:
+        """A slot file of its first ``n_tokens``, or of all, until the context exits. The snapshot must be pinned. On
+        a model that cannot rewind there must be a state after ``n_tokens``.
+
+        Raises SnapshotInvalid, and QuotaExceeded if there is no room for a copy. Canceling is safe.
+        """
+        order = outgoing(snapshot, n_tokens)
+        copy = await self._copy(snapshot, order) if order is not None else None
+        if copy is None:
+            yield Given(snapshot.file_name, snapshot.size_bytes, snapshot.n_tokens)
+            return
+        try:
+            yield Given(copy.part_name, copy.size_bytes, n_tokens)
+        finally:
+            await self._abandon(copy)
+
+    async def _copy(self, snapshot: Snapshot, order: Outgoing) -> Reservation | None:
+        """None if its own file will do as well."""
+        try:
+            size_bytes = await asyncio.to_thread(order.size_bytes, self._directory)
+            copy = await self._reserve(size_bytes, (snapshot.id,))
+            try:
+                target = self._directory / copy.part_name
+                size_bytes = await asyncio.to_thread(order.write, self._directory, target)
+            except BaseException:
+                await self._abandon(copy)
+                raise
+        except (OSError, SnapshotInvalid, QuotaExceeded) as error:
+            if not snapshot.parts:
+                return None
+            if isinstance(error, OSError):
+                raise SnapshotInvalid(f"{snapshot.id}: cannot be put together: {error}") from error
+            raise
+        return replace(copy, size_bytes=size_bytes)

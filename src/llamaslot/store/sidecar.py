@@ -94,6 +94,11 @@ class Snapshot(Struct, frozen=True):
         states = sorted((part.end, part.size_bytes) for part in self.parts if part.is_state and part.end <= n)
         return n * (self.row_bytes + WIDTH) + sum(size for _, size in states[-N_STATES:]) * 2
 
+    @property
+    def read_size(self) -> tuple[int, int]:
+        """Its tokens, and the bytes of a slot file of them."""
+        return self.n_tokens, self.restored_bytes()
+
     def with_tokens(self, tokens: bytes) -> WithTokens:
         """Add its ``tokens``, which must be its own."""
         return WithTokens(**{**asdict(self), "tokens": tokens})
