@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from llamaslot.cache.ids import pack
 from llamaslot.errors import SnapshotInvalid
-from llamaslot.store import copying
 from llamaslot.store.assemble import StateAt, assemble
 from llamaslot.store.extent import (
     PART,
@@ -196,7 +196,7 @@ def test_a_lying_footer_is_no_other_error(tmp_path: Path) -> None:
     for lie in lies:
         changed = lie(footer).encode()
         assert changed != footer.encode()
-        end = struct.pack("<QQ8s", copying.xxhash.xxh3_64_intdigest(changed), len(changed), b"lsextend")
+        end = struct.pack("<QQ8s", xxhash.xxh3_64_intdigest(changed), len(changed), b"lsextend")
         path.write_bytes(data[: -24 - length] + changed + end)
         with pytest.raises(SnapshotInvalid):
             read_extent(path)
@@ -224,13 +224,13 @@ def test_what_is_not_whole_is_not_there(
                 raise error
             return pwrite(fd, data, at)
 
-        monkeypatch.setattr(copying.os, "pwrite", fail)
+        monkeypatch.setattr(os, "pwrite", fail)
         with pytest.raises(type(error)):
             write_extent(landing, layout, 0, 60, [], store.directory / "new.extent", {})
         left = n_writes
         with pytest.raises(type(error)):
             store.cut(60)
-        monkeypatch.setattr(copying.os, "pwrite", pwrite)
+        monkeypatch.setattr(os, "pwrite", pwrite)
         assert sorted(os.listdir(store.directory)) == before
 
 

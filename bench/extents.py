@@ -1,0 +1,160 @@
+"""What it costs to keep a slot file as extents and to put it together again, against ``cp``.
+
+    python -m bench.extents                  1 GiB, 20 extents; files in a new directory under --disk and --memory
+
+In turns: ``cp`` of a slot file from disk to memory, and ``assemble`` of the same file from its extents; each with its
+sources in the page cache and without. Beside each runs an event loop with a timer of 1 ms; its longest pause is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from itertools import pairwise
+from pathlib import Path
+
+import uvloop
+
+from llamaslot.cache.ids import pack
+from llamaslot.store.assemble import assemble
+from llamaslot.store.extent import Piece, verify, write_extent
+from llamaslot.store.slot_cells import PLAIN, make_cells
+from llamaslot.store.slot_layout import read_layout
+
+TICK_S = 0.001
+
+
+def show(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def write_slot_file(path: Path, n_bytes: int, n_layers: int, row_bytes: int) -> None:
+    """A dense slot file of about ``n_bytes``."""
+    n = n_bytes // (2 * n_layers * row_bytes)
+    tokens = pack([token % 50_000 for token in range(n)])
+    rows = os.urandom(1 << 20) * (n * row_bytes // (1 << 20) + 1)
+    with path.open("wb") as file:
+        file.write(struct.pack("<IIIiiI", 0x67677371, 4, n + 4, -1, 1, n) + tokens + bytes(4))
+        file.write(struct.pack("<II", 1, n) + b"".join(make_cells(tokens, PLAIN)))
+        file.write(struct.pack("<IIII", 0, n_layers, 0, 0))
+        for tensor in range(2 * n_layers):
+            file.write(struct.pack("<iQ", 1, row_bytes))
+            file.write(memoryview(rows)[tensor : tensor + n * row_bytes])
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def forget(paths: list[Path]) -> None:
+    """Take the files out of the page cache."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+async def measured(work: Callable[[], Awaitable[object]]) -> tuple[float, float]:
+    """Seconds that it takes, and the longest pause of the event loop meanwhile beyond a tick, in ms."""
+    longest, done = 0.0, False
+
+    async def tick() -> None:
+        nonlocal longest
+        last = time.perf_counter()
+        while not done:
+            await asyncio.sleep(TICK_S)
+            now = time.perf_counter()
+            longest, last = max(longest, now - last - TICK_S), now
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(tick())
+        await asyncio.sleep(0.05)
+        start = time.perf_counter()
+        await work()
+        took = time.perf_counter() - start
+        done = True
+    return took, longest * 1e3
+
+
+async def bench(disk: Path, memory: Path, n_bytes: int, n_extents: int, rounds: int) -> None:
+    whole, target = disk / "whole.kv", memory / "target.kv"
+    await asyncio.to_thread(write_slot_file, whole, n_bytes, 32, 2048)
+    took, pause = await measured(lambda: asyncio.to_thread(read_layout, whole))
+    layout = read_layout(whole)
+    show(
+        f"{layout.size_bytes / 2**30:.2f} GiB, {layout.n_tokens} tokens; layout read in {took * 1e3:.1f} ms, "
+        f"longest pause {pause:.1f} ms"
+    )
+    steps = [round(layout.n_tokens * i / n_extents) for i in range(n_extents + 1)]
+    pieces = [Piece(disk / f"{start}.extent", start, end) for start, end in pairwise(steps)]
+    tooks, pauses = [], []
+    for piece in pieces:
+        took, pause = await measured(
+            lambda piece=piece: asyncio.to_thread(  # type: ignore[misc]
+                write_extent, whole, layout, piece.start, piece.end, [], piece.path, {}
+            )
+        )
+        tooks.append(took)
+        pauses.append(pause)
+    size = sum(piece.path.stat().st_size for piece in pieces)
+    show(
+        f"{n_extents} extents, {size / layout.size_bytes:.4f} of its bytes: written and synced in "
+        f"{sum(tooks):.2f} s, longest pause {max(pauses):.1f} ms"
+    )
+    took, pause = await measured(lambda: asyncio.to_thread(lambda: [verify(piece.path) for piece in pieces]))
+    show(f"verified in {took:.2f} s, longest pause {pause:.1f} ms")
+    assemble(pieces, None, [], target, layout.n_streams)
+    compared = await asyncio.create_subprocess_exec("cmp", whole, target)
+    assert await compared.wait() == 0, "the assembled file is another"
+
+    async def copy() -> None:
+        process = await asyncio.create_subprocess_exec("cp", whole, target)
+        assert await process.wait() == 0
+
+    async def put_together() -> None:
+        await asyncio.to_thread(assemble, pieces, None, [], target, layout.n_streams)
+
+    for has_cache in (True, False):
+        times: dict[str, list[tuple[float, float]]] = {"cp": [], "assemble": []}
+        for turn in range(rounds):
+            both = [("cp", copy), ("assemble", put_together)]
+            for name, work in both if turn % 2 else both[::-1]:
+                target.unlink(missing_ok=True)
+                if not has_cache:
+                    forget([whole, *(piece.path for piece in pieces)])
+                times[name].append(await measured(work))
+        seconds = {name: sorted(took for took, _ in all_) for name, all_ in times.items()}
+        middle = {name: all_[rounds // 2] for name, all_ in seconds.items()}
+        show(f"{'in the page cache' if has_cache else 'read from disk'}, {rounds} turns each:")
+        for name, all_ in times.items():
+            longest = max(pause for _, pause in all_)
+            show(
+                f"  {name:9} {middle[name]:.3f} s (median; {seconds[name][0]:.3f} to {seconds[name][-1]:.3f}), "
+                f"longest pause {longest:.1f} ms"
+            )
+        show(f"  assemble / cp: {middle['assemble'] / middle['cp']:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.extents", description=__doc__)
+    parser.add_argument("--disk", type=Path, default=Path("/var/tmp"))
+    parser.add_argument("--memory", type=Path, default=Path("/dev/shm"))
+    parser.add_argument("--gib", type=float, default=1.0)
+    parser.add_argument("--extents", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args()
+    with (
+        tempfile.TemporaryDirectory(dir=given.disk) as disk,
+        tempfile.TemporaryDirectory(dir=given.memory) as memory,
+    ):
+        n_bytes = int(given.gib * 2**30)
+        uvloop.run(bench(Path(disk), Path(memory), n_bytes, given.extents, given.rounds))
+
+
+if __name__ == "__main__":
+    main()
