@@ -131,6 +131,11 @@ def of_kind(kind: str, directory: Path) -> Path:
     return {"dense": dense, "swa": swa, "recurrent": recurrent, "hybrid": hybrid}[kind](directory)
 
 
+def mrope(directory: Path, seed: int = 1) -> Path:
+    """The language model of a ``qwen2vl``: full attention, positions of several dimensions."""
+    return _cached(directory / f"mrope-s{seed}-r{RECIPE}.gguf", lambda path: _mrope(path, seed, 2, 64))
+
+
 def _cached(path: Path, write: Callable[[Path], None]) -> Path:
     """``path``, written if it is not there. Renamed into place, so that processes may race for it."""
     if not path.exists():
@@ -351,6 +356,29 @@ def _hybrid(path: Path, seed: int, width: int) -> None:
             weights.matrix(f"{block}.shortconv.conv.weight", width, kernel)
             weights.matrix(f"{block}.shortconv.in_proj.weight", 3 * width, width)
             weights.to_residual(f"{block}.shortconv.out_proj.weight", width, 1.0)
+        _feed_forward(weights, block, width, 2 * width, 1.0)
+    _close(writer)
+
+
+def _mrope(path: Path, seed: int, layers: int, width: int) -> None:
+    heads = 2
+    writer = _open(path, "qwen2vl", layers, width)
+    writer.add_feed_forward_length(2 * width)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1_000_000.0)
+    writer.add_rope_dimension_sections([4, 6, 6, 0])
+    writer.add_vocab_size(N_VOCAB)
+    weights = _Weights(writer, seed, width)
+    weights.ends()
+    for layer in range(layers):
+        block = f"blk.{layer}"
+        weights.norm(f"{block}.attn_norm.weight")
+        for name, scale in (("q", 2.5), ("k", 2.5), ("v", 1.0)):
+            weights.matrix(f"{block}.attn_{name}.weight", width, width, scale)
+            weights.norm(f"{block}.attn_{name}.bias", value=0.0)
+        weights.to_residual(f"{block}.attn_output.weight", width, 4.0)
         _feed_forward(weights, block, width, 2 * width, 1.0)
     _close(writer)
 

@@ -1,0 +1,64 @@
+"""Two hundred random cuts and splices of conversations, restored by the real llama.cpp and held against cold runs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support import models
+from tests.support.cutting import Chain, Conversation, Cut, Cutter
+from tests.support.figures import Figure
+from tests.support.real import RealServer
+from tests.support.users import words
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
+CASES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], int]] = {
+    "dense": (models.dense, (), 40),
+    "dense, unified KV": (models.dense, ("--kv-unified",), 20),
+    "dense, 8 bits": (models.dense, ("-ctk", "q8_0", "-ctv", "q8_0"), 20),
+    "M-RoPE": (models.mrope, (), 20),
+    "window": (models.swa, (), 40),
+    "window, 8 bits": (models.swa, ("-ctk", "q8_0", "-ctv", "q8_0"), 10),
+    "recurrent": (models.recurrent, (), 25),
+    "hybrid": (models.hybrid, (), 25),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+async def test_random_cuts(case: str, tmp_path: Path, figure: Figure) -> None:
+    """Three conversations that part from each other at random messages, in three slots; then cuts at random tokens.
+
+    Rows are equal from save to save. Each cut is reused to its end (but for one token, with a window), and the answer
+    is that of a cold run; where it is not, rounding differs between batches, and it is counted.
+    """
+    kind, flags, n_cuts = CASES[case]
+    rng, extents = random.Random(case), tmp_path / "extents"
+    extents.mkdir()
+    model = kind(tmp_path.parent / "models")
+    async with RealServer(model, tmp_path / "landing", slots=5, context=6144, extra=flags) as server:
+        first = Conversation(
+            server, 2, [{"role": "system", "content": words(rng, rng.randrange(300, 1500))}], Chain(extents)
+        )
+        conversations = [first]
+        for _ in range(3):
+            await first.turn(words(rng, rng.randrange(50, 600)), rng.randrange(5, 60))
+        conversations += [first.branch(slot, 1 + 2 * rng.randrange(1, 3)) for slot in (3, 4)]
+        for _ in range(3):
+            for conversation in conversations:
+                await conversation.turn(words(rng, rng.randrange(50, 600)), rng.randrange(5, 60))
+        cutter, cuts = Cutter(server, rng), list[Cut]()
+        for _ in range(n_cuts):
+            chain = rng.choice(conversations).chain
+            cuts.append(await cutter.cut(chain, rng.choice(chain.stops())))
+    n_other = sum(cut.text != cut.cold_text for cut in cuts)
+    n_different = [conversation.chain.n_different for conversation in conversations]
+    n_short = max(cut.n_tokens - cut.n_reused for cut in cuts)
+    figure(
+        f"{len(cuts)} cuts, {n_short} token short at most, {n_other} other texts, rows that differ: {n_different}"
+    )
+    assert n_different[0] == 0
+    assert n_short <= (1 if kind is models.swa else 0)
+    assert n_other <= len(cuts) // 20
