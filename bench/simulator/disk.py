@@ -158,7 +158,9 @@ class Disk:
         return self.snapshots[id].with_tokens(self._server.files[f"{id}.kv"].tokens)
 
     @asynccontextmanager
-    async def given_out(self, snapshot: Snapshot, n_tokens: int) -> AsyncIterator[Given]:
+    async def given_out(
+        self, snapshot: Snapshot, n_tokens: int, spare: Collection[str] = ()
+    ) -> AsyncIterator[Given]:
         """Its whole file."""
         yield Given(snapshot.file_name, snapshot.size_bytes, snapshot.n_tokens)
 

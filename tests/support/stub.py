@@ -514,7 +514,9 @@ class StubCatalog:
         return self.snapshots[id]
 
     @contextlib.asynccontextmanager
-    async def given_out(self, snapshot: Snapshot, n_tokens: int) -> AsyncIterator[Given]:
+    async def given_out(
+        self, snapshot: Snapshot, n_tokens: int, spare: Collection[str] = ()
+    ) -> AsyncIterator[Given]:
         """Its whole file."""
         yield Given(snapshot.file_name, snapshot.size_bytes, snapshot.n_tokens)
 

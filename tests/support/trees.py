@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import struct
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from llamaslot.cache.ids import common, pack, unpack
 from llamaslot.scheduling.eviction import ByUse
-from llamaslot.store import WithTokens
+from llamaslot.store import Reservation, WithTokens
 from llamaslot.store.extent import verify
 from llamaslot.store.sidecar import EXT
 from llamaslot.store.slot_layout import read_layout
@@ -28,6 +30,11 @@ def words(n_tokens: int, seed: int = 0) -> list[int]:
     return [rng.randrange(1, 1000) for _ in range(n_tokens)]
 
 
+@cache
+def _file(model: Model, tokens: tuple[int, ...]) -> bytes:
+    return slot_file(model, tokens, [at for at in STATES if at <= len(tokens)] if model.has_states else [])
+
+
 class Tree(Shelter):
     """Knows the tokens of all that was saved, as the prefix index does."""
 
@@ -36,11 +43,17 @@ class Tree(Shelter):
         self.model: Model = KINDS[kind]
         self.tokens: dict[str, bytes] = {}
         self.most_bytes = 0
+        self.drops_bases = False  # while a save goes on from them
 
     def file(self, tokens: Sequence[int]) -> bytes:
         """What llama-server writes of a slot that holds these."""
-        states = [at for at in STATES if at <= len(tokens)] if self.model.has_states else []
-        return slot_file(self.model, tokens, states)
+        return _file(self.model, tuple(tokens))
+
+    def write_file(self, draft: Reservation, tokens: Sequence[int]) -> int:
+        """Save as llama-server does; the size in bytes."""
+        data = self.file(tokens)
+        (self.directory / draft.part_name).write_bytes(data)
+        return len(data)
 
     async def take(
         self, tokens: Sequence[int], *, after: str = "", data: bytes | None = None, **changes: Any
@@ -54,6 +67,8 @@ class Tree(Shelter):
             listed = self.catalog.snapshots
             near = [(common(self.tokens[id_], saved), id_ == after, id_) for id_ in listed]
             n_shared, is_lineage, id_ = max(near, default=(0, False, ""))
+            if id_ and self.drops_bases:
+                asyncio.get_running_loop().call_soon(self.catalog._drop, id_)
             return Base(listed[id_], n_shared, is_lineage) if id_ else None
 
         snapshot = await self.commit(

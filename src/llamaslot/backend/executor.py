@@ -222,7 +222,8 @@ class PlanExecutor:
         try:
             began = self.now()
             snapshot = await self.catalog.verify(snapshot_id)
-            async with self.catalog.given_out(snapshot, _n_needed(snapshot, lease)) as given:
+            n_needed, spare = _n_needed(snapshot, lease), self._leases.snapshots_in_demand()
+            async with self.catalog.given_out(snapshot, n_needed, spare) as given:
                 asked_at = self.now()
                 async with self.saving.in_turn(lease, self.rates.restore.seconds(given.size_bytes)):
                     started = self.now()

@@ -18,7 +18,7 @@ from llamaslot.store import scan, sidecar
 from llamaslot.store.entries import Pin, SnapshotTable
 from llamaslot.store.header import read_slot_file
 from llamaslot.store.manifest import Manifest
-from llamaslot.store.quota import Deficit, Quota, QuotaExceeded
+from llamaslot.store.quota import Deficit, Quota
 from llamaslot.store.sidecar import EXT, KV, PART, Noted, WithTokens
 from llamaslot.store.slot_layout import LayoutUnknown
 from llamaslot.store.taking_in import Base, Intake, RowsDiffer, look, take_in
@@ -46,12 +46,13 @@ class Expected(Struct, frozen=True):
 
 class ReservationState(Struct):
     """The account of a reservation: its bytes, the snapshots protected from its eviction, and its commit once that has
-    begun.
+    begun. ``base``: the pin of a snapshot whose files the new one needs, until it is listed.
     """
 
     size_bytes: int
     keep: frozenset[str]
     idle_s: float = 0.0
+    base: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     commit: asyncio.Task[WithTokens | LlamaslotError] | None = None
 
 
@@ -118,19 +119,19 @@ class Acceptance:
         base = expected.find_base(tokens)
         if base is not None and base.snapshot.id not in self._table.snapshots:
             base = None
+        if base is not None:
+            state.base = self._pin(base.snapshot.id)
         new: list[str] = []
-        with self._pin(base.snapshot.id) if base is not None else contextlib.nullcontext():
-            # Its files stay until the new snapshot names them.
-            try:
-                intake = await asyncio.to_thread(look, self._directory, part, base, expected.marks)
-                return await self._write(state, part, noted, intake, new) if intake is not None else None
-            except (SnapshotInvalid, OSError, QuotaExceeded) as error:
-                self._say(noted, error)
-                for id_ in new:
-                    await asyncio.to_thread(scan.remove, self._directory, id_)
-                return None
-            finally:
-                self._quota.writing.difference_update(new)
+        try:
+            intake = await asyncio.to_thread(look, self._directory, part, base, expected.marks)
+            return await self._write(state, part, noted, intake, new) if intake is not None else None
+        except Exception as error:  # whatever it is: what llama-server has written is good
+            self._say(noted, error)
+            for id_ in new:
+                await asyncio.to_thread(scan.remove, self._directory, id_)
+            return None
+        finally:
+            self._quota.writing.difference_update(new)
 
     async def _write(
         self, state: ReservationState, part: Path, noted: Noted, intake: Intake, new: list[str]
@@ -163,4 +164,4 @@ class Acceptance:
                 log.warning("snapshots: slot files are kept whole, their rows cannot be shared: %s", reason)
             return
         self.n_differing += isinstance(error, RowsDiffer)
-        log.warning("snapshots: %s is kept whole: %s", noted.id, error)
+        log.warning("snapshots: %s is kept whole: %s", noted.id, str(error) or repr(error))

@@ -270,6 +270,7 @@ class Catalog:
         try:
             snapshot = await self.acceptance.accept(state, noted, expected)
         except Exception as error:
+            state.base.__exit__(None, None, None)
             await self._end_reservation(noted.id)
             if isinstance(error, LlamaslotError):
                 return error
@@ -279,15 +280,18 @@ class Catalog:
         del self._reservations[noted.id]
         self._quota.granted -= state.size_bytes
         self._list(snapshot.listed, noted.created_at - state.idle_s, self._now())
+        state.base.__exit__(None, None, None)
         if snapshot.parts:  # it is on disk already
             self._upkeep.changed(1)
         else:
             self._upkeep.sync(noted)
         return snapshot
 
-    def given_out(self, snapshot: Snapshot, n_tokens: int) -> AbstractAsyncContextManager[Given]:
+    def given_out(
+        self, snapshot: Snapshot, n_tokens: int, spare: Collection[str] = ()
+    ) -> AbstractAsyncContextManager[Given]:
         """A slot file of its first ``n_tokens``, or of all: see ``Copies.given_out``."""
-        return self._copies.given_out(snapshot, n_tokens)
+        return self._copies.given_out(snapshot, n_tokens, spare)
 
     async def abandon(self, reservation: Reservation) -> None:
         """Remove the part file and release the space. Idempotent; no effect on a committed reservation. Canceling is

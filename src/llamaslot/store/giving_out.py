@@ -85,20 +85,22 @@ class Copies:
     def __init__(
         self,
         directory: Path,
-        reserve: Callable[[int, Collection[str]], Awaitable[Reservation]],
+        reserve: Callable[[int, Collection[str], Collection[str]], Awaitable[Reservation]],
         abandon: Callable[[Reservation], Awaitable[None]],
     ) -> None:
         self._directory, self._reserve, self._abandon = directory, reserve, abandon
 
     @asynccontextmanager
-    async def given_out(self, snapshot: Snapshot, n_tokens: int) -> AsyncIterator[Given]:
+    async def given_out(
+        self, snapshot: Snapshot, n_tokens: int, spare: Collection[str] = ()
+    ) -> AsyncIterator[Given]:
         """A slot file of its first ``n_tokens``, or of all, until the context exits. The snapshot must be pinned. On
-        a model that cannot rewind there must be a state after ``n_tokens``.
+        a model that cannot rewind there must be a state after ``n_tokens``. ``spare``: as in ``Catalog.reserve``.
 
         Raises SnapshotInvalid, and QuotaExceeded if there is no room for a copy. Canceling is safe.
         """
         order = outgoing(snapshot, n_tokens)
-        copy = await self._copy(snapshot, order) if order is not None else None
+        copy = await self._copy(snapshot, order, spare) if order is not None else None
         if copy is None:
             yield Given(snapshot.file_name, snapshot.size_bytes, snapshot.n_tokens)
             return
@@ -107,11 +109,11 @@ class Copies:
         finally:
             await self._abandon(copy)
 
-    async def _copy(self, snapshot: Snapshot, order: Outgoing) -> Reservation | None:
+    async def _copy(self, snapshot: Snapshot, order: Outgoing, spare: Collection[str]) -> Reservation | None:
         """None if its own file will do as well."""
         try:
             size_bytes = await asyncio.to_thread(order.size_bytes, self._directory)
-            copy = await self._reserve(size_bytes, (snapshot.id,))
+            copy = await self._reserve(size_bytes, (snapshot.id,), spare)
             try:
                 target = self._directory / copy.part_name
                 size_bytes = await asyncio.to_thread(order.write, self._directory, target)

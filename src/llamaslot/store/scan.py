@@ -244,7 +244,8 @@ async def _clear(
     for id_ in useless:
         names = {id_ + suffix for suffix in listing.suffixes[id_]}
         if names & needed:
-            await asyncio.to_thread(_unlink_quietly, *(directory / name for name in names - needed))
+            if names - needed:
+                await asyncio.to_thread(_unlink_quietly, *(directory / name for name in names - needed))
         else:
             found.n_unfinished += not {id_ + KV, id_ + JSON} <= names
             await _discard(directory, id_, found)

@@ -25,6 +25,7 @@ from llamaslot.store.copying import sync_directory
 from llamaslot.store.extent import Piece, Source, differing_rows, write_extent
 from llamaslot.store.header import slot_file_head
 from llamaslot.store.kept_states import states_to_keep
+from llamaslot.store.scan import bad_files
 from llamaslot.store.sidecar import EXT, KV, Noted, Part, Snapshot
 from llamaslot.store.slot_layout import SlotLayout, read_layout
 
@@ -92,6 +93,8 @@ def look(directory: Path, landing: Path, base: Base | None, marks: Collection[in
             )
     if not layout.shape.has_states:
         return Intake(layout, tuple(rows), start, ()) if rows else None
+    if not layout.checkpoints:  # a build that neither writes nor reads them in slot files, perhaps
+        return None
     # The states that an earlier save has kept were at marks too, but for its end.
     marks = {*marks, *(at for at in states if base is not None and at != base.snapshot.n_tokens)}
     there = {state.n_tokens for state in layout.states}
@@ -155,6 +158,10 @@ def take_in(
     )
     sidecar.write_data(directory / (noted.id + KV), head, is_durable=True)
     sidecar.write(directory, noted, noted.created_at)
+    if gone := bad_files(
+        directory, noted
+    ):  # another llamaslot of a shared store has evicted what it goes on from
+        raise SnapshotInvalid(f"{', '.join(sorted(gone))} has vanished")
     sync_directory(directory)
     os.unlink(landing)
     return noted

@@ -1,0 +1,75 @@
+"""Each row once, in full size: what conversations weigh on disk, and what a restore reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support import models
+from tests.support.figures import Figure
+from tests.support.growing import Messages, Stored, grow, place_of
+from tests.support.jobs import ids
+from tests.support.users import rendered, words
+
+pytestmark = [pytest.mark.soak, pytest.mark.real, pytest.mark.timeout(3600)]
+KINDS: list[Callable[[Path], Path]] = [models.dense, models.swa, models.recurrent, models.hybrid]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_twenty_turns_of_a_thousand_tokens(
+    kind: Callable[[Path], Path], tmp_path: Path, figure: Figure
+) -> None:
+    """On disk once; edited on disk only it is reused up to there, on other kinds to the state before."""
+    async with place_of(kind, tmp_path, context=22_000, seed=11) as place:
+        growth, messages = await grow(place, 20, 1000)
+        figure(growth)
+        kept = growth.whole + growth.stored.state_bytes
+        assert growth.stored.n_bytes <= 1.05 * kept + 100_000
+        assert growth.added <= (1.1 * kept if not growth.stored.state_bytes else growth.saved / 4)
+        for part in (0.3, 0.6, 0.9):
+            at = int(len(messages) * part) // 2 * 2
+            edited = [*messages[:at], {"role": "user", "content": words(place.rng, 60)}]
+            n_common = len(ids(rendered(messages[:at]))) - len(ids(rendered([])))
+            before = await place.figure("restored_bytes_total")
+            reply = await place.ask(edited)
+            read = await place.figure("restored_bytes_total") - before
+            figure(
+                f"edited at {part:.0%}: {reply.n_reused} of {n_common} common tokens reused, {read:.0f} bytes read"
+            )
+            assert reply.n_reused >= n_common - (8 if not growth.stored.state_bytes else 512)
+            await place.forget()
+        n_other = await place.n_other_answers(10)
+        figure(f"{n_other} of 10 answers are not those of an empty slot")
+        assert n_other == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_twenty_conversations_on_one_system_prompt(
+    kind: Callable[[Path], Path], tmp_path: Path, figure: Figure
+) -> None:
+    """Its rows are on disk once; a new one finds them after a restart of everything, and reads no more than them."""
+    async with place_of(kind, tmp_path, context=12_000, seed=12) as place:
+        system = {"role": "system", "content": words(place.rng, 10_000)}
+        for _ in range(20):
+            await place.ask([system, {"role": "user", "content": words(place.rng, 300)}])
+        await place.forget()
+        stored, layout = Stored.of(place.stack.server.save_dir), await place.layout(300)
+        per_token = layout.shape.bytes_per_token + 16
+        distinct = (10_000 + 20 * 330) * per_token
+        figure(
+            f"{stored}; {stored.n_bytes / (distinct + stored.state_bytes):.3f} of the distinct rows ({distinct}) and "
+            "the kept states"
+        )
+        await place.stack.llamaslot.stop()
+        await place.stack.server.restart()
+        await place.stack.llamaslot.start()
+        new: Messages = [system, {"role": "user", "content": words(place.rng, 300)}]
+        reply = await place.ask(new)
+        read = await place.figure("restored_bytes_total")
+        figure(
+            f"a new one: {reply.n_reused} of 10,016 tokens reused, {read:.0f} bytes read = {read / per_token:.0f} rows"
+        )
+        assert reply.n_reused >= 0.99 * 10_000
+        assert stored.n_bytes <= 1.1 * (distinct + stored.state_bytes) + 100_000
