@@ -213,7 +213,7 @@ def _restored(lease: Lease) -> int | None:
     """The bytes of the snapshot that its plan restores."""
     id_ = lease.plan.snapshot if lease.plan is not None else None
     snapshot = lease.table.model_snapshots.snapshots.get(id_) if id_ is not None else None
-    return snapshot.size_bytes if snapshot is not None else None
+    return snapshot.restored_bytes() if snapshot is not None else None
 
 
 def _position(its: InFlight) -> int | None:

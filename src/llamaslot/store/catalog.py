@@ -108,6 +108,10 @@ class Catalog:
         """The number of hits, also from before a restart. Raises KeyError."""
         return self._table.stats[id].n_hits
 
+    def own_bytes(self, id: str) -> int:  # noqa: A002
+        """The bytes that no other snapshot needs. Raises KeyError."""
+        return self._table.stats[id].size_bytes
+
     async def open(self) -> list[Snapshot]:
         """Lock the directory, scan it, repair it, enforce the quota. Returns the valid snapshots.
 

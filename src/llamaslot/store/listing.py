@@ -34,7 +34,8 @@ class Listing:
         """The ``MOST`` largest snapshots, those with the same beginning next to each other: ``n_common`` is the number
         of tokens, to a block of 64, that a snapshot shares with the one before it. Canceling is safe.
         """
-        every = sorted(self._store.catalog.snapshots.values(), key=lambda its: -its.size_bytes)[:MOST]
+        catalog = self._store.catalog
+        every = sorted(catalog.snapshots.values(), key=lambda its: -catalog.own_bytes(its.id))[:MOST]
         await self._compare(every)
         every.sort(key=lambda its: (its.fingerprint, its.namespace, self._beginnings.get(its.id, b"")))
         # No await from here on: each is listed.
@@ -79,7 +80,7 @@ class Listing:
             "store": self._store.name,
             "kind": its.kind.value,
             "n_tokens": its.n_tokens,
-            "size_bytes": its.size_bytes,
+            "size_bytes": catalog.own_bytes(its.id),
             "created_at": its.created_at,
             "last_used": catalog.last_used(its.id),
             "n_hits": catalog.n_hits(its.id),
