@@ -4,6 +4,7 @@
 
 In turns: ``cp`` of a slot file from disk to memory, and ``assemble`` of the same file from its extents; each with its
 sources in the page cache and without. Beside each runs an event loop with a timer of 1 ms; its longest pause is told.
+What it is beside ``cp``, another process, the machine makes: two processors for three threads.
 """
 
 from __future__ import annotations
