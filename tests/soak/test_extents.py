@@ -16,12 +16,10 @@ from tests.support.users import words
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 CASES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], int]] = {
-    "dense": (models.dense, (), 40),
-    "dense, unified KV": (models.dense, ("--kv-unified",), 20),
-    "dense, 8 bits": (models.dense, ("-ctk", "q8_0", "-ctv", "q8_0"), 20),
-    "M-RoPE": (models.mrope, (), 20),
-    "window": (models.swa, (), 40),
-    "window, 8 bits": (models.swa, ("-ctk", "q8_0", "-ctv", "q8_0"), 10),
+    "dense": (models.dense, (), 50),
+    "dense, unified KV": (models.dense, ("--kv-unified",), 25),
+    "M-RoPE": (models.mrope, (), 25),
+    "window": (models.swa, (), 50),
     "recurrent": (models.recurrent, (), 25),
     "hybrid": (models.hybrid, (), 25),
 }
@@ -32,7 +30,8 @@ async def test_random_cuts(case: str, tmp_path: Path, figure: Figure) -> None:
     """Three conversations that part from each other at random messages, in three slots; then cuts at random tokens.
 
     Rows are equal from save to save. Each cut is reused to its end (but for one token, with a window), and the answer
-    is that of a cold run; where it is not, rounding differs between batches, and it is counted.
+    is that of a cold run. Where it is not, the cause is rounding, which depends on the batch: the same prompt, computed
+    in two steps by llama-server alone, differs as much.
     """
     kind, flags, n_cuts = CASES[case]
     rng, extents = random.Random(case), tmp_path / "extents"
@@ -53,12 +52,14 @@ async def test_random_cuts(case: str, tmp_path: Path, figure: Figure) -> None:
         for _ in range(n_cuts):
             chain = rng.choice(conversations).chain
             cuts.append(await cutter.cut(chain, rng.choice(chain.stops())))
-    n_other = sum(cut.text != cut.cold_text for cut in cuts)
+    others = [cut.rounding for cut in cuts if cut.rounding is not None]
     n_different = [conversation.chain.n_different for conversation in conversations]
     n_short = max(cut.n_tokens - cut.n_reused for cut in cuts)
     figure(
-        f"{len(cuts)} cuts, {n_short} token short at most, {n_other} other texts, rows that differ: {n_different}"
+        f"{len(cuts)} cuts, {n_short} token short at most, rows that differ: {n_different}, {len(others)} other texts, "
+        f"log-probabilities (cut, two steps) by {[tuple(f'{by:.5f}' for by in other) for other in others]}"
     )
     assert n_different[0] == 0
     assert n_short <= (1 if kind is models.swa else 0)
-    assert n_other <= len(cuts) // 20
+    assert len(others) <= len(cuts) // 10
+    assert all(by_cut <= max(0.05, 3 * by_steps) for by_cut, by_steps in others)

@@ -92,13 +92,17 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A cut file of ``n_tokens`` tokens was restored: ``n_reused`` of them were, by the server's own counter."""
+    """A cut file of ``n_tokens`` tokens was restored: ``n_reused`` of them were, by the server's own counter.
+
+    ``rounding``: of two answers that differ, by how much the log-probabilities of the first token do, cut and cold, and
+    for comparison the same prompt computed in two steps without any file, and cold.
+    """
 
     n_tokens: int
     n_reused: int
-    is_end: bool
     text: str
     cold_text: str
+    rounding: tuple[float, float] | None = None
 
 
 class Cutter:
@@ -111,22 +115,49 @@ class Cutter:
         """Cut ``chain`` at ``n_tokens``, restore that, go on with words of its own."""
         here, cold = self._slots
         chain.cut(n_tokens, self._server.save_dir / "cut.kv")
-        prompt = unpack(chain.tokens[: n_tokens * WIDTH]) + [ord(c) for c in words(self._rng, 30)]
-        await self._server.post(f"/slots/{here}?action=erase", {})
-        restored = await self._server.post(f"/slots/{here}?action=restore", {"filename": "cut.kv"})
-        assert restored["n_restored"] == n_tokens
-        warm_text, n_computed = await self._ask(prompt, here, n_predict)
-        await self._server.post(f"/slots/{cold}?action=erase", {})
-        cold_text, n_all = await self._ask(prompt, cold, n_predict)
-        assert n_all == len(prompt), "the cold one was not"
-        is_end = n_tokens * WIDTH == len(chain.tokens)
-        return Cut(n_tokens, len(prompt) - n_computed, is_end, warm_text, cold_text)
+        begun = unpack(chain.tokens[: n_tokens * WIDTH])
+        prompt = begun + [ord(letter) for letter in words(self._rng, 30)]
+        await self._restore(n_tokens)
+        before = await self._n_computed()
+        text = await self._text(prompt, here, n_predict)
+        n_reused = len(prompt) - (await self._n_computed() - before)
+        await self._erase(cold)
+        cold_text = await self._text(prompt, cold, n_predict)
+        if text == cold_text:
+            return Cut(n_tokens, n_reused, text, cold_text)
+        await self._restore(n_tokens)
+        of_cut = await self._first_token(prompt, here)
+        await self._erase(cold)
+        of_cold = await self._first_token(prompt, cold)
+        await self._erase(here)
+        await self._text(begun, here, 1)
+        in_two_steps = await self._first_token(prompt, here)
+        rounding = _distance(of_cut, of_cold), _distance(in_two_steps, of_cold)
+        return Cut(n_tokens, n_reused, text, cold_text, rounding)
 
-    async def _ask(self, prompt: list[int], slot: int, n_predict: int) -> tuple[str, int]:
-        """The answer, and how many tokens of the prompt were computed."""
-        before = await self._server.metrics()
+    async def _restore(self, n_tokens: int) -> None:
+        await self._erase(self._slots[0])
+        path = f"/slots/{self._slots[0]}?action=restore"
+        restored = await self._server.post(path, {"filename": "cut.kv"})
+        assert restored["n_restored"] == n_tokens
+
+    async def _erase(self, slot: int) -> None:
+        await self._server.post(f"/slots/{slot}?action=erase", {})
+
+    async def _n_computed(self) -> int:
+        return round((await self._server.metrics())["llamacpp:prompt_tokens_total"])
+
+    async def _text(self, prompt: list[int], slot: int, n_predict: int) -> str:
         body: dict[str, Any] = {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "id_slot": slot}
+        return str((await self._server.post("/completion", body))["content"])
+
+    async def _first_token(self, prompt: list[int], slot: int) -> dict[int, float]:
+        body = {"prompt": prompt, "n_predict": 1, "n_probs": 8, "temperature": 0, "id_slot": slot}
         answer = await self._server.post("/completion", body)
-        after = await self._server.metrics()
-        name = "llamacpp:prompt_tokens_total"
-        return answer["content"], round(after[name] - before[name])
+        top = answer["completion_probabilities"][0]["top_logprobs"]
+        return {token["id"]: token["logprob"] for token in top}
+
+
+def _distance(a: dict[int, float], b: dict[int, float]) -> float:
+    """The largest difference of a log-probability that both have."""
+    return max((abs(a[id_] - b[id_]) for id_ in a.keys() & b.keys()), default=float("inf"))
