@@ -12,6 +12,9 @@ import pytest
 
 from llamaslot.cache.ids import pack
 from llamaslot.errors import LlamaslotError, SnapshotInvalid
+from llamaslot.store.inventory import FileState, read_headers, remove, take_stock
+from llamaslot.store.neighbours import Neighbours
+from llamaslot.store.shared_store import META
 from llamaslot.store.sidecar import KV
 from llamaslot.store.slot_layout import read_layout
 from tests.support.slot_files import KINDS, slot_file
@@ -271,3 +274,78 @@ async def test_killed_at_each_step(kind: str, tmp_path: Path, caplog: pytest.Log
             break
         n_steps += 1 if kind == "dense" else 3
     assert n_steps > 25
+
+
+# -- the commands ----------------------------------------------------------------------------------------------------
+
+
+async def test_stock_counts_each_file_once(tmp_path: Path) -> None:
+    """What an item frees, what others need too, and the sum of all."""
+    tree = await tree_of(tmp_path)
+    ids = await grown(tree)
+    stock = take_stock(tmp_path)
+    assert set(stock.items) == set(ids)
+    assert all(item.size_bytes > 0 and item.shared_bytes > 0 for item in stock.items.values())
+    assert stock.size_bytes == tree.catalog.size_bytes == tree.bytes_on_disk()
+    for id_, item in stock.items.items():
+        assert item.size_bytes == tree.catalog.own_bytes(id_)
+    tree.catalog.close()
+
+
+async def test_a_changed_byte_is_found_and_what_is_before_it_stays(tmp_path: Path) -> None:
+    """``verify --remove`` removes the file; the next start keeps the rest of the conversation."""
+    tree = await tree_of(tmp_path)
+    id_, _ = await grown(tree)
+    tree.catalog.close()
+    path = tmp_path / tree.catalog.snapshots[id_].parts[2].file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+    stock = take_stock(tmp_path)
+    assert not [item for item in await read_headers(tmp_path, list(stock.items.values())) if item.why]
+    (broken,) = [
+        item
+        for item in await read_headers(tmp_path, list(stock.items.values()), with_checksums=True)
+        if item.state is FileState.BROKEN
+    ]
+    assert broken.id == id_
+    assert broken.bad_files == (path.name,)
+    assert remove(tmp_path, stock, broken) == (0, None)
+    tree = await tree_of(tmp_path)
+    assert {its.n_tokens for its in tree.catalog.snapshots.values()} == {600, 650}
+    await tree.check_all()
+    tree.catalog.close()
+
+
+async def test_removing_one_leaves_what_the_other_needs(tmp_path: Path) -> None:
+    tree = await tree_of(tmp_path, "hybrid")
+    id_, other = await grown(tree)
+    tree.catalog.close()
+    stock = take_stock(tmp_path)
+    assert remove(tmp_path, stock, stock.items[id_]) == (0, None)
+    tree = await tree_of(tmp_path, "hybrid")
+    assert set(tree.catalog.snapshots) == {other}
+    await tree.check_all()
+    tree.catalog.close()
+
+
+async def test_another_llamaslot_of_a_shared_store_evicts_what_nobody_needs(tmp_path: Path) -> None:
+    """It sees what each frees, and removes no file that a snapshot of ours goes on needing."""
+    for part in ("a", "b"):
+        (tmp_path / part).mkdir()
+        (tmp_path / META / part).mkdir(parents=True)
+    tree = await tree_of(tmp_path / "a")
+    id_, other = await grown(tree)
+    tree.catalog.close()
+    for each, used in ((id_, 1_000.0), (other, 2_000.0)):
+        os.utime(tmp_path / "a" / f"{each}.json", (used, used))
+    neighbours = Neighbours(tmp_path / "b")
+    await neighbours.look()
+    assert neighbours.others == tree.catalog.size_bytes
+    (first,) = neighbours.share_of_others(1)
+    assert (first.id, first.size_bytes) == (id_, tree.catalog.own_bytes(id_))
+    await neighbours.remove([first])
+    tree = await tree_of(tmp_path / "a")
+    assert set(tree.catalog.snapshots) == {other}
+    await tree.check_all()
+    tree.catalog.close()
