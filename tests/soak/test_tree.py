@@ -32,9 +32,9 @@ async def test_twenty_turns_of_a_thousand_tokens(
             at = int(len(messages) * part) // 2 * 2
             edited = [*messages[:at], {"role": "user", "content": words(place.rng, 60)}]
             n_common = len(ids(rendered(messages[:at]))) - len(ids(rendered([])))
-            before = await place.figure("restored_bytes_total")
+            before = await place.figure("snapshot_restored_bytes_total")
             reply = await place.ask(edited)
-            read = await place.figure("restored_bytes_total") - before
+            read = await place.figure("snapshot_restored_bytes_total") - before
             figure(
                 f"edited at {part:.0%}: {reply.n_reused} of {n_common} common tokens reused, {read:.0f} bytes read"
             )
@@ -67,7 +67,7 @@ async def test_twenty_conversations_on_one_system_prompt(
         await place.stack.llamaslot.start()
         new: Messages = [system, {"role": "user", "content": words(place.rng, 300)}]
         reply = await place.ask(new)
-        read = await place.figure("restored_bytes_total")
+        read = await place.figure("snapshot_restored_bytes_total")
         figure(
             f"a new one: {reply.n_reused} of 10,016 tokens reused, {read:.0f} bytes read = {read / per_token:.0f} rows"
         )

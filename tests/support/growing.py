@@ -141,7 +141,10 @@ async def grow(place: Place, n_turns: int, n_tokens: int) -> tuple[Growth, Messa
     for _ in range(n_turns):
         await place.turn(messages, n_tokens - 60)
         await place.forget()
-    added, saved = await place.figure("added_bytes"), await place.figure("saved_bytes_total")
+    added, saved = (
+        await place.figure("snapshot_added_bytes"),
+        await place.figure("snapshot_saved_bytes_total"),
+    )
     n = len(ids(rendered(messages[:-1]))) - len(ids(rendered([])))
     stored, layout = Stored.of(place.stack.server.save_dir), await place.layout(300)
     states = sum(state.size_bytes for state in layout.checkpoints) + (

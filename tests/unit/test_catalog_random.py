@@ -236,8 +236,9 @@ class CatalogMachine(RuleBasedStateMachine):
     @rule(id_=saved, is_spoilt=st.booleans())
     def verify(self, id_: str, is_spoilt: bool) -> None:
         is_listed = id_ in self.known and self.known[id_].is_listed
-        is_pinned = id_ in self.known and not is_listed
-        if is_pinned or (is_listed and not is_spoilt):
+        if id_ in self.known and not is_listed:
+            return  # dropped and still pinned: its file is as it was, or spoilt before
+        if is_listed and not is_spoilt:
             assert self.run(self.shelter.catalog.verify(id_)).id == id_
             return
         if is_listed:

@@ -203,9 +203,13 @@ class BackendMetrics:
         self.saves = counter(
             "snapshot_saves", "Contexts of slots that llama-server saved to disk for llamaslot"
         )
-        self.bytes_saved = counter("snapshot_saved_bytes", "Bytes that llama-server wrote when it saved slots")
+        self.bytes_saved = counter(
+            "snapshot_saved_bytes", "Bytes that llama-server wrote when it saved slots"
+        )
         self.restores = counter("snapshot_restores", "Contexts restored from disk into slots")
-        self.bytes_restored = counter("snapshot_restored_bytes", "Bytes that llama-server read when it restored slots")
+        self.bytes_restored = counter(
+            "snapshot_restored_bytes", "Bytes that llama-server read when it restored slots"
+        )
         self.failovers = counter(
             "failovers",
             "Requests that went to another backend because this one failed before their answer began",
