@@ -297,14 +297,19 @@ def write_data(path: Path, data: bytes, *, is_durable: bool = False) -> None:
             os.fsync(file.fileno())
 
 
+def sync_data(path: Path) -> None:
+    """Blocking, for seconds; raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
+
+
 def make_durable(directory: Path, noted: Noted, last_used: float) -> None:
     """Sync its files and record that in the sidecar. Blocking, for seconds; raises OSError."""
     for name in dict.fromkeys([*(part.file for part in noted.parts), noted.id + KV]):
-        fd = os.open(directory / name, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fdatasync(fd)
-        finally:
-            os.close(fd)
+        sync_data(directory / name)
     write(directory, replace(noted, boot=None), last_used)
 
 

@@ -143,6 +143,9 @@ def take_in(
         write_extent(landing, layout, start, end, keep, target, {})
         return Part(target.name, start, end, os.stat(target).st_size)
 
+    for part in rows:
+        if part.file.endswith(KV):  # llama-server's own file, of which it is not known whether it is on disk
+            sidecar.sync_data(directory / part.file)
     if intake.start < layout.n_tokens:
         rows.append(write(intake.start, layout.n_tokens, ()))
     for at in intake.states:
@@ -158,9 +161,8 @@ def take_in(
     )
     sidecar.write_data(directory / (noted.id + KV), head, is_durable=True)
     sidecar.write(directory, noted, noted.created_at)
-    if gone := bad_files(
-        directory, noted
-    ):  # another llamaslot of a shared store has evicted what it goes on from
+    # Another llamaslot of a shared store may have evicted what it goes on from.
+    if gone := bad_files(directory, noted):
         raise SnapshotInvalid(f"{', '.join(sorted(gone))} has vanished")
     sync_directory(directory)
     os.unlink(landing)
