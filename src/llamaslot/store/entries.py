@@ -17,7 +17,7 @@ from llamaslot.scheduling.eviction import ByValue, Order, SnapshotStats
 from llamaslot.scheduling.priority_heap import Rank, Ranking
 from llamaslot.store.hits import NEVER, Hits
 from llamaslot.store.shared_files import Departure, SharedFiles
-from llamaslot.store.sidecar import Snapshot
+from llamaslot.store.sidecar import EXT, KV, Snapshot
 
 
 class Pin(AbstractContextManager[Snapshot]):
@@ -249,9 +249,10 @@ class SnapshotTable:
         self._now = now
         self._ranking.put(id_)
 
-    def known(self) -> set[str]:
-        """The ids whose files are booked here."""
-        return self.snapshots.keys() | self.pending_delete.keys() | set(self.files.ids())
+    def is_known(self, id_: str) -> bool:
+        """Whether files of that id are booked here."""
+        is_listed = id_ in self.snapshots or id_ in self.pending_delete
+        return is_listed or id_ + KV in self.files.sizes or id_ + EXT in self.files.sizes
 
     def check(self) -> None:
         """Raises AssertionError with the name of the invariant that does not hold."""
@@ -263,6 +264,7 @@ class SnapshotTable:
         for snapshot in (*self.snapshots.values(), *self.pending_delete.values()):
             needed.add(snapshot)
         assert needed.users == self.files.users, "files are those of the snapshots"
+        assert sum(self.files.sizes.values()) == self.files.size_bytes, "bytes are those of the files"
         for id_, stats in self.stats.items():
             assert stats.size_bytes == self.files.own_bytes(self.snapshots[id_]), "own bytes are up to date"
         assert all(n > 0 for n in self._pins.values()), "pins that hold nothing"

@@ -243,9 +243,9 @@ class Quota:
             if n_left:
                 self.leave(id_, n_left)
 
-    def known(self) -> set[str]:
-        """The ids whose files are booked here."""
-        return self.removing.keys() | self.leftovers.keys() | self.writing
+    def is_known(self, id_: str) -> bool:
+        """Whether files of that id are booked here."""
+        return id_ in self.removing or id_ in self.leftovers or id_ in self.writing
 
     async def removed(self, id_: str) -> None:
         """Wait until the files of the id are gone or left over. Canceling is safe."""

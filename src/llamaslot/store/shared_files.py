@@ -10,11 +10,14 @@ from llamaslot.store.sidecar import Snapshot
 
 
 class SharedFiles:
-    """``sizes``: bytes by file name; ``users``: by file name the ids of the snapshots that need it."""
+    """``sizes``: bytes by file name; ``size_bytes``: of all; ``users``: by file name the ids of the snapshots that need
+    it.
+    """
 
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}
         self.users: dict[str, set[str]] = {}
+        self.size_bytes = 0
 
     def add(self, snapshot: Snapshot) -> set[str]:
         """Returns the ids of those that were the only users of a file that it needs too: they own less now."""
@@ -23,6 +26,7 @@ class SharedFiles:
             users = self.users.setdefault(name, set())
             if len(users) == 1:
                 touched |= users
+            self.size_bytes += 0 if users else size_bytes
             users.add(snapshot.id)
             self.sizes[name] = size_bytes
         return touched - {snapshot.id}
@@ -37,6 +41,7 @@ class SharedFiles:
             users.discard(snapshot.id)
             if not users:
                 freed[name] = self.sizes.pop(name)
+                self.size_bytes -= freed[name]
                 del self.users[name]
             elif len(users) == 1:
                 touched |= users
@@ -50,10 +55,6 @@ class SharedFiles:
         """The bytes that would be free if all these were dropped."""
         departure = Departure(self)
         return sum(departure.add(snapshot) for snapshot in snapshots)
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(self.sizes.values())
 
     def ids(self) -> Iterator[str]:
         """The ids in the names of all files."""

@@ -136,7 +136,7 @@ class Upkeep:
                         self._lost(noted.id)  # the kernel reports the error once; a second sync would succeed
         if noted.id not in self._table.snapshots and noted.id not in self._table.pending_delete:
             # Dropped meanwhile: the sidecar may have been written after its removal.
-            is_needed = noted.id in self._table.known()
+            is_needed = self._table.is_known(noted.id)
             await asyncio.to_thread(scan.remove, self._directory, noted.id, keeps_data=is_needed)
         elif (stats := self._table.stats.get(noted.id)) is not None and stats.last_used != dated:
             self.date(noted.id)
