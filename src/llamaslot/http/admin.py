@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from aiohttp import web
@@ -93,6 +94,7 @@ class Status:
 
     def _metrics(self) -> web.Response:
         metrics, pools = self._registry.metrics, [pool.status() for pool in self._registry.pools]
+        metrics.n_tasks.set(len(asyncio.all_tasks()))
         metrics.n_waiting.set(sum(pool.n_waiting for pool in pools))
         metrics.n_snapshots.set(sum(pool.n_snapshots for pool in pools))
         stores = self._registry.stores.values()

@@ -60,6 +60,9 @@ class Metrics:
             "requests_rewritten", "Requests whose system prompt a rewrite rule of llamaslot changed", "rule"
         )
         self.n_waiting = self.gauge("requests_waiting", "Completions in llamaslot's queue for a slot now")
+        self.n_tasks = self.gauge(
+            "tasks", "Tasks of llamaslot's event loop now; a number that grows without requests is a fault"
+        )
         self.n_snapshots = self.gauge(
             "snapshots", "Contexts on disk (snapshots) that can be restored with the models served now"
         )
