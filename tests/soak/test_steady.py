@@ -31,7 +31,11 @@ EVERY_S = 1.0
 MIB = 2**20
 #: What medians of the last third of a stretch may be above those of its first third. Allocators and ring buffers
 #: (1,000 decisions, 2,000 requests on the page) settle in the first minutes.
-MAY_GROW = {"rss": 8 * MIB, "n_files": 3, "n_tasks": 3}
+MAY_GROW = {
+    "rss": 8 * MIB,
+    "n_files": N_CLIENTS,
+    "n_tasks": N_CLIENTS,
+}  # as many as may be under way by chance
 
 
 class Sample(NamedTuple):

@@ -78,7 +78,11 @@ class Running:
         finally:
             connection.close()
         if response.status != 200:
-            raise Refused(response.status, answer["error"]["message"])
+            error = answer.get("error") if isinstance(answer, dict) else None
+            said = error.get("message") if isinstance(error, dict) else None
+            raise Refused(
+                response.status, said or f"{self.where} answers {response.status}: is that a llamaslot?"
+            )
         return answer
 
 
