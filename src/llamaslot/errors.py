@@ -50,6 +50,13 @@ class BadRequest(LlamaslotError):
     type = "invalid_request_error"
 
 
+class NotReloaded(LlamaslotError):
+    """The configuration was not read again, or has faults: the old one stays in force."""
+
+    status = 409
+    type = "invalid_request_error"
+
+
 class BodyTooLarge(BadRequest):
     """The body is larger than ``listen.max_body``."""
 

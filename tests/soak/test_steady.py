@@ -35,7 +35,7 @@ MAY_GROW = {
     "rss": 8 * MIB,
     "n_files": N_CLIENTS,
     "n_tasks": N_CLIENTS,
-}  # as many as may be under way by chance
+}  # as many as work by chance
 
 
 class Sample(NamedTuple):

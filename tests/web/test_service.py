@@ -90,7 +90,7 @@ async def test_a_reload(tmp_path: Path, fakes: list[FakeServer]) -> None:
         assert "queue.max_waiting: should be at least 0" in it.log
         assert "the old configuration stays in force" in it.log
         async with session.post(it.url + "/llamaslot/reload") as answer:
-            assert answer.status == 400
+            assert answer.status == 409
         async with session.post(
             it.url + "/llamaslot/reload", headers={"Origin": "http://evil.example"}
         ) as answer:

@@ -78,8 +78,8 @@ class Running:
         finally:
             connection.close()
         if response.status != 200:
-            error = answer.get("error") if isinstance(answer, dict) else None
-            said = error.get("message") if isinstance(error, dict) else None
+            told = answer.get("error") if isinstance(answer, dict) else None
+            said = told.get("message") if isinstance(told, dict) else None
             raise Refused(
                 response.status, said or f"{self.where} answers {response.status}: is that a llamaslot?"
             )

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from llamaslot import __version__
 from llamaslot.backend.status import status_of
-from llamaslot.errors import BadRequest, Forbidden, NotAllowed, NotFound, shortened
+from llamaslot.errors import BadRequest, Forbidden, NotAllowed, NotFound, NotReloaded, shortened
 from llamaslot.fleet.pool import PoolStatus
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.openapi import DESCRIPTION, PATHS
@@ -44,7 +44,7 @@ class Status:
             case "/llamaslot/reload":
                 _not_for_pages(request, "reload")
                 if self._reload is None:
-                    raise BadRequest("this llamaslot has no configuration to read again")
+                    raise NotReloaded("this llamaslot has no configuration to read again")
                 return web.json_response(await self._reload.run())
             case "/llamaslot/openapi.json":
                 return web.json_response(DESCRIPTION)

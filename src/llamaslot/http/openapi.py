@@ -280,7 +280,7 @@ PATHS: dict[str, Json] = {
                 "The keys that have changed.",
                 _object(in_force=_list_of(_TEXT), needs_restart=_list_of(_TEXT)),
             ),
-            "400": _ERROR,
+            "409": _ERROR,
         },
         method="post",
     ),

@@ -11,7 +11,7 @@ from typing import Any
 
 from llamaslot.config.load import Config
 from llamaslot.config.values import Section
-from llamaslot.errors import BadRequest, ConfigError
+from llamaslot.errors import ConfigError, NotReloaded
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.service_manager import ServiceManager
 
@@ -38,13 +38,13 @@ class Reload:
     async def run(self) -> dict[str, Any]:
         """Read the file, and put in force what can be without a restart. Returns the changed keys, by that.
 
-        Raises BadRequest with the faults of the file; the old configuration stays. Canceling is safe.
+        Raises NotReloaded with the faults of the file; the old configuration stays. Canceling is safe.
         """
         async with self._one_at_a_time:
             self._manager.reloading()
             try:
                 return await self._run()
-            except BadRequest as error:
+            except NotReloaded as error:
                 log.error("reload: %s", error)
                 raise
             finally:
@@ -52,12 +52,14 @@ class Reload:
 
     async def on_signal(self) -> None:
         """As ``run``; a fault is logged only."""
-        with contextlib.suppress(BadRequest):
+        with contextlib.suppress(NotReloaded):
             await self.run()
 
     async def _run(self) -> dict[str, Any]:
         if self._path is None:
-            raise BadRequest("this llamaslot was started without a configuration file: nothing to read again")
+            raise NotReloaded(
+                "this llamaslot was started without a configuration file: nothing to read again"
+            )
         try:
             new = await asyncio.to_thread(Config.load, self._path)
             changed = list(_changed(self.config, new))
@@ -66,7 +68,7 @@ class Reload:
             restart = [key for key in changed if not key.startswith(_AT_ONCE)] + other
             self.take(new)  # first: it may find that a file of keys has just gone
         except ConfigError as error:
-            raise BadRequest(f"{error}; the old configuration stays in force") from None
+            raise NotReloaded(f"{error}; the old configuration stays in force") from None
         logging.getLogger().setLevel(new.log.level.upper())
         self._registry.take(new)
         for name in removed:
