@@ -76,7 +76,7 @@ async def test_two_models_share_one_place_and_keep_their_conversations(
             for model in ("m1", "m2")
             for user in (0, 1)
         }
-        for i in range(3):
+        for i in range(2):
             for model in ("m1", "m2"):
                 await asyncio.gather(*(turn(talks[model, user], model, is_counted=i > 0) for user in (0, 1)))
                 assert len(it.offspring) == 1

@@ -22,6 +22,6 @@ async def test_what_is_predicted_is_reused(tmp_path: Path, figure: Figure, kind:
     """
     model = {"dense": models.dense, "swa": models.swa, "recurrent": models.recurrent}[kind](tmp_path)
     async with Stack(model, tmp_path) as stack:
-        result = await predict(stack, n_users=7, n_context=1500, n_turns=3, n_answer=300)
+        result = await predict(stack, n_users=6, n_context=1500, n_turns=3, n_answer=150)
     figure(result)
     assert len(result.wrong) <= (0 if kind == "dense" else 1), result.wrong

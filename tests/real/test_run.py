@@ -57,7 +57,7 @@ async def test_two_models_in_turn_keep_their_conversations(tmp_path: Path, figur
     swapped = [Supervised.of(models.dense(tmp_path, seed), store) for seed in (1, 2)]
     talks = {(model, user): question(10 * model + user) for model in (0, 1) for user in (0, 1)}
     n_prompt = n_computed = 0
-    for turn in range(3):
+    for turn in range(2):
         for model, it in enumerate(swapped):
             await it.start()
             statuses = await it.healthy()

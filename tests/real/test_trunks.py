@@ -47,7 +47,7 @@ async def test_a_prewarmed_system_prompt_is_there_before_anybody_asks(
     been restarted."""
     model = {"recurrent": models.recurrent, "swa": models.swa}.get(kind, models.dense)(tmp_path)
     async with Stack(model, tmp_path, settings={"store": {"idle_save_s": 0.2}}) as stack:
-        openings = await find_prewarmed(stack, n_system=3000)
+        openings = await find_prewarmed(stack, n_system=2000)
     for opening in openings:
         figure(opening)
     assert min(opening.share for opening in openings) >= 0.98

@@ -308,7 +308,7 @@ async def exchange_model(
     async with team_of(stack, n_users, n_context) as (team, _), Client(reference.url) as cold:
         await team.round()
         await team.round()
-        await asyncio.sleep(4)
+        await quiet(stack, None if not stack.alone else 0.0)
         await stack.server.stop()
         exchange(path, other)
         await stack.server.start()

@@ -199,6 +199,7 @@ async def test_a_late_part_file_is_removed(shelter: Shelter) -> None:
 async def test_an_unmounted_directory_is_not_taken_for_an_empty_one(shelter: Shelter) -> None:
     """Where the lock file is missing nothing is concluded from what else is missing."""
     snapshot = await shelter.save(TOKENS)
+    await shelter.settled()
     lock = shelter.directory / ".llamaslot.lock"
     content = [(path, path.read_bytes()) for path in shelter.directory.iterdir() if path != lock]
     for path in (lock, *(path for path, _ in content)):

@@ -241,5 +241,5 @@ def fault_of(op: Op) -> LlamaslotError | None:
 
 TestLife = Life.TestCase
 TestLife.settings = settings(
-    max_examples=35, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=20, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )

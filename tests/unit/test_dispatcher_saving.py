@@ -64,7 +64,7 @@ class Team:
 
 
 @given(seed=st.integers(0, 2**32), n_slots=st.integers(1, 4), has_system=st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_owners_who_ask_while_they_are_saved_recompute_nothing(
     seed: int, n_slots: int, has_system: bool
 ) -> None:

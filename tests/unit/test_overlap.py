@@ -99,7 +99,7 @@ def test_a_trunk_that_comes_or_goes_is_looked_at_in_its_own_space_only(
     assert set(looked_at) == {"new", "of 7"}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.integers(0, 10**9), st.sampled_from([CacheKind.DENSE, CacheKind.RECURRENT]))
 def test_what_is_kept_is_what_would_be_found_anew(seed: int, cache_kind: CacheKind) -> None:
     """Snapshots come and go at random, all sharing with each other; nothing that is believed is out of date.

@@ -193,7 +193,7 @@ ARRIVALS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=70, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 @given(ARRIVALS, st.sampled_from([0.0, 10.0, 60.0, MAX_S]), st.sampled_from([0.001, 0.1, 1.0]))
 def test_no_request_waits_for_ever(
     arrivals: list[tuple[float, float]], starvation_s: float, switch_s: float
@@ -216,7 +216,7 @@ def test_no_request_waits_for_ever(
         assert waited_s <= starvation_s + before_s + rest_s + CHUNK_S + switches_s + 1e-6
 
 
-@settings(deadline=None, max_examples=70, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 @given(ARRIVALS, st.sampled_from([10.0, 60.0, MAX_S]), st.sampled_from([0.001, 0.1, 1.0]))
 def test_no_prefill_is_interrupted_for_nothing(
     arrivals: list[tuple[float, float]], starvation_s: float, switch_s: float

@@ -12,6 +12,8 @@ import pytest
 from bench.simulator.generate import Agents, Recipe, crew, generate, scaled
 from bench.simulator.trace import Trace, TraceRequest, Turn
 
+pytestmark = pytest.mark.xdist_group("simulated trace")  # the traces are made once
+
 
 @functools.cache
 def trace(seed: int = 1) -> Trace:

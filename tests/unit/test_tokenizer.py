@@ -162,7 +162,7 @@ KINDS = st.sampled_from([{}, {"strips": True}, {"bos": True}, {"eos": True}, {"b
     cache_bytes=st.sampled_from([1 << 20, 6_000]),
     more=st.sampled_from([(), ("]~!b", "]~!b["), ("<|im_end|>", "</s><|im_end|>")]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_tokens_in_pieces_are_the_tokens_of_the_whole(
     steps: list[tuple[int, str]], kind: dict[str, bool], cache_bytes: int, more: tuple[str, ...]
 ) -> None:
