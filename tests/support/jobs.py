@@ -317,7 +317,8 @@ async def exchange_model(
         n_same, n_all = 0, 0
         for _ in range(2):
             bodies = {user.name: user.body(stream=False, cache_prompt=False) for user in team.users}
-            for turn in await team.round():
+            # One at a time: beside others an answer of llama-server alone differs by rounding, in 2 of 12 runs.
+            for turn in await team.round(at_a_time=1):
                 assert not turn.reply.error, turn.reply.error
                 expected: Reply = await cold.ask("/v1/chat/completions", bodies[turn.user])
                 n_all += 1
