@@ -198,7 +198,7 @@ function updateFlight(row, its) {
   tick(row);
   say(who, person(its.user));
   who.title = its.user;
-  say(stage, its.gives_way_to ? `${its.stage}, gives way to ${its.gives_way_to}` : its.stage + (its.n_answered ? `, ${number(its.n_answered)} tokens` : ''));
+  say(stage, its.gives_way_to ? `${its.stage}, gives way to ${its.gives_way_to}` : its.stage + (its.n_answered ? `, ${number(its.n_answered)} token${its.n_answered === 1 ? '' : 's'}` : ''));
   say(speed, its.tokens_per_s ? `${short(its.tokens_per_s)}/s` : '');
   say(where, its.backend ? `${its.backend}${its.slot == null ? '' : ` / ${its.slot}`}` : '');
   say(model, modelName(its.model));
