@@ -64,7 +64,7 @@ def _plots(sides: Sequence[Side]) -> Iterator[tuple[str, str, Trace]]:
     yield (
         "First tokens",
         "The share of requests whose first token had come after so many seconds (the further left, the better). Solid: "
-        "follow-ups; dotted: first turns, of which nothing can be known.",
+        "follow-ups; dotted: first turns, of which a cache knows the system prompt at most.",
         _first_tokens(sides, of),
     )
     if any(its.n_reused is not None for its in of):
