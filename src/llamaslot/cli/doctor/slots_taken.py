@@ -15,6 +15,7 @@ from llamaslot.llama.replies import SlotInfo
 from llamaslot.store import QuotaExceeded, Reservation
 from llamaslot.store.sidecar import PROBE, new_id
 
+_POLLS, _POLL_S = 40, 1.5  # asked more often, llama-server does not notice that its client has left
 _ROOM = 1.2  # of the bytes that a probe is expected to need
 
 
@@ -43,13 +44,22 @@ class ProbeFiles:
             await asyncio.to_thread((self._directory / reservation.part_name).unlink)
 
 
+async def until_idle(api: LlamaServer, slot: int) -> bool:
+    """Wait until a slot is idle; False if it works for too long."""
+    for _ in range(_POLLS):
+        if not any(info.id == slot and info.is_processing for info in await api.slots()):
+            return True
+        await asyncio.sleep(_POLL_S)
+    return False
+
+
 class CannotTake(LlamaslotError):
     """An idle slot holds a context that cannot be saved, so it is left alone."""
 
 
 class TakenSlots:
-    """Takes idle slots. What one held is saved first, and restored at the end, unless another client works there then.
-    ``directory``: where llama-server saves, as seen from here; None if that is not known.
+    """Takes idle slots. What one held is saved first, and restored at the end, unless another client works there for a
+    minute. ``directory``: where llama-server saves, as seen from here; None if that is not known.
     """
 
     def __init__(self, api: LlamaServer, directory: Path | None) -> None:
@@ -94,8 +104,8 @@ class TakenSlots:
         self._held.clear()
 
     async def _restore(self, slot: int, name: str) -> None:
-        info = next(info for info in await self._api.slots() if info.id == slot)
-        if info.is_processing:
-            return  # another client's now
+        # A probe that was left early is computed to the end of its batch.
+        if not await until_idle(self._api, slot):
+            raise CannotTake("another client works there now")
         await self._api.erase(slot)
         await self._api.restore(slot, name)

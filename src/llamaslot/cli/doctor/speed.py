@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from llamaslot.backend.probes import meaningless_tokens
 from llamaslot.cache.ids import unpack
+from llamaslot.cli.doctor.slots_taken import until_idle
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.replies import Progress
 from llamaslot.llama.response import next_piece
@@ -21,7 +22,6 @@ _DEEPER = 1.5  # a prefill slows down with depth
 _WARM_UP = 8  # pieces of a stream before anything is measured
 _STREAM = 4000  # tokens at most
 _WAIT_S = 30.0
-_POLLS, _POLL_S = 40, 1.5  # asked more often, llama-server does not notice that its client has left
 
 
 class Filled(Struct):
@@ -51,7 +51,7 @@ async def fill(api: LlamaServer, slot: int, n_tokens: int, budget_s: float | Non
         else:
             return Filled(n_tokens, seen[-1].seconds, *_batch(seen))
     # llama-server ends the batch that is running, and keeps it.
-    await _idle(api, slot)
+    await until_idle(api, slot)
     left = next(info.n_tokens for info in await api.slots() if info.id == slot) or event.processed
     return Filled(left, took_s, *_batch(seen), rest_s)
 
@@ -63,13 +63,6 @@ def _batch(seen: list[Progress]) -> tuple[int | None, float]:
     ]
     largest = max(steps, default=(0, 0.0))
     return (largest[0], largest[1]) if len(seen) > 2 and largest[0] > 1 else (None, 0.0)
-
-
-async def _idle(api: LlamaServer, slot: int) -> None:
-    for _ in range(_POLLS):
-        if not any(info.id == slot and info.is_processing for info in await api.slots()):
-            return
-        await asyncio.sleep(_POLL_S)
 
 
 class Trip(Struct):
