@@ -11,7 +11,7 @@ from typing import Any
 
 from llamaslot.config.load import Config
 from llamaslot.config.values import Section
-from llamaslot.errors import ConfigError, NotReloaded
+from llamaslot.errors import ConfigError, LlamaslotError, NotReloaded
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.service_manager import ServiceManager
 
@@ -65,7 +65,7 @@ class Reload:
             changed = list(_changed(self.config, new))
             added, removed, other = _backends(self.config, new)
             at_once = [key for key in changed if key.startswith(_AT_ONCE)]
-            restart = [key for key in changed if not key.startswith(_AT_ONCE)] + other
+            restart = [key for key in changed if not key.startswith(_AT_ONCE)]
             self.take(new)  # first: it may find that a file of keys has just gone
         except ConfigError as error:
             raise NotReloaded(f"{error}; the old configuration stays in force") from None
@@ -74,8 +74,13 @@ class Reload:
         for name in removed:
             if (backend := self._registry.backend_named(name)) is not None:
                 backend.drain.begin()
-        for name in added:
-            await self._registry.add_later(new, name)
+        for name in list(added):
+            try:
+                await self._registry.add_later(new, name)
+            except LlamaslotError as error:  # its directory belongs to another llamaslot, for example
+                added.remove(name)
+                other.append(f"backends: {name} ({error})")
+        restart += other
         self.config = _merged(self.config, new)
         done = (
             at_once
