@@ -27,7 +27,7 @@ async def test_twenty_turns_of_a_thousand_tokens(
         figure(growth)
         kept = growth.whole + growth.stored.state_bytes
         assert growth.stored.n_bytes <= 1.05 * kept + 100_000
-        assert growth.added <= (1.1 * kept if not growth.stored.state_bytes else growth.saved / 4)
+        assert growth.added <= (1.1 * kept if not growth.stored.state_bytes else growth.saved / 1.5)
         for part in (0.3, 0.6, 0.9):
             at = int(len(messages) * part) // 2 * 2
             edited = [*messages[:at], {"role": "user", "content": words(place.rng, 60)}]
@@ -72,4 +72,7 @@ async def test_twenty_conversations_on_one_system_prompt(
             f"a new one: {reply.n_reused} of 10,016 tokens reused, {read:.0f} bytes read = {read / per_token:.0f} rows"
         )
         assert reply.n_reused >= 0.99 * 10_000
-        assert stored.n_bytes <= 1.1 * (distinct + stored.state_bytes) + 100_000
+        headers = (
+            stored.n_snapshots * 10_400 * 4
+        )  # the tokens of each: more than a tiny recurrent model's states
+        assert stored.n_bytes <= 1.1 * (distinct + stored.state_bytes) + headers + 100_000
