@@ -18,7 +18,7 @@ async def test_its_numbers_are_those_of_the_servers(tmp_path: Path) -> None:
     """Four users on two slots, through llamaslot and on llama-server alone: what the answers tell agrees with each
     server's own counter within 2 %, and llamaslot reuses what llama-server has lost."""
     model = models.dense(tmp_path)
-    sizes = ("--users", "4", "--turns", "2", "--context", "400", "--shared", "100", "--question", "40")
+    sizes = ("--users", "4", "--turns", "2", "--context", "800", "--shared", "100", "--question", "40")
     more = ("--answer", "8", "--think", "0.1", "--json", "result.json", "--report", "report.html")
     async with (
         Stack(model, tmp_path / "a", slots=2, context=4096) as through,
@@ -49,7 +49,7 @@ async def test_its_numbers_are_those_of_the_servers(tmp_path: Path) -> None:
         assert (its.n_answered, its.n_failed) == (8, 0)
         assert its.disagreement == pytest.approx(0.0, abs=0.02)
     assert through_it.follow_up_reuse is not None
-    assert through_it.follow_up_reuse > 0.95
+    assert through_it.follow_up_reuse > 0.8  # so little is now and then computed sooner than restored
     assert alone_it.follow_up_reuse is not None
     assert alone_it.follow_up_reuse < 0.6
     assert (
