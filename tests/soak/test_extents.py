@@ -56,7 +56,8 @@ async def test_random_cuts(case: str, tmp_path: Path, figure: Figure) -> None:
     n_different = [conversation.chain.n_different for conversation in conversations]
     n_short = max(cut.n_tokens - cut.n_reused for cut in cuts)
     figure(
-        f"{len(cuts)} cuts, {n_short} token short at most, rows that differ: {n_different}, {len(others)} other texts, "
+        f"{len(cuts)} cuts, {n_short} token short at most, tokens whose rows differ: {n_different}, "
+        f"{len(others)} other texts, "
         f"log-probabilities (cut, two steps) by {[tuple(f'{by:.5f}' for by in other) for other in others]}"
     )
     assert n_different[0] == 0

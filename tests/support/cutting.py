@@ -9,7 +9,7 @@ from typing import Any
 
 from llamaslot.cache.ids import WIDTH, common, unpack
 from llamaslot.store.assemble import StateAt, assemble
-from llamaslot.store.extent import Piece, differing_rows, write_extent
+from llamaslot.store.extent import Piece, differing_tokens, write_extent
 from llamaslot.store.slot_layout import read_layout
 from tests.support.real import RealServer
 from tests.support.users import words
@@ -44,7 +44,7 @@ class Chain:
             if piece.start < known
         ]
         self.states = {n: at for n, at in self.states.items() if n <= known}
-        self.n_different += differing_rows(landing, layout, self.pieces, seed=seed)
+        self.n_different += differing_tokens(landing, layout, self.pieces, seed=seed)
         keep = [state.n_tokens for state in layout.states if state.n_tokens > known]
         path = self.directory / f"{len(list(self.directory.iterdir()))}.extent"
         extent = write_extent(landing, layout, known, layout.n_tokens, keep, path, {})

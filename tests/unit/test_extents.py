@@ -18,7 +18,7 @@ from llamaslot.store.extent import (
     PART,
     Extent,
     Piece,
-    differing_rows,
+    differing_tokens,
     read_extent,
     read_tokens,
     shrink,
@@ -139,11 +139,11 @@ def test_rows_are_compared_bit_for_bit(tmp_path: Path) -> None:
     """Of one conversation none differ; of the same tokens computed by other weights all do."""
     store = Store(tmp_path, KINDS["dense"])
     landing = tmp_path / "landing"
-    assert differing_rows(landing, read_layout(landing), store.pieces, 50, seed=1) == 0
+    assert differing_tokens(landing, read_layout(landing), store.pieces, 50, seed=1) == 0
     other = tmp_path / "other"
     other.write_bytes(slot_file(Model(seed=7), TOKENS))
-    assert differing_rows(other, read_layout(other), store.pieces, 50, seed=1) == 50 * 4
-    assert differing_rows(other, read_layout(other), [], 50) == 0
+    assert differing_tokens(other, read_layout(other), store.pieces, 50, seed=1) == 50
+    assert differing_tokens(other, read_layout(other), [], 50) == 0
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------

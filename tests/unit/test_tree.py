@@ -186,6 +186,20 @@ async def test_rows_that_differ_are_not_trusted(tmp_path: Path, caplog: pytest.L
     tree.catalog.close()
 
 
+async def test_rows_of_another_conversation_need_not_be_its_own(tmp_path: Path) -> None:
+    """Computed apart, in other batches, they differ by rounding. They stand for those of a second conversation, of
+    which only what it has alone is compared from save to save."""
+    tree, other = await tree_of(tmp_path), [*A[:350], *words(300, 2)]
+    await tree.take(A[:400])
+    own = replace(tree.model, seed=9)
+    begun = await tree.take(other[:500], data=slot_file(own, other[:500]))
+    more = await tree.take(other, after=begun.id, data=slot_file(own, other))
+    assert (begun.own_from, more.own_from) == (350, 350)
+    assert len(more.parts) == 3
+    assert tree.catalog.acceptance.n_differing == 0
+    tree.catalog.close()
+
+
 async def test_what_cannot_be_told_apart_is_kept_whole(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

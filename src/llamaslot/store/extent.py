@@ -206,12 +206,12 @@ def verify(path: Path) -> Extent:
     return extent
 
 
-def differing_rows(
+def differing_tokens(
     landing: Path, layout: SlotLayout, pieces: Iterable[Piece], n_tokens: int = 32, seed: int | None = None
 ) -> int:
     """Compare the rows of ``n_tokens`` random tokens of ``pieces``, in all tensors (two of them if there are more than
-    16: any of them differs if a layer before it does), with those in the slot file ``landing``: how many differ. The
-    same path and shape is the caller's care. Raises SnapshotInvalid, OSError.
+    16: any of them differs if a layer before it does), with those in the slot file ``landing``: of how many tokens any
+    differs. The same path and shape is the caller's care. Raises SnapshotInvalid, OSError.
     """
     pieces = [piece for piece in pieces if piece.start < piece.end]
     if not pieces or not layout.shape.tensors:
@@ -230,7 +230,9 @@ def differing_rows(
                         row_bytes = layout.shape.tensors[tensor].row_bytes
                         ((at, size),) = layout.row_spans(tensor, token, token + 1)
                         there = extent.rows[tensor].at + (token - extent.start) * row_bytes
-                        n_different += source.read(at, size) != other.read(there, row_bytes)
+                        if source.read(at, size) != other.read(there, row_bytes):
+                            n_different += 1
+                            break
     return n_different
 
 

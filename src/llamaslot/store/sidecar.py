@@ -63,8 +63,9 @@ class Snapshot(Struct, frozen=True):
     a model that cannot rewind can return; ``source``: what it was saved for. ``is_pinned``: it must be there before
     it is requested (prewarmed), so it is neither evicted nor superseded. ``namespace``: the namespace that may resume
     from it (``cache.namespaces``), "" for all. ``parts``: where its content is: rows from the first token to the last,
-    then states by position; empty for a whole slot file. ``row_bytes``: of each token's rows. ``size_bytes``: of its
-    .kv file.
+    then states by position; empty for a whole slot file. ``row_bytes``: of each token's rows. ``own_from``: the
+    rows before this token were taken from another conversation; those that its slot computed may differ by rounding.
+    ``size_bytes``: of its .kv file.
     """
 
     id: str
@@ -80,6 +81,7 @@ class Snapshot(Struct, frozen=True):
     namespace: str = ""
     parts: tuple[Part, ...] = ()
     row_bytes: int = 0
+    own_from: int = 0
 
     @property
     def files(self) -> dict[str, int]:
@@ -165,6 +167,7 @@ class Noted(Struct, frozen=True):
     namespace: str = ""
     parts: tuple[Part, ...] = ()
     row_bytes: int = 0
+    own_from: int = 0
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Noted:
@@ -225,6 +228,7 @@ def parse(name: str, data: bytes) -> Noted:
         namespace=_field(name, {"space": "", **fields}, "space", str),
         parts=_parts(name, _field(name, {"parts": [], **fields}, "parts", list)),
         row_bytes=_field(name, {"row_bytes": 0, **fields}, "row_bytes", int),
+        own_from=_field(name, {"own_from": 0, **fields}, "own_from", int),
     )
     if noted.id + JSON != name:
         raise SnapshotInvalid(f"{name}: belongs to {noted.id}")
@@ -276,7 +280,7 @@ def write(directory: Path, noted: Noted, last_used: float) -> None:
     if noted.parts:
         fields["parts"] = [list(part) for part in noted.parts]
     else:
-        del fields["parts"], fields["row_bytes"]
+        del fields["parts"], fields["row_bytes"], fields["own_from"]
     fields["space"] = fields.pop("namespace")  # its name in the file
     content = orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
     new = directory / (noted.id + NEW)

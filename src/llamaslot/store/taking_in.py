@@ -22,7 +22,7 @@ from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, WIDTH
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import sidecar
 from llamaslot.store.copying import sync_directory
-from llamaslot.store.extent import Piece, Source, differing_rows, write_extent
+from llamaslot.store.extent import Piece, Source, differing_tokens, write_extent
 from llamaslot.store.header import slot_file_head
 from llamaslot.store.kept_states import states_to_keep
 from llamaslot.store.scan import bad_files
@@ -30,6 +30,9 @@ from llamaslot.store.sidecar import EXT, KV, Noted, Part, Snapshot
 from llamaslot.store.slot_layout import SlotLayout, read_layout
 
 MIN_SHARED = 256  # tokens; fewer are not worth a file of their own
+ROUNDED = (
+    1  # of 32 tokens that are compared: llama-server computes one again where it goes back to a checkpoint
+)
 MAX_ROWS = 64  # extents of one snapshot; then all is written anew
 _FOOTER_BYTES, _TENSOR_BYTES = 1024, 128  # of an extent, at most: in its footer, and there for each tensor
 
@@ -50,13 +53,14 @@ class Base(Struct, frozen=True):
 
 class Intake(Struct, frozen=True):
     """What is to be written. ``known``: parts that are there; ``start``: the first token whose rows are not;
-    ``states``: token counts of the states to write.
+    ``states``: token counts of the states to write; ``own_from``: as in ``Snapshot``.
     """
 
     layout: SlotLayout
     known: tuple[Part, ...]
     start: int
     states: tuple[int, ...]
+    own_from: int
 
     @property
     def size_bytes(self) -> int:
@@ -81,18 +85,20 @@ def look(directory: Path, landing: Path, base: Base | None, marks: Collection[in
     layout = read_layout(landing)
     rows, states = _known(directory, layout, base)
     start = rows[-1].end if rows else 0
+    own_from = min(start, base.snapshot.own_from) if base is not None and base.is_lineage else start
     if base is not None and base.is_lineage:
         n_sure = start - NEGLIGIBLE_TOKENS  # what follows may have been computed again, in other batches
         if layout.shape.has_states:
             n_sure = max((at for at in states if at <= n_sure), default=0)
-        sure = [part for part in rows if part.start < n_sure]
-        pieces = [Piece(directory / part.file, part.start, min(part.end, n_sure)) for part in sure]
-        if n_different := differing_rows(landing, layout, pieces):
+        pieces = [
+            Piece(directory / part.file, max(part.start, own_from), min(part.end, n_sure)) for part in rows
+        ]
+        if (n_different := differing_tokens(landing, layout, pieces)) > ROUNDED:
             raise RowsDiffer(
-                f"{n_different} of its rows are not those of {base.snapshot.id}, which it goes on from"
+                f"the rows of {n_different} of its tokens are not those of {base.snapshot.id}, which it goes on from"
             )
     if not layout.shape.has_states:
-        return Intake(layout, tuple(rows), start, ()) if rows else None
+        return Intake(layout, tuple(rows), start, (), own_from) if rows else None
     if not layout.checkpoints:  # a build that neither writes nor reads them in slot files, perhaps
         return None
     # The states that an earlier save has kept were at marks too, but for its end.
@@ -100,7 +106,7 @@ def look(directory: Path, landing: Path, base: Base | None, marks: Collection[in
     there = {state.n_tokens for state in layout.states}
     kept = states_to_keep(sorted(there | states.keys()), marks)
     known = [states[at] for at in kept if at in states]
-    return Intake(layout, (*rows, *known), start, tuple(at for at in kept if at not in states))
+    return Intake(layout, (*rows, *known), start, tuple(at for at in kept if at not in states), own_from)
 
 
 def _known(directory: Path, layout: SlotLayout, base: Base | None) -> tuple[list[Part], dict[int, Part]]:
@@ -157,6 +163,7 @@ def take_in(
         boot=None,
         parts=(*rows, *(states[at] for at in sorted(states))),
         row_bytes=layout.shape.bytes_per_token,
+        own_from=intake.own_from,
         checkpoints=tuple(sorted(states)),
     )
     sidecar.write_data(directory / (noted.id + KV), head, is_durable=True)
