@@ -14,7 +14,7 @@ from tests.support.stack import Stack
 pytestmark = [pytest.mark.soak, pytest.mark.real, pytest.mark.timeout(3600)]
 
 
-@pytest.mark.parametrize("kind", ["dense", "swa", "recurrent", "hybrid"])
+@pytest.mark.parametrize("kind", ["dense", "swa", "recurrent"])
 @pytest.mark.parametrize("reworded", [0.0, 0.5], ids=["as they were", "reworded"])
 async def test_what_is_predicted_is_reused(
     tmp_path: Path, figure: Figure, kind: str, reworded: float
