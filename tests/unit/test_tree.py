@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -171,6 +173,59 @@ async def test_without_a_file_its_longest_beginning_stays(how: str, tmp_path: Pa
     lengths = {its.n_tokens for its in tree.catalog.snapshots.values()}
     assert other in tree.catalog.snapshots
     assert lengths == {650, 560}  # the last state before it
+    await tree.check_all()
+    tree.catalog.close()
+
+
+async def test_what_an_unreadable_sidecar_may_need_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are not known while it cannot be read: they count, and the next start finds it whole."""
+    tree = await tree_of(tmp_path)
+    ids = await grown(tree)
+    before = await tree.settled()
+    real = Path.read_bytes
+
+    def refuse_sidecar(path: Path) -> bytes:
+        if path.suffix == ".json":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse_sidecar)
+        await tree.reopen(has_manifest=False)
+        await tree.catalog.abandon(await tree.catalog.reserve(1_000))
+    assert not tree.catalog.snapshots
+    assert tree.names() == before
+    assert tree.catalog.size_bytes == tree.bytes_on_disk()
+    await tree.reopen()
+    assert set(tree.catalog.snapshots) == set(ids)
+    await tree.check_all()
+    tree.catalog.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda parts: [5, *parts],
+        lambda parts: [part for part in parts if part[1] == part[2]],  # states only
+        lambda parts: [part for part in parts if part[1] != part[2]][:-1],
+        lambda parts: [[*parts[0][:3], -1], *parts[1:]],
+        lambda parts: [*parts, [parts[-1][0], -4, -4, parts[-1][3]]],
+        lambda parts: [[parts[0][0][:-3] + "json", *parts[0][1:]], *parts[1:]],
+        lambda parts: [["../" + parts[0][0], *parts[0][1:]], *parts[1:]],
+    ],
+)
+async def test_damaged_parts_in_a_sidecar(
+    change: Callable[[list[list[Any]]], list[Any]], tmp_path: Path
+) -> None:
+    """They cost the one snapshot, never the start."""
+    tree = await tree_of(tmp_path, "hybrid")
+    id_, other = await grown(tree)
+    tree.sidecar(id_, parts=change(tree.sidecar(id_)["parts"]))
+    assert take_stock(tmp_path).items[id_].state is FileState.BROKEN
+    await tree.reopen()
+    assert set(tree.catalog.snapshots) == {other}
     await tree.check_all()
     tree.catalog.close()
 

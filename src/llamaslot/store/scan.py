@@ -238,7 +238,7 @@ async def _clear(
     directory: Path, listing: Listing, found: Found, useless: list[str], unreadable: list[str]
 ) -> None:
     """Remove the files of ``useless`` ids, and count those that cannot be removed or read, apart from what the
-    snapshots need.
+    snapshots need. What the ``unreadable`` ones need is not known, so then data without a sidecar stay, and count.
     """
     needed = {name for snapshot in found.snapshots for name in snapshot.files}
     for id_ in useless:
@@ -246,6 +246,8 @@ async def _clear(
         if names & needed:
             if names - needed:
                 await asyncio.to_thread(_unlink_quietly, *(directory / name for name in names - needed))
+        elif unreadable and names & {id_ + KV, id_ + EXT} and id_ + JSON not in names:
+            found.leftovers[id_] = await asyncio.to_thread(size_bytes, directory, id_)
         else:
             found.n_unfinished += not {id_ + KV, id_ + JSON} <= names
             await _discard(directory, id_, found)
