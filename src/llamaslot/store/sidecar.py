@@ -226,7 +226,7 @@ def parse(name: str, data: bytes) -> Noted:
         kind=_kind(name, _field(name, {"kind": SnapshotKind.LEAF.value, **fields}, "kind", str)),
         is_pinned=_field(name, {"is_pinned": False, **fields}, "is_pinned", bool),
         namespace=_field(name, {"space": "", **fields}, "space", str),
-        parts=_parts(name, _field(name, {"parts": [], **fields}, "parts", list)),
+        parts=_parts(name, _field(name, {"parts": [], **fields}, "parts", list), fields["n_tokens"]),
         row_bytes=_field(name, {"row_bytes": 0, **fields}, "row_bytes", int),
         own_from=_field(name, {"own_from": 0, **fields}, "own_from", int),
     )
@@ -235,17 +235,26 @@ def parse(name: str, data: bytes) -> Noted:
     return noted
 
 
-def _parts(name: str, rows: list[Any]) -> tuple[Part, ...]:
+def _parts(name: str, rows: list[Any], n_tokens: int) -> tuple[Part, ...]:
     parts, end = [], 0
     for row in rows:
-        if [type(value) for value in row] != [str, int, int, int] or own_name(row[0]) is None:
+        if not _is_part(row):
             raise SnapshotInvalid(f"{name}: 'parts' has {row!r}")
         part = Part(*row)
         if not part.is_state and (part.start != end or part.end < end):
             raise SnapshotInvalid(f"{name}: its parts leave a gap at {end}")
         end = end if part.is_state else part.end
         parts.append(part)
+    if parts and end != n_tokens:
+        raise SnapshotInvalid(f"{name}: its parts end at {end}, not at {n_tokens}")
     return tuple(parts)
+
+
+def _is_part(row: Any) -> bool:
+    if not isinstance(row, list) or [type(value) for value in row] != [str, int, int, int]:
+        return False
+    own = own_name(row[0])
+    return own is not None and own[1] in (KV, EXT) and min(row[1:]) >= 0
 
 
 def _kind(name: str, value: str) -> SnapshotKind:
