@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from llamaslot.config.keys import editing, made_now, new_key
 from llamaslot.errors import (
     BackendDown,
     DeadlyPrompt,
@@ -353,6 +354,46 @@ async def test_other_pages_can_do_nothing(
         }
         answer = await it.send("POST", "/llamaslot/cancel?request=x", headers=headers)
         assert answer.status == status
+
+
+@pytest.mark.parametrize("path", ["events?seconds=1", "activity", "history", "snapshots"])
+async def test_other_pages_read_nothing(tmp_path: Path, path: str) -> None:
+    """A GET of a page's own site has no Origin, and DNS rebinding makes this machine a site of others."""
+    async with served(tmp_path) as it:
+        for host, status in (("evil.example", 403), ("localhost", 200), ("[::1]", 200), ("0.0.0.0", 200)):
+            headers = {"Host": f"{host}:{it.config.listen.port}"}
+            async with it.session.get(f"{it.url}/llamaslot/{path}", headers=headers) as answer:
+                assert answer.status == status
+
+
+async def test_behind_a_proxy_the_key_is_enough(tmp_path: Path) -> None:
+    """Which browsers send to no other site; a proxy may change the Host, and then the Origin is another."""
+    async with served(tmp_path, {"auth": {"admin_key": "a" * 40}}) as it:
+        headers = {"Origin": "https://llm.example.com", "Authorization": "Bearer " + "a" * 40}
+        assert (await it.send("POST", "/llamaslot/cancel?request=x", headers=headers)).status == 404
+        asked = await it.send("POST", "/llamaslot/cancel?request=" + "x" * 5000, headers=headers)
+        assert (asked.status, len(asked.error["message"]) < 200) == (404, True)
+
+
+async def test_a_removed_key_watches_no_longer(tmp_path: Path) -> None:
+    """Its stream ends within about a second, before it tells what others do; that of another key goes on."""
+    file = tmp_path / "keys.json"
+    ops, gone = new_key(), new_key()
+    with editing(file) as keys:
+        keys += [made_now("ops", ops, is_admin=True), made_now("gone", gone, is_admin=True)]
+    async with served(tmp_path, {"auth": {"keys_file": str(file)}}) as it:
+        url = it.url + "/llamaslot/events"
+        async with (
+            it.session.get(url, headers={"Authorization": f"Bearer {ops}"}) as stays,
+            it.session.get(url, headers={"Authorization": f"Bearer {gone}"}) as leaves,
+        ):
+            await event(stays)
+            await event(leaves)
+            with editing(file) as keys:
+                keys[:] = [key for key in keys if key.name == "ops"]
+            async with asyncio.timeout(5):
+                await leaves.content.read()
+            assert not stays.content.at_eof()
 
 
 async def test_names_of_others_are_only_text(tmp_path: Path) -> None:

@@ -77,7 +77,11 @@ class App:
         self._authenticator, self._cors = Authenticator(config.auth), Cors(config.listen.cors)
         self._status = Status(registry, prompts, reload)
         self._watching = Watching(
-            registry, self._requests, self._events, needs_key=self._authenticator.needs_admin_key
+            registry,
+            self._requests,
+            self._events,
+            self._is_admitted,
+            needs_key=self._authenticator.needs_admin_key,
         )
 
     def take(self, config: Config) -> None:
@@ -89,6 +93,14 @@ class App:
         self._prompts.take(config.rules)
         self.config = config
         self._watching.needs_key = self._authenticator.needs_admin_key
+
+    def _is_admitted(self, request: web.Request) -> bool:
+        """Whether its key is valid now: it may have been removed since the request came."""
+        try:
+            self._authenticator.authenticate(request)
+        except LlamaslotError:
+            return False
+        return True
 
     def application(self) -> web.Application:
         app = web.Application()

@@ -23,8 +23,11 @@ _GIVE_UP_S = 30.0  # a viewer that takes nothing for so long is gone
 
 
 class Viewer(Struct, eq=False):
-    """One who watches. ``events``: that it has not been sent yet; ``is_behind``: it has missed some."""
+    """One who watches. ``events``: that it has not been sent yet; ``is_behind``: it has missed some; ``may_watch``:
+    asked before each look, since a key can be removed while its stream is open.
+    """
 
+    may_watch: Callable[[], bool]
     events: asyncio.Queue[bytes | None] = field(default_factory=lambda: asyncio.Queue(_KEPT))
     is_behind: bool = True
 
@@ -42,13 +45,20 @@ class Events:
         self._is_closed = False
         self.n_looks = 0
 
-    async def watch(self, request: web.Request, seconds: float | None = None) -> web.StreamResponse:
-        """Send the state, then changes, for ``seconds`` (None: until the viewer leaves). Canceling is safe."""
+    async def watch(
+        self,
+        request: web.Request,
+        seconds: float | None = None,
+        may_watch: Callable[[], bool] = lambda: True,
+    ) -> web.StreamResponse:
+        """Send the state, then changes, for ``seconds`` (None: until the viewer leaves), as long as it ``may_watch``.
+        Canceling is safe.
+        """
         response = web.StreamResponse(headers=SSE_HEADERS)
         await begin(response, request)
         if request.method == "HEAD":
             return response
-        viewer = Viewer()
+        viewer = Viewer(may_watch)
         self.viewers[viewer] = None
         if self._last:
             _put(viewer, b"")  # the state is there: it is sent at once
@@ -86,6 +96,9 @@ class Events:
         n_quiet = 0
         while True:
             self._has_changed.clear()
+            for viewer in self.viewers:
+                if not viewer.may_watch():
+                    _put(viewer, None)
             event = self._look()
             n_quiet = 0 if event else n_quiet + 1
             if event or n_quiet % _QUIET == 0:

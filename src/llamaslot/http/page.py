@@ -61,18 +61,26 @@ def _content(name: str) -> tuple[bytes, str]:
 
 
 def refuse_foreign_page(request: web.Request, *, needs_key: bool) -> None:
-    """Raises Forbidden if another page than llamaslot's own has sent it: any page in a browser on this machine could.
-    Without keys (``needs_key``) the address must also be none of the DNS, which others can point to this machine.
+    """Raises Forbidden if another page than llamaslot's own may have sent it: any page in a browser on this machine
+    could. There are three cases:
+
+    1. Keys are needed (``needs_key``): no browser sends one to another site without CORS, so the key proves it.
+    2. The Host is a name of the DNS, which others can point to this machine: a browser then takes their page for ours.
+    3. An action, or a question across sites, has an Origin: it must be the Host.
     """
-    if (origin := request.headers.get("Origin")) is None:  # no browser
+    if needs_key:
         return
-    host = request.headers.get("Host", "")
-    if urlsplit(origin).netloc != host or not (needs_key or _is_plain(urlsplit(f"//{host}").hostname)):
+    host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
+    if host and not _is_address(urlsplit(f"//{host}").hostname):
+        raise Forbidden(
+            f"{request.path}: without keys it is answered under 127.0.0.1 or localhost only, not under a name"
+        )
+    if origin is not None and urlsplit(origin).netloc != host:
         raise Forbidden(f"{request.path} is for llamaslot's own page: use that, or curl")
 
 
-def _is_plain(name: str | None) -> bool:
+def _is_address(name: str | None) -> bool:
     try:
-        return name == "localhost" or ipaddress.ip_address(name or "").is_loopback
+        return name == "localhost" or bool(ipaddress.ip_address(name or ""))
     except ValueError:
         return False

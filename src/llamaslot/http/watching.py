@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import orjson
 from aiohttp import web
 
-from llamaslot.errors import BadRequest, NotFound
+from llamaslot.errors import BadRequest, NotFound, shortened
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.admin import check_method, digits
 from llamaslot.http.events import Events
@@ -24,11 +26,19 @@ _LONGEST_S = 86_400
 
 
 class Watching:
-    """``needs_key``: whether these routes need a key."""
+    """``needs_key``: whether these routes need a key; ``is_admitted``: whether a request's key is still valid."""
 
-    def __init__(self, registry: Registry, requests: Requests, events: Events, *, needs_key: bool) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        requests: Requests,
+        events: Events,
+        is_admitted: Callable[[web.Request], bool],
+        *,
+        needs_key: bool,
+    ) -> None:
         self._registry, self._requests, self._events = registry, requests, events
-        self.needs_key = needs_key
+        self.needs_key, self._is_admitted = needs_key, is_admitted
         self._presenter = Presenter(registry, requests)
         self._listings: dict[str, Listing] = {}
 
@@ -38,28 +48,28 @@ class Watching:
         """
         match request.path:
             case "/llamaslot/events":
-                check_method(request)
+                self._check(request)
                 seconds = digits(request, "seconds", 0, _LONGEST_S)
-                return await self._events.watch(request, seconds or None)
+                return await self._events.watch(request, seconds or None, partial(self._is_admitted, request))
             case "/llamaslot/activity":
-                check_method(request)
+                self._check(request)
                 return _answer(self._activity(request))
             case "/llamaslot/history":
-                check_method(request)
+                self._check(request)
                 return _answer(self._history(request))
             case "/llamaslot/snapshots":
-                check_method(request)
+                self._check(request)
                 return _answer(await self._snapshots())
             case "/llamaslot/cancel":
-                self._check_action(request)
+                self._check(request)
                 return _answer(self._cancel(request))
             case "/llamaslot/pin" | "/llamaslot/unpin" | "/llamaslot/delete":
-                self._check_action(request)
+                self._check(request)
                 return _answer(await self._change(request))
             case _:
                 return None
 
-    def _check_action(self, request: web.Request) -> None:
+    def _check(self, request: web.Request) -> None:
         check_method(request)
         refuse_foreign_page(request, needs_key=self.needs_key)
 
@@ -73,7 +83,7 @@ class Watching:
         history, now = self._requests.history, time.monotonic()
         if (id_ := request.query.get("request")) is not None:
             if (found := history.activity(id_)) is None:
-                raise NotFound(f"no request {id_} is among the last {KEPT} that have ended")
+                raise NotFound(f"no request {shortened(id_)} is among the last {KEPT} that have ended")
             return found.to_json()
         n, after = digits(request, "n", 100, KEPT), digits(request, "after", 0, 10**9)
         ended = [its.row() for its in reversed(history.latest) if its.serial > after][:n]
@@ -83,7 +93,7 @@ class Watching:
     def _cancel(self, request: web.Request) -> dict[str, Any]:
         id_ = _named(request, "request")
         if not (n := self._requests.cancel(id_)):
-            raise NotFound(f"no request {id_} is in flight")
+            raise NotFound(f"no request {shortened(id_)} is in flight")
         return {"request": id_, "n_cancelled": n}
 
     # -- history -------------------------------------------------------------------------------------------------
@@ -153,7 +163,7 @@ class Watching:
         """Pin, unpin or delete a snapshot. Raises NotFound."""
         id_ = _named(request, "snapshot")
         if (store := self._store_of(id_)) is None:
-            raise NotFound(f"there is no snapshot {id_}")
+            raise NotFound(f"there is no snapshot {shortened(id_)}")
         snapshot = store.catalog.snapshots[id_]
         if request.path == "/llamaslot/delete":
             await store.catalog.drop(id_)
