@@ -13,6 +13,7 @@ import xxhash
 
 from llamaslot.cache.ids import pack
 from llamaslot.errors import SnapshotInvalid
+from llamaslot.store import intact
 from llamaslot.store.assemble import StateAt, assemble
 from llamaslot.store.extent import (
     PART,
@@ -162,6 +163,38 @@ def test_a_damaged_extent_is_found_by_verify(store: Store) -> None:
         with pytest.raises(SnapshotInvalid):
             store.cut(60)
         assert not (store.directory / "cut").exists()
+
+
+def test_damage_is_found_where_a_part_is_used_only_partly(tmp_path: Path) -> None:
+    """In the rows that are used, or behind them: a checksum covers all rows of a tensor."""
+    store = Store(tmp_path, KINDS["dense"])
+    cut, path = store.cut(50), store.pieces[2].path
+    data, rows = path.read_bytes(), read_extent(path).rows[1]
+    for at in (rows.at + 5, rows.at + rows.size - 1):
+        changed = bytearray(data)
+        changed[at] ^= 1
+        path.write_bytes(changed)
+        for _ in range(2):
+            with pytest.raises(SnapshotInvalid, match="have changed"):
+                store.cut(50)
+        path.write_bytes(data)
+        assert store.cut(50) == cut
+
+
+def test_an_extent_that_is_used_partly_is_read_whole_only_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path, KINDS["dense"])
+    read = list[Path]()
+
+    def noted(path: Path) -> Extent:
+        read.append(path)
+        return verify(path)
+
+    monkeypatch.setattr(intact, "verify", noted)
+    for n_tokens in (50, 51, 60, 30, 50):
+        store.cut(n_tokens)
+    assert read == [store.pieces[2].path, store.pieces[1].path]
 
 
 def test_an_extent_cut_short_is_none(store: Store) -> None:

@@ -379,6 +379,7 @@ async def test_a_changed_byte_is_found_and_what_is_before_it_stays(tmp_path: Pat
     ]
     assert broken.id == id_
     assert broken.bad_files == (path.name,)
+    assert broken.why == f"{path.name} is damaged; with --remove, the next start keeps what is before it"
     assert remove(tmp_path, stock, broken) == (0, None)
     tree = await tree_of(tmp_path)
     assert {its.n_tokens for its in tree.catalog.snapshots.values()} == {600, 650}

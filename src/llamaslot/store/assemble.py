@@ -20,8 +20,9 @@ from msgspec import Struct
 from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store.copying import Copier
-from llamaslot.store.extent import Extent, KeptState, Piece, Section, Source
+from llamaslot.store.extent import UNCHECKED, Extent, KeptState, Piece, Section, Source
 from llamaslot.store.header import MAGIC
+from llamaslot.store.intact import check_extent
 from llamaslot.store.slot_cells import make_cells
 from llamaslot.store.slot_format import (
     APPENDIX,
@@ -56,7 +57,8 @@ def assemble(
 
     ``pieces``: from 0 to p without a gap. ``state``: after p tokens, None on a dense model; ``earlier``: the states
     to go back to, by number of tokens. ``n_streams``: what the server writes, its slots or 1 with ``--kv-unified``; by
-    default as in the save of the last piece. Parts that are used whole are checked against their checksum.
+    default as in the save of the last piece. Parts that are used whole are checked against their checksum; an extent of
+    which fewer rows are used is read whole before that, once in this process.
 
     Raises SnapshotInvalid if an extent is damaged, gone, or does not fit the others; OSError (no space). Nothing is
     left in ``target`` then. The file is not synced.
@@ -69,6 +71,7 @@ def assemble(
         shape = _common_shape(pieces, sources)
         if shape.has_states is (state is None):
             raise SnapshotInvalid(f"{pieces[-1].path.name}: a model with states needs one, another none")
+        _check(pieces, sources)
         writer = _Writer(stack.enter_context(Copier(target)), sources, shape)
         writer.n_streams = n_streams or sources[pieces[-1].path][1].n_streams
         writer.write(pieces, state, earlier)
@@ -89,6 +92,15 @@ def _common_shape(pieces: Sequence[Piece], sources: dict[Path, tuple[Source, Ext
         if extent.shape != shape:
             raise SnapshotInvalid(f"{path.name}: its rows have another shape than {pieces[-1].path.name}")
     return shape
+
+
+def _check(pieces: Sequence[Piece], sources: dict[Path, tuple[Source, Extent]]) -> None:
+    """Raises SnapshotInvalid if rows have changed where ``_Writer`` cannot tell: it reads only what is used."""
+    for piece in pieces:
+        extent = sources[piece.path][1]
+        is_whole = (piece.start, piece.end) == (extent.start, extent.end)
+        if not is_whole and extent.tokens.checksum != UNCHECKED:
+            check_extent(piece.path)
 
 
 class _Writer:

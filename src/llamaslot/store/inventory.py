@@ -104,7 +104,7 @@ def _item(directory: Path, id_: str, suffixes: set[str], hits: Hits) -> Item:
         if found != noted.size_bytes:
             raise SnapshotInvalid(f"{id_}{KV}: has {found} bytes, {noted.size_bytes} were written")
         if bad := scan.bad_files(directory, noted):
-            return replace(_with_bad_files(item, bad), noted=noted)
+            return replace(_with_bad_files(item, bad, "missing or of another size; "), noted=noted)
     except FileNotFoundError:
         return replace(item, state=FileState.UNFINISHED, why="it went while it was looked at")
     except OSError as error:
@@ -122,9 +122,10 @@ def _broken(item: Item, error: SnapshotInvalid) -> Item:
     return replace(item, state=FileState.BROKEN, why=why)
 
 
-def _with_bad_files(item: Item, bad: Iterable[str]) -> Item:
+def _with_bad_files(item: Item, bad: Iterable[str], how: str) -> Item:
+    """``how``: what is wrong with them, and what it takes."""
     names = tuple(sorted(bad))
-    why = f"{', '.join(names)} is missing or damaged; the next start keeps what is before it"
+    why = f"{', '.join(names)} is {how}the next start keeps what is before it"
     return replace(item, state=FileState.BROKEN, why=why, bad_files=names)
 
 
@@ -160,7 +161,8 @@ async def read_headers(
             except SnapshotInvalid as error:
                 return _broken(item, error)
         if its := bad & {part.file for part in item.noted.parts}:
-            return _with_bad_files(item, {*its, *item.bad_files})
+            # A start compares sizes only, so it uses the file until that is removed.
+            return _with_bad_files(item, {*its, *item.bad_files}, "damaged; with --remove, ")
         return item
 
     return list(await asyncio.gather(*map(read, items)))
