@@ -7,6 +7,7 @@ restore; that copy is reserved as a save is, so the quota holds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -97,7 +98,8 @@ class Copies:
         """A slot file of its first ``n_tokens``, or of all, until the context exits. The snapshot must be pinned. On
         a model that cannot rewind there must be a state after ``n_tokens``. ``spare``: as in ``Catalog.reserve``.
 
-        Raises SnapshotInvalid, and QuotaExceeded if there is no room for a copy. Canceling is safe.
+        Raises SnapshotInvalid, and QuotaExceeded if there is no room for a copy. Canceling is safe: it waits for the
+        copy and removes it.
         """
         order = outgoing(snapshot, n_tokens)
         copy = await self._copy(snapshot, order, spare) if order is not None else None
@@ -114,10 +116,16 @@ class Copies:
         try:
             size_bytes = await asyncio.to_thread(order.size_bytes, self._directory)
             copy = await self._reserve(size_bytes, (snapshot.id,), spare)
+            target = self._directory / copy.part_name
+            writing = asyncio.get_running_loop().run_in_executor(None, order.write, self._directory, target)
             try:
-                target = self._directory / copy.part_name
-                size_bytes = await asyncio.to_thread(order.write, self._directory, target)
+                await asyncio.wait([writing])
+                size_bytes = writing.result()
             except BaseException:
+                while not writing.done():  # cancelled: the thread would write the file after its removal
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.wait([writing])
+                writing.exception()  # it is known
                 await self._abandon(copy)
                 raise
         except (OSError, SnapshotInvalid, QuotaExceeded) as error:
