@@ -21,7 +21,7 @@ from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Deficit, Quota
 from llamaslot.store.sidecar import EXT, KV, PART, Noted, WithTokens
 from llamaslot.store.slot_layout import LayoutUnknown
-from llamaslot.store.taking_in import Base, Intake, RowsDiffer, look, take_in
+from llamaslot.store.taking_in import Base, DataLost, Intake, RowsDiffer, look, take_in
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,9 @@ class ReservationState(Struct):
 
 
 class Acceptance:
-    """For one directory. ``evict(short, keep)`` evicts at least what is short, or nothing."""
+    """For one directory. ``evict(short, keep)`` evicts at least what is short, or nothing; ``lost(id)`` is called if
+    the disk has lost data of that snapshot.
+    """
 
     def __init__(
         self,
@@ -67,9 +69,10 @@ class Acceptance:
         manifest: Manifest,
         evict: Callable[[Deficit, frozenset[str]], bool],
         pin: Callable[[str], Pin],
+        lost: Callable[[str], None],
     ) -> None:
         self._directory, self._table, self._quota, self._manifest = directory, table, quota, manifest
-        self._evict, self._pin = evict, pin
+        self._evict, self._pin, self._lost = evict, pin, lost
         self._said = set[str]()
         self.n_differing = 0  # saves with other rows than their slot had before
         self.added_bytes = 0  # to the store, by all saves
@@ -127,6 +130,9 @@ class Acceptance:
             return await self._write(state, part, noted, intake, new) if intake is not None else None
         except Exception as error:  # whatever it is: what llama-server has written is good
             self._say(noted, error)
+            if isinstance(error, DataLost):  # a second sync would succeed
+                for id_ in self._table.files.users.get(error.file, set()) & self._table.snapshots.keys():
+                    self._lost(id_)
             for id_ in new:
                 await asyncio.to_thread(scan.remove, self._directory, id_)
             return None

@@ -75,7 +75,7 @@ class Catalog:
         self._upkeep = Upkeep(directory, self._table, self._manifest, self._tasks, self._drop)
         self._sweep = Sweep(directory, self._table, self._quota, self._reservations.keys(), self._drop)
         self.acceptance = Acceptance(
-            directory, self._table, self._quota, self._manifest, self._evict, self.pin
+            directory, self._table, self._quota, self._manifest, self._evict, self.pin, self._drop
         )
         self._copies = Copies(directory, self.reserve, self.abandon)
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._table.snapshots)

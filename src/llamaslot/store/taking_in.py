@@ -11,6 +11,7 @@ Blocking: for threads.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -39,6 +40,14 @@ _FOOTER_BYTES, _TENSOR_BYTES = 1024, 128  # of an extent, at most: in its footer
 
 class RowsDiffer(SnapshotInvalid):
     """The rows of a save are not those that the same slot had before: none of them is trusted as known."""
+
+
+class DataLost(SnapshotInvalid):
+    """The disk has lost data of ``file``, which the kernel says once."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__(f"the disk has lost data of {file}")
+        self.file = file
 
 
 class Base(Struct, frozen=True):
@@ -138,7 +147,8 @@ def take_in(
     """Write what ``landing`` has more, then the header and the sidecar of the snapshot, then remove ``landing``.
     Returns the snapshot with its parts; it is durable. ``new_file()`` is an id for a file that no snapshot names yet.
 
-    Raises SnapshotInvalid and OSError: then there is no snapshot, but there may be files of ids from ``new_file``.
+    Raises SnapshotInvalid (DataLost) and OSError: then there is no snapshot, but there may be files of ids from
+    ``new_file``.
     """
     layout, known = intake.layout, list(intake.known)
     rows = [part for part in known if not part.is_state]
@@ -151,7 +161,12 @@ def take_in(
 
     for part in rows:
         if part.file.endswith(KV):  # llama-server's own file, of which it is not known whether it is on disk
-            sidecar.sync_data(directory / part.file)
+            try:
+                sidecar.sync_data(directory / part.file)
+            except OSError as error:
+                if error.errno == errno.EIO:
+                    raise DataLost(part.file) from error
+                raise
     if intake.start < layout.n_tokens:
         rows.append(write(intake.start, layout.n_tokens, ()))
     for at in intake.states:
