@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.store import giving_out
+from llamaslot.store.assemble import assemble
 from llamaslot.store.upkeep import Upkeep
 from tests.support.trees import Tree, words
 
@@ -52,14 +52,13 @@ async def test_a_cancelled_copy_leaves_no_file(tmp_path: Path, monkeypatch: pyte
     tree = await tree_of(tmp_path)
     snapshot = await tree.take(A)
     entered, leave = threading.Event(), threading.Event()
-    real = giving_out.assemble
 
     def slowly(*arguments: Any) -> int:
         entered.set()
         assert leave.wait(10)
-        return real(*arguments)
+        return assemble(*arguments)
 
-    monkeypatch.setattr(giving_out, "assemble", slowly)
+    monkeypatch.setattr("llamaslot.store.giving_out.assemble", slowly)
     task = asyncio.get_running_loop().create_task(tree.given(snapshot.id, 350))
     await asyncio.to_thread(entered.wait, 10)
     for _ in range(2):
