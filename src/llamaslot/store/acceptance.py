@@ -119,13 +119,13 @@ class Acceptance:
         """Keep only what the store does not have of it. None if that is not possible: then it is kept whole."""
         if expected.find_base is None:
             return None
-        base = expected.find_base(tokens)
-        if base is not None and base.snapshot.id not in self._table.snapshots:
-            base = None
-        if base is not None:
-            state.base = self._pin(base.snapshot.id)
         new: list[str] = []
         try:
+            base = expected.find_base(tokens)
+            if base is not None and base.snapshot.id not in self._table.snapshots:
+                base = None
+            if base is not None:
+                state.base = self._pin(base.snapshot.id)
             intake = await asyncio.to_thread(look, self._directory, part, base, expected.marks)
             return await self._write(state, part, noted, intake, new) if intake is not None else None
         except Exception as error:  # whatever it is: what llama-server has written is good
