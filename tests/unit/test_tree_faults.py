@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from llamaslot.cache.ids import pack
 from llamaslot.store.assemble import assemble
+from llamaslot.store.manifest import Manifest
 from llamaslot.store.upkeep import Upkeep
 from tests.support.trees import Tree, words
 
@@ -70,4 +72,33 @@ async def test_a_cancelled_copy_leaves_no_file(tmp_path: Path, monkeypatch: pyte
     await asyncio.wait([task])
     assert task.cancelled()
     await tree.check_all()
+    tree.catalog.close()
+
+
+async def test_a_base_that_cannot_be_found_costs_no_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is wrong with the search: what was written is kept whole."""
+
+    def find_base(_: bytes) -> None:
+        raise KeyError("no such root")
+
+    tree = await tree_of(tmp_path)
+    draft = await tree.catalog.reserve(1 << 18)
+    saved = await tree.commit(draft, pack(A), tree.write_file(draft, A), find_base=find_base)
+    assert not saved.parts
+    assert "kept whole: 'no such root'" in caplog.text
+    await tree.check_all()
+    tree.catalog.close()
+
+
+async def test_a_save_of_what_was_idle_is_in_the_manifest(tmp_path: Path) -> None:
+    """Its sidecar has the date of its last use, so the next start does not read it."""
+    tree = await tree_of(tmp_path, "hybrid")
+    saved = await tree.take(A, idle_s=100.0)
+    assert saved.parts
+    await tree.catalog.settle()
+    await tree.catalog.write_manifest()
+    known = await Manifest(tree.manifest, tmp_path).read()
+    assert known.last_used == {saved.id: saved.created_at - 100}
     tree.catalog.close()

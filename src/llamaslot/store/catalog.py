@@ -285,10 +285,12 @@ class Catalog:
         self._quota.granted -= state.size_bytes
         self._list(snapshot.listed, noted.created_at - state.idle_s, self._now())
         state.base.__exit__(None, None, None)
-        if snapshot.parts:  # it is on disk already
-            self._upkeep.changed(1)
-        else:
+        if not snapshot.parts:
             self._upkeep.sync(noted)
+        elif state.idle_s:  # on disk already, but dated as if used now: the manifest would leave it out
+            self._upkeep.date(noted.id)
+        else:
+            self._upkeep.changed(1)
         return snapshot
 
     def given_out(
