@@ -169,6 +169,7 @@ async def test_a_sidecar_holds_no_tokens_and_is_closed_to_others(shelter: Shelte
         "kind": "leaf",
         "is_pinned": False,
         "space": "",
+        "digest": snapshot.digest,
     }
     mode = os.stat(shelter.directory / f"{snapshot.id}.json").st_mode
     assert stat.S_IMODE(mode) == 0o660

@@ -118,7 +118,7 @@ async def test_what_came_and_went_since_is_noticed(shelter: Shelter) -> None:
 
 @pytest.mark.parametrize("change", ["longer", "other tokens", "other file", "not ours", "in its place"])
 async def test_a_slot_file_that_has_changed_is_read(shelter: Shelter, change: str) -> None:
-    """Broken ones are removed; one that holds something else is listed as what it is."""
+    """Broken ones are removed, and so is one that holds other tokens than were saved: its rows are not known."""
     await shelter.catalog.write_manifest()
     id_, *others = shelter.catalog.snapshots
     path, other = shelter.directory / f"{id_}.kv", some_tokens(40, 99)
@@ -137,11 +137,7 @@ async def test_a_slot_file_that_has_changed_is_read(shelter: Shelter, change: st
             os.utime(path, ns=(dated.st_atime_ns, dated.st_mtime_ns))
     found, seen = await reopened(shelter)
     assert seen == [f"{id_}.json", f"{id_}.kv"]
-    assert found.keys() - {id_} == set(others)
-    if change in ("longer", "not ours"):
-        assert id_ not in found
-    else:
-        assert (await shelter.catalog.verify(id_)).tokens == other
+    assert found.keys() == set(others)
 
 
 async def test_a_sidecar_that_has_changed_is_read(shelter: Shelter) -> None:
@@ -163,8 +159,7 @@ async def test_what_another_process_changed_is_not_entered(shelter: Shelter) -> 
     found, seen = await reopened(await _registered(shelter))
     assert seen == sorted(f"{id_}{suffix}" for id_ in (a, b) for suffix in (".json", ".kv"))
     assert found[b].source == "somebody"
-    assert c not in found
-    assert (await shelter.catalog.verify(a)).tokens == some_tokens(40, 99)
+    assert not found.keys() & {a, c}
 
 
 async def _registered(shelter: Shelter) -> Shelter:

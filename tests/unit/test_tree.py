@@ -387,6 +387,41 @@ async def test_a_changed_byte_is_found_and_what_is_before_it_stays(tmp_path: Pat
     tree.catalog.close()
 
 
+async def test_a_changed_token_in_a_header_is_found(tmp_path: Path) -> None:
+    """By ``verify`` and by a start, in the header that goes before parts and in a whole slot file."""
+    tree = await tree_of(tmp_path)
+    whole = await tree.take(words(300, 3))
+    id_, other = await grown(tree)
+    await tree.catalog.settle()
+    tree.catalog.close()
+    for each in (whole.id, id_):
+        path = tmp_path / (each + KV)
+        data = bytearray(path.read_bytes())
+        data[600] ^= 1
+        path.write_bytes(data)
+    items = await read_headers(tmp_path, list(take_stock(tmp_path).items.values()))
+    broken = {item.id: item.why for item in items if item.why}
+    assert broken == dict.fromkeys([whole.id, id_], "holds other tokens than when it was saved")
+    tree.manifest.unlink(missing_ok=True)
+    tree = await tree_of(tmp_path)
+    assert set(tree.catalog.snapshots) == {other}
+    await tree.check_all()
+    tree.catalog.close()
+
+
+async def test_a_sidecar_without_a_digest_is_valid(tmp_path: Path) -> None:
+    """Those of before have none."""
+    tree = await tree_of(tmp_path)
+    ids = set(await grown(tree))
+    tree.catalog.close()
+    for id_ in ids:
+        assert tree.sidecar(id_)["digest"] == tree.catalog.snapshots[id_].digest
+        tree.sidecar(id_, digest="")
+    tree = await tree_of(tmp_path)
+    assert set(tree.catalog.snapshots) == ids
+    tree.catalog.close()
+
+
 async def test_removing_one_leaves_what_the_other_needs(tmp_path: Path) -> None:
     tree = await tree_of(tmp_path, "hybrid")
     id_, other = await grown(tree)

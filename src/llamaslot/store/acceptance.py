@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
 from llamaslot.file_id import FileId
@@ -90,10 +91,11 @@ class Acceptance:
             raise OtherConversation(f"{part.name}: holds no tokens")
         if not file.tokens.startswith(expected.tokens):
             raise OtherConversation(f"{part.name}: holds another conversation than was to be saved")
+        noted = replace(noted, digest=sidecar.digest_of(file.tokens))
         taken = await self._take_in(state, part, noted, expected, file.tokens)
         if taken is None:
             taken = await self._keep_whole(part, noted)
-        return taken.snapshot(sidecar.digest_of(file.tokens)).with_tokens(file.tokens)
+        return taken.snapshot(taken.digest).with_tokens(file.tokens)
 
     def _book(self, state: ReservationState, size_bytes: int) -> None:
         self._quota.granted += size_bytes

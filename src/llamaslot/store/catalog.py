@@ -286,7 +286,7 @@ class Catalog:
         self._list(snapshot.listed, noted.created_at - state.idle_s, self._now())
         state.base.__exit__(None, None, None)
         if not snapshot.parts:
-            self._upkeep.sync(noted)
+            self._upkeep.sync(Noted.of(snapshot))
         elif state.idle_s:  # on disk already, but dated as if used now: the manifest would leave it out
             self._upkeep.date(noted.id)
         else:

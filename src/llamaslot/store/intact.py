@@ -25,9 +25,8 @@ def check_extent(path: Path) -> None:
 
 
 @functools.lru_cache(_REMEMBERED)
-def _verified(path: Path, before: FileId) -> None:
+def _verified(path: Path, file_id: FileId) -> None:
     verify(path)
-    _is_still(path, before)
 
 
 def _file_id(path: Path) -> FileId:
@@ -35,8 +34,3 @@ def _file_id(path: Path) -> FileId:
         return FileId.of(os.stat(path))
     except OSError as error:
         raise SnapshotInvalid(f"{path.name}: cannot be read: {error.strerror or error}") from error
-
-
-def _is_still(path: Path, before: FileId) -> None:
-    if _file_id(path) != before:
-        raise SnapshotInvalid(f"{path.name}: has changed while it was read")

@@ -149,6 +149,8 @@ def agree(noted: Noted, file: SlotFile) -> None:
         raise SnapshotInvalid(f"{name}: holds media, which tokens alone do not identify")
     if file.n_tokens != noted.n_tokens:
         raise SnapshotInvalid(f"{name}: holds {file.n_tokens} tokens, {noted.n_tokens} were saved")
+    if noted.digest and noted.digest != sidecar.digest_of(file.tokens):
+        raise SnapshotInvalid(f"{name}: holds other tokens than when it was saved")
 
 
 def agree_each(directory: Path, snapshots: Iterable[Snapshot]) -> list[WithTokens | SnapshotInvalid]:
@@ -370,6 +372,7 @@ def _shortened(
         boot=sidecar.boot_id(),
         is_pinned=False,
         kind=SnapshotKind.LEAF,
+        digest=sidecar.digest_of(head(tokens, n_tokens)),
     )
     kv = directory / (noted.id + KV)
     try:
@@ -380,7 +383,7 @@ def _shortened(
         raise SnapshotInvalid(
             f"{fault}, and no shorter one can be written: {error.strerror or error}"
         ) from error
-    snapshot = noted.snapshot(sidecar.digest_of(head(tokens, n_tokens)))
+    snapshot = noted.snapshot(noted.digest)
     return Loaded(
         snapshot, last_used, file_id, True, f"{fault}: its first {n_tokens} tokens stay as {noted.id}"
     )

@@ -152,7 +152,7 @@ def digest_of(tokens: bytes) -> str:
 
 
 class Noted(Struct, frozen=True):
-    """The content of a sidecar: a snapshot without the digest of its tokens."""
+    """The content of a sidecar. ``digest``: of the tokens; "" in an older one, and until a save is read."""
 
     id: str
     n_tokens: int
@@ -168,6 +168,7 @@ class Noted(Struct, frozen=True):
     parts: tuple[Part, ...] = ()
     row_bytes: int = 0
     own_from: int = 0
+    digest: str = ""
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Noted:
@@ -178,7 +179,7 @@ class Noted(Struct, frozen=True):
     def snapshot(self, digest: str) -> Snapshot:
         fields = asdict(self)
         del fields["boot"]
-        return Snapshot(digest=digest, **fields)
+        return Snapshot(**{**fields, "digest": digest})
 
 
 def new_id() -> str:
@@ -229,6 +230,7 @@ def parse(name: str, data: bytes) -> Noted:
         parts=_parts(name, _field(name, {"parts": [], **fields}, "parts", list), fields["n_tokens"]),
         row_bytes=_field(name, {"row_bytes": 0, **fields}, "row_bytes", int),
         own_from=_field(name, {"own_from": 0, **fields}, "own_from", int),
+        digest=_field(name, {"digest": "", **fields}, "digest", str),
     )
     if noted.id + JSON != name:
         raise SnapshotInvalid(f"{name}: belongs to {noted.id}")
