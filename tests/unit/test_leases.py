@@ -8,15 +8,18 @@ from collections.abc import Iterator
 import pytest
 
 from bench.virtual import VirtualLoop
+from llamaslot.cache.ids import count
 from llamaslot.cache.namespaces import Namespace
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import (
     BackendRestarted,
+    LlamaslotError,
     SlotActionFailed,
 )
 from llamaslot.fleet.queue import QueueLimits
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotState
+from llamaslot.store import QuotaExceeded
 from tests.support.house import House, outcome, outcome_of, tokens_of
 from tests.support.stub import StubServer
 
@@ -129,6 +132,29 @@ def test_a_failed_restore_is_no_news_of_the_model(house: House) -> None:
     assert house.leases.table is not None
     assert house.leases.table.cache_kind is CacheKind.DENSE
     assert house.metrics.reuse_mispredictions._value.get() == 0
+    house.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("error", [SlotActionFailed("no"), QuotaExceeded("full")])
+def test_after_a_failed_restore_it_resumes_from_the_next_best(house: House, error: LlamaslotError) -> None:
+    """From a slot that holds half of its prompt. Want of room drops no snapshot: it is offered again a little later."""
+    house.loop.run(_auto(house))
+    own, table = house.saved_tokens, house.leases.table
+    assert table is not None
+    house.start(house.ask(Request("half", own[: len(own) // 2] + tokens_of(50_000, 50))), "half")
+    house.finish()
+    wanted = table.best_snapshot(Request("owner", own + tokens_of(1, 5)))
+    assert wanted is not None
+    client = house.start(house.ask(Request("owner", own + tokens_of(1, 5))), "owner")
+    kind = "restore" if isinstance(error, SlotActionFailed) else "verify"
+    while not any(op.kind == kind for op in house.server.pending):
+        house.loop.settle()
+        house.server.serve(house.server.pending[0])
+        house.loop.settle()
+    house.server.fail(house.server.pending[0], error)
+    house.finish()
+    assert outcome_of(client) == count(own) // 2
+    assert table.has_snapshot(wanted) is isinstance(error, QuotaExceeded)
     house.check_nothing_is_left()
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from llamaslot.cache.ids import pack
 from llamaslot.errors import LlamaslotError, SnapshotInvalid
+from llamaslot.store.giving_out import is_passing
 from llamaslot.store.inventory import FileState, read_headers, remove, take_stock
 from llamaslot.store.neighbours import Neighbours
 from llamaslot.store.shared_store import META
@@ -92,6 +93,7 @@ async def test_a_cut_at_a_state_ends_with_it(kind: str, tmp_path: Path) -> None:
         (tmp_path / "given").unlink()
     with pytest.raises(SnapshotInvalid):
         await tree.given(id_, 333)
+    assert id_ in tree.catalog.snapshots  # nothing is wrong with it
     await tree.check_all()
     tree.catalog.close()
 
@@ -452,5 +454,51 @@ async def test_another_llamaslot_of_a_shared_store_evicts_what_nobody_needs(tmp_
     await neighbours.remove([first])
     tree = await tree_of(tmp_path / "a")
     assert set(tree.catalog.snapshots) == {other}
+    await tree.check_all()
+    tree.catalog.close()
+
+
+@pytest.mark.parametrize("how", ["changed", "missing"])
+async def test_one_damaged_file_takes_all_that_need_it(
+    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the first restore that meets it: else each of them would cost a request its restore."""
+    tree = await tree_of(tmp_path)
+    id_, _ = await grown(tree)
+    apart = await tree.take(words(300, 9))
+    path = tmp_path / tree.catalog.snapshots[id_].parts[1].file
+    if how == "missing":
+        path.unlink()
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 3] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(SnapshotInvalid):
+        await tree.given(id_)
+    assert set(tree.catalog.snapshots) == {apart.id}
+    (line,) = [line for line in caplog.messages if line.startswith("snapshot dropped:")]
+    assert path.name in line
+    assert "(1 more" in line
+    await tree.check_all()
+    tree.catalog.close()
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EMFILE, errno.EIO])
+async def test_what_cannot_be_copied_now_is_given_out_later(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory that takes no new file, too many open files: the snapshots stay."""
+    tree = await tree_of(tmp_path)
+    id_, other = await grown(tree)
+
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llamaslot.store.giving_out.assemble", refuse)
+        with pytest.raises(SnapshotInvalid) as refused:
+            await tree.given(id_)
+    assert is_passing(refused.value)
+    assert set(tree.catalog.snapshots) == {id_, other}
     await tree.check_all()
     tree.catalog.close()

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from llamaslot.backend import snapshot_usage
 from llamaslot.backend.feedback import Feedback, ReportedCounts
 from llamaslot.backend.lease import Lease
+from llamaslot.backend.lease_states import RetryPlacement
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.long_prompt import Report
 from llamaslot.backend.prefill import ChunkedPrefill
@@ -32,10 +33,12 @@ from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import prefill_steps
 from llamaslot.scheduling.plan import Erase, Plan, PrefillStats, PrefillTo, Restore, Save, SaveSharedPrefix
 from llamaslot.store import Catalog, Snapshot, WithTokens
+from llamaslot.store.giving_out import is_passing
 from llamaslot.store.model_snapshots import content_of
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
+_SET_ASIDE_S = 10.0  # a snapshot that could not be restored for want of room, open files or a right
 T = TypeVar("T")
 
 
@@ -73,8 +76,9 @@ class PlanExecutor:
     ) -> PrefillStats | None:
         """Perform the plan's steps. Returns what a prefill reused and computed; None without a prefill.
 
-        Raises BackendDown, BackendRestarted, and RetryPlacement as ``ChunkedPrefill.run`` does. With ``can_stop``
-        raises Preempted between two steps when the slot is wanted for another user. Canceling is safe: a save, erase or
+        Raises BackendDown, BackendRestarted, and RetryPlacement as ``ChunkedPrefill.run`` does; with ``may_replan``
+        also after a failed restore, so that it resumes from the next best slot or snapshot. With ``can_stop`` raises
+        Preempted between two steps when the slot is wanted for another user. Canceling is safe: a save, erase or
         restore under way is carried out and the slot given back after it; a prefill is closed and its slot drains.
         """
         assert lease.plan is not None
@@ -103,6 +107,8 @@ class PlanExecutor:
                     report(_comment(step, is_restored=step.slot in restored))
                     if not await self._carry_out(lease, self._act(lease, step)):
                         self.metrics.steps_failed.labels(type(step).__name__.lower()).inc()
+                        if may_replan and isinstance(step, Restore) and lease.content == NOTHING:
+                            raise RetryPlacement(None)  # that snapshot is no longer offered, or not just now
                 case _:
                     assert_never(step)
         if self.catalog is not None:
@@ -235,7 +241,10 @@ class PlanExecutor:
             raise
         except (LlamaslotError, KeyError, OSError) as error:
             log.warning("%s: snapshot %s was not restored: %s", lease.request.id, snapshot_id, error)
-            lease.table.drop_snapshot(snapshot_id)  # not offered to this server again; the file stays
+            if is_passing(error):
+                lease.table.model_snapshots.set_aside[snapshot_id] = self.now() + _SET_ASIDE_S
+            else:
+                lease.table.drop_snapshot(snapshot_id)  # not offered to this server again; the file stays
             lease.recorder.record_step(
                 lease.slot_key, Act("restore", 0.0, is_done=False, snapshot=snapshot_id)
             )

@@ -123,7 +123,7 @@ class SlotTable:
         """
         least = min(request.n_system or NEGLIGIBLE_TOKENS, NEGLIGIBLE_TOKENS)
         near = self.residents.near(request.tokens, request.reads, least, self.rules.similarity_min)
-        found = self._candidates.found(request) if self.can_save else []
+        found = self._candidates.found(request, now) if self.can_save else []
         if not is_patient:
             found = [hit for hit in found if self.expected_trunk(hit.holder) is None]
         residents = [

@@ -47,19 +47,21 @@ class SnapshotCandidates:
         is_passing = self._pending.get(holder) is not None
         return self._pending.namespace_of(holder) if is_passing else self._library.namespace_of(holder)
 
-    def found(self, request: Request) -> list[Shared[str]]:
+    def found(self, request: Request, now: float) -> list[Shared[str]]:
         """The snapshots with the longest common prefix with ``request``. First comes the longest one that is a whole
         prefix of the request: it is the cheapest to restore, and may be missing in the others if many share a few
-        tokens more.
+        tokens more. None that is set aside for now.
         """
         if request.no_cache or not request.tokens or self._is_empty:
             return []
         # Where reuse depends on a checkpoint, the longest common prefix is not always the most useful.
-        return self._candidates(
+        found = self._candidates(
             request.tokens,
             request.reads,
             N_CANDIDATES if self._rewind_model.is_rewindable else 4 * N_CANDIDATES,
         )
+        aside = self._library.set_aside
+        return [hit for hit in found if aside.get(hit.holder, now) <= now] if aside else found
 
     def _candidates(self, tokens: bytes, namespaces: Collection[Namespace], n: int) -> list[Shared[str]]:
         found = self._index.match(tokens, namespaces, n)

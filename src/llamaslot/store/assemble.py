@@ -39,6 +39,10 @@ from llamaslot.store.slot_format import (
 )
 
 
+class DoesNotFit(SnapshotInvalid):
+    """The files may be whole, but do not make up the slot file that is asked for."""
+
+
 class StateAt(Struct, frozen=True):
     """The state after ``n_tokens`` tokens, which the extent in ``path`` has."""
 
@@ -60,8 +64,8 @@ def assemble(
     default as in the save of the last piece. Parts that are used whole are checked against their checksum; an extent of
     which fewer rows are used is read whole before that, once in this process.
 
-    Raises SnapshotInvalid if an extent is damaged, gone, or does not fit the others; OSError (no space). Nothing is
-    left in ``target`` then. The file is not synced.
+    Raises SnapshotInvalid, which names the file, if an extent is damaged or gone; DoesNotFit; OSError (no space).
+    Nothing is left in ``target`` then. The file is not synced.
     """
     with contextlib.ExitStack() as stack:
         sources: dict[Path, tuple[Source, Extent]] = {}
@@ -70,7 +74,7 @@ def assemble(
             sources[path] = source, source.extent()
         shape = _common_shape(pieces, sources)
         if shape.has_states is (state is None):
-            raise SnapshotInvalid(f"{pieces[-1].path.name}: a model with states needs one, another none")
+            raise DoesNotFit(f"{pieces[-1].path.name}: a model with states needs one, another none")
         _check(pieces, sources)
         writer = _Writer(stack.enter_context(Copier(target)), sources, shape)
         writer.n_streams = n_streams or sources[pieces[-1].path][1].n_streams
@@ -83,14 +87,14 @@ def _common_shape(pieces: Sequence[Piece], sources: dict[Path, tuple[Source, Ext
     for piece in pieces:
         extent = sources[piece.path][1]
         if piece.start != at or not extent.start <= piece.start < piece.end <= extent.end:
-            raise SnapshotInvalid(
+            raise DoesNotFit(
                 f"{piece.path.name}: has [{extent.start}, {extent.end}), not [{at}, {piece.end})"
             )
         at = piece.end
     shape = sources[pieces[-1].path][1].shape
     for path, (_, extent) in sources.items():
         if extent.shape != shape:
-            raise SnapshotInvalid(f"{path.name}: its rows have another shape than {pieces[-1].path.name}")
+            raise DoesNotFit(f"{path.name}: its rows have another shape than {pieces[-1].path.name}")
     return shape
 
 
@@ -139,7 +143,7 @@ class _Writer:
         try:
             return self._sources[state.path][1].state_at(n_tokens)
         except KeyError:
-            raise SnapshotInvalid(f"{state.path.name}: has no state after {n_tokens} tokens") from None
+            raise DoesNotFit(f"{state.path.name}: has no state after {n_tokens} tokens") from None
 
     def _rows(self, pieces: Sequence[Piece], tokens: bytes) -> None:
         cache, write = self._shape.attention, self._copier.write

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -22,7 +21,7 @@ from llamaslot.store import scan, sidecar
 from llamaslot.store.acceptance import Acceptance, Expected, Reservation, ReservationState
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
 from llamaslot.store.entries import Pin, SnapshotTable
-from llamaslot.store.giving_out import Copies, Given
+from llamaslot.store.giving_out import Copies, Given, is_passing
 from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Deficit, Limits, Quota
 from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens, readable
@@ -32,9 +31,6 @@ from llamaslot.store.upkeep import Upkeep
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
-
-# llamaslot itself lacks a resource. The file is not at fault, so its snapshot is not dropped.
-_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR}
 
 
 class Catalog:
@@ -77,7 +73,7 @@ class Catalog:
         self.acceptance = Acceptance(
             directory, self._table, self._quota, self._manifest, self._evict, self.pin, self._drop
         )
-        self._copies = Copies(directory, self.reserve, self.abandon)
+        self._copies = Copies(directory, self.reserve, self.abandon, self._is_invalid)
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._table.snapshots)
 
     def __repr__(self) -> str:
@@ -296,7 +292,9 @@ class Catalog:
     def given_out(
         self, snapshot: Snapshot, n_tokens: int, spare: Collection[str] = ()
     ) -> AbstractAsyncContextManager[Given]:
-        """A slot file of its first ``n_tokens``, or of all: see ``Copies.given_out``."""
+        """A slot file of its first ``n_tokens``, or of all: see ``Copies.given_out``. If a file is damaged or gone, the
+        snapshots that need it are dropped.
+        """
         return self._copies.given_out(snapshot, n_tokens, spare)
 
     async def abandon(self, reservation: Reservation) -> None:
@@ -354,8 +352,8 @@ class Catalog:
         """Check that its file exists, has the recorded size, and has its tokens in the header. Returns it with the
         tokens.
 
-        Raises SnapshotInvalid otherwise. The snapshot is then dropped, unless llamaslot only lacked a resource (open
-        files, memory). Canceling is safe.
+        Raises SnapshotInvalid otherwise. The snapshots that need the file are then dropped, unless they only could
+        not be read now (open files, memory, permission). Canceling is safe.
         """
         if (pinned := self._table.pending_delete.get(id)) is not None:
             # Superseded since it was chosen, and still pinned by the one that asks.
@@ -382,10 +380,18 @@ class Catalog:
             return [result for result in read if not isinstance(result, SnapshotInvalid)]
 
     def _is_invalid(self, id_: str, error: SnapshotInvalid) -> None:
-        if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _SHORTAGES):
-            log.warning("snapshot dropped: %s", error)
-            if id_ in self.snapshots:
-                self._drop(id_)
+        """Drop it, and all that need the same damaged file: else each would cost a request its restore."""
+        if is_passing(error):
+            return
+        ids = {id_}
+        if (snapshot := self.snapshots.get(id_)) is not None:
+            bad = [name for name in snapshot.files if name == id_ + KV or name in str(error)]
+            ids.update(*(self._table.files.users[name] for name in bad))
+        listed = ids & self.snapshots.keys()
+        also = f" ({len(listed - {id_})} more that need it too)" if listed - {id_} else ""
+        log.warning("snapshot dropped: %s%s", error, also)
+        for each in sorted(listed):
+            self._drop(each)
 
     async def drop(self, id: str) -> None:  # noqa: A002
         """Unlist the snapshot at once, and remove its file, if it is pinned at the last unpin. Idempotent. Canceling

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from llamaslot.cache.ids import WIDTH
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store.acceptance import Reservation
-from llamaslot.store.assemble import StateAt, assemble
+from llamaslot.store.assemble import DoesNotFit, StateAt, assemble
 from llamaslot.store.extent import Piece, Source
 from llamaslot.store.quota import QuotaExceeded
 from llamaslot.store.sidecar import KV, N_STATES, Part, Snapshot
@@ -26,6 +26,15 @@ from llamaslot.store.slot_format import ROW_HEAD
 
 _CUT_SHARE = 0.9  # a larger share of a whole file is not worth a copy
 _MORE_BYTES = 2048  # of a file, besides rows, cells and states
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether what kept a snapshot from being given out may be over soon, its files whole: no room, no right, too many
+    open files, a disk that does not answer.
+    """
+    cause = error.__cause__
+    is_refused = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+    return is_refused or isinstance(error, QuotaExceeded)
 
 
 class Given(Struct, frozen=True):
@@ -81,15 +90,19 @@ def outgoing(snapshot: Snapshot, n_tokens: int) -> Outgoing | None:
 
 
 class Copies:
-    """Those in ``directory``. ``reserve`` and ``abandon``: the catalog's."""
+    """Those in ``directory``. ``reserve`` and ``abandon``: the catalog's. ``on_damage(id, error)`` is called if files
+    of that snapshot are damaged or gone; the error names them.
+    """
 
     def __init__(
         self,
         directory: Path,
         reserve: Callable[[int, Collection[str], Collection[str]], Awaitable[Reservation]],
         abandon: Callable[[Reservation], Awaitable[None]],
+        on_damage: Callable[[str, SnapshotInvalid], None],
     ) -> None:
         self._directory, self._reserve, self._abandon = directory, reserve, abandon
+        self._on_damage = on_damage
 
     @asynccontextmanager
     async def given_out(
@@ -133,5 +146,7 @@ class Copies:
                 return None
             if isinstance(error, OSError):
                 raise SnapshotInvalid(f"{snapshot.id}: cannot be put together: {error}") from error
+            if isinstance(error, SnapshotInvalid) and not isinstance(error, DoesNotFit):
+                self._on_damage(snapshot.id, error)
             raise
         return replace(copy, size_bytes=size_bytes)

@@ -38,13 +38,18 @@ def content_of(snapshot: WithTokens) -> Content:
 
 
 class ModelSnapshots:
-    """The snapshots of one model, those being saved, and their index. ``on_change`` is called after each change."""
+    """The snapshots of one model, those being saved, and their index. ``on_change`` is called after each change.
+
+    ``set_aside``: until when a snapshot is offered to no request, by id: it could not be given out, for a reason that
+    may pass. The clock is that of the placements.
+    """
 
     def __init__(
         self, index: LayeredIndex | None = None, on_change: Callable[[LayeredIndex], None] | None = None
     ) -> None:
         self.index = LayeredIndex() if index is None else index
         self.snapshots: dict[str, Snapshot] = {}
+        self.set_aside: dict[str, float] = {}
         self.in_namespaces = InNamespaces(self.index, self.namespace_of)
         self.overlap = PrefixOverlap(self.in_namespaces, self.snapshots)
         self.on_change = on_change
@@ -91,6 +96,7 @@ class ModelSnapshots:
         marked = marker(self.namespace_of(snapshot_id)) if snapshot_id in self.snapshots else b""
         tokens = self.in_namespaces.tokens(snapshot_id) if snapshot_id in self.snapshots else b""
         snapshot = self.snapshots.pop(snapshot_id, None)
+        self.set_aside.pop(snapshot_id, None)
         self.index.drop(snapshot_id)
         self.changes.note(marked + tokens)
         if snapshot is not None:
