@@ -298,7 +298,8 @@ def test_faults_of_the_command_are_one_line(tmp_path: Path) -> None:
     for words, said in (
         (["127.0.0.1:9"], "cannot be reached"),
         (["127.0.0.1:9", "--shape", str(shape)], "is no journal"),
-        (["127.0.0.1:9", "--context", "100"], "--shared"),
+        (["127.0.0.1:9", "--context", "100"], "cannot be reached"),  # its --shared is 50
+        (["127.0.0.1:9", "--context", "100", "--shared", "51"], "--shared 51: at most 50"),
         (["127.0.0.1:9", "--vs", str(shape)], "no result of llamaslot bench"),
     ):
         result = CliRunner().invoke(cli.main, ["bench", *words])

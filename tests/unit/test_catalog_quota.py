@@ -196,15 +196,19 @@ async def test_a_late_part_file_is_removed(shelter: Shelter) -> None:
     assert shelter.bytes_on_disk() == 5_000
 
 
-async def test_an_unmounted_directory_is_not_taken_for_an_empty_one(shelter: Shelter) -> None:
-    """Where the lock file is missing nothing is concluded from what else is missing."""
+async def test_an_unmounted_directory_is_not_taken_for_an_empty_one(
+    shelter: Shelter, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the lock file is missing nothing is concluded from what else is missing; the log says so once."""
     snapshot = await shelter.save(TOKENS)
     await shelter.settled()
     lock = shelter.directory / ".llamaslot.lock"
     content = [(path, path.read_bytes()) for path in shelter.directory.iterdir() if path != lock]
     for path in (lock, *(path for path, _ in content)):
         os.unlink(path)
-    await shelter.catalog.abandon(await shelter.catalog.reserve(1_000))
+    for _ in range(3):
+        await shelter.catalog.abandon(await shelter.catalog.reserve(1_000))
+    assert caplog.text.count("its lock file is missing; unmounted or moved?") == 1
     for path, data in content:
         shelter.put(path.name, data)
     assert await shelter.catalog.verify(snapshot.id) == snapshot

@@ -259,3 +259,10 @@ def test_an_entry_can_be_written_by_hand(path: Path) -> None:
     path.write_text(json.dumps({"keys": [{"name": "ada", "digest": digest}]}))
     (entry,) = read_keys(path)[0]
     assert entry == Key(name="ada", digest=digest_of("x"))
+
+
+def test_other_words_for_rm_lead_to_it(run: Run) -> None:
+    """Nothing is removed by them."""
+    result = run("remove", "ada")
+    assert result.exit_code == 2
+    assert "llamaslot keys rm NAME" in result.stderr

@@ -73,6 +73,14 @@ def test_percentiles_of_two_kinds() -> None:
     assert Series().ever.first_s(0.5) is None
 
 
+def test_an_empty_disk_has_no_bytes() -> None:
+    """Not one, which the page would draw; where it was not looked at, none is told."""
+    series = Series()
+    series.stored(NOON, 0)
+    assert [sums.to_json()["disk_bytes"] for _, sums in series.points("hour", NOON)] == [0]
+    assert Series().ever.to_json()["disk_bytes"] is None
+
+
 def test_old_sums_go() -> None:
     """Minutes after a day; what is since ever stays."""
     series = Series()

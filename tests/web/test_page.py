@@ -10,7 +10,9 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from click.testing import CliRunner
 
+from llamaslot import cli
 from llamaslot.config.keys import editing, made_now, new_key
 from llamaslot.errors import (
     BackendDown,
@@ -394,6 +396,19 @@ async def test_a_removed_key_watches_no_longer(tmp_path: Path) -> None:
             async with asyncio.timeout(5):
                 await leaves.content.read()
             assert not stays.content.at_eof()
+
+
+async def test_a_status_is_found_at_an_address(tmp_path: Path) -> None:
+    """``llamaslot demo`` has no file of configuration; where none answers, one line says so."""
+    async with served(tmp_path) as it:
+        for url, code, said in (
+            (it.url, 0, "llamaslot "),
+            (it.url + "/", 0, "gpu0/0"),
+            (f"http://127.0.0.1:{free_port()}", 2, "no llamaslot answers on"),
+            ("127.0.0.1:8081", 2, "an address is wanted"),
+        ):
+            result = await asyncio.to_thread(CliRunner().invoke, cli.main, ["status", "--url", url])
+            assert (result.exit_code, said in result.output) == (code, True), result.output
 
 
 async def test_names_of_others_are_only_text(tmp_path: Path) -> None:

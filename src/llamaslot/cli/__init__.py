@@ -41,6 +41,8 @@ class LateGroup(click.Group):
         return self._group.list_commands(context)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if self.name == "keys" and name in ("remove", "delete", "revoke"):
+            context.fail(f"No such command '{name}': 'llamaslot keys rm NAME' removes keys.")
         return self._group.get_command(context, name)
 
     @property

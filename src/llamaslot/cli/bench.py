@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llamaslot.bench.workload import Workload
 
 _REPORT = Path("llamaslot-bench.html")
+_SHARED = 1000
 
 
 @click.command()
@@ -60,9 +61,7 @@ _REPORT = Path("llamaslot-bench.html")
 @click.option(
     "--shared",
     type=click.IntRange(0),
-    default=1000,
-    show_default=True,
-    help="Of these, in a system prompt of all users.",
+    help="Of these, in a system prompt of all users.  [default: 1000, or half of --context]",
 )
 @click.option(
     "--question",
@@ -295,12 +294,15 @@ def _workload(options: dict[str, Any]) -> Workload:
     from llamaslot.bench.workload import recorded, team
 
     if (shape := options["shape"]) is None:
-        names = ("users", "turns", "context", "question", "answer", "shared", "seed")
-        if options["shared"] > options["context"] // 2:
+        names = ("users", "turns", "context", "question", "answer", "seed")
+        shared, most = options["shared"], options["context"] // 2
+        if shared is None:
+            shared = min(_SHARED, most)
+        if shared > most:
             raise ValueError(
-                "--shared: at most half of --context, the first prompt of the user with the shortest"
+                f"--shared {shared}: at most {most}, half of --context {options['context']}: the shortest first prompt"
             )
-        return team(think_s=options["think"], **{name: options[name] for name in names})
+        return team(think_s=options["think"], shared=shared, **{name: options[name] for name in names})
     try:
         journal = json.load(shape)
         decisions = journal["decisions"] if isinstance(journal, dict) else journal

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +34,20 @@ class Refused(LlamaslotError):
 
 
 class Running:
-    """The running llamaslot of a configuration. If its pages need a key and there is no ``auth.admin_key``, the
-    environment variable LLAMASLOT_KEY gives one.
+    """The running llamaslot of a configuration, or at an address. If its pages need a key and there is no
+    ``auth.admin_key``, the environment variable LLAMASLOT_KEY gives one.
     """
 
     def __init__(self, config: Config) -> None:
         """Raises ConfigError if a key file is not readable any more."""
-        key = config.auth.resolve_admin_key() or os.environ.get("LLAMASLOT_KEY")
-        self._listen = config.listen
+        listen = config.listen
+        self._reach(
+            f"{listen.host}:{listen.port}", partial(_connection, listen), config.auth.resolve_admin_key()
+        )
+
+    def _reach(self, where: str, connect: Callable[[], HTTPConnection], key: str | None = None) -> None:
+        self.where, self._connect = where, connect
+        key = key or os.environ.get("LLAMASLOT_KEY")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     @classmethod
@@ -50,9 +57,19 @@ class Running:
 
         return cls(Config.load(path))
 
-    @property
-    def where(self) -> str:
-        return f"{self._listen.host}:{self._listen.port}"
+    @classmethod
+    def at(cls, url: str) -> Running:
+        """The one at ``http://host:port``, or https; what follows is left out. Raises ValueError for another text."""
+        from http.client import HTTPConnection, HTTPSConnection
+        from urllib.parse import urlsplit
+
+        its = urlsplit(url)
+        if its.scheme not in ("http", "https") or not its.hostname:
+            raise ValueError(f"{url}: an address is wanted, like http://127.0.0.1:8081")
+        kind = HTTPSConnection if its.scheme == "https" else HTTPConnection
+        running = cls.__new__(cls)
+        running._reach(its.netloc, partial(kind, its.hostname, its.port, timeout=_TIMEOUT_S))
+        return running
 
     def get(self, page: str) -> dict[str, Any]:
         return self._answer("GET", f"/llamaslot/{page}")
@@ -66,7 +83,7 @@ class Running:
         """Raises NotRunning, and Refused for an error answer."""
         from http.client import HTTPException
 
-        connection = _connection(self._listen)
+        connection = self._connect()
         try:
             connection.request(method, target, headers=self._headers)
             response = connection.getresponse()

@@ -12,6 +12,7 @@ import click
 from llamaslot.cli.faults import told
 from llamaslot.cli.format import number, several, span, table
 from llamaslot.cli.running import NotRunning, Running
+from llamaslot.cli.which import which
 
 # Slow imports are made where they are needed: rich takes 0.1 s, and only ``top`` uses it.
 if TYPE_CHECKING:
@@ -24,22 +25,23 @@ _DECISIONS = 12
 HEADINGS = ("SLOT", "STATE", "TOKENS", "USED", "SAVED", "USER", "DOING")
 RIGHT = frozenset({"TOKENS", "USED"})
 
-_config = click.option(
-    "--config", "path", type=click.Path(path_type=Path), default="config.yaml", show_default=True
+_url = click.option(
+    "--url", metavar="URL", help="Instead of --config: its address, like http://127.0.0.1:8081."
 )
 
 
 @click.command()
-@_config
+@which
+@_url
 @click.option("--json", "is_json", is_flag=True, help="All that /llamaslot/status tells.")
-def status(path: Path, is_json: bool) -> None:
+def status(path: Path, url: str | None, is_json: bool) -> None:
     """Show slots, queue, users, snapshots and warnings of the running llamaslot.
 
-    It is found by its configuration. If its pages need a key and that has no
+    It is found by its configuration, or at --url. If its pages need a key and that has no
     auth.admin_key, the environment variable LLAMASLOT_KEY gives one.
     """
     with told():
-        found = Running.of(path).get("status")
+        found = _running(path, url).get("status")
     if is_json:
         import json
 
@@ -51,15 +53,16 @@ def status(path: Path, is_json: bool) -> None:
 
 
 @click.command()
-@_config
+@which
+@_url
 @click.option("--every", "every_s", type=click.FloatRange(min=0.2), default=_EVERY_S, show_default=True)
-def top(path: Path, every_s: float) -> None:
+def top(path: Path, url: str | None, every_s: float) -> None:
     """Show what ``status`` shows, and the last decisions, once a second. Ctrl-C ends it."""
     from rich.console import Console
     from rich.live import Live
 
     with told():
-        running = Running.of(path)
+        running = _running(path, url)
         running.get("status")  # a fault that does not pass: a wrong key
         console = Console()
         try:
@@ -69,6 +72,16 @@ def top(path: Path, every_s: float) -> None:
                     time.sleep(every_s)
         except KeyboardInterrupt:
             pass
+
+
+def _running(path: Path, url: str | None) -> Running:
+    """Raises ConfigError, and BadParameter for what is no address."""
+    if url is None:
+        return Running.of(path)
+    try:
+        return Running.at(url)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--url") from None
 
 
 # -- what is shown ---------------------------------------------------------------------------------------------------

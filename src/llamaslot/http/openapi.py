@@ -193,7 +193,7 @@ _POINT = _object(
     moved_s=_SECONDS,
     queued_s=_SECONDS,
     longest_queued_s=_SECONDS,
-    disk_bytes=_COUNT,
+    disk_bytes=_or_null(_COUNT),
     first_p50_s=_or_null(_SECONDS),
     first_p95_s=_or_null(_SECONDS),
 )

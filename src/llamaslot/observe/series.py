@@ -88,12 +88,13 @@ class Sums(Struct):
         return {
             **told,
             "longest_queued_s": round(self.longest_queued_s, 3),
-            "disk_bytes": self.disk_bytes,
+            "disk_bytes": (0 if self.disk_bytes == _EMPTY else self.disk_bytes) if self.disk_bytes else None,
             "first_p50_s": _rounded(self.first_s(0.5)),
             "first_p95_s": _rounded(self.first_s(0.95)),
         }
 
 
+_EMPTY = 1  # ``disk_bytes`` of an empty disk; 0 is not known
 _ADDED = [name for name in Sums.__struct_fields__ if name not in ("longest_queued_s", "disk_bytes", "first")]
 
 
@@ -133,7 +134,7 @@ class Series:
         """So many bytes of snapshots were on disk at that time."""
         for step in (MINUTE, HOUR):
             sums = self._of(step, at, "", "")
-            sums.disk_bytes = max(size_bytes, 1)
+            sums.disk_bytes = size_bytes or _EMPTY
 
     def _of(self, step: int, at: float, backend: str, model: str) -> Sums:
         key = Key(step, int(at // step * step) if step else 0, backend, model)

@@ -30,6 +30,7 @@ class Sweep:
     ) -> None:
         self._directory, self._table, self._quota = directory, table, quota
         self._reservations, self._drop = reservations, drop
+        self._is_missed = False  # the lock file, and the log says so
 
     async def run(self) -> None:
         """Drop snapshots whose file vanished, and remove unknown files. Canceling is safe.
@@ -45,10 +46,15 @@ class Sweep:
             return
         if found is None:
             # Not the directory that we locked (unmounted, moved): forget and remove nothing.
-            log.warning(
-                "snapshots: %s is not the directory it was: its lock file is missing", self._directory
-            )
+            if not self._is_missed:
+                log.warning(
+                    "snapshots: %s is not the directory it was: its lock file is missing; unmounted or moved? Until "
+                    "llamaslot is restarted with it in its place, files that vanish are not noticed",
+                    self._directory,
+                )
+            self._is_missed = True
             return
+        self._is_missed = False
         names, unnamed = found
         missing = set[str]().union(*(self._table.files.users.get(name, ()) for name in names))
         for id_ in missing & self._table.snapshots.keys():

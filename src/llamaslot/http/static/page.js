@@ -115,7 +115,7 @@ function headline() {
     ['First token', seconds(today.first_p50_s), 'for half of the requests', `${seconds(today.first_p95_s)} for 95 of 100`],
     ['Failed because of llamaslot', number(today.n_faults), `of ${number(today.n)} requests today`,
       today.n_unserved ? `${number(today.n_unserved)} more not served: llama-server away, or the wait too long` : 'and all others were served'],
-    ['Snapshots on disk', bytes(size), quota ? `of ${bytes(quota)}` : '', `${number(n)} snapshots`],
+    ['Snapshots on disk', bytes(size), quota ? `of ${bytes(quota)}` : '', `${number(n)} ${n === 1 ? 'snapshot' : 'snapshots'}`],
   ];
   keyed(at('headline'), tiles, ([name]) => name,
     ([name]) => el('div', { class: 'tile' }, el('h2', {}, name), el('p', { class: 'big' }), el('p', { class: 'of' }), el('p', {})),

@@ -16,7 +16,7 @@ const FIGURES = [
   { title: 'First token', say: seconds, gap: true, lines: [['half of the requests', (point) => point.first_p50_s], ['95 of 100', (point) => point.first_p95_s]] },
   { title: 'Wait in the queue', say: seconds, lines: [['mean', (point) => (point.n ? point.queued_s / point.n : 0)], ['longest', (point) => point.longest_queued_s]] },
   { title: 'Requests', say: number, lines: [['all', (point) => point.n], ['not served', (point) => point.n_faults + point.n_unserved]] },
-  { title: 'Snapshots on disk', say: bytes, isLevel: true, lines: [['', (point) => point.disk_bytes || null]] },
+  { title: 'Snapshots on disk', say: bytes, isLevel: true, least: 1e9, lines: [['', (point) => point.disk_bytes]] },
 ];
 
 let asked = 0;
@@ -67,7 +67,7 @@ function niceTop(most, figure) {
 
 function plot(figure, lines, times, told) {
   const known = lines.flatMap((line) => line.values.filter((value) => value != null));
-  const top = figure.most ?? niceTop(Math.max(...known, 0) || 1, figure);
+  const top = figure.most ?? niceTop(Math.max(...known, 0) || figure.least || 1, figure);
   const x = (i) => LEFT + ((WIDTH - LEFT - 6) * i) / Math.max(times.length - 1, 1);
   const y = (value) => HEIGHT - BOTTOM - ((HEIGHT - BOTTOM - TOP) * Math.min(value, top)) / top;
   const parts = [];
