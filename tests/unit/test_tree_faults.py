@@ -7,13 +7,16 @@ import errno
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llamaslot.cache.ids import pack
+from llamaslot.store import Snapshot
 from llamaslot.store.assemble import assemble
 from llamaslot.store.manifest import Manifest
+from llamaslot.store.taking_in import Base
 from llamaslot.store.upkeep import Upkeep
 from tests.support.trees import Tree, words
 
@@ -101,4 +104,83 @@ async def test_a_save_of_what_was_idle_is_in_the_manifest(tmp_path: Path) -> Non
     await tree.catalog.write_manifest()
     known = await Manifest(tree.manifest, tmp_path).read()
     assert known.last_used == {saved.id: saved.created_at - 100}
+    tree.catalog.close()
+
+
+# -- room --------------------------------------------------------------------------------------------------------------
+
+
+async def test_nothing_is_evicted_for_a_copy_that_is_none(tmp_path: Path) -> None:
+    """Kept whole, with a window: there is no state inside, so the whole file is given, for which nothing need go."""
+    tree = Tree(tmp_path, "window")
+    other, whole = words(700, 2), A
+    tree.quota_bytes = len(tree.file(other)) + len(tree.file(whole)) + 5_000
+    await tree.reopen()
+    for tokens in (other, whole):
+        draft = await tree.catalog.reserve(len(tree.file(tokens)))
+        saved = await tree.commit(draft, pack(tokens), tree.write_file(draft, tokens))
+    assert await tree.given(saved.id, 420) == tree.file(whole)
+    assert not tree.dropped
+    tree.catalog.close()
+
+
+class Followed:
+    """A conversation of 400 tokens that goes on, besides another of 500, both kept whole."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self.n_follow_up = len(tree.file(A))
+
+    async def begin(self) -> None:
+        await self.tree.reopen()
+        self.other = await self.tree.take(words(500, 7))
+        self.first = await self.tree.take(A[:400])
+        await self.tree.catalog.settle()
+
+    async def go_on(self, spare: tuple[str, ...] = ()) -> Snapshot:
+        catalog = self.tree.catalog
+        draft = await catalog.reserve(self.n_follow_up, spare=spare)
+        base = Base(catalog.snapshots[self.first.id], 400, True)
+        n_written = self.tree.write_file(draft, A)
+        saved = await self.tree.commit(draft, pack(A), n_written, find_base=lambda _: base)
+        assert not self.tree.dropped
+        await self.tree.check_all()
+        return saved
+
+
+async def test_a_file_that_has_landed_is_not_free_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room on the disk for it and for what is written of it, nothing goes."""
+    tree = Tree(tmp_path)
+    tree.min_free_bytes = 2_000
+    day = Followed(tree)
+    n_disk = len(tree.file(words(500, 7))) + len(tree.file(A[:400])) + 2 * day.n_follow_up + 2_000
+
+    def statvfs(_: object) -> Any:
+        return SimpleNamespace(f_bavail=n_disk - tree.bytes_on_disk(), f_frsize=1)
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    await day.begin()
+    assert (await day.go_on()).parts
+    tree.catalog.close()
+
+
+async def test_to_write_less_nothing_that_is_spared_goes(tmp_path: Path) -> None:
+    """There is room for the whole file, but not for its new rows beside it: it is kept whole."""
+    tree = Tree(tmp_path)
+    day = Followed(tree)
+    tree.quota_bytes = len(tree.file(words(500, 7))) + len(tree.file(A[:400])) + day.n_follow_up + 100
+    await day.begin()
+    assert not (await day.go_on(spare=(day.other.id,))).parts
+    tree.catalog.close()
+
+
+async def test_a_save_is_one_of_the_files_that_there_may_be(tmp_path: Path) -> None:
+    """Counted when it was reserved, not once more for its new rows."""
+    tree = Tree(tmp_path)
+    tree.max_files = 3
+    day = Followed(tree)
+    await day.begin()
+    assert (await day.go_on()).parts
     tree.catalog.close()

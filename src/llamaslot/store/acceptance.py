@@ -46,12 +46,15 @@ class Expected(Struct, frozen=True):
 
 
 class ReservationState(Struct):
-    """The account of a reservation: its bytes, the snapshots protected from its eviction, and its commit once that has
-    begun. ``base``: the pin of a snapshot whose files the new one needs, until it is listed.
+    """The account of a reservation: its bytes and those on disk, the snapshots protected from its eviction, and its
+    commit once that has begun. ``spare``: may be evicted to save it, but not to write less. ``base``: the pin of a
+    snapshot whose files the new one needs, until it is listed.
     """
 
     size_bytes: int
     keep: frozenset[str]
+    spare: frozenset[str] = frozenset()
+    landed_bytes: int = 0
     idle_s: float = 0.0
     base: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     commit: asyncio.Task[WithTokens | LlamaslotError] | None = None
@@ -85,6 +88,9 @@ class Acceptance:
         if (extra := file.size_bytes - state.size_bytes) > 0:
             # The file is on disk already, so it is booked first; the quota is exceeded until the eviction is done.
             self._book(state, extra)
+        state.landed_bytes = file.size_bytes
+        self._quota.land(file.size_bytes)
+        if extra > 0:
             await self._quota.make_available(0, lambda short: self._evict(short, state.keep))
         scan.agree(noted, file)
         if not file.tokens:
@@ -145,7 +151,9 @@ class Acceptance:
         self, state: ReservationState, part: Path, noted: Noted, intake: Intake, new: list[str]
     ) -> Noted:
         """Raises SnapshotInvalid, OSError and QuotaExceeded; then files of the ids in ``new`` may be left."""
-        await self._quota.make_available(intake.size_bytes, lambda short: self._evict(short, state.keep))
+        kept = state.keep | state.spare
+        # No more files: it was counted when it was reserved.
+        await self._quota.make_available(intake.size_bytes, lambda short: self._evict(short, kept), n_files=0)
         self._book(state, intake.size_bytes)
 
         def new_file() -> str:

@@ -194,7 +194,7 @@ class Catalog:
         )
         # No await since the space was found.
         id_ = sidecar.new_id()
-        self._reservations[id_] = ReservationState(size_bytes, kept)
+        self._reservations[id_] = ReservationState(size_bytes, kept, frozenset(spare))
         self._quota.granted += size_bytes
         return Reservation(id_, id_ + PART, size_bytes)
 
@@ -279,6 +279,7 @@ class Catalog:
         self._quota.n_commits += 1
         del self._reservations[noted.id]
         self._quota.granted -= state.size_bytes
+        self._quota.landed -= state.landed_bytes
         self._list(snapshot.listed, noted.created_at - state.idle_s, self._now())
         state.base.__exit__(None, None, None)
         if not snapshot.parts:
@@ -311,6 +312,7 @@ class Catalog:
     async def _end_reservation(self, id_: str) -> None:
         state = self._reservations.pop(id_)
         self._quota.granted -= state.size_bytes
+        self._quota.landed -= state.landed_bytes
         await asyncio.shield(self._quota.remove(id_, state.size_bytes))
 
     # -- one snapshot ---------------------------------------------------------------------------------------------

@@ -68,22 +68,23 @@ class Deficit(NamedTuple):
 class Quota:
     """The bytes and files of a directory, by account.
 
-    ``committed``: snapshots. ``granted``: reservations. ``leaving``: files being unlinked. ``left``: leftovers, files
-    of ours that are no snapshots but cannot be removed, so they count until they are. The disk never holds more than
-    the sum of these four. ``waiting``: reservations that wait for a removal; nothing of them is on disk.
-    ``n_held()``: number of snapshots and reservations. In a shared store the quota holds for all its parts together.
+    ``committed``: snapshots. ``granted``: reservations, of which ``landed`` is on disk. ``leaving``: files being
+    unlinked. ``left``: leftovers, files of ours that are no snapshots but cannot be removed, so they count until they
+    are. The disk never holds more than the sum of these, ``landed`` apart. ``waiting``: reservations that wait for a
+    removal; nothing of them is on disk. ``n_held()``: number of snapshots and reservations. In a shared store the quota
+    holds for all its parts together.
     """
 
     def __init__(self, directory: Path, limits: Limits, n_held: Callable[[], int], tasks: TaskOwner) -> None:
         self.directory, self.limits = directory, limits
         self._n_held, self._tasks = n_held, tasks
         self._neighbours = Neighbours.of(directory)
-        self.committed = self.leaving = self.left = self.waiting = 0
+        self.committed = self.landed = self.leaving = self.left = self.waiting = 0
         self.granted = 0
         self.removing: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self.leftovers: dict[str, int] = {}
         self.writing: set[str] = set()  # ids of files that no snapshot names yet
-        self.n_commits = 0  # since the start
+        self.n_commits = 0  # since the start; and files of reservations that landed
         self._n_waiting = 0
         self._free: int | None = None  # free bytes of the file system at the last query
 
@@ -132,7 +133,14 @@ class Quota:
         """Bytes missing on the file system for reservations, perhaps half-written, and for ``wanted`` bytes."""
         if self._free is None:
             return -sys.maxsize
-        return self.limits.min_free_bytes + self.granted + wanted - self._free - coming
+        return self.limits.min_free_bytes + self.granted - self.landed + wanted - self._free - coming
+
+    def land(self, size_bytes: int) -> None:
+        """So much of ``granted`` is on disk: the file system does not count it as free any more."""
+        self.landed += size_bytes
+        self.n_commits += 1
+        if self._free is not None:  # it may be from before
+            self._free -= size_bytes
 
     async def query_free_space(self) -> None:
         """Query the free space of the file system, if there is a limit on it."""
@@ -147,14 +155,16 @@ class Quota:
             else:
                 self._free = found.f_bavail * found.f_frsize
 
-    async def make_available(self, size_bytes: int, evict: Callable[[Deficit], bool]) -> None:
-        """Wait until one more file of ``size_bytes`` fits. The caller must book it without an await in between.
+    async def make_available(
+        self, size_bytes: int, evict: Callable[[Deficit], bool], *, n_files: int = 1
+    ) -> None:
+        """Wait until ``n_files`` more of ``size_bytes`` fit. The caller must book them without an await in between.
 
         With 0 bytes: for a file that has grown and is on disk already. ``evict(short)`` evicts at least ``short`` at
         once, or nothing and returns False. Raises QuotaExceeded. Canceling is safe: removals that have begun are
         completed.
         """
-        n_files = min(size_bytes, 1)
+        n_files = min(size_bytes, n_files)
         self.waiting += size_bytes
         self._n_waiting += n_files
         try:
@@ -173,7 +183,7 @@ class Quota:
     ) -> None:
         has_retried = False
         while True:
-            if n_files:
+            if size_bytes:
                 await self.query_free_space()
             if neighbours is not None:
                 await neighbours.look()
@@ -202,7 +212,7 @@ class Quota:
                 await self.next_removal()
 
     def _fits(self, size_bytes: int, n_files: int) -> bool:
-        is_free = not n_files or self._short_of_free(size_bytes, 0) <= 0
+        is_free = not size_bytes or self._short_of_free(size_bytes, 0) <= 0
         in_quota = self.size_bytes + self.others + size_bytes <= self.limits.quota_bytes
         return is_free and in_quota and self.n_files + n_files <= self.limits.max_files
 
@@ -271,6 +281,7 @@ class Quota:
         """Raises AssertionError with the name of the account that is not the sum of its parts."""
         assert self.committed == committed, "committed is not what is listed or pending deletion"
         assert self.granted == granted, "granted is not the reservations"
+        assert 0 <= self.landed <= granted, "landed is part of granted"
         assert self.leaving == sum(size for size, _ in self.removing.values()), (
             "leaving is not what is removed"
         )
