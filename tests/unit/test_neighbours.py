@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
+import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llamaslot.store import QuotaExceeded
+from llamaslot.store import QuotaExceeded, acceptance, inventory
 from llamaslot.store.neighbours import IN_PLANS_S, RESERVED, Neighbours
-from llamaslot.store.shared_store import META, Part, claim
+from llamaslot.store.shared_store import META, QUOTA_LOCK, Part, claim, try_lock
 from tests.support.cancelled import CancelledAt
 from tests.support.inprocess import spawn
 from tests.support.snapshots import Shelter, opened, some_tokens
+from tests.support.trees import Tree, words
 
 NOW = 2_000_000.0
 
@@ -192,6 +196,131 @@ async def test_cancelling_leaves_the_lock_free(house: House) -> None:
     async with asyncio.timeout(5), neighbours.turn():
         await neighbours.look()
     assert neighbours.others == two.bytes_on_disk() == 0
+
+
+async def test_a_cancelled_turn_lasts_until_its_thread_ends(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would remove files in another's turn."""
+    one, two = await house.part("one", time=1000), await house.part("two", time=2000)
+    await one.save(some_tokens(40, 0), 6_000)
+    begun, may_end = threading.Event(), threading.Event()
+    take_stock = inventory.take_stock
+
+    def slowly(directory: Path) -> inventory.Stock:
+        begun.set()
+        assert may_end.wait(30)
+        return take_stock(directory)
+
+    monkeypatch.setattr(inventory, "take_stock", slowly)
+    reserving = spawn(two.catalog.reserve(6_000))
+    assert await asyncio.to_thread(begun.wait, 30)
+    reserving.cancel()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert try_lock(house.root / META / QUOTA_LOCK) is None
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await reserving
+    assert not one.bytes_on_disk()
+    lock = try_lock(house.root / META / QUOTA_LOCK)
+    assert lock is not None
+    os.close(lock)
+
+
+async def test_a_part_is_read_once_for_all_that_go(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for each, while the others wait for the lock."""
+    one, two = await house.part("one", time=1000), await house.part("two", time=2000)
+    for seed in range(5):
+        await one.save(some_tokens(40, seed), 2_000)
+    read: list[Path] = []
+    take_stock = inventory.take_stock
+
+    def counted(directory: Path) -> inventory.Stock:
+        read.append(directory)
+        return take_stock(directory)
+
+    monkeypatch.setattr(inventory, "take_stock", counted)
+    await two.catalog.reserve(7_000)
+    assert one.bytes_on_disk() == 2_000
+    assert read == [one.directory]
+
+
+A = words(600, 1)
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+async def test_an_eviction_by_another_costs_a_save_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_slow: bool
+) -> None:
+    """One that began before the sidecar of the save was written, and ends after it. What the save goes on from counts
+    as just used, so it stays; if it goes after all, since the save takes longer than that holds, all of the save is
+    kept.
+    """
+    later = NOW + 2 * IN_PLANS_S if is_slow else NOW
+    monkeypatch.setattr("llamaslot.store.neighbours.time.time", lambda: later)
+    parts = [claim(tmp_path / "store", model) for model in ("one", "two")]
+    tree, neighbours = Tree(parts[0].directory), Neighbours.of(parts[1].directory)
+    assert neighbours is not None
+    await tree.open()
+    tree.time = NOW - 2 * IN_PLANS_S
+    base = await tree.take(A[:400])
+    await tree.catalog.settle()
+    tree.time = NOW
+    begun, stocked, written = threading.Event(), threading.Event(), threading.Event()
+    take_in, take_stock = acceptance.take_in, inventory.take_stock
+
+    def taken_in(*arguments: Any) -> Any:
+        begun.set()
+        assert stocked.wait(30)
+        noted = take_in(*arguments)
+        written.set()
+        return noted
+
+    def stock(directory: Path) -> inventory.Stock:
+        its = take_stock(directory)
+        stocked.set()
+        assert written.wait(30)
+        return its
+
+    with monkeypatch.context() as patch:
+        patch.setattr(acceptance, "take_in", taken_in)
+        patch.setattr(inventory, "take_stock", stock)
+        saving = spawn(tree.take(A, after=base.id))
+        assert await asyncio.to_thread(begun.wait, 30)
+        async with neighbours.turn():
+            await neighbours.look()
+            theirs = neighbours.share_of_others(1)
+            assert [one.id for one in theirs] == ([base.id] if is_slow else [])
+            await neighbours.remove(theirs)
+            stocked.set()
+        saved = await saving
+    await tree.catalog.abandon(await tree.catalog.reserve(1))  # sweeps
+    assert tree.dropped == ([base.id] if is_slow else [])
+    assert bool(saved.parts) != is_slow
+    await tree.check_all()
+    tree.catalog.close()
+    for part in parts:
+        part.release()
+
+
+async def test_what_is_gone_is_forgotten(tmp_path: Path) -> None:
+    """What was read of another's sidecars does not grow for ever."""
+    parts = [claim(tmp_path / "store", model) for model in ("one", "two")]
+    tree, neighbours = Tree(parts[0].directory), Neighbours.of(parts[1].directory)
+    assert neighbours is not None
+    await tree.open()
+    first = await tree.take(A[:400])
+    second = await tree.take(A, after=first.id)
+    await neighbours.look()
+    assert set(neighbours._parts) == {first.id, second.id}
+    await tree.catalog.drop(first.id)
+    await neighbours.look()
+    assert neighbours._parts == {second.id: second.parts}
+    await tree.catalog.settle()
+    tree.catalog.close()
+    for part in parts:
+        part.release()
 
 
 async def _awaited(step: CancelledAt[None]) -> None:

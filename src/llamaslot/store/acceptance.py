@@ -23,6 +23,7 @@ from llamaslot.store.quota import Deficit, Quota
 from llamaslot.store.sidecar import EXT, KV, PART, Noted, WithTokens
 from llamaslot.store.slot_layout import LayoutUnknown
 from llamaslot.store.taking_in import Base, DataLost, Intake, RowsDiffer, look, take_in
+from llamaslot.store.taking_in import Base, Intake, RowsDiffer, let_go, look, take_in
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,9 @@ class Acceptance:
                 base = None
             if base is not None:
                 state.base = self._pin(base.snapshot.id)
+            if base is not None and self._quota.is_shared:  # so that no other evicts it meanwhile
+                used = {base.snapshot.id: noted.created_at}
+                await asyncio.to_thread(sidecar.date, self._directory, used)
             intake = await asyncio.to_thread(look, self._directory, part, base, expected.marks)
             return await self._write(state, part, noted, intake, new) if intake is not None else None
         except Exception as error:  # whatever it is: what llama-server has written is good
@@ -162,8 +166,8 @@ class Acceptance:
             return id_
 
         noted = await asyncio.to_thread(take_in, self._directory, part, intake, noted, new_file)
-        kv = self._directory / (noted.id + KV)
-        self._manifest.file_ids[noted.id] = FileId.of(await asyncio.to_thread(os.lstat, kv))
+        async with self._quota.turn():
+            self._manifest.file_ids[noted.id] = await asyncio.to_thread(let_go, self._directory, part, noted)
         written = noted.size_bytes + sum(
             part.size_bytes for part in noted.parts if part.file[: -len(EXT)] in new
         )

@@ -4,7 +4,9 @@ Each process sees the files of the others, and how much they have reserved: a nu
 Space is reserved and evicted by one process at a time, under an flock of the root, which the kernel releases if that
 process dies; what a dead one had reserved does not count. What was used least recently goes first, wherever it lies:
 of its own part a process then evicts what is worth least, of another part just that. A part that is in use keeps what
-it has used in the last minute, which may be in one of its plans.
+it has used in the last minute, which may be in one of its plans. A save that goes on from a snapshot makes sure in a
+turn of its own, after its sidecar is written, that the files of that are there: who evicts later reads in the sidecar
+that they are needed.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import TypeVar
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -29,6 +32,7 @@ from llamaslot.store.sidecar import EXT, JSON, KV, PART, Part, Snapshot
 RESERVED = "reserved"
 IN_PLANS_S = 60.0
 _POLL_S = 0.01  # the lock is held for a scan and some removals
+T = TypeVar("T")
 
 
 class _Seen(Struct, frozen=True, order=True):
@@ -49,7 +53,8 @@ class Neighbours:
         self._directory, self._meta = directory, directory.parent / META
         self.others = 0
         self._seen: list[_Seen] = []
-        self._parts = dict[str, tuple[Part, ...]]()  # of snapshots; a sidecar never changes in this
+        # Of the snapshots that the last look found, and the look before; a sidecar never changes in this.
+        self._parts, self._parts_before = dict[str, tuple[Part, ...]](), dict[str, tuple[Part, ...]]()
         self._kept: set[str] = set()  # not removed in this turn: pinned, or used meanwhile
 
     @classmethod
@@ -76,10 +81,11 @@ class Neighbours:
 
     async def look(self) -> None:
         """Look at all parts. Within ``turn``. Canceling is safe. A part that cannot be read does not count."""
-        self.others, self._seen = await asyncio.to_thread(self._look)
+        self.others, self._seen = await _to_its_end(self._look)
 
     def _look(self) -> tuple[int, list[_Seen]]:
         others, seen = 0, list[_Seen]()
+        self._parts, self._parts_before = {}, self._parts
         for entry in os.scandir(self._meta):
             directory = self._directory.parent / entry.name
             if not entry.is_dir() or not directory.is_dir():
@@ -121,7 +127,7 @@ class Neighbours:
         """Remove snapshots of other parts. Those that must stay are not offered again in this turn. Canceling is
         safe.
         """
-        self._kept |= await asyncio.to_thread(lambda: {one.id for one in snapshots if not self._remove(one)})
+        self._kept |= await _to_its_end(lambda: _remove(snapshots))
 
     def _files(self, directory: Path, *, with_parts: bool) -> tuple[int, list[_Seen]]:
         """Bytes of slot files, and the snapshots. What is being written is counted by its reservation, unless
@@ -157,33 +163,58 @@ class Neighbours:
         """With the files that it needs; only those count."""
         parts: tuple[Part, ...] = ()
         if has_parts:
-            if id_ not in self._parts:
+            if (known := self._parts_before.get(id_)) is not None:
+                self._parts[id_] = known
+            else:
                 path = directory / (id_ + JSON)
                 with contextlib.suppress(OSError, SnapshotInvalid):
                     self._parts[id_] = sidecar.parse(path.name, path.read_bytes()).parts
             parts = self._parts.get(id_, ())
         return Snapshot(id_, 0, "", size_bytes, "", 0.0, (), "", parts=parts)
 
-    def _remove(self, one: _Seen) -> bool:
-        """Remove a snapshot, and its files that no other of its part needs, unless it is pinned, or was used since it
-        was seen.
-        """
-        path = one.directory / (one.id + JSON)
+
+def _remove(snapshots: list[_Seen]) -> set[str]:
+    """Remove snapshots, and their files that no other of their part needs. Returns the ids of those that stay. Each
+    part is read once: 0.7 s of CPU with 2,000 snapshots.
+    """
+    stocks, kept = dict[Path, inventory.Stock](), set[str]()
+    for one in snapshots:
         try:
-            if path.stat().st_mtime != one.last_used:
-                return False
-            if sidecar.parse(path.name, path.read_bytes()).is_pinned:
-                return False
-        except (OSError, SnapshotInvalid):
-            pass
-        try:
-            stock = inventory.take_stock(one.directory)
+            if one.directory not in stocks:
+                stocks[one.directory] = inventory.take_stock(one.directory)
         except DirectoryUnusable:
-            return False
+            kept.add(one.id)
+            continue
+        stock = stocks[one.directory]
         if (item := stock.items.get(one.id)) is None:
-            return True
+            continue
+        if _must_stay(one):
+            kept.add(one.id)
+            continue
         _, error = inventory.remove(one.directory, stock, replace(item, bad_files=()))
-        return error is None
+        if error is not None:
+            kept.add(one.id)
+    return kept
+
+
+def _must_stay(one: _Seen) -> bool:
+    """Whether it is pinned, or was used since it was seen."""
+    path = one.directory / (one.id + JSON)
+    try:
+        return path.stat().st_mtime != one.last_used or sidecar.parse(path.name, path.read_bytes()).is_pinned
+    except (OSError, SnapshotInvalid):
+        return False
+
+
+async def _to_its_end(function: Callable[[], T]) -> T:
+    """Run it in a thread. If this is cancelled, the thread is waited for: it must not outlive the turn."""
+    running = asyncio.get_running_loop().run_in_executor(None, function)
+    try:
+        return await asyncio.shield(running)
+    finally:
+        while not running.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([running])
 
 
 def _reserved(meta_dir: Path) -> int:

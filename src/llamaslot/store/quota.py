@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,6 +142,12 @@ class Quota:
         self.n_commits += 1
         if self._free is not None:  # it may be from before
             self._free -= size_bytes
+
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        """No other llamaslot of a shared store removes files of this directory within the block. Not within
+        ``make_available``, which has a turn of its own. Canceling is safe.
+        """
+        return self._neighbours.turn() if self._neighbours is not None else nullcontext()
 
     async def query_free_space(self) -> None:
         """Query the free space of the file system, if there is a limit on it."""

@@ -21,6 +21,7 @@ from msgspec.structs import replace
 
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, WIDTH
 from llamaslot.errors import SnapshotInvalid
+from llamaslot.file_id import FileId
 from llamaslot.store import sidecar
 from llamaslot.store.copying import sync_directory
 from llamaslot.store.extent import Piece, Source, differing_tokens, write_extent
@@ -144,8 +145,9 @@ def _known(directory: Path, layout: SlotLayout, base: Base | None) -> tuple[list
 def take_in(
     directory: Path, landing: Path, intake: Intake, noted: Noted, new_file: Callable[[], str]
 ) -> Noted:
-    """Write what ``landing`` has more, then the header and the sidecar of the snapshot, then remove ``landing``.
-    Returns the snapshot with its parts; it is durable. ``new_file()`` is an id for a file that no snapshot names yet.
+    """Write what ``landing`` has more, then the header and the sidecar of the snapshot. Returns the snapshot with its
+    parts; it is durable, and ``let_go`` tells whether it is whole. ``new_file()`` is an id for a file that no snapshot
+    names yet.
 
     Raises SnapshotInvalid (DataLost) and OSError: then there is no snapshot, but there may be files of ids from
     ``new_file``.
@@ -183,9 +185,19 @@ def take_in(
     )
     sidecar.write_data(directory / (noted.id + KV), head, is_durable=True)
     sidecar.write(directory, noted, noted.created_at)
-    # Another llamaslot of a shared store may have evicted what it goes on from.
+    sync_directory(directory)
+    return noted
+
+
+def let_go(directory: Path, landing: Path, noted: Noted) -> FileId:
+    """Remove ``landing``, of which ``take_in`` has made ``noted``. Returns the mark of its .kv file.
+
+    Another llamaslot of a shared store may have evicted what it goes on from. Within ``Quota.turn`` such an
+    eviction either has been, and is found here, or comes later, and spares what the sidecar names. Raises
+    SnapshotInvalid and OSError: then ``landing`` is still there.
+    """
     if gone := bad_files(directory, noted):
         raise SnapshotInvalid(f"{', '.join(sorted(gone))} has vanished")
-    sync_directory(directory)
+    file_id = FileId.of(os.lstat(directory / (noted.id + KV)))
     os.unlink(landing)
-    return noted
+    return file_id
