@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.store import QuotaExceeded, acceptance, inventory
+from llamaslot.store import QuotaExceeded, inventory, taking_in
 from llamaslot.store.neighbours import IN_PLANS_S, RESERVED, Neighbours
 from llamaslot.store.shared_store import META, QUOTA_LOCK, Part, claim, try_lock
 from tests.support.cancelled import CancelledAt
@@ -267,24 +267,35 @@ async def test_an_eviction_by_another_costs_a_save_nothing(
     base = await tree.take(A[:400])
     await tree.catalog.settle()
     tree.time = NOW
-    begun, stocked, written = threading.Event(), threading.Event(), threading.Event()
-    take_in, take_stock = acceptance.take_in, inventory.take_stock
+    begun, stocked, is_over = threading.Event(), threading.Event(), threading.Event()
+    take_in, let_go, take_stock = taking_in.take_in, taking_in.let_go, inventory.take_stock
 
     def taken_in(*arguments: Any) -> Any:
         begun.set()
         assert stocked.wait(30)
-        noted = take_in(*arguments)
-        written.set()
-        return noted
+        return take_in(*arguments)
+
+    def gone(*arguments: Any) -> Any:
+        try:
+            return let_go(*arguments)
+        finally:
+            is_over.set()
+
+    def locked(path: Path) -> int | None:
+        if (lock := try_lock(path)) is None:
+            is_over.set()  # or it waits for the end of the eviction
+        return lock
 
     def stock(directory: Path) -> inventory.Stock:
         its = take_stock(directory)
         stocked.set()
-        assert written.wait(30)
+        assert is_over.wait(30)
         return its
 
     with monkeypatch.context() as patch:
-        patch.setattr(acceptance, "take_in", taken_in)
+        patch.setattr("llamaslot.store.acceptance.take_in", taken_in)
+        patch.setattr("llamaslot.store.acceptance.let_go", gone)
+        patch.setattr("llamaslot.store.neighbours.try_lock", locked)
         patch.setattr(inventory, "take_stock", stock)
         saving = spawn(tree.take(A, after=base.id))
         assert await asyncio.to_thread(begun.wait, 30)
