@@ -22,8 +22,7 @@ from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Deficit, Quota
 from llamaslot.store.sidecar import EXT, KV, PART, Noted, WithTokens
 from llamaslot.store.slot_layout import LayoutUnknown
-from llamaslot.store.taking_in import Base, DataLost, Intake, RowsDiffer, look, take_in
-from llamaslot.store.taking_in import Base, Intake, RowsDiffer, let_go, look, take_in
+from llamaslot.store.taking_in import Base, DataLost, Intake, RowsDiffer, let_go, look, take_in
 
 log = logging.getLogger(__name__)
 
