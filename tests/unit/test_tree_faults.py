@@ -16,6 +16,7 @@ from llamaslot.cache.ids import pack
 from llamaslot.store import Snapshot
 from llamaslot.store.assemble import assemble
 from llamaslot.store.manifest import Manifest
+from llamaslot.store.slot_layout import read_layout
 from llamaslot.store.taking_in import Base
 from llamaslot.store.upkeep import Upkeep
 from tests.support.trees import Tree, words
@@ -104,6 +105,26 @@ async def test_a_save_of_what_was_idle_is_in_the_manifest(tmp_path: Path) -> Non
     await tree.catalog.write_manifest()
     known = await Manifest(tree.manifest, tmp_path).read()
     assert known.last_used == {saved.id: saved.created_at - 100}
+    tree.catalog.close()
+
+
+async def test_a_damaged_base_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It says nothing about the files that this server writes; each save that meets one says so."""
+    tree = await tree_of(tmp_path)
+    for seed in (1, 2):
+        tokens = words(700, seed)
+        first = await tree.take(tokens[:400])
+        path = tmp_path / first.file_name
+        data, at = bytearray(path.read_bytes()), read_layout(path).rows_at[0]
+        data[at - 12 : at] = bytes([0xF1] * 12)
+        path.write_bytes(data)
+        second = await tree.take(tokens, after=first.id)
+        assert not second.parts
+        assert f"{second.id} is kept whole: the file it goes on from" in caplog.text
+        assert f"{first.file_name}: rows of type" in caplog.text
+        await tree.catalog.drop(first.id)
+    assert "slot files are kept whole" not in caplog.text
+    await tree.check_all()
     tree.catalog.close()
 
 

@@ -29,7 +29,7 @@ from llamaslot.store.header import slot_file_head
 from llamaslot.store.kept_states import states_to_keep
 from llamaslot.store.scan import bad_files
 from llamaslot.store.sidecar import EXT, KV, Noted, Part, Snapshot
-from llamaslot.store.slot_layout import SlotLayout, read_layout
+from llamaslot.store.slot_layout import LayoutUnknown, SlotLayout, read_layout
 
 MIN_SHARED = 256  # tokens; fewer are not worth a file of their own
 ROUNDED = (
@@ -137,7 +137,11 @@ def _known(directory: Path, layout: SlotLayout, base: Base | None) -> tuple[list
         with Source(directory / part.file) as source:
             if source.size_bytes != part.size_bytes:
                 raise SnapshotInvalid(f"{part.file}: has {source.size_bytes} bytes, not {part.size_bytes}")
-            if source.extent().shape != layout.shape:
+            try:
+                shape = source.extent().shape
+            except LayoutUnknown as error:  # of this file, not of all that this server writes
+                raise SnapshotInvalid(f"the file it goes on from is not what it was: {error}") from error
+            if shape != layout.shape:
                 return [], {}
     return rows, states
 
