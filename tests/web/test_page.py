@@ -28,7 +28,7 @@ from llamaslot.http.in_flight import InFlight, outcome_of
 from llamaslot.http.page import FILES
 from llamaslot.observe import words
 from llamaslot.tasks import TaskOwner
-from tests.support.inprocess import CHAT, Served, letters, served, spawn
+from tests.support.inprocess import CHAT, NATIVE, Served, letters, served, spawn
 from tests.support.real import free_port
 
 HOSTILE = '<img src=x onerror="alert(1)">'
@@ -71,6 +71,28 @@ async def test_a_request_is_told_as_llama_server_counts_it(tmp_path: Path) -> No
     assert last["source"] == "snapshot"
     assert last["text"].startswith("restored ")
     assert 0 <= last["queued_s"] <= last["total_s"]
+
+
+@pytest.mark.parametrize("path", [NATIVE, CHAT])
+@pytest.mark.parametrize("is_left", [True, False])
+async def test_what_was_answered_before_it_was_left(tmp_path: Path, path: str, is_left: bool) -> None:
+    """Left by its client or cancelled: the tokens that were sent count, and those of its prompt."""
+    async with served(tmp_path, slots=1, step_s=0.002) as it:
+        what = {"prompt": letters(1, 300), "n_predict": 2000}
+        if path == CHAT:
+            what = {"messages": [{"role": "user", "content": letters(1, 300)}], "max_tokens": 2000}
+        headers = {"x-request-id": "mine"}
+        async with it.session.post(it.url + path, json={**what, "stream": True}, headers=headers) as stream:
+            for _ in range(2 * 20):  # a line and an empty one each
+                await stream.content.readline()
+            if not is_left:
+                await it.post("/llamaslot/cancel?request=mine", None)
+                await stream.content.read()
+        (latest,) = await ended(it)
+        assert latest["outcome"] == ("left" if is_left else "cancelled")
+        assert 18 <= latest["n_answered"] < 2000
+        assert latest["n_computed"] >= 300
+        assert (latest["n_reused"], latest["n_prompt"]) == (0, latest["n_computed"])
 
 
 async def test_the_timeline_of_a_request(tmp_path: Path) -> None:

@@ -408,7 +408,12 @@ class _Exchange:
                     self.deadlines.answering()
                 await answering.begin(stack, may_replan=may_replan)
             self.deadlines.answering()
-            return await answering.finish()
+            try:
+                return await answering.finish()
+            except (asyncio.CancelledError, ClientGone):
+                if answering.is_streamed:
+                    answering.note()
+                raise
 
     def _progress(self, context: ModelContext, before: PrefillStats | None, state: Prefilling) -> bytes:
         """A progress event for a prefill of llamaslot's own, if the client has requested that."""

@@ -76,7 +76,7 @@ class Answering:
         self.is_assembled = may_assemble and client_request.format.can_assemble(client_request.body)
         self.first_byte_s: float | None = None
         self.first_token_s: float | None = None  # if it was noticed
-        self._is_reuse_told = False
+        self._is_reuse_told = self._is_noted = False
         self._first: list[bytes] | None = None
 
     def _in_all(self, here: PrefillStats | None, before: PrefillStats | None) -> PrefillStats | None:
@@ -410,21 +410,33 @@ class Answering:
             float(timings["predicted_ms"]) / 1000 if n_predicted else None,
         )
 
-    def _log(self) -> None:
-        """Log one line per answer: where it ran, what was reused, and how long the client waited."""
-        first_s, prefill_stats, timings = self.first_byte_s or 0.0, self.prefill_stats, self._reading.timings
-        self.backend.metrics.first_byte_s.observe(first_s)
+    def note(self) -> int:
+        """Note its figures for the history, once; of an answer that was left, those so far. Returns the tokens of its
+        prompt that were computed.
+        """
+        prefill_stats, reading = self.prefill_stats, self._reading
         n_computed = prefill_stats.n_tokens - prefill_stats.n_reused if prefill_stats is not None else 0
-        if timings is not None:
-            n_computed += int(timings.get("prompt_n", 0))
+        if reading.timings is not None:
+            n_computed += int(reading.timings.get("prompt_n", 0))
         elif prefill_stats is not None:
             n_computed += self.lease.request.n_tokens - prefill_stats.n_tokens
-        if (its := in_flight(self.down.request)) is not None:
+        elif self.n_reused is not None:
+            n_computed = max(self.lease.request.n_tokens - self.n_reused, 0)
+        if (its := in_flight(self.down.request)) is not None and not self._is_noted:
+            self._is_noted = True
             prefill_s = prefill_stats.seconds if prefill_stats is not None else 0.0
             its.answered(self.source.value, self.n_reused, n_computed, prefill_s, self.first_token_s)
-            its.timed(timings or {}, self._reading.n_predicted)
-            if self._reading.has_failed:
+            decoded_s = time.monotonic() - self.client_request.started - (self.first_token_s or 0.0)
+            so_far = {"predicted_ms": decoded_s * 1000} if reading.n_events else {}
+            its.timed(reading.timings or so_far, reading.n_predicted or reading.n_events)
+            if reading.has_failed:
                 its.error = UpstreamError(500, b"an error in the stream of its answer")
+        return n_computed
+
+    def _log(self) -> None:
+        """Log one line per answer: where it ran, what was reused, and how long the client waited."""
+        first_s, prefill_stats, n_computed = self.first_byte_s or 0.0, self.prefill_stats, self.note()
+        self.backend.metrics.first_byte_s.observe(first_s)
         if not log.isEnabledFor(logging.INFO):
             return
         log.info(

@@ -58,6 +58,7 @@ class Reading:
         self.n_cached: int | None = None  # reused, from ``usage``: the only figure of some formats
         self.n_prompt: int | None = None  # tokens of the prompt, from the ``usage`` of agents' routes
         self.n_predicted = 0
+        self.n_events = 0  # of its answer so far: llama-server sends one for each token
         self.n_processed = 0  # tokens of the prompt, from the last progress event
         self.has_failed = False
         self.is_over = False
@@ -104,6 +105,7 @@ class Reading:
                     self._event(event)
                 return not (self.is_over or self.has_failed)
             if self._is_plain(events) and put(events):
+                self.n_events += events.count(b"\n\n")
                 if self._is_followed:
                     self._errors.saw(last_of(events))
                 return True
@@ -158,6 +160,7 @@ class Reading:
     def _event(self, event: bytes) -> bytes:
         is_answer = self.has_token and self.assembly is None and not (self.is_over or self.has_failed)
         if is_answer and self._is_plain(event):
+            self.n_events += 1
             if self._is_followed:
                 self._errors.saw(event)
             return event
@@ -171,6 +174,7 @@ class Reading:
         is_progress = isinstance(payload, dict) and "prompt_progress" in payload
         is_token = b"data:" in event[:64] and not event.startswith(_BEFORE_TOKENS)
         self.has_token = self.has_token or (is_token and not is_progress)
+        self.n_events += self.has_token and not is_progress
         if self.assembly is not None:
             if isinstance(payload, dict):
                 self.assembly.feed(payload)
