@@ -155,6 +155,10 @@ def test_after_a_failed_restore_it_resumes_from_the_next_best(house: House, erro
     house.finish()
     assert outcome_of(client) == count(own) // 2
     assert table.has_snapshot(wanted) is isinstance(error, QuotaExceeded)
+    if isinstance(error, QuotaExceeded):
+        request = Request("later", own + tokens_of(1, 5))
+        assert wanted not in [view.id for view in table.view(request, house.loop.time(), {}).snapshots]
+        assert wanted in [view.id for view in table.view(request, house.loop.time() + 60, {}).snapshots]
     house.check_nothing_is_left()
 
 
