@@ -91,8 +91,9 @@ async def test_a_cut_at_a_state_ends_with_it(kind: str, tmp_path: Path) -> None:
         assert layout.n_tokens == at
         assert layout.checkpoints[-1].n_tokens == at
         (tmp_path / "given").unlink()
-    with pytest.raises(SnapshotInvalid):
-        await tree.given(id_, 333)
+    for at in (333, 250):  # not after a state, before all of them
+        with pytest.raises(SnapshotInvalid):
+            await tree.given(id_, at)
     assert id_ in tree.catalog.snapshots  # nothing is wrong with it
     await tree.check_all()
     tree.catalog.close()

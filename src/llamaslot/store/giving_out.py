@@ -52,11 +52,11 @@ class Outgoing(Struct, frozen=True):
     states: tuple[Part, ...]
 
     def size_bytes(self, directory: Path) -> int:
-        """At most its bytes. Blocking; raises SnapshotInvalid."""
+        """At most its bytes. Blocking; raises SnapshotInvalid, DoesNotFit."""
         with Source(directory / self.rows[-1].file) as source:
             extent = source.extent()
         if extent.shape.has_states is not bool(self.states):  # before room is made for it
-            raise SnapshotInvalid(f"{self.rows[-1].file}: a model with states needs one, another none")
+            raise DoesNotFit(f"{self.rows[-1].file}: a model with states needs one, another none")
         attention, n_tokens = extent.shape.attention, self.rows[-1].end
         size_bytes = n_tokens * WIDTH + _MORE_BYTES + 16 * extent.n_streams
         if attention is not None:
