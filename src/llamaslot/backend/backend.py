@@ -369,7 +369,7 @@ class Backend:
             return
         library = session.table.model_snapshots
         log.info(
-            "%s: connected to llama-server: %s with %d slots of %d tokens, %s; %d snapshots can be used",
+            "%s: connected to llama-server: %s with %d slots of %d tokens, %s; usable snapshots: %d",
             self.name, session.model_name, len(session.table.slots), session.table.n_ctx,
             session.table.cache_kind.value, library.n_unread + len(library.snapshots),
         )  # fmt: skip

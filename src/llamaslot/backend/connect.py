@@ -380,7 +380,7 @@ class Handshake:
         if n_others := sum(
             not (snapshot.fingerprint in served or self._is_ours(snapshot)) for snapshot in snapshots
         ):
-            log.warning("%s: %d snapshots belong to another model and are not used", self.name, n_others)
+            log.warning("%s: snapshots belong to another model and are not used: %d", self.name, n_others)
         table.offer(await self.libraries.of(self.name, current, self._is_ours))
         return fingerprint
 
