@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xxhash import xxh3_64_intdigest
 
 from llamaslot.cache.ids import pack
 from llamaslot.errors import LlamaslotError, SnapshotInvalid
@@ -422,6 +423,72 @@ async def test_a_sidecar_without_a_digest_is_valid(tmp_path: Path) -> None:
         tree.sidecar(id_, digest="")
     tree = await tree_of(tmp_path)
     assert set(tree.catalog.snapshots) == ids
+    tree.catalog.close()
+
+
+def damage(path: Path, at: int) -> None:
+    """Change a byte."""
+    data = path.read_bytes()
+    path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+
+
+@pytest.mark.parametrize("asked", ["root", "cut", "other"])
+async def test_damaged_rows_of_a_shared_slot_file_are_not_given_out(tmp_path: Path, asked: str) -> None:
+    """Once others name it, it has a checksum: compared by a restore, its own too, and by ``verify``."""
+    tree = await tree_of(tmp_path)
+    root = await tree.take(A[:500])
+    first, second = await tree.take(A, after=root.id), await tree.take(FORK)
+    path = tmp_path / (root.id + KV)
+    checksum = xxh3_64_intdigest(path.read_bytes())
+    assert [each.parts[0].checksum for each in (first, second)] == [checksum, checksum]
+    await tree.catalog.settle()
+    tree.catalog.close()
+    damage(path, path.stat().st_size - 100)
+    items = await read_headers(tmp_path, list(take_stock(tmp_path).items.values()))
+    assert not [item for item in items if item.why]
+    items = await read_headers(tmp_path, list(take_stock(tmp_path).items.values()), with_checksums=True)
+    assert {item.id: item.bad_files for item in items if item.state is FileState.BROKEN} == {
+        root.id: (), first.id: (path.name,), second.id: (path.name,),
+    }  # fmt: skip
+    tree = await tree_of(tmp_path)
+    with pytest.raises(SnapshotInvalid, match=f"{path.name}: has changed"):
+        await tree.given(second.id if asked == "other" else root.id, 100 if asked == "cut" else None)
+    assert not tree.catalog.snapshots
+    await tree.catalog.settle()
+    tree.catalog.close()
+
+
+async def test_the_checksum_of_a_slot_file_is_computed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a restart too: what others have noted holds, also if the file has changed since."""
+    tree = await tree_of(tmp_path)
+    root = await tree.take(A[:500])
+    first = await tree.take(A, after=root.id)
+    tree.tokens |= {root.id: root.tokens}
+    damage(tmp_path / (root.id + KV), 20_000)
+    await tree.reopen()
+    second = await tree.take(FORK)
+    third = await tree.take([*FORK, *words(40, 8)], after=second.id)
+    assert {each.parts[0] for each in (second, third)} == {first.parts[0]}
+    with pytest.raises(SnapshotInvalid, match="has changed"):
+        await tree.given(third.id)
+    tree.catalog.close()
+
+
+async def test_parts_without_a_checksum_are_valid(tmp_path: Path) -> None:
+    """A llamaslot of before noted none."""
+    tree = await tree_of(tmp_path)
+    root = await tree.take(A[:500])
+    first = await tree.take(A, after=root.id)
+    await tree.catalog.settle()
+    tree.catalog.close()
+    tree.sidecar(first.id, parts=[part[:4] for part in tree.sidecar(first.id)["parts"]])
+    tree = await tree_of(tmp_path)
+    assert tree.catalog.snapshots[first.id].parts[0].checksum is None
+    await tree.check_all()
+    items = await read_headers(tmp_path, list(take_stock(tmp_path).items.values()), with_checksums=True)
+    assert not [item for item in items if item.why]
     tree.catalog.close()
 
 

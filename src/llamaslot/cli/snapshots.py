@@ -141,7 +141,7 @@ def gc(path: Path, dry_run: bool, others: bool) -> None:
 def verify(path: Path, dry_run: bool, removes: bool, names: Sequence[str]) -> None:
     """Read all snapshots, or some, and list the broken ones. Exit code 1 if a broken one stays.
 
-    Of whole slot files, which have no checksums, only the headers are read.
+    Of slot files that no other snapshot needs, which have no checksums, only the headers are read.
     """
     with told():
         store = _store_of(path)

@@ -134,6 +134,7 @@ class Acceptance:
                 base = None
             if base is not None:
                 state.base = self._pin(base.snapshot.id)
+                base = replace(base, checksum=self._table.checksum_of(base.snapshot.file_name))
             if base is not None and self._quota.is_shared:  # so that no other evicts it meanwhile
                 used = {base.snapshot.id: noted.created_at}
                 await asyncio.to_thread(sidecar.date, self._directory, used)

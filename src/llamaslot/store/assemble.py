@@ -22,7 +22,7 @@ from llamaslot.errors import SnapshotInvalid
 from llamaslot.store.copying import Copier
 from llamaslot.store.extent import UNCHECKED, Extent, KeptState, Piece, Section, Source
 from llamaslot.store.header import MAGIC
-from llamaslot.store.intact import check_extent
+from llamaslot.store.intact import check_extent, check_file
 from llamaslot.store.slot_cells import make_cells
 from llamaslot.store.slot_format import (
     APPENDIX,
@@ -61,8 +61,8 @@ def assemble(
 
     ``pieces``: from 0 to p without a gap. ``state``: after p tokens, None on a dense model; ``earlier``: the states
     to go back to, by number of tokens. ``n_streams``: what the server writes, its slots or 1 with ``--kv-unified``; by
-    default as in the save of the last piece. Parts that are used whole are checked against their checksum; an extent of
-    which fewer rows are used is read whole before that, once in this process.
+    default as in the save of the last piece. Parts that are used whole are checked against their checksum; a slot
+    file with a checksum, and an extent of which fewer rows are used, is read whole before that, once in this process.
 
     Raises SnapshotInvalid, which names the file, if an extent is damaged or gone; DoesNotFit; OSError (no space).
     Nothing is left in ``target`` then. The file is not synced.
@@ -103,7 +103,9 @@ def _check(pieces: Sequence[Piece], sources: dict[Path, tuple[Source, Extent]]) 
     for piece in pieces:
         extent = sources[piece.path][1]
         is_whole = (piece.start, piece.end) == (extent.start, extent.end)
-        if not is_whole and extent.tokens.checksum != UNCHECKED:
+        if piece.checksum is not None:
+            check_file(piece.path, piece.checksum)
+        elif not is_whole and extent.tokens.checksum != UNCHECKED:
             check_extent(piece.path)
 
 

@@ -73,7 +73,9 @@ class Catalog:
         self.acceptance = Acceptance(
             directory, self._table, self._quota, self._manifest, self._evict, self.pin, self._drop
         )
-        self._copies = Copies(directory, self.reserve, self.abandon, self._is_invalid)
+        self._copies = Copies(
+            directory, self.reserve, self.abandon, self._is_invalid, self._table.checksum_of
+        )
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(self._table.snapshots)
 
     def __repr__(self) -> str:

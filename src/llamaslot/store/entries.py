@@ -157,6 +157,15 @@ class SnapshotTable:
         self._weigh(touched)
         return freed
 
+    def checksum_of(self, name: str) -> int | None:
+        """That of a slot file, if a snapshot that needs it has noted one."""
+        for id_ in self.files.users.get(name, ()):
+            snapshot = self.snapshots.get(id_) or self.pending_delete.get(id_)
+            for part in snapshot.parts if snapshot is not None else ():
+                if part.file == name and part.checksum is not None:
+                    return part.checksum
+        return None
+
     def _weigh(self, ids: Iterable[str]) -> None:
         """These own more or less bytes than before."""
         for id_ in ids:

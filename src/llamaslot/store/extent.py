@@ -111,11 +111,14 @@ Meta: TypeAlias = dict[str, str | int | float | bool | list[int] | None]
 
 
 class Piece(Struct, frozen=True):
-    """The tokens [start, end) of the path, which the extent in ``path`` has."""
+    """The tokens [start, end) of the path, which the extent in ``path`` has. ``checksum``: of the whole file, if it is
+    a slot file and its checksum is known.
+    """
 
     path: Path
     start: int
     end: int
+    checksum: int | None = None
 
 
 def write_extent(

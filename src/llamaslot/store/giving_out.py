@@ -20,6 +20,7 @@ from llamaslot.errors import SnapshotInvalid
 from llamaslot.store.acceptance import Reservation
 from llamaslot.store.assemble import DoesNotFit, StateAt, assemble
 from llamaslot.store.extent import Piece, Source
+from llamaslot.store.intact import check_file
 from llamaslot.store.quota import QuotaExceeded
 from llamaslot.store.sidecar import KV, N_STATES, Part, Snapshot
 from llamaslot.store.slot_format import ROW_HEAD
@@ -67,7 +68,7 @@ class Outgoing(Struct, frozen=True):
 
     def write(self, directory: Path, target: Path) -> int:
         """Write it to ``target``; its size in bytes. Blocking; raises SnapshotInvalid and OSError."""
-        pieces = [Piece(directory / part.file, part.start, part.end) for part in self.rows]
+        pieces = [Piece(directory / part.file, part.start, part.end, part.checksum) for part in self.rows]
         states = [StateAt(directory / part.file, part.end) for part in self.states]
         return assemble(pieces, states[-1] if states else None, states[:-1], target)
 
@@ -93,7 +94,7 @@ def outgoing(snapshot: Snapshot, n_tokens: int) -> Outgoing | None:
 
 class Copies:
     """Those in ``directory``. ``reserve`` and ``abandon``: the catalog's. ``on_damage(id, error)`` is called if files
-    of that snapshot are damaged or gone; the error names them.
+    of that snapshot are damaged or gone; the error names them. ``checksum_of(name)``: of a whole slot file, if known.
     """
 
     def __init__(
@@ -102,9 +103,10 @@ class Copies:
         reserve: Callable[[int, Collection[str], Collection[str]], Awaitable[Reservation]],
         abandon: Callable[[Reservation], Awaitable[None]],
         on_damage: Callable[[str, SnapshotInvalid], None],
+        checksum_of: Callable[[str], int | None],
     ) -> None:
         self._directory, self._reserve, self._abandon = directory, reserve, abandon
-        self._on_damage = on_damage
+        self._on_damage, self._checksum_of = on_damage, checksum_of
 
     @asynccontextmanager
     async def given_out(
@@ -116,6 +118,7 @@ class Copies:
         Raises SnapshotInvalid, and QuotaExceeded if there is no room for a copy. Canceling is safe: it waits for the
         copy and removes it.
         """
+        await self._check_whole(snapshot)
         order = outgoing(snapshot, n_tokens)
         copy = await self._copy(snapshot, order, spare) if order is not None else None
         if copy is None:
@@ -125,6 +128,21 @@ class Copies:
             yield Given(copy.part_name, copy.size_bytes, n_tokens)
         finally:
             await self._abandon(copy)
+
+    async def _check_whole(self, snapshot: Snapshot) -> None:
+        """Compare a slot file whose checksum others have noted: read once in this process, a second or more for several
+        GB. Raises SnapshotInvalid.
+        """
+        name = snapshot.file_name
+        if snapshot.parts or (checksum := self._checksum_of(name)) is None:
+            return
+        try:
+            await asyncio.to_thread(check_file, self._directory / name, checksum)
+        except OSError as error:
+            raise SnapshotInvalid(f"{name}: cannot be read: {error.strerror or error}") from error
+        except SnapshotInvalid as error:
+            self._on_damage(snapshot.id, error)
+            raise
 
     async def _copy(self, snapshot: Snapshot, order: Outgoing, spare: Collection[str]) -> Reservation | None:
         """None if its own file will do as well."""

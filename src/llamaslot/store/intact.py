@@ -9,12 +9,14 @@ Blocking, for as long as reading the file takes; for threads.
 from __future__ import annotations
 
 import functools
+import mmap
 import os
 from pathlib import Path
 
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.file_id import FileId
-from llamaslot.store.extent import verify
+from llamaslot.store.copying import BLOCK, checksum_of
+from llamaslot.store.extent import Source, verify
 
 _REMEMBERED = 8192  # files
 
@@ -27,6 +29,23 @@ def check_extent(path: Path) -> None:
 @functools.lru_cache(_REMEMBERED)
 def _verified(path: Path, file_id: FileId) -> None:
     verify(path)
+
+
+def check_file(path: Path, checksum: int) -> None:
+    """Raises SnapshotInvalid, with the reason in one line, unless the whole file has that checksum; OSError."""
+    if checksum_of_file(path) != checksum:
+        raise SnapshotInvalid(f"{path.name}: has changed since other snapshots began to need it")
+
+
+def checksum_of_file(path: Path) -> int:
+    """The xxh3_64 of all of it: a second or more for several GB. Raises SnapshotInvalid, OSError."""
+    return _computed(path, _file_id(path))
+
+
+@functools.lru_cache(_REMEMBERED)
+def _computed(path: Path, file_id: FileId) -> int:
+    with Source(path) as source:
+        return checksum_of(source.fd, 0, source.size_bytes, memoryview(mmap.mmap(-1, BLOCK)))
 
 
 def _file_id(path: Path) -> FileId:

@@ -21,6 +21,7 @@ from llamaslot.store.directory import DirectoryUnusable
 from llamaslot.store.extent import Source, verify
 from llamaslot.store.header import read_slot_file
 from llamaslot.store.hits import NEVER, HitLog, Hits
+from llamaslot.store.intact import check_file
 from llamaslot.store.shared_files import SharedFiles
 from llamaslot.store.sidecar import JSON, KV, Noted
 
@@ -147,9 +148,14 @@ async def read_headers(
     gate = asyncio.Semaphore(_AT_ONCE)
     bad = set[str]()
     if with_checksums:
-        names = {part.file for item in items if item.noted is not None for part in item.noted.parts}
-        for name in sorted(names):
-            if not await asyncio.to_thread(_is_good, directory / name):
+        checksums = dict[str, set[int]]()
+        for item in items:
+            for part in item.noted.parts if item.noted is not None else ():
+                its = checksums.setdefault(part.file, set())
+                if part.checksum is not None:
+                    its.add(part.checksum)
+        for name, known in sorted(checksums.items()):
+            if not await asyncio.to_thread(_is_good, directory / name, known):
                 bad.add(name)
 
     async def read(item: Item) -> Item:
@@ -160,6 +166,8 @@ async def read_headers(
                 scan.agree(item.noted, await read_slot_file(directory / (item.id + KV)))
             except SnapshotInvalid as error:
                 return _broken(item, error)
+        if not item.noted.parts and item.id + KV in bad:
+            return replace(item, state=FileState.BROKEN, why="its rows have changed since others need them")
         if its := bad & {part.file for part in item.noted.parts}:
             # A start compares sizes only, so it uses the file until that is removed.
             return _with_bad_files(item, {*its, *item.bad_files}, "damaged; with --remove, ")
@@ -168,12 +176,16 @@ async def read_headers(
     return list(await asyncio.gather(*map(read, items)))
 
 
-def _is_good(path: Path) -> bool:
-    """Whether the rows and states in a file are those that were written; of a slot file, whether it can be told."""
+def _is_good(path: Path, checksums: Collection[int]) -> bool:
+    """Whether the rows and states in a file are those that were written; of a slot file without ``checksums``, whether
+    they can be told.
+    """
     try:
         if path.suffix == KV:
             with Source(path) as source:
                 source.extent()
+            for checksum in checksums:
+                check_file(path, checksum)
         else:
             verify(path)
     except (SnapshotInvalid, OSError):

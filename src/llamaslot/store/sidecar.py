@@ -37,19 +37,22 @@ _VERSIONS = (1, 2, VERSION)
 KV, EXT, JSON, PART, NEW, PROBE = ".kv", ".ext", ".json", ".part", ".json.new", ".probe"
 _OURS = re.compile(r"(ls-[0-9a-f]{16})(\.kv|\.ext|\.json|\.part|\.json\.new|\.probe)")
 N_STATES = 2  # given to llama-server with the rows: the latest ones
+_PART_TYPES = [str, int, int, int], [str, int, int, int, int]
 _MODE = 0o660  # llama-server and llamaslot may be two users of one group; the umask restricts it
 
 
 class Part(NamedTuple):
     """The rows of tokens ``start`` to ``end`` in ``file``, or, if both are equal, the state of the model there.
 
-    ``size_bytes``: of the whole file, which may hold more than the part.
+    ``size_bytes``: of the whole file, which may hold more than the part. ``checksum``: of the whole file, xxh3_64, if
+    it is a slot file, which has none in it; None if a llamaslot of before named it.
     """
 
     file: str
     start: int
     end: int
     size_bytes: int
+    checksum: int | None = None
 
     @property
     def is_state(self) -> bool:
@@ -253,7 +256,7 @@ def _parts(name: str, rows: list[Any], n_tokens: int) -> tuple[Part, ...]:
 
 
 def _is_part(row: Any) -> bool:
-    if not isinstance(row, list) or [type(value) for value in row] != [str, int, int, int]:
+    if not isinstance(row, list) or [type(value) for value in row] not in _PART_TYPES:
         return False
     own = own_name(row[0])
     return own is not None and own[1] in (KV, EXT) and min(row[1:]) >= 0
@@ -289,7 +292,7 @@ def write(directory: Path, noted: Noted, last_used: float) -> None:
     version = VERSION if noted.parts else 2 if noted.namespace else 1
     fields = {"version": version, **asdict(noted)}
     if noted.parts:
-        fields["parts"] = [list(part) for part in noted.parts]
+        fields["parts"] = [[value for value in part if value is not None] for part in noted.parts]
     else:
         del fields["parts"], fields["row_bytes"], fields["own_from"]
     fields["space"] = fields.pop("namespace")  # its name in the file

@@ -26,6 +26,7 @@ from llamaslot.store import sidecar
 from llamaslot.store.copying import sync_directory
 from llamaslot.store.extent import Piece, Source, differing_tokens, write_extent
 from llamaslot.store.header import slot_file_head
+from llamaslot.store.intact import checksum_of_file
 from llamaslot.store.kept_states import states_to_keep
 from llamaslot.store.scan import bad_files
 from llamaslot.store.sidecar import EXT, KV, Noted, Part, Snapshot
@@ -53,12 +54,13 @@ class DataLost(SnapshotInvalid):
 
 class Base(Struct, frozen=True):
     """A snapshot that begins with the same ``n_shared`` tokens. ``is_lineage``: the slot was restored from it, or saved
-    as it, so its rows are equal bit for bit.
+    as it, so its rows are equal bit for bit. ``checksum``: of its slot file, if others have noted it.
     """
 
     snapshot: Snapshot
     n_shared: int
     is_lineage: bool = False
+    checksum: int | None = None
 
 
 class Intake(Struct, frozen=True):
@@ -124,7 +126,8 @@ def _known(directory: Path, layout: SlotLayout, base: Base | None) -> tuple[list
     if base is None or base.n_shared < MIN_SHARED:
         return [], {}
     snapshot, n_shared = base.snapshot, min(base.n_shared, layout.n_tokens)
-    parts = snapshot.parts or (Part(snapshot.id + KV, 0, snapshot.n_tokens, snapshot.size_bytes),)
+    whole = Part(snapshot.id + KV, 0, snapshot.n_tokens, snapshot.size_bytes, base.checksum)
+    parts = snapshot.parts or (whole,)
     rows = [
         part._replace(end=min(part.end, n_shared))
         for part in parts
@@ -153,6 +156,9 @@ def take_in(
     parts; it is durable, and ``let_go`` tells whether it is whole. ``new_file()`` is an id for a file that no snapshot
     names yet.
 
+    A slot file that gives its rows to others for the first time is read whole for its checksum: a second or more for
+    several GB, once.
+
     Raises SnapshotInvalid (DataLost) and OSError: then there is no snapshot, but there may be files of ids from
     ``new_file``.
     """
@@ -165,7 +171,7 @@ def take_in(
         write_extent(landing, layout, start, end, keep, target, {})
         return Part(target.name, start, end, os.stat(target).st_size)
 
-    for part in rows:
+    for n, part in enumerate(rows):
         if part.file.endswith(KV):  # llama-server's own file, of which it is not known whether it is on disk
             try:
                 sidecar.sync_data(directory / part.file)
@@ -173,6 +179,8 @@ def take_in(
                 if error.errno == errno.EIO:
                     raise DataLost(part.file) from error
                 raise
+            if part.checksum is None:
+                rows[n] = part._replace(checksum=checksum_of_file(directory / part.file))
     if intake.start < layout.n_tokens:
         rows.append(write(intake.start, layout.n_tokens, ()))
     for at in intake.states:
