@@ -39,7 +39,7 @@ class Stored:
             parts = json.loads(path.read_bytes()).get("parts", [])
             found.n_snapshots += 1
             found.n_whole += not parts
-            states |= {file: size for file, start, end, size in parts if start == end}
+            states |= {file: size for file, start, end, size, *_ in parts if start == end}
         found.state_bytes = sum(states.values())
         return found
 
