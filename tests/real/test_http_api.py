@@ -157,7 +157,11 @@ async def test_a_browser_may_ask_whether_it_may_ask(both: Both) -> None:
 
 @pytest.mark.parametrize(
     ("method", "target", "status"),
-    [("GET", "/llamaslot", 404), ("GET", "/llamaslot/nothing", 404), ("GET", "/llamaslot/journal?n=x", 400)],
+    [
+        ("PUT", "/llamaslot/nothing", 404),
+        ("GET", "/llamaslot/nothing", 404),
+        ("GET", "/llamaslot/journal?n=x", 400),
+    ],
 )
 async def test_errors_below_llamaslot_have_the_same_shape(
     both: Both, method: str, target: str, status: int

@@ -67,17 +67,18 @@ async def test_llama_server_alone_does_not(tmp_path: Path, figure: Figure) -> No
 
 
 async def test_clean_restarts_lose_nothing(tmp_path: Path, figure: Figure) -> None:
-    """llama-server restarts when all is saved, llamaslot and both at once after an answer."""
+    """llama-server restarts when all is saved, llamaslot and both at once after an answer. A turn of 120 tokens, 0.011
+    of all, may be sooner computed again than saved on a model that is so small; a context would be 0.17."""
     async with Stack(models.dense(tmp_path), tmp_path, settings=SAVES_SOON) as stack:
         results = await take_turns_over_restarts(stack, n_users=6, n_context=1600, quiet_s=None)
     for what, result in results.items():
         figure(f"{what}: {result}")
         assert result.n_errors == 0, what
-        assert result.ratio >= 0.98, what
+        assert result.ratio >= 0.95, what
 
 
 async def test_a_stop_saves_what_is_not_saved_yet(tmp_path: Path, figure: Figure) -> None:
-    """SIGTERM at once after the last answer, of llamaslot alone and before llama-server's."""
+    """SIGTERM at once after the last answer, of llamaslot alone and before llama-server's. Turns as above."""
     async with Stack(models.dense(tmp_path), tmp_path) as stack:
         results = await take_turns_over_restarts(
             stack, n_users=6, n_context=1600, whats=("llamaslot", "both"), quiet_s=0.0
@@ -85,7 +86,7 @@ async def test_a_stop_saves_what_is_not_saved_yet(tmp_path: Path, figure: Figure
     for what, result in results.items():
         figure(f"{what}: {result}")
         assert result.n_errors == 0, what
-        assert result.ratio >= 0.98, what
+        assert result.ratio >= 0.95, what
 
 
 @pytest.mark.parametrize("is_asking", [False, True], ids=["all saved", "asking"])

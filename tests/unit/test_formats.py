@@ -128,6 +128,7 @@ def _compared(tree: ast.AST) -> Iterator[str]:
 #: Fields of bodies that are named as formats are: of a chat, and in the description of llamaslot's own pages.
 FIELDS = {
     "messages": {
+        "bench/target.py",
         "config/values.py",
         "llama/dry_run.py",
         "tokens/media.py",
