@@ -139,11 +139,10 @@ async def test_the_quota_holds_while_slots_with_long_answers_are_saved(
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("stage", ["prefill", "prefill, not streaming"])
-async def test_a_client_that_leaves_a_prefill_frees_its_slot(
-    tmp_path: Path, figure: Figure, stage: Stage
-) -> None:
-    """Also while another client streams all the time: the rest of its prompt is not computed."""
+async def test_a_client_that_leaves_a_prefill_frees_its_slot(tmp_path: Path, figure: Figure) -> None:
+    """Also while another client streams all the time: the rest of its prompt is not computed. The one that
+    streams is in ``tests/soak``."""
+    stage: Stage = "prefill, not streaming"
     model = models.dense(tmp_path, layers=4, width=256)
     async with Stack(model, tmp_path, batch=512, slots=slots_for(stage), context=20_480) as stack:
         result = await leave(stack, stage, after_s=2.0)

@@ -58,9 +58,7 @@ async def test_what_new_conversations_have_in_common_is_computed_once(tmp_path: 
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize(
-    ("kind", "n_prompt", "n_slots"), [("dense", 5000, 3), ("swa", 8000, 1), ("recurrent", 20_000, 1)]
-)
+@pytest.mark.parametrize(("kind", "n_prompt", "n_slots"), [("dense", 5000, 3), ("recurrent", 20_000, 1)])
 async def test_who_leaves_a_prefill_and_comes_back_finds_what_was_computed(
     tmp_path: Path, figure: Figure, kind: str, n_prompt: int, n_slots: int
 ) -> None:

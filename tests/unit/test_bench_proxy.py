@@ -49,6 +49,7 @@ def test_a_short_request_costs_few_times_what_a_small_proxy_takes(bench: Bench) 
 
 
 @pytest.mark.alone
+@pytest.mark.soak
 def test_an_event_costs_few_times_what_a_small_proxy_takes(bench: Bench) -> None:
     row = scenarios.paced(bench).row("64 streams x 50 events/s: CPU per event")
     assert ratio(row) < EVENT_MAX, row
