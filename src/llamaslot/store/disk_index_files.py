@@ -38,6 +38,7 @@ from llamaslot.cache.disk_index import Columns, DiskIndex, freeze, is_freezable
 from llamaslot.cache.ids import WIDTH
 from llamaslot.cache.prefix_index import Branch, PrefixIndex
 from llamaslot.errors import LlamaslotError
+from llamaslot.store.copying import sync_directory
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -116,7 +117,7 @@ def accept(directory: Path, id_: str, namespace: str) -> Generation:
         raise GenerationUnusable(f"{id_} was not written")
     try:
         os.rename(directory / (id_ + DRAFT), directory / MANIFEST)
-        _sync(directory)
+        sync_directory(directory)
     except OSError as error:
         raise GenerationUnusable(f"{MANIFEST} cannot be written: {error.strerror or error}") from error
     return made
@@ -190,7 +191,7 @@ def write_generation(directory: Path, id_: str, namespace: str, index: DiskIndex
         "files": files,
     }
     write(directory / (id_ + DRAFT), [orjson.dumps({"checksum": _checksum(manifest), "manifest": manifest})])
-    _sync(directory)  # the names of the data files must be on disk before the manifest's
+    sync_directory(directory)  # the names of the data files must be on disk before the manifest's
 
 
 def write(path: Path, content: Iterable[bytes]) -> None:
@@ -204,14 +205,6 @@ def write(path: Path, content: Iterable[bytes]) -> None:
 def create(path: Path) -> BinaryIO:
     """Create a file that only our user may read. Raises OSError, also if it exists."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def sweep(directory: Path, id_: str | None) -> None:
