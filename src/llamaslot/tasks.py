@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -94,3 +96,29 @@ async def gather(*coroutines: Coroutine[Any, Any, T]) -> list[T]:
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
+
+
+async def to_its_end(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, bool]:
+    """Run ``function`` in a thread to its end, even if this is cancelled. Returns its result and whether it was
+    cancelled.
+
+    Raises what ``function`` raised, or CancelledError if it failed and was cancelled.
+    """
+    running = asyncio.get_running_loop().run_in_executor(None, partial(function, *args, **kwargs))
+    is_cancelled = False
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError:
+            is_cancelled = True
+    if is_cancelled and (error := running.exception()) is not None:
+        raise asyncio.CancelledError from error
+    return running.result(), is_cancelled
+
+
+async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """As ``asyncio.to_thread``, but for a thread that must not outlive the call: canceling waits for its end."""
+    result, is_cancelled = await to_its_end(function, *args, **kwargs)
+    if is_cancelled:
+        raise asyncio.CancelledError
+    return result

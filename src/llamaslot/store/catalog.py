@@ -28,7 +28,7 @@ from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens, reada
 from llamaslot.store.sweep import Sweep
 from llamaslot.store.taking_in import Base
 from llamaslot.store.upkeep import Upkeep
-from llamaslot.tasks import TaskOwner
+from llamaslot.tasks import TaskOwner, in_thread
 
 log = logging.getLogger(__name__)
 
@@ -116,14 +116,10 @@ class Catalog:
         Raises DirectoryUnusable if another llamaslot uses the directory or it cannot be used. Canceling is safe: the
         lock is released, and the next opening repairs.
         """
-        locking = asyncio.get_running_loop().run_in_executor(None, self._lock.acquire)
         try:
-            await asyncio.shield(locking)
+            await in_thread(self._lock.acquire)  # cancelled while the thread still locks, the lock would stay
             return await self._open()
         except BaseException:
-            while not locking.done():  # cancelled while the thread still locks: wait, or the lock would stay
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([locking])
             self._lock.release()
             raise
 

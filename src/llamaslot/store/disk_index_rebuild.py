@@ -8,10 +8,8 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 from llamaslot.cache.disk_index import DiskIndex
 from llamaslot.cache.layered_index import NEW_MIN, LayeredIndex, Sowing
@@ -19,11 +17,9 @@ from llamaslot.errors import LlamaslotError
 from llamaslot.store import disk_index_files
 from llamaslot.store.disk_index_files import Generation, GenerationUnusable, Recipe
 from llamaslot.store.sidecar import readable
-from llamaslot.tasks import TaskOwner
+from llamaslot.tasks import TaskOwner, to_its_end
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-P = ParamSpec("P")
 _AT_ONCE = 64  # branches prepared while the writing thread holds the GIL: 0.1 ms
 
 
@@ -106,10 +102,10 @@ class DiskIndexRebuild:
         sowing = index.seal()
         try:
             recipe = Recipe(self._namespace, base, sowing.gone)
-            _, is_cancelled = await _to_its_end(_write_input, self._directory, id_, recipe, sowing)
+            _, is_cancelled = await to_its_end(_write_input, self._directory, id_, recipe, sowing)
             if not is_cancelled:
                 await self._grow(id_)
-                made, is_cancelled = await _to_its_end(
+                made, is_cancelled = await to_its_end(
                     disk_index_files.accept, self._directory, id_, self._namespace
                 )
                 index.adopt(made.index)  # also when cancelled: it is the valid one on disk now
@@ -164,21 +160,3 @@ def _write_input(directory: Path, id_: str, recipe: Recipe, sowing: Sowing) -> N
         while some := list(islice(branches, _AT_ONCE)):
             file.writelines(piece for branch in some for piece in disk_index_files.encode_branch(branch))
             file.flush()
-
-
-async def _to_its_end(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, bool]:
-    """Run ``function`` in a thread to its end, even if this is cancelled. Returns its result and whether it was
-    cancelled.
-
-    Raises what ``function`` raised, or CancelledError if it failed and was cancelled.
-    """
-    running = asyncio.get_running_loop().run_in_executor(None, partial(function, *args, **kwargs))
-    is_cancelled = False
-    while not running.done():
-        try:
-            await asyncio.wait([running])
-        except asyncio.CancelledError:
-            is_cancelled = True
-    if is_cancelled and (error := running.exception()) is not None:
-        raise asyncio.CancelledError from error
-    return running.result(), is_cancelled

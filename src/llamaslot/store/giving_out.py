@@ -7,7 +7,6 @@ restore; that copy is reserved as a save is, so the quota holds.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from llamaslot.store.intact import check_file
 from llamaslot.store.quota import QuotaExceeded
 from llamaslot.store.sidecar import KV, N_STATES, Part, Snapshot
 from llamaslot.store.slot_format import ROW_HEAD
+from llamaslot.tasks import in_thread
 
 _CUT_SHARE = 0.9  # a larger share of a whole file is not worth a copy
 _MORE_BYTES = 2048  # of a file, besides rows, cells and states
@@ -150,15 +150,9 @@ class Copies:
             size_bytes = await asyncio.to_thread(order.size_bytes, self._directory)
             copy = await self._reserve(size_bytes, (snapshot.id,), spare)
             target = self._directory / copy.part_name
-            writing = asyncio.get_running_loop().run_in_executor(None, order.write, self._directory, target)
             try:
-                await asyncio.wait([writing])
-                size_bytes = writing.result()
+                size_bytes = await in_thread(order.write, self._directory, target)
             except BaseException:
-                while not writing.done():  # cancelled: the thread would write the file after its removal
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await asyncio.wait([writing])
-                writing.exception()  # it is known
                 await self._abandon(copy)
                 raise
         except (OSError, SnapshotInvalid, QuotaExceeded) as error:

@@ -15,9 +15,8 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TypeVar
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -28,11 +27,11 @@ from llamaslot.store.directory import DirectoryUnusable
 from llamaslot.store.shared_files import Departure, SharedFiles
 from llamaslot.store.shared_store import META, QUOTA_LOCK, try_claim, try_lock
 from llamaslot.store.sidecar import EXT, JSON, KV, PART, Part, Snapshot
+from llamaslot.tasks import in_thread
 
 RESERVED = "reserved"
 IN_PLANS_S = 60.0
 _POLL_S = 0.01  # the lock is held for a scan and some removals
-T = TypeVar("T")
 
 
 class _Seen(Struct, frozen=True, order=True):
@@ -81,7 +80,7 @@ class Neighbours:
 
     async def look(self) -> None:
         """Look at all parts. Within ``turn``. Canceling is safe. A part that cannot be read does not count."""
-        self.others, self._seen = await _to_its_end(self._look)
+        self.others, self._seen = await in_thread(self._look)
 
     def _look(self) -> tuple[int, list[_Seen]]:
         others, seen = 0, list[_Seen]()
@@ -127,7 +126,7 @@ class Neighbours:
         """Remove snapshots of other parts. Those that must stay are not offered again in this turn. Canceling is
         safe.
         """
-        self._kept |= await _to_its_end(lambda: _remove(snapshots))
+        self._kept |= await in_thread(_remove, snapshots)
 
     def _files(self, directory: Path, *, with_parts: bool) -> tuple[int, list[_Seen]]:
         """Bytes of slot files, and the snapshots. What is being written is counted by its reservation, unless
@@ -204,17 +203,6 @@ def _must_stay(one: _Seen) -> bool:
         return path.stat().st_mtime != one.last_used or sidecar.parse(path.name, path.read_bytes()).is_pinned
     except (OSError, SnapshotInvalid):
         return False
-
-
-async def _to_its_end(function: Callable[[], T]) -> T:
-    """Run it in a thread. If this is cancelled, the thread is waited for: it must not outlive the turn."""
-    running = asyncio.get_running_loop().run_in_executor(None, function)
-    try:
-        return await asyncio.shield(running)
-    finally:
-        while not running.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([running])
 
 
 def _reserved(meta_dir: Path) -> int:
