@@ -40,16 +40,24 @@ class Attempts:
     """
 
     def __init__(
-        self, id_: str, pool: Pool, raw: bytes, is_answered: Callable[[], bool], *, is_once: bool = False
+        self,
+        id_: str,
+        pool: Pool,
+        raw: bytes,
+        is_answered: Callable[[], bool],
+        *,
+        is_once: bool = False,
+        follows_restarts: bool = True,
     ) -> None:
         """``id_``: of the request, for the log; ``raw``: its body; ``is_answered``: whether any byte of an answer was
-        sent. ``is_once``: it may change something, and is never sent again.
+        sent. ``is_once``: it may change something, and is never sent again. ``follows_restarts``: else
+        BackendRestarted ends the attempts.
         """
         self.id, self.pool, self.prompt = id_, pool, raw
         self.is_answered, self._is_once = is_answered, is_once
-        self.pool_again: Callable[[], Awaitable[Pool]] | None = (
-            None  # its model may be another pool's by then
-        )
+        self._follows_restarts = follows_restarts
+        # Its model may be another pool's by then.
+        self.pool_again: Callable[[], Awaitable[Pool]] | None = None
         self.lease: Lease | None = None  # the last one
         self.avoids: frozenset[str] = frozenset()  # backends that have answered it with an error
         self._asked: Backend | None = None  # before a lease
@@ -97,6 +105,8 @@ class Attempts:
                 async with self._kept():
                     answer = await attempt()
             except BackendRestarted:
+                if not self._follows_restarts:
+                    raise
                 if self.lease is not None:
                     self.backend.lost(self.lease.table)
             except BackendDown as error:

@@ -57,28 +57,21 @@ class Unassisted:
         down = Downstream(request, self._rules, False, {"x-request-id": request_id(request.headers)})
         # The beginning of the answer is not detected.
         deadlines = Deadlines(replace(self._rules.timeouts, first_token_s=None))
-        attempts = Attempts(down.headers["x-request-id"], pool, raw, lambda: down.has_answer)
-        restarted = list[BackendRestarted]()
-
-        async def attempt() -> web.StreamResponse:
-            try:
-                return await self.relay(attempts, down, deadlines, format_named(route.format), raw, {})
-            except BackendRestarted as error:  # not again here: it is served with assist
-                restarted.append(error)
-                return web.Response()
-
+        # After a restart it is not tried again here, but served with assist.
+        id_ = down.headers["x-request-id"]
+        attempts = Attempts(id_, pool, raw, lambda: down.has_answer, follows_restarts=False)
+        attempt = partial(self.relay, attempts, down, deadlines, format_named(route.format), raw, {})
         try:
             attempts.check(raw)
             async with deadlines.kept():
-                answer = await attempts.run(attempt)
+                return await attempts.run(attempt)
         except BackendDown as error:
             pool.doubt()
             return await down.fail(error)
+        except BackendRestarted:  # raised before anything was sent
+            raise
         except LlamaslotError as error:
             return await down.fail(error)
-        if restarted:  # raised before anything was sent
-            raise restarted[0]
-        return answer
 
     async def relay(
         self,
