@@ -139,6 +139,17 @@ async def test_a_model_has_limits_of_its_own(tmp_path: Path) -> None:
         assert limits[0].max_wait_s == limits[1].max_wait_s
 
 
+async def test_new_limits_for_all_leave_a_model_its_own(tmp_path: Path) -> None:
+    """When the configuration is read again."""
+    async with routed(tmp_path, {"models": {"each": {"a": {"queue": {"max_waiting": 3}}}}}) as (it, _):
+        for name in MODELS:
+            await it.ask(TALK, model=name)
+        queue = it.config.queue.model_copy(update={"max_waiting": 99, "max_wait_s": 7.0})
+        it.registry.take(it.config.model_copy(update={"queue": queue}))
+        limits = [it.pool_of(f"box/{name}").dispatcher.queue.limits for name in MODELS]
+        assert [(its.max_waiting, its.max_wait_s) for its in limits] == [(3, 7.0), (99, 7.0)]
+
+
 async def test_it_is_found_when_it_comes_up(tmp_path: Path) -> None:
     """A request that waits for the connection is placed again."""
     async with routed(tmp_path, wait=False) as (it, router):

@@ -109,11 +109,12 @@ class Pool:
         )  # fmt: skip
 
     def configure(self, settings: PoolSettings) -> None:
-        """Its model is known, and so what is configured for that."""
-        if settings is not self._settings:
-            self._settings = settings
-            self.dispatcher.queue.limits = settings.limits
+        """What is configured for its model, which is known now, or has changed. Limits are those of requests that come
+        from now on; one that waits already keeps its ``max_wait_s``.
+        """
+        if settings.prewarm is not self._settings.prewarm:
             self._prewarm.want(settings.prewarm)
+        self._settings, self.dispatcher.queue.limits = settings, settings.limits
 
     def __repr__(self) -> str:
         return f"<Pool {self.model.name if self.model is not None else None} {list(self.backends)}>"
@@ -267,10 +268,6 @@ class Pool:
         """Count a prompt for which no slot has room."""
         self._n_too_long += 1
         self._longest_refused = max(self._longest_refused, n_tokens)
-
-    def take_limits(self, limits: QueueLimits) -> None:
-        """For requests that come from now on; one that waits already keeps its ``max_wait_s``."""
-        self.dispatcher.queue.limits = limits
 
     def latest_decisions(self, n: int) -> Iterator[Decision]:
         """The last ``n`` decisions of the journal, newest first."""

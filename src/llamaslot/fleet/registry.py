@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Never
 from urllib.parse import quote
@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from llamaslot.backend.backend import Backend
 from llamaslot.backend.connect import ServerSession
 from llamaslot.config.load import Config
-from llamaslot.config.sections import ModelConfig, QueueConfig, StoreConfig
+from llamaslot.config.sections import ModelConfig, StoreConfig
 from llamaslot.config.values import read_chat_file
 from llamaslot.errors import BackendDown, ConfigError, NotReady
 from llamaslot.fleet.pool import Pool, PoolModel, PoolSettings
@@ -139,9 +139,12 @@ class Registry:
         """Put the limits of another configuration in force: of the queue, and of snapshots. What is too much for a
         smaller quota goes at the next write.
         """
-        self._settings = replace(self._settings, limits=_limits(config.queue))
+        self._settings = replace(self._settings, limits=_limits(config))
+        for name, settings in self._of_models.items():
+            self._of_models[name] = replace(settings, limits=_limits(config, config.models.each[name]))
         for pool in self.pools:
-            pool.take_limits(self._settings.limits)
+            known = [its for its in pool.backends.values() if its.last_session is not None]
+            pool.configure(self._settings_of([name for its in known for name in _names_of(its)]))
         for store in self.stores.values():
             store.take_limits(config.store.quota, config.store.max_files, config.store.min_free)
 
@@ -248,9 +251,12 @@ class Registry:
             new.model = model
         if new is not old:
             self._move(backend, old, new)
-        names = (*session.names, backend.name)
-        new.configure(next((its for name, its in self._of_models.items() if name in names), self._settings))
+        new.configure(self._settings_of((*session.names, backend.name)))
         self.router.note_names(backend, session, new)
+
+    def _settings_of(self, names: Collection[str]) -> PoolSettings:
+        """Of the model with these names: those of the model, and of backends that serve it."""
+        return next((its for name, its in self._of_models.items() if name in names), self._settings)
 
     def _started_pool(self) -> Pool:
         pool = self._new_pool()
@@ -336,22 +342,29 @@ def _expect(backend: Backend, store: SnapshotStore) -> None:
         store.catalog.serve(backend.name, text)
 
 
+def _names_of(backend: Backend) -> tuple[str, ...]:
+    session = backend.last_session
+    return (*(session.names if session is not None else ()), backend.name)
+
+
 def _pool_settings(config: Config, model: ModelConfig | None = None) -> PoolSettings:
     """``model``: what is different for it."""
-    own = ModelConfig.model_construct() if model is None else model
+    own = None if model is None else model.prewarm
     return PoolSettings(
         config.store.idle_save_s,
         rules=_rules(config),
-        limits=_limits(
-            config.queue.model_copy(
-                update={key: getattr(own.queue, key) for key in own.queue.model_fields_set}
-            )
-        ),
-        prewarm=_chat_bodies(config, config.prewarm if own.prewarm is None else own.prewarm),
+        limits=_limits(config, model),
+        prewarm=_chat_bodies(config, config.prewarm if own is None else own),
     )
 
 
-def _limits(queue: QueueConfig) -> QueueLimits:
+def _limits(config: Config, model: ModelConfig | None = None) -> QueueLimits:
+    """``model``: what is different for it."""
+    queue = config.queue
+    if model is not None:
+        queue = queue.model_copy(
+            update={key: getattr(model.queue, key) for key in model.queue.model_fields_set}
+        )
     fairness = Fairness(
         queue.user_max_running,
         queue.user_max_waiting,

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llamaslot.config.load import Config
 from llamaslot.config.values import Section
@@ -16,6 +16,7 @@ from llamaslot.fleet.registry import Registry
 from llamaslot.http.service_manager import ServiceManager
 
 log = logging.getLogger(__name__)
+S = TypeVar("S", bound=Section)
 
 #: Sections and keys whose new values are in force at once; all others need a restart.
 _AT_ONCE = (
@@ -70,7 +71,8 @@ class Reload:
         except ConfigError as error:
             raise NotReloaded(f"{error}; the old configuration stays in force") from None
         logging.getLogger().setLevel(new.log.level.upper())
-        self._registry.take(new)
+        in_force = _merged(self.config, new)
+        self._registry.take(in_force)
         for name in removed:
             if (backend := self._registry.backend_named(name)) is not None:
                 backend.drain.begin()
@@ -81,7 +83,7 @@ class Reload:
                 added.remove(name)
                 other.append(f"backends: {name} ({error})")
         restart += other
-        self.config = _merged(self.config, new)
+        self.config = in_force
         done = (
             at_once
             + [f"backends: {name} added" for name in added]
@@ -122,14 +124,21 @@ def _backends(old: Config, new: Config) -> tuple[list[str], list[str], list[str]
 
 def _merged(old: Config, new: Config) -> Config:
     """What is in force now: of the new file what needs no restart. Its other changes are reported again next time."""
-    update: dict[str, Any] = {"auth": new.auth, "queue": new.queue, "passthrough": new.passthrough}
-    update |= {"rewrite": new.rewrite, "rewrite_off": new.rewrite_off}
-    update["listen"] = old.listen.model_copy(update={"cors": new.listen.cors})
-    update["log"] = old.log.model_copy(update={"level": new.log.level})
-    limits = {key: getattr(new.store, key) for key in ("quota", "max_files", "min_free")}
-    update["store"] = old.store.model_copy(update=limits)
     before = {its.name: its for its in old.backends}
     kept = [before.get(its.name, its) for its in new.backends if its.name in before or its.managed is None]
     kept += [its for its in old.backends if its.managed is not None and its not in kept]
-    update["backends"] = tuple(kept)
+    return _with_new(old, new).model_copy(update={"backends": tuple(kept)})
+
+
+def _with_new(old: S, new: S, above: str = "") -> S:
+    """``old`` with the values of ``new`` that are in force at once."""
+    update = dict[str, Any]()
+    for name in type(old).model_fields:
+        before, after = getattr(old, name), getattr(new, name)
+        if before == after:
+            continue
+        if f"{above}{name}.".startswith(_AT_ONCE):
+            update[name] = after
+        elif isinstance(before, Section) and isinstance(after, Section):
+            update[name] = _with_new(before, after, f"{above}{name}.")
     return old.model_copy(update=update)
