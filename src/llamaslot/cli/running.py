@@ -38,24 +38,25 @@ class Running:
     ``auth.admin_key``, the environment variable LLAMASLOT_KEY gives one.
     """
 
-    def __init__(self, config: Config) -> None:
-        """Raises ConfigError if a key file is not readable any more."""
-        listen = config.listen
-        self._reach(
-            f"{listen.host}:{listen.port}", partial(_connection, listen), config.auth.resolve_admin_key()
-        )
-
-    def _reach(self, where: str, connect: Callable[[], HTTPConnection], key: str | None = None) -> None:
+    def __init__(self, where: str, connect: Callable[[], HTTPConnection], key: str | None = None) -> None:
         self.where, self._connect = where, connect
         key = key or os.environ.get("LLAMASLOT_KEY")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    @classmethod
+    def with_config(cls, config: Config) -> Running:
+        """Raises ConfigError if a key file is not readable any more."""
+        listen = config.listen
+        return cls(
+            f"{listen.host}:{listen.port}", partial(_connection, listen), config.auth.resolve_admin_key()
+        )
 
     @classmethod
     def of(cls, path: Path) -> Running:
         """Raises ConfigError."""
         from llamaslot.config.load import Config
 
-        return cls(Config.load(path))
+        return cls.with_config(Config.load(path))
 
     @classmethod
     def at(cls, url: str) -> Running:
@@ -67,9 +68,7 @@ class Running:
         if its.scheme not in ("http", "https") or not its.hostname:
             raise ValueError(f"{url}: an address is wanted, like http://127.0.0.1:8081")
         kind = HTTPSConnection if its.scheme == "https" else HTTPConnection
-        running = cls.__new__(cls)
-        running._reach(its.netloc, partial(kind, its.hostname, its.port, timeout=_TIMEOUT_S))
-        return running
+        return cls(its.netloc, partial(kind, its.hostname, its.port, timeout=_TIMEOUT_S))
 
     def get(self, page: str) -> dict[str, Any]:
         return self._answer("GET", f"/llamaslot/{page}")

@@ -48,13 +48,13 @@ def examined(path: Path, config: Config, budget_s: float | None) -> Iterator[Fin
         if backend["health"] == "up":
             told = f"llamaslot serves: not tried behind its back; llamaslot drain {backend['name']}, and run this again"
             yield Finding(f"{backend['name']}: batch, context shift", "skipped", told)
-    yield from of_journal(status, Running(config).get("journal?n=1000")["decisions"])
+    yield from of_journal(status, Running.with_config(config).get("journal?n=1000")["decisions"])
 
 
 def _status(config: Config) -> tuple[dict[str, Any] | None, list[Finding]]:
     """The status of the running llamaslot, None without one; and what is to be said about it."""
     check = "llamaslot"
-    running = Running(config)
+    running = Running.with_config(config)
     try:
         status = running.get("status")
     except NotRunning:
