@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import date, datetime
 from typing import Any
 
 from msgspec import Struct
@@ -70,9 +71,7 @@ class Presenter:
         history = self._requests.history
         n_seen = history.latest[-1].serial if history.latest else 0
         if n_seen != self._n_seen or now - self._headline_at >= _FRESH_S:
-            today = list(time.localtime())
-            today[3:6] = 0, 0, 0
-            midnight = time.mktime(tuple(today))  # type: ignore[arg-type]
+            midnight = datetime.combine(date.today(), datetime.min.time()).timestamp()
             self._headline = {
                 "today": _figures(history.series.since(midnight)),
                 "ever": _figures(history.series.ever),

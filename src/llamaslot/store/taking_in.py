@@ -33,9 +33,8 @@ from llamaslot.store.sidecar import EXT, KV, Noted, Part, Snapshot
 from llamaslot.store.slot_layout import LayoutUnknown, SlotLayout, read_layout
 
 MIN_SHARED = 256  # tokens; fewer are not worth a file of their own
-ROUNDED = (
-    1  # of 32 tokens that are compared: llama-server computes one again where it goes back to a checkpoint
-)
+# Of 32 tokens that are compared: llama-server computes one again where it goes back to a checkpoint.
+ROUNDED = 1
 MAX_ROWS = 64  # extents of one snapshot; then all is written anew
 _FOOTER_BYTES, _TENSOR_BYTES = 1024, 128  # of an extent, at most: in its footer, and there for each tensor
 
