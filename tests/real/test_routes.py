@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.route_availability import RouteAvailability
+from llamaslot.llama.dry_run import RouteAvailability
 from llamaslot.llama.routes import ROUTES, Route, classify
 from tests.support import models
 from tests.support.inprocess import fronted

@@ -129,7 +129,7 @@ async def test_whether_there_is_such_a_route_is_not_waited_for_without_end(
     async with served(tmp_path) as it:
         hang = it.fake.faults.hang(INFILL)
         with monkeypatch.context() as patch:
-            patch.setattr("llamaslot.llama.route_availability.QUICK_S", 0.05)
+            patch.setattr("llamaslot.llama.dry_run.QUICK_S", 0.05)
             answer = await it.post(INFILL, at(600))
         assert (answer.status, answer.error["type"]) == (503, "unavailable_error")
         hang.release()

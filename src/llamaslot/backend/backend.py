@@ -35,9 +35,8 @@ from llamaslot.errors import (
     is_servers_own,
 )
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.dry_run import DryRuns
+from llamaslot.llama.dry_run import DryRuns, RouteAvailability
 from llamaslot.llama.replies import Props
-from llamaslot.llama.route_availability import RouteAvailability
 from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules

@@ -17,9 +17,8 @@ from llamaslot.http.client_request import ClientRequest
 from llamaslot.http.headers import to_server
 from llamaslot.http.parse import ParsedRequest
 from llamaslot.llama.client import QUICK_S
-from llamaslot.llama.dry_run import Verdict
+from llamaslot.llama.dry_run import IS_NOT_OFFERED, Verdict
 from llamaslot.llama.response import content_type_of, whole
-from llamaslot.llama.route_availability import IS_NOT_OFFERED
 from llamaslot.llama.routes import origin_form
 from llamaslot.scheduling.request import Placement
 

@@ -12,7 +12,8 @@ on every kind of model; docs/llama-server.md has the table):
 6. only now the slot's content is compared with the prompt, and truncated
 
 ``POST /apply-template`` checks 1 for a chat. A dry run sends the request with another prompt, which is refused at 5.
-This checks all else in 3 and 4. It runs in a slot that the caller has leased, and which keeps its content.
+This checks all else in 3 and 4. It runs in a slot that the caller has leased, and which keeps its content. Whether
+there is a route at all is asked with an empty body.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from msgspec.structs import replace
 
 from llamaslot.cache.ids import count, unpack
 from llamaslot.errors import UpstreamError
-from llamaslot.llama.client import QUICK_S
+from llamaslot.llama.client import QUICK_S, LlamaServer
 
 log = logging.getLogger(__name__)
 
@@ -344,3 +345,34 @@ def _is_sure(name: str, value: Any) -> bool:
     if name == "stream_options":
         return isinstance(value, Mapping) and all(isinstance(one, bool) for one in value.values())
     return name in _SWITCHES and isinstance(value, bool)
+
+
+#: 404: this build has no such route. 501: the model does not support it (embeddings, rerank, /infill, audio).
+#: Measured.
+IS_NOT_OFFERED = (404, 501)
+
+
+class RouteAvailability:
+    """Which routes this run of the server has. An existing route answers an empty body with 400, and takes no slot."""
+
+    def __init__(self, server: LlamaServer) -> None:
+        self._server = server
+        self._known: dict[str, bool] = {}
+
+    def forget(self) -> None:
+        """Forget everything: the server was restarted, perhaps with another model."""
+        self._known = {}
+
+    async def has(self, path: str) -> bool:
+        """Whether the server has the route ``path``. Raises BackendDown, also if there is no answer: a refusal needs
+        no slot.
+
+        Checked once. While it is unknown (the server is loading) the result is True.
+        """
+        known = self._known
+        if (found := known.get(path)) is None:
+            status, _ = await self._server.ask(path, {}, QUICK_S)
+            found = status not in IS_NOT_OFFERED
+            if status < 500 or not found:
+                known[path] = found
+        return found
