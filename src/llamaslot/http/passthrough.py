@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from functools import partial
 
@@ -27,7 +28,6 @@ from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import BACKEND, to_server
 from llamaslot.http.in_flight import begins, placed
 from llamaslot.http.json_body import parse_object
-from llamaslot.http.named_model import named_model
 from llamaslot.http.parse import request_id
 from llamaslot.http.relay import relay
 from llamaslot.http.request_body import Upload, Uploads
@@ -240,3 +240,25 @@ def _only_asks(backend: Backend, request: web.Request) -> None:
         raise BackendDown(f"{model} is not loaded: the first request for it loads it")
     if backend.leases.is_asleep and request.method != "POST" and request.path in _WAKES:
         raise BackendDown(f"{backend.name} sleeps, and its slots are empty: the next request wakes it")
+
+
+_FORM = re.compile(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
+
+
+def is_json(request: web.Request) -> bool:
+    """Whether the body is JSON, or does not say what it is: llama-server reads it as JSON then."""
+    return "multipart/" not in request.headers.get("Content-Type", "")
+
+
+def named_model(request: web.Request, raw: bytes) -> object:
+    """``raw``: the body, empty if there is none. None if no model is named."""
+    if raw and is_json(request):
+        try:
+            body = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            body = None
+        named = body.get("model") if isinstance(body, dict) else None
+    else:
+        found = _FORM.search(raw)
+        named = found[1].decode(errors="replace") if found else None
+    return named or request.query.get("model")
