@@ -111,7 +111,7 @@ def _run(
             raise LlamaslotError("--slot-save-path and --store: leave one of them out, they say the same")
         address = _address(listen, given)
         from llamaslot.config.sections import default_meta_dir
-        from llamaslot.http.serve_command import serve_command
+        from llamaslot.http.serve import serve_command
         from llamaslot.llama.managed.process import ManagedServer, in_words
         from llamaslot.store.shared_store import claim
 
@@ -168,7 +168,7 @@ def _config(
     from llamaslot.config.faults import fault_lines
     from llamaslot.config.load import Config
     from llamaslot.errors import ConfigError
-    from llamaslot.http.serve_command import drain_s
+    from llamaslot.http.serve import drain_s
 
     keys = given.api_keys
     backend: dict[str, Any] = {"name": "llama", "url": url, "slot_save_path": slot_files}
