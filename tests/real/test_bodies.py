@@ -10,7 +10,7 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from llamaslot.http.json_body import parse_object, written
+from llamaslot.http.request_body import parse_object, written
 from tests.support import models
 from tests.support.real import RealServer
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamaslot.errors import BadRequest
-from llamaslot.http.json_body import parse_object, written
+from llamaslot.http.request_body import parse_object, written
 
 
 @pytest.mark.parametrize(

@@ -43,11 +43,10 @@ from llamaslot.http.deadlines import Deadlines
 from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import of_placement, to_server
 from llamaslot.http.in_flight import begins, by_operator, placed
-from llamaslot.http.json_body import NoObject, parse_object, written
 from llamaslot.http.parse import ParsedRequest, keep_what_follows, parse_request, request_id
 from llamaslot.http.passthrough import Passthrough
 from llamaslot.http.prompt_list import Part, joined
-from llamaslot.http.request_body import Uploads
+from llamaslot.http.request_body import NoObject, Uploads, parse_object, written
 from llamaslot.http.rewriting import SystemPrompts, rewrote
 from llamaslot.http.unassisted import Unassisted
 from llamaslot.http.upstream_errors import check, check_body, in_its_words

@@ -27,10 +27,9 @@ from llamaslot.http.deadlines import Deadlines, Timeouts, Watchdog
 from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import BACKEND, to_server
 from llamaslot.http.in_flight import begins, placed
-from llamaslot.http.json_body import parse_object
 from llamaslot.http.parse import request_id
 from llamaslot.http.relay import relay
-from llamaslot.http.request_body import Upload, Uploads
+from llamaslot.http.request_body import Upload, Uploads, parse_object
 from llamaslot.http.rewriting import SystemPrompts
 from llamaslot.http.unassisted import Unassisted
 from llamaslot.llama.response import Response, content_type_of, whole
