@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llamaslot.backend.backend import Health
-from llamaslot.http import new_connection
+from llamaslot.http import connections
 from llamaslot.http.client_connection import Connection
 from llamaslot.http.serve import Front as ServeFront
 from llamaslot.http.serve import listening
@@ -141,7 +141,7 @@ async def test_a_silent_connection_is_aiohttps_soon(
     tmp_path: Path, handed_over: list[Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which closes it some day; until then it takes requests."""
-    monkeypatch.setattr(new_connection, "_SILENCE_S", 0.01)
+    monkeypatch.setattr(connections, "_HAND_OVER_S", 0.01)
     async with served(tmp_path) as it:
         handed_over.clear()
         async with wire(it) as client:

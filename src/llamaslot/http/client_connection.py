@@ -27,8 +27,7 @@ from aiohttp.http_exceptions import (
 from llamaslot.errors import BadRequest, LlamaslotError, QueueFull, TooSlow
 from llamaslot.http.client_errors import MISTAKE, error_response
 from llamaslot.http.client_stream import Writer
-from llamaslot.http.connections import ClientTimeouts, Connections, set_options
-from llamaslot.http.new_connection import NAME
+from llamaslot.http.connections import NAME, ClientTimeouts, Connections, set_options
 
 log = logging.getLogger(__name__)
 

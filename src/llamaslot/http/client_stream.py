@@ -18,9 +18,9 @@ from llamaslot.backend.long_prompt import Prefilling
 from llamaslot.errors import ClientGone, LlamaslotError
 from llamaslot.formats.base import ErrorEvents
 from llamaslot.http.client_errors import HAS_BEGUN, error_instead, errors_of
+from llamaslot.http.connections import NAME
 from llamaslot.http.deadlines import Timeouts
 from llamaslot.http.in_flight import note_error
-from llamaslot.http.new_connection import NAME
 from llamaslot.llama.sse import comment
 from llamaslot.tasks import TaskOwner
 

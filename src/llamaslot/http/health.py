@@ -7,7 +7,7 @@ from http import HTTPStatus
 
 from llamaslot.backend.backend import Health
 from llamaslot.fleet.registry import Registry
-from llamaslot.http.new_connection import HealthAnswer
+from llamaslot.http.connections import HealthAnswer
 
 
 def health_of(registry: Registry) -> tuple[int, dict[str, str]]:

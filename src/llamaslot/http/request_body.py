@@ -1,4 +1,4 @@
-"""Reads request bodies: the limits of their decompressed size and their time, and when they are requested.
+"""Reads request bodies and parses them: limits of size, time and parts; when a body is requested; fields added to it.
 
 A client that sends ``Expect: 100-continue`` waits with its body until it is requested: the body of a request that is
 refused before is never sent. (https://www.rfc-editor.org/rfc/rfc9110#section-10.1.1)
