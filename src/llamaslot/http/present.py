@@ -13,10 +13,10 @@ from llamaslot.backend.backend import Backend
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import LeaseState
 from llamaslot.backend.long_prompt import Prefilling
-from llamaslot.backend.status import status_of
 from llamaslot.fleet.queue import QueuePosition
 from llamaslot.fleet.registry import Registry
 from llamaslot.formats.comments import Comment
+from llamaslot.http.admin import status_of
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_stream import Writer
 from llamaslot.http.in_flight import InFlight, Requests
