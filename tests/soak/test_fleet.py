@@ -97,7 +97,7 @@ async def test_it_is_far_ahead_of_round_robin(tmp_path: Path, figure: Figure) ->
     """95 % of first tokens in a third of the time, 1.3 times the requests, follow-ups reuse 0.99.
 
     Seen with contexts of 2,500 tokens: reuse 0.978 to 0.991. What is missing are last turns that cost less to compute
-    again than to wait for their save (``scheduling/save_worth.py``). With that wait counted as nothing reuse was 1.000,
+    again than to wait for their save (``backend/slot_worth.py``). With that wait counted as nothing reuse was 1.000,
     at 0.46 to 0.65 times the requests/s (three seeds, in turns, on a busy machine).
     """
     model = models.dense(tmp_path)

@@ -8,9 +8,9 @@ import pytest
 
 from bench.virtual import VirtualLoop
 from llamaslot.backend import cache_miss
+from llamaslot.backend.cache_miss import LOST_MIN, Parting, alike, parting
 from llamaslot.cache.ids import pack
 from llamaslot.cache.namespaces import Namespace
-from llamaslot.cache.prompt_diff import LOST_MIN, Parting, alike, parting
 from llamaslot.scheduling.request import Request
 from llamaslot.store import WithTokens
 from tests.support.house import House

@@ -14,17 +14,9 @@ from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import SlotWedged
 from llamaslot.llama.replies import Progress
 from llamaslot.scheduling.request import Request
-from llamaslot.scheduling.save_worth import Unsaved, is_worth
 from llamaslot.scheduling.slots import SlotEvent, SlotState
 from tests.support.house import House, tokens_of
 from tests.support.stub import Op, StubServer
-
-
-def test_what_costs_less_to_compute_than_to_save_is_not_saved() -> None:
-    """The disk has all but a few tokens of it."""
-    assert is_worth(Unsaved(lacking_s=1.1, save_s=1.0))
-    assert not is_worth(Unsaved(lacking_s=0.9, save_s=1.0))
-
 
 SECONDS = {"save": 2.0, "restore": 2.0, "answer": 0.5}
 

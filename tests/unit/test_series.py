@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from llamaslot.observe import words
-from llamaslot.observe.activity import Activity, Outcome
+from llamaslot.observe.activity import Activity, Outcome, Savings, error_share
 from llamaslot.observe.journal import Act, Decision
-from llamaslot.observe.savings import Savings, error_share
 from llamaslot.observe.series import HOUR, Series, class_of, total
 from llamaslot.scheduling.cost import PrefillRate
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from llamaslot.config.tls import TlsConfig, load_certificate
+from llamaslot.config.tls import Certificate, TlsConfig, load_certificate
 from llamaslot.errors import ConfigError
-from llamaslot.http.tls import Certificate
 from tests.support.certificates import Made
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")

@@ -5,6 +5,7 @@ several backends; ``llamaslot snapshots`` for the snapshots on disk; ``llamaslot
 
 from __future__ import annotations
 
+import gc
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -86,8 +87,6 @@ def serve(path: Path, is_check: bool, who: str | None) -> None:
     """
     if who is not None and not is_check:
         raise click.UsageError("--as goes with --check: a service manager says who serves")
-    import gc  # here, as ``cli.gc`` is another one
-
     gc.disable()  # it takes a fifth of the imports' time; the application begins with it again
     try:
         _serve(path, is_check, who)

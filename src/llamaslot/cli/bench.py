@@ -17,8 +17,7 @@ from llamaslot.cli.faults import EXIT_FAULT, fail
 if TYPE_CHECKING:
     from llamaslot.bench.result import Request, Result, Side
     from llamaslot.bench.target import Target
-    from llamaslot.bench.texts import Texts
-    from llamaslot.bench.workload import Workload
+    from llamaslot.bench.workload import Texts, Workload
 
 _REPORT = Path("llamaslot-bench.html")
 _SHARED = 1000
@@ -199,7 +198,7 @@ class _Comparison:
         from llamaslot.bench.measure import chars_per_token
         from llamaslot.bench.result import Result, Side
         from llamaslot.bench.target import BenchError, ContextTooSmall
-        from llamaslot.bench.texts import Texts
+        from llamaslot.bench.workload import Texts
 
         options, texts = self._options, Texts(self._options["folder"])
         workload = _workload(options)

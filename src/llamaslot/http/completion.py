@@ -36,14 +36,13 @@ from llamaslot.formats.comments import Comment
 from llamaslot.formats.registry import FORMATS, format_named
 from llamaslot.http.auth import user_of
 from llamaslot.http.client_errors import MISTAKE
-from llamaslot.http.client_request import ClientRequest
 from llamaslot.http.client_stream import Downstream, StreamRules
 from llamaslot.http.completion_stream import Answering, RetryNonStreamed
 from llamaslot.http.deadlines import Deadlines
 from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import of_placement, to_server
 from llamaslot.http.in_flight import begins, by_operator, placed
-from llamaslot.http.parse import ParsedRequest, keep_what_follows, parse_request, request_id
+from llamaslot.http.parse import ClientRequest, ParsedRequest, keep_what_follows, parse_request, request_id
 from llamaslot.http.passthrough import Passthrough
 from llamaslot.http.prompt_list import Part, joined
 from llamaslot.http.request_body import NoObject, Uploads, parse_object, written

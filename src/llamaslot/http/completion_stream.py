@@ -23,12 +23,11 @@ from llamaslot.cache.content import NOTHING, Content
 from llamaslot.errors import JSON_TYPE, UpstreamError
 from llamaslot.fleet.model_context import ModelContext
 from llamaslot.formats.stream_to_json import Doubt
-from llamaslot.http.client_request import ClientRequest
 from llamaslot.http.client_stream import SSE_HEADERS, Downstream
 from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import of_expected_reuse, of_reuse, to_client
 from llamaslot.http.in_flight import in_flight
-from llamaslot.http.parse import ParsedRequest
+from llamaslot.http.parse import ClientRequest, ParsedRequest
 from llamaslot.http.stream_reader import Put, Reading
 from llamaslot.llama.response import Response, content_type_of, media_type_of, whole
 from llamaslot.llama.sse import data_of

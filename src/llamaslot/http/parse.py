@@ -1,7 +1,8 @@
-"""Converts a completion's body to a request."""
+"""A client's completion, and what it becomes: a request for a slot."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import re
@@ -19,6 +20,7 @@ from llamaslot.errors import BadRequest, PromptNotTokenizable, PromptTooLong, Re
 from llamaslot.fleet.model_context import ModelContext
 from llamaslot.formats.base import Format, PromptKind
 from llamaslot.llama.dry_run import DryRun
+from llamaslot.llama.response import Response
 from llamaslot.scheduling.plan import PrefillTo, SaveSharedPrefix, Source
 from llamaslot.scheduling.request import Placement, Request, User
 from llamaslot.tokens import media
@@ -28,6 +30,31 @@ from llamaslot.tokens.tokenizer import NoPrompt, Prompt
 # until llama-server is restarted (measured on xllamacpp 2026.10.11549).
 _NO_COPIES = "an empty prompt has one answer: ask for it without n, or with a prompt"
 _serial = itertools.count(1)
+
+
+Post = Callable[[dict[str, Any]], contextlib.AbstractAsyncContextManager[Response]]
+
+
+class ClientRequest(Struct, frozen=True):
+    """A client's request. ``post`` sends a body to the same route of llama-server."""
+
+    id: str
+    body: dict[str, Any]
+    format: Format
+    post: Post
+    started: float
+
+    @property
+    def is_streaming(self) -> bool:
+        return self.body.get("stream") is True
+
+    @property
+    def wants_progress(self) -> bool:
+        return self.is_streaming and self.body.get("return_progress") is True
+
+    def may_set(self, name: str) -> bool:
+        """Whether llamaslot may set a boolean field: it is absent or a boolean. llama-server refuses other values."""
+        return isinstance(self.body.get(name), bool | None)
 
 
 class ParsedRequest(Struct, frozen=True):

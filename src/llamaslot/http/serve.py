@@ -71,7 +71,7 @@ class Front:
         """
         listen, context = self._config.listen, None
         if listen.tls is not None:
-            from llamaslot.http.tls import Certificate
+            from llamaslot.config.tls import Certificate
 
             context = Certificate(listen.tls).context
         loop, given = asyncio.get_running_loop(), self._manager.sockets()

@@ -13,9 +13,8 @@ from llamaslot.backend.lease_states import RetryPlacement
 from llamaslot.backend.slot_content import wait_until_idle
 from llamaslot.cache.content import NOTHING
 from llamaslot.errors import BackendDown, BadRequest, LlamaslotError, Reason, UpstreamError
-from llamaslot.http.client_request import ClientRequest
 from llamaslot.http.headers import to_server
-from llamaslot.http.parse import ParsedRequest
+from llamaslot.http.parse import ClientRequest, ParsedRequest
 from llamaslot.llama.client import QUICK_S
 from llamaslot.llama.dry_run import IS_NOT_OFFERED, Verdict
 from llamaslot.llama.response import content_type_of, whole
