@@ -15,11 +15,10 @@ from aiohttp.test_utils import TestServer
 from click.testing import CliRunner
 
 from llamaslot import cli
-from llamaslot.bench.measure import Measurement, chars_per_token
+from llamaslot.bench.measure import Measurement, Texts, chars_per_token
 from llamaslot.bench.report import report
 from llamaslot.bench.result import Request, Result, Run, Side, figures, load, rows, save, verdict
 from llamaslot.bench.target import BenchError, ContextTooSmall, Target
-from llamaslot.bench.texts import Texts
 from llamaslot.bench.workload import Workload, recorded, team
 
 Answerer = Callable[[web.Request], Awaitable[web.StreamResponse]]

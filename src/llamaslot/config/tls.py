@@ -1,4 +1,4 @@
-"""``listen.tls``: a certificate and its key, loaded at the start and by ``--check``. A certificate renewed on disk is used
+"""``listen.tls``: a certificate and its key, loaded at the start and by ``--check``; one that was renewed on disk is used
 from the next connection on.
 """
 
