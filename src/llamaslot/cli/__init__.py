@@ -17,12 +17,10 @@ import llamaslot
 from llamaslot.cli.bench import bench
 from llamaslot.cli.demo import demo
 from llamaslot.cli.doctor import doctor
-from llamaslot.cli.drain import drain, undrain
 from llamaslot.cli.faults import fail, run_to_end
 from llamaslot.cli.install_service import install_service
-from llamaslot.cli.monitoring import monitoring
-from llamaslot.cli.reload import reload
 from llamaslot.cli.run import run
+from llamaslot.cli.running import drain, reload, undrain
 from llamaslot.cli.status import status, top
 from llamaslot.errors import ConfigError
 
@@ -33,6 +31,12 @@ if TYPE_CHECKING:
 _NO_PLUGINS = {
     "PYDANTIC_DISABLE_PLUGINS": "__all__"
 }  # it would look for some in every installed package: 15 ms
+
+_MONITORING = {
+    "dashboard": "grafana-dashboard.json",
+    "alerts": "prometheus-alerts.yaml",
+    "scrape": "prometheus-scrape.yaml",
+}
 
 
 class LateGroup(click.Group):
@@ -62,7 +66,6 @@ def main() -> None:
 main.add_command(run)
 main.add_command(bench)
 main.add_command(demo)
-main.add_command(monitoring)
 main.add_command(drain)
 main.add_command(undrain)
 main.add_command(LateGroup("snapshots", help="Look at the snapshots on disk, check them, remove some."))
@@ -132,6 +135,17 @@ def _run(config: Config, path: Path) -> None:
     from llamaslot.http.serve import serve as serve_app
 
     run_to_end(serve_app(config, path), config.listen)
+
+
+@main.command()
+@click.argument("what", type=click.Choice(list(_MONITORING)))
+def monitoring(what: str) -> None:
+    """Print a file for monitoring: Grafana's dashboard, Prometheus' alert
+    rules, or the lines with which Prometheus reads llamaslot's metrics.
+    """
+    import importlib.resources
+
+    click.echo((importlib.resources.files("llamaslot") / "data" / _MONITORING[what]).read_text(), nl=False)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,21 @@
-"""The running llamaslot of a configuration, asked through its own pages."""
+"""The running llamaslot: which one a command is about, how it is asked through its own pages, and commands that change
+it: ``llamaslot drain``, ``undrain``, ``reload``.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import click
+
+from llamaslot.cli.faults import told
 from llamaslot.errors import LlamaslotError
 
 # Slow imports are made where they are needed: ``--help`` took 0.8 s, and takes 0.1.
@@ -18,6 +25,11 @@ if TYPE_CHECKING:
     from llamaslot.config.load import Config
     from llamaslot.config.sections import ListenConfig
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: Written by ``llamaslot run`` for each model, in that model's part of its store: what it was started with.
+RUN_CONFIG = "config.yaml"
+_LOOK_EVERY_S = 0.5
 _TIMEOUT_S = 10.0
 
 
@@ -114,3 +126,97 @@ def _connection(listen: ListenConfig) -> HTTPConnection:
     context = ssl.create_default_context(cafile=str(listen.tls.cert))
     context.check_hostname = False  # it is asked by its address, on its own machine
     return HTTPSConnection(host, listen.port, timeout=_TIMEOUT_S, context=context)
+
+
+def which(command: F) -> F:
+    """Adds both options. The command gets the configuration as ``path``."""
+    config = click.option(
+        "--config",
+        "path",
+        type=click.Path(path_type=Path),
+        default="config.yaml",
+        show_default=True,
+        callback=lambda context, _, path: context.meta.get(__name__, path),
+    )
+    store = click.option(
+        "--store",
+        type=click.Path(path_type=Path, file_okay=False, exists=True),
+        metavar="DIR",
+        help="Instead of --config: the store of 'llamaslot run', or the part of one model in it.",
+        callback=_of_run,
+        expose_value=False,
+        is_eager=True,
+    )
+    return config(store(command))
+
+
+def _of_run(context: click.Context, option: click.Parameter, store: Path | None) -> None:
+    from llamaslot.store.shared_store import META
+
+    if store is None:
+        return
+    found = {path.parent.name: path for path in sorted(store.glob(f"{META}/*/{RUN_CONFIG}"))}
+    part = store.parent / META / store.name / RUN_CONFIG
+    if part.exists():
+        found = {store.name: part}
+    if not found:
+        raise click.BadParameter(f"no 'llamaslot run' has used {store}", context, option)
+    if len(found) > 1:
+        there_are = ", ".join(str(store / name) for name in found)
+        raise click.BadParameter(f"which model? There are {there_are}", context, option)
+    context.meta[__name__] = next(iter(found.values()))
+
+
+@click.command()
+@which
+@click.argument("backend")
+def drain(path: Path, backend: str) -> None:
+    """Take BACKEND out of service: running answers end, its slots are saved, nothing new begins there.
+
+    Waits until that is done; if it is interrupted, the draining goes on. Exit code 1: slots could not be saved.
+
+    The running llamaslot is found by its configuration. If its pages need a key and that has no auth.admin_key, the
+    environment variable LLAMASLOT_KEY gives one.
+    """
+    with told():
+        running = Running.of(path)
+        running.post("drain", {"backend": backend})
+        while (its := _status_of(running, backend))["drain"] == "draining":
+            time.sleep(_LOOK_EVERY_S)
+    unsaved = [str(slot["id"]) for slot in its["slots"] if slot["is_worth_saving"]]
+    if its["drain"] and unsaved:
+        click.echo(
+            f"{backend}: drained, but not saved: slots {', '.join(unsaved)}; the log of llamaslot says why"
+        )
+        sys.exit(1)
+    click.echo(f"{backend}: {its['drain'] or 'in service'}")
+
+
+@click.command()
+@which
+@click.argument("backend")
+def undrain(path: Path, backend: str) -> None:
+    """Put BACKEND into service again."""
+    with told():
+        Running.of(path).post("undrain", {"backend": backend})
+    click.echo(f"{backend}: in service")
+
+
+def _status_of(running: Running, backend: str) -> dict[str, Any]:
+    every: list[dict[str, Any]] = running.get("status")["backends"]
+    return next(its for its in every if its["name"] == backend)
+
+
+@click.command()
+@click.option("--config", "path", type=click.Path(path_type=Path), default="config.yaml", show_default=True)
+def reload(path: Path) -> None:
+    """Read the configuration again; SIGHUP does the same.
+
+    Says what is in force now, and what needs a restart. With a fault in the file
+    nothing changes, and the exit code is 2.
+    """
+    with told():
+        answer = Running.of(path).post("reload")
+    click.echo(f"in force: {', '.join(answer['in_force']) or 'nothing new'}")
+    if answer["needs_restart"]:
+        click.echo(f"needs a restart: {', '.join(answer['needs_restart'])}")

@@ -23,7 +23,7 @@ from xxhash import xxh3_64_hexdigest
 
 from llamaslot.cli.faults import told
 from llamaslot.cli.format import number, several, span, table
-from llamaslot.cli.which import which
+from llamaslot.cli.running import which
 from llamaslot.config.load import Config
 from llamaslot.llama.identity import Identity
 from llamaslot.scheduling.cost import Rates

@@ -11,8 +11,7 @@ import click
 
 from llamaslot.cli.faults import told
 from llamaslot.cli.format import number, several, span, table
-from llamaslot.cli.running import NotRunning, Running
-from llamaslot.cli.which import which
+from llamaslot.cli.running import NotRunning, Running, which
 
 # Slow imports are made where they are needed: rich takes 0.1 s, and only ``top`` uses it.
 if TYPE_CHECKING:

@@ -1,6 +1,4 @@
-"""``listen.tls``: a certificate and its key, loaded at the start and by ``--check``; one that was renewed on disk is used
-from the next connection on.
-"""
+"""``listen.tls``: a certificate and its key, loaded at the start, by ``--check``, and when they were renewed."""
 
 from __future__ import annotations
 
