@@ -15,9 +15,10 @@ from llamaslot.cli.faults import EXIT_FAULT, fail
 
 # Slow imports are made where they are needed.
 if TYPE_CHECKING:
+    from llamaslot.bench.measure import Texts
     from llamaslot.bench.result import Request, Result, Side
     from llamaslot.bench.target import Target
-    from llamaslot.bench.workload import Texts, Workload
+    from llamaslot.bench.workload import Workload
 
 _REPORT = Path("llamaslot-bench.html")
 _SHARED = 1000
@@ -195,10 +196,9 @@ class _Comparison:
         import contextlib
         import time
 
-        from llamaslot.bench.measure import chars_per_token
+        from llamaslot.bench.measure import Texts, chars_per_token
         from llamaslot.bench.result import Result, Side
         from llamaslot.bench.target import BenchError, ContextTooSmall
-        from llamaslot.bench.workload import Texts
 
         options, texts = self._options, Texts(self._options["folder"])
         workload = _workload(options)

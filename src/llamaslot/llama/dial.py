@@ -1,13 +1,15 @@
-"""Opens connections to one host."""
+"""Opens connections to one host, whose address may be that of a URL."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import os
+import re
 import socket
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 P = TypeVar("P", bound=asyncio.Protocol)
 
@@ -15,6 +17,31 @@ QUESTION_CONNECT_S = 5.0  # to connect for a short question, which can be repeat
 # To connect for a request of a client. Linux sends the first packet again after 1, 3 and 7 s, if a burst has filled
 # llama-server's backlog.
 REQUEST_CONNECT_S = 10.0
+
+
+_ODD = re.compile(r"[^!-~]")  # needs encoding
+
+
+class PlainTarget(NamedTuple):
+    """A server at ``http://host[:port][/prefix]``. ``prefix``: prepended to each path. ``headers``: header lines
+    of each request, each with its line end.
+    """
+
+    host: str
+    port: int
+    prefix: str
+    headers: str
+
+    @classmethod
+    def of(cls, url: str, api_key: str | None) -> PlainTarget | None:
+        """None if aiohttp must send to it: TLS, or characters that need encoding."""
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname or parts.username is not None:
+            return None
+        if _ODD.search(f"{parts.netloc}{parts.path}{api_key or ''}"):
+            return None
+        key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
+        return cls(parts.hostname, parts.port or 80, parts.path.rstrip("/"), f"Host: {parts.netloc}\r\n{key}")
 
 
 class NotReached(ConnectionError):

@@ -25,11 +25,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
-from urllib.parse import urlsplit
 
 import httptools
 
-from llamaslot.llama.dial import QUESTION_CONNECT_S, Dial
+from llamaslot.llama.dial import QUESTION_CONNECT_S, Dial, PlainTarget
 
 _LATE_S = 0.1  # a timer that is called so late tells that this process was busy
 _IDLE_S = 4.0  # llama-server closes after 5
@@ -79,12 +78,9 @@ class _Gone(ConnectionError):
 class KeepAlivePool:
     """Connections to one server. It belongs to one event loop; call ``close`` there."""
 
-    def __init__(self, host: str, port: int, prefix: str, headers: str, max_bytes: int) -> None:
-        """``prefix``: prepended to each path. ``headers``: header lines for each request, each with its line end.
-        ``max_bytes``: of one answer, its headers included.
-        """
-        self._dial, self._prefix, self._headers = Dial(host, port), prefix, headers
-        self._max_bytes = max_bytes
+    def __init__(self, target: PlainTarget, max_bytes: int) -> None:
+        """``max_bytes``: of one answer, its headers included."""
+        self._target, self._dial, self._max_bytes = target, Dial(target.host, target.port), max_bytes
         self._idle: list[_Connection] = []  # the most recently used last; it is reused first
         self._busy: set[_Connection] = set()
         self._waiting: deque[asyncio.Future[_Connection | None]] = deque()  # for one of the busy ones
@@ -93,16 +89,9 @@ class KeepAlivePool:
 
     @classmethod
     def of(cls, url: str, api_key: str | None, *, max_bytes: int = _ANSWER_BYTES) -> KeepAlivePool | None:
-        """A pool for ``http://host[:port][/prefix]``; None if it does not support the URL (TLS, or characters that
-        need encoding).
-        """
-        parts = urlsplit(url)
-        key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
-        is_plain = all("!" <= character <= "~" for character in f"{parts.netloc}{parts.path}{api_key or ''}")
-        if parts.scheme != "http" or not parts.hostname or parts.username is not None or not is_plain:
-            return None
-        headers = f"Host: {parts.netloc}\r\n{key}"
-        return cls(parts.hostname, parts.port or 80, parts.path.rstrip("/"), headers, max_bytes)
+        """None if it does not support the URL: see ``PlainTarget.of``."""
+        target = PlainTarget.of(url, api_key)
+        return cls(target, max_bytes) if target is not None else None
 
     def __len__(self) -> int:
         """The number of open connections."""
@@ -116,7 +105,7 @@ class KeepAlivePool:
         the connection; llama-server still handles the request.
         """
         length = "" if body is None else f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-        head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._headers}{length}\r\n"
+        head = f"{method} {self._target.prefix}{path} HTTP/1.1\r\n{self._target.headers}{length}\r\n"
         question = (head.encode("ascii"), body or b"")
         kept = self._take() if self._idle else None
         if kept is None and len(self._busy) + self._n_opening >= _N_BURST:

@@ -19,13 +19,12 @@ import socket
 from collections.abc import Callable, Coroutine, Mapping
 from types import TracebackType
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import httptools
 from multidict import CIMultiDict
 
 from llamaslot.errors import BackendDown, SlotWedged
-from llamaslot.llama.dial import REQUEST_CONNECT_S, Dial
+from llamaslot.llama.dial import REQUEST_CONNECT_S, Dial, PlainTarget
 from llamaslot.llama.keep_alive import BadAnswer
 from llamaslot.llama.response import BROKEN_OFF, RELAYED_BYTES, Response, Take
 
@@ -53,23 +52,17 @@ def narrow_socket(family: int, kind: int, protocol: int) -> socket.socket:
 
 
 class PlainServer:
-    """Sends requests to ``http://host[:port][/prefix]``."""
+    """Sends requests to one server."""
 
-    def __init__(self, url: str, host: str, port: int, prefix: str, fixed: str) -> None:
-        """``prefix``: prepended to each path. ``fixed``: header lines of each request, each with its line end."""
-        self._url, self._prefix, self._fixed = url, prefix, fixed
-        self._dial = Dial(host, port, narrow_socket)
+    def __init__(self, url: str, target: PlainTarget) -> None:
+        self._url, self._target = url, target
+        self._dial = Dial(target.host, target.port, narrow_socket)
 
     @classmethod
     def of(cls, url: str, api_key: str | None) -> PlainServer | None:
-        """None if it does not support the URL."""
-        parts = urlsplit(url)
-        key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
-        is_plain = not _ODD_IN_TARGET.search(f"{parts.netloc}{parts.path}{api_key or ''}")
-        if parts.scheme != "http" or not parts.hostname or parts.username is not None or not is_plain:
-            return None
-        fixed = f"Host: {parts.netloc}\r\n{key}"
-        return cls(url, parts.hostname, parts.port or 80, parts.path.rstrip("/"), fixed)
+        """None if it does not support the URL: see ``PlainTarget.of``."""
+        target = PlainTarget.of(url, api_key)
+        return cls(url, target) if target is not None else None
 
     def _head(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None) -> bytes | None:
         """The head of a request, as aiohttp writes it; None if a part of it needs care. ``headers`` have no Host, no
@@ -85,10 +78,8 @@ class PlainServer:
             more += f"Content-Length: {len(body or b'')}\r\n"
         if body is not None and "Content-Type" not in headers:
             more += "Content-Type: application/octet-stream\r\n"
-        head = (
-            f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._fixed}{lines}{more}Connection: close\r\n\r\n"
-        )
-        return head.encode("ascii")
+        line = f"{method} {self._target.prefix}{path} HTTP/1.1\r\n"
+        return f"{line}{self._target.headers}{lines}{more}Connection: close\r\n\r\n".encode("ascii")
 
     async def send(
         self,
