@@ -21,7 +21,7 @@ from llamaslot.backend.exclusive import ExclusiveSection
 from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.idle_save import IdleSave
 from llamaslot.backend.leases import Leases
-from llamaslot.backend.presence import Presence, Proof, note_sleep
+from llamaslot.backend.health import Presence, Proof, note_sleep
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.suspicion import Suspicion
 from llamaslot.backend.unassisted_slots import has_idle_slot
