@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.backend.backend import Health
+from llamaslot.backend.health import Health
 from llamaslot.scheduling.slots import Slot
 from tests.support import models
 from tests.support.answers import Answer

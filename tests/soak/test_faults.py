@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.backend.backend import Health
+from llamaslot.backend.health import Health
 from tests.support.figures import Figure
 from tests.support.inprocess import Served, letters, right, served, spawn
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamaslot.backend.backend import Backend, Health
+from llamaslot.backend.backend import Backend
+from llamaslot.backend.health import Health
 from llamaslot.config.load import Config
 from llamaslot.fleet.pool import Pool
 from tests.support.answers import Answer

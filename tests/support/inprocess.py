@@ -24,7 +24,8 @@ from typing import Any
 
 import aiohttp
 
-from llamaslot.backend.backend import Backend, Health
+from llamaslot.backend.backend import Backend
+from llamaslot.backend.health import Health
 from llamaslot.config.load import Config
 from llamaslot.fleet.pool import Pool
 from llamaslot.fleet.registry import Registry

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from llamaslot.backend.health import Suspicion
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
-from llamaslot.backend.suspicion import Suspicion
 from llamaslot.errors import DeadlyPrompt, UpstreamError
 from llamaslot.fleet import bad_prompts
 from llamaslot.fleet.bad_prompts import BadPrompts

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llamaslot.backend import connect
-from llamaslot.backend.backend import Health
+from llamaslot.backend.health import Health
 from llamaslot.backend.probes import Probes
 from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, right, served, spawn
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from llamaslot.backend.backend import Health
 from llamaslot.backend.connect import ServerSession
+from llamaslot.backend.health import Health
 from tests.support.fake import FakeServer
 from tests.support.fleet import Fleet, backend_of, configured, fleet
 from tests.support.inprocess import CHAT, NATIVE, a_session, letters, spawn

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from llamaslot import cli
 from llamaslot.backend import backend
-from llamaslot.backend.backend import Health
+from llamaslot.backend.health import Health
 from tests.support.fake import FakeModel
 from tests.support.fleet import A, B, Fleet, backend_of, fleet
 from tests.support.inprocess import Settings, letters, line_with, spawn

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.backend.backend import Health
+from llamaslot.backend.health import Health
 from llamaslot.http import connections
 from llamaslot.http.client_connection import Connection
 from llamaslot.http.serve import Front as ServeFront

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.backend.backend import Health
+from llamaslot.backend.health import Health
 from llamaslot.cache import layered_index
 from llamaslot.cache.ids import pack
 from llamaslot.store.model_snapshots import ModelSnapshots

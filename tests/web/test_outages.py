@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from llamaslot.backend.backend import Health
+from llamaslot.backend.health import Health
 from tests.support.answers import without_progress
 from tests.support.fake import FakeModel
 from tests.support.inprocess import CHAT, NATIVE, TEXT, Served, letters, line_with, right, served, spawn

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaslot.backend import backend, presence
+from llamaslot.backend import backend, health
 from tests.support.inprocess import Served, served
 
 
@@ -16,7 +16,7 @@ from tests.support.inprocess import Served, served
 def no_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The poll every two seconds is no question of a request."""
     monkeypatch.setattr(backend, "_WATCH_S", 60.0)
-    monkeypatch.setattr(presence, "_AWAKE_S", 60.0)
+    monkeypatch.setattr(health, "_AWAKE_S", 60.0)
 
 
 async def asked(it: Served, text: str) -> Counter[str]:

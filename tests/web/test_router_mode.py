@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llamaslot.backend.backend import Health
+from llamaslot.backend.health import Health
 from tests.support.fake import FakeModel
 from tests.support.fake_router import FakeRouter
 from tests.support.fleet import A, B, Several, configured

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import math
 import random
@@ -19,11 +18,10 @@ from llamaslot.backend.connect import Handshake, RouterMode, ServerSession
 from llamaslot.backend.drain import Drain
 from llamaslot.backend.exclusive import ExclusiveSection
 from llamaslot.backend.executor import PlanExecutor
+from llamaslot.backend.health import Health, Presence, Proof, Suspicion, note_sleep
 from llamaslot.backend.idle_save import IdleSave
 from llamaslot.backend.leases import Leases
-from llamaslot.backend.health import Presence, Proof, note_sleep
 from llamaslot.backend.slot_table import SlotTable
-from llamaslot.backend.suspicion import Suspicion
 from llamaslot.backend.unassisted_slots import has_idle_slot
 from llamaslot.cache.content import NOTHING
 from llamaslot.errors import (
@@ -58,13 +56,6 @@ _SUSPECT_S, _SILENT_S, _HEALTH_S = 2.0, 3.0, 2.0
 _RETRY_S, _RETRY_AT_LAST_S = 1.0, 60.0  # pauses between attempts to probe the server, each twice the last
 _LOOK_AGAIN_S = 600.0  # after slots have lost their content
 _CONNECT_WAIT_S = 120.0  # how long a request waits for a server that has just restarted
-
-
-class Health(enum.Enum):
-    DOWN = "down"
-    ASLEEP = "asleep"  # until a request comes for its model
-    CONNECTING = "connecting"
-    UP = "up"
 
 
 class Members(Protocol):

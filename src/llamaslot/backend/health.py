@@ -1,16 +1,21 @@
-"""A llama-server that is not there all the time: it unloads its model by itself (``--sleep-idle-seconds``), or
-llamaslot stops it and starts it again when a request comes for its model, or it is one model of a router.
+"""Whether a llama-server is there, awake and to be trusted.
+
+One is not there all the time: it unloads its model by itself (``--sleep-idle-seconds``), or llamaslot stops it and
+starts it again when a request comes for its model, or it is one model of a router. One that may hang, or answers with
+errors, gets requests only if no other can take them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
 import logging
 import math
 from typing import Protocol
 
 from llamaslot.backend.leases import Leases
 from llamaslot.cache.content import NOTHING
+from llamaslot.errors import UpstreamError
 from llamaslot.llama.replies import Props
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotEvent
@@ -20,6 +25,15 @@ log = logging.getLogger(__name__)
 
 # A server that has answered a request within this time has not fallen asleep: --sleep-idle-seconds is 1 at least.
 _AWAKE_S = 1.0
+# For which a server that answers with errors is avoided: each pause is twice the last.
+_PAUSE_S, _PAUSE_AT_LAST_S = 2.0, 60.0
+
+
+class Health(enum.Enum):
+    DOWN = "down"
+    ASLEEP = "asleep"  # until a request comes for its model
+    CONNECTING = "connecting"
+    UP = "up"
 
 
 class OnDemand(Protocol):
@@ -122,3 +136,40 @@ def note_sleep(leases: Leases, is_asleep: bool, now: float) -> None:
         table.take(slot, Request("sleep"), now, has_answer=False)
         table.give_back(slot, SlotEvent.EMPTY, NOTHING, now)
     leases.dispatch()
+
+
+class Suspicion:
+    """A circuit breaker. Silence is forgiven with the next answer to a question, an error after a pause: then a request
+    tries the backend again, and goes to another one if that fails too. Each pause is twice the last, until a request
+    was answered.
+    """
+
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
+        self._n_errors, self._until = 0, -math.inf
+
+    def begin(self) -> None:
+        """It may hang. Idempotent."""
+        if self._leases.table is not None and not self._leases.is_suspect:
+            self._leases.is_suspect = True
+            self._leases.dispatch()
+
+    def blame(self, error: UpstreamError) -> None:
+        """It has failed at what another backend can do, or at a question of llamaslot's own."""
+        pause_s = min(_PAUSE_S * 2 ** min(self._n_errors, 30), _PAUSE_AT_LAST_S)
+        self._n_errors, self._until = self._n_errors + 1, self._leases.now() + pause_s
+        log.warning(
+            "%s: answers with errors, and gets no requests for %g s while another backend can take them: %s",
+            self._leases.backend, pause_s, error,
+        )  # fmt: skip
+        self.begin()
+
+    def has_worked(self) -> None:
+        """It has answered a request."""
+        self._n_errors = 0
+
+    def end(self) -> None:
+        """It has answered a question. No effect during a pause."""
+        if self._leases.is_suspect and self._leases.now() >= self._until:
+            self._leases.is_suspect = False
+            self._leases.dispatch()

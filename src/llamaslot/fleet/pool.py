@@ -9,9 +9,10 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
 from msgspec import Struct, field
 
-from llamaslot.backend.backend import Backend, Health
+from llamaslot.backend.backend import Backend
 from llamaslot.backend.connect import ServerSession
 from llamaslot.backend.executor import PlanExecutor
+from llamaslot.backend.health import Health
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import Preempted
 from llamaslot.backend.slot_table import SlotTable

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llamaslot.backend.backend import Backend, Health
+from llamaslot.backend.backend import Backend
 from llamaslot.backend.connect import ServerSession
+from llamaslot.backend.health import Health
 from llamaslot.config.sections import ModelsConfig
 from llamaslot.errors import BackendDown, BadRequest, ModelNotFound, shortened
 from llamaslot.fleet.pool import Pool, PoolModel

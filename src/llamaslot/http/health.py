@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from http import HTTPStatus
 
-from llamaslot.backend.backend import Health
+from llamaslot.backend.health import Health
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.connections import HealthAnswer
 
