@@ -147,7 +147,7 @@ def test_only_mistakes_of_llamaslot_are_its_faults(
     status: int, error: LlamaslotError | None, is_cancelled: bool, outcome: str
 ) -> None:
     """What the headline counts, and what it counts beside that."""
-    its = InFlight(1, None, None, 0.0, 0.0, None)  # type: ignore[arg-type]
+    its = InFlight(1, "mine", None, None, 0.0, 0.0, None)  # type: ignore[arg-type]
     its.status, its.error, its.is_cancelled = status, error, is_cancelled
     assert outcome_of(its) == outcome
 
@@ -278,7 +278,7 @@ async def test_a_request_is_cancelled(tmp_path: Path, stream: bool) -> None:
         await it.until(lambda: it.pool.dispatcher.leases)
         assert (await it.post("/llamaslot/cancel?request=other", None)).status == 404
         told = await it.post("/llamaslot/cancel?request=mine", None)
-        assert told.json == {"request": "mine", "n_cancelled": 1}
+        assert told.json == {"request": "mine"}
         answer = await asked
         it.fake.go()
         assert answer.status == 410
@@ -287,6 +287,29 @@ async def test_a_request_is_cancelled(tmp_path: Path, stream: bool) -> None:
         assert latest["outcome"] == "cancelled"
         assert (await it.ask(letters(2, 50))).status == 200
         assert await it.count("clients_left_total") == 0
+
+
+async def test_requests_to_which_clients_give_one_id(tmp_path: Path) -> None:
+    """Each has an id of its own, that its client is told: to cancel one ends no other, in flight or later."""
+    async with served(tmp_path, slots=2) as it:
+        it.fake.hold()
+        asked = [
+            spawn(it.post("/completion", {"prompt": letters(i, 200)}, **{"x-request-id": "mine"}))
+            for i in range(2)
+        ]
+        await it.until(lambda: len(it.pool.dispatcher.leases) == 2)
+        ids = [its["id"] for its in (await activity(it))["in_flight"]]
+        assert ids[0] == "mine"
+        assert ids[1].startswith("mine~")
+        assert (await it.post("/llamaslot/cancel?request=mine", None)).status == 200
+        assert (await asked[0]).status == 410
+        it.fake.go()
+        answer = await asked[1]
+        assert (answer.status, answer.headers["x-request-id"]) == (200, ids[1])
+        later = await it.post("/completion", {"prompt": "hello"}, **{"x-request-id": "mine"})
+        assert later.headers["x-request-id"] not in ids
+        told = await activity(it, "?request=mine")
+        assert told["outcome"] == "cancelled"
 
 
 async def test_a_stream_that_has_begun_is_cancelled(tmp_path: Path) -> None:
@@ -380,7 +403,9 @@ async def test_other_pages_can_do_nothing(
         assert answer.status == status
 
 
-@pytest.mark.parametrize("path", ["events?seconds=1", "activity", "history", "snapshots"])
+@pytest.mark.parametrize(
+    "path", ["events?seconds=1", "activity", "history", "snapshots", "status", "metrics", "journal"]
+)
 async def test_other_pages_read_nothing(tmp_path: Path, path: str) -> None:
     """A GET of a page's own site has no Origin, and DNS rebinding makes this machine a site of others."""
     async with served(tmp_path) as it:

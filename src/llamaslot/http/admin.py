@@ -12,7 +12,7 @@ from llamaslot.backend.backend import Backend
 from llamaslot.backend.connect import ServerSession
 from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
-from llamaslot.errors import BadRequest, Forbidden, NotAllowed, NotFound, NotReloaded, shortened
+from llamaslot.errors import BadRequest, NotAllowed, NotFound, NotReloaded, shortened
 from llamaslot.fleet.pool import PoolStatus
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.openapi import DESCRIPTION, PATHS
@@ -33,8 +33,7 @@ class Status:
         self._prompts = prompts or SystemPrompts((), registry.metrics)
 
     async def handle(self, request: web.Request) -> web.Response:
-        """Answer a request for one of the pages. Raises NotFound, NotAllowed, Forbidden, and BadRequest."""
-        check_method(request)
+        """Answer a request for one of the pages. Raises NotFound, NotReloaded, and BadRequest."""
         match request.path:
             case "/llamaslot/status":
                 return web.json_response(self.status())
@@ -45,7 +44,6 @@ class Status:
             case "/llamaslot/drain" | "/llamaslot/undrain":
                 return web.json_response(self._drain(request))
             case "/llamaslot/reload":
-                _not_for_pages(request, "reload")
                 if self._reload is None:
                     raise NotReloaded("this llamaslot has no configuration to read again")
                 return web.json_response(await self._reload.run())
@@ -82,8 +80,7 @@ class Status:
         return {"decisions": [decision.to_json() for decision in latest]}
 
     def _drain(self, request: web.Request) -> dict[str, Any]:
-        """Begin or end the drain of a backend. Raises BadRequest, NotFound, and Forbidden for a web page."""
-        _not_for_pages(request, "drain")
+        """Begin or end the drain of a backend. Raises BadRequest and NotFound."""
         there_are = ", ".join(backend.name for backend in self._registry.backends)
         if not (name := request.query.get("backend", "")):
             raise BadRequest(f"{request.path}?backend=NAME: which backend? There are {there_are}")
@@ -106,14 +103,6 @@ class Status:
         metrics.bytes_added.set(sum(store.catalog.acceptance.added_bytes for store in stores))
         metrics.saves_differing.set(sum(store.catalog.acceptance.n_differing for store in stores))
         return web.Response(body=metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4"})
-
-
-def _not_for_pages(request: web.Request, command: str) -> None:
-    """Raises Forbidden: any page in a browser on this machine could send it."""
-    if "Origin" in request.headers:
-        raise Forbidden(
-            f"{request.path} is not for web pages: use the command 'llamaslot {command}', or curl"
-        )
 
 
 def check_method(request: web.Request) -> None:

@@ -17,7 +17,7 @@ from llamaslot.errors import (
     shortened,
 )
 from llamaslot.fleet.registry import Registry
-from llamaslot.http.admin import Status
+from llamaslot.http.admin import Status, check_method
 from llamaslot.http.auth import USER, Authenticator, is_own_page
 from llamaslot.http.client_connection import Connection
 from llamaslot.http.client_errors import MISTAKE, error_instead, error_response
@@ -28,7 +28,7 @@ from llamaslot.http.deadlines import Timeouts
 from llamaslot.http.events import Events
 from llamaslot.http.health import health_of
 from llamaslot.http.in_flight import CLIENT_GONE, Requests, by_operator, note_error
-from llamaslot.http.page import is_page_file, page_file
+from llamaslot.http.page import is_page_file, page_file, refuse_foreign_page
 from llamaslot.http.passthrough import Passthrough
 from llamaslot.http.present import Presenter
 from llamaslot.http.reload import Reload
@@ -81,7 +81,6 @@ class App:
             self._requests,
             self._events,
             self._is_admitted,
-            needs_key=self._authenticator.needs_admin_key,
         )
 
     def take(self, config: Config) -> None:
@@ -92,7 +91,6 @@ class App:
         self._cors = Cors(config.listen.cors)
         self._prompts.take(config.rules)
         self.config = config
-        self._watching.needs_key = self._authenticator.needs_admin_key
 
     def _is_admitted(self, request: web.Request) -> bool:
         """Whether its key is valid now: it may have been removed since the request came."""
@@ -189,6 +187,8 @@ class App:
         if is_page_file(request):
             return page_file(request)
         if is_own_page(request):
+            refuse_foreign_page(request, needs_key=self._authenticator.needs_admin_key)
+            check_method(request)
             return await self._watching.handle(request) or await self._status.handle(request)
         if request.method in _NO_METHODS or request.raw_path == "*":
             raise NotImplementedHere(

@@ -41,8 +41,8 @@ from llamaslot.http.completion_stream import Answering, RetryNonStreamed
 from llamaslot.http.deadlines import Deadlines
 from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import of_placement, to_server
-from llamaslot.http.in_flight import begins, by_operator, placed
-from llamaslot.http.parse import ClientRequest, ParsedRequest, keep_what_follows, parse_request, request_id
+from llamaslot.http.in_flight import begins, by_operator, id_of, placed
+from llamaslot.http.parse import ClientRequest, ParsedRequest, keep_what_follows, parse_request
 from llamaslot.http.passthrough import Passthrough
 from llamaslot.http.prompt_list import Part, joined
 from llamaslot.http.request_body import NoObject, Uploads, parse_object, written
@@ -134,12 +134,12 @@ class _Exchange:
         self.in_one_piece = False  # the answer cannot be assembled from a stream
         self.request, self.route, self.body = request, route, body
         self.must_load = False  # the model is not loaded, and ``pool`` may be another one's
-        self.id: str = whole.id if whole is not None else request_id(request.headers)
+        self.id = id_of(request)
         self.client_request = ClientRequest(self.id, body, self._format, self._post, time.monotonic())
         self.down = Downstream(request, rules, self.client_request.is_streaming, {"x-request-id": self.id})
         self.attempts = Attempts(self.id, pool, raw, lambda: self.down.has_answer)
         self.attempts.pool_again = pool_again
-        begins(request, self.id, pool, body.get("model"), self.down)
+        begins(request, pool, body.get("model"), self.down)
         self.deadlines: Deadlines = whole.deadlines if whole is not None else Deadlines(rules.timeouts)
 
     async def run(self) -> web.StreamResponse:

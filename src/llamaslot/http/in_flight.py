@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import random
+import re
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -34,6 +36,7 @@ CLIENT_GONE = 499  # nginx's number for a client that has closed its connection
 _LONGEST = 200  # characters of what clients name
 _DIGEST_S = 0.5
 _MOVES = ("save", "keep", "restore")
+_PLAIN_ID = re.compile(r"[!-~]{1,128}")
 
 
 class Downstream(Protocol):
@@ -43,17 +46,18 @@ class Downstream(Protocol):
 
 
 class InFlight(Struct, eq=False):
-    """A request that is being served. ``began``: its arrival, by the monotonic clock; ``at``: the same, since 1970.
-    ``n_reused``, ``n_computed``, ``prefill_s``, ``n_answered``, ``decode_s``: of what was answered so far.
+    """A request that is being served. ``id``: of no other one in flight or in the history. ``began``: its arrival, by
+    the monotonic clock; ``at``: the same, since 1970. ``n_reused``, ``n_computed``, ``prefill_s``, ``n_answered``,
+    ``decode_s``: of what was answered so far.
     """
 
     serial: int
+    id: str
     request: web.Request
     route: Route
     began: float
     at: float
     task: asyncio.Task[Any] | None
-    id: str = ""
     model: str = ""
     down: Downstream | None = None
     lease: Lease | None = None
@@ -108,11 +112,17 @@ def note_error(request: web.Request, error: LlamaslotError) -> None:
         its.error = error
 
 
-def begins(request: web.Request, id_: str, pool: Pool, model: object, down: Downstream | None = None) -> None:
+def id_of(request: web.Request) -> str:
+    """The id of a request that takes a slot, the same whenever it is asked for."""
+    its: InFlight = request[IN_FLIGHT]
+    return its.id
+
+
+def begins(request: web.Request, pool: Pool, model: object, down: Downstream | None = None) -> None:
     """It is going to be served by ``pool``; ``model``: what it asks for."""
     if (its := in_flight(request)) is not None:
         name = pool.model.name if pool.model is not None else model
-        its.id, its.model, its.down = id_, name[:_LONGEST] if isinstance(name, str) else "", down
+        its.model, its.down = name[:_LONGEST] if isinstance(name, str) else "", down
 
 
 def placed(request: web.Request, lease: Lease, down: Downstream | None = None) -> None:
@@ -149,11 +159,31 @@ class Requests:
 
     def begin(self, request: web.Request, route: Route) -> InFlight:
         its = InFlight(
-            next(self._serials), request, route, time.monotonic(), time.time(), asyncio.current_task()
+            serial := next(self._serials),
+            self._new_id(request.headers.get("X-Request-Id", ""), serial),
+            request,
+            route,
+            time.monotonic(),
+            time.time(),
+            asyncio.current_task(),
         )
         request[IN_FLIGHT] = self.running[its.serial] = its
         self.has_changed.set()
         return its
+
+    def _new_id(self, given: str, serial: int) -> str:
+        """The id that its client has given, if that is valid in logs, headers and sidecars; with an ending, if another
+        request has it: to cancel one ends no other, and each has its own timeline.
+        """
+        ending = f"{random.getrandbits(24):06x}"
+        if not _PLAIN_ID.fullmatch(given):
+            return f"req-{serial}-{ending}"
+        is_taken = (
+            any(its.id == given for its in self.running.values())
+            or any(its.id == given for its in self._ended)
+            or self.history.activity(given) is not None
+        )
+        return f"{given}~{ending}" if is_taken else given
 
     def end(self, its: InFlight, status: int) -> None:
         """It has ended with that status; 499 if its client has gone."""
@@ -163,14 +193,14 @@ class Requests:
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_DIGEST_S, self.digest)
 
-    def cancel(self, id_: str) -> int:
-        """Cancel the requests of that id: each is told so, and gives its slot back. Returns their number."""
-        found = [its for its in self.running.values() if its.id == id_ and its.task is not None]
-        for its in found:
-            assert its.task is not None
-            its.is_cancelled = True
-            its.task.cancel()
-        return len(found)
+    def cancel(self, id_: str) -> bool:
+        """Cancel the request of that id: its client is told so, and it gives its slot back. False if there is none."""
+        its = next((its for its in self.running.values() if its.id == id_), None)
+        if its is None or its.task is None:
+            return False
+        its.is_cancelled = True
+        its.task.cancel()
+        return True
 
     def close(self) -> None:
         if self._timer is not None:
@@ -225,7 +255,7 @@ class Requests:
         slot = lease.slot_key if lease is not None and has_slot else None
         _fill_in(its, acts)
         activity = Activity(
-            id=its.id or f"{its.route.path}-{its.serial}",
+            id=its.id,
             at=its.at,
             user=user_of(its.request).id,
             model=self.model_of(its),

@@ -11,7 +11,7 @@ from llamaslot import __version__
 from llamaslot.observe.activity import Activity, Outcome
 from llamaslot.observe.history import KEPT as KEPT_REQUESTS
 from llamaslot.observe.journal import KEPT
-from llamaslot.observe.series import SPANS
+from llamaslot.observe.series import SPANS, Sums
 
 Json = dict[str, Any]
 
@@ -179,24 +179,15 @@ _WHOLE: dict[str, Json] = {
     for name in Activity.__struct_fields__
 }
 _ROW = {name: schema for name, schema in _WHOLE.items() if name not in ("stages", "diverged")}
-_POINT = _object(
-    at=_COUNT,
-    n=_COUNT,
-    n_faults=_COUNT,
-    n_unserved=_COUNT,
-    n_prompt=_COUNT,
-    n_reused=_COUNT,
-    n_computed=_COUNT,
-    n_answered=_COUNT,
-    saved_s=_SECONDS,
-    saved_error_s=_SECONDS,
-    moved_s=_SECONDS,
-    queued_s=_SECONDS,
-    longest_queued_s=_SECONDS,
-    disk_bytes=_or_null(_COUNT),
-    first_p50_s=_or_null(_SECONDS),
-    first_p95_s=_or_null(_SECONDS),
-)
+
+
+def _sum(name: str, empty: float | None) -> Json:
+    """A field of a sum; ``empty``: its value where nothing happened."""
+    schema = _SECONDS if name.endswith("_s") else _COUNT
+    return _or_null(schema) if empty is None else schema
+
+
+_POINT = _object(at=_COUNT, **{name: _sum(name, empty) for name, empty in Sums().to_json().items()})
 _SNAPSHOT = _object(
     id=_TEXT,
     store=_TEXT,
@@ -358,10 +349,9 @@ PATHS: dict[str, Json] = {
     ),
     "/llamaslot/cancel": _action(
         "Cancel a request in flight: its client is told so, its slot is given back.",
-        "How many requests had this id.",
+        "It ends at its next step.",
         _param("request", "Its id.", {"type": "string", "minLength": 1}, required=True),
         request=_TEXT,
-        n_cancelled=_COUNT,
     ),
     "/llamaslot/pin": _of_snapshot("Keep a snapshot: it is not evicted while its model is served."),
     "/llamaslot/unpin": _of_snapshot("Let a pinned snapshot be evicted again."),

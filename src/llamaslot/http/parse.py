@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import random
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,7 +26,6 @@ from llamaslot.tokens.tokenizer import NoPrompt, Prompt
 # The slots of the other answers would wait for the first to finish its prompt, which it never begins: they are lost
 # until llama-server is restarted (measured on xllamacpp 2026.10.11549).
 _NO_COPIES = "an empty prompt has one answer: ask for it without n, or with a prompt"
-_serial = itertools.count(1)
 
 
 Post = Callable[[dict[str, Any]], contextlib.AbstractAsyncContextManager[Response]]
@@ -82,15 +78,6 @@ class ParsedRequest(Struct, frozen=True):
             return self.prompts[0].tokens
         tokens = [prompt.tokens for prompt in self.prompts] or [b""]
         return head(tokens[0], min(common(tokens[0], other) for other in tokens))
-
-
-_PLAIN_ID = re.compile(r"[!-~]{1,128}")
-
-
-def request_id(headers: Mapping[str, str]) -> str:
-    """The client's ``X-Request-Id`` if it is valid in logs, headers and sidecars, else a new id."""
-    given = headers.get("X-Request-Id", "")
-    return given if _PLAIN_ID.fullmatch(given) else f"req-{next(_serial)}-{random.getrandbits(24):06x}"
 
 
 def lora_of(body: Mapping[str, Any]) -> str:

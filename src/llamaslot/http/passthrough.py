@@ -26,8 +26,7 @@ from llamaslot.http.client_stream import end_relayed
 from llamaslot.http.deadlines import Deadlines, Timeouts, Watchdog
 from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import BACKEND, to_server
-from llamaslot.http.in_flight import begins, placed
-from llamaslot.http.parse import request_id
+from llamaslot.http.in_flight import begins, id_of, placed
 from llamaslot.http.relay import relay
 from llamaslot.http.request_body import Upload, Uploads, parse_object
 from llamaslot.http.rewriting import SystemPrompts
@@ -163,8 +162,8 @@ class Passthrough:
     async def _in_turn(
         self, attempts: Attempts, request: web.Request, raw: bytes, head: bytes, *, is_watched: bool
     ) -> web.StreamResponse:
-        id_, user, pool = request_id(request.headers), user_of(request), attempts.pool
-        begins(request, id_, pool, None)
+        id_, user, pool = id_of(request), user_of(request), attempts.pool
+        begins(request, pool, None)
         await pool.ready()
         slot_request = Request(
             id_,

@@ -29,8 +29,8 @@ from llamaslot.http.client_stream import SSE_HEADERS, Downstream, StreamRules
 from llamaslot.http.deadlines import Deadlines
 from llamaslot.http.failover import Attempts
 from llamaslot.http.headers import ASSIST_OFF, BACKEND, to_client, to_server
-from llamaslot.http.in_flight import in_flight, placed
-from llamaslot.http.parse import max_tokens, request_id
+from llamaslot.http.in_flight import id_of, in_flight, placed
+from llamaslot.http.parse import max_tokens
 from llamaslot.http.relay import relay
 from llamaslot.http.rewriting import rewrote
 from llamaslot.http.stream_reader import Reading
@@ -54,7 +54,7 @@ class Unassisted:
 
         Raises BackendRestarted if assist is on again, and ClientGone.
         """
-        down = Downstream(request, self._rules, False, {"x-request-id": request_id(request.headers)})
+        down = Downstream(request, self._rules, False, {"x-request-id": id_of(request)})
         # The beginning of the answer is not detected.
         deadlines = Deadlines(replace(self._rules.timeouts, first_token_s=None))
         # After a restart it is not tried again here, but served with assist.

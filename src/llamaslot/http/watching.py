@@ -12,10 +12,9 @@ from aiohttp import web
 
 from llamaslot.errors import BadRequest, NotFound, shortened
 from llamaslot.fleet.registry import Registry
-from llamaslot.http.admin import check_method, digits
+from llamaslot.http.admin import digits
 from llamaslot.http.events import Events
 from llamaslot.http.in_flight import Requests
-from llamaslot.http.page import refuse_foreign_page
 from llamaslot.http.present import Presenter
 from llamaslot.observe.history import KEPT
 from llamaslot.observe.series import SPANS
@@ -26,7 +25,7 @@ _LONGEST_S = 86_400
 
 
 class Watching:
-    """``needs_key``: whether these routes need a key; ``is_admitted``: whether a request's key is still valid."""
+    """``is_admitted``: whether a request's key is still valid."""
 
     def __init__(
         self,
@@ -34,44 +33,30 @@ class Watching:
         requests: Requests,
         events: Events,
         is_admitted: Callable[[web.Request], bool],
-        *,
-        needs_key: bool,
     ) -> None:
         self._registry, self._requests, self._events = registry, requests, events
-        self.needs_key, self._is_admitted = needs_key, is_admitted
+        self._is_admitted = is_admitted
         self._presenter = Presenter(registry, requests)
         self._listings: dict[str, Listing] = {}
 
     async def handle(self, request: web.Request) -> web.StreamResponse | None:
-        """Answer a request for one of these pages; None for another one. Raises NotFound, NotAllowed, Forbidden, and
-        BadRequest.
-        """
+        """Answer a request for one of these pages; None for another one. Raises NotFound and BadRequest."""
         match request.path:
             case "/llamaslot/events":
-                self._check(request)
                 seconds = digits(request, "seconds", 0, _LONGEST_S)
                 return await self._events.watch(request, seconds or None, partial(self._is_admitted, request))
             case "/llamaslot/activity":
-                self._check(request)
                 return _answer(self._activity(request))
             case "/llamaslot/history":
-                self._check(request)
                 return _answer(self._history(request))
             case "/llamaslot/snapshots":
-                self._check(request)
                 return _answer(await self._snapshots())
             case "/llamaslot/cancel":
-                self._check(request)
                 return _answer(self._cancel(request))
             case "/llamaslot/pin" | "/llamaslot/unpin" | "/llamaslot/delete":
-                self._check(request)
                 return _answer(await self._change(request))
             case _:
                 return None
-
-    def _check(self, request: web.Request) -> None:
-        check_method(request)
-        refuse_foreign_page(request, needs_key=self.needs_key)
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -92,9 +77,9 @@ class Watching:
 
     def _cancel(self, request: web.Request) -> dict[str, Any]:
         id_ = _named(request, "request")
-        if not (n := self._requests.cancel(id_)):
+        if not self._requests.cancel(id_):
             raise NotFound(f"no request {shortened(id_)} is in flight")
-        return {"request": id_, "n_cancelled": n}
+        return {"request": id_}
 
     # -- history -------------------------------------------------------------------------------------------------
 
