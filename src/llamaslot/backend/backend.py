@@ -135,6 +135,11 @@ class Backend:
         self.presence, self.suspicion = Presence(name), Suspicion(leases)
         self._proof = Proof(self.presence, leases)
 
+    @property
+    def model_name(self) -> str | None:
+        """The name of the model that it serves, or has served last; None before it was connected."""
+        return self.last_session.model_name if self.last_session is not None else None
+
     # -- for requests --------------------------------------------------------------------------------------------
 
     async def confirm(self, table: SlotTable) -> None:

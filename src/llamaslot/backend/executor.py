@@ -287,7 +287,7 @@ class PlanExecutor:
         content = prefilled(
             lease.content or Content(namespace=lease.request.namespace), lease.request.tokens, n_found
         )
-        lease.finish(await wait_until_idle(self.api, lease, content, self.now))
+        lease.finish(await wait_until_idle(self.api, lease, content))
         if is_misplaced:
             self.feedback.misplaced(lease, n_found)
 

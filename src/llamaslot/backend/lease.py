@@ -87,7 +87,7 @@ class Lease:
         """``pin``: protects the plan's snapshot; it is exited when the slot is released. What its entry raises
         (KeyError: the snapshot is gone) is passed on, and nothing is leased.
         """
-        self._owner, self._now = owner, now
+        self._owner, self.now = owner, now
         self.table, self.slot, self.request, self.recorder = table, slot, request, recorder
         self.came_at = now() if came_at is None else came_at
         self.n_preempted, self.plan = n_preempted, plan
@@ -210,7 +210,7 @@ class Lease:
         is_acting = self.state is LeaseState.ACTING and self.plan is not None
         if is_acting or is_sent:
             since = self._acting_at if is_acting else self.sent_at
-            if self._now() - since > max(2 * self.table.long_s, _LITTLE_S):
+            if self.now() - since > max(2 * self.table.long_s, _LITTLE_S):
                 return False
         if is_acting or self.is_long:
             return is_acting
@@ -263,7 +263,7 @@ class Lease:
         """A save, erase or restore begins. Raises BackendRestarted."""
         self.check_current()
         self._become(LeaseEvent.ACT)
-        self._acting_at, self._is_left_at_work = self._now(), False
+        self._acting_at, self._is_left_at_work = self.now(), False
         self._owner.on_change(self)
 
     def end_action(self) -> None:
@@ -319,7 +319,7 @@ class Lease:
         self.check_current()
         self.before = self.content
         self._become(LeaseEvent.SEND)
-        self.sent_at = self._now()
+        self.sent_at = self.now()
         if self.slot is not None:
             self._cut_back()
 
@@ -347,7 +347,7 @@ class Lease:
         """llama-server has chosen its slot for a request (``is_confirmed``), or may have: its content is unknown."""
         if self.state is LeaseState.PREPARING:
             self._become(LeaseEvent.SEND)
-            self.sent_at, self._is_confirmed = self._now(), False
+            self.sent_at, self._is_confirmed = self.now(), False
         self.content = NOTHING
         if self.slot is not None:
             self.table.expect_unknown_content(self.slot, self.request.namespace)
@@ -360,7 +360,7 @@ class Lease:
             self._become(LeaseEvent.CONFIRM)
             self._is_confirmed = True
             if self.slot is not None:
-                self.table.answering(self.slot, self._now())
+                self.table.answering(self.slot, self.now())
 
     def confirm(self, content: Content) -> None:
         """llama-server has begun with what was sent: the slot holds at most ``content``."""
@@ -446,5 +446,5 @@ class Lease:
                 event, content = SlotEvent.FAIL, NOTHING
             else:
                 event, content = SlotEvent.KEEP, self.content
-            self.table.give_back(self.slot, event, content, self._now())
+            self.table.give_back(self.slot, event, content, self.now())
         self._owner.on_end(self)

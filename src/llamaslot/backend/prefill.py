@@ -344,7 +344,7 @@ class ChunkedPrefill(Struct):
             long.n_stopped += 1
         content = prefilled(before, tokens, n_found)
         if not is_over:
-            content = await wait_until_idle(self.api, lease, content, self.now)
+            content = await wait_until_idle(self.api, lease, content)
         elif last is not None:
             more_s = self.now() - long.since - last.seconds
             self.feedback.piece_ended(lease.table, more_s, is_alone=not self._others(long))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 from msgspec.structs import replace
 
@@ -23,16 +22,14 @@ def prefilled(before: Content, tokens: bytes, n_reused: int) -> Content:
     return Content(tokens, True, True, checkpoints, before.snapshot, namespace=before.namespace)
 
 
-async def wait_until_idle(
-    api: LlamaServer, lease: Lease, content: Content, now: Callable[[], float]
-) -> Content:
+async def wait_until_idle(api: LlamaServer, lease: Lease, content: Content) -> Content:
     """The part of ``content`` that is present when the server is idle, after a connection was closed during a
     prefill.
 
     The server cannot write the event of the running batch, which ends the work; polling ``/slots`` does not keep it
     alive. The time is learned. Raises BackendDown and BackendRestarted.
     """
-    closed = now()
+    closed = lease.now()
     while True:
         try:
             infos = {info.id: info for info in await api.slots()}
@@ -42,7 +39,7 @@ async def wait_until_idle(
         if (info := infos.get(lease.slot_id)) is None or not info.is_processing:
             break
         await asyncio.sleep(_IDLE_POLL_S)
-    lease.table.rates.interruption.observe(now() - closed)
+    lease.table.rates.interruption.observe(lease.now() - closed)
     n = min(info.n_tokens or 0, content.n_tokens) if info is not None else 0
     return replace(content.head(n), is_exact=True) if n else NOTHING
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import xxhash
 from msgspec import Struct
 
 from llamaslot.errors import DeadlyPrompt
@@ -24,7 +25,9 @@ class _Known(Struct):
 
 
 class BadPrompts:
-    """Those of one model, by hashes. Each is forgotten after a while, and when it was answered."""
+    """Those of one model, by hashes, which are computed only while any is known. Each is forgotten after a while, and
+    when it was answered.
+    """
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
@@ -33,41 +36,46 @@ class BadPrompts:
     def __len__(self) -> int:
         return len(self._known)
 
-    def check(self, key: bytes) -> None:
+    def check(self, prompt: bytes) -> None:
         """Raises DeadlyPrompt if it must not be sent on."""
-        known = self._get(key)
+        known = self._get(prompt)
         if known is not None and known.n_ended >= _DEADLY:
             raise DeadlyPrompt(known.n_ended, known.at + _KEPT_S - self._now())
 
-    def is_refused(self, key: bytes) -> bool:
+    def is_refused(self, prompt: bytes) -> bool:
         """Whether two backends have answered it with an error: a third would do so too."""
-        known = self._get(key)
+        known = self._get(prompt)
         return known is not None and known.is_refused
 
-    def has_ended_server(self, key: bytes, n_ended: int) -> None:
+    def has_ended_server(self, prompt: bytes, n_ended: int) -> None:
         """A llama-server has ended while it computed the prompt, as have ``n_ended`` before it for the same request.
         Raises DeadlyPrompt if it must not be sent on.
         """
-        known = self._note(key)
+        known = self._note(prompt)
         known.n_ended = max(known.n_ended, n_ended) + 1
-        self.check(key)
+        self.check(prompt)
 
-    def was_refused(self, key: bytes) -> None:
+    def was_refused(self, prompt: bytes) -> None:
         """Two backends have answered it with an error."""
-        self._note(key).is_refused = True
+        self._note(prompt).is_refused = True
 
-    def was_answered(self, key: bytes) -> None:
-        self._known.pop(key, None)
+    def was_answered(self, prompt: bytes) -> None:
+        if self._known:
+            self._known.pop(_key(prompt), None)
 
-    def _get(self, key: bytes) -> _Known | None:
-        known = self._known.get(key)
+    def _get(self, prompt: bytes) -> _Known | None:
+        known = self._known.get(_key(prompt)) if self._known else None
         return known if known is not None and self._now() < known.at + _KEPT_S else None
 
-    def _note(self, key: bytes) -> _Known:
-        known = self._get(key) or _Known(0.0)
+    def _note(self, prompt: bytes) -> _Known:
+        key, known = _key(prompt), self._get(prompt) or _Known(0.0)
         known.at = self._now()
         self._known.pop(key, None)
         self._known[key] = known
         while len(self._known) > _MAX_KEPT:
             del self._known[next(iter(self._known))]
         return known
+
+
+def _key(prompt: bytes) -> bytes:
+    return xxhash.xxh3_128_digest(prompt)

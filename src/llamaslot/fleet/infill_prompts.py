@@ -78,7 +78,7 @@ class InfillPrompts:
             try:
                 async with asyncio.timeout(_LEARNING_S):
                     known = await self._tried_out(lease, executor.api)
-                    await wait_until_idle(executor.api, lease, NOTHING, self._dispatcher.now)
+                    await wait_until_idle(executor.api, lease, NOTHING)
             except TimeoutError:
                 executor.metrics.wedged.inc()
                 self._known_until = self._dispatcher.now() + _AGAIN_S

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from msgspec import Struct, field
 
@@ -24,7 +25,7 @@ from llamaslot.fleet.infill_prompts import InfillPrompts
 from llamaslot.fleet.model_context import ModelContext
 from llamaslot.fleet.pool_server import PoolServer
 from llamaslot.fleet.prewarm import Bodies, Prewarm
-from llamaslot.fleet.queue import QueueLimits, UserLoad
+from llamaslot.fleet.queue import QueueLimits, QueuePosition, UserLoad
 from llamaslot.llama.identity import Identity
 from llamaslot.observe.journal import Decision
 from llamaslot.observe.metrics import Metrics, UntokenizedRequests
@@ -227,9 +228,9 @@ class Pool:
         """As ``Dispatcher.lease``."""
         return await self.dispatcher.lease(request, is_back=is_back, preempted=preempted)
 
-    def position(self, request: Request) -> int:
-        """1 for the request that is next; 0 if it no longer waits."""
-        return self.dispatcher.position(request)
+    def position(self, request: Request) -> QueuePosition:
+        """Of a request in the queue, whenever it is looked at."""
+        return QueuePosition(partial(self.dispatcher.position, request))
 
     def takes_long(self, n_tokens: int) -> bool:
         """Whether a prompt of ``n_tokens`` is computed ahead of its request, in turn with those of other requests."""
@@ -255,11 +256,16 @@ class Pool:
 
     # -- for those who operate it --------------------------------------------------------------------------------
 
+    @property
+    def n_waiting(self) -> int:
+        """Requests in its queue."""
+        return self.dispatcher.n_waiting
+
     def status(self) -> PoolStatus:
         libraries = {id(table.model_snapshots): table.model_snapshots for table in self.dispatcher.tables}
         return PoolStatus(
             n_snapshots=sum(len(library.snapshots) for library in libraries.values()),
-            n_waiting=self.dispatcher.n_waiting,
+            n_waiting=self.n_waiting,
             users=self.dispatcher.queue.loads(self._now()),
             n_too_long=self._n_too_long,
             longest_refused=self._longest_refused,
@@ -269,6 +275,10 @@ class Pool:
         """Count a prompt for which no slot has room."""
         self._n_too_long += 1
         self._longest_refused = max(self._longest_refused, n_tokens)
+
+    def decisions_since(self, at: float) -> Iterator[Decision]:
+        """The decisions of the journal that began after ``at``, in seconds since 1970; newest first."""
+        return self.dispatcher.journal.since(at)
 
     def latest_decisions(self, n: int) -> Iterator[Decision]:
         """The last ``n`` decisions of the journal, newest first."""

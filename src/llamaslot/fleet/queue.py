@@ -105,7 +105,10 @@ class Waiting(Struct, eq=False):
 
 
 class QueuePosition(Struct, frozen=True):
-    """``queued 2``: the position of the request when it is formatted."""
+    """``queued 2``: the position of the request when it is formatted.
+
+    ``position``: 1 for the request that is next; 0 if it no longer waits.
+    """
 
     position: Callable[[], int]
 

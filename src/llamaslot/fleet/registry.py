@@ -132,6 +132,20 @@ class Registry:
     def backends(self) -> list[Backend]:
         return list(self._backends.values())
 
+    @property
+    def n_snapshots(self) -> int:
+        """Snapshots in all directories, of any model."""
+        return sum(len(store.catalog.snapshots) for store in self.stores.values())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of snapshots on disk, in all directories."""
+        return sum(store.catalog.size_bytes for store in self.stores.values())
+
+    @property
+    def quota_bytes(self) -> int:
+        return sum(store.catalog.quota_bytes for store in self.stores.values())
+
     def backend_named(self, name: str) -> Backend | None:
         return self._backends.get(name)
 

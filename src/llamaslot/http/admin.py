@@ -61,8 +61,8 @@ class Status:
             "backends": [status_of(backend) for backend in self._registry.backends],
             "snapshots": {
                 "n": sum(pool.n_snapshots for pool in pools),
-                "size_bytes": sum(store.catalog.size_bytes for store in self._registry.stores.values()),
-                "quota_bytes": sum(store.catalog.quota_bytes for store in self._registry.stores.values()),
+                "size_bytes": self._registry.size_bytes,
+                "quota_bytes": self._registry.quota_bytes,
             },
             "queue": sum(pool.n_waiting for pool in pools),
             "users": _users(pools),
@@ -98,8 +98,8 @@ class Status:
         metrics.n_waiting.set(sum(pool.n_waiting for pool in pools))
         metrics.n_snapshots.set(sum(pool.n_snapshots for pool in pools))
         stores = self._registry.stores.values()
-        metrics.bytes_stored.set(sum(store.catalog.size_bytes for store in stores))
-        metrics.quota_bytes.set(sum(store.catalog.quota_bytes for store in stores))
+        metrics.bytes_stored.set(self._registry.size_bytes)
+        metrics.quota_bytes.set(self._registry.quota_bytes)
         metrics.bytes_added.set(sum(store.catalog.acceptance.added_bytes for store in stores))
         metrics.saves_differing.set(sum(store.catalog.acceptance.n_differing for store in stores))
         return web.Response(body=metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4"})

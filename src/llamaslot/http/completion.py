@@ -29,7 +29,6 @@ from llamaslot.errors import (
 )
 from llamaslot.fleet.model_context import ModelContext
 from llamaslot.fleet.pool import Pool
-from llamaslot.fleet.queue import QueuePosition
 from llamaslot.fleet.registry import Registry
 from llamaslot.formats.base import Format
 from llamaslot.formats.comments import Comment
@@ -366,7 +365,7 @@ class _Exchange:
             self.down.progress = partial(self._progress, context, before)
         async with contextlib.AsyncExitStack() as stack:
             async with self.down.waiting(self.pool.tasks):
-                self.down.say(QueuePosition(partial(self.pool.position, slot_request)))
+                self.down.say(self.pool.position(slot_request))
                 is_back = last is not None and last is not preempted
                 lease = stack.enter_context(
                     await self.pool.lease(slot_request, is_back=is_back, preempted=preempted)

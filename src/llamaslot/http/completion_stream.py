@@ -165,7 +165,7 @@ class Answering:
         await sent.aclose()
         await self.backend.executor.stopped(self.lease, n_found, is_misplaced=is_misplaced)
         n_done = self.lease.content.n_tokens if self.lease.content is not None else 0
-        own = PrefillStats(min(n_found, n_done), n_done, self.backend.now() - self.lease.sent_at)
+        own = PrefillStats(min(n_found, n_done), n_done, self.lease.now() - self.lease.sent_at)
         return own if self.here is None else self.here.then(own)
 
     async def _next(self, put: Put | None = None) -> list[bytes] | None:

@@ -11,7 +11,6 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-import xxhash
 from aiohttp import web
 
 from llamaslot.backend.backend import Backend
@@ -82,12 +81,7 @@ class Attempts:
         DeadlyPrompt.
         """
         self.prompt = prompt
-        if len(self.pool.bad_prompts):
-            self.pool.bad_prompts.check(self._key)
-
-    @property
-    def _key(self) -> bytes:
-        return xxhash.xxh3_128_digest(self.prompt)
+        self.pool.bad_prompts.check(prompt)
 
     async def look_up_pool(self) -> None:
         """Its pool may be another one by now. Raises as ``pool_again`` does."""
@@ -126,10 +120,8 @@ class Attempts:
         """Whether an answer of ``status`` is not passed on, as another backend may have a better one."""
         if not is_servers_own(status) or self._error is not None or self._is_once or self.is_answered():
             return False
-        known = self.pool.bad_prompts
-        return self.pool.has_healthy_besides(self.backend) and not (
-            len(known) and known.is_refused(self._key)
-        )
+        is_refused = self.pool.bad_prompts.is_refused(self.prompt)
+        return not is_refused and self.pool.has_healthy_besides(self.backend)
 
     def _avoid(self, error: UpstreamError) -> None:
         self._error, self.avoids = error, frozenset({self.backend.name})
@@ -144,15 +136,14 @@ class Attempts:
         known, is_error = self.pool.bad_prompts, is_servers_own(status)
         if self._error is not None:
             if is_error:
-                known.was_refused(self._key)
+                known.was_refused(self.prompt)
             else:
                 for name in self.avoids:
                     self.pool.blame(name, self._error)
         if not is_error:
             if self.lease is not None:
                 self.backend.suspicion.has_worked()
-            if len(known):
-                known.was_answered(self._key)
+            known.was_answered(self.prompt)
 
     def _may_move(self, failed: Backend) -> bool:
         """Whether another backend can take the request."""
@@ -165,7 +156,7 @@ class Attempts:
         failed, lease = self.backend, self.lease
         if lease is not None and lease.was_computing and not isinstance(error, _WentDown):
             self._n_ended += 1
-            self.pool.bad_prompts.has_ended_server(self._key, self._n_ended - 1)
+            self.pool.bad_prompts.has_ended_server(self.prompt, self._n_ended - 1)
         if self._is_once or not self._may_move(failed):
             return False
         failed.suspect()

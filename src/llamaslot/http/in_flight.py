@@ -231,7 +231,7 @@ class Requests:
                     self._own(decision.slot, decision.acts)
         since, self._looked_at = self._looked_at, time.time()
         for pool in self._registry.pools:
-            for decision in pool.dispatcher.journal.since(since):
+            for decision in pool.decisions_since(since):
                 if not decision.user and decision.slot is not None:
                     self._own(decision.slot, decision.acts)
 
@@ -245,7 +245,7 @@ class Requests:
     @property
     def size_bytes(self) -> int:
         """Bytes of snapshots on disk."""
-        return sum(store.catalog.size_bytes for store in self._registry.stores.values())
+        return self._registry.size_bytes
 
     def _activity(self, its: InFlight) -> Activity:
         assert its.ended is not None
@@ -294,8 +294,8 @@ class Requests:
         """The model that serves it; before that is known, the one that it asks for."""
         if its.lease is not None:
             backend = self._registry.backend_named(its.lease.table.backend)
-            if backend is not None and (session := backend.session or backend.last_session) is not None:
-                return session.model_name
+            if backend is not None and backend.model_name is not None:
+                return backend.model_name
         return its.model
 
 

@@ -234,8 +234,9 @@ async def _refuse_if_worth_another(attempts: Attempts, upstream: Response) -> No
 def _only_asks(backend: Backend, request: web.Request) -> None:
     """Raise BackendDown if a request that takes no slot would load its model, or wake it."""
     if backend.presence.on_demand is not None and backend.session is None:
-        model = backend.last_session.model_name if backend.last_session is not None else backend.name
-        raise BackendDown(f"{model} is not loaded: the first request for it loads it")
+        raise BackendDown(
+            f"{backend.model_name or backend.name} is not loaded: the first request for it loads it"
+        )
     if backend.leases.is_asleep and request.method != "POST" and request.path in _WAKES:
         raise BackendDown(f"{backend.name} sleeps, and its slots are empty: the next request wakes it")
 

@@ -63,7 +63,7 @@ class Presenter:
         return {
             "version": __version__,
             "began": self._requests.history.began,
-            "queue": sum(pool.dispatcher.n_waiting for pool in self._registry.pools),
+            "queue": sum(pool.n_waiting for pool in self._registry.pools),
         }
 
     def headline(self, now: float) -> State:
@@ -82,11 +82,11 @@ class Presenter:
         return self._headline
 
     def _store(self) -> State:
-        catalogs = [store.catalog for store in self._registry.stores.values()]
+        registry = self._registry
         return {
-            "n": sum(len(catalog.snapshots) for catalog in catalogs),
-            "size_bytes": sum(catalog.size_bytes for catalog in catalogs),
-            "quota_bytes": sum(catalog.quota_bytes for catalog in catalogs),
+            "n": registry.n_snapshots,
+            "size_bytes": registry.size_bytes,
+            "quota_bytes": registry.quota_bytes,
         }
 
     def _backend(self, backend: Backend, now: float) -> State:

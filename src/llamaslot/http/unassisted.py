@@ -20,7 +20,6 @@ from llamaslot.backend.backend import Backend
 from llamaslot.backend.lease import Lease
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, UpstreamError
 from llamaslot.fleet.pool import Pool
-from llamaslot.fleet.queue import QueuePosition
 from llamaslot.formats.base import Format
 from llamaslot.formats.comments import Comment
 from llamaslot.formats.registry import format_named
@@ -97,7 +96,7 @@ class Unassisted:
         await down.write(down.add_headers(ASSIST_OFF))
         async with contextlib.AsyncExitStack() as stack:
             async with down.waiting(pool.tasks):
-                down.say(QueuePosition(partial(pool.position, slot_request)))
+                down.say(pool.position(slot_request))
                 lease = stack.enter_context(await self._lease(pool, slot_request, down))
                 backend = pool.backend_of(lease)
                 attempts.leased(lease)

@@ -140,5 +140,5 @@ async def _answer_to(backend: Backend, client_request: ClientRequest, lease: Lea
 
 async def _stopped(backend: Backend, lease: Lease) -> None:
     """Wait until the closed request has stopped in the slot. Its content is not needed."""
-    await wait_until_idle(backend.api, lease, NOTHING, backend.now)
+    await wait_until_idle(backend.api, lease, NOTHING)
     lease.finish(None)

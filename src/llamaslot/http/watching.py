@@ -126,21 +126,20 @@ class Watching:
         self._listings = {its.name: self._listings.get(its.name) or Listing(its) for its in stores}
         rows = [row for listing in list(self._listings.values()) for row in await listing.rows()]
         names = {
-            row["model"]: backend.last_session.model_name
+            row["model"]: backend.model_name
             for row in rows
             for backend in self._registry.backends
-            if backend.last_session is not None and row["is_served"]
+            if backend.model_name is not None and row["is_served"]
             if backend.store is not None and row["id"] in _usable(backend.leases.table)
         }
         for row in rows:
             row["user"] = users.get(row["id"])
             row["model_name"] = names.get(row["model"])
-        catalogs = [store.catalog for store in self._registry.stores.values()]
         return {
-            "n": sum(len(catalog.snapshots) for catalog in catalogs),
+            "n": self._registry.n_snapshots,
             "most": MOST,
-            "size_bytes": sum(catalog.size_bytes for catalog in catalogs),
-            "quota_bytes": sum(catalog.quota_bytes for catalog in catalogs),
+            "size_bytes": self._registry.size_bytes,
+            "quota_bytes": self._registry.quota_bytes,
             "snapshots": rows,
         }
 
