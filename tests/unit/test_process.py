@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from llamaslot.errors import LlamaslotError
 from llamaslot.llama.managed.process import (
@@ -25,6 +24,7 @@ from llamaslot.llama.managed.process import (
     needed_flags,
     smollm2_path,
 )
+from llamaslot.schema import ValidationError
 from llamaslot.tasks import TaskOwner
 
 HELP = """
