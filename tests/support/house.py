@@ -172,7 +172,7 @@ class House:
 
     def _guard_landing(self, slot_id: int) -> None:
         """A slot whose answer has just ended may be hit; one whose holder is between two steps must not."""
-        table, turn = self.leases.table, self.leases.turn
+        table, turn = self.leases.table, self.leases.exclusive
         if self.is_unnoticed or table is None:
             return
         holders = [lease for lease in self.dispatcher.leases if lease.slot is table.slots[slot_id]]
@@ -289,7 +289,7 @@ class House:
         )
         assert not dispatcher.leases, f"no lease: {dispatcher.leases}"
         assert not dispatcher.n_waiting, "nobody in the queue"
-        assert self.leases.turn is None, "no turn"
+        assert self.leases.exclusive is None, "no turn"
         assert not self.leases.is_gate_shut, "the gate is open"
         assert not len(self.tasks), f"no task: {self.tasks._tasks}"
         assert not self.executor.chunked_prefill._longs, "no prefill"

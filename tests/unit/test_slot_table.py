@@ -188,11 +188,11 @@ def test_what_has_left_is_not_waited_for() -> None:
 def test_what_is_leaving_is_in_no_generation_and_not_in_the_next_pool() -> None:
     """It concerns this process only; the snapshots are shared with the table after a restart."""
     library, table, after = ModelSnapshots(), make(), make()
-    table.offer(library)
+    table.use_snapshots(library)
     table.add_snapshot(snapshot("s", B))
     slot = hold(table, 0, A)
     leaving = table.take(slot, Request("next", B), 1.0, plan(0, Save(key(0))), has_answer=True)
-    after.offer(library)
+    after.use_snapshots(library)
     assert leaving is not None
     assert library.index.holders() == {"s"}
     assert [view.id for view in table.view(Request("a", A), 1.0, SYSTEM_USER).snapshots] == [leaving.holder]

@@ -160,7 +160,7 @@ async def test_what_one_backend_is_saving_is_waited_for_on_the_other() -> None:
     library = ModelSnapshots()
     for table in two.tables.values():
         table.can_save = table.can_erase = True
-        table.offer(library)
+        table.use_snapshots(library)
     two.holds("a", OWN)
     other = await two.lease("another", pack(range(9000, 9500)))
     while other.slot_key != SlotKey("a", 0):  # the save precedes it there

@@ -134,7 +134,7 @@ async def test_others_go_on_while_a_request_waits_for_another_users_answer(tmp_p
             "nobody's prefill is held up for so long"
         )
         clients.append(spawn(it.post(NATIVE, several, **{"x-llamaslot-user": "carl"})))
-        await it.until(lambda: it.backend.leases.turn is not None)
+        await it.until(lambda: it.backend.leases.exclusive is not None)
         dave = spawn(ask_as(it, "dave", letters(5, 50)))
         while not dave.done():
             await it.fake.step()

@@ -224,7 +224,7 @@ async def made_room(it: Served, **more: Any) -> AsyncIterator[asyncio.Task[Answe
     async with it.asking(LONG, **more) as asked:
         await it.fake.step(5)
         other = spawn(it.post("/v1/messages", {"messages": DOCUMENT, "max_tokens": 4}))
-        await it.until(lambda: it.backend.leases.turn is not None)
+        await it.until(lambda: it.backend.leases.exclusive is not None)
         it.fake.go()
         assert (await other).status == 200
         assert not asked.done()

@@ -70,7 +70,7 @@ class Members(Protocol):
         """It is a router: its models take the place of ``backend``. Raises BackendDown if it has none."""
         ...
 
-    def met(self, backend: Backend, props: Props) -> None:
+    def check_process(self, backend: Backend, props: Props) -> None:
         """A process has told these properties. Raises NotReady if it is that of another backend."""
         ...
 
@@ -130,8 +130,8 @@ class Backend:
         self.last_session: ServerSession | None = None  # of the model that it serves, or has served last
         self._why_down = "has not answered yet"
         self._doubt = asyncio.Event()
-        self._met_or_down = asyncio.Event()  # set unless it is being connected to
-        self._met_or_down.set()
+        self._is_settled = asyncio.Event()  # set unless it is being connected to
+        self._is_settled.set()
         self.presence, self.suspicion = Presence(name), Suspicion(leases)
         self._proof = Proof(self.presence, leases)
 
@@ -185,7 +185,7 @@ class Backend:
             raise self._is_down()
         try:
             async with asyncio.timeout(_CONNECT_WAIT_S):
-                await self._met_or_down.wait()
+                await self._is_settled.wait()
         except TimeoutError:
             raise BackendDown(f"llama-server at {self.api.url} has restarted and is not ready yet") from None
         if self.session is None:  # down, perhaps after it was up for a moment
@@ -194,7 +194,7 @@ class Backend:
 
     async def settled(self) -> None:
         """Wait until it is connected or down. Canceling is safe."""
-        await self._met_or_down.wait()
+        await self._is_settled.wait()
 
     def use_if_proved(self) -> bool:
         """Use it for a request, if the process of the session is known to be alive and awake without a question: True.
@@ -314,7 +314,7 @@ class Backend:
     async def _connect(self, *, is_retry: bool) -> ServerSession:
         """Identify the server and probe its abilities. Raises BackendDown and BackendRestarted."""
         handshake = Handshake(self.name, self.api, self._catalog, self._libraries, self.rates, self._rules)
-        handshake.greet = partial(self._members.met, self)
+        handshake.check_process = partial(self._members.check_process, self)
         handshake.probes.has_others_files = self.store is not None and self.store.n_backends > 1
         try:
             return await handshake.run(self.now(), is_retry=is_retry)
@@ -433,6 +433,6 @@ class Backend:
         self.metrics.is_up.set(health in (Health.UP, Health.ASLEEP))
         if health is Health.CONNECTING:
             self.leases.down = None
-            self._met_or_down.clear()
+            self._is_settled.clear()
         else:
-            self._met_or_down.set()
+            self._is_settled.set()

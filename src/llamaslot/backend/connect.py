@@ -120,12 +120,12 @@ class Handshake:
         """``libraries`` and ``catalog``: both or none."""
         self.name, self.api, self.catalog, self.rates, self.rules = name, api, catalog, rates, rules
         self.libraries = libraries
-        self.greet: Callable[[Props], None] = lambda props: None  # told at once; raises NotReady
+        self.check_process: Callable[[Props], None] = lambda props: None  # told at once; raises NotReady
         self.probes = Probes(api, catalog, rates)
         self._identity: Identity | None = None
         self._is_usable = dict[str, bool]()  # by the text of the fingerprint
         self._model: Mapping[str, Any] = {}
-        # Drafts that are not committed at the end are abandoned on every path.
+        # Reservations that are not committed at the end are abandoned on every path.
         self._reservations = contextlib.AsyncExitStack()
 
     async def run(self, now: float, *, is_retry: bool = False) -> ServerSession:
@@ -136,12 +136,12 @@ class Handshake:
             props = None
             try:
                 props = await self.api.props()
-                self.greet(props)
+                self.check_process(props)
                 if props.max_models is not None:
                     raise RouterMode(props.max_models)
                 if props.n_slots is None:
                     return await self._another_kind("GET /props names no total_slots", props)
-                return await self._meet(props, props.n_slots, now, is_retry)
+                return await self._probe(props, props.n_slots, now, is_retry)
             except NotUnderstood as error:
                 return await self._another_kind(str(error), props)
             except UpstreamError as error:
@@ -176,7 +176,7 @@ class Handshake:
             table, props, _name(self._model), "", names=_names(self._model), entry=self._model, aside=reason
         )
 
-    async def _meet(self, props: Props, n_slots: int, now: float, is_retry: bool) -> ServerSession:
+    async def _probe(self, props: Props, n_slots: int, now: float, is_retry: bool) -> ServerSession:
         model = self._model = await self.api.model_info()
         try:
             infos = await (self.api.slots() if is_retry else self._settled())
@@ -381,7 +381,7 @@ class Handshake:
             not (snapshot.fingerprint in served or self._is_ours(snapshot)) for snapshot in snapshots
         ):
             log.warning("%s: snapshots belong to another model and are not used: %d", self.name, n_others)
-        table.offer(await self.libraries.of(self.name, current, self._is_ours))
+        table.use_snapshots(await self.libraries.of(self.name, current, self._is_ours))
         return fingerprint
 
     def _is_ours(self, snapshot: Snapshot) -> bool:

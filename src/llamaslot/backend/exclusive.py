@@ -168,7 +168,7 @@ class ExclusiveSection:
         """
         report(Comment.WAITING_FOR_TURN)
         others: list[Lease] = []
-        turn: UnpinnedRequest | None = None
+        unpinned: UnpinnedRequest | None = None
         lease.begin_wait()
         try:
             try:
@@ -192,19 +192,19 @@ class ExclusiveSection:
             lease.end_wait()
             if lease.slot is None:
                 lease.begin_request()
-            turn = UnpinnedRequest(self._api, self._leases, lease, others, before, left)
-            watcher = self._tasks.spawn(turn.watch_landing(), f"{lease.request.id} lands")
+            unpinned = UnpinnedRequest(self._api, self._leases, lease, others, before, left)
+            watcher = self._tasks.spawn(unpinned.watch_landing(), f"{lease.request.id} lands")
             try:
-                yield turn
+                yield unpinned
             except UpstreamError:
-                await turn.settle()  # refused: llama-server reports which slots it has used, if any
+                await unpinned.settle()  # refused: llama-server reports which slots it has used, if any
                 raise
             finally:
                 watcher.cancel()
-            await turn.settle()
+            await unpinned.settle()
         finally:
-            if turn is not None:
-                turn.abort()
+            if unpinned is not None:
+                unpinned.abort()
             else:
                 for other in others:
                     other.release()
@@ -274,7 +274,7 @@ class ExclusiveSection:
         self._clearing[lease] = None
         lease.begin_wait()
         try:
-            while competing_slots := self._rivals(lease):
+            while competing_slots := self._competitors(lease):
                 if not lease.table.can_erase:  # nor later: the other content stays there
                     if any(lease.table.is_other_namespace(slot, lease.request) for slot in competing_slots):
                         raise SlotNotEmptied(_NOT_EMPTIED)
@@ -287,10 +287,10 @@ class ExclusiveSection:
                         await self._leases.changes.wait(_CONFIRM_EVERY_S)
                     raise RetryPlacement(here)
                 for slot in competing_slots:
-                    if (rival := self._leases.lease_competitor(slot, lease)) is not None:
-                        with rival:
-                            await self._save_if_worth(rival)
-                            if not await self._empty(rival, lease.request):
+                    if (competitor := self._leases.lease_competitor(slot, lease)) is not None:
+                        with competitor:
+                            await self._save_if_worth(competitor)
+                            if not await self._empty(competitor, lease.request):
                                 return
                         break
                 else:
@@ -301,7 +301,7 @@ class ExclusiveSection:
             lease.end_wait()
             self._leases.changes.notify()
 
-    def _rivals(self, lease: Lease) -> list[Slot]:
+    def _competitors(self, lease: Lease) -> list[Slot]:
         """The other slots that llama-server could choose: their common prefix is as long as ours. A slot that surely
         runs a request, with content that the request may use, does not count: llama-server skips busy slots, and if
         that request ends just then, landing there only costs time.

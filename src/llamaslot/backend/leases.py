@@ -63,9 +63,9 @@ class Leases:
         self._charges: dict[Lease, Charge] = {}  # to users, while they have slots
         self.on_drain: Callable[[Lease, Charge | None], None] = lambda lease, charge: None
         self.pin: Callable[[str], AbstractContextManager[object]] = lambda snapshot: nullcontext()
-        self.turn: Request | None = None  # the one exclusive request, if any
+        self.exclusive: Request | None = None  # the one exclusive request, if any
         self.is_gate_shut = False  # no other request may begin its first step
-        self.is_turn_wanted = False  # the exclusive request waits for others to finish
+        self.is_exclusive_wanted = False  # the exclusive request waits for others to finish
         self.down: BackendDown | None = None  # llama-server is, and why
         self.is_drained = False  # by the operator: no request begins here
         self.is_leaving = False  # its model is being unloaded: requests wait until it is loaded again
@@ -181,7 +181,7 @@ class Leases:
             came_at=came_at, n_preempted=n_preempted,
         )  # fmt: skip
         if request.is_exclusive and (plan is not None or slot is None):
-            self.turn = request
+            self.exclusive = request
         self.leases[lease] = None
         return lease
 
@@ -203,7 +203,7 @@ class Leases:
 
     def lease_idle(self, request: Request, n: int | None = None) -> list[Lease]:
         """Lease the ``n`` lowest idle slots, or all, for the exclusive request. Raises BackendRestarted."""
-        assert self.turn is request, "only the request whose turn it is"
+        assert self.exclusive is request, "only the exclusive request"
         if self.table is None:
             raise BackendRestarted
         idle = [slot for slot in self.table.slots if slot.is_idle][:n]
@@ -251,16 +251,16 @@ class Leases:
 
     def end_exclusive(self, lease: Lease) -> None:
         """The exclusive section of the request is over. Idempotent."""
-        if self.turn is lease.request and (lease.plan is not None or lease.slot is None):
-            self.turn, self.is_gate_shut, self.is_turn_wanted = None, False, False
+        if self.exclusive is lease.request and (lease.plan is not None or lease.slot is None):
+            self.exclusive, self.is_gate_shut, self.is_exclusive_wanted = None, False, False
             self.dispatch()
 
     def has_exclusive(self, lease: Lease) -> bool:
-        return self.turn is lease.request
+        return self.exclusive is lease.request
 
     def is_exclusive_waiting(self, lease: Lease) -> bool:
         """Whether another exclusive request waits for other requests to finish."""
-        return self.is_turn_wanted and self.turn is not lease.request
+        return self.is_exclusive_wanted and self.exclusive is not lease.request
 
     def is_prefilling(self, lease: Lease) -> bool:
         """Whether a long prefill of another request runs or waits for its turn."""
@@ -270,20 +270,20 @@ class Leases:
 
     def request_exclusive(self, lease: Lease) -> None:
         """From now on long prefills make room for the exclusive request, and none begins."""
-        assert self.turn is lease.request, "only the request whose turn it is"
-        if not self.is_turn_wanted:
-            self.is_turn_wanted = True
+        assert self.exclusive is lease.request, "only the exclusive request"
+        if not self.is_exclusive_wanted:
+            self.is_exclusive_wanted = True
             self.changes.notify()
 
     def pause_admission(self, lease: Lease) -> None:
         """From now on no other request begins its first step."""
-        assert self.turn is lease.request, "only the request whose turn it is"
+        assert self.exclusive is lease.request, "only the exclusive request"
         self.is_gate_shut = True
 
     def resume_admission(self, lease: Lease) -> None:
         """Others may go on, as before ``request_exclusive``; the request still waits."""
-        assert self.turn is lease.request, "only the request whose turn it is"
-        self.is_gate_shut = self.is_turn_wanted = False
+        assert self.exclusive is lease.request, "only the exclusive request"
+        self.is_gate_shut = self.is_exclusive_wanted = False
         self.dispatch()
 
     def has_waited(self, lease: Lease) -> None:
@@ -314,4 +314,6 @@ class Leases:
             assert lease.slot.state is SlotState.LEASED, f"a lease holds a leased slot: {lease}"
         leased = sum(slot.state is SlotState.LEASED for slot in self.table.slots)
         assert leased == len(slots), "a leased slot has a lease"
-        assert not self.is_gate_shut or self.turn is not None, "only a turn closes the gate"
+        assert not self.is_gate_shut or self.exclusive is not None, (
+            "only an exclusive request closes the gate"
+        )

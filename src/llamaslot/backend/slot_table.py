@@ -79,15 +79,15 @@ class SlotTable:
         self._index: PrefixIndex[int] = PrefixIndex()
         self.residents = InNamespaces(self._index, self._namespace_of)
         self.worth = SlotWorth(self.slots, rules, rates, self.rewind_model)
-        self.offer(ModelSnapshots())
+        self.use_snapshots(ModelSnapshots())
         self._busy: dict[int, SlotForecast] = {}
 
-    def offer(self, library: ModelSnapshots) -> None:
+    def use_snapshots(self, library: ModelSnapshots) -> None:
         """Use the snapshots in ``library``, which is shared with the slot tables before and after this one."""
         self._snapshots, self._snapshot_index = library.snapshots, library.in_namespaces
         self.model_snapshots, self._pending = library, library.pending
         self._candidates = SnapshotCandidates(self.backend, library, self.rates, self.rewind_model)
-        self.worth.offer(library, self._candidates)
+        self.worth.use_snapshots(library, self._candidates)
 
     @property
     def can_save(self) -> bool:

@@ -70,9 +70,9 @@ class SlotWorth:
         self._unranked = set[int]()
         self._ranked_at = 0.0
 
-    def offer(self, library: ModelSnapshots, offers: SnapshotCandidates) -> None:
+    def use_snapshots(self, library: ModelSnapshots, candidates: SnapshotCandidates) -> None:
         """Use the snapshots in ``library``."""
-        self.model_snapshots, self._pending, self._candidates = library, library.pending, offers
+        self.model_snapshots, self._pending, self._candidates = library, library.pending, candidates
         self._on_disk.clear()
         self._basis = None
 

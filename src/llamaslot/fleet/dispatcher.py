@@ -176,7 +176,7 @@ class Dispatcher:
         # No await from here to the end: slots are leased as they were seen.
         open_, now = open_to(request, self._open(), self.backends.values()), self.now()
         tables = [table for table in _tables(open_) if table.is_assisted]
-        is_special = len(tables) != len(open_) or any(leases.turn is not None for leases in open_)
+        is_special = len(tables) != len(open_) or any(leases.exclusive is not None for leases in open_)
         if is_special or request.is_exclusive or not self.queue.may_run_at_once(request.user, now):
             return None
         if _n_idle(open_) < 2 or any(lease.is_long for lease in self.leases):
@@ -245,7 +245,7 @@ class Dispatcher:
                 break  # none behind a request that waits for any slot at all gets one
             # At most one exclusive request at a time on each backend.
             here = open_to(waiting.request, open_, self.backends.values())
-            here = [its for its in here if its.turn is None] if waiting.request.is_exclusive else here
+            here = [its for its in here if its.exclusive is None] if waiting.request.is_exclusive else here
             if here and not waiting.granted.done():
                 self._serve(here, waiting, look)
         if look.is_spared and look.n_idle:
@@ -286,7 +286,7 @@ class Dispatcher:
         leases = self.backends[decision.slot.backend]
         table = self._table_of(decision)
         assert table is not None, "what was placed is up"
-        if leases.is_turn_wanted and is_long(decision, table.long_s):
+        if leases.is_exclusive_wanted and is_long(decision, table.long_s):
             return  # an exclusive request waits for the running long prefills: none may begin
         if look.n_idle == 1 and (ahead := self._ahead_of(table, waiting, decision)) is not None:
             waiting.behind = ahead

@@ -115,7 +115,7 @@ class Pool:
         from now on; one that waits already keeps its ``max_wait_s``.
         """
         if settings.prewarm is not self._settings.prewarm:
-            self._prewarm.want(settings.prewarm)
+            self._prewarm.set_bodies(settings.prewarm)
         self._settings, self.dispatcher.queue.limits = settings, settings.limits
 
     def __repr__(self) -> str:

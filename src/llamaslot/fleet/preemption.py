@@ -39,7 +39,7 @@ def _needed(backends: Collection[Leases], queue: Queue, now: float) -> set[Lease
     tables = [leases.table for leases in here if leases.table is not None]
     if any(table.n_idle for table in tables):
         return set()
-    open_ = [leases for leases in here if not (leases.is_gate_shut or leases.is_turn_wanted)]
+    open_ = [leases for leases in here if not (leases.is_gate_shut or leases.is_exclusive_wanted)]
     stoppable = [
         lease for leases in open_ for lease in leases.held() if lease.can_stop and _may_stop(lease, now)
     ]

@@ -74,7 +74,7 @@ class Prewarm:
         self._left_of: dict[int, SlotTable] = {}
         self._left: dict[int, list[PrewarmTarget]] = {}
 
-    def want(self, bodies: Bodies) -> None:
+    def set_bodies(self, bodies: Bodies) -> None:
         """These from now on."""
         self._bodies, self._left_of = bodies, {}
 
@@ -105,21 +105,21 @@ class Prewarm:
                 if is_known:
                     await self._warm(table, self._left[library])
                 else:
-                    wanted = await self._all_wanted()
-                    await self._unpin_others(table, wanted)
+                    targets = await self._targets()
+                    await self._unpin_others(table, targets)
                     self._left_of[library] = table
-                    self._left[library] = [one for one in wanted if one is not None]
+                    self._left[library] = [one for one in targets if one is not None]
             except LlamaslotError as error:
                 log.debug("prewarm: %s", error)  # the server is gone; there will be another slot table
             return
 
     # -- configured prefixes -------------------------------------------------------------------------------------
 
-    async def _all_wanted(self) -> list[PrewarmTarget | None]:
+    async def _targets(self) -> list[PrewarmTarget | None]:
         """The prefix of each body, None if it is unknown. Raises BackendDown."""
-        return [await self._wanted(name, body) for name, body in self._bodies]
+        return [await self._target(name, body) for name, body in self._bodies]
 
-    async def _wanted(self, name: str, body: Mapping[str, Any]) -> PrewarmTarget | None:
+    async def _target(self, name: str, body: Mapping[str, Any]) -> PrewarmTarget | None:
         try:
             prompt, n_tokens = await self._tokenizer().opening(body)
         except BackendDown:
@@ -129,15 +129,15 @@ class Prewarm:
             return None
         return PrewarmTarget(name, prompt.tokens, n_tokens)
 
-    async def _unpin_others(self, table: SlotTable, wanted: Sequence[PrewarmTarget | None]) -> None:
+    async def _unpin_others(self, table: SlotTable, targets: Sequence[PrewarmTarget | None]) -> None:
         """Unpin snapshots of an earlier configuration, so that they may be evicted."""
-        if None in wanted:
+        if None in targets:
             return  # it may be one of these
         for snapshot in table.pinned():
             if not any(
                 one is not None
                 and table.model_snapshots.snapshot_at(one.trunk, table.rules.public) == snapshot
-                for one in wanted
+                for one in targets
             ):
                 await self._set_pinned(table, snapshot, is_pinned=False)
                 log.info("prewarm: snapshot %s is no longer configured and may be evicted", snapshot.id)

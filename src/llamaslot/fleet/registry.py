@@ -63,7 +63,7 @@ class Registry:
         self._routers: list[RoutedModels] = []
         self.save_s = 60.0  # for the slots of a model before its router unloads it
         self.stores: dict[Path, SnapshotStore] = {}
-        self._met: dict[str, str] = {}  # by backend: the mark of the process that it is connected to
+        self._processes: dict[str, str] = {}  # by backend: the mark of the process that it is connected to
         self.pools = [self._new_pool()]
         self.router = Router(self.pools, self._backends)
 
@@ -202,12 +202,16 @@ class Registry:
     def are_several(self) -> bool:
         return len(self._backends) > 1
 
-    def met(self, backend: Backend, props: Props) -> None:
-        """As ``Members.met``. ``media_marker`` is random for each process, unless that of the environment is used."""
-        self._met[backend.name] = mark = props.boot_id
-        other = next((name for name, its in self._met.items() if its == mark and name != backend.name), None)
+    def check_process(self, backend: Backend, props: Props) -> None:
+        """As ``Members.check_process``. ``media_marker`` is random for each process, unless that of the environment is
+        used.
+        """
+        self._processes[backend.name] = mark = props.boot_id
+        other = next(
+            (name for name, its in self._processes.items() if its == mark and name != backend.name), None
+        )
         if other is not None and mark not in ("", _USUAL_MARK):
-            del self._met[backend.name]
+            del self._processes[backend.name]
             raise NotReady(_SAME_PROCESS % other)
 
     async def found_router(self, backend: Backend, max_models: int) -> Never:
@@ -299,7 +303,7 @@ class Registry:
             backend.store.keep_learned()
 
     def disconnected(self, backend: Backend, error: BackendDown | None) -> None:
-        self._met.pop(backend.name, None)
+        self._processes.pop(backend.name, None)
         self.pool_of(backend).disconnected(backend, error)
 
     def pool_of(self, backend: Backend) -> Pool:

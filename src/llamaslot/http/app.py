@@ -203,7 +203,7 @@ class App:
             case "completion":
                 return await self._completions.handle(request, route)
             case "exclusive":
-                return await self._passthrough.in_turn(request, route)
+                return await self._passthrough.run_exclusively(request, route)
             case "passthrough" if route.format is not None:
                 return await self._passthrough.count(request, route)
             case "passthrough":

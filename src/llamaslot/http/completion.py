@@ -95,7 +95,7 @@ class Completions:
             raw = orjson.dumps(body)
         if route.may_be_missing and not await self._passthrough.is_offered(pool, route):
             return await self._passthrough.unprepared(pool, request, raw)
-        untokenized = partial(self._passthrough.in_turn, request, route, raw)
+        untokenized = partial(self._passthrough.run_exclusively, request, route, raw)
         pool_again = partial(self._router.pool_for, body.get("model"), loads=True)
         exchange = _Exchange(
             pool, pool_again, self._rules, request, route, raw, body, untokenized, self._unassisted
@@ -178,7 +178,7 @@ class _Exchange:
 
     async def _try(self) -> web.StreamResponse:
         """Raises BackendRestarted, BackendDown and UpstreamError, after which it may be tried again."""
-        context, parsed = await self._context_and_wanted()
+        context, parsed = await self._context_and_parsed()
         if context is None or parsed is None:
             return await self.unassisted.relay(
                 self.attempts, self.down, self.deadlines, self._format, self.raw, self.body
@@ -230,7 +230,7 @@ class _Exchange:
             self.pool.untokenized.count(self._format.name, parsed.unknown)
         return response
 
-    async def _context_and_wanted(self) -> tuple[ModelContext, ParsedRequest] | tuple[None, None]:
+    async def _context_and_parsed(self) -> tuple[ModelContext, ParsedRequest] | tuple[None, None]:
         """The model, served by processes that were checked to be alive, and the request; None for both if assist is
         off.
 
@@ -241,7 +241,7 @@ class _Exchange:
         context = self.pool.context
         if context is not None and self.pool.use_if_proved():
             try:
-                wanted = await self._wanted(context)
+                parsed = await self._parsed(context)
             except LlamaslotError:
                 if self.pool.context is context and self.pool.use_if_proved():
                     raise
@@ -249,21 +249,21 @@ class _Exchange:
                 if self.pool.context is context and (
                     self.pool.use_if_proved() or await self.pool.ready() is context
                 ):
-                    return context, wanted
+                    return context, parsed
         if (context := self.pool.context) is not None:
             try:
                 async with asyncio.TaskGroup() as group:
                     checked = group.create_task(self.pool.ready())
-                    parsed = group.create_task(self._wanted(context))
+                    parsing = group.create_task(self._parsed(context))
                 if checked.result() is context:
-                    return context, parsed.result()
+                    return context, parsing.result()
             except ExceptionGroup as errors:
                 if self.pool.context is context:
                     raise errors.exceptions[0] from None
         context = await self.pool.ready()
-        return (context, await self._wanted(context)) if context is not None else (None, None)
+        return (context, await self._parsed(context)) if context is not None else (None, None)
 
-    async def _wanted(self, context: ModelContext) -> ParsedRequest:
+    async def _parsed(self, context: ModelContext) -> ParsedRequest:
         parsed = await parse_request(
             self.id, self.body, self.raw, self._format, context, user_of(self.request)
         )
@@ -387,16 +387,16 @@ class _Exchange:
                 here = await backend.executor.prepare(
                     lease, self.down.say, may_replan=may_replan, can_stop=True
                 )
-                turn: UnpinnedRequest | None = None
+                unpinned: UnpinnedRequest | None = None
                 if slot_request.n_children:
-                    turn = await stack.enter_async_context(backend.exclusive.take(lease, self.down.say))
+                    unpinned = await stack.enter_async_context(backend.exclusive.take(lease, self.down.say))
                 if slot_request.placement is Placement.STEERED:
                     self.down.say(Comment.WAITING_FOR_TURN)
                     await backend.exclusive.evict_competitors(lease, here)
                 self.down.say(Comment.WAITING_FOR_SERVER)
                 answering = Answering(
-                    self.attempts, backend, context, self.down, self.client_request, parsed, lease, here, before, turn,
-                    in_one_piece=self.in_one_piece,
+                    self.attempts, backend, context, self.down, self.client_request, parsed, lease, here, before,
+                    unpinned, in_one_piece=self.in_one_piece,
                 )  # fmt: skip
                 await self.down.write(
                     self.down.add_headers(of_placement(lease.slot_key, parsed.request.n_tokens))

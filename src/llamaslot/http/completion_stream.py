@@ -60,7 +60,7 @@ class Answering:
         lease: Lease,
         here: PrefillStats | None,
         before: PrefillStats | None,
-        turn: UnpinnedRequest | None,
+        unpinned: UnpinnedRequest | None,
         *,
         in_one_piece: bool = False,
     ) -> None:
@@ -69,7 +69,7 @@ class Answering:
         """
         self.attempts, self.backend, self.context = attempts, backend, context
         self.down, self.client_request, self.parsed = down, client_request, parsed
-        self.lease, self.here, self.turn = lease, here, turn
+        self.lease, self.here, self.unpinned = lease, here, unpinned
         self.prefill_stats = self._in_all(here, before)  # what is reported to the client
         may_assemble = not (client_request.is_streaming or in_one_piece) and backend.streams_are_known
         self.is_assembled = may_assemble and client_request.format.can_assemble(client_request.body)
@@ -329,8 +329,8 @@ class Answering:
                 await self._tell_reuse(at_last=True)
                 await self.down.begin(headers=headers, is_more=any(events))
             if self._reading.is_over:
-                if self.turn is not None:
-                    await self.turn.settle()
+                if self.unpinned is not None:
+                    await self.unpinned.settle()
                 self._settle()
             if self._reading.has_ended:
                 return b"".join([*events, self._reading.rest])

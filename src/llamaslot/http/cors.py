@@ -48,8 +48,8 @@ class Cors:
         if not self._has(request):
             raise Forbidden("pages of this origin may not use llamaslot: listen.cors does not name it")
         headers = {"Access-Control-Allow-Methods": _METHODS, "Access-Control-Max-Age": str(_REMEMBERED_S)}
-        if wanted := request.headers.get("Access-Control-Request-Headers"):
-            headers["Access-Control-Allow-Headers"] = wanted  # "*" would not include Authorization
+        if asked := request.headers.get("Access-Control-Request-Headers"):
+            headers["Access-Control-Allow-Headers"] = asked  # "*" would not include Authorization
         return web.Response(status=204, headers=headers)
 
     def _has(self, request: web.Request) -> bool:

@@ -121,7 +121,7 @@ class Passthrough:
 
         return await attempts.run(attempt)
 
-    async def in_turn(
+    async def run_exclusively(
         self,
         request: web.Request,
         route: Route,
@@ -149,17 +149,17 @@ class Passthrough:
             # The beginning of these answers is not detected.
             async with Deadlines(replace(self._timeouts, first_token_s=None)).kept():
                 if attempts is not None:
-                    return await self._in_turn(attempts, request, raw, head, is_watched=is_watched)
+                    return await self._run_exclusively(attempts, request, raw, head, is_watched=is_watched)
                 attempts = _attempts(request, pool, raw)
                 attempts.check(raw)
-                attempt = partial(self._in_turn, attempts, request, raw, head, is_watched=is_watched)
+                attempt = partial(self._run_exclusively, attempts, request, raw, head, is_watched=is_watched)
                 return await attempts.run(attempt)
         except DeadlinePassed as error:
             if (relayed := await end_relayed(request, error)) is None:
                 raise
             return relayed
 
-    async def _in_turn(
+    async def _run_exclusively(
         self, attempts: Attempts, request: web.Request, raw: bytes, head: bytes, *, is_watched: bool
     ) -> web.StreamResponse:
         id_, user, pool = id_of(request), user_of(request), attempts.pool
@@ -186,12 +186,12 @@ class Passthrough:
             silence_s = backend.api.watchdog_s if is_watched else None
             watchdog = Watchdog(silence_s, partial(_how_far, backend, lease))
             async with (
-                backend.exclusive.take(lease, no_report, left) as turn,
+                backend.exclusive.take(lease, no_report, left) as unpinned,
                 watchdog.kept(pool.tasks),
                 self._upstream(backend, request, raw, to_server(request)) as upstream,
             ):
                 await _refuse_if_worth_another(attempts, upstream)
-                return await relay(request, upstream, headers, turn.settle, lease.mark_decoding)
+                return await relay(request, upstream, headers, unpinned.settle, lease.mark_decoding)
 
     @contextlib.asynccontextmanager
     async def _upstream(

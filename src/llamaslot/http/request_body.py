@@ -249,17 +249,17 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def written(wanted: Mapping[str, Any], body: Mapping[str, Any], raw: bytes) -> bytes:
-    """``wanted`` as JSON. ``raw``: the client's bytes, from which ``parse_object`` has made ``body``.
+def written(new: Mapping[str, Any], body: Mapping[str, Any], raw: bytes) -> bytes:
+    """``new`` as JSON. ``raw``: the client's bytes, from which ``parse_object`` has made ``body``.
 
-    If ``wanted`` has all that is in ``body`` and new fields besides, these are put at the end of the client's own
+    If ``new`` has all that is in ``body`` and new fields besides, these are put at the end of the client's own
     bytes. If not, everything is written anew. Names that a client has sent twice stay so in its bytes: llama-server
     takes the last one at every depth, as orjson does (measured; tests/real/test_bodies.py).
     """
     missing = object()
-    added = {name: value for name, value in wanted.items() if body.get(name, missing) is not value}
-    if not body or len(body) + len(added) != len(wanted) or not body.keys().isdisjoint(added):
-        return orjson.dumps(wanted)
+    added = {name: value for name, value in new.items() if body.get(name, missing) is not value}
+    if not body or len(body) + len(added) != len(new) or not body.keys().isdisjoint(added):
+        return orjson.dumps(new)
     raw = raw.removeprefix(_MARK).rstrip()
     return raw if not added else b"".join((memoryview(raw)[:-1], b",", memoryview(orjson.dumps(added))[1:]))
 
