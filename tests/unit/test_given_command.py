@@ -10,7 +10,7 @@ import pytest
 
 from llamaslot.llama.managed import given_command as flags
 from llamaslot.llama.managed.given_command import EMBEDDED, GivenCommand, Option, UnusableCommand
-from llamaslot.llama.managed.process import command_line
+from llamaslot.llama.managed.process import own_words
 
 STORE = Path("/store")
 
@@ -23,7 +23,7 @@ def given(
 
 
 def arguments(command: GivenCommand) -> list[str]:
-    return command_line(command, command.needed(1234, STORE), None)
+    return [*own_words(command, command.needed(1234, STORE), None), *command.args]
 
 
 def test_what_is_missing_is_added() -> None:

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
@@ -199,18 +199,14 @@ def recommended_flags(args: Sequence[str]) -> list[Flag]:
     return flags if _named(args) & (batch[0].names | batch[1].names) else [*flags, *batch]
 
 
-def own_flags(launch: Launch, needed: Sequence[Flag], known: Collection[str] | None) -> list[Flag]:
-    """The flags that llamaslot adds: needed ones, and the recommended ones that are ``known`` (None: all); without
-    those that the operator has set.
+def own_words(launch: Launch, needed: Sequence[Flag], known: Collection[str] | None) -> list[str]:
+    """llamaslot's words of the command line: needed flags, and the recommended ones that are ``known`` (None: all);
+    without those that the operator has set.
     """
-    recommended = [f for f in launch.recommended() if known is None or f.name in known]
+    recommended = [flag for flag in launch.recommended() if known is None or flag.name in known]
     said = _named(launch.args)
-    return [flag for flag in (*needed, *recommended) if not flag.names & said]
-
-
-def command_line(launch: Launch, needed: Sequence[Flag], known: Collection[str] | None) -> list[str]:
-    """The arguments: llamaslot's flags, then the operator's."""
-    return [*(word for flag in own_flags(launch, needed, known) for word in flag.words()), *launch.args]
+    own = (flag for flag in (*needed, *recommended) if not flag.names & said)
+    return [word for flag in own for word in flag.words()]
 
 
 class ManagedServer:
@@ -310,7 +306,7 @@ class ManagedServer:
                     *(self.name, shlex.join(launch.command), " ".join(unknown)),
                 )
             guarded = [sys.executable, "-m", "llamaslot.llama.managed.guard_process", *launch.command]
-        added = [word for flag in own_flags(launch, self._needed, known) for word in flag.words()]
+        added = own_words(launch, self._needed, known)
         return [*guarded, *added, *launch.args], added
 
     async def _known_flags(self, command: Sequence[str]) -> set[str]:
@@ -424,14 +420,12 @@ def _open_log(path: Path | None, slot_save_path: Path, command: str) -> int:
 
 def _last_line(path: Path | None) -> str:
     """The last line that is not empty, at most 300 characters; "nothing" if there is none."""
-    return next(_lines_backwards(path), "nothing")[:300] if path is not None else "nothing"
-
-
-def _lines_backwards(path: Path) -> Iterator[str]:
-    with suppress(OSError), path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
-        lines = file.read().decode(errors="replace").splitlines()
-        yield from (line.strip() for line in reversed(lines) if line.strip())
+    lines: list[str] = []
+    if path is not None:
+        with suppress(OSError), path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+            lines = file.read().decode(errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")[:300]
 
 
 def in_words(code: int) -> str:
