@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from llamaslot.config.faults import keys_of
-from llamaslot.config.load import GUARDED_ROUTES, Config, default_meta_dir, parse_size
+from llamaslot.config.load import Config
+from llamaslot.config.sections import default_meta_dir
+from llamaslot.config.values import parse_size
 from llamaslot.errors import ConfigError
+from llamaslot.llama.routes import KNOWN_GATES
 
 REPOSITORY = Path(__file__).parents[2]
 BACKEND = "backends: [{url: 'http://127.0.0.1:8080'}]\n"
@@ -543,7 +546,7 @@ def test_documented_defaults_are_the_defaults(load: Load) -> None:
 def test_the_guarded_routes_are_documented() -> None:
     """An operator finds what `passthrough.allow` may name."""
     text = (REPOSITORY / "docs/configuration.md").read_text()
-    assert [route for route in GUARDED_ROUTES if f"`{route}`" not in text] == []
+    assert [route for route in KNOWN_GATES if f"`{route}`" not in text] == []
 
 
 def test_the_demo_has_no_faults(monkeypatch: pytest.MonkeyPatch) -> None:

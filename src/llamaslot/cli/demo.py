@@ -136,6 +136,3 @@ def _fetch(path: Path) -> None:
             member = next(name for name in archive.namelist() if name.endswith(path.name))
             got = archive.extract(member, directory)
         os.replace(got, path)
-
-
-__all__ = ["demo"]

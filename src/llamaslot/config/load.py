@@ -27,9 +27,8 @@ from llamaslot.config.sections import (
     StoreConfig,
     StreamConfig,
     TimeoutsConfig,
-    default_meta_dir,
 )
-from llamaslot.config.values import GUARDED_ROUTES, FilePath, Section, chat_file, parse_size
+from llamaslot.config.values import FilePath, Section, chat_file
 from llamaslot.errors import ConfigError
 from llamaslot.formats.rewrite import RewriteRule, distinct, in_force, is_ready, ready
 from llamaslot.schema import AfterValidator, BeforeValidator, Field, Loc, ValidationError, ValidationInfo
@@ -108,6 +107,3 @@ class Config(Section):
             for backend in self.backends
         )
         return self.model_copy(update={"backends": backends})
-
-
-__all__ = ["GUARDED_ROUTES", "Config", "default_meta_dir", "parse_size"]

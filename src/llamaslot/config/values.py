@@ -10,17 +10,21 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from llamaslot.llama.routes import KNOWN_GATES
 from llamaslot.schema import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-_UNITS |= {"KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1024**4}
-
-#: Routes that change llama-server or reach out from it; ``passthrough.allow`` may name them.
-GUARDED_ROUTES = KNOWN_GATES
+_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": KIB,
+    "MIB": MIB,
+    "GIB": GIB,
+    "TIB": 1024**4,
+}
 
 
 def parse_size(value: object) -> int:

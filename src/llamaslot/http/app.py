@@ -208,6 +208,3 @@ class App:
                 return await self._passthrough.count(request, route)
             case "passthrough":
                 return await self._passthrough.forward(request, route)
-
-
-__all__ = ["App"]

@@ -31,8 +31,8 @@ SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache",
 
 
 class StreamRules(Struct, frozen=True):
-    """Settings of every exchange: the interval ``keepalive_s`` of comments while a stream waits (None: no comments),
-    and the timeouts.
+    """Settings of every exchange: whether a waiting stream gets comments, one every ``keepalive_s`` seconds, and the
+    timeouts.
     """
 
     keepalive_s: float = 10.0

@@ -119,25 +119,14 @@ _DECISION = _object(
     is_assisted=_YES,
     text=_TEXT,
 )
-_N: Json = {
-    "name": "n",
-    "in": "query",
-    "description": f"How many decisions of the last {KEPT}.",
-    "schema": {"type": "integer", "minimum": 0, "default": 100},
-}
-_BACKEND: Json = {
-    "name": "backend",
-    "in": "query",
-    "required": True,
-    "description": "The name of a backend.",
-    "schema": {"type": "string", "minLength": 1},
-}
 
 
 def _param(name: str, description: str, schema: Json, *, required: bool = False) -> Json:
     return {"name": name, "in": "query", "required": required, "description": description, "schema": schema}
 
 
+_N = _param("n", f"How many decisions of the last {KEPT}.", {"type": "integer", "minimum": 0, "default": 100})
+_BACKEND = _param("backend", "The name of a backend.", {"type": "string", "minLength": 1}, required=True)
 _FLIGHT = _object(
     id=_TEXT,
     at=_SECONDS,
@@ -220,15 +209,8 @@ def _of_snapshot(summary: str) -> Json:
 
 
 def _drain(summary: str) -> Json:
-    answers = {
-        "200": _json(
-            "The state now (null: in service), and the slots that could not be saved.",
-            _object(backend=_TEXT, drain=_or_null(_TEXT), unsaved=_list_of(_COUNT)),
-        ),
-        "400": _ERROR,
-        "404": _ERROR,
-    }
-    return _get(summary, answers, _BACKEND, method="post")
+    told = "The state now (null: in service), and the slots that could not be saved."
+    return _action(summary, told, _BACKEND, backend=_TEXT, drain=_or_null(_TEXT), unsaved=_list_of(_COUNT))
 
 
 _HEALTH_PAGE = _get(
