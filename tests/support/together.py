@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 from tests.support.jobs import clients
 from tests.support.real import RealServer
+from tests.support.rounding import Answers, answers_of
 from tests.support.stack import Stack
 from tests.support.users import (
     Client,
@@ -19,7 +19,6 @@ from tests.support.users import (
     Reply,
     User,
     common,
-    content_of,
     rendered,
     symbols,
     talking,
@@ -27,9 +26,6 @@ from tests.support.users import (
 )
 
 Place = Literal["system", "user", "completions"]
-# In ln of a probability. Seen: a token's own moved by up to 0.046 when llama-server alone computed the same prompt in
-# other batches (dense and SWA; recurrent not at all). Of wrong contexts few answer so nearly right.
-ROUNDING = 0.1
 PLACES: tuple[Place, ...] = ("system", "user", "completions")
 
 
@@ -98,27 +94,6 @@ def distinct(prompts: Sequence[str]) -> int:
     return sum(len(prompt) - common(prompt, other) for prompt, other in zip(ordered, before, strict=True))
 
 
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """Answers at temperature 0 beside other people's requests, against those of an idle server asked cold.
-
-    Batches of another size round differently. An answer that parts from the idle server's at a token which that one
-    finds as likely as its own, but for ``ROUNDING``, counts as rounded; where a wrong context has answered, it is an
-    arbitrary token.
-    """
-
-    n_all: int
-    rounded: tuple[float, ...]  # how much less likely each of those is
-    differ: tuple[str, ...]
-
-    def __str__(self) -> str:
-        n_same = self.n_all - len(self.rounded) - len(self.differ)
-        return (
-            f"{n_same} of {self.n_all} answers equal those of an idle server, {len(self.rounded)} but for rounding "
-            f"(at most {max(self.rounded, default=0.0):.4f}), others: {self.differ or 'none'}"
-        )
-
-
 async def answer_beside_others(
     stack: Stack,
     reference: RealServer,
@@ -144,29 +119,5 @@ async def answer_beside_others(
                 )
             )
             replies += [turn.reply for turn in turns]
-    rounded, differ = [], []
     async with Client(reference.url) as idle:
-        for number, (body, reply) in enumerate(zip(bodies, replies, strict=True)):
-            assert not reply.error, reply.error
-            answer = await idle.post("/v1/chat/completions", {**body, "logprobs": True, "top_logprobs": 20})
-            expected = content_of(answer)
-            if (gap := parting_gap(reply.text, answer)) == 0:
-                continue
-            if gap <= ROUNDING:
-                rounded.append(gap)
-            else:
-                differ.append(f"{number}: {reply.text!r}, idle {expected!r} (less likely by {gap:.2f})")
-    return Answers(len(replies), tuple(rounded), tuple(differ))
-
-
-def parting_gap(text: str, answer: dict[str, Any]) -> float:
-    """By how much an idle server finds the token less likely (in ln) with which ``text`` parts from its own answer: 0
-    if it does not, infinity if the token is none of its likeliest 20."""
-    tokens = answer["choices"][0]["logprobs"]["content"]
-    n_common = common(text, content_of(answer))
-    if n_common == len(text) == len(tokens):
-        return 0.0
-    if n_common == min(len(text), len(tokens)):
-        return math.inf
-    likely = {other["token"]: other["logprob"] for other in tokens[n_common]["top_logprobs"]}
-    return float(tokens[n_common]["logprob"] - likely.get(text[n_common], -math.inf))
+        return await answers_of(zip(bodies, replies, strict=True), idle)
