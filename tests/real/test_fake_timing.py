@@ -188,9 +188,10 @@ class Timing:
         for _ in range(5):
             await asyncio.sleep(0.3)
             assert (await http_slots(server))[1]["is_processing"]
-        await asyncio.sleep(1.6)
-        slot = (await http_slots(server))[1]
-        assert not slot["is_processing"]
+        async with asyncio.timeout(30):  # a batch of a busy machine takes long, too
+            await asyncio.sleep(1.6)
+            while (slot := (await http_slots(server))[1])["is_processing"]:
+                await asyncio.sleep(1.6)
         assert 0 < slot["n_prompt_tokens"] < 14_000
 
     async def test_the_lower_slot_prefills_first(self, server: Server) -> None:
