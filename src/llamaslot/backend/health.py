@@ -23,8 +23,9 @@ from llamaslot.tasks import ChangeEvent
 
 log = logging.getLogger(__name__)
 
-# A server that has answered a request within this time has not fallen asleep: --sleep-idle-seconds is 1 at least.
-_AWAKE_S = 1.0
+# A server that has answered a request within this time has not fallen asleep: --sleep-idle-seconds is 1 at least, and
+# counts from when llama-server has finished, of which a busy machine hears late.
+_AWAKE_S = 0.5
 # For which a server that answers with errors is avoided: each pause is twice the last.
 _PAUSE_S, _PAUSE_AT_LAST_S = 2.0, 60.0
 
