@@ -19,6 +19,7 @@ from llamaslot.backend.feedback import ReportedCounts
 from llamaslot.backend.idle_save import IdleSave
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import RetryPlacement
+from llamaslot.backend.save import Saving
 from llamaslot.backend.slot_content import is_far_off
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import NOTHING, Content
@@ -87,8 +88,8 @@ class Proxy:
         self.leases.pin = disk.pin
         self.dispatcher.on_prefix_wait = self._metrics.prefix_wait_s.observe
         api, catalog = cast(LlamaServer, server), cast(Catalog, disk)
-        self.executor = PlanExecutor(api, catalog, self.rates, self.metrics, self.tasks, self.leases)
-        self.executor.fingerprint, self.executor.boot_id = FINGERPRINT, "simulated"
+        self.executor = PlanExecutor(Saving(api, catalog, self.rates, self.metrics, self.tasks, self.leases))
+        self.executor.saving.fingerprint, self.executor.boot_id = FINGERPRINT, "simulated"
         self.idle_save = IdleSave(self.leases, self.executor, IDLE_SAVE_S)
         self.table = SlotTable("simulated", server.n_slots, N_CTX, rules=rules, rates=self.rates)
         self.table.can_save = self.table.can_erase = True

@@ -18,6 +18,7 @@ from llamaslot.backend.feedback import ReportedCounts
 from llamaslot.backend.idle_save import IdleSave
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import LeaseState, Preempted, RetryPlacement
+from llamaslot.backend.save import Saving
 from llamaslot.backend.slot_content import is_far_off
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import NOTHING
@@ -84,13 +85,13 @@ class House:
         self.dispatcher = Dispatcher(rules, limits or QueueLimits(), loop.time)
         self.leases = self.dispatcher.add("stub")
         api, catalog = cast(LlamaServer, server), cast(Catalog, self.catalog)
-        self.executor = PlanExecutor(api, catalog, self.rates, self.metrics, self.tasks, self.leases)
+        self.executor = PlanExecutor(Saving(api, catalog, self.rates, self.metrics, self.tasks, self.leases))
         self.exclusive = ExclusiveSection(api, self.leases, self.executor, self.tasks)
         self.idle_save = IdleSave(self.leases, self.executor, 2.0)
         self.abandoned_slots = AbandonedSlots(api, self.leases, loop.time)
         self.leases.on_drain = self.abandoned_slots.add
         self.leases.pin = self.catalog.pin
-        self.executor.fingerprint = MODEL
+        self.executor.saving.fingerprint = MODEL
         self.saved_tokens = b""  # what ``keep_one_on_disk`` has put there
         self.clients: dict[asyncio.Task[Any], str] = {}
         self.first_s: dict[str, float] = {}  # from each job's question to the first token of its answer

@@ -21,6 +21,7 @@ from llamaslot.backend.executor import PlanExecutor
 from llamaslot.backend.health import Health, Presence, Proof, Suspicion, note_sleep
 from llamaslot.backend.idle_save import IdleSave
 from llamaslot.backend.leases import Leases
+from llamaslot.backend.save import Saving
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.unassisted_slots import has_idle_slot
 from llamaslot.cache.content import NOTHING
@@ -113,7 +114,7 @@ class Backend:
         self.tasks = TaskOwner()
         self.rates_file = LearnedFile(name, rates_file)
         self.rates = Rates()
-        self.executor = PlanExecutor(api, catalog, self.rates, metrics, self.tasks, leases)
+        self.executor = PlanExecutor(Saving(api, catalog, self.rates, metrics, self.tasks, leases))
         self.route_availability, self.dry_runs = RouteAvailability(api), DryRuns(api)
         self.exclusive = ExclusiveSection(api, leases, self.executor, self.tasks)
         self.idle_save = IdleSave(leases, self.executor, idle_save_s)
@@ -345,7 +346,8 @@ class Backend:
         self._members.connecting(self, session)
         self.session, self.streams_are_known = session, True
         self.last_session = session
-        self.executor.fingerprint, self.executor.boot_id = session.fingerprint, session.props.boot_id
+        self.executor.saving.fingerprint = session.fingerprint
+        self.executor.boot_id = session.props.boot_id
         for slot in session.found_busy:
             session.table.take(slot, Request("left over"), self.now(), has_answer=False)
             session.table.give_back(slot, SlotEvent.LEAVE, NOTHING, self.now())

@@ -15,7 +15,6 @@ from llamaslot.backend import snapshot_usage
 from llamaslot.backend.feedback import Feedback, ReportedCounts
 from llamaslot.backend.lease import Lease
 from llamaslot.backend.lease_states import RetryPlacement
-from llamaslot.backend.leases import Leases
 from llamaslot.backend.long_prompt import Report
 from llamaslot.backend.prefill import ChunkedPrefill
 from llamaslot.backend.save import Saving, never
@@ -26,16 +25,12 @@ from llamaslot.cache.ids import common
 from llamaslot.cache.reuse import ReuseForecast, goes_on_behind, usable
 from llamaslot.errors import BackendDown, BackendRestarted, LlamaslotError, SnapshotInvalid
 from llamaslot.formats.comments import Comment
-from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.journal import Act
-from llamaslot.observe.metrics import BackendMetrics
-from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import prefill_steps
 from llamaslot.scheduling.plan import Erase, Plan, PrefillStats, PrefillTo, Restore, Save, SaveSharedPrefix
-from llamaslot.store import Catalog, Snapshot, WithTokens
+from llamaslot.store import Snapshot, WithTokens
 from llamaslot.store.giving_out import is_passing
 from llamaslot.store.model_snapshots import content_of
-from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 _SET_ASIDE_S = 10.0  # a snapshot that could not be restored for want of room, open files or a right
@@ -43,33 +38,16 @@ T = TypeVar("T")
 
 
 class PlanExecutor:
-    """Performs steps on one backend."""
+    """Performs steps on one backend, whose saves are ``saving``."""
 
-    def __init__(
-        self,
-        api: LlamaServer,
-        catalog: Catalog | None,
-        rates: Rates,
-        metrics: BackendMetrics,
-        tasks: TaskOwner,
-        leases: Leases,
-    ) -> None:
-        self.api, self.catalog, self.rates = api, catalog, rates
-        self.metrics, self.tasks, self.now = metrics, tasks, leases.now
-        self._leases = leases
-        self.saving = Saving(api, catalog, rates, metrics, tasks, leases)
-        self.feedback = Feedback(catalog, rates, metrics, tasks, leases.now)
-        self.chunked_prefill = ChunkedPrefill(api, rates, metrics, leases, self.feedback)
+    def __init__(self, saving: Saving) -> None:
+        self.saving = saving
+        self.api, self.catalog, self.rates = saving.api, saving.catalog, saving.rates
+        self.metrics, self.tasks, self.now = saving.metrics, saving.tasks, saving.now
+        self._leases = saving.leases
+        self.feedback = Feedback(self.catalog, self.rates, self.metrics, self.tasks, self.now)
+        self.chunked_prefill = ChunkedPrefill(self.api, self.rates, self.metrics, self._leases, self.feedback)
         self.boot_id = ""
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of the model that runs now."""
-        return self.saving.fingerprint
-
-    @fingerprint.setter
-    def fingerprint(self, fingerprint: str) -> None:
-        self.saving.fingerprint = fingerprint
 
     async def prepare(
         self, lease: Lease, report: Report, *, may_replan: bool = False, can_stop: bool = False

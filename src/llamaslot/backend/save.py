@@ -56,7 +56,7 @@ class Saving:
     ) -> None:
         self.api, self.catalog, self.rates = api, catalog, rates
         self.metrics, self.tasks, self.now = metrics, tasks, leases.now
-        self._leases = leases
+        self.leases = leases
         self.fingerprint = ""
         self._lock = asyncio.Lock()
 
@@ -66,7 +66,7 @@ class Saving:
         at a time, followed by a wait for one batch. While no answer is being decoded, actions shorter than that wait
         take no turns: all that are due run between the same two batches.
         """
-        is_decoding = any(other.is_decoding for other in self._leases.leases if other is not lease)
+        is_decoding = any(other.is_decoding for other in self.leases.leases if other is not lease)
         if is_decoding or seconds > self.rates.save_delay.seconds:
             async with self._lock:
                 yield
@@ -86,7 +86,7 @@ class Saving:
             return None
         if not await self._has_gone_back(lease, lease.content, SnapshotKind.LEAF):
             lease.end_pending_save()
-            self._leases.dispatch()
+            self.leases.dispatch()
             return None
         content, keep = lease.content, _planned(lease)
         if lease.is_own:  # otherwise slots that are all hot would evict each other in turn, for ever
@@ -101,7 +101,7 @@ class Saving:
             if old is not None and supersedes(snapshot, old, lease.table.rules.similarity_min):
                 self.catalog.inherit(snapshot.id, old.id)
                 self.tasks.spawn(self.catalog.drop(old.id), f"drop superseded {old.id}")
-        self._leases.dispatch()
+        self.leases.dispatch()
         return snapshot
 
     async def keep(self, lease: Lease, n_tokens: int) -> bool:
@@ -127,7 +127,7 @@ class Saving:
             if not is_kept:
                 lease.stop_keeping()
             lease.table.end_expected_trunks(lease.slot_id, n_tokens)
-            self._leases.dispatch()
+            self.leases.dispatch()
 
     async def _write(
         self,
@@ -147,7 +147,7 @@ class Saving:
         try:
             size_bytes = self.rates.size_bytes(n_held)
             reservation = await self.catalog.reserve(
-                size_bytes, keep=keep, spare=self._leases.snapshots_in_demand()
+                size_bytes, keep=keep, spare=self.leases.snapshots_in_demand()
             )
         except (QuotaExceeded, SnapshotInvalid) as error:
             _not_saved(lease, kind, error)
@@ -211,7 +211,7 @@ class Saving:
             lease.table.add_snapshot(snapshot)
             if kind is SnapshotKind.LEAF and (left := abandoned_by(lease.table, snapshot)) is not None:
                 self.catalog.branched(left)
-            current = self._leases.table
+            current = self.leases.table
             if current not in (None, lease.table) and self.fingerprint == fingerprint:
                 current.add_snapshot(snapshot)  # the server has restarted since, and can read it too
         return snapshot
