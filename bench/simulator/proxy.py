@@ -99,7 +99,10 @@ class Proxy:
 
     def sample(self, name: str) -> float:
         """A metric of the backend, 0 where nothing was counted."""
-        return self._metrics.value(name, backend="simulated", model="")
+        found = self._metrics.registry.get_sample_value(
+            f"llamaslot_{name}", {"backend": "simulated", "model": ""}
+        )
+        return found or 0.0
 
     def _meet(self) -> None:
         """What the handshake learns: how large files are, from two small ones."""

@@ -113,7 +113,7 @@ def test_a_section_without_keys_is_its_defaults(load: Load) -> None:
 def test_a_config_can_not_be_changed(load: Load) -> None:
     """Settings are read once; nobody changes them under another's feet."""
     with pytest.raises(ValueError, match="frozen"):
-        load(BACKEND).listen.port = 1  # type: ignore[misc]
+        load(BACKEND).listen.port = 1
 
 
 @pytest.mark.parametrize(
@@ -278,8 +278,6 @@ def test_the_message_is_a_list(load: Load, tmp_path: Path) -> None:
             "store.min_free: should be a size such as 64MiB or 200GiB, or a number of bytes; not 'plenty'",
         ),
         (BACKEND + "store: {meta_dir: ''}", "store.meta_dir: should be a path, and is empty"),
-        (BACKEND + "store: {meta_dir: 5}", "store.meta_dir: should be a path; not 5"),
-        (BACKEND + "models: {aliases: a}", "models.aliases: should be a mapping; not 'a'"),
         (
             BACKEND + "store: {meta_dir: ~nobody-at-all/x}",
             "store.meta_dir: ~nobody-at-all/x: there is no such home",

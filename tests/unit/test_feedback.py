@@ -91,7 +91,7 @@ def test_a_snapshot_that_fails_twice_is_dropped(house: House, caplog: pytest.Log
     assert f"{snapshot}.kv" not in house.server.files
     lines = [record for record in caplog.records if "twice gave less" in record.getMessage()]
     assert [record.levelno for record in lines] == [logging.WARNING]
-    assert house.metrics.retired.value == 1
+    assert house.metrics.retired._value.get() == 1
     house.check_nothing_is_left()
 
 

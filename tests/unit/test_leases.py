@@ -131,7 +131,7 @@ def test_a_failed_restore_is_no_news_of_the_model(house: House) -> None:
     assert outcome_of(client) == 0
     assert house.leases.table is not None
     assert house.leases.table.cache_kind is CacheKind.DENSE
-    assert house.metrics.reuse_mispredictions.value == 0
+    assert house.metrics.reuse_mispredictions._value.get() == 0
     house.check_nothing_is_left()
 
 

@@ -70,7 +70,7 @@ def test_what_several_begin_with_is_computed_once(
         assert min(reused[1:]) >= N - AGAIN
         assert len(trunks(house)) == 1
         assert house.now - house.began <= (N + 3 * OWN) / 1000 + 0.6
-        assert house.metrics.steps_failed._family._measures == {}
+        assert house.metrics.steps_failed._family._metrics == {}
 
 
 @EVERY

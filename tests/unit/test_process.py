@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from llamaslot.errors import LlamaslotError
 from llamaslot.llama.managed.process import (
@@ -24,7 +25,6 @@ from llamaslot.llama.managed.process import (
     own_words,
     smollm2_path,
 )
-from llamaslot.schema import ValidationError
 from llamaslot.tasks import TaskOwner
 
 HELP = """

@@ -207,7 +207,7 @@ def test_a_slot_that_falls_silent_while_it_goes_back_drains(asks: bool) -> None:
     assert client.done()
     assert isinstance(client.exception(), SlotWedged) is asks
     assert [slot.state for slot in table.slots] == [SlotState.DRAINING]
-    assert house.metrics.wedged.value == float(not asks)
+    assert house.metrics.wedged._value.get() == float(not asks)
     house.finish()
     assert [slot.state for slot in table.slots] == [SlotState.SUSPECT]
     house.check_nothing_is_left()

@@ -113,7 +113,7 @@ async def test_a_client_that_leaves_while_its_prompt_is_computed_frees_its_slot(
         await it.fake.wait_for(lambda f: f.slots[0].is_processing)
         await it.fake.step(2)
         leaver.cancel()
-        await it.until(lambda: it.pool.metrics.clients_left.value == 1)
+        await it.until(lambda: it.pool.metrics.clients_left._value.get() == 1)
         it.fake.pace.step_s = 0.005
         it.fake.go()
         await it.fake.wait_for(lambda f: not f.slots[0].is_processing)

@@ -220,7 +220,7 @@ async def test_while_something_passes_through(tmp_path: Path) -> None:
         await hang.reached.wait()
         await leave(leaver)
         hang.release()
-        await it.until(lambda: it.pool.metrics.clients_left.value == 1)
+        await it.until(lambda: it.pool.metrics.clients_left._value.get() == 1)
         await right_again(it)
 
 

@@ -63,12 +63,13 @@ def demo(port: int, model: Path | None, slots: int, context: int) -> None:
 
 def _config(port: int, model: Path | None, slots: int, context: int) -> Config:
     """Raises ConfigError."""
+    from pydantic import ValidationError
+
     from llamaslot.config.faults import fault_lines
     from llamaslot.config.load import Config
     from llamaslot.config.sections import default_meta_dir
     from llamaslot.errors import ConfigError
     from llamaslot.llama.managed.process import EMBEDDED_MODEL
-    from llamaslot.schema import ValidationError
 
     managed = {"model": str(model or EMBEDDED_MODEL), "slots": slots, "context": slots * context}
     settings = {

@@ -163,11 +163,12 @@ def _config(
     stop_s: float,
 ) -> Config:
     """The settings of ``serve`` for this command. Raises ConfigError."""
+    from pydantic import ValidationError
+
     from llamaslot.config.faults import fault_lines
     from llamaslot.config.load import Config
     from llamaslot.errors import ConfigError
     from llamaslot.http.serve import drain_s
-    from llamaslot.schema import ValidationError
 
     keys = given.api_keys
     backend: dict[str, Any] = {"name": "llama", "url": url, "slot_save_path": slot_files}

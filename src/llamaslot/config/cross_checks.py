@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError, ValidationInfo
+
+from llamaslot.config.faults import Loc
 from llamaslot.config.sections import BackendConfig
 from llamaslot.config.values import address_of, anchored
 from llamaslot.errors import LlamaslotError
 from llamaslot.llama.managed.process import EMBEDDED_MODEL, smollm2_path
-from llamaslot.schema import Loc, ValidationError, ValidationInfo
 
 
 def wrong_together(raw: Any, info: ValidationInfo) -> Iterator[tuple[Loc, str]]:
@@ -155,7 +157,7 @@ def _auth_faults(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
             "not together with admin_key; the file keeps the key out of this one",
         )
     host = listen.get("host", "127.0.0.1")
-    # The values that are read as true; a value that is neither true nor false is reported as a fault of its
+    # The values that pydantic reads as true; a value that is neither true nor false is reported as a fault of its
     # own.
     is_anonymous = str(auth.get("allow_anonymous", "")).lower() in ("true", "1", "1.0", "on", "yes", "y", "t")
     if not isinstance(host, str) or not host or auth.get("keys_file") is not None or is_anonymous:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from llamaslot.errors import ConfigError
-from llamaslot.schema import BaseModel, Fault, Loc, ValidationError
+
+Loc = tuple[str | int, ...]
 
 #: The new keys of settings of the predecessor project.
 RENAMED = {
@@ -23,8 +27,8 @@ RENAMED = {
 _WORDING = {
     "missing": "is missing",
     "string_type": "should be text; put it in quotes",
+    "string_too_short": "should not be empty",
     "too_short": "should not be empty",
-    "too_long": "should have at most {bound} characters",
     "bool_type": "should be on or off",
     "bool_parsing": "should be on or off",
     "int_type": "should be a whole number",
@@ -35,14 +39,13 @@ _WORDING = {
     "finite_number": "should be a number",
     "path_type": "should be a path",
     "tuple_type": "should be a list",
-    "dict_type": "should be a mapping",
-    "datetime_type": "should be a time such as 2026-01-31T12:00:00Z",
+    "list_type": "should be a list",
     "invalid_key": "is not a key that can be used here: keys are text",
-    "greater_than": "should be greater than {bound}",
-    "greater_than_equal": "should be at least {bound}",
-    "less_than": "should be less than {bound}",
-    "less_than_equal": "should be at most {bound}",
-    "literal_error": "should be {bound}",
+    "greater_than": "should be greater than {gt}",
+    "greater_than_equal": "should be at least {ge}",
+    "less_than": "should be less than {lt}",
+    "less_than_equal": "should be at most {le}",
+    "literal_error": "should be {expected}",
     "string_pattern_mismatch": "should be letters, digits, '.', '_' and '-'",
 }
 
@@ -84,12 +87,14 @@ def read_yaml(path: Path) -> Any:
 
 def fault_lines(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One line per fault: its path in the file (``backends[0].url``), and what is expected."""
-    return [f"{dotted(fault.loc)}: {_say(fault, model)}" for fault in error.faults]
+    return [
+        f"{dotted(details['loc'])}: {_say(details, model)}" for details in error.errors(include_url=False)
+    ]
 
 
 def dotted(loc: Loc) -> str:
     """``("backends", 0, "url")`` as ``backends[0].url``."""
-    if loc[-1:] == ("[key]",):  # the mark for the key itself
+    if loc[-1:] == ("[key]",):  # pydantic's mark for the key itself
         return f"{dotted(loc[:-2])}, the key {loc[-2]!r}"
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
     return path.removeprefix(".") or "the file"
@@ -109,17 +114,16 @@ def keys_of(model: type[BaseModel], above: str = "") -> Iterator[str]:
             )
 
 
-def _say(fault: Fault, model: type[BaseModel]) -> str:
-    kind, loc, given = fault.kind, fault.loc, fault.given
+def _say(details: ErrorDetails, model: type[BaseModel]) -> str:
+    kind, loc, given = details["type"], details["loc"], details["input"]
+    context: Mapping[str, Any] = details.get("ctx", {})
     if kind == "value_error":
-        return fault.why
+        return str(context["error"])
     if kind == "extra_forbidden":
         return _unknown(str(loc[-1]), loc, model)
     if kind == "model_type":
         return f"should be a mapping with the keys {', '.join(_section(loc, model).model_fields)}"
-    allowed = [repr(its) for its in fault.bound] if isinstance(fault.bound, tuple) else []
-    bound = " or ".join(filter(None, (", ".join(allowed[:-1]), *allowed[-1:]))) if allowed else fault.bound
-    said = _WORDING[kind].format(bound=bound)
+    said = _WORDING[kind].format_map(context) if kind in _WORDING else details["msg"].removeprefix("Input ")
     if kind.startswith("float") and str(loc[-1]).endswith("_s"):
         said = "should be a number of seconds, such as 10"
     if kind == "missing" or "key" in str(loc[-1]):  # a key is a secret: never repeat it
@@ -127,7 +131,9 @@ def _say(fault: Fault, model: type[BaseModel]) -> str:
     if isinstance(given, str | int | float):
         said += f"; not {given!r}"
     if kind == "literal_error" and isinstance(given, str):
-        said += _meant(given, [its.strip("'") for its in allowed])
+        said += _meant(
+            given, [word.strip("' ") for word in context["expected"].replace(" or ", ", ").split(",")]
+        )
     return said
 
 
@@ -144,8 +150,6 @@ def _unknown(key: str, loc: Loc, model: type[BaseModel]) -> str:
 
 
 def _meant(word: str, known: list[str]) -> str:
-    from difflib import get_close_matches  # for a fault only
-
     near = get_close_matches(word.lower(), known, 1)
     return f"; did you mean {near[0]}?" if near else ""
 

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
+from pydantic import AfterValidator, Field, ValidationError
 
 from llamaslot.config.faults import fault_lines
 from llamaslot.config.values import Count, Section
 from llamaslot.errors import ConfigError
 from llamaslot.file_id import FileId
 from llamaslot.scheduling.request import User
-from llamaslot.schema import AfterValidator, Field, ValidationError
 
 PREFIX = "sk-llamaslot-"
 _MAX_BYTES = 16 << 20  # some 80,000 keys; a larger file is not a file of keys
@@ -58,14 +58,6 @@ class Key(Section):
     max_running: Annotated[Count, Field(gt=0)] | None = None
     max_waiting: Count | None = None
     is_admin: bool = False
-
-    def entry(self) -> dict[str, Any]:
-        """As in the file: without what is as by default."""
-        return {
-            name: its
-            for name in self.model_fields
-            if (its := getattr(self, name)) != self._defaults.get(name)
-        }
 
     @property
     def user(self) -> User:
@@ -163,8 +155,8 @@ def editing(path: Path) -> Iterator[list[Key]]:
 
 
 def _written(keys: list[Key]) -> bytes:
-    entries = [key.entry() for key in keys]
-    option = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_UTC_Z
+    entries = [key.model_dump(mode="json", exclude_defaults=True) for key in keys]
+    option = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
     return orjson.dumps({"keys": entries}, option=option)
 
 

@@ -7,7 +7,18 @@ paths in the file are relative to the file's directory. docs/configuration.md de
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails
 
 from llamaslot.config.cross_checks import wrong_together
 from llamaslot.config.faults import fault_lines, read_yaml
@@ -31,7 +42,6 @@ from llamaslot.config.sections import (
 from llamaslot.config.values import FilePath, Section, chat_file
 from llamaslot.errors import ConfigError
 from llamaslot.formats.rewrite import RewriteRule, distinct, in_force, is_ready, ready
-from llamaslot.schema import AfterValidator, BeforeValidator, Field, Loc, ValidationError, ValidationInfo
 
 _NOTHING: dict[str, Any] = {
     "prewarm": (),
@@ -83,21 +93,33 @@ class Config(Section):
         """All rules for system prompts, built-in ones included."""
         return in_force(self.rewrite, self.rewrite_off)
 
+    @model_validator(mode="wrap")
     @classmethod
-    def _read(cls, raw: object, loc: Loc, info: ValidationInfo) -> Any:
+    def _whole(cls, raw: Any, handler: ModelWrapValidatorHandler[Config], info: ValidationInfo) -> Config:
         """Report faults of several settings together with the faults of single ones."""
         if isinstance(raw, dict):  # a section whose keys are all commented out is None in YAML
             raw = {
                 key: _NOTHING.get(key, {}) if value is None and key != "backends" else value
                 for key, value in raw.items()
             }
-        together = list(wrong_together(raw, info))
-        config = super()._read(raw, loc, info)
-        for where, why in together:
-            info.wrong(where, "value_error", why=why)
+        faults = [
+            InitErrorDetails(type="value_error", loc=loc, input=None, ctx={"error": ValueError(message)})
+            for loc, message in wrong_together(raw, info)
+        ]
+        try:
+            config = handler(raw)
+        except ValidationError as error:
+            alone = [
+                InitErrorDetails(type=e["type"], loc=e["loc"], input=e["input"], ctx=e.get("ctx", {}))
+                for e in error.errors(include_url=False)
+            ]
+            raise ValidationError.from_exception_data(cls.__name__, alone + faults) from None
+        if faults:
+            raise ValidationError.from_exception_data(cls.__name__, faults)
         return config
 
-    def _checked(self) -> Self:
+    @model_validator(mode="after")
+    def _slot_files_of_a_managed_server(self) -> Config:
         """The default for a managed server: ``<store.meta_dir>/kv``."""
         default = {"slot_save_path": self.store.meta_dir / "kv"}
         backends = tuple(
@@ -106,4 +128,6 @@ class Config(Section):
             else backend
             for backend in self.backends
         )
-        return self.model_copy(update={"backends": backends})
+        # The model is frozen once it is made, not before.
+        object.__setattr__(self, "backends", backends)
+        return self

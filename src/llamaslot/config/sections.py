@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo
+
 from llamaslot.config.keys import read_keys
 from llamaslot.config.tls import TlsConfig
 from llamaslot.config.values import (
@@ -32,7 +34,6 @@ from llamaslot.llama.managed.process import EMBEDDED_MODEL, ManagedConfig
 from llamaslot.llama.routes import Gate
 from llamaslot.scheduling.placement import SIMILARITY_MIN, SMALL_PROMPT_TOKENS
 from llamaslot.scheduling.prefill_policy import PrefillSharing
-from llamaslot.schema import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo
 
 _SHARING = PrefillSharing()  # the defaults of ``prefill``
 

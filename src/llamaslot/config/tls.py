@@ -7,12 +7,13 @@ import ssl
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated
+
+from pydantic import AfterValidator, model_validator
 
 from llamaslot.config.values import FilePath, Section
 from llamaslot.errors import ConfigError
 from llamaslot.file_id import Watch
-from llamaslot.schema import AfterValidator
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ class TlsConfig(Section):
     cert: Annotated[FilePath, AfterValidator(_readable)]
     key: Annotated[FilePath, AfterValidator(_readable)]
 
-    def _checked(self) -> Self:
+    @model_validator(mode="after")
+    def _belong_together(self) -> TlsConfig:
         load_certificate(self)
         return self
 

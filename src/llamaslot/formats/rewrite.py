@@ -11,11 +11,12 @@ import re
 import time
 from collections.abc import Collection, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from llamaslot.formats.base import Format
 from llamaslot.formats.registry import FORMATS
-from llamaslot.schema import AfterValidator, BaseModel, Field
 
 LIMIT_S = 0.05  # of computing, per rule and request
 MAX_CHARS = 4096
@@ -30,37 +31,42 @@ else:
     Spoken = Literal[SPOKEN]
 
 
-def _compiles(pattern: str) -> str:
-    import regex
-
-    try:
-        matches_nothing = re.compile(pattern).search("") is not None
-        _compiled(pattern)
-    except (re.error, regex.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"is not a valid regular expression: {error}") from None
-    if matches_nothing:
-        raise ValueError("matches the empty text too, and so everywhere: require at least one character")
-    return pattern
-
-
-def _is_for_something(formats: tuple[Spoken, ...]) -> tuple[Spoken, ...]:
-    if not formats:
-        raise ValueError(f"should not be empty; leave it out for all of {', '.join(SPOKEN)}")
-    return formats
-
-
 class RewriteRule(BaseModel):
     """One entry of ``rewrite``. ``pattern``: in the syntax of Python's ``re``; ``max_chars``: only so much of the
     beginning of each text is searched.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True)
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
-    pattern: Annotated[str, Field(min_length=1), AfterValidator(_compiles)]
+    pattern: Annotated[str, Field(min_length=1)]
     replace: str
-    formats: Annotated[tuple[Spoken, ...], AfterValidator(_is_for_something)] = SPOKEN
+    formats: tuple[Spoken, ...] = SPOKEN
     max_chars: Annotated[int, Field(ge=1, strict=True)] = MAX_CHARS
 
-    def _checked(self) -> Self:
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        import regex
+
+        try:
+            matches_nothing = re.compile(pattern).search("") is not None
+            _compiled(pattern)
+        except (re.error, regex.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"is not a valid regular expression: {error}") from None
+        if matches_nothing:
+            raise ValueError("matches the empty text too, and so everywhere: require at least one character")
+        return pattern
+
+    @field_validator("formats")
+    @classmethod
+    def _is_for_something(cls, formats: tuple[Spoken, ...]) -> tuple[Spoken, ...]:
+        if not formats:
+            raise ValueError(f"should not be empty; leave it out for all of {', '.join(SPOKEN)}")
+        return formats
+
+    @model_validator(mode="after")
+    def _has_its_groups(self) -> RewriteRule:
         try:
             re.compile(self.pattern).sub(self.replace, "")
         except (re.error, IndexError) as error:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from llamaslot.errors import Reason
-from llamaslot.observe.counting import Counter, Family, Gauge, Histogram, M
 
 log = logging.getLogger(__name__)
+T = TypeVar("T", Counter, Gauge, Histogram)
+
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 _WHY = {
     Reason.SHAPE: "something in its body is not known to llamaslot; please report its shape",
@@ -28,15 +34,16 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self._families: dict[str, Family[Any]] = {}
-        self.requests = self.counters(
+        self.registry = CollectorRegistry()
+        self._families: dict[str, Any] = {}
+        self.requests = self.counter(
             "requests",
             "HTTP requests that clients of llamaslot sent and that were answered, by kind of route and status (499: "
             "the client left before)",
             "kind",
             "status",
         )
-        self.untokenized = self.counters(
+        self.untokenized = self.counter(
             "completions_untokenized",
             "Completions whose prompt llamaslot could not tokenize, so that their context is not found again",
             "kind",
@@ -49,7 +56,7 @@ class Metrics:
             "prefix_wait_seconds",
             "Seconds that a completion waited for a prefix that another completion was computing",
         )
-        self.rewrites = self.counters(
+        self.rewrites = self.counter(
             "requests_rewritten", "Requests whose system prompt a rewrite rule of llamaslot changed", "rule"
         )
         self.n_waiting = self.gauge("requests_waiting", "Completions in llamaslot's queue for a slot now")
@@ -74,56 +81,45 @@ class Metrics:
             "Saves since the start of llamaslot whose rows were not those that the slot had before",
         )
 
-    def counter(self, name: str, text: str) -> Counter:
-        return self.counters(name, text).labels()
-
-    def gauge(self, name: str, text: str) -> Gauge:
-        return self.gauges(name, text).labels()
-
-    def histogram(self, name: str, text: str) -> Histogram:
-        return self.histograms(name, text).labels()
-
-    def counters(self, name: str, text: str, *labels: str) -> Family[Counter]:
+    def counter(self, name: str, text: str, *labels: str) -> Counter:
         return self._family(Counter, name, text, labels)
 
-    def gauges(self, name: str, text: str, *labels: str) -> Family[Gauge]:
+    def gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return self._family(Gauge, name, text, labels)
 
-    def histograms(self, name: str, text: str, *labels: str) -> Family[Histogram]:
-        return self._family(Histogram, name, text, labels)
+    def histogram(self, name: str, text: str, *labels: str) -> Histogram:
+        return self._family(Histogram, name, text, labels, buckets=_SECONDS)
 
-    def _family(self, kind: type[M], name: str, text: str, labels: tuple[str, ...]) -> Family[M]:
+    def _family(self, kind: type[T], name: str, text: str, labels: Sequence[str], **more: Any) -> T:
         """The family of this name, created by the first backend that uses it."""
         if name not in self._families:
-            self._families[name] = Family(kind, f"llamaslot_{name}", text, labels)
-        return self._families[name]
+            self._families[name] = kind(f"llamaslot_{name}", text, labels, registry=self.registry, **more)
+        family: T = self._families[name]
+        return family
 
-    def with_model(self) -> list[Family[Any]]:
+    def with_model(self) -> list[Any]:
         """The families whose only labels are ``backend`` and ``model``."""
-        return [family for family in self._families.values() if family.label_names == ("backend", "model")]
-
-    def value(self, name: str, **labels: str) -> float:
-        """Of the sample with this name and these labels; 0 if nothing was counted."""
-        samples = (its for family in self._families.values() for its in family.samples())
-        wanted = f"llamaslot_{name}", tuple(labels.items())
-        return next((value for *its, value in samples if tuple(its) == wanted), 0.0)
+        return [family for family in self._families.values() if family._labelnames == ("backend", "model")]
 
     def of_backend(self, name: str) -> BackendMetrics:
         return BackendMetrics(self, name)
 
     def exposition(self) -> bytes:
         """All metrics in the Prometheus text format."""
-        return "".join(f"{line}\n" for family in self._families.values() for line in family.lines()).encode()
+        return generate_latest(self.registry)
 
 
 class CounterBy:
     """A counter of one backend and model with one more label."""
 
-    def __init__(self, family: Family[Counter], backend: str, model: str) -> None:
+    def __init__(self, family: Counter, backend: str, model: str) -> None:
         self._family, self._backend, self._model = family, backend, model
+        self._counters: dict[str, Counter] = {}  # looked up by prometheus_client, each takes 2 us
 
     def labels(self, value: str) -> Counter:
-        return self._family.labels(self._backend, self._model, value)
+        if (counter := self._counters.get(value)) is None:
+            counter = self._counters[value] = self._family.labels(self._backend, self._model, value)
+        return counter
 
 
 class BackendMetrics:
@@ -151,23 +147,24 @@ class BackendMetrics:
     def _forget(self) -> None:
         """Remove what was counted before the first model was known: nothing, as a rule."""
         for family in self._metrics.with_model():
-            family.remove(self._backend, "")
+            with contextlib.suppress(KeyError):
+                family.remove(self._backend, "")
 
     def _gauge(self, name: str, text: str) -> Gauge:
-        return self._metrics.gauges(name, text, "backend").labels(self._backend)
+        return self._metrics.gauge(name, text, "backend").labels(self._backend)
 
     def _bind(self) -> None:
         """Make the counters of this backend and its model."""
         names, values = ("backend", "model"), (self._backend, self._model)
 
         def counter(name: str, text: str) -> Counter:
-            return self._metrics.counters(name, text, *names).labels(*values)
+            return self._metrics.counter(name, text, *names).labels(*values)
 
         def counter_by(label: str, name: str, text: str) -> CounterBy:
-            return CounterBy(self._metrics.counters(name, text, *names, label), *values)
+            return CounterBy(self._metrics.counter(name, text, *names, label), *values)
 
         def histogram(name: str, text: str) -> Histogram:
-            return self._metrics.histograms(name, text, *names).labels(*values)
+            return self._metrics.histogram(name, text, *names).labels(*values)
 
         self.refused = counter(
             "completions_refused",

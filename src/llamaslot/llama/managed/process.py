@@ -16,10 +16,11 @@ from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, NamedTuple, Protocol, Self
+from typing import Annotated, NamedTuple, Protocol
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from llamaslot.errors import LlamaslotError
-from llamaslot.schema import AfterValidator, BaseModel, BeforeValidator, Field
 from llamaslot.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
@@ -93,26 +94,30 @@ class Launch(Protocol):
         ...
 
 
-def _not_ours(args: tuple[str, ...]) -> tuple[str, ...]:
-    for flags, key in ((("--port",), "managed.port"), (("-m", "--model"), "managed.model")):
-        if taken := _named(args) & {*flags}:
-            raise ValueError(f"{min(taken)} is said by {key}, not in args")
-    return args
-
-
 class ManagedConfig(BaseModel):
     """``backends[].managed``: the model, and how to run it. ``context`` is for all slots together, as llama-server's
     ``-c``.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True)
+
     model: Annotated[str, Field(min_length=1)]
     command: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     slots: Annotated[Number, Field(ge=1)] = 4
     context: Annotated[Number, Field(ge=1)] = 16384
-    args: Annotated[tuple[str, ...], AfterValidator(_not_ours)] = ()
+    args: tuple[str, ...] = ()
     port: Annotated[Number, Field(ge=1, le=65535)] | None = None
 
-    def _checked(self) -> Self:
+    @field_validator("args")
+    @classmethod
+    def _ours(cls, args: tuple[str, ...]) -> tuple[str, ...]:
+        for flags, key in ((("--port",), "managed.port"), (("-m", "--model"), "managed.model")):
+            if taken := _named(args) & {*flags}:
+                raise ValueError(f"{min(taken)} is said by {key}, not in args")
+        return args
+
+    @model_validator(mode="after")
+    def _enough(self) -> ManagedConfig:
         if self.context < MIN_CONTEXT * self.slots:
             raise ValueError(
                 f"context is for all slots together: {self.context} for {self.slots} slots is too little,"
