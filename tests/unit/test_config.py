@@ -278,6 +278,7 @@ def test_the_message_is_a_list(load: Load, tmp_path: Path) -> None:
             "store.min_free: should be a size such as 64MiB or 200GiB, or a number of bytes; not 'plenty'",
         ),
         (BACKEND + "store: {meta_dir: ''}", "store.meta_dir: should be a path, and is empty"),
+        (BACKEND + "store: {meta_dir: 7}", "store.meta_dir: should be a path; not 7"),
         (
             BACKEND + "store: {meta_dir: ~nobody-at-all/x}",
             "store.meta_dir: ~nobody-at-all/x: there is no such home",

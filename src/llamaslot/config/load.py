@@ -18,7 +18,7 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import InitErrorDetails
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from llamaslot.config.cross_checks import wrong_together
 from llamaslot.config.faults import fault_lines, read_yaml
@@ -48,6 +48,7 @@ _NOTHING: dict[str, Any] = {
     "rewrite": (),
     "rewrite_off": (),
 }  # lists, where all others are mappings
+_NO_PATH = "path_type", "no path"
 
 
 class Config(Section):
@@ -109,8 +110,14 @@ class Config(Section):
         try:
             config = handler(raw)
         except ValidationError as error:
+            # That a value is no path is told by a type that pydantic-core does not know by name.
             alone = [
-                InitErrorDetails(type=e["type"], loc=e["loc"], input=e["input"], ctx=e.get("ctx", {}))
+                InitErrorDetails(
+                    type=PydanticCustomError(*_NO_PATH) if e["type"] == _NO_PATH[0] else e["type"],
+                    loc=e["loc"],
+                    input=e["input"],
+                    ctx=e.get("ctx", {}),
+                )
                 for e in error.errors(include_url=False)
             ]
             raise ValidationError.from_exception_data(cls.__name__, alone + faults) from None
