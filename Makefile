@@ -2,7 +2,7 @@
 #   make serve    a llama.cpp with a small chat model behind llamaslot on http://127.0.0.1:8081/v1
 #   make test     everything that is checked before a change goes in; .ci/run is the same
 # Others: make lint, make types, make pytest, make soak (long tests), make fuzz (FUZZ_BODIES=1000 for less),
-#   make agents (Claude Code, Codex, opencode, Qwen Code as clients), make test-page (the page in Chromium), make docs (the documents as a site), make dist (wheel and
+#   make agents (Claude Code, Codex, opencode, Qwen Code, Cline, Continue, Aider as clients), make test-page (the page in Chromium), make docs (the documents as a site), make dist (wheel and
 #   sdist), make llamacpp (one with router mode, for its tests: compiles ten minutes), make bench (what llamaslot costs), make bench-index, make bench-simulator, make smollm2 (the model alone), make clean.
 
 PYTHON ?= python3
@@ -52,7 +52,7 @@ types: $(VENV)/.dev
 soak: $(VENV)/.dev $(CODEX)/.installed
 	$(BIN)/python -m pytest -m soak tests
 
-# Ten minutes; fetches 1 GB from npm.
+# Fifteen minutes; fetches 1.5 GB from npm and PyPI.
 agents: $(VENV)/.dev $(AGENTS)/.installed
 	$(BIN)/python -m pytest -m soak tests/soak/test_agent_programs.py
 
@@ -121,9 +121,12 @@ $(CODEX)/.installed:
 # Pinned, as what they send changes from week to week.
 $(AGENTS)/.installed: Makefile
 	@command -v npm >/dev/null || { echo "the agents need npm: apt install npm" >&2; exit 1; }
-	@echo "installing Claude Code, Codex, opencode and Qwen Code into $(AGENTS)"
+	@echo "installing Claude Code, Codex, opencode, Qwen Code, Cline, Continue and Aider into $(AGENTS)"
 	@npm install --prefix $(AGENTS) --no-audit --no-fund --silent @anthropic-ai/claude-code@2.1.332 \
-	  @openai/codex@$(CODEX_VERSION) opencode-ai@1.18.33 @qwen-code/qwen-code@0.24.4
+	  @openai/codex@$(CODEX_VERSION) opencode-ai@1.18.33 @qwen-code/qwen-code@0.24.4 \
+	  cline@3.0.65 @continuedev/cli@1.5.47
+	@$(PYTHON) -m venv $(AGENTS)/python
+	@$(AGENTS)/python/bin/python -m pip --disable-pip-version-check --quiet install aider-chat==0.86.2
 	@touch $@
 
 $(AXE)/.installed:

@@ -1,6 +1,5 @@
-"""Command-line agents as they are: installed by npm, run non-interactively, told where llamaslot is and nothing else.
-
-``DIRECTORY``: where ``make agents`` installs them. Each has a home of its own, and talks to nobody but llamaslot.
+"""Command-line agents as they are: installed by npm or pip, run non-interactively, told where llamaslot is and
+nothing else. Each has a home of its own, and talks to nobody but llamaslot.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from typing import Any
 from tests.support.stack import die_with_parent
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-DIRECTORY = Path(os.environ.get("LLAMASLOT_AGENTS") or _CACHE / "llamaslot/agents") / "node_modules" / ".bin"
+#: Where ``make agents`` installs them.
+DIRECTORY = Path(os.environ.get("LLAMASLOT_AGENTS") or _CACHE / "llamaslot/agents")
 PATIENCE_S = 500.0
 #: Tokens of an answer, as the models of the tests end none by themselves. Codex asks for no number: llama-server's -n.
 N_ANSWER = 24
@@ -33,13 +33,17 @@ class Ended:
 @dataclass(frozen=True, slots=True)
 class Agent:
     """One program. ``set_up`` writes its files into a home and returns its environment; ``first`` and ``again`` are its
-    arguments for a new session and for going on with the last one, to which the question is appended."""
+    arguments for a new session and for going on with the last one, to which the question is appended. ``n_least``: no
+    prompt of its conversations is shorter, those for titles and the like are. ``reuse``: least share of a follow-up.
+    """
 
     name: str
     program: str
     set_up: Callable[[Path, str], dict[str, str]]
     first: Sequence[str]
     again: Sequence[str]
+    n_least: int = 8000
+    reuse: float = 0.98
 
     @property
     def path(self) -> Path:
@@ -138,21 +142,79 @@ def _qwen(home: Path, url: str) -> dict[str, str]:
     return {"OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": "anything", "OPENAI_MODEL": "local"}
 
 
+def _aider(home: Path, url: str) -> dict[str, str]:
+    known = {"openai/local": {"max_input_tokens": 65536, "max_output_tokens": 8192, "mode": "chat"}}
+    (home / ".aider.model.metadata.json").write_text(json.dumps(known))
+    return {"OPENAI_API_BASE": f"{url}/v1", "OPENAI_API_KEY": "anything"}
+
+
+def _cline(home: Path, url: str) -> dict[str, str]:
+    settings = {
+        "provider": "openai-compatible",
+        "apiKey": "anything",
+        "model": "local",
+        "baseUrl": f"{url}/v1",
+    }
+    told = {"settings": settings, "updatedAt": "2026-01-01T00:00:00.000Z", "tokenSource": "manual"}
+    path = home / ".cline" / "data" / "settings" / "providers.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"version": 1, "modes": {}, "providers": {"openai-compatible": told}}))
+    return {"CLINE_SESSION_BACKEND_MODE": "local"}  # else it leaves a daemon behind
+
+
+_CONTINUE = """
+name: box
+version: 1.0.0
+schema: v1
+models:
+  - name: local
+    provider: openai
+    model: local
+    apiBase: {url}/v1
+    apiKey: anything
+    roles: [chat]
+"""
+
+
+def _continue(home: Path, url: str) -> dict[str, str]:
+    path = home / ".continue" / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_CONTINUE.format(url=url))
+    return {"CONTINUE_TELEMETRY_ENABLED": "0"}
+
+
+_AIDER = (
+    *("--model", "openai/local", "--no-show-model-warnings", "--no-git", "--yes-always", "--map-tokens", "0"),
+    *("--no-check-update", "--analytics-disable", "--no-show-release-notes", "--no-detect-urls"),
+)
+_CLINE = ("--provider", "openai-compatible", "--model", "local")
 AGENTS = (
     Agent(
         "Claude Code",
-        "claude",
+        "node_modules/.bin/claude",
         _claude,
         ("--tools", "Read,Agent", "-p"),
         ("--tools", "Read,Agent", "--continue", "-p"),
     ),
     Agent(
         "Codex",
-        "codex",
+        "node_modules/.bin/codex",
         _codex,
         ("exec", "--skip-git-repo-check"),
         ("exec", "resume", "--last", "--skip-git-repo-check"),
     ),
-    Agent("opencode", "opencode", _opencode, ("run",), ("run", "--continue")),
-    Agent("Qwen Code", "qwen", _qwen, ("-p",), ("--continue", "-p")),
+    Agent("opencode", "node_modules/.bin/opencode", _opencode, ("run",), ("run", "--continue")),
+    Agent("Qwen Code", "node_modules/.bin/qwen", _qwen, ("-p",), ("--continue", "-p")),
+    # It resumes a session in a terminal only: this is a new one, which asks again when its answer is cut short.
+    Agent("Cline", "node_modules/.bin/cline", _cline, _CLINE, _CLINE),
+    Agent("Continue", "node_modules/.bin/cn", _continue, ("-p",), ("-p", "--resume"), n_least=4000),
+    Agent(
+        "Aider",
+        "python/bin/aider",
+        _aider,
+        (*_AIDER, "--message"),
+        (*_AIDER, "--restore-chat-history", "--message"),
+        n_least=2000,
+        reuse=0.55,  # the conversation stands before the files and before its closing rules, which are computed again
+    ),
 )
