@@ -21,6 +21,11 @@ class ChangeEvent:
         self._waiting: dict[asyncio.Future[None], None] = {}  # in the order of their calls
         self._calls: list[Callable[[], None]] = []
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether anything waits for it."""
+        return bool(self._waiting or self._calls)
+
     def notify(self) -> None:
         for future in self._waiting:
             if not future.done():

@@ -6,7 +6,7 @@ new one, and changes of old leases to their slots have no effect.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import takewhile
 
@@ -77,10 +77,11 @@ class SlotTable:
         self.lost_slots = LostSlots()
         self.n_batch = 0  # prompt tokens that the server computes at once; 0 until that was seen
         self._index: PrefixIndex[int] = PrefixIndex()
-        self.residents = InNamespaces(self._index, self._namespace_of)
+        self.residents = InNamespaces(self._index, self.namespace_of)
         self.worth = SlotWorth(self.slots, rules, rates, self.rewind_model)
         self.use_snapshots(ModelSnapshots())
         self._busy: dict[int, SlotForecast] = {}
+        self.on_content: Callable[[Slot, bytes], None] | None = None  # what a slot holds or will hold, marked
 
     def use_snapshots(self, library: ModelSnapshots) -> None:
         """Use the snapshots in ``library``, which is shared with the slot tables before and after this one."""
@@ -188,11 +189,8 @@ class SlotTable:
         """The estimated prefill time of the request's prompt, from its longest cached prefix."""
         held = self.residents.match(request.tokens, request.reads, 1) if not request.no_cache else []
         n_held = held[0].n_shared if held else 0
-        n_saved = (
-            self._candidates.on_disk(request.tokens, request.namespace)
-            if self.can_save and not request.no_cache
-            else 0
-        )
+        is_kept = self.can_save and not request.no_cache
+        n_saved = self._candidates.on_disk(request.tokens, request.namespace) if is_kept else 0
         return self.rates.prefill.seconds(min(max(n_held, n_saved), request.n_tokens), request.n_tokens)
 
     def save_s(self, content: Content) -> float:
@@ -262,7 +260,7 @@ class SlotTable:
         """Whether ``request`` must not use the slot's present or future content. Unknown content may be used in the
         shared namespace.
         """
-        return self._namespace_of(slot.id) not in request.reads
+        return self.namespace_of(slot.id) not in request.reads
 
     def best_snapshot(self, request: Request) -> str | None:
         return self._candidates.best_snapshot(request) if self.can_save else None
@@ -417,12 +415,14 @@ class SlotTable:
             self.worth.holds(slot)
 
     def _index_content(self, slot: Slot, tokens: bytes, namespace: Namespace) -> None:
-        if tokens:
-            self._index.insert(slot.id, marker(namespace) + tokens)
+        if marked := marker(namespace) + tokens if tokens else b"":
+            self._index.insert(slot.id, marked)
         else:
             self._index.drop(slot.id)
+        if self.on_content is not None:
+            self.on_content(slot, marked)
 
-    def _namespace_of(self, slot: int) -> Namespace:
+    def namespace_of(self, slot: int) -> Namespace:
         busy = self._busy.get(slot)
         return self.slots[slot].content.namespace if busy is None else busy.namespace
 

@@ -14,7 +14,7 @@ no less.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from llamaslot.backend.snapshot_candidates import N_COVERING, SnapshotCandidates
@@ -24,7 +24,7 @@ from llamaslot.cache.namespaces import InNamespaces, marker
 from llamaslot.cache.prefix_index import Near, PrefixIndex
 from llamaslot.cache.reuse import RewindModel
 from llamaslot.scheduling.cost import Rates, are_close
-from llamaslot.scheduling.placement import Ranked, Rules, ranked, return_likelihood, worth_a_look
+from llamaslot.scheduling.placement import TIE_S, Ranked, Rules, ranked, return_likelihood, worth_a_look
 from llamaslot.scheduling.slots import Slot, SlotKey
 from llamaslot.store.model_snapshots import ModelSnapshots
 
@@ -55,6 +55,7 @@ class SlotWorth:
     def __init__(self, slots: list[Slot], rules: Rules, rates: Rates, rewind_model: RewindModel) -> None:
         self.slots, self.rules, self.rates, self.rewind_model = slots, rules, rates, rewind_model
         self.can_save = False
+        self.on_change: Callable[[], None] | None = None  # a slot is idle, or is no longer
         self._worths: dict[int, Worth] = {}  # of idle slots, as last computed
         self._outdated = {slot.id for slot in slots}
         # By their tokens; busy ones are not in it.
@@ -83,6 +84,8 @@ class SlotWorth:
         else:
             self._index.drop(slot.id)
         self._outdated.add(slot.id)
+        if self.on_change is not None:
+            self.on_change()
 
     def lost(self, slot: Slot) -> None:
         """``slot`` is no longer idle. Idempotent."""
@@ -90,6 +93,8 @@ class SlotWorth:
         self._worths.pop(slot.id, None)
         self._outdated.discard(slot.id)
         self._drop_rank(slot.id)
+        if self.on_change is not None:
+            self.on_change()
 
     def of(self, slot: Slot) -> Worth:
         """The worth of an idle slot, current since the last ``looked_at``."""
@@ -118,6 +123,25 @@ class SlotWorth:
             near.update(worth_a_look(ranks, match.n_shared, most_shared, besides))
         return [self.slots[slot] for slot in sorted(near)]
 
+    def cheapest(self, now: float) -> tuple[float, float] | None:
+        """The idle slot whose loss costs least: the seconds that it costs, and when the slot was used last. None if all
+        are at work. What others hold of a slot may have changed since that was computed.
+        """
+        if len(self.slots) > _FEW_SLOTS and self.rewind_model.is_rewindable:
+            self._refresh()
+            self._rank(now)
+            first = min((ranks[0] for ranks in self._ranks.values() if ranks), default=None)
+            return (first[0] * TIE_S, first[1]) if first is not None else None
+        self._compute_outdated()
+        return min(
+            ((self._loss_s(self.of(slot), slot, now), slot.used_at) for slot in self.slots if slot.is_idle),
+            default=None,
+        )
+
+    @staticmethod
+    def _loss_s(worth: Worth, slot: Slot, now: float) -> float:
+        return worth.save_s + worth.eviction_cost_s * return_likelihood(now - slot.used_at)
+
     def _rank(self, now: float) -> None:
         """Bring ``_ranks`` up to date. The cost of a loss falls with time, for all slots alike in a second."""
         if not 0 <= now - self._ranked_at <= _RANKED_S:
@@ -126,9 +150,8 @@ class SlotWorth:
         for id_ in self._unranked:
             self._drop_rank(id_)
             if (worth := self._worths.get(id_)) is not None:
-                used_at = self.slots[id_].used_at
-                loss_s = worth.save_s + worth.eviction_cost_s * return_likelihood(now - used_at)
-                rank = ranked(loss_s, used_at, id_)
+                slot = self.slots[id_]
+                rank = ranked(self._loss_s(worth, slot, now), slot.used_at, id_)
                 self._rank_of[id_] = worth.is_large, rank
                 insort(self._ranks[worth.is_large], rank)
         self._unranked.clear()
@@ -156,6 +179,9 @@ class SlotWorth:
             self._outdated.update(slot.id for slot in self.slots if slot.is_idle)
         for tokens in changed or ():
             self._outdated.update(self._sharing(tokens))
+        self._compute_outdated()
+
+    def _compute_outdated(self) -> None:
         if self.rewind_model.is_rewindable:  # else each computes its own: it depends on many others
             for id_ in self._outdated:
                 self._worths[id_] = self._compute(self.slots[id_])

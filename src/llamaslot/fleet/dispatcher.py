@@ -18,7 +18,8 @@ from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.unassisted_slots import UnassistedSlots
 from llamaslot.errors import BackendDown, QueueFull
-from llamaslot.fleet.dispatch_pass import DispatchPass, open_backends, open_to, why_none, worth_a_look
+from llamaslot.fleet.dispatch_pass import DispatchPass, open_backends, open_to, why_none
+from llamaslot.fleet.pool_index import PoolIndex
 from llamaslot.fleet.preemption import Preemptions
 from llamaslot.fleet.prefix_sharing import PrefixWait, ask_for_trunk, prefix_due_s
 from llamaslot.fleet.queue import Queue, QueueLimits, Waiting, answer_s, estimate
@@ -46,7 +47,7 @@ class Dispatcher:
         self.on_prefix_wait: Callable[[float], None] = lambda seconds: None
         self._n_changes = 0
         self._look_again: asyncio.TimerHandle | None = None
-        self._preemptions = Preemptions()
+        self._preemptions, self._index = Preemptions(), PoolIndex()
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -103,12 +104,14 @@ class Dispatcher:
 
     def attach(self, table: SlotTable) -> None:
         """The backend named in ``table`` is up, with these slots."""
+        self._index.attach(table)
         self.backends[table.backend].attach(table)
 
     def detach(self, backend: str, error: BackendDown | None = None) -> None:
         """The slots of ``backend`` are gone. Requests wait for its next ones, or for those of other backends. With
         ``error`` it is down; if all are, queued and new requests get that error.
         """
+        self._index.detach(backend)
         self.backends[backend].detach(error)
         self._fail_if_none_serves()
 
@@ -135,7 +138,9 @@ class Dispatcher:
         if not (len(self.queue) or is_back or preempted) and (lease := self._at_once(request)) is not None:
             return lease
         granted = asyncio.get_running_loop().create_future()
-        cost_s, is_small = estimate(self.tables, request, self.rules)
+        cost_s, is_small = estimate(
+            self._index.worth_a_look(self.tables, request, self.now()), request, self.rules
+        )
         waiting = Waiting(request, granted, self.recorder(request), self.now(), cost_s, is_small, is_back)
         if preempted is not None:
             waiting.came_at, waiting.n_preempted = preempted.came_at, preempted.n_times
@@ -181,7 +186,7 @@ class Dispatcher:
             return None
         if _n_idle(open_) < 2 or any(lease.is_long for lease in self.leases):
             return None
-        views = [table.view(request, now, {}) for table in worth_a_look(tables, request)]
+        views = [table.view(request, now, {}) for table in self._index.worth_a_look(tables, request, now)]
         plan = place(request, views, self.rules)
         if isinstance(plan, Wait):
             return None
@@ -200,7 +205,8 @@ class Dispatcher:
 
     def _notify(self) -> None:
         for leases in self.backends.values():
-            leases.changes.notify()
+            if leases.changes.is_heard:
+                leases.changes.notify()
 
     def snapshots_in_demand(self) -> set[str]:
         """The snapshots that queued requests would resume from: they should be evicted last.
@@ -382,7 +388,7 @@ class Dispatcher:
         save it.
         """
         request, now = waiting.request, self.now()
-        tables = worth_a_look(tables, request)
+        tables = self._index.worth_a_look(tables, request, now, reserved)
         makers = [lease for lease in self.leases if lease.table in tables and lease.is_long]
         is_patient = waiting.prefix_wait is None or waiting.prefix_wait.lasts(request, now)
         views = {its.backend: its.view(request, now, reserved, is_patient=is_patient) for its in tables}
@@ -418,6 +424,7 @@ class Dispatcher:
         for leases in self.backends.values():
             leases.check()
         self.queue.check()
+        self._index.check()
         served = [waiting for waiting in self.queue if _is_served(waiting.granted)]
         assert not served, f"a served request has left the queue: {served}"
 

@@ -32,7 +32,7 @@ from llamaslot.scheduling.slots import SlotKey, SlotState
 
 PrefillSeconds = Callable[[int, int], float]
 SIMILARITY_MIN, SMALL_PROMPT_TOKENS = 0.85, 1024  # the defaults of ``routing``
-_TIE_S = 0.001  # smaller differences of cost are ties; then the least recently used slot is taken
+TIE_S = 0.001  # smaller differences of cost are ties; then the least recently used slot is taken
 # The cost of an extra request, as a share of the prefill time, must be below this. An extra request is a loss if the
 # server is otherwise idle. It saves other requests, or the next turn, much more if it is not.
 _PRICE = 0.05
@@ -221,7 +221,7 @@ be hundreds.
 
 def ranked(loss_s: float, used_at: float, slot: int) -> Ranked:
     """In the order of ``place``: the cheapest first, among ties the least recently used."""
-    return round(loss_s / _TIE_S), used_at, slot
+    return round(loss_s / TIE_S), used_at, slot
 
 
 def worth_a_look(
@@ -269,7 +269,7 @@ def _choices(request: Request, view: BackendView, rules: Rules) -> Iterator[_Cho
                 # The first of them is asked to save the common beginning as soon as that is computed.
                 is_shared = rest_s > rules.long_s(view.request_s)
                 behind_s = 0.0 if is_shared else view.reserved.get(slot.key, 0.0)
-                wait = max(slot.wait_s + behind_s, _TIE_S)
+                wait = max(slot.wait_s + behind_s, TIE_S)
                 cost = wait + rest_s
                 yield _Choice(
                     view, slot, Source.RESIDENT, slot.n_usable, cost, wait, is_loss=False, is_match=True
@@ -307,7 +307,7 @@ def _choices(request: Request, view: BackendView, rules: Rules) -> Iterator[_Cho
 
 def _sort_key(choice: _Choice) -> tuple[int, float]:
     """The cheapest first; among ties the least recently used slot."""
-    return round(choice.cost_s / _TIE_S), choice.slot.used_at
+    return round(choice.cost_s / TIE_S), choice.slot.used_at
 
 
 def _no_loss_first(choice: _Choice) -> tuple[bool, int, float]:
