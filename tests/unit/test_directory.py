@@ -8,11 +8,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import aiofiles.os
 import pytest
 
 from llamaslot.errors import SlotActionFailed, SnapshotInvalid
-from llamaslot.store import DirectoryUnusable, NotShared, prove_shared
+from llamaslot.store import DirectoryUnusable, NotShared, directory, prove_shared
 from llamaslot.store.sidecar import own_name
 from tests.support.snapshots import slot_file
 
@@ -30,10 +29,10 @@ def saver(directory: Path, data: bytes = EMPTY) -> Callable[[str], Awaitable[Non
     return save
 
 
-def refused(code: int) -> Callable[..., Awaitable[None]]:
+def refused(code: int) -> Callable[..., None]:
     """An operation that the file system does not permit. (Tests may run as root, to whom chmod says nothing.)"""
 
-    async def refuse(*_: Any) -> None:
+    def refuse(*_: Any) -> None:
         raise OSError(code, os.strerror(code))
 
     return refuse
@@ -80,7 +79,7 @@ async def test_a_file_that_is_not_ours_to_move(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int, said: str
 ) -> None:
     """A directory that only its owner may write, or one with the sticky bit."""
-    monkeypatch.setattr(aiofiles.os, step, refused(code))
+    monkeypatch.setattr(directory, step, refused(code))
     with pytest.raises(NotShared, match=f"{said}.*{GROUP}.*without sticky bit"):
         await prove_shared(tmp_path, saver(tmp_path))
     assert os.listdir(tmp_path) == []
@@ -96,10 +95,7 @@ async def test_a_missing_directory(tmp_path: Path) -> None:
 async def test_a_closed_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours to see, not to write."""
 
-    async def no(*_: Any) -> bool:
-        return False
-
-    monkeypatch.setattr(aiofiles.os, "access", no)
+    monkeypatch.setattr(directory, "access", lambda *_: False)
     with pytest.raises(DirectoryUnusable, match=f"cannot be read and written by us: .*{GROUP}"):
         await prove_shared(tmp_path, saver(tmp_path))
     assert os.listdir(tmp_path) == []

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -67,6 +65,8 @@ def install_service(path: Path, directory: Path | None, force: bool, **options: 
         for name, text in made.items():
             click.echo(f"# --- {name}\n{text}")
         return
+    import difflib
+
     differing = []
     for name, text in made.items():
         file = directory / name
@@ -144,6 +144,8 @@ def _directories(config: Config) -> Iterator[Path]:
 
 
 def _filled(name: str, **values: object) -> str:
+    from importlib import resources
+
     text = (resources.files("llamaslot.cli") / "units" / name).read_text()
     return Template(text).substitute(values)
 

@@ -8,7 +8,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import aiofiles
 import orjson
 
 log = logging.getLogger(__name__)
@@ -24,8 +23,7 @@ class LearnedFile:
     async def read(self) -> Any:
         """The content of the file; None if it cannot be read. Canceling is safe."""
         try:
-            async with aiofiles.open(self.path, "rb") as opened:
-                return orjson.loads(await opened.read())
+            return orjson.loads(await asyncio.to_thread(self.path.read_bytes))
         except (OSError, orjson.JSONDecodeError):
             return None
 

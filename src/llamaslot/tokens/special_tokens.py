@@ -23,7 +23,7 @@ from llamaslot.tasks import gather
 T = TypeVar("T")
 
 # Most matches are no special tokens (<div>, [TODO]): the server decides.
-_CANDIDATE = re.compile(
+_CANDIDATE = (
     r"<[^\s<>\"'=();,]{1,64}>|\[/?[A-Z_]{2,40}\]|\[[gs]MASK\]|\[\|[^\s|\[\]]{1,40}\|\]|\]~!?b\[?\]?|\[e~\["
 )
 _LIKELY = re.compile("<[|\uff5c]|[|\uff5c]>|^</?s>$|^\\[|^\\]|turn")
@@ -142,7 +142,7 @@ class SpecialTokens:
         request; else a pair for each likely candidate and a pair for all others together, all at once. Canceling is
         safe: nothing is learned.
         """
-        candidates = list(dict.fromkeys(c for c in _CANDIDATE.findall(text) if c not in self._judged))
+        candidates = list(dict.fromkeys(c for c in re.findall(_CANDIDATE, text) if c not in self._judged))
         if not candidates:
             return
         candidates.sort(key=lambda c: _LIKELY.search(c) is None)
