@@ -18,7 +18,7 @@ from bench.simulator.server import SimulatedServer
 from bench.simulator.users import SentRequest
 from llamaslot.cache.ids import common, count
 from llamaslot.cache.prefix_index import PrefixIndex
-from llamaslot.store import QuotaExceeded, Snapshot
+from llamaslot.store import QuotaExceeded, SavedSlot, Snapshot
 from llamaslot.tasks import TaskOwner
 
 BLOCK = 64
@@ -102,8 +102,7 @@ class Original:
                 size = count(self.server.tokens(slot.id)) * self.server.hardware.bytes_per_token
                 reservation = await self.disk.reserve(size)
                 result = await self.server.save(slot.id, reservation.part_name)
-                snapshot = await self.disk.commit(
-                    reservation,
+                saved = SavedSlot(
                     tokens_expected=slot.prompt,
                     n_saved=result.n_tokens,
                     n_written=result.n_bytes,
@@ -111,6 +110,7 @@ class Original:
                     checkpoints=(),
                     source="",
                 )
+                snapshot = await self.disk.commit(reservation, saved)
                 self._files.insert(snapshot.id, slot.prompt)
         except QuotaExceeded:
             pass

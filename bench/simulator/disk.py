@@ -14,9 +14,10 @@ from bench.simulator.server import Origin, SimulatedServer
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.errors import OtherConversation, SnapshotInvalid
 from llamaslot.scheduling.eviction import ByUse, ByValue, SnapshotStats
-from llamaslot.store import QuotaExceeded, Reservation, Snapshot, WithTokens
+from llamaslot.store import QuotaExceeded, Reservation, SavedSlot, Snapshot, WithTokens
 from llamaslot.store.entries import Pin, SnapshotTable
 from llamaslot.store.giving_out import Given
+from llamaslot.store.sidecar import digest_of
 
 FINGERPRINT = "simulated"
 UNLIMITED = 1 << 60
@@ -81,49 +82,23 @@ class Disk:
             self.n_evicted += 1
             self._drop(victim.id)
 
-    async def commit(
-        self,
-        reservation: Reservation,
-        *,
-        tokens_expected: bytes,
-        n_saved: int,
-        n_written: int,
-        fingerprint: str,
-        checkpoints: tuple[int, ...],
-        source: str,
-        kind: SnapshotKind = SnapshotKind.LEAF,
-        is_pinned: bool = False,
-        namespace: str = "",
-        idle_s: float = 0.0,
-        find_base: object = None,
-        marks: tuple[int, ...] = (),
-    ) -> WithTokens:
+    async def commit(self, reservation: Reservation, saved: SavedSlot) -> WithTokens:
         """Raises OtherConversation and QuotaExceeded as the real one does."""
         size_bytes, keep = self._reservations[reservation.id]
         file = self._server.files[reservation.part_name]
-        if not file.tokens or not file.tokens.startswith(tokens_expected):
+        if not file.tokens or not file.tokens.startswith(saved.tokens_expected):
             raise OtherConversation(f"{reservation.id}: holds another conversation than was to be saved")
-        if n_written > size_bytes:
-            self._make_room(n_written - size_bytes, keep)
-        self._take(n_written - size_bytes)
+        if saved.n_written > size_bytes:
+            self._make_room(saved.n_written - size_bytes, keep)
+        self._take(saved.n_written - size_bytes)
         del self._reservations[reservation.id]
         self._server.files[f"{reservation.id}.kv"] = self._server.files.pop(reservation.part_name)
         now = self._now()
-        snapshot = WithTokens.of(
-            file.tokens,
-            id=reservation.id,
-            size_bytes=n_written,
-            fingerprint=fingerprint,
-            created_at=now,
-            checkpoints=checkpoints,
-            source=source,
-            kind=kind,
-            is_pinned=is_pinned,
-            namespace=namespace,
-        )
-        if file.origin is not None and kind is SnapshotKind.LEAF:  # a shared prefix has no owner
+        noted = saved.noted(reservation.id, now)
+        snapshot = noted.snapshot(digest_of(file.tokens)).with_tokens(file.tokens)
+        if file.origin is not None and saved.kind is SnapshotKind.LEAF:  # a shared prefix has no owner
             self.origins[reservation.id] = file.origin
-        self._table.add(snapshot.listed, now, last_used=now - idle_s)
+        self._table.add(snapshot.listed, now, last_used=now - saved.idle_s)
         return snapshot
 
     async def abandon(self, reservation: Reservation) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from llamaslot.cache.ids import pack
 from llamaslot.errors import SnapshotInvalid
-from llamaslot.store import Catalog, NotShared, prove_shared, read_slot_file
+from llamaslot.store import Catalog, NotShared, SavedSlot, prove_shared, read_slot_file
 from tests.support import models
 from tests.support.real import RealServer
 
@@ -60,8 +60,7 @@ async def test_the_header_is_prompt_and_answer(
         file = await read_slot_file(tmp_path / draft.part_name)
         assert (file.tokens, file.n_tokens, file.has_media) == (tokens, answer["n_saved"], False)
         assert file.size_bytes == answer["n_written"]
-        snapshot = await catalog.commit(
-            draft,
+        saved = SavedSlot(
             tokens_expected=pack(PROMPT),
             n_saved=answer["n_saved"],
             n_written=answer["n_written"],
@@ -69,6 +68,7 @@ async def test_the_header_is_prompt_and_answer(
             checkpoints=(),
             source="test",
         )
+        snapshot = await catalog.commit(draft, saved)
         await catalog.settle()
         catalog.close()
         await server.restart()
@@ -113,14 +113,14 @@ async def test_a_truncated_file_is_noticed_by_its_size(
         with (tmp_path / draft.part_name).open("r+b") as file:
             file.truncate(answer["n_written"] // 2)
         assert (await read_slot_file(tmp_path / draft.part_name)).n_tokens == answer["n_saved"]
+        saved = SavedSlot(
+            tokens_expected=b"",
+            n_saved=answer["n_saved"],
+            n_written=answer["n_written"],
+            fingerprint="model",
+            checkpoints=(),
+            source="test",
+        )
         with pytest.raises(SnapshotInvalid, match="were written"):
-            await catalog.commit(
-                draft,
-                tokens_expected=b"",
-                n_saved=answer["n_saved"],
-                n_written=answer["n_written"],
-                fingerprint="model",
-                checkpoints=(),
-                source="test",
-            )
+            await catalog.commit(draft, saved)
         catalog.close()

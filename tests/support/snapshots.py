@@ -15,7 +15,7 @@ import pytest
 
 from llamaslot.cache.ids import pack
 from llamaslot.scheduling.eviction import ByValue, Order
-from llamaslot.store import Catalog, Reservation, Snapshot, WithTokens
+from llamaslot.store import Catalog, Reservation, SavedSlot, Snapshot, WithTokens
 from llamaslot.store.sidecar import EXT, KV, PART, own_name
 
 MAGIC = 0x67677371
@@ -118,7 +118,7 @@ class Shelter:
             "checkpoints": (),
             "source": "victim",
         }
-        return await self.catalog.commit(draft, **(answer | changes))
+        return await self.catalog.commit(draft, SavedSlot(**(answer | changes)))
 
     async def save(self, tokens: bytes, size_bytes: int = 1_000, **changes: Any) -> WithTokens:
         """Reserve, write, commit."""

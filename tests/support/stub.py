@@ -31,8 +31,9 @@ from llamaslot.errors import (
 )
 from llamaslot.llama.replies import Progress, Props, SlotAction, SlotInfo
 from llamaslot.scheduling.request import Request
-from llamaslot.store import QuotaExceeded, Reservation, Snapshot, WithTokens
+from llamaslot.store import QuotaExceeded, Reservation, SavedSlot, Snapshot, WithTokens
 from llamaslot.store.giving_out import Given
+from llamaslot.store.sidecar import digest_of
 
 BYTES_PER_TOKEN = 1000
 MODEL = "model"
@@ -431,46 +432,20 @@ class StubCatalog:
     def _may_go(self, id_: str, keep: Collection[str]) -> bool:
         return not self.pins[id_] and id_ not in keep and not self.snapshots[id_].is_pinned
 
-    async def commit(
-        self,
-        reservation: Reservation,
-        *,
-        tokens_expected: bytes,
-        n_saved: int,
-        n_written: int,
-        fingerprint: str,
-        checkpoints: tuple[int, ...],
-        source: str,
-        kind: SnapshotKind = SnapshotKind.LEAF,
-        is_pinned: bool = False,
-        namespace: str = "",
-        idle_s: float = 0.0,
-        find_base: object = None,
-        marks: tuple[int, ...] = (),
-    ) -> WithTokens:
+    async def commit(self, reservation: Reservation, saved: SavedSlot) -> WithTokens:
         await self.server.op("commit", None)
         tokens = self.server.files.pop(reservation.part_name)
         self.reservations.discard(reservation.id)
-        if not tokens or not tokens.startswith(tokens_expected):
+        if not tokens or not tokens.startswith(saved.tokens_expected):
             raise OtherConversation("holds another conversation")
         self.server.files[f"{reservation.id}.kv"] = tokens
         self.server.namespaces[f"{reservation.id}.kv"] = was_in = self.server.namespaces.pop(
             reservation.part_name
         )
-        if was_in.text != namespace:
-            self.server.violation(f"tokens of {was_in} are saved as those of {namespace!r}")
-        snapshot = WithTokens.of(
-            tokens,
-            id=reservation.id,
-            size_bytes=n_written,
-            fingerprint=fingerprint,
-            created_at=0.0,
-            checkpoints=checkpoints,
-            source=source,
-            kind=kind,
-            is_pinned=is_pinned,
-            namespace=namespace,
-        )
+        if was_in.text != saved.namespace:
+            self.server.violation(f"tokens of {was_in} are saved as those of {saved.namespace!r}")
+        noted = saved.noted(reservation.id, 0.0)
+        snapshot = noted.snapshot(digest_of(tokens)).with_tokens(tokens)
         self.snapshots[reservation.id] = snapshot
         return snapshot
 

@@ -50,7 +50,15 @@ from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Slot, SlotEvent
-from llamaslot.store import Catalog, QuotaExceeded, Reservation, Snapshot, WithTokens, read_slot_file
+from llamaslot.store import (
+    Catalog,
+    QuotaExceeded,
+    Reservation,
+    SavedSlot,
+    Snapshot,
+    WithTokens,
+    read_slot_file,
+)
 from llamaslot.store.model_snapshots import Libraries, content_of
 from llamaslot.store.sidecar import digest_of
 
@@ -311,8 +319,7 @@ class Handshake:
                 await self.catalog.abandon(reservation)
                 table.add_snapshot(same)  # perhaps it is still to be read
                 return same
-            snapshot = await self.catalog.commit(
-                reservation,
+            adopted = SavedSlot(
                 tokens_expected=b"",
                 n_saved=saved.n_tokens,
                 n_written=saved.n_bytes,
@@ -320,6 +327,7 @@ class Handshake:
                 checkpoints=self._guessed_checkpoints(table, saved.n_tokens),
                 source="adopted",
             )
+            snapshot = await self.catalog.commit(reservation, adopted)
         except LlamaslotError as error:
             await self.catalog.abandon(reservation)
             log.info("%s: a slot is not adopted, its context is lost: %s", self.name, error)

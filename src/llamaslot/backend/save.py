@@ -25,7 +25,7 @@ from llamaslot.llama.client import LlamaServer
 from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
-from llamaslot.store import Catalog, QuotaExceeded, Snapshot, WithTokens
+from llamaslot.store import Catalog, QuotaExceeded, SavedSlot, Snapshot, WithTokens
 from llamaslot.store.model_snapshots import content_of
 from llamaslot.store.taking_in import Base
 from llamaslot.tasks import TaskOwner
@@ -169,8 +169,7 @@ class Saving:
                 lease.table.lost_slots.count(self.now())
             if kind is SnapshotKind.TRUNK and result.n_tokens != n_held:
                 raise OtherConversation(f"{result.n_tokens} tokens were saved instead of {n_held}")
-            snapshot = await self.catalog.commit(
-                reservation,
+            saved = SavedSlot(
                 tokens_expected=content.tokens,
                 n_saved=result.n_tokens,
                 n_written=result.n_bytes,
@@ -184,6 +183,7 @@ class Saving:
                 find_base=partial(_base, lease.table, content),
                 marks=(*content.checkpoints, *lease.request.boundaries, lease.request.n_system),
             )
+            snapshot = await self.catalog.commit(reservation, saved)
         except (LlamaslotError, OSError) as error:
             await self.catalog.abandon(reservation)
             if isinstance(error, OtherConversation):

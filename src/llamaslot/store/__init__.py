@@ -1,6 +1,6 @@
 """Snapshots on disk."""
 
-from llamaslot.store.acceptance import Reservation
+from llamaslot.store.acceptance import Reservation, SavedSlot
 from llamaslot.store.catalog import Catalog
 from llamaslot.store.directory import DirectoryUnusable, NotShared, prove_shared
 from llamaslot.store.header import SlotFile, read_slot_file
@@ -13,6 +13,7 @@ __all__ = [
     "NotShared",
     "QuotaExceeded",
     "Reservation",
+    "SavedSlot",
     "SlotFile",
     "Snapshot",
     "WithTokens",

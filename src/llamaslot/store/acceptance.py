@@ -13,6 +13,7 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
+from llamaslot.cache.content import SnapshotKind
 from llamaslot.errors import LlamaslotError, OtherConversation, SnapshotInvalid
 from llamaslot.file_id import FileId
 from llamaslot.store import scan, sidecar
@@ -35,14 +36,43 @@ class Reservation(Struct, frozen=True):
     size_bytes: int
 
 
-class Expected(Struct, frozen=True):
-    """What a file must hold, and what the store has of it. ``tokens``: it begins with these; ``find_base(tokens)``: the
-    snapshot that shares most with it; ``marks``: token counts to which a later request may go back.
+class SavedSlot(Struct, frozen=True, kw_only=True):
+    """A slot that llama-server has saved, to be made a snapshot.
+
+    ``n_saved`` (tokens) and ``n_written`` (bytes): its answer. ``tokens_expected``: the file must begin with these.
+    ``idle_s``: seconds since their last use. ``find_base(tokens)``: the snapshot that shares most with the file;
+    without, it is kept whole. ``marks``: token counts to which a later request may go back. The other fields are those
+    of the ``Snapshot``.
     """
 
-    tokens: bytes
+    tokens_expected: bytes
+    n_saved: int
+    n_written: int
+    fingerprint: str
+    checkpoints: tuple[int, ...]
+    source: str
+    kind: SnapshotKind = SnapshotKind.LEAF
+    is_pinned: bool = False
+    namespace: str = ""
+    idle_s: float = 0.0
     find_base: Callable[[bytes], Base | None] | None = None
     marks: tuple[int, ...] = ()
+
+    def noted(self, id_: str, created_at: float) -> Noted:
+        """Its sidecar, before its file was read."""
+        return Noted(
+            id=id_,
+            n_tokens=self.n_saved,
+            size_bytes=self.n_written,
+            fingerprint=self.fingerprint,
+            created_at=created_at,
+            checkpoints=self.checkpoints,
+            source=self.source,
+            boot=sidecar.boot_id(),
+            kind=self.kind,
+            is_pinned=self.is_pinned,
+            namespace=self.namespace,
+        )
 
 
 class ReservationState(Struct):
@@ -55,7 +85,6 @@ class ReservationState(Struct):
     keep: frozenset[str]
     spare: frozenset[str] = frozenset()
     landed_bytes: int = 0
-    idle_s: float = 0.0
     base: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     commit: asyncio.Task[WithTokens | LlamaslotError] | None = None
 
@@ -81,7 +110,7 @@ class Acceptance:
         self.n_differing = 0  # saves with other rows than their slot had before
         self.added_bytes = 0  # to the store, by all saves
 
-    async def accept(self, state: ReservationState, noted: Noted, expected: Expected) -> WithTokens:
+    async def accept(self, state: ReservationState, noted: Noted, saved: SavedSlot) -> WithTokens:
         """Verify the part file of a reservation, and give it its name. Raises SnapshotInvalid and QuotaExceeded."""
         part = self._directory / (noted.id + PART)
         file = await read_slot_file(part)
@@ -95,10 +124,10 @@ class Acceptance:
         scan.agree(noted, file)
         if not file.tokens:
             raise OtherConversation(f"{part.name}: holds no tokens")
-        if not file.tokens.startswith(expected.tokens):
+        if not file.tokens.startswith(saved.tokens_expected):
             raise OtherConversation(f"{part.name}: holds another conversation than was to be saved")
         noted = replace(noted, digest=sidecar.digest_of(file.tokens))
-        taken = await self._take_in(state, part, noted, expected, file.tokens)
+        taken = await self._take_in(state, part, noted, saved, file.tokens)
         if taken is None:
             taken = await self._keep_whole(part, noted)
         return taken.snapshot(taken.digest).with_tokens(file.tokens)
@@ -122,14 +151,14 @@ class Acceptance:
         return FileId.of(os.lstat(kv))
 
     async def _take_in(
-        self, state: ReservationState, part: Path, noted: Noted, expected: Expected, tokens: bytes
+        self, state: ReservationState, part: Path, noted: Noted, saved: SavedSlot, tokens: bytes
     ) -> Noted | None:
         """Keep only what the store does not have of it. None if that is not possible: then it is kept whole."""
-        if expected.find_base is None:
+        if saved.find_base is None:
             return None
         new: list[str] = []
         try:
-            base = expected.find_base(tokens)
+            base = saved.find_base(tokens)
             if base is not None and base.snapshot.id not in self._table.snapshots:
                 base = None
             if base is not None:
@@ -138,7 +167,7 @@ class Acceptance:
             if base is not None and self._quota.is_shared:  # so that no other evicts it meanwhile
                 used = {base.snapshot.id: noted.created_at}
                 await asyncio.to_thread(sidecar.date, self._directory, used)
-            intake = await asyncio.to_thread(look, self._directory, part, base, expected.marks)
+            intake = await asyncio.to_thread(look, self._directory, part, base, saved.marks)
             return await self._write(state, part, noted, intake, new) if intake is not None else None
         except Exception as error:  # whatever it is: what llama-server has written is good
             self._say(noted, error)

@@ -18,7 +18,7 @@ from llamaslot.cache.content import SnapshotKind
 from llamaslot.errors import LlamaslotError, SnapshotInvalid
 from llamaslot.scheduling.eviction import Order
 from llamaslot.store import scan, sidecar
-from llamaslot.store.acceptance import Acceptance, Expected, Reservation, ReservationState
+from llamaslot.store.acceptance import Acceptance, Reservation, ReservationState, SavedSlot
 from llamaslot.store.directory import DirectoryLock, DirectoryUnusable
 from llamaslot.store.entries import Pin, SnapshotTable
 from llamaslot.store.giving_out import Copies, Given, is_passing
@@ -26,7 +26,6 @@ from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Deficit, Limits, Quota
 from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens, readable
 from llamaslot.store.sweep import Sweep
-from llamaslot.store.taking_in import Base
 from llamaslot.store.upkeep import Upkeep
 from llamaslot.tasks import TaskOwner, in_thread
 
@@ -207,52 +206,18 @@ class Catalog:
 
     # -- one reservation ------------------------------------------------------------------------------------------
 
-    async def commit(
-        self,
-        reservation: Reservation,
-        *,
-        tokens_expected: bytes,
-        n_saved: int,
-        n_written: int,
-        fingerprint: str,
-        checkpoints: tuple[int, ...],
-        source: str,
-        kind: SnapshotKind = SnapshotKind.LEAF,
-        is_pinned: bool = False,
-        namespace: str = "",
-        idle_s: float = 0.0,
-        find_base: Callable[[bytes], Base | None] | None = None,
-        marks: tuple[int, ...] = (),
-    ) -> WithTokens:
+    async def commit(self, reservation: Reservation, saved: SavedSlot) -> WithTokens:
         """Make the saved part file a snapshot, if its content is as expected.
 
-        ``n_saved`` (tokens) and ``n_written`` (bytes) are llama-server's answer to the save. ``tokens_expected``: the
-        tokens that it must begin with. ``idle_s``: seconds since their last use. ``find_base`` and ``marks``: as in
-        ``Expected``; without, it is kept whole. Raises SnapshotInvalid; raises QuotaExceeded if the file is larger
-        than reserved and nothing can be evicted for the rest. In both cases the file is removed and the reservation
-        ended. If cancelled, the commit is completed all the same; ``abandon`` then
-        waits for it and changes nothing.
+        Raises SnapshotInvalid; raises QuotaExceeded if the file is larger than reserved and nothing can be evicted for
+        the rest. In both cases the file is removed and the reservation ended. If cancelled, the commit is completed
+        all the same; ``abandon`` then waits for it and changes nothing.
         """
         state = self._reservations.get(reservation.id)
         if state is None or state.commit is not None:
             raise SnapshotInvalid(f"{reservation.id}: its reservation has ended")
-        noted = Noted(
-            id=reservation.id,
-            n_tokens=n_saved,
-            size_bytes=n_written,
-            fingerprint=fingerprint,
-            created_at=self._now(),
-            checkpoints=checkpoints,
-            source=source,
-            boot=sidecar.boot_id(),
-            kind=kind,
-            is_pinned=is_pinned,
-            namespace=namespace,
-        )
-        state.idle_s = idle_s
         state.commit = self._tasks.spawn(
-            self._commit(state, noted, Expected(tokens_expected, find_base, marks)),
-            f"commit {reservation.id}",
+            self._commit(state, saved.noted(reservation.id, self._now()), saved), f"commit {reservation.id}"
         )
         outcome = await asyncio.shield(state.commit)
         if isinstance(outcome, LlamaslotError):
@@ -260,13 +225,13 @@ class Catalog:
         return outcome
 
     async def _commit(
-        self, state: ReservationState, noted: Noted, expected: Expected
+        self, state: ReservationState, noted: Noted, saved: SavedSlot
     ) -> WithTokens | LlamaslotError:
         """The commit, in its own task. llamaslot's errors are its result, so they are not reported as the death of a
         task.
         """
         try:
-            snapshot = await self.acceptance.accept(state, noted, expected)
+            snapshot = await self.acceptance.accept(state, noted, saved)
         except Exception as error:
             state.base.__exit__(None, None, None)
             await self._end_reservation(noted.id)
@@ -278,11 +243,11 @@ class Catalog:
         del self._reservations[noted.id]
         self._quota.granted -= state.size_bytes
         self._quota.landed -= state.landed_bytes
-        self._list(snapshot.listed, noted.created_at - state.idle_s, self._now())
+        self._list(snapshot.listed, noted.created_at - saved.idle_s, self._now())
         state.base.__exit__(None, None, None)
         if not snapshot.parts:
             self._upkeep.sync(Noted.of(snapshot))
-        elif state.idle_s:  # on disk already, but dated as if used now: the manifest would leave it out
+        elif saved.idle_s:  # on disk already, but dated as if used now: the manifest would leave it out
             self._upkeep.date(noted.id)
         else:
             self._upkeep.changed(1)
