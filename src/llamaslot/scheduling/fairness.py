@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
@@ -53,6 +52,13 @@ class Ask(Struct, frozen=True):
 
 class Asking(Protocol):
     """A request in the queue of its user. ``serial``: ascending in the order of service if all users were one."""
+
+    serial: int
+    cost_s: float
+
+
+class _Numbered(Struct):
+    """An ``Asking`` by its index."""
 
     serial: int
     cost_s: float
@@ -122,31 +128,11 @@ class Shares:
 
     def order(self, asks: Sequence[Ask], max_overtake_s: float) -> list[int]:
         """Indices of ``asks`` (oldest first) in the order in which they are served."""
-        is_one = len({ask.user for ask in asks}) <= 1
-        fair = list(range(len(asks))) if is_one else self._fair(asks)
-        return _sides_first(asks, fair, max_overtake_s)
-
-    def _fair(self, asks: Sequence[Ask]) -> list[int]:
-        """The order if each request got its slot in turn, without priority for small requests."""
-        queues: dict[str, deque[int]] = {}
+        queues: dict[str, list[_Numbered]] = {}
         for i, ask in enumerate(asks):
-            queues.setdefault(ask.user, deque()).append(i)
-        heads = [
-            (-self.deficit_s(user), self._served.get(user, -1), queue[0], user)
-            for user, queue in queues.items()
-        ]
-        heapq.heapify(heads)
-        order, n_served = list[int](), self._n_served
-        while heads:
-            received_s, _, i, user = heads[0]
-            order.append(queues[user].popleft())
-            n_served += 1
-            if queues[user]:
-                after = (received_s + asks[i].cost_s, n_served, queues[user][0], user)
-                heapq.heapreplace(heads, after)
-            else:
-                heapq.heappop(heads)
-        return order
+            queues.setdefault(ask.user, []).append(_Numbered(i, ask.cost_s))
+        fair = [one.serial for one in self.in_turn(queues)]
+        return _sides_first(asks, fair, max_overtake_s)
 
     def granted(self, user: str, cost_s: float, waiting: Collection[str], idle: Collection[str]) -> Booked:
         """Book a slot of about ``cost_s`` for ``user``. The time is owed to all users that are present: those
