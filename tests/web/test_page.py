@@ -22,10 +22,10 @@ from llamaslot.errors import (
     TooManyRequests,
     UpstreamError,
 )
-from llamaslot.http import events as events_module
-from llamaslot.http.events import Events
+from llamaslot.http import page_events
 from llamaslot.http.in_flight import InFlight, outcome_of
 from llamaslot.http.page import FILES
+from llamaslot.http.page_events import PageEvents
 from llamaslot.observe import words
 from llamaslot.tasks import TaskOwner
 from tests.support.inprocess import CHAT, NATIVE, Served, letters, served, spawn
@@ -212,7 +212,7 @@ async def test_nobody_watches_nothing_is_computed(tmp_path: Path) -> None:
 
 async def test_a_slow_viewer_gets_the_whole_state_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it has missed does not pile up; others, and requests, do not wait for it."""
-    monkeypatch.setattr(events_module, "_LEAST_S", 0.0)
+    monkeypatch.setattr(page_events, "_LEAST_S", 0.0)
     n, changed = 0, asyncio.Event()
 
     def state() -> dict[str, Any]:
@@ -220,7 +220,7 @@ async def test_a_slow_viewer_gets_the_whole_state_again(monkeypatch: pytest.Monk
         n += 1
         return {"big": "x" * 100_000 + str(n), "small": n // 10}
 
-    events = Events(state, changed, TaskOwner())
+    events = PageEvents(state, changed, TaskOwner())
     app = web.Application()
     app.router.add_get("/", events.watch)
     runner = web.AppRunner(app, shutdown_timeout=1)

@@ -25,18 +25,18 @@ from llamaslot.http.client_stream import StreamRules, name_itself
 from llamaslot.http.completion import Completions
 from llamaslot.http.cors import Cors
 from llamaslot.http.deadlines import Timeouts
-from llamaslot.http.events import Events
 from llamaslot.http.health import health_of
 from llamaslot.http.in_flight import CLIENT_GONE, Requests, by_operator, note_error
 from llamaslot.http.page import is_page_file, page_file, refuse_foreign_page
+from llamaslot.http.page_api import PageApi
+from llamaslot.http.page_events import PageEvents
+from llamaslot.http.page_state import PageState
 from llamaslot.http.passthrough import Passthrough
-from llamaslot.http.present import Presenter
 from llamaslot.http.reload import Reload
 from llamaslot.http.request_body import Uploads, close_behind, hold_back, speaks_http
 from llamaslot.http.rewriting import SystemPrompts, tell_rewrote
 from llamaslot.http.tracing import Tracing
 from llamaslot.http.unassisted import Unassisted
-from llamaslot.http.watching import Watching
 from llamaslot.llama.routes import Route, classify
 from llamaslot.observe.history import History
 from llamaslot.tasks import TaskOwner
@@ -70,13 +70,13 @@ class App:
         self._tasks = TaskOwner()
         self._history = History(config.store.meta_dir / "history.sqlite")
         self._requests = Requests(registry, self._history)
-        self._events = Events(
-            Presenter(registry, self._requests).state, self._requests.has_changed, self._tasks
+        self._events = PageEvents(
+            PageState(registry, self._requests).state, self._requests.has_changed, self._tasks
         )
         self._tracing = Tracing(endpoint, registry) if (endpoint := config.log.otlp_endpoint) else None
         self._authenticator, self._cors = Authenticator(config.auth), Cors(config.listen.cors)
         self._status = Status(registry, prompts, reload)
-        self._watching = Watching(
+        self._page_api = PageApi(
             registry,
             self._requests,
             self._events,
@@ -189,7 +189,7 @@ class App:
         if is_own_page(request):
             refuse_foreign_page(request, needs_key=self._authenticator.needs_admin_key)
             check_method(request)
-            return await self._watching.handle(request) or await self._status.handle(request)
+            return await self._page_api.handle(request) or await self._status.handle(request)
         if request.method in _NO_METHODS or request.raw_path == "*":
             raise NotImplementedHere(
                 f"{request.method} {shortened(request.raw_path)} is not served: llamaslot is no proxy for other servers"

@@ -38,7 +38,7 @@ class _Speed(Struct):
     per_s: float = 0.0
 
 
-class Presenter:
+class PageState:
     """Makes the state for all who watch; nothing is computed without them."""
 
     def __init__(self, registry: Registry, requests: Requests) -> None:

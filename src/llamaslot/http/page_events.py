@@ -32,7 +32,7 @@ class Viewer(Struct, eq=False):
     is_behind: bool = True
 
 
-class Events:
+class PageEvents:
     """``state`` makes the whole state, by key; ``has_changed`` is set when it should be looked at at once."""
 
     def __init__(
@@ -43,7 +43,6 @@ class Events:
         self._last: dict[str, bytes] = {}
         self._producer: asyncio.Task[None] | None = None
         self._is_closed = False
-        self.n_looks = 0
 
     async def watch(
         self,
@@ -113,7 +112,6 @@ class Events:
 
     def _look(self) -> bytes:
         """An event with what has changed since the last look; a value that is gone is null. Empty if nothing has."""
-        self.n_looks += 1
         state = {key: orjson.dumps(value) for key, value in self._state().items()}
         last, self._last = self._last, state
         changed: dict[str, Any] = {

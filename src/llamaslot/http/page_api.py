@@ -13,9 +13,9 @@ from aiohttp import web
 from llamaslot.errors import BadRequest, NotFound, shortened
 from llamaslot.fleet.registry import Registry
 from llamaslot.http.admin import digits
-from llamaslot.http.events import Events
 from llamaslot.http.in_flight import Requests
-from llamaslot.http.present import Presenter
+from llamaslot.http.page_events import PageEvents
+from llamaslot.http.page_state import PageState
 from llamaslot.observe.history import KEPT
 from llamaslot.observe.series import SPANS
 from llamaslot.store.listing import MOST, Listing
@@ -24,19 +24,19 @@ from llamaslot.store.snapshot_store import SnapshotStore
 _LONGEST_S = 86_400
 
 
-class Watching:
+class PageApi:
     """``is_admitted``: whether a request's key is still valid."""
 
     def __init__(
         self,
         registry: Registry,
         requests: Requests,
-        events: Events,
+        events: PageEvents,
         is_admitted: Callable[[web.Request], bool],
     ) -> None:
         self._registry, self._requests, self._events = registry, requests, events
         self._is_admitted = is_admitted
-        self._presenter = Presenter(registry, requests)
+        self._page_state = PageState(registry, requests)
         self._listings: dict[str, Listing] = {}
 
     async def handle(self, request: web.Request) -> web.StreamResponse | None:
@@ -72,7 +72,7 @@ class Watching:
             return found.to_json()
         n, after = digits(request, "n", 100, KEPT), digits(request, "after", 0, 10**9)
         ended = [its.row() for its in reversed(history.latest) if its.serial > after][:n]
-        running = [self._presenter.flight(its, now) for its in self._requests.running.values()]
+        running = [self._page_state.flight(its, now) for its in self._requests.running.values()]
         return {"in_flight": running, "ended": ended}
 
     def _cancel(self, request: web.Request) -> dict[str, Any]:
