@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamaslot.cache.ids import unpack
-from llamaslot.llama.identity import N_PROBE_TOKENS, TOLERANCE, Identity, gguf_mark, probe_tokens, told
+from llamaslot.llama.identity import (
+    N_PROBE_TOKENS,
+    TOLERANCE,
+    Identity,
+    gguf_mark,
+    probe_tokens,
+    told_properties,
+)
 
 BEHAVIOUR = {token: -0.5 * token for token in range(1, 9)}
 SAID = {"n_vocab": 259, "size": 1000, "n_slots": 4, "lora": []}
@@ -80,11 +87,11 @@ def test_what_the_server_says_is_only_what_a_file_depends_on() -> None:
         "n_params": 5,
         "size": 6,
     }
-    said = told({"id": "name", "meta": meta}, 4, [])
+    said = told_properties({"id": "name", "meta": meta}, 4, [])
     assert "n_ctx" not in said
     assert "id" not in said
     assert (said["n_slots"], said["size"]) == (4, 6)
-    assert told({}, 4, [])["size"] is None
+    assert told_properties({}, 4, [])["size"] is None
 
 
 @pytest.mark.parametrize("n_vocab", [0, 1, 2, 259, 151_936])

@@ -15,7 +15,7 @@ from llamaslot.cache.ids import count, head, unpack
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import SlotActionFailed, SnapshotInvalid, UpstreamError
 from llamaslot.llama.client import ACTION_S, LlamaServer
-from llamaslot.llama.identity import N_PROBS, Identity, architecture, gguf_mark, probe_tokens, told
+from llamaslot.llama.identity import N_PROBS, Identity, architecture, gguf_mark, probe_tokens, told_properties
 from llamaslot.llama.replies import Props
 from llamaslot.scheduling.cost import Rates
 from llamaslot.store import NotShared, QuotaExceeded, Reservation, prove_shared
@@ -254,7 +254,7 @@ class Probes:
         behaviour = await self.api.top_logprobs(slot, tokens, N_PROBS)
         mark = await gguf_mark(Path(props.model_path)) if props.model_path else None
         assert props.n_slots is not None, "a server that is understood"
-        return Identity(told(model, props.n_slots, lora), behaviour, mark)
+        return Identity(told_properties(model, props.n_slots, lora), behaviour, mark)
 
     async def is_unified(self, slot: int, other: int) -> bool:
         """Whether a task in ``other`` empties ``slot``, which holds the probe's tokens."""

@@ -67,7 +67,7 @@ def _wording(error: BaseException, listen: ListenConfig) -> str | None:
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
+def report_faults() -> Iterator[None]:
     """Print a fault that an operator can fix, and end with ``EXIT_FAULT``."""
     try:
         yield

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llamaslot.cli.faults import fail, told
+from llamaslot.cli.faults import fail, report_faults
 
 # Slow imports are made where they are needed: ``--help`` took 0.8 s, and takes 0.1.
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def install_service(path: Path, directory: Path | None, force: bool, **options: 
     """  # fmt: skip
     from llamaslot.config.load import Config
 
-    with told():
+    with report_faults():
         made = dict(units(path.absolute(), Config.load(path), is_new=_systemd() >= _NOTIFY_RELOAD, **options))
     if directory is None:
         for name, text in made.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from llamaslot.cli.faults import told
+from llamaslot.cli.faults import report_faults
 from llamaslot.cli.format import several, span, table
 from llamaslot.config.faults import read_yaml
 from llamaslot.config.keys import editing, made_now, name_of_key, new_key, read_keys
@@ -48,7 +48,7 @@ def add(
     name: str,
 ) -> None:
     """Make a key for NAME and print it once. The file stores only a hash of it."""
-    with told():
+    with report_faults():
         try:
             name_of_key(name)
         except ValueError as error:
@@ -77,7 +77,7 @@ def add(
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 def rm(path: Path, file: Path | None, names: tuple[str, ...]) -> None:
     """Remove keys. They stop working within a second; running answers are completed."""
-    with told():
+    with report_faults():
         with editing(_place(path, file)) as entries:
             known = {entry.name for entry in entries}
             if missing := [name for name in names if name not in known]:
@@ -91,7 +91,7 @@ def rm(path: Path, file: Path | None, names: tuple[str, ...]) -> None:
 @_file
 def ls(path: Path, file: Path | None) -> None:
     """List names and limits. The file does not contain the keys themselves."""
-    with told():
+    with report_faults():
         place = _place(path, file)
         entries, _ = read_keys(place)
         now = time.time()

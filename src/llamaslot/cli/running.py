@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from llamaslot.cli.faults import told
+from llamaslot.cli.faults import report_faults
 from llamaslot.errors import LlamaslotError
 
 # Slow imports are made where they are needed: ``--help`` took 0.8 s, and takes 0.1.
@@ -178,7 +178,7 @@ def drain(path: Path, backend: str) -> None:
     The running llamaslot is found by its configuration. If its pages need a key and that has no auth.admin_key, the
     environment variable LLAMASLOT_KEY gives one.
     """
-    with told():
+    with report_faults():
         running = Running.of(path)
         running.post("drain", {"backend": backend})
         while (its := _status_of(running, backend))["drain"] == "draining":
@@ -197,7 +197,7 @@ def drain(path: Path, backend: str) -> None:
 @click.argument("backend")
 def undrain(path: Path, backend: str) -> None:
     """Put BACKEND into service again."""
-    with told():
+    with report_faults():
         Running.of(path).post("undrain", {"backend": backend})
     click.echo(f"{backend}: in service")
 
@@ -215,7 +215,7 @@ def reload(path: Path) -> None:
     Says what is in force now, and what needs a restart. With a fault in the file
     nothing changes, and the exit code is 2.
     """
-    with told():
+    with report_faults():
         answer = Running.of(path).post("reload")
     click.echo(f"in force: {', '.join(answer['in_force']) or 'nothing new'}")
     if answer["needs_restart"]:

@@ -21,7 +21,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from xxhash import xxh3_64_hexdigest
 
-from llamaslot.cli.faults import told
+from llamaslot.cli.faults import report_faults
 from llamaslot.cli.format import number, several, span, table
 from llamaslot.cli.running import which
 from llamaslot.config.load import Config
@@ -67,7 +67,7 @@ _dry_run = click.option("--dry-run", is_flag=True, help="Only say what would be 
 )
 def ls(path: Path, is_json: bool, order: str) -> None:
     """List all snapshots, the most recently used first, or as --sort says."""
-    with told():
+    with report_faults():
         store = _store_of(path)
         stock = take_stock(store.directory)
         items = sorted(stock.items.values(), key=_SORTS[order])
@@ -87,7 +87,7 @@ def ls(path: Path, is_json: bool, order: str) -> None:
 @click.argument("name", metavar="ID")
 def show(path: Path, is_json: bool, name: str) -> None:
     """Show all about one snapshot, but not its text. The beginning of its ID is enough."""
-    with told():
+    with report_faults():
         store = _store_of(path)
         item = _chosen(store, [name])[0]
         (item,) = asyncio.run(read_headers(store.directory, [item]))
@@ -112,7 +112,7 @@ def show(path: Path, is_json: bool, name: str) -> None:
 @click.argument("names", metavar="ID...", nargs=-1, required=True)
 def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
     """Remove some snapshots, pinned or not. The beginnings of their IDs are enough."""
-    with told():
+    with report_faults():
         store = _store_of(path)
         with _locked(store, dry_run):
             removals = [Removal(item, "as asked") for item in _chosen(store, names)]
@@ -125,7 +125,7 @@ def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
 @click.option("--others", is_flag=True, help="Also remove those of models other than the last served one.")
 def gc(path: Path, dry_run: bool, others: bool) -> None:
     """Remove unfinished and broken files, and what exceeds the limits of the configuration."""
-    with told():
+    with report_faults():
         store = _store_of(path)
         if others and not store.models:
             raise DirectoryUnusable("which model is served is not known yet: start llamaslot with it once")
@@ -150,7 +150,7 @@ def verify(path: Path, dry_run: bool, removes: bool, names: Sequence[str]) -> No
 
     Of slot files that no other snapshot needs, which have no checksums, only the headers are read.
     """
-    with told():
+    with report_faults():
         store = _store_of(path)
         with _locked(store, dry_run or not removes):
             chosen = _chosen(store, names) if names else list(take_stock(store.directory).items.values())

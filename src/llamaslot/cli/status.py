@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llamaslot.cli.faults import told
+from llamaslot.cli.faults import report_faults
 from llamaslot.cli.format import number, several, span, table
 from llamaslot.cli.running import NotRunning, Running, which
 
@@ -39,7 +39,7 @@ def status(path: Path, url: str | None, is_json: bool) -> None:
     It is found by its configuration, or at --url. If its pages need a key and that has no
     auth.admin_key, the environment variable LLAMASLOT_KEY gives one.
     """
-    with told():
+    with report_faults():
         found = _running(path, url).get("status")
     if is_json:
         import json
@@ -60,7 +60,7 @@ def top(path: Path, url: str | None, every_s: float) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    with told():
+    with report_faults():
         running = _running(path, url)
         running.get("status")  # a fault that does not pass: a wrong key
         console = Console()

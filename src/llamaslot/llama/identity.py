@@ -75,7 +75,7 @@ class Identity(Struct, frozen=True):
             return None
 
 
-def told(model: Mapping[str, Any], n_slots: int, lora: Any) -> dict[str, Any]:
+def told_properties(model: Mapping[str, Any], n_slots: int, lora: Any) -> dict[str, Any]:
     """The properties reported by the server on which a slot file depends. ``model``: an entry of ``/v1/models``.
 
     The number of slots is included because files of a non-unified KV cache contain it, the scales of LoRA adapters
