@@ -79,10 +79,15 @@ async def holders(lease: Lease, contents: list[Content]) -> list[Holder]:
     nearest = sorted(hits, key=lambda hit: abs(hit.n_tokens - request.n_tokens))[:_N_OF_A_KIND]
     namespaces = {namespace.text for namespace in request.reads}
     usable = (
-        its for its in reversed(lease.table.model_snapshots.snapshots.values()) if its.namespace in namespaces
+        snapshot
+        for snapshot in reversed(lease.table.model_snapshots.snapshots.values())
+        if snapshot.namespace in namespaces
     )
-    long = (its for its in islice(usable, _N_SNAPSHOTS) if its.n_tokens > LOST_MIN)
-    ids = [*(hit.holder for hit in (*hits[:1], *nearest)), *(its.id for its in islice(long, _N_OF_A_KIND))]
+    long = (snapshot for snapshot in islice(usable, _N_SNAPSHOTS) if snapshot.n_tokens > LOST_MIN)
+    ids = [
+        *(hit.holder for hit in (*hits[:1], *nearest)),
+        *(snapshot.id for snapshot in islice(long, _N_OF_A_KIND)),
+    ]
     for id_ in dict.fromkeys(ids):
         await asyncio.sleep(0)  # a millisecond for the tokens of each: let others run first
         with contextlib.suppress(KeyError):  # dropped meanwhile

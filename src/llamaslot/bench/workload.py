@@ -53,16 +53,16 @@ class Workload(Struct, frozen=True):
 
     @property
     def n_requests(self) -> int:
-        return sum(len(its.turns) for its in self.conversations)
+        return sum(len(conversation.turns) for conversation in self.conversations)
 
     @property
     def n_users(self) -> int:
-        return len({its.user for its in self.conversations})
+        return len({conversation.user for conversation in self.conversations})
 
     @property
     def n_context(self) -> int:
         """Tokens that the longest conversation takes in a slot."""
-        return self.n_shared + _AROUND + max(its.n_tokens() for its in self.conversations)
+        return self.n_shared + _AROUND + max(conversation.n_tokens() for conversation in self.conversations)
 
     @property
     def n_prompt(self) -> int:
@@ -97,9 +97,12 @@ class Workload(Struct, frozen=True):
         return Workload(
             tuple(
                 replace(
-                    its, turns=tuple(replace(turn, n_new=_scaled(turn.n_new, factor)) for turn in its.turns)
+                    conversation,
+                    turns=tuple(
+                        replace(turn, n_new=_scaled(turn.n_new, factor)) for turn in conversation.turns
+                    ),
                 )
-                for its in self.conversations
+                for conversation in self.conversations
             ),
             int(self.n_shared * factor),
         )
@@ -145,9 +148,9 @@ def recorded(journal: Iterable[Mapping[str, Any]], *, answer: int, longest_pause
     in which nothing was asked are shortened to ``longest_pause_s``.
     """
     asked = sorted(
-        (float(its["at"]), str(its["user"]), int(its["n_tokens"]))
-        for its in journal
-        if its.get("user") and int(its.get("n_tokens") or 0) > 0
+        (float(decision["at"]), str(decision["user"]), int(decision["n_tokens"]))
+        for decision in journal
+        if decision.get("user") and int(decision.get("n_tokens") or 0) > 0
     )
     if not asked:
         raise ValueError("no request of a user is in it")

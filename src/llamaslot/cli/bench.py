@@ -327,7 +327,7 @@ def _fitted(workload: Workload, n_ctx: int) -> Workload:
 def _in_words(workload: Workload, options: dict[str, Any]) -> str:
     """The workload for people."""
     where = f"text from {options['folder']}" if options["folder"] else "made-up text"
-    firsts = [its.turns[0].n_new + workload.n_shared for its in workload.conversations]
+    firsts = [conversation.turns[0].n_new + workload.n_shared for conversation in workload.conversations]
     if options["shape"] is not None:
         how = f"the shape of a journal: {workload.n_users} users, {len(workload.conversations)} conversations"
     else:

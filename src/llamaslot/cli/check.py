@@ -58,7 +58,7 @@ def check(path: Path) -> Checked:
         n_held = sum(size_bytes(directory, id_) for id_ in list_own(directory).suffixes)
         note = beyond_disk(store.quota, store.min_free, directory, n_held)
         checked.notes += [note] if note else []
-    if config.managed != ManagedModelsConfig() and not any(its.managed for its in config.backends):
+    if config.managed != ManagedModelsConfig() and not any(backend.managed for backend in config.backends):
         checked.notes.append(
             "managed.max_loaded and managed.idle_unload_s are for backends with 'managed', and there is none: a router"
             " has --models-max, every llama-server --sleep-idle-seconds"
@@ -179,7 +179,7 @@ def _only_for_root(path: Path, config: Config) -> Iterator[str]:
         "the configuration": path.absolute(),
         "auth.keys_file": auth.keys_file,
         "auth.admin_key_file": auth.admin_key_file,
-        **{f"backends[{i}].api_key_file": its.api_key_file for i, its in enumerate(config.backends)},
+        **{f"backends[{i}].api_key_file": backend.api_key_file for i, backend in enumerate(config.backends)},
         "listen.tls.cert": tls.cert if tls is not None else None,
         "listen.tls.key": tls.key if tls is not None else None,
         **{f"prewarm[{i}]": file for i, file in enumerate(config.prewarm)},
@@ -189,7 +189,10 @@ def _only_for_root(path: Path, config: Config) -> Iterator[str]:
             yield f"{key}: only root can read {file} ({_owner(file)})"
     written = {
         "store.meta_dir": config.store.meta_dir,
-        **{f"backends[{i}].slot_save_path": its.slot_save_path for i, its in enumerate(config.backends)},
+        **{
+            f"backends[{i}].slot_save_path": backend.slot_save_path
+            for i, backend in enumerate(config.backends)
+        },
     }
     for key, directory in written.items():
         if directory is not None and directory.exists() and _is_roots_alone(directory, os.W_OK):

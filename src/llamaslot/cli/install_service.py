@@ -102,7 +102,11 @@ def units(
     """The name and text of each unit. ``is_new``: systemd knows ``Type=notify-reload``."""
     from urllib.parse import urlsplit
 
-    local = [its for its in config.backends if its.url is not None and _is_here(urlsplit(its.url).hostname)]
+    local = [
+        backend
+        for backend in config.backends
+        if backend.url is not None and _is_here(urlsplit(backend.url).hostname)
+    ]
     names = {its.name: "llama-server" if len(local) == 1 else f"llama-server-{its.name}" for its in local}
     for backend in local:
         url, key = urlsplit(backend.url or ""), backend.api_key_file
@@ -117,7 +121,7 @@ def units(
         )  # fmt: skip
     shutdown, written = config.shutdown, dict.fromkeys((config.store.meta_dir, *_directories(config)))
     elsewhere = [str(directory) for directory in written if not directory.is_relative_to(_STATE)]
-    has_managed = any(its.managed is not None for its in config.backends)
+    has_managed = any(backend.managed is not None for backend in config.backends)
     yield (
         "llamaslot.service",
         _filled(

@@ -198,7 +198,7 @@ def _remember(path: Path, settings: dict[str, Any]) -> None:
     from llamaslot.errors import ConfigError
 
     backends = [
-        {key: value for key, value in its.items() if key != "api_key"} for its in settings["backends"]
+        {key: value for key, value in backend.items() if key != "api_key"} for backend in settings["backends"]
     ]
     text = json.dumps({**settings, "backends": backends}, default=str, indent=2)
     try:

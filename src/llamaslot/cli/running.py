@@ -181,15 +181,15 @@ def drain(path: Path, backend: str) -> None:
     with report_faults():
         running = Running.of(path)
         running.post("drain", {"backend": backend})
-        while (its := _status_of(running, backend))["drain"] == "draining":
+        while (status := _status_of(running, backend))["drain"] == "draining":
             time.sleep(_LOOK_EVERY_S)
-    unsaved = [str(slot["id"]) for slot in its["slots"] if slot["is_worth_saving"]]
-    if its["drain"] and unsaved:
+    unsaved = [str(slot["id"]) for slot in status["slots"] if slot["is_worth_saving"]]
+    if status["drain"] and unsaved:
         click.echo(
             f"{backend}: drained, but not saved: slots {', '.join(unsaved)}; the log of llamaslot says why"
         )
         sys.exit(1)
-    click.echo(f"{backend}: {its['drain'] or 'in service'}")
+    click.echo(f"{backend}: {status['drain'] or 'in service'}")
 
 
 @click.command()

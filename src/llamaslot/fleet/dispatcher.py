@@ -391,9 +391,9 @@ class Dispatcher:
         tables = self._index.worth_a_look(tables, request, now, reserved)
         makers = [lease for lease in self.leases if lease.table in tables and lease.is_long]
         is_patient = waiting.prefix_wait is None or waiting.prefix_wait.lasts(request, now)
-        views = {its.backend: its.view(request, now, reserved, is_patient=is_patient) for its in tables}
+        views = {table.backend: table.view(request, now, reserved, is_patient=is_patient) for table in tables}
         if is_patient and ask_for_trunk(request, views, makers, now):
-            views = {its.backend: its.view(request, now, reserved) for its in tables}
+            views = {table.backend: table.view(request, now, reserved) for table in tables}
         decision = place(request, views.values(), self.rules)
         if isinstance(decision, Wait) and (place_ := decision.place) is not None:
             leases = self.backends[place_.slot.backend]

@@ -108,7 +108,7 @@ class ManagedModels:
         self.on_demand: OnDemand | None = None
         if max_loaded is None and idle_unload_s is None:
             return
-        managed = [its for its in backends if its.name in servers]
+        managed = [backend for backend in backends if backend.name in servers]
         self._models = [ManagedModel(its, servers[its.name], save_s) for its in managed]
         self.on_demand = OnDemand(self._models, max_loaded, idle_unload_s)
         for its in managed:

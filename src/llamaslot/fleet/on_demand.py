@@ -127,13 +127,13 @@ class OnDemand:
         self._changed = ChangeEvent()
         self._subscriptions = contextlib.ExitStack()
         self._tasks = TaskOwner()
-        for its in models:
-            self.add(its)
+        for model in models:
+            self.add(model)
 
-    def add(self, its: Loadable) -> None:
+    def add(self, loadable: Loadable) -> None:
         """One more model."""
-        self._models[its.name] = _Model(its)
-        self._subscriptions.enter_context(its.changes.subscribed(self._changed.notify))
+        self._models[loadable.name] = _Model(loadable)
+        self._subscriptions.enter_context(loadable.changes.subscribed(self._changed.notify))
 
     def forgive(self) -> None:
         """Models that could not be loaded may be loaded again at once."""

@@ -152,16 +152,18 @@ class Pool:
             raise BackendRestarted("no backend serves this model any more")
         if len(backends) == 1:
             await backends[0].ready()
-        elif not any(its.session is not None for its in backends):
+        elif not any(backend.session is not None for backend in backends):
             await self._any_ready(backends)
-        for store in dict.fromkeys(its.store for its in self.backends.values()):
+        for store in dict.fromkeys(backend.store for backend in self.backends.values()):
             if store is not None:
                 await store.libraries.complete()
         return self.context
 
     async def _any_ready(self, backends: Sequence[Backend]) -> None:
         """Wait for the first one. Raises the error of one if all are down."""
-        waits = [self.tasks.spawn(_outcome(its.ready()), f"{its.name}: ready") for its in backends]
+        waits = [
+            self.tasks.spawn(_outcome(backend.ready()), f"{backend.name}: ready") for backend in backends
+        ]
         try:
             for ended in asyncio.as_completed(waits):
                 if (error := await ended) is None:
@@ -185,7 +187,7 @@ class Pool:
         members = self._members()
         if len(members) == 1:
             return members[0].use_if_proved()
-        return any(its.session is not None for its in members)
+        return any(backend.session is not None for backend in members)
 
     async def confirm(self, lease: Lease) -> None:
         """Check that the process of ``lease`` is alive, if there are several backends: the request may have waited, and
@@ -328,7 +330,9 @@ class Pool:
         backends = sorted(self.backends.values(), key=_usability, reverse=True)
         if not backends:
             raise BackendRestarted("no backend serves this model any more")
-        return [its for its in backends if its.session is not None and its.session.is_assisted] or backends
+        return [
+            backend for backend in backends if backend.session is not None and backend.session.is_assisted
+        ] or backends
 
     def _executor_of(self, lease: Lease) -> PlanExecutor:
         return self.backend_of(lease).executor

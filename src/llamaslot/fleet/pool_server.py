@@ -60,7 +60,7 @@ class PoolServer:
         backends = self._backends()
         if len(backends) == 1:
             return await question(backends[0].api)
-        return await self._ask(sorted(backends, key=lambda its: its is not self._last), question)
+        return await self._ask(sorted(backends, key=lambda backend: backend is not self._last), question)
 
     async def _ask(self, backends: Sequence[Backend], question: Question[T]) -> T:
         first, others = backends[0], backends[1:]

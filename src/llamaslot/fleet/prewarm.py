@@ -82,9 +82,9 @@ class Prewarm:
     def _tables(self) -> list[SlotTable]:
         """One for each directory. Not of a llama-server that sleeps: it must not be woken for this."""
         found: dict[int, SlotTable] = {}
-        for its in self._dispatcher.backends.values():
-            if its.table is not None and not its.is_asleep and its.table.can_save:
-                found.setdefault(id(its.table.model_snapshots), its.table)
+        for backend in self._dispatcher.backends.values():
+            if backend.table is not None and not backend.is_asleep and backend.table.can_save:
+                found.setdefault(id(backend.table.model_snapshots), backend.table)
         return list(found.values())
 
     async def run(self) -> None:

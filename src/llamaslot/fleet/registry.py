@@ -74,7 +74,9 @@ class Registry:
         """
         registry = cls(Metrics(), _pool_settings(config))
         registry.router.configure(config.models)
-        registry._of_models = {name: _pool_settings(config, its) for name, its in config.models.each.items()}
+        registry._of_models = {
+            name: _pool_settings(config, settings) for name, settings in config.models.each.items()
+        }
         registry.save_s = config.shutdown.save_s
         for settings in config.backends:
             url = (urls or {}).get(settings.name) or settings.url
@@ -157,7 +159,7 @@ class Registry:
         for name, settings in self._of_models.items():
             self._of_models[name] = replace(settings, limits=_limits(config, config.models.each[name]))
         for pool in self.pools:
-            known = [its for its in pool.backends.values() if its.last_session is not None]
+            known = [backend for backend in pool.backends.values() if backend.last_session is not None]
             pool.configure(self._settings_of([name for its in known for name in _names_of(its)]))
         for store in self.stores.values():
             store.take_limits(config.store.quota, config.store.max_files, config.store.min_free)
@@ -169,7 +171,7 @@ class Registry:
         if (backend := self.backend_named(name)) is not None:
             backend.drain.end()
             return
-        settings = next(its for its in config.backends if its.name == name)
+        settings = next(backend for backend in config.backends if backend.name == name)
         assert settings.url is not None, "one that runs already"
         api = LlamaServer(settings.url, settings.resolve_api_key(), config.timeouts.watchdog_s, name=name)
         known = set(self.stores)
@@ -261,7 +263,9 @@ class Registry:
         was_proved = last is not None and last.is_assisted and last.model_name == session.model_name
         if model.identity is None and was_proved:
             return
-        new = next((its for its in self.pools if its.model is not None and its.model.is_same(model)), None)
+        new = next(
+            (pool for pool in self.pools if pool.model is not None and pool.model.is_same(model)), None
+        )
         if new is None:
             others = (its for its in old.backends.values() if its is not backend)
             is_shared = any(its.last_session is not None for its in others)
@@ -294,7 +298,7 @@ class Registry:
         if not old.backends:
             self.pools.remove(old)
             old.retire()
-        elif all(its.last_session is None for its in old.backends.values()):
+        elif all(backend.last_session is None for backend in old.backends.values()):
             old.model = None
 
     def connected(self, backend: Backend, session: ServerSession) -> None:

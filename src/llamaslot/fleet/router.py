@@ -55,7 +55,7 @@ class Router:
             if (pool := await self._pool_named(name, loads)) is not None:
                 return pool
         known = self._known()
-        always = [its for its in self._backends.values() if its.presence.on_demand is None]
+        always = [backend for backend in self._backends.values() if backend.presence.on_demand is None]
         if not known and always:  # no backend was ever up
             await min(always, key=lambda its: its.health is not Health.CONNECTING).ready()
             return await self.pool_for(model, is_named=is_named)
@@ -68,10 +68,10 @@ class Router:
         if is_only and not unseen:
             return known[0]
         there_are = ", ".join(sorted(self.names()))
-        if is_only and all(its.presence.on_demand is None for its in unseen):
+        if is_only and all(backend.presence.on_demand is None for backend in unseen):
             raise BackendDown(
-                f"{' and '.join(its.name for its in unseen)} is not up, and its model is not known yet: name one of"
-                f" {there_are} in 'model', or set models.default in the configuration for all other names"
+                f"{' and '.join(backend.name for backend in unseen)} is not up, and its model is not known yet:"
+                f" name one of {there_are} in 'model', or set models.default in the configuration for all other names"
             )
         if not isinstance(model, str) or not model:
             raise BadRequest(f"'model' is required, as there are several: {there_are}")
@@ -89,7 +89,11 @@ class Router:
         if not backends and isinstance(name, str):
             named = self._backends.get(self.expected.get(name, name))
             backends = [named] if named is not None else []
-        unloaded = [its for its in backends if its.presence.on_demand is not None and its.session is None]
+        unloaded = [
+            backend
+            for backend in backends
+            if backend.presence.on_demand is not None and backend.session is None
+        ]
         if not unloaded or len(unloaded) < len(backends):
             return None
         return next(pool for pool in self._pools if unloaded[0].name in pool.backends)
@@ -105,7 +109,7 @@ class Router:
                     raise BackendDown(f"{name} is not loaded: the first request for it loads it")
                 await self._connected(backend)
                 return next(pool for pool in self._pools if backend.name in pool.backends)
-            unknown = [its for its in self._backends.values() if its.last_session is None]
+            unknown = [backend for backend in self._backends.values() if backend.last_session is None]
             connecting = [its for its in unknown if its.health is Health.CONNECTING]
             if not connecting:
                 return None
@@ -125,8 +129,8 @@ class Router:
         tell which it had before llamaslot was started.
         """
         own = pool.model.identity if pool.model is not None else None
-        unseen = [its for its in self._backends.values() if its.last_session is None]
-        return [its for its in unseen if own is None or not own.is_same_as(its.rates.model)]
+        unseen = [backend for backend in self._backends.values() if backend.last_session is None]
+        return [backend for backend in unseen if own is None or not own.is_same_as(backend.rates.model)]
 
     def _known(self) -> list[Pool]:
         """The pools whose models are known, in the order of their backends in the configuration: of two with the same
@@ -189,16 +193,16 @@ def _unknown() -> dict[str, Any]:
 
 
 def _names(pool: Pool) -> set[str]:
-    return {name for its in _that_serve(pool) for name in its.names}
+    return {name for session in _that_serve(pool) for name in session.names}
 
 
 def _that_serve(pool: Pool) -> list[ServerSession]:
     """The last sessions of those that are known to serve the pool's model."""
-    return [its.last_session for its in pool.backends.values() if its.last_session is not None]
+    return [backend.last_session for backend in pool.backends.values() if backend.last_session is not None]
 
 
 def _entries(pool: Pool) -> Iterator[tuple[str, dict[str, Any]]]:
-    state = _state([its for its in pool.backends.values() if its.last_session is not None])
+    state = _state([backend for backend in pool.backends.values() if backend.last_session is not None])
     for session in _that_serve(pool):
         if session.names:
             yield session.names[0], {**session.entry, "status": {"value": state}}
@@ -206,11 +210,11 @@ def _entries(pool: Pool) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _state(backends: Sequence[Backend]) -> str:
     """In the words of llama-server's router mode."""
-    backends = [its for its in backends if not its.leases.is_drained]
-    states = {its.health for its in backends}
+    backends = [backend for backend in backends if not backend.leases.is_drained]
+    states = {backend.health for backend in backends}
     if Health.UP in states:
         return "loaded"
-    is_loaded = any(its.health is Health.DOWN and its.presence.is_coming for its in backends)
+    is_loaded = any(backend.health is Health.DOWN and backend.presence.is_coming for backend in backends)
     if Health.CONNECTING in states or is_loaded:
         return "loading"
     return "unloaded" if Health.ASLEEP in states else "unavailable"

@@ -126,10 +126,10 @@ def _users(pools: list[PoolStatus]) -> list[dict[str, Any]]:
     """The users of all pools, each once."""
     found: dict[str, dict[str, Any]] = {}
     for user in (user for pool in pools for user in pool.users):
-        its = found.setdefault(user.id, {"id": user.id, "running": 0, "waiting": 0, "deficit_s": 0.0})
-        its["running"] += user.n_running
-        its["waiting"] += user.n_waiting
-        its["deficit_s"] = round(its["deficit_s"] + user.deficit_s, 3)
+        sums = found.setdefault(user.id, {"id": user.id, "running": 0, "waiting": 0, "deficit_s": 0.0})
+        sums["running"] += user.n_running
+        sums["waiting"] += user.n_waiting
+        sums["deficit_s"] = round(sums["deficit_s"] + user.deficit_s, 3)
     return list(found.values())
 
 
@@ -153,7 +153,9 @@ def status_of(backend: Backend) -> dict[str, Any]:
 
 def _slot_status(every: Leases, table: SlotTable) -> list[dict[str, Any]]:
     # Those with a slot: an exclusive request has none until llama-server has chosen.
-    leases = {its.slot_id: its for its in every.leases if its.table is table and its.slot is not None}
+    leases = {
+        lease.slot_id: lease for lease in every.leases if lease.table is table and lease.slot is not None
+    }
     prefills = {
         slot_id: {"n_done": lease.n_done, "n_tokens": lease.request.n_tokens}
         for slot_id, lease in leases.items()

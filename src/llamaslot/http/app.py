@@ -137,7 +137,7 @@ class App:
         route = classify(request.method, request.raw_path, self.config.passthrough.allow)
         metrics, status = self._metrics, CLIENT_GONE
         is_watched, answered = route.kind in ("completion", "exclusive"), None
-        its = self._requests.begin(request, route) if is_watched else None
+        flight = self._requests.begin(request, route) if is_watched else None
         end_trace = self._tracing.begin(request) if self._tracing is not None and is_watched else None
         try:
             answered = response = await self._answer(request, route)
@@ -150,8 +150,8 @@ class App:
             return web.Response(status=CLIENT_GONE)  # the client does not read it
         finally:
             metrics.requests.labels(route.kind, str(status)).inc()
-            if its is not None:
-                self._requests.end(its, status)
+            if flight is not None:
+                self._requests.end(flight, status)
             if end_trace is not None:
                 end_trace(status, answered)
             if isinstance(connection, Connection):

@@ -421,15 +421,15 @@ class Answering:
             n_computed += self.lease.request.n_tokens - prefill_stats.n_tokens
         elif self.n_reused is not None:
             n_computed = max(self.lease.request.n_tokens - self.n_reused, 0)
-        if (its := in_flight(self.down.request)) is not None and not self._is_noted:
+        if (flight := in_flight(self.down.request)) is not None and not self._is_noted:
             self._is_noted = True
             prefill_s = prefill_stats.seconds if prefill_stats is not None else 0.0
-            its.answered(self.source.value, self.n_reused, n_computed, prefill_s, self.first_token_s)
+            flight.answered(self.source.value, self.n_reused, n_computed, prefill_s, self.first_token_s)
             decoded_s = time.monotonic() - self.client_request.started - (self.first_token_s or 0.0)
             so_far = {"predicted_ms": decoded_s * 1000} if reading.n_events else {}
-            its.timed(reading.timings or so_far, reading.n_predicted or reading.n_events)
+            flight.timed(reading.timings or so_far, reading.n_predicted or reading.n_events)
             if reading.has_failed:
-                its.error = UpstreamError(500, b"an error in the stream of its answer")
+                flight.error = UpstreamError(500, b"an error in the stream of its answer")
         return n_computed
 
     def _log(self) -> None:

@@ -108,8 +108,8 @@ def in_flight(request: web.Request) -> InFlight | None:
 
 def note_error(request: web.Request, error: LlamaslotError) -> None:
     """The client is told this error."""
-    if (its := in_flight(request)) is not None:
-        its.error = error
+    if (flight := in_flight(request)) is not None:
+        flight.error = error
 
 
 def id_of(request: web.Request) -> str:
@@ -120,17 +120,17 @@ def id_of(request: web.Request) -> str:
 
 def begins(request: web.Request, pool: Pool, model: object, down: Downstream | None = None) -> None:
     """It is going to be served by ``pool``; ``model``: what it asks for."""
-    if (its := in_flight(request)) is not None:
+    if (flight := in_flight(request)) is not None:
         name = pool.model.name if pool.model is not None else model
-        its.model, its.down = name[:_LONGEST] if isinstance(name, str) else "", down
+        flight.model, flight.down = name[:_LONGEST] if isinstance(name, str) else "", down
 
 
 def placed(request: web.Request, lease: Lease, down: Downstream | None = None) -> None:
     """It has got a slot, or the right to be sent."""
-    if (its := in_flight(request)) is not None:
-        its.lease, its.down = lease, down or its.down
+    if (flight := in_flight(request)) is not None:
+        flight.lease, flight.down = lease, down or flight.down
         if (decision := lease.recorder.decision) is not None:
-            its.decisions.append(decision)
+            flight.decisions.append(decision)
 
 
 def by_operator(request: web.Request) -> Cancelled:
@@ -158,7 +158,7 @@ class Requests:
         self.has_changed = asyncio.Event()  # for those who watch
 
     def begin(self, request: web.Request, route: Route) -> InFlight:
-        its = InFlight(
+        flight = InFlight(
             serial := next(self._serials),
             self._new_id(request.headers.get("X-Request-Id", ""), serial),
             request,
@@ -167,9 +167,9 @@ class Requests:
             time.time(),
             asyncio.current_task(),
         )
-        request[IN_FLIGHT] = self.running[its.serial] = its
+        request[IN_FLIGHT] = self.running[flight.serial] = flight
         self.has_changed.set()
-        return its
+        return flight
 
     def _new_id(self, given: str, serial: int) -> str:
         """The id that its client has given, if that is valid in logs, headers and sidecars; with an ending, if another
@@ -179,27 +179,27 @@ class Requests:
         if not _PLAIN_ID.fullmatch(given):
             return f"req-{serial}-{ending}"
         is_taken = (
-            any(its.id == given for its in self.running.values())
-            or any(its.id == given for its in self._ended)
+            any(flight.id == given for flight in self.running.values())
+            or any(flight.id == given for flight in self._ended)
             or self.history.activity(given) is not None
         )
         return f"{given}~{ending}" if is_taken else given
 
-    def end(self, its: InFlight, status: int) -> None:
+    def end(self, flight: InFlight, status: int) -> None:
         """It has ended with that status; 499 if its client has gone."""
-        its.ended, its.status, its.task = time.monotonic(), status, None
-        del self.running[its.serial]
-        self._ended.append(its)
+        flight.ended, flight.status, flight.task = time.monotonic(), status, None
+        del self.running[flight.serial]
+        self._ended.append(flight)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_DIGEST_S, self.digest)
 
     def cancel(self, id_: str) -> bool:
         """Cancel the request of that id: its client is told so, and it gives its slot back. False if there is none."""
-        its = next((its for its in self.running.values() if its.id == id_), None)
-        if its is None or its.task is None:
+        flight = next((flight for flight in self.running.values() if flight.id == id_), None)
+        if flight is None or flight.task is None:
             return False
-        its.is_cancelled = True
-        its.task.cancel()
+        flight.is_cancelled = True
+        flight.task.cancel()
         return True
 
     def close(self) -> None:
@@ -214,19 +214,19 @@ class Requests:
         self._timer = None
         ended, self._ended = self._ended, []
         self._find_owners()
-        for its in ended:
+        for flight in ended:
             try:
-                self.history.add(self._activity(its))
+                self.history.add(self._activity(flight))
             except Exception:  # a history is worth no request, and no other one's history
-                log.exception("%s: internal error; please report it", its.id)
+                log.exception("%s: internal error; please report it", flight.id)
         if ended:
             self.history.stored(self.size_bytes)
             self.has_changed.set()
 
     def _find_owners(self) -> None:
         """Whose slots were saved: by requests that still run, and by llamaslot itself."""
-        for its in self.running.values():
-            for decision in its.decisions:
+        for flight in self.running.values():
+            for decision in flight.decisions:
                 if decision.slot is not None:
                     self._own(decision.slot, decision.acts)
         since, self._looked_at = self._looked_at, time.time()
@@ -247,74 +247,76 @@ class Requests:
         """Bytes of snapshots on disk."""
         return self._registry.size_bytes
 
-    def _activity(self, its: InFlight) -> Activity:
-        assert its.ended is not None
-        lease, acts = its.lease, [act for one in its.decisions for act in one.acts]
-        total_s = its.ended - its.began
+    def _activity(self, flight: InFlight) -> Activity:
+        assert flight.ended is not None
+        lease, acts = flight.lease, [act for one in flight.decisions for act in one.acts]
+        total_s = flight.ended - flight.began
         has_slot = lease is not None and lease.table.is_assisted and lease.slot is not None
         slot = lease.slot_key if lease is not None and has_slot else None
-        _fill_in(its, acts)
+        _fill_in(flight, acts)
         activity = Activity(
-            id=its.id,
-            at=its.at,
-            user=user_of(its.request).id,
-            model=self.model_of(its),
-            client=its.client,
-            route=its.route.path,
+            id=flight.id,
+            at=flight.at,
+            user=user_of(flight.request).id,
+            model=self.model_of(flight),
+            client=flight.client,
+            route=flight.route.path,
             backend=lease.table.backend if lease is not None else None,
             slot=slot.id if slot is not None else None,
-            status=its.error.status if its.error is not None else its.status,
-            outcome=outcome_of(its),
-            error=str(its.error)[:_LONGEST] if its.error is not None else "",
-            source=its.source,
-            n_prompt=its.n_prompt,
-            n_reused=its.n_reused,
-            n_computed=its.n_computed,
-            n_answered=its.n_answered,
-            queued_s=sum(one.queued_s for one in its.decisions) if its.decisions else total_s,
-            first_s=its.first_s,
+            status=flight.error.status if flight.error is not None else flight.status,
+            outcome=outcome_of(flight),
+            error=str(flight.error)[:_LONGEST] if flight.error is not None else "",
+            source=flight.source,
+            n_prompt=flight.n_prompt,
+            n_reused=flight.n_reused,
+            n_computed=flight.n_computed,
+            n_answered=flight.n_answered,
+            queued_s=sum(one.queued_s for one in flight.decisions) if flight.decisions else total_s,
+            first_s=flight.first_s,
             total_s=total_s,
-            prefill_s=its.prefill_s,
-            decode_s=its.decode_s,
+            prefill_s=flight.prefill_s,
+            decode_s=flight.decode_s,
             moved_s=sum(act.seconds for act in acts if act.step in _MOVES),
-            diverged=next((one.diverged for one in reversed(its.decisions) if one.diverged), None),
+            diverged=next((one.diverged for one in reversed(flight.decisions) if one.diverged), None),
         )
-        if lease is not None and its.n_reused and its.source != Source.SERVER.value:
+        if lease is not None and flight.n_reused and flight.source != Source.SERVER.value:
             savings = self._savings.setdefault(lease.table.backend, Savings())
-            activity.saved_s, activity.saved_error_s = savings.of(lease.table.rates.prefill, its.n_reused)
+            activity.saved_s, activity.saved_error_s = savings.of(lease.table.rates.prefill, flight.n_reused)
         if slot is not None:
             self._own(slot, acts)
             self.last_users[slot] = activity.user
         activity.text = in_words(activity, acts)
         sent_at = lease.sent_at if lease is not None and lease.sent_at else None
-        activity.stages = stages(its.decisions, its.began, sent_at, its.first_s, total_s)
+        activity.stages = stages(flight.decisions, flight.began, sent_at, flight.first_s, total_s)
         return activity
 
-    def model_of(self, its: InFlight) -> str:
+    def model_of(self, flight: InFlight) -> str:
         """The model that serves it; before that is known, the one that it asks for."""
-        if its.lease is not None:
-            backend = self._registry.backend_named(its.lease.table.backend)
+        if flight.lease is not None:
+            backend = self._registry.backend_named(flight.lease.table.backend)
             if backend is not None and backend.model_name is not None:
                 return backend.model_name
-        return its.model
+        return flight.model
 
 
-def _fill_in(its: InFlight, acts: list[Act]) -> None:
+def _fill_in(flight: InFlight, acts: list[Act]) -> None:
     """What was computed for a request whose answer has not come to its end, as far as that was told."""
-    lease = its.lease
-    its.n_prompt = its.n_prompt or (lease.request.n_tokens if lease is not None else 0)
-    its.n_prompt = max(its.n_prompt, (its.n_reused or 0) + its.n_computed)  # of a list of prompts: all
-    if its.n_reused is not None or its.n_computed or lease is None:
+    lease = flight.lease
+    flight.n_prompt = flight.n_prompt or (lease.request.n_tokens if lease is not None else 0)
+    flight.n_prompt = max(
+        flight.n_prompt, (flight.n_reused or 0) + flight.n_computed
+    )  # of a list of prompts: all
+    if flight.n_reused is not None or flight.n_computed or lease is None:
         return
     prefills = [act for act in acts if act.step == "prefill"]
-    its.n_computed = sum(act.n_tokens for act in prefills)
-    its.prefill_s = sum(act.seconds for act in prefills)
+    flight.n_computed = sum(act.n_tokens for act in prefills)
+    flight.prefill_s = sum(act.seconds for act in prefills)
     if lease.is_confirmed and lease.request.n_tokens:
         n_found = lease.forecast.n_expected
-        its.n_computed = max(its.n_computed, lease.n_done - n_found)
+        flight.n_computed = max(flight.n_computed, lease.n_done - n_found)
 
 
-def outcome_of(its: InFlight) -> Outcome:
+def outcome_of(flight: InFlight) -> Outcome:
     """How it ended. There are five cases:
 
     1. An operator cancelled it.
@@ -323,12 +325,12 @@ def outcome_of(its: InFlight) -> Outcome:
     4. It was refused: a fault of the request, or a limit of its user.
     5. llama-server failed, was away or too slow, or the wait was too long.
     """
-    error = its.error
-    if its.is_cancelled:
+    error = flight.error
+    if flight.is_cancelled:
         return Outcome.CANCELLED
-    if error is None and (its.status < 400 or its.status == CLIENT_GONE):
-        return Outcome.LEFT if its.status == CLIENT_GONE else Outcome.DONE
+    if error is None and (flight.status < 400 or flight.status == CLIENT_GONE):
+        return Outcome.LEFT if flight.status == CLIENT_GONE else Outcome.DONE
     if type(error) is LlamaslotError:
         return Outcome.FAULT
-    status = error.status if error is not None else its.status
+    status = error.status if error is not None else flight.status
     return Outcome.REFUSED if status < 500 else Outcome.UNSERVED

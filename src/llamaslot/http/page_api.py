@@ -71,8 +71,8 @@ class PageApi:
                 raise NotFound(f"no request {shortened(id_)} is among the last {KEPT} that have ended")
             return found.to_json()
         n, after = digits(request, "n", 100, KEPT), digits(request, "after", 0, 10**9)
-        ended = [its.row() for its in reversed(history.latest) if its.serial > after][:n]
-        running = [self._page_state.flight(its, now) for its in self._requests.running.values()]
+        ended = [activity.row() for activity in reversed(history.latest) if activity.serial > after][:n]
+        running = [self._page_state.flight(flight, now) for flight in self._requests.running.values()]
         return {"in_flight": running, "ended": ended}
 
     def _cancel(self, request: web.Request) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class PageApi:
         self._requests.digest()
         users = self._requests.history.owners
         stores = list(self._registry.stores.values())
-        self._listings = {its.name: self._listings.get(its.name) or Listing(its) for its in stores}
+        self._listings = {store.name: self._listings.get(store.name) or Listing(store) for store in stores}
         rows = [row for listing in list(self._listings.values()) for row in await listing.rows()]
         names = {
             row["model"]: backend.model_name
@@ -161,7 +161,9 @@ class PageApi:
         return {"snapshot": id_, "is_pinned": is_pinned}
 
     def _store_of(self, id_: str) -> SnapshotStore | None:
-        return next((its for its in self._registry.stores.values() if id_ in its.catalog.snapshots), None)
+        return next(
+            (store for store in self._registry.stores.values() if id_ in store.catalog.snapshots), None
+        )
 
 
 def _usable(table: Any) -> Any:

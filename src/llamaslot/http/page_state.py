@@ -55,8 +55,8 @@ class PageState:
         told: State = {"about": self._about(), "headline": self.headline(now), "store": self._store()}
         for backend in self._registry.backends:
             told[f"backend:{backend.name}"] = self._backend(backend, now)
-        for serial, its in requests.running.items():
-            told[f"flight:{serial}"] = self.flight(its, now)
+        for serial, flight in requests.running.items():
+            told[f"flight:{serial}"] = self.flight(flight, now)
         return told
 
     def _about(self) -> State:
@@ -104,9 +104,9 @@ class PageState:
             slot["does"] = _does(backend, lease) if lease is not None else None
         return told
 
-    def flight(self, its: InFlight, now: float) -> State:
+    def flight(self, flight: InFlight, now: float) -> State:
         """One request in flight."""
-        lease = its.lease
+        lease = flight.lease
         backend = self._registry.backend_named(lease.table.backend) if lease is not None else None
         is_reading = lease is not None and (lease.is_long or lease.state in _READS)
         gives_way_to = (
@@ -115,33 +115,33 @@ class PageState:
             else ""
         )
         n_done = lease.n_done if lease is not None and is_reading else None
-        n_answered = _n_answered(its)
+        n_answered = _n_answered(flight)
         return {
-            "id": its.id,
-            "at": round(its.at, 3),
-            "user": user_of(its.request).id,
-            "model": self._requests.model_of(its),
-            "client": its.client,
-            "route": its.route.path,
+            "id": flight.id,
+            "at": round(flight.at, 3),
+            "user": user_of(flight.request).id,
+            "model": self._requests.model_of(flight),
+            "client": flight.client,
+            "route": flight.route.path,
             "backend": backend.name if backend is not None else None,
             "slot": lease.slot_id if lease is not None and lease.table.is_assisted and lease.slot else None,
-            "stage": stage_of(its),
-            "position": _position(its),
+            "stage": stage_of(flight),
+            "position": _position(flight),
             "n_done": n_done,
             "n_tokens": lease.request.n_tokens if lease is not None else None,
             "n_answered": n_answered,
-            "tokens_per_s": self._speed(its, now, n_done if is_reading else n_answered, is_reading),
+            "tokens_per_s": self._speed(flight, now, n_done if is_reading else n_answered, is_reading),
             "gives_way_to": gives_way_to,
         }
 
-    def _speed(self, its: InFlight, now: float, n_tokens: int | None, is_reading: bool) -> float | None:
+    def _speed(self, flight: InFlight, now: float, n_tokens: int | None, is_reading: bool) -> float | None:
         """Tokens per second since the last look; None before the second one."""
         what = "prompt" if is_reading else "answer"
-        last = self._speeds.get(its.serial)
+        last = self._speeds.get(flight.serial)
         if n_tokens is None:
             return None
         if last is None or last.what != what or n_tokens < last.n_tokens:
-            self._speeds[its.serial] = _Speed(what, n_tokens, now)
+            self._speeds[flight.serial] = _Speed(what, n_tokens, now)
             return None
         if now - last.at >= 0.9:
             last.per_s = (n_tokens - last.n_tokens) / (now - last.at)
@@ -154,10 +154,10 @@ def _figures(sums: Sums) -> State:
     return {**sums.to_json(), "share_reused": round(sums.n_reused / n_prompt, 4) if n_prompt else None}
 
 
-def _n_answered(its: InFlight) -> int | None:
+def _n_answered(flight: InFlight) -> int | None:
     """Tokens that a stream has brought so far, about: its events."""
-    writer = its.request.writer
-    is_decoding = its.lease is not None and its.lease.is_decoding
+    writer = flight.request.writer
+    is_decoding = flight.lease is not None and flight.lease.is_decoding
     return writer.n_put if is_decoding and isinstance(writer, Writer) and writer.n_put else None
 
 
@@ -180,7 +180,7 @@ def _does(backend: Backend, lease: Lease) -> str:
             return "preparing"
 
 
-def stage_of(its: InFlight) -> str:
+def stage_of(flight: InFlight) -> str:
     """What happens to a request now, in words. There are six cases:
 
     1. It waits for a slot: its place in the queue, if it is known.
@@ -190,9 +190,9 @@ def stage_of(its: InFlight) -> str:
     5. It waits for something else that its client is told too.
     6. llama-server runs it, and tells nothing meanwhile.
     """
-    lease, state = its.lease, its.down.state if its.down is not None else None
+    lease, state = flight.lease, flight.down.state if flight.down is not None else None
     if isinstance(state, QueuePosition):
-        position = _position(its)
+        position = _position(flight)
         return f"queued {_ordinal(position)}" if position else "queued"
     if lease is None:
         return str(state or "waiting for a slot")
@@ -215,9 +215,9 @@ def _restored(lease: Lease) -> int | None:
     return snapshot.restored_bytes() if snapshot is not None else None
 
 
-def _position(its: InFlight) -> int | None:
+def _position(flight: InFlight) -> int | None:
     """Its place in the queue; None if it does not wait there."""
-    state = its.down.state if its.down is not None else None
+    state = flight.down.state if flight.down is not None else None
     return (state.position() or None) if isinstance(state, QueuePosition) else None
 
 

@@ -111,7 +111,7 @@ def _changed(old: Section, new: Section, above: str = "") -> Iterator[str]:
 
 def _backends(old: Config, new: Config) -> tuple[list[str], list[str], list[str]]:
     """Names of those to add and to drain, and what needs a restart: changes of one, and managed ones."""
-    before, after = ({its.name: its for its in config.backends} for config in (old, new))
+    before, after = ({backend.name: backend for backend in config.backends} for config in (old, new))
     added = [name for name in after if name not in before]
     removed = [name for name in before if name not in after]
     other = [f"backends: {name}" for name in after if name in before and after[name] != before[name]]
@@ -124,9 +124,13 @@ def _backends(old: Config, new: Config) -> tuple[list[str], list[str], list[str]
 
 def _merged(old: Config, new: Config) -> Config:
     """What is in force now: of the new file what needs no restart. Its other changes are reported again next time."""
-    before = {its.name: its for its in old.backends}
-    kept = [before.get(its.name, its) for its in new.backends if its.name in before or its.managed is None]
-    kept += [its for its in old.backends if its.managed is not None and its not in kept]
+    before = {backend.name: backend for backend in old.backends}
+    kept = [
+        before.get(backend.name, backend)
+        for backend in new.backends
+        if backend.name in before or backend.managed is None
+    ]
+    kept += [backend for backend in old.backends if backend.managed is not None and backend not in kept]
     return _with_new(old, new).model_copy(update={"backends": tuple(kept)})
 
 

@@ -134,7 +134,7 @@ class Front:
     @property
     def addresses(self) -> list[tuple[str, int]]:
         """As the kernel has bound them."""
-        bound = [its.getsockname()[:2] for listener in self._listeners for its in listener.sockets]
+        bound = [sock.getsockname()[:2] for listener in self._listeners for sock in listener.sockets]
         return sorted({(str(host), int(port)) for host, port in bound})
 
 
@@ -182,7 +182,7 @@ async def serve(config: Config, path: Path | None = None) -> None:
     raise_file_limit()
     manager, tasks = ServiceManager(), TaskOwner()
     await asyncio.to_thread(_make_directories, config)
-    servers = {its.name: its for its in _managed(config)}
+    servers = {server.name: server for server in _managed(config)}
     registry = Registry.of(config, {name: server.url for name, server in servers.items()})
     await registry.open()
     limits = config.managed
@@ -190,7 +190,9 @@ async def serve(config: Config, path: Path | None = None) -> None:
         registry.backends, servers, limits.max_loaded, limits.idle_unload_s, config.shutdown.save_s
     )
     registry.router.expected = {
-        its.managed.model_name: its.name for its in reversed(config.backends) if its.managed is not None
+        backend.managed.model_name: backend.name
+        for backend in reversed(config.backends)
+        if backend.managed is not None
     }
     registry.router.is_on_demand = managed.on_demand is not None
     stop, save_s = asyncio.Event(), 0.0
@@ -212,7 +214,7 @@ async def serve(config: Config, path: Path | None = None) -> None:
                         await front.connections.is_wanted.wait()
                 await front.load()
             collect_seldom()
-            manager.ready(f"serves on {' and '.join(_address(*its) for its in front.addresses)}")
+            manager.ready(f"serves on {' and '.join(_address(*address) for address in front.addresses)}")
             await stop.wait()
             log.info("stopping")
             manager.stopping()

@@ -175,10 +175,10 @@ class Unassisted:
         if n_reused is not None and n_prompt is not None:
             backend.metrics.reused(Source.SERVER.value, n_reused, n_prompt)
             lease.recorder.found(n_prompt, n_reused)
-            if (its := in_flight(down.request)) is not None:
-                its.n_prompt = n_prompt
-                its.answered(Source.SERVER.value, n_reused, n_prompt - n_reused, 0.0, None)
-                its.timed(reading.timings or {}, reading.n_predicted)
+            if (flight := in_flight(down.request)) is not None:
+                flight.n_prompt = n_prompt
+                flight.answered(Source.SERVER.value, n_reused, n_prompt - n_reused, 0.0, None)
+                flight.timed(reading.timings or {}, reading.n_predicted)
         log.info(
             "%s: answered for %s by llama-server alone (%s, assist off): %s of %s prompt tokens reused, complete after"
             " %.2f s",

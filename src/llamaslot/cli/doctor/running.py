@@ -48,15 +48,15 @@ def of_journal(status: Json, decisions: Sequence[Json]) -> Iterator[Finding]:
 def _slots(status: Json, decisions: Sequence[Json]) -> Finding:
     check = "number of slots"
     n_slots = sum(len(backend["slots"]) for backend in status["backends"])
-    asked = [its for its in decisions if its["user"]]
+    asked = [decision for decision in decisions if decision["user"]]
     if len(asked) < _ENOUGH or not n_slots:
         return Finding(
             check, "skipped", f"the journal has {len(asked)} requests only: run it again after some use"
         )
     newest = max(its["at"] for its in asked)
     recent = [its for its in asked if newest - its["at"] <= _WITHIN_S]
-    users = {its["user"] for its in recent}
-    waited = [its for its in recent if its["queued_s"] >= _WAITED_S]
+    users = {decision["user"] for decision in recent}
+    waited = [decision for decision in recent if decision["queued_s"] >= _WAITED_S]
     if len(users) > n_slots and len(waited) >= _WAITED_SHARE * len(recent):
         longest = max(its["queued_s"] for its in waited)
         return Finding(
@@ -85,7 +85,11 @@ def _context(status: Json) -> Finding:
 def _found_again(decisions: Sequence[Json]) -> Finding:
     """Whether contexts are where llamaslot left them: other clients, a RAM cache and context shift take them away."""
     check = "contexts found again"
-    told = [its for its in decisions if its["n_reused"] is not None and (its["n_expected"] or 0) >= 256]
+    told = [
+        decision
+        for decision in decisions
+        if decision["n_reused"] is not None and (decision["n_expected"] or 0) >= 256
+    ]
     if len(told) < _ENOUGH:
         return Finding(
             check,
@@ -107,8 +111,8 @@ def _speed(decisions: Sequence[Json]) -> Finding:
     check = "save and restore"
     acts = [
         act
-        for its in decisions
-        for act in its["acts"]
+        for decision in decisions
+        for act in decision["acts"]
         if act["is_done"] and act["size_bytes"] and act["seconds"]
     ]
     each = {step: [act for act in acts if act["step"] == step] for step in ("save", "restore")}
