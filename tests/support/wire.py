@@ -64,7 +64,7 @@ async def wire(front: Front, *, window: int | None = None) -> AsyncIterator[Wire
 
 
 def request(method: str, path: str, body: bytes = b"", *headers: str, version: str = "1.1") -> bytes:
-    lines = [f"{method} {path} HTTP/{version}", "Host: x", *headers]
+    lines = [f"{method} {path} HTTP/{version}", "Host: localhost", *headers]
     if body:
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join([*lines, "", ""]).encode() + body
