@@ -1,4 +1,4 @@
-# Two commands on a fresh machine with python3 and make:
+# Two commands on a fresh machine (Debian: apt install make python3-venv libgomp1 curl):
 #   make serve    a llama.cpp with a small chat model behind llamaslot on http://127.0.0.1:8081/v1
 #   make test     everything that is checked before a change goes in; .ci/run is the same
 # Others: make lint, make types, make pytest, make soak (long tests), make fuzz (FUZZ_BODIES=1000 for less),
@@ -150,7 +150,9 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "llamaslot needs Python 3.11 or newer; choose one with: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
-	  { echo "$(PYTHON) has no venv module: apt install python3-venv" >&2; exit 1; }
+	  { echo "$(PYTHON) has no venv module: apt install python3-venv libgomp1" >&2; exit 1; }
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libgomp.so.1")' 2>/dev/null || \
+	  { echo "llama.cpp needs a library: apt install libgomp1" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
 # The wheel alone, pinned by hash: what it depends on would compile a llama.cpp. Only its GGUF is wanted.

@@ -11,7 +11,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from llamaslot import cli
-from llamaslot.cli.install_service import units
+from llamaslot.cli.install_service import remarks, units
 from llamaslot.config.load import Config
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -31,6 +31,22 @@ def test_the_units_of_the_docs_are_made_by_it() -> None:
     assert made() == {
         name: (DOCS / name).read_text() for name in ("llama-server.service", "llamaslot.service")
     }
+
+
+def test_what_would_keep_them_from_working_is_said() -> None:
+    """A machine without systemd, files in a home (ProtectHome), users and groups that there are not."""
+    config = Config.model_validate(CONFIG)
+    names = {"user": "no-user", "server_user": "root", "group": "no-group"}
+    path = Path("/root/config.yaml")
+    assert list(remarks(path, config, has_systemd=False, program="/home/me/bin", **names)) == [
+        "systemd does not run here: for a machine where it does; here: llamaslot serve --config /root/config.yaml",
+        "/home/me/bin is in a home, which the service does not see (ProtectHome): move it elsewhere",
+        "/root/config.yaml is in a home, which the service does not see (ProtectHome): move it elsewhere",
+        "there is no user no-user: useradd --system --gid no-group no-user",
+        "there is no group no-group: groupadd --system no-group",
+    ]
+    names = {"user": "root", "server_user": "root", "group": "root"}
+    assert not [*remarks(Path("/etc/c.yaml"), config, has_systemd=True, program="/opt/bin", **names)]
 
 
 def test_units_fit_their_configuration() -> None:

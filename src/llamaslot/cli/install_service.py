@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import grp
+import pwd
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -59,8 +61,12 @@ def install_service(path: Path, directory: Path | None, force: bool, **options: 
     """  # fmt: skip
     from llamaslot.config.load import Config
 
+    version = _systemd()
     with report_faults():
-        made = dict(units(path.absolute(), Config.load(path), is_new=_systemd() >= _NOTIFY_RELOAD, **options))
+        config = Config.load(path)
+        made = dict(units(path.absolute(), config, is_new=version >= _NOTIFY_RELOAD, **options))
+    for remark in remarks(path.absolute(), config, has_systemd=version > 0, **options):
+        click.echo(f"# {remark}", err=True)
     if directory is None:
         for name, text in made.items():
             click.echo(f"# --- {name}\n{text}")
@@ -82,7 +88,45 @@ def install_service(path: Path, directory: Path | None, force: bool, **options: 
         click.echo(f"{file}: {'unchanged' if old == text else 'written'}", err=True)
     if differing:
         fail([f"not replaced, see above: {', '.join(differing)}; --force replaces them"])
-    click.echo(f"systemctl daemon-reload && systemctl enable --now {' '.join(made)}", err=True)
+    if version:
+        click.echo(f"systemctl daemon-reload && systemctl enable --now {' '.join(made)}", err=True)
+
+
+def remarks(
+    path: Path,
+    config: Config,
+    *,
+    has_systemd: bool,
+    user: str,
+    server_user: str,
+    group: str,
+    program: str | None,
+    **_: object,
+) -> Iterator[str]:
+    """What on this machine would keep the units from working."""
+    if not has_systemd:
+        yield f"systemd does not run here: for a machine where it does; here: llamaslot serve --config {path}"
+    for file in dict.fromkeys((_program(program), path, config.store.meta_dir, *_directories(config))):
+        if file.absolute().is_relative_to("/root") or file.absolute().is_relative_to("/home"):
+            yield f"{file.absolute()} is in a home, which the service does not see (ProtectHome): move it elsewhere"
+    here = any(backend.url is not None and _is_here(backend.url) for backend in config.backends)
+    for name in dict.fromkeys((user, server_user) if here else (user,)):
+        if not _is_known(pwd.getpwnam, name):
+            yield f"there is no user {name}: useradd --system --gid {group} {name}"
+    if not _is_known(grp.getgrnam, group):
+        yield f"there is no group {group}: groupadd --system {group}"
+
+
+def _is_known(find: Callable[[str], object], name: str) -> bool:
+    try:
+        find(name)
+    except KeyError:
+        return False
+    return True
+
+
+def _program(directory: str | None) -> Path:
+    return Path(directory) if directory is not None else Path(sys.argv[0]).absolute().parent
 
 
 def units(
@@ -102,11 +146,7 @@ def units(
     """The name and text of each unit. ``is_new``: systemd knows ``Type=notify-reload``."""
     from urllib.parse import urlsplit
 
-    local = [
-        backend
-        for backend in config.backends
-        if backend.url is not None and _is_here(urlsplit(backend.url).hostname)
-    ]
+    local = [backend for backend in config.backends if backend.url is not None and _is_here(backend.url)]
     names = {its.name: "llama-server" if len(local) == 1 else f"llama-server-{its.name}" for its in local}
     for backend in local:
         url, key = urlsplit(backend.url or ""), backend.api_key_file
@@ -129,7 +169,7 @@ def units(
             servers=" ".join(f"{name}.service" for name in names.values()) or "network.target",
             needs="Requires=llamaslot.socket\n" if has_socket else "",
             type=Template(_TYPES[is_new]).substitute(),
-            program=program or Path(sys.argv[0]).absolute().parent, config=path, user=user, group=group,
+            program=_program(program), config=path, user=user, group=group,
             writes=f"ReadWritePaths={' '.join(elsewhere)}\n" if elsewhere else "",
             drain_s=f"{shutdown.drain_s:g}", save_s=f"{shutdown.save_s:g}",
             stop_s=f"{2 * shutdown.drain_s + shutdown.save_s + _MARGIN_S:.0f}",
@@ -154,8 +194,10 @@ def _filled(name: str, **values: object) -> str:
     return Template(text).substitute(values)
 
 
-def _is_here(host: str | None) -> bool:
-    return host in ("127.0.0.1", "localhost", "::1")
+def _is_here(url: str) -> bool:
+    from urllib.parse import urlsplit
+
+    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
 
 
 def _systemd() -> int:

@@ -113,8 +113,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         _redirect(flags.log_file)
     try:
         import xllamacpp
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         _fail(f"the embedded engine is not installed ({error}): pip install 'llamaslot[embedded]'")
+    except ImportError as error:  # an empty Debian has no libgomp
+        _fail(f"the embedded engine lacks a library of the system ({error}): apt install libgomp1")
     for file in filter(
         None, (flags.model, flags.model_draft, flags.mmproj, flags.chat_template_file, *flags.lora)
     ):
