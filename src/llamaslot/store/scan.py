@@ -242,6 +242,8 @@ async def _clear(
     """Remove the files of ``useless`` ids, and count those that cannot be removed or read, apart from what the
     snapshots need. What the ``unreadable`` ones need is not known, so then data without a sidecar stay, and count.
     """
+    if not useless and not unreadable:
+        return
     needed = {name for snapshot in found.snapshots for name in snapshot.files}
     for id_ in useless:
         names = {id_ + suffix for suffix in listing.suffixes[id_]}
@@ -262,34 +264,38 @@ def _look(directory: Path, known: Known) -> tuple[Listing, set[str]]:
     """The ids of known snapshots whose files are unchanged, and the files of all others. Those of an unchanged one are
     listed too if there are more of them than its two. Blocking; raises OSError.
     """
-    expected = {id_ + KV: file_id for id_, file_id in known.kv.items()}
-    expected.update((id_ + JSON, file_id) for id_, file_id in known.json.items())
-    same, others, sizes = set[str](), list[os.DirEntry[str]](), dict[str, int]()
+    # Of 10,000 snapshots each step here is done 20,000 times: of 0.2 s half was that of making names.
+    known_of, same = {KV: known.kv, JSON: known.json}, {KV: set[str](), JSON: set[str]()}
+    none: dict[str, Mark] = {}
+    others, sizes = list[os.DirEntry[str]](), dict[str, int]()
     with os.scandir(directory) as entries:
         for entry in entries:
-            if (was := expected.get(entry.name)) is not None:
+            name = entry.name
+            id_, dot, end = name.partition(".")
+            suffix = dot + end
+            if (was := known_of.get(suffix, none).get(id_)) is not None:
                 try:
                     now = entry.stat(follow_symlinks=False)
                 except OSError:
                     pass
                 else:  # not ``FileId.of``, which takes as long as the rest
                     if (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns) == was:
-                        same.add(entry.name)
-                        sizes[entry.name] = now.st_size
+                        same[suffix].add(id_)
+                        sizes[name] = now.st_size
                         continue
-            elif entry.name.endswith((KV, EXT)):
+            elif suffix in (KV, EXT):
                 with suppress(OSError):
-                    sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
+                    sizes[name] = entry.stat(follow_symlinks=False).st_size
             others.append(entry)
     listing = _listing(others)
     unchanged = {
         id_
-        for id_, snapshot in known.snapshots.items()
-        if id_ + KV in same and id_ + JSON in same and not _bad_files(snapshot.parts, sizes.get)
+        for id_ in same[KV] & same[JSON]
+        if not (parts := known.snapshots[id_].parts) or not _bad_files(parts, sizes.get)
     }
     for id_ in known.snapshots.keys() - unchanged | unchanged & listing.suffixes.keys():
-        for suffix in (KV, JSON):
-            if id_ + suffix in same:
+        for suffix, ids in same.items():
+            if id_ in ids:
                 listing.suffixes.setdefault(id_, set()).add(suffix)
     return listing, unchanged
 
