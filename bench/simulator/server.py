@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from bench.simulator.machine import Hardware, Machine, Work
 from llamaslot.cache.ids import common, count, head
 from llamaslot.errors import SlotActionFailed
-from llamaslot.llama.replies import Progress, Props, SlotAction, SlotInfo
+from llamaslot.llama.answers import Progress, Props, SlotAction, SlotInfo
 
 N_CTX = 65_536
 

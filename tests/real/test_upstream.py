@@ -14,8 +14,8 @@ import pytest
 import uvloop
 
 from llamaslot.errors import BackendDown
+from llamaslot.llama.answers import media_type_of, next_piece, whole
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.response import media_type_of, next_piece, whole
 from llamaslot.llama.upstream import PlainResponse, PlainServer
 from tests.support import models
 from tests.support.inprocess import PATIENCE_S

@@ -29,7 +29,7 @@ from llamaslot.errors import (
     SnapshotInvalid,
     UpstreamError,
 )
-from llamaslot.llama.replies import Progress, Props, SlotAction, SlotInfo
+from llamaslot.llama.answers import Progress, Props, SlotAction, SlotInfo
 from llamaslot.scheduling.request import Request
 from llamaslot.store import QuotaExceeded, Reservation, SavedSlot, Snapshot, WithTokens
 from llamaslot.store.giving_out import Given

@@ -13,8 +13,8 @@ import pytest_asyncio
 
 from llamaslot.cache.ids import pack, unpack
 from llamaslot.errors import BackendDown, SlotActionFailed, UpstreamError
+from llamaslot.llama.answers import Progress
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.replies import Progress
 from tests.support.fake import FakeServer
 from tests.support.leftovers import nothing_left
 from tests.support.real import free_port

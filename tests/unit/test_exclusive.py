@@ -12,7 +12,7 @@ from bench.virtual import VirtualLoop
 from llamaslot.cache.namespaces import Namespace
 from llamaslot.errors import BackendRestarted, SlotNotEmptied
 from llamaslot.fleet.queue import QueueLimits
-from llamaslot.llama.replies import SlotInfo
+from llamaslot.llama.answers import SlotInfo
 from llamaslot.scheduling.fairness import Fairness
 from llamaslot.scheduling.request import Placement, Request, User
 from tests.support.house import House, outcome, tokens_of

@@ -12,7 +12,7 @@ from llamaslot.cache.content import Content
 from llamaslot.cache.namespaces import Namespace
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import SlotWedged
-from llamaslot.llama.replies import Progress
+from llamaslot.llama.answers import Progress
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotEvent, SlotState
 from tests.support.house import House, tokens_of

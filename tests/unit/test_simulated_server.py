@@ -19,7 +19,7 @@ from bench.simulator.trace import Text, Trace, TraceRequest, Turn
 from bench.simulator.users import SentRequest, Served
 from bench.virtual import VirtualLoop
 from llamaslot.cache.ids import count
-from llamaslot.llama.replies import Progress
+from llamaslot.llama.answers import Progress
 from llamaslot.scheduling.placement import Rules
 from llamaslot.store.entries import SnapshotTable
 

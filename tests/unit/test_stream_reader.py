@@ -9,7 +9,7 @@ import pytest
 from llamaslot.formats.base import ErrorEvents
 from llamaslot.formats.registry import FORMATS
 from llamaslot.http.stream_reader import Reading
-from llamaslot.llama.response import Response, Take
+from llamaslot.llama.answers import Response, Take
 from llamaslot.llama.sse import event_of
 from llamaslot.scheduling.plan import PrefillStats
 

@@ -14,8 +14,7 @@ import pytest_asyncio
 
 from llamaslot.errors import BackendDown, SlotWedged
 from llamaslot.llama import upstream as module
-from llamaslot.llama.keep_alive import BadAnswer
-from llamaslot.llama.response import (
+from llamaslot.llama.answers import (
     RELAYED_BYTES,
     content_type_of,
     length_of,
@@ -23,6 +22,7 @@ from llamaslot.llama.response import (
     next_piece,
     whole,
 )
+from llamaslot.llama.keep_alive import BadAnswer
 from llamaslot.llama.upstream import PlainResponse, PlainServer
 from tests.support.inprocess import PATIENCE_S
 from tests.support.leftovers import nothing_left

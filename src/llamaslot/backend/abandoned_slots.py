@@ -14,8 +14,8 @@ from llamaslot.backend.leases import Leases
 from llamaslot.backend.slot_table import SlotTable
 from llamaslot.cache.content import Content
 from llamaslot.errors import LlamaslotError
+from llamaslot.llama.answers import SlotInfo
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.replies import SlotInfo
 from llamaslot.scheduling.fairness import Charge
 from llamaslot.scheduling.slots import Slot, SlotEvent, SlotState
 

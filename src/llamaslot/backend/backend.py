@@ -33,9 +33,9 @@ from llamaslot.errors import (
     UpstreamError,
     is_servers_own,
 )
+from llamaslot.llama.answers import Props
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.dry_run import DryRuns, RouteAvailability
-from llamaslot.llama.replies import Props
 from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules

@@ -43,9 +43,9 @@ from llamaslot.errors import (
     UpstreamError,
     is_servers_own,
 )
+from llamaslot.llama.answers import Props, SlotAction, SlotInfo
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.identity import Identity
-from llamaslot.llama.replies import Props, SlotAction, SlotInfo
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import Rules
 from llamaslot.scheduling.request import Request

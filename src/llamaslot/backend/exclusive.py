@@ -24,8 +24,8 @@ from llamaslot.cache.ids import common
 from llamaslot.cache.namespaces import SHARED
 from llamaslot.errors import BackendRestarted, LlamaslotError, SlotNotEmptied, UpstreamError
 from llamaslot.formats.comments import Comment
+from llamaslot.llama.answers import SlotInfo
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.replies import SlotInfo
 from llamaslot.scheduling.plan import PrefillStats
 from llamaslot.scheduling.request import Placement, Request
 from llamaslot.scheduling.slots import Slot

@@ -15,7 +15,7 @@ from llamaslot.backend.slot_table import SlotTable
 from llamaslot.backend.snapshot_candidates import source_of
 from llamaslot.cache.ids import NEGLIGIBLE_TOKENS
 from llamaslot.cache.reuse import RESIDENT, CacheKind, Strikes, has_failed
-from llamaslot.llama.replies import Progress
+from llamaslot.llama.answers import Progress
 from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.plan import PrefillStats, Source

@@ -16,7 +16,7 @@ from typing import Protocol
 from llamaslot.backend.leases import Leases
 from llamaslot.cache.content import NOTHING
 from llamaslot.errors import UpstreamError
-from llamaslot.llama.replies import Props
+from llamaslot.llama.answers import Props
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import SlotEvent
 from llamaslot.tasks import ChangeEvent

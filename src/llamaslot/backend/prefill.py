@@ -32,8 +32,8 @@ from llamaslot.cache.ids import NEGLIGIBLE_TOKENS, head
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import UpstreamError
 from llamaslot.formats.comments import Comment
+from llamaslot.llama.answers import Progress
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.replies import Progress
 from llamaslot.observe.journal import Act
 from llamaslot.observe.metrics import BackendMetrics
 from llamaslot.scheduling.cost import Rates

@@ -14,9 +14,9 @@ from msgspec import Struct
 from llamaslot.cache.ids import count, head, unpack
 from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import SlotActionFailed, SnapshotInvalid, UpstreamError
+from llamaslot.llama.answers import Props
 from llamaslot.llama.client import ACTION_S, LlamaServer
 from llamaslot.llama.identity import N_PROBS, Identity, architecture, gguf_mark, probe_tokens, told_properties
-from llamaslot.llama.replies import Props
 from llamaslot.scheduling.cost import Rates
 from llamaslot.store import NotShared, QuotaExceeded, Reservation, prove_shared
 

@@ -25,9 +25,9 @@ from llamaslot.fleet.routed_models import RoutedModels
 from llamaslot.fleet.router import Router
 from llamaslot.formats.registry import CHAT
 from llamaslot.formats.rewrite import Rewriting
+from llamaslot.llama.answers import Props
 from llamaslot.llama.client import LlamaServer
 from llamaslot.llama.identity import Identity
-from llamaslot.llama.replies import Props
 from llamaslot.llama.router_mode import ModelRouter, ModelServer, RouterModel
 from llamaslot.observe.metrics import Metrics
 from llamaslot.scheduling.eviction import SnapshotStats

@@ -48,7 +48,7 @@ from llamaslot.http.request_body import NoObject, Uploads, parse_object, written
 from llamaslot.http.rewriting import SystemPrompts, rewrote
 from llamaslot.http.unassisted import Unassisted
 from llamaslot.http.upstream_errors import check, check_body, in_its_words
-from llamaslot.llama.response import Response
+from llamaslot.llama.answers import Response
 from llamaslot.llama.routes import Route, origin_form
 from llamaslot.scheduling.plan import PrefillStats
 from llamaslot.scheduling.request import Placement, Request

@@ -29,7 +29,7 @@ from llamaslot.http.headers import of_expected_reuse, of_reuse, to_client
 from llamaslot.http.in_flight import in_flight
 from llamaslot.http.parse import ClientRequest, ParsedRequest
 from llamaslot.http.stream_reader import Put, Reading
-from llamaslot.llama.response import Response, content_type_of, media_type_of, whole
+from llamaslot.llama.answers import Response, content_type_of, media_type_of, whole
 from llamaslot.llama.sse import data_of
 from llamaslot.scheduling.plan import PrefillStats, Source
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from llamaslot.llama.response import Response
+from llamaslot.llama.answers import Response
 from llamaslot.scheduling.plan import Source
 from llamaslot.scheduling.slots import SlotKey
 

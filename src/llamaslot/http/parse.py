@@ -16,8 +16,8 @@ from llamaslot.cache.reuse import CacheKind
 from llamaslot.errors import BadRequest, PromptNotTokenizable, PromptTooLong, Reason, UpstreamError
 from llamaslot.fleet.model_context import ModelContext
 from llamaslot.formats.base import Format, PromptKind
+from llamaslot.llama.answers import Response
 from llamaslot.llama.dry_run import DryRun
-from llamaslot.llama.response import Response
 from llamaslot.scheduling.plan import PrefillTo, SaveSharedPrefix, Source
 from llamaslot.scheduling.request import Placement, Request, User
 from llamaslot.tokens import media

@@ -31,7 +31,7 @@ from llamaslot.http.relay import relay
 from llamaslot.http.request_body import Upload, Uploads, parse_object
 from llamaslot.http.rewriting import SystemPrompts
 from llamaslot.http.unassisted import Unassisted
-from llamaslot.llama.response import Response, content_type_of, whole
+from llamaslot.llama.answers import Response, content_type_of, whole
 from llamaslot.llama.routes import Route, origin_form
 from llamaslot.scheduling.request import Placement, Request
 

@@ -17,7 +17,7 @@ from llamaslot.formats.base import ErrorEvents, translated_all
 from llamaslot.http.client_errors import cut, errors_of
 from llamaslot.http.client_stream import Relayed, begin, end_relayed, send
 from llamaslot.http.headers import to_client
-from llamaslot.llama.response import Response, length_of, media_type_of, next_piece
+from llamaslot.llama.answers import Response, length_of, media_type_of, next_piece
 from llamaslot.llama.sse import n_whole, without_empty_events
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import orjson
 from llamaslot.formats.base import LAST_EVENTS, ErrorEvents, Format, is_error
 from llamaslot.formats.stream_to_json import Assembly
 from llamaslot.formats.usage_corrections import Corrections, index_of
-from llamaslot.llama.response import Response, whole
+from llamaslot.llama.answers import Response, whole
 from llamaslot.llama.sse import (
     EventSplitter,
     data_of,

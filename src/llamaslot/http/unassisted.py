@@ -33,7 +33,7 @@ from llamaslot.http.parse import max_tokens
 from llamaslot.http.relay import relay
 from llamaslot.http.rewriting import rewrote
 from llamaslot.http.stream_reader import Reading
-from llamaslot.llama.response import Response, content_type_of, media_type_of, whole
+from llamaslot.llama.answers import Response, content_type_of, media_type_of, whole
 from llamaslot.llama.routes import Route, origin_form
 from llamaslot.scheduling.plan import Source
 from llamaslot.scheduling.request import Request

@@ -15,9 +15,9 @@ from llamaslot.cache.content import NOTHING
 from llamaslot.errors import BackendDown, BadRequest, LlamaslotError, Reason, UpstreamError
 from llamaslot.http.headers import to_server
 from llamaslot.http.parse import ClientRequest, ParsedRequest
+from llamaslot.llama.answers import content_type_of, whole
 from llamaslot.llama.client import QUICK_S
 from llamaslot.llama.dry_run import IS_NOT_OFFERED, Verdict
-from llamaslot.llama.response import content_type_of, whole
 from llamaslot.llama.routes import origin_form
 from llamaslot.scheduling.request import Placement
 

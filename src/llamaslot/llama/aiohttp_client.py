@@ -16,8 +16,8 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from llamaslot.errors import BackendDown, SlotWedged
+from llamaslot.llama.answers import BROKEN_OFF, RELAYED_BYTES, Response, Take
 from llamaslot.llama.dial import REQUEST_CONNECT_S, NotReached
-from llamaslot.llama.response import BROKEN_OFF, RELAYED_BYTES, Response, Take
 from llamaslot.llama.upstream import narrow_socket
 
 _PIECE_BYTES = 1 << 20

@@ -21,17 +21,20 @@ from llamaslot.errors import (
     SlotActionFailed,
     UpstreamError,
 )
-from llamaslot.llama.dial import NotReached
-from llamaslot.llama.keep_alive import Answer, KeepAlivePool, NotConnected
-from llamaslot.llama.quick_import import import_aiohttp
-from llamaslot.llama.replies import Progress, Props, SlotAction, SlotInfo
-from llamaslot.llama.response import (
+from llamaslot.llama.answers import (
     RELAYED_BYTES,
+    Progress,
+    Props,
     Response,
+    SlotAction,
+    SlotInfo,
     content_type_of,
     next_piece,
     whole,
 )
+from llamaslot.llama.dial import NotReached
+from llamaslot.llama.keep_alive import Answer, KeepAlivePool, NotConnected
+from llamaslot.llama.quick_import import import_aiohttp
 from llamaslot.llama.sse import EventSplitter, data_of
 from llamaslot.llama.upstream import PlainServer, Sending
 

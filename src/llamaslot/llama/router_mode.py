@@ -17,9 +17,9 @@ import orjson
 from msgspec import Struct, field
 
 from llamaslot.errors import BackendRestarted, UpstreamError
+from llamaslot.llama.answers import Response, Take, content_type_of, next_piece, whole
 from llamaslot.llama.client import LlamaServer, as_known
 from llamaslot.llama.keep_alive import Answer
-from llamaslot.llama.response import Response, Take, content_type_of, next_piece, whole
 
 #: What the router says of a model that is not loaded, or is being unloaded.
 _IS_NOT_LOADED = (b"model is not loaded", b"is not running")

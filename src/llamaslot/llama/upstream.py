@@ -24,9 +24,9 @@ import httptools
 from multidict import CIMultiDict
 
 from llamaslot.errors import BackendDown, SlotWedged
+from llamaslot.llama.answers import BROKEN_OFF, RELAYED_BYTES, Response, Take
 from llamaslot.llama.dial import REQUEST_CONNECT_S, Dial, PlainTarget
 from llamaslot.llama.keep_alive import BadAnswer
-from llamaslot.llama.response import BROKEN_OFF, RELAYED_BYTES, Response, Take
 
 _HEAD_BYTES = 1 << 16  # of the headers of an answer
 

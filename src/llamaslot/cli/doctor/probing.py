@@ -19,8 +19,8 @@ from llamaslot.cli.doctor.slots_taken import CannotTake, ProbeFiles, TakenSlots
 from llamaslot.cli.doctor.speed import Filled, fill, round_trip
 from llamaslot.config.sections import BackendConfig
 from llamaslot.errors import LlamaslotError, SlotActionFailed, UpstreamError
+from llamaslot.llama.answers import Props, SlotInfo
 from llamaslot.llama.client import ACTION_S, LlamaServer
-from llamaslot.llama.replies import Props, SlotInfo
 from llamaslot.scheduling.cost import Rates
 from llamaslot.tasks import TaskOwner
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from llamaslot.errors import LlamaslotError, SlotActionFailed
+from llamaslot.llama.answers import SlotInfo
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.replies import SlotInfo
 from llamaslot.store import QuotaExceeded, Reservation
 from llamaslot.store.sidecar import PROBE, new_id
 

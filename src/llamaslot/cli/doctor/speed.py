@@ -13,9 +13,8 @@ from msgspec import Struct
 from llamaslot.backend.probes import meaningless_tokens
 from llamaslot.cache.ids import unpack
 from llamaslot.cli.doctor.slots_taken import until_idle
+from llamaslot.llama.answers import Progress, next_piece
 from llamaslot.llama.client import LlamaServer
-from llamaslot.llama.replies import Progress
-from llamaslot.llama.response import next_piece
 from llamaslot.tasks import TaskOwner
 
 _DEEPER = 1.5  # a prefill slows down with depth
