@@ -271,8 +271,8 @@ class SlotWorth:
         if self.rewind_model.is_rewindable:
             assert self._worths.keys() | self._outdated == idle, "each idle slot has its worth"
         for is_large, ranks in self._ranks.items():
-            its = sorted(rank for kind, rank in self._rank_of.values() if kind is is_large)
-            assert ranks == its, "ranks ascend"
+            expected = sorted(rank for kind, rank in self._rank_of.values() if kind is is_large)
+            assert ranks == expected, "ranks ascend"
         assert self._rank_of.keys() <= idle, "idle slots are ranked"
         for slot in self.slots:
             held = slot.content.tokens if slot.is_idle else b""

@@ -67,7 +67,7 @@ def _plots(sides: Sequence[Side]) -> Iterator[tuple[str, str, Trace]]:
         "follow-ups; dotted: first turns, of which a cache knows the system prompt at most.",
         _first_tokens(sides, of),
     )
-    if any(its.n_reused is not None for its in of):
+    if any(measured.n_reused is not None for measured in of):
         yield (
             "Reuse",
             "Prompt tokens of a request by its turn, on average: reused from a cache, and computed again.",
@@ -92,10 +92,10 @@ def _plots(sides: Sequence[Side]) -> Iterator[tuple[str, str, Trace]]:
 
 def _first_tokens(sides: Sequence[Side], of: Sequence[Figures]) -> Trace:
     traces = []
-    for number, (side, its) in enumerate(zip(sides, of, strict=True)):
+    for number, (side, measured) in enumerate(zip(sides, of, strict=True)):
         for waits, what, dash in (
-            (its.follow_up_s, "follow-ups", "solid"),
-            (its.first_s, "first turns", "dot"),
+            (measured.follow_up_s, "follow-ups", "solid"),
+            (measured.first_s, "first turns", "dot"),
         ):
             if waits:
                 traces.append(

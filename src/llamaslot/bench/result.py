@@ -179,31 +179,33 @@ def rows(sides: Sequence[Side]) -> list[Row]:
     of = [figures(side) for side in sides]
 
     def row(name: str, value: Callable[[Figures], float | None], show: Callable[[float], str]) -> Row:
-        values = [value(its) for its in of]
-        cells = ["?" if its is None else show(its) for its in values]
+        values = [value(side) for side in of]
+        cells = ["?" if one is None else show(one) for one in values]
         both = len(values) == 2 and values[0] is not None and values[1]
         return Row(name, cells, f"{values[0] / values[1]:.2f}" if both and values[0] and values[1] else "")
 
     return [
-        Row("requests answered", [f"{its.n_answered:,}" for its in of]),
-        Row("requests failed", [f"{its.n_failed:,}" for its in of]),
-        row("follow-up: first token, median", lambda its: percentile(its.follow_up_s, 0.5), seconds),
-        row("follow-up: first token, 95 % within", lambda its: percentile(its.follow_up_s, 0.95), seconds),
-        row("first turn: first token, median", lambda its: percentile(its.first_s, 0.5), seconds),
-        row("first turn: first token, 95 % within", lambda its: percentile(its.first_s, 0.95), seconds),
-        row("until the last answer", lambda its: its.makespan_s, seconds),
-        row("answer tokens per second", lambda its: its.answer_per_s, lambda v: f"{v:,.1f}"),
-        row("prompt tokens", lambda its: its.n_prompt, lambda v: f"{v:,.0f}"),
-        row("prompt tokens computed", lambda its: its.n_computed, lambda v: f"{v:,.0f}"),
-        row("... by the server's own counter", lambda its: its.n_counted, lambda v: f"{v:,.0f}"),
-        row("prompt tokens reused", lambda its: its.reuse, lambda v: f"{v:.3f}"),
+        Row("requests answered", [f"{side.n_answered:,}" for side in of]),
+        Row("requests failed", [f"{side.n_failed:,}" for side in of]),
+        row("follow-up: first token, median", lambda side: percentile(side.follow_up_s, 0.5), seconds),
+        row("follow-up: first token, 95 % within", lambda side: percentile(side.follow_up_s, 0.95), seconds),
+        row("first turn: first token, median", lambda side: percentile(side.first_s, 0.5), seconds),
+        row("first turn: first token, 95 % within", lambda side: percentile(side.first_s, 0.95), seconds),
+        row("until the last answer", lambda side: side.makespan_s, seconds),
+        row("answer tokens per second", lambda side: side.answer_per_s, lambda v: f"{v:,.1f}"),
+        row("prompt tokens", lambda side: side.n_prompt, lambda v: f"{v:,.0f}"),
+        row("prompt tokens computed", lambda side: side.n_computed, lambda v: f"{v:,.0f}"),
+        row("... by the server's own counter", lambda side: side.n_counted, lambda v: f"{v:,.0f}"),
+        row("prompt tokens reused", lambda side: side.reuse, lambda v: f"{v:.3f}"),
         row(
             "follow-ups: of what an unlimited cache reuses",
-            lambda its: its.follow_up_reuse,
+            lambda side: side.follow_up_reuse,
             lambda v: f"{v:.3f}",
         ),
         row(
-            "slowest user's mean wait, of the median user's", lambda its: its.unfairness, lambda v: f"{v:.2f}"
+            "slowest user's mean wait, of the median user's",
+            lambda side: side.unfairness,
+            lambda v: f"{v:.2f}",
         ),
     ]
 
@@ -218,19 +220,19 @@ def verdict(sides: Sequence[Side]) -> list[str]:
     said = []
     if len(sides) == 2:
         said += _compared([side.name for side in sides], of)
-    for side, its in zip(sides, of, strict=True):
-        if its.n_failed:
-            share = its.n_failed / (its.n_failed + its.n_answered)
+    for side, measured in zip(sides, of, strict=True):
+        if measured.n_failed:
+            share = measured.n_failed / (measured.n_failed + measured.n_answered)
             said.append(
-                f"{side.name}: {its.n_failed} requests failed ({share:.0%}): {next(iter(its.errors))}"
+                f"{side.name}: {measured.n_failed} requests failed ({share:.0%}): {next(iter(measured.errors))}"
             )
-        if its.n_reused is None and its.n_answered:
+        if measured.n_reused is None and measured.n_answered:
             said.append(f"{side.name} does not tell what it reused: only times are compared")
-        if (off := its.disagreement) is not None and abs(off) > 0.02:
+        if (off := measured.disagreement) is not None and abs(off) > 0.02:
             said.append(
-                f"{side.name}: its own counter ({its.n_counted:,} prompt tokens computed) is {abs(off):.0%} "
-                f"{'above' if off > 0 else 'below'} what its answers tell ({its.n_computed:,}): other clients used it "
-                "meanwhile, or several servers are behind the address"
+                f"{side.name}: its own counter ({measured.n_counted:,} prompt tokens computed) is {abs(off):.0%} "
+                f"{'above' if off > 0 else 'below'} what its answers tell ({measured.n_computed:,}): other clients used"
+                " it meanwhile, or several servers are behind the address"
             )
     return said
 
@@ -244,7 +246,7 @@ def _compared(names: list[str], of: list[Figures]) -> list[str]:
             f"The median follow-up gets its first token after {seconds(times[0])} from {first} and {seconds(times[1])} "
             f"from {second}: {_times(times[1] / times[0])}."
         )
-    if all(its.n_answered for its in of):
+    if all(measured.n_answered for measured in of):
         said.append(
             f"The whole took {seconds(of[0].makespan_s)} with {first} and {seconds(of[1].makespan_s)} with {second}."
         )

@@ -82,19 +82,19 @@ class Target:
     async def look(self) -> None:
         """Find model and context. Raises BenchError if no chat can be asked for."""
         served = await self._models()
-        names = [str(its.get("id")) for its in served]
+        names = [str(entry.get("id")) for entry in served]
         if not self.model:
             if len(names) > 1:
                 raise BenchError(
                     f"{self.base} serves several models: choose with --model: {', '.join(names[:20])}"
                 )
             self.model = names[0]
-        its = next((its for its in served if its.get("id") == self.model), {})
-        if not its and len(names) > 1:
+        entry = next((entry for entry in served if entry.get("id") == self.model), {})
+        if not entry and len(names) > 1:
             raise BenchError(f"{self.base} has no model {self.model}; there are {', '.join(names[:20])}")
         props = await self._json(f"{self.root}/props?model={self.model}") or {}
         settings = props.get("default_generation_settings") or {}
-        sizes = (settings.get("n_ctx"), its.get("max_model_len"), (its.get("meta") or {}).get("n_ctx"))
+        sizes = (settings.get("n_ctx"), entry.get("max_model_len"), (entry.get("meta") or {}).get("n_ctx"))
         self.n_ctx = next((int(size) for size in sizes if size), None)
         told = [f"{props['total_slots']} slots"] if props.get("total_slots") else []
         told += [f"{self.n_ctx:,} tokens each"] if self.n_ctx else []
@@ -121,7 +121,7 @@ class Target:
         if response.status == 503:
             raise BenchError(f"{self.base} is not ready: {_message(text)}")
         try:
-            served = [its for its in orjson.loads(text)["data"] if isinstance(its, dict)]
+            served = [entry for entry in orjson.loads(text)["data"] if isinstance(entry, dict)]
         except (orjson.JSONDecodeError, KeyError, TypeError):
             raise BenchError(
                 f"{self.base}/models: {response.status}, no list of models: it should be an OpenAI base URL, such as "

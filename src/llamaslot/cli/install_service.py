@@ -147,7 +147,10 @@ def units(
     from urllib.parse import urlsplit
 
     local = [backend for backend in config.backends if backend.url is not None and _is_here(backend.url)]
-    names = {its.name: "llama-server" if len(local) == 1 else f"llama-server-{its.name}" for its in local}
+    names = {
+        backend.name: "llama-server" if len(local) == 1 else f"llama-server-{backend.name}"
+        for backend in local
+    }
     for backend in local:
         url, key = urlsplit(backend.url or ""), backend.api_key_file
         yield (

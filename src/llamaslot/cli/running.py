@@ -76,11 +76,11 @@ class Running:
         from http.client import HTTPConnection, HTTPSConnection
         from urllib.parse import urlsplit
 
-        its = urlsplit(url)
-        if its.scheme not in ("http", "https") or not its.hostname:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url}: an address is wanted, like http://127.0.0.1:8081")
-        kind = HTTPSConnection if its.scheme == "https" else HTTPConnection
-        return cls(its.netloc, partial(kind, its.hostname, its.port, timeout=_TIMEOUT_S))
+        kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+        return cls(parts.netloc, partial(kind, parts.hostname, parts.port, timeout=_TIMEOUT_S))
 
     def get(self, page: str) -> dict[str, Any]:
         return self._answer("GET", f"/llamaslot/{page}")
@@ -204,7 +204,7 @@ def undrain(path: Path, backend: str) -> None:
 
 def _status_of(running: Running, backend: str) -> dict[str, Any]:
     every: list[dict[str, Any]] = running.get("status")["backends"]
-    return next(its for its in every if its["name"] == backend)
+    return next(found for found in every if found["name"] == backend)
 
 
 @click.command()

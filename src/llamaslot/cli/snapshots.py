@@ -362,10 +362,12 @@ class OfflineStore(Struct, frozen=True):
         if not named:
             raise DirectoryUnusable("backends[0].slot_save_path is not set: nothing is kept on disk")
         backend, directory = named[0], os.path.realpath(str(named[0].slot_save_path))
-        that_share_it = [its for its in named if os.path.realpath(str(its.slot_save_path)) == directory]
-        learned = [Rates.from_json(_read(store.meta_dir / f"{its.name}.rates.json")) for its in that_share_it]
+        that_share_it = [each for each in named if os.path.realpath(str(each.slot_save_path)) == directory]
+        learned = [
+            Rates.from_json(_read(store.meta_dir / f"{each.name}.rates.json")) for each in that_share_it
+        ]
         rates = learned[0]
-        models = [Identity.from_text(its.model) for its in learned]
+        models = [Identity.from_text(rates.model) for rates in learned]
         known = tuple(model for model in models if model is not None) if None not in models else ()
         hit_rates = HitRateModel.from_json(_read(store.meta_dir / f"{backend.name}.returns.json"))
         limits = Limits(store.quota, store.max_files, store.min_free)

@@ -148,7 +148,10 @@ def remarks(found: Json) -> list[str]:
 
 def decisions(found: Sequence[Json], now: float) -> list[str]:
     """The last decisions, newest first, each with its age."""
-    return [f"{span(now - its['at']):>6}  {its['user'] or '-'}  {its['text']}" for its in found]
+    return [
+        f"{span(now - decision['at']):>6}  {decision['user'] or '-'}  {decision['text']}"
+        for decision in found
+    ]
 
 
 def _gb(n_bytes: int) -> str:

@@ -251,7 +251,11 @@ class Dispatcher:
                 break  # none behind a request that waits for any slot at all gets one
             # At most one exclusive request at a time on each backend.
             here = open_to(waiting.request, open_, self.backends.values())
-            here = [its for its in here if its.exclusive is None] if waiting.request.is_exclusive else here
+            here = (
+                [leases for leases in here if leases.exclusive is None]
+                if waiting.request.is_exclusive
+                else here
+            )
             if here and not waiting.granted.done():
                 self._serve(here, waiting, look)
         if look.is_spared and look.n_idle:
@@ -285,9 +289,9 @@ class Dispatcher:
         waiting.behind = None
         decision = self._decision(tables, waiting, dict(look.reserved))
         if isinstance(decision, Wait):
-            its = self._table_of(decision.place) or tables[0]
-            waiting.recorder.record_wait(decision, prefix_due_s(its, decision, now))
-            look.waits(decision, waiting.look_at - now, answer_s(its, request))
+            nearest = self._table_of(decision.place) or tables[0]
+            waiting.recorder.record_wait(decision, prefix_due_s(nearest, decision, now))
+            look.waits(decision, waiting.look_at - now, answer_s(nearest, request))
             return
         leases = self.backends[decision.slot.backend]
         table = self._table_of(decision)

@@ -109,11 +109,11 @@ class ManagedModels:
         if max_loaded is None and idle_unload_s is None:
             return
         managed = [backend for backend in backends if backend.name in servers]
-        self._models = [ManagedModel(its, servers[its.name], save_s) for its in managed]
+        self._models = [ManagedModel(backend, servers[backend.name], save_s) for backend in managed]
         self.on_demand = OnDemand(self._models, max_loaded, idle_unload_s)
-        for its in managed:
-            its.presence.on_demand = self.on_demand
-            its.sleep()
+        for backend in managed:
+            backend.presence.on_demand = self.on_demand
+            backend.sleep()
 
     def start(self) -> None:
         if self.on_demand is not None:

@@ -177,7 +177,11 @@ class Pool:
     def _members(self) -> list[Backend]:
         """The backends that serve its model, or may do so. None is loaded on demand in order to find that out."""
         every = self.backends.values()
-        known = [its for its in every if its.last_session is not None or its.presence.on_demand is None]
+        known = [
+            backend
+            for backend in every
+            if backend.last_session is not None or backend.presence.on_demand is None
+        ]
         return known or list(every)
 
     def use_if_proved(self) -> bool:
@@ -203,12 +207,12 @@ class Pool:
 
     def may_try_elsewhere(self, backend: Backend) -> bool:
         """Whether another backend can take a request that ``backend`` has failed, now or soon."""
-        others = (its.leases for its in self.backends.values() if its is not backend)
+        others = (other.leases for other in self.backends.values() if other is not backend)
         return any(leases.is_open or leases.is_coming for leases in others)
 
     def has_healthy_besides(self, backend: Backend) -> bool:
         """Whether another backend may take a request now, and is not suspected of anything."""
-        others = (its.leases for its in self.backends.values() if its is not backend)
+        others = (other.leases for other in self.backends.values() if other is not backend)
         return any(leases.is_open and not leases.is_suspect for leases in others)
 
     def blame(self, backend: str, error: UpstreamError) -> None:
@@ -245,7 +249,7 @@ class Pool:
     def any_backend(self, avoids: frozenset[str] = frozenset()) -> Backend:
         """A backend for a request that takes no slot: one that is up, if there is one, and not one that it avoids."""
         every = self.backends.values() or self._fleet.values()
-        return max(every, key=lambda its: (its.name not in avoids, _usability(its)))
+        return max(every, key=lambda backend: (backend.name not in avoids, _usability(backend)))
 
     def doubt(self) -> None:
         """A request failed: check immediately whether each llama-server is still there."""

@@ -177,7 +177,7 @@ class Prewarm:
         computed tokens stay in the slot, and the next attempt resumes from there.
         """
         tables = self._dispatcher.tables
-        elsewhere = (its.backend for its in tables if its.model_snapshots is not table.model_snapshots)
+        elsewhere = (other.backend for other in tables if other.model_snapshots is not table.model_snapshots)
         request = Request(
             f"prewarm {one.name}",
             one.tokens,

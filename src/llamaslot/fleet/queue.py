@@ -196,16 +196,16 @@ class Queue:
         user = waiting.request.user.id
         if user in self._seen_at and user not in self._present:
             waiting.pause_s = now - self._seen_at[user]
-        its = self._of_user.setdefault(user, []) if not waiting.is_back else []
+        of_user = self._of_user.setdefault(user, []) if not waiting.is_back else []
         if waiting.had_a_place:
             self._n_ahead -= 1
             waiting.serial = self._n_ahead
             self._waiting.insert(0, waiting)
-            its.insert(0, waiting)
+            of_user.insert(0, waiting)
         else:
             waiting.serial = next(self._serials)
             self._waiting.append(waiting)
-            its.append(waiting)
+            of_user.append(waiting)
         self._count(waiting, 1)
         self._n_waiting[user] += 1
         self._moment = None

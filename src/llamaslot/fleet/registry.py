@@ -160,7 +160,7 @@ class Registry:
             self._of_models[name] = replace(settings, limits=_limits(config, config.models.each[name]))
         for pool in self.pools:
             known = [backend for backend in pool.backends.values() if backend.last_session is not None]
-            pool.configure(self._settings_of([name for its in known for name in _names_of(its)]))
+            pool.configure(self._settings_of([name for backend in known for name in _names_of(backend)]))
         for store in self.stores.values():
             store.take_limits(config.store.quota, config.store.max_files, config.store.min_free)
 
@@ -210,7 +210,8 @@ class Registry:
         """
         self._processes[backend.name] = mark = props.boot_id
         other = next(
-            (name for name, its in self._processes.items() if its == mark and name != backend.name), None
+            (name for name, process in self._processes.items() if process == mark and name != backend.name),
+            None,
         )
         if other is not None and mark not in ("", _USUAL_MARK):
             del self._processes[backend.name]
@@ -267,8 +268,8 @@ class Registry:
             (pool for pool in self.pools if pool.model is not None and pool.model.is_same(model)), None
         )
         if new is None:
-            others = (its for its in old.backends.values() if its is not backend)
-            is_shared = any(its.last_session is not None for its in others)
+            others = (other for other in old.backends.values() if other is not backend)
+            is_shared = any(other.last_session is not None for other in others)
             new = self._started_pool() if old.model is not None and is_shared else old
             new.model = model
         if new is not old:
@@ -278,7 +279,7 @@ class Registry:
 
     def _settings_of(self, names: Collection[str]) -> PoolSettings:
         """Of the model with these names: those of the model, and of backends that serve it."""
-        return next((its for name, its in self._of_models.items() if name in names), self._settings)
+        return next((settings for name, settings in self._of_models.items() if name in names), self._settings)
 
     def _started_pool(self) -> Pool:
         pool = self._new_pool()

@@ -57,7 +57,7 @@ class Router:
         known = self._known()
         always = [backend for backend in self._backends.values() if backend.presence.on_demand is None]
         if not known and always:  # no backend was ever up
-            await min(always, key=lambda its: its.health is not Health.CONNECTING).ready()
+            await min(always, key=lambda backend: backend.health is not Health.CONNECTING).ready()
             return await self.pool_for(model, is_named=is_named)
         if not is_named:
             if known:
@@ -110,7 +110,7 @@ class Router:
                 await self._connected(backend)
                 return next(pool for pool in self._pools if backend.name in pool.backends)
             unknown = [backend for backend in self._backends.values() if backend.last_session is None]
-            connecting = [its for its in unknown if its.health is Health.CONNECTING]
+            connecting = [backend for backend in unknown if backend.health is Health.CONNECTING]
             if not connecting:
                 return None
             await connecting[0].settled()
@@ -153,7 +153,7 @@ class Router:
         """Note the names of a model. If two different ones have the same name, that is said once."""
         for name in session.names:
             self._told[name] = PoolModel.of(session)
-            others = [its for its in self._known() if its is not pool and name in _names(its)]
+            others = [other for other in self._known() if other is not pool and name in _names(other)]
             if others and name not in self._warned:
                 self._warned.add(name)
                 log.warning(
@@ -173,8 +173,8 @@ class Router:
         for name, backend in self.expected.items():
             first.setdefault(backend, name)
         for backend, name in first.items():
-            if (its := self._backends[backend]).last_session is None:
-                entries.setdefault(name, {**_unknown(), "id": name, "status": {"value": _state([its])}})
+            if (member := self._backends[backend]).last_session is None:
+                entries.setdefault(name, {**_unknown(), "id": name, "status": {"value": _state([member])}})
         for alias, target in self._settings.aliases.items():
             if alias in entries:
                 continue

@@ -87,7 +87,7 @@ def _spans(text: str, messages: list[Any]) -> Iterator[_Span]:
         (i for i, role in enumerate(roles) if role in ("assistant", "function_call")), default=-1
     )
     for i in range(_n_leading(messages), len(messages)):
-        found = [span for its in _texts(messages[i]) if (span := _look(text, its, at)) is not None]
+        found = [span for part in _texts(messages[i]) if (span := _look(text, part, at)) is not None]
         if found:
             begin, end = min(begin for begin, _ in found), max(end for _, end in found)
             yield _Span(begin, end, Whereabouts("message", i, roles[i], is_last_turn=i > last_answer))
@@ -128,8 +128,8 @@ def _system_spans(
         if (span := _look(text, holder[key], 0)) is not None:
             yield _Span(*span, Whereabouts("system"))
     for i in range(_n_leading(messages)):
-        for its in _texts(messages[i]):
-            if (span := _look(text, its, 0)) is not None:
+        for part in _texts(messages[i]):
+            if (span := _look(text, part, 0)) is not None:
                 yield _Span(*span, Whereabouts("system", i, _role(messages[i])))
 
 
@@ -141,8 +141,8 @@ def _tools_span(text: str, body: Mapping[str, Any]) -> Iterator[_Span]:
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping):
             continue
-        for its in (f'"{function.get("name")}"', function.get("description")):
-            span = _look(text, its, 0) if isinstance(its, str) else None
+        for part in (f'"{function.get("name")}"', function.get("description")):
+            span = _look(text, part, 0) if isinstance(part, str) else None
             found += [span] if span is not None else []
     if found:
         begin, end = min(begin for begin, _ in found), max(end for _, end in found)

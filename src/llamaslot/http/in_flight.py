@@ -114,8 +114,8 @@ def note_error(request: web.Request, error: LlamaslotError) -> None:
 
 def id_of(request: web.Request) -> str:
     """The id of a request that takes a slot, the same whenever it is asked for."""
-    its: InFlight = request[IN_FLIGHT]
-    return its.id
+    flight: InFlight = request[IN_FLIGHT]
+    return flight.id
 
 
 def begins(request: web.Request, pool: Pool, model: object, down: Downstream | None = None) -> None:
@@ -137,8 +137,8 @@ def by_operator(request: web.Request) -> Cancelled:
     """For a handler that was cancelled: the error for the client, if an operator did it; the handler may go on to send
     that. Raises the same CancelledError again if the client has gone.
     """
-    its, task = in_flight(request), asyncio.current_task()
-    if its is None or task is None or not its.is_cancelled or task.uncancel():
+    flight, task = in_flight(request), asyncio.current_task()
+    if flight is None or task is None or not flight.is_cancelled or task.uncancel():
         raise  # called while it is handled
     return Cancelled("an operator has cancelled this request")
 

@@ -51,7 +51,7 @@ class PageState:
         """``about``, ``headline``, ``store``, ``backend:NAME`` and ``flight:SERIAL``, each as JSON."""
         requests, now = self._requests, time.monotonic()
         requests.digest()
-        self._speeds = {serial: its for serial, its in self._speeds.items() if serial in requests.running}
+        self._speeds = {serial: speed for serial, speed in self._speeds.items() if serial in requests.running}
         told: State = {"about": self._about(), "headline": self.headline(now), "store": self._store()}
         for backend in self._registry.backends:
             told[f"backend:{backend.name}"] = self._backend(backend, now)

@@ -220,7 +220,7 @@ async def _how_far(backend: Backend, lease: Lease) -> object:
     for one.
     """
     leases = backend.leases.leases
-    taken = {its.slot_id for its in leases if its.request is lease.request and its.slot is not None}
+    taken = {other.slot_id for other in leases if other.request is lease.request and other.slot is not None}
     infos = [info for info in await backend.api.slots() if info.id in taken and info.is_processing]
     return infos or None
 

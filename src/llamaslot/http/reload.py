@@ -119,7 +119,11 @@ def _backends(old: Config, new: Config) -> tuple[list[str], list[str], list[str]
         name for name in removed if before[name].managed
     ]
     other += [f"backends: {name}" for name in managed]
-    return [its for its in added if its not in managed], [its for its in removed if its not in managed], other
+    return (
+        [name for name in added if name not in managed],
+        [name for name in removed if name not in managed],
+        other,
+    )
 
 
 def _merged(old: Config, new: Config) -> Config:

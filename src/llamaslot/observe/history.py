@@ -135,7 +135,7 @@ class History:
             if not (requests or sums or owners):
                 return
             self._unwritten.clear()
-            rows = [(key, msgspec.msgpack.encode(its)) for key, its in sums]
+            rows = [(key, msgspec.msgpack.encode(its_sums)) for key, its_sums in sums]
             blobs = [(one.serial, one.at, msgspec.msgpack.encode(_without_texts(one))) for one in requests]
             file, began, now = self._file, self.began, self._clock()
             if await self._in_thread(lambda: file.write(blobs, rows, owners, began, now)) is None:
@@ -225,7 +225,8 @@ class _File:
         with self._open() as db:
             db.executemany("INSERT OR REPLACE INTO requests VALUES (?, ?, ?)", requests)
             db.executemany(
-                "INSERT OR REPLACE INTO sums VALUES (?, ?, ?, ?, ?)", [(*key, its) for key, its in sums]
+                "INSERT OR REPLACE INTO sums VALUES (?, ?, ?, ?, ?)",
+                [(*key, its_sums) for key, its_sums in sums],
             )
             db.executemany("INSERT OR REPLACE INTO owners (snapshot, user) VALUES (?, ?)", owners.items())
             db.execute(

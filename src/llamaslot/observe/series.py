@@ -63,24 +63,24 @@ class Sums(Struct):
         self.queued_s += activity.queued_s
         self.longest_queued_s = max(self.longest_queued_s, activity.queued_s)
         if activity.first_s is not None:
-            its = class_of(activity.first_s)
-            self.first[its] = self.first.get(its, 0) + 1
+            class_ = class_of(activity.first_s)
+            self.first[class_] = self.first.get(class_, 0) + 1
 
     def add(self, other: Sums) -> None:
         for name in _ADDED:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest_queued_s = max(self.longest_queued_s, other.longest_queued_s)
         self.disk_bytes = max(self.disk_bytes, other.disk_bytes)
-        for its, n in other.first.items():
-            self.first[its] = self.first.get(its, 0) + n
+        for class_, n in other.first.items():
+            self.first[class_] = self.first.get(class_, 0) + n
 
     def first_s(self, share: float) -> float | None:
         """The seconds within which that share of the requests had a first token, within 7 %; None of none."""
         left = share * sum(self.first.values())
-        for its in sorted(self.first):
-            left -= self.first[its]
+        for class_ in sorted(self.first):
+            left -= self.first[class_]
             if left <= 0:
-                return _LEAST_S * math.exp((its + 0.5) * _NARROW)
+                return _LEAST_S * math.exp((class_ + 0.5) * _NARROW)
         return None
 
     def to_json(self) -> dict[str, Any]:

@@ -38,13 +38,13 @@ def examined(path: Path, config: Config, budget_s: float | None) -> Iterator[Fin
         return
     settings_of = {settings.name: settings for settings in config.backends}
     for backend in status["backends"]:
-        its = settings_of.get(backend["name"])
-        if its is not None and its.url is not None and backend["drain"] == "drained":
-            yield from _tried(its, budget_s, is_served=False)
+        configured = settings_of.get(backend["name"])
+        if configured is not None and configured.url is not None and backend["drain"] == "drained":
+            yield from _tried(configured, budget_s, is_served=False)
             continue
         yield from of_backend(backend)
-        if backend["health"] == "down" and its is not None:
-            yield from _elsewhere(its)
+        if backend["health"] == "down" and configured is not None:
+            yield from _elsewhere(configured)
         if backend["health"] == "up":
             told = f"llamaslot serves: not tried behind its back; llamaslot drain {backend['name']}, and run this again"
             yield Finding(f"{backend['name']}: batch, context shift", "skipped", told)

@@ -62,8 +62,8 @@ def _open_files(config: Config) -> Finding:
     check, directory = "open files", config.backend.slot_save_path
     pid = holder(directory) if directory is not None else None
     whose, limit = "this shell's limit", resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    if pid is not None and (its := _limit_of(pid)) is not None:
-        whose, limit = f"the limit of llamaslot (pid {pid})", its
+    if pid is not None and (its_limit := _limit_of(pid)) is not None:
+        whose, limit = f"the limit of llamaslot (pid {pid})", its_limit
     wanted = 2 * (config.listen.max_connections or 0)
     if 0 <= limit < max(_FEW_FILES, wanted):
         return Finding(

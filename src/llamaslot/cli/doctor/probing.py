@@ -138,8 +138,8 @@ class ServerProbes:
                 "backends[].slot_save_path: DIR, as llama-server's --slot-save-path",
             )
         else:
-            its = f"llama-server --slot-save-path {self._directory}"
-            self._say("slot files", "fault", warning, its if "did not appear" in warning else "")
+            remedy = f"llama-server --slot-save-path {self._directory}"
+            self._say("slot files", "fault", warning, remedy if "did not appear" in warning else "")
         return False
 
     async def _files(self, slot: int, props: Props, *, is_quiet: bool) -> None:

@@ -53,12 +53,12 @@ def _slots(status: Json, decisions: Sequence[Json]) -> Finding:
         return Finding(
             check, "skipped", f"the journal has {len(asked)} requests only: run it again after some use"
         )
-    newest = max(its["at"] for its in asked)
-    recent = [its for its in asked if newest - its["at"] <= _WITHIN_S]
+    newest = max(decision["at"] for decision in asked)
+    recent = [decision for decision in asked if newest - decision["at"] <= _WITHIN_S]
     users = {decision["user"] for decision in recent}
     waited = [decision for decision in recent if decision["queued_s"] >= _WAITED_S]
     if len(users) > n_slots and len(waited) >= _WAITED_SHARE * len(recent):
-        longest = max(its["queued_s"] for its in waited)
+        longest = max(decision["queued_s"] for decision in waited)
         return Finding(
             check, "warning",
             f"{len(users)} users within ten minutes share {n_slots} slots: {len(waited)} of {len(recent)} requests"
@@ -96,7 +96,7 @@ def _found_again(decisions: Sequence[Json]) -> Finding:
             "skipped",
             "the journal has too few requests that continue one: run it again after some use",
         )
-    missed = [its for its in told if its["n_reused"] < its["n_expected"] / 2]
+    missed = [decision for decision in told if decision["n_reused"] < decision["n_expected"] / 2]
     if len(missed) > _MISSED_SHARE * len(told):
         return Finding(
             check, "fault",
