@@ -97,7 +97,7 @@ async def bench(disk: Path, memory: Path, n_bytes: int, n_extents: int, rounds: 
     for piece in pieces:
         took, pause = await measured(
             lambda piece=piece: asyncio.to_thread(  # type: ignore[misc]
-                write_extent, whole, layout, piece.start, piece.end, [], piece.path, {}
+                write_extent, whole, layout, piece.start, piece.end, [], piece.path
             )
         )
         tooks.append(took)

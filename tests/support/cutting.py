@@ -47,7 +47,7 @@ class Chain:
         self.n_different += differing_tokens(landing, layout, self.pieces, seed=seed)
         keep = [state.n_tokens for state in layout.states if state.n_tokens > known]
         path = self.directory / f"{len(list(self.directory.iterdir()))}.extent"
-        extent = write_extent(landing, layout, known, layout.n_tokens, keep, path, {})
+        extent = write_extent(landing, layout, known, layout.n_tokens, keep, path)
         self.bytes_written += path.stat().st_size
         self.tokens = layout.tokens
         self.pieces.append(Piece(path, extent.start, extent.end))

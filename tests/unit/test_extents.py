@@ -21,8 +21,6 @@ from llamaslot.store.extent import (
     Piece,
     differing_tokens,
     read_extent,
-    read_tokens,
-    shrink,
     verify,
     write_extent,
 )
@@ -47,7 +45,7 @@ class Store:
             layout = read_layout(landing)
             keep = [state.n_tokens for state in layout.states if state.n_tokens > start]
             path = directory / f"{end}.extent"
-            write_extent(landing, layout, start, end, keep, path, {"of": "test"})
+            write_extent(landing, layout, start, end, keep, path)
             self.pieces.append(Piece(path, start, end))
             self.states |= {n: StateAt(path, n) for n in keep}
             start = end
@@ -100,9 +98,10 @@ def test_an_extent_says_what_it_has(store: Store) -> None:
     layout = read_layout(store.directory / "landing")
     for piece in store.pieces:
         extent = read_extent(piece.path)
-        assert (extent.start, extent.end, extent.meta) == (piece.start, piece.end, {"of": "test"})
+        assert (extent.start, extent.end) == (piece.start, piece.end)
         assert extent.shape == layout.shape
-        assert read_tokens(piece.path, extent) == pack(TOKENS[piece.start : piece.end])
+        tokens = piece.path.read_bytes()[extent.tokens.at :][: extent.tokens.size]
+        assert tokens == pack(TOKENS[piece.start : piece.end])
         assert verify(piece.path) == extent
         rows = sum(section.size for section in extent.rows)
         assert rows == layout.shape.bytes_per_token * (extent.end - extent.start)
@@ -115,24 +114,10 @@ def test_states_alone_are_an_extent(store: Store) -> None:
         return
     layout = read_layout(store.directory / "landing")
     path = store.directory / "states"
-    extent = write_extent(store.directory / "landing", layout, 60, 60, [33], path, {})
+    extent = write_extent(store.directory / "landing", layout, 60, 60, [33], path)
     assert extent.start == extent.end
     before = store.cut(33)
     store.states[33] = StateAt(path, 33)
-    assert store.cut(33) == before
-
-
-def test_an_extent_shrinks_from_its_end(store: Store) -> None:
-    """What is left can be cut as before."""
-    before = store.cut(33)
-    piece = store.pieces[1]
-    path = store.directory / "shrunk.extent"
-    keep = [33] if store.model.has_states else []
-    extent = shrink(piece.path, 33, keep, path, {})
-    assert verify(path) == extent
-    assert (extent.start, extent.end) == (20, 33)
-    store.pieces[1:] = [Piece(path, 20, 33)]
-    store.states = {n: StateAt(path, n) if n == 33 else at for n, at in store.states.items() if n <= 33}
     assert store.cut(33) == before
 
 
@@ -259,7 +244,7 @@ def test_what_is_not_whole_is_not_there(
 
         monkeypatch.setattr(os, "pwrite", fail)
         with pytest.raises(type(error)):
-            write_extent(landing, layout, 0, 60, [], store.directory / "new.extent", {})
+            write_extent(landing, layout, 0, 60, [], store.directory / "new.extent")
         left = n_writes
         with pytest.raises(type(error)):
             store.cut(60)
@@ -273,7 +258,7 @@ def test_a_landing_file_that_changed_is_not_taken(store: Store) -> None:
     layout = read_layout(landing)
     os.truncate(landing, layout.size_bytes - 1)
     with pytest.raises(SnapshotInvalid):
-        write_extent(landing, layout, 0, 60, [], store.directory / "new.extent", {})
+        write_extent(landing, layout, 0, 60, [], store.directory / "new.extent")
     assert not (store.directory / "new.extent").with_suffix(PART).exists()
 
 

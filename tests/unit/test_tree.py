@@ -208,6 +208,38 @@ async def test_what_an_unreadable_sidecar_may_need_stays(
     tree.catalog.close()
 
 
+async def test_gc_leaves_what_an_unreadable_sidecar_may_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another snapshot goes, of whose files it may need some. Readable again, it is whole."""
+    tree = await tree_of(tmp_path)
+    ids = await grown(tree)
+    before = await tree.settled()
+    real = Path.read_bytes
+
+    def refuse_one(path: Path) -> bytes:
+        if path.name == f"{ids[1]}.json":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse_one)
+        stock = take_stock(tmp_path)
+        items = await read_headers(tmp_path, list(stock.items.values()), with_checksums=True)
+        states = {item.id: item.state for item in items}
+        assert states.pop(ids[0]) is FileState.WHOLE
+        assert set(states.values()) == {FileState.UNREADABLE}
+        assert ids[1] in states
+        assert len(states) == 2  # and its extent, which no sidecar that can be read needs
+        n_left, error = remove(tmp_path, stock, stock.items[ids[0]])
+    assert (n_left > 0, error) == (True, None)
+    assert tree.names() == before - {f"{ids[0]}.json"}
+    await tree.reopen(has_manifest=False)
+    assert set(tree.catalog.snapshots) == {ids[1]}
+    await tree.check_all()
+    tree.catalog.close()
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -11,6 +11,7 @@ import contextlib
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,10 @@ def rm(path: Path, dry_run: bool, names: Sequence[str]) -> None:
 @_dry_run
 @click.option("--others", is_flag=True, help="Also remove those of models other than the last served one.")
 def gc(path: Path, dry_run: bool, others: bool) -> None:
-    """Remove unfinished and broken files, and what exceeds the limits of the configuration."""
+    """Remove unfinished and broken files, and what exceeds the limits of the configuration.
+
+    What a sidecar may need that cannot be read stays.
+    """
     with report_faults():
         store = _store_of(path)
         if others and not store.models:
@@ -132,7 +136,8 @@ def gc(path: Path, dry_run: bool, others: bool) -> None:
         with _locked(store, dry_run):
             stock = take_stock(store.directory)
             items = asyncio.run(read_headers(store.directory, list(stock.items.values())))
-            removals = [Removal(item, item.why) for item in items if item.state is not FileState.WHOLE]
+            useless = (FileState.UNFINISHED, FileState.BROKEN)
+            removals = [Removal(item, item.why) for item in items if item.state in useless]
             whole = [item for item in items if item.state is FileState.WHOLE]
             if others:
                 removals += [Removal(item, "of another model") for item in whole if not store.is_ours(item)]
@@ -156,15 +161,17 @@ def verify(path: Path, dry_run: bool, removes: bool, names: Sequence[str]) -> No
             chosen = _chosen(store, names) if names else list(take_stock(store.directory).items.values())
             items = asyncio.run(read_headers(store.directory, chosen, with_checksums=True))
             broken = [Removal(item, item.why) for item in items if item.state is FileState.BROKEN]
-            n_whole = sum(item.state is FileState.WHOLE for item in items)
-            n_unfinished = len(items) - n_whole - len(broken)
+            unreadable = [Removal(item, item.why) for item in items if item.state is FileState.UNREADABLE]
+            n = Counter(item.state for item in items)
             if removes and broken:
                 _remove(store, broken, dry_run)
-            elif broken:
-                _say(table(("ID", "SIZE", "WHAT IS WRONG"), [each.row for each in broken], {"SIZE"}))
-            more = f", {number(n_unfinished)} unfinished (gc removes them)" if n_unfinished else ""
-            _say([f"{number(n_whole)} whole, {number(len(broken))} broken{more}"])
-    if broken and (dry_run or not removes):
+            if rows := [each.row for each in ([] if removes else broken) + unreadable]:
+                _say(table(("ID", "SIZE", "WHAT IS WRONG"), rows, {"SIZE"}))
+            more = f", {number(len(unreadable))} unreadable" if unreadable else ""
+            if n[FileState.UNFINISHED]:
+                more += f", {number(n[FileState.UNFINISHED])} unfinished (gc removes them)"
+            _say([f"{number(n[FileState.WHOLE])} whole, {number(len(broken))} broken{more}"])
+    if unreadable or (broken and (dry_run or not removes)):
         sys.exit(EXIT_BROKEN)
 
 

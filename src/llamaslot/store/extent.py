@@ -6,10 +6,7 @@ It has no rows on a purely recurrent model, and none if ``start == end`` (states
     "lsextent" | tokens | rows per tensor | parts per state | footer (JSON) | its u64 xxh3, u64 length | "lsextend"
 
 The footer (``Extent``) has offset, length and checksum of each part, so a file that was cut or not finished is none.
-Fields of the caller (whose extent, what it goes on from) are in ``meta``, covered by the same checksum.
-
-An extent never changes. What is to shrink is written again (``shrink``); so whoever wants to drop the ends of long
-prompts cheaply keeps them in several extents.
+An extent never changes.
 
 All functions block, for as long as the bytes take; they are for threads. None needs more memory than the footer.
 """
@@ -22,7 +19,6 @@ import random
 import struct
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import TypeAlias
 
 import msgspec
 import xxhash
@@ -90,7 +86,6 @@ class Extent(Struct, frozen=True):
     rows: tuple[Section, ...]
     states: tuple[KeptState, ...]
     size_bytes: int
-    meta: dict[str, str | int | float | bool | list[int] | None] = {}
 
     def state_at(self, n_tokens: int) -> KeptState:
         """Raises KeyError."""
@@ -107,9 +102,6 @@ class Extent(Struct, frozen=True):
             yield from state.sections
 
 
-Meta: TypeAlias = dict[str, str | int | float | bool | list[int] | None]
-
-
 class Piece(Struct, frozen=True):
     """The tokens [start, end) of the path, which the extent in ``path`` has. ``checksum``: of the whole file, if it is
     a slot file and its checksum is known.
@@ -122,7 +114,7 @@ class Piece(Struct, frozen=True):
 
 
 def write_extent(
-    landing: Path, layout: SlotLayout, start: int, end: int, keep: Collection[int], target: Path, meta: Meta
+    landing: Path, layout: SlotLayout, start: int, end: int, keep: Collection[int], target: Path
 ) -> Extent:
     """Write the rows of the tokens [start, end) of the slot file ``landing``, and its states after the numbers of
     tokens in ``keep``, to ``target``; durable when it returns. ``target`` with the suffix PART is used meanwhile, and
@@ -151,37 +143,7 @@ def write_extent(
         return writer.finish(
             Extent(
                 VERSION, start, end, layout.shape, layout.n_streams, tokens, tuple(rows), tuple(kept),
-                writer.size_bytes, meta,
-            )
-        )  # fmt: skip
-
-
-def shrink(path: Path, end: int, keep: Collection[int], target: Path, meta: Meta) -> Extent:
-    """Write the extent in ``path`` again, to ``target``: only its tokens before ``end``, and of its states those after
-    the numbers of tokens in ``keep``. Whole parts are checked. Raises as ``write_extent`` and ``read_extent`` do.
-    """
-    extent = read_extent(path)
-    assert extent.start <= end <= extent.end, f"{end} of [{extent.start}, {extent.end})"
-    n, n_before = end - extent.start, extent.end - extent.start
-    with _open(path) as source, _Writer(target) as writer:
-        tokens, *rows = [
-            writer.part_of(source, section, section.size * n // n_before if n_before else 0)
-            for section in (extent.tokens, *extent.rows)
-        ]
-        kept = [
-            KeptState(
-                state.n_tokens,
-                state.pos_min,
-                state.pos_max,
-                *(writer.part_of(source, section, section.size) for section in state.sections),
-            )
-            for state in extent.states
-            if state.n_tokens in keep
-        ]
-        return writer.finish(
-            msgspec.structs.replace(
-                extent, end=end, tokens=tokens, rows=tuple(rows), states=tuple(kept),
-                size_bytes=writer.size_bytes, meta=meta,
+                writer.size_bytes,
             )
         )  # fmt: skip
 
@@ -190,12 +152,6 @@ def read_extent(path: Path) -> Extent:
     """Read and check the footer: one read of 64 kB. Raises SnapshotInvalid with the reason in one line."""
     with _open(path) as source:
         return source.extent()
-
-
-def read_tokens(path: Path, extent: Extent) -> bytes:
-    """The tokens of the extent, little-endian int32, checked. Raises SnapshotInvalid."""
-    with _open(path) as source:
-        return source.tokens(extent)
 
 
 def verify(path: Path) -> Extent:
@@ -386,13 +342,6 @@ class _Writer:
         for span in spans:
             self._copier.copy(source, *span, checksum)
         return Section(at, self._copier.at - at, checksum.intdigest())
-
-    def part_of(self, source: Source, section: Section, size: int) -> Section:
-        """The first ``size`` bytes of a section. Raises SnapshotInvalid if it is whole and has changed."""
-        written = self.spans(source.fd, [(section.at, size)])
-        if size == section.size and not section.is_as(written.checksum):
-            raise SnapshotInvalid(f"{source.path.name}: {size} bytes at {section.at} have changed")
-        return written
 
     def finish(self, extent: Extent) -> Extent:
         """Write the footer; sync; give it its name; sync that."""

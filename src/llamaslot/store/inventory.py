@@ -23,7 +23,7 @@ from llamaslot.store.header import read_slot_file
 from llamaslot.store.hits import NEVER, HitLog, Hits
 from llamaslot.store.intact import check_file
 from llamaslot.store.shared_files import SharedFiles
-from llamaslot.store.sidecar import JSON, KV, Noted
+from llamaslot.store.sidecar import EXT, JSON, KV, Noted
 
 _AT_ONCE = 8  # headers read at the same time
 
@@ -32,6 +32,7 @@ class FileState(enum.StrEnum):
     WHOLE = "whole"
     UNFINISHED = "unfinished"  # left by a crash, or being written
     BROKEN = "broken"
+    UNREADABLE = "unreadable"  # not known to be broken: never removed but by its name
 
 
 class Item(Struct, frozen=True):
@@ -52,11 +53,14 @@ class Item(Struct, frozen=True):
 
 
 class Stock(Struct, frozen=True):
-    """Items by id, the number of other files, and the files of all snapshots."""
+    """Items by id, the number of other files, and the files of all snapshots. ``unreadable``: ids of sidecars that
+    cannot be read now; which files those need is not known.
+    """
 
     items: dict[str, Item]
     n_foreign: int
     files: SharedFiles
+    unreadable: frozenset[str]
 
     @property
     def size_bytes(self) -> int:
@@ -81,6 +85,7 @@ def take_stock(directory: Path) -> Stock:
         if item.noted is not None:
             files.add(item.noted.snapshot(""))
     needed = set(files.ids())
+    unreadable = frozenset(id_ for id_, item in items.items() if item.state is FileState.UNREADABLE)
     for id_, item in list(items.items()):
         if item.noted is not None:
             own_bytes = files.own_bytes(snapshot := item.noted.snapshot(""))
@@ -88,7 +93,10 @@ def take_stock(directory: Path) -> Stock:
             items[id_] = replace(item, size_bytes=own_bytes, shared_bytes=shared_bytes)
         elif id_ in needed and JSON not in listing.suffixes[id_]:
             del items[id_]  # a part of others
-    return Stock(items, listing.n_foreign, files)
+        elif unreadable and JSON not in (suffixes := listing.suffixes[id_]) and suffixes & {KV, EXT}:
+            why = "perhaps a part of a snapshot whose sidecar cannot be read"
+            items[id_] = replace(item, state=FileState.UNREADABLE, why=why)
+    return Stock(items, listing.n_foreign, files, unreadable)
 
 
 def _item(directory: Path, id_: str, suffixes: set[str], hits: Hits) -> Item:
@@ -109,9 +117,8 @@ def _item(directory: Path, id_: str, suffixes: set[str], hits: Hits) -> Item:
     except FileNotFoundError:
         return replace(item, state=FileState.UNFINISHED, why="it went while it was looked at")
     except OSError as error:
-        return replace(
-            item, state=FileState.BROKEN, why=f"{path.name}: cannot be read: {error.strerror or error}"
-        )
+        why = f"{path.name}: cannot be read: {error.strerror or error}"
+        return replace(item, state=FileState.UNREADABLE, why=why)
     except SnapshotInvalid as error:
         return _broken(item, error)
     return replace(item, noted=noted)
@@ -120,7 +127,9 @@ def _item(directory: Path, id_: str, suffixes: set[str], hits: Hits) -> Item:
 def _broken(item: Item, error: SnapshotInvalid) -> Item:
     """In our list the file name in the error is redundant."""
     why = re.sub(rf"^{item.id}(\.kv|\.json)?: ", "", str(error))
-    return replace(item, state=FileState.BROKEN, why=why)
+    cause = error.__cause__
+    is_read = not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError)
+    return replace(item, state=FileState.BROKEN if is_read else FileState.UNREADABLE, why=why)
 
 
 def _with_bad_files(item: Item, bad: Iterable[str], how: str) -> Item:
@@ -142,8 +151,8 @@ def _dated(directory: Path, id_: str, suffixes: set[str]) -> float:
 async def read_headers(
     directory: Path, items: Collection[Item], *, with_checksums: bool = False
 ) -> list[Item]:
-    """The items, with those marked broken whose file does not match the sidecar. ``with_checksums``: all parts are
-    read, each once. Canceling is safe.
+    """The items, with those marked broken whose file does not match the sidecar, and unreadable whose cannot be read.
+    ``with_checksums``: all parts are read, each once. Canceling is safe.
     """
     gate = asyncio.Semaphore(_AT_ONCE)
     bad = set[str]()
@@ -194,8 +203,8 @@ def _is_good(path: Path, checksums: Collection[int]) -> bool:
 
 
 def remove(directory: Path, stock: Stock, item: Item) -> tuple[int, OSError | None]:
-    """Remove an item, or only its ``bad_files``; what other snapshots need stays. Blocking. Returns the bytes that are
-    still there, and the first error.
+    """Remove an item, or only its ``bad_files``; what other snapshots need, or may need, stays. Blocking. Returns the
+    bytes that are still there, and the first error.
     """
     if item.bad_files:
         freed, n_left, first = dict.fromkeys(item.bad_files, 0), 0, None
@@ -203,6 +212,9 @@ def remove(directory: Path, stock: Stock, item: Item) -> tuple[int, OSError | No
         return scan.remove(directory, item.id, keeps_data=item.id in stock.files.ids())
     else:
         freed, _ = stock.files.drop(item.noted.snapshot(""))
+        if stock.unreadable:
+            _, first = scan.remove(directory, item.id, keeps_data=True)
+            return sum(freed.values()), first
         n_left, first = scan.remove(directory, item.id, keeps_data=item.id + KV not in freed)
     for name in freed:
         if name != item.id + KV:

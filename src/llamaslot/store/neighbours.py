@@ -187,7 +187,7 @@ def _remove(snapshots: list[_Seen]) -> set[str]:
         stock = stocks[one.directory]
         if (item := stock.items.get(one.id)) is None:
             continue
-        if _must_stay(one):
+        if stock.unreadable or _must_stay(one):  # what a sidecar needs that cannot be read is not known
             kept.add(one.id)
             continue
         _, error = inventory.remove(one.directory, stock, replace(item, bad_files=()))

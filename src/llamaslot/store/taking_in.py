@@ -167,7 +167,7 @@ def take_in(
 
     def write(start: int, end: int, keep: Collection[int]) -> Part:
         target = directory / (new_file() + EXT)
-        write_extent(landing, layout, start, end, keep, target, {})
+        write_extent(landing, layout, start, end, keep, target)
         return Part(target.name, start, end, os.stat(target).st_size)
 
     for n, part in enumerate(rows):
