@@ -1,6 +1,8 @@
 """Snapshots in memory: the catalog's surface as far as the engine uses it, around the real table.
 
-Which snapshots go first is decided by the table; the other orders that it is compared with are here as well.
+Which snapshots go first is decided by the table; the other orders that it is compared with are here as well. As on a
+real disk rows are there once: a snapshot has those that the one with the longest common prefix lacks, and a restore is
+given only those that it needs. There are no states: the model is dense.
 """
 
 from __future__ import annotations
@@ -10,14 +12,18 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from types import MappingProxyType
 
-from bench.simulator.server import Origin, SimulatedServer
+from msgspec.structs import replace
+
+from bench.simulator.server import File, Origin, SimulatedServer
 from llamaslot.cache.content import SnapshotKind
+from llamaslot.cache.ids import head
 from llamaslot.errors import OtherConversation, SnapshotInvalid
 from llamaslot.scheduling.eviction import ByUse, ByValue, SnapshotStats
 from llamaslot.store import QuotaExceeded, Reservation, SavedSlot, Snapshot, WithTokens
 from llamaslot.store.entries import Pin, SnapshotTable
-from llamaslot.store.giving_out import Given
-from llamaslot.store.sidecar import digest_of
+from llamaslot.store.giving_out import Given, outgoing
+from llamaslot.store.sidecar import EXT, KV, PART, Part, digest_of
+from llamaslot.store.taking_in import MIN_SHARED, Base
 
 FINGERPRINT = "simulated"
 UNLIMITED = 1 << 60
@@ -26,7 +32,8 @@ UNLIMITED = 1 << 60
 class Disk:
     """As ``store.Catalog``, without files. Removing is done at once; ``quota_bytes`` holds at every moment.
 
-    ``largest_bytes`` is the most that was ever there. ``origins`` says whose context each snapshot is.
+    ``largest_bytes`` is the most that was ever there, ``added_bytes`` what all saves have added. ``origins`` says whose
+    context each snapshot is.
     """
 
     def __init__(
@@ -39,7 +46,7 @@ class Disk:
         on_drop: Callable[[Snapshot], None],
     ) -> None:
         self.quota_bytes = quota_bytes
-        self.size_bytes = self.largest_bytes = 0
+        self.largest_bytes = self.added_bytes = 0
         self.n_evicted = 0
         self.origins: dict[str, Origin] = {}
         self._server, self._table, self._now, self._on_drop = server, table, now, on_drop
@@ -47,6 +54,11 @@ class Disk:
         self._serial = 0
         table.fingerprints = frozenset({FINGERPRINT})
         self.snapshots: Mapping[str, Snapshot] = MappingProxyType(table.snapshots)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all files, and reserved."""
+        return self._table.files.size_bytes + sum(size for size, _ in self._reservations.values())
 
     def last_used(self, id: str) -> float:  # noqa: A002
         return self._table.stats[id].last_used
@@ -70,13 +82,13 @@ class Disk:
         self._serial += 1
         id_ = f"ls-{self._serial:016x}"  # not random: ids break ties
         self._reservations[id_] = size_bytes, frozenset(keep)
-        self._take(size_bytes)
-        return Reservation(id_, f"{id_}.part", size_bytes)
+        self._note()
+        return Reservation(id_, id_ + PART, size_bytes)
 
     def _make_room(self, size_bytes: int, keep: frozenset[str]) -> None:
         short = self.size_bytes + size_bytes - self.quota_bytes
         victims = self._table.victims(short, 0, keep, self._now())
-        if sum(victim.size_bytes for victim in victims) < short:
+        if self._table.files.freed_bytes(victims) < short:
             raise QuotaExceeded(f"no room for {size_bytes} bytes")
         for victim in victims:
             self.n_evicted += 1
@@ -90,20 +102,39 @@ class Disk:
             raise OtherConversation(f"{reservation.id}: holds another conversation than was to be saved")
         if saved.n_written > size_bytes:
             self._make_room(saved.n_written - size_bytes, keep)
-        self._take(saved.n_written - size_bytes)
+        base = saved.find_base(file.tokens) if saved.find_base is not None else None
+        parts = self._parts(base, reservation.id, saved.n_saved)
         del self._reservations[reservation.id]
-        self._server.files[f"{reservation.id}.kv"] = self._server.files.pop(reservation.part_name)
-        now = self._now()
-        noted = saved.noted(reservation.id, now)
+        self._server.files[reservation.id + KV] = self._server.files.pop(reservation.part_name)
+        now, before = self._now(), self.size_bytes
+        noted = replace(
+            saved.noted(reservation.id, now),
+            size_bytes=0 if parts else saved.n_written,
+            parts=parts,
+            row_bytes=self._server.hardware.bytes_per_token,
+        )
         snapshot = noted.snapshot(digest_of(file.tokens)).with_tokens(file.tokens)
         if file.origin is not None and saved.kind is SnapshotKind.LEAF:  # a shared prefix has no owner
             self.origins[reservation.id] = file.origin
         self._table.add(snapshot.listed, now, last_used=now - saved.idle_s)
+        self.added_bytes += self.size_bytes - before
+        self._note()
         return snapshot
 
+    def _parts(self, base: Base | None, id_: str, n_tokens: int) -> tuple[Part, ...]:
+        """Where the rows are; empty if all are in a file of its own."""
+        if base is None or base.snapshot.id not in self.snapshots or base.n_shared < MIN_SHARED:
+            return ()
+        order = outgoing(
+            replace(base.snapshot, parts=base.snapshot.parts or _whole(base.snapshot)), base.n_shared
+        )
+        assert order is not None, "it has parts"
+        start, row_bytes = order.rows[-1].end, self._server.hardware.bytes_per_token
+        own = (Part(id_ + EXT, start, n_tokens, (n_tokens - start) * row_bytes),) if start < n_tokens else ()
+        return (*order.rows, *own)
+
     async def abandon(self, reservation: Reservation) -> None:
-        if (held := self._reservations.pop(reservation.id, None)) is not None:
-            self._take(-held[0])
+        if self._reservations.pop(reservation.id, None) is not None:
             self._server.files.pop(reservation.part_name, None)
 
     def pin(self, id: str) -> Pin:  # noqa: A002
@@ -130,14 +161,25 @@ class Disk:
         """Raises SnapshotInvalid if it is gone."""
         if id not in self.snapshots:
             raise SnapshotInvalid(f"{id}: is gone")
-        return self.snapshots[id].with_tokens(self._server.files[f"{id}.kv"].tokens)
+        return self.snapshots[id].with_tokens(self._server.files[id + KV].tokens)
 
     @asynccontextmanager
     async def given_out(
         self, snapshot: Snapshot, n_tokens: int, spare: Collection[str] = ()
     ) -> AsyncIterator[Given]:
-        """Its whole file."""
-        yield Given(snapshot.file_name, snapshot.size_bytes, snapshot.n_tokens)
+        """As ``Copies.given_out``."""
+        order = outgoing(snapshot, n_tokens)
+        if order is None:
+            yield Given(snapshot.file_name, snapshot.size_bytes, snapshot.n_tokens)
+            return
+        n = order.rows[-1].end
+        copy = await self.reserve(n * self._server.hardware.bytes_per_token, (snapshot.id,), spare)
+        whole = self._server.files[snapshot.file_name]
+        self._server.files[copy.part_name] = File(head(whole.tokens, n), whole.origin)
+        try:
+            yield Given(copy.part_name, copy.size_bytes, n)
+        finally:
+            await self.abandon(copy)
 
     async def drop(self, id: str) -> None:  # noqa: A002
         if id in self.snapshots:
@@ -151,23 +193,24 @@ class Disk:
 
     def _remove(self, snapshot: Snapshot) -> None:
         self._table.release(snapshot)
-        self._take(-snapshot.size_bytes)
-        self._server.files.pop(f"{snapshot.id}.kv", None)
+        self._server.files.pop(snapshot.file_name, None)
         self.origins.pop(snapshot.id, None)
 
-    def _take(self, size_bytes: int) -> None:
-        self.size_bytes += size_bytes
+    def _note(self) -> None:
         self.largest_bytes = max(self.largest_bytes, self.size_bytes)
 
     def check(self) -> None:
         """Raise AssertionError naming the account that is not the sum of its parts."""
         self._table.check()
         listed = (*self._table.snapshots.values(), *self._table.pending_delete.values())
-        reservations = sum(size for size, _ in self._reservations.values())
-        assert self.size_bytes == reservations + sum(snapshot.size_bytes for snapshot in listed), "size_bytes"
-        files = {name.removesuffix(".kv") for name in self._server.files if name.endswith(".kv")}
+        assert not self._reservations, "each save and each restore has ended"
+        files = {name.removesuffix(KV) for name in self._server.files if name.endswith(KV)}
         assert files == {snapshot.id for snapshot in listed}, "a file for each snapshot"
         assert self.size_bytes <= self.quota_bytes, "the quota holds"
+
+
+def _whole(snapshot: Snapshot) -> tuple[Part, ...]:
+    return (Part(snapshot.file_name, 0, snapshot.n_tokens, snapshot.size_bytes),)
 
 
 class AtRandom(ByUse):

@@ -101,6 +101,7 @@ class Result:
     n_restores: int
     n_evicted: int
     bytes_saved: int
+    bytes_added: int
     bytes_restored: int
     quota_bytes: int
     largest_bytes: int
@@ -157,6 +158,7 @@ def measured(
         n_restores=counts.n_restores,
         n_evicted=disk.n_evicted,
         bytes_saved=counts.bytes_saved,
+        bytes_added=disk.added_bytes,
         bytes_restored=counts.bytes_restored,
         quota_bytes=disk.quota_bytes,
         largest_bytes=disk.largest_bytes,

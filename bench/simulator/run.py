@@ -113,7 +113,7 @@ class _Run:
         if origin is None:
             return math.inf  # a trunk: small, few, and new conversations begin at any time
         in_s, n_shared = self.foresight.next_use(origin, snapshot.n_tokens)
-        return self.setting.hardware.prefill_s(0, n_shared) / (snapshot.size_bytes * in_s)
+        return self.setting.hardware.prefill_s(0, n_shared) / (max(snapshot.size_bytes, 1) * in_s)
 
     async def run(self) -> Result:
         started_at = self.loop.time()
