@@ -114,8 +114,13 @@ def look(directory: Path, landing: Path, base: Base | None, marks: Collection[in
         return None
     # The states that an earlier save has kept were at marks too, but for its end.
     marks = {*marks, *(at for at in states if base is not None and at != base.snapshot.n_tokens)}
-    there = {state.n_tokens for state in layout.states}
-    kept = states_to_keep(sorted(there | states.keys()), marks)
+    there = {state.n_tokens: state.size_bytes for state in layout.states}
+    kept = states_to_keep(
+        there.keys() | states.keys(),
+        marks,
+        state_bytes=max(there.values(), default=0),
+        row_bytes=layout.shape.bytes_per_token,
+    )
     known = [states[at] for at in kept if at in states]
     return Intake(layout, (*rows, *known), start, tuple(at for at in kept if at not in states), own_from)
 
