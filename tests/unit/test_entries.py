@@ -14,6 +14,7 @@ from llamaslot.cache.content import SnapshotKind
 from llamaslot.scheduling.eviction import ByUse, ByValue, ReuseClass
 from llamaslot.store import Snapshot
 from llamaslot.store.entries import SnapshotTable
+from llamaslot.store.sidecar import Part
 
 OURS, OTHERS = "model-a", "model-b"
 
@@ -34,6 +35,46 @@ def table_of(*snapshots: Snapshot, order: ByValue | ByUse | None = None) -> Snap
 
 def ids(victims: list[Snapshot]) -> list[str]:
     return [victim.id for victim in victims]
+
+
+# -- what is there without it --------------------------------------------------------------------------------------
+
+
+def covered(*snapshots: Snapshot) -> list[int]:
+    table = table_of(*snapshots)
+    found = [table.files.n_covered(each) for each in snapshots]
+    table.tend(1_000.0)
+    assert [table.stats[each.id].n_covered for each in snapshots] == found
+    return found
+
+
+def rows(*files: tuple[str, int, int]) -> tuple[Part, ...]:
+    return tuple(Part(file, start, end, 100) for file, start, end in files)
+
+
+def test_rows_that_another_needs_are_there_without_it() -> None:
+    """Up to where they part, also in the middle of a file; not those that only a shared prefix goes on with."""
+    first = snapshot("a", n_tokens=1000)
+    second = snapshot("b", n_tokens=900, parts=rows(("a.kv", 0, 700), ("b.ext", 700, 900)))
+    third = snapshot(
+        "c", n_tokens=950, parts=rows(("a.kv", 0, 700), ("b.ext", 700, 850), ("c.ext", 850, 950))
+    )
+    assert covered(first) == [0]
+    assert covered(first, second) == [700, 700]
+    assert covered(first, second, third) == [700, 850, 850]
+    goes_on = snapshot("d", n_tokens=1200, parts=rows(("a.kv", 0, 1000), ("d.ext", 1000, 1200)))
+    assert covered(first, goes_on) == [1000, 1000]
+    trunk = snapshot("a", n_tokens=1000, kind=SnapshotKind.TRUNK)
+    assert covered(trunk, goes_on) == [0, 1000]
+
+
+def test_on_models_with_states_the_last_common_one_counts() -> None:
+    """Rows behind it are of no use."""
+    parts = (*rows(("a.ext", 0, 1000)), *rows(("s.ext", 600, 600), ("t.ext", 1000, 1000)))
+    other = (*rows(("a.ext", 0, 800), ("b.ext", 800, 900)), *rows(("s.ext", 600, 600), ("u.ext", 900, 900)))
+    first, second = snapshot("a", n_tokens=1000, parts=parts), snapshot("b", n_tokens=900, parts=other)
+    assert covered(first, second) == [600, 600]
+    assert covered(first, snapshot("c", n_tokens=900, parts=(*other[:2], other[3]))) == [0, 0]
 
 
 # -- who goes ------------------------------------------------------------------------------------------------------

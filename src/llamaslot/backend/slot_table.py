@@ -197,17 +197,8 @@ class SlotTable:
         return self.rates.save_s(content.n_held)
 
     def saves_s(self, stats: SnapshotStats) -> float:
-        """The seconds that each hit of a snapshot saves: the prefill without it, helped by other snapshots, less its
-        restore. 0 if it saves nothing.
-        """
-        n, n_covered, prefill_s = stats.n_tokens, 0, self.rates.prefill.seconds
-        if stats.id in self._snapshots:
-            self.model_snapshots.overlap.cache_kind = self.cache_kind
-            n_covered = self.model_snapshots.overlap.n_tokens(stats.id)
-        without_s, restore_s = prefill_s(0, n), self.rates.restore.seconds
-        if n_covered:
-            without_s = min(without_s, restore_s(stats.read_bytes * n_covered // n) + prefill_s(n_covered, n))
-        return max(without_s - restore_s(stats.read_bytes), 0.0)
+        """The seconds that each hit of a snapshot saves on this backend."""
+        return stats.saves_s(self.rates.prefill.seconds, self.rates.restore.seconds)
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 

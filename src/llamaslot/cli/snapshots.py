@@ -388,8 +388,8 @@ class OfflineStore(Struct, frozen=True):
         return other is not None and any(model.is_same(other) for model in self.models)
 
     def saves_s(self, stats: SnapshotStats) -> float:
-        """Seconds saved by each hit, without regard to other snapshots."""
-        return self.rates.prefill.seconds(0, stats.n_tokens) - self.rates.restore.seconds(stats.read_bytes)
+        """Seconds saved by each hit."""
+        return stats.saves_s(self.rates.prefill.seconds, self.rates.restore.seconds)
 
 
 def over_limits(store: OfflineStore, items: list[Item]) -> list[Removal]:

@@ -196,7 +196,7 @@ class Registry:
             if table is not None and table.has_snapshot(stats.id):
                 return table.saves_s(stats)
         rates = next(iter(self._backends.values())).rates
-        return rates.prefill.seconds(0, stats.n_tokens) - rates.restore.seconds(stats.read_bytes)
+        return stats.saves_s(rates.prefill.seconds, rates.restore.seconds)
 
     # -- called by backends, as their ``Members`` ----------------------------------------------------------------
 

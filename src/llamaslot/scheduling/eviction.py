@@ -38,7 +38,8 @@ class ReuseClass(enum.StrEnum):
 
 class SnapshotStats(Struct):
     """Usage of one snapshot. ``size_bytes``: those that no other snapshot needs; ``read_bytes``: those that its
-    restore reads. ``counted_until``: its lifetime up to here has been learned from.
+    restore reads; ``n_covered``: its first tokens that are also there without it. ``counted_until``: its lifetime up to
+    here has been learned from.
     """
 
     id: str
@@ -50,6 +51,18 @@ class SnapshotStats(Struct):
     n_hits: int = 0
     is_branched: bool = False
     read_bytes: int = 0
+    n_covered: int = 0
+
+    def saves_s(self, prefill_s: Callable[[int, int], float], restore_s: Callable[[int], float]) -> float:
+        """The seconds that each hit saves: the prefill without it, of all or behind what is there without it, less its
+        restore. 0 if it saves nothing.
+        """
+        n, n_covered, own_s = self.n_tokens, self.n_covered, restore_s(self.read_bytes)
+        without_s = prefill_s(0, n)
+        if n_covered:
+            rest_s = restore_s(self.read_bytes * n_covered // n) + prefill_s(n_covered, n)
+            without_s = min(without_s, rest_s)
+        return max(without_s - own_s, 0.0)
 
     @property
     def reuse_class(self) -> ReuseClass:

@@ -172,7 +172,7 @@ class Acceptance:
         except Exception as error:  # whatever it is: what llama-server has written is good
             self._say(noted, error)
             if isinstance(error, DataLost):  # a second sync would succeed
-                for id_ in self._table.files.users.get(error.file, set()) & self._table.snapshots.keys():
+                for id_ in self._table.files.users.get(error.file, {}).keys() & self._table.snapshots.keys():
                     self._lost(id_)
             for id_ in new:
                 await asyncio.to_thread(scan.remove, self._directory, id_)

@@ -252,6 +252,7 @@ class SnapshotTable:
         recently used.
         """
         stats = self.stats[id_]
+        stats.n_covered = self.files.n_covered(self.snapshots[id_])
         return self._is_valid(id_), self.order.rank(stats, self._now), stats.last_used, id_
 
     def _rank_again(self, id_: str, now: float) -> None:

@@ -22,13 +22,11 @@ from llamaslot.cache.prefix_index import Changes
 from llamaslot.llama.identity import Identity
 from llamaslot.store import Catalog, Snapshot, WithTokens
 from llamaslot.store.disk_index_rebuild import DiskIndexRebuild
-from llamaslot.store.overlap import PrefixOverlap
 from llamaslot.store.pending import PendingSnapshots
 from llamaslot.tasks import TaskOwner
 
 _FEW = 64  # unread snapshots for which a connection waits: 20 ms
 _READ_AT_ONCE = 32
-_AT_ONCE = 4  # snapshots of a whole directory that are compared with others, per change
 
 
 def content_of(snapshot: WithTokens) -> Content:
@@ -51,7 +49,6 @@ class ModelSnapshots:
         self.snapshots: dict[str, Snapshot] = {}
         self.set_aside: dict[str, float] = {}
         self.in_namespaces = InNamespaces(self.index, self.namespace_of)
-        self.overlap = PrefixOverlap(self.in_namespaces, self.snapshots)
         self.on_change = on_change
         self.changes = Changes()  # of the index
         self.pending = PendingSnapshots()
@@ -82,9 +79,6 @@ class ModelSnapshots:
             marked = marker(self.namespace_of(snapshot.id)) + tokens
             self.index.insert(snapshot.id, marked)
             self.changes.note(marked)
-            self.overlap.added(snapshot.id, tokens)
-        else:
-            self.overlap.put(snapshot.id)
 
     def drop(self, snapshot_id: str) -> None:
         """Remove one snapshot. Idempotent."""
@@ -95,22 +89,18 @@ class ModelSnapshots:
         """Remove one of many: ``changed`` must follow. Idempotent."""
         marked = marker(self.namespace_of(snapshot_id)) if snapshot_id in self.snapshots else b""
         tokens = self.in_namespaces.tokens(snapshot_id) if snapshot_id in self.snapshots else b""
-        snapshot = self.snapshots.pop(snapshot_id, None)
+        self.snapshots.pop(snapshot_id, None)
         self.set_aside.pop(snapshot_id, None)
         self.index.drop(snapshot_id)
         self.changes.note(marked + tokens)
-        if snapshot is not None:
-            self.overlap.dropped(snapshot, tokens)
 
     def changed(self) -> None:
-        self.overlap.compute_some(_AT_ONCE)
         if self.on_change is not None:
             self.on_change(self.index)
 
     def check(self) -> None:
         """Raise AssertionError naming the invariant that does not hold."""
         self.index.check()
-        self.overlap.check()
         assert self.index.holders() == self.snapshots.keys(), "snapshots are indexed"
 
 
@@ -176,7 +166,6 @@ class Libraries:
                 library.remove(id_)
             for id_ in library.index.holders() & found.keys():
                 library.snapshots[id_] = found.pop(id_)
-                library.overlap.put(id_)
             if not found:
                 library.changed()
                 return library

@@ -6,34 +6,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from llamaslot.store.sidecar import Snapshot
+from llamaslot.cache.content import SnapshotKind
+from llamaslot.store.sidecar import KV, Snapshot
 
 
 class SharedFiles:
     """``sizes``: bytes by file name; ``size_bytes``: of all; ``users``: by file name the ids of the snapshots that need
-    it.
+    it, and up to which of their tokens.
     """
 
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}
-        self.users: dict[str, set[str]] = {}
+        self.users: dict[str, dict[str, int]] = {}
         self.size_bytes = 0
 
     def add(self, snapshot: Snapshot) -> set[str]:
         """Returns the ids of those that were the only users of a file that it needs too: they own less now."""
-        touched = set[str]()
-        if (
-            not snapshot.parts and (name := snapshot.file_name) not in self.users
-        ):  # as most are, in a third of the time
-            self.users[name], self.sizes[name] = {snapshot.id}, snapshot.size_bytes
+        if not snapshot.parts and (name := snapshot.file_name) not in self.users:
+            # As most are: in a third of the time.
+            self.users[name], self.sizes[name] = {snapshot.id: snapshot.n_tokens}, snapshot.size_bytes
             self.size_bytes += snapshot.size_bytes
-            return touched
+            return set()
+        touched, ends = set[str](), {part.file: part.end for part in snapshot.parts}
         for name, size_bytes in snapshot.files.items():
-            users = self.users.setdefault(name, set())
+            users = self.users.setdefault(name, {})
             if len(users) == 1:
-                touched |= users
+                touched |= users.keys()
             self.size_bytes += 0 if users else size_bytes
-            users.add(snapshot.id)
+            users[snapshot.id] = ends.get(name, snapshot.n_tokens)
             self.sizes[name] = size_bytes
         return touched - {snapshot.id}
 
@@ -44,13 +44,13 @@ class SharedFiles:
         freed, touched = dict[str, int](), set[str]()
         for name in snapshot.files:
             users = self.users[name]
-            users.discard(snapshot.id)
+            users.pop(snapshot.id, None)
             if not users:
                 freed[name] = self.sizes.pop(name)
                 self.size_bytes -= freed[name]
                 del self.users[name]
             elif len(users) == 1:
-                touched |= users
+                touched |= users.keys()
         return freed, touched
 
     def own_bytes(self, snapshot: Snapshot) -> int:
@@ -58,6 +58,27 @@ class SharedFiles:
         if not snapshot.parts:
             return snapshot.size_bytes if len(self.users[snapshot.file_name]) == 1 else 0
         return sum(self.sizes[name] for name in snapshot.files if len(self.users[name]) == 1)
+
+    def n_covered(self, snapshot: Snapshot) -> int:
+        """Tokens from its beginning that are there without it too: rows that another snapshot needs, on a model with
+        states up to the last one that another keeps. 0 for a shared prefix: those that need it are larger, and go
+        before it.
+        """
+        if snapshot.kind is SnapshotKind.TRUNK:
+            return 0
+        has_states = any(part.is_state for part in snapshot.parts)
+        rows = [(part.file, part.start) for part in snapshot.parts if part.is_state is has_states]
+        for name, start in reversed(rows or [(snapshot.id + KV, 0)]):
+            users, n = self.users[name], 0
+            own = users[snapshot.id]
+            for id_, end in users.items():  # nearly always the first of thousands has as much
+                if id_ != snapshot.id:
+                    n = max(n, min(end, own))
+                    if n == own:
+                        return n
+            if n > start:
+                return n
+        return 0
 
     def freed_bytes(self, snapshots: Iterable[Snapshot]) -> int:
         """The bytes that would be free if all these were dropped."""
