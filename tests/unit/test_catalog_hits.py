@@ -12,7 +12,7 @@ import pytest
 
 from llamaslot.cache.content import SnapshotKind
 from llamaslot.store import QuotaExceeded
-from llamaslot.store.hits import HitLog, Hits
+from llamaslot.store.learned import HitLog, Hits
 from tests.support.snapshots import Shelter, opened, refuse, some_tokens
 
 TOKENS = some_tokens(40)

@@ -36,8 +36,7 @@ from llamaslot.scheduling.plan import Plan, Save, SaveSharedPrefix
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import Slot, SlotEvent, SlotKey, SlotState
 from llamaslot.store import Snapshot, WithTokens
-from llamaslot.store.model_snapshots import ModelSnapshots
-from llamaslot.store.pending import PendingSave
+from llamaslot.store.model_snapshots import ModelSnapshots, PendingSave
 
 DRAIN_S = 0.4  # usual time until the server notices that a client has gone
 

@@ -16,8 +16,7 @@ from llamaslot.scheduling.cost import Rates
 from llamaslot.scheduling.placement import SnapshotView
 from llamaslot.scheduling.request import Request
 from llamaslot.store import Snapshot
-from llamaslot.store.model_snapshots import ModelSnapshots
-from llamaslot.store.pending import PendingSave
+from llamaslot.store.model_snapshots import ModelSnapshots, PendingSave
 
 N_CANDIDATES = 16  # snapshots considered by a placement, the longest common prefixes first
 N_COVERING = 4  # holders checked for covering the content of a slot

@@ -15,7 +15,7 @@ from llamaslot.scheduling.placement import BackendView
 from llamaslot.scheduling.plan import Wait
 from llamaslot.scheduling.request import Request
 from llamaslot.scheduling.slots import IDLE
-from llamaslot.store.pending import PendingSave
+from llamaslot.store.model_snapshots import PendingSave
 
 
 class PrefixWait(Struct, frozen=True):

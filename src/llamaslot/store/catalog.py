@@ -25,8 +25,7 @@ from llamaslot.store.giving_out import Copies, Given, is_passing
 from llamaslot.store.manifest import Manifest
 from llamaslot.store.quota import Deficit, Limits, Quota
 from llamaslot.store.sidecar import KV, PART, Noted, Snapshot, WithTokens, readable
-from llamaslot.store.sweep import Sweep
-from llamaslot.store.upkeep import Upkeep
+from llamaslot.store.upkeep import Sweep, Upkeep
 from llamaslot.tasks import TaskOwner, in_thread
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from llamaslot.store.header import read_slot_file
 from llamaslot.store.sidecar import PROBE, new_id
 
 LOCK_NAME = ".llamaslot.lock"
-HITS_NAME = ".llamaslot.hits"  # see hits.py
+HITS_NAME = ".llamaslot.hits"  # see learned.py
 _GROUP = (
     "let llama-server and llamaslot share a group: chgrp GROUP {directory}, chmod 2770 {directory} (setgid: files "
     "inherit the group), and run llama-server with umask 0007 (UMask=0007 in its systemd unit)"

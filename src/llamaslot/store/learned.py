@@ -1,14 +1,23 @@
-"""A small JSON file of learned numbers beside the snapshots: read at the start, replaced as a whole."""
+"""What was learned, beside the snapshots: small JSON files of numbers, read at the start and replaced as a whole; and
+the number of hits of each snapshot, so that it survives a restart.
+
+Hits: one line of JSON for each change, ``[id, n_hits, is_branched]``, appended and never synced. A hit costs one small
+write; a power cut loses a few counts. The last line of an id counts; the others are ignored.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
+
+from llamaslot.store.directory import HITS_NAME
 
 log = logging.getLogger(__name__)
 
@@ -41,3 +50,76 @@ class LearnedFile:
         with self._writing:  # the thread of a cancelled call may still be writing
             partial.write_bytes(data)
             partial.replace(self.path)
+
+
+_MODE = 0o660
+_SPARE_LINES = 1_000  # the file is rewritten when it has more outdated lines than this
+
+
+class Hits(NamedTuple):
+    """Of one snapshot. ``is_branched``: its conversation went on from an earlier point, and there was no hit since."""
+
+    n_hits: int = 0
+    is_branched: bool = False
+
+
+NEVER = Hits()
+
+
+class HitLog:
+    """The file of one directory. All methods block on the disk, must be called by one thread at a time, and never
+    raise: the counts only improve the order of eviction.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / HITS_NAME
+        self._n_lines = 0
+
+    def load(self) -> dict[str, Hits]:
+        """The hits by id, also of snapshots that are gone."""
+        found: dict[str, Hits] = {}
+        try:
+            lines = self._path.read_bytes().splitlines()
+        except OSError:
+            return found
+        for line in lines:
+            match _parsed(line):
+                case [str(id_), int(n_hits), bool(is_branched)] if n_hits >= 0:
+                    found[id_] = Hits(n_hits, is_branched)
+        self._n_lines = len(lines)
+        return found
+
+    def is_long(self, n_listed: int) -> bool:
+        """Whether the file has so many outdated lines that it should be rewritten."""
+        return self._n_lines > 2 * n_listed + _SPARE_LINES
+
+    def append(self, changed: Mapping[str, Hits]) -> None:
+        """Append the changes since the last call."""
+        try:
+            self._write(self._path, os.O_APPEND, changed)
+        except OSError as error:
+            log.warning("snapshots: cannot write hit counts: %s", error.strerror or error)
+        self._n_lines += len(changed)
+
+    def rewrite(self, listed: Mapping[str, Hits]) -> None:
+        """Write the file anew with listed ids only."""
+        new = self._path.with_name(HITS_NAME + ".new")
+        try:
+            self._write(new, os.O_TRUNC, listed)
+            os.rename(new, self._path)
+        except OSError as error:
+            log.warning("snapshots: cannot write hit counts: %s", error.strerror or error)
+        self._n_lines = len(listed)
+
+    def _write(self, path: Path, how: int, hits: Mapping[str, Hits]) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | how, _MODE)
+        with os.fdopen(fd, "wb") as file:
+            # A truncated last line must not corrupt ours, so an empty line comes first; readers skip it.
+            file.write(b"\n" + b"".join(orjson.dumps([id_, *found]) + b"\n" for id_, found in hits.items()))
+
+
+def _parsed(line: bytes) -> object:
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from llamaslot.errors import SnapshotInvalid
 from llamaslot.store import inventory, sidecar
 from llamaslot.store.directory import DirectoryUnusable
-from llamaslot.store.shared_files import Departure, SharedFiles
+from llamaslot.store.entries import Departure, SharedFiles
 from llamaslot.store.shared_store import META, QUOTA_LOCK, try_claim, try_lock
 from llamaslot.store.sidecar import EXT, JSON, KV, PART, Part, Snapshot
 from llamaslot.tasks import in_thread
