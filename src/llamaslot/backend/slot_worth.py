@@ -48,7 +48,7 @@ class SlotWorth:
     """What the loss of each idle slot of one table would cost. ``can_save``: slots are saved and restored.
 
     What a slot is worth is computed once, and again when its content, the copies of that elsewhere, or speeds and
-    sizes change. So a placement reads a few numbers for each slot: with 256 slots 0.1 ms, where computing them took
+    sizes change. So a placement reads a few numbers for each slot: with 256 slots 0.1 ms; computing them takes
     2 ms.
     """
 

@@ -13,7 +13,7 @@ import click
 
 from llamaslot.errors import LlamaslotError
 
-# Slow imports are made where they are needed: ``--help`` took 0.8 s, and takes 0.1.
+# Slow imports are made where they are needed.
 if TYPE_CHECKING:
     from llamaslot.config.sections import ListenConfig
 

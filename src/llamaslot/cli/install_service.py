@@ -16,7 +16,7 @@ import click
 
 from llamaslot.cli.faults import fail, report_faults
 
-# Slow imports are made where they are needed: ``--help`` took 0.8 s, and takes 0.1.
+# Slow imports are made where they are needed.
 if TYPE_CHECKING:
     from llamaslot.config.load import Config
 

@@ -18,7 +18,7 @@ import click
 from llamaslot.cli.faults import report_faults
 from llamaslot.errors import LlamaslotError
 
-# Slow imports are made where they are needed: ``--help`` took 0.8 s, and takes 0.1.
+# Slow imports are made where they are needed.
 if TYPE_CHECKING:
     from http.client import HTTPConnection
 

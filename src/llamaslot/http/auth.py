@@ -92,7 +92,7 @@ class Authenticator:
         self._keyring = Keyring(settings.keys_file) if settings.keys_file is not None else None
         admin_key = settings.resolve_admin_key()
         self._admin_digest = digest_of(admin_key) if admin_key is not None else None
-        self._lets_anybody_in = settings.allow_anonymous or self._keyring is None
+        self._allows_anonymous = settings.allow_anonymous or self._keyring is None
 
     def authenticate(self, request: web.Request) -> User:
         """The user of a request. Raises Unauthorized, Forbidden, and BadRequest for an invalid user name.
@@ -109,7 +109,7 @@ class Authenticator:
             return anonymous(request)
         if key is not None and (user := self._keyring.find(key)) is not None:
             return user
-        if is_open(request) or (key is None and self._lets_anybody_in):
+        if is_open(request) or (key is None and self._allows_anonymous):
             return anonymous(request)
         raise _unauthorized(key)
 

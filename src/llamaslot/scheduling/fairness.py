@@ -20,7 +20,7 @@ _AT_ONCE_S = 1e-3
 # The limit of a deficit, and of what is owed: an estimate may be wrong, and its effect must end.
 _LIMIT_S = 300.0
 # Expected number of users that return and wait a second; below it no slot is held free.
-_HARDLY_ANYBODY = 0.02
+_HARDLY_ANY_USERS = 0.02
 
 
 class Fairness(Struct, frozen=True):
@@ -213,7 +213,7 @@ def may_take_another(
     if n_held == 0 or not pauses_s or (n_held + 1) * n_users <= n_slots:
         return True
     n_back = returns(pauses_s, cost_s)
-    return n_back * min(cost_s, 1.0) ** 2 < _HARDLY_ANYBODY or n_idle > max(round(n_back), 1)
+    return n_back * min(cost_s, 1.0) ** 2 < _HARDLY_ANY_USERS or n_idle > max(round(n_back), 1)
 
 
 def returns(pauses_s: Iterable[float], seconds: float) -> float:

@@ -27,7 +27,7 @@ def doctor(path: Path, who: str | None, deep: bool, is_json: bool) -> None:
     It is safe while llama-server works: if a llamaslot serves this configuration, it is asked; else one or two idle
     slots are used, and given back as they were.
     """
-    # Slow imports are made where they are needed: ``--help`` took 0.8 s, and takes 0.1.
+    # Slow imports are made where they are needed.
     import orjson
     from msgspec.structs import asdict
 
