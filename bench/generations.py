@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import index as bench
-from bench.index import BEST, SHORT, Row, Traffic, timed, us
+from bench.index import Row, Traffic, timed, us
 from llamaslot.cache.disk_index import DiskIndex
-from llamaslot.cache.ids import pack, unpack
 from llamaslot.cache.layered_index import LayeredIndex
 from llamaslot.store.disk_index_rebuild import DiskIndexRebuild
 from llamaslot.tasks import TaskOwner
@@ -111,27 +110,6 @@ def n_unique(base: DiskIndex) -> int:
     return sum(n_tokens[point] - n_tokens[above[point]] for point in range(1, len(n_tokens)))
 
 
-def lookups(traffic: Traffic, few: Composite, many: Composite, n_prompts: int) -> Iterator[Row]:
-    """As for the radix tree alone."""
-
-    def looked_up(filled: Composite, n_tokens: int) -> tuple[float, float]:
-        prompts = traffic.prompts(filled.stored, n_tokens, n_prompts)
-        return timed(lambda prompt: filled.index.match(prompt, BEST), prompts)
-
-    long = bench.LONG
-    times = {n: (looked_up(many, n), looked_up(few, n)) for n in (SHORT, long)}
-    longs, shorts = times[long][0], times[SHORT][0]
-    name = f"with a generation: lookup, {long} / {SHORT} tokens, {len(many.index)} entries"
-    yield Row(name, longs[0] / shorts[0], 6, False, f"{us(longs)} / {us(shorts)}")
-    for n_tokens, (slow, fast) in times.items():
-        name = f"with a generation: lookup of {n_tokens} tokens, {len(many.index)} / {len(few.index)} entries"
-        yield Row(name, slow[0] / fast[0], 3, False, f"{us(slow)} / {us(fast)}")
-    ids = {prompt: unpack(prompt) for prompt in traffic.prompts(many.stored, long, max(n_prompts // 10, 2))}
-    packing = timed(lambda prompt: pack(ids[prompt]), list(ids))
-    name = f"with a generation: lookup of {long} tokens / struct.pack of their list"
-    yield Row(name, longs[0] / packing[0], 1.5, False, f"{us(longs)} / {us(packing)}")
-
-
 def changes(few: Composite, many: Composite, later: list[bytes], n_drops: int) -> Iterator[Row]:
     """Inserts and drops by number of entries; the drops are from the generation."""
     names = {tokens: f"later-{i}" for i, tokens in enumerate(later)}
@@ -178,5 +156,5 @@ def measure(n_few: int = 1_000, n_many: int = 10_000, n_prompts: int = 200) -> I
         few = asyncio.run(filled(Path(directory, "few"), snapshots, n_few, 1))
         yield lags(many)
         yield from sizes(many)
-        yield from lookups(traffic, few, many, n_prompts)
+        yield from bench.lookups(traffic, few, many, n_prompts, what="with a generation: ", packing_bound=1.5)
         yield from changes(few, many, list(islice(snapshots, n_prompts)), n_prompts)

@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from statistics import median, quantiles
+from typing import Protocol
 
 from llamaslot.cache.ids import common, count, head, pack, unpack
+from llamaslot.cache.layered_index import LayeredIndex
 from llamaslot.cache.prefix_index import PrefixIndex
 
 LONG, SHORT = 60_000, 2_000  # tokens of a prompt
@@ -153,24 +155,43 @@ class Filled:
         return cls(build(keep()), stored)
 
 
-def lookups(traffic: Traffic, few: Filled, many: Filled, n_prompts: int) -> Iterator[Row]:
-    """Lookups by length of the prompt, by number of entries, and against making the prompt's bytes."""
+class Stocked(Protocol):
+    """An index, and what it was filled with, as far as that is kept."""
 
-    def looked_up(filled: Filled, n_tokens: int) -> tuple[float, float]:
+    @property
+    def index(self) -> PrefixIndex[int] | LayeredIndex: ...
+    @property
+    def stored(self) -> list[bytes]: ...
+
+
+def lookups(
+    traffic: Traffic,
+    few: Stocked,
+    many: Stocked,
+    n_prompts: int,
+    *,
+    what: str = "",
+    packing_bound: float = 0.3,
+) -> Iterator[Row]:
+    """Lookups by length of the prompt, by number of entries, and against making the prompt's bytes: at most
+    ``packing_bound`` of that. ``what``: said before each name.
+    """
+
+    def looked_up(filled: Stocked, n_tokens: int) -> tuple[float, float]:
         prompts = traffic.prompts(filled.stored, n_tokens, n_prompts)
         return timed(lambda prompt: filled.index.match(prompt, BEST), prompts)
 
     times = {n: (looked_up(many, n), looked_up(few, n)) for n in (SHORT, LONG)}
     longs, shorts = times[LONG][0], times[SHORT][0]
-    name = f"lookup, {LONG} / {SHORT} tokens, {len(many.index)} entries"
+    name = f"{what}lookup, {LONG} / {SHORT} tokens, {len(many.index)} entries"
     yield Row(name, longs[0] / shorts[0], 6, False, f"{us(longs)} / {us(shorts)}")
     for n_tokens, (slow, fast) in times.items():
-        name = f"lookup of {n_tokens} tokens, {len(many.index)} / {len(few.index)} entries"
+        name = f"{what}lookup of {n_tokens} tokens, {len(many.index)} / {len(few.index)} entries"
         yield Row(name, slow[0] / fast[0], 3, False, f"{us(slow)} / {us(fast)}")
     ids = {prompt: unpack(prompt) for prompt in traffic.prompts(many.stored, LONG, max(n_prompts // 10, 2))}
     packing = timed(lambda prompt: pack(ids[prompt]), list(ids))
-    name = f"lookup of {LONG} tokens / struct.pack of their list"
-    yield Row(name, longs[0] / packing[0], 0.3, False, f"{us(longs)} / {us(packing)}")
+    name = f"{what}lookup of {LONG} tokens / struct.pack of their list"
+    yield Row(name, longs[0] / packing[0], packing_bound, False, f"{us(longs)} / {us(packing)}")
 
 
 def residents(traffic: Traffic, latest: list[bytes], n_prompts: int) -> Iterator[Row]:
